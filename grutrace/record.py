@@ -1,0 +1,237 @@
+"""The shared vocabulary: what is traced, and the records that flow from a model to a sink.
+
+Everything here is NumPy and plain Python. torch ends where these records are made, and HDF5
+begins after them.
+
+Shapes use PyTorch's letters: B sequences in a batch, I input size, H hidden size, N rows of a
+call, which is the number of steps of all its sequences together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = npt.NDArray[Any]
+
+#: The three gates, in the order in which PyTorch stacks their weights.
+GATES = ("reset", "update", "candidate")
+
+#: What is recorded unless asked otherwise.
+DEFAULT_RECORD = (*GATES, "hidden")
+
+#: Everything that can be recorded, one row a step.
+QUANTITIES = (*DEFAULT_RECORD, "input")
+
+#: PyTorch's weight names without the layer suffix.
+WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One direction of one layer (or one nn.GRUCell): the place where gates are seen.
+
+    Attributes:
+        name: The module's path, a dot, and the suffix: ``encoder.rnn.l0_reverse``. Without the
+            dot when the path is empty.
+        suffix: PyTorch's weight suffix, ``l0``, ``l0_reverse``, ``l1`` ...; ``cell`` for
+            nn.GRUCell.
+        layer: Number of the layer, from 0.
+        reverse: Whether this direction reads its sequences from the last step to the first.
+        input_size: Width of what this layer reads: for layers above the first, the hidden size
+            times the number of directions.
+        quantities: What is recorded here, in the order of `QUANTITIES`.
+    """
+
+    name: str
+    suffix: str
+    layer: int
+    reverse: bool
+    input_size: int
+    quantities: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Module:
+    """One nn.GRU or nn.GRUCell of the model, with the sites that are recorded in it.
+
+    Attributes:
+        path: Its path in the traced model; empty if it is the traced model itself.
+        kind: ``GRU`` or ``GRUCell``.
+        type: Qualified name of its class.
+        dtype: NumPy name of the type in which its rows are kept.
+        weights_dtype: NumPy name of the type in which its weights are kept.
+        sites: Its recorded sites, in PyTorch's order of layers and directions.
+    """
+
+    path: str
+    kind: str
+    type: str
+    input_size: int
+    hidden_size: int
+    num_layers: int
+    bidirectional: bool
+    bias: bool
+    batch_first: bool
+    dropout: float
+    dtype: str
+    weights_dtype: str
+    sites: tuple[Site, ...]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known when a trace begins.
+
+    Attributes:
+        model: Qualified name of the traced model's class.
+        created: Seconds since the epoch.
+        versions: Versions of grutrace, torch, numpy, python and the platform, by name.
+        options: The options of the trace; JSON values only.
+        modules: The traced modules; a record names one by its place here.
+    """
+
+    model: str
+    created: float
+    versions: Mapping[str, str]
+    options: Mapping[str, Any]
+    modules: tuple[Module, ...]
+
+
+@dataclass(frozen=True)
+class SiteRows:
+    """What one call recorded at one site.
+
+    Attributes:
+        rows: By quantity, (N, H), or (N, I) for the input: the sequences one after another in
+            the order of the batch, each in time order, also for the reverse direction.
+        initial: (sequences begun by this call, H): the state that each of them started from.
+        residual: Largest ``|replayed h - kernel's h|`` of the call.
+        tolerance: The residual that rounding explains, in the same unit.
+    """
+
+    rows: Mapping[str, Array]
+    initial: Array
+    residual: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A sequence that began from a state in the middle of another one (beam search).
+
+    Attributes:
+        sequence: The sequence that began.
+        parent: The sequence that it began from.
+        steps: How many of the parent's steps had been made by then.
+    """
+
+    sequence: int
+    parent: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """One recorded call of one module.
+
+    A sequence's number is its place in the order in which the module's sequences began. A batch
+    row whose number is the next unused one begins a sequence; any other continues one.
+
+    Attributes:
+        module: Place of the module in the header.
+        time: Seconds since the epoch.
+        tag: The user's name for this part of the run, if any.
+        training: Whether the module was in training mode.
+        weights: Version of the weights that the call used, announced earlier as `Weights`.
+        steps: (B,) number of steps of each batch row.
+        sequences: (B,) number of the sequence that each batch row is a piece of.
+        sites: By suffix, what was recorded; every recorded site of the module.
+        forks: Origins of those sequences that began from the middle of another.
+    """
+
+    module: int
+    time: float
+    tag: str | None
+    training: bool
+    weights: int
+    steps: npt.NDArray[np.uint32]
+    sequences: npt.NDArray[np.uint64]
+    sites: Mapping[str, SiteRows]
+    forks: tuple[Fork, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its rows and initial states. Rows that two sites share count once."""
+        arrays = {
+            id(array): array.nbytes
+            for site in self.sites.values()
+            for array in (*site.rows.values(), site.initial)
+        }
+        return sum(arrays.values())
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One version of a module's weights, appended before the first block that used it.
+
+    Attributes:
+        module: Place of the module in the header.
+        version: Versions of a module count from 0.
+        sites: By suffix, then by name in `WEIGHTS`: weight_ih (3H, I), weight_hh (3H, H) and,
+            if the module has them, bias_ih and bias_hh (3H,).
+    """
+
+    module: int
+    version: int
+    sites: Mapping[str, Mapping[str, Array]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for site in self.sites.values() for array in site.values())
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """Tokens or a label of one sequence, one value a step.
+
+    Attributes:
+        module: Place of the module in the header.
+        sequence: Number of the sequence within the module.
+        name: ``tokens``, or the label's name.
+        first: The step that the first value belongs to.
+        values: One value a step, all text or all numbers (kept as float64).
+    """
+
+    module: int
+    sequence: int
+    name: str
+    first: int
+    values: tuple[str, ...] | tuple[float, ...] = field(default=())
+
+    @property
+    def nbytes(self) -> int:
+        """An estimate of the memory it takes while it waits to be written."""
+        return 64 * (1 + len(self.values))
+
+
+#: What a sink takes.
+Record: TypeAlias = Block | Weights | Annotation
+
+
+class Sink(Protocol):
+    """Where records go. `append` may be called from any thread."""
+
+    def append(self, record: Record) -> None:
+        """Take a record. Its arrays belong to the sink from now on; nobody changes them."""
+
+    def flush(self) -> None:
+        """Return once everything appended so far can be read back, and would survive a crash."""
+
+    def close(self) -> None:
+        """Flush and release everything. Closing twice does nothing."""
