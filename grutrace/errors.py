@@ -1,4 +1,4 @@
-"""The exceptions and warnings of grutrace: one tree, so that a caller can catch all of it at once."""
+"""The exceptions and warnings of grutrace: one tree, so that a caller can catch all."""
 
 from __future__ import annotations
 

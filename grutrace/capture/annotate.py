@@ -1,0 +1,173 @@
+"""Tokens and labels: which recorded steps the user's values belong to.
+
+Values are given for a batch, one list a sequence, while a recording may hold the calls of several
+modules. Unless the user names the module, values go only to modules whose batch they fit exactly:
+as many sequences, and the longest list as long as the longest sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from grutrace.capture.recorder import Recorded
+from grutrace.errors import OptionError
+from grutrace.record import Annotation, Module
+
+#: One value a step, or one value for all steps, of each sequence of a batch.
+Values: TypeAlias = Sequence[Any]
+
+#: Values, or values by the path of the module that they belong to, which may be a glob.
+Given: TypeAlias = Values | Mapping[str, Values]
+
+
+@dataclass
+class _Batch:
+    """Sequences that one call began or took up: (B,) their numbers, first step here and steps."""
+
+    sequences: npt.NDArray[np.uint64]
+    first: npt.NDArray[np.int64]
+    steps: npt.NDArray[np.int64]
+
+
+class RecordedBatches:
+    """The batches that were recorded in one stretch of recording, by module."""
+
+    def __init__(self, modules: Sequence[Module]) -> None:
+        self._modules = modules
+        self._batches: list[list[_Batch]] = [[] for _ in modules]
+
+    def add(self, recorded: Recorded) -> None:
+        """Note a call: it goes on with batches that are known, or adds one."""
+        block, assignment = recorded.block, recorded.assignment
+        batches = self._batches[block.module]
+        lengths = block.steps.astype(np.int64)
+        if batches and batches[-1].sequences is block.sequences:
+            batches[-1].steps += lengths
+            return
+        unknown = np.ones(len(lengths), bool)
+        for batch in reversed(batches if not assignment.begun.all() else []):
+            _, here, there = np.intersect1d(
+                block.sequences, batch.sequences, assume_unique=True, return_indices=True
+            )
+            batch.steps[there] += lengths[here]
+            unknown[here] = False
+            if not unknown.any():
+                break
+        forked = np.isin(block.sequences, [fork.sequence for fork in block.forks])
+        if unknown.all() and not forked.any():
+            first = assignment.steps_before.copy()
+            batches.append(_Batch(block.sequences, first, lengths))
+
+    def annotations(self, name: str, given: Given) -> list[Annotation]:
+        """Return the annotations that give the values to the steps they belong to.
+
+        Raises:
+            OptionError: The values fit no recorded batch; the message lists what was recorded.
+        """
+        if isinstance(given, Mapping):
+            return [
+                annotation
+                for glob, values in given.items()
+                for annotation in self._named(name, glob, values)
+            ]
+        values = _lists(name, given)
+        found = [
+            annotation
+            for module, batch in self._all()
+            if _fits_exactly(values, batch)
+            for annotation in _align(name, module, values, batch)
+        ]
+        if not found:
+            raise OptionError(
+                f"{name}: {_shape(values)} fits no batch of this recording exactly: "
+                f"{self._what_is_there()}. To give values to a module whose sequences are longer, "
+                f"name it: {{path: values}}"
+            )
+        return found
+
+    def _named(self, name: str, glob: str, given: Values) -> Iterator[Annotation]:
+        values = _lists(name, given)
+        matching = [each for each in self._all() if fnmatchcase(self._modules[each[0]].path, glob)]
+        if not matching:
+            raise OptionError(
+                f"{name}: {glob!r} matches no recorded module: {self._what_is_there()}"
+            )
+        fitting = [(module, batch) for module, batch in matching if _fits(values, batch)]
+        if not fitting:
+            raise OptionError(
+                f"{name}: {_shape(values)} does not fit {glob!r}: {self._what_is_there()}"
+            )
+        for module, batch in fitting:
+            yield from _align(name, module, values, batch)
+
+    def _all(self) -> Iterator[tuple[int, _Batch]]:
+        for module, batches in enumerate(self._batches):
+            for batch in batches:
+                yield module, batch
+
+    def _what_is_there(self) -> str:
+        counts = {
+            f"{self._modules[module].path or 'the model'} {len(batch.steps)} sequences of up to "
+            f"{batch.steps.max(initial=0)} steps"
+            for module, batch in self._all()
+        }
+        return "; ".join(sorted(counts)) or "nothing was recorded"
+
+
+def _lists(name: str, given: Values) -> list[Any]:
+    """Return plain Python values: a list of values, or one value, for each sequence."""
+    plain = given.tolist() if hasattr(given, "tolist") else list(given)
+    lists = [each.tolist() if hasattr(each, "tolist") else each for each in plain]
+    if name == "tokens":
+        lists = [list(each) if isinstance(each, (str, tuple)) else each for each in lists]
+    flat = [
+        value for each in lists for value in (each if isinstance(each, (list, tuple)) else [each])
+    ]
+    all_text = all(isinstance(value, str) for value in flat)
+    all_numbers = name != "tokens" and all(isinstance(value, (int, float)) for value in flat)
+    if not (all_text or all_numbers):
+        kinds = "texts" if name == "tokens" else "numbers, or one of texts,"
+        raise OptionError(f"{name}: expected one list of {kinds} a sequence, found {given!r:.80}")
+    return lists
+
+
+def _is_one_value(values: Any) -> bool:
+    return not isinstance(values, (list, tuple))
+
+
+def _fits(values: list[Any], batch: _Batch) -> bool:
+    return len(values) == len(batch.steps) and all(
+        _is_one_value(each) or len(each) <= steps
+        for each, steps in zip(values, batch.steps, strict=True)
+    )
+
+
+def _fits_exactly(values: list[Any], batch: _Batch) -> bool:
+    longest = max((len(each) for each in values if not _is_one_value(each)), default=None)
+    return _fits(values, batch) and longest in (None, batch.steps.max(initial=0))
+
+
+def _align(name: str, module: int, values: list[Any], batch: _Batch) -> Iterator[Annotation]:
+    for place, given in enumerate(values):
+        repeated = [given] * int(batch.steps[place]) if _is_one_value(given) else given
+        if repeated:
+            is_text = isinstance(repeated[0], str)
+            yield Annotation(
+                module=module,
+                sequence=int(batch.sequences[place]),
+                name=name,
+                first=int(batch.first[place]),
+                values=tuple(repeated if is_text else map(float, repeated)),
+            )
+
+
+def _shape(values: list[Any]) -> str:
+    lengths = [len(each) for each in values if not _is_one_value(each)]
+    longest = f" with up to {max(lengths)} values" if lengths else ""
+    return f"{len(values)} sequences{longest}"

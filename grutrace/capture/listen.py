@@ -1,0 +1,158 @@
+"""Hearing every call of a module's kernel, exactly as the kernel was called.
+
+There are two ways, and all tracers of a module share one:
+
+- A plain forward hook where the module's forward is PyTorch's own and it has one layer: what such
+  a hook is given determines what the kernel was given.
+- A tap on the kernel itself everywhere else (see tap.py). It sees the kernel's arguments after
+  whatever the forward did to them (a subclass may pack a padded batch, a wrapper may make fresh
+  weights), and through it a stack is answered layer by layer.
+
+T steps, B sequences in a batch, I input size, H hidden size, L layers, D directions.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+from torch import nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.hooks import RemovableHandle
+
+from grutrace.capture import observe
+from grutrace.capture.observe import GRUModule, Observation, Stacks
+from grutrace.capture.tap import Kernel, Tap, close_forgotten, innermost
+
+Receiver = Callable[[Observation], None]
+
+
+def listen(module: GRUModule, receiver: Receiver, stacks: Stacks = "auto") -> Callable[[], None]:
+    """Call ``receiver`` after every call of the module's kernel, until the returned is called.
+
+    Args:
+        module: The layer.
+        receiver: Called in the thread that runs the model, before anyone can change the output.
+        stacks: How to see between the layers of a stack: ``split``, ``rerun``, or ``auto`` for
+            split on a CPU and rerun elsewhere. Where the receivers of one module differ, rerun
+            wins, then auto: whatever leaves the kernel's answer alone.
+    """
+    key = object()
+    with _lock:
+        listener = _listeners.get(module)
+        if listener is None:
+            listener = _listeners[module] = _Listener(_is_plain(module))
+        listener.add(module, key, receiver, stacks)
+    return lambda: listener.remove(key)
+
+
+def _is_plain(module: GRUModule) -> bool:
+    forward = type(module).forward
+    if isinstance(module, nn.GRUCell):
+        return forward is nn.GRUCell.forward
+    return forward is nn.GRU.forward and module.num_layers == 1
+
+
+class _Listener:
+    """The hooks of one module, there as long as someone listens."""
+
+    def __init__(self, plain: bool) -> None:
+        self._plain = plain
+        self._receivers: dict[object, tuple[Receiver, Stacks]] = {}
+        self._before: RemovableHandle | None = None
+        self._after: RemovableHandle | None = None
+        self._taps: WeakSet[Tap] = WeakSet()
+
+    def add(self, module: GRUModule, key: object, receiver: Receiver, stacks: Stacks) -> None:
+        with _lock:
+            self._receivers[key] = receiver, stacks
+            if self._after is None:
+                hook = _Hook(self.after_plain_forward if self._plain else self.after_forward)
+                self._after = module.register_forward_hook(
+                    hook, prepend=True, with_kwargs=True, always_call=not self._plain
+                )
+            if self._before is None and not self._plain:
+                self._before = module.register_forward_pre_hook(
+                    _Hook(self.before_forward), with_kwargs=True
+                )
+
+    def remove(self, key: object) -> None:
+        with _lock:
+            self._receivers.pop(key, None)
+            if not self._receivers and self._before is not None:
+                self._before.remove()
+                self._before = None
+        close_forgotten()
+        self._remove_after()
+
+    def _remove_after(self) -> None:
+        """Remove the hook behind the forward, once no forward that it must end is running."""
+        with _lock:
+            if not self._receivers and not self._taps and self._after is not None:
+                self._after.remove()
+                self._after = None
+
+    def after_plain_forward(
+        self, module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        self._tell(observe.plain_call(module, args, kwargs, output))
+
+    def before_forward(
+        self, module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        given = (*args, *kwargs.values())
+        packed = (each for each in given if isinstance(each, PackedSequence))
+        sorted_indices = next((each.sorted_indices for each in packed), None)
+
+        def answer(kernel: Kernel, arguments: tuple[Any, ...]) -> Any:
+            if not observe.is_own_call(module, arguments):
+                return kernel(*arguments)
+            result, observation = observe.kernel_call(
+                module, kernel, arguments, sorted_indices, self._stacks()
+            )
+            self._tell(observation)
+            return result
+
+        # Two frames up: the hook object, and PyTorch's that called it.
+        tap = Tap(answer, self, sys._getframe(2))
+        tap.open()
+        self._taps.add(tap)
+
+    def after_forward(self, *_: Any) -> None:
+        tap = innermost(self)
+        if tap is not None:
+            tap.close()
+            self._taps.discard(tap)
+        self._remove_after()
+
+    def _stacks(self) -> Stacks:
+        asked = {stacks for _, stacks in tuple(self._receivers.values())}
+        return next((each for each in observe.STACKS if each in asked), "auto")
+
+    def _tell(self, observation: Observation) -> None:
+        for receiver, _ in tuple(self._receivers.values()):
+            receiver(observation)
+
+
+#: One listener a module, so that several tracers share one tap, and a stack is split once.
+_listeners: WeakKeyDictionary[nn.Module, _Listener] = WeakKeyDictionary()
+_lock = threading.RLock()
+
+
+class _Hook:
+    """A hook that does nothing in a copy of its module, be it deep-copied, pickled or saved."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> None:
+        self._function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A standard callable that takes anything and returns None, so that a saved model can be
+        # loaded where there is no grutrace.
+        return getattr, (nullcontext(), "__exit__")

@@ -1,0 +1,210 @@
+"""From a kernel call, or a plain forward call, to what every layer read and made in it.
+
+T steps, B sequences in a batch, I input size, H hidden size, L layers, D directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from grutrace.capture.tap import Kernel
+from grutrace.errors import UnsupportedError
+from grutrace.gru.kernel import KernelCall, Layer, rerun, split
+from grutrace.gru.steps import PackedSteps, PaddedSteps, Steps
+
+GRUModule: TypeAlias = nn.GRU | nn.GRUCell
+Stacks: TypeAlias = Literal["rerun", "auto", "split"]
+
+#: The ways to see between the layers of a stack; where several are asked for, the first wins.
+STACKS: tuple[Stacks, ...] = ("rerun", "auto", "split")
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One call of the kernel, just after it ran.
+
+    Attributes:
+        call: What the kernel was called with.
+        steps: The layout of the call's steps.
+        layers: What each layer read and made, from the lowest to the top.
+        given_state: Whether the module may have been given a state to start from.
+        training: Whether the module was in training mode.
+    """
+
+    call: KernelCall
+    steps: Steps
+    layers: list[Layer]
+    given_state: bool
+    training: bool
+
+
+def plain_call(
+    module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Observation:
+    """Observe a call of a module with one layer, through what a forward hook is given."""
+    input = args[0] if args else kwargs["input"]
+    initial = args[1] if len(args) > 1 else kwargs.get("hx")
+    if isinstance(module, nn.GRUCell):
+        return _plain_cell(module, input, initial, output)
+    if isinstance(input, PackedSequence):
+        return _plain_packed(module, input, initial, output[0])
+    return _plain_padded(module, input, initial, output[0])
+
+
+def _plain_cell(
+    module: nn.GRUCell, input: Tensor, initial: Tensor | None, output: Tensor
+) -> Observation:
+    weights = cell_weights(module)
+    one_step = (1, output.numel() // module.hidden_size)
+    if initial is None:
+        initial, given_state = _zeros(module, *one_step, like=output), False
+    else:
+        initial, given_state = initial.reshape(*one_step, module.hidden_size), True
+    input = input.reshape(*one_step, module.input_size)
+    call = KernelCall(input, None, initial, weights, bool(module.bias))
+    layer = Layer(input, output.reshape(*one_step, module.hidden_size))
+    return _observation(module, call, [layer], None, given_state)
+
+
+def _plain_padded(
+    module: nn.GRU, input: Tensor, initial: Tensor | None, output: Tensor
+) -> Observation:
+    if input.dim() == 2:
+        input, output = input.unsqueeze(1), output.unsqueeze(1)
+        initial = None if initial is None else initial.unsqueeze(1)
+    elif module.batch_first:
+        input, output = input.transpose(0, 1), output.transpose(0, 1)
+    call = _plain_gru(module, input, None, initial, input.shape[1])
+    return _observation(module, call, [Layer(input, output)], None, initial is not None)
+
+
+def _plain_packed(
+    module: nn.GRU, input: PackedSequence, initial: Tensor | None, output: PackedSequence
+) -> Observation:
+    order = input.sorted_indices
+    if initial is not None and order is not None:
+        initial = initial.index_select(1, order)
+    batch = int(input.batch_sizes[0])
+    call = _plain_gru(module, input.data, input.batch_sizes, initial, batch)
+    layer = Layer(input.data, output.data)
+    return _observation(module, call, [layer], order, initial is not None)
+
+
+def _plain_gru(
+    module: nn.GRU, input: Tensor, batch_sizes: Tensor | None, initial: Tensor | None, batch: int
+) -> KernelCall:
+    directions = 2 if module.bidirectional else 1
+    if initial is None:
+        initial = _zeros(module, directions, batch, like=input)
+    return KernelCall(
+        input,
+        batch_sizes,
+        initial,
+        module._flat_weights,
+        module.bias,
+        training=module.training,
+        bidirectional=module.bidirectional,
+    )
+
+
+def cell_weights(module: nn.GRUCell) -> list[Tensor]:
+    """Return the weights of a cell in the order in which torch.gru takes a layer's."""
+    return [module.weight_ih, module.weight_hh] + (
+        [module.bias_ih, module.bias_hh] if module.bias else []
+    )
+
+
+def _zeros(module: GRUModule, directions: int, batch: int, *, like: Tensor) -> Tensor:
+    return like.new_zeros((directions, batch, module.hidden_size))
+
+
+def is_own_call(module: GRUModule, arguments: tuple[Any, ...]) -> bool:
+    """Whether a kernel call made within the module's forward is that of the module itself.
+
+    It is not if its weights are those of a layer inside the module, or do not fit the module.
+    """
+    if isinstance(module, nn.GRUCell):
+        return isinstance(arguments[2], Tensor) and arguments[1].shape[-1] == module.hidden_size
+    weights = arguments[3] if isinstance(arguments[2], Tensor) else arguments[2]
+    if weights is module._flat_weights:
+        return True
+    inner = (each for each in module.modules() if isinstance(each, nn.RNNBase))
+    return isinstance(weights, (list, tuple)) and not any(
+        weights is each._flat_weights for each in inner
+    )
+
+
+def kernel_call(
+    module: GRUModule,
+    kernel: Kernel,
+    arguments: tuple[Any, ...],
+    sorted_indices: Tensor | None,
+    stacks: Stacks,
+) -> tuple[Any, Observation]:
+    """Make a kernel call, and observe it.
+
+    Args:
+        module: The module whose forward makes the call.
+        kernel: torch.gru or torch.gru_cell.
+        arguments: Its positional arguments.
+        sorted_indices: The user's place of each of the kernel's sequences, if known.
+        stacks: How to see between the layers of a stack.
+
+    Returns:
+        The kernel's answer, and the observation.
+
+    Raises:
+        UnsupportedError: The layers below the top cannot be seen in this way.
+    """
+    if isinstance(module, nn.GRUCell):
+        result = kernel(*arguments)
+        input, initial, *weights = arguments
+        weights = [each for each in weights if each is not None]
+        call = KernelCall(
+            input.unsqueeze(0), None, initial.unsqueeze(0), weights, len(weights) == 4
+        )
+        layers = [Layer(call.input, result.unsqueeze(0))]
+        return result, _observation(module, call, layers, None, given_state=True)
+    call = KernelCall.of_gru(*arguments)
+    padded = call.batch_sizes is None
+    batch_first = padded and bool(arguments[-1])
+    if call.num_layers > 1 and _splits(module, call, stacks):
+        output, final, layers = split(call)
+        result = output.transpose(0, 1) if batch_first else output, final
+    else:
+        state = torch.get_rng_state() if call.drops else None
+        result = kernel(*arguments)
+        output = result[0].transpose(0, 1) if batch_first else result[0]
+        layers = rerun(call, output, state)
+    return result, _observation(module, call, layers, sorted_indices, given_state=True)
+
+
+def _splits(module: GRUModule, call: KernelCall, stacks: Stacks) -> bool:
+    on_cpu = call.input.device.type == "cpu"
+    if not on_cpu and call.drops and stacks != "split":
+        raise UnsupportedError(
+            f"{type(module).__qualname__} with {module.num_layers} layers drops out between them "
+            f"on {call.input.device}, where the masks cannot be known afterwards: pass "
+            "stacks='split' (other masks than the fused stack's) or trace in eval mode"
+        )
+    return stacks == "split" or (stacks == "auto" and on_cpu)
+
+
+def _observation(
+    module: GRUModule,
+    call: KernelCall,
+    layers: list[Layer],
+    sorted_indices: Tensor | None,
+    given_state: bool,
+) -> Observation:
+    steps: Steps
+    if call.batch_sizes is None:
+        steps = PaddedSteps(*layers[-1].output.shape[:2])
+    else:
+        steps = PackedSteps(call.batch_sizes, sorted_indices)
+    return Observation(call, steps, layers, given_state, module.training)

@@ -1,0 +1,162 @@
+"""From what was observed in one module to the records that a sink takes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grutrace.capture.continuity import Assignment, Continuity
+from grutrace.capture.observe import Observation
+from grutrace.capture.sites import Selection, numpy_type
+from grutrace.capture.versions import WeightVersions
+from grutrace.gru.shadow import Replay, Shadow
+from grutrace.record import WEIGHTS, Array, Block, Record, Site, SiteRows, Weights
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A call that has gone to the sink: its block, and where its sequences stood before it."""
+
+    block: Block
+    assignment: Assignment
+
+
+class ModuleRecorder:
+    """Turns the observations of one module into blocks, and announces its weights.
+
+    Args:
+        index: The module's place in the header.
+        selection: The module, and what is recorded of it.
+        append: Where records go.
+    """
+
+    def __init__(self, index: int, selection: Selection, append: Callable[[Record], None]) -> None:
+        self._index = index
+        self.description = selection.description
+        self._append = append
+        self._shadows = {
+            site.suffix: Shadow(selection.module, site.layer, site.reverse)
+            for site in self.description.sites
+        }
+        self._continuity = Continuity()
+        self._versions = WeightVersions()
+        self._lock = threading.Lock()
+
+    @torch.no_grad()
+    def record(self, observation: Observation, tag: str | None) -> Recorded:
+        """Replay an observed call and append it."""
+        rows, replays = self._replay(observation)
+        lengths = observation.steps.lengths
+        with self._lock:
+            self._announce_weights(observation)
+            assignment = self._continuity.assign(*_ends(observation), lengths)
+            block = Block(
+                module=self._index,
+                time=time.time(),
+                tag=tag,
+                training=observation.training,
+                weights=self._versions.count - 1,
+                steps=lengths.astype(np.uint32),
+                sequences=assignment.sequences,
+                forks=assignment.forks,
+                sites={
+                    site.suffix: SiteRows(
+                        rows[site.suffix],
+                        self._initial(observation, site, assignment),
+                        replays[site.suffix].residual,
+                        replays[site.suffix].tolerance,
+                    )
+                    for site in self.description.sites
+                },
+            )
+            self._append(block)
+        return Recorded(block, assignment)
+
+    def _replay(
+        self, observation: Observation
+    ) -> tuple[dict[str, dict[str, Array]], dict[str, Replay]]:
+        rows: dict[str, dict[str, Array]] = {}
+        replays: dict[str, Replay] = {}
+        inputs: dict[int, Array] = {}
+        call, steps = observation.call, observation.steps
+        for site in self.description.sites:
+            layer = observation.layers[site.layer]
+            hidden = _direction(layer.output, site.reverse, call.directions)
+            replay = self._shadows[site.suffix].replay(
+                layer.input,
+                hidden,
+                call.cell_initial(site.layer, site.reverse),
+                steps,
+                call.cell_weights(site.layer, site.reverse),
+            )
+            values = replay.gates._asdict() | {"hidden": hidden}
+            kept = [name for name in site.quantities if name != "input"]
+            rows[site.suffix] = {
+                name: self._rows(steps.in_sequences(values[name])) for name in kept
+            }
+            if "input" in site.quantities:
+                # Both directions of a layer read the same rows, so they share one array.
+                if site.layer not in inputs:
+                    inputs[site.layer] = self._rows(steps.in_sequences(layer.input))
+                rows[site.suffix]["input"] = inputs[site.layer]
+            replays[site.suffix] = replay
+        return rows, replays
+
+    def _rows(self, values: Tensor) -> Array:
+        return _to_numpy(values).astype(self.description.dtype, copy=False)
+
+    def _initial(self, observation: Observation, site: Site, assignment: Assignment) -> Array:
+        initial = observation.call.cell_initial(site.layer, site.reverse)
+        in_order = self._rows(observation.steps.in_batch_order(initial))
+        return in_order[assignment.begun]
+
+    def _announce_weights(self, observation: Observation) -> None:
+        copies = self._versions.changed(observation.call.weights)
+        if copies is None:
+            return
+        dtype = self.description.weights_dtype
+        each = 4 if observation.call.bias else 2
+        directions = observation.call.directions
+        sites = {}
+        for site in self.description.sites:
+            first = (site.layer * directions + site.reverse) * each
+            tensors = zip(WEIGHTS, copies[first : first + each], strict=False)
+            sites[site.suffix] = {
+                name: _to_numpy(tensor).astype(dtype, copy=False) for name, tensor in tensors
+            }
+        self._append(Weights(self._index, self._versions.count - 1, sites))
+
+
+def _direction(output: Tensor, reverse: bool, directions: int) -> Tensor:
+    """Return one direction's part of a layer's output, (..., H) of (..., D * H)."""
+    return output.chunk(directions, -1)[int(reverse)]
+
+
+def _ends(observation: Observation) -> tuple[Tensor | None, Tensor | None]:
+    """Return the states before and after a call, (B, L * H), where one can lead to the other.
+
+    The reverse direction ends at a sequence's first step, so nothing goes on from there.
+    """
+    call, steps = observation.call, observation.steps
+    if call.bidirectional:
+        return None, None
+    finals = [steps.final(layer.output, reverse=False) for layer in observation.layers]
+    final = finals[0] if len(finals) == 1 else torch.cat(finals, -1)
+    if not observation.given_state:
+        return None, final
+    initial = torch.cat([steps.in_batch_order(state) for state in call.initial], -1)
+    return initial, final
+
+
+def _to_numpy(values: Tensor) -> Array:
+    values = values.detach().cpu()
+    if str(values.dtype).removeprefix("torch.") != numpy_type(values.dtype):
+        values = values.float()
+    array: Array = values.numpy()
+    return array

@@ -1,0 +1,139 @@
+"""Which GRUs a model has, what their sites are called, and which of them are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from grutrace.errors import OptionError, UnsupportedError
+from grutrace.record import DEFAULT_RECORD, QUANTITIES, Module, Site
+
+#: Types that NumPy does not have, and the ones that hold all their values.
+_NUMPY_TYPES = {torch.bfloat16: "float32"}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A module of the model with its description, narrowed to the sites that are recorded."""
+
+    module: nn.GRU | nn.GRUCell
+    description: Module
+
+
+def select(
+    model: nn.Module,
+    sites: str | Sequence[str] | None = None,
+    record: str | Sequence[str] = DEFAULT_RECORD,
+) -> list[Selection]:
+    """Return the modules that have a site which matches, in the model's order.
+
+    Args:
+        model: The model; it may itself be the layer.
+        sites: A glob, or several, for the names of sites; None for all.
+        record: Names of quantities.
+
+    Raises:
+        UnsupportedError: The model has no nn.GRU and no nn.GRUCell.
+        OptionError: A glob matches no site, or a quantity is unknown.
+    """
+    quantities = _quantities(record)
+    found = [Selection(module, _describe(path, module, quantities)) for path, module in find(model)]
+    if not found:
+        raise UnsupportedError(
+            f"expected a model with an nn.GRU or nn.GRUCell inside; "
+            f"found none in {type(model).__qualname__}"
+        )
+    if sites is None:
+        return found
+    return _matching(found, [sites] if isinstance(sites, str) else list(sites))
+
+
+def find(model: nn.Module) -> Iterator[tuple[str, nn.GRU | nn.GRUCell]]:
+    """Yield path and module of every nn.GRU and nn.GRUCell; one under two paths comes once."""
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.GRU, nn.GRUCell)):
+            yield path, module
+
+
+def iterate_suffixes(module: nn.GRU | nn.GRUCell) -> Iterator[tuple[str, int, bool]]:
+    """Yield suffix, layer and whether it is reverse, in the order of PyTorch's weights."""
+    if isinstance(module, nn.GRUCell):
+        yield "cell", 0, False
+        return
+    for layer in range(module.num_layers):
+        yield f"l{layer}", layer, False
+        if module.bidirectional:
+            yield f"l{layer}_reverse", layer, True
+
+
+def _quantities(record: str | Sequence[str]) -> tuple[str, ...]:
+    asked = [record] if isinstance(record, str) else list(record)
+    unknown = [name for name in asked if name not in QUANTITIES]
+    if unknown or not asked:
+        raise OptionError(
+            f"record: expected names out of {', '.join(QUANTITIES)}; "
+            f"found {', '.join(map(repr, unknown)) or 'none'}"
+        )
+    return tuple(name for name in QUANTITIES if name in asked)
+
+
+def _matching(found: list[Selection], globs: list[str]) -> list[Selection]:
+    names = [site.name for each in found for site in each.description.sites]
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise OptionError(
+                f"sites: {glob!r} matches none of the model's sites: {', '.join(names)}"
+            )
+    narrowed = (_narrow(each, globs) for each in found)
+    return [each for each in narrowed if each.description.sites]
+
+
+def _narrow(selection: Selection, globs: list[str]) -> Selection:
+    kept = tuple(
+        site
+        for site in selection.description.sites
+        if any(fnmatchcase(site.name, glob) for glob in globs)
+    )
+    return Selection(selection.module, replace(selection.description, sites=kept))
+
+
+def _describe(path: str, module: nn.GRU | nn.GRUCell, quantities: tuple[str, ...]) -> Module:
+    is_cell = isinstance(module, nn.GRUCell)
+    directions = 1 if isinstance(module, nn.GRUCell) or not module.bidirectional else 2
+    dtype = next(module.parameters()).dtype
+    sites = tuple(
+        Site(
+            name=f"{path}.{suffix}" if path else suffix,
+            suffix=suffix,
+            layer=layer,
+            reverse=reverse,
+            input_size=directions * module.hidden_size if layer else module.input_size,
+            quantities=quantities,
+        )
+        for suffix, layer, reverse in iterate_suffixes(module)
+    )
+    kind = type(module)
+    return Module(
+        path=path,
+        kind="GRUCell" if is_cell else "GRU",
+        type=f"{kind.__module__}.{kind.__qualname__}",
+        input_size=module.input_size,
+        hidden_size=module.hidden_size,
+        num_layers=1 if isinstance(module, nn.GRUCell) else module.num_layers,
+        bidirectional=directions == 2,
+        bias=bool(module.bias),
+        batch_first=False if isinstance(module, nn.GRUCell) else module.batch_first,
+        dropout=0.0 if isinstance(module, nn.GRUCell) else float(module.dropout),
+        dtype=numpy_type(dtype),
+        weights_dtype=numpy_type(dtype),
+        sites=sites,
+    )
+
+
+def numpy_type(dtype: torch.dtype) -> str:
+    """Return the name of the NumPy type that holds every value of a torch type."""
+    return _NUMPY_TYPES.get(dtype) or str(dtype).removeprefix("torch.")

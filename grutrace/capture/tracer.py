@@ -1,0 +1,300 @@
+"""The tracer: attach to a model, record on demand, detach, and read what was recorded."""
+
+from __future__ import annotations
+
+import os
+import platform
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from types import TracebackType
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import nn
+from typing_extensions import Self
+
+from grutrace.capture.annotate import Given, RecordedBatches
+from grutrace.capture.listen import listen
+from grutrace.capture.observe import STACKS, Observation, Stacks
+from grutrace.capture.recorder import ModuleRecorder, Recorded
+from grutrace.capture.sites import select
+from grutrace.errors import (
+    GrutraceWarning,
+    OptionError,
+    ResidualError,
+    ResidualWarning,
+    StateError,
+)
+from grutrace.record import DEFAULT_RECORD, Header
+from grutrace.storage.sinks import Mode, open_sink, open_source
+from grutrace.storage.trace import Trace
+
+Check = Literal["warn", "raise", "off"]
+
+
+class Recording:
+    """A stretch of recording, for giving tokens and labels to what was recorded in it."""
+
+    def __init__(self, tracer: Tracer, batches: RecordedBatches) -> None:
+        self._tracer, self._batches = tracer, batches
+
+    def annotate(
+        self,
+        *,
+        tokens: Given | None = None,
+        labels: Mapping[str, Given] | None = None,
+        module: str | None = None,
+    ) -> None:
+        """Give tokens or labels to the sequences recorded so far.
+
+        Args:
+            tokens: One list of texts a sequence of the batch, one text a step from its first;
+                or such lists by the path (or glob) of the module that they belong to.
+            labels: By name, the same with numbers or texts; or one value a sequence.
+            module: Path or glob of the module that they belong to. Without it they go to every
+                recorded batch that they fit exactly.
+
+        Raises:
+            OptionError: They fit nothing that was recorded.
+        """
+        given = {"tokens": tokens, **(labels or {})}
+        for name, values in given.items():
+            if values is not None:
+                named = values if module is None else {module: values}
+                self._tracer._annotate(self._batches, name, named)
+
+
+class Tracer(Trace):
+    """Records the gates and states of a model's GRUs, and reads like a trace at any time.
+
+    Hooks are on the model only while it records. As a context manager it records from entering,
+    unless ``recording`` is False, and is closed on leaving.
+
+    Args:
+        model: Any model with nn.GRU or nn.GRUCell inside; it may itself be the layer.
+        path: File to stream to; None keeps everything in memory.
+        sites: A glob, or several, for names of sites; None for all.
+        record: Quantities out of reset, update, candidate, hidden and input.
+        recording: Whether to begin to record on entering.
+        mode: For a file that exists: ``w`` refuses, ``a`` appends, ``overwrite`` replaces it.
+        stacks: How to see between the layers of a stack: ``split`` (one fused call a layer, bit
+            for bit the same output on a CPU), ``rerun`` (the lower layers once more), or ``auto``
+            for split on a CPU and rerun elsewhere.
+        check: What to do when a replayed state differs from the kernel's by more than rounding:
+            ``warn`` (once a site), ``raise`` or ``off``.
+
+    Raises:
+        OptionError: An option has no such value, or a glob matches no site.
+        UnsupportedError: The model has no GRU.
+        TraceFileError: The file exists, or cannot be written.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        sites: str | Sequence[str] | None = None,
+        record: str | Sequence[str] = DEFAULT_RECORD,
+        recording: bool = True,
+        mode: Mode = "w",
+        stacks: Stacks = "auto",
+        check: Check = "warn",
+    ) -> None:
+        _expect("mode", mode, get_args(Mode))
+        _expect("stacks", stacks, STACKS)
+        _expect("check", check, get_args(Check))
+        self._selections = select(model, sites, record)
+        header = Header(
+            model=f"{type(model).__module__}.{type(model).__qualname__}",
+            created=time.time(),
+            versions=_versions(),
+            options={"stacks": stacks, "check": check},
+            modules=tuple(each.description for each in self._selections),
+        )
+        self._sink = open_sink(path, header, mode)
+        super().__init__(open_source(self._sink))
+        self._recorders = [
+            ModuleRecorder(index, selection, self._sink.append)
+            for index, selection in enumerate(self._selections)
+        ]
+        self._record_on_enter, self._stacks, self._check = recording, stacks, check
+        self._tag: str | None = None
+        self._batches: RecordedBatches | None = None
+        self._listening: list[Callable[[], None]] = []
+        self._lock = threading.RLock()
+        self._called: set[int] = set()
+        self._warned: set[str] = set()
+        self._has_recorded = self._closed = False
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether calls of the model are recorded now."""
+        return bool(self._listening)
+
+    def start(self, tag: str | None = None) -> None:
+        """Record from now on.
+
+        Args:
+            tag: A name that every call bears from now on.
+
+        Raises:
+            StateError: The tracer is closed.
+        """
+        with self._lock:
+            if self._closed:
+                raise StateError("the tracer is closed: make a new one to record again")
+            self._tag = tag
+            if self._listening:
+                return
+            self._has_recorded = True
+            try:
+                for recorder, selection in zip(self._recorders, self._selections, strict=True):
+                    receive = partial(self._receive, recorder)
+                    self._listening.append(listen(selection.module, receive, self._stacks))
+            except BaseException:
+                self.stop()
+                raise
+
+    def stop(self) -> None:
+        """Stop recording and take all hooks off the model. The trace stays open."""
+        with self._lock:
+            while self._listening:
+                self._listening.pop()()
+
+    @contextmanager
+    def recording(
+        self,
+        tag: str | None = None,
+        *,
+        tokens: Given | None = None,
+        labels: Mapping[str, Given] | None = None,
+    ) -> Iterator[Recording]:
+        """Record within a ``with`` block, then go back to what was before.
+
+        Args:
+            tag: A name that every call within bears.
+            tokens: As for `Recording.annotate`; given to what was recorded, when the block ends.
+            labels: Likewise.
+
+        Yields:
+            The recording, for annotations that are known only after the model has run.
+        """
+        recording = Recording(self, RecordedBatches([each.description for each in self._selections]))
+        before = self.is_recording, self._tag, self._batches
+        self._batches = recording._batches
+        self.start(tag)
+        try:
+            yield recording
+            recording.annotate(tokens=tokens, labels=labels)
+        finally:
+            was_recording, self._tag, self._batches = before
+            if not was_recording:
+                self.stop()
+
+    def flush(self) -> None:
+        """Return once every recorded row is in the trace, and committed to the file if any.
+
+        Raises:
+            SinkError: The rows could not be stored.
+        """
+        self._sink.flush()
+
+    def close(self) -> None:
+        """Stop recording and close the trace, which can still be read. Twice does nothing.
+
+        Raises:
+            SinkError: Rows could not be stored.
+        """
+        self.stop()
+        if self._closed:
+            return
+        self._closed = True
+        self._sink.close()
+
+    def __enter__(self) -> Self:
+        if self._closed:
+            raise StateError("the tracer is closed: make a new one to record again")
+        if self._record_on_enter:
+            self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+        if kind is None:
+            self._name_uncalled()
+
+    def _receive(self, recorder: ModuleRecorder, observation: Observation) -> None:
+        recorded = recorder.record(observation, self._tag)
+        self._called.add(recorded.block.module)
+        with self._lock:
+            if self._batches is not None:
+                self._batches.add(recorded)
+        if self._check != "off":
+            self._check_residuals(recorder, recorded)
+
+    def _check_residuals(self, recorder: ModuleRecorder, recorded: Recorded) -> None:
+        for site in recorder.description.sites:
+            rows = recorded.block.sites[site.suffix]
+            if rows.residual <= rows.tolerance:
+                continue
+            message = (
+                f"{site.name}: the replayed states differ from the kernel's by up to "
+                f"{rows.residual:.2g}, where rounding explains {rows.tolerance:.2g}. The gates of "
+                "this call are not the ones that the model used"
+            )
+            if self._check == "raise":
+                raise ResidualError(message)
+            if site.name not in self._warned:
+                self._warned.add(site.name)
+                warnings.warn(message, ResidualWarning, stacklevel=2)
+
+    def _annotate(self, batches: RecordedBatches, name: str, given: Given) -> None:
+        for annotation in batches.annotations(name, given):
+            self._sink.append(annotation)
+
+    def _name_uncalled(self) -> None:
+        uncalled = [
+            recorder.description.path or "the model"
+            for index, recorder in enumerate(self._recorders)
+            if index not in self._called
+        ]
+        if self._has_recorded and uncalled:
+            warnings.warn(
+                f"nothing was recorded of {', '.join(uncalled)}: no call while recording",
+                GrutraceWarning,
+                stacklevel=3,
+            )
+
+
+def _expect(option: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise OptionError(f"{option}: expected one of {', '.join(allowed)}; found {value!r}")
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "grutrace": version("grutrace"),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def trace(
+    model: nn.Module, path: str | os.PathLike[str] | None = None, **options: Any
+) -> Tracer:
+    """Return a tracer for a ``with`` block: see `Tracer` for the options and errors."""
+    return Tracer(model, path, **options)

@@ -1,0 +1,159 @@
+"""How the steps of a call lie in the kernel's tensors, and in which order they are recorded.
+
+The kernel's order is by time: all sequences' first steps, then all second steps. The recorded
+order is by sequence: the rows of the batch's first sequence, then those of the second, in time
+order, without padding. See docs/format.md.
+
+T steps, B sequences in a batch, H hidden size, N rows: the steps of all sequences together.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+class Steps(Protocol):
+    """The steps of one call."""
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(B,) number of steps of each sequence, in the order of the user's batch."""
+
+    def previous(self, hidden: Tensor, initial: Tensor, *, reverse: bool) -> Tensor:
+        """Return the state before each step, in the kernel's order and shape.
+
+        Args:
+            hidden: The states after each step, as the kernel returned them.
+            initial: (B, H) the states before the first steps, in the kernel's batch order.
+            reverse: Whether the layer reads from the last step to the first.
+        """
+
+    def in_sequences(self, values: Tensor) -> Tensor:
+        """Copy values (one a step, in the kernel's order) to (N, width), sequence by sequence."""
+
+    def in_batch_order(self, values: Tensor) -> Tensor:
+        """Bring (B, width) from the kernel's batch order into the user's. May be a view."""
+
+    def final(self, hidden: Tensor, *, reverse: bool) -> Tensor:
+        """Return (B, H), in the user's batch order, the state after each sequence's last step.
+
+        For the reverse direction the last step that is made is the sequence's first.
+        """
+
+
+class PaddedSteps:
+    """The steps of a padded batch (T, B, width): every sequence has T of them."""
+
+    def __init__(self, length: int, batch: int) -> None:
+        self._length, self._batch = length, batch
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(B,) all of them T."""
+        return np.full(self._batch, self._length, dtype=np.int64)
+
+    def previous(self, hidden: Tensor, initial: Tensor, *, reverse: bool) -> Tensor:
+        """Shift the states by one step, (T, B, H)."""
+        if reverse:
+            return torch.cat((hidden[1:], initial.unsqueeze(0)))
+        return torch.cat((initial.unsqueeze(0), hidden[:-1]))
+
+    def in_sequences(self, values: Tensor) -> Tensor:
+        """Turn (T, B, width) into (B * T, width)."""
+        copy = torch.empty(
+            (self._batch, self._length, values.shape[-1]), dtype=values.dtype, device=values.device
+        )
+        copy.copy_(values.transpose(0, 1))
+        return copy.view(-1, values.shape[-1])
+
+    def in_batch_order(self, values: Tensor) -> Tensor:
+        """Return the values as they are: the kernel keeps a padded batch in the user's order."""
+        return values
+
+    def final(self, hidden: Tensor, *, reverse: bool) -> Tensor:
+        """Return the states at the last step, or at the first for the reverse direction."""
+        return hidden[0] if reverse else hidden[-1]
+
+
+class PackedSteps:
+    """The steps of a PackedSequence's data (N, width).
+
+    Args:
+        batch_sizes: (T,) how many sequences, longest first, have each step.
+        sorted_indices: (B,) the user's place of each of the kernel's sequences; None where the
+            user gave them sorted by length.
+    """
+
+    def __init__(self, batch_sizes: Tensor, sorted_indices: Tensor | None) -> None:
+        self._batch_sizes: npt.NDArray[np.int64] = batch_sizes.cpu().numpy()
+        batch = int(self._batch_sizes[0])
+        self._places = np.arange(batch) if sorted_indices is None else sorted_indices.cpu().numpy()
+
+    @cached_property
+    def _sorted_lengths(self) -> npt.NDArray[np.int64]:
+        lengths = np.searchsorted(-self._batch_sizes, -np.arange(len(self._places)), side="left")
+        return lengths.astype(np.int64)
+
+    @cached_property
+    def _starts(self) -> npt.NDArray[np.int64]:
+        """(T,) the row of each time's first sequence."""
+        ends = np.cumsum(self._batch_sizes, dtype=np.int64)
+        return ends - self._batch_sizes
+
+    @cached_property
+    def _times(self) -> npt.NDArray[np.int64]:
+        """(N,) the time of each row."""
+        return np.repeat(np.arange(len(self._batch_sizes)), self._batch_sizes)
+
+    @cached_property
+    def _columns(self) -> npt.NDArray[np.int64]:
+        """(N,) the kernel's batch place of each row."""
+        return np.arange(len(self._times)) - self._starts[self._times]
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(B,) in the user's order."""
+        lengths = np.empty_like(self._sorted_lengths)
+        lengths[self._places] = self._sorted_lengths
+        return lengths
+
+    def previous_rows(self, *, reverse: bool) -> npt.NDArray[np.int64]:
+        """Return (N,), for each row, the row of the state before it in [initial; hidden].
+
+        The first B rows of that are the initial states, in the kernel's batch order.
+        """
+        batch = len(self._places)
+        if reverse:
+            last = self._times + 1 == self._sorted_lengths[self._columns]
+            neighbours = np.minimum(self._times + 1, len(self._starts) - 1)
+        else:
+            last = self._times == 0
+            neighbours = np.maximum(self._times - 1, 0)
+        return np.where(last, self._columns, batch + self._starts[neighbours] + self._columns)
+
+    def previous(self, hidden: Tensor, initial: Tensor, *, reverse: bool) -> Tensor:
+        """Gather the state before each row, (N, H)."""
+        rows = torch.from_numpy(self.previous_rows(reverse=reverse)).to(hidden.device)
+        return torch.cat((initial, hidden)).index_select(0, rows)
+
+    def in_sequences(self, values: Tensor) -> Tensor:
+        """Gather (N, width) sequence by sequence."""
+        order = np.lexsort((self._times, self._places[self._columns]))
+        return values.index_select(0, torch.from_numpy(order).to(values.device))
+
+    def in_batch_order(self, values: Tensor) -> Tensor:
+        """Bring (B, width) into the user's order."""
+        order = np.argsort(self._places)
+        return values.index_select(0, torch.from_numpy(order).to(values.device))
+
+    def final(self, hidden: Tensor, *, reverse: bool) -> Tensor:
+        """Gather the last state that was made of each sequence."""
+        last = np.zeros_like(self._sorted_lengths) if reverse else self._sorted_lengths - 1
+        rows = self._starts[last] + np.arange(len(last))
+        return self.in_batch_order(hidden.index_select(0, torch.from_numpy(rows).to(hidden.device)))

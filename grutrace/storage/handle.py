@@ -1,0 +1,141 @@
+"""Reading handles that give way to a writer of the same process.
+
+HDF5 opens a file once per process, however many handles there are: while any reading handle is
+open, a writer's own close leaves the file open and marked as being written, which other programs
+then refuse. So every reading handle here is lent out for one read at a time, can be taken away
+between two of them, and opens again by itself.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+
+from grutrace.errors import StateError, TraceFileError
+from grutrace.storage.faults import require
+from grutrace.storage.header import member
+from grutrace.storage.schema import LIBVER
+
+#: Memory in which HDF5 keeps the chunks of one dataset that were read last: four of rows. Bytes.
+CHUNK_CACHE = 1024 * 1024
+
+#: One lock for all handles: HDF5 itself does one thing at a time, so nothing is lost.
+_lock = threading.RLock()
+
+_handles: weakref.WeakSet[ReadHandle] = weakref.WeakSet()
+
+os.register_at_fork(
+    before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+)
+
+
+class ReadHandle:
+    """An HDF5 file open for reading while it may grow.
+
+    Args:
+        path: Of a file that is complete, is being written, or whose writer died.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: h5py.File | None = None
+        self._identity: tuple[int, int] | None = None
+        self._closed = False
+        self._datasets: dict[str, tuple[h5py.Dataset, int]] = {}
+        with self.lent():
+            _handles.add(self)
+
+    @contextmanager
+    def lent(self) -> Iterator[h5py.File]:
+        """The open file, which nobody closes meanwhile."""
+        with _lock:
+            if self._closed:
+                raise StateError(f"the trace {self._path} is closed")
+            if self._file is None:
+                self._open()
+            yield self._file
+
+    def dataset(self, place: str, count: int) -> h5py.Dataset:
+        """A dataset of which the first `count` items can be read. Ask while the file is lent.
+
+        Raises:
+            Fault: It has fewer items.
+        """
+        dataset, seen = self._datasets.get(place, (None, 0))
+        if dataset is None:
+            dataset = _walk(self._file, place)
+        elif count > seen:
+            # Also where it is long enough already: HDF5 may have cached a chunk of it from before
+            # these items were written.
+            dataset.refresh()
+        self._datasets[place] = (dataset, max(count, seen))
+        require(dataset.shape, place, "an array", "a scalar")
+        require(dataset.shape[0] >= count, place, f"{count} items", dataset.shape[0])
+        return dataset
+
+    def release(self) -> None:
+        """Close the file until the next read."""
+        with _lock:
+            self._datasets.clear()
+            if self._file is not None:
+                self._file.close()
+                self._file = None
+
+    def close(self) -> None:
+        """Close the file for good."""
+        with _lock:
+            self.release()
+            self._closed = True
+
+    def is_of(self, identity: tuple[int, int]) -> bool:
+        """Whether the file is the one of this device and inode."""
+        return self._identity == identity
+
+    def _open(self) -> None:
+        file = _open_for_reading(self._path)
+        identity = file_identity(file)
+        if self._identity not in (None, identity):
+            file.close()
+            raise TraceFileError(f"{self._path} is another file by now; open it anew")
+        self._file, self._identity = file, identity
+
+
+def file_identity(file: h5py.File) -> tuple[int, int]:
+    """Device and inode of an open file, which stay when its path changes."""
+    status = os.fstat(file.id.get_vfd_handle())
+    return status.st_dev, status.st_ino
+
+
+@contextmanager
+def readers_out(identity: tuple[int, int]) -> Iterator[None]:
+    """Close this process's reading handles of a file, and let none open meanwhile."""
+    with _lock:
+        for handle in list(_handles):
+            if handle.is_of(identity):
+                handle.release()
+        yield
+
+
+def _open_for_reading(path: Path) -> h5py.File:
+    options = {"libver": LIBVER, "locking": "best-effort", "rdcc_nbytes": CHUNK_CACHE}
+    try:
+        return h5py.File(path, "r", swmr=True, **options)
+    except OSError as error:
+        # Where this process has the file open without SWMR, it has to stay so.
+        if "SWMR" not in str(error):
+            raise
+        return h5py.File(path, "r", **options)
+
+
+def _walk(file: h5py.File, place: str) -> h5py.Dataset:
+    *groups, name = place.split("/")
+    group = file
+    for part in groups:
+        group = member(group, part, h5py.Group)
+    return member(group, name, h5py.Dataset)

@@ -1,0 +1,162 @@
+"""The header of a trace as attributes of its file, written once and read back checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import h5py
+import numpy as np
+
+from grutrace.record import QUANTITIES, Header, Module, Site
+from grutrace.storage.faults import Fault, require
+from grutrace.storage.schema import FORMAT, FORMAT_VERSION, module_place
+
+_ROOT = {"model": str, "created": float, "versions": str, "options": str}
+
+_MODULE = {
+    "index": int,
+    "path": str,
+    "kind": str,
+    "type": str,
+    "input_size": int,
+    "hidden_size": int,
+    "num_layers": int,
+    "bidirectional": bool,
+    "bias": bool,
+    "batch_first": bool,
+    "dropout": float,
+}
+
+_SITE = {"name": str, "layer": int, "reverse": bool, "input_size": int}
+
+#: What rows and weights may be kept as.
+_FLOATS = ("float16", "float32", "float64")
+
+
+def write_header(file: h5py.File, header: Header) -> None:
+    """Create the groups of a trace and all attributes."""
+    file.attrs["format"] = FORMAT
+    file.attrs["format_version"] = np.array(FORMAT_VERSION, "<i8")
+    file.attrs["model"] = header.model
+    file.attrs["created"] = float(header.created)
+    file.attrs["versions"] = json.dumps(dict(header.versions))
+    file.attrs["options"] = json.dumps(dict(header.options))
+    file.create_group("modules")
+    for index, module in enumerate(header.modules):
+        group = file.create_group(module_place(module))
+        group.attrs["index"] = index
+        _write(group, module, {name: kind for name, kind in _MODULE.items() if name != "index"})
+        for site in module.sites:
+            _write(group.create_group(site.suffix), site, _SITE)
+
+
+def _write(group: h5py.Group, fields: object, kinds: Mapping[str, type]) -> None:
+    for name, kind in kinds.items():
+        group.attrs[name] = kind(getattr(fields, name))
+
+
+def read_header(file: h5py.File) -> Header:
+    """What `write_header` wrote, with the types of rows and weights as the datasets have them.
+
+    Raises:
+        Fault: The file is no trace, is of a newer format, or its header is damaged.
+    """
+    require(_attribute(file, "format", str) == FORMAT, "attribute 'format'", FORMAT, "another")
+    _check_version(file)
+    root = {name: _attribute(file, name, kind) for name, kind in _ROOT.items()}
+    modules: dict[int, Module] = {}
+    groups = member(file, "modules", h5py.Group)
+    for name in groups:
+        group = member(groups, name, h5py.Group)
+        modules[_attribute(group, "index", int)] = _read_module(group)
+    expected = list(range(len(groups)))
+    require(sorted(modules) == expected, "modules", f"numbers {expected}", sorted(modules))
+    for place in ("versions", "options"):
+        root[place] = _read_json(root[place], f"attribute {place!r}")
+    return Header(modules=tuple(modules[index] for index in expected), **root)
+
+
+def member(group: h5py.Group, name: str, kind: type) -> Any:
+    """The group or dataset of this name, never followed out of the file.
+
+    Raises:
+        Fault: It is missing, is of the other kind, or is a link to somewhere else.
+    """
+    place = f"{group.name.rstrip('/')}/{name}"
+    link = group.get(name, getlink=True)
+    require(link is not None, place, f"a {kind.__name__.lower()}", "nothing")
+    require(type(link) is h5py.HardLink, place, "no link to elsewhere", type(link).__name__)
+    found = group[name]
+    require(
+        isinstance(found, kind), place, f"a {kind.__name__.lower()}", type(found).__name__.lower()
+    )
+    return found
+
+
+def _check_version(file: h5py.File) -> None:
+    place = "attribute 'format_version'"
+    require("format_version" in file.attrs, place, "two integers", "nothing")
+    attribute = file.attrs.get_id("format_version")
+    require(
+        attribute.shape == (2,) and attribute.dtype.kind == "i",
+        place,
+        "two integers",
+        f"{attribute.dtype} of shape {attribute.shape}",
+    )
+    major, minor = (int(number) for number in file.attrs["format_version"])
+    newest = FORMAT_VERSION[0]
+    require(
+        1 <= major <= newest, place, f"{newest}.x, which this grutrace knows", f"{major}.{minor}"
+    )
+
+
+def _attribute(group: h5py.Group, name: str, kind: type) -> Any:
+    place = f"{group.name}: attribute {name!r}"
+    require(name in group.attrs, place, kind.__name__, "nothing")
+    shape = group.attrs.get_id(name).shape
+    require(shape == (), place, "a scalar", f"shape {shape}")
+    value = group.attrs[name]
+    if isinstance(value, np.generic):
+        value = value.item()
+    require(type(value) is kind, place, kind.__name__, type(value).__name__)
+    return value
+
+
+def _read_json(text: str, place: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise Fault(place, "a JSON object", "text that is not JSON") from None
+    require(isinstance(value, dict), place, "a JSON object", type(value).__name__)
+    return dict(value)
+
+
+def _read_module(group: h5py.Group) -> Module:
+    fields = {name: _attribute(group, name, kind) for name, kind in _MODULE.items()}
+    del fields["index"]
+    groups = [name for name in group if name != "pieces"]
+    sites = [_read_site(member(group, name, h5py.Group), name) for name in groups]
+    require(sites, group.name, "at least one site", "none")
+    sites.sort(key=lambda site: (site.layer, site.reverse))
+    first = group[sites[0].suffix]
+    return Module(
+        **fields,
+        dtype=_float_name(first, "initial"),
+        weights_dtype=_float_name(first, "weight_hh"),
+        sites=tuple(sites),
+    )
+
+
+def _read_site(group: h5py.Group, suffix: str) -> Site:
+    fields = {name: _attribute(group, name, kind) for name, kind in _SITE.items()}
+    quantities = tuple(quantity for quantity in QUANTITIES if quantity in group)
+    return Site(**fields, suffix=suffix, quantities=quantities)
+
+
+def _float_name(group: h5py.Group, name: str) -> str:
+    dtype = member(group, name, h5py.Dataset).dtype
+    place = f"{group.name}/{name}"
+    require(dtype.name in _FLOATS, place, " or ".join(_FLOATS), dtype)
+    return str(dtype.name)

@@ -1,0 +1,143 @@
+"""A trace in memory: the reference that the file is tested against."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import Any
+
+import numpy as np
+
+from grutrace.record import Array, Header, Record
+from grutrace.storage.admission import Admission
+from grutrace.storage.entries import Entries
+from grutrace.storage.schema import (
+    TABLES,
+    Column,
+    layout,
+    pieces_place,
+    quantity_place,
+    site_place,
+    weight_shapes,
+)
+from grutrace.storage.strings import Strings
+from grutrace.storage.tables import Tables, extent
+
+#: How far an array grows past what it must hold, so that reading after every call copies little.
+GROWTH = 1.5
+
+
+class MemorySink:
+    """Keeps every record, and is what it is read from: both `Sink` and `Source`.
+
+    Appending takes the same time however much there is; arrays are joined when they are read.
+
+    Args:
+        header: Of the trace.
+    """
+
+    name = "memory"
+
+    def __init__(self, header: Header) -> None:
+        self.header = header
+        self._lock = threading.Lock()
+        self._admission = Admission(header.modules)
+        self._strings = Strings()
+        self._entries = Entries(header.modules, self._strings)
+        self._arrays = {
+            place: _Growing(column) for place, column in layout(header.modules).items()
+        }
+
+    def append(self, record: Record) -> None:
+        """Take a record.
+
+        Raises:
+            SinkError: It does not fit what came before it.
+        """
+        with self._lock:
+            self._admission.admit(record)
+            for place, items in self._entries.of(record):
+                self._arrays[place].append(items)
+
+    def flush(self) -> None:
+        """Nothing is left to do: what was appended can be read."""
+
+    def close(self) -> None:
+        """Nothing is left to do: the trace stays readable."""
+
+    def refresh(self) -> Tables:
+        """The tables of everything appended so far."""
+        with self._lock:
+            ends, characters = self._strings.take()
+            self._arrays["strings"].append(ends)
+            self._arrays["characters"].append(characters)
+            tables = {name: self._arrays[name].joined() for name in TABLES}
+            modules = self.header.modules
+            pieces = tuple(self._arrays[pieces_place(module)].joined() for module in modules)
+        numbers = tables["calls"]["module"]
+        extents = tuple(
+            extent(tables["calls"][numbers == index], pieces[index])
+            for index in range(len(modules))
+        )
+        return Tables(**tables, pieces=pieces, extents=extents, closed=False)
+
+    def rows(self, module: int, suffix: str, quantity: str, count: int) -> Array:
+        """The first `count` rows, (count, H or I)."""
+        kind = self.header.modules[module]
+        site = next(site for site in kind.sites if site.suffix == suffix)
+        return self._read(quantity_place(kind, site, quantity), count)
+
+    def initial(self, module: int, suffix: str, count: int) -> Array:
+        """The states that the first `count` sequences began from, (count, H)."""
+        return self._read(site_place(self.header.modules[module], suffix, "initial"), count)
+
+    def checks(self, module: int, suffix: str, count: int) -> Array:
+        """Residual and tolerance of the module's first `count` calls, (count,)."""
+        return self._read(site_place(self.header.modules[module], suffix, "checks"), count)
+
+    def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
+        """One version of a site's weights."""
+        kind = self.header.modules[module]
+        site = next(site for site in kind.sites if site.suffix == suffix)
+        return {
+            name: self._read(site_place(kind, suffix, name), version + 1)[version]
+            for name in weight_shapes(kind, site)
+        }
+
+    def _read(self, place: str, count: int) -> Array:
+        with self._lock:
+            return self._arrays[place].joined()[:count]
+
+
+class _Growing:
+    """Arrays appended one by one, joined when somebody looks."""
+
+    def __init__(self, column: Column) -> None:
+        self._joined: Array = np.empty((0, *column.item), column.dtype)
+        self._length = 0
+        self._loose: deque[Array] = deque()
+
+    def append(self, items: Array) -> None:
+        """Keep (n, ...) items."""
+        self._loose.append(items)
+
+    def joined(self) -> Array:
+        """All items so far, read-only. What was given out before stays as it was."""
+        if self._loose:
+            length = self._length + sum(map(len, self._loose))
+            if length > len(self._joined):
+                self._reserve(length)
+            while self._loose:
+                items = self._loose.popleft()
+                self._joined[self._length : self._length + len(items)] = items
+                self._length += len(items)
+        view: Any = self._joined[: self._length]
+        view.flags.writeable = False
+        return np.asarray(view)
+
+    def _reserve(self, length: int) -> None:
+        # The first reading, mostly of a finished trace, takes just what it needs.
+        size = int(length * GROWTH) if self._length else length
+        larger = np.empty((size, *self._joined.shape[1:]), self._joined.dtype)
+        larger[: self._length] = self._joined[: self._length]
+        self._joined = larger

@@ -1,0 +1,223 @@
+"""The shape of a trace file: names, types, axes and chunks. docs/format.md says what they mean.
+
+Nothing else in grutrace knows them. The writer creates what `layout` lists, the reader demands it.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import h5py
+import numpy as np
+
+from grutrace.record import Module, Site
+
+FORMAT = "grutrace"
+
+#: Major and minor. A reader refuses a newer major number; a newer minor one only adds.
+FORMAT_VERSION = (1, 0)
+
+#: HDF5's 1.10 format: the first with SWMR, and what every HDF5 since then reads. ("latest" is
+#: HDF5 2.0's own format where h5py brings 2.0, and older tools refuse that.)
+LIBVER = ("v110", "v110")
+
+#: A chunk of rows. Large enough that a million rows need few index entries, small enough that a
+#: short trace of many sites stays small. Bytes.
+ROW_CHUNK = 256 * 1024
+
+#: A chunk of what grows by one item a call or a sequence. Bytes.
+TABLE_CHUNK = 32 * 1024
+
+#: The largest chunk of a weight matrix. Bytes.
+WEIGHT_CHUNK = 1024 * 1024
+
+COMMITTED = np.dtype(
+    [
+        ("calls", "<u8"),
+        ("forks", "<u8"),
+        ("annotations", "<u8"),
+        ("values", "<u8"),
+        ("strings", "<u8"),
+        ("characters", "<u8"),
+        ("closed", "u1"),
+    ]
+)
+CALL = np.dtype(
+    [
+        ("time", "<f8"),
+        ("module", "<u4"),
+        ("tag", "<u4"),
+        ("weights", "<u4"),
+        ("batch", "<u4"),
+        ("training", "u1"),
+    ]
+)
+FORK = np.dtype([("module", "<u4"), ("sequence", "<u8"), ("parent", "<u8"), ("steps", "<u8")])
+ANNOTATION = np.dtype(
+    [
+        ("module", "<u4"),
+        ("name", "<u4"),
+        ("sequence", "<u8"),
+        ("first", "<u8"),
+        ("count", "<u8"),
+        ("text", "u1"),
+    ]
+)
+PIECE = np.dtype([("sequence", "<u8"), ("steps", "<u4")])
+CHECK = np.dtype([("residual", "<f4"), ("tolerance", "<f4")])
+
+#: The tables of the whole trace. `committed` has a count for each, under the same name.
+TABLES = {
+    "calls": CALL,
+    "forks": FORK,
+    "annotations": ANNOTATION,
+    "values": np.dtype("<f8"),
+    "strings": np.dtype("<u8"),
+    "characters": np.dtype("u1"),
+}
+
+#: Characters that a module's group name keeps as they are.
+_PLAIN = frozenset((string.ascii_letters + string.digits + "_-.").encode())
+
+
+@dataclass(frozen=True)
+class Column:
+    """A dataset that grows along its first axis.
+
+    Attributes:
+        dtype: Type of its elements, little-endian.
+        item: Shape of what it grows by: the shape of the dataset without its first axis.
+        axes: A label for each axis; empty for a table.
+        chunk: Bytes of a chunk, about.
+    """
+
+    dtype: np.dtype[Any]
+    item: tuple[int, ...] = ()
+    axes: tuple[str, ...] = ()
+    chunk: int = TABLE_CHUNK
+
+    @property
+    def chunks(self) -> tuple[int, ...]:
+        """Shape of a chunk: whole items where they fit, else one item cut along its first axis."""
+        fitting = self.chunk // max(1, math.prod(self.item) * self.dtype.itemsize)
+        if fitting or not self.item:
+            return (max(1, fitting), *(max(1, size) for size in self.item))
+        width = math.prod(self.item[1:]) * self.dtype.itemsize
+        return (1, max(1, self.chunk // width), *self.item[1:])
+
+
+def group_name(path: str) -> str:
+    """The name of a module's group, which is its path with whatever HDF5 minds escaped."""
+    if not path:
+        return "%"
+    if not path.strip("."):
+        return "%2E" + path[1:]
+    encoded = path.encode("utf-8", "surrogatepass")
+    return "".join(chr(byte) if byte in _PLAIN else f"%{byte:02X}" for byte in encoded)
+
+
+def module_place(module: Module) -> str:
+    """Place of a module's group in the file."""
+    return f"modules/{group_name(module.path)}"
+
+
+def pieces_place(module: Module) -> str:
+    """Place of a module's pieces in the file."""
+    return f"{module_place(module)}/pieces"
+
+
+def site_place(module: Module, suffix: str, name: str) -> str:
+    """Place of one dataset of a site in the file."""
+    return f"{module_place(module)}/{suffix}/{name}"
+
+
+def input_owner(module: Module, site: Site) -> Site:
+    """The site that holds the input rows of this one: both directions of a layer read the same."""
+    for other in module.sites:
+        if other.layer == site.layer and not other.reverse and "input" in other.quantities:
+            return other
+    return site
+
+
+def quantity_place(module: Module, site: Site, quantity: str) -> str:
+    """Place of the rows of a quantity: for an input that two directions share, the one dataset."""
+    owner = input_owner(module, site) if quantity == "input" else site
+    return site_place(module, owner.suffix, quantity)
+
+
+def width(module: Module, site: Site, quantity: str) -> int:
+    """Elements in a row of this quantity."""
+    return site.input_size if quantity == "input" else module.hidden_size
+
+
+def weight_shapes(module: Module, site: Site) -> dict[str, tuple[int, ...]]:
+    """The weights that a site has, and their shapes: (3H, I), (3H, H) and twice (3H,)."""
+    stacked = 3 * module.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {
+        "weight_ih": (stacked, site.input_size),
+        "weight_hh": (stacked, module.hidden_size),
+    }
+    if module.bias:
+        shapes |= {"bias_ih": (stacked,), "bias_hh": (stacked,)}
+    return shapes
+
+
+def layout(modules: Sequence[Module]) -> dict[str, Column]:
+    """Every growing dataset of a trace of these modules, by its place in the file."""
+    columns = {name: Column(dtype) for name, dtype in TABLES.items()}
+    for module in modules:
+        columns[pieces_place(module)] = Column(PIECE)
+        for site in module.sites:
+            columns.update(_site_layout(module, site))
+    return columns
+
+
+def _site_layout(module: Module, site: Site) -> Iterator[tuple[str, Column]]:
+    kept = np.dtype(module.dtype).newbyteorder("<")
+    for quantity in site.quantities:
+        axes = ("step", "feature" if quantity == "input" else "unit")
+        item = (width(module, site, quantity),)
+        yield quantity_place(module, site, quantity), Column(kept, item, axes, ROW_CHUNK)
+    initial = Column(kept, (module.hidden_size,), ("sequence", "unit"))
+    yield site_place(module, site.suffix, "initial"), initial
+    yield site_place(module, site.suffix, "checks"), Column(CHECK)
+    weights = np.dtype(module.weights_dtype).newbyteorder("<")
+    for name, item in weight_shapes(module, site).items():
+        axes = ("version", "gate unit", "feature" if name == "weight_ih" else "unit")
+        column = Column(weights, item, axes[: 1 + len(item)], WEIGHT_CHUNK)
+        yield site_place(module, site.suffix, name), column
+
+
+def shared_inputs(modules: Sequence[Module]) -> Iterator[tuple[str, str]]:
+    """The hard links of a trace: (place of the link, place of the dataset)."""
+    for module in modules:
+        for site in module.sites:
+            owner = input_owner(module, site)
+            if "input" in site.quantities and owner is not site:
+                yield (
+                    site_place(module, site.suffix, "input"),
+                    site_place(module, owner.suffix, "input"),
+                )
+
+
+def create_datasets(file: h5py.File, modules: Sequence[Module]) -> None:
+    """Create everything that `layout` lists, empty, and `committed`, all zero."""
+    file.create_dataset("committed", data=np.zeros((), COMMITTED))
+    for place, column in layout(modules).items():
+        dataset = file.create_dataset(
+            place,
+            shape=(0, *column.item),
+            maxshape=(None, *column.item),
+            chunks=column.chunks,
+            dtype=column.dtype,
+            # Rows are written whole before anyone may read them: filling first is work for nothing.
+            fill_time="never",
+        )
+        for axis, label in enumerate(column.axes):
+            dataset.dims[axis].label = label
+    for place, target in shared_inputs(modules):
+        file[place] = file[target]

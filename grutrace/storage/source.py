@@ -1,0 +1,61 @@
+"""The reading contract: what a trace can be read from, in memory or in a file."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from grutrace.record import Array, Header
+from grutrace.storage.tables import Tables
+
+
+class Rows(Protocol):
+    """A two-dimensional array that may still lie in a file. `numpy.asarray` reads all of it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows, width)."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the elements."""
+
+    @property
+    def ndim(self) -> int:
+        """Always 2."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, key: Any) -> Any:
+        """What NumPy gives for an integer, slice, integer array or mask, or two of them."""
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array: ...
+
+
+class Source(Protocol):
+    """Where a trace is read from. A reader asks for the tables, and for no more than they count.
+
+    Modules are named by their place in the header, sites by their suffix.
+    """
+
+    name: str
+    header: Header
+
+    def refresh(self) -> Tables:
+        """The tables of everything there is by now, always a consistent prefix of the trace."""
+
+    def rows(self, module: int, suffix: str, quantity: str, count: int) -> Rows:
+        """The first `count` rows, (count, H or I)."""
+
+    def initial(self, module: int, suffix: str, count: int) -> Rows:
+        """The states that the first `count` sequences began from, (count, H)."""
+
+    def checks(self, module: int, suffix: str, count: int) -> Array:
+        """Residual and tolerance of the module's first `count` calls, (count,)."""
+
+    def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
+        """One version of a site's weights: (3H, I), (3H, H) and, if it has biases, twice (3H,)."""
+
+    def close(self) -> None:
+        """Let go of everything. Closing twice does nothing."""

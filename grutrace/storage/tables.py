@@ -1,0 +1,146 @@
+"""The tables of a trace at one moment: small beside the rows, and they say how many rows count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from grutrace.record import Array, Module
+from grutrace.storage.faults import require
+from grutrace.storage.schema import pieces_place
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much of one module there is.
+
+    Attributes:
+        calls: Its calls, which is the length of `checks`.
+        rows: Rows of each quantity.
+        sequences: Sequences begun, which is the length of `initial`.
+        versions: Versions of its weights.
+    """
+
+    calls: int
+    rows: int
+    sequences: int
+    versions: int
+
+
+@dataclass(frozen=True)
+class Tables:
+    """A consistent prefix of a trace, without its rows. Types are those of `schema`.
+
+    Attributes:
+        calls: (calls,) of all modules.
+        forks: (forks,)
+        annotations: (annotations,)
+        values: (values,) float64
+        strings: (strings,) uint64, where each ends in `characters`.
+        characters: (characters,) uint8
+        pieces: By module, (pieces,).
+        extents: By module, how much of it there is.
+        closed: Whether no more will come.
+    """
+
+    calls: Array
+    forks: Array
+    annotations: Array
+    values: Array
+    strings: Array
+    characters: Array
+    pieces: tuple[Array, ...]
+    extents: tuple[Extent, ...]
+    closed: bool
+
+    @cached_property
+    def texts(self) -> tuple[str, ...]:
+        """All strings, by number."""
+        data = self.characters.tobytes()
+        ends = [0, *self.strings.tolist()]
+        return tuple(
+            data[start:end].decode("utf-8", "replace") for start, end in zip(ends, ends[1:])
+        )
+
+
+def extent(calls: Array, pieces: Array) -> Extent:
+    """How much there is of the module that these calls and pieces are of."""
+    return Extent(
+        calls=len(calls),
+        rows=int(pieces["steps"].sum(dtype=np.uint64)),
+        sequences=int(pieces["sequence"].max()) + 1 if len(pieces) else 0,
+        versions=int(calls["weights"].max()) + 1 if len(calls) else 0,
+    )
+
+
+def check_tables(tables: Tables, modules: Sequence[Module]) -> None:
+    """Check every number in the tables that leads somewhere else.
+
+    Raises:
+        Fault: One of them leads nowhere.
+    """
+    for module, pieces in zip(modules, tables.pieces, strict=True):
+        _check_pieces(pieces, pieces_place(module))
+    _check_texts(tables)
+    _check_references(tables, len(modules))
+    _check_values(tables)
+
+
+def _check_texts(tables: Tables) -> None:
+    ends, characters = tables.strings, len(tables.characters)
+    require(np.all(ends[1:] >= ends[:-1]), "strings", "ends that never decrease", "others")
+    require(
+        not len(ends) or ends[-1] <= characters,
+        "strings",
+        f"ends within {characters} characters",
+        ends[-1:],
+    )
+    for table, field in (("calls", "tag"), ("annotations", "name")):
+        _below(getattr(tables, table)[field], 1 + len(ends), f"{table}.{field}")
+    require(np.all(tables.annotations["name"] > 0), "annotations.name", "a name", "none")
+
+
+def _check_references(tables: Tables, modules: int) -> None:
+    for name in ("calls", "forks", "annotations"):
+        _below(getattr(tables, name)["module"], modules, f"{name}.module")
+    begun = np.array([extent.sequences for extent in tables.extents], np.uint64)
+    for name, fields in (("forks", ("sequence", "parent")), ("annotations", ("sequence",))):
+        table = getattr(tables, name)
+        for field in fields:
+            outside = table[field] >= begun[table["module"]]
+            require(
+                not outside.any(),
+                f"{name}.{field}",
+                "a sequence that has begun",
+                table[field][outside][:1],
+            )
+
+
+def _check_values(tables: Tables) -> None:
+    counts, values = tables.annotations["count"], tables.values
+    # Each on its own first: a sum of huge counts could wrap round to a small one.
+    _below(counts, 1 + len(values), "annotations.count")
+    total = int(counts.sum(dtype=np.float64))
+    require(total <= len(values), "annotations.count", f"at most {len(values)} values", total)
+    texts = values[:total][np.repeat(tables.annotations["text"] > 0, counts.astype(np.int64))]
+    known = (texts >= 0) & (texts < len(tables.strings))
+    require(known.all(), "values", "the number of a string", texts[~known][:1])
+
+
+def _check_pieces(pieces: Array, place: str) -> None:
+    """A sequence's number is the next unused one when it begins: so no number is left out."""
+    numbers = pieces["sequence"]
+    if not len(numbers):
+        return
+    unused = np.maximum.accumulate(numbers) + np.uint64(1)
+    require(numbers[0] == 0, f"{place}.sequence", 0, numbers[0])
+    skips = numbers[1:] > unused[:-1]
+    require(not skips.any(), f"{place}.sequence", "no number left out", f"{numbers[1:][skips][:1]}")
+
+
+def _below(numbers: Array, bound: int, place: str) -> None:
+    wrong = numbers >= bound
+    require(not wrong.any(), place, f"below {bound}", numbers[wrong][:1])
