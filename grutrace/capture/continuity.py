@@ -73,7 +73,7 @@ class Continuity:
         reached = self._reached.get(thread)
         if initial is None or reached is None or not len(lengths):
             assignment = self._begin_all(len(lengths))
-        elif torch.equal(initial, reached.states):
+        elif torch.equal(initial, reached.states) and bool(initial.any(1).all()):
             assignment = _continue_all(reached)
         else:
             assignment = self._match(initial, reached)

@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from types import TracebackType
-from typing import Any, Literal, get_args
+from typing import Literal, Self, get_args
 
 import numpy as np
 import torch
 from torch import nn
-from typing_extensions import Self
 
 from grutrace.capture.annotate import Given, RecordedBatches
 from grutrace.capture.listen import listen
@@ -293,8 +292,5 @@ def _versions() -> dict[str, str]:
     }
 
 
-def trace(
-    model: nn.Module, path: str | os.PathLike[str] | None = None, **options: Any
-) -> Tracer:
-    """Return a tracer for a ``with`` block: see `Tracer` for the options and errors."""
-    return Tracer(model, path, **options)
+#: The name for a ``with`` block: ``with grutrace.trace(model) as trace:``.
+trace = Tracer

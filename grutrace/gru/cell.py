@@ -59,7 +59,7 @@ def products(
 
 
 def preactivations(products: Products) -> Gates:
-    """Return what the sigmoids and the tanh are applied to, the reset gate within the last."""
+    """Return what the sigmoids and the tanh are applied to; the last one holds the reset gate."""
     input_reset, input_update, input_candidate = products.input.chunk(3, -1)
     hidden_reset, hidden_update, hidden_candidate = products.hidden.chunk(3, -1)
     reset = input_reset + hidden_reset

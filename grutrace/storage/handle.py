@@ -8,16 +8,20 @@ between two of them, and opens again by itself.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import h5py
+import numpy as np
 
 from grutrace.errors import StateError, TraceFileError
+from grutrace.record import Array
 from grutrace.storage.faults import require
 from grutrace.storage.header import member
 from grutrace.storage.schema import LIBVER
@@ -65,7 +69,7 @@ class ReadHandle:
         """A dataset of which the first `count` items can be read. Ask while the file is lent.
 
         Raises:
-            Fault: It has fewer items.
+            Fault: It has fewer items, or the file is too small to hold them.
         """
         dataset, seen = self._datasets.get(place, (None, 0))
         if dataset is None:
@@ -74,10 +78,31 @@ class ReadHandle:
             # Also where it is long enough already: HDF5 may have cached a chunk of it from before
             # these items were written.
             dataset.refresh()
+        shape = dataset.shape
+        require(shape, place, "an array", "a scalar or nothing")
+        require(shape[0] >= count, place, f"at least {count} items", shape[0])
+        if count > seen and not dataset.id.get_create_plist().get_nfilters():
+            size = count * math.prod(shape[1:]) * dataset.dtype.itemsize
+            held = os.fstat(self._file.id.get_vfd_handle()).st_size
+            require(size <= held, place, f"{size} bytes of items", f"a file of {held}")
         self._datasets[place] = (dataset, max(count, seen))
-        require(dataset.shape, place, "an array", "a scalar")
-        require(dataset.shape[0] >= count, place, f"{count} items", dataset.shape[0])
         return dataset
+
+    def scalar(self, place: str, dtype: np.dtype[Any]) -> Array:
+        """The present value of a scalar dataset. Ask while the file is lent.
+
+        Raises:
+            Fault: It is no scalar, or of another type.
+        """
+        dataset, _ = self._datasets.get(place, (None, 0))
+        if dataset is None:
+            dataset = _walk(self._file, place)
+            self._datasets[place] = (dataset, 0)
+            found = f"{dataset.dtype} of shape {dataset.shape}"
+            require((dataset.dtype, dataset.shape) == (dtype, ()), place, dtype, found)
+        else:
+            dataset.refresh()
+        return np.asarray(dataset[()])
 
     def release(self) -> None:
         """Close the file until the next read."""
@@ -138,4 +163,7 @@ def _walk(file: h5py.File, place: str) -> h5py.Dataset:
     group = file
     for part in groups:
         group = member(group, part, h5py.Group)
-    return member(group, name, h5py.Dataset)
+    dataset = member(group, name, h5py.Dataset)
+    require(not dataset.is_virtual, place, "its own data", "a virtual dataset")
+    require(dataset.external is None, place, "its own data", "data in another file")
+    return dataset

@@ -56,7 +56,7 @@ class MemorySink:
         """
         with self._lock:
             self._admission.admit(record)
-            for place, items in self._entries.of(record):
+            for place, items in list(self._entries.of(record)):
                 self._arrays[place].append(items)
 
     def flush(self) -> None:

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 
 from grutrace.errors import TraceFileError
-from grutrace.record import Array, Header
+from grutrace.record import Array, Site
+from grutrace.storage.committed import CommittedTables
 from grutrace.storage.faults import reading, require
 from grutrace.storage.handle import ReadHandle
 from grutrace.storage.header import read_header
 from grutrace.storage.rows import FileRows
 from grutrace.storage.schema import (
-    COMMITTED,
-    TABLES,
     Column,
     layout,
-    pieces_place,
     quantity_place,
     site_place,
     weight_shapes,
 )
-from grutrace.storage.tables import Tables, check_tables, extent
+from grutrace.storage.tables import Tables, lengths
 
 
 class FileSource:
@@ -42,10 +42,8 @@ class FileSource:
         self._path = Path(path)
         self.name = str(path)
         if not self._path.is_file():
-            found = "is no file" if self._path.exists() else "does not exist"
+            found = "is not a file" if self._path.exists() else "does not exist"
             raise TraceFileError(f"{self.name} {found}")
-        self._known: Tables | None = None
-        self._committed: Array | None = None
         with reading(self._path):
             self._handle = ReadHandle(self._path)
             try:
@@ -60,4 +58,64 @@ class FileSource:
             self._columns = layout(self.header.modules)
             for place, column in self._columns.items():
                 _check_column(self._handle.dataset(place, 0), place, column)
-            committed = self._handle.dataset("committed"
+            self._tables = CommittedTables(self._handle, self.header.modules)
+            for place, count in lengths(self._tables.read(), self.header.modules).items():
+                self._handle.dataset(place, count)
+
+    def refresh(self) -> Tables:
+        """The tables of everything committed by now.
+
+        Raises:
+            TraceFileError: The file is damaged.
+        """
+        with reading(self._path), self._handle.lent():
+            return self._tables.read()
+
+    def rows(self, module: int, suffix: str, quantity: str, count: int) -> FileRows:
+        """The first `count` rows, (count, H or I), read when they are indexed."""
+        kind = self.header.modules[module]
+        return self._rows(quantity_place(kind, self._site(module, suffix), quantity), count)
+
+    def initial(self, module: int, suffix: str, count: int) -> FileRows:
+        """The states that the first `count` sequences began from, (count, H)."""
+        return self._rows(site_place(self.header.modules[module], suffix, "initial"), count)
+
+    def checks(self, module: int, suffix: str, count: int) -> Array:
+        """Residual and tolerance of the module's first `count` calls, (count,)."""
+        place = site_place(self.header.modules[module], suffix, "checks")
+        with self._dataset(place, count) as dataset:
+            return np.asarray(dataset[:count])
+
+    def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
+        """One version of a site's weights."""
+        kind = self.header.modules[module]
+        weights = {}
+        for name in weight_shapes(kind, self._site(module, suffix)):
+            with self._dataset(site_place(kind, suffix, name), version + 1) as dataset:
+                weights[name] = np.asarray(dataset[version])
+        return weights
+
+    def close(self) -> None:
+        """Close the file. Closing twice does nothing."""
+        self._handle.close()
+
+    def _site(self, module: int, suffix: str) -> Site:
+        sites = self.header.modules[module].sites
+        return next(site for site in sites if site.suffix == suffix)
+
+    def _rows(self, place: str, count: int) -> FileRows:
+        column = self._columns[place]
+        lent: Callable[[], AbstractContextManager[h5py.Dataset]]
+        lent = partial(self._dataset, place, count)
+        return FileRows(lent, (count, *column.item), column.dtype)  # type: ignore[arg-type]
+
+    @contextmanager
+    def _dataset(self, place: str, count: int) -> Iterator[h5py.Dataset]:
+        with reading(self._path), self._handle.lent():
+            yield self._handle.dataset(place, count)
+
+
+def _check_column(dataset: h5py.Dataset, place: str, column: Column) -> None:
+    found = f"{dataset.dtype} of items {dataset.shape[1:]}"
+    expected = f"{column.dtype} of items {column.item}"
+    require((dataset.dtype, dataset.shape[1:]) == (column.dtype, column.item), place, expected, found)

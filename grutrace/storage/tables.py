@@ -10,7 +10,13 @@ import numpy as np
 
 from grutrace.record import Array, Module
 from grutrace.storage.faults import require
-from grutrace.storage.schema import pieces_place
+from grutrace.storage.schema import (
+    TABLES,
+    pieces_place,
+    quantity_place,
+    site_place,
+    weight_shapes,
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,20 @@ def extent(calls: Array, pieces: Array) -> Extent:
         sequences=int(pieces["sequence"].max()) + 1 if len(pieces) else 0,
         versions=int(calls["weights"].max()) + 1 if len(calls) else 0,
     )
+
+
+def lengths(tables: Tables, modules: Sequence[Module]) -> dict[str, int]:
+    """By its place in the file, how many items of each growing dataset the tables count."""
+    counts = {name: len(getattr(tables, name)) for name in TABLES}
+    for module, pieces, of in zip(modules, tables.pieces, tables.extents, strict=True):
+        counts[pieces_place(module)] = len(pieces)
+        for site in module.sites:
+            for quantity in site.quantities:
+                counts[quantity_place(module, site, quantity)] = of.rows
+            names = dict.fromkeys(weight_shapes(module, site), of.versions)
+            for name, count in {**names, "initial": of.sequences, "checks": of.calls}.items():
+                counts[site_place(module, site.suffix, name)] = count
+    return counts
 
 
 def check_tables(tables: Tables, modules: Sequence[Module]) -> None:

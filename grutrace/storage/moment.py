@@ -1,0 +1,139 @@
+"""A trace as it was when somebody looked: its tables, and what follows from them, once."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from grutrace.errors import NotRecordedError
+from grutrace.record import Array, Site
+from grutrace.storage.index import AnnotationIndex, ModuleIndex
+from grutrace.storage.source import Rows, Source
+from grutrace.storage.tables import Extent, Tables
+
+#: One row a call. Texts are Python strings: one object however many rows bear it.
+CALLS = np.dtype(
+    [
+        ("module", object),
+        ("tag", object),
+        ("weights", np.int64),
+        ("training", np.bool_),
+        ("batch", np.int64),
+        ("steps", np.int64),
+        ("time", np.float64),
+        ("residual", np.float32),
+    ]
+)
+
+#: One row a sequence of a module.
+SEQUENCES = np.dtype(
+    [
+        ("module", object),
+        ("sequence", np.int64),
+        ("call", np.int64),
+        ("place", np.int64),
+        ("steps", np.int64),
+        ("pieces", np.int64),
+        ("parent", np.int64),
+        ("parent_steps", np.int64),
+        ("tag", object),
+    ]
+)
+
+
+class Moment:
+    """What a source held when its tables were read. Nothing in it changes.
+
+    Args:
+        source: Of the trace.
+        tables: Of its present state.
+    """
+
+    def __init__(self, source: Source, tables: Tables) -> None:
+        self.source = source
+        self.tables = tables
+        self._indices: dict[int, ModuleIndex] = {}
+        self._annotations: dict[int, AnnotationIndex] = {}
+
+    def extent(self, module: int) -> Extent:
+        """How much of a module there is."""
+        return self.tables.extents[module]
+
+    def index(self, module: int) -> ModuleIndex:
+        """The pieces of a module, by sequence."""
+        if module not in self._indices:
+            self._indices[module] = ModuleIndex(self.tables, module)
+        return self._indices[module]
+
+    def annotations(self, module: int) -> AnnotationIndex:
+        """The annotations of a module, by sequence."""
+        if module not in self._annotations:
+            self._annotations[module] = AnnotationIndex(self.tables, module)
+        return self._annotations[module]
+
+    def rows(self, module: int, site: Site, quantity: str) -> Rows:
+        """All rows of a quantity at a site.
+
+        Raises:
+            NotRecordedError: The quantity was not recorded there.
+        """
+        if quantity not in site.quantities:
+            found = ", ".join(site.quantities) or "nothing"
+            raise NotRecordedError(
+                f"{quantity!r} was not recorded at {site.name!r}; recorded: {found}"
+            )
+        return self.source.rows(module, site.suffix, quantity, self.extent(module).rows)
+
+    @cached_property
+    def tags(self) -> Array:
+        """(calls,) the tag of each call, or None."""
+        labels = np.array([None, *self.tables.texts], object)
+        return labels[self.tables.calls["tag"]]
+
+    @cached_property
+    def calls(self) -> Array:
+        """(calls,) of type `CALLS`."""
+        tables = self.tables
+        calls = np.zeros(len(tables.calls), CALLS)
+        for name in ("weights", "batch", "time"):
+            calls[name] = tables.calls[name]
+        calls["training"] = tables.calls["training"] > 0
+        calls["tag"] = self.tags
+        for number, module in enumerate(self.source.header.modules):
+            index = self.index(number)
+            of_module = index.call_numbers
+            calls["module"][of_module] = module.path
+            calls["steps"][of_module] = index.call_steps
+            calls["residual"][of_module] = self._residuals(number)
+        calls.flags.writeable = False
+        return calls
+
+    def _residuals(self, module: int) -> Array:
+        """(calls of the module,) the largest residual of its sites."""
+        count = self.extent(module).calls
+        sites = self.source.header.modules[module].sites
+        checks = [self.source.checks(module, site.suffix, count) for site in sites]
+        return np.max([check["residual"] for check in checks], axis=0)
+
+    @cached_property
+    def sequences(self) -> Array:
+        """(sequences of all modules,) of type `SEQUENCES`, module by module."""
+        parts = [self._sequences(module) for module in range(len(self.source.header.modules))]
+        sequences = np.concatenate(parts) if parts else np.zeros(0, SEQUENCES)
+        sequences.flags.writeable = False
+        return sequences
+
+    def _sequences(self, module: int) -> Array:
+        index = self.index(module)
+        first = index.first_pieces
+        sequences = np.zeros(len(index), SEQUENCES)
+        sequences["module"] = self.source.header.modules[module].path
+        sequences["sequence"] = np.arange(len(index))
+        sequences["call"] = index.calls[first]
+        sequences["place"] = index.places[first]
+        sequences["steps"] = index.lengths
+        sequences["pieces"] = np.diff(index.bounds)
+        sequences["parent"], sequences["parent_steps"] = index.parents
+        sequences["tag"] = self.tags[sequences["call"]]
+        return sequences

@@ -1,0 +1,108 @@
+"""One sequence at one site, as arrays in time order."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from grutrace.record import Array, Site
+from grutrace.storage.moment import Moment
+from grutrace.storage.quantities import Quantities
+
+
+class Sequence(Quantities[Array]):
+    """What one batch row went through at one site, over all calls that it went through.
+
+    Its quantities are NumPy arrays, (T, H) or (T, I), in time order for both directions.
+
+    Attributes:
+        number: Its number within the module.
+        site: Where it was recorded.
+    """
+
+    def __init__(self, moment: Moment, module: int, site: Site, number: int) -> None:
+        self.number = number
+        self.site = site
+        self._moment = moment
+        self._module = module
+        self._index = moment.index(module)
+
+    def __len__(self) -> int:
+        return int(self._index.lengths[self.number])
+
+    def __repr__(self) -> str:
+        return f"<sequence {self.number} of {self.site.name}: {len(self)} steps>"
+
+    def rows(self, quantity: str) -> Array:
+        """(T, H), or (T, I) for the input.
+
+        Raises:
+            NotRecordedError: The quantity was not recorded.
+        """
+        rows = self._moment.rows(self._module, self.site, quantity)
+        return np.asarray(rows[self._index.rows(self.number)])
+
+    @property
+    def initial(self) -> Array:
+        """(H,) the state that it began from: before its first step, or, reversed, its last."""
+        count = len(self._index)
+        initial = self._moment.source.initial(self._module, self.site.suffix, count)
+        return np.asarray(initial[self.number])
+
+    @property
+    def previous(self) -> Array:
+        """(T, H) the state that each step started from.
+
+        Raises:
+            NotRecordedError: The hidden states were not recorded.
+        """
+        initial, hidden = self.initial[np.newaxis], self.hidden
+        if not len(hidden):
+            return hidden
+        parts = [hidden[1:], initial] if self.site.reverse else [initial, hidden[:-1]]
+        return np.concatenate(parts)
+
+    @property
+    def tokens(self) -> list[str | float | None] | None:
+        """The token of each step, None for a step without; None where it has no tokens at all."""
+        tokens = self._annotations().get("tokens")
+        if isinstance(tokens, np.ndarray):
+            return [None if np.isnan(token) else token for token in tokens.tolist()]
+        return tokens
+
+    @property
+    def labels(self) -> dict[str, Array | list[str | float | None]]:
+        """By name, the label of each step: (T,) float64 with nan for none, or a list of texts."""
+        labels = self._annotations()
+        labels.pop("tokens", None)
+        return labels
+
+    @property
+    def calls(self) -> Array:
+        """The calls that it went through, as rows of `Trace.calls`."""
+        return self._index.calls[self._index.pieces(self.number)]
+
+    @property
+    def place(self) -> int:
+        """Its place in the batch of its first call."""
+        return int(self._index.places[self._index.pieces(self.number)[0]])
+
+    @property
+    def tag(self) -> str | None:
+        """The tag of its first call."""
+        tag: str | None = self._moment.tags[self.calls[0]]
+        return tag
+
+    @property
+    def parent(self) -> int | None:
+        """The sequence from whose middle it began, if it did."""
+        parent = int(self._index.parents[0][self.number])
+        return None if parent < 0 else parent
+
+    @property
+    def parent_steps(self) -> int | None:
+        """How many steps its parent had made by then."""
+        steps = int(self._index.parents[1][self.number])
+        return None if steps < 0 else steps
+
+    def _annotations(self) -> dict[str, Array | list[str | float | None]]:
+        return self._moment.annotations(self._module).of(self.number, len(self))

@@ -1,0 +1,134 @@
+"""One site of a trace: its rows, and its sequences."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from grutrace.errors import NotRecordedError
+from grutrace.record import Array, Module, Site
+from grutrace.storage.index import Integers, spread
+from grutrace.storage.moment import Moment
+from grutrace.storage.quantities import Quantities
+from grutrace.storage.sequence import Sequence
+from grutrace.storage.source import Rows
+
+#: Rows that are brought into memory at once on their way into a padded array. Bytes.
+BLOCK = 16 * 1024 * 1024
+
+
+class SiteTrace(Quantities[Rows]):
+    """What was recorded at one site. It goes along when its trace is refreshed.
+
+    Its quantities are the rows of all sequences, (N, H) or (N, I), in the order in which they were
+    recorded: arrays, or for a file something that reads when it is indexed.
+
+    Attributes:
+        site: Which site it is.
+        module: The module that the site is in.
+    """
+
+    def __init__(self, look: Callable[[], Moment], number: int, site: Site) -> None:
+        self._look = look
+        self._number = number
+        self.site = site
+        self.module: Module = look().source.header.modules[number]
+
+    @property
+    def name(self) -> str:
+        """Full name of the site."""
+        return self.site.name
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return self._look().extent(self._number).sequences
+
+    def __repr__(self) -> str:
+        rows = self._look().extent(self._number).rows
+        recorded = ", ".join(self.site.quantities)
+        return f"<site {self.name}: {len(self)} sequences, {rows} steps of {recorded}>"
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return (self.sequence(number) for number in range(len(self)))
+
+    def rows(self, quantity: str) -> Rows:
+        """The rows of all sequences, (N, H), or (N, I) for the input.
+
+        Raises:
+            NotRecordedError: The quantity was not recorded.
+        """
+        return self._look().rows(self._number, self.site, quantity)
+
+    def sequence(self, number: int) -> Sequence:
+        """One sequence, by its number; negative numbers count from the last.
+
+        Raises:
+            NotRecordedError: There is none of this number.
+        """
+        moment = self._look()
+        count = moment.extent(self._number).sequences
+        try:
+            number = range(count)[operator.index(number)]
+        except IndexError:
+            raise NotRecordedError(
+                f"there is no sequence {number} at {self.name!r}, which has {count}"
+            ) from None
+        return Sequence(moment, self._number, self.site, number)
+
+    def padded(self, quantity: str) -> tuple[Array, Integers]:
+        """All sequences, with zeros after the end of each.
+
+        Returns:
+            (sequences, longest, H), or I for the input; and the (sequences,) lengths.
+
+        Raises:
+            NotRecordedError: The quantity was not recorded.
+        """
+        moment = self._look()
+        index, rows = moment.index(self._number), moment.rows(self._number, self.site, quantity)
+        lengths = index.lengths
+        longest = int(lengths.max(initial=0))
+        padded = np.zeros((len(index), longest, rows.shape[1]), rows.dtype)
+        sequences = np.repeat(index.sequences, index.steps)
+        steps = spread(index.steps_before, index.steps)
+        block = max(1, BLOCK // max(1, rows.shape[1] * rows.dtype.itemsize))
+        for start in range(0, len(rows), block):
+            part = slice(start, start + block)
+            padded[sequences[part], steps[part]] = rows[part]
+        return padded, lengths
+
+    @property
+    def lengths(self) -> Integers:
+        """(sequences,) the steps of each sequence so far."""
+        return self._look().index(self._number).lengths
+
+    @property
+    def initial(self) -> Rows:
+        """(sequences, H) the state that each sequence began from."""
+        return self._look().source.initial(self._number, self.site.suffix, len(self))
+
+    @property
+    def checks(self) -> Array:
+        """(calls of the module,) with the fields residual and tolerance."""
+        count = self._look().extent(self._number).calls
+        return self._look().source.checks(self._number, self.site.suffix, count)
+
+    @property
+    def residual(self) -> float:
+        """The largest ``|replayed h - kernel's h|`` so far; 0.0 before the first call."""
+        return float(self.checks["residual"].max(initial=0.0))
+
+    def weights(self, version: int = -1) -> dict[str, Array]:
+        """One version of the weights, the last unless asked otherwise, by name.
+
+        Raises:
+            NotRecordedError: There is no such version.
+        """
+        count = self._look().extent(self._number).versions
+        if not -count <= version < count:
+            raise NotRecordedError(
+                f"there is no version {version} of the weights of {self.name!r}, which has {count}"
+            )
+        return self._look().source.weights(self._number, self.site.suffix, version % count)

@@ -1,0 +1,124 @@
+"""The reading interface: a trace, in memory or in a file, finished or growing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+from grutrace.errors import NotRecordedError
+from grutrace.record import Array, Header, Module
+from grutrace.storage.moment import Moment
+from grutrace.storage.site import SiteTrace
+from grutrace.storage.source import Source
+
+
+class Trace:
+    """What was recorded in one run: sites by name, calls and sequences as tables.
+
+    It shows what there was when it was opened or last refreshed.
+
+    Args:
+        source: Where it is read from.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._moment = Moment(source, source.refresh())
+        self._places = {
+            site.name: (number, site)
+            for number, module in enumerate(source.header.modules)
+            for site in module.sites
+        }
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the recorded sites, in the model's order."""
+        return tuple(self._places)
+
+    def __getitem__(self, name: str) -> SiteTrace:
+        """The site of this name.
+
+        Raises:
+            NotRecordedError: It was not recorded; the message says which were.
+        """
+        if name not in self._places:
+            found = ", ".join(repr(site) for site in self.sites) or "none"
+            raise NotRecordedError(f"site {name!r} was not recorded; recorded sites: {found}")
+        number, site = self._places[name]
+        return SiteTrace(self._look, number, site)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __repr__(self) -> str:
+        tables = self._moment.tables
+        sequences = sum(extent.sequences for extent in tables.extents)
+        counts = f"{len(self.sites)} sites, {len(tables.calls)} calls, {sequences} sequences"
+        return f"<trace of {self.header.model} in {self._source.name}: {counts}>"
+
+    @property
+    def calls(self) -> Array:
+        """One row a recorded call, in the order of recording.
+
+        Fields: module (its path), tag (or None), weights (their version), training, batch, steps
+        (of all its sequences together), time (seconds since the epoch), residual (the largest of
+        the module's sites).
+        """
+        return self._moment.calls
+
+    @property
+    def sequences(self) -> Array:
+        """One row a sequence of each module, module by module.
+
+        Fields: module (its path), sequence (its number there), call (its first, a row of `calls`),
+        place (in that call's batch), steps, pieces (calls that it went through), parent and
+        parent_steps (-1 where it did not begin inside another), tag (of its first call, or None).
+        """
+        return self._moment.sequences
+
+    @property
+    def header(self) -> Header:
+        """What was known when the trace began."""
+        return self._source.header
+
+    @property
+    def modules(self) -> tuple[Module, ...]:
+        """The traced modules."""
+        return self.header.modules
+
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """The options of the trace."""
+        return self.header.options
+
+    def refresh(self) -> None:
+        """Take in what was recorded since. Sites that were asked for before go along.
+
+        Raises:
+            TraceFileError: The file is damaged.
+        """
+        tables = self._source.refresh()
+        if tables is not self._moment.tables:
+            self._moment = Moment(self._source, tables)
+
+    def close(self) -> None:
+        """Let go of the file. Closing twice does nothing."""
+        self._source.close()
+
+    def __enter__(self) -> Trace:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _look(self) -> Moment:
+        return self._moment

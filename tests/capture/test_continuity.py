@@ -1,0 +1,99 @@
+"""Sequences over several calls: whole chains, shrinking batches, beams, fresh starts."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import torch
+
+from grutrace.capture.continuity import Continuity
+from grutrace.record import Fork
+
+
+def states(*rows: float) -> torch.Tensor:
+    """(B, 2) states that tell each other apart."""
+    return torch.tensor([[row, row + 0.5] for row in rows]).reshape(-1, 2)
+
+
+def ones(batch: int) -> np.ndarray:
+    return np.ones(batch, np.int64)
+
+
+def test_the_state_that_came_out_continues_row_by_row() -> None:
+    continuity = Continuity()
+    first = continuity.assign(None, states(1, 2), ones(2))
+    second = continuity.assign(states(1, 2), states(3, 4), 5 * ones(2))
+    third = continuity.assign(states(3, 4), states(5, 6), ones(2))
+    assert first.sequences.tolist() == [0, 1]
+    assert first.begun.all()
+    assert second.sequences.tolist() == third.sequences.tolist() == [0, 1]
+    assert not second.begun.any()
+    assert third.steps_before.tolist() == [6, 6]
+
+
+def test_a_shrunk_and_reordered_batch_stays_whole() -> None:
+    continuity = Continuity()
+    continuity.assign(None, states(1, 2, 3), ones(3))
+    found = continuity.assign(states(3, 1), states(4, 5), ones(2))
+    assert found.sequences.tolist() == [2, 0]
+    assert not found.begun.any()
+    assert found.forks == ()
+
+
+def test_a_beam_forks() -> None:
+    continuity = Continuity()
+    continuity.assign(None, states(1, 2), 3 * ones(2))
+    found = continuity.assign(states(2, 2, 7), states(4, 5, 6), ones(3))
+    assert found.sequences.tolist() == [1, 2, 3]
+    assert found.begun.tolist() == [False, True, True]
+    assert found.forks == (Fork(sequence=2, parent=1, steps=3),)
+
+
+def test_rows_that_are_the_same_continue_each_its_own() -> None:
+    continuity = Continuity()
+    continuity.assign(None, states(1, 1, 2), ones(3))
+    found = continuity.assign(states(1, 1), states(3, 3), ones(2))
+    assert found.sequences.tolist() == [0, 1]
+    assert found.forks == ()
+
+
+def test_anything_else_begins() -> None:
+    continuity = Continuity()
+    continuity.assign(None, states(1, 2), ones(2))
+    nudged = torch.nextafter(states(1, 2), torch.tensor(9.0))
+    assert continuity.assign(nudged, states(3, 4), ones(2)).sequences.tolist() == [2, 3]
+    assert continuity.assign(None, states(5, 6), ones(2)).sequences.tolist() == [4, 5]
+    assert continuity.assign(states(3, 4), None, ones(2)).sequences.tolist() == [6, 7]
+
+
+def test_zeros_continue_nothing() -> None:
+    continuity = Continuity()
+    zeros = torch.zeros(2, 2)
+    continuity.assign(None, zeros, ones(2))
+    assert continuity.assign(zeros, zeros, ones(2)).sequences.tolist() == [2, 3]
+
+
+def test_what_came_out_may_be_changed_in_place_afterwards() -> None:
+    continuity = Continuity()
+    final = states(1, 2)
+    continuity.assign(None, final, ones(2))
+    final.neg_()
+    assert continuity.assign(final, states(3, 4), ones(2)).sequences.tolist() == [2, 3]
+    continuity.assign(None, final, ones(2))
+
+
+def test_an_empty_batch() -> None:
+    continuity = Continuity()
+    found = continuity.assign(None, states(), ones(0))
+    assert found.sequences.shape == (0,)
+    assert continuity.assign(states(), states(), ones(0)).begun.shape == (0,)
+
+
+def test_threads_are_followed_on_their_own() -> None:
+    continuity = Continuity()
+    continuity.assign(None, states(1), ones(1))
+    elsewhere = threading.Thread(target=continuity.assign, args=(None, states(9), ones(1)))
+    elsewhere.start()
+    elsewhere.join()
+    assert continuity.assign(states(1), states(2), ones(1)).sequences.tolist() == [0]

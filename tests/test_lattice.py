@@ -1,0 +1,57 @@
+"""nn.GRU and nn.GRUCell themselves are the oracle, over every option and every kind of input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch.testing._internal.common_modules import module_db
+
+from tests.checks import check_untouched_and_exact
+from tests.strategies import Case, cases
+
+
+@settings(max_examples=300, deadline=None)
+@given(cases())
+def test_a_traced_call_is_untouched_and_every_gate_is_right(case: Case) -> None:
+    check_untouched_and_exact(case)
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_the_same_when_the_lower_layers_are_run_again(case: Case) -> None:
+    check_untouched_and_exact(case, stacks="rerun")
+
+
+@settings(max_examples=50, deadline=None)
+@given(cases())
+def test_the_same_without_gradients(case: Case) -> None:
+    for parameter in case.layer.parameters():
+        parameter.requires_grad_(False)
+    with pytest.MonkeyPatch.context() as patch:
+        # The kernel keeps its gates only where it records gradients.
+        patch.setattr("tests.checks.check_against_kernel", lambda *_: None)
+        check_untouched_and_exact(case)
+
+
+MODULES = [info for info in module_db if info.module_cls in (torch.nn.GRU, torch.nn.GRUCell)]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("info", MODULES, ids=lambda info: info.module_cls.__name__)
+def test_pytorchs_own_module_inputs(info, training) -> None:
+    inputs = info.module_inputs_func(
+        info, device="cpu", dtype=torch.float64, requires_grad=False, training=training
+    )
+    assert len(inputs) > 1
+    for each in inputs:
+        layer = info.module_cls(
+            *each.constructor_input.args, **each.constructor_input.kwargs
+        ).double()
+        layer.train(training)
+        call = each.forward_input
+        check_untouched_and_exact(Case(layer, tuple(call.args), dict(call.kwargs)))
+
+
+def test_there_are_module_inputs_for_both() -> None:
+    assert {info.module_cls for info in MODULES} == {torch.nn.GRU, torch.nn.GRUCell}
