@@ -19,7 +19,7 @@ from grutrace.errors import (
 
 if TYPE_CHECKING:
     from grutrace.capture.tracer import Tracer, trace
-    from grutrace.storage.sinks import open_trace as open  # noqa: A004
+    from grutrace.storage.sinks import open_trace as open
     from grutrace.storage.trace import Trace
 
 __all__ = [

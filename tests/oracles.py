@@ -104,35 +104,61 @@ def as_sequences(layer: nn.GRU | nn.GRUCell, value: Any, width: int) -> list[np.
     return [by_sequence[b].numpy() for b in range(by_sequence.shape[0])]
 
 
-def harvest(node: Any) -> dict[str, Tensor]:
-    """The gates that the CPU kernel used, from the autograd graph of a one-layer call's output.
+def harvest_layers(node: Any, width: int) -> list[dict[str, Tensor]]:
+    """The gates that the CPU kernel used in a call, of each layer from the lowest to the top.
 
-    Per step the graph holds h' = (h - n) * z + n: an addition of a product, whose second factor is
-    z's sigmoid, and of n's tanh, which leads to r's sigmoid.
+    Args:
+        node: Where the graph of the call's output ends.
+        width: D * H, by which the output of a layer is told from other joined tensors.
     """
+    while type(node).__name__.startswith(("Squeeze", "Transpose")):
+        ((node, _),) = node.next_functions
+    if (cell := _harvest_step(node)) is not None:
+        return [cell]
+    found, seen, waiting = [], {node}, [node]
+    while waiting:
+        node = waiting.pop(0)
+        if (gates := harvest(node)) is not None and gates["update"].shape[-1] == width:
+            found.append(gates)
+        following = [each for each, _ in node.next_functions if each not in {None, *seen}]
+        seen.update(following)
+        waiting.extend(following)
+    return found[::-1]
+
+
+def harvest(node: Any) -> dict[str, Tensor] | None:
+    """The gates that were used to make one layer's output; None if the node is not that."""
     kind = type(node).__name__
+    if kind not in ("StackBackward0", "CatBackward0"):
+        return None
     inner = [each for each, _ in node.next_functions if each is not None]
-    if kind in ("StackBackward0", "CatBackward0"):
-        parts = [harvest(each) for each in inner]
-        dim = node._saved_dim
-        dim = dim - 2**64 if dim >= 2**63 else dim
-        join = torch.stack if kind == "StackBackward0" else torch.cat
-        return {name: join([part[name] for part in parts], dim) for name in GATES}
-    if kind.startswith(("Transpose", "Squeeze", "Select")):
-        raise ValueError(f"harvest from the kernel's own output, not from a view of it: {kind}")
+    parts = [_harvest_step(each) or harvest(each) for each in inner]
+    if not parts or None in parts:
+        return None
+    dim = node._saved_dim - 2**64 if node._saved_dim >= 2**63 else node._saved_dim
+    join = torch.stack if kind == "StackBackward0" else torch.cat
+    return {name: join([part[name] for part in parts], dim) for name in GATES}
+
+
+def _harvest_step(node: Any) -> dict[str, Tensor] | None:
+    """The gates of one step; None if the node is not one.
+
+    The graph of a step holds h' = (h - n) * z + n: an addition of a product, whose second factor
+    is z's sigmoid, and of n's tanh, which leads to r's sigmoid.
+    """
+    inner = [each for each, _ in node.next_functions if each is not None]
+    if [type(each).__name__ for each in inner] != ["MulBackward0", "TanhBackward0"]:
+        return None
     product, candidate = inner
-    update = next(f for f, _ in product.next_functions if type(f).__name__ == "SigmoidBackward0")
-    (times_reset,) = [
-        f for f, _ in _sum_of(candidate).next_functions if type(f).__name__ == "MulBackward0"
-    ]
-    reset = next(f for f, _ in times_reset.next_functions if type(f).__name__ == "SigmoidBackward0")
-    return {
-        "reset": reset._saved_result,
-        "update": update._saved_result,
-        "candidate": candidate._saved_result,
-    }
-
-
-def _sum_of(candidate: Any) -> Any:
     ((total, _),) = candidate.next_functions
-    return total
+    (times_reset,) = _inner(total, "MulBackward0")
+    nodes = {
+        "reset": _inner(times_reset, "SigmoidBackward0")[0],
+        "update": _inner(product, "SigmoidBackward0")[0],
+        "candidate": candidate,
+    }
+    return {name: each._saved_result for name, each in nodes.items()}
+
+
+def _inner(node: Any, kind: str) -> list[Any]:
+    return [each for each, _ in node.next_functions if type(each).__name__ == kind]

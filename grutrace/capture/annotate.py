@@ -64,24 +64,28 @@ class RecordedBatches:
             first = assignment.steps_before.copy()
             batches.append(_Batch(block.sequences, first, lengths))
 
-    def annotations(self, name: str, given: Given) -> list[Annotation]:
+    def annotations(self, name: str, given: Given, module: str | None = None) -> list[Annotation]:
         """Return the annotations that give the values to the steps they belong to.
+
+        Args:
+            name: ``tokens``, or the label's name.
+            given: The values, or values by module.
+            module: Path or glob of the modules that the values belong to.
 
         Raises:
             OptionError: The values fit no recorded batch; the message lists what was recorded.
         """
         if isinstance(given, Mapping):
-            return [
-                annotation
-                for glob, values in given.items()
-                for annotation in self._named(name, glob, values)
-            ]
+            named = given.items()
+            return [each for glob, values in named for each in self._named(name, glob, values)]
+        if module is not None:
+            return list(self._named(name, module, given))
         values = _lists(name, given)
         found = [
             annotation
-            for module, batch in self._all()
+            for number, batch in self._all()
             if _fits_exactly(values, batch)
-            for annotation in _align(name, module, values, batch)
+            for annotation in _align(name, number, values, batch)
         ]
         if not found:
             raise OptionError(

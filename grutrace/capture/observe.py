@@ -114,9 +114,9 @@ def _plain_gru(
 
 def cell_weights(module: nn.GRUCell) -> list[Tensor]:
     """Return the weights of a cell in the order in which torch.gru takes a layer's."""
-    return [module.weight_ih, module.weight_hh] + (
-        [module.bias_ih, module.bias_hh] if module.bias else []
-    )
+    weights: tuple[Tensor | None, ...]
+    weights = (module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh)
+    return [weight for weight in weights if weight is not None]
 
 
 def _zeros(module: GRUModule, directions: int, batch: int, *, like: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ from grutrace.errors import (
     ResidualWarning,
     StateError,
 )
-from grutrace.record import DEFAULT_RECORD, Header
+from grutrace.record import DEFAULT_RECORD, Header, Record
+from grutrace.storage.moment import Moment
 from grutrace.storage.sinks import Mode, open_sink, open_source
 from grutrace.storage.trace import Trace
 
@@ -65,8 +66,7 @@ class Recording:
         given = {"tokens": tokens, **(labels or {})}
         for name, values in given.items():
             if values is not None:
-                named = values if module is None else {module: values}
-                self._tracer._annotate(self._batches, name, named)
+                self._tracer._annotate(self._batches, name, values, module)
 
 
 class Tracer(Trace):
@@ -106,7 +106,6 @@ class Tracer(Trace):
         stacks: Stacks = "auto",
         check: Check = "warn",
     ) -> None:
-        _expect("mode", mode, get_args(Mode))
         _expect("stacks", stacks, STACKS)
         _expect("check", check, get_args(Check))
         self._selections = select(model, sites, record)
@@ -119,8 +118,9 @@ class Tracer(Trace):
         )
         self._sink = open_sink(path, header, mode)
         super().__init__(open_source(self._sink))
+        self._appended = self._seen = 0
         self._recorders = [
-            ModuleRecorder(index, selection, self._sink.append)
+            ModuleRecorder(index, selection, self._append)
             for index, selection in enumerate(self._selections)
         ]
         self._record_on_enter, self._stacks, self._check = recording, stacks, check
@@ -185,9 +185,10 @@ class Tracer(Trace):
         Yields:
             The recording, for annotations that are known only after the model has run.
         """
-        recording = Recording(self, RecordedBatches([each.description for each in self._selections]))
+        batches = RecordedBatches([each.description for each in self._selections])
+        recording = Recording(self, batches)
         before = self.is_recording, self._tag, self._batches
-        self._batches = recording._batches
+        self._batches = batches
         self.start(tag)
         try:
             yield recording
@@ -234,6 +235,18 @@ class Tracer(Trace):
         if kind is None:
             self._name_uncalled()
 
+    def _append(self, record: Record) -> None:
+        self._sink.append(record)
+        self._appended += 1
+
+    def _look(self) -> Moment:
+        """Take in what was recorded since the last look, so that the trace is always up to date."""
+        appended = self._appended
+        if appended != self._seen:
+            self.refresh()
+            self._seen = appended
+        return super()._look()
+
     def _receive(self, recorder: ModuleRecorder, observation: Observation) -> None:
         recorded = recorder.record(observation, self._tag)
         self._called.add(recorded.block.module)
@@ -259,9 +272,11 @@ class Tracer(Trace):
                 self._warned.add(site.name)
                 warnings.warn(message, ResidualWarning, stacklevel=2)
 
-    def _annotate(self, batches: RecordedBatches, name: str, given: Given) -> None:
-        for annotation in batches.annotations(name, given):
-            self._sink.append(annotation)
+    def _annotate(
+        self, batches: RecordedBatches, name: str, given: Given, module: str | None
+    ) -> None:
+        for annotation in batches.annotations(name, given, module):
+            self._append(annotation)
 
     def _name_uncalled(self) -> None:
         uncalled = [

@@ -34,7 +34,7 @@ class Appender:
         self._staged.append(items)
 
     def write(self) -> None:
-        """Write what is staged. If that fails, nothing counts as written and all is still staged."""
+        """Write what is staged. If that fails, all of it is still staged."""
         if not self._staged:
             return
         staged = self._staged

@@ -48,7 +48,7 @@ class CommittedTables:
     def _read_up_to(self, counts: Any) -> Tables:
         known = self._tables
         tables = {
-            name: self._column(name, int(counts[name]), dtype, known and getattr(known, name))
+            name: self._column(name, int(counts[name]), dtype, getattr(known, name, None))
             for name, dtype in TABLES.items()
         }
         calls = tables["calls"]
@@ -56,7 +56,7 @@ class CommittedTables:
         for index, module in enumerate(self._modules):
             own = calls[calls["module"] == index]
             count = int(own["batch"].sum(dtype=np.uint64))
-            before = known and known.pieces[index]
+            before = known.pieces[index] if known else None
             pieces.append(self._column(pieces_place(module), count, PIECE, before))
             extents.append(extent(own, pieces[-1]))
         found = Tables(

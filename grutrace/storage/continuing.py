@@ -36,7 +36,9 @@ def existing_tables(path: Path, header: Header) -> Tables:
             "with grutrace.open, but nothing can be appended to it"
         )
     for difference in _differences(before, header):
-        raise TraceFileError(f"{path} holds another trace, which this one cannot go on: {difference}")
+        raise TraceFileError(
+            f"{path} holds another trace, which this one cannot go on: {difference}"
+        )
     return tables
 
 

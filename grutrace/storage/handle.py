@@ -83,7 +83,7 @@ class ReadHandle:
         require(shape[0] >= count, place, f"at least {count} items", shape[0])
         if count > seen and not dataset.id.get_create_plist().get_nfilters():
             size = count * math.prod(shape[1:]) * dataset.dtype.itemsize
-            held = os.fstat(self._file.id.get_vfd_handle()).st_size
+            held = os.fstat(dataset.file.id.get_vfd_handle()).st_size
             require(size <= held, place, f"{size} bytes of items", f"a file of {held}")
         self._datasets[place] = (dataset, max(count, seen))
         return dataset

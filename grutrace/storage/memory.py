@@ -37,6 +37,7 @@ class MemorySink:
     """
 
     name = "memory"
+    live = True
 
     def __init__(self, header: Header) -> None:
         self.header = header
@@ -44,9 +45,8 @@ class MemorySink:
         self._admission = Admission(header.modules)
         self._strings = Strings()
         self._entries = Entries(header.modules, self._strings)
-        self._arrays = {
-            place: _Growing(column) for place, column in layout(header.modules).items()
-        }
+        self._tables: Tables | None = None
+        self._arrays = {place: _Growing(column) for place, column in layout(header.modules).items()}
 
     def append(self, record: Record) -> None:
         """Take a record.
@@ -58,6 +58,7 @@ class MemorySink:
             self._admission.admit(record)
             for place, items in list(self._entries.of(record)):
                 self._arrays[place].append(items)
+            self._tables = None
 
     def flush(self) -> None:
         """Nothing is left to do: what was appended can be read."""
@@ -68,18 +69,21 @@ class MemorySink:
     def refresh(self) -> Tables:
         """The tables of everything appended so far."""
         with self._lock:
-            ends, characters = self._strings.take()
-            self._arrays["strings"].append(ends)
-            self._arrays["characters"].append(characters)
-            tables = {name: self._arrays[name].joined() for name in TABLES}
-            modules = self.header.modules
-            pieces = tuple(self._arrays[pieces_place(module)].joined() for module in modules)
-        numbers = tables["calls"]["module"]
-        extents = tuple(
-            extent(tables["calls"][numbers == index], pieces[index])
-            for index in range(len(modules))
-        )
-        return Tables(**tables, pieces=pieces, extents=extents, closed=False)
+            if self._tables is None:
+                self._tables = self._join_tables()
+            return self._tables
+
+    def _join_tables(self) -> Tables:
+        ends, characters = self._strings.take()
+        self._arrays["strings"].append(ends)
+        self._arrays["characters"].append(characters)
+        tables = {name: self._arrays[name].joined() for name in TABLES}
+        pieces, extents = [], []
+        for index, module in enumerate(self.header.modules):
+            calls = tables["calls"][tables["calls"]["module"] == index]
+            pieces.append(self._arrays[pieces_place(module)].joined())
+            extents.append(extent(calls, pieces[-1]))
+        return Tables(**tables, pieces=tuple(pieces), extents=tuple(extents), closed=False)
 
     def rows(self, module: int, suffix: str, quantity: str, count: int) -> Array:
         """The first `count` rows, (count, H or I)."""

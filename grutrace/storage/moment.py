@@ -89,7 +89,7 @@ class Moment:
     def tags(self) -> Array:
         """(calls,) the tag of each call, or None."""
         labels = np.array([None, *self.tables.texts], object)
-        return labels[self.tables.calls["tag"]]
+        return np.asarray(labels[self.tables.calls["tag"]])
 
     @cached_property
     def calls(self) -> Array:
@@ -114,7 +114,7 @@ class Moment:
         count = self.extent(module).calls
         sites = self.source.header.modules[module].sites
         checks = [self.source.checks(module, site.suffix, count) for site in sites]
-        return np.max([check["residual"] for check in checks], axis=0)
+        return np.asarray(np.max([check["residual"] for check in checks], axis=0))
 
     @cached_property
     def sequences(self) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import threading
 import time
@@ -14,32 +15,35 @@ from grutrace.errors import GrutraceWarning, SinkError
 from grutrace.record import Block, Record
 from grutrace.storage.writer import Writer
 
-#: How much waits to be written before the model has to wait. A second of a fast disk, and little
-#: beside the memory of a machine that trains models. Bytes.
+#: How much waits to be written before the model has to wait: some tenths of a second of a disk,
+#: and little beside the memory of a machine that runs models. Bytes.
 QUEUE_BYTES = 256 * 1024 * 1024
 
-#: What an uncommitted record waits at most before it is committed, so that a reader that follows
-#: the run, or finds it dead, misses little. Seconds.
+#: How long a record waits at most before it is committed, so that a reader that follows the run,
+#: or finds its writer dead, misses little. Seconds.
 COMMIT_SECONDS = 0.5
 
 #: A commit is also due after this much. Bytes.
 COMMIT_BYTES = 128 * 1024 * 1024
 
-#: The thread is woken when this much waits, not for every record of a stepwise decoder. Bytes.
+#: The thread is woken when this much waits, rather than for every record of a stepwise decoder,
+#: whose model it would hold up. Bytes.
 WAKE_BYTES = 1024 * 1024
 
-#: Python objects of a record, and of a site in it, beside their arrays' elements. Bytes.
-OBJECT_OVERHEAD = 1024
+#: Memory of the Python objects of a record, and of each site in it, beside the arrays' elements,
+#: about. Bytes.
+OBJECTS = 1024
 
+#: Those whose threads are at work.
 _running: set[Pump] = set()
 
 
 class Pump:
-    """Moves records from any thread to a writer in a thread of its own.
+    """Takes records from any thread and has them written by one.
 
     Args:
-        writer: Nobody else may use it from now on.
-        queue_bytes: What waits at most. A larger record goes through on its own.
+        writer: Nobody else uses it from now on.
+        queue_bytes: How much waits at most. A larger record goes through on its own.
     """
 
     def __init__(self, writer: Writer, queue_bytes: int) -> None:
@@ -47,14 +51,16 @@ class Pump:
         self._limit = queue_bytes
         self._process = os.getpid()
         self._changed = threading.Condition()
+        # All below belongs to whoever holds `_changed`.
         self._queue: deque[tuple[Record, int]] = deque()
-        self._queued = 0
-        self._since_commit = 0
-        self._appended = 0
-        self._written = 0
-        self._committed = 0
-        self._wanted = 0
-        self._due: float | None = None
+        self._waiting = 0  # bytes in the queue
+        self._held = 0  # bytes in the queue and on their way from it to the file
+        self._uncommitted = 0  # bytes written since the last commit
+        self._appended = 0  # records
+        self._committed = 0  # records
+        self._wanted = 0  # records that somebody waits to see committed
+        self._deadline: float | None = None  # of the next commit
+        self._hurry = False  # somebody waits for room
         self._finishing = False
         self._ended = False
         self._error: BaseException | None = None
@@ -63,36 +69,50 @@ class Pump:
         _running.add(self)
         self._thread.start()
 
+    @property
+    def appended(self) -> int:
+        """Records queued so far."""
+        return self._appended
+
+    @property
+    def ended(self) -> bool:
+        """Whether the file is closed, in order or after an error."""
+        return self._ended
+
     def put(self, record: Record) -> None:
         """Queue a record; wait while the queue is full.
 
         Raises:
-            SinkError: An earlier record could not be written, or the file is closed, or this is a
-                forked child of the process that writes it.
+            SinkError: Something could not be written, the file is closed, or this process is a
+                forked child of the one that writes it.
         """
         self._require_own_process()
         size = _size(record)
         with self._changed:
-            while self._queued and self._queued + size > self._limit and not self._ended:
-                self._wake()
+            while self._held and self._held + size > self._limit and not self._ended:
+                self._hurry = True
+                self._changed.notify_all()
                 self._changed.wait()
             self._require_running()
             self._queue.append((record, size))
-            self._queued += size
+            self._waiting += size
+            self._held += size
             self._appended += 1
-            if self._due is None or self._queued >= WAKE_BYTES:
-                self._wake()
+            if self._deadline is None:
+                self._deadline = time.monotonic() + COMMIT_SECONDS
+                self._changed.notify_all()
+            elif self._waiting >= WAKE_BYTES:
+                self._changed.notify_all()
 
     def flush(self) -> None:
-        """Return once everything queued so far is committed. On a closed file do nothing.
+        """Return once everything queued so far is committed; at once if the file is closed.
 
         Raises:
-            SinkError: It could not be written, or this is a forked child.
+            SinkError: Something could not be written, or this process is a forked child.
         """
         self._require_own_process()
         with self._changed:
-            target = self._appended
-            self._wanted = max(self._wanted, target)
+            target = self._wanted = self._appended
             self._changed.notify_all()
             while self._committed < target and not self._ended:
                 self._changed.wait()
@@ -106,15 +126,130 @@ class Pump:
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Have everything written and the file closed. In a forked child do nothing.
+        """Have everything written and the file closed. A forked child does nothing.
 
         Raises:
-            SinkError: It could not be written, and nobody was told so far.
+            SinkError: Something could not be written, and no earlier call has said so.
         """
         if os.getpid() != self._process:
             return
         self.finish()
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-            if not self._told:
-                self._raise_error()
+        self._thread.join()
+        if not self._told:
+            self._raise_error()
+
+    def disown(self) -> None:
+        """In a forked child: leave the file to the parent."""
+        self._writer.disown()
+
+    def _run(self) -> None:
+        try:
+            while self._work():
+                pass
+            self._writer.close()
+        except BaseException as error:
+            self._save_what_can_be()
+            # The frames that failed hold records.
+            traceback.clear_frames(error.__traceback__)
+            self._error = error
+        finally:
+            with self._changed:
+                self._queue.clear()
+                self._waiting = self._held = 0
+                self._ended = True
+                self._changed.notify_all()
+            _running.discard(self)
+
+    def _work(self) -> bool:
+        """Write what waits, and commit if that is due. False once nothing more will come."""
+        records, last, finishing = self._take()
+        while records:
+            record, size = records.popleft()
+            self._writer.write(record)
+            del record
+            with self._changed:
+                self._held -= size
+                self._uncommitted += size
+                self._changed.notify_all()
+        if self._commit_due():
+            self._writer.commit()
+            self._note_commit(last)
+        return not finishing
+
+    def _take(self) -> tuple[deque[tuple[Record, int]], int, bool]:
+        """Wait until there is something to do; then what waits, the last's number, the end."""
+        with self._changed:
+            while not (self._waiting >= WAKE_BYTES or self._hurry or self._commit_due()):
+                left = None if self._deadline is None else self._deadline - time.monotonic()
+                self._changed.wait(left)
+            records, self._queue = self._queue, deque()
+            self._waiting = 0
+            self._hurry = False
+            return records, self._appended, self._finishing
+
+    def _commit_due(self) -> bool:
+        return (
+            self._finishing
+            or self._wanted > self._committed
+            or self._uncommitted >= COMMIT_BYTES
+            or (self._deadline is not None and time.monotonic() >= self._deadline)
+        )
+
+    def _note_commit(self, last: int) -> None:
+        with self._changed:
+            self._committed = last
+            self._uncommitted = 0
+            self._deadline = time.monotonic() + COMMIT_SECONDS if self._queue else None
+            self._changed.notify_all()
+
+    def _save_what_can_be(self) -> None:
+        """Commit the records that were written before the one that failed, if the file lets us."""
+        with contextlib.suppress(Exception):
+            self._writer.commit()
+        self._writer.abandon()
+
+    def _require_own_process(self) -> None:
+        if os.getpid() != self._process:
+            raise SinkError(
+                f"{self._writer.path} is written by process {self._process}; a forked child, here "
+                f"{os.getpid()}, cannot write to it. Start a trace of its own there"
+            )
+
+    def _require_running(self) -> None:
+        self._raise_error()
+        if self._finishing or self._ended:
+            raise SinkError(f"{self._writer.path} is closed: nothing more can be written to it")
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            self._told = True
+            raise SinkError(
+                f"{self._writer.path}: writing stopped, and what was not committed by then is "
+                f"lost: {self._error}"
+            ) from self._error
+
+
+def _size(record: Record) -> int:
+    sites = len(record.sites) if isinstance(record, Block) else 0
+    return record.nbytes + OBJECTS * (1 + sites)
+
+
+def _close_all() -> None:
+    """At the end of the interpreter: close what its users forgot."""
+    for pump in list(_running):
+        try:
+            pump.close()
+        except SinkError as error:
+            warnings.warn(str(error), GrutraceWarning, stacklevel=1)
+
+
+def _disown_all() -> None:
+    """In a forked child: the threads are not there, and the files are the parent's."""
+    for pump in _running:
+        pump.disown()
+    _running.clear()
+
+
+# After h5py's own, and so, at exit, before it.
+atexit.register(_close_all)
+os.register_at_fork(after_in_child=_disown_all)

@@ -38,6 +38,8 @@ class FileSource:
         TraceFileError: It is not there, is no trace, is of a newer format, or is damaged.
     """
 
+    live = False
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
         self.name = str(path)
@@ -118,4 +120,6 @@ class FileSource:
 def _check_column(dataset: h5py.Dataset, place: str, column: Column) -> None:
     found = f"{dataset.dtype} of items {dataset.shape[1:]}"
     expected = f"{column.dtype} of items {column.item}"
-    require((dataset.dtype, dataset.shape[1:]) == (column.dtype, column.item), place, expected, found)
+    require(
+        (dataset.dtype, dataset.shape[1:]) == (column.dtype, column.item), place, expected, found
+    )

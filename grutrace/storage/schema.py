@@ -186,10 +186,10 @@ def _site_layout(module: Module, site: Site) -> Iterator[tuple[str, Column]]:
     yield site_place(module, site.suffix, "initial"), initial
     yield site_place(module, site.suffix, "checks"), Column(CHECK)
     weights = np.dtype(module.weights_dtype).newbyteorder("<")
-    for name, item in weight_shapes(module, site).items():
-        axes = ("version", "gate unit", "feature" if name == "weight_ih" else "unit")
-        column = Column(weights, item, axes[: 1 + len(item)], WEIGHT_CHUNK)
-        yield site_place(module, site.suffix, name), column
+    for name, shape in weight_shapes(module, site).items():
+        last = "feature" if name == "weight_ih" else "unit"
+        labels = ("version", "gate unit", last)[: 1 + len(shape)]
+        yield site_place(module, site.suffix, name), Column(weights, shape, labels, WEIGHT_CHUNK)
 
 
 def shared_inputs(modules: Sequence[Module]) -> Iterator[tuple[str, str]]:

@@ -51,7 +51,9 @@ class SiteTrace(Quantities[Rows]):
         return f"<site {self.name}: {len(self)} sequences, {rows} steps of {recorded}>"
 
     def __iter__(self) -> Iterator[Sequence]:
-        return (self.sequence(number) for number in range(len(self)))
+        moment = self._look()
+        count = moment.extent(self._number).sequences
+        return (Sequence(moment, self._number, self.site, number) for number in range(count))
 
     def rows(self, quantity: str) -> Rows:
         """The rows of all sequences, (N, H), or (N, I) for the input.

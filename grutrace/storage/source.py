@@ -30,8 +30,6 @@ class Rows(Protocol):
     def __getitem__(self, key: Any) -> Any:
         """What NumPy gives for an integer, slice, integer array or mask, or two of them."""
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array: ...
-
 
 class Source(Protocol):
     """Where a trace is read from. A reader asks for the tables, and for no more than they count.
@@ -42,8 +40,14 @@ class Source(Protocol):
     name: str
     header: Header
 
+    #: Whether this process is the one that records, and a trace shows at any time all there is.
+    live: bool
+
     def refresh(self) -> Tables:
-        """The tables of everything there is by now, always a consistent prefix of the trace."""
+        """The tables of everything there is by now, always a consistent prefix of the trace.
+
+        If nothing came since the last time, they are the same object.
+        """
 
     def rows(self, module: int, suffix: str, quantity: str, count: int) -> Rows:
         """The first `count` rows, (count, H or I)."""

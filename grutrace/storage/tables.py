@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 
@@ -66,10 +67,8 @@ class Tables:
     def texts(self) -> tuple[str, ...]:
         """All strings, by number."""
         data = self.characters.tobytes()
-        ends = [0, *self.strings.tolist()]
-        return tuple(
-            data[start:end].decode("utf-8", "replace") for start, end in zip(ends, ends[1:])
-        )
+        bounds = pairwise([0, *self.strings.tolist()])
+        return tuple(data[start:end].decode("utf-8", "replace") for start, end in bounds)
 
 
 def extent(calls: Array, pieces: Array) -> Extent:

@@ -16,7 +16,8 @@ from grutrace.storage.source import Source
 class Trace:
     """What was recorded in one run: sites by name, calls and sequences as tables.
 
-    It shows what there was when it was opened or last refreshed.
+    It shows what there was when it was opened or last refreshed; or, in the process that records
+    it, what there is.
 
     Args:
         source: Where it is read from.
@@ -55,7 +56,7 @@ class Trace:
         return name in self._places
 
     def __repr__(self) -> str:
-        tables = self._moment.tables
+        tables = self._look().tables
         sequences = sum(extent.sequences for extent in tables.extents)
         counts = f"{len(self.sites)} sites, {len(tables.calls)} calls, {sequences} sequences"
         return f"<trace of {self.header.model} in {self._source.name}: {counts}>"
@@ -68,7 +69,7 @@ class Trace:
         (of all its sequences together), time (seconds since the epoch), residual (the largest of
         the module's sites).
         """
-        return self._moment.calls
+        return self._look().calls
 
     @property
     def sequences(self) -> Array:
@@ -78,7 +79,7 @@ class Trace:
         place (in that call's batch), steps, pieces (calls that it went through), parent and
         parent_steps (-1 where it did not begin inside another), tag (of its first call, or None).
         """
-        return self._moment.sequences
+        return self._look().sequences
 
     @property
     def header(self) -> Header:
@@ -121,4 +122,6 @@ class Trace:
         self.close()
 
     def _look(self) -> Moment:
+        if self._source.live:
+            self.refresh()
         return self._moment

@@ -58,6 +58,12 @@ class Writer:
         if mode not in MODES:
             raise OptionError(f"mode: expected one of {', '.join(MODES)}, found {mode!r}")
         self.path = Path(os.path.realpath(path))
+        self._appenders: dict[str, Appender] = {}
+        self._rows: list[Appender] = []
+        self._tables: list[Appender] = []
+        self._staged = 0
+        self._uncommitted = True
+        self._closed = False
         self._admission = Admission(header.modules)
         if mode == "a" and self.path.exists():
             tables = existing_tables(self.path, header)
@@ -120,6 +126,7 @@ class Writer:
         if self._closed:
             return
         self._closed = True
+        self._appenders, self._rows, self._tables = {}, [], []
         with readers_out(self._identity), contextlib.suppress(OSError, RuntimeError):
             # On a full disk closing fails as well, and there is nothing left to say about it.
             self._file.close()
@@ -127,6 +134,9 @@ class Writer:
     def disown(self) -> None:
         """In a forked child: keep HDF5's clean-up from writing into the parent's file."""
         self._closed = True
+        if not self._file:
+            return
+        # Reading goes on; writing, which closing would do, fails.
         descriptor = os.open(self.path, os.O_RDONLY)
         os.dup2(descriptor, self._file.id.get_vfd_handle())
         os.close(descriptor)
@@ -134,11 +144,10 @@ class Writer:
     def _start(self, header: Header, positions: dict[str, int]) -> None:
         """Mark the file as being written, from these positions on."""
         self._identity = file_identity(self._file)
-        self._closed = False
-        self._staged = 0
-        self._uncommitted = True
         columns = layout(header.modules)
-        self._appenders = {place: Appender(self._file[place], positions[place]) for place in columns}
+        self._appenders = {
+            place: Appender(self._file[place], positions[place]) for place in columns
+        }
         self._rows = [self._appenders[place] for place, column in columns.items() if column.axes]
         self._tables = [
             self._appenders[place] for place, column in columns.items() if not column.axes
@@ -213,9 +222,7 @@ def _room_for(path: Path, mode: str) -> Iterator[None]:
         yield
         return
     if mode != "overwrite":
-        raise TraceFileError(
-            f"{path} exists: mode='overwrite' replaces it, mode='a' appends to it"
-        )
+        raise TraceFileError(f"{path} exists: mode='overwrite' replaces it, mode='a' appends to it")
     if not path.is_file():
         raise TraceFileError(f"{path} cannot be replaced: it is not a file")
     aside = path.with_name(f"{path.name}.replaced-{os.getpid()}")

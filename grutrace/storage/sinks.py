@@ -1,0 +1,79 @@
+"""Where records go and where they are read from: the only door to memory and files for others."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, TypeAlias
+
+from grutrace.record import Header, Sink
+from grutrace.storage.memory import MemorySink
+from grutrace.storage.reader import FileSource
+from grutrace.storage.source import Source
+from grutrace.storage.stream import StreamSink
+from grutrace.storage.tables import Tables
+from grutrace.storage.trace import Trace
+
+#: What may become of a file that exists: it is refused, replaced, or appended to.
+Mode: TypeAlias = Literal["w", "overwrite", "a"]
+
+
+def open_sink(path: str | os.PathLike[str] | None, header: Header, mode: Mode = "w") -> Sink:
+    """A sink in memory if there is no path, else one that streams to a file.
+
+    Args:
+        path: Of the file.
+        header: Of the trace.
+        mode: "w" refuses a path that exists, "overwrite" replaces it, "a" appends to it.
+
+    Raises:
+        OptionError: The mode is none of these.
+        TraceFileError: The file cannot be created or appended to.
+    """
+    return MemorySink(header) if path is None else StreamSink(path, header, mode)
+
+
+def open_source(sink: Sink) -> Source:
+    """What a sink of `open_sink` can be read from, while it is appended to and afterwards."""
+    if isinstance(sink, MemorySink):
+        return sink
+    if isinstance(sink, StreamSink):
+        return _LiveSource(sink)
+    raise TypeError(f"expected a sink that open_sink made, found {type(sink).__name__}")
+
+
+def open_trace(path: str | os.PathLike[str]) -> Trace:
+    """Open a trace file: complete, being written, or left behind by a writer that died.
+
+    Use it as a context manager, or close it.
+
+    Raises:
+        TraceFileError: It is not there, is no trace, is of a newer format, or is damaged.
+    """
+    source = FileSource(path)
+    try:
+        return Trace(source)
+    except BaseException:
+        source.close()
+        raise
+
+
+class _LiveSource(FileSource):
+    """The file of a sink of this process, where whatever was appended is there to be read."""
+
+    live = True
+
+    def __init__(self, sink: StreamSink) -> None:
+        super().__init__(sink.path)
+        self._sink = sink
+        self._latest: Tables | None = None
+        self._appended = 0
+
+    def refresh(self) -> Tables:
+        appended, ended = self._sink.appended, self._sink.ended
+        if self._latest is None or appended != self._appended:
+            if not ended:
+                self._sink.flush()
+            # Where writing failed, what was committed can be read all the same.
+            self._latest = super().refresh()
+            self._appended = appended
+        return self._latest

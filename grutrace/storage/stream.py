@@ -1,0 +1,78 @@
+"""Streaming a trace to its file while the model runs on."""
+
+from __future__ import annotations
+
+import os
+import weakref
+
+from grutrace.record import Header, Record
+from grutrace.storage.pump import QUEUE_BYTES, Pump
+from grutrace.storage.writer import Writer
+
+
+class StreamSink:
+    """A sink that writes a file from a thread of its own.
+
+    What is appended counts in the file half a second later at most, and at once after `flush`. A
+    sink that nobody closes is closed when it is forgotten, and when Python ends.
+
+    Args:
+        path: Of the file, which is created here.
+        header: Of the trace.
+        mode: As for `Writer`: "w", "overwrite" or "a".
+        queue_bytes: How much waits to be written before `append` has to wait, beside the little
+            that the writer gathers.
+
+    Raises:
+        OptionError: The mode is none of these.
+        TraceFileError: The file cannot be created or appended to.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        header: Header,
+        mode: str = "w",
+        *,
+        queue_bytes: int = QUEUE_BYTES,
+    ) -> None:
+        writer = Writer(path, header, mode)
+        self.path = writer.path
+        self._pump = Pump(writer, queue_bytes)
+        # Without waiting: whatever thread the collector runs in may hold HDF5's lock.
+        weakref.finalize(self, self._pump.finish).atexit = False
+
+    @property
+    def appended(self) -> int:
+        """Records appended so far."""
+        return self._pump.appended
+
+    @property
+    def ended(self) -> bool:
+        """Whether the file is closed, in order or after an error."""
+        return self._pump.ended
+
+    def append(self, record: Record) -> None:
+        """Queue a record; wait while the queue is full.
+
+        Raises:
+            SinkError: An earlier record could not be written, the sink is closed, or this process
+                is a forked child of the one that opened it.
+        """
+        self._pump.put(record)
+
+    def flush(self) -> None:
+        """Return once everything appended so far is committed to the file.
+
+        Raises:
+            SinkError: It could not be written, or this process is a forked child.
+        """
+        self._pump.flush()
+
+    def close(self) -> None:
+        """Write what waits and close the file. Closing twice does nothing.
+
+        Raises:
+            SinkError: Something could not be written, and no earlier call has said so.
+        """
+        self._pump.close()

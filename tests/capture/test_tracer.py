@@ -1,0 +1,469 @@
+"""The tracer as users meet it: attaching, recording on demand, detaching, reading."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import grutrace
+from tests.capture.models import EncoderDecoder, StepwiseDecoder
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.fixture
+def model() -> EncoderDecoder:
+    torch.manual_seed(0)
+    return EncoderDecoder(layers=2, dropout=0.2)
+
+
+@pytest.fixture
+def batch() -> torch.Tensor:
+    return torch.randn(3, 7, 5)
+
+
+def test_every_site_of_every_gru(model, batch) -> None:
+    with grutrace.trace(model) as trace:
+        model(batch)
+    assert trace.sites == ("encoder.l0", "encoder.l1", "decoder.cell")
+    assert [len(trace[site]) for site in trace.sites] == [3, 3, 3]
+    assert trace["encoder.l1"].update.shape == (21, 6)
+    assert trace["decoder.cell"].sequence(2).candidate.shape == (3, 6)
+    assert hooks(model) == 0
+
+
+def test_a_model_that_is_the_layer() -> None:
+    with grutrace.trace(nn.GRU(3, 4, bidirectional=True)) as trace:
+        trace._selections[0].module(torch.randn(5, 3))
+    assert trace.sites == ("l0", "l0_reverse")
+    with grutrace.trace(cell := nn.GRUCell(3, 4)) as trace:
+        cell(torch.randn(3))
+    assert trace.sites == ("cell",)
+
+
+def test_containers_and_a_module_under_two_names() -> None:
+    shared = nn.GRU(2, 2)
+    model = nn.Module()
+    model.rnns = nn.ModuleDict({"a": shared, "b/c": nn.GRU(2, 2)})
+    model.cells = nn.ModuleList([nn.GRUCell(2, 2)])
+    model.again = shared
+    with grutrace.trace(model) as trace:
+        model.again(torch.randn(4, 2))
+        model.rnns["b/c"](torch.randn(4, 2))
+        model.cells[0](torch.randn(2))
+    assert trace.sites == ("rnns.a.l0", "rnns.b/c.l0", "cells.0.cell")
+    assert len(trace["rnns.a.l0"]) == 1
+
+
+def test_globs_choose_sites(model, batch) -> None:
+    with grutrace.trace(model, sites="encoder.*") as trace:
+        model(batch)
+    assert trace.sites == ("encoder.l0", "encoder.l1")
+    with grutrace.trace(model, sites=["*.l1", "*.cell"], record="update") as trace:
+        model(batch)
+    assert trace.sites == ("encoder.l1", "decoder.cell")
+    assert trace["encoder.l1"].update.shape == (21, 6)
+    with pytest.raises(grutrace.NotRecordedError, match=r"'reset' was not recorded.*update"):
+        _ = trace["encoder.l1"].reset
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sites": "encodr.*"}, "matches none of the model's sites: encoder.l0, encoder.l1, dec"),
+        ({"record": ("update", "forget")}, "reset, update, candidate, hidden, input; found 'forg"),
+        ({"record": ()}, "found none"),
+        ({"stacks": "loop"}, "stacks: expected one of rerun, auto, split; found 'loop'"),
+        ({"check": True}, "check: expected one of warn, raise, off; found True"),
+        ({"mode": "x"}, "mode"),
+    ],
+)
+def test_a_wrong_option_is_one_clear_error(model, tmp_path, options, message) -> None:
+    with pytest.raises(grutrace.OptionError, match=message):
+        grutrace.trace(model, tmp_path / "run.h5", **options)
+    assert hooks(model) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_grus_says_so_at_once() -> None:
+    with pytest.raises(grutrace.UnsupportedError, match=r"nn\.GRU.*none in Sequential"):
+        grutrace.trace(nn.Sequential(nn.Linear(2, 2), nn.LSTM(2, 2)))
+
+
+def test_idle_attachment_puts_nothing_on_the_model(model, batch) -> None:
+    tracer = grutrace.Tracer(model, recording=False)
+    with tracer:
+        assert hooks(model) == 0
+        model(batch)
+        assert len(trace_calls := tracer.calls) == 0
+        tracer.start("later")
+        assert hooks(model) > 0
+        model(batch)
+        tracer.stop()
+        assert hooks(model) == 0
+        model(batch)
+    assert len(trace_calls) == 0
+    assert len(tracer.calls) == 1 + 3
+    assert set(tracer.calls["tag"]) == {"later"}
+
+
+def test_the_constructor_attaches_nothing(model) -> None:
+    tracer = grutrace.Tracer(model)
+    assert hooks(model) == 0
+    tracer.close()
+
+
+def test_recording_blocks_and_tags(model, batch) -> None:
+    tracer = grutrace.Tracer(model, recording=False)
+    with tracer.recording(tag="valid"):
+        model(batch)
+    model(batch)
+    with tracer.recording():
+        model(batch)
+    tracer.close()
+    assert list(tracer.calls["tag"]) == ["valid"] * 4 + [None] * 4
+
+
+def test_a_recording_within_a_recording_gives_back_the_tag(model, batch) -> None:
+    with grutrace.trace(model, sites="encoder.*") as tracer:
+        model(batch)
+        with tracer.recording(tag="inner"):
+            model(batch)
+        assert tracer.is_recording
+        model(batch)
+    assert list(tracer.calls["tag"]) == [None, "inner", None]
+
+
+def test_a_closed_tracer_can_be_read_but_not_started(model, batch, tmp_path) -> None:
+    for path in (None, tmp_path / "run.h5"):
+        with grutrace.trace(model, path) as tracer:
+            model(batch)
+        assert tracer["encoder.l0"].hidden.shape == (21, 6)
+        tracer.close()
+        with pytest.raises(grutrace.StateError, match="closed"):
+            tracer.start()
+        with pytest.raises(grutrace.StateError, match="closed"), tracer:
+            pass
+        assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("path", [None, "run.h5"])
+def test_a_live_tracer_reads_like_a_trace(path, model, batch, tmp_path) -> None:
+    with grutrace.trace(model, path and tmp_path / path) as tracer:
+        site = tracer["encoder.l0"]
+        assert len(site) == 0
+        for calls in (1, 2, 3):
+            model(batch)
+            assert len(site) == 3 * calls
+            assert len(tracer.calls) == 4 * calls
+            assert len(tracer.sequences) == 9 * calls
+            model.eval()
+    assert tracer.calls["training"].tolist() == [True] * 4 + [False] * 8
+
+
+def test_decoder_cells_become_one_sequence_a_row(model, batch) -> None:
+    with grutrace.trace(model) as trace:
+        model(batch, steps=5)
+        model(batch, steps=2)
+    site = trace["decoder.cell"]
+    assert site.lengths.tolist() == [5, 5, 5, 2, 2, 2]
+    first = site.sequence(0)
+    np.testing.assert_array_equal(first.previous[1:], first.hidden[:-1])
+    np.testing.assert_array_equal(first.initial, trace["encoder.l1"].sequence(0).hidden[-1])
+    assert len(first.calls) == 5
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_gru_called_once_a_token_becomes_one_sequence_a_row(layers) -> None:
+    decoder = StepwiseDecoder(layers)
+    state = torch.randn(layers, 4, 6)
+    with grutrace.trace(decoder, record=("update", "hidden", "input")) as trace:
+        output = decoder(torch.randn(1, 4, 4), state, steps=6)
+    top = trace[f"rnn.l{layers - 1}"]
+    assert top.lengths.tolist() == [6] * 4
+    padded, lengths = top.padded("hidden")
+    np.testing.assert_array_equal(padded, output.detach().transpose(0, 1).numpy())
+    assert lengths.tolist() == [6] * 4
+    np.testing.assert_array_equal(trace["rnn.l0"].initial, state[0].numpy())
+
+
+def test_a_batch_that_shrinks_while_it_is_decoded() -> None:
+    cell = nn.GRUCell(2, 3)
+    state = torch.randn(4, 3)
+    with grutrace.trace(cell) as trace:
+        state = cell(torch.randn(4, 2), state)
+        state = cell(torch.randn(3, 2), state[[0, 2, 3]])
+        state = cell(torch.randn(2, 2), state[[2, 0]])
+    site = trace["cell"]
+    assert site.lengths.tolist() == [3, 1, 2, 3]
+    np.testing.assert_array_equal(site.sequence(3).hidden[-1], state[0].detach().numpy())
+
+
+def test_beams_keep_their_parents() -> None:
+    cell = nn.GRUCell(2, 3)
+    with grutrace.trace(cell) as trace:
+        state = cell(torch.randn(2, 2), torch.randn(2, 3))
+        cell(torch.randn(3, 2), state[[1, 1, 0]])
+    assert trace["cell"].lengths.tolist() == [2, 2, 1]
+    assert trace["cell"].sequence(2).parent == 1
+    assert trace["cell"].sequence(2).parent_steps == 1
+    np.testing.assert_array_equal(trace["cell"].sequence(2).initial, state[1].detach().numpy())
+
+
+def test_a_changed_state_begins_anew() -> None:
+    cell = nn.GRUCell(2, 3)
+    with grutrace.trace(cell) as trace:
+        state = cell(torch.randn(2, 2))
+        cell(torch.randn(2, 2), state.relu())
+    assert trace["cell"].lengths.tolist() == [1, 1, 1, 1]
+    np.testing.assert_array_equal(
+        trace["cell"].sequence(2).initial, state[0].relu().detach().numpy()
+    )
+
+
+def test_chunks_of_a_long_sequence_are_one_sequence() -> None:
+    torch.manual_seed(3)
+    layer, x = nn.GRU(2, 3, 2), torch.randn(12, 2, 2)
+    state = None
+    with grutrace.trace(layer) as trace:
+        for chunk in x.split(5):
+            _, state = layer(chunk, state)
+    assert trace["l1"].lengths.tolist() == [12, 12]
+    hidden, _ = trace["l1"].padded("hidden")
+    np.testing.assert_allclose(
+        hidden, layer(x)[0].detach().transpose(0, 1).numpy(), atol=1e-6, rtol=0
+    )
+
+
+def test_bidirectional_calls_never_continue() -> None:
+    layer = nn.GRU(2, 3, bidirectional=True)
+    with grutrace.trace(layer) as trace:
+        _, state = layer(torch.randn(4, 2, 2))
+        layer(torch.randn(4, 2, 2), state)
+    assert trace["l0"].lengths.tolist() == trace["l0_reverse"].lengths.tolist() == [4] * 4
+
+
+def test_output_changed_in_place_right_after_the_call() -> None:
+    layer, x = nn.GRU(2, 3), torch.randn(4, 2, 2)
+    with torch.no_grad(), grutrace.trace(layer, record=("hidden", "input")) as trace:
+        expected = layer(x)[0].clone()
+        output, _ = layer(x)
+        output.relu_()
+        x.zero_()
+    np.testing.assert_array_equal(trace["l0"].sequence(2).hidden, expected[:, 0].numpy())
+    assert trace["l0"].input.any()
+
+
+def test_other_hooks_see_the_model_as_ever_and_ours_sees_the_kernel() -> None:
+    layer = nn.GRU(2, 3)
+    layer.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
+    layer.register_forward_hook(lambda *given: (given[-1][0] * 0, given[-1][1]))
+    x = torch.randn(4, 2, 2)
+    with grutrace.trace(layer, record=("hidden", "input"), check="raise") as trace:
+        output, _ = layer(x)
+    assert not output.any()
+    assert trace["l0"].hidden.any()
+    np.testing.assert_array_equal(trace["l0"].sequence(0).input, 2 * x[:, 0].numpy())
+
+
+def test_weight_versions(tmp_path) -> None:
+    layer, x = nn.GRU(2, 3, 2, bidirectional=True), torch.randn(4, 2, 2)
+    optimizer = torch.optim.Adam(layer.parameters(), 0.1)
+    with grutrace.trace(layer, tmp_path / "run.h5") as trace:
+        for _ in range(3):
+            weights = {k: v.clone() for k, v in layer.state_dict().items()}
+            layer(x)[0].sum().backward()
+            layer(x)
+            optimizer.step()
+    assert trace.calls["weights"].tolist() == [0, 0, 1, 1, 2, 2]
+    last = trace["l1_reverse"].weights(2)
+    np.testing.assert_array_equal(last["weight_hh"], weights["weight_hh_l1_reverse"].numpy())
+    np.testing.assert_array_equal(last["bias_ih"], weights["bias_ih_l1_reverse"].numpy())
+
+
+def test_gradients_are_untouched(model, batch) -> None:
+    def gradients(seed: int) -> list[torch.Tensor]:
+        torch.manual_seed(seed)
+        model.zero_grad()
+        model(batch).square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected = gradients(seed=5)
+    with grutrace.trace(model):
+        assert all(map(torch.equal, expected, gradients(seed=5)))
+        # The control: another dropout mask gives other gradients.
+        assert not all(map(torch.equal, expected, gradients(seed=6)))
+
+
+class Interruption(KeyboardInterrupt):
+    pass
+
+
+@pytest.mark.parametrize("error", [ValueError, Interruption])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_any_exit_takes_the_hooks_off(error, layers, tmp_path) -> None:
+    layer = nn.GRU(2, 3, layers)
+
+    def fail(*_: object) -> None:
+        raise error("on purpose")
+
+    handle = layer.register_forward_hook(fail)
+    path = tmp_path / "run.h5"
+    with pytest.raises(error, match="on purpose"), grutrace.trace(layer, path):
+        layer(torch.randn(4, 2, 2))
+    handle.remove()
+    assert hooks(layer) == 0
+    assert torch.overrides._get_current_function_mode() is None
+    with grutrace.open(path) as trace:
+        assert len(trace["l0"]) == 2
+
+
+@pytest.mark.parametrize("error", [ValueError, Interruption])
+def test_an_exception_inside_a_stacked_forward(error) -> None:
+    class Failing(nn.GRU):
+        def forward(self, *args):
+            super().forward(*args)
+            if self.fails:
+                raise error("on purpose")
+
+    layer = Failing(2, 3, 2)
+    with grutrace.trace(layer) as trace:
+        layer.fails = True
+        with pytest.raises(error, match="on purpose"):
+            layer(torch.randn(4, 2, 2))
+        layer.fails = False
+        layer(torch.randn(4, 2, 2))
+        assert len(trace["l1"]) == 4
+    assert hooks(layer) == 0
+    assert torch.overrides._get_current_function_mode() is None
+
+
+def test_stopping_within_a_forward_leaves_nothing() -> None:
+    class Stopping(nn.GRU):
+        def forward(self, *args):
+            tracer.stop()
+            return super().forward(*args)
+
+    layer = Stopping(2, 3, 2)
+    tracer = grutrace.Tracer(layer)
+    tracer.start()
+    layer(torch.randn(4, 2, 2))
+    assert hooks(layer) == 0
+    assert torch.overrides._get_current_function_mode() is None
+    tracer.close()
+
+
+def test_a_subclass_that_packs_inside() -> None:
+    class Packing(nn.GRU):
+        def forward(self, padded, lengths):
+            packed = nn.utils.rnn.pack_padded_sequence(padded, lengths)
+            output, final = super().forward(packed)
+            return nn.utils.rnn.pad_packed_sequence(output)[0], final
+
+    layer = Packing(2, 3)
+    with grutrace.trace(layer, check="raise") as trace:
+        output, _ = layer(torch.randn(5, 3, 2), torch.tensor([5, 3, 1]))
+    assert trace["l0"].lengths.tolist() == [5, 3, 1]
+    padded, _ = trace["l0"].padded("hidden")
+    np.testing.assert_array_equal(padded, output.detach().transpose(0, 1).numpy())
+
+
+def test_two_tracers_on_one_stack_share_one_tap() -> None:
+    layer, x = nn.GRU(2, 3, 3, bidirectional=True), torch.randn(4, 2, 2)
+    expected = layer(x)
+    with grutrace.trace(layer) as outer, grutrace.trace(layer, sites="l1*") as inner:
+        found = layer(x)
+        assert hooks(layer) == 2
+    assert all(map(torch.equal, expected, found))
+    assert len(outer.calls) == len(inner.calls) == 1
+    np.testing.assert_array_equal(outer["l1"].update, inner["l1"].update)
+    assert hooks(layer) == 0
+
+
+def test_copies_of_an_attached_model_are_not_traced(model, batch) -> None:
+    with grutrace.trace(model) as trace:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        copies = [
+            copy.deepcopy(model),
+            pickle.loads(pickle.dumps(model)),
+            torch.load(buffer, weights_only=False),
+        ]
+        for each in copies:
+            each(batch)
+        assert len(trace.calls) == 0
+        model(batch)
+    assert all(b"grutrace" not in pickle.dumps(each) for each in copies)
+
+
+def test_threads_that_run_the_model_at_once() -> None:
+    torch.manual_seed(0)
+    layer = StepwiseDecoder(2)
+    inputs = [(torch.randn(1, 2, 4), torch.randn(2, 2, 6)) for _ in range(4)]
+    with grutrace.trace(layer, check="raise") as trace:
+        threads = [threading.Thread(target=layer, args=(*each, 8)) for each in inputs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert trace["rnn.l1"].lengths.tolist() == [8] * 8
+    found = {each.tobytes() for each in trace["rnn.l1"].padded("hidden")[0]}
+    with torch.no_grad():
+        expected = [layer(*each, 8).transpose(0, 1).numpy() for each in inputs]
+    assert found == {row.tobytes() for each in expected for row in each}
+
+
+def test_what_was_never_called_is_named(model, batch) -> None:
+    with (
+        pytest.warns(grutrace.GrutraceWarning, match="nothing was recorded of decoder: no call"),
+        grutrace.trace(model),
+    ):
+        model.encoder(batch)
+
+
+@pytest.mark.parametrize("path", [None, "run.h5"])
+def test_empty_batch_and_inference_mode(path, tmp_path) -> None:
+    layer = nn.GRU(2, 3, 2)
+    with (
+        torch.inference_mode(),
+        grutrace.trace(layer, path and tmp_path / path, check="raise") as trace,
+    ):
+        layer(torch.randn(4, 0, 2))
+        layer(torch.randn(4, 2, 2))
+    assert len(trace["l1"]) == 2
+
+
+def test_weights_changed_behind_the_back_are_caught() -> None:
+    """The control of the residual: the kernel ran with other weights than the replay."""
+    layer = nn.GRU(3, 4)
+
+    def disturb(module, args, output):
+        with torch.no_grad():
+            module.weight_hh_l0[0, 0] += 0.1
+
+    x = torch.randn(4, 2, 3)
+    # A hook that comes before ours: the kernel has run, the replay has not.
+    with grutrace.trace(layer) as trace:
+        handle = layer.register_forward_hook(disturb, prepend=True)
+        with pytest.warns(grutrace.ResidualWarning, match=r"l0: the replayed states differ"):
+            layer(x)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            layer(x)
+        handle.remove()
+    assert trace["l0"].residual > 1e-4
+    with grutrace.trace(layer, check="raise"):
+        layer.register_forward_hook(disturb, prepend=True)
+        with pytest.raises(grutrace.ResidualError, match="l0"):
+            layer(x)
