@@ -38,7 +38,9 @@ try:
     import matplotlib
     from grutrace.cli import print_stats
 except ImportError:
-    sys.exit(INSTALL)
+    if __name__ == "__main__":
+        sys.exit(INSTALL)
+    raise
 
 matplotlib.use("Agg")  # a file is written, no window is opened
 import matplotlib.pyplot as plt  # noqa: E402

@@ -6,7 +6,7 @@ T steps, B sequences in a batch, I input size, H hidden size, L layers, D direct
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +105,7 @@ def _plain_gru(
         input,
         batch_sizes,
         initial,
-        module._flat_weights,
+        cast("list[Tensor]", module._flat_weights),
         module.bias,
         training=module.training,
         bidirectional=module.bidirectional,

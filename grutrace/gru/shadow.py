@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import cast
+from typing import TypeVar, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +28,10 @@ _HALF_TYPES = (torch.float16, torch.bfloat16)
 #: and for products of size 1. How these were chosen is in docs/equations.md.
 _STATE_ULPS = 2.0
 _PRODUCT_ULPS = 4.0
+
+
+#: One size, or an array of them.
+Size = TypeVar("Size", float, npt.NDArray[np.float64])
 
 
 @dataclass(frozen=True)
@@ -96,7 +102,7 @@ class Shadow:
         return Replay(gates, residual, tolerance(hidden.dtype, largest_state, magnitude))
 
 
-def tolerance(dtype: torch.dtype, state: float, product: float) -> float:
+def tolerance(dtype: torch.dtype, state: Size, product: Size) -> Size:
     """Return the residual that rounding explains.
 
     Args:

@@ -57,6 +57,10 @@ class ModuleIndex:
         """The pieces of a sequence, in time order."""
         return self.order[self.bounds[sequence] : self.bounds[sequence + 1]]
 
+    def pieces_of(self, rows: Integers) -> Integers:
+        """The piece that each row belongs to."""
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
     def rows(self, sequence: int) -> slice | Integers:
         """The rows of a sequence, in time order."""
         pieces = self.pieces(sequence)
@@ -92,6 +96,16 @@ class ModuleIndex:
         sizes = np.diff(self.bounds)
         before = np.empty_like(within)
         before[self.order] = within - np.repeat(within[self.bounds[:-1]], sizes)
+        return before
+
+    @cached_property
+    def last_rows_before(self) -> Integers:
+        """(P,) the last row of the piece before each in its sequence; -1 where it is the first."""
+        before = np.full(len(self.order), -1, np.int64)
+        follows = np.ones(len(self.order), bool)
+        follows[self.bounds[:-1]] = False
+        ends = self.starts + self.steps - 1
+        before[self.order[follows]] = ends[self.order[np.flatnonzero(follows) - 1]]
         return before
 
     @cached_property

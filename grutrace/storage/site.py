@@ -9,11 +9,12 @@ import numpy as np
 
 from grutrace.errors import NotRecordedError
 from grutrace.record import Array, Module, Site
-from grutrace.storage.index import Integers, spread
+from grutrace.storage.index import Integers, ModuleIndex, spread
 from grutrace.storage.moment import Moment
 from grutrace.storage.quantities import Quantities
 from grutrace.storage.sequence import Sequence
 from grutrace.storage.source import Rows
+from grutrace.storage.tables import Extent
 
 #: Rows that are brought into memory at once on their way into a padded array. Bytes.
 BLOCK = 16 * 1024 * 1024
@@ -54,6 +55,11 @@ class SiteTrace(Quantities[Rows]):
         moment = self._look()
         count = moment.extent(self._number).sequences
         return (Sequence(moment, self._number, self.site, number) for number in range(count))
+
+    @property
+    def extent(self) -> Extent:
+        """How many calls, rows, sequences and versions of the weights its module has."""
+        return self._look().extent(self._number)
 
     def rows(self, quantity: str) -> Rows:
         """The rows of all sequences, (N, H), or (N, I) for the input.
@@ -100,6 +106,48 @@ class SiteTrace(Quantities[Rows]):
             part = slice(start, start + block)
             padded[sequences[part], steps[part]] = rows[part]
         return padded, lengths
+
+    def previous(self, start: int = 0, stop: int | None = None) -> Array:
+        """The states that rows ``start`` to ``stop`` started from, (stop - start, H).
+
+        Raises:
+            NotRecordedError: The hidden states were not recorded.
+        """
+        index, hidden = self._index, self.rows("hidden")
+        rows = np.arange(len(hidden))[start:stop]
+        pieces = index.pieces_of(rows)
+        starts = index.starts[pieces]
+        if self.site.reverse:
+            outermost = rows == starts + index.steps[pieces] - 1
+            sources = np.where(outermost, -1, rows + 1)
+        else:
+            sources = np.where(rows == starts, index.last_rows_before[pieces], rows - 1)
+        previous = np.empty((len(rows), hidden.shape[1]), hidden.dtype)
+        begins = sources < 0
+        previous[~begins] = hidden[sources[~begins]]
+        previous[begins] = self.initial[index.sequences[pieces[begins]]]
+        return previous
+
+    def row_calls(self, start: int = 0, stop: int | None = None) -> Integers:
+        """The calls, as rows of `Trace.calls`, that made rows ``start`` to ``stop``."""
+        rows = np.arange(self._look().extent(self._number).rows)[start:stop]
+        return self._index.calls[self._index.pieces_of(rows)]
+
+    def row_checks(self, start: int = 0, stop: int | None = None) -> Array:
+        """Residual and tolerance of the calls that made rows ``start`` to ``stop``."""
+        places = np.searchsorted(self._index.call_numbers, self.row_calls(start, stop))
+        return np.asarray(self.checks[places])
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """The sequence that a row belongs to, and which of its steps it is."""
+        index = self._index
+        piece = int(index.pieces_of(np.array([row]))[0])
+        step = index.steps_before[piece] + row - index.starts[piece]
+        return int(index.sequences[piece]), int(step)
+
+    @property
+    def _index(self) -> ModuleIndex:
+        return self._look().index(self._number)
 
     @property
     def lengths(self) -> Integers:

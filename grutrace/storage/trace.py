@@ -96,6 +96,11 @@ class Trace:
         """The options of the trace."""
         return self.header.options
 
+    @property
+    def closed(self) -> bool:
+        """Whether its writer closed the file in order; if not, it is at work or has died."""
+        return self._look().tables.closed
+
     def refresh(self) -> None:
         """Take in what was recorded since. Sites that were asked for before go along.
 

@@ -1,0 +1,26 @@
+"""The command `grutrace`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code. See `grutrace.cli`."""
+    try:
+        from grutrace import cli
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("grutrace"):
+            raise
+        print(
+            f"grutrace: the commands need {error.name}, which comes with an extra: "
+            'pip install "grutrace[cli]"',
+            file=sys.stderr,
+        )
+        return 2
+    return cli.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

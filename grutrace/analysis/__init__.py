@@ -1,0 +1,1 @@
+"""From recorded arrays to results."""

@@ -1,0 +1,132 @@
+"""A reader written from docs/format.md alone, with plain h5py. It imports nothing of grutrace.
+
+Slow and simple on purpose: loops over pieces, no cleverness, so that it can be checked by reading
+it beside the specification.
+"""
+
+from __future__ import annotations
+
+import json
+
+import h5py
+import numpy as np
+
+
+class PlainTrace:
+    """Everything in a trace file, read at once."""
+
+    def __init__(self, path):
+        with h5py.File(path, "r", swmr=True) as file:
+            assert file.attrs["format"] == "grutrace"
+            assert file.attrs["format_version"][0] == 1
+            # The counts first: everything else may have grown by the time it is read.
+            committed = file["committed"][()]
+            self.closed = bool(committed["closed"])
+            self.model = file.attrs["model"]
+            self.created = file.attrs["created"]
+            self.versions = json.loads(file.attrs["versions"])
+            self.options = json.loads(file.attrs["options"])
+            self.calls = file["calls"][: committed["calls"]]
+            self.forks = file["forks"][: committed["forks"]]
+            self.annotations = file["annotations"][: committed["annotations"]]
+            self.values = file["values"][: committed["values"]]
+            ends = file["strings"][: committed["strings"]]
+            characters = file["characters"][: committed["characters"]]
+            starts = [0, *ends[:-1]]
+            self.strings = [
+                bytes(characters[int(start) : int(end)]).decode()
+                for start, end in zip(starts, ends, strict=False)
+            ]
+            modules = [PlainModule(group, self) for group in file["modules"].values()]
+        self.modules = sorted(modules, key=lambda module: module.index)
+        assert [module.index for module in self.modules] == list(range(len(modules)))
+
+    def tag(self, call):
+        return self.strings[call["tag"] - 1] if call["tag"] else None
+
+
+class PlainModule:
+    """One module's group."""
+
+    def __init__(self, group, trace):
+        self.index = int(group.attrs["index"])
+        self.group_name = group.name.rsplit("/", 1)[1]
+        self.attributes = dict(group.attrs)
+        self.path = group.attrs["path"]
+        self.trace = trace
+        self.calls = np.flatnonzero(trace.calls["module"] == self.index)
+        pieces = group["pieces"][: int(trace.calls["batch"][self.calls].sum())]
+        rows = int(pieces["steps"].sum())
+        self.count = int(pieces["sequence"].max()) + 1 if len(pieces) else 0
+        weights = trace.calls["weights"][self.calls]
+        self.weight_versions = int(weights.max()) + 1 if len(weights) else 0
+        self.pieces = self._list_pieces(pieces)
+        self.sites = {
+            suffix: PlainSite(site, self, rows)
+            for suffix, site in group.items()
+            if isinstance(site, h5py.Group)
+        }
+
+    def _list_pieces(self, pieces):
+        """By sequence: (call, place in the batch, first row, steps) of its pieces in order."""
+        found = {number: [] for number in range(self.count)}
+        row, place, calls = 0, 0, iter(self.calls)
+        call, batch = None, 0
+        for piece in pieces:
+            while place == batch:
+                call = next(calls)
+                batch, place = int(self.trace.calls["batch"][call]), 0
+            steps = int(piece["steps"])
+            found[int(piece["sequence"])].append((int(call), place, row, steps))
+            row, place = row + steps, place + 1
+        return found
+
+    def annotated(self, sequence):
+        """By name, {step: value}; what comes later holds."""
+        found, start = {}, 0
+        for entry in self.trace.annotations:
+            values = self.trace.values[start : start + int(entry["count"])]
+            start += int(entry["count"])
+            if (entry["module"], entry["sequence"]) == (self.index, sequence):
+                steps = found.setdefault(self.trace.strings[entry["name"] - 1], {})
+                for step, value in enumerate(values, int(entry["first"])):
+                    steps[step] = self.trace.strings[int(value)] if entry["text"] else float(value)
+        return found
+
+
+class PlainSite:
+    """One site's group."""
+
+    QUANTITIES = ("reset", "update", "candidate", "hidden", "input")
+    WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+    def __init__(self, group, module, rows):
+        self.module = module
+        self.name = group.attrs["name"]
+        self.layer = int(group.attrs["layer"])
+        self.reverse = bool(group.attrs["reverse"])
+        self.input_size = int(group.attrs["input_size"])
+        self.rows = {name: group[name][:rows] for name in self.QUANTITIES if name in group}
+        self.labels = {name: [d.label for d in group[name].dims] for name in self.rows}
+        self.initial = group["initial"][: module.count]
+        self.checks = group["checks"][: len(module.calls)]
+        self.weights = {
+            name: group[name][: module.weight_versions] for name in self.WEIGHTS if name in group
+        }
+        for name, array in self.rows.items():
+            assert len(array) == rows, f"{group.name}/{name} holds less than is committed"
+        assert len(self.initial) == module.count
+        assert len(self.checks) == len(module.calls)
+
+    def sequence(self, number, quantity):
+        parts = [
+            self.rows[quantity][row : row + steps]
+            for _, _, row, steps in self.module.pieces[number]
+        ]
+        return np.concatenate(parts)
+
+    def previous(self, number):
+        hidden, initial = self.sequence(number, "hidden"), self.initial[number : number + 1]
+        if self.reverse:
+            return np.concatenate([hidden, initial])[1:]
+        return np.concatenate([initial, hidden])[: len(hidden)]

@@ -1,0 +1,109 @@
+"""Rows whose values say which call and row they are of; and a program that streams them for ever.
+
+``python -m tests.storage.coded PATH SHAPE`` prints, after each flush, how many calls count.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import numpy as np
+
+from grutrace.record import DEFAULT_RECORD, Block, SiteRows, Weights
+from grutrace.storage.stream import StreamSink
+
+from .streams import make_header, make_module
+
+HIDDEN = 32
+
+#: Rows in the batch, steps of each, and whether sequences go on from call to call.
+SHAPES = {"big": (32, 128, False), "stepwise": (8, 1, True)}
+
+HEADER = make_header(make_module(hidden=HIDDEN, width=1, dtype="float64"))
+
+
+def rows(call, count):
+    """(count, HIDDEN), no number twice in any two calls."""
+    numbers = np.arange(count * HIDDEN, dtype=np.float64)
+    return (call * 1e7 + numbers).reshape(count, HIDDEN)
+
+
+def block(call, shape):
+    batch, steps, goes_on = SHAPES[shape]
+    begins = not goes_on or call == 0
+    first = 0 if goes_on else call * batch
+    values = rows(call, batch * steps)
+    quantities = {name: values + place for place, name in enumerate(DEFAULT_RECORD)}
+    initial = rows(call, batch if begins else 0)
+    return Block(
+        module=0,
+        time=float(call),
+        tag=f"tag {call // 100}",
+        training=False,
+        weights=0,
+        steps=np.full(batch, steps, np.uint32),
+        sequences=np.arange(first, first + batch, dtype=np.uint64),
+        sites={"l0": SiteRows(quantities, initial, float(call), 0.5)},
+    )
+
+
+def weights():
+    sites = {"l0": {"weight_ih": (3 * HIDDEN, 1), "weight_hh": (3 * HIDDEN, HIDDEN)}}
+    for name in ("bias_ih", "bias_hh"):
+        sites["l0"][name] = (3 * HIDDEN,)
+    return Weights(
+        0, 0, {"l0": {name: np.ones(shape, "f4") for name, shape in sites["l0"].items()}}
+    )
+
+
+def write(path, shape, calls=None, flush_every=3, report=lambda count: None):
+    sink = StreamSink(path, HEADER)
+    report(0)
+    sink.append(weights())
+    for call in itertools.count() if calls is None else range(calls):
+        sink.append(block(call, shape))
+        if (call + 1) % flush_every == 0:
+            sink.flush()
+            report(call + 1)
+    sink.close()
+
+
+def check_trace(trace):
+    """Every number that the trace shows is the one that was written; gives the calls there are."""
+    calls = trace.calls
+    if not len(calls):
+        return 0
+    counts = calls["steps"].tolist()
+    values = np.concatenate([rows(call, count) for call, count in enumerate(counts)])
+    site = trace["rnn.l0"]
+    for place, name in enumerate(DEFAULT_RECORD):
+        assert np.array_equal(site.rows(name), values + place)
+    assert calls["time"].tolist() == list(range(len(calls)))
+    assert calls["tag"].tolist() == [f"tag {call // 100}" for call in range(len(calls))]
+    assert np.array_equal(calls["residual"], np.arange(len(calls), dtype=np.float32))
+    batch = int(calls["batch"][0])
+    begun = [rows(call, batch) for call in range(max(1, len(site) // batch))]
+    assert np.array_equal(site.initial, np.concatenate(begun))
+    assert int(site.lengths.sum()) == len(values)
+    assert site.weights(0)["bias_hh"].all()
+    return len(calls)
+
+
+def check_plain(plain):
+    site = plain.modules[0].sites["l0"]
+    if len(plain.calls):
+        counts = [0] * len(plain.calls)
+        for pieces in plain.modules[0].pieces.values():
+            for call, _, _, steps in pieces:
+                counts[call] += steps
+        values = np.concatenate([rows(call, count) for call, count in enumerate(counts)])
+        for place, name in enumerate(DEFAULT_RECORD):
+            assert np.array_equal(site.rows[name], values + place)
+        assert plain.calls["time"].tolist() == list(range(len(counts)))
+        tags = [f"tag {call // 100}" for call in range(len(counts))]
+        assert [plain.tag(call) for call in plain.calls] == tags
+
+
+if __name__ == "__main__":
+    write(sys.argv[1], sys.argv[2], report=lambda count: print(count, flush=True))
