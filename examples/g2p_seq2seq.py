@@ -36,11 +36,13 @@ INSTALL = 'this example needs its extra: pip install "grutrace[demo]"'
 
 try:
     import matplotlib
+
     from grutrace.cli import print_stats
 except ImportError:
-    if __name__ == "__main__":
-        sys.exit(INSTALL)
-    raise
+    if __name__ != "__main__":
+        raise
+    print(INSTALL, file=sys.stderr)
+    sys.exit(2)
 
 matplotlib.use("Agg")  # a file is written, no window is opened
 import matplotlib.pyplot as plt  # noqa: E402
@@ -66,6 +68,10 @@ WEIGHTS = {
     "output.weight": "fc_w",
     "output.bias": "fc_b",
 }
+
+
+class WordError(ValueError):
+    """A word that the model cannot read."""
 
 
 class GraphemeToPhoneme(nn.Module):
@@ -105,8 +111,8 @@ class GraphemeToPhoneme(nn.Module):
             phoneme = self.output(hidden).argmax(dim=1)
             for row, number in zip(rows.tolist(), phoneme.tolist(), strict=True):
                 produced[row].append(number)
-            open_ = phoneme != end
-            rows, phoneme, hidden = rows[open_], phoneme[open_], hidden[open_]
+            goes_on = phoneme != end
+            rows, phoneme, hidden = rows[goes_on], phoneme[goes_on], hidden[goes_on]
             if len(rows) == 0:
                 break
         return produced
@@ -231,51 +237,50 @@ def checked(word: str, graphemes: Sequence[str]) -> str:
     """The word in lower case.
 
     Raises:
-        ValueError: The word is empty or holds a character that the model does not know.
+        WordError: The word is empty or holds a character that the model does not know.
     """
     known = [grapheme for grapheme in graphemes if len(grapheme) == 1]
     expected = f"expected letters from {known[0]} to {known[-1]}"
     if not word:
-        raise ValueError(f"a word is empty; {expected}")
+        raise WordError(f"a word is empty; {expected}")
     for character in word.lower():
         if character not in known:
-            raise ValueError(f"{word!r} holds {character!r}; {expected}")
+            raise WordError(f"{word!r} holds {character!r}; {expected}")
     return word.lower()
 
 
-def parser() -> argparse.ArgumentParser:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Trace a trained grapheme-to-phoneme model.")
     parser.add_argument("words", nargs="*", default=WORDS, help="English words; a-z")
     parser.add_argument("--output", type=Path, default=Path("g2p.h5"), help="the trace to write")
-    return parser
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
+    arguments = parse(argv)
     try:
         model = load_model()
         words = [checked(word, model.graphemes) for word in arguments.words]
+        phonemes = record(model, words, arguments.output)
     except PackageNotFoundError:
         print(INSTALL, file=sys.stderr)
         return 2
-    except ValueError as error:
+    except (WordError, grutrace.GrutraceError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    spoken = [
-        " ".join(name for name in phonemes if name != END)
-        for phonemes in record(model, words, arguments.output)
-    ]
+    spoken = [" ".join(name for name in names if name != END) for names in phonemes]
     width = max(len(word) for word in words)
-    for word, phonemes in zip(words, spoken, strict=True):
-        print(f"{word:{width}}  {phonemes}")
+    for word, names in zip(words, spoken, strict=True):
+        print(f"{word:{width}}  {names}")
+    print()
 
     picture = arguments.output.with_name(f"update_gate_{words[0]}.png")
     with grutrace.open(arguments.output) as trace:
         print_stats(trace)
         sequence = trace["encoder.l0"].sequence(0)
         plot_update_gate(sequence.update, letters_of(words[0]), f"{words[0]}\n{spoken[0]}", picture)
-    print(f"trace: {arguments.output}\npicture: {picture}")
+    print(f"\ntrace: {arguments.output}\npicture: {picture}")
     return 0
 
 

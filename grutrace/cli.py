@@ -160,8 +160,8 @@ def print_stats(trace: Trace) -> None:
             shares = [f"{gate.mean:.3f}", percent(gate.below), percent(gate.above)] if gate else []
             table.add_row(*about, name, *shares)
             about = [""] * len(about)
-        table.add_section()
     Console().print(table)
+    print("Shares are of all steps and units; those of the candidate are of its size, |n|.")
 
 
 def print_verification(results: Sequence[SiteVerification]) -> None:

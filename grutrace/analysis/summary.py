@@ -25,8 +25,8 @@ class GateSummary:
 
     Attributes:
         mean: Mean of the values.
-        below: Share of the values below `SHUT`.
-        above: Share of the values above `OPEN`.
+        below: Share of the values whose size is below `SHUT`.
+        above: Share of the values whose size is above `OPEN`.
     """
 
     mean: float
@@ -43,8 +43,8 @@ class SiteSummary:
         sequences: How many.
         steps: Of all sequences together.
         residual: Largest ``|replayed h - kernel's h|``.
-        gates: By name, for those that were recorded. The candidate lies between -1 and 1, the
-            gates between 0 and 1.
+        gates: By name, for those that were recorded. The gates lie between 0 and 1; the
+            candidate lies between -1 and 1, and of it a large size means a saturated tanh.
     """
 
     site: str
@@ -72,8 +72,9 @@ def summarize_gate(rows: Rows) -> GateSummary:
     total = below = above = 0.0
     for block in blocks(rows):
         total += float(block.sum(dtype=np.float64))
-        below += int((block < SHUT).sum())
-        above += int((block > OPEN).sum())
+        size = np.abs(block)
+        below += int((size < SHUT).sum())
+        above += int((size > OPEN).sum())
     count = rows.shape[0] * rows.shape[1]
     if not count:
         return GateSummary(np.nan, np.nan, np.nan)

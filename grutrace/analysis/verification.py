@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 
 from grutrace.gru import cell
-from grutrace.gru.shadow import tolerance
+from grutrace.gru.rounding import tolerance
 from grutrace.record import GATES, Array
 from grutrace.storage.site import SiteTrace
 from grutrace.storage.source import Rows
@@ -186,9 +186,11 @@ def _recompute(
     gates = cell.gates(products)
     values = {name: value.numpy() for name, value in gates._asdict().items()}
     values["hidden"] = cell.step(gates, before).numpy()
+    states = np.maximum(1.0, np.abs(_wide(previous)).max(axis=1))
     sizes = torch.cat(products, -1).abs().amax(-1).numpy()
-    states = np.maximum(1.0, np.abs(previous).max(axis=1))
-    return values, tolerance(dtype, _wide(states), _wide(sizes))
+    recurrent = products.hidden.chunk(3, -1)[2].abs().amax(-1).numpy()
+    terms = input.shape[1] + previous.shape[1]
+    return values, tolerance(dtype, terms, states, _finite(sizes), _finite(recurrent))
 
 
 def _check_states(site: SiteTrace) -> Iterator[_Comparison]:
@@ -207,6 +209,11 @@ def _check_states(site: SiteTrace) -> Iterator[_Comparison]:
         expected = (1 - update) * candidate + update * previous
         allowed = site.row_checks(start, stop)["tolerance"].astype(np.float64) + stored
         yield _Comparison("hidden", start, hidden, expected, allowed)
+
+
+def _finite(sizes: Array) -> npt.NDArray[np.float64]:
+    # Where a row holds no numbers, what is left of it is compared as if they were zero.
+    return np.where(np.isfinite(sizes), sizes, 0.0)
 
 
 def _wide(values: Rows | Array) -> npt.NDArray[np.float64]:

@@ -7,8 +7,9 @@ With x the input of a step, h' the state before it and h the state after it:
     candidate  n = tanh(W_in x + b_in + r * (W_hn h' + b_hn))
     hidden     h = (1 - z) * n + z * h'
 
-Source: the documentation of torch.nn.GRU. z = 1 *keeps* the old state. Cho et al. (2014) write z
-for what is 1 - z here, and apply r before the product with W_hn.
+Source: the documentation of torch.nn.GRU. z = 1 *keeps* the old state, as in Cho et al. (2014);
+Chung et al. (2014) and many tutorials write z for what is 1 - z here. Unlike in both, r is applied
+after the product with W_hn. docs/equations.md says how to convert what can be converted.
 
 A weight stacks its three parts along its first axis in the order reset, update, candidate.
 Leading axes ``...`` are free: every function treats each step on its own.

@@ -8,30 +8,19 @@ anywhere (trained GRUs can be chaotic); see docs/equations.md.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import TypeVar, cast
+from typing import cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from grutrace.gru import cell
 from grutrace.gru.kernel import CellWeights
+from grutrace.gru.rounding import compare, largest, tolerance
 from grutrace.gru.steps import Steps
 
 #: Types that are too coarse to compute the replay in; it is done in float32 instead.
 _HALF_TYPES = (torch.float16, torch.bfloat16)
-
-#: Units in the last place by which the kernel's and the replay's states may differ, for states
-#: and for products of size 1. How these were chosen is in docs/equations.md.
-_STATE_ULPS = 2.0
-_PRODUCT_ULPS = 4.0
-
-
-#: One size, or an array of them.
-Size = TypeVar("Size", float, npt.NDArray[np.float64])
 
 
 @dataclass(frozen=True)
@@ -40,8 +29,7 @@ class Replay:
 
     Attributes:
         gates: Each in the kernel's order and shape, (T, B, H) or (N, H).
-        residual: Largest ``|replayed h - kernel's h|``. States that are the same infinity, or
-            not a number in both, do not differ; not a number in one of them counts as infinite.
+        residual: Largest ``|replayed h - kernel's h|``; see `grutrace.gru.rounding.Evidence`.
         tolerance: The residual that rounding explains.
     """
 
@@ -97,20 +85,11 @@ class Shadow:
         products = cell.products(input, previous, *_computable_weights(weights))
         gates = cell.gates(products)
         replayed = cell.step(gates, previous)
-        residual, magnitude = _evidence(replayed, _computable(hidden), products)
-        largest_state = max(1.0, _largest(initial))
-        return Replay(gates, residual, tolerance(hidden.dtype, largest_state, magnitude))
-
-
-def tolerance(dtype: torch.dtype, state: Size, product: Size) -> Size:
-    """Return the residual that rounding explains.
-
-    Args:
-        dtype: The type in which the kernel computed.
-        state: Largest ``|h|`` that can occur: 1, or the largest initial state if that is larger.
-        product: Largest element, in absolute value, of the two matrix products of a step.
-    """
-    return torch.finfo(dtype).eps * (_STATE_ULPS * state + _PRODUCT_ULPS * product)
+        found = compare(replayed, _computable(hidden), products)
+        state = max(1.0, largest(initial))
+        terms = input.shape[-1] + previous.shape[-1]
+        allowed = tolerance(hidden.dtype, terms, state, found.product, found.recurrent)
+        return Replay(gates, found.residual, allowed)
 
 
 def _computable(values: Tensor) -> Tensor:
@@ -119,25 +98,3 @@ def _computable(values: Tensor) -> Tensor:
 
 def _computable_weights(weights: CellWeights) -> CellWeights:
     return CellWeights._make(None if each is None else _computable(each) for each in weights)
-
-
-def _evidence(replayed: Tensor, hidden: Tensor, products: cell.Products) -> tuple[float, float]:
-    """Return the residual and the largest element of the products."""
-    if not replayed.numel():
-        return 0.0, 0.0
-    difference = (replayed - hidden).abs_()
-    sizes = torch.stack(
-        [difference.max(), *(extreme for each in products for extreme in torch.aminmax(each))]
-    ).tolist()
-    if all(map(math.isfinite, sizes)):
-        return sizes[0], max(map(abs, sizes[1:]))
-    same = (replayed == hidden) | (replayed.isnan() & hidden.isnan())
-    residual = difference.masked_fill_(same, 0.0).nan_to_num_(nan=math.inf).max().item()
-    return residual, max(_largest(each) for each in products)
-
-
-def _largest(values: Tensor) -> float:
-    """Return the largest finite ``|value|``, 0 where there is none."""
-    if not values.numel():
-        return 0.0
-    return values.abs().nan_to_num_(nan=0.0, posinf=0.0).max().item()

@@ -246,7 +246,9 @@ def _close_all() -> None:
 def _disown_all() -> None:
     """In a forked child: the threads are not there, and the files are the parent's."""
     for pump in _running:
-        pump.disown()
+        # The parent may just have been closing it.
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            pump.disown()
     _running.clear()
 
 

@@ -32,8 +32,8 @@ ROW_CHUNK = 256 * 1024
 #: A chunk of what grows by one item a call or a sequence. Bytes.
 TABLE_CHUNK = 32 * 1024
 
-#: The largest chunk of a weight matrix. Bytes.
-WEIGHT_CHUNK = 1024 * 1024
+#: No chunk is larger, however wide a row or a weight matrix is. Bytes.
+LARGEST_CHUNK = 1024 * 1024
 
 COMMITTED = np.dtype(
     [
@@ -92,7 +92,7 @@ class Column:
         dtype: Type of its elements, little-endian.
         item: Shape of what it grows by: the shape of the dataset without its first axis.
         axes: A label for each axis; empty for a table.
-        chunk: Bytes of a chunk, about.
+        chunk: Bytes of a chunk that holds several items.
     """
 
     dtype: np.dtype[Any]
@@ -102,12 +102,12 @@ class Column:
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """Shape of a chunk: whole items where they fit, else one item cut along its first axis."""
-        fitting = self.chunk // max(1, math.prod(self.item) * self.dtype.itemsize)
-        if fitting or not self.item:
-            return (max(1, fitting), *(max(1, size) for size in self.item))
-        width = math.prod(self.item[1:]) * self.dtype.itemsize
-        return (1, max(1, self.chunk // width), *self.item[1:])
+        """Shape of a chunk: several items, or one, or, of one too large, a part of its rows."""
+        item = tuple(max(1, size) for size in self.item)
+        size = math.prod(item) * self.dtype.itemsize
+        if size <= LARGEST_CHUNK:
+            return (max(1, self.chunk // size), *item)
+        return (1, max(1, LARGEST_CHUNK * item[0] // size), *item[1:])
 
 
 def group_name(path: str) -> str:
@@ -189,7 +189,7 @@ def _site_layout(module: Module, site: Site) -> Iterator[tuple[str, Column]]:
     for name, shape in weight_shapes(module, site).items():
         last = "feature" if name == "weight_ih" else "unit"
         labels = ("version", "gate unit", last)[: 1 + len(shape)]
-        yield site_place(module, site.suffix, name), Column(weights, shape, labels, WEIGHT_CHUNK)
+        yield site_place(module, site.suffix, name), Column(weights, shape, labels)
 
 
 def shared_inputs(modules: Sequence[Module]) -> Iterator[tuple[str, str]]:

@@ -132,14 +132,16 @@ class Writer:
             self._file.close()
 
     def disown(self) -> None:
-        """In a forked child: keep HDF5's clean-up from writing into the parent's file."""
-        self._closed = True
-        if not self._file:
-            return
-        # Reading goes on; writing, which closing would do, fails.
-        descriptor = os.open(self.path, os.O_RDONLY)
-        os.dup2(descriptor, self._file.id.get_vfd_handle())
-        os.close(descriptor)
+        """In a forked child: let go of the file without a trace in it.
+
+        HDF5 writes what it has in memory when a file is closed, at the latest when the process
+        ends, and here that is the parent's file.
+        """
+        if not self._closed:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            os.dup2(nowhere, self._file.id.get_vfd_handle())
+            os.close(nowhere)
+            self.abandon()
 
     def _start(self, header: Header, positions: dict[str, int]) -> None:
         """Mark the file as being written, from these positions on."""

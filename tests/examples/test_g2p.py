@@ -282,7 +282,7 @@ def test_words_give_phonemes_statistics_trace_and_picture(g2p_example, numpy_g2p
     assert printed.err == ""
     for word in ("hello", "world"):
         assert f"{word}  {' '.join(numpy_g2p.predict(word))}" in printed.out
-    for name in (*SITES, "reset", "update", "candidate", "hidden"):
+    for name in (*SITES, "reset", "update", "candidate", "residual"):
         assert name in printed.out
     with grutrace.open(output) as trace:
         assert set(trace.sites) == set(SITES)
@@ -330,6 +330,14 @@ def test_without_g2p_en_it_says_what_to_install(g2p_example, monkeypatch, tmp_pa
     assert g2p_example.main(["hello"]) == 2
     assert 'pip install "grutrace[demo]"' in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_trace_that_cannot_be_written_is_one_clear_error(g2p_example, tmp_path, capsys):
+    output = tmp_path / "missing" / "g2p.h5"
+    assert g2p_example.main(["hello", "--output", str(output)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert str(output) in error
 
 
 # The picture's order

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import h5py
 import numpy as np
 import pytest
 
@@ -53,8 +54,6 @@ def test_control_a_torn_row_is_seen(tmp_path):
     coded.write(path, "stepwise", calls=20)
     with open_trace(path) as trace:
         assert coded.check_trace(trace) == 20
-    import h5py
-
     with h5py.File(path, "r+") as file:
         file["modules/rnn/l0/update"][13, 5] += 1
     with open_trace(path) as trace, pytest.raises(AssertionError):
@@ -67,8 +66,6 @@ def test_control_counts_that_run_ahead_are_seen(tmp_path):
     """What a commit in the wrong order would leave behind."""
     path = tmp_path / "run.h5"
     coded.write(path, "stepwise", calls=20)
-    import h5py
-
     with h5py.File(path, "r+") as file:
         file["modules/rnn/l0/hidden"].resize(19 * coded.SHAPES["stepwise"][0], 0)
     with pytest.raises(OSError, match="hidden"):

@@ -101,23 +101,26 @@ def test_memory_stays_bounded_while_the_writer_is_slow(path, monkeypatch):
     size = coded.block(0, "big").nbytes
     sink = StreamSink(path, coded.HEADER, queue_bytes=4 * size)
     sink.append(coded.weights())
-    alive = weakref.WeakSet()
+    made = []
+
+    def alive():
+        return sum(reference() is not None for reference in made)
 
     def work():
         for call in range(30):
             block = coded.block(call, "big")
-            alive.add(block)
+            made.append(weakref.ref(block))
             sink.append(block)
 
     thread = threading.Thread(target=work)
     thread.start()
     time.sleep(0.3)
-    assert len(alive) <= 6
+    assert 4 <= alive() <= 6
     gate.open.set()
     thread.join()
     sink.close()
     gc.collect()
-    assert len(alive) == 0
+    assert (len(made), alive()) == (30, 0)
 
 
 def test_a_record_larger_than_the_queue_goes_through(path):

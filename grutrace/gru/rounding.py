@@ -1,0 +1,85 @@
+"""How much of a difference between two computations of a step rounding explains.
+
+Two correct computations of the same step sum the same products in different orders. For K terms
+the difference of two such sums is, with random rounding, of the order of sqrt(K) units in the
+last place of the largest partial sum (Higham & Mary 2019, "A new approach to probabilistic
+rounding error analysis"). It reaches the reset gate through a slope of at most 1/4, and from there
+the candidate, multiplied by the hidden product that the gate is applied to. docs/equations.md has
+the measurements.
+
+T steps, B sequences in a batch, I input size, H hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from grutrace.gru.cell import Products
+
+#: One size, or an array of them.
+Size = TypeVar("Size", float, npt.NDArray[np.float64])
+
+#: Units in the last place for a state of size 1: the few operations that make it from its gates.
+_STATE_ULPS = 2.0
+
+#: Units in the last place for a sum of K terms of size 1: the first, and this times sqrt(K). The
+#: largest difference seen in a search over sizes and scales is 0.36 of what this allows.
+_SUM_ULPS = 0.5
+
+
+class Evidence(NamedTuple):
+    """What a replay was found to be.
+
+    Attributes:
+        residual: Largest ``|replayed h - kernel's h|``. States that are the same infinity, or not
+            a number in both, do not differ; not a number in just one counts as infinite.
+        product: Largest finite element, in absolute value, of the matrix products.
+        recurrent: The same of the hidden product that the reset gate is applied to.
+    """
+
+    residual: float
+    product: float
+    recurrent: float
+
+
+def tolerance(dtype: torch.dtype, terms: int, state: Size, product: Size, recurrent: Size) -> Size:
+    """Return the difference between two computations of a gate or state that rounding explains.
+
+    Args:
+        dtype: The type of the coarser computation.
+        terms: Terms of the sums: I + H.
+        state: Largest ``|h|`` that can occur: 1, or the largest initial state if that is larger.
+        product: Largest element, in absolute value, of the two matrix products.
+        recurrent: The same of the hidden product that the reset gate is applied to.
+    """
+    sums = (1 + _SUM_ULPS * math.sqrt(terms)) * product
+    return torch.finfo(dtype).eps * (_STATE_ULPS * state + sums * (1 + recurrent / 4))
+
+
+def compare(replayed: Tensor, hidden: Tensor, products: Products) -> Evidence:
+    """Compare replayed states with the kernel's, both (..., H)."""
+    if not replayed.numel():
+        return Evidence(0.0, 0.0, 0.0)
+    difference = (replayed - hidden).abs_()
+    recurrent = products.hidden.chunk(3, -1)[2]
+    extremes = [torch.aminmax(each) for each in (*products, recurrent)]
+    sizes = torch.stack([difference.max(), *(each for pair in extremes for each in pair)]).tolist()
+    if all(map(math.isfinite, sizes)):
+        residual, *bounds = sizes
+        return Evidence(residual, max(map(abs, bounds)), max(map(abs, bounds[4:])))
+    same = (replayed == hidden) | (replayed.isnan() & hidden.isnan())
+    residual = difference.masked_fill_(same, 0.0).nan_to_num_(nan=math.inf).max().item()
+    return Evidence(residual, max(map(largest, products)), largest(recurrent))
+
+
+def largest(values: Tensor) -> float:
+    """Return the largest finite ``|value|``, 0 where there is none."""
+    if not values.numel():
+        return 0.0
+    return values.abs().nan_to_num_(nan=0.0, posinf=0.0).max().item()

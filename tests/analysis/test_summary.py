@@ -1,0 +1,70 @@
+"""The summary of a site against NumPy over all values at once, and against known gates."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import grutrace
+from grutrace.analysis import summary
+from grutrace.analysis.summary import summarize_gate, summarize_site
+
+
+@pytest.fixture(params=[None, "run.h5"])
+def trace(request, tmp_path):
+    torch.manual_seed(0)
+    layer = nn.GRU(3, 5, bidirectional=True)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(6)
+    with grutrace.trace(layer, request.param and tmp_path / request.param) as trace:
+        layer(torch.randn(40, 7, 3))
+        layer(torch.randn(2, 3))
+    yield trace
+    trace.close()
+
+
+@pytest.mark.parametrize("block", [1, 200, 10**9])
+def test_equals_all_values_at_once(trace, block, monkeypatch) -> None:
+    monkeypatch.setattr(summary, "BLOCK", block)
+    for name in trace.sites:
+        found = summarize_site(trace[name])
+        assert (found.site, found.sequences, found.steps) == (name, 8, 282)
+        assert found.residual == trace[name].residual
+        for gate, of_gate in found.gates.items():
+            values = np.asarray(trace[name].rows(gate)).astype(np.float64)
+            assert of_gate.mean == pytest.approx(values.mean(), abs=1e-9)
+            assert of_gate.below == (np.abs(values) < np.float32(0.1)).mean()
+            assert of_gate.above == (np.abs(values) > np.float32(0.9)).mean()
+            assert 0 < of_gate.below + of_gate.above < 1
+
+
+def test_gates_that_are_known() -> None:
+    """Biases alone decide where the weights are zero: z = sigmoid(5) is open, r = sigmoid(-5)."""
+    layer = nn.GRU(2, 4)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+        layer.bias_ih_l0[:4] = -5
+        layer.bias_hh_l0[4:8] = 5
+    with grutrace.trace(layer) as trace:
+        layer(torch.randn(6, 2))
+    gates = summarize_site(trace["l0"]).gates
+    assert (gates["reset"].below, gates["reset"].above) == (1, 0)
+    assert (gates["update"].below, gates["update"].above) == (0, 1)
+    assert gates["update"].mean == pytest.approx(1 / (1 + np.exp(-5)), abs=1e-6)
+    assert gates["candidate"].mean == 0
+
+
+def test_nothing_recorded_is_no_number() -> None:
+    found = summarize_gate(np.empty((0, 4), np.float32))
+    assert np.isnan([found.mean, found.below, found.above]).all()
+
+
+def test_only_what_was_recorded() -> None:
+    layer = nn.GRU(2, 4)
+    with grutrace.trace(layer, record=("update", "hidden")) as trace:
+        layer(torch.randn(6, 2))
+    assert list(summarize_site(trace["l0"]).gates) == ["update"]

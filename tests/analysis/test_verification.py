@@ -1,0 +1,154 @@
+"""Verification holds on every honest trace, and each kind of damage is caught."""
+
+from __future__ import annotations
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+
+import grutrace
+from grutrace.analysis import verification
+from grutrace.analysis.verification import verify
+from tests.checks import EVERYTHING
+from tests.strategies import Case, cases
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_every_honest_trace_holds(case: Case) -> None:
+    for record, check in ((EVERYTHING, "gates"), (EVERYTHING[:4], None)):
+        with grutrace.trace(case.layer, record=record) as trace:
+            case.run()
+        for found in verify(trace):
+            assert found.holds, found
+            assert found.check == check or check is None
+            if found.steps and check:
+                assert found.worst is not None
+
+
+def two_layers(path, record=EVERYTHING, training=False, steps=20) -> nn.GRU:
+    torch.manual_seed(0)
+    layer = nn.GRU(3, 4, 2, bidirectional=True, dropout=0.5).train(training)
+    with torch.no_grad(), grutrace.trace(layer, path, record=record):
+        for _ in range(2):
+            layer(torch.randn(steps, 5, 3))
+            layer.weight_hh_l0[0, 0] += 1
+    return layer
+
+
+def checked(path) -> dict[str, verification.SiteVerification]:
+    with grutrace.open(path) as trace:
+        return {found.site: found for found in verify(trace)}
+
+
+def test_what_can_be_checked_depends_on_what_was_recorded(tmp_path) -> None:
+    expected = {
+        EVERYTHING: ["gates", "gates"],
+        ("reset", "update", "candidate", "hidden"): ["states", "gates"],
+        ("update", "hidden"): [None, "gates"],
+        ("reset", "update", "candidate"): [None, None],
+    }
+    for number, (record, checks) in enumerate(expected.items()):
+        path = tmp_path / f"{number}.h5"
+        two_layers(path, record)
+        found = checked(path)
+        assert [found["l0"].check, found["l1_reverse"].check] == checks
+        assert all(each.holds for each in found.values())
+        assert all(bool(each.reason) == (each.check != "gates") for each in found.values())
+
+
+def test_dropped_out_states_are_not_taken_for_the_input(tmp_path) -> None:
+    two_layers(tmp_path / "run.h5", EVERYTHING[:4], training=True)
+    assert checked(tmp_path / "run.h5")["l1"].check == "states"
+    two_layers(tmp_path / "input.h5", EVERYTHING, training=True)
+    found = checked(tmp_path / "input.h5")["l1"]
+    assert found.check == "gates"
+    assert found.holds
+
+
+def damage_weights(group: h5py.Group) -> None:
+    group["weight_hh"][1, 2, 3] += 0.01
+
+
+def flip_direction(group: h5py.Group) -> None:
+    group.attrs["reverse"] = not group.attrs["reverse"]
+
+
+def swap_reset_and_update(group: h5py.Group) -> None:
+    reset, update = group["reset"][:], group["update"][:]
+    group["reset"][:], group["update"][:] = update, reset
+
+
+def shift_states(group: h5py.Group) -> None:
+    group["hidden"][:] = np.roll(group["hidden"][:], 1, axis=0)
+
+
+def negate_update(group: h5py.Group) -> None:
+    """As other texts define it."""
+    group["update"][:] = 1 - group["update"][:]
+
+
+def one_bad_number(group: h5py.Group) -> None:
+    group["update"][137, 2] = np.nan
+
+
+DAMAGES = [
+    damage_weights,
+    flip_direction,
+    swap_reset_and_update,
+    shift_states,
+    negate_update,
+    one_bad_number,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_control_each_kind_of_damage_is_caught(tmp_path, damage) -> None:
+    path = tmp_path / "run.h5"
+    two_layers(path)
+    assert checked(path)["l1"].holds
+    with h5py.File(path, "r+") as file:
+        damage(file["modules/%/l1"])
+    found = checked(path)
+    assert not found["l1"].holds
+    assert found["l0"].holds
+
+
+def test_the_states_alone_show_a_wrong_gate(tmp_path) -> None:
+    path = tmp_path / "run.h5"
+    two_layers(path, EVERYTHING[:4])
+    with h5py.File(path, "r+") as file:
+        file["modules/%/l0/update"][137, 2] += 1e-3
+    found = checked(path)["l0"]
+    assert found.check == "states"
+    assert not found.holds
+
+
+@pytest.mark.parametrize("block", [1, 10**9])
+def test_the_worst_place_is_named(tmp_path, block, monkeypatch) -> None:
+    monkeypatch.setattr(verification, "BLOCK", block)
+    path = tmp_path / "run.h5"
+    two_layers(path)
+    # Row 137 of sequences of 20 steps each.
+    with h5py.File(path, "r+") as file:
+        file["modules/%/l1_reverse/candidate"][137, 2] += 0.5
+    worst = checked(path)["l1_reverse"].worst
+    assert (worst.quantity, worst.sequence, worst.step, worst.unit) == ("candidate", 6, 17, 2)
+    assert worst.difference == pytest.approx(0.5, abs=1e-5)
+
+
+def test_pieces_of_one_sequence_hang_together(tmp_path) -> None:
+    """Stepwise decoding: each piece's previous state lies in the call before."""
+    torch.manual_seed(0)
+    cell, state = nn.GRUCell(2, 3), torch.randn(4, 3)
+    with torch.no_grad(), grutrace.trace(cell, tmp_path / "run.h5", record=EVERYTHING):
+        for rows in ([0, 1, 2, 3], [2, 0, 3], [1, 1, 0], [0, 1, 2]):
+            state = cell(torch.randn(len(rows), 2), state[rows])
+    assert checked(tmp_path / "run.h5")["cell"].holds
+    with h5py.File(tmp_path / "run.h5", "r+") as file:
+        hidden = file["modules/%/cell/hidden"]
+        hidden[:4] = hidden[:4][[1, 0, 2, 3]]
+    assert not checked(tmp_path / "run.h5")["cell"].holds
