@@ -1,0 +1,109 @@
+"""Imports go one way, as docs/architecture.md draws it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "grutrace"
+
+#: What each part may import of grutrace, beside itself.
+ALLOWED = {
+    "errors": set(),
+    "record": set(),
+    "gru": {"errors", "record"},
+    "storage": {"errors", "record"},
+    "capture": {"errors", "record", "gru", "storage.sinks", "storage.trace", "storage.moment"},
+    "analysis": {"errors", "record", "gru", "storage"},
+    "cli": {"errors", "record", "storage", "analysis"},
+    "__main__": {"cli"},
+    "__init__": {"errors", "capture", "storage"},
+}
+
+#: Libraries that only these parts may import.
+ONLY = {"torch": {"gru", "capture", "analysis"}, "h5py": {"storage"}, "typer": {"cli"}}
+
+#: Within storage, writing and reading never meet, but in `sinks`, the door to both.
+WRITING = {"writer", "stream", "pump", "appender", "continuing", "admission", "entries"}
+READING = {"reader", "rows", "trace", "site", "sequence", "index", "moment"}
+
+
+def imports(source: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative import"
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def faults(part: str, source: str) -> set[str]:
+    """The imports of a source in this part that go the wrong way."""
+    wrong = set()
+    for name in imports(source):
+        top, _, inner = name.partition(".")
+        if top in ONLY and part not in ONLY[top]:
+            wrong.add(name)
+        if top != "grutrace" or not inner or inner.split(".")[0] == part:
+            continue
+        if not any(f"{inner}.".startswith(f"{allowed}.") for allowed in ALLOWED[part]) and not (
+            any(allowed.startswith(f"{inner}.") for allowed in ALLOWED[part])
+        ):
+            wrong.add(name)
+    return wrong
+
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path: Path) -> None:
+    assert faults(part_of(path), path.read_text(encoding="utf-8")) == set()
+
+
+def test_writing_and_reading_never_meet() -> None:
+    for own, other in ((WRITING, READING), (READING, WRITING)):
+        for name in own:
+            path = PACKAGE / "storage" / f"{name}.py"
+            reached = {each.rpartition(".")[2] for each in imports(path.read_text())}
+            assert not reached & other, f"{name} imports {reached & other}"
+
+
+@pytest.mark.parametrize(
+    ("part", "source"),
+    [
+        ("gru", "from grutrace.capture import tracer"),
+        ("storage", "import torch"),
+        ("capture", "import h5py"),
+        ("capture", "from grutrace.storage.writer import Writer"),
+        ("storage", "from grutrace.gru import cell"),
+        ("analysis", "from grutrace import cli"),
+        ("errors", "def f():\n    import grutrace.record"),
+    ],
+)
+def test_control_a_wrong_import_is_noticed(part: str, source: str) -> None:
+    assert faults(part, source)
+
+
+def test_there_is_no_cycle_between_files() -> None:
+    names = {
+        ".".join(("grutrace", *path.relative_to(PACKAGE).with_suffix("").parts)): path
+        for path in SOURCES
+        if path.stem != "__init__"
+    }
+    graph = {
+        name: {each for each in imports(path.read_text(encoding="utf-8")) if each in names}
+        for name, path in names.items()
+    }
+    while leaves := {name for name, found in graph.items() if not found}:
+        graph = {name: found - leaves for name, found in graph.items() if name not in leaves}
+    assert graph == {}

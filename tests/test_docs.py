@@ -1,0 +1,63 @@
+"""Every Python block of the documentation runs: each page top to bottom, in one namespace."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+#: The README's blocks speak of a model and a batch of the reader's own.
+README_MODEL = """
+import torch
+from torch import nn
+
+torch.manual_seed(0)
+model = nn.Module()
+model.encoder = nn.Module()
+model.encoder.rnn = nn.GRU(5, 6, bidirectional=True, batch_first=True)
+model.forward = lambda batch: model.encoder.rnn(batch)
+batch = torch.randn(2, 3, 5)
+"""
+
+
+def blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+
+
+def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda p: p.stem)
+def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
+    code = "\n".join(blocks(page))
+    if page.stem == "README":
+        code = README_MODEL + code
+    done = run(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_control_a_block_that_fails_is_noticed(tmp_path: Path) -> None:
+    assert run("import grutrace\nassert not grutrace", tmp_path).returncode == 1
+
+
+def test_there_are_blocks_to_run() -> None:
+    assert {page.stem for page in PAGES if blocks(page)} >= {"README", "index", "equations"}
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"

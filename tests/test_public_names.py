@@ -1,0 +1,51 @@
+"""The package's front: its names, and what loading it loads."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import grutrace
+
+TORCH_FREE = [
+    "import grutrace",
+    "import grutrace; grutrace.open; grutrace.Trace",
+    "import grutrace.storage.stream",
+    "import grutrace.analysis.summary",
+    "import grutrace.cli",
+]
+
+
+def loads_torch(code: str) -> bool:
+    check = f"{code}\nimport sys\nsys.exit('torch' in sys.modules)"
+    return bool(subprocess.run([sys.executable, "-c", check], check=False).returncode)
+
+
+@pytest.mark.parametrize("code", TORCH_FREE)
+def test_reading_loads_no_torch(code: str) -> None:
+    assert not loads_torch(code)
+
+
+def test_control_tracing_loads_torch() -> None:
+    assert loads_torch("import grutrace; grutrace.trace")
+
+
+def test_reading_a_file_loads_no_torch(tmp_path: Path) -> None:
+    import torch
+
+    with grutrace.trace(torch.nn.GRU(2, 3), tmp_path / "run.h5") as trace:
+        trace._selections[0].module(torch.randn(4, 2))
+    read = f"import grutrace; print(grutrace.open({str(tmp_path / 'run.h5')!r})['l0'].update[:])"
+    assert not loads_torch(read)
+
+
+def test_every_name_is_there() -> None:
+    assert sorted(grutrace.__all__) == grutrace.__all__
+    assert dir(grutrace) == grutrace.__all__
+    for name in grutrace.__all__:
+        assert getattr(grutrace, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'tracer_of_bullets'"):
+        _ = grutrace.tracer_of_bullets
