@@ -171,7 +171,7 @@ def print_verification(results: Sequence[SiteVerification]) -> None:
     table.add_column("worst difference", justify="right")
     table.add_column("of tolerance", justify="right")
     for each in results:
-        verdict = ("holds" if each.holds else "DOES NOT HOLD") if each.check else each.reason
+        verdict = ("holds" if each.holds else "DOES NOT HOLD") if each.check else ""
         row = [each.site, each.check or "nothing", verdict, str(each.steps)]
         if each.worst:
             of_tolerance = each.worst.difference / each.worst.tolerance
@@ -179,6 +179,8 @@ def print_verification(results: Sequence[SiteVerification]) -> None:
         table.add_row(*row)
     Console().print(table)
     for each in results:
+        if each.reason:
+            print(f"{each.site}: {each.reason}")
         if each.worst and not each.holds:
             worst = each.worst
             print(

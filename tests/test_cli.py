@@ -1,0 +1,128 @@
+"""The commands as a user runs them: output, JSON, exit codes, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import grutrace
+from grutrace.__main__ import main
+from tests.capture.models import EncoderDecoder
+from tests.checks import EVERYTHING
+
+SITES = ("encoder.l0", "encoder.l1", "decoder.cell")
+
+
+@pytest.fixture
+def path(tmp_path):
+    torch.manual_seed(0)
+    model = EncoderDecoder(layers=2).eval()
+    path = tmp_path / "run.h5"
+    with grutrace.trace(model, path, record=EVERYTHING):
+        model(torch.randn(4, 6, 5), steps=3)
+    return path
+
+
+def test_info(path, capsys) -> None:
+    assert main(["info", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "EncoderDecoder" in out
+    assert all(name in out for name in SITES)
+    assert main(["info", str(path), "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    encoder, decoder = about["modules"]
+    assert (encoder["calls"], encoder["sequences"], encoder["rows"]) == (1, 4, 24)
+    assert (decoder["calls"], decoder["sequences"], decoder["rows"]) == (3, 4, 12)
+    assert about["closed"] is True
+    assert about["versions"]["torch"] == torch.__version__
+
+
+def test_stats(path, capsys) -> None:
+    assert main(["stats", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in (*SITES, "reset", "update", "candidate"))
+    assert main(["stats", str(path), "--json"]) == 0
+    with grutrace.open(path) as trace:
+        for found in json.loads(capsys.readouterr().out):
+            update = np.asarray(trace[found["site"]].update)
+            assert found["gates"]["update"]["mean"] == pytest.approx(update.mean())
+            assert found["gates"]["update"]["above"] == (update > np.float32(0.9)).mean()
+            assert found["steps"] == len(update)
+
+
+def test_verify(path, capsys) -> None:
+    assert main(["verify", str(path)]) == 0
+    assert "DOES NOT HOLD" not in capsys.readouterr().out
+    with h5py.File(path, "r+") as file:
+        file["modules/encoder/l1/update"][13, 2] += 0.25
+    assert main(["verify", str(path)]) == 1
+    out = capsys.readouterr().out
+    assert "encoder.l1: sequence 2, step 1, unit 2: update is" in out
+    assert main(["verify", str(path), "--json"]) == 1
+    found = {each["site"]: each for each in json.loads(capsys.readouterr().out)}
+    assert [found[name]["holds"] for name in SITES] == [True, False, True]
+
+
+def test_verify_has_no_answer_where_nothing_can_be_checked(tmp_path, capsys) -> None:
+    layer, path = torch.nn.GRU(2, 3), tmp_path / "run.h5"
+    with grutrace.trace(layer, path, record="update"):
+        layer(torch.randn(4, 2))
+    assert main(["verify", str(path)]) == 2
+    assert "l0: the hidden states were not recorded\n" in capsys.readouterr().out
+
+
+def test_an_empty_trace(tmp_path, capsys) -> None:
+    with grutrace.Tracer(torch.nn.GRU(2, 3), path := tmp_path / "run.h5", recording=False):
+        pass
+    for command in ("info", "stats", "verify"):
+        assert main([command, str(path)]) == 0
+        assert main([command, str(path), "--json"]) == 0
+    json.dumps(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", ["info", "stats", "verify"])
+@pytest.mark.parametrize("content", [None, b"", b"not an HDF5 file", "folder"])
+def test_what_is_no_trace_is_one_line(command, content, tmp_path, capsys) -> None:
+    path = tmp_path / "some.h5"
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    assert main([command, str(path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("grutrace: ")
+    assert "some.h5" in err
+    assert err.count("\n") == 1
+
+
+def test_wrong_usage(capsys) -> None:
+    assert main(["stats"]) == 2
+    assert main(["nonsense"]) == 2
+    assert main(["stats", "a.h5", "--nonsense"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert main(["--help"]) == 0
+
+
+def test_as_a_program(path) -> None:
+    command = [sys.executable, "-m", "grutrace", "stats", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert "encoder.l0" in done.stdout
+
+
+def test_without_the_extra_it_says_which(path) -> None:
+    code = (
+        "import sys; sys.modules['typer'] = None; from grutrace.__main__ import main;"
+        f"sys.exit(main(['info', {str(path)!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert 'pip install "grutrace[cli]"' in done.stderr
