@@ -136,7 +136,7 @@ def _read_json(text: str, place: str) -> dict[str, Any]:
 def _read_module(group: h5py.Group) -> Module:
     fields = {name: _attribute(group, name, kind) for name, kind in _MODULE.items()}
     del fields["index"]
-    groups = [name for name in group if name != "pieces"]
+    groups = [name for name in group if not _is_dataset(group, name)]
     sites = [_read_site(member(group, name, h5py.Group), name) for name in groups]
     require(sites, group.name, "at least one site", "none")
     sites.sort(key=lambda site: (site.layer, site.reverse))
@@ -147,6 +147,12 @@ def _read_module(group: h5py.Group) -> Module:
         weights_dtype=_float_name(first, "weight_hh"),
         sites=tuple(sites),
     )
+
+
+def _is_dataset(group: h5py.Group, name: str) -> bool:
+    # Of a link to elsewhere nobody asks what is behind it.
+    link = group.get(name, getlink=True)
+    return type(link) is h5py.HardLink and isinstance(group[name], h5py.Dataset)
 
 
 def _read_site(group: h5py.Group, suffix: str) -> Site:

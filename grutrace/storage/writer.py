@@ -179,7 +179,11 @@ class Writer:
         for name in TABLES:
             counts[name] = self._appenders[name].position
         counts["closed"] = closed
-        self._file["committed"][()] = counts
+        committed = self._file["committed"]
+        committed[()] = counts
+        # Flushing the file does not write these counts out while a reading handle of this process
+        # has them open too.
+        committed.flush()
         self._file.flush()
         self._uncommitted = False
 
