@@ -1,0 +1,148 @@
+"""The shadow replays a call from the live weights, and its residual catches what is wrong."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from grutrace.gru.kernel import CellWeights
+from grutrace.gru.rounding import tolerance
+from grutrace.gru.shadow import Replay, Shadow
+from grutrace.gru.steps import PaddedSteps
+from tests import oracles
+
+T, B, H = 30, 4, 6
+
+
+class Call:
+    """A call of a bidirectional layer, and what its forward direction read and made."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(0)
+        self.layer = nn.GRU(5, H, bidirectional=True).to(dtype)
+        self.input = torch.randn(T, B, 5, dtype=dtype)
+        self.initial = torch.randn(2, B, H, dtype=dtype)
+        self.hidden = self.layer(self.input, self.initial)[0].detach()[..., :H]
+
+    def replay(self, reverse: bool = False, **changed: Tensor | CellWeights) -> Replay:
+        given = {"input": self.input, "hidden": self.hidden, "initial": self.initial[0]}
+        shadow = Shadow(self.layer, reverse=reverse)
+        return shadow.replay(steps=PaddedSteps(T, B), **(given | changed))
+
+
+@pytest.fixture(params=[torch.float32, torch.float64])
+def call(request) -> Call:
+    return Call(request.param)
+
+
+def test_an_honest_replay_is_within_its_tolerance(call) -> None:
+    found = call.replay()
+    assert found.residual <= found.tolerance
+    assert found.tolerance < 200 * torch.finfo(call.input.dtype).eps
+
+
+def test_the_kernels_own_gates(call) -> None:
+    output, _ = call.layer(call.input, call.initial)
+    (kernel,) = oracles.harvest_layers(output.grad_fn, 2 * H)
+    for name, value in call.replay().gates._asdict().items():
+        assert (value - kernel[name][..., :H]).abs().max() <= call.replay().tolerance
+
+
+def test_it_holds_no_copy_of_the_weights(call) -> None:
+    shadow = Shadow(call.layer, reverse=True)
+    assert shadow.weights.weight_hh is call.layer.weight_hh_l0_reverse
+    before = call.replay().gates.update
+    with torch.no_grad():
+        call.layer.bias_ih_l0 += 1
+    assert (call.replay().gates.update > before).all()
+
+
+def swapped(weights: CellWeights) -> CellWeights:
+    """Reset and update exchanged."""
+    return CellWeights(*(torch.cat((z, r, n)) for r, z, n in (w.chunk(3) for w in weights)))
+
+
+def other_convention(weights: CellWeights) -> CellWeights:
+    """Weights whose z is 1 - z."""
+    return CellWeights(*(torch.cat((r, -z, n)) for r, z, n in (w.chunk(3) for w in weights)))
+
+
+def noisy(layer: nn.GRU) -> CellWeights:
+    weight_hh = layer.weight_hh_l0.detach().clone()
+    weight_hh[2 * H, 1] += 1e-3
+    return Shadow(layer).weights._replace(weight_hh=weight_hh)
+
+
+CONTROLS = {
+    "one weight off by a thousandth": lambda call: call.replay(weights=noisy(call.layer)),
+    "swapped reset and update": lambda call: call.replay(
+        weights=swapped(Shadow(call.layer).weights)
+    ),
+    "the other convention": lambda call: call.replay(
+        weights=other_convention(Shadow(call.layer).weights)
+    ),
+    "flipped direction": lambda call: call.replay(reverse=True, weights=Shadow(call.layer).weights),
+    "the other direction's weights": lambda call: call.replay(
+        weights=Shadow(call.layer, reverse=True).weights
+    ),
+    "states shifted by a step": lambda call: call.replay(hidden=call.hidden.roll(1, 0)),
+    "input shifted by a step": lambda call: call.replay(input=call.input.roll(1, 0)),
+    "another initial state": lambda call: call.replay(initial=torch.zeros_like(call.initial[0])),
+    "batch rows exchanged": lambda call: call.replay(input=call.input.flip(1)),
+}
+
+
+@pytest.mark.parametrize("control", CONTROLS)
+def test_control_what_is_wrong_exceeds_the_tolerance(call, control) -> None:
+    found = CONTROLS[control](call)
+    assert found.residual > 10 * found.tolerance
+
+
+def test_no_number_in_both_is_no_difference_and_in_one_is_infinite(call) -> None:
+    call.input[3, 1, 2] = math.nan
+    call.hidden = call.layer(call.input, call.initial)[0].detach()[..., :H]
+    assert call.hidden.isnan().any()
+    assert call.replay().residual <= call.replay().tolerance < 1e-3
+    call.hidden[0, 0, 0] = math.nan
+    assert call.replay().residual == math.inf
+
+
+def test_an_empty_batch(call) -> None:
+    steps = PaddedSteps(T, 0)
+    found = Shadow(call.layer).replay(
+        call.input[:, :0], call.hidden[:, :0], call.initial[0, :0], steps
+    )
+    assert found.residual == 0
+    assert found.gates.update.shape == (T, 0, H)
+
+
+def test_the_tolerance_covers_float32_against_float64() -> None:
+    """One step each of layers of many sizes and scales, computed in both."""
+    torch.manual_seed(0)
+    for hidden_size in (4, 64, 512):
+        for input_size in (4, 64, 512):
+            for scale in (0.3, 1, 10, 30):
+                cell = nn.GRUCell(input_size, hidden_size).requires_grad_(False)
+                for parameter in cell.parameters():
+                    parameter *= scale
+                x, h = torch.randn(64, input_size), torch.rand(64, hidden_size) * 2 - 1
+                wide = Shadow(cell.double()).replay(
+                    x.double()[None], h.double()[None], h.double(), PaddedSteps(1, 64)
+                )
+                narrow = Shadow(cell.float()).replay(x[None], h[None], h, PaddedSteps(1, 64))
+                off = max(
+                    (a.double() - b).abs().max().item()
+                    for a, b in zip(narrow.gates, wide.gates, strict=True)
+                )
+                assert off <= 0.5 * narrow.tolerance
+
+
+def test_the_tolerance_grows_with_what_it_depends_on() -> None:
+    sizes = {"terms": 100, "state": 1.0, "product": 3.0, "recurrent": 2.0}
+    plain = tolerance(torch.float32, **sizes)
+    for name, size in sizes.items():
+        assert tolerance(torch.float32, **(sizes | {name: 4 * size})) > plain
+    assert tolerance(torch.float64, **sizes) == pytest.approx(plain * 2.0**-29)
