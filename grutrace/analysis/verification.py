@@ -1,6 +1,6 @@
 """Does a trace hold together? The gates from the weights, the states from the gates.
 
-Two checks, in float64, of every row:
+Two checks, in float64, of every row, within the tolerance that was recorded with its call:
 
 - *gates*: reset, update and candidate are computed anew from the stored weights, input and states,
   and compared with what was recorded. Needs the hidden states and the input; above the first layer
@@ -19,7 +19,6 @@ import numpy.typing as npt
 import torch
 
 from grutrace.gru import cell
-from grutrace.gru.rounding import tolerance
 from grutrace.record import GATES, Array
 from grutrace.storage.site import SiteTrace
 from grutrace.storage.source import Rows
@@ -147,21 +146,18 @@ def _check_gates(
     trace_calls: Array, site: SiteTrace, below: list[SiteTrace]
 ) -> Iterator[_Comparison]:
     quantities = [name for name in (*GATES, "hidden") if name in site.site.quantities]
-    dtype: torch.dtype = getattr(torch, site.module.dtype)
     for start, stop in _blocks(site):
         input = _input(site, below, start, stop)
         previous = site.previous(start, stop)
         versions = trace_calls["weights"][site.row_calls(start, stop)]
-        # The kernel's own rounding shows in the states alone.
-        own = site.row_checks(start, stop)["tolerance"].astype(np.float64)
+        allowed = site.row_checks(start, stop)["tolerance"].astype(np.float64)
         for first, last in _runs(versions):
             part = slice(first, last)
             weights = site.weights(int(versions[first]))
-            values, allowed = _recompute(weights, input[part], previous[part], dtype)
+            values = _recompute(weights, input[part], previous[part])
             for name in quantities:
                 recorded = np.asarray(site.rows(name)[start + first : start + last])
-                explained = allowed + own[part] if name == "hidden" else allowed
-                yield _Comparison(name, start + first, recorded, values[name], explained)
+                yield _Comparison(name, start + first, recorded, values[name], allowed[part])
 
 
 def _input(site: SiteTrace, below: list[SiteTrace], start: int, stop: int) -> Array:
@@ -176,21 +172,13 @@ def _runs(versions: Array) -> Iterator[tuple[int, int]]:
     return zip([0, *changes.tolist()], [*changes.tolist(), len(versions)], strict=True)
 
 
-def _recompute(
-    weights: dict[str, Array], input: Array, previous: Array, dtype: torch.dtype
-) -> tuple[dict[str, Array], Array]:
-    """Return gates and states in float64, (n, H) by name, and what rounding explains, (n,)."""
+def _recompute(weights: dict[str, Array], input: Array, previous: Array) -> dict[str, Array]:
+    """Return gates and states in float64, (n, H) by name."""
     tensors = {name: torch.from_numpy(_wide(array)) for name, array in weights.items()}
     before = torch.from_numpy(_wide(previous))
-    products = cell.products(torch.from_numpy(_wide(input)), before, **tensors)
-    gates = cell.gates(products)
-    values = {name: value.numpy() for name, value in gates._asdict().items()}
-    values["hidden"] = cell.step(gates, before).numpy()
-    states = np.maximum(1.0, np.abs(_wide(previous)).max(axis=1))
-    sizes = torch.cat(products, -1).abs().amax(-1).numpy()
-    recurrent = products.hidden.chunk(3, -1)[2].abs().amax(-1).numpy()
-    terms = input.shape[1] + previous.shape[1]
-    return values, tolerance(dtype, terms, states, _finite(sizes), _finite(recurrent))
+    gates = cell.gates(cell.products(torch.from_numpy(_wide(input)), before, **tensors))
+    values = gates._asdict() | {"hidden": cell.step(gates, before)}
+    return {name: value.numpy() for name, value in values.items()}
 
 
 def _check_states(site: SiteTrace) -> Iterator[_Comparison]:
@@ -209,11 +197,6 @@ def _check_states(site: SiteTrace) -> Iterator[_Comparison]:
         expected = (1 - update) * candidate + update * previous
         allowed = site.row_checks(start, stop)["tolerance"].astype(np.float64) + stored
         yield _Comparison("hidden", start, hidden, expected, allowed)
-
-
-def _finite(sizes: Array) -> npt.NDArray[np.float64]:
-    # Where a row holds no numbers, what is left of it is compared as if they were zero.
-    return np.where(np.isfinite(sizes), sizes, 0.0)
 
 
 def _wide(values: Rows | Array) -> npt.NDArray[np.float64]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from grutrace.capture.continuity import Assignment, Continuity
 from grutrace.capture.observe import Observation
 from grutrace.capture.sites import Selection, numpy_type
 from grutrace.capture.versions import WeightVersions
+from grutrace.errors import GrutraceWarning
 from grutrace.gru.shadow import Replay, Shadow
 from grutrace.record import WEIGHTS, Array, Block, Record, Site, SiteRows, Weights
 
@@ -40,13 +42,15 @@ class ModuleRecorder:
         self._index = index
         self.description = selection.description
         self._append = append
+        stored: torch.dtype = getattr(torch, self.description.dtype)
         self._shadows = {
-            site.suffix: Shadow(selection.module, site.layer, site.reverse)
+            site.suffix: Shadow(selection.module, site.layer, site.reverse, stored)
             for site in self.description.sites
         }
         self._continuity = Continuity()
         self._versions = WeightVersions()
         self._lock = threading.Lock()
+        self._rounds = False
 
     @torch.no_grad()
     def record(self, observation: Observation, tag: str | None) -> Recorded:
@@ -109,7 +113,16 @@ class ModuleRecorder:
         return rows, replays
 
     def _rows(self, values: Tensor) -> Array:
-        return _to_numpy(values).astype(self.description.dtype, copy=False)
+        array, kept = _to_numpy(values), self.description.dtype
+        if array.dtype != kept and not np.can_cast(array.dtype, kept) and not self._rounds:
+            self._rounds = True
+            warnings.warn(
+                f"{self.description.path or 'the model'} computes in {array.dtype} by now, and was "
+                f"in {kept} when it was attached: its rows are rounded to {kept}",
+                GrutraceWarning,
+                stacklevel=2,
+            )
+        return array.astype(kept, copy=False)
 
     def _initial(self, observation: Observation, site: Site, assignment: Assignment) -> Array:
         initial = observation.call.cell_initial(site.layer, site.reverse)

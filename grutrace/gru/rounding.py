@@ -13,17 +13,12 @@ T steps, B sequences in a batch, I input size, H hidden size.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from grutrace.gru.cell import Products
-
-#: One size, or an array of them.
-Size = TypeVar("Size", float, npt.NDArray[np.float64])
 
 #: Units in the last place for a state of size 1: the few operations that make it from its gates.
 _STATE_ULPS = 2.0
@@ -48,18 +43,27 @@ class Evidence(NamedTuple):
     recurrent: float
 
 
-def tolerance(dtype: torch.dtype, terms: int, state: Size, product: Size, recurrent: Size) -> Size:
+def tolerance(
+    dtype: torch.dtype, terms: int, state: float, product: float, recurrent: float
+) -> float:
     """Return the difference between two computations of a gate or state that rounding explains.
 
     Args:
-        dtype: The type of the coarser computation.
+        dtype: The type of the coarser computation. Sums of half types are made in float32.
         terms: Terms of the sums: I + H.
         state: Largest ``|h|`` that can occur: 1, or the largest initial state if that is larger.
         product: Largest element, in absolute value, of the two matrix products.
         recurrent: The same of the hidden product that the reset gate is applied to.
     """
-    sums = (1 + _SUM_ULPS * math.sqrt(terms)) * product
-    return torch.finfo(dtype).eps * (_STATE_ULPS * state + sums * (1 + recurrent / 4))
+    eps = torch.finfo(dtype).eps
+    eps_of_sums = min(eps, torch.finfo(torch.float32).eps)
+    sums = (eps + eps_of_sums * _SUM_ULPS * math.sqrt(terms)) * product
+    return eps * _STATE_ULPS * state + sums * (1 + recurrent / 4)
+
+
+def coarsest(*dtypes: torch.dtype) -> torch.dtype:
+    """Return the type with the largest spacing of its numbers."""
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def compare(replayed: Tensor, hidden: Tensor, products: Products) -> Evidence:

@@ -16,11 +16,8 @@ from torch import Tensor, nn
 
 from grutrace.gru import cell
 from grutrace.gru.kernel import CellWeights
-from grutrace.gru.rounding import compare, largest, tolerance
+from grutrace.gru.rounding import coarsest, compare, largest, tolerance
 from grutrace.gru.steps import Steps
-
-#: Types that are too coarse to compute the replay in; it is done in float32 instead.
-_HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -45,10 +42,18 @@ class Shadow:
         module: The nn.GRU or nn.GRUCell.
         layer: Number of the layer, from 0.
         reverse: Whether to shadow the reverse direction.
+        stored: The type in which the gates are kept, if it is another than the kernel's.
     """
 
-    def __init__(self, module: nn.GRU | nn.GRUCell, layer: int = 0, reverse: bool = False) -> None:
+    def __init__(
+        self,
+        module: nn.GRU | nn.GRUCell,
+        layer: int = 0,
+        reverse: bool = False,
+        stored: torch.dtype | None = None,
+    ) -> None:
         self._module, self._layer, self._reverse = module, layer, reverse
+        self._stored = stored
 
     @property
     def weights(self) -> CellWeights:
@@ -70,7 +75,11 @@ class Shadow:
         steps: Steps,
         weights: CellWeights | None = None,
     ) -> Replay:
-        """Recompute the gates of a call, all steps at once.
+        """Recompute the gates of a call, all steps at once, in the kernel's own precision.
+
+        That is the type of the input and weights, or of autocast where it is on: call it where
+        the kernel was called. On a CPU this gives the kernel's own gates, bit for bit, in half
+        precision too, where a replay in float32 would differ from them by thousandths.
 
         Args:
             input: (T, B, I) or (N, I), what the layer read.
@@ -81,20 +90,11 @@ class Shadow:
         """
         weights = self.weights if weights is None else weights
         previous = steps.previous(hidden, initial, reverse=self._reverse)
-        input, previous = _computable(input), _computable(previous)
-        products = cell.products(input, previous, *_computable_weights(weights))
+        products = cell.products(input, previous, *weights)
         gates = cell.gates(products)
-        replayed = cell.step(gates, previous)
-        found = compare(replayed, _computable(hidden), products)
+        found = compare(cell.step(gates, previous), hidden, products)
         state = max(1.0, largest(initial))
         terms = input.shape[-1] + previous.shape[-1]
-        allowed = tolerance(hidden.dtype, terms, state, found.product, found.recurrent)
+        dtype = coarsest(self._stored or hidden.dtype, *(each.dtype for each in (hidden, *gates)))
+        allowed = tolerance(dtype, terms, state, found.product, found.recurrent)
         return Replay(gates, found.residual, allowed)
-
-
-def _computable(values: Tensor) -> Tensor:
-    return values.float() if values.dtype in _HALF_TYPES else values
-
-
-def _computable_weights(weights: CellWeights) -> CellWeights:
-    return CellWeights._make(None if each is None else _computable(each) for each in weights)

@@ -38,7 +38,8 @@ class Appender:
         if not self._staged:
             return
         staged = self._staged
-        items = np.concatenate(staged) if len(staged) > 1 else staged[0]
+        # With the type given NumPy need not work out a common one, slow for compound types.
+        items = np.concatenate(staged, dtype=self._dtype) if len(staged) > 1 else staged[0]
         if len(items):
             self._put(np.ascontiguousarray(items, self._dtype))
         self.position += len(items)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from grutrace.errors import TraceFileError
+from grutrace.errors import GrutraceError, TraceFileError
 
 #: What h5py raises when a file, or HDF5's metadata in it, cannot be read.
 _H5PY_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError)
@@ -35,7 +35,7 @@ def reading(path: Path) -> Iterator[None]:
     """Turn whatever goes wrong inside into one `TraceFileError` that names the file."""
     try:
         yield
-    except TraceFileError:
+    except GrutraceError:
         raise
     except Fault as fault:
         raise TraceFileError(f"{path} is damaged or is no trace: {fault}") from None

@@ -29,6 +29,10 @@ from grutrace.storage.schema import LIBVER
 #: Memory in which HDF5 keeps the chunks of one dataset that were read last: four of rows. Bytes.
 CHUNK_CACHE = 1024 * 1024
 
+#: How HDF5 files begin, and the two flags in their superblock of which a writer sets one.
+_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_WRITING = 0b101
+
 #: One lock for all handles: HDF5 itself does one thing at a time, so nothing is lost.
 _lock = threading.RLock()
 
@@ -148,14 +152,20 @@ def readers_out(identity: tuple[int, int]) -> Iterator[None]:
 
 
 def _open_for_reading(path: Path) -> h5py.File:
+    """Open for SWMR only what a writer has marked.
+
+    In a damaged file SWMR reading waits, for years, that a writer put the damage right.
+    """
     options = {"libver": LIBVER, "locking": "best-effort", "rdcc_nbytes": CHUNK_CACHE}
-    try:
-        return h5py.File(path, "r", swmr=True, **options)
-    except OSError as error:
-        # Where this process has the file open without SWMR, it has to stay so.
-        if "SWMR" not in str(error):
-            raise
-        return h5py.File(path, "r", **options)
+    return h5py.File(path, "r", swmr=_is_marked(path), **options)
+
+
+def _is_marked(path: Path) -> bool:
+    """Whether a writer has the file open, or died; from HDF5's superblock, version 2 or 3."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    is_recent = len(head) == 12 and head.startswith(_SIGNATURE) and head[8] >= 2
+    return is_recent and bool(head[11] & _WRITING)
 
 
 def _walk(file: h5py.File, place: str) -> h5py.Dataset:

@@ -140,7 +140,7 @@ class Pump:
 
     def disown(self) -> None:
         """In a forked child: leave the file to the parent."""
-        self._writer.disown()
+        self._writer.abandon()
 
     def _run(self) -> None:
         try:

@@ -39,7 +39,8 @@ class Sequence(Quantities[Array]):
             NotRecordedError: The quantity was not recorded.
         """
         rows = self._moment.rows(self._module, self.site, quantity)
-        return np.asarray(rows[self._index.rows(self.number)])
+        # A copy, so that it can be written to, and torch.from_numpy takes it without a warning.
+        return np.array(rows[self._index.rows(self.number)])
 
     @property
     def initial(self) -> Array:

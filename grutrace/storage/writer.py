@@ -78,7 +78,11 @@ class Writer:
             self._entries = Entries(header.modules, self._strings)
             with _room_for(self.path, mode):
                 self._file = _create(self.path, header)
-                self._start(header, dict.fromkeys(layout(header.modules), 0))
+                try:
+                    self._start(header, dict.fromkeys(layout(header.modules), 0))
+                except BaseException:
+                    self.path.unlink()
+                    raise
 
     def write(self, record: Record) -> None:
         """Take a record: it is in the file after the next commit.
@@ -118,30 +122,28 @@ class Writer:
         try:
             with self._storing():
                 self._commit(closed=True)
+                with readers_out(self._identity):
+                    self._file.close()
         finally:
             self.abandon()
 
     def abandon(self) -> None:
-        """Let go of the file as it is: what was committed counts."""
+        """Let go of the file without another byte written to it: what was committed counts.
+
+        For a file that could not be written, and for a forked child whose parent has the file.
+        HDF5 would write what it holds in memory, at the latest when the process ends; and on a full
+        disk it would then mark a file as whole of which it could not write the end.
+        """
         if self._closed:
             return
         self._closed = True
         self._appenders, self._rows, self._tables = {}, [], []
-        with readers_out(self._identity), contextlib.suppress(OSError, RuntimeError):
-            # On a full disk closing fails as well, and there is nothing left to say about it.
-            self._file.close()
-
-    def disown(self) -> None:
-        """In a forked child: let go of the file without a trace in it.
-
-        HDF5 writes what it has in memory when a file is closed, at the latest when the process
-        ends, and here that is the parent's file.
-        """
-        if not self._closed:
+        if self._file:
             nowhere = os.open(os.devnull, os.O_RDWR)
             os.dup2(nowhere, self._file.id.get_vfd_handle())
             os.close(nowhere)
-            self.abandon()
+            with readers_out(self._identity), contextlib.suppress(OSError, RuntimeError):
+                self._file.close()
 
     def _start(self, header: Header, positions: dict[str, int]) -> None:
         """Mark the file as being written, from these positions on."""
@@ -155,10 +157,12 @@ class Writer:
             self._appenders[place] for place, column in columns.items() if not column.axes
         ]
         try:
-            self._commit(closed=False)
-            self._file.swmr_mode = True
+            with _naming(self.path, "written"):
+                self._commit(closed=False)
+                self._file.swmr_mode = True
         except BaseException:
-            self.abandon()
+            with contextlib.suppress(OSError, RuntimeError):
+                self._file.close()
             raise
 
     def _write_staged(self) -> None:

@@ -18,7 +18,7 @@ from .streams import make_header, make_module
 HIDDEN = 32
 
 #: Rows in the batch, steps of each, and whether sequences go on from call to call.
-SHAPES = {"big": (32, 128, False), "stepwise": (8, 1, True)}
+SHAPES = {"big": (16, 64, False), "stepwise": (8, 1, True)}
 
 HEADER = make_header(make_module(hidden=HIDDEN, width=1, dtype="float64"))
 
@@ -57,7 +57,7 @@ def weights():
     )
 
 
-def write(path, shape, calls=None, flush_every=3, report=lambda count: None):
+def write(path, shape, calls=None, flush_every=3, report=lambda _: None):
     sink = StreamSink(path, HEADER)
     report(0)
     sink.append(weights())

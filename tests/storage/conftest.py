@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -10,10 +11,8 @@ import pytest
 def _open_files():
     found = set()
     for number in os.listdir("/proc/self/fd"):
-        try:
+        with contextlib.suppress(OSError):
             found.add((number, os.readlink(f"/proc/self/fd/{number}")))
-        except OSError:
-            pass
     return {
         (number, name) for number, name in found if name.startswith("/") and "/proc/" not in name
     }

@@ -98,7 +98,7 @@ class Stream:
         return self._keep(record)
 
     def call(self, steps, *, module=0, go_on=None, tag=None, forks=(), weights=-1, training=False):
-        """One call: `go_on` names, by place in the batch, the sequences that go on (None begins)."""
+        """One call: `go_on` names the sequence that each batch row goes on with; None begins."""
         if not self.versions[module]:
             self.weights(module)
         kind = self.header.modules[module]

@@ -37,7 +37,7 @@ def test_acknowledged_rows_survive_the_writer(shape, tmp_path):
     most = 0
     for attempt in range(TRIES):
         path = tmp_path / f"{attempt}.h5"
-        acknowledged = run_until_killed(path, shape, chance.uniform(0, 0.6))
+        acknowledged = run_until_killed(path, shape, chance.uniform(0, 0.4))
         with open_trace(path) as trace:
             found = coded.check_trace(trace)
         plain = PlainTrace(path)

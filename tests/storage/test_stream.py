@@ -237,7 +237,7 @@ print(flushed)
 @pytest.mark.parametrize("shape", coded.SHAPES)
 def test_what_was_committed_survives_a_disk_that_is_really_full(path, shape, limit):
     """The system itself refuses to make the file longer, and HDF5 fails wherever it happens to."""
-    limit = limit * 10 if shape == "big" else limit
+    limit = limit * 5 if shape == "big" else limit
     command = [sys.executable, "-c", DISK_FULL, path, str(limit), shape]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
