@@ -13,12 +13,12 @@ T steps, B sequences in a batch, I input size, H hidden size, L layers, D direct
 
 from __future__ import annotations
 
-import sys
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
@@ -26,28 +26,44 @@ from torch.utils.hooks import RemovableHandle
 
 from grutrace.capture import observe
 from grutrace.capture.observe import GRUModule, Observation, Stacks
+from grutrace.capture.surroundings import (
+    Missed,
+    aside,
+    compiler_is_loaded,
+    hindrance,
+    is_recomputation,
+    uncompiled,
+)
 from grutrace.capture.tap import Kernel, Tap, close_forgotten, innermost
 
-Receiver = Callable[[Observation], None]
+Receiver = Callable[[Observation | Missed], None]
 
 
 def listen(module: GRUModule, receiver: Receiver, stacks: Stacks = "auto") -> Callable[[], None]:
     """Call ``receiver`` after every call of the module's kernel, until the returned is called.
 
+    A call that repeats an earlier one for the backward pass (activation checkpointing) is left out.
+
     Args:
         module: The layer.
-        receiver: Called in the thread that runs the model, before anyone can change the output.
+        receiver: Called in the thread that runs the model, before anyone can change the output;
+            with `Missed` where the call cannot be observed.
         stacks: How to see between the layers of a stack: ``split``, ``rerun``, or ``auto`` for
             split on a CPU and rerun elsewhere. Where the receivers of one module differ, rerun
             wins, then auto: whatever leaves the kernel's answer alone.
     """
     key = object()
     with _lock:
-        listener = _listeners.get(module)
-        if listener is None:
-            listener = _listeners[module] = _Listener(_is_plain(module))
-        listener.add(module, key, receiver, stacks)
+        # One listener a module, so that several tracers share one tap, and a stack is split once.
+        listener = next(_listeners_on(module), None) or _Listener(module)
+        listener.add(key, receiver, stacks)
     return lambda: listener.remove(key)
+
+
+def _listeners_on(module: nn.Module) -> Iterator[_Listener]:
+    for hook in module._forward_hooks.values():
+        if isinstance(hook, _Hook):
+            yield hook.listener
 
 
 def _is_plain(module: GRUModule) -> bool:
@@ -60,24 +76,26 @@ def _is_plain(module: GRUModule) -> bool:
 class _Listener:
     """The hooks of one module, there as long as someone listens."""
 
-    def __init__(self, plain: bool) -> None:
-        self._plain = plain
+    def __init__(self, module: GRUModule) -> None:
+        self._module = module
         self._receivers: dict[object, tuple[Receiver, Stacks]] = {}
         self._before: RemovableHandle | None = None
         self._after: RemovableHandle | None = None
         self._taps: WeakSet[Tap] = WeakSet()
 
-    def add(self, module: GRUModule, key: object, receiver: Receiver, stacks: Stacks) -> None:
+    def add(self, key: object, receiver: Receiver, stacks: Stacks) -> None:
+        _keep_the_compiler_out()
+        plain = _is_plain(self._module)
         with _lock:
             self._receivers[key] = receiver, stacks
             if self._after is None:
-                hook = _Hook(self.after_plain_forward if self._plain else self.after_forward)
-                self._after = module.register_forward_hook(
-                    hook, prepend=True, with_kwargs=True, always_call=not self._plain
+                hook = _Hook(self, self.after_plain_forward if plain else self.after_forward)
+                self._after = self._module.register_forward_hook(
+                    hook, prepend=True, with_kwargs=True, always_call=not plain
                 )
-            if self._before is None and not self._plain:
-                self._before = module.register_forward_pre_hook(
-                    _Hook(self.before_forward), with_kwargs=True
+            if self._before is None and not plain:
+                self._before = self._module.register_forward_pre_hook(
+                    _Hook(self, self.before_forward), with_kwargs=True
                 )
 
     def remove(self, key: object) -> None:
@@ -99,7 +117,11 @@ class _Listener:
     def after_plain_forward(
         self, module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        self._tell(observe.plain_call(module, args, kwargs, output))
+        missed = hindrance((args, kwargs.values(), output))
+        if missed is not None:
+            self._tell(missed)
+        elif not is_recomputation():
+            self._tell(observe.plain_call(module, args, kwargs, output))
 
     def before_forward(
         self, module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -111,16 +133,23 @@ class _Listener:
         def answer(kernel: Kernel, arguments: tuple[Any, ...]) -> Any:
             if not observe.is_own_call(module, arguments):
                 return kernel(*arguments)
+            missed = hindrance(arguments)
+            if missed is not None:
+                self._tell(missed)
+                return kernel(*arguments)
             result, observation = observe.kernel_call(
                 module, kernel, arguments, sorted_indices, self._stacks()
             )
-            self._tell(observation)
+            if not is_recomputation():
+                self._tell(observation)
             return result
 
-        # Two frames up: the hook object, and PyTorch's that called it.
-        tap = Tap(answer, self, sys._getframe(2))
+        with _lock:
+            if not self._receivers:
+                return
+            tap = Tap(answer, self)
+            self._taps.add(tap)
         tap.open()
-        self._taps.add(tap)
 
     def after_forward(self, *_: Any) -> None:
         tap = innermost(self)
@@ -133,26 +162,43 @@ class _Listener:
         asked = {stacks for _, stacks in tuple(self._receivers.values())}
         return next((each for each in observe.STACKS if each in asked), "auto")
 
-    def _tell(self, observation: Observation) -> None:
-        for receiver, _ in tuple(self._receivers.values()):
-            receiver(observation)
+    def _tell(self, observation: Observation | Missed) -> None:
+        with aside():
+            for receiver, _ in tuple(self._receivers.values()):
+                receiver(observation)
 
 
-#: One listener a module, so that several tracers share one tap, and a stack is split once.
-_listeners: WeakKeyDictionary[nn.Module, _Listener] = WeakKeyDictionary()
 _lock = threading.RLock()
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()
+
+
+# Another thread of the parent may have held it.
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 class _Hook:
     """A hook that does nothing in a copy of its module, be it deep-copied, pickled or saved."""
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, listener: _Listener, function: Callable[..., None]) -> None:
+        self.listener = listener
         self._function = function
 
     def __call__(self, *args: Any) -> None:
+        _keep_the_compiler_out()
         self._function(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A standard callable that takes anything and returns None, so that a saved model can be
         # loaded where there is no grutrace.
         return getattr, (nullcontext(), "__exit__")
+
+
+def _keep_the_compiler_out() -> None:
+    """Have torch.compile call hooks and taps as they are, from when on it is there."""
+    if compiler_is_loaded() and not hasattr(_Hook.__call__, "_torchdynamo_disable"):
+        for kind, name in ((_Hook, "__call__"), (Tap, "__torch_function__")):
+            setattr(kind, name, uncompiled(getattr(kind, name)))

@@ -5,13 +5,14 @@ T steps, B sequences in a batch, I input size, H hidden size, L layers, D direct
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from grutrace.capture.surroundings import aside, plain
 from grutrace.capture.tap import Kernel
 from grutrace.errors import UnsupportedError
 from grutrace.gru.kernel import KernelCall, Layer, rerun, split
@@ -180,7 +181,8 @@ def kernel_call(
         state = torch.get_rng_state() if call.drops else None
         result = kernel(*arguments)
         output = result[0].transpose(0, 1) if batch_first else result[0]
-        layers = rerun(call, output, state)
+        with aside():
+            layers = rerun(_plain(call), plain(output), state)
     return result, _observation(module, call, layers, sorted_indices, given_state=True)
 
 
@@ -207,4 +209,10 @@ def _observation(
         steps = PaddedSteps(*layers[-1].output.shape[:2])
     else:
         steps = PackedSteps(call.batch_sizes, sorted_indices)
-    return Observation(call, steps, layers, given_state, module.training)
+    layers = [Layer(plain(each.input), plain(each.output)) for each in layers]
+    return Observation(_plain(call), steps, layers, given_state, module.training)
+
+
+def _plain(call: KernelCall) -> KernelCall:
+    weights = [plain(weight) for weight in call.weights]
+    return replace(call, input=plain(call.input), initial=plain(call.initial), weights=weights)

@@ -1,8 +1,9 @@
 """Hearing a kernel call from inside a module's own forward.
 
 A tap is a TorchFunctionMode that is in force only while the forward of one module runs. PyTorch
-calls hooks around a forward, but after a KeyboardInterrupt it does not call the one behind it. A
-tap that was left behind so is told by the frame that called the hook: it no longer runs.
+calls hooks around a forward, but after a KeyboardInterrupt it does not call the one behind it, nor
+if somebody has removed it. A tap that was left behind so is told by the frame that called the hook:
+it no longer runs. It answers nothing then, and is closed when the next one is opened.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from types import FrameType
 from typing import Any, TypeAlias
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.nn.modules import module as module_calls
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
 
 #: The kernels that a tap hears.
 _KERNELS = frozenset((torch.gru, torch.gru_cell))
@@ -40,27 +42,26 @@ class Tap(TorchFunctionMode):
     Args:
         answer: Called with the kernel and its arguments; what it returns is the kernel's answer.
         owner: The listener that opened it.
-        caller: The frame of PyTorch's that called the hook; it runs as long as the forward does.
     """
 
-    def __init__(self, answer: Answer, owner: object, caller: FrameType) -> None:
+    def __init__(self, answer: Answer, owner: object) -> None:
         super().__init__()
         self.owner = owner
         self._answer = answer
-        self._caller: FrameType | None = caller
+        self._caller = _caller()
 
     def open(self) -> None:
         """Put the tap in force in this thread."""
         close_forgotten()
-        self.__enter__()  # type: ignore[no-untyped-call]
+        # In this order, and the other one in `close`: an interruption in between loses nothing.
         _open.taps.append(self)
+        self.__enter__()  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Take it out of force, and with it any that was left behind inside it."""
         while self in _open.taps:
-            innermost = _open.taps.pop()
-            innermost._caller = None
-            innermost.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            _take_off(_open.taps[-1])
+            _open.taps.pop()._caller = None
 
     @property
     def forgotten(self) -> bool:
@@ -80,9 +81,29 @@ class Tap(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Pass everything on, but for a kernel call of the forward that it was opened for."""
-        if func in _KERNELS and not kwargs and _open.taps[-1] is self:
+        if func in _KERNELS and not kwargs and _open.taps[-1] is self and not self.forgotten:
             return self._answer(func, args)
         return func(*args, **(kwargs or {}))
+
+
+def _caller() -> FrameType | None:
+    """Return the frame of PyTorch's that calls the hooks of a module; it outlives its forward."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_filename != module_calls.__file__:
+        frame = frame.f_back
+    return frame
+
+
+def _take_off(mode: TorchFunctionMode) -> None:
+    """Remove a mode from this thread's stack, also from beneath others."""
+    above: list[TorchFunctionMode] = []
+    try:
+        while mode in _get_current_function_mode_stack():
+            above.append(_pop_mode())
+    finally:
+        for each in reversed(above):
+            if each is not mode:
+                _push_mode(each)
 
 
 def innermost(owner: object) -> Tap | None:

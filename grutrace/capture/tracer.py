@@ -23,6 +23,7 @@ from grutrace.capture.listen import listen
 from grutrace.capture.observe import STACKS, Observation, Stacks
 from grutrace.capture.recorder import ModuleRecorder, Recorded
 from grutrace.capture.sites import select
+from grutrace.capture.surroundings import Missed
 from grutrace.errors import (
     GrutraceWarning,
     OptionError,
@@ -36,6 +37,11 @@ from grutrace.storage.sinks import Mode, open_sink, open_source
 from grutrace.storage.trace import Trace
 
 Check = Literal["warn", "raise", "off"]
+
+_IN_A_CHILD = (
+    "a traced model was called in a forked child of the process that records it, where nothing is "
+    "recorded: make a tracer in the child"
+)
 
 
 class Recording:
@@ -131,6 +137,7 @@ class Tracer(Trace):
         self._called: set[int] = set()
         self._warned: set[str] = set()
         self._has_recorded = self._closed = False
+        self._process = os.getpid()
 
     @property
     def is_recording(self) -> bool:
@@ -247,7 +254,14 @@ class Tracer(Trace):
             self._seen = appended
         return super()._look()
 
-    def _receive(self, recorder: ModuleRecorder, observation: Observation) -> None:
+    def _receive(self, recorder: ModuleRecorder, observation: Observation | Missed) -> None:
+        if os.getpid() != self._process:
+            self._warn_once("", _IN_A_CHILD)
+            return
+        if isinstance(observation, Missed):
+            path = recorder.description.path or "the model"
+            self._warn_once(path, f"a call of {path} was not recorded: {observation.reason}")
+            return
         recorded = recorder.record(observation, self._tag)
         self._called.add(recorded.block.module)
         with self._lock:
@@ -268,9 +282,16 @@ class Tracer(Trace):
             )
             if self._check == "raise":
                 raise ResidualError(message)
-            if site.name not in self._warned:
-                self._warned.add(site.name)
-                warnings.warn(message, ResidualWarning, stacklevel=2)
+            self._warn_once(site.name, message, ResidualWarning)
+
+    def _warn_once(
+        self, about: str, message: str, category: type[GrutraceWarning] = GrutraceWarning
+    ) -> None:
+        with self._lock:
+            if about in self._warned:
+                return
+            self._warned.add(about)
+        warnings.warn(message, category, stacklevel=3)
 
     def _annotate(
         self, batches: RecordedBatches, name: str, given: Given, module: str | None

@@ -134,6 +134,10 @@ class Pump:
         if os.getpid() != self._process:
             return
         self.finish()
+        with self._changed:
+            while not self._ended:
+                self._changed.wait()
+        # Not at once: a join that was interrupted makes the next one return too early (bpo-45274).
         self._thread.join()
         if not self._told:
             self._raise_error()

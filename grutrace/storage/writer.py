@@ -138,12 +138,14 @@ class Writer:
             return
         self._closed = True
         self._appenders, self._rows, self._tables = {}, [], []
-        if self._file:
+        if not self._file:
+            return
+        # Readers first: they share the descriptor, and would read zeros from it.
+        with readers_out(self._identity), contextlib.suppress(OSError, RuntimeError):
             nowhere = os.open(os.devnull, os.O_RDWR)
             os.dup2(nowhere, self._file.id.get_vfd_handle())
             os.close(nowhere)
-            with readers_out(self._identity), contextlib.suppress(OSError, RuntimeError):
-                self._file.close()
+            self._file.close()
 
     def _start(self, header: Header, positions: dict[str, int]) -> None:
         """Mark the file as being written, from these positions on."""

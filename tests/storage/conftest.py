@@ -28,4 +28,4 @@ def nothing_leaks():
     for thread in threads:
         thread.join(timeout=5)
     assert not {thread for thread in threads if thread.is_alive()}
-    assert not _open_files() - before[0]
+    assert sorted(_open_files() - before[0]) == []

@@ -1,0 +1,131 @@
+"""What a call may be surrounded by, and how a recorded one stays apart from it.
+
+A model can be called where its tensors hold no values: while it is turned into a graph, on the meta
+device, under vmap. Such a call cannot be recorded, and is left alone. Everywhere else a call's
+values can be had, and what is computed from them must not show in the surroundings: not in a
+counter of operations, not in a gradient, not in a graph that torch.compile makes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import _disable_current_modes
+
+#: The dispatch modes that turn calls into graphs.
+_GRAPH_MODES = tuple(
+    getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL")
+)
+
+
+@dataclass(frozen=True)
+class Missed:
+    """A call that was not recorded.
+
+    Attributes:
+        reason: Why, and what to do instead.
+    """
+
+    reason: str
+
+
+def hindrance(values: Iterable[Any]) -> Missed | None:
+    """Return why a call with these arguments or results cannot be recorded; None if it can be."""
+    if torch.jit.is_tracing():
+        return Missed("torch.jit.trace was tracing it: record the traced model's source instead")
+    if torch._C._len_torch_dispatch_stack() and any(
+        torch._C._get_dispatch_mode(mode) is not None for mode in _GRAPH_MODES
+    ):
+        return _no_values("it was being turned into a graph")
+    for value in _flatten(values):
+        if not isinstance(value, Tensor):
+            return _no_values(f"it was called with a {type(value).__name__}")
+        batched, inner = _unwrap(value)
+        if batched:
+            return Missed("torch.vmap ran it on all samples at once: call it on a batch instead")
+        if inner.is_meta or type(inner).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return _no_values(f"it was called with a {type(inner).__name__} on {inner.device}")
+        if torch._is_functional_tensor(inner):
+            return _no_values("it was called within torch.func.functionalize")
+    return None
+
+
+def plain(value: Tensor) -> Tensor:
+    """Return the tensor that torch.func's transforms of gradients have wrapped."""
+    return _unwrap(value)[1]
+
+
+def is_recomputation() -> bool:
+    """Whether the present call repeats, for the backward pass, one that was made before."""
+    return torch._C._current_graph_task_id() != -1 and _within(checkpoint.__file__)
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Compute something that nothing around the model's call gets to see."""
+    with torch.no_grad(), torch._C.DisableTorchFunction(), ExitStack() as stack:
+        if torch._C._len_torch_dispatch_stack():
+            stack.enter_context(_disable_current_modes())
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            stack.enter_context(temporarily_clear_interpreter_stack())
+        yield
+
+
+def compiler_is_loaded() -> bool:
+    """Whether torch.compile may be at work. Importing it takes longer than importing torch."""
+    return "torch._dynamo" in sys.modules
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Have torch.compile call a function as it is, between two graphs."""
+    reason = (
+        "grutrace records this call, which splits the graph: do without fullgraph=True, or stop "
+        "recording first"
+    )
+    named = "reason" in inspect.signature(torch.compiler.disable).parameters
+    return torch.compiler.disable(function, **({"reason": reason} if named else {}))
+
+
+def _no_values(what: str) -> Missed:
+    return Missed(
+        f"{what}, where tensors hold no values (torch.export, torch.fx, meta device): "
+        "run the model itself on real tensors to record it"
+    )
+
+
+def _flatten(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, (list, tuple)):
+            yield from _flatten(value)
+        elif value is not None and not isinstance(value, (bool, int, float)):
+            yield value
+
+
+def _unwrap(value: Tensor) -> tuple[bool, Tensor]:
+    """Return whether vmap has batched a tensor, and what is inside all wrappers."""
+    batched = False
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        batched = batched or torch._C._functorch.is_batchedtensor(value)
+        if torch._is_functional_tensor(value):
+            break
+        value = torch._C._functorch.get_unwrapped(value)
+    return batched, value
+
+
+def _within(file: str) -> bool:
+    """Whether code of a file is running in this thread."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename == file:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False

@@ -1,0 +1,26 @@
+"""Packages that build on nn.GRU or nn.GRUCell: present in CI, may be missing elsewhere."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from types import ModuleType
+
+import pytest
+
+#: Set in CI: a package that is missing is then an error, so that no green run has skipped it.
+REQUIRED = "GRUTRACE_REQUIRE_PACKAGES"
+
+
+def needs(name: str) -> ModuleType:
+    """Import a package, or skip the test module that asks for it.
+
+    What the packages warn about when they are imported is theirs, not ours.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if os.environ.get(REQUIRED):
+            return importlib.import_module(name)
+        reason = f"{name} is not installed: pip install -c constraints.txt -e '.[test,packages]'"
+        return pytest.importorskip(name, reason=reason)

@@ -1,0 +1,100 @@
+"""Weight drop: weight_hh is a fresh tensor in every call, no parameter of its own name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.packages.needs import needs
+from tests.packages.tracing import check_package
+
+needs("torchnlp.nn")
+
+from torchnlp.nn import LockedDropout, WeightDrop, WeightDropGRU  # noqa: E402
+
+
+class LanguageModel(nn.Module):
+    """As in AWD-LSTM: locked dropout around a stack whose recurrent weights are dropped."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 8)
+        self.locked = LockedDropout(0.3)
+        self.rnn = WeightDropGRU(8, 12, layers, weight_dropout=0.5)
+        self.out = nn.Linear(12, 20)
+
+    def forward(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        output, state = self.rnn(self.locked(self.embedding(tokens)), state)
+        return self.out(self.locked(output)), state
+
+
+class Cells(nn.Module):
+    """A cell inside a `WeightDrop`, stepped by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(8, 12)
+        self.dropped = WeightDrop(self.cell, ["weight_hh", "weight_ih"], dropout=0.5)
+
+    def forward(self, input: Tensor) -> Tensor:
+        state = torch.randn(input.shape[1], 12)
+        for step in input:
+            state = self.dropped(step, state)
+        return state
+
+
+def rebuilt(build):
+    """The package replaces `forward` of an instance, which deepcopy would share: build anew."""
+
+    def duplicate(model: nn.Module) -> nn.Module:
+        copy = build()
+        copy.load_state_dict(model.state_dict())
+        return copy.train(model.training)
+
+    return duplicate
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("training", [True, False])
+def test_weight_drop(training: bool, layers: int, tmp_path: Path) -> None:
+    model = LanguageModel(layers).train(training)
+    batches = torch.randint(20, (3, 6, 4))
+
+    def run(model: LanguageModel) -> list[Tensor]:
+        """Backpropagation through time: the state is carried from one batch to the next."""
+        outputs, state = [], None
+        for batch in batches:
+            output, state = model(batch, state)
+            output.logsumexp(-1).mean().backward()
+            state = state.detach()
+            outputs += [output, state]
+        return outputs
+
+    duplicate = rebuilt(lambda: LanguageModel(layers))
+    trace = check_package(model, run, tmp_path, duplicate)
+    assert trace.sites == tuple(f"rnn.l{layer}" for layer in range(layers))
+    top = trace[trace.sites[-1]]
+    assert top.lengths.tolist() == [18] * 4
+    # In training, every call drops other weights, in eval none.
+    assert top.extent.versions == (3 if training else 1)
+    assert trace.calls["weights"].tolist() == ([0, 1, 2] if training else [0, 0, 0])
+    dropped = (top.weights(0)["weight_hh"] == 0).mean()
+    assert 0.3 < dropped < 0.7 if training else dropped == 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_weight_drop_around_a_cell(training: bool, tmp_path: Path) -> None:
+    model = Cells().train(training)
+    input = torch.randn(5, 4, 8)
+
+    def run(model: Cells) -> Tensor:
+        output = model(input)
+        output.square().mean().backward()
+        return output
+
+    trace = check_package(model, run, tmp_path, rebuilt(Cells))
+    assert trace["cell.cell"].lengths.tolist() == [5] * 4
+    assert trace["cell.cell"].extent.versions == (5 if training else 1)

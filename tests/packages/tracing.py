@@ -1,0 +1,294 @@
+"""Everything that must hold of a public package's model that is traced.
+
+The model is run four times from the same seed: left alone; left alone with its kernel calls noted
+by a spy; traced in memory; traced to a file. All four must agree bit for bit, the trace must hold
+just what the spy noted, and every gate must be the float64 oracle's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import grutrace
+from grutrace.analysis.verification import verify
+from tests import oracles
+from tests.checks import EVERYTHING, tensors
+from tests.test_both_sinks import assert_same
+
+#: Runs a model and returns what it made: tensors, or tuples and lists of them.
+Run = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class KernelCall:
+    """What one call of torch.gru or torch.gru_cell was given and made, as NumPy.
+
+    Attributes:
+        inputs: The bottom layer's input, one (T, I) array a sequence, in the kernel's order.
+        outputs: The top layer's states, one (T, D * H) array a sequence, likewise.
+        initial: (L * D, B, H).
+        weights: Flat, as the kernel took them.
+    """
+
+    inputs: list[np.ndarray]
+    outputs: list[np.ndarray]
+    initial: np.ndarray
+    weights: list[np.ndarray]
+
+
+class Spy(TorchFunctionMode):
+    """Notes every kernel call, and changes none. Written from torch.gru's signature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[KernelCall] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (torch.gru, torch.gru_cell):
+            return func(*args, **(kwargs or {}))
+        given = [_numpy(each) for each in args]
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((_cell if func is torch.gru_cell else _layer)(given, _numpy(result)))
+        return result
+
+
+def _numpy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone().numpy()
+    return [_numpy(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _cell(given: list[Any], output: np.ndarray) -> KernelCall:
+    input, initial, *weights = given
+    weights = [each for each in weights if each is not None]
+    rows = [row[np.newaxis] for row in input], [row[np.newaxis] for row in output]
+    return KernelCall(*rows, initial[np.newaxis], weights)
+
+
+def _layer(given: list[Any], result: list[Any]) -> KernelCall:
+    output = result[0]
+    if isinstance(given[2], np.ndarray):
+        data, batch_sizes, initial, weights = given[:4]
+        both = [_unpack(data, batch_sizes), _unpack(output, batch_sizes)]
+        return KernelCall(*both, initial, weights)
+    input, initial, weights = given[:3]
+    if given[-1]:
+        return KernelCall(list(input), list(output), initial, weights)
+    return KernelCall(list(input.swapaxes(0, 1)), list(output.swapaxes(0, 1)), initial, weights)
+
+
+def _unpack(data: np.ndarray, batch_sizes: np.ndarray) -> list[np.ndarray]:
+    """Split the rows of a packed batch: those of step t begin where those of t - 1 end."""
+    starts = np.concatenate([[0], np.cumsum(batch_sizes)[:-1]])
+    lengths = [(batch_sizes > b).sum() for b in range(batch_sizes[0])]
+    return [data[starts[:length] + b] for b, length in enumerate(lengths)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run made and left behind."""
+
+    result: list[Tensor]
+    gradients: dict[str, Tensor | None]
+    state: dict[str, Any]
+    generator: Tensor
+
+    def assert_same(self, other: Outcome) -> None:
+        """Compare bit for bit."""
+        for a, b in zip(self.result, other.result, strict=True):
+            assert (a.dtype, a.stride(), a.requires_grad) == (b.dtype, b.stride(), b.requires_grad)
+            assert torch.equal(a, b)
+        for mine, others in (self.gradients, other.gradients), (self.state, other.state):
+            assert mine.keys() == others.keys()
+            for name, value in mine.items():
+                same = torch.equal if isinstance(value, Tensor) else type(value).__eq__
+                assert same(value, others[name]), name
+        assert torch.equal(self.generator, other.generator)
+
+
+def run_once(model: nn.Module, run: Run, seed: int = 0) -> Outcome:
+    """Run a model from a fixed state of the generator."""
+    torch.manual_seed(seed)
+    result = tensors(run(model))
+    gradients = {
+        name: None if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+    }
+    state = {name: copy.copy(value) for name, value in model.state_dict().items()}
+    return Outcome(result, gradients, state, torch.get_rng_state())
+
+
+def check_package(
+    model: nn.Module, run: Run, folder: Path, duplicate: Callable[[Any], Any] = copy.deepcopy
+) -> grutrace.Tracer:
+    """Hold a model to everything above, and return the trace in memory.
+
+    Args:
+        model: The package's own model.
+        run: Calls it as the package's users do.
+        folder: Where the file goes.
+        duplicate: Makes a copy of the model that shares nothing with it.
+    """
+    copies = [duplicate(model) for _ in range(3)]
+    expected = run_once(copies[0], run)
+    with Spy() as spy:
+        expected.assert_same(run_once(copies[1], run))
+    with grutrace.trace(model, record=EVERYTHING, check="raise") as trace:
+        outcome = run_once(model, run)
+    expected.assert_same(outcome)
+    assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
+
+    path = folder / "run.h5"
+    with grutrace.trace(copies[2], path, record=EVERYTHING, check="raise"):
+        expected.assert_same(run_once(copies[2], run))
+    with grutrace.open(path) as stored:
+        assert_same(trace, stored)
+        found = verify(stored)
+    assert [each.site for each in found] == list(trace.sites)
+    assert all(each.holds and each.check == "gates" for each in found)
+
+    check_calls(trace, spy.calls)
+    check_gates(trace)
+    check_that_it_can_fail(trace)
+    return trace
+
+
+def check_calls(trace: Any, calls: list[KernelCall]) -> None:
+    """Compare what was recorded of each call with what the kernel was given and made."""
+    assert len(trace.calls) == len(calls) > 0
+    modules = {module.path: module for module in trace.modules}
+    for number, (row, call) in enumerate(zip(trace.calls, calls, strict=True)):
+        module = modules[row["module"]]
+        sites = [trace[site.name] for site in module.sites]
+        assert row["batch"] == len(call.inputs)
+        assert row["steps"] == sum(map(len, call.inputs))
+        each = len(call.weights) // len(sites)
+        for place, site in enumerate(sites):
+            stored = site.weights(row["weights"])
+            for name, used in zip(stored, call.weights[each * place :], strict=False):
+                np.testing.assert_array_equal(stored[name], used)
+        _check_rows_of_call(sites, number, call)
+
+
+def _check_rows_of_call(sites: list[Any], number: int, call: KernelCall) -> None:
+    """Each recorded sequence is one of the kernel's: same input, states and initial states."""
+    directions = 2 if any(each.site.reverse for each in sites) else 1
+    top = sites[-directions:]
+    recorded = [pieces_of_call(site, number) for site in sites]
+    expected = sorted(
+        (input.tobytes(), output.tobytes(), call.initial[:, b].tobytes())
+        for b, (input, output) in enumerate(zip(call.inputs, call.outputs, strict=True))
+    )
+    found = sorted(
+        (
+            recorded[0][b].input.tobytes(),
+            np.concatenate([each[b].hidden for each in recorded[-len(top) :]], 1).tobytes(),
+            np.stack([each[b].start for each in recorded]).tobytes(),
+        )
+        for b in range(len(recorded[0]))
+    )
+    assert found == expected
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The rows of one sequence in one call at one site: (T, H) or (T, I) each.
+
+    ``start`` (H,) is the state before the first step that was made, ``previous`` that before each.
+    """
+
+    input: np.ndarray
+    reset: np.ndarray
+    update: np.ndarray
+    candidate: np.ndarray
+    hidden: np.ndarray
+    previous: np.ndarray
+    start: np.ndarray
+
+
+def pieces_of_call(site: Any, number: int) -> list[Piece]:
+    """What a call recorded at a site, one piece a sequence, in the order of the batch."""
+    rows = np.flatnonzero(site.row_calls() == number)
+    places = [site.locate(int(row))[0] for row in rows]
+    splits = np.flatnonzero(np.diff(places)) + 1
+    before = site.previous()
+    pieces = []
+    for of_sequence in np.split(rows, splits):
+        values = {name: site.rows(name)[of_sequence] for name in EVERYTHING}
+        start = before[of_sequence[-1 if site.site.reverse else 0]]
+        previous = oracles.previous_states(values["hidden"], start, site.site.reverse)
+        np.testing.assert_array_equal(before[of_sequence], previous)
+        pieces.append(Piece(**values, previous=previous, start=start))
+    return pieces
+
+
+def check_gates(trace: Any) -> None:
+    """Compare every gate and state of every site, call and sequence with the float64 oracle."""
+    checked = 0
+    for site, weights, piece in every_piece(trace):
+        check_piece(piece, weights)
+        checked += len(piece.hidden)
+        assert np.isfinite(piece.hidden).all(), site
+    assert checked == sum(int(trace[name].lengths.sum()) for name in trace.sites) > 0
+
+
+def every_piece(trace: Any) -> Iterator[tuple[str, oracles.Weights, Piece]]:
+    """Name of site, weights that the call used, and rows, of every sequence of every call."""
+    for name in trace.sites:
+        site = trace[name]
+        for number in np.unique(site.row_calls()):
+            weights = site.weights(trace.calls["weights"][number])
+            for piece in pieces_of_call(site, number):
+                yield name, weights, piece
+
+
+def check_piece(piece: Piece, weights: oracles.Weights) -> None:
+    """Compare with the oracle, teacher-forced from the states that the kernel returned."""
+    eps = float(np.finfo(piece.hidden.dtype).eps)
+    expected = oracles.gates(weights, piece.input, piece.previous, eps)
+    for quantity in ("reset", "update", "candidate", "hidden"):
+        off = np.abs(getattr(piece, quantity).astype(np.float64) - expected.values[quantity])
+        assert (off <= expected.bounds[quantity]).all(), (quantity, off.max())
+
+
+def check_that_it_can_fail(trace: Any) -> None:
+    """Controls: what is wrong by little is noticed at every site, in one sequence at least."""
+    unnoticed = {(name, control) for name in trace.sites for control in CONTROLS}
+    for name, weights, piece in every_piece(trace):
+        for control, spoil in CONTROLS.items():
+            if (name, control) in unnoticed and not _holds(*spoil(piece, weights)):
+                unnoticed.remove((name, control))
+    assert not unnoticed
+
+
+def _swap_gates(piece: Piece, weights: oracles.Weights) -> tuple[Piece, oracles.Weights]:
+    return replace(piece, reset=piece.update, update=piece.reset), weights
+
+
+def _perturb_weights(piece: Piece, weights: oracles.Weights) -> tuple[Piece, oracles.Weights]:
+    return piece, weights | {"weight_hh": weights["weight_hh"] * 1.01 + 1e-3}
+
+
+def _shift_states(piece: Piece, weights: oracles.Weights) -> tuple[Piece, oracles.Weights]:
+    return replace(piece, previous=np.roll(piece.previous, 1, axis=1)), weights
+
+
+#: Ways to be wrong: each spoils the rows of a sequence, or its weights.
+CONTROLS = {"swapped": _swap_gates, "weights": _perturb_weights, "states": _shift_states}
+
+
+def _holds(piece: Piece, weights: oracles.Weights) -> bool:
+    try:
+        check_piece(piece, weights)
+    except AssertionError:
+        return False
+    return True
