@@ -99,16 +99,21 @@ class ModuleRecorder:
                 steps,
                 call.cell_weights(site.layer, site.reverse),
             )
-            values = replay.gates._asdict() | {"hidden": hidden}
-            kept = [name for name in site.quantities if name != "input"]
-            rows[site.suffix] = {
-                name: self._rows(steps.in_sequences(values[name])) for name in kept
+            gates = replay.gates._asdict()
+            kept = {
+                name: self._rows(steps.in_sequences(values))
+                for name, values in gates.items()
+                if name in site.quantities
             }
+            if "hidden" in site.quantities:
+                kept["hidden"] = self._rows(_copied(steps.in_sequences(hidden), hidden))
             if "input" in site.quantities:
                 # Both directions of a layer read the same rows, so they share one array.
                 if site.layer not in inputs:
-                    inputs[site.layer] = self._rows(steps.in_sequences(layer.input))
-                rows[site.suffix]["input"] = inputs[site.layer]
+                    copied = _copied(steps.in_sequences(layer.input), layer.input)
+                    inputs[site.layer] = self._rows(copied)
+                kept["input"] = inputs[site.layer]
+            rows[site.suffix] = kept
             replays[site.suffix] = replay
         return rows, replays
 
@@ -125,6 +130,8 @@ class ModuleRecorder:
         return array.astype(kept, copy=False)
 
     def _initial(self, observation: Observation, site: Site, assignment: Assignment) -> Array:
+        if not assignment.begun.any():
+            return np.empty((0, self.description.hidden_size), self.description.dtype)
         initial = observation.call.cell_initial(site.layer, site.reverse)
         in_order = self._rows(observation.steps.in_batch_order(initial))
         return in_order[assignment.begun]
@@ -144,6 +151,11 @@ class ModuleRecorder:
                 name: _to_numpy(tensor).astype(dtype, copy=False) for name, tensor in tensors
             }
         self._append(Weights(self._index, self._versions.count - 1, sites))
+
+
+def _copied(rows: Tensor, original: Tensor) -> Tensor:
+    """Return rows that do not change when the model changes its own tensor in place."""
+    return rows.clone() if rows.data_ptr() == original.data_ptr() else rows
 
 
 def _direction(output: Tensor, reverse: bool, directions: int) -> Tensor:

@@ -22,7 +22,8 @@ class WeightVersions:
         self.count = 0
         self._kept: list[Tensor] = []
         self._marks: list[tuple[int, int]] | None = None
-        self._samples: list[Tensor] = []
+        # A few elements of each weight: as they were, and as they are now (views).
+        self._samples: list[tuple[Tensor, Tensor]] = []
 
     def changed(self, weights: list[Tensor]) -> list[Tensor] | None:
         """Return copies of the weights if they are a new version, else None.
@@ -30,21 +31,19 @@ class WeightVersions:
         Afterwards ``count - 1`` is the number of the present version.
         """
         marks = _marks(weights)
-        if marks is not None and marks == self._marks and self._same_samples(weights):
+        if marks is not None and marks == self._marks and self._same_samples():
             return None
         self._marks = marks
-        self._samples = [_sample(weight).clone() for weight in weights]
+        views = [_sample(weight) for weight in weights]
+        self._samples = [(view.clone(), view) for view in views]
         if self._kept and all(map(_same, self._kept, weights)):
             return None
         self._kept = [weight.detach().clone() for weight in weights]
         self.count += 1
         return self._kept
 
-    def _same_samples(self, weights: list[Tensor]) -> bool:
-        return all(
-            torch.equal(kept, _sample(weight))
-            for kept, weight in zip(self._samples, weights, strict=True)
-        )
+    def _same_samples(self) -> bool:
+        return all(torch.equal(kept, now) for kept, now in self._samples)
 
 
 def _marks(weights: list[Tensor]) -> list[tuple[int, int]] | None:

@@ -35,7 +35,10 @@ class Steps(Protocol):
         """
 
     def in_sequences(self, values: Tensor) -> Tensor:
-        """Copy values (one a step, in the kernel's order) to (N, width), sequence by sequence."""
+        """Bring values, one a step in the kernel's order, to (N, width), sequence by sequence.
+
+        May share memory with the values, where both orders are the same.
+        """
 
     def in_batch_order(self, values: Tensor) -> Tensor:
         """Bring (B, width) from the kernel's batch order into the user's. May be a view."""
@@ -66,11 +69,7 @@ class PaddedSteps:
 
     def in_sequences(self, values: Tensor) -> Tensor:
         """Turn (T, B, width) into (B * T, width)."""
-        copy = torch.empty(
-            (self._batch, self._length, values.shape[-1]), dtype=values.dtype, device=values.device
-        )
-        copy.copy_(values.transpose(0, 1))
-        return copy.view(-1, values.shape[-1])
+        return values.transpose(0, 1).reshape(self._batch * self._length, values.shape[-1])
 
     def in_batch_order(self, values: Tensor) -> Tensor:
         """Return the values as they are: the kernel keeps a padded batch in the user's order."""

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 
 import grutrace
 from tests.capture.models import EncoderDecoder, StepwiseDecoder
+from tests.checks import EVERYTHING, tensors
 
 
 def hooks(model: nn.Module) -> int:
@@ -253,15 +255,32 @@ def test_bidirectional_calls_never_continue() -> None:
     assert trace["l0"].lengths.tolist() == trace["l0_reverse"].lengths.tolist() == [4] * 4
 
 
-def test_output_changed_in_place_right_after_the_call() -> None:
-    layer, x = nn.GRU(2, 3), torch.randn(4, 2, 2)
-    with torch.no_grad(), grutrace.trace(layer, record=("hidden", "input")) as trace:
-        expected = layer(x)[0].clone()
-        output, _ = layer(x)
-        output.relu_()
-        x.zero_()
-    np.testing.assert_array_equal(trace["l0"].sequence(2).hidden, expected[:, 0].numpy())
-    assert trace["l0"].input.any()
+@pytest.mark.parametrize(("steps", "batch"), [(4, 2), (1, 2), (4, 1), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["gru", "packed", "reverse", "cell"])
+def test_what_is_changed_in_place_right_after_the_call(kind, dtype, steps, batch) -> None:
+    """The model may reuse its input, its output and its states as soon as it has them."""
+    layer = nn.GRUCell(2, 3) if kind == "cell" else nn.GRU(2, 3, bidirectional=kind == "reverse")
+    layer.to(dtype)
+    x = torch.randn((batch, 2) if kind == "cell" else (steps, batch, 2)).to(dtype)
+    initial = torch.randn(*layer(x)[1].shape).to(dtype) if kind != "cell" else torch.randn(batch, 3)
+    initial = initial.to(dtype)
+    with torch.no_grad(), grutrace.trace(layer, record=EVERYTHING, check="raise") as trace:
+        input = pack_sequence(list(x.unbind(1))) if kind == "packed" else x
+        result = layer(input, initial)
+        expected = [each.clone() for each in (x, initial, *tensors(result))]
+        for each in (x, initial, *tensors(input), *tensors(result)):
+            if each.is_floating_point():
+                each.fill_(7)
+    with grutrace.trace(layer, record=EVERYTHING) as again:
+        layer(
+            pack_sequence(list(expected[0].unbind(1))) if kind == "packed" else expected[0],
+            expected[1],
+        )
+    for site in trace.sites:
+        for quantity in EVERYTHING:
+            np.testing.assert_array_equal(trace[site].rows(quantity), again[site].rows(quantity))
+        np.testing.assert_array_equal(trace[site].initial, again[site].initial)
 
 
 def test_other_hooks_see_the_model_as_ever_and_ours_sees_the_kernel() -> None:
@@ -360,7 +379,8 @@ def test_stopping_within_a_forward_leaves_nothing() -> None:
     layer(torch.randn(4, 2, 2))
     assert hooks(layer) == 0
     assert torch.overrides._get_current_function_mode() is None
-    tracer.close()
+    with pytest.warns(grutrace.GrutraceWarning, match="nothing was recorded of the model"):
+        tracer.close()
 
 
 def test_a_subclass_that_packs_inside() -> None:
