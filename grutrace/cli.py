@@ -21,6 +21,10 @@ from rich.table import Table
 
 from grutrace.analysis.summary import OPEN, SHUT, SiteSummary, summarize_site
 from grutrace.errors import GrutraceError
+from grutrace.record import DEFAULT_RECORD, QUANTITIES
+from grutrace.run.launch import launch
+from grutrace.run.settings import CHECKS, MODES, STACKS, Settings
+from grutrace.storage.parts import parts_of
 from grutrace.storage.sinks import open_trace
 from grutrace.storage.trace import Trace
 
@@ -34,7 +38,7 @@ AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of tabl
 Item = TypeVar("Item")
 
 app = typer.Typer(
-    help="See inside the GRUs of a running model: look into trace files.",
+    help="See inside the GRUs of a running model: trace a script, look into traces.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -91,12 +95,45 @@ def verify(file: File, as_json: AsJSON = False) -> None:
         raise typer.Exit(NO_ANSWER)
 
 
+@app.command(context_settings={"allow_interspersed_args": False})
+def run(
+    program: Annotated[
+        list[str],
+        typer.Argument(metavar="SCRIPT [ARGS]...", help="A script and its own arguments."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The trace.")] = Path("run.h5"),
+    module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module.")] = False,
+    sites: Annotated[
+        list[str] | None, typer.Option(help="Glob for names of sites. Can be repeated.")
+    ] = None,
+    record: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Out of {', '.join(QUANTITIES)}; commas between. Can be repeated."),
+    ] = None,
+    mode: Annotated[str, typer.Option(help=f"For a trace that exists: {', '.join(MODES)}.")] = "w",
+    check: Annotated[
+        str, typer.Option(help=f"What a residual past rounding does: {', '.join(CHECKS)}.")
+    ] = "warn",
+    stacks: Annotated[
+        str, typer.Option(help=f"How lower layers are seen: {', '.join(STACKS)}.")
+    ] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing of our own.")] = False,
+) -> None:
+    """Run a script as python would, and trace the GRUs of every model in it."""
+    asked = [name for names in record or [",".join(DEFAULT_RECORD)] for name in names.split(",")]
+    settings = Settings(
+        str(output), tuple(sites or ()), tuple(asked), mode, stacks, check, quiet=quiet
+    )
+    launch(settings, program, module=module)
+
+
 def describe(trace: Trace, file: Path) -> dict[str, Any]:
     """Return what `info` says, as JSON values."""
-    header = trace.header
+    header, parts = trace.header, parts_of(file)
     return {
         "file": str(file),
-        "bytes": file.stat().st_size,
+        "parts": [str(part) for part in parts],
+        "bytes": sum(part.stat().st_size for part in parts),
         "model": header.model,
         "created": datetime.fromtimestamp(header.created, UTC).isoformat(timespec="seconds"),
         "closed": trace.closed,
@@ -121,7 +158,8 @@ def print_info(trace: Trace, file: Path) -> None:
     """Print what a file holds."""
     about = describe(trace, file)
     state = "closed" if about["closed"] else "not closed: still being written, or its writer died"
-    print(f"{file}: trace of {about['model']}, {about['bytes'] / 1e6:.1f} MB, {state}")
+    parts = f" in {len(about['parts'])} files" if len(about["parts"]) > 1 else ""
+    print(f"{file}: trace of {about['model']}, {about['bytes'] / 1e6:.1f} MB{parts}, {state}")
     print(
         f"recorded {about['created']} with "
         + ", ".join(

@@ -17,17 +17,18 @@ ALLOWED = {
     "storage": {"errors", "record"},
     "capture": {"errors", "record", "gru", "storage.sinks", "storage.trace", "storage.moment"},
     "analysis": {"errors", "record", "gru", "storage"},
-    "cli": {"errors", "record", "storage", "analysis"},
+    "run": {"errors", "record", "capture", "storage"},
+    "cli": {"errors", "record", "storage", "analysis", "run"},
     "__main__": {"cli"},
     "__init__": {"errors", "capture", "storage"},
 }
 
 #: Libraries that only these parts may import.
-ONLY = {"torch": {"gru", "capture", "analysis"}, "h5py": {"storage"}, "typer": {"cli"}}
+ONLY = {"torch": {"gru", "capture", "analysis", "run"}, "h5py": {"storage"}, "typer": {"cli"}}
 
 #: Within storage, writing and reading never meet, but in `sinks`, the door to both.
 WRITING = {"writer", "stream", "pump", "appender", "continuing", "admission", "entries"}
-READING = {"reader", "rows", "trace", "site", "sequence", "index", "moment"}
+READING = {"reader", "rows", "trace", "site", "sequence", "index", "moment", "combined", "parts"}
 
 
 def imports(source: str) -> set[str]:

@@ -55,6 +55,11 @@ class Continuity:
         self._count = 0
         self._reached: dict[int, _Reached] = {}
 
+    def __copy__(self) -> Continuity:
+        twin = Continuity()
+        twin._count, twin._reached = self._count, self._reached.copy()
+        return twin
+
     def assign(
         self,
         initial: Tensor | None,

@@ -21,6 +21,7 @@ from typing import Any
 from weakref import WeakSet
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.hooks import RemovableHandle
 
@@ -35,12 +36,13 @@ from grutrace.capture.surroundings import (
     uncompiled,
 )
 from grutrace.capture.tap import Kernel, Tap, close_forgotten, innermost
+from grutrace.errors import UnsupportedError
 
 Receiver = Callable[[Observation | Missed], None]
 
 
-def listen(module: GRUModule, receiver: Receiver, stacks: Stacks = "auto") -> Callable[[], None]:
-    """Call ``receiver`` after every call of the module's kernel, until the returned is called.
+class Ear:
+    """Calls ``receiver`` after every call of a module's kernel, while it listens.
 
     A call that repeats an earlier one for the backward pass (activation checkpointing) is left out.
 
@@ -52,12 +54,26 @@ def listen(module: GRUModule, receiver: Receiver, stacks: Stacks = "auto") -> Ca
             split on a CPU and rerun elsewhere. Where the receivers of one module differ, rerun
             wins, then auto: whatever leaves the kernel's answer alone.
     """
-    key = object()
-    with _lock:
-        # One listener a module, so that several tracers share one tap, and a stack is split once.
-        listener = next(_listeners_on(module), None) or _Listener(module)
-        listener.add(key, receiver, stacks)
-    return lambda: listener.remove(key)
+
+    def __init__(self, module: GRUModule, receiver: Receiver, stacks: Stacks = "auto") -> None:
+        self._module, self._receiver, self._stacks = module, receiver, stacks
+        self._listener: _Listener | None = None
+
+    def start(self) -> None:
+        """Listen from now on."""
+        with _lock:
+            # One listener a module, so that several tracers share one tap, and a stack is split
+            # once. It is found by its hooks: nothing else keeps it, or the module, alive.
+            self._listener = next(_listeners_on(self._module), None) or _Listener(self._module)
+            self._listener.add(self, self._receiver, self._stacks)
+
+    def stop(self) -> bool:
+        """Listen no longer. Twice does nothing.
+
+        Returns:
+            Whether it heard everything: not if somebody else has removed its hooks meanwhile.
+        """
+        return self._listener is None or self._listener.remove(self)
 
 
 def _listeners_on(module: nn.Module) -> Iterator[_Listener]:
@@ -67,6 +83,9 @@ def _listeners_on(module: nn.Module) -> Iterator[_Listener]:
 
 
 def _is_plain(module: GRUModule) -> bool:
+    # Reading a parametrized weight computes it anew: other random numbers, another power iteration.
+    if "forward" in vars(module) or is_parametrized(module):
+        return False
     forward = type(module).forward
     if isinstance(module, nn.GRUCell):
         return forward is nn.GRUCell.forward
@@ -88,40 +107,46 @@ class _Listener:
         plain = _is_plain(self._module)
         with _lock:
             self._receivers[key] = receiver, stacks
-            if self._after is None:
+            if not _is_on(self._after):
                 hook = _Hook(self, self.after_plain_forward if plain else self.after_forward)
                 self._after = self._module.register_forward_hook(
                     hook, prepend=True, with_kwargs=True, always_call=not plain
                 )
-            if self._before is None and not plain:
+            if not plain and not _is_on(self._before):
                 self._before = self._module.register_forward_pre_hook(
                     _Hook(self, self.before_forward), with_kwargs=True
                 )
 
-    def remove(self, key: object) -> None:
+    def remove(self, key: object) -> bool:
         with _lock:
+            hooks = (self._before, self._after)
+            heard_all = all(_is_on(hook) for hook in hooks if hook is not None)
+            heard_all = heard_all or key not in self._receivers
             self._receivers.pop(key, None)
             if not self._receivers and self._before is not None:
                 self._before.remove()
                 self._before = None
         close_forgotten()
         self._remove_after()
+        return heard_all
 
     def _remove_after(self) -> None:
         """Remove the hook behind the forward, once no forward that it must end is running."""
         with _lock:
-            if not self._receivers and not self._taps and self._after is not None:
+            running = any(tap.running for tap in tuple(self._taps))
+            if not self._receivers and not running and self._after is not None:
                 self._after.remove()
                 self._after = None
 
     def after_plain_forward(
         self, module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        missed = hindrance((args, kwargs.values(), output))
+        missed = hindrance((*args, *kwargs.values(), output))
         if missed is not None:
             self._tell(missed)
         elif not is_recomputation():
-            self._tell(observe.plain_call(module, args, kwargs, output))
+            with aside():
+                self._tell(observe.plain_call(module, args, kwargs, output))
 
     def before_forward(
         self, module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -141,7 +166,8 @@ class _Listener:
                 module, kernel, arguments, sorted_indices, self._stacks()
             )
             if not is_recomputation():
-                self._tell(observation)
+                with aside():
+                    self._tell(observation)
             return result
 
         with _lock:
@@ -155,7 +181,6 @@ class _Listener:
         tap = innermost(self)
         if tap is not None:
             tap.close()
-            self._taps.discard(tap)
         self._remove_after()
 
     def _stacks(self) -> Stacks:
@@ -163,9 +188,15 @@ class _Listener:
         return next((each for each in observe.STACKS if each in asked), "auto")
 
     def _tell(self, observation: Observation | Missed) -> None:
-        with aside():
-            for receiver, _ in tuple(self._receivers.values()):
+        """Tell all receivers, also if one of them fails."""
+        errors = []
+        for receiver, _ in tuple(self._receivers.values()):
+            try:
                 receiver(observation)
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
 
 _lock = threading.RLock()
@@ -180,6 +211,16 @@ def _renew_lock() -> None:
 os.register_at_fork(after_in_child=_renew_lock)
 
 
+def _is_on(handle: RemovableHandle | None) -> bool:
+    """Whether the hook of a handle is still on its module."""
+    hooks = None if handle is None else handle.hooks_dict_ref()
+    return hooks is not None and handle is not None and handle.id in hooks
+
+
+class _NotScriptableError(UnsupportedError, AttributeError):
+    """Also an AttributeError, so that whoever merely looks for the attribute finds none."""
+
+
 class _Hook:
     """A hook that does nothing in a copy of its module, be it deep-copied, pickled or saved."""
 
@@ -188,8 +229,19 @@ class _Hook:
         self._function = function
 
     def __call__(self, *args: Any) -> None:
-        _keep_the_compiler_out()
-        self._function(*args)
+        if _keep_the_compiler_out():
+            self(*args)
+        else:
+            self._function(*args)
+
+    def __getattr__(self, name: str) -> Any:
+        # The first thing that torch.jit.script asks of a hook, which it would compile.
+        if name == "__name__":
+            raise _NotScriptableError(
+                "torch.jit.script compiles the hooks of a module with it, and those of a tracer "
+                "cannot be: stop recording first, and record the model itself, not the script"
+            )
+        raise AttributeError(name)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A standard callable that takes anything and returns None, so that a saved model can be
@@ -197,8 +249,14 @@ class _Hook:
         return getattr, (nullcontext(), "__exit__")
 
 
-def _keep_the_compiler_out() -> None:
-    """Have torch.compile call hooks and taps as they are, from when on it is there."""
-    if compiler_is_loaded() and not hasattr(_Hook.__call__, "_torchdynamo_disable"):
-        for kind, name in ((_Hook, "__call__"), (Tap, "__torch_function__")):
-            setattr(kind, name, uncompiled(getattr(kind, name)))
+def _keep_the_compiler_out() -> bool:
+    """Have torch.compile call hooks and taps as they are, from when on it is there.
+
+    Returns:
+        Whether that is so only now.
+    """
+    if not compiler_is_loaded() or hasattr(_Hook.__call__, "_torchdynamo_disable"):
+        return False
+    for kind, name in ((_Hook, "__call__"), (Tap, "__torch_function__")):
+        setattr(kind, name, uncompiled(getattr(kind, name)))
+    return True

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,29 +60,41 @@ class ModuleRecorder:
         rows, replays = self._replay(observation)
         lengths = observation.steps.lengths
         with self._lock:
-            self._announce_weights(observation)
-            assignment = self._continuity.assign(*_ends(observation), lengths)
-            block = Block(
-                module=self._index,
-                time=time.time(),
-                tag=tag,
-                training=observation.training,
-                weights=self._versions.count - 1,
-                steps=lengths.astype(np.uint32),
-                sequences=assignment.sequences,
-                forks=assignment.forks,
-                sites={
-                    site.suffix: SiteRows(
-                        rows[site.suffix],
-                        self._initial(observation, site, assignment),
-                        replays[site.suffix].residual,
-                        replays[site.suffix].tolerance,
-                    )
-                    for site in self.description.sites
-                },
-            )
-            self._append(block)
+            with self._undone_on_error("_versions"):
+                self._announce_weights(observation)
+            with self._undone_on_error("_continuity"):
+                assignment = self._continuity.assign(*_ends(observation), lengths)
+                block = Block(
+                    module=self._index,
+                    time=time.time(),
+                    tag=tag,
+                    training=observation.training,
+                    weights=self._versions.count - 1,
+                    steps=lengths.astype(np.uint32),
+                    sequences=assignment.sequences,
+                    forks=assignment.forks,
+                    sites={
+                        site.suffix: SiteRows(
+                            rows[site.suffix],
+                            self._initial(observation, site, assignment),
+                            replays[site.suffix].residual,
+                            replays[site.suffix].tolerance,
+                        )
+                        for site in self.description.sites
+                    },
+                )
+                self._append(block)
         return Recorded(block, assignment)
+
+    @contextmanager
+    def _undone_on_error(self, name: str) -> Iterator[None]:
+        """Forget what an attribute has counted if the record of it does not reach the sink."""
+        before = copy.copy(getattr(self, name))
+        try:
+            yield
+        except BaseException:
+            setattr(self, name, before)
+            raise
 
     def _replay(
         self, observation: Observation

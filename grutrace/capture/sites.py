@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from grutrace.errors import OptionError, UnsupportedError
+from grutrace.capture.look_alikes import LookAlike, find_look_alikes
+from grutrace.errors import GrutraceWarning, OptionError, UnsupportedError
 from grutrace.record import DEFAULT_RECORD, QUANTITIES, Module, Site
 
 #: Types that NumPy does not have, and the ones that hold all their values.
@@ -36,20 +38,28 @@ def select(
         sites: A glob, or several, for the names of sites; None for all.
         record: Names of quantities.
 
+    Warns:
+        GrutraceWarning: Beside them there are GRUs that cannot be traced, and are asked for.
+
     Raises:
         UnsupportedError: The model has no nn.GRU and no nn.GRUCell.
         OptionError: A glob matches no site, or a quantity is unknown.
     """
     quantities = _quantities(record)
     found = [Selection(module, _describe(path, module, quantities)) for path, module in find(model)]
+    look_alikes = list(find_look_alikes(model))
     if not found:
         raise UnsupportedError(
-            f"expected a model with an nn.GRU or nn.GRUCell inside; "
-            f"found none in {type(model).__qualname__}"
+            "expected a model with an nn.GRU or nn.GRUCell inside; "
+            f"found none in {type(model).__qualname__}{_named(look_alikes, '; ')}"
         )
-    if sites is None:
-        return found
-    return _matching(found, [sites] if isinstance(sites, str) else list(sites))
+    globs = None if sites is None else [sites] if isinstance(sites, str) else list(sites)
+    missed = [each for each in look_alikes if globs is None or _asked(each, globs)]
+    selected = found if globs is None else _matching(found, globs)
+    if missed:
+        # From here past Tracer._select and Tracer.__init__ to whoever made the tracer.
+        warnings.warn(_named(missed), GrutraceWarning, stacklevel=4)
+    return selected
 
 
 def find(model: nn.Module) -> Iterator[tuple[str, nn.GRU | nn.GRUCell]]:
@@ -81,6 +91,19 @@ def _quantities(record: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in QUANTITIES if name in asked)
 
 
+def _named(look_alikes: list[LookAlike], lead: str = "") -> str:
+    """Say of each why it cannot be traced, and what to do instead."""
+    if not look_alikes:
+        return ""
+    return lead + "; ".join(f"{each.path or 'the model'} {each.reason}" for each in look_alikes)
+
+
+def _asked(look_alike: LookAlike, globs: list[str]) -> bool:
+    """Whether its sites would match, if it had any."""
+    names = [f"{look_alike.path}.{suffix}".lstrip(".") for suffix in ("l0", "cell")]
+    return any(fnmatchcase(name, glob) for name in names for glob in globs)
+
+
 def _matching(found: list[Selection], globs: list[str]) -> list[Selection]:
     names = [site.name for each in found for site in each.description.sites]
     for glob in globs:
@@ -104,7 +127,7 @@ def _narrow(selection: Selection, globs: list[str]) -> Selection:
 def _describe(path: str, module: nn.GRU | nn.GRUCell, quantities: tuple[str, ...]) -> Module:
     is_cell = isinstance(module, nn.GRUCell)
     directions = 1 if isinstance(module, nn.GRUCell) or not module.bidirectional else 2
-    dtype = next(module.parameters()).dtype
+    dtype = _weights_type(module)
     sites = tuple(
         Site(
             name=f"{path}.{suffix}" if path else suffix,
@@ -132,6 +155,14 @@ def _describe(path: str, module: nn.GRU | nn.GRUCell, quantities: tuple[str, ...
         weights_dtype=numpy_type(dtype),
         sites=sites,
     )
+
+
+def _weights_type(module: nn.GRU | nn.GRUCell) -> torch.dtype:
+    """Return the type of its weights, which need not be parameters: a model may set tensors."""
+    plain = (value for value in vars(module).values() if isinstance(value, Tensor))
+    tensors = (*module.parameters(), *module.buffers(), *plain)
+    types = (tensor.dtype for tensor in tensors if tensor.is_floating_point())
+    return next(types, torch.get_default_dtype())
 
 
 def numpy_type(dtype: torch.dtype) -> str:

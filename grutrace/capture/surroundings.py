@@ -40,7 +40,7 @@ class Missed:
 
 def hindrance(values: Iterable[Any]) -> Missed | None:
     """Return why a call with these arguments or results cannot be recorded; None if it can be."""
-    if torch.jit.is_tracing():
+    if torch._C._is_tracing():
         return Missed("torch.jit.trace was tracing it: record the traced model's source instead")
     if torch._C._len_torch_dispatch_stack() and any(
         torch._C._get_dispatch_mode(mode) is not None for mode in _GRAPH_MODES
@@ -72,7 +72,8 @@ def is_recomputation() -> bool:
 @contextmanager
 def aside() -> Iterator[None]:
     """Compute something that nothing around the model's call gets to see."""
-    with torch.no_grad(), torch._C.DisableTorchFunction(), ExitStack() as stack:
+    # In this order: function modes hear of gradients being switched off and on, too.
+    with torch._C.DisableTorchFunction(), torch.no_grad(), ExitStack() as stack:
         if torch._C._len_torch_dispatch_stack():
             stack.enter_context(_disable_current_modes())
         if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -92,7 +93,9 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
         "recording first"
     )
     named = "reason" in inspect.signature(torch.compiler.disable).parameters
-    return torch.compiler.disable(function, **({"reason": reason} if named else {}))
+    disable: Any = torch.compiler.disable
+    disabled: Callable[..., Any] = disable(function, **({"reason": reason} if named else {}))
+    return disabled
 
 
 def _no_values(what: str) -> Missed:

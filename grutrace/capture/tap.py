@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeAlias
 
 import torch
+from torch import overrides
 from torch.nn.modules import module as module_calls
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.overrides import TorchFunctionMode
 
 #: The kernels that a tap hears.
 _KERNELS = frozenset((torch.gru, torch.gru_cell))
@@ -49,19 +51,27 @@ class Tap(TorchFunctionMode):
         self.owner = owner
         self._answer = answer
         self._caller = _caller()
+        self._thread = threading.get_ident()
 
     def open(self) -> None:
         """Put the tap in force in this thread."""
         close_forgotten()
         # In this order, and the other one in `close`: an interruption in between loses nothing.
         _open.taps.append(self)
-        self.__enter__()  # type: ignore[no-untyped-call]
+        _put_beneath(self)
 
     def close(self) -> None:
         """Take it out of force, and with it any that was left behind inside it."""
         while self in _open.taps:
             _take_off(_open.taps[-1])
             _open.taps.pop()._caller = None
+
+    @property
+    def running(self) -> bool:
+        """Whether the forward that it was opened for may still run."""
+        if self._thread != threading.get_ident():
+            return self._caller is not None
+        return self._caller is not None and not self.forgotten
 
     @property
     def forgotten(self) -> bool:
@@ -94,16 +104,35 @@ def _caller() -> FrameType | None:
     return frame
 
 
+def _put_beneath(mode: TorchFunctionMode) -> None:
+    """Put a mode beneath all others of this thread.
+
+    There it hears the kernel as they leave it, and nothing that it does is heard by them. And if
+    it is left behind, they still find themselves on top when they end.
+    """
+    with _without_modes() as others:
+        others.insert(0, mode)
+
+
 def _take_off(mode: TorchFunctionMode) -> None:
-    """Remove a mode from this thread's stack, also from beneath others."""
-    above: list[TorchFunctionMode] = []
+    """Remove a mode from this thread's stack, wherever it is."""
+    with _without_modes() as others:
+        if mode in others:
+            others.remove(mode)
+
+
+@contextmanager
+def _without_modes() -> Iterator[list[TorchFunctionMode]]:
+    """Take all modes off, then put those on that are in the list by then, the lowest first."""
+    stack: Any = overrides
+    modes: list[TorchFunctionMode] = stack._get_current_function_mode_stack()
     try:
-        while mode in _get_current_function_mode_stack():
-            above.append(_pop_mode())
+        for _ in tuple(modes):
+            stack._pop_mode()
+        yield modes
     finally:
-        for each in reversed(above):
-            if each is not mode:
-                _push_mode(each)
+        for each in modes[stack._len_torch_function_stack() :]:
+            stack._push_mode(each)
 
 
 def innermost(owner: object) -> Tap | None:

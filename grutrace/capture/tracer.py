@@ -7,7 +7,7 @@ import platform
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from grutrace.capture.annotate import Given, RecordedBatches
-from grutrace.capture.listen import listen
+from grutrace.capture.listen import Ear
 from grutrace.capture.observe import STACKS, Observation, Stacks
 from grutrace.capture.recorder import ModuleRecorder, Recorded
-from grutrace.capture.sites import select
-from grutrace.capture.surroundings import Missed
+from grutrace.capture.sites import Selection, select
+from grutrace.capture.surroundings import Missed, compiler_is_loaded
 from grutrace.errors import (
     GrutraceWarning,
     OptionError,
@@ -100,6 +100,9 @@ class Tracer(Trace):
         TraceFileError: The file exists, or cannot be written.
     """
 
+    #: What else is kept among the options of the trace.
+    _stamp: Mapping[str, object] = {}
+
     def __init__(
         self,
         model: nn.Module,
@@ -114,12 +117,12 @@ class Tracer(Trace):
     ) -> None:
         _expect("stacks", stacks, STACKS)
         _expect("check", check, get_args(Check))
-        self._selections = select(model, sites, record)
+        self._selections = self._select(model, sites, record)
         header = Header(
             model=f"{type(model).__module__}.{type(model).__qualname__}",
             created=time.time(),
             versions=_versions(),
-            options={"stacks": stacks, "check": check},
+            options={"stacks": stacks, "check": check, **self._stamp},
             modules=tuple(each.description for each in self._selections),
         )
         self._sink = open_sink(path, header, mode)
@@ -132,17 +135,22 @@ class Tracer(Trace):
         self._record_on_enter, self._stacks, self._check = recording, stacks, check
         self._tag: str | None = None
         self._batches: RecordedBatches | None = None
-        self._listening: list[Callable[[], None]] = []
+        self._ears: list[Ear] = []
         self._lock = threading.RLock()
         self._called: set[int] = set()
         self._warned: set[str] = set()
         self._has_recorded = self._closed = False
         self._process = os.getpid()
 
+    def _select(
+        self, model: nn.Module, sites: str | Sequence[str] | None, record: str | Sequence[str]
+    ) -> list[Selection]:
+        return select(model, sites, record)
+
     @property
     def is_recording(self) -> bool:
         """Whether calls of the model are recorded now."""
-        return bool(self._listening)
+        return bool(self._ears)
 
     def start(self, tag: str | None = None) -> None:
         """Record from now on.
@@ -157,13 +165,15 @@ class Tracer(Trace):
             if self._closed:
                 raise StateError("the tracer is closed: make a new one to record again")
             self._tag = tag
-            if self._listening:
+            if self._ears:
                 return
             self._has_recorded = True
             try:
                 for recorder, selection in zip(self._recorders, self._selections, strict=True):
                     receive = partial(self._receive, recorder)
-                    self._listening.append(listen(selection.module, receive, self._stacks))
+                    # Kept before it starts: an interruption must not leave its hooks behind.
+                    self._ears.append(Ear(selection.module, receive, self._stacks))
+                    self._ears[-1].start()
             except BaseException:
                 self.stop()
                 raise
@@ -171,8 +181,17 @@ class Tracer(Trace):
     def stop(self) -> None:
         """Stop recording and take all hooks off the model. The trace stays open."""
         with self._lock:
-            while self._listening:
-                self._listening.pop()()
+            deaf = []
+            while self._ears:
+                if not self._ears[-1].stop():
+                    deaf.append(self._path(len(self._ears) - 1))
+                self._ears.pop()
+        for path in deaf:
+            self._warn_once(
+                path,
+                f"somebody removed the hooks from {path} while it was recorded: its calls since "
+                "then are not in the trace",
+            )
 
     @contextmanager
     def recording(
@@ -219,11 +238,16 @@ class Tracer(Trace):
         Raises:
             SinkError: Rows could not be stored.
         """
+        if self._finish():
+            self._name_uncalled()
+
+    def _finish(self) -> bool:
+        """Stop recording and close the trace; whether it was open before."""
         self.stop()
-        if self._closed:
-            return
-        self._closed = True
-        self._sink.close()
+        was_open, self._closed = not self._closed, True
+        if was_open:
+            self._sink.close()
+        return was_open
 
     def __enter__(self) -> Self:
         if self._closed:
@@ -238,8 +262,7 @@ class Tracer(Trace):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
-        if kind is None:
+        if self._finish() and kind is None:
             self._name_uncalled()
 
     def _append(self, record: Record) -> None:
@@ -258,12 +281,13 @@ class Tracer(Trace):
         if os.getpid() != self._process:
             self._warn_once("", _IN_A_CHILD)
             return
+        index = self._recorders.index(recorder)
+        self._called.add(index)
         if isinstance(observation, Missed):
-            path = recorder.description.path or "the model"
+            path = self._path(index)
             self._warn_once(path, f"a call of {path} was not recorded: {observation.reason}")
             return
         recorded = recorder.record(observation, self._tag)
-        self._called.add(recorded.block.module)
         with self._lock:
             if self._batches is not None:
                 self._batches.add(recorded)
@@ -287,11 +311,10 @@ class Tracer(Trace):
     def _warn_once(
         self, about: str, message: str, category: type[GrutraceWarning] = GrutraceWarning
     ) -> None:
-        with self._lock:
-            if about in self._warned:
-                return
+        # Without the lock: in a forked child nobody might be left to release it.
+        if about not in self._warned:
             self._warned.add(about)
-        warnings.warn(message, category, stacklevel=3)
+            warnings.warn(message, category, stacklevel=3)
 
     def _annotate(
         self, batches: RecordedBatches, name: str, given: Given, module: str | None
@@ -300,17 +323,23 @@ class Tracer(Trace):
             self._append(annotation)
 
     def _name_uncalled(self) -> None:
-        uncalled = [
-            recorder.description.path or "the model"
-            for index, recorder in enumerate(self._recorders)
-            if index not in self._called
-        ]
+        indices = range(len(self._recorders))
+        uncalled = [self._path(index) for index in indices if index not in self._called]
         if self._has_recorded and uncalled:
+            compiled = (
+                ", but maybe within a graph that torch.compile made before it "
+                "(torch.compiler.reset() discards those)"
+            )
             warnings.warn(
-                f"nothing was recorded of {', '.join(uncalled)}: no call while recording",
+                f"nothing was recorded of {', '.join(uncalled)}: no call while recording "
+                "(layer.forward(x) is none, layer(x) is)"
+                f"{compiled if compiler_is_loaded() else ''}",
                 GrutraceWarning,
                 stacklevel=3,
             )
+
+    def _path(self, index: int) -> str:
+        return self._selections[index].description.path or "the model"
 
 
 def _expect(option: str, value: object, allowed: Sequence[str]) -> None:

@@ -112,9 +112,9 @@ class ReadHandle:
         """Close the file until the next read."""
         with _lock:
             self._datasets.clear()
-            if self._file is not None:
-                self._file.close()
-                self._file = None
+            file, self._file = self._file, None
+            if file is not None:
+                file.close()
 
     def close(self) -> None:
         """Close the file for good."""
@@ -139,6 +139,13 @@ def file_identity(file: h5py.File) -> tuple[int, int]:
     """Device and inode of an open file, which stay when its path changes."""
     status = os.fstat(file.id.get_vfd_handle())
     return status.st_dev, status.st_ino
+
+
+@contextmanager
+def no_reading() -> Iterator[None]:
+    """Let none of this process's handles be read from meanwhile."""
+    with _lock:
+        yield
 
 
 @contextmanager

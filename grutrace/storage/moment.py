@@ -52,6 +52,7 @@ class Moment:
 
     def __init__(self, source: Source, tables: Tables) -> None:
         self.source = source
+        self.header = source.header
         self.tables = tables
         self._indices: dict[int, ModuleIndex] = {}
         self._annotations: dict[int, AnnotationIndex] = {}
@@ -100,7 +101,7 @@ class Moment:
             calls[name] = tables.calls[name]
         calls["training"] = tables.calls["training"] > 0
         calls["tag"] = self.tags
-        for number, module in enumerate(self.source.header.modules):
+        for number, module in enumerate(self.header.modules):
             index = self.index(number)
             of_module = index.call_numbers
             calls["module"][of_module] = module.path
@@ -112,14 +113,14 @@ class Moment:
     def _residuals(self, module: int) -> Array:
         """(calls of the module,) the largest residual of its sites."""
         count = self.extent(module).calls
-        sites = self.source.header.modules[module].sites
+        sites = self.header.modules[module].sites
         checks = [self.source.checks(module, site.suffix, count) for site in sites]
         return np.asarray(np.max([check["residual"] for check in checks], axis=0))
 
     @cached_property
     def sequences(self) -> Array:
         """(sequences of all modules,) of type `SEQUENCES`, module by module."""
-        parts = [self._sequences(module) for module in range(len(self.source.header.modules))]
+        parts = [self._sequences(module) for module in range(len(self.header.modules))]
         sequences = np.concatenate(parts) if parts else np.zeros(0, SEQUENCES)
         sequences.flags.writeable = False
         return sequences
@@ -128,7 +129,7 @@ class Moment:
         index = self.index(module)
         first = index.first_pieces
         sequences = np.zeros(len(index), SEQUENCES)
-        sequences["module"] = self.source.header.modules[module].path
+        sequences["module"] = self.header.modules[module].path
         sequences["sequence"] = np.arange(len(index))
         sequences["call"] = index.calls[first]
         sequences["place"] = index.places[first]

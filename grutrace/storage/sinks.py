@@ -7,6 +7,7 @@ from typing import Literal, TypeAlias
 
 from grutrace.record import Header, Sink
 from grutrace.storage.memory import MemorySink
+from grutrace.storage.parts import open_run
 from grutrace.storage.reader import FileSource
 from grutrace.storage.source import Source
 from grutrace.storage.stream import StreamSink
@@ -44,12 +45,15 @@ def open_source(sink: Sink) -> Source:
 def open_trace(path: str | os.PathLike[str]) -> Trace:
     """Open a trace file: complete, being written, or left behind by a writer that died.
 
+    The first part of a `grutrace run` is opened with all other parts, as one trace.
+
     Use it as a context manager, or close it.
 
     Raises:
-        TraceFileError: It is not there, is no trace, is of a newer format, or is damaged.
+        TraceFileError: It is not there, is no trace, is of a newer format, or is damaged; or a
+            part of its run is.
     """
-    source = FileSource(path)
+    source = open_run(path)
     try:
         return Trace(source)
     except BaseException:

@@ -35,7 +35,7 @@ class SiteTrace(Quantities[Rows]):
         self._look = look
         self._number = number
         self.site = site
-        self.module: Module = look().source.header.modules[number]
+        self.module: Module = look().header.modules[number]
 
     @property
     def name(self) -> str:

@@ -11,6 +11,7 @@ from grutrace.record import Array, Header, Module
 from grutrace.storage.moment import Moment
 from grutrace.storage.site import SiteTrace
 from grutrace.storage.source import Source
+from grutrace.storage.tables import Tables
 
 
 class Trace:
@@ -25,12 +26,7 @@ class Trace:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._moment = Moment(source, source.refresh())
-        self._places = {
-            site.name: (number, site)
-            for number, module in enumerate(source.header.modules)
-            for site in module.sites
-        }
+        self._take(source.refresh())
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -84,7 +80,7 @@ class Trace:
     @property
     def header(self) -> Header:
         """What was known when the trace began."""
-        return self._source.header
+        return self._moment.header
 
     @property
     def modules(self) -> tuple[Module, ...]:
@@ -109,7 +105,16 @@ class Trace:
         """
         tables = self._source.refresh()
         if tables is not self._moment.tables:
-            self._moment = Moment(self._source, tables)
+            self._take(tables)
+
+    def _take(self, tables: Tables) -> None:
+        # The sites too: a run may have come upon more modules since.
+        self._moment = Moment(self._source, tables)
+        self._places = {
+            site.name: (number, site)
+            for number, module in enumerate(self._source.header.modules)
+            for site in module.sites
+        }
 
     def close(self) -> None:
         """Let go of the file. Closing twice does nothing."""

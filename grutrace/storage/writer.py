@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from grutrace.storage.admission import Admission
 from grutrace.storage.appender import Appender
 from grutrace.storage.continuing import existing_tables
 from grutrace.storage.entries import Entries
-from grutrace.storage.handle import file_identity, readers_out
+from grutrace.storage.handle import file_identity, no_reading, readers_out
 from grutrace.storage.header import write_header
 from grutrace.storage.schema import COMMITTED, LIBVER, TABLES, create_datasets, layout
 from grutrace.storage.strings import Strings
@@ -76,13 +77,16 @@ class Writer:
         else:
             self._strings = Strings()
             self._entries = Entries(header.modules, self._strings)
-            with _room_for(self.path, mode):
-                self._file = _create(self.path, header)
-                try:
-                    self._start(header, dict.fromkeys(layout(header.modules), 0))
-                except BaseException:
-                    self.path.unlink()
-                    raise
+            new = _room_for(self.path, mode)
+            self._file = _create(self.path, new, header)
+            try:
+                self._start(header, dict.fromkeys(layout(header.modules), 0))
+                _place(new, self.path, mode)
+            except BaseException:
+                with contextlib.suppress(OSError, RuntimeError):
+                    self._file.close()
+                new.unlink(missing_ok=True)
+                raise
 
     def write(self, record: Record) -> None:
         """Take a record: it is in the file after the next commit.
@@ -140,12 +144,14 @@ class Writer:
         self._appenders, self._rows, self._tables = {}, [], []
         if not self._file:
             return
-        # Readers first: they share the descriptor, and would read zeros from it.
-        with readers_out(self._identity), contextlib.suppress(OSError, RuntimeError):
-            nowhere = os.open(os.devnull, os.O_RDWR)
+        # Readers share the descriptor, and would read zeros from it: they are kept out. They are
+        # closed once it leads nowhere, for then, too, HDF5 writes what it holds.
+        with no_reading(), contextlib.suppress(OSError, RuntimeError):
+            nowhere = _open_nowhere()
             os.dup2(nowhere, self._file.id.get_vfd_handle())
             os.close(nowhere)
-            self._file.close()
+            with readers_out(self._identity):
+                self._file.close()
 
     def _start(self, header: Header, positions: dict[str, int]) -> None:
         """Mark the file as being written, from these positions on."""
@@ -205,18 +211,16 @@ class Writer:
             raise SinkError(f"{self.path} cannot be written: {error}") from error
 
 
-def _create(path: Path, header: Header) -> h5py.File:
+def _create(path: Path, new: Path, header: Header) -> h5py.File:
     """A new file with everything in it but data; or none, if that fails."""
-    if not path.parent.is_dir():
-        raise TraceFileError(f"{path} cannot be created: there is no folder {path.parent}")
     with _naming(path, "created"):
-        file = h5py.File(path, "x", **_OPEN)
+        file = h5py.File(new, "x", **_OPEN)
         try:
             write_header(file, header)
             create_datasets(file, header.modules)
         except BaseException:
             file.close()
-            path.unlink()
+            new.unlink()
             raise
     return file
 
@@ -227,24 +231,41 @@ def _reopen(path: Path) -> h5py.File:
         return h5py.File(path, "r+", **_OPEN)
 
 
-@contextmanager
-def _room_for(path: Path, mode: str) -> Iterator[None]:
-    """Put a file to be replaced aside until the new one stands."""
-    if not path.exists():
-        yield
-        return
-    if mode != "overwrite":
-        raise TraceFileError(f"{path} exists: mode='overwrite' replaces it, mode='a' appends to it")
-    if not path.is_file():
+def _room_for(path: Path, mode: str) -> Path:
+    """Where to make a file, which takes its place only once a crash would leave it readable."""
+    if not path.parent.is_dir():
+        raise TraceFileError(f"{path} cannot be created: there is no folder {path.parent}")
+    if path.exists() and mode != "overwrite":
+        raise _exists(path)
+    if path.exists() and not path.is_file():
         raise TraceFileError(f"{path} cannot be replaced: it is not a file")
-    aside = path.with_name(f"{path.name}.replaced-{os.getpid()}")
-    path.replace(aside)
-    try:
-        yield
-    except BaseException:
-        aside.replace(path)
-        raise
-    aside.unlink()
+    return path.with_name(f"{path.name}.new-{secrets.token_hex(4)}")
+
+
+def _place(new: Path, path: Path, mode: str) -> None:
+    """Rename a file; one that may replace no other, only if there is none by now."""
+    with contextlib.suppress(OSError):
+        if mode != "overwrite":
+            # Unlike renaming, this fails where there is one; and where there are no hard links.
+            os.link(new, path)
+            new.unlink()
+            return
+    if mode != "overwrite" and path.exists():
+        raise _exists(path)
+    with _naming(path, "created"):
+        new.replace(path)
+
+
+def _exists(path: Path) -> TraceFileError:
+    return TraceFileError(f"{path} exists: mode='overwrite' replaces it, mode='a' appends to it")
+
+
+def _open_nowhere() -> int:
+    """A descriptor to which a whole file can be written, and be forgotten."""
+    if hasattr(os, "memfd_create"):
+        # Unlike the null device, it can be truncated, which HDF5 does when it closes a file.
+        return os.memfd_create("grutrace")
+    return os.open(os.devnull, os.O_RDWR)
 
 
 @contextmanager

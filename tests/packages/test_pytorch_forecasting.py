@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import grutrace
 from tests.packages.needs import needs
-from tests.packages.tracing import check_package
+from tests.runs import check_run
 
 needs("pytorch_forecasting")
 
@@ -36,7 +37,7 @@ def test_lengths_some_of_them_zero(layers: int, given_state: bool, tmp_path: Pat
         output.square().mean().backward()
         return output, final
 
-    trace = check_package(model, run, tmp_path)
+    trace = check_run(model, run, tmp_path)
     assert trace.sites == ("l0", "l1")[:layers]
     # The package packs an empty sequence as one step and throws that step away again.
     assert sorted(trace["l0"].lengths) == sorted(LENGTHS.clamp(min=1).tolist())
@@ -44,11 +45,11 @@ def test_lengths_some_of_them_zero(layers: int, given_state: bool, tmp_path: Pat
 
 def test_all_lengths_zero_never_reach_the_kernel() -> None:
     model = GRU(3, 8, batch_first=True)
-    with pytest.warns(match="no call while recording"):
-        import grutrace
-
-        with grutrace.trace(model) as trace:
-            model(torch.randn(2, 4, 3), lengths=torch.zeros(2, dtype=torch.long))
+    with (
+        pytest.warns(grutrace.GrutraceWarning, match="no call while recording"),
+        grutrace.trace(model) as trace,
+    ):
+        model(torch.randn(2, 4, 3), lengths=torch.zeros(2, dtype=torch.long))
     assert len(trace.calls) == 0
 
 
@@ -58,14 +59,17 @@ def data() -> TimeSeriesDataSet:
     generator = np.random.default_rng(0)
     steps = np.arange(30)
     frame = pd.concat(
-        pd.DataFrame(
-            {
-                "time": steps,
-                "wave": str(wave),
-                "value": np.sin(steps / (2 + wave)) + generator.normal(0, 0.1, 30),
-            }
-        )
-        for wave in range(12)
+        (
+            pd.DataFrame(
+                {
+                    "time": steps,
+                    "wave": str(wave),
+                    "value": np.sin(steps / (2 + wave)) + generator.normal(0, 0.1, 30),
+                }
+            )
+            for wave in range(12)
+        ),
+        ignore_index=True,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -102,7 +106,7 @@ def test_recurrent_network(training: bool, data: TimeSeriesDataSet, tmp_path: Pa
             prediction.square().mean().backward()
         return prediction
 
-    trace = check_package(model, run, tmp_path)
+    trace = check_run(model, run, tmp_path)
     assert trace.sites == ("rnn.l0", "rnn.l1")
     encoded = batch["encoder_lengths"] - 1
     decoded = batch["decoder_lengths"] if training else torch.full((16,), 4)

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import grutrace
 from tests.packages.needs import needs
-from tests.packages.tracing import check_package
+from tests.runs import check_run, rebuilt, run_once
 
 needs("torchnlp.nn")
 
@@ -32,7 +33,7 @@ class LanguageModel(nn.Module):
 
 
 class Cells(nn.Module):
-    """A cell inside a `WeightDrop`, stepped by hand."""
+    """A cell whose weights are dropped, stepped by hand."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,19 +43,18 @@ class Cells(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         state = torch.randn(input.shape[1], 12)
         for step in input:
-            state = self.dropped(step, state)
+            state = self.step(step, state)
         return state
 
+    def step(self, input: Tensor, state: Tensor) -> Tensor:
+        return self.cell(input, state)
 
-def rebuilt(build):
-    """The package replaces `forward` of an instance, which deepcopy would share: build anew."""
 
-    def duplicate(model: nn.Module) -> nn.Module:
-        copy = build()
-        copy.load_state_dict(model.state_dict())
-        return copy.train(model.training)
+class WrappedCells(Cells):
+    """The same through the wrapper, which calls the cell's forward, and not the cell."""
 
-    return duplicate
+    def step(self, input: Tensor, state: Tensor) -> Tensor:
+        return self.dropped(input, state)
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -74,7 +74,7 @@ def test_weight_drop(training: bool, layers: int, tmp_path: Path) -> None:
         return outputs
 
     duplicate = rebuilt(lambda: LanguageModel(layers))
-    trace = check_package(model, run, tmp_path, duplicate)
+    trace = check_run(model, run, tmp_path, duplicate)
     assert trace.sites == tuple(f"rnn.l{layer}" for layer in range(layers))
     top = trace[trace.sites[-1]]
     assert top.lengths.tolist() == [18] * 4
@@ -95,6 +95,18 @@ def test_weight_drop_around_a_cell(training: bool, tmp_path: Path) -> None:
         output.square().mean().backward()
         return output
 
-    trace = check_package(model, run, tmp_path, rebuilt(Cells))
+    trace = check_run(model, run, tmp_path, rebuilt(Cells))
     assert trace["cell.cell"].lengths.tolist() == [5] * 4
     assert trace["cell.cell"].extent.versions == (5 if training else 1)
+
+
+def test_a_wrapper_that_goes_round_the_module_is_named(tmp_path: Path) -> None:
+    """Hooks hear `module(...)`, not `module.forward(...)`: a warning, and never a wrong trace."""
+    model, input = WrappedCells(), torch.randn(5, 4, 8)
+    expected = run_once(rebuilt(WrappedCells)(model), lambda model: model(input))
+    with (
+        pytest.warns(grutrace.GrutraceWarning, match="nothing was recorded of cell"),
+        grutrace.trace(model) as trace,
+    ):
+        expected.assert_same(run_once(model, lambda model: model(input)))
+    assert len(trace.calls) == 0

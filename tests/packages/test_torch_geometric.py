@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.packages.needs import needs
-from tests.packages.tracing import check_package
+from tests.runs import check_run
 
 needs("torch_geometric")
 
@@ -42,7 +42,7 @@ def test_attentive_fp_changes_the_cells_output_in_place(graph, tmp_path: Path) -
         output.square().mean().backward()
         return output
 
-    trace = check_package(model, train, tmp_path)
+    trace = check_run(model, train, tmp_path)
     assert trace.sites == ("gru.cell", "atom_grus.0.cell", "atom_grus.1.cell", "mol_gru.cell")
     # Each node is a sequence; every readout starts from relu(h), which no call gave out.
     assert [len(trace[site]) for site in trace.sites] == [NODES, NODES, NODES, 2 * 4]
@@ -52,7 +52,7 @@ def test_attentive_fp_changes_the_cells_output_in_place(graph, tmp_path: Path) -
 def test_gated_graph_convolution_is_one_sequence_a_node(graph, tmp_path: Path) -> None:
     nodes, edges, _, _ = graph
     model = GatedGraphConv(HIDDEN, num_layers=5, bias=False).eval()
-    trace = check_package(model, lambda model: model(nodes, edges), tmp_path)
+    trace = check_run(model, lambda model: model(nodes, edges), tmp_path)
     assert trace.sites == ("rnn.cell",)
     assert trace["rnn.cell"].lengths.tolist() == [5] * NODES
     assert set(trace["rnn.cell"].weights()) == {"weight_ih", "weight_hh"}
@@ -63,7 +63,8 @@ def test_temporal_graph_memory(tmp_path: Path) -> None:
     model = TGNMemory(10, 4, HIDDEN, 5, IdentityMessage(4, HIDDEN, 5), LastAggregator())
     torch.manual_seed(0)
     batches = [
-        (torch.randint(10, (6,)), torch.randint(10, (6,)), 10 * t + torch.arange(6)) for t in range(4)
+        (torch.randint(10, (6,)), torch.randint(10, (6,)), 10 * t + torch.arange(6))
+        for t in range(4)
     ]
     messages = torch.randn(4, 6, 4)
 
@@ -76,7 +77,7 @@ def test_temporal_graph_memory(tmp_path: Path) -> None:
             model.detach()
         return outputs
 
-    trace = check_package(model, stream, tmp_path)
+    trace = check_run(model, stream, tmp_path)
     assert trace.sites == ("gru.cell",)
     assert len(trace.calls) == 8
 
@@ -85,7 +86,7 @@ def test_temporal_graph_memory(tmp_path: Path) -> None:
 def test_gru_aggregation_pads_each_neighbourhood(layers: int, tmp_path: Path) -> None:
     model = GRUAggregation(FEATURES, HIDDEN, num_layers=layers)
     neighbours, index = torch.randn(12, FEATURES), torch.tensor([0] * 5 + [1] * 1 + [3] * 6)
-    trace = check_package(model, lambda model: model(neighbours, index), tmp_path)
+    trace = check_run(model, lambda model: model(neighbours, index), tmp_path)
     assert trace.sites == ("gru.l0", "gru.l1")[:layers]
     # A dense batch: every node gets as many steps as the one with the most neighbours.
     assert trace["gru.l0"].lengths.tolist() == [6] * 4
@@ -94,5 +95,5 @@ def test_gru_aggregation_pads_each_neighbourhood(layers: int, tmp_path: Path) ->
 def test_tree_aggregation_calls_one_cell_for_fewer_and_fewer_rows(tmp_path: Path) -> None:
     model = LCMAggregation(FEATURES, HIDDEN).eval()
     neighbours, index = torch.randn(14, FEATURES), torch.arange(14) // 7
-    trace = check_package(model, lambda model: model(neighbours, index), tmp_path)
+    trace = check_run(model, lambda model: model(neighbours, index), tmp_path)
     assert trace.calls["batch"].tolist() == [12, 8, 4]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.packages.needs import needs
-from tests.packages.tracing import check_package
+from tests.runs import check_run
 
 needs("torch_rechub.models.matching")
 
@@ -43,7 +43,7 @@ def test_narm_packs_sessions_out_of_order(history: Tensor, tmp_path: Path) -> No
         scores.logsumexp(1).mean().backward()
         return scores
 
-    trace = check_package(model, train, tmp_path)
+    trace = check_run(model, train, tmp_path)
     assert trace.sites == ("gru.l0",)
     assert trace["gru.l0"].lengths.tolist() == LENGTHS
 
@@ -51,12 +51,10 @@ def test_narm_packs_sessions_out_of_order(history: Tensor, tmp_path: Path) -> No
 def test_gru4rec_runs_over_the_padding(history: Tensor, tmp_path: Path) -> None:
     """Two layers without biases, fed the padded batch: the padding's steps are steps as well."""
     user = SparseFeature("user", 10, 8)
-    item, others = SparseFeature("item", ITEMS, 8), clicks("others", shared_with="item")
-    options = {"dims": [16, 8], "num_layers": 2}
+    item = SparseFeature("item", ITEMS, 8, initializer=RandomNormal(0, 1.0))
     seen = clicks("history", pooling="concat", shared_with="item")
     others = clicks("others", pooling="concat", shared_with="item")
-    del options["num_layers"]
-    model = GRU4Rec([user], [seen], [item], [others], options)
+    model = GRU4Rec([user], [seen], [item], [others], {"dims": [16, 8]})
     batch = {
         "user": torch.arange(6),
         "item": history[:, 0],
@@ -64,7 +62,7 @@ def test_gru4rec_runs_over_the_padding(history: Tensor, tmp_path: Path) -> None:
         "others": history.flip(0)[:, :4],
     }
     model.eval()
-    trace = check_package(model, lambda model: model(batch), tmp_path)
+    trace = check_run(model, lambda model: model(batch), tmp_path)
     assert trace.sites == ("gru.l0", "gru.l1")
     assert trace["gru.l1"].lengths.tolist() == [LONGEST] * 6
     assert set(trace["gru.l1"].weights()) == {"weight_ih", "weight_hh"}
@@ -100,7 +98,7 @@ def test_dien_leaves_out_users_without_a_past(history: Tensor, tmp_path: Path) -
         (prediction.mean() + auxiliary).backward()
         return prediction, auxiliary
 
-    trace = check_package(model, train, tmp_path)
+    trace = check_run(model, train, tmp_path)
     assert trace.sites == ("interest_extractor_layers.0.l0", "interest_extractor_layers.1.l0")
     lengths = [length for place, length in enumerate(LENGTHS) if place != 2]
     assert trace[trace.sites[0]].lengths.tolist() == lengths

@@ -249,6 +249,63 @@ def test_what_was_committed_survives_a_disk_that_is_really_full(path, shape, lim
         assert coded.check_trace(trace) >= flushed
 
 
+READER = """
+from grutrace.storage.sinks import open_source
+from grutrace.storage.trace import Trace
+trace = Trace(open_source(sink))
+"""
+
+
+def test_a_disk_that_is_really_full_while_the_same_process_reads(path):
+    """HDF5 has a file open once for all; so closing the reader fails, too."""
+    code = DISK_FULL.replace("flushed = 0\n", f"flushed = 0\n{READER}", 1)
+    code += "assert coded.check_trace(trace) >= flushed\n"
+    command = [sys.executable, "-c", code, path, "4567891", "stepwise"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Exception in thread" not in done.stderr
+    with open_trace(path) as trace:
+        assert coded.check_trace(trace) >= int(done.stdout) > 0
+
+
+def test_a_file_is_there_only_once_it_can_be_read(path, monkeypatch):
+    start, seen = Writer._start, []
+
+    def spy(writer, *arguments):
+        seen.append(sorted(file.name for file in path.parent.iterdir()))
+        start(writer, *arguments)
+        seen.append(path.exists())
+
+    monkeypatch.setattr(Writer, "_start", spy)
+    StreamSink(path, coded.HEADER).close()
+    (before,), after = seen
+    assert before.startswith("run.h5.new-")
+    assert not after
+    assert [file.name for file in path.parent.iterdir()] == ["run.h5"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_comes_meanwhile_is_not_replaced(path, links, monkeypatch):
+    start = Writer._start
+
+    def slow(writer, *arguments):
+        start(writer, *arguments)
+        path.write_text("theirs")
+
+    def no_links(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr("os.link", no_links)
+    StreamSink(path, coded.HEADER).close()
+    path.unlink()
+    monkeypatch.setattr(Writer, "_start", slow)
+    with pytest.raises(TraceFileError, match=r"run\.h5 exists"):
+        StreamSink(path, coded.HEADER)
+    assert path.read_text() == "theirs"
+    assert [file.name for file in path.parent.iterdir()] == ["run.h5"]
+
+
 def test_closing_twice_does_nothing_and_then_nothing_more_is_taken(path):
     stream = full_stream()
     sink = StreamSink(path, stream.header)

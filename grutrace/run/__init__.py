@@ -1,0 +1,1 @@
+"""`grutrace run`: an unchanged script, with the GRUs of every model in it traced."""

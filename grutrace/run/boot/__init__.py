@@ -1,0 +1,1 @@
+"""What Python loads on its own before the script. Not imported as a package."""

@@ -1,0 +1,117 @@
+"""Keeping the parts of a run: a tracer and a file for each set of modules that is discovered."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import os
+import uuid
+import warnings
+import weakref
+from pathlib import Path
+
+from torch import nn
+
+from grutrace.capture.sites import Selection
+from grutrace.errors import GrutraceError, TraceFileError
+from grutrace.run.part import Part, chosen
+from grutrace.run.report import Report
+from grutrace.run.settings import Settings
+from grutrace.storage.parts import (
+    Stamp,
+    part_path,
+    parts_of,
+    read_stamp,
+    remove_parts,
+    replaceable_parts,
+)
+from grutrace.storage.sinks import Mode
+
+
+class Keeper:
+    """Starts a part for each set of layers, and closes all parts at the end of the process.
+
+    Nothing here keeps a model alive. Where one is given up, its tracer goes with it, and the file
+    of its part is closed.
+
+    Args:
+        settings: Of the run.
+        report: Where parts are counted, and what goes wrong is said.
+    """
+
+    def __init__(self, settings: Settings, report: Report) -> None:
+        self._settings, self._report = settings, report
+        self._first = Path(settings.output)
+        self._process = os.getpid()
+        self._parts: weakref.WeakSet[Part] = weakref.WeakSet()
+        self._run, self._before = self._existing()
+        self._count = len(self._before)
+        # Later than that of the sinks, and so, at exit, before it.
+        atexit.register(self.close)
+
+    def _existing(self) -> tuple[str, dict[int, Path]]:
+        """Return the run's id, and by number the parts that there are to append to."""
+        if self._settings.mode == "a" and self._first.exists():
+            stamp = read_stamp(self._first)
+            if stamp is not None:
+                return stamp.run, dict(enumerate(parts_of(self._first), 1))
+        return uuid.uuid4().hex, {}
+
+    def add(self, model: nn.Module, layers: list[nn.Module]) -> None:
+        """Record these layers of the model from now on.
+
+        Raises:
+            GrutraceError: They cannot be recorded.
+        """
+        if self._report.tallies:
+            # Models that were given up: their hooks hold them in a cycle, and a file open.
+            gc.collect()
+        # Not under the script's filters, which may turn a warning into an error.
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always")
+            selections = chosen(model, layers, self._settings)
+        for each in given:
+            self._report.say(str(each.message))
+        if selections:
+            part = self._continued(model, selections) or self._new(model, selections)
+            self._report.tallies.append(part.tally)
+            self._parts.add(part)
+
+    def _continued(self, model: nn.Module, selections: list[Selection]) -> Part | None:
+        """Go on in the first existing part of just these modules that nothing has gone on in."""
+        for number, path in self._before.items():
+            # Those of other models, and those that were not closed, cannot be appended to.
+            with contextlib.suppress(TraceFileError):
+                part = self._part(model, selections, path, "a", number)
+                del self._before[number]
+                return part
+        return None
+
+    def _new(self, model: nn.Module, selections: list[Selection]) -> Part:
+        number = self._count + 1
+        path = part_path(self._first, number)
+        if number > 1 or self._settings.mode != "overwrite":
+            part = self._part(model, selections, path, "w", number)
+        else:
+            replaced = replaceable_parts(self._first)
+            part = self._part(model, selections, path, "overwrite", number)
+            remove_parts(replaced)
+        self._count = number
+        return part
+
+    def _part(
+        self, model: nn.Module, selections: list[Selection], path: Path, mode: Mode, number: int
+    ) -> Part:
+        stamp = Stamp(self._run, number)
+        return Part(model, selections, path, mode, stamp, self._settings, self._report)
+
+    def close(self) -> None:
+        """Close all parts."""
+        if os.getpid() != self._process:
+            return
+        for part in list(self._parts):
+            try:
+                part.finish()
+            except GrutraceError as error:
+                self._report.say(str(error))

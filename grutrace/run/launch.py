@@ -1,0 +1,76 @@
+"""From the command to the script, which runs in a Python of its own, as if nobody had started it.
+
+The process becomes `python script.py args`: the same process for whoever waits for it or sends it
+signals, with a fresh interpreter that has nothing of ours in it. So the script's ``__main__``, its
+arguments, tracebacks, exit code and output are its own because Python itself makes them. All that
+is added is a `sitecustomize` on PYTHONPATH, which Python loads before the script; it takes itself
+off PYTHONPATH again (see begin.py).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NoReturn
+
+from grutrace.errors import OptionError, UnsupportedError
+from grutrace.record import QUANTITIES
+from grutrace.run.settings import CHECKS, MODES, STACKS, VARIABLE, Settings
+from grutrace.storage.parts import require_room
+
+_BOOT = Path(__file__).with_name("boot")
+
+
+def launch(settings: Settings, program: Sequence[str], *, module: bool = False) -> NoReturn:
+    """Become the script.
+
+    Args:
+        settings: Of the run.
+        program: The script, or the name of a module, and its arguments.
+        module: Whether it is a module, as after ``python -m``.
+
+    Raises:
+        OptionError: An option has no such value.
+        TraceFileError: The trace cannot be written.
+        UnsupportedError: Python was started so that it would not load anything of ours.
+    """
+    _check(settings)
+    require_room(settings.output, settings.mode)
+    command = [*_interpreter(), *(["-m"] if module else []), *program]
+    before = os.environ.get("PYTHONPATH")
+    settings = replace(settings, output=os.path.realpath(settings.output), python_path=before)
+    python_path = os.pathsep.join([str(_BOOT), *([before] if before else [])])
+    environment = os.environ | {"PYTHONPATH": python_path, VARIABLE: settings.to_text()}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(command[0], command, environment)
+
+
+def _check(settings: Settings) -> None:
+    _expect("mode", [settings.mode], MODES)
+    _expect("stacks", [settings.stacks], STACKS)
+    _expect("check", [settings.check], CHECKS)
+    _expect("record", settings.record, QUANTITIES)
+    if not settings.record:
+        raise OptionError(f"record: expected names out of {', '.join(QUANTITIES)}; found none")
+    flags = sys.flags
+    if flags.isolated or flags.ignore_environment or flags.no_site:
+        raise UnsupportedError(
+            "grutrace run needs Python to load site and PYTHONPATH: do without -I, -E and -S"
+        )
+
+
+def _expect(option: str, values: Sequence[str], allowed: Sequence[str]) -> None:
+    for value in values:
+        if value not in allowed:
+            raise OptionError(f"{option}: expected one of {', '.join(allowed)}; found {value!r}")
+
+
+def _interpreter() -> list[str]:
+    """This Python with the options that it was started with, such as -u, -O, -W and -X."""
+    own = len(sys.orig_argv) - len(sys.argv) + 1
+    options = sys.orig_argv[1 : own - 1]
+    return [sys.executable, *(options[:-1] if options[-1:] == ["-m"] else options)]

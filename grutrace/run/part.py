@@ -1,0 +1,117 @@
+"""One part of a run: a tracer that never stands in the script's way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from torch import nn
+
+from grutrace.capture.observe import Observation
+from grutrace.capture.recorder import ModuleRecorder
+from grutrace.capture.sites import Selection, select
+from grutrace.capture.surroundings import Missed
+from grutrace.capture.tracer import Tracer
+from grutrace.errors import GrutraceWarning, ResidualError
+from grutrace.record import Block, Record
+from grutrace.run.report import Report, Tally
+from grutrace.run.settings import Settings
+from grutrace.storage.parts import Stamp
+from grutrace.storage.sinks import Mode
+
+
+def chosen(model: nn.Module, layers: Sequence[nn.Module], settings: Settings) -> list[Selection]:
+    """Return what is recorded of these layers of the model; nothing if no glob matches.
+
+    Raises:
+        GrutraceError: The layers cannot be recorded.
+    """
+    wanted = {id(layer) for layer in layers}
+    found = [each for each in select(model, record=settings.record) if id(each.module) in wanted]
+    globs = settings.sites or ("*",)
+    names = [site.name for each in found for site in each.description.sites]
+    matching = [glob for glob in globs if any(fnmatchcase(name, glob) for name in names)]
+    if not matching:
+        return []
+    return [each for each in select(model, matching, settings.record) if id(each.module) in wanted]
+
+
+class Part(Tracer):
+    """Records selected layers of one model from now on.
+
+    What goes wrong is said once, and the script goes on without it; unless it asked to be stopped
+    by a residual.
+
+    Args:
+        model: That the layers are in.
+        selections: The layers, and what is recorded of them.
+        path: Of the file.
+        mode: For a file that exists.
+        stamp: Which part of which run it is.
+        settings: Of the run.
+        report: Where calls are counted, and what goes wrong is said.
+
+    Raises:
+        GrutraceError: The file cannot be written.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        selections: list[Selection],
+        path: Path,
+        mode: Mode,
+        stamp: Stamp,
+        settings: Settings,
+        report: Report,
+    ) -> None:
+        self._chosen, self._stamp, self._report = selections, stamp.options, report
+        super().__init__(
+            model,
+            path,
+            mode=mode,
+            stacks=settings.stacks,  # type: ignore[arg-type]
+            check=settings.check,  # type: ignore[arg-type]
+        )
+        self.tally = Tally(path, len(self.sites))
+        self.start()
+
+    def finish(self) -> None:
+        """Stop recording and close the file.
+
+        Raises:
+            SinkError: Rows could not be stored.
+        """
+        self._finish()
+
+    def _select(self, *_: object) -> list[Selection]:
+        return self._chosen
+
+    def _append(self, record: Record) -> None:
+        super()._append(record)
+        if isinstance(record, Block):
+            with self._lock:
+                self.tally.calls += 1
+
+    def _receive(self, recorder: ModuleRecorder, observation: Observation | Missed) -> None:
+        if self.tally.failed or os.getpid() != self._process:
+            return
+        try:
+            super()._receive(recorder, observation)
+        except ResidualError:
+            raise
+        except Exception as error:
+            self.tally.failed = True
+            self._report.say(f"nothing more is recorded of {', '.join(self.sites)}: {error}")
+
+    def _warn_once(
+        self,
+        about: str,
+        message: str,
+        category: type[GrutraceWarning] = GrutraceWarning,  # noqa: ARG002
+    ) -> None:
+        if about not in self._warned:
+            self._warned.add(about)
+            self._report.say(message)

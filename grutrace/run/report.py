@@ -1,0 +1,67 @@
+"""What a run says, and where: on standard error, which is the script's, so in few lines."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from grutrace.run.settings import Settings
+
+
+@dataclass
+class Tally:
+    """How much one part has recorded.
+
+    Attributes:
+        path: Its file.
+        sites: Number of its sites.
+        calls: Recorded calls.
+        failed: Whether some of them could not be stored.
+    """
+
+    path: Path
+    sites: int
+    calls: int = 0
+    failed: bool = False
+
+
+class Report:
+    """Counts what is recorded, and says so at the end; and at once what could not be.
+
+    Args:
+        settings: Of the run.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._process = os.getpid()
+        self._said: set[str] = set()
+        self.tallies: list[Tally] = []
+
+    def say(self, message: str) -> None:
+        """Write a line, each only once, and only in the process that records."""
+        if self._settings.quiet or message in self._said or os.getpid() != self._process:
+            return
+        self._said.add(message)
+        # Not to what the script has put in the place of standard error.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            print("grutrace:", *message.split(), file=sys.__stderr__, flush=True)
+
+    def end(self) -> None:
+        """Say what was recorded."""
+        path = os.path.relpath(self._settings.output)
+        if not self.tallies:
+            self.say(f"no nn.GRU or nn.GRUCell was called: {path} was not written")
+            return
+        calls = sum(tally.calls for tally in self.tallies)
+        sites = sum(tally.sites for tally in self.tallies)
+        others = len(self.tallies) - 1
+        files = path if not others else f"{path} and {others} file{'s' * (others > 1)} beside it"
+        lost = "; some are lost, as said above" if any(t.failed for t in self.tallies) else ""
+        self.say(
+            f"recorded {calls} call{'s' * (calls != 1)} of {sites} site{'s' * (sites != 1)} "
+            f"in {files}{lost}"
+        )

@@ -1,0 +1,46 @@
+"""What a run was asked for, on its way from the command to the script's process."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+#: The environment variable that it travels in. The script does not get to see it.
+VARIABLE = "GRUTRACE_RUN"
+
+#: Those of the tracer (grutrace.capture), which cannot be asked here without loading torch.
+MODES = ("w", "a", "overwrite")
+STACKS = ("auto", "split", "rerun")
+CHECKS = ("warn", "raise", "off")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of a run; as for `grutrace.Tracer` where not said otherwise.
+
+    Attributes:
+        output: File of the first part; absolute.
+        sites: Globs; none for all sites.
+        record: Quantities.
+        quiet: Whether to say nothing on standard error.
+        python_path: PYTHONPATH as the script shall have it.
+    """
+
+    output: str
+    sites: tuple[str, ...]
+    record: tuple[str, ...]
+    mode: str = "w"
+    stacks: str = "auto"
+    check: str = "warn"
+    quiet: bool = False
+    python_path: str | None = None
+
+    def to_text(self) -> str:
+        """As text for the environment."""
+        return json.dumps(asdict(self))
+
+
+def from_text(text: str) -> Settings:
+    """What `Settings.to_text` gave."""
+    fields = json.loads(text)
+    return Settings(**fields | {name: tuple(fields[name]) for name in ("sites", "record")})

@@ -1,0 +1,100 @@
+"""What is run: single layers of many shapes, an encoder with a stepwise decoder, a training step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A model and one run of it.
+
+    Attributes:
+        name: What the table calls it.
+        model: What a tracer attaches to.
+        run: Runs it once; returns the output.
+        input: The input of a single layer, (T, B, I); None for other models.
+    """
+
+    name: str
+    model: nn.Module
+    run: Callable[[], object]
+    input: Tensor | None = None
+
+
+#: T, B, I, H
+SHAPES = (
+    (128, 32, 256, 256),
+    (64, 1, 128, 128),
+    (256, 64, 512, 512),
+    (50, 16, 64, 64),
+    (100, 32, 1024, 1024),
+    (1, 32, 512, 512),
+    (1000, 1, 64, 64),
+    (512, 8, 256, 256),
+)
+
+
+def single_layer(steps: int, batch: int, input_size: int, hidden_size: int) -> Workload:
+    """One fused layer under no_grad."""
+    layer = nn.GRU(input_size, hidden_size)
+    input = torch.randn(steps, batch, input_size)
+    # A call at T = 1 is short beside the clock, so several are timed together.
+    calls = 20 if steps == 1 else 1
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            for _ in range(calls):
+                output, _ = layer(input)
+        return output
+
+    name = f"T{steps} B{batch} I{input_size} H{hidden_size}"
+    return Workload(name, layer, run, input)
+
+
+class EncoderDecoder(nn.Module):
+    """A 2-layer bidirectional encoder and a decoder that calls its GRU once a token."""
+
+    def __init__(self, size: int = 128) -> None:
+        super().__init__()
+        self.encoder = nn.GRU(size, size, 2, bidirectional=True)
+        self.decoder = nn.GRU(size, size)
+
+    def forward(self, input: Tensor, steps: int) -> Tensor:
+        _, final = self.encoder(input)
+        state, token = final[-1:], input[:1]
+        for _ in range(steps):
+            token, state = self.decoder(token, state)
+        return token
+
+
+def encoder_decoder() -> Workload:
+    model, input = EncoderDecoder(), torch.randn(50, 16, 128)
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return model(input, 20)
+
+    return Workload("encoder-decoder B16 T50/20 H128", model, run)
+
+
+def training_step() -> Workload:
+    """Forward, backward and Adam."""
+    layer, input = nn.GRU(256, 256), torch.randn(128, 32, 256)
+    optimizer = torch.optim.Adam(layer.parameters())
+
+    def run() -> None:
+        optimizer.zero_grad()
+        layer(input)[0].square().mean().backward()
+        optimizer.step()
+
+    return Workload("training step T128 B32 I256 H256", layer, run)
+
+
+def all_workloads() -> list[Callable[[], Workload]]:
+    layers = [lambda shape=shape: single_layer(*shape) for shape in SHAPES]
+    return [*layers, encoder_decoder, training_step]

@@ -1,0 +1,87 @@
+"""What a test may leave behind by mistake: hooks, modes, threads and open files."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.overrides import _get_current_function_mode_stack
+
+from grutrace.capture import listen
+
+#: Linux lists the open files of a process here.
+OPEN_FILES = Path("/proc/self/fd")
+
+#: How long a thread may take to end once nobody needs it any more. Seconds.
+PATIENCE = 5.0
+
+
+class Watch:
+    """Knows what was there when it began, and finds what has come since and was left behind."""
+
+    def __init__(self) -> None:
+        self._threads = set(threading.enumerate())
+        self._files = open_files()
+        self._modes = len(_get_current_function_mode_stack())
+        self._gradients = torch.is_grad_enabled()
+        self._listeners: weakref.WeakSet[listen._Listener] = weakref.WeakSet()
+
+    @contextlib.contextmanager
+    def over_hooks(self) -> Iterator[None]:
+        """Note whoever puts hooks on a module."""
+        made, listeners = listen._Listener.__init__, self._listeners
+
+        def noted(self, *args) -> None:
+            made(self, *args)
+            listeners.add(self)
+
+        listen._Listener.__init__ = noted
+        try:
+            yield
+        finally:
+            listen._Listener.__init__ = made
+
+    def leaks(self) -> list[str]:
+        """What was left behind, in words."""
+        found = self._look()
+        if found:
+            # A model, a tracer or a file in a cycle is gone once it is collected.
+            gc.collect()
+            found = self._look()
+        return found
+
+    def _look(self) -> list[str]:
+        modes = len(_get_current_function_mode_stack()) - self._modes
+        return [
+            *(f"hooks on {each._module}" for each in self._listeners if hooks_of(each)),
+            *([f"{modes} TorchFunctionModes"] if modes else []),
+            *([] if torch.is_grad_enabled() == self._gradients else ["the mode of gradients"]),
+            *(f"{each}" for each in set(threading.enumerate()) - self._threads if _lives(each)),
+            *(f"open file {name}" for _, name in open_files() - self._files),
+        ]
+
+
+def hooks_of(listener: listen._Listener) -> list[object]:
+    module = listener._module
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return [each for each in hooks if getattr(each, "listener", None) is listener]
+
+
+def open_files() -> set[tuple[str, str]]:
+    """Descriptors and paths of the files that this process has open; none where it cannot know."""
+    found = set()
+    for number in os.listdir(OPEN_FILES) if OPEN_FILES.exists() else ():
+        with contextlib.suppress(OSError):
+            found.add((number, os.readlink(OPEN_FILES / number)))
+    return {each for each in found if each[1].startswith("/") and "/proc/" not in each[1]}
+
+
+def _lives(thread: threading.Thread) -> bool:
+    thread.join(PATIENCE)
+    return thread.is_alive()

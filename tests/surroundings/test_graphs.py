@@ -1,0 +1,123 @@
+"""Turning an attached model into a graph: the same graph as ever, and a word on what is missed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import grutrace
+from tests.surroundings.models import CALLS, Mixed, about, assert_same, eagerly, trace, words
+
+pytestmark = [
+    # PyTorch's own, about ways that it would rather see gone, and about every nn.GRU it exports.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The tensor attributes self:UserWarning"),
+]
+
+
+@pytest.fixture
+def model() -> Mixed:
+    torch.manual_seed(1)
+    return Mixed().eval()
+
+
+@pytest.fixture
+def batch() -> torch.Tensor:
+    return torch.randn(2, 5, 3)
+
+
+def exported(model, batch) -> str:
+    return str(torch.export.export(model, (batch,), strict=False).graph)
+
+
+def turned(model, batch) -> str:
+    return make_fx(model)(batch).code
+
+
+@pytest.mark.parametrize("way", [exported, turned])
+def test_the_graph_is_the_same_and_every_module_is_named_once(way, model, batch) -> None:
+    expected = way(model, batch)
+    with words() as said, trace(model) as found:
+        assert way(model, batch) == expected
+    assert len(found.calls) == 0
+    assert about(said) == ["stack", "layer", "cell"]
+    assert all("run the model itself on real tensors" in each for each in said)
+    # The control: another model has another graph.
+    assert way(nn.Sequential(model, nn.ReLU()), batch) != expected
+
+
+def test_a_model_is_recorded_as_ever_after_its_export(model, batch) -> None:
+    _, eager = eagerly(model, lambda: model(batch))
+    with trace(model) as found:
+        with words():
+            exported(model, batch)
+        model(batch)
+    assert_same(eager, found)
+
+
+def test_strict_export_of_an_attached_model_is_one_clear_error(model, batch) -> None:
+    with trace(model) as found:
+        with pytest.raises(Exception, match=r"grutrace records this call.*stop recording"):
+            torch.export.export(model, (batch,), strict=True)
+        model(batch)
+    assert found.calls["module"].tolist() == CALLS
+    torch.export.export(model, (batch,), strict=True)
+
+
+def test_fx_takes_grus_as_they_are_so_the_graph_is_recorded(model, batch) -> None:
+    code = torch.fx.symbolic_trace(model).code
+    _, eager = eagerly(model, lambda: model(batch))
+    with trace(model) as found:
+        graph = torch.fx.symbolic_trace(model)
+        assert graph.code == code
+        graph(batch)
+    assert_same(eager, found)
+
+
+def kinds(graph) -> list[str]:
+    return [node.kind() for node in graph.nodes()]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_jit_trace_of_an_attached_model(model, batch) -> None:
+    expected = torch.jit.trace(model, (batch,), check_trace=False).inlined_graph
+    with trace(model) as found:
+        with words() as said:
+            traced = torch.jit.trace(model, (batch,), check_trace=False)
+        assert kinds(traced.inlined_graph) == kinds(expected)
+        assert about(said) == ["stack", "layer", "cell"]
+        assert "torch.jit.trace was tracing it" in said[0]
+        model(batch)
+    assert found.calls["module"].tolist() == CALLS
+    torch.testing.assert_close(traced(batch), model(batch))
+
+
+def test_jit_script_of_an_attached_model_is_one_clear_error() -> None:
+    model, x = nn.Sequential(nn.GRU(3, 4, 2)), torch.randn(5, 2, 3)
+    with trace(model):
+        with pytest.raises(grutrace.UnsupportedError, match=r"stop recording first"):
+            torch.jit.script(model)
+        model(x)
+    torch.testing.assert_close(torch.jit.script(model)(x)[0], model(x)[0])
+
+
+def test_fake_tensors(model, batch) -> None:
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with words() as said, trace(model) as found, fake:
+        model(fake.from_tensor(batch))
+    assert about(said) == ["stack", "layer", "cell"]
+    assert len(found.calls) == 0
+
+
+def test_a_model_on_the_meta_device(model, batch) -> None:
+    on_meta = copy.deepcopy(model).to("meta")
+    with words() as said, trace(on_meta) as found:
+        assert on_meta(batch.to("meta")).shape == (2, 2)
+    assert about(said) == ["stack", "layer", "cell"]
+    assert "called with a Tensor on meta" in said[0]
+    assert len(found.calls) == 0

@@ -1,0 +1,92 @@
+"""The fixture that fails a test which leaves something behind: each kind is found."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+import grutrace
+from tests import leaks
+from tests.leaks import Watch
+
+
+@pytest.fixture
+def watch(monkeypatch) -> Watch:
+    monkeypatch.setattr(leaks, "PATIENCE", 0.05)
+    return Watch()
+
+
+def test_nothing_is_found_where_nothing_is_left(watch, tmp_path) -> None:
+    with watch.over_hooks(), grutrace.trace(model := nn.GRU(2, 3), tmp_path / "run.h5"):
+        model(torch.randn(4, 2))
+    assert watch.leaks() == []
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_hook_is_found(watch, layers) -> None:
+    tracer = grutrace.Tracer(model := nn.GRU(2, 3, layers))
+    with watch.over_hooks():
+        tracer.start()
+    assert watch.leaks() == [f"hooks on {model}"]
+    tracer.stop()
+    assert watch.leaks() == []
+
+
+def test_a_hook_on_a_model_that_is_gone_is_none(watch) -> None:
+    tracer = grutrace.Tracer(nn.GRU(2, 3))
+    with watch.over_hooks():
+        tracer.start()
+    assert watch.leaks() != []
+    del tracer
+    assert watch.leaks() == []
+
+
+def test_a_mode_is_found(watch) -> None:
+    with TorchFunctionMode():
+        assert watch.leaks() == ["1 TorchFunctionModes"]
+
+
+def test_gradients_that_are_switched_off_are_found(watch) -> None:
+    with torch.no_grad():
+        assert watch.leaks() == ["the mode of gradients"]
+
+
+def test_a_thread_is_found(watch) -> None:
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait, name="forgotten")
+    thread.start()
+    assert "forgotten" in str(watch.leaks())
+    end.set()
+    thread.join()
+    assert watch.leaks() == []
+
+
+@pytest.mark.skipif(not leaks.OPEN_FILES.exists(), reason="this system lists no open files")
+def test_an_open_file_is_found(watch, tmp_path) -> None:
+    with open(tmp_path / "forgotten", "w"):
+        assert watch.leaks() == [f"open file {tmp_path / 'forgotten'}"]
+
+
+def test_the_fixture_fails_a_test_that_leaks(pytester) -> None:
+    pytester.makeconftest("from tests.conftest import nothing_leaks")
+    pytester.makepyfile(
+        """
+        import grutrace
+        from torch import nn
+
+        def test_that_leaks():
+            global tracer
+            tracer = grutrace.Tracer(nn.GRU(2, 3))
+            tracer.start()
+
+        def test_that_does_not():
+            tracer.stop()
+        """
+    )
+    result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
+    result.assert_outcomes(passed=2, errors=1)
+    result.stdout.fnmatch_lines(["*hooks on GRU(2, 3)*"])

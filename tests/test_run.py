@@ -1,0 +1,418 @@
+"""`grutrace run`: a script runs as if it were run without, and its GRUs are traced."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+
+import grutrace
+from grutrace.__main__ import main
+from grutrace.analysis.verification import verify
+from grutrace.capture.observe import STACKS
+from grutrace.capture.tracer import Check
+from grutrace.run import settings
+from grutrace.storage.parts import part_path
+from grutrace.storage.sinks import Mode
+from tests.capture.models import EncoderDecoder
+from tests.plain_reader import PlainTrace
+
+ROOT = Path(__file__).parents[1]
+
+#: Whatever a script can see of how it was started, and every way to end. Without torch.
+ENDS = """
+import atexit, multiprocessing, os, pickle, signal, sys
+
+class Point:
+    def __eq__(self, other):
+        return type(self) is type(other)
+
+def double(point):
+    return [point, point]
+
+def deep(how):
+    if how == "error":
+        raise ValueError("of the script's own")
+    if how == "interrupt":
+        signal.raise_signal(signal.SIGINT)
+    if how == "terminate":
+        os.kill(os.getpid(), signal.SIGTERM)
+    if how == "leave":
+        os._exit(4)
+    sys.exit({"code": 3, "message": "a message", "none": None}.get(how, 0))
+
+if __name__ == "__main__":
+    print(sys.argv, sys.orig_argv, sys.path, sys.flags, sys.warnoptions, sys._xoptions)
+    print(__name__, __file__, __spec__ and __spec__.name, __package__, __builtins__, __loader__)
+    print({name: value for name, value in os.environ.items() if "RUN" in name or "PYTHON" in name})
+    print(sorted(set(sys.modules) & {"torch", "h5py", "numpy", "typer", "__mp_main__"}))
+    print([each for each in sys.stdin])
+    print(pickle.loads(pickle.dumps(Point())) == Point(), sys.modules["__main__"].Point is Point)
+    if sys.argv[-1] == "spawn":
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            print(pool.map(double, [Point()]) == [[Point(), Point()]])
+    atexit.register(print, "at the end")
+    sys.stderr.write("to stderr\\n")
+    deep(sys.argv[-1])
+"""
+
+MODEL = """
+import sys, torch
+sys.path.append({root!r})
+from tests.capture.models import EncoderDecoder
+torch.manual_seed(0)
+model = EncoderDecoder(layers=2)
+print(model(torch.randn(4, 6, 5), steps=3).sum().item())
+"""
+
+
+def python(*arguments, folder, **options):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        input="some\nlines\n",
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        **options,
+    )
+
+
+def run(*arguments, folder, interpreter=(), **options):
+    return python(*interpreter, "-m", "grutrace", "run", *arguments, folder=folder, **options)
+
+
+def write(folder, code, name="script.py"):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(code.format(root=str(ROOT)) if "{root" in code else code)
+    return name
+
+
+def without_addresses(text):
+    return re.sub(r"0x[0-9a-f]+", "0x", text)
+
+
+@pytest.mark.parametrize(
+    ("interpreter", "arguments"),
+    [
+        ((), ["-o", "y.h5", "--help", "--", "-m", "--quiet"]),
+        ((), ["spawn"]),
+        ((), ["code"]),
+        ((), ["none"]),
+        ((), ["message"]),
+        ((), ["error"]),
+        ((), ["interrupt"]),
+        ((), ["terminate"]),
+        ((), ["leave"]),
+        (("-u", "-O", "-W", "error", "-X", "dev"), ["error"]),
+    ],
+)
+def test_a_script_is_as_without(interpreter, arguments, tmp_path) -> None:
+    write(tmp_path, ENDS, "folder/script.py")
+    program = ["folder/script.py", *arguments]
+    expected = python(*interpreter, *program, folder=tmp_path)
+    found = run("-q", *program, folder=tmp_path, interpreter=interpreter)
+    assert without_addresses(found.stdout) == without_addresses(expected.stdout)
+    assert (found.returncode, found.stderr) == (expected.returncode, expected.stderr)
+    assert not list(tmp_path.glob("*.h5"))
+
+
+def test_a_module_is_as_without(tmp_path) -> None:
+    write(tmp_path, ENDS, "package/inner.py")
+    expected = python("-m", "package.inner", "-m", "error", folder=tmp_path)
+    assert expected.stdout.count("package.inner")
+    found = run("-q", "-m", "package.inner", "-m", "error", folder=tmp_path)
+    assert without_addresses(found.stdout) == without_addresses(expected.stdout)
+    assert (found.returncode, found.stderr) == (expected.returncode, expected.stderr)
+
+
+def test_a_python_path_and_a_sitecustomize_of_the_user_stay(tmp_path) -> None:
+    write(tmp_path, "print('theirs', __name__)", "own/sitecustomize.py")
+    write(tmp_path, ENDS)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "own")}
+    expected = python("script.py", folder=tmp_path, env=environment)
+    assert expected.stdout.startswith("theirs sitecustomize\n")
+    found = run("-q", "script.py", folder=tmp_path, env=environment)
+    # The command's own Python has loaded it, too.
+    assert without_addresses(found.stdout) == (
+        "theirs sitecustomize\n" + without_addresses(expected.stdout)
+    )
+
+
+def test_control_a_difference_shows(tmp_path) -> None:
+    """The comparison above would see what `runpy` does to a script's surroundings."""
+    write(tmp_path, ENDS)
+    write(tmp_path, "import runpy; runpy.run_path('script.py', run_name='__main__')", "other.py")
+    expected = python("script.py", "error", folder=tmp_path)
+    found = python("other.py", "error", folder=tmp_path)
+    assert without_addresses(found.stdout) != without_addresses(expected.stdout)
+    assert found.stderr != expected.stderr
+
+
+def test_no_gru_and_torch_late(tmp_path) -> None:
+    code = """
+import os, sys
+os.environ["OMP_NUM_THREADS"] = "3"
+import importlib.util
+assert importlib.util.find_spec("torch") and "torch" not in sys.modules
+import torch
+print(torch.get_num_threads(), torch.__loader__.__class__.__name__, vars(torch.__loader__))
+print(float(torch.nn.Linear(2, 2)(torch.zeros(1, 2)).sum() > 9))
+assert not {"h5py", "grutrace.capture.tracer"} & set(sys.modules), sys.modules.keys()
+"""
+    expected = python(write(tmp_path, code), folder=tmp_path)
+    found = run("script.py", folder=tmp_path)
+    assert expected.returncode == 0
+    assert found.stdout == expected.stdout
+    assert found.stderr == "grutrace: no nn.GRU or nn.GRUCell was called: run.h5 was not written\n"
+    assert not list(tmp_path.glob("*.h5"))
+
+
+def test_the_trace_is_that_of_an_explicit_tracer(tmp_path) -> None:
+    """And an uncaught exception leaves it closed in order, and its traceback the script's own."""
+    write(tmp_path, MODEL + "def f():\n    raise ValueError('own')\nf()\n")
+    expected = python("script.py", folder=tmp_path)
+    found = run("-o", "x.h5", "--record", "hidden,update", "script.py", folder=tmp_path)
+    assert (found.returncode, found.stdout) == (1, expected.stdout)
+    said = "grutrace: recorded 4 calls of 3 sites in x.h5\n"
+    assert found.stderr == expected.stderr + said
+    torch.manual_seed(0)
+    model = EncoderDecoder(layers=2)
+    with grutrace.trace(model, record=["update", "hidden"]) as memory:
+        model(torch.randn(4, 6, 5), steps=3)
+    with grutrace.open(tmp_path / "x.h5") as trace:
+        assert trace.closed
+        assert trace.sites == memory.sites == ("encoder.l0", "encoder.l1", "decoder.cell")
+        for name in trace.sites:
+            assert trace[name].site == memory[name].site
+            for quantity in ("update", "hidden"):
+                rows = np.asarray(trace[name].rows(quantity))
+                np.testing.assert_array_equal(rows, memory[name].rows(quantity))
+            for weight, values in trace[name].weights().items():
+                np.testing.assert_array_equal(values, memory[name].weights()[weight])
+        for field in ("module", "steps", "batch", "weights", "training", "residual"):
+            np.testing.assert_array_equal(trace.calls[field], memory.calls[field])
+    assert not list(tmp_path.glob("x.part*"))
+
+
+MANY = """
+import atexit, copy, gc, os, sys, threading, warnings, weakref
+import torch
+from torch import nn
+import grutrace
+warnings.simplefilter("error")
+torch.manual_seed(0)
+x = torch.randn(2, 5, 3)
+
+class Model(nn.Module):
+    def __init__(self, lazy=False):
+        super().__init__()
+        self.rnn = nn.GRU(3, 4, batch_first=True)
+        self.late = None
+        self.lazy = lazy
+    def forward(self, x):
+        x = self.rnn(x)[0]
+        if self.lazy and self.late is None:
+            self.late = nn.GRU(4, 4, 2, batch_first=True)
+        return x if self.late is None else self.late(x)[0]
+
+class Trainer(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.net = model
+        self.cell = nn.GRUCell(4, 4)
+    @torch.no_grad()
+    def training_step(self, x):
+        return self.cell(self.net(x)[:, -1])
+
+first = Model(lazy=True)
+first(x)                                   # rnn, then Model: late
+first(x)
+trainer = Trainer(first)
+trainer.training_step(x)                   # rnn and late go on; cell
+copy.deepcopy(first)(x)                    # another model: Model#3.rnn, Model#3.late
+nn.GRU(3, 4)(x)                            # l0
+nn.GRU(3, 4)(x)                            # GRU#2.l0
+thread = threading.Thread(target=Model(), args=(x,))
+thread.start()
+thread.join()                              # Model#4.rnn
+second = Model()                           # Model#5.rnn
+second.rnn = nn.GRU(3, 4, batch_first=True)
+with grutrace.trace(second, "own.h5", record="hidden") as own:
+    second(x)
+assert own.sites == ("rnn.l0",) and len(own.calls) == 1
+second.rnn = nn.GRU(3, 5, batch_first=True)
+second(x)                                  # Model#6.rnn
+gone = weakref.ref(second)
+del second, own
+gc.collect()
+assert gone() is None, gc.get_referrers(gone())
+child = os.fork()
+if not child:
+    first(x)
+    Model()(x)
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+atexit.register(lambda: first(x))          # once more
+print(torch.get_rng_state().sum().item(), sorted(os.listdir()) == sys.argv)
+"""
+
+
+def test_whatever_is_called_is_found(tmp_path) -> None:
+    expected = python(write(tmp_path, MANY), folder=tmp_path)
+    assert expected.returncode == 0, expected.stderr
+    (tmp_path / "own.h5").unlink()
+    found = run("script.py", folder=tmp_path)
+    assert (found.returncode, found.stdout) == (0, expected.stdout), found.stderr
+    assert (
+        found.stderr == "grutrace: recorded 16 calls of 12 sites in run.h5 and 8 files beside it\n"
+    )
+    with grutrace.open(tmp_path / "run.h5") as trace:
+        assert trace.closed
+        calls = {
+            name: int((trace.calls["module"] == trace[name].module.path).sum())
+            for name in trace.sites
+        }
+        assert all(each.holds for each in verify(trace))
+        assert (np.diff(trace.calls["time"]) >= 0).all()
+    assert calls == {
+        "rnn.l0": 4,
+        "late.l0": 4,
+        "late.l1": 4,
+        "cell.cell": 1,
+        "Model#3.rnn.l0": 1,
+        "Model#3.late.l0": 1,
+        "Model#3.late.l1": 1,
+        "l0": 1,
+        "GRU#2.l0": 1,
+        "Model#4.rnn.l0": 1,
+        "Model#5.rnn.l0": 1,
+        "Model#6.rnn.l0": 1,
+    }
+    for number in range(1, 10):
+        plain = PlainTrace(part_path(tmp_path / "run.h5", number))
+        assert plain.closed
+        assert plain.options["run"]["part"] == number
+
+
+ENDLESS = (
+    MODEL
+    + """
+import itertools, time
+other = torch.nn.GRU(3, 4)
+for number in itertools.count():
+    model(torch.randn(1, 6, 5), steps=3)
+    other(torch.randn(6, 3))
+    if number == 10:
+        time.sleep(1.5)
+        print("ready", flush=True)
+"""
+)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_run_can_be_read(how, tmp_path) -> None:
+    write(tmp_path, ENDLESS)
+    command = [sys.executable, "-m", "grutrace", "run", "script.py"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while process.stdout.readline() != "ready\n":
+            assert process.poll() is None, process.stderr.read()
+        process.send_signal(how)
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == -how
+    assert ("KeyboardInterrupt" in stderr) == (how == signal.SIGINT)
+    with grutrace.open(tmp_path / "run.h5") as trace:
+        assert trace.closed == (how == signal.SIGINT)
+        assert len(trace.calls) >= 4 * 12 + 11
+        assert trace.sites == ("encoder.l0", "encoder.l1", "decoder.cell", "l0")
+        assert all(each.holds for each in verify(trace))
+    for number in (1, 2):
+        assert len(PlainTrace(part_path(tmp_path / "run.h5", number)).calls) >= 11
+    assert {each.name for each in tmp_path.glob("*.h5*")} == {"run.h5", "run.part0002.h5"}
+
+
+def test_modes(tmp_path, capsys) -> None:
+    path = tmp_path / "run.h5"
+    write(tmp_path, MODEL + "torch.nn.GRU(*map(int, sys.argv[1:]))(torch.zeros(2, 3))\n")
+
+    def sites_and_calls():
+        with grutrace.open(path) as trace:
+            return trace.sites[3:], len(trace.calls)
+
+    assert run("script.py", "3", "4", folder=tmp_path).returncode == 0
+    assert sites_and_calls() == (("l0",), 5)
+    # Refused before the script starts.
+    assert main(["run", "-o", str(path), str(tmp_path / "script.py"), "3", "4"]) == 2
+    assert "run.h5 exists" in capsys.readouterr().err
+    assert run("--mode", "a", "script.py", "3", "5", folder=tmp_path).returncode == 0
+    assert sites_and_calls() == (("l0", "GRU#2.l0"), 10)
+    with grutrace.open(path) as trace:
+        assert len(trace["encoder.l0"]) == 8
+    found = run("--mode", "overwrite", "--sites", "enc*.l1", "script.py", "3", "4", folder=tmp_path)
+    assert found.stderr == "grutrace: recorded 1 call of 1 site in run.h5\n"
+    with grutrace.open(path) as trace:
+        assert trace.sites == ("encoder.l1",)
+    assert [each.name for each in tmp_path.glob("*.h5*")] == ["run.h5"]
+
+
+def test_a_full_disk_stops_the_recording_and_not_the_script(tmp_path) -> None:
+    code = """
+import errno, time
+from grutrace.storage.appender import Appender
+time.sleep(1)
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+Appender._put = full
+model(torch.randn(4, 6, 5), steps=3)
+time.sleep(1)
+print(model(torch.randn(4, 6, 5), steps=3).sum().item())
+"""
+    expected = python(write(tmp_path, MODEL + code), folder=tmp_path)
+    found = run("script.py", folder=tmp_path)
+    assert (found.returncode, found.stdout) == (0, expected.stdout)
+    said, last = found.stderr.splitlines()
+    assert said.startswith("grutrace: nothing more is recorded of encoder.l0, encoder.l1, decoder")
+    assert said.endswith("No space left on device")
+    assert last == "grutrace: recorded 8 calls of 3 sites in run.h5; some are lost, as said above"
+    with grutrace.open(tmp_path / "run.h5") as trace:
+        assert len(trace["encoder.l0"]) == 4
+
+
+def test_what_cannot_be_is_refused_before_the_script_runs(tmp_path, capsys) -> None:
+    script = str(tmp_path / write(tmp_path, "raise SystemExit(5)"))
+    for options in (
+        ["-o", str(tmp_path / "none" / "run.h5")],
+        ["-o", str(tmp_path)],
+        ["--record", "update,nonsense"],
+        ["--mode", "x"],
+        ["--check", "x"],
+        ["--stacks", "x"],
+    ):
+        assert main(["run", *options, script]) == 2
+        err = capsys.readouterr().err
+        assert err.startswith("grutrace: ")
+        assert err.count("\n") == 1
+    assert main(["run"]) == 2
+    assert main(["run", "--nonsense", script]) == 2
+    path = str(tmp_path / "run.h5")
+    found = run("-o", path, script, folder=tmp_path, interpreter=["-I"])
+    assert found.returncode in (1, 2)
+    assert not list(tmp_path.glob("*.h5"))
+
+
+def test_the_allowed_values_are_those_of_the_tracer() -> None:
+    assert set(settings.STACKS) == set(STACKS)
+    assert set(settings.CHECKS) == set(get_args(Check))
+    assert set(settings.MODES) == set(get_args(Mode))

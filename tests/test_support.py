@@ -1,0 +1,63 @@
+"""Every row of docs/support.md names tests, and they exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "support.md"
+LINK = re.compile(r"\[(test_\w+)\]\(\.\./(tests/[\w/]+\.py)\)")
+
+
+def rows(text: str) -> list[str]:
+    """The rows of all tables, without their heads."""
+    lines = text.splitlines()
+    tables = [number for number, line in enumerate(lines) if line.startswith("|---")]
+    heads = {number - 1 for number in tables} | set(tables)
+    return [
+        line for number, line in enumerate(lines) if line.startswith("|") and number not in heads
+    ]
+
+
+def missing(text: str) -> list[str]:
+    """Tests that are named and do not exist."""
+    named = {(name, path) for name, path in LINK.findall(text)}
+    return sorted(
+        f"{path}::{name}" for name, path in named if name not in functions_in(ROOT / path)
+    )
+
+
+def functions_in(path: Path) -> set[str]:
+    if not path.exists():
+        return set()
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    return {each.name for each in body if isinstance(each, ast.FunctionDef)}
+
+
+def test_every_test_that_is_named_exists() -> None:
+    assert missing(PAGE.read_text(encoding="utf-8")) == []
+
+
+def test_control_a_test_that_does_not_exist_is_noticed() -> None:
+    text = "[test_nothing](../tests/test_support.py), [test_lost](../tests/lost.py)"
+    assert missing(text) == ["tests/lost.py::test_lost", "tests/test_support.py::test_nothing"]
+
+
+def test_every_row_has_five_cells_the_last_of_them_tests() -> None:
+    found = rows(PAGE.read_text(encoding="utf-8"))
+    assert len(found) > 40
+    for row in found:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert len(cells) == 5, row
+        assert LINK.fullmatch(cells[4].split(", ")[0]), row
+
+
+def test_every_public_package_has_a_row() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    asked = project["optional-dependencies"]["packages"]
+    packages = {re.split(r"[=><]", each)[0] for each in asked} - {"importlib_metadata"}
+    first = {row.split("|")[1].strip() for row in rows(PAGE.read_text(encoding="utf-8"))}
+    assert packages <= first
