@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from torch.testing._internal.common_modules import module_db
 
-from tests.checks import check_untouched_and_exact
+from tests.checks import check_against_kernel, check_untouched, check_untouched_and_exact
 from tests.strategies import Case, cases
 
 
@@ -32,6 +32,12 @@ def test_the_same_without_gradients(case: Case) -> None:
         # The kernel keeps its gates only where it records gradients.
         patch.setattr("tests.checks.check_against_kernel", lambda *_: None)
         check_untouched_and_exact(case)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(dtypes=(torch.float16, torch.bfloat16)))
+def test_half_types_are_untouched_and_the_gates_are_the_kernels(case: Case) -> None:
+    check_against_kernel(case, *check_untouched(case))
 
 
 MODULES = [info for info in module_db if info.module_cls in (torch.nn.GRU, torch.nn.GRUCell)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -303,6 +304,38 @@ def test_whatever_is_called_is_found(tmp_path) -> None:
         plain = PlainTrace(part_path(tmp_path / "run.h5", number))
         assert plain.closed
         assert plain.options["run"]["part"] == number
+
+
+COMPILED = """
+import torch, warnings
+from torch import nn
+warnings.simplefilter("error")
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.rnn = nn.GRU(3, 4)
+    def forward(self, x):
+        return self.rnn(self.first(x))[0]
+
+x, model, other = torch.randn(5, 3), Model(), Model()
+torch.compile(model.first, backend="eager", fullgraph=True)(x)
+assert torch.equal(torch.compile(model, backend="eager")(x), model(x))
+other.compile(backend="eager")
+other(x)
+torch.export.export(Model(), (x,))
+"""
+
+
+def test_torch_compile_finds_nothing_new(tmp_path) -> None:
+    found = run(write(tmp_path, COMPILED), folder=tmp_path)
+    assert found.returncode == 0, found.stderr
+    missed, last = found.stderr.splitlines()
+    assert missed.startswith("grutrace: a call of GRU was not recorded: it was being turned into")
+    assert last == "grutrace: recorded 3 calls of 2 sites in run.h5 and 1 file beside it"
+    with grutrace.open(tmp_path / "run.h5") as trace:
+        assert trace.sites == ("rnn.l0", "Model#2.rnn.l0")
 
 
 ENDLESS = (

@@ -43,8 +43,10 @@ def select(
 
     Raises:
         UnsupportedError: The model has no nn.GRU and no nn.GRUCell.
-        OptionError: A glob matches no site, or a quantity is unknown.
+        OptionError: The model is none, a glob matches no site, or a quantity is unknown.
     """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model: expected an nn.Module, found {type(model).__name__}")
     quantities = _quantities(record)
     found = [Selection(module, _describe(path, module, quantities)) for path, module in find(model)]
     look_alikes = list(find_look_alikes(model))
@@ -53,7 +55,7 @@ def select(
             "expected a model with an nn.GRU or nn.GRUCell inside; "
             f"found none in {type(model).__qualname__}{_named(look_alikes, '; ')}"
         )
-    globs = None if sites is None else [sites] if isinstance(sites, str) else list(sites)
+    globs = None if sites is None else _globs(sites)
     missed = [each for each in look_alikes if globs is None or _asked(each, globs)]
     selected = found if globs is None else _matching(found, globs)
     if missed:
@@ -89,6 +91,13 @@ def _quantities(record: str | Sequence[str]) -> tuple[str, ...]:
             f"found {', '.join(map(repr, unknown)) or 'none'}"
         )
     return tuple(name for name in QUANTITIES if name in asked)
+
+
+def _globs(sites: str | Sequence[str]) -> list[str]:
+    globs = [sites] if isinstance(sites, str) else list(sites)
+    if not globs or not all(isinstance(glob, str) for glob in globs):
+        raise OptionError(f"sites: expected a glob, or several, found {sites!r}")
+    return globs
 
 
 def _named(look_alikes: list[LookAlike], lead: str = "") -> str:

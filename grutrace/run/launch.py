@@ -73,4 +73,4 @@ def _interpreter() -> list[str]:
     """This Python with the options that it was started with, such as -u, -O, -W and -X."""
     own = len(sys.orig_argv) - len(sys.argv) + 1
     options = sys.orig_argv[1 : own - 1]
-    return [sys.executable, *(options[:-1] if options[-1:] == ["-m"] else options)]
+    return [sys.executable, *(options[:-1] if options[-1:] in (["-m"], ["-c"]) else options)]

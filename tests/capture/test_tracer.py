@@ -83,6 +83,7 @@ def test_globs_choose_sites(model, batch) -> None:
     ("options", "message"),
     [
         ({"sites": "encodr.*"}, "matches none of the model's sites: encoder.l0, encoder.l1, dec"),
+        ({"sites": []}, r"sites: expected a glob, or several, found \[\]"),
         ({"record": ("update", "forget")}, "reset, update, candidate, hidden, input; found 'forg"),
         ({"record": ()}, "found none"),
         ({"stacks": "loop"}, "stacks: expected one of rerun, auto, split; found 'loop'"),
@@ -100,6 +101,11 @@ def test_a_wrong_option_is_one_clear_error(model, tmp_path, options, message) ->
 def test_a_model_without_grus_says_so_at_once() -> None:
     with pytest.raises(grutrace.UnsupportedError, match=r"nn\.GRU.*none in Sequential"):
         grutrace.trace(nn.Sequential(nn.Linear(2, 2), nn.LSTM(2, 2)))
+
+
+def test_what_is_no_model_is_one_clear_error() -> None:
+    with pytest.raises(grutrace.OptionError, match="model: expected an nn.Module, found str"):
+        grutrace.trace("model")
 
 
 def test_idle_attachment_puts_nothing_on_the_model(model, batch) -> None:
