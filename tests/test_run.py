@@ -163,18 +163,18 @@ def test_control_a_difference_shows(tmp_path) -> None:
 def test_no_gru_and_torch_late(tmp_path) -> None:
     code = """
 import os, sys
-os.environ["OMP_NUM_THREADS"] = "3"
+os.environ["OMP_NUM_THREADS"] = "1"
 import importlib.util
 assert importlib.util.find_spec("torch") and "torch" not in sys.modules
 import torch
-print(torch.get_num_threads(), torch.__loader__.__class__.__name__, vars(torch.__loader__))
-print(float(torch.nn.Linear(2, 2)(torch.zeros(1, 2)).sum() > 9))
+print(torch.get_num_threads(), type(torch.__loader__).__name__)
+assert "exec_module" not in vars(torch.__loader__)
+print(bool(torch.nn.Linear(2, 2)(torch.zeros(1, 2)).sum() > 9))
 assert not {"h5py", "grutrace.capture.tracer"} & set(sys.modules), sys.modules.keys()
 """
-    expected = python(write(tmp_path, code), folder=tmp_path)
-    found = run("script.py", folder=tmp_path)
-    assert expected.returncode == 0
-    assert found.stdout == expected.stdout
+    found = run(write(tmp_path, code), folder=tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout == "1 SourceFileLoader\nFalse\n"
     assert found.stderr == "grutrace: no nn.GRU or nn.GRUCell was called: run.h5 was not written\n"
     assert not list(tmp_path.glob("*.h5"))
 
@@ -324,6 +324,7 @@ torch.compile(model.first, backend="eager", fullgraph=True)(x)
 assert torch.equal(torch.compile(model, backend="eager")(x), model(x))
 other.compile(backend="eager")
 other(x)
+warnings.simplefilter("ignore")
 torch.export.export(Model(), (x,))
 """
 
@@ -393,6 +394,10 @@ def test_modes(tmp_path, capsys) -> None:
     assert sites_and_calls() == (("l0", "GRU#2.l0"), 10)
     with grutrace.open(path) as trace:
         assert len(trace["encoder.l0"]) == 8
+    assert main(["info", str(path), "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["parts"] == [str(part_path(path, number)) for number in (1, 2, 3)]
+    assert about["bytes"] == sum(each.stat().st_size for each in tmp_path.glob("*.h5"))
     found = run("--mode", "overwrite", "--sites", "enc*.l1", "script.py", "3", "4", folder=tmp_path)
     assert found.stderr == "grutrace: recorded 1 call of 1 site in run.h5\n"
     with grutrace.open(path) as trace:
@@ -412,9 +417,9 @@ model(torch.randn(4, 6, 5), steps=3)
 time.sleep(1)
 print(model(torch.randn(4, 6, 5), steps=3).sum().item())
 """
-    expected = python(write(tmp_path, MODEL + code), folder=tmp_path)
-    found = run("script.py", folder=tmp_path)
-    assert (found.returncode, found.stdout) == (0, expected.stdout)
+    found = run(write(tmp_path, MODEL + code), folder=tmp_path)
+    assert found.returncode == 0
+    assert len(found.stdout.splitlines()) == 2
     said, last = found.stderr.splitlines()
     assert said.startswith("grutrace: nothing more is recorded of encoder.l0, encoder.l1, decoder")
     assert said.endswith("No space left on device")
@@ -441,7 +446,8 @@ def test_what_cannot_be_is_refused_before_the_script_runs(tmp_path, capsys) -> N
     assert main(["run", "--nonsense", script]) == 2
     path = str(tmp_path / "run.h5")
     found = run("-o", path, script, folder=tmp_path, interpreter=["-I"])
-    assert found.returncode in (1, 2)
+    assert found.returncode == 2
+    assert "do without -I, -E and -S" in found.stderr
     assert not list(tmp_path.glob("*.h5"))
 
 

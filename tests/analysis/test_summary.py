@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -19,11 +21,12 @@ def trace(request, tmp_path):
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.mul_(6)
-    with grutrace.trace(layer, request.param and tmp_path / request.param) as trace:
+    path = request.param and tmp_path / request.param
+    with grutrace.trace(layer, path) as trace:
         layer(torch.randn(40, 7, 3))
         layer(torch.randn(2, 3))
-    yield trace
-    trace.close()
+    with grutrace.open(path) if path else nullcontext(trace) as trace:
+        yield trace
 
 
 @pytest.mark.parametrize("block", [1, 200, 10**9])

@@ -104,7 +104,7 @@ def test_a_model_without_grus_says_so_at_once() -> None:
 
 
 def test_what_is_no_model_is_one_clear_error() -> None:
-    with pytest.raises(grutrace.OptionError, match="model: expected an nn.Module, found str"):
+    with pytest.raises(grutrace.OptionError, match=r"model: expected an nn\.Module, found str"):
         grutrace.trace("model")
 
 
