@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from grutrace.capture.surroundings import aside, plain
+from grutrace.capture.surroundings import Missed, aside, plain
 from grutrace.capture.tap import Kernel
-from grutrace.errors import UnsupportedError
 from grutrace.gru.kernel import KernelCall, Layer, rerun, split
 from grutrace.gru.steps import PackedSteps, PaddedSteps, Steps
 
@@ -146,7 +145,7 @@ def kernel_call(
     arguments: tuple[Any, ...],
     sorted_indices: Tensor | None,
     stacks: Stacks,
-) -> tuple[Any, Observation]:
+) -> tuple[Any, Observation | Missed]:
     """Make a kernel call, and observe it.
 
     Args:
@@ -157,10 +156,7 @@ def kernel_call(
         stacks: How to see between the layers of a stack.
 
     Returns:
-        The kernel's answer, and the observation.
-
-    Raises:
-        UnsupportedError: The layers below the top cannot be seen in this way.
+        The kernel's answer, and the observation; or why the layers below the top cannot be seen.
     """
     if isinstance(module, nn.GRUCell):
         result = kernel(*arguments)
@@ -174,7 +170,10 @@ def kernel_call(
     call = KernelCall.of_gru(*arguments)
     padded = call.batch_sizes is None
     batch_first = padded and bool(arguments[-1])
-    if call.num_layers > 1 and _splits(module, call, stacks):
+    splits = stacks == "split" or (stacks == "auto" and _on_cpu(call))
+    if call.drops and not splits and not _on_cpu(call):
+        return kernel(*arguments), _masks_unknown(call)
+    if call.num_layers > 1 and splits:
         output, final, layers = split(call)
         result = output.transpose(0, 1) if batch_first else output, final
     else:
@@ -186,15 +185,15 @@ def kernel_call(
     return result, _observation(module, call, layers, sorted_indices, given_state=True)
 
 
-def _splits(module: GRUModule, call: KernelCall, stacks: Stacks) -> bool:
-    on_cpu = call.input.device.type == "cpu"
-    if not on_cpu and call.drops and stacks != "split":
-        raise UnsupportedError(
-            f"{type(module).__qualname__} with {module.num_layers} layers drops out between them "
-            f"on {call.input.device}, where the masks cannot be known afterwards: pass "
-            "stacks='split' (other masks than the fused stack's) or trace in eval mode"
-        )
-    return stacks == "split" or (stacks == "auto" and on_cpu)
+def _on_cpu(call: KernelCall) -> bool:
+    return call.input.device.type == "cpu"
+
+
+def _masks_unknown(call: KernelCall) -> Missed:
+    return Missed(
+        f"it drops out between its layers on {call.input.device}, where the masks cannot be known "
+        "afterwards: pass stacks='split' (other masks than the fused stack's), or trace it in eval"
+    )
 
 
 def _observation(

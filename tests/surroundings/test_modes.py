@@ -197,3 +197,24 @@ def test_a_tracer_that_never_recorded_or_failed_names_nothing(model, batch) -> N
         with pytest.raises(ValueError, match="on purpose"), trace(model):
             raise ValueError("on purpose")
     assert said == []
+
+
+def test_dropout_masks_that_cannot_be_known_are_said_and_left_alone(monkeypatch) -> None:
+    """On other devices than a CPU; which device it is, is all that the test makes up."""
+    monkeypatch.setattr("grutrace.capture.observe._on_cpu", lambda _: False)
+    layer, x = nn.GRU(3, 4, 2, dropout=0.5), torch.randn(5, 2, 3)
+    torch.manual_seed(1)
+    expected = layer(x)
+    torch.manual_seed(1)
+    with (
+        pytest.warns(grutrace.GrutraceWarning, match=r"pass stacks='split'"),
+        grutrace.trace(layer) as trace,
+    ):
+        found = layer(x)
+    assert all(map(torch.equal, expected, found))
+    assert len(trace.calls) == 0
+    with grutrace.trace(layer, stacks="split") as trace:
+        layer(x)
+    with grutrace.trace(layer.eval()) as evaluated:
+        layer(x)
+    assert len(trace.calls) == len(evaluated.calls) == 1
