@@ -1,7 +1,7 @@
 """How a cost is measured: two things in turn in one process, and the ratio pair by pair.
 
-Machines are shared and noisy, so single times mean little. A B A B ... and the median of B / A holds
-when the machine's speed drifts.
+Machines are shared and noisy, so single times mean little. A B A B ... and the median of B / A
+holds when the machine's speed drifts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is run: single layers of many shapes, an encoder with a stepwise decoder, a training step."""
+"""What is run: single layers of many shapes, an encoder and stepwise decoder, a training step."""
 
 from __future__ import annotations
 
