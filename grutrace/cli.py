@@ -9,14 +9,15 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress, track
 from rich.table import Table
 
 from grutrace.analysis.summary import OPEN, SHUT, SiteSummary, summarize_site
@@ -127,6 +128,24 @@ def run(
     launch(settings, program, module=module)
 
 
+@app.command()
+def derive(
+    file: File,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The file to write.", show_default=False)
+    ],
+) -> None:
+    """Write a trace file that stores what this one derives when it is read.
+
+    Exits with 2 if the output exists, or there is nothing to derive.
+    """
+    # Here for the same reason.
+    from grutrace.analysis.derivation import derive_file
+
+    with open_trace(file) as trace, progress_bar("deriving") as advance:
+        derive_file(trace, output, advance)
+
+
 def describe(trace: Trace, file: Path) -> dict[str, Any]:
     """Return what `info` says, as JSON values."""
     header, parts = trace.header, parts_of(file)
@@ -151,7 +170,12 @@ def describe(trace: Trace, file: Path) -> dict[str, Any]:
 def site_info(trace: Trace, name: str) -> dict[str, Any]:
     """Return what `info` says of a site."""
     site = trace[name]
-    return {"name": name, "quantities": site.site.quantities, "residual": site.residual}
+    return {
+        "name": name,
+        "quantities": site.site.quantities,
+        "derived": site.site.derived,
+        "residual": site.residual,
+    }
 
 
 def print_info(trace: Trace, file: Path) -> None:
@@ -174,7 +198,8 @@ def print_info(trace: Trace, file: Path) -> None:
         counts = (module[name] for name in ("calls", "sequences", "rows", "versions"))
         row = [kind, None, *map(str, counts)]
         for site in module["sites"]:
-            row[1] = ", ".join(site["quantities"])
+            derived = f"; derived: {', '.join(site['derived'])}" if site["derived"] else ""
+            row[1] = ", ".join(site["quantities"]) + derived
             table.add_row(site["name"], *row)
     Console().print(table)
 
@@ -242,6 +267,15 @@ def with_progress(items: Sequence[Item], doing: str) -> Iterable[Item]:
     """Yield the items, with a bar on a terminal."""
     console = Console(stderr=True)
     return track(items, doing, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextmanager
+def progress_bar(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on a terminal, which is told how much is done of how much."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(doing)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def print_json(value: Any) -> None:

@@ -44,7 +44,8 @@ class Site:
         reverse: Whether this direction reads its sequences from the last step to the first.
         input_size: Width of what this layer reads: for layers above the first, the hidden size
             times the number of directions.
-        quantities: What is recorded here, in the order of `QUANTITIES`.
+        quantities: What is stored here, in the order of `QUANTITIES`.
+        derived: What is not stored here but follows from what is, in the same order.
     """
 
     name: str
@@ -53,6 +54,12 @@ class Site:
     reverse: bool
     input_size: int
     quantities: tuple[str, ...]
+    derived: tuple[str, ...] = ()
+
+    @property
+    def readable(self) -> tuple[str, ...]:
+        """What a reader gets, stored or derived, in the order of `QUANTITIES`."""
+        return tuple(name for name in QUANTITIES if name in (*self.quantities, *self.derived))
 
 
 @dataclass(frozen=True)
@@ -110,14 +117,17 @@ class SiteRows:
         rows: By quantity, (N, H), or (N, I) for the input: the sequences one after another in
             the order of the batch, each in time order, also for the reverse direction.
         initial: (sequences begun by this call, H): the state that each of them started from.
-        residual: Largest ``|replayed h - kernel's h|`` of the call.
-        tolerance: The residual that rounding explains, in the same unit.
+        residual: Largest ``|replayed h - kernel's h|`` of the call; not a number where nothing was
+            replayed.
+        tolerance: The residual that rounding explains, in the same unit; likewise.
+        precision: Spacing at 1 of the coarsest type in which the kernel computed.
     """
 
     rows: Mapping[str, Array]
     initial: Array
     residual: float
     tolerance: float
+    precision: float
 
 
 @dataclass(frozen=True)

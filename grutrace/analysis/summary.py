@@ -42,7 +42,7 @@ class SiteSummary:
         site: Its name.
         sequences: How many.
         steps: Of all sequences together.
-        residual: Largest ``|replayed h - kernel's h|``.
+        residual: Largest ``|replayed h - kernel's h|``; not a number where gates are derived.
         gates: By name, for those that were recorded. The gates lie between 0 and 1; the
             candidate lies between -1 and 1, and of it a large size means a saturated tanh.
     """
@@ -62,7 +62,7 @@ def summarize_site(site: SiteTrace) -> SiteSummary:
         steps=int(site.lengths.sum()),
         residual=site.residual,
         gates={
-            name: summarize_gate(site.rows(name)) for name in GATES if name in site.site.quantities
+            name: summarize_gate(site.rows(name)) for name in GATES if name in site.site.readable
         },
     )
 

@@ -1,11 +1,15 @@
 """Does a trace hold together? The gates from the weights, the states from the gates.
 
-Two checks, in float64, of every row, within the tolerance that was recorded with its call:
+Three checks, in float64, of every row, within what rounding explains of its call:
 
 - *gates*: reset, update and candidate are computed anew from the stored weights, input and states,
   and compared with what was recorded. Needs the hidden states and the input; above the first layer
   the input is the states of the layer below, where no dropout was applied and both were recorded.
+- *derived*: where the gates are not stored but derived so, the states that they lead to are
+  compared with the stored ones: every state, from the one before it, must come out again.
 - *states*: h = (1 - z) n + z h', from the recorded update, candidate and hidden states.
+
+The tolerance was recorded with the call, but for derived gates, of which it is worked out here.
 """
 
 from __future__ import annotations
@@ -16,10 +20,11 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from grutrace.gru import cell
+from grutrace.analysis.evidence import Evidence, differences
+from grutrace.gru.derive import DOUBLE, Derivation
 from grutrace.record import GATES, Array
+from grutrace.storage.ingredients import Ingredients
 from grutrace.storage.site import SiteTrace
 from grutrace.storage.source import Rows
 from grutrace.storage.trace import Trace
@@ -53,7 +58,7 @@ class Place:
     @property
     def difference(self) -> float:
         """``|recorded - expected|``; infinite where just one of them is no number."""
-        return float(_differences(np.array(self.recorded), np.array(self.expected)))
+        return float(differences(np.array(self.recorded), np.array(self.expected)))
 
     @property
     def holds(self) -> bool:
@@ -67,14 +72,14 @@ class SiteVerification:
 
     Attributes:
         site: Its name.
-        check: ``gates``, ``states``, or None where nothing could be checked.
-        reason: Why not more was checked; empty if the gates were.
+        check: ``gates``, ``derived``, ``states``, or None where nothing could be checked.
+        reason: Why not more was checked; empty if all could be.
         steps: Rows that were checked.
         worst: Where it holds least; None if there was nothing to check.
     """
 
     site: str
-    check: Literal["gates", "states"] | None
+    check: Literal["gates", "derived", "states"] | None
     reason: str
     steps: int
     worst: Place | None
@@ -95,13 +100,14 @@ def verify_site(trace: Trace, name: str) -> SiteVerification:
     site = trace[name]
     recorded = site.site.quantities
     steps = int(site.lengths.sum())
-    lower = _layer_below(trace, site)
+    missing = site.ingredients.missing
     if "hidden" not in recorded:
-        return SiteVerification(name, None, "the hidden states were not recorded", 0, None)
-    if "input" in recorded or lower:
-        worst = _worst(_check_gates(trace.calls, site, lower), site)
-        return SiteVerification(name, "gates", "", steps, worst)
-    reason = "the input was not recorded"
+        return SiteVerification(name, None, missing, 0, None)
+    if not missing and site.site.derived:
+        return SiteVerification(name, "derived", "", steps, _worst_derived(site))
+    if not missing:
+        return SiteVerification(name, "gates", "", steps, _worst(_check_gates(site), site))
+    reason = missing
     if not {"update", "candidate"} <= set(recorded):
         reason += ", nor update and candidate together"
         return SiteVerification(name, None, reason, 0, None)
@@ -119,21 +125,6 @@ class _Comparison:
     tolerance: Array
 
 
-def _layer_below(trace: Trace, site: SiteTrace) -> list[SiteTrace]:
-    """The sites whose states the layer reads, if all are there and nothing was dropped between."""
-    if not site.site.layer or (site.module.dropout and _was_trained(trace, site)):
-        return []
-    below = [each for each in site.module.sites if each.layer == site.site.layer - 1]
-    complete = len(below) == (2 if site.module.bidirectional else 1)
-    recorded = all("hidden" in each.quantities for each in below)
-    return [trace[each.name] for each in below] if complete and recorded else []
-
-
-def _was_trained(trace: Trace, site: SiteTrace) -> bool:
-    calls = trace.calls
-    return bool(calls["training"][calls["module"] == site.module.path].any())
-
-
 def _blocks(site: SiteTrace) -> Iterator[tuple[int, int]]:
     rows = site.rows("hidden")
     width = 3 * rows.shape[1] + site.site.input_size
@@ -142,43 +133,42 @@ def _blocks(site: SiteTrace) -> Iterator[tuple[int, int]]:
         yield start, min(start + each, len(rows))
 
 
-def _check_gates(
-    trace_calls: Array, site: SiteTrace, below: list[SiteTrace]
-) -> Iterator[_Comparison]:
+def _check_gates(site: SiteTrace) -> Iterator[_Comparison]:
     quantities = [name for name in (*GATES, "hidden") if name in site.site.quantities]
+    checks = site.checks
     for start, stop in _blocks(site):
-        input = _input(site, below, start, stop)
-        previous = site.previous(start, stop)
-        versions = trace_calls["weights"][site.row_calls(start, stop)]
-        allowed = site.row_checks(start, stop)["tolerance"].astype(np.float64)
-        for first, last in _runs(versions):
-            part = slice(first, last)
-            weights = site.weights(int(versions[first]))
-            values = _recompute(weights, input[part], previous[part])
+        for each in site.ingredients.of(np.arange(start, stop)):
+            allowed = checks["tolerance"][each.calls].astype(np.float64)
+            derived = _in_double(each)
+            rows = slice(int(each.rows[0]), int(each.rows[-1]) + 1)
             for name in quantities:
-                recorded = np.asarray(site.rows(name)[start + first : start + last])
-                yield _Comparison(name, start + first, recorded, values[name], allowed[part])
+                recorded = np.asarray(site.rows(name)[rows])
+                expected = derived.hidden if name == "hidden" else derived.gate(name)
+                yield _Comparison(name, rows.start, recorded, expected, allowed)
 
 
-def _input(site: SiteTrace, below: list[SiteTrace], start: int, stop: int) -> Array:
-    if "input" in site.site.quantities:
-        return np.asarray(site.input[start:stop])
-    return np.concatenate([np.asarray(each.hidden[start:stop]) for each in below], axis=1)
+def _worst_derived(site: SiteTrace) -> Place | None:
+    """Return the state that is least what its derived gates lead to, for its call's tolerance."""
+    evidence = Evidence(site)
+    hidden = site.rows("hidden")
+    for start, stop in _blocks(site):
+        for each in site.ingredients.of(np.arange(start, stop)):
+            evidence.add(each, _in_double(each), hidden)
+    allowed = evidence.tolerances(range(len(evidence.residuals)))
+    if not len(hidden):
+        return None
+    has_rows = evidence.places[:, 0] >= 0
+    call = int(np.argmax(np.where(has_rows, _excess(evidence.residuals, allowed), -1)))
+    row, unit = (int(number) for number in evidence.places[call])
+    (found,) = site.ingredients.of(np.array([row]))
+    sequence, step = site.locate(row)
+    recorded, expected = float(hidden[row][unit]), float(_in_double(found).hidden[0, unit])
+    return Place("hidden", sequence, step, unit, recorded, expected, float(allowed[call]))
 
 
-def _runs(versions: Array) -> Iterator[tuple[int, int]]:
-    """Yield where each run of the same version begins and ends."""
-    changes = np.flatnonzero(np.diff(versions)) + 1
-    return zip([0, *changes.tolist()], [*changes.tolist(), len(versions)], strict=True)
-
-
-def _recompute(weights: dict[str, Array], input: Array, previous: Array) -> dict[str, Array]:
-    """Return gates and states in float64, (n, H) by name."""
-    tensors = {name: torch.from_numpy(_wide(array)) for name, array in weights.items()}
-    before = torch.from_numpy(_wide(previous))
-    gates = cell.gates(cell.products(torch.from_numpy(_wide(input)), before, **tensors))
-    values = gates._asdict() | {"hidden": cell.step(gates, before)}
-    return {name: value.numpy() for name, value in values.items()}
+def _in_double(each: Ingredients) -> Derivation:
+    weights = {name: _wide(array) for name, array in each.weights.items()}
+    return Derivation(_wide(each.input), _wide(each.previous), weights, DOUBLE)
 
 
 def _check_states(site: SiteTrace) -> Iterator[_Comparison]:
@@ -203,18 +193,17 @@ def _wide(values: Rows | Array) -> npt.NDArray[np.float64]:
     return np.asarray(values).astype(np.float64)
 
 
-def _differences(recorded: Array, expected: Array) -> Array:
-    same = (recorded == expected) | (np.isnan(recorded) & np.isnan(expected))
-    with np.errstate(invalid="ignore"):
-        off = np.where(same, 0.0, np.abs(recorded - expected))
-    return np.where(np.isnan(off), np.inf, off)
+def _excess(off: Array, allowed: Array) -> Array:
+    """How far off, in tolerances. Nothing off is 0 where nothing is allowed, too."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.nan_to_num(off / allowed, nan=0.0, posinf=np.inf)
 
 
 def _worst(comparisons: Iterator[_Comparison], site: SiteTrace) -> Place | None:
     """Return the value whose difference is largest beside its tolerance."""
     worst: tuple[float, _Comparison, tuple[int, int]] | None = None
     for comparison in comparisons:
-        off = _differences(comparison.recorded, comparison.expected)
+        off = differences(comparison.recorded, comparison.expected)
         excess = off / comparison.tolerance[:, np.newaxis]
         if excess.size and (worst is None or excess.max() > worst[0]):
             place = divmod(int(excess.argmax()), excess.shape[1])

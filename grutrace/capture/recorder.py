@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +20,10 @@ from grutrace.capture.continuity import Assignment, Continuity
 from grutrace.capture.observe import Observation
 from grutrace.capture.sites import Selection, numpy_type
 from grutrace.capture.versions import WeightVersions
-from grutrace.errors import GrutraceWarning
-from grutrace.gru.shadow import Replay, Shadow
+from grutrace.errors import GrutraceWarning, UnsupportedError
+from grutrace.gru.kernel import Layer
+from grutrace.gru.rounding import precision
+from grutrace.gru.shadow import Shadow
 from grutrace.record import WEIGHTS, Array, Block, Record, Site, SiteRows, Weights
 
 
@@ -31,6 +35,14 @@ class Recorded:
     assignment: Assignment
 
 
+class _Check(NamedTuple):
+    """The last fields of `SiteRows`."""
+
+    residual: float
+    tolerance: float
+    precision: float
+
+
 class ModuleRecorder:
     """Turns the observations of one module into blocks, and announces its weights.
 
@@ -38,13 +50,23 @@ class ModuleRecorder:
         index: The module's place in the header.
         selection: The module, and what is recorded of it.
         append: Where records go.
+        deferred: Whether to replay nothing: what is recorded is copied.
     """
 
-    def __init__(self, index: int, selection: Selection, append: Callable[[Record], None]) -> None:
+    def __init__(
+        self,
+        index: int,
+        selection: Selection,
+        append: Callable[[Record], None],
+        *,
+        deferred: bool = False,
+    ) -> None:
         self._index = index
+        self._deferred = deferred
         self.description = selection.description
         self._append = append
         stored: torch.dtype = getattr(torch, self.description.dtype)
+        self._stored = stored
         self._shadows = {
             site.suffix: Shadow(selection.module, site.layer, site.reverse, stored)
             for site in self.description.sites
@@ -56,8 +78,12 @@ class ModuleRecorder:
 
     @torch.no_grad()
     def record(self, observation: Observation, tag: str | None) -> Recorded:
-        """Replay an observed call and append it."""
-        rows, replays = self._replay(observation)
+        """Append an observed call, replayed or, where gates are derived later, copied.
+
+        Raises:
+            UnsupportedError: What a layer read is not recorded, and can no longer be told.
+        """
+        rows, checks = self._take(observation)
         lengths = observation.steps.lengths
         with self._lock:
             with self._undone_on_error("_versions"):
@@ -77,8 +103,7 @@ class ModuleRecorder:
                         site.suffix: SiteRows(
                             rows[site.suffix],
                             self._initial(observation, site, assignment),
-                            replays[site.suffix].residual,
-                            replays[site.suffix].tolerance,
+                            *checks[site.suffix],
                         )
                         for site in self.description.sites
                     },
@@ -96,24 +121,17 @@ class ModuleRecorder:
             setattr(self, name, before)
             raise
 
-    def _replay(
+    def _take(
         self, observation: Observation
-    ) -> tuple[dict[str, dict[str, Array]], dict[str, Replay]]:
+    ) -> tuple[dict[str, dict[str, Array]], dict[str, _Check]]:
         rows: dict[str, dict[str, Array]] = {}
-        replays: dict[str, Replay] = {}
+        checks: dict[str, _Check] = {}
         inputs: dict[int, Array] = {}
         call, steps = observation.call, observation.steps
         for site in self.description.sites:
             layer = observation.layers[site.layer]
             hidden = _direction(layer.output, site.reverse, call.directions)
-            replay = self._shadows[site.suffix].replay(
-                layer.input,
-                hidden,
-                call.cell_initial(site.layer, site.reverse),
-                steps,
-                call.cell_weights(site.layer, site.reverse),
-            )
-            gates = replay.gates._asdict()
+            gates, checks[site.suffix] = self._replay(observation, site, layer, hidden)
             kept = {
                 name: self._rows(steps.in_sequences(values))
                 for name, values in gates.items()
@@ -128,8 +146,30 @@ class ModuleRecorder:
                     inputs[site.layer] = self._rows(copied)
                 kept["input"] = inputs[site.layer]
             rows[site.suffix] = kept
-            replays[site.suffix] = replay
-        return rows, replays
+        return rows, checks
+
+    def _replay(
+        self, observation: Observation, site: Site, layer: Layer, hidden: Tensor
+    ) -> tuple[dict[str, Tensor], _Check]:
+        """Return the gates, none where they are derived when read, and what a check needs."""
+        call = observation.call
+        weights = call.cell_weights(site.layer, site.reverse)
+        if self._deferred:
+            if call.drops and site.layer and "input" not in site.quantities:
+                raise UnsupportedError(
+                    f"{site.name} had no dropout before it when it was attached, and has now: what "
+                    "it reads is not recorded, so its gates could not be derived. Make a new tracer"
+                )
+            found = precision(layer.input, hidden, weights.weight_ih, self._stored)
+            return {}, _Check(math.nan, math.nan, found)
+        replay = self._shadows[site.suffix].replay(
+            layer.input,
+            hidden,
+            call.cell_initial(site.layer, site.reverse),
+            observation.steps,
+            weights,
+        )
+        return replay.gates._asdict(), _Check(replay.residual, replay.tolerance, replay.precision)
 
     def _rows(self, values: Tensor) -> Array:
         array, kept = _to_numpy(values), self.description.dtype

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from types import TracebackType
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 
 from grutrace.capture.annotate import Given, RecordedBatches
+from grutrace.capture.deferral import defer
 from grutrace.capture.listen import Ear
 from grutrace.capture.observe import STACKS, Observation, Stacks
 from grutrace.capture.recorder import ModuleRecorder, Recorded
@@ -37,6 +39,9 @@ from grutrace.storage.sinks import Mode, open_sink, open_source
 from grutrace.storage.trace import Trace
 
 Check = Literal["warn", "raise", "off"]
+
+#: When gates are computed: with the call, or when they are read.
+Gates = Literal["inline", "deferred"]
 
 _IN_A_CHILD = (
     "a traced model was called in a forked child of the process that records it, where nothing is "
@@ -86,13 +91,17 @@ class Tracer(Trace):
         path: File to stream to; None keeps everything in memory.
         sites: A glob, or several, for names of sites; None for all.
         record: Quantities out of reset, update, candidate, hidden and input.
+        gates: ``inline`` computes them with the call and keeps them; ``deferred`` only copies what
+            they follow from (the states of every layer, the input of the first and, where there is
+            dropout, of the others), and they are derived when they are read.
         recording: Whether to begin to record on entering.
         mode: For a file that exists: ``w`` refuses, ``a`` appends, ``overwrite`` replaces it.
         stacks: How to see between the layers of a stack: ``split`` (one fused call a layer, bit
             for bit the same output on a CPU), ``rerun`` (the lower layers once more), or ``auto``
             for split on a CPU and rerun elsewhere.
         check: What to do when a replayed state differs from the kernel's by more than rounding:
-            ``warn`` (once a site), ``raise`` or ``off``.
+            ``warn`` (once a site), ``raise`` or ``off``. Deferred gates are not checked here:
+            `grutrace verify` checks them.
 
     Raises:
         OptionError: An option has no such value, or a glob matches no site.
@@ -110,26 +119,32 @@ class Tracer(Trace):
         *,
         sites: str | Sequence[str] | None = None,
         record: str | Sequence[str] = DEFAULT_RECORD,
+        gates: Gates = "inline",
         recording: bool = True,
         mode: Mode = "w",
         stacks: Stacks = "auto",
         check: Check = "warn",
     ) -> None:
+        _expect("gates", gates, get_args(Gates))
         _expect("stacks", stacks, STACKS)
         _expect("check", check, get_args(Check))
         self._selections = self._select(model, sites, record)
+        if gates == "deferred":
+            self._selections = [
+                replace(each, description=defer(each.description)) for each in self._selections
+            ]
         header = Header(
             model=f"{type(model).__module__}.{type(model).__qualname__}",
             created=time.time(),
             versions=_versions(),
-            options={"stacks": stacks, "check": check, **self._stamp},
+            options={"gates": gates, "stacks": stacks, "check": check, **self._stamp},
             modules=tuple(each.description for each in self._selections),
         )
         self._sink = open_sink(path, header, mode)
         super().__init__(open_source(self._sink))
         self._appended = self._seen = 0
         self._recorders = [
-            ModuleRecorder(index, selection, self._append)
+            ModuleRecorder(index, selection, self._append, deferred=gates == "deferred")
             for index, selection in enumerate(self._selections)
         ]
         self._record_on_enter, self._stacks, self._check = recording, stacks, check
@@ -297,7 +312,7 @@ class Tracer(Trace):
     def _check_residuals(self, recorder: ModuleRecorder, recorded: Recorded) -> None:
         for site in recorder.description.sites:
             rows = recorded.block.sites[site.suffix]
-            if rows.residual <= rows.tolerance:
+            if not rows.residual > rows.tolerance:
                 continue
             message = (
                 f"{site.name}: the replayed states differ from the kernel's by up to "

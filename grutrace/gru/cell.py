@@ -71,10 +71,15 @@ def preactivations(products: Products) -> Gates:
     )
 
 
+def activate(preactivations: Gates) -> Gates:
+    """Return the gates that these pre-activations lead to."""
+    reset, update, candidate = preactivations
+    return Gates(reset.sigmoid(), update.sigmoid(), candidate.tanh())
+
+
 def gates(products: Products) -> Gates:
     """Return reset, update and candidate."""
-    reset, update, candidate = preactivations(products)
-    return Gates(reset.sigmoid(), update.sigmoid(), candidate.tanh())
+    return activate(preactivations(products))
 
 
 def step(gates: Gates, previous: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from grutrace.gru.cell import Products
 
@@ -64,6 +65,24 @@ def tolerance(
 def coarsest(*dtypes: torch.dtype) -> torch.dtype:
     """Return the type with the largest spacing of its numbers."""
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def precision(input: Tensor, hidden: Tensor, weight: Tensor, *others: torch.dtype) -> float:
+    """Return the spacing at 1 of the coarsest type in which a call was computed.
+
+    Call it where the kernel was called: autocast is told by what a product of nothing comes out as.
+
+    Args:
+        input: (..., I)
+        hidden: What the kernel returned.
+        weight: (3H, I)
+        others: Types that count too, as the one in which rows are kept.
+    """
+    if torch.is_autocast_enabled(weight.device.type):
+        product = linear(input.new_empty(0, input.shape[-1]), weight).dtype
+    else:
+        product = weight.dtype
+    return torch.finfo(coarsest(product, hidden.dtype, *others)).eps
 
 
 def compare(replayed: Tensor, hidden: Tensor, products: Products) -> Evidence:

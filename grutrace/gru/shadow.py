@@ -28,11 +28,13 @@ class Replay:
         gates: Each in the kernel's order and shape, (T, B, H) or (N, H).
         residual: Largest ``|replayed h - kernel's h|``; see `grutrace.gru.rounding.Evidence`.
         tolerance: The residual that rounding explains.
+        precision: Spacing at 1 of the coarsest type in which the kernel computed.
     """
 
     gates: cell.Gates
     residual: float
     tolerance: float
+    precision: float
 
 
 class Shadow:
@@ -97,4 +99,4 @@ class Shadow:
         terms = input.shape[-1] + previous.shape[-1]
         dtype = coarsest(self._stored or hidden.dtype, *(each.dtype for each in (hidden, *gates)))
         allowed = tolerance(dtype, terms, state, found.product, found.recurrent)
-        return Replay(gates, found.residual, allowed)
+        return Replay(gates, found.residual, allowed, torch.finfo(dtype).eps)

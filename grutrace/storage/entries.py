@@ -85,7 +85,7 @@ class Entries:
             for quantity, place in quantities:
                 yield place, site.rows[quantity]
             yield initial, site.initial
-            yield checks, np.array([(site.residual, site.tolerance)], CHECK)
+            yield checks, np.array([(site.residual, site.tolerance, site.precision)], CHECK)
         pieces = np.empty(len(block.steps), PIECE)
         pieces["sequence"] = block.sequences
         pieces["sequence"] += np.uint64(first)

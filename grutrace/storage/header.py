@@ -49,7 +49,10 @@ def write_header(file: h5py.File, header: Header) -> None:
         group.attrs["index"] = index
         _write(group, module, {name: kind for name, kind in _MODULE.items() if name != "index"})
         for site in module.sites:
-            _write(group.create_group(site.suffix), site, _SITE)
+            place = group.create_group(site.suffix)
+            _write(place, site, _SITE)
+            if site.derived:
+                place.attrs["derived"] = ",".join(site.derived)
 
 
 def _write(group: h5py.Group, fields: object, kinds: Mapping[str, type]) -> None:
@@ -158,7 +161,18 @@ def _is_dataset(group: h5py.Group, name: str) -> bool:
 def _read_site(group: h5py.Group, suffix: str) -> Site:
     fields = {name: _attribute(group, name, kind) for name, kind in _SITE.items()}
     quantities = tuple(quantity for quantity in QUANTITIES if quantity in group)
-    return Site(**fields, suffix=suffix, quantities=quantities)
+    derived = _read_derived(group, quantities)
+    return Site(**fields, suffix=suffix, quantities=quantities, derived=derived)
+
+
+def _read_derived(group: h5py.Group, stored: tuple[str, ...]) -> tuple[str, ...]:
+    if "derived" not in group.attrs:
+        return ()
+    names = _attribute(group, "derived", str).split(",")
+    expected = tuple(name for name in QUANTITIES if name in names and name not in stored)
+    place = f"{group.name}: attribute 'derived'"
+    require(expected == tuple(names), place, "quantities that are not stored", names)
+    return expected
 
 
 def _float_name(group: h5py.Group, name: str) -> str:

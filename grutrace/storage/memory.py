@@ -96,7 +96,7 @@ class MemorySink:
         return self._read(site_place(self.header.modules[module], suffix, "initial"), count)
 
     def checks(self, module: int, suffix: str, count: int) -> Array:
-        """Residual and tolerance of the module's first `count` calls, (count,)."""
+        """Of the module's first `count` calls, (count,) of type `schema.CHECK`."""
         return self._read(site_place(self.header.modules[module], suffix, "checks"), count)
 
     def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:

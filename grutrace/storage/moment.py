@@ -6,9 +6,11 @@ from functools import cached_property
 
 import numpy as np
 
-from grutrace.errors import NotRecordedError
-from grutrace.record import Array, Site
+from grutrace.errors import NotRecordedError, OptionError
+from grutrace.record import GATES, Array, Site
+from grutrace.storage.derived import DerivedInput, DerivedRows
 from grutrace.storage.index import AnnotationIndex, ModuleIndex
+from grutrace.storage.ingredients import SiteIngredients
 from grutrace.storage.source import Rows, Source
 from grutrace.storage.tables import Extent, Tables
 
@@ -56,6 +58,7 @@ class Moment:
         self.tables = tables
         self._indices: dict[int, ModuleIndex] = {}
         self._annotations: dict[int, AnnotationIndex] = {}
+        self._ingredients: dict[tuple[int, str], SiteIngredients] = {}
 
     def extent(self, module: int) -> Extent:
         """How much of a module there is."""
@@ -79,12 +82,53 @@ class Moment:
         Raises:
             NotRecordedError: The quantity was not recorded there.
         """
-        if quantity not in site.quantities:
-            found = ", ".join(site.quantities) or "nothing"
+        count = self.extent(module).rows
+        if quantity in site.quantities:
+            return self.source.rows(module, site.suffix, quantity, count)
+        if quantity not in site.derived:
+            found = ", ".join(site.readable) or "nothing"
             raise NotRecordedError(
                 f"{quantity!r} was not recorded at {site.name!r}; recorded: {found}"
             )
-        return self.source.rows(module, site.suffix, quantity, self.extent(module).rows)
+        if quantity == "input":
+            dtype = np.dtype(self.source.header.modules[module].dtype)
+            return DerivedInput(self.ingredients(module, site), (count, site.input_size), dtype)
+        return self._derived(module, site, quantity)
+
+    def preactivation(self, module: int, site: Site, gate: str) -> Rows:
+        """All rows of what the sigmoid or tanh of a gate was applied to, (N, H).
+
+        Raises:
+            OptionError: There is no such gate.
+            NotRecordedError: The hidden states or the input were not recorded.
+        """
+        if gate not in GATES:
+            raise OptionError(f"gate: expected one of {', '.join(GATES)}; found {gate!r}")
+        if missing := self.ingredients(module, site).missing:
+            raise NotRecordedError(f"{site.name!r} has no pre-activations: {missing}")
+        return self._derived(module, site, gate, preactivation=True)
+
+    def ingredients(self, module: int, site: Site) -> SiteIngredients:
+        """What the gates of a site follow from."""
+        key = module, site.suffix
+        if key not in self._ingredients:
+            self._ingredients[key] = SiteIngredients(
+                self.source,
+                self.index(module),
+                self.extent(module),
+                self.tables.calls,
+                module,
+                site,
+            )
+        return self._ingredients[key]
+
+    def _derived(
+        self, module: int, site: Site, gate: str, *, preactivation: bool = False
+    ) -> DerivedRows:
+        kind = self.source.header.modules[module]
+        shape, dtype = (self.extent(module).rows, kind.hidden_size), np.dtype(kind.dtype)
+        ingredients = self.ingredients(module, site)
+        return DerivedRows(ingredients, gate, shape, dtype, preactivation=preactivation)
 
     @cached_property
     def tags(self) -> Array:

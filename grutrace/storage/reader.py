@@ -83,7 +83,7 @@ class FileSource:
         return self._rows(site_place(self.header.modules[module], suffix, "initial"), count)
 
     def checks(self, module: int, suffix: str, count: int) -> Array:
-        """Residual and tolerance of the module's first `count` calls, (count,)."""
+        """Of the module's first `count` calls, (count,) of type `schema.CHECK`."""
         place = site_place(self.header.modules[module], suffix, "checks")
         with self._dataset(place, count) as dataset:
             return np.asarray(dataset[:count])

@@ -1,8 +1,9 @@
-"""Rows that stay in the file until they are asked for, indexed as NumPy indexes an array."""
+"""Rows that are made when they are asked for, indexed as NumPy indexes an array."""
 
 from __future__ import annotations
 
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -21,26 +22,14 @@ BLOCK = 16 * 1024 * 1024
 _ALL = slice(None)
 
 
-class FileRows:
-    """The first rows of a dataset, (rows, width). Indexing reads, and gives NumPy arrays.
-
-    Args:
-        lent: Gives the open dataset for one read.
-        shape: (rows, width)
-        dtype: Type of the elements.
-    """
+class LazyRows(ABC):
+    """A two-dimensional array of which an index gives a part, made when it is asked for."""
 
     ndim = 2
 
-    def __init__(
-        self,
-        lent: Callable[[], AbstractContextManager[h5py.Dataset]],
-        shape: tuple[int, int],
-        dtype: np.dtype[Any],
-    ) -> None:
+    def __init__(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
         self.shape = shape
         self.dtype = dtype
-        self._lent = lent
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -50,7 +39,7 @@ class FileRows:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         if copy is False:
-            raise ValueError("rows in a file cannot become an array without a copy")
+            raise ValueError("rows that are not in memory cannot become an array without a copy")
         return np.asarray(self[:], dtype)
 
     def __iter__(self) -> Iterator[Array]:
@@ -69,9 +58,13 @@ class FileRows:
         found = self._pick(self._indices(rows), read)
         return found[_ALL if np.ndim(rest) == 0 else np.arange(len(found)), rest]
 
+    @abstractmethod
     def _read(self, rows: slice, columns: slice) -> Array:
-        with self._lent() as dataset:
-            return np.asarray(dataset[rows, columns])
+        """Make rows from first to last. Steps are positive."""
+
+    @abstractmethod
+    def _pick(self, rows: Array, columns: slice) -> Array:
+        """Make rows of these numbers, none negative, in any order."""
 
     def _slice(self, rows: slice, columns: slice) -> Array:
         taken = range(len(self))[rows]
@@ -102,6 +95,33 @@ class FileRows:
             raise IndexError(f"rows {rows} are not all among {len(self)}")
         return np.where(indices < 0, indices + len(self), indices)
 
+    def _fitting(self, size: int) -> int:
+        """Rows in this many bytes, at least one."""
+        return max(1, size // max(1, self.shape[1] * self.dtype.itemsize))
+
+
+class FileRows(LazyRows):
+    """The first rows of a dataset, (rows, width). Indexing reads, and gives NumPy arrays.
+
+    Args:
+        lent: Gives the open dataset for one read.
+        shape: (rows, width)
+        dtype: Type of the elements.
+    """
+
+    def __init__(
+        self,
+        lent: Callable[[], AbstractContextManager[h5py.Dataset]],
+        shape: tuple[int, int],
+        dtype: np.dtype[Any],
+    ) -> None:
+        super().__init__(shape, dtype)
+        self._lent = lent
+
+    def _read(self, rows: slice, columns: slice) -> Array:
+        with self._lent() as dataset:
+            return np.asarray(dataset[rows, columns])
+
     def _pick(self, rows: Array, columns: slice) -> Array:
         """Rows in any order, read in spans of neighbours."""
         order = np.argsort(rows, kind="stable")
@@ -123,10 +143,6 @@ class FileRows:
                 end = int(np.searchsorted(rising[start:stop], rising[start] + longest)) + start
                 yield start, end
                 start = end
-
-    def _fitting(self, size: int) -> int:
-        """Rows in this many bytes, at least one."""
-        return max(1, size // max(1, self.shape[1] * self.dtype.itemsize))
 
 
 def _split(key: Any) -> tuple[Any, Any]:

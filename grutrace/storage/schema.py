@@ -68,7 +68,7 @@ ANNOTATION = np.dtype(
     ]
 )
 PIECE = np.dtype([("sequence", "<u8"), ("steps", "<u4")])
-CHECK = np.dtype([("residual", "<f4"), ("tolerance", "<f4")])
+CHECK = np.dtype([("residual", "<f4"), ("tolerance", "<f4"), ("precision", "<f4")])
 
 #: The tables of the whole trace. `committed` has a count for each, under the same name.
 TABLES = {

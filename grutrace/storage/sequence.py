@@ -42,6 +42,11 @@ class Sequence(Quantities[Array]):
         # A copy, so that it can be written to, and torch.from_numpy takes it without a warning.
         return np.array(rows[self._index.rows(self.number)])
 
+    def preactivation(self, gate: str) -> Array:
+        """(T, H) what the sigmoid or tanh of a gate was applied to; as for `SiteTrace`."""
+        rows = self._moment.preactivation(self._module, self.site, gate)
+        return np.asarray(rows[self._index.rows(self.number)])
+
     @property
     def initial(self) -> Array:
         """(H,) the state that it began from: before its first step, or, reversed, its last."""

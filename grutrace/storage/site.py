@@ -10,6 +10,7 @@ import numpy as np
 from grutrace.errors import NotRecordedError
 from grutrace.record import Array, Module, Site
 from grutrace.storage.index import Integers, ModuleIndex, spread
+from grutrace.storage.ingredients import SiteIngredients
 from grutrace.storage.moment import Moment
 from grutrace.storage.quantities import Quantities
 from grutrace.storage.sequence import Sequence
@@ -48,7 +49,7 @@ class SiteTrace(Quantities[Rows]):
 
     def __repr__(self) -> str:
         rows = self._look().extent(self._number).rows
-        recorded = ", ".join(self.site.quantities)
+        recorded = ", ".join(self.site.readable)
         return f"<site {self.name}: {len(self)} sequences, {rows} steps of {recorded}>"
 
     def __iter__(self) -> Iterator[Sequence]:
@@ -113,20 +114,28 @@ class SiteTrace(Quantities[Rows]):
         Raises:
             NotRecordedError: The hidden states were not recorded.
         """
-        index, hidden = self._index, self.rows("hidden")
-        rows = np.arange(len(hidden))[start:stop]
-        pieces = index.pieces_of(rows)
-        starts = index.starts[pieces]
-        if self.site.reverse:
-            outermost = rows == starts + index.steps[pieces] - 1
-            sources = np.where(outermost, -1, rows + 1)
-        else:
-            sources = np.where(rows == starts, index.last_rows_before[pieces], rows - 1)
-        previous = np.empty((len(rows), hidden.shape[1]), hidden.dtype)
-        begins = sources < 0
-        previous[~begins] = hidden[sources[~begins]]
-        previous[begins] = self.initial[index.sequences[pieces[begins]]]
-        return previous
+        rows = np.arange(self.extent.rows)[start:stop]
+        return self.ingredients.previous(rows)
+
+    def preactivation(self, gate: str) -> Rows:
+        """What the sigmoid or tanh of a gate was applied to, (N, H), derived when it is indexed.
+
+        It is there whenever the hidden states are, and the input: recorded, or, above the first
+        layer where nothing was dropped out, as the states of the layer below.
+
+        Args:
+            gate: reset, update or candidate.
+
+        Raises:
+            OptionError: There is no such gate.
+            NotRecordedError: Something that it follows from was not recorded.
+        """
+        return self._look().preactivation(self._number, self.site, gate)
+
+    @property
+    def ingredients(self) -> SiteIngredients:
+        """What the gates follow from, as of now."""
+        return self._look().ingredients(self._number, self.site)
 
     def row_calls(self, start: int = 0, stop: int | None = None) -> Integers:
         """The calls, as rows of `Trace.calls`, that made rows ``start`` to ``stop``."""
@@ -134,7 +143,7 @@ class SiteTrace(Quantities[Rows]):
         return self._index.calls[self._index.pieces_of(rows)]
 
     def row_checks(self, start: int = 0, stop: int | None = None) -> Array:
-        """Residual and tolerance of the calls that made rows ``start`` to ``stop``."""
+        """The `checks` of the calls that made rows ``start`` to ``stop``."""
         places = np.searchsorted(self._index.call_numbers, self.row_calls(start, stop))
         return np.asarray(self.checks[places])
 
@@ -161,13 +170,20 @@ class SiteTrace(Quantities[Rows]):
 
     @property
     def checks(self) -> Array:
-        """(calls of the module,) with the fields residual and tolerance."""
+        """(calls of the module,) with the fields residual, tolerance and precision.
+
+        Precision is the spacing at 1 of the coarsest type in which the kernel computed. Residual
+        and tolerance are not a number where the gates are not stored: `grutrace verify` finds them.
+        """
         count = self._look().extent(self._number).calls
         return self._look().source.checks(self._number, self.site.suffix, count)
 
     @property
     def residual(self) -> float:
-        """The largest ``|replayed h - kernel's h|`` so far; 0.0 before the first call."""
+        """The largest ``|replayed h - kernel's h|`` so far; 0.0 before the first call.
+
+        Not a number where gates are derived when read: nothing has been replayed.
+        """
         return float(self.checks["residual"].max(initial=0.0))
 
     def weights(self, version: int = -1) -> dict[str, Array]:

@@ -56,7 +56,7 @@ class Source(Protocol):
         """The states that the first `count` sequences began from, (count, H)."""
 
     def checks(self, module: int, suffix: str, count: int) -> Array:
-        """Residual and tolerance of the module's first `count` calls, (count,)."""
+        """Of the module's first `count` calls, (count,) of type `schema.CHECK`."""
 
     def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
         """One version of a site's weights: (3H, I), (3H, H) and, if it has biases, twice (3H,)."""

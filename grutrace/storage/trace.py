@@ -93,6 +93,11 @@ class Trace:
         return self.header.options
 
     @property
+    def moment(self) -> Moment:
+        """What there is now, which does not change: for code that goes through a whole trace."""
+        return self._look()
+
+    @property
     def closed(self) -> bool:
         """Whether its writer closed the file in order; if not, it is at work or has died."""
         return self._look().tables.closed

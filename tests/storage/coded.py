@@ -44,7 +44,7 @@ def block(call, shape):
         weights=0,
         steps=np.full(batch, steps, np.uint32),
         sequences=np.arange(first, first + batch, dtype=np.uint64),
-        sites={"l0": SiteRows(quantities, initial, float(call), 0.5)},
+        sites={"l0": SiteRows(quantities, initial, float(call), 0.5, 2.0**-23)},
     )
 
 

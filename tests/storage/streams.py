@@ -121,7 +121,7 @@ class Stream:
                 arrays["input"] = layer_inputs.setdefault(site.layer, arrays["input"])
             initial = self.numbers((self.begun[module] - first, kind.hidden_size), kind.dtype)
             residual, tolerance = (abs(float(x)) for x in self.numbers(2, "float32"))
-            sites[site.suffix] = SiteRows(arrays, initial, residual, tolerance)
+            sites[site.suffix] = SiteRows(arrays, initial, residual, tolerance, 2.0**-23)
         record = Block(
             module=module,
             time=1.6e9 + len(self.records) / 8,

@@ -66,7 +66,7 @@ SPOILT = {
     "a sequence twice": (lambda: block(sequences=np.array([1, 1], np.uint64)), "one piece"),
     "no site": (lambda: block(sites={}), "site 'l0'"),
     "no quantity": (
-        lambda: block(sites={"l0": SiteRows({}, np.zeros((1, 3), "f4"), 0, 0)}),
+        lambda: block(sites={"l0": SiteRows({}, np.zeros((1, 3), "f4"), 0, 0, 1)}),
         "reset",
     ),
     "width": (lambda: block(sites=site(rows={"input": np.zeros((3, 3), "f4")})), r"l0\.input"),

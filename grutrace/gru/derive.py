@@ -1,0 +1,140 @@
+"""Steps that were recorded long ago, computed anew: arrays in, arrays out.
+
+A gate is a function of the weights, the input and the state before the step. All three being kept,
+it can be had at any time, for any steps on their own, to the rounding of one step: no step waits
+for another, and no recurrence is run. docs/equations.md says why that matters.
+
+n steps, I input size, H hidden size, U units that are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grutrace.gru import cell
+from grutrace.gru.rounding import tolerance
+from grutrace.record import WEIGHTS, Array
+
+_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+#: The floating-point type that has this spacing at 1.
+_BY_PRECISION = {torch.finfo(dtype).eps: dtype for dtype in _TYPES}
+
+#: The spacing at 1 of the type for everything that judges.
+DOUBLE = torch.finfo(torch.float64).eps
+
+
+class Derivation:
+    """Some steps, and what follows from what they read and started from.
+
+    Args:
+        input: (n, I)
+        previous: (n, H) the state before each step.
+        weights: By name in `WEIGHTS`, of one version: what all these steps used.
+        precision: Spacing at 1 of the type to compute in; that of the arrays if it is no type's.
+            In the type in which the kernel computed, its own gates come out.
+        units: Which of the H units to compute.
+    """
+
+    def __init__(
+        self,
+        input: Array,
+        previous: Array,
+        weights: Mapping[str, Array],
+        precision: float,
+        units: slice = slice(None),
+    ) -> None:
+        self._previous = _tensor(previous)
+        self._units = units
+        dtype = _BY_PRECISION.get(precision, self._previous.dtype)
+        arrays = [_of_units(weights[name], units) for name in WEIGHTS if name in weights]
+        # Someone may read in the middle of a model's run.
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            self._products = cell.products(
+                _tensor(input).to(dtype),
+                self._previous.to(dtype),
+                *(_tensor(array).to(dtype) for array in arrays),
+            )
+            self._preactivations = cell.preactivations(self._products)
+
+    def preactivation(self, name: str) -> Array:
+        """(n, U) what the sigmoid or tanh of this gate is applied to."""
+        return _array(getattr(self._preactivations, name))
+
+    def gate(self, name: str) -> Array:
+        """(n, U)"""
+        return _array(getattr(self._gates, name))
+
+    @cached_property
+    def hidden(self) -> Array:
+        """(n, U) the state after each step."""
+        return _array(cell.step(self._gates, self._previous[:, self._units]))
+
+    @cached_property
+    def sizes(self) -> tuple[Array, Array]:
+        """(n,) largest finite element of each step's products, and (n,) of the recurrent one.
+
+        They are what `tolerances` asks for.
+        """
+        input, hidden = (_sizes(product) for product in self._products)
+        recurrent = hidden.chunk(3, -1)[2]
+        return _largest(torch.cat([input, hidden], -1)), _largest(recurrent)
+
+    @cached_property
+    def _gates(self) -> cell.Gates:
+        return cell.activate(self._preactivations)
+
+
+def tolerances(
+    precisions: Array, terms: int, states: Array, products: Array, recurrents: Array
+) -> Array:
+    """(calls,) the difference that rounding explains in each call; see `rounding.tolerance`.
+
+    Args:
+        precisions: (calls,) spacing at 1 of the type in which the kernel computed.
+        terms: I + H
+        states: (calls,) largest ``|h|`` from which a step started.
+        products: (calls,) largest element of the products.
+        recurrents: (calls,) the same of the one that the reset gate is applied to.
+    """
+    columns = (array.tolist() for array in (precisions, states, products, recurrents))
+    allowed = [
+        tolerance(_BY_PRECISION[precision], terms, max(1.0, state), product, recurrent)
+        if precision in _BY_PRECISION
+        else 0.0
+        for precision, state, product, recurrent in zip(*columns, strict=True)
+    ]
+    return np.array(allowed, np.float64)
+
+
+def _of_units(weight: Array, units: slice) -> Array:
+    """The rows of a stacked weight that belong to these units, (3U, ...) of (3H, ...)."""
+    if units == slice(None):
+        return weight
+    by_gate = weight.reshape(3, -1, *weight.shape[1:])[:, units]
+    return by_gate.reshape(-1, *weight.shape[1:])
+
+
+def _tensor(array: Array) -> Tensor:
+    # torch takes no array that cannot be written to, though nothing here does.
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+
+
+def _array(tensor: Tensor) -> Array:
+    array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
+
+
+def _sizes(product: Tensor) -> Tensor:
+    wide = torch.promote_types(product.dtype, torch.float32)
+    return product.to(wide).abs().nan_to_num_(nan=0.0, posinf=0.0)
+
+
+def _largest(sizes: Tensor) -> Array:
+    array: Array = sizes.amax(-1).double().numpy()
+    return array

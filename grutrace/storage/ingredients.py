@@ -1,0 +1,199 @@
+"""What the gates of a site follow from, row by row: the input, the state before, the weights.
+
+N rows, I input size, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from grutrace.errors import NotRecordedError
+from grutrace.record import Array, Module, Site
+from grutrace.storage.index import Integers, ModuleIndex
+from grutrace.storage.source import Source
+from grutrace.storage.tables import Extent
+
+#: How much is brought into memory at once to derive from. Bytes.
+BLOCK = 16 * 1024 * 1024
+
+#: Arrays of 3H numbers a row that a derivation holds at once: products, their parts, the gates.
+_ARRAYS = 4
+
+
+class Ingredients(NamedTuple):
+    """Some rows, one after another in the order asked for, that used the same weights.
+
+    Attributes:
+        part: Where they lie among the rows that were asked for.
+        rows: (n,) their numbers.
+        calls: (n,) the calls that made them, counted within the module.
+        input: (n, I)
+        previous: (n, H) the state that each started from.
+        weights: By name.
+        precision: Spacing at 1 of the type in which the kernel computed.
+    """
+
+    part: slice
+    rows: Integers
+    calls: Integers
+    input: Array
+    previous: Array
+    weights: dict[str, Array]
+    precision: float
+
+
+class SiteIngredients:
+    """Finds what the gates of a site follow from.
+
+    Args:
+        source: Of the trace.
+        index: Of the module.
+        extent: Of the module.
+        calls: The table of all calls.
+        number: Place of the module in the header.
+        site: Which site.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        index: ModuleIndex,
+        extent: Extent,
+        calls: Array,
+        number: int,
+        site: Site,
+    ) -> None:
+        self._source, self._index, self._extent = source, index, extent
+        self._calls = calls[index.call_numbers]
+        self._number, self._site = number, site
+        self._module = source.header.modules[number]
+        self._latest: tuple[int, dict[str, Array]] = -1, {}
+
+    @property
+    def missing(self) -> str:
+        """What would be needed and was not recorded; empty if nothing is missing."""
+        if "hidden" not in self._site.quantities:
+            return "the hidden states were not recorded"
+        if not self._input_sites:
+            return "the input was not recorded"
+        return ""
+
+    @cached_property
+    def _input_sites(self) -> tuple[Site, ...]:
+        """Whose rows are the input: the site's own, or the states of the sites of the layer below.
+
+        Those are what the layer read only where nothing was dropped between.
+        """
+        if "input" in self._site.quantities:
+            return (self._site,)
+        if self._module.dropout and self._calls["training"].any():
+            return ()
+        return layer_below(self._module, self._site)
+
+    def input(self, rows: Integers, columns: slice = slice(None)) -> Array:
+        """Return what the layer read in these rows, (n, I).
+
+        Raises:
+            NotRecordedError: It was not recorded.
+        """
+        if not self._input_sites:
+            raise NotRecordedError(f"{self._site.name!r}: the input was not recorded")
+        if self._input_sites == (self._site,):
+            return np.asarray(self._stored(self._site, "input")[_compact(rows), columns])
+        parts = [
+            np.asarray(self._stored(each, "hidden")[_compact(rows)]) for each in self._input_sites
+        ]
+        return np.concatenate(parts, axis=1)[:, columns]
+
+    def previous(self, rows: Integers) -> Array:
+        """Return the state that each of these rows started from, (n, H).
+
+        Raises:
+            NotRecordedError: The hidden states were not recorded.
+        """
+        index, site = self._index, self._site
+        if "hidden" not in site.quantities:
+            raise NotRecordedError(f"{site.name!r}: the hidden states were not recorded")
+        hidden = self._stored(site, "hidden")
+        pieces = index.pieces_of(rows)
+        starts = index.starts[pieces]
+        if site.reverse:
+            outermost = rows == starts + index.steps[pieces] - 1
+            sources = np.where(outermost, -1, rows + 1)
+        else:
+            sources = np.where(rows == starts, index.last_rows_before[pieces], rows - 1)
+        previous = np.empty((len(rows), hidden.shape[1]), hidden.dtype)
+        begins = sources < 0
+        previous[~begins] = hidden[_compact(sources[~begins])]
+        initial = self._source.initial(self._number, site.suffix, self._extent.sequences)
+        previous[begins] = initial[index.sequences[pieces[begins]]]
+        return previous
+
+    def of(self, rows: Integers) -> Iterator[Ingredients]:
+        """Yield the rows in order, some at a time; each time of one version of the weights.
+
+        Raises:
+            NotRecordedError: Something needed was not recorded.
+        """
+        if self.missing:
+            raise NotRecordedError(
+                f"the gates of {self._site.name!r} cannot be derived: {self.missing}"
+            )
+        calls = np.searchsorted(
+            self._index.call_numbers, self._index.calls[self._index.pieces_of(rows)]
+        )
+        versions, precisions = self._calls["weights"][calls], self._checks["precision"][calls]
+        changes = (np.diff(versions) != 0) | (np.diff(precisions) != 0)
+        bounds = [0, *(np.flatnonzero(changes) + 1).tolist(), len(rows)]
+        width = self._site.input_size + (2 + 3 * _ARRAYS) * self._module.hidden_size
+        block = max(1, BLOCK // (8 * width))
+        for first, last in pairwise(bounds):
+            for start in range(first, last, block):
+                part = slice(start, min(start + block, last))
+                yield Ingredients(
+                    part,
+                    rows[part],
+                    calls[part],
+                    self.input(rows[part]),
+                    self.previous(rows[part]),
+                    self._weights(int(versions[first])),
+                    float(precisions[first]),
+                )
+
+    @cached_property
+    def _checks(self) -> Array:
+        return self._source.checks(self._number, self._site.suffix, self._extent.calls)
+
+    def _weights(self, version: int) -> dict[str, Array]:
+        """One version, kept until another is asked for: those of one sequence after another."""
+        latest = self._latest
+        if latest[0] != version:
+            latest = version, self._source.weights(self._number, self._site.suffix, version)
+            self._latest = latest
+        return latest[1]
+
+    def _stored(self, site: Site, quantity: str) -> Any:
+        return self._source.rows(self._number, site.suffix, quantity, self._extent.rows)
+
+
+def layer_below(module: Module, site: Site) -> tuple[Site, ...]:
+    """The sites of the layer below whose states, side by side, are what a site reads.
+
+    Empty at the first layer, and where one of them was not recorded.
+    """
+    below = tuple(each for each in module.sites if each.layer == site.layer - 1)
+    complete = len(below) == (2 if module.bidirectional else 1)
+    recorded = all("hidden" in each.quantities for each in below)
+    return below if complete and recorded else ()
+
+
+def _compact(rows: Integers) -> slice | Integers:
+    """The same rows as a slice, where they follow one another: that is read in one go."""
+    if len(rows) and np.all(np.diff(rows) == 1):
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
