@@ -107,6 +107,7 @@ class PlainSite:
         self.reverse = bool(group.attrs["reverse"])
         self.input_size = int(group.attrs["input_size"])
         self.rows = {name: group[name][:rows] for name in self.QUANTITIES if name in group}
+        self.derived = tuple(filter(None, group.attrs.get("derived", "").split(",")))
         self.labels = {name: [d.label for d in group[name].dims] for name in self.rows}
         self.initial = group["initial"][: module.count]
         self.checks = group["checks"][: len(module.calls)]
@@ -130,3 +131,33 @@ class PlainSite:
         if self.reverse:
             return np.concatenate([hidden, initial])[1:]
         return np.concatenate([initial, hidden])[: len(hidden)]
+
+    def read(self, number):
+        """The input of a sequence: stored, or the states of the layer below."""
+        if "input" in self.rows:
+            return self.sequence(number, "input")
+        below = [site for site in self.module.sites.values() if site.layer == self.layer - 1]
+        below.sort(key=lambda site: site.reverse)
+        return np.concatenate([site.sequence(number, "hidden") for site in below], axis=1)
+
+    def derive(self, number, quantity):
+        """A quantity of a sequence in float64: stored, or derived step by step."""
+        if quantity in self.rows:
+            return self.sequence(number, quantity)
+        x = self.read(number)
+        if quantity == "input":
+            return x
+        previous, rows = self.previous(number), []
+        versions = [
+            int(self.module.trace.calls["weights"][call])
+            for call, _, _, steps in self.module.pieces[number]
+            for _ in range(steps)
+        ]
+        for step, version in enumerate(versions):
+            weights = {name: array[version].astype("f8") for name, array in self.weights.items()}
+            i = weights["weight_ih"] @ x[step] + weights.get("bias_ih", 0)
+            h = weights["weight_hh"] @ previous[step] + weights.get("bias_hh", 0)
+            (i_r, i_z, i_n), (h_r, h_z, h_n) = np.split(i, 3), np.split(h, 3)
+            r, z = 1 / (1 + np.exp(-i_r - h_r)), 1 / (1 + np.exp(-i_z - h_z))
+            rows.append({"reset": r, "update": z, "candidate": np.tanh(i_n + r * h_n)}[quantity])
+        return np.array(rows).reshape(len(versions), -1)

@@ -126,3 +126,51 @@ def test_without_the_extra_it_says_which(path) -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert 'pip install "grutrace[cli]"' in done.stderr
+
+
+@pytest.fixture
+def deferred(tmp_path):
+    torch.manual_seed(0)
+    model = EncoderDecoder(layers=2).eval()
+    path = tmp_path / "deferred.h5"
+    with grutrace.trace(model, path, gates="deferred"):
+        model(torch.randn(4, 6, 5), steps=3)
+    return path
+
+
+def test_a_deferred_file(deferred, capsys) -> None:
+    assert main(["info", str(deferred), "--json"]) == 0
+    encoder, _ = json.loads(capsys.readouterr().out)["modules"]
+    assert [site["quantities"] for site in encoder["sites"]] == [["hidden", "input"], ["hidden"]]
+    assert encoder["sites"][1]["derived"] == ["reset", "update", "candidate"]
+    assert encoder["sites"][0]["residual"] is None
+    assert main(["info", str(deferred)]) == 0
+    assert "derived:" in capsys.readouterr().out
+    assert main(["stats", str(deferred)]) == 0
+    assert "candidate" in capsys.readouterr().out
+    assert main(["verify", str(deferred)]) == 0
+    assert "derived  holds" in capsys.readouterr().out
+
+
+def test_derive(deferred, tmp_path, capsys) -> None:
+    full = tmp_path / "full.h5"
+    assert main(["derive", str(deferred), "-o", str(full)]) == 0
+    assert main(["verify", str(full)]) == 0
+    with grutrace.open(full) as stored, grutrace.open(deferred) as trace:
+        assert stored["encoder.l1"].site.derived == ()
+        np.testing.assert_allclose(
+            stored["encoder.l1"].update, trace["encoder.l1"].update, atol=1e-6
+        )
+    capsys.readouterr()
+    assert main(["derive", str(deferred), "-o", str(full)]) == 2
+    assert "full.h5 exists" in capsys.readouterr().err
+    assert main(["derive", str(full), "-o", str(tmp_path / "again.h5")]) == 2
+    assert "nothing is to be derived" in capsys.readouterr().err
+    assert main(["derive", str(deferred)]) == 2
+
+
+def test_damage_to_a_deferred_file_is_found(deferred, capsys) -> None:
+    with h5py.File(deferred, "r+") as file:
+        file["modules/encoder/l1/hidden"][23, 2] += 0.25
+    assert main(["verify", str(deferred)]) == 1
+    assert "encoder.l1: sequence 3, step 5, unit 2: hidden is" in capsys.readouterr().out

@@ -29,10 +29,10 @@ def test_every_honest_trace_holds(case: Case) -> None:
                 assert found.worst is not None
 
 
-def two_layers(path, record=EVERYTHING, training=False, steps=20) -> nn.GRU:
+def two_layers(path, record=EVERYTHING, training=False, steps=20, gates="inline") -> nn.GRU:
     torch.manual_seed(0)
     layer = nn.GRU(3, 4, 2, bidirectional=True, dropout=0.5).train(training)
-    with torch.no_grad(), grutrace.trace(layer, path, record=record):
+    with torch.no_grad(), grutrace.trace(layer, path, record=record, gates=gates):
         for _ in range(2):
             layer(torch.randn(steps, 5, 3))
             layer.weight_hh_l0[0, 0] += 1
@@ -115,6 +115,56 @@ def test_control_each_kind_of_damage_is_caught(tmp_path, damage) -> None:
     found = checked(path)
     assert not found["l1"].holds
     assert found["l0"].holds
+
+
+def damage_one_input(group: h5py.Group) -> None:
+    group["input"][137, 2] += 0.01
+
+
+def damage_one_state(group: h5py.Group) -> None:
+    group["hidden"][137, 2] += 1e-4
+
+
+def damage_initial(group: h5py.Group) -> None:
+    group["initial"][3, 1] += 0.01
+
+
+def no_number(group: h5py.Group) -> None:
+    group["hidden"][137, 2] = np.nan
+
+
+DERIVED_DAMAGES = [
+    *(damage_weights, flip_direction, shift_states),
+    *(damage_one_input, damage_one_state, damage_initial, no_number),
+]
+
+
+@pytest.mark.parametrize("block", [1, 10**9])
+@pytest.mark.parametrize("damage", DERIVED_DAMAGES)
+def test_control_each_kind_of_damage_to_a_deferred_file_is_caught(
+    tmp_path, damage, block, monkeypatch
+) -> None:
+    monkeypatch.setattr(verification, "BLOCK", block * 4096)
+    path = tmp_path / "run.h5"
+    two_layers(path, gates="deferred", training=True)
+    found = checked(path)
+    assert all(each.holds and each.check == "derived" for each in found.values())
+    with h5py.File(path, "r+") as file:
+        damage(file["modules/%/l1"])
+    found = checked(path)
+    assert not found["l1"].holds
+    assert found["l0"].holds
+
+
+def test_the_worst_place_of_a_deferred_file_is_named(tmp_path) -> None:
+    path = tmp_path / "run.h5"
+    two_layers(path, gates="deferred", training=True)
+    # Row 139 of sequences of 20 steps each: the last step, from which no other starts.
+    with h5py.File(path, "r+") as file:
+        file["modules/%/l1/hidden"][139, 2] += 0.5
+    worst = checked(path)["l1"].worst
+    assert (worst.quantity, worst.sequence, worst.step, worst.unit) == ("hidden", 6, 19, 2)
+    assert worst.difference == pytest.approx(0.5, abs=1e-5)
 
 
 def test_the_states_alone_show_a_wrong_gate(tmp_path) -> None:

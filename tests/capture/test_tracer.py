@@ -7,6 +7,7 @@ import io
 import pickle
 import threading
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -261,24 +262,26 @@ def test_bidirectional_calls_never_continue() -> None:
     assert trace["l0"].lengths.tolist() == trace["l0_reverse"].lengths.tolist() == [4] * 4
 
 
+@pytest.mark.parametrize("gates", ["inline", "deferred"])
 @pytest.mark.parametrize(("steps", "batch"), [(4, 2), (1, 2), (4, 1), (1, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["gru", "packed", "reverse", "cell"])
-def test_what_is_changed_in_place_right_after_the_call(kind, dtype, steps, batch) -> None:
+def test_what_is_changed_in_place_right_after_the_call(kind, dtype, steps, batch, gates) -> None:
     """The model may reuse its input, its output and its states as soon as it has them."""
     layer = nn.GRUCell(2, 3) if kind == "cell" else nn.GRU(2, 3, bidirectional=kind == "reverse")
     layer.to(dtype)
     x = torch.randn((batch, 2) if kind == "cell" else (steps, batch, 2)).to(dtype)
     initial = torch.randn(*layer(x)[1].shape).to(dtype) if kind != "cell" else torch.randn(batch, 3)
     initial = initial.to(dtype)
-    with torch.no_grad(), grutrace.trace(layer, record=EVERYTHING, check="raise") as trace:
+    options: Any = {"record": EVERYTHING, "check": "raise", "gates": gates}
+    with torch.no_grad(), grutrace.trace(layer, **options) as trace:
         input = pack_sequence(list(x.unbind(1))) if kind == "packed" else x
         result = layer(input, initial)
         expected = [each.clone() for each in (x, initial, *tensors(result))]
         for each in (x, initial, *tensors(input), *tensors(result)):
             if each.is_floating_point():
                 each.fill_(7)
-    with grutrace.trace(layer, record=EVERYTHING) as again:
+    with grutrace.trace(layer, **options) as again:
         layer(
             pack_sequence(list(expected[0].unbind(1))) if kind == "packed" else expected[0],
             expected[1],

@@ -1,0 +1,152 @@
+"""A derived file is what an inline trace of the same run would have been."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from torch import nn
+
+import grutrace
+from grutrace.analysis import derivation
+from grutrace.analysis.derivation import derive_file
+from grutrace.analysis.verification import verify
+from grutrace.record import GATES
+from tests.capture.models import EncoderDecoder
+from tests.checks import EVERYTHING
+from tests.plain_reader import PlainTrace
+from tests.strategies import Case, cases
+from tests.test_both_sinks import run
+
+
+def assert_as_inline(derived: Any, inline: Any) -> None:
+    """Everything but the gates, residuals and tolerances is the same; those are to rounding."""
+    assert derived.sites == inline.sites
+    assert derived.modules == inline.modules
+    for name in (field for field in inline.calls.dtype.names if field not in ("time", "residual")):
+        assert derived.calls[name].tolist() == inline.calls[name].tolist()
+    assert derived.sequences.tolist() == inline.sequences.tolist()
+    for name in inline.sites:
+        one, other = inline[name], derived[name]
+        np.testing.assert_allclose(other.checks["tolerance"], one.checks["tolerance"], rtol=1e-3)
+        np.testing.assert_array_equal(other.checks["precision"], one.checks["precision"])
+        assert (other.checks["residual"] <= other.checks["tolerance"]).all()
+        allowed = one.row_checks()["tolerance"][:, np.newaxis]
+        for quantity in one.site.quantities:
+            stored, found = np.asarray(one.rows(quantity)), np.asarray(other.rows(quantity))
+            assert (np.abs(stored.astype(float) - found) <= allowed * (quantity in GATES)).all()
+        np.testing.assert_array_equal(other.initial, one.initial)
+        for version in range(one.extent.versions):
+            for which, array in one.weights(version).items():
+                np.testing.assert_array_equal(other.weights(version)[which], array)
+        for left, right in zip(one, other, strict=True):
+            assert left.tokens == right.tokens
+            assert str(left.labels) == str(right.labels)
+            assert (left.tag, left.place, left.parent) == (right.tag, right.place, right.parent)
+
+
+@pytest.fixture
+def traces(tmp_path) -> Any:
+    """A whole run in a deferred file, and beside it inline in memory."""
+    torch.manual_seed(1)
+    model, path = EncoderDecoder(layers=2, dropout=0.3), tmp_path / "deferred.h5"
+    with (
+        grutrace.trace(model, record=EVERYTHING) as inline,
+        grutrace.trace(model, path, record=EVERYTHING, gates="deferred") as deferred,
+    ):
+        run(model, inline, deferred)
+    return path, inline
+
+
+@pytest.mark.parametrize("block", [1, 2000, 10**9])
+def test_a_whole_run(traces, tmp_path, block, monkeypatch) -> None:
+    monkeypatch.setattr(derivation, "BLOCK", block)
+    path, inline = traces
+    steps = []
+    with grutrace.open(path) as trace:
+        derive_file(trace, tmp_path / "full.h5", lambda done, total: steps.append((done, total)))
+        times = trace.calls["time"].tolist()
+        assert steps == [(done + 1, len(times)) for done in range(len(times))]
+    with grutrace.open(tmp_path / "full.h5") as full:
+        assert full.closed
+        assert full.calls["time"].tolist() == times
+        assert full.options["gates"] == "derived"
+        assert_as_inline(full, inline)
+        assert all(found.holds and found.check == "gates" for found in verify(full))
+
+
+def test_forks_and_shrinking_batches(tmp_path) -> None:
+    torch.manual_seed(0)
+    cell, state = nn.GRUCell(2, 3), torch.randn(4, 3)
+    with (
+        torch.no_grad(),
+        grutrace.trace(cell, record=EVERYTHING) as inline,
+        grutrace.trace(cell, record=EVERYTHING, gates="deferred") as deferred,
+    ):
+        for rows in ([0, 1, 2, 3], [2, 0, 3], [1, 1, 0], [0, 1, 2], [0]):
+            state = cell(torch.randn(len(rows), 2), state[rows])
+    assert (inline.sequences["parent"] >= 0).any()
+    derive_file(deferred, tmp_path / "full.h5")
+    assert_as_inline(grutrace.open(tmp_path / "full.h5"), inline)
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(cases())
+def test_the_lattice(tmp_path, case: Case) -> None:
+    path = tmp_path / "full.h5"
+    path.unlink(missing_ok=True)
+    with (
+        grutrace.trace(case.layer, record=EVERYTHING) as inline,
+        grutrace.trace(case.layer, record=EVERYTHING, gates="deferred") as deferred,
+    ):
+        case.run()
+    derive_file(deferred, path)
+    with grutrace.open(path) as full:
+        assert_as_inline(full, inline)
+
+
+def test_the_file_is_one_by_the_specification(traces, tmp_path) -> None:
+    path, inline = traces
+    with grutrace.open(path) as trace:
+        derive_file(trace, tmp_path / "full.h5")
+    for module in PlainTrace(tmp_path / "full.h5").modules:
+        for site in module.sites.values():
+            assert tuple(site.rows) == EVERYTHING
+            assert site.derived == ()
+            assert (site.checks["residual"] <= site.checks["tolerance"]).all()
+            for number in range(module.count):
+                expected = inline[site.name].sequence(number)
+                for quantity in EVERYTHING:
+                    np.testing.assert_allclose(
+                        site.sequence(number, quantity), expected.rows(quantity), atol=1e-6
+                    )
+
+
+def test_what_cannot_be_derived_is_refused(traces, tmp_path) -> None:
+    path, inline = traces
+    before = path.read_bytes()
+    with grutrace.open(path) as trace:
+        with pytest.raises(grutrace.TraceFileError, match=r"deferred\.h5 exists"):
+            derive_file(trace, path)
+        with pytest.raises(grutrace.TraceFileError, match="no folder"):
+            derive_file(trace, tmp_path / "nowhere" / "full.h5")
+    assert path.read_bytes() == before
+    with pytest.raises(grutrace.TraceFileError, match="nothing is to be derived"):
+        derive_file(inline, tmp_path / "full.h5")
+    assert not (tmp_path / "full.h5").exists()
+
+
+def test_half_a_file_is_not_left_behind(traces, tmp_path) -> None:
+    path, _ = traces
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with grutrace.open(path) as trace, pytest.raises(KeyboardInterrupt):
+        derive_file(trace, tmp_path / "full.h5", interrupt)
+    assert [each.name for each in tmp_path.iterdir()] == ["deferred.h5"]
