@@ -124,7 +124,7 @@ def _check_site(site, expected, module, description):
             assert not padded[number, len(exact) :].any()
     np.testing.assert_array_equal(site.initial, expected.initial(module, suffix))
     checks = [block.sites[suffix] for block in blocks]
-    for name in ("residual", "tolerance"):
+    for name in ("residual", "tolerance", "precision"):
         exact = np.array([getattr(check, name) for check in checks], np.float32)
         np.testing.assert_array_equal(site.checks[name], exact)
     assert site.residual == max((np.float32(check.residual) for check in checks), default=0.0)

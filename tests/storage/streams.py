@@ -30,6 +30,7 @@ def make_module(
     layers=1,
     directions=(False,),
     record=DEFAULT_RECORD,
+    derived=(),
     bias=True,
     dtype="float32",
     kind="GRU",
@@ -40,7 +41,8 @@ def make_module(
         for reverse in directions:
             suffix = "cell" if kind == "GRUCell" else f"l{layer}" + "_reverse" * reverse
             read = width if layer == 0 else hidden * len(directions)
-            sites.append(Site(path + dot + suffix, suffix, layer, reverse, read, tuple(record)))
+            name = path + dot + suffix
+            sites.append(Site(name, suffix, layer, reverse, read, tuple(record), tuple(derived)))
     return Module(
         path=path,
         kind=kind,
@@ -153,6 +155,7 @@ def full_stream() -> Stream:
         make_module("decoder/step", kind="GRUCell", dtype="float64", bias=False),
         make_module("", record=("update", "hidden"), hidden=5, dtype="float16"),
         make_module("idle", record=("input",)),
+        make_module("deferred", record=("hidden", "input"), derived=("reset", "candidate")),
     ]
     stream = Stream(make_header(*modules))
     stream.call([3, 1, 4], tag="valid")
@@ -171,6 +174,7 @@ def full_stream() -> Stream:
     stream.call([7], module=2, tag="valid")
     stream.call([5, 0, 1], module=2, go_on=[0, None, None])
     stream.annotate(2, "tokens", [], module=2)
+    stream.call([2, 3], module=4)
     return stream
 
 
@@ -181,6 +185,8 @@ def drawn_modules(draw):
     for path in paths:
         directions = draw(st.sampled_from([(False,), (True,), (False, True)]))
         quantities = draw(st.lists(st.sampled_from(QUANTITIES), unique=True))
+        others = [name for name in QUANTITIES if name not in quantities]
+        derived = draw(st.lists(st.sampled_from(others), unique=True)) if others else []
         modules.append(
             make_module(
                 path,
@@ -189,6 +195,7 @@ def drawn_modules(draw):
                 layers=draw(st.integers(1, 2)),
                 directions=directions,
                 record=sorted(quantities, key=QUANTITIES.index),
+                derived=sorted(derived, key=QUANTITIES.index),
                 bias=draw(st.booleans()),
                 dtype=draw(st.sampled_from(["float16", "float32", "float64"])),
             )

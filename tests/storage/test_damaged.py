@@ -99,6 +99,15 @@ DAMAGES = {
         lambda f: f["modules/%"].attrs.__setitem__("hidden_size", "5"),
         "hidden_size",
     ),
+    "derived and stored": (
+        lambda f: f[SITE].attrs.__setitem__("derived", "update"),
+        "l0.*derived",
+    ),
+    "derived of no such name": (
+        lambda f: f[SITE].attrs.__setitem__("derived", "reset,forget"),
+        "l0.*derived",
+    ),
+    "derived that is no text": (lambda f: f[SITE].attrs.__setitem__("derived", 3), "l0.*derived"),
     "an attribute missing": (lambda f: f[SITE].attrs.__delitem__("reverse"), "l0.*reverse"),
     "an index twice": (lambda f: f["modules/%"].attrs.__setitem__("index", 0), "modules"),
     "a dataset missing": (lambda f: f.__delitem__(SITE + "/checks"), "checks"),
@@ -145,7 +154,7 @@ DAMAGES = {
         lambda f: set_field(f, "modules/%/pieces", "sequence", 0, 1),
         "pieces.sequence",
     ),
-    "a module that is not there": (lambda f: set_field(f, "calls", "module", 0, 4), "calls.module"),
+    "a module that is not there": (lambda f: set_field(f, "calls", "module", 0, 5), "calls.module"),
     "weights that are not there": (lambda f: set_field(f, "calls", "weights", 0, 99), "weight_ih"),
     "a tag that is not there": (lambda f: set_field(f, "calls", "tag", 0, 1000), "calls.tag"),
     "a name that is none": (

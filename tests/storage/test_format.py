@@ -56,10 +56,12 @@ def check_plain_site(plain, expected, module, site):
     assert (plain.name, plain.layer, plain.reverse) == (site.name, site.layer, site.reverse)
     assert plain.input_size == site.input_size
     assert tuple(plain.rows) == site.quantities
+    assert plain.derived == site.derived
     blocks = expected.of(module)
     np.testing.assert_array_equal(plain.initial, expected.initial(module, site.suffix))
-    residuals = [np.float32(block.sites[site.suffix].residual) for block in blocks]
-    assert plain.checks["residual"].tolist() == residuals
+    for name in ("residual", "tolerance", "precision"):
+        exact = [np.float32(getattr(block.sites[site.suffix], name)) for block in blocks]
+        assert plain.checks[name].tolist() == exact
     for record in expected.weights:
         if record.module == module and record.version < plain.module.weight_versions:
             for name, array in record.sites[site.suffix].items():
