@@ -125,7 +125,8 @@ class _ModuleRecords:
         self._index = self._moment.index(number)
         self._pieces = self._moment.tables.pieces[number]
         forks = self._moment.tables.forks
-        self._forks = forks[forks["module"] == number]
+        own = forks[forks["module"] == number]
+        self._forks = own[np.argsort(own["sequence"], kind="stable")]
         self._announced = self._piece = self._begun = 0
         self._rows = self._site_rows()
 
@@ -150,17 +151,26 @@ class _ModuleRecords:
             steps=pieces["steps"].astype(np.uint32),
             sequences=pieces["sequence"].astype(np.uint64),
             sites=self._with_initial(next(self._rows), before),
-            forks=tuple(
-                Fork(int(fork["sequence"]), int(fork["parent"]), int(fork["steps"]))
-                for fork in self._forks
-                if before <= fork["sequence"] < self._begun
-            ),
+            forks=self._forks_of(before),
+        )
+
+    def _forks_of(self, before: int) -> tuple[Fork, ...]:
+        """The origins of the sequences that a call began."""
+        bounds = np.array([before, self._begun], np.uint64)
+        first, last = np.searchsorted(self._forks["sequence"], bounds)
+        return tuple(
+            Fork(int(fork["sequence"]), int(fork["parent"]), int(fork["steps"]))
+            for fork in self._forks[first:last]
         )
 
     def _with_initial(self, rows: dict[str, SiteRows], before: int) -> dict[str, SiteRows]:
         """Add the states that the sequences of a call began from."""
+        none = np.empty((0, self._module.hidden_size), self._module.dtype)
         initial = {
-            site.site.suffix: np.array(site.initial[before : self._begun]) for site in self._sites
+            site.site.suffix: np.array(site.initial[before : self._begun])
+            if before < self._begun
+            else none
+            for site in self._sites
         }
         return {
             suffix: dataclasses.replace(each, initial=initial[suffix])
@@ -203,7 +213,7 @@ def _derive(
     site: SiteTrace, evidence: Evidence, calls: range, rows: slice
 ) -> tuple[dict[str, Array], Array]:
     """Return all quantities of a site in these rows, and the checks of the calls that they are."""
-    checks = np.array(site.checks[calls.start : calls.stop])
+    checks = np.array(evidence.checks[calls.start : calls.stop])
     gates = [name for name in GATES if name in site.site.derived]
     found = {
         name: np.asarray(site.rows(name)[rows]) for name in site.site.readable if name not in gates

@@ -23,13 +23,14 @@ class Evidence:
         site: Which site.
 
     Attributes:
+        checks: (calls,) as they are recorded.
         residuals: (calls,) the largest difference so far.
         places: (calls, 2) the row and unit where it is.
     """
 
     def __init__(self, site: SiteTrace) -> None:
-        self._precisions = site.checks["precision"]
-        calls = len(self._precisions)
+        self.checks = site.checks
+        calls = len(self.checks)
         self._terms = site.site.input_size + site.module.hidden_size
         self._states, self._products, self._recurrents = np.zeros((3, calls))
         self.residuals = np.zeros(calls)
@@ -60,7 +61,7 @@ class Evidence:
         """(n,) the residual that rounding explains in each of these calls."""
         part = slice(calls.start, calls.stop)
         return tolerances(
-            self._precisions[part],
+            self.checks["precision"][part],
             self._terms,
             self._states[part],
             self._products[part],

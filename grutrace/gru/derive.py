@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from grutrace.gru import cell
-from grutrace.gru.rounding import tolerance
+from grutrace.gru.rounding import spacing, tolerance
 from grutrace.record import WEIGHTS, Array
 
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 #: The floating-point type that has this spacing at 1.
-_BY_PRECISION = {torch.finfo(dtype).eps: dtype for dtype in _TYPES}
+_BY_PRECISION = {spacing(dtype): dtype for dtype in _TYPES}
 
 #: The spacing at 1 of the type for everything that judges.
-DOUBLE = torch.finfo(torch.float64).eps
+DOUBLE = spacing(torch.float64)
 
 
 class Derivation:

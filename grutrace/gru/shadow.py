@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from grutrace.gru import cell
 from grutrace.gru.kernel import CellWeights
-from grutrace.gru.rounding import coarsest, compare, largest, tolerance
+from grutrace.gru.rounding import coarsest, compare, largest, spacing, tolerance
 from grutrace.gru.steps import Steps
 
 
@@ -99,4 +99,4 @@ class Shadow:
         terms = input.shape[-1] + previous.shape[-1]
         dtype = coarsest(self._stored or hidden.dtype, *(each.dtype for each in (hidden, *gates)))
         allowed = tolerance(dtype, terms, state, found.product, found.recurrent)
-        return Replay(gates, found.residual, allowed, torch.finfo(dtype).eps)
+        return Replay(gates, found.residual, allowed, spacing(dtype))

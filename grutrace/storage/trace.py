@@ -63,7 +63,7 @@ class Trace:
 
         Fields: module (its path), tag (or None), weights (their version), training, batch, steps
         (of all its sequences together), time (seconds since the epoch), residual (the largest of
-        the module's sites).
+        the module's sites; not a number where gates are derived when read).
         """
         return self._look().calls
 

@@ -60,6 +60,16 @@ def test_what_can_be_checked_depends_on_what_was_recorded(tmp_path) -> None:
         assert all(bool(each.reason) == (each.check != "gates") for each in found.values())
 
 
+@pytest.mark.parametrize("gates", ["inline", "deferred"])
+def test_states_and_inputs_are_enough(tmp_path, gates) -> None:
+    path = tmp_path / "run.h5"
+    two_layers(path, ("hidden", "input"), gates=gates, training=True)
+    assert {(each.check, each.holds) for each in checked(path).values()} == {("derived", True)}
+    with h5py.File(path, "r+") as file:
+        damage_weights(file["modules/%/l1"])
+    assert [each.holds for each in checked(path).values()] == [True, True, False, True]
+
+
 def test_dropped_out_states_are_not_taken_for_the_input(tmp_path) -> None:
     two_layers(tmp_path / "run.h5", EVERYTHING[:4], training=True)
     assert checked(tmp_path / "run.h5")["l1"].check == "states"
