@@ -82,7 +82,9 @@ def stored_header(header: Header) -> Header:
         dataclasses.replace(module, sites=tuple(_stored(site) for site in module.sites))
         for module in header.modules
     )
-    options = {**header.options, "gates": "derived"}
+    # The new file holds all parts of a run, and is none itself.
+    options = {name: value for name, value in header.options.items() if name != "run"}
+    options["gates"] = "derived"
     return dataclasses.replace(header, modules=modules, options=options)
 
 
@@ -92,7 +94,7 @@ def _stored(site: Site) -> Site:
 
 def _append_all(trace: Trace, sink: Sink, progress: Callable[[int, int], None] | None) -> None:
     moment = trace.moment
-    records = [_ModuleRecords(moment, number) for number in range(len(trace.modules))]
+    records = [_ModuleRecords(moment, number) for number in range(len(moment.header.modules))]
     calls = moment.tables.calls
     for call, module in enumerate(calls["module"].tolist()):
         for record in records[module].next_call(call):
@@ -120,7 +122,7 @@ class _ModuleRecords:
 
     def __init__(self, moment: Moment, number: int) -> None:
         self._moment, self._number = moment, number
-        self._module: Module = moment.source.header.modules[number]
+        self._module: Module = moment.header.modules[number]
         self._sites = [SiteTrace(lambda: moment, number, site) for site in self._module.sites]
         self._index = self._moment.index(number)
         self._pieces = self._moment.tables.pieces[number]

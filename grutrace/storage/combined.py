@@ -74,7 +74,7 @@ class CombinedSource:
         return source.initial(number, suffix, count)
 
     def checks(self, module: int, suffix: str, count: int) -> Array:
-        """Residual and tolerance of the module's first `count` calls, (count,)."""
+        """Of the module's first `count` calls, (count,) of type `schema.CHECK`."""
         source, number = self._places[module]
         return source.checks(number, suffix, count)
 

@@ -55,7 +55,8 @@ class SiteIngredients:
         index: Of the module.
         extent: Of the module.
         calls: The table of all calls.
-        number: Place of the module in the header.
+        module: The module.
+        number: Its place in the header.
         site: Which site.
     """
 
@@ -65,13 +66,13 @@ class SiteIngredients:
         index: ModuleIndex,
         extent: Extent,
         calls: Array,
+        module: Module,
         number: int,
         site: Site,
     ) -> None:
         self._source, self._index, self._extent = source, index, extent
         self._calls = calls[index.call_numbers]
-        self._number, self._site = number, site
-        self._module = source.header.modules[number]
+        self._module, self._number, self._site = module, number, site
         self._latest: tuple[int, dict[str, Array]] = -1, {}
 
     @property

@@ -91,7 +91,7 @@ class Moment:
                 f"{quantity!r} was not recorded at {site.name!r}; recorded: {found}"
             )
         if quantity == "input":
-            dtype = np.dtype(self.source.header.modules[module].dtype)
+            dtype = np.dtype(self.header.modules[module].dtype)
             return DerivedInput(self.ingredients(module, site), (count, site.input_size), dtype)
         return self._derived(module, site, quantity)
 
@@ -117,6 +117,7 @@ class Moment:
                 self.index(module),
                 self.extent(module),
                 self.tables.calls,
+                self.header.modules[module],
                 module,
                 site,
             )
@@ -125,7 +126,7 @@ class Moment:
     def _derived(
         self, module: int, site: Site, gate: str, *, preactivation: bool = False
     ) -> DerivedRows:
-        kind = self.source.header.modules[module]
+        kind = self.header.modules[module]
         shape, dtype = (self.extent(module).rows, kind.hidden_size), np.dtype(kind.dtype)
         ingredients = self.ingredients(module, site)
         return DerivedRows(ingredients, gate, shape, dtype, preactivation=preactivation)

@@ -127,6 +127,33 @@ def test_the_file_is_one_by_the_specification(traces, tmp_path) -> None:
                     )
 
 
+def test_all_parts_of_a_run_become_one_file(tmp_path, monkeypatch) -> None:
+    torch.manual_seed(0)
+    models, traces = [nn.GRU(2, 3), nn.GRU(2, 4)], []
+    for part, model in enumerate(models, 1):
+        monkeypatch.setattr(grutrace.Tracer, "_stamp", {"run": {"id": "a" * 32, "part": part}})
+        path = tmp_path / ("run.h5" if part == 1 else "run.part0002.h5")
+        with (
+            grutrace.trace(model, record=EVERYTHING) as inline,
+            grutrace.trace(model, path, gates="deferred", record=EVERYTHING),
+        ):
+            for _ in range(part):
+                model(torch.randn(5, 2, 2))
+        traces.append(inline)
+    with grutrace.open(tmp_path / "run.h5") as trace:
+        assert len(trace.sites) == 2
+        assert all(found.holds and found.check == "derived" for found in verify(trace))
+        derive_file(trace, tmp_path / "full.h5")
+        sites, times = trace.sites, trace.calls["time"].tolist()
+    for path in tmp_path.glob("run*"):
+        path.unlink()
+    with grutrace.open(tmp_path / "full.h5") as full:
+        assert "run" not in full.options
+        assert full.calls["time"].tolist() == times
+        for name, inline in zip(sites, traces, strict=True):
+            np.testing.assert_allclose(full[name].update, inline["l0"].update, atol=1e-6)
+
+
 def test_what_cannot_be_derived_is_refused(traces, tmp_path) -> None:
     path, inline = traces
     before = path.read_bytes()
