@@ -46,7 +46,7 @@ class DerivedRows(LazyRows):
         self._preactivation = preactivation
 
     def _read(self, rows: slice, columns: slice) -> Array:
-        return self._pick(np.arange(len(self))[rows], columns)
+        return self._pick(np.arange(*rows.indices(len(self))), columns)
 
     def _pick(self, rows: Array, columns: slice) -> Array:
         width = len(range(self.shape[1])[columns])
@@ -73,7 +73,7 @@ class DerivedInput(LazyRows):
         self._ingredients = ingredients
 
     def _read(self, rows: slice, columns: slice) -> Array:
-        return self._pick(np.arange(len(self))[rows], columns)
+        return self._pick(np.arange(*rows.indices(len(self))), columns)
 
     def _pick(self, rows: Array, columns: slice) -> Array:
         return self._ingredients.input(rows, columns)

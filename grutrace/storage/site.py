@@ -114,7 +114,7 @@ class SiteTrace(Quantities[Rows]):
         Raises:
             NotRecordedError: The hidden states were not recorded.
         """
-        rows = np.arange(self.extent.rows)[start:stop]
+        rows = np.arange(*slice(start, stop).indices(self.extent.rows))
         return self.ingredients.previous(rows)
 
     def preactivation(self, gate: str) -> Rows:
@@ -139,7 +139,7 @@ class SiteTrace(Quantities[Rows]):
 
     def row_calls(self, start: int = 0, stop: int | None = None) -> Integers:
         """The calls, as rows of `Trace.calls`, that made rows ``start`` to ``stop``."""
-        rows = np.arange(self._look().extent(self._number).rows)[start:stop]
+        rows = np.arange(*slice(start, stop).indices(self._look().extent(self._number).rows))
         return self._index.calls[self._index.pieces_of(rows)]
 
     def row_checks(self, start: int = 0, stop: int | None = None) -> Array:
