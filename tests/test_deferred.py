@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import grutrace
 from grutrace.analysis.verification import verify
@@ -341,6 +342,29 @@ def test_a_module_that_changes_its_type_while_attached() -> None:
     half = torch.from_numpy(trace["l0"].update[18:36])
     assert torch.equal(half.bfloat16().float(), half)
     assert all(found.holds for found in verify(trace))
+
+
+class Refusing(TorchFunctionMode):
+    """A mode of the user that nothing of ours should meet."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        raise AssertionError(function)
+
+
+def test_what_surrounds_the_reader_changes_nothing() -> None:
+    layer = nn.GRU(5, 16)
+    with grutrace.trace(layer, gates="deferred") as trace:
+        layer(torch.randn(6, 3, 5))
+    values = trace["l0"].update[:]
+    for each in (torch.device("meta"), torch.inference_mode(), torch.autocast("cpu"), Refusing()):
+        with each:
+            np.testing.assert_array_equal(trace["l0"].update, values)
+            assert trace["l0"].preactivation("reset").shape == (18, 16)
+    torch.set_default_dtype(torch.float64)
+    try:
+        np.testing.assert_array_equal(trace["l0"].update, values)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 # -- pre-activations --------------------------------------------------------------------------

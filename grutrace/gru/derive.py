@@ -9,7 +9,8 @@ n steps, I input size, H hidden size, U units that are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 
 import numpy as np
@@ -29,6 +30,13 @@ _BY_PRECISION = {spacing(dtype): dtype for dtype in _TYPES}
 DOUBLE = spacing(torch.float64)
 
 
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Compute apart from what is in force around the reader, who may be within a model's run."""
+    with torch._C.DisableTorchFunction(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
+
+
 class Derivation:
     """Some steps, and what follows from what they read and started from.
 
@@ -41,6 +49,7 @@ class Derivation:
         units: Which of the H units to compute.
     """
 
+    @_apart()
     def __init__(
         self,
         input: Array,
@@ -53,29 +62,31 @@ class Derivation:
         self._units = units
         dtype = _BY_PRECISION.get(precision, self._previous.dtype)
         arrays = [_of_units(weights[name], units) for name in WEIGHTS if name in weights]
-        # Someone may read in the middle of a model's run.
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            self._products = cell.products(
-                _tensor(input).to(dtype),
-                self._previous.to(dtype),
-                *(_tensor(array).to(dtype) for array in arrays),
-            )
-            self._preactivations = cell.preactivations(self._products)
+        self._products = cell.products(
+            _tensor(input).to(dtype),
+            self._previous.to(dtype),
+            *(_tensor(array).to(dtype) for array in arrays),
+        )
+        self._preactivations = cell.preactivations(self._products)
 
+    @_apart()
     def preactivation(self, name: str) -> Array:
         """(n, U) what the sigmoid or tanh of this gate is applied to."""
         return _array(getattr(self._preactivations, name))
 
+    @_apart()
     def gate(self, name: str) -> Array:
         """(n, U)"""
         return _array(getattr(self._gates, name))
 
     @cached_property
+    @_apart()
     def hidden(self) -> Array:
         """(n, U) the state after each step."""
         return _array(cell.step(self._gates, self._previous[:, self._units]))
 
     @cached_property
+    @_apart()
     def sizes(self) -> tuple[Array, Array]:
         """(n,) largest finite element of each step's products, and (n,) of the recurrent one.
 
