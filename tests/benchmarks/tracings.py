@@ -36,6 +36,7 @@ TRACINGS = (
     Tracing("update only, in memory", 1.35, {"record": "update"}),
     Tracing("everything, in memory", 1.25),
     Tracing("everything, to a file", 1.40, to_file=True),
+    Tracing("deferred, to a file", 1.10, {"gates": "deferred"}, to_file=True),
 )
 
 
