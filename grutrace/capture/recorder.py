@@ -155,10 +155,10 @@ class ModuleRecorder:
         call = observation.call
         weights = call.cell_weights(site.layer, site.reverse)
         if self._deferred:
-            if call.drops and site.layer and "input" not in site.quantities:
+            if call.drops and site.layer and site.derived and "input" not in site.quantities:
                 raise UnsupportedError(
                     f"{site.name} had no dropout before it when it was attached, and has now: what "
-                    "it reads is not recorded, so its gates could not be derived. Make a new tracer"
+                    "it reads is not kept, so its gates could not be derived. Make a new tracer"
                 )
             found = precision(layer.input, hidden, weights.weight_ih, self._stored)
             return {}, _Check(math.nan, math.nan, found)

@@ -32,6 +32,7 @@ from grutrace.errors import (
     ResidualError,
     ResidualWarning,
     StateError,
+    UnsupportedError,
 )
 from grutrace.record import DEFAULT_RECORD, Header, Record
 from grutrace.storage.moment import Moment
@@ -302,7 +303,12 @@ class Tracer(Trace):
             path = self._path(index)
             self._warn_once(path, f"a call of {path} was not recorded: {observation.reason}")
             return
-        recorded = recorder.record(observation, self._tag)
+        try:
+            recorded = recorder.record(observation, self._tag)
+        except UnsupportedError as error:
+            path = self._path(index)
+            self._warn_once(path, f"a call of {path} was not recorded: {error}")
+            return
         with self._lock:
             if self._batches is not None:
                 self._batches.add(recorded)
