@@ -53,7 +53,7 @@ def deep(how):
 if __name__ == "__main__":
     print(sys.argv, sys.orig_argv, sys.path, sys.flags, sys.warnoptions, sys._xoptions)
     print(__name__, __file__, __spec__ and __spec__.name, __package__, __builtins__, __loader__)
-    print({name: value for name, value in os.environ.items() if "RUN" in name or "PYTHON" in name})
+    print(sorted(item for item in os.environ.items() if "RUN" in item[0] or "PYTHON" in item[0]))
     print(sorted(set(sys.modules) & {"torch", "h5py", "numpy", "typer", "__mp_main__"}))
     print([each for each in sys.stdin])
     print(pickle.loads(pickle.dumps(Point())) == Point(), sys.modules["__main__"].Point is Point)

@@ -9,5 +9,6 @@ sys.path.append(_root)
 try:
     from grutrace.run.begin import begin
 finally:
-    sys.path.remove(_root)
+    # The one at the end: it may stand on PYTHONPATH as well.
+    del sys.path[len(sys.path) - 1 - sys.path[::-1].index(_root)]
 begin(os.path.dirname(__file__))
