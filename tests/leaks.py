@@ -18,6 +18,12 @@ from grutrace.capture import listen
 #: Linux lists the open files of a process here.
 OPEN_FILES = Path("/proc/self/fd")
 
+#: What other libraries load once and keep: fonts, compiled code.
+KEPT_BY_LIBRARIES = Path(torch.__file__).parents[1]
+
+#: Whose threads count: a library may keep one of a class of its own for good (tqdm does).
+THREADS = ("threading", "grutrace.", "tests.")
+
 #: How long a thread may take to end once nobody needs it any more. Seconds.
 PATIENCE = 5.0
 
@@ -79,9 +85,17 @@ def open_files() -> set[tuple[str, str]]:
     for number in os.listdir(OPEN_FILES) if OPEN_FILES.exists() else ():
         with contextlib.suppress(OSError):
             found.add((number, os.readlink(OPEN_FILES / number)))
-    return {each for each in found if each[1].startswith("/") and "/proc/" not in each[1]}
+    return {
+        each
+        for each in found
+        if each[1].startswith("/")
+        and "/proc/" not in each[1]
+        and not Path(each[1]).is_relative_to(KEPT_BY_LIBRARIES)
+    }
 
 
 def _lives(thread: threading.Thread) -> bool:
+    if not type(thread).__module__.startswith(THREADS):
+        return False
     thread.join(PATIENCE)
     return thread.is_alive()
