@@ -24,7 +24,7 @@ from grutrace.analysis.summary import OPEN, SHUT, SiteSummary, summarize_site
 from grutrace.errors import GrutraceError
 from grutrace.record import DEFAULT_RECORD, QUANTITIES
 from grutrace.run.launch import launch
-from grutrace.run.settings import CHECKS, MODES, STACKS, Settings
+from grutrace.run.settings import CHECKS, GATES, MODES, STACKS, Settings
 from grutrace.storage.parts import parts_of
 from grutrace.storage.sinks import open_trace
 from grutrace.storage.trace import Trace
@@ -118,12 +118,15 @@ def run(
     stacks: Annotated[
         str, typer.Option(help=f"How lower layers are seen: {', '.join(STACKS)}.")
     ] = "auto",
+    gates: Annotated[
+        str, typer.Option(help=f"Computed with each call, or when read: {', '.join(GATES)}.")
+    ] = "inline",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing of our own.")] = False,
 ) -> None:
     """Run a script as python would, and trace the GRUs of every model in it."""
     asked = [name for names in record or [",".join(DEFAULT_RECORD)] for name in names.split(",")]
     settings = Settings(
-        str(output), tuple(sites or ()), tuple(asked), mode, stacks, check, quiet=quiet
+        str(output), tuple(sites or ()), tuple(asked), mode, stacks, check, gates, quiet
     )
     launch(settings, program, module=module)
 

@@ -19,7 +19,7 @@ import grutrace
 from grutrace.__main__ import main
 from grutrace.analysis.verification import verify
 from grutrace.capture.observe import STACKS
-from grutrace.capture.tracer import Check
+from grutrace.capture.tracer import Check, Gates
 from grutrace.run import settings
 from grutrace.storage.parts import part_path
 from grutrace.storage.sinks import Mode
@@ -204,6 +204,23 @@ def test_the_trace_is_that_of_an_explicit_tracer(tmp_path) -> None:
         for field in ("module", "steps", "batch", "weights", "training", "residual"):
             np.testing.assert_array_equal(trace.calls[field], memory.calls[field])
     assert not list(tmp_path.glob("x.part*"))
+
+
+def test_deferred_gates(tmp_path) -> None:
+    write(tmp_path, MODEL)
+    for gates in ("inline", "deferred"):
+        options = ("-q", "-o", f"{gates}.h5", "--gates", gates)
+        assert run(*options, "script.py", folder=tmp_path).returncode == 0
+    with (
+        grutrace.open(tmp_path / "inline.h5") as inline,
+        grutrace.open(tmp_path / "deferred.h5") as deferred,
+    ):
+        assert deferred.options["gates"] == "deferred"
+        for name in inline.sites:
+            assert deferred[name].site.derived == ("reset", "update", "candidate")
+            found, expected = deferred[name].update[:], inline[name].update[:]
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    assert main(["verify", str(tmp_path / "deferred.h5")]) == 0
 
 
 MANY = """
@@ -437,6 +454,7 @@ def test_what_cannot_be_is_refused_before_the_script_runs(tmp_path, capsys) -> N
         ["--mode", "x"],
         ["--check", "x"],
         ["--stacks", "x"],
+        ["--gates", "x"],
     ):
         assert main(["run", *options, script]) == 2
         err = capsys.readouterr().err
@@ -455,3 +473,4 @@ def test_the_allowed_values_are_those_of_the_tracer() -> None:
     assert set(settings.STACKS) == set(STACKS)
     assert set(settings.CHECKS) == set(get_args(Check))
     assert set(settings.MODES) == set(get_args(Mode))
+    assert set(settings.GATES) == set(get_args(Gates))

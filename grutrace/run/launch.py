@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from grutrace.errors import OptionError, UnsupportedError
 from grutrace.record import QUANTITIES
-from grutrace.run.settings import CHECKS, MODES, STACKS, VARIABLE, Settings
+from grutrace.run.settings import CHECKS, GATES, MODES, STACKS, VARIABLE, Settings
 from grutrace.storage.parts import require_room
 
 _BOOT = Path(__file__).with_name("boot")
@@ -53,6 +53,7 @@ def _check(settings: Settings) -> None:
     _expect("mode", [settings.mode], MODES)
     _expect("stacks", [settings.stacks], STACKS)
     _expect("check", [settings.check], CHECKS)
+    _expect("gates", [settings.gates], GATES)
     _expect("record", settings.record, QUANTITIES)
     if not settings.record:
         raise OptionError(f"record: expected names out of {', '.join(QUANTITIES)}; found none")

@@ -74,6 +74,7 @@ class Part(Tracer):
             mode=mode,
             stacks=settings.stacks,  # type: ignore[arg-type]
             check=settings.check,  # type: ignore[arg-type]
+            gates=settings.gates,  # type: ignore[arg-type]
         )
         self.tally = Tally(path, len(self.sites))
         self.start()

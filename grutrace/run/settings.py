@@ -12,6 +12,7 @@ VARIABLE = "GRUTRACE_RUN"
 MODES = ("w", "a", "overwrite")
 STACKS = ("auto", "split", "rerun")
 CHECKS = ("warn", "raise", "off")
+GATES = ("inline", "deferred")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Settings:
     mode: str = "w"
     stacks: str = "auto"
     check: str = "warn"
+    gates: str = "inline"
     quiet: bool = False
     python_path: str | None = None
 
