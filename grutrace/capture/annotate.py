@@ -75,6 +75,8 @@ class RecordedBatches:
         Raises:
             OptionError: The values fit no recorded batch; the message lists what was recorded.
         """
+        if not isinstance(name, str):
+            raise OptionError(f"labels: expected a text as a name, found {name!r}")
         if isinstance(given, Mapping):
             named = given.items()
             return [each for glob, values in named for each in self._named(name, glob, values)]

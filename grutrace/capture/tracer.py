@@ -175,8 +175,11 @@ class Tracer(Trace):
             tag: A name that every call bears from now on.
 
         Raises:
+            OptionError: The tag is no text.
             StateError: The tracer is closed.
         """
+        if not isinstance(tag, str | None):
+            raise OptionError(f"tag: expected a text, found {tag!r}")
         with self._lock:
             if self._closed:
                 raise StateError("the tracer is closed: make a new one to record again")
@@ -230,9 +233,9 @@ class Tracer(Trace):
         batches = RecordedBatches([each.description for each in self._selections])
         recording = Recording(self, batches)
         before = self.is_recording, self._tag, self._batches
-        self._batches = batches
-        self.start(tag)
         try:
+            self.start(tag)
+            self._batches = batches
             yield recording
             recording.annotate(tokens=tokens, labels=labels)
         finally:

@@ -235,10 +235,10 @@ def _room_for(path: Path, mode: str) -> Path:
     """Where to make a file, which takes its place only once a crash would leave it readable."""
     if not path.parent.is_dir():
         raise TraceFileError(f"{path} cannot be created: there is no folder {path.parent}")
+    if path.exists() and not path.is_file():
+        raise TraceFileError(f"{path} cannot be written: it is not a file")
     if path.exists() and mode != "overwrite":
         raise _exists(path)
-    if path.exists() and not path.is_file():
-        raise TraceFileError(f"{path} cannot be replaced: it is not a file")
     return path.with_name(f"{path.name}.new-{secrets.token_hex(4)}")
 
 

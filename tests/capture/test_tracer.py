@@ -143,6 +143,22 @@ def test_recording_blocks_and_tags(model, batch) -> None:
     assert list(tracer.calls["tag"]) == ["valid"] * 4 + [None] * 4
 
 
+@pytest.mark.parametrize("path", [None, "run.h5"])
+def test_a_tag_that_is_no_text_loses_nothing(path, model, batch, tmp_path) -> None:
+    with grutrace.trace(model, path and tmp_path / path) as tracer:
+        model(batch)
+        with pytest.raises(grutrace.OptionError, match="tag: expected a text, found 5"):
+            tracer.recording(tag=5).__enter__()
+        with (
+            pytest.raises(grutrace.OptionError, match="expected a text as a name, found 5"),
+            tracer.recording(labels={5: [1, 2, 3]}),
+        ):
+            model(batch)
+        model(batch)
+    assert len(tracer.calls) == 3 * 4
+    assert set(tracer.calls["tag"]) == {None}
+
+
 def test_a_recording_within_a_recording_gives_back_the_tag(model, batch) -> None:
     with grutrace.trace(model, sites="encoder.*") as tracer:
         model(batch)
