@@ -1,0 +1,41 @@
+"""The same on a GPU, where there is one. Nobody has run these yet: see docs/support.md."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import grutrace
+from grutrace.analysis.verification import verify
+from tests.checks import EVERYTHING, same_result
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+LAYERS = {
+    "one layer": lambda: nn.GRU(5, 16, bidirectional=True),
+    "stack": lambda: nn.GRU(5, 16, 3, batch_first=True),
+    "stack in eval": lambda: nn.GRU(5, 16, 3, dropout=0.3).eval(),
+    "cell": lambda: nn.GRUCell(5, 16),
+}
+
+
+@pytest.mark.parametrize("gates", ["inline", "deferred"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_traced_call_is_untouched_and_verifies(kind, dtype, gates, tmp_path) -> None:
+    torch.manual_seed(0)
+    layer = LAYERS[kind]().to("cuda", dtype)
+    x = torch.randn((30, 5) if kind == "cell" else (6, 30, 5), device="cuda", dtype=dtype)
+    expected = copy.deepcopy(layer)(x)
+    path = tmp_path / "run.h5"
+    with grutrace.trace(layer, path, record=EVERYTHING, gates=gates, check="raise") as trace:
+        assert same_result(expected, layer(x))
+    found = verify(trace)
+    assert found
+    assert all(each.holds and each.worst is not None for each in found)
