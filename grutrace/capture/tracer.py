@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from types import TracebackType
 from typing import Literal, Self, get_args
@@ -371,7 +371,8 @@ def _expect(option: str, value: object, allowed: Sequence[str]) -> None:
         raise OptionError(f"{option}: expected one of {', '.join(allowed)}; found {value!r}")
 
 
-def _versions() -> dict[str, str]:
+@cache
+def _versions() -> Mapping[str, str]:
     return {
         "grutrace": version("grutrace"),
         "torch": str(torch.__version__),
