@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import grutrace
-from tests.surroundings.models import CALLS, Mixed, assert_same, eagerly, trace
+from tests.surroundings.models import CALLS, assert_same, eagerly, trace
 
 # What PyTorch warns of itself, of any graph that is split.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
@@ -24,17 +24,6 @@ def _fresh_compiler():
     torch.compiler.reset()
     yield
     torch.compiler.reset()
-
-
-@pytest.fixture
-def model() -> Mixed:
-    torch.manual_seed(1)
-    return Mixed().eval()
-
-
-@pytest.fixture
-def batch() -> torch.Tensor:
-    return torch.randn(2, 5, 3)
 
 
 def compile_first(model, backend):

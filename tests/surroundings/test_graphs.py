@@ -11,24 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import grutrace
-from tests.surroundings.models import CALLS, Mixed, about, assert_same, eagerly, trace, words
+from tests.surroundings.models import CALLS, about, assert_same, eagerly, trace, words
 
 pytestmark = [
     # PyTorch's own, about ways that it would rather see gone, and about every nn.GRU it exports.
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The tensor attributes self:UserWarning"),
 ]
-
-
-@pytest.fixture
-def model() -> Mixed:
-    torch.manual_seed(1)
-    return Mixed().eval()
-
-
-@pytest.fixture
-def batch() -> torch.Tensor:
-    return torch.randn(2, 5, 3)
 
 
 def exported(model, batch) -> str:

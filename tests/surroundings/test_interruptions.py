@@ -13,7 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 import grutrace
-from tests.surroundings.models import Mixed, trace
+from tests.surroundings.models import trace
 
 #: Where a call is observed and replayed. What becomes of a record in a sink is for its own tests.
 PACKAGE = tuple(str(Path(grutrace.__file__).parent / part) for part in ("capture", "gru"))
@@ -77,12 +77,6 @@ def places(kind, run) -> int:
     with never:
         run()
     return 10**9 - never.left
-
-
-@pytest.fixture
-def model() -> Mixed:
-    torch.manual_seed(1)
-    return Mixed().eval()
 
 
 @pytest.fixture

@@ -16,18 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import grutrace
 from tests.surroundings.models import CALLS, Mixed, eagerly, trace, words
 
-
-@pytest.fixture
-def model() -> Mixed:
-    torch.manual_seed(1)
-    return Mixed().eval()
-
-
-@pytest.fixture
-def batch() -> torch.Tensor:
-    return torch.randn(2, 5, 3)
-
-
 #: What a replay would be made of; looking at shapes is no computation.
 COMPUTE = re.compile("gru|linear|mm|sigmoid|tanh|max|lerp")
 

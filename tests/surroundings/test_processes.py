@@ -23,12 +23,6 @@ forks = pytest.mark.skipif(
 )
 
 
-@pytest.fixture
-def model() -> Mixed:
-    torch.manual_seed(1)
-    return Mixed().eval()
-
-
 class Batches(Dataset):
     """Batches made in a worker; with a model, by running it there."""
 

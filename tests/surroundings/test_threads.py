@@ -13,17 +13,6 @@ from torch.overrides import _get_current_function_mode_stack
 from tests.surroundings.models import CALLS, Mixed, assert_same, eagerly, trace
 
 
-@pytest.fixture
-def model() -> Mixed:
-    torch.manual_seed(1)
-    return Mixed().eval()
-
-
-@pytest.fixture
-def batch() -> torch.Tensor:
-    return torch.randn(2, 5, 3)
-
-
 def in_threads(*functions) -> list[BaseException]:
     """Run functions at once; the errors that they raised."""
     errors: list[BaseException] = []

@@ -63,11 +63,6 @@ def model() -> Mixed:
     return Mixed()
 
 
-@pytest.fixture
-def batch() -> torch.Tensor:
-    return torch.randn(2, 5, 3)
-
-
 def through_pickle(model):
     return pickle.loads(pickle.dumps(model))
 

@@ -10,23 +10,12 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
 
-from tests.surroundings.models import CALLS, Mixed, about, assert_same, eagerly, trace, words
+from tests.surroundings.models import CALLS, about, assert_same, eagerly, trace, words
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
 ]
-
-
-@pytest.fixture
-def model() -> Mixed:
-    torch.manual_seed(1)
-    return Mixed().eval()
-
-
-@pytest.fixture
-def batch() -> torch.Tensor:
-    return torch.randn(2, 5, 3)
 
 
 def doubled(model: nn.Module) -> dict[str, torch.Tensor]:
