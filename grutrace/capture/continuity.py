@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict, deque
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,8 +22,7 @@ from torch import Tensor
 from grutrace.record import Fork
 
 
-@dataclass(frozen=True)
-class Assignment:
+class Assignment(NamedTuple):
     """The sequences of one call, in the order of the user's batch.
 
     Attributes:
@@ -39,8 +38,7 @@ class Assignment:
     steps_before: npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True)
-class _Reached:
+class _Reached(NamedTuple):
     """Where the call before ended: states (B, L * H), sequences and their steps (B,)."""
 
     states: Tensor
@@ -49,16 +47,14 @@ class _Reached:
 
 
 class Continuity:
-    """Numbers the sequences of one module. The calls of each thread are followed on their own."""
+    """Numbers the sequences of one module. The calls of each thread are followed on their own.
+
+    Attributes:
+        state: What it knows, which never changes itself: who sets it back has undone a call.
+    """
 
     def __init__(self) -> None:
-        self._count = 0
-        self._reached: dict[int, _Reached] = {}
-
-    def __copy__(self) -> Continuity:
-        twin = Continuity()
-        twin._count, twin._reached = self._count, self._reached.copy()
-        return twin
+        self.state: tuple[int, dict[int, _Reached]] = (0, {})
 
     def assign(
         self,
@@ -75,42 +71,52 @@ class Continuity:
             lengths: (B,) steps of each.
         """
         thread = threading.get_ident()
-        reached = self._reached.get(thread)
+        count, by_thread = self.state
+        reached = by_thread.get(thread)
         if initial is None or reached is None or not len(lengths):
-            assignment = self._begin_all(len(lengths))
-        elif torch.equal(initial, reached.states) and bool(initial.any(1).all()):
+            assignment = _begin_all(count, len(lengths))
+        elif torch.equal(initial, reached.states) and _none_is_zero(initial):
             assignment = _continue_all(reached)
         else:
-            assignment = self._match(initial, reached)
-        if final is None:
-            self._reached.pop(thread, None)
-        else:
+            assignment = _match(count, initial, reached)
+        count += int(np.count_nonzero(assignment.begun))
+        if final is not None:
             steps = assignment.steps_before + lengths
-            self._reached[thread] = _Reached(final.clone(), assignment.sequences, steps)
+            reached = _Reached(final.clone(), assignment.sequences, steps)
+            self.state = count, {**by_thread, thread: reached}
+        else:
+            others = {each: ends for each, ends in by_thread.items() if each != thread}
+            self.state = count, others
         return assignment
 
-    def _begin_all(self, batch: int) -> Assignment:
-        sequences = np.arange(self._count, self._count + batch, dtype=np.uint64)
-        self._count += batch
-        return Assignment(sequences, np.ones(batch, bool), (), np.zeros(batch, np.int64))
 
-    def _match(self, initial: Tensor, reached: _Reached) -> Assignment:
-        places, parents = _match_rows(_as_bytes(initial), _as_bytes(reached.states))
-        batch = len(places)
-        sequences, steps = np.empty(batch, np.uint64), np.zeros(batch, np.int64)
-        begun = np.ones(batch, bool)
-        forks = []
-        for row, (place, parent) in enumerate(zip(places, parents, strict=True)):
-            if place is not None:
-                begun[row] = False
-                sequences[row], steps[row] = reached.sequences[place], reached.steps[place]
-                continue
-            sequences[row] = self._count
-            self._count += 1
-            if parent is not None:
-                origin = int(reached.sequences[parent]), int(reached.steps[parent])
-                forks.append(Fork(int(sequences[row]), *origin))
-        return Assignment(sequences, begun, tuple(forks), steps)
+def _begin_all(count: int, batch: int) -> Assignment:
+    sequences = np.arange(count, count + batch, dtype=np.uint64)
+    return Assignment(sequences, np.ones(batch, bool), (), np.zeros(batch, np.int64))
+
+
+def _none_is_zero(states: Tensor) -> bool:
+    """Whether each row has something else than zeros; mostly its first element tells."""
+    return bool(states[:, 0].all()) or bool(states.any(1).all())
+
+
+def _match(count: int, initial: Tensor, reached: _Reached) -> Assignment:
+    places, parents = _match_rows(_as_bytes(initial), _as_bytes(reached.states))
+    batch = len(places)
+    sequences, steps = np.empty(batch, np.uint64), np.zeros(batch, np.int64)
+    begun = np.ones(batch, bool)
+    forks = []
+    for row, (place, parent) in enumerate(zip(places, parents, strict=True)):
+        if place is not None:
+            begun[row] = False
+            sequences[row], steps[row] = reached.sequences[place], reached.steps[place]
+            continue
+        sequences[row] = count
+        count += 1
+        if parent is not None:
+            origin = int(reached.sequences[parent]), int(reached.steps[parent])
+            forks.append(Fork(int(sequences[row]), *origin))
+    return Assignment(sequences, begun, tuple(forks), steps)
 
 
 def _continue_all(reached: _Reached) -> Assignment:

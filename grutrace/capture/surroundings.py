@@ -47,6 +47,8 @@ def hindrance(values: Iterable[Any]) -> Missed | None:
     ):
         return _no_values("it was being turned into a graph")
     for value in _flatten(values):
+        if type(value) is Tensor and not is_wrapped(value) and not value.is_meta:
+            continue
         if not isinstance(value, Tensor):
             return _no_values(f"it was called with a {type(value).__name__}")
         batched, inner = _unwrap(value)
@@ -64,6 +66,12 @@ def plain(value: Tensor) -> Tensor:
     return _unwrap(value)[1]
 
 
+def is_wrapped(value: Tensor) -> bool:
+    """Whether one of torch.func's transforms holds the values of a tensor."""
+    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(value)
+    return wrapped or torch._is_functional_tensor(value)
+
+
 def is_recomputation() -> bool:
     """Whether the present call repeats, for the backward pass, one that was made before."""
     return torch._C._current_graph_task_id() != -1 and _within(checkpoint.__file__)
@@ -72,13 +80,19 @@ def is_recomputation() -> bool:
 @contextmanager
 def aside() -> Iterator[None]:
     """Compute something that nothing around the model's call gets to see."""
+    modes = torch._C._len_torch_dispatch_stack()
+    levels = torch._C._functorch.peek_interpreter_stack() is not None
     # In this order: function modes hear of gradients being switched off and on, too.
-    with torch._C.DisableTorchFunction(), torch.no_grad(), ExitStack() as stack:
-        if torch._C._len_torch_dispatch_stack():
-            stack.enter_context(_disable_current_modes())
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            stack.enter_context(temporarily_clear_interpreter_stack())
-        yield
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        if not modes and not levels:
+            yield
+            return
+        with ExitStack() as stack:
+            if modes:
+                stack.enter_context(_disable_current_modes())
+            if levels:
+                stack.enter_context(temporarily_clear_interpreter_stack())
+            yield
 
 
 def compiler_is_loaded() -> bool:
@@ -105,12 +119,14 @@ def _no_values(what: str) -> Missed:
     )
 
 
-def _flatten(values: Iterable[Any]) -> Iterator[Any]:
+def _flatten(values: Iterable[Any]) -> list[Any]:
+    flat = []
     for value in values:
         if isinstance(value, (list, tuple)):
-            yield from _flatten(value)
+            flat += _flatten(value)
         elif value is not None and not isinstance(value, (bool, int, float)):
-            yield value
+            flat.append(value)
+    return flat
 
 
 def _unwrap(value: Tensor) -> tuple[bool, Tensor]:

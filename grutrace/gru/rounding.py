@@ -89,7 +89,12 @@ def precision(input: Tensor, hidden: Tensor, weight: Tensor, *others: torch.dtyp
         product = linear(input.new_empty(0, input.shape[-1]), weight[:0]).dtype
     else:
         product = weight.dtype
-    return spacing(coarsest(product, hidden.dtype, *others))
+    return _coarsest_spacing(product, hidden.dtype, *others)
+
+
+@cache
+def _coarsest_spacing(*dtypes: torch.dtype) -> float:
+    return spacing(coarsest(*dtypes))
 
 
 def compare(replayed: Tensor, hidden: Tensor, products: Products) -> Evidence:

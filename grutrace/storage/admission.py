@@ -75,8 +75,8 @@ def _admit_block(plan: _Plan, block: Block) -> None:
         if site is None:
             raise _refusal(_call(plan), f"site {suffix!r}", list(block.sites))
         for quantity, columns in quantities:
-            _require_array(plan, f"{suffix}.{quantity}", site.rows.get(quantity), (rows, columns))
-        _require_array(plan, f"{suffix}.initial", site.initial, (begun, plan.module.hidden_size))
+            _require_array(plan, suffix, quantity, site.rows.get(quantity), (rows, columns))
+        _require_array(plan, suffix, "initial", site.initial, (begun, plan.module.hidden_size))
     for fork in block.forks:
         last = plan.sequences + begun
         if not (plan.sequences <= fork.sequence < last and 0 <= fork.parent < fork.sequence):
@@ -111,12 +111,16 @@ def _begun(plan: _Plan, block: Block) -> int:
     return begun
 
 
-def _require_array(plan: _Plan, name: str, array: Array | None, shape: tuple[int, ...]) -> None:
+def _require_array(
+    plan: _Plan, suffix: str, quantity: str, array: Array | None, shape: tuple[int, int]
+) -> None:
     if array is None:
-        raise _refusal(_call(plan), name, "nothing")
+        raise _refusal(_call(plan), f"{suffix}.{quantity}", "nothing")
     if array.shape != shape or array.dtype != plan.dtype:
         raise _refusal(
-            f"{_call(plan)}, {name}", f"{plan.dtype} {shape}", f"{array.dtype} {array.shape}"
+            f"{_call(plan)}, {suffix}.{quantity}",
+            f"{plan.dtype} {shape}",
+            f"{array.dtype} {array.shape}",
         )
 
 

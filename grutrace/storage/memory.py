@@ -46,6 +46,8 @@ class MemorySink:
         self._strings = Strings()
         self._entries = Entries(header.modules, self._strings)
         self._tables: Tables | None = None
+        # Records wait here until somebody reads: a stepwise decoder would feel each entry.
+        self._waiting: deque[Record] = deque()
         self._arrays = {place: _Growing(column) for place, column in layout(header.modules).items()}
 
     def append(self, record: Record) -> None:
@@ -56,8 +58,7 @@ class MemorySink:
         """
         with self._lock:
             self._admission.admit(record)
-            for place, items in list(self._entries.of(record)):
-                self._arrays[place].append(items)
+            self._waiting.append(record)
             self._tables = None
 
     def flush(self) -> None:
@@ -74,6 +75,9 @@ class MemorySink:
             return self._tables
 
     def _join_tables(self) -> Tables:
+        while self._waiting:
+            for place, items in self._entries.of(self._waiting.popleft()):
+                self._arrays[place].append(items)
         ends, characters = self._strings.take()
         self._arrays["strings"].append(ends)
         self._arrays["characters"].append(characters)
