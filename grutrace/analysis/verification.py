@@ -9,7 +9,7 @@ Three checks, in float64, of every row, within what rounding explains of its cal
   compared with the stored ones: every state, from the one before it, must come out again.
 - *states*: h = (1 - z) n + z h', from the recorded update, candidate and hidden states.
 
-The tolerance was recorded with the call; where nothing was replayed then, it is worked out here.
+The tolerance of the gates is worked out here; that of the states was recorded with the call.
 """
 
 from __future__ import annotations
@@ -135,10 +135,13 @@ def _blocks(site: SiteTrace) -> Iterator[tuple[int, int]]:
 
 def _check_gates(site: SiteTrace) -> Iterator[_Comparison]:
     quantities = [name for name in (*GATES, "hidden") if name in site.site.quantities]
-    checks = site.checks
+    # What was recorded with a call is of the products that were made then: none, where the gates
+    # are the kernel's own.
+    worked_out = _evidence(site).tolerances(range(len(site.checks)))
+    tolerances = np.fmax(worked_out, site.checks["tolerance"].astype(np.float64))
     for start, stop in _blocks(site):
         for each in site.ingredients.of(np.arange(start, stop)):
-            allowed = checks["tolerance"][each.calls].astype(np.float64)
+            allowed = tolerances[each.calls]
             derived = _in_double(each)
             rows = slice(int(each.rows[0]), int(each.rows[-1]) + 1)
             for name in quantities:
@@ -149,11 +152,7 @@ def _check_gates(site: SiteTrace) -> Iterator[_Comparison]:
 
 def _worst_derived(site: SiteTrace) -> Place | None:
     """Return the state that is least what its derived gates lead to, for its call's tolerance."""
-    evidence = Evidence(site)
-    hidden = site.rows("hidden")
-    for start, stop in _blocks(site):
-        for each in site.ingredients.of(np.arange(start, stop)):
-            evidence.add(each, _in_double(each), hidden)
+    evidence, hidden = _evidence(site), site.rows("hidden")
     allowed = evidence.tolerances(range(len(evidence.residuals)))
     if not len(hidden):
         return None
@@ -164,6 +163,15 @@ def _worst_derived(site: SiteTrace) -> Place | None:
     sequence, step = site.locate(row)
     recorded, expected = float(hidden[row][unit]), float(_in_double(found).hidden[0, unit])
     return Place("hidden", sequence, step, unit, recorded, expected, float(allowed[call]))
+
+
+def _evidence(site: SiteTrace) -> Evidence:
+    """Derive all gates of a site, and gather what that says of each call."""
+    evidence, hidden = Evidence(site), site.rows("hidden")
+    for start, stop in _blocks(site):
+        for each in site.ingredients.of(np.arange(start, stop)):
+            evidence.add(each, _in_double(each), hidden)
+    return evidence
 
 
 def _in_double(each: Ingredients) -> Derivation:

@@ -17,7 +17,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 from torch import nn
@@ -53,10 +53,19 @@ class Ear:
         stacks: How to see between the layers of a stack: ``split``, ``rerun``, or ``auto`` for
             split on a CPU and rerun elsewhere. Where the receivers of one module differ, rerun
             wins, then auto: whatever leaves the kernel's answer alone.
+        harvested: Whether the receiver wants the kernel's own gates, where they can be had.
     """
 
-    def __init__(self, module: GRUModule, receiver: Receiver, stacks: Stacks = "auto") -> None:
-        self._module, self._receiver, self._stacks = module, receiver, stacks
+    def __init__(
+        self,
+        module: GRUModule,
+        receiver: Receiver,
+        stacks: Stacks = "auto",
+        *,
+        harvested: bool = False,
+    ) -> None:
+        self._module = module
+        self._wish = _Wish(receiver, stacks, harvested)
         self._listener: _Listener | None = None
 
     def start(self) -> None:
@@ -65,7 +74,7 @@ class Ear:
             # One listener a module, so that several tracers share one tap, and a stack is split
             # once. It is found by its hooks: nothing else keeps it, or the module, alive.
             self._listener = next(_listeners_on(self._module), None) or _Listener(self._module)
-            self._listener.add(self, self._receiver, self._stacks)
+            self._listener.add(self, self._wish)
 
     def stop(self) -> bool:
         """Listen no longer. Twice does nothing.
@@ -74,6 +83,14 @@ class Ear:
             Whether it heard everything: not if somebody else has removed its hooks meanwhile.
         """
         return self._listener is None or self._listener.remove(self)
+
+
+class _Wish(NamedTuple):
+    """What one ear wants; see there."""
+
+    receiver: Receiver
+    stacks: Stacks
+    harvested: bool
 
 
 def _listeners_on(module: nn.Module) -> Iterator[_Listener]:
@@ -97,33 +114,34 @@ class _Listener:
 
     def __init__(self, module: GRUModule) -> None:
         self._module = module
-        self._receivers: dict[object, tuple[Receiver, Stacks]] = {}
+        self._wishes: dict[object, _Wish] = {}
         self._before: RemovableHandle | None = None
         self._after: RemovableHandle | None = None
         self._taps: WeakSet[Tap] = WeakSet()
 
-    def add(self, key: object, receiver: Receiver, stacks: Stacks) -> None:
+    def add(self, key: object, wish: _Wish) -> None:
         _keep_the_compiler_out()
         plain = _is_plain(self._module)
         with _lock:
-            self._receivers[key] = receiver, stacks
+            self._wishes[key] = wish
             if not _is_on(self._after):
                 hook = _Hook(self, self.after_plain_forward if plain else self.after_forward)
                 self._after = self._module.register_forward_hook(
-                    hook, prepend=True, with_kwargs=True, always_call=not plain
+                    hook, prepend=True, with_kwargs=True, always_call=True
                 )
-            if not plain and not _is_on(self._before):
+            if not _is_on(self._before) and (wish.harvested or not plain):
+                before = self.before_plain_forward if plain else self.before_forward
                 self._before = self._module.register_forward_pre_hook(
-                    _Hook(self, self.before_forward), with_kwargs=True
+                    _Hook(self, before), with_kwargs=True
                 )
 
     def remove(self, key: object) -> bool:
         with _lock:
             hooks = (self._before, self._after)
             heard_all = all(_is_on(hook) for hook in hooks if hook is not None)
-            heard_all = heard_all or key not in self._receivers
-            self._receivers.pop(key, None)
-            if not self._receivers and self._before is not None:
+            heard_all = heard_all or key not in self._wishes
+            self._wishes.pop(key, None)
+            if not self._wishes and self._before is not None:
                 self._before.remove()
                 self._before = None
         close_forgotten()
@@ -134,19 +152,33 @@ class _Listener:
         """Remove the hook behind the forward, once no forward that it must end is running."""
         with _lock:
             running = any(tap.running for tap in tuple(self._taps))
-            if not self._receivers and not running and self._after is not None:
+            if not self._wishes and not running and self._after is not None:
                 self._after.remove()
                 self._after = None
+
+    def before_plain_forward(
+        self, module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if observe.would_be_watched(module, args, kwargs):
+            self.before_forward(module, args, kwargs)
 
     def after_plain_forward(
         self, module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
+        tap = innermost(self)
+        if tap is not None and not tap.forgotten:
+            self.after_forward()
+            return
+        if output is None:
+            # The forward has failed, and there was no tap to close.
+            return
         missed = hindrance((*args, *kwargs.values(), output))
         if missed is not None:
             self._tell(missed)
         elif not is_recomputation():
             with aside():
-                self._tell(observe.plain_call(module, args, kwargs, output))
+                harvested = self._harvested()
+                self._tell(observe.plain_call(module, args, kwargs, output, harvested=harvested))
 
     def before_forward(
         self, module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -163,7 +195,12 @@ class _Listener:
                 self._tell(missed)
                 return kernel(*arguments)
             result, observation = observe.kernel_call(
-                module, kernel, arguments, sorted_indices, self._stacks()
+                module,
+                kernel,
+                arguments,
+                sorted_indices,
+                self._stacks(),
+                harvested=self._harvested(),
             )
             if not is_recomputation():
                 with aside():
@@ -171,7 +208,7 @@ class _Listener:
             return result
 
         with _lock:
-            if not self._receivers:
+            if not self._wishes:
                 return
             tap = Tap(answer, self)
             self._taps.add(tap)
@@ -184,15 +221,18 @@ class _Listener:
         self._remove_after()
 
     def _stacks(self) -> Stacks:
-        asked = {stacks for _, stacks in tuple(self._receivers.values())}
+        asked = {wish.stacks for wish in tuple(self._wishes.values())}
         return next((each for each in observe.STACKS if each in asked), "auto")
+
+    def _harvested(self) -> bool:
+        return any(wish.harvested for wish in tuple(self._wishes.values()))
 
     def _tell(self, observation: Observation | Missed) -> None:
         """Tell all receivers, also if one of them fails."""
         errors = []
-        for receiver, _ in tuple(self._receivers.values()):
+        for wish in tuple(self._wishes.values()):
             try:
-                receiver(observation)
+                wish.receiver(observation)
             except Exception as error:
                 errors.append(error)
         if errors:

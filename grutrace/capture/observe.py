@@ -5,16 +5,17 @@ T steps, B sequences in a batch, I input size, H hidden size, L layers, D direct
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from grutrace.capture.surroundings import Missed, aside, plain
+from grutrace.capture.surroundings import Missed, aside, is_wrapped, plain
 from grutrace.capture.tap import Kernel
-from grutrace.gru.kernel import KernelCall, Layer, rerun, split
+from grutrace.gru import harvest
+from grutrace.gru.harvest import Harvest
+from grutrace.gru.kernel import KernelCall, Layer, as_unwatched, rerun, split
 from grutrace.gru.steps import PackedSteps, PaddedSteps, Steps
 
 GRUModule: TypeAlias = nn.GRU | nn.GRUCell
@@ -24,8 +25,7 @@ Stacks: TypeAlias = Literal["rerun", "auto", "split"]
 STACKS: tuple[Stacks, ...] = ("rerun", "auto", "split")
 
 
-@dataclass(frozen=True)
-class Observation:
+class Observation(NamedTuple):
     """One call of the kernel, just after it ran.
 
     Attributes:
@@ -44,9 +44,35 @@ class Observation:
 
 
 def plain_call(
+    module: GRUModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+    *,
+    harvested: bool = False,
+) -> Observation:
+    """Observe a call of a module with one layer, through what a forward hook is given.
+
+    Args:
+        module: The module.
+        args: What it was called with.
+        kwargs: Likewise.
+        output: What it returned.
+        harvested: Whether to harvest its gates from its graph, where that pays.
+    """
+    observation = _plain_call(module, args, kwargs, output)
+    if not harvested:
+        return observation
+    (layer,), call = observation.layers, observation.call
+    made = output if isinstance(module, nn.GRUCell) else output[0]
+    made = made.data if isinstance(made, PackedSequence) else made
+    gates = call.read_gates(layer.input, made)
+    return observation._replace(layers=[layer._replace(gates=gates)]) if gates else observation
+
+
+def _plain_call(
     module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Observation:
-    """Observe a call of a module with one layer, through what a forward hook is given."""
     input = args[0] if args else kwargs["input"]
     initial = args[1] if len(args) > 1 else kwargs.get("hx")
     if isinstance(module, nn.GRUCell):
@@ -60,14 +86,16 @@ def _plain_cell(
     module: nn.GRUCell, input: Tensor, initial: Tensor | None, output: Tensor
 ) -> Observation:
     weights = cell_weights(module)
-    one_step = (1, output.numel() // module.hidden_size)
+    given_state = initial is not None
+    if input.dim() == 1:
+        input, output = input.unsqueeze(0), output.unsqueeze(0)
+        initial = None if initial is None else initial.unsqueeze(0)
     if initial is None:
-        initial, given_state = _zeros(module, *one_step, like=output), False
+        initial = _zeros(module, 1, len(output), like=output)
     else:
-        initial, given_state = initial.reshape(*one_step, module.hidden_size), True
-    input = input.reshape(*one_step, module.input_size)
-    call = KernelCall(input, None, initial, weights, bool(module.bias))
-    layer = Layer(input, output.reshape(*one_step, module.hidden_size))
+        initial = initial.unsqueeze(0)
+    call = KernelCall(input.unsqueeze(0), None, initial, weights, bool(module.bias))
+    layer = Layer(call.input, output.unsqueeze(0))
     return _observation(module, call, [layer], None, given_state)
 
 
@@ -105,11 +133,17 @@ def _plain_gru(
         input,
         batch_sizes,
         initial,
-        cast("list[Tensor]", module._flat_weights),
+        _weights(module),
         module.bias,
         training=module.training,
         bidirectional=module.bidirectional,
     )
+
+
+def _weights(module: GRUModule) -> list[Tensor]:
+    if isinstance(module, nn.GRUCell):
+        return cell_weights(module)
+    return cast("list[Tensor]", module._flat_weights)
 
 
 def cell_weights(module: nn.GRUCell) -> list[Tensor]:
@@ -145,6 +179,8 @@ def kernel_call(
     arguments: tuple[Any, ...],
     sorted_indices: Tensor | None,
     stacks: Stacks,
+    *,
+    harvested: bool = False,
 ) -> tuple[Any, Observation | Missed]:
     """Make a kernel call, and observe it.
 
@@ -154,35 +190,66 @@ def kernel_call(
         arguments: Its positional arguments.
         sorted_indices: The user's place of each of the kernel's sequences, if known.
         stacks: How to see between the layers of a stack.
+        harvested: Whether to harvest the gates, where that can be done and pays.
 
     Returns:
         The kernel's answer, and the observation; or why the layers below the top cannot be seen.
     """
     if isinstance(module, nn.GRUCell):
-        result = kernel(*arguments)
         input, initial, *weights = arguments
         weights = [each for each in weights if each is not None]
         call = KernelCall(
             input.unsqueeze(0), None, initial.unsqueeze(0), weights, len(weights) == 4
         )
-        layers = [Layer(call.input, result.unsqueeze(0))]
-        return result, _observation(module, call, layers, None, given_state=True)
+        made, gates = _cell_call(call, kernel, arguments, harvested)
+        layers = [Layer(call.input, made.unsqueeze(0), gates)]
+        return made, _observation(module, call, layers, None, given_state=True)
     call = KernelCall.of_gru(*arguments)
     padded = call.batch_sizes is None
     batch_first = padded and bool(arguments[-1])
     splits = stacks == "split" or (stacks == "auto" and _on_cpu(call))
     if call.drops and not splits and not _on_cpu(call):
         return kernel(*arguments), _masks_unknown(call)
-    if call.num_layers > 1 and splits:
-        output, final, layers = split(call)
+    watched = harvested and call.would_be_watched(call.input, call.weights)
+    if splits and (watched or call.num_layers > 1):
+        output, final, layers = split(call, harvested=harvested)
         result = output.transpose(0, 1) if batch_first else output, final
     else:
         state = torch.get_rng_state() if call.drops else None
         result = kernel(*arguments)
         output = result[0].transpose(0, 1) if batch_first else result[0]
         with aside():
-            layers = rerun(_plain(call), plain(output), state)
+            layers = rerun(_plain(call), plain(output), state, harvested=harvested)
     return result, _observation(module, call, layers, sorted_indices, given_state=True)
+
+
+def _cell_call(
+    call: KernelCall, kernel: Kernel, arguments: tuple[Any, ...], harvested: bool
+) -> tuple[Tensor, list[Harvest] | None]:
+    if harvested and call.would_be_watched(call.input, call.weights):
+
+        def cell(initial: Tensor, input: Tensor, *weights: Tensor) -> Tensor:
+            made: Tensor = kernel(input, initial, *weights)
+            return made
+
+        watched, gates = harvest.watch(cell, arguments[1], (arguments[0], *call.weights), 1)
+        return as_unwatched(watched), gates
+    made: Tensor = kernel(*arguments)
+    return made, call.read_gates(call.input, made) if harvested else None
+
+
+def would_be_watched(module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call that is about to be made is better heard by a tap, to harvest its gates."""
+    input = args[0] if args else kwargs.get("input")
+    if not isinstance(input, (Tensor, PackedSequence)) or harvest.is_recorded(_weights(module)):
+        return False
+    if isinstance(input, PackedSequence):
+        batch = len(input.data) / len(input.batch_sizes)
+    elif isinstance(module, nn.GRUCell):
+        batch = 1 if input.dim() == 1 else len(input)
+    else:
+        batch = 1 if input.dim() == 2 else input.shape[0 if module.batch_first else 1]
+    return harvest.pays(batch, module.input_size, module.hidden_size, graph=False)
 
 
 def _on_cpu(call: KernelCall) -> bool:
@@ -208,10 +275,12 @@ def _observation(
         steps = PaddedSteps(*layers[-1].output.shape[:2])
     else:
         steps = PackedSteps(call.batch_sizes, sorted_indices)
-    layers = [Layer(plain(each.input), plain(each.output)) for each in layers]
-    return Observation(_plain(call), steps, layers, given_state, module.training)
+    if any(map(is_wrapped, (call.input, call.initial, *call.weights, layers[-1].output))):
+        call = _plain(call)
+        layers = [Layer(plain(each.input), plain(each.output)) for each in layers]
+    return Observation(call, steps, layers, given_state, module.training)
 
 
 def _plain(call: KernelCall) -> KernelCall:
     weights = [plain(weight) for weight in call.weights]
-    return replace(call, input=plain(call.input), initial=plain(call.initial), weights=weights)
+    return call._replace(input=plain(call.input), initial=plain(call.initial), weights=weights)

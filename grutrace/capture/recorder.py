@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -21,8 +19,10 @@ from grutrace.capture.observe import Observation
 from grutrace.capture.sites import Selection, numpy_type
 from grutrace.capture.versions import WeightVersions
 from grutrace.errors import GrutraceWarning, UnsupportedError
+from grutrace.gru.harvest import Harvest, is_recognized
 from grutrace.gru.kernel import Layer
-from grutrace.gru.rounding import precision
+from grutrace.gru.proof import prove
+from grutrace.gru.rounding import coarsest, largest, precision, spacing, tolerance
 from grutrace.gru.shadow import Shadow
 from grutrace.record import WEIGHTS, Array, Block, Record, Site, SiteRows, Weights
 
@@ -66,60 +66,65 @@ class ModuleRecorder:
         self.description = selection.description
         self._append = append
         stored: torch.dtype = getattr(torch, self.description.dtype)
-        self._stored = stored
+        self._stored, self._dtype = stored, np.dtype(self.description.dtype)
+        self._no_states = np.empty((0, self.description.hidden_size), self._dtype)
         self._shadows = {
             site.suffix: Shadow(selection.module, site.layer, site.reverse, stored)
             for site in self.description.sites
         }
+        #: Whether the kernel's own gates are wanted, where they can be had.
+        self.harvests = not deferred and is_recognized()
         self._continuity = Continuity()
         self._versions = WeightVersions()
         self._lock = threading.Lock()
         self._rounds = False
 
-    @torch.no_grad()
     def record(self, observation: Observation, tag: str | None) -> Recorded:
         """Append an observed call, replayed or, where gates are derived later, copied.
 
         Raises:
             UnsupportedError: What a layer read is not recorded, and can no longer be told.
         """
-        rows, checks = self._take(observation)
-        lengths = observation.steps.lengths
+        taken = self._take(observation)
         with self._lock:
-            with self._undone_on_error("_versions"):
-                self._announce_weights(observation)
-            with self._undone_on_error("_continuity"):
-                assignment = self._continuity.assign(*_ends(observation), lengths)
-                block = Block(
-                    module=self._index,
-                    time=time.time(),
-                    tag=tag,
-                    training=observation.training,
-                    weights=self._versions.count - 1,
-                    steps=lengths.astype(np.uint32),
-                    sequences=assignment.sequences,
-                    forks=assignment.forks,
-                    sites={
-                        site.suffix: SiteRows(
-                            rows[site.suffix],
-                            self._initial(observation, site, assignment),
-                            *checks[site.suffix],
-                        )
-                        for site in self.description.sites
-                    },
-                )
-                self._append(block)
-        return Recorded(block, assignment)
+            return self._store(observation, tag, *taken)
 
-    @contextmanager
-    def _undone_on_error(self, name: str) -> Iterator[None]:
-        """Forget what an attribute has counted if the record of it does not reach the sink."""
-        before = copy.copy(getattr(self, name))
+    def _store(
+        self,
+        observation: Observation,
+        tag: str | None,
+        rows: dict[str, dict[str, Array]],
+        checks: dict[str, _Check],
+    ) -> Recorded:
+        """Number a call and append it; what was numbered is forgotten if that fails."""
+        self._announce_weights(observation)
+        lengths = observation.steps.lengths
+        before = self._continuity.state
         try:
-            yield
+            assignment = self._continuity.assign(*_ends(observation), lengths)
+            block = Block(
+                module=self._index,
+                time=time.time(),
+                tag=tag,
+                training=observation.training,
+                weights=self._versions.count - 1,
+                steps=lengths.astype(np.uint32),
+                sequences=assignment.sequences,
+                forks=assignment.forks,
+                sites={
+                    site.suffix: SiteRows(
+                        rows[site.suffix],
+                        self._initial(observation, site, assignment),
+                        *checks[site.suffix],
+                    )
+                    for site in self.description.sites
+                },
+            )
+            self._append(block)
         except BaseException:
-            setattr(self, name, before)
+            self._continuity.state = before
             raise
+        return Recorded(block, assignment)
 
     def _take(
         self, observation: Observation
@@ -131,26 +136,51 @@ class ModuleRecorder:
         for site in self.description.sites:
             layer = observation.layers[site.layer]
             hidden = _direction(layer.output, site.reverse, call.directions)
-            gates, checks[site.suffix] = self._replay(observation, site, layer, hidden)
-            kept = {
-                name: self._rows(steps.in_sequences(values))
-                for name, values in gates.items()
-                if name in site.quantities
-            }
-            if "hidden" in site.quantities:
-                kept["hidden"] = self._rows(_copied(steps.in_sequences(hidden), hidden))
+            self._mind_rounding(hidden)
+            if layer.gates is not None and self.harvests:
+                gates, checks[site.suffix] = self._harvest(observation, site, layer, hidden)
+            else:
+                gates, checks[site.suffix] = self._replay(observation, site, layer, hidden)
+            kept = {name: gates[name] for name in site.quantities if name in gates}
+            if "hidden" in site.quantities and "hidden" not in kept:
+                kept["hidden"] = steps.in_sequences(hidden, self._dtype)
             if "input" in site.quantities:
                 # Both directions of a layer read the same rows, so they share one array.
                 if site.layer not in inputs:
-                    copied = _copied(steps.in_sequences(layer.input), layer.input)
-                    inputs[site.layer] = self._rows(copied)
+                    inputs[site.layer] = steps.in_sequences(layer.input, self._dtype)
                 kept["input"] = inputs[site.layer]
             rows[site.suffix] = kept
         return rows, checks
 
+    def _harvest(
+        self, observation: Observation, site: Site, layer: Layer, hidden: Tensor
+    ) -> tuple[dict[str, Array], _Check]:
+        """Return the kernel's own gates and the states, and what a check needs."""
+        steps, dtype = observation.steps, self._dtype
+        harvest = cast("list[Harvest]", layer.gates)[int(site.reverse)]
+        wanted = {"update", "candidate", *site.quantities}
+        rows = {
+            name: steps.joined(values, dtype)
+            for name, values in harvest._asdict().items()
+            if name in wanted
+        }
+        rows["hidden"] = steps.in_sequences(hidden, dtype)
+        initial = observation.call.cell_initial(site.layer, site.reverse)
+        found = prove(
+            rows["update"],
+            rows["candidate"],
+            rows["hidden"],
+            steps.in_batch_order(initial),
+            steps.lengths,
+            reverse=site.reverse,
+        )
+        computed = coarsest(self._stored, hidden.dtype)
+        allowed = tolerance(computed, 0, max(1.0, largest(initial)), 0.0, 0.0)
+        return rows, _Check(found, allowed, spacing(computed))
+
     def _replay(
         self, observation: Observation, site: Site, layer: Layer, hidden: Tensor
-    ) -> tuple[dict[str, Tensor], _Check]:
+    ) -> tuple[dict[str, Array], _Check]:
         """Return the gates, none where they are derived when read, and what a check needs."""
         call = observation.call
         weights = call.cell_weights(site.layer, site.reverse)
@@ -169,31 +199,47 @@ class ModuleRecorder:
             observation.steps,
             weights,
         )
-        return replay.gates._asdict(), _Check(replay.residual, replay.tolerance, replay.precision)
+        rows = {
+            name: observation.steps.in_sequences(values, self._dtype)
+            for name, values in replay.gates._asdict().items()
+            if name in site.quantities
+        }
+        return rows, _Check(replay.residual, replay.tolerance, replay.precision)
 
-    def _rows(self, values: Tensor) -> Array:
-        array, kept = _to_numpy(values), self.description.dtype
-        if array.dtype != kept and not np.can_cast(array.dtype, kept) and not self._rounds:
+    def _mind_rounding(self, hidden: Tensor) -> None:
+        if hidden.dtype == self._stored or self._rounds:
+            return
+        computed, kept = numpy_type(hidden.dtype), self._dtype
+        if not np.can_cast(computed, kept):
             self._rounds = True
             warnings.warn(
-                f"{self.description.path or 'the model'} computes in {array.dtype} by now, and was "
+                f"{self.description.path or 'the model'} computes in {computed} by now, and was "
                 f"in {kept} when it was attached: its rows are rounded to {kept}",
                 GrutraceWarning,
                 stacklevel=2,
             )
-        return array.astype(kept, copy=False)
 
     def _initial(self, observation: Observation, site: Site, assignment: Assignment) -> Array:
-        if not assignment.begun.any():
-            return np.empty((0, self.description.hidden_size), self.description.dtype)
+        if not np.count_nonzero(assignment.begun):
+            return self._no_states
         initial = observation.call.cell_initial(site.layer, site.reverse)
-        in_order = self._rows(observation.steps.in_batch_order(initial))
-        return in_order[assignment.begun]
+        in_order = observation.steps.in_batch_order(initial)
+        states = np.empty(in_order.shape, self._dtype)
+        torch.from_numpy(states).copy_(in_order)
+        return states[assignment.begun]
 
     def _announce_weights(self, observation: Observation) -> None:
+        before = self._versions.state
         copies = self._versions.changed(observation.call.weights)
         if copies is None:
             return
+        try:
+            self._append(self._weights(observation, copies))
+        except BaseException:
+            self._versions.state = before
+            raise
+
+    def _weights(self, observation: Observation, copies: list[Tensor]) -> Weights:
         dtype = self.description.weights_dtype
         each = 4 if observation.call.bias else 2
         directions = observation.call.directions
@@ -204,17 +250,12 @@ class ModuleRecorder:
             sites[site.suffix] = {
                 name: _to_numpy(tensor).astype(dtype, copy=False) for name, tensor in tensors
             }
-        self._append(Weights(self._index, self._versions.count - 1, sites))
-
-
-def _copied(rows: Tensor, original: Tensor) -> Tensor:
-    """Return rows that do not change when the model changes its own tensor in place."""
-    return rows.clone() if rows.data_ptr() == original.data_ptr() else rows
+        return Weights(self._index, self._versions.count - 1, sites)
 
 
 def _direction(output: Tensor, reverse: bool, directions: int) -> Tensor:
     """Return one direction's part of a layer's output, (..., H) of (..., D * H)."""
-    return output.chunk(directions, -1)[int(reverse)]
+    return output if directions == 1 else output.chunk(directions, -1)[int(reverse)]
 
 
 def _ends(observation: Observation) -> tuple[Tensor | None, Tensor | None]:
@@ -225,12 +266,14 @@ def _ends(observation: Observation) -> tuple[Tensor | None, Tensor | None]:
     call, steps = observation.call, observation.steps
     if call.bidirectional:
         return None, None
-    finals = [steps.final(layer.output, reverse=False) for layer in observation.layers]
-    final = finals[0] if len(finals) == 1 else torch.cat(finals, -1)
+    final = _side_by_side([steps.final(each.output, reverse=False) for each in observation.layers])
     if not observation.given_state:
         return None, final
-    initial = torch.cat([steps.in_batch_order(state) for state in call.initial], -1)
-    return initial, final
+    return _side_by_side([steps.in_batch_order(state) for state in call.initial]), final
+
+
+def _side_by_side(states: list[Tensor]) -> Tensor:
+    return states[0] if len(states) == 1 else torch.cat(states, -1)
 
 
 def _to_numpy(values: Tensor) -> Array:

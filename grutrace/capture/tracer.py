@@ -191,7 +191,10 @@ class Tracer(Trace):
                 for recorder, selection in zip(self._recorders, self._selections, strict=True):
                     receive = partial(self._receive, recorder)
                     # Kept before it starts: an interruption must not leave its hooks behind.
-                    self._ears.append(Ear(selection.module, receive, self._stacks))
+                    harvested = recorder.harvests
+                    self._ears.append(
+                        Ear(selection.module, receive, self._stacks, harvested=harvested)
+                    )
                     self._ears[-1].start()
             except BaseException:
                 self.stop()

@@ -9,13 +9,16 @@ T steps, B sequences in a batch, H hidden size, N rows: the steps of all sequenc
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from grutrace.record import Array
 
 
 class Steps(Protocol):
@@ -34,11 +37,16 @@ class Steps(Protocol):
             reverse: Whether the layer reads from the last step to the first.
         """
 
-    def in_sequences(self, values: Tensor) -> Tensor:
-        """Bring values, one a step in the kernel's order, to (N, width), sequence by sequence.
+    def in_sequences(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
+        """Copy values, one a step in the kernel's order, to (N, width), sequence by sequence.
 
-        May share memory with the values, where both orders are the same.
+        Args:
+            values: In the kernel's shape, on any device.
+            dtype: NumPy type of the copy.
         """
+
+    def joined(self, by_time: Sequence[Tensor], dtype: npt.DTypeLike) -> Array:
+        """Join (sequences that have it, width) of each time to (N, width), as `in_sequences`."""
 
     def in_batch_order(self, values: Tensor) -> Tensor:
         """Bring (B, width) from the kernel's batch order into the user's. May be a view."""
@@ -59,7 +67,7 @@ class PaddedSteps:
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """(B,) all of them T."""
-        return np.full(self._batch, self._length, dtype=np.int64)
+        return _equal_lengths(self._batch, self._length)
 
     def previous(self, hidden: Tensor, initial: Tensor, *, reverse: bool) -> Tensor:
         """Shift the states by one step, (T, B, H)."""
@@ -67,9 +75,22 @@ class PaddedSteps:
             return torch.cat((hidden[1:], initial.unsqueeze(0)))
         return torch.cat((initial.unsqueeze(0), hidden[:-1]))
 
-    def in_sequences(self, values: Tensor) -> Tensor:
-        """Turn (T, B, width) into (B * T, width)."""
-        return values.transpose(0, 1).reshape(self._batch * self._length, values.shape[-1])
+    def in_sequences(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
+        """Copy (T, B, width) to (B * T, width)."""
+        # Memory of NumPy's comes in huge pages where it is large: half the time of torch's.
+        rows = np.empty((self._batch, self._length, values.shape[-1]), dtype)
+        torch.from_numpy(rows).copy_(values.transpose(0, 1))
+        return rows.reshape(self._batch * self._length, values.shape[-1])
+
+    def joined(self, by_time: Sequence[Tensor], dtype: npt.DTypeLike) -> Array:
+        """Join (B, width) of each time to (B * T, width)."""
+        rows = np.empty((self._batch, self._length, by_time[0].shape[-1]), dtype)
+        target = torch.from_numpy(rows)
+        if target.dtype == by_time[0].dtype:
+            torch.stack(list(by_time), 1, out=target)
+        else:
+            target.copy_(torch.stack(list(by_time), 1))
+        return rows.reshape(self._batch * self._length, rows.shape[-1])
 
     def in_batch_order(self, values: Tensor) -> Tensor:
         """Return the values as they are: the kernel keeps a padded batch in the user's order."""
@@ -78,6 +99,13 @@ class PaddedSteps:
     def final(self, hidden: Tensor, *, reverse: bool) -> Tensor:
         """Return the states at the last step, or at the first for the reverse direction."""
         return hidden[0] if reverse else hidden[-1]
+
+
+@lru_cache(maxsize=1024)
+def _equal_lengths(batch: int, length: int) -> npt.NDArray[np.int64]:
+    lengths = np.full(batch, length, dtype=np.int64)
+    lengths.flags.writeable = False
+    return lengths
 
 
 class PackedSteps:
@@ -141,10 +169,21 @@ class PackedSteps:
         rows = torch.from_numpy(self.previous_rows(reverse=reverse)).to(hidden.device)
         return torch.cat((initial, hidden)).index_select(0, rows)
 
-    def in_sequences(self, values: Tensor) -> Tensor:
-        """Gather (N, width) sequence by sequence."""
-        order = np.lexsort((self._times, self._places[self._columns]))
-        return values.index_select(0, torch.from_numpy(order).to(values.device))
+    def in_sequences(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
+        """Copy (N, width) sequence by sequence."""
+        rows = np.empty(values.shape, dtype)
+        order = self._order.to(values.device)
+        torch.from_numpy(rows).copy_(values.index_select(0, order))
+        return rows
+
+    def joined(self, by_time: Sequence[Tensor], dtype: npt.DTypeLike) -> Array:
+        """Join (sequences that have it, width) of each time to (N, width)."""
+        return self.in_sequences(torch.cat(list(by_time)), dtype)
+
+    @cached_property
+    def _order(self) -> Tensor:
+        """(N,) the kernel's row of each recorded row."""
+        return torch.from_numpy(np.lexsort((self._times, self._places[self._columns])))
 
     def in_batch_order(self, values: Tensor) -> Tensor:
         """Bring (B, width) into the user's order."""

@@ -29,7 +29,10 @@ def test_packed_steps(lengths: list[int], reverse: bool) -> None:
     packed = pack_sequence(sequences, enforce_sorted=False)
     steps = PackedSteps(packed.batch_sizes, packed.sorted_indices)
     assert steps.lengths.tolist() == lengths
-    assert torch.equal(steps.in_sequences(packed.data), torch.cat(sequences))
+    rows = steps.in_sequences(packed.data, "float64")
+    np.testing.assert_array_equal(rows, torch.cat(sequences).numpy())
+    by_time = packed.data.split(packed.batch_sizes.tolist())
+    np.testing.assert_array_equal(steps.joined(by_time, "float64"), rows)
 
     initial = -torch.arange(2.0 * len(lengths)).reshape(-1, 2) - 1
     in_kernel_order = initial[packed.sorted_indices]
@@ -51,14 +54,21 @@ def test_padded_steps(length: int, batch: int, reverse: bool) -> None:
     padded = torch.stack(sequences, 1) if batch else torch.empty(length, 0, 2)
     steps = PaddedSteps(length, batch)
     assert steps.lengths.tolist() == [length] * batch
-    rows = steps.in_sequences(padded)
-    assert torch.equal(rows, torch.cat(sequences) if batch else torch.empty(0, 2))
+    rows = steps.in_sequences(padded, "float32")
+    np.testing.assert_array_equal(rows, torch.cat([torch.empty(0, 2), *sequences]).numpy())
+    for dtype in ("float32", "float16"):
+        joined = steps.joined(padded.unbind(), dtype)
+        np.testing.assert_array_equal(joined, rows.astype(dtype))
 
     initial = -torch.arange(2.0 * batch).reshape(-1, 2) - 1
     previous = steps.previous(padded, initial, reverse=reverse)
     for b, sequence in enumerate(sequences):
         expected = previous_states(sequence.numpy(), initial[b].numpy(), reverse)
         np.testing.assert_array_equal(previous[:, b].numpy(), expected)
+
+    kept = rows.copy()
+    padded.add_(1)
+    np.testing.assert_array_equal(rows, kept)
 
 
 def test_control_the_other_direction_differs() -> None:

@@ -1,0 +1,290 @@
+"""The kernel's own gates: bit for bit what it used, wherever they can be had, and nothing else."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from torch import nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import grutrace
+from grutrace.analysis.verification import verify
+from grutrace.gru import harvest
+from grutrace.gru.shadow import Shadow
+from grutrace.record import GATES
+from tests import oracles
+from tests.checks import EVERYTHING, check_untouched, check_untouched_and_exact, same_result
+from tests.strategies import Case, cases
+
+
+class Harvesting(pytest.MonkeyPatch):
+    """Has every call harvested whatever it costs, and none replayed."""
+
+    def __enter__(self) -> Harvesting:
+        self.setattr(harvest, "pays", lambda *_, **__: True)
+        self.setattr(Shadow, "replay", None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+
+@pytest.fixture
+def harvesting():
+    with Harvesting() as patch:
+        yield patch
+
+
+def has_steps(case: Case) -> bool:
+    """Whether the kernel makes any step: of an empty batch there is none to tell."""
+    input = case.args[0] if case.args else case.kwargs["input"]
+    return bool(getattr(input, "data", input).numel())
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases())
+@pytest.mark.parametrize("stacks", ["split", "rerun"])
+def test_the_lattice_with_a_graph(stacks: str, case: Case) -> None:
+    if not has_steps(case):
+        return
+    with Harvesting() as patch:
+        if stacks == "rerun":
+            patch.undo()
+            patch.setattr(harvest, "pays", lambda *_, **__: True)
+        check_untouched_and_exact(case, stacks=stacks)
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases())
+def test_the_lattice_without_a_graph(case: Case) -> None:
+    """The kernel's own gates under no_grad: those of its graph, had it recorded gradients."""
+    if not has_steps(case):
+        return
+    with_graph = case.run(case.untouched())
+    with torch.no_grad():
+        expected = case.run(case.untouched())
+        with Harvesting(), grutrace.trace(case.layer, record=EVERYTHING, check="raise") as trace:
+            result = case.run()
+    assert same_result(expected, result)
+    assert_gates_of_graph(case.layer, with_graph, trace)
+
+
+def assert_gates_of_graph(layer, result, trace) -> None:
+    """Compare with the gates that an independent walk through the untouched graph finds."""
+    is_cell = isinstance(layer, nn.GRUCell)
+    output = result if is_cell else result[0]
+    data = getattr(output, "data", output) if hasattr(output, "batch_sizes") else output
+    directions = 2 if not is_cell and layer.bidirectional else 1
+    kernel = oracles.harvest_layers(data.grad_fn, directions * layer.hidden_size)
+    plain = layer if is_cell else nn.GRU(1, 1)
+    for place, suffix in enumerate(trace.sites):
+        number, reverse = divmod(place, directions)
+        for name, used in kernel[number].items():
+            whole = output._replace(data=used) if hasattr(output, "batch_sizes") else used
+            width = directions * layer.hidden_size
+            for b, both in enumerate(oracles.as_sequences(plain, whole, width)):
+                own = np.split(both, directions, axis=1)[reverse]
+                np.testing.assert_array_equal(getattr(trace[suffix].sequence(b), name), own)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_inference_mode(harvesting, layers, batch_first) -> None:
+    layer, x = nn.GRU(5, 7, layers, batch_first=batch_first), torch.randn(4, 3, 5)
+    with torch.inference_mode():
+        inputs = x.clone()
+        expected = layer(inputs)
+        with grutrace.trace(layer, check="raise") as trace:
+            result = layer(inputs)
+    assert all(each.is_inference() for each in result)
+    assert same_result(expected, result)
+    harvesting.undo()
+    with grutrace.trace(layer) as replayed:
+        layer(x)
+    for name in trace.sites:
+        for gate in GATES:
+            np.testing.assert_allclose(trace[name].rows(gate), replayed[name].rows(gate), atol=1e-6)
+
+
+def test_weights_that_are_inference_tensors(harvesting) -> None:
+    with torch.inference_mode():
+        layer, x = nn.GRU(5, 7), torch.randn(4, 3, 5)
+        expected = layer(x)
+        with grutrace.trace(layer, check="raise") as trace:
+            assert same_result(expected, layer(x))
+    assert trace["l0"].update.shape == (12, 7)
+
+
+def test_a_training_run_is_the_same(harvesting) -> None:
+    def train(tracing) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        layer = nn.GRU(5, 8, 2, dropout=0.4, bidirectional=True)
+        optimizer = torch.optim.Adam(layer.parameters(), 0.01)
+        with tracing(layer):
+            for _ in range(20):
+                optimizer.zero_grad()
+                layer(torch.randn(6, 3, 5))[0].square().mean().backward()
+                optimizer.step()
+        return list(layer.parameters())
+
+    traced = train(lambda layer: grutrace.trace(layer, check="raise"))
+    assert all(map(torch.equal, traced, train(lambda _: nullcontext())))
+
+
+def test_a_graph_that_is_freed_or_changed_afterwards(harvesting) -> None:
+    layer = nn.GRU(3, 4, batch_first=True)
+    x = torch.randn(2, 5, 3)
+    with grutrace.trace(layer) as trace:
+        output, _ = layer(x)
+        before = trace["l0"].update.copy()
+        output.sum().backward()
+        with torch.no_grad():
+            output.zero_()
+    np.testing.assert_array_equal(trace["l0"].update, before)
+
+
+class Counting(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "surrounding",
+    [
+        save_on_cpu,
+        Counting,
+        lambda: torch.autocast("cpu"),
+        lambda: torch.autograd.detect_anomaly(check_nan=False),
+        lambda: torch.autograd.graph.disable_saved_tensors_hooks("no hooks here"),
+    ],
+    ids=["saved tensor hooks", "dispatch mode", "autocast", "anomaly", "hooks disabled"],
+)
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_where_others_could_see_it_gates_are_replayed(monkeypatch, surrounding, grad) -> None:
+    monkeypatch.setattr(harvest, "pays", lambda *_, **__: True)
+    torch.manual_seed(0)
+    layer, x = nn.GRU(5, 7, 2), torch.randn(4, 3, 5)
+    with torch.set_grad_enabled(grad):
+        with surrounding():
+            expected = layer(x)
+        with surrounding(), grutrace.trace(layer, check="raise", record=EVERYTHING) as trace:
+            result = layer(x)
+    assert same_result(expected, result)
+    assert len(trace.calls) == 1
+    assert all(found.holds for found in verify(trace))
+
+
+def test_verification_and_residual_of_a_harvest(harvesting, tmp_path) -> None:
+    torch.manual_seed(0)
+    layer = nn.GRU(5, 40, 2, bidirectional=True).requires_grad_(False)
+    for parameter in layer.parameters():
+        parameter *= 5
+    with grutrace.trace(layer, tmp_path / "run.h5", record=EVERYTHING, check="raise") as trace:
+        layer(torch.randn(30, 3, 5))
+    assert trace["l0"].residual == 0.0
+    with grutrace.open(tmp_path / "run.h5") as opened:
+        assert all(found.check == "gates" and found.holds for found in verify(opened))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_control_wrong_gates_do_not_prove_themselves(harvesting, grad) -> None:
+    """The residual sees it if the gates are not those that made the states."""
+    assert harvest.is_recognized()
+    right = harvest.Harvest
+    harvesting.setattr(harvest, "Harvest", lambda r, z, n: right(n, r, z))
+    layer = nn.GRU(5, 7)
+    with (
+        torch.set_grad_enabled(grad),
+        pytest.raises(grutrace.ResidualError),
+        grutrace.trace(layer, check="raise"),
+    ):
+        layer(torch.randn(4, 3, 5))
+
+
+@pytest.fixture
+def unknown_graph(monkeypatch):
+    """Another PyTorch, whose kernel keeps its tensors in another order and under other names."""
+    monkeypatch.setattr(harvest, "pays", lambda *_, **__: True)
+    monkeypatch.setattr(harvest, "_PLACES", frozenset((0, 2, 4)))
+    monkeypatch.setattr(harvest, "_step", lambda node: node._saved_of_another_pytorch)
+    harvest.is_recognized.cache_clear()
+    yield
+    monkeypatch.undo()
+    harvest.is_recognized.cache_clear()
+    assert harvest.is_recognized()
+
+
+def test_an_unknown_graph_is_replayed_and_said_once(unknown_graph, caplog) -> None:
+    layer = nn.GRU(5, 7, 2)
+    with caplog.at_level(logging.DEBUG, "grutrace"):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad), grutrace.trace(layer, check="raise") as trace:
+                layer(torch.randn(4, 3, 5))
+            assert trace["l1"].update.shape == (12, 7)
+    (record,) = caplog.records
+    assert record.levelno == logging.DEBUG
+    assert "gates are replayed, not harvested" in record.message
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_graph_that_is_unknown_only_in_one_call(monkeypatch, grad) -> None:
+    """Recognized when the tracer attached, and yet other than expected: replayed."""
+    assert harvest.is_recognized()
+    monkeypatch.setattr(harvest, "pays", lambda *_, **__: True)
+    monkeypatch.setattr(harvest, "_KEPT", (*harvest._KEPT, "another"))
+    monkeypatch.setattr(harvest, "_step", lambda node: node._saved_of_another_pytorch)
+    layer, x = nn.GRU(5, 7, 2), torch.randn(4, 3, 5)
+    with torch.set_grad_enabled(grad):
+        expected = layer(x)
+        with grutrace.trace(layer, check="raise") as trace:
+            assert same_result(expected, layer(x))
+    assert trace["l0"].residual < 1e-6
+
+
+def test_half_types(harvesting) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        layer = nn.GRU(5, 7, 2, bidirectional=True).to(dtype)
+        check_untouched(Case(layer, (torch.randn(6, 3, 5, dtype=dtype),)))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_chaotic_network(harvesting, grad) -> None:
+    """Harvested, replayed and derived gates are the same; a free run's have nothing in common."""
+    torch.manual_seed(0)
+    layer = nn.GRU(8, 64)
+    with torch.no_grad():
+        layer.weight_hh_l0 *= 12
+    x = torch.randn(500, 1, 8)
+    with torch.set_grad_enabled(grad):
+        with grutrace.trace(layer, check="raise", record=EVERYTHING) as harvested:
+            output, _ = layer(x)
+        harvesting.undo()
+        with (
+            grutrace.trace(layer, check="raise", record=EVERYTHING) as replayed,
+            grutrace.trace(layer, gates="deferred", record=EVERYTHING) as deferred,
+        ):
+            layer(x)
+    for gate in GATES:
+        np.testing.assert_allclose(harvested["l0"].rows(gate), replayed["l0"].rows(gate), atol=1e-5)
+        np.testing.assert_allclose(harvested["l0"].rows(gate), deferred["l0"].rows(gate), atol=1e-5)
+    weights = oracles.weights_of(layer, "l0")
+    hidden, free = np.zeros((1, 64)), []
+    for step in x.numpy():
+        expected = oracles.gates(weights, step, hidden, 0.0)
+        hidden = expected.values["hidden"]
+        free.append(expected.values["update"][0])
+    assert np.abs(np.array(free) - harvested["l0"].update).max() > 0.9
+    assert output.shape == (500, 1, 64)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_the_rule_prefers_the_replay_where_steps_are_small(graph) -> None:
+    assert not harvest.pays(1, 64, 64, graph=graph)
+    assert harvest.pays(64, 1024, 1024, graph=graph)
