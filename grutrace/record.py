@@ -120,7 +120,8 @@ class SiteRows:
         residual: Largest ``|replayed h - kernel's h|`` of the call; not a number where nothing was
             replayed.
         tolerance: The residual that rounding explains, in the same unit; likewise.
-        precision: Spacing at 1 of the coarsest type in which the kernel computed.
+        precision: Spacing at 1 of the coarsest type in which the kernel computed. Rows may be kept
+            in another.
     """
 
     rows: Mapping[str, Array]

@@ -39,6 +39,13 @@ from grutrace.capture.tap import Kernel, Tap, close_forgotten, innermost
 from grutrace.errors import UnsupportedError
 
 Receiver = Callable[[Observation | Missed], None]
+#: Asked once before each call is heard; if it says no, the call is left alone.
+Wants = Callable[[], bool]
+
+
+def always() -> bool:
+    """Want every call."""
+    return True
 
 
 class Ear:
@@ -53,10 +60,19 @@ class Ear:
         stacks: How to see between the layers of a stack: ``split``, ``rerun``, or ``auto`` for
             split on a CPU and rerun elsewhere. Where the receivers of one module differ, rerun
             wins, then auto: whatever leaves the kernel's answer alone.
+        wants: Whether the call that comes now is to be heard. Where no receiver of a module wants
+            it, nothing is done for it.
     """
 
-    def __init__(self, module: GRUModule, receiver: Receiver, stacks: Stacks = "auto") -> None:
+    def __init__(
+        self,
+        module: GRUModule,
+        receiver: Receiver,
+        stacks: Stacks = "auto",
+        wants: Wants = always,
+    ) -> None:
         self._module, self._receiver, self._stacks = module, receiver, stacks
+        self._wants = wants
         self._listener: _Listener | None = None
 
     def start(self) -> None:
@@ -65,7 +81,7 @@ class Ear:
             # One listener a module, so that several tracers share one tap, and a stack is split
             # once. It is found by its hooks: nothing else keeps it, or the module, alive.
             self._listener = next(_listeners_on(self._module), None) or _Listener(self._module)
-            self._listener.add(self, self._receiver, self._stacks)
+            self._listener.add(self, self._receiver, self._stacks, self._wants)
 
     def stop(self) -> bool:
         """Listen no longer. Twice does nothing.
@@ -97,16 +113,16 @@ class _Listener:
 
     def __init__(self, module: GRUModule) -> None:
         self._module = module
-        self._receivers: dict[object, tuple[Receiver, Stacks]] = {}
+        self._receivers: dict[object, tuple[Receiver, Stacks, Wants]] = {}
         self._before: RemovableHandle | None = None
         self._after: RemovableHandle | None = None
         self._taps: WeakSet[Tap] = WeakSet()
 
-    def add(self, key: object, receiver: Receiver, stacks: Stacks) -> None:
+    def add(self, key: object, receiver: Receiver, stacks: Stacks, wants: Wants) -> None:
         _keep_the_compiler_out()
         plain = _is_plain(self._module)
         with _lock:
-            self._receivers[key] = receiver, stacks
+            self._receivers[key] = receiver, stacks, wants
             if not _is_on(self._after):
                 hook = _Hook(self, self.after_plain_forward if plain else self.after_forward)
                 self._after = self._module.register_forward_hook(
@@ -141,12 +157,17 @@ class _Listener:
     def after_plain_forward(
         self, module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
+        if is_recomputation():
+            return
+        listening = self._listening()
+        if not listening:
+            return
         missed = hindrance((*args, *kwargs.values(), output))
         if missed is not None:
-            self._tell(missed)
-        elif not is_recomputation():
-            with aside():
-                self._tell(observe.plain_call(module, args, kwargs, output))
+            _tell(listening, missed)
+            return
+        with aside():
+            _tell(listening, observe.plain_call(module, args, kwargs, output))
 
     def before_forward(
         self, module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -158,16 +179,20 @@ class _Listener:
         def answer(kernel: Kernel, arguments: tuple[Any, ...]) -> Any:
             if not observe.is_own_call(module, arguments):
                 return kernel(*arguments)
+            repeats = is_recomputation()
+            listening = [] if repeats else self._listening()
+            if not (repeats or listening):
+                return kernel(*arguments)
             missed = hindrance(arguments)
             if missed is not None:
-                self._tell(missed)
+                _tell(listening, missed)
                 return kernel(*arguments)
             result, observation = observe.kernel_call(
                 module, kernel, arguments, sorted_indices, self._stacks()
             )
-            if not is_recomputation():
+            if listening:
                 with aside():
-                    self._tell(observation)
+                    _tell(listening, observation)
             return result
 
         with _lock:
@@ -184,19 +209,24 @@ class _Listener:
         self._remove_after()
 
     def _stacks(self) -> Stacks:
-        asked = {stacks for _, stacks in tuple(self._receivers.values())}
+        asked = {stacks for _, stacks, _ in tuple(self._receivers.values())}
         return next((each for each in observe.STACKS if each in asked), "auto")
 
-    def _tell(self, observation: Observation | Missed) -> None:
-        """Tell all receivers, also if one of them fails."""
-        errors = []
-        for receiver, _ in tuple(self._receivers.values()):
-            try:
-                receiver(observation)
-            except Exception as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
+    def _listening(self) -> list[Receiver]:
+        """Return those who want the call that comes now. Ask once a call: they count."""
+        return [receiver for receiver, _, wants in tuple(self._receivers.values()) if wants()]
+
+
+def _tell(receivers: list[Receiver], observation: Observation | Missed) -> None:
+    """Tell all receivers, also if one of them fails."""
+    errors = []
+    for receiver in receivers:
+        try:
+            receiver(observation)
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 _lock = threading.RLock()

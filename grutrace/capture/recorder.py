@@ -6,7 +6,6 @@ import copy
 import math
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +16,13 @@ import torch
 from torch import Tensor
 
 from grutrace.capture.continuity import Assignment, Continuity
+from grutrace.capture.limits import Limits
 from grutrace.capture.observe import Observation
-from grutrace.capture.sites import Selection, numpy_type
+from grutrace.capture.options import Options
+from grutrace.capture.rowtype import RowType, to_numpy
+from grutrace.capture.sites import Selection
 from grutrace.capture.versions import WeightVersions
-from grutrace.errors import GrutraceWarning, UnsupportedError
+from grutrace.errors import UnsupportedError
 from grutrace.gru.kernel import Layer
 from grutrace.gru.rounding import precision
 from grutrace.gru.shadow import Shadow
@@ -50,7 +52,8 @@ class ModuleRecorder:
         index: The module's place in the header.
         selection: The module, and what is recorded of it.
         append: Where records go.
-        deferred: Whether to replay nothing: what is recorded is copied.
+        options: Of the tracer. Where gates are deferred, nothing is replayed but only copied.
+        limits: How much the trace may become.
     """
 
     def __init__(
@@ -58,15 +61,15 @@ class ModuleRecorder:
         index: int,
         selection: Selection,
         append: Callable[[Record], None],
-        *,
-        deferred: bool = False,
+        options: Options,
+        limits: Limits,
     ) -> None:
         self._index = index
-        self._deferred = deferred
+        self._deferred = options.gates == "deferred"
+        self._limits = limits
         self.description = selection.description
         self._append = append
         stored: torch.dtype = getattr(torch, self.description.dtype)
-        self._stored = stored
         self._shadows = {
             site.suffix: Shadow(selection.module, site.layer, site.reverse, stored)
             for site in self.description.sites
@@ -74,7 +77,7 @@ class ModuleRecorder:
         self._continuity = Continuity()
         self._versions = WeightVersions()
         self._lock = threading.Lock()
-        self._rounds = False
+        self._rows = RowType(self.description, chosen=options.dtype is not None)
 
     @torch.no_grad()
     def record(self, observation: Observation, tag: str | None) -> Recorded:
@@ -82,14 +85,14 @@ class ModuleRecorder:
 
         Raises:
             UnsupportedError: What a layer read is not recorded, and can no longer be told.
+            LimitReached: It goes beyond what the trace may become. Nothing was recorded.
         """
         rows, checks = self._take(observation)
         lengths = observation.steps.lengths
-        with self._lock:
+        with self._lock, self._undone_on_error("_continuity"):
+            assignment = self._continuity.assign(*_ends(observation), lengths)
             with self._undone_on_error("_versions"):
-                self._announce_weights(observation)
-            with self._undone_on_error("_continuity"):
-                assignment = self._continuity.assign(*_ends(observation), lengths)
+                weights = self._new_weights(observation)
                 block = Block(
                     module=self._index,
                     time=time.time(),
@@ -108,7 +111,10 @@ class ModuleRecorder:
                         for site in self.description.sites
                     },
                 )
-                self._append(block)
+                self._limits.take(block, weights)
+                if weights is not None:
+                    self._append(weights)
+            self._append(block)
         return Recorded(block, assignment)
 
     @contextmanager
@@ -133,17 +139,17 @@ class ModuleRecorder:
             hidden = _direction(layer.output, site.reverse, call.directions)
             gates, checks[site.suffix] = self._replay(observation, site, layer, hidden)
             kept = {
-                name: self._rows(steps.in_sequences(values))
+                name: self._rows.of(steps.in_sequences(values))
                 for name, values in gates.items()
                 if name in site.quantities
             }
             if "hidden" in site.quantities:
-                kept["hidden"] = self._rows(_copied(steps.in_sequences(hidden), hidden))
+                kept["hidden"] = self._rows.of(_copied(steps.in_sequences(hidden), hidden))
             if "input" in site.quantities:
                 # Both directions of a layer read the same rows, so they share one array.
                 if site.layer not in inputs:
                     copied = _copied(steps.in_sequences(layer.input), layer.input)
-                    inputs[site.layer] = self._rows(copied)
+                    inputs[site.layer] = self._rows.of(copied)
                 kept["input"] = inputs[site.layer]
             rows[site.suffix] = kept
         return rows, checks
@@ -160,7 +166,7 @@ class ModuleRecorder:
                     f"{site.name} had no dropout before it when it was attached, and has now: what "
                     "it reads is not kept, so its gates could not be derived. Make a new tracer"
                 )
-            found = precision(layer.input, hidden, weights.weight_ih, self._stored)
+            found = precision(layer.input, hidden, weights.weight_ih)
             return {}, _Check(math.nan, math.nan, found)
         replay = self._shadows[site.suffix].replay(
             layer.input,
@@ -171,29 +177,18 @@ class ModuleRecorder:
         )
         return replay.gates._asdict(), _Check(replay.residual, replay.tolerance, replay.precision)
 
-    def _rows(self, values: Tensor) -> Array:
-        array, kept = _to_numpy(values), self.description.dtype
-        if array.dtype != kept and not np.can_cast(array.dtype, kept) and not self._rounds:
-            self._rounds = True
-            warnings.warn(
-                f"{self.description.path or 'the model'} computes in {array.dtype} by now, and was "
-                f"in {kept} when it was attached: its rows are rounded to {kept}",
-                GrutraceWarning,
-                stacklevel=2,
-            )
-        return array.astype(kept, copy=False)
-
     def _initial(self, observation: Observation, site: Site, assignment: Assignment) -> Array:
         if not assignment.begun.any():
             return np.empty((0, self.description.hidden_size), self.description.dtype)
         initial = observation.call.cell_initial(site.layer, site.reverse)
-        in_order = self._rows(observation.steps.in_batch_order(initial))
+        in_order = self._rows.of(observation.steps.in_batch_order(initial))
         return in_order[assignment.begun]
 
-    def _announce_weights(self, observation: Observation) -> None:
+    def _new_weights(self, observation: Observation) -> Weights | None:
+        """Return the weights of a call if they are a version that was not announced."""
         copies = self._versions.changed(observation.call.weights)
         if copies is None:
-            return
+            return None
         dtype = self.description.weights_dtype
         each = 4 if observation.call.bias else 2
         directions = observation.call.directions
@@ -202,9 +197,9 @@ class ModuleRecorder:
             first = (site.layer * directions + site.reverse) * each
             tensors = zip(WEIGHTS, copies[first : first + each], strict=False)
             sites[site.suffix] = {
-                name: _to_numpy(tensor).astype(dtype, copy=False) for name, tensor in tensors
+                name: to_numpy(tensor).astype(dtype, copy=False) for name, tensor in tensors
             }
-        self._append(Weights(self._index, self._versions.count - 1, sites))
+        return Weights(self._index, self._versions.count - 1, sites)
 
 
 def _copied(rows: Tensor, original: Tensor) -> Tensor:
@@ -231,11 +226,3 @@ def _ends(observation: Observation) -> tuple[Tensor | None, Tensor | None]:
         return None, final
     initial = torch.cat([steps.in_batch_order(state) for state in call.initial], -1)
     return initial, final
-
-
-def _to_numpy(values: Tensor) -> Array:
-    values = values.detach().cpu()
-    if str(values.dtype).removeprefix("torch.") != numpy_type(values.dtype):
-        values = values.float()
-    array: Array = values.numpy()
-    return array

@@ -63,6 +63,46 @@ def tolerance(
     return eps * _STATE_ULPS * state + sums * (1 + recurrent / 4)
 
 
+def rounded(kept: torch.dtype, state: float, sums: float, recurrent: float) -> float:
+    """Return by how much a gate or state changes where all that it follows from is rounded.
+
+    That comes on top of `tolerance` where rows are kept in a smaller type than the kernel computed
+    in. It is a bound, to first order, whatever the rounding: eps / 2 for each factor of each term
+    of a sum, through slopes of at most 1/4 for the gates, and of what the new state is made of.
+
+    Args:
+        kept: The type in which the rows are kept.
+        state: As for `tolerance`.
+        sums: Largest sum of the sizes of the terms of both products together, or more.
+        recurrent: As for `tolerance`.
+    """
+    eps = torch.finfo(kept).eps
+    return eps * sums * (1 + recurrent / 4 + (state + 1) / 4) + eps * (state + 1)
+
+
+def largest_sums(input: Tensor, previous: Tensor, weight_ih: Tensor, weight_hh: Tensor) -> Tensor:
+    """Return, for each step, a bound on the sums of the sizes of the terms of its two products.
+
+    By Cauchy and Schwarz: the norm of what is multiplied, times the largest norm of a row of the
+    weight. It takes no product of matrices. The biases add little, and are not rounded.
+
+    Args:
+        input: (..., I)
+        previous: (..., H)
+        weight_ih: (3U, I)
+        weight_hh: (3U, H)
+    """
+    pairs = ((input, weight_ih), (previous, weight_hh))
+    parts = [_norms(values) * _norms(weight).amax() for values, weight in pairs]
+    return (parts[0] + parts[1]).nan_to_num_(nan=0.0, posinf=0.0)
+
+
+def _norms(values: Tensor) -> Tensor:
+    wide = torch.promote_types(values.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(values, dim=-1, dtype=wide)
+    return norms
+
+
 def coarsest(*dtypes: torch.dtype) -> torch.dtype:
     """Return the type with the largest spacing of its numbers."""
     return max(dtypes, key=spacing)
@@ -74,7 +114,7 @@ def spacing(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 
-def precision(input: Tensor, hidden: Tensor, weight: Tensor, *others: torch.dtype) -> float:
+def precision(input: Tensor, hidden: Tensor, weight: Tensor) -> float:
     """Return the spacing at 1 of the coarsest type in which a call was computed.
 
     Call it where the kernel was called: autocast is told by what a product of nothing comes out as.
@@ -83,13 +123,12 @@ def precision(input: Tensor, hidden: Tensor, weight: Tensor, *others: torch.dtyp
         input: (..., I)
         hidden: What the kernel returned.
         weight: (3H, I)
-        others: Types that count too, as the one in which rows are kept.
     """
     if torch.is_autocast_enabled(weight.device.type):
         product = linear(input.new_empty(0, input.shape[-1]), weight[:0]).dtype
     else:
         product = weight.dtype
-    return spacing(coarsest(product, hidden.dtype, *others))
+    return spacing(coarsest(product, hidden.dtype))
 
 
 def compare(replayed: Tensor, hidden: Tensor, products: Products) -> Evidence:

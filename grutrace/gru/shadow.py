@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from grutrace.gru import cell
 from grutrace.gru.kernel import CellWeights
-from grutrace.gru.rounding import coarsest, compare, largest, spacing, tolerance
+from grutrace.gru.rounding import (
+    coarsest,
+    compare,
+    largest,
+    largest_sums,
+    rounded,
+    spacing,
+    tolerance,
+)
 from grutrace.gru.steps import Steps
 
 
@@ -44,7 +52,8 @@ class Shadow:
         module: The nn.GRU or nn.GRUCell.
         layer: Number of the layer, from 0.
         reverse: Whether to shadow the reverse direction.
-        stored: The type in which the gates are kept, if it is another than the kernel's.
+        stored: The type in which rows are kept, if it is another than the kernel's: what it
+            rounds is part of the tolerance then, though not of the residual.
     """
 
     def __init__(
@@ -97,6 +106,9 @@ class Shadow:
         found = compare(cell.step(gates, previous), hidden, products)
         state = max(1.0, largest(initial))
         terms = input.shape[-1] + previous.shape[-1]
-        dtype = coarsest(self._stored or hidden.dtype, *(each.dtype for each in (hidden, *gates)))
+        dtype = coarsest(*(each.dtype for each in (hidden, *gates)))
         allowed = tolerance(dtype, terms, state, found.product, found.recurrent)
+        if self._stored is not None and spacing(self._stored) > spacing(dtype):
+            sums = largest(largest_sums(input, previous, weights.weight_ih, weights.weight_hh))
+            allowed += rounded(self._stored, state, sums, found.recurrent)
         return Replay(gates, found.residual, allowed, spacing(dtype))
