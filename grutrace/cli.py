@@ -132,6 +132,7 @@ def run(
     dtype: Annotated[
         str | None, typer.Option(help=f"What rows are kept as: {', '.join(DTYPES)}.")
     ] = None,
+    units: Annotated[str | None, typer.Option(help="Only these units: 0,3,7 or 0:32.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing of our own.")] = False,
 ) -> None:
     """Run a script as python would, and trace the GRUs of every model in it."""
@@ -148,6 +149,7 @@ def run(
         max_calls=max_calls,
         max_bytes=None if max_bytes is None else size(max_bytes),
         dtype=dtype,
+        units=units,
         quiet=quiet,
     )
     launch(settings, program, module=module)
@@ -199,6 +201,7 @@ def site_info(trace: Trace, name: str) -> dict[str, Any]:
         "name": name,
         "quantities": site.site.quantities,
         "derived": site.site.derived,
+        "units": site.units,
         "residual": site.residual,
     }
 

@@ -7,9 +7,11 @@ Three checks, in float64, of every row, within what rounding explains of its cal
   the input is the states of the layer below, where no dropout was applied and both were recorded.
 - *derived*: where no gates are stored, they are derived so, and the states that they lead to are
   compared with the stored ones: every state, from the one before it, must come out again.
-- *states*: h = (1 - z) n + z h', from the recorded update, candidate and hidden states.
+- *states*: h = (1 - z) n + z h', from the recorded update, candidate and hidden states. It takes no
+  other units, so it is what can be checked where only some were recorded.
 
-The tolerance was recorded with the call; where nothing was replayed then, it is worked out here.
+The tolerance was recorded with the call; where not all gates were replayed then, it is worked out
+here.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ class Place:
         quantity: Which quantity.
         sequence: Number of the sequence.
         step: Step of the sequence.
-        unit: Which unit.
+        unit: Which of the H units, also where only some were recorded.
         recorded: The value in the trace.
         expected: What it should be.
         tolerance: How much of the difference rounding explains.
@@ -135,10 +137,14 @@ def _blocks(site: SiteTrace) -> Iterator[tuple[int, int]]:
 
 def _check_gates(site: SiteTrace) -> Iterator[_Comparison]:
     quantities = [name for name in (*GATES, "hidden") if name in site.site.quantities]
-    checks = site.checks
+    tolerances = site.checks["tolerance"].astype(np.float64)
+    if not set(GATES) <= set(quantities):
+        # What was recorded is of the products that were computed, not of all that are here.
+        evidence = _evidence(site)
+        tolerances = evidence.tolerances(range(len(tolerances)))
     for start, stop in _blocks(site):
         for each in site.ingredients.of(np.arange(start, stop)):
-            allowed = checks["tolerance"][each.calls].astype(np.float64)
+            allowed = tolerances[each.calls]
             derived = _in_double(each)
             rows = slice(int(each.rows[0]), int(each.rows[-1]) + 1)
             for name in quantities:
@@ -149,11 +155,7 @@ def _check_gates(site: SiteTrace) -> Iterator[_Comparison]:
 
 def _worst_derived(site: SiteTrace) -> Place | None:
     """Return the state that is least what its derived gates lead to, for its call's tolerance."""
-    evidence = Evidence(site)
-    hidden = site.rows("hidden")
-    for start, stop in _blocks(site):
-        for each in site.ingredients.of(np.arange(start, stop)):
-            evidence.add(each, _in_double(each), hidden)
+    evidence, hidden = _evidence(site), site.rows("hidden")
     allowed = evidence.tolerances(range(len(evidence.residuals)))
     if not len(hidden):
         return None
@@ -164,6 +166,15 @@ def _worst_derived(site: SiteTrace) -> Place | None:
     sequence, step = site.locate(row)
     recorded, expected = float(hidden[row][unit]), float(_in_double(found).hidden[0, unit])
     return Place("hidden", sequence, step, unit, recorded, expected, float(allowed[call]))
+
+
+def _evidence(site: SiteTrace) -> Evidence:
+    """Derive all gates of a site, and gather what that says of each call."""
+    evidence, hidden = Evidence(site), site.rows("hidden")
+    for start, stop in _blocks(site):
+        for each in site.ingredients.of(np.arange(start, stop)):
+            evidence.add(each, _in_double(each), hidden)
+    return evidence
 
 
 def _in_double(each: Ingredients) -> Derivation:
@@ -216,7 +227,7 @@ def _worst(comparisons: Iterator[_Comparison], site: SiteTrace) -> Place | None:
         comparison.quantity,
         sequence,
         step,
-        unit,
+        unit if site.units is None else site.units[unit],
         float(comparison.recorded[row, unit]),
         float(comparison.expected[row, unit]),
         float(comparison.tolerance[row]),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
 from typing import Any, Literal, TypeAlias, get_args
@@ -30,12 +30,16 @@ STORED = ("float16", "float32", "float64")
 #: One of `STORED`, by name or as a type of torch or NumPy.
 StoredType: TypeAlias = Any
 
+#: Which units: a slice, or their numbers.
+Units: TypeAlias = slice | Iterable[int]
+
 
 class Options:
     """The options of a tracer, checked; beside those that say where and what of the model.
 
     Attributes:
         dtype: Name of the type that rows are kept as; None for that of each module.
+        units: As they were given, before it is known how many a module has; None for all.
 
     Raises:
         OptionError: One of them has no such value.
@@ -51,6 +55,7 @@ class Options:
         max_calls: int | None = None,
         max_bytes: int | None = None,
         dtype: StoredType | None = None,
+        units: Units | None = None,
     ) -> None:
         _expect_one_of("gates", gates, get_args(Gates))
         _expect_one_of("stacks", stacks, STACKS)
@@ -60,6 +65,13 @@ class Options:
         self.max_calls = None if max_calls is None else _count("max_calls", max_calls)
         self.max_bytes = None if max_bytes is None else _count("max_bytes", max_bytes)
         self.dtype = None if dtype is None else _stored_type(dtype)
+        self.units = None if units is None else _units(units)
+        if units is not None and gates == "deferred":
+            raise OptionError(
+                "units: with gates='deferred' expected none, for a gate of one unit follows from "
+                f"the states of all; found {_text(self.units)}. Record them with gates='inline', "
+                "or all units, and read those wanted: site.update[:, units]"
+            )
 
     def as_json(self) -> dict[str, object]:
         """As they are kept in the trace; those that narrow nothing are left out."""
@@ -73,6 +85,7 @@ class Options:
             "max_calls": self.max_calls,
             "max_bytes": self.max_bytes,
             "dtype": self.dtype,
+            "units": None if self.units is None else _text(self.units),
         }
         return always | {name: value for name, value in narrowing.items() if value is not None}
 
@@ -116,6 +129,32 @@ def _stored_type(dtype: StoredType) -> str:
     if name not in STORED:
         raise OptionError(f"dtype: expected one of {', '.join(STORED)}; found {dtype!r}")
     return name
+
+
+def _units(units: Units) -> slice | tuple[int, ...]:
+    expected = "a slice, or the numbers of units"
+    if isinstance(units, slice):
+        bounds = (units.start, units.stop, units.step)
+        for each in bounds:
+            if each is not None:
+                integer("units", each, "a slice of whole numbers")
+        if units.step == 0:
+            raise OptionError("units: expected a slice with a step, found a step of 0")
+        return units
+    if isinstance(units, (str, bytes)) or not isinstance(units, Iterable):
+        raise OptionError(f"units: expected {expected}, found {units!r}")
+    numbers = tuple(integer("units", each, expected) for each in units)
+    if not numbers:
+        raise OptionError(f"units: expected {expected}, found none")
+    return numbers
+
+
+def _text(numbers: slice | tuple[int, ...] | None) -> str:
+    """As on the command line: 0,3,7 or 0:32."""
+    if isinstance(numbers, slice):
+        parts = [numbers.start, numbers.stop, *([numbers.step] if numbers.step else [])]
+        return ":".join("" if each is None else str(each) for each in parts)
+    return ",".join(map(str, numbers or ()))
 
 
 @cache

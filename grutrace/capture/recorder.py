@@ -20,12 +20,15 @@ from grutrace.capture.limits import Limits
 from grutrace.capture.observe import Observation
 from grutrace.capture.options import Options
 from grutrace.capture.rowtype import RowType, to_numpy
+from grutrace.capture.selection import partial_shadow
 from grutrace.capture.sites import Selection
-from grutrace.capture.versions import WeightVersions
+from grutrace.capture.versions import KeptRows, WeightVersions
 from grutrace.errors import UnsupportedError
-from grutrace.gru.kernel import Layer
+from grutrace.gru.kernel import CellWeights, Layer
+from grutrace.gru.partial import Columns, PartialReplay, PartialShadow
 from grutrace.gru.rounding import precision
 from grutrace.gru.shadow import Shadow
+from grutrace.gru.steps import Steps
 from grutrace.record import WEIGHTS, Array, Block, Record, Site, SiteRows, Weights
 
 
@@ -43,6 +46,19 @@ class _Check(NamedTuple):
     residual: float
     tolerance: float
     precision: float
+
+
+class _Part:
+    """Replays a part of a site, and keeps the rows of the weights that it takes."""
+
+    def __init__(self, shadow: PartialShadow) -> None:
+        self._shadow, self._rows = shadow, KeptRows(shadow.rows)
+
+    def replay(
+        self, input: Tensor, hidden: Tensor, initial: Tensor, steps: Steps, weights: CellWeights
+    ) -> PartialReplay:
+        """As for `PartialShadow.replay`, with the whole weights."""
+        return self._shadow.replay(input, hidden, initial, steps, self._rows.of(weights))
 
 
 class ModuleRecorder:
@@ -73,6 +89,16 @@ class ModuleRecorder:
         self._shadows = {
             site.suffix: Shadow(selection.module, site.layer, site.reverse, stored)
             for site in self.description.sites
+        }
+        self._parts = {
+            site.suffix: _Part(shadow)
+            for site in self.description.sites
+            if (shadow := partial_shadow(self.description, site)) is not None
+        }
+        self._units = {
+            site.suffix: Columns(site.units)
+            for site in self.description.sites
+            if site.units is not None
         }
         self._continuity = Continuity()
         self._versions = WeightVersions()
@@ -144,7 +170,8 @@ class ModuleRecorder:
                 if name in site.quantities
             }
             if "hidden" in site.quantities:
-                kept["hidden"] = self._rows.of(_copied(steps.in_sequences(hidden), hidden))
+                states = self._of_units(site, hidden)
+                kept["hidden"] = self._rows.of(_copied(steps.in_sequences(states), hidden))
             if "input" in site.quantities:
                 # Both directions of a layer read the same rows, so they share one array.
                 if site.layer not in inputs:
@@ -168,19 +195,23 @@ class ModuleRecorder:
                 )
             found = precision(layer.input, hidden, weights.weight_ih)
             return {}, _Check(math.nan, math.nan, found)
-        replay = self._shadows[site.suffix].replay(
-            layer.input,
-            hidden,
-            call.cell_initial(site.layer, site.reverse),
-            observation.steps,
-            weights,
-        )
+        initial = call.cell_initial(site.layer, site.reverse)
+        given = layer.input, hidden, initial, observation.steps
+        if site.suffix in self._parts:
+            part = self._parts[site.suffix].replay(*given, weights)
+            return part.gates, _Check(part.residual, part.tolerance, part.precision)
+        replay = self._shadows[site.suffix].replay(*given, weights)
         return replay.gates._asdict(), _Check(replay.residual, replay.tolerance, replay.precision)
+
+    def _of_units(self, site: Site, values: Tensor) -> Tensor:
+        """(..., U) of (..., H). May share memory."""
+        columns = self._units.get(site.suffix)
+        return values if columns is None else columns.of(values)
 
     def _initial(self, observation: Observation, site: Site, assignment: Assignment) -> Array:
         if not assignment.begun.any():
-            return np.empty((0, self.description.hidden_size), self.description.dtype)
-        initial = observation.call.cell_initial(site.layer, site.reverse)
+            return np.empty((0, self.description.unit_count(site)), self.description.dtype)
+        initial = self._of_units(site, observation.call.cell_initial(site.layer, site.reverse))
         in_order = self._rows.of(observation.steps.in_batch_order(initial))
         return in_order[assignment.begun]
 
@@ -204,7 +235,8 @@ class ModuleRecorder:
 
 def _copied(rows: Tensor, original: Tensor) -> Tensor:
     """Return rows that do not change when the model changes its own tensor in place."""
-    return rows.clone() if rows.data_ptr() == original.data_ptr() else rows
+    shares = rows.untyped_storage().data_ptr() == original.untyped_storage().data_ptr()
+    return rows.clone() if shares else rows
 
 
 def _direction(output: Tensor, reverse: bool, directions: int) -> Tensor:

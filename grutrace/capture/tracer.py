@@ -19,7 +19,7 @@ from grutrace.capture.annotate import Given, RecordedBatches
 from grutrace.capture.limits import LimitReached, Limits
 from grutrace.capture.listen import Ear
 from grutrace.capture.observe import Observation, Stacks
-from grutrace.capture.options import Check, Gates, Options, StoredType, versions
+from grutrace.capture.options import Check, Gates, Options, StoredType, Units, versions
 from grutrace.capture.recorder import ModuleRecorder, Recorded
 from grutrace.capture.selection import narrow
 from grutrace.capture.sites import Selection, select
@@ -103,6 +103,8 @@ class Tracer(Trace):
             would be more than this, together with all before it.
         dtype: What rows and initial states are kept as: float16, float32 or float64; the type of
             each module unless asked otherwise. Weights stay in the module's.
+        units: Numbers of units, from the end if negative, or a slice; all unless asked otherwise.
+            Gates and states have a column for each of them, in this order.
 
     Raises:
         OptionError: An option has no such value, or a glob matches no site.
@@ -129,6 +131,7 @@ class Tracer(Trace):
         max_calls: int | None = None,
         max_bytes: int | None = None,
         dtype: StoredType | None = None,
+        units: Units | None = None,
     ) -> None:
         options = Options(
             gates=gates,
@@ -138,6 +141,7 @@ class Tracer(Trace):
             max_calls=max_calls,
             max_bytes=max_bytes,
             dtype=dtype,
+            units=units,
         )
         self._selections = narrow(self._select(model, sites, record), options)
         header = Header(

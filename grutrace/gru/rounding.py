@@ -13,6 +13,7 @@ T steps, B sequences in a batch, I input size, H hidden size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -89,12 +90,20 @@ def largest_sums(input: Tensor, previous: Tensor, weight_ih: Tensor, weight_hh: 
     Args:
         input: (..., I)
         previous: (..., H)
-        weight_ih: (3U, I)
-        weight_hh: (3U, H)
+        weight_ih: (R, I)
+        weight_hh: (R, H)
     """
-    pairs = ((input, weight_ih), (previous, weight_hh))
-    parts = [_norms(values) * _norms(weight).amax() for values, weight in pairs]
-    return (parts[0] + parts[1]).nan_to_num_(nan=0.0, posinf=0.0)
+    return _sums(input, weight_ih) + _sums(previous, weight_hh)
+
+
+def largest_sum(values: Sequence[Tensor], weight: Tensor) -> float:
+    """Return the same bound for the products of one weight, over all steps of these values."""
+    return max(largest(_sums(each, weight)) for each in values)
+
+
+def _sums(values: Tensor, weight: Tensor) -> Tensor:
+    sums = _norms(values) * _norms(weight).amax()
+    return sums.nan_to_num_(nan=0.0, posinf=0.0)
 
 
 def _norms(values: Tensor) -> Tensor:
@@ -131,12 +140,22 @@ def precision(input: Tensor, hidden: Tensor, weight: Tensor) -> float:
     return spacing(coarsest(product, hidden.dtype))
 
 
-def compare(replayed: Tensor, hidden: Tensor, products: Products) -> Evidence:
-    """Compare replayed states with the kernel's, both (..., H)."""
+def compare(
+    replayed: Tensor, hidden: Tensor, products: Products, recurrent: Tensor | None = None
+) -> Evidence:
+    """Compare replayed states with the kernel's, both (..., H) or of some units only.
+
+    Args:
+        replayed: The states that the gates lead to.
+        hidden: The kernel's.
+        products: All that were made.
+        recurrent: Those of the hidden products that the reset gate is applied to, if they are not
+            the last third.
+    """
     if not replayed.numel():
         return Evidence(0.0, 0.0, 0.0)
     difference = (replayed - hidden).abs_()
-    recurrent = products.hidden.chunk(3, -1)[2]
+    recurrent = products.hidden.chunk(3, -1)[2] if recurrent is None else recurrent
     extremes = [torch.aminmax(each) for each in (*products, recurrent)]
     sizes = torch.stack([difference.max(), *(each for pair in extremes for each in pair)]).tolist()
     if all(map(math.isfinite, sizes)):

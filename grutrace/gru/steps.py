@@ -9,6 +9,7 @@ T steps, B sequences in a batch, H hidden size, N rows: the steps of all sequenc
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Protocol
 
@@ -32,6 +33,23 @@ class Steps(Protocol):
             hidden: The states after each step, as the kernel returned them.
             initial: (B, H) the states before the first steps, in the kernel's batch order.
             reverse: Whether the layer reads from the last step to the first.
+        """
+
+    def previous_product(
+        self,
+        product: Callable[[Tensor], Tensor],
+        hidden: Tensor,
+        initial: Tensor,
+        *,
+        reverse: bool,
+    ) -> Tensor:
+        """Return a product of the state before each step, without gathering those states.
+
+        Args:
+            product: A function of each state on its own, from (..., H) to (..., R).
+            hidden: As for `previous`.
+            initial: Likewise.
+            reverse: Likewise.
         """
 
     def in_sequences(self, values: Tensor) -> Tensor:
@@ -66,6 +84,21 @@ class PaddedSteps:
         if reverse:
             return torch.cat((hidden[1:], initial.unsqueeze(0)))
         return torch.cat((initial.unsqueeze(0), hidden[:-1]))
+
+    def previous_product(
+        self,
+        product: Callable[[Tensor], Tensor],
+        hidden: Tensor,
+        initial: Tensor,
+        *,
+        reverse: bool,
+    ) -> Tensor:
+        """Put the products of the initial states before those of all but the last, (T, B, R)."""
+        first = product(initial).unsqueeze(0)
+        if self._length == 1:
+            return first
+        others = product(hidden[1:] if reverse else hidden[:-1])
+        return torch.cat((others, first) if reverse else (first, others))
 
     def in_sequences(self, values: Tensor) -> Tensor:
         """Turn (T, B, width) into (B * T, width)."""
@@ -140,6 +173,17 @@ class PackedSteps:
         """Gather the state before each row, (N, H)."""
         rows = torch.from_numpy(self.previous_rows(reverse=reverse)).to(hidden.device)
         return torch.cat((initial, hidden)).index_select(0, rows)
+
+    def previous_product(
+        self,
+        product: Callable[[Tensor], Tensor],
+        hidden: Tensor,
+        initial: Tensor,
+        *,
+        reverse: bool,
+    ) -> Tensor:
+        """Gather the product of the state before each row, (N, R)."""
+        return self.previous(product(hidden), product(initial), reverse=reverse)
 
     def in_sequences(self, values: Tensor) -> Tensor:
         """Gather (N, width) sequence by sequence."""

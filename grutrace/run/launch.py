@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from grutrace.errors import OptionError, UnsupportedError
 from grutrace.record import QUANTITIES
+from grutrace.run import texts
 from grutrace.run.settings import CHECKS, DTYPES, GATES, MODES, STACKS, VARIABLE, Settings
 from grutrace.storage.parts import require_room
 
@@ -59,6 +60,10 @@ def _check(settings: Settings) -> None:
         number = getattr(settings, option)
         if number is not None and number < 1:
             raise OptionError(f"{option}: expected a whole number from 1, found {number}")
+    if settings.units is not None:
+        texts.units(settings.units)
+        if settings.gates == "deferred":
+            raise OptionError("units: expected none with gates deferred, found " + settings.units)
     _expect("record", settings.record, QUANTITIES)
     if not settings.record:
         raise OptionError(f"record: expected names out of {', '.join(QUANTITIES)}; found none")

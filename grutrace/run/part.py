@@ -17,6 +17,7 @@ from grutrace.capture.surroundings import Missed
 from grutrace.capture.tracer import Tracer
 from grutrace.errors import GrutraceWarning, ResidualError
 from grutrace.record import Block, Record
+from grutrace.run import texts
 from grutrace.run.report import Report, Tally
 from grutrace.run.settings import Settings
 from grutrace.storage.parts import Stamp
@@ -83,6 +84,7 @@ class Part(Tracer):
             max_calls=settings.max_calls,
             max_bytes=settings.max_bytes,
             dtype=settings.dtype,
+            units=None if settings.units is None else texts.units(settings.units),
         )
         self.tally = Tally(path, len(self.sites))
         self.start()

@@ -26,6 +26,7 @@ class Settings:
         record: Quantities.
         max_calls: Of the whole run, all its parts together.
         max_bytes: Likewise.
+        units: As `texts.units` reads them.
         quiet: Whether to say nothing on standard error.
         python_path: PYTHONPATH as the script shall have it.
     """
@@ -41,6 +42,7 @@ class Settings:
     max_calls: int | None = None
     max_bytes: int | None = None
     dtype: str | None = None
+    units: str | None = None
     quiet: bool = False
     python_path: str | None = None
 

@@ -14,6 +14,32 @@ SUFFIXES = {
 }
 
 
+def units(text: str) -> slice | tuple[int, ...]:
+    """Return the units of a text such as 0,3,7 or 0:32, as the tracer takes them.
+
+    Raises:
+        OptionError: It is no such text.
+    """
+    expected = "numbers with commas between, or a range such as 0:32"
+    if ":" in text:
+        return _range("units", text, expected)
+    return tuple(_number("units", each, text, expected) for each in text.split(","))
+
+
+def _range(option: str, text: str, expected: str) -> slice:
+    parts = text.split(":")
+    if len(parts) > 3:
+        raise OptionError(f"{option}: expected {expected}, found {text!r}")
+    return slice(*(_number(option, each, text, expected) if each else None for each in parts))
+
+
+def _number(option: str, part: str, text: str, expected: str) -> int:
+    try:
+        return int(part)
+    except ValueError:
+        raise OptionError(f"{option}: expected {expected}, found {text!r}") from None
+
+
 def size(text: str) -> int:
     """Return the bytes of a text such as 500000, 10GB or 1.5GiB.
 

@@ -63,6 +63,25 @@ def test_max_bytes(tmp_path) -> None:
         assert trace.header.options["max_bytes"] == 10_000
 
 
+def test_units(tmp_path) -> None:
+    program = write(tmp_path, TWO_MODELS)
+    for asked, expected in (("1,-2", [(1, 6), (1, 4)]), (":4:2", [(0, 2), (0, 2)])):
+        found = run("--units", asked, "--mode", "overwrite", program, folder=tmp_path)
+        assert (found.returncode, found.stdout) == (0, "done\n"), found.stderr
+        with grutrace.open(tmp_path / "run.h5") as trace:
+            assert [trace[name].units for name in ("l0", "GRU#2.l1")] == expected
+            assert trace["l0"].update.shape == (70, 2)
+
+
+def test_a_layer_without_such_a_unit_is_named_and_the_script_goes_on(tmp_path) -> None:
+    program = write(tmp_path, TWO_MODELS)
+    found = run("--units", "7", program, folder=tmp_path)
+    assert (found.returncode, found.stdout) == (0, "done\n")
+    assert "units of l0, which has 6: found 7" in found.stderr
+    with grutrace.open(tmp_path / "run.h5") as trace:
+        assert trace.sites == ("l0",)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -70,6 +89,9 @@ def test_max_bytes(tmp_path) -> None:
         (["--max-calls", "-3"], "max_calls: expected a whole number from 1, found -3"),
         (["--max-bytes", "0"], "max_bytes: expected a whole number from 1, found 0"),
         (["--max-bytes", "lots"], "max_bytes: expected a size such as 10GB or 512MiB, found 'lots"),
+        (["--units", "a,b"], "units: expected numbers with commas between, or a range such as 0:3"),
+        (["--units", "0:1:2:3"], "or a range such as 0:32, found '0:1:2:3'"),
+        (["--units", "0:8", "--gates", "deferred"], "units: expected none with gates deferred"),
         (["--dtype", "half"], "dtype: expected one of float16, float32, float64; found 'half'"),
     ],
 )
