@@ -133,6 +133,9 @@ def run(
         str | None, typer.Option(help=f"What rows are kept as: {', '.join(DTYPES)}.")
     ] = None,
     units: Annotated[str | None, typer.Option(help="Only these units: 0,3,7 or 0:32.")] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="Only these steps of each sequence: 5:20.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing of our own.")] = False,
 ) -> None:
     """Run a script as python would, and trace the GRUs of every model in it."""
@@ -150,6 +153,7 @@ def run(
         max_bytes=None if max_bytes is None else size(max_bytes),
         dtype=dtype,
         units=units,
+        steps=steps,
         quiet=quiet,
     )
     launch(settings, program, module=module)

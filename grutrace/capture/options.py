@@ -39,6 +39,7 @@ class Options:
 
     Attributes:
         dtype: Name of the type that rows are kept as; None for that of each module.
+        steps: Which steps of each sequence, as a slice that begins at a number; None for all.
         units: As they were given, before it is known how many a module has; None for all.
 
     Raises:
@@ -56,6 +57,7 @@ class Options:
         max_bytes: int | None = None,
         dtype: StoredType | None = None,
         units: Units | None = None,
+        steps: slice | None = None,
     ) -> None:
         _expect_one_of("gates", gates, get_args(Gates))
         _expect_one_of("stacks", stacks, STACKS)
@@ -66,6 +68,7 @@ class Options:
         self.max_bytes = None if max_bytes is None else _count("max_bytes", max_bytes)
         self.dtype = None if dtype is None else _stored_type(dtype)
         self.units = None if units is None else _units(units)
+        self.steps = None if steps is None else _steps(steps)
         if units is not None and gates == "deferred":
             raise OptionError(
                 "units: with gates='deferred' expected none, for a gate of one unit follows from "
@@ -86,6 +89,7 @@ class Options:
             "max_bytes": self.max_bytes,
             "dtype": self.dtype,
             "units": None if self.units is None else _text(self.units),
+            "steps": None if self.steps is None else _text(self.steps),
         }
         return always | {name: value for name, value in narrowing.items() if value is not None}
 
@@ -147,6 +151,20 @@ def _units(units: Units) -> slice | tuple[int, ...]:
     if not numbers:
         raise OptionError(f"units: expected {expected}, found none")
     return numbers
+
+
+def _steps(steps: slice) -> slice | None:
+    expected = "a slice such as slice(5, 20), from 0 on and in steps of 1"
+    if not isinstance(steps, slice):
+        raise OptionError(f"steps: expected {expected}, found {steps!r}")
+    start, stop, step = (
+        None if each is None else integer("steps", each, expected)
+        for each in (steps.start, steps.stop, steps.step)
+    )
+    start = start or 0
+    if start < 0 or step not in (None, 1) or (stop is not None and stop <= start):
+        raise OptionError(f"steps: expected {expected}, with some step in it, found {steps!r}")
+    return None if start == 0 and stop is None else slice(start, stop)
 
 
 def _text(numbers: slice | tuple[int, ...] | None) -> str:

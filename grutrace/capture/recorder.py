@@ -8,14 +8,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from grutrace.capture.continuity import Assignment, Continuity
+from grutrace.capture.kept import KeptSteps, only_kept
 from grutrace.capture.limits import Limits
 from grutrace.capture.observe import Observation
 from grutrace.capture.options import Options
@@ -34,10 +36,30 @@ from grutrace.record import WEIGHTS, Array, Block, Record, Site, SiteRows, Weigh
 
 @dataclass(frozen=True)
 class Recorded:
-    """A call that has gone to the sink: its block, and where its sequences stood before it."""
+    """A call that was heard, and what of it has gone to the sink.
 
-    block: Block
+    Attributes:
+        module: Place of the module in the header.
+        assignment: Its sequences, as they were told, and where they stood before it.
+        lengths: (B,) all steps that it made of each.
+        numbers: (B,) the number of each sequence in the trace; -1 for none.
+        start: The first step of every sequence that is kept.
+        stop: The first one after those; None for no end.
+        block: What has gone to the sink; None if none of its steps is kept.
+    """
+
+    module: int
     assignment: Assignment
+    lengths: npt.NDArray[np.int64]
+    numbers: npt.NDArray[np.int64]
+    start: int = 0
+    stop: int | None = None
+    block: Block | None = None
+
+    @classmethod
+    def whole(cls, module: int, assignment: Assignment, lengths: npt.NDArray[np.int64]) -> Recorded:
+        """A call of which all steps are kept."""
+        return cls(module, assignment, lengths, assignment.sequences.astype(np.int64))
 
 
 class _Check(NamedTuple):
@@ -101,6 +123,8 @@ class ModuleRecorder:
             if site.units is not None
         }
         self._continuity = Continuity()
+        steps = options.steps
+        self._kept = None if steps is None else KeptSteps(steps.start, steps.stop)
         self._versions = WeightVersions()
         self._lock = threading.Lock()
         self._rows = RowType(self.description, chosen=options.dtype is not None)
@@ -113,35 +137,59 @@ class ModuleRecorder:
             UnsupportedError: What a layer read is not recorded, and can no longer be told.
             LimitReached: It goes beyond what the trace may become. Nothing was recorded.
         """
-        rows, checks = self._take(observation)
         lengths = observation.steps.lengths
-        with self._lock, self._undone_on_error("_continuity"):
+        taken = self._take(observation) if self._kept is None else None
+        with self._lock, self._undone_on_error("_continuity"), self._undone_on_error("_kept"):
             assignment = self._continuity.assign(*_ends(observation), lengths)
+            if self._kept is None:
+                recorded = Recorded.whole(self._index, assignment, lengths)
+                kept: Assignment | None = assignment
+            else:
+                found = self._kept.of(assignment, lengths)
+                bounds = self._kept.start, self._kept.stop
+                recorded = Recorded(self._index, assignment, lengths, found.numbers, *bounds)
+                kept = found.assignment
+                if kept is not None:
+                    layers = [site.layer for site in self.description.sites]
+                    observation = only_kept(observation, found, layers)
+                    taken = self._take(observation)
+            if kept is None or taken is None:
+                return recorded
             with self._undone_on_error("_versions"):
                 weights = self._new_weights(observation)
-                block = Block(
-                    module=self._index,
-                    time=time.time(),
-                    tag=tag,
-                    training=observation.training,
-                    weights=self._versions.count - 1,
-                    steps=lengths.astype(np.uint32),
-                    sequences=assignment.sequences,
-                    forks=assignment.forks,
-                    sites={
-                        site.suffix: SiteRows(
-                            rows[site.suffix],
-                            self._initial(observation, site, assignment),
-                            *checks[site.suffix],
-                        )
-                        for site in self.description.sites
-                    },
-                )
+                block = self._block(observation, kept, tag, *taken)
                 self._limits.take(block, weights)
                 if weights is not None:
                     self._append(weights)
             self._append(block)
-        return Recorded(block, assignment)
+        return replace(recorded, block=block)
+
+    def _block(
+        self,
+        observation: Observation,
+        assignment: Assignment,
+        tag: str | None,
+        rows: dict[str, dict[str, Array]],
+        checks: dict[str, _Check],
+    ) -> Block:
+        return Block(
+            module=self._index,
+            time=time.time(),
+            tag=tag,
+            training=observation.training,
+            weights=self._versions.count - 1,
+            steps=observation.steps.lengths.astype(np.uint32),
+            sequences=assignment.sequences,
+            forks=assignment.forks,
+            sites={
+                site.suffix: SiteRows(
+                    rows[site.suffix],
+                    self._initial(observation, site, assignment),
+                    *checks[site.suffix],
+                )
+                for site in self.description.sites
+            },
+        )
 
     @contextmanager
     def _undone_on_error(self, name: str) -> Iterator[None]:

@@ -20,7 +20,7 @@ from grutrace.capture.limits import LimitReached, Limits
 from grutrace.capture.listen import Ear
 from grutrace.capture.observe import Observation, Stacks
 from grutrace.capture.options import Check, Gates, Options, StoredType, Units, versions
-from grutrace.capture.recorder import ModuleRecorder, Recorded
+from grutrace.capture.recorder import ModuleRecorder
 from grutrace.capture.selection import narrow
 from grutrace.capture.sites import Selection, select
 from grutrace.capture.surroundings import Missed, compiler_is_loaded
@@ -32,7 +32,7 @@ from grutrace.errors import (
     StateError,
     UnsupportedError,
 )
-from grutrace.record import DEFAULT_RECORD, Header, Record
+from grutrace.record import DEFAULT_RECORD, Block, Header, Record
 from grutrace.storage.moment import Moment
 from grutrace.storage.sinks import Mode, open_sink, open_source
 from grutrace.storage.trace import Trace
@@ -105,6 +105,7 @@ class Tracer(Trace):
             each module unless asked otherwise. Weights stay in the module's.
         units: Numbers of units, from the end if negative, or a slice; all unless asked otherwise.
             Gates and states have a column for each of them, in this order.
+        steps: A slice: only these steps of each sequence, counted through all its calls.
 
     Raises:
         OptionError: An option has no such value, or a glob matches no site.
@@ -132,6 +133,7 @@ class Tracer(Trace):
         max_bytes: int | None = None,
         dtype: StoredType | None = None,
         units: Units | None = None,
+        steps: slice | None = None,
     ) -> None:
         options = Options(
             gates=gates,
@@ -142,6 +144,7 @@ class Tracer(Trace):
             max_bytes=max_bytes,
             dtype=dtype,
             units=units,
+            steps=steps,
         )
         self._selections = narrow(self._select(model, sites, record), options)
         header = Header(
@@ -347,12 +350,12 @@ class Tracer(Trace):
                 self._batches.add(recorded)
         if self._limits.reached:
             self.stop()
-        if self._options.check != "off":
-            self._check_residuals(recorder, recorded)
+        if self._options.check != "off" and recorded.block is not None:
+            self._check_residuals(recorder, recorded.block)
 
-    def _check_residuals(self, recorder: ModuleRecorder, recorded: Recorded) -> None:
+    def _check_residuals(self, recorder: ModuleRecorder, block: Block) -> None:
         for site in recorder.description.sites:
-            rows = recorded.block.sites[site.suffix]
+            rows = block.sites[site.suffix]
             if not rows.residual > rows.tolerance:
                 continue
             message = (

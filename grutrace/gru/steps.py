@@ -26,6 +26,21 @@ class Steps(Protocol):
     def lengths(self) -> npt.NDArray[np.int64]:
         """(B,) number of steps of each sequence, in the order of the user's batch."""
 
+    @property
+    def columns(self) -> npt.NDArray[np.int64]:
+        """(B,) the kernel's batch place of each sequence, in the order of the user's batch."""
+
+    def at(
+        self, values: Tensor, times: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]
+    ) -> Tensor:
+        """Gather values, one a step in the kernel's order, of some steps: (n, width).
+
+        Args:
+            values: Those of all steps.
+            times: (n,) which steps.
+            columns: (n,) of which sequences, by the kernel's batch place.
+        """
+
     def previous(self, hidden: Tensor, initial: Tensor, *, reverse: bool) -> Tensor:
         """Return the state before each step, in the kernel's order and shape.
 
@@ -78,6 +93,17 @@ class PaddedSteps:
     def lengths(self) -> npt.NDArray[np.int64]:
         """(B,) all of them T."""
         return np.full(self._batch, self._length, dtype=np.int64)
+
+    @property
+    def columns(self) -> npt.NDArray[np.int64]:
+        """(B,) the same places: the kernel keeps a padded batch in the user's order."""
+        return np.arange(self._batch)
+
+    def at(
+        self, values: Tensor, times: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]
+    ) -> Tensor:
+        """Gather (n, width) of (T, B, width)."""
+        return values[tuple(torch.from_numpy(each).to(values.device) for each in (times, columns))]
 
     def previous(self, hidden: Tensor, initial: Tensor, *, reverse: bool) -> Tensor:
         """Shift the states by one step, (T, B, H)."""
@@ -154,6 +180,18 @@ class PackedSteps:
         lengths = np.empty_like(self._sorted_lengths)
         lengths[self._places] = self._sorted_lengths
         return lengths
+
+    @property
+    def columns(self) -> npt.NDArray[np.int64]:
+        """(B,) where sorting by length has put each."""
+        return np.argsort(self._places)
+
+    def at(
+        self, values: Tensor, times: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]
+    ) -> Tensor:
+        """Gather (n, width) of (N, width)."""
+        rows = torch.from_numpy(self._starts[times] + columns)
+        return values.index_select(0, rows.to(values.device))
 
     def previous_rows(self, *, reverse: bool) -> npt.NDArray[np.int64]:
         """Return (N,), for each row, the row of the state before it in [initial; hidden].

@@ -60,6 +60,8 @@ def _check(settings: Settings) -> None:
         number = getattr(settings, option)
         if number is not None and number < 1:
             raise OptionError(f"{option}: expected a whole number from 1, found {number}")
+    if settings.steps is not None:
+        texts.steps(settings.steps)
     if settings.units is not None:
         texts.units(settings.units)
         if settings.gates == "deferred":

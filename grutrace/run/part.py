@@ -84,6 +84,7 @@ class Part(Tracer):
             max_calls=settings.max_calls,
             max_bytes=settings.max_bytes,
             dtype=settings.dtype,
+            steps=None if settings.steps is None else texts.steps(settings.steps),
             units=None if settings.units is None else texts.units(settings.units),
         )
         self.tally = Tally(path, len(self.sites))

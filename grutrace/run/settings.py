@@ -27,6 +27,7 @@ class Settings:
         max_calls: Of the whole run, all its parts together.
         max_bytes: Likewise.
         units: As `texts.units` reads them.
+        steps: As `texts.steps` reads them.
         quiet: Whether to say nothing on standard error.
         python_path: PYTHONPATH as the script shall have it.
     """
@@ -43,6 +44,7 @@ class Settings:
     max_bytes: int | None = None
     dtype: str | None = None
     units: str | None = None
+    steps: str | None = None
     quiet: bool = False
     python_path: str | None = None
 

@@ -26,6 +26,20 @@ def units(text: str) -> slice | tuple[int, ...]:
     return tuple(_number("units", each, text, expected) for each in text.split(","))
 
 
+def steps(text: str) -> slice:
+    """Return the steps of a text such as 5:20.
+
+    Raises:
+        OptionError: It is no such text, or means no steps.
+    """
+    expected = "a range such as 5:20, from 0 on"
+    found = _range("steps", text, expected) if text.count(":") == 1 else None
+    start = 0 if found is None or found.start is None else found.start
+    if found is None or start < 0 or (found.stop is not None and found.stop <= start):
+        raise OptionError(f"steps: expected {expected}, found {text!r}")
+    return found
+
+
 def _range(option: str, text: str, expected: str) -> slice:
     parts = text.split(":")
     if len(parts) > 3:

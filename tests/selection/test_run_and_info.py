@@ -73,6 +73,15 @@ def test_units(tmp_path) -> None:
             assert trace["l0"].update.shape == (70, 2)
 
 
+def test_steps(tmp_path) -> None:
+    program = write(tmp_path, TWO_MODELS)
+    found = run("--steps", "2:5", program, folder=tmp_path)
+    assert (found.returncode, found.stdout) == (0, "done\n"), found.stderr
+    with grutrace.open(tmp_path / "run.h5") as trace:
+        assert set(trace["l0"].lengths) == set(trace["GRU#2.l1"].lengths) == {3}
+    assert main(["verify", str(tmp_path / "run.h5")]) == 0
+
+
 def test_a_layer_without_such_a_unit_is_named_and_the_script_goes_on(tmp_path) -> None:
     program = write(tmp_path, TWO_MODELS)
     found = run("--units", "7", program, folder=tmp_path)
@@ -92,6 +101,9 @@ def test_a_layer_without_such_a_unit_is_named_and_the_script_goes_on(tmp_path) -
         (["--units", "a,b"], "units: expected numbers with commas between, or a range such as 0:3"),
         (["--units", "0:1:2:3"], "or a range such as 0:32, found '0:1:2:3'"),
         (["--units", "0:8", "--gates", "deferred"], "units: expected none with gates deferred"),
+        (["--steps", "5"], "steps: expected a range such as 5:20, from 0 on, found '5'"),
+        (["--steps", "9:5"], "steps: expected a range such as 5:20, from 0 on, found '9:5'"),
+        (["--steps=-1:5"], "steps: expected a range such as 5:20, from 0 on, found '-1:5'"),
         (["--dtype", "half"], "dtype: expected one of float16, float32, float64; found 'half'"),
     ],
 )
