@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +24,8 @@ from grutrace.analysis.summary import OPEN, SHUT, SiteSummary, summarize_site
 from grutrace.errors import GrutraceError
 from grutrace.record import DEFAULT_RECORD, QUANTITIES
 from grutrace.run.launch import launch
-from grutrace.run.settings import CHECKS, GATES, MODES, STACKS, Settings
+from grutrace.run.settings import CHECKS, DTYPES, GATES, MODES, STACKS, Settings
+from grutrace.run.texts import size
 from grutrace.storage.parts import parts_of
 from grutrace.storage.sinks import open_trace
 from grutrace.storage.trace import Trace
@@ -121,12 +122,39 @@ def run(
     gates: Annotated[
         str, typer.Option(help=f"Computed with each call, or when read: {', '.join(GATES)}.")
     ] = "inline",
+    every: Annotated[int, typer.Option(help="Of each module, only each n-th call.")] = 1,
+    max_calls: Annotated[
+        int | None, typer.Option(help="Record no more than this many calls.")
+    ] = None,
+    max_bytes: Annotated[
+        str | None, typer.Option(help="Record no more than this: 10GB, 512MiB.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help=f"What rows are kept as: {', '.join(DTYPES)}.")
+    ] = None,
+    units: Annotated[str | None, typer.Option(help="Only these units: 0,3,7 or 0:32.")] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="Only these steps of each sequence: 5:20.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing of our own.")] = False,
 ) -> None:
     """Run a script as python would, and trace the GRUs of every model in it."""
     asked = [name for names in record or [",".join(DEFAULT_RECORD)] for name in names.split(",")]
     settings = Settings(
-        str(output), tuple(sites or ()), tuple(asked), mode, stacks, check, gates, quiet
+        str(output),
+        tuple(sites or ()),
+        tuple(asked),
+        mode,
+        stacks,
+        check,
+        gates,
+        every=every,
+        max_calls=max_calls,
+        max_bytes=None if max_bytes is None else size(max_bytes),
+        dtype=dtype,
+        units=units,
+        steps=steps,
+        quiet=quiet,
     )
     launch(settings, program, module=module)
 
@@ -177,6 +205,7 @@ def site_info(trace: Trace, name: str) -> dict[str, Any]:
         "name": name,
         "quantities": site.site.quantities,
         "derived": site.site.derived,
+        "units": site.units,
         "residual": site.residual,
     }
 
@@ -193,6 +222,9 @@ def print_info(trace: Trace, file: Path) -> None:
             f"{name} {version}" for name, version in about["versions"].items() if name != "platform"
         )
     )
+    narrowing = [f"{name} {value}" for name, value in narrowed(about["options"])]
+    if narrowing:
+        print(f"asked for less: {', '.join(narrowing)}")
     table = new_table("site", "layer", "recorded")
     for name in ("calls", "sequences", "steps", "weights"):
         table.add_column(name, justify="right")
@@ -205,6 +237,13 @@ def print_info(trace: Trace, file: Path) -> None:
             row[1] = ", ".join(site["quantities"]) + derived
             table.add_row(site["name"], *row)
     Console().print(table)
+
+
+def narrowed(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield those options of a trace that leave something of its calls out, or round it."""
+    for name in ("every", "max_calls", "max_bytes", "dtype", "units", "steps"):
+        if name in options:
+            yield name, options[name]
 
 
 def summaries(trace: Trace) -> list[SiteSummary]:

@@ -46,6 +46,8 @@ class Site:
             times the number of directions.
         quantities: What is stored here, in the order of `QUANTITIES`.
         derived: What is not stored here but follows from what is, in the same order.
+        units: Which of the H units are recorded, in the order of the columns of the gates, the
+            hidden and the initial states; None for all. The input has all its columns.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Site:
     input_size: int
     quantities: tuple[str, ...]
     derived: tuple[str, ...] = ()
+    units: tuple[int, ...] | None = None
 
     @property
     def readable(self) -> tuple[str, ...]:
@@ -89,6 +92,10 @@ class Module:
     weights_dtype: str
     sites: tuple[Site, ...]
 
+    def unit_count(self, site: Site) -> int:
+        """How many units of one of its sites are recorded: U, or H where all are."""
+        return self.hidden_size if site.units is None else len(site.units)
+
 
 @dataclass(frozen=True)
 class Header:
@@ -114,13 +121,15 @@ class SiteRows:
     """What one call recorded at one site.
 
     Attributes:
-        rows: By quantity, (N, H), or (N, I) for the input: the sequences one after another in
-            the order of the batch, each in time order, also for the reverse direction.
-        initial: (sequences begun by this call, H): the state that each of them started from.
+        rows: By quantity, (N, H), or (N, U) where U units are recorded, or (N, I) for the input:
+            the sequences one after another in the order of the batch, each in time order, also for
+            the reverse direction.
+        initial: (sequences begun by this call, H or U): the state that each of them started from.
         residual: Largest ``|replayed h - kernel's h|`` of the call; not a number where nothing was
             replayed.
         tolerance: The residual that rounding explains, in the same unit; likewise.
-        precision: Spacing at 1 of the coarsest type in which the kernel computed.
+        precision: Spacing at 1 of the coarsest type in which the kernel computed. Rows may be kept
+            in another.
     """
 
     rows: Mapping[str, Array]

@@ -107,6 +107,8 @@ class PlainSite:
         self.reverse = bool(group.attrs["reverse"])
         self.input_size = int(group.attrs["input_size"])
         self.rows = {name: group[name][:rows] for name in self.QUANTITIES if name in group}
+        # The units that the columns of gates and states are of.
+        self.units = list(group.attrs.get("units", range(module.attributes["hidden_size"])))
         self.derived = tuple(filter(None, group.attrs.get("derived", "").split(",")))
         self.labels = {name: [d.label for d in group[name].dims] for name in self.rows}
         self.initial = group["initial"][: module.count]
@@ -116,7 +118,10 @@ class PlainSite:
         }
         for name, array in self.rows.items():
             assert len(array) == rows, f"{group.name}/{name} holds less than is committed"
-        assert len(self.initial) == module.count
+        assert self.initial.shape == (module.count, len(self.units))
+        for name, array in self.rows.items():
+            width = self.input_size if name == "input" else len(self.units)
+            assert array.shape[1] == width, f"{group.name}/{name} is not as wide as it says"
         assert len(self.checks) == len(module.calls)
 
     def sequence(self, number, quantity):

@@ -32,7 +32,8 @@ class Evidence:
         self.checks = site.checks
         calls = len(self.checks)
         self._terms = site.site.input_size + site.module.hidden_size
-        self._states, self._products, self._recurrents = np.zeros((3, calls))
+        self._states, self._products, self._recurrents, self._sums = np.zeros((4, calls))
+        self._kept = np.dtype(site.module.dtype)
         self.residuals = np.zeros(calls)
         self.places = np.full((calls, 2), -1, np.int64)
 
@@ -51,6 +52,7 @@ class Evidence:
         product, recurrent = derived.sizes
         np.maximum.at(self._products, each.calls, product)
         np.maximum.at(self._recurrents, each.calls, recurrent)
+        np.maximum.at(self._sums, each.calls, derived.sums)
         np.maximum.at(self._states, each.calls, _largest(each.previous))
         np.maximum.at(self.residuals, each.calls, largest)
         worst = largest == self.residuals[each.calls]
@@ -66,6 +68,8 @@ class Evidence:
             self._states[part],
             self._products[part],
             self._recurrents[part],
+            self._kept,
+            self._sums[part],
         )
 
 

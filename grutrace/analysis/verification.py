@@ -7,7 +7,8 @@ Three checks, in float64, of every row, within what rounding explains of its cal
   the input is the states of the layer below, where no dropout was applied and both were recorded.
 - *derived*: where no gates are stored, they are derived so, and the states that they lead to are
   compared with the stored ones: every state, from the one before it, must come out again.
-- *states*: h = (1 - z) n + z h', from the recorded update, candidate and hidden states.
+- *states*: h = (1 - z) n + z h', from the recorded update, candidate and hidden states. It takes no
+  other units, so it is what can be checked where only some were recorded.
 
 The tolerance of the gates is worked out here; that of the states was recorded with the call.
 """
@@ -41,7 +42,7 @@ class Place:
         quantity: Which quantity.
         sequence: Number of the sequence.
         step: Step of the sequence.
-        unit: Which unit.
+        unit: Which of the H units, also where only some were recorded.
         recorded: The value in the trace.
         expected: What it should be.
         tolerance: How much of the difference rounding explains.
@@ -224,7 +225,7 @@ def _worst(comparisons: Iterator[_Comparison], site: SiteTrace) -> Place | None:
         comparison.quantity,
         sequence,
         step,
-        unit,
+        unit if site.units is None else site.units[unit],
         float(comparison.recorded[row, unit]),
         float(comparison.expected[row, unit]),
         float(comparison.tolerance[row]),

@@ -28,11 +28,23 @@ Given: TypeAlias = Values | Mapping[str, Values]
 
 @dataclass
 class _Batch:
-    """Sequences that one call began or took up: (B,) their numbers, first step here and steps."""
+    """Sequences that one call began or took up, (B,) each.
+
+    Attributes:
+        sequences: As they were told.
+        first: Their first step here.
+        steps: How many they have made since.
+        numbers: As the trace has them; -1 for none.
+        start: The first step that the trace keeps.
+        stop: The first one after those; None for no end.
+    """
 
     sequences: npt.NDArray[np.uint64]
     first: npt.NDArray[np.int64]
     steps: npt.NDArray[np.int64]
+    numbers: npt.NDArray[np.int64]
+    start: int
+    stop: int | None
 
 
 class RecordedBatches:
@@ -44,25 +56,36 @@ class RecordedBatches:
 
     def add(self, recorded: Recorded) -> None:
         """Note a call: it goes on with batches that are known, or adds one."""
-        block, assignment = recorded.block, recorded.assignment
-        batches = self._batches[block.module]
-        lengths = block.steps.astype(np.int64)
-        if batches and batches[-1].sequences is block.sequences:
+        assignment, lengths = recorded.assignment, recorded.lengths
+        batches = self._batches[recorded.module]
+        # A sequence that had no number gets one, and one that had no steps another, never a lower.
+        if batches and batches[-1].sequences is assignment.sequences:
             batches[-1].steps += lengths
+            np.maximum(batches[-1].numbers, recorded.numbers, out=batches[-1].numbers)
             return
         unknown = np.ones(len(lengths), bool)
         for batch in reversed(batches if not assignment.begun.all() else []):
             _, here, there = np.intersect1d(
-                block.sequences, batch.sequences, assume_unique=True, return_indices=True
+                assignment.sequences, batch.sequences, assume_unique=True, return_indices=True
             )
             batch.steps[there] += lengths[here]
+            batch.numbers[there] = np.maximum(batch.numbers[there], recorded.numbers[here])
             unknown[here] = False
             if not unknown.any():
                 break
-        forked = np.isin(block.sequences, [fork.sequence for fork in block.forks])
+        forked = np.isin(assignment.sequences, [fork.sequence for fork in assignment.forks])
         if unknown.all() and not forked.any():
             first = assignment.steps_before.copy()
-            batches.append(_Batch(block.sequences, first, lengths))
+            batches.append(
+                _Batch(
+                    assignment.sequences,
+                    first,
+                    lengths.copy(),
+                    recorded.numbers.copy(),
+                    recorded.start,
+                    recorded.stop,
+                )
+            )
 
     def annotations(self, name: str, given: Given, module: str | None = None) -> list[Annotation]:
         """Return the annotations that give the values to the steps they belong to.
@@ -83,19 +106,18 @@ class RecordedBatches:
         if module is not None:
             return list(self._named(name, module, given))
         values = _lists(name, given)
-        found = [
-            annotation
-            for number, batch in self._all()
-            if _fits_exactly(values, batch)
-            for annotation in _align(name, number, values, batch)
-        ]
-        if not found:
+        fitting = [each for each in self._all() if _fits_exactly(values, each[1])]
+        if not fitting:
             raise OptionError(
                 f"{name}: {_shape(values)} fits no batch of this recording exactly: "
                 f"{self._what_is_there()}. To give values to a module whose sequences are longer, "
                 f"name it: {{path: values}}"
             )
-        return found
+        return [
+            annotation
+            for number, batch in fitting
+            for annotation in _align(name, number, values, batch)
+        ]
 
     def _named(self, name: str, glob: str, given: Values) -> Iterator[Annotation]:
         values = _lists(name, given)
@@ -162,15 +184,31 @@ def _fits_exactly(values: list[Any], batch: _Batch) -> bool:
 def _align(name: str, module: int, values: list[Any], batch: _Batch) -> Iterator[Annotation]:
     for place, given in enumerate(values):
         repeated = [given] * int(batch.steps[place]) if _is_one_value(given) else given
-        if repeated:
-            is_text = isinstance(repeated[0], str)
+        first, kept = _kept(repeated, int(batch.first[place]), batch.start, batch.stop)
+        if kept and batch.numbers[place] >= 0:
+            is_text = isinstance(kept[0], str)
             yield Annotation(
                 module=module,
-                sequence=int(batch.sequences[place]),
+                sequence=int(batch.numbers[place]),
                 name=name,
-                first=int(batch.first[place]),
-                values=tuple(repeated if is_text else map(float, repeated)),
+                first=first,
+                values=tuple(kept if is_text else map(float, kept)),
             )
+
+
+def _kept(
+    values: Sequence[Any], first: int, start: int, stop: int | None
+) -> tuple[int, Sequence[Any]]:
+    """Return which kept step the first value is of, and the values of the kept steps.
+
+    Args:
+        values: One a step.
+        first: The step that the first of them is of.
+        start: The first step that is kept.
+        stop: The first one after those; None for no end.
+    """
+    end = None if stop is None else max(0, stop - first)
+    return max(0, first - start), values[max(0, start - first) : end]
 
 
 def _shape(values: list[Any]) -> str:

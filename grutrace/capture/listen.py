@@ -39,6 +39,13 @@ from grutrace.capture.tap import Kernel, Tap, close_forgotten, innermost
 from grutrace.errors import UnsupportedError
 
 Receiver = Callable[[Observation | Missed], None]
+#: Asked once before each call is heard; if it says no, the call is left alone.
+Wants = Callable[[], bool]
+
+
+def always() -> bool:
+    """Want every call."""
+    return True
 
 
 class Ear:
@@ -53,6 +60,8 @@ class Ear:
         stacks: How to see between the layers of a stack: ``split``, ``rerun``, or ``auto`` for
             split on a CPU and rerun elsewhere. Where the receivers of one module differ, rerun
             wins, then auto: whatever leaves the kernel's answer alone.
+        wants: Whether the call that comes now is to be heard. Where no receiver of a module wants
+            it, nothing is done for it.
         harvested: Whether the receiver wants the kernel's own gates, where they can be had.
     """
 
@@ -61,11 +70,12 @@ class Ear:
         module: GRUModule,
         receiver: Receiver,
         stacks: Stacks = "auto",
+        wants: Wants = always,
         *,
         harvested: bool = False,
     ) -> None:
         self._module = module
-        self._wish = _Wish(receiver, stacks, harvested)
+        self._wish = _Wish(receiver, stacks, wants, harvested)
         self._listener: _Listener | None = None
 
     def start(self) -> None:
@@ -90,6 +100,7 @@ class _Wish(NamedTuple):
 
     receiver: Receiver
     stacks: Stacks
+    wants: Wants
     harvested: bool
 
 
@@ -169,16 +180,19 @@ class _Listener:
         if tap is not None and not tap.forgotten:
             self.after_forward()
             return
-        if output is None:
-            # The forward has failed, and there was no tap to close.
+        # Without an output the forward has failed, and there was no tap to close.
+        if output is None or is_recomputation():
+            return
+        listening = self._listening()
+        if not listening:
             return
         missed = hindrance((*args, *kwargs.values(), output))
         if missed is not None:
-            self._tell(missed)
-        elif not is_recomputation():
-            with aside():
-                harvested = self._harvested()
-                self._tell(observe.plain_call(module, args, kwargs, output, harvested=harvested))
+            _tell(listening, missed)
+            return
+        harvested = self._harvested()
+        with aside():
+            _tell(listening, observe.plain_call(module, args, kwargs, output, harvested=harvested))
 
     def before_forward(
         self, module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -190,9 +204,13 @@ class _Listener:
         def answer(kernel: Kernel, arguments: tuple[Any, ...]) -> Any:
             if not observe.is_own_call(module, arguments):
                 return kernel(*arguments)
+            repeats = is_recomputation()
+            listening = [] if repeats else self._listening()
+            if not (repeats or listening):
+                return kernel(*arguments)
             missed = hindrance(arguments)
             if missed is not None:
-                self._tell(missed)
+                _tell(listening, missed)
                 return kernel(*arguments)
             result, observation = observe.kernel_call(
                 module,
@@ -202,9 +220,9 @@ class _Listener:
                 self._stacks(),
                 harvested=self._harvested(),
             )
-            if not is_recomputation():
+            if listening:
                 with aside():
-                    self._tell(observation)
+                    _tell(listening, observation)
             return result
 
         with _lock:
@@ -227,16 +245,21 @@ class _Listener:
     def _harvested(self) -> bool:
         return any(wish.harvested for wish in tuple(self._wishes.values()))
 
-    def _tell(self, observation: Observation | Missed) -> None:
-        """Tell all receivers, also if one of them fails."""
-        errors = []
-        for wish in tuple(self._wishes.values()):
-            try:
-                wish.receiver(observation)
-            except Exception as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
+    def _listening(self) -> list[Receiver]:
+        """Return those who want the call that comes now. Ask once a call: they count."""
+        return [wish.receiver for wish in tuple(self._wishes.values()) if wish.wants()]
+
+
+def _tell(receivers: list[Receiver], observation: Observation | Missed) -> None:
+    """Tell all receivers, also if one of them fails."""
+    errors = []
+    for receiver in receivers:
+        try:
+            receiver(observation)
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 _lock = threading.RLock()

@@ -2,45 +2,60 @@
 
 from __future__ import annotations
 
-import math
+import copy
 import threading
 import time
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple, cast
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from grutrace.capture.continuity import Assignment, Continuity
+from grutrace.capture.kept import KeptSteps, only_kept
+from grutrace.capture.limits import Limits
 from grutrace.capture.observe import Observation
-from grutrace.capture.sites import Selection, numpy_type
+from grutrace.capture.options import Options
+from grutrace.capture.rowtype import RowType, to_numpy
+from grutrace.capture.site_recorder import Check, SiteRecorder
+from grutrace.capture.sites import Selection
 from grutrace.capture.versions import WeightVersions
-from grutrace.errors import GrutraceWarning, UnsupportedError
-from grutrace.gru.harvest import Harvest, is_recognized
-from grutrace.gru.kernel import Layer
-from grutrace.gru.proof import prove
-from grutrace.gru.rounding import coarsest, largest, precision, spacing, tolerance
-from grutrace.gru.shadow import Shadow
-from grutrace.record import WEIGHTS, Array, Block, Record, Site, SiteRows, Weights
+from grutrace.gru.harvest import is_recognized
+from grutrace.record import WEIGHTS, Array, Block, Record, SiteRows, Weights
+
+#: By suffix, the rows of a call and what a check of them needs.
+Taken: TypeAlias = dict[str, tuple[dict[str, Array], Check]]
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A call that has gone to the sink: its block, and where its sequences stood before it."""
+    """A call that was heard, and what of it has gone to the sink.
 
-    block: Block
+    Attributes:
+        module: Place of the module in the header.
+        assignment: Its sequences, as they were told, and where they stood before it.
+        lengths: (B,) all steps that it made of each.
+        numbers: (B,) the number of each sequence in the trace; -1 for none.
+        start: The first step of every sequence that is kept.
+        stop: The first one after those; None for no end.
+        block: What has gone to the sink; None if none of its steps is kept.
+    """
+
+    module: int
     assignment: Assignment
+    lengths: npt.NDArray[np.int64]
+    numbers: npt.NDArray[np.int64]
+    start: int = 0
+    stop: int | None = None
+    block: Block | None = None
 
-
-class _Check(NamedTuple):
-    """The last fields of `SiteRows`."""
-
-    residual: float
-    tolerance: float
-    precision: float
+    @classmethod
+    def whole(cls, module: int, assignment: Assignment, lengths: npt.NDArray[np.int64]) -> Recorded:
+        """A call of which all steps are kept."""
+        return cls(module, assignment, lengths, assignment.sequences.astype(np.int64))
 
 
 class ModuleRecorder:
@@ -50,7 +65,12 @@ class ModuleRecorder:
         index: The module's place in the header.
         selection: The module, and what is recorded of it.
         append: Where records go.
-        deferred: Whether to replay nothing: what is recorded is copied.
+        options: Of the tracer. Where gates are deferred, nothing is replayed but only copied.
+        limits: How much the trace may become.
+
+    Attributes:
+        description: What is recorded of the module.
+        harvests: Whether the kernel's own gates are wanted, where they can be had.
     """
 
     def __init__(
@@ -58,188 +78,108 @@ class ModuleRecorder:
         index: int,
         selection: Selection,
         append: Callable[[Record], None],
-        *,
-        deferred: bool = False,
+        options: Options,
+        limits: Limits,
     ) -> None:
-        self._index = index
-        self._deferred = deferred
+        self._index, self._limits, self._append = index, limits, append
         self.description = selection.description
-        self._append = append
-        stored: torch.dtype = getattr(torch, self.description.dtype)
-        self._stored, self._dtype = stored, np.dtype(self.description.dtype)
-        self._no_states = np.empty((0, self.description.hidden_size), self._dtype)
-        self._shadows = {
-            site.suffix: Shadow(selection.module, site.layer, site.reverse, stored)
-            for site in self.description.sites
-        }
-        #: Whether the kernel's own gates are wanted, where they can be had.
-        self.harvests = not deferred and is_recognized()
+        rows = RowType(self.description, chosen=options.dtype is not None)
+        self._sites = [
+            SiteRecorder(selection, site, options, rows) for site in self.description.sites
+        ]
         self._continuity = Continuity()
+        steps = options.steps
+        self._kept = None if steps is None else KeptSteps(steps.start, steps.stop)
         self._versions = WeightVersions()
         self._lock = threading.Lock()
-        self._rounds = False
+        # Of a part of the gates or steps, the replay costs less than the whole's harvest.
+        whole = self._kept is None and all(site.is_whole for site in self._sites)
+        self.harvests = whole and is_recognized()
 
     def record(self, observation: Observation, tag: str | None) -> Recorded:
-        """Append an observed call, replayed or, where gates are derived later, copied.
+        """Append an observed call: harvested, replayed or, where gates come later, copied.
 
         Raises:
             UnsupportedError: What a layer read is not recorded, and can no longer be told.
+            LimitReached: It goes beyond what the trace may become. Nothing was recorded.
         """
-        taken = self._take(observation)
+        taken = self._take(observation) if self._kept is None else None
         with self._lock:
-            return self._store(observation, tag, *taken)
+            return self._number(observation, tag, taken)
 
-    def _store(
-        self,
-        observation: Observation,
-        tag: str | None,
-        rows: dict[str, dict[str, Array]],
-        checks: dict[str, _Check],
-    ) -> Recorded:
+    def _number(self, observation: Observation, tag: str | None, taken: Taken | None) -> Recorded:
         """Number a call and append it; what was numbered is forgotten if that fails."""
-        self._announce_weights(observation)
-        lengths = observation.steps.lengths
-        before = self._continuity.state
+        before = self._continuity.state, copy.copy(self._kept)
         try:
-            assignment = self._continuity.assign(*_ends(observation), lengths)
-            block = Block(
-                module=self._index,
-                time=time.time(),
-                tag=tag,
-                training=observation.training,
-                weights=self._versions.count - 1,
-                steps=lengths.astype(np.uint32),
-                sequences=assignment.sequences,
-                forks=assignment.forks,
-                sites={
-                    site.suffix: SiteRows(
-                        rows[site.suffix],
-                        self._initial(observation, site, assignment),
-                        *checks[site.suffix],
-                    )
-                    for site in self.description.sites
-                },
-            )
+            assignment = self._continuity.assign(*_ends(observation), observation.steps.lengths)
+            if self._kept is None:
+                recorded = Recorded.whole(self._index, assignment, observation.steps.lengths)
+            else:
+                found = self._kept.of(assignment, observation.steps.lengths)
+                bounds = self._kept.start, self._kept.stop
+                recorded = Recorded(
+                    self._index, assignment, observation.steps.lengths, found.numbers, *bounds
+                )
+                if found.assignment is None:
+                    return recorded
+                assignment = found.assignment
+                observation = only_kept(
+                    observation, found, [each.site.layer for each in self._sites]
+                )
+            block = self._announced(observation, assignment, tag, taken or self._take(observation))
             self._append(block)
         except BaseException:
-            self._continuity.state = before
+            self._continuity.state, self._kept = before
             raise
-        return Recorded(block, assignment)
+        return replace(recorded, block=block)
 
-    def _take(
-        self, observation: Observation
-    ) -> tuple[dict[str, dict[str, Array]], dict[str, _Check]]:
-        rows: dict[str, dict[str, Array]] = {}
-        checks: dict[str, _Check] = {}
-        inputs: dict[int, Array] = {}
-        call, steps = observation.call, observation.steps
-        for site in self.description.sites:
-            layer = observation.layers[site.layer]
-            hidden = _direction(layer.output, site.reverse, call.directions)
-            self._mind_rounding(hidden)
-            if layer.gates is not None and self.harvests:
-                gates, checks[site.suffix] = self._harvest(observation, site, layer, hidden)
-            else:
-                gates, checks[site.suffix] = self._replay(observation, site, layer, hidden)
-            kept = {name: gates[name] for name in site.quantities if name in gates}
-            if "hidden" in site.quantities and "hidden" not in kept:
-                kept["hidden"] = steps.in_sequences(hidden, self._dtype)
-            if "input" in site.quantities:
-                # Both directions of a layer read the same rows, so they share one array.
-                if site.layer not in inputs:
-                    inputs[site.layer] = steps.in_sequences(layer.input, self._dtype)
-                kept["input"] = inputs[site.layer]
-            rows[site.suffix] = kept
-        return rows, checks
-
-    def _harvest(
-        self, observation: Observation, site: Site, layer: Layer, hidden: Tensor
-    ) -> tuple[dict[str, Array], _Check]:
-        """Return the kernel's own gates and the states, and what a check needs."""
-        steps, dtype = observation.steps, self._dtype
-        harvest = cast("list[Harvest]", layer.gates)[int(site.reverse)]
-        wanted = {"update", "candidate", *site.quantities}
-        rows = {
-            name: steps.joined(values, dtype)
-            for name, values in harvest._asdict().items()
-            if name in wanted
-        }
-        rows["hidden"] = steps.in_sequences(hidden, dtype)
-        initial = observation.call.cell_initial(site.layer, site.reverse)
-        found = prove(
-            rows["update"],
-            rows["candidate"],
-            rows["hidden"],
-            steps.in_batch_order(initial),
-            steps.lengths,
-            reverse=site.reverse,
-        )
-        computed = coarsest(self._stored, hidden.dtype)
-        allowed = tolerance(computed, 0, max(1.0, largest(initial)), 0.0, 0.0)
-        return rows, _Check(found, allowed, spacing(computed))
-
-    def _replay(
-        self, observation: Observation, site: Site, layer: Layer, hidden: Tensor
-    ) -> tuple[dict[str, Array], _Check]:
-        """Return the gates, none where they are derived when read, and what a check needs."""
-        call = observation.call
-        weights = call.cell_weights(site.layer, site.reverse)
-        if self._deferred:
-            if call.drops and site.layer and site.derived and "input" not in site.quantities:
-                raise UnsupportedError(
-                    f"{site.name} had no dropout before it when it was attached, and has now: what "
-                    "it reads is not kept, so its gates could not be derived. Make a new tracer"
-                )
-            found = precision(layer.input, hidden, weights.weight_ih, self._stored)
-            return {}, _Check(math.nan, math.nan, found)
-        replay = self._shadows[site.suffix].replay(
-            layer.input,
-            hidden,
-            call.cell_initial(site.layer, site.reverse),
-            observation.steps,
-            weights,
-        )
-        rows = {
-            name: observation.steps.in_sequences(values, self._dtype)
-            for name, values in replay.gates._asdict().items()
-            if name in site.quantities
-        }
-        return rows, _Check(replay.residual, replay.tolerance, replay.precision)
-
-    def _mind_rounding(self, hidden: Tensor) -> None:
-        if hidden.dtype == self._stored or self._rounds:
-            return
-        computed, kept = numpy_type(hidden.dtype), self._dtype
-        if not np.can_cast(computed, kept):
-            self._rounds = True
-            warnings.warn(
-                f"{self.description.path or 'the model'} computes in {computed} by now, and was "
-                f"in {kept} when it was attached: its rows are rounded to {kept}",
-                GrutraceWarning,
-                stacklevel=2,
-            )
-
-    def _initial(self, observation: Observation, site: Site, assignment: Assignment) -> Array:
-        if not np.count_nonzero(assignment.begun):
-            return self._no_states
-        initial = observation.call.cell_initial(site.layer, site.reverse)
-        in_order = observation.steps.in_batch_order(initial)
-        states = np.empty(in_order.shape, self._dtype)
-        torch.from_numpy(states).copy_(in_order)
-        return states[assignment.begun]
-
-    def _announce_weights(self, observation: Observation) -> None:
+    def _announced(
+        self, observation: Observation, assignment: Assignment, tag: str | None, taken: Taken
+    ) -> Block:
+        """Return the block of a call, its weights having been appended if they are new."""
         before = self._versions.state
-        copies = self._versions.changed(observation.call.weights)
-        if copies is None:
-            return
         try:
-            self._append(self._weights(observation, copies))
+            weights = self._new_weights(observation)
+            block = self._block(observation, assignment, tag, taken)
+            self._limits.take(block, weights)
+            if weights is not None:
+                self._append(weights)
         except BaseException:
             self._versions.state = before
             raise
+        return block
 
-    def _weights(self, observation: Observation, copies: list[Tensor]) -> Weights:
+    def _block(
+        self, observation: Observation, assignment: Assignment, tag: str | None, taken: Taken
+    ) -> Block:
+        sites = {}
+        for each in self._sites:
+            rows, check = taken[each.site.suffix]
+            sites[each.site.suffix] = SiteRows(rows, each.begun(observation, assignment), *check)
+        return Block(
+            module=self._index,
+            time=time.time(),
+            tag=tag,
+            training=observation.training,
+            weights=self._versions.count - 1,
+            steps=observation.steps.lengths.astype(np.uint32),
+            sequences=assignment.sequences,
+            forks=assignment.forks,
+            sites=sites,
+        )
+
+    def _take(self, observation: Observation) -> Taken:
+        inputs: dict[int, Array] = {}
+        return {
+            each.site.suffix: each.take(observation, inputs, harvested=self.harvests)
+            for each in self._sites
+        }
+
+    def _new_weights(self, observation: Observation) -> Weights | None:
+        """Return the weights of a call if they are a version that was not announced."""
+        copies = self._versions.changed(observation.call.weights)
+        if copies is None:
+            return None
         dtype = self.description.weights_dtype
         each = 4 if observation.call.bias else 2
         directions = observation.call.directions
@@ -248,14 +188,9 @@ class ModuleRecorder:
             first = (site.layer * directions + site.reverse) * each
             tensors = zip(WEIGHTS, copies[first : first + each], strict=False)
             sites[site.suffix] = {
-                name: _to_numpy(tensor).astype(dtype, copy=False) for name, tensor in tensors
+                name: to_numpy(tensor).astype(dtype, copy=False) for name, tensor in tensors
             }
         return Weights(self._index, self._versions.count - 1, sites)
-
-
-def _direction(output: Tensor, reverse: bool, directions: int) -> Tensor:
-    """Return one direction's part of a layer's output, (..., H) of (..., D * H)."""
-    return output if directions == 1 else output.chunk(directions, -1)[int(reverse)]
 
 
 def _ends(observation: Observation) -> tuple[Tensor | None, Tensor | None]:
@@ -274,11 +209,3 @@ def _ends(observation: Observation) -> tuple[Tensor | None, Tensor | None]:
 
 def _side_by_side(states: list[Tensor]) -> Tensor:
     return states[0] if len(states) == 1 else torch.cat(states, -1)
-
-
-def _to_numpy(values: Tensor) -> Array:
-    values = values.detach().cpu()
-    if str(values.dtype).removeprefix("torch.") != numpy_type(values.dtype):
-        values = values.float()
-    array: Array = values.numpy()
-    return array

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import os
-import platform
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import cache, partial
-from importlib.metadata import version
+from functools import partial
+from itertools import count
 from types import TracebackType
-from typing import Literal, Self, get_args
+from typing import Self
 
-import numpy as np
-import torch
 from torch import nn
 
 from grutrace.capture.annotate import Given, RecordedBatches
-from grutrace.capture.deferral import defer
+from grutrace.capture.limits import LimitReached, Limits
 from grutrace.capture.listen import Ear
-from grutrace.capture.observe import STACKS, Observation, Stacks
-from grutrace.capture.recorder import ModuleRecorder, Recorded
+from grutrace.capture.observe import Observation, Stacks
+from grutrace.capture.options import Check, Gates, Options, StoredType, Units, versions
+from grutrace.capture.recorder import ModuleRecorder
+from grutrace.capture.selection import narrow
 from grutrace.capture.sites import Selection, select
 from grutrace.capture.surroundings import Missed, compiler_is_loaded
 from grutrace.errors import (
@@ -34,15 +32,10 @@ from grutrace.errors import (
     StateError,
     UnsupportedError,
 )
-from grutrace.record import DEFAULT_RECORD, Header, Record
+from grutrace.record import DEFAULT_RECORD, Block, Header, Record
 from grutrace.storage.moment import Moment
 from grutrace.storage.sinks import Mode, open_sink, open_source
 from grutrace.storage.trace import Trace
-
-Check = Literal["warn", "raise", "off"]
-
-#: When gates are computed: with the call, or when they are read.
-Gates = Literal["inline", "deferred"]
 
 _IN_A_CHILD = (
     "a traced model was called in a forked child of the process that records it, where nothing is "
@@ -103,6 +96,16 @@ class Tracer(Trace):
         check: What to do when a replayed state differs from the kernel's by more than rounding:
             ``warn`` (once a site), ``raise`` or ``off``. Deferred gates are not checked here:
             `grutrace verify` checks them.
+        every: Of each module only the 1st, (n+1)-th, (2n+1)-th ... call while recording. The calls
+            between are left alone, and what a decoder goes on with after them begins a sequence.
+        max_calls: After so many calls, of all modules together, recording stops for good.
+        max_bytes: Recording stops for good before the call whose rows, initial states and weights
+            would be more than this, together with all before it.
+        dtype: What rows and initial states are kept as: float16, float32 or float64; the type of
+            each module unless asked otherwise. Weights stay in the module's.
+        units: Numbers of units, from the end if negative, or a slice; all unless asked otherwise.
+            Gates and states have a column for each of them, in this order.
+        steps: A slice: only these steps of each sequence, counted through all its calls.
 
     Raises:
         OptionError: An option has no such value, or a glob matches no site.
@@ -125,30 +128,42 @@ class Tracer(Trace):
         mode: Mode = "w",
         stacks: Stacks = "auto",
         check: Check = "warn",
+        every: int = 1,
+        max_calls: int | None = None,
+        max_bytes: int | None = None,
+        dtype: StoredType | None = None,
+        units: Units | None = None,
+        steps: slice | None = None,
     ) -> None:
-        _expect("gates", gates, get_args(Gates))
-        _expect("stacks", stacks, STACKS)
-        _expect("check", check, get_args(Check))
-        self._selections = self._select(model, sites, record)
-        if gates == "deferred":
-            self._selections = [
-                replace(each, description=defer(each.description)) for each in self._selections
-            ]
+        options = Options(
+            gates=gates,
+            stacks=stacks,
+            check=check,
+            every=every,
+            max_calls=max_calls,
+            max_bytes=max_bytes,
+            dtype=dtype,
+            units=units,
+            steps=steps,
+        )
+        self._selections = narrow(self._select(model, sites, record), options)
         header = Header(
             model=f"{type(model).__module__}.{type(model).__qualname__}",
             created=time.time(),
-            versions=_versions(),
-            options={"gates": gates, "stacks": stacks, "check": check, **self._stamp},
+            versions=versions(),
+            options={**options.as_json(), **self._stamp},
             modules=tuple(each.description for each in self._selections),
         )
         self._sink = open_sink(path, header, mode)
         super().__init__(open_source(self._sink))
         self._appended = self._seen = 0
+        self._limits = self._limit(options)
         self._recorders = [
-            ModuleRecorder(index, selection, self._append, deferred=gates == "deferred")
+            ModuleRecorder(index, selection, self._append, options, self._limits)
             for index, selection in enumerate(self._selections)
         ]
-        self._record_on_enter, self._stacks, self._check = recording, stacks, check
+        self._turns = [count() for _ in self._selections]
+        self._record_on_enter, self._options = recording, options
         self._tag: str | None = None
         self._batches: RecordedBatches | None = None
         self._ears: list[Ear] = []
@@ -163,13 +178,16 @@ class Tracer(Trace):
     ) -> list[Selection]:
         return select(model, sites, record)
 
+    def _limit(self, options: Options) -> Limits:
+        return Limits(options.max_calls, options.max_bytes)
+
     @property
     def is_recording(self) -> bool:
-        """Whether calls of the model are recorded now."""
-        return bool(self._ears)
+        """Whether calls of the model are recorded now. Not once ``max_calls`` or so is reached."""
+        return bool(self._ears) and not self._limits.reached
 
     def start(self, tag: str | None = None) -> None:
-        """Record from now on.
+        """Record from now on. Does nothing once ``max_calls`` or ``max_bytes`` is reached.
 
         Args:
             tag: A name that every call bears from now on.
@@ -184,17 +202,23 @@ class Tracer(Trace):
             if self._closed:
                 raise StateError("the tracer is closed: make a new one to record again")
             self._tag = tag
-            if self._ears:
+            # A run of days is not to end because it has been recorded enough.
+            if self._ears or self._limits.reached:
                 return
             self._has_recorded = True
             try:
-                for recorder, selection in zip(self._recorders, self._selections, strict=True):
-                    receive = partial(self._receive, recorder)
+                for index, selection in enumerate(self._selections):
+                    receive = partial(self._receive, self._recorders[index])
+                    wants = partial(self._wants, self._turns[index])
                     # Kept before it starts: an interruption must not leave its hooks behind.
-                    harvested = recorder.harvests
-                    self._ears.append(
-                        Ear(selection.module, receive, self._stacks, harvested=harvested)
+                    ear = Ear(
+                        selection.module,
+                        receive,
+                        self._options.stacks,
+                        wants,
+                        harvested=self._recorders[index].harvests,
                     )
+                    self._ears.append(ear)
                     self._ears[-1].start()
             except BaseException:
                 self.stop()
@@ -299,6 +323,16 @@ class Tracer(Trace):
             self._seen = appended
         return super()._look()
 
+    def _wants(self, turn: Iterator[int]) -> bool:
+        """Whether the present call of a module is to be recorded. Asked once a call."""
+        if not self._limits.reached:
+            return next(turn) % self._options.every == 0
+        # Reached by a call of another thread, or by another part of a run. In a forked child nobody
+        # might be left to release the lock.
+        if os.getpid() == self._process:
+            self.stop()
+        return False
+
     def _receive(self, recorder: ModuleRecorder, observation: Observation | Missed) -> None:
         if os.getpid() != self._process:
             self._warn_once("", _IN_A_CHILD)
@@ -315,15 +349,20 @@ class Tracer(Trace):
             path = self._path(index)
             self._warn_once(path, f"a call of {path} was not recorded: {error}")
             return
+        except LimitReached:
+            self.stop()
+            return
         with self._lock:
             if self._batches is not None:
                 self._batches.add(recorded)
-        if self._check != "off":
-            self._check_residuals(recorder, recorded)
+        if self._limits.reached:
+            self.stop()
+        if self._options.check != "off" and recorded.block is not None:
+            self._check_residuals(recorder, recorded.block)
 
-    def _check_residuals(self, recorder: ModuleRecorder, recorded: Recorded) -> None:
+    def _check_residuals(self, recorder: ModuleRecorder, block: Block) -> None:
         for site in recorder.description.sites:
-            rows = recorded.block.sites[site.suffix]
+            rows = block.sites[site.suffix]
             if not rows.residual > rows.tolerance:
                 continue
             message = (
@@ -331,7 +370,7 @@ class Tracer(Trace):
                 f"{rows.residual:.2g}, where rounding explains {rows.tolerance:.2g}. The gates of "
                 "this call are not the ones that the model used"
             )
-            if self._check == "raise":
+            if self._options.check == "raise":
                 raise ResidualError(message)
             self._warn_once(site.name, message, ResidualWarning)
 
@@ -346,13 +385,20 @@ class Tracer(Trace):
     def _annotate(
         self, batches: RecordedBatches, name: str, given: Given, module: str | None
     ) -> None:
-        for annotation in batches.annotations(name, given, module):
+        try:
+            annotations = batches.annotations(name, given, module)
+        except OptionError:
+            if self._limits.reached:
+                # What they belong to lies beyond the limit.
+                return
+            raise
+        for annotation in annotations:
             self._append(annotation)
 
     def _name_uncalled(self) -> None:
         indices = range(len(self._recorders))
         uncalled = [self._path(index) for index in indices if index not in self._called]
-        if self._has_recorded and uncalled:
+        if self._has_recorded and uncalled and not self._limits.reached:
             compiled = (
                 ", but maybe within a graph that torch.compile made before it "
                 "(torch.compiler.reset() discards those)"
@@ -367,22 +413,6 @@ class Tracer(Trace):
 
     def _path(self, index: int) -> str:
         return self._selections[index].description.path or "the model"
-
-
-def _expect(option: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise OptionError(f"{option}: expected one of {', '.join(allowed)}; found {value!r}")
-
-
-@cache
-def _versions() -> Mapping[str, str]:
-    return {
-        "grutrace": version("grutrace"),
-        "torch": str(torch.__version__),
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
 
 
 #: The name for a ``with`` block: ``with grutrace.trace(model) as trace:``.

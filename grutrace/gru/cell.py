@@ -17,6 +17,7 @@ Leading axes ``...`` are free: every function treats each step on its own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from torch import Tensor
@@ -24,7 +25,7 @@ from torch.nn.functional import linear
 
 
 class Products(NamedTuple):
-    """The two matrix products of a step, biases included: each (..., 3H)."""
+    """The two matrix products of a step, biases included: each (..., 3H), or of some rows only."""
 
     input: Tensor
     hidden: Tensor
@@ -56,19 +57,44 @@ def products(
         bias_ih: (3H,) or None.
         bias_hh: (3H,) or None.
     """
-    return Products(linear(input, weight_ih, bias_ih), linear(previous, weight_hh, bias_hh))
+    return Products(product(input, weight_ih, bias_ih), product(previous, weight_hh, bias_hh))
+
+
+def product(values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``W v + b`` of each step, (..., R), for any R rows of a weight."""
+    return linear(values, weight, bias)
 
 
 def preactivations(products: Products) -> Gates:
     """Return what the sigmoids and the tanh are applied to; the last one holds the reset gate."""
-    input_reset, input_update, input_candidate = products.input.chunk(3, -1)
-    hidden_reset, hidden_update, hidden_candidate = products.hidden.chunk(3, -1)
-    reset = input_reset + hidden_reset
-    return Gates(
-        reset,
-        input_update + hidden_update,
-        input_candidate + reset.sigmoid() * hidden_candidate,
-    )
+    parts = (each.chunk(3, -1) for each in products)
+    reset, update, candidate = (Products(*of_gate) for of_gate in zip(*parts, strict=True))
+    before = _opening(reset)
+    return Gates(before, _opening(update), _proposal(candidate, before.sigmoid()))
+
+
+def some_gates(products: Mapping[str, Products]) -> dict[str, Tensor]:
+    """Return those gates whose products are there, each (..., U) as its products are.
+
+    Args:
+        products: By the gate that they lead to. The candidate needs the reset gate of its units.
+    """
+    found = {
+        name: _opening(products[name]).sigmoid() for name in ("reset", "update") if name in products
+    }
+    if "candidate" in products:
+        found["candidate"] = _proposal(products["candidate"], found["reset"]).tanh()
+    return found
+
+
+def _opening(products: Products) -> Tensor:
+    """What the sigmoid of the reset or of the update gate is applied to."""
+    return products.input + products.hidden
+
+
+def _proposal(products: Products, reset: Tensor) -> Tensor:
+    """What the tanh of the candidate is applied to."""
+    return products.input + reset * products.hidden
 
 
 def activate(preactivations: Gates) -> Gates:

@@ -12,13 +12,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from grutrace.gru import cell
-from grutrace.gru.rounding import spacing, tolerance
+from grutrace.gru.rounding import largest_sums, rounded, spacing, tolerance
 from grutrace.record import WEIGHTS, Array
 
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -62,11 +63,9 @@ class Derivation:
         self._units = units
         dtype = _BY_PRECISION.get(precision, self._previous.dtype)
         arrays = [_of_units(weights[name], units) for name in WEIGHTS if name in weights]
-        self._products = cell.products(
-            _tensor(input).to(dtype),
-            self._previous.to(dtype),
-            *(_tensor(array).to(dtype) for array in arrays),
-        )
+        tensors = [_tensor(array).to(dtype) for array in (input, previous, *arrays)]
+        self._factors = tensors[:4]
+        self._products = cell.products(*tensors)
         self._preactivations = cell.preactivations(self._products)
 
     @_apart()
@@ -97,12 +96,28 @@ class Derivation:
         return _largest(torch.cat([input, hidden], -1)), _largest(recurrent)
 
     @cached_property
+    @_apart()
+    def sums(self) -> Array:
+        """(n,) at least the sum of the sizes of the terms of each step's products.
+
+        It is what `tolerances` asks for where rows are kept in a smaller type.
+        """
+        array: Array = largest_sums(*self._factors).double().numpy()
+        return array
+
+    @cached_property
     def _gates(self) -> cell.Gates:
         return cell.activate(self._preactivations)
 
 
 def tolerances(
-    precisions: Array, terms: int, states: Array, products: Array, recurrents: Array
+    precisions: Array,
+    terms: int,
+    states: Array,
+    products: Array,
+    recurrents: Array,
+    kept: np.dtype[Any],
+    sums: Array,
 ) -> Array:
     """(calls,) the difference that rounding explains in each call; see `rounding.tolerance`.
 
@@ -112,15 +127,20 @@ def tolerances(
         states: (calls,) largest ``|h|`` from which a step started.
         products: (calls,) largest element of the products.
         recurrents: (calls,) the same of the one that the reset gate is applied to.
+        kept: The type in which the rows are kept.
+        sums: (calls,) largest sum of the sizes of the terms of the products.
     """
-    columns = (array.tolist() for array in (precisions, states, products, recurrents))
-    allowed = [
-        tolerance(_BY_PRECISION[precision], terms, max(1.0, state), product, recurrent)
-        if precision in _BY_PRECISION
-        else 0.0
-        for precision, state, product, recurrent in zip(*columns, strict=True)
-    ]
-    return np.array(allowed, np.float64)
+    stored: torch.dtype = getattr(torch, kept.name)
+    columns = (array.tolist() for array in (precisions, states, products, recurrents, sums))
+    allowed = np.zeros(len(precisions))
+    for call, (precision, state, product, recurrent, sum_) in enumerate(zip(*columns, strict=True)):
+        if precision not in _BY_PRECISION:
+            continue
+        size = max(1.0, state)
+        allowed[call] = tolerance(_BY_PRECISION[precision], terms, size, product, recurrent)
+        if spacing(stored) > precision:
+            allowed[call] += rounded(stored, size, sum_, recurrent)
+    return allowed
 
 
 def _of_units(weight: Array, units: slice) -> Array:

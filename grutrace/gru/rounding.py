@@ -13,6 +13,7 @@ T steps, B sequences in a batch, I input size, H hidden size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -63,6 +64,54 @@ def tolerance(
     return eps * _STATE_ULPS * state + sums * (1 + recurrent / 4)
 
 
+def rounded(kept: torch.dtype, state: float, sums: float, recurrent: float) -> float:
+    """Return by how much a gate or state changes where all that it follows from is rounded.
+
+    That comes on top of `tolerance` where rows are kept in a smaller type than the kernel computed
+    in. It is a bound, to first order, whatever the rounding: eps / 2 for each factor of each term
+    of a sum, through slopes of at most 1/4 for the gates, and of what the new state is made of.
+
+    Args:
+        kept: The type in which the rows are kept.
+        state: As for `tolerance`.
+        sums: Largest sum of the sizes of the terms of both products together, or more.
+        recurrent: As for `tolerance`.
+    """
+    eps = torch.finfo(kept).eps
+    return eps * sums * (1 + recurrent / 4 + (state + 1) / 4) + eps * (state + 1)
+
+
+def largest_sums(input: Tensor, previous: Tensor, weight_ih: Tensor, weight_hh: Tensor) -> Tensor:
+    """Return, for each step, a bound on the sums of the sizes of the terms of its two products.
+
+    By Cauchy and Schwarz: the norm of what is multiplied, times the largest norm of a row of the
+    weight. It takes no product of matrices. The biases add little, and are not rounded.
+
+    Args:
+        input: (..., I)
+        previous: (..., H)
+        weight_ih: (R, I)
+        weight_hh: (R, H)
+    """
+    return _sums(input, weight_ih) + _sums(previous, weight_hh)
+
+
+def largest_sum(values: Sequence[Tensor], weight: Tensor) -> float:
+    """Return the same bound for the products of one weight, over all steps of these values."""
+    return max(largest(_sums(each, weight)) for each in values)
+
+
+def _sums(values: Tensor, weight: Tensor) -> Tensor:
+    sums = _norms(values) * _norms(weight).amax()
+    return sums.nan_to_num_(nan=0.0, posinf=0.0)
+
+
+def _norms(values: Tensor) -> Tensor:
+    wide = torch.promote_types(values.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(values, dim=-1, dtype=wide)
+    return norms
+
+
 def coarsest(*dtypes: torch.dtype) -> torch.dtype:
     """Return the type with the largest spacing of its numbers."""
     return max(dtypes, key=spacing)
@@ -74,7 +123,7 @@ def spacing(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps
 
 
-def precision(input: Tensor, hidden: Tensor, weight: Tensor, *others: torch.dtype) -> float:
+def precision(input: Tensor, hidden: Tensor, weight: Tensor) -> float:
     """Return the spacing at 1 of the coarsest type in which a call was computed.
 
     Call it where the kernel was called: autocast is told by what a product of nothing comes out as.
@@ -83,13 +132,12 @@ def precision(input: Tensor, hidden: Tensor, weight: Tensor, *others: torch.dtyp
         input: (..., I)
         hidden: What the kernel returned.
         weight: (3H, I)
-        others: Types that count too, as the one in which rows are kept.
     """
     if torch.is_autocast_enabled(weight.device.type):
         product = linear(input.new_empty(0, input.shape[-1]), weight[:0]).dtype
     else:
         product = weight.dtype
-    return _coarsest_spacing(product, hidden.dtype, *others)
+    return _coarsest_spacing(product, hidden.dtype)
 
 
 @cache
@@ -97,12 +145,22 @@ def _coarsest_spacing(*dtypes: torch.dtype) -> float:
     return spacing(coarsest(*dtypes))
 
 
-def compare(replayed: Tensor, hidden: Tensor, products: Products) -> Evidence:
-    """Compare replayed states with the kernel's, both (..., H)."""
+def compare(
+    replayed: Tensor, hidden: Tensor, products: Products, recurrent: Tensor | None = None
+) -> Evidence:
+    """Compare replayed states with the kernel's, both (..., H) or of some units only.
+
+    Args:
+        replayed: The states that the gates lead to.
+        hidden: The kernel's.
+        products: All that were made.
+        recurrent: Those of the hidden products that the reset gate is applied to, if they are not
+            the last third.
+    """
     if not replayed.numel():
         return Evidence(0.0, 0.0, 0.0)
     difference = (replayed - hidden).abs_()
-    recurrent = products.hidden.chunk(3, -1)[2]
+    recurrent = products.hidden.chunk(3, -1)[2] if recurrent is None else recurrent
     extremes = [torch.aminmax(each) for each in (*products, recurrent)]
     sizes = torch.stack([difference.max(), *(each for pair in extremes for each in pair)]).tolist()
     if all(map(math.isfinite, sizes)):

@@ -9,14 +9,23 @@ anywhere (trained GRUs can be chaotic); see docs/equations.md.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from grutrace.gru import cell
 from grutrace.gru.kernel import CellWeights
-from grutrace.gru.rounding import coarsest, compare, largest, spacing, tolerance
+from grutrace.gru.rounding import (
+    Evidence,
+    coarsest,
+    compare,
+    largest,
+    largest_sum,
+    rounded,
+    spacing,
+    tolerance,
+)
 from grutrace.gru.steps import Steps
 
 
@@ -44,7 +53,8 @@ class Shadow:
         module: The nn.GRU or nn.GRUCell.
         layer: Number of the layer, from 0.
         reverse: Whether to shadow the reverse direction.
-        stored: The type in which the gates are kept, if it is another than the kernel's.
+        stored: The type in which rows are kept, if it is another than the kernel's: what it
+            rounds is part of the tolerance then, though not of the residual.
     """
 
     def __init__(
@@ -95,8 +105,44 @@ class Shadow:
         products = cell.products(input, previous, *weights)
         gates = cell.gates(products)
         found = compare(cell.step(gates, previous), hidden, products)
-        state = max(1.0, largest(initial))
-        terms = input.shape[-1] + previous.shape[-1]
-        dtype = coarsest(self._stored or hidden.dtype, *(each.dtype for each in (hidden, *gates)))
-        allowed = tolerance(dtype, terms, state, found.product, found.recurrent)
-        return Replay(gates, found.residual, allowed, spacing(dtype))
+        dtype = coarsest(*(each.dtype for each in (hidden, *gates)))
+        return Replay(gates, *judge(found, dtype, input, hidden, initial, weights, self._stored))
+
+
+class Judgement(NamedTuple):
+    """The last fields of a `Replay`."""
+
+    residual: float
+    tolerance: float
+    precision: float
+
+
+def judge(
+    found: Evidence,
+    dtype: torch.dtype,
+    input: Tensor,
+    hidden: Tensor,
+    initial: Tensor,
+    weights: CellWeights,
+    stored: torch.dtype | None,
+) -> Judgement:
+    """Work out how much of what was found rounding explains.
+
+    Args:
+        found: What comparing the states gave.
+        dtype: The coarsest type in which the kernel computed.
+        input: As for `Shadow.replay`.
+        hidden: Likewise.
+        initial: Likewise.
+        weights: Those rows of the weights that were used.
+        stored: The type in which rows are kept, if it is another.
+    """
+    state = max(1.0, largest(initial))
+    terms = input.shape[-1] + hidden.shape[-1]
+    allowed = tolerance(dtype, terms, state, found.product, found.recurrent)
+    if stored is not None and spacing(stored) > spacing(dtype):
+        # The states before the steps are among these.
+        sums = largest_sum([input], weights.weight_ih)
+        sums += largest_sum([hidden, initial], weights.weight_hh)
+        allowed += rounded(stored, state, sums, found.recurrent)
+    return Judgement(found.residual, allowed, spacing(dtype))

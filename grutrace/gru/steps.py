@@ -9,7 +9,7 @@ T steps, B sequences in a batch, H hidden size, N rows: the steps of all sequenc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from typing import Protocol
 
@@ -28,6 +28,21 @@ class Steps(Protocol):
     def lengths(self) -> npt.NDArray[np.int64]:
         """(B,) number of steps of each sequence, in the order of the user's batch."""
 
+    @property
+    def columns(self) -> npt.NDArray[np.int64]:
+        """(B,) the kernel's batch place of each sequence, in the order of the user's batch."""
+
+    def at(
+        self, values: Tensor, times: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]
+    ) -> Tensor:
+        """Gather values, one a step in the kernel's order, of some steps: (n, width).
+
+        Args:
+            values: Those of all steps.
+            times: (n,) which steps.
+            columns: (n,) of which sequences, by the kernel's batch place.
+        """
+
     def previous(self, hidden: Tensor, initial: Tensor, *, reverse: bool) -> Tensor:
         """Return the state before each step, in the kernel's order and shape.
 
@@ -35,6 +50,23 @@ class Steps(Protocol):
             hidden: The states after each step, as the kernel returned them.
             initial: (B, H) the states before the first steps, in the kernel's batch order.
             reverse: Whether the layer reads from the last step to the first.
+        """
+
+    def previous_product(
+        self,
+        product: Callable[[Tensor], Tensor],
+        hidden: Tensor,
+        initial: Tensor,
+        *,
+        reverse: bool,
+    ) -> Tensor:
+        """Return a product of the state before each step, without gathering those states.
+
+        Args:
+            product: A function of each state on its own, from (..., H) to (..., R).
+            hidden: As for `previous`.
+            initial: Likewise.
+            reverse: Likewise.
         """
 
     def in_sequences(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
@@ -69,11 +101,37 @@ class PaddedSteps:
         """(B,) all of them T."""
         return _equal_lengths(self._batch, self._length)
 
+    @property
+    def columns(self) -> npt.NDArray[np.int64]:
+        """(B,) the same places: the kernel keeps a padded batch in the user's order."""
+        return np.arange(self._batch)
+
+    def at(
+        self, values: Tensor, times: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]
+    ) -> Tensor:
+        """Gather (n, width) of (T, B, width)."""
+        return values[tuple(torch.from_numpy(each).to(values.device) for each in (times, columns))]
+
     def previous(self, hidden: Tensor, initial: Tensor, *, reverse: bool) -> Tensor:
         """Shift the states by one step, (T, B, H)."""
         if reverse:
             return torch.cat((hidden[1:], initial.unsqueeze(0)))
         return torch.cat((initial.unsqueeze(0), hidden[:-1]))
+
+    def previous_product(
+        self,
+        product: Callable[[Tensor], Tensor],
+        hidden: Tensor,
+        initial: Tensor,
+        *,
+        reverse: bool,
+    ) -> Tensor:
+        """Put the products of the initial states before those of all but the last, (T, B, R)."""
+        first = product(initial).unsqueeze(0)
+        if self._length == 1:
+            return first
+        others = product(hidden[1:] if reverse else hidden[:-1])
+        return torch.cat((others, first) if reverse else (first, others))
 
     def in_sequences(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
         """Copy (T, B, width) to (B * T, width)."""
@@ -150,6 +208,18 @@ class PackedSteps:
         lengths[self._places] = self._sorted_lengths
         return lengths
 
+    @property
+    def columns(self) -> npt.NDArray[np.int64]:
+        """(B,) where sorting by length has put each."""
+        return np.argsort(self._places)
+
+    def at(
+        self, values: Tensor, times: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]
+    ) -> Tensor:
+        """Gather (n, width) of (N, width)."""
+        rows = torch.from_numpy(self._starts[times] + columns)
+        return values.index_select(0, rows.to(values.device))
+
     def previous_rows(self, *, reverse: bool) -> npt.NDArray[np.int64]:
         """Return (N,), for each row, the row of the state before it in [initial; hidden].
 
@@ -168,6 +238,17 @@ class PackedSteps:
         """Gather the state before each row, (N, H)."""
         rows = torch.from_numpy(self.previous_rows(reverse=reverse)).to(hidden.device)
         return torch.cat((initial, hidden)).index_select(0, rows)
+
+    def previous_product(
+        self,
+        product: Callable[[Tensor], Tensor],
+        hidden: Tensor,
+        initial: Tensor,
+        *,
+        reverse: bool,
+    ) -> Tensor:
+        """Gather the product of the state before each row, (N, R)."""
+        return self.previous(product(hidden), product(initial), reverse=reverse)
 
     def in_sequences(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
         """Copy (N, width) sequence by sequence."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import nn
 
+from grutrace.capture.limits import Limits
 from grutrace.capture.sites import Selection
 from grutrace.errors import GrutraceError, TraceFileError
 from grutrace.run.part import Part, chosen
@@ -43,6 +44,7 @@ class Keeper:
     def __init__(self, settings: Settings, report: Report) -> None:
         self._settings, self._report = settings, report
         self._first = Path(settings.output)
+        self._limits = Limits(settings.max_calls, settings.max_bytes)
         self._process = os.getpid()
         self._parts: weakref.WeakSet[Part] = weakref.WeakSet()
         self._run, self._before = self._existing()
@@ -64,6 +66,8 @@ class Keeper:
         Raises:
             GrutraceError: They cannot be recorded.
         """
+        if self._limits.reached:
+            return
         if self._report.tallies:
             # Models that were given up: their hooks hold them in a cycle, and a file open.
             gc.collect()
@@ -104,7 +108,9 @@ class Keeper:
         self, model: nn.Module, selections: list[Selection], path: Path, mode: Mode, number: int
     ) -> Part:
         stamp = Stamp(self._run, number)
-        return Part(model, selections, path, mode, stamp, self._settings, self._report)
+        return Part(
+            model, selections, path, mode, stamp, self._settings, self._report, self._limits
+        )
 
     def close(self) -> None:
         """Close all parts."""

@@ -18,7 +18,8 @@ from typing import NoReturn
 
 from grutrace.errors import OptionError, UnsupportedError
 from grutrace.record import QUANTITIES
-from grutrace.run.settings import CHECKS, GATES, MODES, STACKS, VARIABLE, Settings
+from grutrace.run import texts
+from grutrace.run.settings import CHECKS, DTYPES, GATES, MODES, STACKS, VARIABLE, Settings
 from grutrace.storage.parts import require_room
 
 _BOOT = Path(__file__).with_name("boot")
@@ -54,6 +55,17 @@ def _check(settings: Settings) -> None:
     _expect("stacks", [settings.stacks], STACKS)
     _expect("check", [settings.check], CHECKS)
     _expect("gates", [settings.gates], GATES)
+    _expect("dtype", [settings.dtype or DTYPES[0]], DTYPES)
+    for option in ("every", "max_calls", "max_bytes"):
+        number = getattr(settings, option)
+        if number is not None and number < 1:
+            raise OptionError(f"{option}: expected a whole number from 1, found {number}")
+    if settings.steps is not None:
+        texts.steps(settings.steps)
+    if settings.units is not None:
+        texts.units(settings.units)
+        if settings.gates == "deferred":
+            raise OptionError("units: expected none with gates deferred, found " + settings.units)
     _expect("record", settings.record, QUANTITIES)
     if not settings.record:
         raise OptionError(f"record: expected names out of {', '.join(QUANTITIES)}; found none")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from grutrace.capture.limits import Limits
 from grutrace.capture.observe import Observation
 from grutrace.capture.recorder import ModuleRecorder
 from grutrace.capture.sites import Selection, select
@@ -16,6 +17,7 @@ from grutrace.capture.surroundings import Missed
 from grutrace.capture.tracer import Tracer
 from grutrace.errors import GrutraceWarning, ResidualError
 from grutrace.record import Block, Record
+from grutrace.run import texts
 from grutrace.run.report import Report, Tally
 from grutrace.run.settings import Settings
 from grutrace.storage.parts import Stamp
@@ -52,6 +54,7 @@ class Part(Tracer):
         stamp: Which part of which run it is.
         settings: Of the run.
         report: Where calls are counted, and what goes wrong is said.
+        limits: What the whole run may become.
 
     Raises:
         GrutraceError: The file cannot be written.
@@ -66,8 +69,10 @@ class Part(Tracer):
         stamp: Stamp,
         settings: Settings,
         report: Report,
+        limits: Limits,
     ) -> None:
         self._chosen, self._stamp, self._report = selections, stamp.options, report
+        self._limits_of_run = limits
         super().__init__(
             model,
             path,
@@ -75,6 +80,12 @@ class Part(Tracer):
             stacks=settings.stacks,  # type: ignore[arg-type]
             check=settings.check,  # type: ignore[arg-type]
             gates=settings.gates,  # type: ignore[arg-type]
+            every=settings.every,
+            max_calls=settings.max_calls,
+            max_bytes=settings.max_bytes,
+            dtype=settings.dtype,
+            steps=None if settings.steps is None else texts.steps(settings.steps),
+            units=None if settings.units is None else texts.units(settings.units),
         )
         self.tally = Tally(path, len(self.sites))
         self.start()
@@ -89,6 +100,9 @@ class Part(Tracer):
 
     def _select(self, *_: object) -> list[Selection]:
         return self._chosen
+
+    def _limit(self, *_: object) -> Limits:
+        return self._limits_of_run
 
     def _append(self, record: Record) -> None:
         super()._append(record)

@@ -13,6 +13,7 @@ MODES = ("w", "a", "overwrite")
 STACKS = ("auto", "split", "rerun")
 CHECKS = ("warn", "raise", "off")
 GATES = ("inline", "deferred")
+DTYPES = ("float16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class Settings:
         output: File of the first part; absolute.
         sites: Globs; none for all sites.
         record: Quantities.
+        max_calls: Of the whole run, all its parts together.
+        max_bytes: Likewise.
+        units: As `texts.units` reads them.
+        steps: As `texts.steps` reads them.
         quiet: Whether to say nothing on standard error.
         python_path: PYTHONPATH as the script shall have it.
     """
@@ -34,6 +39,12 @@ class Settings:
     stacks: str = "auto"
     check: str = "warn"
     gates: str = "inline"
+    every: int = 1
+    max_calls: int | None = None
+    max_bytes: int | None = None
+    dtype: str | None = None
+    units: str | None = None
+    steps: str | None = None
     quiet: bool = False
     python_path: str | None = None
 

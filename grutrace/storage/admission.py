@@ -18,7 +18,7 @@ class _Plan:
     """What to ask of each record of one module, worked out once; and what it has had so far."""
 
     module: Module
-    sites: tuple[tuple[str, tuple[tuple[str, int], ...]], ...]
+    sites: tuple[tuple[str, int, tuple[tuple[str, int], ...]], ...]
     dtype: np.dtype[Any]
     never_continues: bool
     sequences: int = 0
@@ -55,7 +55,9 @@ class Admission:
 def _plan(module: Module) -> _Plan:
     return _Plan(
         module=module,
-        sites=tuple((site.suffix, _widths(module, site)) for site in module.sites),
+        sites=tuple(
+            (site.suffix, module.unit_count(site), _widths(module, site)) for site in module.sites
+        ),
         dtype=np.dtype(module.dtype),
         never_continues=any(site.reverse for site in module.sites),
     )
@@ -70,13 +72,13 @@ def _admit_block(plan: _Plan, block: Block) -> None:
     if not 0 <= block.weights < plan.versions:
         raise _refusal(_call(plan), f"weights announced before it, {plan.versions}", block.weights)
     rows = int(block.steps.sum())
-    for suffix, quantities in plan.sites:
+    for suffix, units, quantities in plan.sites:
         site = block.sites.get(suffix)
         if site is None:
             raise _refusal(_call(plan), f"site {suffix!r}", list(block.sites))
         for quantity, columns in quantities:
             _require_array(plan, suffix, quantity, site.rows.get(quantity), (rows, columns))
-        _require_array(plan, suffix, "initial", site.initial, (begun, plan.module.hidden_size))
+        _require_array(plan, suffix, "initial", site.initial, (begun, units))
     for fork in block.forks:
         last = plan.sequences + begun
         if not (plan.sequences <= fork.sequence < last and 0 <= fork.parent < fork.sequence):

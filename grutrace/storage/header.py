@@ -53,6 +53,8 @@ def write_header(file: h5py.File, header: Header) -> None:
             _write(place, site, _SITE)
             if site.derived:
                 place.attrs["derived"] = ",".join(site.derived)
+            if site.units is not None:
+                place.attrs["units"] = np.array(site.units, "<i8")
 
 
 def _write(group: h5py.Group, fields: object, kinds: Mapping[str, type]) -> None:
@@ -140,7 +142,8 @@ def _read_module(group: h5py.Group) -> Module:
     fields = {name: _attribute(group, name, kind) for name, kind in _MODULE.items()}
     del fields["index"]
     groups = [name for name in group if not _is_dataset(group, name)]
-    sites = [_read_site(member(group, name, h5py.Group), name) for name in groups]
+    hidden_size = fields["hidden_size"]
+    sites = [_read_site(member(group, name, h5py.Group), name, hidden_size) for name in groups]
     require(sites, group.name, "at least one site", "none")
     sites.sort(key=lambda site: (site.layer, site.reverse))
     first = group[sites[0].suffix]
@@ -158,11 +161,32 @@ def _is_dataset(group: h5py.Group, name: str) -> bool:
     return type(link) is h5py.HardLink and isinstance(group[name], h5py.Dataset)
 
 
-def _read_site(group: h5py.Group, suffix: str) -> Site:
+def _read_site(group: h5py.Group, suffix: str, hidden_size: int) -> Site:
     fields = {name: _attribute(group, name, kind) for name, kind in _SITE.items()}
     quantities = tuple(quantity for quantity in QUANTITIES if quantity in group)
     derived = _read_derived(group, quantities)
-    return Site(**fields, suffix=suffix, quantities=quantities, derived=derived)
+    units = _read_units(group, hidden_size)
+    return Site(**fields, suffix=suffix, quantities=quantities, derived=derived, units=units)
+
+
+def _read_units(group: h5py.Group, hidden_size: int) -> tuple[int, ...] | None:
+    if "units" not in group.attrs:
+        return None
+    place = f"{group.name}: attribute 'units'"
+    attribute = group.attrs.get_id("units")
+    expected = f"at least one of {hidden_size} units, each once"
+    require(
+        attribute.dtype.kind == "i"
+        and len(attribute.shape) == 1
+        and 1 <= attribute.shape[0] <= hidden_size,
+        place,
+        expected,
+        f"{attribute.dtype} of shape {attribute.shape}",
+    )
+    units = tuple(int(unit) for unit in group.attrs["units"])
+    inside = min(units) >= 0 and max(units) < hidden_size
+    require(inside and len(set(units)) == len(units), place, expected, units)
+    return units
 
 
 def _read_derived(group: h5py.Group, stored: tuple[str, ...]) -> tuple[str, ...]:

@@ -100,12 +100,13 @@ class ModuleIndex:
 
     @cached_property
     def last_rows_before(self) -> Integers:
-        """(P,) the last row of the piece before each in its sequence; -1 where it is the first."""
+        """(P,) the last row before each piece in its sequence; -1 where it is the first."""
         before = np.full(len(self.order), -1, np.int64)
-        follows = np.ones(len(self.order), bool)
-        follows[self.bounds[:-1]] = False
+        # A piece of no steps has no last row: what was before it is before the next piece.
+        order = self.order[self.steps[self.order] > 0]
+        follows = np.flatnonzero(self.sequences[order][1:] == self.sequences[order][:-1])
         ends = self.starts + self.steps - 1
-        before[self.order[follows]] = ends[self.order[np.flatnonzero(follows) - 1]]
+        before[order[follows + 1]] = ends[order[follows]]
         return before
 
     @cached_property

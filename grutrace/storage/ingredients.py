@@ -80,6 +80,11 @@ class SiteIngredients:
         """What would be needed and was not recorded; empty if nothing is missing."""
         if "hidden" not in self._site.quantities:
             return "the hidden states were not recorded"
+        if self._site.units is not None:
+            return (
+                f"the states of {len(self._site.units)} of {self._module.hidden_size} units were "
+                "recorded, and a gate follows from those of all"
+            )
         if not self._input_sites:
             return "the input was not recorded"
         return ""
@@ -112,7 +117,7 @@ class SiteIngredients:
         return np.concatenate(parts, axis=1)[:, columns]
 
     def previous(self, rows: Integers) -> Array:
-        """Return the state that each of these rows started from, (n, H).
+        """Return the state that each of these rows started from, (n, H), or of the units recorded.
 
         Raises:
             NotRecordedError: The hidden states were not recorded.
@@ -185,11 +190,11 @@ class SiteIngredients:
 def layer_below(module: Module, site: Site) -> tuple[Site, ...]:
     """The sites of the layer below whose states, side by side, are what a site reads.
 
-    Empty at the first layer, and where one of them was not recorded.
+    Empty at the first layer, and where one of them was not recorded, or only some of its units.
     """
     below = tuple(each for each in module.sites if each.layer == site.layer - 1)
     complete = len(below) == (2 if module.bidirectional else 1)
-    recorded = all("hidden" in each.quantities for each in below)
+    recorded = all("hidden" in each.quantities and each.units is None for each in below)
     return below if complete and recorded else ()
 
 

@@ -151,7 +151,7 @@ def quantity_place(module: Module, site: Site, quantity: str) -> str:
 
 def width(module: Module, site: Site, quantity: str) -> int:
     """Elements in a row of this quantity."""
-    return site.input_size if quantity == "input" else module.hidden_size
+    return site.input_size if quantity == "input" else module.unit_count(site)
 
 
 def weight_shapes(module: Module, site: Site) -> dict[str, tuple[int, ...]]:
@@ -182,7 +182,7 @@ def _site_layout(module: Module, site: Site) -> Iterator[tuple[str, Column]]:
         axes = ("step", "feature" if quantity == "input" else "unit")
         item = (width(module, site, quantity),)
         yield quantity_place(module, site, quantity), Column(kept, item, axes, ROW_CHUNK)
-    initial = Column(kept, (module.hidden_size,), ("sequence", "unit"))
+    initial = Column(kept, (module.unit_count(site),), ("sequence", "unit"))
     yield site_place(module, site.suffix, "initial"), initial
     yield site_place(module, site.suffix, "checks"), Column(CHECK)
     weights = np.dtype(module.weights_dtype).newbyteorder("<")

@@ -43,6 +43,14 @@ class SiteTrace(Quantities[Rows]):
         """Full name of the site."""
         return self.site.name
 
+    @property
+    def units(self) -> tuple[int, ...] | None:
+        """The units that were recorded, in the order of the columns; None for all of them.
+
+        Where there are some, read U, their number, for H in the shapes of all but the weights.
+        """
+        return self.site.units
+
     def __len__(self) -> int:
         """Number of sequences."""
         return self._look().extent(self._number).sequences

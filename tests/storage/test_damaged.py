@@ -108,6 +108,26 @@ DAMAGES = {
         "l0.*derived",
     ),
     "derived that is no text": (lambda f: f[SITE].attrs.__setitem__("derived", 3), "l0.*derived"),
+    **{
+        f"units {what}": (
+            lambda f, units=units: f[SITE].attrs.__setitem__("units", units),
+            r"l0.*units.*at least one of \d+ units, each once",
+        )
+        for what, units in {
+            "as text": "0,1",
+            "as one number": 1,
+            "that are none": np.zeros(0, "i8"),
+            "twice": np.array([1, 1]),
+            "below the first": np.array([-1, 0]),
+            "beyond the last": np.array([0, 99]),
+            "more than there are": np.arange(99),
+            "of two axes": np.array([[0]]),
+        }.items()
+    },
+    "units of another number than there are columns": (
+        lambda f: f[SITE].attrs.__setitem__("units", np.array([0])),
+        "l0/",
+    ),
     "an attribute missing": (lambda f: f[SITE].attrs.__delitem__("reverse"), "l0.*reverse"),
     "an index twice": (lambda f: f["modules/%"].attrs.__setitem__("index", 0), "modules"),
     "a dataset missing": (lambda f: f.__delitem__(SITE + "/checks"), "checks"),

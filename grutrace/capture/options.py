@@ -1,0 +1,187 @@
+"""The options of a tracer: which values they may have, and what they come to.
+
+An option that narrows what is recorded also narrows what is computed; docs/asking-for-less.md says
+which does what.
+"""
+
+from __future__ import annotations
+
+import operator
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib.metadata import version
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+import torch
+
+from grutrace.capture.observe import STACKS, Stacks
+from grutrace.errors import OptionError
+
+Check = Literal["warn", "raise", "off"]
+
+#: When gates are computed: with the call, or when they are read.
+Gates = Literal["inline", "deferred"]
+
+#: The types that rows may be kept as: those of the trace file.
+STORED = ("float16", "float32", "float64")
+
+#: One of `STORED`, by name or as a type of torch or NumPy.
+StoredType: TypeAlias = Any
+
+#: Which units: a slice, or their numbers.
+Units: TypeAlias = slice | Iterable[int]
+
+
+class Options:
+    """The options of a tracer, checked; beside those that say where and what of the model.
+
+    Attributes:
+        dtype: Name of the type that rows are kept as; None for that of each module.
+        steps: Which steps of each sequence, as a slice that begins at a number; None for all.
+        units: As they were given, before it is known how many a module has; None for all.
+
+    Raises:
+        OptionError: One of them has no such value.
+    """
+
+    def __init__(
+        self,
+        *,
+        gates: Gates = "inline",
+        stacks: Stacks = "auto",
+        check: Check = "warn",
+        every: int = 1,
+        max_calls: int | None = None,
+        max_bytes: int | None = None,
+        dtype: StoredType | None = None,
+        units: Units | None = None,
+        steps: slice | None = None,
+    ) -> None:
+        _expect_one_of("gates", gates, get_args(Gates))
+        _expect_one_of("stacks", stacks, STACKS)
+        _expect_one_of("check", check, get_args(Check))
+        self.gates, self.stacks, self.check = gates, stacks, check
+        self.every = _count("every", every)
+        self.max_calls = None if max_calls is None else _count("max_calls", max_calls)
+        self.max_bytes = None if max_bytes is None else _count("max_bytes", max_bytes)
+        self.dtype = None if dtype is None else _stored_type(dtype)
+        self.units = None if units is None else _units(units)
+        self.steps = None if steps is None else _steps(steps)
+        if units is not None and gates == "deferred":
+            raise OptionError(
+                "units: with gates='deferred' expected none, for a gate of one unit follows from "
+                f"the states of all; found {_text(self.units)}. Record them with gates='inline', "
+                "or all units, and read those wanted: site.update[:, units]"
+            )
+
+    def as_json(self) -> dict[str, object]:
+        """As they are kept in the trace; those that narrow nothing are left out."""
+        always: dict[str, object] = {
+            "gates": self.gates,
+            "stacks": self.stacks,
+            "check": self.check,
+        }
+        narrowing = {
+            "every": self.every if self.every > 1 else None,
+            "max_calls": self.max_calls,
+            "max_bytes": self.max_bytes,
+            "dtype": self.dtype,
+            "units": None if self.units is None else _text(self.units),
+            "steps": None if self.steps is None else _text(self.steps),
+        }
+        return always | {name: value for name, value in narrowing.items() if value is not None}
+
+
+def _expect_one_of(option: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise OptionError(f"{option}: expected one of {', '.join(allowed)}; found {value!r}")
+
+
+def integer(option: str, value: object, expected: str) -> int:
+    """Return an integer of any kind as Python's own.
+
+    Raises:
+        OptionError: It is none.
+    """
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise OptionError(f"{option}: expected {expected}, found {value!r}") from None
+
+
+def _count(option: str, value: object) -> int:
+    expected = "a whole number from 1"
+    number = integer(option, value, expected)
+    if number < 1:
+        raise OptionError(f"{option}: expected {expected}, found {number}")
+    return number
+
+
+def _stored_type(dtype: StoredType) -> str:
+    name = None
+    if isinstance(dtype, (str, torch.dtype)):
+        name = str(dtype).removeprefix("torch.")
+    elif isinstance(dtype, (np.dtype, type)):
+        try:
+            name = np.dtype(dtype).name
+        except TypeError:
+            name = None
+    if name not in STORED:
+        raise OptionError(f"dtype: expected one of {', '.join(STORED)}; found {dtype!r}")
+    return name
+
+
+def _units(units: Units) -> slice | tuple[int, ...]:
+    expected = "a slice, or the numbers of units"
+    if isinstance(units, slice):
+        bounds = (units.start, units.stop, units.step)
+        for each in bounds:
+            if each is not None:
+                integer("units", each, "a slice of whole numbers")
+        if units.step == 0:
+            raise OptionError("units: expected a slice with a step, found a step of 0")
+        return units
+    if isinstance(units, (str, bytes)) or not isinstance(units, Iterable):
+        raise OptionError(f"units: expected {expected}, found {units!r}")
+    numbers = tuple(integer("units", each, expected) for each in units)
+    if not numbers:
+        raise OptionError(f"units: expected {expected}, found none")
+    return numbers
+
+
+def _steps(steps: slice) -> slice | None:
+    expected = "a slice such as slice(5, 20), from 0 on and in steps of 1"
+    if not isinstance(steps, slice):
+        raise OptionError(f"steps: expected {expected}, found {steps!r}")
+    start, stop, step = (
+        None if each is None else integer("steps", each, expected)
+        for each in (steps.start, steps.stop, steps.step)
+    )
+    start = start or 0
+    if start < 0 or step not in (None, 1) or (stop is not None and stop <= start):
+        raise OptionError(f"steps: expected {expected}, with some step in it, found {steps!r}")
+    return None if start == 0 and stop is None else slice(start, stop)
+
+
+def _text(numbers: slice | tuple[int, ...] | None) -> str:
+    """As on the command line: 0,3,7 or 0:32."""
+    if isinstance(numbers, slice):
+        parts = [numbers.start, numbers.stop, *([numbers.step] if numbers.step else [])]
+        return ":".join("" if each is None else str(each) for each in parts)
+    return ",".join(map(str, numbers or ()))
+
+
+@cache
+def versions() -> Mapping[str, str]:
+    """Return the versions of what makes the trace, by name."""
+    return {
+        "grutrace": version("grutrace"),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }

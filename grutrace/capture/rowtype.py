@@ -1,0 +1,91 @@
+"""Keeping rows in the type of their module's rows."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grutrace.capture.sites import numpy_type
+from grutrace.errors import GrutraceWarning
+from grutrace.gru.steps import Steps
+from grutrace.record import Array, Module
+
+
+class RowType:
+    """Copies tensors of one module into rows, and says once what that loses.
+
+    Args:
+        module: The module.
+        chosen: Whether the user chose the type. Then only what does not fit at all is said.
+
+    Attributes:
+        dtype: NumPy's type of the rows.
+        stored: Torch's.
+    """
+
+    def __init__(self, module: Module, *, chosen: bool) -> None:
+        self._module, self.dtype = module, np.dtype(module.dtype)
+        self.stored: torch.dtype = getattr(torch, module.dtype)
+        self._chosen = chosen
+        self._warned: set[str] = set()
+
+    def of_steps(self, steps: Steps, values: Tensor) -> Array:
+        """Copy values, one a step in the kernel's order, to (N, width), sequence by sequence.
+
+        Warns:
+            GrutraceWarning: They are rounded without anybody having asked for it, or are too large.
+        """
+        rows = steps.in_sequences(values, self.dtype)
+        if values.dtype != self.stored:
+            self._mind(values, rows)
+        return rows
+
+    def of(self, values: Tensor) -> Array:
+        """Copy values of any shape.
+
+        Warns:
+            GrutraceWarning: As above.
+        """
+        rows = np.empty(values.shape, self.dtype)
+        torch.from_numpy(rows).copy_(values)
+        if values.dtype != self.stored:
+            self._mind(values, rows)
+        return rows
+
+    def _mind(self, values: Tensor, rows: Array) -> None:
+        computed, kept = numpy_type(values.dtype), self.dtype
+        if np.can_cast(computed, kept):
+            return
+        if not self._chosen:
+            self._warn_once(
+                "rounded",
+                f"computes in {computed} by now, and was in {kept} when it was attached: its "
+                f"rows are rounded to {kept}",
+            )
+        if np.isinf(rows).any():
+            finite = values[values.isfinite()]
+            largest = finite.abs().max().item() if finite.numel() else 0.0
+            if largest > np.finfo(kept).max:
+                self._warn_once(
+                    "overflow",
+                    f"has values up to {largest:.3g}, and {kept} holds none above "
+                    f"{np.finfo(kept).max:.3g}: they are kept as infinity, and cannot be verified",
+                )
+
+    def _warn_once(self, about: str, message: str) -> None:
+        if about not in self._warned:
+            self._warned.add(about)
+            name = self._module.path or "the model"
+            warnings.warn(f"{name} {message}", GrutraceWarning, stacklevel=3)
+
+
+def to_numpy(values: Tensor) -> Array:
+    """Return the values as an array: in their own type, or the one that holds all its values."""
+    values = values.detach().cpu()
+    if str(values.dtype).removeprefix("torch.") != numpy_type(values.dtype):
+        values = values.float()
+    array: Array = values.numpy()
+    return array

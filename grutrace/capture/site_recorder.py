@@ -1,0 +1,162 @@
+"""What one call did at one site, as rows: harvested, replayed, or just copied.
+
+T steps, B sequences in a batch, I input size, H hidden size, N rows of a call, U units kept.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from grutrace.capture.continuity import Assignment
+from grutrace.capture.observe import Observation
+from grutrace.capture.options import Options
+from grutrace.capture.rowtype import RowType
+from grutrace.capture.selection import partial_shadow
+from grutrace.capture.sites import Selection
+from grutrace.capture.versions import KeptRows
+from grutrace.errors import UnsupportedError
+from grutrace.gru.harvest import Harvest
+from grutrace.gru.kernel import Layer
+from grutrace.gru.partial import Columns
+from grutrace.gru.proof import prove
+from grutrace.gru.rounding import coarsest, largest, precision, spacing, tolerance
+from grutrace.gru.shadow import Shadow
+from grutrace.record import GATES, Array, Site
+
+
+class Check(NamedTuple):
+    """The last fields of `SiteRows`."""
+
+    residual: float
+    tolerance: float
+    precision: float
+
+
+class SiteRecorder:
+    """Makes the rows of one site.
+
+    Args:
+        selection: The module, and what is recorded of it.
+        site: Which of its sites.
+        options: Of the tracer.
+        rows: The type of the rows.
+    """
+
+    def __init__(self, selection: Selection, site: Site, options: Options, rows: RowType) -> None:
+        self.site, self._rows = site, rows
+        self._inline = options.gates == "inline"
+        self._shadow = Shadow(selection.module, site.layer, site.reverse, rows.stored)
+        self._part = partial_shadow(selection.description, site)
+        self._kept = None if self._part is None else KeptRows(self._part.rows)
+        self._units = None if site.units is None else Columns(site.units)
+        units = selection.description.unit_count(site)
+        self._no_states = np.empty((0, units), rows.dtype)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all gates of all units are computed with the call."""
+        return self._inline and self._part is None
+
+    def take(
+        self, observation: Observation, inputs: dict[int, Array], *, harvested: bool
+    ) -> tuple[dict[str, Array], Check]:
+        """Return the rows of a call, by quantity, and what a check needs.
+
+        Args:
+            observation: The call.
+            inputs: Rows that were made of the layers' inputs; what is made of one is added, since
+                both directions of a layer read the same.
+            harvested: Whether to take the kernel's own gates where they are there.
+
+        Raises:
+            UnsupportedError: What the layer read is not recorded, and can no longer be told.
+        """
+        steps, site = observation.steps, self.site
+        layer = observation.layers[site.layer]
+        hidden = layer.output
+        if observation.call.directions > 1:
+            hidden = hidden.chunk(2, -1)[int(site.reverse)]
+        if not self._inline:
+            rows, check = dict[str, Array](), self._copy(observation, layer, hidden)
+        elif harvested and layer.gates is not None:
+            rows, check = self._harvest(observation, layer.gates[int(site.reverse)], hidden)
+        else:
+            rows, check = self._replay(observation, layer, hidden)
+        if "hidden" in site.quantities and "hidden" not in rows:
+            rows["hidden"] = self._rows.of_steps(steps, self._of_units(hidden))
+        if "input" in site.quantities:
+            if site.layer not in inputs:
+                inputs[site.layer] = self._rows.of_steps(steps, layer.input)
+            rows["input"] = inputs[site.layer]
+        return rows, check
+
+    def begun(self, observation: Observation, assignment: Assignment) -> Array:
+        """Return the state that each sequence that a call began started from, (begun, U)."""
+        if not np.count_nonzero(assignment.begun):
+            return self._no_states
+        return self.starts(observation)[assignment.begun]
+
+    def starts(self, observation: Observation) -> Array:
+        """Return the state that each sequence of a call started from, (B, U), in its order."""
+        initial = observation.call.cell_initial(self.site.layer, self.site.reverse)
+        return self._rows.of(observation.steps.in_batch_order(self._of_units(initial)))
+
+    def _copy(self, observation: Observation, layer: Layer, hidden: Tensor) -> Check:
+        call, site = observation.call, self.site
+        if call.drops and site.layer and site.derived and "input" not in site.quantities:
+            raise UnsupportedError(
+                f"{site.name} had no dropout before it when it was attached, and has now: what "
+                "it reads is not kept, so its gates could not be derived. Make a new tracer"
+            )
+        weight = call.cell_weights(site.layer, site.reverse).weight_ih
+        return Check(math.nan, math.nan, precision(layer.input, hidden, weight))
+
+    def _harvest(
+        self, observation: Observation, gates: Harvest, hidden: Tensor
+    ) -> tuple[dict[str, Array], Check]:
+        steps, site = observation.steps, self.site
+        found = {
+            name: steps.joined(values, self._rows.dtype) for name, values in gates._asdict().items()
+        }
+        states = self._rows.of_steps(steps, hidden)
+        initial = observation.call.cell_initial(site.layer, site.reverse)
+        residual = prove(
+            found["update"],
+            found["candidate"],
+            states,
+            steps.in_batch_order(initial),
+            steps.lengths,
+            reverse=site.reverse,
+        )
+        kept = {name: found[name] for name in GATES if name in site.quantities}
+        if "hidden" in site.quantities:
+            kept["hidden"] = states
+        # The gates being the kernel's own, there are no products that were made in another order.
+        size = max(1.0, largest(initial))
+        allowed = tolerance(coarsest(self._rows.stored, hidden.dtype), 0, size, 0.0, 0.0)
+        return kept, Check(residual, allowed, spacing(hidden.dtype))
+
+    def _replay(
+        self, observation: Observation, layer: Layer, hidden: Tensor
+    ) -> tuple[dict[str, Array], Check]:
+        call, site, steps = observation.call, self.site, observation.steps
+        weights = call.cell_weights(site.layer, site.reverse)
+        initial = call.cell_initial(site.layer, site.reverse)
+        given = layer.input, hidden, initial, steps
+        if self._part is not None and self._kept is not None:
+            part = self._part.replay(*given, self._kept.of(weights))
+            gates, check = part.gates, Check(part.residual, part.tolerance, part.precision)
+        else:
+            whole = self._shadow.replay(*given, weights)
+            gates = whole.gates._asdict()
+            check = Check(whole.residual, whole.tolerance, whole.precision)
+        kept = (name for name in gates if name in site.quantities)
+        return {name: self._rows.of_steps(steps, gates[name]) for name in kept}, check
+
+    def _of_units(self, values: Tensor) -> Tensor:
+        """(..., U) of (..., H). May share memory."""
+        return values if self._units is None else self._units.of(values)

@@ -1,0 +1,171 @@
+"""Some gates of some units of one direction of one layer, recomputed after a call.
+
+The states that the steps started from being known, each unit and each gate can be had on its own:
+it takes its own rows of the two weight matrices and no others. (Only the candidate needs another
+gate, the reset gate of the same units.)
+
+The proof stays. Where not all three gates are computed, they are for a few units more: these give
+states to compare with the kernel's. So the residual is over those units, and all steps.
+
+T steps, B sequences in a batch, I input size, H hidden size, U units that are asked for, R rows of
+the weights that are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grutrace.gru import cell
+from grutrace.gru.cell import Products
+from grutrace.gru.kernel import CellWeights
+from grutrace.gru.rounding import coarsest, compare
+from grutrace.gru.shadow import judge
+from grutrace.gru.steps import Steps
+from grutrace.record import GATES
+
+#: How many units prove a call of which not all gates are computed.
+PROOF_UNITS = 8
+
+
+class Columns:
+    """Some places of the last axis, in the order given; a view where they are evenly spaced."""
+
+    def __init__(self, places: Sequence[int]) -> None:
+        step = places[1] - places[0] if len(places) > 1 else 1
+        even = range(places[0], places[0] + step * len(places), step) if step > 0 else range(0)
+        self._slice = slice(even.start, even.stop, step) if list(even) == list(places) else None
+        self._places = torch.tensor(places)
+
+    def of(self, values: Tensor) -> Tensor:
+        """(..., U) of (..., H). May share memory."""
+        if self._slice is not None:
+            return values[..., self._slice]
+        return values.index_select(-1, self._places.to(values.device))
+
+
+@dataclass(frozen=True)
+class PartialReplay:
+    """What was asked for of a call at one site, with the evidence that it is right.
+
+    Attributes:
+        gates: Those asked for, each in the kernel's order, (T, B, U) or (N, U).
+        residual: Largest ``|replayed h - kernel's h|`` of the units that prove it.
+        tolerance: The residual that rounding explains.
+        precision: Spacing at 1 of the coarsest type in which the kernel computed.
+    """
+
+    gates: dict[str, Tensor]
+    residual: float
+    tolerance: float
+    precision: float
+
+
+class PartialShadow:
+    """Recomputes some gates of some units, given their rows of the weights.
+
+    Args:
+        hidden_size: H
+        gates: Which gates are asked for.
+        units: Which units; their order is that of the results.
+        reverse: Whether it is the reverse direction.
+        stored: The type in which rows are kept.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        gates: Sequence[str],
+        units: Sequence[int],
+        reverse: bool,
+        stored: torch.dtype,
+    ) -> None:
+        self._gates, self._reverse, self._stored = tuple(gates), reverse, stored
+        self._computed = needed(gates)
+        self._whole = whole = self._computed == set(GATES)
+        places = range(len(units)) if whole else evenly_spaced(len(units), PROOF_UNITS)
+        self._proof_units = Columns([units[place] for place in places])
+        # Where among the columns of its products a gate has those of the proof.
+        self._proof_columns = {
+            name: Columns(places if name in self._computed else range(len(places)))
+            for name in GATES
+        }
+        rows = {
+            name: units if name in self._computed else [units[place] for place in places]
+            for name in GATES
+        }
+        self._widths = [len(rows[name]) for name in GATES]
+        self._rows = torch.tensor(
+            [gate * hidden_size + unit for gate, name in enumerate(GATES) for unit in rows[name]]
+        )
+
+    def rows(self, weights: CellWeights) -> CellWeights:
+        """Return what it needs of the weights: R rows of each, copied."""
+        present = (each.detach() for each in weights if each is not None)
+        return CellWeights(*(each.index_select(0, self._rows.to(each.device)) for each in present))
+
+    @torch.no_grad()
+    def replay(
+        self, input: Tensor, hidden: Tensor, initial: Tensor, steps: Steps, rows: CellWeights
+    ) -> PartialReplay:
+        """Recompute the gates of a call, all steps at once. For the rest see `Shadow.replay`.
+
+        Args:
+            input: (T, B, I) or (N, I), what the layer read.
+            hidden: (T, B, H) or (N, H), this direction's part of what the kernel returned.
+            initial: (B, H), in the kernel's batch order.
+            steps: The layout of the two above.
+            rows: As `rows` gave them.
+        """
+        products = Products(
+            cell.product(input, rows.weight_ih, rows.bias_ih),
+            steps.previous_product(
+                lambda states: cell.product(states, rows.weight_hh, rows.bias_hh),
+                hidden,
+                initial,
+                reverse=self._reverse,
+            ),
+        )
+        of_gates = self._by_gate(products)
+        gates = cell.some_gates({name: of_gates[name] for name in GATES if name in self._computed})
+        proof = gates if self._whole else cell.some_gates(self._of_proof(of_gates))
+        units = self._proof_units
+        proven = units.of(hidden)
+        previous = steps.previous(proven, units.of(initial), reverse=self._reverse)
+        found = compare(
+            cell.step(cell.Gates(**proof), previous),
+            proven,
+            products,
+            of_gates["candidate"].hidden,
+        )
+        dtype = coarsest(hidden.dtype, products.input.dtype, products.hidden.dtype)
+        return PartialReplay(
+            {name: gates[name] for name in self._gates},
+            *judge(found, dtype, input, hidden, initial, rows, self._stored),
+        )
+
+    def _of_proof(self, products: dict[str, Products]) -> dict[str, Products]:
+        """The columns of each gate that belong to the units that prove the call."""
+        return {
+            name: Products(*(self._proof_columns[name].of(each) for each in product))
+            for name, product in products.items()
+        }
+
+    def _by_gate(self, products: Products) -> dict[str, Products]:
+        """The columns of each gate."""
+        parts = zip(*(torch.split(each, self._widths, -1) for each in products), strict=True)
+        return {name: Products(*part) for name, part in zip(GATES, parts, strict=True)}
+
+
+def needed(gates: Sequence[str]) -> set[str]:
+    """Return the gates that these follow from, themselves included."""
+    return {*gates, "reset"} if "candidate" in gates else set(gates)
+
+
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """Return at most so many of the first numbers, spread over all of them."""
+    few = min(count, most)
+    return [place * count // few for place in range(few)]

@@ -1,0 +1,66 @@
+"""Options that are no plain words or numbers, as they are written on a command line."""
+
+from __future__ import annotations
+
+import re
+
+from grutrace.errors import OptionError
+
+#: Decimal and binary multiples of a byte.
+SUFFIXES = {
+    "": 1,
+    **{letter: 1000**power for power, letter in enumerate("KMGT", 1)},
+    **{f"{letter}I": 1024**power for power, letter in enumerate("KMGT", 1)},
+}
+
+
+def units(text: str) -> slice | tuple[int, ...]:
+    """Return the units of a text such as 0,3,7 or 0:32, as the tracer takes them.
+
+    Raises:
+        OptionError: It is no such text.
+    """
+    expected = "numbers with commas between, or a range such as 0:32"
+    if ":" in text:
+        return _range("units", text, expected)
+    return tuple(_number("units", each, text, expected) for each in text.split(","))
+
+
+def steps(text: str) -> slice:
+    """Return the steps of a text such as 5:20.
+
+    Raises:
+        OptionError: It is no such text, or means no steps.
+    """
+    expected = "a range such as 5:20, from 0 on"
+    found = _range("steps", text, expected) if text.count(":") == 1 else None
+    start = 0 if found is None or found.start is None else found.start
+    if found is None or start < 0 or (found.stop is not None and found.stop <= start):
+        raise OptionError(f"steps: expected {expected}, found {text!r}")
+    return found
+
+
+def _range(option: str, text: str, expected: str) -> slice:
+    parts = text.split(":")
+    if len(parts) > 3:
+        raise OptionError(f"{option}: expected {expected}, found {text!r}")
+    return slice(*(_number(option, each, text, expected) if each else None for each in parts))
+
+
+def _number(option: str, part: str, text: str, expected: str) -> int:
+    try:
+        return int(part)
+    except ValueError:
+        raise OptionError(f"{option}: expected {expected}, found {text!r}") from None
+
+
+def size(text: str) -> int:
+    """Return the bytes of a text such as 500000, 10GB or 1.5GiB.
+
+    Raises:
+        OptionError: It is no such text.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", text.strip().upper())
+    if found is None:
+        raise OptionError(f"max_bytes: expected a size such as 10GB or 512MiB, found {text!r}")
+    return int(float(found[1]) * SUFFIXES[found[2] or ""])
