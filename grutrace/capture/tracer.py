@@ -36,7 +36,7 @@ from grutrace.errors import (
 )
 from grutrace.record import DEFAULT_RECORD, Header, Record
 from grutrace.storage.moment import Moment
-from grutrace.storage.sinks import Mode, open_sink, open_source
+from grutrace.storage.sinks import Mode, SinkMaker, open_sink, open_source
 from grutrace.storage.trace import Trace
 
 Check = Literal["warn", "raise", "off"]
@@ -103,9 +103,12 @@ class Tracer(Trace):
         check: What to do when a replayed state differs from the kernel's by more than rounding:
             ``warn`` (once a site), ``raise`` or ``off``. Deferred gates are not checked here:
             `grutrace verify` checks them.
+        sink: A `grutrace.Statistics`, to count figures with instead of keeping rows: then there
+            is no path, and of the trace nothing can be read but its sites and its header.
 
     Raises:
-        OptionError: An option has no such value, or a glob matches no site.
+        OptionError: An option has no such value, or a glob matches no site; or there are a path and
+            a sink, or a sink and deferred gates.
         UnsupportedError: The model has no GRU.
         TraceFileError: The file exists, or cannot be written.
     """
@@ -125,6 +128,7 @@ class Tracer(Trace):
         mode: Mode = "w",
         stacks: Stacks = "auto",
         check: Check = "warn",
+        sink: SinkMaker | None = None,
     ) -> None:
         _expect("gates", gates, get_args(Gates))
         _expect("stacks", stacks, STACKS)
@@ -141,7 +145,7 @@ class Tracer(Trace):
             options={"gates": gates, "stacks": stacks, "check": check, **self._stamp},
             modules=tuple(each.description for each in self._selections),
         )
-        self._sink = open_sink(path, header, mode)
+        self._sink = open_sink(path, header, mode, sink)
         super().__init__(open_source(self._sink))
         self._appended = self._seen = 0
         self._recorders = [
