@@ -20,7 +20,7 @@ QUEUE_BYTES = 64 * 1024 * 1024
 
 #: Calls are gathered up to this much before they are counted, since a stepwise decoder's are too
 #: small for NumPy each. Bytes.
-GATHERED = 1024 * 1024
+GATHERED = 2 * 1024 * 1024
 
 
 class Feed(FiguresOnly):

@@ -9,7 +9,7 @@ from grutrace.statistics.bins import bins_of
 from grutrace.statistics.units import describe, join, no_values
 
 #: What is counted at a time: much for NumPy, little for a processor's cache. Elements.
-BLOCK = 64 * 1024
+BLOCK = 128 * 1024
 
 
 class Tally:
@@ -46,7 +46,9 @@ class Tally:
     def _add(self, block: Array) -> None:
         units, values, missing = describe(block)
         if self._bins is not None:
-            counts, units["underflow"], units["overflow"] = self._bins.histogram(values)
+            counts, units["underflow"], units["overflow"] = self._bins.histogram(
+                values, units["minimum"].min(), units["maximum"].max()
+            )
             # What is not finite stands there as a zero.
             zero = int(np.searchsorted(self._bins.edges, 0.0, "right")) - 1
             counts[:, zero] -= missing
