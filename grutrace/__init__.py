@@ -19,6 +19,7 @@ from grutrace.errors import (
 
 if TYPE_CHECKING:
     from grutrace.capture.tracer import Tracer, trace
+    from grutrace.statistics.statistics import Statistics
     from grutrace.storage.sinks import open_trace as open
     from grutrace.storage.trace import Trace
 
@@ -31,6 +32,7 @@ __all__ = [
     "ResidualWarning",
     "SinkError",
     "StateError",
+    "Statistics",
     "Trace",
     "TraceFileError",
     "Tracer",
@@ -42,6 +44,7 @@ __all__ = [
 
 #: Where the names live that are loaded when first used, so that reading a trace needs no torch.
 _LAZY = {
+    "Statistics": ("grutrace.statistics.statistics", "Statistics"),
     "Trace": ("grutrace.storage.trace", "Trace"),
     "open": ("grutrace.storage.sinks", "open_trace"),
     "Tracer": ("grutrace.capture.tracer", "Tracer"),

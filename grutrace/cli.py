@@ -26,6 +26,9 @@ from grutrace.record import DEFAULT_RECORD, QUANTITIES
 from grutrace.run.launch import launch
 from grutrace.run.settings import CHECKS, DTYPES, GATES, MODES, STACKS, Settings
 from grutrace.run.texts import size
+from grutrace.statistics.file import is_statistics
+from grutrace.statistics.statistics import Statistics
+from grutrace.statistics.table import summarize_statistics
 from grutrace.storage.parts import parts_of
 from grutrace.storage.sinks import open_trace
 from grutrace.storage.trace import Trace
@@ -68,12 +71,19 @@ def info(file: File, as_json: AsJSON = False) -> None:
 
 @app.command()
 def stats(file: File, as_json: AsJSON = False) -> None:
-    """Summarize every site: sequences, steps, residual, and how open its gates are."""
-    with open_trace(file) as trace:
-        if as_json:
-            print_json([dataclasses.asdict(each) for each in summaries(trace)])
-        else:
-            print_stats(trace)
+    """Summarize every site: sequences, steps, residual, and how open its gates are.
+
+    FILE is a trace, or what a grutrace.Statistics wrote.
+    """
+    if is_statistics(file):
+        found = summarize_statistics(Statistics.load(file))
+    else:
+        with open_trace(file) as trace:
+            found = summaries(trace)
+    if as_json:
+        print_json([dataclasses.asdict(each) for each in found])
+    else:
+        print_stats(found)
 
 
 @app.command()
@@ -251,7 +261,7 @@ def summaries(trace: Trace) -> list[SiteSummary]:
     return [summarize_site(trace[name]) for name in with_progress(trace.sites, "reading")]
 
 
-def print_stats(trace: Trace) -> None:
+def print_stats(found: Sequence[SiteSummary]) -> None:
     """Print a table of every site: sequences, steps, residual, and how open its gates are."""
     table = new_table("site")
     for name in ("sequences", "steps", "residual"):
@@ -259,7 +269,7 @@ def print_stats(trace: Trace) -> None:
     table.add_column("")
     for name in ("mean", f"< {SHUT}", f"> {OPEN}"):
         table.add_column(name, justify="right")
-    for each in summaries(trace):
+    for each in found:
         about = [each.site, str(each.sequences), str(each.steps), f"{each.residual:.1e}"]
         for name, gate in each.gates.items() or [("", None)]:
             shares = [f"{gate.mean:.3f}", percent(gate.below), percent(gate.above)] if gate else []

@@ -68,7 +68,7 @@ class RowType:
         if np.isinf(rows).any():
             finite = values[values.isfinite()]
             largest = finite.abs().max().item() if finite.numel() else 0.0
-            if largest > np.finfo(kept).max:
+            if largest > float(np.finfo(kept).max):
                 self._warn_once(
                     "overflow",
                     f"has values up to {largest:.3g}, and {kept} holds none above "

@@ -34,7 +34,7 @@ from grutrace.errors import (
 )
 from grutrace.record import DEFAULT_RECORD, Block, Header, Record
 from grutrace.storage.moment import Moment
-from grutrace.storage.sinks import Mode, open_sink, open_source
+from grutrace.storage.sinks import Mode, SinkMaker, open_sink, open_source
 from grutrace.storage.trace import Trace
 
 _IN_A_CHILD = (
@@ -106,9 +106,12 @@ class Tracer(Trace):
         units: Numbers of units, from the end if negative, or a slice; all unless asked otherwise.
             Gates and states have a column for each of them, in this order.
         steps: A slice: only these steps of each sequence, counted through all its calls.
+        sink: A `grutrace.Statistics`, to count figures with instead of keeping rows: then there
+            is no path, and of the trace nothing can be read but its sites and its header.
 
     Raises:
-        OptionError: An option has no such value, or a glob matches no site.
+        OptionError: An option has no such value, or a glob matches no site; or there are a path and
+            a sink, or a sink and deferred gates.
         UnsupportedError: The model has no GRU.
         TraceFileError: The file exists, or cannot be written.
     """
@@ -134,6 +137,7 @@ class Tracer(Trace):
         dtype: StoredType | None = None,
         units: Units | None = None,
         steps: slice | None = None,
+        sink: SinkMaker | None = None,
     ) -> None:
         options = Options(
             gates=gates,
@@ -154,7 +158,7 @@ class Tracer(Trace):
             options={**options.as_json(), **self._stamp},
             modules=tuple(each.description for each in self._selections),
         )
-        self._sink = open_sink(path, header, mode)
+        self._sink = open_sink(path, header, mode, sink)
         super().__init__(open_source(self._sink))
         self._appended = self._seen = 0
         self._limits = self._limit(options)

@@ -31,13 +31,18 @@ def require(holds: Any, place: str, expected: object, found: object) -> None:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn whatever goes wrong inside into one `TraceFileError` that names the file."""
+def reading(path: Path, what: str = "trace") -> Iterator[None]:
+    """Turn whatever goes wrong inside into one `TraceFileError` that names the file.
+
+    Args:
+        path: Of the file.
+        what: What it should have been.
+    """
     try:
         yield
     except GrutraceError:
         raise
     except Fault as fault:
-        raise TraceFileError(f"{path} is damaged or is no trace: {fault}") from None
+        raise TraceFileError(f"{path} is damaged or is no {what}: {fault}") from None
     except _H5PY_ERRORS as error:
         raise TraceFileError(f"{path} cannot be read: {error}") from error

@@ -11,7 +11,7 @@ import numpy as np
 
 from grutrace.record import QUANTITIES, Header, Module, Site
 from grutrace.storage.faults import Fault, require
-from grutrace.storage.schema import FORMAT, FORMAT_VERSION, module_place
+from grutrace.storage.schema import FORMAT, FORMAT_VERSION, STATISTICS, module_place
 
 _ROOT = {"model": str, "created": float, "versions": str, "options": str}
 
@@ -30,6 +30,11 @@ _MODULE = {
 }
 
 _SITE = {"name": str, "layer": int, "reverse": bool, "input_size": int}
+
+#: Other files of ours, by their format, and what reads them.
+_OTHERS = {
+    STATISTICS: f"{STATISTICS!r}: grutrace.Statistics.load and `grutrace stats` read this file"
+}
 
 #: What rows and weights may be kept as.
 _FLOATS = ("float16", "float32", "float64")
@@ -68,7 +73,8 @@ def read_header(file: h5py.File) -> Header:
     Raises:
         Fault: The file is no trace, is of a newer format, or its header is damaged.
     """
-    require(_attribute(file, "format", str) == FORMAT, "attribute 'format'", FORMAT, "another")
+    found = _attribute(file, "format", str)
+    require(found == FORMAT, "attribute 'format'", FORMAT, _OTHERS.get(found, "another"))
     _check_version(file)
     root = {name: _attribute(file, name, kind) for name, kind in _ROOT.items()}
     modules: dict[int, Module] = {}

@@ -1,4 +1,4 @@
-"""A thread that owns the writer, and a queue in front of it that is bounded in bytes."""
+"""A thread that consumes records, and a queue in front of it that is bounded in bytes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import time
 import traceback
 import warnings
 from collections import deque
+from typing import Protocol
 
 from grutrace.errors import GrutraceWarning, SinkError
 from grutrace.record import Block, Record
-from grutrace.storage.writer import Writer
 
 #: How much waits to be written before the model has to wait: some tenths of a second of a disk,
 #: and little beside the memory of a machine that runs models. Bytes.
@@ -38,17 +38,47 @@ OBJECTS = 1024
 _running: set[Pump] = set()
 
 
+class Consumer(Protocol):
+    """What a pump works for: it writes records, or counts them. Only the thread calls it."""
+
+    @property
+    def name(self) -> str:
+        """What errors call it: the path of its file, or what it is."""
+
+    def write(self, record: Record) -> None:
+        """Take a record."""
+
+    def commit(self) -> None:
+        """Make everything taken so far count."""
+
+    def close(self) -> None:
+        """Commit, and release everything."""
+
+    def abandon(self) -> None:
+        """Release everything without a commit: after an error, or in a forked child."""
+
+
 class Pump:
     """Takes records from any thread and has them written by one.
 
     Args:
         writer: Nobody else uses it from now on.
         queue_bytes: How much waits at most. A larger record goes through on its own.
+        commit_seconds: How long a record waits at most before it is committed.
+        commit_bytes: A commit is also due after this much.
     """
 
-    def __init__(self, writer: Writer, queue_bytes: int) -> None:
+    def __init__(
+        self,
+        writer: Consumer,
+        queue_bytes: int,
+        *,
+        commit_seconds: float = COMMIT_SECONDS,
+        commit_bytes: float = COMMIT_BYTES,
+    ) -> None:
         self._writer = writer
         self._limit = queue_bytes
+        self._commit_seconds, self._commit_bytes = commit_seconds, commit_bytes
         self._process = os.getpid()
         self._changed = threading.Condition()
         # All below belongs to whoever holds `_changed`.
@@ -99,7 +129,7 @@ class Pump:
             self._held += size
             self._appended += 1
             if self._deadline is None:
-                self._deadline = time.monotonic() + COMMIT_SECONDS
+                self._deadline = time.monotonic() + self._commit_seconds
                 self._changed.notify_all()
             elif self._waiting >= WAKE_BYTES:
                 self._changed.notify_all()
@@ -195,7 +225,7 @@ class Pump:
         return (
             self._finishing
             or self._wanted > self._committed
-            or self._uncommitted >= COMMIT_BYTES
+            or self._uncommitted >= self._commit_bytes
             or (self._deadline is not None and time.monotonic() >= self._deadline)
         )
 
@@ -203,7 +233,7 @@ class Pump:
         with self._changed:
             self._committed = last
             self._uncommitted = 0
-            self._deadline = time.monotonic() + COMMIT_SECONDS if self._queue else None
+            self._deadline = time.monotonic() + self._commit_seconds if self._queue else None
             self._changed.notify_all()
 
     def _save_what_can_be(self) -> None:
@@ -215,20 +245,20 @@ class Pump:
     def _require_own_process(self) -> None:
         if os.getpid() != self._process:
             raise SinkError(
-                f"{self._writer.path} is written by process {self._process}; a forked child, here "
+                f"{self._writer.name} is written by process {self._process}; a forked child, here "
                 f"{os.getpid()}, cannot write to it. Start a trace of its own there"
             )
 
     def _require_running(self) -> None:
         self._raise_error()
         if self._finishing or self._ended:
-            raise SinkError(f"{self._writer.path} is closed: nothing more can be written to it")
+            raise SinkError(f"{self._writer.name} is closed: nothing more can be written to it")
 
     def _raise_error(self) -> None:
         if self._error is not None:
             self._told = True
             raise SinkError(
-                f"{self._writer.path}: writing stopped, and what was not committed by then is "
+                f"{self._writer.name}: writing stopped, and what was not committed by then is "
                 f"lost: {self._error}"
             ) from self._error
 

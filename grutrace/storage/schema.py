@@ -18,6 +18,9 @@ from grutrace.record import Module, Site
 
 FORMAT = "grutrace"
 
+#: The format of a file of statistics, which is another one: see `grutrace.statistics.file`.
+STATISTICS = "grutrace statistics"
+
 #: Major and minor. A reader refuses a newer major number; a newer minor one only adds.
 FORMAT_VERSION = (1, 0)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import Literal, TypeAlias
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
+from grutrace.errors import OptionError
 from grutrace.record import Header, Sink
 from grutrace.storage.memory import MemorySink
 from grutrace.storage.parts import open_run
@@ -18,27 +19,51 @@ from grutrace.storage.trace import Trace
 Mode: TypeAlias = Literal["w", "overwrite", "a"]
 
 
-def open_sink(path: str | os.PathLike[str] | None, header: Header, mode: Mode = "w") -> Sink:
-    """A sink in memory if there is no path, else one that streams to a file.
+@runtime_checkable
+class SinkMaker(Protocol):
+    """Something of the user's that keeps what is recorded: a `grutrace.Statistics`."""
+
+    def attach(self, header: Header) -> Sink:
+        """A sink for a trace of this header, which is a `Source` as well."""
+
+
+def open_sink(
+    path: str | os.PathLike[str] | None,
+    header: Header,
+    mode: Mode = "w",
+    maker: SinkMaker | None = None,
+) -> Sink:
+    """A sink in memory if there is no path, one that streams to a file, or the user's.
 
     Args:
         path: Of the file.
         header: Of the trace.
         mode: "w" refuses a path that exists, "overwrite" replaces it, "a" appends to it.
+        maker: Makes the sink, where there is no path.
 
     Raises:
-        OptionError: The mode is none of these.
+        OptionError: The mode is none of these; or the maker is none, cannot keep such a trace, or
+            comes together with a path.
         TraceFileError: The file cannot be created or appended to.
     """
-    return MemorySink(header) if path is None else StreamSink(path, header, mode)
+    if maker is None:
+        return MemorySink(header) if path is None else StreamSink(path, header, mode)
+    if not isinstance(maker, SinkMaker):
+        raise OptionError(f"sink: expected a grutrace.Statistics, found {maker!r}")
+    if path is not None:
+        raise OptionError(
+            f"path and sink: expected one of the two, found {os.fspath(path)!r} and {maker!r}. "
+            "(Statistics has a path of its own)"
+        )
+    return maker.attach(header)
 
 
 def open_source(sink: Sink) -> Source:
     """What a sink of `open_sink` can be read from, while it is appended to and afterwards."""
-    if isinstance(sink, MemorySink):
-        return sink
     if isinstance(sink, StreamSink):
         return _LiveSource(sink)
+    if isinstance(sink, Source):
+        return sink
     raise TypeError(f"expected a sink that open_sink made, found {type(sink).__name__}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class Rows(Protocol):
         """What NumPy gives for an integer, slice, integer array or mask, or two of them."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where a trace is read from. A reader asks for the tables, and for no more than they count.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -52,9 +53,12 @@ class Trace:
         return name in self._places
 
     def __repr__(self) -> str:
-        tables = self._look().tables
-        sequences = sum(extent.sequences for extent in tables.extents)
-        counts = f"{len(self.sites)} sites, {len(tables.calls)} calls, {sequences} sequences"
+        counts = f"{len(self.sites)} sites"
+        # A sink that keeps no calls says so.
+        with contextlib.suppress(NotRecordedError):
+            tables = self._look().tables
+            sequences = sum(extent.sequences for extent in tables.extents)
+            counts += f", {len(tables.calls)} calls, {sequences} sequences"
         return f"<trace of {self.header.model} in {self._source.name}: {counts}>"
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from grutrace.errors import OptionError, SinkError, TraceFileError
+from grutrace.errors import OptionError, SinkError
 from grutrace.record import Header, Record
 from grutrace.storage.admission import Admission
 from grutrace.storage.appender import Appender
@@ -20,6 +19,7 @@ from grutrace.storage.continuing import existing_tables
 from grutrace.storage.entries import Entries
 from grutrace.storage.handle import file_identity, no_reading, readers_out
 from grutrace.storage.header import write_header
+from grutrace.storage.placing import naming, put_in_place, room_for
 from grutrace.storage.schema import COMMITTED, LIBVER, TABLES, create_datasets, layout
 from grutrace.storage.strings import Strings
 from grutrace.storage.tables import lengths
@@ -77,16 +77,21 @@ class Writer:
         else:
             self._strings = Strings()
             self._entries = Entries(header.modules, self._strings)
-            new = _room_for(self.path, mode)
+            new = room_for(self.path, mode)
             self._file = _create(self.path, new, header)
             try:
                 self._start(header, dict.fromkeys(layout(header.modules), 0))
-                _place(new, self.path, mode)
+                put_in_place(new, self.path, mode)
             except BaseException:
                 with contextlib.suppress(OSError, RuntimeError):
                     self._file.close()
                 new.unlink(missing_ok=True)
                 raise
+
+    @property
+    def name(self) -> str:
+        """What errors call it: its path."""
+        return str(self.path)
 
     def write(self, record: Record) -> None:
         """Take a record: it is in the file after the next commit.
@@ -165,7 +170,7 @@ class Writer:
             self._appenders[place] for place, column in columns.items() if not column.axes
         ]
         try:
-            with _naming(self.path, "written"):
+            with naming(self.path, "written"):
                 self._commit(closed=False)
                 self._file.swmr_mode = True
         except BaseException:
@@ -213,7 +218,7 @@ class Writer:
 
 def _create(path: Path, new: Path, header: Header) -> h5py.File:
     """A new file with everything in it but data; or none, if that fails."""
-    with _naming(path, "created"):
+    with naming(path, "created"):
         file = h5py.File(new, "x", **_OPEN)
         try:
             write_header(file, header)
@@ -227,37 +232,8 @@ def _create(path: Path, new: Path, header: Header) -> h5py.File:
 
 def _reopen(path: Path) -> h5py.File:
     status = path.stat()
-    with _naming(path, "appended to"), readers_out((status.st_dev, status.st_ino)):
+    with naming(path, "appended to"), readers_out((status.st_dev, status.st_ino)):
         return h5py.File(path, "r+", **_OPEN)
-
-
-def _room_for(path: Path, mode: str) -> Path:
-    """Where to make a file, which takes its place only once a crash would leave it readable."""
-    if not path.parent.is_dir():
-        raise TraceFileError(f"{path} cannot be created: there is no folder {path.parent}")
-    if path.exists() and not path.is_file():
-        raise TraceFileError(f"{path} cannot be written: it is not a file")
-    if path.exists() and mode != "overwrite":
-        raise _exists(path)
-    return path.with_name(f"{path.name}.new-{secrets.token_hex(4)}")
-
-
-def _place(new: Path, path: Path, mode: str) -> None:
-    """Rename a file; one that may replace no other, only if there is none by now."""
-    with contextlib.suppress(OSError):
-        if mode != "overwrite":
-            # Unlike renaming, this fails where there is one; and where there are no hard links.
-            os.link(new, path)
-            new.unlink()
-            return
-    if mode != "overwrite" and path.exists():
-        raise _exists(path)
-    with _naming(path, "created"):
-        new.replace(path)
-
-
-def _exists(path: Path) -> TraceFileError:
-    return TraceFileError(f"{path} exists: mode='overwrite' replaces it, mode='a' appends to it")
 
 
 def _open_nowhere() -> int:
@@ -266,12 +242,3 @@ def _open_nowhere() -> int:
         # Unlike the null device, it can be truncated, which HDF5 does when it closes a file.
         return os.memfd_create("grutrace")
     return os.open(os.devnull, os.O_RDWR)
-
-
-@contextmanager
-def _naming(path: Path, done: str) -> Iterator[None]:
-    """Turn what h5py raises into a `TraceFileError` that names the file."""
-    try:
-        yield
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
-        raise TraceFileError(f"{path} cannot be {done}: {error}") from error

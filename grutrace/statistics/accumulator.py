@@ -1,0 +1,198 @@
+"""All that is counted of a run: how much there was of each module, and the tallies of each site."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from grutrace.errors import OptionError
+from grutrace.record import Array, Header
+from grutrace.statistics.bins import bins_of
+from grutrace.statistics.results import SiteStatistics, UnitStatistics
+from grutrace.statistics.tally import Tally
+from grutrace.storage.schema import width
+
+#: How much there was of one module.
+MODULE = np.dtype([("calls", "<i8"), ("sequences", "<i8"), ("steps", "<i8"), ("versions", "<i8")])
+
+#: The checks of one site: the largest residual of a call, which call that was (from 0, of all
+#: modules; -1 for none), and in how many calls nothing was replayed.
+CHECKED = np.dtype([("residual", "<f4"), ("call", "<i8"), ("unchecked", "<i8")])
+
+
+@dataclass(frozen=True)
+class SiteLayout:
+    """What is counted at a site.
+
+    Attributes:
+        name: Of the site.
+        module: Place of its module.
+        widths: (quantity, units) of each quantity.
+    """
+
+    name: str
+    module: int
+    widths: tuple[tuple[str, int], ...]
+
+
+def layout_of(header: Header) -> tuple[SiteLayout, ...]:
+    """The sites of a trace, and all that can be read there."""
+    return tuple(
+        SiteLayout(
+            site.name, number, tuple((name, width(module, site, name)) for name in site.readable)
+        )
+        for number, module in enumerate(header.modules)
+        for site in module.sites
+    )
+
+
+class Accumulator:
+    """Counts in memory that does not grow. It has no lock: whoever has it sees to that.
+
+    Args:
+        model: Qualified name of the model's class.
+        created: When counting began, in seconds since the epoch.
+        layout: What is counted.
+        bins: Bins of each histogram.
+
+    Attributes:
+        modules: (modules,) of type `MODULE`.
+        checked: (sites,) of type `CHECKED`.
+        annotations: How many there were.
+        tallies: By site, then by quantity.
+    """
+
+    def __init__(self, model: str, created: float, layout: Sequence[SiteLayout], bins: int) -> None:
+        self.model, self.created, self.bins = model, created, bins
+        self.layout = tuple(layout)
+        self.modules = np.zeros(1 + max((site.module for site in layout), default=-1), MODULE)
+        self.checked = np.zeros(len(self.layout), CHECKED)
+        self.checked["call"] = -1
+        self.annotations = 0
+        self.tallies = tuple(
+            {name: Tally(name, units, bins) for name, units in site.widths} for site in self.layout
+        )
+
+    @property
+    def calls(self) -> int:
+        """Of all modules."""
+        return int(self.modules["calls"].sum())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        tallies = [tally for site in self.tallies for tally in site.values()]
+        inside = sum(tally.units.nbytes + tally.histogram.nbytes for tally in tallies)
+        return inside + self.modules.nbytes + self.checked.nbytes
+
+    def count_calls(self, module: int, calls: int, sequences: int, steps: int) -> None:
+        """Note how much more there is of a module."""
+        entry = self.modules[module]
+        entry["calls"] += calls
+        entry["sequences"] += sequences
+        entry["steps"] += steps
+
+    def check(self, site: int, residual: float, call: int) -> None:
+        """Note the residual of a call, which has this number, at a site."""
+        entry = self.checked[site]
+        if np.isnan(residual):
+            entry["unchecked"] += 1
+        elif entry["call"] < 0 or residual > entry["residual"]:
+            entry["residual"], entry["call"] = residual, call
+
+    def merge(self, other: Accumulator) -> None:
+        """Take in what another one has counted; its calls follow ours.
+
+        Raises:
+            OptionError: It counts other things.
+        """
+        self.require_same(other.layout, other.bins)
+        before = self.calls
+        for site, entry in enumerate(other.checked):
+            if entry["call"] >= 0:
+                self.check(site, float(entry["residual"]), before + int(entry["call"]))
+            self.checked[site]["unchecked"] += entry["unchecked"]
+        for name in MODULE.names or ():
+            self.modules[name] += other.modules[name]
+        self.annotations += other.annotations
+        self.created = min(self.created, other.created)
+        for ours, theirs in zip(self.tallies, other.tallies, strict=True):
+            for name, tally in ours.items():
+                tally.merge(theirs[name])
+
+    def require_same(self, layout: Sequence[SiteLayout], bins: int | None = None) -> None:
+        """Refuse what has other sites, sizes or bins.
+
+        Raises:
+            OptionError: The message says what was expected, what was found, and where.
+        """
+        for where, expected, found in self._differences(layout, bins):
+            raise OptionError(
+                f"statistics do not fit together: {where}: expected {expected}, found {found}"
+            )
+
+    def _differences(
+        self, layout: Sequence[SiteLayout], bins: int | None
+    ) -> Iterator[tuple[str, object, object]]:
+        if bins not in (None, self.bins):
+            yield "bins", self.bins, bins
+        names = [site.name for site in self.layout]
+        if names != [site.name for site in layout]:
+            yield "sites", names, [site.name for site in layout]
+        for ours, theirs in zip(self.layout, layout, strict=False):
+            if ours.widths != theirs.widths:
+                yield f"units of {ours.name!r}", dict(ours.widths), dict(theirs.widths)
+            if ours.module != theirs.module:
+                yield f"module of {ours.name!r}", ours.module, theirs.module
+
+    def site(self, number: int) -> SiteStatistics:
+        """What was counted at a site so far; it does not change any more."""
+        layout, checked = self.layout[number], self.checked[number]
+        module = self.modules[layout.module]
+        has_none = checked["call"] < 0 and checked["unchecked"] > 0
+        return SiteStatistics(
+            site=layout.name,
+            calls=int(module["calls"]),
+            sequences=int(module["sequences"]),
+            steps=int(module["steps"]),
+            versions=int(module["versions"]),
+            residual=float("nan") if has_none else float(checked["residual"]),
+            residual_call=int(checked["call"]),
+            quantities={
+                name: _figures(name, tally, self.bins)
+                for name, tally in self.tallies[number].items()
+            },
+        )
+
+
+def _figures(quantity: str, tally: Tally, bins: int) -> UnitStatistics:
+    units, of_bins = tally.units, bins_of(quantity, bins)
+    some = units["count"] > 0
+
+    def where_some(values: Array) -> Array:
+        return np.where(some, values, np.nan)
+
+    def share(name: str) -> Array | None:
+        return where_some(units[name] / np.maximum(units["count"], 1)) if of_bins else None
+
+    figures: dict[str, Array | None] = {
+        "count": units["count"].copy(),
+        "nan": units["nan"].copy(),
+        "infinite": units["infinite"].copy(),
+        "mean": where_some(units["mean"]),
+        "variance": where_some(units["squares"] / np.maximum(units["count"], 1)),
+        "minimum": where_some(units["minimum"]),
+        "maximum": where_some(units["maximum"]),
+        "below": share("below"),
+        "above": share("above"),
+        "histogram": tally.histogram.copy() if of_bins else None,
+        "edges": of_bins.edges if of_bins else None,
+        "underflow": units["underflow"].copy() if of_bins else None,
+        "overflow": units["overflow"].copy() if of_bins else None,
+    }
+    for array in figures.values():
+        if array is not None:
+            array.flags.writeable = False
+    return UnitStatistics(quantity=quantity, **figures)  # type: ignore[arg-type]

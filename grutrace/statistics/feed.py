@@ -1,0 +1,158 @@
+"""The sink that counts, from a thread of its own, what a model that runs on has handed over."""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Callable
+
+import numpy as np
+
+from grutrace.record import Array, Block, Header, Record, Weights
+from grutrace.statistics.accumulator import Accumulator
+from grutrace.statistics.refusal import FiguresOnly
+from grutrace.storage.admission import Admission
+from grutrace.storage.pump import Pump
+
+#: How much waits to be counted before the model has to wait: some tens of calls. Bytes.
+QUEUE_BYTES = 64 * 1024 * 1024
+
+#: Calls are gathered up to this much before they are counted, since a stepwise decoder's are too
+#: small for NumPy each. Bytes.
+GATHERED = 2 * 1024 * 1024
+
+
+class Feed(FiguresOnly):
+    """A sink that counts, and, as a source, holds no rows.
+
+    Whatever was appended is counted `seconds` later at most, and at once after `flush`. A feed that
+    nobody closes is closed when it is forgotten, and when Python ends.
+
+    Args:
+        header: Of the trace.
+        accumulator: Counts; it fits the header.
+        lock: Of the accumulator.
+        save: Brings the file up to date, if there is one.
+        seconds: How often it is brought up to date while records come.
+        name: What errors call it.
+    """
+
+    def __init__(
+        self,
+        header: Header,
+        accumulator: Accumulator,
+        lock: threading.Lock,
+        save: Callable[[], None] | None,
+        seconds: float,
+        name: str,
+    ) -> None:
+        super().__init__(header)
+        counter = _Counter(header, accumulator, lock, save, name)
+        self.pump = Pump(counter, QUEUE_BYTES, commit_seconds=seconds, commit_bytes=math.inf)
+        # Without waiting: whatever thread the collector runs in may hold the lock.
+        weakref.finalize(self, self.pump.finish).atexit = False
+
+    def append(self, record: Record) -> None:
+        """Queue a record; wait while the queue is full.
+
+        Raises:
+            SinkError: An earlier record could not be counted, the sink is closed, or this process
+                is a forked child of the one that opened it.
+        """
+        self.pump.put(record)
+
+    def flush(self) -> None:
+        """Return once everything appended so far is counted, and in the file if there is one.
+
+        Raises:
+            SinkError: It could not be, or this process is a forked child.
+        """
+        self.pump.flush()
+
+    def close(self) -> None:
+        """Count what waits and end the thread. Closing twice does nothing.
+
+        Raises:
+            SinkError: Something could not be counted, and no earlier call has said so.
+        """
+        self.pump.close()
+
+
+class _Counter:
+    """What the thread does."""
+
+    def __init__(
+        self,
+        header: Header,
+        accumulator: Accumulator,
+        lock: threading.Lock,
+        save: Callable[[], None] | None,
+        name: str,
+    ) -> None:
+        self.name = name
+        self._admission = Admission(header.modules)
+        self._accumulator, self._lock, self._save = accumulator, lock, save
+        self._sites: list[list[tuple[int, str]]] = [[] for _ in header.modules]
+        suffixes = (site.suffix for module in header.modules for site in module.sites)
+        for number, (site, suffix) in enumerate(zip(accumulator.layout, suffixes, strict=True)):
+            self._sites[site.module].append((number, suffix))
+        self._gathered: list[Block] = []
+        self._bytes = 0
+        self._unsaved = False
+
+    def write(self, record: Record) -> None:
+        """Take a record."""
+        self._admission.admit(record)
+        self._unsaved = True
+        if isinstance(record, Block):
+            self._gathered.append(record)
+            self._bytes += record.nbytes
+            if self._bytes >= GATHERED:
+                self._count()
+            return
+        with self._lock:
+            if isinstance(record, Weights):
+                self._accumulator.modules[record.module]["versions"] += 1
+            else:
+                self._accumulator.annotations += 1
+
+    def commit(self) -> None:
+        """Count what was gathered, and have it saved."""
+        self._count()
+        if self._save is not None and self._unsaved:
+            self._save()
+            self._unsaved = False
+
+    def close(self) -> None:
+        """Commit."""
+        self.commit()
+
+    def abandon(self) -> None:
+        """Forget what was gathered."""
+        self._gathered = []
+
+    def _count(self) -> None:
+        gathered, self._gathered, self._bytes = self._gathered, [], 0
+        if not gathered:
+            return
+        with self._lock:
+            for block in gathered:
+                self._count_call(block)
+            for module, sites in enumerate(self._sites):
+                blocks = [block for block in gathered if block.module == module]
+                for number, suffix in sites if blocks else ():
+                    for quantity, tally in self._accumulator.tallies[number].items():
+                        rows = [block.sites[suffix].rows[quantity] for block in blocks]
+                        tally.add(_joined(rows))
+
+    def _count_call(self, block: Block) -> None:
+        call, sites = self._accumulator.calls, self._sites[block.module]
+        begun = len(block.sites[sites[0][1]].initial)
+        for number, suffix in sites:
+            self._accumulator.check(number, block.sites[suffix].residual, call)
+        self._accumulator.count_calls(block.module, 1, begun, int(block.steps.sum()))
+
+
+def _joined(rows: list[Array]) -> Array:
+    return rows[0] if len(rows) == 1 else np.concatenate(rows)

@@ -1,0 +1,258 @@
+"""Statistics in a file: docs/format.md specifies it. Written whole each time, and read checked."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from grutrace.errors import OptionError, TraceFileError
+from grutrace.record import QUANTITIES, Array
+from grutrace.statistics.accumulator import CHECKED, MODULE, Accumulator, SiteLayout
+from grutrace.statistics.bins import ALLOWED_BINS
+from grutrace.statistics.units import UNITS
+from grutrace.storage.faults import Fault, reading, require
+from grutrace.storage.header import member
+from grutrace.storage.placing import naming, put_in_place, room_for
+from grutrace.storage.schema import FORMAT, STATISTICS
+
+#: Major and minor. A reader refuses a newer major number; a newer minor one only adds.
+VERSION = (1, 0)
+
+#: What may become of a file that exists: it is refused, replaced, or its counts are gone on with.
+MODES = ("w", "overwrite", "a")
+
+COUNTED = np.dtype([("created", "<f8"), ("saved", "<f8"), ("bins", "<i8"), ("annotations", "<i8")])
+SITE = np.dtype([("module", "<i8"), *((name, CHECKED[name]) for name in CHECKED.names or ())])
+
+_WHAT = "file of statistics"
+
+
+class StatisticsFile:
+    """A file that is rewritten whole from time to time. At every moment it can be read.
+
+    Args:
+        path: Of the file.
+        mode: "w" refuses a path that exists, "overwrite" replaces it, "a" is for counts that go on
+            from those in the file.
+
+    Raises:
+        OptionError: The mode is none of these.
+        TraceFileError: The file exists and may not be replaced, or its folder does not.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], mode: str) -> None:
+        if mode not in MODES:
+            raise OptionError(f"mode: expected one of {', '.join(MODES)}, found {mode!r}")
+        self.path = Path(os.path.realpath(path))
+        self._goes_on = mode == "a" and self.path.exists()
+        self._mode = "overwrite" if self._goes_on else mode
+        self._lock = threading.Lock()
+        room_for(self.path, self._mode)
+
+    def before(self) -> Accumulator | None:
+        """What the file holds that counting goes on from.
+
+        Raises:
+            TraceFileError: It is no such file, or damaged.
+        """
+        return load(self.path) if self._goes_on else None
+
+    def save(self, accumulator: Accumulator) -> None:
+        """Write the file anew, and rename it into its place.
+
+        Raises:
+            TraceFileError: It cannot be written; what was there before still is.
+        """
+        with self._lock:
+            new = room_for(self.path, self._mode)
+            try:
+                with naming(self.path, "written"), h5py.File(new, "x") as file:
+                    _write(file, accumulator)
+                put_in_place(new, self.path, self._mode)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    new.unlink(missing_ok=True)
+                raise
+            # From now on it is ours.
+            self._mode = "overwrite"
+
+
+def _write(file: h5py.File, accumulator: Accumulator) -> None:
+    file.attrs["format"] = STATISTICS
+    file.attrs["format_version"] = np.array(VERSION, "<i8")
+    file.attrs["model"] = accumulator.model
+    counted = (accumulator.created, time.time(), accumulator.bins, accumulator.annotations)
+    file["counted"] = np.array(counted, COUNTED)
+    file["modules"] = accumulator.modules
+    sites = file.create_group("sites")
+    for number, site in enumerate(accumulator.layout):
+        group = sites.create_group(str(number))
+        group.attrs["name"] = site.name
+        group["site"] = np.array((site.module, *accumulator.checked[number].item()), SITE)
+        for quantity, tally in accumulator.tallies[number].items():
+            place = group.create_group(quantity)
+            place["units"] = tally.units
+            if tally.histogram.shape[1]:
+                place["histogram"] = tally.histogram
+
+
+def is_statistics(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is one of statistics by its own account. False if it cannot be read at all."""
+    try:
+        with h5py.File(path, "r") as file:
+            return bool(file.attrs.get("format") == STATISTICS)
+    except (OSError, RuntimeError, ValueError, TypeError):
+        return False
+
+
+def load(path: str | os.PathLike[str]) -> Accumulator:
+    """Read a file of statistics. Nothing in it is trusted.
+
+    Raises:
+        TraceFileError: It is not there, is none, is of a newer format, or is damaged.
+    """
+    path = Path(path)
+    if not path.is_file():
+        found = "is not a file" if path.exists() else "does not exist"
+        raise TraceFileError(f"{path} {found}")
+    with reading(path, _WHAT), h5py.File(path, "r") as file:
+        return _Reader(file, path.stat().st_size).read()
+
+
+class _Reader:
+    """Reads a file, and no more in all than it can hold."""
+
+    def __init__(self, file: h5py.File, size: int) -> None:
+        self._file = file
+        self._left = size
+
+    def read(self) -> Accumulator:
+        file = self._file
+        _check_format(file)
+        counted = self._array(file, "counted", COUNTED, ())
+        bins, annotations = int(counted["bins"]), int(counted["annotations"])
+        require(bins in ALLOWED_BINS, "counted.bins", f"one of {ALLOWED_BINS}", bins)
+        require(annotations >= 0, "counted.annotations", "no negative number", annotations)
+        modules = self._array(file, "modules", MODULE, (None,))
+        _check_counts(modules, "modules")
+        sites = member(file, "sites", h5py.Group)
+        groups = [member(sites, str(number), h5py.Group) for number in range(len(sites))]
+        read = [self._site(group, len(modules), bins) for group in groups]
+        accumulator = Accumulator(
+            _text(file, "model"),
+            float(counted["created"]),
+            [layout for layout, _, _ in read],
+            bins,
+        )
+        require(
+            len(accumulator.modules) == len(modules),
+            "modules",
+            f"{len(accumulator.modules)}, as the sites name",
+            len(modules),
+        )
+        accumulator.modules, accumulator.annotations = modules, annotations
+        for number, (_, checked, tallies) in enumerate(read):
+            for name in CHECKED.names or ():
+                accumulator.checked[number][name] = checked[name]
+            for quantity, (units, histogram) in tallies.items():
+                tally = accumulator.tallies[number][quantity]
+                tally.units, tally.histogram = units, histogram
+        return accumulator
+
+    def _site(
+        self, group: h5py.Group, modules: int, bins: int
+    ) -> tuple[SiteLayout, Array, dict[str, tuple[Array, Array]]]:
+        site = self._array(group, "site", SITE, ())
+        module = int(site["module"])
+        require(0 <= module < modules, f"{group.name}/site", f"a module below {modules}", module)
+        tallies = {
+            quantity: self._tally(member(group, quantity, h5py.Group), bins)
+            for quantity in QUANTITIES
+            if quantity in group
+        }
+        widths = tuple((quantity, len(units)) for quantity, (units, _) in tallies.items())
+        return SiteLayout(_text(group, "name"), module, widths), site, tallies
+
+    def _tally(self, group: h5py.Group, bins: int) -> tuple[Array, Array]:
+        units = self._array(group, "units", UNITS, (None,))
+        place = f"{group.name}/units"
+        _check_counts(units, place)
+        if group.name.endswith("/input"):
+            return units, np.zeros((len(units), 0), np.int64)
+        histogram = self._array(group, "histogram", np.dtype("<i8"), (len(units), bins))
+        require((histogram >= 0).all(), f"{group.name}/histogram", "no negative number", "one")
+        total = histogram.sum(axis=1) + units["underflow"] + units["overflow"]
+        wrong = total != units["count"]
+        require(not wrong.any(), place, "a count that its histogram adds up to", units[wrong][:1])
+        return units, histogram
+
+    def _array(
+        self, group: h5py.Group, name: str, dtype: np.dtype[Any], shape: tuple[int | None, ...]
+    ) -> Array:
+        """A dataset of this type and shape, where None is any length, that is in this very file."""
+        dataset = member(group, name, h5py.Dataset)
+        place = f"{group.name.rstrip('/')}/{name}"
+        found = dataset.shape
+        require(dataset.dtype == dtype, place, dtype, dataset.dtype)
+        fits = found is not None and len(found) == len(shape)
+        fits = fits and all(want in (None, has) for want, has in zip(shape, found, strict=True))
+        require(fits, place, f"shape {shape}", found)
+        plain = not dataset.is_virtual and dataset.external is None
+        require(plain, place, "its own data", "data elsewhere")
+        filters = dataset.id.get_create_plist().get_nfilters()
+        require(not filters and dataset.chunks is None, place, "data as they are", "packed data")
+        size = math.prod(found) * dtype.itemsize
+        self._left -= size
+        require(self._left >= 0, place, "data that the file can hold", f"{size} bytes")
+        return np.asarray(dataset[()])
+
+
+def _check_format(file: h5py.File) -> None:
+    found = _text(file, "format")
+    other = f"{FORMAT!r}: a trace, which grutrace.open and grutrace.Statistics.of read"
+    require(found == STATISTICS, "attribute 'format'", repr(STATISTICS), _named(found, other))
+    place = "attribute 'format_version'"
+    require("format_version" in file.attrs, place, "two integers", "nothing")
+    kind = file.attrs.get_id("format_version")
+    require(kind.shape == (2,) and kind.dtype.kind == "i", place, "two integers", kind.dtype)
+    major, minor = (int(number) for number in file.attrs["format_version"])
+    require(
+        1 <= major <= VERSION[0],
+        place,
+        f"{VERSION[0]}.x, which this grutrace knows",
+        f"{major}.{minor}",
+    )
+
+
+def _named(found: str, other: str) -> str:
+    return other if found == FORMAT else "another"
+
+
+def _text(group: h5py.Group, name: str) -> str:
+    place = f"{group.name}: attribute {name!r}"
+    require(name in group.attrs, place, "a text", "nothing")
+    require(group.attrs.get_id(name).shape == (), place, "a text", "an array")
+    value = group.attrs[name]
+    if not isinstance(value, str):
+        raise Fault(place, "a text", type(value).__name__)
+    return value
+
+
+def _check_counts(table: Array, place: str) -> None:
+    for name in table.dtype.names or ():
+        if table.dtype[name].kind == "i":
+            wrong = table[name] < 0
+            require(
+                not wrong.any(), f"{place}.{name}", "no negative number", table[name][wrong][:1]
+            )
+    if "count" in (table.dtype.names or ()):
+        outside = table["below"] + table["above"] > table["count"]
+        require(not outside.any(), place, "shares of the values that there are", "more")

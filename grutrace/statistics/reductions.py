@@ -1,0 +1,38 @@
+"""Sums and extremes over rows, as fast as NumPy has them. n rows, H units."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from grutrace.record import Array
+
+#: NumPy is fast on long rows, slow on short ones: so short ones are laid side by side. Elements.
+WIDE = 1024
+
+#: What a sum of booleans can reach in the smallest type, in which it is fastest.
+_LARGEST = 255
+
+
+def reduce_rows(ufunc: np.ufunc, values: Array, dtype: Any = None) -> Array:
+    """Reduce C-contiguous (n, H) values over their rows: (H,)."""
+    rows, width = values.shape
+    beside = WIDE // max(1, width)
+    if beside < 2 or rows < 2 * beside:
+        return np.asarray(ufunc.reduce(values, axis=0, dtype=dtype))
+    whole = rows - rows % beside
+    folded = ufunc.reduce(values[:whole].reshape(-1, beside * width), axis=0, dtype=dtype)
+    # Once more as wide as ever: whatever is left over goes along.
+    wider = np.result_type(folded, np.int64) if folded.dtype.kind == "u" else folded.dtype
+    parts = [folded.reshape(beside, width).astype(wider), values[whole:].astype(wider)]
+    return np.asarray(ufunc.reduce(np.concatenate(parts), axis=0))
+
+
+def count_true(hits: Array) -> Array:
+    """How many of (n, H) booleans are true, by unit: (H,) int64."""
+    counts = np.zeros(hits.shape[1], np.int64)
+    step = _LARGEST * max(1, WIDE // max(1, hits.shape[1]))
+    for start in range(0, len(hits), step):
+        counts += reduce_rows(np.add, hits[start : start + step].view(np.uint8), np.uint8)
+    return counts

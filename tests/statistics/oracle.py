@@ -1,0 +1,85 @@
+"""The same figures from whole arrays, with NumPy's own functions in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+#: Of a sum of so many float64 numbers, the part that rounding can change; and a few ulps more.
+EPS = float(np.finfo(np.float64).eps)
+
+
+def edges(quantity: str, bins: int) -> np.ndarray:
+    return np.linspace(0.0 if quantity in ("reset", "update") else -1.0, 1.0, bins + 1)
+
+
+def assert_figures(found: Any, values: np.ndarray, bins: int = 32) -> None:
+    """Compare the figures of one quantity with those of all its values, (N, H)."""
+    finite = [column[np.isfinite(column)] for column in values.T]
+    exact = [column.astype(np.float64) for column in finite]
+    assert found.count.tolist() == [len(column) for column in finite]
+    assert found.nan.tolist() == np.isnan(values).sum(axis=0).tolist()
+    assert found.infinite.tolist() == np.isinf(values).sum(axis=0).tolist()
+    for unit, column in enumerate(exact):
+        if not len(column):
+            assert np.isnan([found.mean[unit], found.variance[unit], found.std[unit]]).all()
+            assert np.isnan([found.minimum[unit], found.maximum[unit]]).all()
+            continue
+        # No sum of n terms is off by more than n ulps of the largest (Higham 2002, section 4.2).
+        off = len(column) * EPS
+        mean = math.fsum(column) / len(column)
+        assert abs(found.mean[unit] - mean) <= off * np.abs(column).max()
+        squares = math.fsum((column - mean) ** 2) / len(column)
+        # Deviations are those from a mean that is itself off by so much.
+        assert abs(found.variance[unit] - squares) <= 2 * off * squares + (
+            (off * np.abs(column).max()) ** 2
+        )
+        assert found.std[unit] == np.sqrt(found.variance[unit])
+        assert found.minimum[unit] == column.min()
+        assert found.maximum[unit] == column.max()
+    if found.quantity == "input":
+        assert (found.histogram, found.edges, found.below, found.above) == (None,) * 4
+        assert (found.underflow, found.overflow) == (None, None)
+        return
+    of_bins = edges(found.quantity, bins)
+    assert found.edges.tolist() == of_bins.tolist()
+    for unit, (column, wide) in enumerate(zip(finite, exact, strict=True)):
+        counts = np.histogram(wide, of_bins)[0]
+        assert found.histogram[unit].tolist() == counts.tolist()
+        assert found.underflow[unit] == (wide < of_bins[0]).sum()
+        assert found.overflow[unit] == (wide > of_bins[-1]).sum()
+        if len(column):
+            sizes = np.abs(column)
+            assert found.below[unit] == (sizes < column.dtype.type(0.1)).mean()
+            assert found.above[unit] == (sizes > column.dtype.type(0.9)).mean()
+
+
+def assert_same(a: Any, b: Any, *, exactly: bool = False) -> None:
+    """Compare two statistics of the same run: counts are the same, sums are to rounding."""
+    assert a.sites == b.sites
+    assert (a.calls, a.steps, a.sequences) == (b.calls, b.steps, b.sequences)
+    assert a.annotations == b.annotations
+    np.testing.assert_equal(a.residual, b.residual)
+    for name in a.sites:
+        ours, theirs = a[name], b[name]
+        assert list(ours.quantities) == list(theirs.quantities)
+        for field in ("calls", "steps", "sequences", "versions", "residual_call"):
+            assert getattr(ours, field) == getattr(theirs, field), (name, field)
+        np.testing.assert_equal(ours.residual, theirs.residual)
+        for quantity in ours.quantities:
+            assert_same_figures(ours[quantity], theirs[quantity], exactly=exactly)
+
+
+def assert_same_figures(a: Any, b: Any, *, exactly: bool = False) -> None:
+    same = ("count", "nan", "infinite", "minimum", "maximum", "below", "above", "histogram")
+    for field in (*same, "edges", "underflow", "overflow"):
+        np.testing.assert_array_equal(getattr(a, field), getattr(b, field), field)
+    for field in ("mean", "variance"):
+        ours, theirs = getattr(a, field), getattr(b, field)
+        largest = np.maximum(np.abs(a.minimum), np.abs(a.maximum))
+        scale = largest if field == "mean" else ours
+        off = 0 if exactly else 2 * a.count * EPS * scale
+        assert (np.isnan(ours) == np.isnan(theirs)).all()
+        assert not (np.abs(ours - theirs) > off).any(), field
