@@ -171,7 +171,7 @@ LOOPS = (
         "loop under torch.compile",
         "output, all gates",
         compiled_loop,
-        most_steps=64,
+        most_steps=50,
         why_not_more="unrolled, takes minutes to compile",
     ),
 )
