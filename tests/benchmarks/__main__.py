@@ -1,6 +1,7 @@
 """Measure what tracing costs, beside what others cost, and write Markdown and JSON.
 
 python -m tests.benchmarks [--output FOLDER] [--only TEXT ...] [--budget SECONDS] [--threads N]
+    [--long]
 """
 
 from __future__ import annotations
@@ -86,7 +87,10 @@ def main() -> None:
     )
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds a ratio, at least")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--long", action="store_true", help="growth to 10^8 steps: minutes more")
     arguments = parser.parse_args()
+    if arguments.long:
+        OTHERS["growth"] = partial(growth.figures, longest=True)
     torch.set_num_threads(arguments.threads)
     report = Report(about())
     print(", ".join(f"{name} {value}" for name, value in report.about.items()), flush=True)

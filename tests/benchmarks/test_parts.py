@@ -42,7 +42,7 @@ def test_long_traces_are_traces(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tracing", TRACINGS, ids=lambda tracing: tracing.name)
 def test_each_tracing_leaves_the_model_as_it_was(tracing, tmp_path: Path) -> None:
-    workload = single_layer(3, 2, 4, 4)
+    workload = single_layer(3, 2, 4, 32)
     with traced(workload, tracing, tmp_path) as run:
         run(), run()
     assert not workload.model._forward_hooks

@@ -107,3 +107,4 @@ def test_targets_follow_the_workload() -> None:
     to_file = by_name["everything, to a file"]
     assert to_file.target_for("other", 1.25) == Target(1.4)
     assert to_file.target_for("other", None) is None
+    assert by_name["deferred, in memory"].target_for("other", 1.25) is None

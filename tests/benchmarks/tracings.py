@@ -35,7 +35,7 @@ class Tracing:
     name: str
     target: float | None = None
     targets: Mapping[Kind, float] = field(default_factory=dict)
-    above_memory: float = 0.0
+    above_memory: float | None = None
     options: Callable[[], dict[str, Any]] = dict
     to_file: bool = False
     lasting: bool = False
@@ -49,7 +49,7 @@ class Tracing:
             in_memory: The ratio found with everything in memory, if it was measured.
         """
         bound = self.targets.get(kind, self.target)
-        if bound is None and in_memory is not None:
+        if in_memory is not None and self.above_memory is not None:
             bound = in_memory + self.above_memory
         return None if bound is None else Target(bound)
 
