@@ -1,7 +1,7 @@
 """Measure what tracing costs, beside what others cost, and write Markdown and JSON.
 
-python -m tests.benchmarks [--output FOLDER] [--only TEXT ...] [--budget SECONDS] [--threads N]
-    [--long]
+python -m tests.benchmarks [--output FOLDER] [--only TEXT ...] [--budget SECONDS]
+    [--limit SECONDS] [--threads N] [--long]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from tests.benchmarks import growth, measure, memory, start, storage
 from tests.benchmarks.about import about
 from tests.benchmarks.figures import Figure
-from tests.benchmarks.pairs import BUDGET
+from tests.benchmarks.pairs import BUDGET, FEWEST, LIMIT, PAIRS
 from tests.benchmarks.report import Report, Table
 from tests.benchmarks.workloads import Workload, all_workloads
 
@@ -34,7 +34,9 @@ OTHERS: dict[str, Callable[[], Iterable[Figure]]] = {
 }
 
 
-def run(report: Report, only: list[str], budget: float, save: Callable[[], None]) -> None:
+def run(
+    report: Report, only: list[str], budget: float, limit: float, save: Callable[[], None]
+) -> None:
     """Fill the report, and save it whenever a part is done."""
     sections = (*OF_WORKLOADS, *OTHERS)
     asked = [name for name in sections if name in only]
@@ -46,9 +48,9 @@ def run(report: Report, only: list[str], budget: float, save: Callable[[], None]
             report.others[name] = list(_printed(name, OTHERS[name]()))
             save()
     by_section: dict[str, tuple[Table, Callable[[Workload], Iterator[Figure]]]] = {
-        "tracing": (report.tracing, partial(measure.tracing, budget=budget)),
+        "tracing": (report.tracing, partial(measure.tracing, budget=budget, limit=limit)),
         "disk": (report.disk, measure.disk),
-        "peers": (report.peers, partial(measure.peers, budget=budget)),
+        "peers": (report.peers, partial(measure.peers, budget=budget, limit=limit)),
     }
     for name, (table, figures) in by_section.items():
         if name not in asked:
@@ -86,6 +88,12 @@ def main() -> None:
         help=f"sections ({', '.join((*OF_WORKLOADS, *OTHERS))}) and texts in names of workloads",
     )
     parser.add_argument("--budget", type=float, default=BUDGET, help="seconds a ratio, at least")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=LIMIT,
+        help=f"seconds a ratio after which {FEWEST} pairs do instead of {PAIRS}",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     parser.add_argument("--long", action="store_true", help="growth to 10^8 steps: minutes more")
     arguments = parser.parse_args()
@@ -102,7 +110,7 @@ def main() -> None:
         (arguments.output / "benchmark.md").write_text(report.markdown(), encoding="utf-8")
 
     began = time.perf_counter()
-    run(report, arguments.only, arguments.budget, save)
+    run(report, arguments.only, arguments.budget, arguments.limit, save)
     print(f"\n{report.markdown()}\nin {time.perf_counter() - began:.0f} s: {arguments.output}")
 
 

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ LONGEST = 100_000_000
 #: A call: steps of each sequence, sequences, input size, units.
 SHAPE = (100, 100, 1, 8)
 
-KINDS: dict[str, dict[str, str]] = {
+KINDS: dict[str, dict[str, Any]] = {
     "everything, to a file": {},
     "deferred, to a file": {"gates": "deferred"},
 }
@@ -44,7 +45,7 @@ def slope(steps: Sequence[float], seconds: Sequence[float]) -> float:
     return float(np.polyfit(np.log(steps), np.log(seconds), 1)[0])
 
 
-def duration(steps: int, count: int, options: dict[str, str]) -> float:
+def duration(steps: int, count: int, options: dict[str, Any]) -> float:
     """Median time of so many steps with everything on disk, in seconds."""
     length, batch, input_size, hidden_size = SHAPE
     torch.manual_seed(0)

@@ -22,12 +22,12 @@ from tests.benchmarks.workloads import SMALL, Workload
 FEW = 3
 
 
-def tracing(workload: Workload, budget: float) -> Iterator[Figure]:
+def tracing(workload: Workload, budget: float, limit: float) -> Iterator[Figure]:
     """Yield for each tracing its ratio to the untraced run."""
     in_memory = None
     for each in TRACINGS:
         with tempfile.TemporaryDirectory() as folder, traced(workload, each, Path(folder)) as run:
-            found = ratio(workload.run, run, budget)
+            found = ratio(workload.run, run, budget, limit=limit)
         if each.name == IN_MEMORY:
             in_memory = found.median
         yield measured(each.name, found, each.target_for(workload.kind, in_memory))
@@ -42,7 +42,7 @@ def disk(workload: Workload) -> Iterator[Figure]:
             yield measured(each.name, found, runs=runs)
 
 
-def peers(workload: Workload, budget: float) -> Iterator[Figure]:
+def peers(workload: Workload, budget: float, limit: float) -> Iterator[Figure]:
     """Yield for each peer its ratio to the untraced layer, or why there is none."""
     if workload.input is None:
         return
@@ -50,12 +50,12 @@ def peers(workload: Workload, budget: float) -> Iterator[Figure]:
         expected = traced_values(cast(nn.GRU, workload.model), workload.input)
         for peer in PEERS:
             try:
-                yield _peer(workload, peer, expected, budget)
+                yield _peer(workload, peer, expected, budget, limit)
             except Absent as absent:
                 yield not_measured(peer.name, str(absent))
 
 
-def _peer(workload: Workload, peer: Peer, expected: Values, budget: float) -> Figure:
+def _peer(workload: Workload, peer: Peer, expected: Values, budget: float, limit: float) -> Figure:
     layer, input = cast(nn.GRU, workload.model), workload.input
     assert input is not None
     if peer.only_small and (*input.shape, layer.hidden_size) not in SMALL:
@@ -76,6 +76,7 @@ def _peer(workload: Workload, peer: Peer, expected: Values, budget: float) -> Fi
             workload.run,
             run,
             0.0 if few else budget,
+            limit=limit,
             pairs=FEW if few else PAIRS,
             warm_up=1 if few else WARM_UP,
         )

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from subprocess import PIPE
+from typing import Any
 
 from grutrace.storage.pump import QUEUE_BYTES
 from tests.benchmarks.figures import Figure, Target
@@ -31,7 +32,7 @@ ALLOWED = 64 + QUEUE_BYTES // MIB
 SAME = 16
 
 #: The options by what the table calls them; None traces nothing.
-KINDS: dict[str, dict[str, str] | None] = {
+KINDS: dict[str, dict[str, Any] | None] = {
     "untraced": None,
     "everything, to a file": {},
     "deferred, to a file": {"gates": "deferred"},

@@ -21,8 +21,14 @@ BUDGET = 0.5
 #: But not for ever.
 MOST_PAIRS = 400
 
-#: Runs of both before the first pair.
-WARM_UP = 2
+#: After this much time fewer pairs do, so that all of it ends in ten minutes. Seconds.
+LIMIT = 6.0
+
+#: But no fewer than these. A table says where there are fewer than `PAIRS`.
+FEWEST = 5
+
+#: Runs of both before the first pair, and after how many seconds one is enough.
+WARM_UP, WARM = 2, 1.0
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ def ratio(
     other: Callable[[], object],
     budget: float = BUDGET,
     *,
+    limit: float = LIMIT,
     pairs: int = PAIRS,
     warm_up: int = WARM_UP,
     clock: Callable[[], float] = time.perf_counter,
@@ -78,7 +85,8 @@ def ratio(
         base: A.
         other: B.
         budget: Pairs go on for this long at least, in seconds, but not past `MOST_PAIRS`.
-        pairs: How many there are at least.
+        limit: After so many seconds `FEWEST` pairs do.
+        pairs: How many there are at least, if that takes no longer.
         warm_up: How often both run before the first pair.
         clock: Tells the time in seconds.
     """
@@ -88,11 +96,20 @@ def ratio(
         function()
         return clock() - began
 
-    for _ in range(warm_up):
-        timed(base), timed(other)
+    began = clock()
+    for number in range(warm_up):
+        if number == 0 or clock() - began < WARM:
+            timed(base), timed(other)
     times: list[tuple[float, float]] = []
     began = clock()
-    while len(times) < pairs or (clock() - began < budget and len(times) < MOST_PAIRS):
+
+    def enough() -> bool:
+        spent, count = clock() - began, len(times)
+        if count < pairs:
+            return count >= FEWEST and spent >= limit
+        return spent >= budget or count >= MOST_PAIRS
+
+    while not enough():
         times.append((timed(base), timed(other)))
     return ratio_of(times)
 

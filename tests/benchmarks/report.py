@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tests.benchmarks.figures import Figure
+from tests.benchmarks.pairs import PAIRS
 from tests.benchmarks.peers import PEERS
 from tests.benchmarks.tracings import IN_MEMORY
 
@@ -16,11 +17,11 @@ Table = dict[str, list[Figure]]
 
 LEGEND = """\
 T steps, B sequences, I input size, H hidden size; float32; one layer, where not said otherwise.
-Ratios to the untraced run: the median over the pairs (10th to 90th percentile). A target that is
-missed is printed **bold**."""
+Ratios to the untraced run: the median over the pairs (10th to 90th percentile; of how many, where
+there are fewer than 11). A target that is missed is printed **bold**."""
 
 DISK = """\
-Some tenths of a second of runs in a row and the `flush` after them, to the same runs untraced: what
+About 0.2 seconds of runs in a row and the `flush` after them, to the same runs untraced: what
 the writer's thread still does after the model's call has returned is counted, too."""
 
 PEERS_LEGEND = """\
@@ -159,7 +160,8 @@ def _beside(figure: Figure | None, ours: Figure | None) -> str:
 def _spread(figure: Figure) -> str:
     if figure.spread is None:
         return ""
-    return f"{number(figure.spread.low)} to {number(figure.spread.high)}"
+    of = f" of {figure.spread.count}" if figure.spread.count < PAIRS else ""
+    return f"{number(figure.spread.low)} to {number(figure.spread.high)}{of}"
 
 
 def _target(figure: Figure) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 
 import pytest
 
@@ -28,9 +29,15 @@ class Clock:
         return run
 
 
-def measured(base: tuple[float, ...], other: tuple[float, ...], budget: float = 0.0) -> Ratio:
+def measured(
+    base: tuple[float, ...],
+    other: tuple[float, ...],
+    budget: float = 0.0,
+    limit: float = inf,
+) -> Ratio:
     clock = Clock()
-    return ratio(clock.taking(*base), clock.taking(*other), budget, warm_up=2, clock=clock)
+    functions = clock.taking(*base), clock.taking(*other)
+    return ratio(*functions, budget, limit=limit, warm_up=2, clock=clock)
 
 
 def test_the_ratio_is_that_of_the_other_to_the_base() -> None:
@@ -39,13 +46,19 @@ def test_the_ratio_is_that_of_the_other_to_the_base() -> None:
 
 
 def test_warming_up_counts_for_nothing() -> None:
-    assert measured((1.0, 100.0, 2.0), (50.0, 1.0, 3.0)).median == 1.5
+    assert measured((0.01, 0.9, 0.2), (0.05, 0.01, 0.3)).median == pytest.approx(1.5)
+
+
+def test_of_what_takes_long_a_warm_up_and_five_pairs_are_enough() -> None:
+    found = measured((9.0, 2.0), (1.0, 3.0), limit=6.0)
+    assert (found.median, found.count) == (1.5, 5)
+    assert measured((9.0, 0.25), (1.0, 0.5), limit=6.0).count == 8
 
 
 def test_ratios_are_taken_pair_by_pair() -> None:
     # A machine that grows slower: the ratio of the medians would be right, too, but not its spread.
-    base = tuple(float(each) for each in range(1, 14))
-    assert measured(base, tuple(2 * each for each in base)) == Ratio(2.0, 2.0, 2.0, 11, 8.0)
+    base = tuple(each / 1024 for each in range(1, 14))
+    assert measured(base, tuple(2 * each for each in base)) == Ratio(2.0, 2.0, 2.0, 11, 8 / 1024)
 
 
 def test_the_spread_leaves_a_tenth_out_at_either_end() -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import grutrace
 from tests.benchmarks import __main__ as command
-from tests.benchmarks import growth, long_traces, measure, memory, peers
+from tests.benchmarks import growth, long_traces, measure, memory
 from tests.benchmarks.figures import Figure
 from tests.benchmarks.pairs import ratio_of, speed
-from tests.benchmarks.peers import peer as one_peer
+from tests.benchmarks.peers import loops
+from tests.benchmarks.peers.peer import Peer, Running, Values, need
 from tests.benchmarks.report import Report
-from tests.benchmarks.tracings import TRACINGS, traced
+from tests.benchmarks.tracings import TRACINGS, Tracing, traced
 from tests.benchmarks.workloads import Workload, single_layer
 from tests.storage.streams import make_module
 
@@ -41,7 +44,7 @@ def test_long_traces_are_traces(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tracing", TRACINGS, ids=lambda tracing: tracing.name)
-def test_each_tracing_leaves_the_model_as_it_was(tracing, tmp_path: Path) -> None:
+def test_each_tracing_leaves_the_model_as_it_was(tracing: Tracing, tmp_path: Path) -> None:
     workload = single_layer(3, 2, 4, 32)
     with traced(workload, tracing, tmp_path) as run:
         run(), run()
@@ -52,32 +55,32 @@ def test_each_tracing_leaves_the_model_as_it_was(tracing, tmp_path: Path) -> Non
 def test_a_peer_that_gives_wrong_gates_is_refused_and_an_absent_one_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def wrong(values):
-        return peers.loops.read(values) | {"update": values[1]}
+    def wrong(values: loops.Results) -> Values:
+        return loops.read(values) | {"update": values[1]}
 
-    right, other = peers.LOOPS[1], peers.LOOPS[2]
-    broken = one_peer.Peer("broken", "all", _with(right, wrong))
-    missing = one_peer.Peer("missing", "all", _needing("no-such-package"))
+    right, other = loops.LOOPS[1], loops.LOOPS[2]
+    broken = Peer("broken", "all", _with(right, wrong))
+    missing = Peer("missing", "all", _needing("no-such-package"))
     monkeypatch.setattr(measure, "PEERS", (right, other, broken, missing))
-    found = {each.name: each for each in measure.peers(single_layer(3, 2, 4, 4), 0.0)}
+    found = {each.name: each for each in measure.peers(single_layer(3, 2, 4, 4), 0.0, 1.0)}
     assert found[right.name].value is not None
     assert found["broken"].absent.startswith("refused, update differs by ")
     assert found["missing"].absent.startswith("no-such-package is not installed")
 
 
-def _with(peer, read):
+def _with(peer: Peer, read: Callable[[Any], Values]) -> Any:
     @contextmanager
-    def prepare(layer, input):
+    def prepare(layer: nn.GRU, input: Tensor) -> Iterator[Any]:
         with peer.prepare(layer, input) as running:
-            yield one_peer.Running(running.call, read)
+            yield Running(running.call, read)
 
     return prepare
 
 
-def _needing(package):
+def _needing(package: str) -> Any:
     @contextmanager
-    def prepare(layer, input):
-        yield one_peer.need(package)
+    def prepare(layer: nn.GRU, input: Tensor) -> Iterator[Any]:
+        yield need(package)
 
     return prepare
 
@@ -109,6 +112,6 @@ def test_only_picks_by_section_or_workload(
         monkeypatch.setattr(measure, section, lambda *_, **__: iter([figure]))
     monkeypatch.setattr(measure, "disk", lambda *_: iter([figure]))
     report = Report({})
-    command.run(report, only, 0.0, lambda: None)
+    command.run(report, only, 0.0, 1.0, lambda: None)
     tables = {"tracing": report.tracing, "disk": report.disk, "peers": report.peers}
     assert {name for name, table in tables.items() if table} | set(report.others) == expected

@@ -63,8 +63,8 @@ def test_a_peer_gives_what_it_claims(peer: Peer, layer: nn.GRU, input: Tensor) -
     states = found["output"].numpy()
     previous = np.concatenate([np.zeros((1, 3, 6), np.float32), states[:-1]])
     weights = oracles.weights_of(layer, "l0")
-    flat = (each.reshape(-1, 6) for each in (input.numpy(), previous))
-    expected = oracles.gates(weights, *flat, EPS)
+    rows = input.numpy().reshape(-1, 6)
+    expected = oracles.gates(weights, rows, previous.reshape(-1, 6), EPS)
     for name in GATES:
         off = np.abs(found[name].numpy().reshape(-1, 6) - expected.values[name])
         assert (off <= expected.bounds[name]).all(), name

@@ -11,6 +11,7 @@ from tests.benchmarks.figures import Figure, Target, measured, not_measured
 from tests.benchmarks.pairs import Ratio, Spread
 from tests.benchmarks.report import Report, number, table
 from tests.benchmarks.tracings import IN_MEMORY, TRACINGS
+from tests.benchmarks.workloads import Kind
 
 WORKLOAD = "T5 B3 I6 H6"
 
@@ -65,7 +66,7 @@ def test_other_figures_have_their_unit_and_bound() -> None:
         not_measured("missing", "no room"),
     ]
     report = Report({}, others={"storage": figures})
-    assert lines(report, "| speed") == ["| speed | **0.700** | 0.600 to 0.900 | ≥ 0.800 |"]
+    assert lines(report, "| speed") == ["| speed | **0.700** | 0.600 to 0.900 of 5 | ≥ 0.800 |"]
     assert lines(report, "| peak") == ["| peak | 120 MiB |  | ≤ 320 MiB |"]
     assert lines(report, "| missing") == ["| missing | absent: no room |  |  |"]
 
@@ -101,7 +102,12 @@ def test_figures_have_three_digits(value: float, text: str) -> None:
 def test_targets_follow_the_workload() -> None:
     by_name = {each.name: each for each in TRACINGS}
     deferred = by_name["deferred, to a file"]
-    kinds = {"other": 1.1, "compute bound": 1.1, "one step": 1.3, "training": 1.05}
+    kinds: dict[Kind, float] = {
+        "other": 1.1,
+        "compute bound": 1.1,
+        "one step": 1.3,
+        "training": 1.05,
+    }
     for kind, bound in kinds.items():
         assert deferred.target_for(kind, None) == Target(bound)
     to_file = by_name["everything, to a file"]
