@@ -36,7 +36,7 @@ def until_on_disk(workload: Workload, tracing: Tracing, folder: Path) -> tuple[R
         for _ in range(runs):
             workload.run()
 
-    path = folder / "run.h5"
+    path = folder / "run.h5" if tracing.to_file else None
     options = tracing.options()
     with grutrace.Tracer(workload.model, path, recording=False, **options) as tracer:
 
@@ -47,5 +47,6 @@ def until_on_disk(workload: Workload, tracing: Tracing, folder: Path) -> tuple[R
             tracer.flush()
 
         found = ratio(untraced, traced, 0.0, pairs=PAIRS, warm_up=1)
-    path.unlink()
+    if path is not None:
+        path.unlink()
     return found, runs

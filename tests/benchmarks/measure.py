@@ -34,9 +34,9 @@ def tracing(workload: Workload, budget: float, limit: float) -> Iterator[Figure]
 
 
 def disk(workload: Workload) -> Iterator[Figure]:
-    """Yield for each tracing to a file its ratio to the untraced run, until `flush` returns."""
+    """Yield for each tracing with a thread its ratio to the untraced run, until `flush` returns."""
     for each in TRACINGS:
-        if each.to_file:
+        if each.to_file or each.lasting:
             with tempfile.TemporaryDirectory() as folder:
                 found, runs = until_on_disk(workload, each, Path(folder))
             yield measured(each.name, found, runs=runs)
