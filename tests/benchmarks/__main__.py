@@ -70,7 +70,7 @@ def _printed(where: str, figures: Iterable[Figure]) -> Iterator[Figure]:
     """Print each figure when it is there, and how long it took."""
     began = time.perf_counter()
     for each in figures:
-        text = f"absent: {each.absent}" if each.value is None else f"{each.value:.4g} {each.unit}"
+        text = each.absent if each.value is None else f"{each.value:.4g} {each.unit}"
         missed = " (missed)" if each.met is False else ""
         took = time.perf_counter() - began
         print(f"[{took:5.1f} s] {where}: {each.name}: {text.strip()}{missed}", flush=True)

@@ -36,7 +36,7 @@ class Figure:
         unit: Of the figure and its target; empty for a ratio.
         target: What we aim at, if anything.
         spread: The measurements that the figure is the median of, if it is one.
-        absent: Why there is no figure.
+        absent: Why there is no figure, as the table has it.
         details: Whatever else belongs to it, for the JSON.
     """
 

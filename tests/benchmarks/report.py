@@ -25,8 +25,8 @@ About 0.2 seconds of runs in a row and the `flush` after them, to the same runs 
 the writer's thread still does after the model's call has returned is counted, too."""
 
 PEERS_LEGEND = """\
-Ratios to the untraced nn.GRU, as above. **Bold**: cheaper than our everything, in memory, on this
-workload."""
+Ratios to the untraced nn.GRU, as above. **Bold**: gives all gates for less than our everything, in
+memory, on this workload."""
 
 #: Our own ways to trace that are shown among the peers.
 OURS = (IN_MEMORY, "deferred, in memory", "deferred, to a file")
@@ -74,6 +74,7 @@ class Report:
     def _peers(self) -> str:
         """A row a peer, since there are many with long names; a column a workload."""
         gives = {peer.name: peer.gives for peer in PEERS}
+        gates = {peer.name for peer in PEERS if peer.gates}
         ours = {
             workload: {each.name: each for each in self.tracing.get(workload, ())}
             for workload in self.peers
@@ -88,7 +89,8 @@ class Report:
             cells = []
             for workload, row in self.peers.items():
                 figure = next((each for each in row if each.name == name), None)
-                cells.append(_beside(figure, ours[workload].get(IN_MEMORY)))
+                bound = ours[workload].get(IN_MEMORY) if name in gates else None
+                cells.append(_beside(figure, bound))
             rows.append([name, gives.get(name, ""), *cells])
         return table(rows)
 
@@ -124,7 +126,7 @@ def _long(figures: Sequence[Figure]) -> str:
     rows = [["", "figure", "10th to 90th percentile", "target"]]
     for each in figures:
         if each.value is None:
-            rows.append([each.name, f"absent: {each.absent}", "", ""])
+            rows.append([each.name, each.absent, "", ""])
             continue
         value = f"{number(each.value)} {each.unit}".strip()
         value = f"**{value}**" if each.met is False else value
@@ -134,7 +136,7 @@ def _long(figures: Sequence[Figure]) -> str:
 
 def _cell(figure: Figure) -> str:
     if figure.value is None:
-        return f"absent: {figure.absent}"
+        return figure.absent
     compared = f"{figure.value:.2f}"
     if figure.target is not None:
         sign = "≤" if figure.met else ">"
@@ -151,7 +153,7 @@ def _beside(figure: Figure | None, ours: Figure | None) -> str:
     if figure is None:
         return ""
     if figure.value is None:
-        return f"absent: {figure.absent}"
+        return figure.absent
     value = f"{figure.value:.2f}"
     cheaper = ours is not None and ours.value is not None and figure.value < ours.value
     return f"{f'**{value}**' if cheaper else value} ({_spread(figure)})"

@@ -64,8 +64,8 @@ def test_a_peer_that_gives_wrong_gates_is_refused_and_an_absent_one_named(
     monkeypatch.setattr(measure, "PEERS", (right, other, broken, missing))
     found = {each.name: each for each in measure.peers(single_layer(3, 2, 4, 4), 0.0, 1.0)}
     assert found[right.name].value is not None
-    assert found["broken"].absent.startswith("refused, update differs by ")
-    assert found["missing"].absent.startswith("no-such-package is not installed")
+    assert found["broken"].absent.startswith("refused: update differs by ")
+    assert found["missing"].absent.startswith("absent: no-such-package is not installed")
 
 
 def _with(peer: Peer, read: Callable[[Any], Values]) -> Any:

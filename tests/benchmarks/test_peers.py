@@ -83,7 +83,7 @@ def test_a_peer_that_gives_something_else_is_found_out(layer: nn.GRU, input: Ten
 
 
 def test_what_is_not_installed_is_named() -> None:
-    with pytest.raises(Absent, match="no-such-package is not installed"):
+    with pytest.raises(Absent, match="absent: no-such-package is not installed"):
         need("no-such-package")
 
 

@@ -46,13 +46,16 @@ def test_workloads_with_other_columns_keep_them_apart() -> None:
 
 def test_a_peer_ahead_of_us_is_marked_and_an_absent_one_is_named() -> None:
     peers = [
-        measured("ahead", ratio(1.2)),
-        measured("behind", ratio(1.5)),
-        not_measured("Opacus' DPGRU instead", "opacus is not installed"),
+        measured("Python loop instead", ratio(1.2)),
+        measured("loop under torch.jit.script", ratio(1.5)),
+        measured("nnsight on the layer", ratio(1.1)),
+        not_measured("Opacus' DPGRU instead", "absent: opacus is not installed"),
     ]
     report = Report({}, {WORKLOAD: [measured(IN_MEMORY, ratio(1.4))]}, peers={WORKLOAD: peers})
-    assert "**1.20**" in lines(report, "| ahead")[0]
-    assert "**" not in lines(report, "| behind")[0]
+    assert "**1.20**" in lines(report, "| Python loop instead")[0]
+    assert "**" not in lines(report, "| loop under torch.jit.script")[0]
+    # It gives no gates, and is cheaper for that.
+    assert "**" not in lines(report, "| nnsight")[0]
     assert lines(report, "| Opacus") == [
         "| Opacus' DPGRU instead | output | absent: opacus is not installed |"
     ]
@@ -63,12 +66,12 @@ def test_other_figures_have_their_unit_and_bound() -> None:
     figures = [
         Figure("speed", 0.7, target=Target(0.8, at_least=True), spread=Spread(0.7, 0.6, 0.9, 5)),
         Figure("peak", 120.0, "MiB", Target(320)),
-        not_measured("missing", "no room"),
+        not_measured("missing", "left out: no room"),
     ]
     report = Report({}, others={"storage": figures})
     assert lines(report, "| speed") == ["| speed | **0.700** | 0.600 to 0.900 of 5 | ≥ 0.800 |"]
     assert lines(report, "| peak") == ["| peak | 120 MiB |  | ≤ 320 MiB |"]
-    assert lines(report, "| missing") == ["| missing | absent: no room |  |  |"]
+    assert lines(report, "| missing") == ["| missing | left out: no room |  |  |"]
 
 
 def test_json_holds_what_the_tables_hold() -> None:

@@ -49,7 +49,7 @@ SHAPES = (
 #: Their time goes into matrix products, which tracing would have to make anew.
 COMPUTE_BOUND = {(128, 32, 256, 256), (256, 64, 512, 512), (100, 32, 1024, 1024)}
 
-#: On these what takes a thousand times the layer's time is measured, too.
+#: On these what takes hundreds of times the layer's time is measured, too.
 SMALL = {(64, 1, 128, 128), (50, 16, 64, 64)}
 
 

@@ -158,7 +158,7 @@ def _tried(call: Callable[[], Results]) -> Running:
         call()
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        raise Absent(f"torch.compile failed: {type(error).__name__}: {reason}") from error
+        raise Absent(f"absent: torch.compile failed: {type(error).__name__}: {reason}") from error
     return Running(call, read)
 
 

@@ -79,13 +79,13 @@ def need(package: str) -> Any:
     try:
         version(package)
     except PackageNotFoundError:
-        raise Absent(f"{package} is not installed (extra `peers`)") from None
+        raise Absent(f"absent: {package} is not installed (extra `peers`)") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return importlib.import_module(package)
     except Exception as error:
-        raise Absent(f"{package} cannot be imported: {error}") from error
+        raise Absent(f"absent: {package} cannot be imported: {error}") from error
 
 
 def traced_values(layer: nn.GRU, input: Tensor) -> Values:

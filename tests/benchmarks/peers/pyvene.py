@@ -26,7 +26,7 @@ def model_of(layer: nn.GRU) -> Any:
     from pyvene.models.gru.modelings_gru import GRUConfig, GRUModel
 
     if layer.input_size != layer.hidden_size:
-        raise Absent("pyvene's GRU reads as many features as it has units")
+        raise Absent("left out: pyvene's GRU reads as many features as it has units")
     model = GRUModel(GRUConfig(h_dim=layer.hidden_size, n_layer=1)).eval()
     (cell,) = model.cells
     weights = zip(
@@ -93,6 +93,5 @@ PYVENE = (
         "output, all gates",
         collecting,
         package="pyvene",
-        only_small=True,
     ),
 )
