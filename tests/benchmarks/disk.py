@@ -16,7 +16,7 @@ from tests.benchmarks.tracings import Tracing
 from tests.benchmarks.workloads import Workload
 
 #: How long the runs take together without tracing. Seconds.
-LONG = 0.2
+LONG = 0.1
 
 #: Pairs of such runs.
 PAIRS = 5

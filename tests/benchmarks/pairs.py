@@ -16,7 +16,7 @@ from typing import Any
 PAIRS = 11
 
 #: Pairs go on until this much time was spent, so that short calls are measured more often. Seconds.
-BUDGET = 0.5
+BUDGET = 0.3
 
 #: But not for ever.
 MOST_PAIRS = 400

@@ -21,7 +21,7 @@ Ratios to the untraced run: the median over the pairs (10th to 90th percentile; 
 there are fewer than 11). A target that is missed is printed **bold**."""
 
 DISK = """\
-About 0.2 seconds of runs in a row and the `flush` after them, to the same runs untraced: what
+About 0.1 seconds of runs in a row and the `flush` after them, to the same runs untraced: what
 the writer's thread still does after the model's call has returned is counted, too."""
 
 PEERS_LEGEND = """\
