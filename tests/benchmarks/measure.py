@@ -61,7 +61,7 @@ def _peer(workload: Workload, peer: Peer, expected: Values, budget: float, limit
     if peer.only_small and (*input.shape, layer.hidden_size) not in SMALL:
         raise Absent("left out: only on small shapes")
     if peer.most_steps is not None and len(input) > peer.most_steps:
-        raise Absent(f"left out: over {peer.most_steps} steps: {peer.why_not_more}")
+        raise Absent(f"left out: over {peer.most_steps} steps")
     with peer.prepare(layer, input) as running:
         # Of the second call: one that gives again what it found at first is found out, too.
         running.call()

@@ -55,7 +55,6 @@ class Peer:
         package: What it needs, by the name under which it is installed.
         only_small: It takes so long that it is measured on the two small shapes, and seldom.
         most_steps: It is not measured over more steps than this.
-        why_not_more: Why not.
     """
 
     name: str
@@ -65,7 +64,6 @@ class Peer:
     package: str = "torch"
     only_small: bool = False
     most_steps: int | None = None
-    why_not_more: str = ""
 
 
 def need(package: str) -> Any:
