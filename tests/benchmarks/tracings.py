@@ -58,14 +58,31 @@ TRACINGS = (
     Tracing("attached, not recording", 1.02, options=lambda: {"recording": False}, idle=True),
     Tracing("update only, in memory", 1.35, options=lambda: {"record": "update"}),
     Tracing(IN_MEMORY, 1.25, {"compute bound": 1.10}),
+    Tracing(
+        "32 units, in memory",
+        1.10,
+        {"one step": 1.30},
+        options=lambda: {"units": range(32)},
+    ),
     Tracing("deferred, in memory", options=lambda: {"gates": "deferred"}),
     Tracing("everything, to a file", above_memory=0.15, to_file=True),
+    Tracing(
+        "everything, by the writer's thread",
+        options=lambda: {"gates": "background"},
+        to_file=True,
+    ),
     Tracing(
         "deferred, to a file",
         1.10,
         {"one step": 1.30, "training": 1.05},
         options=lambda: {"gates": "deferred"},
         to_file=True,
+    ),
+    Tracing(
+        "statistics only",
+        above_memory=0.1,
+        options=lambda: {"sink": grutrace.Statistics()},
+        lasting=True,
     ),
 )
 
