@@ -1,94 +1,117 @@
-"""Measure what tracing costs, and write a table.
+"""Measure what tracing costs, beside what others cost, and write Markdown and JSON.
 
-python -m tests.benchmarks [--output FOLDER] [--only TEXT] [--budget SECONDS]
+python -m tests.benchmarks [--output FOLDER] [--only TEXT ...] [--budget SECONDS]
+    [--limit SECONDS] [--threads N] [--long]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import tempfile
-from importlib.metadata import version
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tests.benchmarks.pairs import BUDGET, Ratio, ratio
-from tests.benchmarks.peers import peers
-from tests.benchmarks.tracings import TRACINGS, traced
-from tests.benchmarks.workloads import all_workloads
+from tests.benchmarks import growth, measure, memory, start, storage
+from tests.benchmarks.about import about
+from tests.benchmarks.figures import Figure
+from tests.benchmarks.pairs import BUDGET, FEWEST, LIMIT, PAIRS
+from tests.benchmarks.report import Report, Table
+from tests.benchmarks.workloads import Workload, all_workloads
+
+#: Sections that measure each workload. Peers come last: some change torch when they are imported.
+OF_WORKLOADS = ("tracing", "disk", "peers")
+
+#: Sections that measure something of their own.
+OTHERS: dict[str, Callable[[], Iterable[Figure]]] = {
+    "start": start.figures,
+    "storage": storage.figures,
+    "memory": memory.figures,
+    "growth": growth.figures,
+}
 
 
-def measure(only: str, budget: float) -> dict[str, dict[str, Ratio]]:
-    """Return by workload and by name the ratio to the untraced run."""
-    found: dict[str, dict[str, Ratio]] = {}
-    for make in all_workloads():
-        torch.manual_seed(0)
-        workload = make()
-        if only not in workload.name:
+def run(
+    report: Report, only: list[str], budget: float, limit: float, save: Callable[[], None]
+) -> None:
+    """Fill the report, and save it whenever a part is done."""
+    sections = (*OF_WORKLOADS, *OTHERS)
+    asked = [name for name in sections if name in only]
+    texts = [text for text in only if text not in sections]
+    if not asked:
+        asked = list(OF_WORKLOADS) if texts else list(sections)
+    for name in OTHERS:
+        if name in asked:
+            report.others[name] = list(_printed(name, OTHERS[name]()))
+            save()
+    by_section: dict[str, tuple[Table, Callable[[Workload], Iterator[Figure]]]] = {
+        "tracing": (report.tracing, partial(measure.tracing, budget=budget, limit=limit)),
+        "disk": (report.disk, measure.disk),
+        "peers": (report.peers, partial(measure.peers, budget=budget, limit=limit)),
+    }
+    for name, (table, figures) in by_section.items():
+        if name not in asked:
             continue
-        row = found.setdefault(workload.name, {})
-        for tracing in TRACINGS:
-            with (
-                tempfile.TemporaryDirectory() as folder,
-                traced(workload, tracing, Path(folder)) as run,
-            ):
-                row[tracing.name] = ratio(workload.run, run, budget)
-        for name, peer in peers(workload).items():
-            row[name] = ratio(workload.run, peer, budget)
-        print(workload.name, {name: f"{each.median:.2f}" for name, each in row.items()}, flush=True)
-    return found
+        for make in all_workloads():
+            torch.manual_seed(0)
+            workload = make()
+            if texts and not any(text in workload.name for text in texts):
+                continue
+            found = list(_printed(f"{name}, {workload.name}", figures(workload)))
+            if found:
+                table[workload.name] = found
+                save()
 
 
-def about() -> dict[str, Any]:
-    """Return machine, versions and threads."""
-    names = ("grutrace", "torch", "numpy", "h5py")
-    return {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-    } | {name: version(name) for name in names}
-
-
-def markdown(found: dict[str, dict[str, Ratio]]) -> str:
-    """Return a table: a row a workload, a column a way to trace or a peer."""
-    targets = {tracing.name: tracing.target for tracing in TRACINGS}
-    columns = list(dict.fromkeys(name for row in found.values() for name in row))
-    lines = [
-        ", ".join(f"{name} {value}" for name, value in about().items()),
-        "",
-        "| traced / untraced, median (10th to 90th percentile) | " + " | ".join(columns) + " |",
-        "|---" * (1 + len(columns)) + "|",
-        "| target | " + " | ".join(str(targets.get(name, "")) for name in columns) + " |",
-    ]
-    for workload, row in found.items():
-        cells = [
-            f"{row[name].median:.2f} ({row[name].low:.2f} to {row[name].high:.2f})"
-            if name in row
-            else ""
-            for name in columns
-        ]
-        lines.append(f"| {workload} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def _printed(where: str, figures: Iterable[Figure]) -> Iterator[Figure]:
+    """Print each figure when it is there, and how long it took."""
+    began = time.perf_counter()
+    for each in figures:
+        text = each.absent if each.value is None else f"{each.value:.4g} {each.unit}"
+        missed = " (missed)" if each.met is False else ""
+        took = time.perf_counter() - began
+        print(f"[{took:5.1f} s] {where}: {each.name}: {text.strip()}{missed}", flush=True)
+        began = time.perf_counter()
+        yield each
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path("benchmark"), help="folder to write to")
-    parser.add_argument("--only", default="", help="workloads whose name holds this")
-    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds a figure, at least")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        help=f"sections ({', '.join((*OF_WORKLOADS, *OTHERS))}) and texts in names of workloads",
+    )
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds a ratio, at least")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        default=LIMIT,
+        help=f"seconds a ratio after which {FEWEST} pairs do instead of {PAIRS}",
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
+    parser.add_argument("--long", action="store_true", help="growth to 10^8 steps: minutes more")
     arguments = parser.parse_args()
-    found = measure(arguments.only, arguments.budget)
-    arguments.output.mkdir(exist_ok=True)
-    figures = {w: {name: each.as_json() for name, each in row.items()} for w, row in found.items()}
-    text = json.dumps({"about": about(), "ratios": figures}, indent=2)
-    (arguments.output / "benchmark.json").write_text(text)
-    (arguments.output / "benchmark.md").write_text(markdown(found))
-    print(markdown(found))
+    if arguments.long:
+        OTHERS["growth"] = partial(growth.figures, longest=True)
+    torch.set_num_threads(arguments.threads)
+    report = Report(about())
+    print(", ".join(f"{name} {value}" for name, value in report.about.items()), flush=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+
+    def save() -> None:
+        text = json.dumps(report.as_json(), indent=2)
+        (arguments.output / "benchmark.json").write_text(text + "\n", encoding="utf-8")
+        (arguments.output / "benchmark.md").write_text(report.markdown(), encoding="utf-8")
+
+    began = time.perf_counter()
+    run(report, arguments.only, arguments.budget, arguments.limit, save)
+    print(f"\n{report.markdown()}\nin {time.perf_counter() - began:.0f} s: {arguments.output}")
 
 
 if __name__ == "__main__":

@@ -8,62 +8,118 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-#: The least number of pairs that a figure rests on.
+#: The least number of pairs that a figure rests on, where nothing is said about it.
 PAIRS = 11
 
 #: Pairs go on until this much time was spent, so that short calls are measured more often. Seconds.
-BUDGET = 1.0
+BUDGET = 0.3
 
 #: But not for ever.
 MOST_PAIRS = 400
 
+#: After this much time fewer pairs do, so that all of it ends in ten minutes. Seconds.
+LIMIT = 6.0
+
+#: But no fewer than these. A table says where there are fewer than `PAIRS`.
+FEWEST = 5
+
+#: Runs of both before the first pair, and after how many seconds one is enough.
+WARM_UP, WARM = 2, 1.0
+
 
 @dataclass(frozen=True)
-class Ratio:
-    """What B costs beside A.
+class Spread:
+    """Some measurements of one thing.
 
     Attributes:
-        median: Median over the pairs of B's time over A's.
-        low: The ratio that a tenth of the pairs are below.
-        high: The ratio that a tenth of the pairs are above.
-        base: Median time of A, in seconds.
-        pairs: How many pairs.
+        median: Their median.
+        low: What a tenth of them are below.
+        high: What a tenth of them are above.
+        count: How many.
     """
 
     median: float
     low: float
     high: float
-    base: float
-    pairs: int
+    count: int
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def ratio(base: Callable[[], object], other: Callable[[], object], budget: float = BUDGET) -> Ratio:
-    """Measure ``other`` against ``base``, after warming up both."""
-    for _ in range(2):
-        _time(base), _time(other)
-    pairs: list[tuple[float, float]] = []
-    began = time.perf_counter()
-    while len(pairs) < PAIRS or (time.perf_counter() - began < budget and len(pairs) < MOST_PAIRS):
-        pairs.append((_time(base), _time(other)))
-    ratios = sorted(b / a for a, b in pairs)
-    tenth = len(ratios) // 10
-    return Ratio(
-        statistics.median(ratios),
-        ratios[tenth],
-        ratios[-1 - tenth],
-        statistics.median(a for a, _ in pairs),
-        len(pairs),
-    )
+@dataclass(frozen=True)
+class Ratio(Spread):
+    """What B costs beside A, over the pairs.
+
+    Attributes:
+        base: Median time of A, in seconds.
+    """
+
+    base: float
 
 
-def _time(function: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
+def spread(values: Sequence[float]) -> Spread:
+    """Summarize measurements."""
+    rising = sorted(values)
+    tenth = len(rising) // 10
+    return Spread(statistics.median(rising), rising[tenth], rising[-1 - tenth], len(rising))
+
+
+def ratio(
+    base: Callable[[], object],
+    other: Callable[[], object],
+    budget: float = BUDGET,
+    *,
+    limit: float = LIMIT,
+    pairs: int = PAIRS,
+    warm_up: int = WARM_UP,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Ratio:
+    """Measure ``other`` against ``base``.
+
+    Args:
+        base: A.
+        other: B.
+        budget: Pairs go on for this long at least, in seconds, but not past `MOST_PAIRS`.
+        limit: After so many seconds `FEWEST` pairs do.
+        pairs: How many there are at least, if that takes no longer.
+        warm_up: How often both run before the first pair.
+        clock: Tells the time in seconds.
+    """
+
+    def timed(function: Callable[[], object]) -> float:
+        began = clock()
+        function()
+        return clock() - began
+
+    began = clock()
+    for number in range(warm_up):
+        if number == 0 or clock() - began < WARM:
+            timed(base), timed(other)
+    times: list[tuple[float, float]] = []
+    began = clock()
+
+    def enough() -> bool:
+        spent, count = clock() - began, len(times)
+        if count < pairs:
+            return count >= FEWEST and spent >= limit
+        return spent >= budget or count >= MOST_PAIRS
+
+    while not enough():
+        times.append((timed(base), timed(other)))
+    return ratio_of(times)
+
+
+def ratio_of(times: Sequence[tuple[float, float]]) -> Ratio:
+    """Summarize pairs of times that were measured elsewhere: A's and B's."""
+    found = spread([b / a for a, b in times])
+    return Ratio(**asdict(found), base=statistics.median(a for a, _ in times))
+
+
+def speed(found: Ratio) -> Spread:
+    """How fast B is beside A, where a ratio says how long it takes."""
+    return Spread(1 / found.median, 1 / found.high, 1 / found.low, found.count)

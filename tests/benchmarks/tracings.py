@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import grutrace
-from tests.benchmarks.workloads import Workload
+from tests.benchmarks.figures import Target
+from tests.benchmarks.workloads import Kind, Workload
+
+#: What others are compared with.
+IN_MEMORY = "everything, in memory"
 
 
 @dataclass(frozen=True)
@@ -19,24 +23,67 @@ class Tracing:
     Attributes:
         name: What the table calls it.
         target: The ratio to the untraced run that we aim at.
-        options: Of the tracer.
+        targets: Other ones for some kinds of workloads.
+        above_memory: Instead of a target: how far above everything in memory it may be.
+        options: Makes the options of the tracer, for each run that is a trace of its own.
         to_file: Whether it streams to a file.
+        lasting: Whether one trace takes all runs, as a file does. In memory each run is a trace of
+            its own, as in a notebook; else memory would fill up.
         idle: Whether it is attached without recording.
     """
 
     name: str
-    target: float
-    options: dict[str, Any] = field(default_factory=dict)
+    target: float | None = None
+    targets: Mapping[Kind, float] = field(default_factory=dict)
+    above_memory: float | None = None
+    options: Callable[[], dict[str, Any]] = dict
     to_file: bool = False
+    lasting: bool = False
     idle: bool = False
+
+    def target_for(self, kind: Kind, in_memory: float | None) -> Target | None:
+        """What we aim at on such a workload.
+
+        Args:
+            kind: Of the workload.
+            in_memory: The ratio found with everything in memory, if it was measured.
+        """
+        bound = self.targets.get(kind, self.target)
+        if in_memory is not None and self.above_memory is not None:
+            bound = in_memory + self.above_memory
+        return None if bound is None else Target(bound)
 
 
 TRACINGS = (
-    Tracing("attached, not recording", 1.02, {"recording": False}, idle=True),
-    Tracing("update only, in memory", 1.35, {"record": "update"}),
-    Tracing("everything, in memory", 1.25),
-    Tracing("everything, to a file", 1.40, to_file=True),
-    Tracing("deferred, to a file", 1.10, {"gates": "deferred"}, to_file=True),
+    Tracing("attached, not recording", 1.02, options=lambda: {"recording": False}, idle=True),
+    Tracing("update only, in memory", 1.35, options=lambda: {"record": "update"}),
+    Tracing(IN_MEMORY, 1.25, {"compute bound": 1.10}),
+    Tracing(
+        "32 units, in memory",
+        1.10,
+        {"one step": 1.30},
+        options=lambda: {"units": range(32)},
+    ),
+    Tracing("deferred, in memory", options=lambda: {"gates": "deferred"}),
+    Tracing("everything, to a file", above_memory=0.15, to_file=True),
+    Tracing(
+        "everything, by the writer's thread",
+        options=lambda: {"gates": "background"},
+        to_file=True,
+    ),
+    Tracing(
+        "deferred, to a file",
+        1.10,
+        {"one step": 1.30, "training": 1.05},
+        options=lambda: {"gates": "deferred"},
+        to_file=True,
+    ),
+    Tracing(
+        "statistics only",
+        above_memory=0.1,
+        options=lambda: {"sink": grutrace.Statistics()},
+        lasting=True,
+    ),
 )
 
 
@@ -45,27 +92,28 @@ def traced(workload: Workload, tracing: Tracing, folder: Path) -> Iterator[Calla
     """Give a function that runs the workload traced.
 
     Tracing is switched on and off around each run, so that the untraced run in between is
-    untraced. In memory each run is a trace of its own, as in a notebook; else memory would fill up.
+    untraced.
     """
     if tracing.idle:
-        with grutrace.Tracer(workload.model, **tracing.options):
+        with grutrace.Tracer(workload.model, **tracing.options()):
             yield workload.run
         return
-    if not tracing.to_file:
+    if not (tracing.to_file or tracing.lasting):
 
-        def in_memory() -> None:
-            with grutrace.Tracer(workload.model, **tracing.options):
+        def alone() -> None:
+            with grutrace.Tracer(workload.model, **tracing.options()):
                 workload.run()
 
-        yield in_memory
+        yield alone
         return
-    path = folder / "run.h5"
-    with grutrace.Tracer(workload.model, path, recording=False, **tracing.options) as tracer:
+    path = folder / "run.h5" if tracing.to_file else None
+    with grutrace.Tracer(workload.model, path, recording=False, **tracing.options()) as tracer:
 
-        def to_file() -> None:
+        def one_of_many() -> None:
             tracer.start()
             workload.run()
             tracer.stop()
 
-        yield to_file
-    path.unlink()
+        yield one_of_many
+    if path is not None:
+        path.unlink()

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+Kind = Literal["compute bound", "one step", "training", "other"]
 
 
 @dataclass(frozen=True)
@@ -18,12 +22,16 @@ class Workload:
         model: What a tracer attaches to.
         run: Runs it once; returns the output.
         input: The input of a single layer, (T, B, I); None for other models.
+        calls: How often a run calls a single layer.
+        kind: What its targets depend on.
     """
 
     name: str
     model: nn.Module
     run: Callable[[], object]
     input: Tensor | None = None
+    calls: int = 1
+    kind: Kind = "other"
 
 
 #: T, B, I, H
@@ -38,6 +46,12 @@ SHAPES = (
     (512, 8, 256, 256),
 )
 
+#: Their time goes into matrix products, which tracing would have to make anew.
+COMPUTE_BOUND = {(128, 32, 256, 256), (256, 64, 512, 512), (100, 32, 1024, 1024)}
+
+#: On these what takes hundreds of times the layer's time is measured, too.
+SMALL = {(64, 1, 128, 128), (50, 16, 64, 64)}
+
 
 def single_layer(steps: int, batch: int, input_size: int, hidden_size: int) -> Workload:
     """One fused layer under no_grad."""
@@ -45,6 +59,12 @@ def single_layer(steps: int, batch: int, input_size: int, hidden_size: int) -> W
     input = torch.randn(steps, batch, input_size)
     # A call at T = 1 is short beside the clock, so several are timed together.
     calls = 20 if steps == 1 else 1
+    shape = (steps, batch, input_size, hidden_size)
+    kind: Kind = "other"
+    if steps == 1:
+        kind = "one step"
+    elif shape in COMPUTE_BOUND:
+        kind = "compute bound"
 
     def run() -> Tensor:
         with torch.no_grad():
@@ -53,7 +73,7 @@ def single_layer(steps: int, batch: int, input_size: int, hidden_size: int) -> W
         return output
 
     name = f"T{steps} B{batch} I{input_size} H{hidden_size}"
-    return Workload(name, layer, run, input)
+    return Workload(name, layer, run, input, calls, kind)
 
 
 class EncoderDecoder(nn.Module):
@@ -92,9 +112,10 @@ def training_step() -> Workload:
         layer(input)[0].square().mean().backward()
         optimizer.step()
 
-    return Workload("training step T128 B32 I256 H256", layer, run)
+    return Workload("training step T128 B32 I256 H256", layer, run, kind="training")
 
 
 def all_workloads() -> list[Callable[[], Workload]]:
-    layers = [lambda shape=shape: single_layer(*shape) for shape in SHAPES]
+    """Return what makes each of them."""
+    layers = [partial(single_layer, *shape) for shape in SHAPES]
     return [*layers, encoder_decoder, training_step]

@@ -1,0 +1,64 @@
+"""Trace files of any length, made of records without a model."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from grutrace.record import Block, Module, Record, SiteRows, Weights
+from grutrace.storage.schema import weight_shapes
+from grutrace.storage.writer import Writer
+from tests.storage.streams import make_header, make_module
+
+#: A call: steps of each sequence, sequences, units.
+STEPS, BATCH, HIDDEN = 128, 32, 256
+
+
+def wide_module() -> Module:
+    """One layer with all gates and states."""
+    return make_module("rnn", hidden=HIDDEN, width=HIDDEN)
+
+
+def call_bytes() -> int:
+    """Bytes of the rows of a call."""
+    return 4 * STEPS * BATCH * HIDDEN * np.dtype(np.float32).itemsize
+
+
+def records(module: Module, steps: int, batch: int, calls: int) -> Iterator[Record]:
+    """Yield calls that each begin sequences of so many steps; all hold the same numbers."""
+    (site,) = module.sites
+    shapes = weight_shapes(module, site)
+    weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    yield Weights(0, 0, {site.suffix: weights})
+    shape = (steps * batch, module.hidden_size)
+    random = np.random.default_rng(0)
+    # Uniform between 0 and 1 as gates are, and as hard to compress.
+    rows = {name: random.random(shape, np.float32) for name in site.quantities}
+    initial = np.zeros((batch, module.hidden_size), np.float32)
+    recorded = {site.suffix: SiteRows(rows, initial, 1e-7, 1e-6, 2.0**-23)}
+    lengths = np.full(batch, steps, np.uint32)
+    for call in range(calls):
+        sequences = np.arange(call * batch, (call + 1) * batch, dtype=np.uint64)
+        yield Block(0, 1.6e9 + call, None, False, 0, lengths, sequences, recorded)
+
+
+def write(path: Path, module: Module, steps: int, batch: int, calls: int) -> None:
+    """Write such a trace, and close it."""
+    writer = Writer(path, make_header(module), "overwrite")
+    for record in records(module, steps, batch, calls):
+        writer.write(record)
+    writer.close()
+
+
+def write_wide(path: Path, size: int) -> None:
+    """Write a trace of about this many bytes, with all quantities of one layer."""
+    write(path, wide_module(), STEPS, BATCH, math.ceil(size / call_bytes()))
+
+
+def command(*arguments: str) -> list[str]:
+    """The command line of grutrace, in a process of its own."""
+    return [sys.executable, "-m", "grutrace", *arguments]

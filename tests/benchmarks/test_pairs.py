@@ -1,0 +1,71 @@
+"""The arithmetic of a ratio, by a clock that runs only when it is told to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import inf
+
+import pytest
+
+from tests.benchmarks.pairs import MOST_PAIRS, Ratio, ratio, spread
+
+
+class Clock:
+    """Tells a time that goes on by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def taking(self, *seconds: float) -> Callable[[], None]:
+        """A function that takes these times in turn, the last for ever."""
+        left = list(seconds)
+
+        def run() -> None:
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return run
+
+
+def measured(
+    base: tuple[float, ...],
+    other: tuple[float, ...],
+    budget: float = 0.0,
+    limit: float = inf,
+) -> Ratio:
+    clock = Clock()
+    functions = clock.taking(*base), clock.taking(*other)
+    return ratio(*functions, budget, limit=limit, warm_up=2, clock=clock)
+
+
+def test_the_ratio_is_that_of_the_other_to_the_base() -> None:
+    found = measured((2.0,), (3.0,))
+    assert found == Ratio(median=1.5, low=1.5, high=1.5, count=11, base=2.0)
+
+
+def test_warming_up_counts_for_nothing() -> None:
+    assert measured((0.01, 0.9, 0.2), (0.05, 0.01, 0.3)).median == pytest.approx(1.5)
+
+
+def test_of_what_takes_long_a_warm_up_and_five_pairs_are_enough() -> None:
+    found = measured((9.0, 2.0), (1.0, 3.0), limit=6.0)
+    assert (found.median, found.count) == (1.5, 5)
+    assert measured((9.0, 0.25), (1.0, 0.5), limit=6.0).count == 8
+
+
+def test_ratios_are_taken_pair_by_pair() -> None:
+    # A machine that grows slower: the ratio of the medians would be right, too, but not its spread.
+    base = tuple(each / 1024 for each in range(1, 14))
+    assert measured(base, tuple(2 * each for each in base)) == Ratio(2.0, 2.0, 2.0, 11, 8 / 1024)
+
+
+def test_the_spread_leaves_a_tenth_out_at_either_end() -> None:
+    found = spread([1.0, 9.0, *[5.0] * 7, 4.0, 6.0])
+    assert (found.median, found.low, found.high, found.count) == (5.0, 4.0, 6.0, 11)
+
+
+def test_short_calls_are_measured_until_the_budget_is_spent() -> None:
+    assert measured((0.01,), (0.01,), budget=1.0).count == pytest.approx(50, abs=1)
+    assert measured((1e-5,), (1e-5,), budget=1.0).count == MOST_PAIRS

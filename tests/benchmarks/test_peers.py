@@ -1,0 +1,95 @@
+"""Peers that claim gates give those of the trace; one that is missing is named."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests import oracles
+from tests.benchmarks.peers import PEERS, loops
+from tests.benchmarks.peers.loops import LOOPS
+from tests.benchmarks.peers.peer import (
+    GATES,
+    Absent,
+    Peer,
+    Values,
+    disagreement,
+    need,
+    traced_values,
+)
+
+EPS = float(np.finfo(np.float32).eps)
+
+
+@pytest.fixture
+def layer() -> nn.GRU:
+    torch.manual_seed(0)
+    return nn.GRU(6, 6)
+
+
+@pytest.fixture
+def input() -> Tensor:
+    return torch.randn(5, 3, 6, generator=torch.Generator().manual_seed(1))
+
+
+def values(peer: Peer, layer: nn.GRU, input: Tensor) -> Values:
+    try:
+        with torch.no_grad(), peer.prepare(layer, input) as running:
+            return running.read(running.call())
+    except Absent as absent:
+        pytest.skip(f"{peer.name}: {absent}")
+
+
+@pytest.fixture(autouse=True)
+def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generating code takes up to half a minute. What it gives is compared before it is timed."""
+    monkeypatch.setattr(loops, "BACKEND", "eager")
+
+
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
+# What the packages warn about is theirs.
+@pytest.mark.filterwarnings("ignore")
+def test_a_peer_gives_what_it_claims(peer: Peer, layer: nn.GRU, input: Tensor) -> None:
+    found = values(peer, layer, input)
+    assert set(found) == {"output", *(GATES if peer.gates else ())}
+    with torch.no_grad():
+        assert disagreement(peer, found, traced_values(layer, input)) == ""
+    if not peer.gates:
+        return
+    states = found["output"].numpy()
+    previous = np.concatenate([np.zeros((1, 3, 6), np.float32), states[:-1]])
+    weights = oracles.weights_of(layer, "l0")
+    rows = input.numpy().reshape(-1, 6)
+    expected = oracles.gates(weights, rows, previous.reshape(-1, 6), EPS)
+    for name in GATES:
+        off = np.abs(found[name].numpy().reshape(-1, 6) - expected.values[name])
+        assert (off <= expected.bounds[name]).all(), name
+
+
+def test_a_peer_that_gives_something_else_is_found_out(layer: nn.GRU, input: Tensor) -> None:
+    loop = LOOPS[1]
+    found = values(loop, layer, input)
+    expected = traced_values(layer, input)
+    assert disagreement(loop, found, expected) == ""
+    swapped = found | {"reset": found["update"], "update": found["reset"]}
+    assert disagreement(loop, swapped, expected).startswith("reset differs by ")
+    assert disagreement(loop, found | {"update": found["update"] * torch.nan}, expected)
+    assert disagreement(loop, {"output": found["output"]}, expected) == "gives no reset"
+    assert disagreement(replace(loop, gates=False), {"output": found["output"]}, expected) == ""
+
+
+def test_what_is_not_installed_is_named() -> None:
+    with pytest.raises(Absent, match="absent: no-such-package is not installed"):
+        need("no-such-package")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nothing_of_torch_is_left_wrapped(layer: nn.GRU, input: Tensor) -> None:
+    before = torch.sigmoid, torch.nn.functional.linear, torch.Tensor.__add__
+    peer = next(peer for peer in PEERS if peer.name == "TorchLens on the layer")
+    values(peer, layer, input)
+    assert (torch.sigmoid, torch.nn.functional.linear, torch.Tensor.__add__) == before

@@ -1,0 +1,119 @@
+"""What is written of figures: targets that are missed, peers that are ahead or absent."""
+
+from __future__ import annotations
+
+import json
+from math import nan
+
+import pytest
+
+from tests.benchmarks.figures import Figure, Target, measured, not_measured
+from tests.benchmarks.pairs import Ratio, Spread
+from tests.benchmarks.report import Report, number, table
+from tests.benchmarks.tracings import IN_MEMORY, TRACINGS
+from tests.benchmarks.workloads import Kind
+
+WORKLOAD = "T5 B3 I6 H6"
+
+
+def ratio(median: float) -> Ratio:
+    return Ratio(median, median - 0.1, median + 0.1, 11, base=1e-3)
+
+
+def lines(report: Report, start: str) -> list[str]:
+    return [line for line in report.markdown().splitlines() if line.startswith(start)]
+
+
+def test_a_target_stands_beside_its_figure_and_a_missed_one_is_marked() -> None:
+    row = [
+        measured("met", ratio(1.0), Target(1.1)),
+        measured("missed", ratio(1.3), Target(1.1)),
+        measured("without", ratio(2.0)),
+    ]
+    (line,) = lines(Report({}, tracing={WORKLOAD: row}), f"| {WORKLOAD}")
+    met, missed, without = line.strip("| ").split(" | ")[1:]
+    assert met == "1.00 ≤ 1.10 (0.900 to 1.10)"
+    assert missed == "**1.30 > 1.10** (1.20 to 1.40)"
+    assert without == "2.00 (1.90 to 2.10)"
+
+
+def test_workloads_with_other_columns_keep_them_apart() -> None:
+    rows = {"one": [measured("a", ratio(1.0))], "two": [measured("b", ratio(2.0))]}
+    report = Report({}, disk=rows)
+    assert lines(report, "| one") == ["| one | 1.00 (0.900 to 1.10) |  |"]
+    assert lines(report, "| two") == ["| two |  | 2.00 (1.90 to 2.10) |"]
+
+
+def test_a_peer_ahead_of_us_is_marked_and_an_absent_one_is_named() -> None:
+    peers = [
+        measured("Python loop instead", ratio(1.2)),
+        measured("loop under torch.jit.script", ratio(1.5)),
+        measured("nnsight on the layer", ratio(1.1)),
+        not_measured("Opacus' DPGRU instead", "absent: opacus is not installed"),
+    ]
+    report = Report({}, {WORKLOAD: [measured(IN_MEMORY, ratio(1.4))]}, peers={WORKLOAD: peers})
+    assert "**1.20**" in lines(report, "| Python loop instead")[0]
+    assert "**" not in lines(report, "| loop under torch.jit.script")[0]
+    # It gives no gates, and is cheaper for that.
+    assert "**" not in lines(report, "| nnsight")[0]
+    assert lines(report, "| Opacus") == [
+        "| Opacus' DPGRU instead | output | absent: opacus is not installed |"
+    ]
+    assert lines(report, f"| grutrace: {IN_MEMORY}")
+
+
+def test_other_figures_have_their_unit_and_bound() -> None:
+    figures = [
+        Figure("speed", 0.7, target=Target(0.8, at_least=True), spread=Spread(0.7, 0.6, 0.9, 5)),
+        Figure("peak", 120.0, "MiB", Target(320)),
+        not_measured("missing", "left out: no room"),
+    ]
+    report = Report({}, others={"storage": figures})
+    assert lines(report, "| speed") == ["| speed | **0.700** | 0.600 to 0.900 of 5 | ≥ 0.800 |"]
+    assert lines(report, "| peak") == ["| peak | 120 MiB |  | ≤ 320 MiB |"]
+    assert lines(report, "| missing") == ["| missing | left out: no room |  |  |"]
+
+
+def test_json_holds_what_the_tables_hold() -> None:
+    row = [measured("missed", ratio(1.3), Target(1.1), runs=7), not_measured("x", "why")]
+    report = Report({"threads": "2"}, {WORKLOAD: row}, others={"start": [Figure("y", 1.0, "s")]})
+    found = json.loads(json.dumps(report.as_json()))
+    first = found["tracing"][WORKLOAD]["missed"]
+    assert (first["value"], first["met"], first["details"]) == (1.3, False, {"runs": 7})
+    assert (first["spread"]["count"], first["spread"]["base"]) == (11, 1e-3)
+    assert found["tracing"][WORKLOAD]["x"]["absent"] == "why"
+    assert found["about"] == {"threads": "2"}
+    assert found["start"][0]["unit"] == "s"
+
+
+def test_what_is_no_number_meets_no_target() -> None:
+    assert not Target(1.0).met(nan)
+    assert not Target(1.0, at_least=True).met(nan)
+
+
+def test_a_bar_in_a_cell_does_not_end_it() -> None:
+    assert table([["a"], ["|n|"]]).splitlines()[-1] == "| \\|n\\| |"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.06538, "0.0654"), (1.5, "1.50"), (117.3, "117"), (4096.0, "4096")]
+)
+def test_figures_have_three_digits(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_targets_follow_the_workload() -> None:
+    by_name = {each.name: each for each in TRACINGS}
+    deferred = by_name["deferred, to a file"]
+    kinds: dict[Kind, float] = {
+        "other": 1.1,
+        "compute bound": 1.1,
+        "one step": 1.3,
+        "training": 1.05,
+    }
+    for kind, bound in kinds.items():
+        assert deferred.target_for(kind, None) == Target(bound)
+    to_file = by_name["everything, to a file"]
+    assert to_file.target_for("other", 1.25) == Target(1.4)
+    assert to_file.target_for("other", None) is None
+    assert by_name["deferred, in memory"].target_for("other", 1.25) is None
