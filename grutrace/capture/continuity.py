@@ -96,8 +96,8 @@ def _begin_all(count: int, batch: int) -> Assignment:
 
 
 def _none_is_zero(states: Tensor) -> bool:
-    """Whether each row has something else than zeros; mostly its first element tells."""
-    return bool(states[:, 0].all()) or bool(states.any(1).all())
+    """Whether each row has something else than zeros; mostly there is no zero at all."""
+    return bool(states.all()) or bool(states.any(1).all())
 
 
 def _match(count: int, initial: Tensor, reached: _Reached) -> Assignment:

@@ -34,7 +34,9 @@ class Limits:
         Raises:
             LimitReached: It goes beyond. Then nothing more may come, be it smaller.
         """
-        nbytes = block.nbytes + (0 if weights is None else weights.nbytes)
+        nbytes = 0
+        if self._max_bytes is not None:
+            nbytes = block.nbytes + (0 if weights is None else weights.nbytes)
         with self._lock:
             too_large = self._max_bytes is not None and self._bytes + nbytes > self._max_bytes
             if self.reached or too_large:

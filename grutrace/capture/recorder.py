@@ -6,8 +6,7 @@ import copy
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +29,7 @@ from grutrace.record import WEIGHTS, Array, Block, Record, SiteRows, Weights
 Taken: TypeAlias = dict[str, tuple[dict[str, Array], Check]]
 
 
-@dataclass(frozen=True)
-class Recorded:
+class Recorded(NamedTuple):
     """A call that was heard, and what of it has gone to the sink.
 
     Attributes:
@@ -51,11 +49,6 @@ class Recorded:
     start: int = 0
     stop: int | None = None
     block: Block | None = None
-
-    @classmethod
-    def whole(cls, module: int, assignment: Assignment, lengths: npt.NDArray[np.int64]) -> Recorded:
-        """A call of which all steps are kept."""
-        return cls(module, assignment, lengths, assignment.sequences.astype(np.int64))
 
 
 class ModuleRecorder:
@@ -112,14 +105,15 @@ class ModuleRecorder:
         before = self._continuity.state, copy.copy(self._kept)
         try:
             assignment = self._continuity.assign(*_ends(observation), observation.steps.lengths)
+            lengths = observation.steps.lengths
             if self._kept is None:
-                recorded = Recorded.whole(self._index, assignment, observation.steps.lengths)
-            else:
-                found = self._kept.of(assignment, observation.steps.lengths)
-                bounds = self._kept.start, self._kept.stop
                 recorded = Recorded(
-                    self._index, assignment, observation.steps.lengths, found.numbers, *bounds
+                    self._index, assignment, lengths, assignment.sequences.view(np.int64)
                 )
+            else:
+                found = self._kept.of(assignment, lengths)
+                bounds = self._kept.start, self._kept.stop
+                recorded = Recorded(self._index, assignment, lengths, found.numbers, *bounds)
                 if found.assignment is None:
                     return recorded
                 assignment = found.assignment
@@ -131,7 +125,7 @@ class ModuleRecorder:
         except BaseException:
             self._continuity.state, self._kept = before
             raise
-        return replace(recorded, block=block)
+        return recorded._replace(block=block)
 
     def _announced(
         self, observation: Observation, assignment: Assignment, tag: str | None, taken: Taken

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grutrace.capture.sites import numpy_type
 from grutrace.errors import GrutraceWarning
-from grutrace.gru.steps import Steps
+from grutrace.gru.steps import Steps, numpy_type
 from grutrace.record import Array, Module
 
 

@@ -149,13 +149,15 @@ class SiteRecorder:
         given = layer.input, hidden, initial, steps
         if self._part is not None and self._kept is not None:
             part = self._part.replay(*given, self._kept.of(weights))
-            gates, check = part.gates, Check(part.residual, part.tolerance, part.precision)
-        else:
-            whole = self._shadow.replay(*given, weights)
-            gates = whole.gates._asdict()
-            check = Check(whole.residual, whole.tolerance, whole.precision)
-        kept = (name for name in gates if name in site.quantities)
-        return {name: self._rows.of_steps(steps, gates[name]) for name in kept}, check
+            check = Check(part.residual, part.tolerance, part.precision)
+            return {
+                name: self._rows.of_steps(steps, gate) for name, gate in part.gates.items()
+            }, check
+        size, dtype = hidden.shape[-1], self._rows.dtype
+        rooms = {name: steps.room(size, dtype) for name in GATES if name in site.quantities}
+        whole = self._shadow.replay(*given, weights, rooms)
+        check = Check(whole.residual, whole.tolerance, whole.precision)
+        return {name: room.rows() for name, room in rooms.items()}, check
 
     def _of_units(self, values: Tensor) -> Tensor:
         """(..., U) of (..., H). May share memory."""

@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from grutrace.capture.look_alikes import LookAlike, find_look_alikes
 from grutrace.errors import GrutraceWarning, OptionError, UnsupportedError
+from grutrace.gru.steps import numpy_type
 from grutrace.record import DEFAULT_RECORD, QUANTITIES, Module, Site
-
-#: Types that NumPy does not have, and the ones that hold all their values.
-_NUMPY_TYPES = {torch.bfloat16: "float32"}
 
 
 @dataclass(frozen=True)
@@ -172,8 +170,3 @@ def _weights_type(module: nn.GRU | nn.GRUCell) -> torch.dtype:
     tensors = (*module.parameters(), *module.buffers(), *plain)
     types = (tensor.dtype for tensor in tensors if tensor.is_floating_point())
     return next(types, torch.get_default_dtype())
-
-
-def numpy_type(dtype: torch.dtype) -> str:
-    """Return the name of the NumPy type that holds every value of a torch type."""
-    return _NUMPY_TYPES.get(dtype) or str(dtype).removeprefix("torch.")

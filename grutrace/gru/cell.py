@@ -108,6 +108,20 @@ def gates(products: Products) -> Gates:
     return activate(preactivations(products))
 
 
+def gates_in_place(products: Products) -> Gates:
+    """Return the same in the memory of the products, which are gone then.
+
+    The operations are those of `gates`, in the same order: fewer passes through memory, same bits.
+    """
+    size = products.hidden.shape[-1] // 3
+    openings = products.input[..., : 2 * size]
+    openings.add_(products.hidden[..., : 2 * size]).sigmoid_()
+    reset, update = openings.chunk(2, -1)
+    candidate = products.input[..., 2 * size :]
+    candidate.add_(products.hidden[..., 2 * size :].mul_(reset)).tanh_()
+    return Gates(reset, update, candidate)
+
+
 def step(gates: Gates, previous: Tensor) -> Tensor:
     """Return the state after each step, (..., H), from its gates and the state before it.
 

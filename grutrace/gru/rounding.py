@@ -145,6 +145,35 @@ def _coarsest_spacing(*dtypes: torch.dtype) -> float:
     return spacing(coarsest(*dtypes))
 
 
+def sizes(products: Products) -> tuple[Tensor, ...]:
+    """Return the smallest and largest elements of the products, those of the candidate last."""
+    size = products.hidden.shape[-1] // 3
+    gates, candidate = products.hidden[..., : 2 * size], products.hidden[..., 2 * size :]
+    return (*torch.aminmax(products.input), *torch.aminmax(gates), *torch.aminmax(candidate))
+
+
+def numbers(values: Sequence[Tensor]) -> list[float]:
+    """Return tensors of one element as numbers; from a device all at once."""
+    if values[0].device.type == "cpu":
+        return [value.item() for value in values]
+    found: list[float] = torch.stack(list(values)).tolist()
+    return found
+
+
+def summarize(extremes: Sequence[Sequence[float]]) -> Evidence | None:
+    """Return what is found in blocks of a call; None where something in them is not finite.
+
+    Args:
+        extremes: Of each block, the smallest and largest ``replayed h - kernel's h``, then `sizes`.
+    """
+    if not extremes:
+        return Evidence(0.0, 0.0, 0.0)
+    if not all(map(math.isfinite, (each for found in extremes for each in found))):
+        return None
+    largest = [max(map(abs, column)) for column in zip(*extremes, strict=True)]
+    return Evidence(max(largest[:2]), max(largest[2:]), max(largest[6:]))
+
+
 def compare(
     replayed: Tensor, hidden: Tensor, products: Products, recurrent: Tensor | None = None
 ) -> Evidence:
@@ -175,4 +204,7 @@ def largest(values: Tensor) -> float:
     """Return the largest finite ``|value|``, 0 where there is none."""
     if not values.numel():
         return 0.0
+    least, most = numbers(torch.aminmax(values))
+    if math.isfinite(least) and math.isfinite(most):
+        return max(-least, most)
     return values.abs().nan_to_num_(nan=0.0, posinf=0.0).max().item()

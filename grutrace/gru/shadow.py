@@ -8,6 +8,7 @@ anywhere (trained GRUs can be chaotic); see docs/equations.md.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -22,11 +23,19 @@ from grutrace.gru.rounding import (
     compare,
     largest,
     largest_sum,
+    numbers,
     rounded,
+    sizes,
     spacing,
+    summarize,
     tolerance,
 )
-from grutrace.gru.steps import Steps
+from grutrace.gru.steps import Room, Steps, numpy_type
+from grutrace.record import GATES
+
+#: Elements of the two products that are made at once, so that what follows finds them in the
+#: processor's cache; but rows enough for products at full speed.
+BLOCK, SMALLEST_BLOCK = 384 * 1024, 256
 
 
 @dataclass(frozen=True)
@@ -34,13 +43,13 @@ class Replay:
     """The gates of a call at one site, with the evidence that they are right.
 
     Attributes:
-        gates: Each in the kernel's order and shape, (T, B, H) or (N, H).
+        gates: By name, each in the kernel's order and shape, (T, B, H) or (N, H).
         residual: Largest ``|replayed h - kernel's h|``; see `grutrace.gru.rounding.Evidence`.
         tolerance: The residual that rounding explains.
         precision: Spacing at 1 of the coarsest type in which the kernel computed.
     """
 
-    gates: cell.Gates
+    gates: Mapping[str, Tensor]
     residual: float
     tolerance: float
     precision: float
@@ -86,6 +95,7 @@ class Shadow:
         initial: Tensor,
         steps: Steps,
         weights: CellWeights | None = None,
+        rooms: Mapping[str, Room] | None = None,
     ) -> Replay:
         """Recompute the gates of a call, all steps at once, in the kernel's own precision.
 
@@ -99,14 +109,32 @@ class Shadow:
             initial: (B, H), in the kernel's batch order.
             steps: The layout of the two above.
             weights: What the kernel used, if not the module's present weights.
+            rooms: By name of the gate, where to write those that are wanted; new memory if None.
         """
         weights = self.weights if weights is None else weights
-        previous = steps.previous(hidden, initial, reverse=self._reverse)
-        products = cell.products(input, previous, *weights)
-        gates = cell.gates(products)
-        found = compare(cell.step(gates, previous), hidden, products)
-        dtype = coarsest(*(each.dtype for each in (hidden, *gates)))
-        return Replay(gates, *judge(found, dtype, input, hidden, initial, weights, self._stored))
+        if rooms is None:
+            kept = numpy_type(hidden.dtype)
+            rooms = {name: steps.room(hidden.shape[-1], kept) for name in GATES}
+        size = max(SMALLEST_BLOCK, BLOCK // (6 * hidden.shape[-1]))
+        extremes, product = [], input.dtype
+        blocks = steps.blocks(hidden, initial, size, reverse=self._reverse)
+        for part, previous in blocks if hidden.numel() else ():
+            products = cell.products(input[part], previous, *weights)
+            bounds = sizes(products)
+            gates = cell.gates_in_place(products)
+            for name, room in rooms.items():
+                room.values[part].copy_(getattr(gates, name))
+            off = torch.aminmax(cell.step(gates, previous).sub_(hidden[part]))
+            extremes.append(numbers((*off, *bounds)))
+            product = products.input.dtype
+        found = summarize(extremes)
+        if found is None:
+            previous = steps.previous(hidden, initial, reverse=self._reverse)
+            products = cell.products(input, previous, *weights)
+            found = compare(cell.step(cell.gates(products), previous), hidden, products)
+        written = {name: room.values for name, room in rooms.items()}
+        dtype = coarsest(hidden.dtype, product)
+        return Replay(written, *judge(found, dtype, input, hidden, initial, weights, self._stored))
 
 
 class Judgement(NamedTuple):

@@ -9,9 +9,9 @@ T steps, B sequences in a batch, H hidden size, N rows: the steps of all sequenc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,26 @@ import torch
 from torch import Tensor
 
 from grutrace.record import Array
+
+#: Types that NumPy does not have, and the ones that hold all their values.
+_NUMPY_TYPES = {torch.bfloat16: "float32"}
+
+
+def numpy_type(dtype: torch.dtype) -> str:
+    """Return the name of the NumPy type that holds every value of a torch type."""
+    return _NUMPY_TYPES.get(dtype) or str(dtype).removeprefix("torch.")
+
+
+class Room(NamedTuple):
+    """Memory for one quantity of a call.
+
+    Attributes:
+        values: To be written to, in the kernel's order and shape.
+        rows: Returns what was written as (N, width), sequence by sequence.
+    """
+
+    values: Tensor
+    rows: Callable[[], Array]
 
 
 class Steps(Protocol):
@@ -51,6 +71,25 @@ class Steps(Protocol):
             initial: (B, H) the states before the first steps, in the kernel's batch order.
             reverse: Whether the layer reads from the last step to the first.
         """
+
+    def blocks(
+        self, hidden: Tensor, initial: Tensor, size: int, *, reverse: bool
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the state before each step for some steps at a time.
+
+        Args:
+            hidden: As for `previous`.
+            initial: Likewise.
+            size: Steps of all sequences together that a block has, about.
+            reverse: As for `previous`.
+
+        Yields:
+            Where on the first axis of the kernel's order they are, and the states. They may share
+            memory with the arguments.
+        """
+
+    def room(self, width: int, dtype: npt.DTypeLike) -> Room:
+        """Return memory for one quantity, on the CPU, whose rows need not be copied if possible."""
 
     def previous_product(
         self,
@@ -132,6 +171,29 @@ class PaddedSteps:
             return first
         others = product(hidden[1:] if reverse else hidden[:-1])
         return torch.cat((others, first) if reverse else (first, others))
+
+    def blocks(
+        self, hidden: Tensor, initial: Tensor, size: int, *, reverse: bool
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yield some times of (T, B, H) at once; all but one of them share its memory."""
+        times = max(1, size // max(1, self._batch))
+        for first in range(0, self._length, times):
+            last = min(first + times, self._length)
+            if reverse and last == self._length:
+                states = torch.cat((hidden[first + 1 :], initial.unsqueeze(0)))
+            elif reverse:
+                states = hidden[first + 1 : last + 1]
+            elif not first:
+                states = torch.cat((initial.unsqueeze(0), hidden[: last - 1]))
+            else:
+                states = hidden[first - 1 : last - 1]
+            yield slice(first, last), states
+
+    def room(self, width: int, dtype: npt.DTypeLike) -> Room:
+        """Return memory in which the rows of a sequence lie one after another."""
+        rows = np.empty((self._batch, self._length, width), dtype)
+        joined = rows.reshape(self._batch * self._length, width)
+        return Room(torch.from_numpy(rows).transpose(0, 1), lambda: joined)
 
     def in_sequences(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
         """Copy (T, B, width) to (B * T, width)."""
@@ -249,6 +311,21 @@ class PackedSteps:
     ) -> Tensor:
         """Gather the product of the state before each row, (N, R)."""
         return self.previous(product(hidden), product(initial), reverse=reverse)
+
+    def blocks(
+        self, hidden: Tensor, initial: Tensor, size: int, *, reverse: bool
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Yield some rows of (N, H) at once, gathered."""
+        rows = torch.from_numpy(self.previous_rows(reverse=reverse)).to(hidden.device)
+        states = torch.cat((initial, hidden))
+        for first in range(0, len(rows), size):
+            part = slice(first, min(first + size, len(rows)))
+            yield part, states.index_select(0, rows[part])
+
+    def room(self, width: int, dtype: npt.DTypeLike) -> Room:
+        """Return memory in the kernel's order, which is gathered in the end."""
+        values = torch.from_numpy(np.empty((len(self._times), width), dtype))
+        return Room(values, lambda: self.in_sequences(values, dtype))
 
     def in_sequences(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
         """Copy (N, width) sequence by sequence."""

@@ -47,17 +47,17 @@ def test_an_honest_replay_is_within_its_tolerance(call) -> None:
 def test_the_kernels_own_gates(call) -> None:
     output, _ = call.layer(call.input, call.initial)
     (kernel,) = oracles.harvest_layers(output.grad_fn, 2 * H)
-    for name, value in call.replay().gates._asdict().items():
+    for name, value in call.replay().gates.items():
         assert (value - kernel[name][..., :H]).abs().max() <= call.replay().tolerance
 
 
 def test_it_holds_no_copy_of_the_weights(call) -> None:
     shadow = Shadow(call.layer, reverse=True)
     assert shadow.weights.weight_hh is call.layer.weight_hh_l0_reverse
-    before = call.replay().gates.update
+    before = call.replay().gates["update"]
     with torch.no_grad():
         call.layer.bias_ih_l0 += 1
-    assert (call.replay().gates.update > before).all()
+    assert (call.replay().gates["update"] > before).all()
 
 
 def swapped(weights: CellWeights) -> CellWeights:
@@ -116,7 +116,7 @@ def test_an_empty_batch(call) -> None:
         call.input[:, :0], call.hidden[:, :0], call.initial[0, :0], steps
     )
     assert found.residual == 0
-    assert found.gates.update.shape == (T, 0, H)
+    assert found.gates["update"].shape == (T, 0, H)
 
 
 def test_the_tolerance_covers_float32_against_float64() -> None:
@@ -135,7 +135,7 @@ def test_the_tolerance_covers_float32_against_float64() -> None:
                 narrow = Shadow(cell.float()).replay(x[None], h[None], h, PaddedSteps(1, 64))
                 off = max(
                     (a.double() - b).abs().max().item()
-                    for a, b in zip(narrow.gates, wide.gates, strict=True)
+                    for a, b in zip(narrow.gates.values(), wide.gates.values(), strict=True)
                 )
                 assert off <= 0.5 * narrow.tolerance
 
