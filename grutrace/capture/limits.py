@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-
-from grutrace.record import Block, Weights
+from collections.abc import Callable
 
 
 class LimitReached(Exception):
@@ -28,15 +27,18 @@ class Limits:
         self._lock = threading.Lock()
         self.reached = False
 
-    def take(self, block: Block, weights: Weights | None) -> None:
-        """Count a call, with the weights that it announces.
+    def take(self, size: Callable[[], int]) -> None:
+        """Count a call.
+
+        Args:
+            size: Returns its bytes, with those of the weights that it announces.
 
         Raises:
             LimitReached: It goes beyond. Then nothing more may come, be it smaller.
         """
         nbytes = 0
         if self._max_bytes is not None:
-            nbytes = block.nbytes + (0 if weights is None else weights.nbytes)
+            nbytes = size()
         with self._lock:
             too_large = self._max_bytes is not None and self._bytes + nbytes > self._max_bytes
             if self.reached or too_large:

@@ -21,8 +21,9 @@ from grutrace.errors import OptionError
 
 Check = Literal["warn", "raise", "off"]
 
-#: When gates are computed: with the call, or when they are read.
-Gates = Literal["inline", "deferred"]
+#: When gates are computed: with the call, outside the model's forward but before they are stored,
+#: or when they are read.
+Gates = Literal["inline", "background", "deferred"]
 
 #: The types that rows may be kept as: those of the trace file.
 STORED = ("float16", "float32", "float64")
@@ -69,9 +70,9 @@ class Options:
         self.dtype = None if dtype is None else _stored_type(dtype)
         self.units = None if units is None else _units(units)
         self.steps = None if steps is None else _steps(steps)
-        if units is not None and gates == "deferred":
+        if units is not None and gates != "inline":
             raise OptionError(
-                "units: with gates='deferred' expected none, for a gate of one unit follows from "
+                f"units: with gates={gates!r} expected none, for a gate of one unit follows from "
                 f"the states of all; found {_text(self.units)}. Record them with gates='inline', "
                 "or all units, and read those wanted: site.update[:, units]"
             )

@@ -6,6 +6,7 @@ import copy
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -13,7 +14,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from grutrace.capture.background import CopiedBlock
 from grutrace.capture.continuity import Assignment, Continuity
+from grutrace.capture.deferral import defer
 from grutrace.capture.kept import KeptSteps, only_kept
 from grutrace.capture.limits import Limits
 from grutrace.capture.observe import Observation
@@ -76,10 +79,10 @@ class ModuleRecorder:
     ) -> None:
         self._index, self._limits, self._append = index, limits, append
         self.description = selection.description
-        rows = RowType(self.description, chosen=options.dtype is not None)
-        self._sites = [
-            SiteRecorder(selection, site, options, rows) for site in self.description.sites
-        ]
+        self._copies = options.gates == "background"
+        copied = defer(self.description) if self._copies else self.description
+        rows = RowType(copied, chosen=options.dtype is not None, copied=self._copies)
+        self._sites = [SiteRecorder(selection, site, options, rows) for site in copied.sites]
         self._continuity = Continuity()
         steps = options.steps
         self._kept = None if steps is None else KeptSteps(steps.start, steps.stop)
@@ -135,7 +138,7 @@ class ModuleRecorder:
         try:
             weights = self._new_weights(observation)
             block = self._block(observation, assignment, tag, taken)
-            self._limits.take(block, weights)
+            self._limits.take(partial(self._bytes, block, weights))
             if weights is not None:
                 self._append(weights)
         except BaseException:
@@ -150,17 +153,35 @@ class ModuleRecorder:
         for each in self._sites:
             rows, check = taken[each.site.suffix]
             sites[each.site.suffix] = SiteRows(rows, each.begun(observation, assignment), *check)
-        return Block(
-            module=self._index,
-            time=time.time(),
-            tag=tag,
-            training=observation.training,
-            weights=self._versions.count - 1,
-            steps=observation.steps.lengths.astype(np.uint32),
-            sequences=assignment.sequences,
-            forks=assignment.forks,
-            sites=sites,
+        fields = (
+            self._index,
+            time.time(),
+            tag,
+            observation.training,
+            self._versions.count - 1,
+            observation.steps.lengths.astype(np.uint32),
+            assignment.sequences,
+            sites,
+            assignment.forks,
         )
+        if not self._copies:
+            return Block(*fields)
+        starts = {each.site.suffix: each.starts(observation) for each in self._sites}
+        return CopiedBlock(*fields, starts)
+
+    def _bytes(self, block: Block, weights: Weights | None) -> int:
+        """Bytes of what is stored of a call in the end, with the weights that it announces."""
+        module, rows = self.description, int(block.steps.sum())
+        width = sum(
+            module.unit_count(site) * len([name for name in site.quantities if name != "input"])
+            for site in module.sites
+        )
+        # Both directions of a layer share its input.
+        inputs = {s.layer: s.input_size for s in module.sites if "input" in s.quantities}
+        begun = sum(each.initial.size for each in block.sites.values())
+        values = rows * (width + sum(inputs.values())) + begun
+        announced = 0 if weights is None else weights.nbytes
+        return values * np.dtype(module.dtype).itemsize + announced
 
     def _take(self, observation: Observation) -> Taken:
         inputs: dict[int, Array] = {}

@@ -19,14 +19,16 @@ class RowType:
     Args:
         module: The module.
         chosen: Whether the user chose the type. Then only what does not fit at all is said.
+        copied: Whether rows are made now in the type of the weights, and get their own later.
 
     Attributes:
-        dtype: NumPy's type of the rows.
-        stored: Torch's.
+        dtype: NumPy's type of the rows that are made.
+        stored: Torch's type that they are stored as.
     """
 
-    def __init__(self, module: Module, *, chosen: bool) -> None:
-        self._module, self.dtype = module, np.dtype(module.dtype)
+    def __init__(self, module: Module, *, chosen: bool, copied: bool = False) -> None:
+        self._module = module
+        self.dtype = np.dtype(module.weights_dtype if copied else module.dtype)
         self.stored: torch.dtype = getattr(torch, module.dtype)
         self._chosen = chosen
         self._warned: set[str] = set()
@@ -55,7 +57,7 @@ class RowType:
         return rows
 
     def _mind(self, values: Tensor, rows: Array) -> None:
-        computed, kept = numpy_type(values.dtype), self.dtype
+        computed, kept = numpy_type(values.dtype), np.dtype(self._module.dtype)
         if np.can_cast(computed, kept):
             return
         if not self._chosen:
@@ -64,7 +66,9 @@ class RowType:
                 f"computes in {computed} by now, and was in {kept} when it was attached: its "
                 f"rows are rounded to {kept}",
             )
-        if np.isinf(rows).any():
+        with np.errstate(over="ignore"):
+            infinite = np.isinf(rows.astype(kept, copy=False)).any()
+        if infinite:
             finite = values[values.isfinite()]
             largest = finite.abs().max().item() if finite.numel() else 0.0
             if largest > float(np.finfo(kept).max):

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import count
@@ -16,6 +16,8 @@ from typing import Self
 from torch import nn
 
 from grutrace.capture.annotate import Given, RecordedBatches
+from grutrace.capture.background import Background
+from grutrace.capture.doubt import Doubt, doubts
 from grutrace.capture.limits import LimitReached, Limits
 from grutrace.capture.listen import Ear
 from grutrace.capture.observe import Observation, Stacks
@@ -32,7 +34,7 @@ from grutrace.errors import (
     StateError,
     UnsupportedError,
 )
-from grutrace.record import DEFAULT_RECORD, Block, Header, Record
+from grutrace.record import DEFAULT_RECORD, Header, Record
 from grutrace.storage.moment import Moment
 from grutrace.storage.sinks import Mode, SinkMaker, open_sink, open_source
 from grutrace.storage.trace import Trace
@@ -158,7 +160,8 @@ class Tracer(Trace):
             options={**options.as_json(), **self._stamp},
             modules=tuple(each.description for each in self._selections),
         )
-        self._sink = open_sink(path, header, mode, sink)
+        self._background = Background(header.modules) if options.gates == "background" else None
+        self._sink = open_sink(path, header, mode, sink, self._background)
         super().__init__(open_source(self._sink))
         self._appended = self._seen = 0
         self._limits = self._limit(options)
@@ -281,6 +284,7 @@ class Tracer(Trace):
             SinkError: The rows could not be stored.
         """
         self._sink.flush()
+        self._say_doubts()
 
     def close(self) -> None:
         """Stop recording and close the trace, which can still be read. Twice does nothing.
@@ -290,6 +294,7 @@ class Tracer(Trace):
         """
         if self._finish():
             self._name_uncalled()
+            self._say_doubts()
 
     def _finish(self) -> bool:
         """Stop recording and close the trace; whether it was open before."""
@@ -314,6 +319,7 @@ class Tracer(Trace):
     ) -> None:
         if self._finish() and kind is None:
             self._name_uncalled()
+            self._say_doubts()
 
     def _append(self, record: Record) -> None:
         self._sink.append(record)
@@ -325,6 +331,7 @@ class Tracer(Trace):
         if appended != self._seen:
             self.refresh()
             self._seen = appended
+            self._say_doubts()
         return super()._look()
 
     def _wants(self, turn: Iterator[int]) -> bool:
@@ -361,22 +368,21 @@ class Tracer(Trace):
                 self._batches.add(recorded)
         if self._limits.reached:
             self.stop()
-        if self._options.check != "off" and recorded.block is not None:
-            self._check_residuals(recorder, recorded.block)
+        if self._background is not None:
+            self._say_doubts()
+        elif recorded.block is not None:
+            self._say(doubts(recorder.description, recorded.block))
 
-    def _check_residuals(self, recorder: ModuleRecorder, block: Block) -> None:
-        for site in recorder.description.sites:
-            rows = block.sites[site.suffix]
-            if not rows.residual > rows.tolerance:
-                continue
-            message = (
-                f"{site.name}: the replayed states differ from the kernel's by up to "
-                f"{rows.residual:.2g}, where rounding explains {rows.tolerance:.2g}. The gates of "
-                "this call are not the ones that the model used"
-            )
+    def _say_doubts(self) -> None:
+        """Say what was found outside the model's forward since the last time."""
+        if self._background is not None:
+            self._say(self._background.take_doubts())
+
+    def _say(self, doubts: Iterable[Doubt]) -> None:
+        for doubt in doubts if self._options.check != "off" else ():
             if self._options.check == "raise":
-                raise ResidualError(message)
-            self._warn_once(site.name, message, ResidualWarning)
+                raise ResidualError(doubt.message)
+            self._warn_once(doubt.site.name, doubt.message, ResidualWarning)
 
     def _warn_once(
         self, about: str, message: str, category: type[GrutraceWarning] = GrutraceWarning

@@ -32,10 +32,15 @@ DOUBLE = spacing(torch.float64)
 
 
 @contextmanager
-def _apart() -> Iterator[None]:
+def apart() -> Iterator[None]:
     """Compute apart from what is in force around the reader, who may be within a model's run."""
     with torch._C.DisableTorchFunction(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         yield
+
+
+def type_of(precision: float, otherwise: torch.dtype) -> torch.dtype:
+    """Return the floating-point type that has this spacing at 1, or another if there is none."""
+    return _BY_PRECISION.get(precision, otherwise)
 
 
 class Derivation:
@@ -50,7 +55,7 @@ class Derivation:
         units: Which of the H units to compute.
     """
 
-    @_apart()
+    @apart()
     def __init__(
         self,
         input: Array,
@@ -61,31 +66,31 @@ class Derivation:
     ) -> None:
         self._previous = _tensor(previous)
         self._units = units
-        dtype = _BY_PRECISION.get(precision, self._previous.dtype)
+        dtype = type_of(precision, self._previous.dtype)
         arrays = [_of_units(weights[name], units) for name in WEIGHTS if name in weights]
         tensors = [_tensor(array).to(dtype) for array in (input, previous, *arrays)]
         self._factors = tensors[:4]
         self._products = cell.products(*tensors)
         self._preactivations = cell.preactivations(self._products)
 
-    @_apart()
+    @apart()
     def preactivation(self, name: str) -> Array:
         """(n, U) what the sigmoid or tanh of this gate is applied to."""
         return _array(getattr(self._preactivations, name))
 
-    @_apart()
+    @apart()
     def gate(self, name: str) -> Array:
         """(n, U)"""
         return _array(getattr(self._gates, name))
 
     @cached_property
-    @_apart()
+    @apart()
     def hidden(self) -> Array:
         """(n, U) the state after each step."""
         return _array(cell.step(self._gates, self._previous[:, self._units]))
 
     @cached_property
-    @_apart()
+    @apart()
     def sizes(self) -> tuple[Array, Array]:
         """(n,) largest finite element of each step's products, and (n,) of the recurrent one.
 
@@ -96,7 +101,7 @@ class Derivation:
         return _largest(torch.cat([input, hidden], -1)), _largest(recurrent)
 
     @cached_property
-    @_apart()
+    @apart()
     def sums(self) -> Array:
         """(n,) at least the sum of the sizes of the terms of each step's products.
 

@@ -11,6 +11,7 @@ import numpy as np
 from grutrace.record import Array, Header, Record
 from grutrace.storage.admission import Admission
 from grutrace.storage.entries import Entries
+from grutrace.storage.preparing import GATHERED, Prepare
 from grutrace.storage.schema import (
     TABLES,
     Column,
@@ -34,13 +35,14 @@ class MemorySink:
 
     Args:
         header: Of the trace.
+        prepare: Finishes records when somebody reads.
     """
 
     name = "memory"
     live = True
 
-    def __init__(self, header: Header) -> None:
-        self.header = header
+    def __init__(self, header: Header, prepare: Prepare | None = None) -> None:
+        self.header, self._prepare = header, prepare
         self._lock = threading.Lock()
         self._admission = Admission(header.modules)
         self._strings = Strings()
@@ -57,7 +59,8 @@ class MemorySink:
             SinkError: It does not fit what came before it.
         """
         with self._lock:
-            self._admission.admit(record)
+            if self._prepare is None:
+                self._admission.admit(record)
             self._waiting.append(record)
             self._tables = None
 
@@ -76,8 +79,9 @@ class MemorySink:
 
     def _join_tables(self) -> Tables:
         while self._waiting:
-            for place, items in self._entries.of(self._waiting.popleft()):
-                self._arrays[place].append(items)
+            for record in self._next():
+                for place, items in self._entries.of(record):
+                    self._arrays[place].append(items)
         ends, characters = self._strings.take()
         self._arrays["strings"].append(ends)
         self._arrays["characters"].append(characters)
@@ -88,6 +92,19 @@ class MemorySink:
             pieces.append(self._arrays[pieces_place(module)].joined())
             extents.append(extent(calls, pieces[-1]))
         return Tables(**tables, pieces=tuple(pieces), extents=tuple(extents), closed=False)
+
+    def _next(self) -> list[Record]:
+        """Some of the records that wait, finished."""
+        if self._prepare is None:
+            return [self._waiting.popleft()]
+        records, size = list[Record](), 0
+        while self._waiting and size < GATHERED:
+            records.append(self._waiting.popleft())
+            size += records[-1].nbytes
+        finished = self._prepare(records)
+        for record in finished:
+            self._admission.admit(record)
+        return finished
 
     def rows(self, module: int, suffix: str, quantity: str, count: int) -> Array:
         """The first `count` rows, (count, H or I)."""

@@ -9,6 +9,7 @@ from grutrace.errors import OptionError
 from grutrace.record import Header, Sink
 from grutrace.storage.memory import MemorySink
 from grutrace.storage.parts import open_run
+from grutrace.storage.preparing import Prepare
 from grutrace.storage.reader import FileSource
 from grutrace.storage.source import Source
 from grutrace.storage.stream import StreamSink
@@ -32,6 +33,7 @@ def open_sink(
     header: Header,
     mode: Mode = "w",
     maker: SinkMaker | None = None,
+    prepare: Prepare | None = None,
 ) -> Sink:
     """A sink in memory if there is no path, one that streams to a file, or the user's.
 
@@ -40,6 +42,8 @@ def open_sink(
         header: Of the trace.
         mode: "w" refuses a path that exists, "overwrite" replaces it, "a" appends to it.
         maker: Makes the sink, where there is no path.
+        prepare: Finishes records outside the model's forward: on the thread that writes a file, or
+            when a trace in memory is read.
 
     Raises:
         OptionError: The mode is none of these; or the maker is none, cannot keep such a trace, or
@@ -47,7 +51,9 @@ def open_sink(
         TraceFileError: The file cannot be created or appended to.
     """
     if maker is None:
-        return MemorySink(header) if path is None else StreamSink(path, header, mode)
+        if path is None:
+            return MemorySink(header, prepare)
+        return StreamSink(path, header, mode, prepare=prepare)
     if not isinstance(maker, SinkMaker):
         raise OptionError(f"sink: expected a grutrace.Statistics, found {maker!r}")
     if path is not None:

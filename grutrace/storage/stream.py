@@ -6,6 +6,7 @@ import os
 import weakref
 
 from grutrace.record import Header, Record
+from grutrace.storage.preparing import Prepare, Preparing
 from grutrace.storage.pump import QUEUE_BYTES, Pump
 from grutrace.storage.writer import Writer
 
@@ -22,6 +23,7 @@ class StreamSink:
         mode: As for `Writer`: "w", "overwrite" or "a".
         queue_bytes: How much waits to be written before `append` has to wait, beside the little
             that the writer gathers.
+        prepare: Finishes records on the thread that writes.
 
     Raises:
         OptionError: The mode is none of these.
@@ -35,10 +37,11 @@ class StreamSink:
         mode: str = "w",
         *,
         queue_bytes: int = QUEUE_BYTES,
+        prepare: Prepare | None = None,
     ) -> None:
         writer = Writer(path, header, mode)
         self.path = writer.path
-        self._pump = Pump(writer, queue_bytes)
+        self._pump = Pump(Preparing(writer, prepare) if prepare else writer, queue_bytes)
         # Without waiting: whatever thread the collector runs in may hold HDF5's lock.
         weakref.finalize(self, self._pump.finish).atexit = False
 

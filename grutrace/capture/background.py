@@ -1,0 +1,234 @@
+"""Gates that the model does not wait for: made from copies, of many calls at once.
+
+A call is recorded as where gates are deferred: its states and input are copied. What comes out is
+the block that an inline trace would have made, when it is needed: on the thread that writes a file,
+or when a trace in memory is looked at. Calls that used the same weights are computed together.
+
+N rows of all calls, B sequences of a call, I input size, H hidden size.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from grutrace.capture.doubt import Doubt
+from grutrace.gru.batch import Recomputed, recompute
+from grutrace.gru.derive import tolerances
+from grutrace.record import GATES, Array, Block, Module, Record, Site, SiteRows, Weights
+
+
+@dataclass(frozen=True)
+class CopiedBlock(Block):
+    """A call of which what the gates follow from was copied.
+
+    Attributes:
+        starts: By suffix, (B, H), the state that each batch row started the call from.
+    """
+
+    starts: Mapping[str, Array] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays."""
+        return super().nbytes + sum(array.nbytes for array in self.starts.values())
+
+
+class Background:
+    """Turns copied blocks into whole ones. For one thread at a time.
+
+    Args:
+        modules: Of the trace.
+    """
+
+    def __init__(self, modules: Sequence[Module]) -> None:
+        self._modules = modules
+        self._weights: dict[int, Weights] = {}
+        self._doubts: list[Doubt] = []
+        self._lock = threading.Lock()
+
+    def __call__(self, records: Sequence[Record]) -> list[Record]:
+        """Return the records as they are to be stored."""
+        whole = list(records)
+        waiting: dict[int, list[int]] = {}
+        for place, record in enumerate(records):
+            if isinstance(record, Weights):
+                self._make(whole, waiting.pop(record.module, []))
+                self._weights[record.module] = record
+            elif isinstance(record, CopiedBlock):
+                waiting.setdefault(record.module, []).append(place)
+        for places in waiting.values():
+            self._make(whole, places)
+        return whole
+
+    def take_doubts(self) -> list[Doubt]:
+        """Return what rounding does not explain, each once. From any thread."""
+        if not self._doubts:
+            return []
+        with self._lock:
+            found, self._doubts = self._doubts, []
+        return found
+
+    def _make(self, records: list[Record], places: Sequence[int]) -> None:
+        """Replace the copied blocks in these places, which used the same weights."""
+        by_precision: dict[tuple[float, ...], list[int]] = {}
+        for place in places:
+            block = records[place]
+            assert isinstance(block, CopiedBlock)
+            key = tuple(rows.precision for rows in block.sites.values())
+            by_precision.setdefault(key, []).append(place)
+        for same in by_precision.values():
+            blocks = [
+                each for each in map(records.__getitem__, same) if isinstance(each, CopiedBlock)
+            ]
+            for place, block in zip(same, self._whole(blocks), strict=True):
+                records[place] = block
+
+    def _whole(self, blocks: Sequence[CopiedBlock]) -> list[Block]:
+        number = blocks[0].module
+        module = self._modules[number]
+        joined = _Joined(module, blocks)
+        by_site = {
+            site.suffix: self._site(module, site, joined, self._weights[number])
+            for site in module.sites
+        }
+        return [
+            Block(
+                module=number,
+                time=block.time,
+                tag=block.tag,
+                training=block.training,
+                weights=block.weights,
+                steps=block.steps,
+                sequences=block.sequences,
+                sites={suffix: rows[call] for suffix, rows in by_site.items()},
+                forks=block.forks,
+            )
+            for call, block in enumerate(blocks)
+        ]
+
+    def _site(
+        self, module: Module, site: Site, joined: _Joined, weights: Weights
+    ) -> list[SiteRows]:
+        """Return the rows of each call at a site."""
+        copied = [block.sites[site.suffix] for block in joined.blocks]
+        checks = [(each.residual, each.tolerance) for each in copied]
+        columns = {name: joined.column(site, name) for name in ("hidden", *site.quantities)}
+        dtype = np.dtype(module.dtype)
+        if any(name in GATES for name in site.quantities):
+            found = joined.recompute(site, weights.sites[site.suffix], dtype)
+            columns |= found.gates
+            checks = self._checks(module, site, joined, found)
+        stored = {name: columns[name].astype(dtype, copy=False) for name in site.quantities}
+        return [
+            SiteRows(
+                {name: rows[joined.rows(call)] for name, rows in stored.items()},
+                each.initial.astype(dtype, copy=False),
+                *checks[call],
+                each.precision,
+            )
+            for call, each in enumerate(copied)
+        ]
+
+    def _checks(
+        self,
+        module: Module,
+        site: Site,
+        joined: _Joined,
+        found: Recomputed,
+    ) -> list[tuple[float, float]]:
+        """Return residual and tolerance of each call, and note those that do not fit."""
+        precisions = [block.sites[site.suffix].precision for block in joined.blocks]
+        residuals = joined.largest(found.off)
+        allowed = tolerances(
+            np.array(precisions),
+            site.input_size + module.hidden_size,
+            joined.largest_start(site),
+            joined.largest(found.product),
+            joined.largest(found.recurrent),
+            np.dtype(module.dtype),
+            joined.largest(found.sums),
+        )
+        doubtful = np.flatnonzero(residuals > allowed)
+        if len(doubtful):
+            news = [Doubt(site, residuals[call], allowed[call]) for call in doubtful]
+            with self._lock:
+                self._doubts += news
+        return list(zip(residuals.tolist(), allowed.tolist(), strict=True))
+
+
+class _Joined:
+    """Calls of one module, end to end."""
+
+    def __init__(self, module: Module, blocks: Sequence[CopiedBlock]) -> None:
+        self.blocks = blocks
+        self._module = module
+        self._lengths = np.concatenate([block.steps for block in blocks]).astype(np.int64)
+        counts = np.array([int(block.steps.sum()) for block in blocks], np.int64)
+        self._ends = np.cumsum(counts)
+        self._begins = self._ends - counts
+        self._filled = np.flatnonzero(counts)
+
+    def rows(self, call: int) -> slice:
+        """Where the rows of a call are."""
+        return slice(int(self._begins[call]), int(self._ends[call]))
+
+    def recompute(
+        self, site: Site, weights: Mapping[str, Array], dtype: np.dtype[Any]
+    ) -> Recomputed:
+        """The gates of all calls at a site."""
+        hidden, input = self.column(site, "hidden"), self.column(site, "input")
+        precision = self.blocks[0].sites[site.suffix].precision
+        return recompute(input, self._previous(site, hidden), hidden, weights, precision, dtype)
+
+    def largest(self, values: Array) -> Array:
+        """(calls,) the largest of the values (N,) of each call; 0 where it has no rows."""
+        found = np.zeros(len(self.blocks))
+        if len(self._filled):
+            found[self._filled] = np.maximum.reduceat(values, self._begins[self._filled])
+        return found
+
+    def largest_start(self, site: Site) -> Array:
+        """(calls,) the largest finite state that a sequence of each call started from."""
+        return np.array(
+            [
+                np.nan_to_num(np.abs(block.starts[site.suffix]), nan=0.0, posinf=0.0).max(
+                    initial=0.0
+                )
+                for block in self.blocks
+            ]
+        )
+
+    def column(self, site: Site, quantity: str) -> Array:
+        """(N, H) or (N, I) of all calls; an input may be the states of the layer below.
+
+        Empty for what was not copied.
+        """
+        if quantity in self.blocks[0].sites[site.suffix].rows:
+            return _concatenated([block.sites[site.suffix].rows[quantity] for block in self.blocks])
+        below = [each for each in self._module.sites if each.layer == site.layer - 1]
+        if quantity != "input" or not below:
+            return np.empty((0, 0))
+        return np.concatenate([self.column(each, "hidden") for each in below], axis=1)
+
+    def _previous(self, site: Site, hidden: Array) -> Array:
+        """(N, H) the state before each row, rows being in time order, sequence by sequence."""
+        previous = np.empty_like(hidden)
+        if site.reverse:
+            previous[:-1] = hidden[1:]
+        else:
+            previous[1:] = hidden[:-1]
+        ends = np.cumsum(self._lengths)
+        first = ends - 1 if site.reverse else ends - self._lengths
+        starts = _concatenated([block.starts[site.suffix] for block in self.blocks])
+        stepping = self._lengths > 0
+        previous[first[stepping]] = starts[stepping]
+        return previous
+
+
+def _concatenated(arrays: Sequence[Array]) -> Array:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
