@@ -130,8 +130,8 @@ def run(
         str, typer.Option(help=f"How lower layers are seen: {', '.join(STACKS)}.")
     ] = "auto",
     gates: Annotated[
-        str, typer.Option(help=f"Computed with each call, or when read: {', '.join(GATES)}.")
-    ] = "inline",
+        str, typer.Option(help=f"When they are computed: {', '.join(GATES)}.")
+    ] = "auto",
     every: Annotated[int, typer.Option(help="Of each module, only each n-th call.")] = 1,
     max_calls: Annotated[
         int | None, typer.Option(help="Record no more than this many calls.")

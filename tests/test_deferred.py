@@ -52,7 +52,7 @@ def test_the_forward_replays_nothing(monkeypatch) -> None:
     with grutrace.trace(layer, gates="deferred") as trace:
         layer(torch.randn(4, 2))
     assert trace["l1"].update.shape == (4, 3)
-    with pytest.raises(TypeError), grutrace.trace(layer):
+    with pytest.raises(TypeError), grutrace.trace(layer, gates="inline"):
         layer(torch.randn(4, 2))
 
 
@@ -161,7 +161,9 @@ def test_what_is_stored_and_what_is_derived() -> None:
     assert sites(both, sites=["l0", "l1"])["l1"] == (("hidden", "input"), GATES)
     assert sites(nn.GRUCell(2, 3))["cell"] == (("hidden", "input"), GATES)
     assert sites(nn.GRU(2, 3), record="hidden")["l0"] == (("hidden",), ())
-    with pytest.raises(grutrace.OptionError, match="gates: expected one of inline, deferred"):
+    with pytest.raises(
+        grutrace.OptionError, match="gates: expected one of auto, inline, background, deferred"
+    ):
         grutrace.Tracer(both, gates="later")
 
 

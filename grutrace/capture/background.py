@@ -123,11 +123,11 @@ class Background:
             found = joined.recompute(site, weights.sites[site.suffix], dtype)
             columns |= found.gates
             checks = self._checks(module, site, joined, found)
-        stored = {name: columns[name].astype(dtype, copy=False) for name in site.quantities}
+        stored = {name: _as(dtype, columns[name]) for name in site.quantities}
         return [
             SiteRows(
                 {name: rows[joined.rows(call)] for name, rows in stored.items()},
-                each.initial.astype(dtype, copy=False),
+                _as(dtype, each.initial),
                 *checks[call],
                 each.precision,
             )
@@ -228,6 +228,12 @@ class _Joined:
         stepping = self._lengths > 0
         previous[first[stepping]] = starts[stepping]
         return previous
+
+
+def _as(dtype: np.dtype[Any], rows: Array) -> Array:
+    # What does not fit was said when it was copied.
+    with np.errstate(over="ignore"):
+        return rows.astype(dtype, copy=False)
 
 
 def _concatenated(arrays: Sequence[Array]) -> Array:

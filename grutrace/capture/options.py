@@ -22,8 +22,9 @@ from grutrace.errors import OptionError
 Check = Literal["warn", "raise", "off"]
 
 #: When gates are computed: with the call, outside the model's forward but before they are stored,
-#: or when they are read.
-Gates = Literal["inline", "background", "deferred"]
+#: or when they are read. Auto is what the model feels least while all gates are stored: the second
+#: (docs/performance.md) where the options allow for it, and else the first.
+Gates = Literal["auto", "inline", "background", "deferred"]
 
 #: The types that rows may be kept as: those of the trace file.
 STORED = ("float16", "float32", "float64")
@@ -39,6 +40,7 @@ class Options:
     """The options of a tracer, checked; beside those that say where and what of the model.
 
     Attributes:
+        gates: Not auto, but what that comes to.
         dtype: Name of the type that rows are kept as; None for that of each module.
         steps: Which steps of each sequence, as a slice that begins at a number; None for all.
         units: As they were given, before it is known how many a module has; None for all.
@@ -50,7 +52,7 @@ class Options:
     def __init__(
         self,
         *,
-        gates: Gates = "inline",
+        gates: Gates = "auto",
         stacks: Stacks = "auto",
         check: Check = "warn",
         every: int = 1,
@@ -59,10 +61,15 @@ class Options:
         dtype: StoredType | None = None,
         units: Units | None = None,
         steps: slice | None = None,
+        counted: bool = False,
     ) -> None:
         _expect_one_of("gates", gates, get_args(Gates))
         _expect_one_of("stacks", stacks, STACKS)
         _expect_one_of("check", check, get_args(Check))
+        if gates == "auto":
+            # What is not stored, what stops the model, and what copies are too little for.
+            at_once = counted or check == "raise" or units is not None
+            gates = "inline" if at_once else "background"
         self.gates, self.stacks, self.check = gates, stacks, check
         self.every = _count("every", every)
         self.max_calls = None if max_calls is None else _count("max_calls", max_calls)

@@ -87,17 +87,21 @@ class Tracer(Trace):
         path: File to stream to; None keeps everything in memory.
         sites: A glob, or several, for names of sites; None for all.
         record: Quantities out of reset, update, candidate, hidden and input.
-        gates: ``inline`` computes them with the call and keeps them; ``deferred`` only copies what
-            they follow from (the states of every layer, the input of the first and, where there is
-            dropout, of the others), and they are derived when they are read.
+        gates: When they are computed. ``inline``: with the call. ``background``: the call only
+            copies what they follow from (the states of every layer, the input of the first and,
+            where there is dropout, of the others), and they are computed and stored by the thread
+            that writes the file or, in memory, when somebody looks at the trace. ``deferred``: the
+            copies are stored, and they are derived when they are read. ``auto``: in the
+            background, but inline with ``units``, ``check="raise"`` or a ``sink``.
         recording: Whether to begin to record on entering.
         mode: For a file that exists: ``w`` refuses, ``a`` appends, ``overwrite`` replaces it.
         stacks: How to see between the layers of a stack: ``split`` (one fused call a layer, bit
             for bit the same output on a CPU), ``rerun`` (the lower layers once more), or ``auto``
             for split on a CPU and rerun elsewhere.
         check: What to do when a replayed state differs from the kernel's by more than rounding:
-            ``warn`` (once a site), ``raise`` or ``off``. Deferred gates are not checked here:
-            `grutrace verify` checks them.
+            ``warn`` (once a site), ``raise`` or ``off``. It is done as soon as it is known: of
+            gates in the background at a later call, when the trace is looked at, or on flushing or
+            closing. Deferred gates are not checked here: `grutrace verify` checks them.
         every: Of each module only the 1st, (n+1)-th, (2n+1)-th ... call while recording. The calls
             between are left alone, and what a decoder goes on with after them begins a sequence.
         max_calls: After so many calls, of all modules together, recording stops for good.
@@ -128,7 +132,7 @@ class Tracer(Trace):
         *,
         sites: str | Sequence[str] | None = None,
         record: str | Sequence[str] = DEFAULT_RECORD,
-        gates: Gates = "inline",
+        gates: Gates = "auto",
         recording: bool = True,
         mode: Mode = "w",
         stacks: Stacks = "auto",
@@ -151,6 +155,7 @@ class Tracer(Trace):
             dtype=dtype,
             units=units,
             steps=steps,
+            counted=sink is not None,
         )
         self._selections = narrow(self._select(model, sites, record), options)
         header = Header(

@@ -64,8 +64,10 @@ def _check(settings: Settings) -> None:
         texts.steps(settings.steps)
     if settings.units is not None:
         texts.units(settings.units)
-        if settings.gates == "deferred":
-            raise OptionError("units: expected none with gates deferred, found " + settings.units)
+        if settings.gates in ("background", "deferred"):
+            raise OptionError(
+                f"units: expected none with gates {settings.gates}, found {settings.units}"
+            )
     _expect("record", settings.record, QUANTITIES)
     if not settings.record:
         raise OptionError(f"record: expected names out of {', '.join(QUANTITIES)}; found none")

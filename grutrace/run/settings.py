@@ -12,7 +12,7 @@ VARIABLE = "GRUTRACE_RUN"
 MODES = ("w", "a", "overwrite")
 STACKS = ("auto", "split", "rerun")
 CHECKS = ("warn", "raise", "off")
-GATES = ("inline", "deferred")
+GATES = ("auto", "inline", "background", "deferred")
 DTYPES = ("float16", "float32", "float64")
 
 
@@ -38,7 +38,7 @@ class Settings:
     mode: str = "w"
     stacks: str = "auto"
     check: str = "warn"
-    gates: str = "inline"
+    gates: str = "auto"
     every: int = 1
     max_calls: int | None = None
     max_bytes: int | None = None

@@ -125,10 +125,10 @@ class Statistics:
                 gates are not computed with the calls.
             TraceFileError: The file cannot be written.
         """
-        if header.options.get("gates") == "deferred":
+        if header.options.get("gates", "inline") != "inline":
             raise OptionError(
-                "gates and sink: expected gates='inline' with a statistics sink, found 'deferred', "
-                "where there are no gates to count"
+                "gates and sink: expected gates='inline' with a statistics sink, found "
+                f"{header.options.get('gates')!r}, where a call brings no gates to count"
             )
         self._require_own_process()
         with self._lock:

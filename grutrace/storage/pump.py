@@ -12,6 +12,9 @@ import warnings
 from collections import deque
 from typing import Protocol
 
+# Before ours is registered below, so that at exit its own function runs after it.
+import h5py  # noqa: F401
+
 from grutrace.errors import GrutraceWarning, SinkError
 from grutrace.record import Block, Record
 

@@ -25,7 +25,8 @@ LONGEST = 100_000_000
 SHAPE = (100, 100, 1, 8)
 
 KINDS: dict[str, dict[str, Any]] = {
-    "everything, to a file": {},
+    "everything inline, to a file": {"gates": "inline"},
+    "the default, to a file": {},
     "deferred, to a file": {"gates": "deferred"},
 }
 

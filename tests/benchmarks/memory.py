@@ -34,7 +34,8 @@ SAME = 16
 #: The options by what the table calls them; None traces nothing.
 KINDS: dict[str, dict[str, Any] | None] = {
     "untraced": None,
-    "everything, to a file": {},
+    "everything inline, to a file": {"gates": "inline"},
+    "the default, to a file": {},
     "deferred, to a file": {"gates": "deferred"},
 }
 

@@ -25,11 +25,17 @@ About 0.1 seconds of runs in a row and the `flush` after them, to the same runs 
 the writer's thread still does after the model's call has returned is counted, too."""
 
 PEERS_LEGEND = """\
-Ratios to the untraced nn.GRU, as above. **Bold**: gives all gates for less than our everything, in
-memory, on this workload."""
+Ratios to the untraced nn.GRU, as above. **Bold**: gives all gates for less than our everything
+inline, in memory, on this workload."""
 
 #: Our own ways to trace that are shown among the peers.
-OURS = (IN_MEMORY, "deferred, in memory", "deferred, to a file")
+OURS = (
+    IN_MEMORY,
+    "the default, in memory",
+    "the default, in memory, made and read",
+    "the default, to a file",
+    "deferred, to a file",
+)
 
 
 @dataclass

@@ -113,7 +113,8 @@ def test_targets_follow_the_workload() -> None:
     }
     for kind, bound in kinds.items():
         assert deferred.target_for(kind, None) == Target(bound)
-    to_file = by_name["everything, to a file"]
+    to_file = by_name["everything inline, to a file"]
     assert to_file.target_for("other", 1.25) == Target(1.4)
     assert to_file.target_for("other", None) is None
-    assert by_name["deferred, in memory"].target_for("other", 1.25) is None
+    read = by_name["the default, in memory, made and read"]
+    assert read.target_for("other", 1.25) is None

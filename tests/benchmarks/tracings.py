@@ -13,7 +13,10 @@ from tests.benchmarks.figures import Target
 from tests.benchmarks.workloads import Kind, Workload
 
 #: What others are compared with.
-IN_MEMORY = "everything, in memory"
+IN_MEMORY = "everything inline, in memory"
+
+#: How much a trace in memory may hold before another takes its place. Bytes.
+HELD = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,11 @@ class Tracing:
         target: The ratio to the untraced run that we aim at.
         targets: Other ones for some kinds of workloads.
         above_memory: Instead of a target: how far above everything in memory it may be.
-        options: Makes the options of the tracer, for each run that is a trace of its own.
+        options: Makes the options of the tracer, for each trace.
         to_file: Whether it streams to a file.
-        lasting: Whether one trace takes all runs, as a file does. In memory each run is a trace of
-            its own, as in a notebook; else memory would fill up.
+        lasting: Whether one trace takes all runs, as a file does. In memory a new one takes the
+            place of one that holds `HELD`.
+        read: Whether each run is a trace of its own, which is made and read whole, too.
         idle: Whether it is attached without recording.
     """
 
@@ -39,6 +43,7 @@ class Tracing:
     options: Callable[[], dict[str, Any]] = dict
     to_file: bool = False
     lasting: bool = False
+    read: bool = False
     idle: bool = False
 
     def target_for(self, kind: Kind, in_memory: float | None) -> Target | None:
@@ -56,21 +61,25 @@ class Tracing:
 
 TRACINGS = (
     Tracing("attached, not recording", 1.02, options=lambda: {"recording": False}, idle=True),
-    Tracing("update only, in memory", 1.35, options=lambda: {"record": "update"}),
-    Tracing(IN_MEMORY, 1.25, {"compute bound": 1.10}),
+    Tracing(
+        "update only, in memory", 1.35, options=lambda: {"record": "update", "gates": "inline"}
+    ),
+    Tracing(IN_MEMORY, 1.25, {"compute bound": 1.10}, options=lambda: {"gates": "inline"}),
     Tracing(
         "32 units, in memory",
         1.10,
         {"one step": 1.30},
         options=lambda: {"units": range(32)},
     ),
-    Tracing("deferred, in memory", options=lambda: {"gates": "deferred"}),
-    Tracing("everything, to a file", above_memory=0.15, to_file=True),
+    Tracing("the default, in memory", 1.10, {"one step": 1.30}),
+    Tracing("the default, in memory, made and read", read=True),
     Tracing(
-        "everything, by the writer's thread",
-        options=lambda: {"gates": "background"},
+        "everything inline, to a file",
+        above_memory=0.15,
+        options=lambda: {"gates": "inline"},
         to_file=True,
     ),
+    Tracing("the default, to a file", 1.10, {"one step": 1.30}, to_file=True),
     Tracing(
         "deferred, to a file",
         1.10,
@@ -98,13 +107,17 @@ def traced(workload: Workload, tracing: Tracing, folder: Path) -> Iterator[Calla
         with grutrace.Tracer(workload.model, **tracing.options()):
             yield workload.run
         return
-    if not (tracing.to_file or tracing.lasting):
+    if tracing.read:
 
         def alone() -> None:
-            with grutrace.Tracer(workload.model, **tracing.options()):
+            with grutrace.Tracer(workload.model, **tracing.options()) as tracer:
                 workload.run()
+            nbytes_of(tracer)
 
         yield alone
+        return
+    if not (tracing.to_file or tracing.lasting):
+        yield _in_memory(workload, tracing)
         return
     path = folder / "run.h5" if tracing.to_file else None
     with grutrace.Tracer(workload.model, path, recording=False, **tracing.options()) as tracer:
@@ -117,3 +130,30 @@ def traced(workload: Workload, tracing: Tracing, folder: Path) -> Iterator[Calla
         yield one_of_many
     if path is not None:
         path.unlink()
+
+
+def _in_memory(workload: Workload, tracing: Tracing) -> Callable[[], object]:
+    """Give a function that runs the workload traced, in one trace after another."""
+    with grutrace.Tracer(workload.model, **tracing.options()) as first:
+        workload.run()
+    most = max(1, HELD // nbytes_of(first))
+    tracer, runs = first, most
+
+    def one_of_some() -> None:
+        nonlocal tracer, runs
+        if runs == most:
+            tracer.close()
+            tracer = grutrace.Tracer(workload.model, recording=False, **tracing.options())
+            runs = 0
+        tracer.start()
+        workload.run()
+        tracer.stop()
+        runs += 1
+
+    return one_of_some
+
+
+def nbytes_of(trace: grutrace.Trace) -> int:
+    """Read everything, and return how much it is."""
+    sites = (trace[name] for name in trace.sites)
+    return sum(site.rows(quantity)[:].nbytes for site in sites for quantity in site.site.readable)

@@ -499,7 +499,7 @@ def test_weights_changed_behind_the_back_are_caught() -> None:
 
     x = torch.randn(4, 2, 3)
     # A hook that comes before ours: the kernel has run, the replay has not.
-    with grutrace.trace(layer) as trace:
+    with grutrace.trace(layer, gates="inline") as trace:
         handle = layer.register_forward_hook(disturb, prepend=True)
         with pytest.warns(grutrace.ResidualWarning, match=r"l0: the replayed states differ"):
             layer(x)

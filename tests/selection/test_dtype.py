@@ -36,7 +36,7 @@ def assert_rounded(part: Any, whole: Any, dtype: str) -> None:
 @settings(max_examples=100, deadline=None)
 @given(cases(dtypes=(torch.float64, torch.float32, torch.float16, torch.bfloat16)))
 def test_the_lattice_is_rounded_and_holds_together(case: Case) -> None:
-    with grutrace.trace(case.layer, record=EVERYTHING) as whole:
+    with grutrace.trace(case.layer, record=EVERYTHING, gates="inline") as whole:
         case.run()
     for dtype in KEPT:
         with (

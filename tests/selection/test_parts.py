@@ -276,7 +276,7 @@ def test_only_the_rows_that_are_needed_are_multiplied(kind, options, rows, count
 
 def test_control_the_whole_would_be_counted_as_such(counted) -> None:
     layer = nn.GRU(INPUT, H)
-    with grutrace.trace(layer):
+    with grutrace.trace(layer, gates="inline"):
         layer(torch.randn(T, B, INPUT))
     assert counted.multiplications() == 3 * H * (INPUT + H) * T * B
 
@@ -347,7 +347,7 @@ def test_few_gates_and_the_input_verify_against_all_units() -> None:
         for gate in (0, 2):
             weight[[64 * gate + unit for unit in proven]] *= 0.01
             weight[64 * gate : 64 * (gate + 1)] *= 30
-    with grutrace.trace(layer, record=("update", "hidden", "input")) as trace:
+    with grutrace.trace(layer, record=("update", "hidden", "input"), gates="inline") as trace:
         layer(torch.randn(50, 4, 8))
     (found,) = verify(trace)
     assert (found.check, found.holds) == ("gates", True)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.capture import recorder
+from grutrace.capture import site_recorder
 from grutrace.statistics import feed
 from grutrace.statistics.tally import Tally
 from grutrace.storage import pump
@@ -199,9 +199,11 @@ def test_tracing_goes_on_as_ever(model) -> None:
 def test_a_wrong_residual_is_warned_of(monkeypatch) -> None:
     layer = nn.GRU(2, 3)
     statistics = grutrace.Statistics()
-    replay = recorder.Shadow.replay
+    replay = site_recorder.Shadow.replay
     monkeypatch.setattr(
-        recorder.Shadow, "replay", lambda *given: dataclasses.replace(replay(*given), residual=0.5)
+        site_recorder.Shadow,
+        "replay",
+        lambda *given: dataclasses.replace(replay(*given), residual=0.5),
     )
     with grutrace.trace(layer, sink=statistics):
         with pytest.warns(grutrace.ResidualWarning, match="l0"):
