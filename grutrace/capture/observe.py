@@ -232,7 +232,7 @@ def _cell_call(
             made: Tensor = kernel(input, initial, *weights)
             return made
 
-        watched, gates = harvest.watch(cell, arguments[1], (arguments[0], *call.weights), 1)
+        watched, gates = harvest.watch(cell, arguments[1], (arguments[0], *call.weights), None, 1)
         return as_unwatched(watched), gates
     made: Tensor = kernel(*arguments)
     return made, call.read_gates(call.input, made) if harvested else None

@@ -119,8 +119,12 @@ class SiteRecorder:
         self, observation: Observation, gates: Harvest, hidden: Tensor
     ) -> tuple[dict[str, Array], Check]:
         steps, site = observation.steps, self.site
+        dtype = self._rows.dtype
         found = {
-            name: steps.joined(values, self._rows.dtype) for name, values in gates._asdict().items()
+            name: steps.as_rows(values, dtype)
+            if isinstance(values, Tensor)
+            else steps.joined(values, dtype)
+            for name, values in gates._asdict().items()
         }
         states = self._rows.of_steps(steps, hidden)
         initial = observation.call.cell_initial(site.layer, site.reverse)

@@ -21,25 +21,30 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from grutrace.gru import cell
-from grutrace.gru.steps import PackedSteps
+from grutrace.gru.steps import PackedSteps, PaddedSteps, numpy_type
 
 Result = TypeVar("Result")
 
-#: Products and sums that one thread makes in a second, in matrices as large as a layer's. Of the
-#: processors around today many are faster, and few slower: where it is wrong, a harvest of a small
-#: layer is a little dearer than its replay would be. docs/performance.md has the measurements.
-OPERATIONS_PER_SECOND = 80e9
+#: Products and sums that one thread makes in a second, in matrices as large as a layer's. Where a
+#: processor is much slower or faster, the dearer of two ways that are close may be taken.
+#: docs/performance.md has the measurements that these and the following are fitted to.
+OPERATIONS_PER_SECOND = 85e9
 
-#: What it costs to watch a step being made, or to read it from a graph. Seconds.
-STEP_WATCHED, STEP_IN_A_GRAPH = 14e-6, 7e-6
+#: What follows the products in a replay, an element of a state. Seconds.
+ELEMENT_REPLAYED = 6e-9
 
-#: What it costs to have another element of a state kept by autograd, and joined. Seconds.
-ELEMENT = 1e-9
+#: What it costs to watch a step being made, or to read one from a graph. Seconds.
+STEP_WATCHED, STEP_READ = 50e-6, 5e-6
+
+#: What it costs to make what autograd would keep and to copy it, or to join what it has kept; an
+#: element of a state. Seconds.
+ELEMENT_WATCHED, ELEMENT_READ = 12e-9, 8e-9
 
 #: What autograd keeps of a step, in the order in which the kernel makes it. Each gate comes twice:
 #: for its own derivative, and for that of the product that it is a factor of.
@@ -48,21 +53,23 @@ _PLACES = frozenset(map(_KEPT.index, cell.Gates._fields))
 
 
 class Harvest(NamedTuple):
-    """The gates of one direction of a layer in a call: of each time, in time order, (B, H).
+    """The gates of one direction of a layer in a call, in the kernel's order.
 
-    Of a packed batch a time has as many rows as sequences reach it.
+    Each as one tensor (T, B, H) or (N, H), which belongs to whoever has it; or as those that
+    autograd keeps, one a time, (B, H), of a packed batch as many rows as sequences reach that time.
     """
 
-    reset: Sequence[Tensor]
-    update: Sequence[Tensor]
-    candidate: Sequence[Tensor]
+    reset: Tensor | Sequence[Tensor]
+    update: Tensor | Sequence[Tensor]
+    candidate: Tensor | Sequence[Tensor]
 
 
 def watch(
     kernel: Callable[..., Result],
     initial: Tensor,
     others: Sequence[Tensor],
-    steps: int,
+    batch_sizes: Tensor | None,
+    times: int,
     asking: Sequence[int] = (),
 ) -> tuple[Result, list[Harvest] | None]:
     """Run a kernel call, and take the gates of each step as they are made.
@@ -72,7 +79,8 @@ def watch(
             the other tensors that it is given. Gradients are off around this.
         initial: (D, B, H), or (B, H) for a cell.
         others: The input and the weights.
-        steps: T
+        batch_sizes: (T,) of a packed input, else None.
+        times: T
         asking: Which of those ask for gradients: the weights of the input, of each direction, or
             none. What their derivatives need is kept once a direction, before its steps.
 
@@ -80,16 +88,23 @@ def watch(
         What the kernel returned, within a graph that nobody needs; and by direction its gates, or
         None if they were not where they should be.
     """
-    gates: list[Tensor] = []
     directions = 1 if initial.dim() == 2 else len(initial)
-    last = steps * len(_KEPT)
+    with torch.inference_mode(False):
+        gates = [_Gates.of(others[0], initial, batch_sizes, times) for _ in range(directions)]
+    targets = iter([each for d, made in enumerate(gates) for each in made.in_order(d == 1)])
+    fits, last = True, times * len(_KEPT)
     before = -1 if asking else 0
     place = before
 
     def take(tensor: Tensor) -> None:
-        nonlocal place
+        nonlocal place, fits
         if place >= 0 and place % len(_KEPT) in _PLACES:
-            gates.append(tensor)
+            target = next(targets, None)
+            fits = fits and target is not None and target.shape == tensor.shape
+            if fits and target is not None:
+                # At once, so that the kernel's next step gets the memory of this one: what is kept
+                # to the end is fresh memory in each step, which costs more than these copies.
+                target.copy_(tensor)
         place += 1
         if place == last:
             place = before
@@ -100,22 +115,39 @@ def watch(
         for place_of_weight in asking:
             given[place_of_weight].requires_grad_()
         result = kernel(start, *given)
-    if place != before or len(gates) != 3 * directions * steps:
+    if not fits or place != before or next(targets, None) is not None:
         return result, None
-    each = 3 * steps
-    found = [_in_order(gates[d * each : (d + 1) * each], d == 1) for d in range(directions)]
-    return result, found
+    return result, [made.harvest for made in gates]
+
+
+class _Gates(NamedTuple):
+    """Memory for the gates of one direction, and views of it by time."""
+
+    harvest: Harvest
+    by_time: list[tuple[Tensor, ...]]
+
+    @classmethod
+    def of(cls, input: Tensor, initial: Tensor, batch_sizes: Tensor | None, times: int) -> _Gates:
+        batch, size = initial.shape[-2:]
+        dtype = numpy_type(input.dtype)
+        if batch_sizes is None:
+            rooms = [PaddedSteps(times, batch).room(size, dtype).values for _ in range(3)]
+            views = [room.unbind() for room in rooms]
+        else:
+            count = int(batch_sizes.sum())
+            rooms = [torch.from_numpy(np.empty((count, size), dtype)) for _ in range(3)]
+            views = [torch.split(room, batch_sizes.tolist()) for room in rooms]
+        return cls(Harvest(*rooms), list(zip(*views, strict=True)))
+
+    def in_order(self, reverse: bool) -> list[Tensor]:
+        """The views as the kernel makes them: those of a reverse direction from the last time on."""
+        by_time = self.by_time[::-1] if reverse else self.by_time
+        return [view for views in by_time for view in views]
 
 
 def _normal(tensor: Tensor) -> Tensor:
     # An inference tensor is never kept for a derivative.
     return tensor.clone() if tensor.is_inference() else tensor
-
-
-def _in_order(gates: list[Tensor], reverse: bool) -> Harvest:
-    # The reverse direction begins with the last step.
-    forward = (gates[place::3] for place in range(3))
-    return Harvest(*(each[::-1] if reverse else each for each in forward))
 
 
 def _give(_: object) -> Tensor:
@@ -171,7 +203,7 @@ def pays(batch: float, input_size: int, hidden_size: int, *, graph: bool) -> boo
     """Whether a harvest is expected to cost less than the replay of a call.
 
     A replay repeats the matrix products of the layer. A harvest costs the same for each step,
-    however large, and something for each element that is joined.
+    however large, and something for each element.
 
     Args:
         batch: B, the mean over the steps of a packed batch.
@@ -180,9 +212,10 @@ def pays(batch: float, input_size: int, hidden_size: int, *, graph: bool) -> boo
         graph: Whether the call has a graph of its own already.
     """
     operations = 6 * batch * hidden_size * (input_size + hidden_size)
-    replay = operations / (OPERATIONS_PER_SECOND * torch.get_num_threads())
-    step = STEP_IN_A_GRAPH if graph else STEP_WATCHED
-    return replay > step + ELEMENT * batch * hidden_size
+    elements = batch * hidden_size
+    products = operations / (OPERATIONS_PER_SECOND * torch.get_num_threads())
+    step, element = (STEP_READ, ELEMENT_READ) if graph else (STEP_WATCHED, ELEMENT_WATCHED)
+    return products + ELEMENT_REPLAYED * elements > step + element * elements
 
 
 def is_recorded(tensors: Iterable[Tensor]) -> bool:
@@ -259,14 +292,13 @@ def _is_recognized(bias: bool, sizes: list[int]) -> bool:
             previous = steps.previous(states, initial[d], reverse=d == 1)
             own = weights[d * len(weights) // 2 :][: len(weights) // 2]
             expected = cell.gates(cell.products(input, previous, *own))
-            if not all(
-                _close(torch.cat(tuple(a)), b) for a, b in zip(found, expected, strict=True)
-            ):
+            if not all(map(_close, found, expected)):
                 return False
         return harvests is not None
 
     try:
-        (output, _), watched = watch(kernel, initial, (), len(sizes))
+        packed = batch_sizes if sizes[-1] < sizes[0] else None
+        (output, _), watched = watch(kernel, initial, (input,), packed, len(sizes))
         with torch.enable_grad():
             graph = read(kernel(initial.clone().requires_grad_())[0], 2)
         return explains(watched, output.detach()) and explains(graph, output.detach())
@@ -280,5 +312,6 @@ def _numbers(*shape: int) -> Tensor:
     return torch.arange(1.0, 1 + math.prod(shape), device="cpu").sin().reshape(shape)
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    return torch.allclose(found, expected, atol=1e-6)
+def _close(found: Tensor | Sequence[Tensor], expected: Tensor) -> bool:
+    joined = found if isinstance(found, Tensor) else torch.cat(tuple(found))
+    return torch.allclose(joined.reshape(expected.shape), expected, atol=1e-6)

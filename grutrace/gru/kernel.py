@@ -125,7 +125,12 @@ class KernelCall(NamedTuple):
             first = range(0, len(weights), each // self.directions)
             asking = [place for place in first if weights[place].requires_grad]
             made, gates = harvest.watch(
-                kernel, initial, (input, *weights), self.times, [1 + place for place in asking]
+                kernel,
+                initial,
+                (input, *weights),
+                self.batch_sizes,
+                self.times,
+                [1 + place for place in asking],
             )
             output, final = map(as_unwatched, made)
             return Layer(input, output, gates), final

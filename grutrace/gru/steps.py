@@ -116,6 +116,9 @@ class Steps(Protocol):
             dtype: NumPy type of the copy.
         """
 
+    def as_rows(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
+        """Return values that nobody else will change as `in_sequences`; not copied if possible."""
+
     def joined(self, by_time: Sequence[Tensor], dtype: npt.DTypeLike) -> Array:
         """Join (sequences that have it, width) of each time to (N, width), as `in_sequences`."""
 
@@ -201,6 +204,14 @@ class PaddedSteps:
         rows = np.empty((self._batch, self._length, values.shape[-1]), dtype)
         torch.from_numpy(rows).copy_(values.transpose(0, 1))
         return rows.reshape(self._batch * self._length, values.shape[-1])
+
+    def as_rows(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
+        """Return (T, B, width), which may lie in memory as `room` does, as (B * T, width)."""
+        rows = values.transpose(0, 1)
+        if not rows.is_contiguous() or numpy_type(values.dtype) != dtype:
+            return self.in_sequences(values, dtype)
+        array: Array = rows.numpy()
+        return array.reshape(self._batch * self._length, values.shape[-1])
 
     def joined(self, by_time: Sequence[Tensor], dtype: npt.DTypeLike) -> Array:
         """Join (B, width) of each time to (B * T, width)."""
@@ -333,6 +344,10 @@ class PackedSteps:
         order = self._order.to(values.device)
         torch.from_numpy(rows).copy_(values.index_select(0, order))
         return rows
+
+    def as_rows(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
+        """Gather (N, width) sequence by sequence."""
+        return self.in_sequences(values, dtype)
 
     def joined(self, by_time: Sequence[Tensor], dtype: npt.DTypeLike) -> Array:
         """Join (sequences that have it, width) of each time to (N, width)."""
