@@ -140,7 +140,7 @@ class _Gates(NamedTuple):
         return cls(Harvest(*rooms), list(zip(*views, strict=True)))
 
     def in_order(self, reverse: bool) -> list[Tensor]:
-        """The views as the kernel makes them: those of a reverse direction from the last time on."""
+        """The views as the kernel makes them: of a reverse direction from the last time on."""
         by_time = self.by_time[::-1] if reverse else self.by_time
         return [view for views in by_time for view in views]
 
