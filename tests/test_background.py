@@ -372,7 +372,6 @@ def test_a_full_queue_slows_the_model_and_grows_no_memory(tmp_path, monkeypatch)
         plain(self, record)
 
     monkeypatch.setattr(Writer, "write", held)
-    monkeypatch.setattr("grutrace.storage.stream.QUEUE_BYTES", 1)
     layer, x = nn.GRU(8, 32), torch.randn(64, 16, 8)
     limit = 6 * 1024 * 1024
     calls = 400

@@ -73,8 +73,8 @@ def summarize_gate(rows: Rows) -> GateSummary:
     for block in blocks(rows):
         total += float(block.sum(dtype=np.float64))
         size = np.abs(block)
-        below += int((size < SHUT).sum())
-        above += int((size > OPEN).sum())
+        below += np.count_nonzero(size < SHUT)
+        above += np.count_nonzero(size > OPEN)
     count = rows.shape[0] * rows.shape[1]
     if not count:
         return GateSummary(np.nan, np.nan, np.nan)

@@ -40,11 +40,11 @@ OPERATIONS_PER_SECOND = 85e9
 ELEMENT_REPLAYED = 6e-9
 
 #: What it costs to watch a step being made, or to read one from a graph. Seconds.
-STEP_WATCHED, STEP_READ = 50e-6, 5e-6
+STEP_WATCHED, STEP_READ = 65e-6, 5e-6
 
 #: What it costs to make what autograd would keep and to copy it, or to join what it has kept; an
 #: element of a state. Seconds.
-ELEMENT_WATCHED, ELEMENT_READ = 12e-9, 8e-9
+ELEMENT_WATCHED, ELEMENT_READ = 14e-9, 8e-9
 
 #: What autograd keeps of a step, in the order in which the kernel makes it. Each gate comes twice:
 #: for its own derivative, and for that of the product that it is a factor of.

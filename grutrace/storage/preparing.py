@@ -12,7 +12,7 @@ from grutrace.storage.pump import Consumer
 Prepare: TypeAlias = Callable[[Sequence[Record]], list[Record]]
 
 #: Records are gathered up to this much, so that small calls are finished many at a time. Bytes.
-GATHERED = 4 * 1024 * 1024
+GATHERED = 1024 * 1024
 
 
 class Preparing:

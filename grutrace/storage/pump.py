@@ -18,9 +18,9 @@ import h5py  # noqa: F401
 from grutrace.errors import GrutraceWarning, SinkError
 from grutrace.record import Block, Record
 
-#: How much waits to be written before the model has to wait: some tenths of a second of a disk,
+#: How much waits to be written before the model has to wait: some hundredths of a second of a disk,
 #: and little beside the memory of a machine that runs models. Bytes.
-QUEUE_BYTES = 256 * 1024 * 1024
+QUEUE_BYTES = 64 * 1024 * 1024
 
 #: How long a record waits at most before it is committed, so that a reader that follows the run,
 #: or finds its writer dead, misses little. Seconds.
