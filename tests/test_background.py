@@ -449,3 +449,91 @@ def test_nothing_of_the_shadow_is_needed(monkeypatch) -> None:
     with nullcontext(), grutrace.trace(layer, gates="background") as trace:
         layer(torch.randn(4, 2))
     assert trace["l1"].update.shape == (4, 3)
+
+
+# -- beside the model's stream ----------------------------------------------------------------
+
+
+class SlowDevice:
+    """In the place of a side stream: copies are made when somebody waits for them, not before."""
+
+    waits = 0
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[torch.Tensor, np.ndarray]] = []
+
+    def takes(self, _values: torch.Tensor) -> bool:
+        return True
+
+    def copy(self, own: torch.Tensor, dtype: np.dtype) -> np.ndarray:
+        self.begun.append((own, np.full(own.shape, 7.0, dtype)))
+        return self.begun[-1][1]
+
+    def take_ready(self):
+        begun, self.begun = self.begun, []
+
+        def ready() -> None:
+            type(self).waits += 1
+            for own, rows in begun:
+                rows[:] = own.numpy()
+
+        return ready
+
+
+@pytest.fixture
+def slow_device(monkeypatch) -> type[SlowDevice]:
+    monkeypatch.setattr("grutrace.capture.rowtype.SideStream", SlowDevice)
+    monkeypatch.setattr(SlowDevice, "waits", 0)
+    return SlowDevice
+
+
+def changing(model: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+    """Have a model change what a layer has read and made, right after it."""
+
+    def change(module, args, output) -> None:
+        for tensor in (*args, *(output if isinstance(output, tuple) else (output,))):
+            getattr(tensor, "data", tensor).add_(1)
+
+    return [each.register_forward_hook(change) for each in model.children()]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_is_copied_later_is_what_it_was_when_the_call_returned(
+    slow_device, packed, tmp_path
+) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"rnn": nn.GRU(4, 6, 2, bidirectional=True), "cell": nn.GRUCell(4, 6)})
+    inputs, state = torch.randn(5, 3, 4), torch.randn(2, 6)
+    if packed:
+        inputs = nn.utils.rnn.pack_padded_sequence(inputs, [2, 5, 3], enforce_sorted=False)
+    changing(model)
+    with (
+        torch.no_grad(),
+        grutrace.trace(model, record=EVERYTHING, check="raise") as inline,
+        grutrace.trace(model, tmp_path / "a.h5", **BACKGROUND) as background,
+    ):
+        for _ in range(3):
+            model["rnn"](inputs)
+            state = model["cell"](torch.randn(2, 4), state)
+        background.flush()
+        assert slow_device.waits == 6
+    assert_same_as_inline(inline, background)
+    assert all(found.holds for found in verify(background))
+
+
+def test_control_unless_somebody_waits_nothing_is_there(slow_device, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(SlowDevice, "take_ready", lambda _: None)
+    layer = nn.GRU(4, 6)
+    with (
+        pytest.warns(grutrace.ResidualWarning),
+        grutrace.trace(layer, tmp_path / "a.h5", gates="background"),
+    ):
+        layer(torch.randn(5, 3, 4))
+
+
+def test_in_memory_nothing_is_copied_beside(slow_device) -> None:
+    layer = nn.GRU(4, 6)
+    with grutrace.trace(layer, gates="background") as trace:
+        layer(torch.randn(5, 3, 4))
+    assert trace["l0"].residual < 1e-6
+    assert slow_device.waits == 0

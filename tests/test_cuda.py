@@ -25,7 +25,7 @@ LAYERS = {
 }
 
 
-@pytest.mark.parametrize("gates", ["inline", "deferred"])
+@pytest.mark.parametrize("gates", ["inline", "background", "deferred"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_traced_call_is_untouched_and_verifies(kind, dtype, gates, tmp_path) -> None:
@@ -39,3 +39,18 @@ def test_a_traced_call_is_untouched_and_verifies(kind, dtype, gates, tmp_path) -
     found = verify(trace)
     assert found
     assert all(each.holds and each.worst is not None for each in found)
+
+
+def test_what_changes_right_after_the_call_is_kept_as_it_was(tmp_path) -> None:
+    """Copies are made beside the model's stream, which goes on with the same memory at once."""
+    torch.manual_seed(0)
+    layer, x = nn.GRU(64, 256).cuda(), torch.randn(200, 64, 64, device="cuda")
+    layer.register_forward_hook(lambda *given: given[-1][0].zero_() and None)
+    with (
+        torch.no_grad(),
+        grutrace.trace(layer, tmp_path / "run.h5", record=EVERYTHING, gates="background") as trace,
+    ):
+        for _ in range(20):
+            layer(x)
+    assert all(found.holds for found in verify(trace))
+    assert trace["l0"].hidden[:].any()

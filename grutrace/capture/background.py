@@ -10,7 +10,7 @@ N rows of all calls, B sequences of a call, I input size, H hidden size.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,9 +28,11 @@ class CopiedBlock(Block):
 
     Attributes:
         starts: By suffix, (B, H), the state that each batch row started the call from.
+        ready: Waits until the copies are whole; None if they are.
     """
 
     starts: Mapping[str, Array] = field(default_factory=dict)
+    ready: Callable[[], None] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -89,6 +91,9 @@ class Background:
                 records[place] = block
 
     def _whole(self, blocks: Sequence[CopiedBlock]) -> list[Block]:
+        for block in blocks:
+            if block.ready is not None:
+                block.ready()
         number = blocks[0].module
         module = self._modules[number]
         joined = _Joined(module, blocks)

@@ -41,6 +41,7 @@ class Options:
 
     Attributes:
         gates: Not auto, but what that comes to.
+        to_file: Whether a thread writes what is recorded.
         dtype: Name of the type that rows are kept as; None for that of each module.
         steps: Which steps of each sequence, as a slice that begins at a number; None for all.
         units: As they were given, before it is known how many a module has; None for all.
@@ -62,6 +63,7 @@ class Options:
         units: Units | None = None,
         steps: slice | None = None,
         counted: bool = False,
+        to_file: bool = False,
     ) -> None:
         _expect_one_of("gates", gates, get_args(Gates))
         _expect_one_of("stacks", stacks, STACKS)
@@ -71,6 +73,7 @@ class Options:
             at_once = counted or check == "raise" or units is not None
             gates = "inline" if at_once else "background"
         self.gates, self.stacks, self.check = gates, stacks, check
+        self.to_file = to_file
         self.every = _count("every", every)
         self.max_calls = None if max_calls is None else _count("max_calls", max_calls)
         self.max_bytes = None if max_bytes is None else _count("max_bytes", max_bytes)

@@ -81,8 +81,13 @@ class ModuleRecorder:
         self.description = selection.description
         self._copies = options.gates == "background"
         copied = defer(self.description) if self._copies else self.description
-        rows = RowType(copied, chosen=options.dtype is not None, copied=self._copies)
-        self._sites = [SiteRecorder(selection, site, options, rows) for site in copied.sites]
+        self._rows = RowType(
+            copied,
+            chosen=options.dtype is not None,
+            copied=self._copies,
+            beside=options.to_file,
+        )
+        self._sites = [SiteRecorder(selection, site, options, self._rows) for site in copied.sites]
         self._continuity = Continuity()
         steps = options.steps
         self._kept = None if steps is None else KeptSteps(steps.start, steps.stop)
@@ -167,7 +172,7 @@ class ModuleRecorder:
         if not self._copies:
             return Block(*fields)
         starts = {each.site.suffix: each.starts(observation) for each in self._sites}
-        return CopiedBlock(*fields, starts)
+        return CopiedBlock(*fields, starts, self._rows.take_ready())
 
     def _bytes(self, block: Block, weights: Weights | None) -> int:
         """Bytes of what is stored of a call in the end, with the weights that it announces."""

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from grutrace.capture.side_stream import SideStream
 from grutrace.errors import GrutraceWarning
 from grutrace.gru.steps import Steps, numpy_type
 from grutrace.record import Array, Module
@@ -20,16 +23,21 @@ class RowType:
         module: The module.
         chosen: Whether the user chose the type. Then only what does not fit at all is said.
         copied: Whether rows are made now in the type of the weights, and get their own later.
+        beside: Whether copies from a device may be made beside the model's stream. They lie in
+            pinned memory, so only if they are soon let go.
 
     Attributes:
         dtype: NumPy's type of the rows that are made.
         stored: Torch's type that they are stored as.
     """
 
-    def __init__(self, module: Module, *, chosen: bool, copied: bool = False) -> None:
+    def __init__(
+        self, module: Module, *, chosen: bool, copied: bool = False, beside: bool = False
+    ) -> None:
         self._module = module
         self.dtype = np.dtype(module.weights_dtype if copied else module.dtype)
         self.stored: torch.dtype = getattr(torch, module.dtype)
+        self._side = SideStream() if copied and beside else None
         self._chosen = chosen
         self._warned: set[str] = set()
 
@@ -39,6 +47,8 @@ class RowType:
         Warns:
             GrutraceWarning: They are rounded without anybody having asked for it, or are too large.
         """
+        if self._side is not None and self._side.takes(values):
+            return self._beside(values, steps.ordered(values))
         rows = steps.in_sequences(values, self.dtype)
         if values.dtype != self.stored:
             self._mind(values, rows)
@@ -50,9 +60,23 @@ class RowType:
         Warns:
             GrutraceWarning: As above.
         """
+        if self._side is not None and self._side.takes(values):
+            return self._beside(values, values.clone())
         rows = np.empty(values.shape, self.dtype)
         torch.from_numpy(rows).copy_(values)
         if values.dtype != self.stored:
+            self._mind(values, rows)
+        return rows
+
+    def take_ready(self) -> Callable[[], None] | None:
+        """Return what waits until this thread's copies are whole; None if they are."""
+        return None if self._side is None else self._side.take_ready()
+
+    def _beside(self, values: Tensor, own: Tensor) -> Array:
+        side = cast("SideStream", self._side)
+        rows = side.copy(own, self.dtype)
+        if values.dtype != self.stored and (ready := side.take_ready()) is not None:
+            ready()
             self._mind(values, rows)
         return rows
 

@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from grutrace.capture.continuity import Assignment
@@ -98,12 +99,18 @@ class SiteRecorder:
         """Return the state that each sequence that a call began started from, (begun, U)."""
         if not np.count_nonzero(assignment.begun):
             return self._no_states
-        return self.starts(observation)[assignment.begun]
+        starts = self._starts(observation)
+        if not assignment.begun.all():
+            starts = starts[torch.from_numpy(assignment.begun).to(starts.device)]
+        return self._rows.of(starts)
 
     def starts(self, observation: Observation) -> Array:
         """Return the state that each sequence of a call started from, (B, U), in its order."""
+        return self._rows.of(self._starts(observation))
+
+    def _starts(self, observation: Observation) -> Tensor:
         initial = observation.call.cell_initial(self.site.layer, self.site.reverse)
-        return self._rows.of(observation.steps.in_batch_order(self._of_units(initial)))
+        return observation.steps.in_batch_order(self._of_units(initial))
 
     def _copy(self, observation: Observation, layer: Layer, hidden: Tensor) -> Check:
         call, site = observation.call, self.site

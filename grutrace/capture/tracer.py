@@ -156,6 +156,7 @@ class Tracer(Trace):
             units=units,
             steps=steps,
             counted=sink is not None,
+            to_file=path is not None,
         )
         self._selections = narrow(self._select(model, sites, record), options)
         header = Header(

@@ -116,6 +116,9 @@ class Steps(Protocol):
             dtype: NumPy type of the copy.
         """
 
+    def ordered(self, values: Tensor) -> Tensor:
+        """Return the same on the device of the values, in memory of its own."""
+
     def as_rows(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
         """Return values that nobody else will change as `in_sequences`; not copied if possible."""
 
@@ -204,6 +207,12 @@ class PaddedSteps:
         rows = np.empty((self._batch, self._length, values.shape[-1]), dtype)
         torch.from_numpy(rows).copy_(values.transpose(0, 1))
         return rows.reshape(self._batch * self._length, values.shape[-1])
+
+    def ordered(self, values: Tensor) -> Tensor:
+        """Copy (T, B, width) to (B * T, width)."""
+        rows = values.transpose(0, 1).contiguous()
+        rows = rows.clone() if rows.data_ptr() == values.data_ptr() else rows
+        return rows.view(self._batch * self._length, values.shape[-1])
 
     def as_rows(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
         """Return (T, B, width), which may lie in memory as `room` does, as (B * T, width)."""
@@ -344,6 +353,10 @@ class PackedSteps:
         order = self._order.to(values.device)
         torch.from_numpy(rows).copy_(values.index_select(0, order))
         return rows
+
+    def ordered(self, values: Tensor) -> Tensor:
+        """Gather (N, width) sequence by sequence."""
+        return values.index_select(0, self._order.to(values.device))
 
     def as_rows(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
         """Gather (N, width) sequence by sequence."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import growth, measure, memory, start, storage
+from tests.benchmarks import choice, growth, measure, memory, start, storage
 from tests.benchmarks.about import about
 from tests.benchmarks.figures import Figure
 from tests.benchmarks.pairs import BUDGET, FEWEST, LIMIT, PAIRS
@@ -23,7 +23,7 @@ from tests.benchmarks.report import Report, Table
 from tests.benchmarks.workloads import Workload, all_workloads
 
 #: Sections that measure each workload. Peers come last: some change torch when they are imported.
-OF_WORKLOADS = ("tracing", "disk", "peers")
+OF_WORKLOADS = ("tracing", "choice", "disk", "peers")
 
 #: Sections that measure something of their own.
 OTHERS: dict[str, Callable[[], Iterable[Figure]]] = {
@@ -49,6 +49,7 @@ def run(
             save()
     by_section: dict[str, tuple[Table, Callable[[Workload], Iterator[Figure]]]] = {
         "tracing": (report.tracing, partial(measure.tracing, budget=budget, limit=limit)),
+        "choice": (report.choice, partial(choice.figures, budget=budget, limit=limit)),
         "disk": (report.disk, measure.disk),
         "peers": (report.peers, partial(measure.peers, budget=budget, limit=limit)),
     }

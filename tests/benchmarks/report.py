@@ -20,6 +20,10 @@ T steps, B sequences, I input size, H hidden size; float32; one layer, where not
 Ratios to the untraced run: the median over the pairs (10th to 90th percentile; of how many, where
 there are fewer than 11). A target that is missed is printed **bold**."""
 
+CHOICE = """\
+Everything inline, in memory, with all gates harvested and with all gates replayed, and which of the
+two the tracer takes. **Bold**: the dearer one, by more than a tenth."""
+
 DISK = """\
 About 0.1 seconds of runs in a row and the `flush` after them, to the same runs untraced: what
 the writer's thread still does after the model's call has returned is counted, too."""
@@ -45,6 +49,7 @@ class Report:
     Attributes:
         about: Machine, versions and threads.
         tracing: Ratios of the tracings, by workload.
+        choice: Those of everything inline, harvested and replayed.
         disk: Those until everything is on disk.
         peers: Those of the peers.
         others: Lists of other figures, by section.
@@ -52,12 +57,18 @@ class Report:
 
     about: Mapping[str, str]
     tracing: Table = field(default_factory=dict)
+    choice: Table = field(default_factory=dict)
     disk: Table = field(default_factory=dict)
     peers: Table = field(default_factory=dict)
     others: dict[str, list[Figure]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        tables = {"tracing": self.tracing, "disk": self.disk, "peers": self.peers}
+        tables = {
+            "tracing": self.tracing,
+            "choice": self.choice,
+            "disk": self.disk,
+            "peers": self.peers,
+        }
         return {
             "about": dict(self.about),
             **{name: _by_workload(table) for name, table in tables.items()},
@@ -69,6 +80,8 @@ class Report:
         parts = [f"{about}.", LEGEND]
         if self.tracing:
             parts += ["## Tracing", _wide("traced / untraced", self.tracing)]
+        if self.choice:
+            parts += ["## Harvest or replay", CHOICE, _wide("traced / untraced", self.choice)]
         if self.disk:
             parts += ["## With everything on disk", DISK, _wide("traced / untraced", self.disk)]
         if self.peers:

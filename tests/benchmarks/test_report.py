@@ -7,6 +7,7 @@ from math import nan
 
 import pytest
 
+from tests.benchmarks.choice import verdict
 from tests.benchmarks.figures import Figure, Target, measured, not_measured
 from tests.benchmarks.pairs import Ratio, Spread
 from tests.benchmarks.report import Report, number, table
@@ -118,3 +119,9 @@ def test_targets_follow_the_workload() -> None:
     assert to_file.target_for("other", None) is None
     read = by_name["the default, in memory, made and read"]
     assert read.target_for("other", 1.25) is None
+
+
+def test_the_dearer_choice_is_bold() -> None:
+    assert verdict("harvested", 1.2, 1.5) == "harvested"
+    assert verdict("replayed", 1.55, 1.5) == "replayed (about the same)"
+    assert verdict("replayed", 1.8, 1.5) == "**replayed**"
