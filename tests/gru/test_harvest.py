@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
+import textwrap
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -288,3 +292,44 @@ def test_a_chaotic_network(harvesting, grad) -> None:
 def test_the_rule_prefers_the_replay_where_steps_are_small(graph) -> None:
     assert not harvest.pays(1, 64, 64, graph=graph)
     assert harvest.pays(64, 1024, 1024, graph=graph)
+
+
+PEAK = """
+    import sys
+    import torch
+    from torch import nn
+    import grutrace
+    from grutrace.gru import harvest
+
+    torch.set_num_threads(1)
+    way = sys.argv[1]
+    harvest.pays = lambda *_, **__: way == "harvested"
+    layer, x = nn.GRU(256, 256), torch.randn(256, 32, 256)
+    if way == "graph":
+        kept = layer(x)
+    elif way == "untraced":
+        with torch.no_grad():
+            layer(x)
+    else:
+        with torch.no_grad(), grutrace.trace(layer, gates="inline"):
+            layer(x)
+    with open("/proc/self/status") as status:
+        print(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+"""
+
+#: Of the three gates and the states above, and what may come on top. KiB.
+ROWS, MARGIN = 4 * 256 * 32 * 256 * 4 // 1024, 16 * 1024
+
+
+def peak(way: str) -> int:
+    command = [sys.executable, "-c", textwrap.dedent(PEAK), way]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_neither_way_holds_much_more_than_the_rows() -> None:
+    untraced = peak("untraced")
+    for way in ("harvested", "replayed"):
+        assert peak(way) - untraced < ROWS + MARGIN, way
+    # The control: what autograd keeps of the same call.
+    assert peak("graph") - untraced > ROWS + MARGIN
