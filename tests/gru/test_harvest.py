@@ -304,7 +304,7 @@ PEAK = """
     torch.set_num_threads(1)
     way = sys.argv[1]
     harvest.pays = lambda *_, **__: way == "harvested"
-    layer, x = nn.GRU(256, 256), torch.randn(256, 32, 256)
+    layer, x = nn.GRU(512, 512), torch.randn(256, 64, 512)
     if way == "graph":
         kept = layer(x)
     elif way == "untraced":
@@ -318,7 +318,7 @@ PEAK = """
 """
 
 #: Of the three gates and the states above, and what may come on top. KiB.
-ROWS, MARGIN = 4 * 256 * 32 * 256 * 4 // 1024, 16 * 1024
+ROWS, MARGIN = 4 * 256 * 64 * 512 * 4 // 1024, 16 * 1024
 
 
 def peak(way: str) -> int:
