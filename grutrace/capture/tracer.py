@@ -23,6 +23,7 @@ from grutrace.capture.listen import Ear
 from grutrace.capture.observe import Observation, Stacks
 from grutrace.capture.options import Check, Gates, Options, StoredType, Units, versions
 from grutrace.capture.recorder import ModuleRecorder
+from grutrace.capture.recording import Recording
 from grutrace.capture.selection import narrow
 from grutrace.capture.sites import Selection, select
 from grutrace.capture.surroundings import Missed, compiler_is_loaded
@@ -43,37 +44,6 @@ _IN_A_CHILD = (
     "a traced model was called in a forked child of the process that records it, where nothing is "
     "recorded: make a tracer in the child"
 )
-
-
-class Recording:
-    """A stretch of recording, for giving tokens and labels to what was recorded in it."""
-
-    def __init__(self, tracer: Tracer, batches: RecordedBatches) -> None:
-        self._tracer, self._batches = tracer, batches
-
-    def annotate(
-        self,
-        *,
-        tokens: Given | None = None,
-        labels: Mapping[str, Given] | None = None,
-        module: str | None = None,
-    ) -> None:
-        """Give tokens or labels to the sequences recorded so far.
-
-        Args:
-            tokens: One list of texts a sequence of the batch, one text a step from its first;
-                or such lists by the path (or glob) of the module that they belong to.
-            labels: By name, the same with numbers or texts; or one value a sequence.
-            module: Path or glob of the module that they belong to. Without it they go to every
-                recorded batch that they fit exactly.
-
-        Raises:
-            OptionError: They fit nothing that was recorded.
-        """
-        given = {"tokens": tokens, **(labels or {})}
-        for name, values in given.items():
-            if values is not None:
-                self._tracer._annotate(self._batches, name, values, module)
 
 
 class Tracer(Trace):
@@ -271,7 +241,7 @@ class Tracer(Trace):
             The recording, for annotations that are known only after the model has run.
         """
         batches = RecordedBatches([each.description for each in self._selections])
-        recording = Recording(self, batches)
+        recording = Recording(self._annotate, batches)
         before = self.is_recording, self._tag, self._batches
         try:
             self.start(tag)
