@@ -79,15 +79,17 @@ class ModuleRecorder:
     ) -> None:
         self._index, self._limits, self._append = index, limits, append
         self.description = selection.description
-        self._copies = options.gates == "background"
-        copied = defer(self.description) if self._copies else self.description
+        background = options.gates == "background"
+        copied = defer(self.description) if background else self.description
         self._rows = RowType(
             copied,
             chosen=options.dtype is not None,
-            copied=self._copies,
+            copied=background,
             beside=options.to_file,
         )
         self._sites = [SiteRecorder(selection, site, options, self._rows) for site in copied.sites]
+        # Of these, what each sequence started a call from is copied as well.
+        self._copying = self._sites if background else []
         self._continuity = Continuity()
         steps = options.steps
         self._kept = None if steps is None else KeptSteps(steps.start, steps.stop)
@@ -154,10 +156,12 @@ class ModuleRecorder:
     def _block(
         self, observation: Observation, assignment: Assignment, tag: str | None, taken: Taken
     ) -> Block:
+        starts = {each.site.suffix: each.starts(observation) for each in self._copying}
         sites = {}
         for each in self._sites:
             rows, check = taken[each.site.suffix]
-            sites[each.site.suffix] = SiteRows(rows, each.begun(observation, assignment), *check)
+            begun = each.begun(observation, assignment, starts.get(each.site.suffix))
+            sites[each.site.suffix] = SiteRows(rows, begun, *check)
         fields = (
             self._index,
             time.time(),
@@ -169,9 +173,8 @@ class ModuleRecorder:
             sites,
             assignment.forks,
         )
-        if not self._copies:
+        if not self._copying:
             return Block(*fields)
-        starts = {each.site.suffix: each.starts(observation) for each in self._sites}
         return CopiedBlock(*fields, starts, self._rows.take_ready())
 
     def _bytes(self, block: Block, weights: Weights | None) -> int:

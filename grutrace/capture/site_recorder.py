@@ -95,14 +95,22 @@ class SiteRecorder:
             rows["input"] = inputs[site.layer]
         return rows, check
 
-    def begun(self, observation: Observation, assignment: Assignment) -> Array:
-        """Return the state that each sequence that a call began started from, (begun, U)."""
+    def begun(
+        self, observation: Observation, assignment: Assignment, copied: Array | None = None
+    ) -> Array:
+        """Return the state that each sequence that a call began started from, (begun, U).
+
+        Args:
+            observation: The call.
+            assignment: Its sequences.
+            copied: What `starts` returned, if it was asked already: all of them may be the same.
+        """
         if not np.count_nonzero(assignment.begun):
             return self._no_states
+        if assignment.begun.all():
+            return self.starts(observation) if copied is None else copied
         starts = self._starts(observation)
-        if not assignment.begun.all():
-            starts = starts[torch.from_numpy(assignment.begun).to(starts.device)]
-        return self._rows.of(starts)
+        return self._rows.of(starts[torch.from_numpy(assignment.begun).to(starts.device)])
 
     def starts(self, observation: Observation) -> Array:
         """Return the state that each sequence of a call started from, (B, U), in its order."""
