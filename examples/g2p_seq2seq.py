@@ -37,7 +37,7 @@ INSTALL = 'this example needs its extra: pip install "grutrace[demo]"'
 try:
     import matplotlib
 
-    from grutrace.cli import print_stats, summaries
+    from grutrace.cli.stats import print_stats, summaries
 except ImportError:
     if __name__ != "__main__":
         raise

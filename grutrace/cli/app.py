@@ -1,0 +1,43 @@
+"""The commands put together, and errors turned into one line and an exit code."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from grutrace.cli.arguments import NO_ANSWER
+from grutrace.cli.derive import derive
+from grutrace.cli.info import info
+from grutrace.cli.run import run
+from grutrace.cli.stats import stats
+from grutrace.cli.verify import verify
+from grutrace.errors import GrutraceError
+
+app = typer.Typer(
+    help="See inside the GRUs of a running model: trace a script, look into traces.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# In the order in which the help lists them. What is loaded here is loaded by every command: heavy
+# imports belong inside the command's function.
+app.command(context_settings={"allow_interspersed_args": False})(run)
+app.command()(info)
+app.command()(stats)
+app.command()(verify)
+app.command()(derive)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code. An error becomes one line."""
+    try:
+        app(None if argv is None else list(argv), prog_name="grutrace")
+    except GrutraceError as error:
+        print(f"grutrace: {error}", file=sys.stderr)
+        return NO_ANSWER
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else NO_ANSWER * bool(ended.code)
+    return 0

@@ -1,0 +1,55 @@
+"""How commands print: tables, JSON, bars of progress."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.progress import Progress, track
+from rich.table import Table
+
+Item = TypeVar("Item")
+
+
+def new_table(*columns: str) -> Table:
+    """Return an empty table in the style of all commands."""
+    return Table(*columns, box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+
+
+def percent(share: float) -> str:
+    """Write a share in percent."""
+    return "" if math.isnan(share) else f"{100 * share:.1f} %"
+
+
+def with_progress(items: Sequence[Item], doing: str) -> Iterable[Item]:
+    """Yield the items, with a bar on a terminal."""
+    console = Console(stderr=True)
+    return track(items, doing, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextmanager
+def progress_bar(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar on a terminal, which is told how much is done of how much."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(doing)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON. What is no number is null, and an infinity a text."""
+    print(json.dumps(_plain(value), indent=2, allow_nan=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value

@@ -1,0 +1,74 @@
+"""`grutrace run`: an unchanged script, with the GRUs of its models traced."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grutrace.record import DEFAULT_RECORD, QUANTITIES
+from grutrace.run.launch import launch
+from grutrace.run.settings import CHECKS, DTYPES, GATES, MODES, STACKS, Settings
+from grutrace.run.texts import size
+
+
+def run(
+    program: Annotated[
+        list[str],
+        typer.Argument(metavar="SCRIPT [ARGS]...", help="A script and its own arguments."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The trace.")] = Path("run.h5"),
+    module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module.")] = False,
+    sites: Annotated[
+        list[str] | None, typer.Option(help="Glob for names of sites. Can be repeated.")
+    ] = None,
+    record: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Out of {', '.join(QUANTITIES)}; commas between. Can be repeated."),
+    ] = None,
+    mode: Annotated[str, typer.Option(help=f"For a trace that exists: {', '.join(MODES)}.")] = "w",
+    check: Annotated[
+        str, typer.Option(help=f"What a residual past rounding does: {', '.join(CHECKS)}.")
+    ] = "warn",
+    stacks: Annotated[
+        str, typer.Option(help=f"How lower layers are seen: {', '.join(STACKS)}.")
+    ] = "auto",
+    gates: Annotated[
+        str, typer.Option(help=f"When they are computed: {', '.join(GATES)}.")
+    ] = "auto",
+    every: Annotated[int, typer.Option(help="Of each module, only each n-th call.")] = 1,
+    max_calls: Annotated[
+        int | None, typer.Option(help="Record no more than this many calls.")
+    ] = None,
+    max_bytes: Annotated[
+        str | None, typer.Option(help="Record no more than this: 10GB, 512MiB.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help=f"What rows are kept as: {', '.join(DTYPES)}.")
+    ] = None,
+    units: Annotated[str | None, typer.Option(help="Only these units: 0,3,7 or 0:32.")] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="Only these steps of each sequence: 5:20.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing of our own.")] = False,
+) -> None:
+    """Run a script as python would, and trace the GRUs of every model in it."""
+    asked = [name for names in record or [",".join(DEFAULT_RECORD)] for name in names.split(",")]
+    settings = Settings(
+        str(output),
+        tuple(sites or ()),
+        tuple(asked),
+        mode,
+        stacks,
+        check,
+        gates,
+        every=every,
+        max_calls=max_calls,
+        max_bytes=None if max_bytes is None else size(max_bytes),
+        dtype=dtype,
+        units=units,
+        steps=steps,
+        quiet=quiet,
+    )
+    launch(settings, program, module=module)

@@ -1,0 +1,63 @@
+"""`grutrace verify`: whether a trace holds together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+
+from grutrace.cli.arguments import NO, NO_ANSWER, AsJSON, File
+from grutrace.cli.output import new_table, print_json, with_progress
+from grutrace.storage.sinks import open_trace
+
+if TYPE_CHECKING:
+    from grutrace.analysis.verification import SiteVerification
+
+
+def verify(file: File, as_json: AsJSON = False) -> None:
+    """Check the gates against weights, inputs and states, or else the states against the gates.
+
+    Exits with 1 if a trace does not hold together, and with 2 if nothing could be checked.
+    """
+    # Here since it needs torch, which takes longer to load than the other commands to run.
+    from grutrace.analysis.verification import verify_site
+
+    with open_trace(file) as trace:
+        results = [verify_site(trace, name) for name in with_progress(trace.sites, "verifying")]
+    if as_json:
+        print_json([dataclasses.asdict(each) | {"holds": each.holds} for each in results])
+    else:
+        print_verification(results)
+    if not all(each.holds for each in results):
+        raise typer.Exit(NO)
+    if not any(each.check for each in results):
+        raise typer.Exit(NO_ANSWER)
+
+
+def print_verification(results: Sequence[SiteVerification]) -> None:
+    """Print what was checked of every site, and where it holds least."""
+    table = new_table("site", "checked", "")
+    table.add_column("steps", justify="right")
+    table.add_column("worst difference", justify="right")
+    table.add_column("of tolerance", justify="right")
+    for each in results:
+        verdict = ("holds" if each.holds else "DOES NOT HOLD") if each.check else ""
+        row = [each.site, each.check or "nothing", verdict, str(each.steps)]
+        if each.worst:
+            of_tolerance = each.worst.difference / each.worst.tolerance
+            row += [f"{each.worst.difference:.1e}", f"{of_tolerance:.2g}"]
+        table.add_row(*row)
+    Console().print(table)
+    for each in results:
+        if each.reason:
+            print(f"{each.site}: {each.reason}")
+        if each.worst and not each.holds:
+            worst = each.worst
+            print(
+                f"{each.site}: sequence {worst.sequence}, step {worst.step}, unit {worst.unit}: "
+                f"{worst.quantity} is {worst.recorded:.7g}, should be {worst.expected:.7g} "
+                f"within {worst.tolerance:.1e}"
+            )
