@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from grutrace.record import GATES, Array
+from grutrace.record import GATES
+from grutrace.statistics.results import UnitStatistics
+from grutrace.statistics.statistics import Statistics
+from grutrace.statistics.units import OPEN, SHUT
+from grutrace.storage.blocks import blocks
 from grutrace.storage.site import SiteTrace
 from grutrace.storage.source import Rows
-
-#: Below the one a gate counts as nearly shut, above the other as nearly open. The bounds are those
-#: of Karpathy, Johnson and Li (2015), "Visualizing and understanding recurrent networks".
-SHUT, OPEN = 0.1, 0.9
-
-#: How much is brought into memory at once. Bytes.
-BLOCK = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -81,8 +77,28 @@ def summarize_gate(rows: Rows) -> GateSummary:
     return GateSummary(total / count, below / count, above / count)
 
 
-def blocks(rows: Rows) -> Iterator[Array]:
-    """Yield all rows, some at a time."""
-    each = max(1, BLOCK // max(1, rows.shape[1] * rows.dtype.itemsize))
-    for start in range(0, len(rows), each):
-        yield np.asarray(rows[start : start + each])
+def summarize_statistics(statistics: Statistics) -> list[SiteSummary]:
+    """Summarize every site, each as `summarize_site` does that of a trace."""
+    sites = [statistics[name] for name in statistics]
+    return [
+        SiteSummary(
+            site=site.site,
+            sequences=site.sequences,
+            steps=site.steps,
+            residual=site.residual,
+            gates={
+                name: _gate(figures) for name, figures in site.quantities.items() if name in GATES
+            },
+        )
+        for site in sites
+    ]
+
+
+def _gate(figures: UnitStatistics) -> GateSummary:
+    """The mean over units, each with the weight of its values."""
+    some = figures.count > 0
+    weights = figures.count[some] / max(1, figures.count.sum())
+    if not some.any() or figures.below is None or figures.above is None:
+        return GateSummary(np.nan, np.nan, np.nan)
+    each = (figures.mean, figures.below, figures.above)
+    return GateSummary(*(float(weights @ values[some]) for values in each))

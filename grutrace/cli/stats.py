@@ -3,39 +3,99 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Annotated
 
+import typer
 from rich.console import Console
 
-from grutrace.analysis.summary import OPEN, SHUT, SiteSummary, summarize_site
+from grutrace.analysis.material import material
+from grutrace.analysis.measures import MEASURES, Measure, measure
+from grutrace.analysis.result import Result
+from grutrace.analysis.summary import SiteSummary, summarize_site, summarize_statistics
 from grutrace.cli.arguments import AsJSON, File
-from grutrace.cli.output import new_table, percent, print_json, with_progress
+from grutrace.cli.output import new_table, percent, print_json, progress_bar, with_progress
+from grutrace.cli.results import print_result
+from grutrace.errors import OptionError
 from grutrace.statistics.file import is_statistics
 from grutrace.statistics.statistics import Statistics
-from grutrace.statistics.table import summarize_statistics
+from grutrace.statistics.units import OPEN, SHUT
 from grutrace.storage.sinks import open_trace
 from grutrace.storage.trace import Trace
 
 
-def stats(file: File, as_json: AsJSON = False) -> None:
+def stats(
+    file: File,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[MEASURE]", help=f"One of {', '.join(MEASURES)}."),
+    ] = None,
+    site: Annotated[
+        list[str] | None, typer.Option(help="Glob for names of sites. Can be repeated.")
+    ] = None,
+    each: Annotated[bool, typer.Option("--each", help="A line for each unit.")] = False,
+    as_json: AsJSON = False,
+) -> None:
     """Summarize every site: sequences, steps, residual, and how open its gates are.
 
-    FILE is a trace, or what a grutrace.Statistics wrote.
+    FILE is a trace, or what a grutrace.Statistics wrote. With MEASURE, say that of every site.
     """
+    if name is not None:
+        chosen = measure(name)
+        with open_trace(file) as trace:
+            print_results(results(trace, chosen, matching(trace, site)), each, as_json)
+        return
     if is_statistics(file):
         found = summarize_statistics(Statistics.load(file))
     else:
         with open_trace(file) as trace:
-            found = summaries(trace)
+            found = summaries(trace, matching(trace, site))
     if as_json:
         print_json([dataclasses.asdict(each) for each in found])
     else:
         print_stats(found)
 
 
-def summaries(trace: Trace) -> list[SiteSummary]:
-    """Return the summary of every site."""
-    return [summarize_site(trace[name]) for name in with_progress(trace.sites, "reading")]
+def matching(trace: Trace, globs: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the sites that are asked for; all of them unless something is.
+
+    Raises:
+        OptionError: A glob matches none.
+    """
+    for glob in globs or ():
+        if not any(fnmatchcase(name, glob) for name in trace.sites):
+            found = ", ".join(trace.sites) or "none"
+            raise OptionError(f"site: {glob!r} matches none of the sites: {found}")
+    return tuple(
+        name for name in trace.sites if not globs or any(fnmatchcase(name, glob) for glob in globs)
+    )
+
+
+def results(trace: Trace, chosen: Measure, sites: Sequence[str]) -> Iterator[Result]:
+    """Yield what an analysis finds at each site, with a bar on a terminal."""
+    analyse = chosen.load()
+    for name in sites:
+        with progress_bar(f"{chosen.function} of {name}") as advance:
+            of = material(trace[name])
+            of.advance = advance
+            found = analyse(of)
+        yield found
+
+
+def print_results(found: Iterable[Result], each: bool, as_json: bool) -> None:
+    """Print results: one after another as text, or as one JSON array."""
+    if as_json:
+        print_json([dataclasses.asdict(result) for result in found])
+        return
+    for result in found:
+        print_result(result, each)
+
+
+def summaries(trace: Trace, sites: Sequence[str] | None = None) -> list[SiteSummary]:
+    """Return the summary of every site, or of some."""
+    names = trace.sites if sites is None else sites
+    return [summarize_site(trace[name]) for name in with_progress(names, "reading")]
 
 
 def print_stats(found: Sequence[SiteSummary]) -> None:

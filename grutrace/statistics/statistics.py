@@ -12,7 +12,6 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from grutrace.analysis.summary import blocks
 from grutrace.errors import NotRecordedError, OptionError, StateError
 from grutrace.record import Header
 from grutrace.statistics.accumulator import Accumulator, SiteLayout, layout_of
@@ -20,6 +19,7 @@ from grutrace.statistics.bins import BINS, require_bins
 from grutrace.statistics.feed import Feed
 from grutrace.statistics.file import StatisticsFile, load
 from grutrace.statistics.results import SiteStatistics
+from grutrace.storage.blocks import blocks
 from grutrace.storage.pump import Pump
 from grutrace.storage.trace import Trace
 

@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from grutrace.analysis.summary import OPEN, SHUT
 from grutrace.record import Array
 from grutrace.statistics.reductions import count_true, reduce_rows
+
+#: Below the one a gate counts as nearly shut, above the other as nearly open. The bounds are those
+#: of Karpathy, Johnson and Li (2015), "Visualizing and understanding recurrent networks".
+SHUT, OPEN = 0.1, 0.9
 
 #: One unit. `count` is of finite values, and only they are in what follows it. `squares` is the sum
 #: of squared deviations from the mean; `minimum` and `maximum` are infinities the other way round

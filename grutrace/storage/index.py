@@ -69,6 +69,16 @@ class ModuleIndex:
             return slice(start, start + int(self.steps[pieces[0]]))
         return spread(self.starts[pieces], self.steps[pieces])
 
+    def rows_between(self, first: int, last: int) -> slice | Integers:
+        """The rows of sequences `first` to `last` - 1, end to end, each in time order."""
+        pieces = self.order[self.bounds[first] : self.bounds[last]]
+        starts, steps = self.starts[pieces], self.steps[pieces]
+        if not len(pieces):
+            return slice(0, 0)
+        if np.array_equal(starts[1:], starts[:-1] + steps[:-1]):
+            return slice(int(starts[0]), int(starts[-1] + steps[-1]))
+        return spread(starts, steps)
+
     @property
     def first_pieces(self) -> Integers:
         """(S,) the piece that each sequence began with."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 
@@ -94,6 +95,17 @@ class SiteTrace(Quantities[Rows]):
             ) from None
         return Sequence(moment, self._number, self.site, number)
 
+    def rows_between(self, first: int, last: int) -> slice | Integers:
+        """Where the steps of the sequences from `first` up to before `last` lie among all rows.
+
+        They come sequence by sequence, each in time order.
+        """
+        return self._index.rows_between(first, last)
+
+    def now(self) -> SiteTrace:
+        """This site as it is now, which does not go along when its trace is refreshed."""
+        return SiteTrace(partial(_same, self._look()), self._number, self.site)
+
     def padded(self, quantity: str) -> tuple[Array, Integers]:
         """All sequences, with zeros after the end of each.
 
@@ -144,6 +156,14 @@ class SiteTrace(Quantities[Rows]):
     def ingredients(self) -> SiteIngredients:
         """What the gates follow from, as of now."""
         return self._look().ingredients(self._number, self.site)
+
+    def row_versions(self, rows: slice | Integers) -> Integers:
+        """The version of the weights that made each of these rows."""
+        if isinstance(rows, slice):
+            rows = np.arange(*rows.indices(self.extent.rows))
+        moment = self._look()
+        calls = self._index.calls[self._index.pieces_of(rows)]
+        return moment.tables.calls["weights"][calls].astype(np.int64)
 
     def row_calls(self, start: int = 0, stop: int | None = None) -> Integers:
         """The calls, as rows of `Trace.calls`, that made rows ``start`` to ``stop``."""
@@ -206,3 +226,7 @@ class SiteTrace(Quantities[Rows]):
                 f"there is no version {version} of the weights of {self.name!r}, which has {count}"
             )
         return self._look().source.weights(self._number, self.site.suffix, version % count)
+
+
+def _same(moment: Moment) -> Moment:
+    return moment

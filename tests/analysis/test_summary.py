@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis import summary
 from grutrace.analysis.summary import summarize_gate, summarize_site
+from grutrace.storage import blocks
 
 
 @pytest.fixture(params=[None, "run.h5"])
@@ -31,7 +31,7 @@ def trace(request, tmp_path):
 
 @pytest.mark.parametrize("block", [1, 200, 10**9])
 def test_equals_all_values_at_once(trace, block, monkeypatch) -> None:
-    monkeypatch.setattr(summary, "BLOCK", block)
+    monkeypatch.setattr(blocks, "BLOCK", block)
     for name in trace.sites:
         found = summarize_site(trace[name])
         assert (found.site, found.sequences, found.steps) == (name, 8, 282)

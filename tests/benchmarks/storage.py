@@ -17,8 +17,9 @@ import h5py
 import numpy as np
 
 import grutrace
-from grutrace.analysis.summary import BLOCK, summarize_site
+from grutrace.analysis.summary import summarize_site
 from grutrace.record import GATES, Block
+from grutrace.storage.blocks import BLOCK
 from grutrace.storage.schema import LIBVER, layout, quantity_place
 from grutrace.storage.site import SiteTrace
 from tests.benchmarks import long_traces

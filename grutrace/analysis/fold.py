@@ -1,0 +1,139 @@
+"""Going through a site in parts, and joining what was found: here, or on dask, with one result.
+
+An analysis says what it keeps of some steps and how two of these are joined, in order. The parts
+are the same wherever they are computed, and so is the order in which they are joined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol, Self, TypeVar
+
+import numpy as np
+
+from grutrace.analysis.elsewhere import computed
+from grutrace.analysis.material import Material
+from grutrace.analysis.stretches import PREVIOUS, WEIGHTS, Stretch, stretches
+from grutrace.record import Array
+
+#: What one part reads, about. Large beside the work of handing it out. Bytes.
+PART = 64 * 1024 * 1024
+
+#: What a part brings into memory at once. Bytes.
+BLOCK = 4 * 1024 * 1024
+
+
+class _Joining(Protocol):
+    def merge(self, later: Any) -> None: ...
+
+
+class RowFold(Protocol):
+    """What is kept of rows, in whatever order they are stored."""
+
+    def add(self, rows: Mapping[str, Array]) -> None:
+        """Take in a block: by quantity, (n, H)."""
+
+    def merge(self, later: Self) -> None:
+        """Take in what another has kept of the rows after these."""
+
+
+class SequenceFold(Protocol):
+    """What is kept of sequences, each in the order in which it was made."""
+
+    def add(self, stretch: Stretch) -> None:
+        """Take in the next stretch."""
+
+    def merge(self, later: Self) -> None:
+        """Take in what another has kept of the sequences after these."""
+
+
+Rowwise = TypeVar("Rowwise", bound=RowFold)
+Sequencewise = TypeVar("Sequencewise", bound=SequenceFold)
+Kept = TypeVar("Kept", bound="_Joining")
+
+
+def fold_rows(site: Material, quantities: Sequence[str], begin: Callable[[], Rowwise]) -> Rowwise:
+    """Go through all rows of some quantities.
+
+    Args:
+        site: Where they are.
+        quantities: Which; a block has all of them, of the same rows.
+        begin: Makes an empty fold. For a cluster it is sent to: a class, or a `partial` of one.
+
+    Raises:
+        NotRecordedError: A quantity is not there.
+    """
+    site.require(*quantities)
+    step = max(1, PART // _row_bytes(site, quantities))
+    tasks = [
+        partial(_fold_rows, site, quantities, begin, start, min(start + step, site.steps))
+        for start in range(0, site.steps, step)
+    ]
+    return _joined(site, tasks, begin)
+
+
+def fold_sequences(
+    site: Material, quantities: Sequence[str], begin: Callable[[], Sequencewise]
+) -> Sequencewise:
+    """Go through all sequences, each in the order in which it was made.
+
+    Args:
+        site: Where they are.
+        quantities: Which, and `previous` and `weights` as for `stretches`.
+        begin: Makes an empty fold. For a cluster it is sent to: a class, or a `partial` of one.
+
+    Raises:
+        NotRecordedError: A quantity is not there.
+    """
+    stored = [name for name in quantities if name not in (PREVIOUS, WEIGHTS)]
+    stored += ["hidden"] if PREVIOUS in quantities and "hidden" not in stored else []
+    site.require(*stored)
+    each = max(1, PART // _row_bytes(site, stored))
+    ends, first, tasks = np.cumsum(site.lengths), 0, []
+    while first < len(ends):
+        before = int(ends[first - 1]) if first else 0
+        last = max(first + 1, int(np.searchsorted(ends, before + each, "right")))
+        tasks.append(partial(_fold_sequences, site, quantities, begin, first, last))
+        first = last
+    return _joined(site, tasks, begin)
+
+
+def _fold_rows(
+    site: Material, quantities: Sequence[str], begin: Callable[[], Rowwise], start: int, stop: int
+) -> Rowwise:
+    fold = begin()
+    step = max(1, BLOCK // _row_bytes(site, quantities))
+    sources = {name: site.rows(name) for name in quantities}
+    for low in range(start, stop, step):
+        part = slice(low, min(low + step, stop))
+        fold.add({name: np.asarray(rows[part]) for name, rows in sources.items()})
+    return fold
+
+
+def _fold_sequences(
+    site: Material,
+    quantities: Sequence[str],
+    begin: Callable[[], Sequencewise],
+    first: int,
+    last: int,
+) -> Sequencewise:
+    fold = begin()
+    for stretch in stretches(site, quantities, first, last):
+        fold.add(stretch)
+    return fold
+
+
+def _joined(site: Material, tasks: Sequence[Callable[[], Kept]], begin: Callable[[], Kept]) -> Kept:
+    joined = begin()
+    folds = computed(tasks) if site.dask else (task() for task in tasks)
+    for done, fold in enumerate(folds, 1):
+        joined.merge(fold)
+        if site.advance is not None:
+            site.advance(done, len(tasks))
+    return joined
+
+
+def _row_bytes(site: Material, quantities: Sequence[str]) -> int:
+    rows = [site.rows(name) for name in quantities]
+    return max(1, sum(each.shape[1] * each.dtype.itemsize for each in rows))

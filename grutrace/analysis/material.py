@@ -1,0 +1,245 @@
+"""What every analysis reads from: a site of a trace, or arrays that somebody has.
+
+N rows (steps of all sequences), S sequences, H units, I input size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from grutrace.errors import NotRecordedError, OptionError
+from grutrace.record import QUANTITIES, Array
+from grutrace.storage.index import Integers
+from grutrace.storage.site import SiteTrace
+from grutrace.storage.source import Rows
+
+
+@dataclass(frozen=True, eq=False)
+class SiteArrays:
+    """Arrays in the place of a site of a trace: NumPy's, h5py's, Zarr's or dask's.
+
+    The steps of all sequences lie end to end, each sequence in time order, in every quantity alike.
+
+    Attributes:
+        lengths: (S,) steps of each sequence; None for one sequence of all rows.
+        reset: (N, H)
+        update: (N, H), PyTorch's: where it is 1 the previous state is kept.
+        candidate: (N, H)
+        hidden: (N, H)
+        input: (N, I)
+        initial: (S, H) the state that each sequence began from; None for zeros.
+        weights: By PyTorch's names without suffix: weight_ih (3H, I), weight_hh (3H, H), bias_ih
+            and bias_hh (3H,), in the order reset, update, candidate.
+        reverse: Whether the layer read its sequences from the last step to the first.
+        name: What results call it.
+    """
+
+    lengths: Any = None
+    reset: Any = None
+    update: Any = None
+    candidate: Any = None
+    hidden: Any = None
+    input: Any = None
+    initial: Any = None
+    weights: Mapping[str, Array] = field(default_factory=dict)
+    reverse: bool = False
+    name: str = "arrays"
+
+
+class Material(ABC):
+    """A site as analyses see it. Nothing in it changes while it is read.
+
+    Attributes:
+        name: Full name of the site.
+        reverse: Whether its sequences were read from the last step to the first.
+        lengths: (S,) steps of each sequence.
+        units: (H,) the number of each unit that there are columns of.
+        dask: Whether work is handed to dask; see `elsewhere.on_dask`.
+        advance: Told how many parts of how many are done, while an analysis goes on.
+    """
+
+    name: str
+    reverse: bool
+    lengths: Integers
+    units: Integers
+    dask: bool = False
+    advance: Callable[[int, int], None] | None = None
+
+    @property
+    @abstractmethod
+    def quantities(self) -> tuple[str, ...]:
+        """What there are rows of."""
+
+    @abstractmethod
+    def rows(self, quantity: str) -> Rows:
+        """All rows of a quantity, (N, H) or (N, I), as they are stored.
+
+        Raises:
+            NotRecordedError: There are none.
+        """
+
+    @abstractmethod
+    def rows_between(self, first: int, last: int) -> slice | Integers:
+        """Where the steps of sequences `first` to `last` - 1 lie, each in time order."""
+
+    @abstractmethod
+    def initial(self, first: int, last: int) -> Array:
+        """(last - first, H) the states that these sequences began from."""
+
+    @abstractmethod
+    def versions(self, rows: slice | Integers) -> Integers:
+        """The version of the weights that made each of these rows."""
+
+    @abstractmethod
+    def weights(self, version: int) -> Mapping[str, Array]:
+        """One version of the weights, by PyTorch's names without suffix.
+
+        Raises:
+            NotRecordedError: There are none.
+        """
+
+    def require(self, *quantities: str) -> None:
+        """Refuse early what an analysis could not read.
+
+        Raises:
+            NotRecordedError: One of the quantities is not there; the message says which are.
+        """
+        for quantity in quantities:
+            if quantity not in self.quantities:
+                found = ", ".join(self.quantities) or "nothing"
+                raise NotRecordedError(
+                    f"{self.name!r} has no {quantity!r}, which this analysis needs; it has {found}"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Whoever watches sits where the work was handed out.
+        return self.__dict__ | {"advance": None}
+
+    @property
+    def steps(self) -> int:
+        """N, of all sequences together."""
+        return int(self.lengths.sum())
+
+
+class _OfTrace(Material):
+    """A site of a trace, as it was when the analysis began."""
+
+    def __init__(self, site: SiteTrace) -> None:
+        self._site = site.now()
+        self.name, self.reverse = site.name, site.site.reverse
+        self.lengths = self._site.lengths
+        units = range(site.module.hidden_size) if site.units is None else site.units
+        self.units = np.array(units, np.int64)
+
+    @property
+    def quantities(self) -> tuple[str, ...]:
+        return self._site.site.readable
+
+    def rows(self, quantity: str) -> Rows:
+        return self._site.rows(quantity)
+
+    def rows_between(self, first: int, last: int) -> slice | Integers:
+        return self._site.rows_between(first, last)
+
+    def initial(self, first: int, last: int) -> Array:
+        return np.asarray(self._site.initial[first:last])
+
+    def versions(self, rows: slice | Integers) -> Integers:
+        return self._site.row_versions(rows)
+
+    def weights(self, version: int) -> Mapping[str, Array]:
+        return self._site.weights(version)
+
+
+class _OfArrays(Material):
+    """Arrays, checked to fit together."""
+
+    def __init__(self, arrays: SiteArrays) -> None:
+        self._arrays = {
+            name: _two_axes(name, getattr(arrays, name))
+            for name in QUANTITIES
+            if getattr(arrays, name) is not None
+        }
+        if not self._arrays:
+            raise OptionError(f"SiteArrays: expected one of {', '.join(QUANTITIES)}; found none")
+        self.name, self.reverse = arrays.name, arrays.reverse
+        counts = {name: rows.shape[0] for name, rows in self._arrays.items()}
+        total = next(iter(counts.values()))
+        lengths = np.array([total] if arrays.lengths is None else arrays.lengths, np.int64)
+        for name, count in counts.items():
+            if count != lengths.sum():
+                raise OptionError(
+                    f"SiteArrays.{name}: expected {lengths.sum()} rows, as the lengths add up to, "
+                    f"found {count}"
+                )
+        self.lengths = lengths
+        self._ends = np.concatenate([[0], np.cumsum(lengths)])
+        widths = {name: rows.shape[1] for name, rows in self._arrays.items() if name != "input"}
+        if len(set(widths.values())) > 1:
+            raise OptionError(f"SiteArrays: expected one number of units, found {widths}")
+        self.units = np.arange(next(iter(widths.values()), 0))
+        shape = len(lengths), len(self.units)
+        self._initial = np.zeros(shape) if arrays.initial is None else np.asarray(arrays.initial)
+        if self._initial.shape != shape:
+            raise OptionError(
+                f"SiteArrays.initial: expected shape {shape}, found {self._initial.shape}"
+            )
+        self._weights = dict(arrays.weights)
+
+    @property
+    def quantities(self) -> tuple[str, ...]:
+        return tuple(name for name in QUANTITIES if name in self._arrays)
+
+    def rows(self, quantity: str) -> Rows:
+        self.require(quantity)
+        rows: Rows = self._arrays[quantity]
+        return rows
+
+    def rows_between(self, first: int, last: int) -> slice | Integers:
+        return slice(int(self._ends[first]), int(self._ends[last]))
+
+    def initial(self, first: int, last: int) -> Array:
+        return np.asarray(self._initial[first:last])
+
+    def versions(self, rows: slice | Integers) -> Integers:
+        count = len(range(*rows.indices(self.steps))) if isinstance(rows, slice) else len(rows)
+        return np.zeros(count, np.int64)
+
+    def weights(self, version: int) -> Mapping[str, Array]:
+        if not self._weights or version:
+            raise NotRecordedError(f"{self.name!r} has no weights of version {version}")
+        return self._weights
+
+
+def _two_axes(name: str, rows: Any) -> Any:
+    shape = getattr(rows, "shape", None)
+    if shape is None or len(shape) != 2:
+        raise OptionError(f"SiteArrays.{name}: expected an array (rows, width), found {shape}")
+    return rows
+
+
+#: What analyses take.
+Analysed: TypeAlias = SiteTrace | SiteArrays | Material
+
+
+def material(site: Analysed) -> Material:
+    """What an analysis reads of a site.
+
+    Raises:
+        OptionError: It is neither a site of a trace nor arrays, or the arrays do not fit together.
+    """
+    if isinstance(site, Material):
+        return site
+    if isinstance(site, SiteTrace):
+        return _OfTrace(site)
+    if isinstance(site, SiteArrays):
+        return _OfArrays(site)
+    raise OptionError(
+        "site: expected a site of a trace, trace['encoder.l0'], or SiteArrays(update=..., ...); "
+        f"found {type(site).__name__}"
+    )

@@ -1,0 +1,70 @@
+"""What every result of an analysis has in common: frozen, and a table where there is pandas."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from grutrace.errors import MissingExtraError
+from grutrace.record import Array
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+    """Base of the results. Arrays in it are not changed by anyone.
+
+    Attributes:
+        site: Name of the site that it is of.
+    """
+
+    #: The field that numbers the rows of the table.
+    rows_of_table: ClassVar[str] = "units"
+
+    site: str
+
+    def columns(self) -> dict[str, Array]:
+        """By name, one value a row of the table; first of all what numbers the rows.
+
+        These are the fields that are arrays of one axis, as long as the one that numbers the rows.
+        Of a dictionary of such arrays, each is a column, named by both: ``update_left``.
+        """
+        numbers = getattr(self, self.rows_of_table)
+        found = {self.rows_of_table.removesuffix("s"): np.asarray(numbers)}
+        for name, value in self._fields():
+            of_field = value.items() if isinstance(value, dict) else [("", value)]
+            for key, array in of_field:
+                if np.shape(array) == (len(numbers),) and name != self.rows_of_table:
+                    found[f"{key}_{name}" if key else name] = np.asarray(array)
+        return found
+
+    def figures(self) -> dict[str, Any]:
+        """By name, what is one number or text."""
+        return {
+            name: value
+            for name, value in self._fields()
+            if name != "site" and isinstance(value, (bool, int, float, str, np.generic))
+        }
+
+    def to_frame(self) -> DataFrame:
+        """The columns as a pandas table, numbered as the first of them says.
+
+        Raises:
+            MissingExtraError: There is no pandas.
+        """
+        try:
+            from pandas import DataFrame
+        except ModuleNotFoundError:
+            raise MissingExtraError(
+                'a table needs pandas: pip install "grutrace[analysis]"'
+            ) from None
+        columns = self.columns()
+        index = next(iter(columns))
+        return DataFrame(columns).set_index(index)
+
+    def _fields(self) -> list[tuple[str, Any]]:
+        return [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]
