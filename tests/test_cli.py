@@ -56,6 +56,29 @@ def test_stats(path, capsys) -> None:
             assert found["steps"] == len(update)
 
 
+def test_stats_by_name(path, capsys) -> None:
+    assert main(["stats", str(path), "saturation", "--site", "encoder.*"]) == 0
+    out = capsys.readouterr().out
+    assert "encoder.l1: steps 24" in out
+    assert "update right" in out
+    assert "decoder" not in out
+    assert main(["stats", str(path), "saturation", "--site", "decoder.cell", "--each"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 1 + 6
+    assert main(["stats", str(path), "saturation", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["site"] for each in found] == list(SITES)
+    with grutrace.open(path) as trace:
+        update = np.asarray(trace["encoder.l0"].update)
+    assert found[0]["left"]["update"] == (update < np.float32(0.1)).mean(0).tolist()
+
+
+def test_stats_of_what_there_is_not(path, capsys) -> None:
+    assert main(["stats", str(path), "happiness"]) == 2
+    assert "expected one of saturation" in capsys.readouterr().err
+    assert main(["stats", str(path), "saturation", "--site", "tower.*"]) == 2
+    assert "'tower.*' matches none of the sites: encoder.l0" in capsys.readouterr().err
+
+
 def test_verify(path, capsys) -> None:
     assert main(["verify", str(path)]) == 0
     assert "DOES NOT HOLD" not in capsys.readouterr().out

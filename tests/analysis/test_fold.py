@@ -1,0 +1,100 @@
+"""A fold sees every row once, whatever the parts and wherever they are computed."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from grutrace.analysis import fold, stretches
+from grutrace.analysis.elsewhere import on_dask
+from grutrace.analysis.fold import fold_rows, fold_sequences
+from grutrace.analysis.material import SiteArrays, material
+from grutrace.errors import NotRecordedError
+
+from . import sites
+
+
+class Rows:
+    """Keeps every row, so that none is missed, seen twice or out of order."""
+
+    def __init__(self) -> None:
+        self.seen: list[np.ndarray] = []
+
+    def add(self, rows) -> None:
+        self.seen.append(np.concatenate([rows["update"], rows["hidden"]], axis=1))
+
+    def merge(self, later) -> None:
+        self.seen += later.seen
+
+
+class Sequences:
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int, np.ndarray]] = []
+
+    def add(self, stretch) -> None:
+        self.seen.append((stretch.sequence, stretch.start, stretch.values["update"]))
+
+    def merge(self, later) -> None:
+        self.seen += later.seen
+
+
+@pytest.fixture(params=["here", "dask"])
+def where(request):
+    if request.param == "here":
+        yield material
+        return
+    dask = pytest.importorskip("dask")
+    with ThreadPoolExecutor(2) as pool, dask.config.set(scheduler="threads", pool=pool):
+        yield on_dask
+
+
+@pytest.fixture(params=[1, 500, 10**9])
+def part(request, monkeypatch):
+    monkeypatch.setattr(fold, "PART", request.param)
+    monkeypatch.setattr(fold, "BLOCK", max(1, request.param // 3))
+    monkeypatch.setattr(stretches, "BLOCK", max(1, request.param // 3))
+
+
+@pytest.mark.usefixtures("part")
+def test_all_rows(where) -> None:
+    trace = sites.in_memory()
+    for name in trace.sites:
+        site = trace[name]
+        found = np.concatenate(fold_rows(where(site), ("update", "hidden"), Rows).seen)
+        np.testing.assert_array_equal(found, np.concatenate([site.update, site.hidden], axis=1))
+
+
+@pytest.mark.usefixtures("part")
+def test_all_sequences(where) -> None:
+    trace = sites.in_memory()
+    for name in trace.sites:
+        site = trace[name]
+        seen = fold_sequences(where(site), ("update",), Sequences).seen
+        assert [each[:2] for each in seen] == sorted(each[:2] for each in seen)
+        for number in range(len(site)):
+            own = np.concatenate([values for of, _, values in seen if of == number])
+            way = slice(None, None, -1 if site.site.reverse else 1)
+            np.testing.assert_array_equal(own[way], site.sequence(number).update)
+
+
+def test_whoever_watches_is_told() -> None:
+    of, told = material(sites.in_memory()["encoder.l0"]), []
+    of.advance = lambda done, total: told.append((done, total))
+    fold_rows(of, ("update", "hidden"), Rows)
+    assert told == [(1, 1)]
+
+
+def test_nothing_to_go_through() -> None:
+    empty = material(SiteArrays(update=np.zeros((0, 3)), hidden=np.zeros((0, 3)), lengths=[]))
+    assert fold_rows(empty, ("update", "hidden"), Rows).seen == []
+    assert fold_sequences(empty, ("update",), Sequences).seen == []
+
+
+def test_what_is_not_there_is_said_before_anything_is_read() -> None:
+    of = material(SiteArrays(update=np.zeros((3, 2))))
+    with pytest.raises(NotRecordedError, match="no 'hidden'"):
+        fold_rows(of, ("update", "hidden"), Rows)
+    with pytest.raises(NotRecordedError, match="no 'hidden'"):
+        fold_sequences(of, ("update", "previous"), Sequences)
