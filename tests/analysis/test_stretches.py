@@ -44,8 +44,8 @@ def check_sequence(site, sequence, own) -> None:
     way = slice(None, None, -1 if site.site.reverse else 1)
     for quantity in QUANTITIES:
         together = np.concatenate([each.values[quantity] for each in own])[way]
-        # The last bits of derived gates depend on which steps are derived together: sums of 16 terms
-        # of at most 5 or so, in another order.
+        # The last bits of derived gates depend on which steps are derived together: sums of 16
+        # terms of at most 5 or so, in another order.
         np.testing.assert_allclose(together, sequence.rows(quantity), rtol=0, atol=16 * 5 * 6e-8)
     previous = np.concatenate([each.previous for each in own])[way]
     np.testing.assert_array_equal(previous, sequence.previous)
