@@ -19,7 +19,7 @@ from grutrace.statistics.accumulator import CHECKED, MODULE, Accumulator, SiteLa
 from grutrace.statistics.bins import ALLOWED_BINS
 from grutrace.statistics.units import UNITS
 from grutrace.storage.faults import Fault, reading, require
-from grutrace.storage.header import member
+from grutrace.storage.header import check_version, member
 from grutrace.storage.placing import naming, put_in_place, room_for
 from grutrace.storage.schema import FORMAT, STATISTICS
 
@@ -219,17 +219,7 @@ def _check_format(file: h5py.File) -> None:
     found = _text(file, "format")
     other = f"{FORMAT!r}: a trace, which grutrace.open and grutrace.Statistics.of read"
     require(found == STATISTICS, "attribute 'format'", repr(STATISTICS), _named(found, other))
-    place = "attribute 'format_version'"
-    require("format_version" in file.attrs, place, "two integers", "nothing")
-    kind = file.attrs.get_id("format_version")
-    require(kind.shape == (2,) and kind.dtype.kind == "i", place, "two integers", kind.dtype)
-    major, minor = (int(number) for number in file.attrs["format_version"])
-    require(
-        1 <= major <= VERSION[0],
-        place,
-        f"{VERSION[0]}.x, which this grutrace knows",
-        f"{major}.{minor}",
-    )
+    check_version(file, VERSION[0])
 
 
 def _named(found: str, other: str) -> str:

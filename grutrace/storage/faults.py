@@ -24,6 +24,16 @@ class Fault(Exception):
         super().__init__(f"{place}: expected {expected}, found {found}")
 
 
+class NewerFormat(Exception):
+    """The file is of a later major version than this code reads. Never leaves this package."""
+
+    def __init__(self, found: str, newest: int) -> None:
+        super().__init__(
+            f"is of version {found} of the format, and this grutrace reads version {newest}: "
+            "a newer grutrace reads it (pip install --upgrade grutrace)"
+        )
+
+
 def require(holds: Any, place: str, expected: object, found: object) -> None:
     """Raise a `Fault` unless the condition holds."""
     if not holds:
@@ -42,6 +52,8 @@ def reading(path: Path, what: str = "trace") -> Iterator[None]:
         yield
     except GrutraceError:
         raise
+    except NewerFormat as newer:
+        raise TraceFileError(f"{path} {newer}") from None
     except Fault as fault:
         raise TraceFileError(f"{path} is damaged or is no {what}: {fault}") from None
     except _H5PY_ERRORS as error:

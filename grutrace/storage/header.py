@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 
 from grutrace.record import QUANTITIES, Header, Module, Site
-from grutrace.storage.faults import Fault, require
+from grutrace.storage.faults import Fault, NewerFormat, require
 from grutrace.storage.schema import FORMAT, FORMAT_VERSION, STATISTICS, module_place
 
 _ROOT = {"model": str, "created": float, "versions": str, "options": str}
@@ -75,7 +75,7 @@ def read_header(file: h5py.File) -> Header:
     """
     found = _attribute(file, "format", str)
     require(found == FORMAT, "attribute 'format'", FORMAT, _OTHERS.get(found, "another"))
-    _check_version(file)
+    check_version(file, FORMAT_VERSION[0])
     root = {name: _attribute(file, name, kind) for name, kind in _ROOT.items()}
     modules: dict[int, Module] = {}
     groups = member(file, "modules", h5py.Group)
@@ -106,21 +106,22 @@ def member(group: h5py.Group, name: str, kind: type) -> Any:
     return found
 
 
-def _check_version(file: h5py.File) -> None:
-    place = "attribute 'format_version'"
-    require("format_version" in file.attrs, place, "two integers", "nothing")
+def check_version(file: h5py.File, newest: int) -> None:
+    """Refuse a major version of the format that is not known. A newer minor one only adds.
+
+    Raises:
+        NewerFormat: It is newer than the newest known one.
+        Fault: There is no version, or none that ever was.
+    """
+    place, expected = "attribute 'format_version'", "two integers"
+    require("format_version" in file.attrs, place, expected, "nothing")
     attribute = file.attrs.get_id("format_version")
-    require(
-        attribute.shape == (2,) and attribute.dtype.kind == "i",
-        place,
-        "two integers",
-        f"{attribute.dtype} of shape {attribute.shape}",
-    )
+    found = f"{attribute.dtype} of shape {attribute.shape}"
+    require((attribute.shape, attribute.dtype.kind) == ((2,), "i"), place, expected, found)
     major, minor = (int(number) for number in file.attrs["format_version"])
-    newest = FORMAT_VERSION[0]
-    require(
-        1 <= major <= newest, place, f"{newest}.x, which this grutrace knows", f"{major}.{minor}"
-    )
+    if major > newest:
+        raise NewerFormat(f"{major}.{minor}", newest)
+    require(major >= 1, place, f"{newest}.x", f"{major}.{minor}")
 
 
 def _attribute(group: h5py.Group, name: str, kind: type) -> Any:

@@ -294,7 +294,6 @@ DAMAGES = {
     "another format": lambda file: file.attrs.__setitem__("format", "other"),
     "no format": lambda file: file.attrs.__delitem__("format"),
     "a format that is no text": lambda file: file.attrs.__setitem__("format", 3),
-    "a newer format": lambda file: file.attrs.__setitem__("format_version", [2, 0]),
     "a version that is none": lambda file: file.attrs.__setitem__("format_version", "1"),
     "no sites": lambda file: file.__delitem__("sites"),
     "no first site": lambda file: file.move("sites/0", "sites/9"),

@@ -1,0 +1,346 @@
+"""Files of every version of the format that was ever written are read, and appended to.
+
+What must be in them was worked out without grutrace when they were made: see `make.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import lzma
+import re
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+import grutrace
+from grutrace.__main__ import main
+from grutrace.analysis.verification import verify
+from tests.golden.runs import EVERYTHING, GOLDENS
+from tests.oracles import GATES
+from tests.plain_reader import PlainTrace
+from tests.statistics.test_file import plain_read
+
+FOLDERS = sorted(Path(__file__).parent.glob("v*"))
+
+#: What a file must hold, where another one holds the same.
+SAME = {"killed": "deferred"}
+
+#: Of the parts of a run, as one trace.
+PARTS = {1: ("run.part0001", ""), 2: ("run.part0002", "Speaker.")}
+
+
+@pytest.fixture(params=FOLDERS, ids=lambda folder: folder.name)
+def kept(request):
+    return request.param
+
+
+def unpack(kept, name, folder):
+    path = folder / f"{name}.h5"
+    path.write_bytes(lzma.decompress((kept / f"{name}.h5.xz").read_bytes()))
+    return path
+
+
+def expected(kept, name):
+    with np.load(kept / f"{SAME.get(name, name)}.npz") as file:
+        arrays = dict(file)
+    return json.loads(str(arrays.pop("said"))), arrays
+
+
+def sites_of(arrays):
+    """By site, its arrays."""
+    sites = {}
+    for key, array in arrays.items():
+        # A path may hold a slash: what comes after the suffix does not.
+        site, name = re.fullmatch(r"(.*?[.](?:cell|l\d+(?:_reverse)?))/(.*)", key).groups()
+        sites.setdefault(site, {})[name] = array
+    return sites
+
+
+def check_rows(quantity, found, of_site, rows, columns):
+    """States and inputs bit for bit; gates as the equations have them, to rounding."""
+    exact = of_site[quantity][rows]
+    exact = exact if quantity == "input" else exact[:, columns]
+    if quantity in GATES:
+        bound = of_site[f"{quantity}_bound"][rows][:, columns]
+        # The gates are rounded once more to the type that they are kept in.
+        bound = bound + np.finfo(found.dtype).eps
+        assert found.shape == exact.shape
+        assert (np.abs(found.astype("f8") - exact) <= bound).all()
+    else:
+        np.testing.assert_array_equal(found, exact)
+
+
+def check_site(of_site, units, read):
+    """Every sequence; `read` gives rows of a quantity, the initial state, the weights."""
+    columns = slice(None) if units is None else units
+    ends = np.cumsum(of_site["lengths"])
+    for number, end in enumerate(ends.tolist()):
+        rows = slice(end - int(of_site["lengths"][number]), end)
+        for quantity in EVERYTHING if "input" in read.recorded else EVERYTHING[:-1]:
+            check_rows(quantity, read.rows(number, quantity), of_site, rows, columns)
+        np.testing.assert_array_equal(read.initial(number), of_site["initial"][number][columns])
+    for key, array in of_site.items():
+        if key.startswith("weights/"):
+            _, version, name = key.split("/")
+            np.testing.assert_array_equal(read.weights(int(version))[name], array)
+
+
+class Ours:
+    """One site as grutrace reads it."""
+
+    def __init__(self, site):
+        self.site, self.weights, self.recorded = site, site.weights, site.site.readable
+
+    def rows(self, number, quantity):
+        return self.site.sequence(number).rows(quantity)
+
+    def initial(self, number):
+        return self.site.sequence(number).initial
+
+
+class Plain:
+    """One site as the independent reader reads it."""
+
+    def __init__(self, site):
+        self.site, self.recorded = site, (*site.rows, *site.derived)
+
+    def rows(self, number, quantity):
+        return np.asarray(self.site.derive(number, quantity), self.site.initial.dtype)
+
+    def initial(self, number):
+        return self.site.initial[number]
+
+    def weights(self, version):
+        return {name: array[version] for name, array in self.site.weights.items()}
+
+
+def check_ours(trace, said, arrays):
+    """Everything that grutrace shows of a golden file."""
+    sites = sites_of(arrays)
+    assert set(trace.sites) == set(sites)
+    for name, of_site in sites.items():
+        assert trace[name].lengths[: len(of_site["lengths"])].tolist() == list(of_site["lengths"])
+        check_site(of_site, said.get("units"), Ours(trace[name]))
+    for call, row in zip(said["calls"], trace.calls, strict=False):
+        assert {name: row[name] for name in call} == call
+    for path, forks in said.get("forks", {}).items():
+        for number, parent, steps in forks:
+            sequence = trace[next(s for s in sites if s.startswith(path))].sequence(number)
+            assert (sequence.parent, sequence.parent_steps) == (parent, steps)
+    for path, number, named in said.get("annotations", []):
+        sequence = trace[next(s for s in sites if s.startswith(path))].sequence(number)
+        labels = {name: nones(values) for name, values in sequence.labels.items()}
+        found = labels | ({"tokens": sequence.tokens} if sequence.tokens else {})
+        assert found == named
+
+
+def nones(values):
+    if isinstance(values, list):
+        return values
+    return [None if np.isnan(value) else value for value in values.tolist()]
+
+
+def check_plain(path, said, arrays):
+    """Everything that a reader written from the specification reads."""
+    plain, sites = PlainTrace(path), sites_of(arrays)
+    found = {site.name: site for module in plain.modules for site in module.sites.values()}
+    assert set(found) == set(sites)
+    for name, of_site in sites.items():
+        check_site(of_site, said.get("units"), Plain(found[name]))
+    paths = {module.index: module.path for module in plain.modules}
+    for call, row in zip(said["calls"], plain.calls, strict=False):
+        assert (paths[row["module"]], plain.tag(row)) == (call["module"], call["tag"])
+        for name in ("weights", "training", "batch"):
+            assert row[name] == call[name]
+    for module in plain.modules:
+        forks = plain.forks[plain.forks["module"] == module.index]
+        listed = [list(fork)[1:] for fork in forks.tolist()]
+        exact = [list(fork) for fork in said.get("forks", {}).get(module.path, [])]
+        assert listed[: len(exact)] == exact
+    for path_, number, named in said.get("annotations", []):
+        (module,) = (each for each in plain.modules if each.path == path_)
+        steps = module.annotated(number)
+        assert {
+            name: [steps[name].get(step) for step in range(len(values))]
+            for name, values in named.items()
+        } == named
+    return plain
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_a_golden_file_is_read(kept, name, tmp_path):
+    path = unpack(kept, name, tmp_path)
+    said, arrays = expected(kept, name)
+    with grutrace.open(path) as trace:
+        check_ours(trace, said, arrays)
+        assert len(trace.calls) == len(said["calls"])
+        assert trace.closed is (name != "killed")
+        assert all(each.holds and each.check for each in verify(trace))
+    plain = check_plain(path, said, arrays)
+    assert plain.closed is (name != "killed")
+    for command in ("info", "stats", "verify"):
+        assert main([command, str(path), "--json"]) == 0
+
+
+@pytest.mark.parametrize("name", [name for name in GOLDENS if name != "killed"])
+def test_a_golden_file_is_appended_to(kept, name, tmp_path):
+    again = tmp_path / "again"
+    again.mkdir()
+    path, golden = unpack(kept, name, tmp_path), GOLDENS[name]
+    said, arrays = expected(kept, name)
+    model = golden.build()
+    with grutrace.Tracer(model, path, mode="a", recording=False, **golden.options) as tracer:
+        golden.run(model, tracer.recording)
+    with grutrace.open(path) as trace, grutrace.open(unpack(kept, name, again)) as old:
+        check_ours(trace, said, arrays)
+        for site in trace.sites:
+            before = len(old[site])
+            assert len(trace[site]) == 2 * before
+            for first, second in zip(old[site], list(trace[site])[before:], strict=True):
+                for quantity in trace[site].site.readable:
+                    np.testing.assert_array_equal(first.rows(quantity), second.rows(quantity))
+                assert (first.tokens, first.tag) == (second.tokens, second.tag)
+        assert all(each.holds for each in verify(trace))
+    check_plain(path, said, arrays)
+
+
+def test_a_golden_run_of_parts_is_one_trace(kept, tmp_path):
+    first = unpack(kept, "run", tmp_path)
+    unpack(kept, "run.part0002", tmp_path)
+    said, arrays = [], {}
+    for name, prefix in PARTS.values():
+        of_part, own = expected(kept, name)
+        said.append(of_part["calls"])
+        arrays |= {f"{prefix}{key}": array for key, array in own.items()}
+    with grutrace.open(first) as trace:
+        check_ours(trace, {"calls": []}, arrays)
+        # The two models were called in turn.
+        assert trace.calls["module"].tolist() == ["rnn", "Speaker.rnn"] * 2
+        assert trace.calls["steps"][::2].tolist() == [call["steps"] for call in said[0]]
+        assert trace.calls["steps"][1::2].tolist() == [call["steps"] for call in said[1]]
+    for part, (name, _) in PARTS.items():
+        path = first if part == 1 else tmp_path / f"run.part{part:04}.h5"
+        check_plain(path, *expected(kept, name))
+
+
+def test_a_writer_that_was_killed_leaves_more_than_counts(kept, tmp_path):
+    """Control: there is something in the file that must not be read."""
+    path = unpack(kept, "killed", tmp_path)
+    with h5py.File(path, "r", swmr=True) as file:
+        counted = int(file["committed"][()]["calls"])
+        assert counted == len(expected(kept, "killed")[0]["calls"])
+        assert len(file["calls"]) > counted
+
+
+def test_golden_statistics_are_read(kept, tmp_path):
+    """Against NumPy over what PyTorch and the equations gave when the file was made."""
+    path = unpack(kept, "statistics", tmp_path)
+    said, arrays = expected(kept, "decoder")
+    ((name, of_site),) = sites_of(arrays).items()
+    figures, counted = plain_read(path)
+    loaded = grutrace.Statistics.load(path)
+    bins = int(counted["bins"])
+    module, _, quantities = figures[name]
+    steps = int(of_site["lengths"].sum())
+    assert module.item() == (len(said["calls"]), len(of_site["lengths"]), steps, 1)
+    assert (loaded.calls, loaded.steps) == (len(said["calls"]), steps)
+    for quantity, (units, histogram) in quantities.items():
+        values = of_site[quantity][:, said["units"]].astype("f8")
+        off = of_site.get(f"{quantity}_bound", np.zeros(1)).max()
+        low = 0.0 if quantity in ("reset", "update") else -1.0
+        # No value is so near an edge that rounding could put it into either bin.
+        edges = np.linspace(low, 1, bins + 1)[1:-1]
+        assert np.abs(values[..., None] - edges).min() > off
+        exact = np.array([np.histogram(column, bins, (low, 1))[0] for column in values.T])
+        ours = getattr(loaded[name], quantity)
+        assert histogram.tolist() == exact.tolist() == ours.histogram.tolist()
+        for mean in (units["mean"], ours.mean):
+            np.testing.assert_allclose(mean, values.mean(axis=0), rtol=0, atol=off + 1e-15)
+        variance = values.var(axis=0)
+        np.testing.assert_allclose(units["squares"] / steps, variance, rtol=0, atol=4 * off + 1e-15)
+        np.testing.assert_allclose(ours.variance, variance, rtol=0, atol=4 * off + 1e-15)
+    assert main(["stats", str(path)]) == 0
+    goes_on = grutrace.Statistics(path, mode="a", bins=bins)
+    model, golden = GOLDENS["decoder"].build(), GOLDENS["decoder"]
+    with grutrace.Tracer(model, sink=goes_on, recording=False, **golden.options) as tracer:
+        golden.run(model, tracer.recording)
+    assert grutrace.Statistics.load(path).steps == 2 * steps
+
+
+def test_control_one_bit_is_noticed(kept, tmp_path):
+    path = unpack(kept, "inline", tmp_path)
+    said, arrays = expected(kept, "inline")
+    with h5py.File(path, "r+") as file:
+        rows = file["modules/both/l0/hidden"]
+        rows[2, 1] = np.nextafter(rows[2, 1], np.float32(2))
+    with grutrace.open(path) as trace, pytest.raises(AssertionError):
+        check_ours(trace, said, arrays)
+    with pytest.raises(AssertionError):
+        check_plain(path, said, arrays)
+
+
+def test_control_a_gate_that_is_off_is_noticed(kept, tmp_path):
+    path = unpack(kept, "deferred", tmp_path)
+    said, arrays = expected(kept, "deferred")
+    arrays["rnn.l1_reverse/update"][0, 0] += 1e-4
+    with grutrace.open(path) as trace, pytest.raises(AssertionError):
+        check_ours(trace, said, arrays)
+    with pytest.raises(AssertionError):
+        check_plain(path, said, arrays)
+
+
+def set_version(path, major, minor):
+    with h5py.File(path, "r+") as file:
+        file.attrs["format_version"] = np.array([major, minor])
+
+
+def test_a_newer_minor_version_is_read(kept, tmp_path):
+    path, statistics = unpack(kept, "inline", tmp_path), unpack(kept, "statistics", tmp_path)
+    for each in (path, statistics):
+        set_version(each, 1, 2**40)
+        with h5py.File(each, "r+") as file:
+            file["something_new"] = [1, 2]
+    with grutrace.open(path) as trace:
+        check_ours(trace, *expected(kept, "inline"))
+    assert grutrace.Statistics.load(statistics).calls == 4
+
+
+@pytest.mark.parametrize("version", [(2, 0), (2**62, 3)])
+def test_a_newer_major_version_is_refused_by_name(kept, tmp_path, version, capsys):
+    path, statistics = unpack(kept, "inline", tmp_path), unpack(kept, "statistics", tmp_path)
+    major, minor = version
+    golden = GOLDENS["inline"]
+    said = rf"version {major}\.{minor} of the format.*reads version 1.*newer grutrace"
+    for each, use in (
+        (path, lambda: grutrace.open(path)),
+        (path, lambda: grutrace.Tracer(golden.build(), path, mode="a", **golden.options)),
+        (statistics, lambda: grutrace.Statistics.load(statistics)),
+        (statistics, lambda: grutrace.Statistics(statistics, mode="a")),
+    ):
+        set_version(each, major, minor)
+        before = each.read_bytes()
+        with pytest.raises(grutrace.TraceFileError, match=said) as caught:
+            use()
+        assert str(each) in str(caught.value)
+        assert "damaged" not in str(caught.value)
+        assert each.read_bytes() == before
+    assert main(["info", str(path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("version", [(0, 9), (-1, 0)])
+def test_a_version_that_never_was_is_refused(kept, tmp_path, version):
+    path = unpack(kept, "inline", tmp_path)
+    set_version(path, *version)
+    with pytest.raises(grutrace.TraceFileError, match="format_version"):
+        grutrace.open(path)
+
+
+def test_there_are_golden_files():
+    assert [folder.name for folder in FOLDERS][:1] == ["v1.0"]
+    for folder in FOLDERS:
+        assert {path.name for path in folder.glob("*.xz")} >= {
+            f"{name}.h5.xz" for name in (*GOLDENS, "run", "run.part0002", "statistics")
+        }
