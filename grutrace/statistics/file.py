@@ -19,7 +19,9 @@ from grutrace.statistics.accumulator import CHECKED, MODULE, Accumulator, SiteLa
 from grutrace.statistics.bins import ALLOWED_BINS
 from grutrace.statistics.units import UNITS
 from grutrace.storage.faults import Fault, reading, require
-from grutrace.storage.header import check_version, member
+from grutrace.storage.header import check_version, format_of
+from grutrace.storage.members import holds, member
+from grutrace.storage.opening import open_for_reading
 from grutrace.storage.placing import naming, put_in_place, room_for
 from grutrace.storage.schema import FORMAT, STATISTICS
 
@@ -107,9 +109,9 @@ def _write(file: h5py.File, accumulator: Accumulator) -> None:
 def is_statistics(path: str | os.PathLike[str]) -> bool:
     """Whether a file is one of statistics by its own account. False if it cannot be read at all."""
     try:
-        with h5py.File(path, "r") as file:
-            return bool(file.attrs.get("format") == STATISTICS)
-    except (OSError, RuntimeError, ValueError, TypeError):
+        with reading(Path(path)), open_for_reading(Path(path)) as file:
+            return format_of(file) == STATISTICS
+    except TraceFileError:
         return False
 
 
@@ -120,10 +122,7 @@ def load(path: str | os.PathLike[str]) -> Accumulator:
         TraceFileError: It is not there, is none, is of a newer format, or is damaged.
     """
     path = Path(path)
-    if not path.is_file():
-        found = "is not a file" if path.exists() else "does not exist"
-        raise TraceFileError(f"{path} {found}")
-    with reading(path, _WHAT), h5py.File(path, "r") as file:
+    with reading(path, _WHAT), open_for_reading(path, _WHAT) as file:
         return _Reader(file, path.stat().st_size).read()
 
 
@@ -176,7 +175,7 @@ class _Reader:
         tallies = {
             quantity: self._tally(member(group, quantity, h5py.Group), bins)
             for quantity in QUANTITIES
-            if quantity in group
+            if holds(group, quantity)
         }
         widths = tuple((quantity, len(units)) for quantity, (units, _) in tallies.items())
         return SiteLayout(_text(group, "name"), module, widths), site, tallies
@@ -205,8 +204,6 @@ class _Reader:
         fits = found is not None and len(found) == len(shape)
         fits = fits and all(want in (None, has) for want, has in zip(shape, found, strict=True))
         require(fits, place, f"shape {shape}", found)
-        plain = not dataset.is_virtual and dataset.external is None
-        require(plain, place, "its own data", "data elsewhere")
         filters = dataset.id.get_create_plist().get_nfilters()
         require(not filters and dataset.chunks is None, place, "data as they are", "packed data")
         size = math.prod(found) * dtype.itemsize
@@ -216,7 +213,7 @@ class _Reader:
 
 
 def _check_format(file: h5py.File) -> None:
-    found = _text(file, "format")
+    found = format_of(file)
     other = f"{FORMAT!r}: a trace, which grutrace.open and grutrace.Statistics.of read"
     require(found == STATISTICS, "attribute 'format'", repr(STATISTICS), _named(found, other))
     check_version(file, VERSION[0])

@@ -23,15 +23,8 @@ import numpy as np
 from grutrace.errors import StateError, TraceFileError
 from grutrace.record import Array
 from grutrace.storage.faults import require
-from grutrace.storage.header import member
-from grutrace.storage.schema import LIBVER
-
-#: Memory in which HDF5 keeps the chunks of one dataset that were read last: four of rows. Bytes.
-CHUNK_CACHE = 1024 * 1024
-
-#: How HDF5 files begin, and the two flags in their superblock of which a writer sets one.
-_SIGNATURE = b"\x89HDF\r\n\x1a\n"
-_WRITING = 0b101
+from grutrace.storage.members import member
+from grutrace.storage.opening import open_for_reading
 
 #: One lock for all handles: HDF5 itself does one thing at a time, so nothing is lost.
 _lock = threading.RLock()
@@ -127,7 +120,7 @@ class ReadHandle:
         return self._identity == identity
 
     def _open(self) -> None:
-        file = _open_for_reading(self._path)
+        file = open_for_reading(self._path)
         identity = file_identity(file)
         if self._identity not in (None, identity):
             file.close()
@@ -158,29 +151,9 @@ def readers_out(identity: tuple[int, int]) -> Iterator[None]:
         yield
 
 
-def _open_for_reading(path: Path) -> h5py.File:
-    """Open for SWMR only what a writer has marked.
-
-    In a damaged file SWMR reading waits, for years, that a writer put the damage right.
-    """
-    options = {"libver": LIBVER, "locking": "best-effort", "rdcc_nbytes": CHUNK_CACHE}
-    return h5py.File(path, "r", swmr=_is_marked(path), **options)
-
-
-def _is_marked(path: Path) -> bool:
-    """Whether a writer has the file open, or died; from HDF5's superblock, version 2 or 3."""
-    with path.open("rb") as file:
-        head = file.read(12)
-    is_recent = len(head) == 12 and head.startswith(_SIGNATURE) and head[8] >= 2
-    return is_recent and bool(head[11] & _WRITING)
-
-
 def _walk(file: h5py.File, place: str) -> h5py.Dataset:
     *groups, name = place.split("/")
     group = file
     for part in groups:
         group = member(group, part, h5py.Group)
-    dataset = member(group, name, h5py.Dataset)
-    require(not dataset.is_virtual, place, "its own data", "a virtual dataset")
-    require(dataset.external is None, place, "its own data", "data in another file")
-    return dataset
+    return member(group, name, h5py.Dataset)

@@ -11,6 +11,7 @@ import numpy as np
 
 from grutrace.record import QUANTITIES, Header, Module, Site
 from grutrace.storage.faults import Fault, NewerFormat, require
+from grutrace.storage.members import holds, is_dataset, member
 from grutrace.storage.schema import FORMAT, FORMAT_VERSION, STATISTICS, module_place
 
 _ROOT = {"model": str, "created": float, "versions": str, "options": str}
@@ -73,7 +74,7 @@ def read_header(file: h5py.File) -> Header:
     Raises:
         Fault: The file is no trace, is of a newer format, or its header is damaged.
     """
-    found = _attribute(file, "format", str)
+    found = format_of(file)
     require(found == FORMAT, "attribute 'format'", FORMAT, _OTHERS.get(found, "another"))
     check_version(file, FORMAT_VERSION[0])
     root = {name: _attribute(file, name, kind) for name, kind in _ROOT.items()}
@@ -89,21 +90,13 @@ def read_header(file: h5py.File) -> Header:
     return Header(modules=tuple(modules[index] for index in expected), **root)
 
 
-def member(group: h5py.Group, name: str, kind: type) -> Any:
-    """The group or dataset of this name, never followed out of the file.
+def format_of(file: h5py.File) -> str:
+    """Which format a file is of by its own account.
 
     Raises:
-        Fault: It is missing, is of the other kind, or is a link to somewhere else.
+        Fault: It does not say.
     """
-    place = f"{group.name.rstrip('/')}/{name}"
-    link = group.get(name, getlink=True)
-    require(link is not None, place, f"a {kind.__name__.lower()}", "nothing")
-    require(type(link) is h5py.HardLink, place, "no link to elsewhere", type(link).__name__)
-    found = group[name]
-    require(
-        isinstance(found, kind), place, f"a {kind.__name__.lower()}", type(found).__name__.lower()
-    )
-    return found
+    return str(_attribute(file, "format", str))
 
 
 def check_version(file: h5py.File, newest: int) -> None:
@@ -148,12 +141,12 @@ def _read_json(text: str, place: str) -> dict[str, Any]:
 def _read_module(group: h5py.Group) -> Module:
     fields = {name: _attribute(group, name, kind) for name, kind in _MODULE.items()}
     del fields["index"]
-    groups = [name for name in group if not _is_dataset(group, name)]
+    groups = [name for name in group if not is_dataset(group, name)]
     hidden_size = fields["hidden_size"]
     sites = [_read_site(member(group, name, h5py.Group), name, hidden_size) for name in groups]
     require(sites, group.name, "at least one site", "none")
     sites.sort(key=lambda site: (site.layer, site.reverse))
-    first = group[sites[0].suffix]
+    first = member(group, sites[0].suffix, h5py.Group)
     return Module(
         **fields,
         dtype=_float_name(first, "initial"),
@@ -162,15 +155,9 @@ def _read_module(group: h5py.Group) -> Module:
     )
 
 
-def _is_dataset(group: h5py.Group, name: str) -> bool:
-    # Of a link to elsewhere nobody asks what is behind it.
-    link = group.get(name, getlink=True)
-    return type(link) is h5py.HardLink and isinstance(group[name], h5py.Dataset)
-
-
 def _read_site(group: h5py.Group, suffix: str, hidden_size: int) -> Site:
     fields = {name: _attribute(group, name, kind) for name, kind in _SITE.items()}
-    quantities = tuple(quantity for quantity in QUANTITIES if quantity in group)
+    quantities = tuple(quantity for quantity in QUANTITIES if holds(group, quantity))
     derived = _read_derived(group, quantities)
     units = _read_units(group, hidden_size)
     return Site(**fields, suffix=suffix, quantities=quantities, derived=derived, units=units)

@@ -11,7 +11,6 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from grutrace.errors import TraceFileError
 from grutrace.record import Array, Site
 from grutrace.storage.committed import CommittedTables
 from grutrace.storage.faults import reading, require
@@ -43,9 +42,6 @@ class FileSource:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
         self.name = str(path)
-        if not self._path.is_file():
-            found = "is not a file" if self._path.exists() else "does not exist"
-            raise TraceFileError(f"{self.name} {found}")
         with reading(self._path):
             self._handle = ReadHandle(self._path)
             try:

@@ -1,0 +1,71 @@
+"""Opening an HDF5 file for reading that nobody vouches for: never a device, and never for ever."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+from pathlib import Path
+
+import h5py
+from h5py import h5f, h5p
+from h5py._objects import phil
+
+from grutrace.errors import TraceFileError
+from grutrace.storage.kinds import HEAD, SIGNATURE, kind_of
+
+#: Memory in which HDF5 keeps the chunks of one dataset that were read last: four of rows. Bytes.
+CHUNK_CACHE = 1024 * 1024
+
+#: How often HDF5 reads a piece of its metadata that does not match its checksum, since a writer may
+#: be putting it down. It waits for a nanosecond, then for two, four ..., and left alone tries 100
+#: times. Altogether half a second.
+ATTEMPTS = 29
+
+#: The two flags in HDF5's superblock of which a writer sets one.
+_WRITING = 0b101
+
+
+def open_for_reading(path: Path, what: str = "trace") -> h5py.File:
+    """Open a file; for SWMR only where a writer has marked it.
+
+    Args:
+        path: Of the file.
+        what: What it should be.
+
+    Raises:
+        TraceFileError: It is not there, or is no HDF5 file.
+        OSError: HDF5 cannot open it.
+    """
+    head = _head(path)
+    if not head.startswith(SIGNATURE):
+        raise TraceFileError(
+            f"{path} is no {what}: expected an HDF5 file that grutrace wrote, found {kind_of(head)}"
+        )
+    flags = h5f.ACC_RDONLY
+    # In a damaged file SWMR reading waits that a writer puts the damage right: so it is for those
+    # files only that may have one.
+    if len(head) >= 12 and head[8] >= 2 and head[11] & _WRITING:
+        flags |= h5f.ACC_SWMR_READ
+    return h5py.File(h5f.open(bytes(path), flags, fapl=_access()))
+
+
+def _head(path: Path) -> bytes:
+    if not path.is_file():
+        # Opening a pipe would wait for whoever writes to it, and a device may have no end.
+        raise TraceFileError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
+    with path.open("rb") as file:
+        return file.read(HEAD)
+
+
+def _access() -> h5p.PropFAID:
+    access = h5p.create(h5p.FILE_ACCESS)
+    metadata, slots, _, preference = access.get_cache()
+    access.set_cache(metadata, slots, CHUNK_CACHE, preference)
+    access.set_libver_bounds(h5f.LIBVER_V110, h5f.LIBVER_V110)
+    # Best effort: a file system may have no locks.
+    access.set_file_locking(True, True)
+    # h5py does not pass this setting on; where HDF5 cannot be reached, it stays as it is.
+    with contextlib.suppress(OSError, AttributeError), phil:
+        hdf5 = ctypes.PyDLL(h5p.__file__)
+        hdf5.H5Pset_metadata_read_attempts(ctypes.c_int64(access.id), ctypes.c_uint(ATTEMPTS))
+    return access
