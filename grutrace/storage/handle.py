@@ -81,7 +81,7 @@ class ReadHandle:
         elif count > seen:
             # Also where it is long enough already: HDF5 may have cached a chunk of it from before
             # these items were written.
-            dataset.refresh()
+            _refresh(dataset)
         shape = dataset.shape
         require(shape, place, "an array", "a scalar or nothing")
         require(shape[0] >= count, place, f"at least {count} items", shape[0])
@@ -105,7 +105,7 @@ class ReadHandle:
             found = f"{dataset.dtype} of shape {dataset.shape}"
             require((dataset.dtype, dataset.shape) == (dtype, ()), place, dtype, found)
         else:
-            dataset.refresh()
+            _refresh(dataset)
         return np.asarray(dataset[()])
 
     def release(self) -> None:
@@ -122,12 +122,30 @@ class ReadHandle:
             self.release()
             self._closed = True
 
+    def give_way(self, path: Path, *, marked: bool) -> None:
+        """Close the file if another handle is about to open it, and one of both follows a writer.
+
+        HDF5 opens it once for both. Where a writer of another process adds to it, each would see
+        what the other has cached; and (HDF5 2.0) if one refreshes a dataset that both have open,
+        both read wrong values from then on.
+        """
+        if self._file is None or _writes(self._file):
+            return
+        if not marked and not _follows(self._file):
+            return
+        status = path.stat()
+        if self.is_of((status.st_dev, status.st_ino)):
+            self.release()
+
     def is_of(self, identity: tuple[int, int]) -> bool:
         """Whether the file is the one of this device and inode."""
         return self._identity == identity
 
     def _open(self) -> None:
-        file = _open_for_reading(self._path)
+        marked = _is_marked(self._path)
+        for handle in list(_handles):
+            handle.give_way(self._path, marked=marked)
+        file = _open_for_reading(self._path, marked=marked)
         identity = file_identity(file)
         if self._identity not in (None, identity):
             file.close()
@@ -158,13 +176,29 @@ def readers_out(identity: tuple[int, int]) -> Iterator[None]:
         yield
 
 
-def _open_for_reading(path: Path) -> h5py.File:
+def _writes(file: h5py.File) -> bool:
+    """Whether this process writes the file, and so sees in it whatever it has written."""
+    return bool(file.id.get_intent() & h5py.h5f.ACC_RDWR)
+
+
+def _follows(file: h5py.File) -> bool:
+    """Whether another process may write the file."""
+    return not _writes(file) and bool(file.id.get_intent() & h5py.h5f.ACC_SWMR_READ)
+
+
+def _refresh(dataset: h5py.Dataset) -> None:
+    """See what another process has written since."""
+    if _follows(dataset.file):
+        dataset.refresh()
+
+
+def _open_for_reading(path: Path, *, marked: bool) -> h5py.File:
     """Open for SWMR only what a writer has marked.
 
     In a damaged file SWMR reading waits, for years, that a writer put the damage right.
     """
     options = {"libver": LIBVER, "locking": "best-effort", "rdcc_nbytes": CHUNK_CACHE}
-    return h5py.File(path, "r", swmr=_is_marked(path), **options)
+    return h5py.File(path, "r", swmr=marked, **options)
 
 
 def _is_marked(path: Path) -> bool:
