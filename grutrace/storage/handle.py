@@ -38,6 +38,9 @@ _lock = threading.RLock()
 
 _handles: weakref.WeakSet[ReadHandle] = weakref.WeakSet()
 
+#: By thread, the handles that are noted because they are to be released.
+_noting = threading.local()
+
 os.register_at_fork(
     before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
 )
@@ -54,6 +57,7 @@ class ReadHandle:
         self._path = path
         self._file: h5py.File | None = None
         self._identity: tuple[int, int] | None = None
+        self._created: float | None = None
         self._closed = False
         self._datasets: dict[str, tuple[h5py.Dataset, int]] = {}
         with self.lent():
@@ -67,6 +71,8 @@ class ReadHandle:
                 raise StateError(f"the trace {self._path} is closed")
             if self._file is None:
                 self._open()
+            for noted in getattr(_noting, "handles", ()):
+                noted.add(self)
             yield self._file
 
     def dataset(self, place: str, count: int) -> h5py.Dataset:
@@ -146,17 +152,35 @@ class ReadHandle:
         for handle in list(_handles):
             handle.give_way(self._path, marked=marked)
         file = _open_for_reading(self._path, marked=marked)
-        identity = file_identity(file)
-        if self._identity not in (None, identity):
+        # The number of a file that is gone may be that of the next.
+        identity, created = file_identity(file), _created(file)
+        if self._identity is not None and (self._identity, self._created) != (identity, created):
             file.close()
             raise TraceFileError(f"{self._path} is another file by now; open it anew")
-        self._file, self._identity = file, identity
+        self._file, self._identity, self._created = file, identity, created
 
 
 def file_identity(file: h5py.File) -> tuple[int, int]:
     """Device and inode of an open file, which stay when its path changes."""
     status = os.fstat(file.id.get_vfd_handle())
     return status.st_dev, status.st_ino
+
+
+@contextmanager
+def released_afterwards() -> Iterator[None]:
+    """Close, in the end, the files that this thread reads from inside, until they are read again.
+
+    For a process that goes on for long: HDF5 locks an open file, and no run can append to it.
+    """
+    noted: set[ReadHandle] = set()
+    outer = getattr(_noting, "handles", ())
+    _noting.handles = (*outer, noted)
+    try:
+        yield
+    finally:
+        _noting.handles = outer
+        for handle in noted:
+            handle.release()
 
 
 @contextmanager
@@ -174,6 +198,16 @@ def readers_out(identity: tuple[int, int]) -> Iterator[None]:
             if handle.is_of(identity):
                 handle.release()
         yield
+
+
+def _created(file: h5py.File) -> float | None:
+    """When the trace began; None if that is not where it should be, which others will say."""
+    name = "created"
+    if name not in file.attrs:
+        return None
+    attribute = file.attrs.get_id(name)
+    plain = attribute.shape == () and attribute.dtype == np.float64
+    return float(file.attrs[name]) if plain else None
 
 
 def _writes(file: h5py.File) -> bool:
