@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class GrutraceError(Exception):
     """Base of every error that grutrace raises on purpose."""
@@ -37,6 +40,25 @@ class TraceFileError(GrutraceError, OSError):
 
 class MissingExtraError(GrutraceError, ImportError):
     """A command or function needs an extra that is not installed; the message says which."""
+
+
+@contextmanager
+def needing(what: str, extra: str) -> Iterator[None]:
+    """Turn the absence of a library that is imported inside into a `MissingExtraError`.
+
+    Args:
+        what: What of grutrace needs it.
+        extra: What to install.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library == "grutrace":
+            raise
+        raise MissingExtraError(
+            f'{what} needs {library}, which is not installed: pip install "grutrace[{extra}]"'
+        ) from None
 
 
 class GrutraceWarning(UserWarning):

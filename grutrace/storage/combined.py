@@ -39,6 +39,10 @@ class CombinedSource:
         self._tables: Tables | None = None
         self._take_in_headers()
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled, it is its sources, without what was read of them."""
+        return CombinedSource, (self.name, self._sources, self._labels)
+
     def add(self, source: Source) -> None:
         """Have one more source, whose modules come last."""
         self._sources.append(source)

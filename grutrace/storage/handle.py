@@ -24,12 +24,15 @@ from grutrace.errors import StateError, TraceFileError
 from grutrace.record import Array
 from grutrace.storage.faults import require
 from grutrace.storage.members import member
-from grutrace.storage.opening import open_for_reading
+from grutrace.storage.opening import is_marked, open_for_reading
 
 #: One lock for all handles: HDF5 itself does one thing at a time, so nothing is lost.
 _lock = threading.RLock()
 
 _handles: weakref.WeakSet[ReadHandle] = weakref.WeakSet()
+
+#: By thread, the handles that are noted because they are to be released.
+_noting = threading.local()
 
 os.register_at_fork(
     before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
@@ -47,6 +50,7 @@ class ReadHandle:
         self._path = path
         self._file: h5py.File | None = None
         self._identity: tuple[int, int] | None = None
+        self._created: float | None = None
         self._closed = False
         self._datasets: dict[str, tuple[h5py.Dataset, int]] = {}
         with self.lent():
@@ -60,6 +64,8 @@ class ReadHandle:
                 raise StateError(f"the trace {self._path} is closed")
             if self._file is None:
                 self._open()
+            for noted in getattr(_noting, "handles", ()):
+                noted.add(self)
             yield self._file
 
     def dataset(self, place: str, count: int) -> h5py.Dataset:
@@ -74,7 +80,7 @@ class ReadHandle:
         elif count > seen:
             # Also where it is long enough already: HDF5 may have cached a chunk of it from before
             # these items were written.
-            dataset.refresh()
+            _refresh(dataset)
         shape = dataset.shape
         require(shape, place, "an array", "a scalar or nothing")
         require(shape[0] >= count, place, f"at least {count} items", shape[0])
@@ -98,7 +104,7 @@ class ReadHandle:
             found = f"{dataset.dtype} of shape {dataset.shape}"
             require((dataset.dtype, dataset.shape) == (dtype, ()), place, dtype, found)
         else:
-            dataset.refresh()
+            _refresh(dataset)
         return np.asarray(dataset[()])
 
     def release(self) -> None:
@@ -115,23 +121,59 @@ class ReadHandle:
             self.release()
             self._closed = True
 
+    def give_way(self, path: Path, *, marked: bool) -> None:
+        """Close the file if another handle is about to open it, and one of both follows a writer.
+
+        HDF5 opens it once for both. Where a writer of another process adds to it, each would see
+        what the other has cached; and (HDF5 2.0) if one refreshes a dataset that both have open,
+        both read wrong values from then on.
+        """
+        if self._file is None or _writes(self._file):
+            return
+        if not marked and not _follows(self._file):
+            return
+        status = path.stat()
+        if self.is_of((status.st_dev, status.st_ino)):
+            self.release()
+
     def is_of(self, identity: tuple[int, int]) -> bool:
         """Whether the file is the one of this device and inode."""
         return self._identity == identity
 
     def _open(self) -> None:
+        marked = is_marked(self._path)
+        for handle in list(_handles):
+            handle.give_way(self._path, marked=marked)
         file = open_for_reading(self._path)
-        identity = file_identity(file)
-        if self._identity not in (None, identity):
+        # The number of a file that is gone may be that of the next.
+        identity, created = file_identity(file), _created(file)
+        if self._identity is not None and (self._identity, self._created) != (identity, created):
             file.close()
             raise TraceFileError(f"{self._path} is another file by now; open it anew")
-        self._file, self._identity = file, identity
+        self._file, self._identity, self._created = file, identity, created
 
 
 def file_identity(file: h5py.File) -> tuple[int, int]:
     """Device and inode of an open file, which stay when its path changes."""
     status = os.fstat(file.id.get_vfd_handle())
     return status.st_dev, status.st_ino
+
+
+@contextmanager
+def released_afterwards() -> Iterator[None]:
+    """Close, in the end, the files that this thread reads from inside, until they are read again.
+
+    For a process that goes on for long: HDF5 locks an open file, and no run can append to it.
+    """
+    noted: set[ReadHandle] = set()
+    outer = getattr(_noting, "handles", ())
+    _noting.handles = (*outer, noted)
+    try:
+        yield
+    finally:
+        _noting.handles = outer
+        for handle in noted:
+            handle.release()
 
 
 @contextmanager
@@ -149,6 +191,32 @@ def readers_out(identity: tuple[int, int]) -> Iterator[None]:
             if handle.is_of(identity):
                 handle.release()
         yield
+
+
+def _created(file: h5py.File) -> float | None:
+    """When the trace began; None if that is not where it should be, which others will say."""
+    name = "created"
+    if name not in file.attrs:
+        return None
+    attribute = file.attrs.get_id(name)
+    plain = attribute.shape == () and attribute.dtype == np.float64
+    return float(file.attrs[name]) if plain else None
+
+
+def _writes(file: h5py.File) -> bool:
+    """Whether this process writes the file, and so sees in it whatever it has written."""
+    return bool(file.id.get_intent() & h5py.h5f.ACC_RDWR)
+
+
+def _follows(file: h5py.File) -> bool:
+    """Whether another process may write the file."""
+    return not _writes(file) and bool(file.id.get_intent() & h5py.h5f.ACC_SWMR_READ)
+
+
+def _refresh(dataset: h5py.Dataset) -> None:
+    """See what another process has written since."""
+    if _follows(dataset.file):
+        dataset.refresh()
 
 
 def _walk(file: h5py.File, place: str) -> h5py.Dataset:

@@ -194,5 +194,12 @@ def spread(starts: Integers, counts: Integers) -> Integers:
     return np.repeat(starts - _starts(counts), counts) + np.arange(int(counts.sum()))
 
 
+def compact(rows: Integers) -> slice | Integers:
+    """The same rows as a slice, where they follow one another: that is read in one go."""
+    if len(rows) and np.all(np.diff(rows) == 1):
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
+
+
 def _starts(counts: Integers) -> Integers:
     return np.asarray(np.cumsum(counts) - counts)

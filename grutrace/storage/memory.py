@@ -52,6 +52,9 @@ class MemorySink:
         self._waiting: deque[Record] = deque()
         self._arrays = {place: _Growing(column) for place, column in layout(header.modules).items()}
 
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError("a trace in memory cannot be opened by another process")
+
     def append(self, record: Record) -> None:
         """Take a record.
 

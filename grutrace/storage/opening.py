@@ -44,9 +44,23 @@ def open_for_reading(path: Path, what: str = "trace") -> h5py.File:
     flags = h5f.ACC_RDONLY
     # In a damaged file SWMR reading waits that a writer puts the damage right: so it is for those
     # files only that may have one.
-    if len(head) >= 12 and head[8] >= 2 and head[11] & _WRITING:
+    if _marks(head):
         flags |= h5f.ACC_SWMR_READ
     return h5py.File(h5f.open(bytes(path), flags, fapl=_access()))
+
+
+def is_marked(path: Path) -> bool:
+    """Whether a writer has the file open, or died.
+
+    Raises:
+        TraceFileError: It is not there.
+    """
+    return _marks(_head(path))
+
+
+def _marks(head: bytes) -> bool:
+    # From HDF5's superblock, version 2 or 3.
+    return len(head) >= 12 and head[8] >= 2 and bool(head[11] & _WRITING)
 
 
 def _head(path: Path) -> bytes:

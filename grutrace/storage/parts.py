@@ -186,6 +186,10 @@ class RunSource(CombinedSource):
         parts_of(path)
         super().__init__(str(path), [first])
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled, it is the path of the first part."""
+        return open_run, (str(self._first),)
+
     def refresh(self) -> Tables:
         """The tables of all parts that are there by now."""
         while (part_path(self._first, self._next)).exists():

@@ -60,6 +60,10 @@ class FileSource:
             for place, count in lengths(self._tables.read(), self.header.modules).items():
                 self._handle.dataset(place, count)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled, it is its path: another process opens the file anew."""
+        return FileSource, (os.path.abspath(self.name),)
+
     def refresh(self) -> Tables:
         """The tables of everything committed by now.
 

@@ -169,6 +169,12 @@ def weight_shapes(module: Module, site: Site) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def row_column(dtype: np.dtype[Any], width: int, quantity: str) -> Column:
+    """The dataset of a quantity whose rows are so wide."""
+    axes = ("step", "feature" if quantity == "input" else "unit")
+    return Column(dtype, (width,), axes, ROW_CHUNK)
+
+
 def layout(modules: Sequence[Module]) -> dict[str, Column]:
     """Every growing dataset of a trace of these modules, by its place in the file."""
     columns = {name: Column(dtype) for name, dtype in TABLES.items()}
@@ -182,9 +188,8 @@ def layout(modules: Sequence[Module]) -> dict[str, Column]:
 def _site_layout(module: Module, site: Site) -> Iterator[tuple[str, Column]]:
     kept = np.dtype(module.dtype).newbyteorder("<")
     for quantity in site.quantities:
-        axes = ("step", "feature" if quantity == "input" else "unit")
-        item = (width(module, site, quantity),)
-        yield quantity_place(module, site, quantity), Column(kept, item, axes, ROW_CHUNK)
+        place = quantity_place(module, site, quantity)
+        yield place, row_column(kept, width(module, site, quantity), quantity)
     initial = Column(kept, (module.unit_count(site),), ("sequence", "unit"))
     yield site_place(module, site.suffix, "initial"), initial
     yield site_place(module, site.suffix, "checks"), Column(CHECK)

@@ -36,6 +36,9 @@ class Source(Protocol):
     """Where a trace is read from. A reader asks for the tables, and for no more than they count.
 
     Modules are named by their place in the header, sites by their suffix.
+
+    One that reads files can be pickled: that takes little, and gives one which opens the same files
+    anew, in the same process or another. Pickling one in memory raises a `TypeError`.
     """
 
     name: str

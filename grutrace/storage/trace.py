@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grutrace.errors import NotRecordedError
-from grutrace.record import Array, Header, Module
+from grutrace.record import Array, Header, Module, Site
 from grutrace.storage.moment import Moment
 from grutrace.storage.site import SiteTrace
 from grutrace.storage.source import Source
 from grutrace.storage.tables import Tables
+
+if TYPE_CHECKING:
+    import dask.array
+    import xarray
 
 
 class Trace:
@@ -40,11 +44,13 @@ class Trace:
         Raises:
             NotRecordedError: It was not recorded; the message says which were.
         """
+        return SiteTrace(self._look, *self._place(name))
+
+    def _place(self, name: str) -> tuple[int, Site]:
         if name not in self._places:
             found = ", ".join(repr(site) for site in self.sites) or "none"
             raise NotRecordedError(f"site {name!r} was not recorded; recorded sites: {found}")
-        number, site = self._places[name]
-        return SiteTrace(self._look, number, site)
+        return self._places[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.sites)
@@ -105,6 +111,57 @@ class Trace:
     def closed(self) -> bool:
         """Whether its writer closed the file in order; if not, it is at work or has died."""
         return self._look().tables.closed
+
+    def to_dask(self, site: str, quantity: str) -> dask.array.Array:
+        """The rows of a quantity as a dask array, (N, H), or (N, I) for the input.
+
+        Nothing is read until it is computed, and then in chunks of about 16 MiB that are whole
+        chunks of the file: on the threads of this process, in other processes, or on a cluster
+        that can read the file, where only its path travels. It shows the rows that there are now,
+        also once there are more, and after the trace is closed. Of a trace in memory the rows
+        themselves travel.
+
+        Args:
+            site: Name of the site.
+            quantity: Out of reset, update, candidate, hidden and input.
+
+        Raises:
+            NotRecordedError: The site or the quantity was not recorded.
+            MissingExtraError: dask is not installed.
+        """
+        from grutrace.arrays.chunked import to_dask
+
+        return to_dask(self._look(), *self._place(site), quantity)
+
+    def to_xarray(self, site: str, *, padded: bool = False) -> xarray.Dataset:
+        """A site as an xarray Dataset, which reads values only when they are needed.
+
+        Its variables are all quantities that can be read, stored or derived, as of now. They are
+        dask arrays where dask is installed, in chunks as for `to_dask`, and are otherwise read
+        when somebody looks at their values.
+
+        With the dimensions step and unit, or feature for the input: all steps of all sequences,
+        one after another, with the coordinates sequence (its number), time (which step of it),
+        call (a row of `calls`), tag, token and label_NAME, where there are any, and unit (its
+        number). ``dataset["update"].groupby("sequence").mean()`` gives one row a sequence. (Not
+        ``dataset.update``: that is a method of xarray.) Along the
+        dimension instance, one item a sequence: initial, the state that it began from, and length.
+        (These are the ragged arrays of the CF conventions, contiguous or indexed.)
+
+        Padded, with the dimensions sequence, time and unit: one sequence a row, with nan after its
+        end, and the coordinates length, call (its first), tag, token and label_NAME.
+
+        Args:
+            site: Name of the site.
+            padded: Whether to give every sequence a row of its own.
+
+        Raises:
+            NotRecordedError: The site was not recorded.
+            MissingExtraError: xarray is not installed.
+        """
+        from grutrace.arrays.labelled import to_xarray
+
+        return to_xarray(self._look(), *self._place(site), padded=padded)
 
     def refresh(self) -> None:
         """Take in what was recorded since. Sites that were asked for before go along.

@@ -49,6 +49,37 @@ def test_following_another_process(shape, tmp_path):
 
 
 @pytest.mark.parametrize("shape", coded.SHAPES)
+def test_two_that_follow_do_not_disturb_each_other(shape, tmp_path):
+    """HDF5 gives both one file, and reads wrong values where one refreshes what both have open."""
+    path = tmp_path / "run.h5"
+    command = [sys.executable, "-m", "tests.storage.coded", str(path), shape]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            process.stdout.readline()
+            drain = threading.Thread(target=process.stdout.read)
+            drain.start()
+            until = time.monotonic() + SECONDS
+            with open_trace(path) as first, open_trace(path) as second:
+                while time.monotonic() < until:
+                    for trace, other in ((first, second), (second, first)):
+                        trace.refresh()
+                        seen = coded.check_trace(trace)
+                        coded.check_trace(other)
+        finally:
+            process.kill()
+            drain.join()
+    assert seen > 2
+
+
+def test_one_file_opened_twice_is_read_right(tmp_path):
+    path = tmp_path / "run.h5"
+    coded.write(path, "big", calls=5)
+    with open_trace(path) as first, open_trace(path) as second:
+        assert len(second["rnn.l0"].update) > 2 * 1024  # some chunks
+        assert coded.check_trace(second) == coded.check_trace(first) == 5
+
+
+@pytest.mark.parametrize("shape", coded.SHAPES)
 def test_following_in_the_same_process(shape, tmp_path):
     path = tmp_path / "run.h5"
     sink = StreamSink(path, coded.HEADER)

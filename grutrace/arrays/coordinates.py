@@ -1,0 +1,175 @@
+"""What is known of each step beside its rows: which sequence, which step of it, call, tag, token.
+
+All follow from the tables, which a trace has in memory; they are worked out for the steps that are
+asked for, since a column of them takes as much memory as a unit of a gate. N rows, S sequences, L
+steps of the longest.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from grutrace.arrays.rows import places, span
+from grutrace.record import Array
+from grutrace.storage.index import Integers, ModuleIndex, spread
+from grutrace.storage.moment import Moment
+
+_INTEGER, _NUMBER, _TEXT = np.dtype(np.int64), np.dtype(np.float64), np.dtype(object)
+
+
+class StepColumn(ABC):
+    """One value a row, (N,), worked out when it is indexed."""
+
+    ndim = 1
+
+    def __init__(self, index: ModuleIndex, dtype: np.dtype[Any]) -> None:
+        self.shape = (int(index.steps.sum()),)
+        self.dtype = dtype
+        self._index = index
+
+    def __getitem__(self, key: tuple[Any, ...]) -> Array:
+        """By a slice or an integer."""
+        rows = np.arange(self.shape[0])[key]
+        return np.asarray(self.of(np.atleast_1d(rows))).reshape(rows.shape)
+
+    @abstractmethod
+    def of(self, rows: Integers) -> Array:
+        """The values of these rows."""
+
+
+class SequenceNumbers(StepColumn):
+    """The sequence that each row is of."""
+
+    def __init__(self, index: ModuleIndex) -> None:
+        super().__init__(index, _INTEGER)
+
+    def of(self, rows: Integers) -> Array:
+        """The values of these rows."""
+        return self._index.sequences[self._index.pieces_of(rows)]
+
+
+class StepNumbers(StepColumn):
+    """Which step of its sequence each row is."""
+
+    def __init__(self, index: ModuleIndex) -> None:
+        super().__init__(index, _INTEGER)
+
+    def of(self, rows: Integers) -> Array:
+        """The values of these rows."""
+        pieces = self._index.pieces_of(rows)
+        return self._index.steps_before[pieces] + rows - self._index.starts[pieces]
+
+
+class CallNumbers(StepColumn):
+    """The call that made each row, as a row of `Trace.calls`."""
+
+    def __init__(self, index: ModuleIndex) -> None:
+        super().__init__(index, _INTEGER)
+
+    def of(self, rows: Integers) -> Array:
+        """The values of these rows."""
+        return self._index.calls[self._index.pieces_of(rows)]
+
+
+class Tags(StepColumn):
+    """The tag of the call that made each row, or None.
+
+    Args:
+        index: Of the module.
+        tags: (calls,) of each call.
+    """
+
+    def __init__(self, index: ModuleIndex, tags: Array) -> None:
+        super().__init__(index, _TEXT)
+        self._tags = tags
+
+    def of(self, rows: Integers) -> Array:
+        """The values of these rows."""
+        return self.of_calls(self._index.calls[self._index.pieces_of(rows)])
+
+    def of_calls(self, calls: Integers) -> Array:
+        """The tags of these calls."""
+        return np.asarray(self._tags[calls])
+
+
+class Annotated(StepColumn):
+    """The tokens, or a label, of each row: numbers with nan for none; with None, if one is text.
+
+    Args:
+        moment: Of the trace.
+        module: Place of the module in the header.
+        name: ``tokens``, or the label's.
+    """
+
+    def __init__(self, moment: Moment, module: int, name: str) -> None:
+        tables = moment.tables
+        names = np.array(["", *tables.texts], object)[tables.annotations["name"]]
+        ours = (tables.annotations["module"] == module) & (names == name)
+        counts = tables.annotations["count"].astype(np.int64)
+        self._entries = tables.annotations[ours]
+        self._starts = (np.cumsum(counts) - counts)[ours]
+        self._tables = tables
+        super().__init__(moment.index(module), _TEXT if self._entries["text"].any() else _NUMBER)
+
+    def of(self, rows: Integers) -> Array:
+        """The values of these rows."""
+        return np.asarray(self._all[rows])
+
+    @cached_property
+    def _all(self) -> Array:
+        index, entries = self._index, self._entries
+        counts = entries["count"].astype(np.int64)
+        sequences = np.repeat(entries["sequence"].astype(np.int64), counts)
+        lengths = index.lengths
+        # No further than the end, however large the number is that stands there.
+        firsts = np.minimum(entries["first"], lengths[entries["sequence"].astype(np.int64)])
+        steps = spread(firsts.astype(np.int64), counts)
+        there = steps < lengths[sequences]
+        ordered = spread(index.starts[index.order], index.steps[index.order])
+        rows = ordered[(np.cumsum(lengths) - lengths)[sequences[there]] + steps[there]]
+        numbers = self._tables.values[spread(self._starts, counts)[there]]
+        if self.dtype == _NUMBER:
+            found = np.full(self.shape, np.nan)
+            found[rows] = numbers
+            return found
+        values = numbers.astype(object)
+        text = np.repeat(entries["text"] > 0, counts)[there]
+        texts = np.array(self._tables.texts, object)
+        values[text] = texts[numbers[text].astype(np.int64)]
+        found = np.full(self.shape, None, object)
+        # Where two give a value to the same step, the later one holds.
+        found[rows] = values
+        return found
+
+
+class PaddedColumn:
+    """A column by sequence, (S, L), with nan or None after the end of each."""
+
+    ndim = 2
+
+    def __init__(self, column: StepColumn, index: ModuleIndex) -> None:
+        self.shape = (len(index), int(index.lengths.max(initial=0)))
+        self.dtype = column.dtype
+        self._column, self._index = column, index
+
+    def __getitem__(self, key: tuple[Any, ...]) -> Array:
+        """By slices and integers."""
+        sequences, rest = span(key[0], self.shape[0])
+        nothing = None if self.dtype == _TEXT else np.nan
+        found = np.full((len(sequences), self.shape[1]), nothing, self.dtype)
+        of, steps, rows = places(self._index, sequences)
+        found[of, steps] = self._column.of(rows)
+        return np.asarray(found[(rest, *key[1:])])
+
+
+def annotation_names(moment: Moment, module: int) -> list[str]:
+    """Names of the annotations of a module, in the order in which they came."""
+    tables = moment.tables
+    names = tables.annotations["name"][tables.annotations["module"] == module]
+    numbers, firsts = np.unique(names, return_index=True)
+    found = [tables.texts[number - 1] for number in numbers[np.argsort(firsts)].tolist()]
+    return list(dict.fromkeys(found))

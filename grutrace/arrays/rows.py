@@ -1,0 +1,135 @@
+"""The rows of a quantity, and its padded sequences, as arrays that are read when they are indexed.
+
+N rows, S sequences, L steps of the longest of them, W units or features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from grutrace.arrays.reopened import Look
+from grutrace.record import Array, Site
+from grutrace.storage.index import Integers, ModuleIndex, compact, spread
+from grutrace.storage.moment import Moment
+from grutrace.storage.rows import LazyRows
+from grutrace.storage.source import Rows
+
+#: Beside the quantities: the state that each sequence began from.
+INITIAL = "initial"
+
+
+class Quantity:
+    """Which quantity of which site, as it was at one moment. Small and picklable, as its look is.
+
+    Attributes:
+        name: Of the quantity, or `INITIAL`.
+        shape: (N, W); of the initial states (S, W)
+        dtype: Of the elements.
+
+    Raises:
+        NotRecordedError: It was not recorded.
+    """
+
+    def __init__(self, look: Look, moment: Moment, module: int, site: Site, name: str) -> None:
+        self.look, self.name = look, name
+        self._module, self._suffix = module, site.suffix
+        self._calls = moment.extent(module).calls
+        rows = self._rows(moment)
+        self.shape: tuple[int, int] = (rows.shape[0], rows.shape[1])
+        self.dtype = rows.dtype
+
+    @contextmanager
+    def opened(self) -> Iterator[tuple[Rows, Moment]]:
+        """Its rows, of which there may be more by now, and the moment that they are of."""
+        with self.look.moment(self._module, self._calls) as moment:
+            yield self._rows(moment), moment
+
+    def index(self, moment: Moment) -> ModuleIndex:
+        """The pieces of its module."""
+        return moment.index(self._module)
+
+    def _rows(self, moment: Moment) -> Rows:
+        sites = moment.header.modules[self._module].sites
+        site = next(site for site in sites if site.suffix == self._suffix)
+        if self.name == INITIAL:
+            count = moment.extent(self._module).sequences
+            return moment.source.initial(self._module, self._suffix, count)
+        return moment.rows(self._module, site, self.name)
+
+    def __dask_tokenize__(self) -> tuple[object, ...]:
+        return self.look.__dask_tokenize__(), self._module, self._suffix, self.name, self.shape
+
+
+class QuantityRows(LazyRows):
+    """All rows of a quantity, (N, W)."""
+
+    def __init__(self, quantity: Quantity) -> None:
+        super().__init__(quantity.shape, quantity.dtype)
+        self._quantity = quantity
+
+    def _read(self, rows: slice, columns: slice) -> Array:
+        with self._quantity.opened() as (all_rows, _):
+            return np.asarray(all_rows[rows, columns])
+
+    def _pick(self, rows: Array, columns: slice) -> Array:
+        with self._quantity.opened() as (all_rows, _):
+            return np.asarray(all_rows[rows, columns])
+
+    def __dask_tokenize__(self) -> tuple[object, ...]:
+        return self._quantity.__dask_tokenize__()
+
+
+class PaddedRows:
+    """All sequences of a quantity, (S, L, W), with nan after the end of each."""
+
+    ndim = 3
+
+    def __init__(self, quantity: Quantity, sequences: int, longest: int) -> None:
+        self.shape = (sequences, longest, quantity.shape[1])
+        self.dtype = quantity.dtype
+        self._quantity = quantity
+
+    def __getitem__(self, key: tuple[Any, ...]) -> Array:
+        """By slices and integers: of the sequences, no more is read than is asked for."""
+        sequences, rest = span(key[0], self.shape[0])
+        return np.asarray(self._read(sequences)[(rest, *key[1:])])
+
+    def _read(self, sequences: range) -> Array:
+        found = np.full((len(sequences), *self.shape[1:]), np.nan, self.dtype)
+        with self._quantity.opened() as (all_rows, moment):
+            of, steps, rows = places(self._quantity.index(moment), sequences)
+            # Sequences may have gone on since.
+            known = rows < self._quantity.shape[0]
+            found[of[known], steps[known]] = all_rows[compact(rows[known])]
+        return found
+
+    def __dask_tokenize__(self) -> tuple[object, ...]:
+        return "padded", self._quantity.__dask_tokenize__(), self.shape
+
+
+def span(key: slice | int, size: int) -> tuple[range, slice | int]:
+    """What to read of an axis of this size, and what to take of that afterwards."""
+    if not isinstance(key, slice):
+        number = range(size)[key]
+        return range(number, number + 1), 0
+    taken = range(size)[key]
+    if not len(taken):
+        return range(0), slice(None)
+    low, high = sorted((taken[0], taken[-1]))
+    return range(low, high + 1), slice(None, None, taken.step)
+
+
+def places(index: ModuleIndex, sequences: range) -> tuple[Integers, Integers, Integers]:
+    """Where each row of neighbouring sequences goes in a padded array.
+
+    Returns:
+        By row: which of these sequences, from 0; which step of it; the number of the row.
+    """
+    pieces = index.order[index.bounds[sequences.start] : index.bounds[sequences.stop]]
+    steps = index.steps[pieces]
+    of = np.repeat(index.sequences[pieces] - sequences.start, steps)
+    return of, spread(index.steps_before[pieces], steps), spread(index.starts[pieces], steps)

@@ -1,0 +1,66 @@
+"""Two worker processes compute on a trace; what they found is printed as JSON.
+
+python -m tests.arrays.cluster PATH SITE QUANTITY [SITE QUANTITY ...]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import cloudpickle
+import dask.array
+import numpy as np
+from distributed import Client, LocalCluster
+
+import grutrace
+
+
+def worker_of(block: np.ndarray) -> np.ndarray:
+    """Which process this block was given to, in its place."""
+    return np.full((1, 1), os.getpid())
+
+
+def open_files() -> list[str]:
+    folder = "/proc/self/fd"
+    found = []
+    for number in os.listdir(folder):
+        try:
+            found.append(os.readlink(f"{folder}/{number}"))
+        except OSError:
+            continue
+    return found
+
+
+def main(path: str, *wanted: str) -> None:
+    found: dict[str, object] = {}
+    with (
+        LocalCluster(
+            n_workers=2, threads_per_worker=2, processes=True, dashboard_address=None
+        ) as cluster,
+        Client(cluster) as client,
+        grutrace.open(path) as trace,
+    ):
+        processes: set[int] = set()
+        for site, quantity in zip(wanted[::2], wanted[1::2], strict=True):
+            array = trace.to_dask(site, quantity)
+            of_workers = array.map_blocks(worker_of, chunks=(1, 1), dtype=int).compute()
+            processes |= set(of_workers.ravel().tolist())
+            found[f"{site} {quantity}"] = {
+                "sum": dask.array.sum(array, axis=0, dtype=float).compute().tolist(),
+                "chunks": len(array.chunks[0]),
+                "bytes": len(cloudpickle.dumps(dict(array.dask))),
+            }
+            dataset = trace.to_xarray(site)
+            means = dataset[quantity].groupby("sequence").mean().compute()
+            found[f"{site} {quantity}"]["means"] = means.values.tolist()  # type: ignore[index]
+        found["processes"] = sorted(processes)
+        found["client"] = os.getpid()
+        held = client.run(open_files)
+        found["left open"] = [name for files in held.values() for name in files if path in name]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
