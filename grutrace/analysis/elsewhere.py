@@ -36,8 +36,9 @@ def on_dask(site: Analysed) -> Material:
 
 def computed(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
     """Yield what each task returns, in order; some are computed at once."""
-    import dask
+    from dask.base import compute
+    from dask.delayed import delayed
 
     for start in range(0, len(tasks), WAITING):
-        some = [dask.delayed(task, pure=False)() for task in tasks[start : start + WAITING]]
-        yield from dask.compute(*some)
+        some = [delayed(task, pure=False)() for task in tasks[start : start + WAITING]]
+        yield from compute(*some)

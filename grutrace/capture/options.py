@@ -21,6 +21,9 @@ from grutrace.errors import OptionError
 
 Check = Literal["warn", "raise", "off"]
 
+#: What a sink that fails does to the run: end it, or let it go on untraced.
+OnError = Literal["raise", "warn"]
+
 #: When gates are computed: with the call, outside the model's forward but before they are stored,
 #: or when they are read. Auto is what the model feels least while all gates are stored: the second
 #: (docs/performance.md) where the options allow for it, and else the first.
@@ -64,6 +67,8 @@ class Options:
         steps: slice | None = None,
         counted: bool = False,
         to_file: bool = False,
+        on_error: OnError = "raise",
+        fsync: bool = False,
     ) -> None:
         _expect_one_of("gates", gates, get_args(Gates))
         _expect_one_of("stacks", stacks, STACKS)
@@ -74,6 +79,13 @@ class Options:
             gates = "inline" if at_once else "background"
         self.gates, self.stacks, self.check = gates, stacks, check
         self.to_file = to_file
+        _expect_one_of("on_error", on_error, get_args(OnError))
+        self.on_error, self.fsync = on_error, _flag("fsync", fsync)
+        if fsync and not to_file:
+            raise OptionError(
+                "fsync: without a path expected False, for there is no file; found True. "
+                "(A grutrace.Statistics takes fsync itself)"
+            )
         self.every = _count("every", every)
         self.max_calls = None if max_calls is None else _count("max_calls", max_calls)
         self.max_bytes = None if max_bytes is None else _count("max_bytes", max_bytes)
@@ -88,26 +100,33 @@ class Options:
             )
 
     def as_json(self) -> dict[str, object]:
-        """As they are kept in the trace; those that narrow nothing are left out."""
+        """As they are kept in the trace; those that change nothing in it are left out."""
         always: dict[str, object] = {
             "gates": self.gates,
             "stacks": self.stacks,
             "check": self.check,
         }
-        narrowing = {
+        others = {
             "every": self.every if self.every > 1 else None,
             "max_calls": self.max_calls,
             "max_bytes": self.max_bytes,
             "dtype": self.dtype,
             "units": None if self.units is None else _text(self.units),
             "steps": None if self.steps is None else _text(self.steps),
+            "fsync": self.fsync or None,
         }
-        return always | {name: value for name, value in narrowing.items() if value is not None}
+        return always | {name: value for name, value in others.items() if value is not None}
 
 
 def _expect_one_of(option: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise OptionError(f"{option}: expected one of {', '.join(allowed)}; found {value!r}")
+
+
+def _flag(option: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise OptionError(f"{option}: expected True or False, found {value!r}")
+    return value
 
 
 def integer(option: str, value: object, expected: str) -> int:

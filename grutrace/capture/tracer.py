@@ -7,7 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
 from types import TracebackType
@@ -20,8 +20,17 @@ from grutrace.capture.background import Background
 from grutrace.capture.doubt import Doubt, doubts
 from grutrace.capture.limits import LimitReached, Limits
 from grutrace.capture.listen import Ear
+from grutrace.capture.losses import Losses
 from grutrace.capture.observe import Observation, Stacks
-from grutrace.capture.options import Check, Gates, Options, StoredType, Units, versions
+from grutrace.capture.options import (
+    Check,
+    Gates,
+    OnError,
+    Options,
+    StoredType,
+    Units,
+    versions,
+)
 from grutrace.capture.recorder import ModuleRecorder
 from grutrace.capture.recording import Recording
 from grutrace.capture.selection import narrow
@@ -32,12 +41,14 @@ from grutrace.errors import (
     OptionError,
     ResidualError,
     ResidualWarning,
+    SinkError,
     StateError,
+    TraceFileError,
     UnsupportedError,
 )
-from grutrace.record import DEFAULT_RECORD, Header, Record
+from grutrace.record import DEFAULT_RECORD, Block, Header, Record, Weights
 from grutrace.storage.moment import Moment
-from grutrace.storage.sinks import Mode, SinkMaker, open_sink, open_source
+from grutrace.storage.sinks import Mode, SinkMaker, open_sink, open_source, recorded_calls
 from grutrace.storage.trace import Trace
 
 _IN_A_CHILD = (
@@ -84,10 +95,16 @@ class Tracer(Trace):
         steps: A slice: only these steps of each sequence, counted through all its calls.
         sink: A `grutrace.Statistics`, to count figures with instead of keeping rows: then there
             is no path, and of the trace nothing can be read but its sites and its header.
+        on_error: What a failing sink, such as a full disk, does to the run. ``raise``: a
+            `SinkError` comes out of the next call of the model, and of `flush` and `close`.
+            ``warn``: the model goes on untraced, which is said once, and once more on closing, with
+            how many calls were lost. What the model computes is the same either way.
+        fsync: Whether `flush` and every other commit wait until the disk itself holds the rows, so
+            that they survive a loss of power, and not only the death of the process.
 
     Raises:
         OptionError: An option has no such value, or a glob matches no site; or there are a path and
-            a sink, or a sink and deferred gates.
+            a sink, or a sink and deferred gates, or `fsync` without a path.
         UnsupportedError: The model has no GRU.
         TraceFileError: The file exists, or cannot be written.
     """
@@ -114,6 +131,8 @@ class Tracer(Trace):
         units: Units | None = None,
         steps: slice | None = None,
         sink: SinkMaker | None = None,
+        on_error: OnError = "raise",
+        fsync: bool = False,
     ) -> None:
         options = Options(
             gates=gates,
@@ -127,6 +146,8 @@ class Tracer(Trace):
             steps=steps,
             counted=sink is not None,
             to_file=path is not None,
+            on_error=on_error,
+            fsync=fsync,
         )
         self._selections = narrow(self._select(model, sites, record), options)
         header = Header(
@@ -137,8 +158,10 @@ class Tracer(Trace):
             modules=tuple(each.description for each in self._selections),
         )
         self._background = Background(header.modules) if options.gates == "background" else None
-        self._sink = open_sink(path, header, mode, sink, self._background)
+        self._sink = open_sink(path, header, mode, sink, self._background, fsync=fsync)
+        self._losses = Losses()
         super().__init__(open_source(self._sink))
+        self._before = recorded_calls(self._source)
         self._appended = self._seen = 0
         self._limits = self._limit(options)
         self._recorders = [
@@ -166,8 +189,12 @@ class Tracer(Trace):
 
     @property
     def is_recording(self) -> bool:
-        """Whether calls of the model are recorded now. Not once ``max_calls`` or so is reached."""
-        return bool(self._ears) and not self._limits.reached
+        """Whether calls of the model are recorded now.
+
+        Not once ``max_calls`` or so is reached, nor where the run goes on without a sink that has
+        failed.
+        """
+        return bool(self._ears) and not self._limits.reached and self._losses.error is None
 
     def start(self, tag: str | None = None) -> None:
         """Record from now on. Does nothing once ``max_calls`` or ``max_bytes`` is reached.
@@ -257,16 +284,34 @@ class Tracer(Trace):
         """Return once every recorded row is in the trace, and committed to the file if any.
 
         Raises:
-            SinkError: The rows could not be stored.
+            SinkError: The rows could not be stored, and ``on_error`` is ``raise``.
         """
-        self._sink.flush()
+        try:
+            self._sink.flush()
+        except SinkError as error:
+            if not self._goes_on(error):
+                raise
         self._say_doubts()
+
+    def refresh(self) -> None:
+        """Take in what was recorded since; where the sink has failed, what it still stored.
+
+        Raises:
+            SinkError: The rows could not be stored, and ``on_error`` is ``raise``.
+            TraceFileError: The file is damaged.
+        """
+        try:
+            super().refresh()
+        except SinkError as error:
+            if not self._goes_on(error):
+                raise
+            super().refresh()
 
     def close(self) -> None:
         """Stop recording and close the trace, which can still be read. Twice does nothing.
 
         Raises:
-            SinkError: Rows could not be stored.
+            SinkError: Rows could not be stored, and ``on_error`` is ``raise``.
         """
         if self._finish():
             self._name_uncalled()
@@ -277,7 +322,13 @@ class Tracer(Trace):
         self.stop()
         was_open, self._closed = not self._closed, True
         if was_open:
-            self._sink.close()
+            try:
+                self._sink.close()
+            except SinkError as error:
+                if not self._goes_on(error):
+                    raise
+            if self._losses.error is not None:
+                self._say_losses(*self._count_losses())
         return was_open
 
     def __enter__(self) -> Self:
@@ -298,8 +349,42 @@ class Tracer(Trace):
             self._say_doubts()
 
     def _append(self, record: Record) -> None:
-        self._sink.append(record)
+        # Before the sink has it: after that, an interruption could take back what is in there.
+        if isinstance(record, Block):
+            self._losses.count()
+        try:
+            self._sink.append(record)
+        except SinkError:
+            if isinstance(record, Weights):
+                # The call that they were announced for does not get here.
+                self._losses.count()
+            raise
         self._appended += 1
+
+    def _goes_on(self, error: SinkError) -> bool:
+        """Whether the run goes on without the sink, which has failed. Said when it is news."""
+        if self._options.on_error == "raise":
+            return False
+        if self._losses.fail(error):
+            with suppress(SinkError):
+                self._sink.close()
+            message = f"nothing more is recorded, and the model goes on untraced: {error}"
+            self._warn_once(message, message)
+        return True
+
+    def _count_losses(self) -> tuple[int, int]:
+        """How many calls are stored, and how many are not: all of them, if nothing can be read."""
+        stored = 0
+        with suppress(TraceFileError):
+            stored = recorded_calls(self._source) - self._before
+        return stored, self._losses.calls - stored
+
+    def _say_losses(self, stored: int, lost: int) -> None:
+        message = (
+            f"{self._source.name} holds {stored} calls of this recording, and {lost} are lost: "
+            "it failed while the model went on, as was said then"
+        )
+        self._warn_once(message, message)
 
     def _look(self) -> Moment:
         """Take in what was recorded since the last look, so that the trace is always up to date."""
@@ -313,7 +398,11 @@ class Tracer(Trace):
     def _wants(self, turn: Iterator[int]) -> bool:
         """Whether the present call of a module is to be recorded. Asked once a call."""
         if not self._limits.reached:
-            return next(turn) % self._options.every == 0
+            wanted = next(turn) % self._options.every == 0
+            if wanted and self._losses.error is not None and os.getpid() == self._process:
+                self._losses.count()
+                return False
+            return wanted
         # Reached by a call of another thread, or by another part of a run. In a forked child nobody
         # might be left to release the lock.
         if os.getpid() == self._process:
@@ -338,6 +427,10 @@ class Tracer(Trace):
             return
         except LimitReached:
             self.stop()
+            return
+        except SinkError as error:
+            if not self._goes_on(error):
+                raise
             return
         with self._lock:
             if self._batches is not None:
@@ -378,13 +471,18 @@ class Tracer(Trace):
                 # What they belong to lies beyond the limit.
                 return
             raise
-        for annotation in annotations:
-            self._append(annotation)
+        try:
+            for annotation in annotations:
+                self._append(annotation)
+        except SinkError as error:
+            if not self._goes_on(error):
+                raise
 
     def _name_uncalled(self) -> None:
         indices = range(len(self._recorders))
         uncalled = [self._path(index) for index in indices if index not in self._called]
-        if self._has_recorded and uncalled and not self._limits.reached:
+        stopped = self._limits.reached or self._losses.error is not None
+        if self._has_recorded and uncalled and not stopped:
             compiled = (
                 ", but maybe within a graph that torch.compile made before it "
                 "(torch.compiler.reset() discards those)"

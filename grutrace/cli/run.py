@@ -9,7 +9,7 @@ import typer
 
 from grutrace.record import DEFAULT_RECORD, QUANTITIES
 from grutrace.run.launch import launch
-from grutrace.run.settings import CHECKS, DTYPES, GATES, MODES, STACKS, Settings
+from grutrace.run.settings import CHECKS, DTYPES, GATES, MODES, ON_ERROR, STACKS, Settings
 from grutrace.run.texts import size
 
 
@@ -51,6 +51,12 @@ def run(
     steps: Annotated[
         str | None, typer.Option(help="Only these steps of each sequence: 5:20.")
     ] = None,
+    on_error: Annotated[
+        str, typer.Option(help=f"What a file that fails does to the script: {', '.join(ON_ERROR)}.")
+    ] = "warn",
+    fsync: Annotated[
+        bool, typer.Option("--fsync", help="Have the disk itself hold what counts.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing of our own.")] = False,
 ) -> None:
     """Run a script as python would, and trace the GRUs of every model in it."""
@@ -69,6 +75,8 @@ def run(
         dtype=dtype,
         units=units,
         steps=steps,
+        on_error=on_error,
+        fsync=fsync,
         quiet=quiet,
     )
     launch(settings, program, module=module)

@@ -19,7 +19,16 @@ from typing import NoReturn
 from grutrace.errors import OptionError, UnsupportedError
 from grutrace.record import QUANTITIES
 from grutrace.run import texts
-from grutrace.run.settings import CHECKS, DTYPES, GATES, MODES, STACKS, VARIABLE, Settings
+from grutrace.run.settings import (
+    CHECKS,
+    DTYPES,
+    GATES,
+    MODES,
+    ON_ERROR,
+    STACKS,
+    VARIABLE,
+    Settings,
+)
 from grutrace.storage.parts import require_room
 
 _BOOT = Path(__file__).with_name("boot")
@@ -55,6 +64,7 @@ def _check(settings: Settings) -> None:
     _expect("stacks", [settings.stacks], STACKS)
     _expect("check", [settings.check], CHECKS)
     _expect("gates", [settings.gates], GATES)
+    _expect("on_error", [settings.on_error], ON_ERROR)
     _expect("dtype", [settings.dtype or DTYPES[0]], DTYPES)
     for option in ("every", "max_calls", "max_bytes"):
         number = getattr(settings, option)

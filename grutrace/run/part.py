@@ -15,7 +15,7 @@ from grutrace.capture.recorder import ModuleRecorder
 from grutrace.capture.sites import Selection, select
 from grutrace.capture.surroundings import Missed
 from grutrace.capture.tracer import Tracer
-from grutrace.errors import GrutraceWarning, ResidualError
+from grutrace.errors import GrutraceWarning, ResidualError, SinkError
 from grutrace.record import Block, Record
 from grutrace.run import texts
 from grutrace.run.report import Report, Tally
@@ -44,7 +44,7 @@ class Part(Tracer):
     """Records selected layers of one model from now on.
 
     What goes wrong is said once, and the script goes on without it; unless it asked to be stopped
-    by a residual.
+    by a residual or by a sink that fails.
 
     Args:
         model: That the layers are in.
@@ -86,6 +86,8 @@ class Part(Tracer):
             dtype=settings.dtype,
             steps=None if settings.steps is None else texts.steps(settings.steps),
             units=None if settings.units is None else texts.units(settings.units),
+            on_error=settings.on_error,  # type: ignore[arg-type]
+            fsync=settings.fsync,
         )
         self.tally = Tally(path, len(self.sites))
         self.start()
@@ -94,7 +96,7 @@ class Part(Tracer):
         """Stop recording and close the file.
 
         Raises:
-            SinkError: Rows could not be stored.
+            SinkError: Rows could not be stored, and the script asked to be told so.
         """
         self._finish()
 
@@ -115,11 +117,15 @@ class Part(Tracer):
             return
         try:
             super()._receive(recorder, observation)
-        except ResidualError:
+        except (ResidualError, SinkError):
+            # Those that the script asked for: others do not get here.
             raise
         except Exception as error:
             self.tally.failed = True
             self._report.say(f"nothing more is recorded of {', '.join(self.sites)}: {error}")
+
+    def _say_losses(self, stored: int, lost: int) -> None:
+        self.tally.calls, self.tally.lost = stored, lost
 
     def _warn_once(
         self,

@@ -19,12 +19,14 @@ class Tally:
         path: Its file.
         sites: Number of its sites.
         calls: Recorded calls.
-        failed: Whether some of them could not be stored.
+        lost: Calls that could not be stored.
+        failed: Whether recording ended for another reason.
     """
 
     path: Path
     sites: int
     calls: int = 0
+    lost: int = 0
     failed: bool = False
 
 
@@ -60,8 +62,14 @@ class Report:
         sites = sum(tally.sites for tally in self.tallies)
         others = len(self.tallies) - 1
         files = path if not others else f"{path} and {others} file{'s' * (others > 1)} beside it"
-        lost = "; some are lost, as said above" if any(t.failed for t in self.tallies) else ""
+        lost = self._lost()
         self.say(
             f"recorded {calls} call{'s' * (calls != 1)} of {sites} site{'s' * (sites != 1)} "
             f"in {files}{lost}"
         )
+
+    def _lost(self) -> str:
+        lost = sum(tally.lost for tally in self.tallies)
+        if lost:
+            return f"; {lost} are lost, as said above"
+        return "; some are lost, as said above" if any(t.failed for t in self.tallies) else ""

@@ -13,6 +13,7 @@ MODES = ("w", "a", "overwrite")
 STACKS = ("auto", "split", "rerun")
 CHECKS = ("warn", "raise", "off")
 GATES = ("auto", "inline", "background", "deferred")
+ON_ERROR = ("warn", "raise")
 DTYPES = ("float16", "float32", "float64")
 
 
@@ -28,6 +29,7 @@ class Settings:
         max_bytes: Likewise.
         units: As `texts.units` reads them.
         steps: As `texts.steps` reads them.
+        on_error: What a failing file does to the script. Unlike a tracer's, it goes on by itself.
         quiet: Whether to say nothing on standard error.
         python_path: PYTHONPATH as the script shall have it.
     """
@@ -45,6 +47,8 @@ class Settings:
     dtype: str | None = None
     units: str | None = None
     steps: str | None = None
+    on_error: str = "warn"
+    fsync: bool = False
     quiet: bool = False
     python_path: str | None = None
 

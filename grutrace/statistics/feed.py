@@ -48,10 +48,17 @@ class Feed(FiguresOnly):
         name: str,
     ) -> None:
         super().__init__(header)
-        counter = _Counter(header, accumulator, lock, save, name)
-        self.pump = Pump(counter, QUEUE_BYTES, commit_seconds=seconds, commit_bytes=math.inf)
+        if save is not None:
+            self.name = name
+        self._counter = _Counter(header, accumulator, lock, save, name)
+        self.pump = Pump(self._counter, QUEUE_BYTES, commit_seconds=seconds, commit_bytes=math.inf)
         # Without waiting: whatever thread the collector runs in may hold the lock.
         weakref.finalize(self, self.pump.finish).atexit = False
+
+    @property
+    def counted_calls(self) -> int:
+        """Calls that it has counted, or, if there is a file, that are in the file."""
+        return self._counter.stored
 
     def append(self, record: Record) -> None:
         """Queue a record; wait while the queue is full.
@@ -100,6 +107,7 @@ class _Counter:
         self._gathered: list[Block] = []
         self._bytes = 0
         self._unsaved = False
+        self._counted = self.stored = 0
 
     def write(self, record: Record) -> None:
         """Take a record."""
@@ -123,6 +131,7 @@ class _Counter:
         if self._save is not None and self._unsaved:
             self._save()
             self._unsaved = False
+        self.stored = self._counted
 
     def close(self) -> None:
         """Commit."""
@@ -137,6 +146,7 @@ class _Counter:
         if not gathered:
             return
         with self._lock:
+            self._counted += len(gathered)
             for block in gathered:
                 self._count_call(block)
             for module, sites in enumerate(self._sites):

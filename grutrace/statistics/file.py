@@ -22,7 +22,7 @@ from grutrace.storage.faults import Fault, reading, require
 from grutrace.storage.header import check_version, format_of
 from grutrace.storage.members import holds, member
 from grutrace.storage.opening import open_for_reading
-from grutrace.storage.placing import naming, put_in_place, room_for
+from grutrace.storage.placing import naming, put_in_place, room_for, sync, sync_name
 from grutrace.storage.schema import FORMAT, STATISTICS
 
 #: Major and minor. A reader refuses a newer major number; a newer minor one only adds.
@@ -44,18 +44,20 @@ class StatisticsFile:
         path: Of the file.
         mode: "w" refuses a path that exists, "overwrite" replaces it, "a" is for counts that go on
             from those in the file.
+        fsync: Whether the disk holds each new file before it takes the place of the one before.
 
     Raises:
         OptionError: The mode is none of these.
         TraceFileError: The file exists and may not be replaced, or its folder does not.
     """
 
-    def __init__(self, path: str | os.PathLike[str], mode: str) -> None:
+    def __init__(self, path: str | os.PathLike[str], mode: str, *, fsync: bool = False) -> None:
         if mode not in MODES:
             raise OptionError(f"mode: expected one of {', '.join(MODES)}, found {mode!r}")
         self.path = Path(os.path.realpath(path))
         self._goes_on = mode == "a" and self.path.exists()
         self._mode = "overwrite" if self._goes_on else mode
+        self._fsync = fsync
         self._lock = threading.Lock()
         room_for(self.path, self._mode)
 
@@ -76,15 +78,36 @@ class StatisticsFile:
         with self._lock:
             new = room_for(self.path, self._mode)
             try:
-                with naming(self.path, "written"), h5py.File(new, "x") as file:
-                    _write(file, accumulator)
+                with naming(self.path, "written"):
+                    self._put(_image(accumulator, new), new)
                 put_in_place(new, self.path, self._mode)
+                if self._fsync:
+                    with naming(self.path, "written"):
+                        sync_name(self.path)
             except BaseException:
                 with contextlib.suppress(OSError):
                     new.unlink(missing_ok=True)
                 raise
             # From now on it is ours.
             self._mode = "overwrite"
+
+    def _put(self, image: bytes, new: Path) -> None:
+        with new.open("xb") as file:
+            file.write(image)
+            if self._fsync:
+                file.flush()
+                sync(file.fileno())
+
+
+def _image(accumulator: Accumulator, new: Path) -> bytes:
+    """The bytes of a new file.
+
+    Made in memory: HDF5 keeps a file open for good of which it could not write the end.
+    """
+    with h5py.File(new, "w", driver="core", backing_store=False) as file:
+        _write(file, accumulator)
+        file.flush()
+        return bytes(file.id.get_file_image())
 
 
 def _write(file: h5py.File, accumulator: Accumulator) -> None:

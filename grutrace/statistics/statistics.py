@@ -42,6 +42,8 @@ class Statistics:
             its counts.
         bins: Bins of each histogram, a power of two from 2 to 1024.
         save_seconds: How often the file is rewritten while counting.
+        fsync: Whether the disk itself holds each new file before it replaces the one before, so
+            that a loss of power leaves one of the two.
 
     Raises:
         OptionError: An option has no such value.
@@ -55,11 +57,12 @@ class Statistics:
         mode: Literal["w", "overwrite", "a"] = "w",
         bins: int = BINS,
         save_seconds: float = SAVE_SECONDS,
+        fsync: bool = False,
     ) -> None:
         if not save_seconds > 0:
             raise OptionError(f"save_seconds: expected more than 0, found {save_seconds!r}")
         self._bins, self._seconds = require_bins(bins), save_seconds
-        self._file = None if path is None else StatisticsFile(path, mode)
+        self._file = None if path is None else StatisticsFile(path, mode, fsync=fsync)
         self._begin(self._file.before() if self._file else None)
         if self._accumulator is not None and self._accumulator.bins != bins:
             raise OptionError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 from collections.abc import Iterator
@@ -35,6 +36,32 @@ def put_in_place(new: Path, path: Path, mode: str) -> None:
         raise _exists(path)
     with naming(path, "created"):
         new.replace(path)
+
+
+def sync(descriptor: int) -> None:
+    """Have the disk hold what was written to an open file.
+
+    Raises:
+        OSError: It could not. What was written since the last time may be gone.
+    """
+    if hasattr(fcntl, "F_FULLFSYNC"):
+        # On macOS fsync stops at the disk's own cache.
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(descriptor)
+
+
+def sync_name(path: Path) -> None:
+    """Have the disk hold that a file is in its folder under this name.
+
+    Raises:
+        OSError: It could not.
+    """
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        sync(folder)
+    finally:
+        os.close(folder)
 
 
 def _exists(path: Path) -> TraceFileError:

@@ -34,6 +34,8 @@ def open_sink(
     mode: Mode = "w",
     maker: SinkMaker | None = None,
     prepare: Prepare | None = None,
+    *,
+    fsync: bool = False,
 ) -> Sink:
     """A sink in memory if there is no path, one that streams to a file, or the user's.
 
@@ -44,6 +46,7 @@ def open_sink(
         maker: Makes the sink, where there is no path.
         prepare: Finishes records outside the model's forward: on the thread that writes a file, or
             when a trace in memory is read.
+        fsync: Whether what counts in a file is on the disk, and not only in the system's memory.
 
     Raises:
         OptionError: The mode is none of these; or the maker is none, cannot keep such a trace, or
@@ -53,7 +56,7 @@ def open_sink(
     if maker is None:
         if path is None:
             return MemorySink(header, prepare)
-        return StreamSink(path, header, mode, prepare=prepare)
+        return StreamSink(path, header, mode, prepare=prepare, fsync=fsync)
     if not isinstance(maker, SinkMaker):
         raise OptionError(f"sink: expected a grutrace.Statistics, found {maker!r}")
     if path is not None:
@@ -71,6 +74,12 @@ def open_source(sink: Sink) -> Source:
     if isinstance(sink, Source):
         return sink
     raise TypeError(f"expected a sink that open_sink made, found {type(sink).__name__}")
+
+
+def recorded_calls(source: Source) -> int:
+    """How many calls a source shows by now, or has counted if it keeps none."""
+    counted: int | None = getattr(source, "counted_calls", None)
+    return len(source.refresh().calls) if counted is None else counted
 
 
 def open_trace(path: str | os.PathLike[str]) -> Trace:

@@ -24,6 +24,7 @@ class StreamSink:
         queue_bytes: How much waits to be written before `append` has to wait, beside the little
             that the writer gathers.
         prepare: Finishes records on the thread that writes.
+        fsync: Whether what counts is on the disk, and not only in the system's memory.
 
     Raises:
         OptionError: The mode is none of these.
@@ -38,8 +39,9 @@ class StreamSink:
         *,
         queue_bytes: int = QUEUE_BYTES,
         prepare: Prepare | None = None,
+        fsync: bool = False,
     ) -> None:
-        writer = Writer(path, header, mode)
+        writer = Writer(path, header, mode, fsync=fsync)
         self.path = writer.path
         self._pump = Pump(Preparing(writer, prepare) if prepare else writer, queue_bytes)
         # Without waiting: whatever thread the collector runs in may hold HDF5's lock.

@@ -19,7 +19,7 @@ from grutrace.storage.continuing import existing_tables
 from grutrace.storage.entries import Entries
 from grutrace.storage.handle import file_identity, no_reading, readers_out
 from grutrace.storage.header import write_header
-from grutrace.storage.placing import naming, put_in_place, room_for
+from grutrace.storage.placing import naming, put_in_place, room_for, sync, sync_name
 from grutrace.storage.schema import COMMITTED, LIBVER, TABLES, create_datasets, layout
 from grutrace.storage.strings import Strings
 from grutrace.storage.tables import lengths
@@ -49,16 +49,26 @@ class Writer:
             the same modules that was closed in order (and creates one where there is none).
             Numbers of sequences and versions of weights go on from those in the file: records
             count from 0 all the same.
+        fsync: Whether every commit waits until the disk holds it: first what is to count, then
+            the counts.
 
     Raises:
         OptionError: The mode is none of these.
         TraceFileError: The file cannot be created or appended to.
     """
 
-    def __init__(self, path: str | os.PathLike[str], header: Header, mode: str = "w") -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        header: Header,
+        mode: str = "w",
+        *,
+        fsync: bool = False,
+    ) -> None:
         if mode not in MODES:
             raise OptionError(f"mode: expected one of {', '.join(MODES)}, found {mode!r}")
         self.path = Path(os.path.realpath(path))
+        self._fsync, self._unsynced = fsync, False
         self._appenders: dict[str, Appender] = {}
         self._rows: list[Appender] = []
         self._tables: list[Appender] = []
@@ -82,6 +92,9 @@ class Writer:
             try:
                 self._start(header, dict.fromkeys(layout(header.modules), 0))
                 put_in_place(new, self.path, mode)
+                if fsync:
+                    with naming(self.path, "created"):
+                        sync_name(self.path)
             except BaseException:
                 with contextlib.suppress(OSError, RuntimeError):
                     self._file.close()
@@ -131,8 +144,9 @@ class Writer:
         try:
             with self._storing():
                 self._commit(closed=True)
-                with readers_out(self._identity):
+                with self._kept_for_sync() as descriptor, readers_out(self._identity):
                     self._file.close()
+                    self._sync(descriptor)
         finally:
             self.abandon()
 
@@ -153,7 +167,7 @@ class Writer:
         # closed once it leads nowhere, for then, too, HDF5 writes what it holds.
         with no_reading(), contextlib.suppress(OSError, RuntimeError):
             nowhere = _open_nowhere()
-            os.dup2(nowhere, self._file.id.get_vfd_handle())
+            os.dup2(nowhere, self._descriptor)
             os.close(nowhere)
             with readers_out(self._identity):
                 self._file.close()
@@ -192,6 +206,7 @@ class Writer:
     def _commit(self, *, closed: bool) -> None:
         self._write_staged()
         self._file.flush()
+        self._sync(self._descriptor)
         counts = np.zeros((), COMMITTED)
         for name in TABLES:
             counts[name] = self._appenders[name].position
@@ -202,7 +217,32 @@ class Writer:
         # has them open too.
         committed.flush()
         self._file.flush()
+        self._sync(self._descriptor)
         self._uncommitted = False
+
+    @property
+    def _descriptor(self) -> int:
+        descriptor: int = self._file.id.get_vfd_handle()
+        return descriptor
+
+    def _sync(self, descriptor: int) -> None:
+        """Have the disk hold what was written so far, if that was asked for."""
+        if self._fsync:
+            # A second try would be told that all is well of what the first one has lost.
+            if self._unsynced:
+                raise OSError("what was written before was not put on the disk")
+            self._unsynced = True
+            sync(descriptor)
+            self._unsynced = False
+
+    @contextmanager
+    def _kept_for_sync(self) -> Iterator[int]:
+        """A descriptor of the file that stays open while HDF5 closes its own."""
+        descriptor = os.dup(self._descriptor)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def _require_open(self) -> None:
         if self._closed:
