@@ -69,6 +69,21 @@ class ModuleIndex:
             return slice(start, start + int(self.steps[pieces[0]]))
         return spread(self.starts[pieces], self.steps[pieces])
 
+    @cached_property
+    def first_places(self) -> Integers:
+        """(S,) where each sequence begins, if all are laid end to end."""
+        return _starts(self.lengths)
+
+    def laid_out(self, places: Integers) -> Integers:
+        """The rows at these places, if all sequences are laid end to end, each in time order."""
+        pieces = np.searchsorted(self._laid_starts, places, side="right") - 1
+        return self.starts[self.order[pieces]] + places - self._laid_starts[pieces]
+
+    @cached_property
+    def _laid_starts(self) -> Integers:
+        """(P,) where each piece of `order` begins, if all sequences are laid end to end."""
+        return _starts(self.steps[self.order])
+
     @property
     def first_pieces(self) -> Integers:
         """(S,) the piece that each sequence began with."""
@@ -182,6 +197,13 @@ class AnnotationIndex:
 def spread(starts: Integers, counts: Integers) -> Integers:
     """The numbers ``start, start + 1, ...``, as many as counted, of each start after the other."""
     return np.repeat(starts - _starts(counts), counts) + np.arange(int(counts.sum()))
+
+
+def compact(rows: Integers) -> slice | Integers:
+    """The same rows as a slice, where they follow one another: that is read in one go."""
+    if len(rows) and np.all(np.diff(rows) == 1):
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
 
 
 def _starts(counts: Integers) -> Integers:

@@ -14,7 +14,7 @@ import numpy as np
 
 from grutrace.errors import NotRecordedError
 from grutrace.record import Array, Module, Site
-from grutrace.storage.index import Integers, ModuleIndex
+from grutrace.storage.index import Integers, ModuleIndex, compact
 from grutrace.storage.source import Source
 from grutrace.storage.tables import Extent
 
@@ -110,9 +110,9 @@ class SiteIngredients:
         if not self._input_sites:
             raise NotRecordedError(f"{self._site.name!r}: the input was not recorded")
         if self._input_sites == (self._site,):
-            return np.asarray(self._stored(self._site, "input")[_compact(rows), columns])
+            return np.asarray(self._stored(self._site, "input")[compact(rows), columns])
         parts = [
-            np.asarray(self._stored(each, "hidden")[_compact(rows)]) for each in self._input_sites
+            np.asarray(self._stored(each, "hidden")[compact(rows)]) for each in self._input_sites
         ]
         return np.concatenate(parts, axis=1)[:, columns]
 
@@ -135,7 +135,7 @@ class SiteIngredients:
             sources = np.where(rows == starts, index.last_rows_before[pieces], rows - 1)
         previous = np.empty((len(rows), hidden.shape[1]), hidden.dtype)
         begins = sources < 0
-        previous[~begins] = hidden[_compact(sources[~begins])]
+        previous[~begins] = hidden[compact(sources[~begins])]
         initial = self._source.initial(self._number, site.suffix, self._extent.sequences)
         previous[begins] = initial[index.sequences[pieces[begins]]]
         return previous
@@ -196,10 +196,3 @@ def layer_below(module: Module, site: Site) -> tuple[Site, ...]:
     complete = len(below) == (2 if module.bidirectional else 1)
     recorded = all("hidden" in each.quantities and each.units is None for each in below)
     return below if complete and recorded else ()
-
-
-def _compact(rows: Integers) -> slice | Integers:
-    """The same rows as a slice, where they follow one another: that is read in one go."""
-    if len(rows) and np.all(np.diff(rows) == 1):
-        return slice(int(rows[0]), int(rows[-1]) + 1)
-    return rows
