@@ -197,3 +197,55 @@ def test_damage_to_a_deferred_file_is_found(deferred, capsys) -> None:
         file["modules/encoder/l1/hidden"][23, 2] += 0.25
     assert main(["verify", str(deferred)]) == 1
     assert "encoder.l1: sequence 3, step 5, unit 2: hidden is" in capsys.readouterr().out
+
+
+@pytest.fixture
+def changed(path, tmp_path):
+    changed = tmp_path / "changed.h5"
+    changed.write_bytes(path.read_bytes())
+    with h5py.File(changed, "r+") as file:
+        file["modules/encoder/l1/update"][13, 2] += 0.25
+    return changed
+
+
+def test_diff(path, changed, capsys) -> None:
+    assert main(["diff", str(path), str(path)]) == 0
+    assert main(["diff", str(path), str(path), "--exact"]) == 0
+    assert "The traces are the same." in capsys.readouterr().out
+    assert main(["diff", str(path), str(changed)]) == 1
+    out = capsys.readouterr().out
+    assert "encoder.l1: update, first at sequence 2, step 1, unit 2: " in out
+    assert "Likely cause: weights, input and initial states of encoder.l1 are equal" in out
+    assert main(["diff", str(path), str(changed), "--tolerance", "0.3"]) == 0
+    assert main(["diff", str(path), str(changed), "--site", "encoder.l0"]) == 0
+    assert main(["diff", str(path), str(changed), "--record", "reset,hidden"]) == 0
+    assert main(["diff", str(path), str(changed), "--record", "reset", "--record", "update"]) == 1
+
+
+def test_diff_as_json(path, changed, capsys) -> None:
+    assert main(["diff", str(changed), str(path), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["same"], found["first"]) == (False, {"site": "encoder.l1", "quantity": "update"})
+    (differing,) = (each for each in found["values"] if each["beyond"])
+    assert (differing["values"], differing["unequal"]) == (24 * 6, 1)
+    assert differing["largest"]["difference"] == pytest.approx(0.25, abs=1e-6)
+    assert differing["first"] == differing["largest"]
+    with h5py.File(changed, "r+") as file:
+        file["modules/encoder/l1/update"][13, 2] = np.nan
+    assert main(["diff", str(changed), str(path), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    (differing,) = (each for each in found["values"] if each["beyond"])
+    assert (differing["first"]["a"], differing["first"]["difference"]) == (None, "inf")
+
+
+def test_diff_without_an_answer(path, tmp_path, capsys) -> None:
+    for arguments in (
+        [path],
+        [path, tmp_path / "none.h5"],
+        [path, path, "--site", "nothing"],
+        [path, path, "--record", "gates"],
+        [path, path, "--tolerance", "-1"],
+        [path, path, "--tolerance", "some"],
+    ):
+        assert main(["diff", *map(str, arguments)]) == 2
+        assert "Traceback" not in capsys.readouterr().err

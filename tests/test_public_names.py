@@ -15,6 +15,7 @@ TORCH_FREE = [
     "import grutrace; grutrace.open; grutrace.Trace",
     "import grutrace.storage.stream",
     "import grutrace.analysis.summary",
+    "import grutrace.analysis.difference",
     "import grutrace; grutrace.Statistics()",
     "import grutrace.cli",
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from grutrace.analysis.distance import differences
 from grutrace.gru.derive import Derivation, tolerances
 from grutrace.record import Array
 from grutrace.storage.ingredients import Ingredients
@@ -71,14 +72,6 @@ class Evidence:
             self._kept,
             self._sums[part],
         )
-
-
-def differences(recorded: Array, expected: Array) -> Array:
-    """Return ``|recorded - expected|``: 0 for the same infinity, infinite for one no number."""
-    same = (recorded == expected) | (np.isnan(recorded) & np.isnan(expected))
-    with np.errstate(invalid="ignore"):
-        off = np.where(same, 0.0, np.abs(recorded - expected))
-    return np.where(np.isnan(off), np.inf, off)
 
 
 def _largest(states: Array) -> Array:

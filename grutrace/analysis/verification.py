@@ -22,7 +22,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from grutrace.analysis.evidence import Evidence, differences
+from grutrace.analysis.distance import differences
+from grutrace.analysis.evidence import Evidence
 from grutrace.gru.derive import DOUBLE, Derivation
 from grutrace.record import GATES, Array
 from grutrace.storage.ingredients import Ingredients

@@ -9,6 +9,7 @@ import typer
 
 from grutrace.cli.arguments import NO_ANSWER
 from grutrace.cli.derive import derive
+from grutrace.cli.diff import diff
 from grutrace.cli.info import info
 from grutrace.cli.run import run
 from grutrace.cli.stats import stats
@@ -28,6 +29,7 @@ app.command(context_settings={"allow_interspersed_args": False})(run)
 app.command()(info)
 app.command()(stats)
 app.command()(verify)
+app.command()(diff)
 app.command()(derive)
 
 

@@ -79,6 +79,21 @@ class ModuleIndex:
             return slice(int(starts[0]), int(starts[-1] + steps[-1]))
         return spread(starts, steps)
 
+    @cached_property
+    def first_places(self) -> Integers:
+        """(S,) where each sequence begins, if all are laid end to end."""
+        return _starts(self.lengths)
+
+    def laid_out(self, places: Integers) -> Integers:
+        """The rows at these places, if all sequences are laid end to end, each in time order."""
+        pieces = np.searchsorted(self._laid_starts, places, side="right") - 1
+        return self.starts[self.order[pieces]] + places - self._laid_starts[pieces]
+
+    @cached_property
+    def _laid_starts(self) -> Integers:
+        """(P,) where each piece of `order` begins, if all sequences are laid end to end."""
+        return _starts(self.steps[self.order])
+
     @property
     def first_pieces(self) -> Integers:
         """(S,) the piece that each sequence began with."""

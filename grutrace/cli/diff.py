@@ -1,0 +1,107 @@
+"""`grutrace diff`: whether two traces are the same, and where they are not."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from grutrace.analysis.difference import TraceDifference, compare
+from grutrace.analysis.discrepancies import Place, ValueDifference
+from grutrace.cli.arguments import NO, AsJSON, Record, Sites, names
+from grutrace.cli.output import new_table, print_json, progress_bar
+from grutrace.storage.sinks import open_trace
+
+
+def diff(
+    a: Annotated[Path, typer.Argument(help="A trace file.", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="Another.", show_default=False)],
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            help="How large |a - b| / max(1, |a|, |b|) may be. "
+            "[default: what rounding explains in the coarser type, 3.1e-5 for float32]",
+            show_default=False,
+        ),
+    ] = None,
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="No tolerance; weights and types of rows count, too."),
+    ] = False,
+    site: Sites = None,
+    record: Record = None,
+    as_json: AsJSON = False,
+) -> None:
+    """Compare two traces: sites, sequences, gates, states, tokens. Say where they differ, and why.
+
+    Exits with 1 if they are not the same.
+    """
+    with open_trace(a) as one, open_trace(b) as other, progress_bar("comparing") as advance:
+        found = compare(
+            one,
+            other,
+            sites=site,
+            record=names(record),
+            tolerance=tolerance,
+            exact=exact,
+            progress=advance,
+        )
+    if as_json:
+        print_json({"a": str(a), "b": str(b), **_plain(found)})
+    else:
+        print_difference(found)
+    if not found.same:
+        raise typer.Exit(NO)
+
+
+def print_difference(found: TraceDifference) -> None:
+    """Print a table of what was compared, what else differs, why, and the answer."""
+    table = new_table("site", "compared")
+    for name in ("values", "largest difference", "tolerance", "beyond it"):
+        table.add_column(name, justify="right")
+    site = None
+    for each in found.values:
+        largest = f"{each.largest.difference:.1e}" if each.largest else "none"
+        row = [str(each.values), largest, f"{each.tolerance:.1e}", str(each.beyond)]
+        table.add_row("" if each.site == site else each.site, each.quantity, *row)
+        site = each.site
+    if found.values:
+        Console().print(table)
+    for mismatch in found.mismatches:
+        print(mismatch)
+    for each in found.values:
+        if each.beyond:
+            print(f"{each.site}: {each.quantity}, first at {each.first}")
+            print(f"{each.site}: {each.quantity}, most at {each.largest}")
+    for circumstance in found.circumstances:
+        print(f"({circumstance})")
+    # The first of them is the likely cause, if values differ.
+    for weights in found.weights[bool(found.cause) :]:
+        print(f"(weights of {weights})")
+    if found.cause:
+        print(f"Likely cause: {found.cause}")
+    print("The traces are the same." if found.same else "The traces differ.")
+
+
+def _plain(found: TraceDifference) -> dict[str, Any]:
+    """The result as JSON values, with what follows from it."""
+    values = [
+        dataclasses.asdict(each) | {"largest": _place(each.largest), "first": _place(each.first)}
+        for each in found.values
+    ]
+    first: ValueDifference | None = found.first
+    about = {
+        "same": found.same,
+        "cause": found.cause,
+        "first": {"site": first.site, "quantity": first.quantity} if first else None,
+    }
+    return about | dataclasses.asdict(found) | {"values": values}
+
+
+def _place(place: Place | None) -> dict[str, Any] | None:
+    if place is None:
+        return None
+    return dataclasses.asdict(place) | {"difference": place.difference}

@@ -1,0 +1,446 @@
+"""Two traces are the same, or differ just where something was planted: against a plain reader."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import tracemalloc
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import grutrace
+from grutrace.analysis import correspondence
+from grutrace.analysis.difference import compare
+from grutrace.storage.sinks import open_sink
+from tests.capture.models import EncoderDecoder
+from tests.checks import EVERYTHING
+from tests.plain_reader import PlainTrace
+from tests.storage.streams import Stream, full_stream, make_header, make_module
+from tests.test_both_sinks import run as run_everything
+
+QUANTITIES = ("input", "initial", "reset", "update", "candidate", "hidden")
+
+
+def written(path: Any, records: Any, header: Any) -> grutrace.Trace:
+    sink = open_sink(path, header)
+    for record in records:
+        sink.append(record)
+    sink.close()
+    return grutrace.open(path)
+
+
+def whole_run(path: Any = None, **options: Any) -> Any:
+    torch.manual_seed(1)
+    model = EncoderDecoder(layers=2, dropout=0.3)
+    with grutrace.trace(model, path, record=EVERYTHING, **options) as trace:
+        run_everything(model, trace)
+    return trace if path is None else grutrace.open(path)
+
+
+def by_loops(a: Any, b: Any, tolerance: float) -> dict[Any, Any]:
+    """By site and quantity, from a plain reading of both files: counts, the largest, the first."""
+    found: dict[Any, Any] = {}
+    for one, other in zip(PlainTrace(a).modules, PlainTrace(b).modules, strict=True):
+        for suffix, site in one.sites.items():
+            for quantity in QUANTITIES:
+                if quantity in site.rows or quantity == "initial":
+                    found[site.name, quantity] = site_by_loops(
+                        site, other.sites[suffix], quantity, tolerance
+                    )
+    return found
+
+
+def site_by_loops(a: Any, b: Any, quantity: str, tolerance: float) -> Any:
+    values = unequal = beyond = 0
+    largest: Any = None
+    first: Any = None
+    for sequence in range(min(a.module.count, b.module.count)):
+        if quantity == "initial":
+            rows = [(None, a.initial[sequence], b.initial[sequence])]
+        else:
+            both = a.sequence(sequence, quantity), b.sequence(sequence, quantity)
+            rows = [(step, *pair) for step, pair in enumerate(zip(*both, strict=False))]
+        for step, left, right in reversed(rows) if a.reverse else rows:
+            for unit, (x, y) in enumerate(zip(left.tolist(), right.tolist(), strict=True)):
+                values += 1
+                off = abs(x - y) / max(1, abs(x), abs(y))
+                place = sequence, step, unit, x, y
+                unequal += x != y
+                beyond += off > tolerance
+                first = place if off > tolerance and first is None else first
+                largest = (off, place) if off > (largest[0] if largest else 0) else largest
+    return values, unequal, beyond, largest and largest[0], first
+
+
+@pytest.mark.parametrize("block", [1, 100, 10**9])
+def test_against_loops_over_a_plain_reading(tmp_path, block, monkeypatch) -> None:
+    """All that a file can hold, once with every tenth value moved, and fewer calls of it."""
+    monkeypatch.setattr(correspondence, "BLOCK", block)
+    stream = full_stream()
+    stream.header = make_header(*(m for m in stream.header.modules if m.path != "deferred"))
+    records = [each for each in stream.records if each.module < 4]
+    written(tmp_path / "a.h5", copy.deepcopy(records), stream.header).close()
+    random = np.random.default_rng(0)
+    for record in records:
+        for site in getattr(record, "sites", {}).values():
+            for array in (*getattr(site, "rows", {}).values(), *[getattr(site, "initial", None)]):
+                if array is not None:
+                    array += random.choice([0, 0, 0, 0, 0, 0, 1e-3, 0.5], array.shape)
+    written(tmp_path / "b.h5", records[:-3], stream.header).close()
+    with grutrace.open(tmp_path / "a.h5") as a, grutrace.open(tmp_path / "b.h5") as b:
+        found = compare(a, b, tolerance=0.1)
+    expected = by_loops(tmp_path / "a.h5", tmp_path / "b.h5", 0.1)
+    assert {(each.site, each.quantity) for each in found.values} == set(expected)
+    assert sum(each.beyond for each in found.values) > 20
+    for each in found.values:
+        place = each.first
+        assert (
+            each.values,
+            each.unequal,
+            each.beyond,
+            each.largest and each.largest.difference,
+            place and (place.sequence, place.step, place.unit, place.a, place.b),
+        ) == expected[each.site, each.quantity]
+    assert not found.same
+    assert found.largest.largest.difference == max(each[3] or 0 for each in expected.values())
+
+
+def test_a_run_and_the_same_run_are_the_same(tmp_path) -> None:
+    """In memory, in a file, and whichever way round."""
+    memory, file = whole_run(), whole_run(tmp_path / "run.h5")
+    for a, b in itertools.product((memory, file), repeat=2):
+        found = compare(a, b, exact=True)
+        assert found.same
+        assert str(found) == "the traces are the same within the tolerance"
+        assert not any(each.unequal for each in found.values)
+        assert len(found.values) == 3 * 6
+        assert (found.largest, found.first, found.cause, found.weights) == (None, None, "", ())
+    file.close()
+
+
+def test_derived_gates_are_the_same_to_rounding(tmp_path) -> None:
+    found = compare(whole_run(), deferred := whole_run(tmp_path / "run.h5", gates="deferred"))
+    assert found.same
+    assert 0 < found.largest.largest.difference < 1e-6
+    assert [each.what for each in found.circumstances] == ["option gates"]
+    deferred.close()
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("quantity", EVERYTHING)
+def test_one_value_that_was_changed_is_found(tmp_path, quantity, reverse) -> None:
+    torch.manual_seed(0)
+    layer, path = nn.GRU(2, 3, bidirectional=True), tmp_path / "run.h5"
+    with grutrace.trace(layer, path, record=EVERYTHING), torch.no_grad():
+        layer(torch.randn(4, 2, 2))
+        layer(torch.randn(5, 3, 2))
+    changed, site = tmp_path / "changed.h5", "l0_reverse" if reverse else "l0"
+    changed.write_bytes(path.read_bytes())
+    with h5py.File(changed, "r+") as file:
+        # The second call's second sequence, its first step; of two steps, read first or last.
+        rows = file["modules/%"][site][quantity]
+        before = float(rows[13, 1])
+        rows[13:15, 1] += [0.25, 0.5]
+        after = float(rows[13, 1]), float(rows[14, 1])
+    with grutrace.open(path) as a, grutrace.open(changed) as b:
+        assert compare(a, a).same
+        found = compare(a, b)
+    # Both directions read the same input, which is stored once.
+    assert [(each.site, each.quantity) for each in found.values if each.beyond] == (
+        [("l0", "input"), ("l0_reverse", "input")] if quantity == "input" else [(site, quantity)]
+    )
+    differing = next(each for each in found.values if each.site == site and each.beyond)
+    first = differing.first
+    assert (first.sequence, first.step, first.unit) == (3, int(reverse), 1)
+    assert (differing.values, differing.unequal, differing.beyond) == (
+        23 * (2 if quantity == "input" else 3),
+        2,
+        2,
+    )
+    if not reverse:
+        assert (first.a, first.b) == (before, after[0])
+    assert (differing.largest.step, differing.largest.b) == (1, after[1])
+    assert not found.same
+    assert f"sequence 3, step {int(reverse)}, unit 1" in str(found)
+
+
+def test_batches_do_not_matter() -> None:
+    torch.manual_seed(0)
+    model = EncoderDecoder().eval().requires_grad_(False)
+    batch = torch.randn(8, 6, 5)
+    with grutrace.trace(model, record=EVERYTHING) as a:
+        model(batch)
+    with grutrace.trace(model, record=EVERYTHING) as b:
+        for part in batch.split([1, 4, 3]):
+            model(part)
+    found = compare(a, b)
+    assert found.same
+    assert found.largest is None or found.largest.largest.difference < 1e-6
+    about = {each.what: (each.a, each.b) for each in found.circumstances}
+    assert about["encoder: batches"] == ("1 call of 8", "3 calls of 1 to 4")
+    with grutrace.trace(model, record=EVERYTHING) as shuffled:
+        model(batch.flip(0))
+    assert not compare(a, shuffled).same
+
+
+def trace_of(layer: Any, input: Any, **options: Any) -> Any:
+    with torch.no_grad(), grutrace.trace(layer, **{"record": EVERYTHING, **options}) as trace:
+        layer(input)
+    return trace
+
+
+@pytest.fixture
+def layer() -> nn.GRU:
+    torch.manual_seed(0)
+    return nn.GRU(2, 3)
+
+
+@pytest.fixture
+def input() -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(6, 4, 2)
+
+
+def test_the_tolerance_follows_the_types(layer, input) -> None:
+    def tolerance(a: Any, b: Any, quantity: str = "hidden") -> float:
+        found = compare(a, b, record=quantity)
+        assert found.same
+        return next(each for each in found.values if each.quantity == quantity).tolerance
+
+    single = trace_of(layer, input)
+    double = trace_of(copy.deepcopy(layer).double(), input.double())
+    half = trace_of(layer, input, dtype="float16")
+    deferred = trace_of(layer, input, dtype="float16", gates="deferred")
+    brain = trace_of(copy.deepcopy(layer).bfloat16(), input.bfloat16())
+    single_eps, double_eps, half_eps = 2.0**-23, 2.0**-52, 2.0**-10
+    assert tolerance(double, double) == pytest.approx(257 * double_eps)
+    assert tolerance(single, double) == pytest.approx(256.5 * single_eps)
+    assert tolerance(single, half) == pytest.approx(256.5 * single_eps + half_eps / 2)
+    # Half of the digits at most.
+    from_half = math.sqrt(half_eps) + (single_eps + half_eps) / 2
+    assert tolerance(single, deferred, "update") == pytest.approx(from_half)
+    assert tolerance(brain, brain) == pytest.approx(math.sqrt(2.0**-7), rel=1e-5)
+    assert not compare(single, half, exact=True).same
+    assert not compare(single, half, tolerance=1e-6).same
+
+
+def test_large_values_are_compared_by_their_size(tmp_path) -> None:
+    traces = []
+    for number, value in enumerate((1e6, 1e6 + 10)):
+        stream = Stream(make_header(make_module("rnn", record=("input",))))
+        stream.call([2])
+        stream.records[-1].sites["l0"].rows["input"][1] = value
+        traces.append(written(tmp_path / f"{number}.h5", stream.records, stream.header))
+    assert compare(*traces).same
+    found = compare(*traces, tolerance=9e-6)
+    assert found.first.first.difference == pytest.approx(10 / (1e6 + 10))
+    for trace in traces:
+        trace.close()
+
+
+def test_what_is_no_number(layer, input) -> None:
+    traces = {}
+    for value in (0.5, np.nan, np.inf, -np.inf):
+        given = input.clone()
+        given[3, 2, 1] = value
+        traces[value] = trace_of(layer, given, check="off", record="input")
+    for (x, a), (y, b) in itertools.product(traces.items(), repeat=2):
+        found = compare(a, b)
+        assert found.same == (x == y or (x != x and y != y))
+        if not found.same:
+            (place,) = (each.largest for each in found.values if each.beyond)
+            assert (place.sequence, place.step, place.unit) == (2, 3, 1)
+            assert place.difference == np.inf
+            assert not compare(a, b, tolerance=1e300).same
+
+
+def test_what_only_one_of_them_has(layer, input) -> None:
+    model = nn.ModuleDict({"x": layer, "y": nn.GRU(2, 3)})
+    with grutrace.trace(model) as a:
+        layer(input)
+        model["y"](input)
+    with grutrace.trace(model, sites="x.*", record=("update", "hidden")) as b:
+        layer(input[:4])
+        layer(input[:2])
+    found = compare(a, b)
+    assert [str(each) for each in found.mismatches] == [
+        "y.l0: site: only in a",
+        "x: sequences: 4 and 8",
+        "x: steps of sequence 0: 6 and 4 (the first of 4)",
+        "x.l0: reset: only in a",
+        "x.l0: candidate: only in a",
+    ]
+    assert not found.same
+    assert {each.quantity: each.values for each in found.values} == {
+        "initial": 12,
+        "update": 4 * 4 * 3,
+        "hidden": 4 * 4 * 3,
+    }
+    narrowed = compare(a, b, sites="x.*", record="update")
+    assert len(narrowed.mismatches) == 2
+    assert [each.quantity for each in narrowed.values] == ["update"]
+
+
+def test_units_correspond_by_number(layer, input) -> None:
+    a = trace_of(layer, input, units=[2, 0], record="update")
+    b = trace_of(layer, input, units=slice(1, None), record="update")
+    found = compare(a, b, record="update")
+    assert [str(each) for each in found.mismatches] == ["l0: units: 2, 0 and 1, 2"]
+    (update,) = found.values
+    assert (update.values, update.beyond) == (24, 0)
+    whole = trace_of(layer, input, record="update")
+    (update,) = compare(whole, a, record="update").values
+    assert (update.values, update.beyond) == (48, 0)
+    with torch.no_grad():
+        layer.bias_hh_l0[3 + 2] += 1
+    moved = trace_of(layer, input, units=[2, 0], record="update")
+    (update,) = compare(whole, moved, record="update").values
+    assert (update.first.sequence, update.first.step, update.first.unit) == (0, 0, 2)
+
+
+def test_other_sizes_are_said_and_not_compared(input) -> None:
+    a = trace_of(nn.GRU(2, 3), input)
+    found = compare(a, trace_of(nn.GRU(2, 4), input))
+    assert [str(each) for each in found.mismatches] == ["l0: hidden size: 3 and 4"]
+    assert found.values == ()
+    found = compare(a, trace_of(nn.GRU(5, 3), torch.randn(6, 4, 5)))
+    assert [str(each) for each in found.mismatches] == ["l0: input size: 2 and 5"]
+    assert "input" not in {each.quantity for each in found.values}
+    found = compare(a, trace_of(nn.GRU(2, 3, bias=False), input))
+    assert [str(each) for each in found.mismatches] == ["bias: True and False"]
+
+
+def annotated(layer: Any, input: Any, **given: Any) -> Any:
+    tracer = grutrace.Tracer(layer, recording=False)
+    with tracer, tracer.recording(**given):
+        layer(input)
+    return tracer
+
+
+def test_tokens_and_labels(layer, input) -> None:
+    words = [list("hello!"), list("abcdef"), list("ABCDEF"), list("world.")]
+    numbers = [[1.0, np.nan, 3, 4, 5, 6]] * 4
+    a = annotated(layer, input, tokens=words, labels={"pos": numbers})
+    assert compare(a, annotated(layer, input, labels={"pos": numbers}, tokens=words)).same
+    other = copy.deepcopy(words)
+    other[2][4] = other[3][1] = "?"
+    b = annotated(
+        layer, input, tokens=other, labels={"pos": [[1, 2, 3, 4, 5, 6]] * 4, "new": words}
+    )
+    found = compare(a, b)
+    assert [str(each) for each in found.mismatches] == [
+        "label pos of sequence 0, step 1: none and 2.0 (the first of 4)",
+        "label new of sequence 0: only in b (the first of 4)",
+        "tokens of sequence 2, step 4: 'E' and '?' (the first of 2)",
+    ]
+    assert found.cause == ""
+    assert not found.same
+    assert not any(each.unequal for each in found.values)
+
+
+def test_the_likely_cause(layer, input) -> None:
+    a = trace_of(layer, input)
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        other.weight_hh_l0[4, 1] += 0.125
+    found = compare(a, trace_of(other, input))
+    (weights,) = found.weights
+    assert (weights.name, weights.version, weights.versions) == ("weight_hh", 0, 1)
+    assert weights.largest == pytest.approx(0.125)
+    assert found.cause == "the weights differ: l0: weight_hh of version 0 by 0.12"
+    moved = input.clone()
+    moved[2, 1] += 1
+    found = compare(a, trace_of(layer, moved))
+    assert found.first.quantity == "input"
+    assert (found.first.first.sequence, found.first.first.step) == (1, 2)
+    assert found.cause == "the weights are equal; what l0 read differs"
+    with torch.no_grad(), grutrace.trace(layer, record=EVERYTHING) as trace:
+        layer(input, torch.ones(1, 4, 3))
+    found = compare(a, trace)
+    assert found.first.first.step is None
+    assert found.cause == "the weights are equal; the states that l0 began from differ"
+    unknown = compare(trace_of(layer, input, record="hidden"), trace_of(layer, moved))
+    assert unknown.cause == "the weights are equal; what l0 read was not recorded in both"
+    torch.manual_seed(0)
+    stack = nn.GRU(2, 3, 2, dropout=0.5)
+    found = compare(trace_of(stack.eval(), input), trace_of(stack.train(), input))
+    assert found.cause.endswith("not: calls in training mode: none and all")
+
+
+def test_weights_count_only_if_asked(layer, input) -> None:
+    """A weight of an input that is always 0 has no effect."""
+    input[..., 1] = 0
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        other.weight_ih_l0[4, 1] += 1
+    a, b = trace_of(layer, input), trace_of(other, input)
+    found = compare(a, b)
+    assert found.same
+    assert len(found.weights) == 1
+    assert found.largest is None
+    exact = compare(a, b, exact=True)
+    assert not exact.same
+    assert [each.what for each in exact.mismatches] == ["weight_ih of version 0"]
+
+
+def test_versions_of_the_weights(tmp_path) -> None:
+    traces = []
+    for number in range(2):
+        stream = Stream(make_header(make_module("rnn")))
+        for version in range(4):
+            stream.weights()
+            stream.call([2])
+            if number and version in (1, 3):
+                stream.records[-2].sites["l0"]["bias_ih"][7] += version
+        traces.append(written(tmp_path / f"{number}.h5", stream.records, stream.header))
+    (found,) = compare(*traces).weights
+    assert (found.version, found.versions, found.name) == (1, 2, "bias_ih")
+    assert found.largest == pytest.approx(1)
+    assert "and 1 more version" in str(found)
+    for trace in traces:
+        trace.close()
+
+
+def test_wrong_options(layer, input) -> None:
+    a = trace_of(layer, input, record="update")
+    with pytest.raises(grutrace.OptionError, match=r"expected some of reset, .* found 'gates'"):
+        compare(a, a, record=["gates"])
+    with pytest.raises(grutrace.OptionError, match="from 0 up, found -1"):
+        compare(a, a, tolerance=-1)
+    with pytest.raises(grutrace.OptionError, match="from 0 up, found nan"):
+        compare(a, a, tolerance=np.nan)
+    with pytest.raises(grutrace.OptionError, match="one of the two"):
+        compare(a, a, tolerance=0.1, exact=True)
+    with pytest.raises(grutrace.NotRecordedError, match=r"neither trace has .* 'decoder\.\*'"):
+        compare(a, a, sites="decoder.*")
+    with pytest.raises(
+        grutrace.NotRecordedError, match="'hidden' at these sites; recorded: update"
+    ):
+        compare(a, a, record="hidden")
+
+
+def test_memory_is_bounded(tmp_path, monkeypatch) -> None:
+    """Two files of 8 MB a quantity are compared in a fraction of that."""
+    monkeypatch.setattr(correspondence, "BLOCK", 64 * 1024)
+    stream = Stream(make_header(make_module("rnn", hidden=32, record=("hidden",))))
+    for _ in range(4):
+        stream.call([8192, 8192])
+    paths = [tmp_path / "a.h5", tmp_path / "b.h5"]
+    for path in paths:
+        written(path, copy.deepcopy(stream.records), stream.header).close()
+    with h5py.File(paths[1], "r+") as file:
+        file["modules/rnn/l0/hidden"][...] += np.float32(1e-6)
+    with grutrace.open(paths[0]) as a, grutrace.open(paths[1]) as b:
+        tracemalloc.start()
+        found = compare(a, b)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert found.same
+    assert found.values[1].unequal > 65536 * 32 / 2
+    assert peak < 2e6
