@@ -37,7 +37,7 @@ ONLY = {
     "torch": {"gru", "capture", "analysis", "run"},
     "h5py": {"storage", "statistics"},
     "typer": {"cli"},
-    "dask": {"arrays"},
+    "dask": {"arrays", "analysis"},
     "xarray": {"arrays"},
 }
 
