@@ -1,14 +1,14 @@
 """How long a state resembles itself: the autocorrelation of every unit, and two times from it.
 
-With m the mean of a unit over all steps, and the sums over all pairs of steps of one sequence that lie
-k apart, of which there are N(k):
+With m the mean of a unit over all steps, and the sums over all pairs of steps of one sequence that
+lie k apart, of which there are N(k):
 
     C(k) = 1/N(k) sum (h(t) - m) (h(t + k) - m)          rho(k) = C(k) / C(0)
 
-The e-folding time is the lag at which rho has fallen to 1/e: that of rho(k) = exp(-k / tau) is tau. The
-integrated time is 1 + 2 sum rho(k), summed up to the first lag that is at least five times the sum so
-far (Sokal 1997, "Monte Carlo methods in statistical mechanics", section 3; as emcee has it): so many
-steps tell as much about the mean as one independent value.
+The e-folding time is the lag at which rho has fallen to 1/e: that of rho(k) = exp(-k / tau) is tau.
+The integrated time is 1 + 2 sum rho(k), summed up to the first lag that is at least five times the
+sum so far (Sokal 1997, "Monte Carlo methods in statistical mechanics", section 3; as emcee has it):
+so many steps tell as much about the mean as one independent value.
 
 N steps, H units, L lags.
 """
@@ -76,9 +76,9 @@ class Autocorrelation(Result):
 def autocorrelation(site: Analysed, lags: int | None = None, skip: int = 0) -> Autocorrelation:
     """Correlate the states of each unit with those some steps later, over all sequences.
 
-    The mean is that of all sequences: what differs from sequence to sequence, and not within them, counts
-    as correlation that does not fade. By fast Fourier transforms: 50 nanoseconds a value, and 32
-    bytes of memory a lag and unit.
+    The mean is that of all sequences: what differs from sequence to sequence, and not within them,
+    counts as correlation that does not fade. By fast Fourier transforms: 50 nanoseconds a value,
+    and 32 bytes of memory a lag and unit.
 
     Args:
         site: With hidden.
@@ -224,7 +224,8 @@ class _Products:
         found = np.zeros((self._lags + 1, len(self._mean)))
         for length, spectrum in self._spectra.items():
             products = np.fft.irfft(spectrum, length, axis=1)
-            # What is beyond the half is, of sequences of at most half the length, the negative lags.
+            # What is beyond the half is, of sequences of at most half the length, the negative
+            # lags.
             count = min(self._lags, length // 2) + 1
             found[:count] += products[:, :count].T
         return found

@@ -3,13 +3,14 @@
     h(t) = w(0) h(0) + sum over s of w(s) n(s)      w(s) = (1 - z(s)) prod over k > s of z(k)
 
 (the equations of `gru/cell.py`, written out). The products are taken from the right, from the state
-backwards: each is the one before times a number from 0 to 1, so none is ever a quotient, a gate that is
-exactly 0 ends them and one that is exactly 1 changes nothing. Sums of logarithms would fail at 0, and
-products from the left would have to be divided by what came later.
+backwards: each is the one before times a number from 0 to 1, so none is ever a quotient, a gate
+that is exactly 0 ends them and one that is exactly 1 changes nothing. Sums of logarithms would fail
+at 0, and products from the left would have to be divided by what came later.
 
-What a step wrote is a vector, w(s) n(s), of H units. Its *share* is its part of the state, as long as it
-points the same way: its scalar product with h(t) over that of h(t) with itself. Shares add up to 1, and
-are negative for what later steps outweighed. Its *size* is the sum over units of ``|w(s) n(s)|``.
+What a step wrote is a vector, w(s) n(s), of H units. Its *share* is its part of the state, as long
+as it points the same way: its scalar product with h(t) over that of h(t) with itself. Shares add up
+to 1, and are negative for what later steps outweighed. Its *size* is the sum over units of
+``|w(s) n(s)|``.
 
 T steps, H units, n past steps, m states.
 """
@@ -45,7 +46,8 @@ class Decomposition(Result):
         sequence: Number of the sequence.
         step: After which of its steps the state is.
         units: (H,) numbers of the units.
-        steps: (n,) the past steps: up to `step`, or, where the sequence was read backwards, from it on.
+        steps: (n,) the past steps: up to `step`, or, where the sequence was read backwards, from it
+            on.
         written: (n, H) what is left of what each wrote, w(s) n(s).
         weights: (n, H) w(s).
         before: (H,) what is left of the state before all of them, w(0) h(0).
@@ -54,9 +56,9 @@ class Decomposition(Result):
         share: (n,) of each step.
         size: (n,) of each step.
         before_share: Of the state before all of them.
-        difference: The largest difference, over units, between `hidden` and the sum of `written` and
-            `before`: what rounding in the kernel has left. Each step rounds, and that is kept as long
-            as what it wrote.
+        difference: The largest difference, over units, between `hidden` and the sum of `written`
+            and `before`: what rounding in the kernel has left. Each step rounds, and that is kept
+            as long as what it wrote.
     """
 
     rows_of_table: ClassVar[str] = "steps"
@@ -128,9 +130,9 @@ def decompose(
     return Decomposition(
         site=of.name,
         sequence=sequence,
-        step=_in_time(of, sequence, made),
+        step=int(_in_time(of, sequence, np.array(made))),
         units=of.units[columns],
-        steps=np.asarray(_in_time(of, sequence, np.arange(first, made + 1)))[way],
+        steps=_in_time(of, sequence, np.arange(first, made + 1))[way],
         written=written[way],
         weights=weights[way],
         before=before,
@@ -203,10 +205,9 @@ def memory_map(
     share, size = np.zeros((2, len(steps), lags))
     before_share = np.zeros(len(steps))
     block = max(1, BLOCK // (8 * max(1, len(of.units))))
-    low, high = (length - steps.stop, length - steps.start) if of.reverse else (
-        steps.start,
-        steps.stop,
-    )
+    low, high = steps.start, steps.stop
+    if of.reverse:
+        low, high = length - high, length - low
     for start in range(low, high, block):
         stop = min(start + block, high)
         part = slice(start - low, stop - low)
@@ -226,12 +227,11 @@ def memory_map(
 def _map_block(
     site: Material, sequence: int, start: int, stop: int, share: Array, size: Array
 ) -> Array:
-    """Fill the rows of states `start` to `stop`, as they were made; return (m,) what is left over."""
+    """Fill the rows of the states made as `start` to `stop`; return (m,) what is left over."""
     lags = share.shape[1]
     low = max(0, start + 1 - lags)
-    update, candidate = (
-        _made(site, name, sequence, low, stop) for name in ("update", "candidate")
-    )
+    update = _made(site, "update", sequence, low, stop)
+    candidate = _made(site, "candidate", sequence, low, stop)
     hidden = _made(site, "hidden", sequence, start, stop)
     with np.errstate(invalid="ignore", divide="ignore"):
         towards = hidden / np.einsum("mh,mh->m", hidden, hidden)[:, np.newaxis]
@@ -249,7 +249,7 @@ def _map_block(
     before[:within] = _state_before(site, sequence, 0)
     if within < stop - start:
         before[within:] = _made(site, "hidden", sequence, start + within - lags, stop - lags)
-    return np.einsum("mh,mh->m", kept * before, towards)
+    return np.asarray(np.einsum("mh,mh->m", kept * before, towards))
 
 
 def _made(site: Material, quantity: str, sequence: int, low: int, high: int) -> Array:
@@ -257,11 +257,9 @@ def _made(site: Material, quantity: str, sequence: int, low: int, high: int) -> 
     rows, length = site.rows_between(sequence, sequence + 1), int(site.lengths[sequence])
     if site.reverse:
         low, high = length - high, length - low
-    part = (
-        slice(rows.start + low, rows.start + high) if isinstance(rows, slice) else rows[low:high]
-    )
-    found = np.asarray(site.rows(quantity)[part]).astype(np.float64)
-    return found[::-1] if site.reverse else found
+    part = slice(rows.start + low, rows.start + high) if isinstance(rows, slice) else rows[low:high]
+    found = np.asarray(site.rows(quantity)[part], np.float64)
+    return np.asarray(found[:: -1 if site.reverse else 1])
 
 
 def _state_before(site: Material, sequence: int, made: int) -> Array:
@@ -271,9 +269,9 @@ def _state_before(site: Material, sequence: int, made: int) -> Array:
     return np.asarray(site.initial(sequence, sequence + 1)[0], np.float64)
 
 
-def _in_time(site: Material, sequence: int, made: Integers | int) -> Integers | int:
+def _in_time(site: Material, sequence: int, made: Integers) -> Integers:
     """Which step in time order was made as this number, or the other way round."""
-    return int(site.lengths[sequence]) - 1 - made if site.reverse else made
+    return np.asarray(site.lengths[sequence] - 1 - made if site.reverse else made)
 
 
 def _place(site: Material, sequence: int, step: int | None) -> tuple[int, int]:
@@ -289,7 +287,7 @@ def _place(site: Material, sequence: int, step: int | None) -> tuple[int, int]:
         raise NotRecordedError(
             f"sequence {sequence} of {site.name!r} has no step {step}; it has {length}"
         )
-    return sequence, int(_in_time(site, sequence, step % length))
+    return sequence, int(_in_time(site, sequence, np.array(step % length)))
 
 
 def _back(back: int | None, all_of_them: int) -> int:
@@ -305,6 +303,10 @@ def _columns(site: Material, units: Sequence[int] | None) -> slice | Integers:
         return slice(None)
     columns = np.asarray(units)
     width = len(site.units)
-    if columns.ndim != 1 or columns.dtype.kind not in "iu" or ((columns < 0) | (columns >= width)).any():
+    if (
+        columns.ndim != 1
+        or columns.dtype.kind not in "iu"
+        or ((columns < 0) | (columns >= width)).any()
+    ):
         raise OptionError(f"units: expected columns from 0 to {width - 1}; found {units!r}")
     return columns

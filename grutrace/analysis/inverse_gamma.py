@@ -1,13 +1,13 @@
 """The distribution of timescales over units, and how well an inverse gamma distribution fits it.
 
 Mahto, Vo, Turek and Huth (2021), "Multi-timescale representation learning in LSTM language models"
-(ICLR), show why it is this one: where T is inverse gamma with shape a and scale b, units that each forget
-as exp(-t / T) forget together as a power of time,
+(ICLR), show why it is this one: where T is inverse gamma with shape a and scale b, units that each
+forget as exp(-t / T) forget together as a power of time,
 
     integral exp(-t / T) p(T) dT = (1 + t / b)^(-a),
 
-which is how dependence fades in natural language. (They found a = 0.56 and b = 1.) 1/T then has a gamma
-distribution of shape a and rate b, so the fit is that of a gamma distribution to 1/T.
+which is how dependence fades in natural language. (They found a = 0.56 and b = 1.) 1/T then has a
+gamma distribution of shape a and rate b, so the fit is that of a gamma distribution to 1/T.
 
 n timescales.
 """

@@ -6,8 +6,9 @@ With h' the state before the step and g = W_hn h' + b_hn, the equations of `gru/
         + diag((1 - z) (1 - n^2) r) W_hn
         + diag((1 - z) (1 - n^2) g r (1 - r)) W_hr
 
-with the input held fixed. (Can, Krishnamurthy and Schwab 2020, "Gating creates slow modes and controls
-phase-space complexity in GRUs and LSTMs", have it for a GRU whose reset gate sits within the product.)
+with the input held fixed. (Can, Krishnamurthy and Schwab 2020, "Gating creates slow modes and
+controls phase-space complexity in GRUs and LSTMs", have it for a GRU whose reset gate sits within
+the product.)
 
 H units, n steps. All in float64, whatever the rows are kept in.
 """
@@ -78,7 +79,7 @@ def jacobians(of: Factors, weights: Mapping[str, Array]) -> Array:
     found += of.update[:, :, np.newaxis] * by_gate[1]
     found += of.candidate[:, :, np.newaxis] * by_gate[2]
     found[:, np.arange(size), np.arange(size)] += of.keep
-    return found
+    return np.asarray(found)
 
 
 def jacobian(site: Analysed, sequence: int, step: int) -> Array:
@@ -113,10 +114,10 @@ class StepJacobians(Result):
         units: H, of which there are as many eigenvalues.
         steps: (n,) which step of its sequence each is, in time order.
         sequences: (n,) which sequence it is of.
-        radius: (n,) the largest size of an eigenvalue. Below 1, the step repeated over and over would
-            forget where it began; what a run of *different* steps does, `lyapunov` says.
-        norm: (n,) the largest singular value: by how much the step lengthens a small difference between
-            two states at most.
+        radius: (n,) the largest size of an eigenvalue. Below 1, the step repeated over and over
+            would forget where it began; what a run of *different* steps does, `lyapunov` says.
+        norm: (n,) the largest singular value: by how much the step lengthens a small difference
+            between two states at most.
         shrinking: (n,) the mean over all directions of log of what the step multiplies lengths by
             (log |det J| / H), in nats.
     """
@@ -194,9 +195,11 @@ def _at(site: Material, sequence: int, step: int) -> Array:
     before = step + 1 if site.reverse else step - 1
     inside = 0 <= before < site.lengths[sequence]
     previous = row("hidden", before) if inside else site.initial(sequence, sequence + 1)
-    part = slice(rows.start + step, rows.start + step + 1) if isinstance(rows, slice) else rows[
-        step : step + 1
-    ]
+    part = (
+        slice(rows.start + step, rows.start + step + 1)
+        if isinstance(rows, slice)
+        else rows[step : step + 1]
+    )
     weights = site.weights(int(site.versions(part)[0]))
     of = factors({gate: row(gate, step) for gate in GATES}, previous, weights)
     return np.asarray(jacobians(of, weights)[0])

@@ -1,16 +1,16 @@
-"""Whether a network forgets small differences or makes them large: Lyapunov exponents along a trace.
+"""Whether a network forgets small differences or makes them large: Lyapunov exponents.
 
-Two states that differ by little, and read the same input, differ after t steps by the product of the
-steps' Jacobians times that difference. Its directions grow or shrink as exp(lambda_i t); these are the
-exponents, largest first, in nats a step. One above 0 means chaos: a difference of the size of rounding
-becomes as large as the states, so no re-run of the network, on another machine or from a state that was
-kept in fewer digits, goes the same way for long.
+Two states that differ by little, and read the same input, differ after t steps by the product of
+the steps' Jacobians times that difference. Its directions grow or shrink as exp(lambda_i t); these
+are the exponents, largest first, in nats a step. One above 0 means chaos: a difference of the size
+of rounding becomes as large as the states, so no re-run of the network, on another machine or from
+a state that was kept in fewer digits, goes the same way for long.
 
 Method: k orthonormal directions are carried along with the Jacobian of every recorded step and made
-orthonormal again by QR; the exponents are the mean of log |R_ii| (Benettin et al. 1980; Geist, Parlitz
-and Lauterborn 1990). For GRUs: Can, Krishnamurthy and Schwab (2020); Engelken, Wolf and Abbott (2023),
-"Lyapunov spectra of chaotic recurrent neural networks". The states that the Jacobians are taken at
-are the recorded ones, so nothing drifts.
+orthonormal again by QR; the exponents are the mean of log |R_ii| (Benettin et al. 1980; Geist,
+Parlitz and Lauterborn 1990). For GRUs: Can, Krishnamurthy and Schwab (2020); Engelken, Wolf and
+Abbott (2023), "Lyapunov spectra of chaotic recurrent neural networks". The states that the
+Jacobians are taken at are the recorded ones, so nothing drifts.
 
 H units, k exponents, B sequences that are carried along together.
 """
@@ -42,8 +42,8 @@ SETTLING = 0.1
 #: Blocks of steps whose means say how sure the mean of all is, and the least steps of one.
 BLOCKS, FEWEST = 32, 10
 
-#: What is gathered of short sequences before they are carried along together: their steps, and their
-#: directions. Bytes of float64.
+#: What is gathered of short sequences before they are carried along together: their steps, or
+#: their directions. Bytes of float64.
 TOGETHER = 8 * 1024 * 1024
 
 

@@ -34,7 +34,9 @@ class Measure:
 
 MEASURES = {
     "saturation": Measure("saturation", "saturation", "how often gates are shut or open"),
-    "moments": Measure("moments", "moments", "mean, spread, skewness and tails of gates and states"),
+    "moments": Measure(
+        "moments", "moments", "mean, spread, skewness and tails of gates and states"
+    ),
     "quantiles": Measure("quantiles", "quantiles", "which values gates and states take how often"),
     "timescales": Measure("timescales", "timescales", "for how many steps each unit remembers"),
     "autocorrelation": Measure(

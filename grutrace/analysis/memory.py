@@ -1,21 +1,21 @@
 """How old what a state holds is, exactly, over all states of a site.
 
-Written out, h(t) = (1 - z(t)) n(t) + z(t) h(t - 1) is a weighted mean of what all steps so far proposed,
-and of the state that the sequence began from:
+Written out, h(t) = (1 - z(t)) n(t) + z(t) h(t - 1) is a weighted mean of what all steps so far
+proposed, and of the state that the sequence began from:
 
     h(t) = w(0) h(0) + sum over s of w(s) n(s)      w(s) = (1 - z(s)) prod over k > s of z(k)
                                                     w(0) = prod over all k of z(k)
 
-The weights of a unit are not negative and add up to 1, so they have a mean age, sum of w(s) (t - s). It
-follows from step to step, since keeping makes everything a step older:
+The weights of a unit are not negative and add up to 1, so they have a mean age, the sum of
+w(s) (t - s). It follows from step to step, since keeping makes everything a step older:
 
     age(t) = z(t) (age(t - 1) + 1)                  age(0) = 0
 
-h(0) counts as written when the sequence began; that is the least that its age can be. With a constant z
-the age comes to z / (1 - z), half a step less than -1 / log z, or nearly so.
+h(0) counts as written when the sequence began; that is the least that its age can be. With a
+constant z the age comes to z / (1 - z), half a step less than -1 / log z, or nearly so.
 
-z is PyTorch's update gate: where it is 1 the previous state is kept. `decomposition` says what each past
-step wrote into one state, or into many.
+z is PyTorch's update gate: where it is 1 the previous state is kept. `decomposition` says what each
+past step wrote into one state, or into many.
 
 S sequences, H units, n steps.
 """
@@ -81,9 +81,9 @@ def memory(site: Analysed) -> Memory:
             steps=of.steps,
             sequences=found.sequences,
             units=of.units,
-            age=found.ages / found.steps,
-            age_at_end=found.last_ages / found.sequences,
-            initial_left=found.left / found.sequences,
+            age=found.ages / (found.steps or np.nan),
+            age_at_end=found.last_ages / (found.sequences or np.nan),
+            initial_left=found.left / (found.sequences or np.nan),
         )
 
 
@@ -91,7 +91,7 @@ class _Ages:
     """Sums of ages over steps, and of what there is at the ends of sequences."""
 
     def __init__(self, width: int) -> None:
-        self.steps, self.sequences = np.int64(0), np.int64(0)
+        self.steps = self.sequences = 0
         self.ages, self.last_ages, self.left = np.zeros((3, width))
         # Of the sequence that goes on: its age and what is left of its beginning, after a stretch.
         self._age, self._left = np.zeros(width), np.ones(width)
@@ -119,21 +119,23 @@ class _Ages:
         lengths = np.array([len(each) for each in waiting])
         ends, starts = np.cumsum(lengths) - 1, np.cumsum(lengths) - lengths
         begins = np.array([each.begins for each in waiting])
+        last = np.array([each.ends for each in waiting])
         update = np.concatenate([each.values["update"] for each in waiting], dtype=np.float64)
-        left = np.multiply.reduceat(update, starts, axis=0)
-        # The product of gates may be too small for any number: then nothing is left.
         kept = update.copy()
         kept[starts[begins]] = 0.0
         ages = _recur(kept, update, self._age)
+        # A product of gates may be too small for any number: then nothing is left.
+        apart = begins.copy()
+        apart[0] = True
+        left = np.multiply.reduceat(update, starts[apart], axis=0)
         if not begins[0]:
             left[0] *= self._left
-        last = np.array([each.ends for each in waiting])
         self.steps += len(update)
-        self.sequences += np.count_nonzero(last)
+        self.sequences += int(np.count_nonzero(last))
         self.ages += ages.sum(axis=0)
         self.last_ages += ages[ends[last]].sum(axis=0)
-        self.left += left[last].sum(axis=0)
-        self._age, self._left = ages[-1], left[-1]
+        self.left += left[np.cumsum(apart)[last] - 1].sum(axis=0)
+        self._age, self._left = ages[-1].copy(), left[-1].copy()
 
 
 def _recur(factor: Array, more: Array, before: Array) -> Array:

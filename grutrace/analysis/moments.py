@@ -1,10 +1,10 @@
 """Mean, spread, skewness, tails and extremes of every gate and state, unit by unit.
 
-Moments of a block are those of its own mean, and blocks are joined by the pairwise update of
-Chan, Golub and LeVeque (1979), carried on to the fourth power by Pébay (2008), "Formulas for robust,
-one-pass parallel computation of covariances and arbitrary-order statistical moments", Sandia report
-SAND2008-6212, equations 2.1 and 2.2 for powers up to 4. No difference of large sums is taken, so a
-gate that hardly moves keeps its spread.
+Powers are those of the deviation from a mean, and two blocks are joined by the pairwise update of
+Chan, Golub and LeVeque (1979), carried on to the fourth power by Pébay (2008), "Formulas for
+robust, one-pass parallel computation of covariances and arbitrary-order statistical moments",
+Sandia report SAND2008-6212. No difference of large sums is taken, so a gate that hardly moves keeps
+its spread.
 
 N steps, H units; n rows of a block.
 """
@@ -44,9 +44,9 @@ class Moments(Result):
         std: Standard deviation, of the values that there are (divided by their number).
         skewness: Mean cube of the deviation over std^3: above 0 where the longer tail is above
             the mean. Not a number for a unit that never moves.
-        kurtosis: Mean fourth power of the deviation over std^4, less 3: 0 for a normal distribution,
-            -1.2 for a uniform one, and -2, the least there is, for two values taken equally often.
-            Not a number for a unit that never moves.
+        kurtosis: Mean fourth power of the deviation over std^4, less 3: 0 for a normal
+            distribution, -1.2 for a uniform one, and -2, the least there is, for two values taken
+            equally often. Not a number for a unit that never moves.
         minimum: Least value.
         maximum: Largest value.
         not_finite: How many values are not a number, or infinite.
@@ -178,8 +178,8 @@ def _powers(block: Array) -> Powers:
     """Those of one block.
 
     The deviations are taken from the mean of a part of the block, in one pass, and moved to that of
-    all of it afterwards. The part being at least a sixteenth of the block, the spread is not much
-    smaller than the way that they are moved, so this loses no more than two digits of sixteen.
+    all of it afterwards. The part being at least a sixteenth of the block, they are moved by four
+    standard deviations at most, so this loses no more than two or three digits of sixteen.
     """
     rows, width = block.shape
     units, values, missing = describe(block, shares=False, moments=False)
@@ -192,8 +192,9 @@ def _powers(block: Array) -> Powers:
         apart = values[part].astype(np.float64)
         # Sums over rows are products with ones: that is how they are fastest.
         ones = np.ones(len(apart))
-        if not start:
-            center = ones @ apart / (len(apart) if finite is None else np.maximum(finite[part].sum(0), 1))
+        if start == 0:
+            there = ones.sum() if finite is None else ones @ finite[part]
+            center = ones @ apart / np.maximum(there, 1)
         apart -= center
         if finite is not None:
             apart[~finite[part]] = 0.0

@@ -1,9 +1,9 @@
 """Histograms and quantiles of every gate and state, unit by unit.
 
-All four have a range that is known beforehand, so a histogram of equal, narrow bins serves: those of
-two stretches of a run are joined by adding their counts, exactly, and a quantile that is read from it
-is never further than the width of one bin from the value that sorting all steps would give. That
-bound holds whatever the distribution, which sketches of data without a range cannot say.
+All four have a range that is known beforehand, so a histogram of equal, narrow bins serves: those
+of two stretches of a run are joined by adding their counts, exactly, and a quantile that is read
+from it is never further than the width of one bin from the value that sorting all steps would give.
+That bound holds whatever the distribution, which sketches of data without a range cannot say.
 
 N steps, H units.
 """
@@ -51,11 +51,12 @@ class Quantiles(Result):
         minimum: Least value, exactly.
         maximum: Largest value, exactly.
         error: By quantity, how far a quantile can be off: the width of a bin. It holds for values
-            within the edges, where all gates lie; a state that began outside of -1 to 1 may be there.
+            within the edges, where all gates lie; a state that began outside of -1 to 1 may be
+            there.
         edges: By quantity, (bins + 1,) from 0 to 1 for reset and update, from -1 to 1 for candidate
             and hidden.
-        histogram: By quantity, (H, bins) steps with a value in each bin, which holds its lower edge,
-            and the last its upper edge as well.
+        histogram: By quantity, (H, bins) steps with a value in each bin, which holds its lower
+            edge, and the last its upper edge as well.
         underflow: Steps with a value below the first edge.
         overflow: Steps with a value above the last edge.
     """
@@ -167,9 +168,7 @@ def _quantile(
     share: float,
 ) -> Array:
     """(H,) where in its bin the value of the rank that is asked for lies, if they lie evenly."""
-    counts = np.concatenate(
-        [underflow[:, np.newaxis], histogram, overflow[:, np.newaxis]], axis=1
-    )
+    counts = np.concatenate([underflow[:, np.newaxis], histogram, overflow[:, np.newaxis]], axis=1)
     upto = np.cumsum(counts, axis=1)
     total = upto[:, -1]
     rank = np.maximum(1, np.ceil(share * total)).astype(np.int64)

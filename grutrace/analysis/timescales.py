@@ -1,14 +1,14 @@
 """How long each unit remembers: from its update gate, and from its states.
 
-A unit that keeps the share z of its state at every step has, n steps later, z^n of it left: it forgets as
-exp(-n / tau), with
+A unit that keeps the share z of its state at every step has, n steps later, z^n of it left: it
+forgets as exp(-n / tau), with
 
     tau = -1 / log z     steps
 
-(Tallec and Ollivier 2018, "Can recurrent neural networks warp time?"; their time 1 / (1 - z) is half a
-step longer, or nearly so.) Where z changes, what is left after n steps is a product, and the rate is the
-mean of log z: that of the *geometric* mean of z. The rate of the *arithmetic* mean of z is never the
-faster one; how far the two are apart says how unevenly a unit forgets.
+(Tallec and Ollivier 2018, "Can recurrent neural networks warp time?"; their time 1 / (1 - z) is
+half a step longer, or nearly so.) Where z changes, what is left after n steps is a product, and the
+rate is the mean of log z: that of the *geometric* mean of z. The rate of the *arithmetic* mean of z
+is never the faster one; how far the two are apart says how unevenly a unit forgets.
 
 z is PyTorch's update gate: where it is 1 the previous state is kept.
 
@@ -42,9 +42,9 @@ class Timescales(Result):
         tau: (H,) -1 over the mean of log z: 0 if the gate was ever 0 exactly, which empties the
             unit, and infinite if it was always 1. Not a number where there are no steps.
         tau_of_mean: (H,) -1 / log of the mean of z.
-        tau_of_states: (H,) the lag at which the autocorrelation of the states falls to 1/e: how long a
-            state lasts, whether it is kept or written anew. See `autocorrelation`. Not a number
-            where the hidden states were not recorded.
+        tau_of_states: (H,) the lag at which the autocorrelation of the states falls to 1/e: how
+            long a state lasts, whether it is kept or written anew. See `autocorrelation`. Not a
+            number where the hidden states were not recorded.
         no_gate: (H,) in how many steps z is not from 0 to 1, or not a number; these are left out.
         fitted: How many units the fit is of: those whose tau is finite and not 0.
         shape: Shape of the inverse gamma distribution of tau over units; see `inverse_gamma`. Not a

@@ -17,7 +17,6 @@ from grutrace.analysis.elsewhere import on_dask
 from grutrace.analysis.material import SiteArrays
 from grutrace.analysis.result import Result
 from grutrace.record import GATES
-
 from tests.checks import EVERYTHING
 
 from . import sites
@@ -86,9 +85,7 @@ def as_arrays(site: Any, version: int = 0) -> SiteArrays:
     quantities = (*GATES, "hidden", "input")
     return SiteArrays(
         lengths=[len(sequence) for sequence in site],
-        **{
-            name: np.concatenate([sequence.rows(name) for sequence in site]) for name in quantities
-        },
+        **{name: np.concatenate([sequence.rows(name) for sequence in site]) for name in quantities},
         initial=np.array([sequence.initial for sequence in site]),
         weights=site.weights(version),
         reverse=site.site.reverse,

@@ -54,7 +54,7 @@ def test_control_pairs_of_other_sequences_would_show() -> None:
 
 
 def test_a_known_process() -> None:
-    """x(t) = a x(t - 1) + noise: rho(k) = a^k, e-folding -1 / log a, integrated (1 + a) / (1 - a)."""
+    """x(t) = a x(t - 1) + noise: e-folding time -1 / log a, integrated (1 + a) / (1 - a)."""
     random, factors = np.random.default_rng(0), np.array([0.0, 0.2, 0.5, 0.9, 0.97])
     steps, lengths = 100_000, [1000] * 100
     noise, states = random.normal(size=(steps, 5)), np.zeros((steps, 5))

@@ -120,7 +120,7 @@ def test_what_cannot_be() -> None:
         step_jacobians(no_gates["l0"])
     with grutrace.trace(layer) as trace:
         layer(torch.randn(3, 2))
-    with pytest.raises(NotRecordedError, match="no step 3 of sequence 0.*this one has 3 steps"):
+    with pytest.raises(NotRecordedError, match=r"no step 3 of sequence 0.*this one has 3 steps"):
         jacobian(trace["l0"], 0, 3)
     with pytest.raises(NotRecordedError, match="no step 0 of sequence 1; it has 1 sequences"):
         jacobian(trace["l0"], 1, 0)

@@ -62,7 +62,7 @@ def test_geometric_and_arithmetic_mean() -> None:
 
 
 def test_chrono_initialisation_gives_its_range_back() -> None:
-    """Tallec and Ollivier (2018): bias log(u), u uniform from 1 to T - 1, so that tau is u + 1/2."""
+    """Tallec and Ollivier (2018): bias log(u), u uniform from 1 to T - 1. tau is u + 1/2."""
     random, longest = np.random.default_rng(0), 200
     drawn = random.uniform(1, longest - 1, 500)
     found = timescales(with_biases(np.log(drawn), 3)["l0"])
