@@ -1,12 +1,18 @@
-"""Work handed to dask: to its threads, or to a cluster."""
+"""Work handed out: to threads of this process, to dask's threads, or to a cluster."""
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from grutrace.analysis.material import Analysed, Material, material
 from grutrace.errors import MissingExtraError
+
+#: Parts that are computed at once at most. Each holds a block of rows, and they share the reading.
+THREADS = 4
 
 #: Results that wait to be joined at most, where several are computed at once.
 WAITING = 32
@@ -42,3 +48,33 @@ def computed(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
     for start in range(0, len(tasks), WAITING):
         some = [delayed(task, pure=False)() for task in tasks[start : start + WAITING]]
         yield from compute(*some)
+
+
+def computed_here(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
+    """Yield what each task returns, in order; on several cores, some are computed at once.
+
+    NumPy, BLAS and LAPACK leave other threads to run meanwhile.
+    """
+    threads = min(THREADS, _cores(), len(tasks))
+    if threads < 2:
+        yield from (task() for task in tasks)
+        return
+    with ThreadPoolExecutor(threads, "grutrace-analysis") as pool:
+        waiting: deque[Future[Any]] = deque()
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(task))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _cores() -> int:
+    """How many this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

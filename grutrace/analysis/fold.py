@@ -6,13 +6,13 @@ are the same wherever they are computed, and so is the order in which they are j
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 
-from grutrace.analysis.elsewhere import computed
+from grutrace.analysis.elsewhere import computed, computed_here
 from grutrace.analysis.material import Material
 from grutrace.analysis.stretches import PREVIOUS, WEIGHTS, Stretch, stretches
 from grutrace.record import Array
@@ -51,6 +51,7 @@ class SequenceFold(Protocol):
 Rowwise = TypeVar("Rowwise", bound=RowFold)
 Sequencewise = TypeVar("Sequencewise", bound=SequenceFold)
 Kept = TypeVar("Kept", bound="_Joining")
+Found = TypeVar("Found")
 
 
 def fold_rows(site: Material, quantities: Sequence[str], begin: Callable[[], Rowwise]) -> Rowwise:
@@ -124,13 +125,19 @@ def _fold_sequences(
     return fold
 
 
-def _joined(site: Material, tasks: Sequence[Callable[[], Kept]], begin: Callable[[], Kept]) -> Kept:
-    joined = begin()
-    folds = computed(tasks) if site.dask else (task() for task in tasks)
-    for done, fold in enumerate(folds, 1):
-        joined.merge(fold)
+def handed_out(site: Material, tasks: Sequence[Callable[[], Found]]) -> Iterator[Found]:
+    """Yield what each task finds, in order, wherever the work on this site is done."""
+    found = computed(tasks) if site.dask else computed_here(tasks)
+    for done, each in enumerate(found, 1):
+        yield each
         if site.advance is not None:
             site.advance(done, len(tasks))
+
+
+def _joined(site: Material, tasks: Sequence[Callable[[], Kept]], begin: Callable[[], Kept]) -> Kept:
+    joined = begin()
+    for fold in handed_out(site, tasks):
+        joined.merge(fold)
     return joined
 
 

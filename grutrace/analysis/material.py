@@ -135,6 +135,10 @@ class _OfTrace(Material):
         self.lengths = self._site.lengths
         units = range(site.module.hidden_size) if site.units is None else site.units
         self.units = np.array(units, np.int64)
+        self._latest: tuple[int, Mapping[str, Array]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_latest": None}
 
     @property
     def quantities(self) -> tuple[str, ...]:
@@ -153,7 +157,11 @@ class _OfTrace(Material):
         return self._site.row_versions(rows)
 
     def weights(self, version: int) -> Mapping[str, Array]:
-        return self._site.weights(version)
+        # Read once for all the sequences one after another that they made.
+        latest = self._latest
+        if latest is None or latest[0] != version:
+            latest = self._latest = version, self._site.weights(version)
+        return latest[1]
 
 
 class _OfArrays(Material):

@@ -34,6 +34,19 @@ class Measure:
 
 MEASURES = {
     "saturation": Measure("saturation", "saturation", "how often gates are shut or open"),
+    "moments": Measure(
+        "moments", "moments", "mean, spread, skewness and tails of gates and states"
+    ),
+    "quantiles": Measure("quantiles", "quantiles", "which values gates and states take how often"),
+    "timescales": Measure("timescales", "timescales", "for how many steps each unit remembers"),
+    "autocorrelation": Measure(
+        "autocorrelation", "autocorrelation", "how long each state resembles itself"
+    ),
+    "memory": Measure("memory", "memory", "how old what the states hold is"),
+    "jacobian": Measure(
+        "jacobian", "step_jacobians", "by how much single steps shrink or grow differences"
+    ),
+    "lyapunov": Measure("lyapunov", "lyapunov", "whether a network is chaotic"),
 }
 
 

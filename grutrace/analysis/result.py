@@ -25,6 +25,9 @@ class Result:
     #: The field that numbers the rows of the table.
     rows_of_table: ClassVar[str] = "units"
 
+    #: Fields that are too large to be written as text.
+    only_arrays: ClassVar[tuple[str, ...]] = ()
+
     site: str
 
     def columns(self) -> dict[str, Array]:
@@ -48,6 +51,14 @@ class Result:
             name: value
             for name, value in self._fields()
             if name != "site" and isinstance(value, (bool, int, float, str, np.generic))
+        }
+
+    def as_text(self) -> dict[str, Any]:
+        """By name, all fields but those that are too large to be written as text."""
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in self.only_arrays
         }
 
     def to_frame(self) -> DataFrame:

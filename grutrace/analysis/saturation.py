@@ -93,7 +93,7 @@ class _Counted:
     def add(self, rows: Mapping[str, Array]) -> None:
         for name, block in rows.items():
             with np.errstate(over="ignore", invalid="ignore"):
-                join(self.units[name], describe(np.ascontiguousarray(block))[0])
+                join(self.units[name], describe(np.ascontiguousarray(block), moments=False)[0])
 
     def merge(self, later: _Counted) -> None:
         for name, units in later.units.items():

@@ -86,7 +86,7 @@ def results(trace: Trace, chosen: Measure, sites: Sequence[str]) -> Iterator[Res
 def print_results(found: Iterable[Result], each: bool, as_json: bool) -> None:
     """Print results: one after another as text, or as one JSON array."""
     if as_json:
-        print_json([dataclasses.asdict(result) for result in found])
+        print_json([result.as_text() for result in found])
         return
     for result in found:
         print_result(result, each)

@@ -49,11 +49,15 @@ def no_values(width: int) -> Array:
     return units
 
 
-def describe(values: Array) -> tuple[Array, Array, Array]:
+def describe(
+    values: Array, *, shares: bool = True, moments: bool = True
+) -> tuple[Array, Array, Array]:
     """What is known of a block, without the places that a histogram counts.
 
     Args:
         values: (n, H), C-contiguous, of any floating-point type.
+        shares: Whether to count what is below `SHUT` and above `OPEN`; else both are 0.
+        moments: Whether to work out the mean and the squares; else both are 0.
 
     Returns:
         (H,) of type `UNITS`; (n, H) the values, with zeros in the place of what is not finite; (H,)
@@ -75,11 +79,13 @@ def describe(values: Array) -> tuple[Array, Array, Array]:
         values = np.where(finite, values, values.dtype.type(0))
     units["count"] = len(values) - missing
     units["minimum"], units["maximum"] = least, largest
-    sizes = np.abs(values) if (least < 0).any() else values
-    # In the type of the rows, as a summary of a trace compares them.
-    units["below"] = count_true(sizes < SHUT) - missing
-    units["above"] = count_true(sizes > OPEN)
-    units["mean"], units["squares"] = _moments(values, finite, units["count"])
+    if shares:
+        sizes = np.abs(values) if (least < 0).any() else values
+        # In the type of the rows, as a summary of a trace compares them.
+        units["below"] = count_true(sizes < SHUT) - missing
+        units["above"] = count_true(sizes > OPEN)
+    if moments:
+        units["mean"], units["squares"] = _moments(values, finite, units["count"])
     return units, values, missing
 
 
