@@ -45,7 +45,7 @@ ONLY = {
 WRITING = {"writer", "stream", "pump", "appender", "continuing", "admission", "entries"}
 READING = {
     *("reader", "rows", "trace", "site", "sequence", "index", "moment"),
-    *("combined", "parts", "ingredients", "derived"),
+    *("combined", "parts", "ingredients", "derived", "labels"),
 }
 
 
