@@ -81,6 +81,7 @@ class FixedPoints(Result):
     """
 
     rows_of_table: ClassVar[str] = "points"
+    not_columns: ClassVar[tuple[str, ...]] = ("input",)
 
     starts: int
     usual_speed: float

@@ -56,6 +56,7 @@ class GateActivation(Result):
     """
 
     rows_of_table: ClassVar[str] = "rows"
+    not_columns: ClassVar[tuple[str, ...]] = ("lengths",)
 
     steps: int
     gate: str

@@ -46,6 +46,7 @@ class Geometry(Result):
     """
 
     rows_of_table: ClassVar[str] = "components"
+    not_columns: ClassVar[tuple[str, ...]] = ("mean",)
 
     steps: int
     left_out: int
@@ -56,10 +57,6 @@ class Geometry(Result):
     share: Array
     mean: Array
     directions: Array
-
-    def columns(self) -> dict[str, Array]:
-        """As ever; but the means are of units, not of components."""
-        return {name: column for name, column in super().columns().items() if name != "mean"}
 
     def project(self, states: Array, count: int = 2) -> Array:
         """States in terms of the first components: (..., H) to (..., count)."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -62,6 +62,8 @@ class Probe(Result):
         weight: (H,) how much the probe leans on each unit: the length of its coefficients, of all
             classes, per standard deviation of the unit.
     """
+
+    not_columns: ClassVar[tuple[str, ...]] = ("recall",)
 
     label: str
     quantity: str

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import numpy as np
 
@@ -61,6 +62,8 @@ class Selectivity(Result):
         left_out: (H,) values that are not finite; they count for nothing else. The area is not a
             number where nothing else is left.
     """
+
+    not_columns: ClassVar[tuple[str, ...]] = ("counts",)
 
     label: str
     quantity: str

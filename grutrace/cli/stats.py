@@ -53,7 +53,7 @@ def stats(
     FILE is a trace, or what a grutrace.Statistics wrote. With MEASURE, say that of every site.
     """
     told = {"label": label, "against": against, "paired": paired or None}
-    given = {option: value for option, value in told.items() if value is not None}
+    given: dict[str, Any] = {option: value for option, value in told.items() if value is not None}
     if name is not None:
         chosen = measure(name)
         chosen.require(given)
