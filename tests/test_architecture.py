@@ -38,6 +38,8 @@ ONLY = {
     "h5py": {"storage", "statistics"},
     "typer": {"cli"},
     "dask": {"arrays", "analysis"},
+    "sklearn": {"analysis"},
+    "scipy": {"analysis"},
     "xarray": {"arrays"},
 }
 
