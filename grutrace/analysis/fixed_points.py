@@ -73,7 +73,8 @@ class FixedPoints(Result):
         marginal: (P,) how many are 1 in size within `MARGIN`: directions along which points lie, a
             line or a ring, or too close to tell.
         radius: (P,) the size of the largest eigenvalue.
-        timescale: (P,) steps until a deviation along it has changed e-fold, 1 / |log radius|.
+        timescale: (P,) steps until a deviation along it has changed e-fold, 1 / |log radius|. At a
+            slow point the eigenvalue in the direction of the motion is 1, so it says nothing there.
         reached: (P,) from how many of the states it was reached.
         nearest: (P,) largest difference in a unit from the nearest of the states begun from. Far
             from all of them, a point says little of what the network does.
