@@ -6,6 +6,7 @@ n rows of a block, H units, C classes, B bins.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -141,6 +142,7 @@ class ArrangedCounts:
         self, arrangements: Arrangements, some: range, bins: Bins, levels: Integers, classes: int
     ) -> None:
         self._arrangements, self._some, self._bins = arrangements, some, bins
+        self._sources: Array | None = None
         # What is not finite has a level that is none.
         self._levels = np.concatenate([levels, np.full((len(levels), 1), LEVELS)], axis=1)
         self._others = np.zeros((len(some), classes - 1, len(levels), LEVELS), np.int64)
@@ -157,13 +159,15 @@ class ArrangedCounts:
         some = self._arrangements.labelled(numbers)
         numbers, values = numbers[some], values[some]
         permutations, others, width, _ = self._others.shape
+        if self._sources is None:
+            self._sources = self._arrangements.sources(self._some)
         step = max(1, PRODUCT // (4 * (permutations * others + width * LEVELS)))
         classes, of_unit = np.arange(1, others + 1)[:, np.newaxis], np.arange(width)
         for low in range(0, len(numbers), step):
             part = slice(low, low + step)
             level = self._levels[of_unit, self._bins(values[part])]
             levels = (level[..., np.newaxis] == np.arange(LEVELS)).astype(np.float32)
-            codes = self._arrangements.codes(numbers[part], self._some)
+            codes = self._arrangements.codes(numbers[part], self._some, self._sources)
             labels = (codes[:, np.newaxis] == classes).astype(np.float32)
             found = labels.reshape(permutations * others, -1) @ levels.reshape(len(level), -1)
             self._others += found.reshape(self._others.shape).astype(np.int64)
@@ -171,6 +175,10 @@ class ArrangedCounts:
     def merge(self, later: ArrangedCounts) -> None:
         """Take in those of later rows."""
         self._others += later._others
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What follows from the rest need not travel.
+        return self.__dict__ | {"_sources": None}
 
 
 def _labelled(rows: Mapping[str, Array]) -> tuple[Array, Integers]:

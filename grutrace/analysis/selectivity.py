@@ -9,8 +9,7 @@ And the mutual information of the unit, in `LEVELS` levels of equal frequency, a
 is not 0 by chance either. How large it gets by chance is found by giving the labels to other steps
 many times. Steps of one sequence resemble each other, so labels are not shuffled one by one, which
 would find every slow unit selective for every slow label (Harris 2020, "Nonsense correlations in
-neuroscience"). The labels of a sequence are rotated within it instead, each time by another number
-of steps; or, if the label is the same all along every sequence, given to other sequences.
+neuroscience"): `chance` says how they are.
 
 N steps with the label, H units, C classes, B bins.
 """
@@ -42,8 +41,8 @@ class Selectivity(Result):
         label: Its name.
         quantity: What of the units: hidden, a gate.
         steps: N, steps that have the label.
-        null: How labels were given to other steps: ``rotated`` within each sequence, or ``swapped``
-            between sequences.
+        null: How labels were given to other steps: ``swapped`` between sequences, ``rotated``
+            within each, or ``both``; see `chance.Arrangements`.
         permutations: How often.
         selective: How many units have `p` below 0.05.
         classes: (C,) the values of the label, or groups of them; see `classes.classes_of`.
@@ -211,7 +210,8 @@ def _by_chance(
     """(permutations, H) the information when the labels lie elsewhere."""
     classes, width, _ = counts.shape
     total = _joined(counts, levels).sum(0)
-    together = max(1, MEMORY // (8 * classes * width * LEVELS))
+    each = 8 * classes * width * LEVELS + 4 * arrangements.total
+    together = max(1, MEMORY // each)
     rows = np.arange(of.steps, dtype=np.int64)[:, np.newaxis]
     with_row = Beside(of, {"row": rows})
     found = np.empty((arrangements.count, width))

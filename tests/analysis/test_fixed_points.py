@@ -193,7 +193,7 @@ def test_what_does_not_fit() -> None:
 def test_the_input_is_no_column() -> None:
     found = fixed_points(arrays_of(bistable(), np.zeros((1, 1))))
     assert "input" not in found.columns()
-    assert list(found.columns())[0] == "point"
+    assert next(iter(found.columns())) == "point"
 
 
 def test_the_same_everywhere(tmp_path, monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""Labels of rows from plain lists and arrays; those of a trace are held by the conformance suite."""
+"""Labels of rows from plain values; those of a trace are held by the conformance suite."""
 
 from __future__ import annotations
 
