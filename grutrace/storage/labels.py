@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -31,12 +32,17 @@ class RowLabels:
     def __len__(self) -> int:
         return len(self.codes)
 
-    def to_array(self) -> Array:
-        """(N,) float64 with nan for none; where a value is a text, objects with None for none."""
-        texts = any(isinstance(value, str) for value in self.values)
+    def to_array(self, dtype: np.dtype[Any] | None = None) -> Array:
+        """(N,) float64 with nan for none; where a value is a text, objects with None for none.
+
+        Args:
+            dtype: That of float64 or of objects, if it is to be one of them whatever there is.
+        """
+        if dtype is None:
+            texts = any(isinstance(value, str) for value in self.values)
+            dtype = np.dtype(object if texts else np.float64)
         # The last one is what -1 picks.
-        values = [*self.values, None if texts else np.nan]
-        return np.array(values, object if texts else np.float64)[self.codes]
+        return np.array([*self.values, None if dtype.hasobject else np.nan], dtype)[self.codes]
 
 
 def labels_of(name: str, given: Sequence[str | float | None] | Array) -> RowLabels:
@@ -62,24 +68,30 @@ def names_of(tables: Tables, module: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def entries_of(tables: Tables, module: int, name: str) -> npt.NDArray[np.bool_]:
+    """(annotations,) which are of a module and have this name."""
+    called = [number for number, text in enumerate(tables.texts, 1) if text == name]
+    named = np.isin(tables.annotations["name"], called)
+    return np.asarray((tables.annotations["module"] == module) & named)
+
+
 def row_labels(tables: Tables, module: int, index: ModuleIndex, name: str) -> RowLabels:
     """The value of each row, whichever sequences and steps it was given for.
 
     Raises:
         NotRecordedError: No row of the module has one of this name.
     """
-    entries = tables.annotations
-    called = [number for number, text in enumerate(tables.texts, 1) if text == name]
-    own = (entries["module"] == module) & np.isin(entries["name"], called)
+    entries, own = tables.annotations, entries_of(tables, module, name)
     if not own.any():
         found = ", ".join(names_of(tables, module)) or "none"
         raise NotRecordedError(f"there is no label {name!r}; there are: {found}")
     counts = entries["count"].astype(np.int64)
     starts = (np.cumsum(counts) - counts)[own]
     lengths = index.lengths
-    sequences, first = (entries[field][own].astype(np.int64) for field in ("sequence", "first"))
-    # Values may have been given for steps that are not there yet.
-    counts = np.clip(lengths[sequences] - first, 0, counts[own])
+    sequences = entries["sequence"][own].astype(np.int64)
+    # Values may have been given for steps that are not there yet, however far on.
+    first = np.minimum(entries["first"][own], lengths[sequences].astype(np.uint64)).astype(np.int64)
+    counts = np.minimum(lengths[sequences] - first, counts[own])
     total = int(lengths.sum())
     numbers, text = np.full(total, np.nan), np.zeros(total, bool)
     # Where a step was given several values, the last one stays: NumPy assigns in order.
