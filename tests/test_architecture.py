@@ -38,6 +38,8 @@ ONLY = {
     "h5py": {"storage", "statistics"},
     "typer": {"cli"},
     "dask": {"arrays", "analysis"},
+    "sklearn": {"analysis"},
+    "scipy": {"analysis"},
     "xarray": {"arrays"},
 }
 
@@ -45,7 +47,7 @@ ONLY = {
 WRITING = {"writer", "stream", "pump", "appender", "continuing", "admission", "entries"}
 READING = {
     *("reader", "rows", "trace", "site", "sequence", "index", "moment"),
-    *("combined", "parts", "ingredients", "derived"),
+    *("combined", "parts", "ingredients", "derived", "labels"),
 }
 
 

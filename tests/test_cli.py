@@ -72,6 +72,66 @@ def test_stats_by_name(path, capsys) -> None:
     assert found[0]["left"]["update"] == (update < np.float32(0.1)).mean(0).tolist()
 
 
+@pytest.fixture
+def labelled(tmp_path):
+    """Two traces of one model on one batch, with a label, before and after its weights changed."""
+    torch.manual_seed(0)
+    model, batch = EncoderDecoder(layers=2).eval(), torch.randn(4, 6, 5)
+    paths = tmp_path / "before.h5", tmp_path / "after.h5"
+    for path in paths:
+        with (
+            grutrace.trace(model, path, record=EVERYTHING) as trace,
+            trace.recording(labels={"kind": [list("aabbcc")] * 3 + [list("ccbbaa")]}),
+        ):
+            model(batch, steps=6)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+    return paths
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("fixed_points", [], "stable_points"),
+        ("gate_activation", [], "boundaries"),
+        ("gate_activation", ["--label", "kind"], "r_value"),
+        ("selectivity", ["--label", "kind"], "selective"),
+        ("probe", ["--label", "kind"], "baseline"),
+        ("geometry", [], "participation_ratio"),
+        ("writes", [], "near_zero"),
+        ("change", ["--paired"], "update effect"),
+    ],
+)
+def test_stats_that_say_what_gates_mean(labelled, capsys, name, options, says) -> None:
+    if name == "change":
+        options = [*options, "--against", str(labelled[1])]
+    command = ["stats", str(labelled[0]), name, *options]
+    assert main([*command, "--site", "encoder.l1"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("encoder.l1: ")
+    assert says in out
+    assert main([*command, "--each"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 3
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["site"] for each in found] == list(SITES)
+
+
+def test_stats_takes_what_belongs_to_it(labelled, capsys) -> None:
+    before, after = map(str, labelled)
+    for command, message in (
+        (["selectivity"], "selectivity needs --label"),
+        (["change"], "change needs --against"),
+        (["geometry", "--label", "kind"], "geometry takes no --label"),
+        (["selectivity", "--label", "kind", "--against", after], "takes no --against"),
+        (["selectivity", "--label", "mood"], "no label 'mood'; there are: kind"),
+        (["--label", "kind"], "--label needs a MEASURE"),
+    ):
+        assert main(["stats", before, *command]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_stats_of_what_there_is_not(path, capsys) -> None:
     assert main(["stats", str(path), "happiness"]) == 2
     assert "expected one of saturation" in capsys.readouterr().err

@@ -15,6 +15,7 @@ import numpy as np
 from grutrace.errors import NotRecordedError, OptionError
 from grutrace.record import QUANTITIES, Array
 from grutrace.storage.index import Integers
+from grutrace.storage.labels import RowLabels, labels_of
 from grutrace.storage.site import SiteTrace
 from grutrace.storage.source import Rows
 
@@ -33,6 +34,7 @@ class SiteArrays:
         hidden: (N, H)
         input: (N, I)
         initial: (S, H) the state that each sequence began from; None for zeros.
+        labels: By name, (N,) or a list: a number or a text for each row, None or nan for none.
         weights: By PyTorch's names without suffix: weight_ih (3H, I), weight_hh (3H, H), bias_ih
             and bias_hh (3H,), in the order reset, update, candidate.
         reverse: Whether the layer read its sequences from the last step to the first.
@@ -46,6 +48,7 @@ class SiteArrays:
     hidden: Any = None
     input: Any = None
     initial: Any = None
+    labels: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, Array] = field(default_factory=dict)
     reverse: bool = False
     name: str = "arrays"
@@ -97,11 +100,29 @@ class Material(ABC):
 
     @abstractmethod
     def weights(self, version: int) -> Mapping[str, Array]:
-        """One version of the weights, by PyTorch's names without suffix.
+        """One version of the weights, by PyTorch's names without suffix; -1 for the last.
 
         Raises:
             NotRecordedError: There are none.
         """
+
+    @property
+    @abstractmethod
+    def label_names(self) -> tuple[str, ...]:
+        """The names of the labels that some of its rows have; ``tokens`` among them."""
+
+    @abstractmethod
+    def labels(self, name: str) -> RowLabels:
+        """The label of every row, or its token, ``tokens``; rows as in `rows`.
+
+        Raises:
+            NotRecordedError: No row has one of this name; the message says which there are.
+        """
+
+    @property
+    @abstractmethod
+    def parents(self) -> Integers:
+        """(S,) the sequence from whose middle each began; -1 for none."""
 
     def require(self, *quantities: str) -> None:
         """Refuse early what an analysis could not read.
@@ -163,6 +184,17 @@ class _OfTrace(Material):
             latest = self._latest = version, self._site.weights(version)
         return latest[1]
 
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return self._site.label_names
+
+    def labels(self, name: str) -> RowLabels:
+        return self._site.row_labels(name)
+
+    @property
+    def parents(self) -> Integers:
+        return self._site.parents
+
 
 class _OfArrays(Material):
     """Arrays, checked to fit together."""
@@ -198,6 +230,13 @@ class _OfArrays(Material):
                 f"SiteArrays.initial: expected shape {shape}, found {self._initial.shape}"
             )
         self._weights = dict(arrays.weights)
+        self._labels = dict(arrays.labels)
+        for name, values in self._labels.items():
+            if len(values) != total:
+                raise OptionError(
+                    f"SiteArrays.labels[{name!r}]: expected {total} values, one a row, "
+                    f"found {len(values)}"
+                )
 
     @property
     def quantities(self) -> tuple[str, ...]:
@@ -219,9 +258,23 @@ class _OfArrays(Material):
         return np.zeros(count, np.int64)
 
     def weights(self, version: int) -> Mapping[str, Array]:
-        if not self._weights or version:
+        if not self._weights or version not in (0, -1):
             raise NotRecordedError(f"{self.name!r} has no weights of version {version}")
         return self._weights
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return tuple(self._labels)
+
+    def labels(self, name: str) -> RowLabels:
+        if name not in self._labels:
+            found = ", ".join(self._labels) or "none"
+            raise NotRecordedError(f"there is no label {name!r}; there are: {found}")
+        return labels_of(name, self._labels[name])
+
+    @property
+    def parents(self) -> Integers:
+        return np.full(len(self.lengths), -1)
 
 
 def _two_axes(name: str, rows: Any) -> Any:

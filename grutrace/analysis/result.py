@@ -28,6 +28,9 @@ class Result:
     #: Fields that are too large to be written as text.
     only_arrays: ClassVar[tuple[str, ...]] = ()
 
+    #: Arrays that are of something else, and no column even where they happen to be as long.
+    not_columns: ClassVar[tuple[str, ...]] = ()
+
     site: str
 
     def columns(self) -> dict[str, Array]:
@@ -38,10 +41,11 @@ class Result:
         """
         numbers = getattr(self, self.rows_of_table)
         found = {self.rows_of_table.removesuffix("s"): np.asarray(numbers)}
+        but = (self.rows_of_table, *self.not_columns)
         for name, value in self._fields():
             of_field = value.items() if isinstance(value, dict) else [("", value)]
             for key, array in of_field:
-                if np.shape(array) == (len(numbers),) and name != self.rows_of_table:
+                if name not in but and np.shape(array) == (len(numbers),):
                     found[f"{key}_{name}" if key else name] = np.asarray(array)
         return found
 

@@ -8,14 +8,15 @@ steps of the longest.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 
 from grutrace.arrays.rows import places, span
 from grutrace.record import Array
-from grutrace.storage.index import Integers, ModuleIndex, spread
+from grutrace.storage.index import Integers, ModuleIndex
+from grutrace.storage.labels import entries_of, row_labels
 from grutrace.storage.moment import Moment
 
 _INTEGER, _NUMBER, _TEXT = np.dtype(np.int64), np.dtype(np.float64), np.dtype(object)
@@ -106,14 +107,10 @@ class Annotated(StepColumn):
     """
 
     def __init__(self, moment: Moment, module: int, name: str) -> None:
-        tables = moment.tables
-        names = np.array(["", *tables.texts], object)[tables.annotations["name"]]
-        ours = (tables.annotations["module"] == module) & (names == name)
-        counts = tables.annotations["count"].astype(np.int64)
-        self._entries = tables.annotations[ours]
-        self._starts = (np.cumsum(counts) - counts)[ours]
-        self._tables = tables
-        super().__init__(moment.index(module), _TEXT if self._entries["text"].any() else _NUMBER)
+        tables, index = moment.tables, moment.index(module)
+        self._read = partial(row_labels, tables, module, index, name)
+        texts = tables.annotations["text"][entries_of(tables, module, name)].any()
+        super().__init__(index, _TEXT if texts else _NUMBER)
 
     def of(self, rows: Integers) -> Array:
         """The values of these rows."""
@@ -121,29 +118,7 @@ class Annotated(StepColumn):
 
     @cached_property
     def _all(self) -> Array:
-        index, entries = self._index, self._entries
-        counts = entries["count"].astype(np.int64)
-        sequences = np.repeat(entries["sequence"].astype(np.int64), counts)
-        lengths = index.lengths
-        # No further than the end, however large the number is that stands there.
-        firsts = np.minimum(entries["first"], lengths[entries["sequence"].astype(np.int64)])
-        steps = spread(firsts.astype(np.int64), counts)
-        there = steps < lengths[sequences]
-        ordered = spread(index.starts[index.order], index.steps[index.order])
-        rows = ordered[(np.cumsum(lengths) - lengths)[sequences[there]] + steps[there]]
-        numbers = self._tables.values[spread(self._starts, counts)[there]]
-        if self.dtype == _NUMBER:
-            found = np.full(self.shape, np.nan)
-            found[rows] = numbers
-            return found
-        values = numbers.astype(object)
-        text = np.repeat(entries["text"] > 0, counts)[there]
-        texts = np.array(self._tables.texts, object)
-        values[text] = texts[numbers[text].astype(np.int64)]
-        found = np.full(self.shape, None, object)
-        # Where two give a value to the same step, the later one holds.
-        found[rows] = values
-        return found
+        return self._read().to_array(self.dtype)
 
 
 class PaddedColumn:

@@ -42,7 +42,10 @@ def progress_bar(doing: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def print_json(value: Any) -> None:
-    """Print a value as JSON. What is no number is null, and an infinity a text."""
+    """Print a value as JSON.
+
+    What is no number is null, an infinity a text, a complex number its two parts.
+    """
     print(json.dumps(_plain(value), indent=2, allow_nan=False))
 
 
@@ -51,6 +54,8 @@ def _plain(value: Any) -> Any:
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, (np.ndarray, np.generic)):
         value = value.tolist()
+    if isinstance(value, complex):
+        value = [value.real, value.imag]
     if isinstance(value, (list, tuple)):
         return [_plain(each) for each in value]
     if isinstance(value, float) and not math.isfinite(value):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -34,6 +36,15 @@ def stats(
     site: Annotated[
         list[str] | None, typer.Option(help="Glob for names of sites. Can be repeated.")
     ] = None,
+    label: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The label, or tokens, that MEASURE is of.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The later trace that change looks at.")
+    ] = None,
+    paired: Annotated[
+        bool, typer.Option("--paired", help="Both traces are of the same inputs, step by step.")
+    ] = False,
     each: Annotated[bool, typer.Option("--each", help="A line for each unit.")] = False,
     as_json: AsJSON = False,
 ) -> None:
@@ -41,11 +52,19 @@ def stats(
 
     FILE is a trace, or what a grutrace.Statistics wrote. With MEASURE, say that of every site.
     """
+    told = {"label": label, "against": against, "paired": paired or None}
+    given: dict[str, Any] = {option: value for option, value in told.items() if value is not None}
     if name is not None:
         chosen = measure(name)
-        with open_trace(file) as trace:
-            print_results(results(trace, chosen, matching(trace, site)), each, as_json)
+        chosen.require(given)
+        with ExitStack() as opened:
+            trace = opened.enter_context(open_trace(file))
+            if against is not None:
+                given["against"] = opened.enter_context(open_trace(against))
+            print_results(results(trace, chosen, matching(trace, site), given), each, as_json)
         return
+    if given:
+        raise OptionError(f"--{next(iter(given))} needs a MEASURE: one of {', '.join(MEASURES)}")
     if is_statistics(file):
         found = summarize_statistics(Statistics.load(file))
     else:
@@ -72,14 +91,24 @@ def matching(trace: Trace, globs: Sequence[str] | None) -> tuple[str, ...]:
     )
 
 
-def results(trace: Trace, chosen: Measure, sites: Sequence[str]) -> Iterator[Result]:
-    """Yield what an analysis finds at each site, with a bar on a terminal."""
+def results(
+    trace: Trace, chosen: Measure, sites: Sequence[str], given: Mapping[str, Any]
+) -> Iterator[Result]:
+    """Yield what an analysis finds at each site, with a bar on a terminal.
+
+    Args:
+        trace: Of the sites.
+        chosen: The analysis.
+        sites: Their names.
+        given: What else it is told, by name; of another trace the site of the same name.
+    """
     analyse = chosen.load()
     for name in sites:
+        told = {key: each[name] if isinstance(each, Trace) else each for key, each in given.items()}
         with progress_bar(f"{chosen.function} of {name}") as advance:
             of = material(trace[name])
             of.advance = advance
-            found = analyse(of)
+            found = analyse(of, **told)
         yield found
 
 

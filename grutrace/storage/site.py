@@ -12,6 +12,7 @@ from grutrace.errors import NotRecordedError
 from grutrace.record import Array, Module, Site
 from grutrace.storage.index import Integers, ModuleIndex, spread
 from grutrace.storage.ingredients import SiteIngredients
+from grutrace.storage.labels import RowLabels, names_of, row_labels
 from grutrace.storage.moment import Moment
 from grutrace.storage.quantities import Quantities
 from grutrace.storage.sequence import Sequence
@@ -175,6 +176,20 @@ class SiteTrace(Quantities[Rows]):
         places = np.searchsorted(self._index.call_numbers, self.row_calls(start, stop))
         return np.asarray(self.checks[places])
 
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The names of the labels that some of its rows have; ``tokens`` among them."""
+        return names_of(self._look().tables, self._number)
+
+    def row_labels(self, name: str) -> RowLabels:
+        """The label of every row, or its token, ``tokens``; rows as in `rows`.
+
+        Raises:
+            NotRecordedError: No row has one of this name; the message says which there are.
+        """
+        moment = self._look()
+        return row_labels(moment.tables, self._number, moment.index(self._number), name)
+
     def locate(self, row: int) -> tuple[int, int]:
         """The sequence that a row belongs to, and which of its steps it is."""
         index = self._index
@@ -190,6 +205,11 @@ class SiteTrace(Quantities[Rows]):
     def lengths(self) -> Integers:
         """(sequences,) the steps of each sequence so far."""
         return self._look().index(self._number).lengths
+
+    @property
+    def parents(self) -> Integers:
+        """(sequences,) the sequence from whose middle each began; -1 where it did not."""
+        return self._index.parents[0]
 
     @property
     def initial(self) -> Rows:

@@ -33,7 +33,13 @@ def run(tracer_of: Callable[[nn.Module], Any]) -> Any:
     model = Everything()
     with tracer_of(model) as trace:
         for steps in (3, 9):
-            model(torch.randn(4, steps, 3), steps)
+            # One label changes along each sequence, one is the same all along it.
+            labels = {
+                "word": [[f"w{(place + step) % 3}" for step in range(steps)] for place in range(4)],
+                "speaker": ["ann", "bob", "bob", "ann"],
+            }
+            with trace.recording(labels=labels):
+                model(torch.randn(4, steps, 3), steps)
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.mul_(1.7)

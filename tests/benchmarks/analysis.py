@@ -1,6 +1,6 @@
-"""What analyses of a file cost beside reading it, and the memory that they need however long it is.
+"""What analyses of a file cost beside reading it, and their memory, however long it is.
 
-The file was written a moment before, so it lies in the operating system's cache: what is compared is
+It was written a moment before, so it lies in the operating system's cache: what is compared is
 work, not the disk. Memory is the peak of a process of its own, torch included where it is loaded.
 """
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
+from grutrace.errors import NotRecordedError
 from grutrace.record import Annotation, Block, Weights
 
 
@@ -48,6 +50,9 @@ class Expected:
         hidden = self.header.modules[module].hidden_size
         parts = [block.sites[suffix].initial for block in self.of(module)]
         return np.concatenate([np.empty((0, hidden)), *parts])
+
+    def all_rows_made(self, module):
+        return [row for block in self.of(module) for row in range(int(block.steps.sum()))]
 
     def forks(self, module):
         return {fork.sequence: fork for block in self.of(module) for fork in block.forks}
@@ -137,6 +142,28 @@ def _check_site(site, expected, module, description):
                 np.testing.assert_array_equal(found[name], array)
     for number, sequence in enumerate(site):
         _check_sequence(sequence, expected, module, description, number)
+    _check_labels(site, expected, module)
+
+
+def _check_labels(site, expected, module):
+    """Labels of all rows at once are those that were given to each step."""
+    given = {each.name for each in expected.annotations if each.module == module}
+    assert set(site.label_names) == given
+    for name in given:
+        found, seen = site.row_labels(name), []
+        assert (found.name, len(found)) == (name, len(expected.all_rows_made(module)))
+        values = np.array([*found.values, None], object)[found.codes]
+        for number in range(len(site)):
+            length = len(site.sequence(number))
+            exact = expected.annotated(module, number, length).get(name, [None] * length)
+            assert values[site.rows_between(number, number + 1)].tolist() == exact
+            seen += exact
+        assert set(found.values) == set(seen) - {None}
+        numbers = [value for value in found.values if not isinstance(value, str)]
+        texts = found.values[len(numbers) :]
+        assert found.values == (*sorted(numbers), *sorted(texts))
+    with pytest.raises(NotRecordedError, match="no label 'mood'"):
+        site.row_labels("mood")
 
 
 def _check_sequence(sequence, expected, module, site, number):

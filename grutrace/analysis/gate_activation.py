@@ -1,0 +1,193 @@
+"""The gate activation signal: how open a gate is along time, and the boundaries in it.
+
+Wang, Chung and Lee (2017), "Gate activation signal analysis for gated recurrent neural networks and
+its correlation with phoneme boundaries", Interspeech. Of a gate g of H units:
+
+    signal(t) = mean over units of g(t),   difference(t) = signal(t) - signal(t - 1).
+
+They find that the difference of the update gate peaks at phoneme boundaries, in networks that
+were never told of phonemes.
+
+N steps of all sequences, S sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from grutrace.analysis.boundaries import BoundaryScore, peaks, score_boundaries
+from grutrace.analysis.fold import fold_rows
+from grutrace.analysis.material import Analysed, Material, material
+from grutrace.analysis.result import Result
+from grutrace.errors import OptionError
+from grutrace.record import GATES, Array
+from grutrace.storage.index import Integers
+
+#: Differences up to this are never a boundary by default, so that there is none in what hardly
+#: moves. It is the least of the thresholds that Wang, Chung and Lee's own program tries.
+LEAST = 0.001
+
+#: By the name of a direction, what a difference is multiplied by; 0 for its size.
+DIRECTIONS = {"rise": 1, "fall": -1, "both": 0}
+
+
+@dataclass(frozen=True, eq=False)
+class GateActivation(Result):
+    """Of a site. The steps are those of all sequences, one after another, each in time order.
+
+    Attributes:
+        steps: N.
+        gate: Which gate.
+        threshold: What a difference had to exceed to be a boundary.
+        boundaries: How many were found.
+        lengths: (S,) steps of each sequence.
+        signal: (N,) float64, mean of the gate over the recorded units. Not a number where the gate
+            of a unit is not.
+        difference: (N,) what it rose by since the step before in the same sequence; not a number at
+            the first step. For a site that reads backwards: since the step after, which it made
+            before, and it stands at the later of the two, where a boundary would be.
+        boundary: (N,) whether a segment begins there.
+        r_value, precision, recall, f_score, over_segmentation: How well they agree with the label;
+            see `BoundaryScore`. Not a number where none was given.
+    """
+
+    rows_of_table: ClassVar[str] = "rows"
+    not_columns: ClassVar[tuple[str, ...]] = ("lengths",)
+
+    steps: int
+    gate: str
+    threshold: float
+    boundaries: int
+    lengths: Integers
+    signal: Array
+    difference: Array
+    boundary: Array
+    r_value: float
+    precision: float
+    recall: float
+    f_score: float
+    over_segmentation: float
+
+    @property
+    def rows(self) -> Integers:
+        """(N,) their numbers."""
+        return np.arange(self.steps)
+
+    def columns(self) -> dict[str, Array]:
+        """As ever, and the sequence of each step and its place in it."""
+        number, *rest = super().columns().items()
+        ends = np.cumsum(self.lengths)
+        sequence = np.repeat(np.arange(len(ends)), self.lengths)
+        return dict([number, ("sequence", sequence), ("step", _places(self.lengths)), *rest])
+
+
+def gate_activation(
+    site: Analysed,
+    gate: str = "update",
+    *,
+    direction: str = "rise",
+    threshold: float | None = None,
+    label: str | None = None,
+    tolerance: int = 2,
+) -> GateActivation:
+    """Follow the mean of a gate along time, and find boundaries where it changes most.
+
+    A boundary is a local maximum of the difference above the threshold.
+
+    Args:
+        site: With the gate.
+        gate: reset, update or candidate.
+        direction: ``rise``, as in the paper; ``fall``; or ``both``, by the size of the difference.
+        threshold: In the unit of the gate; by default the mean of the differences (turned as the
+            direction says) plus their standard deviation, at least `LEAST`.
+        label: Name of a label, or ``tokens``: there is a boundary where it changes within a
+            sequence. What was found is scored against these.
+        tolerance: By how many steps a boundary may miss that of the label.
+
+    Raises:
+        OptionError: There is no such gate or direction.
+        NotRecordedError: The gate was not recorded, or there is no such label.
+    """
+    if gate not in GATES:
+        raise OptionError(f"gate: expected one of {', '.join(GATES)}; found {gate!r}")
+    if direction not in DIRECTIONS:
+        expected = ", ".join(DIRECTIONS)
+        raise OptionError(f"direction: expected one of {expected}; found {direction!r}")
+    of = material(site)
+    lengths = of.lengths
+    means = fold_rows(of, (gate,), _Means).means
+    signal = np.concatenate([np.empty(0), *means])[of.rows_between(0, len(lengths))]
+    difference = np.full(of.steps, np.nan)
+    inner = np.flatnonzero(_places(lengths))
+    way = -1 if of.reverse else 1
+    difference[inner] = (signal[inner] - signal[inner - 1]) * way
+    sign = DIRECTIONS[direction]
+    turned = np.abs(difference) if sign == 0 else sign * difference
+    bound = _threshold(turned) if threshold is None else threshold
+    boundary = peaks(turned, lengths, bound)
+    return GateActivation(
+        site=of.name,
+        steps=of.steps,
+        gate=gate,
+        threshold=float(bound),
+        boundaries=int(np.count_nonzero(boundary)),
+        lengths=lengths,
+        signal=signal,
+        difference=difference,
+        boundary=boundary,
+        **_scores(None if label is None else _score(of, label, boundary, tolerance)),
+    )
+
+
+class _Means:
+    """The mean of each row over units."""
+
+    def __init__(self) -> None:
+        self.means: list[Array] = []
+
+    def add(self, rows: Mapping[str, Array]) -> None:
+        (values,) = rows.values()
+        self.means.append(values.mean(1, dtype=np.float64))
+
+    def merge(self, later: _Means) -> None:
+        self.means += later.means
+
+
+def label_boundaries(site: Analysed, label: str) -> Array:
+    """Where a label changes within a sequence; a step with it next to one without is a change.
+
+    Returns:
+        (N,) whether a segment begins at each step, the sequences one after another, each in time
+        order.
+
+    Raises:
+        NotRecordedError: There is no such label.
+    """
+    of = material(site)
+    codes = of.labels(label).codes[of.rows_between(0, len(of.lengths))]
+    changes = np.zeros(of.steps, bool)
+    changes[1:] = codes[1:] != codes[:-1]
+    return changes & (_places(of.lengths) > 0)
+
+
+def _score(of: Material, label: str, boundary: Array, tolerance: int) -> BoundaryScore:
+    return score_boundaries(boundary, label_boundaries(of, label), of.lengths, tolerance)
+
+
+def _scores(score: BoundaryScore | None) -> dict[str, float]:
+    names = ("r_value", "precision", "recall", "f_score", "over_segmentation")
+    return {name: np.nan if score is None else getattr(score, name) for name in names}
+
+
+def _threshold(turned: Array) -> float:
+    known = turned[np.isfinite(turned)]
+    return max(LEAST, float(known.mean() + known.std())) if len(known) else LEAST
+
+
+def _places(lengths: Integers) -> Integers:
+    """(N,) which step of its sequence each is."""
+    return np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -1,0 +1,102 @@
+"""What is moved is moved within sequences, or between them, and all of it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from grutrace.analysis.chance import Arrangements
+
+LENGTHS = np.array([5, 1, 0, 40, 7])
+SEQUENCES = np.repeat(np.arange(5), LENGTHS)
+PLACES = np.concatenate([np.arange(length) for length in LENGTHS])
+
+
+def arrangements(codes, count=50, seed=0, order=None) -> Arrangements:
+    order = slice(None) if order is None else order
+    return Arrangements(np.asarray(codes)[order], SEQUENCES[order], PLACES[order], 5, count, seed)
+
+
+def moved_by(found: Arrangements, rows, numbers) -> np.ndarray:
+    return found.codes(rows, numbers, found.sources(numbers))
+
+
+def test_labels_are_rotated_within_their_sequence() -> None:
+    codes = np.random.default_rng(0).integers(0, 1000, 53)
+    found = arrangements(codes)
+    assert found.kind == "rotated"
+    moved = moved_by(found, np.arange(53), range(50))
+    shifts = set()
+    for own in moved:
+        for number in (0, 3, 4):
+            rows = number == SEQUENCES
+            rotations = [np.roll(codes[rows], by).tolist() for by in range(LENGTHS[number])]
+            assert own[rows].tolist() in rotations
+            shifts.add((number, rotations.index(own[rows].tolist())))
+    # All of them come up, for sequences short enough.
+    assert {by for number, by in shifts if number == 0} == set(range(5))
+    assert len({by for number, by in shifts if number == 3}) > 20
+
+
+def test_sequences_are_rotated_each_by_a_number_of_its_own() -> None:
+    codes = PLACES.copy()
+    # The first steps of two sequences.
+    moved = moved_by(arrangements(codes, 2000), np.array([0, 6]), range(2000)).T
+    assert abs(np.corrcoef(moved)[0, 1]) < 0.08
+    np.testing.assert_allclose(moved.mean(1), [2, 19.5], rtol=0.05)
+
+
+def test_sequences_of_one_length_get_each_others_labels() -> None:
+    lengths = np.array([4] * 12 + [9] * 3)
+    sequences = np.repeat(np.arange(15), lengths)
+    places = np.concatenate([np.arange(length) for length in lengths])
+    codes = np.random.default_rng(0).integers(0, 1000, len(places))
+    found = Arrangements(codes, sequences, places, 15, 50, 0)
+    assert found.kind == "both"
+    given = codes[:48].reshape(12, 4).tolist()
+    for own in moved_by(found, np.arange(len(codes)), range(50)):
+        rows = own[:48].reshape(12, 4).tolist()
+        assert sorted(rows) == sorted(given)
+        for number in (12, 13, 14):
+            of = sequences == number
+            assert own[of].tolist() in [np.roll(codes[of], by).tolist() for by in range(9)]
+    first = moved_by(found, np.arange(4), range(50)).tolist()
+    assert len({tuple(row) for row in first}) > 9
+
+
+def test_steps_without_a_label_keep_none() -> None:
+    codes = np.arange(53)
+    codes[::3] = -1
+    found = arrangements(codes)
+    assert found.labelled(np.arange(53)).tolist() == (codes >= 0).tolist()
+    rows = np.flatnonzero(codes >= 0)
+    for own in moved_by(found, rows, range(50)):
+        for number in range(5):
+            of = SEQUENCES[rows] == number
+            assert sorted(own[of]) == sorted(codes[rows][of])
+
+
+def test_a_label_that_never_changes_goes_to_other_sequences() -> None:
+    codes = np.array([3, 1, 4, 1, 5])[SEQUENCES]
+    found = arrangements(codes)
+    assert found.kind == "swapped"
+    moved = moved_by(found, np.arange(53), range(50))
+    seen = set()
+    for own in moved:
+        each = [set(own[number == SEQUENCES].tolist()) for number in (0, 1, 3, 4)]
+        assert all(len(labels) == 1 for labels in each)
+        given = [labels.pop() for labels in each]
+        assert sorted(given) == [1, 1, 3, 5]
+        seen.add(tuple(given))
+    # Of twelve orders.
+    assert len(seen) > 9
+
+
+def test_asked_in_parts_and_in_another_order_they_are_the_same() -> None:
+    codes = np.random.default_rng(0).integers(0, 9, 53)
+    whole = moved_by(arrangements(codes), np.arange(53), range(50))
+    part = moved_by(arrangements(codes), np.array([50, 7, 8]), range(10, 20))
+    np.testing.assert_array_equal(part, whole[10:20][:, [50, 7, 8]])
+    order = np.random.default_rng(1).permutation(53)
+    other = moved_by(arrangements(codes, order=order), np.arange(53), range(50))
+    np.testing.assert_array_equal(other, whole[:, order])
+    assert (moved_by(arrangements(codes, seed=1), np.arange(53), range(50)) != whole).any()

@@ -1,0 +1,57 @@
+"""Labels as classes: each value one, or groups of many."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from grutrace.analysis.classes import GROUPS, MOST, OTHERS, classes_of
+from grutrace.errors import OptionError
+from grutrace.storage.labels import labels_of
+
+
+def test_each_value_is_a_class() -> None:
+    found = classes_of(labels_of("x", ["b", None, "a", 1.5, "b"]))
+    assert found.names == (1.5, "a", "b")
+    assert found.codes.tolist() == [2, -1, 1, 0, 2]
+    assert found.counts.tolist() == [1, 1, 2]
+
+
+def test_rare_texts_are_one_class() -> None:
+    random = np.random.default_rng(0)
+    words = [f"w{number:02}" for number in random.geometric(0.1, 3000)]
+    found = classes_of(labels_of("x", words))
+    assert len(found.names) == MOST
+    assert found.names[-1] == OTHERS
+    counts = {word: words.count(word) for word in set(words)}
+    frequent = sorted(counts.values(), reverse=True)[: MOST - 1]
+    assert sorted(found.counts[:-1].tolist(), reverse=True) == frequent
+    assert found.counts.sum() == 3000
+    for word, code in zip(words, found.codes.tolist(), strict=True):
+        assert found.names[code] == (word if word in found.names else OTHERS)
+
+
+def test_many_numbers_are_groups_of_equal_size() -> None:
+    values = np.random.default_rng(0).normal(size=4000)
+    values[:10] = np.nan
+    found = classes_of(labels_of("x", values))
+    assert len(found.names) == GROUPS
+    assert found.codes[:10].tolist() == [-1] * 10
+    np.testing.assert_allclose(found.counts, 3990 / GROUPS, atol=1)
+    means = [values[found.codes == group].mean() for group in range(GROUPS)]
+    assert means == sorted(means)
+    largest, least = values[found.codes == 0].max(), values[found.codes == 1].min()
+    assert largest < least
+
+
+def test_equal_numbers_stay_together() -> None:
+    values = np.concatenate([np.zeros(1000), np.arange(1, 31)])
+    found = classes_of(labels_of("x", values))
+    assert len(set(found.codes[:1000].tolist())) == 1
+    assert (found.counts > 0).all()
+
+
+@pytest.mark.parametrize("values", [["a", "a"], [None, None], []])
+def test_one_value_tells_nothing_apart(values) -> None:
+    with pytest.raises(OptionError, match="at least two values; 'x' has"):
+        classes_of(labels_of("x", values))

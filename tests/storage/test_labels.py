@@ -1,0 +1,34 @@
+"""Labels of rows from plain values; those of a trace are held by the conformance suite."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from grutrace.storage.labels import labels_of
+
+
+@pytest.mark.parametrize(
+    ("given", "values", "codes"),
+    [
+        ([2.0, None, 1.0, 2.0], (1.0, 2.0), [1, -1, 0, 1]),
+        (np.array([2, 5, 2]), (2.0, 5.0), [0, 1, 0]),
+        (np.array([np.nan, 0.5]), (0.5,), [-1, 0]),
+        (np.array([True, False]), (0.0, 1.0), [1, 0]),
+        (["b", "a", None, "b"], ("a", "b"), [1, 0, -1, 1]),
+        (np.array(["b", "a"]), ("a", "b"), [1, 0]),
+        (["b", 3, float("nan"), ""], (3.0, "", "b"), [2, 0, -1, 1]),
+        ([], (), []),
+    ],
+)
+def test_plain_values(given, values, codes) -> None:
+    found = labels_of("mine", given)
+    assert (found.name, found.values, found.codes.tolist()) == ("mine", values, codes)
+
+
+def test_back_to_an_array() -> None:
+    numbers = labels_of("mine", [2.0, None, 1.0]).to_array()
+    np.testing.assert_array_equal(numbers, [2.0, np.nan, 1.0])
+    assert numbers.dtype == np.float64
+    assert labels_of("mine", ["a", None, 1.5]).to_array().tolist() == ["a", None, 1.5]
+    assert labels_of("mine", [None, None]).to_array().dtype == np.float64
