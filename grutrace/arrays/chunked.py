@@ -13,7 +13,7 @@ from grutrace.arrays.rows import PaddedRows, Quantity, QuantityRows
 from grutrace.errors import needing
 from grutrace.record import Array, Site
 from grutrace.storage.moment import Moment
-from grutrace.storage.schema import row_column
+from grutrace.storage.schema import row_chunks
 
 if TYPE_CHECKING:
     import dask.array
@@ -39,7 +39,7 @@ def to_dask(moment: Moment, module: int, site: Site, quantity: str) -> dask.arra
 def aligned_rows(quantity: Quantity) -> int:
     """How many rows make a chunk of dask's: about `CHUNK` bytes, and whole chunks of the file."""
     width = quantity.shape[1]
-    of_file = row_column(quantity.dtype, width, quantity.name).chunks[0]
+    of_file = row_chunks(quantity.dtype, width)[0]
     size = max(1, width * quantity.dtype.itemsize)
     return max(1, CHUNK // (size * of_file)) * of_file
 

@@ -22,7 +22,7 @@ FORMAT = "grutrace"
 STATISTICS = "grutrace statistics"
 
 #: Major and minor. A reader refuses a newer major number; a newer minor one only adds.
-FORMAT_VERSION = (1, 0)
+FORMAT_VERSION = (1, 1)
 
 #: HDF5's 1.10 format: the first with SWMR, and what every HDF5 since then reads. ("latest" is
 #: HDF5 2.0's own format where h5py brings 2.0, and older tools refuse that.)
@@ -83,6 +83,19 @@ TABLES = {
     "characters": np.dtype("u1"),
 }
 
+#: Their axes.
+TABLE_AXES = {
+    "calls": "call",
+    "forks": "fork",
+    "annotations": "annotation",
+    "values": "value",
+    "strings": "string",
+    "characters": "character",
+}
+
+#: The axes that a site has, in its group; the others are its module's.
+SITE_AXES = ("unit", "feature", "previous_unit")
+
 #: Characters that a module's group name keeps as they are.
 _PLAIN = frozenset((string.ascii_letters + string.digits + "_-.").encode())
 
@@ -96,12 +109,14 @@ class Column:
         item: Shape of what it grows by: the shape of the dataset without its first axis.
         axes: A label for each axis; empty for a table.
         chunk: Bytes of a chunk that holds several items.
+        scales: For each axis the place of its dimension scale.
     """
 
     dtype: np.dtype[Any]
     item: tuple[int, ...] = ()
     axes: tuple[str, ...] = ()
     chunk: int = TABLE_CHUNK
+    scales: tuple[str, ...] = ()
 
     @property
     def chunks(self) -> tuple[int, ...]:
@@ -157,6 +172,18 @@ def width(module: Module, site: Site, quantity: str) -> int:
     return site.input_size if quantity == "input" else module.unit_count(site)
 
 
+def scale_place(module: Module, site: Site, axis: str) -> str:
+    """Place of the scale of an axis of a site. Sites whose axis is the same share one."""
+    if axis not in SITE_AXES:
+        return f"{module_place(module)}/{axis}"
+    owner = site
+    if axis == "feature":
+        owner = input_owner(module, site)
+    elif axis == "unit":
+        owner = next(each for each in module.sites if each.units == site.units)
+    return site_place(module, owner.suffix, axis)
+
+
 def weight_shapes(module: Module, site: Site) -> dict[str, tuple[int, ...]]:
     """The weights that a site has, and their shapes: (3H, I), (3H, H) and twice (3H,)."""
     stacked = 3 * module.hidden_size
@@ -169,35 +196,47 @@ def weight_shapes(module: Module, site: Site) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def row_column(dtype: np.dtype[Any], width: int, quantity: str) -> Column:
-    """The dataset of a quantity whose rows are so wide."""
-    axes = ("step", "feature" if quantity == "input" else "unit")
-    return Column(dtype, (width,), axes, ROW_CHUNK)
+def row_axes(quantity: str) -> tuple[str, str]:
+    """The axes of the rows of a quantity."""
+    return "step", "feature" if quantity == "input" else "unit"
+
+
+def row_chunks(dtype: np.dtype[Any], width: int) -> tuple[int, ...]:
+    """Shape of a chunk of rows that are so wide."""
+    return Column(dtype, (width,), chunk=ROW_CHUNK).chunks
 
 
 def layout(modules: Sequence[Module]) -> dict[str, Column]:
     """Every growing dataset of a trace of these modules, by its place in the file."""
-    columns = {name: Column(dtype) for name, dtype in TABLES.items()}
+    columns = {name: Column(dtype, scales=(TABLE_AXES[name],)) for name, dtype in TABLES.items()}
     for module in modules:
-        columns[pieces_place(module)] = Column(PIECE)
+        scale = f"{module_place(module)}/piece"
+        columns[pieces_place(module)] = Column(PIECE, scales=(scale,))
         for site in module.sites:
             columns.update(_site_layout(module, site))
     return columns
 
 
 def _site_layout(module: Module, site: Site) -> Iterator[tuple[str, Column]]:
+    def scales(*axes: str) -> tuple[str, ...]:
+        return tuple(scale_place(module, site, axis) for axis in axes)
+
     kept = np.dtype(module.dtype).newbyteorder("<")
     for quantity in site.quantities:
-        place = quantity_place(module, site, quantity)
-        yield place, row_column(kept, width(module, site, quantity), quantity)
-    initial = Column(kept, (module.unit_count(site),), ("sequence", "unit"))
-    yield site_place(module, site.suffix, "initial"), initial
-    yield site_place(module, site.suffix, "checks"), Column(CHECK)
+        place, axes = quantity_place(module, site, quantity), row_axes(quantity)
+        item = (width(module, site, quantity),)
+        yield place, Column(kept, item, axes, ROW_CHUNK, scales(*axes))
+    initial, axes = site_place(module, site.suffix, "initial"), ("sequence", "unit")
+    yield initial, Column(kept, (module.unit_count(site),), axes, scales=scales(*axes))
+    checks = site_place(module, site.suffix, "checks")
+    yield checks, Column(CHECK, scales=scales("module_call"))
     weights = np.dtype(module.weights_dtype).newbyteorder("<")
+    # Weights are whole, whichever units are recorded.
+    last = {"weight_ih": "feature", "weight_hh": "previous_unit" if site.units else "unit"}
     for name, shape in weight_shapes(module, site).items():
-        last = "feature" if name == "weight_ih" else "unit"
-        labels = ("version", "gate unit", last)[: 1 + len(shape)]
-        yield site_place(module, site.suffix, name), Column(weights, shape, labels)
+        labels = ("version", "gate_unit", last.get(name, ""))[: 1 + len(shape)]
+        place = site_place(module, site.suffix, name)
+        yield place, Column(weights, shape, labels, scales=scales(*labels))
 
 
 def shared_inputs(modules: Sequence[Module]) -> Iterator[tuple[str, str]]:

@@ -20,6 +20,7 @@ from grutrace.storage.entries import Entries
 from grutrace.storage.handle import file_identity, no_reading, readers_out
 from grutrace.storage.header import write_header
 from grutrace.storage.placing import naming, put_in_place, room_for, sync, sync_name
+from grutrace.storage.scales import create_scales, extend_scales
 from grutrace.storage.schema import COMMITTED, LIBVER, TABLES, create_datasets, layout
 from grutrace.storage.strings import Strings
 from grutrace.storage.tables import lengths
@@ -75,6 +76,7 @@ class Writer:
         self._staged = 0
         self._uncommitted = True
         self._closed = False
+        self._modules = header.modules
         self._admission = Admission(header.modules)
         if mode == "a" and self.path.exists():
             tables = existing_tables(self.path, header)
@@ -143,6 +145,9 @@ class Writer:
             return
         try:
             with self._storing():
+                self._write_staged()
+                counts = {place: each.position for place, each in self._appenders.items()}
+                extend_scales(self._file, self._modules, counts)
                 self._commit(closed=True)
                 with self._kept_for_sync() as descriptor, readers_out(self._identity):
                     self._file.close()
@@ -263,6 +268,7 @@ def _create(path: Path, new: Path, header: Header) -> h5py.File:
         try:
             write_header(file, header)
             create_datasets(file, header.modules)
+            create_scales(file, header.modules)
         except BaseException:
             file.close()
             new.unlink()

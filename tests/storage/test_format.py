@@ -119,13 +119,16 @@ def test_a_closed_file_opens_without_swmr_and_has_the_layout_of_the_page(tmp_pat
     with h5py.File(tmp_path / "run.h5", "r") as file:
         assert set(file) == {
             "committed", "calls", "forks", "annotations", "values", "strings", "characters",
-            "modules",
+            "modules", "call", "fork", "annotation", "value", "string", "character",
         }  # fmt: skip
         assert file["committed"].dtype.names == (
             "calls", "forks", "annotations", "values", "strings", "characters", "closed",
         )  # fmt: skip
         layer = file["modules/encoder.rnn"]
-        assert set(layer) == {"pieces", "l0", "l0_reverse", "l1", "l1_reverse"}
+        assert set(layer) == {
+            "pieces", "l0", "l0_reverse", "l1", "l1_reverse",
+            "piece", "step", "sequence", "module_call", "version", "gate_unit",
+        }  # fmt: skip
         assert layer["l0/input"] == layer["l0_reverse/input"]
         assert layer["l0/input"] != layer["l1/input"]
         assert [axis.label for axis in layer["l0/update"].dims] == ["step", "unit"]
