@@ -46,7 +46,7 @@ BLOCK = 16 * 1024 * 1024
 
 #: How much is gathered at once of sequences that took many calls. The steps of one lie among those
 #: of all others in its batch, which are read along, so it should be many sequences. Bytes.
-GATHERED = 128 * 1024 * 1024
+GATHERED = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,16 @@ class Group:
             for variable in self.variables
             for axis, length in zip(variable.axes, variable.shape, strict=True)
         }
+
+    def attributes(self, variable: Variable) -> dict[str, str]:
+        """What formats with attributes say of a variable, in the words of the CF conventions."""
+        found = {"long_name": variable.meaning}
+        if variable.name == "length":
+            found["sample_dimension"] = "step"
+        if variable.axes[0] == "step" and len(variable.axes) > 1:
+            per_step = [each.name for each in self.variables if each.axes == ("step",)]
+            found["coordinates"] = " ".join(per_step)
+        return found
 
     def __getitem__(self, name: str) -> Variable:
         return next(each for each in self.variables if each.name == name)

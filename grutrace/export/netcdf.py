@@ -38,20 +38,19 @@ def _write_group(target: Any, group: Group) -> None:
     target.attrs.update(group.about)
     target.dimensions = group.axes
     for variable in group.variables:
-        _write_variable(target, variable)
+        made = _write_variable(target, variable)
+        made.attrs.update(group.attributes(variable))
 
 
-def _write_variable(target: Any, variable: Variable) -> None:
+def _write_variable(target: Any, variable: Variable) -> Any:
     dtype = h5py.string_dtype() if variable.is_text else _numeric(np.dtype(variable.dtype))
     chunks = None
     if len(variable.shape) == 2 and all(variable.shape):
         chunks = min(variable.fitting(CHUNK), variable.shape[0]), variable.shape[1]
     made = target.create_variable(variable.name, variable.axes, dtype, chunks=chunks)
-    made.attrs["long_name"] = variable.meaning
-    if variable.name == "length":
-        made.attrs["sample_dimension"] = "step"
     for part, block in variable.blocks():
         made[part] = block if variable.is_text else block.astype(dtype, copy=False)
+    return made
 
 
 def _numeric(dtype: np.dtype[Any]) -> np.dtype[Any]:

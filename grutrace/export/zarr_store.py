@@ -31,12 +31,14 @@ def write_zarr(content: Content, path: Path) -> list[str]:
         made = root.create_group(group.name)
         made.attrs.update(dict(group.about))
         for variable in group.variables:
-            _write_array(made, variable)
+            array = _write_array(made, variable)
+            axes = {"_ARRAY_DIMENSIONS": list(variable.axes)}
+            array.attrs.update(axes | group.attributes(variable))
     zarr.consolidate_metadata(path, zarr_format=2)
     return []
 
 
-def _write_array(target: Any, variable: Variable) -> None:
+def _write_array(target: Any, variable: Variable) -> Any:
     items = min(variable.fitting(CHUNK), max(1, variable.shape[0]))
     made = target.create_array(
         variable.name,
@@ -48,9 +50,6 @@ def _write_array(target: Any, variable: Variable) -> None:
         # xarray would take values that are like it for missing ones.
         fill_value=None,
     )
-    about = {"_ARRAY_DIMENSIONS": list(variable.axes), "long_name": variable.meaning}
-    if variable.name == "length":
-        about["sample_dimension"] = "step"
-    made.attrs.update(about)
     for part, block in variable.blocks(items):
         made[part] = block
+    return made
