@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import numpy as np
 from grutrace.errors import NotRecordedError
 from grutrace.export.annotations import as_text
 from grutrace.export.content import Content, SiteContent, Variable
+from grutrace.export.steady import steady
 
 #: Gates that are never negative, which the server is told.
 UNSIGNED = ("reset", "update")
@@ -67,9 +69,9 @@ class _Project:
         """Write the states, the words, what else is known of each step, and the configuration."""
         files = {"states": "states.h5", "words": "words.h5", "word_dict": "words.dict"}
         types = self._write_states()
-        with h5py.File(self._folder / "words.h5", "x") as file:
+        with _new_file(self._folder / "words.h5") as file:
             single = self._write_words(file)
-        with h5py.File(self._folder / "meta.h5", "x") as file:
+        with _new_file(self._folder / "meta.h5") as file:
             meta = dict(self._write_meta(file, files))
         files["meta"] = "meta.h5"
         name = f"{self._model} {self._module.path}".strip()
@@ -90,7 +92,7 @@ class _Project:
     def _write_states(self) -> list[dict[str, Any]]:
         types = []
         finite = True
-        with h5py.File(self._folder / "states.h5", "x") as file:
+        with steady(self._folder / "states.h5") as raw, h5py.File(raw, "w") as file:
             for site in self._sites:
                 for rows in site.rows():
                     path = f"{rows.name}_{site.site.suffix}"
@@ -98,6 +100,7 @@ class _Project:
                     made = file.create_dataset(path, rows.shape, _at_least_single(rows.dtype))
                     for part, block in rows.blocks():
                         made[part] = block
+                        raw.check()
                         finite = finite and bool(np.isfinite(block).all())
                     types.append(
                         {
@@ -163,6 +166,12 @@ class _Project:
                 low, high = min(low, float(block.min())), max(high, float(block.max()))
             vis = {"type": "scalar", "range": [low, high if high > low else low + 1]}
             yield name, {"file": "meta", "path": name, "vis": vis}
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[h5py.File]:
+    with steady(path) as raw, h5py.File(raw, "w") as file:
+        yield file
 
 
 def word_of(token: str | float | None) -> str:

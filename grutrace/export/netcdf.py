@@ -13,6 +13,7 @@ import numpy as np
 
 from grutrace.errors import needing
 from grutrace.export.content import Content, Group, Variable
+from grutrace.export.steady import SteadyFile, steady
 
 #: The size of a chunk of rows. Bytes.
 CHUNK = 1024 * 1024
@@ -27,22 +28,22 @@ def write_netcdf(content: Content, path: Path) -> list[str]:
     with needing("exporting to netcdf", "export"):
         import h5netcdf
 
-    with h5netcdf.File(path, "w") as file:
+    with steady(path) as raw, h5netcdf.File(raw, "w") as file:
         file.attrs.update(content.about)
         for group in content.groups():
-            _write_group(file.create_group(group.name), group)
+            _write_group(file.create_group(group.name), group, raw)
     return []
 
 
-def _write_group(target: Any, group: Group) -> None:
+def _write_group(target: Any, group: Group, raw: SteadyFile) -> None:
     target.attrs.update(group.about)
     target.dimensions = group.axes
     for variable in group.variables:
-        made = _write_variable(target, variable)
+        made = _write_variable(target, variable, raw)
         made.attrs.update(group.attributes(variable))
 
 
-def _write_variable(target: Any, variable: Variable) -> Any:
+def _write_variable(target: Any, variable: Variable, raw: SteadyFile) -> Any:
     dtype = h5py.string_dtype() if variable.is_text else _numeric(np.dtype(variable.dtype))
     chunks = None
     if len(variable.shape) == 2 and all(variable.shape):
@@ -50,6 +51,7 @@ def _write_variable(target: Any, variable: Variable) -> Any:
     made = target.create_variable(variable.name, variable.axes, dtype, chunks=chunks)
     for part, block in variable.blocks():
         made[part] = block if variable.is_text else block.astype(dtype, copy=False)
+        raw.check()
     return made
 
 

@@ -82,6 +82,32 @@ def test_a_full_disk_is_one_error(trace, tmp_path, to) -> None:
     assert not list(tmp_path.iterdir())
 
 
+FULL = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from grutrace.__main__ import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+for to in sys.argv[3:]:
+    assert main(["export", sys.argv[1], "--to", to, "-o", sys.argv[2]]) == 2
+"""
+
+
+def test_a_disk_that_is_really_full(tmp_path) -> None:
+    """HDF5 cannot close a file that it could not write, and may abort the process."""
+    layer, path = torch.nn.GRU(2, 64), tmp_path / "run.h5"
+    with grutrace.trace(layer, path):
+        layer(torch.randn(300, 1, 2))
+    arguments = [str(path), str(tmp_path / "out"), *FORMATS]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, *arguments], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(FORMATS)
+    assert all("out cannot be written: [Errno 27]" in line for line in lines)
+    assert [each.name for each in tmp_path.iterdir()] == ["run.h5"]
+
+
 def test_progress_ends_where_it_should(trace, tmp_path, to) -> None:
     seen = []
     export_trace(trace, tmp_path / "out", to, progress=lambda *both: seen.append(both))
