@@ -19,8 +19,9 @@ ALLOWED = {
     "capture": {"errors", "record", "gru", "storage.sinks", "storage.trace", "storage.moment"},
     "analysis": {"errors", "record", "gru", "storage", "statistics"},
     "statistics": {"errors", "record", "storage"},
+    "export": {"errors", "record", "storage"},
     "run": {"errors", "record", "capture", "storage"},
-    "cli": {"errors", "record", "storage", "analysis", "statistics", "run"},
+    "cli": {"errors", "record", "storage", "analysis", "statistics", "export", "run"},
     "__main__": {"cli"},
     "__init__": {"errors", "capture", "storage", "statistics"},
 }
@@ -35,7 +36,9 @@ EXCEPTIONS = {
 #: Libraries that only these parts may import.
 ONLY = {
     "torch": {"gru", "capture", "analysis", "run"},
-    "h5py": {"storage", "statistics"},
+    "h5py": {"storage", "statistics", "export"},
+    "h5netcdf": {"export"},
+    "zarr": {"export"},
     "typer": {"cli"},
     "dask": {"arrays", "analysis"},
     "sklearn": {"analysis"},
@@ -125,6 +128,8 @@ def test_writing_and_reading_never_meet() -> None:
         ("arrays", "from grutrace.capture.tracer import Tracer"),
         ("capture", "from grutrace.statistics.statistics import Statistics"),
         ("analysis", "from grutrace import cli"),
+        ("export", "from grutrace.analysis import summary"),
+        ("cli", "import zarr"),
         ("errors", "def f():\n    import grutrace.record"),
     ],
 )

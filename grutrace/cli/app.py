@@ -10,6 +10,7 @@ import typer
 from grutrace.cli.arguments import NO_ANSWER
 from grutrace.cli.derive import derive
 from grutrace.cli.diff import diff
+from grutrace.cli.export import export
 from grutrace.cli.info import info
 from grutrace.cli.run import run
 from grutrace.cli.stats import stats
@@ -31,6 +32,7 @@ app.command()(stats)
 app.command()(verify)
 app.command()(diff)
 app.command()(derive)
+app.command()(export)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

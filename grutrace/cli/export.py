@@ -1,0 +1,36 @@
+"""`grutrace export`: a trace as a file of another format."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grutrace.cli.arguments import File, Record, Sites, names
+from grutrace.cli.output import progress_bar
+from grutrace.export.formats import FORMATS, export_trace
+from grutrace.storage.sinks import open_trace
+
+
+def export(
+    file: File,
+    to: Annotated[
+        str, typer.Option("--to", help=f"One of {', '.join(FORMATS)}.", show_default=False)
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="The file or folder to make.", show_default=False),
+    ],
+    site: Sites = None,
+    record: Record = None,
+) -> None:
+    """Write what a trace holds as npz, netcdf, zarr, csv (a folder) or for LSTMVis (a folder).
+
+    Exits with 2 if the output exists, or nothing matches.
+    """
+    with open_trace(file) as trace, progress_bar("exporting") as advance:
+        done = export_trace(trace, output, to, sites=site, record=names(record), progress=advance)
+    for note in done.notes:
+        print(f"grutrace: {note}", file=sys.stderr)

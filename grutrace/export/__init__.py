@@ -1,0 +1,1 @@
+"""From a trace to files of other programs: one format a file, all from the same content."""

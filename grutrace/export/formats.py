@@ -1,0 +1,156 @@
+"""The formats by name, and the way from a trace to a file of one of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from grutrace.errors import NotRecordedError, OptionError
+from grutrace.export.content import Content, SiteContent, calls_group
+from grutrace.export.csv_files import write_csv
+from grutrace.export.lstmvis import write_lstmvis
+from grutrace.export.netcdf import write_netcdf
+from grutrace.export.npz import write_npz
+from grutrace.export.whole import made_whole
+from grutrace.export.zarr_store import write_zarr
+from grutrace.record import DEFAULT_RECORD, QUANTITIES, Site
+from grutrace.storage.chosen import chosen_quantities, chosen_sites
+from grutrace.storage.moment import Moment
+from grutrace.storage.trace import Trace
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to write what a trace holds.
+
+    Attributes:
+        write: Writes everything to a path, in bounded memory; returns what the user should know.
+        folder: Whether the path is a folder, which is there already.
+        record: The quantities that are taken unless asked otherwise.
+    """
+
+    write: Callable[[Content, Path], list[str]]
+    folder: bool = False
+    record: tuple[str, ...] = QUANTITIES
+
+
+FORMATS = {
+    "npz": Format(write_npz),
+    "netcdf": Format(write_netcdf),
+    "zarr": Format(write_zarr, folder=True),
+    "csv": Format(write_csv, folder=True),
+    # It shows what lies between -1 and 1.
+    "lstmvis": Format(write_lstmvis, folder=True, record=DEFAULT_RECORD),
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: Where.
+        format: In which format.
+        sites: Names of the sites.
+        notes: What the reader of it should know, a sentence each.
+    """
+
+    path: Path
+    format: str
+    sites: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def export_trace(
+    trace: Trace,
+    path: str | os.PathLike[str],
+    to: str,
+    *,
+    sites: str | Sequence[str] | None = None,
+    record: str | Sequence[str] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Exported:
+    """Write what a trace holds as a file, or folder, of another format.
+
+    It appears under its name when it is whole. Rows are read in blocks, so memory is bounded.
+
+    Args:
+        trace: A trace, in memory or in a file. Calls recorded meanwhile are left out.
+        path: Of the new file or folder.
+        to: npz, netcdf, zarr, csv or lstmvis.
+        sites: A glob, or several, for names of sites; None for all.
+        record: Quantities; None for all that can be read, stored or derived (for lstmvis, all but
+            the input).
+        progress: Called with how many rows are done, and how many there are.
+
+    Raises:
+        OptionError: There is no such format or quantity.
+        NotRecordedError: No site matches, or none has any of the quantities.
+        TraceFileError: There is something under this name, or it cannot be written.
+        MissingExtraError: The format needs a library that is not installed.
+    """
+    if to not in FORMATS:
+        raise OptionError(f"to: expected one of {', '.join(FORMATS)}; found {to!r}")
+    moment, format = trace.moment, FORMATS[to]
+    chosen = _chosen(moment, sites, record, format.record)
+    total = sum(moment.extent(number).rows * len(names) for number, _, names in chosen)
+    advance = _advance(total, progress)
+    content = Content(
+        tuple(SiteContent(moment, *each, advance) for each in chosen),
+        calls_group(moment),
+        _about(moment),
+    )
+    with made_whole(Path(path), folder=format.folder) as new:
+        notes = format.write(content, new)
+    names = tuple(site.site.name for site in content.sites)
+    return Exported(Path(path), to, names, tuple(notes))
+
+
+def _chosen(
+    moment: Moment,
+    sites: str | Sequence[str] | None,
+    record: str | Sequence[str] | None,
+    default: tuple[str, ...],
+) -> list[tuple[int, Site, tuple[str, ...]]]:
+    """What is asked for and there: the place of the module, the site and its quantities."""
+    matching = chosen_sites(moment, sites).values()
+    if not matching:
+        raise NotRecordedError(f"no site matches {sites!r}" if sites else "the trace has no sites")
+    asked = chosen_quantities(default if record is None else record)
+    found = [
+        (number, site, tuple(name for name in asked if name in site.readable))
+        for number, site in matching
+    ]
+    there = {name for _, _, names in found for name in names}
+    missing = [name for name in asked if name not in there]
+    if missing and (record is not None or not there):
+        raise NotRecordedError(f"{missing[0]!r} was not recorded at any of these sites")
+    return [each for each in found if each[2]]
+
+
+def _about(moment: Moment) -> dict[str, str | int | float]:
+    header = moment.header
+    return {
+        "source": "grutrace",
+        "model": header.model,
+        "created": datetime.fromtimestamp(header.created, UTC).isoformat(timespec="seconds"),
+        "versions": json.dumps(dict(header.versions)),
+        "options": json.dumps(dict(header.options)),
+    }
+
+
+def _advance(total: int, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
+    """Count rows, and say how many are done."""
+    done = 0
+
+    def advance(rows: int) -> None:
+        nonlocal done
+        done += rows
+        if progress is not None:
+            progress(done, total)
+
+    return advance

@@ -1,0 +1,240 @@
+"""LSTMVis's own layout: what its server loads (Strobelt et al. 2018, "LSTMVis: A Tool for Visual
+Analysis of Hidden State Dynamics in Recurrent Neural Networks").
+
+The server looks for folders with a `lstm.yml` in it, of which each is a project: one long sequence
+of words, and states of each of its positions. So a module is a project, its sequences lie end to
+end, and each quantity of each site is a kind of states. Its README and docs/chapter say how files
+are laid out; `lstmdata/data_handler.py` is what reads them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from grutrace.errors import NotRecordedError
+from grutrace.export.annotations import as_text
+from grutrace.export.content import Content, SiteContent, Variable
+from grutrace.export.steady import steady
+
+#: Gates that are never negative, which the server is told.
+UNSIGNED = ("reset", "update")
+
+#: The word of a step without a token.
+NO_WORD = "<none>"
+
+#: How a space that is part of a word is written: the server splits lines of its dictionaries.
+SPACE = "\N{OPEN BOX}"
+
+
+def write_lstmvis(content: Content, path: Path) -> list[str]:
+    """Write into a folder, for the server's `-dir`; note what it will not show as it is.
+
+    Raises:
+        NotRecordedError: Nothing was recorded.
+    """
+    modules: dict[int, list[SiteContent]] = {}
+    for site in content.sites:
+        if site.row_count:
+            modules.setdefault(site.number, []).append(site)
+    if not modules:
+        raise NotRecordedError("there is nothing to show: the trace has no steps")
+    names = _Names()
+    notes: list[str] = []
+    for sites in modules.values():
+        folder = names.new(sites[0].module.path or "model")
+        (path / folder).mkdir()
+        project = _Project(path / folder, str(content.about["model"]), sites)
+        notes += [f"{folder}: {note}" for note in project.write()]
+    return notes
+
+
+class _Project:
+    """The folder of one module."""
+
+    def __init__(self, folder: Path, model: str, sites: list[SiteContent]) -> None:
+        self._folder, self._model, self._sites = folder, model, sites
+        self._module = sites[0].module
+        self._columns = {each.name: each for each in sites[0].per_step()}
+        self._notes: list[str] = []
+
+    def write(self) -> list[str]:
+        """Write the states, the words, what else is known of each step, and the configuration."""
+        files = {"states": "states.h5", "words": "words.h5", "word_dict": "words.dict"}
+        types = self._write_states()
+        with _new_file(self._folder / "words.h5") as file:
+            single = self._write_words(file)
+        with _new_file(self._folder / "meta.h5") as file:
+            meta = dict(self._write_meta(file, files))
+        files["meta"] = "meta.h5"
+        name = f"{self._model} {self._module.path}".strip()
+        config = {
+            "name": name,
+            "description": f"gates and states of {name}, recorded by grutrace",
+            "files": files,
+            "word_sequence": {"file": "words", "path": "word_ids", "dict_file": "word_dict"},
+            "states": {"file": "states", "types": types},
+            "meta": meta,
+            # It searches the first letters of all words.
+            "etc": {"regex_search": single},
+        }
+        text = "".join(f"{line}\n" for line in yaml_lines(config))
+        (self._folder / "lstm.yml").write_text(text, encoding="utf-8")
+        return self._notes
+
+    def _write_states(self) -> list[dict[str, Any]]:
+        types = []
+        finite = True
+        with steady(self._folder / "states.h5") as raw, h5py.File(raw, "w") as file:
+            for site in self._sites:
+                for rows in site.rows():
+                    path = f"{rows.name}_{site.site.suffix}"
+                    # h5py has no numbers of half precision that all readers know.
+                    made = file.create_dataset(path, rows.shape, _at_least_single(rows.dtype))
+                    for part, block in rows.blocks():
+                        made[part] = block
+                        raw.check()
+                        finite = finite and bool(np.isfinite(block).all())
+                    types.append(
+                        {
+                            "type": rows.name + " reverse" * site.site.reverse,
+                            "layer": site.site.layer + 1,
+                            "path": path,
+                            "unsigned": rows.name in UNSIGNED,
+                            "transform": "none",
+                        }
+                    )
+        if not finite:
+            self._notes.append("some values are no finite numbers, which LSTMVis cannot show")
+        return types
+
+    def _write_words(self, file: h5py.File) -> bool:
+        """Write the words; return whether all have one letter."""
+        tokens = self._columns.get("token", self._columns["time"])
+        if tokens.name == "time":
+            self._notes.append("it has no tokens, so the words are the numbers of the steps")
+        words = self._write_coded(file, "word_ids", tokens, self._folder / "words.dict")
+        return all(len(word) == 1 for word in words)
+
+    def _write_coded(
+        self, file: h5py.File, name: str, column: Variable, dictionary: Path
+    ) -> Iterable[str]:
+        """Write words as numbers, from 1 as they come, and the dictionary; return the words."""
+        numbers: dict[str, int] = {}
+        made = file.create_dataset(name, column.shape, np.int64)
+        for part, block in column.blocks():
+            made[part] = [
+                numbers.setdefault(word, len(numbers) + 1) for word in map(word_of, block.tolist())
+            ]
+        with dictionary.open("w", encoding="utf-8", newline="\n") as lines:
+            lines.writelines(f"{word} {number}\n" for word, number in numbers.items())
+        return numbers
+
+    def _write_meta(
+        self, file: h5py.File, files: dict[str, str]
+    ) -> Iterable[tuple[str, dict[str, Any]]]:
+        names = _Names()
+        for column in self._columns.values():
+            if column.name in ("token", "call"):
+                continue
+            name = names.new(column.name.removeprefix("label_"))
+            vis: dict[str, Any]
+            if column.is_text or not _all_finite(column):
+                files[f"{name}_dict"] = f"meta_{name}.dict"
+                self._write_coded(file, name, column, self._folder / f"meta_{name}.dict")
+                yield (
+                    name,
+                    {
+                        "file": "meta",
+                        "path": name,
+                        "dict": f"{name}_dict",
+                        "vis": {"type": "discrete", "range": "dict"},
+                    },
+                )
+                continue
+            low, high = np.inf, -np.inf
+            made = file.create_dataset(name, column.shape, column.dtype)
+            for part, block in column.blocks():
+                made[part] = block
+                low, high = min(low, float(block.min())), max(high, float(block.max()))
+            vis = {"type": "scalar", "range": [low, high if high > low else low + 1]}
+            yield name, {"file": "meta", "path": name, "vis": vis}
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[h5py.File]:
+    with steady(path) as raw, h5py.File(raw, "w") as file:
+        yield file
+
+
+def word_of(token: str | float | None) -> str:
+    """A token as a word of a dictionary: no white space in it, and not empty.
+
+    A single space is one all the same: the server knows a line that begins with it.
+    """
+    text = as_text(token)
+    if text == " ":
+        return text
+    return "".join(map(_visible, text)) or NO_WORD
+
+
+def _visible(letter: str) -> str:
+    if letter == " ":
+        return SPACE
+    return letter.encode("unicode_escape").decode("ascii") if letter.isspace() else letter
+
+
+def _at_least_single(dtype: Any) -> np.dtype[Any]:
+    return np.promote_types(dtype, np.float32)
+
+
+def _all_finite(column: Variable) -> bool:
+    return all(bool(np.isfinite(block).all()) for _, block in column.blocks())
+
+
+class _Names:
+    """Names that are fit for files and for the server's addresses, each given once."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+
+    def new(self, wish: str) -> str:
+        """A name like this one."""
+        plain = re.sub(r"[^A-Za-z0-9_.-]", "_", wish).strip(".") or "_"
+        name, number = plain, 1
+        while name.lower() in self._taken:
+            number += 1
+            name = f"{plain}_{number}"
+        self._taken.add(name.lower())
+        return name
+
+
+def yaml_lines(values: Mapping[str, Any], indent: str = "") -> Iterator[str]:
+    """YAML of nested mappings with texts, numbers and lists in them."""
+    for name, value in values.items():
+        key = f"{indent}{_flow(name)}:"
+        if isinstance(value, Mapping) and value:
+            yield key
+            yield from yaml_lines(value, indent + "  ")
+        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+            yield key
+            yield from (f"{indent}  - {_flow(each)}" for each in value)
+        else:
+            yield f"{key} {_flow(value)}"
+
+
+def _flow(value: Any) -> str:
+    """A value on one line, which is JSON but for numbers: to YAML, 1e-05 is a text."""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_flow(name)}: {_flow(each)}' for name, each in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_flow, value))}]"
+    text = json.dumps(value, ensure_ascii=False)
+    return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text

@@ -1,0 +1,59 @@
+"""NetCDF 4: one group a site, ragged as the CF conventions have it. Written with h5netcdf.
+
+NetCDF has no half-precision numbers and no truth values: they become float32 and bytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from grutrace.errors import needing
+from grutrace.export.content import Content, Group, Variable
+from grutrace.export.steady import SteadyFile, steady
+
+#: The size of a chunk of rows. Bytes.
+CHUNK = 1024 * 1024
+
+
+def write_netcdf(content: Content, path: Path) -> list[str]:
+    """Write a file; there is nothing to note.
+
+    Raises:
+        MissingExtraError: h5netcdf is not installed.
+    """
+    with needing("exporting to netcdf", "export"):
+        import h5netcdf
+
+    with steady(path) as raw, h5netcdf.File(raw, "w") as file:
+        file.attrs.update(content.about)
+        for group in content.groups():
+            _write_group(file.create_group(group.name), group, raw)
+    return []
+
+
+def _write_group(target: Any, group: Group, raw: SteadyFile) -> None:
+    target.attrs.update(group.about)
+    target.dimensions = group.axes
+    for variable in group.variables:
+        made = _write_variable(target, variable, raw)
+        made.attrs.update(group.attributes(variable))
+
+
+def _write_variable(target: Any, variable: Variable, raw: SteadyFile) -> Any:
+    dtype = h5py.string_dtype() if variable.is_text else _numeric(np.dtype(variable.dtype))
+    chunks = None
+    if len(variable.shape) == 2 and all(variable.shape):
+        chunks = min(variable.fitting(CHUNK), variable.shape[0]), variable.shape[1]
+    made = target.create_variable(variable.name, variable.axes, dtype, chunks=chunks)
+    for part, block in variable.blocks():
+        made[part] = block if variable.is_text else block.astype(dtype, copy=False)
+        raw.check()
+    return made
+
+
+def _numeric(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    return np.dtype(np.float32) if dtype == np.float16 else dtype

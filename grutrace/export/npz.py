@@ -1,0 +1,57 @@
+"""NumPy's own archive: `numpy.load` gives every variable by its site and name.
+
+It is a zip of .npy files, and is written as NumPy's documentation of the two formats has it, member
+by member and block by block, since `numpy.savez` would need each array whole.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grutrace.export.content import Content, Variable
+
+#: numpy.load shows no folders, so their names are part of those of the arrays.
+BETWEEN = "/"
+
+
+def write_npz(content: Content, path: Path) -> list[str]:
+    """Write an archive; there is nothing to note."""
+    # Not compressed, as numpy.savez: gates hardly become smaller.
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        about: dict[str, Any] = dict(content.about)
+        for group in content.groups():
+            for variable in group.variables:
+                _write_array(archive, f"{group.name}{BETWEEN}{variable.name}", variable)
+            if group.about:
+                about[group.name] = dict(group.about)
+        _write_text(archive, "about", json.dumps(about))
+    return []
+
+
+def _write_array(archive: zipfile.ZipFile, name: str, variable: Variable) -> None:
+    dtype = _text_type(variable) if variable.is_text else np.dtype(variable.dtype)
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+        header = {
+            "descr": np.lib.format.dtype_to_descr(dtype),
+            "fortran_order": False,
+            "shape": variable.shape,
+        }
+        np.lib.format.write_array_header_1_0(member, header)
+        for _, block in variable.blocks():
+            member.write(np.ascontiguousarray(block, dtype).data.cast("B") if block.size else b"")
+
+
+def _text_type(variable: Variable) -> np.dtype[Any]:
+    """As wide as the longest of its texts: objects would have to be pickled."""
+    longest = max((len(text) for _, block in variable.blocks() for text in block), default=0)
+    return np.dtype(f"<U{max(1, longest)}")
+
+
+def _write_text(archive: zipfile.ZipFile, name: str, text: str) -> None:
+    with archive.open(f"{name}.npy", "w") as member:
+        np.lib.format.write_array(member, np.array(text), allow_pickle=False)
