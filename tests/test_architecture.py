@@ -17,7 +17,7 @@ ALLOWED = {
     "storage": {"errors", "record"},
     "arrays": {"errors", "record", "storage"},
     "capture": {"errors", "record", "gru", "storage.sinks", "storage.trace", "storage.moment"},
-    "analysis": {"errors", "record", "gru", "storage", "statistics"},
+    "analysis": {"errors", "record", "gru", "storage", "statistics", "arrays.reopened"},
     "statistics": {"errors", "record", "storage"},
     "export": {"errors", "record", "storage"},
     "run": {"errors", "record", "capture", "storage"},

@@ -31,6 +31,11 @@ class Beside(Material):
                 raise OptionError(f"{name}: expected {site.steps} rows, found {rows.shape[0]}")
 
     @property
+    def other_processes(self) -> bool:
+        """As the site's."""
+        return self._site.other_processes
+
+    @property
     def quantities(self) -> tuple[str, ...]:
         """What there are rows of."""
         return (*self._site.quantities, *self._more)

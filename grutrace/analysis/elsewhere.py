@@ -50,6 +50,14 @@ def computed(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
         yield from compute(*some)
 
 
+def other_processes() -> bool:
+    """Whether dask would now compute in other processes."""
+    from dask import local, threaded
+    from dask.base import get_scheduler
+
+    return get_scheduler() not in (None, threaded.get, local.get_sync)
+
+
 def computed_here(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
     """Yield what each task returns, in order; on several cores, some are computed at once.
 

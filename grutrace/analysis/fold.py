@@ -12,9 +12,10 @@ from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 
-from grutrace.analysis.elsewhere import computed, computed_here
+from grutrace.analysis.elsewhere import computed, computed_here, other_processes
 from grutrace.analysis.material import Material
 from grutrace.analysis.stretches import PREVIOUS, WEIGHTS, Stretch, stretches
+from grutrace.errors import OptionError
 from grutrace.record import Array
 
 #: What one part reads, about. Large beside the work of handing it out. Bytes.
@@ -126,7 +127,16 @@ def _fold_sequences(
 
 
 def handed_out(site: Material, tasks: Sequence[Callable[[], Found]]) -> Iterator[Found]:
-    """Yield what each task finds, in order, wherever the work on this site is done."""
+    """Yield what each task finds, in order, wherever the work on this site is done.
+
+    Raises:
+        OptionError: It is to be done by processes that cannot read the site.
+    """
+    if site.dask and other_processes() and not site.other_processes:
+        raise OptionError(
+            f"{site.name!r} is in memory, which other processes cannot read: trace to a file to "
+            "analyse it on a cluster, or use dask's threads"
+        )
     found = computed(tasks) if site.dask else computed_here(tasks)
     for done, each in enumerate(found, 1):
         yield each

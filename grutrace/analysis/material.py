@@ -8,14 +8,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from grutrace.errors import NotRecordedError, OptionError
-from grutrace.record import QUANTITIES, Array
+from grutrace.arrays.reopened import Look
+from grutrace.errors import NotRecordedError, OptionError, StateError
+from grutrace.record import QUANTITIES, Array, Site
 from grutrace.storage.index import Integers
 from grutrace.storage.labels import RowLabels, labels_of
+from grutrace.storage.moment import Moment
 from grutrace.storage.site import SiteTrace
 from grutrace.storage.source import Rows
 
@@ -72,6 +75,11 @@ class Material(ABC):
     units: Integers
     dask: bool = False
     advance: Callable[[int, int], None] | None = None
+
+    @property
+    def other_processes(self) -> bool:
+        """Whether other processes can read it, too."""
+        return True
 
     @property
     @abstractmethod
@@ -158,8 +166,15 @@ class _OfTrace(Material):
         self.units = np.array(units, np.int64)
         self._latest: tuple[int, Mapping[str, Array]] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_latest": None}
+    @property
+    def other_processes(self) -> bool:
+        return not Look(self._site.moment).in_memory
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled, for a worker elsewhere, it is how to open the file again."""
+        number, moment = self._site.number, self._site.moment
+        calls = moment.extent(number).calls
+        return _reopened, (Look(moment), number, self._site.site, calls, self.dask)
 
     @property
     def quantities(self) -> tuple[str, ...]:
@@ -194,6 +209,23 @@ class _OfTrace(Material):
     @property
     def parents(self) -> Integers:
         return self._site.parents
+
+
+def _reopened(look: Look, number: int, site: Site, calls: int, dask: bool) -> _OfTrace:
+    with look.moment(number, calls) as moment:
+        found = moment.extent(number).calls
+        if found != calls:
+            raise StateError(
+                f"{moment.source.name} has grown from {calls} to {found} calls while it was "
+                "analysed elsewhere: wait until it is closed, or analyse it in this process"
+            )
+        of = _OfTrace(SiteTrace(partial(_same, moment), number, site))
+    of.dask = dask
+    return of
+
+
+def _same(moment: Moment) -> Moment:
+    return moment
 
 
 class _OfArrays(Material):

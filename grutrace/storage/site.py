@@ -103,6 +103,16 @@ class SiteTrace(Quantities[Rows]):
         """
         return self._index.rows_between(first, last)
 
+    @property
+    def number(self) -> int:
+        """Place of its module in the header."""
+        return self._number
+
+    @property
+    def moment(self) -> Moment:
+        """What there is now, which does not change."""
+        return self._look()
+
     def now(self) -> SiteTrace:
         """This site as it is now, which does not go along when its trace is refreshed."""
         return SiteTrace(partial(_same, self._look()), self._number, self.site)

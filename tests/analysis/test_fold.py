@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -77,6 +79,19 @@ def test_all_sequences(where) -> None:
             own = np.concatenate([values for of, _, values in seen if of == number])
             way = slice(None, None, -1 if site.site.reverse else 1)
             np.testing.assert_array_equal(own[way], site.sequence(number).update)
+
+
+def test_a_cluster_of_two_processes_finds_the_same(tmp_path) -> None:
+    """Bit for bit; and what is in the memory of this process is refused by name."""
+    pytest.importorskip("distributed")
+    path = tmp_path / "run.h5"
+    with sites.in_a_file(path, "deferred"):
+        command = [sys.executable, "-m", "tests.analysis.cluster", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    same, refusal = done.stdout.splitlines()
+    assert same == "the same"
+    assert refusal.startswith("'l0' is in memory, which other processes cannot read")
 
 
 def test_whoever_watches_is_told() -> None:

@@ -1,0 +1,80 @@
+"""Two worker processes analyse a trace; what they found is compared with what is found here.
+
+python -m tests.analysis.cluster PATH
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from distributed import Client, LocalCluster
+from torch import nn
+
+import grutrace
+from grutrace.analysis import fold
+from grutrace.analysis.elsewhere import on_dask
+from grutrace.analysis.fold import fold_rows
+from grutrace.analysis.geometry import geometry
+from grutrace.analysis.saturation import saturation
+from grutrace.analysis.timescales import timescales
+from grutrace.errors import OptionError
+from grutrace.record import Array
+
+
+class Workers:
+    """Which processes the rows were given to."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+
+    def add(self, rows: Mapping[str, Array]) -> None:  # noqa: ARG002
+        # Long enough that one worker does not come first everywhere.
+        time.sleep(0.1)
+        self.seen.add(os.getpid())
+
+    def merge(self, later: Workers) -> None:
+        self.seen |= later.seen
+
+
+def equal(one: object, other: object) -> bool:
+    if isinstance(one, dict):
+        return isinstance(other, dict) and all(equal(one[name], other[name]) for name in one)
+    kind = np.asarray(one).dtype.kind
+    return bool(np.array_equal(one, other, equal_nan=kind == "f"))  # type: ignore[arg-type]
+
+
+def main(path: str) -> None:
+    # Many parts, of a trace that is small.
+    fold.PART = 1000
+    with (
+        LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
+        ) as cluster,
+        Client(cluster),
+        grutrace.open(path) as trace,
+    ):
+        for name in trace.sites:
+            for analyse in (saturation, timescales, geometry):
+                here, there = analyse(trace[name]), analyse(on_dask(trace[name]))
+                assert equal(dataclasses.asdict(here), dataclasses.asdict(there)), (analyse, name)
+        seen = fold_rows(on_dask(trace[trace.sites[0]]), ("update",), Workers).seen
+        assert len(seen) == 2, seen
+        assert os.getpid() not in seen
+        print("the same")
+        layer = nn.GRU(2, 3)
+        with grutrace.trace(layer) as memory:
+            layer(torch.zeros(4, 2))
+        try:
+            saturation(on_dask(memory["l0"]))
+        except OptionError as error:
+            print(error)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
