@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -47,6 +48,36 @@ def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
         code = README_MODEL + code
     done = run(code, tmp_path)
     assert done.returncode == 0, done.stderr
+
+
+SESSIONS = [page for page in PAGES if "```pycon" in page.read_text(encoding="utf-8")]
+
+
+def run_session(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run what a page has as an interactive session, and compare what it prints."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "doctest", str(page)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "examples"), "MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("page", SESSIONS, ids=lambda p: p.stem)
+def test_a_session_prints_what_the_page_says(page: Path, tmp_path: Path) -> None:
+    done = run_session(page, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shown = re.findall(r"\]\(pictures/([^)]+)\)", page.read_text(encoding="utf-8"))
+    assert shown
+    assert all((tmp_path / picture).exists() for picture in shown), "not drawn by the page"
+
+
+def test_control_a_session_that_prints_something_else_is_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("```pycon\n>>> 1 + 1\n3\n\n```\n", encoding="utf-8")
+    assert run_session(page, tmp_path).returncode == 1
 
 
 def test_control_a_block_that_fails_is_noticed(tmp_path: Path) -> None:
