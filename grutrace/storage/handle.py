@@ -78,10 +78,8 @@ class ReadHandle:
         shape = dataset.shape
         require(shape, place, "an array", "a scalar or nothing")
         require(shape[0] >= count, place, f"at least {count} items", shape[0])
-        if count > seen and not dataset.id.get_create_plist().get_nfilters():
-            size = count * math.prod(shape[1:]) * dataset.dtype.itemsize
-            held = os.fstat(dataset.file.id.get_vfd_handle()).st_size
-            require(size <= held, place, f"{size} bytes of items", f"a file of {held}")
+        if count > seen:
+            self._require_data(dataset, place, count)
         self._datasets[place] = (dataset, max(count, seen))
         return dataset
 
@@ -100,6 +98,24 @@ class ReadHandle:
         else:
             dataset.refresh()
         return np.asarray(dataset[()])
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file. Ask while it is lent."""
+        assert self._file is not None
+        return os.fstat(self._file.id.get_vfd_handle()).st_size
+
+    def _require_data(self, dataset: h5py.Dataset, place: str, count: int) -> None:
+        """Refuse a dataset that is longer than its data, as a file that is no trace can be."""
+        size = count * math.prod(dataset.shape[1:]) * dataset.dtype.itemsize
+        if not dataset.id.get_create_plist().get_nfilters():
+            require(size <= self.size, place, f"{size} bytes of items", f"a file of {self.size}")
+            return
+        shape, chunk = (count, *dataset.shape[1:]), dataset.chunks
+        require(chunk is not None, place, "packed chunks", "none")
+        chunks = math.prod(-(-length // part) for length, part in zip(shape, chunk, strict=True))
+        found = dataset.id.get_num_chunks()
+        require(chunks <= found, place, f"{chunks} chunks of items", found)
 
     def release(self) -> None:
         """Close the file until the next read."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import h5py
@@ -49,6 +52,34 @@ def open_for_reading(path: Path, what: str = "trace") -> h5py.File:
     return h5py.File(h5f.open(bytes(path), flags, fapl=_access()))
 
 
+@contextmanager
+def no_plugins() -> Iterator[None]:
+    """Have HDF5 load no filter from the folders that the environment names, in this process.
+
+    For a process that does nothing but read a file: the names in a group can be packed, too, which
+    cannot be seen before they are read.
+    """
+    before = ctypes.c_uint(0)
+    with contextlib.suppress(OSError, AttributeError), phil:
+        _hdf5().H5PLget_loading_state(ctypes.byref(before))
+        _hdf5().H5PLset_loading_state(ctypes.c_uint(0))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, AttributeError), phil:
+            _hdf5().H5PLset_loading_state(before)
+
+
+@cache
+def _hdf5() -> ctypes.PyDLL:
+    """HDF5 itself, for what h5py does not pass on. It is found among what a module of h5py needs.
+
+    Raises:
+        OSError: It cannot be reached here.
+    """
+    return ctypes.PyDLL(h5p.__file__)
+
+
 def _head(path: Path) -> bytes:
     if not path.is_file():
         # Opening a pipe would wait for whoever writes to it, and a device may have no end.
@@ -64,8 +95,8 @@ def _access() -> h5p.PropFAID:
     access.set_libver_bounds(h5f.LIBVER_V110, h5f.LIBVER_V110)
     # Best effort: a file system may have no locks.
     access.set_file_locking(True, True)
-    # h5py does not pass this setting on; where HDF5 cannot be reached, it stays as it is.
+    # Where HDF5 cannot be reached, it waits for as long as it does.
     with contextlib.suppress(OSError, AttributeError), phil:
-        hdf5 = ctypes.PyDLL(h5p.__file__)
-        hdf5.H5Pset_metadata_read_attempts(ctypes.c_int64(access.id), ctypes.c_uint(ATTEMPTS))
+        number = ctypes.c_int64(access.id)
+        _hdf5().H5Pset_metadata_read_attempts(number, ctypes.c_uint(ATTEMPTS))
     return access
