@@ -193,7 +193,9 @@ def _check_states(site: SiteTrace) -> Iterator[_Comparison]:
                 site.previous(start, stop),
             )
         )
-        expected = (1 - update) * candidate + update * previous
+        # A file may hold what is no gate: infinities, say.
+        with np.errstate(all="ignore"):
+            expected = (1 - update) * candidate + update * previous
         allowed = site.row_checks(start, stop)["tolerance"].astype(np.float64) + stored
         yield _Comparison("hidden", start, hidden, expected, allowed)
 
@@ -203,9 +205,13 @@ def _wide(values: Rows | Array) -> npt.NDArray[np.float64]:
 
 
 def _excess(off: Array, allowed: Array) -> Array:
-    """How far off, in tolerances. Nothing off is 0 where nothing is allowed, too."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.nan_to_num(off / allowed, nan=0.0, posinf=np.inf)
+    """How far off, in tolerances. Nothing off is 0 where nothing is allowed, too.
+
+    Where the tolerance is no number, nothing holds.
+    """
+    with np.errstate(all="ignore"):
+        excess = np.nan_to_num(off / allowed, nan=0.0, posinf=np.inf)
+    return np.where(np.isnan(allowed), np.inf, excess)
 
 
 def _worst(comparisons: Iterator[_Comparison], site: SiteTrace) -> Place | None:
@@ -213,7 +219,7 @@ def _worst(comparisons: Iterator[_Comparison], site: SiteTrace) -> Place | None:
     worst: tuple[float, _Comparison, tuple[int, int]] | None = None
     for comparison in comparisons:
         off = differences(comparison.recorded, comparison.expected)
-        excess = off / comparison.tolerance[:, np.newaxis]
+        excess = _excess(off, comparison.tolerance[:, np.newaxis])
         if excess.size and (worst is None or excess.max() > worst[0]):
             place = divmod(int(excess.argmax()), excess.shape[1])
             worst = float(excess.max()), comparison, place

@@ -14,7 +14,7 @@ from grutrace.storage.schema import COMMITTED, PIECE, TABLES, pieces_place
 from grutrace.storage.tables import Tables, check_tables, extent
 
 #: How many times smaller a table can be when it is packed: the most that gzip can do.
-PACKED = 1032
+PACKED_TABLE = 1032
 
 
 class CommittedTables:
@@ -80,7 +80,7 @@ class CommittedTables:
         found = f"{dataset.dtype} of items {dataset.shape[1:]}"
         require((dataset.dtype, dataset.shape[1:]) == (dtype, ()), place, dtype, found)
         packed = dataset.id.get_create_plist().get_nfilters()
-        self._left -= count * dtype.itemsize // (PACKED if packed else 1)
+        self._left -= count * dtype.itemsize // (PACKED_TABLE if packed else 1)
         require(self._left >= 0, place, "tables that fit into the file together", f"{count} items")
         items = np.asarray(dataset[start:count], dtype)
         joined = items if known is None else np.concatenate([known, items])

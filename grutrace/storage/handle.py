@@ -23,8 +23,12 @@ import numpy as np
 from grutrace.errors import StateError, TraceFileError
 from grutrace.record import Array
 from grutrace.storage.faults import require
-from grutrace.storage.members import member
+from grutrace.storage.members import member, require_own_data
 from grutrace.storage.opening import open_for_reading
+
+#: How many times smaller than its rows a dataset is at most when it is packed: a chunk of zeros, with
+#: its entry in the index.
+PACKED = 1 << 14
 
 #: One lock for all handles: HDF5 itself does one thing at a time, so nothing is lost.
 _lock = threading.RLock()
@@ -108,14 +112,9 @@ class ReadHandle:
     def _require_data(self, dataset: h5py.Dataset, place: str, count: int) -> None:
         """Refuse a dataset that is longer than its data, as a file that is no trace can be."""
         size = count * math.prod(dataset.shape[1:]) * dataset.dtype.itemsize
-        if not dataset.id.get_create_plist().get_nfilters():
-            require(size <= self.size, place, f"{size} bytes of items", f"a file of {self.size}")
-            return
-        shape, chunk = (count, *dataset.shape[1:]), dataset.chunks
-        require(chunk is not None, place, "packed chunks", "none")
-        chunks = math.prod(-(-length // part) for length, part in zip(shape, chunk, strict=True))
-        found = dataset.id.get_num_chunks()
-        require(chunks <= found, place, f"{chunks} chunks of items", found)
+        packed = dataset.id.get_create_plist().get_nfilters()
+        held = self.size * (PACKED if packed else 1)
+        require(size <= held, place, f"{size} bytes of items", f"a file of {self.size}")
 
     def release(self) -> None:
         """Close the file until the next read."""
@@ -172,4 +171,6 @@ def _walk(file: h5py.File, place: str) -> h5py.Dataset:
     group = file
     for part in groups:
         group = member(group, part, h5py.Group)
-    return member(group, name, h5py.Dataset)
+    dataset = member(group, name, h5py.Dataset)
+    require_own_data(dataset, place)
+    return dataset

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import h5py
@@ -161,6 +162,7 @@ def _read_module(group: h5py.Group) -> Module:
     require(sites, group.name, "at least one site", "none")
     sites.sort(key=lambda site: (site.layer, site.reverse))
     _check_sites(group.name, fields, sites)
+    _check_inputs(group, sites)
     first = member(group, sites[0].suffix, h5py.Group)
     return Module(
         **fields,
@@ -182,6 +184,18 @@ def _check_sites(place: str, module: Mapping[str, Any], sites: Sequence[Site]) -
         read = above if site.layer else module["input_size"]
         found = site.input_size
         require(found == read >= 0, f"{place}/{site.suffix}", f"an input size of {read}", found)
+
+
+def _check_inputs(group: h5py.Group, sites: Sequence[Site]) -> None:
+    """Both directions of a layer read the same input, so there is one for both."""
+    for first, second in pairwise(site for site in sites if "input" in site.quantities):
+        if first.layer == second.layer:
+            place = f"{group.name}/{second.suffix}/input"
+            one, other = (
+                member(member(group, site.suffix, h5py.Group), "input", h5py.Dataset)
+                for site in (first, second)
+            )
+            require(one == other, place, f"the input of {first.suffix}", "another dataset")
 
 
 def _read_site(group: h5py.Group, suffix: str, hidden_size: int) -> Site:

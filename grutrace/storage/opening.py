@@ -20,9 +20,9 @@ from grutrace.storage.kinds import HEAD, SIGNATURE, kind_of
 CHUNK_CACHE = 1024 * 1024
 
 #: How often HDF5 reads a piece of its metadata that does not match its checksum, since a writer may
-#: be putting it down. It waits for a nanosecond, then for two, four ..., and left alone tries 100
-#: times. Altogether half a second.
-ATTEMPTS = 29
+#: be putting it down. It waits for a nanosecond, then for two, then four; left alone, it tries 100
+#: times. These are an eighth of a second together.
+ATTEMPTS = 27
 
 #: The two flags in HDF5's superblock of which a writer sets one.
 _WRITING = 0b101
