@@ -26,8 +26,8 @@ from grutrace.storage.faults import require
 from grutrace.storage.members import member, require_own_data
 from grutrace.storage.opening import open_for_reading
 
-#: How many times smaller than its rows a dataset is at most when it is packed: a chunk of zeros, with
-#: its entry in the index.
+#: How many times smaller than its rows a packed dataset is at most: chunks of zeros, with an entry
+#: each in the index.
 PACKED = 1 << 14
 
 #: One lock for all handles: HDF5 itself does one thing at a time, so nothing is lost.

@@ -17,7 +17,10 @@ from tests.hostile.spot import Change, Spot
 PAGE = 4096
 
 #: What h5py raises where it would not make a change, or an earlier one has left nothing to change.
-_REFUSED = (ValueError, TypeError, KeyError, IndexError, OSError, RuntimeError, AttributeError)
+_REFUSED = (
+    *(ValueError, TypeError, KeyError, IndexError, OSError, RuntimeError, AttributeError),
+    MemoryError,
+)
 
 #: Makes a case in a folder, and says what it is. The file is `run.h5` there.
 Maker = Callable[[random.Random, Path], str]
