@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import numpy as np
 import typer
 
 from grutrace.cli.arguments import NO_ANSWER
@@ -36,7 +37,8 @@ app.command()(derive)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code. An error becomes one line."""
     try:
-        with no_plugins():
+        # What is no number in a file is no reason for a line that nobody asked for.
+        with no_plugins(), np.errstate(all="ignore"):
             app(None if argv is None else list(argv), prog_name="grutrace")
     except GrutraceError as error:
         print(plain(f"grutrace: {error}"), file=sys.stderr)

@@ -10,7 +10,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from grutrace.record import QUANTITIES, Header, Module, Site
+from grutrace.record import QUANTITIES, WEIGHTS, Header, Module, Site
 from grutrace.storage.faults import Fault, NewerFormat, require
 from grutrace.storage.members import holds, is_dataset, member
 from grutrace.storage.schema import FORMAT, FORMAT_VERSION, STATISTICS, module_place
@@ -159,6 +159,7 @@ def _read_module(group: h5py.Group) -> Module:
     groups = [name for name in group if not is_dataset(group, name)]
     hidden_size = fields["hidden_size"]
     sites = [_read_site(member(group, name, h5py.Group), name, hidden_size) for name in groups]
+    _check_biases(group, fields["bias"], sites)
     require(sites, group.name, "at least one site", "none")
     sites.sort(key=lambda site: (site.layer, site.reverse))
     _check_sites(group.name, fields, sites)
@@ -184,6 +185,13 @@ def _check_sites(place: str, module: Mapping[str, Any], sites: Sequence[Site]) -
         read = above if site.layer else module["input_size"]
         found = site.input_size
         require(found == read >= 0, f"{place}/{site.suffix}", f"an input size of {read}", found)
+
+
+def _check_biases(group: h5py.Group, bias: bool, sites: Sequence[Site]) -> None:
+    for site in sites:
+        found = [name for name in WEIGHTS if holds(group[site.suffix], name)]
+        expected = [name for name in WEIGHTS if bias or not name.startswith("bias")]
+        require(found == expected, f"{group.name}/{site.suffix}", expected, found)
 
 
 def _check_inputs(group: h5py.Group, sites: Sequence[Site]) -> None:
