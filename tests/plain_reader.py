@@ -13,9 +13,10 @@ import numpy as np
 
 
 class PlainTrace:
-    """Everything in a trace file, read at once."""
+    """Everything in a trace file, read at once; what its axes are called unless asked not to."""
 
-    def __init__(self, path):
+    def __init__(self, path, labels=True):
+        self.has_labels = labels
         with h5py.File(path, "r", swmr=True) as file:
             assert file.attrs["format"] == "grutrace"
             assert file.attrs["format_version"][0] == 1
@@ -34,7 +35,7 @@ class PlainTrace:
             characters = file["characters"][: committed["characters"]]
             starts = [0, *ends[:-1]]
             self.strings = [
-                bytes(characters[int(start) : int(end)]).decode()
+                bytes(characters[int(start) : int(end)]).decode("utf-8", "replace")
                 for start, end in zip(starts, ends, strict=False)
             ]
             modules = [PlainModule(group, self) for group in file["modules"].values()]
@@ -110,7 +111,9 @@ class PlainSite:
         # The units that the columns of gates and states are of.
         self.units = list(group.attrs.get("units", range(module.attributes["hidden_size"])))
         self.derived = tuple(filter(None, group.attrs.get("derived", "").split(",")))
-        self.labels = {name: [d.label for d in group[name].dims] for name in self.rows}
+        self.labels = {}
+        if module.trace.has_labels:
+            self.labels = {name: [d.label for d in group[name].dims] for name in self.rows}
         self.initial = group["initial"][: module.count]
         self.checks = group["checks"][: len(module.calls)]
         self.weights = {

@@ -97,6 +97,8 @@ def verify(trace: Trace) -> list[SiteVerification]:
     return [verify_site(trace, name) for name in trace.sites]
 
 
+# A file may hold what is no gate, such as infinities: that is found, and not warned of.
+@np.errstate(all="ignore")
 def verify_site(trace: Trace, name: str) -> SiteVerification:
     """Check one site, a block of rows at a time."""
     site = trace[name]
@@ -204,9 +206,12 @@ def _wide(values: Rows | Array) -> npt.NDArray[np.float64]:
 
 
 def _excess(off: Array, allowed: Array) -> Array:
-    """How far off, in tolerances. Nothing off is 0 where nothing is allowed, too."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.nan_to_num(off / allowed, nan=0.0, posinf=np.inf)
+    """How far off, in tolerances. Nothing off is 0 where nothing is allowed, too.
+
+    Where the tolerance is no number, nothing holds.
+    """
+    excess = np.nan_to_num(off / allowed, nan=0.0, posinf=np.inf)
+    return np.where(np.isnan(allowed), np.inf, excess)
 
 
 def _worst(comparisons: Iterator[_Comparison], site: SiteTrace) -> Place | None:
@@ -214,7 +219,7 @@ def _worst(comparisons: Iterator[_Comparison], site: SiteTrace) -> Place | None:
     worst: tuple[float, _Comparison, tuple[int, int]] | None = None
     for comparison in comparisons:
         off = differences(comparison.recorded, comparison.expected)
-        excess = off / comparison.tolerance[:, np.newaxis]
+        excess = _excess(off, comparison.tolerance[:, np.newaxis])
         if excess.size and (worst is None or excess.max() > worst[0]):
             place = divmod(int(excess.argmax()), excess.shape[1])
             worst = float(excess.max()), comparison, place

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import numpy as np
 import typer
 
 from grutrace.cli.arguments import NO_ANSWER
@@ -12,10 +13,12 @@ from grutrace.cli.derive import derive
 from grutrace.cli.diff import diff
 from grutrace.cli.export import export
 from grutrace.cli.info import info
+from grutrace.cli.output import plain
 from grutrace.cli.run import run
 from grutrace.cli.stats import stats
 from grutrace.cli.verify import verify
 from grutrace.errors import GrutraceError
+from grutrace.storage.opening import no_plugins
 
 app = typer.Typer(
     help="See inside the GRUs of a running model: trace a script, look into traces.",
@@ -38,9 +41,11 @@ app.command()(export)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code. An error becomes one line."""
     try:
-        app(None if argv is None else list(argv), prog_name="grutrace")
+        # What is no number in a file is no reason for a line that nobody asked for.
+        with no_plugins(), np.errstate(all="ignore"):
+            app(None if argv is None else list(argv), prog_name="grutrace")
     except GrutraceError as error:
-        print(f"grutrace: {error}", file=sys.stderr)
+        print(plain(f"grutrace: {error}"), file=sys.stderr)
         return NO_ANSWER
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else NO_ANSWER * bool(ended.code)

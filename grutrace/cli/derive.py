@@ -9,6 +9,7 @@ import typer
 
 from grutrace.cli.arguments import File
 from grutrace.cli.output import progress_bar
+from grutrace.storage.probe import look_from_outside
 from grutrace.storage.sinks import open_trace
 
 
@@ -25,5 +26,6 @@ def derive(
     # Here for the same reason.
     from grutrace.analysis.derivation import derive_file
 
+    look_from_outside(file)
     with open_trace(file) as trace, progress_bar("deriving") as advance:
         derive_file(trace, output, advance)

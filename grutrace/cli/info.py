@@ -8,13 +8,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from grutrace.cli.arguments import AsJSON, File
-from grutrace.cli.output import new_table, print_json
+from grutrace.cli.output import new_console, new_table, print_json, say
 from grutrace.storage.parts import parts_of
 from grutrace.storage.sinks import open_trace
 from grutrace.storage.trace import Trace
+
+#: The version that is not printed: it says where, and not with what.
+_WHERE = "platform"
 
 
 def info(file: File, as_json: AsJSON = False) -> None:
@@ -61,16 +62,12 @@ def print_info(trace: Trace, file: Path) -> None:
     about = describe(trace, file)
     state = "closed" if about["closed"] else "not closed: still being written, or its writer died"
     parts = f" in {len(about['parts'])} files" if len(about["parts"]) > 1 else ""
-    print(f"{file}: trace of {about['model']}, {about['bytes'] / 1e6:.1f} MB{parts}, {state}")
-    print(
-        f"recorded {about['created']} with "
-        + ", ".join(
-            f"{name} {version}" for name, version in about["versions"].items() if name != "platform"
-        )
-    )
+    say(f"{file}: trace of {about['model']}, {about['bytes'] / 1e6:.1f} MB{parts}, {state}")
+    versions = [f"{name} {about['versions'][name]}" for name in about["versions"] if name != _WHERE]
+    say(f"recorded {about['created']} with {', '.join(versions)}")
     narrowing = [f"{name} {value}" for name, value in narrowed(about["options"])]
     if narrowing:
-        print(f"asked for less: {', '.join(narrowing)}")
+        say(f"asked for less: {', '.join(narrowing)}")
     table = new_table("site", "layer", "recorded")
     for name in ("calls", "sequences", "steps", "weights"):
         table.add_column(name, justify="right")
@@ -82,7 +79,7 @@ def print_info(trace: Trace, file: Path) -> None:
             derived = f"; derived: {', '.join(site['derived'])}" if site["derived"] else ""
             row[1] = ", ".join(site["quantities"]) + derived
             table.add_row(site["name"], *row)
-    Console().print(table)
+    new_console().print(table)
 
 
 def narrowed(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -10,15 +10,41 @@ from typing import Any, TypeVar
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress, track
 from rich.table import Table
 
 Item = TypeVar("Item")
 
 
+class PlainTable(Table):
+    """A table whose cells are texts, and nothing more."""
+
+    def add_row(self, *cells: object, **options: Any) -> None:
+        """Add a row, written as `plain` does."""
+        super().add_row(*("" if cell is None else plain(cell) for cell in cells), **options)
+
+
 def new_table(*columns: str) -> Table:
     """Return an empty table in the style of all commands."""
-    return Table(*columns, box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    return PlainTable(*columns, box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+
+
+def new_console(*, stderr: bool = False) -> Console:
+    """Return a console that takes no text for markup: names come from files of others."""
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+
+
+def plain(text: object) -> str:
+    """Write a text that comes from a file as one line that does nothing to a terminal."""
+    return "".join(
+        character if character.isprintable() else repr(character)[1:-1] for character in str(text)
+    )
+
+
+def say(text: str) -> None:
+    """Print a line, of which parts may come from a file."""
+    print(plain(text))
 
 
 def percent(share: float) -> str:
@@ -28,16 +54,22 @@ def percent(share: float) -> str:
 
 def with_progress(items: Sequence[Item], doing: str) -> Iterable[Item]:
     """Yield the items, with a bar on a terminal."""
-    console = Console(stderr=True)
-    return track(items, doing, console=console, transient=True, disable=not console.is_terminal)
+    console = new_console(stderr=True)
+    return track(
+        items,
+        escape(plain(doing)),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
 
 
 @contextmanager
 def progress_bar(doing: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar on a terminal, which is told how much is done of how much."""
-    console = Console(stderr=True)
+    console = new_console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(doing)
+        task = progress.add_task(escape(plain(doing)))
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from grutrace.analysis.result import Result
-from grutrace.cli.output import new_table
+from grutrace.cli.output import new_console, new_table, say
 from grutrace.record import Array
 
 #: What is said of a column whose every value is not printed.
@@ -18,7 +17,7 @@ QUANTILES = {"least": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "most": 1.0}
 def print_result(result: Result, each: bool) -> None:
     """Print what is one number, then the columns: their quantiles, or each of their values."""
     figures = [f"{name} {value(found)}" for name, found in result.figures().items()]
-    print(f"{result.site}: {', '.join(figures)}")
+    say(f"{result.site}: {', '.join(figures)}")
     columns = result.columns()
     numbers, *others = columns
     if each:
@@ -34,7 +33,7 @@ def print_result(result: Result, each: bool) -> None:
         for name in others:
             table.add_row(name.replace("_", " "), *_quantiles(columns[name]))
     if others:
-        Console().print(table)
+        new_console().print(table)
 
 
 def value(found: Any) -> str:

@@ -10,14 +10,20 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from grutrace.analysis.material import material
 from grutrace.analysis.measures import MEASURES, Measure, measure
 from grutrace.analysis.result import Result
 from grutrace.analysis.summary import SiteSummary, summarize_site, summarize_statistics
 from grutrace.cli.arguments import AsJSON, File
-from grutrace.cli.output import new_table, percent, print_json, progress_bar, with_progress
+from grutrace.cli.output import (
+    new_console,
+    new_table,
+    percent,
+    print_json,
+    progress_bar,
+    with_progress,
+)
 from grutrace.cli.results import print_result
 from grutrace.errors import OptionError
 from grutrace.statistics.file import is_statistics
@@ -141,5 +147,5 @@ def print_stats(found: Sequence[SiteSummary]) -> None:
             shares = [f"{gate.mean:.3f}", percent(gate.below), percent(gate.above)] if gate else []
             table.add_row(*about, name, *shares)
             about = [""] * len(about)
-    Console().print(table)
+    new_console().print(table)
     print("Shares are of all steps and units; those of the candidate are of its size, |n|.")

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
 
 from grutrace.cli.arguments import NO, NO_ANSWER, AsJSON, File
-from grutrace.cli.output import new_table, print_json, with_progress
+from grutrace.cli.output import new_console, new_table, print_json, say, with_progress
+from grutrace.storage.probe import look_from_outside
 from grutrace.storage.sinks import open_trace
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def verify(file: File, as_json: AsJSON = False) -> None:
     # Here since it needs torch, which takes longer to load than the other commands to run.
     from grutrace.analysis.verification import verify_site
 
+    look_from_outside(file)
     with open_trace(file) as trace:
         results = [verify_site(trace, name) for name in with_progress(trace.sites, "verifying")]
     if as_json:
@@ -50,13 +51,13 @@ def print_verification(results: Sequence[SiteVerification]) -> None:
             of_tolerance = each.worst.difference / each.worst.tolerance
             row += [f"{each.worst.difference:.1e}", f"{of_tolerance:.2g}"]
         table.add_row(*row)
-    Console().print(table)
+    new_console().print(table)
     for each in results:
         if each.reason:
-            print(f"{each.site}: {each.reason}")
+            say(f"{each.site}: {each.reason}")
         if each.worst and not each.holds:
             worst = each.worst
-            print(
+            say(
                 f"{each.site}: sequence {worst.sequence}, step {worst.step}, unit {worst.unit}: "
                 f"{worst.quantity} is {worst.recorded:.7g}, should be {worst.expected:.7g} "
                 f"within {worst.tolerance:.1e}"

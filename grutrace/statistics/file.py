@@ -20,7 +20,7 @@ from grutrace.statistics.bins import ALLOWED_BINS
 from grutrace.statistics.units import UNITS
 from grutrace.storage.faults import Fault, reading, require
 from grutrace.storage.header import check_version, format_of
-from grutrace.storage.members import holds, member
+from grutrace.storage.members import holds, member, require_own_data
 from grutrace.storage.opening import open_for_reading
 from grutrace.storage.placing import naming, put_in_place, room_for, sync, sync_name
 from grutrace.storage.schema import FORMAT, STATISTICS
@@ -222,6 +222,7 @@ class _Reader:
         """A dataset of this type and shape, where None is any length, that is in this very file."""
         dataset = member(group, name, h5py.Dataset)
         place = f"{group.name.rstrip('/')}/{name}"
+        require_own_data(dataset, place)
         found = dataset.shape
         require(dataset.dtype == dtype, place, dtype, dataset.dtype)
         fits = found is not None and len(found) == len(shape)

@@ -8,9 +8,13 @@ from typing import Any
 import numpy as np
 
 from grutrace.record import Array, Module
+from grutrace.storage.faults import require
 from grutrace.storage.handle import ReadHandle
 from grutrace.storage.schema import COMMITTED, PIECE, TABLES, pieces_place
 from grutrace.storage.tables import Tables, check_tables, extent
+
+#: How many times smaller a table can be when it is packed: the most that gzip can do.
+PACKED_TABLE = 1032
 
 
 class CommittedTables:
@@ -25,6 +29,7 @@ class CommittedTables:
         self._handle = handle
         self._modules = modules
         self._counts: Any = None
+        self._left = 0
         self._tables: Tables | None = None
 
     def read(self) -> Tables:
@@ -47,6 +52,8 @@ class CommittedTables:
 
     def _read_up_to(self, counts: Any) -> Tables:
         known = self._tables
+        # Each table fits into the file, but many could be the same part of it, and all are read.
+        self._left = self._handle.size
         tables = {
             name: self._column(name, int(counts[name]), dtype, getattr(known, name, None))
             for name, dtype in TABLES.items()
@@ -69,7 +76,13 @@ class CommittedTables:
         start = 0 if known is None else len(known)
         if known is not None and start == count:
             return known
-        items = np.asarray(self._handle.dataset(place, count)[start:count], dtype)
+        dataset = self._handle.dataset(place, count)
+        found = f"{dataset.dtype} of items {dataset.shape[1:]}"
+        require((dataset.dtype, dataset.shape[1:]) == (dtype, ()), place, dtype, found)
+        packed = dataset.id.get_create_plist().get_nfilters()
+        self._left -= count * dtype.itemsize // (PACKED_TABLE if packed else 1)
+        require(self._left >= 0, place, "tables that fit into the file together", f"{count} items")
+        items = np.asarray(dataset[start:count], dtype)
         joined = items if known is None else np.concatenate([known, items])
         joined.flags.writeable = False
         return joined

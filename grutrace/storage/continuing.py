@@ -12,7 +12,8 @@ from grutrace.storage.committed import CommittedTables
 from grutrace.storage.faults import reading
 from grutrace.storage.handle import ReadHandle
 from grutrace.storage.header import read_header
-from grutrace.storage.tables import Tables
+from grutrace.storage.schema import check_column, layout
+from grutrace.storage.tables import Tables, lengths
 
 
 def existing_tables(path: Path, header: Header) -> Tables:
@@ -28,6 +29,9 @@ def existing_tables(path: Path, header: Header) -> Tables:
             with handle.lent() as file:
                 before = read_header(file)
                 tables = CommittedTables(handle, before.modules).read()
+                counts = lengths(tables, before.modules)
+                for place, column in layout(before.modules).items():
+                    check_column(handle.dataset(place, counts[place]), place, column)
         finally:
             handle.close()
     if not tables.closed:

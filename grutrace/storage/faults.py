@@ -14,7 +14,11 @@ from typing import Any
 from grutrace.errors import GrutraceError, TraceFileError
 
 #: What h5py raises when a file, or HDF5's metadata in it, cannot be read.
-_H5PY_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError)
+_H5PY_ERRORS = (
+    *(OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError),
+    # More than the machine has: the file can hold as much, or it would have been refused.
+    MemoryError,
+)
 
 
 class Fault(Exception):

@@ -23,8 +23,12 @@ import numpy as np
 from grutrace.errors import StateError, TraceFileError
 from grutrace.record import Array
 from grutrace.storage.faults import require
-from grutrace.storage.members import member
+from grutrace.storage.members import member, require_own_data
 from grutrace.storage.opening import is_marked, open_for_reading
+
+#: How many times smaller than its rows a packed dataset is at most: chunks of zeros, with an entry
+#: each in the index.
+PACKED = 1 << 14
 
 #: One lock for all handles: HDF5 itself does one thing at a time, so nothing is lost.
 _lock = threading.RLock()
@@ -84,10 +88,8 @@ class ReadHandle:
         shape = dataset.shape
         require(shape, place, "an array", "a scalar or nothing")
         require(shape[0] >= count, place, f"at least {count} items", shape[0])
-        if count > seen and not dataset.id.get_create_plist().get_nfilters():
-            size = count * math.prod(shape[1:]) * dataset.dtype.itemsize
-            held = os.fstat(dataset.file.id.get_vfd_handle()).st_size
-            require(size <= held, place, f"{size} bytes of items", f"a file of {held}")
+        if count > seen:
+            self._require_data(dataset, place, count)
         self._datasets[place] = (dataset, max(count, seen))
         return dataset
 
@@ -106,6 +108,19 @@ class ReadHandle:
         else:
             _refresh(dataset)
         return np.asarray(dataset[()])
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file. Ask while it is lent."""
+        assert self._file is not None
+        return os.fstat(self._file.id.get_vfd_handle()).st_size
+
+    def _require_data(self, dataset: h5py.Dataset, place: str, count: int) -> None:
+        """Refuse a dataset that is longer than its data, as a file that is no trace can be."""
+        size = count * math.prod(dataset.shape[1:]) * dataset.dtype.itemsize
+        packed = dataset.id.get_create_plist().get_nfilters()
+        held = self.size * (PACKED if packed else 1)
+        require(size <= held, place, f"{size} bytes of items", f"a file of {self.size}")
 
     def release(self) -> None:
         """Close the file until the next read."""
@@ -224,4 +239,6 @@ def _walk(file: h5py.File, place: str) -> h5py.Dataset:
     group = file
     for part in groups:
         group = member(group, part, h5py.Group)
-    return member(group, name, h5py.Dataset)
+    dataset = member(group, name, h5py.Dataset)
+    require_own_data(dataset, place)
+    return dataset

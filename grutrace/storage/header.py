@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import h5py
 import numpy as np
 
-from grutrace.record import QUANTITIES, Header, Module, Site
+from grutrace.record import QUANTITIES, WEIGHTS, Header, Module, Site
 from grutrace.storage.faults import Fault, NewerFormat, require
 from grutrace.storage.members import holds, is_dataset, member
 from grutrace.storage.schema import FORMAT, FORMAT_VERSION, STATISTICS, module_place
@@ -36,6 +37,9 @@ _SITE = {"name": str, "layer": int, "reverse": bool, "input_size": int}
 _OTHERS = {
     STATISTICS: f"{STATISTICS!r}: grutrace.Statistics.load and `grutrace stats` read this file"
 }
+
+#: The end of the year 9999: what comes later is no time of a trace. Seconds since the epoch.
+_LATEST = 253402300800
 
 #: What rows and weights may be kept as.
 _FLOATS = ("float16", "float32", "float64")
@@ -78,6 +82,8 @@ def read_header(file: h5py.File) -> Header:
     require(found == FORMAT, "attribute 'format'", FORMAT, _OTHERS.get(found, "another"))
     check_version(file, FORMAT_VERSION[0])
     root = {name: _attribute(file, name, kind) for name, kind in _ROOT.items()}
+    place = "attribute 'created'"
+    require(0 <= root["created"] < _LATEST, place, "seconds since the epoch", root["created"])
     modules: dict[int, Module] = {}
     groups = member(file, "modules", h5py.Group)
     for name in groups:
@@ -85,8 +91,12 @@ def read_header(file: h5py.File) -> Header:
         modules[_attribute(group, "index", int)] = _read_module(group)
     expected = list(range(len(groups)))
     require(sorted(modules) == expected, "modules", f"numbers {expected}", sorted(modules))
+    names = [site.name for module in modules.values() for site in module.sites]
+    require(len(set(names)) == len(names), "modules", "a name of its own for each site", names)
     for place in ("versions", "options"):
         root[place] = _read_json(root[place], f"attribute {place!r}")
+    texts = all(isinstance(version, str) for version in root["versions"].values())
+    require(texts, "attribute 'versions'", "texts", "something else")
     return Header(modules=tuple(modules[index] for index in expected), **root)
 
 
@@ -120,8 +130,11 @@ def check_version(file: h5py.File, newest: int) -> None:
 def _attribute(group: h5py.Group, name: str, kind: type) -> Any:
     place = f"{group.name}: attribute {name!r}"
     require(name in group.attrs, place, kind.__name__, "nothing")
-    shape = group.attrs.get_id(name).shape
-    require(shape == (), place, "a scalar", f"shape {shape}")
+    attribute = group.attrs.get_id(name)
+    require(attribute.shape == (), place, "a scalar", f"shape {attribute.shape}")
+    # Types that nobody asked for, such as references, are not even read.
+    plain = attribute.dtype.kind in "biuf" or h5py.check_string_dtype(attribute.dtype)
+    require(plain, place, kind.__name__, attribute.dtype)
     value = group.attrs[name]
     if isinstance(value, np.generic):
         value = value.item()
@@ -141,11 +154,16 @@ def _read_json(text: str, place: str) -> dict[str, Any]:
 def _read_module(group: h5py.Group) -> Module:
     fields = {name: _attribute(group, name, kind) for name, kind in _MODULE.items()}
     del fields["index"]
+    for name in ("hidden_size", "num_layers"):
+        require(fields[name] > 0, f"{group.name}: attribute {name!r}", "at least 1", fields[name])
     groups = [name for name in group if not is_dataset(group, name)]
     hidden_size = fields["hidden_size"]
     sites = [_read_site(member(group, name, h5py.Group), name, hidden_size) for name in groups]
+    _check_biases(group, fields["bias"], sites)
     require(sites, group.name, "at least one site", "none")
     sites.sort(key=lambda site: (site.layer, site.reverse))
+    _check_sites(group.name, fields, sites)
+    _check_inputs(group, sites)
     first = member(group, sites[0].suffix, h5py.Group)
     return Module(
         **fields,
@@ -155,11 +173,44 @@ def _read_module(group: h5py.Group) -> Module:
     )
 
 
+def _check_sites(place: str, module: Mapping[str, Any], sites: Sequence[Site]) -> None:
+    """Each layer reads what the one below it makes, and each direction of it is there once."""
+    directions = [(site.layer, site.reverse) for site in sites]
+    once = len(set(directions)) == len(directions)
+    require(once, place, "each direction of a layer once", directions)
+    above = module["hidden_size"] * (2 if module["bidirectional"] else 1)
+    for site in sites:
+        layers = module["num_layers"]
+        require(0 <= site.layer < layers, f"{place}/{site.suffix}", f"{layers} layers", site.layer)
+        read = above if site.layer else module["input_size"]
+        found = site.input_size
+        require(found == read >= 0, f"{place}/{site.suffix}", f"an input size of {read}", found)
+
+
+def _check_biases(group: h5py.Group, bias: bool, sites: Sequence[Site]) -> None:
+    for site in sites:
+        found = [name for name in WEIGHTS if holds(group[site.suffix], name)]
+        expected = [name for name in WEIGHTS if bias or not name.startswith("bias")]
+        require(found == expected, f"{group.name}/{site.suffix}", expected, found)
+
+
+def _check_inputs(group: h5py.Group, sites: Sequence[Site]) -> None:
+    """Both directions of a layer read the same input, so there is one for both."""
+    for first, second in pairwise(site for site in sites if "input" in site.quantities):
+        if first.layer == second.layer:
+            place = f"{group.name}/{second.suffix}/input"
+            one, other = (
+                member(member(group, site.suffix, h5py.Group), "input", h5py.Dataset)
+                for site in (first, second)
+            )
+            require(one == other, place, f"the input of {first.suffix}", "another dataset")
+
+
 def _read_site(group: h5py.Group, suffix: str, hidden_size: int) -> Site:
     fields = {name: _attribute(group, name, kind) for name, kind in _SITE.items()}
     quantities = tuple(quantity for quantity in QUANTITIES if holds(group, quantity))
-    derived = _read_derived(group, quantities)
     units = _read_units(group, hidden_size)
+    derived = _read_derived(group, quantities, units)
     return Site(**fields, suffix=suffix, quantities=quantities, derived=derived, units=units)
 
 
@@ -183,13 +234,17 @@ def _read_units(group: h5py.Group, hidden_size: int) -> tuple[int, ...] | None:
     return units
 
 
-def _read_derived(group: h5py.Group, stored: tuple[str, ...]) -> tuple[str, ...]:
+def _read_derived(
+    group: h5py.Group, stored: tuple[str, ...], units: tuple[int, ...] | None
+) -> tuple[str, ...]:
     if "derived" not in group.attrs:
         return ()
     names = _attribute(group, "derived", str).split(",")
     expected = tuple(name for name in QUANTITIES if name in names and name not in stored)
     place = f"{group.name}: attribute 'derived'"
     require(expected == tuple(names), place, "quantities that are not stored", names)
+    follow = "hidden" in stored and units is None
+    require(follow, place, "states of all units, which they follow from", "no such states")
     return expected
 
 

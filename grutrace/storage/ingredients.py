@@ -154,7 +154,7 @@ class SiteIngredients:
             self._index.call_numbers, self._index.calls[self._index.pieces_of(rows)]
         )
         versions, precisions = self._calls["weights"][calls], self._checks["precision"][calls]
-        changes = (np.diff(versions) != 0) | (np.diff(precisions) != 0)
+        changes = (versions[1:] != versions[:-1]) | (precisions[1:] != precisions[:-1])
         bounds = [0, *(np.flatnonzero(changes) + 1).tolist(), len(rows)]
         width = self._site.input_size + (2 + 3 * _ARRAYS) * self._module.hidden_size
         block = max(1, BLOCK // (8 * width))

@@ -43,16 +43,15 @@ def holds(group: h5py.Group, name: str) -> bool:
 def member(group: h5py.Group, name: str, kind: type) -> Any:
     """The group or dataset of this name, never followed out of the file.
 
+    Of a dataset, ask for nothing but its type before `require_own_data`.
+
     Raises:
-        Fault: It is missing, is of the other kind, or is a link to somewhere else; or it is a
-            dataset whose data are elsewhere, or packed as nobody here knows.
+        Fault: It is missing, is of the other kind, or is a link to somewhere else.
     """
     place = f"{group.name.rstrip('/')}/{name}"
     expected = f"a {kind.__name__.lower()}"
     found = _member(group, name, place, expected)
     require(isinstance(found, kind), place, expected, type(found).__name__.lower())
-    if isinstance(found, h5py.Dataset):
-        require_own_data(found, place)
     return found
 
 

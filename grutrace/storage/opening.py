@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import h5py
@@ -17,9 +20,9 @@ from grutrace.storage.kinds import HEAD, SIGNATURE, kind_of
 CHUNK_CACHE = 1024 * 1024
 
 #: How often HDF5 reads a piece of its metadata that does not match its checksum, since a writer may
-#: be putting it down. It waits for a nanosecond, then for two, four ..., and left alone tries 100
-#: times. Altogether half a second.
-ATTEMPTS = 29
+#: be putting it down. It waits for a nanosecond, then for two, then four; left alone, it tries 100
+#: times. These are an eighth of a second together.
+ATTEMPTS = 27
 
 #: The two flags in HDF5's superblock of which a writer sets one.
 _WRITING = 0b101
@@ -63,6 +66,34 @@ def _marks(head: bytes) -> bool:
     return len(head) >= 12 and head[8] >= 2 and bool(head[11] & _WRITING)
 
 
+@contextmanager
+def no_plugins() -> Iterator[None]:
+    """Have HDF5 load no filter from the folders that the environment names, in this process.
+
+    For a process that does nothing but read a file: the names in a group can be packed, too, which
+    cannot be seen before they are read.
+    """
+    before = ctypes.c_uint(0)
+    with contextlib.suppress(OSError, AttributeError), phil:
+        _hdf5().H5PLget_loading_state(ctypes.byref(before))
+        _hdf5().H5PLset_loading_state(ctypes.c_uint(0))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, AttributeError), phil:
+            _hdf5().H5PLset_loading_state(before)
+
+
+@cache
+def _hdf5() -> ctypes.PyDLL:
+    """HDF5 itself, for what h5py does not pass on. It is found among what a module of h5py needs.
+
+    Raises:
+        OSError: It cannot be reached here.
+    """
+    return ctypes.PyDLL(h5p.__file__)
+
+
 def _head(path: Path) -> bytes:
     if not path.is_file():
         # Opening a pipe would wait for whoever writes to it, and a device may have no end.
@@ -78,8 +109,8 @@ def _access() -> h5p.PropFAID:
     access.set_libver_bounds(h5f.LIBVER_V110, h5f.LIBVER_V110)
     # Best effort: a file system may have no locks.
     access.set_file_locking(True, True)
-    # h5py does not pass this setting on; where HDF5 cannot be reached, it stays as it is.
+    # Where HDF5 cannot be reached, it waits for as long as it does.
     with contextlib.suppress(OSError, AttributeError), phil:
-        hdf5 = ctypes.PyDLL(h5p.__file__)
-        hdf5.H5Pset_metadata_read_attempts(ctypes.c_int64(access.id), ctypes.c_uint(ATTEMPTS))
+        number = ctypes.c_int64(access.id)
+        _hdf5().H5Pset_metadata_read_attempts(number, ctypes.c_uint(ATTEMPTS))
     return access

@@ -97,7 +97,7 @@ def parts_of(path: str | os.PathLike[str]) -> list[Path]:
     stamp = read_stamp(first)
     if stamp is None or stamp.part != 1:
         return [first]
-    numbers = [number for number, _ in _of_run(part_files(first), stamp.run)]
+    numbers = [number for number, _ in _of_run(first, stamp.run)]
     for expected, number in enumerate(numbers, 2):
         if number != expected:
             raise TraceFileError(
@@ -107,8 +107,20 @@ def parts_of(path: str | os.PathLike[str]) -> list[Path]:
     return [part_path(first, number) for number in (1, *numbers)]
 
 
-def _of_run(files: dict[int, Path], run: str) -> Iterator[tuple[int, Path]]:
-    for number, file in files.items():
+def require_beside(first: Path, file: Path) -> None:
+    """Refuse a part that is a link out of the folder of the first: whoever made it chose the file.
+
+    Raises:
+        TraceFileError: It is one.
+    """
+    real = Path(os.path.realpath(file))
+    if real.parent != first.parent:
+        raise TraceFileError(f"{file} is a link to {real}, which is not beside {first}")
+
+
+def _of_run(first: Path, run: str) -> Iterator[tuple[int, Path]]:
+    for number, file in part_files(first).items():
+        require_beside(first, file)
         stamp = read_stamp(file)
         if stamp is not None and stamp.run == run:
             if stamp.part != number:
@@ -153,7 +165,7 @@ def _own_parts(first: Path) -> list[Path]:
     """The parts after the first of the run that a file is of, as far as can be told."""
     try:
         stamp = read_stamp(first)
-        return [] if stamp is None else [file for _, file in _of_run(part_files(first), stamp.run)]
+        return [] if stamp is None else [file for _, file in _of_run(first, stamp.run)]
     except TraceFileError:
         return []
 
@@ -194,6 +206,7 @@ class RunSource(CombinedSource):
         """The tables of all parts that are there by now."""
         while (part_path(self._first, self._next)).exists():
             path = part_path(self._first, self._next)
+            require_beside(self._first, path)
             source = FileSource(path)
             with reading(path):
                 stamp = stamp_of(source.header)

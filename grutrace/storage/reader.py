@@ -13,12 +13,12 @@ import numpy as np
 
 from grutrace.record import Array, Site
 from grutrace.storage.committed import CommittedTables
-from grutrace.storage.faults import reading, require
+from grutrace.storage.faults import reading
 from grutrace.storage.handle import ReadHandle
 from grutrace.storage.header import read_header
 from grutrace.storage.rows import FileRows
 from grutrace.storage.schema import (
-    Column,
+    check_column,
     layout,
     quantity_place,
     site_place,
@@ -55,7 +55,7 @@ class FileSource:
             self.header = read_header(file)
             self._columns = layout(self.header.modules)
             for place, column in self._columns.items():
-                _check_column(self._handle.dataset(place, 0), place, column)
+                check_column(self._handle.dataset(place, 0), place, column)
             self._tables = CommittedTables(self._handle, self.header.modules)
             for place, count in lengths(self._tables.read(), self.header.modules).items():
                 self._handle.dataset(place, count)
@@ -115,11 +115,3 @@ class FileSource:
     def _dataset(self, place: str, count: int) -> Iterator[h5py.Dataset]:
         with reading(self._path), self._handle.lent():
             yield self._handle.dataset(place, count)
-
-
-def _check_column(dataset: h5py.Dataset, place: str, column: Column) -> None:
-    found = f"{dataset.dtype} of items {dataset.shape[1:]}"
-    expected = f"{column.dtype} of items {column.item}"
-    require(
-        (dataset.dtype, dataset.shape[1:]) == (column.dtype, column.item), place, expected, found
-    )

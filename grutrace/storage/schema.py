@@ -15,6 +15,7 @@ import h5py
 import numpy as np
 
 from grutrace.record import Module, Site
+from grutrace.storage.faults import require
 
 FORMAT = "grutrace"
 
@@ -237,6 +238,19 @@ def _site_layout(module: Module, site: Site) -> Iterator[tuple[str, Column]]:
         labels = ("version", "gate_unit", last.get(name, ""))[: 1 + len(shape)]
         place = site_place(module, site.suffix, name)
         yield place, Column(weights, shape, labels, scales=scales(*labels))
+
+
+def check_column(dataset: h5py.Dataset, place: str, column: Column) -> None:
+    """Require a dataset to hold such items.
+
+    Raises:
+        Fault: It holds others.
+    """
+    found = dataset.dtype, dataset.shape[1:]
+    expected = f"{column.dtype} of items {column.item}"
+    require(
+        found == (column.dtype, column.item), place, expected, f"{found[0]} of items {found[1]}"
+    )
 
 
 def shared_inputs(modules: Sequence[Module]) -> Iterator[tuple[str, str]]:

@@ -125,6 +125,7 @@ def _check_texts(tables: Tables) -> None:
 def _check_references(tables: Tables, modules: int) -> None:
     for name in ("calls", "forks", "annotations"):
         _below(getattr(tables, name)["module"], modules, f"{name}.module")
+    _below(tables.forks["steps"], 1 << 63, "forks.steps")
     begun = np.array([extent.sequences for extent in tables.extents], np.uint64)
     for name, fields in (("forks", ("sequence", "parent")), ("annotations", ("sequence",))):
         table = getattr(tables, name)
@@ -145,7 +146,7 @@ def _check_values(tables: Tables) -> None:
     total = int(counts.sum(dtype=np.float64))
     require(total <= len(values), "annotations.count", f"at most {len(values)} values", total)
     texts = values[:total][np.repeat(tables.annotations["text"] > 0, counts.astype(np.int64))]
-    known = (texts >= 0) & (texts < len(tables.strings))
+    known = (texts >= 0) & (texts < len(tables.strings)) & (texts == np.floor(texts))
     require(known.all(), "values", "the number of a string", texts[~known][:1])
 
 

@@ -84,7 +84,10 @@ def damage_weights(group: h5py.Group) -> None:
 
 
 def flip_direction(group: h5py.Group) -> None:
-    group.attrs["reverse"] = not group.attrs["reverse"]
+    # Of both: a layer has each direction once.
+    for name in (group.name, f"{group.name}_reverse"):
+        site = group.file[name]
+        site.attrs["reverse"] = not site.attrs["reverse"]
 
 
 def swap_reset_and_update(group: h5py.Group) -> None:

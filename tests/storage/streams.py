@@ -186,7 +186,9 @@ def drawn_modules(draw):
         directions = draw(st.sampled_from([(False,), (True,), (False, True)]))
         quantities = draw(st.lists(st.sampled_from(QUANTITIES), unique=True))
         others = [name for name in QUANTITIES if name not in quantities]
-        derived = draw(st.lists(st.sampled_from(others), unique=True)) if others else []
+        derived = []
+        if others and "hidden" in quantities:
+            derived = draw(st.lists(st.sampled_from(others), unique=True))
         modules.append(
             make_module(
                 path,

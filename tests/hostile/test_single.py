@@ -1,0 +1,409 @@
+"""Single things that a file of others may try, each with a control where one is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+
+import h5py
+import numpy as np
+import pytest
+
+import grutrace
+from grutrace.__main__ import main
+from grutrace.analysis.verification import verify
+from grutrace.storage import probe
+from grutrace.storage.faults import Fault
+from grutrace.storage.members import holds, is_dataset, member
+from tests.golden.runs import GOLDENS
+from tests.hostile import seeds
+from tests.hostile.checksums import put_right, structures
+from tests.plain_reader import PlainTrace
+
+SITE = "modules/rnn/l0"
+
+
+@pytest.fixture
+def path(tmp_path):
+    return seeds.put("decoder", tmp_path / "run.h5")
+
+
+def changed(path):
+    return h5py.File(path, "r+", libver=("v110", "v110"))
+
+
+def refused(path, match):
+    with pytest.raises(grutrace.TraceFileError, match=match) as caught:
+        grutrace.open(path).close()
+    assert str(path) in str(caught.value)
+
+
+def attribute(place, name, value):
+    return lambda file: file[place].attrs.__setitem__(name, value)
+
+
+def second_site(file, **attributes):
+    file.copy(SITE, "modules/rnn/l1")
+    for name, value in attributes.items():
+        file["modules/rnn/l1"].attrs[name] = value
+
+
+def second_module(file):
+    file.copy("modules/rnn", "modules/other")
+    file["modules/other"].attrs["index"] = 1
+
+
+def another_input(file):
+    second_site(file, name="rnn.l0_reverse", layer=0, reverse=True)
+    file.move("modules/rnn/l1", "modules/rnn/l0_reverse")
+
+
+REFUSED = {
+    "a time that never was": (attribute("/", "created", np.inf), "'created'"),
+    "a time before all": (attribute("/", "created", -1.0), "'created'"),
+    "versions that are no texts": (attribute("/", "versions", '{"torch": [1]}'), "'versions'"),
+    "no units": (attribute("modules/rnn", "hidden_size", 0), "'hidden_size': expected at least 1"),
+    "no layers": (attribute("modules/rnn", "num_layers", -2), "'num_layers': expected at least 1"),
+    "a layer that is not there": (attribute(SITE, "layer", 1), "l0: expected 1 layers, found 1"),
+    "an input of another size": (attribute(SITE, "input_size", 4), "l0: expected an input size"),
+    "a direction twice": (lambda f: second_site(f, name="x"), "each direction of a layer once"),
+    "a name twice": (second_module, "a name of its own"),
+    "another input for the other direction": (another_input, "l0_reverse/input.*input of l0"),
+    "derived of some units": (attribute(SITE, "derived", "reset"), "'derived'"),
+    "a reference": (lambda f: attribute("/", "model", f.ref)(f), "'model': expected str"),
+    "a fork of no steps": (lambda f: fork(f, 2**63), "forks.steps"),
+    "half a word": (lambda f: f["values"].__setitem__(0, 0.5), "values"),
+}
+
+
+def fork(file, steps):
+    forks = file["forks"][:]
+    forks["steps"] = steps
+    file["forks"][:] = forks
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_does_not_hold_together_is_refused(path, what):
+    change, match = REFUSED[what]
+    with changed(path) as file:
+        change(file)
+    refused(path, match)
+
+
+def test_a_name_with_a_slash_is_no_path(path):
+    """A group can hold one, which HDF5 would never write, and read would follow."""
+    os.mkfifo(path.parent / "pipe")
+    with changed(path) as file:
+        file.create_group("modules/x_y")
+        file["modules/x"] = h5py.ExternalLink(str(path.parent / "pipe"), "/")
+    content = bytearray(path.read_bytes())
+    start, end = next(
+        (start, end)
+        for start, end in structures(bytes(content))
+        if content.find(b"x_y", start, end) >= 0
+    )
+    place = content.find(b"x_y", start, end)
+    content[place : place + 3] = b"x/y"
+    put_right(content, start, end)
+    path.write_bytes(content)
+    with h5py.File(path) as file:
+        group = file["modules"]
+        assert "x/y" in list(group)
+        assert not holds(group, "x/y")
+        assert not is_dataset(group, "x/y")
+        with pytest.raises(Fault, match="expected a name, found a path"):
+            member(group, "x/y", h5py.Group)
+    refused(path, "ExternalLink")
+
+
+def test_many_tables_that_are_one_are_not_all_read(path):
+    """Each is as large as the file allows, and all are the same bytes."""
+    with changed(path) as file:
+        pieces = file["modules/rnn/pieces"]
+        many = 8 * path.stat().st_size // pieces.dtype.itemsize
+        del file["modules/rnn/pieces"]
+        file.create_dataset("modules/rnn/pieces", (many,), pieces.dtype, chunks=(many,))
+        file["modules/rnn/pieces"][0] = np.zeros((), pieces.dtype)
+        calls = file["calls"][:4]
+        calls["batch"] = 0
+        calls["batch"][0] = many
+        calls["module"][1:] = [1, 2, 3]
+        for number in (1, 2, 3):
+            calls["batch"][number] = many
+            file.copy("modules/rnn", f"modules/m{number}", shallow=False)
+            group = file[f"modules/m{number}"]
+            group.attrs["index"] = number
+            group["l0"].attrs["name"] = f"m{number}.l0"
+            del group["pieces"]
+            group["pieces"] = file["modules/rnn/pieces"]
+        file["calls"][:4] = calls
+    refused(path, "tables that fit into the file together")
+
+
+@pytest.mark.parametrize("options", [{"compression": "gzip"}, {"compression": "lzf"}])
+def test_what_another_program_has_packed_is_read(path, options):
+    before = PlainTrace(path)
+    with changed(path) as file:
+        for place in ("calls", "modules/rnn/pieces", f"{SITE}/update", f"{SITE}/weight_hh"):
+            data, longest = file[place][()], file[place].maxshape
+            del file[place]
+            file.create_dataset(
+                place, data=data, maxshape=longest, chunks=True, shuffle=True, **options
+            )
+    (site,) = before.modules[0].sites.values()
+    with grutrace.open(path) as trace:
+        for sequence in trace["rnn.l0"]:
+            exact = site.sequence(sequence.number, "update")
+            np.testing.assert_array_equal(sequence.update, exact)
+
+
+def test_what_is_packed_tighter_than_can_be_is_refused(path):
+    with changed(path) as file:
+        dtype = file["calls"].dtype
+        del file["calls"]
+        file.create_dataset("calls", (10**9,), dtype, chunks=(1000,), compression="gzip")
+        counts = file["committed"][()]
+        counts["calls"] = 10**9
+        file["committed"][()] = counts
+    refused(path, "calls: expected tables that fit")
+
+
+# Filters and plugins.
+
+
+def trapped(folder):
+    """An environment in which HDF5 waits for ever as soon as it looks for plugins."""
+    plugins = folder / "plugins"
+    plugins.mkdir()
+    os.mkfifo(plugins / "libtrap.so")
+    return {**os.environ, "HDF5_PLUGIN_PATH": str(plugins)}
+
+
+READ = "import grutrace; grutrace.open({path!r})"
+
+
+def test_no_filter_is_loaded_for_a_dataset(path, tmp_path):
+    with changed(path) as file:
+        dataset = file[f"{SITE}/update"]
+        data = dataset[()]
+        del file[f"{SITE}/update"]
+        file.create_dataset(f"{SITE}/update", data=data, chunks=True, compression="gzip")
+    content = bytearray(path.read_bytes())
+    # A pipeline of one filter, gzip: its number, no name, not optional, one value.
+    one = b"\x02\x01\x01\x00\x01\x00\x01\x00"
+    for start, end in list(structures(bytes(content))):
+        place = content.find(one, start, end)
+        if place >= 0:
+            struct.pack_into("<HH", content, place + 2, 200, 0)
+            put_right(content, start, end)
+            break
+    else:
+        pytest.fail("no filter was found")
+    path.write_bytes(content)
+    environment = trapped(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", READ.format(path=str(path))],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "no filter but gzip, " in done.stderr
+    # Control: HDF5 itself looks for it.
+    naive = f"import h5py; h5py.File({str(path)!r})['{SITE}/update'][()]"
+    with pytest.raises(subprocess.TimeoutExpired):
+        subprocess.run([sys.executable, "-c", naive], env=environment, timeout=4)
+
+
+def test_commands_load_no_plugin_at_all(path):
+    import ctypes
+
+    from grutrace.storage.opening import _hdf5, no_plugins
+
+    def state():
+        found = ctypes.c_uint(7)
+        _hdf5().H5PLget_loading_state(ctypes.byref(found))
+        return found.value
+
+    before = state()
+    assert before
+    with no_plugins():
+        assert state() == 0
+    assert state() == before
+
+
+# What else is in the folder.
+
+
+def test_no_code_beside_the_file_is_run(path, monkeypatch):
+    mark = path.parent / "ran"
+    for name in ("h5py", "numpy", "grutrace", "resource", "json"):
+        (path.parent / f"{name}.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    monkeypatch.chdir(path.parent)
+    assert main(["verify", "run.h5"]) == 0
+    assert not mark.exists()
+    # Control: Python looks there unless it is told not to.
+    subprocess.run([sys.executable, "-c", "import resource"], check=True)
+    assert mark.exists()
+
+
+def test_a_part_that_is_a_link_out_of_the_folder_is_refused(tmp_path):
+    folder, outside = tmp_path / "run", tmp_path / "outside"
+    folder.mkdir()
+    outside.mkdir()
+    seeds.put("run", folder / "run.h5")
+    seeds.put("run.part0002", outside / "run.part0002.h5")
+    (folder / "run.part0002.h5").symlink_to(outside / "run.part0002.h5")
+    with pytest.raises(grutrace.TraceFileError, match=r"run\.part0002\.h5 is a link to"):
+        grutrace.open(folder / "run.h5")
+    (folder / "run.part0002.h5").unlink()
+    # Control: a link to the first, with its parts beside the file itself, is nobody's trick.
+    seeds.put("run.part0002", folder / "run.part0002.h5")
+    (outside / "mine.h5").symlink_to(folder / "run.h5")
+    with grutrace.open(outside / "mine.h5") as trace:
+        assert len(trace.sites) == 2
+
+
+def test_nothing_is_appended_through_a_link(path):
+    golden, other = GOLDENS["decoder"], path.parent / "other.h5"
+    seeds.put("decoder", other)
+    before = other.read_bytes()
+    with changed(path) as file:
+        del file[f"{SITE}/update"]
+        file[f"{SITE}/update"] = h5py.ExternalLink("other.h5", f"{SITE}/update")
+    with pytest.raises(grutrace.TraceFileError, match="ExternalLink"):
+        grutrace.Tracer(golden.build(), path, mode="a", **golden.options)
+    assert other.read_bytes() == before
+
+
+# What is said.
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "an empty file"),
+        ("ein Satz äöü\n".encode() * 1000, "text"),
+        (b"\x1f\x8b\x08rest", "a gzip file"),
+        (b"PK\x03\x04" + bytes(26) + b"archive/data.pkl", "a PyTorch checkpoint"),
+        (b"PK\x03\x04" + bytes(26) + b"arr_0.npy", r"NumPy arrays \(.npz\)"),
+        (b"PK\x03\x04" + bytes(26) + b"word/document.xml", "a zip file"),
+        (b"\x93NUMPY\x01\x00", r"a NumPy array \(.npy\)"),
+        (b"\x80\x04\x95", "a pickle"),
+        (bytes(9000), "zeros"),
+        (b"\xff\xd8\xff\xe0", "something else"),
+        (b" " * 512 + b"\x89HDF\r\n\x1a\n", "an HDF5 file behind a block of something else"),
+    ],
+)
+def test_what_is_no_hdf5_is_named(tmp_path, content, found, capsys):
+    path = tmp_path / "run.h5"
+    path.write_bytes(content)
+    refused(path, f"is no trace: expected an HDF5 file that grutrace wrote, found {found}$")
+    with pytest.raises(grutrace.TraceFileError, match=f"is no file of statistics: .* {found}$"):
+        grutrace.Statistics.load(path)
+    for command in ("info", "stats", "verify"):
+        assert main([command, str(path)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_checkpoint_of_this_torch_is_told(tmp_path):
+    import torch
+
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "run.h5")
+    refused(tmp_path / "run.h5", "found a PyTorch checkpoint")
+
+
+@pytest.mark.parametrize("name", ["[/red]", "[bold]x", "\x1b[2J", "a\nb", "\u202ex", ":smile:"])
+def test_a_name_does_nothing_to_a_terminal(path, name, capsys):
+    with changed(path) as file:
+        file.attrs["model"] = name
+        file[SITE].attrs["name"] = name
+        file.attrs["options"] = json.dumps({"every": name})
+    for command in ("info", "stats", "verify"):
+        assert main([command, str(path)]) in (0, 1)
+        out = capsys.readouterr().out
+        assert all(each.isprintable() or each == "\n" for each in out)
+        assert name.translate({27: "\\x1b", 10: "\\n", 0x202E: "\\u202e"}) in out
+    with pytest.raises(grutrace.NotRecordedError):
+        grutrace.open(path)["rnn.l0"]
+
+
+def test_a_message_is_one_line(path, capsys):
+    with changed(path) as file:
+        file.move("modules/rnn", "modules/two\nlines\x1b[2J")
+        del file["modules/two\nlines\x1b[2J"].attrs["path"]
+    assert main(["info", str(path)]) == 2
+    assert "two\\nlines\\x1b[2J" in capsys.readouterr().err
+
+
+def test_a_tolerance_that_is_no_number_lets_nothing_pass(path):
+    with grutrace.open(path) as trace:
+        assert all(each.holds for each in verify(trace))
+    with changed(path) as file:
+        checks = file[f"{SITE}/checks"][:]
+        checks["tolerance"] = np.nan
+        file[f"{SITE}/checks"][:] = checks
+    with grutrace.open(path) as trace:
+        assert not any(each.holds for each in verify(trace))
+
+
+# The look from outside.
+
+
+def test_a_sound_file_is_looked_at(path):
+    probe.look_from_outside(path)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import os; os.kill(os.getpid(), 11)", r"is damaged: HDF5 [\d.]+ crashes on it \(SIGSEGV"),
+        ("import os; os.abort()", r"is damaged: HDF5 [\d.]+ crashes on it \(SIGABRT\)"),
+        ("import time; time.sleep(60)", r"HDF5 [\d.]+ had not come to an end with it after 1 s"),
+        ("raise SystemExit(3)", "asks for more memory than such a file can hold"),
+        ("import no_such_module", "could not be looked at"),
+    ],
+)
+def test_what_the_other_process_does_is_said(path, code, said, monkeypatch, capsys):
+    monkeypatch.setattr(probe, "_LOOK", code)
+    with pytest.raises(grutrace.TraceFileError, match=said):
+        probe.look_from_outside(path, limit=1)
+    if "sleep" not in code:
+        assert main(["verify", str(path)]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+        assert main(["derive", str(path), "-o", str(path.with_name("out.h5"))]) == 2
+        assert not path.with_name("out.h5").exists()
+
+
+def test_the_other_process_has_a_limit(path, monkeypatch):
+    """Memory that a file of this size cannot ask for is not given."""
+    monkeypatch.setattr(probe, "_LOOK", probe._LOOK.replace("look(", "probe.ROOM = 1; probe.look("))
+    monkeypatch.setattr(probe, "_LOOK", probe._LOOK.replace("import look", "import probe", 1))
+    code = probe._LOOK.replace("from grutrace.storage.probe", "from grutrace.storage")
+    monkeypatch.setattr(probe, "_LOOK", code)
+    with pytest.raises(grutrace.TraceFileError, match=r"run\.h5"):
+        probe.look_from_outside(path)
+
+
+def test_damage_in_a_file_that_is_being_written_is_not_waited_for(tmp_path):
+    """HDF5 left alone tries a hundred times, and waits twice as long each time: for years."""
+    path = tmp_path / "run.h5"
+    content = bytearray(seeds.content("killed"))
+    content[200] ^= 4
+    path.write_bytes(content)
+    for code, comes_back in (
+        (READ.format(path=str(path)), True),
+        (f"import h5py; h5py.File({str(path)!r}, swmr=True)['calls']", False),
+    ):
+        running = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+        try:
+            assert (running.wait(timeout=30 if comes_back else 5) != 0) is comes_back
+        except subprocess.TimeoutExpired:
+            assert not comes_back
+        finally:
+            running.send_signal(signal.SIGKILL)
+            running.wait()
