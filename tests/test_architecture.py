@@ -13,13 +13,17 @@ PACKAGE = Path(__file__).parents[1] / "grutrace"
 ALLOWED = {
     "errors": set(),
     "record": set(),
+    "shard": {"errors"},
     "gru": {"errors", "record"},
-    "storage": {"errors", "record"},
+    "storage": {"errors", "record", "shard"},
     "arrays": {"errors", "record", "storage"},
-    "capture": {"errors", "record", "gru", "storage.sinks", "storage.trace", "storage.moment"},
+    "capture": {
+        *("errors", "record", "shard", "gru"),
+        *("storage.sinks", "storage.trace", "storage.moment"),
+    },
     "analysis": {"errors", "record", "gru", "storage", "statistics"},
-    "statistics": {"errors", "record", "storage"},
-    "run": {"errors", "record", "capture", "storage"},
+    "statistics": {"errors", "record", "shard", "storage"},
+    "run": {"errors", "record", "shard", "capture", "storage"},
     "cli": {"errors", "record", "storage", "analysis", "statistics", "run"},
     "__main__": {"cli"},
     "__init__": {"errors", "capture", "storage", "statistics"},
@@ -46,6 +50,7 @@ WRITING = {"writer", "stream", "pump", "appender", "continuing", "admission", "e
 READING = {
     *("reader", "rows", "trace", "site", "sequence", "index", "moment"),
     *("combined", "parts", "ingredients", "derived"),
+    *("joined", "shards", "stacked", "merged", "virtual", "merging"),
 }
 
 
@@ -123,6 +128,8 @@ def test_writing_and_reading_never_meet() -> None:
         ("arrays", "from grutrace.capture.tracer import Tracer"),
         ("capture", "from grutrace.statistics.statistics import Statistics"),
         ("analysis", "from grutrace import cli"),
+        ("shard", "import torch.distributed"),
+        ("shard", "from grutrace.record import Header"),
         ("errors", "def f():\n    import grutrace.record"),
     ],
 )

@@ -11,6 +11,7 @@ from grutrace.cli.arguments import NO_ANSWER
 from grutrace.cli.derive import derive
 from grutrace.cli.diff import diff
 from grutrace.cli.info import info
+from grutrace.cli.merge import merge
 from grutrace.cli.run import run
 from grutrace.cli.stats import stats
 from grutrace.cli.verify import verify
@@ -31,6 +32,7 @@ app.command()(stats)
 app.command()(verify)
 app.command()(diff)
 app.command()(derive)
+app.command()(merge)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,31 +5,31 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from grutrace.cli.arguments import AsJSON, File
+from grutrace.cli.arguments import AsJSON, Files
+from grutrace.cli.opening import name_of, opened
 from grutrace.cli.output import new_table, print_json
-from grutrace.storage.parts import parts_of
-from grutrace.storage.sinks import open_trace
 from grutrace.storage.trace import Trace
 
 
-def info(file: File, as_json: AsJSON = False) -> None:
-    """Say what a trace file holds."""
-    with open_trace(file) as trace:
-        print_json(describe(trace, file)) if as_json else print_info(trace, file)
+def info(files: Files, as_json: AsJSON = False) -> None:
+    """Say what a trace holds."""
+    with opened(files) as trace:
+        name = name_of(files)
+        print_json(describe(trace, name)) if as_json else print_info(trace, name)
 
 
-def describe(trace: Trace, file: Path) -> dict[str, Any]:
+def describe(trace: Trace, name: str) -> dict[str, Any]:
     """Return what `info` says, as JSON values."""
-    header, parts = trace.header, parts_of(file)
+    header = trace.header
     return {
-        "file": str(file),
-        "parts": [str(part) for part in parts],
-        "bytes": sum(part.stat().st_size for part in parts),
+        "file": name,
+        "parts": [str(file) for file in trace.files],
+        "bytes": sum(file.stat().st_size for file in trace.files),
+        "shards": [dataclasses.asdict(shard) for shard in trace.moment.tables.shards],
         "model": header.model,
         "created": datetime.fromtimestamp(header.created, UTC).isoformat(timespec="seconds"),
         "closed": trace.closed,
@@ -56,18 +56,20 @@ def site_info(trace: Trace, name: str) -> dict[str, Any]:
     }
 
 
-def print_info(trace: Trace, file: Path) -> None:
-    """Print what a file holds."""
-    about = describe(trace, file)
+def print_info(trace: Trace, name: str) -> None:
+    """Print what a trace holds."""
+    about = describe(trace, name)
     state = "closed" if about["closed"] else "not closed: still being written, or its writer died"
     parts = f" in {len(about['parts'])} files" if len(about["parts"]) > 1 else ""
-    print(f"{file}: trace of {about['model']}, {about['bytes'] / 1e6:.1f} MB{parts}, {state}")
+    print(f"{name}: trace of {about['model']}, {about['bytes'] / 1e6:.1f} MB{parts}, {state}")
     print(
         f"recorded {about['created']} with "
         + ", ".join(
             f"{name} {version}" for name, version in about["versions"].items() if name != "platform"
         )
     )
+    for line in ranks(about):
+        print(line)
     narrowing = [f"{name} {value}" for name, value in narrowed(about["options"])]
     if narrowing:
         print(f"asked for less: {', '.join(narrowing)}")
@@ -83,6 +85,18 @@ def print_info(trace: Trace, file: Path) -> None:
             row[1] = ", ".join(site["quantities"]) + derived
             table.add_row(site["name"], *row)
     Console().print(table)
+
+
+def ranks(about: Mapping[str, Any]) -> Iterator[str]:
+    """Yield lines that say which processes a trace is of, if there were several."""
+    options, shards = about["options"], about["shards"]
+    if "shard" in options:
+        yield f"rank {options['shard']['rank']} of {options['shard']['world_size']}"
+    if shards:
+        calls = ", ".join(f"{shard['rank']} ({shard['calls']} calls)" for shard in shards)
+        yield f"of {options['shards']['world_size']} ranks: {calls}"
+    if unclosed := [str(shard["rank"]) for shard in shards if not shard["closed"]]:
+        yield f"not closed by rank {', '.join(unclosed)}: at work still, or killed"
 
 
 def narrowed(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

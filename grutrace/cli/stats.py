@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
+from functools import reduce
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -14,23 +16,27 @@ from grutrace.analysis.material import material
 from grutrace.analysis.measures import MEASURES, Measure, measure
 from grutrace.analysis.result import Result
 from grutrace.analysis.summary import SiteSummary, summarize_site, summarize_statistics
-from grutrace.cli.arguments import AsJSON, File
+from grutrace.cli.arguments import AsJSON
+from grutrace.cli.opening import opened
 from grutrace.cli.output import new_table, percent, print_json, progress_bar, with_progress
 from grutrace.cli.results import print_result
 from grutrace.errors import OptionError
 from grutrace.statistics.file import is_statistics
 from grutrace.statistics.statistics import Statistics
 from grutrace.statistics.units import OPEN, SHUT
-from grutrace.storage.sinks import open_trace
 from grutrace.storage.trace import Trace
 
 
 def stats(
-    file: File,
-    name: Annotated[
-        str | None,
-        typer.Argument(metavar="[MEASURE]", help=f"One of {', '.join(MEASURES)}."),
-    ] = None,
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE... [MEASURE]",
+            help="A trace file, or the shards of several processes: run.rank*.h5. "
+            f"MEASURE is one of {', '.join(MEASURES)}.",
+            show_default=False,
+        ),
+    ],
     site: Annotated[
         list[str] | None, typer.Option(help="Glob for names of sites. Can be repeated.")
     ] = None,
@@ -41,20 +47,29 @@ def stats(
 
     FILE is a trace, or what a grutrace.Statistics wrote. With MEASURE, say that of every site.
     """
+    files, name = files_and_measure(arguments)
     if name is not None:
         chosen = measure(name)
-        with open_trace(file) as trace:
+        with opened(files) as trace:
             print_results(results(trace, chosen, matching(trace, site)), each, as_json)
         return
-    if is_statistics(file):
-        found = summarize_statistics(Statistics.load(file))
+    if all(map(is_statistics, files)):
+        found = summarize_statistics(reduce(Statistics.merge, map(Statistics.load, files)))
     else:
-        with open_trace(file) as trace:
+        with opened(files) as trace:
             found = summaries(trace, matching(trace, site))
     if as_json:
         print_json([dataclasses.asdict(each) for each in found])
     else:
         print_stats(found)
+
+
+def files_and_measure(arguments: Sequence[str]) -> tuple[list[Path], str | None]:
+    """Tell files from the name of a measure, which comes last and is no file."""
+    *files, last = arguments
+    if files and not Path(last).exists():
+        return [Path(file) for file in files], last
+    return [Path(argument) for argument in arguments], None
 
 
 def matching(trace: Trace, globs: Sequence[str] | None) -> tuple[str, ...]:

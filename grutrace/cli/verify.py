@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 import typer
 from rich.console import Console
 
-from grutrace.cli.arguments import NO, NO_ANSWER, AsJSON, File
+from grutrace.cli.arguments import NO, NO_ANSWER, AsJSON, Files
+from grutrace.cli.opening import opened
 from grutrace.cli.output import new_table, print_json, with_progress
-from grutrace.storage.sinks import open_trace
 
 if TYPE_CHECKING:
     from grutrace.analysis.verification import SiteVerification
 
 
-def verify(file: File, as_json: AsJSON = False) -> None:
+def verify(files: Files, as_json: AsJSON = False) -> None:
     """Check the gates against weights, inputs and states, or else the states against the gates.
 
     Exits with 1 if a trace does not hold together, and with 2 if nothing could be checked.
@@ -25,7 +25,7 @@ def verify(file: File, as_json: AsJSON = False) -> None:
     # Here since it needs torch, which takes longer to load than the other commands to run.
     from grutrace.analysis.verification import verify_site
 
-    with open_trace(file) as trace:
+    with opened(files) as trace:
         results = [verify_site(trace, name) for name in with_progress(trace.sites, "verifying")]
     if as_json:
         print_json([dataclasses.asdict(each) | {"holds": each.holds} for each in results])

@@ -19,11 +19,12 @@ from typing import Any
 
 import h5py
 import numpy as np
+from h5py import h5d
 
 from grutrace.errors import StateError, TraceFileError
 from grutrace.record import Array
 from grutrace.storage.faults import require
-from grutrace.storage.members import member
+from grutrace.storage.members import member, unasked
 from grutrace.storage.opening import is_marked, open_for_reading
 
 #: One lock for all handles: HDF5 itself does one thing at a time, so nothing is lost.
@@ -90,6 +91,14 @@ class ReadHandle:
             require(size <= held, place, f"{size} bytes of items", f"a file of {held}")
         self._datasets[place] = (dataset, max(count, seen))
         return dataset
+
+    def unshaped(self, place: str) -> h5d.DatasetID:
+        """A dataset of which nothing was asked yet: it may be virtual. Ask while the file is lent.
+
+        Raises:
+            Fault: It is missing, no dataset, or behind a link to elsewhere.
+        """
+        return unasked(*_group_of(self._file, place)).id
 
     def scalar(self, place: str, dtype: np.dtype[Any]) -> Array:
         """The present value of a scalar dataset. Ask while the file is lent.
@@ -220,8 +229,13 @@ def _refresh(dataset: h5py.Dataset) -> None:
 
 
 def _walk(file: h5py.File, place: str) -> h5py.Dataset:
+    group, name = _group_of(file, place)
+    return member(group, name, h5py.Dataset)
+
+
+def _group_of(file: h5py.File, place: str) -> tuple[h5py.Group, str]:
     *groups, name = place.split("/")
     group = file
     for part in groups:
         group = member(group, part, h5py.Group)
-    return member(group, name, h5py.Dataset)
+    return group, name

@@ -11,7 +11,7 @@ import numpy as np
 
 from grutrace.record import QUANTITIES, Header, Module, Site
 from grutrace.storage.faults import Fault, NewerFormat, require
-from grutrace.storage.members import holds, is_dataset, member
+from grutrace.storage.members import holds, is_dataset, member, unasked
 from grutrace.storage.schema import FORMAT, FORMAT_VERSION, STATISTICS, module_place
 
 _ROOT = {"model": str, "created": float, "versions": str, "options": str}
@@ -74,10 +74,7 @@ def read_header(file: h5py.File) -> Header:
     Raises:
         Fault: The file is no trace, is of a newer format, or its header is damaged.
     """
-    found = format_of(file)
-    require(found == FORMAT, "attribute 'format'", FORMAT, _OTHERS.get(found, "another"))
-    check_version(file, FORMAT_VERSION[0])
-    root = {name: _attribute(file, name, kind) for name, kind in _ROOT.items()}
+    root = read_root(file)
     modules: dict[int, Module] = {}
     groups = member(file, "modules", h5py.Group)
     for name in groups:
@@ -85,9 +82,23 @@ def read_header(file: h5py.File) -> Header:
         modules[_attribute(group, "index", int)] = _read_module(group)
     expected = list(range(len(groups)))
     require(sorted(modules) == expected, "modules", f"numbers {expected}", sorted(modules))
-    for place in ("versions", "options"):
-        root[place] = _read_json(root[place], f"attribute {place!r}")
     return Header(modules=tuple(modules[index] for index in expected), **root)
+
+
+def read_root(file: h5py.File) -> dict[str, Any]:
+    """What a header says of the whole trace, by the names of `Header`.
+
+    Raises:
+        NewerFormat: The file is of a newer format.
+        Fault: The file is no trace, or this is damaged.
+    """
+    found = format_of(file)
+    require(found == FORMAT, "attribute 'format'", FORMAT, _OTHERS.get(found, "another"))
+    check_version(file, FORMAT_VERSION[0])
+    root = {name: _attribute(file, name, kind) for name, kind in _ROOT.items()}
+    for name in ("versions", "options"):
+        root[name] = _read_json(root[name], f"attribute {name!r}")
+    return root
 
 
 def format_of(file: h5py.File) -> str:
@@ -194,7 +205,7 @@ def _read_derived(group: h5py.Group, stored: tuple[str, ...]) -> tuple[str, ...]
 
 
 def _float_name(group: h5py.Group, name: str) -> str:
-    dtype = member(group, name, h5py.Dataset).dtype
+    dtype = unasked(group, name).dtype
     place = f"{group.name}/{name}"
     require(dtype.name in _FLOATS, place, " or ".join(_FLOATS), dtype)
     return str(dtype.name)

@@ -56,6 +56,19 @@ def member(group: h5py.Group, name: str, kind: type) -> Any:
     return found
 
 
+def unasked(group: h5py.Group, name: str) -> h5py.Dataset:
+    """The dataset of this name, wherever its data are: nothing but its type may be asked for yet.
+
+    Raises:
+        Fault: It is missing, is no dataset, or is a link to somewhere else.
+    """
+    place = f"{group.name.rstrip('/')}/{name}"
+    found = _member(group, name, place, "a dataset")
+    is_one = isinstance(found, h5py.Dataset)
+    require(is_one, place, "a dataset", type(found).__name__.lower())
+    return found
+
+
 def is_dataset(group: h5py.Group, name: str) -> bool:
     """Whether what has this name is a dataset. Of a link to elsewhere nobody asks.
 
