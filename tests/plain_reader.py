@@ -15,8 +15,8 @@ import numpy as np
 class PlainTrace:
     """Everything in a trace file, read at once."""
 
-    def __init__(self, path):
-        with h5py.File(path, "r", swmr=True) as file:
+    def __init__(self, path, swmr=True):
+        with h5py.File(path, "r", swmr=swmr) as file:
             assert file.attrs["format"] == "grutrace"
             assert file.attrs["format_version"][0] == 1
             # The counts first: everything else may have grown by the time it is read.

@@ -54,9 +54,9 @@ def print_report(report: MergeReport, output: Path, *, copy: bool) -> None:
         print(f"copied {report.copied / 1e6:.1f} MB, for these were not closed: {names}")
     elif copy:
         print(f"copied {report.copied / 1e6:.1f} MB")
-    if any(shard.files for shard in report.shards):
-        names = [name for shard in report.shards for name in shard.files]
-        print(f"rows stay in {len(names)} files beside it: keep them together")
+    files = sum(len(shard.files) for shard in report.shards)
+    if files:
+        print(f"rows stay in {files} files beside it: keep them together")
 
 
 def _merge_statistics(files: list[Path], output: Path) -> None:

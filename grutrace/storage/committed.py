@@ -47,7 +47,7 @@ class CommittedTables:
 
     def _read_up_to(self, counts: Any) -> Tables:
         known = self._tables
-        tables = {
+        tables: dict[str, Any] = {
             name: self._column(name, int(counts[name]), dtype, getattr(known, name, None))
             for name, dtype in TABLES.items()
         }

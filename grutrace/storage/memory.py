@@ -91,7 +91,7 @@ class MemorySink:
         ends, characters = self._strings.take()
         self._arrays["strings"].append(ends)
         self._arrays["characters"].append(characters)
-        tables = {name: self._arrays[name].joined() for name in TABLES}
+        tables: dict[str, Any] = {name: self._arrays[name].joined() for name in TABLES}
         pieces, extents = [], []
         for index, module in enumerate(self.header.modules):
             calls = tables["calls"][tables["calls"]["module"] == index]

@@ -40,7 +40,7 @@ from grutrace.storage.schema import (
 )
 from grutrace.storage.shards import open_files
 from grutrace.storage.source import Readable, Rows, SteadySource
-from grutrace.storage.stamps import Merged
+from grutrace.storage.stamps import Merged, merged_options
 from grutrace.storage.tables import Extent, Tables
 from grutrace.storage.virtual import COPIED, ITSELF, Span, create_virtual
 
@@ -150,9 +150,7 @@ class _Merge:
 
     def write(self, file: h5py.File) -> None:
         """Fill the new file."""
-        shards = [shard.account.as_json() for shard in self._shards]
-        about = {**self._header.options["shards"], "of": shards}
-        options = {**self._header.options, "shards": about}
+        options = merged_options(self._header.options, self.report.shards)
         header = replace(self._header, options=options)
         write_header(file, header)
         if self._copy:

@@ -19,8 +19,11 @@ from grutrace.storage.joined import JoinedSource
 from grutrace.storage.parts import RunSource, open_run, stamp_of
 from grutrace.storage.reader import FileSource
 from grutrace.storage.source import Source, SteadySource
-from grutrace.storage.stamps import shard_of
+from grutrace.storage.stamps import merged_of, shard_of
 from grutrace.storage.tables import Tables
+
+#: How many missing ranks are named.
+SAID = 8
 
 #: What makes a path a glob.
 _MAGIC = re.compile(r"[*?\[]")
@@ -44,7 +47,9 @@ def open_files(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) 
     if isinstance(path, (str, os.PathLike)):
         text = os.fspath(path)
         if not _MAGIC.search(text) or os.path.exists(text):
-            return open_run(path)
+            source = open_run(path)
+            _warn_of_unmerged(source)
+            return source
         found = sorted(_matching(text))
         if not found:
             raise TraceFileError(f"{text} does not exist, and no file matches it")
@@ -65,11 +70,28 @@ def _open_shards(
     opened = _opened(paths)
     try:
         source = ShardsSource(name, pattern, opened)
+        _warn(name, source.missing, opened[0][0].world_size, "no file of")
     except BaseException:
         _close(opened)
         raise
-    source.warn_of_missing()
     return source
+
+
+def _warn_of_unmerged(source: ShardSource) -> None:
+    """Say which ranks a merged file has nothing of."""
+    merged = merged_of(source.header)
+    if merged:
+        size = int(source.header.options["shards"]["world_size"])
+        there = {shard.rank for shard in merged}
+        _warn(source.name, [rank for rank in range(size) if rank not in there], size, "nothing of")
+
+
+def _warn(name: str, missing: Sequence[int], world_size: int, what: str) -> None:
+    if missing:
+        few = ", ".join(map(str, missing[:SAID])) + " and others" * (len(missing) > SAID)
+        warnings.warn(
+            f"{name}: of {world_size} ranks there is {what} {few}", GrutraceWarning, stacklevel=5
+        )
 
 
 def _is_shard(path: str) -> bool:
@@ -109,16 +131,6 @@ class ShardsSource(JoinedSource):
         """The ranks that there is no file of."""
         there = {shard.rank for shard in self._shards}
         return [rank for rank in range(self._shards[0].world_size) if rank not in there]
-
-    def warn_of_missing(self) -> None:
-        """Say which ranks are missing, if any are."""
-        if self.missing:
-            ranks = ", ".join(map(str, self.missing))
-            warnings.warn(
-                f"{self.name}: of {self._shards[0].world_size} ranks there is no file of {ranks}",
-                GrutraceWarning,
-                stacklevel=4,
-            )
 
     def refresh(self) -> Tables:
         """The tables of everything there is by now, of ranks that have come since, too."""

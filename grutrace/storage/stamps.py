@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -74,9 +75,12 @@ def merged_of(header: Header) -> tuple[Merged, ...]:
     raise Fault(_SHARDS, "a number 'world_size', and shards 'of' rising ranks below it", found)
 
 
-def world_size(header: Header) -> int:
-    """How many processes there were, where a trace is of several shards."""
-    return int(header.options["shards"]["world_size"])
+def merged_options(options: Mapping[str, Any], shards: Sequence[Merged]) -> dict[str, Any]:
+    """The options of a trace of several shards, with an account of those that it holds."""
+    if not shards:
+        return dict(options)
+    about = {**options["shards"], "of": [shard.as_json() for shard in shards]}
+    return {**options, "shards": about}
 
 
 def _merged(found: Any) -> Merged:

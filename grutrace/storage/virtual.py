@@ -89,6 +89,11 @@ def read_spans(dataset: h5d.DatasetID, place: str, column: Column) -> tuple[Span
         found.append(span)
     covered = sum(span.count for span in found)
     require(found and covered == total, place, f"{total} items in its sources", covered)
+    # Of a mapping of fixed size alone, this opens no other file.
+    kind, shape = dataset.dtype, dataset.shape
+    expected = f"{column.dtype} of shape {(total, *column.item)}"
+    fits = (kind, shape) == (column.dtype, (total, *column.item))
+    require(fits, place, expected, f"{kind} of shape {shape}")
     return tuple(found)
 
 
