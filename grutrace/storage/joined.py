@@ -147,7 +147,7 @@ class JoinedSource:
             ShardCalls(shard.rank, len(part.calls), part.closed)
             for shard, part in zip(self._shards, parts, strict=True)
         )
-        reads = _JoinedRows(self.header.modules, self._sources, self._numbers, parts)
+        reads = _JoinedRows(self, parts)
         return JoinedTables(**vars(tables) | {"shards": shards, "reads": reads})
 
     def as_of(self, tables: Tables) -> Readable:
@@ -167,25 +167,25 @@ class _JoinedRows:
     """Reads the rows of several shards that were there at one moment.
 
     Args:
-        modules: Of all shards.
-        sources: Of the shards.
-        numbers: Where the modules of each are among all.
+        joined: The shards.
         parts: The tables of each at that moment.
     """
 
-    def __init__(
-        self,
-        modules: Sequence[Module],
-        sources: Sequence[SteadySource],
-        numbers: Sequence[Numbers],
-        parts: Sequence[Tables],
-    ) -> None:
-        self._modules = modules
+    def __init__(self, joined: JoinedSource, parts: Sequence[Tables]) -> None:
+        self._name, self._shards, self._sources = joined.name, joined.shards, joined.sources
+        self._modules, self._tables = joined.header.modules, tuple(parts)
         #: By module, where there is something of it: the source, its place there, how much.
-        self._parts: list[list[tuple[SteadySource, int, Extent]]] = [[] for _ in modules]
-        for source, of_source, tables in zip(sources, numbers, parts, strict=True):
+        self._parts: list[list[tuple[SteadySource, int, Extent]]] = [[] for _ in self._modules]
+        for source, of_source, tables in zip(self._sources, joined.numbers, parts, strict=True):
             for local, number in enumerate(of_source):
                 self._parts[number].append((source, local, tables.extents[local]))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled, it is its shards, if they do not grow: then all rows stay where they are."""
+        if not all(tables.closed for tables in self._tables):
+            raise TypeError("shards that may still grow cannot be opened by another process")
+        calls = [len(tables.calls) for tables in self._tables]
+        return _opened_anew, (self._name, self._shards, self._sources, calls)
 
     def rows(self, module: int, suffix: str, quantity: str, count: int) -> Rows:
         """The first `count` rows, (count, H or I)."""
@@ -227,6 +227,18 @@ class _JoinedRows:
         kind = self._modules[module]
         site = next(site for site in kind.sites if site.suffix == suffix)
         return StackedRows(parts, (count, width(kind, site, quantity)), np.dtype(kind.dtype))
+
+
+def _opened_anew(
+    name: str, shards: Sequence[Shard], sources: Sequence[SteadySource], calls: Sequence[int]
+) -> JoinedSource:
+    """The same shards in another process, which must not have grown: that would move rows."""
+    joined = JoinedSource(name, shards, sources)
+    joined.refresh()
+    if [len(part.calls) for part in joined.parts] != list(calls):
+        joined.close()
+        raise TraceFileError(f"{name} has grown since; open it and ask it anew")
+    return joined
 
 
 def joined_tables(parts: Sequence[Tables], numbers: Sequence[Numbers], modules: int) -> Tables:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import pickle
 import shutil
 import signal
 import warnings
@@ -14,9 +15,11 @@ import pytest
 import grutrace
 from grutrace.errors import GrutraceWarning, OptionError, TraceFileError
 from grutrace.shard import Shard
+from grutrace.storage.merging import merge_shards
 from grutrace.storage.parts import Stamp, part_path
 from grutrace.storage.sinks import open_trace
 from grutrace.storage.stream import StreamSink
+from grutrace.storage.trace import Trace
 from tests.plain_reader import PlainTrace
 
 from .oracle import check_trace
@@ -280,3 +283,45 @@ def test_handles_are_let_go_of(path):
     trace.close()
     with pytest.raises(grutrace.StateError, match="closed"):
         trace["rnn.l0"].update[0]
+
+
+def test_a_look_at_shards_can_go_to_another_process(path):
+    """As tasks of dask do; unless they may grow, since that would move rows."""
+    streams = full_shards()
+    paths = write_shards(path, streams)
+    with open_trace(path.with_name("run.rank*.h5")) as trace:
+        address = pickle.dumps(trace.moment.source)
+        expected = np.array(trace["decoder/step.cell"].hidden)
+    assert len(address) < 2000
+    source = pickle.loads(address)
+    with Trace(source) as trace:
+        check_as_one(trace, streams)
+        np.testing.assert_array_equal(trace["decoder/step.cell"].hidden, expected)
+    sink = StreamSink(paths[0], shard_header(streams[0], 0, 3), "a")
+    for record in streams[2].records:
+        sink.append(record)
+    sink.flush()
+    with (
+        open_trace(path.with_name("run.rank*.h5")) as trace,
+        pytest.raises(TypeError, match="may still grow"),
+    ):
+        pickle.dumps(trace.moment.source)
+    sink.close()
+    with pytest.raises(TraceFileError, match="has grown since"):
+        pickle.loads(address)
+
+
+def test_dask_and_xarray_read_shards_and_merged_files(path):
+    pytest.importorskip("dask")
+    pytest.importorskip("xarray")
+    paths = write_shards(path, full_shards())
+    merge_shards(paths, path)
+    for opened in (path, paths):
+        with open_trace(opened) as trace:
+            site = trace["encoder.rnn.l0"]
+            found = trace.to_dask("encoder.rnn.l0", "update").compute(scheduler="threads")
+            np.testing.assert_array_equal(found, site.update)
+            dataset = trace.to_xarray("encoder.rnn.l0")
+            np.testing.assert_array_equal(dataset["hidden"].values, site.hidden)
+            sequences = np.repeat(np.arange(len(site)), site.lengths)
+            np.testing.assert_array_equal(dataset["sequence"], sequences)
