@@ -15,6 +15,7 @@ from pathlib import Path
 from grutrace.errors import GrutraceWarning, OptionError, TraceFileError
 from grutrace.shard import Shard
 from grutrace.storage.faults import reading
+from grutrace.storage.handle import released_afterwards
 from grutrace.storage.joined import JoinedSource
 from grutrace.storage.parts import RunSource, open_run, stamp_of
 from grutrace.storage.reader import FileSource
@@ -163,8 +164,9 @@ def _opened(
         for path in paths:
             source = open_run(path)
             opened.append((_shard(source, path), source))
-            # Only now it has found the other parts of its run.
-            source.refresh()
+            # Now it finds the other parts of its run; and of many shards few are read at a time.
+            with released_afterwards():
+                source.refresh()
             stamp = stamp_of(source.header)
             if stamp is not None and stamp.part > 1:
                 parts.append(os.path.realpath(path))

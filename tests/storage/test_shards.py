@@ -8,6 +8,7 @@ import pickle
 import shutil
 import signal
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -312,14 +313,19 @@ def test_a_look_at_shards_can_go_to_another_process(path):
 
 
 def test_dask_and_xarray_read_shards_and_merged_files(path):
-    pytest.importorskip("dask")
+    dask = pytest.importorskip("dask")
     pytest.importorskip("xarray")
     paths = write_shards(path, full_shards())
     merge_shards(paths, path)
     for opened in (path, paths):
-        with open_trace(opened) as trace:
+        # dask's own threads would stay for good.
+        with (
+            ThreadPoolExecutor(2) as pool,
+            dask.config.set(pool=pool, scheduler="threads"),
+            open_trace(opened) as trace,
+        ):
             site = trace["encoder.rnn.l0"]
-            found = trace.to_dask("encoder.rnn.l0", "update").compute(scheduler="threads")
+            found = trace.to_dask("encoder.rnn.l0", "update").compute()
             np.testing.assert_array_equal(found, site.update)
             dataset = trace.to_xarray("encoder.rnn.l0")
             np.testing.assert_array_equal(dataset["hidden"].values, site.hidden)
