@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -352,6 +353,35 @@ def test_a_launcher_that_torch_does_not_know(tmp_path) -> None:
         "stats.rank0000.h5",
         "stats.rank0001.h5",
     ]
+
+
+def test_deferred_shards_are_derived_into_one_file(tmp_path, capsys) -> None:
+    """By rank in memory, and from the shards, and from what is merged of them."""
+    torch.manual_seed(0)
+    layer, inline = nn.GRU(2, 3, bidirectional=True), []
+    for rank in range(2):
+        x = torch.randn(5, 2 + rank, 2)
+        with (
+            grutrace.trace(layer, record=EVERYTHING, gates="inline") as memory,
+            grutrace.trace(layer, tmp_path / "run.h5", shard=(rank, 2), gates="deferred"),
+        ):
+            layer(x)
+        inline.append(memory)
+    pattern, merged = str(tmp_path / "run.rank*.h5"), str(tmp_path / "run.h5")
+    assert main(["merge", pattern, "-o", merged]) == 0
+    for files, name in ((pattern, "one.h5"), (merged, "two.h5")):
+        full = str(tmp_path / name)
+        assert main(["derive", files, "-o", full]) == 0
+        assert main(["verify", files]) == main(["verify", full]) == 0
+        with grutrace.open(files) as trace, grutrace.open(full) as stored:
+            assert stored.calls["rank"].tolist() == trace.calls["rank"].tolist() == [0, 1]
+            assert stored.sequences["rank"].tolist() == [0, 0, 1, 1, 1]
+            for site in stored.sites:
+                expected = np.concatenate([np.asarray(each[site].update) for each in inline])
+                np.testing.assert_allclose(stored[site].update, expected, atol=1e-6)
+                np.testing.assert_allclose(trace[site].update, expected, atol=1e-6)
+                np.testing.assert_allclose(trace[site].sequence(4).update, expected[-5:], atol=1e-6)
+    capsys.readouterr()
 
 
 @pytest.mark.parametrize("option", [None, 1, "0", (2, 2), (-1, 2), (0, 1, 2), (0.5, 2), ("0", 2)])

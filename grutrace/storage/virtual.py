@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
+import numpy as np
 from h5py import h5d, h5p, h5s, h5t
 
 from grutrace.errors import TraceFileError
@@ -124,6 +125,8 @@ def create_virtual(
         return create_column(file, place, column)
     total = sum(span.count for span in spans[place])
     properties, start = h5p.create(h5p.DATASET_CREATE), 0
+    # What HDF5 gives, without a word, where a shard is gone: zeros would pass for values.
+    properties.set_fill_value(np.full((), np.nan, column.dtype))
     corner = (0,) * len(column.item)
     for span in spans[place]:
         # The first items, and not "all", which would grow with the shard.

@@ -120,6 +120,39 @@ def test_nothing_is_copied(path, monkeypatch):
     assert not any("pieces" in name or name == "calls" for name in virtual)
 
 
+@pytest.mark.parametrize("copy", [False, True])
+def test_h5py_alone_finds_in_it_what_it_finds_in_the_shards(path, copy):
+    """Nothing of grutrace reads here."""
+    paths = write_shards(path, full_shards())
+    merge_shards(paths, path, copy=copy)
+    merged, shards = PlainTrace(path, swmr=False), [PlainTrace(each) for each in paths]
+    assert len(merged.calls) == sum(len(shard.calls) for shard in shards)
+    sequences = 0
+    for number, module in enumerate(merged.modules):
+        own = [shard.modules[number] for shard in shards]
+        assert module.count == sum(each.count for each in own)
+        for suffix, site in module.sites.items():
+            sites = [each.sites[suffix] for each in own]
+            for name in ("rows", "weights"):
+                for key, found in getattr(site, name).items():
+                    parts = [getattr(each, name)[key] for each in sites]
+                    np.testing.assert_array_equal(found, np.concatenate(parts))
+                    assert found.dtype == parts[0].dtype
+            for name in ("initial", "checks"):
+                parts = [getattr(each, name) for each in sites]
+                np.testing.assert_array_equal(getattr(site, name), np.concatenate(parts))
+            assert site.labels == sites[0].labels
+            places = [(each, number) for each in own for number in range(each.count)]
+            for place, (each, number) in enumerate(places):
+                of = each.sites[suffix]
+                for quantity in site.rows:
+                    found = site.sequence(place, quantity)
+                    np.testing.assert_array_equal(found, of.sequence(number, quantity))
+                assert module.annotated(place) == each.annotated(number)
+                sequences += 1
+    assert sequences > 50
+
+
 def test_it_is_read_from_anywhere_and_moved_with_its_shards(path, tmp_path):
     streams = small_shards(3)
     paths = write_shards(path, streams)
@@ -297,6 +330,20 @@ def test_half_a_file_is_not_left_behind(path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         merge_shards(paths, path)
     assert sorted(path.parent.iterdir()) == paths
+
+
+def test_other_tools_see_no_numbers_where_a_shard_is_gone(path):
+    """HDF5 says nothing of it."""
+    paths = write_shards(path, small_shards(2))
+    merge_shards(paths, path)
+    paths[1].unlink()
+    with h5py.File(path) as file:
+        site = file["modules/rnn/l0"]
+        for name in ("update", "initial", "weight_hh", "bias_ih"):
+            half = len(site[name]) // 2
+            assert not np.isnan(site[name][:half]).any()
+            assert np.isnan(site[name][half:]).all()
+        assert np.isnan(site["checks"]["residual"][2:]).all()
 
 
 @pytest.mark.parametrize("missing", [True, False])
