@@ -15,9 +15,9 @@ import numpy as np
 class PlainTrace:
     """Everything in a trace file, read at once; what its axes are called unless asked not to."""
 
-    def __init__(self, path, labels=True):
+    def __init__(self, path, labels=True, swmr=True):
         self.has_labels = labels
-        with h5py.File(path, "r", swmr=True) as file:
+        with h5py.File(path, "r", swmr=swmr) as file:
             assert file.attrs["format"] == "grutrace"
             assert file.attrs["format_version"][0] == 1
             # The counts first: everything else may have grown by the time it is read.

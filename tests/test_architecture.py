@@ -13,14 +13,18 @@ PACKAGE = Path(__file__).parents[1] / "grutrace"
 ALLOWED = {
     "errors": set(),
     "record": set(),
+    "shard": {"errors"},
     "gru": {"errors", "record"},
-    "storage": {"errors", "record"},
+    "storage": {"errors", "record", "shard"},
     "arrays": {"errors", "record", "storage"},
-    "capture": {"errors", "record", "gru", "storage.sinks", "storage.trace", "storage.moment"},
+    "capture": {
+        *("errors", "record", "shard", "gru"),
+        *("storage.sinks", "storage.trace", "storage.moment"),
+    },
     "analysis": {"errors", "record", "gru", "storage", "statistics", "arrays.reopened"},
-    "statistics": {"errors", "record", "storage"},
+    "statistics": {"errors", "record", "shard", "storage"},
     "export": {"errors", "record", "storage"},
-    "run": {"errors", "record", "capture", "storage"},
+    "run": {"errors", "record", "shard", "capture", "storage"},
     "cli": {"errors", "record", "storage", "analysis", "statistics", "export", "run"},
     "__main__": {"cli"},
     "__init__": {"errors", "capture", "storage", "statistics"},
@@ -51,6 +55,7 @@ WRITING = {"writer", "stream", "pump", "appender", "continuing", "admission", "e
 READING = {
     *("reader", "rows", "trace", "site", "sequence", "index", "moment"),
     *("combined", "parts", "ingredients", "derived", "labels"),
+    *("joined", "shards", "stacked", "merged", "virtual", "merging"),
 }
 
 
@@ -130,6 +135,8 @@ def test_writing_and_reading_never_meet() -> None:
         ("analysis", "from grutrace import cli"),
         ("export", "from grutrace.analysis import summary"),
         ("cli", "import zarr"),
+        ("shard", "import torch.distributed"),
+        ("shard", "from grutrace.record import Header"),
         ("errors", "def f():\n    import grutrace.record"),
     ],
 )

@@ -32,6 +32,7 @@ from grutrace.storage.derived import derivations
 from grutrace.storage.moment import Moment
 from grutrace.storage.sinks import open_sink
 from grutrace.storage.site import SiteTrace
+from grutrace.storage.stamps import Merged, merged_options
 from grutrace.storage.trace import Trace
 
 #: Rows of one module that are derived at once, all sites and quantities together; one call at
@@ -63,9 +64,10 @@ def derive_file(
     target = Path(path)
     if target.exists():
         raise TraceFileError(f"{target} exists: name another file to derive to")
-    sink = open_sink(target, stored_header(trace.header))
+    moment = trace.moment
+    sink = open_sink(target, stored_header(moment))
     try:
-        _append_all(trace, sink, progress)
+        _append_all(moment, sink, progress)
         sink.close()
     except BaseException:
         # Half a trace, closed in order, would pass for a whole one.
@@ -76,8 +78,9 @@ def derive_file(
         raise
 
 
-def stored_header(header: Header) -> Header:
+def stored_header(moment: Moment) -> Header:
     """The header of the same trace with everything stored that it derives."""
+    header, shards = moment.header, moment.tables.shards
     modules = tuple(
         dataclasses.replace(module, sites=tuple(_stored(site) for site in module.sites))
         for module in header.modules
@@ -85,6 +88,8 @@ def stored_header(header: Header) -> Header:
     # The new file holds all parts of a run, and is none itself.
     options = {name: value for name, value in header.options.items() if name != "run"}
     options["gates"] = "derived"
+    copied = [Merged(shard.rank, shard.calls, shard.closed, {}) for shard in shards]
+    options = merged_options(options, copied)
     return dataclasses.replace(header, modules=modules, options=options)
 
 
@@ -92,8 +97,7 @@ def _stored(site: Site) -> Site:
     return dataclasses.replace(site, quantities=site.readable, derived=())
 
 
-def _append_all(trace: Trace, sink: Sink, progress: Callable[[int, int], None] | None) -> None:
-    moment = trace.moment
+def _append_all(moment: Moment, sink: Sink, progress: Callable[[int, int], None] | None) -> None:
     records = [_ModuleRecords(moment, number) for number in range(len(moment.header.modules))]
     calls = moment.tables.calls
     for call, module in enumerate(calls["module"].tolist()):

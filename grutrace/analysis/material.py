@@ -216,7 +216,7 @@ def _reopened(look: Look, number: int, site: Site, calls: int, dask: bool) -> _O
         found = moment.extent(number).calls
         if found != calls:
             raise StateError(
-                f"{moment.source.name} has grown from {calls} to {found} calls while it was "
+                f"the trace of {site.name} has grown from {calls} to {found} calls while it was "
                 "analysed elsewhere: wait until it is closed, or analyse it in this process"
             )
         of = _OfTrace(SiteTrace(partial(_same, moment), number, site))

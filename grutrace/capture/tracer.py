@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -47,6 +48,7 @@ from grutrace.errors import (
     UnsupportedError,
 )
 from grutrace.record import DEFAULT_RECORD, Block, Header, Record, Weights
+from grutrace.shard import ShardOption, chosen_shard, sharded
 from grutrace.storage.moment import Moment
 from grutrace.storage.sinks import Mode, SinkMaker, open_sink, open_source, recorded_calls
 from grutrace.storage.trace import Trace
@@ -93,6 +95,10 @@ class Tracer(Trace):
         units: Numbers of units, from the end if negative, or a slice; all unless asked otherwise.
             Gates and states have a column for each of them, in this order.
         steps: A slice: only these steps of each sequence, counted through all its calls.
+        shard: Whether this process writes one shard of several: ``run.rank0003.h5`` in the place of
+            ``run.h5``. True: where torch.distributed is initialized, or torchrun has started the
+            process, and there is more than one. False: never. Or ``(rank, world size)`` of the
+            user's own.
         sink: A `grutrace.Statistics`, to count figures with instead of keeping rows: then there
             is no path, and of the trace nothing can be read but its sites and its header.
         on_error: What a failing sink, such as a full disk, does to the run. ``raise``: a
@@ -130,6 +136,7 @@ class Tracer(Trace):
         dtype: StoredType | None = None,
         units: Units | None = None,
         steps: slice | None = None,
+        shard: ShardOption = True,
         sink: SinkMaker | None = None,
         on_error: OnError = "raise",
         fsync: bool = False,
@@ -149,12 +156,14 @@ class Tracer(Trace):
             on_error=on_error,
             fsync=fsync,
         )
+        own = chosen_shard(shard) if path is not None or sink is not None else None
+        path = None if path is None else sharded(Path(path), own)
         self._selections = narrow(self._select(model, sites, record), options)
         header = Header(
             model=f"{type(model).__module__}.{type(model).__qualname__}",
             created=time.time(),
             versions=versions(),
-            options={**options.as_json(), **self._stamp},
+            options={**options.as_json(), **self._stamp, **(own.options if own else {})},
             modules=tuple(each.description for each in self._selections),
         )
         self._background = Background(header.modules) if options.gates == "background" else None

@@ -13,6 +13,7 @@ from grutrace.cli.derive import derive
 from grutrace.cli.diff import diff
 from grutrace.cli.export import export
 from grutrace.cli.info import info
+from grutrace.cli.merge import merge
 from grutrace.cli.output import plain
 from grutrace.cli.run import run
 from grutrace.cli.stats import stats
@@ -36,6 +37,7 @@ app.command()(verify)
 app.command()(diff)
 app.command()(derive)
 app.command()(export)
+app.command()(merge)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,6 +13,14 @@ from grutrace.record import QUANTITIES
 NO, NO_ANSWER = 1, 2
 
 File = Annotated[Path, typer.Argument(help="A trace file.", show_default=False)]
+Files = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="FILE...",
+        help="A trace file; or the shards of several processes: run.rank*.h5",
+        show_default=False,
+    ),
+]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 Sites = Annotated[list[str] | None, typer.Option(help="Glob for names of sites. Can be repeated.")]

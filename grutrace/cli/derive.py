@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from grutrace.cli.arguments import File
+from grutrace.cli.arguments import Files
+from grutrace.cli.opening import opened
 from grutrace.cli.output import progress_bar
 from grutrace.storage.probe import look_from_outside
-from grutrace.storage.sinks import open_trace
 
 
 def derive(
-    file: File,
+    files: Files,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="The file to write.", show_default=False)
     ],
@@ -26,6 +26,6 @@ def derive(
     # Here for the same reason.
     from grutrace.analysis.derivation import derive_file
 
-    look_from_outside(file)
-    with open_trace(file) as trace, progress_bar("deriving") as advance:
+    look_from_outside(files)
+    with opened(files) as trace, progress_bar("deriving") as advance:
         derive_file(trace, output, advance)

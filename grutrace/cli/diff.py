@@ -12,8 +12,8 @@ from rich.console import Console
 from grutrace.analysis.difference import TraceDifference, compare
 from grutrace.analysis.discrepancies import Place, ValueDifference
 from grutrace.cli.arguments import NO, AsJSON, Record, Sites, names
+from grutrace.cli.opening import opened
 from grutrace.cli.output import new_table, print_json, progress_bar
-from grutrace.storage.sinks import open_trace
 
 
 def diff(
@@ -39,7 +39,7 @@ def diff(
 
     Exits with 1 if they are not the same.
     """
-    with open_trace(a) as one, open_trace(b) as other, progress_bar("comparing") as advance:
+    with opened([a]) as one, opened([b]) as other, progress_bar("comparing") as advance:
         found = compare(
             one,
             other,

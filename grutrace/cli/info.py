@@ -5,32 +5,32 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from grutrace.cli.arguments import AsJSON, File
+from grutrace.cli.arguments import AsJSON, Files
+from grutrace.cli.opening import name_of, opened
 from grutrace.cli.output import new_console, new_table, print_json, say
-from grutrace.storage.parts import parts_of
-from grutrace.storage.sinks import open_trace
 from grutrace.storage.trace import Trace
 
 #: The version that is not printed: it says where, and not with what.
 _WHERE = "platform"
 
 
-def info(file: File, as_json: AsJSON = False) -> None:
-    """Say what a trace file holds."""
-    with open_trace(file) as trace:
-        print_json(describe(trace, file)) if as_json else print_info(trace, file)
+def info(files: Files, as_json: AsJSON = False) -> None:
+    """Say what a trace holds."""
+    with opened(files) as trace:
+        name = name_of(files)
+        print_json(describe(trace, name)) if as_json else print_info(trace, name)
 
 
-def describe(trace: Trace, file: Path) -> dict[str, Any]:
+def describe(trace: Trace, name: str) -> dict[str, Any]:
     """Return what `info` says, as JSON values."""
-    header, parts = trace.header, parts_of(file)
+    header = trace.header
     return {
-        "file": str(file),
-        "parts": [str(part) for part in parts],
-        "bytes": sum(part.stat().st_size for part in parts),
+        "file": name,
+        "parts": [str(file) for file in trace.files],
+        "bytes": sum(file.stat().st_size for file in trace.files),
+        "shards": [dataclasses.asdict(shard) for shard in trace.moment.tables.shards],
         "model": header.model,
         "created": datetime.fromtimestamp(header.created, UTC).isoformat(timespec="seconds"),
         "closed": trace.closed,
@@ -57,14 +57,16 @@ def site_info(trace: Trace, name: str) -> dict[str, Any]:
     }
 
 
-def print_info(trace: Trace, file: Path) -> None:
-    """Print what a file holds."""
-    about = describe(trace, file)
+def print_info(trace: Trace, name: str) -> None:
+    """Print what a trace holds."""
+    about = describe(trace, name)
     state = "closed" if about["closed"] else "not closed: still being written, or its writer died"
     parts = f" in {len(about['parts'])} files" if len(about["parts"]) > 1 else ""
-    say(f"{file}: trace of {about['model']}, {about['bytes'] / 1e6:.1f} MB{parts}, {state}")
-    versions = [f"{name} {about['versions'][name]}" for name in about["versions"] if name != _WHERE]
+    say(f"{name}: trace of {about['model']}, {about['bytes'] / 1e6:.1f} MB{parts}, {state}")
+    versions = [f"{each} {about['versions'][each]}" for each in about["versions"] if each != _WHERE]
     say(f"recorded {about['created']} with {', '.join(versions)}")
+    for line in ranks(about):
+        say(line)
     narrowing = [f"{name} {value}" for name, value in narrowed(about["options"])]
     if narrowing:
         say(f"asked for less: {', '.join(narrowing)}")
@@ -80,6 +82,18 @@ def print_info(trace: Trace, file: Path) -> None:
             row[1] = ", ".join(site["quantities"]) + derived
             table.add_row(site["name"], *row)
     new_console().print(table)
+
+
+def ranks(about: Mapping[str, Any]) -> Iterator[str]:
+    """Yield lines that say which processes a trace is of, if there were several."""
+    options, shards = about["options"], about["shards"]
+    if "shard" in options:
+        yield f"rank {options['shard']['rank']} of {options['shard']['world_size']}"
+    if shards:
+        calls = ", ".join(f"{shard['rank']} ({shard['calls']} calls)" for shard in shards)
+        yield f"of {options['shards']['world_size']} ranks: {calls}"
+    if unclosed := [str(shard["rank"]) for shard in shards if not shard["closed"]]:
+        yield f"not closed by rank {', '.join(unclosed)}: at work still, or killed"
 
 
 def narrowed(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,8 @@ from grutrace.analysis.material import material
 from grutrace.analysis.measures import MEASURES, Measure, measure
 from grutrace.analysis.result import Result
 from grutrace.analysis.summary import SiteSummary, summarize_site, summarize_statistics
-from grutrace.cli.arguments import AsJSON, File
+from grutrace.cli.arguments import AsJSON
+from grutrace.cli.opening import opened
 from grutrace.cli.output import (
     new_console,
     new_table,
@@ -29,16 +31,19 @@ from grutrace.errors import OptionError
 from grutrace.statistics.file import is_statistics
 from grutrace.statistics.statistics import Statistics
 from grutrace.statistics.units import OPEN, SHUT
-from grutrace.storage.sinks import open_trace
 from grutrace.storage.trace import Trace
 
 
 def stats(
-    file: File,
-    name: Annotated[
-        str | None,
-        typer.Argument(metavar="[MEASURE]", help=f"One of {', '.join(MEASURES)}."),
-    ] = None,
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="FILE... [MEASURE]",
+            help="A trace file, or the shards of several processes: run.rank*.h5. "
+            f"MEASURE is one of {', '.join(MEASURES)}.",
+            show_default=False,
+        ),
+    ],
     site: Annotated[
         list[str] | None, typer.Option(help="Glob for names of sites. Can be repeated.")
     ] = None,
@@ -58,28 +63,37 @@ def stats(
 
     FILE is a trace, or what a grutrace.Statistics wrote. With MEASURE, say that of every site.
     """
+    files, name = files_and_measure(arguments)
     told = {"label": label, "against": against, "paired": paired or None}
     given: dict[str, Any] = {option: value for option, value in told.items() if value is not None}
     if name is not None:
         chosen = measure(name)
         chosen.require(given)
-        with ExitStack() as opened:
-            trace = opened.enter_context(open_trace(file))
+        with ExitStack() as open_now:
+            trace = open_now.enter_context(opened(files))
             if against is not None:
-                given["against"] = opened.enter_context(open_trace(against))
+                given["against"] = open_now.enter_context(opened([against]))
             print_results(results(trace, chosen, matching(trace, site), given), each, as_json)
         return
     if given:
         raise OptionError(f"--{next(iter(given))} needs a MEASURE: one of {', '.join(MEASURES)}")
-    if is_statistics(file):
-        found = summarize_statistics(Statistics.load(file))
+    if all(map(is_statistics, files)):
+        found = summarize_statistics(reduce(Statistics.merge, map(Statistics.load, files)))
     else:
-        with open_trace(file) as trace:
+        with opened(files) as trace:
             found = summaries(trace, matching(trace, site))
     if as_json:
         print_json([dataclasses.asdict(each) for each in found])
     else:
         print_stats(found)
+
+
+def files_and_measure(arguments: Sequence[str]) -> tuple[list[Path], str | None]:
+    """Tell files from the name of a measure, which comes last and is no file."""
+    *files, last = arguments
+    if files and not Path(last).exists():
+        return [Path(file) for file in files], last
+    return [Path(argument) for argument in arguments], None
 
 
 def matching(trace: Trace, globs: Sequence[str] | None) -> tuple[str, ...]:

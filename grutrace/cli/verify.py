@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from grutrace.cli.arguments import NO, NO_ANSWER, AsJSON, File
+from grutrace.cli.arguments import NO, NO_ANSWER, AsJSON, Files
+from grutrace.cli.opening import opened
 from grutrace.cli.output import new_console, new_table, print_json, say, with_progress
 from grutrace.storage.probe import look_from_outside
-from grutrace.storage.sinks import open_trace
 
 if TYPE_CHECKING:
     from grutrace.analysis.verification import SiteVerification
 
 
-def verify(file: File, as_json: AsJSON = False) -> None:
+def verify(files: Files, as_json: AsJSON = False) -> None:
     """Check the gates against weights, inputs and states, or else the states against the gates.
 
     Exits with 1 if a trace does not hold together, and with 2 if nothing could be checked.
@@ -25,8 +25,8 @@ def verify(file: File, as_json: AsJSON = False) -> None:
     # Here since it needs torch, which takes longer to load than the other commands to run.
     from grutrace.analysis.verification import verify_site
 
-    look_from_outside(file)
-    with open_trace(file) as trace:
+    look_from_outside(files)
+    with opened(files) as trace:
         results = [verify_site(trace, name) for name in with_progress(trace.sites, "verifying")]
     if as_json:
         print_json([dataclasses.asdict(each) | {"holds": each.holds} for each in results])

@@ -19,6 +19,7 @@ from grutrace.errors import GrutraceError, TraceFileError
 from grutrace.run.part import Part, chosen
 from grutrace.run.report import Report
 from grutrace.run.settings import Settings
+from grutrace.shard import present_shard, sharded
 from grutrace.storage.parts import (
     Stamp,
     part_path,
@@ -43,7 +44,10 @@ class Keeper:
 
     def __init__(self, settings: Settings, report: Report) -> None:
         self._settings, self._report = settings, report
-        self._first = Path(settings.output)
+        # Asked only now that the script has had time to say how many processes there are.
+        self._shard = present_shard()
+        self._first = sharded(Path(settings.output), self._shard)
+        report.output = self._first
         self._limits = Limits(settings.max_calls, settings.max_bytes)
         self._process = os.getpid()
         self._parts: weakref.WeakSet[Part] = weakref.WeakSet()
@@ -108,8 +112,9 @@ class Keeper:
         self, model: nn.Module, selections: list[Selection], path: Path, mode: Mode, number: int
     ) -> Part:
         stamp = Stamp(self._run, number)
+        options = stamp.options | (self._shard.options if self._shard else {})
         return Part(
-            model, selections, path, mode, stamp, self._settings, self._report, self._limits
+            model, selections, path, mode, options, self._settings, self._report, self._limits
         )
 
     def close(self) -> None:

@@ -29,6 +29,7 @@ from grutrace.run.settings import (
     VARIABLE,
     Settings,
 )
+from grutrace.shard import present_shard, sharded
 from grutrace.storage.parts import require_room
 
 _BOOT = Path(__file__).with_name("boot")
@@ -48,7 +49,8 @@ def launch(settings: Settings, program: Sequence[str], *, module: bool = False) 
         UnsupportedError: Python was started so that it would not load anything of ours.
     """
     _check(settings)
-    require_room(settings.output, settings.mode)
+    # As torchrun has it, which is all that can be known before the script has begun.
+    require_room(sharded(Path(settings.output), present_shard()), settings.mode)
     command = [*_interpreter(), *(["-m"] if module else []), *program]
     before = os.environ.get("PYTHONPATH")
     settings = replace(settings, output=os.path.realpath(settings.output), python_path=before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from grutrace.record import Block, Record
 from grutrace.run import texts
 from grutrace.run.report import Report, Tally
 from grutrace.run.settings import Settings
-from grutrace.storage.parts import Stamp
 from grutrace.storage.sinks import Mode
 
 
@@ -51,7 +50,7 @@ class Part(Tracer):
         selections: The layers, and what is recorded of them.
         path: Of the file.
         mode: For a file that exists.
-        stamp: Which part of which run it is.
+        stamp: Which part of which run it is, and which shard, among the options of the trace.
         settings: Of the run.
         report: Where calls are counted, and what goes wrong is said.
         limits: What the whole run may become.
@@ -66,17 +65,18 @@ class Part(Tracer):
         selections: list[Selection],
         path: Path,
         mode: Mode,
-        stamp: Stamp,
+        stamp: Mapping[str, object],
         settings: Settings,
         report: Report,
         limits: Limits,
     ) -> None:
-        self._chosen, self._stamp, self._report = selections, stamp.options, report
+        self._chosen, self._stamp, self._report = selections, stamp, report
         self._limits_of_run = limits
         super().__init__(
             model,
             path,
             mode=mode,
+            shard=False,
             stacks=settings.stacks,  # type: ignore[arg-type]
             check=settings.check,  # type: ignore[arg-type]
             gates=settings.gates,  # type: ignore[arg-type]

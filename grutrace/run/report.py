@@ -39,6 +39,8 @@ class Report:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        #: The file of the first part.
+        self.output = Path(settings.output)
         self._process = os.getpid()
         self._said: set[str] = set()
         self.tallies: list[Tally] = []
@@ -54,7 +56,7 @@ class Report:
 
     def end(self) -> None:
         """Say what was recorded."""
-        path = os.path.relpath(self._settings.output)
+        path = os.path.relpath(self.output)
         if not self.tallies:
             self.say(f"no nn.GRU or nn.GRUCell was called: {path} was not written")
             return

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 from grutrace.errors import NotRecordedError
 from grutrace.record import Header
+from grutrace.storage.source import Readable
 from grutrace.storage.tables import Tables
 
 _REFUSAL = (
@@ -25,6 +27,7 @@ class FiguresOnly:
 
     name = "statistics"
     live = True
+    files: tuple[Path, ...] = ()
 
     def __init__(self, header: Header) -> None:
         self.header = header
@@ -33,6 +36,10 @@ class FiguresOnly:
     def refresh(self) -> Tables:
         """Tables that refuse to be read."""
         return self._tables
+
+    def as_of(self, tables: Tables) -> Readable:  # noqa: ARG002
+        """Itself."""
+        return self
 
     def _refuse(self, *_arguments: Any, **_named: Any) -> NoReturn:
         raise NotRecordedError(_REFUSAL)

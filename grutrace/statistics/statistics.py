@@ -8,12 +8,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 
 from grutrace.errors import NotRecordedError, OptionError, StateError
 from grutrace.record import Header
+from grutrace.shard import Shard, present_shard, sharded
 from grutrace.statistics.accumulator import Accumulator, SiteLayout, layout_of
 from grutrace.statistics.bins import BINS, require_bins
 from grutrace.statistics.feed import Feed
@@ -21,6 +23,7 @@ from grutrace.statistics.file import StatisticsFile, load
 from grutrace.statistics.results import SiteStatistics
 from grutrace.storage.blocks import blocks
 from grutrace.storage.pump import Pump
+from grutrace.storage.stamps import shard_of
 from grutrace.storage.trace import Trace
 
 #: How often the file is rewritten while a run goes on. Seconds.
@@ -37,7 +40,8 @@ class Statistics:
     Args:
         path: A file that is kept up to date: every `save_seconds` while counting, and whenever the
             tracer is flushed or closed, or the statistics are read. It is replaced whole each time,
-            so that a run that is killed leaves the last state.
+            so that a run that is killed leaves the last state. Of several processes each has a file
+            of its own, as for `Tracer`: ``stats.rank0003.h5``.
         mode: For a file that exists: ``w`` refuses, ``overwrite`` replaces it, ``a`` goes on from
             its counts.
         bins: Bins of each histogram, a power of two from 2 to 1024.
@@ -62,11 +66,22 @@ class Statistics:
         if not save_seconds > 0:
             raise OptionError(f"save_seconds: expected more than 0, found {save_seconds!r}")
         self._bins, self._seconds = require_bins(bins), save_seconds
-        self._file = None if path is None else StatisticsFile(path, mode, fsync=fsync)
+        self._asked = None if path is None else (path, mode)
+        self._fsync, self._shard = fsync, present_shard()
+        self._attached = False
+        self._open()
+
+    def _open(self) -> None:
+        """Find a place for the file, if there is one, and what it holds already."""
+        self._file: StatisticsFile | None = None
+        if self._asked is not None:
+            path, mode = self._asked
+            self._file = StatisticsFile(sharded(Path(path), self._shard), mode, fsync=self._fsync)
         self._begin(self._file.before() if self._file else None)
-        if self._accumulator is not None and self._accumulator.bins != bins:
+        if self._file and self._accumulator and self._accumulator.bins != self._bins:
             raise OptionError(
-                f"bins: expected {self._accumulator.bins}, as in {path}; found {bins}"
+                f"bins: expected {self._accumulator.bins}, as in {self._file.path}; "
+                f"found {self._bins}"
             )
 
     def _begin(self, accumulator: Accumulator | None) -> None:
@@ -134,6 +149,7 @@ class Statistics:
                 f"{header.options.get('gates')!r}, where a call brings no gates to count"
             )
         self._require_own_process()
+        self._take_place(shard_of(header))
         with self._lock:
             if self._accumulator is None:
                 self._accumulator = Accumulator(
@@ -150,6 +166,13 @@ class Statistics:
         feed = Feed(header, accumulator, self._lock, save, self._seconds, name)
         self._pumps = [pump for pump in self._pumps if not pump.ended] + [feed.pump]
         return feed
+
+    def _take_place(self, shard: Shard | None) -> None:
+        """Have the file of the tracer's shard: the processes may have been alone until now."""
+        if not self._attached and self._asked and shard != self._shard:
+            self._shard = shard
+            self._open()
+        self._attached = True
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -305,4 +328,5 @@ class Statistics:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._bins, self._seconds, self._file = state["bins"], state["seconds"], None
+        self._asked, self._shard, self._attached = None, None, True
         self._begin(state["accumulator"])

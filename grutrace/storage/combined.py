@@ -1,15 +1,16 @@
-"""Several sources read as one trace: the parts of a run, or the shards of several processes."""
+"""Several sources read as one trace whose modules differ: the parts of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 
 from grutrace.record import Array, Header, Module
-from grutrace.storage.source import Rows, Source
+from grutrace.storage.source import Readable, Rows, SteadySource
 from grutrace.storage.tables import Tables
 
 
@@ -29,7 +30,7 @@ class CombinedSource:
     """
 
     def __init__(
-        self, name: str, sources: Sequence[Source], labels: Sequence[str] | None = None
+        self, name: str, sources: Sequence[SteadySource], labels: Sequence[str] | None = None
     ) -> None:
         self.name = name
         self.live = any(source.live for source in sources)
@@ -43,7 +44,21 @@ class CombinedSource:
         """Pickled, it is its sources, without what was read of them."""
         return CombinedSource, (self.name, self._sources, self._labels)
 
-    def add(self, source: Source) -> None:
+    @property
+    def sources(self) -> tuple[SteadySource, ...]:
+        """All of them."""
+        return tuple(self._sources)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of all sources."""
+        return tuple(file for source in self._sources for file in source.files)
+
+    def locate(self, module: int) -> tuple[SteadySource, int]:
+        """Which of the sources holds a module, and at which place."""
+        return self._places[module]
+
+    def add(self, source: SteadySource) -> None:
         """Have one more source, whose modules come last."""
         self._sources.append(source)
         self._labels.append(_label(source))
@@ -66,6 +81,10 @@ class CombinedSource:
             self._tables = latest[0] if len(latest) == 1 else combined_tables(latest)
             self._latest = latest
         return self._tables
+
+    def as_of(self, tables: Tables) -> Readable:  # noqa: ARG002
+        """The source itself: what is there stays where it is."""
+        return self
 
     def rows(self, module: int, suffix: str, quantity: str, count: int) -> Rows:
         """The first `count` rows, (count, H or I)."""
@@ -145,7 +164,7 @@ def combined_tables(parts: Sequence[Tables]) -> Tables:
         calls.append(_moved(part.calls, modules, {"tag": texts}))
         forks.append(_moved(part.forks, modules, {}))
         annotations.append(_moved(part.annotations, modules, {"name": texts}))
-        values.append(_values(part, texts))
+        values.append(annotation_values(part, texts))
         strings.append(part.strings + np.uint64(letters))
         # What nothing points at would become the beginning of the next part's first string.
         characters.append(part.characters[: int(part.strings[-1]) if len(part.strings) else 0])
@@ -175,7 +194,8 @@ def _moved(table: Array, modules: int, texts: dict[str, int]) -> Array:
     return moved
 
 
-def _values(part: Tables, texts: int) -> Array:
+def annotation_values(part: Tables, texts: int) -> Array:
+    """The values of its annotations, where they are numbers of strings those of later ones."""
     counts = part.annotations["count"].astype(np.int64)
     values = part.values[: int(counts.sum())].copy()
     values[np.repeat(part.annotations["text"] > 0, counts)] += texts
@@ -192,7 +212,7 @@ def _in_time_order(calls: Sequence[Array]) -> Array:
     return np.argsort(np.concatenate(times), kind="stable")
 
 
-def _label(source: Source) -> str:
+def _label(source: SteadySource) -> str:
     return source.header.model.rpartition(".")[2]
 
 

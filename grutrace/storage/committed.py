@@ -54,7 +54,7 @@ class CommittedTables:
         known = self._tables
         # Each table fits into the file, but many could be the same part of it, and all are read.
         self._left = self._handle.size
-        tables = {
+        tables: dict[str, Any] = {
             name: self._column(name, int(counts[name]), dtype, getattr(known, name, None))
             for name, dtype in TABLES.items()
         }

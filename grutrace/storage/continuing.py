@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
 from grutrace.errors import TraceFileError
 from grutrace.record import Header
+from grutrace.shard import Shard
 from grutrace.storage.committed import CommittedTables
+from grutrace.storage.differences import difference, module_differences
 from grutrace.storage.faults import reading
 from grutrace.storage.handle import ReadHandle
 from grutrace.storage.header import read_header
 from grutrace.storage.schema import check_column, layout
+from grutrace.storage.stamps import merged_of, shard_of
 from grutrace.storage.tables import Tables, lengths
 
 
@@ -28,46 +30,37 @@ def existing_tables(path: Path, header: Header) -> Tables:
         try:
             with handle.lent() as file:
                 before = read_header(file)
-                tables = CommittedTables(handle, before.modules).read()
-                counts = lengths(tables, before.modules)
-                for place, column in layout(before.modules).items():
-                    check_column(handle.dataset(place, counts[place]), place, column)
+                merged, shard = merged_of(before), shard_of(before)
+                # A writer would write to the shards, through the virtual datasets of this file.
+                tables = None if merged else _checked_tables(handle, before)
         finally:
             handle.close()
+    if tables is None:
+        raise TraceFileError(f"{path} was merged of shards: nothing can be appended to it")
     if not tables.closed:
         raise TraceFileError(
             f"{path} was not closed in order: its writer is still at work or died. It can be read "
             "with grutrace.open, but nothing can be appended to it"
         )
-    for difference in _differences(before, header):
-        raise TraceFileError(
-            f"{path} holds another trace, which this one cannot go on: {difference}"
-        )
+    for found in _differences(before, header, shard):
+        raise TraceFileError(f"{path} holds another trace, which this one cannot go on: {found}")
     return tables
 
 
-def _differences(before: Header, now: Header) -> Iterator[str]:
+def _checked_tables(handle: ReadHandle, header: Header) -> Tables:
+    tables = CommittedTables(handle, header.modules).read()
+    counts = lengths(tables, header.modules)
+    for place, column in layout(header.modules).items():
+        check_column(handle.dataset(place, counts[place]), place, column)
+    return tables
+
+
+def _differences(before: Header, now: Header, shard: Shard | None) -> Iterator[str]:
+    here = shard_of(now)
+    if shard and here and (shard.rank, shard.world_size) != (here.rank, here.world_size):
+        yield difference("shard", *(f"{each.rank} of {each.world_size}" for each in (shard, here)))
     paths = [module.path for module in before.modules]
     if paths != [module.path for module in now.modules]:
-        yield _difference("modules", paths, [module.path for module in now.modules])
+        yield difference("modules", paths, [module.path for module in now.modules])
     for module, other in zip(before.modules, now.modules, strict=False):
-        place = f"module {module.path!r}"
-        yield from _field_differences(place, module, other, leave_out="sites")
-        names = [site.suffix for site in module.sites]
-        if names != [site.suffix for site in other.sites]:
-            yield _difference(f"sites of {place}", names, [site.suffix for site in other.sites])
-        for site, other_site in zip(module.sites, other.sites, strict=False):
-            yield from _field_differences(f"site {site.name!r}", site, other_site)
-
-
-def _field_differences(
-    place: str, before: object, now: object, leave_out: str = ""
-) -> Iterator[str]:
-    for field in dataclasses.fields(before):  # type: ignore[arg-type]
-        old, new = getattr(before, field.name), getattr(now, field.name)
-        if old != new and field.name != leave_out:
-            yield _difference(f"{field.name} of {place}", old, new)
-
-
-def _difference(place: str, before: object, now: object) -> str:
-    return f"{place}: there {before!r}, here {now!r}"
+        yield from module_differences(module, other)

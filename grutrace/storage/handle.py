@@ -19,6 +19,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from h5py import h5d
 
 from grutrace.errors import StateError, TraceFileError
 from grutrace.record import Array
@@ -92,6 +93,15 @@ class ReadHandle:
             self._require_data(dataset, place, count)
         self._datasets[place] = (dataset, max(count, seen))
         return dataset
+
+    def unshaped(self, place: str) -> h5d.DatasetID:
+        """A dataset of which nothing was asked yet: it may be virtual. Ask while the file is lent.
+
+        Raises:
+            Fault: It is missing, no dataset, or behind a link to elsewhere.
+        """
+        group, name = _group_of(self._file, place)
+        return member(group, name, h5py.Dataset).id
 
     def scalar(self, place: str, dtype: np.dtype[Any]) -> Array:
         """The present value of a scalar dataset. Ask while the file is lent.
@@ -235,10 +245,15 @@ def _refresh(dataset: h5py.Dataset) -> None:
 
 
 def _walk(file: h5py.File, place: str) -> h5py.Dataset:
+    group, name = _group_of(file, place)
+    dataset = member(group, name, h5py.Dataset)
+    require_own_data(dataset, place)
+    return dataset
+
+
+def _group_of(file: h5py.File, place: str) -> tuple[h5py.Group, str]:
     *groups, name = place.split("/")
     group = file
     for part in groups:
         group = member(group, part, h5py.Group)
-    dataset = member(group, name, h5py.Dataset)
-    require_own_data(dataset, place)
-    return dataset
+    return group, name

@@ -78,12 +78,7 @@ def read_header(file: h5py.File) -> Header:
     Raises:
         Fault: The file is no trace, is of a newer format, or its header is damaged.
     """
-    found = format_of(file)
-    require(found == FORMAT, "attribute 'format'", FORMAT, _OTHERS.get(found, "another"))
-    check_version(file, FORMAT_VERSION[0])
-    root = {name: _attribute(file, name, kind) for name, kind in _ROOT.items()}
-    place = "attribute 'created'"
-    require(0 <= root["created"] < _LATEST, place, "seconds since the epoch", root["created"])
+    root = read_root(file)
     modules: dict[int, Module] = {}
     groups = member(file, "modules", h5py.Group)
     for name in groups:
@@ -93,11 +88,27 @@ def read_header(file: h5py.File) -> Header:
     require(sorted(modules) == expected, "modules", f"numbers {expected}", sorted(modules))
     names = [site.name for module in modules.values() for site in module.sites]
     require(len(set(names)) == len(names), "modules", "a name of its own for each site", names)
-    for place in ("versions", "options"):
-        root[place] = _read_json(root[place], f"attribute {place!r}")
+    return Header(modules=tuple(modules[index] for index in expected), **root)
+
+
+def read_root(file: h5py.File) -> dict[str, Any]:
+    """What a header says of the whole trace, by the names of `Header`.
+
+    Raises:
+        NewerFormat: The file is of a newer format.
+        Fault: The file is no trace, or this is damaged.
+    """
+    found = format_of(file)
+    require(found == FORMAT, "attribute 'format'", FORMAT, _OTHERS.get(found, "another"))
+    check_version(file, FORMAT_VERSION[0])
+    root = {name: _attribute(file, name, kind) for name, kind in _ROOT.items()}
+    place = "attribute 'created'"
+    require(0 <= root["created"] < _LATEST, place, "seconds since the epoch", root["created"])
+    for name in ("versions", "options"):
+        root[name] = _read_json(root[name], f"attribute {name!r}")
     texts = all(isinstance(version, str) for version in root["versions"].values())
     require(texts, "attribute 'versions'", "texts", "something else")
-    return Header(modules=tuple(modules[index] for index in expected), **root)
+    return root
 
 
 def format_of(file: h5py.File) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from grutrace.errors import NotRecordedError
 from grutrace.record import Array, Module, Site
 from grutrace.storage.index import Integers, ModuleIndex, compact
-from grutrace.storage.source import Source
+from grutrace.storage.source import Readable
 from grutrace.storage.tables import Extent
 
 #: How much is brought into memory at once to derive from. Bytes.
@@ -51,7 +51,7 @@ class SiteIngredients:
     """Finds what the gates of a site follow from.
 
     Args:
-        source: Of the trace.
+        source: What the trace is read from.
         index: Of the module.
         extent: Of the module.
         calls: The table of all calls.
@@ -62,7 +62,7 @@ class SiteIngredients:
 
     def __init__(
         self,
-        source: Source,
+        source: Readable,
         index: ModuleIndex,
         extent: Extent,
         calls: Array,

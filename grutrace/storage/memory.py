@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from grutrace.storage.schema import (
     site_place,
     weight_shapes,
 )
+from grutrace.storage.source import Readable
 from grutrace.storage.strings import Strings
 from grutrace.storage.tables import Tables, extent
 
@@ -40,6 +42,7 @@ class MemorySink:
 
     name = "memory"
     live = True
+    files: tuple[Path, ...] = ()
 
     def __init__(self, header: Header, prepare: Prepare | None = None) -> None:
         self.header, self._prepare = header, prepare
@@ -88,7 +91,7 @@ class MemorySink:
         ends, characters = self._strings.take()
         self._arrays["strings"].append(ends)
         self._arrays["characters"].append(characters)
-        tables = {name: self._arrays[name].joined() for name in TABLES}
+        tables: dict[str, Any] = {name: self._arrays[name].joined() for name in TABLES}
         pieces, extents = [], []
         for index, module in enumerate(self.header.modules):
             calls = tables["calls"][tables["calls"]["module"] == index]
@@ -108,6 +111,10 @@ class MemorySink:
         for record in finished:
             self._admission.admit(record)
         return finished
+
+    def as_of(self, tables: Tables) -> Readable:  # noqa: ARG002
+        """The sink itself: what is there stays where it is."""
+        return self
 
     def rows(self, module: int, suffix: str, quantity: str, count: int) -> Array:
         """The first `count` rows, (count, H or I)."""

@@ -12,6 +12,7 @@ from grutrace.storage.derived import DerivedInput, DerivedRows
 from grutrace.storage.index import AnnotationIndex, ModuleIndex
 from grutrace.storage.ingredients import SiteIngredients
 from grutrace.storage.source import Rows, Source
+from grutrace.storage.stamps import shard_of
 from grutrace.storage.tables import Extent, Tables
 
 #: One row a call. Texts are Python strings: one object however many rows bear it.
@@ -25,6 +26,7 @@ CALLS = np.dtype(
         ("steps", np.int64),
         ("time", np.float64),
         ("residual", np.float32),
+        ("rank", np.int64),
     ]
 )
 
@@ -40,6 +42,7 @@ SEQUENCES = np.dtype(
         ("parent", np.int64),
         ("parent_steps", np.int64),
         ("tag", object),
+        ("rank", np.int64),
     ]
 )
 
@@ -53,7 +56,7 @@ class Moment:
     """
 
     def __init__(self, source: Source, tables: Tables) -> None:
-        self.source = source
+        self.source = source.as_of(tables)
         self.header = source.header
         self.tables = tables
         self._indices: dict[int, ModuleIndex] = {}
@@ -138,6 +141,15 @@ class Moment:
         return np.asarray(labels[self.tables.calls["tag"]])
 
     @cached_property
+    def ranks(self) -> Array:
+        """(calls,) the rank of the process that made each call; 0 where there was but one."""
+        shards = self.tables.shards
+        if shards:
+            return np.repeat([each.rank for each in shards], [each.calls for each in shards])
+        shard = shard_of(self.header)
+        return np.full(len(self.tables.calls), shard.rank if shard else 0)
+
+    @cached_property
     def calls(self) -> Array:
         """(calls,) of type `CALLS`."""
         tables = self.tables
@@ -145,7 +157,7 @@ class Moment:
         for name in ("weights", "batch", "time"):
             calls[name] = tables.calls[name]
         calls["training"] = tables.calls["training"] > 0
-        calls["tag"] = self.tags
+        calls["tag"], calls["rank"] = self.tags, self.ranks
         for number, module in enumerate(self.header.modules):
             index = self.index(number)
             of_module = index.call_numbers
@@ -182,4 +194,5 @@ class Moment:
         sequences["pieces"] = np.diff(index.bounds)
         sequences["parent"], sequences["parent_steps"] = index.parents
         sequences["tag"] = self.tags[sequences["call"]]
+        sequences["rank"] = self.ranks[sequences["call"]]
         return sequences

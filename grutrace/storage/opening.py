@@ -19,6 +19,10 @@ from grutrace.storage.kinds import HEAD, SIGNATURE, kind_of
 #: Memory in which HDF5 keeps the chunks of one dataset that were read last: four of rows. Bytes.
 CHUNK_CACHE = 1024 * 1024
 
+#: Places in the table of those chunks, a prime. HDF5 2.0 has 8191, which is 64 KiB for each dataset
+#: that is open, and shards have thousands.
+SLOTS = 101
+
 #: How often HDF5 reads a piece of its metadata that does not match its checksum, since a writer may
 #: be putting it down. It waits for a nanosecond, then for two, then four; left alone, it tries 100
 #: times. These are an eighth of a second together.
@@ -104,8 +108,8 @@ def _head(path: Path) -> bytes:
 
 def _access() -> h5p.PropFAID:
     access = h5p.create(h5p.FILE_ACCESS)
-    metadata, slots, _, preference = access.get_cache()
-    access.set_cache(metadata, slots, CHUNK_CACHE, preference)
+    metadata, _, _, preference = access.get_cache()
+    access.set_cache(metadata, SLOTS, CHUNK_CACHE, preference)
     access.set_libver_bounds(h5f.LIBVER_V110, h5f.LIBVER_V110)
     # Best effort: a file system may have no locks.
     access.set_file_locking(True, True)

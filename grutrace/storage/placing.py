@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from grutrace.errors import TraceFileError
+from grutrace.errors import GrutraceError, TraceFileError
 
 
 def room_for(path: Path, mode: str) -> Path:
@@ -73,5 +73,7 @@ def naming(path: Path, done: str) -> Iterator[None]:
     """Turn what h5py raises into a `TraceFileError` that names the file."""
     try:
         yield
+    except GrutraceError:
+        raise
     except (OSError, RuntimeError, ValueError, TypeError) as error:
         raise TraceFileError(f"{path} cannot be {done}: {error}") from error

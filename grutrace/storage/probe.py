@@ -9,12 +9,16 @@ dataset lie. It takes a third of a second for a small trace.
 from __future__ import annotations
 
 import contextlib
+import glob
 import math
 import os
 import signal
 import subprocess
 import sys
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import h5py
 
@@ -22,7 +26,11 @@ from grutrace.errors import GrutraceError, TraceFileError
 from grutrace.storage.faults import reading
 from grutrace.storage.members import is_dataset, member, require_own_data
 from grutrace.storage.opening import no_plugins, open_for_reading
-from grutrace.storage.parts import open_run, part_files, parts_of
+from grutrace.storage.parts import part_files
+from grutrace.storage.shards import open_files
+
+#: What is looked at: a file, or a glob or paths of shards.
+Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 #: How long the look may take. The largest trace that was tried, of a million calls, takes two.
 #: Seconds.
@@ -48,22 +56,24 @@ _LOOK = """
 import sys
 sys.path[:] = {path!r}
 from grutrace.storage.probe import look
-look({file!r})
+look({files!r})
 """
 
 
-def look_from_outside(path: str | os.PathLike[str], limit: float = LIMIT) -> None:
+def look_from_outside(path: Paths, limit: float = LIMIT) -> None:
     """Let another process look at a trace first. Errors that it meets are left to whoever reads.
 
     Args:
-        path: Of the trace.
+        path: Of the trace; or a glob or paths of shards.
         limit: How long it may take, in seconds.
 
     Raises:
         TraceFileError: HDF5 crashes on the file, or does not come to an end.
     """
     ours = str(Path(__file__).resolve().parents[2])
-    code = _LOOK.format(path=[ours, *filter(None, sys.path)], file=os.fspath(path))
+    files = [os.fspath(each) for each in ([path] if isinstance(path, (str, os.PathLike)) else path)]
+    code = _LOOK.format(path=[ours, *filter(None, sys.path)], files=files)
+    name = ", ".join(files)
     which = f"HDF5 {h5py.version.hdf5_version}"
     try:
         done = subprocess.run(
@@ -76,26 +86,30 @@ def look_from_outside(path: str | os.PathLike[str], limit: float = LIMIT) -> Non
         )
     except subprocess.TimeoutExpired:
         raise TraceFileError(
-            f"{path} is damaged: {which} had not come to an end with it after {limit:g} s"
+            f"{name} is damaged: {which} had not come to an end with it after {limit:g} s"
         ) from None
     if done.returncode == _TOO_MUCH:
         raise TraceFileError(
-            f"{path} is damaged: {which} asks for more memory than such a file can hold"
+            f"{name} is damaged: {which} asks for more memory than such a file can hold"
         )
     if done.returncode < 0:
-        name = signal.Signals(-done.returncode).name
-        raise TraceFileError(f"{path} is damaged: {which} crashes on it ({name})")
+        ended = signal.Signals(-done.returncode).name
+        raise TraceFileError(f"{name} is damaged: {which} crashes on it ({ended})")
     if done.returncode:
-        raise TraceFileError(f"{path} could not be looked at by a process of its own")
+        raise TraceFileError(f"{name} could not be looked at by a process of its own")
 
 
-def look(path: str) -> None:
+def look(paths: Sequence[str]) -> None:
     """Read everything of a trace that HDF5 itself interprets, as the other process does."""
-    _limit(path)
+    _limit(paths)
+    # What is doubtful about shards is said by whoever reads them.
+    warnings.simplefilter("ignore")
     try:
         with no_plugins():
-            open_run(path).close()
-            for part in parts_of(path):
+            source = open_files(paths[0] if len(paths) == 1 else paths)
+            files = source.files
+            source.close()
+            for part in files:
                 with reading(part), open_for_reading(part) as file:
                     _look_into(file, DEPTH)
     except GrutraceError as error:
@@ -112,6 +126,9 @@ def _look_into(group: h5py.Group, depth: int) -> None:
 
 
 def _look_at(dataset: h5py.Dataset) -> None:
+    if dataset.is_virtual:
+        # Its data are in the shards, which are looked at by themselves.
+        return
     require_own_data(dataset, dataset.name)
     item = math.prod(dataset.shape[1:]) * dataset.dtype.itemsize
     if dataset.shape and item <= dataset.file.id.get_filesize():
@@ -119,7 +136,7 @@ def _look_at(dataset: h5py.Dataset) -> None:
             dataset[row : row + 1]
 
 
-def _limit(path: str) -> None:
+def _limit(paths: Sequence[str]) -> None:
     """Leave no core behind, and take no more memory than a trace of this size can ask for."""
     try:
         import resource
@@ -127,6 +144,8 @@ def _limit(path: str) -> None:
         return
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError, ValueError):
-        size = sum(part.stat().st_size for part in (Path(path), *part_files(path).values()))
+        files = {file for path in paths for file in (path, *glob.glob(path))}
+        parts = [part for file in files for part in (Path(file), *part_files(file).values())]
+        size = sum(part.stat().st_size for part in parts if part.exists())
         most = ROOM + PER_BYTE * size
         resource.setrlimit(resource.RLIMIT_AS, (most, most))

@@ -16,6 +16,7 @@ from grutrace.storage.committed import CommittedTables
 from grutrace.storage.faults import reading
 from grutrace.storage.handle import ReadHandle
 from grutrace.storage.header import read_header
+from grutrace.storage.merged import MergedColumns
 from grutrace.storage.rows import FileRows
 from grutrace.storage.schema import (
     check_column,
@@ -24,6 +25,8 @@ from grutrace.storage.schema import (
     site_place,
     weight_shapes,
 )
+from grutrace.storage.source import Readable, Rows
+from grutrace.storage.stamps import shard_of
 from grutrace.storage.tables import Tables, lengths
 
 
@@ -53,12 +56,23 @@ class FileSource:
     def _begin(self) -> None:
         with self._handle.lent() as file:
             self.header = read_header(file)
+            shard_of(self.header)
             self._columns = layout(self.header.modules)
-            for place, column in self._columns.items():
-                check_column(self._handle.dataset(place, 0), place, column)
+            self._merged = MergedColumns(self._path, self._handle, self.header, self._columns)
+            own = [place for place in self._columns if place not in self._merged]
+            for place in own:
+                check_column(self._handle.dataset(place, 0), place, self._columns[place])
             self._tables = CommittedTables(self._handle, self.header.modules)
-            for place, count in lengths(self._tables.read(), self.header.modules).items():
-                self._handle.dataset(place, count)
+            tables = self._merged.ranked(self._tables.read())
+            counts = lengths(tables, self.header.modules)
+            for place in own:
+                self._handle.dataset(place, counts[place])
+            self._merged.require_lengths(counts)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The file; and the shards beside it, if it was merged of some."""
+        return (self._path, *self._merged.files)
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickled, it is its path: another process opens the file anew."""
@@ -71,45 +85,56 @@ class FileSource:
             TraceFileError: The file is damaged.
         """
         with reading(self._path), self._handle.lent():
-            return self._tables.read()
+            return self._merged.ranked(self._tables.read())
 
-    def rows(self, module: int, suffix: str, quantity: str, count: int) -> FileRows:
+    def as_of(self, tables: Tables) -> Readable:  # noqa: ARG002
+        """The source itself: what is there stays where it is."""
+        return self
+
+    def rows(self, module: int, suffix: str, quantity: str, count: int) -> Rows:
         """The first `count` rows, (count, H or I), read when they are indexed."""
         kind = self.header.modules[module]
         return self._rows(quantity_place(kind, self._site(module, suffix), quantity), count)
 
-    def initial(self, module: int, suffix: str, count: int) -> FileRows:
+    def initial(self, module: int, suffix: str, count: int) -> Rows:
         """The states that the first `count` sequences began from, (count, H)."""
         return self._rows(site_place(self.header.modules[module], suffix, "initial"), count)
 
     def checks(self, module: int, suffix: str, count: int) -> Array:
         """Of the module's first `count` calls, (count,) of type `schema.CHECK`."""
-        place = site_place(self.header.modules[module], suffix, "checks")
-        with self._dataset(place, count) as dataset:
-            return np.asarray(dataset[:count])
+        return self._items(site_place(self.header.modules[module], suffix, "checks"), 0, count)
 
     def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
         """One version of a site's weights."""
         kind = self.header.modules[module]
-        weights = {}
-        for name in weight_shapes(kind, self._site(module, suffix)):
-            with self._dataset(site_place(kind, suffix, name), version + 1) as dataset:
-                weights[name] = np.asarray(dataset[version])
-        return weights
+        return {
+            name: self._items(site_place(kind, suffix, name), version, version + 1)[0]
+            for name in weight_shapes(kind, self._site(module, suffix))
+        }
 
     def close(self) -> None:
         """Close the file. Closing twice does nothing."""
+        self._merged.close()
         self._handle.close()
 
     def _site(self, module: int, suffix: str) -> Site:
         sites = self.header.modules[module].sites
         return next(site for site in sites if site.suffix == suffix)
 
-    def _rows(self, place: str, count: int) -> FileRows:
+    def _rows(self, place: str, count: int) -> Rows:
+        if place in self._merged:
+            return self._merged.rows(place)
         column = self._columns[place]
         lent: Callable[[], AbstractContextManager[h5py.Dataset]]
         lent = partial(self._dataset, place, count)
         return FileRows(lent, (count, *column.item), column.dtype)  # type: ignore[arg-type]
+
+    def _items(self, place: str, start: int, stop: int) -> Array:
+        if place in self._merged:
+            with reading(self._path):
+                return self._merged.items(place, start, stop)
+        with self._dataset(place, stop) as dataset:
+            return np.asarray(dataset[start:stop])
 
     @contextmanager
     def _dataset(self, place: str, count: int) -> Iterator[h5py.Dataset]:

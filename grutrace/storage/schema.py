@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -265,20 +265,36 @@ def shared_inputs(modules: Sequence[Module]) -> Iterator[tuple[str, str]]:
                 )
 
 
-def create_datasets(file: h5py.File, modules: Sequence[Module]) -> None:
-    """Create everything that `layout` lists, empty, and `committed`, all zero."""
+def create_datasets(
+    file: h5py.File,
+    modules: Sequence[Module],
+    create: Callable[[h5py.File, str, Column], h5py.Dataset] | None = None,
+) -> None:
+    """Create everything that `layout` lists, empty, and `committed`, all zero.
+
+    Args:
+        file: The file.
+        modules: Of the trace.
+        create: Creates a column at a place; `create_column` unless given.
+    """
+    create = create or create_column
     file.create_dataset("committed", data=np.zeros((), COMMITTED))
     for place, column in layout(modules).items():
-        dataset = file.create_dataset(
-            place,
-            shape=(0, *column.item),
-            maxshape=(None, *column.item),
-            chunks=column.chunks,
-            dtype=column.dtype,
-            # Rows are written whole before anyone may read them: filling first is work for nothing.
-            fill_time="never",
-        )
+        dataset = create(file, place, column)
         for axis, label in enumerate(column.axes):
             dataset.dims[axis].label = label
     for place, target in shared_inputs(modules):
         file[place] = file[target]
+
+
+def create_column(file: h5py.File, place: str, column: Column) -> h5py.Dataset:
+    """Create a dataset that grows, empty."""
+    return file.create_dataset(
+        place,
+        shape=(0, *column.item),
+        maxshape=(None, *column.item),
+        chunks=column.chunks,
+        dtype=column.dtype,
+        # Rows are written whole before anyone may read them: filling first is work for nothing.
+        fill_time="never",
+    )

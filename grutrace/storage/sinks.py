@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from grutrace.errors import OptionError
 from grutrace.record import Header, Sink
 from grutrace.storage.memory import MemorySink
-from grutrace.storage.parts import open_run
 from grutrace.storage.preparing import Prepare
 from grutrace.storage.reader import FileSource
+from grutrace.storage.shards import open_files
 from grutrace.storage.source import Source
 from grutrace.storage.stream import StreamSink
 from grutrace.storage.tables import Tables
@@ -82,18 +83,26 @@ def recorded_calls(source: Source) -> int:
     return len(source.refresh().calls) if counted is None else counted
 
 
-def open_trace(path: str | os.PathLike[str]) -> Trace:
+def open_trace(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Trace:
     """Open a trace file: complete, being written, or left behind by a writer that died.
 
-    The first part of a `grutrace run` is opened with all other parts, as one trace.
+    The first part of a `grutrace run` is opened with all other parts, as one trace; and so are the
+    shards of several processes, by a glob such as ``run.rank*.h5`` or by their paths.
 
     Use it as a context manager, or close it.
 
+    Args:
+        path: Of a file; or a glob or paths of shards.
+
     Raises:
-        TraceFileError: It is not there, is no trace, is of a newer format, or is damaged; or a
-            part of its run is.
+        OptionError: There is no path.
+        TraceFileError: A file is not there, is no trace, is of a newer format, or is damaged; or
+            shards are of different runs or models.
+
+    Warns:
+        GrutraceWarning: There is no file of some rank.
     """
-    source = open_run(path)
+    source = open_files(path)
     try:
         return Trace(source)
     except BaseException:

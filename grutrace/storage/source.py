@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -31,27 +32,8 @@ class Rows(Protocol):
         """What NumPy gives for an integer, slice, integer array or mask, or two of them."""
 
 
-@runtime_checkable
-class Source(Protocol):
-    """Where a trace is read from. A reader asks for the tables, and for no more than they count.
-
-    Modules are named by their place in the header, sites by their suffix.
-
-    One that reads files can be pickled: that takes little, and gives one which opens the same files
-    anew, in the same process or another. Pickling one in memory raises a `TypeError`.
-    """
-
-    name: str
-    header: Header
-
-    #: Whether this process is the one that records, and a trace shows at any time all there is.
-    live: bool
-
-    def refresh(self) -> Tables:
-        """The tables of everything there is by now, always a consistent prefix of the trace.
-
-        If nothing came since the last time, they are the same object.
-        """
+class Readable(Protocol):
+    """Rows, states, checks and weights, of modules by their place and sites by their suffix."""
 
     def rows(self, module: int, suffix: str, quantity: str, count: int) -> Rows:
         """The first `count` rows, (count, H or I)."""
@@ -65,5 +47,43 @@ class Source(Protocol):
     def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
         """One version of a site's weights: (3H, I), (3H, H) and, if it has biases, twice (3H,)."""
 
+
+@runtime_checkable
+class Source(Protocol):
+    """Where a trace is read from. A reader asks for the tables, and for no more than they count.
+
+    Modules are named by their place in the header.
+
+    What reads its files (see `as_of`) can be pickled: that takes little, and gives a source that
+    opens the same files anew, in the same process or another. Of one in memory, or of shards that
+    may still grow, that raises a `TypeError`.
+    """
+
+    name: str
+    header: Header
+
+    #: Whether this process is the one that records, and a trace shows at any time all there is.
+    live: bool
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What it is read from; nothing where it is in memory."""
+
+    def refresh(self) -> Tables:
+        """The tables of everything there is by now, always a consistent prefix of the trace.
+
+        If nothing came since the last time, they are the same object.
+        """
+
+    def as_of(self, tables: Tables) -> Readable:
+        """What reads just the rows that these tables count, which `refresh` gave earlier.
+
+        Mostly the source itself, since a trace grows at its end. One of several shards does not.
+        """
+
     def close(self) -> None:
         """Let go of everything. Closing twice does nothing."""
+
+
+class SteadySource(Source, Readable, Protocol):
+    """A source whose rows stay where they are, so that it reads them at any time."""

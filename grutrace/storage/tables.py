@@ -38,6 +38,21 @@ class Extent:
 
 
 @dataclass(frozen=True)
+class ShardCalls:
+    """The calls of one of several processes.
+
+    Attributes:
+        rank: Of the process.
+        calls: How many there are.
+        closed: Whether the process closed its file in order.
+    """
+
+    rank: int
+    calls: int
+    closed: bool
+
+
+@dataclass(frozen=True)
 class Tables:
     """A consistent prefix of a trace, without its rows. Types are those of `schema`.
 
@@ -51,6 +66,8 @@ class Tables:
         pieces: By module, (pieces,).
         extents: By module, how much of it there is.
         closed: Whether no more will come.
+        shards: Which processes made the calls, those of one after those of another; none where the
+            header says it all.
     """
 
     calls: Array
@@ -62,6 +79,7 @@ class Tables:
     pieces: tuple[Array, ...]
     extents: tuple[Extent, ...]
     closed: bool
+    shards: tuple[ShardCalls, ...] = ()
 
     @cached_property
     def texts(self) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,9 @@ class Trace:
 
         Fields: module (its path), tag (or None), weights (their version), training, batch, steps
         (of all its sequences together), time (seconds since the epoch), residual (the largest of
-        the module's sites; not a number where gates are derived when read).
+        the module's sites; not a number where gates are derived when read), rank (of the process
+        that made it; 0 where there was but one). Calls of several ranks are in the order of the
+        ranks.
         """
         return self._look().calls
 
@@ -83,7 +86,8 @@ class Trace:
 
         Fields: module (its path), sequence (its number there), call (its first, a row of `calls`),
         place (in that call's batch), steps, pieces (calls that it went through), parent and
-        parent_steps (-1 where it did not begin inside another), tag (of its first call, or None).
+        parent_steps (-1 where it did not begin inside another), tag (of its first call, or None),
+        rank (of the process that recorded it; 0 where there was but one).
         """
         return self._look().sequences
 
@@ -101,6 +105,11 @@ class Trace:
     def options(self) -> Mapping[str, Any]:
         """The options of the trace."""
         return self.header.options
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What it is read from: a file, the parts of a run, shards; nothing for one in memory."""
+        return self._source.files
 
     @property
     def moment(self) -> Moment:

@@ -93,7 +93,7 @@ def test_parts_in_files_grow_and_show_what_one_trace_shows(tmp_path):
 def test_control_the_comparison_sees_what_is_not_moved(wrong, monkeypatch):
     stream = full_stream()
     if wrong == "texts":
-        monkeypatch.setattr(combined, "_values", lambda part, _: part.values)
+        monkeypatch.setattr(combined, "annotation_values", lambda part, _: part.values)
     elif wrong == "time":
         monkeypatch.setattr(
             combined, "_in_time_order", lambda calls: np.arange(sum(map(len, calls)))

@@ -114,7 +114,7 @@ distributed.init_process_group(
     "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
 )
 expected = train()
-found = train(lambda model: grutrace.Tracer(model, f"{folder}/rank{rank}.h5", check="raise"))
+found = train(lambda model: grutrace.Tracer(model, f"{folder}/run.h5", check="raise"))
 distributed.destroy_process_group()
 assert len(expected) == len(found) > 8
 assert all(map(torch.equal, expected, found))
@@ -136,7 +136,7 @@ def test_two_ranks_each_with_its_own_file(tmp_path) -> None:
         assert each.returncode == 0, error.decode()
     inputs = []
     for rank in range(2):
-        with grutrace.open(tmp_path / f"rank{rank}.h5") as found:
+        with grutrace.open(tmp_path / f"run.rank{rank:04}.h5") as found:
             assert found.closed
             assert found.sites == ("module.rnn.l0", "module.rnn.l1")
             assert found.calls["weights"].tolist() == [0, 1, 2]

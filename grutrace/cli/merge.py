@@ -1,0 +1,69 @@
+"""`grutrace merge`: one file over the shards of several processes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grutrace.cli.arguments import AsJSON, Files
+from grutrace.cli.opening import name_of, said_in_lines
+from grutrace.cli.output import print_json, progress_bar
+from grutrace.storage.merging import MergeReport, merge_shards
+
+
+def merge(
+    files: Files,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The file to write.", show_default=False)
+    ],
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy all rows, so that the shards can go.")
+    ] = False,
+    as_json: AsJSON = False,
+) -> None:
+    """Make one trace file of the shards of several processes, whose rows stay where they are.
+
+    Shards of a grutrace.Statistics become one, too. Exits with 2 if the output exists, or the files
+    do not belong together.
+    """
+    from grutrace.statistics.file import is_statistics
+
+    if all(map(is_statistics, files)):
+        _merge_statistics(files, output)
+        return
+    with said_in_lines(), progress_bar("copying") as advance:
+        report = merge_shards(
+            files[0] if len(files) == 1 else files, output, copy=copy, progress=advance
+        )
+    if as_json:
+        print_json(dataclasses.asdict(report) | {"unclosed": list(map(str, report.unclosed))})
+    else:
+        print_report(report, output, copy=copy)
+
+
+def print_report(report: MergeReport, output: Path, *, copy: bool) -> None:
+    """Print what was merged."""
+    calls = sum(shard.calls for shard in report.shards)
+    ranks = ", ".join(str(shard.rank) for shard in report.shards)
+    print(f"{output}: {calls} calls of ranks {ranks}")
+    if report.copied and not copy:
+        names = ", ".join(path.name for path in report.unclosed)
+        print(f"copied {report.copied / 1e6:.1f} MB, for these were not closed: {names}")
+    elif copy:
+        print(f"copied {report.copied / 1e6:.1f} MB")
+    files = sum(len(shard.files) for shard in report.shards)
+    if files:
+        print(f"rows stay in {files} files beside it: keep them together")
+
+
+def _merge_statistics(files: list[Path], output: Path) -> None:
+    from functools import reduce
+
+    from grutrace.statistics.statistics import Statistics
+
+    merged = reduce(Statistics.merge, map(Statistics.load, files))
+    merged.save(output)
+    print(f"{output}: {merged.calls} calls of {name_of(files)}")
