@@ -57,6 +57,7 @@ class GateActivation(Result):
 
     rows_of_table: ClassVar[str] = "rows"
     not_columns: ClassVar[tuple[str, ...]] = ("lengths",)
+    places: ClassVar[tuple[str, ...]] = ("sequence", "step")
 
     steps: int
     gate: str

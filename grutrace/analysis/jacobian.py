@@ -123,6 +123,7 @@ class StepJacobians(Result):
     """
 
     rows_of_table: ClassVar[str] = "steps"
+    places: ClassVar[tuple[str, ...]] = ("sequences",)
 
     units: int
     steps: Integers

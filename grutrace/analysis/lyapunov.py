@@ -42,6 +42,11 @@ SETTLING = 0.1
 #: Blocks of steps whose means say how sure the mean of all is, and the least steps of one.
 BLOCKS, FEWEST = 32, 10
 
+#: Counted steps that a sequence needs before its exponents say what goes on for ever. Jacobians of
+#: single steps are not normal: even of a network that forgets everything, they make differences
+#: larger for some steps, which is all that shorter sequences show.
+LONG_ENOUGH = 50
+
 #: What is gathered of short sequences before they are carried along together: their steps, or
 #: their directions. Bytes of float64.
 TOGETHER = 8 * 1024 * 1024
@@ -63,9 +68,12 @@ class Lyapunov(Result):
             are too few steps for two blocks.
         largest: The first of them.
         largest_error: Its standard error.
-        chaotic: Whether the largest is above 0 by more than two standard errors.
+        length: How many counted steps the sequence of a counted step has, on average.
+        chaotic: Whether the largest is above 0 by more than two standard errors; None, for nobody
+            can say, where `length` is below `LONG_ENOUGH`.
         horizon: Steps after which a difference of one rounding (of the type of the rows) is as
-            large as the states: -log(spacing at 1) / largest; infinite unless that is above 0.
+            large as the states: -log(spacing at 1) / largest; infinite unless that is above 0, and
+            not a number where `chaotic` is None.
         dimension: Kaplan and Yorke's, of what the states settle on: how many of the largest
             exponents add up to 0, the last in part. Not a number if k are not enough to say.
         entropy_rate: The sum of the exponents above 0, in nats a step: at most so much of the
@@ -82,7 +90,8 @@ class Lyapunov(Result):
     errors: Array
     largest: float
     largest_error: float
-    chaotic: bool
+    length: float
+    chaotic: bool | None
     horizon: float
     dimension: float
     entropy_rate: float
@@ -127,7 +136,10 @@ def lyapunov(site: Analysed, count: int = EXPONENTS, skip: int | None = None) ->
     order = np.argsort(-exponents, kind="stable")
     exponents, errors = exponents[order], errors[order]
     largest, error = float(exponents[0]), float(errors[0])
-    spacing = float(np.finfo(of.rows("hidden").dtype).eps)
+    length = float(np.square(counted, dtype=np.float64).sum() / total) if total else np.nan
+    chaotic = largest > (0.0 if np.isnan(error) else 2 * error)
+    horizon = _horizon(largest, float(np.finfo(of.rows("hidden").dtype).eps))
+    known = length >= LONG_ENOUGH
     return Lyapunov(
         site=of.name,
         units=size,
@@ -138,11 +150,16 @@ def lyapunov(site: Analysed, count: int = EXPONENTS, skip: int | None = None) ->
         errors=errors,
         largest=largest,
         largest_error=error,
-        chaotic=largest > (0.0 if np.isnan(error) else 2 * error),
-        horizon=-np.log(spacing) / largest if largest > 0 else np.inf,
+        length=length,
+        chaotic=chaotic if known else None,
+        horizon=horizon if known else np.nan,
         dimension=kaplan_yorke(exponents, size),
         entropy_rate=_entropy_rate(exponents, size),
     )
+
+
+def _horizon(largest: float, spacing: float) -> float:
+    return float(-np.log(spacing) / largest) if largest > 0 else np.inf
 
 
 def _errors(means: Array) -> Array:

@@ -25,6 +25,9 @@ class Result:
     #: The field that numbers the rows of the table.
     rows_of_table: ClassVar[str] = "units"
 
+    #: Columns that say where a row lies, and of which no quantile says anything.
+    places: ClassVar[tuple[str, ...]] = ()
+
     #: Fields that are too large to be written as text.
     only_arrays: ClassVar[tuple[str, ...]] = ()
 
@@ -50,11 +53,12 @@ class Result:
         return found
 
     def figures(self) -> dict[str, Any]:
-        """By name, what is one number or text."""
+        """By name, what is one number or text; None for what nobody can say."""
+        single = (bool, int, float, str, np.generic, type(None))
         return {
             name: value
             for name, value in self._fields()
-            if name != "site" and isinstance(value, (bool, int, float, str, np.generic))
+            if name not in ("site", *self.not_columns) and isinstance(value, single)
         }
 
     def as_text(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ QUANTILES = {"least": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "most": 1.0}
 
 def print_result(result: Result, each: bool) -> None:
     """Print what is one number, then the columns: their quantiles, or each of their values."""
-    figures = [f"{name} {value(found)}" for name, found in result.figures().items()]
+    figures = [f"{name} {_figure(found)}" for name, found in result.figures().items()]
     say(f"{result.site}: {', '.join(figures)}")
     columns = result.columns()
     numbers, *others = columns
@@ -30,7 +30,7 @@ def print_result(result: Result, each: bool) -> None:
         table = new_table(f"over {numbers}s")
         for label in QUANTILES:
             table.add_column(label, justify="right")
-        for name in others:
+        for name in (other for other in others if other not in result.places):
             table.add_row(name.replace("_", " "), *_quantiles(columns[name]))
     if others:
         new_console().print(table)
@@ -43,6 +43,13 @@ def value(found: Any) -> str:
     if isinstance(found, (float, np.floating)):
         return "" if np.isnan(found) else f"{found:.3g}"
     return str(found)
+
+
+def _figure(found: Any) -> str:
+    """Write a figure that stands by itself: nothing at all would not do."""
+    if found is None or (isinstance(found, float) and np.isnan(found)):
+        return "unknown"
+    return value(found) or "no"
 
 
 def _quantiles(column: Array) -> list[str]:

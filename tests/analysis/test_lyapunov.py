@@ -193,3 +193,29 @@ def test_what_cannot_be() -> None:
         lyapunov(trace["l0"], count=0)
     with pytest.raises(OptionError, match="skip: expected"):
         lyapunov(trace["l0"], skip=-1)
+
+
+def test_short_sequences_say_nothing_of_for_ever() -> None:
+    """A network that forgets everything makes differences larger for a step or two.
+
+    At h = 0 without input its Jacobian is constant and not normal: eigenvalues of 0.5, and a
+    singular value of 4.
+    """
+    step, keep = np.array([[0.5, 4.0], [0.0, 0.5]]), 0.4
+    layer = random_layer(2, 0.0)
+    with torch.no_grad():
+        layer.bias_ih_l0[2:4] = np.log(keep / (1 - keep))
+        layer.weight_hh_l0[4:] = torch.from_numpy((step - keep * np.eye(2)) / (1 - keep))
+    found = {}
+    for length in (2, 3000):
+        with torch.no_grad(), grutrace.trace(layer) as trace:
+            layer(torch.zeros(length, 50, 1, dtype=torch.float64))
+        found[length] = lyapunov(trace["l0"], skip=0)
+    assert found[2].largest > 0.1
+    assert found[2].length == 2
+    assert found[2].chaotic is None
+    assert np.isnan(found[2].horizon)
+    # That of many steps is the larger eigenvalue's; a double one is neared as log(n) / n.
+    assert found[3000].largest == pytest.approx(np.log(0.5), abs=np.log(3000 * 8) / 3000)
+    assert found[3000].chaotic is False
+    assert found[3000].horizon == np.inf
