@@ -44,7 +44,7 @@ MARGIN = 1e-3
 APART = 1e-3
 
 #: How many steps the minimisation makes at most.
-ITERATIONS = 500
+ITERATIONS = 100
 
 #: What is added to the diagonal, which is of the order of 1, at least.
 LEAST_DAMPING = 1e-12
@@ -147,9 +147,16 @@ def fixed_points(
     return _described(of, step, constant, begun, usual, states, reached)
 
 
-def minimise(step: GRUMap, states: Array) -> Array:
-    """(K, H) to (K, H): from each state down to where q is smallest nearby."""
+def minimise(step: GRUMap, states: Array, within: float | None = None) -> Array:
+    """(K, H) to (K, H): from each state down to where q is smallest nearby, in `ITERATIONS` steps.
+
+    The search stays in the box from -`within` to `within`; that which the network cannot leave,
+    unless given: a state is a mean of the one before and of a candidate, which lies between -1 and
+    1. Outside, where gates saturate, z comes so near to 1 that everything looks slow.
+    """
     states = states.copy()
+    if within is None:
+        within = max(1.0, float(np.abs(states).max(initial=0.0)))
     damping = np.full(len(states), 1e-3)
     active = np.arange(len(states))
     identity = np.eye(states.shape[1])
@@ -161,6 +168,8 @@ def minimise(step: GRUMap, states: Array) -> Array:
         normal = np.matmul(jacobian.transpose(0, 2, 1), jacobian)
         normal += damping[active, np.newaxis, np.newaxis] * identity
         tried = here - np.linalg.solve(normal, slope[..., np.newaxis])[..., 0]
+        # With enough damping this is a step down the slope along the walls: it wins in the end.
+        np.clip(tried, -within, within, out=tried)
         better = 0.5 * np.square(step(tried) - tried).sum(1)
         won = better < q
         states[active[won]] = tried[won]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis.fixed_points import FIXED, fixed_points
+from grutrace.analysis.fixed_points import FIXED, fixed_points, minimise
 from grutrace.analysis.gru_map import GRUMap
 from grutrace.analysis.material import SiteArrays, material
 from grutrace.errors import NotRecordedError, OptionError
@@ -213,3 +213,18 @@ def test_a_slow_point_has_an_eigenvalue_of_one() -> None:
     found = fixed_points(arrays_of(cell, np.full((1, 1), -0.5)), slow=1e-2)
     assert not found.fixed[0]
     assert found.radius[0] == pytest.approx(1, abs=1e-4)
+
+
+def test_points_lie_where_the_network_can_be() -> None:
+    """Far out, z is near 1 and everything looks slow: a search that is let go runs there."""
+    torch.manual_seed(0)
+    cell = nn.GRUCell(1, 24).double()
+    with torch.no_grad():
+        cell.weight_hh.mul_(12)
+    states = np.random.default_rng(0).uniform(-1, 1, (32, 24))
+    found = fixed_points(arrays_of(cell, states), starts=states, slow=1.0)
+    assert len(found.states)
+    assert np.abs(found.states).max() <= 1
+    # Control: without the walls it does.
+    let_go = minimise(GRUMap(weights_of(cell), np.zeros(1)), states, within=np.inf)
+    assert np.abs(let_go).max() > 2
