@@ -47,9 +47,17 @@ os.register_at_fork(
 
 @dataclass
 class _Known:
-    """An open dataset, whether it is packed, and how many of its items are known to be there."""
+    """An open dataset, and what was found of it.
+
+    Attributes:
+        dataset: It.
+        item: Bytes of an item of it.
+        packed: Whether its items are stored smaller than that.
+        count: How many of them are known to be there.
+    """
 
     dataset: h5py.Dataset
+    item: int
     packed: bool
     count: int = -1
 
@@ -92,9 +100,7 @@ class ReadHandle:
         """
         known = self._datasets.get(place)
         if known is None:
-            known = self._find(place)
-            require(known.dataset.shape, place, "an array", "a scalar or nothing")
-            self._datasets[place] = known
+            known = self._datasets[place] = self._find(place)
         elif count > known.count:
             # Also where it is long enough already: HDF5 may have cached a chunk of it from before
             # these items were written.
@@ -131,7 +137,8 @@ class ReadHandle:
     def _find(self, place: str) -> _Known:
         above, _, name = place.rpartition("/")
         dataset = member(self._group(above), name, h5py.Dataset)
-        return _Known(dataset, require_own_data(dataset, place))
+        packed = require_own_data(dataset, place)
+        return _Known(dataset, math.prod(dataset.shape[1:]) * dataset.dtype.itemsize, packed)
 
     def _group(self, place: str) -> h5py.Group:
         """A group, found once: those of a thousand sites are asked for ten times each."""
@@ -148,10 +155,11 @@ class ReadHandle:
 
     def _require_data(self, known: _Known, place: str, count: int) -> None:
         """Refuse a dataset that is longer than its data, as a file that is no trace can be."""
-        length, *item = known.dataset.shape
-        if length < count:
-            raise Fault(place, f"at least {count} items", length)
-        size, held = count * math.prod(item) * known.dataset.dtype.itemsize, self.size
+        shape = known.dataset.shape
+        require(shape, place, "an array", "a scalar or nothing")
+        if shape[0] < count:
+            raise Fault(place, f"at least {count} items", shape[0])
+        size, held = count * known.item, self.size
         if size > held * (PACKED if known.packed else 1):
             raise Fault(place, f"{size} bytes of items", f"a file of {held}")
 
