@@ -9,7 +9,7 @@ from typing import Any
 
 from grutrace.cli.arguments import AsJSON, Files
 from grutrace.cli.opening import name_of, opened
-from grutrace.cli.output import new_console, new_table, print_json, say
+from grutrace.cli.output import new_table, print_json, print_table, say
 from grutrace.storage.trace import Trace
 
 #: The version that is not printed: it says where, and not with what.
@@ -81,7 +81,7 @@ def print_info(trace: Trace, name: str) -> None:
             derived = f"; derived: {', '.join(site['derived'])}" if site["derived"] else ""
             row[1] = ", ".join(site["quantities"]) + derived
             table.add_row(site["name"], *row)
-    new_console().print(table)
+    print_table(table)
 
 
 def ranks(about: Mapping[str, Any]) -> Iterator[str]:

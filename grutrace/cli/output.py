@@ -16,16 +16,43 @@ from rich.table import Table
 
 Item = TypeVar("Item")
 
+#: Rows of a table that is printed as it fits the terminal.
+LONG = 200
+
 
 class PlainTable(Table):
     """A table whose cells are texts, and nothing more."""
 
+    def __init__(self, *columns: str, **options: Any) -> None:
+        super().__init__(*columns, **options)
+        self.lines: list[list[str]] = []
+
     def add_row(self, *cells: object, **options: Any) -> None:
         """Add a row, written as `plain` does."""
-        super().add_row(*("" if cell is None else plain(cell) for cell in cells), **options)
+        texts = ["" if cell is None else plain(cell) for cell in cells]
+        self.lines.append(texts)
+        super().add_row(*texts, **options)
 
 
-def new_table(*columns: str) -> Table:
+def print_table(table: PlainTable) -> None:
+    """Print a table; a long one with each row on a line of its own, since to wrap it takes long."""
+    if len(table.lines) <= LONG:
+        new_console().print(table)
+        return
+    count = len(table.columns)
+    rows = [[str(column.header) for column in table.columns]]
+    rows += [[*line, *[""] * (count - len(line))] for line in table.lines]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    right = [column.justify == "right" for column in table.columns]
+    for row in rows:
+        cells = (
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        )
+        print("  ".join(cells).rstrip())
+
+
+def new_table(*columns: str) -> PlainTable:
     """Return an empty table in the style of all commands."""
     return PlainTable(*columns, box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
 

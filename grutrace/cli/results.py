@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from grutrace.analysis.result import Result
-from grutrace.cli.output import new_console, new_table, say
+from grutrace.cli.output import new_table, print_table, say
 from grutrace.record import Array
 
 #: What is said of a column whose every value is not printed.
@@ -33,7 +33,7 @@ def print_result(result: Result, each: bool) -> None:
         for name in (other for other in others if other not in result.places):
             table.add_row(name.replace("_", " "), *_quantiles(columns[name]))
     if others:
-        new_console().print(table)
+        print_table(table)
 
 
 def value(found: Any) -> str:

@@ -19,10 +19,10 @@ from grutrace.analysis.summary import SiteSummary, summarize_site, summarize_sta
 from grutrace.cli.arguments import AsJSON
 from grutrace.cli.opening import opened
 from grutrace.cli.output import (
-    new_console,
     new_table,
     percent,
     print_json,
+    print_table,
     progress_bar,
     with_progress,
 )
@@ -161,5 +161,5 @@ def print_stats(found: Sequence[SiteSummary]) -> None:
             shares = [f"{gate.mean:.3f}", percent(gate.below), percent(gate.above)] if gate else []
             table.add_row(*about, name, *shares)
             about = [""] * len(about)
-    new_console().print(table)
+    print_table(table)
     print("Shares are of all steps and units; those of the candidate are of its size, |n|.")

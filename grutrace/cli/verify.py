@@ -10,7 +10,7 @@ import typer
 
 from grutrace.cli.arguments import NO, NO_ANSWER, AsJSON, Files
 from grutrace.cli.opening import opened
-from grutrace.cli.output import new_console, new_table, print_json, say, with_progress
+from grutrace.cli.output import new_table, print_json, print_table, say, with_progress
 from grutrace.storage.probe import look_from_outside
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def print_verification(results: Sequence[SiteVerification]) -> None:
             of_tolerance = each.worst.difference / each.worst.tolerance
             row += [f"{each.worst.difference:.1e}", f"{of_tolerance:.2g}"]
         table.add_row(*row)
-    new_console().print(table)
+    print_table(table)
     for each in results:
         if each.reason:
             say(f"{each.site}: {each.reason}")

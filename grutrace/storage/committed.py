@@ -10,7 +10,14 @@ import numpy as np
 from grutrace.record import Array, Module
 from grutrace.storage.faults import require
 from grutrace.storage.handle import ReadHandle
-from grutrace.storage.schema import COMMITTED, PIECE, TABLES, pieces_place
+from grutrace.storage.schema import (
+    COMMITTED,
+    PIECE,
+    TABLES,
+    Column,
+    check_column,
+    pieces_place,
+)
 from grutrace.storage.tables import Tables, check_tables, extent
 
 #: How many times smaller a table can be when it is packed: the most that gzip can do.
@@ -77,8 +84,7 @@ class CommittedTables:
         if known is not None and start == count:
             return known
         dataset = self._handle.dataset(place, count)
-        found = f"{dataset.dtype} of items {dataset.shape[1:]}"
-        require((dataset.dtype, dataset.shape[1:]) == (dtype, ()), place, dtype, found)
+        check_column(dataset, place, Column(dtype))
         packed = dataset.id.get_create_plist().get_nfilters()
         self._left -= count * dtype.itemsize // (PACKED_TABLE if packed else 1)
         require(self._left >= 0, place, "tables that fit into the file together", f"{count} items")

@@ -14,6 +14,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from h5py import h5d
 
 from grutrace.errors import StateError, TraceFileError
 from grutrace.record import Array
-from grutrace.storage.faults import require
+from grutrace.storage.faults import Fault, require
 from grutrace.storage.members import member, require_own_data
 from grutrace.storage.opening import is_marked, open_for_reading
 
@@ -44,6 +45,23 @@ os.register_at_fork(
 )
 
 
+@dataclass
+class _Known:
+    """An open dataset, and what was found of it.
+
+    Attributes:
+        dataset: It.
+        item: Bytes of an item of it.
+        packed: Whether its items are stored smaller than that.
+        count: How many of them are known to be there.
+    """
+
+    dataset: h5py.Dataset
+    item: int
+    packed: bool
+    count: int = -1
+
+
 class ReadHandle:
     """An HDF5 file open for reading while it may grow.
 
@@ -57,7 +75,8 @@ class ReadHandle:
         self._identity: tuple[int, int] | None = None
         self._created: float | None = None
         self._closed = False
-        self._datasets: dict[str, tuple[h5py.Dataset, int]] = {}
+        self._datasets: dict[str, _Known] = {}
+        self._groups: dict[str, h5py.Group] = {}
         with self.lent():
             _handles.add(self)
 
@@ -79,20 +98,17 @@ class ReadHandle:
         Raises:
             Fault: It has fewer items, or the file is too small to hold them.
         """
-        dataset, seen = self._datasets.get(place, (None, 0))
-        if dataset is None:
-            dataset = _walk(self._file, place)
-        elif count > seen:
+        known = self._datasets.get(place)
+        if known is None:
+            known = self._datasets[place] = self._find(place)
+        elif count > known.count:
             # Also where it is long enough already: HDF5 may have cached a chunk of it from before
             # these items were written.
-            _refresh(dataset)
-        shape = dataset.shape
-        require(shape, place, "an array", "a scalar or nothing")
-        require(shape[0] >= count, place, f"at least {count} items", shape[0])
-        if count > seen:
-            self._require_data(dataset, place, count)
-        self._datasets[place] = (dataset, max(count, seen))
-        return dataset
+            _refresh(known.dataset)
+        if count > known.count:
+            self._require_data(known, place, count)
+            known.count = count
+        return known.dataset
 
     def unshaped(self, place: str) -> h5d.DatasetID:
         """A dataset of which nothing was asked yet: it may be virtual. Ask while the file is lent.
@@ -100,8 +116,8 @@ class ReadHandle:
         Raises:
             Fault: It is missing, no dataset, or behind a link to elsewhere.
         """
-        group, name = _group_of(self._file, place)
-        return member(group, name, h5py.Dataset).id
+        above, _, name = place.rpartition("/")
+        return member(self._group(above), name, h5py.Dataset).id
 
     def scalar(self, place: str, dtype: np.dtype[Any]) -> Array:
         """The present value of a scalar dataset. Ask while the file is lent.
@@ -109,15 +125,27 @@ class ReadHandle:
         Raises:
             Fault: It is no scalar, or of another type.
         """
-        dataset, _ = self._datasets.get(place, (None, 0))
-        if dataset is None:
-            dataset = _walk(self._file, place)
-            self._datasets[place] = (dataset, 0)
-            found = f"{dataset.dtype} of shape {dataset.shape}"
-            require((dataset.dtype, dataset.shape) == (dtype, ()), place, dtype, found)
+        known = self._datasets.get(place)
+        if known is None:
+            known = self._datasets[place] = self._find(place)
+            found = known.dataset.dtype, known.dataset.shape
+            require(found == (dtype, ()), place, dtype, f"{found[0]} of shape {found[1]}")
         else:
-            _refresh(dataset)
-        return np.asarray(dataset[()])
+            _refresh(known.dataset)
+        return np.asarray(known.dataset[()])
+
+    def _find(self, place: str) -> _Known:
+        above, _, name = place.rpartition("/")
+        dataset = member(self._group(above), name, h5py.Dataset)
+        packed = require_own_data(dataset, place)
+        return _Known(dataset, math.prod(dataset.shape[1:]) * dataset.dtype.itemsize, packed)
+
+    def _group(self, place: str) -> h5py.Group:
+        """A group, found once: those of a thousand sites are asked for ten times each."""
+        if place not in self._groups:
+            above, _, name = place.rpartition("/")
+            self._groups[place] = member(self._group(above), name, h5py.Group)
+        return self._groups[place]
 
     @property
     def size(self) -> int:
@@ -125,17 +153,21 @@ class ReadHandle:
         assert self._file is not None
         return os.fstat(self._file.id.get_vfd_handle()).st_size
 
-    def _require_data(self, dataset: h5py.Dataset, place: str, count: int) -> None:
+    def _require_data(self, known: _Known, place: str, count: int) -> None:
         """Refuse a dataset that is longer than its data, as a file that is no trace can be."""
-        size = count * math.prod(dataset.shape[1:]) * dataset.dtype.itemsize
-        packed = dataset.id.get_create_plist().get_nfilters()
-        held = self.size * (PACKED if packed else 1)
-        require(size <= held, place, f"{size} bytes of items", f"a file of {self.size}")
+        shape = known.dataset.shape
+        require(shape, place, "an array", "a scalar or nothing")
+        if shape[0] < count:
+            raise Fault(place, f"at least {count} items", shape[0])
+        size, held = count * known.item, self.size
+        if size > held * (PACKED if known.packed else 1):
+            raise Fault(place, f"{size} bytes of items", f"a file of {held}")
 
     def release(self) -> None:
         """Close the file until the next read."""
         with _lock:
             self._datasets.clear()
+            self._groups.clear()
             file, self._file = self._file, None
             if file is not None:
                 file.close()
@@ -176,6 +208,7 @@ class ReadHandle:
             file.close()
             raise TraceFileError(f"{self._path} is another file by now; open it anew")
         self._file, self._identity, self._created = file, identity, created
+        self._groups[""] = file
 
 
 def file_identity(file: h5py.File) -> tuple[int, int]:
@@ -242,18 +275,3 @@ def _refresh(dataset: h5py.Dataset) -> None:
     """See what another process has written since."""
     if _follows(dataset.file):
         dataset.refresh()
-
-
-def _walk(file: h5py.File, place: str) -> h5py.Dataset:
-    group, name = _group_of(file, place)
-    dataset = member(group, name, h5py.Dataset)
-    require_own_data(dataset, place)
-    return dataset
-
-
-def _group_of(file: h5py.File, place: str) -> tuple[h5py.Group, str]:
-    *groups, name = place.split("/")
-    group = file
-    for part in groups:
-        group = member(group, part, h5py.Group)
-    return group, name

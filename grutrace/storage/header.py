@@ -139,18 +139,34 @@ def check_version(file: h5py.File, newest: int) -> None:
 
 
 def _attribute(group: h5py.Group, name: str, kind: type) -> Any:
-    place = f"{group.name}: attribute {name!r}"
-    require(name in group.attrs, place, kind.__name__, "nothing")
-    attribute = group.attrs.get_id(name)
-    require(attribute.shape == (), place, "a scalar", f"shape {attribute.shape}")
-    # Types that nobody asked for, such as references, are not even read.
-    plain = attribute.dtype.kind in "biuf" or h5py.check_string_dtype(attribute.dtype)
-    require(plain, place, kind.__name__, attribute.dtype)
-    value = group.attrs[name]
-    if isinstance(value, np.generic):
-        value = value.item()
-    require(type(value) is kind, place, kind.__name__, type(value).__name__)
+    value = _value(group, name, kind)
+    if type(value) is not kind:
+        raise Fault(_of(group, name), kind.__name__, type(value).__name__)
     return value
+
+
+def _value(group: h5py.Group, name: str, kind: type) -> Any:
+    """A scalar of one of the types that there are: of others, such as references, nothing is read.
+
+    It takes one look where h5py's own way takes three, and a thousand sites have many.
+    """
+    try:
+        attribute = group.attrs.get_id(name)
+    except KeyError:
+        raise Fault(_of(group, name), kind.__name__, "nothing") from None
+    if attribute.shape != ():
+        raise Fault(_of(group, name), "a scalar", f"shape {attribute.shape}")
+    text = h5py.check_string_dtype(attribute.dtype)
+    if attribute.dtype.kind not in "biuf" and not (text and text.length is None):
+        raise Fault(_of(group, name), kind.__name__, attribute.dtype)
+    value = np.zeros((), attribute.dtype)
+    attribute.read(value)
+    found = value.item()
+    return found.decode("utf-8", "surrogateescape") if isinstance(found, bytes) else found
+
+
+def _of(group: h5py.Group, name: str) -> str:
+    return f"{group.name}: attribute {name!r}"
 
 
 def _read_json(text: str, place: str) -> dict[str, Any]:
@@ -167,15 +183,17 @@ def _read_module(group: h5py.Group) -> Module:
     del fields["index"]
     for name in ("hidden_size", "num_layers"):
         require(fields[name] > 0, f"{group.name}: attribute {name!r}", "at least 1", fields[name])
-    groups = [name for name in group if not is_dataset(group, name)]
+    names = [name for name in group if not is_dataset(group, name)]
+    groups = {name: member(group, name, h5py.Group) for name in names}
     hidden_size = fields["hidden_size"]
-    sites = [_read_site(member(group, name, h5py.Group), name, hidden_size) for name in groups]
-    _check_biases(group, fields["bias"], sites)
+    sites = [_read_site(each, name, hidden_size) for name, each in groups.items()]
     require(sites, group.name, "at least one site", "none")
     sites.sort(key=lambda site: (site.layer, site.reverse))
     _check_sites(group.name, fields, sites)
-    _check_inputs(group, sites)
-    first = member(group, sites[0].suffix, h5py.Group)
+    for each in groups.values():
+        _check_biases(each, fields["bias"])
+    _check_inputs(groups, sites)
+    first = groups[sites[0].suffix]
     return Module(
         **fields,
         dtype=_float_name(first, "initial"),
@@ -198,23 +216,20 @@ def _check_sites(place: str, module: Mapping[str, Any], sites: Sequence[Site]) -
         require(found == read >= 0, f"{place}/{site.suffix}", f"an input size of {read}", found)
 
 
-def _check_biases(group: h5py.Group, bias: bool, sites: Sequence[Site]) -> None:
-    for site in sites:
-        found = [name for name in WEIGHTS if holds(group[site.suffix], name)]
-        expected = [name for name in WEIGHTS if bias or not name.startswith("bias")]
-        require(found == expected, f"{group.name}/{site.suffix}", expected, found)
+def _check_biases(site: h5py.Group, bias: bool) -> None:
+    found = [name for name in WEIGHTS if holds(site, name)]
+    expected = [name for name in WEIGHTS if bias or not name.startswith("bias")]
+    require(found == expected, site.name, expected, found)
 
 
-def _check_inputs(group: h5py.Group, sites: Sequence[Site]) -> None:
+def _check_inputs(groups: Mapping[str, h5py.Group], sites: Sequence[Site]) -> None:
     """Both directions of a layer read the same input, so there is one for both."""
     for first, second in pairwise(site for site in sites if "input" in site.quantities):
         if first.layer == second.layer:
-            place = f"{group.name}/{second.suffix}/input"
-            one, other = (
-                member(member(group, site.suffix, h5py.Group), "input", h5py.Dataset)
-                for site in (first, second)
-            )
-            require(one == other, place, f"the input of {first.suffix}", "another dataset")
+            group = groups[second.suffix]
+            one = member(groups[first.suffix], "input", h5py.Dataset)
+            same = one == member(group, "input", h5py.Dataset)
+            require(same, f"{group.name}/input", f"the input of {first.suffix}", "another dataset")
 
 
 def _read_site(group: h5py.Group, suffix: str, hidden_size: int) -> Site:

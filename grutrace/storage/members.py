@@ -11,9 +11,9 @@ import math
 from typing import Any
 
 import h5py
-from h5py import h5d, h5l
+from h5py import h5d, h5g, h5l, h5o, h5t
 
-from grutrace.storage.faults import require
+from grutrace.storage.faults import Fault, require
 
 #: What may be between a dataset and its bytes. HDF5 would look for any other in the folders that
 #: the environment names, and run it. Those up to fletcher32 are HDF5's own, lzf is h5py's, and the
@@ -32,6 +32,10 @@ FILTERS = {
 #: most; other programs that copy files make larger ones. Bytes.
 LARGEST_CHUNK = 64 * 1024 * 1024
 
+_KINDS = {h5g.GroupID: h5py.Group, h5d.DatasetID: h5py.Dataset, h5t.TypeID: h5py.Datatype}
+
+_EXPECTED = {h5py.Group: "a group", h5py.Dataset: "a dataset"}
+
 _LINKS = {h5l.TYPE_HARD: "HardLink", h5l.TYPE_SOFT: "SoftLink", h5l.TYPE_EXTERNAL: "ExternalLink"}
 
 
@@ -48,10 +52,9 @@ def member(group: h5py.Group, name: str, kind: type) -> Any:
     Raises:
         Fault: It is missing, is of the other kind, or is a link to somewhere else.
     """
-    place = f"{group.name.rstrip('/')}/{name}"
-    expected = f"a {kind.__name__.lower()}"
-    found = _member(group, name, place, expected)
-    require(isinstance(found, kind), place, expected, type(found).__name__.lower())
+    found = _member(group, name, _EXPECTED[kind])
+    if not isinstance(found, kind):
+        raise Fault(_place(group, name), _EXPECTED[kind], type(found).__name__.lower())
     return found
 
 
@@ -61,14 +64,16 @@ def is_dataset(group: h5py.Group, name: str) -> bool:
     Raises:
         Fault: There is no such name.
     """
-    place = f"{group.name.rstrip('/')}/{name}"
     if not _is_one_name(name) or _link(group, name) != h5l.TYPE_HARD:
         return False
-    return isinstance(_member(group, name, place, "something"), h5py.Dataset)
+    return isinstance(_member(group, name, "something"), h5py.Dataset)
 
 
-def require_own_data(dataset: h5py.Dataset, place: str) -> None:
+def require_own_data(dataset: h5py.Dataset, place: str) -> bool:
     """Refuse a dataset whose data are not in the file as they are, or packed as we know.
+
+    Returns:
+        Whether they are packed.
 
     Raises:
         Fault: The message says how it is stored.
@@ -77,21 +82,33 @@ def require_own_data(dataset: h5py.Dataset, place: str) -> None:
     layout = made.get_layout()
     require(layout != h5d.VIRTUAL, place, "its own data", "a virtual dataset")
     require(not made.get_external_count(), place, "its own data", "data in another file")
-    for number in range(made.get_nfilters()):
+    filters = made.get_nfilters()
+    for number in range(filters):
         code = made.get_filter(number)[0]
         require(code in FILTERS, place, f"no filter but {', '.join(FILTERS.values())}", code)
     if layout == h5d.CHUNKED:
         size = math.prod(made.get_chunk()) * dataset.id.get_type().get_size()
         require(size <= LARGEST_CHUNK, place, f"chunks of {LARGEST_CHUNK} bytes at most", size)
+    return bool(filters)
 
 
-def _member(group: h5py.Group, name: str, place: str, expected: str) -> Any:
-    # A name with a slash would be a path, and may lead through a link.
-    require(_is_one_name(name), place, "a name", "a path")
-    require(group.id.links.exists(_encoded(name)), place, expected, "nothing")
+def _member(group: h5py.Group, name: str, expected: str) -> Any:
+    # Each of a thousand sites has a dozen datasets: what is said of one is worked out if it is.
+    if not _is_one_name(name):
+        # One with a slash would be a path, and may lead through a link.
+        raise Fault(_place(group, name), "a name", "a path")
+    if not group.id.links.exists(_encoded(name)):
+        raise Fault(_place(group, name), expected, "nothing")
     link = _link(group, name)
-    require(link == h5l.TYPE_HARD, place, "no link to elsewhere", _LINKS.get(link, "another link"))
-    return group[name]
+    if link != h5l.TYPE_HARD:
+        raise Fault(_place(group, name), "no link to elsewhere", _LINKS.get(link, "another link"))
+    found = h5o.open(group.id, _encoded(name))
+    made = _KINDS.get(type(found))
+    return made(found) if made else found
+
+
+def _place(group: h5py.Group, name: str) -> str:
+    return f"{group.name.rstrip('/')}/{name}"
 
 
 def _link(group: h5py.Group, name: str) -> int:

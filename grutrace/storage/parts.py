@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from grutrace.errors import TraceFileError
-from grutrace.record import Header
 from grutrace.storage.combined import CombinedSource
 from grutrace.storage.faults import Fault, reading
+from grutrace.storage.handle import no_reading
+from grutrace.storage.header import read_root
+from grutrace.storage.opening import open_for_reading
 from grutrace.storage.reader import FileSource
 from grutrace.storage.tables import Tables
 
@@ -38,13 +40,13 @@ class Stamp:
         return {"run": {"id": self.run, "part": self.part}}
 
 
-def stamp_of(header: Header) -> Stamp | None:
-    """The stamp of a part; None of a trace that no `grutrace run` made.
+def stamp_of(options: Mapping[str, Any]) -> Stamp | None:
+    """The stamp among the options of a part; None of a trace that no `grutrace run` made.
 
     Raises:
         Fault: There is one which is not as it should be.
     """
-    found = header.options.get("run")
+    found = options.get("run")
     if found is None:
         return None
     if isinstance(found, dict):
@@ -79,12 +81,8 @@ def read_stamp(path: Path) -> Stamp | None:
     Raises:
         TraceFileError: It cannot be read as a trace.
     """
-    source = FileSource(path)
-    try:
-        with reading(path):
-            return stamp_of(source.header)
-    finally:
-        source.close()
+    with reading(path), no_reading(), open_for_reading(path) as file:
+        return stamp_of(read_root(file)["options"])
 
 
 def parts_of(path: str | os.PathLike[str]) -> list[Path]:
@@ -209,7 +207,7 @@ class RunSource(CombinedSource):
             require_beside(self._first, path)
             source = FileSource(path)
             with reading(path):
-                stamp = stamp_of(source.header)
+                stamp = stamp_of(source.header.options)
             if stamp != Stamp(self._stamp.run, self._next):
                 source.close()
                 break
@@ -227,7 +225,7 @@ def open_run(path: str | os.PathLike[str]) -> FileSource | RunSource:
     first = FileSource(path)
     try:
         with reading(Path(path)):
-            stamp = stamp_of(first.header)
+            stamp = stamp_of(first.header.options)
         if stamp is None or stamp.part != 1:
             return first
         return RunSource(path, first, stamp)

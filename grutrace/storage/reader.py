@@ -60,13 +60,13 @@ class FileSource:
             self._columns = layout(self.header.modules)
             self._merged = MergedColumns(self._path, self._handle, self.header, self._columns)
             own = [place for place in self._columns if place not in self._merged]
-            for place in own:
-                check_column(self._handle.dataset(place, 0), place, self._columns[place])
             self._tables = CommittedTables(self._handle, self.header.modules)
             tables = self._merged.ranked(self._tables.read())
+            # The counts first: whatever is opened after them is as long at least.
             counts = lengths(tables, self.header.modules)
             for place in own:
-                self._handle.dataset(place, counts[place])
+                dataset = self._handle.dataset(place, counts[place])
+                check_column(dataset, place, self._columns[place])
             self._merged.require_lengths(counts)
 
     @property

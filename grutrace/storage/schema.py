@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 
 from grutrace.record import Module, Site
-from grutrace.storage.faults import require
+from grutrace.storage.faults import Fault
 
 FORMAT = "grutrace"
 
@@ -246,11 +246,10 @@ def check_column(dataset: h5py.Dataset, place: str, column: Column) -> None:
     Raises:
         Fault: It holds others.
     """
-    found = dataset.dtype, dataset.shape[1:]
-    expected = f"{column.dtype} of items {column.item}"
-    require(
-        found == (column.dtype, column.item), place, expected, f"{found[0]} of items {found[1]}"
-    )
+    dtype, shape = dataset.dtype, dataset.shape[1:]
+    if (dtype, shape) != (column.dtype, column.item):
+        expected = f"{column.dtype} of items {column.item}"
+        raise Fault(place, expected, f"{dtype} of items {shape}")
 
 
 def shared_inputs(modules: Sequence[Module]) -> Iterator[tuple[str, str]]:

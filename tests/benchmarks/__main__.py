@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import choice, growth, measure, memory, start, storage
+from tests.benchmarks import choice, growth, measure, memory, scale, start, storage
 from tests.benchmarks.about import about
 from tests.benchmarks.figures import Figure
 from tests.benchmarks.pairs import BUDGET, FEWEST, LIMIT, PAIRS
@@ -29,6 +29,7 @@ OF_WORKLOADS = ("tracing", "choice", "disk", "peers")
 OTHERS: dict[str, Callable[[], Iterable[Figure]]] = {
     "start": start.figures,
     "storage": storage.figures,
+    "scale": scale.figures,
     "memory": memory.figures,
     "growth": growth.figures,
 }

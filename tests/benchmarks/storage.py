@@ -142,8 +142,7 @@ def _read(site: SiteTrace, step: int) -> None:
 def random_sequences(path: Path) -> Spread:
     """How long it takes to read a gate of one sequence, in milliseconds."""
     with grutrace.open(path) as trace:
-        (name,) = trace.sites
-        site = trace[name]
+        site = trace[trace.sites[-1]]
         numbers = np.random.default_rng(0).integers(len(site), size=1 + READINGS)
         # The first reading makes the index of all sequences, once.
         np.asarray(site.sequence(int(numbers[0])).update)

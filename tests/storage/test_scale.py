@@ -1,0 +1,82 @@
+"""What grows with a trace, counted. No time is asserted: `tests.benchmarks --only scale` measures."""
+
+from __future__ import annotations
+
+import h5py
+import pytest
+
+import grutrace
+from grutrace.__main__ import main
+from grutrace.storage import index, members, opening
+from tests.benchmarks import long_traces, scale
+
+from .streams import make_module
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """How often objects and files are opened, and indices made."""
+    counts = {"objects": 0, "files": 0, "indices": 0}
+
+    def count(owner, name, key):
+        original = getattr(owner, name)
+
+        def counting(*given, **named):
+            counts[key] += 1
+            return original(*given, **named)
+
+        monkeypatch.setattr(owner, name, counting)
+
+    count(members.h5o, "open", "objects")
+    count(opening.h5f, "open", "files")
+    count(index.ModuleIndex, "__init__", "indices")
+    return counts
+
+
+def objects(path):
+    """Groups and datasets of a file."""
+    found = []
+    with h5py.File(path) as file:
+        file.visit(found.append)
+    return len(found)
+
+
+@pytest.mark.parametrize("modules", [1, 12])
+def test_each_object_is_opened_about_once(tmp_path, counted, modules):
+    """So a thousand sites take a thousand times what one takes, and nothing is looked up twice."""
+    path = tmp_path / "run.h5"
+    scale.write_many_sites(path, modules)
+    count = objects(path)
+    counted.update(objects=0, files=0)
+    with grutrace.open(path) as trace:
+        assert counted["files"] == 1
+        assert count <= counted["objects"] <= 1.6 * count
+        counted["objects"] = 0
+        for name in trace.sites:
+            assert trace[name].sequence(1).update.shape == (10, 16)
+        assert counted["objects"] == 0
+
+
+def test_info_opens_a_file_twice(tmp_path, counted, capsys):
+    """Once for what it says, once for the parts that it may have; and the tables are read once."""
+    path = tmp_path / "run.h5"
+    scale.write_many_sites(path, 8)
+    count = objects(path)
+    counted.update(objects=0, files=0)
+    assert main(["info", str(path)]) == 0
+    assert capsys.readouterr().out.count("GRU(16, 16)") == 16
+    assert counted["files"] == 2
+    assert counted["objects"] <= 1.6 * count
+
+
+@pytest.mark.parametrize("calls", [10, 2000])
+def test_a_sequence_is_found_by_an_index_that_is_made_once(tmp_path, counted, calls):
+    path = tmp_path / "run.h5"
+    long_traces.write(path, make_module("rnn", hidden=4, record=("hidden",)), 2, 3, calls)
+    with grutrace.open(path) as trace:
+        site = trace["rnn.l0"]
+        counted.update(objects=0, indices=0)
+        for number in range(0, len(site), 7):
+            assert site.sequence(number).hidden.shape == (2, 4)
+        assert counted["indices"] == 1
+        assert counted["objects"] == 0
