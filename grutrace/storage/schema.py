@@ -9,7 +9,7 @@ import math
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import h5py
 import numpy as np
@@ -265,10 +265,12 @@ def shared_inputs(modules: Sequence[Module]) -> Iterator[tuple[str, str]]:
                 )
 
 
+#: Creates a column at a place of a file.
+Create: TypeAlias = Callable[[h5py.File, str, Column], h5py.Dataset]
+
+
 def create_datasets(
-    file: h5py.File,
-    modules: Sequence[Module],
-    create: Callable[[h5py.File, str, Column], h5py.Dataset] | None = None,
+    file: h5py.File, modules: Sequence[Module], create: Create | None = None
 ) -> None:
     """Create everything that `layout` lists, empty, and `committed`, all zero.
 

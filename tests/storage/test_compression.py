@@ -19,11 +19,13 @@ import grutrace
 from grutrace.errors import MissingExtraError, OptionError
 from grutrace.storage import writer
 from grutrace.storage.compression import COMPRESSIONS
+from grutrace.storage.merging import merge_shards
 from grutrace.storage.sinks import open_trace
 from tests.plain_reader import PlainTrace
 
 from . import coded
 from .oracle import check_trace
+from .shards import RUN, full_shards
 from .streams import Stream, full_stream, make_header, make_module
 from .test_crash import run_until_killed
 from .test_format import check_plain
@@ -197,6 +199,27 @@ def test_a_tracer_compresses(path):
     for compression in COMPRESSIONS:
         np.testing.assert_array_equal(found[compression][0], found[None][0])
         assert found[compression][1] < 0.75 * found[None][1]
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_compressed_shards_are_merged(copy, tmp_path):
+    stream = full_shards()[0]
+    header, records = compressed(stream, "blosc2")
+    paths = []
+    for rank in range(2):
+        paths.append(tmp_path / f"run.rank{rank:04}.h5")
+        options = header.options | {"shard": {"rank": rank, "world_size": 2, "id": RUN}}
+        write(paths[-1], make_header(*header.modules, options=options), records)
+    merge_shards(paths, tmp_path / "run.h5", copy=copy)
+    with open_trace(tmp_path / "run.h5") as merged, open_trace(paths) as joined:
+        for name in merged.sites:
+            for quantity in merged[name].site.quantities:
+                np.testing.assert_array_equal(
+                    merged[name].rows(quantity), joined[name].rows(quantity)
+                )
+    with h5py.File(tmp_path / "run.h5") as file:
+        made = file["modules/encoder.rnn/l0/update"].id.get_create_plist()
+        assert made.get_nfilters() == copy
 
 
 def test_what_cannot_be_is_said(path, monkeypatch):
