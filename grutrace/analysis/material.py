@@ -86,6 +86,16 @@ class Material(ABC):
     def quantities(self) -> tuple[str, ...]:
         """What there are rows of."""
 
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """Those of them that are as they were recorded, and not derived from others."""
+        return self.quantities
+
+    @property
+    def precision(self) -> float:
+        """Spacing at 1 of the finest type in which the kernel computed; 0 if nobody knows."""
+        return 0.0
+
     @abstractmethod
     def rows(self, quantity: str) -> Rows:
         """All rows of a quantity, (N, H) or (N, I), as they are stored.
@@ -179,6 +189,14 @@ class _OfTrace(Material):
     @property
     def quantities(self) -> tuple[str, ...]:
         return self._site.site.readable
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        return self._site.site.quantities
+
+    @property
+    def precision(self) -> float:
+        return float(self._site.checks["precision"].min(initial=np.inf))
 
     def rows(self, quantity: str) -> Rows:
         return self._site.rows(quantity)

@@ -50,6 +50,7 @@ class Measure:
 
 MEASURES = {
     "saturation": Measure("saturation", "saturation", "how often gates are shut or open"),
+    "rounding": Measure("rounding", "rounding", "by how much a smaller type has rounded"),
     "moments": Measure(
         "moments", "moments", "mean, spread, skewness and tails of gates and states"
     ),

@@ -18,6 +18,7 @@ import torch
 
 from grutrace.capture.observe import STACKS, Stacks
 from grutrace.errors import OptionError
+from grutrace.storage.sinks import Compression
 
 Check = Literal["warn", "raise", "off"]
 
@@ -69,6 +70,7 @@ class Options:
         to_file: bool = False,
         on_error: OnError = "raise",
         fsync: bool = False,
+        compression: Compression | None = None,
     ) -> None:
         _expect_one_of("gates", gates, get_args(Gates))
         _expect_one_of("stacks", stacks, STACKS)
@@ -86,6 +88,14 @@ class Options:
                 "fsync: without a path expected False, for there is no file; found True. "
                 "(A grutrace.Statistics takes fsync itself)"
             )
+        self.compression = compression
+        if compression is not None:
+            _expect_one_of("compression", compression, get_args(Compression))
+            if not to_file:
+                raise OptionError(
+                    f"compression: without a path expected None, for there is no file; found "
+                    f"{compression!r}"
+                )
         self.every = _count("every", every)
         self.max_calls = None if max_calls is None else _count("max_calls", max_calls)
         self.max_bytes = None if max_bytes is None else _count("max_bytes", max_bytes)
@@ -114,6 +124,7 @@ class Options:
             "units": None if self.units is None else _text(self.units),
             "steps": None if self.steps is None else _text(self.steps),
             "fsync": self.fsync or None,
+            "compression": self.compression,
         }
         return always | {name: value for name, value in others.items() if value is not None}
 

@@ -50,7 +50,14 @@ from grutrace.errors import (
 from grutrace.record import DEFAULT_RECORD, Block, Header, Record, Weights
 from grutrace.shard import ShardOption, chosen_shard, sharded
 from grutrace.storage.moment import Moment
-from grutrace.storage.sinks import Mode, SinkMaker, open_sink, open_source, recorded_calls
+from grutrace.storage.sinks import (
+    Compression,
+    Mode,
+    SinkMaker,
+    open_sink,
+    open_source,
+    recorded_calls,
+)
 from grutrace.storage.trace import Trace
 
 _IN_A_CHILD = (
@@ -107,12 +114,16 @@ class Tracer(Trace):
             how many calls were lost. What the model computes is the same either way.
         fsync: Whether `flush` and every other commit wait until the disk itself holds the rows, so
             that they survive a loss of power, and not only the death of the process.
+        compression: What the rows of the file are compressed with: ``blosc2``, ``zstd`` (both
+            shuffle bits first), or None. Rows are then committed every 10 seconds instead of every
+            half. A file that is appended to stays as it is.
 
     Raises:
         OptionError: An option has no such value, or a glob matches no site; or there are a path and
-            a sink, or a sink and deferred gates, or `fsync` without a path.
+            a sink, or a sink and deferred gates, or `fsync` or `compression` without a path.
         UnsupportedError: The model has no GRU.
         TraceFileError: The file exists, or cannot be written.
+        MissingExtraError: `compression` is asked for and hdf5plugin is not installed.
     """
 
     #: What else is kept among the options of the trace.
@@ -140,6 +151,7 @@ class Tracer(Trace):
         sink: SinkMaker | None = None,
         on_error: OnError = "raise",
         fsync: bool = False,
+        compression: Compression | None = None,
     ) -> None:
         options = Options(
             gates=gates,
@@ -155,6 +167,7 @@ class Tracer(Trace):
             to_file=path is not None,
             on_error=on_error,
             fsync=fsync,
+            compression=compression,
         )
         own = chosen_shard(shard) if path is not None or sink is not None else None
         path = None if path is None else sharded(Path(path), own)

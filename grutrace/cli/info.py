@@ -15,6 +15,9 @@ from grutrace.storage.trace import Trace
 #: The version that is not printed: it says where, and not with what.
 _WHERE = "platform"
 
+#: Half the spacing below 1 of the types that something may be rounded to.
+ROUNDED = {"float16": 2.0**-12, "float32": 2.0**-25}
+
 
 def info(files: Files, as_json: AsJSON = False) -> None:
     """Say what a trace holds."""
@@ -70,6 +73,14 @@ def print_info(trace: Trace, name: str) -> None:
     narrowing = [f"{name} {value}" for name, value in narrowed(about["options"])]
     if narrowing:
         say(f"asked for less: {', '.join(narrowing)}")
+    if about["options"].get("dtype") in ROUNDED:
+        dtype = about["options"]["dtype"]
+        say(
+            f"rows are rounded to {dtype}: values up to 1 are off by {ROUNDED[dtype]:.3g} at most; "
+            "`grutrace stats FILE rounding` says more"
+        )
+    if "compression" in about["options"]:
+        say(f"rows are compressed with {about['options']['compression']}")
     table = new_table("site", "layer", "recorded")
     for name in ("calls", "sequences", "steps", "weights"):
         table.add_column(name, justify="right")

@@ -11,6 +11,7 @@ from grutrace.record import DEFAULT_RECORD, QUANTITIES
 from grutrace.run.launch import launch
 from grutrace.run.settings import CHECKS, DTYPES, GATES, MODES, ON_ERROR, STACKS, Settings
 from grutrace.run.texts import size
+from grutrace.storage.compression import COMPRESSIONS
 
 
 def run(
@@ -57,6 +58,9 @@ def run(
     fsync: Annotated[
         bool, typer.Option("--fsync", help="Have the disk itself hold what counts.")
     ] = False,
+    compression: Annotated[
+        str | None, typer.Option(help=f"Of the rows: {', '.join(COMPRESSIONS)}.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing of our own.")] = False,
 ) -> None:
     """Run a script as python would, and trace the GRUs of every model in it."""
@@ -77,6 +81,7 @@ def run(
         steps=steps,
         on_error=on_error,
         fsync=fsync,
+        compression=compression,
         quiet=quiet,
     )
     launch(settings, program, module=module)

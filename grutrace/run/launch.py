@@ -30,6 +30,7 @@ from grutrace.run.settings import (
     Settings,
 )
 from grutrace.shard import present_shard, sharded
+from grutrace.storage.compression import COMPRESSIONS, filter_options
 from grutrace.storage.parts import require_room
 
 _BOOT = Path(__file__).with_name("boot")
@@ -45,6 +46,7 @@ def launch(settings: Settings, program: Sequence[str], *, module: bool = False) 
 
     Raises:
         OptionError: An option has no such value.
+        MissingExtraError: Something that an option needs is not installed.
         TraceFileError: The trace cannot be written.
         UnsupportedError: Python was started so that it would not load anything of ours.
     """
@@ -67,6 +69,9 @@ def _check(settings: Settings) -> None:
     _expect("check", [settings.check], CHECKS)
     _expect("gates", [settings.gates], GATES)
     _expect("on_error", [settings.on_error], ON_ERROR)
+    _expect("compression", [settings.compression or COMPRESSIONS[0]], COMPRESSIONS)
+    # What is not installed is said before the script begins.
+    filter_options(settings.compression)
     _expect("dtype", [settings.dtype or DTYPES[0]], DTYPES)
     for option in ("every", "max_calls", "max_bytes"):
         number = getattr(settings, option)

@@ -88,6 +88,7 @@ class Part(Tracer):
             units=None if settings.units is None else texts.units(settings.units),
             on_error=settings.on_error,  # type: ignore[arg-type]
             fsync=settings.fsync,
+            compression=settings.compression,  # type: ignore[arg-type]
         )
         self.tally = Tally(path, len(self.sites))
         self.start()

@@ -49,6 +49,7 @@ class Settings:
     steps: str | None = None
     on_error: str = "warn"
     fsync: bool = False
+    compression: str | None = None
     quiet: bool = False
     python_path: str | None = None
 

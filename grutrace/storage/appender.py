@@ -8,6 +8,7 @@ import h5py
 import numpy as np
 
 from grutrace.record import Array
+from grutrace.storage.compression import is_compressed
 
 
 class Appender:
@@ -19,6 +20,8 @@ class Appender:
 
     Attributes:
         position: Items written so far.
+        compressed: Whether chunks of the dataset are packed. Each time that HDF5 packs a chunk
+            anew it takes new room, and under SWMR it never uses the old room again.
     """
 
     def __init__(self, dataset: h5py.Dataset, position: int) -> None:
@@ -27,23 +30,36 @@ class Appender:
         self._item: tuple[int, ...] = dataset.shape[1:]
         self._dtype: np.dtype[Any] = dataset.dtype
         self._length: int = dataset.shape[0]
+        self._chunk: int = dataset.chunks[0]
         self._staged: list[Array] = []
+        self.compressed = is_compressed(dataset)
+
+    @property
+    def staged(self) -> int:
+        """Bytes that are staged."""
+        return sum(items.nbytes for items in self._staged)
 
     def stage(self, items: Array) -> None:
         """Keep (n, ...) items for the next write."""
         self._staged.append(items)
 
-    def write(self) -> None:
-        """Write what is staged. If that fails, all of it is still staged."""
+    def write(self, *, whole_chunks: bool = False) -> None:
+        """Write what is staged. If that fails, all of it is still staged.
+
+        Args:
+            whole_chunks: Leave staged what does not make a whole chunk yet.
+        """
         if not self._staged:
             return
         staged = self._staged
         # With the type given NumPy need not work out a common one, slow for compound types.
         items = np.concatenate(staged, dtype=self._dtype) if len(staged) > 1 else staged[0]
-        if len(items):
-            self._put(np.ascontiguousarray(items, self._dtype))
-        self.position += len(items)
-        self._staged = []
+        left = min(len(items), (self.position + len(items)) % self._chunk) if whole_chunks else 0
+        written = items[: len(items) - left]
+        if len(written):
+            self._put(np.ascontiguousarray(written, self._dtype))
+        self.position += len(written)
+        self._staged = [items[len(items) - left :]] if left else []
 
     def _put(self, items: Array) -> None:
         # h5py's low-level calls: Dataset.resize and slicing cost 70 microseconds a write, these 30.

@@ -13,6 +13,7 @@ from typing import Any
 import h5py
 from h5py import h5d, h5g, h5l, h5o, h5t
 
+from grutrace.storage.compression import PLUGINS
 from grutrace.storage.faults import Fault, require
 
 #: What may be between a dataset and its bytes. HDF5 would look for any other in the folders that
@@ -23,9 +24,7 @@ FILTERS = {
     2: "shuffle",
     3: "fletcher32",
     32000: "lzf",
-    32008: "bitshuffle",
-    32015: "zstd",
-    32026: "blosc2",
+    **PLUGINS,
 }
 
 #: The largest chunk that is read: HDF5 brings all of a packed one into memory. Ours have 1 MiB at

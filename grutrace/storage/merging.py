@@ -21,6 +21,7 @@ from grutrace.errors import TraceFileError
 from grutrace.record import QUANTITIES, Array, Module
 from grutrace.shard import Shard
 from grutrace.storage.combined import CombinedSource
+from grutrace.storage.compression import compression_of, filter_options
 from grutrace.storage.header import write_header
 from grutrace.storage.joined import JoinedSource, Numbers
 from grutrace.storage.placing import naming, put_in_place, room_for
@@ -30,6 +31,7 @@ from grutrace.storage.schema import (
     COMMITTED,
     LIBVER,
     TABLES,
+    Create,
     create_column,
     create_datasets,
     input_owner,
@@ -154,14 +156,16 @@ class _Merge:
         options = merged_options(self._header.options, self.report.shards)
         header = replace(self._header, options=options)
         write_header(file, header)
+        # What is copied is packed as it was.
+        create = partial(create_column, packed=filter_options(compression_of(header)))
         if self._copy:
-            create_datasets(file, header.modules)
+            create_datasets(file, header.modules, create)
             for number, module in enumerate(header.modules):
                 self._copy_module(file, module, self._all, number, self._tables.extents[number])
         else:
             for shard in self._shards:
                 if not shard.linked:
-                    self._copy_shard(file, shard)
+                    self._copy_shard(file, shard, create)
             spans = self._spans()
             create_datasets(file, header.modules, partial(create_virtual, spans))
         self._write_tables(file)
@@ -191,13 +195,13 @@ class _Merge:
                         spans.setdefault(place, []).append(shard.span(local, module, place, count))
         return spans
 
-    def _copy_shard(self, file: h5py.File, shard: _Shard) -> None:
+    def _copy_shard(self, file: h5py.File, shard: _Shard, create: Create) -> None:
         """Copy what lies in one shard to a place of its own in the new file."""
         for local, number in enumerate(shard.numbers):
             module = self._header.modules[number]
             columns = layout([module])
             for place, _ in _columns(module):
-                create_column(file, f"{shard.prefix}{place}", columns[place])
+                create(file, f"{shard.prefix}{place}", columns[place])
             extent = shard.tables.extents[local]
             self._copy_module(file, module, shard.source, local, extent, shard.prefix)
 

@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 
 from grutrace.record import Array
+from grutrace.storage.compression import is_compressed
 
 #: Rows between two wanted ones that are read along, since another read takes as long. Bytes.
 GAP = 256 * 1024
@@ -107,6 +108,9 @@ class FileRows(LazyRows):
         lent: Gives the open dataset for one read.
         shape: (rows, width)
         dtype: Type of the elements.
+
+    Raises:
+        MissingExtraError: When it is read, if hdf5plugin would unpack it and is not installed.
     """
 
     def __init__(
@@ -116,10 +120,14 @@ class FileRows(LazyRows):
         dtype: np.dtype[Any],
     ) -> None:
         super().__init__(shape, dtype)
-        self._lent = lent
+        self._lent, self._asked = lent, False
 
     def _read(self, rows: slice, columns: slice) -> Array:
         with self._lent() as dataset:
+            if not self._asked:
+                # Not before: looking into a compressed trace needs no library to unpack it.
+                is_compressed(dataset)
+                self._asked = True
             return np.asarray(dataset[rows, columns])
 
     def _pick(self, rows: Array, columns: slice) -> Array:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import h5py
 import numpy as np
@@ -264,10 +264,12 @@ def shared_inputs(modules: Sequence[Module]) -> Iterator[tuple[str, str]]:
                 )
 
 
+#: Creates a column at a place of a file.
+Create: TypeAlias = Callable[[h5py.File, str, Column], h5py.Dataset]
+
+
 def create_datasets(
-    file: h5py.File,
-    modules: Sequence[Module],
-    create: Callable[[h5py.File, str, Column], h5py.Dataset] | None = None,
+    file: h5py.File, modules: Sequence[Module], create: Create | None = None
 ) -> None:
     """Create everything that `layout` lists, empty, and `committed`, all zero.
 
@@ -286,8 +288,17 @@ def create_datasets(
         file[place] = file[target]
 
 
-def create_column(file: h5py.File, place: str, column: Column) -> h5py.Dataset:
-    """Create a dataset that grows, empty."""
+def create_column(
+    file: h5py.File, place: str, column: Column, packed: Mapping[str, Any] | None = None
+) -> h5py.Dataset:
+    """Create a dataset that grows, empty.
+
+    Args:
+        file: The file.
+        place: Where.
+        column: What.
+        packed: What h5py creates datasets of rows with, if those are to be compressed.
+    """
     return file.create_dataset(
         place,
         shape=(0, *column.item),
@@ -296,4 +307,5 @@ def create_column(file: h5py.File, place: str, column: Column) -> h5py.Dataset:
         dtype=column.dtype,
         # Rows are written whole before anyone may read them: filling first is work for nothing.
         fill_time="never",
+        **(packed or {} if column.axes[:1] == ("step",) else {}),
     )

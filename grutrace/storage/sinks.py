@@ -8,6 +8,7 @@ from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from grutrace.errors import OptionError
 from grutrace.record import Header, Sink
+from grutrace.storage.compression import Compression as Compression
 from grutrace.storage.memory import MemorySink
 from grutrace.storage.preparing import Prepare
 from grutrace.storage.reader import FileSource

@@ -43,7 +43,8 @@ class StreamSink:
     ) -> None:
         writer = Writer(path, header, mode, fsync=fsync)
         self.path = writer.path
-        self._pump = Pump(Preparing(writer, prepare) if prepare else writer, queue_bytes)
+        consumer = Preparing(writer, prepare) if prepare else writer
+        self._pump = Pump(consumer, queue_bytes, commit_seconds=writer.commit_seconds)
         # Without waiting: whatever thread the collector runs in may hold HDF5's lock.
         weakref.finalize(self, self._pump.finish).atexit = False
 

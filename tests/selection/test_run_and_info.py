@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 
+import h5py
 import pytest
 import torch
 from torch import nn
@@ -40,6 +42,21 @@ def test_every_and_dtype(tmp_path) -> None:
         assert trace.calls["module"].tolist() == [""] * 3 + ["GRU#2"] * 3
         assert trace["l0"].update.dtype == "float16"
     assert main(["verify", str(tmp_path / "run.h5")]) == 0
+
+
+def test_compression(tmp_path, monkeypatch, capsys) -> None:
+    program = write(tmp_path, TWO_MODELS)
+    found = run("--compression", "blosc2", program, folder=tmp_path)
+    assert (found.returncode, found.stdout) == (0, "done\n"), found.stderr
+    assert main(["info", str(tmp_path / "run.h5")]) == 0
+    assert "compressed with blosc2" in capsys.readouterr().out
+    with h5py.File(tmp_path / "run.part0002.h5") as file:
+        assert file["modules/%/l1/update"].id.get_create_plist().get_nfilters() == 1
+        assert file["modules/%/l1/weight_hh"].id.get_create_plist().get_nfilters() == 0
+    assert main(["run", "--compression", "gzip", program]) == 2
+    monkeypatch.setitem(sys.modules, "hdf5plugin", None)
+    assert main(["run", "--compression", "zstd", program]) == 2
+    assert 'pip install "grutrace[compress]"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("calls", [3, 5, 7])

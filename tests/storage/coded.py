@@ -1,12 +1,14 @@
 """Rows whose values say which call and row they are of; and a program that streams them for ever.
 
-``python -m tests.storage.coded PATH SHAPE`` prints, after each flush, how many calls count.
+``python -m tests.storage.coded PATH SHAPE [COMPRESSION]`` prints, after each flush, how many calls
+count.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
+from dataclasses import replace
 
 import numpy as np
 
@@ -21,6 +23,10 @@ HIDDEN = 32
 SHAPES = {"big": (16, 64, False), "stepwise": (8, 1, True)}
 
 HEADER = make_header(make_module(hidden=HIDDEN, width=1, dtype="float64"))
+
+
+def header(compression=None):
+    return replace(HEADER, options={"compression": compression} if compression else {})
 
 
 def rows(call, count):
@@ -57,8 +63,8 @@ def weights():
     )
 
 
-def write(path, shape, calls=None, flush_every=3, report=lambda _: None):
-    sink = StreamSink(path, HEADER)
+def write(path, shape, calls=None, flush_every=3, report=lambda _: None, compression=None):
+    sink = StreamSink(path, header(compression))
     report(0)
     sink.append(weights())
     for call in itertools.count() if calls is None else range(calls):
@@ -106,4 +112,8 @@ def check_plain(plain):
 
 
 if __name__ == "__main__":
-    write(sys.argv[1], sys.argv[2], report=lambda count: print(count, flush=True))
+    write(
+        *sys.argv[1:3],
+        report=lambda count: print(count, flush=True),
+        compression=sys.argv[3] if len(sys.argv) > 3 else None,
+    )

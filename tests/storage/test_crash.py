@@ -19,9 +19,9 @@ from . import coded
 TRIES = 10
 
 
-def run_until_killed(path, shape, seconds):
+def run_until_killed(path, shape, seconds, *compression):
     """The number of calls that the writer had acknowledged when it was killed."""
-    command = [sys.executable, "-m", "tests.storage.coded", str(path), shape]
+    command = [sys.executable, "-m", "tests.storage.coded", str(path), shape, *compression]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "0\n"
         time.sleep(seconds)
