@@ -75,11 +75,20 @@ class Beside(Material):
         return self._site.parents
 
 
-def sequences_and_places(site: Material) -> tuple[Integers, Integers]:
-    """(N,) the sequence of each row, and (N,) which of its steps it is, in time order."""
-    found = np.empty((2, site.steps), np.int64)
-    ends = np.cumsum(site.lengths)
-    rows = site.rows_between(0, len(site.lengths))
-    found[0, rows] = np.repeat(np.arange(len(ends)), site.lengths)
-    found[1, rows] = np.arange(site.steps) - np.repeat(ends - site.lengths, site.lengths)
-    return found[0], found[1]
+def sequences_of(site: Material) -> Integers:
+    """(N,) the sequence of each row, in the smallest type that holds it."""
+    count = len(site.lengths)
+    found = np.empty(site.steps, np.min_scalar_type(-max(1, count)))
+    found[site.rows_between(0, count)] = np.repeat(
+        np.arange(count, dtype=found.dtype), site.lengths
+    )
+    return found
+
+
+def places_of(site: Material) -> Integers:
+    """(N,) which step of its sequence each row is, in time order."""
+    found = np.empty(site.steps, np.int64)
+    starts = np.cumsum(site.lengths) - site.lengths
+    in_order = np.arange(site.steps) - np.repeat(starts, site.lengths)
+    found[site.rows_between(0, len(starts))] = in_order
+    return found

@@ -231,10 +231,10 @@ class _Fold:
             self._products = np.zeros(len(origins[0]))
 
     def add(self, stretch: Stretch) -> None:
-        before = _columns(stretch, self._before) - self._origins[0]
+        before = _distances(stretch, self._before, self._origins[0])
         self.before.add(before, stretch.ends)
         if self._after:
-            after = _columns(stretch, self._after) - self._origins[1]
+            after = _distances(stretch, self._after, self._origins[1])
             self.after.add(after, stretch.ends)
             self.difference.add(after - before, stretch.ends)
             self._products += np.einsum("nh,nh->h", before, after)
@@ -262,7 +262,14 @@ class _Fold:
         return np.asarray(np.clip(found, -1.0, 1.0))
 
 
-def _columns(stretch: Stretch, side: Columns) -> Array:
-    return np.concatenate(
-        [stretch.values[name][:, columns].astype(np.float64) for name, columns in side], axis=1
-    )
+def _distances(stretch: Stretch, side: Columns, origin: Array) -> Array:
+    """(n, columns of all quantities) float64, how far each value is from its origin."""
+    found = np.empty((len(stretch), len(origin)))
+    start = 0
+    for name, columns in side:
+        values, part = stretch.values[name], slice(start, start + len(columns))
+        if len(columns) < values.shape[1] or np.any(np.diff(columns) != 1):
+            values = values[:, columns]
+        np.subtract(values, origin[part], out=found[:, part])
+        start += len(columns)
+    return found

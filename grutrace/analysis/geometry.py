@@ -127,12 +127,15 @@ class Comoments:
         """Take in a block, (n, H)."""
         (block,) = rows.values()
         exact = block.astype(np.float64)
-        finite = np.isfinite(exact.sum(1))
-        if not finite.all():
+        with np.errstate(invalid="ignore"):
+            total = exact.sum(0)
+        if not np.isfinite(total).all():
+            finite = np.isfinite(exact).all(1)
             self.left_out += int(np.count_nonzero(~finite))
             exact = exact[finite]
+            total = exact.sum(0)
         if len(exact):
-            mean = exact.mean(0)
+            mean = total / len(exact)
             exact -= mean
             self._join(len(exact), mean, exact.T @ exact)
 

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from grutrace.analysis.beside import sequences_and_places
+from grutrace.analysis.beside import sequences_of
 from grutrace.analysis.classes import classes_of
 from grutrace.analysis.material import Analysed, material
 from grutrace.analysis.result import Result
@@ -92,7 +92,7 @@ def probe(
     *,
     control: str | None = None,
     test: float = 0.25,
-    steps: int = 50_000,
+    steps: int = 20_000,
     penalty: float = 1.0,
     seed: int = 0,
 ) -> Probe:
@@ -128,7 +128,8 @@ def probe(
     target, classes = _target(labels)
     control = control or ("tokens" if "tokens" in of.label_names and label != "tokens" else "")
     random = np.random.default_rng(seed)
-    used, for_test = split(of, labels, test, steps, random)
+    sequences = sequences_of(of)
+    used, for_test = split(of, sequences, labels, test, steps, random)
     states, rows = gathered(of, quantity, used)
     testing = for_test[rows]
     train, tested = rows[~testing], rows[testing]
@@ -136,9 +137,9 @@ def probe(
         raise OptionError(f"label: of {label!r} no step with finite {quantity} is left to use")
     scaled = _Scaled(states[~testing])
     inputs = scaled(states[~testing]), scaled(states[testing])
+    del states
     fitted = learn(inputs[0], target[train], bool(classes), penalty)
     predicted = fitted.predict(inputs[1])
-    sequences, _ = sequences_and_places(of)
     score, baseline = _scores(predicted, target[train], target[tested], bool(classes))
     converged, control_score = fitted.converged, np.nan
     if control:
@@ -166,7 +167,7 @@ def probe(
         converged=converged,
         classes=classes,
         recall=np.array([_mean(right[target[tested] == code]) for code in range(len(classes))]),
-        units=of.units if quantity != "input" else np.arange(states.shape[1]),
+        units=of.units if quantity != "input" else np.arange(len(fitted.weight)),
         weight=fitted.weight,
     )
 

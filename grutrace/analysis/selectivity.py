@@ -22,7 +22,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from grutrace.analysis.beside import Beside, sequences_and_places
+from grutrace.analysis.beside import Beside, places_of, sequences_of
 from grutrace.analysis.chance import Arrangements
 from grutrace.analysis.classes import classes_of
 from grutrace.analysis.counting import LEVELS, MEMORY, ArrangedCounts, Bins, Counts, Ranges
@@ -116,7 +116,6 @@ def selectivity(
     of = material(site)
     of.require(quantity)
     classes = classes_of(of.labels(label))
-    sequences, places = sequences_and_places(of)
     codes = classes.codes.astype(np.int32)
     with_label = Beside(of, {"code": codes[:, np.newaxis]})
     width, count = of.rows(quantity).shape[1], len(classes.names)
@@ -127,7 +126,9 @@ def selectivity(
     aucs, errors = _areas(counts)
     levels = _levels(counts)
     information = _information(_joined(counts, levels))
-    arrangements = Arrangements(codes, sequences, places, len(of.lengths), permutations, seed)
+    arrangements = Arrangements(
+        codes, sequences_of(of), places_of(of), len(of.lengths), permutations, seed
+    )
     chance = _by_chance(of, quantity, arrangements, bins, levels, counts)
     largest = np.array([0.0, *np.nanmax(chance, axis=1, initial=0.0)])[1:]
     with np.errstate(invalid="ignore"):

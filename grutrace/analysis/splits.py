@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
-from grutrace.analysis.beside import Beside, sequences_and_places
+from grutrace.analysis.beside import Beside
 from grutrace.analysis.fold import fold_rows
 from grutrace.analysis.material import Material
 from grutrace.errors import OptionError
@@ -17,12 +17,18 @@ from grutrace.storage.labels import RowLabels
 
 
 def split(
-    of: Material, labels: RowLabels, test: float, steps: int, random: np.random.Generator
+    of: Material,
+    sequences: Integers,
+    labels: RowLabels,
+    test: float,
+    steps: int,
+    random: np.random.Generator,
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """Which rows to train on, and which to test on.
 
     Args:
         of: The site.
+        sequences: (N,) the sequence of each row.
         labels: Rows without a label are not used.
         test: Share of the labelled rows that are for testing, about; at least one sequence.
         steps: At most so many are used for either.
@@ -34,10 +40,9 @@ def split(
     Raises:
         OptionError: The label lies in fewer than two sequences that do not go back to one.
     """
-    sequences, _ = sequences_and_places(of)
-    families = _families(of.parents)[sequences]
+    families = _families(of.parents).astype(sequences.dtype)[sequences]
     labelled = labels.codes >= 0
-    counts = np.bincount(families[labelled], minlength=len(of.lengths))
+    counts = np.bincount(families, labelled, len(of.lengths)).astype(np.int64)
     having = random.permutation(np.flatnonzero(counts))
     if len(having) < 2:
         raise OptionError(
@@ -64,29 +69,23 @@ def _families(parents: Integers) -> Integers:
 
 def gathered(of: Material, quantity: str, used: npt.NDArray[np.bool_]) -> tuple[Array, Integers]:
     """The rows that are used and finite, (n, H), and their numbers, (n,)."""
-    numbers = np.where(used, np.arange(len(used)), -1)[:, np.newaxis]
-    found = fold_rows(Beside(of, {"row": numbers}), (quantity, "row"), _Kept)
-    width = of.rows(quantity).shape[1]
-    states = np.concatenate([np.empty((0, width), np.float32), *found.states])
-    rows = np.concatenate([np.empty(0, np.int64), *found.rows])
+    found = fold_rows(Beside(of, {"used": used[:, np.newaxis]}), (quantity, "used"), _Kept)
+    kept = of.rows(quantity)
+    states = np.concatenate([np.empty((0, kept.shape[1]), kept.dtype), *found.states])
+    rows = np.flatnonzero(used)
     finite = np.isfinite(states).all(1)
     return (states, rows) if finite.all() else (states[finite], rows[finite])
 
 
 class _Kept:
-    """The rows that have a number."""
+    """The rows that are used."""
 
     def __init__(self) -> None:
         self.states: list[Array] = []
-        self.rows: list[Integers] = []
 
     def add(self, rows: Mapping[str, Array]) -> None:
-        numbers = rows["row"][:, 0]
-        (values,) = (block for name, block in rows.items() if name != "row")
-        some = numbers >= 0
-        self.states.append(values[some])
-        self.rows.append(numbers[some])
+        (values,) = (block for name, block in rows.items() if name != "used")
+        self.states.append(values[rows["used"][:, 0]])
 
     def merge(self, later: _Kept) -> None:
         self.states += later.states
-        self.rows += later.rows

@@ -11,6 +11,7 @@ from torch import nn
 
 import grutrace
 from grutrace.analysis import probes
+from grutrace.analysis.beside import sequences_of
 from grutrace.analysis.material import SiteArrays, material
 from grutrace.analysis.probes import probe
 from grutrace.analysis.splits import _families, split
@@ -81,13 +82,15 @@ def test_sequences_are_not_split() -> None:
     labels = random.integers(0, 2, 1200).astype(float)
     labels[random.uniform(size=1200) < 0.3] = np.nan
     of = material(arrays(np.zeros((1200, 2)), x=labels))
-    used, for_test = split(of, of.labels("x"), 0.25, 10**9, np.random.default_rng(1))
+    used, for_test = split(
+        of, sequences_of(of), of.labels("x"), 0.25, 10**9, np.random.default_rng(1)
+    )
     np.testing.assert_array_equal(used, ~np.isnan(labels))
     by_sequence = for_test.reshape(60, 20)
     assert (by_sequence.all(1) | ~by_sequence.any(1)).all()
     share = np.count_nonzero(used & for_test) / used.sum()
     assert share == pytest.approx(0.25, abs=0.03)
-    few, _ = split(of, of.labels("x"), 0.25, 30, np.random.default_rng(1))
+    few, _ = split(of, sequences_of(of), of.labels("x"), 0.25, 30, np.random.default_rng(1))
     assert (np.count_nonzero(few & for_test), np.count_nonzero(few & ~for_test)) == (30, 30)
 
 
@@ -114,7 +117,7 @@ def test_what_began_from_a_sequence_stays_with_it() -> None:
         recording.annotate(labels={"x": {"": [[1.0, 2.0], [1.0, 2.0]]}})
     of = material(tracer["cell"])
     assert (of.parents >= 0).sum() == 1
-    used, for_test = split(of, of.labels("x"), 0.5, 100, np.random.default_rng(0))
+    used, for_test = split(of, sequences_of(of), of.labels("x"), 0.5, 100, np.random.default_rng(0))
     assert used.any()
     child = int(np.flatnonzero(of.parents >= 0)[0])
     for_sequence = [for_test[of.rows_between(number, number + 1)] for number in range(3)]

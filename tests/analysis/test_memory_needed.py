@@ -1,0 +1,94 @@
+"""What an analysis needs of memory does not grow with the file, however its steps are divided."""
+
+from __future__ import annotations
+
+import gc
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import grutrace
+from grutrace.analysis import autocorrelation, elsewhere, fold, lyapunov, memory, stretches
+from grutrace.analysis.measures import MEASURES, measure
+from tests.benchmarks import long_traces
+from tests.storage.streams import make_module
+
+#: Steps of the shorter file, a KiB of rows each; the longer one has four times as many.
+STEPS, UNITS = 4096, 64
+
+#: Takes its time with every step.
+SLOW = "lyapunov"
+
+#: By how much peaks of the same analysis differ: what was imported meanwhile, and tables of
+#: 64 bytes or so a sequence. Bytes.
+SAME = 400_000
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch) -> None:
+    modules = {
+        "PART": (fold,),
+        "BLOCK": (fold, stretches),
+        "TOGETHER": (memory, autocorrelation, lyapunov),
+    }
+    for name, of in modules.items():
+        for module in of:
+            monkeypatch.setattr(module, name, 128 * 1024)
+    monkeypatch.setattr(autocorrelation, "LAGS", 100)
+    # Two at once would be as it happens.
+    monkeypatch.setattr(elsewhere, "THREADS", 1)
+
+
+def write(path: Path, steps: int, each: int) -> None:
+    """So many steps, in sequences of each so many."""
+    module = make_module("rnn", hidden=UNITS, width=UNITS)
+    long_traces.write(path, module, each, 1, steps // each)
+
+
+def peak(analyse: Callable[[Any], object], path: Path) -> int:
+    with grutrace.open(path) as trace:
+        (name,) = trace.sites
+        gc.collect()
+        tracemalloc.start()
+        try:
+            analyse(trace[name])
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+
+@pytest.fixture(scope="module", params=["many sequences", "one sequence"])
+def files(request, tmp_path_factory) -> dict[int, Path]:
+    """By their steps."""
+    folder = tmp_path_factory.mktemp("files")
+    found = {}
+    for steps in (STEPS // 4, STEPS, 4 * STEPS):
+        found[steps] = folder / f"{steps}.h5"
+        write(found[steps], steps, 64 if request.param == "many sequences" else steps)
+    return found
+
+
+#: Those that need nothing but a site, and do not give a number for each of its steps.
+ALONE = [name for name, of in MEASURES.items() if not of.needs and name != "gate_activation"]
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_the_same_for_a_file_four_times_as_long(name, files) -> None:
+    analyse = measure(name).load()
+    steps = STEPS // 4 if name == SLOW else STEPS
+    if name != SLOW:
+        peak(analyse, files[steps])  # Imports, and what is kept of them.
+    short, long = (peak(analyse, files[count]) for count in (steps, 4 * steps))
+    assert long - short < SAME
+
+
+def test_control_reading_all_rows_grows(files) -> None:
+    short, long = (
+        peak(lambda site: np.asarray(site.rows("update")), files[steps])
+        for steps in (STEPS, 4 * STEPS)
+    )
+    assert long - short > 4 * SAME
