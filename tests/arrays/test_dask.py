@@ -180,7 +180,7 @@ def test_it_outlives_the_trace_but_not_the_file(path, tmp_path):
     sent = pickle.dumps(array)
     path.unlink()
     for each in (array, pickle.loads(sent)):
-        with pytest.raises(TraceFileError, match=r"run\.h5 cannot be read.*No such file"):
+        with pytest.raises(TraceFileError, match=r"run\.h5 does not exist"):
             each.compute()
     stream = Stream(make_header(make_module(hidden=32, record=EVERYTHING), created=2e9))
     stream.call([9000])
