@@ -167,7 +167,7 @@ def _opened(
             # Now it finds the other parts of its run; and of many shards few are read at a time.
             with released_afterwards():
                 source.refresh()
-            stamp = stamp_of(source.header)
+            stamp = stamp_of(source.header.options)
             if stamp is not None and stamp.part > 1:
                 parts.append(os.path.realpath(path))
                 opened.pop()[1].close()

@@ -1,4 +1,4 @@
-"""What grows with a trace, counted. No time is asserted: `tests.benchmarks --only scale` measures."""
+"""What grows with a trace, counted. No time is asserted: see `tests.benchmarks --only scale`."""
 
 from __future__ import annotations
 
