@@ -49,10 +49,15 @@ class PlainTrace:
 class PlainModule:
     """One module's group."""
 
+    ATTRIBUTES = (
+        *("index", "path", "kind", "type", "input_size", "hidden_size", "num_layers"),
+        *("bidirectional", "bias", "batch_first", "dropout"),
+    )
+
     def __init__(self, group, trace):
         self.index = int(group.attrs["index"])
         self.group_name = group.name.rsplit("/", 1)[1]
-        self.attributes = dict(group.attrs)
+        self.attributes = {name: group.attrs[name] for name in self.ATTRIBUTES}
         self.path = group.attrs["path"]
         self.trace = trace
         self.calls = np.flatnonzero(trace.calls["module"] == self.index)

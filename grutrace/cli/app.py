@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,7 +13,7 @@ from grutrace.cli.diff import diff
 from grutrace.cli.export import export
 from grutrace.cli.info import info
 from grutrace.cli.merge import merge
-from grutrace.cli.output import plain
+from grutrace.cli.output import say
 from grutrace.cli.run import run
 from grutrace.cli.stats import stats
 from grutrace.cli.verify import verify
@@ -47,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with no_plugins(), np.errstate(all="ignore"):
             app(None if argv is None else list(argv), prog_name="grutrace")
     except GrutraceError as error:
-        print(plain(f"grutrace: {error}"), file=sys.stderr)
+        say(f"grutrace: {error}", stderr=True)
         return NO_ANSWER
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else NO_ANSWER * bool(ended.code)

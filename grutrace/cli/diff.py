@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from grutrace.analysis.difference import TraceDifference, compare
 from grutrace.analysis.discrepancies import Place, ValueDifference
 from grutrace.cli.arguments import NO, AsJSON, Record, Sites, names
 from grutrace.cli.opening import opened
-from grutrace.cli.output import new_table, print_json, progress_bar
+from grutrace.cli.output import new_table, print_json, print_table, progress_bar, say
 
 
 def diff(
@@ -69,20 +68,20 @@ def print_difference(found: TraceDifference) -> None:
         table.add_row("" if each.site == site else each.site, each.quantity, *row)
         site = each.site
     if found.values:
-        Console().print(table)
+        print_table(table)
     for mismatch in found.mismatches:
-        print(mismatch)
+        say(str(mismatch))
     for each in found.values:
         if each.beyond:
-            print(f"{each.site}: {each.quantity}, first at {each.first}")
-            print(f"{each.site}: {each.quantity}, most at {each.largest}")
+            say(f"{each.site}: {each.quantity}, first at {each.first}")
+            say(f"{each.site}: {each.quantity}, most at {each.largest}")
     for circumstance in found.circumstances:
-        print(f"({circumstance})")
+        say(f"({circumstance})")
     # The first of them is the likely cause, if values differ.
     for weights in found.weights[bool(found.cause) :]:
-        print(f"(weights of {weights})")
+        say(f"(weights of {weights})")
     if found.cause:
-        print(f"Likely cause: {found.cause}")
+        say(f"Likely cause: {found.cause}")
     print("The traces are the same." if found.same else "The traces differ.")
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from grutrace.cli.arguments import File, Record, Sites, names
-from grutrace.cli.output import progress_bar
+from grutrace.cli.output import progress_bar, say
 from grutrace.export.formats import FORMATS, export_trace
 from grutrace.storage.sinks import open_trace
 
@@ -33,4 +32,4 @@ def export(
     with open_trace(file) as trace, progress_bar("exporting") as advance:
         done = export_trace(trace, output, to, sites=site, record=names(record), progress=advance)
     for note in done.notes:
-        print(f"grutrace: {note}", file=sys.stderr)
+        say(f"grutrace: {note}", stderr=True)

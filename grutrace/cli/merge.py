@@ -10,7 +10,7 @@ import typer
 
 from grutrace.cli.arguments import AsJSON, Files
 from grutrace.cli.opening import name_of, said_in_lines
-from grutrace.cli.output import print_json, progress_bar
+from grutrace.cli.output import print_json, progress_bar, say
 from grutrace.storage.merging import MergeReport, merge_shards
 
 
@@ -48,15 +48,15 @@ def print_report(report: MergeReport, output: Path, *, copy: bool) -> None:
     """Print what was merged."""
     calls = sum(shard.calls for shard in report.shards)
     ranks = ", ".join(str(shard.rank) for shard in report.shards)
-    print(f"{output}: {calls} calls of ranks {ranks}")
+    say(f"{output}: {calls} calls of ranks {ranks}")
     if report.copied and not copy:
         names = ", ".join(path.name for path in report.unclosed)
-        print(f"copied {report.copied / 1e6:.1f} MB, for these were not closed: {names}")
+        say(f"copied {report.copied / 1e6:.1f} MB, for these were not closed: {names}")
     elif copy:
-        print(f"copied {report.copied / 1e6:.1f} MB")
+        say(f"copied {report.copied / 1e6:.1f} MB")
     files = sum(len(shard.files) for shard in report.shards)
     if files:
-        print(f"rows stay in {files} files beside it: keep them together")
+        say(f"rows stay in {files} files beside it: keep them together")
 
 
 def _merge_statistics(files: list[Path], output: Path) -> None:
@@ -66,4 +66,4 @@ def _merge_statistics(files: list[Path], output: Path) -> None:
 
     merged = reduce(Statistics.merge, map(Statistics.load, files))
     merged.save(output)
-    print(f"{output}: {merged.calls} calls of {name_of(files)}")
+    say(f"{output}: {merged.calls} calls of {name_of(files)}")

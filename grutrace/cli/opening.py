@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from grutrace.cli.output import say
 from grutrace.storage.sinks import open_trace
 from grutrace.storage.trace import Trace
 
@@ -35,7 +35,7 @@ def said_in_lines() -> Iterator[None]:
         warnings.simplefilter("always")
         yield
     for each in given:
-        print(f"grutrace: {each.message}", file=sys.stderr)
+        say(f"grutrace: {each.message}", stderr=True)
 
 
 def name_of(files: Sequence[Path]) -> str:

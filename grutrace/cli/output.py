@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -69,9 +70,9 @@ def plain(text: object) -> str:
     )
 
 
-def say(text: str) -> None:
+def say(text: str, *, stderr: bool = False) -> None:
     """Print a line, of which parts may come from a file."""
-    print(plain(text))
+    print(plain(text), file=sys.stderr if stderr else sys.stdout)
 
 
 def percent(share: float) -> str:

@@ -175,6 +175,35 @@ def _parts(chance: random.Random, folder: Path) -> str:
     return f"part 2: {kind}"
 
 
+def _merged(chance: random.Random, folder: Path) -> str:
+    """A merged file, or a shard that it is of, which is not what it should be."""
+    for name, content in seeds.merged().items():
+        (folder / name).write_bytes(content)
+    shards = [name for name in seeds.merged() if name != "run.h5"]
+    path = folder / chance.choice(["run.h5", "run.h5", *shards])
+    kind = chance.choice(["change", "change", "change", "virtual", "pipe", "link", "gone", "other"])
+    if kind in ("change", "virtual"):
+        with h5py.File(path, "r+", libver=("v110", "v110")) as file:
+            if kind == "change":
+                return f"merged, {path.name}, {_change(file, chance, folder / 'pipe')}"
+            spot = Spot(file, chance.choice(_places(file, h5py.Dataset)), chance, folder / "pipe")
+            try:
+                datasets.CHANGES["virtual"](spot)
+            except _REFUSED:
+                return "merged, unchanged"
+            return f"merged, {path.name}, {spot.place}: virtual"
+    content = path.read_bytes()
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link":
+        (folder / "outside").write_bytes(content)
+        path.symlink_to("outside")
+    elif kind == "other":
+        seeds.put("decoder", path)
+    return f"merged, {path.name}: {kind}"
+
+
 _known: dict[str, list[int]] = {}
 _believable: dict[str, list[tuple[int, int]]] = {}
 
@@ -191,7 +220,7 @@ def _structures(name: str) -> list[tuple[int, int]]:
     return _believable[name]
 
 
-#: Kinds of cases, and how many of twenty are of each.
+#: Kinds of cases, and how many of twenty-one are of each.
 KINDS: tuple[tuple[int, Maker], ...] = (
     (7, _changed),
     (3, _cut),
@@ -199,6 +228,7 @@ KINDS: tuple[tuple[int, Maker], ...] = (
     (5, _believed),
     (1, _no_hdf5),
     (1, _parts),
+    (1, _merged),
 )
 
 _BY_TURN = [maker for count, maker in KINDS for _ in range(count)]

@@ -7,7 +7,9 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from grutrace.storage.merging import merge_shards
 from grutrace.storage.writer import Writer
+from tests.storage.shards import full_shards, write_shards
 from tests.storage.streams import full_stream
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "v1.0"
@@ -30,6 +32,15 @@ def content(name: str) -> bytes:
             writer.write(record)
         writer.close()
         return (Path(folder) / "run.h5").read_bytes()
+
+
+@cache
+def merged() -> dict[str, bytes]:
+    """A file that was merged of two shards, and the shards beside it, by their names."""
+    with TemporaryDirectory() as folder:
+        shards = write_shards(Path(folder) / "run.h5", full_shards()[:2])
+        merge_shards(shards, Path(folder) / "run.h5")
+        return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
 
 
 def put(name: str, path: Path) -> Path:

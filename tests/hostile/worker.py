@@ -44,6 +44,7 @@ def main(folder: Path, seed: int, first: int, stop: int) -> None:
     torch.set_num_threads(1)
     for name in (*seeds.TRACES, seeds.STATISTICS, "run", "run.part0002"):
         seeds.content(name)
+    seeds.merged()
     _warm_up(folder)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + MEMORY
