@@ -25,18 +25,22 @@ from grutrace.record import Array
 from grutrace.storage.faults import require
 from grutrace.storage.header import member
 from grutrace.storage.schema import LIBVER
+from grutrace.storage.unmarked import SIGNATURE, Unmarked, open_unmarked
 
 #: Memory in which HDF5 keeps the chunks of one dataset that were read last: four of rows. Bytes.
 CHUNK_CACHE = 1024 * 1024
 
-#: How HDF5 files begin, and the two flags in their superblock of which a writer sets one.
-_SIGNATURE = b"\x89HDF\r\n\x1a\n"
+#: The two flags in the superblock of a file of which a writer sets one.
 _WRITING = 0b101
 
 #: One lock for all handles: HDF5 itself does one thing at a time, so nothing is lost.
 _lock = threading.RLock()
 
 _handles: weakref.WeakSet[ReadHandle] = weakref.WeakSet()
+
+#: Files that HDF5 has failed to close. If it opened one by its path, it would read from what it
+#: still holds of it; if one were forgotten, Python would have it closed again.
+_kept_open: dict[tuple[int, int], list[h5py.File]] = {}
 
 os.register_at_fork(
     before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
@@ -87,7 +91,7 @@ class ReadHandle:
         require(shape[0] >= count, place, f"at least {count} items", shape[0])
         if count > seen and not dataset.id.get_create_plist().get_nfilters():
             size = count * math.prod(shape[1:]) * dataset.dtype.itemsize
-            held = os.fstat(dataset.file.id.get_vfd_handle()).st_size
+            held = self._path.stat().st_size
             require(size <= held, place, f"{size} bytes of items", f"a file of {held}")
         self._datasets[place] = (dataset, max(count, seen))
         return dataset
@@ -114,7 +118,12 @@ class ReadHandle:
             self._datasets.clear()
             file, self._file = self._file, None
             if file is not None:
-                file.close()
+                try:
+                    file.close()
+                except (OSError, RuntimeError):
+                    # What could not be written is a writer's of this process, which is told so.
+                    assert self._identity is not None
+                    keep_off(file, self._identity)
 
     def close(self) -> None:
         """Close the file for good."""
@@ -127,8 +136,13 @@ class ReadHandle:
         return self._identity == identity
 
     def _open(self) -> None:
-        file = _open_for_reading(self._path)
-        identity = file_identity(file)
+        status = self._path.stat()
+        identity = status.st_dev, status.st_ino
+        if identity in _kept_open:
+            file = open_unmarked(Unmarked(self._path), CHUNK_CACHE)
+        else:
+            file = _open_for_reading(self._path)
+            identity = file_identity(file)
         if self._identity not in (None, identity):
             file.close()
             raise TraceFileError(f"{self._path} is another file by now; open it anew")
@@ -158,6 +172,11 @@ def readers_out(identity: tuple[int, int]) -> Iterator[None]:
         yield
 
 
+def keep_off(file: h5py.File, identity: tuple[int, int]) -> None:
+    """Never touch this file again, nor have HDF5 open it by its path: it has failed to close it."""
+    _kept_open[identity] = [*_kept_open.get(identity, ()), file]
+
+
 def _open_for_reading(path: Path) -> h5py.File:
     """Open for SWMR only what a writer has marked.
 
@@ -171,7 +190,7 @@ def _is_marked(path: Path) -> bool:
     """Whether a writer has the file open, or died; from HDF5's superblock, version 2 or 3."""
     with path.open("rb") as file:
         head = file.read(12)
-    is_recent = len(head) == 12 and head.startswith(_SIGNATURE) and head[8] >= 2
+    is_recent = len(head) == 12 and head.startswith(SIGNATURE) and head[8] >= 2
     return is_recent and bool(head[11] & _WRITING)
 
 
