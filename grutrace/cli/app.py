@@ -10,6 +10,7 @@ import typer
 from grutrace.cli.arguments import NO_ANSWER
 from grutrace.cli.derive import derive
 from grutrace.cli.info import info
+from grutrace.cli.recover import recover
 from grutrace.cli.run import run
 from grutrace.cli.stats import stats
 from grutrace.cli.verify import verify
@@ -29,6 +30,7 @@ app.command()(info)
 app.command()(stats)
 app.command()(verify)
 app.command()(derive)
+app.command()(recover)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -81,7 +81,7 @@ class ReadHandle:
         """
         dataset, seen = self._datasets.get(place, (None, 0))
         if dataset is None:
-            dataset = _walk(self._file, place)
+            dataset = walk(self._file, place)
         elif count > seen:
             # Also where it is long enough already: HDF5 may have cached a chunk of it from before
             # these items were written.
@@ -104,7 +104,7 @@ class ReadHandle:
         """
         dataset, _ = self._datasets.get(place, (None, 0))
         if dataset is None:
-            dataset = _walk(self._file, place)
+            dataset = walk(self._file, place)
             self._datasets[place] = (dataset, 0)
             found = f"{dataset.dtype} of shape {dataset.shape}"
             require((dataset.dtype, dataset.shape) == (dtype, ()), place, dtype, found)
@@ -194,7 +194,12 @@ def _is_marked(path: Path) -> bool:
     return is_recent and bool(head[11] & _WRITING)
 
 
-def _walk(file: h5py.File, place: str) -> h5py.Dataset:
+def walk(file: h5py.File, place: str) -> h5py.Dataset:
+    """The dataset in this place, never followed out of the file.
+
+    Raises:
+        Fault: It is missing, or has its data elsewhere.
+    """
     *groups, name = place.split("/")
     group = file
     for part in groups:
