@@ -58,6 +58,7 @@ class ReadHandle:
         self._path = path
         self._file: h5py.File | None = None
         self._identity: tuple[int, int] | None = None
+        self._grows = False
         self._closed = False
         self._datasets: dict[str, tuple[h5py.Dataset, int]] = {}
         with self.lent():
@@ -85,7 +86,7 @@ class ReadHandle:
         elif count > seen:
             # Also where it is long enough already: HDF5 may have cached a chunk of it from before
             # these items were written.
-            dataset.refresh()
+            self._refresh(dataset)
         shape = dataset.shape
         require(shape, place, "an array", "a scalar or nothing")
         require(shape[0] >= count, place, f"at least {count} items", shape[0])
@@ -109,8 +110,13 @@ class ReadHandle:
             found = f"{dataset.dtype} of shape {dataset.shape}"
             require((dataset.dtype, dataset.shape) == (dtype, ()), place, dtype, found)
         else:
-            dataset.refresh()
+            self._refresh(dataset)
         return np.asarray(dataset[()])
+
+    def _refresh(self, dataset: h5py.Dataset) -> None:
+        # Of a file that is whole nothing is asked: see `_open`.
+        if self._grows:
+            dataset.refresh()
 
     def release(self) -> None:
         """Close the file until the next read."""
@@ -138,6 +144,11 @@ class ReadHandle:
     def _open(self) -> None:
         status = self._path.stat()
         identity = status.st_dev, status.st_ino
+        # Only one handle has a file open. Of a dataset that is open twice in this process and that
+        # is looked at anew, HDF5 2.0 reads every chunk as if it were the first.
+        for other in list(_handles):
+            if other is not self and other.is_of(identity):
+                other.release()
         if identity in _kept_open:
             file = open_unmarked(Unmarked(self._path), CHUNK_CACHE)
         else:
@@ -147,6 +158,7 @@ class ReadHandle:
             file.close()
             raise TraceFileError(f"{self._path} is another file by now; open it anew")
         self._file, self._identity = file, identity
+        self._grows = bool(file.swmr_mode)
 
 
 def file_identity(file: h5py.File) -> tuple[int, int]:
