@@ -49,6 +49,11 @@ def print_recovery(recovery: Recovery) -> None:
     if recovery.lost:
         lost = ", ".join(f"{count} {name}" for name, count in recovery.lost.items())
         print(f"lost of what was committed: {lost}; {recovery.reason}")
+    if recovery.mended:
+        print(
+            f"{recovery.mended} structures of HDF5 were half written, as after a loss of power, and "
+            f"were read all the same: have it verified (grutrace verify {recovery.path})"
+        )
     if not recovery.dropped:
         print("nothing was dropped")
         return

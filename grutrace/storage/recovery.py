@@ -22,7 +22,7 @@ from grutrace.record import Array
 from grutrace.storage.appender import Appender
 from grutrace.storage.creating import create
 from grutrace.storage.faults import H5PY_ERRORS, Fault, reading
-from grutrace.storage.handle import file_identity
+from grutrace.storage.handle import file_identity, walk
 from grutrace.storage.header import read_header
 from grutrace.storage.letting_go import lead_nowhere, let_go
 from grutrace.storage.parts import Stamp, part_files, part_path, stamp_of
@@ -51,6 +51,8 @@ class Recovery:
         reason: Where what can be read ends, and why; empty if nothing is lost.
         dropped: By dataset, items that the file held and that are not in the new one: rows and
             entries that were not committed, and those that belong to lost calls.
+        mended: Structures of the file that were half written, as after a loss of power, and were
+            read all the same. If there are any, have the new file verified.
     """
 
     source: Path
@@ -60,6 +62,7 @@ class Recovery:
     lost: dict[str, int]
     reason: str
     dropped: dict[str, int]
+    mended: int = 0
 
 
 def recover_file(
@@ -139,29 +142,87 @@ def _parts(path: Path) -> dict[int, Path]:
 
 
 def _stamp(path: Path) -> Stamp | None:
-    with _opened(path) as (_, file):
-        return stamp_of(read_header(file))
+    try:
+        with _opened(path, mend=False) as (_, file):
+            return stamp_of(read_header(file))
+    except TraceFileError:
+        with _opened(path, mend=True) as (_, file):
+            return stamp_of(read_header(file))
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[Unmarked, h5py.File]]:
-    with reading(path), Unmarked(path) as unmarked, open_unmarked(unmarked, BLOCK) as file:
+def _opened(path: Path, *, mend: bool) -> Iterator[tuple[Unmarked, h5py.File]]:
+    with (
+        reading(path),
+        Unmarked(path, mend=mend) as unmarked,
+        open_unmarked(unmarked, BLOCK) as file,
+    ):
         yield unmarked, file
+
+
+@dataclass
+class _Plan:
+    """What to keep of a file, and how to read it.
+
+    Attributes:
+        kept: What can be kept.
+        mend: Whether half-written structures are read.
+        mended: How many there were.
+        limits: By dataset, how many items can be read, where it has turned out to be fewer than are
+            there.
+    """
+
+    kept: Kept
+    mend: bool
+    mended: int
+    limits: dict[str, int]
+
+
+def _plan(source: Path, *, mend: bool, limits: dict[str, int]) -> _Plan:
+    """Look what can be kept.
+
+    Raises:
+        TraceFileError: Nothing.
+    """
+    with _opened(source, mend=mend) as (unmarked, file):
+        kept = Remains(file, read_header(file).modules, unmarked.size, limits).longest()
+        if not kept.calls and kept.lost:
+            raise Fault("calls", "at least one that is whole", f"none: {kept.reason}")
+        return _Plan(kept, mend, len(unmarked.mended), limits)
+
+
+def _best_plan(source: Path) -> _Plan:
+    """As the file is; with half-written structures only if that keeps more."""
+    plan, error = None, None
+    try:
+        plan = _plan(source, mend=False, limits={})
+        if not plan.kept.lost:
+            return plan
+    except TraceFileError as found:
+        error = found
+    with contextlib.suppress(TraceFileError):
+        other = _plan(source, mend=True, limits={})
+        if plan is None or other.kept.calls > plan.kept.calls:
+            return other
+    if plan is None:
+        assert error is not None
+        raise error
+    return plan
 
 
 def _recover_one(source: Path, path: Path, advance: Callable[[int], None]) -> tuple[Path, Recovery]:
     """Make the new file, not yet in its place."""
     before = _state(source)
-    limits: dict[str, int] = {}
+    plan = _best_plan(source)
     while True:
         new = room_for(path, "w")
         try:
-            kept = _copy(source, path, new, limits, advance)
+            _copy(source, path, new, plan, advance)
             break
         except _Unreadable as found:
             # Its place was known, and yet it cannot be read.
-            limits[found.place] = found.items
             new.unlink(missing_ok=True)
+            plan = _plan(source, mend=plan.mend, limits={**plan.limits, found.place: found.items})
         except BaseException:
             new.unlink(missing_ok=True)
             raise
@@ -171,8 +232,9 @@ def _recover_one(source: Path, path: Path, advance: Callable[[int], None]) -> tu
             f"{source} has changed while it was read: its writer is at work. It can be read with "
             "grutrace.open, and needs no recovery before its writer has ended"
         )
+    kept = plan.kept
     return new, Recovery(
-        source, path, kept.closed, kept.calls, kept.lost, kept.reason, kept.dropped
+        source, path, kept.closed, kept.calls, kept.lost, kept.reason, kept.dropped, plan.mended
     )
 
 
@@ -181,29 +243,22 @@ def _state(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _copy(
-    source: Path, path: Path, new: Path, limits: dict[str, int], advance: Callable[[int], None]
-) -> Kept:
-    with _opened(source) as (unmarked, file):
-        header = read_header(file)
-        remains = Remains(file, header.modules, unmarked.size, limits)
-        kept = remains.longest()
-        if not kept.calls and kept.lost:
-            raise Fault("calls", "at least one that is whole", f"none: {kept.reason}")
-        copy = create(path, new, header)
+def _copy(source: Path, path: Path, new: Path, plan: _Plan, advance: Callable[[int], None]) -> None:
+    with _opened(source, mend=plan.mend) as (_, file):
+        copy = create(path, new, read_header(file))
         descriptor, identity = copy.id.get_vfd_handle(), file_identity(copy)
         try:
             done = 0
-            for place, count in kept.counts.items():
+            for place, count in plan.kept.counts.items():
                 appender = Appender(copy[place], 0)
-                for items in _blocks(remains.datasets[place], place, count):
+                for items in _blocks(walk(file, place), place, count):
                     with naming(path, "written"):
                         appender.stage(items)
                         appender.write()
                     done += items.nbytes
                     advance(done)
             with naming(path, "written"):
-                copy["committed"][()] = kept.committed
+                copy["committed"][()] = plan.kept.committed
                 copy.flush()
                 sync(descriptor)
                 copy.close()
@@ -211,7 +266,6 @@ def _copy(
             lead_nowhere(descriptor, identity)
             let_go(copy, identity)
             raise
-    return kept
 
 
 class _Unreadable(Exception):

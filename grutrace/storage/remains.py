@@ -67,9 +67,6 @@ class Remains:
         size: Bytes that the file has.
         limits: By dataset, how many of its items can be read at most.
 
-    Attributes:
-        datasets: By place.
-
     Raises:
         Fault: A dataset is missing, or of another type or shape.
     """
@@ -82,7 +79,7 @@ class Remains:
         limits: dict[str, int],
     ) -> None:
         self._modules = modules
-        self.datasets: dict[str, h5py.Dataset] = {}
+        self._datasets: dict[str, h5py.Dataset] = {}
         self._there: dict[str, Within] = {}
         for place, column in layout(modules).items():
             dataset = walk(file, place)
@@ -94,7 +91,7 @@ class Remains:
             )
             require(fits, place, expected, found)
             require(dataset.chunks is not None, place, "chunks", "none")
-            self.datasets[place] = dataset
+            self._datasets[place] = dataset
             self._there[place] = Within(dataset, size, limits.get(place))
         self._committed = _scalar(file, size)
         self._obstacle = ""
@@ -106,7 +103,7 @@ class Remains:
         Raises:
             Fault: A table cannot be read where it should be.
         """
-        counts = dict.fromkeys(self.datasets, 0)
+        counts = dict.fromkeys(self._datasets, 0)
         counts["strings"], counts["characters"] = self._strings()
         modules = [Needs(module) for module in self._modules]
         counts["calls"] = self._calls(modules, counts["strings"])
@@ -122,7 +119,7 @@ class Remains:
         }
         dropped = {
             place: len(dataset) - counts[place]
-            for place, dataset in self.datasets.items()
+            for place, dataset in self._datasets.items()
             if len(dataset) > counts[place]
         }
         closed = bool(self._committed["closed"])
@@ -151,7 +148,7 @@ class Remains:
         characters = self._upto("characters", int(self._committed["characters"]))
         kept = last = 0
         while kept < count:
-            ends = self.datasets["strings"][kept : min(count, kept + ENTRIES)]
+            ends = self._datasets["strings"][kept : min(count, kept + ENTRIES)]
             before = np.concatenate([[np.uint64(last)], ends[:-1]])
             fits = (ends >= before) & (ends <= np.uint64(characters))
             whole = leading(fits)
@@ -166,7 +163,7 @@ class Remains:
         count = self._upto("calls", int(self._committed["calls"]))
         done = 0
         while done < count:
-            calls = self.datasets["calls"][done : min(count, done + ENTRIES)]
+            calls = self._datasets["calls"][done : min(count, done + ENTRIES)]
             batches = np.cumsum(calls["batch"], dtype=np.int64)
             calls = calls[: max(1, int(np.searchsorted(batches, ENTRIES, side="right")))]
             known = (calls["module"] < len(modules)) & (calls["tag"] <= strings)
@@ -189,13 +186,13 @@ class Remains:
         return done
 
     def _pieces(self, place: str, start: int, stop: int) -> Array:
-        return np.asarray(self.datasets[place][start:stop])
+        return np.asarray(self._datasets[place][start:stop])
 
     def _forks(self, sequences: Array) -> int:
         count = self._upto("forks", int(self._committed["forks"]))
         done = 0
         while done < count:
-            forks = self.datasets["forks"][done : min(count, done + ENTRIES)]
+            forks = self._datasets["forks"][done : min(count, done + ENTRIES)]
             fits = _of_kept(forks, sequences, "sequence") & _of_kept(forks, sequences, "parent")
             whole = leading(fits)
             done += whole
@@ -209,7 +206,7 @@ class Remains:
         values = self._upto("values", int(self._committed["values"]))
         done = used = 0
         while done < count:
-            entries = self.datasets["annotations"][done : min(count, done + ENTRIES)]
+            entries = self._datasets["annotations"][done : min(count, done + ENTRIES)]
             lengths = np.minimum(entries["count"], np.uint64(values + 1)).astype(np.int64)
             ends = used + np.cumsum(lengths)
             entries = entries[: max(1, int(np.searchsorted(ends - used, ENTRIES, side="right")))]
@@ -227,7 +224,7 @@ class Remains:
     def _known_texts(self, entries: Array, used: int, strings: int) -> int:
         """How many of these annotations have no text that is not there."""
         lengths = entries["count"].astype(np.int64)
-        values = self.datasets["values"][used : used + int(lengths.sum())]
+        values = self._datasets["values"][used : used + int(lengths.sum())]
         known = (values >= 0) & (values < strings) | ~np.repeat(entries["text"] > 0, lengths)
         last = np.searchsorted(np.cumsum(lengths), leading(known), side="right")
         return len(entries) if known.all() else int(last)

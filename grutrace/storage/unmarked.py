@@ -5,7 +5,12 @@ and waits where something in it is not right. Without the mark, HDF5 reads what 
 once what is wrong. Where the file was cut short, it is given zeros for what is missing: all of its
 own structures bear checksums, and rows can be asked where they lie.
 
-The superblock is described in section II.A of HDF5's file format specification, version 3.0.
+Where the power was lost, a structure may be half as it was and half as it was to become: its pages
+went to the disk one by one. Of what only grows, as a dataset's length and the list of its chunks,
+both halves are right, and only the checksum is not. It can be mended.
+
+The structures are described in sections II.A, III.C, IV.A.1.b and IV.A.2.l of HDF5's file format
+specification, version 3.0.
 """
 
 from __future__ import annotations
@@ -15,6 +20,7 @@ import os
 from pathlib import Path
 
 import h5py
+import numpy as np
 
 from grutrace.storage.faults import require
 
@@ -24,6 +30,19 @@ SIGNATURE = b"\x89HDF\r\n\x1a\n"
 #: Bytes of a superblock of version 2 or 3, with addresses of 8 bytes; its last 4 are a checksum.
 _SIZE = 48
 _VERSIONS = (2, 3)
+
+#: Structures of one dataset that change as it grows, of which HDF5 reads each by itself and whole,
+#: and that end with their checksum: pieces of an object header, and of an extensible array.
+_GROWING = (b"OCHK", b"EAHD", b"EAIB", b"EASB", b"EADB")
+
+#: A page of such an array has no name: 1024 addresses and a checksum. Bytes.
+_PAGE = 1024 * 8 + 4
+
+#: The address of a chunk that is not there.
+_NOWHERE = 2**64 - 1
+
+#: An object header begins so.
+_HEADER = b"OHDR\2"
 
 #: Places in it: the flags of writers, and the address where the file ends.
 _FLAGS = 11
@@ -35,8 +54,10 @@ class Unmarked(io.RawIOBase):
 
     Args:
         path: Of a file that nobody writes to.
+        mend: Whether checksums of structures that were growing are made to fit.
 
     Attributes:
+        mended: Addresses of the structures whose checksums did not fit.
         size: Bytes that there are.
         full_size: Bytes that there should be: more, if the file was cut short.
 
@@ -45,7 +66,9 @@ class Unmarked(io.RawIOBase):
         Fault: Its superblock is damaged, or of a kind that grutrace does not write.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, mend: bool = False) -> None:
+        self.mended: set[int] = set()
+        self._mend = mend
         self._descriptor = os.open(path, os.O_RDONLY)
         self._place = 0
         try:
@@ -92,6 +115,8 @@ class Unmarked(io.RawIOBase):
         if start < _SIZE:
             own = self._head[start : start + len(view)]
             view[: len(own)] = own
+        elif self._mend and _mend(view, self.full_size):
+            self.mended.add(start)
         self._place += len(view)
         return len(view)
 
@@ -120,6 +145,39 @@ def _check(head: bytearray) -> None:
     require(head[9] == head[10] == 8, place, "addresses of 8 bytes", f"of {head[9]}")
     found = int.from_bytes(head[-4:], "little")
     require(checksum(bytes(head[:-4])) == found, place, "one that fits its checksum", "another")
+
+
+def _mend(view: memoryview, full_size: int) -> bool:
+    """Make the checksum of what begins here fit, if it is a structure that was growing."""
+    end = len(view)
+    if view[:5] == _HEADER:
+        end = _header_size(view)
+    elif view[:4] not in _GROWING and not _is_page(view, full_size):
+        return False
+    if not 8 <= end <= len(view):
+        # HDF5 has not asked for all of it yet.
+        return False
+    fitting = checksum(bytes(view[: end - 4])).to_bytes(4, "little")
+    if view[end - 4 : end] == fitting:
+        return False
+    view[end - 4 : end] = fitting
+    return True
+
+
+def _is_page(view: memoryview, full_size: int) -> bool:
+    """Whether this is a page of a long extensible array: addresses of chunks, or of none."""
+    if len(view) != _PAGE:
+        return False
+    addresses = np.frombuffer(view[:-4], "<u8")
+    return bool(((addresses < full_size) & (addresses > 0) | (addresses == _NOWHERE)).all())
+
+
+def _header_size(view: memoryview) -> int:
+    """Bytes of the first piece of an object header, with its checksum."""
+    flags = view[5]
+    start = 6 + 16 * bool(flags & 0x20) + 4 * bool(flags & 0x10)
+    width = 1 << (flags & 3)
+    return start + width + int.from_bytes(view[start : start + width], "little") + 4
 
 
 def checksum(data: bytes) -> int:

@@ -1,14 +1,13 @@
 """The power goes: what fsync promised is there, of whatever else some pages are and some are not.
 
-Between two fsyncs the system writes the pages of a file to the disk when and in which order it likes.
-So a run's writes are logged, with its fsyncs and what it acknowledged; the log is cut at a random
-place; everything before the last fsync is taken as it is, and of each page that was written since,
-one of the states that it went through, at random. That is a model of a power loss, not one.
+Between two fsyncs the system writes the pages of a file to the disk when and in which order it
+likes. So a run's writes are logged, with its fsyncs and what it acknowledged; the log is cut at a
+random place; everything before the last fsync is taken as it is, and of each page that was written
+since, one of the states that it went through, at random. It is a model of a loss of power, and none.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import struct
 from collections.abc import Callable, Iterator
