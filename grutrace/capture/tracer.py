@@ -403,8 +403,8 @@ class Tracer(Trace):
 
     def _say_losses(self, stored: int, lost: int) -> None:
         message = (
-            f"{self._source.name} holds {stored} calls of this recording, and {lost} are lost: "
-            "it failed while the model went on, as was said then"
+            f"{self._source.name} holds {stored} calls of this recording, and {lost} more "
+            "are lost, since it could not be written"
         )
         self._warn_once(message, message)
 

@@ -14,6 +14,7 @@ from grutrace.cli.export import export
 from grutrace.cli.info import info
 from grutrace.cli.merge import merge
 from grutrace.cli.output import say
+from grutrace.cli.recover import recover
 from grutrace.cli.run import run
 from grutrace.cli.stats import stats
 from grutrace.cli.verify import verify
@@ -37,6 +38,7 @@ app.command()(diff)
 app.command()(derive)
 app.command()(export)
 app.command()(merge)
+app.command()(recover)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -34,6 +34,7 @@ class Feed(FiguresOnly):
         accumulator: Counts; it fits the header.
         lock: Of the accumulator.
         save: Brings the file up to date, if there is one.
+        settle: Makes sure that the disk has it, once it is there.
         seconds: How often it is brought up to date while records come.
         name: What errors call it.
     """
@@ -44,13 +45,14 @@ class Feed(FiguresOnly):
         accumulator: Accumulator,
         lock: threading.Lock,
         save: Callable[[], None] | None,
+        settle: Callable[[], None] | None,
         seconds: float,
         name: str,
     ) -> None:
         super().__init__(header)
         if save is not None:
             self.name = name
-        self._counter = _Counter(header, accumulator, lock, save, name)
+        self._counter = _Counter(header, accumulator, lock, save, settle, name)
         self.pump = Pump(self._counter, QUEUE_BYTES, commit_seconds=seconds, commit_bytes=math.inf)
         # Without waiting: whatever thread the collector runs in may hold the lock.
         weakref.finalize(self, self.pump.finish).atexit = False
@@ -95,11 +97,13 @@ class _Counter:
         accumulator: Accumulator,
         lock: threading.Lock,
         save: Callable[[], None] | None,
+        settle: Callable[[], None] | None,
         name: str,
     ) -> None:
         self.name = name
         self._admission = Admission(header.modules)
-        self._accumulator, self._lock, self._save = accumulator, lock, save
+        self._accumulator, self._lock = accumulator, lock
+        self._save, self._settle = save, settle
         self._sites: list[list[tuple[int, str]]] = [[] for _ in header.modules]
         suffixes = (site.suffix for module in header.modules for site in module.sites)
         for number, (site, suffix) in enumerate(zip(accumulator.layout, suffixes, strict=True)):
@@ -132,6 +136,8 @@ class _Counter:
             self._save()
             self._unsaved = False
         self.stored = self._counted
+        if self._settle is not None:
+            self._settle()
 
     def close(self) -> None:
         """Commit."""

@@ -81,15 +81,22 @@ class StatisticsFile:
                 with naming(self.path, "written"):
                     self._put(_image(accumulator, new), new)
                 put_in_place(new, self.path, self._mode)
-                if self._fsync:
-                    with naming(self.path, "written"):
-                        sync_name(self.path)
             except BaseException:
                 with contextlib.suppress(OSError):
                     new.unlink(missing_ok=True)
                 raise
             # From now on it is ours.
             self._mode = "overwrite"
+
+    def settle(self) -> None:
+        """Have the disk hold, if that was asked for, that the file has the place of the one before.
+
+        Raises:
+            TraceFileError: It cannot be told; the file is there all the same.
+        """
+        if self._fsync:
+            with naming(self.path, "written"):
+                sync_name(self.path)
 
     def _put(self, image: bytes, new: Path) -> None:
         with new.open("xb") as file:

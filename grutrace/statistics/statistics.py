@@ -162,8 +162,10 @@ class Statistics:
             # At once, so that a path that cannot be written is found before the run and not after.
             save = partial(self._save, self._file, accumulator)
             save()
+            self._file.settle()
         name = str(self._file.path) if self._file else "a grutrace.Statistics"
-        feed = Feed(header, accumulator, self._lock, save, self._seconds, name)
+        settle = self._file.settle if self._file else None
+        feed = Feed(header, accumulator, self._lock, save, settle, self._seconds, name)
         self._pumps = [pump for pump in self._pumps if not pump.ended] + [feed.pump]
         return feed
 

@@ -14,7 +14,7 @@ from typing import Any
 from grutrace.errors import GrutraceError, TraceFileError
 
 #: What h5py raises when a file, or HDF5's metadata in it, cannot be read.
-_H5PY_ERRORS = (
+H5PY_ERRORS = (
     *(OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError),
     # More than the machine has: the file can hold as much, or it would have been refused.
     MemoryError,
@@ -60,5 +60,5 @@ def reading(path: Path, what: str = "trace") -> Iterator[None]:
         raise TraceFileError(f"{path} {newer}") from None
     except Fault as fault:
         raise TraceFileError(f"{path} is damaged or is no {what}: {fault}") from None
-    except _H5PY_ERRORS as error:
+    except H5PY_ERRORS as error:
         raise TraceFileError(f"{path} cannot be read: {error}") from error

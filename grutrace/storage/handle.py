@@ -26,7 +26,8 @@ from grutrace.errors import StateError, TraceFileError
 from grutrace.record import Array
 from grutrace.storage.faults import Fault, require
 from grutrace.storage.members import member, require_own_data
-from grutrace.storage.opening import is_marked, open_for_reading
+from grutrace.storage.opening import CHUNK_CACHE, is_marked, open_for_reading
+from grutrace.storage.unmarked import Unmarked, open_unmarked
 
 #: How many times smaller than its rows a packed dataset is at most: chunks of zeros, with an entry
 #: each in the index.
@@ -39,6 +40,9 @@ _handles: weakref.WeakSet[ReadHandle] = weakref.WeakSet()
 
 #: By thread, the handles that are noted because they are to be released.
 _noting = threading.local()
+#: Files that HDF5 has failed to close. If it opened one by its path, it would read from what it
+#: still holds of it; if one were forgotten, Python would have it closed again.
+_kept_open: dict[tuple[int, int], list[h5py.File]] = {}
 
 os.register_at_fork(
     before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
@@ -151,6 +155,9 @@ class ReadHandle:
     def size(self) -> int:
         """Bytes of the file. Ask while it is lent."""
         assert self._file is not None
+        if self._identity in _kept_open:
+            # It is read through a file of Python's.
+            return self._path.stat().st_size
         return os.fstat(self._file.id.get_vfd_handle()).st_size
 
     def _require_data(self, known: _Known, place: str, count: int) -> None:
@@ -170,7 +177,12 @@ class ReadHandle:
             self._groups.clear()
             file, self._file = self._file, None
             if file is not None:
-                file.close()
+                try:
+                    file.close()
+                except (OSError, RuntimeError):
+                    # What could not be written is a writer's of this process, which is told so.
+                    assert self._identity is not None
+                    keep_off(file, self._identity)
 
     def close(self) -> None:
         """Close the file for good."""
@@ -201,9 +213,15 @@ class ReadHandle:
         marked = is_marked(self._path)
         for handle in list(_handles):
             handle.give_way(self._path, marked=marked)
-        file = open_for_reading(self._path)
+        status = self._path.stat()
+        identity = status.st_dev, status.st_ino
+        if identity in _kept_open:
+            file = open_unmarked(Unmarked(self._path), CHUNK_CACHE)
+        else:
+            file = open_for_reading(self._path)
+            identity = file_identity(file)
         # The number of a file that is gone may be that of the next.
-        identity, created = file_identity(file), _created(file)
+        created = _created(file)
         if self._identity is not None and (self._identity, self._created) != (identity, created):
             file.close()
             raise TraceFileError(f"{self._path} is another file by now; open it anew")
@@ -249,6 +267,11 @@ def readers_out(identity: tuple[int, int]) -> Iterator[None]:
             if handle.is_of(identity):
                 handle.release()
         yield
+
+
+def keep_off(file: h5py.File, identity: tuple[int, int]) -> None:
+    """Never touch this file again, nor have HDF5 open it by its path: it has failed to close it."""
+    _kept_open[identity] = [*_kept_open.get(identity, ()), file]
 
 
 def _created(file: h5py.File) -> float | None:

@@ -57,6 +57,21 @@ def member(group: h5py.Group, name: str, kind: type) -> Any:
     return found
 
 
+def walk(file: h5py.File, place: str) -> h5py.Dataset:
+    """The dataset in this place, whose data are in the file itself.
+
+    Raises:
+        Fault: It is missing, or somewhere else.
+    """
+    *groups, name = place.split("/")
+    group = file
+    for part in groups:
+        group = member(group, part, h5py.Group)
+    dataset = member(group, name, h5py.Dataset)
+    require_own_data(dataset, place)
+    return dataset
+
+
 def is_dataset(group: h5py.Group, name: str) -> bool:
     """Whether what has this name is a dataset. Of a link to elsewhere nobody asks.
 

@@ -185,10 +185,12 @@ class Pump:
                 pass
             self._writer.close()
         except BaseException as error:
-            self._save_what_can_be()
-            # The frames that failed hold records.
-            traceback.clear_frames(error.__traceback__)
-            self._error = error
+            try:
+                self._save_what_can_be()
+            finally:
+                # The frames that failed hold records.
+                traceback.clear_frames(error.__traceback__)
+                self._error = error
         finally:
             with self._changed:
                 self._queue.clear()

@@ -6,32 +6,23 @@ import contextlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
-import h5py
 import numpy as np
 
 from grutrace.errors import OptionError, SinkError
 from grutrace.record import Header, Record
 from grutrace.storage.admission import Admission
 from grutrace.storage.appender import Appender
-from grutrace.storage.compression import compression_of, filter_options
 from grutrace.storage.continuing import existing_tables
+from grutrace.storage.creating import create, reopen
 from grutrace.storage.entries import Entries
-from grutrace.storage.handle import file_identity, no_reading, readers_out
-from grutrace.storage.header import write_header
-from grutrace.storage.placing import naming, put_in_place, room_for, sync, sync_name
+from grutrace.storage.handle import file_identity, keep_off, no_reading, readers_out
+from grutrace.storage.letting_go import lead_nowhere, let_go
+from grutrace.storage.placing import in_brief, naming, put_in_place, room_for, sync, sync_name
 from grutrace.storage.pump import COMMIT_SECONDS
-from grutrace.storage.scales import create_scales, extend_scales
-from grutrace.storage.schema import (
-    COMMITTED,
-    LIBVER,
-    TABLES,
-    create_column,
-    create_datasets,
-    layout,
-)
+from grutrace.storage.scales import extend_scales
+from grutrace.storage.schema import COMMITTED, TABLES, layout
 from grutrace.storage.strings import Strings
 from grutrace.storage.tables import lengths
 
@@ -44,10 +35,6 @@ STAGED = 8 * 1024 * 1024
 
 #: Memory that an array takes beside its elements, about. Bytes.
 ARRAY_OVERHEAD = 128
-
-#: Rows are written as they come, so HDF5 need not keep chunks for us: with no chunk cache it writes
-#: straight from our arrays, which is 3.7 GB/s instead of 2.8, and costs no memory per dataset.
-_OPEN = {"libver": LIBVER, "locking": "best-effort", "rdcc_nbytes": 0}
 
 
 #: A commit packs the last chunk of each dataset, which has not filled up yet, and it takes new room
@@ -99,23 +86,19 @@ class Writer:
             sequences = [extent.sequences for extent in tables.extents]
             versions = [extent.versions for extent in tables.extents]
             self._entries = Entries(header.modules, self._strings, sequences, versions)
-            self._file = _reopen(self.path)
+            self._file = reopen(self.path)
             self._start(header, lengths(tables, header.modules))
         else:
             self._strings = Strings()
             self._entries = Entries(header.modules, self._strings)
             new = room_for(self.path, mode)
-            self._file = _create(self.path, new, header)
             try:
+                self._file = create(self.path, new, header)
                 self._start(header, dict.fromkeys(layout(header.modules), 0))
-                put_in_place(new, self.path, mode)
-                if fsync:
-                    with naming(self.path, "created"):
-                        sync_name(self.path)
+                self._put_in_place(new, mode)
             except BaseException:
-                with contextlib.suppress(OSError, RuntimeError):
-                    self._file.close()
-                new.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    new.unlink(missing_ok=True)
                 raise
 
     @property
@@ -171,7 +154,7 @@ class Writer:
                 extend_scales(self._file, self._modules, counts)
                 self._commit(closed=True)
                 with self._kept_for_sync() as descriptor, readers_out(self._identity):
-                    self._file.close()
+                    self._close_file()
                     self._sync(descriptor)
         finally:
             self.abandon()
@@ -187,20 +170,29 @@ class Writer:
             return
         self._closed = True
         self._appenders, self._rows, self._tables = {}, [], []
-        if not self._file:
+        if self._file is None:
             return
         # Readers share the descriptor, and would read zeros from it: they are kept out. They are
         # closed once it leads nowhere, for then, too, HDF5 writes what it holds.
-        with no_reading(), contextlib.suppress(OSError, RuntimeError):
-            nowhere = _open_nowhere()
-            os.dup2(nowhere, self._descriptor)
-            os.close(nowhere)
+        with no_reading():
+            lead_nowhere(self._descriptor, self._identity)
             with readers_out(self._identity):
-                self._file.close()
+                let_go(self._file, self._identity)
+
+    def _put_in_place(self, new: Path, mode: str) -> None:
+        try:
+            put_in_place(new, self.path, mode)
+            if self._fsync:
+                with naming(self.path, "created"):
+                    sync_name(self.path)
+        except BaseException:
+            self.abandon()
+            raise
 
     def _start(self, header: Header, positions: dict[str, int]) -> None:
-        """Mark the file as being written, from these positions on."""
+        """Write from these positions on."""
         self._identity = file_identity(self._file)
+        self._descriptor: int = self._file.id.get_vfd_handle()
         columns = layout(header.modules)
         self._appenders = {
             place: Appender(self._file[place], positions[place]) for place in columns
@@ -212,10 +204,8 @@ class Writer:
         try:
             with naming(self.path, "written"):
                 self._commit(closed=False)
-                self._file.swmr_mode = True
         except BaseException:
-            with contextlib.suppress(OSError, RuntimeError):
-                self._file.close()
+            self.abandon()
             raise
 
     def _make_room(self) -> None:
@@ -254,10 +244,15 @@ class Writer:
         self._sync(self._descriptor)
         self._uncommitted = False
 
-    @property
-    def _descriptor(self) -> int:
-        descriptor: int = self._file.id.get_vfd_handle()
-        return descriptor
+    def _close_file(self) -> None:
+        file, self._file = self._file, None
+        try:
+            file.close()
+        except BaseException:
+            # It would be written to again when the process ends, and then marked as whole.
+            lead_nowhere(self._descriptor, self._identity)
+            keep_off(file, self._identity)
+            raise
 
     def _sync(self, descriptor: int) -> None:
         """Have the disk hold what was written so far, if that was asked for."""
@@ -287,34 +282,4 @@ class Writer:
         try:
             yield
         except (OSError, RuntimeError, ValueError) as error:
-            raise SinkError(f"{self.path} cannot be written: {error}") from error
-
-
-def _create(path: Path, new: Path, header: Header) -> h5py.File:
-    """A new file with everything in it but data; or none, if that fails."""
-    with naming(path, "created"):
-        file = h5py.File(new, "x", **_OPEN)
-        try:
-            write_header(file, header)
-            packed = filter_options(compression_of(header))
-            create_datasets(file, header.modules, partial(create_column, packed=packed))
-            create_scales(file, header.modules)
-        except BaseException:
-            file.close()
-            new.unlink()
-            raise
-    return file
-
-
-def _reopen(path: Path) -> h5py.File:
-    status = path.stat()
-    with naming(path, "appended to"), readers_out((status.st_dev, status.st_ino)):
-        return h5py.File(path, "r+", **_OPEN)
-
-
-def _open_nowhere() -> int:
-    """A descriptor to which a whole file can be written, and be forgotten."""
-    if hasattr(os, "memfd_create"):
-        # Unlike the null device, it can be truncated, which HDF5 does when it closes a file.
-        return os.memfd_create("grutrace")
-    return os.open(os.devnull, os.O_RDWR)
+            raise SinkError(f"{self.path} cannot be written: {in_brief(error)}") from error

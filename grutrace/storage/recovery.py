@@ -1,0 +1,301 @@
+"""From a file that its writer left behind, or that was damaged, to one that any HDF5 tool opens.
+
+All that is committed is copied, block by block, so that memory is bounded; except for what lies
+beyond damage. Of a file that was cut short, the longest run of calls from the first is kept that is
+whole in every dataset.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from grutrace.errors import TraceFileError
+from grutrace.record import Array
+from grutrace.storage.appender import Appender
+from grutrace.storage.creating import create
+from grutrace.storage.faults import H5PY_ERRORS, Fault, reading
+from grutrace.storage.handle import file_identity
+from grutrace.storage.header import read_header
+from grutrace.storage.letting_go import lead_nowhere, let_go
+from grutrace.storage.members import walk
+from grutrace.storage.parts import Stamp, part_files, part_path, stamp_of
+from grutrace.storage.placing import naming, put_in_place, room_for, sync, sync_name
+from grutrace.storage.remains import Kept, Remains
+from grutrace.storage.unmarked import Unmarked, open_unmarked
+
+#: What is read and written at a time. Bytes.
+BLOCK = 8 * 1024 * 1024
+
+#: Told how many bytes are copied, and how many there are.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """What became of one file.
+
+    Attributes:
+        source: The file that was read.
+        path: The file that was written.
+        closed: Whether its writer had closed it in order.
+        calls: Calls that are in the new file.
+        lost: By table, entries that were committed and are not in the new file, since something
+            of them or of what they stand for cannot be read.
+        reason: Where what can be read ends, and why; empty if nothing is lost.
+        dropped: By dataset, items that the file held and that are not in the new one: rows and
+            entries that were not committed, and those that belong to lost calls.
+        mended: Structures of the file that were half written, as after a loss of power, and were
+            read all the same. If there are any, have the new file verified.
+    """
+
+    source: Path
+    path: Path
+    closed: bool
+    calls: int
+    lost: dict[str, int]
+    reason: str
+    dropped: dict[str, int]
+    mended: int = 0
+
+
+def recover_file(
+    path: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    progress: Progress | None = None,
+) -> list[Recovery]:
+    """Write what is committed in a trace file to a new one, which any HDF5 tool opens.
+
+    The file may have been left behind by a writer that was killed, be cut short, be damaged, or be
+    sound. It is not changed, and nobody must write to it meanwhile. If it is the first part of a
+    run, all parts are recovered, to files beside the output that are named as parts are.
+
+    Args:
+        path: Of the file.
+        output: Of the new file.
+        progress: Called as bytes are copied.
+
+    Returns:
+        What became of each file.
+
+    Raises:
+        TraceFileError: The file is no trace, is damaged where nothing can be done without, or
+            changed meanwhile; or the output exists or cannot be written. Nothing is left behind.
+    """
+    sources, target = _parts(Path(path)), Path(os.path.realpath(output))
+    targets = {number: part_path(target, number) if number else target for number in sources}
+    for each in targets.values():
+        if each.exists():
+            raise TraceFileError(f"{each} exists: name another file to recover to")
+    total = sum(source.stat().st_size for source in sources.values())
+    made: list[tuple[Path, Recovery]] = []
+    placed: list[Path] = []
+    try:
+        for number, source in sources.items():
+            before = sum(each.source.stat().st_size for _, each in made)
+
+            def advance(done: int, before: int = before) -> None:
+                if progress is not None:
+                    progress(min(before + done, total), total)
+
+            made.append(_recover_one(source, targets[number], advance))
+        if progress is not None:
+            progress(total, total)
+        # The first comes last: it is what the others are found by.
+        for new, recovery in reversed(made):
+            put_in_place(new, recovery.path, "w")
+            placed.append(recovery.path)
+        sync_name(target)
+    except BaseException:
+        for ours in (*placed, *(new for new, _ in made)):
+            with contextlib.suppress(OSError):
+                ours.unlink(missing_ok=True)
+        raise
+    return [each for _, each in made]
+
+
+def _parts(path: Path) -> dict[int, Path]:
+    """The files of the run that this is the first part of, by number; by 0 a file by itself."""
+    if not path.is_file():
+        raise TraceFileError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
+    own = _stamp(path)
+    if own is None or own.part != 1:
+        return {0: path}
+    found = {1: path}
+    for number, file in part_files(path).items():
+        # Of a file whose header is damaged, nobody can say whether it is of this run.
+        if _stamp(file) == Stamp(own.run, number):
+            found[number] = file
+    missing = [number for number in range(1, max(found)) if number not in found]
+    if missing:
+        raise TraceFileError(
+            f"{path}: part {missing[0]} of its run is missing, {part_path(path, missing[0])}. Each "
+            "part can be recovered by itself, the first one from a folder of its own"
+        )
+    return found
+
+
+def _stamp(path: Path) -> Stamp | None:
+    try:
+        with _opened(path, mend=False) as (_, file):
+            return stamp_of(read_header(file))
+    except TraceFileError:
+        with _opened(path, mend=True) as (_, file):
+            return stamp_of(read_header(file))
+
+
+@contextlib.contextmanager
+def _opened(path: Path, *, mend: bool) -> Iterator[tuple[Unmarked, h5py.File]]:
+    with (
+        reading(path),
+        Unmarked(path, mend=mend) as unmarked,
+        open_unmarked(unmarked, BLOCK) as file,
+    ):
+        yield unmarked, file
+
+
+@dataclass
+class _Plan:
+    """What to keep of a file, and how to read it.
+
+    Attributes:
+        kept: What can be kept.
+        mend: Whether half-written structures are read.
+        mended: How many there were.
+        limits: By dataset, how many items can be read, where it has turned out to be fewer than are
+            there.
+    """
+
+    kept: Kept
+    mend: bool
+    mended: int
+    limits: dict[str, int]
+
+
+def _plan(source: Path, *, mend: bool, limits: dict[str, int]) -> _Plan:
+    """Look what can be kept.
+
+    Raises:
+        TraceFileError: Nothing.
+    """
+    with _opened(source, mend=mend) as (unmarked, file):
+        kept = Remains(file, read_header(file).modules, unmarked.size, limits).longest()
+        if not kept.calls and kept.lost:
+            raise Fault("calls", "at least one that is whole", f"none: {kept.reason}")
+        return _Plan(kept, mend, len(unmarked.mended), limits)
+
+
+def _best_plan(source: Path) -> _Plan:
+    """As the file is; with half-written structures only if that keeps more."""
+    plan, error = None, None
+    try:
+        plan = _plan(source, mend=False, limits={})
+        if not plan.kept.lost:
+            return plan
+    except TraceFileError as found:
+        error = found
+    with contextlib.suppress(TraceFileError):
+        other = _plan(source, mend=True, limits={})
+        if plan is None or other.kept.calls > plan.kept.calls:
+            return other
+    if plan is None:
+        assert error is not None
+        raise error
+    return plan
+
+
+def _recover_one(source: Path, path: Path, advance: Callable[[int], None]) -> tuple[Path, Recovery]:
+    """Make the new file, not yet in its place."""
+    before = _state(source)
+    plan = _best_plan(source)
+    while True:
+        new = room_for(path, "w")
+        try:
+            _copy(source, path, new, plan, advance)
+            break
+        except _Unreadable as found:
+            # Its place was known, and yet it cannot be read.
+            new.unlink(missing_ok=True)
+            plan = _plan(source, mend=plan.mend, limits={**plan.limits, found.place: found.items})
+        except BaseException:
+            new.unlink(missing_ok=True)
+            raise
+    if _state(source) != before:
+        new.unlink()
+        raise TraceFileError(
+            f"{source} has changed while it was read: its writer is at work. It can be read with "
+            "grutrace.open, and needs no recovery before its writer has ended"
+        )
+    kept = plan.kept
+    return new, Recovery(
+        source, path, kept.closed, kept.calls, kept.lost, kept.reason, kept.dropped, plan.mended
+    )
+
+
+def _state(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _copy(source: Path, path: Path, new: Path, plan: _Plan, advance: Callable[[int], None]) -> None:
+    with _opened(source, mend=plan.mend) as (_, file):
+        copy = create(path, new, read_header(file))
+        descriptor, identity = copy.id.get_vfd_handle(), file_identity(copy)
+        try:
+            done = 0
+            for place, count in plan.kept.counts.items():
+                appender = Appender(copy[place], 0)
+                for items in _blocks(walk(file, place), place, count):
+                    with naming(path, "written"):
+                        appender.stage(items)
+                        appender.write()
+                    done += items.nbytes
+                    advance(done)
+            with naming(path, "written"):
+                copy["committed"][()] = plan.kept.committed
+                copy.flush()
+                sync(descriptor)
+                copy.close()
+        except BaseException:
+            lead_nowhere(descriptor, identity)
+            let_go(copy, identity)
+            raise
+
+
+class _Unreadable(Exception):
+    """An item of a dataset that cannot be read."""
+
+    def __init__(self, place: str, items: int) -> None:
+        super().__init__(place, items)
+        self.place, self.items = place, items
+
+
+def _blocks(dataset: h5py.Dataset, place: str, count: int) -> Iterator[Array]:
+    """The first items of a dataset, some at a time."""
+    item = math.prod(dataset.shape[1:]) * dataset.dtype.itemsize
+    step = max(1, BLOCK // max(1, item))
+    for start in range(0, count, step):
+        stop = min(count, start + step)
+        try:
+            yield np.asarray(dataset[start:stop])
+        except H5PY_ERRORS:
+            raise _Unreadable(place, _readable(dataset, start, stop)) from None
+
+
+def _readable(dataset: h5py.Dataset, start: int, stop: int) -> int:
+    """How many items can be read from the first, given that this range cannot be as a whole."""
+    while stop - start > 1:
+        middle = (start + stop) // 2
+        try:
+            dataset[start:middle]
+            start = middle
+        except H5PY_ERRORS:
+            stop = middle
+    return start

@@ -1,0 +1,136 @@
+"""The power goes: what fsync promised is there, of whatever else some pages are and some are not.
+
+Between two fsyncs the system writes the pages of a file to the disk when and in which order it
+likes. So a run's writes are logged, with its fsyncs and what it acknowledged; the log is cut at a
+random place; everything before the last fsync is taken as it is, and of each page that was written
+since, one of the states that it went through, at random. It is a model of a loss of power.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from grutrace.errors import TraceFileError
+from grutrace.storage.recovery import recover_file
+from tests.soak import disk
+from tests.soak.forks import Outcome, outcomes
+from tests.soak.kills import look
+from tests.soak.victims import run_for_ever
+
+#: What a disk writes as a whole. Bytes.
+PAGES = {"pages of 4096 bytes": 4096, "sectors of 512 bytes": 512}
+
+#: Kinds of runs that write a trace.
+KINDS = ("inline", "background", "deferred", "stepwise")
+
+#: Losses that are made of one run.
+CUTS = 10
+
+_FSYNC, _ACKNOWLEDGED = -1, -2
+
+
+def power(folder: Path, tries: int, seed: int = 0) -> list[Outcome]:
+    """Cut the power this many times."""
+    found = outcomes(_tries(folder, tries, seed))
+    return [each for outcome in found for each in outcome.get("cuts", [outcome])]
+
+
+def _tries(folder: Path, tries: int, seed: int) -> Iterator[Callable[[], Outcome]]:
+    for number in range(-(-tries // CUTS)):
+        kind, rest = KINDS[number % len(KINDS)], number // len(KINDS)
+        page = list(PAGES)[rest % 2]
+        # Without fsync, as a control: then there is something to lose.
+        fsync = rest % 4 < 3
+        yield partial(cut_some, folder, kind, page, fsync, seed * 1_000_000 + number)
+
+
+def cut_some(folder: Path, kind: str, page: str, fsync: bool, seed: int) -> Outcome:
+    """Log a run, and cut its power at several moments."""
+    place = folder / f"power-{seed}"
+    place.mkdir()
+    log = place / "log"
+    with log.open("ab", buffering=0) as journal:
+        # By another name until it is renamed: so by the folder.
+        disk.log(place / "run", journal.fileno())
+
+        def acknowledge(calls: int) -> None:
+            journal.write(struct.pack("<qq", calls, _ACKNOWLEDGED))
+
+        run_for_ever(kind, place / "run.h5", acknowledge, seed, fsync=fsync, runs=12)
+        disk.log(Path("/nowhere"), -1)
+    events = list(_events(log.read_bytes()))
+    log.unlink()
+    chance = random.Random(seed)
+    cuts = []
+    for number in range(CUTS):
+        about = {"kind": kind, "page": page, "fsync": fsync, "seed": seed, "cut": number}
+        left = _left(events, chance.randrange(len(events)), PAGES[page], chance)
+        cuts.append(about | _look(place / f"cut-{number}.h5", left))
+    return {"cuts": cuts}
+
+
+def _events(log: bytes) -> Iterator[tuple[int, int, bytes]]:
+    place = 0
+    while place < len(log):
+        offset, length = struct.unpack_from("<qq", log, place)
+        place += 16
+        yield offset, length, log[place : place + max(0, length)]
+        place += max(0, length)
+
+
+@dataclass
+class _Left:
+    """What a loss of power leaves.
+
+    Attributes:
+        content: Of the file.
+        acknowledged: Calls that a flush had returned for.
+    """
+
+    content: bytearray = field(default_factory=bytearray)
+    acknowledged: int = 0
+
+
+def _left(
+    events: list[tuple[int, int, bytes]], cut: int, page: int, chance: random.Random
+) -> _Left:
+    last = max((n for n in range(cut) if events[n][1] == _FSYNC), default=-1)
+    left, states = _Left(), {}
+    now = bytearray()
+    for number, (offset, length, written) in enumerate(events[:cut]):
+        if length == _ACKNOWLEDGED:
+            left.acknowledged = offset
+        elif length >= 0:
+            now.extend(bytes(max(0, offset + length - len(now))))
+            now[offset : offset + length] = written
+            if number > last:
+                for first in range(offset // page * page, offset + length, page):
+                    states.setdefault(first, []).append(bytes(now[first : first + page]))
+        if number == last:
+            left.content = bytearray(now)
+    for first, those in states.items():
+        before = bytes(left.content[first : first + page])
+        kept = chance.choice([before, *those])
+        if kept:
+            left.content.extend(bytes(max(0, first + len(kept) - len(left.content))))
+            left.content[first : first + len(kept)] = kept
+    return left
+
+
+def _look(path: Path, left: _Left) -> Outcome:
+    path.write_bytes(left.content)
+    found = {"acknowledged": left.acknowledged, "calls": 0, "wrong": 0, "opened": None}
+    # As it is, where HDF5 may wait for ever for a writer that is not there.
+    as_it_is = outcomes([partial(look, "", path)], lanes=1, limit=5.0)[0]
+    found["as_it_is"] = "error" not in as_it_is and as_it_is["calls"] >= left.acknowledged
+    recovered = path.with_suffix(".recovered.h5")
+    try:
+        recover_file(path, recovered)
+    except TraceFileError as error:
+        return found | {"refused": str(error)}
+    return found | look("", recovered)
