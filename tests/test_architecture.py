@@ -55,7 +55,7 @@ WRITING = {"writer", "stream", "pump", "appender", "continuing", "admission", "e
 READING = {
     *("reader", "rows", "trace", "site", "sequence", "index", "moment"),
     *("combined", "parts", "ingredients", "derived", "labels"),
-    *("joined", "shards", "stacked", "merged", "virtual", "merging"),
+    *("joined", "shards", "stacked", "merged", "virtual", "merging", "probe"),
 }
 
 
