@@ -99,7 +99,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("arithmetic.h5"), help="the trace")
     parser.add_argument("--seed", type=int, default=0, help="of expressions and weights")
     parser.add_argument("--steps", type=positive, default=6000, help="of training")
-    parser.add_argument("--train", type=positive, default=3000, help="expressions a language")
+    parser.add_argument("--train", type=positive, default=10000, help="expressions a language")
     parser.add_argument("--fit", type=positive, default=1000, help="of those, for the classifiers")
     parser.add_argument("--test", type=positive, default=500, help="expressions a language")
     return parser.parse_args(argv)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,6 +56,11 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def learning_rate(share: float) -> float:
+    """It rises to 1 in the first tenth of the training, then falls to 0 as a cosine does."""
+    return share / 0.1 if share < 0.1 else (1 + math.cos(math.pi * (share - 0.1) / 0.9)) / 2
+
+
 @one_thread()
 def train(
     model: Arithmetic, corpora: dict[str, list[Expression]], steps: int, batch_size: int = 256
@@ -66,8 +72,8 @@ def train(
     inputs = encoded([words + ["("] * (longest - len(words)) for words in expressions])
     targets = torch.tensor(outcomes(expressions))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 0.01, total_steps=steps, pct_start=0.1
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: learning_rate((step + 1) / steps)
     )
     errors: list[float] = []
     for step in range(1, steps + 1):
@@ -94,7 +100,8 @@ def record(
         By corpus, what the model says that its expressions come to.
     """
     said = {}
-    with grutrace.Tracer(model, path, mode="overwrite", recording=False) as tracer:
+    record = ("reset", "update", "candidate", "hidden", "input")
+    with grutrace.Tracer(model, path, record=record, mode="overwrite", recording=False) as tracer:
         for tag, expressions in corpora.items():
             totals, modes = zip(*map(cumulative, expressions), strict=True)
             labels = {

@@ -2,9 +2,7 @@
 against states that hold a known truth.
 """
 
-import contextlib
 import importlib
-import io
 import os
 import random
 import subprocess
@@ -19,6 +17,7 @@ from matplotlib import pyplot as plt
 
 import grutrace
 from grutrace.analysis.verification import verify
+from tests.plain_reader import PlainTrace
 
 # The languages
 
@@ -267,3 +266,197 @@ def test_a_strategy_that_never_changes_has_no_correlation(parts):
     found = parts.diagnosis.agreement(np.array([0.0, 1.0]), np.array([2.0, 2.0]))
     assert found.error == 2.5
     assert np.isnan(found.r)
+
+
+# A network, and its trace
+
+
+@pytest.fixture(scope="module")
+def run(parts, tmp_path_factory):
+    """A network that was trained for some seconds, and the same before that."""
+    folder = tmp_path_factory.mktemp("arithmetic")
+    torch.manual_seed(0)
+    tested = parts.language.to_test(60, random.Random(0))
+    trained = parts.language.to_train(2000, tested, random.Random(1))
+    corpora = {f"fit {name}": drawn[:200] for name, drawn in trained.items()}
+    corpora |= {f"test {name}": drawn for name, drawn in tested.items()}
+    model = parts.network.Arithmetic()
+    parts.network.record(model, corpora, folder / "untrained.h5")
+    parts.network.train(model, trained, 1500)
+    said = parts.network.record(model, corpora, folder / "trained.h5")
+    return SimpleNamespace(folder=folder, corpora=corpora, model=model, said=said)
+
+
+@pytest.fixture(scope="module")
+def steps(run, parts):
+    """By network, the steps that the classifiers are fitted to, and those they are tested on."""
+    found = {}
+    for name in ("trained", "untrained"):
+        with grutrace.open(run.folder / f"{name}.h5") as trace:
+            found[name] = [parts.diagnosis.read(trace, part) for part in ("fit", "test")]
+    return found
+
+
+def test_the_network_learns(run, parts):
+    for name in ("L1", "L2", "L3", "L4", "L5"):
+        expected = np.array([value(words) for words in run.corpora[f"test {name}"]])
+        found = parts.diagnosis.agreement(np.array(run.said[f"test {name}"]), expected)
+        assert found.error < expected.var() / 2, name
+        assert found.r > 0.7, name
+
+
+def test_training_is_the_same_from_the_same_seed(run, parts):
+    states = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        model = parts.network.Arithmetic()
+        parts.network.train(model, {"L2": run.corpora["fit L2"]}, 10)
+        states.append(torch.cat([parameter.flatten() for parameter in model.parameters()]))
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[0], states[2])
+
+
+def test_shorter_expressions_are_filled_up_without_effect(run, parts):
+    short, long = (run.corpora[f"fit {name}"][:20] for name in ("L2", "L5"))
+    filled = [words + ["("] * 12 for words in short]
+    with torch.no_grad():
+        alone = run.model(parts.network.encoded(short))
+        together = run.model(
+            parts.network.encoded(filled + long), torch.tensor([4] * 20 + [16] * 20)
+        )
+    torch.testing.assert_close(together[:20], alone)
+
+
+def test_training_leaves_the_number_of_threads(run, parts, capsys):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        parts.network.train(parts.network.Arithmetic(), {"L1": run.corpora["fit L1"]}, 1)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert "step 1 of 1" in capsys.readouterr().out
+
+
+def test_the_file_holds_words_labels_and_every_gate(run):
+    """Read with plain h5py, by the specification of the file alone."""
+    (module,) = PlainTrace(run.folder / "trained.h5").modules
+    expressions = [words for drawn in run.corpora.values() for words in drawn]
+    assert module.count == len(expressions)
+    for number in range(0, module.count, 37):
+        names = ("tokens", "cumulative", "mode", "recursive")
+        expected = zip(names, (expressions[number], *by_eval(expressions[number])), strict=True)
+        found = module.annotated(number)
+        assert found == {name: dict(enumerate(values)) for name, values in expected}
+    with grutrace.open(run.folder / "trained.h5") as trace:
+        (found,) = verify(trace)
+    assert found.holds
+    assert found.check == "gates"
+
+
+def test_steps_are_those_of_the_expressions_in_order(run, steps, parts):
+    for name in ("L1", "L4", "L9R"):
+        expressions = run.corpora[f"test {name}"]
+        chosen = steps["trained"][1].of(name)
+        assert list(chosen.words) == [word for words in expressions for word in words]
+        with torch.no_grad():
+            states, _ = run.model.gru(run.model.embedding(parts.network.encoded(expressions)))
+        np.testing.assert_allclose(
+            chosen.quantities["hidden"], states.reshape(-1, 15).numpy(), atol=1e-6
+        )
+        totals, modes, results = zip(*map(by_eval, expressions), strict=True)
+        np.testing.assert_array_equal(chosen.targets["cumulative"], np.concatenate(totals))
+        np.testing.assert_array_equal(chosen.targets["recursive"], np.concatenate(results))
+        np.testing.assert_array_equal(chosen.targets["mode"], np.concatenate(modes))
+    assert set(steps["trained"][0].languages) == {"L1", "L2", "L4", "L5", "L7"}
+
+
+# The finding
+
+
+def test_the_cumulative_strategy_is_read_better(steps, parts):
+    found = {
+        strategy: parts.diagnosis.diagnose(*steps["trained"], strategy)
+        for strategy in ("cumulative", "recursive")
+    }
+    for name in ("L5", "L6", "L7", "L8", "L9", "L9R"):
+        assert found["cumulative"][name].r > found["recursive"][name].r + 0.1, name
+    control = parts.diagnosis.control_task(*steps["trained"])
+    for name in ("L4", "L5", "L6", "L7"):
+        assert found["cumulative"][name].r > control[name] + 0.1, name
+
+
+def test_neither_is_read_from_the_network_before_training(steps, parts):
+    """Control: the classifiers do not compute the strategies themselves."""
+    for strategy in ("cumulative", "recursive"):
+        found = parts.diagnosis.diagnose(*steps["untrained"], strategy)
+        for name in ("L5", "L6", "L7", "L8", "L9", "L9R"):
+            assert abs(found[name].r) < 0.25, (strategy, name)
+
+
+def test_nothing_is_read_of_shuffled_targets(steps, parts):
+    fitted, tested = (
+        parts.diagnosis.shuffled(parts.diagnosis.together(each)) for each in steps["trained"]
+    )
+    for strategy in ("cumulative", "recursive"):
+        assert abs(parts.diagnosis.diagnose(fitted, tested, strategy)["all"].r) < 0.05
+
+
+# The command
+
+
+def is_picture(path):
+    """Whether a PNG is large and shows more than one colour on a background."""
+    pixels = plt.imread(path)[..., :3]
+    colours = np.unique(pixels.reshape(-1, 3), axis=0)
+    return min(pixels.shape[:2]) > 500 and len(colours) > 100 and pixels.std() > 0.1
+
+
+QUICK = ("--steps", "20", "--train", "300", "--fit", "100", "--test", "20")
+
+
+def test_it_runs_as_a_script_without_warnings(arithmetic_example, tmp_path):
+    command = [sys.executable, "-W", "error", arithmetic_example.__file__, *QUICK]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+    for words in ("cumulative", "recursive", "mode", "L9R", "update", "shuffled"):
+        assert words in run.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "arithmetic.h5",
+        "arithmetic_untrained.h5",
+        "arithmetic.png",
+    }
+    assert is_picture(tmp_path / "arithmetic.png")
+
+
+def test_without_its_extras_it_says_what_to_install(arithmetic_example, tmp_path):
+    (tmp_path / "sklearn.py").write_text("raise ImportError('sklearn')")
+    command = [sys.executable, arithmetic_example.__file__, *QUICK]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 2
+    assert 'pip install "grutrace[analysis,plot]"' in run.stderr
+    assert run.stderr.count("\n") == 1
+    assert not list(tmp_path.glob("*.h5"))
+
+
+def test_a_trace_that_cannot_be_written_is_one_clear_error(arithmetic_example, tmp_path, capsys):
+    output = tmp_path / "missing" / "arithmetic.h5"
+    assert arithmetic_example.main([*QUICK, "--output", str(output)]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert str(output.parent) in printed.err
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize("option", ["--steps", "--train", "--fit", "--test"])
+@pytest.mark.parametrize("found", ["0", "few"])
+def test_a_number_that_makes_no_sense_is_one_clear_error(arithmetic_example, option, found, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        arithmetic_example.main([option, found])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert option in error
+    assert found in error
