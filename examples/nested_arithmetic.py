@@ -120,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     trained = to_train(arguments.train, tested, chance)
     corpora = {f"fit {name}": each[: arguments.fit] for name, each in trained.items()}
     corpora |= {f"test {name}": each for name, each in tested.items()}
-    corpora["shown L6"] = [SHOWN.split()]
+    corpora["show L6"] = [SHOWN.split()]
 
     model = Arithmetic()
     output = arguments.output
@@ -136,18 +136,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     print_network(said, corpora)
     with grutrace.open(untrained_output) as trace:
-        untrained = findings(read(trace, "fit"), read(trace, "test"))
+        before = read(trace)
     with grutrace.open(output) as trace:
-        parts = [read(trace, part) for part in ("fit", "test", "shown")]
-    found = findings(*parts[:2])
+        steps = read(trace)
+    untrained = findings(before["fit"], before["test"])
+    found = findings(steps["fit"], steps["test"])
     print("\nWhat linear classifiers read from its hidden states after every word")
     print_findings(found)
     print("\nFrom those of the network before training")
     print_findings(untrained)
     print("\nFrom the gates of the trained network, all languages together")
-    print_quantities(*parts[:2])
+    print_quantities(steps["fit"], steps["test"])
     picture = output.with_suffix(".png")
-    draw(picture, found, untrained, *parts)
+    draw(picture, found, untrained, steps["fit"], steps["test"], steps["show"])
     print(f"\ntraces: {output}, {untrained_output}\npicture: {picture}")
     return 0
 

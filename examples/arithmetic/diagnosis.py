@@ -14,6 +14,7 @@ from grutrace.storage.trace import Trace
 SITE = "gru.l0"
 QUANTITIES = ("hidden", "candidate", "reset", "update")
 STRATEGIES = ("cumulative", "recursive")
+LABELS = (*STRATEGIES, "mode", "tokens", "language", "use")
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,8 @@ class Steps:
     words: Array
     languages: Array
 
-    def of(self, language: str) -> Steps:
-        """Those of one language."""
-        chosen = self.languages == language
+    def where(self, chosen: Array) -> Steps:
+        """Those that are chosen, (N,) true or false."""
         return Steps(
             {name: values[chosen] for name, values in self.quantities.items()},
             {name: values[chosen] for name, values in self.targets.items()},
@@ -42,25 +42,22 @@ class Steps:
             self.languages[chosen],
         )
 
+    def of(self, language: str) -> Steps:
+        """Those of one language."""
+        return self.where(self.languages == language)
 
-def read(trace: Trace, part: str) -> Steps:
-    """The steps of all expressions whose tag is this part and a language: ``test L3``."""
+
+def read(trace: Trace) -> dict[str, Steps]:
+    """The steps of a trace, by what their expressions are for: ``fit``, ``test`` or ``show``."""
     site = trace[SITE]
-    chosen = [sequence for sequence in site if (sequence.tag or "").split()[0] == part]
-    # One look at each quantity for all sequences is much faster than one for each sequence.
-    numbers = np.array([sequence.number for sequence in chosen])
-    quantities = {}
-    for name in QUANTITIES:
-        padded, lengths = site.padded(name)
-        there = np.arange(padded.shape[1]) < lengths[numbers, np.newaxis]
-        quantities[name] = padded[numbers][there].astype(float)
-    labels = [sequence.labels for sequence in chosen]
-    return Steps(
-        quantities,
-        {name: np.concatenate([each[name] for each in labels]) for name in (*STRATEGIES, "mode")},
-        np.concatenate([sequence.tokens for sequence in chosen]),
-        np.concatenate([[(sequence.tag or "").split()[1]] * len(sequence) for sequence in chosen]),
+    labels = {name: site.row_labels(name).to_array() for name in LABELS}
+    steps = Steps(
+        {name: np.asarray(site.rows(name), float) for name in QUANTITIES},
+        {name: labels[name] for name in (*STRATEGIES, "mode")},
+        labels["tokens"],
+        labels["language"],
     )
+    return {use: steps.where(labels["use"] == use) for use in dict.fromkeys(labels["use"])}
 
 
 @dataclass(frozen=True)

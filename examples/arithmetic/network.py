@@ -96,6 +96,11 @@ def record(
 ) -> dict[str, list[float]]:
     """Run the model on each corpus as one batch, with every gate, word and label in a file.
 
+    Args:
+        model: As it is now.
+        corpora: By use and language, such as ``test L3``, some expressions.
+        path: Where the trace goes, in place of what is there.
+
     Returns:
         By corpus, what the model says that its expressions come to.
     """
@@ -103,11 +108,14 @@ def record(
     record = ("reset", "update", "candidate", "hidden", "input")
     with grutrace.Tracer(model, path, record=record, mode="overwrite", recording=False) as tracer:
         for tag, expressions in corpora.items():
+            use, language = tag.split()
             totals, modes = zip(*map(cumulative, expressions), strict=True)
             labels = {
                 "cumulative": totals,
                 "mode": modes,
                 "recursive": [recursive(words) for words in expressions],
+                "use": [use] * len(expressions),
+                "language": [language] * len(expressions),
             }
             recording = tracer.recording(tag, tokens=expressions, labels=labels)
             with recording, torch.inference_mode():

@@ -44,11 +44,12 @@ def draw_correlations(axes: Any, trained: Findings, untrained: Findings) -> None
     for place, name in enumerate(names):
         if name in TRAINED:
             axes.axvspan(place - 0.5, place + 0.5, color="0.94", zorder=0)
-    axes.set_ylim(-0.1, 1.05)
+    axes.set_ylim(-0.4, 1.05)  # room for the legend
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_ylabel("r of what is read with what is held")
     axes.set_title("Read from the hidden state (grey: lengths trained on)")
-    axes.legend(loc="center", bbox_to_anchor=(0.5, 0.38), ncols=2, frameon=False)
+    axes.set_yticks(np.arange(0, 1.1, 0.2))
+    axes.legend(loc="lower center", ncols=2, frameon=False)
 
 
 def draw_reading(axes: Any, fitted: Steps, shown: Steps, strategy: str) -> None:
@@ -96,7 +97,7 @@ def draw(
         axes[name].set_yticks(range(len(order)), order, fontsize=7)
     axes["kinds"].set_xticks(range(len(means)), list(means))
     axes["kinds"].set_title("Mean update gate, by what is read")
-    axes["kinds"].set_ylabel("unit")
+    axes["kinds"].set_ylabel("unit (top: keeps more to subtract)")
     axes["update"].set_xticks(range(len(shown.words)), shown.words)
     axes["update"].set_title("Update gate in the expression above")
     bar = figure.colorbar(image, ax=axes["update"], aspect=25)
