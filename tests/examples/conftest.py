@@ -17,7 +17,11 @@ def load(name: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(EXAMPLES))  # as for a script: what lies beside it can be imported
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(EXAMPLES))
     return module
 
 
@@ -29,3 +33,8 @@ def g2p_example() -> ModuleType:
 @pytest.fixture
 def hidden_states_example() -> ModuleType:
     return load("outputs_and_hidden_states")
+
+
+@pytest.fixture(scope="session")
+def arithmetic_example() -> ModuleType:
+    return load("nested_arithmetic")

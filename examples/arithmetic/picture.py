@@ -1,0 +1,106 @@
+"""The picture: what is read by length, word by word, and what the update gate does meanwhile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from sklearn.linear_model import LinearRegression
+
+from arithmetic.diagnosis import STRATEGIES, Findings, Steps
+from arithmetic.language import LANGUAGES, NUMERALS, TRAINED
+from grutrace.record import Array
+
+matplotlib.use("Agg")  # a file is written, no window is opened
+import matplotlib.pyplot as plt
+
+COLOURS = {"cumulative": "tab:blue", "recursive": "tab:orange"}
+
+
+def kinds(steps: Steps) -> dict[str, Array]:
+    """By the kind of word that was read, which steps read one, (N,)."""
+    numeral = np.isin(steps.words, NUMERALS)
+    found = {word: steps.words == word for word in "()+-"}
+    for mode in ("add", "subtract"):
+        found[f"{mode} a\nnumeral"] = numeral & (steps.targets["mode"] == mode)
+    return found
+
+
+def draw_correlations(axes: Any, trained: Findings, untrained: Findings) -> None:
+    names = list(LANGUAGES)
+    nested = [name for name in names if LANGUAGES[name][1]]
+    for found, label, style in ((trained, "", "-o"), (untrained, ", untrained", ":.")):
+        for strategy in STRATEGIES:
+            r = {name: found.strategies[strategy][name].r for name in names}
+            drawn = {name: np.nan if name in nested else r[name] for name in names}
+            colour = COLOURS[strategy]
+            axes.plot(names, list(drawn.values()), style, color=colour, label=strategy + label)
+            axes.plot(nested, [r[name] for name in nested], style[-1], color=colour)
+    axes.plot(
+        names, list(trained.control.values()), "x", color="0.5", label="a random number a word"
+    )
+    for place, name in enumerate(names):
+        if name in TRAINED:
+            axes.axvspan(place - 0.5, place + 0.5, color="0.94", zorder=0)
+    axes.set_ylim(-0.4, 1.05)  # room for the legend
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    axes.set_ylabel("r of what is read with what is held")
+    axes.set_title("Read from the hidden state (grey: lengths trained on)")
+    axes.set_yticks(np.arange(0, 1.1, 0.2))
+    axes.legend(loc="lower center", ncols=2, frameon=False)
+
+
+def draw_reading(axes: Any, fitted: Steps, shown: Steps, strategy: str) -> None:
+    """One expression, word by word: what the strategy holds, and what is read of it."""
+    classifier = LinearRegression().fit(fitted.quantities["hidden"], fitted.targets[strategy])
+    steps = np.arange(len(shown.words))
+    held, found = shown.targets[strategy], classifier.predict(shown.quantities["hidden"])
+    axes.step(steps, held, where="mid", color="0.4", label=f"held by the {strategy} strategy")
+    axes.plot(steps, found, "o", color=COLOURS[strategy], label="read from the hidden state")
+    axes.vlines(steps, held, found, color=COLOURS[strategy], linewidth=1)
+    axes.set_xticks(steps, shown.words)
+    axes.legend(loc="upper left", ncols=2, frameon=False)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.35 * (high - low))  # room for the legend
+
+
+def draw(
+    path: Path, trained: Findings, untrained: Findings, fitted: Steps, tested: Steps, shown: Steps
+) -> None:
+    """Draw both strategies' readings, and the update gate."""
+    figure, axes = plt.subplot_mosaic(
+        [["r", "cumulative"], ["r", "recursive"], ["kinds", "update"]],
+        figsize=(13, 8.6),
+        width_ratios=(1, 1.35),
+        height_ratios=(1, 1, 1.5),
+        layout="constrained",
+    )
+    draw_correlations(axes["r"], trained, untrained)
+    for strategy in STRATEGIES:
+        draw_reading(axes[strategy], fitted, shown, strategy)
+        axes[strategy].set_xlim(-0.5, len(shown.words) - 0.5)
+    axes["cumulative"].set_title("One expression, of a length not trained on, word by word")
+
+    means = {
+        kind: tested.quantities["update"][chosen].mean(axis=0)
+        for kind, chosen in kinds(tested).items()
+    }
+    columns = list(means.values())
+    order = np.argsort(
+        columns[-2] - columns[-1]
+    )  # units that tell adding from subtracting, outside
+    drawn = {"kinds": np.stack(columns, axis=1), "update": shown.quantities["update"].T}
+    for name, values in drawn.items():
+        image = axes[name].imshow(values[order], aspect="auto", cmap="magma", vmin=0, vmax=1)
+        axes[name].set_yticks(range(len(order)), order, fontsize=7)
+    axes["kinds"].set_xticks(range(len(means)), list(means))
+    axes["kinds"].set_title("Mean update gate, by what is read")
+    axes["kinds"].set_ylabel("unit (top: keeps more to subtract)")
+    axes["update"].set_xticks(range(len(shown.words)), shown.words)
+    axes["update"].set_title("Update gate in the expression above")
+    bar = figure.colorbar(image, ax=axes["update"], aspect=25)
+    bar.set_ticks([0, 0.5, 1], labels=["0: overwrites", "0.5", "1: keeps"])
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
