@@ -145,10 +145,10 @@ def _parts(path: Path) -> dict[int, Path]:
 def _stamp(path: Path) -> Stamp | None:
     try:
         with _opened(path, mend=False) as (_, file):
-            return stamp_of(read_header(file))
+            return stamp_of(read_header(file).options)
     except TraceFileError:
         with _opened(path, mend=True) as (_, file):
-            return stamp_of(read_header(file))
+            return stamp_of(read_header(file).options)
 
 
 @contextlib.contextmanager
