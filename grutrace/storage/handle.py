@@ -40,6 +40,7 @@ _handles: weakref.WeakSet[ReadHandle] = weakref.WeakSet()
 
 #: By thread, the handles that are noted because they are to be released.
 _noting = threading.local()
+
 #: Files that HDF5 has failed to close. If it opened one by its path, it would read from what it
 #: still holds of it; if one were forgotten, Python would have it closed again.
 _kept_open: dict[tuple[int, int], list[h5py.File]] = {}
@@ -105,6 +106,10 @@ class ReadHandle:
         known = self._datasets.get(place)
         if known is None:
             known = self._datasets[place] = self._find(place)
+            if known.dataset.shape and len(known.dataset) < count:
+                # What is in a group was asked before the counts were read, and HDF5 has kept how
+                # long it was then.
+                _refresh(known.dataset)
         elif count > known.count:
             # Also where it is long enough already: HDF5 may have cached a chunk of it from before
             # these items were written.

@@ -24,6 +24,7 @@ import h5py
 
 from grutrace.errors import GrutraceError, TraceFileError
 from grutrace.storage.faults import reading
+from grutrace.storage.keeping import best_plan
 from grutrace.storage.members import is_dataset, member, require_own_data
 from grutrace.storage.opening import no_plugins, open_for_reading
 from grutrace.storage.parts import part_files
@@ -55,24 +56,27 @@ _TOO_MUCH = 3
 _LOOK = """
 import sys
 sys.path[:] = {path!r}
-from grutrace.storage.probe import look
-look({files!r})
+from {module} import {function}
+{function}({files!r})
 """
 
 
-def look_from_outside(path: Paths, limit: float = LIMIT) -> None:
+def look_from_outside(path: Paths, limit: float = LIMIT, function: str = "look") -> None:
     """Let another process look at a trace first. Errors that it meets are left to whoever reads.
 
     Args:
         path: Of the trace; or a glob or paths of shards.
         limit: How long it may take, in seconds.
+        function: How it looks: one of this module, that is given the paths.
 
     Raises:
         TraceFileError: HDF5 crashes on the file, or does not come to an end.
     """
     ours = str(Path(__file__).resolve().parents[2])
     files = [os.fspath(each) for each in ([path] if isinstance(path, (str, os.PathLike)) else path)]
-    code = _LOOK.format(path=[ours, *filter(None, sys.path)], files=files)
+    code = _LOOK.format(
+        path=[ours, *filter(None, sys.path)], module=__name__, function=function, files=files
+    )
     name = ", ".join(files)
     which = f"HDF5 {h5py.version.hdf5_version}"
     try:
@@ -115,6 +119,14 @@ def look(paths: Sequence[str]) -> None:
     except GrutraceError as error:
         if "memory allocation failed" in str(error) or isinstance(error.__cause__, MemoryError):
             sys.exit(_TOO_MUCH)
+
+
+def look_to_recover(paths: Sequence[str]) -> None:
+    """Find out what can be kept of files, as the other process does."""
+    _limit(paths)
+    with contextlib.suppress(GrutraceError), no_plugins():
+        for each in paths:
+            best_plan(Path(each))
 
 
 def _look_into(group: h5py.Group, depth: int) -> None:

@@ -21,18 +21,22 @@ from grutrace.errors import TraceFileError
 from grutrace.record import Array
 from grutrace.storage.appender import Appender
 from grutrace.storage.creating import create
-from grutrace.storage.faults import H5PY_ERRORS, Fault, reading
+from grutrace.storage.faults import H5PY_ERRORS
 from grutrace.storage.handle import file_identity
 from grutrace.storage.header import read_header
+from grutrace.storage.keeping import Plan, best_plan, opened, plan_of
 from grutrace.storage.letting_go import lead_nowhere, let_go
 from grutrace.storage.members import walk
 from grutrace.storage.parts import Stamp, part_files, part_path, stamp_of
 from grutrace.storage.placing import naming, put_in_place, room_for, sync, sync_name
-from grutrace.storage.remains import Kept, Remains
-from grutrace.storage.unmarked import Unmarked, open_unmarked
+from grutrace.storage.probe import LIMIT, look_from_outside
+from grutrace.storage.scales import extend_scales
 
 #: What is read and written at a time. Bytes.
 BLOCK = 8 * 1024 * 1024
+
+#: How much of a file is looked at in a second, at least. Bytes.
+PER_SECOND = 1e9
 
 #: Told how many bytes are copied, and how many there are.
 Progress = Callable[[int, int], None]
@@ -70,6 +74,7 @@ def recover_file(
     path: str | os.PathLike[str],
     output: str | os.PathLike[str],
     progress: Progress | None = None,
+    patience: float = LIMIT,
 ) -> list[Recovery]:
     """Write what is committed in a trace file to a new one, which any HDF5 tool opens.
 
@@ -81,6 +86,8 @@ def recover_file(
         path: Of the file.
         output: Of the new file.
         progress: Called as bytes are copied.
+        patience: How long HDF5 may take to look through a small file, in seconds: there is damage
+            in which it never comes to an end.
 
     Returns:
         What became of each file.
@@ -89,6 +96,7 @@ def recover_file(
         TraceFileError: The file is no trace, is damaged where nothing can be done without, or
             changed meanwhile; or the output exists or cannot be written. Nothing is left behind.
     """
+    _look_first(Path(path), patience)
     sources, target = _parts(Path(path)), Path(os.path.realpath(output))
     targets = {number: part_path(target, number) if number else target for number in sources}
     for each in targets.values():
@@ -121,10 +129,17 @@ def recover_file(
     return [each for _, each in made]
 
 
-def _parts(path: Path) -> dict[int, Path]:
-    """The files of the run that this is the first part of, by number; by 0 a file by itself."""
+def _look_first(path: Path, patience: float) -> None:
+    """Let a process of its own find out whether HDF5 comes to an end with a file."""
     if not path.is_file():
         raise TraceFileError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
+    files = [path, *part_files(path).values()]
+    size = sum(each.stat().st_size for each in files)
+    look_from_outside(files, patience + size / PER_SECOND, "look_to_recover")
+
+
+def _parts(path: Path) -> dict[int, Path]:
+    """The files of the run that this is the first part of, by number; by 0 a file by itself."""
     own = _stamp(path)
     if own is None or own.part != 1:
         return {0: path}
@@ -144,77 +159,17 @@ def _parts(path: Path) -> dict[int, Path]:
 
 def _stamp(path: Path) -> Stamp | None:
     try:
-        with _opened(path, mend=False) as (_, file):
+        with opened(path, mend=False) as (_, file):
             return stamp_of(read_header(file).options)
     except TraceFileError:
-        with _opened(path, mend=True) as (_, file):
+        with opened(path, mend=True) as (_, file):
             return stamp_of(read_header(file).options)
-
-
-@contextlib.contextmanager
-def _opened(path: Path, *, mend: bool) -> Iterator[tuple[Unmarked, h5py.File]]:
-    with (
-        reading(path),
-        Unmarked(path, mend=mend) as unmarked,
-        open_unmarked(unmarked, BLOCK) as file,
-    ):
-        yield unmarked, file
-
-
-@dataclass
-class _Plan:
-    """What to keep of a file, and how to read it.
-
-    Attributes:
-        kept: What can be kept.
-        mend: Whether half-written structures are read.
-        mended: How many there were.
-        limits: By dataset, how many items can be read, where it has turned out to be fewer than are
-            there.
-    """
-
-    kept: Kept
-    mend: bool
-    mended: int
-    limits: dict[str, int]
-
-
-def _plan(source: Path, *, mend: bool, limits: dict[str, int]) -> _Plan:
-    """Look what can be kept.
-
-    Raises:
-        TraceFileError: Nothing.
-    """
-    with _opened(source, mend=mend) as (unmarked, file):
-        kept = Remains(file, read_header(file).modules, unmarked.size, limits).longest()
-        if not kept.calls and kept.lost:
-            raise Fault("calls", "at least one that is whole", f"none: {kept.reason}")
-        return _Plan(kept, mend, len(unmarked.mended), limits)
-
-
-def _best_plan(source: Path) -> _Plan:
-    """As the file is; with half-written structures only if that keeps more."""
-    plan, error = None, None
-    try:
-        plan = _plan(source, mend=False, limits={})
-        if not plan.kept.lost:
-            return plan
-    except TraceFileError as found:
-        error = found
-    with contextlib.suppress(TraceFileError):
-        other = _plan(source, mend=True, limits={})
-        if plan is None or other.kept.calls > plan.kept.calls:
-            return other
-    if plan is None:
-        assert error is not None
-        raise error
-    return plan
 
 
 def _recover_one(source: Path, path: Path, advance: Callable[[int], None]) -> tuple[Path, Recovery]:
     """Make the new file, not yet in its place."""
     before = _state(source)
-    plan = _best_plan(source)
+    plan = best_plan(source)
     while True:
         new = room_for(path, "w")
         try:
@@ -223,7 +178,7 @@ def _recover_one(source: Path, path: Path, advance: Callable[[int], None]) -> tu
         except _Unreadable as found:
             # Its place was known, and yet it cannot be read.
             new.unlink(missing_ok=True)
-            plan = _plan(source, mend=plan.mend, limits={**plan.limits, found.place: found.items})
+            plan = plan_of(source, mend=plan.mend, limits={**plan.limits, found.place: found.items})
         except BaseException:
             new.unlink(missing_ok=True)
             raise
@@ -244,9 +199,10 @@ def _state(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _copy(source: Path, path: Path, new: Path, plan: _Plan, advance: Callable[[int], None]) -> None:
-    with _opened(source, mend=plan.mend) as (_, file):
-        copy = create(path, new, read_header(file))
+def _copy(source: Path, path: Path, new: Path, plan: Plan, advance: Callable[[int], None]) -> None:
+    with opened(source, mend=plan.mend) as (_, file):
+        header = read_header(file)
+        copy = create(path, new, header)
         descriptor, identity = copy.id.get_vfd_handle(), file_identity(copy)
         try:
             done = 0
@@ -259,6 +215,7 @@ def _copy(source: Path, path: Path, new: Path, plan: _Plan, advance: Callable[[i
                     done += items.nbytes
                     advance(done)
             with naming(path, "written"):
+                extend_scales(copy, header.modules, plan.kept.counts)
                 copy["committed"][()] = plan.kept.committed
                 copy.flush()
                 sync(descriptor)

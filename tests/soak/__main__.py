@@ -1,7 +1,7 @@
 """Kill runs, fail their disks, cut their power, follow them; and say what was lost.
 
-    python -m tests.soak [kills] [faults] [power] [live] [--tries N] [--seconds S] [--seed N]
-        [--folder FOLDER] [--json FILE]
+    python -m tests.soak [kills] [faults] [power] [fsync] [live]
+        [--tries N] [--seconds S] [--seed N] [--folder FOLDER] [--json FILE]
 
 Without a name, all of them. Prints a table of Markdown for each, and on standard error what went
 wrong; and ends with 1 if anything did.
@@ -18,10 +18,12 @@ from pathlib import Path
 
 from tests.soak import disk
 
+NAMES = ("kills", "faults", "power", "fsync", "live")
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
-    parser.add_argument("what", nargs="*", choices=["kills", "faults", "power", "live", []])
+    parser.add_argument("what", nargs="*", choices=[[], *NAMES])
     parser.add_argument("--tries", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=180.0, help="Of following.")
     parser.add_argument("--seed", type=int, default=0)

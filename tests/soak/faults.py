@@ -77,14 +77,14 @@ def fault_one(folder: Path, kind: str, fault: str, on_error: str, seed: int) -> 
 
 def _fail(fault: str, path: Path, chance: random.Random) -> None:
     prefix = path.parent
-    if fault == "full":
-        disk.fail(prefix, errno.ENOSPC, size=int(10 ** chance.uniform(3, 6.3)))
-    elif fault == "file too large":
-        disk.fail(prefix, errno.EFBIG, size=int(10 ** chance.uniform(4, 6.3)))
-    elif fault == "input/output error":
-        disk.fail(prefix, errno.EIO, writes=int(10 ** chance.uniform(0, 2.3)))
+    error = {"full": errno.ENOSPC, "file too large": errno.EFBIG}.get(fault, errno.EIO)
+    if fault == "fsync":
+        disk.fail(prefix, error, writes=chance.randrange(20), at_fsync=True)
+    elif fault != "input/output error" and chance.random() < 0.4:
+        # Before the first chunk of rows is whole, or before the second; in the middle of a write.
+        disk.fail(prefix, error, size=int(10 ** chance.uniform(3, 7)))
     else:
-        disk.fail(prefix, errno.EIO, writes=chance.randrange(20), at_fsync=True)
+        disk.fail(prefix, error, writes=int(10 ** chance.uniform(0, 2.6)))
 
 
 class _Run:

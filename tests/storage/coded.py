@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,10 @@ HIDDEN = 32
 
 #: Rows in the batch, steps of each, and whether sequences go on from call to call.
 SHAPES = {"big": (16, 64, False), "stepwise": (8, 1, True)}
+
+#: How long a program that streams for ever rests between two calls, so that it does not fill the
+#: disk while it is followed. Seconds.
+PAUSES = {"big": 0.01, "stepwise": 0.0005}
 
 HEADER = make_header(make_module(hidden=HIDDEN, width=1, dtype="float64"))
 
@@ -72,6 +77,8 @@ def write(path, shape, calls=None, flush_every=3, report=lambda _: None, compres
         if (call + 1) % flush_every == 0:
             sink.flush()
             report(call + 1)
+        if calls is None:
+            time.sleep(PAUSES[shape])
     sink.close()
 
 

@@ -1,0 +1,120 @@
+"""A short soak, and that it would notice: see docs/reliability.md for the long one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import grutrace
+from tests.capture.models import EncoderDecoder
+from tests.checks import EVERYTHING
+from tests.soak import disk
+from tests.soak.faults import FAULTS, faulty
+from tests.soak.live import CODED, MODELS
+from tests.soak.plain_check import torn_rows
+from tests.soak.report import wrong
+from tests.soak.victims import KINDS
+
+ROOT = Path(__file__).parents[2]
+
+KILLS = 200
+
+
+def soak(folder: Path, *arguments: str) -> dict:
+    command = [sys.executable, "-m", "tests.soak", *arguments]
+    options = ["--folder", str(folder), "--json", str(folder / "outcomes.json")]
+    done = subprocess.run(
+        [*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads((folder / "outcomes.json").read_text())
+
+
+@pytest.mark.skipif(disk.COMPILER is None, reason="a C compiler makes the disk that fails")
+def test_nothing_acknowledged_is_lost(tmp_path) -> None:
+    """Kills; disks that are full or that fail; losses of power; followers."""
+    kills = soak(tmp_path, "kills", "--tries", str(KILLS))["kills"]
+    assert Counter(each["kind"] for each in kills) == dict.fromkeys(KINDS, KILLS // len(KINDS))
+    assert sum(each["acknowledged"] > 0 for each in kills) > KILLS // 2
+    assert all(each["killed"] and each["calls"] >= each["acknowledged"] for each in kills)
+    assert not any(each["wrong"] for each in kills)
+
+    faults = soak(tmp_path, "faults", "--tries", "40")["faults"]
+    assert {each["fault"] for each in faults if each["failed"]} == set(FAULTS)
+    assert sum(each["failed"] > 0 for each in faults) > 20
+    assert not [text for each in faults for text in faulty(each)]
+
+    power = soak(tmp_path, "power", "--tries", "40")["power"]
+    promised = [each for each in power if each["fsync"]]
+    assert sum(each["acknowledged"] > 0 for each in promised) > 5
+    assert all(each["calls"] >= each["acknowledged"] for each in promised)
+    assert not any(each["wrong"] for each in power)
+    # The control: without fsync there is no promise, and the model of a loss shows it.
+    others = [each for each in power if not each["fsync"]]
+    assert any(each["calls"] < each["acknowledged"] for each in others)
+
+    live = soak(tmp_path, "live", "--seconds", "10")["live"]
+    assert len(live) == 2 * len(CODED) + len(MODELS)
+    assert all(each["changes"] > 2 and each["checked"] > 0 for each in live)
+
+
+def test_control_what_goes_wrong_is_said() -> None:
+    sound = {"acknowledged": 5, "calls": 5, "wrong": 0, "killed": True, "same": True}
+    assert wrong("kills", sound) == []
+    for change in ({"calls": 4}, {"wrong": 1}, {"killed": False}, {"same": False}, {"error": "x"}):
+        assert len(wrong("kills", sound | change)) == 1
+    assert wrong("power", sound | {"fsync": False, "calls": 4}) == []
+    assert wrong("live", {"changes": 0, "writer": -9})
+    fault = sound | {
+        "fault": "full", "on_error": "raise", "failed": 1, "intact": True, "hooks": 0, "beside": [],
+        "made": 9, "errors": ["SinkError: /run.h5 cannot be written: full"], "warnings": [],
+    }  # fmt: skip
+    assert faulty(fault) == []
+    for change in (
+        {"intact": False},
+        {"hooks": 1},
+        {"beside": ["run.h5.new-1"]},
+        {"errors": []},
+        {"errors": ["SinkError: /run.h5\nat 0x7f"]},
+        {"on_error": "warn", "errors": [], "warnings": ["/run.h5 cannot be written"]},
+    ):
+        assert len(faulty(fault | change)) == 1, change
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    path = tmp_path / "run.h5"
+    model = EncoderDecoder(layers=2)
+    with grutrace.trace(model, path, record=EVERYTHING):
+        for _ in range(3):
+            model(torch.randn(8, 12, 5), steps=2)
+    return path
+
+
+def test_control_a_torn_row_is_found(path) -> None:
+    calls, wrong_values = torn_rows(path)
+    assert (calls, wrong_values) == (9, 0)
+    for place in ("update", "hidden", "input", "candidate"):
+        torn = path.with_name(f"{place}.h5")
+        shutil.copy(path, torn)
+        with h5py.File(torn, "r+") as file:
+            row = file[f"modules/decoder/cell/{place}"]
+            row[5, 2:] = np.zeros(row.shape[1] - 2)
+        assert torn_rows(torn)[1] > 0
+
+
+def test_control_counts_that_run_ahead_are_found(path) -> None:
+    with h5py.File(path, "r+") as file:
+        dataset = file["modules/encoder/l0/update"]
+        dataset.resize(len(dataset) - 1, 0)
+    with pytest.raises(AssertionError, match="less than is committed"):
+        torn_rows(path)
