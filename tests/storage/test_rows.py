@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -22,6 +23,9 @@ DATA = np.arange(60, dtype=np.float32).reshape(20, 3)
 
 class Counting:
     """Stands in for a dataset, and counts its reads and the elements that they bring."""
+
+    #: It is not compressed.
+    id = SimpleNamespace(get_create_plist=lambda: SimpleNamespace(get_nfilters=lambda: 0))
 
     def __init__(self, data):
         self.data, self.reads, self.elements = data, 0, 0

@@ -251,15 +251,15 @@ def test_what_was_committed_survives_a_disk_that_is_really_full(path, shape, lim
 
 #: A full disk does not keep anyone from writing elsewhere, as the limit does that stands for it.
 READER = """
-from grutrace.storage import writer
+from grutrace.storage import letting_go
 from grutrace.storage.sinks import open_source
 from grutrace.storage.trace import Trace
 trace = Trace(open_source(sink))
-open_nowhere = writer._open_nowhere
+open_nowhere = letting_go._open_nowhere
 def unlimited():
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     return open_nowhere()
-writer._open_nowhere = unlimited
+letting_go._open_nowhere = unlimited
 """
 
 
@@ -353,7 +353,7 @@ def test_a_folder_that_is_missing_or_cannot_be_written_is_refused_at_once(path):
 def test_overwrite_replaces_and_gives_back_the_old_file_if_it_cannot(path, monkeypatch):
     path.write_text("precious")
     with monkeypatch.context() as patch:
-        patch.setattr("grutrace.storage.writer.create_datasets", lambda *_: 1 / 0)
+        patch.setattr("grutrace.storage.creating.create_datasets", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             StreamSink(path, coded.HEADER, "overwrite")
     assert path.read_text() == "precious"
