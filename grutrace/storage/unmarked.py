@@ -41,6 +41,9 @@ _PAGE = 1024 * 8 + 4
 #: The address of a chunk that is not there.
 _NOWHERE = 2**64 - 1
 
+#: A collection of values of attributes begins so.
+_HEAP = b"GCOL"
+
 #: An object header begins so.
 _HEADER = b"OHDR\2"
 
@@ -103,12 +106,21 @@ class Unmarked(io.RawIOBase):
         return self._place
 
     def readinto(self, buffer: object) -> int:
-        """Fill a buffer: with zeros where there is nothing."""
+        """Fill a buffer, with zeros behind the end of the file.
+
+        Raises:
+            OSError: There is nothing of what was asked for, or it cannot be read.
+        """
         view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
         start, done = self._place, 0
+        if start >= self.size:
+            raise OSError(f"byte {start} of {self.size} bytes was asked for")
         while done < len(view):
             read = os.preadv(self._descriptor, [view[done:]], start + done)
             if not read:
+                if bytes(view[:4]) == _HEAP:
+                    # In one that ends with zeros, HDF5 2.0 looks for the next object for ever.
+                    raise OSError(f"byte {start + done} of {self.size} bytes was asked for")
                 view[done:] = bytes(len(view) - done)
                 break
             done += read

@@ -29,7 +29,7 @@ PAGES = {"pages of 4096 bytes": 4096, "sectors of 512 bytes": 512}
 KINDS = ("inline", "background", "deferred", "stepwise")
 
 #: Losses that are made of one run.
-CUTS = 10
+CUTS = 5
 
 _FSYNC, _ACKNOWLEDGED = -1, -2
 

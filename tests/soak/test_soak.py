@@ -53,9 +53,9 @@ def test_nothing_acknowledged_is_lost(tmp_path) -> None:
     assert sum(each["failed"] > 0 for each in faults) > 20
     assert not [text for each in faults for text in faulty(each)]
 
-    power = soak(tmp_path, "power", "--tries", "40")["power"]
+    power = soak(tmp_path, "power", "--tries", "20")["power"]
     promised = [each for each in power if each["fsync"]]
-    assert sum(each["acknowledged"] > 0 for each in promised) > 5
+    assert sum(each["acknowledged"] > 0 for each in promised) > 3
     assert all(each["calls"] >= each["acknowledged"] for each in promised)
     assert not any(each["wrong"] for each in power)
     # The control: without fsync there is no promise, and the model of a loss shows it.
@@ -108,7 +108,7 @@ def test_control_a_torn_row_is_found(path) -> None:
         shutil.copy(path, torn)
         with h5py.File(torn, "r+") as file:
             row = file[f"modules/decoder/cell/{place}"]
-            row[5, 2:] = np.zeros(row.shape[1] - 2)
+            row[12, 2:] = np.zeros(row.shape[1] - 2)
         assert torn_rows(torn)[1] > 0
 
 
