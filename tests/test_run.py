@@ -19,6 +19,7 @@ import grutrace
 from grutrace.__main__ import main
 from grutrace.analysis.verification import verify
 from grutrace.capture.observe import STACKS
+from grutrace.capture.options import OnError
 from grutrace.capture.tracer import Check, Gates
 from grutrace.run import settings
 from grutrace.storage.parts import part_path
@@ -422,8 +423,7 @@ def test_modes(tmp_path, capsys) -> None:
     assert [each.name for each in tmp_path.glob("*.h5*")] == ["run.h5"]
 
 
-def test_a_full_disk_stops_the_recording_and_not_the_script(tmp_path) -> None:
-    code = """
+FILLS_UP = """
 import errno, time
 from grutrace.storage.appender import Appender
 time.sleep(1)
@@ -434,7 +434,10 @@ model(torch.randn(4, 6, 5), steps=3)
 time.sleep(1)
 print(model(torch.randn(4, 6, 5), steps=3).sum().item())
 """
-    found = run(write(tmp_path, MODEL + code), folder=tmp_path)
+
+
+def test_a_full_disk_stops_the_recording_and_not_the_script(tmp_path) -> None:
+    found = run(write(tmp_path, MODEL + FILLS_UP), folder=tmp_path)
     assert found.returncode == 0
     assert len(found.stdout.splitlines()) == 2
     said, last = found.stderr.splitlines()
@@ -447,6 +450,17 @@ print(model(torch.randn(4, 6, 5), steps=3).sum().item())
         assert len(trace["encoder.l0"]) == 4
 
 
+def test_a_full_disk_stops_a_script_that_asks_for_it(tmp_path) -> None:
+    script = write(tmp_path, MODEL + FILLS_UP)
+    found = run("--on-error", "raise", "--fsync", script, folder=tmp_path)
+    assert found.returncode == 1
+    assert len(found.stdout.splitlines()) == 1
+    assert re.search(r"SinkError: .*run\.h5.*No space left on device", found.stderr)
+    with grutrace.open(tmp_path / "run.h5") as trace:
+        assert len(trace.calls) == 4
+        assert trace.options["fsync"] is True
+
+
 def test_what_cannot_be_is_refused_before_the_script_runs(tmp_path, capsys) -> None:
     script = str(tmp_path / write(tmp_path, "raise SystemExit(5)"))
     for options in (
@@ -457,6 +471,7 @@ def test_what_cannot_be_is_refused_before_the_script_runs(tmp_path, capsys) -> N
         ["--check", "x"],
         ["--stacks", "x"],
         ["--gates", "x"],
+        ["--on-error", "x"],
     ):
         assert main(["run", *options, script]) == 2
         err = capsys.readouterr().err
@@ -476,3 +491,4 @@ def test_the_allowed_values_are_those_of_the_tracer() -> None:
     assert set(settings.CHECKS) == set(get_args(Check))
     assert set(settings.MODES) == set(get_args(Mode))
     assert set(settings.GATES) == set(get_args(Gates))
+    assert set(settings.ON_ERROR) == set(get_args(OnError))
