@@ -37,6 +37,9 @@ Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 #: Seconds.
 LIMIT = 60.0
 
+#: How long the other process may compute, if nobody is left to end it. Seconds.
+SECONDS = 300
+
 #: Groups within one another: modules, a module, a site.
 DEPTH = 3
 
@@ -105,7 +108,7 @@ def look_from_outside(path: Paths, limit: float = LIMIT, function: str = "look")
 
 def look(paths: Sequence[str]) -> None:
     """Read everything of a trace that HDF5 itself interprets, as the other process does."""
-    _limit(paths)
+    _limit(paths, SECONDS)
     # What is doubtful about shards is said by whoever reads them.
     warnings.simplefilter("ignore")
     try:
@@ -148,13 +151,16 @@ def _look_at(dataset: h5py.Dataset) -> None:
             dataset[row : row + 1]
 
 
-def _limit(paths: Sequence[str]) -> None:
+def _limit(paths: Sequence[str], seconds: int | None = None) -> None:
     """Leave no core behind, and take no more memory than a trace of this size can ask for."""
     try:
         import resource
     except ImportError:  # There is none on Windows.
         return
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Should whoever waits for it be killed, nobody would end what has no end.
+    if seconds is not None:
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     with contextlib.suppress(OSError, ValueError):
         files = {file for path in paths for file in (path, *glob.glob(path))}
         parts = [part for file in files for part in (Path(file), *part_files(file).values())]

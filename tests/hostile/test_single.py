@@ -381,9 +381,11 @@ def test_what_the_other_process_does_is_said(path, code, said, monkeypatch, caps
 
 def test_the_other_process_has_a_limit(path, monkeypatch):
     """Memory that a file of this size cannot ask for is not given."""
-    monkeypatch.setattr(probe, "_LOOK", probe._LOOK.replace("look(", "probe.ROOM = 1; probe.look("))
-    monkeypatch.setattr(probe, "_LOOK", probe._LOOK.replace("import look", "import probe", 1))
-    code = probe._LOOK.replace("from grutrace.storage.probe", "from grutrace.storage")
+    code = probe._LOOK.replace(
+        "from {module} import {function}", "from grutrace.storage import probe"
+    )
+    code = code.replace("{function}({files!r})", "probe.ROOM = 1; probe.look({files!r})")
+    assert "ROOM" in code
     monkeypatch.setattr(probe, "_LOOK", code)
     with pytest.raises(grutrace.TraceFileError, match=r"run\.h5"):
         probe.look_from_outside(path)
