@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import choice, growth, measure, memory, scale, start, storage
+from tests.benchmarks import analysis, choice, growth, measure, memory, scale, start, storage
 from tests.benchmarks.about import about
 from tests.benchmarks.figures import Figure
 from tests.benchmarks.pairs import BUDGET, FEWEST, LIMIT, PAIRS
@@ -32,6 +32,7 @@ OTHERS: dict[str, Callable[[], Iterable[Figure]]] = {
     "scale": scale.figures,
     "memory": memory.figures,
     "growth": growth.figures,
+    "analysis": analysis.figures,
 }
 
 
