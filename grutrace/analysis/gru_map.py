@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from grutrace.analysis.jacobian import factors, jacobians
 from grutrace.record import Array
 
 
@@ -21,43 +22,30 @@ class GRUMap:
     """
 
     def __init__(self, weights: Mapping[str, Array], input: Array) -> None:
-        exact = {name: np.asarray(array, np.float64) for name, array in weights.items()}
-        self._from_input = np.split(exact["weight_ih"] @ input + exact.get("bias_ih", 0.0), 3)
-        self._weights = np.split(exact["weight_hh"], 3)
-        self._biases = np.split(exact.get("bias_hh", np.zeros(len(exact["weight_hh"]))), 3)
+        self._weights = {name: np.asarray(array, np.float64) for name, array in weights.items()}
+        self._from_input = self._weights["weight_ih"] @ input + self._weights.get("bias_ih", 0.0)
 
     def __call__(self, states: Array) -> Array:
         """The states after one step."""
-        _, update, candidate, _ = self._gates(states)
+        gates = self._gates(states)
+        update, candidate = gates["update"], gates["candidate"]
         return np.asarray((states - candidate) * update + candidate)
 
     def jacobian(self, states: Array) -> Array:
-        """(K, H, H) the derivative of each unit's next state, by row, by each state, by column.
+        """(K, H, H) the derivative of each unit's next state, by row, by each state, by column."""
+        return jacobians(factors(self._gates(states), states, self._weights), self._weights)
 
-        With r, z, n the gates and g = W_hn h + b_hn,
-
-            dF/dh = diag(z) + diag((h - n) z (1 - z)) W_hz
-                    + diag((1 - z) (1 - n^2)) (diag(r) W_hn + diag(g r (1 - r)) W_hr).
-        """
-        reset, update, candidate, proposal = self._gates(states)
-        of_reset, of_update, of_candidate = self._weights
-        found = ((states - candidate) * update * (1 - update))[..., np.newaxis] * of_update
-        inner = (1 - update) * (1 - candidate**2)
-        found += (inner * reset)[..., np.newaxis] * of_candidate
-        found += (inner * proposal * reset * (1 - reset))[..., np.newaxis] * of_reset
-        places = np.arange(states.shape[-1])
-        found[..., places, places] += update
-        return np.asarray(found)
-
-    def _gates(self, states: Array) -> tuple[Array, Array, Array, Array]:
-        """(K, H) each: reset, update, candidate, and g, which the reset gate is applied to."""
-        from_h = [
-            states @ weight.T + bias
-            for weight, bias in zip(self._weights, self._biases, strict=True)
-        ]
-        reset = _sigmoid(self._from_input[0] + from_h[0])
-        update = _sigmoid(self._from_input[1] + from_h[1])
-        return reset, update, np.tanh(self._from_input[2] + reset * from_h[2]), from_h[2]
+    def _gates(self, states: Array) -> dict[str, Array]:
+        """(K, H) each."""
+        from_h = states @ self._weights["weight_hh"].T + self._weights.get("bias_hh", 0.0)
+        parts = np.split(from_h, 3, axis=1)
+        x = np.split(self._from_input, 3)
+        reset = _sigmoid(x[0] + parts[0])
+        return {
+            "reset": reset,
+            "update": _sigmoid(x[1] + parts[1]),
+            "candidate": np.tanh(x[2] + reset * parts[2]),
+        }
 
 
 def _sigmoid(values: Array) -> Array:

@@ -44,6 +44,9 @@ ALLOWED = 512
 #: Takes minutes of the large file; of the other one it needs as much memory.
 LONG = ("lyapunov",)
 
+#: What analyses of labels are of.
+LABEL = "label"
+
 
 def figures() -> Iterator[Figure]:
     """Yield the time of each counting analysis over that of reading, then each one's memory."""
@@ -60,7 +63,7 @@ def figures() -> Iterator[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         size = LARGE if shutil.disk_usage(folder).free > 2 * LARGE else LESS
         path = Path(folder) / "run.h5"
-        long_traces.write_wide(path, size)
+        long_traces.write_wide(path, size, LABEL)
         for of in MEASURES:
             if of not in LONG and not MEASURES[of].needs:
                 yield peak(of, path)
@@ -91,11 +94,13 @@ def peak(of: str, path: Path) -> Figure:
 
 
 def run(of: str, path: Path) -> None:
-    """Analyse every site of a file, and print the peak."""
-    analyse = measure(of).load()
+    """Analyse every site of a file, and print the peak; where two are compared, with itself."""
+    chosen = measure(of)
+    analyse = chosen.load()
     with grutrace.open(path) as trace:
         for name in trace.sites:
-            analyse(trace[name])
+            needed = {"label": LABEL, "against": trace[name]}
+            analyse(trace[name], **{option: needed[option] for option in chosen.needs})
     print(own_peak())
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grutrace.record import Block, Module, Record, SiteRows, Weights
+from grutrace.record import Annotation, Block, Module, Record, SiteRows, Weights
 from grutrace.storage.schema import weight_shapes
 from grutrace.storage.writer import Writer
 from tests.storage.streams import make_header, make_module
@@ -28,8 +28,13 @@ def call_bytes() -> int:
     return 4 * STEPS * BATCH * HIDDEN * np.dtype(np.float32).itemsize
 
 
-def records(module: Module, steps: int, batch: int, calls: int) -> Iterator[Record]:
-    """Yield calls that each begin sequences of so many steps; all hold the same numbers."""
+def records(
+    module: Module, steps: int, batch: int, calls: int, label: str | None = None
+) -> Iterator[Record]:
+    """Yield calls that each begin sequences of so many steps; all hold the same numbers.
+
+    With the name of a label, each sequence has one, which changes every 16 steps.
+    """
     (site,) = module.sites
     shapes = weight_shapes(module, site)
     weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
@@ -44,19 +49,24 @@ def records(module: Module, steps: int, batch: int, calls: int) -> Iterator[Reco
     for call in range(calls):
         sequences = np.arange(call * batch, (call + 1) * batch, dtype=np.uint64)
         yield Block(0, 1.6e9 + call, None, False, 0, lengths, sequences, recorded)
+        for sequence in sequences.tolist() if label else ():
+            values = tuple(float((sequence + step // 16) % 2) for step in range(steps))
+            yield Annotation(0, sequence, label, 0, values)
 
 
-def write(path: Path, module: Module, steps: int, batch: int, calls: int) -> None:
+def write(
+    path: Path, module: Module, steps: int, batch: int, calls: int, label: str | None = None
+) -> None:
     """Write such a trace, and close it."""
     writer = Writer(path, make_header(module), "overwrite")
-    for record in records(module, steps, batch, calls):
+    for record in records(module, steps, batch, calls, label):
         writer.write(record)
     writer.close()
 
 
-def write_wide(path: Path, size: int) -> None:
+def write_wide(path: Path, size: int, label: str | None = None) -> None:
     """Write a trace of about this many bytes, with all quantities of one layer."""
-    write(path, wide_module(), STEPS, BATCH, math.ceil(size / call_bytes()))
+    write(path, wide_module(), STEPS, BATCH, math.ceil(size / call_bytes()), label)
 
 
 def command(*arguments: str) -> list[str]:
