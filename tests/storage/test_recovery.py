@@ -93,6 +93,20 @@ def test_all_that_was_committed_and_nothing_else(path, output):
     assert sorted(os.listdir(path.parent)) == ["clean.h5", "run.h5"]
 
 
+@pytest.mark.parametrize("engine", ["h5netcdf", "netcdf4"])
+def test_tools_that_read_netcdf_open_it(engine, path, output):
+    xarray = pytest.importorskip("xarray")
+    coded_file(path, calls=20, closed=False)
+    options = {"group": "modules/rnn/l0", "engine": engine}
+    with pytest.raises(OSError):  # noqa: PT011 - each tool has words of its own.
+        xarray.open_dataset(path, **options)
+    recover_file(path, output)
+    with xarray.open_dataset(output, **options) as found:
+        assert dict(found.sizes) | {"step": 160, "sequence": 8} == dict(found.sizes)
+        rows = np.concatenate([coded.rows(call, 8) for call in range(20)])
+        np.testing.assert_array_equal(found["update"], rows + 1)
+
+
 def test_a_file_that_is_sound(path, output):
     stream = full_stream()
     writer = Writer(path, stream.header)
