@@ -30,10 +30,10 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="Where files are made.")
     parser.add_argument("--json", type=Path, help="Where all outcomes are written.")
     asked = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="soak-", dir=asked.folder))
+    if not disk.is_under_us():
+        disk.start_again(Path(tempfile.mkdtemp(prefix="soak-", dir=asked.folder)))
+    folder = disk.folder()
     try:
-        if not disk.is_under_us():
-            disk.start_again(folder)
         return _run(asked, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -36,6 +36,11 @@ def start_again(folder: Path) -> None:
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
+def folder() -> Path:
+    """Where it was compiled, in a program that was started again."""
+    return Path(os.environ["LD_PRELOAD"]).parent
+
+
 @cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(None)
