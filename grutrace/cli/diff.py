@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from grutrace.analysis.difference import TraceDifference, compare
-from grutrace.analysis.discrepancies import Place, ValueDifference
+from grutrace.analysis.difference import Place, TraceDifference, ValueDifference, compare
 from grutrace.cli.arguments import NO, AsJSON, Record, Sites, names
 from grutrace.cli.opening import opened
 from grutrace.cli.output import new_table, print_json, print_table, progress_bar, say

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import dask
 import numpy as np
 import pytest
 
@@ -16,7 +18,6 @@ from grutrace.analysis import fold, stretches
 from grutrace.analysis.elsewhere import on_dask
 from grutrace.analysis.material import SiteArrays
 from grutrace.analysis.result import Result
-from grutrace.record import GATES
 from tests.checks import EVERYTHING
 
 from . import sites
@@ -29,32 +30,28 @@ ORDER = 1e-11
 DERIVED = 16 * 5 * 6e-8 * 1e3
 
 
-def numbers(result: Result) -> Iterator[tuple[str, Any]]:
-    """All fields that are numbers, by name."""
-    for field in dataclasses.fields(result):
-        value = getattr(result, field.name)
-        each = value.items() if isinstance(value, dict) else [("", value)]
-        for key, array in each:
-            if np.asarray(array).dtype.kind in "biuf":
-                yield f"{field.name} {key}", np.asarray(array)
-
-
-def assert_same(found: Result, expected: Result, tolerance: float) -> None:
-    ours, theirs = dict(numbers(found)), dict(numbers(expected))
-    assert ours.keys() == theirs.keys()
-    for name, array in ours.items():
-        np.testing.assert_allclose(array, theirs[name], tolerance, tolerance, err_msg=name)
-
-
 def check_everywhere(
     analyse: Callable[[Any], Result],
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
+    *,
     derived: Callable[[Result, Result], None] | None = None,
+    order: float = ORDER,
 ) -> None:
-    """Compare with the answer in memory; `derived` compares where gates are derived."""
+    """Compare with the answer in memory.
+
+    Args:
+        analyse: The analysis, of a site.
+        folder: For files.
+        monkeypatch: The test's.
+        derived: How answers are compared where gates are derived, if not within `DERIVED`.
+        order: How far answers may lie apart that were added up in another order.
+    """
     memory = sites.run(lambda model: grutrace.trace(model, record=EVERYTHING, gates="inline"))
     expected = {name: analyse(memory[name]) for name in memory.sites}
+    with on_threads():
+        for name, of_site in expected.items():
+            assert_same(analyse(on_dask(memory[name])), of_site, 0)
     with sites.in_a_file(folder / "inline.h5") as trace:
         for name, of_site in expected.items():
             assert_same(analyse(trace[name]), of_site, 0)
@@ -71,23 +68,49 @@ def check_everywhere(
             patch.setattr(fold, "PART", part)
             patch.setattr(fold, "BLOCK", block)
             patch.setattr(stretches, "BLOCK", block)
-            here = {name: analyse(memory[name]) for name in memory.sites}
             for name, of_site in expected.items():
-                assert_same(here[name], of_site, ORDER)
-            dask = pytest.importorskip("dask")
-            with ThreadPoolExecutor(2) as pool, dask.config.set(scheduler="threads", pool=pool):
-                for name in memory.sites:
-                    assert_same(analyse(on_dask(memory[name])), here[name], 0)
+                here = analyse(memory[name])
+                assert_same(here, of_site, order)
+                with on_threads():
+                    assert_same(analyse(on_dask(memory[name])), here, 0)
 
 
-def as_arrays(site: Any, version: int = 0) -> SiteArrays:
+@contextmanager
+def on_threads() -> Iterator[None]:
+    """dask's threads, which end with the block."""
+    with ThreadPoolExecutor(2) as pool, dask.config.set(scheduler="threads", pool=pool):
+        yield
+
+
+def as_arrays(site: Any, version: int = -1) -> SiteArrays:
     """The same site as arrays: each sequence read on its own, one after another."""
-    quantities = (*GATES, "hidden", "input")
+    rows = site.rows_between(0, len(site))
     return SiteArrays(
         lengths=[len(sequence) for sequence in site],
-        **{name: np.concatenate([sequence.rows(name) for sequence in site]) for name in quantities},
+        **{
+            name: np.concatenate([sequence.rows(name) for sequence in site])
+            for name in site.site.readable
+        },
         initial=np.array([sequence.initial for sequence in site]),
+        labels={name: site.row_labels(name).to_array()[rows] for name in site.label_names},
         weights=site.weights(version),
         reverse=site.site.reverse,
         name=site.name,
     )
+
+
+def assert_same(found: Result, expected: Result, tolerance: float) -> None:
+    """Every field of both."""
+    assert type(found) is type(expected)
+    _assert_same(dataclasses.asdict(found), dataclasses.asdict(expected), tolerance)
+
+
+def _assert_same(found: Any, expected: Any, tolerance: float, name: str = "") -> None:
+    if isinstance(expected, dict):
+        assert list(found) == list(expected)
+        for key, value in expected.items():
+            _assert_same(found[key], value, tolerance, f"{name} {key}")
+    elif np.asarray(expected).dtype.kind in "fc":
+        np.testing.assert_allclose(found, expected, tolerance, tolerance, err_msg=name)
+    else:
+        np.testing.assert_array_equal(found, expected, err_msg=name)

@@ -14,7 +14,7 @@ from grutrace.errors import NotRecordedError, OptionError
 from tests.checks import EVERYTHING
 
 from . import sites
-from .one_answer import as_arrays, check_everywhere
+from .everywhere import as_arrays, check_everywhere
 
 
 def slow(random, units=3, sequences=40) -> np.ndarray:

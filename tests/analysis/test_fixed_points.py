@@ -14,7 +14,7 @@ from grutrace.analysis.material import SiteArrays, material
 from grutrace.errors import NotRecordedError, OptionError
 
 from . import sites
-from .one_answer import check_everywhere
+from .everywhere import check_everywhere
 
 #: The solution of x = tanh(2 x) above 0, by bisection in the test below.
 UPPER = 0.957504

@@ -14,7 +14,7 @@ from grutrace.analysis.material import SiteArrays
 from grutrace.errors import NotRecordedError, OptionError
 
 from . import sites
-from .one_answer import check_everywhere
+from .everywhere import check_everywhere
 
 
 @pytest.mark.parametrize("name", ["encoder.l0", "encoder.l1_reverse", "decoder.rnn.l0"])

@@ -10,7 +10,7 @@ from grutrace.analysis.material import SiteArrays
 from grutrace.errors import NotRecordedError
 
 from . import sites
-from .one_answer import check_everywhere
+from .everywhere import check_everywhere
 
 
 def test_equals_numpy() -> None:

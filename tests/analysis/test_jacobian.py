@@ -104,7 +104,7 @@ def test_steps_of_a_site() -> None:
 def test_the_same_everywhere(tmp_path, monkeypatch) -> None:
     check_everywhere(lambda site: step_jacobians(site, 10), tmp_path, monkeypatch)
     site = sites.in_memory()["encoder.l1_reverse"]
-    np.testing.assert_array_equal(jacobian(as_arrays(site), 0, -1), jacobian(site, 0, -1))
+    np.testing.assert_array_equal(jacobian(as_arrays(site, 0), 0, -1), jacobian(site, 0, -1))
 
 
 def test_what_cannot_be() -> None:

@@ -18,7 +18,7 @@ from grutrace.analysis.splits import _families, split
 from grutrace.errors import MissingExtraError, NotRecordedError, OptionError
 
 from . import sites
-from .one_answer import check_everywhere
+from .everywhere import check_everywhere
 
 LENGTHS = np.full(60, 20)
 

@@ -65,7 +65,7 @@ def test_the_same_everywhere(tmp_path, monkeypatch) -> None:
             off = np.abs(found.median[quantity] - expected.median[quantity])
             assert (off <= error).all()
 
-    check_everywhere(quantiles, tmp_path, monkeypatch, derived)
+    check_everywhere(quantiles, tmp_path, monkeypatch, derived=derived)
     site = sites.in_memory()["encoder.l1_reverse"]
     assert_same(quantiles(as_arrays(site)), quantiles(site), 0)
 

@@ -14,7 +14,7 @@ from grutrace.analysis.selectivity import selectivity
 from grutrace.errors import NotRecordedError, OptionError
 
 from . import sites
-from .one_answer import check_everywhere
+from .everywhere import check_everywhere
 
 LENGTHS = np.full(30, 40)
 

@@ -133,7 +133,7 @@ def test_the_same_everywhere(tmp_path, monkeypatch) -> None:
         np.testing.assert_allclose(found.tau, expected.tau, 1e-4)
         np.testing.assert_allclose(found.tau_of_states, expected.tau_of_states, 1e-4)
 
-    check_everywhere(timescales, tmp_path, monkeypatch, derived)
+    check_everywhere(timescales, tmp_path, monkeypatch, derived=derived)
     site = sites.in_memory()["encoder.l1_reverse"]
     assert_same(timescales(as_arrays(site)), timescales(site), 1e-9)
 

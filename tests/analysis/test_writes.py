@@ -13,7 +13,7 @@ from grutrace.analysis.writes import writes
 from grutrace.errors import NotRecordedError, OptionError
 
 from . import sites
-from .one_answer import check_everywhere
+from .everywhere import check_everywhere
 
 
 def test_equals_numpy_sequence_by_sequence() -> None:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from grutrace.analysis.correspondence import Block, Pair, Side
-from grutrace.analysis.discrepancies import Place, ValueDifference
+from grutrace.analysis.difference.correspondence import Block, Pair, Side
+from grutrace.analysis.difference.discrepancies import Place, ValueDifference
 from grutrace.analysis.distance import scaled_differences
 from grutrace.record import GATES
 
@@ -50,7 +50,7 @@ class Comparison:
         return self.pair.initial() if self.quantity == INITIAL else self.pair.rows(self.quantity)
 
     def tolerance(self) -> float:
-        """What may come of rounding: see `grutrace.analysis.difference`."""
+        """What may come of rounding: see `grutrace.analysis.difference.comparing`."""
         sides = self.pair.a, self.pair.b
         kept = sum(_spacing(side) / 2 for side in sides)
         spacing = max(self._computed(side) for side in sides)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from grutrace.analysis.correspondence import Pair, Side
-from grutrace.analysis.discrepancies import Circumstance, WeightsDifference
+from grutrace.analysis.difference.correspondence import Pair, Side
+from grutrace.analysis.difference.discrepancies import Circumstance, WeightsDifference
 from grutrace.analysis.distance import differences
 from grutrace.record import Array
 from grutrace.storage.moment import Moment

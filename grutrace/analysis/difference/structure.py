@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from grutrace.analysis.correspondence import Pair, Side
-from grutrace.analysis.discrepancies import Mismatch, only_in
+from grutrace.analysis.difference.correspondence import Pair, Side
+from grutrace.analysis.difference.discrepancies import Mismatch, only_in
 from grutrace.record import Array
 from grutrace.storage.index import AnnotationIndex
 

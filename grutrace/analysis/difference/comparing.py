@@ -17,17 +17,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from grutrace.analysis import circumstances
-from grutrace.analysis.correspondence import Pair, Side
-from grutrace.analysis.discrepancies import (
+from grutrace.analysis.difference import circumstances
+from grutrace.analysis.difference.correspondence import Pair, Side
+from grutrace.analysis.difference.discrepancies import (
     Circumstance,
     Mismatch,
     ValueDifference,
     WeightsDifference,
     only_in,
 )
-from grutrace.analysis.structure import module_mismatches, site_mismatches
-from grutrace.analysis.values import INITIAL, ORDER, Comparison, Tally
+from grutrace.analysis.difference.structure import module_mismatches, site_mismatches
+from grutrace.analysis.difference.values import INITIAL, ORDER, Comparison, Tally
 from grutrace.errors import NotRecordedError, OptionError
 from grutrace.record import DEFAULT_RECORD, QUANTITIES
 from grutrace.storage.chosen import chosen_quantities, chosen_sites
