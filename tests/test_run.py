@@ -382,7 +382,10 @@ def test_a_killed_run_can_be_read(how, tmp_path) -> None:
         while process.stdout.readline() != "ready\n":
             assert process.poll() is None, process.stderr.read()
         process.send_signal(how)
-        _, stderr = process.communicate(timeout=30)
+        try:
+            _, stderr = process.communicate(timeout=30)
+        finally:
+            process.kill()
     assert process.returncode == -how
     assert ("KeyboardInterrupt" in stderr) == (how == signal.SIGINT)
     with grutrace.open(tmp_path / "run.h5") as trace:

@@ -36,7 +36,6 @@ def check_everywhere(
     monkeypatch: pytest.MonkeyPatch,
     *,
     derived: Callable[[Result, Result], None] | None = None,
-    order: float = ORDER,
 ) -> None:
     """Compare with the answer in memory.
 
@@ -45,7 +44,6 @@ def check_everywhere(
         folder: For files.
         monkeypatch: The test's.
         derived: How answers are compared where gates are derived, if not within `DERIVED`.
-        order: How far answers may lie apart that were added up in another order.
     """
     memory = sites.run(lambda model: grutrace.trace(model, record=EVERYTHING, gates="inline"))
     expected = {name: analyse(memory[name]) for name in memory.sites}
@@ -70,7 +68,7 @@ def check_everywhere(
             patch.setattr(stretches, "BLOCK", block)
             for name, of_site in expected.items():
                 here = analyse(memory[name])
-                assert_same(here, of_site, order)
+                assert_same(here, of_site, ORDER)
                 with on_threads():
                     assert_same(analyse(on_dask(memory[name])), here, 0)
 

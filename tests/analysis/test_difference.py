@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis import correspondence
-from grutrace.analysis.difference import compare
+from grutrace.analysis.difference import compare, correspondence
 from grutrace.storage.sinks import open_sink
 from tests.capture.models import EncoderDecoder
 from tests.checks import EVERYTHING
