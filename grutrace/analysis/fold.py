@@ -21,8 +21,9 @@ from grutrace.record import Array
 #: What one part reads, about. Large beside the work of handing it out. Bytes.
 PART = 64 * 1024 * 1024
 
-#: What a part brings into memory at once. Bytes.
-BLOCK = 4 * 1024 * 1024
+#: What a part brings into memory at once: much, since threads that do little at a time wait for
+#: each other. Bytes.
+BLOCK = 8 * 1024 * 1024
 
 
 class _Joining(Protocol):

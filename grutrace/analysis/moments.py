@@ -22,6 +22,7 @@ from grutrace.analysis.material import Analysed, Material, material
 from grutrace.analysis.result import Result
 from grutrace.errors import NotRecordedError
 from grutrace.record import DEFAULT_RECORD, Array
+from grutrace.statistics.reductions import WIDE
 from grutrace.statistics.tally import BLOCK
 from grutrace.statistics.units import describe, join, no_values
 from grutrace.storage.index import Integers
@@ -184,30 +185,46 @@ def _powers(block: Array) -> Powers:
     rows, width = block.shape
     units, values, missing = describe(block, shares=False, moments=False)
     finite = np.isfinite(block) if missing.any() else None
-    step = max(1, BLOCK // max(1, width), rows // PARTS)
     count = np.maximum(units["count"], 1)
-    center, sums = np.zeros(width), np.zeros((4, width))
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        apart = values[part].astype(np.float64)
-        # Sums over rows are products with ones: that is how they are fastest.
-        ones = np.ones(len(apart))
-        if start == 0:
-            there = ones.sum() if finite is None else ones @ finite[part]
-            center = ones @ apart / np.maximum(there, 1)
-        apart -= center
-        if finite is not None:
-            apart[~finite[part]] = 0.0
-        sums[0] += ones @ apart
-        squares = apart * apart
-        sums[1] += ones @ squares
-        sums[2] += np.einsum("nh,nh->h", squares, apart)
-        sums[3] += ones @ np.multiply(squares, squares, out=squares)
+    center = _center(values, finite, max(1, rows // PARTS))
+    # Rows side by side, since NumPy is slow on short ones; what is left over by itself.
+    beside = max(1, WIDE // max(1, width))
+    whole = rows - rows % beside
+    sums = np.zeros((4, width))
+    for part, columns in ((slice(0, whole), beside * width), (slice(whole, rows), width)):
+        there = None if finite is None else finite[part].reshape(-1, columns)
+        found = _sums(values[part].reshape(-1, columns), there, np.tile(center, columns // width))
+        sums += found.reshape(4, -1, width).sum(1)
     moved = sums[0] / count
     units["mean"] = center + moved
     units["squares"] = sums[1] - count * moved**2
-    found = Powers(0)
-    found.units = units
-    found.cubes = sums[2] - 3 * moved * sums[1] + 2 * count * moved**3
-    found.fourths = sums[3] - 4 * moved * sums[2] + 6 * moved**2 * sums[1] - 3 * count * moved**4
-    return found
+    powers = Powers(0)
+    powers.units = units
+    powers.cubes = sums[2] - 3 * moved * sums[1] + 2 * count * moved**3
+    powers.fourths = sums[3] - 4 * moved * sums[2] + 6 * moved**2 * sums[1] - 3 * count * moved**4
+    return powers
+
+
+def _center(values: Array, finite: Array | None, rows: int) -> Array:
+    """(H,) the mean of what is finite of the first rows."""
+    there = rows if finite is None else np.maximum(finite[:rows].sum(0), 1)
+    return np.asarray(values[:rows].sum(0, dtype=np.float64) / there)
+
+
+def _sums(values: Array, finite: Array | None, center: Array) -> Array:
+    """(4, columns) the sums of the first to fourth power of what is finite, less the center."""
+    sums = np.zeros((4, len(center)))
+    step = max(1, BLOCK // max(1, len(center)))
+    for start in range(0, len(values), step):
+        part = slice(start, start + step)
+        apart = np.subtract(values[part], center, dtype=np.float64)
+        if finite is not None:
+            apart[~finite[part]] = 0.0
+        squares = apart * apart
+        # A sum over rows is a product with ones: that is how it is fastest.
+        ones = np.ones(len(apart))
+        sums[0] += ones @ apart
+        sums[1] += ones @ squares
+        sums[2] += np.einsum("nh,nh->h", squares, apart)
+        sums[3] += np.einsum("nh,nh->h", squares, squares)
+    return sums

@@ -27,9 +27,6 @@ from grutrace.statistics.bins import Bins, bins_of, require_bins
 from grutrace.statistics.units import describe, join, no_values
 from grutrace.storage.index import Integers
 
-#: Units that are counted together: their counts stay in the processor's cache.
-TOGETHER = 64
-
 #: Bins of a histogram unless asked otherwise: quantiles of the gates are right to a thousandth.
 FINE = 1024
 
@@ -195,18 +192,14 @@ class _Counted:
 
     def add(self, rows: Mapping[str, Array]) -> None:
         (block,) = rows.values()
-        for start in range(0, block.shape[1], TOGETHER):
-            some = slice(start, start + TOGETHER)
-            units, values, missing = describe(
-                np.ascontiguousarray(block[:, some]), shares=False, moments=False
-            )
-            counts, units["underflow"], units["overflow"] = self.bins.histogram(
-                values, units["minimum"].min(), units["maximum"].max()
-            )
-            # What is not finite stands there as a zero.
-            counts[:, int(np.searchsorted(self.bins.edges, 0.0, "right")) - 1] -= missing
-            self.histogram[some] += counts
-            join(self.units[some], units)
+        units, values, missing = describe(np.ascontiguousarray(block), shares=False, moments=False)
+        counts, units["underflow"], units["overflow"] = self.bins.histogram(
+            values, units["minimum"].min(), units["maximum"].max()
+        )
+        # What is not finite stands there as a zero.
+        counts[:, int(np.searchsorted(self.bins.edges, 0.0, "right")) - 1] -= missing
+        self.histogram += counts
+        join(self.units, units)
 
     def quantile(self, share: float) -> Array:
         """(H,) the value that this share of the values do not exceed."""

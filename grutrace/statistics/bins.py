@@ -11,7 +11,7 @@ import numpy as np
 
 from grutrace.errors import OptionError
 from grutrace.record import GATES, Array
-from grutrace.statistics.reductions import count_true
+from grutrace.statistics.reductions import add_to_rows, count_true
 
 #: How many bins a histogram has unless asked otherwise.
 BINS = 32
@@ -19,6 +19,12 @@ BINS = 32
 #: How many it can have. Powers of two: so a value is multiplied by one to find its bin, which
 #: rounds nothing, and a value at an edge is never put on the wrong side of it.
 ALLOWED_BINS = tuple(2**power for power in range(1, 11))
+
+#: Bins of all units that 16 bits can tell apart. They are moved in a quarter of the time of 64.
+PLACES = 2**16
+
+#: Values that are counted at a time, for the processor's cache.
+TOGETHER = 256 * 1024
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,8 @@ class Bins:
     def histogram(self, values: Array, least: float, largest: float) -> tuple[Array, Array, Array]:
         """Count finite values of shape (n, H), none smaller than the least or above the largest.
 
-        One `bincount` over the bins of all units: measured against adding up one comparison per
-        edge, see docs/performance.md.
+        One `bincount` over the bins of as many units as 16 bits can number: measured against adding
+        up one comparison per edge, see docs/performance.md.
 
         Returns:
             (H, count) the counts; (H,) how many lie below the first edge; (H,) above the last.
@@ -58,18 +64,29 @@ class Bins:
         if least < self.low or largest > self.high:
             under, over = count_true(values < self.low), count_true(values > self.high)
             values = np.clip(values, self.low, self.high)
+        counts = np.empty((width, self.count), np.int64)
+        together = max(1, min(PLACES // self.count, TOGETHER // max(1, len(values))))
+        for start in range(0, width, together):
+            some = slice(start, start + together)
+            counts[some] = self._count(values[:, some], at_the_end=largest >= self.high)
+        counts[:, -1] -= over
+        counts[:, 0] -= under
+        return counts, under, over
+
+    def _count(self, values: Array, *, at_the_end: bool) -> Array:
+        """(H, count) of values within the edges, some of them perhaps at the last one."""
+        width = values.shape[1]
         scaled = values * values.dtype.type(self._scale)
         if self.low < 0:
             scaled = np.floor(scaled, out=scaled)
-        places = scaled.astype(np.intp)
-        # A place more than there are bins, for values that are the last edge itself.
-        slots = self.count + 1
-        places += np.arange(width) * slots - int(self.low * self._scale)
-        found = np.bincount(places.ravel(), minlength=width * slots).reshape(width, slots)
-        counts = found[:, : self.count].astype(np.int64)
-        counts[:, -1] += found[:, -1] - over
-        counts[:, 0] -= under
-        return counts, under, over
+        if at_the_end:
+            scaled = np.minimum(scaled, self.high * self._scale - 1, out=scaled)
+        # The first bin may have a negative number here. Unsigned ones go round at their end, so the
+        # sum with what the unit has is right all the same.
+        places = scaled.astype(np.int16).view(np.uint16)
+        firsts = np.arange(width) * self.count - int(self.low * self._scale)
+        add_to_rows(places, firsts.astype(np.uint16))
+        return np.bincount(places.ravel(), minlength=width * self.count).reshape(width, -1)
 
 
 def bins_of(quantity: str, count: int) -> Bins | None:

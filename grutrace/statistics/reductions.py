@@ -1,4 +1,4 @@
-"""Sums and extremes over rows, as fast as NumPy has them. n rows, H units."""
+"""Sums over rows and to rows, extremes, as fast as NumPy has them. n rows, H units."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ def reduce_rows(ufunc: np.ufunc, values: Array, dtype: Any = None) -> Array:
     wider = np.result_type(folded, np.int64) if folded.dtype.kind == "u" else folded.dtype
     parts = [folded.reshape(beside, width).astype(wider), values[whole:].astype(wider)]
     return np.asarray(ufunc.reduce(np.concatenate(parts), axis=0))
+
+
+def add_to_rows(values: Array, row: Array) -> None:
+    """Add (H,) to each row of C-contiguous (n, H) values, in place."""
+    rows, width = values.shape
+    beside = max(1, WIDE // max(1, width))
+    whole = rows - rows % beside
+    wide = values[:whole].reshape(-1, beside * width)
+    wide += np.tile(row, beside)
+    values[whole:] += row
 
 
 def count_true(hits: Array) -> Array:
