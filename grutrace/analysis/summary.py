@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from grutrace.record import GATES
+from grutrace.analysis.fold import fold_rows
+from grutrace.analysis.material import material
+from grutrace.record import GATES, Array
 from grutrace.statistics.results import UnitStatistics
 from grutrace.statistics.statistics import Statistics
 from grutrace.statistics.units import OPEN, SHUT
-from grutrace.storage.blocks import blocks
 from grutrace.storage.site import SiteTrace
-from grutrace.storage.source import Rows
 
 
 @dataclass(frozen=True)
@@ -51,30 +52,50 @@ class SiteSummary:
 
 
 def summarize_site(site: SiteTrace) -> SiteSummary:
-    """Summarize a site, a block of rows at a time."""
+    """Summarize a site, in parts."""
+    of = material(site)
     return SiteSummary(
         site=site.name,
-        sequences=len(site),
-        steps=int(site.lengths.sum()),
+        sequences=len(of.lengths),
+        steps=of.steps,
         residual=site.residual,
         gates={
-            name: summarize_gate(site.rows(name)) for name in GATES if name in site.site.readable
+            name: fold_rows(of, (name,), _Counted).summary()
+            for name in GATES
+            if name in of.quantities
         },
     )
 
 
-def summarize_gate(rows: Rows) -> GateSummary:
-    """Summarize the values of a gate, (N, H)."""
-    total = below = above = 0.0
-    for block in blocks(rows):
-        total += float(block.sum(dtype=np.float64))
+class _Counted:
+    """What is counted of one gate, of all units together."""
+
+    def __init__(self) -> None:
+        self._values = self._below = self._above = 0
+        self._sum = 0.0
+
+    def add(self, rows: Mapping[str, Array]) -> None:
+        """Take in the (n, H) values of a gate."""
+        (block,) = rows.values()
+        self._values += block.size
+        self._sum += float(block.sum(dtype=np.float64))
         size = np.abs(block)
-        below += np.count_nonzero(size < SHUT)
-        above += np.count_nonzero(size > OPEN)
-    count = rows.shape[0] * rows.shape[1]
-    if not count:
-        return GateSummary(np.nan, np.nan, np.nan)
-    return GateSummary(total / count, below / count, above / count)
+        self._below += int(np.count_nonzero(size < SHUT))
+        self._above += int(np.count_nonzero(size > OPEN))
+
+    def merge(self, later: _Counted) -> None:
+        """Take in what was counted of later rows."""
+        self._values += later._values
+        self._sum += later._sum
+        self._below += later._below
+        self._above += later._above
+
+    def summary(self) -> GateSummary:
+        """Of all that was counted."""
+        if not self._values:
+            return GateSummary(np.nan, np.nan, np.nan)
+        shares = (each / self._values for each in (self._sum, self._below, self._above))
+        return GateSummary(*shares)
 
 
 def summarize_statistics(statistics: Statistics) -> list[SiteSummary]:

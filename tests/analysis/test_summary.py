@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis.summary import summarize_gate, summarize_site
-from grutrace.storage import blocks
+from grutrace.analysis import fold
+from grutrace.analysis.summary import summarize_site
 
 
 @pytest.fixture(params=[None, "run.h5"])
@@ -31,7 +31,8 @@ def trace(request, tmp_path):
 
 @pytest.mark.parametrize("block", [1, 200, 10**9])
 def test_equals_all_values_at_once(trace, block, monkeypatch) -> None:
-    monkeypatch.setattr(blocks, "BLOCK", block)
+    monkeypatch.setattr(fold, "BLOCK", block)
+    monkeypatch.setattr(fold, "PART", 3 * block)
     for name in trace.sites:
         found = summarize_site(trace[name])
         assert (found.site, found.sequences, found.steps) == (name, 8, 282)
@@ -62,8 +63,10 @@ def test_gates_that_are_known() -> None:
 
 
 def test_nothing_recorded_is_no_number() -> None:
-    found = summarize_gate(np.empty((0, 4), np.float32))
-    assert np.isnan([found.mean, found.below, found.above]).all()
+    with grutrace.Tracer(nn.GRU(2, 4), recording=False) as trace:
+        pass
+    for found in summarize_site(trace["l0"]).gates.values():
+        assert np.isnan([found.mean, found.below, found.above]).all()
 
 
 def test_only_what_was_recorded() -> None:
