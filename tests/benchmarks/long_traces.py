@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
-from grutrace.record import Annotation, Block, Module, Record, SiteRows, Weights
+from grutrace.record import Annotation, Array, Block, Module, Record, SiteRows, Weights
 from grutrace.storage.schema import weight_shapes
 from grutrace.storage.writer import Writer
 from tests.storage.streams import make_header, make_module
@@ -28,6 +29,12 @@ def call_bytes() -> int:
     return 4 * STEPS * BATCH * HIDDEN * np.dtype(np.float32).itemsize
 
 
+@cache
+def _numbers(shape: tuple[int, int], seed: int) -> Array:
+    """Uniform between 0 and 1 as gates are, and as hard to compress. Made once: they are given."""
+    return np.random.default_rng(seed).random(shape, np.float32)
+
+
 def records(
     module: Module, steps: int, batch: int, calls: int, label: str | None = None
 ) -> Iterator[Record]:
@@ -40,9 +47,7 @@ def records(
     weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
     yield Weights(0, 0, {site.suffix: weights})
     shape = (steps * batch, module.hidden_size)
-    random = np.random.default_rng(0)
-    # Uniform between 0 and 1 as gates are, and as hard to compress.
-    rows = {name: random.random(shape, np.float32) for name in site.quantities}
+    rows = {name: _numbers(shape, seed) for seed, name in enumerate(site.quantities)}
     initial = np.zeros((batch, module.hidden_size), np.float32)
     recorded = {site.suffix: SiteRows(rows, initial, 1e-7, 1e-6, 2.0**-23)}
     lengths = np.full(batch, steps, np.uint32)
