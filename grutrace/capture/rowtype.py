@@ -12,7 +12,7 @@ from torch import Tensor
 
 from grutrace.capture.side_stream import SideStream
 from grutrace.errors import GrutraceWarning
-from grutrace.gru.steps import Steps, numpy_type
+from grutrace.gru.steps import Steps, copy_rounded, numpy_type
 from grutrace.record import Array, Module
 
 
@@ -63,7 +63,7 @@ class RowType:
         if self._side is not None and self._side.takes(values):
             return self._beside(values, values.clone())
         rows = np.empty(values.shape, self.dtype)
-        torch.from_numpy(rows).copy_(values)
+        copy_rounded(torch.from_numpy(rows), values)
         if values.dtype != self.stored:
             self._mind(values, rows)
         return rows

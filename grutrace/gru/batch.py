@@ -20,6 +20,7 @@ from grutrace.gru import cell
 from grutrace.gru.derive import apart, type_of
 from grutrace.gru.rounding import largest_sums
 from grutrace.gru.shadow import BLOCK, SMALLEST_BLOCK
+from grutrace.gru.steps import copy_rounded
 from grutrace.record import GATES, WEIGHTS, Array
 
 
@@ -77,7 +78,7 @@ def recompute(
         found[1, part], found[2, part] = _sizes(products)
         made = cell.gates_in_place(products)
         for name, room in rooms.items():
-            room[part].copy_(getattr(made, name))
+            copy_rounded(room[part], getattr(made, name))
         found[0, part] = _off(cell.step(made, states), after[part])
     sums = np.zeros(count)
     if float(np.finfo(dtype).eps) > precision:

@@ -30,7 +30,7 @@ from grutrace.gru.rounding import (
     summarize,
     tolerance,
 )
-from grutrace.gru.steps import Room, Steps, numpy_type
+from grutrace.gru.steps import Room, Steps, copy_rounded, numpy_type
 from grutrace.record import GATES
 
 #: Elements of the two products that are made at once, so that what follows finds them in the
@@ -123,7 +123,7 @@ class Shadow:
             bounds = sizes(products)
             gates = cell.gates_in_place(products)
             for name, room in rooms.items():
-                room.values[part].copy_(getattr(gates, name))
+                copy_rounded(room.values[part], getattr(gates, name))
             off = torch.aminmax(cell.step(gates, previous).sub_(hidden[part]))
             extremes.append(numbers((*off, *bounds)))
             product = products.input.dtype

@@ -29,6 +29,19 @@ def numpy_type(dtype: torch.dtype) -> str:
     return _NUMPY_TYPES.get(dtype) or str(dtype).removeprefix("torch.")
 
 
+def copy_rounded(target: Tensor, values: Tensor) -> None:
+    """Copy values into memory of NumPy's, each rounded to the nearest that its type has.
+
+    torch makes a float16 of a float64 by way of float32. That rounds twice, and one value in some
+    ten thousand ends up a spacing away from the nearest.
+    """
+    if values.dtype == torch.float64 and target.dtype == torch.float16:
+        with np.errstate(over="ignore"):
+            target.numpy()[...] = values.detach().cpu().numpy()
+    else:
+        target.copy_(values)
+
+
 class Room(NamedTuple):
     """Memory for one quantity of a call.
 
@@ -205,7 +218,7 @@ class PaddedSteps:
         """Copy (T, B, width) to (B * T, width)."""
         # Memory of NumPy's comes in huge pages where it is large: half the time of torch's.
         rows = np.empty((self._batch, self._length, values.shape[-1]), dtype)
-        torch.from_numpy(rows).copy_(values.transpose(0, 1))
+        copy_rounded(torch.from_numpy(rows), values.transpose(0, 1))
         return rows.reshape(self._batch * self._length, values.shape[-1])
 
     def ordered(self, values: Tensor) -> Tensor:
@@ -229,7 +242,7 @@ class PaddedSteps:
         if target.dtype == by_time[0].dtype:
             torch.stack(list(by_time), 1, out=target)
         else:
-            target.copy_(torch.stack(list(by_time), 1))
+            copy_rounded(target, torch.stack(list(by_time), 1))
         return rows.reshape(self._batch * self._length, rows.shape[-1])
 
     def in_batch_order(self, values: Tensor) -> Tensor:
@@ -351,7 +364,7 @@ class PackedSteps:
         """Copy (N, width) sequence by sequence."""
         rows = np.empty(values.shape, dtype)
         order = self._order.to(values.device)
-        torch.from_numpy(rows).copy_(values.index_select(0, order))
+        copy_rounded(torch.from_numpy(rows), values.index_select(0, order))
         return rows
 
     def ordered(self, values: Tensor) -> Tensor:

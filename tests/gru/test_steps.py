@@ -84,3 +84,16 @@ def test_sorted_input_needs_no_indices(lengths: list[int]) -> None:
     packed = pack_sequence(numbered(lengths))
     assert packed.sorted_indices is None
     assert PackedSteps(packed.batch_sizes, None).lengths.tolist() == lengths
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_rows_are_rounded_once(packed: bool) -> None:
+    values = torch.rand(
+        100, 10, 300, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    steps = PackedSteps(torch.full((100,), 10), None) if packed else PaddedSteps(100, 10)
+    rows = steps.in_sequences(values.flatten(0, 1) if packed else values, "float16")
+    expected = values.transpose(0, 1).reshape(1000, 300).numpy().astype("float16")
+    np.testing.assert_array_equal(rows, expected)
+    # The control: torch rounds to float32 first.
+    assert (values.transpose(0, 1).reshape(1000, 300).half().numpy() != expected).any()

@@ -53,6 +53,20 @@ def test_the_lattice_is_rounded_and_holds_together(case: Case) -> None:
             assert (found.check is not None, found.holds) == (True, True), (dtype, found)
 
 
+@pytest.mark.parametrize("gates", ["inline", "background"])
+@pytest.mark.parametrize("size", [32, 512])
+def test_many_values_are_rounded_once(gates, size) -> None:
+    """Both of a replay and of a harvest; about one value in ten thousand lies where it matters."""
+    torch.manual_seed(0)
+    layer, input = nn.GRU(3, size).double(), torch.randn(40, 64, 3, dtype=torch.float64)
+    with torch.no_grad():
+        with grutrace.trace(layer, record=EVERYTHING, gates=gates) as whole:
+            layer(input)
+        with grutrace.trace(layer, record=EVERYTHING, gates=gates, dtype="float16") as part:
+            layer(input)
+    assert_rounded(part, whole, "float16")
+
+
 @settings(
     max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
