@@ -23,12 +23,15 @@ from grutrace.analysis.moments import of_units
 from grutrace.analysis.result import Result
 from grutrace.errors import OptionError
 from grutrace.record import Array
-from grutrace.statistics.bins import Bins, bins_of, require_bins
-from grutrace.statistics.units import describe, join, no_values
+from grutrace.statistics.bins import require_bins
+from grutrace.statistics.tally import Tally
 from grutrace.storage.index import Integers
 
 #: Bins of a histogram unless asked otherwise: quantiles of the gates are right to a thousandth.
 FINE = 1024
+
+#: What is counted at a time. As much as is read: so many bins take long to add up. Elements.
+TOGETHER = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,15 +96,15 @@ class Quantiles(Result):
             raise OptionError(f"quantity: expected one of {found}; found {quantity!r}")
         if not 0 <= share <= 1:
             raise OptionError(f"share: expected a number from 0 to 1; found {share!r}")
-        return _quantile(
+        ranked = _Ranked(
             self.histogram[quantity],
             self.underflow[quantity],
             self.overflow[quantity],
             self.edges[quantity],
             self.minimum[quantity],
             self.maximum[quantity],
-            share,
         )
+        return ranked.quantile(share)
 
 
 def quantiles(site: Analysed, bins: int = FINE) -> Quantiles:
@@ -122,13 +125,19 @@ def quantiles(site: Analysed, bins: int = FINE) -> Quantiles:
     quantities = of_units(of)
     require_bins(bins)
     counted = {name: _of(of, name, bins) for name in quantities}
-    edges = {name: each.bins.edges for name, each in counted.items()}
-
-    def at(share: float) -> dict[str, Array]:
-        return {name: each.quantile(share) for name, each in counted.items()}
+    edges = {name: each.bins.edges for name, each in counted.items() if each.bins}
 
     def known(figure: str) -> dict[str, Array]:
         return {name: each.units[figure].copy() for name, each in counted.items()}
+
+    histogram = {name: each.histogram for name, each in counted.items()}
+    underflow, overflow = known("underflow"), known("overflow")
+    minimum, maximum = known("minimum"), known("maximum")
+    figures = histogram, underflow, overflow, edges, minimum, maximum
+    ranked = {name: _Ranked(*(of_each[name] for of_each in figures)) for name in quantities}
+
+    def at(share: float) -> dict[str, Array]:
+        return {name: each.quantile(share) for name, each in ranked.items()}
 
     return Quantiles(
         site=of.name,
@@ -143,77 +152,61 @@ def quantiles(site: Analysed, bins: int = FINE) -> Quantiles:
         maximum=at(1.0),
         error={name: float(each[1] - each[0]) for name, each in edges.items()},
         edges=edges,
-        histogram={name: each.histogram for name, each in counted.items()},
-        underflow=known("underflow"),
-        overflow=known("overflow"),
+        histogram=histogram,
+        underflow=underflow,
+        overflow=overflow,
     )
 
 
-def _of(site: Material, quantity: str, bins: int) -> _Counted:
-    of_quantity = bins_of(quantity, bins)
-    assert of_quantity is not None  # Only the input has no range.
-    return fold_rows(site, (quantity,), partial(_Counted, of_quantity, len(site.units)))
+def _of(site: Material, quantity: str, bins: int) -> Tally:
+    return fold_rows(site, (quantity,), partial(_Counted, quantity, len(site.units), bins)).tally
 
 
-def _quantile(
-    histogram: Array,
-    underflow: Array,
-    overflow: Array,
-    edges: Array,
-    least: Array,
-    largest: Array,
-    share: float,
-) -> Array:
-    """(H,) where in its bin the value of the rank that is asked for lies, if they lie evenly."""
-    counts = np.concatenate([underflow[:, np.newaxis], histogram, overflow[:, np.newaxis]], axis=1)
-    upto = np.cumsum(counts, axis=1)
-    total = upto[:, -1]
-    rank = np.maximum(1, np.ceil(share * total)).astype(np.int64)
-    place = np.argmax(upto >= rank[:, np.newaxis], axis=1)
-    units = np.arange(len(counts))
-    within = counts[units, place]
-    before = upto[units, place] - within
-    # The two outer places end at what was seen; the others at their edges, or what was seen.
-    low = np.maximum(np.concatenate([[-np.inf], edges])[place], least)
-    high = np.minimum(np.concatenate([edges, [np.inf]])[place], largest)
-    with np.errstate(invalid="ignore"):
-        found = low + (rank - before - 0.5) / np.maximum(within, 1) * (high - low)
-    found = np.where(rank == total, largest, np.where(rank == 1, least, found))
-    return np.where(total > 0, found, np.nan)
+class _Ranked:
+    """The values of one quantity in order, as far as a histogram tells: (H, bins), (H,) each."""
+
+    def __init__(
+        self,
+        histogram: Array,
+        underflow: Array,
+        overflow: Array,
+        edges: Array,
+        least: Array,
+        largest: Array,
+    ) -> None:
+        parts = [underflow[:, np.newaxis], histogram, overflow[:, np.newaxis]]
+        self._upto = np.cumsum(np.concatenate(parts, axis=1), axis=1)
+        # The two outer places end at what was seen; the others at their edges, or what was seen.
+        self._low = np.concatenate([[-np.inf], edges])
+        self._high = np.concatenate([edges, [np.inf]])
+        self._least, self._largest = least, largest
+
+    def quantile(self, share: float) -> Array:
+        """(H,) where in its bin the value of this rank lies, if those in the bin lie evenly."""
+        upto, least, largest = self._upto, self._least, self._largest
+        total = upto[:, -1]
+        rank = np.maximum(1, np.ceil(share * total)).astype(np.int64)
+        place = np.argmax(upto >= rank[:, np.newaxis], axis=1)
+        units = np.arange(len(upto))
+        before = np.where(place > 0, upto[units, place - 1], 0)
+        within = upto[units, place] - before
+        low = np.maximum(self._low[place], least)
+        high = np.minimum(self._high[place], largest)
+        with np.errstate(invalid="ignore"):
+            found = low + (rank - before - 0.5) / np.maximum(within, 1) * (high - low)
+        found = np.where(rank == total, largest, np.where(rank == 1, least, found))
+        return np.where(total > 0, found, np.nan)
 
 
 class _Counted:
     """The histogram of one quantity, and its extremes."""
 
-    def __init__(self, bins: Bins, width: int) -> None:
-        self.bins = bins
-        self.units = no_values(width)
-        self.histogram = np.zeros((width, bins.count), np.int64)
+    def __init__(self, quantity: str, width: int, bins: int) -> None:
+        self.tally = Tally(quantity, width, bins, shares=False, moments=False, together=TOGETHER)
 
     def add(self, rows: Mapping[str, Array]) -> None:
         (block,) = rows.values()
-        units, values, missing = describe(np.ascontiguousarray(block), shares=False, moments=False)
-        counts, units["underflow"], units["overflow"] = self.bins.histogram(
-            values, units["minimum"].min(), units["maximum"].max()
-        )
-        # What is not finite stands there as a zero.
-        counts[:, int(np.searchsorted(self.bins.edges, 0.0, "right")) - 1] -= missing
-        self.histogram += counts
-        join(self.units, units)
-
-    def quantile(self, share: float) -> Array:
-        """(H,) the value that this share of the values do not exceed."""
-        units = self.units
-        return _quantile(
-            self.histogram,
-            units["underflow"],
-            units["overflow"],
-            self.bins.edges,
-            units["minimum"],
-            units["maximum"],
-            share,
-        )
+        self.tally.add(block)
 
     def merge(self, later: _Counted) -> None:
-        self.histogram += later.histogram
-        join(self.units, later.units)
+        self.tally.merge(later.tally)

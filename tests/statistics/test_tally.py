@@ -112,11 +112,26 @@ def test_rows_that_are_not_contiguous_count_alike() -> None:
     assert_figures(figures("update", [np.asfortranarray(values)]), values)
 
 
-@pytest.mark.parametrize("block", [1, 7, 10**9])
-def test_any_size_of_block_counts_alike(block, monkeypatch) -> None:
-    monkeypatch.setattr(tally_module, "BLOCK", block)
+@pytest.mark.parametrize("together", [1, 7, 10**9])
+def test_any_size_of_block_counts_alike(together) -> None:
     values = gates(np.random.default_rng(0), 200, 5)
-    assert_figures(figures("update", [values]), values)
+    tally = Tally("update", 5, 32, together=together)
+    tally.add(values)
+    assert_figures(_figures("update", tally, 32), values)
+
+
+@pytest.mark.parametrize("width", [33, 70, 300])
+@pytest.mark.parametrize("quantity", ["update", "candidate"])
+@pytest.mark.parametrize("bins", [256, 1024])
+def test_bins_of_some_units_are_counted_together(quantity, bins, width) -> None:
+    """More units than are counted together, and some left over."""
+    values = gates(np.random.default_rng(0), 90, width)
+    values[:3] = np.array([[1.0], [0.0], [0.5]])
+    if quantity == "candidate":
+        values = 2 * values - 1
+    tally = Tally(quantity, width, bins)
+    tally.add(values)
+    assert_figures(_figures(quantity, tally, bins), values, bins)
 
 
 @pytest.mark.parametrize("bins", [0, 3, 20, 2048, 8.0, "8", None, True])
@@ -147,8 +162,8 @@ def control_missing(monkeypatch) -> None:
     """Count what is not finite as the zeros that stand in its place."""
     right = units.describe
 
-    def wrong(values):
-        found, filled, missing = right(values)
+    def wrong(values, **which):
+        found, filled, missing = right(values, **which)
         return found, filled, 0 * missing
 
     monkeypatch.setattr(tally_module, "describe", wrong)
