@@ -152,6 +152,23 @@ def test_verify(path, capsys) -> None:
     assert [found[name]["holds"] for name in SITES] == [True, False, True]
 
 
+@pytest.mark.parametrize(("off", "code", "of_tolerance"), [(0.0, 0, "0"), (0.5, 1, "inf")])
+def test_verify_of_a_file_that_allows_nothing(off, code, of_tolerance, tmp_path, capsys) -> None:
+    """A damaged file can say so: what is exact holds, and nothing else."""
+    layer, path = torch.nn.GRU(2, 3), tmp_path / "run.h5"
+    for weights in layer.parameters():
+        torch.nn.init.zeros_(weights)
+    with grutrace.trace(layer, path, gates="deferred"):
+        layer(torch.zeros(4, 2))
+    with h5py.File(path, "r+") as file:
+        checks = file["modules/%/l0/checks"]
+        checks[...] = np.zeros(1, checks.dtype)
+        file["modules/%/l0/hidden"][1, 2] += off
+    assert main(["verify", str(path)]) == code
+    row = next(line for line in capsys.readouterr().out.splitlines() if " derived " in line)
+    assert row.split()[-1] == of_tolerance
+
+
 def test_verify_has_no_answer_where_nothing_can_be_checked(tmp_path, capsys) -> None:
     layer, path = torch.nn.GRU(2, 3), tmp_path / "run.h5"
     with grutrace.trace(layer, path, record="update"):

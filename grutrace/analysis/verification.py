@@ -67,6 +67,11 @@ class Place:
         """Whether rounding explains the difference."""
         return self.difference <= self.tolerance
 
+    @property
+    def of_tolerance(self) -> float:
+        """The difference in tolerances: nothing off is 0 where nothing is allowed, too."""
+        return float(_excess(np.array(self.difference), np.array(self.tolerance)))
+
 
 @dataclass(frozen=True)
 class SiteVerification:
@@ -210,7 +215,8 @@ def _excess(off: Array, allowed: Array) -> Array:
 
     Where the tolerance is no number, nothing holds.
     """
-    excess = np.nan_to_num(off / allowed, nan=0.0, posinf=np.inf)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        excess = np.nan_to_num(off / allowed, nan=0.0, posinf=np.inf)
     return np.where(np.isnan(allowed), np.inf, excess)
 
 

@@ -48,8 +48,7 @@ def print_verification(results: Sequence[SiteVerification]) -> None:
         verdict = ("holds" if each.holds else "DOES NOT HOLD") if each.check else ""
         row = [each.site, each.check or "nothing", verdict, str(each.steps)]
         if each.worst:
-            of_tolerance = each.worst.difference / each.worst.tolerance
-            row += [f"{each.worst.difference:.1e}", f"{of_tolerance:.2g}"]
+            row += [f"{each.worst.difference:.1e}", f"{each.worst.of_tolerance:.2g}"]
         table.add_row(*row)
     print_table(table)
     for each in results:
