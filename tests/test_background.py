@@ -377,7 +377,7 @@ def test_a_full_queue_slows_the_model_and_grows_no_memory(tmp_path, monkeypatch)
     calls = 400
     done = []
     with grutrace.Tracer(layer, tmp_path / "a.h5", gates="background") as tracer:
-        pump = tracer._sink._pump
+        pump = tracer._outlet.sink._pump
         pump._limit = limit
 
         def model() -> None:

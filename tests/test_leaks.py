@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -34,6 +36,31 @@ def test_a_hook_is_found(watch, layers) -> None:
     assert watch.leaks() == [f"hooks on {model}"]
     tracer.stop()
     assert watch.leaks() == []
+
+
+@pytest.mark.parametrize("gates", ["inline", "background", "deferred"])
+@pytest.mark.parametrize("to_file", [False, True])
+@pytest.mark.parametrize("looked_at", [False, True])
+def test_a_trace_that_is_forgotten_is_gone_at_once(gates, to_file, looked_at, tmp_path) -> None:
+    """And its rows with it: Python may look for cycles only after many more of them."""
+    model = nn.Sequential(nn.GRU(2, 3))
+    gc.disable()
+    try:
+        for closed in (True, False):
+            path = tmp_path / f"{closed}.h5" if to_file else None
+            tracer = grutrace.Tracer(model, path, gates=gates)
+            tracer.start()
+            model(torch.randn(4, 2))
+            if looked_at:
+                assert tracer["0.l0"].sequence(0).update[:].shape == (4, 3)
+            tracer.stop()
+            if closed:
+                tracer.close()
+            gone = weakref.ref(tracer)
+            del tracer
+            assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_hook_on_a_model_that_is_gone_is_none(watch) -> None:

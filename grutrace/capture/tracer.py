@@ -21,7 +21,6 @@ from grutrace.capture.background import Background
 from grutrace.capture.doubt import Doubt, doubts
 from grutrace.capture.limits import LimitReached, Limits
 from grutrace.capture.listen import Ear
-from grutrace.capture.losses import Losses
 from grutrace.capture.observe import Observation, Stacks
 from grutrace.capture.options import (
     Check,
@@ -32,6 +31,7 @@ from grutrace.capture.options import (
     Units,
     versions,
 )
+from grutrace.capture.outlet import Outlet
 from grutrace.capture.recorder import ModuleRecorder
 from grutrace.capture.recording import Recording
 from grutrace.capture.selection import narrow
@@ -47,7 +47,7 @@ from grutrace.errors import (
     TraceFileError,
     UnsupportedError,
 )
-from grutrace.record import DEFAULT_RECORD, Block, Header, Record, Weights
+from grutrace.record import DEFAULT_RECORD, Header
 from grutrace.shard import ShardOption, chosen_shard, sharded
 from grutrace.storage.moment import Moment
 from grutrace.storage.sinks import (
@@ -180,14 +180,13 @@ class Tracer(Trace):
             modules=tuple(each.description for each in self._selections),
         )
         self._background = Background(header.modules) if options.gates == "background" else None
-        self._sink = open_sink(path, header, mode, sink, self._background, fsync=fsync)
-        self._losses = Losses()
-        super().__init__(open_source(self._sink))
+        self._outlet = Outlet(open_sink(path, header, mode, sink, self._background, fsync=fsync))
+        super().__init__(open_source(self._outlet.sink))
         self._before = recorded_calls(self._source)
-        self._appended = self._seen = 0
+        self._seen = 0
         self._limits = self._limit(options)
         self._recorders = [
-            ModuleRecorder(index, selection, self._append, options, self._limits)
+            ModuleRecorder(index, selection, self._outlet.append, options, self._limits)
             for index, selection in enumerate(self._selections)
         ]
         self._turns = [count() for _ in self._selections]
@@ -216,7 +215,7 @@ class Tracer(Trace):
         Not once ``max_calls`` or so is reached, nor where the run goes on without a sink that has
         failed.
         """
-        return bool(self._ears) and not self._limits.reached and self._losses.error is None
+        return bool(self._ears) and not self._limits.reached and self._outlet.error is None
 
     def start(self, tag: str | None = None) -> None:
         """Record from now on. Does nothing once ``max_calls`` or ``max_bytes`` is reached.
@@ -309,7 +308,7 @@ class Tracer(Trace):
             SinkError: The rows could not be stored, and ``on_error`` is ``raise``.
         """
         try:
-            self._sink.flush()
+            self._outlet.sink.flush()
         except SinkError as error:
             if not self._goes_on(error):
                 raise
@@ -345,11 +344,11 @@ class Tracer(Trace):
         was_open, self._closed = not self._closed, True
         if was_open:
             try:
-                self._sink.close()
+                self._outlet.sink.close()
             except SinkError as error:
                 if not self._goes_on(error):
                     raise
-            if self._losses.error is not None:
+            if self._outlet.error is not None:
                 self._say_losses(*self._count_losses())
         return was_open
 
@@ -370,26 +369,13 @@ class Tracer(Trace):
             self._name_uncalled()
             self._say_doubts()
 
-    def _append(self, record: Record) -> None:
-        # Before the sink has it: after that, an interruption could take back what is in there.
-        if isinstance(record, Block):
-            self._losses.count()
-        try:
-            self._sink.append(record)
-        except SinkError:
-            if isinstance(record, Weights):
-                # The call that they were announced for does not get here.
-                self._losses.count()
-            raise
-        self._appended += 1
-
     def _goes_on(self, error: SinkError) -> bool:
         """Whether the run goes on without the sink, which has failed. Said when it is news."""
         if self._options.on_error == "raise":
             return False
-        if self._losses.fail(error):
+        if self._outlet.fail(error):
             with suppress(SinkError):
-                self._sink.close()
+                self._outlet.sink.close()
             message = f"nothing more is recorded, and the model goes on untraced: {error}"
             self._warn_once(message, message)
         return True
@@ -399,7 +385,7 @@ class Tracer(Trace):
         stored = 0
         with suppress(TraceFileError):
             stored = recorded_calls(self._source) - self._before
-        return stored, self._losses.calls - stored
+        return stored, self._outlet.calls - stored
 
     def _say_losses(self, stored: int, lost: int) -> None:
         message = (
@@ -410,7 +396,7 @@ class Tracer(Trace):
 
     def _look(self) -> Moment:
         """Take in what was recorded since the last look, so that the trace is always up to date."""
-        appended = self._appended
+        appended = self._outlet.records
         if appended != self._seen:
             self.refresh()
             self._seen = appended
@@ -421,8 +407,8 @@ class Tracer(Trace):
         """Whether the present call of a module is to be recorded. Asked once a call."""
         if not self._limits.reached:
             wanted = next(turn) % self._options.every == 0
-            if wanted and self._losses.error is not None and os.getpid() == self._process:
-                self._losses.count()
+            if wanted and self._outlet.error is not None and os.getpid() == self._process:
+                self._outlet.count()
                 return False
             return wanted
         # Reached by a call of another thread, or by another part of a run. In a forked child nobody
@@ -495,7 +481,7 @@ class Tracer(Trace):
             raise
         try:
             for annotation in annotations:
-                self._append(annotation)
+                self._outlet.append(annotation)
         except SinkError as error:
             if not self._goes_on(error):
                 raise
@@ -503,7 +489,7 @@ class Tracer(Trace):
     def _name_uncalled(self) -> None:
         indices = range(len(self._recorders))
         uncalled = [self._path(index) for index in indices if index not in self._called]
-        stopped = self._limits.reached or self._losses.error is not None
+        stopped = self._limits.reached or self._outlet.error is not None
         if self._has_recorded and uncalled and not stopped:
             compiled = (
                 ", but maybe within a graph that torch.compile made before it "

@@ -16,7 +16,6 @@ from grutrace.capture.sites import Selection, select
 from grutrace.capture.surroundings import Missed
 from grutrace.capture.tracer import Tracer
 from grutrace.errors import GrutraceWarning, ResidualError, SinkError
-from grutrace.record import Block, Record
 from grutrace.run import texts
 from grutrace.run.report import Report, Tally
 from grutrace.run.settings import Settings
@@ -107,17 +106,12 @@ class Part(Tracer):
     def _limit(self, *_: object) -> Limits:
         return self._limits_of_run
 
-    def _append(self, record: Record) -> None:
-        super()._append(record)
-        if isinstance(record, Block):
-            with self._lock:
-                self.tally.calls += 1
-
     def _receive(self, recorder: ModuleRecorder, observation: Observation | Missed) -> None:
         if self.tally.failed or os.getpid() != self._process:
             return
         try:
             super()._receive(recorder, observation)
+            self.tally.calls = self._outlet.blocks
         except (ResidualError, SinkError):
             # Those that the script asked for: others do not get here.
             raise

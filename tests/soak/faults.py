@@ -131,11 +131,11 @@ class _Run:
         self.intact &= torch.equal(found, self.expected[number])
         if number % 3 == 0:
             tracer.flush()
-            if tracer._losses.error is None:
+            if tracer._outlet.error is None:
                 self.acknowledged = self._calls(tracer)
 
     def _calls(self, tracer: grutrace.Tracer) -> int:
-        return tracer._losses.calls
+        return tracer._outlet.calls
 
 
 def _seeded(run: Callable[[], torch.Tensor], number: int) -> torch.Tensor:

@@ -16,6 +16,9 @@ import grutrace
 from tests.surroundings.models import trace
 
 #: Where a call is observed and replayed. What becomes of a record in a sink is for its own tests.
+#: Not between a sink's having a record and our knowing of it.
+OUTLET = str(Path(grutrace.__file__).parent / "capture/outlet.py")
+
 PACKAGE = tuple(str(Path(grutrace.__file__).parent / part) for part in ("capture", "gru"))
 
 
@@ -57,8 +60,7 @@ class AtLine:
 
     def enter(self, frame, _event, _arg):
         code = frame.f_code
-        # Not between the sink's having a record and our knowing of it.
-        ours = code.co_filename.startswith(PACKAGE) and code.co_name != "_append"
+        ours = code.co_filename.startswith(PACKAGE) and code.co_filename != OUTLET
         return self.line if ours and self.left > 0 else None
 
     def line(self, frame, event, _arg):
@@ -174,7 +176,7 @@ class FailingSink:
 def test_a_sink_that_fails_at_any_record(place, model, batch) -> None:
     expected = model(batch)
     tracer = trace(model)
-    tracer._sink = FailingSink(tracer._sink, place)
+    tracer._outlet.sink = FailingSink(tracer._outlet.sink, place)
     healthy = trace(model)
     with healthy, tracer:
         failures = 0
