@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import h5py
 import pytest
 
@@ -66,6 +69,41 @@ def test_info_opens_a_file_once(tmp_path, counted, capsys):
     assert capsys.readouterr().out.count("GRU(16, 16)") == 16
     assert counted["files"] == 1
     assert counted["objects"] <= 1.6 * count
+
+
+#: In a process of its own, which HDF5 may take down.
+MANY_SITES = """
+import sys
+from pathlib import Path
+from grutrace.storage import creating
+from tests.benchmarks.scale import write_many_sites
+
+if sys.argv[2] == "left alone":
+    creating._keep_metadata = lambda access: None
+write_many_sites(Path(sys.argv[1]), 300)
+"""
+
+
+def in_another_process(path, how):
+    command = [sys.executable, "-c", MANY_SITES, str(path), how]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_hundreds_of_sites_are_written(tmp_path):
+    path = tmp_path / "run.h5"
+    done = in_another_process(path, "as ever")
+    assert done.returncode == 0, done.stderr
+    with grutrace.open(path) as trace:
+        assert len(trace.sites) == 600
+        for name in trace.sites:
+            assert (trace[name].update[:] == 0.5).all()
+
+
+@pytest.mark.skipif(h5py.version.hdf5_version != "2.0.0", reason="seen with this HDF5")
+def test_control_hdf5_left_alone_does_not_write_them(tmp_path):
+    done = in_another_process(tmp_path / "run.h5", "left alone")
+    assert "flush dependency" in done.stderr
+    assert done.returncode
 
 
 @pytest.mark.parametrize("calls", [10, 2000])
