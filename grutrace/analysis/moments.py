@@ -221,10 +221,8 @@ def _sums(values: Array, finite: Array | None, center: Array) -> Array:
         if finite is not None:
             apart[~finite[part]] = 0.0
         squares = apart * apart
-        # A sum over rows is a product with ones: that is how it is fastest.
-        ones = np.ones(len(apart))
-        sums[0] += ones @ apart
-        sums[1] += ones @ squares
+        sums[0] += np.add.reduce(apart, axis=0)
+        sums[1] += np.einsum("nh,nh->h", apart, apart)
         sums[2] += np.einsum("nh,nh->h", squares, apart)
         sums[3] += np.einsum("nh,nh->h", squares, squares)
     return sums
