@@ -22,7 +22,7 @@ BUDGET = 0.3
 MOST_PAIRS = 400
 
 #: After this much time fewer pairs do, so that all of it ends in ten minutes. Seconds.
-LIMIT = 5.0
+LIMIT = 2.0
 
 #: But no fewer than these. A table says where there are fewer than `PAIRS`.
 FEWEST = 5
