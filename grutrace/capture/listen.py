@@ -170,7 +170,7 @@ class _Listener:
     def before_plain_forward(
         self, module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if observe.would_be_watched(module, args, kwargs):
+        if observe.is_worth_harvesting(module, args, kwargs):
             self.before_forward(module, args, kwargs)
 
     def after_plain_forward(
@@ -190,9 +190,8 @@ class _Listener:
         if missed is not None:
             _tell(listening, missed)
             return
-        harvested = self._harvested()
         with aside():
-            _tell(listening, observe.plain_call(module, args, kwargs, output, harvested=harvested))
+            _tell(listening, observe.plain_call(module, args, kwargs, output))
 
     def before_forward(
         self, module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any]

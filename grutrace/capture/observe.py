@@ -5,7 +5,8 @@ T steps, B sequences in a batch, I input size, H hidden size, L layers, D direct
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,10 @@ from grutrace.capture.surroundings import Missed, aside, is_wrapped, plain
 from grutrace.capture.tap import Kernel
 from grutrace.gru import harvest
 from grutrace.gru.harvest import Harvest
-from grutrace.gru.kernel import KernelCall, Layer, as_unwatched, rerun, split
+from grutrace.gru.kernel import KernelCall, Layer, rerun, split
 from grutrace.gru.steps import PackedSteps, PaddedSteps, Steps
 
+Result = TypeVar("Result")
 GRUModule: TypeAlias = nn.GRU | nn.GRUCell
 Stacks: TypeAlias = Literal["rerun", "auto", "split"]
 
@@ -44,12 +46,7 @@ class Observation(NamedTuple):
 
 
 def plain_call(
-    module: GRUModule,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    output: Any,
-    *,
-    harvested: bool = False,
+    module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Observation:
     """Observe a call of a module with one layer, through what a forward hook is given.
 
@@ -58,21 +55,7 @@ def plain_call(
         args: What it was called with.
         kwargs: Likewise.
         output: What it returned.
-        harvested: Whether to harvest its gates from its graph, where that pays.
     """
-    observation = _plain_call(module, args, kwargs, output)
-    if not harvested:
-        return observation
-    (layer,), call = observation.layers, observation.call
-    made = output if isinstance(module, nn.GRUCell) else output[0]
-    made = made.data if isinstance(made, PackedSequence) else made
-    gates = call.read_gates(layer.input, made)
-    return observation._replace(layers=[layer._replace(gates=gates)]) if gates else observation
-
-
-def _plain_call(
-    module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> Observation:
     input = args[0] if args else kwargs["input"]
     initial = args[1] if len(args) > 1 else kwargs.get("hx")
     if isinstance(module, nn.GRUCell):
@@ -196,60 +179,74 @@ def kernel_call(
         The kernel's answer, and the observation; or why the layers below the top cannot be seen.
     """
     if isinstance(module, nn.GRUCell):
-        input, initial, *weights = arguments
-        weights = [each for each in weights if each is not None]
-        call = KernelCall(
-            input.unsqueeze(0), None, initial.unsqueeze(0), weights, len(weights) == 4
-        )
-        made, gates = _cell_call(call, kernel, arguments, harvested)
-        layers = [Layer(call.input, made.unsqueeze(0), gates)]
-        return made, _observation(module, call, layers, None, given_state=True)
+        return _cell_call(module, kernel, arguments, harvested)
     call = KernelCall.of_gru(*arguments)
     padded = call.batch_sizes is None
     batch_first = padded and bool(arguments[-1])
     splits = stacks == "split" or (stacks == "auto" and _on_cpu(call))
     if call.drops and not splits and not _on_cpu(call):
         return kernel(*arguments), _masks_unknown(call)
-    watched = harvested and call.would_be_watched(call.input, call.weights)
-    if splits and (watched or call.num_layers > 1):
-        output, final, layers = split(call, harvested=harvested)
-        result = output.transpose(0, 1) if batch_first else output, final
-    else:
-        state = torch.get_rng_state() if call.drops else None
-        result = kernel(*arguments)
+    state = torch.get_rng_state() if call.drops and not splits else None
+
+    def run() -> tuple[Any, list[Layer]]:
+        if not splits or call.num_layers == 1:
+            return kernel(*arguments), []
+        output, final, layers = split(call)
+        return (output.transpose(0, 1) if batch_first else output, final), layers
+
+    (result, layers), gates = _run(call, run, harvested)
+    if not layers:
         output = result[0].transpose(0, 1) if batch_first else result[0]
         with aside():
-            layers = rerun(_plain(call), plain(output), state, harvested=harvested)
+            layers = rerun(_plain(call), plain(output), state)
+    layers = _with_gates(layers, gates)
     return result, _observation(module, call, layers, sorted_indices, given_state=True)
 
 
 def _cell_call(
-    call: KernelCall, kernel: Kernel, arguments: tuple[Any, ...], harvested: bool
-) -> tuple[Tensor, list[Harvest] | None]:
-    if harvested and call.would_be_watched(call.input, call.weights):
-
-        def cell(initial: Tensor, input: Tensor, *weights: Tensor) -> Tensor:
-            made: Tensor = kernel(input, initial, *weights)
-            return made
-
-        watched, gates = harvest.watch(cell, arguments[1], (arguments[0], *call.weights), None, 1)
-        return as_unwatched(watched), gates
-    made: Tensor = kernel(*arguments)
-    return made, call.read_gates(call.input, made) if harvested else None
+    module: nn.GRUCell, kernel: Kernel, arguments: tuple[Any, ...], harvested: bool
+) -> tuple[Tensor, Observation]:
+    input, initial, *weights = arguments
+    weights = [each for each in weights if each is not None]
+    call = KernelCall(input.unsqueeze(0), None, initial.unsqueeze(0), weights, len(weights) == 4)
+    made: Tensor
+    made, gates = _run(call, lambda: kernel(*arguments), harvested)
+    layers = _with_gates([Layer(call.input, made.unsqueeze(0))], gates)
+    return made, _observation(module, call, layers, None, given_state=True)
 
 
-def would_be_watched(module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def _run(
+    call: KernelCall, run: Callable[[], Result], harvested: bool
+) -> tuple[Result, list[list[Harvest]] | None]:
+    if harvested and call.is_worth_harvesting():
+        return call.harvest(run)
+    return run(), None
+
+
+def _with_gates(layers: list[Layer], gates: list[list[Harvest]] | None) -> list[Layer]:
+    if gates is None:
+        return layers
+    return [layer._replace(gates=own) for layer, own in zip(layers, gates, strict=True)]
+
+
+def is_worth_harvesting(module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether a call that is about to be made is better heard by a tap, to harvest its gates."""
     input = args[0] if args else kwargs.get("input")
-    if not isinstance(input, (Tensor, PackedSequence)) or harvest.is_recorded(_weights(module)):
-        return False
+    batch: float
     if isinstance(input, PackedSequence):
-        batch = len(input.data) / len(input.batch_sizes)
+        times = len(input.batch_sizes)
+        batch = len(input.data) / times
+    elif not isinstance(input, Tensor):
+        return False
     elif isinstance(module, nn.GRUCell):
-        batch = 1 if input.dim() == 1 else len(input)
+        times, batch = 1, 1 if input.dim() == 1 else len(input)
+    elif input.dim() == 2:
+        times, batch = len(input), 1
     else:
-        batch = 1 if input.dim() == 2 else input.shape[0 if module.batch_first else 1]
-    return harvest.pays(batch, module.input_size, module.hidden_size, graph=False)
+        batch, times, _ = input.shape if module.batch_first else input.transpose(0, 1).shape
+    return harvest.pays(
+        times, batch, module.input_size, module.hidden_size
+    ) and harvest.is_undisturbed(input.data)
 
 
 def _on_cpu(call: KernelCall) -> bool:

@@ -131,16 +131,12 @@ class SiteRecorder:
         return Check(math.nan, math.nan, precision(layer.input, hidden, weight))
 
     def _harvest(
-        self, observation: Observation, gates: Harvest, hidden: Tensor
+        self, observation: Observation, harvest: Harvest, hidden: Tensor
     ) -> tuple[dict[str, Array], Check]:
         steps, site = observation.steps, self.site
         dtype = self._rows.dtype
-        found = {
-            name: steps.as_rows(values, dtype)
-            if isinstance(values, Tensor)
-            else steps.joined(values, dtype)
-            for name, values in gates._asdict().items()
-        }
+        gates = harvest.gates._asdict()
+        found = {name: steps.as_rows(values, dtype) for name, values in gates.items()}
         states = self._rows.of_steps(steps, hidden)
         initial = observation.call.cell_initial(site.layer, site.reverse)
         residual = prove(
@@ -156,8 +152,9 @@ class SiteRecorder:
             kept["hidden"] = states
         # The gates being the kernel's own, there are no products that were made in another order.
         size = max(1.0, largest(initial))
+        computed = coarsest(hidden.dtype, harvest.dtype)
         allowed = tolerance(coarsest(self._rows.stored, hidden.dtype), 0, size, 0.0, 0.0)
-        return kept, Check(residual, allowed, spacing(hidden.dtype))
+        return kept, Check(residual, allowed, spacing(computed))
 
     def _replay(
         self, observation: Observation, layer: Layer, hidden: Tensor

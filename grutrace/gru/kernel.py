@@ -14,13 +14,16 @@ T steps, B sequences in a batch, I input size, H hidden size, L layers, D direct
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from grutrace.gru import harvest
 from grutrace.gru.harvest import Harvest
+
+Result = TypeVar("Result")
 
 
 class CellWeights(NamedTuple):
@@ -96,15 +99,17 @@ class KernelCall(NamedTuple):
         """Return (B, H), the state that one direction of one layer starts from."""
         return self.initial[layer * self.directions + reverse]
 
-    def run_layer(
-        self, layer: int, input: Tensor, *, harvested: bool = False
-    ) -> tuple[Layer, Tensor]:
+    @property
+    def times(self) -> int:
+        """T"""
+        return len(self.input if self.batch_sizes is None else self.batch_sizes)
+
+    def run_layer(self, layer: int, input: Tensor) -> tuple[Layer, Tensor]:
         """Run one layer, both directions, through the fused kernel.
 
         Args:
             layer: Its number.
             input: (T, B, I) or packed (N, I)
-            harvested: Whether to harvest its gates, where that can be done and pays.
 
         Returns:
             What it read and made, and its final states (D, B, H).
@@ -113,59 +118,43 @@ class KernelCall(NamedTuple):
         weights = self.weights[layer * each : (layer + 1) * each]
         initial = self.initial[layer * self.directions : (layer + 1) * self.directions]
         options = (self.bias, 1, 0.0, self.training, self.bidirectional)
+        if self.batch_sizes is None:
+            output, final = torch.gru(input, initial, weights, *options, batch_first=False)
+        else:
+            output, final = torch.gru(input, self.batch_sizes, initial, weights, *options)
+        return Layer(input, output), final
 
-        def kernel(initial: Tensor, input: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-            if self.batch_sizes is None:
-                return torch.gru(input, initial, weights, *options, batch_first=False)
-            return torch.gru(input, self.batch_sizes, initial, weights, *options)
+    def is_worth_harvesting(self) -> bool:
+        """Whether the gates of all layers can be harvested, and cost less so than replayed."""
+        width, (_, _, size) = self.input.shape[-1], self.initial.shape
+        batch = self.input.numel() / max(1, self.times * width)
+        widths = [width, *[self.directions * size] * (self.num_layers - 1)]
+        return harvest.pays(
+            self.times, batch, sum(widths) / len(widths), size
+        ) and harvest.is_undisturbed(self.input)
 
-        if harvested and self.would_be_watched(input, weights):
-            # Whether its weight asks for gradients decides how PyTorch makes the input's product
-            # (as one matrix or as many), though none are recorded: so that must stay as it is.
-            first = range(0, len(weights), each // self.directions)
-            asking = [place for place in first if weights[place].requires_grad]
-            made, gates = harvest.watch(
-                kernel,
-                initial,
-                (input, *weights),
-                self.batch_sizes,
-                self.times,
-                [1 + place for place in asking],
-            )
-            output, final = map(as_unwatched, made)
-            return Layer(input, output, gates), final
-        output, final = kernel(initial, input, *weights)
-        return Layer(input, output, self.read_gates(input, output) if harvested else None), final
-
-    @property
-    def times(self) -> int:
-        """T"""
-        return len(self.input if self.batch_sizes is None else self.batch_sizes)
-
-    def would_be_watched(self, input: Tensor, weights: list[Tensor]) -> bool:
-        """Whether to harvest the gates of a layer that reads this while it is run."""
-        first = weights[:: (4 if self.bias else 2)]
-        return (
-            self._pays(input, graph=False)
-            and len({weight.requires_grad for weight in first}) == 1
-            and harvest.can_watch(input, self.initial, weights)
-        )
-
-    def read_gates(self, input: Tensor, output: Tensor) -> list[Harvest] | None:
-        """Harvest the gates of a layer that has run, from its graph; None where replay is better.
+    def harvest(self, run: Callable[[], Result]) -> tuple[Result, list[list[Harvest]] | None]:
+        """Harvest the gates of all layers while something makes this call.
 
         Args:
-            input: What the layer read.
-            output: As the kernel returned it, or a transposition or a single sequence of that.
-        """
-        if output.grad_fn is None or not self._pays(input, graph=True):
-            return None
-        return harvest.read(output, self.directions) if harvest.can_read(output) else None
+            run: Makes it: as one call of the kernel, or layer by layer.
 
-    def _pays(self, input: Tensor, *, graph: bool) -> bool:
-        rows, width = input.numel() // max(1, input.shape[-1]), input.shape[-1]
-        hidden_size = self.initial.shape[-1]
-        return self.times > 0 and harvest.pays(rows / self.times, width, hidden_size, graph=graph)
+        Returns:
+            What that returned; and by layer and direction the gates, None if they were not found.
+        """
+        _, batch, size = self.initial.shape
+        directions = [reverse for _ in range(self.num_layers) for reverse in range(self.directions)]
+        result, found = harvest.harvest(
+            run,
+            (self.times, batch, size),
+            self.batch_sizes,
+            self.input.dtype,
+            [bool(reverse) for reverse in directions],
+        )
+        if found is None:
+            return result, None
+        each = self.directions
+        return result, [found[n * each : (n + 1) * each] for n in range(self.num_layers)]
 
     def between_layers(self, output: Tensor) -> Tensor:
         """Return what the next layer reads: the output of the one below, with dropout."""
@@ -174,19 +163,8 @@ class KernelCall(NamedTuple):
         return output
 
 
-def as_unwatched(made: Tensor) -> Tensor:
-    """Return what the kernel would have returned if nobody had watched it with gradients on."""
-    made = made.detach()
-    # Under inference_mode whatever is made is an inference tensor.
-    return made.clone() if torch.is_inference_mode_enabled() else made
-
-
-def split(call: KernelCall, *, harvested: bool = False) -> tuple[Tensor, Tensor, list[Layer]]:
+def split(call: KernelCall) -> tuple[Tensor, Tensor, list[Layer]]:
     """Answer a call with one fused call a layer.
-
-    Args:
-        call: The call.
-        harvested: Whether to harvest the gates, where that can be done and pays.
 
     Returns:
         The output (T, B, D * H) or (N, D * H) and the final states (L * D, B, H), as the stacked
@@ -198,7 +176,7 @@ def split(call: KernelCall, *, harvested: bool = False) -> tuple[Tensor, Tensor,
     for number in range(call.num_layers):
         if number:
             input = call.between_layers(layers[-1].output)
-        layer, final = call.run_layer(number, input, harvested=harvested)
+        layer, final = call.run_layer(number, input)
         layers.append(layer)
         finals.append(final)
     # One on its own is given as it is: joining would give it other strides.
@@ -210,8 +188,6 @@ def rerun(
     call: KernelCall,
     output: Tensor,
     generator_state: Tensor | None,
-    *,
-    harvested: bool = False,
 ) -> list[Layer]:
     """Run the layers below the top again, after the stacked call has answered.
 
@@ -220,27 +196,25 @@ def rerun(
         output: Its output, (T, B, D * H) or (N, D * H).
         generator_state: The CPU generator's state from before the call, needed where the call
             dropped between layers; the state from after the call is put back.
-        harvested: Whether to harvest the gates, where that can be done and pays.
 
     Returns:
         What each layer read and made.
     """
     if generator_state is None:
-        return _rerun(call, output, harvested)
+        return _rerun(call, output)
     after = torch.get_rng_state()
     torch.set_rng_state(generator_state)
     try:
-        return _rerun(call, output, harvested)
+        return _rerun(call, output)
     finally:
         torch.set_rng_state(after)
 
 
-def _rerun(call: KernelCall, output: Tensor, harvested: bool) -> list[Layer]:
+def _rerun(call: KernelCall, output: Tensor) -> list[Layer]:
     layers: list[Layer] = []
     input = call.input
     for number in range(call.num_layers - 1):
-        below, _ = call.run_layer(number, input, harvested=harvested)
+        below, _ = call.run_layer(number, input)
         layers.append(below)
         input = call.between_layers(below.output)
-    gates = call.read_gates(input, output) if harvested else None
-    return [*layers, Layer(input, output, gates)]
+    return [*layers, Layer(input, output)]

@@ -9,7 +9,7 @@ T steps, B sequences in a batch, H hidden size, N rows: the steps of all sequenc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache
 from typing import NamedTuple, Protocol
 
@@ -135,9 +135,6 @@ class Steps(Protocol):
     def as_rows(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
         """Return values that nobody else will change as `in_sequences`; not copied if possible."""
 
-    def joined(self, by_time: Sequence[Tensor], dtype: npt.DTypeLike) -> Array:
-        """Join (sequences that have it, width) of each time to (N, width), as `in_sequences`."""
-
     def in_batch_order(self, values: Tensor) -> Tensor:
         """Bring (B, width) from the kernel's batch order into the user's. May be a view."""
 
@@ -234,16 +231,6 @@ class PaddedSteps:
             return self.in_sequences(values, dtype)
         array: Array = rows.numpy()
         return array.reshape(self._batch * self._length, values.shape[-1])
-
-    def joined(self, by_time: Sequence[Tensor], dtype: npt.DTypeLike) -> Array:
-        """Join (B, width) of each time to (B * T, width)."""
-        rows = np.empty((self._batch, self._length, by_time[0].shape[-1]), dtype)
-        target = torch.from_numpy(rows)
-        if target.dtype == by_time[0].dtype:
-            torch.stack(list(by_time), 1, out=target)
-        else:
-            copy_rounded(target, torch.stack(list(by_time), 1))
-        return rows.reshape(self._batch * self._length, rows.shape[-1])
 
     def in_batch_order(self, values: Tensor) -> Tensor:
         """Return the values as they are: the kernel keeps a padded batch in the user's order."""
@@ -374,10 +361,6 @@ class PackedSteps:
     def as_rows(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
         """Gather (N, width) sequence by sequence."""
         return self.in_sequences(values, dtype)
-
-    def joined(self, by_time: Sequence[Tensor], dtype: npt.DTypeLike) -> Array:
-        """Join (sequences that have it, width) of each time to (N, width)."""
-        return self.in_sequences(torch.cat(list(by_time)), dtype)
 
     @cached_property
     def _order(self) -> Tensor:

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import textwrap
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import grutrace
 from grutrace.analysis.verification import verify
-from grutrace.gru import harvest
+from grutrace.gru import harvest, overhear
 from grutrace.gru.shadow import Shadow
 from grutrace.record import GATES
 from tests import oracles
@@ -55,13 +56,9 @@ def has_steps(case: Case) -> bool:
 @given(cases())
 @pytest.mark.parametrize("stacks", ["split", "rerun"])
 def test_the_lattice_with_a_graph(stacks: str, case: Case) -> None:
-    if not has_steps(case):
-        return
-    with Harvesting() as patch:
-        if stacks == "rerun":
-            patch.undo()
-            patch.setattr(harvest, "pays", lambda *_, **__: True)
-        check_untouched_and_exact(case, stacks=stacks)
+    if has_steps(case):
+        with Harvesting():
+            check_untouched_and_exact(case, stacks=stacks)
 
 
 @settings(max_examples=200, deadline=None)
@@ -158,31 +155,108 @@ class Counting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def run_within(surrounding, layer, x) -> tuple[torch.Tensor, torch.Tensor, grutrace.Trace]:
+    with surrounding():
+        expected = layer(x)
+    with surrounding(), grutrace.trace(layer, check="raise", record=EVERYTHING) as trace:
+        result = layer(x)
+    return expected, result, trace
+
+
 @pytest.mark.parametrize(
     "surrounding",
     [
         save_on_cpu,
-        Counting,
         lambda: torch.autocast("cpu"),
         lambda: torch.autograd.detect_anomaly(check_nan=False),
         lambda: torch.autograd.graph.disable_saved_tensors_hooks("no hooks here"),
     ],
-    ids=["saved tensor hooks", "dispatch mode", "autocast", "anomaly", "hooks disabled"],
+    ids=["saved tensor hooks", "autocast", "anomaly", "hooks disabled"],
 )
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
-def test_where_others_could_see_it_gates_are_replayed(monkeypatch, surrounding, grad) -> None:
-    monkeypatch.setattr(harvest, "pays", lambda *_, **__: True)
+def test_autograd_and_autocast_may_be_as_they_like(harvesting, surrounding, grad) -> None:
     torch.manual_seed(0)
     layer, x = nn.GRU(5, 7, 2), torch.randn(4, 3, 5)
     with torch.set_grad_enabled(grad):
-        with surrounding():
-            expected = layer(x)
-        with surrounding(), grutrace.trace(layer, check="raise", record=EVERYTHING) as trace:
-            result = layer(x)
+        expected, result, trace = run_within(surrounding, layer, x)
     assert same_result(expected, result)
     assert len(trace.calls) == 1
+    harvesting.undo()
     assert all(found.holds for found in verify(trace))
+
+
+def test_autocast_has_the_gates_of_its_graph(harvesting) -> None:
+    torch.manual_seed(0)
+    layer, x = nn.GRU(5, 7, bidirectional=True), torch.randn(4, 3, 5)
+    with torch.autocast("cpu"):
+        output, _ = layer(x)
+        with grutrace.trace(layer, check="raise") as trace:
+            layer(x)
+    (kernel,) = oracles.harvest_layers(output.grad_fn, 14)
+    for name, used in kernel.items():
+        assert used.dtype == torch.bfloat16
+        for reverse, site in enumerate(trace.sites):
+            own = used.detach().float().transpose(0, 1)[..., 7 * reverse : 7 * (reverse + 1)]
+            np.testing.assert_array_equal(trace[site].rows(name), own.reshape(12, 7))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_under_a_dispatch_mode_gates_are_replayed(monkeypatch, grad) -> None:
+    """It could see the copies."""
+    monkeypatch.setattr(harvest, "pays", lambda *_, **__: True)
+    monkeypatch.setattr(harvest, "harvest", None)
+    torch.manual_seed(0)
+    layer, x = nn.GRU(5, 7, 2), torch.randn(4, 3, 5)
+    with torch.set_grad_enabled(grad):
+        expected, result, trace = run_within(Counting, layer, x)
+    assert same_result(expected, result)
+    assert all(found.holds for found in verify(trace))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_additions_elsewhere_are_not_heard(harvesting, grad) -> None:
+    """Those of other threads, and of this one before and after a call."""
+    layer, x, told = nn.GRU(64, 64), torch.randn(200, 8, 64), []
+    stop = threading.Event()
+
+    def add() -> None:
+        while not stop.is_set():
+            told.append(bool((torch.ones(8, 64) + torch.ones(8, 64) == 2).all()))
+
+    other = threading.Thread(target=add)
+    other.start()
+    try:
+        with torch.set_grad_enabled(grad), grutrace.trace(layer, check="raise") as trace:
+            for _ in range(10):
+                layer(x + x)
+    finally:
+        stop.set()
+        other.join()
+    assert len(told) > 10
+    assert all(told)
+    assert (trace["l0"].checks["residual"] == 0).all()
+
+
+def test_an_interruption_within_a_step_leaves_nothing_behind(harvesting, monkeypatch) -> None:
+    layer, x = nn.GRU(5, 7), torch.randn(4, 3, 5)
+    heard = overhear.heard
+
+    def interrupted(listener, run):
+        def listen(*given):
+            raise KeyboardInterrupt
+
+        return heard(listen, run)
+
+    with grutrace.trace(layer, check="raise") as trace:
+        with monkeypatch.context() as patch:
+            patch.setattr(overhear, "heard", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                layer(x)
+        assert torch.equal(x + x, 2 * x)
+        assert overhear._here.listener is None
+        layer(x)
+    assert len(trace.calls) == 1
 
 
 def test_verification_and_residual_of_a_harvest(harvesting, tmp_path) -> None:
@@ -201,8 +275,8 @@ def test_verification_and_residual_of_a_harvest(harvesting, tmp_path) -> None:
 def test_control_wrong_gates_do_not_prove_themselves(harvesting, grad) -> None:
     """The residual sees it if the gates are not those that made the states."""
     assert harvest.is_recognized()
-    right = harvest.Harvest
-    harvesting.setattr(harvest, "Harvest", lambda r, z, n: right(n, r, z))
+    right = harvest.Gates
+    harvesting.setattr(harvest, "Gates", lambda r, z, n: right(n, r, z))
     layer = nn.GRU(5, 7)
     with (
         torch.set_grad_enabled(grad),
@@ -213,19 +287,31 @@ def test_control_wrong_gates_do_not_prove_themselves(harvesting, grad) -> None:
 
 
 @pytest.fixture
-def unknown_graph(monkeypatch):
-    """Another PyTorch, whose kernel keeps its tensors in another order and under other names."""
+def unknown_kernel(monkeypatch):
+    """Another PyTorch, whose kernel makes the hidden product in memory of another layout."""
+    heard = overhear.heard
+
+    def of_another(listener, run):
+        return heard(
+            lambda one, product, total: listener(one, product.contiguous(), total),
+            run,
+        )
+
     monkeypatch.setattr(harvest, "pays", lambda *_, **__: True)
-    monkeypatch.setattr(harvest, "_PLACES", frozenset((0, 2, 4)))
-    monkeypatch.setattr(harvest, "_step", lambda node: node._saved_of_another_pytorch)
+    monkeypatch.setattr(overhear, "heard", of_another)
+    return monkeypatch
+
+
+@pytest.fixture
+def unknown_pytorch(unknown_kernel):
     harvest.is_recognized.cache_clear()
     yield
-    monkeypatch.undo()
+    unknown_kernel.undo()
     harvest.is_recognized.cache_clear()
     assert harvest.is_recognized()
 
 
-def test_an_unknown_graph_is_replayed_and_said_once(unknown_graph, caplog) -> None:
+def test_an_unknown_kernel_is_replayed_and_said_once(unknown_pytorch, caplog) -> None:
     layer = nn.GRU(5, 7, 2)
     with caplog.at_level(logging.DEBUG, "grutrace"):
         for grad in (True, False):
@@ -237,19 +323,61 @@ def test_an_unknown_graph_is_replayed_and_said_once(unknown_graph, caplog) -> No
     assert "gates are replayed, not harvested" in record.message
 
 
-@pytest.mark.parametrize("grad", [True, False])
-def test_a_graph_that_is_unknown_only_in_one_call(monkeypatch, grad) -> None:
-    """Recognized when the tracer attached, and yet other than expected: replayed."""
-    assert harvest.is_recognized()
-    monkeypatch.setattr(harvest, "pays", lambda *_, **__: True)
-    monkeypatch.setattr(harvest, "_KEPT", (*harvest._KEPT, "another"))
-    monkeypatch.setattr(harvest, "_step", lambda node: node._saved_of_another_pytorch)
+def check_replayed(grad: bool) -> None:
     layer, x = nn.GRU(5, 7, 2), torch.randn(4, 3, 5)
     with torch.set_grad_enabled(grad):
         expected = layer(x)
-        with grutrace.trace(layer, check="raise") as trace:
+        with grutrace.trace(layer, check="raise", record=EVERYTHING) as trace:
             assert same_result(expected, layer(x))
     assert trace["l0"].residual < 1e-6
+    assert all(found.holds for found in verify(trace))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_kernel_that_is_unknown_only_in_one_call(grad, request) -> None:
+    """Recognized when the tracer attached, and yet other than expected: replayed."""
+    assert harvest.is_recognized()
+    request.getfixturevalue("unknown_kernel")
+    check_replayed(grad)
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_kernel_of_more_or_fewer_additions_is_replayed(monkeypatch, grad, more) -> None:
+    assert harvest.is_recognized()
+    heard = overhear.heard
+
+    def of_another(listener, run):
+        count = 0
+
+        def listen(*given):
+            nonlocal count
+            count += 1
+            for _ in range(1 + more if count == 1 else 1):
+                listener(*given)
+
+        return heard(listen, run)
+
+    monkeypatch.setattr(harvest, "pays", lambda *_, **__: True)
+    monkeypatch.setattr(overhear, "heard", of_another)
+    check_replayed(grad)
+
+
+def test_where_the_layer_of_the_dispatcher_is_taken_nothing_is_harvested() -> None:
+    program = """
+        import torch
+        from torch.library import Library, fallthrough_kernel
+        theirs = Library("_", "IMPL", "Fake")
+        theirs.fallback(fallthrough_kernel)
+        import grutrace
+        from grutrace.gru import harvest, overhear
+        layer = torch.nn.GRU(512, 512)
+        with torch.no_grad(), grutrace.trace(layer, gates="inline") as trace:
+            layer(torch.randn(3, 32, 512))
+        assert not harvest.is_recognized()
+        assert trace["l0"].update.shape == (96, 512)
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
 
 
 def test_half_types(harvesting) -> None:
@@ -288,10 +416,10 @@ def test_a_chaotic_network(harvesting, grad) -> None:
     assert output.shape == (500, 1, 64)
 
 
-@pytest.mark.parametrize("graph", [True, False])
-def test_the_rule_prefers_the_replay_where_steps_are_small(graph) -> None:
-    assert not harvest.pays(1, 64, 64, graph=graph)
-    assert harvest.pays(64, 1024, 1024, graph=graph)
+def test_the_rule_prefers_the_replay_where_steps_are_small() -> None:
+    assert not harvest.pays(1000, 1, 64, 64)
+    assert harvest.pays(10, 64, 1024, 1024)
+    assert not harvest.pays(1, 4, 64, 64)
 
 
 PEAK = """
@@ -299,7 +427,7 @@ PEAK = """
     import torch
     from torch import nn
     import grutrace
-    from grutrace.gru import harvest
+    from grutrace.gru import harvest, overhear
 
     torch.set_num_threads(1)
     way = sys.argv[1]

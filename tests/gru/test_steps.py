@@ -31,8 +31,6 @@ def test_packed_steps(lengths: list[int], reverse: bool) -> None:
     assert steps.lengths.tolist() == lengths
     rows = steps.in_sequences(packed.data, "float64")
     np.testing.assert_array_equal(rows, torch.cat(sequences).numpy())
-    by_time = packed.data.split(packed.batch_sizes.tolist())
-    np.testing.assert_array_equal(steps.joined(by_time, "float64"), rows)
 
     initial = -torch.arange(2.0 * len(lengths)).reshape(-1, 2) - 1
     in_kernel_order = initial[packed.sorted_indices]
@@ -56,9 +54,6 @@ def test_padded_steps(length: int, batch: int, reverse: bool) -> None:
     assert steps.lengths.tolist() == [length] * batch
     rows = steps.in_sequences(padded, "float32")
     np.testing.assert_array_equal(rows, torch.cat([torch.empty(0, 2), *sequences]).numpy())
-    for dtype in ("float32", "float16"):
-        joined = steps.joined(padded.unbind(), dtype)
-        np.testing.assert_array_equal(joined, rows.astype(dtype))
 
     initial = -torch.arange(2.0 * batch).reshape(-1, 2) - 1
     previous = steps.previous(padded, initial, reverse=reverse)
