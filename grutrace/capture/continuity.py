@@ -77,6 +77,8 @@ class Continuity:
             assignment = _begin_all(count, len(lengths))
         elif torch.equal(initial, reached.states) and _none_is_zero(initial):
             assignment = _continue_all(reached)
+        elif not initial.any():
+            assignment = _begin_all(count, len(lengths))
         else:
             assignment = _match(count, initial, reached)
         count += int(np.count_nonzero(assignment.begun))

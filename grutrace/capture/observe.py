@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from grutrace.capture.surroundings import Missed, aside, is_wrapped, plain
 from grutrace.capture.tap import Kernel
 from grutrace.gru import harvest
+from grutrace.gru.gather import Columns
 from grutrace.gru.harvest import Harvest
 from grutrace.gru.kernel import KernelCall, Layer, rerun, split
 from grutrace.gru.steps import PackedSteps, PaddedSteps, Steps
@@ -162,8 +163,7 @@ def kernel_call(
     arguments: tuple[Any, ...],
     sorted_indices: Tensor | None,
     stacks: Stacks,
-    *,
-    harvested: bool = False,
+    columns: Columns,
 ) -> tuple[Any, Observation | Missed]:
     """Make a kernel call, and observe it.
 
@@ -173,13 +173,13 @@ def kernel_call(
         arguments: Its positional arguments.
         sorted_indices: The user's place of each of the kernel's sequences, if known.
         stacks: How to see between the layers of a stack.
-        harvested: Whether to harvest the gates, where that can be done and pays.
+        columns: Which gates to harvest, where that can be done and pays.
 
     Returns:
         The kernel's answer, and the observation; or why the layers below the top cannot be seen.
     """
     if isinstance(module, nn.GRUCell):
-        return _cell_call(module, kernel, arguments, harvested)
+        return _cell_call(module, kernel, arguments, columns)
     call = KernelCall.of_gru(*arguments)
     padded = call.batch_sizes is None
     batch_first = padded and bool(arguments[-1])
@@ -194,7 +194,7 @@ def kernel_call(
         output, final, layers = split(call)
         return (output.transpose(0, 1) if batch_first else output, final), layers
 
-    (result, layers), gates = _run(call, run, harvested)
+    (result, layers), gates = _run(call, run, columns)
     if not layers:
         output = result[0].transpose(0, 1) if batch_first else result[0]
         with aside():
@@ -204,22 +204,22 @@ def kernel_call(
 
 
 def _cell_call(
-    module: nn.GRUCell, kernel: Kernel, arguments: tuple[Any, ...], harvested: bool
+    module: nn.GRUCell, kernel: Kernel, arguments: tuple[Any, ...], columns: Columns
 ) -> tuple[Tensor, Observation]:
     input, initial, *weights = arguments
     weights = [each for each in weights if each is not None]
     call = KernelCall(input.unsqueeze(0), None, initial.unsqueeze(0), weights, len(weights) == 4)
     made: Tensor
-    made, gates = _run(call, lambda: kernel(*arguments), harvested)
+    made, gates = _run(call, lambda: kernel(*arguments), columns)
     layers = _with_gates([Layer(call.input, made.unsqueeze(0))], gates)
     return made, _observation(module, call, layers, None, given_state=True)
 
 
 def _run(
-    call: KernelCall, run: Callable[[], Result], harvested: bool
+    call: KernelCall, run: Callable[[], Result], columns: Columns
 ) -> tuple[Result, list[list[Harvest]] | None]:
-    if harvested and call.is_worth_harvesting():
-        return call.harvest(run)
+    if columns and call.is_worth_harvesting(columns):
+        return call.harvest(run, columns)
     return run(), None
 
 
@@ -229,7 +229,9 @@ def _with_gates(layers: list[Layer], gates: list[list[Harvest]] | None) -> list[
     return [layer._replace(gates=own) for layer, own in zip(layers, gates, strict=True)]
 
 
-def is_worth_harvesting(module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def is_worth_harvesting(
+    module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any], columns: Columns
+) -> bool:
     """Whether a call that is about to be made is better heard by a tap, to harvest its gates."""
     input = args[0] if args else kwargs.get("input")
     batch: float
@@ -245,7 +247,7 @@ def is_worth_harvesting(module: GRUModule, args: tuple[Any, ...], kwargs: dict[s
     else:
         batch, times, _ = input.shape if module.batch_first else input.transpose(0, 1).shape
     return harvest.pays(
-        times, batch, module.input_size, module.hidden_size
+        times, batch, module.input_size, module.hidden_size, columns
     ) and harvest.is_undisturbed(input.data)
 
 

@@ -25,6 +25,7 @@ from grutrace.capture.rowtype import RowType, to_numpy
 from grutrace.capture.site_recorder import Check, SiteRecorder
 from grutrace.capture.sites import Selection
 from grutrace.capture.versions import WeightVersions
+from grutrace.gru.gather import NONE, together
 from grutrace.gru.harvest import is_recognized
 from grutrace.record import WEIGHTS, Array, Block, Record, SiteRows, Weights
 
@@ -66,7 +67,7 @@ class ModuleRecorder:
 
     Attributes:
         description: What is recorded of the module.
-        harvests: Whether the kernel's own gates are wanted, where they can be had.
+        columns: Which of the kernel's own gates are wanted, where they can be had.
     """
 
     def __init__(
@@ -95,9 +96,10 @@ class ModuleRecorder:
         self._kept = None if steps is None else KeptSteps(steps.start, steps.stop)
         self._versions = WeightVersions()
         self._lock = threading.Lock()
-        # Of a part of the gates or steps, the replay costs less than the whole's harvest.
-        whole = self._kept is None and all(site.is_whole for site in self._sites)
-        self.harvests = whole and is_recognized()
+        wishes = [site.columns for site in self._sites]
+        # Of some steps the replay costs less than the whole call's harvest.
+        possible = self._kept is None and all(wishes) and is_recognized()
+        self.columns = together(wishes, self.description.hidden_size) if possible else NONE
 
     def record(self, observation: Observation, tag: str | None) -> Recorded:
         """Append an observed call: harvested, replayed or, where gates come later, copied.
@@ -193,10 +195,7 @@ class ModuleRecorder:
 
     def _take(self, observation: Observation) -> Taken:
         inputs: dict[int, Array] = {}
-        return {
-            each.site.suffix: each.take(observation, inputs, harvested=self.harvests)
-            for each in self._sites
-        }
+        return {each.site.suffix: each.take(observation, inputs) for each in self._sites}
 
     def _new_weights(self, observation: Observation) -> Weights | None:
         """Return the weights of a call if they are a version that was not announced."""

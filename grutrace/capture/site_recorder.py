@@ -6,7 +6,7 @@ T steps, B sequences in a batch, I input size, H hidden size, N rows of a call, 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from grutrace.capture.selection import partial_shadow
 from grutrace.capture.sites import Selection
 from grutrace.capture.versions import KeptRows
 from grutrace.errors import UnsupportedError
+from grutrace.gru.gather import NONE, Wish
 from grutrace.gru.harvest import Harvest
 from grutrace.gru.kernel import Layer
 from grutrace.gru.partial import Columns
@@ -27,6 +28,8 @@ from grutrace.gru.proof import prove
 from grutrace.gru.rounding import coarsest, largest, precision, spacing, tolerance
 from grutrace.gru.shadow import Shadow
 from grutrace.record import GATES, Array, Site
+
+Values = TypeVar("Values", Tensor, Array)
 
 
 class Check(NamedTuple):
@@ -45,11 +48,18 @@ class SiteRecorder:
         site: Which of its sites.
         options: Of the tracer.
         rows: The type of the rows.
+
+    Attributes:
+        columns: Which of the kernel's own gates are wanted, where they can be had.
     """
 
     def __init__(self, selection: Selection, site: Site, options: Options, rows: RowType) -> None:
         self.site, self._rows = site, rows
         self._inline = options.gates == "inline"
+        gates = [name for name in GATES if name in site.quantities]
+        every = range(selection.description.hidden_size)
+        wish = Wish.of(gates, site.units or every) if self._inline else None
+        self.columns, self._proof = (NONE, every) if wish is None else wish
         self._shadow = Shadow(selection.module, site.layer, site.reverse, rows.stored)
         self._part = partial_shadow(selection.description, site)
         self._kept = None if self._part is None else KeptRows(self._part.rows)
@@ -57,13 +67,8 @@ class SiteRecorder:
         units = selection.description.unit_count(site)
         self._no_states = np.empty((0, units), rows.dtype)
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether all gates of all units are computed with the call."""
-        return self._inline and self._part is None
-
     def take(
-        self, observation: Observation, inputs: dict[int, Array], *, harvested: bool
+        self, observation: Observation, inputs: dict[int, Array]
     ) -> tuple[dict[str, Array], Check]:
         """Return the rows of a call, by quantity, and what a check needs.
 
@@ -71,7 +76,6 @@ class SiteRecorder:
             observation: The call.
             inputs: Rows that were made of the layers' inputs; what is made of one is added, since
                 both directions of a layer read the same.
-            harvested: Whether to take the kernel's own gates where they are there.
 
         Raises:
             UnsupportedError: What the layer read is not recorded, and can no longer be told.
@@ -83,7 +87,7 @@ class SiteRecorder:
             hidden = hidden.chunk(2, -1)[int(site.reverse)]
         if not self._inline:
             rows, check = dict[str, Array](), self._copy(observation, layer, hidden)
-        elif harvested and layer.gates is not None:
+        elif self.columns and layer.gates is not None:
             rows, check = self._harvest(observation, layer.gates[int(site.reverse)], hidden)
         else:
             rows, check = self._replay(observation, layer, hidden)
@@ -134,16 +138,25 @@ class SiteRecorder:
         self, observation: Observation, harvest: Harvest, hidden: Tensor
     ) -> tuple[dict[str, Array], Check]:
         steps, site = observation.steps, self.site
-        dtype = self._rows.dtype
-        gates = harvest.gates._asdict()
-        found = {name: steps.as_rows(values, dtype) for name, values in gates.items()}
-        states = self._rows.of_steps(steps, hidden)
+        found = {
+            name: steps.as_rows(_of_columns(harvest, name, columns), self._rows.dtype)
+            for name, columns in self.columns.items()
+        }
         initial = observation.call.cell_initial(site.layer, site.reverse)
+        states = self._rows.of_steps(steps, self._of_units(hidden))
+        proof = self._proof
+        units = slice(proof.start, proof.stop, proof.step)
+        proven = states
+        if len(proof) < states.shape[-1]:
+            proven = self._rows.of_steps(steps, hidden[..., units])
+        update, candidate = (
+            _at(found[name], self.columns[name], proof) for name in ("update", "candidate")
+        )
         residual = prove(
-            found["update"],
-            found["candidate"],
-            states,
-            steps.in_batch_order(initial),
+            update,
+            candidate,
+            proven,
+            steps.in_batch_order(initial[..., units]),
             steps.lengths,
             reverse=site.reverse,
         )
@@ -178,3 +191,16 @@ class SiteRecorder:
     def _of_units(self, values: Tensor) -> Tensor:
         """(..., U) of (..., H). May share memory."""
         return values if self._units is None else self._units.of(values)
+
+
+def _of_columns(harvest: Harvest, name: str, columns: range) -> Tensor:
+    """(..., U) of what was taken, which may be more."""
+    return _at(harvest.gates[name], harvest.columns[name], columns)
+
+
+def _at(values: Values, there: range, asked: range) -> Values:
+    """(..., asked) of (..., there), of which they are a part."""
+    if there == asked:
+        return values
+    places = [there.index(asked[0]), there.index(asked[-1])]
+    return values[..., places[0] : places[1] + 1 : max(1, asked.step // there.step)]

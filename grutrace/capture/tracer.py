@@ -247,7 +247,7 @@ class Tracer(Trace):
                         receive,
                         self._options.stacks,
                         wants,
-                        harvested=self._recorders[index].harvests,
+                        self._recorders[index].columns,
                     )
                     self._ears.append(ear)
                     self._ears[-1].start()

@@ -127,4 +127,4 @@ def step(gates: Gates, previous: Tensor) -> Tensor:
 
     The order of the operations is that of PyTorch's CPU kernel.
     """
-    return (previous - gates.candidate) * gates.update + gates.candidate
+    return (previous - gates.candidate).mul_(gates.update).add_(gates.candidate)

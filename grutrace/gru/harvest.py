@@ -18,156 +18,142 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from grutrace.gru import cell, overhear
-from grutrace.gru.cell import Gates
-from grutrace.gru.steps import PackedSteps, numpy_type
+from grutrace.gru.gather import Columns, Layout, Room
+from grutrace.gru.steps import PackedSteps
+from grutrace.record import GATES
 
 Result = TypeVar("Result")
 
 #: Products and sums that one thread makes in a second, in matrices as large as a layer's. Where a
 #: processor is much slower or faster, the dearer of two ways that are close may be taken.
 #: docs/performance.md has the measurements that these and the following are fitted to.
-OPERATIONS_PER_SECOND = 85e9
+OPERATIONS_PER_SECOND = 110e9
 
-#: What follows the products in a replay, an element of a state. Seconds.
-ELEMENT_REPLAYED = 6e-9
+#: What follows the products in a replay, an element of a gate. Seconds.
+ELEMENT_REPLAYED = 1.7e-9
 
-#: What it costs to listen to a call, and to hear a step of it. Seconds.
-CALL_HEARD, STEP_HEARD = 20e-6, 8e-6
+#: What it costs to listen to a call instead of looking at it afterwards, to hear a step, and to
+#: copy an element of a gate of it. Seconds.
+CALL_HEARD, STEP_HEARD, ELEMENT_HEARD = 150e-6, 11e-6, 2.2e-9
 
-#: What it costs to copy what was heard, an element of a state. Seconds.
-ELEMENT_HEARD = 2e-9
+#: What it costs besides that each step reads all recurrent weights, and whatever is done between
+#: two steps comes back into a cache without it; a weight. Seconds.
+WEIGHT_HEARD = 18e-12
 
 
 class Harvest(NamedTuple):
-    """The gates of one direction of a layer in a call.
+    """Gates of one direction of a layer in a call.
 
     Attributes:
-        gates: In the kernel's order, (T, B, H) or (N, H), in memory of their own.
+        gates: By name, in the kernel's order, (T, B, U) or (N, U), in memory of their own.
+        columns: By name, which units these are.
         dtype: In which the kernel computed them.
     """
 
-    gates: Gates
+    gates: dict[str, Tensor]
+    columns: Columns
     dtype: torch.dtype
 
 
 def harvest(
-    kernel: Callable[[], Result],
-    sizes: tuple[int, int, int],
-    batch_sizes: Tensor | None,
-    dtype: torch.dtype,
-    directions: list[bool],
+    kernel: Callable[[], Result], layout: Layout, directions: Sequence[bool], columns: Columns
 ) -> tuple[Result, list[Harvest] | None]:
-    """Make a kernel call, and take the gates of each step as they are made.
+    """Make a kernel call, and take gates of each step as they are made.
 
     Args:
         kernel: Runs some layers, one direction after the other, or one step of a cell.
-        sizes: T, B, H
-        batch_sizes: (T,) of a packed input, else None.
-        dtype: Of the input.
+        layout: Of the call.
         directions: In the order in which they are run, whether each is the reverse one.
+        columns: What is to be taken of each.
 
     Returns:
         What the kernel returned; and by direction its gates, or None if they were not where they
         should be.
     """
     with torch.inference_mode(False):
-        rooms = [_Room.of(sizes, batch_sizes, dtype) for _ in directions]
-    times = [
-        time
-        for room, reverse in zip(rooms, directions, strict=True)
-        for time in (reversed(room.by_time) if reverse else room.by_time)
-    ]
-    size = sizes[-1]
-    layout, offset = (3 * size, 1), 2 * size
-    made: Tensor | None = None
-    place, fits = 0, True
+        rooms = [Room(layout, columns) for _ in directions]
+        from_product = _in_order(rooms, directions, "product")
+        from_candidate = _in_order(rooms, directions, "candidate")
+    size = layout.hidden_size
+    strides, offset = (3 * size, 1), 2 * size
+    rows = [row for reverse in directions for row in layout.rows[:: -1 if reverse else 1]]
+    place, last = 0, None
 
     def hear(_: Tensor, product: Tensor, total: Tensor) -> None:
-        nonlocal made, place, fits
-        if made is not None:
-            times[place - 1].candidate.copy_(made)
-        if place == len(times) or not fits:
-            made, fits = None, False
-            return
-        target = times[place].reset_and_update
+        nonlocal place, last
+        if last is not None:
+            # What the sum has become by now is the candidate.
+            for views, apart, first in from_candidate:
+                views[place - 1].copy_(last.as_strided(views[place - 1].shape, apart, first))
+        last = None
         if (
-            product.stride() != layout
+            not 0 <= place < len(rows)
+            or product.stride() != strides
             or product.storage_offset() != offset
-            or product.shape != target.shape[1:]
+            or product.shape != (rows[place], size)
+            or total.stride() != (size, 1)
         ):
-            made, fits = None, False
+            place = -1
             return
         # At once: the kernel's next step gets the memory of this one.
-        target.copy_(product.as_strided(target.shape, (size, *layout), 0))
-        made = total
+        for views, apart, first in from_product:
+            views[place].copy_(product.as_strided(views[place].shape, apart, first))
         place += 1
+        last = total
 
     result = overhear.heard(hear, kernel)
-    if made is None or not fits or place < len(times):
+    if last is None or place < len(rows):
         return result, None
     with torch.no_grad():
-        times[-1].candidate.copy_(made)
-    return result, [Harvest(room.gates, made.dtype) for room in rooms]
+        for views, apart, first in from_candidate:
+            views[-1].copy_(last.as_strided(views[-1].shape, apart, first))
+    return result, [Harvest(room.gates, columns, last.dtype) for room in rooms]
 
 
-class _Time(NamedTuple):
-    """Where the gates of one time go, (2, b, H) and (b, H)."""
-
-    reset_and_update: Tensor
-    candidate: Tensor
-
-
-class _Room(NamedTuple):
-    """Memory for the gates of one direction, and views of it by time."""
-
-    gates: Gates
-    by_time: list[_Time]
-
-    @classmethod
-    def of(
-        cls, sizes: tuple[int, int, int], batch_sizes: Tensor | None, dtype: torch.dtype
-    ) -> _Room:
-        times, batch, size = sizes
-        # Of NumPy's type, since rows are: then they need not be copied again. Large memory of
-        # NumPy's comes in huge pages.
-        kept = numpy_type(dtype)
-        if batch_sizes is None:
-            # The rows of a sequence lie one after another, as they are recorded.
-            room = torch.from_numpy(np.empty((3, batch, times, size), kept)).transpose(1, 2)
-            both, candidate = room[:2].unbind(1), room[2].unbind()
-        else:
-            rows = batch_sizes.tolist()
-            room = torch.from_numpy(np.empty((3, sum(rows), size), kept))
-            both, candidate = torch.split(room[:2], rows, 1), torch.split(room[2], rows)
-        return cls(Gates(*room), list(map(_Time, both, candidate)))
+def _in_order(
+    rooms: Sequence[Room], directions: Sequence[bool], source: str
+) -> list[tuple[list[Tensor], tuple[int, int, int], int]]:
+    """Return the parts of rooms: where each goes, step by step as they are made, and whence."""
+    by_room = [getattr(room, source) for room in rooms]
+    found = []
+    for parts in zip(*by_room, strict=True):
+        views = [
+            view
+            for room, part, reverse in zip(rooms, parts, directions, strict=True)
+            for view in room.by_time(part)[:: -1 if reverse else 1]
+        ]
+        found.append((views, parts[0].strides, parts[0].offset))
+    return found
 
 
-def pays(times: int, batch: float, input_size: float, hidden_size: int) -> bool:
+def pays(times: int, batch: float, input_size: float, hidden_size: int, columns: Columns) -> bool:
     """Whether a harvest is expected to cost less than the replay of a call.
 
-    A replay repeats the matrix products of the layer. A harvest costs the same for each step,
-    however large, and something for each element.
+    A replay repeats the matrix products of the layer, for the units that are asked for. A harvest
+    costs the same for each step, however large, and something for each element.
 
     Args:
         times: T
         batch: B, the mean over the steps of a packed batch.
         input_size: I, the mean over the layers of a stack.
         hidden_size: H
+        columns: What is to be taken.
     """
-    operations = 6 * batch * hidden_size * (input_size + hidden_size)
-    elements = batch * hidden_size
-    products = operations / (OPERATIONS_PER_SECOND * torch.get_num_threads())
-    replayed = products + ELEMENT_REPLAYED * elements
-    return times * (replayed - STEP_HEARD - ELEMENT_HEARD * elements) > CALL_HEARD
+    taken = sum(map(len, columns.values()))
+    rows = taken if "reset" in columns else taken + len(columns.get("candidate", ()))
+    products = 2 * batch * rows * (input_size + hidden_size)
+    replayed = products / (OPERATIONS_PER_SECOND * torch.get_num_threads())
+    replayed += ELEMENT_REPLAYED * batch * rows
+    heard = STEP_HEARD + ELEMENT_HEARD * batch * taken + WEIGHT_HEARD * 3 * hidden_size**2
+    return times * (replayed - heard) > CALL_HEARD
 
 
 def is_undisturbed(input: Tensor) -> bool:
@@ -220,9 +206,9 @@ def _is_recognized(bias: bool, grad: bool, sizes: list[int]) -> bool:
             return torch.gru(padded, start, weights, *options, batch_first=False)[0].detach()
 
     try:
-        output, harvests = harvest(
-            kernel, (len(sizes), sizes[0], 2), packed, input.dtype, [False, True]
-        )
+        layout = Layout(sizes, packed is None, 2, input.dtype)
+        everything = dict.fromkeys(GATES, range(2))
+        output, harvests = harvest(kernel, layout, [False, True], everything)
     except Exception:
         # Whatever it is, it is no harvest.
         return False
@@ -232,7 +218,7 @@ def _is_recognized(bias: bool, grad: bool, sizes: list[int]) -> bool:
         previous = steps.previous(states, initial[d], reverse=d == 1)
         own = weights[d * len(weights) // 2 :][: len(weights) // 2]
         expected = cell.gates(cell.products(input, previous, *own))
-        if not all(map(_close, found.gates, expected)):
+        if not all(map(_close, found.gates.values(), expected)):
             return False
     return harvests is not None
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from grutrace.gru import harvest
+from grutrace.gru.gather import Columns, Layout
 from grutrace.gru.harvest import Harvest
 
 Result = TypeVar("Result")
@@ -124,32 +125,35 @@ class KernelCall(NamedTuple):
             output, final = torch.gru(input, self.batch_sizes, initial, weights, *options)
         return Layer(input, output), final
 
-    def is_worth_harvesting(self) -> bool:
-        """Whether the gates of all layers can be harvested, and cost less so than replayed."""
+    def is_worth_harvesting(self, columns: Columns) -> bool:
+        """Whether these gates of all layers can be harvested, and cost less so than replayed."""
         width, (_, _, size) = self.input.shape[-1], self.initial.shape
         batch = self.input.numel() / max(1, self.times * width)
         widths = [width, *[self.directions * size] * (self.num_layers - 1)]
         return harvest.pays(
-            self.times, batch, sum(widths) / len(widths), size
+            self.times, batch, sum(widths) / len(widths), size, columns
         ) and harvest.is_undisturbed(self.input)
 
-    def harvest(self, run: Callable[[], Result]) -> tuple[Result, list[list[Harvest]] | None]:
-        """Harvest the gates of all layers while something makes this call.
+    def harvest(
+        self, run: Callable[[], Result], columns: Columns
+    ) -> tuple[Result, list[list[Harvest]] | None]:
+        """Harvest gates of all layers while something makes this call.
 
         Args:
             run: Makes it: as one call of the kernel, or layer by layer.
+            columns: What is to be taken of each direction of each layer.
 
         Returns:
             What that returned; and by layer and direction the gates, None if they were not found.
         """
         _, batch, size = self.initial.shape
-        directions = [reverse for _ in range(self.num_layers) for reverse in range(self.directions)]
+        sizes = self.batch_sizes
+        rows = [batch] * self.times if sizes is None else sizes.tolist()
         result, found = harvest.harvest(
             run,
-            (self.times, batch, size),
-            self.batch_sizes,
-            self.input.dtype,
-            [bool(reverse) for reverse in directions],
+            Layout(rows, sizes is None, size, self.input.dtype),
+            [bool(d) for _ in range(self.num_layers) for d in range(self.directions)],
+            columns,
         )
         if found is None:
             return result, None

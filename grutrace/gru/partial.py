@@ -21,14 +21,12 @@ from torch import Tensor
 
 from grutrace.gru import cell
 from grutrace.gru.cell import Products
+from grutrace.gru.gather import PROOF_UNITS
 from grutrace.gru.kernel import CellWeights
 from grutrace.gru.rounding import coarsest, compare
 from grutrace.gru.shadow import judge
 from grutrace.gru.steps import Steps
 from grutrace.record import GATES
-
-#: How many units prove a call of which not all gates are computed.
-PROOF_UNITS = 8
 
 
 class Columns:

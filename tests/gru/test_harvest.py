@@ -10,6 +10,7 @@ import threading
 from contextlib import nullcontext
 from pathlib import Path
 
+import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
@@ -20,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import grutrace
 from grutrace.analysis.verification import verify
-from grutrace.gru import harvest, overhear
+from grutrace.gru import gather, harvest, overhear
+from grutrace.gru.partial import PartialShadow
 from grutrace.gru.shadow import Shadow
 from grutrace.record import GATES
 from tests import oracles
@@ -74,6 +76,57 @@ def test_the_lattice_without_a_graph(case: Case) -> None:
             result = case.run()
     assert same_result(expected, result)
     assert_gates_of_graph(case.layer, with_graph, trace)
+
+
+@settings(max_examples=200, deadline=None)
+@given(cases(), st.data())
+@pytest.mark.parametrize("grad", [True, False])
+def test_the_lattice_of_parts(grad: bool, case: Case, data: st.DataObject) -> None:
+    """Some gates of some units, and two tracers that ask for other ones: the kernel's own each."""
+    if not has_steps(case):
+        return
+    size = case.layer.hidden_size
+    units = data.draw(st.slices(size).filter(lambda each: range(size)[each]))
+    record = data.draw(st.lists(st.sampled_from(EVERYTHING), min_size=1, unique=True))
+    part = {"record": record, "units": units, "gates": "inline", "check": "raise"}
+    numbers = list(range(size))[units]
+    with torch.set_grad_enabled(grad), Harvesting() as patch:
+        if numbers == sorted(numbers):
+            patch.setattr(PartialShadow, "replay", None)
+        expected = case.run(case.untouched())
+        with grutrace.trace(case.layer, **part) as alone:
+            assert same_result(expected, case.run())
+        with (
+            grutrace.trace(case.layer, gates="inline", check="raise") as whole,
+            grutrace.trace(case.layer, **part) as beside,
+        ):
+            assert same_result(expected, case.run())
+    for trace in (alone, beside):
+        for name in trace.sites:
+            for quantity in {*record} - {"input"}:
+                found, kernel = trace[name].rows(quantity), whole[name].rows(quantity)
+                if numbers == sorted(numbers):
+                    np.testing.assert_array_equal(found, kernel[:, numbers])
+                else:
+                    allowed = whole[name].checks["tolerance"].max() + 1e-5
+                    np.testing.assert_allclose(found, kernel[:, numbers], atol=allowed)
+
+
+def test_control_a_wrong_part_does_not_prove_itself(harvesting) -> None:
+    """The update gate of the units next to those that are asked for."""
+    kept = gather.Room._part
+
+    def beside(room, names, columns, width):
+        part = kept(room, names, columns, width)
+        return part._replace(offset=part.offset + ("update" in names))
+
+    harvesting.setattr(gather.Room, "_part", beside)
+    layer = nn.GRU(5, 40)
+    with (
+        pytest.raises(grutrace.ResidualError),
+        grutrace.trace(layer, record="update", units=range(16), check="raise"),
+    ):
+        layer(torch.randn(4, 3, 5))
 
 
 def assert_gates_of_graph(layer, result, trace) -> None:
@@ -275,8 +328,13 @@ def test_verification_and_residual_of_a_harvest(harvesting, tmp_path) -> None:
 def test_control_wrong_gates_do_not_prove_themselves(harvesting, grad) -> None:
     """The residual sees it if the gates are not those that made the states."""
     assert harvest.is_recognized()
-    right = harvest.Gates
-    harvesting.setattr(harvest, "Gates", lambda r, z, n: right(n, r, z))
+    right = gather.Room.gates
+
+    def mixed_up(room):
+        gates = right.fget(room)
+        return gates | {"update": gates["candidate"], "candidate": gates["update"]}
+
+    harvesting.setattr(gather.Room, "gates", property(mixed_up))
     layer = nn.GRU(5, 7)
     with (
         torch.set_grad_enabled(grad),
@@ -370,7 +428,7 @@ def test_where_the_layer_of_the_dispatcher_is_taken_nothing_is_harvested() -> No
         theirs = Library("_", "IMPL", "Fake")
         theirs.fallback(fallthrough_kernel)
         import grutrace
-        from grutrace.gru import harvest, overhear
+        from grutrace.gru import gather, harvest, overhear
         layer = torch.nn.GRU(512, 512)
         with torch.no_grad(), grutrace.trace(layer, gates="inline") as trace:
             layer(torch.randn(3, 32, 512))
@@ -417,9 +475,11 @@ def test_a_chaotic_network(harvesting, grad) -> None:
 
 
 def test_the_rule_prefers_the_replay_where_steps_are_small() -> None:
-    assert not harvest.pays(1000, 1, 64, 64)
-    assert harvest.pays(10, 64, 1024, 1024)
-    assert not harvest.pays(1, 4, 64, 64)
+    all_of = {size: dict.fromkeys(GATES, range(size)) for size in (64, 1024)}
+    assert not harvest.pays(1000, 1, 64, 64, all_of[64])
+    assert not harvest.pays(1, 4, 64, 64, all_of[64])
+    assert harvest.pays(10, 64, 1024, 1024, all_of[1024])
+    assert not harvest.pays(10, 1, 1024, 1024, {"update": range(1), "candidate": range(1)})
 
 
 PEAK = """
@@ -427,7 +487,7 @@ PEAK = """
     import torch
     from torch import nn
     import grutrace
-    from grutrace.gru import harvest, overhear
+    from grutrace.gru import gather, harvest, overhear
 
     torch.set_num_threads(1)
     way = sys.argv[1]
