@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,7 +15,7 @@ from tests.benchmarks.figures import Figure, measured, not_measured
 from tests.benchmarks.pairs import PAIRS, WARM_UP, ratio
 from tests.benchmarks.peers import PEERS
 from tests.benchmarks.peers.peer import Absent, Peer, Values, disagreement, traced_values
-from tests.benchmarks.tracings import IN_MEMORY, TRACINGS, traced
+from tests.benchmarks.tracings import HELD, IN_MEMORY, TRACINGS, traced
 from tests.benchmarks.workloads import SMALL, Workload
 
 #: Pairs of what takes hundreds of times the layer's time.
@@ -68,10 +68,16 @@ def _peer(workload: Workload, peer: Peer, expected: Values, budget: float, limit
         wrong = disagreement(peer, running.read(running.call()), expected)
         if wrong:
             raise Absent(f"refused: {wrong}")
+        most = HELD // sum(each.nbytes for each in expected.values())
+        kept: list[Any] = []
 
         def run() -> None:
             for _ in range(workload.calls):
-                running.call()
+                made = running.call()
+                if peer.gates or peer.kept:
+                    if len(kept) >= most:
+                        kept.clear()
+                    kept.append(made)
 
         few = peer.only_small
         found = ratio(
