@@ -6,7 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import nn
 import grutrace
 from grutrace.analysis.verification import verify
 from grutrace.capture.versions import WeightVersions
-from grutrace.gru import cell
+from grutrace.gru import cell, gather, harvest
 from grutrace.gru.shadow import Shadow
 from grutrace.record import GATES
 from grutrace.storage.writer import Writer
@@ -29,6 +29,20 @@ from tests.strategies import Case, cases
 from tests.test_both_sinks import assert_same, run
 
 BACKGROUND = {"gates": "background", "record": EVERYTHING}
+
+
+@contextmanager
+def harvesting(always: bool):
+    """Have gates of calls in the background harvested, whatever that costs, or never."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harvest, "pays", lambda *_: always)
+        if always:
+            patch.setattr("grutrace.capture.background.recompute", None)
+        yield
+
+
+#: Gates computed of what was copied, and gates harvested that are proven later.
+both_ways = pytest.mark.parametrize("always", [False, True], ids=["copied", "harvested"])
 
 
 def assert_same_as_inline(inline, background) -> None:
@@ -55,19 +69,29 @@ def assert_same_as_inline(inline, background) -> None:
 # -- the same as inline -----------------------------------------------------------------------
 
 
-@settings(max_examples=150, deadline=None)
+def has_steps(case: Case) -> bool:
+    """Whether the kernel makes any step: of an empty batch there is none to harvest."""
+    input = case.args[0] if case.args else case.kwargs["input"]
+    return bool(getattr(input, "data", input).numel())
+
+
+@settings(max_examples=100, deadline=None)
 @given(cases())
-def test_the_lattice_in_memory(case: Case) -> None:
-    check_untouched_and_exact(case, gates="background")
+@both_ways
+def test_the_lattice_in_memory(always: bool, case: Case) -> None:
+    with harvesting(always and has_steps(case)):
+        check_untouched_and_exact(case, gates="background")
 
 
 @settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(cases())
-def test_the_lattice_in_a_file(tmp_path: Path, case: Case) -> None:
+@both_ways
+def test_the_lattice_in_a_file(tmp_path: Path, always: bool, case: Case) -> None:
     path = tmp_path / "run.h5"
-    check_untouched_and_exact(case, gates="background", path=path, mode="overwrite")
+    with harvesting(always and has_steps(case)):
+        check_untouched_and_exact(case, gates="background", path=path, mode="overwrite")
     with grutrace.open(path) as trace:
         for found in verify(trace):
             assert (found.check, found.holds) == ("gates", True), found
@@ -75,8 +99,10 @@ def test_the_lattice_in_a_file(tmp_path: Path, case: Case) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(cases(dtypes=(torch.float32, torch.float64, torch.float16, torch.bfloat16)))
-def test_the_lattice_beside_inline(case: Case) -> None:
+@both_ways
+def test_the_lattice_beside_inline(always: bool, case: Case) -> None:
     with (
+        harvesting(always and has_steps(case)),
         grutrace.trace(case.layer, record=EVERYTHING, check="raise") as inline,
         grutrace.trace(case.layer, **BACKGROUND) as background,
     ):
@@ -85,15 +111,19 @@ def test_the_lattice_beside_inline(case: Case) -> None:
     assert_same_as_inline(inline, background)
 
 
-def test_whole_runs(tmp_path) -> None:
+@both_ways
+def test_whole_runs(tmp_path, always) -> None:
     """Dropout, weights that change within the run, packed and stepwise, an empty batch."""
     torch.manual_seed(1)
     model = EncoderDecoder(layers=2, dropout=0.3)
     with (
+        # It has an empty batch, too.
+        pytest.MonkeyPatch.context() as patch,
         grutrace.trace(model, record=EVERYTHING, check="raise") as inline,
         grutrace.trace(model, **BACKGROUND) as memory,
         grutrace.trace(model, tmp_path / "run.h5", **BACKGROUND) as file,
     ):
+        patch.setattr(harvest, "pays", lambda *_: always)
         run(model, inline, memory, file)
         assert_same_as_inline(inline, memory)
         assert_same(memory, file)
@@ -103,11 +133,13 @@ def test_whole_runs(tmp_path) -> None:
         assert all(found.holds for found in verify(opened))
 
 
-def test_a_decoder_whose_batch_shrinks_and_is_reordered() -> None:
+@both_ways
+def test_a_decoder_whose_batch_shrinks_and_is_reordered(always) -> None:
     torch.manual_seed(0)
     decoder, layer = StepwiseDecoder(2), nn.GRUCell(4, 6)
     both = nn.ModuleDict({"decoder": decoder, "cell": layer})
     with (
+        harvesting(always),
         torch.no_grad(),
         grutrace.trace(both, record=EVERYTHING, check="raise") as inline,
         grutrace.trace(both, **BACKGROUND) as background,
@@ -135,10 +167,20 @@ def test_only_some_steps() -> None:
 @pytest.mark.parametrize(
     "record", ["update", ("reset", "input"), "hidden", ("hidden", "candidate")]
 )
-def test_what_was_asked_for_is_stored_and_nothing_else(record, tmp_path) -> None:
-    layer = nn.GRU(3, 4, 2)
-    with grutrace.trace(layer, tmp_path / "a.h5", record=record, gates="background") as trace:
+@both_ways
+def test_what_was_asked_for_is_stored_and_nothing_else(record, always, tmp_path) -> None:
+    layer = nn.GRU(3, 40, 2)
+    with (
+        harvesting(always),
+        grutrace.trace(
+            layer, tmp_path / "a.h5", record=record, gates="background", on_error="raise"
+        ) as trace,
+    ):
         layer(torch.randn(5, 2, 3))
+    assert (trace["l1"].checks["residual"] <= trace["l1"].checks["tolerance"]).all() or (
+        record == "hidden"
+    )
+    assert all(found.holds for found in verify(trace) if found.check == "gates")
     asked = (record,) if isinstance(record, str) else record
     assert set(trace["l1"].site.quantities) == set(asked)
     assert all(trace["l1"].rows(name).shape[0] == 10 for name in asked)
@@ -146,12 +188,14 @@ def test_what_was_asked_for_is_stored_and_nothing_else(record, tmp_path) -> None
         trace["l1"].rows(next(name for name in EVERYTHING if name not in asked))
 
 
-def test_rows_in_a_smaller_type_are_those_of_an_inline_trace() -> None:
+@both_ways
+def test_rows_in_a_smaller_type_are_those_of_an_inline_trace(always) -> None:
     """The copies keep the kernel's own type: nothing is derived from rounded states."""
     torch.manual_seed(0)
     layer = nn.GRU(6, 30)
     options = {"record": EVERYTHING, "dtype": "float16"}
     with (
+        harvesting(always),
         grutrace.trace(layer, check="raise", **options) as inline,
         grutrace.trace(layer, gates="background", **options) as background,
     ):
@@ -165,10 +209,12 @@ def test_rows_in_a_smaller_type_are_those_of_an_inline_trace() -> None:
 
 
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
-def test_autocast(cast) -> None:
+@both_ways
+def test_autocast(cast, always) -> None:
     torch.manual_seed(0)
     layer = nn.GRU(5, 16)
     with (
+        harvesting(always),
         grutrace.trace(layer, record=EVERYTHING, check="raise") as inline,
         grutrace.trace(layer, **BACKGROUND) as background,
         torch.autocast("cpu", dtype=cast),
@@ -309,6 +355,31 @@ def test_a_residual_beyond_rounding_is_said_when_it_is_known(tmp_path) -> None:
     with grutrace.Tracer(layer, tmp_path / "c.h5", gates="background", check="off") as tracer:
         layer(x)
         tracer.flush()
+
+
+@pytest.mark.parametrize("record", ["update", EVERYTHING])
+def test_control_harvested_gates_that_are_wrong_are_said(record, monkeypatch) -> None:
+    taken = gather.Room.gates.fget
+
+    def mixed_up(room):
+        return {name: 1 - gate for name, gate in taken(room).items()}
+
+    layer = nn.GRU(3, 40)
+    with harvesting(True), grutrace.trace(layer, record=record) as trace:
+        assert harvest.is_recognized()
+        monkeypatch.setattr(gather.Room, "gates", property(mixed_up))
+        layer(torch.randn(5, 2, 3))
+        with pytest.warns(grutrace.ResidualWarning, match="rounding explains"):
+            trace["l0"].update[:]
+
+
+def test_where_a_harvest_costs_a_fraction_it_takes_the_place_of_computing(products) -> None:
+    layer = nn.GRU(512, 512).requires_grad_(False)
+    with grutrace.trace(layer) as trace:
+        layer(torch.randn(10, 64, 512))
+        layer(torch.randn(10, 1, 512))
+    assert trace["l0"].update.shape == (650, 512)
+    assert products == [10, 10]
 
 
 @pytest.mark.usefixtures("wrong_weights")

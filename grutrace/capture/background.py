@@ -1,8 +1,10 @@
 """Gates that the model does not wait for: made from copies, of many calls at once.
 
-A call is recorded as where gates are deferred: its states and input are copied. What comes out is
-the block that an inline trace would have made, when it is needed: on the thread that writes a file,
-or when a trace in memory is looked at. Calls that used the same weights are computed together.
+A call is recorded as where gates are deferred: its states and input are copied. (Where that costs
+a fraction of what would have to be computed, its gates are harvested, and only their proof is left
+to make.) What comes out is the block that an inline trace would have made, when it is needed: on
+the thread that writes a file, or when a trace in memory is looked at. Calls that used the same
+weights are computed together.
 
 N rows of all calls, B sequences of a call, I input size, H hidden size.
 """
@@ -17,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from grutrace.capture.doubt import Doubt
-from grutrace.gru.batch import Recomputed, recompute
+from grutrace.gru.batch import Recomputed, prove, recompute
 from grutrace.gru.derive import tolerances
+from grutrace.gru.gather import Wish
 from grutrace.record import GATES, Array, Block, Module, Record, Site, SiteRows, Weights
 
 
@@ -77,13 +80,13 @@ class Background:
 
     def _make(self, records: list[Record], places: Sequence[int]) -> None:
         """Replace the copied blocks in these places, which used the same weights."""
-        by_precision: dict[tuple[float, ...], list[int]] = {}
+        alike: dict[tuple[object, ...], list[int]] = {}
         for place in places:
             block = records[place]
             assert isinstance(block, CopiedBlock)
-            key = tuple(rows.precision for rows in block.sites.values())
-            by_precision.setdefault(key, []).append(place)
-        for same in by_precision.values():
+            key = tuple((each.precision, *each.rows) for each in block.sites.values())
+            alike.setdefault(key, []).append(place)
+        for same in alike.values():
             blocks = [
                 each for each in map(records.__getitem__, same) if isinstance(each, CopiedBlock)
             ]
@@ -185,10 +188,26 @@ class _Joined:
     def recompute(
         self, site: Site, weights: Mapping[str, Array], dtype: np.dtype[Any]
     ) -> Recomputed:
-        """The gates of all calls at a site."""
+        """The gates of all calls at a site; of harvested ones just the proof."""
         hidden, input = self.column(site, "hidden"), self.column(site, "input")
+        if set(GATES) & set(self.blocks[0].sites[site.suffix].rows):
+            return self._prove(site, hidden)
         precision = self.blocks[0].sites[site.suffix].precision
         return recompute(input, self._previous(site, hidden), hidden, weights, precision, dtype)
+
+    def _prove(self, site: Site, hidden: Array) -> Recomputed:
+        asked = [name for name in GATES if name in site.quantities]
+        wish = Wish.of(asked, range(hidden.shape[-1]))
+        assert wish is not None
+        units = slice(wish.proof.start, wish.proof.stop, wish.proof.step)
+        update, candidate = (
+            gate if gate.shape[-1] == len(wish.proof) else gate[:, units]
+            for gate in (self.column(site, "update"), self.column(site, "candidate"))
+        )
+        off = prove(update, candidate, self._previous(site, hidden)[:, units], hidden[:, units])
+        # The gates being the kernel's own, there are no products that were made in another order.
+        nothing = np.zeros(len(off))
+        return Recomputed({}, off, nothing, nothing, nothing)
 
     def largest(self, values: Array) -> Array:
         """(calls,) the largest of the values (N,) of each call; 0 where it has no rows."""

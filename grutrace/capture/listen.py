@@ -37,7 +37,7 @@ from grutrace.capture.surroundings import (
 )
 from grutrace.capture.tap import Kernel, Tap, close_forgotten, innermost
 from grutrace.errors import UnsupportedError
-from grutrace.gru.gather import NONE, Columns, together
+from grutrace.gru.gather import NOTHING, Asked, together
 
 Receiver = Callable[[Observation | Missed], None]
 #: Asked once before each call is heard; if it says no, the call is left alone.
@@ -63,7 +63,7 @@ class Ear:
             wins, then auto: whatever leaves the kernel's answer alone.
         wants: Whether the call that comes now is to be heard. Where no receiver of a module wants
             it, nothing is done for it.
-        columns: Which of the kernel's own gates the receiver wants, where they can be had.
+        asked: Which of the kernel's own gates the receiver wants, where they can be had.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class Ear:
         receiver: Receiver,
         stacks: Stacks = "auto",
         wants: Wants = always,
-        columns: Columns = NONE,
+        asked: Asked = NOTHING,
     ) -> None:
         self._module = module
-        self._wish = _Wish(receiver, stacks, wants, columns)
+        self._wish = _Wish(receiver, stacks, wants, asked)
         self._listener: _Listener | None = None
 
     def start(self) -> None:
@@ -101,7 +101,7 @@ class _Wish(NamedTuple):
     receiver: Receiver
     stacks: Stacks
     wants: Wants
-    columns: Columns
+    asked: Asked
 
 
 def _listeners_on(module: nn.Module) -> Iterator[_Listener]:
@@ -140,7 +140,7 @@ class _Listener:
                 self._after = self._module.register_forward_hook(
                     hook, prepend=True, with_kwargs=True, always_call=True
                 )
-            if not _is_on(self._before) and (wish.columns or not plain):
+            if not _is_on(self._before) and (wish.asked.columns or not plain):
                 before = self.before_plain_forward if plain else self.before_forward
                 self._before = self._module.register_forward_pre_hook(
                     _Hook(self, before), with_kwargs=True
@@ -170,7 +170,7 @@ class _Listener:
     def before_plain_forward(
         self, module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        if observe.is_worth_harvesting(module, args, kwargs, self._columns()):
+        if observe.is_worth_harvesting(module, args, kwargs, self._asked()):
             self.before_forward(module, args, kwargs)
 
     def after_plain_forward(
@@ -217,7 +217,7 @@ class _Listener:
                 arguments,
                 sorted_indices,
                 self._stacks(),
-                self._columns(),
+                self._asked(),
             )
             if listening:
                 with aside():
@@ -241,8 +241,8 @@ class _Listener:
         asked = {wish.stacks for wish in tuple(self._wishes.values())}
         return next((each for each in observe.STACKS if each in asked), "auto")
 
-    def _columns(self) -> Columns:
-        wishes = [wish.columns for wish in tuple(self._wishes.values())]
+    def _asked(self) -> Asked:
+        wishes = [wish.asked for wish in tuple(self._wishes.values())]
         return wishes[0] if len(wishes) == 1 else together(wishes, self._module.hidden_size)
 
     def _listening(self) -> list[Receiver]:

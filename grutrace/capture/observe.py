@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from grutrace.capture.surroundings import Missed, aside, is_wrapped, plain
 from grutrace.capture.tap import Kernel
 from grutrace.gru import harvest
-from grutrace.gru.gather import Columns
+from grutrace.gru.gather import Asked
 from grutrace.gru.harvest import Harvest
 from grutrace.gru.kernel import KernelCall, Layer, rerun, split
 from grutrace.gru.steps import PackedSteps, PaddedSteps, Steps
@@ -163,7 +163,7 @@ def kernel_call(
     arguments: tuple[Any, ...],
     sorted_indices: Tensor | None,
     stacks: Stacks,
-    columns: Columns,
+    asked: Asked,
 ) -> tuple[Any, Observation | Missed]:
     """Make a kernel call, and observe it.
 
@@ -173,13 +173,13 @@ def kernel_call(
         arguments: Its positional arguments.
         sorted_indices: The user's place of each of the kernel's sequences, if known.
         stacks: How to see between the layers of a stack.
-        columns: Which gates to harvest, where that can be done and pays.
+        asked: Which gates to harvest, where that can be done and pays.
 
     Returns:
         The kernel's answer, and the observation; or why the layers below the top cannot be seen.
     """
     if isinstance(module, nn.GRUCell):
-        return _cell_call(module, kernel, arguments, columns)
+        return _cell_call(module, kernel, arguments, asked)
     call = KernelCall.of_gru(*arguments)
     padded = call.batch_sizes is None
     batch_first = padded and bool(arguments[-1])
@@ -194,7 +194,7 @@ def kernel_call(
         output, final, layers = split(call)
         return (output.transpose(0, 1) if batch_first else output, final), layers
 
-    (result, layers), gates = _run(call, run, columns)
+    (result, layers), gates = _run(call, run, asked)
     if not layers:
         output = result[0].transpose(0, 1) if batch_first else result[0]
         with aside():
@@ -204,22 +204,22 @@ def kernel_call(
 
 
 def _cell_call(
-    module: nn.GRUCell, kernel: Kernel, arguments: tuple[Any, ...], columns: Columns
+    module: nn.GRUCell, kernel: Kernel, arguments: tuple[Any, ...], asked: Asked
 ) -> tuple[Tensor, Observation]:
     input, initial, *weights = arguments
     weights = [each for each in weights if each is not None]
     call = KernelCall(input.unsqueeze(0), None, initial.unsqueeze(0), weights, len(weights) == 4)
     made: Tensor
-    made, gates = _run(call, lambda: kernel(*arguments), columns)
+    made, gates = _run(call, lambda: kernel(*arguments), asked)
     layers = _with_gates([Layer(call.input, made.unsqueeze(0))], gates)
     return made, _observation(module, call, layers, None, given_state=True)
 
 
 def _run(
-    call: KernelCall, run: Callable[[], Result], columns: Columns
+    call: KernelCall, run: Callable[[], Result], asked: Asked
 ) -> tuple[Result, list[list[Harvest]] | None]:
-    if columns and call.is_worth_harvesting(columns):
-        return call.harvest(run, columns)
+    if asked.columns and call.is_worth_harvesting(asked):
+        return call.harvest(run, asked.columns)
     return run(), None
 
 
@@ -230,7 +230,7 @@ def _with_gates(layers: list[Layer], gates: list[list[Harvest]] | None) -> list[
 
 
 def is_worth_harvesting(
-    module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any], columns: Columns
+    module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any], asked: Asked
 ) -> bool:
     """Whether a call that is about to be made is better heard by a tap, to harvest its gates."""
     input = args[0] if args else kwargs.get("input")
@@ -247,7 +247,7 @@ def is_worth_harvesting(
     else:
         batch, times, _ = input.shape if module.batch_first else input.transpose(0, 1).shape
     return harvest.pays(
-        times, batch, module.input_size, module.hidden_size, columns
+        times, batch, module.input_size, module.hidden_size, asked
     ) and harvest.is_undisturbed(input.data)
 
 

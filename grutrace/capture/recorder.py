@@ -25,7 +25,7 @@ from grutrace.capture.rowtype import RowType, to_numpy
 from grutrace.capture.site_recorder import Check, SiteRecorder
 from grutrace.capture.sites import Selection
 from grutrace.capture.versions import WeightVersions
-from grutrace.gru.gather import NONE, together
+from grutrace.gru.gather import NOTHING, together
 from grutrace.gru.harvest import is_recognized
 from grutrace.record import WEIGHTS, Array, Block, Record, SiteRows, Weights
 
@@ -67,7 +67,7 @@ class ModuleRecorder:
 
     Attributes:
         description: What is recorded of the module.
-        columns: Which of the kernel's own gates are wanted, where they can be had.
+        asked: Which of the kernel's own gates are wanted, where they can be had.
     """
 
     def __init__(
@@ -96,10 +96,12 @@ class ModuleRecorder:
         self._kept = None if steps is None else KeptSteps(steps.start, steps.stop)
         self._versions = WeightVersions()
         self._lock = threading.Lock()
-        wishes = [site.columns for site in self._sites]
+        wishes = [site.asked for site in self._sites]
         # Of some steps the replay costs less than the whole call's harvest.
-        possible = self._kept is None and all(wishes) and is_recognized()
-        self.columns = together(wishes, self.description.hidden_size) if possible else NONE
+        wanted = self._kept is None and all(each.columns for each in wishes)
+        self.asked = NOTHING
+        if wanted and is_recognized():
+            self.asked = together(wishes, self.description.hidden_size)
 
     def record(self, observation: Observation, tag: str | None) -> Recorded:
         """Append an observed call: harvested, replayed or, where gates come later, copied.

@@ -6,6 +6,7 @@ T steps, B sequences in a batch, I input size, H hidden size, N rows of a call, 
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -20,14 +21,18 @@ from grutrace.capture.selection import partial_shadow
 from grutrace.capture.sites import Selection
 from grutrace.capture.versions import KeptRows
 from grutrace.errors import UnsupportedError
-from grutrace.gru.gather import NONE, Wish
+from grutrace.gru.gather import NOTHING, Asked, Wish
 from grutrace.gru.harvest import Harvest
 from grutrace.gru.kernel import Layer
 from grutrace.gru.partial import Columns
 from grutrace.gru.proof import prove
-from grutrace.gru.rounding import coarsest, largest, precision, spacing, tolerance
+from grutrace.gru.rounding import coarsest, largest, precision, rounded, spacing, tolerance
 from grutrace.gru.shadow import Shadow
+from grutrace.gru.steps import Steps
 from grutrace.record import GATES, Array, Site
+
+#: What part of a replay's cost a harvest may be, if the replay would be another thread's.
+SHARE = 1 / 3
 
 Values = TypeVar("Values", Tensor, Array)
 
@@ -50,16 +55,22 @@ class SiteRecorder:
         rows: The type of the rows.
 
     Attributes:
-        columns: Which of the kernel's own gates are wanted, where they can be had.
+        asked: Which of the kernel's own gates are wanted, where they can be had.
     """
 
     def __init__(self, selection: Selection, site: Site, options: Options, rows: RowType) -> None:
         self.site, self._rows = site, rows
         self._inline = options.gates == "inline"
-        gates = [name for name in GATES if name in site.quantities]
+        # What is stored in the end; of gates in the background, `site` says what they follow from.
+        stored = next(e for e in selection.description.sites if e.suffix == site.suffix)
+        self._wanted = {"hidden", *stored.quantities}
+        gates = [name for name in GATES if name in (*stored.quantities, *stored.derived)]
         every = range(selection.description.hidden_size)
-        wish = Wish.of(gates, site.units or every) if self._inline else None
-        self.columns, self._proof = (NONE, every) if wish is None else wish
+        wish = Wish.of(gates, site.units or every)
+        self.asked, self._proof = NOTHING, every
+        if wish is not None and (self._inline or (options.gates == "background" and gates)):
+            share = 1.0 if self._inline else SHARE
+            self.asked, self._proof = Asked(wish.columns, share), wish.proof
         self._shadow = Shadow(selection.module, site.layer, site.reverse, rows.stored)
         self._part = partial_shadow(selection.description, site)
         self._kept = None if self._part is None else KeptRows(self._part.rows)
@@ -81,19 +92,27 @@ class SiteRecorder:
             UnsupportedError: What the layer read is not recorded, and can no longer be told.
         """
         steps, site = observation.steps, self.site
+        quantities: Collection[str] = site.quantities
         layer = observation.layers[site.layer]
         hidden = layer.output
         if observation.call.directions > 1:
             hidden = hidden.chunk(2, -1)[int(site.reverse)]
-        if not self._inline:
+        if self.asked.columns and layer.gates is not None:
+            harvest = layer.gates[int(site.reverse)]
+            if self._inline:
+                rows, check = self._harvest(observation, harvest, hidden)
+            else:
+                # Whoever stores them proves them.
+                rows = self._rows_of(harvest, steps)
+                known = spacing(coarsest(hidden.dtype, harvest.dtype))
+                check, quantities = Check(math.nan, math.nan, known), self._wanted
+        elif not self._inline:
             rows, check = dict[str, Array](), self._copy(observation, layer, hidden)
-        elif self.columns and layer.gates is not None:
-            rows, check = self._harvest(observation, layer.gates[int(site.reverse)], hidden)
         else:
             rows, check = self._replay(observation, layer, hidden)
-        if "hidden" in site.quantities and "hidden" not in rows:
+        if "hidden" in quantities and "hidden" not in rows:
             rows["hidden"] = self._rows.of_steps(steps, self._of_units(hidden))
-        if "input" in site.quantities:
+        if "input" in quantities:
             if site.layer not in inputs:
                 inputs[site.layer] = self._rows.of_steps(steps, layer.input)
             rows["input"] = inputs[site.layer]
@@ -134,14 +153,20 @@ class SiteRecorder:
         weight = call.cell_weights(site.layer, site.reverse).weight_ih
         return Check(math.nan, math.nan, precision(layer.input, hidden, weight))
 
+    def _rows_of(self, harvest: Harvest, steps: Steps) -> dict[str, Array]:
+        """Return what was taken of each gate, (N, U)."""
+        return {
+            name: steps.as_rows(
+                _at(harvest.gates[name], harvest.columns[name], columns), self._rows.dtype
+            )
+            for name, columns in self.asked.columns.items()
+        }
+
     def _harvest(
         self, observation: Observation, harvest: Harvest, hidden: Tensor
     ) -> tuple[dict[str, Array], Check]:
         steps, site = observation.steps, self.site
-        found = {
-            name: steps.as_rows(_of_columns(harvest, name, columns), self._rows.dtype)
-            for name, columns in self.columns.items()
-        }
+        found = self._rows_of(harvest, steps)
         initial = observation.call.cell_initial(site.layer, site.reverse)
         states = self._rows.of_steps(steps, self._of_units(hidden))
         proof = self._proof
@@ -150,7 +175,7 @@ class SiteRecorder:
         if len(proof) < states.shape[-1]:
             proven = self._rows.of_steps(steps, hidden[..., units])
         update, candidate = (
-            _at(found[name], self.columns[name], proof) for name in ("update", "candidate")
+            _at(found[name], self.asked.columns[name], proof) for name in ("update", "candidate")
         )
         residual = prove(
             update,
@@ -165,8 +190,10 @@ class SiteRecorder:
             kept["hidden"] = states
         # The gates being the kernel's own, there are no products that were made in another order.
         size = max(1.0, largest(initial))
-        computed = coarsest(hidden.dtype, harvest.dtype)
-        allowed = tolerance(coarsest(self._rows.stored, hidden.dtype), 0, size, 0.0, 0.0)
+        computed, stored = coarsest(hidden.dtype, harvest.dtype), self._rows.stored
+        allowed = tolerance(computed, 0, size, 0.0, 0.0)
+        if spacing(stored) > spacing(computed):
+            allowed += rounded(stored, size, 0.0, 0.0)
         return kept, Check(residual, allowed, spacing(computed))
 
     def _replay(
@@ -191,11 +218,6 @@ class SiteRecorder:
     def _of_units(self, values: Tensor) -> Tensor:
         """(..., U) of (..., H). May share memory."""
         return values if self._units is None else self._units.of(values)
-
-
-def _of_columns(harvest: Harvest, name: str, columns: range) -> Tensor:
-    """(..., U) of what was taken, which may be more."""
-    return _at(harvest.gates[name], harvest.columns[name], columns)
 
 
 def _at(values: Values, there: range, asked: range) -> Values:

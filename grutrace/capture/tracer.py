@@ -247,7 +247,7 @@ class Tracer(Trace):
                         receive,
                         self._options.stacks,
                         wants,
-                        self._recorders[index].columns,
+                        self._recorders[index].asked,
                     )
                     self._ears.append(ear)
                     self._ears[-1].start()

@@ -87,6 +87,28 @@ def recompute(
     return Recomputed(gates, off, product, recurrent, sums)
 
 
+@apart()
+def prove(update: Array, candidate: Array, previous: Array, hidden: Array) -> Array:
+    """(N,) how far the states that gates lead to are from the recorded; see `Recomputed.off`.
+
+    Args:
+        update: (N, U)
+        candidate: (N, U)
+        previous: (N, U) the state before each step.
+        hidden: (N, U) the state after it, as the kernel returned it.
+    """
+    z, n, before, after = map(torch.from_numpy, (update, candidate, previous, hidden))
+    count, size = hidden.shape
+    off = torch.empty(count, dtype=torch.promote_types(after.dtype, torch.float32))
+    rows = max(SMALLEST_BLOCK, BLOCK // (6 * max(1, size)))
+    for start in range(0, count, rows):
+        part = slice(start, start + rows)
+        made = cell.step(cell.Gates(z[part], z[part], n[part]), before[part])
+        off[part] = _off(made, after[part])
+    array: Array = off.numpy()
+    return array
+
+
 def _sizes(products: cell.Products) -> tuple[Tensor, Tensor]:
     """(n,) largest element of each row's products, and (n,) of the candidate's recurrent one."""
     size = products.hidden.shape[-1] // 3

@@ -21,7 +21,21 @@ PROOF_UNITS = 8
 
 #: By the name of a gate, which units of it.
 Columns: TypeAlias = Mapping[str, range]
-NONE: Columns = MappingProxyType({})
+
+
+class Asked(NamedTuple):
+    """What somebody wants of the kernel's own gates.
+
+    Attributes:
+        columns: Which.
+        share: What part of a replay's cost a harvest may cost at most.
+    """
+
+    columns: Columns
+    share: float = 1.0
+
+
+NOTHING = Asked(MappingProxyType({}))
 
 
 class Wish(NamedTuple):
@@ -52,8 +66,8 @@ class Wish(NamedTuple):
         return cls({"update": proof, "candidate": proof} | columns, proof)
 
 
-def together(wishes: Sequence[Columns], hidden_size: int) -> Columns:
-    """Return columns that have all that is wished for: of each gate the same, or else all units.
+def together(wishes: Sequence[Asked], hidden_size: int) -> Asked:
+    """Return all that is wished for: of each gate the same columns, or else all units.
 
     Args:
         wishes: What several want of one layer.
@@ -61,9 +75,9 @@ def together(wishes: Sequence[Columns], hidden_size: int) -> Columns:
     """
     found: dict[str, range] = {}
     for wish in wishes:
-        for name, columns in wish.items():
+        for name, columns in wish.columns.items():
             found[name] = columns if found.get(name, columns) == columns else range(hidden_size)
-    return found
+    return Asked(found, min((wish.share for wish in wishes if wish.columns), default=1.0))
 
 
 class Layout(NamedTuple):

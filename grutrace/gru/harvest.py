@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from grutrace.gru import cell, overhear
-from grutrace.gru.gather import Columns, Layout, Room
+from grutrace.gru.gather import Asked, Columns, Layout, Room
 from grutrace.gru.steps import PackedSteps
 from grutrace.record import GATES
 
@@ -134,7 +134,7 @@ def _in_order(
     return found
 
 
-def pays(times: int, batch: float, input_size: float, hidden_size: int, columns: Columns) -> bool:
+def pays(times: int, batch: float, input_size: float, hidden_size: int, asked: Asked) -> bool:
     """Whether a harvest is expected to cost less than the replay of a call.
 
     A replay repeats the matrix products of the layer, for the units that are asked for. A harvest
@@ -145,15 +145,16 @@ def pays(times: int, batch: float, input_size: float, hidden_size: int, columns:
         batch: B, the mean over the steps of a packed batch.
         input_size: I, the mean over the layers of a stack.
         hidden_size: H
-        columns: What is to be taken.
+        asked: What is to be taken, and how much less it is to cost.
     """
+    columns = asked.columns
     taken = sum(map(len, columns.values()))
     rows = taken if "reset" in columns else taken + len(columns.get("candidate", ()))
     products = 2 * batch * rows * (input_size + hidden_size)
     replayed = products / (OPERATIONS_PER_SECOND * torch.get_num_threads())
     replayed += ELEMENT_REPLAYED * batch * rows
     heard = STEP_HEARD + ELEMENT_HEARD * batch * taken + WEIGHT_HEARD * 3 * hidden_size**2
-    return times * (replayed - heard) > CALL_HEARD
+    return times * (asked.share * replayed - heard) > CALL_HEARD
 
 
 def is_undisturbed(input: Tensor) -> bool:

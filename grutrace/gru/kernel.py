@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from grutrace.gru import harvest
-from grutrace.gru.gather import Columns, Layout
+from grutrace.gru.gather import Asked, Columns, Layout
 from grutrace.gru.harvest import Harvest
 
 Result = TypeVar("Result")
@@ -125,13 +125,13 @@ class KernelCall(NamedTuple):
             output, final = torch.gru(input, self.batch_sizes, initial, weights, *options)
         return Layer(input, output), final
 
-    def is_worth_harvesting(self, columns: Columns) -> bool:
+    def is_worth_harvesting(self, asked: Asked) -> bool:
         """Whether these gates of all layers can be harvested, and cost less so than replayed."""
         width, (_, _, size) = self.input.shape[-1], self.initial.shape
         batch = self.input.numel() / max(1, self.times * width)
         widths = [width, *[self.directions * size] * (self.num_layers - 1)]
         return harvest.pays(
-            self.times, batch, sum(widths) / len(widths), size, columns
+            self.times, batch, sum(widths) / len(widths), size, asked
         ) and harvest.is_undisturbed(self.input)
 
     def harvest(

@@ -475,11 +475,12 @@ def test_a_chaotic_network(harvesting, grad) -> None:
 
 
 def test_the_rule_prefers_the_replay_where_steps_are_small() -> None:
-    all_of = {size: dict.fromkeys(GATES, range(size)) for size in (64, 1024)}
+    all_of = {size: gather.Asked(dict.fromkeys(GATES, range(size))) for size in (64, 1024)}
     assert not harvest.pays(1000, 1, 64, 64, all_of[64])
     assert not harvest.pays(1, 4, 64, 64, all_of[64])
     assert harvest.pays(10, 64, 1024, 1024, all_of[1024])
-    assert not harvest.pays(10, 1, 1024, 1024, {"update": range(1), "candidate": range(1)})
+    few = gather.Asked({"update": range(1), "candidate": range(1)})
+    assert not harvest.pays(10, 1, 1024, 1024, few)
 
 
 PEAK = """
