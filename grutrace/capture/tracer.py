@@ -80,8 +80,9 @@ class Tracer(Trace):
         gates: When they are computed. ``inline``: with the call. ``background``: the call only
             copies what they follow from (the states of every layer, the input of the first and,
             where there is dropout, of the others), and they are computed and stored by the thread
-            that writes the file or, in memory, when somebody looks at the trace. ``deferred``: the
-            copies are stored, and they are derived when they are read. ``auto``: in the
+            that writes the file or, in memory, when somebody looks at the trace; where the kernel's
+            own can be had for a third of what that takes, these are copied instead. ``deferred``:
+            the copies are stored, and gates are derived when they are read. ``auto``: in the
             background, but inline with ``units``, ``check="raise"`` or a ``sink``.
         recording: Whether to begin to record on entering.
         mode: For a file that exists: ``w`` refuses, ``a`` appends, ``overwrite`` replaces it.

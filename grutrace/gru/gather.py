@@ -20,7 +20,7 @@ from grutrace.record import GATES
 PROOF_UNITS = 8
 
 #: By the name of a gate, which units of it.
-Columns: TypeAlias = Mapping[str, range]
+UnitsByGate: TypeAlias = Mapping[str, range]
 
 
 class Asked(NamedTuple):
@@ -31,7 +31,7 @@ class Asked(NamedTuple):
         share: What part of a replay's cost a harvest may cost at most.
     """
 
-    columns: Columns
+    columns: UnitsByGate
     share: float = 1.0
 
 
@@ -46,7 +46,7 @@ class Wish(NamedTuple):
         proof: Units of which the states are compared with what the gates lead to.
     """
 
-    columns: Columns
+    columns: UnitsByGate
     proof: range
 
     @classmethod
@@ -124,7 +124,7 @@ class Room:
         candidate: What is taken of the candidate (b, H).
     """
 
-    def __init__(self, layout: Layout, columns: Columns) -> None:
+    def __init__(self, layout: Layout, columns: UnitsByGate) -> None:
         self._layout, size = layout, layout.hidden_size
         opened = tuple(name for name in ("reset", "update") if name in columns)
         alike = len({columns[name] for name in opened}) == 1

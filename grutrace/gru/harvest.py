@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from grutrace.gru import cell, overhear
-from grutrace.gru.gather import Asked, Columns, Layout, Room
+from grutrace.gru.gather import Asked, Layout, Room, UnitsByGate
 from grutrace.gru.steps import PackedSteps
 from grutrace.record import GATES
 
@@ -37,8 +37,9 @@ Result = TypeVar("Result")
 #: docs/performance.md has the measurements that these and the following are fitted to.
 OPERATIONS_PER_SECOND = 110e9
 
-#: What follows the products in a replay, an element of a gate. Seconds.
-ELEMENT_REPLAYED = 1.7e-9
+#: What follows the products in a replay, an element of a gate; and what it takes to read a weight,
+#: once a call. Seconds.
+ELEMENT_REPLAYED, WEIGHT_REPLAYED = 1.7e-9, 250e-12
 
 #: What it costs to listen to a call instead of looking at it afterwards, to hear a step, and to
 #: copy an element of a gate of it. Seconds.
@@ -59,12 +60,12 @@ class Harvest(NamedTuple):
     """
 
     gates: dict[str, Tensor]
-    columns: Columns
+    columns: UnitsByGate
     dtype: torch.dtype
 
 
 def harvest(
-    kernel: Callable[[], Result], layout: Layout, directions: Sequence[bool], columns: Columns
+    kernel: Callable[[], Result], layout: Layout, directions: Sequence[bool], columns: UnitsByGate
 ) -> tuple[Result, list[Harvest] | None]:
     """Make a kernel call, and take gates of each step as they are made.
 
@@ -150,11 +151,13 @@ def pays(times: int, batch: float, input_size: float, hidden_size: int, asked: A
     columns = asked.columns
     taken = sum(map(len, columns.values()))
     rows = taken if "reset" in columns else taken + len(columns.get("candidate", ()))
-    products = 2 * batch * rows * (input_size + hidden_size)
-    replayed = products / (OPERATIONS_PER_SECOND * torch.get_num_threads())
-    replayed += ELEMENT_REPLAYED * batch * rows
-    heard = STEP_HEARD + ELEMENT_HEARD * batch * taken + WEIGHT_HEARD * 3 * hidden_size**2
-    return times * (asked.share * replayed - heard) > CALL_HEARD
+    weights = rows * (input_size + hidden_size)
+    step = 2 * batch * weights / (OPERATIONS_PER_SECOND * torch.get_num_threads())
+    replayed = times * (step + ELEMENT_REPLAYED * batch * rows)
+    # In the background they are read once for many calls.
+    replayed = asked.share * replayed if asked.share < 1 else replayed + WEIGHT_REPLAYED * weights
+    step = STEP_HEARD + ELEMENT_HEARD * batch * taken + WEIGHT_HEARD * 3 * hidden_size**2
+    return replayed > CALL_HEARD + times * step
 
 
 def is_undisturbed(input: Tensor) -> bool:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from grutrace.gru import harvest
-from grutrace.gru.gather import Asked, Columns, Layout
+from grutrace.gru.gather import Asked, Layout, UnitsByGate
 from grutrace.gru.harvest import Harvest
 
 Result = TypeVar("Result")
@@ -135,7 +135,7 @@ class KernelCall(NamedTuple):
         ) and harvest.is_undisturbed(self.input)
 
     def harvest(
-        self, run: Callable[[], Result], columns: Columns
+        self, run: Callable[[], Result], columns: UnitsByGate
     ) -> tuple[Result, list[list[Harvest]] | None]:
         """Harvest gates of all layers while something makes this call.
 
