@@ -96,17 +96,6 @@ def beside(layer: nn.GRU, input: Tensor) -> Iterator[Running]:
     yield Running(call, read)
 
 
-@contextmanager
-def copying(layer: nn.GRU, input: Tensor) -> Iterator[Running]:
-    """The layer, and its output copied as often as a trace has rows of a step."""
-
-    def call() -> list[Tensor]:
-        output = layer(input)[0]
-        return [output.clone() for _ in ("hidden", *GATES)]
-
-    yield Running(call, lambda copies: {"output": copies[0]})
-
-
 def instead(function: Callable[[], Callable[..., Results]]) -> Any:
     """The loop in the layer's place, as ``function`` makes it."""
 
@@ -174,7 +163,6 @@ def _tried(call: Callable[[], Results]) -> Running:
 
 
 LOOPS = (
-    Peer("the layer, and as many bytes copied and kept", "output", copying, gates=False, kept=True),
     Peer("Python loop beside the layer", "output, all gates", beside),
     Peer("Python loop instead", "output, all gates", instead(lambda: loop)),
     Peer("loop under torch.jit.script", "output, all gates", instead(scripted)),

@@ -55,8 +55,6 @@ class Peer:
         package: What it needs, by the name under which it is installed.
         only_small: It takes so long that it is measured on the two small shapes, and seldom.
         most_steps: It is not measured over more steps than this.
-        kept: Whether what it returns is kept from run to run, as a trace keeps it. Always where it
-            gives gates: memory that is used again costs less than memory that nobody has had.
     """
 
     name: str
@@ -66,7 +64,6 @@ class Peer:
     package: str = "torch"
     only_small: bool = False
     most_steps: int | None = None
-    kept: bool = False
 
 
 def need(package: str) -> Any:
