@@ -301,7 +301,7 @@ def test_the_default_is_the_background_where_it_can_be(tmp_path) -> None:
     layer = nn.GRU(4, 6)
     for options, gates in (
         ({}, "background"),
-        ({"path": tmp_path / "a.h5"}, "background"),
+        ({"path": tmp_path / "a.h5"}, "inline"),
         ({"check": "raise"}, "inline"),
         ({"units": [1]}, "inline"),
         ({"sink": grutrace.Statistics()}, "inline"),
@@ -309,6 +309,43 @@ def test_the_default_is_the_background_where_it_can_be(tmp_path) -> None:
     ):
         with grutrace.Tracer(layer, recording=False, **options) as tracer:
             assert tracer.options["gates"] == gates
+
+
+TEAMS = """
+    import os, sys, threading, time
+    import torch, grutrace
+    from grutrace.capture import background
+    from torch import nn
+
+    torch.set_num_threads(4)
+    if sys.argv[1] == "control":
+        background.keep_to_one_thread = lambda: None
+    layer, x = nn.GRU(128, 256).requires_grad_(False), torch.randn(64, 64, 128)
+    layer(x)
+    before = len(os.listdir("/proc/self/task"))
+    with grutrace.trace(layer, sys.argv[2], gates="background") as trace:
+        layer(x)
+        trace.flush()
+        # That of the writer, and those of its team.
+        print(len(os.listdir("/proc/self/task")) - before)
+        assert torch.get_num_threads() == 4
+        found = []
+        other = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        other.start(), other.join()
+        assert found == [4]
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+def test_the_thread_that_computes_has_no_team_of_its_own(tmp_path) -> None:
+    """With more of torch's threads than cores the model's own wait for each other asleep."""
+
+    def threads(way: str) -> int:
+        command = [sys.executable, "-c", textwrap.dedent(TEAMS), way, str(tmp_path / f"{way}.h5")]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    assert threads("kept") == 1
+    assert threads("control") > 1
 
 
 def test_what_cannot_be_in_the_background() -> None:

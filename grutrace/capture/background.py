@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from grutrace.capture.doubt import Doubt
+from grutrace.capture.one_thread import keep_to_one_thread
 from grutrace.gru.batch import Recomputed, prove, recompute
 from grutrace.gru.derive import tolerances
 from grutrace.gru.gather import Wish
@@ -48,16 +49,19 @@ class Background:
 
     Args:
         modules: Of the trace.
+        own_thread: Whether it runs in a thread that is not the model's, nor a reader's.
     """
 
-    def __init__(self, modules: Sequence[Module]) -> None:
-        self._modules = modules
+    def __init__(self, modules: Sequence[Module], *, own_thread: bool = False) -> None:
+        self._modules, self._own_thread = modules, own_thread
         self._weights: dict[int, Weights] = {}
         self._doubts: list[Doubt] = []
         self._lock = threading.Lock()
 
     def __call__(self, records: Sequence[Record]) -> list[Record]:
         """Return the records as they are to be stored."""
+        if self._own_thread:
+            keep_to_one_thread()
         whole = list(records)
         waiting: dict[int, list[int]] = {}
         for place, record in enumerate(records):

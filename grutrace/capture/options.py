@@ -76,8 +76,9 @@ class Options:
         _expect_one_of("stacks", stacks, STACKS)
         _expect_one_of("check", check, get_args(Check))
         if gates == "auto":
-            # What is not stored, what stops the model, and what copies are too little for.
-            at_once = counted or check == "raise" or units is not None
+            # What is not stored, what stops the model, what copies are too little for; and where
+            # the thread that computes would take from the model what it takes from the call.
+            at_once = counted or check == "raise" or units is not None or to_file
             gates = "inline" if at_once else "background"
         self.gates, self.stacks, self.check = gates, stacks, check
         self.to_file = to_file

@@ -180,7 +180,9 @@ class Tracer(Trace):
             options={**options.as_json(), **self._stamp, **(own.options if own else {})},
             modules=tuple(each.description for each in self._selections),
         )
-        self._background = Background(header.modules) if options.gates == "background" else None
+        self._background = None
+        if options.gates == "background":
+            self._background = Background(header.modules, own_thread=path is not None)
         self._outlet = Outlet(open_sink(path, header, mode, sink, self._background, fsync=fsync))
         super().__init__(open_source(self._outlet.sink))
         self._before = recorded_calls(self._source)

@@ -34,7 +34,7 @@ def figures(workload: Workload, budget: float, limit: float) -> Iterator[Figure]
             mock.patch.object(harvest, "pays", lambda *_, pays=pays, **__: pays),
             traced(workload, inline, Path()) as run,
         ):
-            found[name] = ratio(workload.run, run, budget, limit=limit)
+            found[name] = ratio(workload.run, run.call, budget, limit=limit)
         yield measured(name, found[name])
     asked: list[bool] = []
     rule = harvest.pays
@@ -47,7 +47,7 @@ def figures(workload: Workload, budget: float, limit: float) -> Iterator[Figure]
         mock.patch.object(harvest, "pays", heard),
         traced(workload, inline, Path()) as run,
     ):
-        run()
+        run.call()
     taken = "harvested" if asked[-1] else "replayed"
     other = "replayed" if asked[-1] else "harvested"
     yield not_measured("the rule takes", verdict(taken, found[taken].median, found[other].median))

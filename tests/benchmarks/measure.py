@@ -27,7 +27,7 @@ def tracing(workload: Workload, budget: float, limit: float) -> Iterator[Figure]
     in_memory = None
     for each in TRACINGS:
         with tempfile.TemporaryDirectory() as folder, traced(workload, each, Path(folder)) as run:
-            found = ratio(workload.run, run, budget, limit=limit)
+            found = ratio(workload.run, run.call, budget, limit=limit, settle=run.settle)
         if each.name == IN_MEMORY:
             in_memory = found.median
         yield measured(each.name, found, each.target_for(workload.kind, in_memory))

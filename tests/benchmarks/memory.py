@@ -35,7 +35,7 @@ SAME = 16
 KINDS: dict[str, dict[str, Any] | None] = {
     "untraced": None,
     "everything inline, to a file": {"gates": "inline"},
-    "the default, to a file": {},
+    "in the background, to a file": {"gates": "background"},
     "deferred, to a file": {"gates": "deferred"},
 }
 

@@ -77,6 +77,7 @@ def ratio(
     limit: float = LIMIT,
     pairs: int = PAIRS,
     warm_up: int = WARM_UP,
+    settle: Callable[[], object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Ratio:
     """Measure ``other`` against ``base``.
@@ -88,6 +89,7 @@ def ratio(
         limit: After so many seconds `FEWEST` pairs do.
         pairs: How many there are at least, if that takes no longer.
         warm_up: How often both run before the first pair.
+        settle: Called after each B, not timed, so that nothing of B goes on during the next A.
         clock: Tells the time in seconds.
     """
 
@@ -96,10 +98,16 @@ def ratio(
         function()
         return clock() - began
 
+    def timed_other() -> float:
+        found = timed(other)
+        if settle is not None:
+            settle()
+        return found
+
     began = clock()
     for number in range(warm_up):
         if number == 0 or clock() - began < WARM:
-            timed(base), timed(other)
+            timed(base), timed_other()
     times: list[tuple[float, float]] = []
     began = clock()
 
@@ -110,7 +118,7 @@ def ratio(
         return spent >= budget or count >= MOST_PAIRS
 
     while not enough():
-        times.append((timed(base), timed(other)))
+        times.append((timed(base), timed_other()))
     return ratio_of(times)
 
 

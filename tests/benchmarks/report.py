@@ -37,7 +37,7 @@ OURS = (
     IN_MEMORY,
     "the default, in memory",
     "the default, in memory, made and read",
-    "the default, to a file",
+    "everything inline, to a file",
     "deferred, to a file",
 )
 

@@ -47,7 +47,7 @@ def test_long_traces_are_traces(tmp_path: Path) -> None:
 def test_each_tracing_leaves_the_model_as_it_was(tracing: Tracing, tmp_path: Path) -> None:
     workload = single_layer(3, 2, 4, 32)
     with traced(workload, tracing, tmp_path) as run:
-        run(), run()
+        run.call(), run.call()
     assert not workload.model._forward_hooks
     assert list(tmp_path.iterdir()) == []
 

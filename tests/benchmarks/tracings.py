@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grutrace
 from tests.benchmarks.figures import Target
@@ -79,7 +79,13 @@ TRACINGS = (
         options=lambda: {"gates": "inline"},
         to_file=True,
     ),
-    Tracing("the default, to a file", 1.10, {"one step": 1.30}, to_file=True),
+    Tracing(
+        "in the background, to a file",
+        1.10,
+        {"one step": 1.30},
+        options=lambda: {"gates": "background"},
+        to_file=True,
+    ),
     Tracing(
         "deferred, to a file",
         1.10,
@@ -96,8 +102,20 @@ TRACINGS = (
 )
 
 
+class Run(NamedTuple):
+    """A workload, traced.
+
+    Attributes:
+        call: Runs it once.
+        settle: Waits until nothing of that goes on any more.
+    """
+
+    call: Callable[[], object]
+    settle: Callable[[], object] | None = None
+
+
 @contextmanager
-def traced(workload: Workload, tracing: Tracing, folder: Path) -> Iterator[Callable[[], object]]:
+def traced(workload: Workload, tracing: Tracing, folder: Path) -> Iterator[Run]:
     """Give a function that runs the workload traced.
 
     Tracing is switched on and off around each run, so that the untraced run in between is
@@ -105,7 +123,7 @@ def traced(workload: Workload, tracing: Tracing, folder: Path) -> Iterator[Calla
     """
     if tracing.idle:
         with grutrace.Tracer(workload.model, **tracing.options()):
-            yield workload.run
+            yield Run(workload.run)
         return
     if tracing.read:
 
@@ -114,10 +132,10 @@ def traced(workload: Workload, tracing: Tracing, folder: Path) -> Iterator[Calla
                 workload.run()
             nbytes_of(tracer)
 
-        yield alone
+        yield Run(alone)
         return
     if not (tracing.to_file or tracing.lasting):
-        yield _in_memory(workload, tracing)
+        yield Run(_in_memory(workload, tracing))
         return
     path = folder / "run.h5" if tracing.to_file else None
     with grutrace.Tracer(workload.model, path, recording=False, **tracing.options()) as tracer:
@@ -127,7 +145,7 @@ def traced(workload: Workload, tracing: Tracing, folder: Path) -> Iterator[Calla
             workload.run()
             tracer.stop()
 
-        yield one_of_many
+        yield Run(one_of_many, tracer.flush)
     if path is not None:
         path.unlink()
 
