@@ -190,7 +190,7 @@ def test_the_trace_is_that_of_an_explicit_tracer(tmp_path) -> None:
     assert found.stderr == expected.stderr + said
     torch.manual_seed(0)
     model = EncoderDecoder(layers=2)
-    with grutrace.trace(model, record=["update", "hidden"]) as memory:
+    with grutrace.trace(model, record=["update", "hidden"], gates="inline") as memory:
         model(torch.randn(4, 6, 5), steps=3)
     with grutrace.open(tmp_path / "x.h5") as trace:
         assert trace.closed
