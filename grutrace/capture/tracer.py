@@ -82,8 +82,8 @@ class Tracer(Trace):
             where there is dropout, of the others), and they are computed and stored by the thread
             that writes the file or, in memory, when somebody looks at the trace; where the kernel's
             own can be had for a third of what that takes, these are copied instead. ``deferred``:
-            the copies are stored, and gates are derived when they are read. ``auto``: in the
-            background, but inline with ``units``, ``check="raise"`` or a ``sink``.
+            the copies are stored, and gates are derived when they are read. ``auto``: in memory in
+            the background; inline with a file, ``units``, ``check="raise"`` or a ``sink``.
         recording: Whether to begin to record on entering.
         mode: For a file that exists: ``w`` refuses, ``a`` appends, ``overwrite`` replaces it.
         stacks: How to see between the layers of a stack: ``split`` (one fused call a layer, bit
