@@ -234,21 +234,24 @@ def is_worth_harvesting(
 ) -> bool:
     """Whether a call that is about to be made is better heard by a tap, to harvest its gates."""
     input = args[0] if args else kwargs.get("input")
-    batch: float
     if isinstance(input, PackedSequence):
-        times = len(input.batch_sizes)
-        batch = len(input.data) / times
-    elif not isinstance(input, Tensor):
+        times, rows = len(input.batch_sizes), len(input.data)
+    elif not isinstance(input, Tensor) or input.dim() not in _dimensions(module):
+        # What the module says to that is its own.
         return False
-    elif isinstance(module, nn.GRUCell):
-        times, batch = 1, 1 if input.dim() == 1 else len(input)
-    elif input.dim() == 2:
-        times, batch = len(input), 1
     else:
-        batch, times, _ = input.shape if module.batch_first else input.transpose(0, 1).shape
+        rows = input.shape[:-1].numel()
+        in_time = 1 if input.dim() == 3 and isinstance(module, nn.GRU) and module.batch_first else 0
+        times = 1 if isinstance(module, nn.GRUCell) else input.shape[in_time]
+    batch = rows / max(1, times)
     return harvest.pays(
         times, batch, module.input_size, module.hidden_size, asked
     ) and harvest.is_undisturbed(input.data)
+
+
+def _dimensions(module: GRUModule) -> tuple[int, int]:
+    """How many a tensor may have that the module takes."""
+    return (1, 2) if isinstance(module, nn.GRUCell) else (2, 3)
 
 
 def _on_cpu(call: KernelCall) -> bool:

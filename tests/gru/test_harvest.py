@@ -291,6 +291,28 @@ def test_additions_elsewhere_are_not_heard(harvesting, grad) -> None:
     assert (trace["l0"].checks["residual"] == 0).all()
 
 
+@pytest.mark.parametrize("make", [nn.GRU, nn.GRUCell])
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3, 4), (2, 2, 3, 4)])
+@pytest.mark.parametrize("harvested", [True, False])
+def test_what_a_module_does_not_take_it_says_itself(make, shape, harvested, monkeypatch) -> None:
+    monkeypatch.setattr(harvest, "pays", lambda *_, **__: harvested)
+    layer, x = make(4, 6), torch.randn(shape)
+
+    def said() -> tuple[type, str] | None:
+        try:
+            layer(x)
+        except Exception as error:
+            return type(error), str(error)
+        return None
+
+    expected = said()
+    with grutrace.Tracer(layer, gates="inline") as tracer:
+        assert said() == expected
+        layer(torch.randn(3, 4))
+        assert len(tracer.calls) == 1 + (expected is None)
+    assert not layer._forward_hooks
+
+
 def test_an_interruption_within_a_step_leaves_nothing_behind(harvesting, monkeypatch) -> None:
     layer, x = nn.GRU(5, 7), torch.randn(4, 3, 5)
     heard = overhear.heard
