@@ -167,19 +167,26 @@ class _Listener:
                 self._after.remove()
                 self._after = None
 
+    # PyTorch keeps in a second place that a hook takes keywords. One that is put on or taken off
+    # while a forward runs, in another thread or by another hook, is called without them once.
+
     def before_plain_forward(
-        self, module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: GRUModule, args: tuple[Any, ...], *with_kwargs: dict[str, Any]
     ) -> None:
-        if observe.is_worth_harvesting(module, args, kwargs, self._asked()):
-            self.before_forward(module, args, kwargs)
+        for kwargs in with_kwargs:
+            if observe.is_worth_harvesting(module, args, kwargs, self._asked()):
+                self.before_forward(module, args, kwargs)
 
     def after_plain_forward(
-        self, module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self, module: GRUModule, args: tuple[Any, ...], *kwargs_and_output: Any
     ) -> None:
         tap = innermost(self)
         if tap is not None and not tap.forgotten:
             self.after_forward()
             return
+        if len(kwargs_and_output) < 2:
+            return
+        kwargs, output = kwargs_and_output
         # Without an output the forward has failed, and there was no tap to close.
         if output is None or is_recomputation():
             return
@@ -194,9 +201,11 @@ class _Listener:
             _tell(listening, observe.plain_call(module, args, kwargs, output))
 
     def before_forward(
-        self, module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: GRUModule, args: tuple[Any, ...], *with_kwargs: dict[str, Any]
     ) -> None:
-        given = (*args, *kwargs.values())
+        if not with_kwargs:
+            return
+        given = (*args, *with_kwargs[0].values())
         packed = (each for each in given if isinstance(each, PackedSequence))
         sorted_indices = next((each.sorted_indices for each in packed), None)
 

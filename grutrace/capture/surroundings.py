@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -83,7 +84,7 @@ def aside() -> Iterator[None]:
     modes = torch._C._len_torch_dispatch_stack()
     levels = torch._C._functorch.peek_interpreter_stack() is not None
     # In this order: function modes hear of gradients being switched off and on, too.
-    with torch._C.DisableTorchFunction(), torch.no_grad():
+    with torch._C.DisableTorchFunction(), torch.no_grad(), _set_fwd_grad_enabled(False):
         if not modes and not levels:
             yield
             return

@@ -19,6 +19,7 @@ from grutrace.storage.header import write_header
 from grutrace.storage.placing import naming
 from grutrace.storage.scales import create_scales
 from grutrace.storage.schema import LIBVER, create_column, create_datasets
+from grutrace.storage.unmarked import image
 
 
 def create(path: Path, new: Path, header: Header) -> h5py.File:
@@ -33,13 +34,12 @@ def create(path: Path, new: Path, header: Header) -> h5py.File:
         TraceFileError: It cannot be created.
     """
     with naming(path, "created"):
-        with h5py.File(new, "w", libver=LIBVER, driver="core", backing_store=False) as image:
-            write_header(image, header)
+        with h5py.File(new, "w", libver=LIBVER, driver="core", backing_store=False) as memory:
+            write_header(memory, header)
             packed = filter_options(compression_of(header))
-            create_datasets(image, header.modules, partial(create_column, packed=packed))
-            create_scales(image, header.modules)
-            image.flush()
-            content = image.id.get_file_image()
+            create_datasets(memory, header.modules, partial(create_column, packed=packed))
+            create_scales(memory, header.modules)
+            content = image(memory)
         with new.open("xb") as file:
             file.write(content)
         return _open(new)

@@ -47,7 +47,8 @@ _HEAP = b"GCOL"
 #: An object header begins so.
 _HEADER = b"OHDR\2"
 
-#: Places in it: the flags of writers, and the address where the file ends.
+#: Places in it: its version, the flags of writers, and the address where the file ends.
+_VERSION = 8
 _FLAGS = 11
 _END = slice(28, 36)
 
@@ -190,6 +191,20 @@ def _header_size(view: memoryview) -> int:
     start = 6 + 16 * bool(flags & 0x20) + 4 * bool(flags & 0x10)
     width = 1 << (flags & 3)
     return start + width + int.from_bytes(view[start : start + width], "little") + 4
+
+
+def image(file: h5py.File) -> bytes:
+    """Return the bytes of a file that was created in memory.
+
+    HDF5 before 2.0 takes the mark of a writer out of them, and leaves the checksum as it was with
+    it: a writer that opens such a file waits for ever for one that fits.
+    """
+    file.flush()
+    found = bytes(file.id.get_file_image())
+    if found[_VERSION] not in _VERSIONS:
+        return found
+    fitting = checksum(found[: _SIZE - 4]).to_bytes(4, "little")
+    return found[: _SIZE - 4] + fitting + found[_SIZE:]
 
 
 def checksum(data: bytes) -> int:
