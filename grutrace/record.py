@@ -125,9 +125,10 @@ class SiteRows:
             the sequences one after another in the order of the batch, each in time order, also for
             the reverse direction.
         initial: (sequences begun by this call, H or U): the state that each of them started from.
-        residual: Largest ``|replayed h - kernel's h|`` of the call; not a number where nothing was
-            replayed.
-        tolerance: The residual that rounding explains, in the same unit; likewise.
+        residual: Largest ``|replayed h - kernel's h|`` of the call; NaN where nothing was replayed.
+        tolerance: The residual that rounding explains, in the same unit. Where nothing was
+            replayed: 0 if every byte of the weights was compared with those of the version when
+            the call ran, else NaN.
         precision: Spacing at 1 of the coarsest type in which the kernel computed. Rows may be kept
             in another.
     """
@@ -182,6 +183,11 @@ class Block:
     sequences: npt.NDArray[np.uint64]
     sites: Mapping[str, SiteRows]
     forks: tuple[Fork, ...] = ()
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether no site's residual is larger than rounding explains."""
+        return not any(site.residual > site.tolerance for site in self.sites.values())
 
     @property
     def nbytes(self) -> int:

@@ -17,8 +17,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 @pytest.fixture(autouse=True)
 def nothing_leaks() -> Iterator[None]:
-    """No test leaves a hook, a TorchFunctionMode, a thread or an open file behind."""
+    """No test leaves a listener, a TorchFunctionMode, a thread or an open file behind."""
     watch = Watch()
-    with watch.over_hooks():
-        yield
+    yield
     assert watch.leaks() == []

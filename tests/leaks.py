@@ -1,4 +1,4 @@
-"""What a test may leave behind by mistake: hooks, modes, threads and open files."""
+"""What a test may leave behind by mistake: listeners, modes, threads and open files."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import contextlib
 import gc
 import os
 import threading
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch.overrides import _get_current_function_mode_stack
 
-from grutrace.capture import listen
+from grutrace.capture import kernel_calls
 
 #: Linux lists the open files of a process here.
 OPEN_FILES = Path("/proc/self/fd")
@@ -36,22 +35,6 @@ class Watch:
         self._files = open_files()
         self._modes = len(_get_current_function_mode_stack())
         self._gradients = torch.is_grad_enabled()
-        self._listeners: weakref.WeakSet[listen._Listener] = weakref.WeakSet()
-
-    @contextlib.contextmanager
-    def over_hooks(self) -> Iterator[None]:
-        """Note whoever puts hooks on a module."""
-        made, listeners = listen._Listener.__init__, self._listeners
-
-        def noted(self, *args) -> None:
-            made(self, *args)
-            listeners.add(self)
-
-        listen._Listener.__init__ = noted
-        try:
-            yield
-        finally:
-            listen._Listener.__init__ = made
 
     def leaks(self) -> list[str]:
         """What was left behind, in words."""
@@ -65,18 +48,12 @@ class Watch:
     def _look(self) -> list[str]:
         modes = len(_get_current_function_mode_stack()) - self._modes
         return [
-            *(f"hooks on {each._module}" for each in self._listeners if hooks_of(each)),
+            *(["GRU kernels that are still heard"] if kernel_calls.is_listening() else []),
             *([f"{modes} TorchFunctionModes"] if modes else []),
             *([] if torch.is_grad_enabled() == self._gradients else ["the mode of gradients"]),
             *(f"{each}" for each in set(threading.enumerate()) - self._threads if _lives(each)),
             *(f"open file {name}" for _, name in open_files() - self._files),
         ]
-
-
-def hooks_of(listener: listen._Listener) -> list[object]:
-    module = listener._module
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return [each for each in hooks if getattr(each, "listener", None) is listener]
 
 
 def open_files() -> set[tuple[str, str]]:

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from grutrace.capture.doubt import Doubt
+from grutrace.capture.doubt import Doubt, find_doubts
 from grutrace.capture.one_thread import keep_to_one_thread
+from grutrace.capture.versions import KEPT_VERSIONS
 from grutrace.gru.batch import Recomputed, prove, recompute
 from grutrace.gru.derive import tolerances
 from grutrace.gru.gather import Wish
@@ -50,12 +51,17 @@ class Background:
     Args:
         modules: Of the trace.
         own_thread: Whether it runs in a thread that is not the model's, nor a reader's.
+
+    Attributes:
+        calls: How many calls the trace has so far.
     """
 
     def __init__(self, modules: Sequence[Module], *, own_thread: bool = False) -> None:
         self._modules, self._own_thread = modules, own_thread
-        self._weights: dict[int, Weights] = {}
+        # By module, then by version: the last ones.
+        self._weights: dict[int, dict[int, Weights]] = {}
         self._doubts: list[Doubt] = []
+        self.calls = 0
         self._lock = threading.Lock()
 
     def __call__(self, records: Sequence[Record]) -> list[Record]:
@@ -67,12 +73,27 @@ class Background:
         for place, record in enumerate(records):
             if isinstance(record, Weights):
                 self._make(whole, waiting.pop(record.module, []))
-                self._weights[record.module] = record
+                known = self._weights.setdefault(record.module, {})
+                known[record.version] = record
+                # Some more than a recorder keeps, which can come back to an earlier one.
+                while len(known) > KEPT_VERSIONS + 2:
+                    del known[next(iter(known))]
             elif isinstance(record, CopiedBlock):
                 waiting.setdefault(record.module, []).append(place)
         for places in waiting.values():
             self._make(whole, places)
+        self._note_doubts(whole)
         return whole
+
+    def _note_doubts(self, records: Sequence[Record]) -> None:
+        news: list[Doubt] = []
+        for record in records:
+            if isinstance(record, Block):
+                news += find_doubts(self._modules[record.module], record, self.calls)
+                self.calls += 1
+        if news:
+            with self._lock:
+                self._doubts += news
 
     def take_doubts(self) -> list[Doubt]:
         """Return what rounding does not explain, each once. From any thread."""
@@ -83,12 +104,12 @@ class Background:
         return found
 
     def _make(self, records: list[Record], places: Sequence[int]) -> None:
-        """Replace the copied blocks in these places, which used the same weights."""
+        """Replace the copied blocks in these places, which are of one module."""
         alike: dict[tuple[object, ...], list[int]] = {}
         for place in places:
             block = records[place]
             assert isinstance(block, CopiedBlock)
-            key = tuple((each.precision, *each.rows) for each in block.sites.values())
+            key = (block.weights, *((s.precision, *s.rows) for s in block.sites.values()))
             alike.setdefault(key, []).append(place)
         for same in alike.values():
             blocks = [
@@ -98,79 +119,102 @@ class Background:
                 records[place] = block
 
     def _whole(self, blocks: Sequence[CopiedBlock]) -> list[Block]:
+        """Return calls that used the same weights with their gates."""
         for block in blocks:
             if block.ready is not None:
                 block.ready()
-        number = blocks[0].module
-        module = self._modules[number]
-        joined = _Joined(module, blocks)
-        by_site = {
-            site.suffix: self._site(module, site, joined, self._weights[number])
-            for site in module.sites
-        }
+        module, known = self._modules[blocks[0].module], self._weights[blocks[0].module]
+        # The last used comes last.
+        weights = known[blocks[0].weights] = known.pop(blocks[0].weights)
+        found = _computed(module, blocks, weights)
+        # Weights can change and change back unseen: the states tell which were used.
         return [
-            Block(
-                module=number,
-                time=block.time,
-                tag=block.tag,
-                training=block.training,
-                weights=block.weights,
-                steps=block.steps,
-                sequences=block.sequences,
-                sites={suffix: rows[call] for suffix, rows in by_site.items()},
-                forks=block.forks,
-            )
-            for call, block in enumerate(blocks)
+            whole if whole.is_proven else self._other_version(module, copied, whole)
+            for copied, whole in zip(blocks, found, strict=True)
         ]
 
-    def _site(
-        self, module: Module, site: Site, joined: _Joined, weights: Weights
-    ) -> list[SiteRows]:
-        """Return the rows of each call at a site."""
-        copied = [block.sites[site.suffix] for block in joined.blocks]
-        checks = [(each.residual, each.tolerance) for each in copied]
-        columns = {name: joined.column(site, name) for name in ("hidden", *site.quantities)}
-        dtype = np.dtype(module.dtype)
-        if any(name in GATES for name in site.quantities):
-            found = joined.recompute(site, weights.sites[site.suffix], dtype)
-            columns |= found.gates
-            checks = self._checks(module, site, joined, found)
-        stored = {name: _as(dtype, columns[name]) for name in site.quantities}
-        return [
-            SiteRows(
-                {name: rows[joined.rows(call)] for name, rows in stored.items()},
-                _as(dtype, each.initial),
-                *checks[call],
-                each.precision,
-            )
-            for call, each in enumerate(copied)
-        ]
+    def _other_version(self, module: Module, copied: CopiedBlock, doubtful: Block) -> Block:
+        for number, weights in reversed(self._weights[copied.module].items()):
+            if number != copied.weights:
+                (found,) = _computed(module, [replace(copied, weights=number)], weights)
+                if found.is_proven:
+                    return found
+        return doubtful
 
-    def _checks(
-        self,
-        module: Module,
-        site: Site,
-        joined: _Joined,
-        found: Recomputed,
-    ) -> list[tuple[float, float]]:
-        """Return residual and tolerance of each call, and note those that do not fit."""
-        precisions = [block.sites[site.suffix].precision for block in joined.blocks]
-        residuals = joined.largest(found.off)
-        allowed = tolerances(
-            np.array(precisions),
-            site.input_size + module.hidden_size,
-            joined.largest_start(site),
-            joined.largest(found.product),
-            joined.largest(found.recurrent),
-            np.dtype(module.dtype),
-            joined.largest(found.sums),
+
+def choose_version(
+    module: Module, block: CopiedBlock, versions: Sequence[Weights]
+) -> tuple[int, dict[str, tuple[float, float]]]:
+    """Find out which version of the weights leads to the states of a call.
+
+    Args:
+        module: The module, with gates derived and what they follow from stored, of all units.
+        block: The call.
+        versions: In the order in which they are tried.
+
+    Returns:
+        The number of the first version that fits, or of the first one if none does; and by suffix
+        what it leads to: the residual, and the residual that rounding explains.
+    """
+    chosen: tuple[int, dict[str, tuple[float, float]]] | None = None
+    joined = _Joined(module, [block])
+    for weights in versions:
+        found = {}
+        for site in module.sites:
+            computed = joined.recompute(site, weights.sites[site.suffix], np.dtype(module.dtype))
+            found[site.suffix] = joined.checks(site, computed)[0]
+        if all(residual <= allowed for residual, allowed in found.values()):
+            return weights.version, found
+        chosen = chosen or (weights.version, found)
+    assert chosen is not None
+    return chosen
+
+
+def _computed(module: Module, blocks: Sequence[CopiedBlock], weights: Weights) -> list[Block]:
+    """Return calls that used these weights with their gates."""
+    joined = _Joined(module, blocks)
+    by_site = {
+        site.suffix: _site(module, site, joined, weights.sites[site.suffix])
+        for site in module.sites
+    }
+    return [
+        Block(
+            module=block.module,
+            time=block.time,
+            tag=block.tag,
+            training=block.training,
+            weights=block.weights,
+            steps=block.steps,
+            sequences=block.sequences,
+            sites={suffix: rows[call] for suffix, rows in by_site.items()},
+            forks=block.forks,
         )
-        doubtful = np.flatnonzero(residuals > allowed)
-        if len(doubtful):
-            news = [Doubt(site, residuals[call], allowed[call]) for call in doubtful]
-            with self._lock:
-                self._doubts += news
-        return list(zip(residuals.tolist(), allowed.tolist(), strict=True))
+        for call, block in enumerate(blocks)
+    ]
+
+
+def _site(
+    module: Module, site: Site, joined: _Joined, weights: Mapping[str, Array]
+) -> list[SiteRows]:
+    """Return the rows of each call at a site."""
+    copied = [block.sites[site.suffix] for block in joined.blocks]
+    checks = [(each.residual, each.tolerance) for each in copied]
+    columns = {name: joined.column(site, name) for name in ("hidden", *site.quantities)}
+    dtype = np.dtype(module.dtype)
+    if any(name in GATES for name in site.quantities):
+        found = joined.recompute(site, weights, dtype)
+        columns |= found.gates
+        checks = joined.checks(site, found)
+    stored = {name: _as(dtype, columns[name]) for name in site.quantities}
+    return [
+        SiteRows(
+            {name: rows[joined.rows(call)] for name, rows in stored.items()},
+            _as(dtype, each.initial),
+            *checks[call],
+            each.precision,
+        )
+        for call, each in enumerate(copied)
+    ]
 
 
 class _Joined:
@@ -188,6 +232,22 @@ class _Joined:
     def rows(self, call: int) -> slice:
         """Where the rows of a call are."""
         return slice(int(self._begins[call]), int(self._ends[call]))
+
+    def checks(self, site: Site, found: Recomputed) -> list[tuple[float, float]]:
+        """Return residual and tolerance of each call."""
+        module = self._module
+        precisions = [block.sites[site.suffix].precision for block in self.blocks]
+        residuals = self.largest(found.off)
+        allowed = tolerances(
+            np.array(precisions),
+            site.input_size + module.hidden_size,
+            self.largest_start(site),
+            self.largest(found.product),
+            self.largest(found.recurrent),
+            np.dtype(module.dtype),
+            self.largest(found.sums),
+        )
+        return list(zip(residuals.tolist(), allowed.tolist(), strict=True))
 
     def recompute(
         self, site: Site, weights: Mapping[str, Array], dtype: np.dtype[Any]

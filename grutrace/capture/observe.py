@@ -1,19 +1,19 @@
-"""From a kernel call, or a plain forward call, to what every layer read and made in it.
+"""From a kernel call to what every layer read and made in it.
 
 T steps, B sequences in a batch, I input size, H hidden size, L layers, D directions.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
-from grutrace.capture.surroundings import Missed, aside, is_wrapped, plain
-from grutrace.capture.tap import Kernel
+from grutrace.capture.kernel_registration import GRUKernel as Kernel
+from grutrace.capture.surroundings import Missed, is_wrapped, plain
 from grutrace.gru import harvest
 from grutrace.gru.gather import Asked
 from grutrace.gru.harvest import Harvest
@@ -35,223 +35,179 @@ class Observation(NamedTuple):
         call: What the kernel was called with.
         steps: The layout of the call's steps.
         layers: What each layer read and made, from the lowest to the top.
-        given_state: Whether the module may have been given a state to start from.
         training: Whether the module was in training mode.
+        seconds: How long the kernel ran.
     """
 
     call: KernelCall
     steps: Steps
     layers: list[Layer]
-    given_state: bool
     training: bool
+    seconds: float = 0.0
 
 
-def plain_call(
-    module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> Observation:
-    """Observe a call of a module with one layer, through what a forward hook is given.
+def first_weight(module: nn.Module) -> Tensor | None:
+    """Return the first weight that a module would give to the kernel, if it can be had as it is.
 
-    Args:
-        module: The module.
-        args: What it was called with.
-        kwargs: Likewise.
-        output: What it returned.
+    A parametrized weight is none: reading it computes it anew.
     """
-    input = args[0] if args else kwargs["input"]
-    initial = args[1] if len(args) > 1 else kwargs.get("hx")
-    if isinstance(module, nn.GRUCell):
-        return _plain_cell(module, input, initial, output)
-    if isinstance(input, PackedSequence):
-        return _plain_packed(module, input, initial, output[0])
-    return _plain_padded(module, input, initial, output[0])
+    name = "weight_ih" if isinstance(module, nn.GRUCell) else "weight_ih_l0"
+    found = module._parameters.get(name)
+    return vars(module).get(name) if found is None else found
 
 
-def _plain_cell(
-    module: nn.GRUCell, input: Tensor, initial: Tensor | None, output: Tensor
-) -> Observation:
-    weights = cell_weights(module)
-    given_state = initial is not None
-    if input.dim() == 1:
-        input, output = input.unsqueeze(0), output.unsqueeze(0)
-        initial = None if initial is None else initial.unsqueeze(0)
-    if initial is None:
-        initial = _zeros(module, 1, len(output), like=output)
-    else:
-        initial = initial.unsqueeze(0)
-    call = KernelCall(input.unsqueeze(0), None, initial, weights, bool(module.bias))
-    layer = Layer(call.input, output.unsqueeze(0))
-    return _observation(module, call, [layer], None, given_state)
+def is_own_call(module: GRUModule, kernel: Kernel, arguments: tuple[Any, ...]) -> bool:
+    """Whether a kernel call made within a module's forward is that of the module itself.
 
-
-def _plain_padded(
-    module: nn.GRU, input: Tensor, initial: Tensor | None, output: Tensor
-) -> Observation:
-    if input.dim() == 2:
-        input, output = input.unsqueeze(1), output.unsqueeze(1)
-        initial = None if initial is None else initial.unsqueeze(1)
-    elif module.batch_first:
-        input, output = input.transpose(0, 1), output.transpose(0, 1)
-    call = _plain_gru(module, input, None, initial, input.shape[1])
-    return _observation(module, call, [Layer(input, output)], None, initial is not None)
-
-
-def _plain_packed(
-    module: nn.GRU, input: PackedSequence, initial: Tensor | None, output: PackedSequence
-) -> Observation:
-    order = input.sorted_indices
-    if initial is not None and order is not None:
-        initial = initial.index_select(1, order)
-    batch = int(input.batch_sizes[0])
-    call = _plain_gru(module, input.data, input.batch_sizes, initial, batch)
-    layer = Layer(input.data, output.data)
-    return _observation(module, call, [layer], order, initial is not None)
-
-
-def _plain_gru(
-    module: nn.GRU, input: Tensor, batch_sizes: Tensor | None, initial: Tensor | None, batch: int
-) -> KernelCall:
-    directions = 2 if module.bidirectional else 1
-    if initial is None:
-        initial = _zeros(module, directions, batch, like=input)
-    return KernelCall(
-        input,
-        batch_sizes,
-        initial,
-        _weights(module),
-        module.bias,
-        training=module.training,
-        bidirectional=module.bidirectional,
+    It is not if its weights do not fit the module: then it is that of something inside it.
+    """
+    weights = kernel.weights(arguments)
+    if isinstance(module, nn.GRUCell) != kernel.is_cell or len(weights) < 2:
+        return False
+    if not isinstance(module, nn.GRUCell):
+        _, layers, _, _, bidirectional = kernel.options(arguments)
+        if layers != module.num_layers or bidirectional != module.bidirectional:
+            return False
+    return bool(
+        weights[0].shape[-1] == module.input_size and weights[1].shape[-1] == module.hidden_size
     )
 
 
-def _weights(module: GRUModule) -> list[Tensor]:
-    if isinstance(module, nn.GRUCell):
-        return cell_weights(module)
-    return cast("list[Tensor]", module._flat_weights)
+class KernelResult(NamedTuple):
+    """What a kernel call gave.
 
-
-def cell_weights(module: nn.GRUCell) -> list[Tensor]:
-    """Return the weights of a cell in the order in which torch.gru takes a layer's."""
-    weights: tuple[Tensor | None, ...]
-    weights = (module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh)
-    return [weight for weight in weights if weight is not None]
-
-
-def _zeros(module: GRUModule, directions: int, batch: int, *, like: Tensor) -> Tensor:
-    return like.new_zeros((directions, batch, module.hidden_size))
-
-
-def is_own_call(module: GRUModule, arguments: tuple[Any, ...]) -> bool:
-    """Whether a kernel call made within the module's forward is that of the module itself.
-
-    It is not if its weights are those of a layer inside the module, or do not fit the module.
+    Attributes:
+        answer: For the model.
+        observe: Returns the observation, or why the layers below the top cannot be seen. To be
+            called at once, isolated from what surrounds the model (`surroundings.aside`).
     """
-    if isinstance(module, nn.GRUCell):
-        return isinstance(arguments[2], Tensor) and arguments[1].shape[-1] == module.hidden_size
-    weights = arguments[3] if isinstance(arguments[2], Tensor) else arguments[2]
-    if weights is module._flat_weights:
-        return True
-    inner = (each for each in module.modules() if isinstance(each, nn.RNNBase))
-    return isinstance(weights, (list, tuple)) and not any(
-        weights is each._flat_weights for each in inner
-    )
+
+    answer: Any
+    observe: Callable[[], Observation | Missed]
 
 
-def kernel_call(
+def run_kernel(
     module: GRUModule,
     kernel: Kernel,
     arguments: tuple[Any, ...],
-    sorted_indices: Tensor | None,
+    find_order: Callable[[Tensor], Tensor | None],
     stacks: Stacks,
     asked: Asked,
-) -> tuple[Any, Observation | Missed]:
-    """Make a kernel call, and observe it.
+) -> KernelResult:
+    """Make a kernel call that can be observed.
 
     Args:
         module: The module whose forward makes the call.
-        kernel: torch.gru or torch.gru_cell.
+        kernel: The kernel.
         arguments: Its positional arguments.
-        sorted_indices: The user's place of each of the kernel's sequences, if known.
+        find_order: Returns, for the batch sizes of a packed input, the user's batch index of each
+            of the kernel's sequences; None where they are the same.
         stacks: How to see between the layers of a stack.
         asked: Which gates to harvest, where that can be done and pays.
-
-    Returns:
-        The kernel's answer, and the observation; or why the layers below the top cannot be seen.
     """
-    if isinstance(module, nn.GRUCell):
-        return _cell_call(module, kernel, arguments, asked)
-    call = KernelCall.of_gru(*arguments)
-    padded = call.batch_sizes is None
-    batch_first = padded and bool(arguments[-1])
-    splits = stacks == "split" or (stacks == "auto" and _on_cpu(call))
-    if call.drops and not splits and not _on_cpu(call):
-        return kernel(*arguments), _masks_unknown(call)
-    state = torch.get_rng_state() if call.drops and not splits else None
+    took = _Stopwatch()
+    if asked.columns and harvest.is_undisturbed(arguments[0]):
+        call = _as_call(kernel, arguments)
+        if call.is_worth_harvesting(asked):
+            gates: list[list[Harvest]] | None
+            (answer, layers), gates = call.harvest(
+                took.timed(lambda: _run(call, kernel, arguments, stacks)), asked.columns
+            )
+            return _result(module, kernel, arguments, answer, layers, gates, find_order, took)
+    if kernel.is_cell or kernel.options(arguments)[1] == 1:
+        answer = took.timed(lambda: kernel(*arguments))()
+        return _result(module, kernel, arguments, answer, [], None, find_order, took)
+    call = _as_call(kernel, arguments)
+    if call.drops and not _on_cpu(call) and stacks != "split":
+        return KernelResult(kernel(*arguments), lambda: _masks_unknown(call))
+    if call.drops and not _splits(call, stacks):
+        state = torch.get_rng_state()
+        answer = took.timed(lambda: kernel(*arguments))()
 
-    def run() -> tuple[Any, list[Layer]]:
-        if not splits or call.num_layers == 1:
-            return kernel(*arguments), []
-        output, final, layers = split(call)
-        return (output.transpose(0, 1) if batch_first else output, final), layers
+        def rerun_with_masks() -> Observation:
+            layers = rerun(_plain(call), plain(_output(kernel, arguments, answer)), state)
+            return _observation(module, call, layers, find_order, took.seconds)
 
-    (result, layers), gates = _run(call, run, asked)
-    if not layers:
-        output = result[0].transpose(0, 1) if batch_first else result[0]
-        with aside():
-            layers = rerun(_plain(call), plain(output), state)
-    layers = _with_gates(layers, gates)
-    return result, _observation(module, call, layers, sorted_indices, given_state=True)
+        return KernelResult(answer, rerun_with_masks)
+    answer, layers = took.timed(lambda: _run(call, kernel, arguments, stacks))()
+    return _result(module, kernel, arguments, answer, layers, None, find_order, took)
 
 
-def _cell_call(
-    module: nn.GRUCell, kernel: Kernel, arguments: tuple[Any, ...], asked: Asked
-) -> tuple[Tensor, Observation]:
-    input, initial, *weights = arguments
-    weights = [each for each in weights if each is not None]
-    call = KernelCall(input.unsqueeze(0), None, initial.unsqueeze(0), weights, len(weights) == 4)
-    made: Tensor
-    made, gates = _run(call, lambda: kernel(*arguments), asked)
-    layers = _with_gates([Layer(call.input, made.unsqueeze(0))], gates)
-    return made, _observation(module, call, layers, None, given_state=True)
+class _Stopwatch:
+    seconds = 0.0
+
+    def timed(self, run: Callable[[], Result]) -> Callable[[], Result]:
+        def timed() -> Result:
+            began = time.perf_counter()
+            result = run()
+            self.seconds = time.perf_counter() - began
+            return result
+
+        return timed
 
 
 def _run(
-    call: KernelCall, run: Callable[[], Result], asked: Asked
-) -> tuple[Result, list[list[Harvest]] | None]:
-    if asked.columns and call.is_worth_harvesting(asked):
-        return call.harvest(run, asked.columns)
-    return run(), None
+    call: KernelCall, kernel: Kernel, arguments: tuple[Any, ...], stacks: Stacks
+) -> tuple[Any, list[Layer]]:
+    """Run a call as it is, or a stack layer by layer; then also return the layers."""
+    if call.num_layers == 1 or not _splits(call, stacks):
+        return kernel(*arguments), []
+    output, final, layers = split(call)
+    batch_first = call.batch_sizes is None and bool(arguments[-1])
+    return (output.transpose(0, 1) if batch_first else output, final), layers
+
+
+def _splits(call: KernelCall, stacks: Stacks) -> bool:
+    return stacks == "split" or (stacks == "auto" and _on_cpu(call))
+
+
+def _as_call(kernel: Kernel, arguments: tuple[Any, ...]) -> KernelCall:
+    if not kernel.is_cell:
+        return KernelCall.of_gru(*arguments)
+    input, initial = arguments[:2]
+    weights = kernel.weights(arguments)
+    return KernelCall(input.unsqueeze(0), None, initial.unsqueeze(0), weights, len(weights) == 4)
+
+
+def _output(kernel: Kernel, arguments: tuple[Any, ...], answer: Any) -> Tensor:
+    """Return (T, B, D * H) or (N, D * H) of what the kernel gave."""
+    output: Tensor
+    if kernel.is_cell:
+        output = answer.unsqueeze(0)
+    elif kernel.name == "gru.input" and arguments[-1]:
+        output = answer[0].transpose(0, 1)
+    else:
+        output = answer[0]
+    return output
+
+
+def _result(
+    module: GRUModule,
+    kernel: Kernel,
+    arguments: tuple[Any, ...],
+    answer: Any,
+    layers: list[Layer],
+    gates: list[list[Harvest]] | None,
+    find_order: Callable[[Tensor], Tensor | None],
+    took: _Stopwatch,
+) -> KernelResult:
+    def observe() -> Observation:
+        call, found = _as_call(kernel, arguments), layers
+        if not found:
+            output = _output(kernel, arguments, answer)
+            if call.num_layers == 1:
+                found = [Layer(call.input, output)]
+            else:
+                found = rerun(_plain(call), plain(output), None)
+        return _observation(module, call, _with_gates(found, gates), find_order, took.seconds)
+
+    return KernelResult(answer, observe)
 
 
 def _with_gates(layers: list[Layer], gates: list[list[Harvest]] | None) -> list[Layer]:
     if gates is None:
         return layers
     return [layer._replace(gates=own) for layer, own in zip(layers, gates, strict=True)]
-
-
-def is_worth_harvesting(
-    module: GRUModule, args: tuple[Any, ...], kwargs: dict[str, Any], asked: Asked
-) -> bool:
-    """Whether a call that is about to be made is better heard by a tap, to harvest its gates."""
-    input = args[0] if args else kwargs.get("input")
-    if isinstance(input, PackedSequence):
-        times, rows = len(input.batch_sizes), len(input.data)
-    elif not isinstance(input, Tensor) or input.dim() not in _dimensions(module):
-        # What the module says to that is its own.
-        return False
-    else:
-        rows = input.shape[:-1].numel()
-        in_time = 1 if input.dim() == 3 and isinstance(module, nn.GRU) and module.batch_first else 0
-        times = 1 if isinstance(module, nn.GRUCell) else input.shape[in_time]
-    batch = rows / max(1, times)
-    return harvest.pays(
-        times, batch, module.input_size, module.hidden_size, asked
-    ) and harvest.is_undisturbed(input.data)
-
-
-def _dimensions(module: GRUModule) -> tuple[int, int]:
-    """How many a tensor may have that the module takes."""
-    return (1, 2) if isinstance(module, nn.GRUCell) else (2, 3)
 
 
 def _on_cpu(call: KernelCall) -> bool:
@@ -269,18 +225,18 @@ def _observation(
     module: GRUModule,
     call: KernelCall,
     layers: list[Layer],
-    sorted_indices: Tensor | None,
-    given_state: bool,
+    find_order: Callable[[Tensor], Tensor | None],
+    seconds: float,
 ) -> Observation:
     steps: Steps
     if call.batch_sizes is None:
         steps = PaddedSteps(*layers[-1].output.shape[:2])
     else:
-        steps = PackedSteps(call.batch_sizes, sorted_indices)
+        steps = PackedSteps(call.batch_sizes, find_order(call.batch_sizes))
     if any(map(is_wrapped, (call.input, call.initial, *call.weights, layers[-1].output))):
         call = _plain(call)
         layers = [Layer(plain(each.input), plain(each.output)) for each in layers]
-    return Observation(call, steps, layers, given_state, module.training)
+    return Observation(call, steps, layers, module.training, seconds)
 
 
 def _plain(call: KernelCall) -> KernelCall:

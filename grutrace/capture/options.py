@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from grutrace.capture.observe import STACKS, Stacks
+from grutrace.capture.versions import WeightChecks
 from grutrace.errors import OptionError
 from grutrace.storage.sinks import Compression
 
@@ -71,7 +72,10 @@ class Options:
         on_error: OnError = "raise",
         fsync: bool = False,
         compression: Compression | None = None,
+        weights: WeightChecks = "auto",
     ) -> None:
+        _expect_one_of("weights", weights, get_args(WeightChecks))
+        self.weights: WeightChecks = weights
         _expect_one_of("gates", gates, get_args(Gates))
         _expect_one_of("stacks", stacks, STACKS)
         _expect_one_of("check", check, get_args(Check))
@@ -126,6 +130,7 @@ class Options:
             "steps": None if self.steps is None else _text(self.steps),
             "fsync": self.fsync or None,
             "compression": self.compression,
+            "weights": self.weights if self.weights != "auto" else None,
         }
         return always | {name: value for name, value in others.items() if value is not None}
 

@@ -31,8 +31,11 @@ class Outlet:
         self.records = self.blocks = self.calls = 0
         self._lock = threading.Lock()
 
-    def append(self, record: Record) -> None:
+    def append(self, record: Record) -> int | None:
         """Give the sink a record.
+
+        Returns:
+            If it is a call, how many calls came before it.
 
         Raises:
             SinkError: It cannot take it.
@@ -51,6 +54,7 @@ class Outlet:
         with self._lock:
             self.records += 1
             self.blocks += is_call
+            return self.blocks - 1 if is_call else None
 
     def count(self) -> None:
         """Count a call."""

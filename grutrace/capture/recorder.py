@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import threading
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property, partial
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -14,20 +15,22 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from grutrace.capture.background import CopiedBlock
+from grutrace.capture.background import CopiedBlock, choose_version
 from grutrace.capture.continuity import Assignment, Continuity
 from grutrace.capture.deferral import defer
 from grutrace.capture.kept import KeptSteps, only_kept
 from grutrace.capture.limits import Limits
 from grutrace.capture.observe import Observation
 from grutrace.capture.options import Options
+from grutrace.capture.pending import HeldCall, PendingRecords
 from grutrace.capture.rowtype import RowType, to_numpy
 from grutrace.capture.site_recorder import Check, SiteRecorder
 from grutrace.capture.sites import Selection
-from grutrace.capture.versions import WeightVersions
+from grutrace.capture.versions import Version, WeightVersions
+from grutrace.errors import UnsupportedError
 from grutrace.gru.gather import NOTHING, together
 from grutrace.gru.harvest import is_recognized
-from grutrace.record import WEIGHTS, Array, Block, Record, SiteRows, Weights
+from grutrace.record import GATES, WEIGHTS, Array, Block, Module, Site, SiteRows, Weights
 
 #: By suffix, the rows of a call and what a check of them needs.
 Taken: TypeAlias = dict[str, tuple[dict[str, Array], Check]]
@@ -43,7 +46,9 @@ class Recorded(NamedTuple):
         numbers: (B,) the number of each sequence in the trace; -1 for none.
         start: The first step of every sequence that is kept.
         stop: The first one after those; None for no end.
-        block: What has gone to the sink; None if none of its steps is kept.
+        block: What was recorded; None if none of its steps is kept.
+        number: Of the call in the trace, counted through all of this recording; None where that
+            is not known yet.
     """
 
     module: int
@@ -53,6 +58,34 @@ class Recorded(NamedTuple):
     start: int = 0
     stop: int | None = None
     block: Block | None = None
+    number: int | None = None
+
+
+class _Computed(NamedTuple):
+    """What was worked out of a call.
+
+    Attributes:
+        taken: Its rows.
+        version: The version of the weights that it used.
+        is_certain: Whether that is sure: every byte was compared, or the states say so.
+    """
+
+    taken: Taken
+    version: Version
+    is_certain: bool
+
+
+class _Held(HeldCall):
+    """A call of this module that waits.
+
+    Attributes:
+        version: The version of the weights that was known when it ran.
+        evidence: What its gates follow from.
+    """
+
+    def __init__(self, block: Block, version: Version, evidence: CopiedBlock) -> None:
+        super().__init__(block)
+        self.version, self.evidence = version, evidence
 
 
 class ModuleRecorder:
@@ -61,7 +94,7 @@ class ModuleRecorder:
     Args:
         index: The module's place in the header.
         selection: The module, and what is recorded of it.
-        append: Where records go.
+        pending: Where records go.
         options: Of the tracer. Where gates are deferred, nothing is replayed but only copied.
         limits: How much the trace may become.
 
@@ -74,11 +107,12 @@ class ModuleRecorder:
         self,
         index: int,
         selection: Selection,
-        append: Callable[[Record], None],
+        pending: PendingRecords,
         options: Options,
         limits: Limits,
     ) -> None:
-        self._index, self._limits, self._append = index, limits, append
+        self._index, self._limits, self._pending = index, limits, pending
+        self._selection, self._options = selection, options
         self.description = selection.description
         background = options.gates == "background"
         copied = defer(self.description) if background else self.description
@@ -94,8 +128,10 @@ class ModuleRecorder:
         self._continuity = Continuity()
         steps = options.steps
         self._kept = None if steps is None else KeptSteps(steps.start, steps.stop)
-        self._versions = WeightVersions()
-        self._lock = threading.Lock()
+        self._versions = WeightVersions(options.weights)
+        self._held: list[_Held] = []
+        self._lock = threading.RLock()
+        self._has_gates = any({*GATES} & {*each.readable} for each in self.description.sites)
         wishes = [site.asked for site in self._sites]
         # Of some steps the replay costs less than the whole call's harvest.
         wanted = self._kept is None and all(each.columns for each in wishes)
@@ -104,18 +140,102 @@ class ModuleRecorder:
             self.asked = together(wishes, self.description.hidden_size)
 
     def record(self, observation: Observation, tag: str | None) -> Recorded:
-        """Append an observed call: harvested, replayed or, where gates come later, copied.
+        """Record an observed call: harvested, replayed or, where gates come later, copied.
 
         Raises:
             UnsupportedError: What a layer read is not recorded, and can no longer be told.
             LimitReached: It goes beyond what the trace may become. Nothing was recorded.
+            SinkError: The sink cannot take it.
         """
-        taken = self._take(observation) if self._kept is None else None
         with self._lock:
-            return self._number(observation, tag, taken)
+            is_certain = self._versions.look(observation.call.weights, observation.seconds)
+            version = self._versions.present
+            if is_certain and self._held:
+                self._settle()
+        computed = None
+        if self._kept is None:
+            computed = self._compute(observation, version, is_certain)
+        with self._lock:
+            return self._number(observation, tag, version, is_certain, computed)
 
-    def _number(self, observation: Observation, tag: str | None, taken: Taken | None) -> Recorded:
-        """Number a call and append it; what was numbered is forgotten if that fails."""
+    def expect_changes(self) -> None:
+        """Compare the weights at the next call, whatever that costs."""
+        with self._lock:
+            self._versions.expect_changes()
+
+    def settle(self) -> None:
+        """Find out which weights the calls used that wait, and hand them on.
+
+        Raises:
+            SinkError: The sink cannot take them.
+        """
+        with self._lock:
+            if self._held:
+                self._versions.recheck()
+                self._settle()
+
+    def _settle(self) -> None:
+        """Decide which weights the calls used that wait, every byte having been compared now."""
+        held, self._held = self._held, []
+        present = self._versions.present
+        changed = [each for each in held if each.version is not present]
+        try:
+            if changed:
+                self._announce(first=True)
+                records = {each.number: self._record_of(each) for each in self._versions.known}
+                for each in changed:
+                    each.block = self._decide(each, records)
+        finally:
+            for each in held:
+                each.is_settled = True
+        self._pending.drain()
+
+    def _decide(self, held: _Held, versions: Mapping[int, Weights]) -> Block:
+        """Return a call with the weights that lead to its states, and with what was found."""
+        # Its own version first: of two that fit, the weights differ where nothing depends on it.
+        numbers = sorted(versions, key=lambda number: number != held.version.number)
+        module = defer(replace(self.description, sites=_all_units(self.description)))
+        number, found = choose_version(module, held.evidence, [versions[each] for each in numbers])
+        sites = held.block.sites
+        if self._options.gates == "deferred":
+            sites = {
+                suffix: replace(rows, residual=found[suffix][0], tolerance=found[suffix][1])
+                for suffix, rows in sites.items()
+            }
+        return replace(held.block, weights=number, sites=sites)
+
+    def _compute(self, observation: Observation, version: Version, is_certain: bool) -> _Computed:
+        """Work out the rows of a call with the copies of the weights that it is thought to use."""
+        taken = self._take(observation, version, is_certain)
+        if not self._is_replayed(observation):
+            return _Computed(taken, version, is_certain)
+        if all(check.residual <= check.tolerance for _, check in taken.values()):
+            return _Computed(taken, version, True)
+        if not is_certain:
+            with self._lock:
+                self._versions.compare(observation.call.weights)
+                present = self._versions.present
+            if present is not version:
+                return _Computed(self._take(observation, present, True), present, True)
+        return _Computed(taken, version, True)
+
+    def _is_replayed(self, observation: Observation) -> bool:
+        """Whether the gates of all sites were computed from the weights, and lead to the states."""
+        return (
+            self._options.gates == "inline"
+            and not any(layer.gates for layer in observation.layers)
+            and all({*GATES} & {*each.quantities} for each in self.description.sites)
+        )
+
+    def _number(
+        self,
+        observation: Observation,
+        tag: str | None,
+        version: Version,
+        is_certain: bool,
+        computed: _Computed | None,
+    ) -> Recorded:
+        """Number a call and hand it on; what was numbered is forgotten if that fails."""
         before = self._continuity.state, copy.copy(self._kept)
         try:
             assignment = self._continuity.assign(*_ends(observation), observation.steps.lengths)
@@ -134,36 +254,81 @@ class ModuleRecorder:
                 observation = only_kept(
                     observation, found, [each.site.layer for each in self._sites]
                 )
-            block = self._announced(observation, assignment, tag, taken or self._take(observation))
-            self._append(block)
+            if computed is None:
+                computed = self._compute(observation, version, is_certain)
+            block = self._block(observation, assignment, tag, computed)
+            number = self._hand_on(observation, block, computed)
         except BaseException:
             self._continuity.state, self._kept = before
             raise
-        return recorded._replace(block=block)
+        return recorded._replace(block=block, number=number)
 
-    def _announced(
-        self, observation: Observation, assignment: Assignment, tag: str | None, taken: Taken
-    ) -> Block:
-        """Return the block of a call, its weights having been appended if they are new."""
-        before = self._versions.state
+    def _hand_on(self, observation: Observation, block: Block, computed: _Computed) -> int | None:
+        """Hand a call on, or have it wait, its weights having been announced if they are new."""
+        self._limits.take(partial(self._bytes, block))
+        self._announce()
+        evidence = None
+        if self._has_gates and not computed.is_certain:
+            evidence = self._evidence(observation, block)
+        if evidence is None:
+            return self._pending.append(block)
+        held = _Held(block, computed.version, evidence)
+        self._held.append(held)
+        self._pending.hold(held)
+        return None
+
+    def _announce(self, *, first: bool = False) -> None:
+        """Hand on the versions of the weights that were found and not handed on yet."""
+        hand_on = self._pending.prepend if first else self._pending.append
+        while self._versions.made:
+            hand_on(self._record_of(self._versions.made[0]))
+            self._versions.made.popleft()
+
+    def _evidence(self, observation: Observation, block: Block) -> CopiedBlock | None:
+        """Return what the gates of a call follow from, for all units; None if it cannot be had."""
+        has_gates = any({*GATES} & {*each.rows} for each in block.sites.values())
+        if isinstance(block, CopiedBlock) and not has_gates:
+            return block
         try:
-            weights = self._new_weights(observation)
-            block = self._block(observation, assignment, tag, taken)
-            self._limits.take(partial(self._bytes, block, weights))
-            if weights is not None:
-                self._append(weights)
-        except BaseException:
-            self._versions.state = before
-            raise
-        return block
+            return self._copied(observation, block)
+        except UnsupportedError:
+            return None
+
+    def _copied(self, observation: Observation, block: Block) -> CopiedBlock:
+        inputs: dict[int, Array] = {}
+        sites, starts = {}, {}
+        for each in self._evidence_sites:
+            rows, check = each.take(observation, inputs, False)
+            starts[each.site.suffix] = each.starts(observation)
+            sites[each.site.suffix] = SiteRows(rows, starts[each.site.suffix][:0], *check)
+        return CopiedBlock(
+            **{
+                name: getattr(block, name) for name in Block.__dataclass_fields__ if name != "sites"
+            },
+            sites=sites,
+            starts=starts,
+        )
+
+    @cached_property
+    def _evidence_sites(self) -> list[SiteRecorder]:
+        whole = replace(self.description, sites=_all_units(self.description))
+        module = defer(whole)
+        rows = RowType(module, chosen=True, copied=True)
+        selection = replace(self._selection, description=whole)
+        options = Options(gates="deferred")
+        return [SiteRecorder(selection, site, options, rows) for site in module.sites]
 
     def _block(
-        self, observation: Observation, assignment: Assignment, tag: str | None, taken: Taken
+        self,
+        observation: Observation,
+        assignment: Assignment,
+        tag: str | None,
+        computed: _Computed,
     ) -> Block:
         starts = {each.site.suffix: each.starts(observation) for each in self._copying}
         sites = {}
         for each in self._sites:
-            rows, check = taken[each.site.suffix]
+            rows, check = computed.taken[each.site.suffix]
             begun = each.begun(observation, assignment, starts.get(each.site.suffix))
             sites[each.site.suffix] = SiteRows(rows, begun, *check)
         fields = (
@@ -171,7 +336,7 @@ class ModuleRecorder:
             time.time(),
             tag,
             observation.training,
-            self._versions.count - 1,
+            computed.version.number,
             observation.steps.lengths.astype(np.uint32),
             assignment.sequences,
             sites,
@@ -181,7 +346,7 @@ class ModuleRecorder:
             return Block(*fields)
         return CopiedBlock(*fields, starts, self._rows.take_ready())
 
-    def _bytes(self, block: Block, weights: Weights | None) -> int:
+    def _bytes(self, block: Block) -> int:
         """Bytes of what is stored of a call in the end, with the weights that it announces."""
         module, rows = self.description, int(block.steps.sum())
         width = sum(
@@ -192,29 +357,38 @@ class ModuleRecorder:
         inputs = {s.layer: s.input_size for s in module.sites if "input" in s.quantities}
         begun = sum(each.initial.size for each in block.sites.values())
         values = rows * (width + sum(inputs.values())) + begun
-        announced = 0 if weights is None else weights.nbytes
+        announced = sum(self._record_of(each).nbytes for each in self._versions.made)
         return values * np.dtype(module.dtype).itemsize + announced
 
-    def _take(self, observation: Observation) -> Taken:
+    def _take(self, observation: Observation, version: Version, is_certain: bool) -> Taken:
         inputs: dict[int, Array] = {}
-        return {each.site.suffix: each.take(observation, inputs) for each in self._sites}
+        call = observation.call._replace(weights=version.weights)
+        observation = observation._replace(call=call)
+        return {
+            each.site.suffix: each.take(observation, inputs, is_certain) for each in self._sites
+        }
 
-    def _new_weights(self, observation: Observation) -> Weights | None:
-        """Return the weights of a call if they are a version that was not announced."""
-        copies = self._versions.changed(observation.call.weights)
-        if copies is None:
-            return None
+    def _record_of(self, version: Version) -> Weights:
+        """Return a version as it is stored: the weights of the recorded sites."""
         dtype = self.description.weights_dtype
-        each = 4 if observation.call.bias else 2
-        directions = observation.call.directions
+        directions = 2 if self.description.bidirectional else 1
+        each = 4 if self.description.bias else 2
         sites = {}
         for site in self.description.sites:
             first = (site.layer * directions + site.reverse) * each
-            tensors = zip(WEIGHTS, copies[first : first + each], strict=False)
+            tensors = zip(WEIGHTS, version.weights[first : first + each], strict=False)
             sites[site.suffix] = {
                 name: to_numpy(tensor).astype(dtype, copy=False) for name, tensor in tensors
             }
-        return Weights(self._index, self._versions.count - 1, sites)
+        return Weights(self._index, version.number, sites)
+
+
+def _all_units(module: Module) -> tuple[Site, ...]:
+    """The sites of a module with all of their units and gates."""
+    return tuple(
+        replace(site, units=None, quantities=GATES + ("hidden",), derived=())
+        for site in module.sites
+    )
 
 
 def _ends(observation: Observation) -> tuple[Tensor | None, Tensor | None]:
@@ -226,8 +400,6 @@ def _ends(observation: Observation) -> tuple[Tensor | None, Tensor | None]:
     if call.bidirectional:
         return None, None
     final = _side_by_side([steps.final(each.output, reverse=False) for each in observation.layers])
-    if not observation.given_state:
-        return None, final
     return _side_by_side([steps.in_batch_order(state) for state in call.initial]), final
 
 

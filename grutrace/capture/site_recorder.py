@@ -6,7 +6,7 @@ T steps, B sequences in a batch, I input size, H hidden size, N rows of a call, 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -19,11 +19,10 @@ from grutrace.capture.options import Options
 from grutrace.capture.rowtype import RowType
 from grutrace.capture.selection import partial_shadow
 from grutrace.capture.sites import Selection
-from grutrace.capture.versions import KeptRows
 from grutrace.errors import UnsupportedError
 from grutrace.gru.gather import NOTHING, Asked, Wish
 from grutrace.gru.harvest import Harvest
-from grutrace.gru.kernel import Layer
+from grutrace.gru.kernel import CellWeights, Layer
 from grutrace.gru.partial import Columns
 from grutrace.gru.proof import prove
 from grutrace.gru.rounding import coarsest, largest, precision, rounded, spacing, tolerance
@@ -43,6 +42,23 @@ class Check(NamedTuple):
     residual: float
     tolerance: float
     precision: float
+
+
+class _KeptRows:
+    """Some rows of weights, taken anew only for another version of the weights."""
+
+    def __init__(self, take: Callable[[CellWeights], CellWeights]) -> None:
+        self._take = take
+        # In one, so that another thread never sees rows of other weights.
+        self._latest: tuple[Tensor, CellWeights] | None = None
+
+    def of(self, weights: CellWeights) -> CellWeights:
+        """Return the rows of these weights, which nobody changes."""
+        latest = self._latest
+        if latest is None or latest[0] is not weights.weight_ih:
+            latest = weights.weight_ih, self._take(weights)
+            self._latest = latest
+        return latest[1]
 
 
 class SiteRecorder:
@@ -71,15 +87,15 @@ class SiteRecorder:
         if wish is not None and (self._inline or (options.gates == "background" and gates)):
             share = 1.0 if self._inline else SHARE
             self.asked, self._proof = Asked(wish.columns, share), wish.proof
-        self._shadow = Shadow(selection.module, site.layer, site.reverse, rows.stored)
+        self._shadow = Shadow(None, site.layer, site.reverse, rows.stored)
         self._part = partial_shadow(selection.description, site)
-        self._kept = None if self._part is None else KeptRows(self._part.rows)
+        self._kept = None if self._part is None else _KeptRows(self._part.rows)
         self._units = None if site.units is None else Columns(site.units)
         units = selection.description.unit_count(site)
         self._no_states = np.empty((0, units), rows.dtype)
 
     def take(
-        self, observation: Observation, inputs: dict[int, Array]
+        self, observation: Observation, inputs: dict[int, Array], is_certain: bool
     ) -> tuple[dict[str, Array], Check]:
         """Return the rows of a call, by quantity, and what a check needs.
 
@@ -87,6 +103,7 @@ class SiteRecorder:
             observation: The call.
             inputs: Rows that were made of the layers' inputs; what is made of one is added, since
                 both directions of a layer read the same.
+            is_certain: Whether the weights are known to be those that the kernel used.
 
         Raises:
             UnsupportedError: What the layer read is not recorded, and can no longer be told.
@@ -107,7 +124,7 @@ class SiteRecorder:
                 known = spacing(coarsest(hidden.dtype, harvest.dtype))
                 check, quantities = Check(math.nan, math.nan, known), self._wanted
         elif not self._inline:
-            rows, check = dict[str, Array](), self._copy(observation, layer, hidden)
+            rows, check = dict[str, Array](), self._copy(observation, layer, hidden, is_certain)
         else:
             rows, check = self._replay(observation, layer, hidden)
         if "hidden" in quantities and "hidden" not in rows:
@@ -143,7 +160,9 @@ class SiteRecorder:
         initial = observation.call.cell_initial(self.site.layer, self.site.reverse)
         return observation.steps.in_batch_order(self._of_units(initial))
 
-    def _copy(self, observation: Observation, layer: Layer, hidden: Tensor) -> Check:
+    def _copy(
+        self, observation: Observation, layer: Layer, hidden: Tensor, is_certain: bool
+    ) -> Check:
         call, site = observation.call, self.site
         if call.drops and site.layer and site.derived and "input" not in site.quantities:
             raise UnsupportedError(
@@ -151,7 +170,9 @@ class SiteRecorder:
                 "it reads is not kept, so its gates could not be derived. Make a new tracer"
             )
         weight = call.cell_weights(site.layer, site.reverse).weight_ih
-        return Check(math.nan, math.nan, precision(layer.input, hidden, weight))
+        # See docs/format.md: nothing was computed, but the weights were compared.
+        allowed = 0.0 if is_certain else math.nan
+        return Check(math.nan, allowed, precision(layer.input, hidden, weight))
 
     def _rows_of(self, harvest: Harvest, steps: Steps) -> dict[str, Array]:
         """Return what was taken of each gate, (N, U)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -18,10 +19,20 @@ from grutrace.record import DEFAULT_RECORD, QUANTITIES, Module, Site
 
 @dataclass(frozen=True)
 class Selection:
-    """A module of the model with its description, narrowed to the sites that are recorded."""
+    """A module of the model with its description, narrowed to the sites that are recorded.
 
-    module: nn.GRU | nn.GRUCell
+    Attributes:
+        reference: To the module, which is not kept alive.
+        description: Likewise.
+    """
+
+    reference: weakref.ref[nn.GRU | nn.GRUCell]
     description: Module
+
+    @property
+    def module(self) -> nn.GRU | nn.GRUCell | None:
+        """The module; None once it is gone."""
+        return self.reference()
 
 
 def select(
@@ -46,7 +57,10 @@ def select(
     if not isinstance(model, nn.Module):
         raise OptionError(f"model: expected an nn.Module, found {type(model).__name__}")
     quantities = _quantities(record)
-    found = [Selection(module, _describe(path, module, quantities)) for path, module in find(model)]
+    found = [
+        Selection(weakref.ref(module), _describe(path, module, quantities))
+        for path, module in find(model)
+    ]
     look_alikes = list(find_look_alikes(model))
     if not found:
         raise UnsupportedError(
@@ -128,7 +142,7 @@ def _narrow(selection: Selection, globs: list[str]) -> Selection:
         for site in selection.description.sites
         if any(fnmatchcase(site.name, glob) for glob in globs)
     )
-    return Selection(selection.module, replace(selection.description, sites=kept))
+    return replace(selection, description=replace(selection.description, sites=kept))
 
 
 def _describe(path: str, module: nn.GRU | nn.GRUCell, quantities: tuple[str, ...]) -> Module:

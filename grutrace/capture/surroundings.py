@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.nn import Parameter
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -47,8 +48,11 @@ def hindrance(values: Iterable[Any]) -> Missed | None:
         torch._C._get_dispatch_mode(mode) is not None for mode in _GRAPH_MODES
     ):
         return _no_values("it was being turned into a graph")
+    wraps = torch._C._functorch.peek_interpreter_stack() is not None
     for value in _flatten(values):
-        if type(value) is Tensor and not is_wrapped(value) and not value.is_meta:
+        kind = type(value)
+        is_plain = (kind is Tensor or kind is Parameter) and not wraps
+        if is_plain and not value.is_meta and not value.is_complex():
             continue
         if not isinstance(value, Tensor):
             return _no_values(f"it was called with a {type(value).__name__}")
@@ -59,6 +63,8 @@ def hindrance(values: Iterable[Any]) -> Missed | None:
             return _no_values(f"it was called with a {type(inner).__name__} on {inner.device}")
         if torch._is_functional_tensor(inner):
             return _no_values("it was called within torch.func.functionalize")
+        if inner.is_complex():
+            return Missed("it is complex: gates are traced of real layers only")
     return None
 
 

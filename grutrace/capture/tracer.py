@@ -6,22 +6,22 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from itertools import count
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from types import FrameType, TracebackType
+from typing import Any, Self
 
 from torch import nn
 
 from grutrace.capture.annotate import Given, RecordedBatches
 from grutrace.capture.background import Background
-from grutrace.capture.doubt import Doubt, doubts
+from grutrace.capture.doubt import Doubt, find_doubts
+from grutrace.capture.kernel_calls import StrangerWatch, Subscription
 from grutrace.capture.limits import LimitReached, Limits
-from grutrace.capture.listen import Ear
-from grutrace.capture.observe import Observation, Stacks
+from grutrace.capture.observe import GRUModule, Observation, Stacks
 from grutrace.capture.options import (
     Check,
     Gates,
@@ -32,11 +32,13 @@ from grutrace.capture.options import (
     versions,
 )
 from grutrace.capture.outlet import Outlet
+from grutrace.capture.pending import PendingRecords
 from grutrace.capture.recorder import ModuleRecorder
 from grutrace.capture.recording import Recording
 from grutrace.capture.selection import narrow
-from grutrace.capture.sites import Selection, select
+from grutrace.capture.sites import Selection, find, select
 from grutrace.capture.surroundings import Missed, compiler_is_loaded
+from grutrace.capture.versions import WeightChecks
 from grutrace.errors import (
     GrutraceWarning,
     OptionError,
@@ -47,7 +49,7 @@ from grutrace.errors import (
     TraceFileError,
     UnsupportedError,
 )
-from grutrace.record import DEFAULT_RECORD, Header
+from grutrace.record import DEFAULT_RECORD, Header, Module
 from grutrace.shard import ShardOption, chosen_shard, sharded
 from grutrace.storage.moment import Moment
 from grutrace.storage.sinks import (
@@ -69,8 +71,9 @@ _IN_A_CHILD = (
 class Tracer(Trace):
     """Records the gates and states of a model's GRUs, and reads like a trace at any time.
 
-    Hooks are on the model only while it records. As a context manager it records from entering,
-    unless ``recording`` is False, and is closed on leaving.
+    Nothing is put on the model: the calls of PyTorch's GRU kernels are heard, only while it
+    records. As a context manager it records from entering, unless ``recording`` is False, and is
+    closed on leaving. A tracer that is dropped without being closed is closed then, with a warning.
 
     Args:
         model: Any model with nn.GRU or nn.GRUCell inside; it may itself be the layer.
@@ -118,6 +121,11 @@ class Tracer(Trace):
         compression: What the rows of the file are compressed with: ``blosc2``, ``zstd`` (both
             shuffle bits first), or None. Rows are then committed every 10 seconds instead of every
             half. A file that is appended to stays as it is.
+        weights: How changes of the weights are found that move no version counter of PyTorch's
+            (``weight.data[...] = 0``, a NumPy view). ``auto``: every byte is compared wherever that
+            takes at most a twentieth of the calls' own time, at the first call after a recording
+            begins, and before rows are read or flushed; in between a sample is looked at, and the
+            states tell which weights were used. ``exact``: every byte at every call.
 
     Raises:
         OptionError: An option has no such value, or a glob matches no site; or there are a path and
@@ -153,6 +161,7 @@ class Tracer(Trace):
         on_error: OnError = "raise",
         fsync: bool = False,
         compression: Compression | None = None,
+        weights: WeightChecks = "auto",
     ) -> None:
         options = Options(
             gates=gates,
@@ -169,6 +178,7 @@ class Tracer(Trace):
             on_error=on_error,
             fsync=fsync,
             compression=compression,
+            weights=weights,
         )
         own = chosen_shard(shard) if path is not None or sink is not None else None
         path = None if path is None else sharded(Path(path), own)
@@ -186,22 +196,37 @@ class Tracer(Trace):
         self._outlet = Outlet(open_sink(path, header, mode, sink, self._background, fsync=fsync))
         super().__init__(open_source(self._outlet.sink))
         self._before = recorded_calls(self._source)
+        if self._background is not None:
+            self._background.calls = self._before
         self._seen = 0
         self._limits = self._limit(options)
+        self._pending = PendingRecords(self._outlet.append)
         self._recorders = [
-            ModuleRecorder(index, selection, self._outlet.append, options, self._limits)
+            ModuleRecorder(index, selection, self._pending, options, self._limits)
             for index, selection in enumerate(self._selections)
         ]
+        self._model = weakref.ref(model)
+        self._grus = {path: weakref.ref(module) for path, module in find(model)}
         self._turns = [count() for _ in self._selections]
         self._record_on_enter, self._options = recording, options
         self._tag: str | None = None
         self._batches: RecordedBatches | None = None
-        self._ears: list[Ear] = []
+        self._subscriptions: list[Subscription] = []
+        self._watch = StrangerWatch(_Weakly(self, Tracer._meet))
         self._lock = threading.RLock()
         self._called: set[int] = set()
         self._warned: set[str] = set()
         self._has_recorded = self._closed = False
         self._process = os.getpid()
+        self._closing = weakref.finalize(
+            self,
+            _close_dropped,
+            weakref.ref(self),
+            self._subscriptions,
+            self._recorders,
+            self._outlet,
+            self._process,
+        )
 
     def _select(
         self, model: nn.Module, sites: str | Sequence[str] | None, record: str | Sequence[str]
@@ -218,7 +243,7 @@ class Tracer(Trace):
         Not once ``max_calls`` or so is reached, nor where the run goes on without a sink that has
         failed.
         """
-        return bool(self._ears) and not self._limits.reached and self._outlet.error is None
+        return bool(self._subscriptions) and not self._limits.reached and self._outlet.error is None
 
     def start(self, tag: str | None = None) -> None:
         """Record from now on. Does nothing once ``max_calls`` or ``max_bytes`` is reached.
@@ -236,42 +261,55 @@ class Tracer(Trace):
             if self._closed:
                 raise StateError("the tracer is closed: make a new one to record again")
             self._tag = tag
-            # A run of days is not to end because it has been recorded enough.
-            if self._ears or self._limits.reached:
+            self._settle()
+            self._expect_changes()
+            # Reaching the limit never stops the user's run.
+            if self._subscriptions or self._limits.reached:
                 return
             self._has_recorded = True
             try:
                 for index, selection in enumerate(self._selections):
-                    receive = partial(self._receive, self._recorders[index])
-                    wants = partial(self._wants, self._turns[index])
-                    # Kept before it starts: an interruption must not leave its hooks behind.
-                    ear = Ear(
-                        selection.module,
-                        receive,
-                        self._options.stacks,
-                        wants,
-                        self._recorders[index].asked,
-                    )
-                    self._ears.append(ear)
-                    self._ears[-1].start()
+                    self._subscribe(index, selection.module)
+                self._watch.start()
             except BaseException:
                 self.stop()
                 raise
 
+    def _subscribe(self, index: int, module: GRUModule | None) -> None:
+        """Have the calls of a module recorded as those of the module of this number."""
+        if module is None:
+            return
+        subscription = Subscription(
+            module,
+            _Weakly(self, Tracer._receive, self._recorders[index]),
+            self._options.stacks,
+            _Weakly(self, Tracer._wants, self._turns[index]),
+            self._recorders[index].asked,
+        )
+        # Kept before it starts: an interruption must not leave it behind.
+        self._subscriptions.append(subscription)
+        subscription.start()
+
     def stop(self) -> None:
-        """Stop recording and take all hooks off the model. The trace stays open."""
+        """Stop recording. The trace stays open."""
         with self._lock:
-            deaf = []
-            while self._ears:
-                if not self._ears[-1].stop():
-                    deaf.append(self._path(len(self._ears) - 1))
-                self._ears.pop()
-        for path in deaf:
-            self._warn_once(
-                path,
-                f"somebody removed the hooks from {path} while it was recorded: its calls since "
-                "then are not in the trace",
-            )
+            self._watch.stop()
+            while self._subscriptions:
+                self._subscriptions[-1].stop()
+                self._subscriptions.pop()
+            # What cannot be stored now is said on flushing or closing.
+            with suppress(SinkError):
+                self._settle()
+
+    def _settle(self) -> None:
+        """Find out which weights the calls used that wait for it, and hand them on."""
+        if len(self._pending) and os.getpid() == self._process:
+            for recorder in self._recorders:
+                recorder.settle()
+
+    def _expect_changes(self) -> None:
+        for recorder in self._recorders:
+            recorder.expect_changes()
 
     @contextmanager
     def recording(
@@ -303,6 +341,10 @@ class Tracer(Trace):
             was_recording, self._tag, self._batches = before
             if not was_recording:
                 self.stop()
+            else:
+                with self._lock, suppress(SinkError):
+                    self._settle()
+                    self._expect_changes()
 
     def flush(self) -> None:
         """Return once every recorded row is in the trace, and committed to the file if any.
@@ -311,6 +353,7 @@ class Tracer(Trace):
             SinkError: The rows could not be stored, and ``on_error`` is ``raise``.
         """
         try:
+            self._settle()
             self._outlet.sink.flush()
         except SinkError as error:
             if not self._goes_on(error):
@@ -346,6 +389,7 @@ class Tracer(Trace):
         self.stop()
         was_open, self._closed = not self._closed, True
         if was_open:
+            self._closing.detach()
             try:
                 self._outlet.sink.close()
             except SinkError as error:
@@ -399,6 +443,9 @@ class Tracer(Trace):
 
     def _look(self) -> Moment:
         """Take in what was recorded since the last look, so that the trace is always up to date."""
+        if len(self._pending):
+            with self._lock, suppress(SinkError):
+                self._settle()
         appended = self._outlet.records
         if appended != self._seen:
             self.refresh()
@@ -448,10 +495,49 @@ class Tracer(Trace):
                 self._batches.add(recorded)
         if self._limits.reached:
             self.stop()
+        elif self._pending.is_full:
+            self._hand_on()
         if self._background is not None:
             self._say_doubts()
         elif recorded.block is not None:
-            self._say(doubts(recorder.description, recorded.block))
+            number = None if recorded.number is None else self._before + recorded.number
+            self._say(find_doubts(recorder.description, recorded.block, number))
+
+    def _hand_on(self) -> None:
+        """Hand on what waits, there being too much of it."""
+        try:
+            self._settle()
+        except SinkError as error:
+            if not self._goes_on(error):
+                raise
+
+    def _meet(self, module: GRUModule, frame: FrameType) -> None:
+        """Record a GRU that the model did not have, in the place of the one that it had, or name it."""
+        model = self._model()
+        if model is None or any(each() is module for each in self._grus.values()):
+            return
+        path = next((path for path, each in find(model) if each is module), None)
+        if path is None:
+            if _is_called_within(model, frame):
+                self._warn_once(
+                    f"made anew {type(module)}",
+                    f"a {type(module).__qualname__} that is no part of the model was called within "
+                    "it, made anew for each call perhaps: its calls are not recorded. Keep it as an "
+                    "attribute of a module to have it traced",
+                )
+            return
+        index = next((n for n in range(len(self._recorders)) if self._path(n, "") == path), None)
+        if index is not None and _is_like(self._selections[index].description, module):
+            with self._lock:
+                if self._subscriptions:
+                    self._grus[path] = weakref.ref(module)
+                    self._subscribe(index, module)
+        elif index is not None or path not in self._grus:
+            self._warn_once(
+                f"met {path}",
+                f"{path} was {'exchanged for another kind of layer' if index is not None else 'added'}"
+                " after the tracer was made: its calls are not recorded. Make a new tracer",
+            )
 
     def _say_doubts(self) -> None:
         """Say what was found outside the model's forward since the last time."""
@@ -495,19 +581,108 @@ class Tracer(Trace):
         stopped = self._limits.reached or self._outlet.error is not None
         if self._has_recorded and uncalled and not stopped:
             compiled = (
-                ", but maybe within a graph that torch.compile made before it "
-                "(torch.compiler.reset() discards those)"
+                "; or it was called within a graph of torch.compile, which is not heard"
+                if compiler_is_loaded()
+                else ""
+            )
+            own = [each for each in uncalled if self._has_own_forward(each)]
+            python = (
+                f"; or the forward of {', '.join(own)} computes the GRU itself, without the kernel"
+                if own
+                else ""
             )
             warnings.warn(
-                f"nothing was recorded of {', '.join(uncalled)}: no call while recording "
-                "(layer.forward(x) is none, layer(x) is)"
-                f"{compiled if compiler_is_loaded() else ''}",
+                f"nothing was recorded of {', '.join(uncalled)}: no call of PyTorch's GRU kernel "
+                f"while recording{python}{compiled}",
                 GrutraceWarning,
                 stacklevel=3,
             )
 
-    def _path(self, index: int) -> str:
-        return self._selections[index].description.path or "the model"
+    def _has_own_forward(self, path: str) -> bool:
+        modules = (
+            each.module
+            for each in self._selections
+            if (each.description.path or "the model") == path
+        )
+        return any(
+            module is not None and type(module).forward not in (nn.GRU.forward, nn.GRUCell.forward)
+            for module in modules
+        )
+
+    def _path(self, index: int, unnamed: str = "the model") -> str:
+        return self._selections[index].description.path or unnamed
+
+
+class _Weakly:
+    """Calls a method of a tracer, as long as there is the tracer."""
+
+    def __init__(self, tracer: Tracer, method: Callable[..., Any], *first: object) -> None:
+        # By name: a subclass may have a method of its own.
+        self._tracer, self._name, self._first = weakref.ref(tracer), method.__name__, first
+
+    def __call__(self, *args: Any) -> Any:
+        tracer = self._tracer()
+        return None if tracer is None else getattr(tracer, self._name)(*self._first, *args)
+
+
+def _close_dropped(
+    tracer: weakref.ref[Tracer],
+    subscriptions: list[Subscription],
+    recorders: list[ModuleRecorder],
+    outlet: Outlet,
+    process: int,
+) -> None:
+    """Close what a tracer leaves behind that was dropped, or is there when the process ends."""
+    if os.getpid() != process:
+        return
+    was_recording = bool(subscriptions)
+    for subscription in subscriptions:
+        subscription.stop()
+    with suppress(SinkError):
+        for recorder in recorders:
+            recorder.settle()
+        outlet.sink.close()
+    if tracer() is None and was_recording:
+        warnings.warn(
+            "a tracer was dropped while it recorded: it is closed, and what it had recorded is "
+            "complete. Keep it in a variable, and close it",
+            GrutraceWarning,
+            stacklevel=2,
+        )
+
+
+def _is_called_within(model: nn.Module, frame: FrameType) -> bool:
+    """Whether a method of a module of the model is running."""
+    modules = set(map(id, model.modules()))
+    above: FrameType | None = frame
+    while above is not None:
+        code = above.f_code
+        if code.co_argcount and id(above.f_locals.get(code.co_varnames[0])) in modules:
+            return True
+        above = above.f_back
+    return False
+
+
+def _is_like(description: Module, module: GRUModule) -> bool:
+    """Whether a module has the sites that are described."""
+    if isinstance(module, nn.GRUCell):
+        found = ("GRUCell", module.input_size, module.hidden_size, 1, False)
+    else:
+        found = (
+            "GRU",
+            module.input_size,
+            module.hidden_size,
+            module.num_layers,
+            module.bidirectional,
+        )
+    return (*found, bool(module.bias)) == (
+        description.kind,
+        description.input_size,
+        description.hidden_size,
+        description.num_layers,
+        description.bidirectional,
+        description.bias,
+    )
 
 
 #: The name for a ``with`` block: ``with grutrace.trace(model) as trace:``.

@@ -1,119 +1,283 @@
-"""Telling one version of a module's weights from the next."""
+"""Tell one version of a module's weights from the next, by whatever route they change.
+
+Three things are looked at, from cheap to sure:
+
+1. Address and version counter of each weight. Every operation of PyTorch's on the weight itself
+   moves the counter.
+2. A sample: an element of each row and of each column of every weight. ``weight.data[...] = 0``, a
+   NumPy view and an averaged copy swapped in move no counter, but seldom leave all of these alone.
+3. Every byte, compared with the copy that was kept. That is sure, and reads the weights once more.
+
+The first two are done at every call. The third is done whenever it has become cheap beside the
+calls since the last time (see `SHARE`), at the first call after a recording begins or a tag changes,
+and whenever what is recorded is handed on. A call between two comparisons is *uncertain*: it gets
+the version that was known then, and whoever computes its gates decides by the states that they lead
+to. (See docs/architecture.md, Weights.)
+
+Nothing is done to the user's tensors. Their memory is read through its address, since a view of
+NumPy's makes a tensor's storage unresizable for good.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import math
+import time
+import weakref
+from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from grutrace.gru.kernel import CellWeights
+#: What part of the calls' own time comparisons may take.
+SHARE = 0.05
 
-#: How many elements of each weight are looked at to find a change that the version counter missed.
-_SAMPLES = 16
+#: What it costs to look at a sample: where comparing every byte takes no longer, that is done.
+SAMPLE_SECONDS = 5e-6
+
+#: Versions that are kept, to find out later which one a call used.
+KEPT_VERSIONS = 3
+
+#: How changes are found that move no version counter.
+WeightChecks: TypeAlias = Literal["auto", "exact"]
+
+#: Elements of each weight that are looked at in one call.
+SAMPLE = 64
 
 
-class Seen(NamedTuple):
-    """What weights looked like: enough to tell whether they have changed, without a copy of all.
+def _load_memcmp() -> Callable[[int, int, int], int]:
+    try:
+        library = ctypes.CDLL(None)
+        function = library.memcmp
+    except (OSError, TypeError, AttributeError):
+        function = ctypes.CDLL("msvcrt").memcmp
+    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    function.restype = ctypes.c_int
+    found: Callable[[int, int, int], int] = function
+    return found
 
-    A change is found by a tensor's address and version counter. Two kinds of change escape the
-    counter: tensors made under inference_mode have none, so they are never the same; and writing
-    through ``.data`` (as some optimizers and averaging schemes do) leaves it alone, so a few
-    elements of each weight are compared.
+
+_memcmp = _load_memcmp()
+
+
+class Version(NamedTuple):
+    """One version of a module's weights.
 
     Attributes:
-        marks: Address and version counter of each weight; None where one has no counter.
-        samples: What reads a few elements of each weight, and what it read.
+        number: Counted from 0 for each module.
+        weights: Copies, flat, as the kernel takes them, in the memory layout of the originals.
     """
 
-    marks: list[tuple[int, int]] | None
-    samples: list[tuple[Callable[[], bytes], bytes]]
-
-    @classmethod
-    def of(cls, weights: list[Tensor]) -> Seen:
-        """Look at weights."""
-        return cls(_marks(weights), [(now, now()) for now in map(_sample, weights)])
-
-    def is_still(self, weights: list[Tensor]) -> bool:
-        """Whether these are the same weights, unchanged."""
-        return (
-            self.marks is not None
-            and self.marks == _marks(weights)
-            and all(now() == then for now, then in self.samples)
-        )
+    number: int
+    weights: list[Tensor]
 
 
-class _State(NamedTuple):
-    """How many versions there were, copies of the present one, and what it looked like."""
+class _Seen:
+    """Weights as they were when every byte was last known.
 
-    versions: int = 0
-    kept: list[Tensor] = []
-    seen: Seen | None = None
+    Args:
+        kept: Copies of the weights.
+        weights: The weights, which are not kept alive.
+    """
+
+    def __init__(self, kept: list[Tensor], weights: list[Tensor]) -> None:
+        self._kept = kept
+        self._marks = _marks(weights)
+        self._turn = 0
+        self._samples: list[_Sample] | None = None
+        self._ranges: list[tuple[int, int, int]] | None = None
+
+    def has_marks_of(self, weights: list[Tensor]) -> bool:
+        """Whether these are the same tensors, and no version counter has moved."""
+        return self._marks is not None and self._marks == _marks(weights)
+
+    def has_sample_of(self, weights: list[Tensor]) -> bool:
+        """Whether a sample is the same. To be asked where `has_marks_of` has just said yes.
+
+        Every time another part of the sample is looked at.
+        """
+        if self._samples is None:
+            pairs = zip(self._kept, weights, strict=True)
+            self._samples = [_Sample(*each) for each in pairs if _is_alike(*each) and len(each[0])]
+        self._turn += 1
+        return all(each.matches(self._turn) for each in self._samples)
+
+    def has_bytes_of(self, weights: list[Tensor]) -> bool:
+        """Whether every byte is the same. To be asked where `has_marks_of` has just said yes."""
+        if self._ranges is None:
+            pairs = list(zip(self._kept, weights, strict=True))
+            if not all(_is_alike(*each) for each in pairs):
+                return _are_same(self._kept, weights)
+            self._ranges = [
+                (kept.data_ptr(), weight.data_ptr(), kept.numel() * kept.element_size())
+                for kept, weight in pairs
+            ]
+        return not any(_memcmp(*each) for each in self._ranges)
+
+
+class _Sample:
+    """An element of each row and each column of a weight, and of its copy, read from memory."""
+
+    def __init__(self, kept: Tensor, weight: Tensor) -> None:
+        # Against the diagonal: so every row has one, however many there are.
+        inner = weight.shape[0 if weight.dim() > 1 and weight.stride(0) == 1 else -1]
+        self._step = max(1, inner - 1) if weight.dim() > 1 else 1
+        self._kept, self._weight = _memory(kept), _memory(weight)
+        self._parts = math.ceil(len(self._kept) / self._step / SAMPLE)
+
+    def matches(self, turn: int) -> bool:
+        """Whether a part of it is the same in both."""
+        step = self._step
+        first = turn % self._parts * SAMPLE * step
+        part = slice(first, first + SAMPLE * step, step)
+        return self._kept[part].tobytes() == self._weight[part].tobytes()
 
 
 class WeightVersions:
-    """Counts the versions of one module's weights.
+    """Numbers the versions of one module's weights. For one thread at a time.
 
-    They are told as by `Seen`, and those of which it cannot tell are compared whole.
+    Args:
+        checks: ``exact`` to compare every byte at every call.
 
     Attributes:
-        state: What it knows, which never changes itself: who sets it back has undone a call.
+        made: Versions that were found and not taken from here yet, the first one first.
     """
 
-    def __init__(self) -> None:
-        self.state = _State()
+    def __init__(self, checks: WeightChecks = "auto") -> None:
+        self.made: deque[Version] = deque()
+        self._exact = checks == "exact"
+        self._known: tuple[Version, ...] = ()
+        self._count = 0
+        self._seen: _Seen | None = None
+        self._live: list[weakref.ref[Tensor]] = []
+        self._due = True
+        self._spent = self._cost = 0.0
 
     @property
-    def count(self) -> int:
-        """Versions so far; one less is the number of the present one."""
-        return self.state.versions
+    def known(self) -> tuple[Version, ...]:
+        """The versions of which copies are kept, the present one first."""
+        return self._known
 
-    def changed(self, weights: list[Tensor]) -> list[Tensor] | None:
-        """Return copies of the weights if they are a new version, else None."""
-        count, kept, seen = self.state
-        if seen is not None and seen.is_still(weights):
-            return None
-        seen = Seen.of(weights)
-        if kept and all(map(_same, kept, weights)):
-            self.state = _State(count, kept, seen)
-            return None
-        copies = [weight.detach().clone() for weight in weights]
-        self.state = _State(count + 1, copies, seen)
-        return copies
+    @property
+    def present(self) -> Version:
+        """The version that was found last."""
+        return self._known[0]
 
+    def expect_changes(self) -> None:
+        """Compare every byte at the next call: the user has just done something else."""
+        self._due = True
 
-class KeptRows:
-    """Some rows of weights, taken anew only where the weights have changed."""
+    def look(self, weights: list[Tensor], seconds: float) -> bool:
+        """Look at the weights of a call that has just run. Then `present` is its version.
 
-    def __init__(self, take: Callable[[CellWeights], CellWeights]) -> None:
-        self._take = take
-        # In one, so that another thread never sees rows of other weights.
-        self._latest: tuple[Seen, CellWeights] | None = None
+        Args:
+            weights: What the kernel was given.
+            seconds: How long it ran.
 
-    def of(self, weights: CellWeights) -> CellWeights:
-        """Return the rows of these weights."""
-        present = [each for each in weights if each is not None]
-        latest = self._latest
-        if latest is None or not latest[0].is_still(present):
-            latest = Seen.of(present), self._take(weights)
-            self._latest = latest
-        return latest[1]
+        Returns:
+            Whether every byte was compared. If not, the call may have used another version.
+        """
+        self._spent += seconds
+        seen = self._seen
+        if seen is not None and seen.has_marks_of(weights):
+            budget = max(SAMPLE_SECONDS, SHARE * self._spent)
+            if not (self._exact or self._due or self._cost <= budget):
+                if seen.has_sample_of(weights):
+                    return False
+            else:
+                began = time.perf_counter()
+                if seen.has_bytes_of(weights):
+                    self._cost = time.perf_counter() - began
+                    self._due, self._spent = False, 0.0
+                    return True
+        self.compare(weights)
+        return True
+
+    def compare(self, weights: list[Tensor]) -> None:
+        """Compare every byte of weights with the known versions. Then `present` is their version."""
+        known = self._known
+        same = next((each for each in known if _are_same(each.weights, weights)), None)
+        if same is None:
+            same = Version(self._count, [_copy(weight) for weight in weights])
+            self.made.append(same)
+            self._count += 1
+        others = tuple(each for each in known if each is not same)[: KEPT_VERSIONS - 1]
+        self._known = (same, *others)
+        self._seen = _Seen(same.weights, weights)
+        self._live = [weakref.ref(weight) for weight in weights]
+        self._due, self._spent = False, 0.0
+
+    def recheck(self) -> bool:
+        """Compare every byte of the weights of the last call as they are now.
+
+        Weights that are gone, or whose memory is taken away between calls (FSDP, offloaders), are
+        left as they are known.
+
+        Returns:
+            Whether they are the version that was present before.
+        """
+        if not self._known:
+            return True
+        before = self._known[0]
+        live = [weight for each in self._live if (weight := each()) is not None]
+        if len(live) == len(before.weights) and not any(map(_is_freed, live)):
+            self.compare(live)
+        return self._known[0] is before
 
 
 def _marks(weights: list[Tensor]) -> list[tuple[int, int]] | None:
-    if any(weight.is_inference() for weight in weights):
+    try:
+        return [(weight.data_ptr(), weight._version) for weight in weights]
+    except RuntimeError:
+        # Tensors made under inference_mode have no version counter.
         return None
-    return [(weight.data_ptr(), weight._version) for weight in weights]
 
 
-def _same(kept: Tensor, weight: Tensor) -> bool:
-    return kept.dtype == weight.dtype and kept.device == weight.device and torch.equal(kept, weight)
+def _copy(weight: Tensor) -> Tensor:
+    # Dense weights keep their strides: a product with a copy is made as with the original.
+    return weight.detach().clone()
 
 
-def _sample(weight: Tensor) -> Callable[[], bytes]:
-    """Return what reads a few elements of a weight, whenever it is called."""
-    flat = weight.detach().view(-1) if weight.is_contiguous() else weight.detach().reshape(-1)
-    few = flat[:: max(1, flat.numel() // _SAMPLES)].unsqueeze(-1).view(torch.uint8)
-    # A view of the weight's own memory, which NumPy reads in a fifth of the time.
-    return few.numpy().tobytes if few.device.type == "cpu" else lambda: few.cpu().numpy().tobytes()
+def _is_freed(weight: Tensor) -> bool:
+    """Whether a weight has no memory at present: FSDP and offloaders take it away between calls."""
+    return weight.is_meta or (weight.numel() > 0 and weight.untyped_storage().nbytes() == 0)
+
+
+def _are_same(kept: list[Tensor], weights: list[Tensor]) -> bool:
+    return len(kept) == len(weights) and all(map(_is_same, kept, weights))
+
+
+def _is_same(kept: Tensor, weight: Tensor) -> bool:
+    """Whether two tensors hold the same bytes, NaN included."""
+    if kept.dtype != weight.dtype or kept.device != weight.device or kept.shape != weight.shape:
+        return False
+    if _is_alike(kept, weight):
+        size = kept.numel() * kept.element_size()
+        return _memcmp(kept.data_ptr(), weight.data_ptr(), size) == 0
+    weight = weight.detach()
+    # Equal numbers first: it is the faster question. Then bytes, for NaN is equal to nothing.
+    return torch.equal(kept, weight) or torch.equal(
+        kept.contiguous().view(torch.uint8), weight.contiguous().view(torch.uint8)
+    )
+
+
+def _is_alike(kept: Tensor, weight: Tensor) -> bool:
+    """Whether both lie in the same way in the processor's memory, without gaps."""
+    return (
+        weight.device.type == "cpu"
+        and kept.stride() == weight.stride()
+        and (kept.is_contiguous() or (kept.dim() == 2 and kept.t().is_contiguous()))
+    )
+
+
+def _memory(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """Return the memory of a tensor without gaps as an array (elements,), to be read only.
+
+    Unlike Tensor.numpy(), this leaves the tensor's storage as it is. It does not keep it alive.
+    """
+    count, size = tensor.numel(), tensor.element_size()
+    memory: Any = (ctypes.c_char * (count * size)).from_address(tensor.data_ptr())
+    return np.ndarray((count,), f"u{size}", memory)

@@ -119,10 +119,11 @@ class KernelCall(NamedTuple):
         weights = self.weights[layer * each : (layer + 1) * each]
         initial = self.initial[layer * self.directions : (layer + 1) * self.directions]
         options = (self.bias, 1, 0.0, self.training, self.bidirectional)
+        # Not torch.gru: function modes of the user would see a call that the model did not make.
         if self.batch_sizes is None:
-            output, final = torch.gru(input, initial, weights, *options, batch_first=False)
+            output, final = torch._VF.gru(input, initial, weights, *options, False)
         else:
-            output, final = torch.gru(input, self.batch_sizes, initial, weights, *options)
+            output, final = torch._VF.gru(input, self.batch_sizes, initial, weights, *options)
         return Layer(input, output), final
 
     def is_worth_harvesting(self, asked: Asked) -> bool:

@@ -8,6 +8,7 @@ anywhere (trained GRUs can be chaotic); see docs/equations.md.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -56,10 +57,10 @@ class Replay:
 
 
 class Shadow:
-    """Bound to one direction of one layer of a live module. It holds no copy of the weights.
+    """Bound to one direction of one layer of a live module, which it does not keep alive.
 
     Args:
-        module: The nn.GRU or nn.GRUCell.
+        module: The nn.GRU or nn.GRUCell; None where the weights are always given.
         layer: Number of the layer, from 0.
         reverse: Whether to shadow the reverse direction.
         stored: The type in which rows are kept, if it is another than the kernel's: what it
@@ -68,23 +69,26 @@ class Shadow:
 
     def __init__(
         self,
-        module: nn.GRU | nn.GRUCell,
+        module: nn.GRU | nn.GRUCell | None,
         layer: int = 0,
         reverse: bool = False,
         stored: torch.dtype | None = None,
     ) -> None:
-        self._module, self._layer, self._reverse = module, layer, reverse
+        self._reference = None if module is None else weakref.ref(module)
+        self._layer, self._reverse = layer, reverse
         self._stored = stored
 
     @property
     def weights(self) -> CellWeights:
         """The module's own weights, as the kernel would use them now."""
-        if isinstance(self._module, nn.GRUCell):
-            module = self._module
+        module = None if self._reference is None else self._reference()
+        if module is None:
+            raise ValueError("expected weights, or a module that still exists")
+        if isinstance(module, nn.GRUCell):
             return CellWeights(module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh)
-        each = 4 if self._module.bias else 2
-        place = self._layer * (2 if self._module.bidirectional else 1) + self._reverse
-        flat = cast("list[Tensor]", self._module._flat_weights)
+        each = 4 if module.bias else 2
+        place = self._layer * (2 if module.bidirectional else 1) + self._reverse
+        flat = cast("list[Tensor]", module._flat_weights)
         return CellWeights(*flat[place * each : (place + 1) * each])
 
     @torch.no_grad()

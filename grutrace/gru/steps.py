@@ -37,7 +37,7 @@ def copy_rounded(target: Tensor, values: Tensor) -> None:
     """
     if values.dtype == torch.float64 and target.dtype == torch.float16:
         with np.errstate(over="ignore"):
-            target.numpy()[...] = values.detach().cpu().numpy()
+            target.numpy()[...] = values.detach().clone().cpu().numpy()
     else:
         target.copy_(values)
 
@@ -258,9 +258,12 @@ class PackedSteps:
     """
 
     def __init__(self, batch_sizes: Tensor, sorted_indices: Tensor | None) -> None:
-        self._batch_sizes: npt.NDArray[np.int64] = batch_sizes.cpu().numpy()
+        # By way of a list: NumPy's view of a tensor makes its storage unresizable for good.
+        self._batch_sizes: npt.NDArray[np.int64] = np.array(batch_sizes.tolist(), np.int64)
         batch = int(self._batch_sizes[0])
-        self._places = np.arange(batch) if sorted_indices is None else sorted_indices.cpu().numpy()
+        self._places = np.arange(batch)
+        if sorted_indices is not None:
+            self._places = np.array(sorted_indices.tolist(), np.int64)
 
     @cached_property
     def _sorted_lengths(self) -> npt.NDArray[np.int64]:

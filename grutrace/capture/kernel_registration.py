@@ -1,0 +1,170 @@
+"""Put kernels of ours in the place of PyTorch's GRU kernels, and take them away again.
+
+PyTorch looks up the kernel of an operation by *dispatch key*: one for each kind of tensor and each
+feature in force. The GRU operations have a single, composite kernel for all keys, made of other
+operations. A kernel that is registered for one key takes precedence there.
+
+Two things make this less simple than it sounds, both seen with torch 2.13:
+
+- A kernel registered for ``CPU`` alone would hide the composite one from autograd, and no gradient
+  would flow; and vmap would no longer see through the operation. So ours are registered for the
+  autograd key of each device, for the device's own key (which inference_mode uses), and for vmap's.
+- Removing a kernel frees it, while another thread may have looked it up and be waiting for Python's
+  lock to enter it: the process then ends with a segmentation fault. So what is removed is kept
+  until no thread can be on its way into it any more. Where this PyTorch gives no such handle, the
+  kernel stays until no other thread runs Python.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch._C import DispatchKey
+
+#: The operations, and which of their arguments holds the weights.
+OPERATIONS = {"gru.input": 2, "gru.data": 3, "gru_cell": 2}
+
+#: How long a kernel that was removed is kept. A thread waits for Python's lock for milliseconds.
+KEPT_SECONDS = 10.0
+
+#: Heard wherever the tensors are: models without values, and functions mapped by vmap.
+_ALWAYS = ("CPU", "AutogradCPU", "AutogradMeta", "FuncTorchBatched")
+
+
+class GRUKernel:
+    """PyTorch's own kernel of one operation.
+
+    Attributes:
+        name: ``gru.input``, ``gru.data`` or ``gru_cell``.
+        is_cell: Whether it runs one step of a cell.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.is_cell = name, name == "gru_cell"
+        packet, _, overload = name.partition(".")
+        self._run: Any = getattr(getattr(torch.ops.aten, packet), overload or "default")._op_dk
+        self._weights = OPERATIONS[name]
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Run it, where function modes of the user see what they would see without us."""
+        if torch._C._len_torch_function_stack():
+            with torch._C._EnableTorchFunction():
+                return self._run(DispatchKey.CompositeImplicitAutograd, *arguments)
+        return self._run(DispatchKey.CompositeImplicitAutograd, *arguments)
+
+    def options(self, arguments: tuple[Any, ...]) -> tuple[int, int, float, bool, bool]:
+        """has_biases, num_layers, dropout, train and bidirectional among its arguments."""
+        found: Any = arguments[self._weights + 1 : self._weights + 6]
+        return tuple(found)
+
+    def weights(self, arguments: tuple[Any, ...]) -> Any:
+        """The weights among its arguments: a flat list, as nn.GRU has them."""
+        if self.is_cell:
+            return [each for each in arguments[self._weights :] if each is not None]
+        return arguments[self._weights]
+
+
+#: Answers a call in the kernel's place.
+Answer: TypeAlias = Callable[[GRUKernel, tuple[Any, ...]], Any]
+
+
+class _Removed(NamedTuple):
+    when: float
+    kernels: list[Any]
+
+
+class KernelRegistration:
+    """Has the calls of the GRU operations answered, as long as somebody asks for it.
+
+    Args:
+        answer: Called with PyTorch's kernel and the arguments of a call.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        self._users = 0
+        self._libraries: dict[str, Any] = {}
+        self._handles: list[Any] = []
+        self._removed: deque[_Removed] = deque()
+        self._lock = threading.RLock()
+        os.register_at_fork(after_in_child=self._renew_lock)
+
+    def _renew_lock(self) -> None:
+        # Another thread of the parent may hold it.
+        self._lock = threading.RLock()
+
+    @property
+    def is_on(self) -> bool:
+        """Whether calls are answered here."""
+        return bool(self._libraries)
+
+    def acquire(self, devices: Iterable[str]) -> None:
+        """Answer calls from now on, until as many `release` as `acquire` have been called.
+
+        Args:
+            devices: Types of the devices on which calls are expected.
+        """
+        keys = set(_ALWAYS)
+        for device in devices:
+            if device != "meta":
+                key = torch._C._dispatch_key_for_device(device)
+                keys |= {key, f"Autograd{key}"}
+        with self._lock:
+            self._users += 1
+            try:
+                self._forget_removed()
+                for key in sorted(keys - set(self._libraries)):
+                    self._register(key)
+            except BaseException:
+                self.release()
+                raise
+
+    def release(self) -> None:
+        """Give the kernels back, if nobody else uses them."""
+        with self._lock:
+            self._users -= 1
+            if self._users or not self._libraries:
+                return
+            if not self._handles and len(sys._current_frames()) > 1:
+                return
+            for library in self._libraries.values():
+                library._destroy()
+            self._libraries.clear()
+            self._removed.append(_Removed(time.monotonic(), self._handles))
+            self._handles = []
+
+    def _register(self, key: str) -> None:
+        make: Any = torch.library.Library
+        library = make("aten", "IMPL", key)
+        for name in OPERATIONS:
+            library.impl(name, self._kernel(GRUKernel(name)))
+            handle = _handle(f"aten::{name}", key)
+            if handle is not None:
+                self._handles.append(handle)
+        self._libraries[key] = library
+
+    def _kernel(self, kernel: GRUKernel) -> Callable[..., Any]:
+        answer = self._answer
+
+        def call(*arguments: Any) -> Any:
+            return answer(kernel, arguments)
+
+        return call
+
+    def _forget_removed(self) -> None:
+        oldest = time.monotonic() - KEPT_SECONDS
+        while self._removed and self._removed[0].when < oldest:
+            self._removed.popleft()
+
+
+def _handle(operation: str, key: str) -> Any:
+    """Return what keeps the present kernel of an operation alive; None where PyTorch has none."""
+    find = getattr(torch._C, "_dispatch_get_computed_kernel_for_dispatch_key", None)
+    return None if find is None else find(operation, getattr(DispatchKey, key))
