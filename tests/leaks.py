@@ -6,7 +6,6 @@ import contextlib
 import gc
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch

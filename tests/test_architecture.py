@@ -34,6 +34,7 @@ ALLOWED = {
 #: trace gives arrays of other libraries.
 EXCEPTIONS = {
     "storage/derived.py": {"gru.derive"},
+    "storage/proofs.py": {"gru.batch"},
     "storage/trace.py": {"arrays.chunked", "arrays.labelled", "dask", "xarray"},
 }
 
@@ -54,7 +55,7 @@ ONLY = {
 WRITING = {"writer", "stream", "pump", "appender", "continuing", "admission", "entries"}
 READING = {
     *("reader", "rows", "trace", "site", "sequence", "index", "moment"),
-    *("combined", "parts", "ingredients", "derived", "labels"),
+    *("combined", "parts", "ingredients", "derived", "proofs", "labels"),
     *("joined", "shards", "stacked", "merged", "virtual", "merging", "probe"),
 }
 

@@ -291,7 +291,7 @@ def _tell_watches(module: GRUModule, frame: FrameType) -> None:
 
 def _caller(frame: FrameType, kernel: GRUKernel, arguments: tuple[Any, ...]) -> Caller:
     """Find out who calls a kernel, from the frame that called it."""
-    own = _first_argument(frame)
+    own = method_owner(frame)
     if isinstance(own, (nn.GRU, nn.GRUCell)):
         return Caller(own, frame, frame)
     weight = kernel.weights(arguments)[0]
@@ -300,7 +300,7 @@ def _caller(frame: FrameType, kernel: GRUKernel, arguments: tuple[Any, ...]) -> 
             return Caller(module, frame, _frame_of(frame, module))  # type: ignore[arg-type]
     above: FrameType | None = frame.f_back
     while above is not None:
-        own = _first_argument(above)
+        own = method_owner(above)
         if isinstance(own, (nn.GRU, nn.GRUCell)):
             return Caller(own, frame, above)
         above = above.f_back
@@ -309,14 +309,22 @@ def _caller(frame: FrameType, kernel: GRUKernel, arguments: tuple[Any, ...]) -> 
 
 def _frame_of(frame: FrameType, module: nn.Module) -> FrameType | None:
     above: FrameType | None = frame
-    while above is not None and _first_argument(above) is not module:
+    while above is not None and method_owner(above) is not module:
         above = above.f_back
     return above
 
 
-def _first_argument(frame: FrameType) -> Any:
+def method_owner(frame: FrameType) -> Any:
+    """Return the object whose method a frame runs; None where it runs none."""
     code = frame.f_code
-    return frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    if not code.co_argcount:
+        return None
+    own = frame.f_locals.get(code.co_varnames[0])
+    if code.co_varnames[0] == "self" or own is None:
+        return own
+    # By another name: its class has the method.
+    methods = (vars(kind).get(code.co_name) for kind in type(own).__mro__)
+    return own if any(getattr(each, "__code__", None) is code for each in methods) else None
 
 
 def _sorted_indices(caller: Caller, batch_sizes: Tensor) -> Tensor | None:

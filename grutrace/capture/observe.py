@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,6 @@ from grutrace.gru.harvest import Harvest
 from grutrace.gru.kernel import KernelCall, Layer, rerun, split
 from grutrace.gru.steps import PackedSteps, PaddedSteps, Steps
 
-Result = TypeVar("Result")
 GRUModule: TypeAlias = nn.GRU | nn.GRUCell
 Stacks: TypeAlias = Literal["rerun", "auto", "split"]
 
@@ -106,52 +106,53 @@ def run_kernel(
         asked: Which gates to harvest, where that can be done and pays.
     """
     took = _Stopwatch()
+    call, harvests, state = None, False, None
     if asked.columns and harvest.is_undisturbed(arguments[0]):
         call = _as_call(kernel, arguments)
-        if call.is_worth_harvesting(asked):
-            gates: list[list[Harvest]] | None
-            (answer, layers), gates = call.harvest(
-                took.timed(lambda: _run(call, kernel, arguments, stacks)), asked.columns
-            )
-            return _result(module, kernel, arguments, answer, layers, gates, find_order, took)
-    if kernel.is_cell or kernel.options(arguments)[1] == 1:
-        answer = took.timed(lambda: kernel(*arguments))()
-        return _result(module, kernel, arguments, answer, [], None, find_order, took)
-    call = _as_call(kernel, arguments)
-    if call.drops and not _on_cpu(call) and stacks != "split":
-        return KernelResult(kernel(*arguments), lambda: _masks_unknown(call))
-    if call.drops and not _splits(call, stacks):
-        state = torch.get_rng_state()
-        answer = took.timed(lambda: kernel(*arguments))()
+        harvests = call.is_worth_harvesting(asked)
+    is_stack = not kernel.is_cell and kernel.options(arguments)[1] > 1
+    if is_stack:
+        call = call or _as_call(kernel, arguments)
+        if call.drops and not _splits(call, stacks):
+            if not _on_cpu(call):
+                return KernelResult(kernel(*arguments), partial(_masks_unknown, call))
+            state = torch.get_rng_state()
 
-        def rerun_with_masks() -> Observation:
-            layers = rerun(_plain(call), plain(_output(kernel, arguments, answer)), state)
-            return _observation(module, call, layers, find_order, took.seconds)
+    def run() -> tuple[Any, list[Layer]]:
+        began = time.perf_counter()
+        if call is not None and is_stack and _splits(call, stacks):
+            answer, layers = _split(call, arguments)
+        else:
+            answer, layers = kernel(*arguments), []
+        took.seconds = time.perf_counter() - began
+        return answer, layers
 
-        return KernelResult(answer, rerun_with_masks)
-    answer, layers = took.timed(lambda: _run(call, kernel, arguments, stacks))()
-    return _result(module, kernel, arguments, answer, layers, None, find_order, took)
+    gates: list[list[Harvest]] | None = None
+    if call is not None and harvests:
+        (answer, layers), gates = call.harvest(run, asked.columns)
+    else:
+        answer, layers = run()
+
+    def observe() -> Observation:
+        made = _as_call(kernel, arguments)
+        found = layers
+        if not found:
+            output = _output(kernel, arguments, answer)
+            if is_stack:
+                found = rerun(_plain(made), plain(output), state)
+            else:
+                found = [Layer(made.input, output)]
+        return _observation(module, made, _with_gates(found, gates), find_order, took.seconds)
+
+    return KernelResult(answer, observe)
 
 
 class _Stopwatch:
     seconds = 0.0
 
-    def timed(self, run: Callable[[], Result]) -> Callable[[], Result]:
-        def timed() -> Result:
-            began = time.perf_counter()
-            result = run()
-            self.seconds = time.perf_counter() - began
-            return result
 
-        return timed
-
-
-def _run(
-    call: KernelCall, kernel: Kernel, arguments: tuple[Any, ...], stacks: Stacks
-) -> tuple[Any, list[Layer]]:
-    """Run a call as it is, or a stack layer by layer; then also return the layers."""
-    if call.num_layers == 1 or not _splits(call, stacks):
-        return kernel(*arguments), []
+def _split(call: KernelCall, arguments: tuple[Any, ...]) -> tuple[Any, list[Layer]]:
+    """Answer a call layer by layer."""
     output, final, layers = split(call)
     batch_first = call.batch_sizes is None and bool(arguments[-1])
     return (output.transpose(0, 1) if batch_first else output, final), layers
@@ -179,29 +180,6 @@ def _output(kernel: Kernel, arguments: tuple[Any, ...], answer: Any) -> Tensor:
     else:
         output = answer[0]
     return output
-
-
-def _result(
-    module: GRUModule,
-    kernel: Kernel,
-    arguments: tuple[Any, ...],
-    answer: Any,
-    layers: list[Layer],
-    gates: list[list[Harvest]] | None,
-    find_order: Callable[[Tensor], Tensor | None],
-    took: _Stopwatch,
-) -> KernelResult:
-    def observe() -> Observation:
-        call, found = _as_call(kernel, arguments), layers
-        if not found:
-            output = _output(kernel, arguments, answer)
-            if call.num_layers == 1:
-                found = [Layer(call.input, output)]
-            else:
-                found = rerun(_plain(call), plain(output), None)
-        return _observation(module, call, _with_gates(found, gates), find_order, took.seconds)
-
-    return KernelResult(answer, observe)
 
 
 def _with_gates(layers: list[Layer], gates: list[list[Harvest]] | None) -> list[Layer]:

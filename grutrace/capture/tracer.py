@@ -21,6 +21,7 @@ from grutrace.capture.background import Background
 from grutrace.capture.doubt import Doubt, find_doubts
 from grutrace.capture.kernel_calls import StrangerWatch, Subscription
 from grutrace.capture.limits import LimitReached, Limits
+from grutrace.capture.model_changes import place_of
 from grutrace.capture.observe import GRUModule, Observation, Stacks
 from grutrace.capture.options import (
     Check,
@@ -49,7 +50,7 @@ from grutrace.errors import (
     TraceFileError,
     UnsupportedError,
 )
-from grutrace.record import DEFAULT_RECORD, Header, Module
+from grutrace.record import DEFAULT_RECORD, Header
 from grutrace.shard import ShardOption, chosen_shard, sharded
 from grutrace.storage.moment import Moment
 from grutrace.storage.sinks import (
@@ -512,32 +513,20 @@ class Tracer(Trace):
                 raise
 
     def _meet(self, module: GRUModule, frame: FrameType) -> None:
-        """Record a GRU that the model did not have, in the place of the one that it had, or name it."""
+        """Record a GRU that the model did not have in the place of one that it had, or name it."""
         model = self._model()
         if model is None or any(each() is module for each in self._grus.values()):
             return
-        path = next((path for path, each in find(model) if each is module), None)
-        if path is None:
-            if _is_called_within(model, frame):
-                self._warn_once(
-                    f"made anew {type(module)}",
-                    f"a {type(module).__qualname__} that is no part of the model was called within "
-                    "it, made anew for each call perhaps: its calls are not recorded. Keep it as an "
-                    "attribute of a module to have it traced",
-                )
-            return
-        index = next((n for n in range(len(self._recorders)) if self._path(n, "") == path), None)
-        if index is not None and _is_like(self._selections[index].description, module):
+        described = {each.description.path: each.description for each in self._selections}
+        found = place_of(module, model, described, frame)
+        if found.replaces is not None:
+            index = list(described).index(found.replaces)
             with self._lock:
                 if self._subscriptions:
-                    self._grus[path] = weakref.ref(module)
+                    self._grus[found.replaces] = weakref.ref(module)
                     self._subscribe(index, module)
-        elif index is not None or path not in self._grus:
-            self._warn_once(
-                f"met {path}",
-                f"{path} was {'exchanged for another kind of layer' if index is not None else 'added'}"
-                " after the tracer was made: its calls are not recorded. Make a new tracer",
-            )
+        elif found.reason is not None and found.path not in self._grus:
+            self._warn_once(found.reason, found.reason)
 
     def _say_doubts(self) -> None:
         """Say what was found outside the model's forward since the last time."""
@@ -649,40 +638,6 @@ def _close_dropped(
             GrutraceWarning,
             stacklevel=2,
         )
-
-
-def _is_called_within(model: nn.Module, frame: FrameType) -> bool:
-    """Whether a method of a module of the model is running."""
-    modules = set(map(id, model.modules()))
-    above: FrameType | None = frame
-    while above is not None:
-        code = above.f_code
-        if code.co_argcount and id(above.f_locals.get(code.co_varnames[0])) in modules:
-            return True
-        above = above.f_back
-    return False
-
-
-def _is_like(description: Module, module: GRUModule) -> bool:
-    """Whether a module has the sites that are described."""
-    if isinstance(module, nn.GRUCell):
-        found = ("GRUCell", module.input_size, module.hidden_size, 1, False)
-    else:
-        found = (
-            "GRU",
-            module.input_size,
-            module.hidden_size,
-            module.num_layers,
-            module.bidirectional,
-        )
-    return (*found, bool(module.bias)) == (
-        description.kind,
-        description.input_size,
-        description.hidden_size,
-        description.num_layers,
-        description.bidirectional,
-        description.bias,
-    )
 
 
 #: The name for a ``with`` block: ``with grutrace.trace(model) as trace:``.

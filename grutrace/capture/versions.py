@@ -8,11 +8,11 @@ Three things are looked at, from cheap to sure:
    NumPy view and an averaged copy swapped in move no counter, but seldom leave all of these alone.
 3. Every byte, compared with the copy that was kept. That is sure, and reads the weights once more.
 
-The first two are done at every call. The third is done whenever it has become cheap beside the
-calls since the last time (see `SHARE`), at the first call after a recording begins or a tag changes,
-and whenever what is recorded is handed on. A call between two comparisons is *uncertain*: it gets
-the version that was known then, and whoever computes its gates decides by the states that they lead
-to. (See docs/architecture.md, Weights.)
+The first is done at every call. The third is done whenever it has become cheap beside the calls
+since the last time (see `SHARE`), at the first call after a recording begins or a tag changes, and
+whenever what is recorded is handed on. The second is done where the third is not. A call between
+two comparisons is *uncertain*: it gets the version that was known then, and whoever computes its
+gates decides by the states that they lead to. (See docs/architecture.md, Weights.)
 
 Nothing is done to the user's tensors. Their memory is read through its address, since a view of
 NumPy's makes a tensor's storage unresizable for good.
@@ -197,7 +197,7 @@ class WeightVersions:
         return True
 
     def compare(self, weights: list[Tensor]) -> None:
-        """Compare every byte of weights with the known versions. Then `present` is their version."""
+        """Compare every byte with the known versions; `present` is that of the weights then."""
         known = self._known
         same = next((each for each in known if _are_same(each.weights, weights)), None)
         if same is None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from grutrace.gru import cell
-from grutrace.gru.derive import apart, type_of
+from grutrace.gru.derive import apart, tolerances, type_of
 from grutrace.gru.rounding import largest_sums
 from grutrace.gru.shadow import BLOCK, SMALLEST_BLOCK
 from grutrace.gru.steps import copy_rounded
@@ -85,6 +85,40 @@ def recompute(
         sums = largest_sums(x, before, *own[:2]).double().numpy()
     off, product, recurrent = found.numpy()
     return Recomputed(gates, off, product, recurrent, sums)
+
+
+def fit(
+    input: Array,
+    previous: Array,
+    hidden: Array,
+    weights: Mapping[str, Array],
+    precision: float,
+) -> Array:
+    """(N,) whether weights lead to the states of rows, as far as rounding explains.
+
+    Args:
+        input: (N, I)
+        previous: (N, H) the state before each step.
+        hidden: (N, H) the state after it.
+        weights: By name in `WEIGHTS`.
+        precision: Spacing at 1 of the type in which the kernel computed.
+    """
+    # torch takes no array that cannot be written to, though nothing here does.
+    own = [np.require(each, requirements=["C", "W"]) for each in (input, previous, hidden)]
+    writable = {name: np.require(each, requirements=["C", "W"]) for name, each in weights.items()}
+    found = recompute(*own, writable, precision, hidden.dtype)
+    states = np.nan_to_num(np.abs(previous), nan=0.0, posinf=0.0).max(1, initial=0.0)
+    count, terms = len(hidden), input.shape[1] + hidden.shape[1]
+    allowed = tolerances(
+        np.full(count, precision),
+        terms,
+        states,
+        found.product,
+        found.recurrent,
+        hidden.dtype,
+        found.sums,
+    )
+    return np.asarray(found.off <= allowed)
 
 
 @apart()

@@ -15,6 +15,7 @@ import numpy as np
 from grutrace.errors import NotRecordedError
 from grutrace.record import Array, Module, Site
 from grutrace.storage.index import Integers, ModuleIndex, compact
+from grutrace.storage.proofs import CallVersions, Factors
 from grutrace.storage.source import Readable
 from grutrace.storage.tables import Extent
 
@@ -153,7 +154,8 @@ class SiteIngredients:
         calls = np.searchsorted(
             self._index.call_numbers, self._index.calls[self._index.pieces_of(rows)]
         )
-        versions, precisions = self._calls["weights"][calls], self._checks["precision"][calls]
+        self.versions.settle(calls)
+        versions, precisions = self.versions.versions[calls], self._checks["precision"][calls]
         changes = (versions[1:] != versions[:-1]) | (precisions[1:] != precisions[:-1])
         bounds = [0, *(np.flatnonzero(changes) + 1).tolist(), len(rows)]
         width = self._site.input_size + (2 + 3 * _ARRAYS) * self._module.hidden_size
@@ -170,6 +172,24 @@ class SiteIngredients:
                     self._weights(int(versions[first])),
                     float(precisions[first]),
                 )
+
+    @cached_property
+    def versions(self) -> CallVersions:
+        """The versions of the weights that the calls used."""
+        return CallVersions(
+            self._site.name,
+            self._checks,
+            self._calls["weights"].astype(np.int64),
+            self._index.call_numbers,
+            self._index.call_steps,
+            lambda rows: Factors(
+                self.input(rows),
+                self.previous(rows),
+                np.asarray(self._stored(self._site, "hidden")[compact(rows)]),
+            ),
+            self._weights,
+            self._extent.versions,
+        )
 
     @cached_property
     def _checks(self) -> Array:

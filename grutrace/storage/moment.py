@@ -11,6 +11,7 @@ from grutrace.record import GATES, Array, Site
 from grutrace.storage.derived import DerivedInput, DerivedRows
 from grutrace.storage.index import AnnotationIndex, ModuleIndex
 from grutrace.storage.ingredients import SiteIngredients
+from grutrace.storage.proofs import PROOFS, marks
 from grutrace.storage.source import Rows, Source
 from grutrace.storage.stamps import shard_of
 from grutrace.storage.tables import Extent, Tables
@@ -26,6 +27,7 @@ CALLS = np.dtype(
         ("steps", np.int64),
         ("time", np.float64),
         ("residual", np.float32),
+        ("proof", object),
         ("rank", np.int64),
     ]
 )
@@ -62,6 +64,7 @@ class Moment:
         self._indices: dict[int, ModuleIndex] = {}
         self._annotations: dict[int, AnnotationIndex] = {}
         self._ingredients: dict[tuple[int, str], SiteIngredients] = {}
+        self._calls: tuple[int, Array] | None = None
 
     def extent(self, module: int) -> Extent:
         """How much of a module there is."""
@@ -149,9 +152,15 @@ class Moment:
         shard = shard_of(self.header)
         return np.full(len(self.tables.calls), shard.rank if shard else 0)
 
-    @cached_property
+    @property
     def calls(self) -> Array:
         """(calls,) of type `CALLS`."""
+        settled = sum(each.versions.settled for each in tuple(self._ingredients.values()))
+        if self._calls is None or self._calls[0] != settled:
+            self._calls = settled, self._call_rows()
+        return self._calls[1]
+
+    def _call_rows(self) -> Array:
         tables = self.tables
         calls = np.zeros(len(tables.calls), CALLS)
         for name in ("weights", "batch", "time"):
@@ -164,8 +173,22 @@ class Moment:
             calls["module"][of_module] = module.path
             calls["steps"][of_module] = index.call_steps
             calls["residual"][of_module] = self._residuals(number)
+            names = np.array(PROOFS, object)
+            calls["proof"][of_module] = names[self._marks(number)]
         calls.flags.writeable = False
         return calls
+
+    def _marks(self, module: int) -> Array:
+        """(calls of the module,) the worst mark of its sites; see `proofs`."""
+        found = []
+        for site in self.header.modules[module].sites:
+            ingredients = self._ingredients.get((module, site.suffix))
+            if ingredients is None:
+                checks = self.source.checks(module, site.suffix, self.extent(module).calls)
+                found.append(marks(checks))
+            else:
+                found.append(ingredients.versions.marks)
+        return np.asarray(np.max(found, axis=0))
 
     def _residuals(self, module: int) -> Array:
         """(calls of the module,) the largest residual of its sites."""

@@ -74,8 +74,10 @@ class Trace:
 
         Fields: module (its path), tag (or None), weights (their version), training, batch, steps
         (of all its sequences together), time (seconds since the epoch), residual (the largest of
-        the module's sites; not a number where gates are derived when read), rank (of the process
-        that made it; 0 where there was but one). Calls of several ranks are in the order of the
+        the module's sites; NaN where gates are derived when read), proof ("proven"; "unchecked"
+        where gates are derived when read, and the weights were not compared when the call ran;
+        "unproven" where no known weights lead to its states), rank (of the process that made it; 0
+        where there was but one). Calls of several ranks are in the order of the
         ranks.
         """
         return self._look().calls

@@ -223,8 +223,8 @@ def test_control_reading_a_parametrized_weight_computes_it_anew() -> None:
     assert any(not torch.equal(before[name], value) for name, value in norm.state_dict().items())
 
 
-def test_a_wrapper_that_calls_forward_goes_unheard_but_not_unsaid() -> None:
-    """Hooks hear `module(...)`, not `module.forward(...)`, which the first AWD-LSTM calls."""
+def test_a_wrapper_that_calls_forward_is_heard() -> None:
+    """The first AWD-LSTM calls `module.forward(...)`, where PyTorch calls no hooks."""
 
     class GoingRound(WeightDrop):
         def forward(self, *args: Tensor) -> Tensor:
@@ -233,11 +233,6 @@ def test_a_wrapper_that_calls_forward_goes_unheard_but_not_unsaid() -> None:
     model = GoingRound(nn.GRUCell(INPUT, HIDDEN), ["weight_hh"])
     input = torch.randn(3, INPUT)
     expected = run_once(copy.deepcopy(model), lambda model: model(input))
-    with (
-        pytest.warns(
-            grutrace.GrutraceWarning, match=r"of layer: no call .*\(layer.forward\(x\) is none"
-        ),
-        grutrace.trace(model) as trace,
-    ):
+    with grutrace.trace(model, check="raise") as trace:
         expected.assert_same(run_once(model, lambda model: model(input)))
-    assert len(trace.calls) == 0
+    assert trace.calls["module"].tolist() == ["layer"]
