@@ -174,9 +174,23 @@ class _Subscriptions:
 
 
 class _Inside(threading.local):
-    """Whether this thread is within a call that is being observed."""
+    """The frame that observes a call in this thread, if there is one.
 
-    call = False
+    A frame and not a flag: an interruption can come before anything can be put back.
+    """
+
+    frame: FrameType | None = None
+
+    def is_running(self) -> bool:
+        """Whether this thread is within a call that is being observed."""
+        if self.frame is None:
+            return False
+        above: FrameType | None = sys._getframe(1)
+        while above is not None:
+            if above is self.frame:
+                return True
+            above = above.f_back
+        return False
 
 
 class Caller(NamedTuple):
@@ -205,7 +219,7 @@ def is_listening() -> bool:
 
 def _answer(kernel: GRUKernel, arguments: tuple[Any, ...]) -> Any:
     """Answer a kernel call with PyTorch's own kernel, and tell whoever subscribed to its module."""
-    if _inside.call or not _subscriptions.by_module:
+    if not _subscriptions.by_module or _inside.is_running():
         return kernel(*arguments)
     caller = _caller(sys._getframe(2), kernel, arguments)
     if caller.module is None:
@@ -218,11 +232,11 @@ def _answer(kernel: GRUKernel, arguments: tuple[Any, ...]) -> Any:
         subscribed = _subscriptions.of(caller.module)
     if not subscribed or not observe.is_own_call(caller.module, kernel, arguments):
         return kernel(*arguments)
-    _inside.call = True
+    _inside.frame = sys._getframe()
     try:
         return _observe(caller, subscribed, kernel, arguments)
     finally:
-        _inside.call = False
+        _inside.frame = None
 
 
 def _observe(

@@ -34,6 +34,9 @@ OPERATIONS = {"gru.input": 2, "gru.data": 3, "gru_cell": 2}
 #: How long a kernel that was removed is kept. A thread waits for Python's lock for milliseconds.
 KEPT_SECONDS = 10.0
 
+#: The part of torch.compile that is there without loading the rest.
+_frames: Any = torch._C._dynamo.eval_frame
+
 #: Heard wherever the tensors are: models without values, and functions mapped by vmap.
 _ALWAYS = ("CPU", "AutogradCPU", "AutogradMeta", "FuncTorchBatched")
 
@@ -154,14 +157,31 @@ class KernelRegistration:
         answer = self._answer
 
         def call(*arguments: Any) -> Any:
-            return answer(kernel, arguments)
+            # torch.compile looks at every function of Python's that runs within a compiled one.
+            before = _frames.set_eval_frame(None)
+            try:
+                return answer(kernel, arguments)
+            finally:
+                _frames.set_eval_frame(before)
 
+        _keep_from_compiler(call)
         return call
 
     def _forget_removed(self) -> None:
         oldest = time.monotonic() - KEPT_SECONDS
         while self._removed and self._removed[0].when < oldest:
             self._removed.popleft()
+
+
+def _keep_from_compiler(function: Callable[..., Any]) -> None:
+    """Have torch.compile leave a function as it is."""
+    if hasattr(_frames, "set_code_exec_strategy"):
+        action = _frames._FrameAction
+        strategy = _frames._FrameExecStrategy(action.SKIP, action.DEFAULT)
+        _frames.set_code_exec_strategy(function.__code__, strategy)
+    else:
+        # Before PyTorch 2.7.
+        _frames.skip_code(function.__code__)
 
 
 def _handle(operation: str, key: str) -> Any:

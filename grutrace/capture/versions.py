@@ -122,9 +122,7 @@ class _Sample:
     """An element of each row and each column of a weight, and of its copy, read from memory."""
 
     def __init__(self, kept: Tensor, weight: Tensor) -> None:
-        # Against the diagonal: so every row has one, however many there are.
-        inner = weight.shape[0 if weight.dim() > 1 and weight.stride(0) == 1 else -1]
-        self._step = max(1, inner - 1) if weight.dim() > 1 else 1
+        self._step = _sample_step(weight)
         self._kept, self._weight = _memory(kept), _memory(weight)
         self._parts = math.ceil(len(self._kept) / self._step / SAMPLE)
 
@@ -271,6 +269,19 @@ def _is_alike(kept: Tensor, weight: Tensor) -> bool:
         and kept.stride() == weight.stride()
         and (kept.is_contiguous() or (kept.dim() == 2 and kept.t().is_contiguous()))
     )
+
+
+def _sample_step(weight: Tensor) -> int:
+    """Return a step through the memory of a weight that comes to every row and every column."""
+    if weight.dim() < 2:
+        return 1
+    outer, inner = weight.shape
+    if weight.stride(0) == 1:
+        outer, inner = inner, outer
+    # Not longer than a row, so that none is left out; as many steps as there are columns at least;
+    # and without a common divisor, so that each comes to another column.
+    longest = max(1, min(inner, weight.numel() // max(outer, inner)))
+    return next(step for step in range(longest, 0, -1) if math.gcd(step, inner) == 1)
 
 
 def _memory(tensor: Tensor) -> np.ndarray[Any, Any]:

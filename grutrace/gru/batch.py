@@ -103,10 +103,9 @@ def fit(
         weights: By name in `WEIGHTS`.
         precision: Spacing at 1 of the type in which the kernel computed.
     """
-    # torch takes no array that cannot be written to, though nothing here does.
-    own = [np.require(each, requirements=["C", "W"]) for each in (input, previous, hidden)]
-    writable = {name: np.require(each, requirements=["C", "W"]) for name, each in weights.items()}
-    found = recompute(*own, writable, precision, hidden.dtype)
+    x, before, after = (_writable(each) for each in (input, previous, hidden))
+    own = {name: _writable(each) for name, each in weights.items()}
+    found = recompute(x, before, after, own, precision, hidden.dtype)
     states = np.nan_to_num(np.abs(previous), nan=0.0, posinf=0.0).max(1, initial=0.0)
     count, terms = len(hidden), input.shape[1] + hidden.shape[1]
     allowed = tolerances(
@@ -163,3 +162,8 @@ def _off(expected: Tensor, hidden: Tensor) -> Tensor:
         return off
     same = (expected == hidden) | (expected.isnan() & hidden.isnan())
     return differences.masked_fill_(same, 0.0).nan_to_num_(nan=torch.inf).amax(-1)
+
+
+def _writable(array: Array) -> Array:
+    # torch takes no array that cannot be written to, though nothing here does.
+    return np.require(array, requirements=["C", "W"])

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import grutrace
 from grutrace.analysis.verification import verify
-from grutrace.capture import listen, observe
+from grutrace.capture import kernel_calls, observe
 from grutrace.gru import kernel
 from tests.capture.models import EncoderDecoder, StepwiseDecoder
 from tests.checks import same_result
@@ -90,18 +90,17 @@ def test_a_call_that_is_left_out_is_left_alone(layer, monkeypatch) -> None:
         layer(x)
         with monkeypatch.context() as patch:
             for place, name in [
-                (observe, "plain_call"),
-                (observe, "kernel_call"),
+                (observe, "run_kernel"),
                 (kernel, "split"),
                 (kernel, "rerun"),
-                (listen, "hindrance"),
-                (listen, "aside"),
+                (kernel_calls, "hindrance"),
+                (kernel_calls, "aside"),
             ]:
                 patch.setattr(place, name, None)
             assert same_result(expected, layer(x))
         # The control: the same patches are noticed by a call that is recorded.
         with monkeypatch.context() as patch:
-            patch.setattr(listen, "hindrance", None)
+            patch.setattr(kernel_calls, "hindrance", None)
             with pytest.raises(TypeError):
                 layer(x)
     assert len(trace.calls) == 1
