@@ -7,8 +7,8 @@ operations. A kernel that is registered for one key takes precedence there.
 Two things make this less simple than it sounds, both seen with torch 2.13:
 
 - A kernel registered for ``CPU`` alone would hide the composite one from autograd, and no gradient
-  would flow; and vmap would no longer see through the operation. So ours are registered for the
-  autograd key of each device, for the device's own key (which inference_mode uses), and for vmap's.
+  would flow. So ours are registered for the autograd key of each device and for the device's own
+  key, which inference_mode uses.
 - Removing a kernel frees it, while another thread may have looked it up and be waiting for Python's
   lock to enter it: the process then ends with a segmentation fault. So what is removed is kept
   until no thread can be on its way into it any more. Where this PyTorch gives no such handle, the
@@ -37,8 +37,8 @@ KEPT_SECONDS = 10.0
 #: The part of torch.compile that is there without loading the rest.
 _frames: Any = torch._C._dynamo.eval_frame
 
-#: Heard wherever the tensors are: models without values, and functions mapped by vmap.
-_ALWAYS = ("CPU", "AutogradCPU", "AutogradMeta", "FuncTorchBatched")
+#: Heard wherever the model is: calls without values too, to say that they are not recorded.
+_ALWAYS = ("CPU", "AutogradCPU", "AutogradMeta")
 
 
 class GRUKernel:

@@ -134,12 +134,13 @@ def run_kernel(
         answer, layers = run()
 
     def observe() -> Observation:
-        made = _as_call(kernel, arguments)
-        found = layers
+        own, returned = _unwrapped(arguments), _unwrapped(answer)
+        made = _as_call(kernel, own)
+        found = [Layer(plain(each.input), plain(each.output)) for each in layers]
         if not found:
-            output = _output(kernel, arguments, answer)
+            output = _output(kernel, own, returned)
             if is_stack:
-                found = rerun(_plain(made), plain(output), state)
+                found = rerun(made, output, state)
             else:
                 found = [Layer(made.input, output)]
         return _observation(module, made, _with_gates(found, gates), find_order, took.seconds)
@@ -211,12 +212,13 @@ def _observation(
         steps = PaddedSteps(*layers[-1].output.shape[:2])
     else:
         steps = PackedSteps(call.batch_sizes, find_order(call.batch_sizes))
-    if any(map(is_wrapped, (call.input, call.initial, *call.weights, layers[-1].output))):
-        call = _plain(call)
-        layers = [Layer(plain(each.input), plain(each.output)) for each in layers]
     return Observation(call, steps, layers, module.training, seconds)
 
 
-def _plain(call: KernelCall) -> KernelCall:
-    weights = [plain(weight) for weight in call.weights]
-    return call._replace(input=plain(call.input), initial=plain(call.initial), weights=weights)
+def _unwrapped(values: Any) -> Any:
+    """Return the same with the tensors that torch.func's transforms have wrapped."""
+    if isinstance(values, Tensor):
+        return plain(values) if is_wrapped(values) else values
+    if isinstance(values, (list, tuple)):
+        return type(values)(map(_unwrapped, values))
+    return values

@@ -48,10 +48,9 @@ def hindrance(values: Iterable[Any]) -> Missed | None:
         torch._C._get_dispatch_mode(mode) is not None for mode in _GRAPH_MODES
     ):
         return _no_values("it was being turned into a graph")
-    wraps = torch._C._functorch.peek_interpreter_stack() is not None
     for value in _flatten(values):
         kind = type(value)
-        is_plain = (kind is Tensor or kind is Parameter) and not wraps
+        is_plain = (kind is Tensor or kind is Parameter) and not is_wrapped(value)
         if is_plain and not value.is_meta and not value.is_complex():
             continue
         if not isinstance(value, Tensor):
