@@ -139,10 +139,7 @@ def run_kernel(
         found = [Layer(plain(each.input), plain(each.output)) for each in layers]
         if not found:
             output = _output(kernel, own, returned)
-            if is_stack:
-                found = rerun(made, output, state)
-            else:
-                found = [Layer(made.input, output)]
+            found = rerun(made, output, state) if is_stack else [Layer(made.input, output)]
         return _observation(module, made, _with_gates(found, gates), find_order, took.seconds)
 
     return KernelResult(answer, observe)

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 import torch
 
+from grutrace.capture.compiled_graphs import CompiledCode
 from grutrace.capture.observe import STACKS, Stacks
 from grutrace.capture.versions import WeightChecks
 from grutrace.errors import OptionError
@@ -73,7 +74,10 @@ class Options:
         fsync: bool = False,
         compression: Compression | None = None,
         weights: WeightChecks = "auto",
+        compiled: CompiledCode = "auto",
     ) -> None:
+        _expect_one_of("compiled", compiled, get_args(CompiledCode))
+        self.compiled: CompiledCode = compiled
         _expect_one_of("weights", weights, get_args(WeightChecks))
         self.weights: WeightChecks = weights
         _expect_one_of("gates", gates, get_args(Gates))
@@ -131,6 +135,7 @@ class Options:
             "fsync": self.fsync or None,
             "compression": self.compression,
             "weights": self.weights if self.weights != "auto" else None,
+            "compiled": self.compiled if self.compiled != "auto" else None,
         }
         return always | {name: value for name, value in others.items() if value is not None}
 

@@ -16,8 +16,10 @@ from typing import Any, Self
 
 from torch import nn
 
+from grutrace.capture import compiled_graphs
 from grutrace.capture.annotate import Given, RecordedBatches
 from grutrace.capture.background import Background
+from grutrace.capture.compiled_graphs import CompiledCode
 from grutrace.capture.doubt import Doubt, find_doubts
 from grutrace.capture.kernel_calls import StrangerWatch, Subscription
 from grutrace.capture.limits import LimitReached, Limits
@@ -127,6 +129,11 @@ class Tracer(Trace):
             takes at most a twentieth of the calls' own time, at the first call after a recording
             begins, and before rows are read or flushed; in between a sample is looked at, and the
             states tell which weights were used. ``exact``: every byte at every call.
+        compiled: What to do about torch.compile, whose graphs take in the kernel of nn.GRUCell, and
+            then nothing is heard of its calls. ``eager``: while recording, compiled code of the
+            whole process runs as the Python code that it was made from. ``auto``: so if there is
+            such a graph when recording starts. ``keep``: compiled code runs as ever, and a warning
+            says what is not heard.
 
     Raises:
         OptionError: An option has no such value, or a glob matches no site; or there are a path and
@@ -163,6 +170,7 @@ class Tracer(Trace):
         fsync: bool = False,
         compression: Compression | None = None,
         weights: WeightChecks = "auto",
+        compiled: CompiledCode = "auto",
     ) -> None:
         options = Options(
             gates=gates,
@@ -180,6 +188,7 @@ class Tracer(Trace):
             fsync=fsync,
             compression=compression,
             weights=weights,
+            compiled=compiled,
         )
         own = chosen_shard(shard) if path is not None or sink is not None else None
         path = None if path is None else sharded(Path(path), own)
@@ -212,7 +221,7 @@ class Tracer(Trace):
         self._record_on_enter, self._options = recording, options
         self._tag: str | None = None
         self._batches: RecordedBatches | None = None
-        self._subscriptions: list[Subscription] = []
+        self._subscriptions: list[Subscription | compiled_graphs.EagerCode] = []
         self._watch = StrangerWatch(_Weakly(self, Tracer._meet))
         self._lock = threading.RLock()
         self._called: set[int] = set()
@@ -269,12 +278,34 @@ class Tracer(Trace):
                 return
             self._has_recorded = True
             try:
+                self._mind_compiled_code()
                 for index, selection in enumerate(self._selections):
                     self._subscribe(index, selection.module)
                 self._watch.start()
             except BaseException:
                 self.stop()
                 raise
+
+    def _mind_compiled_code(self) -> None:
+        """Have graphs with a GRU kernel in them run as Python code, or say that they exist."""
+        compiled = self._options.compiled
+        if compiled == "eager" or (compiled == "auto" and compiled_graphs.exist()):
+            code = compiled_graphs.EagerCode()
+            self._subscriptions.append(code)
+            code.start()
+        else:
+            self._name_graphs()
+
+    def _name_graphs(self) -> None:
+        """Say that there are graphs with a GRU kernel in them, of which nothing is heard."""
+        is_eager = any(isinstance(e, compiled_graphs.EagerCode) for e in self._subscriptions)
+        if not is_eager and compiled_graphs.exist():
+            self._warn_once(
+                "compiled",
+                "torch.compile has made a graph with a GRU kernel in it: if it is one of this "
+                "model, its calls are not recorded. Pass compiled='eager', which runs compiled "
+                "code as Python code while recording",
+            )
 
     def _subscribe(self, index: int, module: GRUModule | None) -> None:
         """Have the calls of a module recorded as those of the module of this number."""
@@ -387,6 +418,8 @@ class Tracer(Trace):
 
     def _finish(self) -> bool:
         """Stop recording and close the trace; whether it was open before."""
+        if self._subscriptions:
+            self._name_graphs()
         self.stop()
         was_open, self._closed = not self._closed, True
         if was_open:
@@ -570,7 +603,8 @@ class Tracer(Trace):
         stopped = self._limits.reached or self._outlet.error is not None
         if self._has_recorded and uncalled and not stopped:
             compiled = (
-                "; or it was called within a graph of torch.compile, which is not heard"
+                "; or it was called within a graph of torch.compile, which is not heard "
+                "(compiled='eager' runs compiled code as Python code while recording)"
                 if compiler_is_loaded()
                 else ""
             )
@@ -616,7 +650,7 @@ class _Weakly:
 
 def _close_dropped(
     tracer: weakref.ref[Tracer],
-    subscriptions: list[Subscription],
+    subscriptions: list[Subscription | compiled_graphs.EagerCode],
     recorders: list[ModuleRecorder],
     outlet: Outlet,
     process: int,

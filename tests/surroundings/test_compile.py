@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-import grutrace
-from tests.surroundings.models import CALLS, assert_same, eagerly, trace
+from tests.surroundings.models import CALLS, assert_same, eagerly, trace, words
 
 # What PyTorch warns of itself, of any graph that is split.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
@@ -89,30 +88,73 @@ def test_a_compiled_training_step(model, batch) -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
-def test_a_graph_that_was_compiled_before_is_named_at_the_end() -> None:
-    """The one case that cannot be heard: nothing of the cell's call is left but the graph."""
-    cell = nn.Sequential(nn.GRUCell(3, 3))
-    x = torch.randn(2, 3)
-    compiled = torch.compile(cell, backend="eager", fullgraph=True)
-    compiled(x)
-    expected = r"nothing was recorded of 0: .*torch\.compile.*torch\.compiler\.reset\(\)"
-    with pytest.warns(grutrace.GrutraceWarning, match=expected), trace(cell):
+@pytest.fixture
+def cell() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3), nn.GRUCell(3, 3))
+
+
+def as_module(cell, fullgraph):
+    return torch.compile(cell, backend="aot_eager", fullgraph=fullgraph)
+
+
+def as_function(cell, fullgraph):
+    return torch.compile(lambda x: cell(x) * 1, backend="aot_eager", fullgraph=fullgraph)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("way", [as_module, as_function])
+def test_a_graph_with_a_cell_in_it_is_recorded_whole(way, fullgraph, cell) -> None:
+    compiled, x = way(cell, fullgraph), torch.randn(2, 3)
+    expected = compiled(x)
+    with words() as said, trace(cell) as found:
+        torch.testing.assert_close(compiled(x), expected)
+        cell(x)
         compiled(x)
+    assert not said
+    assert len(found.calls) == 3
+    # The compiled code is what runs again, and the control: nothing is heard of it.
+    with words() as said, trace(cell, compiled="keep") as lost:
+        assert torch.equal(compiled(x), expected)
+        cell(x)
+    assert len(lost.calls) == 1
+    assert len(said) == 1
+    assert "Pass compiled='eager'" in said[0]
+
+
+def test_a_cell_that_is_compiled_while_it_is_recorded_is_named(cell) -> None:
+    x = torch.randn(2, 3)
+    with words() as said, trace(cell) as found:
+        as_module(cell, True)(x)
+        cell(x)
+    assert len(found.calls) == 1
+    assert len(said) == 1
+    assert "if it is one of this model" in said[0]
+    assert "Pass compiled='eager'" in said[0]
     torch.compiler.reset()
-    with trace(cell) as found:
-        torch.compile(cell, backend="eager")(x)
+    with words() as said, trace(cell, compiled="eager") as found:
+        as_module(cell, True)(x)
+    assert len(found.calls) == 1
+    assert not said
+
+
+def test_a_neighbour_is_compiled_whole_while_something_is_recorded(cell) -> None:
+    other, x = nn.Sequential(nn.GRUCell(3, 3)), torch.randn(2, 3)
+    with words(), trace(cell) as found:
+        for fullgraph in (True, False):
+            torch.compiler.reset()
+            compiled = as_module(other, fullgraph)
+            torch.testing.assert_close(compiled(x), other(x))
+        cell(x)
     assert len(found.calls) == 1
 
 
-def test_one_whole_graph_is_refused_while_recording() -> None:
-    cell = nn.GRUCell(3, 3)
-    compiled = torch.compile(cell, backend="eager", fullgraph=True)
-    with trace(cell) as found:
-        with pytest.raises(Exception, match=r"grutrace records this call.*stop recording"):
-            compiled(torch.randn(2, 3))
-        cell(torch.randn(2, 3))
-    assert len(found.calls) == 1
-    compiled(torch.randn(2, 3))
+def test_the_users_own_stance_is_put_back(cell) -> None:
+    with torch.compiler.set_stance("eager_on_recompile"), trace(cell, compiled="eager"):
+        assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+        with trace(cell, compiled="eager"):
+            cell(torch.randn(2, 3))
+        assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -120,8 +162,11 @@ def test_a_gru_that_the_compiler_is_told_to_compile(layers) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.GRU(3, 3, layers))
     x = torch.randn(4, 3)
     _, eager = eagerly(model, lambda: model(x))
-    with torch._dynamo.config.patch(allow_rnn=True), trace(model) as found:
+    with torch._dynamo.config.patch(allow_rnn=True), words() as said, trace(model) as found:
         torch.compile(model, backend="eager")(x)
+    # This graph does run the kernel as it is, which others do not.
+    assert len(said) == 1
+    assert "if it is one of this model" in said[0]
     assert_same(eager, found)
 
 

@@ -94,8 +94,7 @@ def is_interrupted(injector, error, model, batch) -> bool:
     try:
         with injector:
             model(batch)
-    except error as found:
-        assert "on purpose" in str(found)
+    except error:
         return True
     return False
 
