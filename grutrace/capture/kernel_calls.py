@@ -81,6 +81,11 @@ class Subscription:
         self.stacks, self.wants, self.asked = stacks, wants, asked
         self._is_on = False
 
+    @property
+    def is_gone(self) -> bool:
+        """Whether the module is gone."""
+        return self.module() is None
+
     def start(self) -> None:
         """Listen from now on."""
         module = self.module()

@@ -21,6 +21,9 @@ _COMPILED = (
     "is a GRU inside TorchScript: trace the model before torch.jit.script or torch.jit.trace"
 )
 _IS_QUANTIZED = "is a quantized GRU: trace the float model that it was made from"
+_IS_COMPLEX = "is complex, so its gates are no numbers from 0 to 1: only real layers are traced"
+    "is complex, and its gates are no numbers between 0 and 1: only real layers are traced"
+)
 _IN_PYTHON = (
     "is a GRU of its own ({}), which does not call PyTorch's kernel: read its gates in its code, "
     "or put nn.GRU in its place"
@@ -48,9 +51,14 @@ def find_look_alikes(model: nn.Module) -> Iterator[LookAlike]:
             yield LookAlike(path, reason)
 
 
+def is_complex(module: nn.Module) -> bool:
+    """Whether the weights of a layer are complex, which PyTorch allows."""
+    return any(each.is_complex() for each in module.parameters())
+
+
 def _reason(module: nn.Module) -> str | None:
     if isinstance(module, (nn.GRU, nn.GRUCell)):
-        return None
+        return _IS_COMPLEX if is_complex(module) else None
     if isinstance(module, torch.jit.ScriptModule):
         of_gru = module.original_name in _KINDS or getattr(module, "mode", None) == "GRU"
         return _COMPILED if of_gru else None

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from grutrace.capture.look_alikes import LookAlike, find_look_alikes
+from grutrace.capture.look_alikes import LookAlike, find_look_alikes, is_complex
 from grutrace.errors import GrutraceWarning, OptionError, UnsupportedError
 from grutrace.gru.steps import numpy_type
 from grutrace.record import DEFAULT_RECORD, QUANTITIES, Module, Site
@@ -79,7 +79,7 @@ def select(
 def find(model: nn.Module) -> Iterator[tuple[str, nn.GRU | nn.GRUCell]]:
     """Yield path and module of every nn.GRU and nn.GRUCell; one under two paths comes once."""
     for path, module in model.named_modules():
-        if isinstance(module, (nn.GRU, nn.GRUCell)):
+        if isinstance(module, (nn.GRU, nn.GRUCell)) and not is_complex(module):
             yield path, module
 
 

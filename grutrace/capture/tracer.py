@@ -311,6 +311,10 @@ class Tracer(Trace):
         """Have the calls of a module recorded as those of the module of this number."""
         if module is None:
             return
+        gone = [e for e in self._subscriptions if isinstance(e, Subscription) and e.is_gone]
+        for each in gone:
+            each.stop()
+            self._subscriptions.remove(each)
         subscription = Subscription(
             module,
             _Weakly(self, Tracer._receive, self._recorders[index]),

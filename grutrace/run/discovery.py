@@ -11,11 +11,14 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import torch
 from torch import nn
 
+from grutrace import run
 from grutrace.capture.surroundings import hindrance, uncompiled
 from grutrace.run.arrival import when_imported
 from grutrace.run.report import Report
@@ -23,8 +26,11 @@ from grutrace.run.settings import Settings
 
 if TYPE_CHECKING:
     from grutrace.run.keeper import Keeper
+    from grutrace.run.part import Part
 
 KINDS = (nn.GRU, nn.GRUCell)
+
+_OURS, _TORCH = (str(Path(each.__file__ or "").parent) for each in (run, torch))
 
 #: Called with a layer and the arguments that it is about to be called with.
 Meet: TypeAlias = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
@@ -42,6 +48,8 @@ class Discovery:
         self._settings, self._report = settings, report
         self._keeper: Keeper | None = None
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        # Layers that are in no model, by where they are called and what they look like.
+        self._alone: dict[tuple[object, ...], tuple[weakref.ref[nn.Module], Part | None]] = {}
         self._lock = threading.RLock()
 
     def start(self) -> None:
@@ -80,6 +88,9 @@ class Discovery:
                 self._report.say("the replicas of an nn.DataParallel are not recorded")
                 return
             model = outermost(layer)
+            if model is layer and self._follows(layer):
+                self._known.add(layer)
+                return
             new: list[nn.Module] = [
                 each
                 for each in model.modules()
@@ -94,13 +105,38 @@ class Discovery:
                 )
             self._known.update(new)
 
+    def _follows(self, layer: Any) -> bool:
+        """Record a layer in the place of one that was made before it by the same line, and is gone.
+
+        A model can make a cell anew in each call (as some vocoders do). All of them are one site.
+        """
+        before, part = self._alone.get(_made_by(layer), (None, None))
+        if part is None or before is None or before() is not None:
+            return False
+        part.follow(layer)
+        self._alone[_made_by(layer)] = weakref.ref(layer), part
+        return True
+
     def _keep(self, model: nn.Module, layers: list[nn.Module]) -> None:
         if self._keeper is None:
             # Here, since it loads h5py, for which the script may still prepare.
             from grutrace.run.keeper import Keeper
 
             self._keeper = Keeper(self._settings, self._report)
-        self._keeper.add(model, layers)
+        is_alone = layers == [model]
+        part = self._keeper.add(model, layers, is_temporary=is_alone)
+        if is_alone:
+            self._alone[_made_by(model)] = weakref.ref(model), part
+
+
+def _made_by(layer: nn.Module) -> tuple[object, ...]:
+    """Return where in the script a layer is called, and what makes it like another."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith((_OURS, _TORCH)):
+        frame = frame.f_back
+    place = (frame.f_code, frame.f_lineno) if frame is not None else ()
+    names = ("input_size", "hidden_size", "num_layers", "bidirectional", "bias")
+    return (*place, type(layer), *(getattr(layer, name, None) for name in names))
 
 
 def _calling(kind: type[nn.Module], meet: Meet) -> Callable[..., Any]:

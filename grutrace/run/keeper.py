@@ -34,8 +34,7 @@ from grutrace.storage.sinks import Mode
 class Keeper:
     """Starts a part for each set of layers, and closes all parts at the end of the process.
 
-    Nothing here keeps a model alive. Where one is given up, its tracer goes with it, and the file
-    of its part is closed.
+    Nothing here keeps a model alive. Once one is gone, the file of its part is closed.
 
     Args:
         settings: Of the run.
@@ -50,7 +49,7 @@ class Keeper:
         report.output = self._first
         self._limits = Limits(settings.max_calls, settings.max_bytes)
         self._process = os.getpid()
-        self._parts: weakref.WeakSet[Part] = weakref.WeakSet()
+        self._parts: list[Part] = []
         self._run, self._before = self._existing()
         self._count = len(self._before)
         # Later than that of the sinks, and so, at exit, before it.
@@ -64,16 +63,26 @@ class Keeper:
                 return stamp.run, dict(enumerate(parts_of(self._first), 1))
         return uuid.uuid4().hex, {}
 
-    def add(self, model: nn.Module, layers: list[nn.Module]) -> None:
+    def add(
+        self, model: nn.Module, layers: list[nn.Module], *, is_temporary: bool = False
+    ) -> Part | None:
         """Record these layers of the model from now on.
+
+        Args:
+            model: The model.
+            layers: Some of its layers.
+            is_temporary: Whether the part outlives the model: another may take its place.
+
+        Returns:
+            The part; None where nothing is recorded.
 
         Raises:
             GrutraceError: They cannot be recorded.
         """
         if self._limits.reached:
-            return
+            return None
         if self._report.tallies:
-            # Models that were given up: their hooks hold them in a cycle, and a file open.
+            # Models that nobody uses any more may be in cycles, and hold a file open.
             gc.collect()
         # Not under the script's filters, which may turn a warning into an error.
         with warnings.catch_warnings(record=True) as given:
@@ -81,10 +90,14 @@ class Keeper:
             selections = chosen(model, layers, self._settings)
         for each in given:
             self._report.say(str(each.message))
-        if selections:
-            part = self._continued(model, selections) or self._new(model, selections)
-            self._report.tallies.append(part.tally)
-            self._parts.add(part)
+        if not selections:
+            return None
+        part = self._continued(model, selections) or self._new(model, selections)
+        self._report.tallies.append(part.tally)
+        self._parts.append(part)
+        if not is_temporary:
+            weakref.finalize(model, self._finish, part).atexit = False
+        return part
 
     def _continued(self, model: nn.Module, selections: list[Selection]) -> Part | None:
         """Go on in the first existing part of just these modules that nothing has gone on in."""
@@ -121,8 +134,14 @@ class Keeper:
         """Close all parts."""
         if os.getpid() != self._process:
             return
-        for part in list(self._parts):
-            try:
-                part.finish()
-            except GrutraceError as error:
-                self._report.say(str(error))
+        for part in tuple(self._parts):
+            self._finish(part)
+
+    def _finish(self, part: Part) -> None:
+        if os.getpid() != self._process or part not in self._parts:
+            return
+        self._parts.remove(part)
+        try:
+            part.finish()
+        except GrutraceError as error:
+            self._report.say(str(error))

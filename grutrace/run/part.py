@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from grutrace.capture.limits import Limits
-from grutrace.capture.observe import Observation
+from grutrace.capture.observe import GRUModule, Observation
 from grutrace.capture.recorder import ModuleRecorder
 from grutrace.capture.sites import Selection, select
 from grutrace.capture.surroundings import Missed
@@ -99,6 +99,10 @@ class Part(Tracer):
             SinkError: Rows could not be stored, and the script asked to be told so.
         """
         self._finish()
+
+    def follow(self, layer: GRUModule) -> None:
+        """Record another layer in the place of the only one, which is gone."""
+        self._subscribe(0, layer)
 
     def _select(self, *_: object) -> list[Selection]:
         return self._chosen
