@@ -22,8 +22,6 @@ _COMPILED = (
 )
 _IS_QUANTIZED = "is a quantized GRU: trace the float model that it was made from"
 _IS_COMPLEX = "is complex, so its gates are no numbers from 0 to 1: only real layers are traced"
-    "is complex, and its gates are no numbers between 0 and 1: only real layers are traced"
-)
 _IN_PYTHON = (
     "is a GRU of its own ({}), which does not call PyTorch's kernel: read its gates in its code, "
     "or put nn.GRU in its place"
