@@ -76,7 +76,7 @@ def train(folder: Path, rank: int) -> None:
     wrapped = parallel(model)
     statistics = grutrace.Statistics(folder / "stats.h5")
     with (
-        grutrace.trace(model, record=EVERYTHING) as memory,
+        grutrace.trace(model, record=EVERYTHING, gates="inline") as memory,
         grutrace.trace(model, sink=statistics),
         grutrace.trace(model, folder / "run.h5", record=EVERYTHING) as tracer,
         tracer.recording(tag=f"rank {rank}"),

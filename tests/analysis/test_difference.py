@@ -34,10 +34,11 @@ def written(path: Any, records: Any, header: Any) -> grutrace.Trace:
     return grutrace.open(path)
 
 
-def whole_run(path: Any = None, **options: Any) -> Any:
+def whole_run(path: Any = None, gates: Any = "inline", **options: Any) -> Any:
+    """A run whose gates are the same bits in each trace, unless asked otherwise."""
     torch.manual_seed(1)
     model = EncoderDecoder(layers=2, dropout=0.3)
-    with grutrace.trace(model, path, record=EVERYTHING, **options) as trace:
+    with grutrace.trace(model, path, record=EVERYTHING, gates=gates, **options) as trace:
         run_everything(model, trace)
     return trace if path is None else grutrace.open(path)
 
