@@ -33,13 +33,18 @@ def moved(made: Tensor, operands: tuple[Tensor, ...]) -> Tensor:
     return made * (1 + torch.finfo(made.dtype).eps * odd.to(made.dtype))
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Have this process compute as such a processor does, until pytest ends."""
+def install(patch: pytest.MonkeyPatch) -> None:
+    """Have this process compute as such a processor does, until the patch is undone."""
     plain = cell.linear
+
+    def linear(values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return moved(plain(values, weight, bias), (values, weight))
+
+    patch.setattr(cell, "linear", linear)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Install it for all tests."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(
-        cell,
-        "linear",
-        lambda values, weight, bias: moved(plain(values, weight, bias), (values, weight)),
-    )
+    install(patch)
     config.add_cleanup(patch.undo)

@@ -127,7 +127,8 @@ def gates(products: Products) -> Gates:
 def gates_in_place(products: Products) -> Gates:
     """Return the same in the memory of the products, which are gone then.
 
-    The operations are those of `gates`, in the same order: fewer passes through memory, same bits.
+    The operations are those of `gates`, in the same order, with fewer passes through memory. Where
+    a row ends, torch's sigmoid can end in another last digit.
     """
     size = products.hidden.shape[-1] // 3
     openings = products.input[..., : 2 * size]
