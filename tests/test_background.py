@@ -197,12 +197,20 @@ def test_rows_in_a_smaller_type_are_those_of_an_inline_trace(always) -> None:
     options = {"record": EVERYTHING, "dtype": "float16"}
     with (
         harvesting(always),
+        grutrace.trace(layer, check="raise") as whole,
         grutrace.trace(layer, check="raise", **options) as inline,
         grutrace.trace(layer, gates="background", **options) as background,
     ):
         layer(torch.randn(20, 4, 6))
-    assert_same_as_inline(inline, background)
-    assert background["l0"].update.dtype == np.float16
+    for name in EVERYTHING:
+        a, b = (np.asarray(trace["l0"].rows(name)) for trace in (inline, background))
+        assert a.dtype == b.dtype == np.float16
+        if name in GATES:
+            # Two float32 that are that near are rounded to float16 that are neighbours, or as near.
+            allowed = rounding(whole["l0"]) + np.spacing(np.maximum(abs(a), abs(b)))
+            assert (np.abs(a.astype(float) - b) <= allowed).all(), name
+        else:
+            np.testing.assert_array_equal(a, b)
     assert background["l0"].residual < 1e-6
     assert all(found.holds for found in verify(background))
 
@@ -495,11 +503,12 @@ def test_a_full_queue_slows_the_model_and_grows_no_memory(tmp_path, monkeypatch)
 
         thread = threading.Thread(target=model)
         thread.start()
-        thread.join(2)
+        stopped = -1
+        while thread.is_alive() and (not done or len(done) > stopped):
+            stopped = len(done)
+            thread.join(0.5)
         assert thread.is_alive()
-        stopped = len(done)
-        thread.join(0.5)
-        assert 0 < len(done) == stopped < calls
+        assert stopped < calls
         assert max(done) <= limit
         free.set()
         thread.join()
