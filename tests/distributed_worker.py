@@ -107,7 +107,10 @@ def killed(folder: Path, rank: int) -> None:
         steps(parallel(model) if number == 0 else model, rank)
         if number % 2 == 0:
             tracer.flush()
-            (folder / f"{rank}.calls").write_text(str(len(tracer.calls)))
+            # Other ranks are ended at any moment: half a note must not be found.
+            note = folder / f"{rank}.calls"
+            note.with_suffix(".new").write_text(str(len(tracer.calls)))
+            note.with_suffix(".new").replace(note)
         if rank == KILLED and number == 4:
             # Rows that wait to be written go with it.
             os.kill(os.getpid(), signal.SIGKILL)

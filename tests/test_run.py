@@ -165,7 +165,7 @@ def test_control_a_difference_shows(tmp_path) -> None:
 def test_no_gru_and_torch_late(tmp_path) -> None:
     code = """
 import os, sys
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 import importlib.util
 assert importlib.util.find_spec("torch") and "torch" not in sys.modules
 import torch
