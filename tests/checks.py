@@ -23,6 +23,16 @@ def tensors(value: Any) -> list[Tensor]:
     return [each for part in value if part is not None for each in tensors(part)]
 
 
+def rounding(*sites: Any) -> np.ndarray:
+    """(rows, 1) by how much gates of the same rows may differ that were computed apart.
+
+    It is the largest of the tolerances that the traces keep with the call of each row: a harvested
+    call has none for products, and a deferred one has none at all.
+    """
+    found = [site.row_checks()["tolerance"] for site in sites]
+    return np.asarray(np.fmax.reduce(found)[:, np.newaxis])
+
+
 def same_result(a: Any, b: Any) -> bool:
     """Whether two results are the same, bit for bit and in their layout in memory."""
     pairs = list(zip(tensors(a), tensors(b), strict=True))

@@ -76,7 +76,7 @@ def train(folder: Path, rank: int) -> None:
     wrapped = parallel(model)
     statistics = grutrace.Statistics(folder / "stats.h5")
     with (
-        grutrace.trace(model, record=EVERYTHING) as memory,
+        grutrace.trace(model, record=EVERYTHING, gates="inline") as memory,
         grutrace.trace(model, sink=statistics),
         grutrace.trace(model, folder / "run.h5", record=EVERYTHING) as tracer,
         tracer.recording(tag=f"rank {rank}"),
@@ -107,7 +107,10 @@ def killed(folder: Path, rank: int) -> None:
         steps(parallel(model) if number == 0 else model, rank)
         if number % 2 == 0:
             tracer.flush()
-            (folder / f"{rank}.calls").write_text(str(len(tracer.calls)))
+            # Other ranks are ended at any moment: half a note must not be found.
+            note = folder / f"{rank}.calls"
+            note.with_suffix(".new").write_text(str(len(tracer.calls)))
+            note.with_suffix(".new").replace(note)
         if rank == KILLED and number == 4:
             # Rows that wait to be written go with it.
             os.kill(os.getpid(), signal.SIGKILL)

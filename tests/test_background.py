@@ -24,7 +24,7 @@ from grutrace.record import GATES
 from grutrace.storage.writer import Writer
 from tests import oracles
 from tests.capture.models import EncoderDecoder, StepwiseDecoder
-from tests.checks import EVERYTHING, check_untouched_and_exact
+from tests.checks import EVERYTHING, check_untouched_and_exact, rounding
 from tests.strategies import Case, cases
 from tests.test_both_sinks import assert_same, run
 
@@ -50,7 +50,7 @@ def assert_same_as_inline(inline, background) -> None:
     assert inline.sequences.tolist() == background.sequences.tolist()
     for name in inline.sites:
         one, other = inline[name], background[name]
-        allowed = one.row_checks()["tolerance"][:, np.newaxis]
+        allowed = rounding(one, other)
         for quantity in one.site.quantities:
             a, b = np.asarray(one.rows(quantity)), np.asarray(other.rows(quantity))
             assert (a.dtype, a.shape) == (b.dtype, b.shape)
@@ -126,7 +126,8 @@ def test_whole_runs(tmp_path, always) -> None:
         patch.setattr(harvest, "pays", lambda *_: always)
         run(model, inline, memory, file)
         assert_same_as_inline(inline, memory)
-        assert_same(memory, file)
+        # How many calls are computed together is not the same in both.
+        assert_same(memory, file, apart=not always)
     with grutrace.open(tmp_path / "run.h5") as opened:
         assert max(opened.calls["weights"]) > 0
         assert_same_as_inline(inline, opened)
@@ -196,14 +197,20 @@ def test_rows_in_a_smaller_type_are_those_of_an_inline_trace(always) -> None:
     options = {"record": EVERYTHING, "dtype": "float16"}
     with (
         harvesting(always),
+        grutrace.trace(layer, check="raise") as whole,
         grutrace.trace(layer, check="raise", **options) as inline,
         grutrace.trace(layer, gates="background", **options) as background,
     ):
         layer(torch.randn(20, 4, 6))
     for name in EVERYTHING:
-        a, b = inline["l0"].rows(name), background["l0"].rows(name)
+        a, b = (np.asarray(trace["l0"].rows(name)) for trace in (inline, background))
         assert a.dtype == b.dtype == np.float16
-        np.testing.assert_array_equal(a, b)
+        if name in GATES:
+            # Two float32 that are that near are rounded to float16 that are neighbours, or as near.
+            allowed = rounding(whole["l0"]) + np.spacing(np.maximum(abs(a), abs(b)))
+            assert (np.abs(a.astype(float) - b) <= allowed).all(), name
+        else:
+            np.testing.assert_array_equal(a, b)
     assert background["l0"].residual < 1e-6
     assert all(found.holds for found in verify(background))
 
@@ -496,11 +503,12 @@ def test_a_full_queue_slows_the_model_and_grows_no_memory(tmp_path, monkeypatch)
 
         thread = threading.Thread(target=model)
         thread.start()
-        thread.join(2)
+        stopped = -1
+        while thread.is_alive() and (not done or len(done) > stopped):
+            stopped = len(done)
+            thread.join(0.5)
         assert thread.is_alive()
-        stopped = len(done)
-        thread.join(0.5)
-        assert 0 < len(done) == stopped < calls
+        assert stopped < calls
         assert max(done) <= limit
         free.set()
         thread.join()

@@ -23,7 +23,8 @@ def on_dask(site: Analysed) -> Material:
 
     By dask's threads, or by the cluster of the `dask.distributed.Client` that is in force. The
     results are those of the analysis without dask, bit for bit: the same parts are joined in the
-    same order.
+    same order. Gates that are derived when they are read are the same to rounding in a process
+    where torch has another number of threads.
 
     Raises:
         OptionError: As for `material`.

@@ -51,7 +51,7 @@ class Derivation:
         previous: (n, H) the state before each step.
         weights: By name in `WEIGHTS`, of one version: what all these steps used.
         precision: Spacing at 1 of the type to compute in; that of the arrays if it is no type's.
-            In the type in which the kernel computed, its own gates come out.
+            In the type in which the kernel computed, its gates come out, to rounding.
         units: Which of the H units to compute.
     """
 

@@ -4,8 +4,9 @@ Two correct computations of the same step sum the same products in different ord
 the difference of two such sums is, with random rounding, of the order of sqrt(K) units in the
 last place of the largest partial sum (Higham & Mary 2019, "A new approach to probabilistic
 rounding error analysis"). It reaches the reset gate through a slope of at most 1/4, and from there
-the candidate, multiplied by the hidden product that the gate is applied to. docs/equations.md has
-the measurements.
+the candidate, multiplied by the hidden product that the gate is applied to. The candidate differs
+most among the gates, and the state is a mean of it and of the state before: so one tolerance holds
+for gates and states. docs/equations.md has the measurements.
 
 T steps, B sequences in a batch, I input size, H hidden size.
 """

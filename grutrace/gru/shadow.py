@@ -104,8 +104,9 @@ class Shadow:
         """Recompute the gates of a call, all steps at once, in the kernel's own precision.
 
         That is the type of the input and weights, or of autocast where it is on: call it where
-        the kernel was called. On a CPU this gives the kernel's own gates, bit for bit, in half
-        precision too, where a replay in float32 would differ from them by thousandths.
+        the kernel was called. The gates are the kernel's to rounding in that type; in half
+        precision, a replay in float32 would differ from them by thousandths. On a CPU two replays
+        of the same call, with as many threads, are the same bits: see `cell.product`.
 
         Args:
             input: (T, B, I) or (N, I), what the layer read.

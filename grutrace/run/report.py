@@ -50,9 +50,13 @@ class Report:
         if self._settings.quiet or message in self._said or os.getpid() != self._process:
             return
         self._said.add(message)
-        # Not to what the script has put in the place of standard error.
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            print("grutrace:", *message.split(), file=sys.__stderr__, flush=True)
+        line = " ".join(["grutrace:", *message.split()]) + "\n"
+        # Not to what the script has put in the place of standard error. In one piece: several
+        # ranks may share it.
+        if sys.__stderr__ is not None:
+            with contextlib.suppress(OSError, ValueError):
+                sys.__stderr__.write(line)
+                sys.__stderr__.flush()
 
     def end(self) -> None:
         """Say what was recorded."""

@@ -17,6 +17,7 @@ from torch import nn
 import grutrace
 from grutrace.analysis.difference import compare, correspondence
 from grutrace.storage.sinks import open_sink
+from tests import other_processor
 from tests.capture.models import EncoderDecoder
 from tests.checks import EVERYTHING
 from tests.plain_reader import PlainTrace
@@ -34,10 +35,11 @@ def written(path: Any, records: Any, header: Any) -> grutrace.Trace:
     return grutrace.open(path)
 
 
-def whole_run(path: Any = None, **options: Any) -> Any:
+def whole_run(path: Any = None, gates: Any = "inline", **options: Any) -> Any:
+    """A run whose gates are the same bits in each trace, unless asked otherwise."""
     torch.manual_seed(1)
     model = EncoderDecoder(layers=2, dropout=0.3)
-    with grutrace.trace(model, path, record=EVERYTHING, **options) as trace:
+    with grutrace.trace(model, path, record=EVERYTHING, gates=gates, **options) as trace:
         run_everything(model, trace)
     return trace if path is None else grutrace.open(path)
 
@@ -123,10 +125,14 @@ def test_a_run_and_the_same_run_are_the_same(tmp_path) -> None:
     file.close()
 
 
-def test_derived_gates_are_the_same_to_rounding(tmp_path) -> None:
-    found = compare(whole_run(), deferred := whole_run(tmp_path / "run.h5", gates="deferred"))
+def test_derived_gates_are_the_same_to_rounding(tmp_path, monkeypatch) -> None:
+    """Where they are derived, products end in other digits: by chance they may not differ here."""
+    inline, deferred = whole_run(), whole_run(tmp_path / "run.h5", gates="deferred")
+    other_processor.install(monkeypatch)
+    found = compare(inline, deferred)
+    allowed = max(inline[name].checks["tolerance"].max() for name in inline.sites)
     assert found.same
-    assert 0 < found.largest.largest.difference < 1e-6
+    assert 0 < found.largest.largest.difference <= allowed
     assert [each.what for each in found.circumstances] == ["option gates"]
     deferred.close()
 

@@ -82,11 +82,11 @@ def test_all_sequences(where) -> None:
 
 
 def test_a_cluster_of_two_processes_finds_the_same(tmp_path) -> None:
-    """Bit for bit; and what is in the memory of this process is refused by name."""
+    """See `cluster`; and what is in the memory of this process is refused by name."""
     pytest.importorskip("distributed")
-    path = tmp_path / "run.h5"
-    with sites.in_a_file(path, "deferred"):
-        command = [sys.executable, "-m", "tests.analysis.cluster", str(path)]
+    paths = tmp_path / "stored.h5", tmp_path / "deferred.h5"
+    with sites.in_a_file(paths[0]), sites.in_a_file(paths[1], "deferred"):
+        command = [sys.executable, "-m", "tests.analysis.cluster", *map(str, paths)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     same, refusal = done.stdout.splitlines()

@@ -42,7 +42,7 @@ def to(case: Case, dtype: torch.dtype) -> Case:
 
 
 def check(case: Case, cast: torch.dtype | None = None, path: Any = None) -> Any:
-    """Trace a call: untouched, and the gates bit for bit those of the kernel."""
+    """Trace a call: untouched, and the gates those of the kernel, within the tolerance."""
     untouched = case.untouched()
     with autocast(cast):
         expected = case.run(untouched)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from grutrace.gru import cell
 from grutrace.gru.kernel import CellWeights
 from grutrace.gru.rounding import tolerance
 from grutrace.gru.shadow import Replay, Shadow
 from grutrace.gru.steps import PaddedSteps
-from tests import oracles
+from tests import oracles, other_processor
 
 T, B, H = 30, 4, 6
 
@@ -110,6 +111,56 @@ def test_no_number_in_both_is_no_difference_and_in_one_is_infinite(call) -> None
     assert call.replay().residual == math.inf
 
 
+def elsewhere(values: Tensor, offset: int) -> Tensor:
+    """The same values, so many elements behind an aligned address."""
+    memory = torch.empty(values.numel() + 2 * cell.ALIGNMENT, dtype=values.dtype)
+    first = -memory.data_ptr() % cell.ALIGNMENT // values.itemsize + offset
+    moved = memory[first : first + values.numel()].view(values.shape)
+    return moved.copy_(values)
+
+
+def replay_elsewhere(call: Call, offset: int) -> Replay:
+    given = {"input": call.input, "hidden": call.hidden, "initial": call.initial[0]}
+    weights = CellWeights(*(elsewhere(each, offset) for each in Shadow(call.layer).weights))
+    moved = {name: elsewhere(each, offset) for name, each in given.items()}
+    return call.replay(weights=weights, **moved)
+
+
+@pytest.mark.parametrize("here", [True, False], ids=["this processor", "another"])
+def test_two_replays_are_the_same_bits_wherever_tensors_lie(call, here, monkeypatch) -> None:
+    if not here:
+        other_processor.install(monkeypatch)
+    expected = call.replay()
+    for offset in range(1, cell.ALIGNMENT // call.input.itemsize):
+        found = replay_elsewhere(call, offset)
+        for name, gate in expected.gates.items():
+            assert torch.equal(found.gates[name], gate), (name, offset)
+        assert found.residual == expected.residual
+
+
+def test_control_on_another_processor_the_address_shows(call, monkeypatch) -> None:
+    other_processor.install(monkeypatch)
+    monkeypatch.setattr(cell, "_aligned", lambda values: values)
+    expected, found = call.replay(), replay_elsewhere(call, 1)
+    off = (expected.gates["update"] - found.gates["update"]).abs().max().item()
+    assert 0 < off <= expected.tolerance
+
+
+def test_the_tolerance_covers_gates_of_fewer_rows(call, monkeypatch) -> None:
+    """On another processor a replay of some steps ends in other digits than that of all."""
+    other_processor.install(monkeypatch)
+    whole = call.replay()
+    for count in range(1, T):
+        part = Shadow(call.layer).replay(
+            call.input[:count], call.hidden[:count], call.initial[0], PaddedSteps(count, B)
+        )
+        off = [
+            (gate - whole.gates[name][:count]).abs().max().item()
+            for name, gate in part.gates.items()
+        ]
+        assert 0 < max(off) <= whole.tolerance
+
+
 def test_an_empty_batch(call) -> None:
     steps = PaddedSteps(T, 0)
     found = Shadow(call.layer).replay(
@@ -125,14 +176,14 @@ def test_the_tolerance_covers_float32_against_float64() -> None:
     for hidden_size in (4, 64, 512):
         for input_size in (4, 64, 512):
             for scale in (0.3, 1, 10, 30):
-                cell = nn.GRUCell(input_size, hidden_size).requires_grad_(False)
-                for parameter in cell.parameters():
+                layer = nn.GRUCell(input_size, hidden_size).requires_grad_(False)
+                for parameter in layer.parameters():
                     parameter *= scale
                 x, h = torch.randn(64, input_size), torch.rand(64, hidden_size) * 2 - 1
-                wide = Shadow(cell.double()).replay(
+                wide = Shadow(layer.double()).replay(
                     x.double()[None], h.double()[None], h.double(), PaddedSteps(1, 64)
                 )
-                narrow = Shadow(cell.float()).replay(x[None], h[None], h, PaddedSteps(1, 64))
+                narrow = Shadow(layer.float()).replay(x[None], h[None], h, PaddedSteps(1, 64))
                 off = max(
                     (a.double() - b).abs().max().item()
                     for a, b in zip(narrow.gates.values(), wide.gates.values(), strict=True)

@@ -74,7 +74,7 @@ def test_many_values_are_rounded_once(gates, size) -> None:
 def test_the_lattice_in_a_file(tmp_path, case: Case) -> None:
     path = tmp_path / "run.h5"
     with (
-        grutrace.trace(case.layer, record=EVERYTHING) as whole,
+        grutrace.trace(case.layer, record=EVERYTHING, gates="inline") as whole,
         grutrace.trace(case.layer, path, record=EVERYTHING, dtype="float16", mode="overwrite"),
     ):
         case.run()

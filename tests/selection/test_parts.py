@@ -21,7 +21,7 @@ from grutrace.gru.steps import PaddedSteps
 from grutrace.record import GATES
 from tests import oracles
 from tests.capture.models import EncoderDecoder, StepwiseDecoder
-from tests.checks import EVERYTHING, same_result
+from tests.checks import EVERYTHING, rounding, same_result
 from tests.plain_reader import PlainTrace
 from tests.strategies import Case, cases
 from tests.test_both_sinks import run as run_model
@@ -49,7 +49,7 @@ def assert_part(part: Any, whole: Any, units: list[int]) -> None:
     assert part.sequences.tolist() == whole.sequences.tolist()
     for name in part.sites:
         one, other = part[name], whole[name]
-        allowed = other.row_checks()["tolerance"][:, np.newaxis]
+        allowed = rounding(one, other)
         for quantity in one.site.readable:
             found, expected = np.asarray(one.rows(quantity)), np.asarray(other.rows(quantity))
             expected = expected if quantity == "input" else expected[:, units]

@@ -91,7 +91,7 @@ def test_the_oracle_in_float64(case: Case, bounds: tuple[int, int | None]) -> No
 def test_a_plain_reader(tmp_path, case: Case, bounds: tuple[int, int | None]) -> None:
     path, options = tmp_path / "run.h5", {"record": EVERYTHING, "steps": slice(*bounds)}
     with (
-        grutrace.trace(case.layer, **options) as memory,
+        grutrace.trace(case.layer, gates="inline", **options) as memory,
         grutrace.trace(case.layer, path, mode="overwrite", **options),
     ):
         case.run()

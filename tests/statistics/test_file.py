@@ -79,7 +79,7 @@ def test_a_file_holds_what_was_counted(layer, path) -> None:
 def test_the_format_is_as_documented(layer, path) -> None:
     """Against NumPy on a full trace, read by code that knows the specification only."""
     statistics = grutrace.Statistics(path, bins=16)
-    with grutrace.trace(layer, sink=statistics), grutrace.trace(layer) as full:
+    with grutrace.trace(layer, sink=statistics), grutrace.trace(layer, gates="inline") as full:
         layer(torch.randn(11, 3, 5))
         layer(torch.randn(4, 3, 5))
     found, about = plain_read(path)
@@ -359,7 +359,7 @@ def test_a_file_that_is_cut_short_or_scrambled(layer, path) -> None:
 
 
 def test_figures_that_were_loaded(layer, path) -> None:
-    with grutrace.trace(layer) as full:
+    with grutrace.trace(layer, gates="inline") as full:
         counted(layer, path)
     found = grutrace.Statistics.load(path)
     for name in full.sites:

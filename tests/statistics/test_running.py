@@ -1,4 +1,7 @@
-"""What a tracer counts while a model runs, against a full trace of the same run."""
+"""What a tracer counts while a model runs, against a full trace of the same run.
+
+The full trace replays its gates with each call, as counting does: so both have the same bits.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +41,12 @@ def model() -> EncoderDecoder:
     return EncoderDecoder(layers=2, dropout=0.3)
 
 
-def recorded(model, path=None, **options):
+def recorded(model, path=None, gates="inline", **options):
     """Statistics and a full trace of the same run."""
     statistics = grutrace.Statistics()
     with (
         grutrace.trace(model, record=EVERYTHING, sink=statistics) as counting,
-        grutrace.trace(model, path, record=EVERYTHING, **options) as full,
+        grutrace.trace(model, path, record=EVERYTHING, gates=gates, **options) as full,
     ):
         run(model, counting, full)
     return statistics, full
@@ -110,7 +113,7 @@ def test_it_can_be_read_while_it_counts(model) -> None:
     model.eval()
     statistics = grutrace.Statistics()
     assert (statistics.sites, statistics.calls, statistics.nbytes) == ((), 0, 0)
-    with grutrace.trace(model, sink=statistics), grutrace.trace(model) as full:
+    with grutrace.trace(model, sink=statistics), grutrace.trace(model, gates="inline") as full:
         for _ in range(3):
             model(torch.randn(2, 3, 5))
             values = np.asarray(full["encoder.l1"].update)
@@ -217,7 +220,7 @@ def test_a_model_that_has_gone_astray(model) -> None:
     statistics = grutrace.Statistics()
     with (
         grutrace.trace(layer, sink=statistics, check="off"),
-        grutrace.trace(layer, check="off") as full,
+        grutrace.trace(layer, check="off", gates="inline") as full,
     ):
         layer(torch.randn(40, 2))
         with torch.no_grad():
@@ -259,7 +262,7 @@ def test_merging(model) -> None:
     model.eval()
     halves = [grutrace.Statistics(), grutrace.Statistics()]
     batches = [torch.randn(3, 7, 5), torch.randn(2, 4, 5)]
-    with grutrace.trace(model) as full:
+    with grutrace.trace(model, gates="inline") as full:
         for half, batch in zip(halves, batches, strict=True):
             with grutrace.trace(model, sink=half):
                 model(batch)

@@ -49,7 +49,7 @@ class Gate:
         monkeypatch.setattr(Writer, "write", held)
 
 
-def until(condition, seconds=5.0):
+def until(condition, seconds=60.0):
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.01)
