@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grutrace.capture.recorder import Recorded
-from grutrace.errors import OptionError
+from grutrace.errors import OptionError, brief
 from grutrace.record import Annotation, Module
 
 #: One value a step, or one value for all steps, of each sequence of a batch.
@@ -99,7 +99,7 @@ class RecordedBatches:
             OptionError: The values fit no recorded batch; the message lists what was recorded.
         """
         if not isinstance(name, str):
-            raise OptionError(f"labels: expected a text as a name, found {name!r}")
+            raise OptionError(f"labels: expected a text as a name, found {brief(name)}")
         if isinstance(given, Mapping):
             named = given.items()
             return [each for glob, values in named for each in self._named(name, glob, values)]
@@ -161,7 +161,7 @@ def _lists(name: str, given: Values) -> list[Any]:
     all_numbers = name != "tokens" and all(isinstance(value, (int, float)) for value in flat)
     if not (all_text or all_numbers):
         kinds = "texts" if name == "tokens" else "numbers, or one of texts,"
-        raise OptionError(f"{name}: expected one list of {kinds} a sequence, found {given!r:.80}")
+        raise OptionError(f"{name}: expected one list of {kinds} a sequence, found {brief(given)}")
     return lists
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 from grutrace.capture.annotate import Given, RecordedBatches
+from grutrace.errors import naming_unknown_options
 
 Annotate: TypeAlias = Callable[[RecordedBatches, str, Given, str | None], None]
 
@@ -21,6 +22,7 @@ class Recording:
     def __init__(self, annotate: Annotate, batches: RecordedBatches) -> None:
         self._annotate, self._batches = annotate, batches
 
+    @naming_unknown_options
     def annotate(
         self,
         *,

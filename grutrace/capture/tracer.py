@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -46,6 +45,9 @@ from grutrace.errors import (
     StateError,
     TraceFileError,
     UnsupportedError,
+    as_path,
+    brief,
+    naming_unknown_options,
 )
 from grutrace.record import DEFAULT_RECORD, Header
 from grutrace.shard import ShardOption, chosen_shard, sharded
@@ -130,6 +132,7 @@ class Tracer(Trace):
     #: What else is kept among the options of the trace.
     _stamp: Mapping[str, object] = {}
 
+    @naming_unknown_options
     def __init__(
         self,
         model: nn.Module,
@@ -171,7 +174,7 @@ class Tracer(Trace):
             compression=compression,
         )
         own = chosen_shard(shard) if path is not None or sink is not None else None
-        path = None if path is None else sharded(Path(path), own)
+        path = None if path is None else sharded(as_path(path), own)
         self._selections = narrow(self._select(model, sites, record), options)
         header = Header(
             model=f"{type(model).__module__}.{type(model).__qualname__}",
@@ -231,7 +234,7 @@ class Tracer(Trace):
             StateError: The tracer is closed.
         """
         if not isinstance(tag, str | None):
-            raise OptionError(f"tag: expected a text, found {tag!r}")
+            raise OptionError(f"tag: expected a text, found {brief(tag)}")
         with self._lock:
             if self._closed:
                 raise StateError("the tracer is closed: make a new one to record again")
@@ -273,6 +276,7 @@ class Tracer(Trace):
                 "then are not in the trace",
             )
 
+    @naming_unknown_options
     @contextmanager
     def recording(
         self,

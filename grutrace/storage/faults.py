@@ -34,7 +34,7 @@ class NewerFormat(Exception):
     def __init__(self, found: str, newest: int) -> None:
         super().__init__(
             f"is of version {found} of the format, and this grutrace reads version {newest}: "
-            "a newer grutrace reads it (pip install --upgrade grutrace)"
+            "a newer grutrace reads it"
         )
 
 

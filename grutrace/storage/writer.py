@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grutrace.errors import OptionError, SinkError
+from grutrace.errors import SinkError, require_one_of
 from grutrace.record import Header, Record
 from grutrace.storage.admission import Admission
 from grutrace.storage.appender import Appender
@@ -68,8 +68,7 @@ class Writer:
         *,
         fsync: bool = False,
     ) -> None:
-        if mode not in MODES:
-            raise OptionError(f"mode: expected one of {', '.join(MODES)}, found {mode!r}")
+        require_one_of("mode", mode, MODES)
         self.path = Path(os.path.realpath(path))
         self._fsync, self._unsynced = fsync, False
         self._appenders: dict[str, Appender] = {}
