@@ -32,7 +32,9 @@ import grutrace
 from arithmetic.language import LANGUAGES, SHOWN, TRAINED, Expression, to_test, to_train
 from arithmetic.network import Arithmetic, outcomes, record, train
 
-INSTALL = 'this example needs two extras: pip install ".[analysis,plot]" in the checkout of grutrace'
+INSTALL = (
+    'this example needs two extras: pip install ".[analysis,plot]" in the checkout of grutrace'
+)
 
 try:
     from arithmetic.diagnosis import (

@@ -246,7 +246,7 @@ class Tracer(Trace):
             try:
                 for index, selection in enumerate(self._selections):
                     receive = partial(self._receive, self._recorders[index])
-                    wants = partial(self._wants, self._turns[index])
+                    wants = partial(self._wants, index)
                     # Kept before it starts: an interruption must not leave its hooks behind.
                     ear = Ear(
                         selection.module,
@@ -410,10 +410,12 @@ class Tracer(Trace):
             self._say_doubts()
         return super()._look()
 
-    def _wants(self, turn: Iterator[int]) -> bool:
+    def _wants(self, index: int) -> bool:
         """Whether the present call of a module is to be recorded. Asked once a call."""
         if not self._limits.reached:
-            wanted = next(turn) % self._options.every == 0
+            wanted = next(self._turns[index]) % self._options.every == 0
+            if not wanted:
+                self._leave_out(index)
             if wanted and self._outlet.error is not None and os.getpid() == self._process:
                 self._outlet.count()
                 return False
@@ -433,12 +435,14 @@ class Tracer(Trace):
         if isinstance(observation, Missed):
             path = self._path(index)
             self._warn_once(path, f"a call of {path} was not recorded: {observation.reason}")
+            self._leave_out(index)
             return
         try:
             recorded = recorder.record(observation, self._tag)
         except UnsupportedError as error:
             path = self._path(index)
             self._warn_once(path, f"a call of {path} was not recorded: {error}")
+            self._leave_out(index)
             return
         except LimitReached:
             self.stop()
@@ -456,6 +460,12 @@ class Tracer(Trace):
             self._say_doubts()
         elif recorded.block is not None:
             self._say(doubts(recorder.description, recorded.block))
+
+    def _leave_out(self, index: int) -> None:
+        """Note for tokens and labels that the present call of a module is not recorded."""
+        # Without the lock: in a forked child nobody might be left to release it.
+        if self._batches is not None:
+            self._batches.leave_out(index)
 
     def _say_doubts(self) -> None:
         """Say what was found outside the model's forward since the last time."""
@@ -479,13 +489,11 @@ class Tracer(Trace):
     def _annotate(
         self, batches: RecordedBatches, name: str, given: Given, module: str | None
     ) -> None:
-        try:
-            annotations = batches.annotations(name, given, module)
-        except OptionError:
-            if self._limits.reached:
-                # What they belong to lies beyond the limit.
-                return
-            raise
+        if self._limits.reached or self._outlet.error is not None:
+            # Nobody knows what was called since.
+            for index in range(len(self._recorders)):
+                batches.leave_out(index)
+        annotations = batches.annotations(name, given, module)
         try:
             for annotation in annotations:
                 self._outlet.append(annotation)

@@ -18,6 +18,7 @@ from torch import nn
 
 from grutrace.capture.surroundings import hindrance, uncompiled
 from grutrace.run.arrival import when_imported
+from grutrace.run.matching import NoSiteMatches
 from grutrace.run.report import Report
 from grutrace.run.settings import Settings
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from grutrace.run.keeper import Keeper
 
 KINDS = (nn.GRU, nn.GRUCell)
+
+#: Exit code of a script that is ended because nothing of what was asked for is there.
+CANNOT = 2
 
 #: Called with a layer and the arguments that it is about to be called with.
 Meet: TypeAlias = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
@@ -85,8 +89,12 @@ class Discovery:
                 for each in model.modules()
                 if isinstance(each, KINDS) and each not in self._known
             ]
+            self._report.called = True
             try:
                 self._keep(model, new)
+            except NoSiteMatches as error:
+                self._report.stop(str(error))
+                raise SystemExit(CANNOT) from None
             except Exception as error:
                 # Whatever it is, it is not the script's: that one goes on without us.
                 self._report.say(
@@ -100,7 +108,7 @@ class Discovery:
             from grutrace.run.keeper import Keeper
 
             self._keeper = Keeper(self._settings, self._report)
-        self._keeper.add(model, layers)
+        self._keeper.add(model, layers, self._known)
 
 
 def _calling(kind: type[nn.Module], meet: Meet) -> Callable[..., Any]:

@@ -17,9 +17,10 @@ from grutrace.storage.appender import Appender
 from grutrace.storage.continuing import existing_tables
 from grutrace.storage.creating import create, reopen
 from grutrace.storage.entries import Entries
+from grutrace.storage.faults import in_brief
 from grutrace.storage.handle import file_identity, keep_off, no_reading, readers_out
 from grutrace.storage.letting_go import lead_nowhere, let_go
-from grutrace.storage.placing import in_brief, naming, put_in_place, room_for, sync, sync_name
+from grutrace.storage.placing import naming, put_in_place, room_for, sync, sync_name
 from grutrace.storage.pump import COMMIT_SECONDS
 from grutrace.storage.scales import extend_scales
 from grutrace.storage.schema import COMMITTED, TABLES, layout

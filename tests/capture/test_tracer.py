@@ -83,7 +83,10 @@ def test_globs_choose_sites(model, batch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sites": "encodr.*"}, r"matches none of the model's sites .*: encoder.l0, encoder.l1, dec"),
+        (
+            {"sites": "encodr.*"},
+            r"matches none of the model's sites .*: encoder.l0, encoder.l1, dec",
+        ),
         ({"sites": []}, r"sites: expected a glob .*; found \[\]"),
         ({"record": ("update", "forget")}, "reset, update, candidate, hidden, input; found 'forg"),
         ({"record": ()}, r"record: expected names .*; found \(\)"),
