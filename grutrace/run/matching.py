@@ -36,7 +36,7 @@ def require_some_match(
     own = set(map(id, layers))
     for other in _models():
         for path, layer in find(other):
-            if id(layer) not in own and layer not in known and _matches(path, layer, globs):
+            if id(layer) not in own and layer not in known and _may_match(path, layer, globs):
                 return
     names = [name for path, layer in find(model) for name in _names(path, layer)]
     asked = listed(map(repr, globs))
@@ -46,8 +46,12 @@ def require_some_match(
     )
 
 
-def _matches(path: str, layer: nn.GRU | nn.GRUCell, globs: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, glob) for name in _names(path, layer) for glob in globs)
+def _may_match(path: str, layer: nn.GRU | nn.GRUCell, globs: Sequence[str]) -> bool:
+    """Whether a name matches that the layer could have: any part of the model may be called."""
+    parts = path.split(".")
+    tails = (".".join(parts[first:]) for first in range(len(parts) + 1))
+    names = (name for tail in tails for name in _names(tail, layer))
+    return any(fnmatchcase(name, glob) for name in names for glob in globs)
 
 
 def _names(path: str, layer: nn.GRU | nn.GRUCell) -> Iterator[str]:

@@ -58,6 +58,8 @@ class Report:
         """Write a line, each only once, and only in the process that records."""
         if self._settings.quiet or message in self._said or os.getpid() != self._process:
             return
+        if self._stopped:
+            return
         self._said.add(message)
         self._write(message)
 
@@ -68,8 +70,6 @@ class Report:
 
     def end(self) -> None:
         """Say what was recorded."""
-        if self._stopped:
-            return
         path = os.path.relpath(self.output)
         if not self.tallies:
             what = "nothing was recorded" if self.called else "no nn.GRU or nn.GRUCell was called"
