@@ -4,7 +4,7 @@ The package g2p-en (https://github.com/Kyubyong/g2p) ships a trained grapheme-to
 GRU encoder reads the letters of an English word, a GRU decoder writes its phonemes. Here the same
 weights run as an ordinary PyTorch module, and grutrace records every gate of both GRUs:
 
-    pip install "grutrace[demo]"
+    pip install ".[demo]"         # in a checkout of grutrace
     python examples/g2p_seq2seq.py hello world
 
 prints the phonemes and the statistics of the gates, and leaves the trace in g2p.h5 and a picture
@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 import grutrace
 from grutrace.record import Array
 
-INSTALL = 'this example needs its extra: pip install "grutrace[demo]"'
+INSTALL = 'this example needs its extra: pip install ".[demo]" in the checkout of grutrace'
 
 try:
     import matplotlib

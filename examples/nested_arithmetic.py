@@ -7,7 +7,7 @@ cumulative one keeps a running total, and adds or subtracts every numeral as it 
 models that read the intermediate results of the one or the other from the hidden state tell them
 apart: diagnostic classifiers.
 
-    pip install "grutrace[analysis,plot]"
+    pip install ".[analysis,plot]"         # in a checkout of grutrace
     python examples/nested_arithmetic.py
 
 trains the network (a minute or two), traces it, prints the tables, and leaves the traces of the
@@ -32,7 +32,9 @@ import grutrace
 from arithmetic.language import LANGUAGES, SHOWN, TRAINED, Expression, to_test, to_train
 from arithmetic.network import Arithmetic, outcomes, record, train
 
-INSTALL = 'this example needs two extras: pip install "grutrace[analysis,plot]"'
+INSTALL = (
+    'this example needs two extras: pip install ".[analysis,plot]" in the checkout of grutrace'
+)
 
 try:
     from arithmetic.diagnosis import (

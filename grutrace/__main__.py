@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from grutrace.errors import missing
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code. See `grutrace.cli`."""
@@ -13,11 +15,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("grutrace"):
             raise
-        print(
-            f"grutrace: the commands need {error.name}, which comes with an extra: "
-            'pip install "grutrace[cli]"',
-            file=sys.stderr,
-        )
+        library = (error.name or "").partition(".")[0]
+        print(f"grutrace: {missing('a command', library, 'cli')}", file=sys.stderr)
         return 2
     return cli.main(argv)
 

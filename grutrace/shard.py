@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from grutrace.errors import OptionError
+from grutrace.errors import OptionError, brief
 
 #: Whether a file is a shard: as torch.distributed says; no; or of which rank of how many.
 ShardOption: TypeAlias = bool | tuple[int, int]
@@ -71,9 +71,9 @@ def chosen_shard(option: ShardOption = True) -> Shard | None:
     try:
         rank, world_size = (operator.index(each) for each in option)
     except (TypeError, ValueError):
-        raise OptionError(f"shard: expected {_EXPECTED}; found {option!r}") from None
+        raise OptionError(f"shard: expected {_EXPECTED}; found {brief(option)}") from None
     if not 0 <= rank < world_size:
-        raise OptionError(f"shard: expected {_EXPECTED}; found {option!r}")
+        raise OptionError(f"shard: expected {_EXPECTED}; found {brief(option)}")
     return Shard(rank, world_size)
 
 

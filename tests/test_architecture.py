@@ -26,7 +26,7 @@ ALLOWED = {
     "export": {"errors", "record", "storage"},
     "run": {"errors", "record", "shard", "capture", "storage"},
     "cli": {"errors", "record", "storage", "analysis", "statistics", "export", "run"},
-    "__main__": {"cli"},
+    "__main__": {"cli", "errors"},
     "__init__": {"errors", "capture", "storage", "statistics"},
 }
 

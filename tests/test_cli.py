@@ -13,6 +13,7 @@ import torch
 
 import grutrace
 from grutrace.__main__ import main
+from grutrace.cli.results import _quantiles
 from tests.capture.models import EncoderDecoder
 from tests.checks import EVERYTHING
 
@@ -41,6 +42,28 @@ def test_info(path, capsys) -> None:
     assert (decoder["calls"], decoder["sequences"], decoder["rows"]) == (3, 4, 12)
     assert about["closed"] is True
     assert about["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("module", ["rnn", "a" * 90], ids=["short", "long"])
+@pytest.mark.parametrize("gates", ["inline", "deferred"])
+def test_info_has_a_line_of_80_columns_for_each_site(module, gates, tmp_path, capsys) -> None:
+    model = torch.nn.ModuleDict({"encoder": torch.nn.ModuleDict({module: torch.nn.GRU(
+        1024, 512, num_layers=2, bidirectional=True)})})  # fmt: skip
+    with grutrace.trace(model, tmp_path / "run.h5", gates=gates):
+        model["encoder"][module](torch.randn(3, 7, 1024))
+    assert main(["info", str(tmp_path / "run.h5")]) == 0
+    out = capsys.readouterr().out
+    lines = out[out.index("\nsite") + 1 :].splitlines()
+    assert len(lines) == 1 + 4
+    assert all(len(line) <= 80 for line in lines)
+    suffixes = ("l0", "l0_reverse", "l1", "l1_reverse")
+    for line, suffix in zip(lines[1:], suffixes, strict=True):
+        site, *rest = line.split("  ")
+        assert site.startswith("encoder.")
+        assert site.endswith(f".{suffix}" if module == "rnn" else suffix)
+        assert " ".join(rest).split() == ["GRU(1024,", "512)", "1", "7", "21", "1"]
+    assert "recorded: " in out
+    assert all(name in out for name in ("reset", "update", "candidate", "hidden"))
 
 
 def test_stats(path, capsys) -> None:
@@ -116,6 +139,25 @@ def test_stats_that_say_what_gates_mean(labelled, capsys, name, options, says) -
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [each["site"] for each in found] == list(SITES)
+
+
+def test_the_class_that_units_tell_best_has_a_row(labelled, capsys) -> None:
+    command = ["stats", str(labelled[0]), "selectivity", "--label", "kind", "--site", "encoder.l1"]
+    assert main([*command, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert main(command) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("best "))
+    cells = dict(cell.split(": ") for cell in row.removeprefix("best").split("  ") if cell.strip())
+    counts = {name.strip(): int(count) for name, count in cells.items()}
+    assert counts == {name: found["best"].count(name) for name in set(found["best"])}
+    assert sum(counts.values()) == len(found["units"])
+
+
+def test_only_the_commonest_of_many_values_are_shown() -> None:
+    column = np.array([*["a"] * 5, *["b"] * 4, *["c"] * 3, *["d"] * 2, "e", "f", "g"], object)
+    cells = [cell for cell in _quantiles(column) if cell]
+    assert cells == ["a: 5", "b: 4", "c: 3", "d: 2", "others: 3"]
+    assert _quantiles(np.array([2.0, 2.0, 1.0], object))[:3] == ["2: 2", "1: 1", ""]
 
 
 def test_stats_takes_what_belongs_to_it(labelled, capsys) -> None:
@@ -225,7 +267,7 @@ def test_without_the_extra_it_says_which(path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert 'pip install "grutrace[cli]"' in done.stderr
+    assert 'needs typer, which is not installed: pip install "typer' in done.stderr
 
 
 @pytest.fixture

@@ -1,26 +1,60 @@
-"""Long tables are printed a row a line, with what short ones have."""
+"""Tables are printed a row a line, and long names are cut in the middle."""
 
 from __future__ import annotations
 
-from grutrace.cli.output import LONG, new_table, print_table
+import pytest
+from rich.cells import cell_len
+
+from grutrace.cli import output
+from grutrace.cli.output import new_table, print_table, shortened
 
 
-def filled(rows):
+def filled(rows, name="rnn{}[/red]\x1b[2J"):
     table = new_table("site")
     table.add_column("steps", justify="right")
     table.add_column("")
     for number in range(rows):
-        table.add_row(f"rnn{number}[/red]\x1b[2J", str(number**2), *(["x"] if number % 2 else []))
+        table.add_row(name.format(number), str(number**2), *(["x"] if number % 2 else []))
     return table
 
 
-def test_a_long_table_has_what_a_short_one_has(capsys):
-    print_table(filled(LONG))
-    short = capsys.readouterr().out.splitlines()
-    print_table(filled(LONG + 1))
-    long = capsys.readouterr().out.splitlines()
-    assert len(long) == 2 + LONG
-    assert [line.split() for line in long[:-1]] == [line.split() for line in short]
-    assert long[1].index("0") == long[1].index("rnn0") + 3
-    assert {line.index(" x") for line in long if line.endswith(" x")} == {long[2].index(" x")}
-    assert "\x1b" not in "".join(long)
+@pytest.mark.parametrize("rows", [0, 1, 30, 300])
+def test_each_row_is_a_line(rows, capsys):
+    print_table(filled(rows))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + rows
+    assert [line.split()[1] for line in lines] == ["steps", *(str(n**2) for n in range(rows))]
+    assert all("x" in line.split() for line in lines[2::2])
+    assert len({line.rindex("x") for line in lines[2::2]}) <= 1
+    assert "\x1b" not in "".join(lines)
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_what_is_too_wide_for_the_terminal_is_cut(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    name = "encoder.layers.{}." + "block." * 20 + "rnn.l0_reverse"
+    print_table(filled(12, name))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 13
+    assert all(cell_len(line) <= columns for line in lines)
+    is_cut = columns < len(name) + 10
+    assert all((output.CUT in line) == is_cut for line in lines[1:])
+    assert all(line.startswith("encoder.") for line in lines[1:])
+    assert all("reverse" in line for line in lines[1:])
+
+
+def test_wide_letters_take_two_columns(capsys):
+    table = new_table("site")
+    table.add_column("steps", justify="right")
+    table.add_row("\u95e8.l0", "1")
+    table.add_row("gate.l0", "10")
+    print_table(table)
+    lines = capsys.readouterr().out.splitlines()
+    assert len({cell_len(line) for line in lines}) == 1
+    assert len(lines[1]) < len(lines[2])
+
+
+def test_both_ends_of_a_name_stay() -> None:
+    assert shortened("encoder.l0", 10) == "encoder.l0"
+    assert shortened("encoder.rnn.l0_reverse", 15) == "encode..." + "everse"
+    assert len(shortened("x" * 100, 16)) == 16

@@ -506,3 +506,65 @@ def test_the_allowed_values_are_those_of_the_tracer() -> None:
     assert set(settings.MODES) == set(get_args(Mode))
     assert set(settings.GATES) == set(get_args(Gates))
     assert set(settings.ON_ERROR) == set(get_args(OnError))
+
+
+TWO = """
+import sys, torch
+from torch import nn
+encoder, decoder = nn.ModuleDict({"rnn": nn.GRU(3, 4)}), nn.ModuleDict({"cell": nn.GRUCell(3, 4)})
+if "later" in sys.argv:
+    del decoder
+for epoch in range(3):
+    print("epoch", epoch)
+    encoder["rnn"](torch.randn(5, 2, 3))
+    if "later" in sys.argv:
+        decoder = nn.ModuleDict({"cell": nn.GRUCell(3, 4)})
+    decoder["cell"](torch.randn(2, 3))
+"""
+
+
+@pytest.mark.parametrize("quiet", [[], ["--quiet"]])
+def test_sites_that_match_nothing_end_the_script_at_its_first_call(quiet, tmp_path) -> None:
+    """Not after hours of training, of which there is then no trace."""
+    write(tmp_path, MODEL + "print('trained')\n")
+    options = [*quiet, "--sites", "encodr.*", "--sites", "*.l7"]
+    found = run(*options, "script.py", folder=tmp_path)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr == (
+        "grutrace: sites: 'encodr.*', '*.l7' matches none of the sites of EncoderDecoder "
+        "(did you mean 'encoder.l1'?): encoder.l0, encoder.l1, decoder.cell\n"
+    )
+    assert not list(tmp_path.glob("*.h5"))
+
+
+def test_control_sites_that_match_let_the_script_run(tmp_path) -> None:
+    write(tmp_path, MODEL + "print('trained')\n")
+    found = run("--sites", "encodr.*", "--sites", "encoder.l0", "script.py", folder=tmp_path)
+    assert found.returncode == 0
+    assert found.stdout.endswith("trained\n")
+    assert found.stderr.splitlines() == [
+        "grutrace: sites: 'encodr.*' matched no site of any model that was called",
+        "grutrace: recorded 1 call of 1 site in run.h5",
+    ]
+
+
+def test_sites_of_a_model_that_is_called_later_are_waited_for(tmp_path) -> None:
+    """The script calls an encoder first, and the decoder that is asked for exists already."""
+    write(tmp_path, TWO)
+    found = run("--sites", "cell", "script.py", folder=tmp_path)
+    assert (found.returncode, found.stdout.count("epoch")) == (0, 3), found.stderr
+    with grutrace.open(tmp_path / "run.h5") as trace:
+        assert trace.sites == ("cell",)
+        assert len(trace.calls) == 3
+
+
+def test_a_model_that_is_made_later_is_not_known_at_the_first_call(tmp_path) -> None:
+    write(tmp_path, TWO)
+    found = run("--sites", "cell", "script.py", "later", folder=tmp_path)
+    assert found.returncode == 2
+    assert "'cell' matches none of the sites of GRU: l0" in found.stderr
+    # Together with a site that is there it is waited for.
+    found = run("--sites", "cell", "--sites", "l0", "script.py", "later", folder=tmp_path)
+    assert found.returncode == 0, found.stderr
+    with grutrace.open(tmp_path / "run.h5") as trace:
+        assert sorted(trace.sites)[-1] == "l0"

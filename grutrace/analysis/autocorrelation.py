@@ -26,7 +26,7 @@ from grutrace.analysis.fold import fold_sequences
 from grutrace.analysis.material import Analysed, material
 from grutrace.analysis.result import Result
 from grutrace.analysis.stretches import Stretch
-from grutrace.errors import OptionError
+from grutrace.errors import OptionError, brief
 from grutrace.record import Array
 from grutrace.storage.index import Integers
 
@@ -94,7 +94,9 @@ def autocorrelation(site: Analysed, lags: int | None = None, skip: int = 0) -> A
     of.require("hidden")
     for name, value in {"lags": lags, "skip": skip}.items():
         if value is not None and (not isinstance(value, int) or value < 0):
-            raise OptionError(f"{name}: expected a number of steps, 0 or more; found {value!r}")
+            raise OptionError(
+                f"{name}: expected a number of steps, 0 or more; found {brief(value)}"
+            )
     lengths = np.maximum(of.lengths - skip, 0)
     longest = max(0, int(lengths.max(initial=0)) - 1)
     lags = min(longest, LAGS if lags is None else lags)

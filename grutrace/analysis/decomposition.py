@@ -25,7 +25,7 @@ import numpy as np
 
 from grutrace.analysis.material import Analysed, Material, material
 from grutrace.analysis.result import Result
-from grutrace.errors import NotRecordedError, OptionError
+from grutrace.errors import NotRecordedError, OptionError, brief
 from grutrace.record import Array
 from grutrace.storage.index import Integers
 
@@ -294,7 +294,7 @@ def _back(back: int | None, all_of_them: int) -> int:
     if back is None:
         return all_of_them
     if not isinstance(back, int) or back < 1:
-        raise OptionError(f"back: expected a number of steps, 1 or more; found {back!r}")
+        raise OptionError(f"back: expected a number of steps, 1 or more; found {brief(back)}")
     return min(back, all_of_them)
 
 
@@ -308,5 +308,5 @@ def _columns(site: Material, units: Sequence[int] | None) -> slice | Integers:
         or columns.dtype.kind not in "iu"
         or ((columns < 0) | (columns >= width)).any()
     ):
-        raise OptionError(f"units: expected columns from 0 to {width - 1}; found {units!r}")
+        raise OptionError(f"units: expected columns from 0 to {width - 1}; found {brief(units)}")
     return columns

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from grutrace.analysis.material import Analysed, Material, material
-from grutrace.errors import MissingExtraError
+from grutrace.errors import needing
 
 #: Parts that are computed at once at most. Each holds a block of rows, and they share the reading.
 THREADS = 4
@@ -30,12 +30,8 @@ def on_dask(site: Analysed) -> Material:
         OptionError: As for `material`.
         MissingExtraError: There is no dask.
     """
-    try:
+    with needing("computing on dask", "dask"):
         import dask  # noqa: F401
-    except ModuleNotFoundError:
-        raise MissingExtraError(
-            'to compute on dask, install it: pip install "grutrace[dask]"'
-        ) from None
     found = material(site)
     found.dask = True
     return found

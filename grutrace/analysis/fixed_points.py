@@ -28,7 +28,7 @@ from grutrace.analysis.fold import fold_rows
 from grutrace.analysis.gru_map import GRUMap
 from grutrace.analysis.material import Analysed, Material, material
 from grutrace.analysis.result import Result
-from grutrace.errors import NotRecordedError, OptionError
+from grutrace.errors import NotRecordedError, OptionError, brief
 from grutrace.record import Array
 from grutrace.statistics.units import describe, join, no_values
 from grutrace.storage.index import Integers
@@ -190,7 +190,7 @@ def _input(of: Material, given: Array | str | None, size: int) -> Array:
         return np.zeros(size)
     if isinstance(given, str):
         if given != "mean":
-            raise OptionError(f"input: expected values, 'mean' or None; found {given!r}")
+            raise OptionError(f"input: expected values, 'mean' or None; found {brief(given)}")
         units = fold_rows(of, ("input",), partial(_Units, size)).units
         if not units["count"].all():
             raise OptionError(f"input: {of.name!r} has no inputs to take the mean of")

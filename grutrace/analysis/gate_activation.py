@@ -23,7 +23,7 @@ from grutrace.analysis.boundaries import BoundaryScore, peaks, score_boundaries
 from grutrace.analysis.fold import fold_rows
 from grutrace.analysis.material import Analysed, Material, material
 from grutrace.analysis.result import Result
-from grutrace.errors import OptionError
+from grutrace.errors import OptionError, brief
 from grutrace.record import GATES, Array
 from grutrace.storage.index import Integers
 
@@ -114,10 +114,10 @@ def gate_activation(
         NotRecordedError: The gate was not recorded, or there is no such label.
     """
     if gate not in GATES:
-        raise OptionError(f"gate: expected one of {', '.join(GATES)}; found {gate!r}")
+        raise OptionError(f"gate: expected one of {', '.join(GATES)}; found {brief(gate)}")
     if direction not in DIRECTIONS:
         expected = ", ".join(DIRECTIONS)
-        raise OptionError(f"direction: expected one of {expected}; found {direction!r}")
+        raise OptionError(f"direction: expected one of {expected}; found {brief(direction)}")
     of = material(site)
     lengths = of.lengths
     means = fold_rows(of, (gate,), _Means).means

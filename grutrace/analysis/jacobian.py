@@ -25,7 +25,7 @@ import numpy as np
 from grutrace.analysis.fold import handed_out
 from grutrace.analysis.material import Analysed, Material, material
 from grutrace.analysis.result import Result
-from grutrace.errors import NotRecordedError, OptionError
+from grutrace.errors import NotRecordedError, OptionError, brief
 from grutrace.record import GATES, Array
 from grutrace.storage.index import Integers
 
@@ -148,7 +148,7 @@ def step_jacobians(site: Analysed, most: int = STEPS) -> StepJacobians:
         OptionError: There cannot be so many steps.
     """
     if not isinstance(most, int) or most < 1:
-        raise OptionError(f"most: expected a number of steps, 1 or more; found {most!r}")
+        raise OptionError(f"most: expected a number of steps, 1 or more; found {brief(most)}")
     of = material(site)
     require_whole(of)
     count = min(most, of.steps)

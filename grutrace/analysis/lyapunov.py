@@ -29,7 +29,7 @@ from grutrace.analysis.jacobian import NEEDED, Factors, factors, require_whole
 from grutrace.analysis.material import Analysed, material
 from grutrace.analysis.result import Result
 from grutrace.analysis.stretches import PREVIOUS, WEIGHTS, Stretch
-from grutrace.errors import OptionError
+from grutrace.errors import OptionError, brief
 from grutrace.record import Array
 from grutrace.storage.index import Integers
 
@@ -114,9 +114,9 @@ def lyapunov(site: Analysed, count: int = EXPONENTS, skip: int | None = None) ->
         OptionError: There cannot be so many exponents, or steps to skip.
     """
     if not isinstance(count, int) or count < 1:
-        raise OptionError(f"count: expected a number of exponents, 1 or more; found {count!r}")
+        raise OptionError(f"count: expected a number of exponents, 1 or more; found {brief(count)}")
     if skip is not None and (not isinstance(skip, int) or skip < 0):
-        raise OptionError(f"skip: expected a number of steps, 0 or more; found {skip!r}")
+        raise OptionError(f"skip: expected a number of steps, 0 or more; found {brief(skip)}")
     of = material(site)
     require_whole(of)
     size = len(of.units)

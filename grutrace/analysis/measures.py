@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from grutrace.analysis.result import Result
-from grutrace.errors import OptionError
+from grutrace.errors import OptionError, brief
 
 
 @dataclass(frozen=True)
@@ -87,5 +87,5 @@ def measure(name: str) -> Measure:
         OptionError: There is none; the message says which there are.
     """
     if name not in MEASURES:
-        raise OptionError(f"measure: expected one of {', '.join(MEASURES)}; found {name!r}")
+        raise OptionError(f"measure: expected one of {', '.join(MEASURES)}; found {brief(name)}")
     return MEASURES[name]

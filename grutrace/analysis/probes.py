@@ -24,7 +24,7 @@ from grutrace.analysis.classes import classes_of
 from grutrace.analysis.material import Analysed, material
 from grutrace.analysis.result import Result
 from grutrace.analysis.splits import gathered, split
-from grutrace.errors import MissingExtraError, OptionError
+from grutrace.errors import OptionError, brief, needing
 from grutrace.record import Array
 from grutrace.storage.index import Integers
 from grutrace.storage.labels import RowLabels
@@ -123,7 +123,7 @@ def probe(
     of = material(site)
     of.require(quantity)
     if not 0 < test < 1:
-        raise OptionError(f"test: expected a share between 0 and 1, found {test!r}")
+        raise OptionError(f"test: expected a share between 0 and 1, found {brief(test)}")
     labels = of.labels(label)
     target, classes = _target(labels)
     control = control or ("tokens" if "tokens" in of.label_names and label != "tokens" else "")
@@ -216,13 +216,9 @@ def _learner() -> Any:
     Raises:
         MissingExtraError: There is none.
     """
-    try:
+    with needing("a probe", "analysis"):
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression, Ridge
-    except ModuleNotFoundError:
-        raise MissingExtraError(
-            'probes need scikit-learn: pip install "grutrace[analysis]"'
-        ) from None
 
     def learn(inputs: Array, target: Array, classes: bool, penalty: float) -> _Fitted:
         if not classes:

@@ -21,7 +21,7 @@ from grutrace.analysis.fold import fold_rows
 from grutrace.analysis.material import Analysed, Material, material
 from grutrace.analysis.moments import of_units
 from grutrace.analysis.result import Result
-from grutrace.errors import OptionError
+from grutrace.errors import OptionError, brief
 from grutrace.record import Array
 from grutrace.statistics.bins import require_bins
 from grutrace.statistics.tally import Tally
@@ -93,9 +93,9 @@ class Quantiles(Result):
         """
         if quantity not in self.histogram:
             found = ", ".join(self.histogram)
-            raise OptionError(f"quantity: expected one of {found}; found {quantity!r}")
+            raise OptionError(f"quantity: expected one of {found}; found {brief(quantity)}")
         if not 0 <= share <= 1:
-            raise OptionError(f"share: expected a number from 0 to 1; found {share!r}")
+            raise OptionError(f"share: expected a number from 0 to 1; found {brief(share)}")
         ranked = _Ranked(
             self.histogram[quantity],
             self.underflow[quantity],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from grutrace.errors import MissingExtraError
+from grutrace.errors import needing
 from grutrace.record import Array
 
 if TYPE_CHECKING:
@@ -75,12 +75,8 @@ class Result:
         Raises:
             MissingExtraError: There is no pandas.
         """
-        try:
+        with needing("a table", "analysis"):
             from pandas import DataFrame
-        except ModuleNotFoundError:
-            raise MissingExtraError(
-                'a table needs pandas: pip install "grutrace[analysis]"'
-            ) from None
         columns = self.columns()
         index = next(iter(columns))
         return DataFrame(columns).set_index(index)

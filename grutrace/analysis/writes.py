@@ -22,7 +22,7 @@ from grutrace.analysis.fold import fold_sequences
 from grutrace.analysis.material import Analysed, material
 from grutrace.analysis.result import Result
 from grutrace.analysis.stretches import PREVIOUS, Stretch
-from grutrace.errors import OptionError
+from grutrace.errors import OptionError, brief
 from grutrace.record import Array
 from grutrace.storage.index import Integers
 
@@ -65,7 +65,7 @@ def writes(site: Analysed, threshold: float = SMALL) -> Writes:
         OptionError: The threshold is not above 0.
     """
     if not threshold > 0:
-        raise OptionError(f"threshold: expected a number above 0, found {threshold!r}")
+        raise OptionError(f"threshold: expected a number above 0, found {brief(threshold)}")
     of = material(site)
     found = fold_sequences(of, (PREVIOUS,), partial(_Written, len(of.units), threshold))
     count = of.steps - found.left_out

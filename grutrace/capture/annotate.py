@@ -16,11 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from grutrace.capture.recorder import Recorded
-from grutrace.errors import OptionError
+from grutrace.capture.values import Parsed, Values, parse
+from grutrace.errors import OptionError, brief, listed
 from grutrace.record import Annotation, Module
-
-#: One value a step, or one value for all steps, of each sequence of a batch.
-Values: TypeAlias = Sequence[Any]
 
 #: Values, or values by the path of the module that they belong to, which may be a glob.
 Given: TypeAlias = Values | Mapping[str, Values]
@@ -53,6 +51,14 @@ class RecordedBatches:
     def __init__(self, modules: Sequence[Module]) -> None:
         self._modules = modules
         self._batches: list[list[_Batch]] = [[] for _ in modules]
+        self._left_out: set[int] = set()
+
+    def leave_out(self, module: int) -> None:
+        """Note that a call of a module was not recorded, so that its values fit no batch.
+
+        Such a call is not looked at, so it is not known how many sequences it had.
+        """
+        self._left_out.add(module)
 
     def add(self, recorded: Recorded) -> None:
         """Note a call: it goes on with batches that are known, or adds one."""
@@ -99,15 +105,17 @@ class RecordedBatches:
             OptionError: The values fit no recorded batch; the message lists what was recorded.
         """
         if not isinstance(name, str):
-            raise OptionError(f"labels: expected a text as a name, found {name!r}")
+            raise OptionError(f"labels: expected a text as a name, found {brief(name)}")
         if isinstance(given, Mapping):
             named = given.items()
             return [each for glob, values in named for each in self._named(name, glob, values)]
         if module is not None:
             return list(self._named(name, module, given))
-        values = _lists(name, given)
+        values = parse(name, given)
         fitting = [each for each in self._all() if _fits_exactly(values, each[1])]
         if not fitting:
+            if self._left_out:
+                return []
             raise OptionError(
                 f"{name}: {_shape(values)} fits no batch of this recording exactly: "
                 f"{self._what_is_there()}. To give values to a module whose sequences are longer, "
@@ -120,14 +128,20 @@ class RecordedBatches:
         ]
 
     def _named(self, name: str, glob: str, given: Values) -> Iterator[Annotation]:
-        values = _lists(name, given)
+        values = parse(name, given)
+        if not any(fnmatchcase(module.path, glob) for module in self._modules):
+            paths = listed(module.path or "''" for module in self._modules)
+            raise OptionError(f"{name}: {glob!r} matches no traced module: {paths}")
+        left_out = any(
+            fnmatchcase(self._modules[each].path, glob) for each in tuple(self._left_out)
+        )
         matching = [each for each in self._all() if fnmatchcase(self._modules[each[0]].path, glob)]
-        if not matching:
+        if not matching and not left_out:
             raise OptionError(
                 f"{name}: {glob!r} matches no recorded module: {self._what_is_there()}"
             )
         fitting = [(module, batch) for module, batch in matching if _fits(values, batch)]
-        if not fitting:
+        if not fitting and not left_out:
             raise OptionError(
                 f"{name}: {_shape(values)} does not fit {glob!r}: {self._what_is_there()}"
             )
@@ -148,42 +162,23 @@ class RecordedBatches:
         return "; ".join(sorted(counts)) or "nothing was recorded"
 
 
-def _lists(name: str, given: Values) -> list[Any]:
-    """Return plain Python values: a list of values, or one value, for each sequence."""
-    plain = given.tolist() if hasattr(given, "tolist") else list(given)
-    lists = [each.tolist() if hasattr(each, "tolist") else each for each in plain]
-    if name == "tokens":
-        lists = [list(each) if isinstance(each, (str, tuple)) else each for each in lists]
-    flat = [
-        value for each in lists for value in (each if isinstance(each, (list, tuple)) else [each])
-    ]
-    all_text = all(isinstance(value, str) for value in flat)
-    all_numbers = name != "tokens" and all(isinstance(value, (int, float)) for value in flat)
-    if not (all_text or all_numbers):
-        kinds = "texts" if name == "tokens" else "numbers, or one of texts,"
-        raise OptionError(f"{name}: expected one list of {kinds} a sequence, found {given!r:.80}")
-    return lists
-
-
-def _is_one_value(values: Any) -> bool:
-    return not isinstance(values, (list, tuple))
-
-
-def _fits(values: list[Any], batch: _Batch) -> bool:
-    return len(values) == len(batch.steps) and all(
-        _is_one_value(each) or len(each) <= steps
-        for each, steps in zip(values, batch.steps, strict=True)
+def _fits(values: Parsed, batch: _Batch) -> bool:
+    """Whether each sequence has as many steps as it has values, or more; padding aside."""
+    longest = batch.steps.max(initial=0)
+    return len(values.lists) == len(batch.steps) and all(
+        not isinstance(each, list) or len(each) <= (longest if values.padded else steps)
+        for each, steps in zip(values.lists, batch.steps, strict=True)
     )
 
 
-def _fits_exactly(values: list[Any], batch: _Batch) -> bool:
-    longest = max((len(each) for each in values if not _is_one_value(each)), default=None)
-    return _fits(values, batch) and longest in (None, batch.steps.max(initial=0))
+def _fits_exactly(values: Parsed, batch: _Batch) -> bool:
+    return _fits(values, batch) and values.longest in (None, batch.steps.max(initial=0))
 
 
-def _align(name: str, module: int, values: list[Any], batch: _Batch) -> Iterator[Annotation]:
-    for place, given in enumerate(values):
-        repeated = [given] * int(batch.steps[place]) if _is_one_value(given) else given
+def _align(name: str, module: int, values: Parsed, batch: _Batch) -> Iterator[Annotation]:
+    for place, given in enumerate(values.lists):
+        steps = int(batch.steps[place])
+        repeated = given[:steps] if isinstance(given, list) else [given] * steps
         first, kept = _kept(repeated, int(batch.first[place]), batch.start, batch.stop)
         if kept and batch.numbers[place] >= 0:
             is_text = isinstance(kept[0], str)
@@ -211,7 +206,6 @@ def _kept(
     return max(0, first - start), values[max(0, start - first) : end]
 
 
-def _shape(values: list[Any]) -> str:
-    lengths = [len(each) for each in values if not _is_one_value(each)]
-    longest = f" with up to {max(lengths)} values" if lengths else ""
-    return f"{len(values)} sequences{longest}"
+def _shape(values: Parsed) -> str:
+    longest = "" if values.longest is None else f" with up to {values.longest} values"
+    return f"{len(values.lists)} sequences{longest}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import version
 from typing import Any, Literal, TypeAlias, get_args
@@ -19,7 +19,7 @@ import torch
 from grutrace.capture.compiled_graphs import CompiledCode
 from grutrace.capture.observe import STACKS, Stacks
 from grutrace.capture.versions import WeightChecks
-from grutrace.errors import OptionError
+from grutrace.errors import OptionError, brief, require_one_of
 from grutrace.storage.sinks import Compression
 
 Check = Literal["warn", "raise", "off"]
@@ -76,13 +76,13 @@ class Options:
         weights: WeightChecks = "auto",
         compiled: CompiledCode = "auto",
     ) -> None:
-        _expect_one_of("compiled", compiled, get_args(CompiledCode))
+        require_one_of("compiled", compiled, get_args(CompiledCode))
         self.compiled: CompiledCode = compiled
-        _expect_one_of("weights", weights, get_args(WeightChecks))
+        require_one_of("weights", weights, get_args(WeightChecks))
         self.weights: WeightChecks = weights
-        _expect_one_of("gates", gates, get_args(Gates))
-        _expect_one_of("stacks", stacks, STACKS)
-        _expect_one_of("check", check, get_args(Check))
+        require_one_of("gates", gates, get_args(Gates))
+        require_one_of("stacks", stacks, STACKS)
+        require_one_of("check", check, get_args(Check))
         if gates == "auto":
             # What is not stored, what stops the model, what copies are too little for; and where
             # the thread that computes would take from the model what it takes from the call.
@@ -90,7 +90,7 @@ class Options:
             gates = "inline" if at_once else "background"
         self.gates, self.stacks, self.check = gates, stacks, check
         self.to_file = to_file
-        _expect_one_of("on_error", on_error, get_args(OnError))
+        require_one_of("on_error", on_error, get_args(OnError))
         self.on_error, self.fsync = on_error, _flag("fsync", fsync)
         if fsync and not to_file:
             raise OptionError(
@@ -99,7 +99,7 @@ class Options:
             )
         self.compression = compression
         if compression is not None:
-            _expect_one_of("compression", compression, get_args(Compression))
+            require_one_of("compression", compression, get_args(Compression))
             if not to_file:
                 raise OptionError(
                     f"compression: without a path expected None, for there is no file; found "
@@ -140,14 +140,9 @@ class Options:
         return always | {name: value for name, value in others.items() if value is not None}
 
 
-def _expect_one_of(option: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise OptionError(f"{option}: expected one of {', '.join(allowed)}; found {value!r}")
-
-
 def _flag(option: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise OptionError(f"{option}: expected True or False, found {value!r}")
+        raise OptionError(f"{option}: expected True or False, found {brief(value)}")
     return value
 
 
@@ -162,7 +157,7 @@ def integer(option: str, value: object, expected: str) -> int:
             raise TypeError
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise OptionError(f"{option}: expected {expected}, found {value!r}") from None
+        raise OptionError(f"{option}: expected {expected}, found {brief(value)}") from None
 
 
 def _count(option: str, value: object) -> int:
@@ -183,7 +178,7 @@ def _stored_type(dtype: StoredType) -> str:
         except TypeError:
             name = None
     if name not in STORED:
-        raise OptionError(f"dtype: expected one of {', '.join(STORED)}; found {dtype!r}")
+        raise OptionError(f"dtype: expected one of {', '.join(STORED)}; found {brief(dtype)}")
     return name
 
 
@@ -198,7 +193,7 @@ def _units(units: Units) -> slice | tuple[int, ...]:
             raise OptionError("units: expected a slice with a step, found a step of 0")
         return units
     if isinstance(units, (str, bytes)) or not isinstance(units, Iterable):
-        raise OptionError(f"units: expected {expected}, found {units!r}")
+        raise OptionError(f"units: expected {expected}, found {brief(units)}")
     numbers = tuple(integer("units", each, expected) for each in units)
     if not numbers:
         raise OptionError(f"units: expected {expected}, found none")
@@ -208,14 +203,14 @@ def _units(units: Units) -> slice | tuple[int, ...]:
 def _steps(steps: slice) -> slice | None:
     expected = "a slice such as slice(5, 20), from 0 on and in steps of 1"
     if not isinstance(steps, slice):
-        raise OptionError(f"steps: expected {expected}, found {steps!r}")
+        raise OptionError(f"steps: expected {expected}, found {brief(steps)}")
     start, stop, step = (
         None if each is None else integer("steps", each, expected)
         for each in (steps.start, steps.stop, steps.step)
     )
     start = start or 0
     if start < 0 or step not in (None, 1) or (stop is not None and stop <= start):
-        raise OptionError(f"steps: expected {expected}, with some step in it, found {steps!r}")
+        raise OptionError(f"steps: expected {expected}, with some step in it, found {brief(steps)}")
     return None if start == 0 and stop is None else slice(start, stop)
 
 

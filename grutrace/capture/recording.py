@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 from grutrace.capture.annotate import Given, RecordedBatches
+from grutrace.errors import naming_unknown_options
 
 Annotate: TypeAlias = Callable[[RecordedBatches, str, Given, str | None], None]
 
@@ -21,6 +22,7 @@ class Recording:
     def __init__(self, annotate: Annotate, batches: RecordedBatches) -> None:
         self._annotate, self._batches = annotate, batches
 
+    @naming_unknown_options
     def annotate(
         self,
         *,
@@ -31,14 +33,19 @@ class Recording:
         """Give tokens or labels to the sequences recorded so far.
 
         Args:
-            tokens: One list of texts a sequence of the batch, one text a step from its first;
-                or such lists by the path (or glob) of the module that they belong to.
+            tokens: One list of texts, or of token ids, a sequence of the batch, one a step from
+                its first; or such lists by the path (or glob) of the module that they belong to.
+                Lists may be arrays or tensors. In an array (B, T) as wide as the longest sequence
+                is long, what lies beyond the steps of a shorter one is padding and left out.
             labels: By name, the same with numbers or texts; or one value a sequence.
             module: Path or glob of the module that they belong to. Without it they go to every
                 recorded batch that they fit exactly.
 
+        Values for calls that the options leave out (``every``, ``max_calls``, ``max_bytes``,
+        ``steps``) are left out as well.
+
         Raises:
-            OptionError: They fit nothing that was recorded.
+            OptionError: They fit nothing that was called, or are neither texts nor numbers.
         """
         given = {"tokens": tokens, **(labels or {})}
         for name, values in given.items():

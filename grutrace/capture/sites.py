@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from grutrace.capture.look_alikes import LookAlike, find_look_alikes, is_complex
-from grutrace.errors import GrutraceWarning, OptionError, UnsupportedError
+from grutrace.errors import (
+    GLOBS,
+    GrutraceWarning,
+    OptionError,
+    UnsupportedError,
+    brief,
+    listed,
+    nearest,
+    texts_of,
+)
 from grutrace.gru.steps import numpy_type
 from grutrace.record import DEFAULT_RECORD, QUANTITIES, Module, Site
 
@@ -54,8 +63,7 @@ def select(
         UnsupportedError: The model has no nn.GRU and no nn.GRUCell.
         OptionError: The model is none, a glob matches no site, or a quantity is unknown.
     """
-    if not isinstance(model, nn.Module):
-        raise OptionError(f"model: expected an nn.Module, found {type(model).__name__}")
+    _require_model(model)
     quantities = _quantities(record)
     found = [
         Selection(weakref.ref(module), _describe(path, module, quantities))
@@ -67,12 +75,13 @@ def select(
             "expected a model with an nn.GRU or nn.GRUCell inside; "
             f"found none in {type(model).__qualname__}{_named(look_alikes, '; ')}"
         )
-    globs = None if sites is None else _globs(sites)
+    globs = None if sites is None else texts_of("sites", sites, GLOBS)
     missed = [each for each in look_alikes if globs is None or _asked(each, globs)]
     selected = found if globs is None else _matching(found, globs)
     if missed:
-        # From here past Tracer._select and Tracer.__init__ to whoever made the tracer.
-        warnings.warn(_named(missed), GrutraceWarning, stacklevel=4)
+        # From here past Tracer._select, Tracer.__init__ and the check of its keywords to whoever
+        # made the tracer.
+        warnings.warn(_named(missed), GrutraceWarning, stacklevel=5)
     return selected
 
 
@@ -94,22 +103,31 @@ def iterate_suffixes(module: nn.GRU | nn.GRUCell) -> Iterator[tuple[str, int, bo
             yield f"l{layer}_reverse", layer, True
 
 
+def _require_model(model: object) -> None:
+    if isinstance(model, nn.Module):
+        return
+    hint = ""
+    if isinstance(model, type):
+        hint = ": make one of it first"
+    elif isinstance(model, (list, tuple)):
+        hint = ": trace nn.ModuleList(models), or give each a tracer of its own"
+    elif isinstance(model, Mapping):
+        hint = ": trace nn.ModuleDict(models), or give each a tracer of its own"
+    found = type(model).__name__ if hint and not isinstance(model, type) else brief(model)
+    article = "" if found == brief(model) else "a "
+    raise OptionError(f"model: expected an nn.Module, found {article}{found}{hint}")
+
+
 def _quantities(record: str | Sequence[str]) -> tuple[str, ...]:
-    asked = [record] if isinstance(record, str) else list(record)
+    expected = f"names out of {', '.join(QUANTITIES)}"
+    asked = texts_of("record", record, expected)
     unknown = [name for name in asked if name not in QUANTITIES]
-    if unknown or not asked:
+    if unknown:
         raise OptionError(
-            f"record: expected names out of {', '.join(QUANTITIES)}; "
-            f"found {', '.join(map(repr, unknown)) or 'none'}"
+            f"record: expected {expected}; found {listed(map(repr, unknown))}"
+            f"{nearest(unknown[0], QUANTITIES)}"
         )
     return tuple(name for name in QUANTITIES if name in asked)
-
-
-def _globs(sites: str | Sequence[str]) -> list[str]:
-    globs = [sites] if isinstance(sites, str) else list(sites)
-    if not globs or not all(isinstance(glob, str) for glob in globs):
-        raise OptionError(f"sites: expected a glob, or several, found {sites!r}")
-    return globs
 
 
 def _named(look_alikes: list[LookAlike], lead: str = "") -> str:
@@ -130,7 +148,8 @@ def _matching(found: list[Selection], globs: list[str]) -> list[Selection]:
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             raise OptionError(
-                f"sites: {glob!r} matches none of the model's sites: {', '.join(names)}"
+                f"sites: {glob!r} matches none of the model's sites{nearest(glob, names)}: "
+                f"{listed(names)}"
             )
     narrowed = (_narrow(each, globs) for each in found)
     return [each for each in narrowed if each.description.sites]

@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from itertools import count
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -51,6 +50,9 @@ from grutrace.errors import (
     StateError,
     TraceFileError,
     UnsupportedError,
+    as_path,
+    brief,
+    naming_unknown_options,
 )
 from grutrace.record import DEFAULT_RECORD, Header
 from grutrace.shard import ShardOption, chosen_shard, sharded
@@ -146,6 +148,7 @@ class Tracer(Trace):
     #: What else is kept among the options of the trace.
     _stamp: Mapping[str, object] = {}
 
+    @naming_unknown_options
     def __init__(
         self,
         model: nn.Module,
@@ -191,7 +194,7 @@ class Tracer(Trace):
             compiled=compiled,
         )
         own = chosen_shard(shard) if path is not None or sink is not None else None
-        path = None if path is None else sharded(Path(path), own)
+        path = None if path is None else sharded(as_path(path), own)
         self._selections = narrow(self._select(model, sites, record), options)
         header = Header(
             model=f"{type(model).__module__}.{type(model).__qualname__}",
@@ -266,7 +269,7 @@ class Tracer(Trace):
             StateError: The tracer is closed.
         """
         if not isinstance(tag, str | None):
-            raise OptionError(f"tag: expected a text, found {tag!r}")
+            raise OptionError(f"tag: expected a text, found {brief(tag)}")
         with self._lock:
             if self._closed:
                 raise StateError("the tracer is closed: make a new one to record again")
@@ -319,7 +322,7 @@ class Tracer(Trace):
             module,
             _Weakly(self, Tracer._receive, self._recorders[index]),
             self._options.stacks,
-            _Weakly(self, Tracer._wants, self._turns[index]),
+            _Weakly(self, Tracer._wants, index),
             self._recorders[index].asked,
         )
         # Kept before it starts: an interruption must not leave it behind.
@@ -347,6 +350,7 @@ class Tracer(Trace):
         for recorder in self._recorders:
             recorder.expect_changes()
 
+    @naming_unknown_options
     @contextmanager
     def recording(
         self,
@@ -491,10 +495,12 @@ class Tracer(Trace):
             self._say_doubts()
         return super()._look()
 
-    def _wants(self, turn: Iterator[int]) -> bool:
+    def _wants(self, index: int) -> bool:
         """Whether the present call of a module is to be recorded. Asked once a call."""
         if not self._limits.reached:
-            wanted = next(turn) % self._options.every == 0
+            wanted = next(self._turns[index]) % self._options.every == 0
+            if not wanted:
+                self._leave_out(index)
             if wanted and self._outlet.error is not None and os.getpid() == self._process:
                 self._outlet.count()
                 return False
@@ -514,12 +520,14 @@ class Tracer(Trace):
         if isinstance(observation, Missed):
             path = self._path(index)
             self._warn_once(path, f"a call of {path} was not recorded: {observation.reason}")
+            self._leave_out(index)
             return
         try:
             recorded = recorder.record(observation, self._tag)
         except UnsupportedError as error:
             path = self._path(index)
             self._warn_once(path, f"a call of {path} was not recorded: {error}")
+            self._leave_out(index)
             return
         except LimitReached:
             self.stop()
@@ -565,6 +573,12 @@ class Tracer(Trace):
         elif found.reason is not None and found.path not in self._grus:
             self._warn_once(found.reason, found.reason)
 
+    def _leave_out(self, index: int) -> None:
+        """Note for tokens and labels that the present call of a module is not recorded."""
+        # Without the lock: in a forked child nobody might be left to release it.
+        if self._batches is not None:
+            self._batches.leave_out(index)
+
     def _say_doubts(self) -> None:
         """Say what was found outside the model's forward since the last time."""
         if self._background is not None:
@@ -587,13 +601,11 @@ class Tracer(Trace):
     def _annotate(
         self, batches: RecordedBatches, name: str, given: Given, module: str | None
     ) -> None:
-        try:
-            annotations = batches.annotations(name, given, module)
-        except OptionError:
-            if self._limits.reached:
-                # What they belong to lies beyond the limit.
-                return
-            raise
+        if self._limits.reached or self._outlet.error is not None:
+            # Nobody knows what was called since.
+            for index in range(len(self._recorders)):
+                batches.leave_out(index)
+        annotations = batches.annotations(name, given, module)
         try:
             for annotation in annotations:
                 self._outlet.append(annotation)

@@ -10,6 +10,7 @@ from typing import Any
 from grutrace.cli.arguments import AsJSON, Files
 from grutrace.cli.opening import name_of, opened
 from grutrace.cli.output import new_table, print_json, print_table, say
+from grutrace.errors import listed
 from grutrace.storage.trace import Trace
 
 #: The version that is not printed: it says where, and not with what.
@@ -81,18 +82,29 @@ def print_info(trace: Trace, name: str) -> None:
         )
     if "compression" in about["options"]:
         say(f"rows are compressed with {about['options']['compression']}")
-    table = new_table("site", "layer", "recorded")
+    for line in recorded(about):
+        say(line)
+    table = new_table("site", "layer")
     for name in ("calls", "sequences", "steps", "weights"):
         table.add_column(name, justify="right")
     for module in about["modules"]:
         kind = f"{module['kind']}({module['input_size']}, {module['hidden_size']})"
-        counts = (module[name] for name in ("calls", "sequences", "rows", "versions"))
-        row = [kind, None, *map(str, counts)]
+        counts = [module[name] for name in ("calls", "sequences", "rows", "versions")]
         for site in module["sites"]:
-            derived = f"; derived: {', '.join(site['derived'])}" if site["derived"] else ""
-            row[1] = ", ".join(site["quantities"]) + derived
-            table.add_row(site["name"], *row)
+            table.add_row(site["name"], kind, *counts)
     print_table(table)
+
+
+def recorded(about: Mapping[str, Any]) -> Iterator[str]:
+    """Yield lines that say what was recorded: one, or one for each group of sites that differ."""
+    groups: dict[str, list[str]] = {}
+    sites = [site for module in about["modules"] for site in module["sites"]]
+    for site in sites:
+        derived = f"; derived: {', '.join(site['derived'])}" if site["derived"] else ""
+        groups.setdefault(", ".join(site["quantities"]) + derived, []).append(site["name"])
+    for what, names in groups.items():
+        of = "" if len(groups) == 1 else f" (of {listed(names)})"
+        yield f"recorded: {what}{of}"
 
 
 def ranks(about: Mapping[str, Any]) -> Iterator[str]:

@@ -7,55 +7,100 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import numpy as np
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress, track
-from rich.table import Table
 
 Item = TypeVar("Item")
 
-#: Rows of a table that is printed as it fits the terminal.
-LONG = 200
+#: Between two columns of a table.
+GAP = "  "
+
+#: In the place of what is cut out of a name.
+CUT = "..."
+
+#: How far the first column of a table may be cut. Columns of a terminal.
+SHORTEST = 20
 
 
-class PlainTable(Table):
-    """A table whose cells are texts, and nothing more."""
+@dataclass
+class Column:
+    """A column of a table.
 
-    def __init__(self, *columns: str, **options: Any) -> None:
-        super().__init__(*columns, **options)
-        self.lines: list[list[str]] = []
+    Attributes:
+        header: What stands above it.
+        justify: ``left`` or ``right``.
+    """
 
-    def add_row(self, *cells: object, **options: Any) -> None:
-        """Add a row, written as `plain` does."""
+    header: str
+    justify: Literal["left", "right"] = "left"
+
+
+class PlainTable:
+    """A table whose cells are texts, each row of which is printed on one line.
+
+    Args:
+        columns: Headers of columns, of which the first is what each row is about.
+    """
+
+    def __init__(self, *columns: str) -> None:
+        self.columns = [Column(header) for header in columns]
+        self.rows: list[list[str]] = []
+
+    def add_column(self, header: str, *, justify: Literal["left", "right"] = "left") -> None:
+        """Add a column on the right."""
+        self.columns.append(Column(header, justify))
+
+    def add_row(self, *cells: object) -> None:
+        """Add a row, written as `plain` does; what is missing on the right is empty."""
         texts = ["" if cell is None else plain(cell) for cell in cells]
-        self.lines.append(texts)
-        super().add_row(*texts, **options)
+        self.rows.append([*texts, *[""] * (len(self.columns) - len(texts))])
+
+    def lines(self, width: int) -> Iterator[str]:
+        """Yield the header and the rows, each at most so wide if cutting the first column does it.
+
+        The middle of what is too long is cut out: names of sites differ at their ends.
+        """
+        rows = [[column.header for column in self.columns], *self.rows]
+        widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+        others = sum(widths[1:]) + len(GAP) * (len(widths) - 1)
+        widths[0] = min(widths[0], max(SHORTEST, width - others))
+        for first, *rest in rows:
+            cells = [shortened(first, widths[0]), *rest]
+            padded = (
+                " " * (size - cell_len(cell)) + cell
+                if column.justify == "right"
+                else cell + " " * (size - cell_len(cell))
+                for column, cell, size in zip(self.columns, cells, widths, strict=True)
+            )
+            yield GAP.join(padded).rstrip()
+
+
+def shortened(text: str, width: int) -> str:
+    """A text of at most so many columns, of which the middle is cut out if it is longer."""
+    if cell_len(text) <= width:
+        return text
+    kept = width - len(CUT)
+    return f"{set_cell_size(text, kept // 2)}{CUT}{text[-(kept - kept // 2) :]}"
 
 
 def print_table(table: PlainTable) -> None:
-    """Print a table; a long one with each row on a line of its own, since to wrap it takes long."""
-    if len(table.lines) <= LONG:
-        new_console().print(table)
-        return
-    count = len(table.columns)
-    rows = [[str(column.header) for column in table.columns]]
-    rows += [[*line, *[""] * (count - len(line))] for line in table.lines]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    right = [column.justify == "right" for column in table.columns]
+    """Print a table, each row on one line that fits the terminal, or 80 columns without one."""
+    console = new_console()
+    header, *rows = table.lines(console.width)
+    console.print(header, style="bold", soft_wrap=True)
     for row in rows:
-        cells = (
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(row, widths, right, strict=True)
-        )
-        print("  ".join(cells).rstrip())
+        print(row)
 
 
 def new_table(*columns: str) -> PlainTable:
     """Return an empty table in the style of all commands."""
-    return PlainTable(*columns, box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    return PlainTable(*columns)
 
 
 def new_console(*, stderr: bool = False) -> Console:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from grutrace.cli.arguments import NO, AsJSON, File
-from grutrace.cli.output import new_table, print_json, progress_bar
+from grutrace.cli.output import new_table, print_json, print_table, progress_bar
 from grutrace.storage.recovery import Recovery, recover_file
 
 
@@ -61,7 +60,7 @@ def print_recovery(recovery: Recovery) -> None:
     table.add_column("items", justify="right")
     for place, count in recovery.dropped.items():
         table.add_row(place, str(count))
-    Console().print(table)
+    print_table(table)
     reasons = ["were not committed"] + ["belong to what is lost"] * bool(recovery.lost)
     print(f"These {' or '.join(reasons)}.")
 

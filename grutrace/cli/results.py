@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
 
 from grutrace.analysis.result import Result
-from grutrace.cli.output import new_table, print_table, say
+from grutrace.cli.output import new_table, print_table, say, shortened
 from grutrace.record import Array
+
+#: Columns of a terminal that a value takes at most which is no number.
+LONGEST = 16
 
 #: What is said of a column whose every value is not printed.
 QUANTILES = {"least": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "most": 1.0}
@@ -53,12 +57,26 @@ def _figure(found: Any) -> str:
 
 
 def _quantiles(column: Array) -> list[str]:
-    """Of the values that are numbers; of what is true or false, how many are true."""
+    """Of the values that are numbers; of what is true or false, how many are true.
+
+    Of other values, such as texts, the commonest and how often each comes.
+    """
     if column.dtype == bool:
         return [f"{np.count_nonzero(column)} of {len(column)}", *[""] * (len(QUANTILES) - 1)]
     if column.dtype.kind not in "iuf":
-        return [""] * len(QUANTILES)
+        return _commonest(column)
     numbers = column[~np.isnan(column)] if column.dtype.kind == "f" else column
     if not len(numbers):
         return [""] * len(QUANTILES)
     return [value(float(np.quantile(numbers, share))) for share in QUANTILES.values()]
+
+
+def _commonest(column: Array) -> list[str]:
+    counts = Counter(map(value, column.tolist())).most_common()
+    room = len(QUANTILES)
+    if len(counts) > room:
+        # The last cell is for all that do not fit.
+        rest = sum(count for _, count in counts[room - 1 :])
+        counts = [*counts[: room - 1], ("others", rest)]
+    cells = [f"{shortened(name, LONGEST)}: {count}" for name, count in counts]
+    return [*cells, *[""] * (room - len(cells))]

@@ -41,6 +41,19 @@ MEANINGS = {
     "tag": "tag of the call",
 }
 
+#: Those of the table of all calls, where the same name may stand for something else.
+CALL_MEANINGS = {
+    "time": "when the call was recorded, in seconds since 1970-01-01 00:00 UTC",
+    "module": "path of the module that was called, empty for the model itself",
+    "tag": "tag of the call",
+    "weights": "version of the module's weights that the call used, from 0",
+    "training": "1 in training mode, 0 in evaluation mode",
+    "batch": "sequences in the batch of the call",
+    "steps": "steps of all sequences of the call together",
+    "residual": "largest |recomputed h - the kernel's h| of the call, nan where unknown",
+    "rank": "rank of the process that recorded the call",
+}
+
 #: How much is brought into memory at once, unless the format says otherwise. Bytes.
 BLOCK = 16 * 1024 * 1024
 
@@ -59,6 +72,7 @@ class Variable:
         shape: How long they are.
         dtype: Type of the elements; `str` for texts of any length.
         read: Gives the items from one number to another along the first axis.
+        description: What it is, in words, where the name alone does not say it.
     """
 
     name: str
@@ -66,10 +80,13 @@ class Variable:
     shape: tuple[int, ...]
     dtype: np.dtype[Any] | type[str]
     read: Callable[[int, int], Array] = field(repr=False)
+    description: str = ""
 
     @property
     def meaning(self) -> str:
         """What it is, in words."""
+        if self.description:
+            return self.description
         label = f"label {self.name.removeprefix('label_')} of the step"
         return MEANINGS.get(self.name, label if self.name.startswith("label_") else self.name)
 
@@ -296,7 +313,12 @@ def calls_group(moment: Moment) -> Group:
     calls = moment.calls
     columns = {name: calls[name] for name in calls.dtype.names or ()}
     variables = tuple(
-        _held(name, "call", texts(values) if values.dtype == object else values)
+        _held(
+            name,
+            "call",
+            texts(values) if values.dtype == object else values,
+            CALL_MEANINGS.get(name, ""),
+        )
         for name, values in columns.items()
     )
     return Group("calls", variables, {})
@@ -307,9 +329,11 @@ def texts(values: Array) -> Array:
     return np.array(["" if each is None else str(each) for each in values], object)
 
 
-def _held(name: str, axis: str, values: Array) -> Variable:
+def _held(name: str, axis: str, values: Array, description: str = "") -> Variable:
     """A variable that is in memory, since it is small."""
     dtype = str if values.dtype == object else values.dtype
     if values.dtype == bool:
         values, dtype = values.astype(np.int8), np.dtype(np.int8)
-    return Variable(name, (axis,), values.shape, dtype, lambda start, stop: values[start:stop])
+    return Variable(
+        name, (axis,), values.shape, dtype, lambda start, stop: values[start:stop], description
+    )

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from grutrace.export.content import Content, Group, SiteContent, Variable
+from grutrace.export.portability import file_names
 from grutrace.record import Array
 
 #: Rows that are brought into memory at once. As Python's numbers and texts they take more. Bytes.
@@ -29,15 +30,17 @@ def write_csv(content: Content, path: Path) -> list[str]:
     """Write into a folder; there is nothing to note."""
     _write_table(path / "calls.csv", content.calls.variables)
     _write_sequences(path / "sequences.csv", content.sites)
-    for site in content.sites:
-        group = site.group()
+    groups = [site.group() for site in content.sites]
+    names = file_names(group.name for group in groups)
+    for site, group in zip(content.sites, groups, strict=True):
+        file = names[group.name]
         steps = tuple(site.per_step())
         for name in site.quantities:
-            _write_rows(path / f"{group.name}.{name}.csv", group, steps, group[name])
+            _write_rows(path / f"{file}.{name}.csv", group, steps, group[name])
         number = Variable(
             "sequence", ("instance",), (len(site.index),), np.dtype(np.int64), np.arange
         )
-        _write_rows(path / f"{group.name}.initial.csv", group, (number,), group["initial"])
+        _write_rows(path / f"{file}.initial.csv", group, (number,), group["initial"])
     return []
 
 

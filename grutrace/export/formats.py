@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from grutrace.errors import NotRecordedError, OptionError
+from grutrace.errors import (
+    NotRecordedError,
+    as_path,
+    brief,
+    listed,
+    naming_unknown_options,
+    require_one_of,
+)
 from grutrace.export.content import Content, SiteContent, calls_group
 from grutrace.export.csv_files import write_csv
 from grutrace.export.lstmvis import write_lstmvis
@@ -65,6 +72,7 @@ class Exported:
     notes: tuple[str, ...]
 
 
+@naming_unknown_options
 def export_trace(
     trace: Trace,
     path: str | os.PathLike[str],
@@ -93,8 +101,7 @@ def export_trace(
         TraceFileError: There is something under this name, or it cannot be written.
         MissingExtraError: The format needs a library that is not installed.
     """
-    if to not in FORMATS:
-        raise OptionError(f"to: expected one of {', '.join(FORMATS)}; found {to!r}")
+    require_one_of("to", to, tuple(FORMATS))
     moment, format = trace.moment, FORMATS[to]
     chosen = _chosen(moment, sites, record, format.record)
     total = sum(moment.extent(number).rows * len(names) for number, _, names in chosen)
@@ -104,10 +111,11 @@ def export_trace(
         calls_group(moment),
         _about(moment),
     )
-    with made_whole(Path(path), folder=format.folder) as new:
+    path = as_path(path)
+    with made_whole(path, folder=format.folder) as new:
         notes = format.write(content, new)
     names = tuple(site.site.name for site in content.sites)
-    return Exported(Path(path), to, names, tuple(notes))
+    return Exported(path, to, names, tuple(notes))
 
 
 def _chosen(
@@ -119,7 +127,12 @@ def _chosen(
     """What is asked for and there: the place of the module, the site and its quantities."""
     matching = chosen_sites(moment, sites).values()
     if not matching:
-        raise NotRecordedError(f"no site matches {sites!r}" if sites else "the trace has no sites")
+        recorded = [site.name for module in moment.header.modules for site in module.sites]
+        raise NotRecordedError(
+            f"no site matches {brief(sites)}; the trace has {listed(recorded)}"
+            if sites
+            else "the trace has no sites"
+        )
     asked = chosen_quantities(default if record is None else record)
     found = [
         (number, site, tuple(name for name in asked if name in site.readable))

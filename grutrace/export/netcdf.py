@@ -13,7 +13,9 @@ import numpy as np
 
 from grutrace.errors import needing
 from grutrace.export.content import Content, Group, Variable
+from grutrace.export.portability import NUL, require_kept
 from grutrace.export.steady import SteadyFile, steady
+from grutrace.record import Array
 
 #: The size of a chunk of rows. Bytes.
 CHUNK = 1024 * 1024
@@ -24,6 +26,7 @@ def write_netcdf(content: Content, path: Path) -> list[str]:
 
     Raises:
         MissingExtraError: h5netcdf is not installed.
+        OptionError: A text has a NUL in it, which HDF5's strings cannot hold.
     """
     with needing("exporting to netcdf", "export"):
         import h5netcdf
@@ -36,23 +39,32 @@ def write_netcdf(content: Content, path: Path) -> list[str]:
 
 
 def _write_group(target: Any, group: Group, raw: SteadyFile) -> None:
+    about = [each for each in group.about.values() if isinstance(each, str)]
+    _require_no_nul(f"the attributes of {group.name}", 0, np.array(about, object))
     target.attrs.update(group.about)
     target.dimensions = group.axes
     for variable in group.variables:
-        made = _write_variable(target, variable, raw)
+        made = _write_variable(target, group, variable, raw)
         made.attrs.update(group.attributes(variable))
 
 
-def _write_variable(target: Any, variable: Variable, raw: SteadyFile) -> Any:
+def _write_variable(target: Any, group: Group, variable: Variable, raw: SteadyFile) -> Any:
     dtype = h5py.string_dtype() if variable.is_text else _numeric(np.dtype(variable.dtype))
     chunks = None
     if len(variable.shape) == 2 and all(variable.shape):
         chunks = min(variable.fitting(CHUNK), variable.shape[0]), variable.shape[1]
     made = target.create_variable(variable.name, variable.axes, dtype, chunks=chunks)
     for part, block in variable.blocks():
+        if variable.is_text:
+            _require_no_nul(f"{group.name}/{variable.name}", part.start, block)
         made[part] = block if variable.is_text else block.astype(dtype, copy=False)
         raw.check()
     return made
+
+
+def _require_no_nul(where: str, start: int, texts: Array) -> None:
+    limit = "a text with NUL in it"
+    require_kept("netcdf", where, start, texts, lambda text: NUL not in text, limit)
 
 
 def _numeric(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -13,28 +13,34 @@ from typing import Any
 
 import numpy as np
 
-from grutrace.export.content import Content, Variable
+from grutrace.export.content import Content, Group, Variable
+from grutrace.export.portability import NUL, require_kept
 
 #: numpy.load shows no folders, so their names are part of those of the arrays.
 BETWEEN = "/"
 
 
 def write_npz(content: Content, path: Path) -> list[str]:
-    """Write an archive; there is nothing to note."""
+    """Write an archive; there is nothing to note.
+
+    Raises:
+        OptionError: A text ends with NUL, which NumPy would cut off.
+    """
     # Not compressed, as numpy.savez: gates hardly become smaller.
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         about: dict[str, Any] = dict(content.about)
         for group in content.groups():
             for variable in group.variables:
-                _write_array(archive, f"{group.name}{BETWEEN}{variable.name}", variable)
+                _write_array(archive, group, variable)
             if group.about:
                 about[group.name] = dict(group.about)
         _write_text(archive, "about", json.dumps(about))
     return []
 
 
-def _write_array(archive: zipfile.ZipFile, name: str, variable: Variable) -> None:
-    dtype = _text_type(variable) if variable.is_text else np.dtype(variable.dtype)
+def _write_array(archive: zipfile.ZipFile, group: Group, variable: Variable) -> None:
+    name = f"{group.name}{BETWEEN}{variable.name}"
+    dtype = _text_type(name, variable) if variable.is_text else np.dtype(variable.dtype)
     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
         header = {
             "descr": np.lib.format.dtype_to_descr(dtype),
@@ -46,10 +52,18 @@ def _write_array(archive: zipfile.ZipFile, name: str, variable: Variable) -> Non
             member.write(np.ascontiguousarray(block, dtype).data.cast("B") if block.size else b"")
 
 
-def _text_type(variable: Variable) -> np.dtype[Any]:
+def _text_type(name: str, variable: Variable) -> np.dtype[Any]:
     """As wide as the longest of its texts: objects would have to be pickled."""
-    longest = max((len(text) for _, block in variable.blocks() for text in block), default=0)
+    longest = 0
+    for part, block in variable.blocks():
+        require_kept("npz", name, part.start, block, _is_kept, "a text that ends with NUL")
+        longest = max((longest, *map(len, block)))
     return np.dtype(f"<U{max(1, longest)}")
+
+
+def _is_kept(text: str) -> bool:
+    # NumPy pads shorter texts with NUL, and takes trailing ones for padding.
+    return not text.endswith(NUL)
 
 
 def _write_text(archive: zipfile.ZipFile, name: str, text: str) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from grutrace.errors import GrutraceError, TraceFileError
+from grutrace.storage.faults import in_brief
 from grutrace.storage.placing import put_in_place, room_for
 
 
@@ -44,4 +45,5 @@ def _writing(path: Path) -> Iterator[None]:
         # The trace cannot be read: an error that names another file.
         raise
     except OSError as error:
-        raise TraceFileError(f"{path} cannot be written: {error}") from error
+        # Without the name of the file that is being made, which is a temporary one.
+        raise TraceFileError(f"{path} cannot be written: {in_brief(error)}") from error

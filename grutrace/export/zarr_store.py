@@ -6,14 +6,20 @@ that `xarray.open_zarr(path, group=...)` opens a site.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grutrace.errors import needing
-from grutrace.export.content import Content, Variable
+from grutrace.errors import TraceFileError, needing
+from grutrace.export.content import Content, Group, Variable
+from grutrace.export.portability import ignores_case, same_but_for_case
 
 #: The size of a chunk of rows, which is a file. Bytes.
 CHUNK = 8 * 1024 * 1024
+
+#: The files of a store that hold its metadata and that of everything in it.
+GROUP, CONSOLIDATED = ".zgroup", ".zmetadata"
 
 
 def write_zarr(content: Content, path: Path) -> list[str]:
@@ -21,13 +27,16 @@ def write_zarr(content: Content, path: Path) -> list[str]:
 
     Raises:
         MissingExtraError: zarr is not installed.
+        TraceFileError: Names differ only in case, and the file system ignores case.
     """
     with needing("exporting to zarr", "export"):
         import zarr
 
     root = zarr.open_group(path, mode="w", zarr_format=2)
+    groups = list(content.groups())
+    _require_apart(path, groups)
     root.attrs.update(dict(content.about))
-    for group in content.groups():
+    for group in groups:
         made = root.create_group(group.name)
         made.attrs.update(dict(group.about))
         for variable in group.variables:
@@ -35,7 +44,31 @@ def write_zarr(content: Content, path: Path) -> list[str]:
             axes = {"_ARRAY_DIMENSIONS": list(variable.axes)}
             array.attrs.update(axes | group.attributes(variable))
     zarr.consolidate_metadata(path, zarr_format=2)
+    _sort(path / CONSOLIDATED)
     return []
+
+
+def _require_apart(path: Path, groups: Sequence[Group]) -> None:
+    """Refuse names that would be one folder."""
+    names = [f"{group.name}/{each.name}" for group in groups for each in group.variables]
+    clashes = same_but_for_case([*(group.name for group in groups), *names])
+    if clashes and ignores_case(path, GROUP):
+        found = " and ".join(map(repr, clashes[0]))
+        raise TraceFileError(
+            f"{path.parent} cannot hold {found}, which differ only in case, as folders of a Zarr "
+            "store: export to csv, npz or netcdf, or one of them at a time with sites"
+        )
+
+
+def _sort(path: Path) -> None:
+    """Put metadata of the same group side by side, where zarr looks for it.
+
+    zarr 3 writes it in an order that ignores case, and reading takes neighbours together: of two
+    groups whose names differ only in case the last variables alone were found.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["metadata"] = dict(sorted(content["metadata"].items()))
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def _write_array(target: Any, variable: Variable) -> Any:

@@ -21,6 +21,7 @@ from torch import nn
 from grutrace import run
 from grutrace.capture.surroundings import hindrance, uncompiled
 from grutrace.run.arrival import when_imported
+from grutrace.run.matching import NoSiteMatches
 from grutrace.run.report import Report
 from grutrace.run.settings import Settings
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 KINDS = (nn.GRU, nn.GRUCell)
 
 _OURS, _TORCH = (str(Path(each.__file__ or "").parent) for each in (run, torch))
+#: Exit code of a script that is ended because nothing of what was asked for is there.
+CANNOT = 2
 
 #: Called with a layer and the arguments that it is about to be called with.
 Meet: TypeAlias = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
@@ -96,8 +99,12 @@ class Discovery:
                 for each in model.modules()
                 if isinstance(each, KINDS) and each not in self._known
             ]
+            self._report.called = True
             try:
                 self._keep(model, new)
+            except NoSiteMatches as error:
+                self._report.stop(str(error))
+                raise SystemExit(CANNOT) from None
             except Exception as error:
                 # Whatever it is, it is not the script's: that one goes on without us.
                 self._report.say(
@@ -124,7 +131,7 @@ class Discovery:
 
             self._keeper = Keeper(self._settings, self._report)
         is_alone = layers == [model]
-        part = self._keeper.add(model, layers, is_temporary=is_alone)
+        part = self._keeper.add(model, layers, self._known, is_temporary=is_alone)
         if is_alone:
             self._alone[_made_by(model)] = weakref.ref(model), part
 

@@ -9,6 +9,8 @@ import os
 import uuid
 import warnings
 import weakref
+from collections.abc import Container
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from torch import nn
@@ -16,6 +18,7 @@ from torch import nn
 from grutrace.capture.limits import Limits
 from grutrace.capture.sites import Selection
 from grutrace.errors import GrutraceError, TraceFileError
+from grutrace.run.matching import require_some_match
 from grutrace.run.part import Part, chosen
 from grutrace.run.report import Report
 from grutrace.run.settings import Settings
@@ -49,6 +52,7 @@ class Keeper:
         report.output = self._first
         self._limits = Limits(settings.max_calls, settings.max_bytes)
         self._process = os.getpid()
+        self._unmatched = list(settings.sites)
         self._parts: list[Part] = []
         self._run, self._before = self._existing()
         self._count = len(self._before)
@@ -64,19 +68,26 @@ class Keeper:
         return uuid.uuid4().hex, {}
 
     def add(
-        self, model: nn.Module, layers: list[nn.Module], *, is_temporary: bool = False
+        self,
+        model: nn.Module,
+        layers: list[nn.Module],
+        known: Container[nn.Module] = (),
+        *,
+        is_temporary: bool = False,
     ) -> Part | None:
         """Record these layers of the model from now on.
 
         Args:
             model: The model.
             layers: Some of its layers.
+            known: Layers that were here before.
             is_temporary: Whether the part outlives the model: another may take its place.
 
         Returns:
             The part; None where nothing is recorded.
 
         Raises:
+            NoSiteMatches: Nothing was recorded so far, and no site that is asked for is there.
             GrutraceError: They cannot be recorded.
         """
         if self._limits.reached:
@@ -90,6 +101,12 @@ class Keeper:
             selections = chosen(model, layers, self._settings)
         for each in given:
             self._report.say(str(each.message))
+        names = [site.name for each in selections for site in each.description.sites]
+        self._unmatched = [
+            glob for glob in self._unmatched if not any(fnmatchcase(name, glob) for name in names)
+        ]
+        if not selections and not self._report.tallies and self._settings.sites:
+            require_some_match(model, layers, known, self._settings.sites)
         if not selections:
             return None
         part = self._continued(model, selections) or self._new(model, selections)
@@ -136,6 +153,8 @@ class Keeper:
             return
         for part in tuple(self._parts):
             self._finish(part)
+        for glob in self._unmatched:
+            self._report.say(f"sites: {glob!r} matched no site of any model that was called")
 
     def _finish(self, part: Part) -> None:
         if os.getpid() != self._process or part not in self._parts:

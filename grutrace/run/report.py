@@ -44,12 +44,26 @@ class Report:
         self._process = os.getpid()
         self._said: set[str] = set()
         self.tallies: list[Tally] = []
+        #: Whether an nn.GRU or nn.GRUCell was called.
+        self.called = False
+        self._stopped = False
+
+    def stop(self, message: str) -> None:
+        """Write why the script is ended, also where nothing else is said, and nothing more."""
+        if not self._stopped and os.getpid() == self._process:
+            self._stopped = True
+            self._write(message)
 
     def say(self, message: str) -> None:
         """Write a line, each only once, and only in the process that records."""
         if self._settings.quiet or message in self._said or os.getpid() != self._process:
             return
+        if self._stopped:
+            return
         self._said.add(message)
+        self._write(message)
+
+    def _write(self, message: str) -> None:
         line = " ".join(["grutrace:", *message.split()]) + "\n"
         # Not to what the script has put in the place of standard error. In one piece: several
         # ranks may share it.
@@ -62,7 +76,8 @@ class Report:
         """Say what was recorded."""
         path = os.path.relpath(self.output)
         if not self.tallies:
-            self.say(f"no nn.GRU or nn.GRUCell was called: {path} was not written")
+            what = "nothing was recorded" if self.called else "no nn.GRU or nn.GRUCell was called"
+            self.say(f"{what}: {path} was not written")
             return
         calls = sum(tally.calls for tally in self.tallies)
         sites = sum(tally.sites for tally in self.tallies)

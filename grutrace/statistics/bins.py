@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from grutrace.errors import OptionError
+from grutrace.errors import OptionError, brief
 from grutrace.record import GATES, Array
 from grutrace.statistics.reductions import add_to_rows, count_true
 
@@ -117,5 +117,5 @@ def require_bins(count: object) -> int:
     """
     if type(count) is not int or count not in ALLOWED_BINS:
         allowed = ", ".join(map(str, ALLOWED_BINS))
-        raise OptionError(f"bins: expected one of {allowed}; found {count!r}")
+        raise OptionError(f"bins: expected one of {allowed}; found {brief(count)}")
     return count

@@ -13,7 +13,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from grutrace.errors import OptionError, TraceFileError
+from grutrace.errors import TraceFileError, as_path, require_one_of
 from grutrace.record import QUANTITIES, Array
 from grutrace.statistics.accumulator import CHECKED, MODULE, Accumulator, SiteLayout
 from grutrace.statistics.bins import ALLOWED_BINS
@@ -52,8 +52,7 @@ class StatisticsFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], mode: str, *, fsync: bool = False) -> None:
-        if mode not in MODES:
-            raise OptionError(f"mode: expected one of {', '.join(MODES)}, found {mode!r}")
+        require_one_of("mode", mode, MODES)
         self.path = Path(os.path.realpath(path))
         self._goes_on = mode == "a" and self.path.exists()
         self._mode = "overwrite" if self._goes_on else mode
@@ -151,7 +150,7 @@ def load(path: str | os.PathLike[str]) -> Accumulator:
     Raises:
         TraceFileError: It is not there, is none, is of a newer format, or is damaged.
     """
-    path = Path(path)
+    path = as_path(path)
     with reading(path, _WHAT), open_for_reading(path, _WHAT) as file:
         return _Reader(file, path.stat().st_size).read()
 

@@ -8,12 +8,21 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
 
-from grutrace.errors import NotRecordedError, OptionError, StateError
+from grutrace.errors import (
+    NotRecordedError,
+    OptionError,
+    StateError,
+    as_path,
+    brief,
+    listed,
+    naming_unknown_options,
+    nearest,
+    require_one_of,
+)
 from grutrace.record import Header
 from grutrace.shard import Shard, present_shard, sharded
 from grutrace.statistics.accumulator import Accumulator, SiteLayout, layout_of
@@ -54,6 +63,7 @@ class Statistics:
         TraceFileError: The file exists, cannot be read to go on from, or can have no place.
     """
 
+    @naming_unknown_options
     def __init__(
         self,
         path: str | os.PathLike[str] | None = None,
@@ -64,7 +74,7 @@ class Statistics:
         fsync: bool = False,
     ) -> None:
         if not save_seconds > 0:
-            raise OptionError(f"save_seconds: expected more than 0, found {save_seconds!r}")
+            raise OptionError(f"save_seconds: expected more than 0, found {brief(save_seconds)}")
         self._bins, self._seconds = require_bins(bins), save_seconds
         self._asked = None if path is None else (path, mode)
         self._fsync, self._shard = fsync, present_shard()
@@ -76,7 +86,9 @@ class Statistics:
         self._file: StatisticsFile | None = None
         if self._asked is not None:
             path, mode = self._asked
-            self._file = StatisticsFile(sharded(Path(path), self._shard), mode, fsync=self._fsync)
+            self._file = StatisticsFile(
+                sharded(as_path(path), self._shard), mode, fsync=self._fsync
+            )
         self._begin(self._file.before() if self._file else None)
         if self._file and self._accumulator and self._accumulator.bins != self._bins:
             raise OptionError(
@@ -189,8 +201,11 @@ class Statistics:
             SinkError: Something could not be counted, or saved.
         """
         if name not in self.sites:
-            found = ", ".join(map(repr, self.sites)) or "none"
-            raise NotRecordedError(f"site {name!r} was not counted; counted sites: {found}")
+            near = nearest(name, self.sites) if isinstance(name, str) else ""
+            found = listed(map(repr, self.sites))
+            raise NotRecordedError(
+                f"site {brief(name)} was not counted{near}; counted sites: {found}"
+            )
         with self._reading() as accumulator:
             return accumulator.site(self.sites.index(name))
 
@@ -253,7 +268,7 @@ class Statistics:
             OptionError: The other has other sites, sizes or bins; the message says where.
         """
         if not isinstance(other, Statistics):
-            raise OptionError(f"merge: expected a grutrace.Statistics, found {other!r}")
+            raise OptionError(f"merge: expected a grutrace.Statistics, found {brief(other)}")
         ours, theirs = self._snapshot(), other._snapshot()
         if ours is None or theirs is None:
             if self._bins != other._bins:
@@ -274,12 +289,11 @@ class Statistics:
             StateError: Nothing was counted yet: there are no sites.
             TraceFileError: The file exists, or cannot be written.
         """
-        if mode not in ("w", "overwrite"):
-            raise OptionError(f"mode: expected one of w, overwrite, found {mode!r}")
+        require_one_of("mode", mode, ("w", "overwrite"))
         snapshot = self._snapshot()
         if snapshot is None:
             raise StateError("there is nothing to save: no tracer was given these statistics yet")
-        StatisticsFile(path, mode).save(snapshot)
+        StatisticsFile(as_path(path), mode).save(snapshot)
 
     @property
     def _layout(self) -> tuple[SiteLayout, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
-from grutrace.errors import OptionError
+from grutrace.errors import GLOBS, OptionError, brief, nearest, texts_of
 from grutrace.record import QUANTITIES, Site
 from grutrace.storage.moment import Moment
 
@@ -16,8 +16,11 @@ def chosen_sites(moment: Moment, globs: str | Sequence[str] | None) -> dict[str,
     Args:
         moment: Of the trace.
         globs: A glob, or several; None for all sites.
+
+    Raises:
+        OptionError: It is none of these.
     """
-    asked = (globs,) if isinstance(globs, str) else globs
+    asked = None if globs is None else texts_of("sites", globs, GLOBS)
     return {
         site.name: (number, site)
         for number, module in enumerate(moment.header.modules)
@@ -32,8 +35,13 @@ def chosen_quantities(record: str | Sequence[str] | None) -> tuple[str, ...]:
     Raises:
         OptionError: One is none.
     """
-    asked = (record,) if isinstance(record, str) else QUANTITIES if record is None else record
+    if record is None:
+        return QUANTITIES
+    asked = texts_of("record", record, f"some of {', '.join(QUANTITIES)}")
     for name in asked:
         if name not in QUANTITIES:
-            raise OptionError(f"record: expected some of {', '.join(QUANTITIES)}; found {name!r}")
+            raise OptionError(
+                f"record: expected some of {', '.join(QUANTITIES)}; found {brief(name)}"
+                f"{nearest(name, QUANTITIES)}"
+            )
     return tuple(name for name in QUANTITIES if name in asked)

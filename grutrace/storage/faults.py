@@ -6,6 +6,7 @@ boundary knows which file that was, and adds it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,19 @@ H5PY_ERRORS = (
 )
 
 
+#: What HDF5 says where the system refused, and what the system said.
+_SYSTEM = re.compile(r"errno = \d+, error message = '([^']*)'")
+
+#: What it says where another process has locked the file.
+_LOCKED = re.compile(r"unable to lock file, errno = (11|35)\b")
+
+#: What it says of a file that is shorter than it was.
+_TRUNCATED = re.compile(r"truncated file: eof = (\d+),.* stored_eof = (\d+)")
+
+#: What it says otherwise, with the cause in brackets.
+_HDF5 = re.compile(r"(?:Unable to|Can't|Couldn't|Unspecified error in) [^(]*\((.*)\)$", re.DOTALL)
+
+
 class Fault(Exception):
     """Something in the file is not as docs/format.md has it. Never leaves this package."""
 
@@ -34,7 +48,7 @@ class NewerFormat(Exception):
     def __init__(self, found: str, newest: int) -> None:
         super().__init__(
             f"is of version {found} of the format, and this grutrace reads version {newest}: "
-            "a newer grutrace reads it (pip install --upgrade grutrace)"
+            "a newer grutrace reads it"
         )
 
 
@@ -61,4 +75,27 @@ def reading(path: Path, what: str = "trace") -> Iterator[None]:
     except Fault as fault:
         raise TraceFileError(f"{path} is damaged or is no {what}: {fault}") from None
     except H5PY_ERRORS as error:
-        raise TraceFileError(f"{path} cannot be read: {error}") from error
+        raise TraceFileError(f"{path} cannot be read: {in_brief(error)}") from error
+
+
+def in_brief(error: BaseException) -> str:
+    """What an error of h5py or of the system says, in one line of plain words.
+
+    HDF5 adds where in its code it was, the time and addresses in memory; the system adds the name
+    of the file, which may be a temporary one.
+    """
+    # The text of a KeyError is that of its key, in quotes.
+    text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
+    if _LOCKED.search(text):
+        return "another program has it open for writing"
+    if found := _SYSTEM.search(text):
+        return found[1]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if found := _TRUNCATED.search(text):
+        return f"it is cut short: {found[1]} of {found[2]} bytes are there"
+    if "embedded NULLs" in text:
+        return "a name in it has a NUL character, which HDF5 cannot store"
+    if found := _HDF5.match(text):
+        return f"HDF5 reports {' '.join(found[1].split())!r}"
+    return " ".join(text.split()) or type(error).__name__

@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from grutrace.errors import NotRecordedError, OptionError
+from grutrace.errors import NotRecordedError, OptionError, brief
 from grutrace.record import GATES, Array, Site
 from grutrace.storage.derived import DerivedInput, DerivedRows
 from grutrace.storage.index import AnnotationIndex, ModuleIndex
@@ -109,7 +109,7 @@ class Moment:
             NotRecordedError: The hidden states or the input were not recorded.
         """
         if gate not in GATES:
-            raise OptionError(f"gate: expected one of {', '.join(GATES)}; found {gate!r}")
+            raise OptionError(f"gate: expected one of {', '.join(GATES)}; found {brief(gate)}")
         if missing := self.ingredients(module, site).missing:
             raise NotRecordedError(f"{site.name!r} has no pre-activations: {missing}")
         return self._derived(module, site, gate, preactivation=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from grutrace.errors import GrutraceError, TraceFileError
+from grutrace.storage.faults import in_brief
 
 
 def room_for(path: Path, mode: str) -> Path:
@@ -78,12 +78,3 @@ def naming(path: Path, done: str) -> Iterator[None]:
         raise
     except (OSError, RuntimeError, ValueError, TypeError) as error:
         raise TraceFileError(f"{path} cannot be {done}: {in_brief(error)}") from error
-
-
-def in_brief(error: BaseException) -> str:
-    """What an error of h5py says, or, where the system refused, what the system said.
-
-    HDF5 adds the time, the addresses in memory and more, on several lines.
-    """
-    said = re.search(r"errno = \d+, error message = '([^']*)'", str(error))
-    return said[1] if said else str(error)

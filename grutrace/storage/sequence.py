@@ -69,10 +69,16 @@ class Sequence(Quantities[Array]):
 
     @property
     def tokens(self) -> list[str | float | None] | None:
-        """The token of each step, None for a step without; None where it has no tokens at all."""
+        """The token of each step, None for a step without; None where it has no tokens at all.
+
+        Token ids are whole numbers.
+        """
         tokens = self._annotations().get("tokens")
         if isinstance(tokens, np.ndarray):
-            return [None if np.isnan(token) else token for token in tokens.tolist()]
+            return [
+                None if np.isnan(token) else int(token) if token.is_integer() else token
+                for token in tokens.tolist()
+            ]
         return tokens
 
     @property

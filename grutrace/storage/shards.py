@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from grutrace.errors import GrutraceWarning, OptionError, TraceFileError
+from grutrace.errors import GrutraceWarning, OptionError, TraceFileError, as_path, brief
 from grutrace.shard import Shard
 from grutrace.storage.faults import reading
 from grutrace.storage.handle import released_afterwards
@@ -57,9 +57,12 @@ def open_files(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) 
         if len(found) > 1 or _is_shard(found[0]):
             return _open_shards(text, text, found)
         return open_run(found[0])
-    paths = list(path)
+    expected = "the path of a trace, a glob, or the paths of several shards"
+    if isinstance(path, (bytes, bytearray)) or not isinstance(path, Iterable):
+        raise OptionError(f"path: expected {expected}; found {brief(path)}")
+    paths = [as_path(each) for each in path]
     if not paths:
-        raise OptionError("path: expected that of a trace, or several of its shards; found none")
+        raise OptionError(f"path: expected {expected}; found none")
     if len(paths) == 1:
         return open_run(paths[0])
     return _open_shards(f"{os.fspath(paths[0])} and {len(paths) - 1} more", None, paths)

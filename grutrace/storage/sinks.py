@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
-from grutrace.errors import OptionError
+from grutrace.errors import OptionError, brief
 from grutrace.record import Header, Sink
 from grutrace.storage.compression import Compression as Compression
 from grutrace.storage.memory import MemorySink
@@ -59,12 +59,13 @@ def open_sink(
         if path is None:
             return MemorySink(header, prepare)
         return StreamSink(path, header, mode, prepare=prepare, fsync=fsync)
-    if not isinstance(maker, SinkMaker):
-        raise OptionError(f"sink: expected a grutrace.Statistics, found {maker!r}")
+    if isinstance(maker, type) or not isinstance(maker, SinkMaker):
+        hint = f": make one, as in sink={maker.__name__}()" if isinstance(maker, type) else ""
+        raise OptionError(f"sink: expected a grutrace.Statistics, found {brief(maker)}{hint}")
     if path is not None:
         raise OptionError(
-            f"path and sink: expected one of the two, found {os.fspath(path)!r} and {maker!r}. "
-            "(Statistics has a path of its own)"
+            f"path and sink: expected one of the two, found {os.fspath(path)!r} and "
+            f"{brief(maker)}. (Statistics has a path of its own)"
         )
     return maker.attach(header)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from grutrace.errors import NotRecordedError
+from grutrace.errors import NotRecordedError, brief, listed, nearest
 from grutrace.record import Array, Header, Module, Site
 from grutrace.storage.moment import Moment
 from grutrace.storage.site import SiteTrace
@@ -49,8 +49,11 @@ class Trace:
 
     def _place(self, name: str) -> tuple[int, Site]:
         if name not in self._places:
-            found = ", ".join(repr(site) for site in self.sites) or "none"
-            raise NotRecordedError(f"site {name!r} was not recorded; recorded sites: {found}")
+            near = nearest(name, self.sites) if isinstance(name, str) else ""
+            found = listed(repr(site) for site in self.sites)
+            raise NotRecordedError(
+                f"site {brief(name)} was not recorded{near}; recorded sites: {found}"
+            )
         return self._places[name]
 
     def __iter__(self) -> Iterator[str]:

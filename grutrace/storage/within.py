@@ -7,7 +7,7 @@ import math
 
 import h5py
 
-from grutrace.storage.faults import H5PY_ERRORS
+from grutrace.storage.faults import H5PY_ERRORS, in_brief
 
 
 class Within:
@@ -66,7 +66,7 @@ class Within:
         try:
             info = self._dataset.id.get_chunk_info_by_coord((first, *others))
         except H5PY_ERRORS as error:
-            self.reason = f"where item {first} lies cannot be read: {error}"
+            self.reason = f"where item {first} lies cannot be read: {in_brief(error)}"
             return 0
         if info.byte_offset is None:
             self.reason = f"item {first} was never written"

@@ -10,16 +10,17 @@ from pathlib import Path
 
 import numpy as np
 
-from grutrace.errors import OptionError, SinkError
+from grutrace.errors import SinkError, require_one_of
 from grutrace.record import Header, Record
 from grutrace.storage.admission import Admission
 from grutrace.storage.appender import Appender
 from grutrace.storage.continuing import existing_tables
 from grutrace.storage.creating import create, reopen
 from grutrace.storage.entries import Entries
+from grutrace.storage.faults import in_brief
 from grutrace.storage.handle import file_identity, keep_off, no_reading, readers_out
 from grutrace.storage.letting_go import lead_nowhere, let_go
-from grutrace.storage.placing import in_brief, naming, put_in_place, room_for, sync, sync_name
+from grutrace.storage.placing import naming, put_in_place, room_for, sync, sync_name
 from grutrace.storage.pump import COMMIT_SECONDS
 from grutrace.storage.scales import extend_scales
 from grutrace.storage.schema import COMMITTED, TABLES, layout
@@ -68,8 +69,7 @@ class Writer:
         *,
         fsync: bool = False,
     ) -> None:
-        if mode not in MODES:
-            raise OptionError(f"mode: expected one of {', '.join(MODES)}, found {mode!r}")
+        require_one_of("mode", mode, MODES)
         self.path = Path(os.path.realpath(path))
         self._fsync, self._unsynced = fsync, False
         self._appenders: dict[str, Appender] = {}

@@ -156,7 +156,7 @@ def test_what_there_is_not(monkeypatch) -> None:
     with pytest.raises(OptionError, match="no step with finite hidden is left"):
         probe(arrays(np.full((1200, 3), np.nan), x=np.arange(1200) % 2), "x")
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
-    with pytest.raises(MissingExtraError, match=r'pip install "grutrace\[analysis\]"'):
+    with pytest.raises(MissingExtraError, match=r'needs sklearn, .*pip install .*"scikit-learn'):
         probe(one, "x")
 
 

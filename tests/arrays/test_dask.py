@@ -222,7 +222,7 @@ def test_what_is_missing_is_said(monkeypatch):
     with pytest.raises(NotRecordedError, match="'gate' was not recorded"):
         trace.to_dask("rnn.l0", "gate")
     monkeypatch.setitem(sys.modules, "dask.array", None)
-    with pytest.raises(MissingExtraError, match=r'needs dask.*pip install "grutrace\[dask\]"'):
+    with pytest.raises(MissingExtraError, match=r'needs dask, .*pip install "dask\[distributed\]'):
         trace.to_dask("rnn.l0", "update")
 
 

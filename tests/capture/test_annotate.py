@@ -98,9 +98,12 @@ def test_a_shrinking_batch_keeps_its_places() -> None:
             r"3 sequences with up to 1 values fits no batch.*"
             r"encoder 2 sequences of up to 3 steps",
         ),
-        ({"tokens": [[1, 2, 3], [4]]}, "tokens: expected one list of texts"),
+        ({"tokens": [[1, 2, "x"], [4]]}, "tokens: expected one list of texts, or of token ids"),
         ({"labels": {"pos": [["NN", 2, 3], [4]]}}, "pos: expected one list of numbers, or"),
-        ({"labels": {"pos": {"encodr": [[1], [2]]}}}, "'encodr' matches no recorded module"),
+        (
+            {"labels": {"pos": {"encodr": [[1], [2]]}}},
+            "'encodr' matches no traced module: encoder, decoder",
+        ),
         ({"labels": {"pos": {"encoder": [[1, 2, 3, 4], [2]]}}}, "does not fit 'encoder'"),
     ],
 )

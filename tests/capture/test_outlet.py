@@ -242,3 +242,18 @@ def test_fsync_comes_before_the_counts_and_after_them(model, batch, tmp_path, mo
         assert "fsync" not in tracer.options
         model(batch)
     assert seen == []
+
+
+def test_labels_of_calls_that_are_lost_do_not_end_the_run(model, batch, disk, tmp_path) -> None:
+    with (
+        pytest.warns(grutrace.GrutraceWarning, match="goes on untraced|are lost"),
+        grutrace.trace(model, tmp_path / "run.h5", on_error="warn") as tracer,
+    ):
+        disk.full = True
+        model(batch)
+        tracer.flush()
+        for _ in range(2):
+            with tracer.recording(labels={"kind": list("abcd")}):
+                model(batch)
+        disk.full = False
+    assert len(tracer.calls) == 0

@@ -85,10 +85,13 @@ def test_globs_choose_sites(model, batch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sites": "encodr.*"}, "matches none of the model's sites: encoder.l0, encoder.l1, dec"),
-        ({"sites": []}, r"sites: expected a glob, or several, found \[\]"),
+        (
+            {"sites": "encodr.*"},
+            r"matches none of the model's sites .*: encoder.l0, encoder.l1, dec",
+        ),
+        ({"sites": []}, r"sites: expected a glob .*; found \[\]"),
         ({"record": ("update", "forget")}, "reset, update, candidate, hidden, input; found 'forg"),
-        ({"record": ()}, "found none"),
+        ({"record": ()}, r"record: expected names .*; found \(\)"),
         ({"stacks": "loop"}, "stacks: expected one of rerun, auto, split; found 'loop'"),
         ({"check": True}, "check: expected one of warn, raise, off; found True"),
         ({"mode": "x"}, "mode"),
@@ -107,7 +110,7 @@ def test_a_model_without_grus_says_so_at_once() -> None:
 
 
 def test_what_is_no_model_is_one_clear_error() -> None:
-    with pytest.raises(grutrace.OptionError, match=r"model: expected an nn\.Module, found str"):
+    with pytest.raises(grutrace.OptionError, match=r"model: expected an nn\.Module, found 'model'"):
         grutrace.trace("model")
 
 

@@ -344,7 +344,7 @@ def test_without_g2p_en_it_says_what_to_install(g2p_example, monkeypatch, tmp_pa
     monkeypatch.setattr(g2p_example, "files", missing)
     monkeypatch.chdir(tmp_path)
     assert g2p_example.main(["hello"]) == 2
-    assert 'pip install "grutrace[demo]"' in capsys.readouterr().err
+    assert 'pip install ".[demo]"' in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

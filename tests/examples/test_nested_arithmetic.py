@@ -439,7 +439,7 @@ def test_without_its_extras_it_says_what_to_install(arithmetic_example, tmp_path
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert run.returncode == 2
-    assert 'pip install "grutrace[analysis,plot]"' in run.stderr
+    assert 'pip install ".[analysis,plot]"' in run.stderr
     assert run.stderr.count("\n") == 1
     assert not list(tmp_path.glob("*.h5"))
 

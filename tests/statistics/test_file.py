@@ -146,7 +146,7 @@ def test_modes(layer, path) -> None:
     first = counted(layer, path)
     with pytest.raises(grutrace.TraceFileError, match=r"stats\.h5 exists.*overwrite.*'a'"):
         grutrace.Statistics(path)
-    with pytest.raises(grutrace.OptionError, match="mode: expected one of w, overwrite, a, found"):
+    with pytest.raises(grutrace.OptionError, match="mode: expected one of w, overwrite, a; found"):
         grutrace.Statistics(path, mode="x")
     with pytest.raises(grutrace.TraceFileError, match="no folder"):
         grutrace.Statistics(path.parent / "missing" / "stats.h5")
@@ -209,7 +209,7 @@ def test_saving(layer, path) -> None:
         merged.save(path)
     counted(layer).save(path, mode="overwrite")
     assert grutrace.Statistics.load(path).calls == 2
-    with pytest.raises(grutrace.OptionError, match="mode: expected one of w, overwrite, found 'a'"):
+    with pytest.raises(grutrace.OptionError, match="mode: expected one of w, overwrite; found 'a'"):
         merged.save(path, mode="a")
     with pytest.raises(grutrace.StateError, match="nothing to save"):
         grutrace.Statistics().save(path.with_name("none.h5"))

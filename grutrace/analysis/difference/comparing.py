@@ -28,7 +28,7 @@ from grutrace.analysis.difference.discrepancies import (
 )
 from grutrace.analysis.difference.structure import module_mismatches, site_mismatches
 from grutrace.analysis.difference.values import INITIAL, ORDER, Comparison, Tally
-from grutrace.errors import NotRecordedError, OptionError
+from grutrace.errors import NotRecordedError, OptionError, brief
 from grutrace.record import DEFAULT_RECORD, QUANTITIES
 from grutrace.storage.chosen import chosen_quantities, chosen_sites
 from grutrace.storage.moment import Moment
@@ -141,9 +141,9 @@ def compare(
     """
     quantities = chosen_quantities(record)
     if tolerance is not None and not tolerance >= 0:
-        raise OptionError(f"tolerance: expected a number from 0 up, found {tolerance!r}")
+        raise OptionError(f"tolerance: expected a number from 0 up, found {brief(tolerance)}")
     if exact and tolerance:
-        raise OptionError(f"exact and tolerance: expected one of the two, found {tolerance!r}")
+        raise OptionError(f"exact and tolerance: expected one of the two, found {brief(tolerance)}")
     moments = a.moment, b.moment
     sides = tuple(_sides(moment, sites) for moment in moments)
     _require(sides, sites, None if record is None else quantities)
@@ -182,7 +182,7 @@ def _require(
 ) -> None:
     """Refuse what neither trace has: nothing would be compared, and nothing would differ."""
     if sites is not None and not any(sides):
-        raise NotRecordedError(f"neither trace has a site that matches {sites!r}")
+        raise NotRecordedError(f"neither trace has a site that matches {brief(sites)}")
     found = {name for each in sides for side in each.values() for name in side.site.readable}
     for name in quantities or ():
         if name not in found:
