@@ -78,7 +78,8 @@ class Trace:
         that made it; 0 where there was but one). Calls of several ranks are in the order of the
         ranks.
         """
-        return self._look().calls
+        # A copy: the trace keeps its own.
+        return self._look().calls.copy()
 
     @property
     def sequences(self) -> Array:
@@ -89,7 +90,7 @@ class Trace:
         parent_steps (-1 where it did not begin inside another), tag (of its first call, or None),
         rank (of the process that recorded it; 0 where there was but one).
         """
-        return self._look().sequences
+        return self._look().sequences.copy()
 
     @property
     def header(self) -> Header:
