@@ -91,17 +91,26 @@ class ModuleRecorder:
         self._sites = [SiteRecorder(selection, site, options, self._rows) for site in copied.sites]
         # Of these, what each sequence started a call from is copied as well.
         self._copying = self._sites if background else []
-        self._continuity = Continuity()
-        steps = options.steps
-        self._kept = None if steps is None else KeptSteps(steps.start, steps.stop)
-        self._versions = WeightVersions()
-        self._lock = threading.Lock()
+        self._steps = options.steps
+        #: Held while a call is numbered and appended.
+        self.lock = threading.Lock()
+        self.forget()
         wishes = [site.asked for site in self._sites]
         # Of some steps the replay costs less than the whole call's harvest.
         wanted = self._kept is None and all(each.columns for each in wishes)
         self.asked = NOTHING
         if wanted and is_recognized():
             self.asked = together(wishes, self.description.hidden_size)
+
+    def forget(self) -> None:
+        """Number the next call as the first. For whoever holds `lock`, once the trace is empty.
+
+        Its sequences begin anew, from the states that it is given, and its weights are announced.
+        """
+        self._continuity = Continuity()
+        steps = self._steps
+        self._kept = None if steps is None else KeptSteps(steps.start, steps.stop)
+        self._versions = WeightVersions()
 
     def record(self, observation: Observation, tag: str | None) -> Recorded:
         """Append an observed call: harvested, replayed or, where gates come later, copied.
@@ -111,7 +120,7 @@ class ModuleRecorder:
             LimitReached: It goes beyond what the trace may become. Nothing was recorded.
         """
         taken = self._take(observation) if self._kept is None else None
-        with self._lock:
+        with self.lock:
             return self._number(observation, tag, taken)
 
     def _number(self, observation: Observation, tag: str | None, taken: Taken | None) -> Recorded:

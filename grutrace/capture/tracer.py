@@ -6,8 +6,9 @@ import os
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -64,6 +65,16 @@ _IN_A_CHILD = (
     "a traced model was called in a forked child of the process that records it, where nothing is "
     "recorded: make a tracer in the child"
 )
+
+
+_TOO_LARGE = (
+    "the trace in memory has grown past 2 GiB. To use less memory, give the tracer a path "
+    "(grutrace.trace(model, 'run.h5')), gates='deferred', units=, every= or max_bytes=, or "
+    "sink=grutrace.Statistics(); or call trace.clear() once you have read it"
+)
+
+#: A trace in memory that is larger than this is warned of, once. Bytes.
+LARGE = 2 * 1024**3
 
 
 class Tracer(Trace):
@@ -196,6 +207,9 @@ class Tracer(Trace):
         self._record_on_enter, self._options = recording, options
         self._tag: str | None = None
         self._batches: RecordedBatches | None = None
+        # Those that annotations may still be given to: what is cleared is cleared in them, too.
+        self._all_batches: weakref.WeakSet[RecordedBatches] = weakref.WeakSet()
+        self._cleared = 0
         self._ears: list[Ear] = []
         self._lock = threading.RLock()
         self._called: set[int] = set()
@@ -293,6 +307,7 @@ class Tracer(Trace):
         """
         batches = RecordedBatches([each.description for each in self._selections])
         recording = Recording(self._annotate, batches)
+        self._all_batches.add(batches)
         before = self.is_recording, self._tag, self._batches
         try:
             self.start(tag)
@@ -316,6 +331,32 @@ class Tracer(Trace):
             if not self._goes_on(error):
                 raise
         self._say_doubts()
+
+    def clear(self) -> None:
+        """Empty a trace in memory, and go on recording if it does.
+
+        What comes after is numbered as if the tracer were new: calls, sequences and versions of the
+        weights count from 0. A sequence that was under way begins anew, with the state that it had
+        reached as its initial one. Tokens and labels can be given only to what is recorded after.
+        ``max_calls`` and ``max_bytes`` count anew, and where one of them has ended the recording,
+        `start` begins it again; ``every`` goes on counting the model's calls. Arrays, sequences and
+        tables that were handed out before stay as they are, and take their memory until they are
+        dropped.
+
+        Raises:
+            StateError: The trace is in a file, or has no rows.
+        """
+        self._require_memory("cleared")
+        with self._lock, ExitStack() as held:
+            for recorder in self._recorders:
+                held.enter_context(recorder.lock)
+            super().clear()
+            self._cleared += 1
+            for recorder in self._recorders:
+                recorder.forget()
+            for batches in self._all_batches:
+                batches.clear()
+            self._limits.clear()
 
     def refresh(self) -> None:
         """Take in what was recorded since; where the sink has failed, what it still stored.
@@ -404,6 +445,9 @@ class Tracer(Trace):
             self.refresh()
             self._seen = appended
             self._say_doubts()
+            # Gates that were made only now take their memory, too.
+            if self.nbytes > LARGE:
+                self._warn_once(_TOO_LARGE, _TOO_LARGE)
         return super()._look()
 
     def _wants(self, turn: Iterator[int]) -> bool:
@@ -430,6 +474,7 @@ class Tracer(Trace):
             path = self._path(index)
             self._warn_once(path, f"a call of {path} was not recorded: {observation.reason}")
             return
+        cleared = self._cleared
         try:
             recorded = recorder.record(observation, self._tag)
         except UnsupportedError as error:
@@ -444,7 +489,8 @@ class Tracer(Trace):
                 raise
             return
         with self._lock:
-            if self._batches is not None:
+            # Numbers of what was cleared meanwhile belong to other sequences by now.
+            if self._batches is not None and cleared == self._cleared:
                 self._batches.add(recorded)
         if self._limits.reached:
             self.stop()
@@ -452,6 +498,8 @@ class Tracer(Trace):
             self._say_doubts()
         elif recorded.block is not None:
             self._say(doubts(recorder.description, recorded.block))
+        if self.nbytes > LARGE:
+            self._warn_once(_TOO_LARGE, _TOO_LARGE)
 
     def _say_doubts(self) -> None:
         """Say what was found outside the model's forward since the last time."""

@@ -177,9 +177,9 @@ class Trace:
 
         What is unpickled only reads: it records nothing, and does not go along with this one.
         """
+        moment = self._look()
         if self._memory is None:
             return Trace, (self._source,)
-        moment = self._look()
         items = self._memory.as_of(moment.tables).all_items(moment.tables)
         return Trace, (MemoryCopy(self.header, items),)
 
