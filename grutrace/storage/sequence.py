@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from grutrace.record import Array, Site
+from grutrace.reprs import wrapped
 from grutrace.storage.moment import Moment
 from grutrace.storage.quantities import Quantities
 
@@ -30,7 +31,7 @@ class Sequence(Quantities[Array]):
         return int(self._index.lengths[self.number])
 
     def __repr__(self) -> str:
-        return f"<sequence {self.number} of {self.site.name}: {len(self)} steps>"
+        return wrapped(f"<sequence {self.number} of {self.site.name}: {len(self)} steps>")
 
     def rows(self, quantity: str) -> Array:
         """(T, H), or (T, I) for the input.

@@ -11,6 +11,7 @@ import numpy as np
 
 from grutrace.errors import NotRecordedError
 from grutrace.record import Array, Module, Site
+from grutrace.reprs import wrapped
 from grutrace.storage.index import Integers, ModuleIndex, spread
 from grutrace.storage.ingredients import SiteIngredients
 from grutrace.storage.labels import RowLabels, names_of, row_labels
@@ -62,7 +63,7 @@ class SiteTrace(Quantities[LazyRows]):
     def __repr__(self) -> str:
         rows = self._look().extent(self._number).rows
         recorded = ", ".join(self.site.readable)
-        return f"<site {self.name}: {len(self)} sequences, {rows} steps of {recorded}>"
+        return wrapped(f"<site {self.name}: {len(self)} sequences, {rows} steps of {recorded}>")
 
     def __iter__(self) -> Iterator[Sequence]:
         moment = self._look()

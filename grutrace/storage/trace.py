@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from grutrace.errors import NotRecordedError, StateError
 from grutrace.record import Array, Header, Module, Site
+from grutrace.reprs import wrapped
 from grutrace.storage.memory import MemoryCopy
 from grutrace.storage.moment import Moment
 from grutrace.storage.saving import save_trace
@@ -70,7 +71,7 @@ class Trace:
             tables = self._look().tables
             sequences = sum(extent.sequences for extent in tables.extents)
             counts += f", {len(tables.calls)} calls, {sequences} sequences"
-        return f"<trace of {self.header.model} in {self._source.name}: {counts}>"
+        return wrapped(f"<trace of {self.header.model} in {self._source.name}: {counts}>")
 
     @property
     def calls(self) -> Array:
