@@ -44,7 +44,10 @@ def trace() -> grutrace.Tracer:
     torch.manual_seed(0)
     model = Nested()
     statistics = grutrace.Statistics()
-    with grutrace.trace(model, record=EVERYTHING) as trace, grutrace.trace(model, sink=statistics):
+    with (
+        grutrace.trace(model, record=EVERYTHING) as trace,
+        grutrace.trace(model, record=EVERYTHING, sink=statistics),
+    ):
         for _ in range(2):
             with trace.recording(labels={"kind": [0, 1, 0]}):
                 model(torch.randn(40, 3, 6))
@@ -80,7 +83,7 @@ def test_results_of_analyses(name: str, trace) -> None:
     site = trace[trace.sites[0]]
     options = {"label": "kind"} if "label" in measure.needs else {}
     result = measure.load()(site, **options)
-    assert_fits(result, f"{type(result).__name__}(site=", "units=int64 (70,) 0 to 69")
+    assert_fits(result, f"{type(result).__name__}(", "site='a_part_of_it")
 
 
 def test_other_results(trace) -> None:
