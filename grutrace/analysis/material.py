@@ -16,6 +16,7 @@ import numpy as np
 from grutrace.arrays.reopened import Look
 from grutrace.errors import NotRecordedError, OptionError, StateError
 from grutrace.record import QUANTITIES, Array, Site
+from grutrace.reprs import fields_repr
 from grutrace.storage.index import Integers
 from grutrace.storage.labels import RowLabels, labels_of
 from grutrace.storage.moment import Moment
@@ -55,6 +56,8 @@ class SiteArrays:
     weights: Mapping[str, Array] = field(default_factory=dict)
     reverse: bool = False
     name: str = "arrays"
+
+    __repr__ = fields_repr
 
 
 class Material(ABC):

@@ -9,6 +9,7 @@ import numpy as np
 
 from grutrace.errors import needing
 from grutrace.record import Array
+from grutrace.reprs import fields_repr
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -35,6 +36,12 @@ class Result:
     not_columns: ClassVar[tuple[str, ...]] = ()
 
     site: str
+
+    __repr__ = fields_repr
+
+    def __init_subclass__(cls) -> None:
+        # Else `dataclass` gives each of them a repr of its own, which prints all arrays.
+        cls.__repr__ = Result.__repr__  # type: ignore[method-assign]
 
     def columns(self) -> dict[str, Array]:
         """By name, one value a row of the table; first of all what numbers the rows.

@@ -10,6 +10,7 @@ import numpy as np
 from grutrace.analysis.fold import fold_rows
 from grutrace.analysis.material import material
 from grutrace.record import GATES, Array
+from grutrace.reprs import fields_repr
 from grutrace.statistics.results import UnitStatistics
 from grutrace.statistics.statistics import Statistics
 from grutrace.statistics.units import OPEN, SHUT
@@ -49,6 +50,8 @@ class SiteSummary:
     steps: int
     residual: float
     gates: dict[str, GateSummary]
+
+    __repr__ = fields_repr
 
 
 def summarize_site(site: SiteTrace) -> SiteSummary:

@@ -26,6 +26,7 @@ from grutrace.analysis.distance import differences
 from grutrace.analysis.evidence import Evidence
 from grutrace.gru.derive import DOUBLE, Derivation
 from grutrace.record import GATES, Array
+from grutrace.reprs import fields_repr
 from grutrace.storage.ingredients import Ingredients
 from grutrace.storage.site import SiteTrace
 from grutrace.storage.source import Rows
@@ -90,6 +91,8 @@ class SiteVerification:
     reason: str
     steps: int
     worst: Place | None
+
+    __repr__ = fields_repr
 
     @property
     def holds(self) -> bool:

@@ -71,6 +71,14 @@ class QuantityRows(LazyRows):
         super().__init__(quantity.shape, quantity.dtype)
         self._quantity = quantity
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled, it is where its rows are, and not the rows."""
+        return QuantityRows, (self._quantity,)
+
+    def __getitem__(self, key: Any) -> Any:
+        """As they are, without a copy: dask and xarray write to nothing that they are given."""
+        return self._get(key)
+
     def _read(self, rows: slice, columns: slice) -> Array:
         with self._quantity.opened() as (all_rows, _):
             return np.asarray(all_rows[rows, columns])

@@ -60,6 +60,10 @@ class RecordedBatches:
         """
         self._left_out.add(module)
 
+    def clear(self) -> None:
+        """Forget all: the calls are no longer in the trace."""
+        self._batches = [[] for _ in self._modules]
+
     def add(self, recorded: Recorded) -> None:
         """Note a call: it goes on with batches that are known, or adds one."""
         assignment, lengths = recorded.assignment, recorded.lengths

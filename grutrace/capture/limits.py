@@ -27,6 +27,12 @@ class Limits:
         self._lock = threading.Lock()
         self.reached = False
 
+    def clear(self) -> None:
+        """Count anew from 0."""
+        with self._lock:
+            self._calls = self._bytes = 0
+            self.reached = False
+
     def take(self, size: Callable[[], int]) -> None:
         """Count a call.
 

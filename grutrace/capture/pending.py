@@ -78,6 +78,12 @@ class PendingRecords:
         with self._lock:
             self._append(record)
 
+    def clear(self) -> None:
+        """Forget what waits."""
+        with self._lock:
+            self._waiting.clear()
+            self._bytes = self._calls = 0
+
     def hold(self, call: HeldCall) -> None:
         """Have a call wait, and all records that come after it."""
         with self._lock:

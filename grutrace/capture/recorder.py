@@ -125,12 +125,10 @@ class ModuleRecorder:
         self._sites = [SiteRecorder(selection, site, options, self._rows) for site in copied.sites]
         # Of these, what each sequence started a call from is copied as well.
         self._copying = self._sites if background else []
-        self._continuity = Continuity()
-        steps = options.steps
-        self._kept = None if steps is None else KeptSteps(steps.start, steps.stop)
-        self._versions = WeightVersions(options.weights)
-        self._held: list[_Held] = []
-        self._lock = threading.RLock()
+        self._steps = options.steps
+        #: Held while a call is numbered and handed on.
+        self.lock = threading.RLock()
+        self.forget()
         self._has_gates = any({*GATES} & {*each.readable} for each in self.description.sites)
         wishes = [site.asked for site in self._sites]
         # Of some steps the replay costs less than the whole call's harvest.
@@ -138,6 +136,17 @@ class ModuleRecorder:
         self.asked = NOTHING
         if wanted and is_recognized():
             self.asked = together(wishes, self.description.hidden_size)
+
+    def forget(self) -> None:
+        """Number the next call as the first. For whoever holds `lock`, once the trace is empty.
+
+        Its sequences begin anew, from the states that it is given, and its weights are announced.
+        """
+        self._continuity = Continuity()
+        steps = self._steps
+        self._kept = None if steps is None else KeptSteps(steps.start, steps.stop)
+        self._versions = WeightVersions(self._options.weights)
+        self._held: list[_Held] = []
 
     def record(self, observation: Observation, tag: str | None) -> Recorded:
         """Record an observed call: harvested, replayed or, where gates come later, copied.
@@ -147,7 +156,7 @@ class ModuleRecorder:
             LimitReached: It goes beyond what the trace may become. Nothing was recorded.
             SinkError: The sink cannot take it.
         """
-        with self._lock:
+        with self.lock:
             is_certain = self._versions.look(observation.call.weights, observation.seconds)
             version = self._versions.present
             if is_certain and self._held:
@@ -155,12 +164,12 @@ class ModuleRecorder:
         computed = None
         if self._kept is None:
             computed = self._compute(observation, version, is_certain)
-        with self._lock:
+        with self.lock:
             return self._number(observation, tag, version, is_certain, computed)
 
     def expect_changes(self) -> None:
         """Compare the weights at the next call, whatever that costs."""
-        with self._lock:
+        with self.lock:
             self._versions.expect_changes()
 
     def settle(self) -> None:
@@ -169,7 +178,7 @@ class ModuleRecorder:
         Raises:
             SinkError: The sink cannot take them.
         """
-        with self._lock:
+        with self.lock:
             if self._held:
                 self._versions.recheck()
                 self._settle()
@@ -212,7 +221,7 @@ class ModuleRecorder:
         if all(check.residual <= check.tolerance for _, check in taken.values()):
             return _Computed(taken, version, True)
         if not is_certain:
-            with self._lock:
+            with self.lock:
                 self._versions.compare(observation.call.weights)
                 present = self._versions.present
             if present is not version:

@@ -8,7 +8,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -71,6 +71,16 @@ _IN_A_CHILD = (
     "a traced model was called in a forked child of the process that records it, where nothing is "
     "recorded: make a tracer in the child"
 )
+
+
+_TOO_LARGE = (
+    "the trace in memory has grown past 2 GiB. To use less memory, give the tracer a path "
+    "(grutrace.trace(model, 'run.h5')), gates='deferred', units=, every= or max_bytes=, or "
+    "sink=grutrace.Statistics(); or call trace.clear() once you have read it"
+)
+
+#: A trace in memory that is larger than this is warned of, once. Bytes.
+LARGE = 2 * 1024**3
 
 
 class Tracer(Trace):
@@ -224,6 +234,9 @@ class Tracer(Trace):
         self._record_on_enter, self._options = recording, options
         self._tag: str | None = None
         self._batches: RecordedBatches | None = None
+        # Those that annotations may still be given to: what is cleared is cleared in them, too.
+        self._all_batches: weakref.WeakSet[RecordedBatches] = weakref.WeakSet()
+        self._cleared = 0
         self._subscriptions: list[Subscription | compiled_graphs.EagerCode] = []
         self._watch = StrangerWatch(_Weakly(self, Tracer._meet))
         self._lock = threading.RLock()
@@ -371,6 +384,7 @@ class Tracer(Trace):
         """
         batches = RecordedBatches([each.description for each in self._selections])
         recording = Recording(self._annotate, batches)
+        self._all_batches.add(batches)
         before = self.is_recording, self._tag, self._batches
         try:
             self.start(tag)
@@ -399,6 +413,36 @@ class Tracer(Trace):
             if not self._goes_on(error):
                 raise
         self._say_doubts()
+
+    def clear(self) -> None:
+        """Empty a trace in memory, and go on recording if it does.
+
+        What comes after is numbered as if the tracer were new: calls, sequences and versions of the
+        weights count from 0. A sequence that was under way begins anew, with the state that it had
+        reached as its initial one. Tokens and labels can be given only to what is recorded after.
+        ``max_calls`` and ``max_bytes`` count anew, and where one of them has ended the recording,
+        `start` begins it again; ``every`` goes on counting the model's calls. Arrays, sequences and
+        tables that were handed out before stay as they are, and take their memory until they are
+        dropped.
+
+        Raises:
+            StateError: The trace is in a file, or has no rows.
+        """
+        self._require_memory("cleared")
+        with self._lock, ExitStack() as held:
+            for recorder in self._recorders:
+                held.enter_context(recorder.lock)
+            self._pending.clear()
+            super().clear()
+            self._cleared += 1
+            self._before = -self._outlet.blocks
+            if self._background is not None:
+                self._background.calls = 0
+            for recorder in self._recorders:
+                recorder.forget()
+            for batches in self._all_batches:
+                batches.clear()
+            self._limits.clear()
 
     def refresh(self) -> None:
         """Take in what was recorded since; where the sink has failed, what it still stored.
@@ -493,6 +537,9 @@ class Tracer(Trace):
             self.refresh()
             self._seen = appended
             self._say_doubts()
+            # Gates that were made only now take their memory, too.
+            if self.nbytes > LARGE:
+                self._warn_once(_TOO_LARGE, _TOO_LARGE)
         return super()._look()
 
     def _wants(self, index: int) -> bool:
@@ -522,6 +569,7 @@ class Tracer(Trace):
             self._warn_once(path, f"a call of {path} was not recorded: {observation.reason}")
             self._leave_out(index)
             return
+        cleared = self._cleared
         try:
             recorded = recorder.record(observation, self._tag)
         except UnsupportedError as error:
@@ -537,7 +585,8 @@ class Tracer(Trace):
                 raise
             return
         with self._lock:
-            if self._batches is not None:
+            # Numbers of what was cleared meanwhile belong to other sequences by now.
+            if self._batches is not None and cleared == self._cleared:
                 self._batches.add(recorded)
         if self._limits.reached:
             self.stop()
@@ -548,6 +597,8 @@ class Tracer(Trace):
         elif recorded.block is not None:
             number = None if recorded.number is None else self._before + recorded.number
             self._say(find_doubts(recorder.description, recorded.block, number))
+        if self.nbytes > LARGE:
+            self._warn_once(_TOO_LARGE, _TOO_LARGE)
 
     def _hand_on(self) -> None:
         """Hand on what waits, there being too much of it."""

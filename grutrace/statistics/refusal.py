@@ -33,6 +33,10 @@ class FiguresOnly:
         self.header = header
         self._tables = _NoTables()
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled, it is its header: what counts stays here."""
+        return FiguresOnly, (self.header,)
+
     def refresh(self) -> Tables:
         """Tables that refuse to be read."""
         return self._tables

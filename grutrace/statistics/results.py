@@ -8,6 +8,7 @@ import numpy as np
 
 from grutrace.errors import NotRecordedError
 from grutrace.record import Array
+from grutrace.reprs import fields_repr
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +53,8 @@ class UnitStatistics:
     underflow: Array | None
     overflow: Array | None
 
+    __repr__ = fields_repr
+
     @property
     def std(self) -> Array:
         """(H,) standard deviation: the square root of the variance."""
@@ -82,6 +85,8 @@ class SiteStatistics:
     residual: float
     residual_call: int
     quantities: dict[str, UnitStatistics]
+
+    __repr__ = fields_repr
 
     def __getitem__(self, quantity: str) -> UnitStatistics:
         """The figures of the quantity of this name.

@@ -24,6 +24,7 @@ from grutrace.errors import (
     require_one_of,
 )
 from grutrace.record import Header
+from grutrace.reprs import wrapped
 from grutrace.shard import Shard, present_shard, sharded
 from grutrace.statistics.accumulator import Accumulator, SiteLayout, layout_of
 from grutrace.statistics.bins import BINS, require_bins
@@ -218,7 +219,7 @@ class Statistics:
     def __repr__(self) -> str:
         where = f" in {self._file.path}" if self._file else ""
         calls = self._accumulator.calls if self._accumulator else 0
-        return f"<statistics{where}: {len(self.sites)} sites, {calls} calls counted>"
+        return wrapped(f"<statistics{where}: {len(self.sites)} sites, {calls} calls counted>")
 
     @property
     def calls(self) -> int:

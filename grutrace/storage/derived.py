@@ -32,6 +32,8 @@ class DerivedRows(LazyRows):
         preactivation: Whether to stop before the sigmoid or tanh.
     """
 
+    _where = "derived when they are read"
+
     def __init__(
         self,
         ingredients: SiteIngredients,
@@ -65,6 +67,8 @@ class DerivedInput(LazyRows):
         shape: (rows, I)
         dtype: Type of the states.
     """
+
+    _where = "read as the states of the layer below"
 
     def __init__(
         self, ingredients: SiteIngredients, shape: tuple[int, int], dtype: np.dtype[Any]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,121 @@ from grutrace.storage.schema import (
     site_place,
     weight_shapes,
 )
-from grutrace.storage.source import Readable
 from grutrace.storage.strings import Strings
-from grutrace.storage.tables import Tables, extent
+from grutrace.storage.tables import Tables, extent, lengths
 
 #: How far an array grows past what it must hold, so that reading after every call copies little.
 GROWTH = 1.5
 
 
-class MemorySink:
+class MemoryStore:
+    """Everything of one trace in memory, by its place in the file: a `Readable`.
+
+    Args:
+        header: Of the trace.
+        lock: Held while arrays are joined.
+        items: By its place in the file, what each dataset holds already.
+
+    Attributes:
+        nbytes: Bytes of all items.
+    """
+
+    def __init__(
+        self, header: Header, lock: threading.Lock, items: Mapping[str, Array] | None = None
+    ) -> None:
+        self.header, self._lock = header, lock
+        known = items or {}
+        self.nbytes = sum(array.nbytes for array in known.values())
+        self._arrays = {
+            place: _Growing(column, known.get(place))
+            for place, column in layout(header.modules).items()
+        }
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise TypeError("a trace in memory cannot be opened by another process")
+
+    def append(self, place: str, items: Array) -> None:
+        """Add (n, ...) items to a dataset."""
+        self.nbytes += items.nbytes
+        self._arrays[place].append(items)
+
+    def tables(self) -> Tables:
+        """What there is by now. For whoever holds the lock."""
+        tables: dict[str, Any] = {name: self._arrays[name].joined() for name in TABLES}
+        pieces, extents = [], []
+        for index, module in enumerate(self.header.modules):
+            calls = tables["calls"][tables["calls"]["module"] == index]
+            pieces.append(self._arrays[pieces_place(module)].joined())
+            extents.append(extent(calls, pieces[-1]))
+        return Tables(**tables, pieces=tuple(pieces), extents=tuple(extents), closed=False)
+
+    def rows(self, module: int, suffix: str, quantity: str, count: int) -> Array:
+        """The first `count` rows, (count, H or I)."""
+        kind = self.header.modules[module]
+        site = next(site for site in kind.sites if site.suffix == suffix)
+        return self.items(quantity_place(kind, site, quantity), count)
+
+    def initial(self, module: int, suffix: str, count: int) -> Array:
+        """The states that the first `count` sequences began from, (count, H)."""
+        return self.items(site_place(self.header.modules[module], suffix, "initial"), count)
+
+    def checks(self, module: int, suffix: str, count: int) -> Array:
+        """Of the module's first `count` calls, (count,) of type `schema.CHECK`."""
+        return self.items(site_place(self.header.modules[module], suffix, "checks"), count)
+
+    def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
+        """One version of a site's weights."""
+        kind = self.header.modules[module]
+        site = next(site for site in kind.sites if site.suffix == suffix)
+        return {
+            name: self.items(site_place(kind, suffix, name), version + 1)[version]
+            for name in weight_shapes(kind, site)
+        }
+
+    def items(self, place: str, count: int) -> Array:
+        """The first `count` items of a dataset, read-only."""
+        with self._lock:
+            return self._arrays[place].joined()[:count]
+
+    def all_items(self, tables: Tables) -> dict[str, Array]:
+        """By its place in the file, what these tables count of each dataset, read-only."""
+        counts = lengths(tables, self.header.modules)
+        return {place: self.items(place, count) for place, count in counts.items()}
+
+
+class _MemorySource:
+    """What reading a trace in memory takes: a `SteadySource` but for its tables."""
+
+    name = "memory"
+    files: tuple[Path, ...] = ()
+    header: Header
+    _store: MemoryStore
+
+    def as_of(self, tables: Tables) -> MemoryStore:  # noqa: ARG002
+        """What holds its rows, which stay where they are, also when the trace is cleared."""
+        return self._store
+
+    def rows(self, module: int, suffix: str, quantity: str, count: int) -> Array:
+        """The first `count` rows, (count, H or I)."""
+        return self._store.rows(module, suffix, quantity, count)
+
+    def initial(self, module: int, suffix: str, count: int) -> Array:
+        """The states that the first `count` sequences began from, (count, H)."""
+        return self._store.initial(module, suffix, count)
+
+    def checks(self, module: int, suffix: str, count: int) -> Array:
+        """Of the module's first `count` calls, (count,) of type `schema.CHECK`."""
+        return self._store.checks(module, suffix, count)
+
+    def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
+        """One version of a site's weights."""
+        return self._store.weights(module, suffix, version)
+
+    def close(self) -> None:
+        """Nothing is left to do: the trace stays readable."""
+
+
+class MemorySink(_MemorySource):
     """Keeps every record, and is what it is read from: both `Sink` and `Source`.
 
     Appending takes the same time however much there is; arrays are joined when they are read.
@@ -40,23 +147,30 @@ class MemorySink:
         prepare: Finishes records when somebody reads.
     """
 
-    name = "memory"
     live = True
-    files: tuple[Path, ...] = ()
 
     def __init__(self, header: Header, prepare: Prepare | None = None) -> None:
         self.header, self._prepare = header, prepare
         self._lock = threading.Lock()
-        self._admission = Admission(header.modules)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._admission = Admission(self.header.modules)
         self._strings = Strings()
-        self._entries = Entries(header.modules, self._strings)
+        self._entries = Entries(self.header.modules, self._strings)
         self._tables: Tables | None = None
         # Records wait here until somebody reads: a stepwise decoder would feel each entry.
         self._waiting: deque[Record] = deque()
-        self._arrays = {place: _Growing(column) for place, column in layout(header.modules).items()}
+        self._waiting_bytes = 0
+        self._store = MemoryStore(self.header, self._lock)
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError("a trace in memory cannot be opened by another process")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in memory, about."""
+        return self._store.nbytes + self._waiting_bytes
 
     def append(self, record: Record) -> None:
         """Take a record.
@@ -68,13 +182,19 @@ class MemorySink:
             if self._prepare is None:
                 self._admission.admit(record)
             self._waiting.append(record)
+            self._waiting_bytes += record.nbytes
             self._tables = None
 
     def flush(self) -> None:
         """Nothing is left to do: what was appended can be read."""
 
-    def close(self) -> None:
-        """Nothing is left to do: the trace stays readable."""
+    def clear(self) -> None:
+        """Drop every record. The next one is numbered as the first.
+
+        What was read before keeps its rows for as long as it is held.
+        """
+        with self._lock:
+            self._begin()
 
     def refresh(self) -> Tables:
         """The tables of everything appended so far."""
@@ -87,17 +207,12 @@ class MemorySink:
         while self._waiting:
             for record in self._next():
                 for place, items in self._entries.of(record):
-                    self._arrays[place].append(items)
+                    self._store.append(place, items)
+        self._waiting_bytes = 0
         ends, characters = self._strings.take()
-        self._arrays["strings"].append(ends)
-        self._arrays["characters"].append(characters)
-        tables: dict[str, Any] = {name: self._arrays[name].joined() for name in TABLES}
-        pieces, extents = [], []
-        for index, module in enumerate(self.header.modules):
-            calls = tables["calls"][tables["calls"]["module"] == index]
-            pieces.append(self._arrays[pieces_place(module)].joined())
-            extents.append(extent(calls, pieces[-1]))
-        return Tables(**tables, pieces=tuple(pieces), extents=tuple(extents), closed=False)
+        self._store.append("strings", ends)
+        self._store.append("characters", characters)
+        return self._store.tables()
 
     def _next(self) -> list[Record]:
         """Some of the records that wait, finished."""
@@ -112,44 +227,48 @@ class MemorySink:
             self._admission.admit(record)
         return finished
 
-    def as_of(self, tables: Tables) -> Readable:  # noqa: ARG002
-        """The sink itself: what is there stays where it is."""
-        return self
 
-    def rows(self, module: int, suffix: str, quantity: str, count: int) -> Array:
-        """The first `count` rows, (count, H or I)."""
-        kind = self.header.modules[module]
-        site = next(site for site in kind.sites if site.suffix == suffix)
-        return self._read(quantity_place(kind, site, quantity), count)
+class MemoryCopy(_MemorySource):
+    """A trace in memory that nothing records any more: a `Source` that can be pickled.
 
-    def initial(self, module: int, suffix: str, count: int) -> Array:
-        """The states that the first `count` sequences began from, (count, H)."""
-        return self._read(site_place(self.header.modules[module], suffix, "initial"), count)
+    Args:
+        header: Of the trace.
+        items: By its place in the file, all items of each dataset.
+    """
 
-    def checks(self, module: int, suffix: str, count: int) -> Array:
-        """Of the module's first `count` calls, (count,) of type `schema.CHECK`."""
-        return self._read(site_place(self.header.modules[module], suffix, "checks"), count)
+    live = False
 
-    def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
-        """One version of a site's weights."""
-        kind = self.header.modules[module]
-        site = next(site for site in kind.sites if site.suffix == suffix)
-        return {
-            name: self._read(site_place(kind, suffix, name), version + 1)[version]
-            for name in weight_shapes(kind, site)
-        }
+    def __init__(self, header: Header, items: Mapping[str, Array]) -> None:
+        self.header = header
+        self._begin(items)
 
-    def _read(self, place: str, count: int) -> Array:
-        with self._lock:
-            return self._arrays[place].joined()[:count]
+    def _begin(self, items: Mapping[str, Array]) -> None:
+        self._store = MemoryStore(self.header, threading.Lock(), items)
+        self._tables = self._store.tables()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return MemoryCopy, (self.header, self._store.all_items(self._tables))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in memory, about."""
+        return self._store.nbytes
+
+    def refresh(self) -> Tables:
+        """The tables, always the same."""
+        return self._tables
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self._begin({})
 
 
 class _Growing:
     """Arrays appended one by one, joined when somebody looks."""
 
-    def __init__(self, column: Column) -> None:
-        self._joined: Array = np.empty((0, *column.item), column.dtype)
-        self._length = 0
+    def __init__(self, column: Column, items: Array | None = None) -> None:
+        self._joined: Array = np.empty((0, *column.item), column.dtype) if items is None else items
+        self._length = len(self._joined)
         self._loose: deque[Array] = deque()
 
     def append(self, items: Array) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any, SupportsIndex
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from grutrace.record import GATES, Array, Site
 from grutrace.storage.derived import DerivedInput, DerivedRows
 from grutrace.storage.index import AnnotationIndex, ModuleIndex
 from grutrace.storage.ingredients import SiteIngredients
+from grutrace.storage.memory import MemoryCopy, MemoryStore
 from grutrace.storage.proofs import PROOFS, marks
 from grutrace.storage.source import Rows, Source
 from grutrace.storage.stamps import shard_of
@@ -65,6 +67,13 @@ class Moment:
         self._annotations: dict[int, AnnotationIndex] = {}
         self._ingredients: dict[tuple[int, str], SiteIngredients] = {}
         self._calls: tuple[int, Array] | None = None
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        """Pickled, one of a trace in memory has its rows with it."""
+        if isinstance(self.source, MemoryStore):
+            source = MemoryCopy(self.header, self.source.all_items(self.tables))
+            return Moment, (source, self.tables)
+        return super().__reduce_ex__(protocol)
 
     def extent(self, module: int) -> Extent:
         """How much of a module there is."""

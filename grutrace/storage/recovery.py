@@ -19,18 +19,14 @@ import numpy as np
 
 from grutrace.errors import TraceFileError
 from grutrace.record import Array
-from grutrace.storage.appender import Appender
-from grutrace.storage.creating import create
 from grutrace.storage.faults import H5PY_ERRORS
-from grutrace.storage.handle import file_identity
 from grutrace.storage.header import read_header
 from grutrace.storage.keeping import Plan, best_plan, opened, plan_of
-from grutrace.storage.letting_go import lead_nowhere, let_go
 from grutrace.storage.members import walk
 from grutrace.storage.parts import Stamp, part_files, part_path, stamp_of
-from grutrace.storage.placing import naming, put_in_place, room_for, sync, sync_name
+from grutrace.storage.placing import put_in_place, room_for, sync_name
 from grutrace.storage.probe import LIMIT, look_from_outside
-from grutrace.storage.scales import extend_scales
+from grutrace.storage.saving import write_datasets
 
 #: What is read and written at a time. Bytes.
 BLOCK = 8 * 1024 * 1024
@@ -201,29 +197,12 @@ def _state(path: Path) -> tuple[int, int]:
 
 def _copy(source: Path, path: Path, new: Path, plan: Plan, advance: Callable[[int], None]) -> None:
     with opened(source, mend=plan.mend) as (_, file):
-        header = read_header(file)
-        copy = create(path, new, header)
-        descriptor, identity = copy.id.get_vfd_handle(), file_identity(copy)
-        try:
-            done = 0
-            for place, count in plan.kept.counts.items():
-                appender = Appender(copy[place], 0)
-                for items in _blocks(walk(file, place), place, count):
-                    with naming(path, "written"):
-                        appender.stage(items)
-                        appender.write()
-                    done += items.nbytes
-                    advance(done)
-            with naming(path, "written"):
-                extend_scales(copy, header.modules, plan.kept.counts)
-                copy["committed"][()] = plan.kept.committed
-                copy.flush()
-                sync(descriptor)
-                copy.close()
-        except BaseException:
-            lead_nowhere(descriptor, identity)
-            let_go(copy, identity)
-            raise
+
+        def blocks(place: str, count: int) -> Iterator[Array]:
+            return _blocks(walk(file, place), place, count)
+
+        header, kept = read_header(file), plan.kept
+        write_datasets(path, new, header, kept.counts, kept.committed, blocks, advance)
 
 
 class _Unreadable(Exception):

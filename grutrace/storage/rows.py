@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,7 +12,9 @@ import h5py
 import numpy as np
 
 from grutrace.record import Array
+from grutrace.storage.array_like import ArrayLike
 from grutrace.storage.compression import is_compressed
+from grutrace.storage.source import Rows
 
 #: Rows between two wanted ones that are read along, since another read takes as long. Bytes.
 GAP = 256 * 1024
@@ -23,41 +25,60 @@ BLOCK = 16 * 1024 * 1024
 _ALL = slice(None)
 
 
-class LazyRows(ABC):
+class LazyRows(ArrayLike):
     """A two-dimensional array of which an index gives a part, made when it is asked for."""
 
-    ndim = 2
+    #: Where the rows are, for `repr`.
+    _where = "not read yet"
 
     def __init__(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
         self.shape = shape
         self.dtype = dtype
 
-    def __len__(self) -> int:
-        return self.shape[0]
-
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.shape} {self.dtype}, not read yet>"
+        return f"<rows {self.shape} {self.dtype}, {self._where}>"
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        if copy is False:
-            raise ValueError("rows that are not in memory cannot become an array without a copy")
-        return np.asarray(self[:], dtype)
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Pickled and copied, rows are the array that they become."""
+        return np.asarray, (np.asarray(self),)
 
     def __iter__(self) -> Iterator[Array]:
-        step = self._fitting(BLOCK)
-        for start in range(0, len(self), step):
-            yield from self[start : start + step]
+        for block in self._blocks(BLOCK):
+            yield from _own(block)
 
     def __getitem__(self, key: Any) -> Any:
-        rows, columns = _split(key)
+        return _own(self._get(key))
+
+    def _get(self, key: Any) -> Any:
+        if _is_mask(key, self.shape):
+            return self._masked(key[0] if isinstance(key, tuple) else key)
+        split = _split(key)
+        if split is None:
+            # Refused, if NumPy refuses it, before anything is read.
+            np.broadcast_to(np.zeros((), bool), self.shape)[key]
+            return self._slice(_ALL, _ALL)[key]
+        rows, columns = split
         read, rest = self._columns(columns)
         if isinstance(rows, slice):
             return self._slice(rows, read)[:, rest]
-        if np.ndim(rows) == 0 and not isinstance(rows, (bool, np.bool_)):
+        if np.ndim(rows) == 0:
             (row,) = self._indices([operator.index(rows)])
             return self._read(slice(row, row + 1), read)[0, rest]
         found = self._pick(self._indices(rows), read)
-        return found[_ALL if np.ndim(rest) == 0 else np.arange(len(found)), rest]
+        return found[_ALL if _is_slice(rest) else np.arange(len(found)), rest]
+
+    def _blocks(self, size: int) -> Iterator[Array]:
+        step = self._fitting(size)
+        for start in range(0, len(self), step):
+            yield self._read(slice(start, min(start + step, len(self)), 1), _ALL)
+
+    def _masked(self, mask: Array) -> Array:
+        """(n,) the elements where a mask (rows, width) is set."""
+        found, start = [np.empty(0, self.dtype)], 0
+        for block in self._blocks(BLOCK):
+            found.append(block[mask[start : start + len(block)]])
+            start += len(block)
+        return np.concatenate(found, dtype=self.dtype)
 
     @abstractmethod
     def _read(self, rows: slice, columns: slice) -> Array:
@@ -82,7 +103,8 @@ class LazyRows(ABC):
         if np.ndim(columns) == 0:
             column = range(self.shape[1])[operator.index(columns)]
             return slice(column, column + 1), 0
-        return _ALL, np.asarray(columns)
+        indices = np.asarray(columns)
+        return _ALL, indices if indices.size else indices.astype(np.int64)
 
     def _indices(self, rows: Any) -> Array:
         indices = np.asarray(rows)
@@ -112,6 +134,8 @@ class FileRows(LazyRows):
     Raises:
         MissingExtraError: When it is read, if hdf5plugin would unpack it and is not installed.
     """
+
+    _where = "in a file: not read yet"
 
     def __init__(
         self,
@@ -153,14 +177,69 @@ class FileRows(LazyRows):
                 start = end
 
 
-def _split(key: Any) -> tuple[Any, Any]:
-    """The index of the rows and that of the columns."""
+class MemoryRows(LazyRows):
+    """Rows in memory, of an array that is kept as it is. Indexing gives copies."""
+
+    def __init__(self, array: Array) -> None:
+        super().__init__((array.shape[0], array.shape[1]), array.dtype)
+        self._array = array.view()
+        self._array.flags.writeable = False
+
+    def __repr__(self) -> str:
+        values = np.array2string(
+            self._array, max_line_width=80, precision=4, threshold=20, edgeitems=2
+        )
+        return f"<rows {self.shape} {self.dtype}, in memory>\n{values}"
+
+    def _read(self, rows: slice, columns: slice) -> Array:
+        return self._array[rows, columns]
+
+    def _pick(self, rows: Array, columns: slice) -> Array:
+        return self._array[rows, columns]
+
+
+def as_rows(rows: Rows) -> LazyRows:
+    """Rows of a source as what users get: the same kind of object in memory and from a file."""
+    return rows if isinstance(rows, LazyRows) else MemoryRows(np.asarray(rows))
+
+
+def _own(found: Any) -> Any:
+    """An array that a user may write to, and that torch takes: a copy where it is of a trace."""
+    if isinstance(found, np.ndarray) and (
+        not found.flags.writeable or any(stride < 0 for stride in found.strides)
+    ):
+        return found.copy()
+    return found
+
+
+def _is_mask(key: Any, shape: tuple[int, int]) -> bool:
+    """Whether an index is a mask of all elements."""
+    if isinstance(key, tuple) and len(key) == 1:
+        key = key[0]
+    return isinstance(key, np.ndarray) and key.dtype == bool and key.shape == shape
+
+
+def _is_slice(index: Any) -> bool:
+    return isinstance(index, slice)
+
+
+def _split(key: Any) -> tuple[Any, Any] | None:
+    """The index of the rows and that of the columns; None for what only a whole array answers."""
     if not isinstance(key, tuple):
         key = (key,)
     if any(part is Ellipsis for part in key):
         place = next(place for place, part in enumerate(key) if part is Ellipsis)
         missing = (_ALL,) * (3 - len(key))
         key = (*key[:place], *missing, *key[place + 1 :])
-    if len(key) > 2 or any(part is None or part is Ellipsis for part in key):
-        raise IndexError(f"rows have two axes, which {key} does not index")
+    if len(key) > 2 or not all(map(_is_plain, key)):
+        return None
     return (*key, _ALL, _ALL)[:2]
+
+
+def _is_plain(index: Any) -> bool:
+    """Whether an index is a slice, an integer, or integers or a mask along one axis."""
+    if isinstance(index, slice):
+        return True
+    if index is None or index is Ellipsis or isinstance(index, (bool, np.bool_, str)):
+        return False
+    return np.ndim(index) == 1 or (np.ndim(index) == 0 and not isinstance(index, np.ndarray))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from grutrace.record import Array, Site
+from grutrace.reprs import wrapped
 from grutrace.storage.moment import Moment
 from grutrace.storage.quantities import Quantities
 
@@ -30,7 +31,7 @@ class Sequence(Quantities[Array]):
         return int(self._index.lengths[self.number])
 
     def __repr__(self) -> str:
-        return f"<sequence {self.number} of {self.site.name}: {len(self)} steps>"
+        return wrapped(f"<sequence {self.number} of {self.site.name}: {len(self)} steps>")
 
     def rows(self, quantity: str) -> Array:
         """(T, H), or (T, I) for the input.
@@ -45,14 +46,14 @@ class Sequence(Quantities[Array]):
     def preactivation(self, gate: str) -> Array:
         """(T, H) what the sigmoid or tanh of a gate was applied to; as for `SiteTrace`."""
         rows = self._moment.preactivation(self._module, self.site, gate)
-        return np.asarray(rows[self._index.rows(self.number)])
+        return np.array(rows[self._index.rows(self.number)])
 
     @property
     def initial(self) -> Array:
         """(H,) the state that it began from: before its first step, or, reversed, its last."""
         count = len(self._index)
         initial = self._moment.source.initial(self._module, self.site.suffix, count)
-        return np.asarray(initial[self.number])
+        return np.array(initial[self.number])
 
     @property
     def previous(self) -> Array:
@@ -91,7 +92,7 @@ class Sequence(Quantities[Array]):
     @property
     def calls(self) -> Array:
         """The calls that it went through, as rows of `Trace.calls`."""
-        return self._index.calls[self._index.pieces(self.number)]
+        return np.array(self._index.calls[self._index.pieces(self.number)])
 
     @property
     def place(self) -> int:

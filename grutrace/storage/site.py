@@ -5,29 +5,32 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 
 from grutrace.errors import NotRecordedError
 from grutrace.record import Array, Module, Site
+from grutrace.reprs import wrapped
 from grutrace.storage.index import Integers, ModuleIndex, spread
 from grutrace.storage.ingredients import SiteIngredients
 from grutrace.storage.labels import RowLabels, names_of, row_labels
 from grutrace.storage.moment import Moment
 from grutrace.storage.quantities import Quantities
+from grutrace.storage.rows import LazyRows, as_rows
 from grutrace.storage.sequence import Sequence
-from grutrace.storage.source import Rows
 from grutrace.storage.tables import Extent
 
 #: Rows that are brought into memory at once on their way into a padded array. Bytes.
 BLOCK = 16 * 1024 * 1024
 
 
-class SiteTrace(Quantities[Rows]):
+class SiteTrace(Quantities[LazyRows]):
     """What was recorded at one site. It goes along when its trace is refreshed.
 
     Its quantities are the rows of all sequences, (N, H) or (N, I), in the order in which they were
-    recorded: arrays, or for a file something that reads when it is indexed.
+    recorded. In memory and from a file they are the same kind of object: it takes the indexes, the
+    operators and the methods of a NumPy array, and gives arrays that may be written to.
 
     Attributes:
         site: Which site it is.
@@ -60,7 +63,7 @@ class SiteTrace(Quantities[Rows]):
     def __repr__(self) -> str:
         rows = self._look().extent(self._number).rows
         recorded = ", ".join(self.site.readable)
-        return f"<site {self.name}: {len(self)} sequences, {rows} steps of {recorded}>"
+        return wrapped(f"<site {self.name}: {len(self)} sequences, {rows} steps of {recorded}>")
 
     def __iter__(self) -> Iterator[Sequence]:
         moment = self._look()
@@ -72,13 +75,25 @@ class SiteTrace(Quantities[Rows]):
         """How many calls, rows, sequences and versions of the weights its module has."""
         return self._look().extent(self._number)
 
-    def rows(self, quantity: str) -> Rows:
+    def __getitem__(self, key: int | slice | str) -> Any:
+        """A sequence by its number, a list of them by a slice, or the rows of a quantity by name.
+
+        Raises:
+            NotRecordedError: There is none of this number, or the quantity was not recorded.
+        """
+        if isinstance(key, str):
+            return self.rows(key)
+        if isinstance(key, slice):
+            return [self.sequence(number) for number in range(len(self))[key]]
+        return self.sequence(key)
+
+    def rows(self, quantity: str) -> LazyRows:
         """The rows of all sequences, (N, H), or (N, I) for the input.
 
         Raises:
             NotRecordedError: The quantity was not recorded.
         """
-        return self._look().rows(self._number, self.site, quantity)
+        return as_rows(self._look().rows(self._number, self.site, quantity))
 
     def sequence(self, number: int) -> Sequence:
         """One sequence, by its number; negative numbers count from the last.
@@ -148,7 +163,7 @@ class SiteTrace(Quantities[Rows]):
         rows = np.arange(*slice(start, stop).indices(self.extent.rows))
         return self.ingredients.previous(rows)
 
-    def preactivation(self, gate: str) -> Rows:
+    def preactivation(self, gate: str) -> LazyRows:
         """What the sigmoid or tanh of a gate was applied to, (N, H), derived when it is indexed.
 
         It is there whenever the hidden states are, and the input: recorded, or, above the first
@@ -161,7 +176,7 @@ class SiteTrace(Quantities[Rows]):
             OptionError: There is no such gate.
             NotRecordedError: Something that it follows from was not recorded.
         """
-        return self._look().preactivation(self._number, self.site, gate)
+        return as_rows(self._look().preactivation(self._number, self.site, gate))
 
     @property
     def ingredients(self) -> SiteIngredients:
@@ -214,17 +229,19 @@ class SiteTrace(Quantities[Rows]):
     @property
     def lengths(self) -> Integers:
         """(sequences,) the steps of each sequence so far."""
-        return self._look().index(self._number).lengths
+        return np.array(self._index.lengths)
 
     @property
     def parents(self) -> Integers:
         """(sequences,) the sequence from whose middle each began; -1 where it did not."""
-        return self._index.parents[0]
+        return np.array(self._index.parents[0])
 
     @property
-    def initial(self) -> Rows:
-        """(sequences, H) the state that each sequence began from."""
-        return self._look().source.initial(self._number, self.site.suffix, len(self))
+    def initial(self) -> LazyRows:
+        """(sequences, H) the state that each sequence began from. Read as the quantities are."""
+        moment = self._look()
+        count = moment.extent(self._number).sequences
+        return as_rows(moment.source.initial(self._number, self.site.suffix, count))
 
     @property
     def checks(self) -> Array:
@@ -233,8 +250,9 @@ class SiteTrace(Quantities[Rows]):
         Precision is the spacing at 1 of the coarsest type in which the kernel computed. Residual
         and tolerance are not a number where the gates are not stored: `grutrace verify` finds them.
         """
-        count = self._look().extent(self._number).calls
-        return self._look().source.checks(self._number, self.site.suffix, count)
+        moment = self._look()
+        count = moment.extent(self._number).calls
+        return np.array(moment.source.checks(self._number, self.site.suffix, count))
 
     @property
     def residual(self) -> float:
@@ -255,7 +273,8 @@ class SiteTrace(Quantities[Rows]):
             raise NotRecordedError(
                 f"there is no version {version} of the weights of {self.name!r}, which has {count}"
             )
-        return self._look().source.weights(self._number, self.site.suffix, version % count)
+        found = self._look().source.weights(self._number, self.site.suffix, version % count)
+        return {name: np.array(array) for name, array in found.items()}
 
 
 def _same(moment: Moment) -> Moment:

@@ -87,3 +87,25 @@ class Source(Protocol):
 
 class SteadySource(Source, Readable, Protocol):
     """A source whose rows stay where they are, so that it reads them at any time."""
+
+
+class AllItems(Readable, Protocol):
+    """What reads a trace and can give all of it at once."""
+
+    def all_items(self, tables: Tables) -> dict[str, Array]:
+        """By its place in the file, what these tables count of each dataset, read-only."""
+
+
+@runtime_checkable
+class InMemory(Source, Protocol):
+    """A source whose rows are in the memory of this process."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes, about."""
+
+    def as_of(self, tables: Tables) -> AllItems:
+        """What reads just the rows that these tables count."""
+
+    def clear(self) -> None:
+        """Drop everything. What was read before keeps its rows for as long as it is held."""

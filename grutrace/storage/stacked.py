@@ -21,6 +21,8 @@ class StackedRows(LazyRows):
         dtype: Type of the elements.
     """
 
+    _where = "in several files: not read yet"
+
     def __init__(self, parts: Sequence[Rows], shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
         super().__init__(shape, dtype)
         self._parts = [part for part in parts if len(part)]

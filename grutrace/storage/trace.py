@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from grutrace.errors import NotRecordedError, brief, listed, nearest
+from grutrace.errors import NotRecordedError, StateError, brief, listed, nearest
 from grutrace.record import Array, Header, Module, Site
+from grutrace.reprs import wrapped
+from grutrace.storage.memory import MemoryCopy
 from grutrace.storage.moment import Moment
+from grutrace.storage.saving import save_trace
 from grutrace.storage.site import SiteTrace
-from grutrace.storage.source import Source
+from grutrace.storage.source import InMemory, Source
 from grutrace.storage.tables import Tables
 
 if TYPE_CHECKING:
@@ -32,6 +36,7 @@ class Trace:
 
     def __init__(self, source: Source) -> None:
         self._source = source
+        self._memory = source if isinstance(source, InMemory) else None
         self._take(source.refresh())
 
     @property
@@ -69,7 +74,7 @@ class Trace:
             tables = self._look().tables
             sequences = sum(extent.sequences for extent in tables.extents)
             counts += f", {len(tables.calls)} calls, {sequences} sequences"
-        return f"<trace of {self.header.model} in {self._source.name}: {counts}>"
+        return wrapped(f"<trace of {self.header.model} in {self._source.name}: {counts}>")
 
     @property
     def calls(self) -> Array:
@@ -83,7 +88,8 @@ class Trace:
         where there was but one). Calls of several ranks are in the order of the
         ranks.
         """
-        return self._look().calls
+        # A copy: the trace keeps its own.
+        return self._look().calls.copy()
 
     @property
     def sequences(self) -> Array:
@@ -94,7 +100,7 @@ class Trace:
         parent_steps (-1 where it did not begin inside another), tag (of its first call, or None),
         rank (of the process that recorded it; 0 where there was but one).
         """
-        return self._look().sequences
+        return self._look().sequences.copy()
 
     @property
     def header(self) -> Header:
@@ -125,6 +131,63 @@ class Trace:
     def closed(self) -> bool:
         """Whether its writer closed the file in order; if not, it is at work or has died."""
         return self._look().tables.closed
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in memory, about; 0 where its rows are in a file."""
+        return 0 if self._memory is None else self._memory.nbytes
+
+    def save(self, path: str | os.PathLike[str], *, mode: Literal["w", "overwrite"] = "w") -> None:
+        """Write a trace in memory to a file: what a tracer with this path would have written.
+
+        The file has the same rows bit for bit, and the same calls, sequences, weights, tokens,
+        labels and options. It takes its place once it is whole. Calls that are recorded meanwhile
+        are left out.
+
+        Args:
+            path: Of the file. It is taken as it is, also where several processes trace.
+            mode: For a file that exists: ``w`` refuses, ``overwrite`` replaces it.
+
+        Raises:
+            OptionError: The path is none, or there is no such mode.
+            StateError: The trace is in a file already, or has no rows.
+            TraceFileError: The file exists, or cannot be written. Nothing is left behind.
+        """
+        moment, memory = self._look(), self._require_memory("saved")
+        items = memory.as_of(moment.tables).all_items(moment.tables)
+        save_trace(path, self.header, items, mode)
+
+    def clear(self) -> None:
+        """Empty a trace in memory. What was read before stays as it is.
+
+        Sites that were asked for go along, and have no rows any more; arrays, sequences and tables
+        that were handed out keep what they show.
+
+        Raises:
+            StateError: The trace is in a file, or has no rows.
+        """
+        self._require_memory("cleared").clear()
+        self.refresh()
+
+    def _require_memory(self, done: str) -> InMemory:
+        if self._memory is None:
+            where = ", ".join(map(str, self.files[:1])) or self._source.name
+            raise StateError(
+                f"only a trace in memory can be {done}; this one is in {where}"
+                + (": copy that file" if self.files and done == "saved" else "")
+            )
+        return self._memory
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """A trace that is read from a file is pickled as its path, one in memory with its rows.
+
+        What is unpickled only reads: it records nothing, and does not go along with this one.
+        """
+        moment = self._look()
+        if self._memory is None:
+            return Trace, (self._source,)
+        items = self._memory.as_of(moment.tables).all_items(moment.tables)
+        return Trace, (MemoryCopy(self.header, items),)
 
     def to_dask(self, site: str, quantity: str) -> dask.array.Array:
         """The rows of a quantity as a dask array, (N, H), or (N, I) for the input.

@@ -145,7 +145,8 @@ def test_a_trace_in_memory_becomes_arrays_on_its_way(path, monkeypatch):
 
 def test_nothing_in_memory_is_copied_beforehand():
     trace = in_memory(long_stream())
-    rows = trace["rnn.l0"].update
+    moment = trace.moment
+    rows = moment.rows(0, moment.header.modules[0].sites[0], "update")
 
     def shares(block):
         return np.array([[np.shares_memory(block, rows)]])

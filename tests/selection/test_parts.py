@@ -328,7 +328,7 @@ def test_control_a_changed_state_does_not_verify() -> None:
     with grutrace.trace(layer, units=[5, 2, 9]) as trace:
         layer(torch.randn(6, 3, 4))
     assert verify(trace)[0].holds
-    rows = trace._outlet.sink._arrays["modules/%/l0/hidden"]
+    rows = trace._outlet.sink._store._arrays["modules/%/l0/hidden"]
     rows.joined()
     rows._joined[8, 2] += 1e-4
     (found,) = verify(trace)

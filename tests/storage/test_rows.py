@@ -36,7 +36,8 @@ class Counting:
 
     def __getitem__(self, key):
         self.reads += 1
-        found = self.data[key]
+        # A copy, as h5py gives.
+        found = np.array(self.data[key])
         self.elements += found.size
         return found
 
@@ -77,7 +78,7 @@ def test_an_index_gives_what_numpy_gives(rows, columns):
     assert np.shape(found[key]) == np.shape(exact)
 
 
-@pytest.mark.parametrize("key", [(0, 0, 0), None, (None, 0), "a", 1.5, np.zeros((2, 2), int)])
+@pytest.mark.parametrize("key", [(0, 0, 0), (None, 0, 0, 0), "a", 1.5, np.zeros((2, 2))])
 def test_what_is_no_index_is_refused(key):
     with pytest.raises((IndexError, TypeError)):
         file_rows(DATA)[0][key]

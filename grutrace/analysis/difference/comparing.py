@@ -30,6 +30,7 @@ from grutrace.analysis.difference.structure import module_mismatches, site_misma
 from grutrace.analysis.difference.values import INITIAL, ORDER, Comparison, Tally
 from grutrace.errors import NotRecordedError, OptionError, brief
 from grutrace.record import DEFAULT_RECORD, QUANTITIES
+from grutrace.reprs import fields_repr
 from grutrace.storage.chosen import chosen_quantities, chosen_sites
 from grutrace.storage.moment import Moment
 from grutrace.storage.trace import Trace
@@ -54,6 +55,8 @@ class TraceDifference:
     mismatches: tuple[Mismatch, ...]
     weights: tuple[WeightsDifference, ...]
     circumstances: tuple[Circumstance, ...]
+
+    __repr__ = fields_repr
 
     @property
     def same(self) -> bool:

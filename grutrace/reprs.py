@@ -1,0 +1,79 @@
+"""Reprs that fit a screen: a few lines of 80 columns, with a word for each array."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+#: Columns of a screen.
+WIDTH = 80
+
+#: Characters of one text within a repr.
+LONGEST = 60
+
+_INDENT = "    "
+
+
+def wrapped(text: str) -> str:
+    """Break a text into lines that fit a screen."""
+    return textwrap.fill(text, WIDTH, subsequent_indent=_INDENT, break_on_hyphens=False)
+
+
+def fields_repr(result: Any) -> str:
+    """The repr of a dataclass whose arrays are summarized: type, shape and range of each."""
+    fields = dataclasses.fields(result)
+    return named_repr(
+        type(result).__name__, ((field.name, getattr(result, field.name)) for field in fields)
+    )
+
+
+def named_repr(name: str, values: Iterable[tuple[str, Any]]) -> str:
+    """``name(key=value, ...)``, in lines that fit a screen."""
+    parts = [f"{key}={_brief(value)}" for key, value in values]
+    lines, line = [], f"{name}("
+    for number, part in enumerate(parts):
+        part += ")" if number == len(parts) - 1 else ", "
+        if len(line) + len(part.rstrip()) > WIDTH and line.strip():
+            lines.append(line.rstrip())
+            line = _INDENT
+        line += part
+    return "\n".join([*lines, line])
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, np.ndarray) and value.ndim:
+        return _array(value)
+    if isinstance(value, (float, np.floating)):
+        return f"{value:.6g}"
+    if isinstance(value, (str, bool, int, np.generic)) or value is None:
+        return _shortened(repr(value) if not isinstance(value, np.generic) else str(value))
+    if isinstance(value, Mapping):
+        return _shortened("{" + ", ".join(map(str, value)) + "}")
+    if isinstance(value, (list, tuple)):
+        text = repr(value)
+        return text if len(text) <= LONGEST else f"<{type(value).__name__} of {len(value)}>"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{value.dtype} {tuple(value.shape)}"
+    text = repr(value)
+    return text if len(text) <= LONGEST and "\n" not in text else f"<{type(value).__name__}>"
+
+
+def _array(array: np.ndarray[Any, Any]) -> str:
+    text = f"{array.dtype} {array.shape}"
+    if array.dtype.kind not in "iuf" or not array.size:
+        return text if array.dtype.names is None else f"<table {array.shape}>"
+    finite = array[np.isfinite(array)]
+    if not finite.size:
+        return f"{text} none finite"
+    low, high = finite.min(), finite.max()
+    return f"{text} {low:.4g} to {high:.4g}" if low != high else f"{text} all {low:.4g}"
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[: LONGEST // 2]}...{text[-(LONGEST // 2 - 3) :]}"
