@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import grutrace
+from grutrace.capture.kernel_calls import is_listening
 from tests.checks import EVERYTHING
 from tests.runs import KernelCall, Spy, check_calls, check_run, run_once
 
@@ -95,7 +96,7 @@ class Peeking(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         output: Tensor = self.rnn(input)[0]
-        if self.rnn._forward_hooks:
+        if is_listening():
             if self.changes == "output":
                 output = output + 1e-7
             if self.changes == "generator":

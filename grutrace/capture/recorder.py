@@ -157,14 +157,20 @@ class ModuleRecorder:
             SinkError: The sink cannot take it.
         """
         with self.lock:
-            is_certain = self._versions.look(observation.call.weights, observation.seconds)
-            version = self._versions.present
+            versions = self._versions
+            is_certain = versions.look(observation.call.weights, observation.seconds)
+            version = versions.present
             if is_certain and self._held:
                 self._settle()
         computed = None
         if self._kept is None:
             computed = self._compute(observation, version, is_certain)
         with self.lock:
+            if self._versions is not versions:
+                # The trace was emptied meanwhile, and its weights are numbered anew.
+                is_certain = self._versions.look(observation.call.weights, observation.seconds)
+                version = self._versions.present
+                computed = None
             return self._number(observation, tag, version, is_certain, computed)
 
     def expect_changes(self) -> None:

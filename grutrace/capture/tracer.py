@@ -659,7 +659,7 @@ class Tracer(Trace):
         annotations = batches.annotations(name, given, module)
         try:
             for annotation in annotations:
-                self._outlet.append(annotation)
+                self._pending.append(annotation)
         except SinkError as error:
             if not self._goes_on(error):
                 raise

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from torch.overrides import TorchFunctionMode
+from torch.overrides import BaseTorchFunctionMode
 
 import grutrace
 from grutrace.capture import kernel_calls, kernel_registration
@@ -284,7 +284,7 @@ def test_fast_paths_in_the_same_forward_are_taken(make) -> None:
             assert is_fast()
         assert len(trace.calls) == 2
         # The control: a mode that does nothing switches it off.
-        with TorchFunctionMode():
+        with BaseTorchFunctionMode():
             assert not is_fast()
 
 
