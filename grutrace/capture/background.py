@@ -119,6 +119,7 @@ class Background:
                 sequences=block.sequences,
                 sites={suffix: rows[call] for suffix, rows in by_site.items()},
                 forks=block.forks,
+                origins=block.origins,
             )
             for call, block in enumerate(blocks)
         ]

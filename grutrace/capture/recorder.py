@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
@@ -40,7 +39,7 @@ class Recorded(NamedTuple):
         module: Place of the module in the header.
         assignment: Its sequences, as they were told, and where they stood before it.
         lengths: (B,) all steps that it made of each.
-        numbers: (B,) the number of each sequence in the trace; -1 for none.
+        numbers: (B,) the number that each sequence began under in the trace; -1 for none.
         start: The first step of every sequence that is kept.
         stop: The first one after those; None for no end.
         block: What has gone to the sink; None if none of its steps is kept.
@@ -64,6 +63,8 @@ class ModuleRecorder:
         append: Where records go.
         options: Of the tracer. Where gates are deferred, nothing is replayed but only copied.
         limits: How much the trace may become.
+        state_memory: Bytes of states that are remembered, to tell which sequence a call goes on
+            with.
 
     Attributes:
         description: What is recorded of the module.
@@ -77,6 +78,7 @@ class ModuleRecorder:
         append: Callable[[Record], None],
         options: Options,
         limits: Limits,
+        state_memory: int,
     ) -> None:
         self._index, self._limits, self._append = index, limits, append
         self.description = selection.description
@@ -91,7 +93,7 @@ class ModuleRecorder:
         self._sites = [SiteRecorder(selection, site, options, self._rows) for site in copied.sites]
         # Of these, what each sequence started a call from is copied as well.
         self._copying = self._sites if background else []
-        self._continuity = Continuity()
+        self._continuity = Continuity(state_memory)
         steps = options.steps
         self._kept = None if steps is None else KeptSteps(steps.start, steps.stop)
         self._versions = WeightVersions()
@@ -103,8 +105,18 @@ class ModuleRecorder:
         if wanted and is_recognized():
             self.asked = together(wishes, self.description.hidden_size)
 
-    def record(self, observation: Observation, tag: str | None) -> Recorded:
+    def record(
+        self,
+        observation: Observation,
+        tag: str | None,
+        names: Sequence[Hashable] | None = None,
+    ) -> Recorded:
         """Append an observed call: harvested, replayed or, where gates come later, copied.
+
+        Args:
+            observation: The call.
+            tag: The user's name for this part of the run.
+            names: (B,) the user's names of the sequences; None to go by the states.
 
         Raises:
             UnsupportedError: What a layer read is not recorded, and can no longer be told.
@@ -112,34 +124,40 @@ class ModuleRecorder:
         """
         taken = self._take(observation) if self._kept is None else None
         with self._lock:
-            return self._number(observation, tag, taken)
+            return self._number(observation, tag, taken, names)
 
-    def _number(self, observation: Observation, tag: str | None, taken: Taken | None) -> Recorded:
-        """Number a call and append it; what was numbered is forgotten if that fails."""
-        before = self._continuity.state, copy.copy(self._kept)
-        try:
-            assignment = self._continuity.assign(*_ends(observation), observation.steps.lengths)
-            lengths = observation.steps.lengths
-            if self._kept is None:
-                recorded = Recorded(
-                    self._index, assignment, lengths, assignment.sequences.view(np.int64)
-                )
-            else:
-                found = self._kept.of(assignment, lengths)
-                bounds = self._kept.start, self._kept.stop
-                recorded = Recorded(self._index, assignment, lengths, found.numbers, *bounds)
-                if found.assignment is None:
-                    return recorded
-                assignment = found.assignment
-                observation = only_kept(
-                    observation, found, [each.site.layer for each in self._sites]
-                )
-            block = self._announced(observation, assignment, tag, taken or self._take(observation))
-            self._append(block)
-        except BaseException:
-            self._continuity.state, self._kept = before
-            raise
+    def _number(
+        self,
+        observation: Observation,
+        tag: str | None,
+        taken: Taken | None,
+        names: Sequence[Hashable] | None,
+    ) -> Recorded:
+        """Number a call and append it. If that fails, the numbers are not used up."""
+        lengths = observation.steps.lengths
+        assignment = self._continuity.assign(*_ends(observation), lengths, names)
+        if self._kept is None:
+            numbers = assignment.roots.view(np.int64)
+            recorded = Recorded(self._index, assignment, lengths, numbers)
+            block = self._append_block(observation, assignment, tag, taken)
+        else:
+            kept, block = self._kept.of(assignment, lengths), None
+            bounds = self._kept.start, self._kept.stop
+            recorded = Recorded(self._index, assignment, lengths, kept.numbers, *bounds)
+            if kept.assignment is not None:
+                layers = [each.site.layer for each in self._sites]
+                narrowed = only_kept(observation, kept, layers)
+                block = self._append_block(narrowed, kept.assignment, tag, None)
+            self._kept.accept(kept, self._continuity)
+        self._continuity.accept()
         return recorded._replace(block=block)
+
+    def _append_block(
+        self, observation: Observation, assignment: Assignment, tag: str | None, taken: Taken | None
+    ) -> Block:
+        block = self._announced(observation, assignment, tag, taken or self._take(observation))
+        self._append(block)
+        return block
 
     def _announced(
         self, observation: Observation, assignment: Assignment, tag: str | None, taken: Taken
@@ -176,6 +194,7 @@ class ModuleRecorder:
             assignment.sequences,
             sites,
             assignment.forks,
+            assignment.origins,
         )
         if not self._copying:
             return Block(*fields)

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import count
@@ -23,6 +23,7 @@ from grutrace.capture.limits import LimitReached, Limits
 from grutrace.capture.listen import Ear
 from grutrace.capture.observe import Observation, Stacks
 from grutrace.capture.options import (
+    STATE_MEMORY,
     Check,
     Gates,
     OnError,
@@ -33,7 +34,7 @@ from grutrace.capture.options import (
 )
 from grutrace.capture.outlet import Outlet
 from grutrace.capture.recorder import ModuleRecorder
-from grutrace.capture.recording import Recording
+from grutrace.capture.recording import Block, GivenNames, Recording, SequenceNames
 from grutrace.capture.selection import narrow
 from grutrace.capture.sites import Selection, select
 from grutrace.capture.surroundings import Missed, compiler_is_loaded
@@ -47,7 +48,7 @@ from grutrace.errors import (
     TraceFileError,
     UnsupportedError,
 )
-from grutrace.record import DEFAULT_RECORD, Header
+from grutrace.record import DEFAULT_RECORD, Header, Origin
 from grutrace.shard import ShardOption, chosen_shard, sharded
 from grutrace.storage.moment import Moment
 from grutrace.storage.sinks import (
@@ -64,6 +65,20 @@ _IN_A_CHILD = (
     "a traced model was called in a forked child of the process that records it, where nothing is "
     "recorded: make a tracer in the child"
 )
+
+
+#: By mark of a sequence, what to say of it.
+_DOUBTS = {
+    "ambiguous": (
+        "which sequence a call of {} goes on with cannot be told: several had ended with the very "
+        "state that it starts from. It begins a sequence, with the origin 'ambiguous'. Name the "
+        "sequences: with tracer.recording(sequences=...)"
+    ),
+    "dropped": (
+        "a call of {} goes on with a sequence whose state is no longer remembered. It begins a "
+        "sequence, with the origin 'dropped'. Pass state_memory='64 MiB', or more, to the tracer"
+    ),
+}
 
 
 class Tracer(Trace):
@@ -118,6 +133,10 @@ class Tracer(Trace):
         compression: What the rows of the file are compressed with: ``blosc2``, ``zstd`` (both
             shuffle bits first), or None. Rows are then committed every 10 seconds instead of every
             half. A file that is appended to stays as it is.
+        state_memory: How much of the states that calls ended with is remembered, all modules
+            together, to tell which sequence a call goes on with: a number of bytes, or a text such
+            as ``64 MiB``. A sequence whose state was dropped begins anew, marked ``dropped``, with
+            one warning.
 
     Raises:
         OptionError: An option has no such value, or a glob matches no site; or there are a path and
@@ -153,6 +172,7 @@ class Tracer(Trace):
         on_error: OnError = "raise",
         fsync: bool = False,
         compression: Compression | None = None,
+        state_memory: int | str = STATE_MEMORY,
     ) -> None:
         options = Options(
             gates=gates,
@@ -169,6 +189,7 @@ class Tracer(Trace):
             on_error=on_error,
             fsync=fsync,
             compression=compression,
+            state_memory=state_memory,
         )
         own = chosen_shard(shard) if path is not None or sink is not None else None
         path = None if path is None else sharded(Path(path), own)
@@ -189,13 +210,23 @@ class Tracer(Trace):
         self._seen = 0
         self._limits = self._limit(options)
         self._recorders = [
-            ModuleRecorder(index, selection, self._outlet.append, options, self._limits)
+            ModuleRecorder(
+                index,
+                selection,
+                self._outlet.append,
+                options,
+                self._limits,
+                options.state_memory // len(self._selections),
+            )
             for index, selection in enumerate(self._selections)
         ]
         self._turns = [count() for _ in self._selections]
         self._record_on_enter, self._options = recording, options
         self._tag: str | None = None
-        self._batches: RecordedBatches | None = None
+        # What stands for this tracer in the blocks of a thread, which must not keep it alive.
+        self._owner = object()
+        self._started = False
+        self._blocks: set[Block] = set()
         self._ears: list[Ear] = []
         self._lock = threading.RLock()
         self._called: set[int] = set()
@@ -224,18 +255,30 @@ class Tracer(Trace):
         """Record from now on. Does nothing once ``max_calls`` or ``max_bytes`` is reached.
 
         Args:
-            tag: A name that every call bears from now on.
+            tag: A name that every call bears from now on; within a `recording`, until its end.
 
         Raises:
             OptionError: The tag is no text.
             StateError: The tracer is closed.
         """
-        if not isinstance(tag, str | None):
-            raise OptionError(f"tag: expected a text, found {tag!r}")
+        _require_tag(tag)
         with self._lock:
-            if self._closed:
-                raise StateError("the tracer is closed: make a new one to record again")
-            self._tag = tag
+            self._require_open()
+            block = Block.of(self._owner)
+            if block is None:
+                self._tag = tag
+            else:
+                block.tag = tag
+            self._started = True
+            self._listen()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise StateError("the tracer is closed: make a new one to record again")
+
+    def _listen(self) -> None:
+        """Put hooks on the model, if there are none."""
+        with self._lock:
             # A run of days is not to end because it has been recorded enough.
             if self._ears or self._limits.reached:
                 return
@@ -259,8 +302,13 @@ class Tracer(Trace):
                 raise
 
     def stop(self) -> None:
-        """Stop recording and take all hooks off the model. The trace stays open."""
+        """Stop recording, in all blocks, and take all hooks off the model.
+
+        The trace stays open.
+        """
         with self._lock:
+            self._started = False
+            self._blocks.clear()
             deaf = []
             while self._ears:
                 if not self._ears[-1].stop():
@@ -280,29 +328,56 @@ class Tracer(Trace):
         *,
         tokens: Given | None = None,
         labels: Mapping[str, Given] | None = None,
+        sequences: GivenNames | None = None,
     ) -> Iterator[Recording]:
         """Record within a ``with`` block, then go back to what was before.
+
+        A block is that of the thread or asyncio task that enters it, and of tasks made within it:
+        calls of other threads and tasks have their own block, or none. They are recorded all the
+        same. To have the calls of a pool's thread in this block, run them in a copy of the context:
+        ``pool.submit(contextvars.copy_context().run, model, batch)``. The end of a block ends no
+        other: recording stops with the last one, unless it was started otherwise.
 
         Args:
             tag: A name that every call within bears.
             tokens: As for `Recording.annotate`; given to what was recorded, when the block ends.
             labels: Likewise.
+            sequences: (B,) names of the sequences of a batch, hashable and all different, for
+                every call within that has B sequences; or such names by the path of a module, or
+                a glob. Calls with the same name, in this block or a later one of this tracer,
+                continue the same sequence from whatever state they start. A name that is used for
+                the first time continues, or forks from, the sequence whose state it starts from.
+                A bidirectional layer never continues a sequence.
 
         Yields:
             The recording, for annotations that are known only after the model has run.
+
+        Raises:
+            OptionError: The tag is no text, `sequences` are no such names, or tokens or labels fit
+                nothing that was recorded.
+            StateError: The tracer is closed.
         """
-        batches = RecordedBatches([each.description for each in self._selections])
+        _require_tag(tag)
+        modules = [each.description for each in self._selections]
+        names = None if sequences is None else SequenceNames(sequences, modules)
+        # What was given goes to all batches that it fits, at the end.
+        batches = RecordedBatches(modules, keep_all=tokens is not None or bool(labels))
         recording = Recording(self._annotate, batches)
-        before = self.is_recording, self._tag, self._batches
+        block = Block(self._owner, tag, batches, names)
+        with self._lock:
+            self._require_open()
+            self._blocks.add(block)
         try:
-            self.start(tag)
-            self._batches = batches
-            yield recording
-            recording.annotate(tokens=tokens, labels=labels)
+            self._listen()
+            with block.entered():
+                yield recording
+                recording.annotate(tokens=tokens, labels=labels)
         finally:
-            was_recording, self._tag, self._batches = before
-            if not was_recording:
-                self.stop()
+            with self._lock:
+                was_open = block in self._blocks
+                self._blocks.discard(block)
+                if was_open and not self._blocks and not self._started:
+                    self.stop()
 
     def flush(self) -> None:
         """Return once every recorded row is in the trace, and committed to the file if any.
@@ -356,8 +431,7 @@ class Tracer(Trace):
         return was_open
 
     def __enter__(self) -> Self:
-        if self._closed:
-            raise StateError("the tracer is closed: make a new one to record again")
+        self._require_open()
         if self._record_on_enter:
             self.start()
         return self
@@ -430,8 +504,14 @@ class Tracer(Trace):
             path = self._path(index)
             self._warn_once(path, f"a call of {path} was not recorded: {observation.reason}")
             return
+        block = Block.of(self._owner)
+        tag, names = self._tag, None
+        if block is not None:
+            tag = block.tag
+            if block.names is not None:
+                names = self._names(block.names, index, len(observation.steps.lengths))
         try:
-            recorded = recorder.record(observation, self._tag)
+            recorded = recorder.record(observation, tag, names)
         except UnsupportedError as error:
             path = self._path(index)
             self._warn_once(path, f"a call of {path} was not recorded: {error}")
@@ -443,15 +523,32 @@ class Tracer(Trace):
             if not self._goes_on(error):
                 raise
             return
-        with self._lock:
-            if self._batches is not None:
-                self._batches.add(recorded)
+        if block is not None:
+            # Of a task that outlives its block there may be none any more.
+            with self._lock:
+                if block.batches is not None:
+                    block.batches.add(recorded)
+        self._say_origins(index, recorded.assignment.origins)
         if self._limits.reached:
             self.stop()
         if self._background is not None:
             self._say_doubts()
         elif recorded.block is not None:
             self._say(doubts(recorder.description, recorded.block))
+
+    def _names(self, names: SequenceNames, index: int, batch: int) -> tuple[Hashable, ...] | None:
+        """The names of the sequences of a call; where there should be and are not, it is said."""
+        found = names.of(index, batch)
+        if found is None and (complaint := names.complaint(index, batch)):
+            self._warn_once(f"names of {self._path(index)}", complaint)
+        return found
+
+    def _say_origins(self, index: int, origins: Iterable[Origin]) -> None:
+        """Say, once a module, that it cannot be told which sequence a call goes on with."""
+        for origin in origins:
+            if origin.mark in _DOUBTS:
+                path = self._path(index)
+                self._warn_once(f"{origin.mark} in {path}", _DOUBTS[origin.mark].format(path))
 
     def _say_doubts(self) -> None:
         """Say what was found outside the model's forward since the last time."""
@@ -508,6 +605,11 @@ class Tracer(Trace):
 
     def _path(self, index: int) -> str:
         return self._selections[index].description.path or "the model"
+
+
+def _require_tag(tag: object) -> None:
+    if not isinstance(tag, str | None):
+        raise OptionError(f"tag: expected a text, found {tag!r}")
 
 
 #: The name for a ``with`` block: ``with grutrace.trace(model) as trace:``.
