@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from grutrace.errors import NotRecordedError, OptionError
 from grutrace.record import GATES, Array, Site
 from grutrace.storage.derived import DerivedInput, DerivedRows
-from grutrace.storage.index import AnnotationIndex, ModuleIndex
+from grutrace.storage.index import AnnotationIndex, Integers, ModuleIndex
 from grutrace.storage.ingredients import SiteIngredients
+from grutrace.storage.rows import SelectedRows
+from grutrace.storage.segments import join_segments
 from grutrace.storage.source import Rows, Source
 from grutrace.storage.stamps import shard_of
 from grutrace.storage.tables import Extent, Tables
@@ -41,10 +44,25 @@ SEQUENCES = np.dtype(
         ("pieces", np.int64),
         ("parent", np.int64),
         ("parent_steps", np.int64),
+        ("origin", object),
         ("tag", object),
         ("rank", np.int64),
     ]
 )
+
+
+class Restarts(NamedTuple):
+    """Where sequences go on from another state than they had ended with, in order.
+
+    Attributes:
+        sequences: (k,) which sequence.
+        steps: (k,) the step that starts from that state.
+        states: (k, H) the state.
+    """
+
+    sequences: Integers
+    steps: Integers
+    states: Array
 
 
 class Moment:
@@ -53,12 +71,20 @@ class Moment:
     Args:
         source: Of the trace.
         tables: Of its present state.
+
+    Attributes:
+        source: Reads what is stored at this moment.
+        header: Of the trace.
+        stored: The tables as they are stored.
+        tables: The same, the segments of each sequence put together.
     """
 
     def __init__(self, source: Source, tables: Tables) -> None:
         self.source = source.as_of(tables)
         self.header = source.header
-        self.tables = tables
+        self.stored = tables
+        joined = join_segments(tables)
+        self.tables, self._segments, self._marks = joined.tables, joined.segments, joined.marks
         self._indices: dict[int, ModuleIndex] = {}
         self._annotations: dict[int, AnnotationIndex] = {}
         self._ingredients: dict[tuple[int, str], SiteIngredients] = {}
@@ -70,8 +96,45 @@ class Moment:
     def index(self, module: int) -> ModuleIndex:
         """The pieces of a module, by sequence."""
         if module not in self._indices:
-            self._indices[module] = ModuleIndex(self.tables, module)
+            stored = None
+            if self._segments[module] is not None:
+                stored = self.stored.pieces[module]["sequence"]
+            self._indices[module] = ModuleIndex(self.tables, module, stored)
         return self._indices[module]
+
+    def initial(self, module: int, site: Site) -> Rows:
+        """(S, H) the states that the sequences at a site began from."""
+        count, segments = self.stored.extents[module].sequences, self._segments[module]
+        initial = self.source.initial(module, site.suffix, count)
+        if segments is None:
+            return initial
+        if isinstance(initial, np.ndarray):
+            return initial[segments.first]
+        return SelectedRows(initial, segments.first)
+
+    def restarts(self, module: int, site: Site, first: int, last: int) -> Restarts:
+        """Where sequences go on from another state than they had ended with.
+
+        Args:
+            module: Place of the module in the header.
+            site: One of its sites.
+            first: The first sequence.
+            last: The one before which to end.
+        """
+        segments = self._segments[module]
+        if segments is None:
+            none = np.empty(0, np.int64)
+            width = self.header.modules[module].unit_count(site)
+            return Restarts(none, none, np.empty((0, width)))
+        bounds = np.searchsorted(segments.sequences[segments.later], [first, last])
+        later = segments.later[bounds[0] : bounds[1]]
+        count = self.stored.extents[module].sequences
+        states = self.source.initial(module, site.suffix, count)[later]
+        return Restarts(segments.sequences[later], segments.before[later], np.asarray(states))
+
+    def mark(self, module: int, sequence: int) -> str | None:
+        """The mark of how a sequence began; None if it has none."""
+        return self._marks.get((module, sequence))
 
     def annotations(self, module: int) -> AnnotationIndex:
         """The annotations of a module, by sequence."""
@@ -193,6 +256,10 @@ class Moment:
         sequences["steps"] = index.lengths
         sequences["pieces"] = np.diff(index.bounds)
         sequences["parent"], sequences["parent_steps"] = index.parents
+        sequences["origin"] = np.where(index.parents[0] < 0, "new", "fork")
+        for (of_module, sequence), mark in self._marks.items():
+            if of_module == module:
+                sequences["origin"][sequence] = mark
         sequences["tag"] = self.tags[sequences["call"]]
         sequences["rank"] = self.ranks[sequences["call"]]
         return sequences

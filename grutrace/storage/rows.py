@@ -13,6 +13,7 @@ import numpy as np
 
 from grutrace.record import Array
 from grutrace.storage.compression import is_compressed
+from grutrace.storage.source import Rows
 
 #: Rows between two wanted ones that are read along, since another read takes as long. Bytes.
 GAP = 256 * 1024
@@ -151,6 +152,25 @@ class FileRows(LazyRows):
                 end = int(np.searchsorted(rising[start:stop], rising[start] + longest)) + start
                 yield start, end
                 start = end
+
+
+class SelectedRows(LazyRows):
+    """Some of other rows, by their numbers. Indexing reads them.
+
+    Args:
+        rows: The others, (N, width).
+        numbers: (n,) which of them.
+    """
+
+    def __init__(self, rows: Rows, numbers: Array) -> None:
+        super().__init__((len(numbers), rows.shape[1]), rows.dtype)
+        self._rows, self._numbers = rows, numbers
+
+    def _read(self, rows: slice, columns: slice) -> Array:
+        return np.asarray(self._rows[self._numbers[rows], columns])
+
+    def _pick(self, rows: Array, columns: slice) -> Array:
+        return np.asarray(self._rows[self._numbers[rows], columns])
 
 
 def _split(key: Any) -> tuple[Any, Any]:

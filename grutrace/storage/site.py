@@ -13,7 +13,7 @@ from grutrace.record import Array, Module, Site
 from grutrace.storage.index import Integers, ModuleIndex, spread
 from grutrace.storage.ingredients import SiteIngredients
 from grutrace.storage.labels import RowLabels, names_of, row_labels
-from grutrace.storage.moment import Moment
+from grutrace.storage.moment import Moment, Restarts
 from grutrace.storage.quantities import Quantities
 from grutrace.storage.sequence import Sequence
 from grutrace.storage.source import Rows
@@ -224,7 +224,11 @@ class SiteTrace(Quantities[Rows]):
     @property
     def initial(self) -> Rows:
         """(sequences, H) the state that each sequence began from."""
-        return self._look().source.initial(self._number, self.site.suffix, len(self))
+        return self._look().initial(self._number, self.site)
+
+    def restarts(self, first: int, last: int) -> Restarts:
+        """Where sequences `first` to `last` - 1 go on from another state than they ended with."""
+        return self._look().restarts(self._number, self.site, first, last)
 
     @property
     def checks(self) -> Array:
