@@ -13,7 +13,7 @@ from grutrace.storage.derived import DerivedInput, DerivedRows
 from grutrace.storage.index import AnnotationIndex, Integers, ModuleIndex
 from grutrace.storage.ingredients import SiteIngredients
 from grutrace.storage.rows import SelectedRows
-from grutrace.storage.segments import join_segments
+from grutrace.storage.segments import JoinedSegments, join_segments
 from grutrace.storage.source import Rows, Source
 from grutrace.storage.stamps import shard_of
 from grutrace.storage.tables import Extent, Tables
@@ -76,18 +76,24 @@ class Moment:
         source: Reads what is stored at this moment.
         header: Of the trace.
         stored: The tables as they are stored.
-        tables: The same, the segments of each sequence put together.
     """
 
     def __init__(self, source: Source, tables: Tables) -> None:
         self.source = source.as_of(tables)
         self.header = source.header
         self.stored = tables
-        joined = join_segments(tables)
-        self.tables, self._segments, self._marks = joined.tables, joined.segments, joined.marks
         self._indices: dict[int, ModuleIndex] = {}
         self._annotations: dict[int, AnnotationIndex] = {}
         self._ingredients: dict[tuple[int, str], SiteIngredients] = {}
+
+    @cached_property
+    def _joined(self) -> JoinedSegments:
+        return join_segments(self.stored)
+
+    @property
+    def tables(self) -> Tables:
+        """The tables, with the segments of each sequence put together."""
+        return self._joined.tables
 
     def extent(self, module: int) -> Extent:
         """How much of a module there is."""
@@ -97,14 +103,14 @@ class Moment:
         """The pieces of a module, by sequence."""
         if module not in self._indices:
             stored = None
-            if self._segments[module] is not None:
+            if self._joined.segments[module] is not None:
                 stored = self.stored.pieces[module]["sequence"]
             self._indices[module] = ModuleIndex(self.tables, module, stored)
         return self._indices[module]
 
     def initial(self, module: int, site: Site) -> Rows:
         """(S, H) the states that the sequences at a site began from."""
-        count, segments = self.stored.extents[module].sequences, self._segments[module]
+        count, segments = self.stored.extents[module].sequences, self._joined.segments[module]
         initial = self.source.initial(module, site.suffix, count)
         if segments is None:
             return initial
@@ -121,7 +127,7 @@ class Moment:
             first: The first sequence.
             last: The one before which to end.
         """
-        segments = self._segments[module]
+        segments = self._joined.segments[module]
         if segments is None:
             none = np.empty(0, np.int64)
             width = self.header.modules[module].unit_count(site)
@@ -134,7 +140,7 @@ class Moment:
 
     def mark(self, module: int, sequence: int) -> str | None:
         """The mark of how a sequence began; None if it has none."""
-        return self._marks.get((module, sequence))
+        return self._joined.marks.get((module, sequence))
 
     def annotations(self, module: int) -> AnnotationIndex:
         """The annotations of a module, by sequence."""
@@ -257,7 +263,7 @@ class Moment:
         sequences["pieces"] = np.diff(index.bounds)
         sequences["parent"], sequences["parent_steps"] = index.parents
         sequences["origin"] = np.where(index.parents[0] < 0, "new", "fork")
-        for (of_module, sequence), mark in self._marks.items():
+        for (of_module, sequence), mark in self._joined.marks.items():
             if of_module == module:
                 sequences["origin"][sequence] = mark
         sequences["tag"] = self.tags[sequences["call"]]
