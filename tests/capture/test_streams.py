@@ -88,10 +88,13 @@ def test_one_stream_over_a_pool_of_threads(cell) -> None:
             return step(cell, state)
 
     states = [torch.randn(2, 4)]
-    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as other:
-        with grutrace.trace(cell) as trace:
-            for number in range(6):
-                states.append((one, other)[number % 2].submit(run, states[-1]).result())
+    with (
+        ThreadPoolExecutor(1) as one,
+        ThreadPoolExecutor(1) as other,
+        grutrace.trace(cell) as trace,
+    ):
+        for number in range(6):
+            states.append((one, other)[number % 2].submit(run, states[-1]).result())
     assert recorded(trace) == rows_of([states[1:]])
 
 
@@ -132,14 +135,20 @@ def test_continuations_of_one_prompt(path, options, cell, tmp_path) -> None:
 @BOTH
 def test_streams_in_the_same_state_are_never_guessed(path, cell, tmp_path) -> None:
     first, x = torch.randn(1, 4), torch.randn(2, 1, 3)
-    with torch.no_grad(), pytest.warns(grutrace.GrutraceWarning, match="cannot be told") as warned:
-        with grutrace.trace(cell, path and tmp_path / path) as trace:
-            a, b = cell(x[0], first), cell(x[0], first)
-            assert torch.equal(a, b)
-            a = cell(x[0], a)
-            b = cell(x[1], b)
-            for _ in range(2):
-                a, b = step(cell, a), step(cell, b)
+
+    def two_agents() -> None:
+        a, b = cell(x[0], first), cell(x[0], first)
+        assert torch.equal(a, b)
+        a, b = cell(x[0], a), cell(x[1], b)
+        for _ in range(2):
+            a, b = step(cell, a), step(cell, b)
+
+    with (
+        torch.no_grad(),
+        grutrace.trace(cell, path and tmp_path / path) as trace,
+        pytest.warns(grutrace.GrutraceWarning, match="cannot be told") as warned,
+    ):
+        two_agents()
     assert len(warned) == 1
     assert trace["cell"].lengths.tolist() == [1, 1, 3, 3]
     assert trace.sequences["origin"].tolist() == ["new", "new", "ambiguous", "ambiguous"]
@@ -167,14 +176,15 @@ def test_fewer_rows_than_equal_states_are_ambiguous(cell) -> None:
 
 @BOTH
 def test_a_dropped_state_is_said(path, cell, tmp_path) -> None:
-    with torch.no_grad(), pytest.warns(grutrace.GrutraceWarning, match="no longer remembered") as w:
-        with grutrace.trace(cell, path and tmp_path / path, state_memory="64 KiB") as trace:
-            idle = step(cell, torch.randn(1, 4))
-            for _ in range(200):
-                step(cell, torch.randn(2, 4))
-            for _ in range(2):
-                idle = step(cell, idle)
-    assert len(w) == 1
+    path = path and tmp_path / path
+    with torch.no_grad(), grutrace.trace(cell, path, state_memory="64 KiB") as trace:
+        idle = step(cell, torch.randn(1, 4))
+        for _ in range(200):
+            step(cell, torch.randn(2, 4))
+        with pytest.warns(grutrace.GrutraceWarning, match="no longer remembered") as warned:
+            idle = step(cell, idle)
+        step(cell, idle)
+    assert len(warned) == 1
     assert set(trace.sequences["origin"][:-1]) == {"new"}
     assert trace.sequences["origin"][-1] == "dropped"
     assert trace.sequences["steps"][-1] == 2
