@@ -130,7 +130,7 @@ class Continuity:
             found = self._assign_named(initial, tuple(names))
         elif initial is None or last is None:
             found = self._begin_all(len(lengths))
-        elif equal(initial, last.states) and self._continues_only(last, initial):
+        elif equal(initial, last.states) and self._memory.is_only(last):
             found = self._continue_all(last)
         elif not initial.any():
             found = self._begin_all(len(lengths))
@@ -154,9 +154,10 @@ class Continuity:
             self._memory.close_rows(accepted.used)
         if accepted.final is None or not accepted.final.numel():
             return
+        # A copy without a graph: the user may change it in place, and it may be kept long.
+        final = accepted.final.detach() if accepted.final.requires_grad else accepted.final
         call = Call(
-            # A copy without a graph: the user may change it in place, and it may be kept long.
-            accepted.final.detach().clone(),
+            final.clone(),
             assignment.sequences,
             assignment.roots,
             accepted.steps,
@@ -176,13 +177,6 @@ class Continuity:
         before = np.zeros(batch, np.int64)
         begun = np.ones(batch, bool)
         return _Next(Assignment(sequences, begun, (), before, sequences), None, before, None)
-
-    def _continues_only(self, last: Call, initial: Tensor) -> bool:
-        """Whether the states of the last call are no other's, and none of them is a fresh one."""
-        return self._memory.is_only(last) and (
-            # Mostly there is no zero at all.
-            bool(initial.all()) or bool(initial.any(1).all())
-        )
 
     def _continue_all(self, last: Call) -> _Next:
         begun = np.zeros(len(last.sequences), bool)
@@ -208,7 +202,7 @@ class Continuity:
                 unknown.append(row)
                 rows.begin(row)
                 continue
-            still_open = [each for each in states if each[0].is_open[each[1]]]
+            still_open = [each for each in states if each[0].is_open_at(each[1])]
             unclaimed = [each for each in still_open if each not in claimed]
             calls = {call for call, _ in still_open}
             if len(calls) > 1 or (unclaimed and wanted[states[0]] < len(still_open)):
@@ -281,7 +275,7 @@ class Continuity:
         else:
             call, place = state
             has_name = call.names is not None and call.names[place] is not None
-            if call.is_open[place] and not has_name and not rows.uses(state):
+            if call.is_open_at(place) and not has_name and not rows.uses(state):
                 rows.go_on(row, state)
             else:
                 rows.fork(row, state)

@@ -21,6 +21,11 @@ CALL_OVERHEAD, ROW_OVERHEAD = 1024, 256
 #: Where the bytes are used up, so much of them is freed at once.
 FREED = 1 / 8
 
+#: The part of the bytes that states may take which something has continued from: a decoder leaves
+#: them behind with each step, and they are needed only if a sequence is to fork there. The smaller,
+#: the more of what is written to is in the processor's cache.
+PAST = 1 / 8
+
 #: The part of the bytes that holds digests of the states that were dropped.
 DIGESTS = 1 / 8
 
@@ -37,6 +42,12 @@ _FACTOR, _MIXER = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93
 Integers: TypeAlias = npt.NDArray[np.int64]
 Numbers: TypeAlias = npt.NDArray[np.uint64]
 Hashes: TypeAlias = npt.NDArray[np.uint64]
+
+
+# What a call has that has nothing any more.
+_NO_KEYS: list[float] = []
+_NO_NUMBERS, _NO_STEPS = np.empty(0, np.uint64), np.empty(0, np.int64)
+_NO_STATES = torch.empty((0, 0))
 
 
 class End(NamedTuple):
@@ -66,14 +77,16 @@ class Call:
         steps: (B,) steps of each sequence so far.
         offsets: (B,) steps that each had before its last segment; None if none had any.
         names: The user's name of each sequence, None if it has none; None if none has one.
-        is_open: (B,) whether nothing has continued from the state so far.
+        is_open: (B,) whether nothing has continued from the state so far; None if that is so of
+            all.
         is_dropped: Whether the state is no longer remembered.
         is_counted: Whether its open states are among those that the memory has counted.
+        nbytes: Bytes that remembering it takes.
     """
 
     __slots__ = (
         *("_column", "_keys", "_range", "is_counted", "is_dropped", "is_open", "names"),
-        *("offsets", "roots", "sequences", "states", "steps"),
+        *("nbytes", "offsets", "roots", "sequences", "states", "steps"),
     )
 
     def __init__(
@@ -87,9 +100,10 @@ class Call:
     ) -> None:
         self.states, self.sequences, self.roots = states, sequences, roots
         self.steps, self.offsets, self.names = steps, offsets, names
-        self.is_open = np.ones(len(states), bool)
+        self.is_open: npt.NDArray[np.bool_] | None = None
         self.is_dropped = self.is_counted = False
-        self._column, self._keys = -1, list[float]()
+        self.nbytes = states.nbytes + ROW_OVERHEAD * len(sequences) + CALL_OVERHEAD
+        self._column, self._keys = -1, _NO_KEYS
         self._range: tuple[range, int] | None = None
 
     def __len__(self) -> int:
@@ -97,14 +111,13 @@ class Call:
 
     def compress(self) -> None:
         """Keep less of a call that is not the last any more, and began neighbouring sequences."""
-        first, steps = int(self.sequences[0]), int(self.steps[0])
-        numbers = range(first, first + len(self))
         if self.roots is not self.sequences or self.offsets is not None:
             return
+        first, steps = int(self.sequences[0]), int(self.steps[0])
+        numbers = range(first, first + len(self))
         if (self.steps == steps).all() and (np.diff(self.sequences) == 1).all():
             self._range = numbers, steps
-            self.sequences = self.roots = np.empty(0, np.uint64)
-            self.steps = np.empty(0, np.int64)
+            self.sequences, self.roots, self.steps = _NO_NUMBERS, _NO_NUMBERS, _NO_STEPS
 
     def end(self, place: int) -> End:
         """Where the sequence in a row has ended."""
@@ -124,11 +137,10 @@ class Call:
 
     def drop(self) -> None:
         """Let go of everything: what still names this call needs none of it."""
-        self.is_dropped, self._keys, self.names, self._range = True, [], None, None
-        self.states = self.states.new_empty((0, self.states.shape[1]))
-        self.sequences = self.roots = np.empty(0, np.uint64)
-        self.steps, self.offsets = np.empty(0, np.int64), None
-        self.is_open = np.empty(0, bool)
+        self.is_dropped, self._keys, self.names, self._range = True, _NO_KEYS, None, None
+        self.states = _NO_STATES
+        self.sequences, self.roots, self.steps = _NO_NUMBERS, _NO_NUMBERS, _NO_STEPS
+        self.offsets = self.is_open = None
 
     def keys(self, column: int) -> list[float]:
         """(B,) the value of each state in this column, read once."""
@@ -136,11 +148,22 @@ class Call:
             self._column, self._keys = column, self.states[:, column].tolist()
         return self._keys
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that remembering it takes."""
-        states = self.states.numel() * self.states.element_size()
-        return states + ROW_OVERHEAD * len(self) + CALL_OVERHEAD
+    def open_places(self) -> list[int]:
+        """The rows that nothing has continued from."""
+        if self.is_open is None:
+            return list(range(len(self)))
+        places: list[int] = np.flatnonzero(self.is_open).tolist()
+        return places
+
+    def is_open_at(self, place: int) -> bool:
+        """Whether nothing has continued from the state in this row."""
+        return self.is_open is None or bool(self.is_open[place])
+
+    def close(self, place: int) -> None:
+        """Note that the state in this row was continued from."""
+        if self.is_open is None:
+            self.is_open = np.ones(len(self), bool)
+        self.is_open[place] = False
 
 
 #: A state: the call that it came out of, and its row there.
@@ -165,7 +188,7 @@ class StateMemory:
         self._limit = int(limit * (1 - DIGESTS))
         self._digests = Digests(int(limit * DIGESTS))
         self.last: Call | None = None
-        self._bytes = self._rows = 0
+        self._bytes = self._past_bytes = self._rows = 0
         # Ordered by when they were last used. All states of the first have been continued from.
         self._past: OrderedDict[Call, None] = OrderedDict()
         self._open: OrderedDict[Call, None] = OrderedDict()
@@ -187,38 +210,44 @@ class StateMemory:
         self._unindexed.append(call)
         self._bytes += call.nbytes
         self._rows += len(call)
-        if self._bytes > self._limit:
+        if self._bytes > self._limit or self._past_bytes > self._limit * PAST:
             self._shrink()
 
     def close(self, call: Call) -> None:
         """Note that every state of the last call was continued from."""
-        call.is_open[:] = False
+        call.is_open = np.zeros(len(call), bool)
         if self._open.pop(call, self) is None:
             self._past[call] = None
+            self._past_bytes += call.nbytes
 
     def close_rows(self, rows: Iterable[Row]) -> None:
         """Note that these states were continued or forked from, and use them as the latest."""
         for call, place in rows:
-            if call.is_open[place]:
-                call.is_open[place] = False
+            if call.is_open_at(place):
+                call.close(place)
                 if call.is_counted:
                     self._uncount(call.keys(self._column)[place])
             if call in self._past:
                 self._past.move_to_end(call)
             elif call in self._open:
-                if call.is_open.any():
+                if call.is_open is None or call.is_open.any():
                     self._open.move_to_end(call)
                 else:
-                    del self._open[call]
-                    self._past[call] = None
+                    self.close(call)
 
     def is_only(self, call: Call) -> bool:
-        """Whether no other call has an open state that equals one of the last call."""
+        """Whether no open state of another call may equal one of the last call, nor is any zero.
+
+        It may be so even if the answer is no.
+        """
         if self._uncounted:
             for each in self._uncounted:
                 self._count(each)
             self._uncounted.clear()
-        return not self._open_keys or self._open_keys.keys().isdisjoint(call.keys(self._column))
+        keys = call.keys(self._column)
+        if 0.0 in keys and not call.states.any(1).all():
+            return False
+        return not self._open_keys or self._open_keys.keys().isdisjoint(keys)
 
     def find(self, states: Tensor) -> list[list[Row]]:
         """Return, for each of (B, W) states, the remembered states that are equal."""
@@ -254,29 +283,34 @@ class StateMemory:
     def _shrink(self) -> None:
         enough = self._limit * (1 - FREED)
         dropped = []
-        for calls in (self._past, self._open):
-            while calls and self._bytes > enough:
-                call = next(iter(calls))
-                if call is self.last:
-                    break
-                del calls[call]
-                self._bytes -= call.nbytes
-                self._rows -= len(call)
-                dropped.append(call)
-                if call.is_counted:
-                    for place in np.flatnonzero(call.is_open).tolist():
-                        self._uncount(call.keys(self._column)[place])
+        while self._past and (self._bytes > enough or self._past_bytes > enough * PAST):
+            call, _ = self._past.popitem(last=False)
+            self._past_bytes -= call.nbytes
+            self._forget(call)
+            dropped.append(call)
+        while self._bytes > enough and (call := next(iter(self._open))) is not self.last:
+            del self._open[call]
+            self._forget(call)
+            dropped.append(call)
         self._digests.add([call.states for call in dropped])
         for call in dropped:
             call.drop()
         self._uncounted = [call for call in self._uncounted if not call.is_dropped]
         self._unindexed = [call for call in self._unindexed if not call.is_dropped]
 
+    def _forget(self, call: Call) -> None:
+        self._bytes -= call.nbytes
+        self._rows -= len(call)
+        if call.is_counted:
+            for place in call.open_places():
+                self._uncount(call.keys(self._column)[place])
+
     def _count(self, call: Call) -> None:
         call.is_counted = True
-        for key, is_open in zip(call.keys(self._column), call.is_open.tolist(), strict=True):
+        keys = call.keys(self._column)
+        for key in [keys[place] for place in call.open_places()]:
             # A state with NaN equals nothing, and NaN would never be found again.
-            if is_open and key == key:
+            if key == key:
                 self._open_keys[key] = self._open_keys.get(key, 0) + 1
 
     def _uncount(self, key: float) -> None:
@@ -378,7 +412,7 @@ def equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _are_alike(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.device == b.device and a.shape[1:] == b.shape[1:]
+    return a.dtype is b.dtype and a.device == b.device
 
 
 def _digests(states: Sequence[Tensor]) -> Hashes:
