@@ -24,7 +24,7 @@ FREED = 1 / 8
 #: The part of the bytes that states may take which something has continued from: a decoder leaves
 #: them behind with each step, and they are needed only if a sequence is to fork there. The smaller,
 #: the more of what is written to is in the processor's cache.
-PAST = 1 / 8
+PAST = 1 / 10
 
 #: The part of the bytes that holds digests of the states that were dropped.
 DIGESTS = 1 / 8
@@ -77,8 +77,8 @@ class Call:
         steps: (B,) steps of each sequence so far.
         offsets: (B,) steps that each had before its last segment; None if none had any.
         names: The user's name of each sequence, None if it has none; None if none has one.
-        is_open: (B,) whether nothing has continued from the state so far; None if that is so of
-            all.
+        is_open: (B,) whether nothing has continued from the state so far; one answer if it is the
+            same for all.
         is_dropped: Whether the state is no longer remembered.
         is_counted: Whether its open states are among those that the memory has counted.
         nbytes: Bytes that remembering it takes.
@@ -100,7 +100,7 @@ class Call:
     ) -> None:
         self.states, self.sequences, self.roots = states, sequences, roots
         self.steps, self.offsets, self.names = steps, offsets, names
-        self.is_open: npt.NDArray[np.bool_] | None = None
+        self.is_open: npt.NDArray[np.bool_] | bool = True
         self.is_dropped = self.is_counted = False
         self.nbytes = states.nbytes + ROW_OVERHEAD * len(sequences) + CALL_OVERHEAD
         self._column, self._keys = -1, _NO_KEYS
@@ -140,7 +140,7 @@ class Call:
         self.is_dropped, self._keys, self.names, self._range = True, _NO_KEYS, None, None
         self.states = _NO_STATES
         self.sequences, self.roots, self.steps = _NO_NUMBERS, _NO_NUMBERS, _NO_STEPS
-        self.offsets = self.is_open = None
+        self.offsets, self.is_open = None, False
 
     def keys(self, column: int) -> list[float]:
         """(B,) the value of each state in this column, read once."""
@@ -150,20 +150,24 @@ class Call:
 
     def open_places(self) -> list[int]:
         """The rows that nothing has continued from."""
-        if self.is_open is None:
-            return list(range(len(self)))
+        if isinstance(self.is_open, bool):
+            return list(range(len(self))) if self.is_open else []
         places: list[int] = np.flatnonzero(self.is_open).tolist()
         return places
 
     def is_open_at(self, place: int) -> bool:
         """Whether nothing has continued from the state in this row."""
-        return self.is_open is None or bool(self.is_open[place])
+        return self.is_open if isinstance(self.is_open, bool) else bool(self.is_open[place])
 
-    def close(self, place: int) -> None:
+    def close_row(self, place: int) -> None:
         """Note that the state in this row was continued from."""
-        if self.is_open is None:
-            self.is_open = np.ones(len(self), bool)
+        if isinstance(self.is_open, bool):
+            self.is_open = np.full(len(self), self.is_open)
         self.is_open[place] = False
+
+    def close(self) -> None:
+        """Note that all were continued from. What can be had again is not kept."""
+        self.is_open, self._column, self._keys = False, -1, _NO_KEYS
 
 
 #: A state: the call that it came out of, and its row there.
@@ -215,7 +219,7 @@ class StateMemory:
 
     def close(self, call: Call) -> None:
         """Note that every state of the last call was continued from."""
-        call.is_open = np.zeros(len(call), bool)
+        call.close()
         if self._open.pop(call, self) is None:
             self._past[call] = None
             self._past_bytes += call.nbytes
@@ -224,13 +228,13 @@ class StateMemory:
         """Note that these states were continued or forked from, and use them as the latest."""
         for call, place in rows:
             if call.is_open_at(place):
-                call.close(place)
+                call.close_row(place)
                 if call.is_counted:
                     self._uncount(call.keys(self._column)[place])
             if call in self._past:
                 self._past.move_to_end(call)
             elif call in self._open:
-                if call.is_open is None or call.is_open.any():
+                if call.open_places():
                     self._open.move_to_end(call)
                 else:
                     self.close(call)
@@ -384,7 +388,8 @@ class Digests:
     def add_hashes(self, found: Hashes) -> None:
         """Note (n,) numbers."""
         if self._table is None:
-            self._table = np.zeros(1 << self._bits, np.uint64)
+            table = torch.zeros(1 << self._bits, dtype=torch.int64, device="cpu")
+            self._table = table.numpy().view(np.uint64)
         self._table[self._slots(found)] = found
 
     def hold_hashes(self, found: Hashes) -> list[bool]:

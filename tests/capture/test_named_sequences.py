@@ -420,3 +420,26 @@ def test_the_jacobian_of_a_step_from_a_changed_state() -> None:
         )[:, 0]
         found = jacobian(trace["cell"], 0, step)
         np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_shards_and_merged_files(copy, tmp_path) -> None:
+    loops = [Loop(seed=0), Loop(rectified, seed=0)]
+    for rank, loop in enumerate(loops):
+        tracer = grutrace.Tracer(
+            loop.cell, tmp_path / "run.h5", shard=(rank, 2), recording=False, record=EVERYTHING
+        )
+        with tracer, tracer.recording(sequences=range(B), labels={"rank": {"": [rank] * B}}):
+            loop.run()
+    merge(tmp_path / "run.rank*.h5", tmp_path / "merged.h5", copy=copy)
+    for path in ("run.rank*.h5", "merged.h5"):
+        with grutrace.open(tmp_path / path) as trace:
+            assert trace["cell"].lengths.tolist() == [T] * (2 * B)
+            for number, sequence in enumerate(trace["cell"]):
+                loop, row = loops[number // B], number % B
+                for found, expected in (
+                    (sequence.hidden, loop.made),
+                    (sequence.previous, loop.previous),
+                ):
+                    np.testing.assert_array_equal(found, torch.stack(expected)[:, row].numpy())
+                assert sequence.labels["rank"].tolist() == [number // B] * T

@@ -192,7 +192,7 @@ def test_a_dropped_state_is_said(path, cell, tmp_path) -> None:
 
 @pytest.mark.filterwarnings("error")
 def test_a_state_that_is_used_is_not_dropped(cell) -> None:
-    with torch.no_grad(), grutrace.trace(cell, state_memory="256 KiB") as trace:
+    with torch.no_grad(), grutrace.trace(cell, state_memory="1 MiB") as trace:
         prompt = step(cell, torch.randn(1, 4))
         for _ in range(30):
             state = prompt
