@@ -14,6 +14,7 @@ from grutrace.analysis.derivation import derive_file
 from grutrace.analysis.jacobian import jacobian
 from grutrace.analysis.memory import memory
 from grutrace.analysis.verification import verify
+from grutrace.storage.merging import merge_shards
 from tests.oracles import gates, weights_of
 from tests.plain_reader import PlainTrace
 
@@ -431,7 +432,7 @@ def test_shards_and_merged_files(copy, tmp_path) -> None:
         )
         with tracer, tracer.recording(sequences=range(B), labels={"rank": {"": [rank] * B}}):
             loop.run()
-    merge(tmp_path / "run.rank*.h5", tmp_path / "merged.h5", copy=copy)
+    merge_shards(tmp_path / "run.rank*.h5", tmp_path / "merged.h5", copy=copy)
     for path in ("run.rank*.h5", "merged.h5"):
         with grutrace.open(tmp_path / path) as trace:
             assert trace["cell"].lengths.tolist() == [T] * (2 * B)
