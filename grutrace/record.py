@@ -155,6 +155,29 @@ class Fork:
     steps: int
 
 
+#: What a mark says of how a sequence began. ``continued``: it is a segment of its parent, which
+#: goes on from a state that the model or the user changed. ``ambiguous``: it started from a state
+#: that several sequences had ended with. ``dropped``: it started from a state, or has a name, that
+#: was no longer remembered.
+MARKS = ("continued", "ambiguous", "dropped")
+
+#: No label of the user's has a name that begins so: see docs/format.md.
+MARK_PREFIX = "grutrace:"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A mark of how a sequence began.
+
+    Attributes:
+        sequence: The sequence that began.
+        mark: One of `MARKS`. Of a sequence that is ``continued``, a `Fork` names the parent.
+    """
+
+    sequence: int
+    mark: str
+
+
 @dataclass(frozen=True)
 class Block:
     """One recorded call of one module.
@@ -172,6 +195,7 @@ class Block:
         sequences: (B,) number of the sequence that each batch row is a piece of.
         sites: By suffix, what was recorded; every recorded site of the module.
         forks: Origins of those sequences that began from the middle of another.
+        origins: Marks of those sequences that began, where there is one.
     """
 
     module: int
@@ -183,6 +207,7 @@ class Block:
     sequences: npt.NDArray[np.uint64]
     sites: Mapping[str, SiteRows]
     forks: tuple[Fork, ...] = ()
+    origins: tuple[Origin, ...] = ()
 
     @property
     def is_proven(self) -> bool:

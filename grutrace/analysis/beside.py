@@ -11,6 +11,7 @@ from grutrace.errors import OptionError
 from grutrace.record import Array
 from grutrace.storage.index import Integers
 from grutrace.storage.labels import RowLabels
+from grutrace.storage.moment import Restarts
 from grutrace.storage.source import Rows
 
 
@@ -51,6 +52,10 @@ class Beside(Material):
     def initial(self, first: int, last: int) -> Array:
         """As the site's."""
         return self._site.initial(first, last)
+
+    def restarts(self, first: int, last: int) -> Restarts:
+        """As the site's."""
+        return self._site.restarts(first, last)
 
     def versions(self, rows: slice | Integers) -> Integers:
         """As the site's."""

@@ -103,7 +103,7 @@ def decompose(
     of.require(*_NEEDED)
     sequence, made = _place(of, sequence, step)
     columns = _columns(of, units)
-    first = max(0, made + 1 - _back(back, made + 1))
+    first = max(_begins(of, sequence, made, made + 1)[0], made + 1 - _back(back, made + 1))
     count, width = made + 1 - first, len(of.units[columns])
     written, weights = np.empty((2, count, width))
     kept = np.ones(width)
@@ -236,19 +236,24 @@ def _map_block(
     with np.errstate(invalid="ignore", divide="ignore"):
         towards = hidden / np.einsum("mh,mh->m", hidden, hidden)[:, np.newaxis]
     kept = np.ones_like(hidden)
+    # How many steps each state has behind it.
+    behind = np.arange(start, stop) + 1 - _begins(site, sequence, start, stop)
     for lag in range(min(lags, stop)):
         # Those states that have as many steps.
         some = slice(max(0, lag - start), None)
         past = slice(max(0, start - lag) - low, stop - lag - low)
-        written = (1 - update[past]) * kept[some] * candidate[past]
+        there = (behind[some] > lag)[:, np.newaxis]
+        written = np.where(there, (1 - update[past]) * kept[some] * candidate[past], 0.0)
         share[some, lag] = np.einsum("mh,mh->m", written, towards[some])
         size[some, lag] = np.abs(written).sum(axis=1)
-        kept[some] *= update[past]
+        kept[some] *= np.where(there, update[past], 1.0)
     before = np.empty_like(hidden)
     within = min(stop - start, max(0, lags - start))
-    before[:within] = _state_before(site, sequence, 0)
     if within < stop - start:
         before[within:] = _made(site, "hidden", sequence, start + within - lags, stop - lags)
+    first = np.arange(start, stop) + 1 - behind
+    for step in np.unique(first[behind <= lags]).tolist():
+        before[(first == step) & (behind <= lags)] = _state_before(site, sequence, step)
     return np.asarray(np.einsum("mh,mh->m", kept * before, towards))
 
 
@@ -264,9 +269,21 @@ def _made(site: Material, quantity: str, sequence: int, low: int, high: int) -> 
 
 def _state_before(site: Material, sequence: int, made: int) -> Array:
     """(H,) float64, the state from which the step that was made as this number started."""
+    restarts = site.restarts(sequence, sequence + 1)
+    if made in restarts.steps:
+        return np.asarray(restarts.states[restarts.steps == made][-1], np.float64)
     if made:
         return np.asarray(_made(site, "hidden", sequence, made - 1, made)[0])
     return np.asarray(site.initial(sequence, sequence + 1)[0], np.float64)
+
+
+def _begins(site: Material, sequence: int, low: int, high: int) -> Integers:
+    """(high - low,) for steps made as `low` to `high` - 1, the one with which the sequence began.
+
+    Or the last one up to then that started from another state than the sequence had ended with.
+    """
+    begins = np.concatenate([[0], site.restarts(sequence, sequence + 1).steps])
+    return np.asarray(begins[np.searchsorted(begins, np.arange(low, high), side="right") - 1])
 
 
 def _in_time(site: Material, sequence: int, made: Integers) -> Integers:

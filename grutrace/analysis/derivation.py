@@ -110,7 +110,7 @@ def _append_all(moment: Moment, sink: Sink, progress: Callable[[int, int], None]
 
 
 def _annotations(moment: Moment) -> Iterator[Annotation]:
-    tables, start = moment.tables, 0
+    tables, start = moment.stored, 0
     for entry in tables.annotations:
         values = tables.values[start : start + int(entry["count"])].tolist()
         start += len(values)
@@ -129,8 +129,8 @@ class _ModuleRecords:
         self._module: Module = moment.header.modules[number]
         self._sites = [SiteTrace(lambda: moment, number, site) for site in self._module.sites]
         self._index = self._moment.index(number)
-        self._pieces = self._moment.tables.pieces[number]
-        forks = self._moment.tables.forks
+        self._pieces = self._moment.stored.pieces[number]
+        forks = self._moment.stored.forks
         own = forks[forks["module"] == number]
         self._forks = own[np.argsort(own["sequence"], kind="stable")]
         self._announced = self._piece = self._begun = 0
@@ -172,8 +172,11 @@ class _ModuleRecords:
     def _with_initial(self, rows: dict[str, SiteRows], before: int) -> dict[str, SiteRows]:
         """Add the states that the sequences of a call began from."""
         none = np.empty((0, self._module.hidden_size), self._module.dtype)
+        source, count = self._moment.source, self._moment.stored.extents[self._number].sequences
         initial = {
-            site.site.suffix: np.array(site.initial[before : self._begun])
+            site.site.suffix: np.array(
+                source.initial(self._number, site.site.suffix, count)[before : self._begun]
+            )
             if before < self._begun
             else none
             for site in self._sites

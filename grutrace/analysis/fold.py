@@ -14,7 +14,7 @@ import numpy as np
 
 from grutrace.analysis.elsewhere import computed, computed_here, other_processes
 from grutrace.analysis.material import Material
-from grutrace.analysis.stretches import PREVIOUS, WEIGHTS, Stretch, stretches
+from grutrace.analysis.stretches import NOT_STORED, PREVIOUS, Stretch, stretches
 from grutrace.errors import OptionError
 from grutrace.record import Array
 
@@ -89,7 +89,7 @@ def fold_sequences(
     Raises:
         NotRecordedError: A quantity is not there.
     """
-    stored = [name for name in quantities if name not in (PREVIOUS, WEIGHTS)]
+    stored = [name for name in quantities if name not in NOT_STORED]
     stored += ["hidden"] if PREVIOUS in quantities and "hidden" not in stored else []
     site.require(*stored)
     each = max(1, PART // _row_bytes(site, stored))

@@ -196,6 +196,10 @@ def _at(site: Material, sequence: int, step: int) -> Array:
     before = step + 1 if site.reverse else step - 1
     inside = 0 <= before < site.lengths[sequence]
     previous = row("hidden", before) if inside else site.initial(sequence, sequence + 1)
+    restarts = site.restarts(sequence, sequence + 1)
+    if step in restarts.steps:
+        # The last of them, if segments between have no steps.
+        previous = restarts.states[restarts.steps == step][-1:]
     part = (
         slice(rows.start + step, rows.start + step + 1)
         if isinstance(rows, slice)

@@ -28,7 +28,7 @@ from grutrace.analysis.fold import fold_sequences
 from grutrace.analysis.jacobian import NEEDED, Factors, factors, require_whole
 from grutrace.analysis.material import Analysed, material
 from grutrace.analysis.result import Result
-from grutrace.analysis.stretches import PREVIOUS, WEIGHTS, Stretch
+from grutrace.analysis.stretches import PREVIOUS, RESTARTS, WEIGHTS, Stretch
 from grutrace.errors import OptionError, brief
 from grutrace.record import Array
 from grutrace.storage.index import Integers
@@ -128,7 +128,7 @@ def lyapunov(site: Analysed, count: int = EXPONENTS, skip: int | None = None) ->
     # Where the counted steps of each sequence begin among those of all, were none skipped.
     starts = np.cumsum(counted) - counted - skipped
     begin = partial(_Growth, size, min(count, size), skipped, starts, blocks, total)
-    found = fold_sequences(of, (*NEEDED, PREVIOUS, WEIGHTS), begin)
+    found = fold_sequences(of, (*NEEDED, PREVIOUS, WEIGHTS, RESTARTS), begin)
     with np.errstate(invalid="ignore", divide="ignore"):
         exponents = found.logs.sum(axis=0) / total
         errors = _errors(found.logs / found.steps[:, np.newaxis])

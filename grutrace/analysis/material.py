@@ -19,7 +19,7 @@ from grutrace.record import QUANTITIES, Array, Site
 from grutrace.reprs import fields_repr
 from grutrace.storage.index import Integers
 from grutrace.storage.labels import RowLabels, labels_of
-from grutrace.storage.moment import Moment
+from grutrace.storage.moment import Moment, Restarts
 from grutrace.storage.site import SiteTrace
 from grutrace.storage.source import Rows
 
@@ -145,6 +145,11 @@ class Material(ABC):
     def parents(self) -> Integers:
         """(S,) the sequence from whose middle each began; -1 for none."""
 
+    def restarts(self, first: int, last: int) -> Restarts:  # noqa: ARG002
+        """Where sequences `first` to `last` - 1 go on from another state than they ended with."""
+        none = np.empty(0, np.int64)
+        return Restarts(none, none, np.empty((0, len(self.units))))
+
     def require(self, *quantities: str) -> None:
         """Refuse early what an analysis could not read.
 
@@ -209,6 +214,9 @@ class _OfTrace(Material):
 
     def initial(self, first: int, last: int) -> Array:
         return np.asarray(self._site.initial[first:last])
+
+    def restarts(self, first: int, last: int) -> Restarts:
+        return self._site.restarts(first, last)
 
     def versions(self, rows: slice | Integers) -> Integers:
         return self._site.row_versions(rows)

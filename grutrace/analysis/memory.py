@@ -30,7 +30,7 @@ import numpy as np
 from grutrace.analysis.fold import fold_sequences
 from grutrace.analysis.material import Analysed, material
 from grutrace.analysis.result import Result
-from grutrace.analysis.stretches import Stretch
+from grutrace.analysis.stretches import RESTARTS, Stretch
 from grutrace.record import Array
 from grutrace.storage.index import Integers
 
@@ -74,7 +74,7 @@ def memory(site: Analysed) -> Memory:
         NotRecordedError: The update gate was not recorded.
     """
     of = material(site)
-    found = fold_sequences(of, ("update",), partial(_Ages, len(of.units)))
+    found = fold_sequences(of, ("update", RESTARTS), partial(_Ages, len(of.units)))
     with np.errstate(invalid="ignore", divide="ignore"):
         return Memory(
             site=of.name,

@@ -56,8 +56,7 @@ class Quantity:
         sites = moment.header.modules[self._module].sites
         site = next(site for site in sites if site.suffix == self._suffix)
         if self.name == INITIAL:
-            count = moment.extent(self._module).sequences
-            return moment.source.initial(self._module, self._suffix, count)
+            return moment.initial(self._module, site)
         return moment.rows(self._module, site, self.name)
 
     def __dask_tokenize__(self) -> tuple[object, ...]:

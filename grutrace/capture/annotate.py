@@ -7,6 +7,8 @@ as many sequences, and the longest list as long as the longest sequence.
 
 from __future__ import annotations
 
+import warnings
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -17,19 +19,23 @@ import numpy.typing as npt
 
 from grutrace.capture.recorder import Recorded
 from grutrace.capture.values import Parsed, Values, parse
-from grutrace.errors import OptionError, brief, listed
-from grutrace.record import Annotation, Module
+from grutrace.errors import GrutraceWarning, OptionError, brief, listed
+from grutrace.record import MARK_PREFIX, Annotation, Module
 
 #: Values, or values by the path of the module that they belong to, which may be a glob.
 Given: TypeAlias = Values | Mapping[str, Values]
 
 
-@dataclass
+#: How many sequences and batches of a module a recording keeps, unless it was given values.
+KEPT_SEQUENCES, KEPT_BATCHES = 4096, 256
+
+
+@dataclass(eq=False)
 class _Batch:
     """Sequences that one call began or took up, (B,) each.
 
     Attributes:
-        sequences: As they were told.
+        sequences: The numbers that they began under, as they were told.
         first: Their first step here.
         steps: How many they have made since.
         numbers: As the trace has them; -1 for none.
@@ -45,13 +51,80 @@ class _Batch:
     stop: int | None
 
 
-class RecordedBatches:
-    """The batches that were recorded in one stretch of recording, by module."""
+class _ModuleBatches:
+    """The batches of one module, and where each sequence is among them.
 
-    def __init__(self, modules: Sequence[Module]) -> None:
+    Attributes:
+        batches: Those that are kept, the one that was used last at the end.
+        dropped: How many are not kept any more.
+    """
+
+    def __init__(self, *, keep_all: bool) -> None:
+        self.batches: OrderedDict[_Batch, None] = OrderedDict()
+        self.dropped = 0
+        self._keep_all, self._count = keep_all, 0
+        # By the identity of the array of sequences, which the batch keeps alive: a decoder's calls
+        # have the very same one.
+        self._by_array: dict[int, _Batch] = {}
+        # Filled when it is asked: most calls continue nothing, or a batch as a whole.
+        self._by_sequence: dict[int, tuple[_Batch, int]] = {}
+        self._unlisted: deque[_Batch] = deque()
+
+    def with_array(self, sequences: npt.NDArray[np.uint64]) -> _Batch | None:
+        """The batch of just these sequences."""
+        batch = self._by_array.get(id(sequences))
+        if batch is not None:
+            self.batches.move_to_end(batch)
+        return batch
+
+    def places(self, sequences: npt.NDArray[np.uint64]) -> list[tuple[_Batch, int] | None]:
+        """The batch of each of these sequences, and its place there."""
+        while self._unlisted:
+            batch = self._unlisted.popleft()
+            for place, number in enumerate(batch.sequences.tolist()):
+                self._by_sequence[number] = batch, place
+        found = [self._by_sequence.get(number) for number in sequences.tolist()]
+        for batch in dict.fromkeys(each[0] for each in found if each is not None):
+            self.batches.move_to_end(batch)
+        return found
+
+    def add(self, batch: _Batch) -> None:
+        """Keep one more, and drop those that were used least recently if there are too many."""
+        self.batches[batch] = None
+        self._by_array[id(batch.sequences)] = batch
+        self._unlisted.append(batch)
+        self._count += len(batch.sequences)
+        while not self._keep_all and len(self.batches) > 1 and self._are_too_many():
+            self._drop(next(iter(self.batches)))
+
+    def _are_too_many(self) -> bool:
+        return self._count > KEPT_SEQUENCES or len(self.batches) > KEPT_BATCHES
+
+    def _drop(self, batch: _Batch) -> None:
+        del self.batches[batch], self._by_array[id(batch.sequences)]
+        self._count -= len(batch.sequences)
+        self.dropped += 1
+        if batch in self._unlisted:
+            self._unlisted.remove(batch)
+            return
+        for number in batch.sequences.tolist():
+            del self._by_sequence[number]
+
+
+class RecordedBatches:
+    """The batches that were recorded in one stretch of recording, by module.
+
+    Args:
+        modules: The traced modules.
+        keep_all: Whether to keep them all; the latest of each module otherwise.
+    """
+
+    def __init__(self, modules: Sequence[Module], *, keep_all: bool = False) -> None:
         self._modules = modules
-        self._batches: list[list[_Batch]] = [[] for _ in modules]
+        self._keep_all = keep_all
+        self._batches = [_ModuleBatches(keep_all=keep_all) for _ in modules]
         self._left_out: set[int] = set()
+        self._has_warned = False
 
     def leave_out(self, module: int) -> None:
         """Note that a call of a module was not recorded, so that its values fit no batch.
@@ -62,36 +135,33 @@ class RecordedBatches:
 
     def clear(self) -> None:
         """Forget all: the calls are no longer in the trace."""
-        self._batches = [[] for _ in self._modules]
+        self._batches = [_ModuleBatches(keep_all=self._keep_all) for _ in self._modules]
 
     def add(self, recorded: Recorded) -> None:
         """Note a call: it goes on with batches that are known, or adds one."""
-        assignment, lengths = recorded.assignment, recorded.lengths
+        assignment, lengths, numbers = recorded.assignment, recorded.lengths, recorded.numbers
         batches = self._batches[recorded.module]
         # A sequence that had no number gets one, and one that had no steps another, never a lower.
-        if batches and batches[-1].sequences is assignment.sequences:
-            batches[-1].steps += lengths
-            np.maximum(batches[-1].numbers, recorded.numbers, out=batches[-1].numbers)
+        batch = batches.with_array(assignment.roots)
+        if batch is not None:
+            batch.steps += lengths
+            np.maximum(batch.numbers, numbers, out=batch.numbers)
             return
-        unknown = np.ones(len(lengths), bool)
-        for batch in reversed(batches if not assignment.begun.all() else []):
-            _, here, there = np.intersect1d(
-                assignment.sequences, batch.sequences, assume_unique=True, return_indices=True
-            )
-            batch.steps[there] += lengths[here]
-            batch.numbers[there] = np.maximum(batch.numbers[there], recorded.numbers[here])
-            unknown[here] = False
-            if not unknown.any():
-                break
-        forked = np.isin(assignment.sequences, [fork.sequence for fork in assignment.forks])
-        if unknown.all() and not forked.any():
-            first = assignment.steps_before.copy()
-            batches.append(
+        is_known = False
+        if not (assignment.begun.all() and assignment.roots is assignment.sequences):
+            for row, found in enumerate(batches.places(assignment.roots)):
+                if found is not None:
+                    is_known = True
+                    batch, place = found
+                    batch.steps[place] += lengths[row]
+                    batch.numbers[place] = max(batch.numbers[place], numbers[row])
+        if not is_known and not assignment.forks:
+            batches.add(
                 _Batch(
-                    assignment.sequences,
-                    first,
+                    assignment.roots,
+                    assignment.steps_before.copy(),
                     lengths.copy(),
-                    recorded.numbers.copy(),
+                    numbers.copy(),
                     recorded.start,
                     recorded.stop,
                 )
@@ -110,6 +180,12 @@ class RecordedBatches:
         """
         if not isinstance(name, str):
             raise OptionError(f"labels: expected a text as a name, found {brief(name)}")
+        if name.startswith(MARK_PREFIX):
+            raise OptionError(
+                f"labels: names that begin with {MARK_PREFIX!r} are grutrace's own; found "
+                f"{brief(name)}"
+            )
+        self._warn_of_dropped(name)
         if isinstance(given, Mapping):
             named = given.items()
             return [each for glob, values in named for each in self._named(name, glob, values)]
@@ -154,8 +230,24 @@ class RecordedBatches:
 
     def _all(self) -> Iterator[tuple[int, _Batch]]:
         for module, batches in enumerate(self._batches):
-            for batch in batches:
+            for batch in batches.batches:
                 yield module, batch
+
+    def _dropped(self) -> str:
+        """What to say of the batches that are not kept any more; empty if there are none."""
+        dropped = sum(batches.dropped for batches in self._batches)
+        if not dropped:
+            return ""
+        return (
+            f"the {dropped} oldest batches of this recording are no longer kept, and cannot be "
+            "given values: annotate sooner, or pass tokens and labels to recording()"
+        )
+
+    def _warn_of_dropped(self, name: str) -> None:
+        message = self._dropped()
+        if message and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(f"{name}: {message}", GrutraceWarning, stacklevel=5)
 
     def _what_is_there(self) -> str:
         counts = {
@@ -163,7 +255,9 @@ class RecordedBatches:
             f"{batch.steps.max(initial=0)} steps"
             for module, batch in self._all()
         }
-        return "; ".join(sorted(counts)) or "nothing was recorded"
+        dropped = self._dropped()
+        found = [*sorted(counts), *([dropped] if dropped else [])]
+        return "; ".join(found) or "nothing was recorded"
 
 
 def _fits(values: Parsed, batch: _Batch) -> bool:

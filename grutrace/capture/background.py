@@ -188,6 +188,7 @@ def _computed(module: Module, blocks: Sequence[CopiedBlock], weights: Weights) -
             sequences=block.sequences,
             sites={suffix: rows[call] for suffix, rows in by_site.items()},
             forks=block.forks,
+            origins=block.origins,
         )
         for call, block in enumerate(blocks)
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import platform
+import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import version
@@ -26,6 +27,10 @@ Check = Literal["warn", "raise", "off"]
 
 #: What a sink that fails does to the run: end it, or let it go on untraced.
 OnError = Literal["raise", "warn"]
+
+#: Bytes of final states that are remembered, to tell which sequence a call goes on with: the last
+#: 250 steps of 64 sequences of 256 float32 units.
+STATE_MEMORY = "16 MiB"
 
 #: When gates are computed: with the call, outside the model's forward but before they are stored,
 #: or when they are read. Auto is what the model feels least while all gates are stored: the second
@@ -51,6 +56,7 @@ class Options:
         dtype: Name of the type that rows are kept as; None for that of each module.
         steps: Which steps of each sequence, as a slice that begins at a number; None for all.
         units: As they were given, before it is known how many a module has; None for all.
+        state_memory: Bytes of final states that all modules together may remember.
 
     Raises:
         OptionError: One of them has no such value.
@@ -75,6 +81,7 @@ class Options:
         compression: Compression | None = None,
         weights: WeightChecks = "auto",
         compiled: CompiledCode = "auto",
+        state_memory: int | str = STATE_MEMORY,
     ) -> None:
         require_one_of("compiled", compiled, get_args(CompiledCode))
         self.compiled: CompiledCode = compiled
@@ -108,6 +115,7 @@ class Options:
         self.every = _count("every", every)
         self.max_calls = None if max_calls is None else _count("max_calls", max_calls)
         self.max_bytes = None if max_bytes is None else _count("max_bytes", max_bytes)
+        self.state_memory = byte_count("state_memory", state_memory)
         self.dtype = None if dtype is None else _stored_type(dtype)
         self.units = None if units is None else _units(units)
         self.steps = None if steps is None else _steps(steps)
@@ -136,6 +144,9 @@ class Options:
             "compression": self.compression,
             "weights": self.weights if self.weights != "auto" else None,
             "compiled": self.compiled if self.compiled != "auto" else None,
+            "state_memory": self.state_memory
+            if self.state_memory != byte_count("", STATE_MEMORY)
+            else None,
         }
         return always | {name: value for name, value in others.items() if value is not None}
 
@@ -164,6 +175,26 @@ def _count(option: str, value: object) -> int:
     expected = "a whole number from 1"
     number = integer(option, value, expected)
     if number < 1:
+        raise OptionError(f"{option}: expected {expected}, found {number}")
+    return number
+
+
+def byte_count(option: str, value: object) -> int:
+    """Return a number of bytes, given as one or as a text such as ``64 MiB``.
+
+    Raises:
+        OptionError: It is neither.
+    """
+    expected = 'a number of bytes, or a text such as "64 MiB" or "1 GB"'
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]i?)?B?\s*", value)
+        if found is None:
+            raise OptionError(f"{option}: expected {expected}, found {value!r}")
+        prefix = found[2] or ""
+        base = 1024 if prefix.endswith("i") else 1000
+        return int(float(found[1]) * base ** " KMGT".index(prefix[:1].upper() or " "))
+    number = integer(option, value, expected)
+    if number < 0:
         raise OptionError(f"{option}: expected {expected}, found {number}")
     return number
 

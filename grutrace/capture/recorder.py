@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import NamedTuple, TypeAlias
@@ -43,7 +42,7 @@ class Recorded(NamedTuple):
         module: Place of the module in the header.
         assignment: Its sequences, as they were told, and where they stood before it.
         lengths: (B,) all steps that it made of each.
-        numbers: (B,) the number of each sequence in the trace; -1 for none.
+        numbers: (B,) the number that each sequence began under in the trace; -1 for none.
         start: The first step of every sequence that is kept.
         stop: The first one after those; None for no end.
         block: What was recorded; None if none of its steps is kept.
@@ -97,6 +96,8 @@ class ModuleRecorder:
         pending: Where records go.
         options: Of the tracer. Where gates are deferred, nothing is replayed but only copied.
         limits: How much the trace may become.
+        state_memory: Bytes of states that are remembered, to tell which sequence a call goes on
+            with.
 
     Attributes:
         description: What is recorded of the module.
@@ -110,6 +111,7 @@ class ModuleRecorder:
         pending: PendingRecords,
         options: Options,
         limits: Limits,
+        state_memory: int,
     ) -> None:
         self._index, self._limits, self._pending = index, limits, pending
         self._selection, self._options = selection, options
@@ -128,6 +130,7 @@ class ModuleRecorder:
         self._steps = options.steps
         #: Held while a call is numbered and handed on.
         self.lock = threading.RLock()
+        self._state_memory = state_memory
         self.forget()
         self._has_gates = any({*GATES} & {*each.readable} for each in self.description.sites)
         wishes = [site.asked for site in self._sites]
@@ -142,14 +145,24 @@ class ModuleRecorder:
 
         Its sequences begin anew, from the states that it is given, and its weights are announced.
         """
-        self._continuity = Continuity()
+        self._continuity = Continuity(self._state_memory)
         steps = self._steps
         self._kept = None if steps is None else KeptSteps(steps.start, steps.stop)
         self._versions = WeightVersions(self._options.weights)
         self._held: list[_Held] = []
 
-    def record(self, observation: Observation, tag: str | None) -> Recorded:
+    def record(
+        self,
+        observation: Observation,
+        tag: str | None,
+        names: Sequence[Hashable] | None = None,
+    ) -> Recorded:
         """Record an observed call: harvested, replayed or, where gates come later, copied.
+
+        Args:
+            observation: The call.
+            tag: The user's name for this part of the run.
+            names: (B,) the user's names of the sequences; None to go by the states.
 
         Raises:
             UnsupportedError: What a layer read is not recorded, and can no longer be told.
@@ -170,8 +183,9 @@ class ModuleRecorder:
                 # The trace was emptied meanwhile, and its weights are numbered anew.
                 is_certain = self._versions.look(observation.call.weights, observation.seconds)
                 version = self._versions.present
-                computed = None
-            return self._number(observation, tag, version, is_certain, computed)
+                if self._kept is None:
+                    computed = self._compute(observation, version, is_certain)
+            return self._number(observation, tag, names, version, is_certain, computed)
 
     def expect_changes(self) -> None:
         """Compare the weights at the next call, whatever that costs."""
@@ -246,37 +260,35 @@ class ModuleRecorder:
         self,
         observation: Observation,
         tag: str | None,
+        names: Sequence[Hashable] | None,
         version: Version,
         is_certain: bool,
         computed: _Computed | None,
     ) -> Recorded:
-        """Number a call and hand it on; what was numbered is forgotten if that fails."""
-        before = self._continuity.state, copy.copy(self._kept)
-        try:
-            assignment = self._continuity.assign(*_ends(observation), observation.steps.lengths)
-            lengths = observation.steps.lengths
-            if self._kept is None:
-                recorded = Recorded(
-                    self._index, assignment, lengths, assignment.sequences.view(np.int64)
-                )
-            else:
-                found = self._kept.of(assignment, lengths)
-                bounds = self._kept.start, self._kept.stop
-                recorded = Recorded(self._index, assignment, lengths, found.numbers, *bounds)
-                if found.assignment is None:
-                    return recorded
-                assignment = found.assignment
-                observation = only_kept(
-                    observation, found, [each.site.layer for each in self._sites]
-                )
-            if computed is None:
-                computed = self._compute(observation, version, is_certain)
+        """Number a call and hand it on. If that fails, the numbers are not used up."""
+        lengths = observation.steps.lengths
+        assignment = self._continuity.assign(*_ends(observation), lengths, names)
+        if self._kept is None:
+            numbers = assignment.roots.view(np.int64)
+            recorded = Recorded(self._index, assignment, lengths, numbers)
+            assert computed is not None
             block = self._block(observation, assignment, tag, computed)
             number = self._hand_on(observation, block, computed)
-        except BaseException:
-            self._continuity.state, self._kept = before
-            raise
-        return recorded._replace(block=block, number=number)
+            recorded = recorded._replace(block=block, number=number)
+        else:
+            kept = self._kept.of(assignment, lengths)
+            bounds = self._kept.start, self._kept.stop
+            recorded = Recorded(self._index, assignment, lengths, kept.numbers, *bounds)
+            if kept.assignment is not None:
+                layers = [each.site.layer for each in self._sites]
+                narrowed = only_kept(observation, kept, layers)
+                computed = self._compute(narrowed, version, is_certain)
+                block = self._block(narrowed, kept.assignment, tag, computed)
+                number = self._hand_on(narrowed, block, computed)
+                recorded = recorded._replace(block=block, number=number)
+            self._kept.accept(kept, self._continuity)
+        self._continuity.accept()
+        return recorded
 
     def _hand_on(self, observation: Observation, block: Block, computed: _Computed) -> int | None:
         """Hand a call on, or have it wait, its weights having been announced if they are new."""
@@ -356,6 +368,7 @@ class ModuleRecorder:
             assignment.sequences,
             sites,
             assignment.forks,
+            assignment.origins,
         )
         if not self._copying:
             return Block(*fields)

@@ -7,7 +7,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from types import FrameType, TracebackType
@@ -25,6 +25,7 @@ from grutrace.capture.limits import LimitReached, Limits
 from grutrace.capture.model_changes import place_of
 from grutrace.capture.observe import GRUModule, Observation, Stacks
 from grutrace.capture.options import (
+    STATE_MEMORY,
     Check,
     Gates,
     OnError,
@@ -36,7 +37,7 @@ from grutrace.capture.options import (
 from grutrace.capture.outlet import Outlet
 from grutrace.capture.pending import PendingRecords
 from grutrace.capture.recorder import ModuleRecorder
-from grutrace.capture.recording import Recording
+from grutrace.capture.recording import Block, GivenNames, Recording, SequenceNames
 from grutrace.capture.selection import narrow
 from grutrace.capture.sites import Selection, find, select
 from grutrace.capture.surroundings import Missed, compiler_is_loaded
@@ -54,7 +55,7 @@ from grutrace.errors import (
     brief,
     naming_unknown_options,
 )
-from grutrace.record import DEFAULT_RECORD, Header
+from grutrace.record import DEFAULT_RECORD, Header, Origin
 from grutrace.shard import ShardOption, chosen_shard, sharded
 from grutrace.storage.moment import Moment
 from grutrace.storage.sinks import (
@@ -81,6 +82,19 @@ _TOO_LARGE = (
 
 #: A trace in memory that is larger than this is warned of, once. Bytes.
 LARGE = 2 * 1024**3
+
+#: By mark of a sequence, what to say of it.
+_DOUBTS = {
+    "ambiguous": (
+        "which sequence a call of {} goes on with cannot be told: several had ended with the very "
+        "state that it starts from. It begins a sequence, with the origin 'ambiguous'. Name the "
+        "sequences: with tracer.recording(sequences=...)"
+    ),
+    "dropped": (
+        "a call of {} goes on with a sequence whose state is no longer remembered. It begins a "
+        "sequence, with the origin 'dropped'. Pass state_memory='64 MiB', or more, to the tracer"
+    ),
+}
 
 
 class Tracer(Trace):
@@ -146,6 +160,10 @@ class Tracer(Trace):
             whole process runs as the Python code that it was made from. ``auto``: so if there is
             such a graph when recording starts. ``keep``: compiled code runs as ever, and a warning
             says what is not heard.
+        state_memory: How much of the states that calls ended with is remembered, all modules
+            together, to tell which sequence a call goes on with: a number of bytes, or a text such
+            as ``64 MiB``. A sequence whose state was dropped begins anew, marked ``dropped``, with
+            one warning.
 
     Raises:
         OptionError: An option has no such value, or a glob matches no site; or there are a path and
@@ -184,6 +202,7 @@ class Tracer(Trace):
         compression: Compression | None = None,
         weights: WeightChecks = "auto",
         compiled: CompiledCode = "auto",
+        state_memory: int | str = STATE_MEMORY,
     ) -> None:
         options = Options(
             gates=gates,
@@ -202,6 +221,7 @@ class Tracer(Trace):
             compression=compression,
             weights=weights,
             compiled=compiled,
+            state_memory=state_memory,
         )
         own = chosen_shard(shard) if path is not None or sink is not None else None
         path = None if path is None else sharded(as_path(path), own)
@@ -225,7 +245,14 @@ class Tracer(Trace):
         self._limits = self._limit(options)
         self._pending = PendingRecords(self._outlet.append)
         self._recorders = [
-            ModuleRecorder(index, selection, self._pending, options, self._limits)
+            ModuleRecorder(
+                index,
+                selection,
+                self._pending,
+                options,
+                self._limits,
+                options.state_memory // len(self._selections),
+            )
             for index, selection in enumerate(self._selections)
         ]
         self._model = weakref.ref(model)
@@ -233,7 +260,10 @@ class Tracer(Trace):
         self._turns = [count() for _ in self._selections]
         self._record_on_enter, self._options = recording, options
         self._tag: str | None = None
-        self._batches: RecordedBatches | None = None
+        # What stands for this tracer in the blocks of a thread, which must not keep it alive.
+        self._owner = object()
+        self._started = False
+        self._blocks: set[Block] = set()
         # Those that annotations may still be given to: what is cleared is cleared in them, too.
         self._all_batches: weakref.WeakSet[RecordedBatches] = weakref.WeakSet()
         self._cleared = 0
@@ -275,18 +305,30 @@ class Tracer(Trace):
         """Record from now on. Does nothing once ``max_calls`` or ``max_bytes`` is reached.
 
         Args:
-            tag: A name that every call bears from now on.
+            tag: A name that every call bears from now on; within a `recording`, until its end.
 
         Raises:
             OptionError: The tag is no text.
             StateError: The tracer is closed.
         """
-        if not isinstance(tag, str | None):
-            raise OptionError(f"tag: expected a text, found {brief(tag)}")
+        _require_tag(tag)
         with self._lock:
-            if self._closed:
-                raise StateError("the tracer is closed: make a new one to record again")
-            self._tag = tag
+            self._require_open()
+            block = Block.of(self._owner)
+            if block is None:
+                self._tag = tag
+            else:
+                block.tag = tag
+            self._started = True
+            self._listen()
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise StateError("the tracer is closed: make a new one to record again")
+
+    def _listen(self) -> None:
+        """Hear the calls of the model from now on, and mind that it may have changed."""
+        with self._lock:
             self._settle()
             self._expect_changes()
             # Reaching the limit never stops the user's run.
@@ -343,8 +385,10 @@ class Tracer(Trace):
         subscription.start()
 
     def stop(self) -> None:
-        """Stop recording. The trace stays open."""
+        """Stop recording, in all blocks. The trace stays open."""
         with self._lock:
+            self._started = False
+            self._blocks.clear()
             self._watch.stop()
             while self._subscriptions:
                 self._subscriptions[-1].stop()
@@ -371,33 +415,60 @@ class Tracer(Trace):
         *,
         tokens: Given | None = None,
         labels: Mapping[str, Given] | None = None,
+        sequences: GivenNames | None = None,
     ) -> Iterator[Recording]:
         """Record within a ``with`` block, then go back to what was before.
+
+        A block is that of the thread or asyncio task that enters it, and of tasks made within it:
+        calls of other threads and tasks have their own block, or none. They are recorded all the
+        same. To have the calls of a pool's thread in this block, run them in a copy of the context:
+        ``pool.submit(contextvars.copy_context().run, model, batch)``. The end of a block ends no
+        other: recording stops with the last one, unless it was started otherwise.
 
         Args:
             tag: A name that every call within bears.
             tokens: As for `Recording.annotate`; given to what was recorded, when the block ends.
             labels: Likewise.
+            sequences: (B,) names of the sequences of a batch, hashable and all different, for
+                every call within that has B sequences; or such names by the path of a module, or
+                a glob. Calls with the same name, in this block or a later one of this tracer,
+                continue the same sequence from whatever state they start. A name that is used for
+                the first time continues, or forks from, the sequence whose state it starts from.
+                A bidirectional layer never continues a sequence.
 
         Yields:
             The recording, for annotations that are known only after the model has run.
+
+        Raises:
+            OptionError: The tag is no text, `sequences` are no such names, or tokens or labels fit
+                nothing that was recorded.
+            StateError: The tracer is closed.
         """
-        batches = RecordedBatches([each.description for each in self._selections])
+        _require_tag(tag)
+        modules = [each.description for each in self._selections]
+        names = None if sequences is None else SequenceNames(sequences, modules)
+        # What was given goes to all batches that it fits, at the end.
+        batches = RecordedBatches(modules, keep_all=tokens is not None or bool(labels))
         recording = Recording(self._annotate, batches)
         self._all_batches.add(batches)
-        before = self.is_recording, self._tag, self._batches
+        block = Block(self._owner, tag, batches, names)
+        with self._lock:
+            self._require_open()
+            self._blocks.add(block)
         try:
-            self.start(tag)
-            self._batches = batches
-            yield recording
-            recording.annotate(tokens=tokens, labels=labels)
+            self._listen()
+            with block.entered():
+                yield recording
+                recording.annotate(tokens=tokens, labels=labels)
         finally:
-            was_recording, self._tag, self._batches = before
-            if not was_recording:
-                self.stop()
-            else:
-                with self._lock, suppress(SinkError):
-                    self._settle()
+            with self._lock:
+                was_open = block in self._blocks
+                self._blocks.discard(block)
+                if was_open and not self._blocks and not self._started:
+                    self.stop()
+                else:
+                    with suppress(SinkError):
+                        self._settle()
                     self._expect_changes()
 
     def flush(self) -> None:
@@ -486,8 +557,7 @@ class Tracer(Trace):
         return was_open
 
     def __enter__(self) -> Self:
-        if self._closed:
-            raise StateError("the tracer is closed: make a new one to record again")
+        self._require_open()
         if self._record_on_enter:
             self.start()
         return self
@@ -570,8 +640,14 @@ class Tracer(Trace):
             self._leave_out(index)
             return
         cleared = self._cleared
+        block = Block.of(self._owner)
+        tag, names = self._tag, None
+        if block is not None:
+            tag = block.tag
+            if block.names is not None:
+                names = self._names(block.names, index, len(observation.steps.lengths))
         try:
-            recorded = recorder.record(observation, self._tag)
+            recorded = recorder.record(observation, tag, names)
         except UnsupportedError as error:
             path = self._path(index)
             self._warn_once(path, f"a call of {path} was not recorded: {error}")
@@ -584,10 +660,13 @@ class Tracer(Trace):
             if not self._goes_on(error):
                 raise
             return
-        with self._lock:
-            # Numbers of what was cleared meanwhile belong to other sequences by now.
-            if self._batches is not None and cleared == self._cleared:
-                self._batches.add(recorded)
+        if block is not None:
+            # Of a task that outlives its block there may be none any more.
+            with self._lock:
+                # Numbers of what was cleared meanwhile belong to other sequences by now.
+                if block.batches is not None and cleared == self._cleared:
+                    block.batches.add(recorded)
+        self._say_origins(index, recorded.assignment.origins)
         if self._limits.reached:
             self.stop()
         elif self._pending.is_full:
@@ -627,8 +706,23 @@ class Tracer(Trace):
     def _leave_out(self, index: int) -> None:
         """Note for tokens and labels that the present call of a module is not recorded."""
         # Without the lock: in a forked child nobody might be left to release it.
-        if self._batches is not None:
-            self._batches.leave_out(index)
+        block = Block.of(self._owner)
+        if block is not None and block.batches is not None:
+            block.batches.leave_out(index)
+
+    def _names(self, names: SequenceNames, index: int, batch: int) -> tuple[Hashable, ...] | None:
+        """The names of the sequences of a call; where there should be and are not, it is said."""
+        found = names.of(index, batch)
+        if found is None and (complaint := names.complaint(index, batch)):
+            self._warn_once(f"names of {self._path(index)}", complaint)
+        return found
+
+    def _say_origins(self, index: int, origins: Iterable[Origin]) -> None:
+        """Say, once a module, that it cannot be told which sequence a call goes on with."""
+        for origin in origins:
+            if origin.mark in _DOUBTS:
+                path = self._path(index)
+                self._warn_once(f"{origin.mark} in {path}", _DOUBTS[origin.mark].format(path))
 
     def _say_doubts(self) -> None:
         """Say what was found outside the model's forward since the last time."""
@@ -739,6 +833,11 @@ def _close_dropped(
             GrutraceWarning,
             stacklevel=2,
         )
+
+
+def _require_tag(tag: object) -> None:
+    if not isinstance(tag, str | None):
+        raise OptionError(f"tag: expected a text, found {brief(tag)}")
 
 
 #: The name for a ``with`` block: ``with grutrace.trace(model) as trace:``.

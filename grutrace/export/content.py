@@ -220,7 +220,7 @@ class SiteContent:
     def per_sequence(self) -> Iterator[Variable]:
         """What each sequence is, and the state that it began from."""
         index, count = self.index, len(self.index)
-        initial = self._moment.source.initial(self.number, self.site.suffix, count)
+        initial = self._moment.initial(self.number, self.site)
         shape = count, initial.shape[1]
         yield Variable(
             "initial", ("instance", "unit"), shape, initial.dtype, lambda a, b: initial[a:b]

@@ -164,7 +164,9 @@ class _Counter:
 
     def _count_call(self, block: Block) -> None:
         call, sites = self._accumulator.calls, self._sites[block.module]
-        begun = len(block.sites[sites[0][1]].initial)
+        # A segment of a sequence is no sequence.
+        segments = sum(origin.mark == "continued" for origin in block.origins)
+        begun = len(block.sites[sites[0][1]].initial) - segments
         for number, suffix in sites:
             self._accumulator.check(number, block.sites[suffix].residual, call)
         self._accumulator.count_calls(block.module, 1, begun, int(block.steps.sum()))

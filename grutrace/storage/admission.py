@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from grutrace.errors import SinkError
-from grutrace.record import Annotation, Array, Block, Module, Record, Site, Weights
+from grutrace.record import MARKS, Annotation, Array, Block, Module, Record, Site, Weights
 from grutrace.storage.schema import weight_shapes, width
 
 
@@ -84,6 +84,12 @@ def _admit_block(plan: _Plan, block: Block) -> None:
         if not (plan.sequences <= fork.sequence < last and 0 <= fork.parent < fork.sequence):
             raise _refusal(
                 _call(plan), f"a fork of {plan.sequences} to {last - 1} from an earlier one", fork
+            )
+    for origin in block.origins:
+        begins = plan.sequences <= origin.sequence < plan.sequences + begun
+        if not begins or origin.mark not in MARKS:
+            raise _refusal(
+                _call(plan), f"a mark ({', '.join(MARKS)}) of a sequence that it begins", origin
             )
     plan.sequences += begun
 

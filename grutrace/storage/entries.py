@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from grutrace.record import Annotation, Array, Block, Module, Record, Weights
+from grutrace.record import MARK_PREFIX, Annotation, Array, Block, Module, Record, Weights
 from grutrace.storage.schema import (
     ANNOTATION,
     CALL,
@@ -98,6 +98,17 @@ class Entries:
                 for fork in block.forks
             ]
             yield "forks", np.array(forks, FORK)
+        if block.origins:
+            marks = [
+                (
+                    block.module,
+                    self._strings.label(MARK_PREFIX + origin.mark),
+                    first + origin.sequence,
+                    *(0, 0, False),
+                )
+                for origin in block.origins
+            ]
+            yield "annotations", np.array(marks, ANNOTATION)
 
     def _call(self, block: Block) -> Array:
         weights = self._versions[block.module] + block.weights

@@ -17,13 +17,17 @@ class ModuleIndex:
     """The pieces of one module, found by sequence. P pieces, S sequences.
 
     Args:
-        tables: Of the trace.
+        tables: Of the trace, all segments put together.
         module: Place of the module in the header.
+        stored: (P,) the stored sequence, or segment, that each piece is of; `sequences` unless
+            given.
 
     Attributes:
         steps: (P,) rows of each piece.
         starts: (P,) first row of each piece.
         sequences: (P,) the sequence that each piece is of.
+        segments: (P,) the stored sequence that each piece is of, by which `initial` is found.
+        segment_count: How many of those there are.
         call_numbers: (calls,) the module's calls, by their place among all calls.
         calls: (P,) the call that made each piece, by its place among all calls.
         places: (P,) its place in the batch of that call.
@@ -31,7 +35,7 @@ class ModuleIndex:
         bounds: (S + 1,) where each sequence begins in `order`.
     """
 
-    def __init__(self, tables: Tables, module: int) -> None:
+    def __init__(self, tables: Tables, module: int, stored: Array | None = None) -> None:
         pieces = tables.pieces[module]
         self._tables = tables
         self._module = module
@@ -40,6 +44,8 @@ class ModuleIndex:
         self.steps: Integers = pieces["steps"].astype(np.int64)
         self.starts = _starts(self.steps)
         self.sequences: Integers = pieces["sequence"].astype(np.int64)
+        self.segments = self.sequences if stored is None else stored.astype(np.int64)
+        self.segment_count = int(self.segments.max(initial=-1)) + 1
         self.calls = np.repeat(self.call_numbers, batch)
         self.places = np.arange(len(pieces)) - np.repeat(_starts(batch), batch)
         count = tables.extents[module].sequences
@@ -125,11 +131,11 @@ class ModuleIndex:
 
     @cached_property
     def last_rows_before(self) -> Integers:
-        """(P,) the last row before each piece in its sequence; -1 where it is the first."""
+        """(P,) the last row before each piece in its segment; -1 where it is the first."""
         before = np.full(len(self.order), -1, np.int64)
         # A piece of no steps has no last row: what was before it is before the next piece.
         order = self.order[self.steps[self.order] > 0]
-        follows = np.flatnonzero(self.sequences[order][1:] == self.sequences[order][:-1])
+        follows = np.flatnonzero(self.segments[order][1:] == self.segments[order][:-1])
         ends = self.starts + self.steps - 1
         before[order[follows + 1]] = ends[order[follows]]
         return before

@@ -137,8 +137,8 @@ class SiteIngredients:
         previous = np.empty((len(rows), hidden.shape[1]), hidden.dtype)
         begins = sources < 0
         previous[~begins] = hidden[compact(sources[~begins])]
-        initial = self._source.initial(self._number, site.suffix, self._extent.sequences)
-        previous[begins] = initial[index.sequences[pieces[begins]]]
+        initial = self._source.initial(self._number, site.suffix, index.segment_count)
+        previous[begins] = initial[index.segments[pieces[begins]]]
         return previous
 
     def of(self, rows: Integers) -> Iterator[Ingredients]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
 from grutrace.errors import NotRecordedError, OptionError, brief
 from grutrace.record import GATES, Array, Site
 from grutrace.storage.derived import DerivedInput, DerivedRows
-from grutrace.storage.index import AnnotationIndex, ModuleIndex
+from grutrace.storage.index import AnnotationIndex, Integers, ModuleIndex
 from grutrace.storage.ingredients import SiteIngredients
 from grutrace.storage.memory import MemoryCopy, MemoryStore
 from grutrace.storage.proofs import PROOFS, marks
+from grutrace.storage.rows import SelectedRows
+from grutrace.storage.segments import JoinedSegments, join_segments
 from grutrace.storage.source import Rows, Source
 from grutrace.storage.stamps import shard_of
 from grutrace.storage.tables import Extent, Tables
@@ -45,10 +47,25 @@ SEQUENCES = np.dtype(
         ("pieces", np.int64),
         ("parent", np.int64),
         ("parent_steps", np.int64),
+        ("origin", object),
         ("tag", object),
         ("rank", np.int64),
     ]
 )
+
+
+class Restarts(NamedTuple):
+    """Where sequences go on from another state than they had ended with, in order.
+
+    Attributes:
+        sequences: (k,) which sequence.
+        steps: (k,) the step that starts from that state.
+        states: (k, H) the state.
+    """
+
+    sequences: Integers
+    steps: Integers
+    states: Array
 
 
 class Moment:
@@ -57,12 +74,17 @@ class Moment:
     Args:
         source: Of the trace.
         tables: Of its present state.
+
+    Attributes:
+        source: Reads what is stored at this moment.
+        header: Of the trace.
+        stored: The tables as they are stored.
     """
 
     def __init__(self, source: Source, tables: Tables) -> None:
         self.source = source.as_of(tables)
         self.header = source.header
-        self.tables = tables
+        self.stored = tables
         self._indices: dict[int, ModuleIndex] = {}
         self._annotations: dict[int, AnnotationIndex] = {}
         self._ingredients: dict[tuple[int, str], SiteIngredients] = {}
@@ -71,9 +93,18 @@ class Moment:
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         """Pickled, one of a trace in memory has its rows with it."""
         if isinstance(self.source, MemoryStore):
-            source = MemoryCopy(self.header, self.source.all_items(self.tables))
-            return Moment, (source, self.tables)
+            source = MemoryCopy(self.header, self.source.all_items(self.stored))
+            return Moment, (source, self.stored)
         return super().__reduce_ex__(protocol)
+
+    @cached_property
+    def _joined(self) -> JoinedSegments:
+        return join_segments(self.stored)
+
+    @property
+    def tables(self) -> Tables:
+        """The tables, with the segments of each sequence put together."""
+        return self._joined.tables
 
     def extent(self, module: int) -> Extent:
         """How much of a module there is."""
@@ -82,8 +113,45 @@ class Moment:
     def index(self, module: int) -> ModuleIndex:
         """The pieces of a module, by sequence."""
         if module not in self._indices:
-            self._indices[module] = ModuleIndex(self.tables, module)
+            stored = None
+            if self._joined.segments[module] is not None:
+                stored = self.stored.pieces[module]["sequence"]
+            self._indices[module] = ModuleIndex(self.tables, module, stored)
         return self._indices[module]
+
+    def initial(self, module: int, site: Site) -> Rows:
+        """(S, H) the states that the sequences at a site began from."""
+        count, segments = self.stored.extents[module].sequences, self._joined.segments[module]
+        initial = self.source.initial(module, site.suffix, count)
+        if segments is None:
+            return initial
+        if isinstance(initial, np.ndarray):
+            return initial[segments.first]
+        return SelectedRows(initial, segments.first)
+
+    def restarts(self, module: int, site: Site, first: int, last: int) -> Restarts:
+        """Where sequences go on from another state than they had ended with.
+
+        Args:
+            module: Place of the module in the header.
+            site: One of its sites.
+            first: The first sequence.
+            last: The one before which to end.
+        """
+        segments = self._joined.segments[module]
+        if segments is None:
+            none = np.empty(0, np.int64)
+            width = self.header.modules[module].unit_count(site)
+            return Restarts(none, none, np.empty((0, width)))
+        bounds = np.searchsorted(segments.sequences[segments.later], [first, last])
+        later = segments.later[bounds[0] : bounds[1]]
+        count = self.stored.extents[module].sequences
+        states = self.source.initial(module, site.suffix, count)[later]
+        return Restarts(segments.sequences[later], segments.before[later], np.asarray(states))
+
+    def mark(self, module: int, sequence: int) -> str | None:
+        """The mark of how a sequence began; None if it has none."""
+        return self._joined.marks.get((module, sequence))
 
     def annotations(self, module: int) -> AnnotationIndex:
         """The annotations of a module, by sequence."""
@@ -225,6 +293,10 @@ class Moment:
         sequences["steps"] = index.lengths
         sequences["pieces"] = np.diff(index.bounds)
         sequences["parent"], sequences["parent_steps"] = index.parents
+        sequences["origin"] = np.where(index.parents[0] < 0, "new", "fork")
+        for (of_module, sequence), mark in self._joined.marks.items():
+            if of_module == module:
+                sequences["origin"][sequence] = mark
         sequences["tag"] = self.tags[sequences["call"]]
         sequences["rank"] = self.ranks[sequences["call"]]
         return sequences

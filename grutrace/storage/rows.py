@@ -177,6 +177,25 @@ class FileRows(LazyRows):
                 start = end
 
 
+class SelectedRows(LazyRows):
+    """Some of other rows, by their numbers. Indexing reads them.
+
+    Args:
+        rows: The others, (N, width).
+        numbers: (n,) which of them.
+    """
+
+    def __init__(self, rows: Rows, numbers: Array) -> None:
+        super().__init__((len(numbers), rows.shape[1]), rows.dtype)
+        self._rows, self._numbers = rows, numbers
+
+    def _read(self, rows: slice, columns: slice) -> Array:
+        return np.asarray(self._rows[self._numbers[rows], columns])
+
+    def _pick(self, rows: Array, columns: slice) -> Array:
+        return np.asarray(self._rows[self._numbers[rows], columns])
+
+
 class MemoryRows(LazyRows):
     """Rows in memory, of an array that is kept as it is. Indexing gives copies."""
 

@@ -51,17 +51,23 @@ class Sequence(Quantities[Array]):
     @property
     def initial(self) -> Array:
         """(H,) the state that it began from: before its first step, or, reversed, its last."""
-        count = len(self._index)
-        initial = self._moment.source.initial(self._module, self.site.suffix, count)
-        return np.array(initial[self.number])
+        return np.array(self._moment.initial(self._module, self.site)[self.number])
 
     @property
     def previous(self) -> Array:
         """(T, H) the state that each step started from.
 
+        That is the state before it, unless the sequence was named by the user and the state was
+        changed in between.
+
         Raises:
             NotRecordedError: The hidden states were not recorded.
         """
+        if self._index.segments is not self._index.sequences:
+            rows = self._index.rows(self.number)
+            if isinstance(rows, slice):
+                rows = np.arange(rows.start, rows.stop)
+            return self._moment.ingredients(self._module, self.site).previous(rows)
         initial, hidden = self.initial[np.newaxis], self.hidden
         if not len(hidden):
             return hidden
@@ -116,6 +122,16 @@ class Sequence(Quantities[Array]):
         """How many steps its parent had made by then."""
         steps = int(self._index.parents[1][self.number])
         return None if steps < 0 else steps
+
+    @property
+    def origin(self) -> str:
+        """How it began: ``new``, ``fork``, ``ambiguous`` or ``dropped``.
+
+        Ambiguous: it started from a state that several sequences had ended with. Dropped: it
+        started from a state, or has a name, that was no longer remembered.
+        """
+        mark = self._moment.mark(self._module, self.number)
+        return mark or ("new" if self.parent is None else "fork")
 
     def _annotations(self) -> dict[str, Array | list[str | float | None]]:
         return self._moment.annotations(self._module).of(self.number, len(self))

@@ -15,7 +15,7 @@ from grutrace.reprs import wrapped
 from grutrace.storage.index import Integers, ModuleIndex, spread
 from grutrace.storage.ingredients import SiteIngredients
 from grutrace.storage.labels import RowLabels, names_of, row_labels
-from grutrace.storage.moment import Moment
+from grutrace.storage.moment import Moment, Restarts
 from grutrace.storage.quantities import Quantities
 from grutrace.storage.rows import LazyRows, as_rows
 from grutrace.storage.sequence import Sequence
@@ -239,9 +239,11 @@ class SiteTrace(Quantities[LazyRows]):
     @property
     def initial(self) -> LazyRows:
         """(sequences, H) the state that each sequence began from. Read as the quantities are."""
-        moment = self._look()
-        count = moment.extent(self._number).sequences
-        return as_rows(moment.source.initial(self._number, self.site.suffix, count))
+        return as_rows(self._look().initial(self._number, self.site))
+
+    def restarts(self, first: int, last: int) -> Restarts:
+        """Where sequences `first` to `last` - 1 go on from another state than they ended with."""
+        return self._look().restarts(self._number, self.site, first, last)
 
     @property
     def checks(self) -> Array:

@@ -130,7 +130,7 @@ class Trace:
     @property
     def closed(self) -> bool:
         """Whether its writer closed the file in order; if not, it is at work or has died."""
-        return self._look().tables.closed
+        return self._look().stored.closed
 
     @property
     def nbytes(self) -> int:
@@ -247,7 +247,7 @@ class Trace:
             TraceFileError: The file is damaged.
         """
         tables = self._source.refresh()
-        if tables is not self._moment.tables:
+        if tables is not self._moment.stored:
             self._take(tables)
 
     def _take(self, tables: Tables) -> None:

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import torch
 
-from grutrace.capture.continuity import Continuity
+from grutrace.capture.continuity import Assignment, Continuity
 from grutrace.record import Fork
 
 
@@ -16,12 +16,24 @@ def states(*rows: float) -> torch.Tensor:
     return torch.tensor([[row, row + 0.5] for row in rows]).reshape(-1, 2)
 
 
+class Followed(Continuity):
+    """Numbers calls that are all recorded."""
+
+    def __init__(self, memory: int = 1 << 20) -> None:
+        super().__init__(memory)
+
+    def assign(self, *args, **kwargs) -> Assignment:
+        found = super().assign(*args, **kwargs)
+        self.accept()
+        return found
+
+
 def ones(batch: int) -> np.ndarray:
     return np.ones(batch, np.int64)
 
 
 def test_the_state_that_came_out_continues_row_by_row() -> None:
-    continuity = Continuity()
+    continuity = Followed()
     first = continuity.assign(None, states(1, 2), ones(2))
     second = continuity.assign(states(1, 2), states(3, 4), 5 * ones(2))
     third = continuity.assign(states(3, 4), states(5, 6), ones(2))
@@ -33,7 +45,7 @@ def test_the_state_that_came_out_continues_row_by_row() -> None:
 
 
 def test_a_shrunk_and_reordered_batch_stays_whole() -> None:
-    continuity = Continuity()
+    continuity = Followed()
     continuity.assign(None, states(1, 2, 3), ones(3))
     found = continuity.assign(states(3, 1), states(4, 5), ones(2))
     assert found.sequences.tolist() == [2, 0]
@@ -42,7 +54,7 @@ def test_a_shrunk_and_reordered_batch_stays_whole() -> None:
 
 
 def test_a_beam_forks() -> None:
-    continuity = Continuity()
+    continuity = Followed()
     continuity.assign(None, states(1, 2), 3 * ones(2))
     found = continuity.assign(states(2, 2, 7), states(4, 5, 6), ones(3))
     assert found.sequences.tolist() == [1, 2, 3]
@@ -51,7 +63,7 @@ def test_a_beam_forks() -> None:
 
 
 def test_rows_that_are_the_same_continue_each_its_own() -> None:
-    continuity = Continuity()
+    continuity = Followed()
     continuity.assign(None, states(1, 1, 2), ones(3))
     found = continuity.assign(states(1, 1), states(3, 3), ones(2))
     assert found.sequences.tolist() == [0, 1]
@@ -59,7 +71,7 @@ def test_rows_that_are_the_same_continue_each_its_own() -> None:
 
 
 def test_anything_else_begins() -> None:
-    continuity = Continuity()
+    continuity = Followed()
     continuity.assign(None, states(1, 2), ones(2))
     nudged = torch.nextafter(states(1, 2), torch.tensor(9.0))
     assert continuity.assign(nudged, states(3, 4), ones(2)).sequences.tolist() == [2, 3]
@@ -68,14 +80,14 @@ def test_anything_else_begins() -> None:
 
 
 def test_zeros_continue_nothing() -> None:
-    continuity = Continuity()
+    continuity = Followed()
     zeros = torch.zeros(2, 2)
     continuity.assign(None, zeros, ones(2))
     assert continuity.assign(zeros, zeros, ones(2)).sequences.tolist() == [2, 3]
 
 
 def test_what_came_out_may_be_changed_in_place_afterwards() -> None:
-    continuity = Continuity()
+    continuity = Followed()
     final = states(1, 2)
     continuity.assign(None, final, ones(2))
     final.neg_()
@@ -84,16 +96,29 @@ def test_what_came_out_may_be_changed_in_place_afterwards() -> None:
 
 
 def test_an_empty_batch() -> None:
-    continuity = Continuity()
+    continuity = Followed()
     found = continuity.assign(None, states(), ones(0))
     assert found.sequences.shape == (0,)
     assert continuity.assign(states(), states(), ones(0)).begun.shape == (0,)
 
 
-def test_threads_are_followed_on_their_own() -> None:
-    continuity = Continuity()
+def test_a_call_that_is_not_recorded_leaves_nothing() -> None:
+    continuity = Continuity(1 << 20)
+    for _ in range(2):
+        assert continuity.assign(None, states(1, 2), ones(2)).sequences.tolist() == [0, 1]
+    continuity.accept()
+    for _ in range(2):
+        found = continuity.assign(states(1, 2), states(3, 4), ones(2))
+        assert found.sequences.tolist() == [0, 1]
+        assert found.steps_before.tolist() == [1, 1]
+
+
+def test_the_thread_does_not_matter() -> None:
+    continuity = Followed()
     continuity.assign(None, states(1), ones(1))
     elsewhere = threading.Thread(target=continuity.assign, args=(None, states(9), ones(1)))
     elsewhere.start()
     elsewhere.join()
     assert continuity.assign(states(1), states(2), ones(1)).sequences.tolist() == [0]
+    assert continuity.assign(states(9), states(3), ones(1)).sequences.tolist() == [1]
+    assert continuity.assign(states(2), states(4), ones(1)).sequences.tolist() == [0]

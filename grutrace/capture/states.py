@@ -1,0 +1,433 @@
+"""The final states of earlier calls, found again by their values, in a bounded number of bytes.
+
+B sequences in a batch, W width of a state: all layers of a module side by side.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+#: An estimate of what Python keeps for each call, and for each of its states. Bytes.
+CALL_OVERHEAD, ROW_OVERHEAD = 1024, 256
+
+#: Where the bytes are used up, so much of them is freed at once.
+FREED = 1 / 8
+
+#: The part of the bytes that states may take which something has continued from: a decoder leaves
+#: them behind with each step, and they are needed only if a sequence is to fork there. The smaller,
+#: the more of what is written to is in the processor's cache.
+PAST = 1 / 10
+
+#: The part of the bytes that holds digests of the states that were dropped.
+DIGESTS = 1 / 8
+
+#: Values of a state that its digest is made of, spread over all units.
+DIGEST_COLUMNS = 32
+
+#: Of so many states, at least, it is asked whether the column of their keys tells them apart: it
+#: does not where a key is that of so many states, as of a unit that never changes.
+DISTINCT_CHECKED, SHARED = 256, 8
+
+#: Odd constants of multiplicative hashing.
+_FACTOR, _MIXER = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93
+
+Integers: TypeAlias = npt.NDArray[np.int64]
+Numbers: TypeAlias = npt.NDArray[np.uint64]
+Hashes: TypeAlias = npt.NDArray[np.uint64]
+
+
+# What a call has that has nothing any more.
+_NO_KEYS: list[float] = []
+_NO_NUMBERS, _NO_STEPS = np.empty(0, np.uint64), np.empty(0, np.int64)
+_NO_STATES = torch.empty((0, 0))
+
+
+class End(NamedTuple):
+    """Where one sequence of a call has ended.
+
+    Attributes:
+        sequence: Its number; of a sequence with several segments, the last one's.
+        root: The number that it began under.
+        steps: How many it has so far, in all segments.
+        offset: How many it had before its last segment.
+    """
+
+    sequence: int
+    root: int
+    steps: int
+    offset: int
+
+
+class Call:
+    """Where one call ended.
+
+    Attributes:
+        states: (B, W) a copy of the states.
+        sequences: (B,) the number of each sequence, or of its last segment.
+        roots: (B,) the number that each sequence began under. The same array as `sequences` where
+            no sequence has several segments.
+        steps: (B,) steps of each sequence so far.
+        offsets: (B,) steps that each had before its last segment; None if none had any.
+        names: The user's name of each sequence, None if it has none; None if none has one.
+        is_open: (B,) whether nothing has continued from the state so far; one answer if it is the
+            same for all.
+        is_dropped: Whether the state is no longer remembered.
+        is_counted: Whether its open states are among those that the memory has counted.
+        nbytes: Bytes that remembering it takes.
+    """
+
+    __slots__ = (
+        *("_column", "_keys", "_range", "is_counted", "is_dropped", "is_open", "names"),
+        *("nbytes", "offsets", "roots", "sequences", "states", "steps"),
+    )
+
+    def __init__(
+        self,
+        states: Tensor,
+        sequences: Numbers,
+        roots: Numbers,
+        steps: Integers,
+        offsets: Integers | None,
+        names: tuple[Hashable, ...] | None = None,
+    ) -> None:
+        self.states, self.sequences, self.roots = states, sequences, roots
+        self.steps, self.offsets, self.names = steps, offsets, names
+        self.is_open: npt.NDArray[np.bool_] | bool = True
+        self.is_dropped = self.is_counted = False
+        self.nbytes = states.nbytes + ROW_OVERHEAD * len(sequences) + CALL_OVERHEAD
+        self._column, self._keys = -1, _NO_KEYS
+        self._range: tuple[range, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def compress(self) -> None:
+        """Keep less of a call that is not the last any more, and began neighbouring sequences."""
+        if self.roots is not self.sequences or self.offsets is not None:
+            return
+        first, steps = int(self.sequences[0]), int(self.steps[0])
+        numbers = range(first, first + len(self))
+        if (self.steps == steps).all() and (np.diff(self.sequences) == 1).all():
+            self._range = numbers, steps
+            self.sequences, self.roots, self.steps = _NO_NUMBERS, _NO_NUMBERS, _NO_STEPS
+
+    def end(self, place: int) -> End:
+        """Where the sequence in a row has ended."""
+        if self._range is not None:
+            sequences, steps = self._range
+            return End(sequences[place], sequences[place], steps, 0)
+        offset = 0 if self.offsets is None else int(self.offsets[place])
+        sequence, root = int(self.sequences[place]), int(self.roots[place])
+        return End(sequence, root, int(self.steps[place]), offset)
+
+    def numbers(self) -> Sequence[int]:
+        """(B,) the number of each sequence, or of its last segment."""
+        if self._range is not None:
+            return self._range[0]
+        numbers: list[int] = self.sequences.tolist()
+        return numbers
+
+    def drop(self) -> None:
+        """Let go of everything: what still names this call needs none of it."""
+        self.is_dropped, self._keys, self.names, self._range = True, _NO_KEYS, None, None
+        self.states = _NO_STATES
+        self.sequences, self.roots, self.steps = _NO_NUMBERS, _NO_NUMBERS, _NO_STEPS
+        self.offsets, self.is_open = None, False
+
+    def keys(self, column: int) -> list[float]:
+        """(B,) the value of each state in this column, read once."""
+        if column != self._column:
+            self._column, self._keys = column, self.states[:, column].tolist()
+        return self._keys
+
+    def open_places(self) -> list[int]:
+        """The rows that nothing has continued from."""
+        if isinstance(self.is_open, bool):
+            return list(range(len(self))) if self.is_open else []
+        places: list[int] = np.flatnonzero(self.is_open).tolist()
+        return places
+
+    def is_open_at(self, place: int) -> bool:
+        """Whether nothing has continued from the state in this row."""
+        return self.is_open if isinstance(self.is_open, bool) else bool(self.is_open[place])
+
+    def close_row(self, place: int) -> None:
+        """Note that the state in this row was continued from."""
+        if isinstance(self.is_open, bool):
+            self.is_open = np.full(len(self), self.is_open)
+        self.is_open[place] = False
+
+    def close(self) -> None:
+        """Note that all were continued from. What can be had again is not kept."""
+        self.is_open, self._column, self._keys = False, -1, _NO_KEYS
+
+
+#: A state: the call that it came out of, and its row there.
+Row: TypeAlias = tuple[Call, int]
+
+
+class StateMemory:
+    """Remembers the states that calls ended with.
+
+    A state is looked up by its value in one column. The states of the last call are always
+    remembered. Beyond the limit, calls whose states were all continued from are dropped first, and
+    then the others; those that were used least recently before the rest.
+
+    Args:
+        limit: Bytes that may be remembered.
+
+    Attributes:
+        last: The last call; None before the first.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = int(limit * (1 - DIGESTS))
+        self._digests = Digests(int(limit * DIGESTS))
+        self.last: Call | None = None
+        self._bytes = self._past_bytes = self._rows = 0
+        # Ordered by when they were last used. All states of the first have been continued from.
+        self._past: OrderedDict[Call, None] = OrderedDict()
+        self._open: OrderedDict[Call, None] = OrderedDict()
+        # What `is_only` and `find` have not looked at yet: most calls are never looked for.
+        self._uncounted: list[Call] = []
+        self._unindexed: list[Call] = []
+        # How many open states of other calls than the last have a key.
+        self._open_keys: dict[float, int] = {}
+        self._index: dict[float, Row | list[Row]] = {}
+        self._indexed, self._column, self._retry = 0, 0, DISTINCT_CHECKED
+
+    def add(self, call: Call) -> None:
+        """Remember a call, which becomes the last."""
+        before, self.last = self.last, call
+        if before is not None and before in self._open:
+            self._uncounted.append(before)
+            before.compress()
+        self._open[call] = None
+        self._unindexed.append(call)
+        self._bytes += call.nbytes
+        self._rows += len(call)
+        if self._bytes > self._limit or self._past_bytes > self._limit * PAST:
+            self._shrink()
+
+    def close(self, call: Call) -> None:
+        """Note that every state of the last call was continued from."""
+        call.close()
+        if self._open.pop(call, self) is None:
+            self._past[call] = None
+            self._past_bytes += call.nbytes
+
+    def close_rows(self, rows: Iterable[Row]) -> None:
+        """Note that these states were continued or forked from, and use them as the latest."""
+        for call, place in rows:
+            if call.is_open_at(place):
+                call.close_row(place)
+                if call.is_counted:
+                    self._uncount(call.keys(self._column)[place])
+            if call in self._past:
+                self._past.move_to_end(call)
+            elif call in self._open:
+                if call.open_places():
+                    self._open.move_to_end(call)
+                else:
+                    self.close(call)
+
+    def is_only(self, call: Call) -> bool:
+        """Whether no open state of another call may equal one of the last call, nor is any zero.
+
+        It may be so even if the answer is no.
+        """
+        if self._uncounted:
+            for each in self._uncounted:
+                self._count(each)
+            self._uncounted.clear()
+        keys = call.keys(self._column)
+        if 0.0 in keys and not call.states.any(1).all():
+            return False
+        return not self._open_keys or self._open_keys.keys().isdisjoint(keys)
+
+    def find(self, states: Tensor) -> list[list[Row]]:
+        """Return, for each of (B, W) states, the remembered states that are equal."""
+        self._index_all()
+        found: list[list[Row]] = [[] for _ in range(len(states))]
+        candidates: dict[Call, tuple[list[int], list[int]]] = {}
+        for row, key in enumerate(states[:, self._column].tolist()):
+            known = self._index.get(key)
+            for call, place in [known] if isinstance(known, tuple) else known or ():
+                if not call.is_dropped:
+                    rows, places = candidates.setdefault(call, ([], []))
+                    rows.append(row)
+                    places.append(place)
+        for call, (rows, places) in candidates.items():
+            equal = equal_rows(states, rows, call.states, places)
+            for row, place, is_equal in zip(rows, places, equal, strict=True):
+                if is_equal:
+                    found[row].append((call, place))
+        return found
+
+    def were_dropped(self, states: Tensor) -> list[bool]:
+        """Whether each of (B, W) states was remembered once, and dropped."""
+        return self._digests.hold(states)
+
+    def sequences(self) -> set[int]:
+        """The numbers of all sequences of which a state is remembered."""
+        return {number for call in self._calls() for number in call.numbers()}
+
+    def _calls(self) -> Iterator[Call]:
+        yield from self._past
+        yield from self._open
+
+    def _shrink(self) -> None:
+        enough = self._limit * (1 - FREED)
+        dropped = []
+        while self._past and (self._bytes > enough or self._past_bytes > enough * PAST):
+            call, _ = self._past.popitem(last=False)
+            self._past_bytes -= call.nbytes
+            self._forget(call)
+            dropped.append(call)
+        while self._bytes > enough and (call := next(iter(self._open))) is not self.last:
+            del self._open[call]
+            self._forget(call)
+            dropped.append(call)
+        self._digests.add([call.states for call in dropped])
+        for call in dropped:
+            call.drop()
+        self._uncounted = [call for call in self._uncounted if not call.is_dropped]
+        self._unindexed = [call for call in self._unindexed if not call.is_dropped]
+
+    def _forget(self, call: Call) -> None:
+        self._bytes -= call.nbytes
+        self._rows -= len(call)
+        if call.is_counted:
+            for place in call.open_places():
+                self._uncount(call.keys(self._column)[place])
+
+    def _count(self, call: Call) -> None:
+        call.is_counted = True
+        keys = call.keys(self._column)
+        for key in [keys[place] for place in call.open_places()]:
+            # A state with NaN equals nothing, and NaN would never be found again.
+            if key == key:
+                self._open_keys[key] = self._open_keys.get(key, 0) + 1
+
+    def _uncount(self, key: float) -> None:
+        left = self._open_keys.get(key, 0) - 1
+        if left > 0:
+            self._open_keys[key] = left
+        else:
+            self._open_keys.pop(key, None)
+
+    def _index_all(self) -> None:
+        if self._indexed > 2 * self._rows + DISTINCT_CHECKED:
+            # Half of the entries are of calls that were dropped since.
+            self._start_index()
+        for call in self._unindexed:
+            self._indexed += len(call)
+            for place, key in enumerate(call.keys(self._column)):
+                known = self._index.setdefault(key, (call, place))
+                if isinstance(known, list):
+                    known.append((call, place))
+                elif known != (call, place):
+                    self._index[key] = [known, (call, place)]
+        self._unindexed.clear()
+        if self._indexed >= self._retry and len(self._index) < self._indexed / SHARED:
+            self._retry = 2 * self._indexed
+            self._choose_column()
+
+    def _start_index(self) -> None:
+        self._index, self._indexed, self._unindexed = {}, 0, list(self._calls())
+
+    def _choose_column(self) -> None:
+        """Look states up by the column that tells most of them apart."""
+        some = list(islice(self._calls(), DISTINCT_CHECKED))
+        values = torch.cat([call.states[:DISTINCT_CHECKED].cpu() for call in some])
+        values = values[:DISTINCT_CHECKED]
+        distinct = [len(set(column)) for column in values.T.tolist()]
+        best = distinct.index(max(distinct))
+        if distinct[best] > distinct[self._column]:
+            self._column = best
+            self._start_index()
+            self._open_keys.clear()
+            for call in self._open:
+                call.is_counted = False
+            self._uncounted = [call for call in self._open if call is not self.last]
+            self._index_all()
+
+
+class Digests:
+    """64-bit digests of what is no longer remembered, in a table of fixed size.
+
+    A digest may replace an older one: what was dropped long ago may be missing.
+
+    Args:
+        limit: Bytes of the table.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._bits = max(4, (limit // 8).bit_length() - 1)
+        self._table: Hashes | None = None
+
+    def add(self, states: Sequence[Tensor]) -> None:
+        """Note states, (B, W) each."""
+        if states:
+            self.add_hashes(_digests(states))
+
+    def hold(self, states: Tensor) -> list[bool]:
+        """Whether each of (B, W) states was noted."""
+        if self._table is None:
+            return [False] * len(states)
+        return self.hold_hashes(_digests([states]))
+
+    def add_hashes(self, found: Hashes) -> None:
+        """Note (n,) numbers."""
+        if self._table is None:
+            table = torch.zeros(1 << self._bits, dtype=torch.int64, device="cpu")
+            self._table = table.numpy().view(np.uint64)
+        self._table[self._slots(found)] = found
+
+    def hold_hashes(self, found: Hashes) -> list[bool]:
+        """Whether each of (n,) numbers was noted."""
+        if self._table is None:
+            return [False] * len(found)
+        held: list[bool] = (self._table[self._slots(found)] == found).tolist()
+        return held
+
+    def _slots(self, found: Hashes) -> Hashes:
+        return (found * np.uint64(_MIXER)) >> np.uint64(64 - self._bits)
+
+
+def equal_rows(a: Tensor, rows: list[int], b: Tensor, places: list[int]) -> list[bool]:
+    """Whether row ``rows[i]`` of (B, W) a is row ``places[i]`` of (C, W) b, for each i."""
+    if not _are_alike(a, b):
+        return [False] * len(rows)
+    found: list[bool] = (a[rows] == b[places]).all(1).tolist()
+    return found
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two batches of states are the same."""
+    return _are_alike(a, b) and torch.equal(a, b)
+
+
+def _are_alike(a: Tensor, b: Tensor) -> bool:
+    return a.dtype is b.dtype and a.device == b.device
+
+
+def _digests(states: Sequence[Tensor]) -> Hashes:
+    """Return a digest of each of several batches of states, end to end."""
+    stride = max(1, -(-states[0].shape[1] // DIGEST_COLUMNS))
+    # A copy, as float64: that holds every value of any floating-point type.
+    columns = torch.cat([each[:, ::stride].to("cpu", torch.float64) for each in states])
+    # Adding 0 makes -0 a 0, which it is equal to.
+    bits = (columns.numpy() + 0.0).view(np.uint64)
+    factors = np.arange(1, 1 + bits.shape[1], dtype=np.uint64) * np.uint64(_FACTOR)
+    bits = (bits ^ (bits >> np.uint64(29))) * (factors | np.uint64(1))
+    found: Hashes = (bits ^ (bits >> np.uint64(32))).sum(1, dtype=np.uint64)
+    return found
