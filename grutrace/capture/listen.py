@@ -280,7 +280,8 @@ def _renew_lock() -> None:
 
 
 # Another thread of the parent may have held it.
-os.register_at_fork(after_in_child=_renew_lock)
+if hasattr(os, "register_at_fork"):  # There is none on Windows.
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _is_on(handle: RemovableHandle | None) -> bool:

@@ -202,7 +202,7 @@ def _state(path: Path) -> tuple[int, int]:
 def _copy(source: Path, path: Path, new: Path, plan: Plan, advance: Callable[[int], None]) -> None:
     with opened(source, mend=plan.mend) as (_, file):
         header = read_header(file)
-        copy = create(path, new, header)
+        copy = create(path, new, header, plan.kept.counts)
         descriptor, identity = copy.id.get_vfd_handle(), file_identity(copy)
         try:
             done = 0
