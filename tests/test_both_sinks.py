@@ -152,9 +152,13 @@ def test_a_path_that_exists_is_refused_and_left_alone(model, tmp_path) -> None:
     assert path.read_bytes() == b"somebody's only copy"
     with pytest.raises(grutrace.TraceFileError, match=r"run\.h5"):
         grutrace.trace(model, path, mode="a")
+    with pytest.raises(grutrace.TraceFileError, match=r"run\.h5 cannot be overwritten"):
+        grutrace.trace(model, path, mode="overwrite")
     assert path.read_bytes() == b"somebody's only copy"
-    with grutrace.trace(model, path, mode="overwrite"):
-        model(torch.randn(2, 3, 5))
+    path.unlink()
+    for mode in ("w", "overwrite"):
+        with grutrace.trace(model, path, mode=mode):
+            model(torch.randn(2, 3, 5))
     assert len(grutrace.open(path)["encoder.l0"]) == 2
 
 

@@ -139,7 +139,8 @@ class _Subscriptions:
         self.by_module: dict[int, tuple[weakref.ref[Subscription], ...]] = {}
         self._lock = threading.RLock()
         # Another thread of the parent may hold it.
-        os.register_at_fork(after_in_child=self._renew_lock)
+        if hasattr(os, "register_at_fork"):  # There is none on Windows.
+            os.register_at_fork(after_in_child=self._renew_lock)
 
     def _renew_lock(self) -> None:
         self._lock = threading.RLock()

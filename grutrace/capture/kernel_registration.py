@@ -97,7 +97,8 @@ class KernelRegistration:
         self._handles: list[Any] = []
         self._removed: deque[_Removed] = deque()
         self._lock = threading.RLock()
-        os.register_at_fork(after_in_child=self._renew_lock)
+        if hasattr(os, "register_at_fork"):  # There is none on Windows.
+            os.register_at_fork(after_in_child=self._renew_lock)
 
     def _renew_lock(self) -> None:
         # Another thread of the parent may hold it.

@@ -117,7 +117,8 @@ class Tracer(Trace):
             the copies are stored, and gates are derived when they are read. ``auto``: in memory in
             the background; inline with a file, ``units``, ``check="raise"`` or a ``sink``.
         recording: Whether to begin to record on entering.
-        mode: For a file that exists: ``w`` refuses, ``a`` appends, ``overwrite`` replaces it.
+        mode: For a file that exists: ``w`` refuses, ``a`` appends, ``overwrite`` replaces it if
+            grutrace wrote it. A file that another tracer is writing is refused in every mode.
         stacks: How to see between the layers of a stack: ``split`` (one fused call a layer, bit
             for bit the same output on a CPU), ``rerun`` (the lower layers once more), or ``auto``
             for split on a CPU and rerun elsewhere.

@@ -61,7 +61,8 @@ class Discovery:
         # torch.compile would put what we do on a first call into its graphs.
         when_imported("torch._dynamo", lambda: self._put_on(uncompiled(self._meet)))
         # A forked child has neither the threads that write nor the right to the files.
-        os.register_at_fork(after_in_child=self.stop)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.stop)
 
     def _put_on(self, meet: Meet) -> None:
         for kind in KINDS:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
 import weakref
 from collections.abc import Callable
 
 import numpy as np
 
+from grutrace.errors import SinkError, TraceFileError
 from grutrace.record import Array, Block, Header, Record, Weights
 from grutrace.statistics.accumulator import Accumulator
+from grutrace.statistics.file import StatisticsFile
 from grutrace.statistics.refusal import FiguresOnly
 from grutrace.storage.admission import Admission
 from grutrace.storage.pump import Pump
@@ -33,10 +36,11 @@ class Feed(FiguresOnly):
         header: Of the trace.
         accumulator: Counts; it fits the header.
         lock: Of the accumulator.
-        save: Brings the file up to date, if there is one.
-        settle: Makes sure that the disk has it, once it is there.
+        file: That is kept up to date, if there is one.
         seconds: How often it is brought up to date while records come.
-        name: What errors call it.
+
+    Raises:
+        TraceFileError: The file cannot be written.
     """
 
     def __init__(
@@ -44,15 +48,16 @@ class Feed(FiguresOnly):
         header: Header,
         accumulator: Accumulator,
         lock: threading.Lock,
-        save: Callable[[], None] | None,
-        settle: Callable[[], None] | None,
+        file: FeedFile | None,
         seconds: float,
-        name: str,
     ) -> None:
         super().__init__(header)
-        if save is not None:
-            self.name = name
-        self._counter = _Counter(header, accumulator, lock, save, settle, name)
+        self._file = file
+        if file is not None:
+            self.name = file.name
+            # At once, so that a path that cannot be written is found before the run and not after.
+            file.open()
+        self._counter = _Counter(header, accumulator, lock, file)
         self.pump = Pump(self._counter, QUEUE_BYTES, commit_seconds=seconds, commit_bytes=math.inf)
         # Without waiting: whatever thread the collector runs in may hold the lock.
         weakref.finalize(self, self.pump.finish).atexit = False
@@ -75,9 +80,15 @@ class Feed(FiguresOnly):
         """Return once everything appended so far is counted, and in the file if there is one.
 
         Raises:
-            SinkError: It could not be, or this process is a forked child.
+            SinkError: It could not be, the file was deleted or replaced, or this process is a
+                forked child.
         """
         self.pump.flush()
+        if self._file is not None and not self.pump.ended:
+            try:
+                self._file.require_in_place()
+            except TraceFileError as error:
+                raise SinkError(str(error)) from error
 
     def close(self) -> None:
         """Count what waits and end the thread. Closing twice does nothing.
@@ -88,6 +99,41 @@ class Feed(FiguresOnly):
         self.pump.close()
 
 
+class FeedFile:
+    """The file of the statistics that one feed counts into.
+
+    Args:
+        file: Of all feeds of the statistics.
+        save: Brings it up to date.
+    """
+
+    def __init__(self, file: StatisticsFile, save: Callable[[], None]) -> None:
+        self.name, self.save = str(file.path), save
+        self.settle, self.require_in_place = file.settle, file.require_in_place
+        self._file, self._is_open, self._process = file, False, os.getpid()
+
+    def open(self) -> None:
+        """Write it for the first time, and keep others from writing to it.
+
+        Raises:
+            TraceFileError: It cannot be written, or somebody writes to it.
+        """
+        self._file.acquire()
+        self._is_open = True
+        try:
+            self.save()
+            self.settle()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let others write to it. Closing twice does nothing, nor does it in a forked child."""
+        if self._is_open and os.getpid() == self._process:
+            self._is_open = False
+            self._file.release()
+
+
 class _Counter:
     """What the thread does."""
 
@@ -96,14 +142,12 @@ class _Counter:
         header: Header,
         accumulator: Accumulator,
         lock: threading.Lock,
-        save: Callable[[], None] | None,
-        settle: Callable[[], None] | None,
-        name: str,
+        file: FeedFile | None,
     ) -> None:
-        self.name = name
+        self.name = "a grutrace.Statistics" if file is None else file.name
         self._admission = Admission(header.modules)
         self._accumulator, self._lock = accumulator, lock
-        self._save, self._settle = save, settle
+        self._file = file
         self._sites: list[list[tuple[int, str]]] = [[] for _ in header.modules]
         suffixes = (site.suffix for module in header.modules for site in module.sites)
         for number, (site, suffix) in enumerate(zip(accumulator.layout, suffixes, strict=True)):
@@ -132,20 +176,24 @@ class _Counter:
     def commit(self) -> None:
         """Count what was gathered, and have it saved."""
         self._count()
-        if self._save is not None and self._unsaved:
-            self._save()
+        if self._file is not None and self._unsaved:
+            self._file.save()
             self._unsaved = False
         self.stored = self._counted
-        if self._settle is not None:
-            self._settle()
+        if self._file is not None:
+            self._file.settle()
 
     def close(self) -> None:
-        """Commit."""
+        """Commit, and let others write to the file."""
         self.commit()
+        if self._file is not None:
+            self._file.close()
 
     def abandon(self) -> None:
         """Forget what was gathered."""
         self._gathered = []
+        if self._file is not None:
+            self._file.close()
 
     def _count(self) -> None:
         gathered, self._gathered, self._bytes = self._gathered, [], 0

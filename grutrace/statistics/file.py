@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import h5py
 import numpy as np
@@ -18,10 +18,13 @@ from grutrace.record import QUANTITIES, Array
 from grutrace.statistics.accumulator import CHECKED, MODULE, Accumulator, SiteLayout
 from grutrace.statistics.bins import ALLOWED_BINS
 from grutrace.statistics.units import UNITS
+from grutrace.storage.claims import Claim, require_unclaimed
 from grutrace.storage.faults import Fault, reading, require
 from grutrace.storage.header import check_version, format_of
+from grutrace.storage.locks import HeldFile
 from grutrace.storage.members import holds, member, require_own_data
 from grutrace.storage.opening import open_for_reading
+from grutrace.storage.origin import require_replaceable
 from grutrace.storage.placing import naming, put_in_place, room_for, sync, sync_name
 from grutrace.storage.schema import FORMAT, STATISTICS
 
@@ -48,7 +51,8 @@ class StatisticsFile:
 
     Raises:
         OptionError: The mode is none of these.
-        TraceFileError: The file exists and may not be replaced, or its folder does not.
+        TraceFileError: The file exists and may not be replaced, or somebody writes to it, or its
+            folder does not exist.
     """
 
     def __init__(self, path: str | os.PathLike[str], mode: str, *, fsync: bool = False) -> None:
@@ -58,7 +62,14 @@ class StatisticsFile:
         self._mode = "overwrite" if self._goes_on else mode
         self._fsync = fsync
         self._lock = threading.Lock()
+        self._claim: Claim | None = None
+        self._writers = 0
+        # The file that may be replaced, once that is known.
+        self._own: _Status | None = None
+        require_unclaimed(self.path)
         room_for(self.path, self._mode)
+        if self._mode == "overwrite":
+            require_replaceable(self.path)
 
     def before(self) -> Accumulator | None:
         """What the file holds that counting goes on from.
@@ -66,26 +77,90 @@ class StatisticsFile:
         Raises:
             TraceFileError: It is no such file, or damaged.
         """
-        return load(self.path) if self._goes_on else None
+        if not self._goes_on:
+            return None
+        self._own = _status(self.path)
+        return load(self.path)
 
-    def save(self, accumulator: Accumulator) -> None:
-        """Write the file anew, and rename it into its place.
+    def acquire(self) -> None:
+        """Keep everybody else from writing to the path until as many calls of `release` came.
 
         Raises:
-            TraceFileError: It cannot be written; what was there before still is.
+            TraceFileError: Somebody writes to it.
         """
         with self._lock:
+            if not self._writers:
+                self._claim = Claim(self.path)
+                try:
+                    if self._mode == "overwrite":
+                        require_replaceable(self.path)
+                except BaseException:
+                    self._claim.release()
+                    raise
+            self._writers += 1
+
+    def release(self) -> None:
+        """Let others write to the path once nobody has acquired it any more."""
+        with self._lock:
+            self._writers -= 1
+            if not self._writers and self._claim is not None:
+                self._claim.release()
+                self._claim = None
+
+    def save(self, accumulator: Accumulator) -> None:
+        """Write the file anew, and rename it into its place. For whoever has acquired it.
+
+        Raises:
+            TraceFileError: It cannot be written, or the file is not the one that was written last;
+                what was there before still is.
+        """
+        with self._lock:
+            self._require_in_place()
             new = room_for(self.path, self._mode)
+            held = None
             try:
                 with naming(self.path, "written"):
                     self._put(_image(accumulator, new), new)
+                    held, own = HeldFile.of(new), _status(new)
+                self._require_in_place()
                 put_in_place(new, self.path, self._mode)
             except BaseException:
+                if held is not None:
+                    held.close()
                 with contextlib.suppress(OSError):
                     new.unlink(missing_ok=True)
                 raise
+            if held is not None and self._claim is not None:
+                self._claim.hold(held)
             # From now on it is ours.
-            self._mode = "overwrite"
+            self._mode, self._own = "overwrite", own
+
+    def require_in_place(self) -> None:
+        """Require that the file is still the one that was written last.
+
+        Raises:
+            TraceFileError: It was deleted, or replaced by another.
+        """
+        with self._lock:
+            self._require_in_place()
+
+    def _require_in_place(self) -> None:
+        if self._own is None:
+            return
+        try:
+            found = _status(self.path)
+        except FileNotFoundError:
+            raise TraceFileError(
+                f"{self.path} was deleted or moved while it was written: nothing more can be "
+                "written to it"
+            ) from None
+        except OSError:
+            return
+        if found != self._own:
+            raise TraceFileError(
+                f"{self.path} was replaced by another file while it was written: nothing more can "
+                "be written to it"
+            )
 
     def settle(self) -> None:
         """Have the disk hold, if that was asked for, that the file has the place of the one before.
@@ -103,6 +178,15 @@ class StatisticsFile:
             if self._fsync:
                 file.flush()
                 sync(file.fileno())
+
+
+#: Device, inode, size and time of the last change: no file is changed once it is in its place.
+_Status: TypeAlias = tuple[int, int, int, int]
+
+
+def _status(path: Path) -> _Status:
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _image(accumulator: Accumulator, new: Path) -> bytes:

@@ -28,7 +28,7 @@ from grutrace.reprs import wrapped
 from grutrace.shard import Shard, present_shard, sharded
 from grutrace.statistics.accumulator import Accumulator, SiteLayout, layout_of
 from grutrace.statistics.bins import BINS, require_bins
-from grutrace.statistics.feed import Feed
+from grutrace.statistics.feed import Feed, FeedFile
 from grutrace.statistics.file import StatisticsFile, load
 from grutrace.statistics.results import SiteStatistics
 from grutrace.storage.blocks import blocks
@@ -52,8 +52,8 @@ class Statistics:
             tracer is flushed or closed, or the statistics are read. It is replaced whole each time,
             so that a run that is killed leaves the last state. Of several processes each has a file
             of its own, as for `Tracer`: ``stats.rank0003.h5``.
-        mode: For a file that exists: ``w`` refuses, ``overwrite`` replaces it, ``a`` goes on from
-            its counts.
+        mode: For a file that exists: ``w`` refuses, ``overwrite`` replaces it if grutrace wrote
+            it, ``a`` goes on from its counts. A file that others are writing is refused.
         bins: Bins of each histogram, a power of two from 2 to 1024.
         save_seconds: How often the file is rewritten while counting.
         fsync: Whether the disk itself holds each new file before it replaces the one before, so
@@ -170,15 +170,10 @@ class Statistics:
                 )
             self._accumulator.require_same(layout_of(header))
             accumulator = self._accumulator
-        save = None
+        target = None
         if self._file is not None:
-            # At once, so that a path that cannot be written is found before the run and not after.
-            save = partial(self._save, self._file, accumulator)
-            save()
-            self._file.settle()
-        name = str(self._file.path) if self._file else "a grutrace.Statistics"
-        settle = self._file.settle if self._file else None
-        feed = Feed(header, accumulator, self._lock, save, settle, self._seconds, name)
+            target = FeedFile(self._file, partial(self._save, self._file, accumulator))
+        feed = Feed(header, accumulator, self._lock, target, self._seconds)
         self._pumps = [pump for pump in self._pumps if not pump.ended] + [feed.pump]
         return feed
 
@@ -294,7 +289,12 @@ class Statistics:
         snapshot = self._snapshot()
         if snapshot is None:
             raise StateError("there is nothing to save: no tracer was given these statistics yet")
-        StatisticsFile(as_path(path), mode).save(snapshot)
+        file = StatisticsFile(as_path(path), mode)
+        file.acquire()
+        try:
+            file.save(snapshot)
+        finally:
+            file.release()
 
     @property
     def _layout(self) -> tuple[SiteLayout, ...]:

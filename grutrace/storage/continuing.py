@@ -13,13 +13,14 @@ from grutrace.storage.differences import difference, module_differences
 from grutrace.storage.faults import reading
 from grutrace.storage.handle import ReadHandle
 from grutrace.storage.header import read_header
+from grutrace.storage.locks import is_locked
 from grutrace.storage.schema import check_column, layout
 from grutrace.storage.stamps import merged_of, shard_of
 from grutrace.storage.tables import Tables, lengths
 
 
-def existing_tables(path: Path, header: Header) -> Tables:
-    """The tables of a trace that one with this header can be appended to.
+def existing_trace(path: Path, header: Header) -> tuple[Header, Tables]:
+    """The header and tables of a trace that one with this header can be appended to.
 
     Raises:
         TraceFileError: The file is no trace, was not closed, or is of other modules; the message
@@ -38,13 +39,18 @@ def existing_tables(path: Path, header: Header) -> Tables:
     if tables is None:
         raise TraceFileError(f"{path} was merged of shards: nothing can be appended to it")
     if not tables.closed:
+        writer = {
+            True: "another process is writing it",
+            False: "its writer died. `grutrace recover` makes a file of it that can",
+            None: "its writer is still at work or died",
+        }[is_locked(path)]
         raise TraceFileError(
-            f"{path} was not closed in order: its writer is still at work or died. It can be read "
-            "with grutrace.open, but nothing can be appended to it"
+            f"{path} was not closed in order, so nothing can be appended to it, though it can be "
+            f"read with grutrace.open: {writer}"
         )
     for found in _differences(before, header, shard):
         raise TraceFileError(f"{path} holds another trace, which this one cannot go on: {found}")
-    return tables
+    return before, tables
 
 
 def _checked_tables(handle: ReadHandle, header: Header) -> Tables:

@@ -6,9 +6,11 @@ open already. So a file is created in memory, and marked as it is opened.
 
 from __future__ import annotations
 
-import os
+import secrets
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import h5py
 
@@ -16,33 +18,56 @@ from grutrace.record import Header
 from grutrace.storage.compression import compression_of, filter_options
 from grutrace.storage.handle import readers_out
 from grutrace.storage.header import write_header
+from grutrace.storage.opening import open_locked
 from grutrace.storage.placing import naming
 from grutrace.storage.scales import create_scales
 from grutrace.storage.schema import LIBVER, create_column, create_datasets
 from grutrace.storage.unmarked import image
 
+#: By its place in the file, how many items a dataset holds.
+Items: TypeAlias = Mapping[str, int]
 
-def create(path: Path, new: Path, header: Header) -> h5py.File:
+
+def create(path: Path, new: Path, header: Header, items: Items | None = None) -> h5py.File:
     """A new file with everything in it but data.
 
     Args:
         path: What errors name.
         new: Where it is.
         header: Of the trace.
+        items: As for `trace_image`.
 
     Raises:
         TraceFileError: It cannot be created.
     """
     with naming(path, "created"):
-        with h5py.File(new, "w", libver=LIBVER, driver="core", backing_store=False) as memory:
-            write_header(memory, header)
-            packed = filter_options(compression_of(header))
-            create_datasets(memory, header.modules, partial(create_column, packed=packed))
-            create_scales(memory, header.modules)
-            content = image(memory)
+        content = trace_image(header, items)
         with new.open("xb") as file:
             file.write(content)
-        return _open(new)
+        return open_to_write(new)
+
+
+def trace_image(
+    header: Header, items: Items | None = None, fill: Callable[[h5py.File], None] | None = None
+) -> bytes:
+    """The bytes of a new file, made in memory.
+
+    Args:
+        header: Of the trace.
+        items: By place, how many items each dataset will hold, if chunks are to be no larger.
+        fill: Puts data in; there are none unless it is given.
+    """
+    # Another thread may make one at this moment: HDF5 would take them for the same file.
+    name = f"memory-{secrets.token_hex(8)}"
+    with h5py.File(name, "w", libver=LIBVER, driver="core", backing_store=False) as memory:
+        write_header(memory, header)
+        packed = filter_options(compression_of(header))
+        create = partial(create_column, packed=packed, items=items)
+        create_datasets(memory, header.modules, create)
+        create_scales(memory, header.modules)
+        if fill is not None:
+            fill(memory)
+        return image(memory)
 
 
 def reopen(path: Path) -> h5py.File:
@@ -53,15 +78,18 @@ def reopen(path: Path) -> h5py.File:
     """
     status = path.stat()
     with naming(path, "appended to"), readers_out((status.st_dev, status.st_ino)):
-        return _open(path)
+        return open_to_write(path)
 
 
-def _open(path: Path) -> h5py.File:
+def open_to_write(path: Path) -> h5py.File:
+    """A file of ours, open for SWMR writing and marked so.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     bounds = [getattr(h5py.h5f, f"LIBVER_{name.upper()}") for name in LIBVER]
     access.set_libver_bounds(*bounds)
-    # Best effort: some network file systems have no locks.
-    access.set_file_locking(True, True)
     # Rows are written as they come, so HDF5 need not keep chunks for us: with no chunk cache it
     # writes straight from our arrays, which is 3.7 GB/s instead of 2.8, and costs no memory per
     # dataset.
@@ -70,7 +98,7 @@ def _open(path: Path) -> h5py.File:
     access.set_cache(*cache)
     _keep_metadata(access)
     flags = h5py.h5f.ACC_RDWR | h5py.h5f.ACC_SWMR_WRITE
-    return h5py.File(h5py.h5f.open(os.fsencode(path), flags, access))
+    return h5py.File(open_locked(path, flags, access))
 
 
 def _keep_metadata(access: h5py.h5p.PropFAID) -> None:

@@ -67,7 +67,11 @@ class Entries:
         self._places = [_Places(module) for module in modules]
         self._strings = strings
         self._sequences = sequences or [0] * len(modules)
-        self._versions = versions or [0] * len(modules)
+        self._versions = list(versions or [0] * len(modules))
+
+    def go_on_with_last_weights(self, module: int) -> None:
+        """Have the first weights of this run be the last version that is there already."""
+        self._versions[module] -= 1
 
     def of(self, record: Record) -> Iterator[Entry]:
         """Everything that the record adds, except the texts, which wait in `strings`."""

@@ -8,6 +8,7 @@ between two of them, and opens again by itself.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import threading
@@ -24,7 +25,7 @@ from h5py import h5d
 
 from grutrace.errors import StateError, TraceFileError
 from grutrace.record import Array
-from grutrace.storage.faults import Fault, require
+from grutrace.storage.faults import H5PY_ERRORS, Fault, require
 from grutrace.storage.members import member, require_own_data
 from grutrace.storage.opening import CHUNK_CACHE, is_marked, open_for_reading
 from grutrace.storage.unmarked import Unmarked, open_unmarked
@@ -45,9 +46,10 @@ _noting = threading.local()
 #: still holds of it; if one were forgotten, Python would have it closed again.
 _kept_open: dict[tuple[int, int], list[h5py.File]] = {}
 
-os.register_at_fork(
-    before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
-)
+if hasattr(os, "register_at_fork"):  # There is none on Windows.
+    os.register_at_fork(
+        before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
+    )
 
 
 @dataclass
@@ -189,6 +191,23 @@ class ReadHandle:
                     assert self._identity is not None
                     keep_off(file, self._identity)
 
+    def follow(self) -> None:
+        """Open the file anew if a writer has put a copy of it in its place.
+
+        If it is another one by now, or gone, the one that is open is read on.
+        """
+        with _lock:
+            if self._file is None:
+                return
+            with contextlib.suppress(OSError, Fault, *H5PY_ERRORS):
+                status = self._path.stat()
+                if self.is_of((status.st_dev, status.st_ino)) or self._identity in _kept_open:
+                    return
+                with open_for_reading(self._path) as file:
+                    same = self._created is not None and _created(file) == self._created
+                if same:
+                    self.release()
+
     def close(self) -> None:
         """Close the file for good."""
         with _lock:
@@ -225,9 +244,12 @@ class ReadHandle:
         else:
             file = open_for_reading(self._path)
             identity = file_identity(file)
-        # The number of a file that is gone may be that of the next.
         created = _created(file)
-        if self._identity is not None and (self._identity, self._created) != (identity, created):
+        # A writer puts a copy in the place of a small file; and the number of a file that is gone
+        # may be that of the next.
+        if self._identity is not None and (
+            created != self._created or (created is None and identity != self._identity)
+        ):
             file.close()
             raise TraceFileError(f"{self._path} is another file by now; open it anew")
         self._file, self._identity, self._created = file, identity, created

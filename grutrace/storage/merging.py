@@ -103,7 +103,8 @@ def merge_shards(
         merge = _Merge(source, copy, progress)
         with naming(target, "written"):
             try:
-                with h5py.File(new, "x", libver=LIBVER) as file:
+                # Nobody knows its name yet, and a file system may have no locks.
+                with h5py.File(new, "x", libver=LIBVER, locking=False) as file:
                     merge.write(file)
                 put_in_place(new, target, "w")
             except BaseException:

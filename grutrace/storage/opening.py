@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -15,6 +17,7 @@ from h5py._objects import phil
 
 from grutrace.errors import TraceFileError
 from grutrace.storage.kinds import HEAD, SIGNATURE, kind_of
+from grutrace.storage.locks import NO_LOCKS
 
 #: Memory in which HDF5 keeps the chunks of one dataset that were read last: four of rows. Bytes.
 CHUNK_CACHE = 1024 * 1024
@@ -27,6 +30,9 @@ SLOTS = 101
 #: be putting it down. It waits for a nanosecond, then for two, then four; left alone, it tries 100
 #: times. These are an eighth of a second together.
 ATTEMPTS = 27
+
+#: By this variable users tell HDF5 whether to lock files.
+_LOCKING = "HDF5_USE_FILE_LOCKING"
 
 #: The two flags in HDF5's superblock of which a writer sets one.
 _WRITING = 0b101
@@ -53,7 +59,39 @@ def open_for_reading(path: Path, what: str = "trace") -> h5py.File:
     # files only that may have one.
     if _marks(head):
         flags |= h5f.ACC_SWMR_READ
-    return h5py.File(h5f.open(bytes(path), flags, fapl=_access()))
+    return h5py.File(open_locked(path, flags, _access()))
+
+
+def open_locked(path: Path, flags: int, access: h5p.PropFAID) -> h5f.FileID:
+    """Have HDF5 open a file, and lock it where the file system has locks.
+
+    Raises:
+        OSError: It cannot be opened.
+    """
+    # Best effort: but of all that a file system without locks may say, HDF5 lets only ENOSYS pass.
+    access.set_file_locking(True, True)
+    try:
+        return h5f.open(os.fsencode(path), flags, fapl=access)
+    except OSError as error:
+        # What this process has open without locks, HDF5 opens again only without.
+        if not _has_no_locks(error) and "locking flag values don't match" not in str(error):
+            raise
+    access.set_file_locking(False, True)
+    try:
+        return h5f.open(os.fsencode(path), flags, fapl=access)
+    except OSError as error:
+        if not _has_no_locks(error):
+            raise
+        # The variable counts more than what is asked for here.
+        raise OSError(
+            f"its file system has no locks, and the environment asks HDF5 for them: set "
+            f"{_LOCKING}=FALSE (found {os.environ.get(_LOCKING)})"
+        ) from error
+
+
+def _has_no_locks(error: OSError) -> bool:
+    found = re.search(r"unable to lock file, errno = (\d+)", str(error))
+    return found is not None and int(found[1]) in NO_LOCKS
 
 
 def is_marked(path: Path) -> bool:
@@ -111,8 +149,6 @@ def _access() -> h5p.PropFAID:
     metadata, _, _, preference = access.get_cache()
     access.set_cache(metadata, SLOTS, CHUNK_CACHE, preference)
     access.set_libver_bounds(h5f.LIBVER_V110, h5f.LIBVER_V110)
-    # Best effort: a file system may have no locks.
-    access.set_file_locking(True, True)
     # Where HDF5 cannot be reached, it waits for as long as it does.
     with contextlib.suppress(OSError, AttributeError), phil:
         number = ctypes.c_int64(access.id)

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from grutrace.errors import TraceFileError
+from grutrace.storage.claims import require_unclaimed
 from grutrace.storage.combined import CombinedSource
 from grutrace.storage.faults import Fault, reading
 from grutrace.storage.handle import no_reading
 from grutrace.storage.header import read_root
 from grutrace.storage.opening import open_for_reading
+from grutrace.storage.origin import require_replaceable
 from grutrace.storage.reader import FileSource
 from grutrace.storage.tables import Tables
 
@@ -130,8 +132,9 @@ def require_room(path: str | os.PathLike[str], mode: str) -> None:
     """Refuse early what a run could not write. Nothing that exists is changed.
 
     Raises:
-        TraceFileError: There is a file in the way, one cannot be made, or with "a" the file is no
-            first part of a run.
+        TraceFileError: There is a file in the way, one cannot be made, with "a" the file is no
+            first part of a run, or with "overwrite" grutrace did not write it or somebody writes to
+            a part.
     """
     first = Path(os.path.realpath(path))
     stamp = read_stamp(first) if first.exists() and mode == "a" else None
@@ -142,6 +145,10 @@ def require_room(path: str | os.PathLike[str], mode: str) -> None:
     if first.exists() and mode == "a" and (stamp is None or stamp.part != 1):
         raise TraceFileError(f"{path} cannot be appended to: grutrace run did not make it")
     own = _own_parts(first) if mode in ("a", "overwrite") else []
+    if mode == "overwrite":
+        for file in (first, *own):
+            require_unclaimed(file)
+            require_replaceable(file)
     for file in part_files(first).values():
         if file not in own:
             raise TraceFileError(f"{file} is in the way: it is no part of {path}")
@@ -155,8 +162,16 @@ def remove_parts(paths: list[Path]) -> None:
 
 
 def replaceable_parts(path: str | os.PathLike[str]) -> list[Path]:
-    """The parts after the first that go when a run replaces this file."""
-    return _own_parts(Path(os.path.realpath(path)))
+    """The parts after the first that go when a run replaces this file.
+
+    Raises:
+        TraceFileError: Somebody writes to one of them.
+    """
+    found = _own_parts(Path(os.path.realpath(path)))
+    for file in found:
+        require_unclaimed(file)
+        require_replaceable(file)
+    return found
 
 
 def _own_parts(first: Path) -> list[Path]:

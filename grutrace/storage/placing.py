@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from grutrace.errors import GrutraceError, TraceFileError
 from grutrace.storage.faults import in_brief
+from grutrace.storage.locks import fcntl
 
 
 def room_for(path: Path, mode: str) -> Path:
@@ -27,11 +27,12 @@ def room_for(path: Path, mode: str) -> Path:
 
 def put_in_place(new: Path, path: Path, mode: str) -> None:
     """Rename a file; one that may replace no other, only if there is none by now."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, AttributeError):
         if mode != "overwrite":
             # Unlike renaming, this fails where there is one; and where there are no hard links.
             os.link(new, path)
-            new.unlink()
+            with contextlib.suppress(OSError):
+                new.unlink()
             return
     if mode != "overwrite" and path.exists():
         raise _exists(path)
@@ -45,7 +46,7 @@ def sync(descriptor: int) -> None:
     Raises:
         OSError: It could not. What was written since the last time may be gone.
     """
-    if hasattr(fcntl, "F_FULLFSYNC"):
+    if fcntl is not None and hasattr(fcntl, "F_FULLFSYNC"):
         # On macOS fsync stops at the disk's own cache.
         fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
     else:
@@ -58,6 +59,9 @@ def sync_name(path: Path) -> None:
     Raises:
         OSError: It could not.
     """
+    if os.name == "nt":
+        # A folder cannot be opened there, nor be told to be on the disk.
+        return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         sync(folder)

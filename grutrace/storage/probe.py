@@ -9,7 +9,6 @@ dataset lie. It takes a third of a second for a small trace.
 from __future__ import annotations
 
 import contextlib
-import glob
 import math
 import os
 import signal
@@ -24,6 +23,7 @@ import h5py
 
 from grutrace.errors import GrutraceError, TraceFileError
 from grutrace.storage.faults import reading
+from grutrace.storage.globs import matching_files
 from grutrace.storage.keeping import best_plan
 from grutrace.storage.members import is_dataset, member, require_own_data
 from grutrace.storage.opening import no_plugins, open_for_reading
@@ -162,7 +162,7 @@ def _limit(paths: Sequence[str], seconds: int | None = None) -> None:
     if seconds is not None:
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     with contextlib.suppress(OSError, ValueError):
-        files = {file for path in paths for file in (path, *glob.glob(path))}
+        files = {file for path in paths for file in (path, *matching_files(path))}
         parts = [part for file in files for part in (Path(file), *part_files(file).values())]
         size = sum(part.stat().st_size for part in parts if part.exists())
         most = ROOM + PER_BYTE * size

@@ -293,4 +293,5 @@ def _disown_all() -> None:
 
 # After h5py's own, and so, at exit, before it.
 atexit.register(_close_all)
-os.register_at_fork(after_in_child=_disown_all)
+if hasattr(os, "register_at_fork"):  # There is none on Windows.
+    os.register_at_fork(after_in_child=_disown_all)

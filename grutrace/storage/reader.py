@@ -84,6 +84,7 @@ class FileSource:
         Raises:
             TraceFileError: The file is damaged.
         """
+        self._handle.follow()
         with reading(self._path), self._handle.lent():
             return self._merged.ranked(self._tables.read())
 

@@ -12,9 +12,11 @@ import numpy as np
 from grutrace.errors import OptionError
 from grutrace.record import Array, Header
 from grutrace.storage.appender import Appender
+from grutrace.storage.claims import Claim
 from grutrace.storage.creating import create
 from grutrace.storage.handle import file_identity
 from grutrace.storage.letting_go import lead_nowhere, let_go
+from grutrace.storage.origin import require_replaceable
 from grutrace.storage.placing import naming, put_in_place, room_for, sync, sync_name
 from grutrace.storage.scales import extend_scales
 from grutrace.storage.schema import COMMITTED, TABLES
@@ -57,16 +59,22 @@ def save_trace(
         step = max(1, BLOCK // max(1, array[:1].nbytes))
         return (array[start : start + step] for start in range(0, count, step))
 
-    new = room_for(target, mode)
+    claim = Claim(target)
     try:
-        write_datasets(target, new, header, counts, committed, blocks)
-        put_in_place(new, target, mode)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            new.unlink(missing_ok=True)
-        raise
-    with naming(target, "created"):
-        sync_name(target)
+        if mode == "overwrite":
+            require_replaceable(target)
+        new = room_for(target, mode)
+        try:
+            write_datasets(target, new, header, counts, committed, blocks)
+            put_in_place(new, target, mode)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                new.unlink(missing_ok=True)
+            raise
+        with naming(target, "created"):
+            sync_name(target)
+    finally:
+        claim.release()
 
 
 def write_datasets(
@@ -92,7 +100,7 @@ def write_datasets(
     Raises:
         TraceFileError: It cannot be written.
     """
-    file = create(path, new, header)
+    file = create(path, new, header, counts)
     descriptor, identity = file.id.get_vfd_handle(), file_identity(file)
     try:
         done = 0

@@ -290,7 +290,11 @@ def create_datasets(
 
 
 def create_column(
-    file: h5py.File, place: str, column: Column, packed: Mapping[str, Any] | None = None
+    file: h5py.File,
+    place: str,
+    column: Column,
+    packed: Mapping[str, Any] | None = None,
+    items: Mapping[str, int] | None = None,
 ) -> h5py.Dataset:
     """Create a dataset that grows, empty.
 
@@ -299,7 +303,12 @@ def create_column(
         place: Where.
         column: What.
         packed: What h5py creates datasets of rows with, if those are to be compressed.
+        items: By place, how many items a dataset will hold, if its chunks need hold no more.
     """
+    chunks = column.chunks
+    if items is not None:
+        # What is empty takes no chunk.
+        chunks = (min(chunks[0], items[place] or chunks[0]), *chunks[1:])
     # Rows are written whole before anyone may read them: filling first is work for nothing.
     # (h5py has a word of its own for it from 3.12 on.)
     properties = h5p.create(h5p.DATASET_CREATE)
@@ -308,7 +317,7 @@ def create_column(
         place,
         shape=(0, *column.item),
         maxshape=(None, *column.item),
-        chunks=column.chunks,
+        chunks=chunks,
         dtype=column.dtype,
         dcpl=properties,
         **(packed or {} if column.axes[:1] == ("step",) else {}),

@@ -5,9 +5,7 @@ docs/format.md says how shards are named and stamped.
 
 from __future__ import annotations
 
-import glob
 import os
-import re
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 from grutrace.errors import GrutraceWarning, OptionError, TraceFileError, as_path, brief
 from grutrace.shard import Shard
 from grutrace.storage.faults import reading
+from grutrace.storage.globs import is_glob, matching_files
 from grutrace.storage.handle import released_afterwards
 from grutrace.storage.joined import JoinedSource
 from grutrace.storage.parts import RunSource, open_run, stamp_of
@@ -25,9 +24,6 @@ from grutrace.storage.tables import Tables
 
 #: How many missing ranks are named.
 SAID = 8
-
-#: What makes a path a glob.
-_MAGIC = re.compile(r"[*?\[]")
 
 #: The source of one shard: a file, or several of a `grutrace run`.
 ShardSource = FileSource | RunSource
@@ -47,11 +43,11 @@ def open_files(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) 
     """
     if isinstance(path, (str, os.PathLike)):
         text = os.fspath(path)
-        if not _MAGIC.search(text) or os.path.exists(text):
+        if not is_glob(text) or os.path.exists(text):
             source = open_run(path)
             _warn_of_unmerged(source)
             return source
-        found = sorted(_matching(text))
+        found = matching_files(text)
         if not found:
             raise TraceFileError(f"{text} does not exist, and no file matches it")
         if len(found) > 1 or _is_shard(found[0]):
@@ -106,10 +102,6 @@ def _is_shard(path: str) -> bool:
         source.close()
 
 
-def _matching(pattern: str) -> list[str]:
-    return [path for path in glob.glob(pattern) if os.path.isfile(path)]
-
-
 class ShardsSource(JoinedSource):
     """Shards in files as one `Source`.
 
@@ -140,7 +132,11 @@ class ShardsSource(JoinedSource):
         """The tables of everything there is by now, of ranks that have come since, too."""
         if self._pattern is not None and self.missing:
             known = _real(self.files)
-            new = [each for each in _matching(self._pattern) if os.path.realpath(each) not in known]
+            new = [
+                each
+                for each in matching_files(self._pattern)
+                if os.path.realpath(each) not in known
+            ]
             opened = _opened(new, orphans=True)
             try:
                 _require_one_run([*zip(self._shards, self._sources, strict=True), *opened])

@@ -6,6 +6,7 @@ import os
 import weakref
 
 from grutrace.record import Header, Record
+from grutrace.storage.claims import Claim
 from grutrace.storage.preparing import Prepare, Preparing
 from grutrace.storage.pump import QUEUE_BYTES, Pump
 from grutrace.storage.writer import Writer
@@ -42,11 +43,11 @@ class StreamSink:
         fsync: bool = False,
     ) -> None:
         writer = Writer(path, header, mode, fsync=fsync)
-        self.path = writer.path
+        self._writer, self.path = writer, writer.path
         consumer = Preparing(writer, prepare) if prepare else writer
         self._pump = Pump(consumer, queue_bytes, commit_seconds=writer.commit_seconds)
         # Without waiting: whatever thread the collector runs in may hold HDF5's lock.
-        weakref.finalize(self, self._pump.finish).atexit = False
+        weakref.finalize(self, _finish, self._pump, writer.claim).atexit = False
 
     @property
     def appended(self) -> int:
@@ -71,9 +72,11 @@ class StreamSink:
         """Return once everything appended so far is committed to the file.
 
         Raises:
-            SinkError: It could not be written, or this process is a forked child.
+            SinkError: It could not be written, the file was deleted, moved or replaced, or this
+                process is a forked child.
         """
         self._pump.flush()
+        self._writer.require_in_place()
 
     def close(self) -> None:
         """Write what waits and close the file. Closing twice does nothing.
@@ -82,3 +85,9 @@ class StreamSink:
             SinkError: Something could not be written, and no earlier call has said so.
         """
         self._pump.close()
+
+
+def _finish(pump: Pump, claim: Claim) -> None:
+    """Have the file of a forgotten sink closed; a new writer of its path waits for that."""
+    claim.closing = True
+    pump.finish()

@@ -73,11 +73,11 @@ class Unmarked(io.RawIOBase):
     def __init__(self, path: Path, *, mend: bool = False) -> None:
         self.mended: set[int] = set()
         self._mend = mend
-        self._descriptor = os.open(path, os.O_RDONLY)
+        self._file = path.open("rb", buffering=0)
         self._place = 0
         try:
-            self.size = os.fstat(self._descriptor).st_size
-            head = bytearray(os.pread(self._descriptor, _SIZE, 0))
+            self.size = os.fstat(self._file.fileno()).st_size
+            head = bytearray(self._file.read(_SIZE))
             _check(head)
             self.full_size = max(self.size, int.from_bytes(head[_END], "little"))
         except BaseException:
@@ -117,7 +117,7 @@ class Unmarked(io.RawIOBase):
         if start >= self.size:
             raise OSError(f"byte {start} of {self.size} bytes was asked for")
         while done < len(view):
-            read = os.preadv(self._descriptor, [view[done:]], start + done)
+            read = self._read(view[done:], start + done)
             if not read:
                 if bytes(view[:4]) == _HEAP:
                     # In one that ends with zeros, HDF5 2.0 looks for the next object for ever.
@@ -133,10 +133,16 @@ class Unmarked(io.RawIOBase):
         self._place += len(view)
         return len(view)
 
+    def _read(self, view: memoryview, start: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [view], start)
+        # There is none on Windows.
+        self._file.seek(start)
+        return self._file.readinto(view)
+
     def close(self) -> None:
         """Let go of the file."""
-        if not self.closed:
-            os.close(self._descriptor)
+        self._file.close()
         super().close()
 
 

@@ -149,8 +149,9 @@ def test_sizes(text, expected) -> None:
 
 def test_info_says_what_was_left_out(tmp_path, capsys) -> None:
     path = tmp_path / "run.h5"
-    with grutrace.trace(nn.GRU(2, 3), path, every=3, dtype="float16", max_calls=9) as trace:
-        trace._selections[0].module(torch.randn(4, 2))
+    layer = nn.GRU(2, 3)
+    with grutrace.trace(layer, path, every=3, dtype="float16", max_calls=9):
+        layer(torch.randn(4, 2))
     assert main(["info", str(path)]) == 0
     assert "asked for less: every 3, max_calls 9, dtype float16\n" in capsys.readouterr().out
     assert main(["info", str(path), "--json"]) == 0

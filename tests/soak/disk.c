@@ -11,6 +11,7 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <sys/types.h>
 #include <unistd.h>
 
@@ -40,14 +41,17 @@ static int is_ours(int descriptor) {
     if (!*prefix) return 0;
     snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
     ssize_t length = readlink(link, path, sizeof path - 1);
+    if (length > 0) path[length] = 0;
     return length > 0 && !strncmp(path, prefix, strlen(prefix));
 }
 
-/* offset, length (-1 for an fsync), bytes */
-static void note(int64_t offset, int64_t length, const void *bytes) {
+/* offset, length (-1 for an fsync), inode, bytes */
+static void note(int descriptor, int64_t offset, int64_t length, const void *bytes) {
     static ssize_t (*next)(int, const void *, size_t);
     if (!next) next = dlsym(RTLD_NEXT, "write");
-    int64_t head[2] = {offset, length};
+    struct stat status;
+    fstat(descriptor, &status);
+    int64_t head[3] = {offset, length, status.st_ino};
     pthread_mutex_lock(&lock);
     next(journal, head, sizeof head);
     if (length > 0) next(journal, bytes, length);
@@ -78,7 +82,7 @@ static ssize_t allowed(int descriptor, size_t count, off_t offset) {
         ssize_t some = allowed(descriptor, count, offset); \
         if (some < 0) return some; \
         ssize_t done = next(descriptor, bytes, some, offset); \
-        if (journal >= 0 && done > 0 && is_ours(descriptor)) note(offset, done, bytes); \
+        if (journal >= 0 && done > 0 && is_ours(descriptor)) note(descriptor, offset, done, bytes); \
         return done; \
     }
 
@@ -93,7 +97,7 @@ ssize_t write(int descriptor, const void *bytes, size_t count) {
         off_t offset = lseek(descriptor, 0, SEEK_CUR);
         some = allowed(descriptor, count, offset);
         if (some < 0) return some;
-        if (journal >= 0) note(offset, some, bytes);
+        if (journal >= 0) note(descriptor, offset, some, bytes);
     }
     return next(descriptor, bytes, some);
 }
@@ -107,7 +111,7 @@ int fsync(int descriptor) {
             errno = error;
             return -1;
         }
-        if (journal >= 0) note(0, -1, NULL);
+        if (journal >= 0) note(descriptor, 0, -1, NULL);
     }
     return next(descriptor);
 }

@@ -59,7 +59,7 @@ def cut_some(folder: Path, kind: str, page: str, fsync: bool, seed: int) -> Outc
         disk.log(place / "run", journal.fileno())
 
         def acknowledge(calls: int) -> None:
-            journal.write(struct.pack("<qq", calls, _ACKNOWLEDGED))
+            journal.write(struct.pack("<qqq", calls, _ACKNOWLEDGED, 0))
 
         run_for_ever(kind, place / "run.h5", acknowledge, seed, fsync=fsync, runs=12)
         disk.log(Path("/nowhere"), -1)
@@ -69,17 +69,21 @@ def cut_some(folder: Path, kind: str, page: str, fsync: bool, seed: int) -> Outc
     cuts = []
     for number in range(CUTS):
         about = {"kind": kind, "page": page, "fsync": fsync, "seed": seed, "cut": number}
-        left = _left(events, chance.randrange(len(events)), PAGES[page], chance)
+        left = _left(events, chance.randrange(len(events)), PAGES[page], chance, fsync=fsync)
         cuts.append(about | _look(place / f"cut-{number}.h5", left))
     return {"cuts": cuts}
 
 
-def _events(log: bytes) -> Iterator[tuple[int, int, bytes]]:
+#: Offset, length, inode, bytes.
+_Event = tuple[int, int, int, bytes]
+
+
+def _events(log: bytes) -> Iterator[_Event]:
     place = 0
     while place < len(log):
-        offset, length = struct.unpack_from("<qq", log, place)
-        place += 16
-        yield offset, length, log[place : place + max(0, length)]
+        offset, length, inode = struct.unpack_from("<qqq", log, place)
+        place += 24
+        yield offset, length, inode, log[place : place + max(0, length)]
         place += max(0, length)
 
 
@@ -97,29 +101,42 @@ class _Left:
 
 
 def _left(
-    events: list[tuple[int, int, bytes]], cut: int, page: int, chance: random.Random
+    events: list[_Event], cut: int, page: int, chance: random.Random, *, fsync: bool
 ) -> _Left:
-    last = max((n for n in range(cut) if events[n][1] == _FSYNC), default=-1)
-    left, states = _Left(), {}
-    now = bytearray()
-    for number, (offset, length, written) in enumerate(events[:cut]):
-        if length == _ACKNOWLEDGED:
-            left.acknowledged = offset
-        elif length >= 0:
+    """What is there of the file and, where a smaller copy is about to take its place, of either."""
+    before = events[:cut]
+    acknowledged = [offset for offset, length, _, _ in before if length == _ACKNOWLEDGED]
+    # Of a folder there are only fsyncs.
+    inodes = list(dict.fromkeys(inode for _, length, inode, _ in before if length >= 0))
+    # A copy takes the place once the disk has it; and the disk may not know of that yet.
+    synced = {inode for _, length, inode, _ in before if length == _FSYNC}
+    there = [inode for inode in inodes[1:] if inode in synced or not fsync]
+    chosen = chance.choice([*inodes[:1], *there]) if inodes else 0
+    own = [event for event in before if event[2] == chosen]
+    return _Left(_content(own, page, chance), max(acknowledged, default=0))
+
+
+def _content(events: list[_Event], page: int, chance: random.Random) -> bytearray:
+    """What a loss of power leaves of one file."""
+    last = max((n for n, event in enumerate(events) if event[1] == _FSYNC), default=-1)
+    content, now = bytearray(), bytearray()
+    states: dict[int, list[bytes]] = {}
+    for number, (offset, length, _, written) in enumerate(events):
+        if length >= 0:
             now.extend(bytes(max(0, offset + length - len(now))))
             now[offset : offset + length] = written
             if number > last:
                 for first in range(offset // page * page, offset + length, page):
                     states.setdefault(first, []).append(bytes(now[first : first + page]))
         if number == last:
-            left.content = bytearray(now)
+            content = bytearray(now)
     for first, those in states.items():
-        before = bytes(left.content[first : first + page])
+        before = bytes(content[first : first + page])
         kept = chance.choice([before, *those])
         if kept:
-            left.content.extend(bytes(max(0, first + len(kept) - len(left.content))))
-            left.content[first : first + len(kept)] = kept
-    return left
+            content.extend(bytes(max(0, first + len(kept) - len(content))))
+            content[first : first + len(kept)] = kept
+    return content
 
 
 def _look(path: Path, left: _Left) -> Outcome:

@@ -21,11 +21,11 @@ from .streams import make_header, make_module
 HIDDEN = 32
 
 #: Rows in the batch, steps of each, and whether sequences go on from call to call.
-SHAPES = {"big": (16, 64, False), "stepwise": (8, 1, True)}
+SHAPES = {"big": (16, 64, False), "stepwise": (8, 1, True), "small": (2, 3, False)}
 
 #: How long a program that streams for ever rests between two calls, so that it does not fill the
 #: disk while it is followed. Seconds.
-PAUSES = {"big": 0.01, "stepwise": 0.0005}
+PAUSES = {"big": 0.01, "stepwise": 0.0005, "small": 0.0005}
 
 HEADER = make_header(make_module(hidden=HIDDEN, width=1, dtype="float64"))
 

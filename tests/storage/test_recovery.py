@@ -153,7 +153,7 @@ def test_a_compressed_file_stays_compressed(compression, tmp_path, output):
 
 
 @pytest.mark.parametrize("closed", [True, False])
-@pytest.mark.parametrize("shape", coded.SHAPES)
+@pytest.mark.parametrize("shape", ["big", "stepwise"])
 def test_a_file_that_was_cut_short(shape, closed, path, output):
     coded_file(path, shape, {"big": 30, "stepwise": 1500}[shape], closed)
     whole = path.read_bytes()

@@ -167,7 +167,7 @@ def test_units_that_were_asked_for(path):
 
 def test_a_run_that_goes_on_makes_the_scales_longer(path):
     for calls in (2, 3):
-        stream = Stream(make_header(make_module()))
+        stream = Stream(make_header(make_module()), seed=calls)
         for _ in range(calls):
             stream.call([4, 1])
         write(path, stream, mode="a")
