@@ -568,3 +568,33 @@ def test_a_model_that_is_made_later_is_not_known_at_the_first_call(tmp_path) -> 
     assert found.returncode == 0, found.stderr
     with grutrace.open(tmp_path / "run.h5") as trace:
         assert sorted(trace.sites)[-1] == "l0"
+
+
+ANEW = """
+import torch
+from torch import nn
+
+class Vocoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(12, 4))
+    def forward(self, x):
+        cell = nn.GRUCell(4, 4)
+        cell.weight_ih.data = self.weight
+        return cell(x)
+
+model = Vocoder()
+with torch.no_grad():
+    for _ in range(30):
+        model(torch.randn(2, 4))
+"""
+
+
+def test_cells_made_anew_in_each_call_are_one_site(tmp_path) -> None:
+    done = run("-o", "run.h5", write(tmp_path, ANEW), folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(each.name for each in tmp_path.glob("*.h5")) == ["run.h5"]
+    with grutrace.open(tmp_path / "run.h5") as trace:
+        assert trace.sites == ("cell",)
+        assert len(trace.calls) == 30
+        assert set(trace.calls["proof"]) == {"proven"}

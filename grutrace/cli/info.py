@@ -7,14 +7,20 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
+
 from grutrace.cli.arguments import AsJSON, Files
 from grutrace.cli.opening import name_of, opened
 from grutrace.cli.output import new_table, print_json, print_table, say
 from grutrace.errors import listed
+from grutrace.storage.proofs import PROOFS, UNPROVEN
 from grutrace.storage.trace import Trace
 
 #: The version that is not printed: it says where, and not with what.
 _WHERE = "platform"
+
+#: How many unproven calls are named.
+NAMED = 8
 
 #: Half the spacing below 1 of the types that something may be rounded to.
 ROUNDED = {"float16": 2.0**-12, "float32": 2.0**-25}
@@ -40,6 +46,7 @@ def describe(trace: Trace, name: str) -> dict[str, Any]:
         "closed": trace.closed,
         "versions": dict(header.versions),
         "options": dict(header.options),
+        "proofs": proofs(trace),
         "modules": [
             dataclasses.asdict(module)
             | dataclasses.asdict(trace[module.sites[0].name].extent)
@@ -84,6 +91,8 @@ def print_info(trace: Trace, name: str) -> None:
         say(f"rows are compressed with {about['options']['compression']}")
     for line in recorded(about):
         say(line)
+    for line in doubtful(about["proofs"]):
+        say(line)
     table = new_table("site", "layer")
     for name in ("calls", "sequences", "steps", "weights"):
         table.add_column(name, justify="right")
@@ -93,6 +102,29 @@ def print_info(trace: Trace, name: str) -> None:
         for site in module["sites"]:
             table.add_row(site["name"], kind, *counts)
     print_table(table)
+
+
+def proofs(trace: Trace) -> dict[str, Any]:
+    """Return how many calls bear each mark that is stored, and the first that are unproven."""
+    marks = trace.calls["proof"]
+    counts = {name: int((marks == name).sum()) for name in PROOFS}
+    return counts | {"unproven_calls": np.flatnonzero(marks == PROOFS[UNPROVEN])[:NAMED].tolist()}
+
+
+def doubtful(proofs: Mapping[str, Any]) -> Iterator[str]:
+    """Yield lines that say which calls are not proven."""
+    if proofs["unchecked"]:
+        yield (
+            f"unchecked: {proofs['unchecked']} calls, whose weights were not compared when they "
+            "ran; `grutrace verify` checks them"
+        )
+    if proofs["unproven"]:
+        numbers = ", ".join(map(str, proofs["unproven_calls"]))
+        more = ", ..." if proofs["unproven"] > NAMED else ""
+        yield (
+            f"unproven: {proofs['unproven']} calls, whose gates do not lead to the model's states "
+            f"({numbers}{more})"
+        )
 
 
 def recorded(about: Mapping[str, Any]) -> Iterator[str]:

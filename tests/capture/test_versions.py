@@ -79,9 +79,7 @@ def test_a_change_is_a_new_version(layer: nn.GRU, change) -> None:
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
-def test_a_sample_finds_changes_of_whole_rows_and_columns(
-    layer, change, layout, only_marks
-) -> None:
+def test_a_sample_finds_whole_rows_and_columns(layer, change, layout, only_marks) -> None:
     if layout == "transposed":
         for weight in (layer.weight_ih_l0, layer.weight_hh_l0):
             weight.data = weight.data.t().contiguous().t()

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import grutrace
+from grutrace.__main__ import main
 from grutrace.analysis.verification import verify
 from grutrace.capture import versions
 from tests import oracles
@@ -178,7 +179,7 @@ def test_a_change_that_is_undone_before_anybody_looks(gates, monkeypatch, tmp_pa
     assert exact.calls["proof"].tolist() == ["proven"] * 3
 
 
-def test_a_file_is_marked_and_its_reader_finds_out(monkeypatch, tmp_path) -> None:
+def test_a_file_is_marked_and_its_reader_finds_out(monkeypatch, tmp_path, capsys) -> None:
     """Deferred gates in a file: which weights a call used is found out when it is read."""
     monkeypatch.setattr(versions, "SHARE", -1.0)
     monkeypatch.setattr(versions, "SAMPLE_SECONDS", -1.0)
@@ -193,7 +194,10 @@ def test_a_file_is_marked_and_its_reader_finds_out(monkeypatch, tmp_path) -> Non
         after = used(layer)
         layer(x)
         layer(x)
+    assert main(["info", str(path)]) == 0
+    assert "unchecked: 1 calls, whose weights were not compared" in capsys.readouterr().out
     with grutrace.open(path) as trace:
+        assert trace.calls["proof"].tolist().count("unchecked") == 1
         assert trace.calls["weights"].tolist() == [0, 0, 1, 1]
         assert_gates(trace["l0"], -1, after, x[:, 1])
         assert all(each.holds for each in verify(trace))
