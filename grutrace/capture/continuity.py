@@ -154,10 +154,10 @@ class Continuity:
             self._memory.close_rows(accepted.used)
         if accepted.final is None or not accepted.final.numel():
             return
-        # A copy without a graph: the user may change it in place, and it may be kept long.
-        final = accepted.final.detach() if accepted.final.requires_grad else accepted.final
+        final = accepted.final
         call = Call(
-            final.clone(),
+            # It may be remembered long, so without a graph.
+            final.detach() if final.requires_grad else final,
             assignment.sequences,
             assignment.roots,
             accepted.steps,

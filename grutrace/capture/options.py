@@ -28,9 +28,9 @@ Check = Literal["warn", "raise", "off"]
 #: What a sink that fails does to the run: end it, or let it go on untraced.
 OnError = Literal["raise", "warn"]
 
-#: Bytes of final states that are remembered, to tell which sequence a call goes on with: the last
-#: 250 steps of 64 sequences of 256 float32 units.
-STATE_MEMORY = "16 MiB"
+#: Bytes of final states that are remembered, to tell which sequence a call goes on with: with one
+#: module of 256 float32 units, some 2,800 sequences that wait, and 360 states to fork from.
+STATE_MEMORY = "8 MiB"
 
 #: When gates are computed: with the call, outside the model's forward but before they are stored,
 #: or when they are read. Auto is what the model feels least while all gates are stored: the second

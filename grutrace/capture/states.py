@@ -5,8 +5,9 @@ B sequences in a batch, W width of a state: all layers of a module side by side.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+import math
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple, TypeAlias
 
@@ -70,7 +71,7 @@ class Call:
     """Where one call ended.
 
     Attributes:
-        states: (B, W) a copy of the states.
+        states: (B, W) the states; a copy, once they are remembered.
         sequences: (B,) the number of each sequence, or of its last segment.
         roots: (B,) the number that each sequence began under. The same array as `sequences` where
             no sequence has several segments.
@@ -81,12 +82,13 @@ class Call:
             same for all.
         is_dropped: Whether the state is no longer remembered.
         is_counted: Whether its open states are among those that the memory has counted.
-        nbytes: Bytes that remembering it takes.
+        ring: Where the states lie; None if in memory of their own.
+        start: At which place there.
     """
 
     __slots__ = (
-        *("_column", "_keys", "_range", "is_counted", "is_dropped", "is_open", "names"),
-        *("nbytes", "offsets", "roots", "sequences", "states", "steps"),
+        *("_column", "_keys", "_range", "_size", "is_counted", "is_dropped", "is_open", "names"),
+        *("offsets", "ring", "roots", "sequences", "start", "states", "steps"),
     )
 
     def __init__(
@@ -102,12 +104,13 @@ class Call:
         self.steps, self.offsets, self.names = steps, offsets, names
         self.is_open: npt.NDArray[np.bool_] | bool = True
         self.is_dropped = self.is_counted = False
-        self.nbytes = states.nbytes + ROW_OVERHEAD * len(sequences) + CALL_OVERHEAD
+        self.ring: Ring | None = None
+        self.start, self._size = 0, len(sequences)
         self._column, self._keys = -1, _NO_KEYS
         self._range: tuple[range, int] | None = None
 
     def __len__(self) -> int:
-        return len(self.states)
+        return self._size
 
     def compress(self) -> None:
         """Keep less of a call that is not the last any more, and began neighbouring sequences."""
@@ -138,7 +141,7 @@ class Call:
     def drop(self) -> None:
         """Let go of everything: what still names this call needs none of it."""
         self.is_dropped, self._keys, self.names, self._range = True, _NO_KEYS, None, None
-        self.states = _NO_STATES
+        self.states, self.ring = _NO_STATES, None
         self.sequences, self.roots, self.steps = _NO_NUMBERS, _NO_NUMBERS, _NO_STEPS
         self.offsets, self.is_open = None, False
 
@@ -174,12 +177,82 @@ class Call:
 Row: TypeAlias = tuple[Call, int]
 
 
+class Ring:
+    """Memory of a fixed size that calls' states lie in, one call after another.
+
+    Allocated one by one, between what the model allocates and frees, states would fragment the heap
+    by much more than they take themselves.
+
+    Args:
+        limit: Bytes, with what is estimated beside the states.
+        drop: Is told of calls that have to go, while their states are still there.
+    """
+
+    def __init__(self, limit: int, drop: Callable[[list[Call]], None]) -> None:
+        self._limit, self._drop = limit, drop
+        self._room: Tensor | None = None
+        self._next = 0
+        # Where each begins, and the call. One that was moved since lies elsewhere by now.
+        self._calls: deque[tuple[int, Call]] = deque()
+
+    def __iter__(self) -> Iterator[Call]:
+        """All calls that lie here, the oldest first."""
+        return (call for start, call in self._calls if self._has(start, call))
+
+    def put(self, call: Call, states: Tensor) -> bool:
+        """Copy the states of a call to here, where the oldest make room; whether they fit at all.
+
+        Args:
+            call: The call.
+            states: (B, W) its states, which do not lie here.
+        """
+        overhead = ROW_OVERHEAD * states.shape[0] + CALL_OVERHEAD
+        size = states.numel() + overhead // states.element_size()
+        capacity = self._limit // states.element_size()
+        if size > capacity:
+            return False
+        room = self._room
+        if room is None or room.dtype is not states.dtype or room.device != states.device:
+            self._next = 0
+            self._clear(math.inf)
+            # It is written to in any mode that the model is called in.
+            with torch.inference_mode(False):
+                room = torch.empty(capacity, dtype=states.dtype, device=states.device)
+            self._room = room
+        if self._next + size > capacity:
+            self._clear(math.inf)
+            self._next = 0
+        if self._calls and self._next <= self._calls[0][0] < self._next + size:
+            # Some more at once: it costs less than one by one.
+            self._clear(self._next + max(size, capacity * FREED))
+        call.ring, call.start = self, self._next
+        call.states = room.as_strided(states.shape, (states.shape[1], 1), self._next)
+        call.states.copy_(states)
+        self._calls.append((self._next, call))
+        self._next += size
+        return True
+
+    def _clear(self, stop: float) -> None:
+        """Have the oldest calls go that lie from the present place to this one."""
+        dropped = []
+        while self._calls and self._next <= self._calls[0][0] < stop:
+            start, call = self._calls.popleft()
+            if self._has(start, call):
+                dropped.append(call)
+        if dropped:
+            self._drop(dropped)
+
+    def _has(self, start: int, call: Call) -> bool:
+        return call.ring is self and call.start == start
+
+
 class StateMemory:
     """Remembers the states that calls ended with.
 
     A state is looked up by its value in one column. The states of the last call are always
-    remembered. Beyond the limit, calls whose states were all continued from are dropped first, and
-    then the others; those that were used least recently before the rest.
+    remembered. Others are dropped, the oldest first, when newer ones need their room: on one side
+    those that were all continued from, on the other those of which some were not when another call
+    came.
 
     Args:
         limit: Bytes that may be remembered.
@@ -189,13 +262,11 @@ class StateMemory:
     """
 
     def __init__(self, limit: int) -> None:
-        self._limit = int(limit * (1 - DIGESTS))
+        self._recent = Ring(int(limit * PAST), self._drop)
+        self._waiting = Ring(int(limit * (1 - PAST - DIGESTS)), self._drop)
         self._digests = Digests(int(limit * DIGESTS))
         self.last: Call | None = None
-        self._bytes = self._past_bytes = self._rows = 0
-        # Ordered by when they were last used. All states of the first have been continued from.
-        self._past: OrderedDict[Call, None] = OrderedDict()
-        self._open: OrderedDict[Call, None] = OrderedDict()
+        self._rows = 0
         # What `is_only` and `find` have not looked at yet: most calls are never looked for.
         self._uncounted: list[Call] = []
         self._unindexed: list[Call] = []
@@ -204,40 +275,56 @@ class StateMemory:
         self._index: dict[float, Row | list[Row]] = {}
         self._indexed, self._column, self._retry = 0, 0, DISTINCT_CHECKED
 
+    def __iter__(self) -> Iterator[Call]:
+        """All calls that are remembered."""
+        yield from self._recent
+        yield from self._waiting
+        if self.last is not None and self.last.ring is None:
+            yield self.last
+
     def add(self, call: Call) -> None:
-        """Remember a call, which becomes the last."""
+        """Remember a call, which becomes the last. Its states are copied."""
         before, self.last = self.last, call
-        if before is not None and before in self._open:
-            self._uncounted.append(before)
-            before.compress()
-        self._open[call] = None
+        if before is not None and (before.is_open is not False or before.ring is None):
+            self._displace(before)
+        states = call.states
+        if not self._recent.put(call, states):
+            call.states = states.clone()
         self._unindexed.append(call)
-        self._bytes += call.nbytes
         self._rows += len(call)
-        if self._bytes > self._limit or self._past_bytes > self._limit * PAST:
-            self._shrink()
+
+    def _displace(self, call: Call) -> None:
+        """Move the last call to where it waits, if something is still to continue from it."""
+        if call.open_places():
+            call.compress()
+            if self._waiting.put(call, call.states):
+                self._uncounted.append(call)
+                return
+            call.ring = None
+        if call.ring is None:
+            self._drop([call])
 
     def close(self, call: Call) -> None:
         """Note that every state of the last call was continued from."""
         call.close()
-        if self._open.pop(call, self) is None:
-            self._past[call] = None
-            self._past_bytes += call.nbytes
 
     def close_rows(self, rows: Iterable[Row]) -> None:
-        """Note that these states were continued or forked from, and use them as the latest."""
+        """Note that these states were continued or forked from."""
+        forked = dict[Call, None]()
         for call, place in rows:
             if call.is_open_at(place):
                 call.close_row(place)
                 if call.is_counted:
                     self._uncount(call.keys(self._column)[place])
-            if call in self._past:
-                self._past.move_to_end(call)
-            elif call in self._open:
-                if call.open_places():
-                    self._open.move_to_end(call)
-                else:
-                    self.close(call)
+            elif call is not self.last:
+                forked[call] = None
+        for call in forked:
+            # There may be more forks from there: it is as good as new.
+            ring = call.ring
+            if ring is not None:
+                call.ring = None
+                states = call.states.clone()
+                ring.put(call, states)
 
     def is_only(self, call: Call) -> bool:
         """Whether no open state of another call may equal one of the last call, nor is any zero.
@@ -278,36 +365,18 @@ class StateMemory:
 
     def sequences(self) -> set[int]:
         """The numbers of all sequences of which a state is remembered."""
-        return {number for call in self._calls() for number in call.numbers()}
+        return {number for call in self for number in call.numbers()}
 
-    def _calls(self) -> Iterator[Call]:
-        yield from self._past
-        yield from self._open
-
-    def _shrink(self) -> None:
-        enough = self._limit * (1 - FREED)
-        dropped = []
-        while self._past and (self._bytes > enough or self._past_bytes > enough * PAST):
-            call, _ = self._past.popitem(last=False)
-            self._past_bytes -= call.nbytes
-            self._forget(call)
-            dropped.append(call)
-        while self._bytes > enough and (call := next(iter(self._open))) is not self.last:
-            del self._open[call]
-            self._forget(call)
-            dropped.append(call)
-        self._digests.add([call.states for call in dropped])
-        for call in dropped:
+    def _drop(self, calls: list[Call]) -> None:
+        self._digests.add([call.states for call in calls])
+        for call in calls:
+            self._rows -= len(call)
+            if call.is_counted:
+                for place in call.open_places():
+                    self._uncount(call.keys(self._column)[place])
             call.drop()
         self._uncounted = [call for call in self._uncounted if not call.is_dropped]
         self._unindexed = [call for call in self._unindexed if not call.is_dropped]
-
-    def _forget(self, call: Call) -> None:
-        self._bytes -= call.nbytes
-        self._rows -= len(call)
-        if call.is_counted:
-            for place in call.open_places():
-                self._uncount(call.keys(self._column)[place])
 
     def _count(self, call: Call) -> None:
         call.is_counted = True
@@ -342,11 +411,11 @@ class StateMemory:
             self._choose_column()
 
     def _start_index(self) -> None:
-        self._index, self._indexed, self._unindexed = {}, 0, list(self._calls())
+        self._index, self._indexed, self._unindexed = {}, 0, list(self)
 
     def _choose_column(self) -> None:
         """Look states up by the column that tells most of them apart."""
-        some = list(islice(self._calls(), DISTINCT_CHECKED))
+        some = list(islice(self, DISTINCT_CHECKED))
         values = torch.cat([call.states[:DISTINCT_CHECKED].cpu() for call in some])
         values = values[:DISTINCT_CHECKED]
         distinct = [len(set(column)) for column in values.T.tolist()]
@@ -355,9 +424,9 @@ class StateMemory:
             self._column = best
             self._start_index()
             self._open_keys.clear()
-            for call in self._open:
+            for call in self:
                 call.is_counted = False
-            self._uncounted = [call for call in self._open if call is not self.last]
+            self._uncounted = [call for call in self if call is not self.last]
             self._index_all()
 
 
@@ -424,7 +493,7 @@ def _digests(states: Sequence[Tensor]) -> Hashes:
     """Return a digest of each of several batches of states, end to end."""
     stride = max(1, -(-states[0].shape[1] // DIGEST_COLUMNS))
     # A copy, as float64: that holds every value of any floating-point type.
-    columns = torch.cat([each[:, ::stride].to("cpu", torch.float64) for each in states])
+    columns = torch.cat([each[:, ::stride] for each in states]).to("cpu", torch.float64)
     # Adding 0 makes -0 a 0, which it is equal to.
     bits = (columns.numpy() + 0.0).view(np.uint64)
     factors = np.arange(1, 1 + bits.shape[1], dtype=np.uint64) * np.uint64(_FACTOR)
