@@ -238,11 +238,16 @@ def test_modes_and_types_that_change_while_states_are_remembered(cell) -> None:
                 for _ in range(30):
                     a, b = step(cell, a), step(cell, b)
         cell.double()
-        with torch.no_grad(), pytest.warns(grutrace.GrutraceWarning, match="float32"):
+
+        @torch.no_grad()
+        def run_in_double() -> None:
             a, b = torch.randn(2, 4).double(), torch.randn(1, 4).double()
             for _ in range(30):
                 a = cell(torch.randn(2, 3).double(), a)
                 b = cell(torch.randn(1, 3).double(), b)
+
+        with pytest.warns(grutrace.GrutraceWarning, match="float32"):
+            run_in_double()
     assert trace["cell"].lengths.tolist() == [30] * (5 * 3)
     assert set(trace.sequences["origin"]) == {"new"}
 
