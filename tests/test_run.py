@@ -19,9 +19,11 @@ import torch
 import grutrace
 from grutrace.__main__ import main
 from grutrace.analysis.verification import verify
+from grutrace.capture.compiled_graphs import CompiledCode
 from grutrace.capture.observe import STACKS
 from grutrace.capture.options import OnError
 from grutrace.capture.tracer import Check, Gates
+from grutrace.capture.versions import WeightChecks
 from grutrace.run import settings
 from grutrace.storage.parts import part_path
 from grutrace.storage.sinks import Mode
@@ -506,6 +508,8 @@ def test_the_allowed_values_are_those_of_the_tracer() -> None:
     assert set(settings.MODES) == set(get_args(Mode))
     assert set(settings.GATES) == set(get_args(Gates))
     assert set(settings.ON_ERROR) == set(get_args(OnError))
+    assert set(settings.WEIGHTS) == set(get_args(WeightChecks))
+    assert set(settings.COMPILED) == set(get_args(CompiledCode))
 
 
 TWO = """
@@ -591,10 +595,13 @@ with torch.no_grad():
 
 
 def test_cells_made_anew_in_each_call_are_one_site(tmp_path) -> None:
-    done = run("-o", "run.h5", write(tmp_path, ANEW), folder=tmp_path)
+    options = ("--weights", "exact", "--compiled", "keep", "--state-memory", "1MiB")
+    done = run("-o", "run.h5", *options, write(tmp_path, ANEW), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(each.name for each in tmp_path.glob("*.h5")) == ["run.h5"]
     with grutrace.open(tmp_path / "run.h5") as trace:
         assert trace.sites == ("cell",)
         assert len(trace.calls) == 30
         assert set(trace.calls["proof"]) == {"proven"}
+        found = {name: trace.options[name] for name in ("weights", "compiled", "state_memory")}
+        assert found == {"weights": "exact", "compiled": "keep", "state_memory": 2**20}

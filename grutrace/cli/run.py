@@ -9,7 +9,17 @@ import typer
 
 from grutrace.record import DEFAULT_RECORD, QUANTITIES
 from grutrace.run.launch import launch
-from grutrace.run.settings import CHECKS, DTYPES, GATES, MODES, ON_ERROR, STACKS, Settings
+from grutrace.run.settings import (
+    CHECKS,
+    COMPILED,
+    DTYPES,
+    GATES,
+    MODES,
+    ON_ERROR,
+    STACKS,
+    WEIGHTS,
+    Settings,
+)
 from grutrace.run.texts import size
 from grutrace.storage.compression import COMPRESSIONS
 
@@ -61,6 +71,15 @@ def run(
     compression: Annotated[
         str | None, typer.Option(help=f"Of the rows: {', '.join(COMPRESSIONS)}.")
     ] = None,
+    weights: Annotated[
+        str, typer.Option(help=f"When every byte of them is compared: {', '.join(WEIGHTS)}.")
+    ] = "auto",
+    compiled: Annotated[
+        str, typer.Option(help=f"How compiled code runs: {', '.join(COMPILED)}.")
+    ] = "auto",
+    state_memory: Annotated[
+        str | None, typer.Option(help="Of states, to tell which sequence goes on: 64MiB.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing of our own.")] = False,
 ) -> None:
     """Run a script as python would, and trace the GRUs of every model in it."""
@@ -82,6 +101,9 @@ def run(
         on_error=on_error,
         fsync=fsync,
         compression=compression,
+        weights=weights,
+        compiled=compiled,
+        state_memory=None if state_memory is None else size(state_memory),
         quiet=quiet,
     )
     launch(settings, program, module=module)

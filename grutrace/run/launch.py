@@ -21,12 +21,14 @@ from grutrace.record import QUANTITIES
 from grutrace.run import texts
 from grutrace.run.settings import (
     CHECKS,
+    COMPILED,
     DTYPES,
     GATES,
     MODES,
     ON_ERROR,
     STACKS,
     VARIABLE,
+    WEIGHTS,
     Settings,
 )
 from grutrace.shard import present_shard, sharded
@@ -69,6 +71,8 @@ def _check(settings: Settings) -> None:
     _expect("check", [settings.check], CHECKS)
     _expect("gates", [settings.gates], GATES)
     _expect("on_error", [settings.on_error], ON_ERROR)
+    _expect("weights", [settings.weights], WEIGHTS)
+    _expect("compiled", [settings.compiled], COMPILED)
     _expect("compression", [settings.compression or COMPRESSIONS[0]], COMPRESSIONS)
     # What is not installed is said before the script begins.
     filter_options(settings.compression)

@@ -11,6 +11,7 @@ from torch import nn
 
 from grutrace.capture.limits import Limits
 from grutrace.capture.observe import GRUModule, Observation
+from grutrace.capture.options import STATE_MEMORY
 from grutrace.capture.recorder import ModuleRecorder
 from grutrace.capture.sites import Selection, select
 from grutrace.capture.surroundings import Missed
@@ -88,6 +89,9 @@ class Part(Tracer):
             on_error=settings.on_error,  # type: ignore[arg-type]
             fsync=settings.fsync,
             compression=settings.compression,  # type: ignore[arg-type]
+            weights=settings.weights,  # type: ignore[arg-type]
+            compiled=settings.compiled,  # type: ignore[arg-type]
+            state_memory=STATE_MEMORY if settings.state_memory is None else settings.state_memory,
         )
         self.tally = Tally(path, len(self.sites))
         self.start()

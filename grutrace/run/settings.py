@@ -15,6 +15,8 @@ CHECKS = ("warn", "raise", "off")
 GATES = ("auto", "inline", "background", "deferred")
 ON_ERROR = ("warn", "raise")
 DTYPES = ("float16", "float32", "float64")
+WEIGHTS = ("auto", "exact")
+COMPILED = ("auto", "eager", "keep")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ class Settings:
     on_error: str = "warn"
     fsync: bool = False
     compression: str | None = None
+    weights: str = "auto"
+    compiled: str = "auto"
+    state_memory: int | None = None
     quiet: bool = False
     python_path: str | None = None
 

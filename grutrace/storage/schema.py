@@ -24,7 +24,7 @@ FORMAT = "grutrace"
 STATISTICS = "grutrace statistics"
 
 #: Major and minor. A reader refuses a newer major number; a newer minor one only adds.
-FORMAT_VERSION = (1, 1)
+FORMAT_VERSION = (1, 2)
 
 #: HDF5's 1.10 format: the first with SWMR, and what every HDF5 since then reads. ("latest" is
 #: HDF5 2.0's own format where h5py brings 2.0, and older tools refuse that.)
