@@ -366,6 +366,21 @@ class Tracer(Trace):
                 "code as Python code while recording",
             )
 
+    def _name_exchanged(self) -> None:
+        """Say of which recorded layers the model has something else by now that is not recorded."""
+        model = self._model()
+        present = {} if model is None else dict(model.named_modules())
+        for each in self._selections:
+            path = each.description.path
+            there = present.get(path)
+            # A GRU was met at its first call, and is recorded or named.
+            if there is not None and not isinstance(there, (nn.GRU, nn.GRUCell)):
+                self._warn_once(
+                    f"exchanged {path}",
+                    f"{path} was exchanged for a {type(there).__qualname__} after the tracer was "
+                    "made, of which nothing is recorded",
+                )
+
     def _subscribe(self, index: int, module: GRUModule | None) -> None:
         """Have the calls of a module recorded as those of the module of this number."""
         if module is None:
@@ -544,6 +559,7 @@ class Tracer(Trace):
         """Stop recording and close the trace; whether it was open before."""
         if self._subscriptions:
             self._name_graphs()
+            self._name_exchanged()
         self.stop()
         was_open, self._closed = not self._closed, True
         if was_open:

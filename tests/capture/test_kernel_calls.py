@@ -344,6 +344,18 @@ def test_a_layer_of_another_shape_or_a_new_one_is_named() -> None:
     assert len(trace.calls) == 1
 
 
+def test_a_layer_that_is_exchanged_for_something_else_is_named_at_the_end() -> None:
+    net, x = Growing(), torch.randn(5, 2, 3)
+    trace = grutrace.trace(net)
+    trace.start()
+    net(x)
+    net.rnn = nn.RNN(3, 4)
+    net(x)
+    with pytest.warns(grutrace.GrutraceWarning, match="^rnn was exchanged for a RNN after"):
+        trace.close()
+    assert trace.calls["module"].tolist() == ["rnn", "top", "top"]
+
+
 def test_cells_made_anew_in_each_call_are_named_once() -> None:
     class Vocoder(nn.Module):
         def __init__(self) -> None:
