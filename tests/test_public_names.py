@@ -38,8 +38,9 @@ def test_control_tracing_loads_torch() -> None:
 def test_reading_a_file_loads_no_torch(tmp_path: Path) -> None:
     import torch
 
-    with grutrace.trace(torch.nn.GRU(2, 3), tmp_path / "run.h5") as trace:
-        trace._selections[0].module(torch.randn(4, 2))
+    layer = torch.nn.GRU(2, 3)
+    with grutrace.trace(layer, tmp_path / "run.h5"):
+        layer(torch.randn(4, 2))
     read = f"import grutrace; print(grutrace.open({str(tmp_path / 'run.h5')!r})['l0'].update[:])"
     assert not loads_torch(read)
 

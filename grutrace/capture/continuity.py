@@ -26,9 +26,9 @@ B sequences in a batch, W width of a state: all layers of a module side by side.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,8 @@ from grutrace.record import Fork, Origin
 
 #: The part of the bytes that names may take, and an estimate of what one name takes.
 NAMES, NAME_BYTES = 1 / 8, 512
+
+Result = TypeVar("Result")
 
 
 class Assignment(NamedTuple):
@@ -102,10 +104,17 @@ class Continuity:
     """
 
     def __init__(self, memory: int) -> None:
-        self._memory = StateMemory(int(memory * (1 - NAMES)))
-        self._names = _Names(int(memory * NAMES))
+        self._bytes = memory
         self._count = 0
         self._next: _Next | None = None
+        # Whether a call was counted and not remembered.
+        self._is_behind = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._memory = StateMemory(int(self._bytes * (1 - NAMES)))
+        self._names = _Names(int(self._bytes * NAMES))
+        self._is_behind = False
 
     def assign(
         self,
@@ -123,6 +132,9 @@ class Continuity:
             lengths: (B,) steps of each.
             names: (B,) the user's names, no two equal; None to go by the states.
         """
+        if self._is_behind:
+            # An interruption came while the last call was being remembered.
+            self._forget()
         last = self._memory.last
         if not len(lengths) or final is None or not final.shape[1]:
             found = self._begin_all(len(lengths))
@@ -141,13 +153,26 @@ class Continuity:
         self._next = found
         return found.assignment
 
-    def accept(self) -> None:
-        """Remember the call that was assigned last: it was recorded."""
-        accepted, self._next = self._next, None
-        if accepted is None:
-            return
+    def accept(self, hand_on: Callable[[], Result]) -> Result:
+        """Hand on the call that was assigned last, and remember it.
+
+        Args:
+            hand_on: Does so. If it fails, the numbers of the call are not used up.
+
+        Returns:
+            What that returned.
+        """
+        accepted = self._next
+        assert accepted is not None
+        count = self._count + int(np.count_nonzero(accepted.assignment.begun))
+        # In one statement: no interruption comes between the two.
+        result, self._count, self._is_behind = hand_on(), count, True
+        self._remember(accepted)
+        self._next, self._is_behind = None, False
+        return result
+
+    def _remember(self, accepted: _Next) -> None:
         assignment = accepted.assignment
-        self._count += int(np.count_nonzero(assignment.begun))
         if accepted.whole is not None:
             self._memory.close(accepted.whole)
         else:

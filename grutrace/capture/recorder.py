@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import NamedTuple, TypeAlias
@@ -273,22 +273,22 @@ class ModuleRecorder:
             recorded = Recorded(self._index, assignment, lengths, numbers)
             assert computed is not None
             block = self._block(observation, assignment, tag, computed)
-            number = self._hand_on(observation, block, computed)
-            recorded = recorded._replace(block=block, number=number)
-        else:
-            kept = self._kept.of(assignment, lengths)
-            bounds = self._kept.start, self._kept.stop
-            recorded = Recorded(self._index, assignment, lengths, kept.numbers, *bounds)
-            if kept.assignment is not None:
-                layers = [each.site.layer for each in self._sites]
-                narrowed = only_kept(observation, kept, layers)
-                computed = self._compute(narrowed, version, is_certain)
-                block = self._block(narrowed, kept.assignment, tag, computed)
-                number = self._hand_on(narrowed, block, computed)
-                recorded = recorded._replace(block=block, number=number)
-            self._kept.accept(kept, self._continuity)
-        self._continuity.accept()
-        return recorded
+            number = self._continuity.accept(partial(self._hand_on, observation, block, computed))
+            return recorded._replace(block=block, number=number)
+        kept = self._kept.of(assignment, lengths)
+        bounds = self._kept.start, self._kept.stop
+        recorded = Recorded(self._index, assignment, lengths, kept.numbers, *bounds)
+        hand_on: Callable[[], int | None] = _nothing
+        if kept.assignment is not None:
+            layers = [each.site.layer for each in self._sites]
+            narrowed = only_kept(observation, kept, layers)
+            computed = self._compute(narrowed, version, is_certain)
+            block = self._block(narrowed, kept.assignment, tag, computed)
+            hand_on = partial(self._hand_on, narrowed, block, computed)
+            recorded = recorded._replace(block=block)
+        number = self._continuity.accept(hand_on)
+        self._kept.accept(kept, self._continuity)
+        return recorded._replace(number=number)
 
     def _hand_on(self, observation: Observation, block: Block, computed: _Computed) -> int | None:
         """Hand a call on, or have it wait, its weights having been announced if they are new."""
@@ -409,6 +409,10 @@ class ModuleRecorder:
                 name: to_numpy(tensor).astype(dtype, copy=False) for name, tensor in tensors
             }
         return Weights(self._index, version.number, sites)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _all_units(module: Module) -> tuple[Site, ...]:

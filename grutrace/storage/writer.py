@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import h5py
 import numpy as np
 
 from grutrace.errors import SinkError, TraceFileError, require_one_of
@@ -151,6 +152,9 @@ class Writer:
         It is the file that there is that is appended to if no other can be put in its place.
         """
         before = _status(self.path)
+        if _is_written_here(self.path):
+            # HDF5 says so itself.
+            return False
         with naming(self.path, "appended to"), no_reading(), open_for_reading(self.path) as file:
             if not has_small_chunks(file, self._header, positions):
                 return False
@@ -480,6 +484,15 @@ class Writer:
             yield
         except (OSError, RuntimeError, ValueError) as error:
             raise SinkError(f"{self.path} cannot be written: {in_brief(error)}") from error
+
+
+def _is_written_here(path: Path) -> bool:
+    """Whether something in this process has a file open to write, such as a handle of h5py's."""
+    for file in h5py.h5f.get_obj_ids(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE):
+        name = os.fsdecode(h5py.h5f.get_name(file))
+        if file.get_intent() & h5py.h5f.ACC_RDWR and _status(Path(name)) == _status(path):
+            return True
+    return False
 
 
 def _status(path: Path) -> tuple[int, int, int, int] | None:

@@ -24,7 +24,7 @@ class Followed(Continuity):
 
     def assign(self, *args, **kwargs) -> Assignment:
         found = super().assign(*args, **kwargs)
-        self.accept()
+        self.accept(lambda: None)
         return found
 
 
@@ -106,7 +106,7 @@ def test_a_call_that_is_not_recorded_leaves_nothing() -> None:
     continuity = Continuity(1 << 20)
     for _ in range(2):
         assert continuity.assign(None, states(1, 2), ones(2)).sequences.tolist() == [0, 1]
-    continuity.accept()
+    continuity.accept(lambda: None)
     for _ in range(2):
         found = continuity.assign(states(1, 2), states(3, 4), ones(2))
         assert found.sequences.tolist() == [0, 1]
