@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,10 +34,15 @@ class CopiedBlock(Block):
     Attributes:
         starts: By suffix, (B, H), the state that each batch row started the call from.
         ready: Waits until the copies are whole; None if they are.
+        of_version: The version of the weights that the call used.
+        doubt: How far the gates of another version are from these that leads to the same states,
+            if it may have been that; 0 if not.
     """
 
     starts: Mapping[str, Array] = field(default_factory=dict)
     ready: Callable[[], None] | None = None
+    of_version: Weights | None = None
+    doubt: float = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -95,6 +100,11 @@ class Background:
             with self._lock:
                 self._doubts += news
 
+    def forget(self) -> None:
+        """Begin anew: the trace was emptied."""
+        with self._lock:
+            self._weights, self._doubts, self.calls = {}, [], 0
+
     def take_doubts(self) -> list[Doubt]:
         """Return what rounding does not explain, each once. From any thread."""
         if not self._doubts:
@@ -124,8 +134,7 @@ class Background:
             if block.ready is not None:
                 block.ready()
         module, known = self._modules[blocks[0].module], self._weights[blocks[0].module]
-        # The last used comes last.
-        weights = known[blocks[0].weights] = known.pop(blocks[0].weights)
+        weights = blocks[0].of_version or known[blocks[0].weights]
         found = _computed(module, blocks, weights)
         # Weights can change and change back unseen: the states tell which were used.
         return [
@@ -136,15 +145,31 @@ class Background:
     def _other_version(self, module: Module, copied: CopiedBlock, doubtful: Block) -> Block:
         for number, weights in reversed(self._weights[copied.module].items()):
             if number != copied.weights:
-                (found,) = _computed(module, [replace(copied, weights=number)], weights)
+                other = replace(copied, weights=number, of_version=weights)
+                (found,) = _computed(module, [other], weights)
                 if found.is_proven:
                     return found
         return doubtful
 
 
+class ChosenVersion(NamedTuple):
+    """The version of the weights that a call used.
+
+    Attributes:
+        weights: The first that leads to its states, or the first one if none does.
+        checks: By suffix, the residual, and the residual that rounding explains.
+        doubt: How far the gates of another version that leads to the same states are from these, in
+            the way that a residual is; 0 if no other does, or with the same gates.
+    """
+
+    weights: Weights
+    checks: dict[str, tuple[float, float]]
+    doubt: float = 0.0
+
+
 def choose_version(
     module: Module, block: CopiedBlock, versions: Sequence[Weights]
-) -> tuple[int, dict[str, tuple[float, float]]]:
+) -> ChosenVersion:
     """Find out which version of the weights leads to the states of a call.
 
     Args:
@@ -153,21 +178,34 @@ def choose_version(
         versions: In the order in which they are tried.
 
     Returns:
-        The number of the first version that fits, or of the first one if none does; and by suffix
-        what it leads to: the residual, and the residual that rounding explains.
+        What was found. States can be the same where gates are not: from a state of zeros without a
+        bias, the reset gate has no influence.
     """
-    chosen: tuple[int, dict[str, tuple[float, float]]] | None = None
     joined = _Joined(module, [block])
+    first: ChosenVersion | None = None
+    fitting: list[tuple[ChosenVersion, dict[str, Recomputed]]] = []
     for weights in versions:
-        found = {}
-        for site in module.sites:
-            computed = joined.recompute(site, weights.sites[site.suffix], np.dtype(module.dtype))
-            found[site.suffix] = joined.checks(site, computed)[0]
-        if all(residual <= allowed for residual, allowed in found.values()):
-            return weights.version, found
-        chosen = chosen or (weights.version, found)
-    assert chosen is not None
-    return chosen
+        made = {
+            site.suffix: joined.recompute(site, weights.sites[site.suffix], np.dtype(module.dtype))
+            for site in module.sites
+        }
+        checks = {site.suffix: joined.checks(site, made[site.suffix])[0] for site in module.sites}
+        found = ChosenVersion(weights, checks)
+        first = first or found
+        if all(residual <= allowed for residual, allowed in checks.values()):
+            fitting.append((found, made))
+    if not fitting:
+        assert first is not None
+        return first
+    chosen, made = fitting[0]
+    doubt = 0.0
+    for _, others in fitting[1:]:
+        for suffix, (_, allowed) in chosen.checks.items():
+            pairs = zip(made[suffix].gates.values(), others[suffix].gates.values(), strict=True)
+            apart = max(float(np.abs(a - b).max(initial=0.0)) for a, b in pairs)
+            if apart > allowed:
+                doubt = max(doubt, apart)
+    return chosen._replace(doubt=doubt)
 
 
 def _computed(module: Module, blocks: Sequence[CopiedBlock], weights: Weights) -> list[Block]:
@@ -206,6 +244,10 @@ def _site(
         found = joined.recompute(site, weights, dtype)
         columns |= found.gates
         checks = joined.checks(site, found)
+    checks = [
+        (max(residual, block.doubt), allowed)
+        for (residual, allowed), block in zip(checks, joined.blocks, strict=True)
+    ]
     stored = {name: _as(dtype, columns[name]) for name in site.quantities}
     return [
         SiteRows(

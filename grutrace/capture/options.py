@@ -30,7 +30,7 @@ OnError = Literal["raise", "warn"]
 
 #: Bytes of final states that are remembered, to tell which sequence a call goes on with: with one
 #: module of 256 float32 units, some 2,800 sequences that wait, and 360 states to fork from.
-STATE_MEMORY = "8 MiB"
+STATE_MEMORY = "4 MiB"
 
 #: When gates are computed: with the call, outside the model's forward but before they are stored,
 #: or when they are read. Auto is what the model feels least while all gates are stored: the second

@@ -7,13 +7,15 @@ not compared waits, with everything behind it, until they are: see `versions`.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
 from grutrace.record import Block, Record
 
-#: What may wait before the weights are compared all the same: bytes, and calls.
-MOST_BYTES, MOST_CALLS = 8 * 1024 * 1024, 256
+#: What may wait before the weights are compared all the same: bytes, calls, and seconds. A writer
+#: commits as often.
+MOST_BYTES, MOST_CALLS, MOST_SECONDS = 8 * 1024 * 1024, 256, 0.5
 
 
 class HeldCall:
@@ -25,11 +27,13 @@ class HeldCall:
     Attributes:
         block: Likewise; replaced once the version is known.
         is_settled: Whether it is known.
+        number: Of the call, once it was handed on.
     """
 
     def __init__(self, block: Block) -> None:
         self.block = block
         self.is_settled = False
+        self.number: int | None = None
 
 
 class PendingRecords:
@@ -43,6 +47,7 @@ class PendingRecords:
         self._append = append
         self._waiting: deque[Record | HeldCall] = deque()
         self._bytes = self._calls = 0
+        self._since = 0.0
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -50,8 +55,11 @@ class PendingRecords:
 
     @property
     def is_full(self) -> bool:
-        """Whether so much waits that the weights should be compared now."""
-        return self._bytes > MOST_BYTES or self._calls > MOST_CALLS
+        """Whether so much waits, or for so long, that the weights should be compared now."""
+        if not self._waiting:
+            return False
+        has_waited = time.monotonic() - self._since > MOST_SECONDS
+        return has_waited or self._bytes > MOST_BYTES or self._calls > MOST_CALLS
 
     def append(self, record: Record) -> int | None:
         """Hand a record on, at once if nothing waits.
@@ -62,15 +70,17 @@ class PendingRecords:
         Raises:
             SinkError: The sink cannot take it.
         """
-        if not self._waiting:
-            return self._append(record)
         with self._lock:
+            if not self._waiting:
+                return self._append(record)
             self._waiting.append(record)
+            self._bytes += record.nbytes
+            self._calls += isinstance(record, Block)
         self.drain()
         return None
 
-    def prepend(self, record: Record) -> None:
-        """Hand a record on before all that waits: weights that a waiting call may turn out to use.
+    def append_now(self, record: Record) -> None:
+        """Hand a record on before all that waits: weights, which a waiting call may have used.
 
         Raises:
             SinkError: The sink cannot take it.
@@ -87,6 +97,8 @@ class PendingRecords:
     def hold(self, call: HeldCall) -> None:
         """Have a call wait, and all records that come after it."""
         with self._lock:
+            if not self._waiting:
+                self._since = time.monotonic()
             self._waiting.append(call)
             self._bytes += call.block.nbytes
             self._calls += 1
@@ -99,12 +111,13 @@ class PendingRecords:
         """
         with self._lock:
             while self._waiting:
-                record = self._waiting[0]
-                if isinstance(record, HeldCall):
-                    if not record.is_settled:
-                        return
-                    self._bytes -= record.block.nbytes
-                    self._calls -= 1
-                    record = record.block
+                first = self._waiting[0]
+                if isinstance(first, HeldCall) and not first.is_settled:
+                    return
+                record = first.block if isinstance(first, HeldCall) else first
                 self._waiting.popleft()
-                self._append(record)
+                self._calls -= isinstance(record, Block)
+                self._bytes = self._bytes - record.nbytes if self._waiting else 0
+                number = self._append(record)
+                if isinstance(first, HeldCall):
+                    first.number = number

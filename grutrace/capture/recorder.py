@@ -17,6 +17,7 @@ from torch import Tensor
 from grutrace.capture.background import CopiedBlock, choose_version
 from grutrace.capture.continuity import Assignment, Continuity
 from grutrace.capture.deferral import defer
+from grutrace.capture.doubt import Doubt, find_doubts
 from grutrace.capture.kept import KeptSteps, only_kept
 from grutrace.capture.limits import Limits
 from grutrace.capture.observe import Observation
@@ -25,7 +26,7 @@ from grutrace.capture.pending import HeldCall, PendingRecords
 from grutrace.capture.rowtype import RowType, to_numpy
 from grutrace.capture.site_recorder import Check, SiteRecorder
 from grutrace.capture.sites import Selection
-from grutrace.capture.versions import Version, WeightVersions
+from grutrace.capture.versions import KEPT_VERSIONS, Version, WeightVersions
 from grutrace.errors import UnsupportedError
 from grutrace.gru.gather import NOTHING, together
 from grutrace.gru.harvest import is_recognized
@@ -148,8 +149,13 @@ class ModuleRecorder:
         self._continuity = Continuity(self._state_memory)
         steps = self._steps
         self._kept = None if steps is None else KeptSteps(steps.start, steps.stop)
-        self._versions = WeightVersions(self._options.weights)
+        # What is replayed with the call reads all weights anyway, and has to read the right ones.
+        is_exact = self._options.weights == "exact" or self._options.gates == "inline"
+        self._versions = WeightVersions("exact" if is_exact else "auto")
+        self._records: dict[int, Weights] = {}
         self._held: list[_Held] = []
+        #: Calls that turned out to be unproven, and were not said to be yet.
+        self.doubts: list[Doubt] = []
 
     def record(
         self,
@@ -210,7 +216,7 @@ class ModuleRecorder:
         changed = [each for each in held if each.version is not present]
         try:
             if changed:
-                self._announce(first=True)
+                self._announce()
                 records = {each.number: self._record_of(each) for each in self._versions.known}
                 for each in changed:
                     each.block = self._decide(each, records)
@@ -218,20 +224,33 @@ class ModuleRecorder:
             for each in held:
                 each.is_settled = True
         self._pending.drain()
+        if self._options.gates == "deferred":
+            # Others are found out when their gates are made.
+            for each in changed:
+                self.doubts += find_doubts(self.description, each.block, each.number)
 
     def _decide(self, held: _Held, versions: Mapping[int, Weights]) -> Block:
         """Return a call with the weights that lead to its states, and with what was found."""
         # Its own version first: of two that fit, the weights differ where nothing depends on it.
         numbers = sorted(versions, key=lambda number: number != held.version.number)
         module = defer(replace(self.description, sites=_all_units(self.description)))
-        number, found = choose_version(module, held.evidence, [versions[each] for each in numbers])
-        sites = held.block.sites
-        if self._options.gates == "deferred":
-            sites = {
-                suffix: replace(rows, residual=found[suffix][0], tolerance=found[suffix][1])
-                for suffix, rows in sites.items()
-            }
-        return replace(held.block, weights=number, sites=sites)
+        chosen = choose_version(module, held.evidence, [versions[each] for each in numbers])
+        if isinstance(held.block, CopiedBlock):
+            return replace(
+                held.block,
+                weights=chosen.weights.version,
+                of_version=chosen.weights,
+                doubt=chosen.doubt,
+            )
+        sites = {
+            suffix: replace(
+                rows,
+                residual=max(chosen.checks[suffix][0], chosen.doubt),
+                tolerance=chosen.checks[suffix][1],
+            )
+            for suffix, rows in held.block.sites.items()
+        }
+        return replace(held.block, weights=chosen.weights.version, sites=sites)
 
     def _compute(self, observation: Observation, version: Version, is_certain: bool) -> _Computed:
         """Work out the rows of a call with the copies of the weights that it is thought to use."""
@@ -304,11 +323,10 @@ class ModuleRecorder:
         self._pending.hold(held)
         return None
 
-    def _announce(self, *, first: bool = False) -> None:
+    def _announce(self) -> None:
         """Hand on the versions of the weights that were found and not handed on yet."""
-        hand_on = self._pending.prepend if first else self._pending.append
         while self._versions.made:
-            hand_on(self._record_of(self._versions.made[0]))
+            self._pending.append_now(self._record_of(self._versions.made[0]))
             self._versions.made.popleft()
 
     def _evidence(self, observation: Observation, block: Block) -> CopiedBlock | None:
@@ -372,7 +390,8 @@ class ModuleRecorder:
         )
         if not self._copying:
             return Block(*fields)
-        return CopiedBlock(*fields, starts, self._rows.take_ready())
+        weights = self._record_of(computed.version)
+        return CopiedBlock(*fields, starts, self._rows.take_ready(), weights)
 
     def _bytes(self, block: Block) -> int:
         """Bytes of what is stored of a call in the end, with the weights that it announces."""
@@ -398,6 +417,14 @@ class ModuleRecorder:
 
     def _record_of(self, version: Version) -> Weights:
         """Return a version as it is stored: the weights of the recorded sites."""
+        found = self._records.get(version.number)
+        if found is None:
+            found = self._records[version.number] = self._made_record(version)
+            while len(self._records) > KEPT_VERSIONS + 1:
+                del self._records[next(iter(self._records))]
+        return found
+
+    def _made_record(self, version: Version) -> Weights:
         dtype = self.description.weights_dtype
         directions = 2 if self.description.bidirectional else 1
         each = 4 if self.description.bias else 2

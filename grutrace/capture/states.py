@@ -37,6 +37,10 @@ DIGEST_COLUMNS = 32
 #: does not where a key is that of so many states, as of a unit that never changes.
 DISTINCT_CHECKED, SHARED = 256, 8
 
+#: Of so many calls the states with one key are compared: those that something may go on from, and
+#: others. A network that has come to rest has one state for ever.
+OPEN_ALIKE, PAST_ALIKE = 64, 8
+
 #: Odd constants of multiplicative hashing.
 _FACTOR, _MIXER = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93
 
@@ -403,6 +407,8 @@ class StateMemory:
                 known = self._index.setdefault(key, (call, place))
                 if isinstance(known, list):
                     known.append((call, place))
+                    if len(known) % OPEN_ALIKE == 0:
+                        known[:] = _latest(known)
                 elif known != (call, place):
                     self._index[key] = [known, (call, place)]
         self._unindexed.clear()
@@ -456,6 +462,8 @@ class Digests:
 
     def add_hashes(self, found: Hashes) -> None:
         """Note (n,) numbers."""
+        # An empty place is 0.
+        found = found | np.uint64(1)
         if self._table is None:
             table = torch.zeros(1 << self._bits, dtype=torch.int64, device="cpu")
             self._table = table.numpy().view(np.uint64)
@@ -465,11 +473,27 @@ class Digests:
         """Whether each of (n,) numbers was noted."""
         if self._table is None:
             return [False] * len(found)
+        found = found | np.uint64(1)
         held: list[bool] = (self._table[self._slots(found)] == found).tolist()
         return held
 
     def _slots(self, found: Hashes) -> Hashes:
         return (found * np.uint64(_MIXER)) >> np.uint64(64 - self._bits)
+
+
+def _latest(rows: list[Row]) -> list[Row]:
+    """Return those of the latest calls, the latest last."""
+    calls = {True: dict[Call, None](), False: dict[Call, None]()}
+    kept = []
+    for call, place in reversed(rows):
+        if call.is_dropped:
+            continue
+        is_open = call.is_open_at(place)
+        known = calls[is_open]
+        if call in known or len(known) < (OPEN_ALIKE if is_open else PAST_ALIKE):
+            known[call] = None
+            kept.append((call, place))
+    return kept[::-1]
 
 
 def equal_rows(a: Tensor, rows: list[int], b: Tensor, places: list[int]) -> list[bool]:

@@ -524,7 +524,7 @@ class Tracer(Trace):
             self._cleared += 1
             self._before = -self._outlet.blocks
             if self._background is not None:
-                self._background.calls = 0
+                self._background.forget()
             for recorder in self._recorders:
                 recorder.forget()
             for batches in self._all_batches:
@@ -688,7 +688,7 @@ class Tracer(Trace):
             self.stop()
         elif self._pending.is_full:
             self._hand_on()
-        if self._background is not None:
+        if self._options.gates != "inline":
             self._say_doubts()
         elif recorded.block is not None:
             number = None if recorded.number is None else self._before + recorded.number
@@ -743,6 +743,11 @@ class Tracer(Trace):
 
     def _say_doubts(self) -> None:
         """Say what was found outside the model's forward since the last time."""
+        for recorder in self._recorders:
+            while recorder.doubts:
+                doubt = recorder.doubts.pop(0)
+                number = None if doubt.call is None else self._before + doubt.call
+                self._say([doubt._replace(call=number)])
         if self._background is not None:
             self._say(self._background.take_doubts())
 
@@ -767,10 +772,11 @@ class Tracer(Trace):
             # Nobody knows what was called since.
             for index in range(len(self._recorders)):
                 batches.leave_out(index)
-        annotations = batches.annotations(name, given, module)
         try:
-            for annotation in annotations:
-                self._pending.append(annotation)
+            # At once, so that nobody empties the trace in between.
+            with self._lock:
+                for annotation in batches.annotations(name, given, module):
+                    self._pending.append(annotation)
         except SinkError as error:
             if not self._goes_on(error):
                 raise

@@ -51,6 +51,7 @@ CALL_MEANINGS = {
     "batch": "sequences in the batch of the call",
     "steps": "steps of all sequences of the call together",
     "residual": "largest |recomputed h - the kernel's h| of the call, nan where unknown",
+    "proof": "whether the gates of the call are proven, unchecked or unproven",
     "rank": "rank of the process that recorded the call",
 }
 

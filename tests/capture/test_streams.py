@@ -263,12 +263,12 @@ def test_the_users_tensors_stay_resizable(cell) -> None:
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [(0, 0), (1000, 1000), ("8 MiB", 8 * 1024**2), ("1.5kB", 1500), ("2 GB", 2 * 10**9)],
+    [(0, 0), (1000, 1000), ("4 MiB", 4 * 1024**2), ("1.5kB", 1500), ("2 GB", 2 * 10**9)],
 )
 def test_bytes_as_a_number_or_a_text(given, expected, cell) -> None:
     tracer = grutrace.Tracer(cell, state_memory=given)
     assert tracer._options.state_memory == expected
-    assert ("state_memory" in tracer.header.options) == (expected != 8 * 1024**2)
+    assert ("state_memory" in tracer.header.options) == (expected != 4 * 1024**2)
 
 
 @pytest.mark.parametrize("given", [-1, "16 apples", "", 1.5, None, True])

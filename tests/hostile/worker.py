@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+import grutrace
 from tests.hostile import seeds
 from tests.hostile.cases import make
 from tests.hostile.judge import judge
@@ -41,6 +42,8 @@ def main(folder: Path, seed: int, first: int, stop: int) -> None:
     faulthandler.disable()
     # Each of them would be a line that nobody asked for.
     warnings.simplefilter("error")
+    # That damaged states do not follow from the weights has to be said.
+    warnings.simplefilter("ignore", grutrace.ResidualWarning)
     torch.set_num_threads(1)
     for name in (*seeds.TRACES, seeds.STATISTICS, "run", "run.part0002"):
         seeds.content(name)
