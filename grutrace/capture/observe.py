@@ -134,9 +134,11 @@ def run_kernel(
         answer, layers = run()
 
     def observe() -> Observation:
-        own, returned = _unwrapped(arguments), _unwrapped(answer)
+        own, returned, found = arguments, answer, layers
+        if _is_transformed(arguments):
+            own, returned = _unwrapped(arguments), _unwrapped(answer)
+            found = [Layer(plain(each.input), plain(each.output)) for each in layers]
         made = _as_call(kernel, own)
-        found = [Layer(plain(each.input), plain(each.output)) for each in layers]
         if not found:
             output = _output(kernel, own, returned)
             found = rerun(made, output, state) if is_stack else [Layer(made.input, output)]
@@ -210,6 +212,15 @@ def _observation(
     else:
         steps = PackedSteps(call.batch_sizes, find_order(call.batch_sizes))
     return Observation(call, steps, layers, module.training, seconds)
+
+
+def _is_transformed(arguments: tuple[Any, ...]) -> bool:
+    """Whether a transform of torch.func holds one of the tensors among some arguments."""
+    return any(
+        _is_transformed(tuple(each)) if isinstance(each, (list, tuple)) else is_wrapped(each)
+        for each in arguments
+        if isinstance(each, (Tensor, list, tuple))
+    )
 
 
 def _unwrapped(values: Any) -> Any:

@@ -335,6 +335,10 @@ class ModuleRecorder:
         if isinstance(block, CopiedBlock) and not has_gates:
             return block
         try:
+            if self._options.gates == "deferred":
+                # It has everything but the states that its sequences started from.
+                starts = {each.site.suffix: each.starts(observation) for each in self._sites}
+                return self._as_copied(block, block.sites, starts)
             return self._copied(observation, block)
         except UnsupportedError:
             return None
@@ -346,12 +350,23 @@ class ModuleRecorder:
             rows, check = each.take(observation, inputs, False)
             starts[each.site.suffix] = each.starts(observation)
             sites[each.site.suffix] = SiteRows(rows, starts[each.site.suffix][:0], *check)
+        return self._as_copied(block, sites, starts)
+
+    def _as_copied(
+        self, block: Block, sites: Mapping[str, SiteRows], starts: Mapping[str, Array]
+    ) -> CopiedBlock:
         return CopiedBlock(
-            **{
-                name: getattr(block, name) for name in Block.__dataclass_fields__ if name != "sites"
-            },
-            sites=sites,
-            starts=starts,
+            block.module,
+            block.time,
+            block.tag,
+            block.training,
+            block.weights,
+            block.steps,
+            block.sequences,
+            sites,
+            block.forks,
+            block.origins,
+            starts,
         )
 
     @cached_property
