@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import grutrace
+from grutrace.capture import states
 from grutrace.capture.states import Call, StateMemory
 
 BOTH = pytest.mark.parametrize("path", [None, "run.h5"])
@@ -333,3 +334,31 @@ def test_memory_of_dropped_calls_is_freed() -> None:
     finally:
         tracemalloc.stop()
     assert grown < 100_000
+
+
+def test_a_network_at_rest_costs_the_same_at_every_call(monkeypatch) -> None:
+    """Its states are all the same. Counted in comparisons, not in time."""
+    counts: list[int] = []
+    inner = states.equal_rows
+
+    def counting(*args):
+        counts[-1] += 1
+        return inner(*args)
+
+    monkeypatch.setattr(states, "equal_rows", counting)
+    torch.manual_seed(0)
+    cell, inputs = nn.GRUCell(2, 4), torch.randn(2, 1, 2)
+    with torch.no_grad(), grutrace.trace(cell) as trace:
+        agents = [torch.randn(1, 4), torch.randn(1, 4)]
+        for _ in range(400):
+            counts.append(0)
+            agents = [cell(x, h) for x, h in zip(inputs, agents, strict=True)]
+    assert trace["cell"].lengths.tolist() == [400, 400]
+    assert max(counts[200:]) <= 2 * (2 * states.OPEN_ALIKE + states.PAST_ALIKE)
+    assert max(counts[300:]) <= max(counts[200:300])
+
+
+def test_nothing_is_noted_of_a_name_whose_hash_is_zero() -> None:
+    digests = states.Digests(1024)
+    digests.add_hashes(np.array([6], np.uint64))
+    assert digests.hold_hashes(np.array([0, 6], np.uint64)) == [False, True]
