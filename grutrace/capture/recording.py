@@ -86,6 +86,8 @@ class SequenceNames:
         self._names: list[tuple[Hashable, ...] | None] = [None] * len(modules)
         self._for_any: tuple[Hashable, ...] | None = None
         self._used = [False] * len(modules)
+        # What calls had for which there were no names.
+        self._other_sizes: set[int] = set()
         if not isinstance(given, Mapping):
             self._for_any = _checked_names(given)
             return
@@ -110,9 +112,20 @@ class SequenceNames:
         """
         names = self._names[module] or self._for_any
         if names is None or len(names) != batch:
+            self._other_sizes.add(batch)
             return None
         self._used[module] = True
         return names
+
+    def unused(self) -> str:
+        """What to say, at the end, of names for any module that fitted no call; empty if none."""
+        if self._for_any is None or any(self._used) or not self._other_sizes:
+            return ""
+        sizes = ", ".join(map(str, sorted(self._other_sizes)))
+        return (
+            f"sequences: {len(self._for_any)} are named, and the calls of the block have {sizes}: "
+            "which sequences they go on with was told by their states"
+        )
 
     def complaint(self, module: int, batch: int) -> str:
         """What to say of a call that `of` has no names for; empty if that is as it should be.

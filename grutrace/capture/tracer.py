@@ -476,6 +476,8 @@ class Tracer(Trace):
             with block.entered():
                 yield recording
                 recording.annotate(tokens=tokens, labels=labels)
+            if names is not None and (unused := names.unused()):
+                self._warn_once("unused names", unused)
         finally:
             with self._lock:
                 was_open = block in self._blocks

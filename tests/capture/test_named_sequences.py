@@ -23,6 +23,20 @@ EVERYTHING = (*GATES, "hidden", "input")
 B, T, INPUT, H = 3, 6, 2, 4
 
 
+def test_names_that_fit_no_call_are_said_at_the_end_of_the_block() -> None:
+    layer, x = nn.GRU(3, 4), torch.randn(5, 2, 3)
+    tracer = grutrace.Tracer(layer, recording=False)
+    block = tracer.recording(sequences=["a"])
+    block.__enter__()
+    layer(x)
+    with pytest.warns(grutrace.GrutraceWarning, match="1 are named, and the calls .* have 2"):
+        block.__exit__(None, None, None)
+    # The control: names that fit are not mentioned; any warning is an error.
+    with tracer.recording(sequences=["a", "b"]):
+        layer(x)
+    tracer.close()
+
+
 def masked(state: torch.Tensor, new: torch.Tensor, step: int) -> torch.Tensor:
     mask = torch.tensor([[1.0], [float(step % 2)], [float(step < 3)]])[: len(new)]
     return mask * new + (1 - mask) * state
