@@ -22,6 +22,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import FrameType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -31,11 +32,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 from grutrace.capture import observe
 from grutrace.capture.kernel_registration import GRUKernel, KernelRegistration
-from grutrace.capture.observe import GRUModule, Observation, Stacks
+from grutrace.capture.observe import GRUModule, KernelRun, Stacks
 from grutrace.capture.surroundings import Missed, aside, hindrance, is_recomputation
 from grutrace.gru.gather import NOTHING, Asked, together
 
-Receiver: TypeAlias = Callable[[Observation | Missed], None]
+Receiver: TypeAlias = Callable[[KernelRun | Missed], None]
 
 #: Asked once before each call; if it says no, the call is left alone.
 Wants: TypeAlias = Callable[[], bool]
@@ -167,8 +168,11 @@ class _Subscriptions:
 
     def of(self, module: nn.Module) -> list[Subscription]:
         """Those to a module, in the order in which they were started."""
-        found = (each() for each in self.by_module.get(id(module), ()))
-        return [each for each in found if each is not None and each.module() is module]
+        found = self.by_module.get(id(module))
+        if found is None:
+            return []
+        alive = [each() for each in found]
+        return [each for each in alive if each is not None and each.module() is module]
 
     def modules(self) -> Iterator[nn.Module]:
         """The modules that are subscribed to."""
@@ -228,25 +232,27 @@ def _answer(kernel: GRUKernel, arguments: tuple[Any, ...]) -> Any:
     if not _subscriptions.by_module or _inside.is_running():
         return kernel(*arguments)
     caller = _caller(sys._getframe(2), kernel, arguments)
-    if caller.module is None:
+    module = caller.module
+    if module is None:
         return kernel(*arguments)
-    subscribed = _subscriptions.of(caller.module)
+    subscribed = _subscriptions.of(module)
     if not subscribed:
         if not _watches or caller.own is None:
             return kernel(*arguments)
-        _tell_watches(caller.module, caller.own)
-        subscribed = _subscriptions.of(caller.module)
-    if not subscribed or not observe.is_own_call(caller.module, kernel, arguments):
+        _tell_watches(module, caller.own)
+        subscribed = _subscriptions.of(module)
+    if not subscribed or not observe.is_own_call(module, kernel, arguments):
         return kernel(*arguments)
     _inside.frame = sys._getframe()
     try:
-        return _observe(caller, subscribed, kernel, arguments)
+        return _observe(caller, module, subscribed, kernel, arguments)
     finally:
         _inside.frame = None
 
 
 def _observe(
     caller: Caller,
+    module: GRUModule,
     subscribed: list[Subscription],
     kernel: GRUKernel,
     arguments: tuple[Any, ...],
@@ -260,21 +266,19 @@ def _observe(
     if missed is not None:
         _tell(listening, missed)
         return kernel(*arguments)
-    module = caller.module
-    assert module is not None
     with torch._C.DisableTorchFunction():
-        result = observe.run_kernel(
+        answer, observed = observe.run_kernel(
             module,
             kernel,
             arguments,
-            lambda batch_sizes: _sorted_indices(caller, batch_sizes),
+            partial(_sorted_indices, caller),
             _stacks(subscribed),
             _asked(subscribed, module.hidden_size),
         )
         if listening:
             with aside():
-                _tell(listening, result.observe())
-    return result.answer
+                _tell(listening, observed())
+    return answer
 
 
 def _stacks(subscribed: list[Subscription]) -> Stacks:
@@ -290,12 +294,15 @@ def _asked(subscribed: list[Subscription], hidden_size: int) -> Asked:
     return together([each.asked for each in subscribed], hidden_size)
 
 
-def _tell(listening: list[Subscription], observation: Observation | Missed) -> None:
+def _tell(listening: list[Subscription], run: KernelRun | Missed) -> None:
     """Tell all receivers, also if one of them fails."""
+    if len(listening) == 1:
+        listening[0].receiver(run)
+        return
     errors = []
     for each in listening:
         try:
-            each.receiver(observation)
+            each.receiver(run)
         except Exception as error:
             errors.append(error)
     if errors:

@@ -54,6 +54,8 @@ class GRUKernel:
         packet, _, overload = name.partition(".")
         self._run: Any = getattr(getattr(torch.ops.aten, packet), overload or "default")._op_dk
         self._weights = OPERATIONS[name]
+        #: Place of the initial state among its arguments.
+        self.state_place = self._weights - 1
 
     def __call__(self, *arguments: Any) -> Any:
         """Run it, where function modes of the user see what they would see without us."""
@@ -72,6 +74,13 @@ class GRUKernel:
         if self.is_cell:
             return [each for each in arguments[self._weights :] if each is not None]
         return arguments[self._weights]
+
+    def with_weights(self, arguments: tuple[Any, ...], weights: Any) -> tuple[Any, ...]:
+        """The same arguments with other weights, a flat list."""
+        place = self._weights
+        if self.is_cell:
+            return (*arguments[:place], *weights)
+        return (*arguments[:place], weights, *arguments[place + 1 :])
 
 
 #: Answers a call in the kernel's place.

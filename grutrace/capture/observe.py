@@ -73,17 +73,116 @@ def is_own_call(module: GRUModule, kernel: Kernel, arguments: tuple[Any, ...]) -
     )
 
 
-class KernelResult(NamedTuple):
-    """What a kernel call gave.
+class KernelRun:
+    """A kernel call that has just run: what went in, and what came out.
 
-    Attributes:
-        answer: For the model.
-        observe: Returns the observation, or why the layers below the top cannot be seen. To be
-            called at once, isolated from what surrounds the model (`surroundings.aside`).
+    Args:
+        kernel: The kernel.
+        arguments: Its positional arguments.
+        answer: What it returned to the model.
+        layers: What each layer read and made; empty for a single one, whose arguments and answer
+            say so.
+        gates: By layer and direction, the kernel's own gates; None where they were not harvested.
+        steps: The layout of a packed call's steps; None for a padded one.
+        training: Whether the module was in training mode.
+        seconds: How long the kernel ran.
     """
 
-    answer: Any
-    observe: Callable[[], Observation | Missed]
+    __slots__ = (
+        *("answer", "arguments", "gates", "kernel", "layers", "seconds", "steps", "training"),
+    )
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        arguments: tuple[Any, ...],
+        answer: Any,
+        layers: list[Layer],
+        gates: list[list[Harvest]] | None,
+        steps: Steps | None,
+        training: bool,
+        seconds: float,
+    ) -> None:
+        self.kernel, self.arguments, self.answer = kernel, arguments, answer
+        self.layers, self.gates, self.steps = layers, gates, steps
+        self.training, self.seconds = training, seconds
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The weights that it was given, flat."""
+        weights: list[Tensor] = self.kernel.weights(self.arguments)
+        return weights
+
+    @property
+    def batch(self) -> int:
+        """B"""
+        size: int = self.arguments[self.kernel.state_place].shape[-2]
+        return size
+
+    @property
+    def device(self) -> str:
+        """The type of the device that it ran on."""
+        kind: str = self.arguments[0].device.type
+        return kind
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what `kept` copies, and of the gates."""
+        kernel, arguments = self.kernel, self.arguments
+        output = self.answer if kernel.is_cell else self.answer[0]
+        size: int = arguments[0].nbytes + arguments[kernel.state_place].nbytes + output.nbytes
+        for layer in self.layers[:-1]:
+            size += layer.output.nbytes
+        for directions in self.gates or ():
+            size += sum(gate.nbytes for each in directions for gate in each.gates.values())
+        return size
+
+    def with_weights(self, weights: list[Tensor]) -> KernelRun:
+        """Return the same call, said to have used these weights."""
+        return self._with(self.arguments, self.answer, self.layers, weights)
+
+    def kept(self, weights: list[Tensor]) -> KernelRun:
+        """Return the same with copies of what the model can still change.
+
+        Args:
+            weights: What it used, which nobody changes.
+        """
+        arguments, place = list(self.arguments), self.kernel.state_place
+        arguments[0], arguments[place] = arguments[0].clone(), arguments[place].clone()
+        answer = self.answer.clone() if self.kernel.is_cell else (self.answer[0].clone(),)
+        # What is between the layers nobody else has.
+        layers = [Layer(each.input.detach(), each.output.detach()) for each in self.layers]
+        if layers:
+            input = _as_call(self.kernel, tuple(arguments)).input
+            layers[0] = layers[0]._replace(input=input)
+            output = _output(self.kernel, self.arguments, answer)
+            layers[-1] = layers[-1]._replace(output=output)
+        return self._with(tuple(arguments), answer, layers, weights)
+
+    def _with(
+        self, arguments: tuple[Any, ...], answer: Any, layers: list[Layer], weights: list[Tensor]
+    ) -> KernelRun:
+        kernel = self.kernel
+        given = kernel.with_weights(arguments, weights)
+        of_call = self.steps, self.training, self.seconds
+        return KernelRun(kernel, given, answer, layers, self.gates, *of_call)
+
+    def observation(self) -> Observation:
+        """Return it in one form for all kernels."""
+        call, layers = _as_call(self.kernel, self.arguments), self.layers
+        if not layers:
+            layers = [Layer(call.input, _output(self.kernel, self.arguments, self.answer))]
+        if self.gates is not None:
+            layers = [
+                each._replace(gates=own) for each, own in zip(layers, self.gates, strict=True)
+            ]
+        steps = self.steps or PaddedSteps(*layers[-1].output.shape[:2])
+        return Observation(call, steps, layers, self.training, self.seconds)
+
+
+#: Returns what is to be recorded of a kernel call, or why nothing can be. To be called at once,
+#: isolated from what surrounds the model (`surroundings.aside`).
+Observe: TypeAlias = Callable[[], KernelRun | Missed]
 
 
 def run_kernel(
@@ -93,7 +192,7 @@ def run_kernel(
     find_order: Callable[[Tensor], Tensor | None],
     stacks: Stacks,
     asked: Asked,
-) -> KernelResult:
+) -> tuple[Any, Observe]:
     """Make a kernel call that can be observed.
 
     Args:
@@ -104,8 +203,10 @@ def run_kernel(
             of the kernel's sequences; None where they are the same.
         stacks: How to see between the layers of a stack.
         asked: Which gates to harvest, where that can be done and pays.
+
+    Returns:
+        The answer for the model, and what observes the call.
     """
-    took = _Stopwatch()
     call, harvests, state = None, False, None
     if asked.columns and harvest.is_undisturbed(arguments[0]):
         call = _as_call(kernel, arguments)
@@ -115,40 +216,40 @@ def run_kernel(
         call = call or _as_call(kernel, arguments)
         if call.drops and not _splits(call, stacks):
             if not _on_cpu(call):
-                return KernelResult(kernel(*arguments), partial(_masks_unknown, call))
+                return kernel(*arguments), partial(_masks_unknown, call)
             state = torch.get_rng_state()
-
-    def run() -> tuple[Any, list[Layer]]:
-        began = time.perf_counter()
-        if call is not None and is_stack and _splits(call, stacks):
-            answer, layers = _split(call, arguments)
-        else:
-            answer, layers = kernel(*arguments), []
-        took.seconds = time.perf_counter() - began
-        return answer, layers
-
+    splits = call is not None and is_stack and _splits(call, stacks)
+    began = time.perf_counter()
     gates: list[list[Harvest]] | None = None
     if call is not None and harvests:
+        run = partial(_run, kernel, arguments, call, splits)
         (answer, layers), gates = call.harvest(run, asked.columns)
+    elif call is not None and splits:
+        answer, layers = _split(call, arguments)
     else:
-        answer, layers = run()
+        answer, layers = kernel(*arguments), []
+    seconds = time.perf_counter() - began
 
-    def observe() -> Observation:
+    def observe() -> KernelRun:
         own, returned, found = arguments, answer, layers
         if _is_transformed(arguments):
             own, returned = _unwrapped(arguments), _unwrapped(answer)
             found = [Layer(plain(each.input), plain(each.output)) for each in layers]
-        made = _as_call(kernel, own)
-        if not found:
-            output = _output(kernel, own, returned)
-            found = rerun(made, output, state) if is_stack else [Layer(made.input, output)]
-        return _observation(module, made, _with_gates(found, gates), find_order, took.seconds)
+        if is_stack and not found:
+            made = _as_call(kernel, own)
+            found = rerun(made, _output(kernel, own, returned), state)
+        steps = None
+        if kernel.name == "gru.data":
+            steps = PackedSteps(own[1], find_order(arguments[1]))
+        return KernelRun(kernel, own, returned, found, gates, steps, module.training, seconds)
 
-    return KernelResult(answer, observe)
+    return answer, observe
 
 
-class _Stopwatch:
-    seconds = 0.0
+def _run(
+    kernel: Kernel, arguments: tuple[Any, ...], call: KernelCall, splits: bool
+) -> tuple[Any, list[Layer]]:
+    return _split(call, arguments) if splits else (kernel(*arguments), [])
 
 
 def _split(call: KernelCall, arguments: tuple[Any, ...]) -> tuple[Any, list[Layer]]:
@@ -182,12 +283,6 @@ def _output(kernel: Kernel, arguments: tuple[Any, ...], answer: Any) -> Tensor:
     return output
 
 
-def _with_gates(layers: list[Layer], gates: list[list[Harvest]] | None) -> list[Layer]:
-    if gates is None:
-        return layers
-    return [layer._replace(gates=own) for layer, own in zip(layers, gates, strict=True)]
-
-
 def _on_cpu(call: KernelCall) -> bool:
     return call.input.device.type == "cpu"
 
@@ -197,21 +292,6 @@ def _masks_unknown(call: KernelCall) -> Missed:
         f"it drops out between its layers on {call.input.device}, where the masks cannot be known "
         "afterwards: pass stacks='split' (other masks than the fused stack's), or trace it in eval"
     )
-
-
-def _observation(
-    module: GRUModule,
-    call: KernelCall,
-    layers: list[Layer],
-    find_order: Callable[[Tensor], Tensor | None],
-    seconds: float,
-) -> Observation:
-    steps: Steps
-    if call.batch_sizes is None:
-        steps = PaddedSteps(*layers[-1].output.shape[:2])
-    else:
-        steps = PackedSteps(call.batch_sizes, find_order(call.batch_sizes))
-    return Observation(call, steps, layers, module.training, seconds)
 
 
 def _is_transformed(arguments: tuple[Any, ...]) -> bool:

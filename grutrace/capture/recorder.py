@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -20,9 +19,8 @@ from grutrace.capture.deferral import defer
 from grutrace.capture.doubt import Doubt, find_doubts
 from grutrace.capture.kept import KeptSteps, only_kept
 from grutrace.capture.limits import Limits
-from grutrace.capture.observe import Observation
+from grutrace.capture.observe import KernelRun, Observation
 from grutrace.capture.options import Options
-from grutrace.capture.pending import HeldCall, PendingRecords
 from grutrace.capture.rowtype import RowType, to_numpy
 from grutrace.capture.site_recorder import Check, SiteRecorder
 from grutrace.capture.sites import Selection
@@ -30,7 +28,7 @@ from grutrace.capture.versions import KEPT_VERSIONS, Version, WeightVersions
 from grutrace.errors import UnsupportedError
 from grutrace.gru.gather import NOTHING, together
 from grutrace.gru.harvest import is_recognized
-from grutrace.record import GATES, WEIGHTS, Array, Block, Module, Site, SiteRows, Weights
+from grutrace.record import GATES, WEIGHTS, Array, Block, Module, Record, Site, SiteRows, Weights
 
 #: By suffix, the rows of a call and what a check of them needs.
 Taken: TypeAlias = dict[str, tuple[dict[str, Array], Check]]
@@ -46,9 +44,7 @@ class Recorded(NamedTuple):
         numbers: (B,) the number that each sequence began under in the trace; -1 for none.
         start: The first step of every sequence that is kept.
         stop: The first one after those; None for no end.
-        block: What was recorded; None if none of its steps is kept.
-        number: Of the call in the trace, counted through all of this recording; None where that
-            is not known yet.
+        doubts: Sites whose gates do not lead to the kernel's states.
     """
 
     module: int
@@ -57,35 +53,43 @@ class Recorded(NamedTuple):
     numbers: npt.NDArray[np.int64]
     start: int = 0
     stop: int | None = None
-    block: Block | None = None
-    number: int | None = None
+    doubts: Sequence[Doubt] = ()
 
 
-class _Computed(NamedTuple):
-    """What was worked out of a call.
-
-    Attributes:
-        taken: Its rows.
-        version: The version of the weights that it used.
-        is_certain: Whether that is sure: every byte was compared, or the states say so.
-    """
-
-    taken: Taken
-    version: Version
-    is_certain: bool
-
-
-class _Held(HeldCall):
-    """A call of this module that waits.
+class Entry:
+    """A call that was heard, and what was known of it then.
 
     Attributes:
+        module: Place of its module in the header.
+        run: The call, with the weights that it is thought to have used.
+        is_copied: Whether `run` holds copies, so that the call can wait.
+        nbytes: Bytes that it takes.
         version: The version of the weights that was known when it ran.
-        evidence: What its gates follow from.
+        versions: What numbered that version: another one than now, if the trace was emptied since.
+        is_certain: Whether every byte of the weights was compared.
+        tag: The user's name for this part of the run.
+        names: (B,) the user's names of the sequences; None to go by the states.
+        time: When it ran, in seconds since 1970.
+        autocast: The type of device and the precision of autocast, where that was on.
+        is_handed_on: Whether the sink has it.
     """
 
-    def __init__(self, block: Block, version: Version, evidence: CopiedBlock) -> None:
-        super().__init__(block)
-        self.version, self.evidence = version, evidence
+    __slots__ = (
+        *("autocast", "is_certain", "is_copied", "is_handed_on", "module", "names", "nbytes"),
+        *("run", "tag", "time", "version", "versions"),
+    )
+
+    def __init__(
+        self, module: int, run: KernelRun, versions: WeightVersions, *, is_certain: bool
+    ) -> None:
+        self.module, self.run = module, run
+        self.versions, self.version, self.is_certain = versions, versions.present, is_certain
+        self.is_copied = self.is_handed_on = False
+        self.nbytes = 0
+        self.tag: str | None = None
+        self.names: Sequence[Hashable] | None = None
+        self.time = 0.0
+        self.autocast: tuple[str, torch.dtype] | None = None
 
 
 class ModuleRecorder:
@@ -94,7 +98,7 @@ class ModuleRecorder:
     Args:
         index: The module's place in the header.
         selection: The module, and what is recorded of it.
-        pending: Where records go.
+        append: Takes a record for the sink; returns the number of the call if it is one.
         options: Of the tracer. Where gates are deferred, nothing is replayed but only copied.
         limits: How much the trace may become.
         state_memory: Bytes of states that are remembered, to tell which sequence a call goes on
@@ -109,12 +113,12 @@ class ModuleRecorder:
         self,
         index: int,
         selection: Selection,
-        pending: PendingRecords,
+        append: Callable[[Record], int | None],
         options: Options,
         limits: Limits,
         state_memory: int,
     ) -> None:
-        self._index, self._limits, self._pending = index, limits, pending
+        self._index, self._limits, self._append = index, limits, append
         self._selection, self._options = selection, options
         self.description = selection.description
         background = options.gates == "background"
@@ -129,8 +133,8 @@ class ModuleRecorder:
         # Of these, what each sequence started a call from is copied as well.
         self._copying = self._sites if background else []
         self._steps = options.steps
-        #: Held while a call is numbered and handed on.
-        self.lock = threading.RLock()
+        # Held while the weights are looked at.
+        self._lock = threading.RLock()
         self._state_memory = state_memory
         self.forget()
         self._has_gates = any({*GATES} & {*each.readable} for each in self.description.sites)
@@ -142,7 +146,7 @@ class ModuleRecorder:
             self.asked = together(wishes, self.description.hidden_size)
 
     def forget(self) -> None:
-        """Number the next call as the first. For whoever holds `lock`, once the trace is empty.
+        """Number the next call as the first, once the trace is empty.
 
         Its sequences begin anew, from the states that it is given, and its weights are announced.
         """
@@ -151,93 +155,116 @@ class ModuleRecorder:
         self._kept = None if steps is None else KeptSteps(steps.start, steps.stop)
         # What is replayed with the call reads all weights anyway, and has to read the right ones.
         is_exact = self._options.weights == "exact" or self._options.gates == "inline"
-        self._versions = WeightVersions("exact" if is_exact else "auto")
+        with self._lock:
+            self._versions = WeightVersions("exact" if is_exact else "auto")
         self._records: dict[int, Weights] = {}
-        self._held: list[_Held] = []
-        #: Calls that turned out to be unproven, and were not said to be yet.
-        self.doubts: list[Doubt] = []
 
-    def record(
-        self,
-        observation: Observation,
-        tag: str | None,
-        names: Sequence[Hashable] | None = None,
-    ) -> Recorded:
-        """Record an observed call: harvested, replayed or, where gates come later, copied.
+    def note(self, run: KernelRun, keeps: bool, large: int) -> Entry:
+        """Look at the weights of a call that has just run, and copy what it read and made.
 
         Args:
-            observation: The call.
-            tag: The user's name for this part of the run.
-            names: (B,) the user's names of the sequences; None to go by the states.
+            run: The call.
+            keeps: Whether it may wait.
+            large: If more bytes than these would be copied, and if its weights are known, nothing
+                is copied: it is to be worked out at once.
+        """
+        with self._lock:
+            versions = self._versions
+            known = len(versions.made)
+            is_certain = versions.look(run.weights, run.seconds)
+            entry = Entry(self._index, run, versions, is_certain=is_certain)
+            is_new = len(versions.made) > known
+        weights = entry.version.weights
+        entry.nbytes = run.nbytes
+        if keeps and not (is_certain and entry.nbytes > large):
+            entry.run, entry.is_copied = run.kept(weights), True
+        else:
+            entry.run = run.with_weights(weights)
+        if is_new:
+            # Copies of these wait with the call.
+            entry.nbytes += sum(each.nbytes for each in weights)
+        return entry
+
+    def work_out(self, entry: Entry) -> Recorded | None:
+        """Record a call: harvested, replayed or, where gates come later, copied.
+
+        Args:
+            entry: The call.
+
+        Returns:
+            What was recorded; None if the trace was emptied since.
 
         Raises:
             UnsupportedError: What a layer read is not recorded, and can no longer be told.
             LimitReached: It goes beyond what the trace may become. Nothing was recorded.
             SinkError: The sink cannot take it.
         """
-        with self.lock:
-            versions = self._versions
-            is_certain = versions.look(observation.call.weights, observation.seconds)
-            version = versions.present
-            if is_certain and self._held:
-                self._settle()
-        computed = None
+        if entry.versions is not self._versions:
+            return None
+        observation = entry.run.observation()
+        lengths = observation.steps.lengths
+        assignment = self._continuity.assign(*_ends(observation), lengths, entry.names)
         if self._kept is None:
-            computed = self._compute(observation, version, is_certain)
-        with self.lock:
-            if self._versions is not versions:
-                # The trace was emptied meanwhile, and its weights are numbered anew.
-                is_certain = self._versions.look(observation.call.weights, observation.seconds)
-                version = self._versions.present
-                if self._kept is None:
-                    computed = self._compute(observation, version, is_certain)
-            return self._number(observation, tag, names, version, is_certain, computed)
+            numbers = assignment.roots.view(np.int64)
+            recorded = Recorded(self._index, assignment, lengths, numbers)
+            doubts = self._continuity.accept(self._hand_on(entry, observation, assignment))
+            return recorded._replace(doubts=doubts) if doubts else recorded
+        kept = self._kept.of(assignment, lengths)
+        bounds = self._kept.start, self._kept.stop
+        recorded = Recorded(self._index, assignment, lengths, kept.numbers, *bounds)
+        hand_on: Callable[[], Sequence[Doubt]] = tuple
+        if kept.assignment is not None:
+            layers = [each.site.layer for each in self._sites]
+            narrowed = only_kept(observation, kept, layers)
+            hand_on = self._hand_on(entry, narrowed, kept.assignment)
+        doubts = self._continuity.accept(hand_on)
+        self._kept.accept(kept, self._continuity)
+        return recorded._replace(doubts=doubts)
 
     def expect_changes(self) -> None:
         """Compare the weights at the next call, whatever that costs."""
-        with self.lock:
+        with self._lock:
             self._versions.expect_changes()
 
-    def settle(self) -> None:
-        """Find out which weights the calls used that wait, and hand them on.
+    def recheck(self) -> None:
+        """Compare every byte of the weights as they are now."""
+        with self._lock:
+            self._versions.recheck()
 
-        Raises:
-            SinkError: The sink cannot take them.
-        """
-        with self.lock:
-            if self._held:
-                self._versions.recheck()
-                self._settle()
+    def _hand_on(
+        self, entry: Entry, observation: Observation, assignment: Assignment
+    ) -> Callable[[], Sequence[Doubt]]:
+        """Make the block of a call; return what hands it on, and returns its doubtful sites."""
+        is_certain = entry.is_certain or entry.version is self._versions.present
+        taken = self._take(observation, is_certain)
+        block = self._block(entry, observation, assignment, taken)
+        if self._has_gates and not is_certain:
+            evidence = self._evidence(observation, block)
+            if evidence is not None:
+                block = self._decide(entry.version, block, evidence)
 
-    def _settle(self) -> None:
-        """Decide which weights the calls used that wait, every byte having been compared now."""
-        held, self._held = self._held, []
-        present = self._versions.present
-        changed = [each for each in held if each.version is not present]
-        try:
-            if changed:
-                self._announce()
-                records = {each.number: self._record_of(each) for each in self._versions.known}
-                for each in changed:
-                    each.block = self._decide(each, records)
-        finally:
-            for each in held:
-                each.is_settled = True
-        self._pending.drain()
-        if self._options.gates == "deferred":
-            # Others are found out when their gates are made.
-            for each in changed:
-                self.doubts += find_doubts(self.description, each.block, each.number)
+        def hand_on() -> Sequence[Doubt]:
+            self._limits.take(partial(self._bytes, block))
+            self._announce(block.weights)
+            entry.is_handed_on = True
+            number = self._append(block)
+            # Gates in the background are looked at when they are there.
+            if self._copying:
+                return ()
+            return tuple(find_doubts(self.description, block, number))
 
-    def _decide(self, held: _Held, versions: Mapping[int, Weights]) -> Block:
+        return hand_on
+
+    def _decide(self, version: Version, block: Block, evidence: CopiedBlock) -> Block:
         """Return a call with the weights that lead to its states, and with what was found."""
+        versions = {each.number: self._record_of(each) for each in self._versions.known}
         # Its own version first: of two that fit, the weights differ where nothing depends on it.
-        numbers = sorted(versions, key=lambda number: number != held.version.number)
+        own = {version.number: self._record_of(version)}
         module = defer(replace(self.description, sites=_all_units(self.description)))
-        chosen = choose_version(module, held.evidence, [versions[each] for each in numbers])
-        if isinstance(held.block, CopiedBlock):
+        chosen = choose_version(module, evidence, list({**own, **versions}.values()))
+        if isinstance(block, CopiedBlock):
             return replace(
-                held.block,
+                block,
                 weights=chosen.weights.version,
                 of_version=chosen.weights,
                 doubt=chosen.doubt,
@@ -248,86 +275,16 @@ class ModuleRecorder:
                 residual=max(chosen.checks[suffix][0], chosen.doubt),
                 tolerance=chosen.checks[suffix][1],
             )
-            for suffix, rows in held.block.sites.items()
+            for suffix, rows in block.sites.items()
         }
-        return replace(held.block, weights=chosen.weights.version, sites=sites)
+        return replace(block, weights=chosen.weights.version, sites=sites)
 
-    def _compute(self, observation: Observation, version: Version, is_certain: bool) -> _Computed:
-        """Work out the rows of a call with the copies of the weights that it is thought to use."""
-        taken = self._take(observation, version, is_certain)
-        if not self._is_replayed(observation):
-            return _Computed(taken, version, is_certain)
-        if all(check.residual <= check.tolerance for _, check in taken.values()):
-            return _Computed(taken, version, True)
-        if not is_certain:
-            with self.lock:
-                self._versions.compare(observation.call.weights)
-                present = self._versions.present
-            if present is not version:
-                return _Computed(self._take(observation, present, True), present, True)
-        return _Computed(taken, version, True)
-
-    def _is_replayed(self, observation: Observation) -> bool:
-        """Whether the gates of all sites were computed from the weights, and lead to the states."""
-        return (
-            self._options.gates == "inline"
-            and not any(layer.gates for layer in observation.layers)
-            and all({*GATES} & {*each.quantities} for each in self.description.sites)
-        )
-
-    def _number(
-        self,
-        observation: Observation,
-        tag: str | None,
-        names: Sequence[Hashable] | None,
-        version: Version,
-        is_certain: bool,
-        computed: _Computed | None,
-    ) -> Recorded:
-        """Number a call and hand it on. If that fails, the numbers are not used up."""
-        lengths = observation.steps.lengths
-        assignment = self._continuity.assign(*_ends(observation), lengths, names)
-        if self._kept is None:
-            numbers = assignment.roots.view(np.int64)
-            recorded = Recorded(self._index, assignment, lengths, numbers)
-            assert computed is not None
-            block = self._block(observation, assignment, tag, computed)
-            number = self._continuity.accept(partial(self._hand_on, observation, block, computed))
-            return recorded._replace(block=block, number=number)
-        kept = self._kept.of(assignment, lengths)
-        bounds = self._kept.start, self._kept.stop
-        recorded = Recorded(self._index, assignment, lengths, kept.numbers, *bounds)
-        hand_on: Callable[[], int | None] = _nothing
-        if kept.assignment is not None:
-            layers = [each.site.layer for each in self._sites]
-            narrowed = only_kept(observation, kept, layers)
-            computed = self._compute(narrowed, version, is_certain)
-            block = self._block(narrowed, kept.assignment, tag, computed)
-            hand_on = partial(self._hand_on, narrowed, block, computed)
-            recorded = recorded._replace(block=block)
-        number = self._continuity.accept(hand_on)
-        self._kept.accept(kept, self._continuity)
-        return recorded._replace(number=number)
-
-    def _hand_on(self, observation: Observation, block: Block, computed: _Computed) -> int | None:
-        """Hand a call on, or have it wait, its weights having been announced if they are new."""
-        self._limits.take(partial(self._bytes, block))
-        self._announce()
-        evidence = None
-        if self._has_gates and not computed.is_certain:
-            evidence = self._evidence(observation, block)
-        if evidence is None:
-            return self._pending.append(block)
-        held = _Held(block, computed.version, evidence)
-        self._held.append(held)
-        self._pending.hold(held)
-        return None
-
-    def _announce(self) -> None:
-        """Hand on the versions of the weights that were found and not handed on yet."""
-        while self._versions.made:
-            self._pending.append_now(self._record_of(self._versions.made[0]))
-            self._versions.made.popleft()
+    def _announce(self, number: int) -> None:
+        """Hand on the versions of the weights up to this one that were not handed on yet."""
+        made = self._versions.made
+        while made and made[0].number <= number:
+            self._append(self._record_of(made[0]))
+            made.popleft()
 
     def _evidence(self, observation: Observation, block: Block) -> CopiedBlock | None:
         """Return what the gates of a call follow from, for all units; None if it cannot be had."""
@@ -379,24 +336,20 @@ class ModuleRecorder:
         return [SiteRecorder(selection, site, options, rows) for site in module.sites]
 
     def _block(
-        self,
-        observation: Observation,
-        assignment: Assignment,
-        tag: str | None,
-        computed: _Computed,
+        self, entry: Entry, observation: Observation, assignment: Assignment, taken: Taken
     ) -> Block:
         starts = {each.site.suffix: each.starts(observation) for each in self._copying}
         sites = {}
         for each in self._sites:
-            rows, check = computed.taken[each.site.suffix]
+            rows, check = taken[each.site.suffix]
             begun = each.begun(observation, assignment, starts.get(each.site.suffix))
             sites[each.site.suffix] = SiteRows(rows, begun, *check)
         fields = (
             self._index,
-            time.time(),
-            tag,
+            entry.time,
+            entry.tag,
             observation.training,
-            computed.version.number,
+            entry.version.number,
             observation.steps.lengths.astype(np.uint32),
             assignment.sequences,
             sites,
@@ -405,7 +358,7 @@ class ModuleRecorder:
         )
         if not self._copying:
             return Block(*fields)
-        weights = self._record_of(computed.version)
+        weights = self._record_of(entry.version)
         return CopiedBlock(*fields, starts, self._rows.take_ready(), weights)
 
     def _bytes(self, block: Block) -> int:
@@ -422,10 +375,8 @@ class ModuleRecorder:
         announced = sum(self._record_of(each).nbytes for each in self._versions.made)
         return values * np.dtype(module.dtype).itemsize + announced
 
-    def _take(self, observation: Observation, version: Version, is_certain: bool) -> Taken:
+    def _take(self, observation: Observation, is_certain: bool) -> Taken:
         inputs: dict[int, Array] = {}
-        call = observation.call._replace(weights=version.weights)
-        observation = observation._replace(call=call)
         return {
             each.site.suffix: each.take(observation, inputs, is_certain) for each in self._sites
         }
@@ -451,10 +402,6 @@ class ModuleRecorder:
                 name: to_numpy(tensor).astype(dtype, copy=False) for name, tensor in tensors
             }
         return Weights(self._index, version.number, sites)
-
-
-def _nothing() -> None:
-    pass
 
 
 def _all_units(module: Module) -> tuple[Site, ...]:

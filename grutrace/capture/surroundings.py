@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +50,11 @@ def hindrance(values: Iterable[Any]) -> Missed | None:
         return _no_values("it was being turned into a graph")
     for value in _flatten(values):
         kind = type(value)
-        is_plain = (kind is Tensor or kind is Parameter) and not is_wrapped(value)
-        if is_plain and not value.is_meta and not value.is_complex():
+        if (
+            (kind is Tensor or kind is Parameter)
+            and not (value.is_meta or value.is_complex())
+            and not is_wrapped(value)
+        ):
             continue
         if not isinstance(value, Tensor):
             return _no_values(f"it was called with a {type(value).__name__}")
@@ -83,22 +86,47 @@ def is_recomputation() -> bool:
     return torch._C._current_graph_task_id() != -1 and _within(checkpoint.__file__)
 
 
-@contextmanager
-def aside() -> Iterator[None]:
+def aside() -> AbstractContextManager[None]:
     """Compute something that nothing around the model's call gets to see."""
     modes = torch._C._len_torch_dispatch_stack()
     levels = torch._C._functorch.peek_interpreter_stack() is not None
+    return _Aside() if not modes and not levels else _aside_of(bool(modes), levels)
+
+
+class _Aside(AbstractContextManager[None]):
+    """Beneath autograd and forward-mode differentiation, out of the sight of function modes.
+
+    A class, and not a generator: a decoder enters it at every step.
+    """
+
+    __slots__ = ("_autograd", "_functions")
+
+    def __enter__(self) -> None:
+        self._functions: Any = torch._C.DisableTorchFunction()
+        self._functions.__enter__()
+        beneath: Any = torch._C._AutoDispatchBelowADInplaceOrView
+        self._autograd = beneath()
+        self._autograd.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._autograd.__exit__(*error)
+        self._functions.__exit__(*error)
+
+
+@contextmanager
+def _aside_of(modes: bool, levels: bool) -> Iterator[None]:
     # In this order: function modes hear of gradients being switched off and on, too.
-    with torch._C.DisableTorchFunction(), torch.no_grad(), _set_fwd_grad_enabled(False):
-        if not modes and not levels:
-            yield
-            return
-        with ExitStack() as stack:
-            if modes:
-                stack.enter_context(_disable_current_modes())
-            if levels:
-                stack.enter_context(temporarily_clear_interpreter_stack())
-            yield
+    with (
+        torch._C.DisableTorchFunction(),
+        torch.no_grad(),
+        _set_fwd_grad_enabled(False),
+        ExitStack() as stack,
+    ):
+        if modes:
+            stack.enter_context(_disable_current_modes())
+        if levels:
+            stack.enter_context(temporarily_clear_interpreter_stack())
+        yield
 
 
 def compiler_is_loaded() -> bool:

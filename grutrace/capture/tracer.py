@@ -8,7 +8,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from itertools import count
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -19,11 +19,12 @@ from grutrace.capture import compiled_graphs
 from grutrace.capture.annotate import Given, RecordedBatches
 from grutrace.capture.background import Background
 from grutrace.capture.compiled_graphs import CompiledCode
-from grutrace.capture.doubt import Doubt, find_doubts
+from grutrace.capture.doubt import Doubt
+from grutrace.capture.journal import Journal, Marked, Unrecorded
 from grutrace.capture.kernel_calls import StrangerWatch, Subscription
 from grutrace.capture.limits import LimitReached, Limits
 from grutrace.capture.model_changes import place_of
-from grutrace.capture.observe import GRUModule, Observation, Stacks
+from grutrace.capture.observe import GRUModule, KernelRun, Stacks
 from grutrace.capture.options import (
     STATE_MEMORY,
     Check,
@@ -35,7 +36,6 @@ from grutrace.capture.options import (
     versions,
 )
 from grutrace.capture.outlet import Outlet
-from grutrace.capture.pending import PendingRecords
 from grutrace.capture.recorder import ModuleRecorder
 from grutrace.capture.recording import Block, GivenNames, Recording, SequenceNames
 from grutrace.capture.selection import narrow
@@ -50,7 +50,6 @@ from grutrace.errors import (
     SinkError,
     StateError,
     TraceFileError,
-    UnsupportedError,
     as_path,
     brief,
     naming_unknown_options,
@@ -244,18 +243,20 @@ class Tracer(Trace):
             self._background.calls = self._before
         self._seen = 0
         self._limits = self._limit(options)
-        self._pending = PendingRecords(self._outlet.append)
         self._recorders = [
             ModuleRecorder(
                 index,
                 selection,
-                self._pending,
+                self._outlet.append,
                 options,
                 self._limits,
                 options.state_memory // len(self._selections),
             )
             for index, selection in enumerate(self._selections)
         ]
+        # What stops a run, or ends it, is known at the call.
+        counts = options.max_calls is not None or options.max_bytes is not None
+        self._journal = Journal(self._recorders, keeps=not (counts or options.check == "raise"))
         self._model = weakref.ref(model)
         self._grus = {path: weakref.ref(module) for path, module in find(model)}
         self._turns = [count() for _ in self._selections]
@@ -267,7 +268,6 @@ class Tracer(Trace):
         self._blocks: set[Block] = set()
         # Those that annotations may still be given to: what is cleared is cleared in them, too.
         self._all_batches: weakref.WeakSet[RecordedBatches] = weakref.WeakSet()
-        self._cleared = 0
         self._subscriptions: list[Subscription | compiled_graphs.EagerCode] = []
         self._watch = StrangerWatch(_Weakly(self, Tracer._meet))
         self._lock = threading.RLock()
@@ -280,7 +280,7 @@ class Tracer(Trace):
             _close_dropped,
             weakref.ref(self),
             self._subscriptions,
-            self._recorders,
+            self._journal,
             self._outlet,
             self._process,
         )
@@ -330,7 +330,7 @@ class Tracer(Trace):
     def _listen(self) -> None:
         """Hear the calls of the model from now on, and mind that it may have changed."""
         with self._lock:
-            self._settle()
+            self._drain()
             self._expect_changes()
             # Reaching the limit never stops the user's run.
             if self._subscriptions or self._limits.reached:
@@ -391,7 +391,7 @@ class Tracer(Trace):
             self._subscriptions.remove(each)
         subscription = Subscription(
             module,
-            _Weakly(self, Tracer._receive, self._recorders[index]),
+            _Weakly(self, Tracer._receive, index),
             self._options.stacks,
             _Weakly(self, Tracer._wants, index),
             self._recorders[index].asked,
@@ -411,13 +411,23 @@ class Tracer(Trace):
                 self._subscriptions.pop()
             # What cannot be stored now is said on flushing or closing.
             with suppress(SinkError):
-                self._settle()
+                self._drain()
 
-    def _settle(self) -> None:
-        """Find out which weights the calls used that wait for it, and hand them on."""
-        if len(self._pending) and os.getpid() == self._process:
-            for recorder in self._recorders:
-                recorder.settle()
+    def _drain(self) -> None:
+        """Work out the calls that wait, and say what has to be said.
+
+        Raises:
+            SinkError: The sink cannot take them, and ``on_error`` is ``raise``.
+        """
+        while len(self._journal) and os.getpid() == self._process:
+            try:
+                self._journal.drain()
+            except LimitReached:
+                self.stop()
+            except SinkError as error:
+                if not self._goes_on(error):
+                    raise
+        self._say_news()
 
     def _expect_changes(self) -> None:
         for recorder in self._recorders:
@@ -486,7 +496,7 @@ class Tracer(Trace):
                     self.stop()
                 else:
                     with suppress(SinkError):
-                        self._settle()
+                        self._drain()
                     self._expect_changes()
 
     def flush(self) -> None:
@@ -496,12 +506,12 @@ class Tracer(Trace):
             SinkError: The rows could not be stored, and ``on_error`` is ``raise``.
         """
         try:
-            self._settle()
+            self._drain()
             self._outlet.sink.flush()
         except SinkError as error:
             if not self._goes_on(error):
                 raise
-        self._say_doubts()
+        self._say_news()
 
     def clear(self) -> None:
         """Empty a trace in memory, and go on recording if it does.
@@ -518,17 +528,12 @@ class Tracer(Trace):
             StateError: The trace is in a file, or has no rows.
         """
         self._require_memory("cleared")
-        with self._lock, ExitStack() as held:
-            for recorder in self._recorders:
-                held.enter_context(recorder.lock)
-            self._pending.clear()
+        with self._lock, self._journal.lock:
+            self._journal.clear()
             super().clear()
-            self._cleared += 1
             self._before = -self._outlet.blocks
             if self._background is not None:
                 self._background.forget()
-            for recorder in self._recorders:
-                recorder.forget()
             for batches in self._all_batches:
                 batches.clear()
             self._limits.clear()
@@ -555,7 +560,7 @@ class Tracer(Trace):
         """
         if self._finish():
             self._name_uncalled()
-            self._say_doubts()
+            self._say_news()
 
     def _finish(self) -> bool:
         """Stop recording and close the trace; whether it was open before."""
@@ -589,7 +594,7 @@ class Tracer(Trace):
     ) -> None:
         if self._finish() and kind is None:
             self._name_uncalled()
-            self._say_doubts()
+            self._say_news()
 
     def _goes_on(self, error: SinkError) -> bool:
         """Whether the run goes on without the sink, which has failed. Said when it is news."""
@@ -618,14 +623,14 @@ class Tracer(Trace):
 
     def _look(self) -> Moment:
         """Take in what was recorded since the last look, so that the trace is always up to date."""
-        if len(self._pending):
-            with self._lock, suppress(SinkError):
-                self._settle()
+        if len(self._journal):
+            with suppress(SinkError):
+                self._drain()
         appended = self._outlet.records
         if appended != self._seen:
             self.refresh()
             self._seen = appended
-            self._say_doubts()
+            self._say_news()
             # Gates that were made only now take their memory, too.
             if self.nbytes > LARGE:
                 self._warn_once(_TOO_LARGE, _TOO_LARGE)
@@ -647,64 +652,28 @@ class Tracer(Trace):
             self.stop()
         return False
 
-    def _receive(self, recorder: ModuleRecorder, observation: Observation | Missed) -> None:
+    def _receive(self, index: int, run: KernelRun | Missed) -> None:
         if os.getpid() != self._process:
             self._warn_once("", _IN_A_CHILD)
             return
-        index = self._recorders.index(recorder)
         self._called.add(index)
-        if isinstance(observation, Missed):
-            path = self._path(index)
-            self._warn_once(path, f"a call of {path} was not recorded: {observation.reason}")
+        if isinstance(run, Missed):
+            self._say_unrecorded(index, run.reason)
             self._leave_out(index)
             return
-        cleared = self._cleared
         block = Block.of(self._owner)
-        tag, names = self._tag, None
+        tag, names, batches = self._tag, None, None
         if block is not None:
-            tag = block.tag
+            tag, batches = block.tag, block.batches
             if block.names is not None:
-                names = self._names(block.names, index, len(observation.steps.lengths))
-        try:
-            recorded = recorder.record(observation, tag, names)
-        except UnsupportedError as error:
-            path = self._path(index)
-            self._warn_once(path, f"a call of {path} was not recorded: {error}")
-            self._leave_out(index)
+                names = self._names(block.names, index, run.batch)
+        if not self._journal.note(index, run, tag, names, batches):
             return
-        except LimitReached:
-            self.stop()
-            return
-        except SinkError as error:
-            if not self._goes_on(error):
-                raise
-            return
-        if block is not None:
-            # Of a task that outlives its block there may be none any more.
-            with self._lock:
-                # Numbers of what was cleared meanwhile belong to other sequences by now.
-                if block.batches is not None and cleared == self._cleared:
-                    block.batches.add(recorded)
-        self._say_origins(index, recorded.assignment.origins)
+        self._drain()
         if self._limits.reached:
             self.stop()
-        elif self._pending.is_full:
-            self._hand_on()
-        if self._options.gates != "inline":
-            self._say_doubts()
-        elif recorded.block is not None:
-            number = None if recorded.number is None else self._before + recorded.number
-            self._say(find_doubts(recorder.description, recorded.block, number))
         if self.nbytes > LARGE:
             self._warn_once(_TOO_LARGE, _TOO_LARGE)
-
-    def _hand_on(self) -> None:
-        """Hand on what waits, there being too much of it."""
-        try:
-            self._settle()
-        except SinkError as error:
-            if not self._goes_on(error):
-                raise
 
     def _meet(self, module: GRUModule, frame: FrameType) -> None:
         """Record a GRU that the model did not have in the place of one that it had, or name it."""
@@ -736,6 +705,10 @@ class Tracer(Trace):
             self._warn_once(f"names of {self._path(index)}", complaint)
         return found
 
+    def _say_unrecorded(self, index: int, reason: str) -> None:
+        path = self._path(index)
+        self._warn_once(path, f"a call of {path} was not recorded: {reason}")
+
     def _say_origins(self, index: int, origins: Iterable[Origin]) -> None:
         """Say, once a module, that it cannot be told which sequence a call goes on with."""
         for origin in origins:
@@ -743,13 +716,18 @@ class Tracer(Trace):
                 path = self._path(index)
                 self._warn_once(f"{origin.mark} in {path}", _DOUBTS[origin.mark].format(path))
 
-    def _say_doubts(self) -> None:
-        """Say what was found outside the model's forward since the last time."""
-        for recorder in self._recorders:
-            while recorder.doubts:
-                doubt = recorder.doubts.pop(0)
-                number = None if doubt.call is None else self._before + doubt.call
-                self._say([doubt._replace(call=number)])
+    def _say_news(self) -> None:
+        """Say what was found since the last time that the user has to know."""
+        news = self._journal.news
+        while news:
+            found = news.popleft()
+            if isinstance(found, Unrecorded):
+                self._say_unrecorded(found.module, found.reason)
+            elif isinstance(found, Marked):
+                self._say_origins(found.module, found.origins)
+            else:
+                number = None if found.call is None else self._before + found.call
+                self._say([found._replace(call=number)])
         if self._background is not None:
             self._say(self._background.take_doubts())
 
@@ -775,10 +753,11 @@ class Tracer(Trace):
             for index in range(len(self._recorders)):
                 batches.leave_out(index)
         try:
+            self._drain()
             # At once, so that nobody empties the trace in between.
-            with self._lock:
+            with self._journal.lock:
                 for annotation in batches.annotations(name, given, module):
-                    self._pending.append(annotation)
+                    self._outlet.append(annotation)
         except SinkError as error:
             if not self._goes_on(error):
                 raise
@@ -837,7 +816,7 @@ class _Weakly:
 def _close_dropped(
     tracer: weakref.ref[Tracer],
     subscriptions: list[Subscription | compiled_graphs.EagerCode],
-    recorders: list[ModuleRecorder],
+    journal: Journal,
     outlet: Outlet,
     process: int,
 ) -> None:
@@ -847,9 +826,9 @@ def _close_dropped(
     was_recording = bool(subscriptions)
     for subscription in subscriptions:
         subscription.stop()
+    with suppress(SinkError, LimitReached):
+        journal.drain()
     with suppress(SinkError):
-        for recorder in recorders:
-            recorder.settle()
         outlet.sink.close()
     if tracer() is None and was_recording:
         warnings.warn(

@@ -10,9 +10,8 @@ from pathlib import Path
 from torch import nn
 
 from grutrace.capture.limits import Limits
-from grutrace.capture.observe import GRUModule, Observation
+from grutrace.capture.observe import GRUModule, KernelRun
 from grutrace.capture.options import STATE_MEMORY
-from grutrace.capture.recorder import ModuleRecorder
 from grutrace.capture.sites import Selection, select
 from grutrace.capture.surroundings import Missed
 from grutrace.capture.tracer import Tracer
@@ -114,11 +113,11 @@ class Part(Tracer):
     def _limit(self, *_: object) -> Limits:
         return self._limits_of_run
 
-    def _receive(self, recorder: ModuleRecorder, observation: Observation | Missed) -> None:
+    def _receive(self, index: int, run: KernelRun | Missed) -> None:
         if self.tally.failed or os.getpid() != self._process:
             return
         try:
-            super()._receive(recorder, observation)
+            super()._receive(index, run)
             self.tally.calls = self._outlet.blocks
         except (ResidualError, SinkError):
             # Those that the script asked for: others do not get here.
