@@ -9,7 +9,7 @@ call, which is the number of steps of all its sequences together.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -274,8 +274,20 @@ class Annotation:
 Record: TypeAlias = Block | Weights | Annotation
 
 
+#: Appends records to a sink that wait elsewhere. If it is given False, it does not wait for another
+#: thread that does so.
+Collect: TypeAlias = Callable[[bool], None]
+
+
 class Sink(Protocol):
     """Where records go. `append` may be called from any thread."""
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether `append` will raise from now on."""
+
+    def collect_from(self, collect: Collect) -> None:
+        """Have records that wait elsewhere collected; a sink without a thread never does."""
 
     def append(self, record: Record) -> None:
         """Take a record. Its arrays belong to the sink from now on; nobody changes them."""

@@ -13,8 +13,10 @@ journal is drained.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -25,10 +27,13 @@ import torch
 from grutrace.capture.annotate import RecordedBatches
 from grutrace.capture.doubt import Doubt
 from grutrace.capture.observe import KernelRun
+from grutrace.capture.outlet import Outlet
 from grutrace.capture.recorder import Entry, ModuleRecorder
 from grutrace.capture.surroundings import aside
 from grutrace.errors import UnsupportedError
 from grutrace.record import Origin
+
+logger = logging.getLogger(__name__)
 
 #: What may be in a journal before it is drained: bytes, and seconds since the first call. A writer
 #: commits as often.
@@ -73,6 +78,7 @@ class Journal:
 
     Args:
         recorders: Of each module.
+        outlet: Where they hand records on to.
         keeps: Whether calls may wait at all.
 
     Attributes:
@@ -80,14 +86,19 @@ class Journal:
         news: What was found that the user may have to be told, the oldest first.
     """
 
-    def __init__(self, recorders: Sequence[ModuleRecorder], *, keeps: bool = True) -> None:
+    def __init__(
+        self, recorders: Sequence[ModuleRecorder], outlet: Outlet, *, keeps: bool = True
+    ) -> None:
         self.lock = threading.RLock()
         self.news: deque[News] = deque()
-        self._recorders, self._keeps = recorders, keeps
+        self._recorders, self._outlet, self._keeps = recorders, outlet, keeps
+        outlet.sink.collect_from(_Weakly(self))
         # With each, the batches of the recording block that it belongs to.
         self._entries: deque[tuple[Entry, RecordedBatches | None]] = deque()
         self._bytes = 0
         self._since = 0.0
+        # Whether it is drained outside the model's forward.
+        self._is_outside = False
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -127,7 +138,7 @@ class Journal:
             self._since = now
         self._entries.append((entry, batches))
         self._bytes += entry.nbytes
-        if not (self._keeps and entry.is_copied):
+        if not (self._keeps and entry.is_copied) or self._outlet.sink.has_failed:
             return True
         return self._bytes > MOST_BYTES or not 0 <= now - self._since <= MOST_SECONDS
 
@@ -148,6 +159,24 @@ class Journal:
                 for _ in range(len(self._entries)):
                     self._work_out(*self._entries.popleft())
 
+    def collect(self, wait: bool) -> None:
+        """Drain it, outside the model's forward, as far as that can be done without an error.
+
+        What cannot be worked out is left to the model's thread, where the error is raised.
+
+        Args:
+            wait: Whether to wait for another thread that drains it.
+        """
+        if self._entries and self.lock.acquire(blocking=wait):
+            try:
+                self._is_outside = True
+                self.drain()
+            except Exception:
+                logger.debug("calls that wait are left to the model's thread", exc_info=True)
+            finally:
+                self._is_outside = False
+                self.lock.release()
+
     def _work_out(self, entry: Entry, batches: RecordedBatches | None) -> None:
         self._bytes = self._bytes - entry.nbytes if self._entries else 0
         try:
@@ -158,11 +187,10 @@ class Journal:
             if batches is not None:
                 batches.leave_out(entry.module)
             return
-        except Exception:
-            raise
-        except BaseException:
-            # An interruption, which is about something else.
-            if not entry.is_handed_on:
+        except BaseException as error:
+            # An interruption is about something else.
+            is_about_it = isinstance(error, Exception) and not self._is_outside
+            if not (is_about_it or entry.is_handed_on):
                 self._entries.appendleft((entry, batches))
                 self._bytes += entry.nbytes
             raise
@@ -180,6 +208,18 @@ class Journal:
         self._bytes = 0
         for recorder in self._recorders:
             recorder.forget()
+
+
+class _Weakly:
+    """Drains a journal, as long as there is one."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = weakref.ref(journal)
+
+    def __call__(self, wait: bool) -> None:
+        journal = self._journal()
+        if journal is not None:
+            journal.collect(wait)
 
 
 def _as_it_ran(entry: Entry) -> AbstractContextManager[object]:

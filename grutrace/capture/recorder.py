@@ -207,17 +207,20 @@ class ModuleRecorder:
         if self._kept is None:
             numbers = assignment.roots.view(np.int64)
             recorded = Recorded(self._index, assignment, lengths, numbers)
-            doubts = self._continuity.accept(self._hand_on(entry, observation, assignment))
-            return recorded._replace(doubts=doubts) if doubts else recorded
+            block = self._make(entry, observation, assignment)
+            number = self._continuity.accept(partial(self._hand_on, entry, block))
+            return recorded._replace(doubts=self._doubts(block, number))
         kept = self._kept.of(assignment, lengths)
         bounds = self._kept.start, self._kept.stop
         recorded = Recorded(self._index, assignment, lengths, kept.numbers, *bounds)
-        hand_on: Callable[[], Sequence[Doubt]] = tuple
-        if kept.assignment is not None:
+        doubts: Sequence[Doubt] = ()
+        if kept.assignment is None:
+            self._continuity.accept(tuple)
+        else:
             layers = [each.site.layer for each in self._sites]
-            narrowed = only_kept(observation, kept, layers)
-            hand_on = self._hand_on(entry, narrowed, kept.assignment)
-        doubts = self._continuity.accept(hand_on)
+            block = self._make(entry, only_kept(observation, kept, layers), kept.assignment)
+            number = self._continuity.accept(partial(self._hand_on, entry, block))
+            doubts = self._doubts(block, number)
         self._kept.accept(kept, self._continuity)
         return recorded._replace(doubts=doubts)
 
@@ -231,29 +234,26 @@ class ModuleRecorder:
         with self._lock:
             self._versions.recheck()
 
-    def _hand_on(
-        self, entry: Entry, observation: Observation, assignment: Assignment
-    ) -> Callable[[], Sequence[Doubt]]:
-        """Make the block of a call; return what hands it on, and returns its doubtful sites."""
+    def _make(self, entry: Entry, observation: Observation, assignment: Assignment) -> Block:
+        """Make the block of a call."""
         is_certain = entry.is_certain or entry.version is self._versions.present
-        taken = self._take(observation, is_certain)
-        block = self._block(entry, observation, assignment, taken)
-        if self._has_gates and not is_certain:
+        block = self._block(entry, observation, assignment, self._take(observation, is_certain))
+        if not is_certain and self._has_gates:
             evidence = self._evidence(observation, block)
             if evidence is not None:
-                block = self._decide(entry.version, block, evidence)
+                return self._decide(entry.version, block, evidence)
+        return block
 
-        def hand_on() -> Sequence[Doubt]:
-            self._limits.take(partial(self._bytes, block))
-            self._announce(block.weights)
-            entry.is_handed_on = True
-            number = self._append(block)
-            # Gates in the background are looked at when they are there.
-            if self._copying:
-                return ()
-            return tuple(find_doubts(self.description, block, number))
+    def _hand_on(self, entry: Entry, block: Block) -> int | None:
+        """Hand a call on, its weights having been announced if they are new."""
+        self._limits.take(partial(self._bytes, block))
+        self._announce(block.weights)
+        entry.is_handed_on = True
+        return self._append(block)
 
-        return hand_on
+    def _doubts(self, block: Block, number: int | None) -> Sequence[Doubt]:
+        # Gates in the background are looked at when they are there.
+        return () if self._copying else tuple(find_doubts(self.description, block, number))
 
     def _decide(self, version: Version, block: Block, evidence: CopiedBlock) -> Block:
         """Return a call with the weights that lead to its states, and with what was found."""

@@ -104,9 +104,10 @@ class RowType:
 
     def _warn_once(self, about: str, message: str) -> None:
         if about not in self._warned:
-            self._warned.add(about)
             name = self._module.path or "the model"
             warnings.warn(f"{name} {message}", GrutraceWarning, stacklevel=3)
+            # After it: where warnings are errors, a call that waits is tried once more.
+            self._warned.add(about)
 
 
 def to_numpy(values: Tensor) -> Array:

@@ -256,7 +256,8 @@ class Tracer(Trace):
         ]
         # What stops a run, or ends it, is known at the call.
         counts = options.max_calls is not None or options.max_bytes is not None
-        self._journal = Journal(self._recorders, keeps=not (counts or options.check == "raise"))
+        keeps = not (counts or options.check == "raise")
+        self._journal = Journal(self._recorders, self._outlet, keeps=keeps)
         self._model = weakref.ref(model)
         self._grus = {path: weakref.ref(module) for path, module in find(model)}
         self._turns = [count() for _ in self._selections]

@@ -118,13 +118,16 @@ class Part(Tracer):
             return
         try:
             super()._receive(index, run)
-            self.tally.calls = self._outlet.blocks
         except (ResidualError, SinkError):
             # Those that the script asked for: others do not get here.
             raise
         except Exception as error:
             self.tally.failed = True
             self._report.say(f"nothing more is recorded of {', '.join(self.sites)}: {error}")
+
+    def _drain(self) -> None:
+        super()._drain()
+        self.tally.calls = self._outlet.blocks
 
     def _say_losses(self, stored: int, lost: int) -> None:
         self.tally.calls, self.tally.lost = stored, lost

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from grutrace.errors import SinkError, TraceFileError
-from grutrace.record import Array, Block, Header, Record, Weights
+from grutrace.record import Array, Block, Collect, Header, Record, Weights
 from grutrace.statistics.accumulator import Accumulator
 from grutrace.statistics.file import StatisticsFile
 from grutrace.statistics.refusal import FiguresOnly
@@ -66,6 +66,15 @@ class Feed(FiguresOnly):
     def counted_calls(self) -> int:
         """Calls that it has counted, or, if there is a file, that are in the file."""
         return self._counter.stored
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether something could not be written."""
+        return self.pump.has_failed
+
+    def collect_from(self, collect: Collect) -> None:
+        """Have the thread call this before each commit, and whenever it has waited as long."""
+        self.pump.collect_from(collect)
 
     def append(self, record: Record) -> None:
         """Queue a record; wait while the queue is full.

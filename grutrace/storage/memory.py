@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from grutrace.record import Array, Header, Record
+from grutrace.record import Array, Collect, Header, Record
 from grutrace.storage.admission import Admission
 from grutrace.storage.entries import Entries
 from grutrace.storage.preparing import GATHERED, Prepare
@@ -171,6 +171,11 @@ class MemorySink(_MemorySource):
     def nbytes(self) -> int:
         """Bytes that it takes in memory, about."""
         return self._store.nbytes + self._waiting_bytes
+
+    has_failed = False
+
+    def collect_from(self, collect: Collect) -> None:
+        """Do nothing: whoever reads has everything appended first."""
 
     def append(self, record: Record) -> None:
         """Take a record.

@@ -16,7 +16,7 @@ from typing import Protocol
 import h5py  # noqa: F401
 
 from grutrace.errors import GrutraceWarning, SinkError
-from grutrace.record import Block, Record
+from grutrace.record import Block, Collect, Record
 
 #: How much waits to be written before the model has to wait: some hundredths of a second of a disk,
 #: and little beside the memory of a machine that runs models. Bytes.
@@ -97,6 +97,7 @@ class Pump:
         self._finishing = False
         self._ended = False
         self._error: BaseException | None = None
+        self._collect: Collect | None = None
         self._told = False
         self._thread = threading.Thread(target=self._run, name="grutrace writer", daemon=True)
         _running.add(self)
@@ -112,8 +113,33 @@ class Pump:
         """Whether the file is closed, in order or after an error."""
         return self._ended
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether something could not be written."""
+        return self._error is not None
+
+    def collect_from(self, collect: Collect) -> None:
+        """Have the thread call this before each commit, and whenever it has waited as long.
+
+        Args:
+            collect: Puts records that wait elsewhere, and never raises. It must not keep alive
+                whoever closes this.
+        """
+        with self._changed:
+            self._collect = collect
+            self._changed.notify_all()
+
+    def collect(self, *, wait: bool = True) -> None:
+        """Have records put that wait elsewhere.
+
+        Args:
+            wait: Whether to wait for another thread that is just about it.
+        """
+        if self._collect is not None:
+            self._collect(wait)
+
     def put(self, record: Record) -> None:
-        """Queue a record; wait while the queue is full.
+        """Queue a record; wait while the queue is full, but not in the thread that empties it.
 
         Raises:
             SinkError: Something could not be written, the file is closed, or this process is a
@@ -122,7 +148,8 @@ class Pump:
         self._require_own_process()
         size = _size(record)
         with self._changed:
-            while self._held and self._held + size > self._limit and not self._ended:
+            waits = threading.current_thread() is not self._thread
+            while waits and self._held and self._held + size > self._limit and not self._ended:
                 self._hurry = True
                 self._changed.notify_all()
                 self._changed.wait()
@@ -138,12 +165,13 @@ class Pump:
                 self._changed.notify_all()
 
     def flush(self) -> None:
-        """Return once everything queued so far is committed; at once if the file is closed.
+        """Return once everything so far is committed; at once if the file is closed.
 
         Raises:
             SinkError: Something could not be written, or this process is a forked child.
         """
         self._require_own_process()
+        self.collect()
         with self._changed:
             target = self._wanted = self._appended
             self._changed.notify_all()
@@ -201,6 +229,12 @@ class Pump:
 
     def _work(self) -> bool:
         """Write what waits, and commit if that is due. False once nothing more will come."""
+        if self._wait():
+            self.collect(wait=False)
+            with self._changed:
+                if self._queue:
+                    # What was collected has waited already.
+                    self._deadline = time.monotonic()
         records, last, finishing = self._take()
         while records:
             record, size = records.popleft()
@@ -215,12 +249,23 @@ class Pump:
             self._note_commit(last)
         return not finishing
 
-    def _take(self) -> tuple[deque[tuple[Record, int]], int, bool]:
-        """Wait until there is something to do; then what waits, the last's number, the end."""
+    def _wait(self) -> bool:
+        """Wait until there is something to do; whether it is time to collect before that."""
         with self._changed:
+            asked = time.monotonic() + self._commit_seconds
             while not (self._waiting >= WAKE_BYTES or self._hurry or self._commit_due()):
-                left = None if self._deadline is None else self._deadline - time.monotonic()
-                self._changed.wait(left)
+                until = asked if self._deadline is None else self._deadline
+                if self._collect is None and self._deadline is None:
+                    self._changed.wait()
+                elif (left := until - time.monotonic()) > 0:
+                    self._changed.wait(left)
+                else:
+                    return True
+            return self._deadline is not None and time.monotonic() >= self._deadline
+
+    def _take(self) -> tuple[deque[tuple[Record, int]], int, bool]:
+        """What waits, the number of the last record, and whether the end has come."""
+        with self._changed:
             records, self._queue = self._queue, deque()
             self._waiting = 0
             self._hurry = False
@@ -277,6 +322,7 @@ def _close_all() -> None:
     """At the end of the interpreter: close what its users forgot."""
     for pump in list(_running):
         try:
+            pump.collect()
             pump.close()
         except SinkError as error:
             warnings.warn(str(error), GrutraceWarning, stacklevel=1)

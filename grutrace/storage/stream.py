@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 
-from grutrace.record import Header, Record
+from grutrace.record import Collect, Header, Record
 from grutrace.storage.claims import Claim
 from grutrace.storage.preparing import Prepare, Preparing
 from grutrace.storage.pump import QUEUE_BYTES, Pump
@@ -58,6 +58,15 @@ class StreamSink:
     def ended(self) -> bool:
         """Whether the file is closed, in order or after an error."""
         return self._pump.ended
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether something could not be written."""
+        return self._pump.has_failed
+
+    def collect_from(self, collect: Collect) -> None:
+        """Have the thread call this before each commit, and whenever it has waited as long."""
+        self._pump.collect_from(collect)
 
     def append(self, record: Record) -> None:
         """Queue a record; wait while the queue is full.

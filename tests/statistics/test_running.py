@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.capture import site_recorder
+from grutrace.capture import journal, site_recorder
 from grutrace.statistics import feed
 from grutrace.statistics.tally import Tally
 from grutrace.storage import pump
@@ -208,9 +208,10 @@ def test_a_wrong_residual_is_warned_of(monkeypatch) -> None:
         "replay",
         lambda *given: dataclasses.replace(replay(*given), residual=0.5),
     )
-    with grutrace.trace(layer, sink=statistics):
+    with grutrace.trace(layer, sink=statistics) as trace:
+        layer(torch.randn(4, 2))
         with pytest.warns(grutrace.ResidualWarning, match="l0"):
-            layer(torch.randn(4, 2))
+            trace.flush()
         layer(torch.randn(4, 2))
     assert (statistics.residual, statistics["l0"].residual_call) == (0.5, 0)
 
@@ -371,6 +372,7 @@ def test_a_forgotten_tracer_ends_its_thread() -> None:
 def test_a_queue_that_is_full_makes_the_model_wait(monkeypatch) -> None:
     monkeypatch.setattr(feed, "QUEUE_BYTES", 1)
     monkeypatch.setattr(feed, "GATHERED", 1)
+    monkeypatch.setattr(journal, "MOST_BYTES", 1)
     add, opened = Tally.add, threading.Event()
 
     def held(tally, rows):
