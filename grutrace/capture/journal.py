@@ -25,6 +25,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from grutrace.capture.annotate import RecordedBatches
+from grutrace.capture.copy_buffer import CopyBuffer
 from grutrace.capture.doubt import Doubt
 from grutrace.capture.observe import KernelRun
 from grutrace.capture.outlet import Outlet
@@ -92,6 +93,9 @@ class Journal:
         self.lock = threading.RLock()
         self.news: deque[News] = deque()
         self._recorders, self._outlet, self._keeps = recorders, outlet, keeps
+        # A call that does not wait is copied only where its weights are not known yet.
+        self._largest = LARGE_CALL if keeps else -1
+        self._buffer = CopyBuffer(MOST_BYTES)
         outlet.sink.collect_from(_Weakly(self))
         # With each, the batches of the recording block that it belongs to.
         self._entries: deque[tuple[Entry, RecordedBatches | None]] = deque()
@@ -128,7 +132,7 @@ class Journal:
         Returns:
             Whether the journal is to be drained now.
         """
-        entry = self._recorders[module].note(run, self._keeps, LARGE_CALL)
+        entry = self._recorders[module].note(run, self._buffer, self._largest)
         entry.tag, entry.names = tag, names
         entry.time = now = time.time()
         kind = run.device
@@ -153,7 +157,7 @@ class Journal:
             if not self._entries:
                 return
             uncertain = {each.module for each, _ in self._entries if not each.is_certain}
-            with aside():
+            with torch._C.DisableTorchFunction(), aside():
                 for module in uncertain:
                     self._recorders[module].recheck()
                 for _ in range(len(self._entries)):
@@ -183,6 +187,7 @@ class Journal:
             with _as_it_ran(entry):
                 recorded = self._recorders[entry.module].work_out(entry)
         except UnsupportedError as error:
+            self._release(entry)
             self.news.append(Unrecorded(entry.module, str(error)))
             if batches is not None:
                 batches.leave_out(entry.module)
@@ -193,7 +198,10 @@ class Journal:
             if not (is_about_it or entry.is_handed_on):
                 self._entries.appendleft((entry, batches))
                 self._bytes += entry.nbytes
+            else:
+                self._release(entry)
             raise
+        self._release(entry)
         if recorded is None:
             return
         if batches is not None:
@@ -202,9 +210,14 @@ class Journal:
             self.news.append(Marked(entry.module, recorded.assignment.origins))
         self.news.extend(recorded.doubts)
 
+    def _release(self, entry: Entry) -> None:
+        if entry.is_copied:
+            self._buffer.release()
+
     def clear(self) -> None:
         """Forget all calls. For whoever holds `lock`."""
-        self._entries.clear()
+        while self._entries:
+            self._release(self._entries.popleft()[0])
         self._bytes = 0
         for recorder in self._recorders:
             recorder.forget()

@@ -28,12 +28,13 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
 from torch.nn.utils.rnn import PackedSequence
 
 from grutrace.capture import observe
 from grutrace.capture.kernel_registration import GRUKernel, KernelRegistration
 from grutrace.capture.observe import GRUModule, KernelRun, Stacks
-from grutrace.capture.surroundings import Missed, aside, hindrance, is_recomputation
+from grutrace.capture.surroundings import Missed, aside, hindrance, is_recomputation, is_wrapped
 from grutrace.gru.gather import NOTHING, Asked, together
 
 Receiver: TypeAlias = Callable[[KernelRun | Missed], None]
@@ -81,6 +82,19 @@ class Subscription:
         self.module, self.receiver = weakref.ref(module), receiver
         self.stacks, self.wants, self.asked = stacks, wants, asked
         self._is_on = False
+        # Set, and not changed, for other threads ask.
+        self._known: list[weakref.ref[Tensor]] = []
+
+    def know(self, weights: list[Tensor]) -> None:
+        """Note weights that are the module's own, and can be recorded."""
+        self._known = [weakref.ref(each) for each in weights]
+
+    def knows(self, weights: list[Tensor]) -> bool:
+        """Whether `know` was given these very weights last."""
+        known = self._known
+        return len(known) == len(weights) and all(
+            [own() is each for own, each in zip(known, weights, strict=True)]
+        )
 
     @property
     def is_gone(self) -> bool:
@@ -241,11 +255,15 @@ def _answer(kernel: GRUKernel, arguments: tuple[Any, ...]) -> Any:
             return kernel(*arguments)
         _tell_watches(module, caller.own)
         subscribed = _subscriptions.of(module)
-    if not subscribed or not observe.is_own_call(module, kernel, arguments):
+    if not subscribed:
+        return kernel(*arguments)
+    weights = kernel.weights(arguments)
+    is_known = subscribed[0].knows(weights)
+    if not is_known and not observe.is_own_call(module, kernel, arguments):
         return kernel(*arguments)
     _inside.frame = sys._getframe()
     try:
-        return _observe(caller, module, subscribed, kernel, arguments)
+        return _observe(caller, module, subscribed, kernel, arguments, weights, is_known)
     finally:
         _inside.frame = None
 
@@ -256,16 +274,21 @@ def _observe(
     subscribed: list[Subscription],
     kernel: GRUKernel,
     arguments: tuple[Any, ...],
+    weights: list[Tensor],
+    is_known: bool,
 ) -> Any:
     repeats = is_recomputation()
     # Asked once a call: they count.
     listening = [] if repeats else [each for each in subscribed if each.wants()]
     if not (repeats or listening):
         return kernel(*arguments)
-    missed = hindrance(arguments)
+    missed = hindrance(arguments[: kernel.state_place + 1] if is_known else arguments)
     if missed is not None:
         _tell(listening, missed)
         return kernel(*arguments)
+    is_transformed = peek_interpreter_stack() is not None or is_wrapped(arguments[0])
+    if not (is_known or is_transformed):
+        subscribed[0].know(weights)
     with torch._C.DisableTorchFunction():
         answer, observed = observe.run_kernel(
             module,
@@ -274,6 +297,7 @@ def _observe(
             partial(_sorted_indices, caller),
             _stacks(subscribed),
             _asked(subscribed, module.hidden_size),
+            is_transformed=is_transformed,
         )
         if listening:
             with aside():

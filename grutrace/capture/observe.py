@@ -141,15 +141,16 @@ class KernelRun:
         """Return the same call, said to have used these weights."""
         return self._with(self.arguments, self.answer, self.layers, weights)
 
-    def kept(self, weights: list[Tensor]) -> KernelRun:
+    def kept(self, weights: list[Tensor], copy: Callable[[Tensor], Tensor]) -> KernelRun:
         """Return the same with copies of what the model can still change.
 
         Args:
             weights: What it used, which nobody changes.
+            copy: Copies a tensor.
         """
         arguments, place = list(self.arguments), self.kernel.state_place
-        arguments[0], arguments[place] = arguments[0].clone(), arguments[place].clone()
-        answer = self.answer.clone() if self.kernel.is_cell else (self.answer[0].clone(),)
+        arguments[0], arguments[place] = copy(arguments[0]), copy(arguments[place])
+        answer = copy(self.answer) if self.kernel.is_cell else (copy(self.answer[0]),)
         # What is between the layers nobody else has.
         layers = [Layer(each.input.detach(), each.output.detach()) for each in self.layers]
         if layers:
@@ -192,6 +193,8 @@ def run_kernel(
     find_order: Callable[[Tensor], Tensor | None],
     stacks: Stacks,
     asked: Asked,
+    *,
+    is_transformed: bool,
 ) -> tuple[Any, Observe]:
     """Make a kernel call that can be observed.
 
@@ -203,6 +206,7 @@ def run_kernel(
             of the kernel's sequences; None where they are the same.
         stacks: How to see between the layers of a stack.
         asked: Which gates to harvest, where that can be done and pays.
+        is_transformed: Whether a transform of torch.func may hold one of the arguments.
 
     Returns:
         The answer for the model, and what observes the call.
@@ -232,7 +236,7 @@ def run_kernel(
 
     def observe() -> KernelRun:
         own, returned, found = arguments, answer, layers
-        if _is_transformed(arguments):
+        if is_transformed:
             own, returned = _unwrapped(arguments), _unwrapped(answer)
             found = [Layer(plain(each.input), plain(each.output)) for each in layers]
         if is_stack and not found:
@@ -291,15 +295,6 @@ def _masks_unknown(call: KernelCall) -> Missed:
     return Missed(
         f"it drops out between its layers on {call.input.device}, where the masks cannot be known "
         "afterwards: pass stacks='split' (other masks than the fused stack's), or trace it in eval"
-    )
-
-
-def _is_transformed(arguments: tuple[Any, ...]) -> bool:
-    """Whether a transform of torch.func holds one of the tensors among some arguments."""
-    return any(
-        _is_transformed(tuple(each)) if isinstance(each, (list, tuple)) else is_wrapped(each)
-        for each in arguments
-        if isinstance(each, (Tensor, list, tuple))
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from grutrace.capture.background import CopiedBlock, choose_version
 from grutrace.capture.continuity import Assignment, Continuity
+from grutrace.capture.copy_buffer import CopyBuffer
 from grutrace.capture.deferral import defer
 from grutrace.capture.doubt import Doubt, find_doubts
 from grutrace.capture.kept import KeptSteps, only_kept
@@ -159,13 +160,13 @@ class ModuleRecorder:
             self._versions = WeightVersions("exact" if is_exact else "auto")
         self._records: dict[int, Weights] = {}
 
-    def note(self, run: KernelRun, keeps: bool, large: int) -> Entry:
+    def note(self, run: KernelRun, buffer: CopyBuffer, largest: int) -> Entry:
         """Look at the weights of a call that has just run, and copy what it read and made.
 
         Args:
             run: The call.
-            keeps: Whether it may wait.
-            large: If more bytes than these would be copied, and if its weights are known, nothing
+            buffer: Where copies lie.
+            largest: If more bytes than these would be copied, and if its weights are known, nothing
                 is copied: it is to be worked out at once.
         """
         with self._lock:
@@ -176,8 +177,10 @@ class ModuleRecorder:
             is_new = len(versions.made) > known
         weights = entry.version.weights
         entry.nbytes = run.nbytes
-        if keeps and not (is_certain and entry.nbytes > large):
-            entry.run, entry.is_copied = run.kept(weights), True
+        if entry.nbytes <= largest or not is_certain:
+            buffer.hold()
+            entry.is_copied = True
+            entry.run = run.kept(weights, buffer.copy)
         else:
             entry.run = run.with_weights(weights)
         if is_new:
@@ -236,9 +239,10 @@ class ModuleRecorder:
 
     def _make(self, entry: Entry, observation: Observation, assignment: Assignment) -> Block:
         """Make the block of a call."""
-        is_certain = entry.is_certain or entry.version is self._versions.present
-        block = self._block(entry, observation, assignment, self._take(observation, is_certain))
-        if not is_certain and self._has_gates:
+        taken = self._take(observation, entry.is_certain)
+        block = self._block(entry, observation, assignment, taken)
+        is_known = entry.is_certain or entry.version is self._versions.present
+        if not is_known and self._has_gates:
             evidence = self._evidence(observation, block)
             if evidence is not None:
                 return self._decide(entry.version, block, evidence)

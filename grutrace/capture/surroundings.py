@@ -87,30 +87,18 @@ def is_recomputation() -> bool:
 
 
 def aside() -> AbstractContextManager[None]:
-    """Compute something that nothing around the model's call gets to see."""
+    """Compute something that nothing around the model's call gets to see.
+
+    Function modes of the user see it all the same, unless ``torch._C.DisableTorchFunction`` is in
+    force: a decoder comes here at every step, and is in it already.
+    """
     modes = torch._C._len_torch_dispatch_stack()
     levels = torch._C._functorch.peek_interpreter_stack() is not None
-    return _Aside() if not modes and not levels else _aside_of(bool(modes), levels)
+    return _aside_of(bool(modes), levels) if modes or levels else _beneath_autograd()
 
 
-class _Aside(AbstractContextManager[None]):
-    """Beneath autograd and forward-mode differentiation, out of the sight of function modes.
-
-    A class, and not a generator: a decoder enters it at every step.
-    """
-
-    __slots__ = ("_autograd", "_functions")
-
-    def __enter__(self) -> None:
-        self._functions: Any = torch._C.DisableTorchFunction()
-        self._functions.__enter__()
-        beneath: Any = torch._C._AutoDispatchBelowADInplaceOrView
-        self._autograd = beneath()
-        self._autograd.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        self._autograd.__exit__(*error)
-        self._functions.__exit__(*error)
+# Beneath forward-mode differentiation as well.
+_beneath_autograd: Any = torch._C._AutoDispatchBelowADInplaceOrView
 
 
 @contextmanager

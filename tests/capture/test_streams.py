@@ -150,6 +150,7 @@ def test_streams_in_the_same_state_are_never_guessed(path, cell, tmp_path) -> No
         pytest.warns(grutrace.GrutraceWarning, match="cannot be told") as warned,
     ):
         two_agents()
+        trace.flush()
     assert len(warned) == 1
     assert trace["cell"].lengths.tolist() == [1, 1, 3, 3]
     assert trace.sequences["origin"].tolist() == ["new", "new", "ambiguous", "ambiguous"]
@@ -170,8 +171,9 @@ def test_control_streams_in_different_states_are_told_apart(cell) -> None:
 def test_fewer_rows_than_equal_states_are_ambiguous(cell) -> None:
     with torch.no_grad(), grutrace.trace(cell) as trace:
         state = cell(torch.ones(2, 3), torch.ones(2, 4))
+        step(cell, state[:1])
         with pytest.warns(grutrace.GrutraceWarning, match="cannot be told"):
-            step(cell, state[:1])
+            trace.flush()
     assert trace.sequences["origin"].tolist() == ["new", "new", "ambiguous"]
 
 
@@ -184,6 +186,7 @@ def test_a_dropped_state_is_said(path, cell, tmp_path) -> None:
             step(cell, torch.randn(2, 4))
         with pytest.warns(grutrace.GrutraceWarning, match="no longer remembered") as warned:
             idle = step(cell, idle)
+            trace.flush()
         step(cell, idle)
     assert len(warned) == 1
     assert set(trace.sequences["origin"][:-1]) == {"new"}
@@ -226,6 +229,7 @@ def test_nothing_is_kept_of_a_graph(kind) -> None:
     with grutrace.trace(module) as trace:
         state = torch.randn(1, 2, 4) if kind == "GRU" else torch.randn(2, 4)
         module(torch.randn(1, 2, 3) if kind == "GRU" else torch.randn(2, 3), state)
+        trace.flush()
         last = trace._recorders[0]._continuity._memory.last
     assert last is not None
     assert not last.states.requires_grad
@@ -249,6 +253,7 @@ def test_modes_and_types_that_change_while_states_are_remembered(cell) -> None:
 
         with pytest.warns(grutrace.GrutraceWarning, match="float32"):
             run_in_double()
+            trace.flush()
     assert trace["cell"].lengths.tolist() == [30] * (5 * 3)
     assert set(trace.sequences["origin"]) == {"new"}
 
@@ -352,6 +357,7 @@ def test_a_network_at_rest_costs_the_same_at_every_call(monkeypatch) -> None:
         for _ in range(400):
             counts.append(0)
             agents = [cell(x, h) for x, h in zip(inputs, agents, strict=True)]
+            trace.flush()
     assert trace["cell"].lengths.tolist() == [400, 400]
     assert max(counts[200:]) <= 2 * (2 * states.OPEN_ALIKE + states.PAST_ALIKE)
     assert max(counts[300:]) <= max(counts[200:300])
