@@ -122,9 +122,10 @@ class Tracer(Trace):
             for bit the same output on a CPU), ``rerun`` (the lower layers once more), or ``auto``
             for split on a CPU and rerun elsewhere.
         check: What to do when a replayed state differs from the kernel's by more than rounding:
-            ``warn`` (once a site), ``raise`` or ``off``. It is done as soon as it is known: of
-            gates in the background at a later call, when the trace is looked at, or on flushing or
-            closing. Deferred gates are not checked here: `grutrace verify` checks them.
+            ``warn`` (once a site), ``raise`` or ``off``. A warning comes when the gates are made:
+            at a later call, when the trace is looked at, or on flushing or closing. ``raise`` has
+            the call itself raise. Deferred gates are not checked here: `grutrace verify` checks
+            them.
         every: Of each module only the 1st, (n+1)-th, (2n+1)-th ... call while recording. The calls
             between are left alone, and what a decoder goes on with after them begins a sequence.
         max_calls: After so many calls, of all modules together, recording stops for good.

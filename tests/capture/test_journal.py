@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import numpy as np
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.capture import journal, versions
+from grutrace.capture import journal, recorder, versions
+from grutrace.capture.copy_buffer import CopyBuffer
 from tests import oracles
 
 
@@ -133,3 +135,161 @@ def test_a_trace_that_was_emptied_knows_no_weights_of_before(dear) -> None:
         assert trace["cell"].update.shape == (6, 8)
     assert trace.calls["weights"].tolist() == [0, 0, 0]
     assert trace.calls["proof"].tolist() == ["proven", "unproven", "proven"]
+
+
+@pytest.fixture(params=["cell", "gru", "packed", "stack", "batch first"])
+def call(request):
+    """A layer, and a call of it that returns what the user can change, and what it was given."""
+    kind = request.param
+    if kind == "cell":
+        cell, x, h = nn.GRUCell(3, 8), torch.randn(2, 3), torch.randn(2, 8)
+        return cell, lambda: (cell(x, h), x, h)
+    options = {"stack": {"num_layers": 2}, "batch first": {"batch_first": True}}.get(kind, {})
+    layer = nn.GRU(3, 8, **options)
+    x, h = torch.randn(4, 2, 3), torch.randn(layer.num_layers, 2, 8)
+    if kind == "batch first":
+        x = x.transpose(0, 1).contiguous()
+    if kind == "packed":
+
+        def run():
+            packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([4, 3]))
+            output, _ = layer(packed, h)
+            return output.data, packed.data, h
+
+        return layer, run
+    return layer, lambda: (layer(x, h)[0], x, h)
+
+
+@pytest.mark.parametrize("gates", ["inline", "background", "deferred"])
+def test_what_the_user_changes_after_a_call_is_not_recorded(call, gates) -> None:
+    torch.manual_seed(0)
+    layer, run = call
+    everything = ["reset", "update", "candidate", "hidden", "input"]
+    with torch.no_grad(), grutrace.trace(layer, record=everything, gates="inline") as expected:
+        run()
+        expected.flush()
+    with torch.no_grad(), grutrace.trace(layer, record=everything, gates=gates) as trace:
+        changed = run()
+        assert len(trace._journal) == 1
+        for each in changed:
+            each.fill_(7.0)
+    for name in trace.sites:
+        for quantity in everything:
+            found, kept = getattr(trace[name], quantity), getattr(expected[name], quantity)
+            np.testing.assert_allclose(np.asarray(found), np.asarray(kept), rtol=0, atol=1e-5)
+        np.testing.assert_array_equal(trace[name][0].initial, expected[name][0].initial)
+    assert trace.calls["proof"].tolist() == ["proven"]
+
+
+def test_copies_lie_in_memory_that_is_used_again() -> None:
+    cell, x = nn.GRUCell(3, 8), torch.randn(2, 3)
+    found = set()
+    with torch.no_grad(), grutrace.trace(cell, gates="deferred") as trace:
+        for _ in range(5):
+            for _ in range(3):
+                cell(x)
+            found.add(trace._journal._entries[0][0].run.arguments[0].data_ptr())
+            assert len(trace.calls) % 3 == 0
+    assert len(found) == 1
+
+
+def test_a_buffer_that_is_full_or_held_is_not_written_over() -> None:
+    buffer, values = CopyBuffer(256), torch.arange(8.0)
+    for _ in range(3):
+        buffer.hold()
+    copies = [buffer.copy(values + n) for n in range(6)]
+    buffer.release()
+    copies.append(buffer.copy(values + 6))
+    assert all(torch.equal(each, values + n) for n, each in enumerate(copies))
+    # The control: once nobody holds any, the memory is used again.
+    buffer.release()
+    buffer.release()
+    buffer.copy(values - 1)
+    assert torch.equal(copies[0], values - 1)
+    assert torch.equal(buffer.copy(values.double()), values.double())
+    assert torch.equal(buffer.copy(torch.ones(2, 0, 3)), torch.ones(2, 0, 3))
+    assert torch.equal(buffer.copy(torch.ones(9, 9).T), torch.ones(9, 9))
+
+
+def test_the_precision_of_a_call_is_that_of_its_autocast() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.GRU(3, 8), torch.randn(5, 2, 3)
+    with torch.no_grad(), grutrace.trace(layer, gates="inline") as trace:
+        layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+        layer(x)
+        # Looked at where another precision is in force.
+        with torch.autocast("cpu", torch.bfloat16):
+            assert len(trace.calls) == 3
+    assert trace["l0"].checks["precision"].tolist() == [2.0**-23, 2.0**-7, 2.0**-23]
+    assert trace.calls["proof"].tolist() == ["proven"] * 3
+
+
+def test_a_model_that_pauses_leaves_nothing_in_memory(tmp_path) -> None:
+    cell, x = nn.GRUCell(3, 8), torch.randn(2, 3)
+    with torch.no_grad(), grutrace.trace(cell, tmp_path / "a.h5", gates="inline") as trace:
+        for _ in range(3):
+            cell(x)
+        assert len(trace._journal) == 3
+        with grutrace.open(tmp_path / "a.h5") as reader:
+            end = time.monotonic() + 20
+            while len(reader.calls) < 3 and time.monotonic() < end:
+                time.sleep(0.05)
+                reader.refresh()
+            assert len(reader.calls) == 3
+        assert len(trace._journal) == 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_a_writers_thread_cannot_work_out_is_left_to_the_models(tmp_path) -> None:
+    """Here a warning, which is an error: it comes out where the user looks."""
+    layer, x = nn.GRU(2, 3), torch.full((4, 2, 2), 1e5)
+    options = {"record": ["update", "input"], "dtype": "float16", "gates": "inline"}
+    with torch.no_grad(), grutrace.trace(layer, tmp_path / "a.h5", **options) as trace:
+        layer(x)
+        time.sleep(1.2)
+        assert len(trace._journal) == 1
+        with pytest.raises(grutrace.GrutraceWarning, match="float16 holds"):
+            trace.flush()
+
+
+def test_an_interruption_loses_no_call_that_waits(monkeypatch) -> None:
+    cell, x = nn.GRUCell(3, 8), torch.randn(2, 3)
+    work_out = recorder.ModuleRecorder.work_out
+    counts = iter(range(100))
+
+    def interrupted(self, entry):
+        if next(counts) == 1:
+            raise KeyboardInterrupt
+        return work_out(self, entry)
+
+    with torch.no_grad(), grutrace.trace(cell) as trace:
+        state = None
+        for _ in range(4):
+            state = cell(x, state)
+        monkeypatch.setattr(recorder.ModuleRecorder, "work_out", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trace.flush()
+        assert len(trace._journal) == 3
+    assert trace["cell"].lengths.tolist() == [4, 4]
+
+
+def test_calls_of_several_threads_are_all_there() -> None:
+    cell = nn.GRUCell(3, 8)
+    with grutrace.trace(cell) as trace:
+
+        def run() -> None:
+            with torch.no_grad():
+                state = torch.randn(2, 8)
+                for _ in range(200):
+                    # Always others, or all threads come to rest in the same state.
+                    state = cell(torch.randn(2, 3), state)
+
+        threads = [threading.Thread(target=run) for _ in range(3)]
+        for each in threads:
+            each.start()
+        while any(each.is_alive() for each in threads):
+            trace.flush()
+    assert trace["cell"].lengths.tolist() == [200] * 6
+    assert "unproven" not in trace.calls["proof"]

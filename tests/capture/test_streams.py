@@ -143,6 +143,7 @@ def test_streams_in_the_same_state_are_never_guessed(path, cell, tmp_path) -> No
         a, b = cell(x[0], a), cell(x[1], b)
         for _ in range(2):
             a, b = step(cell, a), step(cell, b)
+        trace.flush()
 
     with (
         torch.no_grad(),
@@ -150,7 +151,6 @@ def test_streams_in_the_same_state_are_never_guessed(path, cell, tmp_path) -> No
         pytest.warns(grutrace.GrutraceWarning, match="cannot be told") as warned,
     ):
         two_agents()
-        trace.flush()
     assert len(warned) == 1
     assert trace["cell"].lengths.tolist() == [1, 1, 3, 3]
     assert trace.sequences["origin"].tolist() == ["new", "new", "ambiguous", "ambiguous"]
@@ -184,8 +184,8 @@ def test_a_dropped_state_is_said(path, cell, tmp_path) -> None:
         idle = step(cell, torch.randn(1, 4))
         for _ in range(200):
             step(cell, torch.randn(2, 4))
+        idle = step(cell, idle)
         with pytest.warns(grutrace.GrutraceWarning, match="no longer remembered") as warned:
-            idle = step(cell, idle)
             trace.flush()
         step(cell, idle)
     assert len(warned) == 1
@@ -251,8 +251,8 @@ def test_modes_and_types_that_change_while_states_are_remembered(cell) -> None:
                 a = cell(torch.randn(2, 3).double(), a)
                 b = cell(torch.randn(1, 3).double(), b)
 
+        run_in_double()
         with pytest.warns(grutrace.GrutraceWarning, match="float32"):
-            run_in_double()
             trace.flush()
     assert trace["cell"].lengths.tolist() == [30] * (5 * 3)
     assert set(trace.sequences["origin"]) == {"new"}
