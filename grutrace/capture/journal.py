@@ -36,9 +36,9 @@ from grutrace.record import Origin
 
 logger = logging.getLogger(__name__)
 
-#: What may be in a journal before it is drained: bytes, and seconds since the first call. A writer
-#: commits as often.
-MOST_BYTES, MOST_SECONDS = 8 * 1024 * 1024, 0.5
+#: What may be in a journal before it is drained: bytes, and seconds since the first call. A writer's
+#: thread comes sooner, and commits at once what it finds.
+MOST_BYTES, MOST_SECONDS = 8 * 1024 * 1024, 1.0
 
 #: A call of which more would be copied is worked out at once. Bytes.
 LARGE_CALL = 1024 * 1024
