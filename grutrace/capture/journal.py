@@ -36,9 +36,14 @@ from grutrace.record import Origin
 
 logger = logging.getLogger(__name__)
 
-#: What may be in a journal before it is drained: bytes, and seconds since the first call. A writer's
-#: thread comes sooner, and commits at once what it finds.
-MOST_BYTES, MOST_SECONDS = 8 * 1024 * 1024, 1.0
+#: What may be in a journal before the model's thread drains it: bytes, and seconds since the first
+#: call.
+MOST_BYTES, MOST_SECONDS = 8 * 1024 * 1024, 0.3
+
+#: After so long the model is busy with something else, and a writer's thread drains it. Sooner, the
+#: two would wait for each other: gates that another thread makes cost the model more than its own.
+#: Seconds.
+PAUSE_SECONDS = 0.4
 
 #: A call of which more would be copied is worked out at once. Bytes.
 LARGE_CALL = 1024 * 1024
@@ -169,9 +174,11 @@ class Journal:
         What cannot be worked out is left to the model's thread, where the error is raised.
 
         Args:
-            wait: Whether to wait for another thread that drains it.
+            wait: Whether to wait for another thread that drains it. If not, it is drained only
+                where the model is busy with something else.
         """
-        if self._entries and self.lock.acquire(blocking=wait):
+        is_due = wait or not 0 <= time.time() - self._since <= PAUSE_SECONDS
+        if self._entries and is_due and self.lock.acquire(blocking=wait):
             try:
                 self._is_outside = True
                 self.drain()

@@ -19,8 +19,9 @@ from torch import Tensor
 #: An estimate of what Python keeps for each call, and for each of its states. Bytes.
 CALL_OVERHEAD, ROW_OVERHEAD = 1024, 256
 
-#: Where the bytes are used up, so much of them is freed at once.
-FREED = 1 / 8
+#: Where the bytes are used up, so much of them is freed at once: of states that something is still
+#: to continue from, and of others, which a decoder leaves behind with each step.
+FREED, PAST_FREED = 1 / 8, 1 / 2
 
 #: The part of the bytes that states may take which something has continued from: a decoder leaves
 #: them behind with each step, and they are needed only if a sequence is to fork there. The smaller,
@@ -189,11 +190,12 @@ class Ring:
 
     Args:
         limit: Bytes, with what is estimated beside the states.
+        freed: The part of them that is freed at once.
         drop: Is told of calls that have to go, while their states are still there.
     """
 
-    def __init__(self, limit: int, drop: Callable[[list[Call]], None]) -> None:
-        self._limit, self._drop = limit, drop
+    def __init__(self, limit: int, freed: float, drop: Callable[[list[Call]], None]) -> None:
+        self._limit, self._freed, self._drop = limit, freed, drop
         self._room: Tensor | None = None
         self._next = 0
         # Where each begins, and the call. One that was moved since lies elsewhere by now.
@@ -228,7 +230,7 @@ class Ring:
             self._next = 0
         if self._calls and self._next <= self._calls[0][0] < self._next + size:
             # Some more at once: it costs less than one by one.
-            self._clear(self._next + max(size, capacity * FREED))
+            self._clear(self._next + max(size, capacity * self._freed))
         call.ring, call.start = self, self._next
         call.states = room.as_strided(states.shape, (states.shape[1], 1), self._next)
         call.states.copy_(states)
@@ -266,8 +268,8 @@ class StateMemory:
     """
 
     def __init__(self, limit: int) -> None:
-        self._recent = Ring(int(limit * PAST), self._drop)
-        self._waiting = Ring(int(limit * (1 - PAST - DIGESTS)), self._drop)
+        self._recent = Ring(int(limit * PAST), PAST_FREED, self._drop)
+        self._waiting = Ring(int(limit * (1 - PAST - DIGESTS)), FREED, self._drop)
         self._digests = Digests(int(limit * DIGESTS))
         self.last: Call | None = None
         self._rows = 0
