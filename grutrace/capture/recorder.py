@@ -166,18 +166,22 @@ class ModuleRecorder:
         Args:
             run: The call.
             buffer: Where copies lie.
-            largest: If more bytes than these would be copied, and if its weights are known, nothing
-                is copied: it is to be worked out at once.
+            largest: If more bytes than these would be copied, nothing is copied: it is to be worked
+                out at once. To compare the weights costs less than such copies, but on a device
+                it waits for the model, and the call is copied.
         """
+        size = run.nbytes
+        waits = size <= largest
         with self._lock:
             versions = self._versions
             known = len(versions.made)
-            is_certain = versions.look(run.weights, run.seconds)
+            exact = not waits and run.device == "cpu"
+            is_certain = versions.look(run.weights, run.seconds, exact=exact)
             entry = Entry(self._index, run, versions, is_certain=is_certain)
             is_new = len(versions.made) > known
         weights = entry.version.weights
-        entry.nbytes = run.nbytes
-        if entry.nbytes <= largest or not is_certain:
+        entry.nbytes = size
+        if waits or not is_certain:
             buffer.hold()
             entry.is_copied = True
             entry.run = run.kept(weights, buffer.copy)

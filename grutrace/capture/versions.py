@@ -168,12 +168,13 @@ class WeightVersions:
         """Compare every byte at the next call: the user has just done something else."""
         self._due = True
 
-    def look(self, weights: list[Tensor], seconds: float) -> bool:
+    def look(self, weights: list[Tensor], seconds: float, *, exact: bool = False) -> bool:
         """Look at the weights of a call that has just run. Then `present` is its version.
 
         Args:
             weights: What the kernel was given.
             seconds: How long it ran.
+            exact: Whether to compare every byte whatever that costs.
 
         Returns:
             Whether every byte was compared. If not, the call may have used another version.
@@ -182,7 +183,7 @@ class WeightVersions:
         seen = self._seen
         if seen is not None and seen.has_marks_of(weights):
             budget = max(SAMPLE_SECONDS, SHARE * self._spent)
-            if not (self._exact or self._due or self._cost <= budget):
+            if not (exact or self._exact or self._due or self._cost <= budget):
                 if seen.has_sample_of(weights):
                     return False
             else:
