@@ -220,10 +220,13 @@ class WeightVersions:
         """
         if not self._known:
             return True
-        before = self._known[0]
+        before, seen = self._known[0], self._seen
         live = [weight for each in self._live if (weight := each()) is not None]
         if len(live) == len(before.weights) and not any(map(_is_freed, live)):
-            self.compare(live)
+            if seen is not None and seen.has_marks_of(live) and seen.has_bytes_of(live):
+                self._due, self._spent = False, 0.0
+            else:
+                self.compare(live)
         return self._known[0] is before
 
 
