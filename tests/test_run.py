@@ -453,6 +453,27 @@ print(model(torch.randn(4, 6, 5), steps=3).sum().item())
 """
 
 
+TURNS_WARNINGS_INTO_ERRORS = """
+import warnings, torch
+warnings.simplefilter("error")
+layer = torch.nn.GRU(2, 3)
+for _ in range(3):
+    layer(torch.full((4, 2, 2), 1e6))
+print("done")
+"""
+
+
+def test_what_is_found_when_a_script_ends_is_said_and_nothing_is_lost(tmp_path) -> None:
+    script = write(tmp_path, TURNS_WARNINGS_INTO_ERRORS)
+    found = run("--dtype", "float16", "--record", "update,input", script, folder=tmp_path)
+    assert (found.returncode, found.stdout) == (0, "done\n")
+    said, last = found.stderr.splitlines()
+    assert said.startswith("grutrace: the model has values up to 1e+06, and float16 holds")
+    assert last == "grutrace: recorded 3 calls of 1 site in run.h5"
+    with grutrace.open(tmp_path / "run.h5") as trace:
+        assert len(trace.calls) == 3
+
+
 def test_a_full_disk_stops_the_recording_and_not_the_script(tmp_path) -> None:
     found = run(write(tmp_path, MODEL + FILLS_UP), folder=tmp_path)
     assert found.returncode == 0

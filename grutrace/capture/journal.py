@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -73,8 +72,8 @@ class Marked(NamedTuple):
     origins: Sequence[Origin]
 
 
-#: What the user may have to be told.
-News: TypeAlias = Unrecorded | Marked | Doubt
+#: What the user may have to be told; a text is what the type of the rows has lost.
+News: TypeAlias = Unrecorded | Marked | Doubt | str
 
 
 class Journal:
@@ -101,7 +100,7 @@ class Journal:
         # A call that does not wait is copied only where its weights are not known yet.
         self._largest = LARGE_CALL if keeps else -1
         self._buffer = CopyBuffer(MOST_BYTES)
-        outlet.sink.collect_from(_Weakly(self))
+        outlet.sink.collect_from(self.collect)
         # With each, the batches of the recording block that it belongs to.
         self._entries: deque[tuple[Entry, RecordedBatches | None]] = deque()
         self._bytes = 0
@@ -215,7 +214,7 @@ class Journal:
             batches.add(recorded)
         if recorded.assignment.origins:
             self.news.append(Marked(entry.module, recorded.assignment.origins))
-        self.news.extend(recorded.doubts)
+        self.news.extend((*recorded.losses, *recorded.doubts))
 
     def _release(self, entry: Entry) -> None:
         if entry.is_copied:
@@ -228,18 +227,6 @@ class Journal:
         self._bytes = 0
         for recorder in self._recorders:
             recorder.forget()
-
-
-class _Weakly:
-    """Drains a journal, as long as there is one."""
-
-    def __init__(self, journal: Journal) -> None:
-        self._journal = weakref.ref(journal)
-
-    def __call__(self, wait: bool) -> None:
-        journal = self._journal()
-        if journal is not None:
-            journal.collect(wait)
 
 
 def _as_it_ran(entry: Entry) -> AbstractContextManager[object]:

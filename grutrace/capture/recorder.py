@@ -46,6 +46,7 @@ class Recorded(NamedTuple):
         start: The first step of every sequence that is kept.
         stop: The first one after those; None for no end.
         doubts: Sites whose gates do not lead to the kernel's states.
+        losses: What the type of the rows has lost, a sentence each.
     """
 
     module: int
@@ -55,6 +56,7 @@ class Recorded(NamedTuple):
     start: int = 0
     stop: int | None = None
     doubts: Sequence[Doubt] = ()
+    losses: Sequence[str] = ()
 
 
 class Entry:
@@ -216,20 +218,19 @@ class ModuleRecorder:
             recorded = Recorded(self._index, assignment, lengths, numbers)
             block = self._make(entry, observation, assignment)
             number = self._continuity.accept(partial(self._hand_on, entry, block))
-            return recorded._replace(doubts=self._doubts(block, number))
+            return self._with_findings(recorded, block, number)
         kept = self._kept.of(assignment, lengths)
         bounds = self._kept.start, self._kept.stop
         recorded = Recorded(self._index, assignment, lengths, kept.numbers, *bounds)
-        doubts: Sequence[Doubt] = ()
         if kept.assignment is None:
             self._continuity.accept(tuple)
         else:
             layers = [each.site.layer for each in self._sites]
             block = self._make(entry, only_kept(observation, kept, layers), kept.assignment)
             number = self._continuity.accept(partial(self._hand_on, entry, block))
-            doubts = self._doubts(block, number)
+            recorded = self._with_findings(recorded, block, number)
         self._kept.accept(kept, self._continuity)
-        return recorded._replace(doubts=doubts)
+        return recorded
 
     def expect_changes(self) -> None:
         """Compare the weights at the next call, whatever that costs."""
@@ -259,9 +260,10 @@ class ModuleRecorder:
         entry.is_handed_on = True
         return self._append(block)
 
-    def _doubts(self, block: Block, number: int | None) -> Sequence[Doubt]:
+    def _with_findings(self, recorded: Recorded, block: Block, number: int | None) -> Recorded:
         # Gates in the background are looked at when they are there.
-        return () if self._copying else tuple(find_doubts(self.description, block, number))
+        doubts = () if self._copying else tuple(find_doubts(self.description, block, number))
+        return recorded._replace(doubts=doubts, losses=self._rows.take_losses())
 
     def _decide(self, version: Version, block: Block, evidence: CopiedBlock) -> Block:
         """Return a call with the weights that lead to its states, and with what was found."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import cast
 
@@ -11,17 +10,16 @@ import torch
 from torch import Tensor
 
 from grutrace.capture.side_stream import SideStream
-from grutrace.errors import GrutraceWarning
 from grutrace.gru.steps import Steps, copy_rounded, numpy_type
 from grutrace.record import Array, Module
 
 
 class RowType:
-    """Copies tensors of one module into rows, and says once what that loses.
+    """Copies tensors of one module into rows, and notes once what that loses.
 
     Args:
         module: The module.
-        chosen: Whether the user chose the type. Then only what does not fit at all is said.
+        chosen: Whether the user chose the type. Then only what does not fit at all is noted.
         copied: Whether rows are made now in the type of the weights, and get their own later.
         beside: Whether copies from a device may be made beside the model's stream. They lie in
             pinned memory, so only if they are soon let go.
@@ -39,14 +37,11 @@ class RowType:
         self.stored: torch.dtype = getattr(torch, module.dtype)
         self._side = SideStream() if copied and beside else None
         self._chosen = chosen
-        self._warned: set[str] = set()
+        self._noted: set[str] = set()
+        self._losses: list[str] = []
 
     def of_steps(self, steps: Steps, values: Tensor) -> Array:
-        """Copy values, one a step in the kernel's order, to (N, width), sequence by sequence.
-
-        Warns:
-            GrutraceWarning: They are rounded without anybody having asked for it, or are too large.
-        """
+        """Copy values, one a step in the kernel's order, to (N, width), sequence by sequence."""
         if self._side is not None and self._side.takes(values):
             return self._beside(values, steps.ordered(values))
         rows = steps.in_sequences(values, self.dtype)
@@ -55,11 +50,7 @@ class RowType:
         return rows
 
     def of(self, values: Tensor) -> Array:
-        """Copy values of any shape.
-
-        Warns:
-            GrutraceWarning: As above.
-        """
+        """Copy values of any shape."""
         if self._side is not None and self._side.takes(values):
             return self._beside(values, values.clone())
         rows = np.empty(values.shape, self.dtype)
@@ -85,7 +76,7 @@ class RowType:
         if np.can_cast(computed, kept):
             return
         if not self._chosen:
-            self._warn_once(
+            self._note_once(
                 "rounded",
                 f"computes in {computed} by now, and was in {kept} when it was attached: its "
                 f"rows are rounded to {kept}",
@@ -96,18 +87,24 @@ class RowType:
             finite = values[values.isfinite()]
             largest = finite.abs().max().item() if finite.numel() else 0.0
             if largest > float(np.finfo(kept).max):
-                self._warn_once(
+                self._note_once(
                     "overflow",
                     f"has values up to {largest:.3g}, and {kept} holds none above "
                     f"{np.finfo(kept).max:.3g}: they are kept as infinity, and cannot be verified",
                 )
 
-    def _warn_once(self, about: str, message: str) -> None:
-        if about not in self._warned:
-            name = self._module.path or "the model"
-            warnings.warn(f"{name} {message}", GrutraceWarning, stacklevel=3)
-            # After it: where warnings are errors, a call that waits is tried once more.
-            self._warned.add(about)
+    def take_losses(self) -> list[str]:
+        """Return what copying has lost that was not taken from here yet, a sentence each.
+
+        Values are rounded without anybody having asked for it, or are too large.
+        """
+        found, self._losses = self._losses, []
+        return found
+
+    def _note_once(self, about: str, message: str) -> None:
+        if about not in self._noted:
+            self._noted.add(about)
+            self._losses.append(f"{self._module.path or 'the model'} {message}")
 
 
 def to_numpy(values: Tensor) -> Array:

@@ -416,7 +416,7 @@ class Tracer(Trace):
                 self._drain()
 
     def _drain(self) -> None:
-        """Work out the calls that wait, and say what has to be said.
+        """Work out the calls that wait. What was found is said by `_say_news`.
 
         Raises:
             SinkError: The sink cannot take them, and ``on_error`` is ``raise``.
@@ -429,7 +429,6 @@ class Tracer(Trace):
             except SinkError as error:
                 if not self._goes_on(error):
                     raise
-        self._say_news()
 
     def _expect_changes(self) -> None:
         for recorder in self._recorders:
@@ -500,6 +499,8 @@ class Tracer(Trace):
                     with suppress(SinkError):
                         self._drain()
                     self._expect_changes()
+        # After all else: a warning may be an error.
+        self._say_news()
 
     def flush(self) -> None:
         """Return once every recorded row is in the trace, and committed to the file if any.
@@ -632,10 +633,10 @@ class Tracer(Trace):
         if appended != self._seen:
             self.refresh()
             self._seen = appended
-            self._say_news()
             # Gates that were made only now take their memory, too.
             if self.nbytes > LARGE:
                 self._warn_once(_TOO_LARGE, _TOO_LARGE)
+        self._say_news()
         return super()._look()
 
     def _wants(self, index: int) -> bool:
@@ -674,6 +675,7 @@ class Tracer(Trace):
         self._drain()
         if self._limits.reached:
             self.stop()
+        self._say_news()
         if self.nbytes > LARGE:
             self._warn_once(_TOO_LARGE, _TOO_LARGE)
 
@@ -725,6 +727,8 @@ class Tracer(Trace):
             found = news.popleft()
             if isinstance(found, Unrecorded):
                 self._say_unrecorded(found.module, found.reason)
+            elif isinstance(found, str):
+                self._warn_once(found, found)
             elif isinstance(found, Marked):
                 self._say_origins(found.module, found.origins)
             else:
@@ -828,8 +832,7 @@ def _close_dropped(
     was_recording = bool(subscriptions)
     for subscription in subscriptions:
         subscription.stop()
-    with suppress(SinkError, LimitReached):
-        journal.drain()
+    journal.collect(wait=True)
     with suppress(SinkError):
         outlet.sink.close()
     if tracer() is None and was_recording:

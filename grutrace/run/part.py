@@ -102,6 +102,11 @@ class Part(Tracer):
             SinkError: Rows could not be stored, and the script asked to be told so.
         """
         self._finish()
+        try:
+            self._say_news()
+        except ResidualError as error:
+            # There is no call of the script's left to raise it.
+            self._report.say(str(error))
 
     def follow(self, layer: GRUModule) -> None:
         """Record another layer in the place of the only one, which is gone."""
@@ -122,12 +127,22 @@ class Part(Tracer):
             # Those that the script asked for: others do not get here.
             raise
         except Exception as error:
-            self.tally.failed = True
-            self._report.say(f"nothing more is recorded of {', '.join(self.sites)}: {error}")
+            self._fail(error)
 
     def _drain(self) -> None:
-        super()._drain()
+        try:
+            super()._drain()
+        except SinkError:
+            raise
+        except Exception as error:
+            self._fail(error)
         self.tally.calls = self._outlet.blocks
+
+    def _fail(self, error: Exception) -> None:
+        """Record nothing more, and say why, once."""
+        if not self.tally.failed:
+            self.tally.failed = True
+            self._report.say(f"nothing more is recorded of {', '.join(self.sites)}: {error}")
 
     def _say_losses(self, stored: int, lost: int) -> None:
         self.tally.calls, self.tally.lost = stored, lost

@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 import warnings
+import weakref
 from collections import deque
 from typing import Protocol
 
@@ -97,7 +98,7 @@ class Pump:
         self._finishing = False
         self._ended = False
         self._error: BaseException | None = None
-        self._collect: Collect | None = None
+        self._collect: weakref.WeakMethod[Collect] | None = None
         self._told = False
         self._thread = threading.Thread(target=self._run, name="grutrace writer", daemon=True)
         _running.add(self)
@@ -122,11 +123,11 @@ class Pump:
         """Have the thread call this before each commit, and whenever it has waited as long.
 
         Args:
-            collect: Puts records that wait elsewhere, and never raises. It must not keep alive
-                whoever closes this.
+            collect: A method that puts records that wait elsewhere, and never raises. Its object is
+                not kept alive: it may be what closes this.
         """
         with self._changed:
-            self._collect = collect
+            self._collect = weakref.WeakMethod(collect)
             self._changed.notify_all()
 
     def collect(self, *, wait: bool = True) -> None:
@@ -135,8 +136,9 @@ class Pump:
         Args:
             wait: Whether to wait for another thread that is just about it.
         """
-        if self._collect is not None:
-            self._collect(wait)
+        collect = None if self._collect is None else self._collect()
+        if collect is not None:
+            collect(wait)
 
     def put(self, record: Record) -> None:
         """Queue a record; wait while the queue is full, but not in the thread that empties it.

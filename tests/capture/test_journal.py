@@ -241,17 +241,54 @@ def test_a_model_that_pauses_leaves_nothing_in_memory(tmp_path) -> None:
         assert len(trace._journal) == 0
 
 
+def test_what_a_writers_thread_cannot_work_out_is_left_to_the_models(monkeypatch, tmp_path) -> None:
+    work_out, tried = recorder.ModuleRecorder.work_out, []
+
+    def failing(self, entry):
+        if threading.current_thread().name == "grutrace writer":
+            tried.append(entry)
+            raise RuntimeError("not here")
+        return work_out(self, entry)
+
+    monkeypatch.setattr(recorder.ModuleRecorder, "work_out", failing)
+    cell, x = nn.GRUCell(3, 8), torch.randn(2, 3)
+    with torch.no_grad(), grutrace.trace(cell, tmp_path / "a.h5") as trace:
+        state = cell(x)
+        cell(x, state)
+        end = time.monotonic() + 20
+        while not tried and time.monotonic() < end:
+            time.sleep(0.05)
+        assert tried
+        assert len(trace._journal) == 2
+    assert trace["cell"].lengths.tolist() == [2, 2]
+
+
 @pytest.mark.filterwarnings("error")
-def test_what_a_writers_thread_cannot_work_out_is_left_to_the_models(tmp_path) -> None:
-    """Here a warning, which is an error: it comes out where the user looks."""
+@pytest.mark.parametrize("how", ["flush", "look", "close", "block"])
+@pytest.mark.parametrize("path", [None, "a.h5"])
+def test_nothing_is_lost_where_warnings_are_errors(how, path, tmp_path) -> None:
+    """The warning comes out once, when the calls are in the trace, and the file is complete."""
     layer, x = nn.GRU(2, 3), torch.full((4, 2, 2), 1e5)
     options = {"record": ["update", "input"], "dtype": "float16", "gates": "inline"}
-    with torch.no_grad(), grutrace.trace(layer, tmp_path / "a.h5", **options) as trace:
-        layer(x)
-        time.sleep(1.2)
-        assert len(trace._journal) == 1
-        with pytest.raises(grutrace.GrutraceWarning, match="float16 holds"):
-            trace.flush()
+    trace = grutrace.Tracer(layer, path and tmp_path / path, **options)
+    expected = pytest.raises(grutrace.GrutraceWarning, match="float16 holds")
+    with torch.no_grad():
+        if how == "block":
+            with expected, trace.recording(tag="a", tokens=[["a"] * 4, ["b"] * 4]):
+                layer(x)
+            assert not trace.is_recording
+            assert trace["l0"][1].tokens == ["b"] * 4
+        else:
+            trace.start()
+            layer(x)
+            with expected:
+                len(trace.calls) if how == "look" else getattr(trace, how)()
+    assert len(trace.calls) == 1
+    trace.close()
+    if path is not None:
+        with grutrace.open(tmp_path / path) as read:
+            assert read.closed
+            assert read["l0"].lengths.tolist() == [4, 4]
 
 
 def test_an_interruption_loses_no_call_that_waits(monkeypatch) -> None:
