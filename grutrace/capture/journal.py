@@ -158,13 +158,15 @@ class Journal:
             SinkError: The sink cannot take a call, which is lost; those behind it still wait.
         """
         with self.lock:
-            if not self._entries:
+            # In one step: other threads go on noting calls.
+            waiting = tuple(self._entries)
+            if not waiting:
                 return
-            uncertain = {each.module for each, _ in self._entries if not each.is_certain}
+            uncertain = {each.module for each, _ in waiting if not each.is_certain}
             with torch._C.DisableTorchFunction(), aside():
                 for module in uncertain:
                     self._recorders[module].recheck()
-                for _ in range(len(self._entries)):
+                for _ in waiting:
                     self._work_out(*self._entries.popleft())
 
     def collect(self, wait: bool) -> None:
