@@ -234,12 +234,13 @@ def test_the_precision_of_a_call_is_that_of_its_autocast() -> None:
     assert trace.calls["proof"].tolist() == ["proven"] * 3
 
 
-def test_a_model_that_pauses_leaves_nothing_in_memory(tmp_path) -> None:
+def test_a_model_that_pauses_leaves_nothing_in_memory(monkeypatch, patient, tmp_path) -> None:
     cell, x = nn.GRUCell(3, 8), torch.randn(2, 3)
     with torch.no_grad(), grutrace.trace(cell, tmp_path / "a.h5", gates="inline") as trace:
         for _ in range(3):
             cell(x)
         assert len(trace._journal) == 3
+        monkeypatch.setattr(journal, "PAUSE_SECONDS", 0.4)
         with grutrace.open(tmp_path / "a.h5") as reader:
             end = time.monotonic() + 20
             while len(reader.calls) < 3 and time.monotonic() < end:
@@ -250,6 +251,7 @@ def test_a_model_that_pauses_leaves_nothing_in_memory(tmp_path) -> None:
 
 
 def test_what_a_writers_thread_cannot_work_out_is_left_to_the_models(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(journal, "MOST_SECONDS", 600)
     work_out, tried = recorder.ModuleRecorder.work_out, []
 
     def failing(self, entry):
