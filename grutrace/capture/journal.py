@@ -29,7 +29,7 @@ from grutrace.capture.doubt import Doubt
 from grutrace.capture.observe import KernelRun
 from grutrace.capture.outlet import Outlet
 from grutrace.capture.recorder import Entry, ModuleRecorder
-from grutrace.capture.surroundings import aside
+from grutrace.capture.surroundings import aside, aside_to_copy
 from grutrace.errors import UnsupportedError
 from grutrace.record import Origin
 
@@ -136,7 +136,8 @@ class Journal:
         Returns:
             Whether the journal is to be drained now.
         """
-        entry = self._recorders[module].note(run, self._buffer, self._largest)
+        with aside_to_copy():
+            entry = self._recorders[module].note(run, self._buffer, self._largest)
         entry.tag, entry.names = tag, names
         entry.time = now = time.time()
         kind = run.device
@@ -163,7 +164,7 @@ class Journal:
             if not waiting:
                 return
             uncertain = {each.module for each, _ in waiting if not each.is_certain}
-            with torch._C.DisableTorchFunction(), aside():
+            with aside():
                 for module in uncertain:
                     self._recorders[module].recheck()
                 for _ in waiting:

@@ -34,7 +34,7 @@ from torch.nn.utils.rnn import PackedSequence
 from grutrace.capture import observe
 from grutrace.capture.kernel_registration import GRUKernel, KernelRegistration
 from grutrace.capture.observe import GRUModule, KernelRun, Stacks
-from grutrace.capture.surroundings import Missed, aside, hindrance, is_recomputation, is_wrapped
+from grutrace.capture.surroundings import Missed, hindrance, is_recomputation, is_wrapped
 from grutrace.gru.gather import NOTHING, Asked, together
 
 Receiver: TypeAlias = Callable[[KernelRun | Missed], None]
@@ -300,8 +300,7 @@ def _observe(
             is_transformed=is_transformed,
         )
         if listening:
-            with aside():
-                _tell(listening, observed())
+            _tell(listening, observed())
     return answer
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from grutrace.capture.kernel_registration import GRUKernel as Kernel
-from grutrace.capture.surroundings import Missed, is_wrapped, plain
+from grutrace.capture.surroundings import Missed, aside, is_wrapped, plain
 from grutrace.gru import harvest
 from grutrace.gru.gather import Asked
 from grutrace.gru.harvest import Harvest
@@ -181,8 +181,7 @@ class KernelRun:
         return Observation(call, steps, layers, self.training, self.seconds)
 
 
-#: Returns what is to be recorded of a kernel call, or why nothing can be. To be called at once,
-#: isolated from what surrounds the model (`surroundings.aside`).
+#: Returns what is to be recorded of a kernel call, or why nothing can be. To be called at once.
 Observe: TypeAlias = Callable[[], KernelRun | Missed]
 
 
@@ -240,11 +239,13 @@ def run_kernel(
             own, returned = _unwrapped(arguments), _unwrapped(answer)
             found = [Layer(plain(each.input), plain(each.output)) for each in layers]
         if is_stack and not found:
-            made = _as_call(kernel, own)
-            found = rerun(made, _output(kernel, own, returned), state)
+            with aside():
+                made = _as_call(kernel, own)
+                found = rerun(made, _output(kernel, own, returned), state)
         steps = None
         if kernel.name == "gru.data":
-            steps = PackedSteps(own[1], find_order(arguments[1]))
+            with aside():
+                steps = PackedSteps(own[1], find_order(arguments[1]))
         return KernelRun(kernel, own, returned, found, gates, steps, module.training, seconds)
 
     return answer, observe

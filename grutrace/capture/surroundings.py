@@ -86,35 +86,40 @@ def is_recomputation() -> bool:
     return torch._C._current_graph_task_id() != -1 and _within(checkpoint.__file__)
 
 
-def aside() -> AbstractContextManager[None]:
+@contextmanager
+def aside() -> Iterator[None]:
     """Compute something that nothing around the model's call gets to see.
 
-    Function modes of the user see it all the same, unless ``torch._C.DisableTorchFunction`` is in
-    force: a decoder comes here at every step, and is in it already.
+    The kernels are those that the model uses: a GRU gives the same bits as in the model.
     """
     modes = torch._C._len_torch_dispatch_stack()
     levels = torch._C._functorch.peek_interpreter_stack() is not None
-    return _aside_of(bool(modes), levels) if modes or levels else _beneath_autograd()
-
-
-# Beneath forward-mode differentiation as well.
-_beneath_autograd: Any = torch._C._AutoDispatchBelowADInplaceOrView
-
-
-@contextmanager
-def _aside_of(modes: bool, levels: bool) -> Iterator[None]:
     # In this order: function modes hear of gradients being switched off and on, too.
-    with (
-        torch._C.DisableTorchFunction(),
-        torch.no_grad(),
-        _set_fwd_grad_enabled(False),
-        ExitStack() as stack,
-    ):
-        if modes:
-            stack.enter_context(_disable_current_modes())
-        if levels:
-            stack.enter_context(temporarily_clear_interpreter_stack())
-        yield
+    with torch._C.DisableTorchFunction(), torch.no_grad(), _set_fwd_grad_enabled(False):
+        if not modes and not levels:
+            yield
+            return
+        with ExitStack() as stack:
+            if modes:
+                stack.enter_context(_disable_current_modes())
+            if levels:
+                stack.enter_context(temporarily_clear_interpreter_stack())
+            yield
+
+
+def aside_to_copy() -> AbstractContextManager[None]:
+    """Copy and compare tensors, and nothing else, within `torch._C.DisableTorchFunction`.
+
+    A tenth as dear as `aside`, for a decoder comes here at every step: one guard of the
+    dispatcher's, beneath autograd and forward-mode differentiation. Products can end in other
+    digits there: those of a batch-first layer without biases do.
+    """
+    modes = torch._C._len_torch_dispatch_stack()
+    levels = torch._C._functorch.peek_interpreter_stack() is not None
+    return aside() if modes or levels else _beneath_autograd()
+
+
+_beneath_autograd: Any = torch._C._AutoDispatchBelowADInplaceOrView
 
 
 def compiler_is_loaded() -> bool:

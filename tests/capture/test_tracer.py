@@ -429,6 +429,23 @@ def test_a_subclass_that_packs_inside() -> None:
     np.testing.assert_array_equal(padded, output.detach().transpose(0, 1).numpy())
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_layers_that_run_again_give_the_kernels_bits(bias, batch_first, grad) -> None:
+    """The lowest layer alone is the truth. Beneath autograd, products would end otherwise."""
+    torch.manual_seed(1)
+    options = {"bias": bias, "batch_first": batch_first}
+    stack, alone = nn.GRU(5, 5, num_layers=2, **options), nn.GRU(5, 5, **options)
+    alone.load_state_dict({name: stack.state_dict()[name] for name in alone.state_dict()})
+    x = torch.randn(3, 2, 5)
+    with torch.set_grad_enabled(grad), grutrace.trace(stack, stacks="rerun") as trace:
+        stack(x)
+        expected = alone(x)[0].detach()
+    rows = expected if batch_first else expected.transpose(0, 1)
+    np.testing.assert_array_equal(trace["l0"].hidden, rows.reshape(-1, 5).numpy())
+
+
 def test_two_tracers_on_one_stack_split_it_once() -> None:
     layer, x = nn.GRU(2, 3, 3, bidirectional=True), torch.randn(4, 2, 2)
     expected = layer(x)

@@ -102,7 +102,7 @@ def test_a_call_that_is_left_out_is_left_alone(layer, monkeypatch) -> None:
                 (kernel, "split"),
                 (kernel, "rerun"),
                 (kernel_calls, "hindrance"),
-                (kernel_calls, "aside"),
+                (observe, "aside"),
             ]:
                 patch.setattr(place, name, None)
             assert same_result(expected, layer(x))
