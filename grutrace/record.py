@@ -10,6 +10,7 @@ call, which is the number of steps of all its sequences together.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -288,6 +289,9 @@ class Sink(Protocol):
 
     def collect_from(self, collect: Collect) -> None:
         """Have records that wait elsewhere collected; a sink without a thread never does."""
+
+    def gather(self) -> AbstractContextManager[None]:
+        """Return a context: what is appended in it may wait for its end, to be stored together."""
 
     def append(self, record: Record) -> None:
         """Take a record. Its arrays belong to the sink from now on; nobody changes them."""

@@ -32,6 +32,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from grutrace.capture.states import (
@@ -85,6 +86,7 @@ class _Next:
         names: (B,) of the sequences, None for none; None if none has a name.
         whole: The call that it continues as a whole, if it does.
         used: The states that it continues or forks from, otherwise.
+        is_ours: Whether nobody else will change `final`.
     """
 
     assignment: Assignment
@@ -94,6 +96,7 @@ class _Next:
     names: tuple[Hashable, ...] | None = None
     whole: Call | None = None
     used: tuple[Row, ...] = ()
+    is_ours: bool = False
 
 
 class Continuity:
@@ -122,6 +125,8 @@ class Continuity:
         final: Tensor | None,
         lengths: Integers,
         names: Sequence[Hashable] | None = None,
+        *,
+        is_ours: bool = False,
     ) -> Assignment:
         """Number the sequences of a call. It counts only once it is accepted.
 
@@ -131,6 +136,7 @@ class Continuity:
             final: (B, W) what each ended with; None if nothing can continue it.
             lengths: (B,) steps of each.
             names: (B,) the user's names, no two equal; None to go by the states.
+            is_ours: Whether nobody else will change these states.
         """
         if self._is_behind:
             # An interruption came while the last call was being remembered.
@@ -144,11 +150,11 @@ class Continuity:
             found = self._begin_all(len(lengths))
         elif equal(initial, last.states) and self._memory.is_only(last):
             found = self._continue_all(last)
-        elif not initial.any():
+        elif _are_zero(initial, is_ours):
             found = self._begin_all(len(lengths))
         else:
             found = self._match(initial)
-        found.final = final
+        found.final, found.is_ours = final, is_ours
         found.steps = found.assignment.steps_before + lengths
         self._next = found
         return found.assignment
@@ -189,7 +195,7 @@ class Continuity:
             accepted.offsets,
             accepted.names,
         )
-        self._memory.add(call)
+        self._memory.add(call, is_ours=accepted.is_ours)
         if accepted.names is not None:
             self._names.put(call)
 
@@ -304,6 +310,13 @@ class Continuity:
                 rows.go_on(row, state)
             else:
                 rows.fork(row, state)
+
+
+def _are_zero(states: Tensor, is_ours: bool) -> bool:
+    # NumPy asks in a third of the time; of a user's tensor it would make the storage unresizable.
+    if is_ours and states.device.type == "cpu" and states.dtype is not torch.bfloat16:
+        return not states.numpy().any()
+    return not states.any()
 
 
 class _Rows:

@@ -164,7 +164,7 @@ class Journal:
             if not waiting:
                 return
             uncertain = {each.module for each, _ in waiting if not each.is_certain}
-            with aside():
+            with aside(), self._outlet.sink.gather():
                 for module in uncertain:
                     self._recorders[module].recheck()
                 for _ in waiting:
@@ -196,7 +196,6 @@ class Journal:
             with _as_it_ran(entry):
                 recorded = self._recorders[entry.module].work_out(entry)
         except UnsupportedError as error:
-            self._release(entry)
             self.news.append(Unrecorded(entry.module, str(error)))
             if batches is not None:
                 batches.leave_out(entry.module)
@@ -207,10 +206,7 @@ class Journal:
             if not (is_about_it or entry.is_handed_on):
                 self._entries.appendleft((entry, batches))
                 self._bytes += entry.nbytes
-            else:
-                self._release(entry)
             raise
-        self._release(entry)
         if recorded is None:
             return
         if batches is not None:
@@ -219,14 +215,9 @@ class Journal:
             self.news.append(Marked(entry.module, recorded.assignment.origins))
         self.news.extend((*recorded.losses, *recorded.doubts))
 
-    def _release(self, entry: Entry) -> None:
-        if entry.is_copied:
-            self._buffer.release()
-
     def clear(self) -> None:
         """Forget all calls. For whoever holds `lock`."""
-        while self._entries:
-            self._release(self._entries.popleft()[0])
+        self._entries.clear()
         self._bytes = 0
         for recorder in self._recorders:
             recorder.forget()

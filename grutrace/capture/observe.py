@@ -37,6 +37,7 @@ class Observation(NamedTuple):
         layers: What each layer read and made, from the lowest to the top.
         training: Whether the module was in training mode.
         seconds: How long the kernel ran.
+        is_kept: Whether what went in and came out are copies that nobody changes.
     """
 
     call: KernelCall
@@ -44,6 +45,7 @@ class Observation(NamedTuple):
     layers: list[Layer]
     training: bool
     seconds: float = 0.0
+    is_kept: bool = False
 
 
 def first_weight(module: nn.Module) -> Tensor | None:
@@ -89,7 +91,8 @@ class KernelRun:
     """
 
     __slots__ = (
-        *("answer", "arguments", "gates", "kernel", "layers", "seconds", "steps", "training"),
+        *("answer", "arguments", "gates", "is_kept", "kernel", "layers", "seconds", "steps"),
+        "training",
     )
 
     def __init__(
@@ -106,12 +109,24 @@ class KernelRun:
         self.kernel, self.arguments, self.answer = kernel, arguments, answer
         self.layers, self.gates, self.steps = layers, gates, steps
         self.training, self.seconds = training, seconds
+        self.is_kept = False
 
     @property
     def weights(self) -> list[Tensor]:
         """The weights that it was given, flat."""
         weights: list[Tensor] = self.kernel.weights(self.arguments)
         return weights
+
+    @property
+    def output(self) -> Tensor:
+        """What it returned of each step: (T, B, D * H), (B, T, D * H), (N, D * H) or (B, H)."""
+        output: Tensor = self.answer if self.kernel.is_cell else self.answer[0]
+        return output
+
+    @property
+    def is_by_time(self) -> bool:
+        """Whether what it read and made is (T, B, width)."""
+        return self.kernel.name == "gru.input" and not self.arguments[-1]
 
     @property
     def batch(self) -> int:
@@ -129,8 +144,7 @@ class KernelRun:
     def nbytes(self) -> int:
         """Bytes of what `kept` copies, and of the gates."""
         kernel, arguments = self.kernel, self.arguments
-        output = self.answer if kernel.is_cell else self.answer[0]
-        size: int = arguments[0].nbytes + arguments[kernel.state_place].nbytes + output.nbytes
+        size: int = arguments[0].nbytes + arguments[kernel.state_place].nbytes + self.output.nbytes
         for layer in self.layers[:-1]:
             size += layer.output.nbytes
         for directions in self.gates or ():
@@ -141,16 +155,25 @@ class KernelRun:
         """Return the same call, said to have used these weights."""
         return self._with(self.arguments, self.answer, self.layers, weights)
 
-    def kept(self, weights: list[Tensor], copy: Callable[[Tensor], Tensor]) -> KernelRun:
+    def kept(
+        self,
+        weights: list[Tensor],
+        copy: Callable[[Tensor], Tensor],
+        copy_input: Callable[[Tensor], Tensor],
+        copy_output: Callable[[Tensor], Tensor],
+    ) -> KernelRun:
         """Return the same with copies of what the model can still change.
 
         Args:
             weights: What it used, which nobody changes.
             copy: Copies a tensor.
+            copy_input: Copies what the call read.
+            copy_output: Copies what it made.
         """
         arguments, place = list(self.arguments), self.kernel.state_place
-        arguments[0], arguments[place] = copy(arguments[0]), copy(arguments[place])
-        answer = copy(self.answer) if self.kernel.is_cell else (copy(self.answer[0]),)
+        arguments[0], arguments[place] = copy_input(arguments[0]), copy(arguments[place])
+        answer = self.answer
+        answer = copy_output(answer) if self.kernel.is_cell else (copy_output(answer[0]),)
         # What is between the layers nobody else has.
         layers = [Layer(each.input.detach(), each.output.detach()) for each in self.layers]
         if layers:
@@ -158,7 +181,9 @@ class KernelRun:
             layers[0] = layers[0]._replace(input=input)
             output = _output(self.kernel, self.arguments, answer)
             layers[-1] = layers[-1]._replace(output=output)
-        return self._with(tuple(arguments), answer, layers, weights)
+        run = self._with(tuple(arguments), answer, layers, weights)
+        run.is_kept = True
+        return run
 
     def _with(
         self, arguments: tuple[Any, ...], answer: Any, layers: list[Layer], weights: list[Tensor]
@@ -178,7 +203,7 @@ class KernelRun:
                 each._replace(gates=own) for each, own in zip(layers, self.gates, strict=True)
             ]
         steps = self.steps or PaddedSteps(*layers[-1].output.shape[:2])
-        return Observation(call, steps, layers, self.training, self.seconds)
+        return Observation(call, steps, layers, self.training, self.seconds, self.is_kept)
 
 
 #: Returns what is to be recorded of a kernel call, or why nothing can be. To be called at once.

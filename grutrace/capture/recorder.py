@@ -29,7 +29,11 @@ from grutrace.capture.versions import KEPT_VERSIONS, Version, WeightVersions
 from grutrace.errors import UnsupportedError
 from grutrace.gru.gather import NOTHING, together
 from grutrace.gru.harvest import is_recognized
+from grutrace.gru.steps import is_held_by
 from grutrace.record import GATES, WEIGHTS, Array, Block, Module, Record, Site, SiteRows, Weights
+
+#: Copies a tensor.
+Copy: TypeAlias = Callable[[Tensor], Tensor]
 
 #: By suffix, the rows of a call and what a check of them needs.
 Taken: TypeAlias = dict[str, tuple[dict[str, Array], Check]]
@@ -140,6 +144,7 @@ class ModuleRecorder:
         self._lock = threading.RLock()
         self._state_memory = state_memory
         self.forget()
+        self._shares_input, self._shares_output = self._shared()
         self._has_gates = any({*GATES} & {*each.readable} for each in self.description.sites)
         wishes = [site.asked for site in self._sites]
         # Of some steps the replay costs less than the whole call's harvest.
@@ -184,15 +189,43 @@ class ModuleRecorder:
         weights = entry.version.weights
         entry.nbytes = size
         if waits or not is_certain:
-            buffer.hold()
             entry.is_copied = True
-            entry.run = run.kept(weights, buffer.copy)
+            input, output = self._copies(run, buffer)
+            entry.run = run.kept(weights, buffer.copy, input, output)
         else:
             entry.run = run.with_weights(weights)
         if is_new:
             # Copies of these wait with the call.
             entry.nbytes += sum(each.nbytes for each in weights)
         return entry
+
+    def _copies(self, run: KernelRun, buffer: CopyBuffer) -> tuple[Copy, Copy]:
+        """What is to copy the input and the output of a call: as rows, where they can stay so."""
+        output, shares = run.output, run.steps is None
+        # Replayed gates are the same bits only where values lie as the kernel had them.
+        if run.is_by_time and self._options.gates == "inline" and output.shape[0] > 1:
+            shares = False
+        if not (shares and is_held_by(output, self._rows.dtype)):
+            return buffer.copy, buffer.copy
+        lasting = partial(_by_sequence, buffer) if run.is_by_time else buffer.copy_lasting
+        return (
+            lasting if self._shares_input else buffer.copy,
+            lasting if self._shares_output else buffer.copy,
+        )
+
+    def _shared(self) -> tuple[bool, bool]:
+        """Whether rows can be the copies of the input, and of the output, as they are."""
+        if self._kept is not None or self.description.bidirectional:
+            return False, False
+        sites = [each.site for each in self._sites]
+        first, last = 0, self.description.num_layers - 1
+        return (
+            any(each.layer == first and "input" in each.quantities for each in sites),
+            any(
+                each.layer == last and "hidden" in each.quantities and each.units is None
+                for each in sites
+            ),
+        )
 
     def work_out(self, entry: Entry) -> Recorded | None:
         """Record a call: harvested, replayed or, where gates come later, copied.
@@ -212,7 +245,9 @@ class ModuleRecorder:
             return None
         observation = entry.run.observation()
         lengths = observation.steps.lengths
-        assignment = self._continuity.assign(*_ends(observation), lengths, entry.names)
+        ours = observation.is_kept
+        ends = _ends(observation)
+        assignment = self._continuity.assign(*ends, lengths, entry.names, is_ours=ours)
         if self._kept is None:
             numbers = assignment.roots.view(np.int64)
             recorded = Recorded(self._index, assignment, lengths, numbers)
@@ -420,6 +455,11 @@ def _all_units(module: Module) -> tuple[Site, ...]:
         replace(site, units=None, quantities=GATES + ("hidden",), derived=())
         for site in module.sites
     )
+
+
+def _by_sequence(buffer: CopyBuffer, values: Tensor) -> Tensor:
+    """Copy (T, B, width) so that the steps of a sequence lie one after another."""
+    return buffer.copy_lasting(values.transpose(0, 1)).transpose(0, 1)
 
 
 def _ends(observation: Observation) -> tuple[Tensor | None, Tensor | None]:

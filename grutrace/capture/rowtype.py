@@ -40,11 +40,17 @@ class RowType:
         self._noted: set[str] = set()
         self._losses: list[str] = []
 
-    def of_steps(self, steps: Steps, values: Tensor) -> Array:
-        """Copy values, one a step in the kernel's order, to (N, width), sequence by sequence."""
+    def of_steps(self, steps: Steps, values: Tensor, *, is_ours: bool = False) -> Array:
+        """Return values, one a step in the kernel's order, as (N, width), sequence by sequence.
+
+        Args:
+            steps: Of the call.
+            values: To be copied.
+            is_ours: Whether nobody else will change them, so that they need not be copied.
+        """
         if self._side is not None and self._side.takes(values):
             return self._beside(values, steps.ordered(values))
-        rows = steps.in_sequences(values, self.dtype)
+        rows = (steps.as_rows if is_ours else steps.in_sequences)(values, self.dtype)
         if values.dtype != self.stored:
             self._mind(values, rows)
         return rows

@@ -128,10 +128,12 @@ class SiteRecorder:
         else:
             rows, check = self._replay(observation, layer, hidden)
         if "hidden" in quantities and "hidden" not in rows:
-            rows["hidden"] = self._rows.of_steps(steps, self._of_units(hidden))
+            is_ours = observation.is_kept and self._units is None
+            rows["hidden"] = self._rows.of_steps(steps, self._of_units(hidden), is_ours=is_ours)
         if "input" in quantities:
             if site.layer not in inputs:
-                inputs[site.layer] = self._rows.of_steps(steps, layer.input)
+                kept = observation.is_kept
+                inputs[site.layer] = self._rows.of_steps(steps, layer.input, is_ours=kept)
             rows["input"] = inputs[site.layer]
         return rows, check
 
@@ -145,9 +147,10 @@ class SiteRecorder:
             assignment: Its sequences.
             copied: What `starts` returned, if it was asked already: all of them may be the same.
         """
-        if not np.count_nonzero(assignment.begun):
+        count = np.count_nonzero(assignment.begun)
+        if not count:
             return self._no_states
-        if assignment.begun.all():
+        if count == len(assignment.begun):
             return self.starts(observation) if copied is None else copied
         starts = self._starts(observation)
         return self._rows.of(starts[torch.from_numpy(assignment.begun).to(starts.device)])

@@ -123,7 +123,8 @@ class Call:
             return
         first, steps = int(self.sequences[0]), int(self.steps[0])
         numbers = range(first, first + len(self))
-        if (self.steps == steps).all() and (np.diff(self.sequences) == 1).all():
+        is_range = (self.sequences == np.arange(first, first + len(self), dtype=np.uint64)).all()
+        if is_range and (self.steps == steps).all():
             self._range = numbers, steps
             self.sequences, self.roots, self.steps = _NO_NUMBERS, _NO_NUMBERS, _NO_STEPS
 
@@ -288,25 +289,35 @@ class StateMemory:
         if self.last is not None and self.last.ring is None:
             yield self.last
 
-    def add(self, call: Call) -> None:
-        """Remember a call, which becomes the last. Its states are copied."""
+    def add(self, call: Call, *, is_ours: bool = False) -> None:
+        """Remember a call, which becomes the last.
+
+        Args:
+            call: The call.
+            is_ours: Whether nobody else will change its states: they are copied only when another
+                call becomes the last.
+        """
         before, self.last = self.last, call
-        if before is not None and (before.is_open is not False or before.ring is None):
+        if before is not None:
             self._displace(before)
-        states = call.states
-        if not self._recent.put(call, states):
-            call.states = states.clone()
+        if not is_ours and not self._recent.put(call, call.states):
+            call.states = call.states.clone()
         self._unindexed.append(call)
         self._rows += len(call)
 
     def _displace(self, call: Call) -> None:
-        """Move the last call to where it waits, if something is still to continue from it."""
-        if call.open_places():
+        """Move the last call to where it waits, or to where it is soon dropped.
+
+        It waits if something is still to continue from it.
+        """
+        if call.is_open is True or call.open_places():
             call.compress()
             if self._waiting.put(call, call.states):
                 self._uncounted.append(call)
                 return
             call.ring = None
+        elif call.ring is None:
+            self._recent.put(call, call.states)
         if call.ring is None:
             self._drop([call])
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cached_property, lru_cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,18 @@ _NUMPY_TYPES = {torch.bfloat16: "float32"}
 def numpy_type(dtype: torch.dtype) -> str:
     """Return the name of the NumPy type that holds every value of a torch type."""
     return _NUMPY_TYPES.get(dtype) or str(dtype).removeprefix("torch.")
+
+
+def is_held_by(values: Tensor, dtype: npt.DTypeLike) -> bool:
+    """Whether an array of this type can share memory with a tensor."""
+    return values.device.type == "cpu" and _held_type(values.dtype) == dtype
+
+
+@lru_cache
+def _held_type(dtype: torch.dtype) -> np.dtype[Any] | None:
+    """Return NumPy's own name of a torch type; None if it has none."""
+    name = str(dtype).removeprefix("torch.")
+    return np.dtype(name) if name == numpy_type(dtype) else None
 
 
 def copy_rounded(target: Tensor, values: Tensor) -> None:
@@ -227,9 +239,9 @@ class PaddedSteps:
     def as_rows(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
         """Return (T, B, width), which may lie in memory as `room` does, as (B * T, width)."""
         rows = values.transpose(0, 1)
-        if not rows.is_contiguous() or numpy_type(values.dtype) != dtype:
+        if not rows.is_contiguous() or not is_held_by(values, dtype):
             return self.in_sequences(values, dtype)
-        array: Array = rows.numpy()
+        array: Array = rows.detach().numpy()
         return array.reshape(self._batch * self._length, values.shape[-1])
 
     def in_batch_order(self, values: Tensor) -> Tensor:

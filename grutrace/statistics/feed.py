@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import numpy as np
 
@@ -75,6 +76,10 @@ class Feed(FiguresOnly):
     def collect_from(self, collect: Collect) -> None:
         """Have the thread call this before each commit, and whenever it has waited as long."""
         self.pump.collect_from(collect)
+
+    def gather(self) -> AbstractContextManager[None]:
+        """Return a context in which the thread leaves what is appended until its end."""
+        return self.pump.gather()
 
     def append(self, record: Record) -> None:
         """Queue a record; wait while the queue is full.

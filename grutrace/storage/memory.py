@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,10 @@ class MemorySink(_MemorySource):
 
     def collect_from(self, collect: Collect) -> None:
         """Do nothing: whoever reads has everything appended first."""
+
+    def gather(self) -> AbstractContextManager[None]:
+        """Return a context that does nothing."""
+        return nullcontext()
 
     def append(self, record: Record) -> None:
         """Take a record.

@@ -11,6 +11,8 @@ import traceback
 import warnings
 import weakref
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 # Before ours is registered below, so that at exit its own function runs after it.
@@ -94,6 +96,7 @@ class Pump:
         self._committed = 0  # records
         self._wanted = 0  # records that somebody waits to see committed
         self._deadline: float | None = None  # of the next commit
+        self._gathering = 0  # contexts in which records are put together
         self._hurry = False  # somebody waits for room
         self._finishing = False
         self._ended = False
@@ -140,6 +143,22 @@ class Pump:
         if collect is not None:
             collect(wait)
 
+    @contextmanager
+    def gather(self) -> Iterator[None]:
+        """Have the thread leave what is put until the end of the context, while there is room.
+
+        At every operation of PyTorch's the two would hand Python's lock to each other.
+        """
+        with self._changed:
+            self._gathering += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._gathering -= 1
+                if self._is_much():
+                    self._changed.notify_all()
+
     def put(self, record: Record) -> None:
         """Queue a record; wait while the queue is full, but not in the thread that empties it.
 
@@ -163,7 +182,7 @@ class Pump:
             if self._deadline is None:
                 self._deadline = time.monotonic() + self._commit_seconds
                 self._changed.notify_all()
-            elif self._waiting >= WAKE_BYTES:
+            elif self._is_much():
                 self._changed.notify_all()
 
     def flush(self) -> None:
@@ -255,7 +274,7 @@ class Pump:
         """Wait until there is something to do; whether it is time to collect before that."""
         with self._changed:
             asked = time.monotonic() + self._commit_seconds
-            while not (self._waiting >= WAKE_BYTES or self._hurry or self._commit_due()):
+            while not (self._is_much() or self._hurry or self._commit_due()):
                 until = asked if self._deadline is None else self._deadline
                 if self._collect is None and self._deadline is None:
                     self._changed.wait()
@@ -264,6 +283,9 @@ class Pump:
                 else:
                     return True
             return self._deadline is not None and time.monotonic() >= self._deadline
+
+    def _is_much(self) -> bool:
+        return self._waiting >= WAKE_BYTES and not self._gathering
 
     def _take(self) -> tuple[deque[tuple[Record, int]], int, bool]:
         """What waits, the number of the last record, and whether the end has come."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from contextlib import AbstractContextManager
 
 from grutrace.record import Collect, Header, Record
 from grutrace.storage.claims import Claim
@@ -67,6 +68,10 @@ class StreamSink:
     def collect_from(self, collect: Collect) -> None:
         """Have the thread call this before each commit, and whenever it has waited as long."""
         self._pump.collect_from(collect)
+
+    def gather(self) -> AbstractContextManager[None]:
+        """Return a context in which the thread leaves what is appended until its end."""
+        return self._pump.gather()
 
     def append(self, record: Record) -> None:
         """Queue a record; wait while the queue is full.
