@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
 import grutrace
-from grutrace.record import Array
+from grutrace.records import Array
 
 INSTALL = 'this example needs its extra: pip install ".[demo]" in the checkout of grutrace'
 

@@ -19,9 +19,9 @@ from grutrace.errors import (
 
 if TYPE_CHECKING:
     from grutrace.capture.tracer import Tracer, trace
-    from grutrace.statistics.statistics import Statistics
-    from grutrace.storage.sinks import open_trace as open
-    from grutrace.storage.trace import Trace
+    from grutrace.statistics.running import Statistics
+    from grutrace.storage.open import open_trace as open
+    from grutrace.storage.read.trace import Trace
 
 __all__ = [
     "GrutraceError",
@@ -44,9 +44,9 @@ __all__ = [
 
 #: Where the names live that are loaded when first used, so that reading a trace needs no torch.
 _LAZY = {
-    "Statistics": ("grutrace.statistics.statistics", "Statistics"),
-    "Trace": ("grutrace.storage.trace", "Trace"),
-    "open": ("grutrace.storage.sinks", "open_trace"),
+    "Statistics": ("grutrace.statistics.running", "Statistics"),
+    "Trace": ("grutrace.storage.read.trace", "Trace"),
+    "open": ("grutrace.storage.open", "open_trace"),
     "Tracer": ("grutrace.capture.tracer", "Tracer"),
     "trace": ("grutrace.capture.tracer", "trace"),
 }

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import grutrace
-from grutrace.analysis.verification import verify
+from grutrace.analysis.verification.verify import verify
 from tests import oracles
 from tests.checks import EVERYTHING, tensors
 from tests.test_both_sinks import assert_same

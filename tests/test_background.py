@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from torch import nn
 
 import grutrace
-from grutrace.analysis.verification import verify
-from grutrace.capture import versions
-from grutrace.gru import cell, gather, harvest
-from grutrace.gru.shadow import Shadow
-from grutrace.record import GATES
-from grutrace.storage.writer import Writer
+from grutrace.analysis.verification.verify import verify
+from grutrace.capture.recording import weight_versions
+from grutrace.gru import cell, kernel_gates
+from grutrace.gru.replay import Shadow
+from grutrace.records import GATES
+from grutrace.storage.write.writer import Writer
 from tests import oracles
 from tests.capture.models import EncoderDecoder, StepwiseDecoder
 from tests.checks import EVERYTHING, check_untouched_and_exact, rounding
@@ -35,9 +35,9 @@ BACKGROUND = {"gates": "background", "record": EVERYTHING}
 def harvesting(always: bool):
     """Have gates of calls in the background harvested, whatever that costs, or never."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harvest, "pays", lambda *_: always)
+        patch.setattr(kernel_gates, "pays", lambda *_: always)
         if always:
-            patch.setattr("grutrace.capture.background.recompute", None)
+            patch.setattr("grutrace.capture.recording.background.recompute", None)
         yield
 
 
@@ -123,7 +123,7 @@ def test_whole_runs(tmp_path, always) -> None:
         grutrace.trace(model, **BACKGROUND) as memory,
         grutrace.trace(model, tmp_path / "run.h5", **BACKGROUND) as file,
     ):
-        patch.setattr(harvest, "pays", lambda *_: always)
+        patch.setattr(kernel_gates, "pays", lambda *_: always)
         run(model, inline, memory, file)
         assert_same_as_inline(inline, memory)
         # How many calls are computed together is not the same in both.
@@ -369,7 +369,7 @@ def test_what_cannot_be_in_the_background() -> None:
 @pytest.fixture
 def wrong_weights(monkeypatch) -> None:
     """What is taken for the weights is not what the kernel used."""
-    monkeypatch.setattr(versions, "_copy", lambda weight: weight.detach() + 0.1)
+    monkeypatch.setattr(weight_versions, "_copy", lambda weight: weight.detach() + 0.1)
 
 
 @pytest.mark.usefixtures("wrong_weights")
@@ -397,15 +397,15 @@ def test_a_residual_beyond_rounding_is_said_when_it_is_known(tmp_path) -> None:
 
 @pytest.mark.parametrize("record", ["update", EVERYTHING])
 def test_control_harvested_gates_that_are_wrong_are_said(record, monkeypatch) -> None:
-    taken = gather.Room.gates.fget
+    taken = kernel_gates.Room.gates.fget
 
     def mixed_up(room):
         return {name: 1 - gate for name, gate in taken(room).items()}
 
     layer = nn.GRU(3, 40)
     with harvesting(True), grutrace.trace(layer, record=record) as trace:
-        assert harvest.is_recognized()
-        monkeypatch.setattr(gather.Room, "gates", property(mixed_up))
+        assert kernel_gates.is_recognized()
+        monkeypatch.setattr(kernel_gates.Room, "gates", property(mixed_up))
         layer(torch.randn(5, 2, 3))
         with pytest.warns(grutrace.ResidualWarning, match="rounding explains"):
             trace["l0"].update[:]
@@ -459,7 +459,7 @@ def test_an_error_while_gates_are_made_loses_no_state_and_no_result(tmp_path, mo
     def fails(*_: object) -> None:
         raise MemoryError("on purpose")
 
-    monkeypatch.setattr("grutrace.capture.background.recompute", fails)
+    monkeypatch.setattr("grutrace.capture.recording.background.recompute", fails)
     expected = layer(x)
     assert torch.isfinite(expected[0]).all()
     with pytest.raises(grutrace.SinkError, match="on purpose"):
@@ -592,7 +592,7 @@ class SlowDevice:
 
 @pytest.fixture
 def slow_device(monkeypatch) -> type[SlowDevice]:
-    monkeypatch.setattr("grutrace.capture.rowtype.SideStream", SlowDevice)
+    monkeypatch.setattr("grutrace.capture.recording.tensor_copy.SideStream", SlowDevice)
     monkeypatch.setattr(SlowDevice, "waits", 0)
     return SlowDevice
 

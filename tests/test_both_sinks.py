@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.record import GATES
+from grutrace.records import GATES
 from tests.capture.models import EncoderDecoder
 from tests.checks import EVERYTHING, rounding
 

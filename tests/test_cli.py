@@ -13,7 +13,7 @@ import torch
 
 import grutrace
 from grutrace.__main__ import main
-from grutrace.cli.results import _quantiles
+from grutrace.cli.output import _quantiles
 from tests.capture.models import EncoderDecoder
 from tests.checks import EVERYTHING
 

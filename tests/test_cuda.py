@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis.verification import verify
+from grutrace.analysis.verification.verify import verify
 from tests.checks import EVERYTHING, same_result
 
 pytestmark = [

@@ -16,10 +16,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import grutrace
-from grutrace.analysis.verification import verify
-from grutrace.gru.shadow import Shadow
-from grutrace.record import GATES
-from grutrace.storage.ingredients import SiteIngredients
+from grutrace.analysis.verification.verify import verify
+from grutrace.gru.replay import Shadow
+from grutrace.records import GATES
+from grutrace.storage.read.recomputed import SiteIngredients
 from tests import oracles
 from tests.capture.models import EncoderDecoder, StepwiseDecoder
 from tests.checks import EVERYTHING, check_untouched_and_exact, rounding
@@ -221,7 +221,7 @@ def test_a_training_run_inline_and_deferred(tmp_path) -> None:
 
 
 def test_control_what_a_layer_read_after_dropout_must_be_recorded(monkeypatch) -> None:
-    monkeypatch.setattr("grutrace.capture.deferral._reads_states", lambda *_: True)
+    monkeypatch.setattr("grutrace.capture.selection._reads_states", lambda *_: True)
     torch.manual_seed(0)
     layer = nn.GRU(3, 4, 2, dropout=0.5)
     with (
@@ -470,7 +470,7 @@ def test_every_kind_of_index(padded) -> None:
 def test_blocks_do_not_show(padded, block, monkeypatch) -> None:
     with grutrace.open(padded) as trace:
         whole = {name: trace[name].reset[:] for name in trace.sites}
-        monkeypatch.setattr("grutrace.storage.ingredients.BLOCK", block)
+        monkeypatch.setattr("grutrace.storage.read.recomputed.BLOCK", block)
         for name, values in whole.items():
             np.testing.assert_allclose(trace[name].reset[:], values, atol=1e-6)
 

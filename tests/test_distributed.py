@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import nn
 
 import grutrace
-from grutrace import shard
+from grutrace import distributed
 from grutrace.__main__ import main
-from grutrace.analysis.verification import verify
+from grutrace.analysis.verification.verify import verify
 from grutrace.errors import OptionError
 from tests import oracles
 from tests.checks import EVERYTHING
@@ -397,7 +397,7 @@ def test_an_option_that_is_none(option, tmp_path) -> None:
     [
         ({}, None),
         ({"RANK": "1", "WORLD_SIZE": "2"}, None),
-        ({"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "2"}, shard.Shard(1, 2)),
+        ({"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "2"}, distributed.Shard(1, 2)),
         ({"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "WORLD_SIZE": "1"}, None),
         ({"TORCHELASTIC_RUN_ID": "none", "RANK": "2", "WORLD_SIZE": "2"}, None),
         ({"TORCHELASTIC_RUN_ID": "none", "RANK": "x", "WORLD_SIZE": "2"}, None),
@@ -405,7 +405,7 @@ def test_an_option_that_is_none(option, tmp_path) -> None:
     ],
 )
 def test_before_there_is_a_group_torchrun_is_believed(environment, expected) -> None:
-    assert shard._launched(environment) == expected
+    assert distributed._launched(environment) == expected
 
 
 def test_one_process_alone_writes_no_shard(tmp_path) -> None:

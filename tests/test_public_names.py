@@ -13,9 +13,9 @@ import grutrace
 TORCH_FREE = [
     "import grutrace",
     "import grutrace; grutrace.open; grutrace.Trace",
-    "import grutrace.storage.stream",
-    "import grutrace.analysis.summary",
-    "import grutrace.analysis.difference",
+    "import grutrace.storage.write.stream_sink",
+    "import grutrace.analysis.descriptive.saturation",
+    "import grutrace.analysis.compare",
     "import grutrace; grutrace.Statistics()",
     "import grutrace.cli",
 ]

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis.difference.comparing import compare
-from grutrace.analysis.material import SiteArrays
-from grutrace.analysis.measures import MEASURES
-from grutrace.analysis.summary import summarize_site
-from grutrace.analysis.verification import verify
+from grutrace.analysis.compare.trace_diff import compare
+from grutrace.analysis.descriptive.saturation import summarize_site
+from grutrace.analysis.engine.site_data import SiteArrays
+from grutrace.analysis.registry import MEASURES
+from grutrace.analysis.verification.verify import verify
 from grutrace.reprs import named_repr
 from tests.checks import EVERYTHING
 

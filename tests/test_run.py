@@ -18,15 +18,15 @@ import torch
 
 import grutrace
 from grutrace.__main__ import main
-from grutrace.analysis.verification import verify
-from grutrace.capture.compiled_graphs import CompiledCode
-from grutrace.capture.observe import STACKS
+from grutrace.analysis.verification.verify import verify
+from grutrace.capture.kernel_calls.compiled_graphs import CompiledCode
+from grutrace.capture.kernel_calls.observation import STACKS
 from grutrace.capture.options import OnError
+from grutrace.capture.recording.weight_versions import WeightChecks
 from grutrace.capture.tracer import Check, Gates
-from grutrace.capture.versions import WeightChecks
 from grutrace.run import settings
-from grutrace.storage.parts import part_path
-from grutrace.storage.sinks import Mode
+from grutrace.storage.open import Mode
+from grutrace.storage.shards.run_parts import part_path
 from tests.capture.models import EncoderDecoder
 from tests.plain_reader import PlainTrace
 

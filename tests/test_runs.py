@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import grutrace
-from grutrace.capture.kernel_calls import is_listening
+from grutrace.capture.kernel_calls.subscription import is_listening
 from tests.checks import EVERYTHING
 from tests.runs import KernelCall, Spy, check_calls, check_run, run_once
 

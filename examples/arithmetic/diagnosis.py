@@ -8,8 +8,8 @@ import numpy as np
 from sklearn.linear_model import LinearRegression, LogisticRegression
 
 from arithmetic.language import NUMBERS, WORDS
-from grutrace.record import Array
-from grutrace.storage.trace import Trace
+from grutrace.records import Array
+from grutrace.storage.read.trace import Trace
 
 SITE = "gru.l0"
 QUANTITIES = ("hidden", "candidate", "reset", "update")

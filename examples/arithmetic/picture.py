@@ -11,7 +11,7 @@ from sklearn.linear_model import LinearRegression
 
 from arithmetic.diagnosis import STRATEGIES, Findings, Steps
 from arithmetic.language import LANGUAGES, NUMERALS, TRAINED
-from grutrace.record import Array
+from grutrace.records import Array
 
 matplotlib.use("Agg")  # a file is written, no window is opened
 import matplotlib.pyplot as plt

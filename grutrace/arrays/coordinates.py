@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from grutrace.arrays.rows import places, span
-from grutrace.record import Array
-from grutrace.storage.index import Integers, ModuleIndex
-from grutrace.storage.labels import entries_of, row_labels
-from grutrace.storage.moment import Moment
+from grutrace.arrays.dask_arrays import places, span
+from grutrace.records import Array
+from grutrace.storage.read.row_labels import entries_of, row_labels
+from grutrace.storage.read.sequence_index import Integers, ModuleIndex
+from grutrace.storage.read.snapshot import Moment
 
 _INTEGER, _NUMBER, _TEXT = np.dtype(np.int64), np.dtype(np.float64), np.dtype(object)
 

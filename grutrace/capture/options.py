@@ -17,11 +17,11 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 import torch
 
-from grutrace.capture.compiled_graphs import CompiledCode
-from grutrace.capture.observe import STACKS, Stacks
-from grutrace.capture.versions import WeightChecks
+from grutrace.capture.kernel_calls.compiled_graphs import CompiledCode
+from grutrace.capture.kernel_calls.observation import STACKS, Stacks
+from grutrace.capture.recording.weight_versions import WeightChecks
 from grutrace.errors import OptionError, brief, require_one_of
-from grutrace.storage.sinks import Compression
+from grutrace.storage.open import Compression
 
 Check = Literal["warn", "raise", "off"]
 

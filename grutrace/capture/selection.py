@@ -1,26 +1,313 @@
-"""What of the selected modules is kept, as the options ask: planned once, when a tracer is made."""
+"""Which GRUs a model has, what their sites are called, and which of them are asked for.
+
+GRUs that are no nn.GRU and no nn.GRUCell: what they are, and what to do instead.
+
+They are told by what they are, not by what they are called: a class of one's own may be called
+GRU and be anything.
+
+What to store of a module whose gates are derived when they are read.
+
+A gate follows from the weights, the layer's input and the state before the step. The states of all
+layers are stored. The input of a layer above the first is the states of the layer below, so it is
+stored only where it could not be had from them: where dropout may come between, or where a
+direction of the layer below is not recorded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 
 import torch
+from torch import Tensor, nn
 
-from grutrace.capture.deferral import defer
 from grutrace.capture.options import Options
-from grutrace.capture.sites import Selection
-from grutrace.errors import OptionError
-from grutrace.gru.partial import PartialShadow, needed
-from grutrace.record import GATES, Module, Site
+from grutrace.errors import (
+    GLOBS,
+    GrutraceWarning,
+    OptionError,
+    UnsupportedError,
+    brief,
+    listed,
+    nearest,
+    texts_of,
+)
+from grutrace.gru.layout import numpy_type
+from grutrace.gru.replay import PartialShadow, needed
+from grutrace.records import DEFAULT_RECORD, GATES, QUANTITIES, Module, Site
+
+_KINDS = ("GRU", "GRUCell")
+
+#: Where torch keeps quantized layers. In some versions of it, importing them warns.
+_QUANTIZED = "torch.ao.nn.quantized"
+
+_COMPILED = (
+    "is a GRU inside TorchScript: trace the model before torch.jit.script or torch.jit.trace"
+)
+_IS_QUANTIZED = "is a quantized GRU: trace the float model that it was made from"
+_IS_COMPLEX = "is complex, so its gates are no numbers from 0 to 1: only real layers are traced"
+_IN_PYTHON = (
+    "is a GRU of its own ({}), which does not call PyTorch's kernel: read its gates in its code, "
+    "or put nn.GRU in its place"
+)
+
+
+@dataclass(frozen=True)
+class LookAlike:
+    """A module that computes a GRU, and cannot be traced.
+
+    Attributes:
+        path: Its path in the model; empty if it is the model itself.
+        reason: Why not, and what to do instead.
+    """
+
+    path: str
+    reason: str
+
+
+def find_look_alikes(model: nn.Module) -> Iterator[LookAlike]:
+    """Yield every GRU of the model that cannot be traced."""
+    for path, module in model.named_modules():
+        reason = _reason(module)
+        if reason is not None:
+            yield LookAlike(path, reason)
+
+
+def is_complex(module: nn.Module) -> bool:
+    """Whether the weights of a layer are complex, which PyTorch allows."""
+    return any(each.is_complex() for each in module.parameters())
+
+
+def _reason(module: nn.Module) -> str | None:
+    if isinstance(module, (nn.GRU, nn.GRUCell)):
+        return _IS_COMPLEX if is_complex(module) else None
+    if isinstance(module, torch.jit.ScriptModule):
+        of_gru = module.original_name in _KINDS or getattr(module, "mode", None) == "GRU"
+        return _COMPILED if of_gru else None
+    kind = type(module)
+    if kind.__module__.startswith(_QUANTIZED) and kind.__name__ in _KINDS:
+        return _IS_QUANTIZED
+    of_rnn = isinstance(module, nn.RNNBase) and module.mode == "GRU"
+    if of_rnn or (isinstance(module, nn.RNNCellBase) and kind.__name__ == "GRUCell"):
+        return _IN_PYTHON.format(f"{kind.__module__}.{kind.__qualname__}")
+    return None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A module of the model with its description, narrowed to the sites that are recorded.
+
+    Attributes:
+        reference: To the module, which is not kept alive.
+        description: Likewise.
+    """
+
+    reference: weakref.ref[nn.GRU | nn.GRUCell]
+    description: Module
+
+    @property
+    def module(self) -> nn.GRU | nn.GRUCell | None:
+        """The module; None once it is gone."""
+        return self.reference()
+
+
+def select(
+    model: nn.Module,
+    sites: str | Sequence[str] | None = None,
+    record: str | Sequence[str] = DEFAULT_RECORD,
+) -> list[Selection]:
+    """Return the modules that have a site which matches, in the model's order.
+
+    Args:
+        model: The model; it may itself be the layer.
+        sites: A glob, or several, for the names of sites; None for all.
+        record: Names of quantities.
+
+    Warns:
+        GrutraceWarning: Beside them there are GRUs that cannot be traced, and are asked for.
+
+    Raises:
+        UnsupportedError: The model has no nn.GRU and no nn.GRUCell.
+        OptionError: The model is none, a glob matches no site, or a quantity is unknown.
+    """
+    _require_model(model)
+    quantities = _quantities(record)
+    found = [
+        Selection(weakref.ref(module), _describe(path, module, quantities))
+        for path, module in find(model)
+    ]
+    look_alikes = list(find_look_alikes(model))
+    if not found:
+        raise UnsupportedError(
+            "expected a model with an nn.GRU or nn.GRUCell inside; "
+            f"found none in {type(model).__qualname__}{_named(look_alikes, '; ')}"
+        )
+    globs = None if sites is None else texts_of("sites", sites, GLOBS)
+    missed = [each for each in look_alikes if globs is None or _asked(each, globs)]
+    selected = found if globs is None else _matching(found, globs)
+    if missed:
+        # From here past Tracer._select, Tracer.__init__ and the check of its keywords to whoever
+        # made the tracer.
+        warnings.warn(_named(missed), GrutraceWarning, stacklevel=5)
+    return selected
+
+
+def find(model: nn.Module) -> Iterator[tuple[str, nn.GRU | nn.GRUCell]]:
+    """Yield path and module of every nn.GRU and nn.GRUCell; one under two paths comes once."""
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.GRU, nn.GRUCell)) and not is_complex(module):
+            yield path, module
+
+
+def iterate_suffixes(module: nn.GRU | nn.GRUCell) -> Iterator[tuple[str, int, bool]]:
+    """Yield suffix, layer and whether it is reverse, in the order of PyTorch's weights."""
+    if isinstance(module, nn.GRUCell):
+        yield "cell", 0, False
+        return
+    for layer in range(module.num_layers):
+        yield f"l{layer}", layer, False
+        if module.bidirectional:
+            yield f"l{layer}_reverse", layer, True
+
+
+def _require_model(model: object) -> None:
+    if isinstance(model, nn.Module):
+        return
+    hint = ""
+    if isinstance(model, type):
+        hint = ": make one of it first"
+    elif isinstance(model, (list, tuple)):
+        hint = ": trace nn.ModuleList(models), or give each a tracer of its own"
+    elif isinstance(model, Mapping):
+        hint = ": trace nn.ModuleDict(models), or give each a tracer of its own"
+    found = type(model).__name__ if hint and not isinstance(model, type) else brief(model)
+    article = "" if found == brief(model) else "a "
+    raise OptionError(f"model: expected an nn.Module, found {article}{found}{hint}")
+
+
+def _quantities(record: str | Sequence[str]) -> tuple[str, ...]:
+    expected = f"names out of {', '.join(QUANTITIES)}"
+    asked = texts_of("record", record, expected)
+    unknown = [name for name in asked if name not in QUANTITIES]
+    if unknown:
+        raise OptionError(
+            f"record: expected {expected}; found {listed(map(repr, unknown))}"
+            f"{nearest(unknown[0], QUANTITIES)}"
+        )
+    return tuple(name for name in QUANTITIES if name in asked)
+
+
+def _named(look_alikes: list[LookAlike], lead: str = "") -> str:
+    """Say of each why it cannot be traced, and what to do instead."""
+    if not look_alikes:
+        return ""
+    return lead + "; ".join(f"{each.path or 'the model'} {each.reason}" for each in look_alikes)
+
+
+def _asked(look_alike: LookAlike, globs: list[str]) -> bool:
+    """Whether its sites would match, if it had any."""
+    names = [f"{look_alike.path}.{suffix}".lstrip(".") for suffix in ("l0", "cell")]
+    return any(fnmatchcase(name, glob) for name in names for glob in globs)
+
+
+def _matching(found: list[Selection], globs: list[str]) -> list[Selection]:
+    names = [site.name for each in found for site in each.description.sites]
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in names):
+            raise OptionError(
+                f"sites: {glob!r} matches none of the model's sites{nearest(glob, names)}: "
+                f"{listed(names)}"
+            )
+    narrowed = (_narrow(each, globs) for each in found)
+    return [each for each in narrowed if each.description.sites]
+
+
+def _narrow(selection: Selection, globs: list[str]) -> Selection:
+    kept = tuple(
+        site
+        for site in selection.description.sites
+        if any(fnmatchcase(site.name, glob) for glob in globs)
+    )
+    return replace(selection, description=replace(selection.description, sites=kept))
+
+
+def _describe(path: str, module: nn.GRU | nn.GRUCell, quantities: tuple[str, ...]) -> Module:
+    is_cell = isinstance(module, nn.GRUCell)
+    directions = 1 if isinstance(module, nn.GRUCell) or not module.bidirectional else 2
+    dtype = _weights_type(module)
+    sites = tuple(
+        Site(
+            name=f"{path}.{suffix}" if path else suffix,
+            suffix=suffix,
+            layer=layer,
+            reverse=reverse,
+            input_size=directions * module.hidden_size if layer else module.input_size,
+            quantities=quantities,
+        )
+        for suffix, layer, reverse in iterate_suffixes(module)
+    )
+    kind = type(module)
+    return Module(
+        path=path,
+        kind="GRUCell" if is_cell else "GRU",
+        type=f"{kind.__module__}.{kind.__qualname__}",
+        input_size=module.input_size,
+        hidden_size=module.hidden_size,
+        num_layers=1 if isinstance(module, nn.GRUCell) else module.num_layers,
+        bidirectional=directions == 2,
+        bias=bool(module.bias),
+        batch_first=False if isinstance(module, nn.GRUCell) else module.batch_first,
+        dropout=0.0 if isinstance(module, nn.GRUCell) else float(module.dropout),
+        dtype=numpy_type(dtype),
+        weights_dtype=numpy_type(dtype),
+        sites=sites,
+    )
+
+
+def _weights_type(module: nn.GRU | nn.GRUCell) -> torch.dtype:
+    """Return the type of its weights, which need not be parameters: a model may set tensors."""
+    plain = (value for value in vars(module).values() if isinstance(value, Tensor))
+    tensors = (*module.parameters(), *module.buffers(), *plain)
+    types = (tensor.dtype for tensor in tensors if tensor.is_floating_point())
+    return next(types, torch.get_default_dtype())
+
+
+def defer(module: Module) -> Module:
+    """Return the description of a module, its gates derived and what they follow from stored.
+
+    Sites of which no gate is asked for are left as they are.
+    """
+    return replace(module, sites=tuple(_defer(module, site) for site in module.sites))
+
+
+def _defer(module: Module, site: Site) -> Site:
+    if not set(GATES) & set(site.quantities):
+        return site
+    stored = {"hidden"} if _reads_states(module, site) else {"hidden", "input"}
+    return replace(
+        site,
+        quantities=tuple(name for name in QUANTITIES if name in stored),
+        derived=tuple(name for name in site.quantities if name not in stored),
+    )
+
+
+def _reads_states(module: Module, site: Site) -> bool:
+    """Whether the input of a site is sure to be the recorded states of the layer below."""
+    below = [each for each in module.sites if each.layer == site.layer - 1]
+    return len(below) == (2 if module.bidirectional else 1) and not module.dropout
 
 
 def narrow(selections: Sequence[Selection], options: Options) -> list[Selection]:
     """Return the selections with descriptions of what the options leave of them."""
-    return [replace(each, description=_narrow(each.description, options)) for each in selections]
+    return [
+        replace(each, description=_narrow_site(each.description, options)) for each in selections
+    ]
 
 
-def _narrow(module: Module, options: Options) -> Module:
+def _narrow_site(module: Module, options: Options) -> Module:
     if options.dtype is not None:
         module = replace(module, dtype=options.dtype)
     if options.units is not None:

@@ -15,16 +15,12 @@ from typing import Any, Self
 
 from torch import nn
 
-from grutrace.capture import compiled_graphs
-from grutrace.capture.annotate import Given, RecordedBatches
-from grutrace.capture.background import Background
-from grutrace.capture.compiled_graphs import CompiledCode
-from grutrace.capture.doubt import Doubt
-from grutrace.capture.journal import Journal, Marked, Unrecorded
-from grutrace.capture.kernel_calls import StrangerWatch, Subscription
-from grutrace.capture.limits import LimitReached, Limits
-from grutrace.capture.model_changes import place_of
-from grutrace.capture.observe import GRUModule, KernelRun, Stacks
+from grutrace.capture.kernel_calls import compiled_graphs
+from grutrace.capture.kernel_calls.compiled_graphs import CompiledCode
+from grutrace.capture.kernel_calls.model_changes import place_of
+from grutrace.capture.kernel_calls.observation import GRUModule, KernelRun, Stacks
+from grutrace.capture.kernel_calls.subscription import StrangerWatch, Subscription
+from grutrace.capture.kernel_calls.torch_context import Missed, compiler_is_loaded
 from grutrace.capture.options import (
     STATE_MEMORY,
     Check,
@@ -35,13 +31,15 @@ from grutrace.capture.options import (
     Units,
     versions,
 )
-from grutrace.capture.outlet import Outlet
-from grutrace.capture.recorder import ModuleRecorder
-from grutrace.capture.recording import Block, GivenNames, Recording, SequenceNames
-from grutrace.capture.selection import narrow
-from grutrace.capture.sites import Selection, find, select
-from grutrace.capture.surroundings import Missed, compiler_is_loaded
-from grutrace.capture.versions import WeightChecks
+from grutrace.capture.recording.annotations import Given, RecordedBatches
+from grutrace.capture.recording.background import Background
+from grutrace.capture.recording.guarded_sink import LimitReached, Limits, Outlet
+from grutrace.capture.recording.journal import Journal, Marked, Unrecorded
+from grutrace.capture.recording.module_recorder import ModuleRecorder
+from grutrace.capture.recording.recording_block import Block, GivenNames, Recording, SequenceNames
+from grutrace.capture.recording.weight_versions import WeightChecks
+from grutrace.capture.selection import Selection, find, narrow, select
+from grutrace.distributed import ShardOption, chosen_shard, sharded
 from grutrace.errors import (
     GrutraceWarning,
     OptionError,
@@ -54,10 +52,9 @@ from grutrace.errors import (
     brief,
     naming_unknown_options,
 )
-from grutrace.record import DEFAULT_RECORD, Header, Origin
-from grutrace.shard import ShardOption, chosen_shard, sharded
-from grutrace.storage.moment import Moment
-from grutrace.storage.sinks import (
+from grutrace.gru.residual import Doubt
+from grutrace.records import DEFAULT_RECORD, Header, Origin
+from grutrace.storage.open import (
     Compression,
     Mode,
     SinkMaker,
@@ -65,7 +62,8 @@ from grutrace.storage.sinks import (
     open_source,
     recorded_calls,
 )
-from grutrace.storage.trace import Trace
+from grutrace.storage.read.snapshot import Moment
+from grutrace.storage.read.trace import Trace
 
 _IN_A_CHILD = (
     "a traced model was called in a forked child of the process that records it, where nothing is "

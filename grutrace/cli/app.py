@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import typer
 
-from grutrace.cli.arguments import NO_ANSWER
-from grutrace.cli.derive import derive
+from grutrace.cli.common import NO_ANSWER
+from grutrace.cli.convert import derive, export
 from grutrace.cli.diff import diff
-from grutrace.cli.export import export
 from grutrace.cli.info import info
 from grutrace.cli.merge import merge
 from grutrace.cli.output import say
@@ -19,7 +18,7 @@ from grutrace.cli.run import run
 from grutrace.cli.stats import stats
 from grutrace.cli.verify import verify
 from grutrace.errors import GrutraceError
-from grutrace.storage.opening import no_plugins
+from grutrace.storage.hdf5.safe_open import no_plugins
 
 app = typer.Typer(
     help="See inside the GRUs of a running model: trace a script, look into traces.",

@@ -8,9 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from grutrace.analysis.difference import Place, TraceDifference, ValueDifference, compare
-from grutrace.cli.arguments import NO, AsJSON, Record, Sites, names
-from grutrace.cli.opening import opened
+from grutrace.analysis.compare import Place, TraceDifference, ValueDifference, compare
+from grutrace.cli.common import NO, AsJSON, Record, Sites, names, opened
 from grutrace.cli.output import new_table, print_json, print_table, progress_bar, say
 
 

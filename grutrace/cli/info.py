@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from grutrace.cli.arguments import AsJSON, Files
-from grutrace.cli.opening import name_of, opened
+from grutrace.cli.common import AsJSON, Files, name_of, opened
 from grutrace.cli.output import new_table, print_json, print_table, say
 from grutrace.errors import listed
-from grutrace.storage.proofs import PROOFS, UNPROVEN
-from grutrace.storage.trace import Trace
+from grutrace.storage.read.proofs import PROOFS, UNPROVEN
+from grutrace.storage.read.trace import Trace
 
 #: The version that is not printed: it says where, and not with what.
 _WHERE = "platform"

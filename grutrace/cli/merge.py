@@ -8,10 +8,9 @@ from typing import Annotated
 
 import typer
 
-from grutrace.cli.arguments import AsJSON, Files
-from grutrace.cli.opening import name_of, said_in_lines
+from grutrace.cli.common import AsJSON, Files, name_of, said_in_lines
 from grutrace.cli.output import print_json, progress_bar, say
-from grutrace.storage.merging import MergeReport, merge_shards
+from grutrace.storage.shards.merge import MergeReport, merge_shards
 
 
 def merge(
@@ -62,7 +61,7 @@ def print_report(report: MergeReport, output: Path, *, copy: bool) -> None:
 def _merge_statistics(files: list[Path], output: Path) -> None:
     from functools import reduce
 
-    from grutrace.statistics.statistics import Statistics
+    from grutrace.statistics.running import Statistics
 
     merged = reduce(Statistics.merge, map(Statistics.load, files))
     merged.save(output)

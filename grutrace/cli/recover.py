@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from grutrace.cli.arguments import NO, AsJSON, File
+from grutrace.cli.common import NO, AsJSON, File
 from grutrace.cli.output import new_table, print_json, print_table, progress_bar
-from grutrace.storage.recovery import Recovery, recover_file
+from grutrace.storage.recovery.recover import Recovery, recover_file
 
 
 def recover(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from grutrace.record import DEFAULT_RECORD, QUANTITIES
+from grutrace.records import DEFAULT_RECORD, QUANTITIES
 from grutrace.run.launch import launch
 from grutrace.run.settings import (
     CHECKS,
@@ -21,7 +21,7 @@ from grutrace.run.settings import (
     Settings,
 )
 from grutrace.run.texts import size
-from grutrace.storage.compression import COMPRESSIONS
+from grutrace.storage.hdf5.filters import COMPRESSIONS
 
 
 def run(

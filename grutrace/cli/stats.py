@@ -12,26 +12,29 @@ from typing import Annotated, Any
 
 import typer
 
-from grutrace.analysis.material import material
-from grutrace.analysis.measures import MEASURES, Measure, measure
-from grutrace.analysis.result import Result
-from grutrace.analysis.summary import SiteSummary, summarize_site, summarize_statistics
-from grutrace.cli.arguments import AsJSON
-from grutrace.cli.opening import opened
+from grutrace.analysis.descriptive.saturation import (
+    SiteSummary,
+    summarize_site,
+    summarize_statistics,
+)
+from grutrace.analysis.engine.result import Result
+from grutrace.analysis.engine.site_data import material
+from grutrace.analysis.registry import MEASURES, Measure, measure
+from grutrace.cli.common import AsJSON, opened
 from grutrace.cli.output import (
     new_table,
     percent,
     print_json,
+    print_result,
     print_table,
     progress_bar,
     with_progress,
 )
-from grutrace.cli.results import print_result
 from grutrace.errors import OptionError
 from grutrace.statistics.file import is_statistics
-from grutrace.statistics.statistics import Statistics
-from grutrace.statistics.units import OPEN, SHUT
-from grutrace.storage.trace import Trace
+from grutrace.statistics.moments import OPEN, SHUT
+from grutrace.statistics.running import Statistics
+from grutrace.storage.read.trace import Trace
 
 
 def stats(

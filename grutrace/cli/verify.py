@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from grutrace.cli.arguments import NO, NO_ANSWER, AsJSON, Files
-from grutrace.cli.opening import opened
+from grutrace.cli.common import NO, NO_ANSWER, AsJSON, Files, opened
 from grutrace.cli.output import new_table, print_json, print_table, say, with_progress
-from grutrace.storage.probe import look_from_outside
+from grutrace.storage.recovery.preflight import look_from_outside
 
 if TYPE_CHECKING:
-    from grutrace.analysis.verification import SiteVerification
+    from grutrace.analysis.verification.verify import SiteVerification
 
 
 def verify(files: Files, as_json: AsJSON = False) -> None:
@@ -23,7 +22,7 @@ def verify(files: Files, as_json: AsJSON = False) -> None:
     Exits with 1 if a trace does not hold together, and with 2 if nothing could be checked.
     """
     # Here since it needs torch, which takes longer to load than the other commands to run.
-    from grutrace.analysis.verification import verify_site
+    from grutrace.analysis.verification.verify import verify_site
 
     look_from_outside(files)
     with opened(files) as trace:

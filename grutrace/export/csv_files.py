@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from grutrace.export.content import Content, Group, SiteContent, Variable
 from grutrace.export.portability import file_names
-from grutrace.record import Array
+from grutrace.export.variables import Content, Group, SiteContent, Variable
+from grutrace.records import Array
 
 #: Rows that are brought into memory at once. As Python's numbers and texts they take more. Bytes.
 BLOCK = 1024 * 1024

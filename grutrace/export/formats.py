@@ -17,17 +17,16 @@ from grutrace.errors import (
     naming_unknown_options,
     require_one_of,
 )
-from grutrace.export.content import Content, SiteContent, calls_group
 from grutrace.export.csv_files import write_csv
 from grutrace.export.lstmvis import write_lstmvis
 from grutrace.export.netcdf import write_netcdf
 from grutrace.export.npz import write_npz
-from grutrace.export.whole import made_whole
+from grutrace.export.output_file import made_whole
+from grutrace.export.variables import Content, SiteContent, calls_group
 from grutrace.export.zarr_store import write_zarr
-from grutrace.record import DEFAULT_RECORD, QUANTITIES, Site
-from grutrace.storage.chosen import chosen_quantities, chosen_sites
-from grutrace.storage.moment import Moment
-from grutrace.storage.trace import Trace
+from grutrace.records import DEFAULT_RECORD, QUANTITIES, Site
+from grutrace.storage.read.snapshot import Moment, chosen_quantities, chosen_sites
+from grutrace.storage.read.trace import Trace
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,8 @@ import h5py
 import numpy as np
 
 from grutrace.errors import NotRecordedError
-from grutrace.export.annotations import as_text
-from grutrace.export.content import Content, SiteContent, Variable
-from grutrace.export.steady import steady
+from grutrace.export.output_file import steady
+from grutrace.export.variables import Content, SiteContent, Variable, as_text
 
 #: Gates that are never negative, which the server is told.
 UNSIGNED = ("reset", "update")

@@ -12,10 +12,10 @@ import h5py
 import numpy as np
 
 from grutrace.errors import needing
-from grutrace.export.content import Content, Group, Variable
+from grutrace.export.output_file import SteadyFile, steady
 from grutrace.export.portability import NUL, require_kept
-from grutrace.export.steady import SteadyFile, steady
-from grutrace.record import Array
+from grutrace.export.variables import Content, Group, Variable
+from grutrace.records import Array
 
 #: The size of a chunk of rows. Bytes.
 CHUNK = 1024 * 1024

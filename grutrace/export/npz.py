@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from grutrace.export.content import Content, Group, Variable
 from grutrace.export.portability import NUL, require_kept
+from grutrace.export.variables import Content, Group, Variable
 
 #: numpy.load shows no folders, so their names are part of those of the arrays.
 BETWEEN = "/"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from grutrace.errors import OptionError, brief
-from grutrace.record import Array
+from grutrace.records import Array
 
 #: Ends a text in C, so formats that keep texts as C does lose it, or what follows it.
 NUL = "\0"

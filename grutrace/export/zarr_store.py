@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from grutrace.errors import TraceFileError, needing
-from grutrace.export.content import Content, Group, Variable
 from grutrace.export.portability import ignores_case, same_but_for_case
+from grutrace.export.variables import Content, Group, Variable
 
 #: The size of a chunk of rows, which is a file. Bytes.
 CHUNK = 8 * 1024 * 1024

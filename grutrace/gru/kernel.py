@@ -20,9 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from grutrace.gru import harvest
-from grutrace.gru.gather import Asked, Layout, UnitsByGate
-from grutrace.gru.harvest import Harvest
+from grutrace.gru import kernel_gates
+from grutrace.gru.kernel_gates import Asked, Harvest, Layout, UnitsByGate
 
 Result = TypeVar("Result")
 
@@ -131,9 +130,9 @@ class KernelCall(NamedTuple):
         width, (_, _, size) = self.input.shape[-1], self.initial.shape
         batch = self.input.numel() / max(1, self.times * width)
         widths = [width, *[self.directions * size] * (self.num_layers - 1)]
-        return harvest.pays(
+        return kernel_gates.pays(
             self.times, batch, sum(widths) / len(widths), size, asked
-        ) and harvest.is_undisturbed(self.input)
+        ) and kernel_gates.is_undisturbed(self.input)
 
     def harvest(
         self, run: Callable[[], Result], columns: UnitsByGate
@@ -150,7 +149,7 @@ class KernelCall(NamedTuple):
         _, batch, size = self.initial.shape
         sizes = self.batch_sizes
         rows = [batch] * self.times if sizes is None else sizes.tolist()
-        result, found = harvest.harvest(
+        result, found = kernel_gates.harvest(
             run,
             Layout(rows, sizes is None, size, self.input.dtype),
             [bool(d) for _ in range(self.num_layers) for d in range(self.directions)],

@@ -19,15 +19,14 @@ import torch
 from torch import nn
 
 from grutrace import run
-from grutrace.capture.surroundings import hindrance, uncompiled
-from grutrace.run.arrival import when_imported
+from grutrace.capture.kernel_calls.torch_context import hindrance, uncompiled
+from grutrace.run.import_hook import when_imported
 from grutrace.run.matching import NoSiteMatches
 from grutrace.run.report import Report
 from grutrace.run.settings import Settings
 
 if TYPE_CHECKING:
-    from grutrace.run.keeper import Keeper
-    from grutrace.run.part import Part
+    from grutrace.run.run_tracer import Keeper, Part
 
 KINDS = (nn.GRU, nn.GRUCell)
 
@@ -128,7 +127,7 @@ class Discovery:
     def _keep(self, model: nn.Module, layers: list[nn.Module]) -> None:
         if self._keeper is None:
             # Here, since it loads h5py, for which the script may still prepare.
-            from grutrace.run.keeper import Keeper
+            from grutrace.run.run_tracer import Keeper
 
             self._keeper = Keeper(self._settings, self._report)
         is_alone = layers == [model]

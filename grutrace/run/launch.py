@@ -16,8 +16,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+from grutrace.distributed import present_shard, sharded
 from grutrace.errors import OptionError, UnsupportedError
-from grutrace.record import QUANTITIES
+from grutrace.records import QUANTITIES
 from grutrace.run import texts
 from grutrace.run.settings import (
     CHECKS,
@@ -31,9 +32,8 @@ from grutrace.run.settings import (
     WEIGHTS,
     Settings,
 )
-from grutrace.shard import present_shard, sharded
-from grutrace.storage.compression import COMPRESSIONS, filter_options
-from grutrace.storage.parts import require_room
+from grutrace.storage.hdf5.filters import COMPRESSIONS, filter_options
+from grutrace.storage.shards.run_parts import require_room
 
 _BOOT = Path(__file__).with_name("boot")
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from grutrace.capture.sites import find, iterate_suffixes
+from grutrace.capture.selection import find, iterate_suffixes
 from grutrace.errors import OptionError, listed, nearest
 
 

@@ -14,19 +14,19 @@ import h5py
 import numpy as np
 
 from grutrace.errors import TraceFileError, as_path, require_one_of
-from grutrace.record import QUANTITIES, Array
+from grutrace.records import QUANTITIES, Array
 from grutrace.statistics.accumulator import CHECKED, MODULE, Accumulator, SiteLayout
-from grutrace.statistics.bins import ALLOWED_BINS
-from grutrace.statistics.units import UNITS
-from grutrace.storage.claims import Claim, require_unclaimed
-from grutrace.storage.faults import Fault, reading, require
-from grutrace.storage.header import check_version, format_of
-from grutrace.storage.locks import HeldFile
-from grutrace.storage.members import holds, member, require_own_data
-from grutrace.storage.opening import open_for_reading
-from grutrace.storage.origin import require_replaceable
-from grutrace.storage.placing import naming, put_in_place, room_for, sync, sync_name
-from grutrace.storage.schema import FORMAT, STATISTICS
+from grutrace.statistics.histogram import ALLOWED_BINS
+from grutrace.statistics.moments import UNITS
+from grutrace.storage.format.header import check_version, format_of
+from grutrace.storage.format.schema import FORMAT, STATISTICS
+from grutrace.storage.hdf5.atomic_write import naming, put_in_place, room_for, sync, sync_name
+from grutrace.storage.hdf5.errors import Fault, reading, require
+from grutrace.storage.hdf5.locks import HeldFile
+from grutrace.storage.hdf5.safe_access import holds, member, require_own_data
+from grutrace.storage.hdf5.safe_open import open_for_reading
+from grutrace.storage.write.claims import Claim, require_unclaimed
+from grutrace.storage.write.overwrite import require_replaceable
 
 #: Major and minor. A reader refuses a newer major number; a newer minor one only adds.
 VERSION = (1, 0)

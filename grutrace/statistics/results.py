@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from grutrace.errors import NotRecordedError
-from grutrace.record import Array
+from grutrace.records import Array
 from grutrace.reprs import fields_repr
 
 

@@ -11,11 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from grutrace.record import Array, Collect, Header, Record
-from grutrace.storage.admission import Admission
-from grutrace.storage.entries import Entries
-from grutrace.storage.preparing import GATHERED, Prepare
-from grutrace.storage.schema import (
+from grutrace.records import Array, Collect, Header, Record
+from grutrace.storage.format.schema import (
     TABLES,
     Column,
     layout,
@@ -24,8 +21,10 @@ from grutrace.storage.schema import (
     site_place,
     weight_shapes,
 )
-from grutrace.storage.strings import Strings
-from grutrace.storage.tables import Tables, extent, lengths
+from grutrace.storage.format.tables import Tables, extent, lengths
+from grutrace.storage.write.encoding import Entries, Strings
+from grutrace.storage.write.stream_sink import GATHERED, Prepare
+from grutrace.storage.write.validation import Admission
 
 #: How far an array grows past what it must hold, so that reading after every call copies little.
 GROWTH = 1.5

@@ -20,14 +20,13 @@ from distributed import Client, LocalCluster
 from torch import nn
 
 import grutrace
-from grutrace.analysis import fold
-from grutrace.analysis.elsewhere import on_dask
-from grutrace.analysis.fold import fold_rows
-from grutrace.analysis.geometry import geometry
-from grutrace.analysis.saturation import saturation
-from grutrace.analysis.timescales import timescales
+from grutrace.analysis.descriptive.geometry import geometry
+from grutrace.analysis.descriptive.saturation import saturation
+from grutrace.analysis.engine import map_reduce
+from grutrace.analysis.engine.map_reduce import fold_rows, on_dask
+from grutrace.analysis.memory.timescales import timescales
 from grutrace.errors import OptionError
-from grutrace.record import GATES, Array
+from grutrace.records import GATES, Array
 from tests.checks import rounding
 
 
@@ -68,7 +67,7 @@ class Gates:
 
 def main(stored: str, deferred: str) -> None:
     # Many parts, of a trace that is small.
-    fold.PART = 1000
+    map_reduce.PART = 1000
     with (
         LocalCluster(
             n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None

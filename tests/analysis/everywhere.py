@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 import grutrace
-from grutrace.analysis import fold, stretches
-from grutrace.analysis.elsewhere import on_dask
-from grutrace.analysis.material import SiteArrays
-from grutrace.analysis.result import Result
+from grutrace.analysis.engine import map_reduce, segments
+from grutrace.analysis.engine.map_reduce import on_dask
+from grutrace.analysis.engine.result import Result
+from grutrace.analysis.engine.site_data import SiteArrays
 from tests.checks import EVERYTHING
 
 from . import sites
@@ -63,9 +63,9 @@ def check_everywhere(
     # Parts of one sequence or a few, blocks of one row or a few.
     for part, block in ((1, 1), (700, 200)):
         with monkeypatch.context() as patch:
-            patch.setattr(fold, "PART", part)
-            patch.setattr(fold, "BLOCK", block)
-            patch.setattr(stretches, "BLOCK", block)
+            patch.setattr(map_reduce, "PART", part)
+            patch.setattr(map_reduce, "BLOCK", block)
+            patch.setattr(segments, "BLOCK", block)
             for name, of_site in expected.items():
                 here = analyse(memory[name])
                 assert_same(here, of_site, ORDER)

@@ -5,10 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grutrace.analysis import autocorrelation as module
-from grutrace.analysis import stretches
-from grutrace.analysis.autocorrelation import autocorrelation, efolding_of, integrated_of, pairs_of
-from grutrace.analysis.material import SiteArrays
+from grutrace.analysis.engine import segments
+from grutrace.analysis.engine.site_data import SiteArrays
+from grutrace.analysis.memory import autocorrelation as module
+from grutrace.analysis.memory.autocorrelation import (
+    autocorrelation,
+    efolding_of,
+    integrated_of,
+    pairs_of,
+)
 from grutrace.errors import NotRecordedError, OptionError
 
 from . import sites
@@ -33,7 +38,7 @@ LENGTHS = ([2500, 1, 0, 1500, 3, 96], [41] * 100, [4100], [983, 984, 985, 1148])
 @pytest.mark.parametrize("block", [800, 10**9])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=["mixed", "alike", "one", "chunks"])
 def test_equals_the_definition(lengths, block, monkeypatch) -> None:
-    monkeypatch.setattr(stretches, "BLOCK", block)
+    monkeypatch.setattr(segments, "BLOCK", block)
     states = np.random.default_rng(0).normal(size=(4100, 2)).cumsum(axis=0) * 0.01
     ends = np.cumsum(lengths)
     for skip in (0, 7):

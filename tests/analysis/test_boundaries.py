@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from grutrace.analysis.boundaries import peaks, score_boundaries
+from grutrace.analysis.labels.segmentation import peaks, score_boundaries
 from grutrace.errors import OptionError
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from grutrace.analysis.chance import Arrangements
+from grutrace.analysis.labels.label_coding import Arrangements
 
 LENGTHS = np.array([5, 1, 0, 40, 7])
 SEQUENCES = np.repeat(np.arange(5), LENGTHS)

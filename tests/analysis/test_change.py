@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis.change import change
-from grutrace.analysis.material import SiteArrays
+from grutrace.analysis.compare.change import change
+from grutrace.analysis.engine.site_data import SiteArrays
 from grutrace.errors import NotRecordedError, OptionError
 from tests.checks import EVERYTHING
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grutrace.analysis.classes import GROUPS, MOST, OTHERS, classes_of
+from grutrace.analysis.labels.label_coding import GROUPS, MOST, OTHERS, classes_of
 from grutrace.errors import OptionError
-from grutrace.storage.labels import labels_of
+from grutrace.storage.read.row_labels import labels_of
 
 
 def test_each_value_is_a_class() -> None:

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from torch import nn
 
 import grutrace
-from grutrace.analysis import decomposition as module
-from grutrace.analysis.decomposition import decompose, memory_map
-from grutrace.analysis.material import SiteArrays
+from grutrace.analysis.engine.site_data import SiteArrays
+from grutrace.analysis.memory import decomposition as module
+from grutrace.analysis.memory.decomposition import decompose, memory_map
 from grutrace.errors import NotRecordedError, OptionError
 from tests.checks import EVERYTHING
 from tests.strategies import Case, cases

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from torch import nn
 
 import grutrace
-from grutrace.analysis import derivation
-from grutrace.analysis.derivation import derive_file
-from grutrace.analysis.verification import verify
-from grutrace.record import GATES
+from grutrace.analysis.verification import materialize
+from grutrace.analysis.verification.materialize import derive_file
+from grutrace.analysis.verification.verify import verify
+from grutrace.records import GATES
 from tests.capture.models import EncoderDecoder
 from tests.checks import EVERYTHING
 from tests.plain_reader import PlainTrace
@@ -63,7 +63,7 @@ def traces(tmp_path) -> Any:
 
 @pytest.mark.parametrize("block", [1, 2000, 10**9])
 def test_a_whole_run(traces, tmp_path, block, monkeypatch) -> None:
-    monkeypatch.setattr(derivation, "BLOCK", block)
+    monkeypatch.setattr(materialize, "BLOCK", block)
     path, inline = traces
     steps = []
     with grutrace.open(path) as trace:

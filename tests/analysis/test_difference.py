@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis.difference import compare, correspondence
-from grutrace.storage.sinks import open_sink
+from grutrace.analysis.compare import alignment, compare
+from grutrace.storage.open import open_sink
 from tests import other_processor
 from tests.capture.models import EncoderDecoder
 from tests.checks import EVERYTHING
@@ -82,7 +82,7 @@ def site_by_loops(a: Any, b: Any, quantity: str, tolerance: float) -> Any:
 @pytest.mark.parametrize("block", [1, 100, 10**9])
 def test_against_loops_over_a_plain_reading(tmp_path, block, monkeypatch) -> None:
     """All that a file can hold, once with every tenth value moved, and fewer calls of it."""
-    monkeypatch.setattr(correspondence, "BLOCK", block)
+    monkeypatch.setattr(alignment, "BLOCK", block)
     stream = full_stream()
     stream.header = make_header(*(m for m in stream.header.modules if m.path != "deferred"))
     records = [each for each in stream.records if each.module < 4]
@@ -432,7 +432,7 @@ def test_wrong_options(layer, input) -> None:
 
 def test_memory_is_bounded(tmp_path, monkeypatch) -> None:
     """Two files of 8 MB a quantity are compared in a fraction of that."""
-    monkeypatch.setattr(correspondence, "BLOCK", 64 * 1024)
+    monkeypatch.setattr(alignment, "BLOCK", 64 * 1024)
     stream = Stream(make_header(make_module("rnn", hidden=32, record=("hidden",))))
     for _ in range(4):
         stream.call([8192, 8192])

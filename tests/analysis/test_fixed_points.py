@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis.fixed_points import FIXED, fixed_points, minimise
-from grutrace.analysis.gru_map import GRUMap
-from grutrace.analysis.material import SiteArrays, material
+from grutrace.analysis.dynamics.fixed_points import FIXED, fixed_points, minimise
+from grutrace.analysis.dynamics.jacobian import GRUMap
+from grutrace.analysis.engine.site_data import SiteArrays, material
 from grutrace.errors import NotRecordedError, OptionError
 
 from . import sites

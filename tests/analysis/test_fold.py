@@ -9,10 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from grutrace.analysis import fold, stretches
-from grutrace.analysis.elsewhere import on_dask
-from grutrace.analysis.fold import fold_rows, fold_sequences
-from grutrace.analysis.material import SiteArrays, material
+from grutrace.analysis.engine import map_reduce, segments
+from grutrace.analysis.engine.map_reduce import fold_rows, fold_sequences, on_dask
+from grutrace.analysis.engine.site_data import SiteArrays, material
 from grutrace.errors import NotRecordedError
 
 from . import sites
@@ -54,9 +53,9 @@ def where(request):
 
 @pytest.fixture(params=[1, 500, 10**9])
 def part(request, monkeypatch):
-    monkeypatch.setattr(fold, "PART", request.param)
-    monkeypatch.setattr(fold, "BLOCK", max(1, request.param // 3))
-    monkeypatch.setattr(stretches, "BLOCK", max(1, request.param // 3))
+    monkeypatch.setattr(map_reduce, "PART", request.param)
+    monkeypatch.setattr(map_reduce, "BLOCK", max(1, request.param // 3))
+    monkeypatch.setattr(segments, "BLOCK", max(1, request.param // 3))
 
 
 @pytest.mark.usefixtures("part")

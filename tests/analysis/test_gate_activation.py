@@ -8,9 +8,12 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis.boundaries import score_boundaries
-from grutrace.analysis.gate_activation import gate_activation, label_boundaries
-from grutrace.analysis.material import SiteArrays
+from grutrace.analysis.engine.site_data import SiteArrays
+from grutrace.analysis.labels.segmentation import (
+    gate_activation,
+    label_boundaries,
+    score_boundaries,
+)
 from grutrace.errors import NotRecordedError, OptionError
 
 from . import sites

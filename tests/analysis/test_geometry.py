@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grutrace.analysis.geometry import geometry
-from grutrace.analysis.material import SiteArrays
+from grutrace.analysis.descriptive.geometry import geometry
+from grutrace.analysis.engine.site_data import SiteArrays
 from grutrace.errors import NotRecordedError
 
 from . import sites

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis.jacobian import factors, jacobian, jacobians, step_jacobians
-from grutrace.analysis.material import SiteArrays
+from grutrace.analysis.dynamics.jacobian import factors, jacobian, jacobians, step_jacobians
+from grutrace.analysis.engine.site_data import SiteArrays
 from grutrace.errors import NotRecordedError, OptionError
 from tests.checks import EVERYTHING
 

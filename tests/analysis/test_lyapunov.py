@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis import lyapunov as module
-from grutrace.analysis.jacobian import jacobian
-from grutrace.analysis.lyapunov import kaplan_yorke, lyapunov
-from grutrace.analysis.material import SiteArrays
+from grutrace.analysis.dynamics import lyapunov as module
+from grutrace.analysis.dynamics.jacobian import jacobian
+from grutrace.analysis.dynamics.lyapunov import kaplan_yorke, lyapunov
+from grutrace.analysis.engine.site_data import SiteArrays
 from grutrace.errors import NotRecordedError, OptionError
 from tests.checks import EVERYTHING
 

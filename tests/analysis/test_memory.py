@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grutrace.analysis import memory as module
-from grutrace.analysis.material import SiteArrays
-from grutrace.analysis.memory import memory
+from grutrace.analysis.engine.site_data import SiteArrays
+from grutrace.analysis.memory import age as module
+from grutrace.analysis.memory.age import memory
 from grutrace.errors import NotRecordedError
 
 from . import sites

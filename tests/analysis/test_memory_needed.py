@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 import grutrace
-from grutrace.analysis import autocorrelation, elsewhere, fold, lyapunov, memory, stretches
-from grutrace.analysis.measures import MEASURES, measure
+from grutrace.analysis.dynamics import lyapunov
+from grutrace.analysis.engine import map_reduce, segments
+from grutrace.analysis.memory import age, autocorrelation
+from grutrace.analysis.registry import MEASURES, measure
 from tests.benchmarks import long_traces
 from tests.storage.streams import make_module
 
@@ -31,16 +33,16 @@ SAME = 400_000
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch) -> None:
     modules = {
-        "PART": (fold,),
-        "BLOCK": (fold, stretches),
-        "TOGETHER": (memory, autocorrelation, lyapunov),
+        "PART": (map_reduce,),
+        "BLOCK": (map_reduce, segments),
+        "TOGETHER": (age, autocorrelation, lyapunov),
     }
     for name, of in modules.items():
         for module in of:
             monkeypatch.setattr(module, name, 128 * 1024)
     monkeypatch.setattr(autocorrelation, "LAGS", 100)
     # Two at once would be as it happens.
-    monkeypatch.setattr(elsewhere, "THREADS", 1)
+    monkeypatch.setattr(map_reduce, "THREADS", 1)
 
 
 def write(path: Path, steps: int, each: int) -> None:

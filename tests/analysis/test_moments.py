@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grutrace.analysis import moments as module
-from grutrace.analysis.material import SiteArrays
-from grutrace.analysis.moments import moments
+from grutrace.analysis.descriptive import distribution as module
+from grutrace.analysis.descriptive.distribution import moments
+from grutrace.analysis.engine.site_data import SiteArrays
 from grutrace.errors import NotRecordedError
 
 from . import sites

@@ -10,11 +10,9 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis import probes
-from grutrace.analysis.beside import sequences_of
-from grutrace.analysis.material import SiteArrays, material
-from grutrace.analysis.probes import probe
-from grutrace.analysis.splits import _families, split
+from grutrace.analysis.engine.site_data import SiteArrays, material, sequences_of
+from grutrace.analysis.labels import probe as probes
+from grutrace.analysis.labels.probe import _families, probe, split
 from grutrace.errors import MissingExtraError, NotRecordedError, OptionError
 
 from . import sites

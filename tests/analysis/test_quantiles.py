@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grutrace.analysis.material import SiteArrays
-from grutrace.analysis.quantiles import quantiles
+from grutrace.analysis.descriptive.distribution import quantiles
+from grutrace.analysis.engine.site_data import SiteArrays
 from grutrace.errors import NotRecordedError, OptionError
 
 from . import sites

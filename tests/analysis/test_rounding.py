@@ -13,11 +13,11 @@ from torch import nn
 
 import grutrace
 from grutrace.__main__ import main
-from grutrace.analysis.elsewhere import on_dask
-from grutrace.analysis.material import SiteArrays
-from grutrace.analysis.rounding import rounding
+from grutrace.analysis.descriptive.quantization import rounding
+from grutrace.analysis.engine.map_reduce import on_dask
+from grutrace.analysis.engine.site_data import SiteArrays
 from grutrace.errors import NotRecordedError
-from grutrace.record import DEFAULT_RECORD
+from grutrace.records import DEFAULT_RECORD
 
 
 def traces(dtype: str = "float16", scale: float = 1.0, **options):
@@ -99,7 +99,7 @@ def test_derived_gates_are_left_out() -> None:
 
 
 def test_the_same_wherever_it_is_computed(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("grutrace.analysis.fold.PART", 1)
+    monkeypatch.setattr("grutrace.analysis.engine.map_reduce.PART", 1)
     torch.manual_seed(0)
     layer = nn.GRU(3, 4)
     with grutrace.trace(layer, tmp_path / "run.h5", dtype="float16"):

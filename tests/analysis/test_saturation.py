@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis.material import SiteArrays
-from grutrace.analysis.saturation import saturation
+from grutrace.analysis.descriptive.saturation import saturation
+from grutrace.analysis.engine.site_data import SiteArrays
 from grutrace.errors import NotRecordedError
 
 from . import sites

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import mutual_info_score, roc_auc_score
 
-from grutrace.analysis import counting
-from grutrace.analysis.material import SiteArrays
-from grutrace.analysis.selectivity import selectivity
+from grutrace.analysis.engine.site_data import SiteArrays
+from grutrace.analysis.labels import selectivity as counting
+from grutrace.analysis.labels.selectivity import selectivity
 from grutrace.errors import NotRecordedError, OptionError
 
 from . import sites
@@ -153,7 +153,7 @@ def test_little_memory_means_more_passes_and_the_same_chance(monkeypatch) -> Non
     one = arrays(slow_states(random, 4), slow_labels(random))
     monkeypatch.setattr(counting, "LEAST_BINS", 1024)
     whole = selectivity(one, "x", permutations=7)
-    monkeypatch.setattr("grutrace.analysis.selectivity.MEMORY", 8 * 3 * 4 * 8 * 2)
+    monkeypatch.setattr("grutrace.analysis.labels.selectivity.MEMORY", 8 * 3 * 4 * 8 * 2)
     monkeypatch.setattr(counting, "PRODUCT", 1000)
     parts = selectivity(one, "x", permutations=7)
     np.testing.assert_array_equal(parts.chance, whole.chance)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grutrace.analysis import stretches as module
-from grutrace.analysis.material import SiteArrays, material
-from grutrace.analysis.stretches import stretches
+from grutrace.analysis.engine import segments as module
+from grutrace.analysis.engine.segments import stretches
+from grutrace.analysis.engine.site_data import SiteArrays, material
 from grutrace.errors import NotRecordedError, OptionError
-from grutrace.record import QUANTITIES
+from grutrace.records import QUANTITIES
 
 from . import sites
 

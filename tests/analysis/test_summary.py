@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis import fold
-from grutrace.analysis.summary import summarize_site
+from grutrace.analysis.descriptive.saturation import summarize_site
+from grutrace.analysis.engine import map_reduce
 
 
 @pytest.fixture(params=[None, "run.h5"])
@@ -31,8 +31,8 @@ def trace(request, tmp_path):
 
 @pytest.mark.parametrize("block", [1, 200, 10**9])
 def test_equals_all_values_at_once(trace, block, monkeypatch) -> None:
-    monkeypatch.setattr(fold, "BLOCK", block)
-    monkeypatch.setattr(fold, "PART", 3 * block)
+    monkeypatch.setattr(map_reduce, "BLOCK", block)
+    monkeypatch.setattr(map_reduce, "PART", 3 * block)
     for name in trace.sites:
         found = summarize_site(trace[name])
         assert (found.site, found.sequences, found.steps) == (name, 8, 282)

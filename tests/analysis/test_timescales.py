@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis import inverse_gamma
-from grutrace.analysis.inverse_gamma import fit_inverse_gamma
-from grutrace.analysis.material import SiteArrays
-from grutrace.analysis.timescales import timescales
+from grutrace.analysis.engine.site_data import SiteArrays
+from grutrace.analysis.memory import timescales as inverse_gamma
+from grutrace.analysis.memory.timescales import fit_inverse_gamma, timescales
 from grutrace.errors import NotRecordedError
 
 from . import sites

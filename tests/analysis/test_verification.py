@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from torch import nn
 
 import grutrace
-from grutrace.analysis import verification
-from grutrace.analysis.verification import verify
+from grutrace.analysis.verification import verify as verification
+from grutrace.analysis.verification.verify import verify
 from tests.checks import EVERYTHING
 from tests.strategies import Case, cases
 

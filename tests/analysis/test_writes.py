@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis.material import SiteArrays
-from grutrace.analysis.writes import writes
+from grutrace.analysis.engine.site_data import SiteArrays
+from grutrace.analysis.memory.update_sparsity import writes
 from grutrace.errors import NotRecordedError, OptionError
 
 from . import sites

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import grutrace
-from grutrace.arrays import chunked, reopened
+from grutrace.arrays import dask_arrays, reopen
 from grutrace.errors import MissingExtraError, NotRecordedError, TraceFileError
 from tests.capture.models import EncoderDecoder
 from tests.checks import EVERYTHING
@@ -38,7 +38,7 @@ def path(tmp_path):
 @pytest.fixture
 def small_chunks(monkeypatch):
     """So that little rows make many tasks."""
-    monkeypatch.setattr(chunked, "CHUNK", 1)
+    monkeypatch.setattr(dask_arrays, "CHUNK", 1)
 
 
 def long_stream(calls=9, steps=700):
@@ -114,7 +114,7 @@ def test_gates_that_are_derived(suffix, path, monkeypatch):
     deferred(path)
     with grutrace.open(path) as trace:
         whole = trace.to_dask(suffix, "update")
-        monkeypatch.setattr(chunked, "aligned_rows", lambda _: 300)
+        monkeypatch.setattr(dask_arrays, "aligned_rows", lambda _: 300)
         parts = trace.to_dask(suffix, "update")
     assert (len(whole.chunks[0]), len(parts.chunks[0])) == (1, 6)
     exact = derived_exactly(path, suffix, "update")
@@ -126,7 +126,7 @@ def test_gates_that_are_derived(suffix, path, monkeypatch):
 
 
 def test_a_trace_in_memory_becomes_arrays_on_its_way(path, monkeypatch):
-    monkeypatch.setattr(chunked, "aligned_rows", lambda _: 300)
+    monkeypatch.setattr(dask_arrays, "aligned_rows", lambda _: 300)
     trace = deferred()
     deferred(path)
     for quantity in ("hidden", "update"):
@@ -193,14 +193,14 @@ def test_it_outlives_the_trace_but_not_the_file(path, tmp_path):
 
 def test_no_file_stays_open_and_few_are_remembered(tmp_path):
     sent = []
-    for number in range(reopened.KEPT + 3):
+    for number in range(reopen.KEPT + 3):
         write(tmp_path / f"{number}.h5", long_stream(calls=1, steps=10 + number))
         with grutrace.open(tmp_path / f"{number}.h5") as trace:
             sent.append(pickle.dumps(trace.to_dask("rnn.l0", "update")))
     for number, each in enumerate(sent):
         assert pickle.loads(each).compute().shape == (15 + number, 32)
         assert not [name for _, name in open_files() if name.startswith(str(tmp_path))]
-    assert len(reopened._lately) == reopened.KEPT
+    assert len(reopen._lately) == reopen.KEPT
 
 
 def test_parts_of_a_run(path, small_chunks):

@@ -11,13 +11,13 @@ import xarray
 from hypothesis import HealthCheck, given, settings
 
 import grutrace
-from grutrace.arrays import labelled
+from grutrace.arrays import xarray_dataset
 from grutrace.errors import MissingExtraError, NotRecordedError
 from grutrace.storage.memory import MemorySink
-from grutrace.storage.rows import FileRows
-from grutrace.storage.sinks import open_trace
-from grutrace.storage.stream import StreamSink
-from grutrace.storage.trace import Trace
+from grutrace.storage.open import open_trace
+from grutrace.storage.read.lazy_rows import FileRows
+from grutrace.storage.read.trace import Trace
+from grutrace.storage.write.stream_sink import StreamSink
 from tests.storage.oracle import Expected
 from tests.storage.streams import drawn_streams, full_stream
 
@@ -138,14 +138,16 @@ def test_whatever_is_drawn(stream, tmp_path_factory):
 def test_control_a_step_of_another_sequence_is_noticed(tmp_path, monkeypatch):
     stream = full_stream()
     write(tmp_path / "run.h5", stream)
-    of = labelled.SequenceNumbers.of
-    monkeypatch.setattr(labelled.SequenceNumbers, "of", lambda self, rows: of(self, rows)[::-1])
+    of = xarray_dataset.SequenceNumbers.of
+    monkeypatch.setattr(
+        xarray_dataset.SequenceNumbers, "of", lambda self, rows: of(self, rows)[::-1]
+    )
     with open_trace(tmp_path / "run.h5") as trace, pytest.raises(AssertionError):
         check(trace, stream)
 
 
 def test_without_dask_it_is_read_when_somebody_looks(tmp_path, monkeypatch):
-    monkeypatch.setattr(labelled, "find_spec", lambda _: None)
+    monkeypatch.setattr(xarray_dataset, "find_spec", lambda _: None)
     stream = full_stream()
     write(tmp_path / "run.h5", stream)
     read = []

@@ -17,10 +17,10 @@ from subprocess import PIPE
 import numpy as np
 
 import grutrace
-from grutrace.analysis.measures import MEASURES, measure
-from grutrace.record import DEFAULT_RECORD
-from grutrace.storage.blocks import BLOCK
-from grutrace.storage.site import SiteTrace
+from grutrace.analysis.registry import MEASURES, measure
+from grutrace.records import DEFAULT_RECORD
+from grutrace.storage.read.lazy_rows import BLOCK
+from grutrace.storage.read.site import SiteTrace
 from tests.benchmarks import long_traces
 from tests.benchmarks.figures import Figure, Target, measured
 from tests.benchmarks.memory import own_peak

@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from grutrace.gru import harvest
+from grutrace.gru import kernel_gates
 from tests.benchmarks.figures import Figure, measured, not_measured
 from tests.benchmarks.pairs import ratio
 from tests.benchmarks.tracings import IN_MEMORY, TRACINGS, traced
@@ -31,20 +31,20 @@ def figures(workload: Workload, budget: float, limit: float) -> Iterator[Figure]
     found = {}
     for name, pays in (("harvested", True), ("replayed", False)):
         with (
-            mock.patch.object(harvest, "pays", lambda *_, pays=pays, **__: pays),
+            mock.patch.object(kernel_gates, "pays", lambda *_, pays=pays, **__: pays),
             traced(workload, inline, Path()) as run,
         ):
             found[name] = ratio(workload.run, run.call, budget, limit=limit)
         yield measured(name, found[name])
     asked: list[bool] = []
-    rule = harvest.pays
+    rule = kernel_gates.pays
 
     def heard(*given: Any) -> bool:
         asked.append(rule(*given))
         return asked[-1]
 
     with (
-        mock.patch.object(harvest, "pays", heard),
+        mock.patch.object(kernel_gates, "pays", heard),
         traced(workload, inline, Path()) as run,
     ):
         run.call()

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 import grutrace
-from grutrace.record import DEFAULT_RECORD, Array, Block, SiteRows
-from grutrace.storage.compression import COMPRESSIONS
-from grutrace.storage.writer import Writer
+from grutrace.records import DEFAULT_RECORD, Array, Block, SiteRows
+from grutrace.storage.hdf5.filters import COMPRESSIONS
+from grutrace.storage.write.writer import Writer
 from tests.storage.streams import Stream, make_header, make_module
 
 ROOT = Path(__file__).parents[2]

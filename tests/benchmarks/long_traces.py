@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from grutrace.record import Annotation, Array, Block, Module, Record, SiteRows, Weights
-from grutrace.storage.schema import weight_shapes
-from grutrace.storage.writer import Writer
+from grutrace.records import Annotation, Array, Block, Module, Record, SiteRows, Weights
+from grutrace.storage.format.schema import weight_shapes
+from grutrace.storage.write.writer import Writer
 from tests.storage.streams import make_header, make_module
 
 #: A call: steps of each sequence, sequences, units.

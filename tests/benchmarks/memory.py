@@ -16,7 +16,7 @@ from pathlib import Path
 from subprocess import PIPE
 from typing import Any
 
-from grutrace.storage.pump import QUEUE_BYTES
+from grutrace.storage.write.writer_thread import QUEUE_BYTES
 from tests.benchmarks.figures import Figure, Target
 
 MIB = 1024**2

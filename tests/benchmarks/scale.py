@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 import grutrace
-from grutrace.record import GATES, Block, Module, SiteRows, Weights
-from grutrace.storage.schema import weight_shapes
-from grutrace.storage.writer import Writer
+from grutrace.records import GATES, Block, Module, SiteRows, Weights
+from grutrace.storage.format.schema import weight_shapes
+from grutrace.storage.write.writer import Writer
 from tests.benchmarks import long_traces
 from tests.benchmarks.figures import Figure, Target, measured
 from tests.benchmarks.pairs import Spread, spread

@@ -17,11 +17,11 @@ import h5py
 import numpy as np
 
 import grutrace
-from grutrace.analysis.summary import summarize_site
-from grutrace.record import GATES, Block
-from grutrace.storage.blocks import BLOCK
-from grutrace.storage.schema import LIBVER, layout, quantity_place
-from grutrace.storage.site import SiteTrace
+from grutrace.analysis.descriptive.saturation import summarize_site
+from grutrace.records import GATES, Block
+from grutrace.storage.format.schema import LIBVER, layout, quantity_place
+from grutrace.storage.read.lazy_rows import BLOCK
+from grutrace.storage.read.site import SiteTrace
 from tests.benchmarks import long_traces
 from tests.benchmarks.figures import Figure, Target, measured
 from tests.benchmarks.pairs import Spread, ratio, speed, spread

@@ -7,8 +7,8 @@ import threading
 import numpy as np
 import torch
 
-from grutrace.capture.continuity import Assignment, Continuity
-from grutrace.record import Fork
+from grutrace.capture.recording.sequence_tracking import Assignment, Continuity
+from grutrace.records import Fork
 
 
 def states(*rows: float) -> torch.Tensor:

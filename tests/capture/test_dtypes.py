@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis.verification import verify
+from grutrace.analysis.verification.verify import verify
 from tests import oracles
 from tests.capture.changes import while_the_kernel_runs
 from tests.checks import EVERYTHING, same_result

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis.verification import verify
+from grutrace.analysis.verification.verify import verify
 from grutrace.capture import tracer as tracer_module
 from grutrace.errors import GrutraceWarning, OptionError, StateError
 from tests.checks import EVERYTHING

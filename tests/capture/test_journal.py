@@ -11,17 +11,17 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.capture import copy_buffer, journal, recorder, versions
-from grutrace.capture.copy_buffer import CopyBuffer
+from grutrace.capture.recording import journal, module_recorder, tensor_copy, weight_versions
+from grutrace.capture.recording.tensor_copy import CopyBuffer
 from tests import oracles
 
 
 @pytest.fixture
 def dear(monkeypatch) -> None:
     """Weights are compared only where they must be, and no sample finds a change."""
-    monkeypatch.setattr(versions, "SHARE", -1.0)
-    monkeypatch.setattr(versions, "SAMPLE_SECONDS", -1.0)
-    monkeypatch.setattr(versions._Seen, "has_sample_of", lambda *_: True)
+    monkeypatch.setattr(weight_versions, "SHARE", -1.0)
+    monkeypatch.setattr(weight_versions, "SAMPLE_SECONDS", -1.0)
+    monkeypatch.setattr(weight_versions._Seen, "has_sample_of", lambda *_: True)
 
 
 @pytest.mark.parametrize("to_file", [False, True])
@@ -190,7 +190,7 @@ def test_what_the_user_changes_after_a_call_is_not_recorded(call, gates, patient
 
 
 def test_copies_lie_in_memory_that_is_used_again(patient, monkeypatch) -> None:
-    monkeypatch.setattr(copy_buffer, "PIECE", 256)
+    monkeypatch.setattr(tensor_copy, "PIECE", 256)
     cell, x = nn.GRUCell(3, 8), torch.randn(2, 3)
     found = []
     with torch.no_grad(), grutrace.trace(cell, gates="deferred") as trace:
@@ -203,7 +203,7 @@ def test_copies_lie_in_memory_that_is_used_again(patient, monkeypatch) -> None:
 
 
 def test_memory_is_used_again_once_nothing_lies_in_it(monkeypatch) -> None:
-    monkeypatch.setattr(copy_buffer, "PIECE", 256)
+    monkeypatch.setattr(tensor_copy, "PIECE", 256)
     buffer, values = CopyBuffer(1024), torch.arange(8.0)
     copies = [buffer.copy(values + n) for n in range(6)]
     kept = [each.numpy()[2:] for each in copies[:4]]
@@ -232,7 +232,7 @@ def test_memory_is_used_again_once_nothing_lies_in_it(monkeypatch) -> None:
 @pytest.mark.parametrize("gates", ["inline", "background", "deferred"])
 @pytest.mark.parametrize("form", ["batch_first", "by time", "one step", "cell"])
 def test_rows_that_are_the_copies_are_not_written_over(form, gates, patient, monkeypatch) -> None:
-    monkeypatch.setattr(copy_buffer, "PIECE", 4096)
+    monkeypatch.setattr(tensor_copy, "PIECE", 4096)
     torch.manual_seed(0)
     steps = {"batch_first": 4, "by time": 4, "one step": 1, "cell": 1}[form]
     model = nn.GRUCell(3, 8) if form == "cell" else nn.GRU(3, 8, batch_first=form == "batch_first")
@@ -288,7 +288,7 @@ def test_a_model_that_pauses_leaves_nothing_in_memory(monkeypatch, patient, tmp_
 
 def test_what_a_writers_thread_cannot_work_out_is_left_to_the_models(monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(journal, "MOST_SECONDS", 600)
-    work_out, tried = recorder.ModuleRecorder.work_out, []
+    work_out, tried = module_recorder.ModuleRecorder.work_out, []
 
     def failing(self, entry):
         if threading.current_thread().name == "grutrace writer":
@@ -296,7 +296,7 @@ def test_what_a_writers_thread_cannot_work_out_is_left_to_the_models(monkeypatch
             raise RuntimeError("not here")
         return work_out(self, entry)
 
-    monkeypatch.setattr(recorder.ModuleRecorder, "work_out", failing)
+    monkeypatch.setattr(module_recorder.ModuleRecorder, "work_out", failing)
     cell, x = nn.GRUCell(3, 8), torch.randn(2, 3)
     with torch.no_grad(), grutrace.trace(cell, tmp_path / "a.h5") as trace:
         state = cell(x)
@@ -339,7 +339,7 @@ def test_nothing_is_lost_where_warnings_are_errors(how, path, tmp_path) -> None:
 
 def test_an_interruption_loses_no_call_that_waits(monkeypatch, patient) -> None:
     cell, x = nn.GRUCell(3, 8), torch.randn(2, 3)
-    work_out = recorder.ModuleRecorder.work_out
+    work_out = module_recorder.ModuleRecorder.work_out
     counts = iter(range(100))
 
     def interrupted(self, entry):
@@ -351,7 +351,7 @@ def test_an_interruption_loses_no_call_that_waits(monkeypatch, patient) -> None:
         state = None
         for _ in range(4):
             state = cell(x, state)
-        monkeypatch.setattr(recorder.ModuleRecorder, "work_out", interrupted)
+        monkeypatch.setattr(module_recorder.ModuleRecorder, "work_out", interrupted)
         with pytest.raises(KeyboardInterrupt):
             trace.flush()
         assert len(trace._journal) == 3
@@ -386,7 +386,7 @@ def test_a_call_that_comes_while_the_journal_is_drained(monkeypatch) -> None:
         with torch.no_grad():
             cell(x)
 
-    class Entry(recorder.Entry):
+    class Entry(module_recorder.Entry):
         @property
         def is_certain(self):
             if trace._journal.lock._is_owned() and len(others) < 3:
@@ -399,7 +399,7 @@ def test_a_call_that_comes_while_the_journal_is_drained(monkeypatch) -> None:
         def is_certain(self, value):
             self.certain = value
 
-    monkeypatch.setattr(recorder, "Entry", Entry)
+    monkeypatch.setattr(module_recorder, "Entry", Entry)
     with grutrace.trace(cell, gates="deferred") as trace:
         call()
         call()

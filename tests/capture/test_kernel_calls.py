@@ -19,8 +19,9 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.overrides import BaseTorchFunctionMode
 
 import grutrace
-from grutrace.capture import kernel_calls, kernel_registration
-from grutrace.capture.kernel_calls import is_listening
+from grutrace.capture.kernel_calls import registration
+from grutrace.capture.kernel_calls import subscription as kernel_calls
+from grutrace.capture.kernel_calls.subscription import is_listening
 from tests import oracles
 
 GATES = ["inline", "background", "deferred"]
@@ -518,7 +519,7 @@ def test_kernels_come_and_go_while_other_threads_run_the_model(monkeypatch) -> N
 
 def test_kernels_stay_where_pytorch_cannot_keep_them(monkeypatch) -> None:
     """Without a handle to a removed kernel, it is removed once no other thread runs Python."""
-    monkeypatch.setattr(kernel_registration, "_handle", lambda *_: None)
+    monkeypatch.setattr(registration, "_handle", lambda *_: None)
     layer, x = nn.GRU(3, 4), torch.randn(5, 2, 3)
     end = threading.Event()
     other = threading.Thread(target=end.wait)

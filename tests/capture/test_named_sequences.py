@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis.decomposition import decompose, memory_map
-from grutrace.analysis.derivation import derive_file
-from grutrace.analysis.jacobian import jacobian
-from grutrace.analysis.memory import memory
-from grutrace.analysis.verification import verify
-from grutrace.storage.merging import merge_shards
+from grutrace.analysis.dynamics.jacobian import jacobian
+from grutrace.analysis.memory.age import memory
+from grutrace.analysis.memory.decomposition import decompose, memory_map
+from grutrace.analysis.verification.materialize import derive_file
+from grutrace.analysis.verification.verify import verify
+from grutrace.storage.shards.merge import merge_shards
 from tests.oracles import gates, weights_of
 from tests.plain_reader import PlainTrace
 

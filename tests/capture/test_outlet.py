@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.storage.appender import Appender
+from grutrace.storage.write.appender import Appender
 from tests.capture.models import EncoderDecoder
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.capture import states
-from grutrace.capture.states import Call, StateMemory
+from grutrace.capture.recording import state_memory as states
+from grutrace.capture.recording.state_memory import Call, StateMemory
 
 BOTH = pytest.mark.parametrize("path", [None, "run.h5"])
 

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import grutrace
-from grutrace.capture.kernel_calls import is_listening
+from grutrace.capture.kernel_calls.subscription import is_listening
 from tests.capture.changes import while_the_kernel_runs
 from tests.capture.models import EncoderDecoder, StepwiseDecoder
 from tests.checks import EVERYTHING, tensors

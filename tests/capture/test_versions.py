@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from grutrace.capture import versions as module
-from grutrace.capture.versions import WeightVersions
+from grutrace.capture.recording import weight_versions as module
+from grutrace.capture.recording.weight_versions import WeightVersions
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import torch
 from matplotlib import pyplot as plt
 
 import grutrace
-from grutrace.analysis.verification import verify
+from grutrace.analysis.verification.verify import verify
 from tests.plain_reader import PlainTrace
 
 # The languages

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import zarr
 
-from grutrace.storage.sinks import open_sink
+from grutrace.storage.open import open_sink
 from tests.storage.streams import full_stream
 
 

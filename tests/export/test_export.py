@@ -13,9 +13,9 @@ import torch
 
 import grutrace
 from grutrace.__main__ import main
-from grutrace.export import content
+from grutrace.export import variables
 from grutrace.export.formats import FORMATS, export_trace
-from grutrace.storage.sinks import open_sink
+from grutrace.storage.open import open_sink
 from tests.export.expected import Expected, assert_as_expected
 from tests.storage.streams import Stream, make_header, make_module
 
@@ -143,7 +143,7 @@ def test_an_empty_trace(tmp_path, to) -> None:
 
 def test_memory_is_bounded(tmp_path, to, monkeypatch) -> None:
     """Some bytes of each block, not of all rows."""
-    monkeypatch.setattr(content, "BLOCK", 8 * 1024)
+    monkeypatch.setattr(variables, "BLOCK", 8 * 1024)
     for name in ("netcdf.CHUNK", "zarr_store.CHUNK", "csv_files.BLOCK"):
         monkeypatch.setattr(f"grutrace.export.{name}", 8 * 1024)
     stream = Stream(make_header(make_module("rnn", hidden=64, record=("update",))))
@@ -166,8 +166,8 @@ def test_memory_is_bounded(tmp_path, to, monkeypatch) -> None:
 @pytest.mark.parametrize("block", [1, 40, 10**9])
 def test_blocks_of_any_size(full, tmp_path, monkeypatch, block, gathered) -> None:
     """Sequences that took one call are read as they lie, others are gathered."""
-    monkeypatch.setattr(content, "BLOCK", block)
-    monkeypatch.setattr(content, "GATHERED", gathered)
+    monkeypatch.setattr(variables, "BLOCK", block)
+    monkeypatch.setattr(variables, "GATHERED", gathered)
     with grutrace.open(full) as trace:
         export_trace(trace, tmp_path / "out", "npz")
     with np.load(tmp_path / "out") as archive:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import grutrace
-from grutrace.storage.writer import Writer
+from grutrace.storage.write.writer import Writer
 from tests.golden import happened, runs
 from tests.golden.runs import GOLDENS, Golden
 

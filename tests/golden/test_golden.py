@@ -16,7 +16,7 @@ import pytest
 
 import grutrace
 from grutrace.__main__ import main
-from grutrace.analysis.verification import verify
+from grutrace.analysis.verification.verify import verify
 from tests.golden import make
 from tests.golden.runs import EVERYTHING, GOLDENS
 from tests.oracles import GATES

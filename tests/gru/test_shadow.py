@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from grutrace.gru import cell
 from grutrace.gru.kernel import CellWeights
-from grutrace.gru.rounding import tolerance
-from grutrace.gru.shadow import Replay, Shadow
-from grutrace.gru.steps import PaddedSteps
+from grutrace.gru.layout import PaddedSteps
+from grutrace.gru.replay import Replay, Shadow
+from grutrace.gru.tolerance import tolerance
 from tests import oracles, other_processor
 
 T, B, H = 30, 4, 6

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
-from grutrace.gru.steps import PackedSteps, PaddedSteps
+from grutrace.gru.layout import PackedSteps, PaddedSteps
 from tests.oracles import previous_states
 
 lengths = st.lists(st.integers(1, 6), min_size=1, max_size=5)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grutrace.errors import TraceFileError
-from grutrace.storage.probe import look_from_outside
+from grutrace.storage.recovery.preflight import look_from_outside
 from tests.hostile.cases import make
 
 #: Seconds after which the look from outside gives up on a case.

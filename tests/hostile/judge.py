@@ -17,7 +17,7 @@ import numpy as np
 
 import grutrace
 from grutrace.__main__ import main
-from grutrace.analysis.verification import verify
+from grutrace.analysis.verification.verify import verify
 from grutrace.statistics.file import is_statistics
 from tests.plain_reader import PlainTrace
 from tests.statistics.test_file import plain_read

@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from grutrace.storage.merging import merge_shards
-from grutrace.storage.writer import Writer
+from grutrace.storage.shards.merge import merge_shards
+from grutrace.storage.write.writer import Writer
 from tests.storage.shards import full_shards, write_shards
 from tests.storage.streams import full_stream
 

@@ -15,10 +15,10 @@ import pytest
 
 import grutrace
 from grutrace.__main__ import main
-from grutrace.analysis.verification import verify
-from grutrace.storage import probe
-from grutrace.storage.faults import Fault
-from grutrace.storage.members import holds, is_dataset, member
+from grutrace.analysis.verification.verify import verify
+from grutrace.storage.hdf5.errors import Fault
+from grutrace.storage.hdf5.safe_access import holds, is_dataset, member
+from grutrace.storage.recovery import preflight
 from tests.golden.runs import GOLDENS
 from tests.hostile import seeds
 from tests.hostile.checksums import put_right, structures
@@ -222,7 +222,7 @@ def test_no_filter_is_loaded_for_a_dataset(path, tmp_path):
 def test_commands_load_no_plugin_at_all(path):
     import ctypes
 
-    from grutrace.storage.opening import _hdf5, no_plugins
+    from grutrace.storage.hdf5.safe_open import _hdf5, no_plugins
 
     def state():
         found = ctypes.c_uint(7)
@@ -355,7 +355,7 @@ def test_a_tolerance_that_is_no_number_lets_nothing_pass(path):
 
 
 def test_a_sound_file_is_looked_at(path):
-    probe.look_from_outside(path)
+    preflight.look_from_outside(path)
 
 
 @pytest.mark.parametrize(
@@ -369,9 +369,9 @@ def test_a_sound_file_is_looked_at(path):
     ],
 )
 def test_what_the_other_process_does_is_said(path, code, said, monkeypatch, capsys):
-    monkeypatch.setattr(probe, "_LOOK", code)
+    monkeypatch.setattr(preflight, "_LOOK", code)
     with pytest.raises(grutrace.TraceFileError, match=said):
-        probe.look_from_outside(path, limit=1)
+        preflight.look_from_outside(path, limit=1)
     if "sleep" not in code:
         assert main(["verify", str(path)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
@@ -381,14 +381,14 @@ def test_what_the_other_process_does_is_said(path, code, said, monkeypatch, caps
 
 def test_the_other_process_has_a_limit(path, monkeypatch):
     """Memory that a file of this size cannot ask for is not given."""
-    code = probe._LOOK.replace(
+    code = preflight._LOOK.replace(
         "from {module} import {function}", "from grutrace.storage import probe"
     )
     code = code.replace("{function}({files!r})", "probe.ROOM = 1; probe.look({files!r})")
     assert "ROOM" in code
-    monkeypatch.setattr(probe, "_LOOK", code)
+    monkeypatch.setattr(preflight, "_LOOK", code)
     with pytest.raises(grutrace.TraceFileError, match=r"run\.h5"):
-        probe.look_from_outside(path)
+        preflight.look_from_outside(path)
 
 
 def test_damage_in_a_file_that_is_being_written_is_not_waited_for(tmp_path):

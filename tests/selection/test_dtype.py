@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import nn
 
 import grutrace
-from grutrace.analysis.verification import verify
+from grutrace.analysis.verification.verify import verify
 from tests.checks import EVERYTHING
 from tests.plain_reader import PlainTrace
 from tests.strategies import Case, cases

@@ -12,10 +12,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import grutrace
-from grutrace.analysis.verification import verify
-from grutrace.capture import kernel_calls, observe
+from grutrace.analysis.verification.verify import verify
+from grutrace.capture.kernel_calls import observation, subscription
 from grutrace.gru import kernel
-from grutrace.record import GATES
+from grutrace.records import GATES
 from tests.capture.models import EncoderDecoder, StepwiseDecoder
 from tests.checks import rounding, same_result
 from tests.plain_reader import PlainTrace
@@ -98,17 +98,17 @@ def test_a_call_that_is_left_out_is_left_alone(layer, monkeypatch) -> None:
         layer(x)
         with monkeypatch.context() as patch:
             for place, name in [
-                (observe, "run_kernel"),
+                (observation, "run_kernel"),
                 (kernel, "split"),
                 (kernel, "rerun"),
-                (kernel_calls, "hindrance"),
-                (observe, "aside"),
+                (subscription, "hindrance"),
+                (observation, "aside"),
             ]:
                 patch.setattr(place, name, None)
             assert same_result(expected, layer(x))
         # The control: the same patches are noticed by a call that is recorded.
         with monkeypatch.context() as patch:
-            patch.setattr(kernel_calls, "hindrance", None)
+            patch.setattr(subscription, "hindrance", None)
             with pytest.raises(TypeError):
                 layer(x)
     assert len(trace.calls) == 1

@@ -14,11 +14,10 @@ from torch import nn
 from torch.nn.functional import linear
 
 import grutrace
-from grutrace.analysis.verification import verify
-from grutrace.gru.partial import PROOF_UNITS, Columns, PartialShadow, evenly_spaced
-from grutrace.gru.shadow import Shadow
-from grutrace.gru.steps import PaddedSteps
-from grutrace.record import GATES
+from grutrace.analysis.verification.verify import verify
+from grutrace.gru.layout import PaddedSteps
+from grutrace.gru.replay import PROOF_UNITS, Columns, PartialShadow, Shadow, evenly_spaced
+from grutrace.records import GATES
 from tests import oracles
 from tests.capture.models import EncoderDecoder, StepwiseDecoder
 from tests.checks import EVERYTHING, rounding, same_result

@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import grutrace
-from grutrace.analysis.verification import verify
-from grutrace.record import GATES
+from grutrace.analysis.verification.verify import verify
+from grutrace.records import GATES
 from tests import oracles
 from tests.capture.models import StepwiseDecoder
 from tests.checks import EVERYTHING, same_result
@@ -185,7 +185,7 @@ def test_control_a_wrong_first_state_does_not_verify(monkeypatch) -> None:
     layer, x = nn.GRU(2, 3), torch.randn(6, 2, 2)
     for options in ({}, {"gates": "deferred"}):
         with monkeypatch.context() as patch:
-            patch.setattr("grutrace.gru.window._TimeWindow.initial", lambda *states, **_: states[2])
+            patch.setattr("grutrace.gru.layout._TimeWindow.initial", lambda *states, **_: states[2])
             with grutrace.trace(
                 layer, record=EVERYTHING, steps=slice(2, 4), check="off", **options
             ) as trace:

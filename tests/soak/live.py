@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 import grutrace
-from grutrace.record import DEFAULT_RECORD
-from grutrace.storage.stream import StreamSink
+from grutrace.records import DEFAULT_RECORD
+from grutrace.storage.write.stream_sink import StreamSink
 from tests.soak.forks import Outcome, outcomes
 from tests.soak.victims import run_for_ever
 from tests.storage import coded

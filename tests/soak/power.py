@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from grutrace.errors import TraceFileError
-from grutrace.storage.recovery import recover_file
+from grutrace.storage.recovery.recover import recover_file
 from tests.soak import disk
 from tests.soak.forks import Outcome, outcomes
 from tests.soak.kills import look

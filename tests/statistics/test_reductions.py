@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grutrace.statistics.reductions import WIDE, add_to_rows, count_true, reduce_rows
+from grutrace.statistics.moments import WIDE, add_to_rows, count_true, reduce_rows
 
 WIDTHS = [1, 2, 3, 7, 100, WIDE // 2, WIDE - 1, WIDE, WIDE + 1]
 

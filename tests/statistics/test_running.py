@@ -22,11 +22,11 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.capture import journal, site_recorder
-from grutrace.statistics import feed
-from grutrace.statistics.tally import Tally
-from grutrace.storage import pump
-from grutrace.storage.sinks import open_sink
+from grutrace.capture.recording import journal, site_recorder
+from grutrace.statistics import sink as feed
+from grutrace.statistics.accumulator import Tally
+from grutrace.storage.open import open_sink
+from grutrace.storage.write import writer_thread
 from tests.capture.models import EncoderDecoder
 from tests.checks import EVERYTHING
 from tests.storage import coded
@@ -363,9 +363,9 @@ def test_a_forgotten_tracer_ends_its_thread() -> None:
         del tracer
     gc.collect()
     end = time.monotonic() + 5
-    while pump._running and time.monotonic() < end:
+    while writer_thread._running and time.monotonic() < end:
         time.sleep(0.01)
-    assert not pump._running
+    assert not writer_thread._running
     assert statistics["l0"].steps == 4
 
 

@@ -8,11 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grutrace.errors import OptionError
-from grutrace.statistics import tally as tally_module
-from grutrace.statistics import units
-from grutrace.statistics.accumulator import _figures
-from grutrace.statistics.bins import Bins, bins_of, require_bins
-from grutrace.statistics.tally import Tally
+from grutrace.statistics import accumulator as tally_module
+from grutrace.statistics import moments
+from grutrace.statistics.accumulator import Tally, _figures
+from grutrace.statistics.histogram import Bins, bins_of, require_bins
 
 from .oracle import assert_figures
 
@@ -149,7 +148,7 @@ def control_join(monkeypatch) -> None:
         right(into, other)
         into["mean"] += (apart - into["mean"]) * other["count"] / np.maximum(into["count"], 1)
 
-    right = units.join
+    right = moments.join
     monkeypatch.setattr(tally_module, "join", wrong)
 
 
@@ -160,7 +159,7 @@ def control_bins(monkeypatch) -> None:
 
 def control_missing(monkeypatch) -> None:
     """Count what is not finite as the zeros that stand in its place."""
-    right = units.describe
+    right = moments.describe
 
     def wrong(values, **which):
         found, filled, missing = right(values, **which)

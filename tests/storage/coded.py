@@ -13,8 +13,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from grutrace.record import DEFAULT_RECORD, Block, SiteRows, Weights
-from grutrace.storage.stream import StreamSink
+from grutrace.records import DEFAULT_RECORD, Block, SiteRows, Weights
+from grutrace.storage.write.stream_sink import StreamSink
 
 from .streams import make_header, make_module
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grutrace.errors import NotRecordedError
-from grutrace.record import Annotation, Block, Weights
+from grutrace.records import Annotation, Block, Weights
 
 
 class Expected:

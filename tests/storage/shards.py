@@ -6,10 +6,10 @@ import dataclasses
 
 import numpy as np
 
-from grutrace.record import Annotation, Block, Weights
-from grutrace.shard import Shard
+from grutrace.distributed import Shard
+from grutrace.records import Annotation, Block, Weights
 from grutrace.storage.memory import MemorySink
-from grutrace.storage.stream import StreamSink
+from grutrace.storage.write.stream_sink import StreamSink
 
 from .streams import Stream, full_stream, make_header, make_module
 

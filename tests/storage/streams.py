@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from hypothesis import strategies as st
 
-from grutrace.record import (
+from grutrace.records import (
     DEFAULT_RECORD,
     QUANTITIES,
     Annotation,

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from grutrace.errors import SinkError
-from grutrace.record import Annotation, Fork, SiteRows, Weights
+from grutrace.records import Annotation, Fork, SiteRows, Weights
 from grutrace.storage.memory import MemorySink
-from grutrace.storage.trace import Trace
-from grutrace.storage.writer import Writer
+from grutrace.storage.read.trace import Trace
+from grutrace.storage.write.writer import Writer
 
 from .oracle import check_trace
 from .streams import QUANTITIES, Stream, make_header, make_module

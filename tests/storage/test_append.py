@@ -7,10 +7,10 @@ import dataclasses
 import pytest
 
 from grutrace.errors import TraceFileError
-from grutrace.record import QUANTITIES, Annotation, Block, Fork, Weights
-from grutrace.storage.sinks import open_sink, open_source, open_trace
-from grutrace.storage.stream import StreamSink
-from grutrace.storage.trace import Trace
+from grutrace.records import QUANTITIES, Annotation, Block, Fork, Weights
+from grutrace.storage.open import open_sink, open_source, open_trace
+from grutrace.storage.read.trace import Trace
+from grutrace.storage.write.stream_sink import StreamSink
 from tests.plain_reader import PlainTrace
 
 from . import coded

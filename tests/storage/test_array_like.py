@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import grutrace
-from grutrace.storage import blockwise
-from grutrace.storage import rows as rows_module
-from grutrace.storage.rows import MemoryRows
-from grutrace.storage.stacked import StackedRows
+from grutrace.storage.read import array_like
+from grutrace.storage.read import lazy_rows as rows_module
+from grutrace.storage.read.lazy_rows import MemoryRows, StackedRows
 
 from .test_rows import file_rows
 
@@ -135,7 +134,7 @@ def test_control_other_rows_give_something_else() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_blocks_make_a_difference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blockwise, "BLOCK", 4 * DATA.itemsize * 3)
+    monkeypatch.setattr(array_like, "BLOCK", 4 * DATA.itemsize * 3)
     monkeypatch.setattr(rows_module, "BLOCK", 4 * DATA.itemsize * 3)
     for name in ("extremes", "iteration", "mask", "mask in a tuple", "kept axes"):
         assert_alike(EXPRESSIONS[name](KINDS[kind](DATA)), EXPRESSIONS[name](DATA))
@@ -177,7 +176,7 @@ def test_a_reduction_is_that_of_all_rows_to_rounding(
 ):
     data = (np.random.default_rng(seed).standard_normal(shape) + offset).astype(dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blockwise, "BLOCK", block)
+        patch.setattr(array_like, "BLOCK", block)
         found = [getattr(KINDS[kind](data), name)(axis=axis, keepdims=keepdims) for kind in KINDS]
     exact = getattr(data.astype(np.float64), name)(axis=axis, keepdims=keepdims)
     # The sum is made in float64; what is left is the rounding to the type, half a unit.
@@ -227,7 +226,7 @@ def test_reductions_with_rare_options_are_numpys_own(kind: str) -> None:
 def test_numpys_functions_call_the_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     data = np.ones((1000, 3))
     rows, counting = file_rows(data)
-    monkeypatch.setattr(blockwise, "BLOCK", 3 * 8 * 100)
+    monkeypatch.setattr(array_like, "BLOCK", 3 * 8 * 100)
     for function in (np.mean, np.sum, np.std, np.var, np.min, np.max):
         counting.reads = 0
         assert function(rows) == function(data)

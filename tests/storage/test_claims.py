@@ -16,10 +16,11 @@ from torch import nn
 
 import grutrace
 from grutrace.errors import GrutraceError, SinkError, TraceFileError
-from grutrace.storage import locks, pump
-from grutrace.storage.parts import Stamp, part_path, require_room
-from grutrace.storage.sinks import open_trace
-from grutrace.storage.stream import StreamSink
+from grutrace.storage.hdf5 import locks
+from grutrace.storage.open import open_trace
+from grutrace.storage.shards.run_parts import Stamp, part_path, require_room
+from grutrace.storage.write import writer_thread
+from grutrace.storage.write.stream_sink import StreamSink
 
 from . import coded
 from .streams import make_header, make_module
@@ -180,7 +181,7 @@ def test_a_file_that_comes_while_another_is_made_is_not_replaced(path, monkeypat
         path.write_text("precious")
         return created(*given)
 
-    from grutrace.storage import writer
+    from grutrace.storage.write import writer
 
     created = writer.create
     monkeypatch.setattr(writer, "create", create)
@@ -275,7 +276,7 @@ def test_a_writer_that_is_closing_is_waited_for(path):
         sink.append(coded.block(call, "big"))
     del sink
     begin(path, "overwrite").close()
-    assert until(lambda: not pump._running)
+    assert until(lambda: not writer_thread._running)
     with open_trace(path) as trace:
         assert coded.check_trace(trace) == 1
 
@@ -348,7 +349,7 @@ def test_a_forked_child_neither_writes_nor_unlocks(path):
 @pytest.mark.parametrize("found", [None, True, False])
 def test_where_there_are_no_locks_it_is_said_that_it_cannot_be_known(path, monkeypatch, found):
     killed(path)
-    monkeypatch.setattr("grutrace.storage.origin.is_locked", lambda _: found)
+    monkeypatch.setattr("grutrace.storage.write.overwrite.is_locked", lambda _: found)
     if found is None:
         with pytest.warns(grutrace.GrutraceWarning, match="has no locks") as given:
             begin(path, "overwrite").close()
@@ -488,7 +489,7 @@ def test_folders_and_files_with_brackets(tmp_path, name):
 
 def test_a_glob_of_folders_with_brackets(tmp_path):
     """What a glob means elsewhere it means beside them."""
-    from grutrace.storage.globs import matching_files
+    from grutrace.storage.shards.globs import matching_files
 
     for folder in ("a1", "a[1]", "b1"):
         (tmp_path / folder).mkdir()

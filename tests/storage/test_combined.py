@@ -9,12 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grutrace.storage import combined
-from grutrace.storage.combined import CombinedSource, distinct_modules
 from grutrace.storage.memory import MemorySink
-from grutrace.storage.reader import FileSource
-from grutrace.storage.stream import StreamSink
-from grutrace.storage.trace import Trace
+from grutrace.storage.read.file_source import FileSource
+from grutrace.storage.read.trace import Trace
+from grutrace.storage.shards import union
+from grutrace.storage.shards.union import CombinedSource, distinct_modules
+from grutrace.storage.write.stream_sink import StreamSink
 
 from .oracle import check_trace
 from .streams import Stream, drawn_streams, full_stream, make_header, make_module
@@ -93,13 +93,11 @@ def test_parts_in_files_grow_and_show_what_one_trace_shows(tmp_path):
 def test_control_the_comparison_sees_what_is_not_moved(wrong, monkeypatch):
     stream = full_stream()
     if wrong == "texts":
-        monkeypatch.setattr(combined, "annotation_values", lambda part, _: part.values)
+        monkeypatch.setattr(union, "annotation_values", lambda part, _: part.values)
     elif wrong == "time":
-        monkeypatch.setattr(
-            combined, "_in_time_order", lambda calls: np.arange(sum(map(len, calls)))
-        )
+        monkeypatch.setattr(union, "_in_time_order", lambda calls: np.arange(sum(map(len, calls))))
     else:
-        monkeypatch.setattr(combined, "_moved", lambda table, *_: table)
+        monkeypatch.setattr(union, "_moved", lambda table, *_: table)
     with (
         pytest.raises((AssertionError, IndexError, ValueError)),
         Trace(CombinedSource("all", in_memory(stream, [1]))) as trace,

@@ -16,10 +16,10 @@ import torch
 
 import grutrace
 from grutrace.errors import MissingExtraError, OptionError
-from grutrace.storage import writer
-from grutrace.storage.compression import COMPRESSIONS
-from grutrace.storage.merging import merge_shards
-from grutrace.storage.sinks import open_trace
+from grutrace.storage.hdf5.filters import COMPRESSIONS
+from grutrace.storage.open import open_trace
+from grutrace.storage.shards.merge import merge_shards
+from grutrace.storage.write import writer
 from tests.plain_reader import PlainTrace
 
 from . import coded

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grutrace.storage.sinks import open_sink, open_source, open_trace
-from grutrace.storage.trace import Trace
+from grutrace.storage.open import open_sink, open_source, open_trace
+from grutrace.storage.read.trace import Trace
 
 from .oracle import check_trace
 from .streams import batches, drawn_streams, full_stream

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from grutrace.storage.sinks import open_trace
+from grutrace.storage.open import open_trace
 from tests.plain_reader import PlainTrace
 
 from . import coded

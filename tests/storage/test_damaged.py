@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from grutrace.errors import NotRecordedError, StateError, TraceFileError
-from grutrace.storage.sinks import open_trace
-from grutrace.storage.writer import Writer
+from grutrace.storage.open import open_trace
+from grutrace.storage.write.writer import Writer
 
 from .oracle import check_trace
 from .streams import full_stream

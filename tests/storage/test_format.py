@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grutrace.storage import schema
-from grutrace.storage.sinks import open_trace
-from grutrace.storage.writer import Writer
+from grutrace.storage.format import schema
+from grutrace.storage.open import open_trace
+from grutrace.storage.write.writer import Writer
 from tests.plain_reader import PlainTrace
 
 from .oracle import Expected

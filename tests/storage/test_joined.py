@@ -7,15 +7,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from grutrace.distributed import Shard
 from grutrace.errors import TraceFileError
-from grutrace.shard import Shard
-from grutrace.storage import joined
-from grutrace.storage.joined import JoinedSource
-from grutrace.storage.reader import FileSource
-from grutrace.storage.rows import FileRows
-from grutrace.storage.stacked import StackedRows
-from grutrace.storage.stream import StreamSink
-from grutrace.storage.trace import Trace
+from grutrace.storage.read.file_source import FileSource
+from grutrace.storage.read.lazy_rows import FileRows, StackedRows
+from grutrace.storage.read.trace import Trace
+from grutrace.storage.shards import concatenated
+from grutrace.storage.shards.concatenated import JoinedSource
+from grutrace.storage.write.stream_sink import StreamSink
 
 from .oracle import check_trace
 from .shards import (
@@ -80,16 +79,16 @@ def test_whatever_is_drawn_shows_what_one_process_would_have(streams):
 @pytest.mark.parametrize("wrong", ["texts", "sequences", "versions", "letters"])
 def test_control_the_comparison_sees_what_is_not_moved(wrong, monkeypatch):
     if wrong == "texts":
-        monkeypatch.setattr(joined, "annotation_values", lambda part, _: part.values)
+        monkeypatch.setattr(concatenated, "annotation_values", lambda part, _: part.values)
     else:
-        made = joined._Moves.__init__
+        made = concatenated._Moves.__init__
 
         def spoilt(self, numbers, before, texts):
             made(self, numbers, before, 0 if wrong == "letters" else texts)
             if wrong != "letters":
                 getattr(self, f"_{wrong}")[:] = 0
 
-        monkeypatch.setattr(joined._Moves, "__init__", spoilt)
+        monkeypatch.setattr(concatenated._Moves, "__init__", spoilt)
     streams = full_shards()
     with pytest.raises((AssertionError, IndexError)), Trace(source_of(streams)) as trace:
         check_as_one(trace, streams)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grutrace.storage.labels import labels_of
+from grutrace.storage.read.row_labels import labels_of
 
 
 @pytest.mark.parametrize(

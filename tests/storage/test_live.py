@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from grutrace.storage.sinks import open_source, open_trace
-from grutrace.storage.stream import StreamSink
-from grutrace.storage.trace import Trace
+from grutrace.storage.open import open_source, open_trace
+from grutrace.storage.read.trace import Trace
+from grutrace.storage.write.stream_sink import StreamSink
 from tests.plain_reader import PlainTrace
 
 from . import coded

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 import grutrace
+from grutrace.distributed import Shard
 from grutrace.errors import GrutraceWarning, TraceFileError
-from grutrace.shard import Shard
-from grutrace.storage import merging
-from grutrace.storage.merging import merge_shards
-from grutrace.storage.sinks import open_trace
-from grutrace.storage.stream import StreamSink
+from grutrace.storage.open import open_trace
+from grutrace.storage.shards import merge
+from grutrace.storage.shards.merge import merge_shards
+from grutrace.storage.write.stream_sink import StreamSink
 from tests.plain_reader import PlainTrace
 
 from .oracle import check_trace
@@ -108,7 +108,7 @@ def test_nothing_is_copied(path, monkeypatch):
     streams = full_shards()
     paths = write_shards(path, streams)
     before = [each.read_bytes() for each in paths]
-    monkeypatch.setattr(merging._Merge, "_copy_rows", None)
+    monkeypatch.setattr(merge._Merge, "_copy_rows", None)
     report = merge_shards(path.with_name(PATTERN), path)
     assert (report.copied, report.unclosed) == (0, ())
     assert [shard.rank for shard in report.shards] == [0, 1, 2]
@@ -235,9 +235,9 @@ def test_control_an_unclosed_shard_that_is_linked_cannot_be_read(path, monkeypat
     for record in streams[1].records:
         sink.append(record)
     sink.flush()
-    made = merging._Shard
+    made = merge._Shard
     monkeypatch.setattr(
-        merging, "_Shard", lambda *args, **named: made(*args, **named | {"linked": True})
+        merge, "_Shard", lambda *args, **named: made(*args, **named | {"linked": True})
     )
     merge_shards(path.with_name(PATTERN), path)
     code = f"import h5py; print(h5py.File({str(path)!r})['modules/rnn/l0/update'][()].sum())"
@@ -326,7 +326,7 @@ def test_half_a_file_is_not_left_behind(path, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(merging._Merge, "_write_tables", interrupted)
+    monkeypatch.setattr(merge._Merge, "_write_tables", interrupted)
     with pytest.raises(KeyboardInterrupt):
         merge_shards(paths, path)
     assert sorted(path.parent.iterdir()) == paths

@@ -8,10 +8,10 @@ import shutil
 import pytest
 
 from grutrace.errors import TraceFileError
-from grutrace.storage import parts as parts_module
-from grutrace.storage.parts import Stamp, part_files, part_path, parts_of, require_room
-from grutrace.storage.sinks import open_trace
-from grutrace.storage.stream import StreamSink
+from grutrace.storage.open import open_trace
+from grutrace.storage.shards import run_parts as parts_module
+from grutrace.storage.shards.run_parts import Stamp, part_files, part_path, parts_of, require_room
+from grutrace.storage.write.stream_sink import StreamSink
 from tests.plain_reader import PlainTrace
 
 from .oracle import check_trace

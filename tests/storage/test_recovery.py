@@ -17,11 +17,11 @@ import pytest
 import grutrace
 from grutrace.__main__ import main
 from grutrace.errors import TraceFileError
-from grutrace.storage.parts import Stamp, part_path
-from grutrace.storage.recovery import recover_file
-from grutrace.storage.sinks import open_trace
-from grutrace.storage.unmarked import Unmarked, open_unmarked
-from grutrace.storage.writer import Writer
+from grutrace.storage.hdf5.superblock import Unmarked, open_unmarked
+from grutrace.storage.open import open_trace
+from grutrace.storage.recovery.recover import recover_file
+from grutrace.storage.shards.run_parts import Stamp, part_path
+from grutrace.storage.write.writer import Writer
 from tests.plain_reader import PlainTrace
 
 from . import coded
@@ -346,7 +346,7 @@ def test_memory_is_bounded(path, output):
     assert size > 400e6
     code = f"""
 import resource
-import grutrace.storage.recovery as recovery
+import grutrace.storage.recovery.recover as recovery
 grown = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = grown()
 recovery.recover_file({str(path)!r}, {str(output)!r})

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from grutrace.storage import rows as rows_module
-from grutrace.storage.rows import FileRows
-from grutrace.storage.sinks import open_trace
-from grutrace.storage.stream import StreamSink
+from grutrace.storage.open import open_trace
+from grutrace.storage.read import lazy_rows as rows_module
+from grutrace.storage.read.lazy_rows import FileRows
+from grutrace.storage.write.stream_sink import StreamSink
 
 from . import coded
 

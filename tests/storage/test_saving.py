@@ -15,11 +15,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from grutrace.errors import OptionError, StateError, TraceFileError
-from grutrace.record import Block, Weights
-from grutrace.storage import appender
+from grutrace.records import Block, Weights
 from grutrace.storage.memory import MemorySink
-from grutrace.storage.sinks import open_sink, open_trace
-from grutrace.storage.trace import Trace
+from grutrace.storage.open import open_sink, open_trace
+from grutrace.storage.read.trace import Trace
+from grutrace.storage.write import appender
 
 from .oracle import check_trace
 from .streams import drawn_streams, full_stream

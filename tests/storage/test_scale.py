@@ -10,7 +10,8 @@ import pytest
 
 import grutrace
 from grutrace.__main__ import main
-from grutrace.storage import index, members, opening
+from grutrace.storage.hdf5 import safe_access, safe_open
+from grutrace.storage.read import sequence_index
 from tests.benchmarks import long_traces, scale
 
 from .streams import make_module
@@ -30,9 +31,9 @@ def counted(monkeypatch):
 
         monkeypatch.setattr(owner, name, counting)
 
-    count(members.h5o, "open", "objects")
-    count(opening.h5f, "open", "files")
-    count(index.ModuleIndex, "__init__", "indices")
+    count(safe_access.h5o, "open", "objects")
+    count(safe_open.h5f, "open", "files")
+    count(sequence_index.ModuleIndex, "__init__", "indices")
     return counts
 
 

@@ -12,9 +12,9 @@ import pytest
 import xarray
 
 import grutrace
-from grutrace.record import QUANTITIES
-from grutrace.storage import creating, writer
-from grutrace.storage.sinks import open_trace
+from grutrace.records import QUANTITIES
+from grutrace.storage.open import open_trace
+from grutrace.storage.write import create, writer
 from tests.plain_reader import PlainTrace
 
 from .oracle import check_trace
@@ -79,7 +79,7 @@ def test_xarray_opens_the_whole_file(path):
 
 
 def test_control_without_scales_the_axes_have_no_names(path, monkeypatch):
-    monkeypatch.setattr(creating, "create_scales", lambda *_: None)
+    monkeypatch.setattr(create, "create_scales", lambda *_: None)
     write(path, full_stream())
     group = "modules/encoder.rnn/l0"
     with (
@@ -181,8 +181,8 @@ def test_a_run_that_goes_on_makes_the_scales_longer(path):
 def test_a_file_of_version_1_0_is_read_and_goes_on(path, monkeypatch):
     """It has no scales, and gets none: they cannot be added to what another process may read."""
     with monkeypatch.context() as older:
-        older.setattr(creating, "create_scales", lambda *_: None)
-        older.setattr("grutrace.storage.header.FORMAT_VERSION", (1, 0))
+        older.setattr(create, "create_scales", lambda *_: None)
+        older.setattr("grutrace.storage.format.header.FORMAT_VERSION", (1, 0))
         stream = full_stream()
         write(path, stream)
     with h5py.File(path) as file:

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 import grutrace
+from grutrace.distributed import Shard
 from grutrace.errors import GrutraceWarning, OptionError, TraceFileError
-from grutrace.shard import Shard
-from grutrace.storage.merging import merge_shards
-from grutrace.storage.parts import Stamp, part_path
-from grutrace.storage.sinks import open_trace
-from grutrace.storage.stream import StreamSink
-from grutrace.storage.trace import Trace
+from grutrace.storage.open import open_trace
+from grutrace.storage.read.trace import Trace
+from grutrace.storage.shards.merge import merge_shards
+from grutrace.storage.shards.run_parts import Stamp, part_path
+from grutrace.storage.write.stream_sink import StreamSink
 from tests.plain_reader import PlainTrace
 
 from .oracle import check_trace

@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.storage import fitting, writer
-from grutrace.storage.reader import FileSource
-from grutrace.storage.recovery import recover_file
-from grutrace.storage.sinks import open_trace
-from grutrace.storage.stream import StreamSink
-from grutrace.storage.trace import Trace
+from grutrace.storage.open import open_trace
+from grutrace.storage.read.file_source import FileSource
+from grutrace.storage.read.trace import Trace
+from grutrace.storage.recovery.recover import recover_file
+from grutrace.storage.write import compact, writer
+from grutrace.storage.write.stream_sink import StreamSink
 from tests.plain_reader import PlainTrace
 
 from . import coded
@@ -350,7 +350,7 @@ def test_a_small_file_that_cannot_be_copied_is_appended_to_where_it_is(path, mon
     if reason == "owner":
         monkeypatch.setattr(writer, "keeps_owner", lambda *_: False)
     else:
-        monkeypatch.setattr(fitting, "LARGEST", 0)
+        monkeypatch.setattr(compact, "LARGEST", 0)
     inode = path.stat().st_ino
     append_blocks(path, 1, 3, "a")
     assert path.stat().st_ino == inode
@@ -407,7 +407,7 @@ def test_a_file_that_is_recovered_is_small(path):
 
 def test_what_is_worth_a_copy():
     header = make_header(make_module(hidden=64, width=64))
-    columns = fitting.layout(header.modules)
+    columns = compact.layout(header.modules)
 
     def items(rows, calls=1):
         counts = {"calls": calls, "modules/rnn/pieces": calls, "modules/rnn/l0/initial": calls}
@@ -416,11 +416,11 @@ def test_what_is_worth_a_copy():
         return {place: counts.get(place, rows if column.axes else 0)
                 for place, column in columns.items()}  # fmt: skip
 
-    assert fitting.is_wasteful(header, items(10))
-    assert fitting.is_wasteful(header, items(100))
+    assert compact.is_wasteful(header, items(10))
+    assert compact.is_wasteful(header, items(100))
     # As many rows as a chunk has, nearly.
-    assert not fitting.is_wasteful(header, items(1000))
-    assert not fitting.is_wasteful(header, items(0, 0) | dict.fromkeys(columns, 0))
-    assert not fitting.is_wasteful(header, items(100_000, 100))
-    many = make_header(*[make_module(str(number)) for number in range(fitting.MOST_SITES + 1)])
-    assert not fitting.is_wasteful(many, dict.fromkeys(fitting.layout(many.modules), 1))
+    assert not compact.is_wasteful(header, items(1000))
+    assert not compact.is_wasteful(header, items(0, 0) | dict.fromkeys(columns, 0))
+    assert not compact.is_wasteful(header, items(100_000, 100))
+    many = make_header(*[make_module(str(number)) for number in range(compact.MOST_SITES + 1)])
+    assert not compact.is_wasteful(many, dict.fromkeys(compact.layout(many.modules), 1))

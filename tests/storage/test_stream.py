@@ -16,12 +16,12 @@ import weakref
 import pytest
 
 from grutrace.errors import GrutraceWarning, OptionError, SinkError, TraceFileError
-from grutrace.storage import pump
-from grutrace.storage.appender import Appender
-from grutrace.storage.sinks import open_sink, open_source, open_trace
-from grutrace.storage.stream import StreamSink
-from grutrace.storage.trace import Trace
-from grutrace.storage.writer import Writer
+from grutrace.storage.open import open_sink, open_source, open_trace
+from grutrace.storage.read.trace import Trace
+from grutrace.storage.write import writer_thread
+from grutrace.storage.write.appender import Appender
+from grutrace.storage.write.stream_sink import StreamSink
+from grutrace.storage.write.writer import Writer
 
 from . import coded
 from .oracle import check_trace
@@ -354,7 +354,7 @@ def test_overwrite_replaces_and_gives_back_the_old_file_if_it_cannot(path, monke
     coded.write(path, "big", calls=1)
     precious = path.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("grutrace.storage.creating.create_datasets", lambda *_: 1 / 0)
+        patch.setattr("grutrace.storage.write.create.create_datasets", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             StreamSink(path, coded.HEADER, "overwrite")
     assert path.read_bytes() == precious
@@ -371,7 +371,7 @@ def test_a_forgotten_sink_is_closed_in_order(path):
     sink.append(coded.block(0, "big"))
     del sink
     gc.collect()
-    assert until(lambda: not pump._running)
+    assert until(lambda: not writer_thread._running)
     with open_trace(path) as trace:
         assert coded.check_trace(trace) == 1
         assert trace._source.refresh().closed
@@ -404,7 +404,7 @@ def test_an_error_at_the_end_of_python_is_not_silent(path, monkeypatch):
     sink = StreamSink(path, coded.HEADER)
     sink.append(coded.weights())
     with pytest.warns(GrutraceWarning, match=r"run\.h5"):
-        pump._close_all()
+        writer_thread._close_all()
     sink.close()
 
 

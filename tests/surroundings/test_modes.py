@@ -170,7 +170,7 @@ def test_a_tracer_that_never_recorded_or_failed_names_nothing(model, batch) -> N
 
 def test_dropout_masks_that_cannot_be_known_are_said_and_left_alone(monkeypatch) -> None:
     """On other devices than a CPU; which device it is, is all that the test makes up."""
-    monkeypatch.setattr("grutrace.capture.observe._on_cpu", lambda _: False)
+    monkeypatch.setattr("grutrace.capture.kernel_calls.observation._on_cpu", lambda _: False)
     layer, x = nn.GRU(3, 4, 2, dropout=0.5), torch.randn(5, 2, 3)
     torch.manual_seed(1)
     expected = layer(x)

@@ -1,0 +1,366 @@
+"""What moved between two traces of one model: before and after training, or on other inputs.
+
+Sites are compared unit by unit and quantity by quantity. The difference of two means is shown as it
+is, and as Cohen's d: over the standard deviation within the traces, the root of the mean of both
+variances (Cohen 1988, "Statistical power analysis for the behavioral sciences", chapter 2; 0.2 is
+small there, 0.8 large). Steps of a sequence resemble each other, so the standard error of a
+difference counts sequences, not steps.
+
+Where both traces are of the same inputs, step by step, they can be compared so: how far each unit
+is from itself, and whether it still rises and falls where it did.
+
+N steps of both traces together, H units.
+
+Mean, variance, and the standard error of a mean whose steps come in sequences.
+
+Steps of a sequence resemble each other, so N of them say less than N. The error here takes whole
+sequences as what was drawn: with s and T the sum and the number of steps of each of S sequences and
+m the mean of all N steps,
+
+    error^2 = S / (S - 1) * sum over sequences of (s - T m)^2 / N^2
+
+(the linearised variance of a ratio; Cochran 1977, "Sampling techniques", 3rd edition, section 6.3).
+
+H columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from grutrace.analysis.engine.map_reduce import fold_sequences
+from grutrace.analysis.engine.result import Result
+from grutrace.analysis.engine.segments import Stretch
+from grutrace.analysis.engine.site_data import Analysed, Beside, Material, material
+from grutrace.errors import NotRecordedError, OptionError
+from grutrace.records import GATES, QUANTITIES, Array
+from grutrace.storage.interfaces import Rows
+from grutrace.storage.read.sequence_index import Integers
+
+
+class Sums:
+    """What is kept of steps. Sums are of the distance from an origin, so that little is lost.
+
+    Args:
+        origin: (H,) some value of each column, near its others.
+
+    Attributes:
+        count: N.
+        sequences: S, those with steps.
+    """
+
+    def __init__(self, origin: Array) -> None:
+        self._origin = origin
+        self.count = self.sequences = 0
+        self._total, self._squares = np.zeros_like(origin), np.zeros_like(origin)
+        # Of whole sequences: sums of s^2, of s T and of T^2; and s and T of the one at hand.
+        self._sum_squares, self._sum_steps = np.zeros_like(origin), np.zeros_like(origin)
+        self._steps_squares = 0.0
+        self._own, self._steps = np.zeros_like(origin), 0
+
+    def add(self, distance: Array, ends: bool) -> None:
+        """Take in steps of one sequence, the next ones of it or the first of another.
+
+        Args:
+            distance: (n, H) values less the origin.
+            ends: Whether they are the last of their sequence.
+        """
+        total = distance.sum(0)
+        self.count += len(distance)
+        self._total += total
+        self._squares += np.einsum("nh,nh->h", distance, distance)
+        self._own += total
+        self._steps += len(distance)
+        if ends:
+            self.sequences += 1
+            self._sum_squares += self._own**2
+            self._sum_steps += self._own * self._steps
+            self._steps_squares += float(self._steps) ** 2
+            self._own, self._steps = np.zeros_like(self._own), 0
+
+    def merge(self, later: Sums) -> None:
+        """Take in those of later sequences."""
+        self.count += later.count
+        self.sequences += later.sequences
+        self._total += later._total
+        self._squares += later._squares
+        self._sum_squares += later._sum_squares
+        self._sum_steps += later._sum_steps
+        self._steps_squares += later._steps_squares
+
+    @property
+    def shift(self) -> Array:
+        """(H,) mean distance from the origin; not a number where there are no steps."""
+        return np.asarray(self._total / (self.count or np.nan))
+
+    @property
+    def mean(self) -> Array:
+        """(H,)"""
+        return np.asarray(self._origin + self.shift)
+
+    @property
+    def variance(self) -> Array:
+        """(H,) over all steps, with N."""
+        of_squares = self._squares / (self.count or np.nan)
+        return np.asarray(np.maximum(of_squares - self.shift**2, 0.0))
+
+    @property
+    def error(self) -> Array:
+        """(H,) standard error of the mean; not a number of fewer than two sequences."""
+        if self.sequences < 2:
+            return np.full_like(self._origin, np.nan)
+        apart = (
+            self._sum_squares
+            - 2 * self.shift * self._sum_steps
+            + self.shift**2 * self._steps_squares
+        )
+        factor = self.sequences / (self.sequences - 1)
+        return np.asarray(np.sqrt(np.maximum(apart, 0.0) * factor) / self.count)
+
+
+#: What is compared: all but the input, which is not of units.
+COMPARED = tuple(name for name in QUANTITIES if name != "input")
+
+
+#: Columns of quantities, by name.
+Columns: TypeAlias = Sequence[tuple[str, Integers]]
+
+#: What the names of the other trace's quantities begin with, where both are gone through at once.
+_OTHER = "other "
+
+
+@dataclass(frozen=True, eq=False)
+class Change(Result):
+    """Of a site, from one trace to another. By quantity, those that both have, (H,) each.
+
+    Not a number where there are no steps, or one of the unit's values is not.
+
+    Attributes:
+        other: Name of the other site.
+        steps_before, steps_after: Of all sequences together.
+        paired: Whether steps were compared one by one.
+        units: (H,) numbers of the units that both have.
+        before, after: Means.
+        moved: after - before.
+        effect: Cohen's d; infinite where a unit that never varies moved.
+        error: Standard error of `moved`, with sequences as what was drawn; not a number where there
+            are fewer than two.
+        apart: Root of the mean squared difference at the same step; only if paired.
+        correlation: Between both at the same step; only if paired. Not a number where one does not
+            vary.
+        weights: By gate, (H,) length of the change of a unit's row of weights and biases over the
+            length before; empty where weights were not recorded. Last versions are compared.
+    """
+
+    other: str
+    steps_before: int
+    steps_after: int
+    paired: bool
+    units: Integers
+    before: Mapping[str, Array]
+    after: Mapping[str, Array]
+    moved: Mapping[str, Array]
+    effect: Mapping[str, Array]
+    error: Mapping[str, Array]
+    apart: Mapping[str, Array]
+    correlation: Mapping[str, Array]
+    weights: Mapping[str, Array]
+
+
+def change(before: Analysed, against: Analysed, *, paired: bool = False) -> Change:
+    """Compare a site in two traces.
+
+    Args:
+        before: The site in the earlier trace.
+        against: The same site in the later one.
+        paired: Whether both are of the same inputs in the same order: so that step by step they can
+            be compared. Their sequences must have the same lengths then; whether the inputs were
+            the same, you know.
+
+    Raises:
+        NotRecordedError: They have no quantity, or no unit, in common.
+        OptionError: They are paired and their sequences differ in length.
+    """
+    first, second = material(before), material(against)
+    names = [name for name in COMPARED if name in first.quantities and name in second.quantities]
+    if not names:
+        raise NotRecordedError(
+            f"{first.name!r} has {', '.join(first.quantities) or 'nothing'}, the other has "
+            f"{', '.join(second.quantities) or 'nothing'}: nothing in common to compare"
+        )
+    units, ours, theirs = np.intersect1d(first.units, second.units, return_indices=True)
+    if not len(units):
+        raise NotRecordedError(f"{first.name!r}: no unit was recorded in both")
+    one = [(name, ours) for name in names]
+    if paired:
+        site = _beside(first, second, names)
+        both = _sums(site, one, [(_OTHER + name, theirs) for name in names])
+        found = both.before, both.after
+        error, apart, correlation = both.difference.error, both.apart, both.correlation
+    else:
+        found = _sums(first, one).before, _sums(second, [(name, theirs) for name in names]).before
+        error, apart, correlation = np.hypot(found[0].error, found[1].error), None, None
+
+    def by_name(values: Array | None) -> dict[str, Array]:
+        if values is None:
+            return {}
+        return dict(zip(names, np.split(values, len(names)), strict=True))
+
+    before_it, after_it = found
+    return Change(
+        site=first.name,
+        other=second.name,
+        steps_before=first.steps,
+        steps_after=second.steps,
+        paired=paired,
+        units=units,
+        before=by_name(before_it.mean),
+        after=by_name(after_it.mean),
+        moved=by_name(after_it.mean - before_it.mean),
+        effect=by_name(_effect(before_it, after_it)),
+        error=by_name(error),
+        apart=by_name(apart),
+        correlation=by_name(correlation),
+        weights=_weights(first, second, units),
+    )
+
+
+def _effect(before: Sums, after: Sums) -> Array:
+    """Cohen's d."""
+    moved = after.mean - before.mean
+    with np.errstate(divide="ignore", invalid="ignore"):
+        effect = moved / np.sqrt((before.variance + after.variance) / 2)
+    # Where nothing varies and nothing moved there is no effect.
+    return np.asarray(np.where(moved == 0, 0.0, effect))
+
+
+def _weights(before: Material, after: Material, units: Integers) -> dict[str, Array]:
+    try:
+        one, other = before.weights(-1), after.weights(-1)
+    except NotRecordedError:
+        return {}
+    names = [name for name in one if name in other and one[name].shape == other[name].shape]
+    if "weight_hh" not in names:
+        return {}
+    size, moved = (np.zeros(len(one["weight_hh"])) for _ in range(2))
+    for name in names:
+        exact = [np.asarray(of[name], np.float64) for of in (one, other)]
+        rows = [each.reshape(len(each), -1) for each in exact]
+        size += np.square(rows[0]).sum(1)
+        moved += np.square(rows[1] - rows[0]).sum(1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = np.sqrt(moved) / np.sqrt(size)
+    relative[moved == 0] = 0.0
+    return {
+        gate: part[units] for gate, part in zip(GATES, np.split(relative, len(GATES)), strict=True)
+    }
+
+
+def _beside(first: Material, second: Material, names: Sequence[str]) -> Beside:
+    """The first site, with the rows of the second beside its own."""
+    if not np.array_equal(first.lengths, second.lengths):
+        raise OptionError(
+            f"paired: expected sequences of the same lengths in both traces of {first.name!r}; "
+            f"found {len(first.lengths)} with {first.steps} steps and {len(second.lengths)} with "
+            f"{second.steps}"
+        )
+    if first.reverse != second.reverse:
+        raise OptionError(f"paired: {first.name!r} and {second.name!r} go in opposite directions")
+    ours, theirs = (of.rows_between(0, len(of.lengths)) for of in (first, second))
+    if isinstance(ours, slice) and isinstance(theirs, slice):
+        return Beside(first, {_OTHER + name: second.rows(name) for name in names})
+    numbers = np.arange(first.steps)
+    order = np.empty(first.steps, np.int64)
+    order[ours] = numbers[theirs]
+    return Beside(first, {_OTHER + name: _InOrder(second.rows(name), order) for name in names})
+
+
+class _InOrder:
+    """Rows in another order, read when they are indexed."""
+
+    def __init__(self, rows: Rows, order: Integers) -> None:
+        self._rows, self._order = rows, order
+        self.shape, self.dtype, self.ndim = rows.shape, rows.dtype, 2
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._rows[self._order[key]]
+
+
+def _sums(of: Material, before: Columns, after: Columns = ()) -> _Fold:
+    quantities = [name for name, _ in (*before, *after)]
+    origins = [
+        np.concatenate(
+            [
+                np.asarray(of.rows(name)[:1], np.float64)[0, columns]
+                if of.steps
+                else np.zeros(len(columns))
+                for name, columns in side
+            ]
+        )
+        for side in (before, after)
+        if side
+    ]
+    return fold_sequences(of, quantities, partial(_Fold, before, after, origins))
+
+
+class _Fold:
+    """Sums of one side; or of both and of their difference, and of their products."""
+
+    def __init__(self, before: Columns, after: Columns, origins: Sequence[Array]) -> None:
+        self._before, self._after, self._origins = before, after, origins
+        self.before = Sums(origins[0])
+        if after:
+            self.after, self.difference = Sums(origins[1]), Sums(origins[1] - origins[0])
+            self._products = np.zeros(len(origins[0]))
+
+    def add(self, stretch: Stretch) -> None:
+        before = _distances(stretch, self._before, self._origins[0])
+        self.before.add(before, stretch.ends)
+        if self._after:
+            after = _distances(stretch, self._after, self._origins[1])
+            self.after.add(after, stretch.ends)
+            self.difference.add(after - before, stretch.ends)
+            self._products += np.einsum("nh,nh->h", before, after)
+
+    def merge(self, later: _Fold) -> None:
+        self.before.merge(later.before)
+        if self._after:
+            self.after.merge(later.after)
+            self.difference.merge(later.difference)
+            self._products += later._products
+
+    @property
+    def apart(self) -> Array:
+        """Root of the mean squared difference."""
+        return np.asarray(np.sqrt(self.difference.variance + self.difference.mean**2))
+
+    @property
+    def correlation(self) -> Array:
+        """Pearson's."""
+        count = self.before.count or np.nan
+        covariance = self._products / count - self.before.shift * self.after.shift
+        scale = np.sqrt(self.before.variance * self.after.variance)
+        found = np.full(len(scale), np.nan)
+        np.divide(covariance, scale, out=found, where=scale > 0)
+        return np.asarray(np.clip(found, -1.0, 1.0))
+
+
+def _distances(stretch: Stretch, side: Columns, origin: Array) -> Array:
+    """(n, columns of all quantities) float64, how far each value is from its origin."""
+    found = np.empty((len(stretch), len(origin)))
+    start = 0
+    for name, columns in side:
+        values, part = stretch.values[name], slice(start, start + len(columns))
+        if len(columns) < values.shape[1] or np.any(np.diff(columns) != 1):
+            values = values[:, columns]
+        np.subtract(values, origin[part], out=found[:, part])
+        start += len(columns)
+    return found

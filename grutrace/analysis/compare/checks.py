@@ -1,0 +1,381 @@
+"""The values of one quantity at one site of two traces, compared block by block.
+
+What two traces should have alike beside their values: sequences, units, tokens, labels.
+
+How two traces were made otherwise: weights, mode, batches, types, versions, options.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from grutrace.analysis.compare.alignment import Block, Pair, Side
+from grutrace.analysis.compare.report import (
+    Circumstance,
+    Mismatch,
+    Place,
+    ValueDifference,
+    WeightsDifference,
+    only_in,
+)
+from grutrace.analysis.verification.residuals import differences, scaled_differences
+from grutrace.records import GATES, Array
+from grutrace.storage.read.sequence_index import AnnotationIndex
+from grutrace.storage.read.snapshot import Moment
+
+#: Beside quantities: the states that sequences began from.
+INITIAL = "initial"
+
+#: What goes in comes first: where it differs, nothing after it is the cause.
+ORDER = ("input", INITIAL, *GATES, "hidden")
+
+
+#: Spacings at 1 of the coarser type that two computations may differ by: four times what was seen
+#: of a trained network.
+SPACINGS = 256
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is to be compared.
+
+    Attributes:
+        pair: The site.
+        quantity: One of `ORDER` that both have.
+    """
+
+    pair: Pair
+    quantity: str
+
+    @property
+    def count(self) -> int:
+        """Rows of the one trace."""
+        side = self.pair.a
+        if self.quantity == INITIAL:
+            return self.pair.sequences
+        return side.moment.extent(side.number).rows
+
+    def blocks(self) -> Iterator[Block]:
+        """Yield all values that correspond."""
+        return self.pair.initial() if self.quantity == INITIAL else self.pair.rows(self.quantity)
+
+    def tolerance(self) -> float:
+        """What may come of rounding: see `grutrace.analysis.compare.trace_diff`."""
+        sides = self.pair.a, self.pair.b
+        kept = sum(_spacing(side) / 2 for side in sides)
+        spacing = max(self._computed(side) for side in sides)
+        return min(SPACINGS * spacing, math.sqrt(spacing)) + kept
+
+    def _computed(self, side: Side) -> float:
+        """Spacing at 1 of the coarsest type in which these values came about."""
+        precision = float(side.trace.checks["precision"].max(initial=0.0))
+        derived = self.quantity in side.site.derived
+        # What is derived follows from rows that are rounded to the type in which they are kept.
+        return max(precision, _spacing(side)) if derived or not precision else precision
+
+
+def _spacing(side: Side) -> float:
+    return float(np.finfo(side.module.dtype).eps)
+
+
+class Tally:
+    """Takes in blocks, in any order, and says what differs in them.
+
+    Args:
+        comparison: What they are of.
+        tolerance: Differences up to here count as none.
+    """
+
+    def __init__(self, comparison: Comparison, tolerance: float) -> None:
+        self._comparison, self._tolerance = comparison, tolerance
+        self._values = self._unequal = self._beyond = 0
+        self._largest: Place | None = None
+        self._first: tuple[tuple[int, int], Place] | None = None
+
+    def add(self, block: Block) -> None:
+        """Take in some values."""
+        self._values += block.a.size
+        if block.a.dtype == block.b.dtype and np.array_equal(block.a, block.b):
+            return
+        off = scaled_differences(block.a, block.b)
+        self._unequal += int(np.count_nonzero(off))
+        if off.size:
+            self._take_largest(block, *divmod(int(off.argmax()), off.shape[1]))
+        beyond = off > self._tolerance
+        self._beyond += int(np.count_nonzero(beyond))
+        rows = np.flatnonzero(beyond.any(axis=1))
+        if len(rows):
+            read = -block.steps if self._comparison.pair.a.site.reverse else block.steps
+            row = int(rows[np.lexsort((read[rows], block.sequences[rows]))[0]])
+            key = int(block.sequences[row]), int(read[row])
+            if self._first is None or key < self._first[0]:
+                self._first = key, self._place(block, row, int(beyond[row].argmax()))
+
+    def result(self) -> ValueDifference:
+        """What was found."""
+        return ValueDifference(
+            self._comparison.pair.a.site.name,
+            self._comparison.quantity,
+            self._tolerance,
+            self._values,
+            self._unequal,
+            self._beyond,
+            self._largest,
+            self._first[1] if self._first else None,
+        )
+
+    def _take_largest(self, block: Block, row: int, column: int) -> None:
+        place = self._place(block, row, column)
+        if place.difference > (self._largest.difference if self._largest else 0.0):
+            self._largest = place
+
+    def _place(self, block: Block, row: int, column: int) -> Place:
+        is_input = self._comparison.quantity == "input"
+        step = int(block.steps[row])
+        return Place(
+            int(block.sequences[row]),
+            None if step < 0 else step,
+            column if is_input else int(self._comparison.pair.common[column]),
+            float(block.a[row, column]),
+            float(block.b[row, column]),
+        )
+
+
+def site_mismatches(pair: Pair, quantities: Sequence[str]) -> Iterator[Mismatch]:
+    """Yield what a site does not have alike in both: units, width of the input, quantities.
+
+    Args:
+        pair: The site.
+        quantities: Those that both should have.
+    """
+    a, b = pair.a, pair.b
+    name = a.site.name
+    if a.module.hidden_size != b.module.hidden_size:
+        yield Mismatch(name, "hidden size", *_texts(a.module.hidden_size, b.module.hidden_size))
+        return
+    if a.site.input_size != b.site.input_size:
+        yield Mismatch(name, "input size", *_texts(a.site.input_size, b.site.input_size))
+    if set(a.units()) != set(b.units()):
+        yield Mismatch(name, "units", _units(a), _units(b))
+    for quantity in quantities:
+        held = quantity in a.site.readable, quantity in b.site.readable
+        if held[0] != held[1]:
+            yield Mismatch(name, quantity, *only_in(*held))
+
+
+def module_mismatches(a: Side, b: Side) -> Iterator[Mismatch]:
+    """Yield what the sequences of a module do not have alike in both.
+
+    Args:
+        a: A site of the module in the one trace.
+        b: The same site in the other.
+    """
+    path, count = a.module.path, min(len(a.index), len(b.index))
+    if a.module.bias != b.module.bias:
+        yield Mismatch(path, "bias", *_texts(a.module.bias, b.module.bias))
+    if len(a.index) != len(b.index):
+        yield Mismatch(path, "sequences", *_texts(len(a.index), len(b.index)))
+    lengths = [side.index.lengths[:count] for side in (a, b)]
+    yield from _where_unequal(path, "steps", *lengths)
+    for what, of_a, of_b in zip(
+        ("parent", "steps of the parent"), a.index.parents, b.index.parents, strict=True
+    ):
+        yield from _where_unequal(path, what, of_a[:count], of_b[:count])
+    if not _same_annotations(a, b):
+        yield from _annotation_mismatches(a, b, np.minimum(*lengths).tolist())
+
+
+def _units(side: Side) -> str:
+    if side.site.units is None:
+        return f"all {side.module.hidden_size}"
+    more = ", ..." if len(side.site.units) > 8 else ""
+    return ", ".join(map(str, side.site.units[:8])) + more
+
+
+def _texts(a: Any, b: Any) -> tuple[str, str]:
+    return str(a), str(b)
+
+
+def _where_unequal(path: str, what: str, a: Array, b: Array) -> Iterator[Mismatch]:
+    """(S,) numbers of the sequences."""
+    unequal = np.flatnonzero(a != b)
+    if len(unequal):
+        first = int(unequal[0])
+        of_a, of_b = ("none" if value < 0 else str(value) for value in (a[first], b[first]))
+        yield Mismatch(path, what, of_a, of_b, count=len(unequal), sequence=first)
+
+
+def _same_annotations(a: Side, b: Side) -> bool:
+    """Whether the tables say the same, which is quickly seen; if not, they may mean the same."""
+    tables = a.moment.tables, b.moment.tables
+    return a.number == b.number and all(
+        np.array_equal(*(getattr(each, name) for each in tables))
+        for name in ("annotations", "values", "strings", "characters")
+    )
+
+
+def _annotation_mismatches(a: Side, b: Side, lengths: list[int]) -> Iterator[Mismatch]:
+    found: dict[tuple[str, str], Mismatch] = {}
+    of_a, of_b = (side.moment.annotations(side.number) for side in (a, b))
+    for sequence, length in enumerate(lengths):
+        named = [_values(index, sequence, length) for index in (of_a, of_b)]
+        for name in dict.fromkeys([*named[0], *named[1]]):
+            mismatch = _of_sequence(a.module.path, name, sequence, *(n.get(name) for n in named))
+            if mismatch:
+                key = name, str([mismatch.a is None, mismatch.b is None])
+                found[key] = _added(found.get(key), mismatch)
+    yield from found.values()
+
+
+def _values(index: AnnotationIndex, sequence: int, length: int) -> dict[str, list[Any]]:
+    """By name, one value a step, None for none."""
+    return {
+        name: [
+            None if value != value else value
+            for value in (values.tolist() if isinstance(values, np.ndarray) else values)
+        ]
+        for name, values in index.of(sequence, length).items()
+    }
+
+
+def _of_sequence(
+    path: str, name: str, sequence: int, a: list[Any] | None, b: list[Any] | None
+) -> Mismatch | None:
+    what = name if name == "tokens" else f"label {name}"
+    if a is None or b is None:
+        return Mismatch(path, what, *only_in(a is not None, b is not None), sequence=sequence)
+    unequal = [step for step, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1]]
+    if not unequal:
+        return None
+    step = unequal[0]
+    of_a, of_b = ("none" if each is None else repr(each) for each in (a[step], b[step]))
+    return Mismatch(path, what, of_a, of_b, len(unequal), sequence, step)
+
+
+def _added(first: Mismatch | None, more: Mismatch) -> Mismatch:
+    if first is None:
+        return more
+    return replace(first, count=first.count + more.count)
+
+
+#: Floating-point types by their spacing at 1, as the file has it.
+_TYPES = {2.0**-52: "float64", 2.0**-23: "float32", 2.0**-10: "float16", 2.0**-7: "bfloat16"}
+
+_MISSING = "none"
+
+
+def weights_difference(pair: Pair) -> WeightsDifference | None:
+    """Compare the weights of a site, version by version; None where all are equal.
+
+    Versions correspond by their number. Both must have the same sizes.
+    """
+    a, b = pair.a.trace, pair.b.trace
+    first: WeightsDifference | None = None
+    versions = 0
+    for version in range(min(a.extent.versions, b.extent.versions)):
+        found = _differing(a.name, version, a.weights(version), b.weights(version))
+        versions += found is not None
+        first = first or found
+    return first and replace(first, versions=versions)
+
+
+def _differing(
+    site: str, version: int, a: Mapping[str, Array], b: Mapping[str, Array]
+) -> WeightsDifference | None:
+    """Where the weights that both have differ most; None if all are equal."""
+    found: tuple[float, WeightsDifference | None] = 0.0, None
+    for name in (each for each in a if each in b):
+        off = differences(a[name].astype(np.float64), b[name].astype(np.float64))
+        if not off.size:
+            continue
+        place = np.unravel_index(int(off.argmax()), off.shape)
+        if off[place] > found[0]:
+            values = float(a[name][place]), float(b[name][place])
+            found = float(off[place]), WeightsDifference(site, version, 1, name, *values)
+    return found[1]
+
+
+def of_traces(a: Moment, b: Moment) -> Iterator[Circumstance]:
+    """Yield what differs between the traces as wholes."""
+    yield from _unequal("model", a.header.model, b.header.model)
+    for name in dict.fromkeys([*a.header.versions, *b.header.versions]):
+        texts = (each.header.versions.get(name, _MISSING) for each in (a, b))
+        yield from _unequal(name, *texts)
+    for name in dict.fromkeys([*a.header.options, *b.header.options]):
+        # Every run has an id of its own.
+        if name != "run":
+            yield from _unequal(f"option {name}", *(_option(each, name) for each in (a, b)))
+
+
+def _option(moment: Moment, name: str) -> str:
+    options: Mapping[str, Any] = moment.header.options
+    return json.dumps(options[name]) if name in options else _MISSING
+
+
+def of_modules(a: Side, b: Side) -> Iterator[Circumstance]:
+    """Yield what differs between the calls of a module, of which these are the same site."""
+    path = f"{a.module.path}: " if a.module.path else ""
+    yield from _unequal(f"{path}class", a.module.type, b.module.type)
+    yield from _unequal(f"{path}dropout", str(a.module.dropout), str(b.module.dropout))
+    yield from _unequal(f"{path}calls in training mode", *map(_training, (a, b)))
+    yield from _unequal(f"{path}batches", *map(_batches, (a, b)), same=_same_batches(a, b))
+    versions = (str(side.moment.extent(side.number).versions) for side in (a, b))
+    yield from _unequal(f"{path}versions of the weights", *versions)
+    yield from _unequal(f"{path}tags", *map(_tags, (a, b)))
+
+
+def of_sites(pair: Pair) -> Iterator[Circumstance]:
+    """Yield what differs between the types of a site, and whether its input was recorded."""
+    name = pair.a.site.name
+    yield from _unequal(f"{name}: computed in", *map(_precisions, (pair.a, pair.b)))
+    kept = (side.module.dtype for side in (pair.a, pair.b))
+    yield from _unequal(f"{name}: kept as", *kept)
+    yield from _unequal(f"{name}: input", *map(_input, (pair.a, pair.b)))
+
+
+def _input(side: Side) -> str:
+    return "recorded" if "input" in side.site.readable else "not recorded"
+
+
+def _unequal(what: str, a: str, b: str, *, same: bool | None = None) -> Iterator[Circumstance]:
+    if not (a == b if same is None else same):
+        yield Circumstance(what, a, b)
+
+
+def _training(side: Side) -> str:
+    training = side.moment.tables.calls["training"][side.index.call_numbers] > 0
+    if not training.any():
+        return "none"
+    return "all" if training.all() else f"{training.sum()} of {len(training)}"
+
+
+def _sizes(side: Side) -> Array:
+    return np.asarray(side.moment.tables.calls["batch"][side.index.call_numbers])
+
+
+def _same_batches(a: Side, b: Side) -> bool:
+    return np.array_equal(_sizes(a), _sizes(b))
+
+
+def _batches(side: Side) -> str:
+    sizes = _sizes(side)
+    if not len(sizes):
+        return "no calls"
+    size = str(sizes[0]) if (sizes == sizes[0]).all() else f"{sizes.min()} to {sizes.max()}"
+    return f"{len(sizes)} call{'s' * (len(sizes) > 1)} of {size}"
+
+
+def _tags(side: Side) -> str:
+    tags = dict.fromkeys(side.moment.tags[side.index.call_numbers].tolist())
+    return ", ".join("none" if tag is None else repr(tag) for tag in tags)
+
+
+def _precisions(side: Side) -> str:
+    found = np.unique(side.trace.checks["precision"]).tolist()
+    return ", ".join(_TYPES.get(each, f"a spacing of {each:g}") for each in found)

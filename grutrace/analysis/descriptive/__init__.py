@@ -1,0 +1,1 @@
+"""Distributions of gates and states: saturation, moments, quantiles, geometry."""

@@ -1,0 +1,423 @@
+"""Mean, spread, skewness, tails and extremes of every gate and state, unit by unit.
+
+Powers are those of the deviation from a mean, and two blocks are joined by the pairwise update of
+Chan, Golub and LeVeque (1979), carried on to the fourth power by Pébay (2008), "Formulas for
+robust, one-pass parallel computation of covariances and arbitrary-order statistical moments",
+Sandia report SAND2008-6212. No difference of large sums is taken, so a gate that hardly moves keeps
+its spread.
+
+N steps, H units; n rows of a block.
+
+Histograms and quantiles of every gate and state, unit by unit.
+
+All four have a range that is known beforehand, so a histogram of equal, narrow bins serves: those
+of two stretches of a run are joined by adding their counts, exactly, and a quantile that is read
+from it is never further than the width of one bin from the value that sorting all steps would give.
+That bound holds whatever the distribution, which sketches of data without a range cannot say.
+
+N steps, H units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+
+from grutrace.analysis.engine.map_reduce import fold_rows
+from grutrace.analysis.engine.result import Result
+from grutrace.analysis.engine.site_data import Analysed, Material, material
+from grutrace.errors import NotRecordedError, OptionError, brief
+from grutrace.records import DEFAULT_RECORD, Array
+from grutrace.statistics.accumulator import BLOCK, Tally
+from grutrace.statistics.histogram import require_bins
+from grutrace.statistics.moments import WIDE, describe, join, no_values
+from grutrace.storage.read.sequence_index import Integers
+
+#: A block is gone through in at most so many parts.
+PARTS = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Moments(Result):
+    """Of a site: by quantity (reset, update, candidate, hidden as recorded), (H,) each.
+
+    All are of finite values only; `not_finite` counts the others. Not a number where there are no
+    values, or where a power of a value is too large for float64.
+
+    Attributes:
+        steps: N, of all sequences together.
+        units: (H,) numbers of the units.
+        mean: Arithmetic mean.
+        std: Standard deviation, of the values that there are (divided by their number).
+        skewness: Mean cube of the deviation over std^3: above 0 where the longer tail is above
+            the mean. Not a number for a unit that never moves.
+        kurtosis: Mean fourth power of the deviation over std^4, less 3: 0 for a normal
+            distribution, -1.2 for a uniform one, and -2, the least there is, for two values taken
+            equally often. Not a number for a unit that never moves.
+        minimum: Least value.
+        maximum: Largest value.
+        not_finite: How many values are not a number, or infinite.
+    """
+
+    steps: int
+    units: Integers
+    mean: Mapping[str, Array]
+    std: Mapping[str, Array]
+    skewness: Mapping[str, Array]
+    kurtosis: Mapping[str, Array]
+    minimum: Mapping[str, Array]
+    maximum: Mapping[str, Array]
+    not_finite: Mapping[str, Array]
+
+
+def moments(site: Analysed) -> Moments:
+    """Work out the moments of each gate and state of each unit, over all steps.
+
+    Costs 3 times reading the rows from a file, on two cores.
+
+    Raises:
+        NotRecordedError: Neither gates nor states were recorded.
+    """
+    of = material(site)
+    quantities = of_units(of)
+    of_each = {
+        name: fold_rows(of, (name,), partial(Powers, len(of.units))).figures()
+        for name in quantities
+    }
+
+    def by_quantity(figure: str) -> dict[str, Array]:
+        return {name: figures[figure] for name, figures in of_each.items()}
+
+    return Moments(
+        site=of.name,
+        steps=of.steps,
+        units=of.units,
+        mean=by_quantity("mean"),
+        std=by_quantity("std"),
+        skewness=by_quantity("skewness"),
+        kurtosis=by_quantity("kurtosis"),
+        minimum=by_quantity("minimum"),
+        maximum=by_quantity("maximum"),
+        not_finite=by_quantity("not_finite"),
+    )
+
+
+def of_units(site: Material) -> tuple[str, ...]:
+    """The quantities of a site that have a column a unit.
+
+    Raises:
+        NotRecordedError: There are none.
+    """
+    found = tuple(name for name in DEFAULT_RECORD if name in site.quantities)
+    if not found:
+        raise NotRecordedError(
+            f"{site.name!r} has neither gates nor states; it has {', '.join(site.quantities)}"
+        )
+    return found
+
+
+class Powers:
+    """Sums of powers of the deviations from the mean, of every unit of one quantity.
+
+    Args:
+        width: How many units.
+
+    Attributes:
+        units: (H,) as `statistics.units` keeps them, `squares` being the sum of second powers.
+        cubes: (H,) the sum of third powers.
+        fourths: (H,) the sum of fourth powers.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.units = no_values(width)
+        self.cubes, self.fourths = np.zeros(width), np.zeros(width)
+
+    def add(self, rows: Mapping[str, Array]) -> None:
+        """Take in the (n, H) values of its quantity, of any floating-point type."""
+        (block,) = rows.values()
+        # A gate may have any value in a model that has gone astray, and its powers none.
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._merge(_powers(np.ascontiguousarray(block)))
+
+    def merge(self, later: Powers) -> None:
+        """Take in the values of another one."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._merge(later)
+
+    def _merge(self, other: Powers) -> None:
+        ours, theirs = (each.units["count"].astype(np.float64) for each in (self, other))
+        total = np.maximum(ours + theirs, 1)
+        first, second = ours / total, theirs / total
+        apart = other.units["mean"] - self.units["mean"]
+        squares, more = self.units["squares"], other.units["squares"]
+        # Pébay's equations with the counts as shares: n_A / n and n_B / n.
+        self.fourths += other.fourths
+        self.fourths += 4 * apart * (first * other.cubes - second * self.cubes)
+        self.fourths += 6 * apart**2 * (first**2 * more + second**2 * squares)
+        self.fourths += apart**4 * total * first * second * (first**2 - first * second + second**2)
+        self.cubes += other.cubes + 3 * apart * (first * more - second * squares)
+        self.cubes += apart**3 * total * first * second * (first - second)
+        join(self.units, other.units)
+
+    def figures(self) -> dict[str, Array]:
+        """By the names of the fields of `Moments`, (H,) each."""
+        units = self.units
+        some = units["count"] > 0
+        count = np.maximum(units["count"], 1)
+        # From the extremes, not from the spread: the mean of equal values may be rounded.
+        moves = some & (units["minimum"] < units["maximum"])
+        variance = np.where(moves, units["squares"] / count, 0.0)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            skewness = self.cubes / count / variance**1.5
+            kurtosis = self.fourths / count / variance**2 - 3
+        return {
+            "mean": np.where(some, units["mean"], np.nan),
+            "std": np.where(some, np.sqrt(variance), np.nan),
+            "skewness": np.where(moves, skewness, np.nan),
+            "kurtosis": np.where(moves, kurtosis, np.nan),
+            "minimum": np.where(some, units["minimum"], np.nan),
+            "maximum": np.where(some, units["maximum"], np.nan),
+            "not_finite": units["nan"] + units["infinite"],
+        }
+
+
+def _powers(block: Array) -> Powers:
+    """Those of one block.
+
+    The deviations are taken from the mean of a part of the block, in one pass, and moved to that of
+    all of it afterwards. The part being at least a sixteenth of the block, they are moved by four
+    standard deviations at most, so this loses no more than two or three digits of sixteen.
+    """
+    rows, width = block.shape
+    units, values, missing = describe(block, shares=False, moments=False)
+    finite = np.isfinite(block) if missing.any() else None
+    count = np.maximum(units["count"], 1)
+    center = _center(values, finite, max(1, rows // PARTS))
+    # Rows side by side, since NumPy is slow on short ones; what is left over by itself.
+    beside = max(1, WIDE // max(1, width))
+    whole = rows - rows % beside
+    sums = np.zeros((4, width))
+    for part, columns in ((slice(0, whole), beside * width), (slice(whole, rows), width)):
+        there = None if finite is None else finite[part].reshape(-1, columns)
+        found = _sums(values[part].reshape(-1, columns), there, np.tile(center, columns // width))
+        sums += found.reshape(4, -1, width).sum(1)
+    moved = sums[0] / count
+    units["mean"] = center + moved
+    units["squares"] = sums[1] - count * moved**2
+    powers = Powers(0)
+    powers.units = units
+    powers.cubes = sums[2] - 3 * moved * sums[1] + 2 * count * moved**3
+    powers.fourths = sums[3] - 4 * moved * sums[2] + 6 * moved**2 * sums[1] - 3 * count * moved**4
+    return powers
+
+
+def _center(values: Array, finite: Array | None, rows: int) -> Array:
+    """(H,) the mean of what is finite of the first rows."""
+    there = rows if finite is None else np.maximum(finite[:rows].sum(0), 1)
+    return np.asarray(values[:rows].sum(0, dtype=np.float64) / there)
+
+
+def _sums(values: Array, finite: Array | None, center: Array) -> Array:
+    """(4, columns) the sums of the first to fourth power of what is finite, less the center."""
+    sums = np.zeros((4, len(center)))
+    step = max(1, BLOCK // max(1, len(center)))
+    for start in range(0, len(values), step):
+        part = slice(start, start + step)
+        apart = np.subtract(values[part], center, dtype=np.float64)
+        if finite is not None:
+            apart[~finite[part]] = 0.0
+        squares = apart * apart
+        sums[0] += np.add.reduce(apart, axis=0)
+        sums[1] += np.einsum("nh,nh->h", apart, apart)
+        sums[2] += np.einsum("nh,nh->h", squares, apart)
+        sums[3] += np.einsum("nh,nh->h", squares, squares)
+    return sums
+
+
+#: Bins of a histogram unless asked otherwise: quantiles of the gates are right to a thousandth.
+FINE = 1024
+
+#: What is counted at a time. As much as is read: so many bins take long to add up. Elements.
+TOGETHER = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Quantiles(Result):
+    """Of a site: by quantity (reset, update, candidate, hidden as recorded), (H,) each.
+
+    All are of finite values only. Not a number where there are none.
+
+    Attributes:
+        steps: N, of all sequences together.
+        units: (H,) numbers of the units.
+        q05: The value that 5 % of the steps do not exceed.
+        q25: Likewise 25 %.
+        median: Likewise half of them.
+        q75: Likewise 75 %.
+        q95: Likewise 95 %.
+        minimum: Least value, exactly.
+        maximum: Largest value, exactly.
+        error: By quantity, how far a quantile can be off: the width of a bin. It holds for values
+            within the edges, where all gates lie; a state that began outside of -1 to 1 may be
+            there.
+        edges: By quantity, (bins + 1,) from 0 to 1 for reset and update, from -1 to 1 for candidate
+            and hidden.
+        histogram: By quantity, (H, bins) steps with a value in each bin, which holds its lower
+            edge, and the last its upper edge as well.
+        underflow: Steps with a value below the first edge.
+        overflow: Steps with a value above the last edge.
+    """
+
+    only_arrays: ClassVar[tuple[str, ...]] = ("edges", "histogram")
+
+    steps: int
+    units: Integers
+    q05: Mapping[str, Array]
+    q25: Mapping[str, Array]
+    median: Mapping[str, Array]
+    q75: Mapping[str, Array]
+    q95: Mapping[str, Array]
+    minimum: Mapping[str, Array]
+    maximum: Mapping[str, Array]
+    error: Mapping[str, float]
+    edges: Mapping[str, Array]
+    histogram: Mapping[str, Array]
+    underflow: Mapping[str, Array]
+    overflow: Mapping[str, Array]
+
+    def quantile(self, quantity: str, share: float) -> Array:
+        """(H,) the value that this share of the steps do not exceed.
+
+        It is, to within `error`, the value of rank ``ceil(share * count)`` among all steps in order
+        (the inverse of the empirical distribution; NumPy's method "inverted_cdf").
+
+        Args:
+            quantity: Its name.
+            share: From 0 to 1.
+
+        Raises:
+            OptionError: The share is no share, or there is no such quantity.
+        """
+        if quantity not in self.histogram:
+            found = ", ".join(self.histogram)
+            raise OptionError(f"quantity: expected one of {found}; found {brief(quantity)}")
+        if not 0 <= share <= 1:
+            raise OptionError(f"share: expected a number from 0 to 1; found {brief(share)}")
+        ranked = _Ranked(
+            self.histogram[quantity],
+            self.underflow[quantity],
+            self.overflow[quantity],
+            self.edges[quantity],
+            self.minimum[quantity],
+            self.maximum[quantity],
+        )
+        return ranked.quantile(share)
+
+
+def quantiles(site: Analysed, bins: int = FINE) -> Quantiles:
+    """Count the values of each gate and state of each unit into bins; read quantiles from them.
+
+    Costs 2.5 times reading the rows from a file, on two cores.
+
+    Args:
+        site: What of.
+        bins: A power of two from 2 to 1024. Memory for the counts is ``8 * bins`` bytes a unit and
+            quantity.
+
+    Raises:
+        NotRecordedError: Neither gates nor states were recorded.
+        OptionError: There cannot be so many bins.
+    """
+    of = material(site)
+    quantities = of_units(of)
+    require_bins(bins)
+    counted = {name: _of(of, name, bins) for name in quantities}
+    edges = {name: each.bins.edges for name, each in counted.items() if each.bins}
+
+    def known(figure: str) -> dict[str, Array]:
+        return {name: each.units[figure].copy() for name, each in counted.items()}
+
+    histogram = {name: each.histogram for name, each in counted.items()}
+    underflow, overflow = known("underflow"), known("overflow")
+    minimum, maximum = known("minimum"), known("maximum")
+    figures = histogram, underflow, overflow, edges, minimum, maximum
+    ranked = {name: _Ranked(*(of_each[name] for of_each in figures)) for name in quantities}
+
+    def at(share: float) -> dict[str, Array]:
+        return {name: each.quantile(share) for name, each in ranked.items()}
+
+    return Quantiles(
+        site=of.name,
+        steps=of.steps,
+        units=of.units,
+        q05=at(0.05),
+        q25=at(0.25),
+        median=at(0.5),
+        q75=at(0.75),
+        q95=at(0.95),
+        minimum=at(0.0),
+        maximum=at(1.0),
+        error={name: float(each[1] - each[0]) for name, each in edges.items()},
+        edges=edges,
+        histogram=histogram,
+        underflow=underflow,
+        overflow=overflow,
+    )
+
+
+def _of(site: Material, quantity: str, bins: int) -> Tally:
+    return fold_rows(site, (quantity,), partial(_Counted, quantity, len(site.units), bins)).tally
+
+
+class _Ranked:
+    """The values of one quantity in order, as far as a histogram tells: (H, bins), (H,) each."""
+
+    def __init__(
+        self,
+        histogram: Array,
+        underflow: Array,
+        overflow: Array,
+        edges: Array,
+        least: Array,
+        largest: Array,
+    ) -> None:
+        parts = [underflow[:, np.newaxis], histogram, overflow[:, np.newaxis]]
+        self._upto = np.cumsum(np.concatenate(parts, axis=1), axis=1)
+        # The two outer places end at what was seen; the others at their edges, or what was seen.
+        self._low = np.concatenate([[-np.inf], edges])
+        self._high = np.concatenate([edges, [np.inf]])
+        self._least, self._largest = least, largest
+
+    def quantile(self, share: float) -> Array:
+        """(H,) where in its bin the value of this rank lies, if those in the bin lie evenly."""
+        upto, least, largest = self._upto, self._least, self._largest
+        total = upto[:, -1]
+        rank = np.maximum(1, np.ceil(share * total)).astype(np.int64)
+        place = np.argmax(upto >= rank[:, np.newaxis], axis=1)
+        units = np.arange(len(upto))
+        before = np.where(place > 0, upto[units, place - 1], 0)
+        within = upto[units, place] - before
+        low = np.maximum(self._low[place], least)
+        high = np.minimum(self._high[place], largest)
+        with np.errstate(invalid="ignore"):
+            found = low + (rank - before - 0.5) / np.maximum(within, 1) * (high - low)
+        found = np.where(rank == total, largest, np.where(rank == 1, least, found))
+        return np.where(total > 0, found, np.nan)
+
+
+class _Counted:
+    """The histogram of one quantity, and its extremes."""
+
+    def __init__(self, quantity: str, width: int, bins: int) -> None:
+        self.tally = Tally(quantity, width, bins, shares=False, moments=False, together=TOGETHER)
+
+    def add(self, rows: Mapping[str, Array]) -> None:
+        (block,) = rows.values()
+        self.tally.add(block)
+
+    def merge(self, later: _Counted) -> None:
+        self.tally.merge(later.tally)

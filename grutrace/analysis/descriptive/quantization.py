@@ -1,0 +1,116 @@
+"""How far what is kept in a smaller type can be from what was computed.
+
+Rounding to the nearest moves a value by half the spacing of the type at most: of float16, 2^-12 for
+values from 0.5 to 1, half of that below 0.5, and so on down to 2^-25. Over many values, which lie
+anywhere between two neighbours, the error is evenly distributed: the root of its mean square is the
+spacing divided by the root of 12 (Bennett, "Spectra of quantized signals", 1948).
+
+N steps, H units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from grutrace.analysis.engine.map_reduce import fold_rows
+from grutrace.analysis.engine.result import Result
+from grutrace.analysis.engine.site_data import Analysed, material
+from grutrace.errors import NotRecordedError
+from grutrace.records import DEFAULT_RECORD, GATES, Array
+from grutrace.storage.read.sequence_index import Integers
+
+
+@dataclass(frozen=True, eq=False)
+class Rounding(Result):
+    """Of a site. Zero where the kernel computed in the type that is kept, or in a smaller one.
+
+    Attributes:
+        kept: Name of the type that the rows are kept as.
+        steps: N, of all sequences together.
+        units: (H,) numbers of the units.
+        largest: By quantity, (H,) what no value of a unit is off by more than. Not a number where
+            there are no values.
+        typical: By quantity, (H,) the root mean square that is to be expected. Likewise.
+        infinite: By quantity, (H,) values that are no number of the type any more.
+    """
+
+    kept: str
+    steps: int
+    units: Integers
+    largest: Mapping[str, Array]
+    typical: Mapping[str, Array]
+    infinite: Mapping[str, Array]
+
+
+def rounding(site: Analysed) -> Rounding:
+    """Bound the error of gates and states that are kept in a smaller type.
+
+    It is that of the type alone: of what was stored as it was computed, not of gates that are
+    derived from rounded states.
+
+    Args:
+        site: With at least one of reset, update, candidate and hidden stored.
+
+    Raises:
+        NotRecordedError: None of them is.
+    """
+    of = material(site)
+    asked = [name for name in DEFAULT_RECORD if name in of.stored]
+    if not asked:
+        raise NotRecordedError(f"{of.name!r} stores no gates and no states")
+    kept = of.rows(asked[0]).dtype
+    counted = fold_rows(of, asked, partial(_Spacings, tuple(asked), len(of.units)))
+    # A type that is no smaller holds what the kernel computed as it is.
+    share = 0.0 if np.finfo(kept).eps <= of.precision else 1.0
+    return Rounding(
+        site=of.name,
+        kept=kept.name,
+        steps=of.steps,
+        units=of.units,
+        largest={name: share * counted.largest[name] / 2 for name in asked},
+        typical={name: share * counted.root_mean_square(name) / 12**0.5 for name in asked},
+        infinite=counted.infinite,
+    )
+
+
+class _Spacings:
+    """The spacings of the values of each unit, by quantity."""
+
+    def __init__(self, quantities: Sequence[str], width: int) -> None:
+        self.largest = {name: np.full(width, np.nan) for name in quantities}
+        self.infinite = {name: np.zeros(width, np.int64) for name in quantities}
+        # Spacings are powers of two, whose squares add up without rounding.
+        self._squares = {name: np.zeros(width) for name in quantities}
+        self._finite = {name: np.zeros(width, np.int64) for name in quantities}
+
+    def add(self, rows: Mapping[str, Array]) -> None:
+        for name, block in rows.items():
+            finite = np.isfinite(block)
+            sizes = np.abs(np.where(finite, block, 0))
+            if name in GATES:
+                # No sigmoid and no tanh is above 1: what is 1 now came from below.
+                sizes = np.minimum(sizes, np.nextafter(sizes.dtype.type(1), sizes.dtype.type(0)))
+            spacings = np.where(finite, np.spacing(sizes), 0).astype(np.float64)
+            if len(block):
+                largest = np.where(finite.any(axis=0), spacings.max(axis=0), np.nan)
+                self.largest[name] = np.fmax(self.largest[name], largest)
+            self.infinite[name] += np.isinf(block).sum(axis=0)
+            self._squares[name] += np.square(spacings).sum(axis=0)
+            self._finite[name] += finite.sum(axis=0)
+
+    def merge(self, later: _Spacings) -> None:
+        for name in self.largest:
+            self.largest[name] = np.fmax(self.largest[name], later.largest[name])
+            self.infinite[name] += later.infinite[name]
+            self._squares[name] += later._squares[name]
+            self._finite[name] += later._finite[name]
+
+    def root_mean_square(self, name: str) -> Array:
+        """Of the spacings, (H,); not a number where there are none."""
+        squares, count = self._squares[name], self._finite[name]
+        means = np.full(len(squares), np.nan)
+        return np.asarray(np.sqrt(np.divide(squares, count, out=means, where=count > 0)))

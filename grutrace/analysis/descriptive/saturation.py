@@ -1,0 +1,229 @@
+"""How often the gates are nearly shut or nearly open; which units are stuck, and which are dead.
+
+Karpathy, Johnson and Li (2015), "Visualizing and understanding recurrent networks", section 4.2:
+a gate is *left-saturated* at a step where it is below 0.1, *right-saturated* where it is above 0.9;
+their figure plots, unit by unit, the share of the one against the share of the other.
+
+N steps, H units.
+
+How open a gate is: its mean, and how often it is nearly shut or nearly open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from grutrace.analysis.engine.map_reduce import fold_rows
+from grutrace.analysis.engine.result import Result
+from grutrace.analysis.engine.site_data import Analysed, material
+from grutrace.errors import NotRecordedError
+from grutrace.records import GATES, Array
+from grutrace.reprs import fields_repr
+from grutrace.statistics.moments import OPEN, SHUT, describe, join, no_values
+from grutrace.statistics.results import UnitStatistics
+from grutrace.statistics.running import Statistics
+from grutrace.storage.read.sequence_index import Integers
+from grutrace.storage.read.site import SiteTrace
+
+#: A gate that is on one side in at least this share of the steps is stuck there.
+STUCK = 0.99
+
+#: A unit whose state stays within a range of this size is dead. Hidden states lie in (-1, 1).
+STILL = 1e-3
+
+
+@dataclass(frozen=True, eq=False)
+class Saturation(Result):
+    """Of a site. Not a number where there are no steps.
+
+    Attributes:
+        steps: N, of all sequences together.
+        units: (H,) numbers of the units.
+        left: By gate (reset, update, candidate as recorded), (H,) share of the steps with
+            the gate below 0.1; for the candidate, of those with ``|n|`` below 0.1.
+        right: Likewise above 0.9.
+        stuck: By gate, (H,) -1 where it is left-saturated in at least `STUCK` of the steps, 1
+            where it is right-saturated in as many, else 0.
+        dead: (H,) whether the state of a unit stays within a range of `STILL` all the
+            time; None where the hidden states were not recorded.
+    """
+
+    steps: int
+    units: Integers
+    left: Mapping[str, Array]
+    right: Mapping[str, Array]
+    stuck: Mapping[str, Array]
+    dead: Array | None
+
+
+def saturation(site: Analysed) -> Saturation:
+    """Count how often each gate of each unit is nearly shut or nearly open.
+
+    Args:
+        site: With at least one of reset, update and candidate; with hidden, dead units are told.
+
+    Raises:
+        NotRecordedError: No gate was recorded.
+    """
+    of = material(site)
+    gates = [name for name in GATES if name in of.quantities]
+    if not gates:
+        raise NotRecordedError(f"{of.name!r} has no gates; it has {', '.join(of.quantities)}")
+    asked = [*gates, *(["hidden"] if "hidden" in of.quantities else [])]
+    counted = fold_rows(of, asked, partial(_Counted, tuple(asked), len(of.units)))
+    left = {gate: _share(counted.units[gate], "below") for gate in gates}
+    right = {gate: _share(counted.units[gate], "above") for gate in gates}
+    return Saturation(
+        site=of.name,
+        steps=of.steps,
+        units=of.units,
+        left=left,
+        right=right,
+        stuck={
+            gate: (right[gate] >= STUCK).astype(np.int8) - (left[gate] >= STUCK) for gate in gates
+        },
+        dead=_still(counted.units["hidden"]) if "hidden" in asked else None,
+    )
+
+
+class _Counted:
+    """What is counted of each unit, by quantity; see `statistics.units`."""
+
+    def __init__(self, quantities: Sequence[str], width: int) -> None:
+        self.units = {name: no_values(width) for name in quantities}
+
+    def add(self, rows: Mapping[str, Array]) -> None:
+        for name, block in rows.items():
+            with np.errstate(over="ignore", invalid="ignore"):
+                join(self.units[name], describe(np.ascontiguousarray(block), moments=False)[0])
+
+    def merge(self, later: _Counted) -> None:
+        for name, units in later.units.items():
+            with np.errstate(over="ignore", invalid="ignore"):
+                join(self.units[name], units)
+
+
+def _share(units: Array, name: str) -> Array:
+    count = units["count"]
+    shares = np.full(len(units), np.nan)
+    return np.asarray(np.divide(units[name], count, out=shares, where=count > 0))
+
+
+def _still(units: Array) -> Array:
+    # Where there are no values, the extremes are infinities the other way round.
+    return np.asarray((units["count"] > 0) & (units["maximum"] - units["minimum"] <= STILL))
+
+
+@dataclass(frozen=True)
+class GateSummary:
+    """Over all steps and units. Not a number where there are none.
+
+    Attributes:
+        mean: Mean of the values.
+        below: Share of the values whose size is below `SHUT`.
+        above: Share of the values whose size is above `OPEN`.
+    """
+
+    mean: float
+    below: float
+    above: float
+
+
+@dataclass(frozen=True)
+class SiteSummary:
+    """What a site holds.
+
+    Attributes:
+        site: Its name.
+        sequences: How many.
+        steps: Of all sequences together.
+        residual: Largest ``|replayed h - kernel's h|``; not a number where gates are derived.
+        gates: By name, for those that were recorded. The gates lie between 0 and 1; the
+            candidate lies between -1 and 1, and of it a large size means a saturated tanh.
+    """
+
+    site: str
+    sequences: int
+    steps: int
+    residual: float
+    gates: dict[str, GateSummary]
+
+    __repr__ = fields_repr
+
+
+def summarize_site(site: SiteTrace) -> SiteSummary:
+    """Summarize a site, in parts."""
+    of = material(site)
+    return SiteSummary(
+        site=site.name,
+        sequences=len(of.lengths),
+        steps=of.steps,
+        residual=site.residual,
+        gates={
+            name: fold_rows(of, (name,), _CountedSummary).summary()
+            for name in GATES
+            if name in of.quantities
+        },
+    )
+
+
+class _CountedSummary:
+    """What is counted of one gate, of all units together."""
+
+    def __init__(self) -> None:
+        self._values = self._below = self._above = 0
+        self._sum = 0.0
+
+    def add(self, rows: Mapping[str, Array]) -> None:
+        """Take in the (n, H) values of a gate."""
+        (block,) = rows.values()
+        self._values += block.size
+        self._sum += float(block.sum(dtype=np.float64))
+        size = np.abs(block)
+        self._below += int(np.count_nonzero(size < SHUT))
+        self._above += int(np.count_nonzero(size > OPEN))
+
+    def merge(self, later: _CountedSummary) -> None:
+        """Take in what was counted of later rows."""
+        self._values += later._values
+        self._sum += later._sum
+        self._below += later._below
+        self._above += later._above
+
+    def summary(self) -> GateSummary:
+        """Of all that was counted."""
+        if not self._values:
+            return GateSummary(np.nan, np.nan, np.nan)
+        shares = (each / self._values for each in (self._sum, self._below, self._above))
+        return GateSummary(*shares)
+
+
+def summarize_statistics(statistics: Statistics) -> list[SiteSummary]:
+    """Summarize every site, each as `summarize_site` does that of a trace."""
+    sites = [statistics[name] for name in statistics]
+    return [
+        SiteSummary(
+            site=site.site,
+            sequences=site.sequences,
+            steps=site.steps,
+            residual=site.residual,
+            gates={
+                name: _gate(figures) for name, figures in site.quantities.items() if name in GATES
+            },
+        )
+        for site in sites
+    ]
+
+
+def _gate(figures: UnitStatistics) -> GateSummary:
+    """The mean over units, each with the weight of its values."""
+    some = figures.count > 0
+    weights = figures.count[some] / max(1, figures.count.sum())
+    if not some.any() or figures.below is None or figures.above is None:
+        return GateSummary(np.nan, np.nan, np.nan)
+    each = (figures.mean, figures.below, figures.above)
+    return GateSummary(*(float(weights @ values[some]) for values in each))

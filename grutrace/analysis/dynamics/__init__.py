@@ -1,0 +1,1 @@
+"""The GRU as a dynamical system: Jacobians, Lyapunov exponents, fixed points."""

@@ -1,0 +1,290 @@
+"""Whether a network forgets small differences or makes them large: Lyapunov exponents.
+
+Two states that differ by little, and read the same input, differ after t steps by the product of
+the steps' Jacobians times that difference. Its directions grow or shrink as exp(lambda_i t); these
+are the exponents, largest first, in nats a step. One above 0 means chaos: a difference of the size
+of rounding becomes as large as the states, so no re-run of the network, on another machine or from
+a state that was kept in fewer digits, goes the same way for long.
+
+Method: k orthonormal directions are carried along with the Jacobian of every recorded step and made
+orthonormal again by QR; the exponents are the mean of log |R_ii| (Benettin et al. 1980; Geist,
+Parlitz and Lauterborn 1990). For GRUs: Can, Krishnamurthy and Schwab (2020); Engelken, Wolf and
+Abbott (2023), "Lyapunov spectra of chaotic recurrent neural networks". The states that the
+Jacobians are taken at are the recorded ones, so nothing drifts.
+
+H units, k exponents, B sequences that are carried along together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+
+from grutrace.analysis.dynamics.jacobian import NEEDED, Factors, factors, require_whole
+from grutrace.analysis.engine.map_reduce import fold_sequences
+from grutrace.analysis.engine.result import Result
+from grutrace.analysis.engine.segments import PREVIOUS, RESTARTS, WEIGHTS, Stretch
+from grutrace.analysis.engine.site_data import Analysed, material
+from grutrace.errors import OptionError, brief
+from grutrace.records import Array
+from grutrace.storage.read.sequence_index import Integers
+
+#: How many exponents unless asked otherwise.
+EXPONENTS = 10
+
+#: The share of each sequence in which the directions turn to where they belong, uncounted.
+SETTLING = 0.1
+
+#: Blocks of steps whose means say how sure the mean of all is, and the least steps of one.
+BLOCKS, FEWEST = 32, 10
+
+#: Counted steps that a sequence needs before its exponents say what goes on for ever. Jacobians of
+#: single steps are not normal: even of a network that forgets everything, they make differences
+#: larger for some steps, which is all that shorter sequences show.
+LONG_ENOUGH = 50
+
+#: What is gathered of short sequences before they are carried along together: their steps, or
+#: their directions. Bytes of float64.
+TOGETHER = 8 * 1024 * 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Lyapunov(Result):
+    """Along the sequences of a site. Not a number where no step was counted or one is not finite.
+
+    Attributes:
+        units: H.
+        sequences: How many sequences.
+        steps: How many steps were counted, of all sequences together.
+        numbers: (k,) 1 for the largest exponent, and so on.
+        exponents: (k,) in nats a step, largest first. Minus infinity for a direction that is lost
+            exactly. One below about -30 is made of rounding.
+        errors: (k,) standard error of each, from the means of blocks of consecutive steps: too
+            small if what the network does changes more slowly than that. Not a number where there
+            are too few steps for two blocks.
+        largest: The first of them.
+        largest_error: Its standard error.
+        length: How many counted steps the sequence of a counted step has, on average.
+        chaotic: Whether the largest is above 0 by more than two standard errors; None, for nobody
+            can say, where `length` is below `LONG_ENOUGH`.
+        horizon: Steps after which a difference of one rounding (of the type of the rows) is as
+            large as the states: -log(spacing at 1) / largest; infinite unless that is above 0, and
+            not a number where `chaotic` is None.
+        dimension: Kaplan and Yorke's, of what the states settle on: how many of the largest
+            exponents add up to 0, the last in part. Not a number if k are not enough to say.
+        entropy_rate: The sum of the exponents above 0, in nats a step: at most so much of the
+            states' future is not decided by what is known of them now. Likewise.
+    """
+
+    rows_of_table: ClassVar[str] = "numbers"
+
+    units: int
+    sequences: int
+    steps: int
+    numbers: Integers
+    exponents: Array
+    errors: Array
+    largest: float
+    largest_error: float
+    length: float
+    chaotic: bool | None
+    horizon: float
+    dimension: float
+    entropy_rate: float
+
+
+def lyapunov(site: Analysed, count: int = EXPONENTS, skip: int | None = None) -> Lyapunov:
+    """Work out the largest Lyapunov exponents along the recorded sequences.
+
+    A step takes about ``6 H^2 k`` operations and a QR of (H, k).
+
+    Args:
+        site: With reset, update, candidate, hidden and weights, of all units. The input is held
+            as it was: of a decoder that reads its own output, this is not the whole loop.
+        count: k; at most H are there.
+        skip: Steps at the start of each sequence that are not counted; a tenth of each sequence
+            unless given. The first directions are random.
+
+    Raises:
+        NotRecordedError: Something needed was not recorded.
+        OptionError: There cannot be so many exponents, or steps to skip.
+    """
+    if not isinstance(count, int) or count < 1:
+        raise OptionError(f"count: expected a number of exponents, 1 or more; found {brief(count)}")
+    if skip is not None and (not isinstance(skip, int) or skip < 0):
+        raise OptionError(f"skip: expected a number of steps, 0 or more; found {brief(skip)}")
+    of = material(site)
+    require_whole(of)
+    size = len(of.units)
+    skipped = np.ceil(of.lengths * SETTLING).astype(np.int64) if skip is None else skip
+    skipped = np.minimum(of.lengths, skipped)
+    counted = of.lengths - skipped
+    total = int(counted.sum())
+    blocks = max(1, min(BLOCKS, total // FEWEST))
+    # Where the counted steps of each sequence begin among those of all, were none skipped.
+    starts = np.cumsum(counted) - counted - skipped
+    begin = partial(_Growth, size, min(count, size), skipped, starts, blocks, total)
+    found = fold_sequences(of, (*NEEDED, PREVIOUS, WEIGHTS, RESTARTS), begin)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        exponents = found.logs.sum(axis=0) / total
+        errors = _errors(found.logs / found.steps[:, np.newaxis])
+    # They come in this order, but for those that are closer than their errors.
+    order = np.argsort(-exponents, kind="stable")
+    exponents, errors = exponents[order], errors[order]
+    largest, error = float(exponents[0]), float(errors[0])
+    length = float(np.square(counted, dtype=np.float64).sum() / total) if total else np.nan
+    chaotic = largest > (0.0 if np.isnan(error) else 2 * error)
+    horizon = _horizon(largest, float(np.finfo(of.rows("hidden").dtype).eps))
+    known = length >= LONG_ENOUGH
+    return Lyapunov(
+        site=of.name,
+        units=size,
+        sequences=len(of.lengths),
+        steps=total,
+        numbers=np.arange(1, len(exponents) + 1),
+        exponents=exponents,
+        errors=errors,
+        largest=largest,
+        largest_error=error,
+        length=length,
+        chaotic=chaotic if known else None,
+        horizon=horizon if known else np.nan,
+        dimension=kaplan_yorke(exponents, size),
+        entropy_rate=_entropy_rate(exponents, size),
+    )
+
+
+def _horizon(largest: float, spacing: float) -> float:
+    return float(-np.log(spacing) / largest) if largest > 0 else np.inf
+
+
+def _errors(means: Array) -> Array:
+    """(k,) of (blocks, k) means."""
+    if len(means) < 2:
+        return np.full(means.shape[1], np.nan)
+    return np.asarray(means.std(axis=0, ddof=1) / np.sqrt(len(means)))
+
+
+def kaplan_yorke(exponents: Array, size: int) -> float:
+    """The dimension after Kaplan and Yorke (1979) of the largest of H exponents.
+
+    Args:
+        exponents: (k,) largest first.
+        size: H.
+    """
+    if np.isnan(exponents).any():
+        return float("nan")
+    upto = np.cumsum(exponents)
+    whole = int(np.count_nonzero(np.minimum.accumulate(upto) >= 0))
+    if whole == len(exponents):
+        return float(size) if whole == size else float("nan")
+    left = upto[whole - 1] if whole else 0.0
+    return float(whole + left / -exponents[whole])
+
+
+def _entropy_rate(exponents: Array, size: int) -> float:
+    unknown = exponents[-1] > 0 and len(exponents) < size
+    if unknown or np.isnan(exponents).any():
+        return float("nan")
+    return float(exponents[exponents > 0].sum())
+
+
+class _Growth:
+    """Sums of the logarithms by which directions grow, by blocks of counted steps.
+
+    Args:
+        size: H.
+        count: k.
+        skipped: (S,) steps of each sequence that are not counted.
+        starts: (S,) where its steps begin among the counted ones of all.
+        blocks: How many blocks.
+        total: Steps that are counted.
+    """
+
+    def __init__(
+        self, size: int, count: int, skipped: Integers, starts: Integers, blocks: int, total: int
+    ) -> None:
+        self._skipped, self._starts, self._total = skipped, starts, max(1, total)
+        self.logs, self.steps = np.zeros((blocks, count)), np.zeros(blocks, np.int64)
+        random = np.random.default_rng(0).standard_normal((size, count))
+        self._first = np.linalg.qr(random)[0]
+        self._directions = self._first[:, np.newaxis]
+        self._waiting: list[Stretch] = []
+
+    def add(self, stretch: Stretch) -> None:
+        if self._waiting and self._waiting[0].weights is not stretch.weights:
+            self.finish()
+        if stretch.begins and stretch.ends:
+            self._waiting.append(stretch)
+            steps = len(self._waiting) * max(map(len, self._waiting))
+            directions = len(self._waiting) * self._first.shape[1]
+            if 8 * self._first.shape[0] * max(4 * steps, 4 * directions) >= TOGETHER:
+                self.finish()
+            return
+        if stretch.begins:
+            self._directions = self._first[:, np.newaxis]
+        self._directions = self._carry([stretch], self._directions)
+
+    def merge(self, later: _Growth) -> None:
+        later.finish()
+        self.logs += later.logs
+        self.steps += later.steps
+
+    def finish(self) -> None:
+        """Carry along what waits."""
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            # The longest first, so that those that go on are always the first ones.
+            waiting.sort(key=len, reverse=True)
+            self._carry(waiting, np.repeat(self._first[:, np.newaxis], len(waiting), axis=1))
+
+    def _carry(self, stretches: Sequence[Stretch], directions: Array) -> Array:
+        """Carry directions, (H, B, k), along stretches of the same weights, longest first."""
+        weights = stretches[0].weights
+        assert weights is not None
+        lengths = np.array([len(each) for each in stretches])
+        sequences = np.array([each.sequence for each in stretches])
+        made = np.array([each.start for each in stretches])
+        size, _, count = directions.shape
+        recurrent = np.asarray(weights["weight_hh"], np.float64)
+        of = _padded(stretches, weights, size)
+        going = len(stretches)
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            for step in range(lengths[0]):
+                going = int(np.count_nonzero(lengths > step))
+                before = directions[:, :going]
+                product = recurrent @ before.reshape(size, going * count)
+                product = product.reshape(3, size, going, count)
+                keep, *by_gate = (each[step, :, :going, np.newaxis] for each in of)
+                after = keep * before
+                for factor, part in zip(by_gate, product, strict=True):
+                    after += factor * part
+                orthonormal, upper = np.linalg.qr(after.transpose(1, 0, 2))
+                directions = np.ascontiguousarray(orthonormal.transpose(1, 0, 2))
+                self._count(
+                    sequences[:going],
+                    made[:going] + step,
+                    np.log(np.abs(np.diagonal(upper, axis1=1, axis2=2))),
+                )
+        return directions
+
+    def _count(self, sequences: Integers, steps: Integers, logs: Array) -> None:
+        counted = steps >= self._skipped[sequences]
+        places = (self._starts[sequences] + steps)[counted] * len(self.steps) // self._total
+        np.add.at(self.logs, places, logs[counted])
+        np.add.at(self.steps, places, 1)
+
+
+def _padded(stretches: Sequence[Stretch], weights: Mapping[str, Array], size: int) -> Factors:
+    """The factors of all steps, (T, H, B) each, where a stretch has any."""
+    shape = len(stretches[0]), size, len(stretches)
+    padded = Factors(*(np.zeros(shape) for _ in Factors._fields))
+    for number, each in enumerate(stretches):
+        assert each.previous is not None
+        for place, found in zip(padded, factors(each.values, each.previous, weights), strict=True):
+            place[: len(each), :, number] = found
+    return padded

@@ -1,0 +1,1 @@
+"""How analyses read rows, split the work and return results."""

@@ -1,0 +1,92 @@
+"""What every result of an analysis has in common: frozen, and a table where there is pandas."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from grutrace.errors import needing
+from grutrace.records import Array
+from grutrace.reprs import fields_repr
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+    """Base of the results. Arrays in it are not changed by anyone.
+
+    Attributes:
+        site: Name of the site that it is of.
+    """
+
+    #: The field that numbers the rows of the table.
+    rows_of_table: ClassVar[str] = "units"
+
+    #: Columns that say where a row lies, and of which no quantile says anything.
+    places: ClassVar[tuple[str, ...]] = ()
+
+    #: Fields that are too large to be written as text.
+    only_arrays: ClassVar[tuple[str, ...]] = ()
+
+    #: Arrays that are of something else, and no column even where they happen to be as long.
+    not_columns: ClassVar[tuple[str, ...]] = ()
+
+    site: str
+
+    __repr__ = fields_repr
+
+    def __init_subclass__(cls) -> None:
+        # Else `dataclass` gives each of them a repr of its own, which prints all arrays.
+        cls.__repr__ = Result.__repr__  # type: ignore[method-assign]
+
+    def columns(self) -> dict[str, Array]:
+        """By name, one value a row of the table; first of all what numbers the rows.
+
+        These are the fields that are arrays of one axis, as long as the one that numbers the rows.
+        Of a dictionary of such arrays, each is a column, named by both: ``update_left``.
+        """
+        numbers = getattr(self, self.rows_of_table)
+        found = {self.rows_of_table.removesuffix("s"): np.asarray(numbers)}
+        but = (self.rows_of_table, *self.not_columns)
+        for name, value in self._fields():
+            of_field = value.items() if isinstance(value, dict) else [("", value)]
+            for key, array in of_field:
+                if name not in but and np.shape(array) == (len(numbers),):
+                    found[f"{key}_{name}" if key else name] = np.asarray(array)
+        return found
+
+    def figures(self) -> dict[str, Any]:
+        """By name, what is one number or text; None for what nobody can say."""
+        single = (bool, int, float, str, np.generic, type(None))
+        return {
+            name: value
+            for name, value in self._fields()
+            if name not in ("site", *self.not_columns) and isinstance(value, single)
+        }
+
+    def as_text(self) -> dict[str, Any]:
+        """By name, all fields but those that are too large to be written as text."""
+        return {
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in self.only_arrays
+        }
+
+    def to_frame(self) -> DataFrame:
+        """The columns as a pandas table, numbered as the first of them says.
+
+        Raises:
+            MissingExtraError: There is no pandas.
+        """
+        with needing("a table", "analysis"):
+            from pandas import DataFrame
+        columns = self.columns()
+        index = next(iter(columns))
+        return DataFrame(columns).set_index(index)
+
+    def _fields(self) -> list[tuple[str, Any]]:
+        return [(field.name, getattr(self, field.name)) for field in dataclasses.fields(self)]

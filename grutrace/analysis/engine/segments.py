@@ -1,0 +1,213 @@
+"""Sequences as an analysis of time goes through them: in the order in which they were made.
+
+H units, n steps of one stretch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from grutrace.analysis.engine.site_data import Material
+from grutrace.records import Array
+from grutrace.storage.read.sequence_index import Integers
+from grutrace.storage.read.snapshot import Restarts
+
+#: How much is brought into memory at once. Bytes.
+BLOCK = 16 * 1024 * 1024
+
+#: Not stored, but had from what is: the state before each step; the weights that made it; and
+#: whether a step started from another state than the sequence had ended with, where it is cut.
+PREVIOUS, WEIGHTS, RESTARTS = "previous", "weights", "restarts"
+NOT_STORED = (PREVIOUS, WEIGHTS, RESTARTS)
+
+
+@dataclass(frozen=True, eq=False)
+class Stretch:
+    """Consecutive steps of one sequence.
+
+    They are in the order in which the network made them: for a site that reads backwards, from the
+    last step to the first.
+
+    Attributes:
+        sequence: Number of the sequence.
+        start: How many of its steps were made before these.
+        length: How many it has in all.
+        values: By quantity, (n, H), or (n, I) for the input.
+        previous: (n, H) the state that each step started from, where it was asked for.
+        weights: The weights that made all of these steps, where they were asked for.
+        restarts: Whether its first step started from another state than the sequence had ended
+            with, where that was asked for.
+    """
+
+    sequence: int
+    start: int
+    length: int
+    values: Mapping[str, Array]
+    previous: Array | None = None
+    weights: Mapping[str, Array] | None = None
+    restarts: bool = False
+
+    def __len__(self) -> int:
+        return len(next(iter(self.values.values())))
+
+    @property
+    def begins(self) -> bool:
+        """Whether its first step is the sequence's first, or starts from another state."""
+        return self.start == 0 or self.restarts
+
+    @property
+    def ends(self) -> bool:
+        """Whether its last step is the sequence's last."""
+        return self.start + len(self) == self.length
+
+
+def stretches(
+    site: Material, quantities: Sequence[str], first: int = 0, last: int | None = None
+) -> Iterator[Stretch]:
+    """Yield sequences in order, in blocks that fit any memory.
+
+    A sequence comes as one stretch, or as several one after another: where it is longer than
+    `BLOCK`, and, if asked for, where its weights or its state were changed. One without steps does
+    not come.
+
+    Args:
+        site: Where from.
+        quantities: Which, and `previous`, `weights` and `restarts` as one needs them.
+        first: The first sequence.
+        last: The one before which to end; after the last unless given.
+
+    Raises:
+        NotRecordedError: A quantity is not there.
+    """
+    last = len(site.lengths) if last is None else last
+    stored = [name for name in quantities if name not in NOT_STORED]
+    if PREVIOUS in quantities and "hidden" not in stored:
+        stored.append("hidden")
+    site.require(*stored)
+    each = sum(site.rows(name).shape[1] * site.rows(name).dtype.itemsize for name in stored)
+    fitting = max(1, BLOCK // max(1, each))
+    ends = np.cumsum(site.lengths[first:last])
+    start = first
+    while start < last:
+        before = int(ends[start - first - 1]) if start > first else 0
+        stop = first + int(np.searchsorted(ends, before + fitting, "right"))
+        if stop > start:
+            yield from _several(site, stored, quantities, start, stop)
+        else:
+            stop = start + 1
+            yield from _one(site, stored, quantities, start, fitting)
+        start = stop
+
+
+def _several(
+    site: Material, stored: Sequence[str], asked: Sequence[str], first: int, last: int
+) -> Iterator[Stretch]:
+    """Sequences that are read together."""
+    rows = site.rows_between(first, last)
+    values = {name: np.asarray(site.rows(name)[rows]) for name in stored}
+    initial = site.initial(first, last) if PREVIOUS in asked else None
+    versions = site.versions(rows) if WEIGHTS in asked else None
+    restarts = _restarts(site, asked, first, last)
+    start = 0
+    for number in range(first, last):
+        length = int(site.lengths[number])
+        part = slice(start, start + length)
+        start += length
+        if not length:
+            continue
+        before = None if initial is None else initial[number - first]
+        own = None if versions is None else versions[part]
+        piece = {name: value[part] for name, value in values.items()}
+        starts = _of_sequence(restarts, number)
+        yield from _in_order(site, number, 0, length, piece, before, own, starts, asked)
+
+
+def _one(
+    site: Material, stored: Sequence[str], asked: Sequence[str], number: int, fitting: int
+) -> Iterator[Stretch]:
+    """A sequence that is read some steps at a time."""
+    rows, length = site.rows_between(number, number + 1), int(site.lengths[number])
+    before = site.initial(number, number + 1)[0] if PREVIOUS in asked else None
+    restarts = _of_sequence(_restarts(site, asked, number, number + 1), number)
+    for made in range(0, length, fitting):
+        count = min(fitting, length - made)
+        low = length - made - count if site.reverse else made
+        part = (
+            slice(rows.start + low, rows.start + low + count)
+            if isinstance(rows, slice)
+            else rows[low : low + count]
+        )
+        values = {name: np.asarray(site.rows(name)[part]) for name in stored}
+        versions = site.versions(part) if WEIGHTS in asked else None
+        for stretch in _in_order(
+            site, number, made, length, values, before, versions, restarts, asked
+        ):
+            yield stretch
+        if before is not None:
+            before = stretch.values["hidden"][-1]
+
+
+def _in_order(
+    site: Material,
+    number: int,
+    start: int,
+    length: int,
+    values: Mapping[str, Array],
+    before: Array | None,
+    versions: Integers | None,
+    restarts: Restarts | None,
+    asked: Sequence[str],
+) -> Iterator[Stretch]:
+    """Turn what was read in time order round where it was made backwards, and cut it."""
+    if site.reverse:
+        values = {name: value[::-1] for name, value in values.items()}
+        versions = None if versions is None else versions[::-1]
+    previous = None
+    if before is not None:
+        previous = np.concatenate([before[np.newaxis], values["hidden"][:-1]])
+        previous = previous.astype(values["hidden"].dtype, copy=False)
+    count = len(next(iter(values.values())))
+    changed = set[int]()
+    if restarts is not None:
+        # A layer that reads backwards never goes on with a sequence.
+        steps = restarts.steps - start
+        here = (steps >= 0) & (steps < count)
+        if previous is not None:
+            previous[steps[here]] = restarts.states[here]
+        changed = set(steps[here].tolist()) if RESTARTS in asked else changed
+    if versions is None and not changed:
+        yield Stretch(number, start, length, values, previous)
+        return
+    bounds = {0, count, *changed}
+    if versions is not None:
+        bounds |= set((np.flatnonzero(np.diff(versions)) + 1).tolist())
+    for low, high in pairwise(sorted(bounds)):
+        yield Stretch(
+            number,
+            start + low,
+            length,
+            {name: value[low:high] for name, value in values.items()},
+            None if previous is None else previous[low:high],
+            None if versions is None else site.weights(int(versions[low])),
+            low in changed,
+        )
+
+
+def _restarts(site: Material, asked: Sequence[str], first: int, last: int) -> Restarts | None:
+    """Where sequences go on from another state; None if it does not matter, or nowhere."""
+    if PREVIOUS not in asked and RESTARTS not in asked:
+        return None
+    restarts = site.restarts(first, last)
+    return restarts if len(restarts.steps) else None
+
+
+def _of_sequence(restarts: Restarts | None, number: int) -> Restarts | None:
+    """Those of one sequence; None if it has none."""
+    if restarts is None:
+        return None
+    low, high = np.searchsorted(restarts.sequences, [number, number + 1])
+    return Restarts(*(each[low:high] for each in restarts)) if low < high else None

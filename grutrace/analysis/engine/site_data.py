@@ -1,0 +1,453 @@
+"""What every analysis reads from: a site of a trace, or arrays that somebody has.
+
+N rows (steps of all sequences), S sequences, H units, I input size.
+
+A site with rows of more beside its own, so that they come along wherever it is gone through.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from grutrace.arrays.reopen import Look
+from grutrace.errors import NotRecordedError, OptionError, StateError
+from grutrace.records import QUANTITIES, Array, Site
+from grutrace.reprs import fields_repr
+from grutrace.storage.interfaces import Rows
+from grutrace.storage.read.row_labels import RowLabels, labels_of
+from grutrace.storage.read.sequence_index import Integers
+from grutrace.storage.read.site import SiteTrace
+from grutrace.storage.read.snapshot import Moment, Restarts
+
+
+@dataclass(frozen=True, eq=False)
+class SiteArrays:
+    """Arrays in the place of a site of a trace: NumPy's, h5py's, Zarr's or dask's.
+
+    The steps of all sequences lie end to end, each sequence in time order, in every quantity alike.
+
+    Attributes:
+        lengths: (S,) steps of each sequence; None for one sequence of all rows.
+        reset: (N, H)
+        update: (N, H), PyTorch's: where it is 1 the previous state is kept.
+        candidate: (N, H)
+        hidden: (N, H)
+        input: (N, I)
+        initial: (S, H) the state that each sequence began from; None for zeros.
+        labels: By name, (N,) or a list: a number or a text for each row, None or nan for none.
+        weights: By PyTorch's names without suffix: weight_ih (3H, I), weight_hh (3H, H), bias_ih
+            and bias_hh (3H,), in the order reset, update, candidate.
+        reverse: Whether the layer read its sequences from the last step to the first.
+        name: What results call it.
+    """
+
+    lengths: Any = None
+    reset: Any = None
+    update: Any = None
+    candidate: Any = None
+    hidden: Any = None
+    input: Any = None
+    initial: Any = None
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    weights: Mapping[str, Array] = field(default_factory=dict)
+    reverse: bool = False
+    name: str = "arrays"
+
+    __repr__ = fields_repr
+
+
+class Material(ABC):
+    """A site as analyses see it. Nothing in it changes while it is read.
+
+    Attributes:
+        name: Full name of the site.
+        reverse: Whether its sequences were read from the last step to the first.
+        lengths: (S,) steps of each sequence.
+        units: (H,) the number of each unit that there are columns of.
+        dask: Whether work is handed to dask; see `elsewhere.on_dask`.
+        advance: Told how many parts of how many are done, while an analysis goes on.
+    """
+
+    name: str
+    reverse: bool
+    lengths: Integers
+    units: Integers
+    dask: bool = False
+    advance: Callable[[int, int], None] | None = None
+
+    @property
+    def other_processes(self) -> bool:
+        """Whether other processes can read it, too."""
+        return True
+
+    @property
+    @abstractmethod
+    def quantities(self) -> tuple[str, ...]:
+        """What there are rows of."""
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """Those of them that are as they were recorded, and not derived from others."""
+        return self.quantities
+
+    @property
+    def precision(self) -> float:
+        """Spacing at 1 of the finest type in which the kernel computed; 0 if nobody knows."""
+        return 0.0
+
+    @abstractmethod
+    def rows(self, quantity: str) -> Rows:
+        """All rows of a quantity, (N, H) or (N, I), as they are stored.
+
+        Raises:
+            NotRecordedError: There are none.
+        """
+
+    @abstractmethod
+    def rows_between(self, first: int, last: int) -> slice | Integers:
+        """Where the steps of sequences `first` to `last` - 1 lie, each in time order."""
+
+    @abstractmethod
+    def initial(self, first: int, last: int) -> Array:
+        """(last - first, H) the states that these sequences began from."""
+
+    @abstractmethod
+    def versions(self, rows: slice | Integers) -> Integers:
+        """The version of the weights that made each of these rows."""
+
+    @abstractmethod
+    def weights(self, version: int) -> Mapping[str, Array]:
+        """One version of the weights, by PyTorch's names without suffix; -1 for the last.
+
+        Raises:
+            NotRecordedError: There are none.
+        """
+
+    @property
+    @abstractmethod
+    def label_names(self) -> tuple[str, ...]:
+        """The names of the labels that some of its rows have; ``tokens`` among them."""
+
+    @abstractmethod
+    def labels(self, name: str) -> RowLabels:
+        """The label of every row, or its token, ``tokens``; rows as in `rows`.
+
+        Raises:
+            NotRecordedError: No row has one of this name; the message says which there are.
+        """
+
+    @property
+    @abstractmethod
+    def parents(self) -> Integers:
+        """(S,) the sequence from whose middle each began; -1 for none."""
+
+    def restarts(self, first: int, last: int) -> Restarts:  # noqa: ARG002
+        """Where sequences `first` to `last` - 1 go on from another state than they ended with."""
+        none = np.empty(0, np.int64)
+        return Restarts(none, none, np.empty((0, len(self.units))))
+
+    def require(self, *quantities: str) -> None:
+        """Refuse early what an analysis could not read.
+
+        Raises:
+            NotRecordedError: One of the quantities is not there; the message says which are.
+        """
+        for quantity in quantities:
+            if quantity not in self.quantities:
+                found = ", ".join(self.quantities) or "nothing"
+                raise NotRecordedError(
+                    f"{self.name!r} has no {quantity!r}, which this analysis needs; it has {found}"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Whoever watches sits where the work was handed out.
+        return self.__dict__ | {"advance": None}
+
+    @property
+    def steps(self) -> int:
+        """N, of all sequences together."""
+        return int(self.lengths.sum())
+
+
+class _OfTrace(Material):
+    """A site of a trace, as it was when the analysis began."""
+
+    def __init__(self, site: SiteTrace) -> None:
+        self._site = site.now()
+        self.name, self.reverse = site.name, site.site.reverse
+        self.lengths = self._site.lengths
+        units = range(site.module.hidden_size) if site.units is None else site.units
+        self.units = np.array(units, np.int64)
+        self._latest: tuple[int, Mapping[str, Array]] | None = None
+
+    @property
+    def other_processes(self) -> bool:
+        return not Look(self._site.moment).in_memory
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled, for a worker elsewhere, it is how to open the file again."""
+        number, moment = self._site.number, self._site.moment
+        calls = moment.extent(number).calls
+        return _reopened, (Look(moment), number, self._site.site, calls, self.dask)
+
+    @property
+    def quantities(self) -> tuple[str, ...]:
+        return self._site.site.readable
+
+    @property
+    def stored(self) -> tuple[str, ...]:
+        return self._site.site.quantities
+
+    @property
+    def precision(self) -> float:
+        return float(self._site.checks["precision"].min(initial=np.inf))
+
+    def rows(self, quantity: str) -> Rows:
+        return self._site.rows(quantity)
+
+    def rows_between(self, first: int, last: int) -> slice | Integers:
+        return self._site.rows_between(first, last)
+
+    def initial(self, first: int, last: int) -> Array:
+        return np.asarray(self._site.initial[first:last])
+
+    def restarts(self, first: int, last: int) -> Restarts:
+        return self._site.restarts(first, last)
+
+    def versions(self, rows: slice | Integers) -> Integers:
+        return self._site.row_versions(rows)
+
+    def weights(self, version: int) -> Mapping[str, Array]:
+        # Read once for all the sequences one after another that they made.
+        latest = self._latest
+        if latest is None or latest[0] != version:
+            latest = self._latest = version, self._site.weights(version)
+        return latest[1]
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return self._site.label_names
+
+    def labels(self, name: str) -> RowLabels:
+        return self._site.row_labels(name)
+
+    @property
+    def parents(self) -> Integers:
+        return self._site.parents
+
+
+def _reopened(look: Look, number: int, site: Site, calls: int, dask: bool) -> _OfTrace:
+    with look.moment(number, calls) as moment:
+        found = moment.extent(number).calls
+        if found != calls:
+            raise StateError(
+                f"the trace of {site.name} has grown from {calls} to {found} calls while it was "
+                "analysed elsewhere: wait until it is closed, or analyse it in this process"
+            )
+        of = _OfTrace(SiteTrace(partial(_same, moment), number, site))
+    of.dask = dask
+    return of
+
+
+def _same(moment: Moment) -> Moment:
+    return moment
+
+
+class _OfArrays(Material):
+    """Arrays, checked to fit together."""
+
+    def __init__(self, arrays: SiteArrays) -> None:
+        self._arrays = {
+            name: _two_axes(name, getattr(arrays, name))
+            for name in QUANTITIES
+            if getattr(arrays, name) is not None
+        }
+        if not self._arrays:
+            raise OptionError(f"SiteArrays: expected one of {', '.join(QUANTITIES)}; found none")
+        self.name, self.reverse = arrays.name, arrays.reverse
+        counts = {name: rows.shape[0] for name, rows in self._arrays.items()}
+        total = next(iter(counts.values()))
+        lengths = np.array([total] if arrays.lengths is None else arrays.lengths, np.int64)
+        for name, count in counts.items():
+            if count != lengths.sum():
+                raise OptionError(
+                    f"SiteArrays.{name}: expected {lengths.sum()} rows, as the lengths add up to, "
+                    f"found {count}"
+                )
+        self.lengths = lengths
+        self._ends = np.concatenate([[0], np.cumsum(lengths)])
+        widths = {name: rows.shape[1] for name, rows in self._arrays.items() if name != "input"}
+        if len(set(widths.values())) > 1:
+            raise OptionError(f"SiteArrays: expected one number of units, found {widths}")
+        self.units = np.arange(next(iter(widths.values()), 0))
+        shape = len(lengths), len(self.units)
+        self._initial = np.zeros(shape) if arrays.initial is None else np.asarray(arrays.initial)
+        if self._initial.shape != shape:
+            raise OptionError(
+                f"SiteArrays.initial: expected shape {shape}, found {self._initial.shape}"
+            )
+        self._weights = dict(arrays.weights)
+        self._labels = dict(arrays.labels)
+        for name, values in self._labels.items():
+            if len(values) != total:
+                raise OptionError(
+                    f"SiteArrays.labels[{name!r}]: expected {total} values, one a row, "
+                    f"found {len(values)}"
+                )
+
+    @property
+    def quantities(self) -> tuple[str, ...]:
+        return tuple(name for name in QUANTITIES if name in self._arrays)
+
+    def rows(self, quantity: str) -> Rows:
+        self.require(quantity)
+        rows: Rows = self._arrays[quantity]
+        return rows
+
+    def rows_between(self, first: int, last: int) -> slice | Integers:
+        return slice(int(self._ends[first]), int(self._ends[last]))
+
+    def initial(self, first: int, last: int) -> Array:
+        return np.asarray(self._initial[first:last])
+
+    def versions(self, rows: slice | Integers) -> Integers:
+        count = len(range(*rows.indices(self.steps))) if isinstance(rows, slice) else len(rows)
+        return np.zeros(count, np.int64)
+
+    def weights(self, version: int) -> Mapping[str, Array]:
+        if not self._weights or version not in (0, -1):
+            raise NotRecordedError(f"{self.name!r} has no weights of version {version}")
+        return self._weights
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        return tuple(self._labels)
+
+    def labels(self, name: str) -> RowLabels:
+        if name not in self._labels:
+            found = ", ".join(self._labels) or "none"
+            raise NotRecordedError(f"there is no label {name!r}; there are: {found}")
+        return labels_of(name, self._labels[name])
+
+    @property
+    def parents(self) -> Integers:
+        return np.full(len(self.lengths), -1)
+
+
+def _two_axes(name: str, rows: Any) -> Any:
+    shape = getattr(rows, "shape", None)
+    if shape is None or len(shape) != 2:
+        raise OptionError(f"SiteArrays.{name}: expected an array (rows, width), found {shape}")
+    return rows
+
+
+#: What analyses take.
+Analysed: TypeAlias = SiteTrace | SiteArrays | Material
+
+
+def material(site: Analysed) -> Material:
+    """What an analysis reads of a site.
+
+    Raises:
+        OptionError: It is neither a site of a trace nor arrays, or the arrays do not fit together.
+    """
+    if isinstance(site, Material):
+        return site
+    if isinstance(site, SiteTrace):
+        return _OfTrace(site)
+    if isinstance(site, SiteArrays):
+        return _OfArrays(site)
+    raise OptionError(
+        "site: expected a site of a trace, trace['encoder.l0'], or SiteArrays(update=..., ...); "
+        f"found {type(site).__name__}"
+    )
+
+
+class Beside(Material):
+    """A site, and by name more that there is one row of for each of its rows.
+
+    Args:
+        site: The site.
+        more: By a name that is no quantity of it, (N, any width); rows as the site stores them.
+    """
+
+    def __init__(self, site: Material, more: Mapping[str, Rows]) -> None:
+        self._site, self._more = site, dict(more)
+        self.name, self.reverse, self.lengths = site.name, site.reverse, site.lengths
+        self.units, self.dask, self.advance = site.units, site.dask, site.advance
+        for name, rows in self._more.items():
+            if rows.shape[0] != site.steps:
+                raise OptionError(f"{name}: expected {site.steps} rows, found {rows.shape[0]}")
+
+    @property
+    def other_processes(self) -> bool:
+        """As the site's."""
+        return self._site.other_processes
+
+    @property
+    def quantities(self) -> tuple[str, ...]:
+        """What there are rows of."""
+        return (*self._site.quantities, *self._more)
+
+    def rows(self, quantity: str) -> Rows:
+        """All rows of a quantity, of the site or beside it."""
+        return self._more[quantity] if quantity in self._more else self._site.rows(quantity)
+
+    def rows_between(self, first: int, last: int) -> slice | Integers:
+        """As the site's."""
+        return self._site.rows_between(first, last)
+
+    def initial(self, first: int, last: int) -> Array:
+        """As the site's."""
+        return self._site.initial(first, last)
+
+    def restarts(self, first: int, last: int) -> Restarts:
+        """As the site's."""
+        return self._site.restarts(first, last)
+
+    def versions(self, rows: slice | Integers) -> Integers:
+        """As the site's."""
+        return self._site.versions(rows)
+
+    def weights(self, version: int) -> Mapping[str, Array]:
+        """As the site's."""
+        return self._site.weights(version)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """As the site's."""
+        return self._site.label_names
+
+    def labels(self, name: str) -> RowLabels:
+        """As the site's."""
+        return self._site.labels(name)
+
+    @property
+    def parents(self) -> Integers:
+        """As the site's."""
+        return self._site.parents
+
+
+def sequences_of(site: Material) -> Integers:
+    """(N,) the sequence of each row, in the smallest type that holds it."""
+    count = len(site.lengths)
+    found = np.empty(site.steps, np.min_scalar_type(-max(1, count)))
+    found[site.rows_between(0, count)] = np.repeat(
+        np.arange(count, dtype=found.dtype), site.lengths
+    )
+    return found
+
+
+def places_of(site: Material) -> Integers:
+    """(N,) which step of its sequence each row is, in time order."""
+    found = np.empty(site.steps, np.int64)
+    starts = np.cumsum(site.lengths) - site.lengths
+    in_order = np.arange(site.steps) - np.repeat(starts, site.lengths)
+    found[site.rows_between(0, len(starts))] = in_order
+    return found

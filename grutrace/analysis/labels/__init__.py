@@ -1,0 +1,1 @@
+"""Gates and states against labels: selectivity, coding, probes, segmentation."""

@@ -1,0 +1,206 @@
+"""A label as classes: few enough to count, whatever it was.
+
+N rows, C classes.
+
+Labels given to other steps, so that what is found then is chance.
+
+A label may not be moved from step to step as one likes: neighbouring steps resemble each other, in
+the states and in the label, and so do steps at the same place of a sequence. What is moved here
+keeps that. Sequences get the labels of others with as many steps: right if sequences are
+independent of one another. Where there are fewer than `ALIKE` with as many, the labels of a
+sequence are rotated within it, by a number of steps drawn for it: right if nothing depends on where
+in the sequence one is, and nearly right if the sequence is long beside what it remembers, for the
+last label meets the first. A label that is the same all along every sequence goes to any other.
+
+N rows, S sequences, P arrangements.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from grutrace.errors import OptionError
+from grutrace.records import Array
+from grutrace.storage.read.row_labels import RowLabels
+from grutrace.storage.read.sequence_index import Integers
+
+#: More values than these are put together: texts by how frequent they are, numbers by size.
+MOST = 20
+
+#: Into how many groups of about equal size numbers are put.
+GROUPS = 8
+
+#: What the texts are called that are put together.
+OTHERS = "(others)"
+
+
+@dataclass(frozen=True, eq=False)
+class Classes:
+    """The class of each row.
+
+    Attributes:
+        names: (C,) of each class: a number, a text, or for numbers that were grouped the range.
+        codes: (N,) the class of each row; -1 for rows without.
+    """
+
+    names: tuple[str | float, ...]
+    codes: Integers
+
+    @property
+    def counts(self) -> Integers:
+        """(C,) how many rows each has."""
+        return np.bincount(self.codes[self.codes >= 0], minlength=len(self.names))
+
+
+def classes_of(labels: RowLabels, most: int = MOST) -> Classes:
+    """Put the values of a label into classes.
+
+    Each value is a class. If there are more than `most` of them: numbers are grouped by size into
+    `GROUPS` of about as many rows each; of texts, and of a mixture, the most frequent stay, and the
+    others are one class.
+
+    Raises:
+        OptionError: No two rows differ in it.
+    """
+    codes, values = labels.codes.astype(np.int64), labels.values
+    if len(values) < 2:
+        raise OptionError(
+            f"label: expected one with at least two values; {labels.name!r} has "
+            f"{', '.join(map(repr, values)) or 'none'}"
+        )
+    if len(values) <= most:
+        return Classes(values, codes)
+    counts = np.bincount(codes[codes >= 0], minlength=len(values))
+    if any(isinstance(value, str) for value in values):
+        kept = np.sort(np.argsort(-counts, kind="stable")[: most - 1])
+        names = (*(values[place] for place in kept.tolist()), OTHERS)
+        to = np.full(len(values), most - 1)
+        to[kept] = np.arange(most - 1)
+    else:
+        # By the place of the middle of each value among all rows: equal values stay together.
+        middle = np.cumsum(counts) - counts / 2
+        to = np.minimum((middle * GROUPS / counts.sum()).astype(np.int64), GROUPS - 1)
+        used, to = np.unique(to, return_inverse=True)
+        names = tuple(_range(np.array(values)[to == group]) for group in range(len(used)))
+    return Classes(names, _mapped(codes, to))
+
+
+def _mapped(codes: Integers, to: Array) -> Integers:
+    # The last one is what -1 picks.
+    return np.append(to, -1)[codes].astype(np.int64)
+
+
+def _range(values: Array) -> str:
+    return f"{values.min():.4g} to {values.max():.4g}"
+
+
+#: So many sequences of one length can be told to swap labels: there are 3.6 million ways.
+ALIKE = 10
+
+
+class Arrangements:
+    """Other arrangements of the labels of a site's rows. Asked twice, they are the same.
+
+    Args:
+        codes: (N,) the label of each row as a number; negative for rows without, which keep none.
+        sequences: (N,) the sequence of each row.
+        places: (N,) which of its steps it is.
+        total: S.
+        count: P.
+        seed: Other arrangements for another one.
+
+    Attributes:
+        count: P.
+        total: S.
+        kind: ``swapped`` between sequences, ``rotated`` within them, or ``both``, each some.
+    """
+
+    def __init__(
+        self, codes: Array, sequences: Integers, places: Integers, total: int, count: int, seed: int
+    ) -> None:
+        self.count, self.total, self._seed = count, total, seed
+        some = np.flatnonzero(codes >= 0)
+        order = some[np.lexsort((places[some], sequences[some]))]
+        # Of the steps with a label, sequence after sequence.
+        self._in_order = codes[order]
+        self._own = np.bincount(sequences[order], minlength=total)
+        self._begin = np.cumsum(self._own) - self._own
+        self._sequences = sequences
+        self._at = np.full(len(codes), -1, np.int64)
+        self._at[order] = np.arange(len(order))
+        changes = self._in_order[1:] != self._in_order[:-1]
+        within = sequences[order][1:] == sequences[order][:-1]
+        self._constant = not np.any(changes & within)
+        having = np.flatnonzero(self._own)
+        alike = np.zeros_like(having) if self._constant else self._own[having]
+        _, group, size = np.unique(alike, return_inverse=True, return_counts=True)
+        enough = (size >= ALIKE)[group] | self._constant
+        self._swapped, self._group = having[enough], group[enough]
+        rotated = bool(len(self._swapped) < len(having))
+        self.kind = "both" if rotated and len(self._swapped) else _KINDS[rotated]
+
+    def labelled(self, rows: Integers) -> npt.NDArray[np.bool_]:
+        """Which of these rows have a label; they do in every arrangement."""
+        return np.asarray(self._at[rows] >= 0)
+
+    def sources(self, numbers: range) -> npt.NDArray[np.int32]:
+        """(arrangements, S) whose labels each sequence gets, in arrangements of these numbers."""
+        found = np.tile(np.arange(self.total, dtype=np.int32), (len(numbers), 1))
+        for own, number in zip(found, numbers, strict=True):
+            drawn = _drawn(self._seed, number, self._swapped)
+            # Both group by group, the one in the order drawn.
+            own[self._swapped[np.argsort(self._group, kind="stable")]] = self._swapped[
+                np.lexsort((drawn, self._group))
+            ]
+        return found
+
+    def codes(self, rows: Integers, numbers: range, sources: npt.NDArray[np.int32]) -> Integers:
+        """(arrangements, rows) the label of each.
+
+        Args:
+            rows: Rows that have a label.
+            numbers: Of the arrangements, from 0 to P - 1.
+            sources: What `sources` says of these.
+        """
+        here, place = np.unique(self._sequences[rows], return_inverse=True)
+        step = self._at[rows] - self._begin[here][place]
+        rotated = ~np.isin(here, self._swapped)
+        found = np.empty((len(numbers), len(rows)), np.int64)
+        for own, number, source in zip(found, numbers, sources, strict=True):
+            begin = self._begin[source[here]]
+            if self._constant:
+                own[:] = self._in_order[begin][place]
+                continue
+            moved = step
+            if rotated.any():
+                length = self._own[here]
+                by = (_drawn(self._seed, number, here) * length).astype(np.int64) * rotated
+                moved = (step + by[place]) % length[place]
+            own[:] = self._in_order[begin[place] + moved]
+        return found
+
+
+_KINDS = {True: "rotated", False: "swapped"}
+
+
+def _drawn(seed: int, number: int, of: Integers) -> Array:
+    """Evenly in [0, 1), a value for each of these; the same whoever asks, in whatever order.
+
+    The mixing function of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom
+    number generators").
+    """
+    with np.errstate(over="ignore"):
+        mixed = _mixed(np.uint64(seed % 2**64))
+        mixed = _mixed(mixed + np.uint64(number))
+        mixed = _mixed(mixed + of.astype(np.uint64))
+    return np.asarray((mixed >> np.uint64(11)) * 2.0**-53)
+
+
+def _mixed(value: Array | np.uint64) -> Array:
+    value = (value + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(value ^ (value >> np.uint64(31)))

@@ -1,0 +1,350 @@
+"""Linear probes: how well a label can be read from the states, and how much of that is the probe's.
+
+Alain and Bengio (2017), "Understanding intermediate layers using linear classifier probes". A probe
+that scores well may just have learned: Hewitt and Liang (2019), "Designing and interpreting probes
+with control tasks", give each type of token a label at random, from how frequent the labels are,
+and train the same probe on that. It can only be learned by heart. Its score says how much the probe
+can learn by itself; the difference of the two is the probe's *selectivity*.
+
+Whole sequences are for training or for testing, and with each those that began from its middle.
+
+N steps, H units, C classes.
+
+Sequences for training and sequences for testing. N rows, S sequences, n rows that are used.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from grutrace.analysis.engine.map_reduce import fold_rows
+from grutrace.analysis.engine.result import Result
+from grutrace.analysis.engine.site_data import Analysed, Beside, Material, material, sequences_of
+from grutrace.analysis.labels.label_coding import classes_of
+from grutrace.errors import OptionError, brief, needing
+from grutrace.records import Array
+from grutrace.storage.read.row_labels import RowLabels
+from grutrace.storage.read.sequence_index import Integers
+
+
+def split(
+    of: Material,
+    sequences: Integers,
+    labels: RowLabels,
+    test: float,
+    steps: int,
+    random: np.random.Generator,
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Which rows to train on, and which to test on.
+
+    Args:
+        of: The site.
+        sequences: (N,) the sequence of each row.
+        labels: Rows without a label are not used.
+        test: Share of the labelled rows that are for testing, about; at least one sequence.
+        steps: At most so many are used for either.
+        random: What to draw by.
+
+    Returns:
+        (N,) which rows are used, and (N,) which are of sequences for testing.
+
+    Raises:
+        OptionError: The label lies in fewer than two sequences that do not go back to one.
+    """
+    families = _families(of.parents).astype(sequences.dtype)[sequences]
+    labelled = labels.codes >= 0
+    counts = np.bincount(families, labelled, len(of.lengths)).astype(np.int64)
+    having = random.permutation(np.flatnonzero(counts))
+    if len(having) < 2:
+        raise OptionError(
+            f"label: expected {labels.name!r} in at least two sequences, one to train on and one "
+            f"to test on; found it in {len(having)}"
+        )
+    ends = np.cumsum(counts[having])
+    # At least one sequence for either.
+    some = int(np.clip(1 + np.searchsorted(ends, test * ends[-1]), 1, len(having) - 1))
+    for_test = np.isin(families, having[:some])
+    used = np.zeros(len(labelled), bool)
+    for rows in (np.flatnonzero(labelled & for_test), np.flatnonzero(labelled & ~for_test)):
+        used[rows if len(rows) <= steps else random.choice(rows, steps, replace=False)] = True
+    return used, for_test
+
+
+def _families(parents: Integers) -> Integers:
+    """(S,) of each sequence the one that it goes back to, over all that began from a middle."""
+    roots = np.where(parents >= 0, parents, np.arange(len(parents)))
+    while np.any((further := roots[roots]) != roots):
+        roots = further
+    return roots
+
+
+def gathered(of: Material, quantity: str, used: npt.NDArray[np.bool_]) -> tuple[Array, Integers]:
+    """The rows that are used and finite, (n, H), and their numbers, (n,)."""
+    found = fold_rows(Beside(of, {"used": used[:, np.newaxis]}), (quantity, "used"), _Kept)
+    kept = of.rows(quantity)
+    states = np.concatenate([np.empty((0, kept.shape[1]), kept.dtype), *found.states])
+    rows = np.flatnonzero(used)
+    finite = np.isfinite(states).all(1)
+    return (states, rows) if finite.all() else (states[finite], rows[finite])
+
+
+class _Kept:
+    """The rows that are used."""
+
+    def __init__(self) -> None:
+        self.states: list[Array] = []
+
+    def add(self, rows: Mapping[str, Array]) -> None:
+        (values,) = (block for name, block in rows.items() if name != "used")
+        self.states.append(values[rows["used"][:, 0]])
+
+    def merge(self, later: _Kept) -> None:
+        self.states += later.states
+
+
+#: How many steps the solver makes at most.
+ITERATIONS = 1000
+
+#: More distinct numbers than these are fitted as numbers.
+NUMBERS = 20
+
+
+@dataclass(frozen=True, eq=False)
+class Probe(Result):
+    """Of a site, for a label.
+
+    Attributes:
+        label: Its name.
+        quantity: What was probed: hidden, a gate, input.
+        kind: ``classes``, with a logistic regression, where a score is the share of the test steps
+            that are right; ``numbers``, with a ridge regression, where it is R^2, 1 less the
+            squared errors over those of the mean.
+        score: Of the test steps.
+        error: Its standard error, with the test sequences as the units that differ by chance; not a
+            number for R^2, or for a single test sequence.
+        baseline: Score of what is most frequent in training; 0 for R^2.
+        control: Name of the label whose values are the types of the control task; empty for none.
+        control_score: Of the control task, on the same steps; not a number without one.
+        selectivity: score - control_score.
+        train_steps, test_steps: How many steps were used.
+        train_sequences, test_sequences: Of how many sequences.
+        converged: Whether the solvers came to their end.
+        classes: (C,) the values of the label, or groups of them; empty for numbers.
+        recall: (C,) share of the test steps of each class that are right.
+        units: (H,) numbers of the units.
+        weight: (H,) how much the probe leans on each unit: the length of its coefficients, of all
+            classes, per standard deviation of the unit.
+    """
+
+    not_columns: ClassVar[tuple[str, ...]] = ("recall",)
+
+    label: str
+    quantity: str
+    kind: str
+    score: float
+    error: float
+    baseline: float
+    control: str
+    control_score: float
+    selectivity: float
+    train_steps: int
+    test_steps: int
+    train_sequences: int
+    test_sequences: int
+    converged: bool
+    classes: tuple[str | float, ...]
+    recall: Array
+    units: Integers
+    weight: Array
+
+
+def probe(
+    site: Analysed,
+    label: str,
+    quantity: str = "hidden",
+    *,
+    control: str | None = None,
+    test: float = 0.25,
+    steps: int = 20_000,
+    penalty: float = 1.0,
+    seed: int = 0,
+) -> Probe:
+    """Train a linear probe for a label, and one for its control task, and test both.
+
+    The rows are read once; those that are used are kept in memory, and those of a few copies that
+    the solvers make.
+
+    Args:
+        site: With the quantity, and labels.
+        label: Name of the label, or ``tokens``. Rows without it, or with values that are not
+            finite, are left out. Of texts with many values the rarest are one class.
+        quantity: hidden, a gate, or input.
+        control: Name of the label whose values are the types of the control task; by default
+            ``tokens``, where there are any, and otherwise there is no control.
+        test: Share of the steps with a label that are for testing, about.
+        steps: At most so many are used for training, and as many for testing, drawn from all.
+        penalty: Weight of the squared coefficients: 1 / C of scikit-learn's logistic regression,
+            alpha of its ridge regression. Units have standard deviation 1 then.
+        seed: Of what is drawn.
+
+    Raises:
+        MissingExtraError: There is no scikit-learn.
+        NotRecordedError: The quantity was not recorded, or there is no such label.
+        OptionError: The label has fewer than two values, or lies in fewer than two sequences.
+    """
+    learn = _learner()
+    of = material(site)
+    of.require(quantity)
+    if not 0 < test < 1:
+        raise OptionError(f"test: expected a share between 0 and 1, found {brief(test)}")
+    labels = of.labels(label)
+    target, classes = _target(labels)
+    control = control or ("tokens" if "tokens" in of.label_names and label != "tokens" else "")
+    random = np.random.default_rng(seed)
+    sequences = sequences_of(of)
+    used, for_test = split(of, sequences, labels, test, steps, random)
+    states, rows = gathered(of, quantity, used)
+    testing = for_test[rows]
+    train, tested = rows[~testing], rows[testing]
+    if not len(train) or not len(tested):
+        raise OptionError(f"label: of {label!r} no step with finite {quantity} is left to use")
+    scaled = _Scaled(states[~testing])
+    inputs = scaled(states[~testing]), scaled(states[testing])
+    del states
+    fitted = learn(inputs[0], target[train], bool(classes), penalty)
+    predicted = fitted.predict(inputs[1])
+    score, baseline = _scores(predicted, target[train], target[tested], bool(classes))
+    converged, control_score = fitted.converged, np.nan
+    if control:
+        drawn = _control(of.labels(control), target, labels.codes >= 0, random)
+        again = learn(inputs[0], drawn[train], bool(classes), penalty)
+        of_control = again.predict(inputs[1])
+        control_score, _ = _scores(of_control, drawn[train], drawn[tested], bool(classes))
+        converged = converged and again.converged
+    right = predicted == target[tested]
+    return Probe(
+        site=of.name,
+        label=label,
+        quantity=quantity,
+        kind="classes" if classes else "numbers",
+        score=score,
+        error=_error(right, sequences[tested]) if classes else np.nan,
+        baseline=baseline,
+        control=control,
+        control_score=control_score,
+        selectivity=score - control_score,
+        train_steps=len(train),
+        test_steps=len(tested),
+        train_sequences=len(np.unique(sequences[train])),
+        test_sequences=len(np.unique(sequences[tested])),
+        converged=converged,
+        classes=classes,
+        recall=np.array([_mean(right[target[tested] == code]) for code in range(len(classes))]),
+        units=of.units if quantity != "input" else np.arange(len(fitted.weight)),
+        weight=fitted.weight,
+    )
+
+
+def _target(labels: RowLabels) -> tuple[Array, tuple[str | float, ...]]:
+    """(N,) codes of classes and their names; or numbers, and no names."""
+    if len(labels.values) > NUMBERS and not any(isinstance(each, str) for each in labels.values):
+        return labels.to_array(), ()
+    classes = classes_of(labels)
+    return classes.codes, classes.names
+
+
+class _Scaled:
+    """States less their mean, over their standard deviation; 0 where nothing moves."""
+
+    def __init__(self, states: Array) -> None:
+        self._mean = states.mean(0, dtype=np.float64)
+        deviation = states.std(0, dtype=np.float64)
+        self._scale = np.divide(1.0, deviation, out=np.zeros(len(deviation)), where=deviation > 0)
+
+    def __call__(self, states: Array) -> Array:
+        return np.asarray((states - self._mean) * self._scale)
+
+
+def _control(
+    types: RowLabels, target: Array, labelled: Array, random: np.random.Generator
+) -> Array:
+    """(N,) a target for each type, drawn from those of all steps; steps without type are one."""
+    drawn = random.choice(target[labelled], len(types.values) + 1)
+    return np.asarray(drawn[types.codes])
+
+
+@dataclass(frozen=True, eq=False)
+class _Fitted:
+    model: Any
+    converged: bool
+    weight: Array
+
+    def predict(self, inputs: Array) -> Array:
+        return np.asarray(self.model.predict(inputs))
+
+
+def _learner() -> Any:
+    """What fits; scikit-learn is imported now.
+
+    Raises:
+        MissingExtraError: There is none.
+    """
+    with needing("a probe", "analysis"):
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression, Ridge
+
+    def learn(inputs: Array, target: Array, classes: bool, penalty: float) -> _Fitted:
+        if not classes:
+            model = Ridge(alpha=penalty).fit(inputs, target)
+            return _Fitted(model, True, np.abs(model.coef_))
+        if len(np.unique(target)) < 2:
+            return _Fitted(_Always(target[0]), True, np.zeros(inputs.shape[1]))
+        model = LogisticRegression(C=1 / penalty, max_iter=ITERATIONS)
+        with warnings.catch_warnings():
+            # Said by `converged`.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            model.fit(inputs, target)
+        ended = bool((model.n_iter_ < ITERATIONS).all())
+        return _Fitted(model, ended, np.linalg.norm(model.coef_, axis=0))
+
+    return learn
+
+
+@dataclass(frozen=True)
+class _Always:
+    """What is left to say where all training steps are of one class."""
+
+    value: Any
+
+    def predict(self, inputs: Array) -> Array:
+        return np.full(len(inputs), self.value)
+
+
+def _scores(predicted: Array, trained: Array, tested: Array, classes: bool) -> tuple[float, float]:
+    """The score, and that of what knows the training only."""
+    if classes:
+        usual = np.bincount(trained).argmax()
+        return _mean(predicted == tested), _mean(tested == usual)
+    of_mean = float(np.square(tested - trained.mean()).sum())
+    left = float(np.square(tested - predicted).sum())
+    return (1 - left / of_mean if of_mean > 0 else np.nan), 0.0
+
+
+def _error(right: Array, sequences: Integers) -> float:
+    """Standard error of a share, with sequences as what was drawn (a ratio of two sums)."""
+    _, place = np.unique(sequences, return_inverse=True)
+    counts, wins = np.bincount(place), np.bincount(place, right)
+    if len(counts) < 2:
+        return float("nan")
+    apart = wins - counts * right.mean()
+    return float(np.sqrt(apart @ apart * len(counts) / (len(counts) - 1)) / counts.sum())
+
+
+def _mean(right: Array) -> float:
+    return float(right.mean()) if len(right) else float("nan")

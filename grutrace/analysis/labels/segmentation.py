@@ -1,0 +1,317 @@
+"""The gate activation signal: how open a gate is along time, and the boundaries in it.
+
+Wang, Chung and Lee (2017), "Gate activation signal analysis for gated recurrent neural networks and
+its correlation with phoneme boundaries", Interspeech. Of a gate g of H units:
+
+    signal(t) = mean over units of g(t),   difference(t) = signal(t) - signal(t - 1).
+
+They find that the difference of the update gate peaks at phoneme boundaries, in networks that
+were never told of phonemes.
+
+N steps of all sequences, S sequences.
+
+Boundaries between segments of sequences, and how well some agree with others.
+
+A boundary at a step says that a segment begins there. N steps of all sequences, end to end; S
+sequences.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from grutrace.analysis.engine.map_reduce import fold_rows
+from grutrace.analysis.engine.result import Result
+from grutrace.analysis.engine.site_data import Analysed, Material, material
+from grutrace.errors import OptionError, brief
+from grutrace.records import GATES, Array
+from grutrace.storage.read.sequence_index import Integers
+
+
+@dataclass(frozen=True)
+class BoundaryScore:
+    """How well boundaries that were found agree with those of a reference.
+
+    Räsänen, Laine and Altosaar (2009), "An improved speech segmentation quality measure: the
+    R-value", Interspeech: with the hit rate HR and the over-segmentation OS in percent,
+
+        r1 = sqrt((100 - HR)^2 + OS^2),  r2 = (-OS + HR - 100) / sqrt(2),
+        R = 1 - (|r1| + |r2|) / 200.
+
+    Unlike the F-score, R cannot be raised by boundaries that are put in at random. It is 1 where
+    all agree, and below 0 where far too many are found. Not a number where there is nothing to
+    divide by.
+
+    Attributes:
+        hits: Pairs of a found and a reference boundary of the same sequence that lie within the
+            tolerance; each is in one pair at most.
+        found: How many were found.
+        reference: How many there are in the reference.
+        precision: hits / found.
+        recall: hits / reference: the hit rate.
+        f_score: 2 hits / (found + reference).
+        over_segmentation: found / reference - 1.
+        r_value: R.
+    """
+
+    hits: int
+    found: int
+    reference: int
+    precision: float
+    recall: float
+    f_score: float
+    over_segmentation: float
+    r_value: float
+
+
+def score_boundaries(
+    found: Array, reference: Array, lengths: Sequence[int] | Integers, tolerance: int = 2
+) -> BoundaryScore:
+    """Pair found boundaries with those of a reference, and score them.
+
+    Args:
+        found: (N,) whether a boundary was found at each step.
+        reference: (N,) whether there is one.
+        lengths: (S,) steps of each sequence. A pair never spans two sequences.
+        tolerance: How many steps apart the two of a pair may be.
+
+    Raises:
+        OptionError: The shapes do not fit together.
+    """
+    lengths = np.asarray(lengths, np.int64)
+    for name, given in (("found", found), ("reference", reference)):
+        if np.shape(given) != (int(lengths.sum()),):
+            raise OptionError(
+                f"{name}: expected shape ({lengths.sum()},), as the lengths add up to; "
+                f"found {np.shape(given)}"
+            )
+    # As one sequence, whose parts lie too far apart for a pair.
+    apart = np.repeat(np.arange(len(lengths)) * (tolerance + 1), lengths)
+    places = np.arange(len(apart)) + apart
+    hits = _pairs(places[np.asarray(found, bool)], places[np.asarray(reference, bool)], tolerance)
+    return _score_boundaries(hits, int(np.count_nonzero(found)), int(np.count_nonzero(reference)))
+
+
+def _pairs(found: Integers, reference: Integers, tolerance: int) -> int:
+    """How many pairs there can be. Taking the earliest that fits leaves most for the rest."""
+    hits, place, ours, theirs = 0, 0, found.tolist(), reference.tolist()
+    for boundary in ours:
+        while place < len(theirs) and theirs[place] < boundary - tolerance:
+            place += 1
+        if place < len(theirs) and theirs[place] <= boundary + tolerance:
+            hits, place = hits + 1, place + 1
+    return hits
+
+
+def _score_boundaries(hits: int, found: int, reference: int) -> BoundaryScore:
+    recall, over = _ratio(hits, reference), _ratio(found, reference) - 1
+    r1 = math.hypot(100 - 100 * recall, 100 * over)
+    r2 = (100 * recall - 100 - 100 * over) / math.sqrt(2)
+    return BoundaryScore(
+        hits=hits,
+        found=found,
+        reference=reference,
+        precision=_ratio(hits, found),
+        recall=recall,
+        f_score=_ratio(2 * hits, found + reference),
+        over_segmentation=over,
+        r_value=1 - (abs(r1) + abs(r2)) / 200,
+    )
+
+
+def _ratio(some: int, of: int) -> float:
+    return some / of if of else math.nan
+
+
+def peaks(
+    values: Array, lengths: Sequence[int] | Integers, threshold: float
+) -> npt.NDArray[np.bool_]:
+    """Where values are above a threshold and no smaller than either neighbour of their sequence.
+
+    Of neighbours that are equal the first is the peak. What is not a number is none.
+
+    Args:
+        values: (N,)
+        lengths: (S,) steps of each sequence.
+        threshold: In the unit of the values.
+    """
+    edges = np.zeros(len(values) + 1, bool)
+    edges[np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])] = True
+    known = np.where(np.isnan(values), -np.inf, values)
+    before = np.concatenate([[-np.inf], known[:-1]])
+    after = np.concatenate([known[1:], [-np.inf]])
+    before[edges[:-1]], after[edges[1:]] = -np.inf, -np.inf
+    return np.asarray((known > threshold) & (known > before) & (known >= after))
+
+
+#: Differences up to this are never a boundary by default, so that there is none in what hardly
+#: moves. It is the least of the thresholds that Wang, Chung and Lee's own program tries.
+LEAST = 0.001
+
+#: By the name of a direction, what a difference is multiplied by; 0 for its size.
+DIRECTIONS = {"rise": 1, "fall": -1, "both": 0}
+
+
+@dataclass(frozen=True, eq=False)
+class GateActivation(Result):
+    """Of a site. The steps are those of all sequences, one after another, each in time order.
+
+    Attributes:
+        steps: N.
+        gate: Which gate.
+        threshold: What a difference had to exceed to be a boundary.
+        boundaries: How many were found.
+        lengths: (S,) steps of each sequence.
+        signal: (N,) float64, mean of the gate over the recorded units. Not a number where the gate
+            of a unit is not.
+        difference: (N,) what it rose by since the step before in the same sequence; not a number at
+            the first step. For a site that reads backwards: since the step after, which it made
+            before, and it stands at the later of the two, where a boundary would be.
+        boundary: (N,) whether a segment begins there.
+        r_value, precision, recall, f_score, over_segmentation: How well they agree with the label;
+            see `BoundaryScore`. Not a number where none was given.
+    """
+
+    rows_of_table: ClassVar[str] = "rows"
+    not_columns: ClassVar[tuple[str, ...]] = ("lengths",)
+    places: ClassVar[tuple[str, ...]] = ("sequence", "step")
+
+    steps: int
+    gate: str
+    threshold: float
+    boundaries: int
+    lengths: Integers
+    signal: Array
+    difference: Array
+    boundary: Array
+    r_value: float
+    precision: float
+    recall: float
+    f_score: float
+    over_segmentation: float
+
+    @property
+    def rows(self) -> Integers:
+        """(N,) their numbers."""
+        return np.arange(self.steps)
+
+    def columns(self) -> dict[str, Array]:
+        """As ever, and the sequence of each step and its place in it."""
+        number, *rest = super().columns().items()
+        ends = np.cumsum(self.lengths)
+        sequence = np.repeat(np.arange(len(ends)), self.lengths)
+        return dict([number, ("sequence", sequence), ("step", _places(self.lengths)), *rest])
+
+
+def gate_activation(
+    site: Analysed,
+    gate: str = "update",
+    *,
+    direction: str = "rise",
+    threshold: float | None = None,
+    label: str | None = None,
+    tolerance: int = 2,
+) -> GateActivation:
+    """Follow the mean of a gate along time, and find boundaries where it changes most.
+
+    A boundary is a local maximum of the difference above the threshold.
+
+    Args:
+        site: With the gate.
+        gate: reset, update or candidate.
+        direction: ``rise``, as in the paper; ``fall``; or ``both``, by the size of the difference.
+        threshold: In the unit of the gate; by default the mean of the differences (turned as the
+            direction says) plus their standard deviation, at least `LEAST`.
+        label: Name of a label, or ``tokens``: there is a boundary where it changes within a
+            sequence. What was found is scored against these.
+        tolerance: By how many steps a boundary may miss that of the label.
+
+    Raises:
+        OptionError: There is no such gate or direction.
+        NotRecordedError: The gate was not recorded, or there is no such label.
+    """
+    if gate not in GATES:
+        raise OptionError(f"gate: expected one of {', '.join(GATES)}; found {brief(gate)}")
+    if direction not in DIRECTIONS:
+        expected = ", ".join(DIRECTIONS)
+        raise OptionError(f"direction: expected one of {expected}; found {brief(direction)}")
+    of = material(site)
+    lengths = of.lengths
+    means = fold_rows(of, (gate,), _Means).means
+    signal = np.concatenate([np.empty(0), *means])[of.rows_between(0, len(lengths))]
+    difference = np.full(of.steps, np.nan)
+    inner = np.flatnonzero(_places(lengths))
+    way = -1 if of.reverse else 1
+    difference[inner] = (signal[inner] - signal[inner - 1]) * way
+    sign = DIRECTIONS[direction]
+    turned = np.abs(difference) if sign == 0 else sign * difference
+    bound = _threshold(turned) if threshold is None else threshold
+    boundary = peaks(turned, lengths, bound)
+    return GateActivation(
+        site=of.name,
+        steps=of.steps,
+        gate=gate,
+        threshold=float(bound),
+        boundaries=int(np.count_nonzero(boundary)),
+        lengths=lengths,
+        signal=signal,
+        difference=difference,
+        boundary=boundary,
+        **_scores(None if label is None else _score(of, label, boundary, tolerance)),
+    )
+
+
+class _Means:
+    """The mean of each row over units."""
+
+    def __init__(self) -> None:
+        self.means: list[Array] = []
+
+    def add(self, rows: Mapping[str, Array]) -> None:
+        (values,) = rows.values()
+        self.means.append(values.mean(1, dtype=np.float64))
+
+    def merge(self, later: _Means) -> None:
+        self.means += later.means
+
+
+def label_boundaries(site: Analysed, label: str) -> Array:
+    """Where a label changes within a sequence; a step with it next to one without is a change.
+
+    Returns:
+        (N,) whether a segment begins at each step, the sequences one after another, each in time
+        order.
+
+    Raises:
+        NotRecordedError: There is no such label.
+    """
+    of = material(site)
+    codes = of.labels(label).codes[of.rows_between(0, len(of.lengths))]
+    changes = np.zeros(of.steps, bool)
+    changes[1:] = codes[1:] != codes[:-1]
+    return changes & (_places(of.lengths) > 0)
+
+
+def _score(of: Material, label: str, boundary: Array, tolerance: int) -> BoundaryScore:
+    return score_boundaries(boundary, label_boundaries(of, label), of.lengths, tolerance)
+
+
+def _scores(score: BoundaryScore | None) -> dict[str, float]:
+    names = ("r_value", "precision", "recall", "f_score", "over_segmentation")
+    return {name: np.nan if score is None else getattr(score, name) for name in names}
+
+
+def _threshold(turned: Array) -> float:
+    known = turned[np.isfinite(turned)]
+    return max(LEAST, float(known.mean() + known.std())) if len(known) else LEAST
+
+
+def _places(lengths: Integers) -> Integers:
+    """(N,) which step of its sequence each is."""
+    return np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -1,0 +1,408 @@
+"""Which unit follows a label: how well each tells its values apart, and whether chance could.
+
+For each value of the label, of a unit, the area under the ROC curve: the probability that the unit
+is larger at a step with this value than at one with another, equal ones counting half (Hanley and
+McNeil 1982, "The meaning and use of the area under a receiver operating characteristic curve"). It
+is 0.5 where the unit says nothing and 0 or 1 where it alone decides.
+
+And the mutual information of the unit, in `LEVELS` levels of equal frequency, and the label, which
+is not 0 by chance either. How large it gets by chance is found by giving the labels to other steps
+many times. Steps of one sequence resemble each other, so labels are not shuffled one by one, which
+would find every slow unit selective for every slow label (Harris 2020, "Nonsense correlations in
+neuroscience"): `chance` says how they are.
+
+N steps with the label, H units, C classes, B bins.
+
+How often each unit is in each bin of its values, at steps of each class of a label.
+
+n rows of a block, H units, C classes, B bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+
+from grutrace.analysis.engine.map_reduce import fold_rows
+from grutrace.analysis.engine.result import Result
+from grutrace.analysis.engine.site_data import (
+    Analysed,
+    Beside,
+    Material,
+    material,
+    places_of,
+    sequences_of,
+)
+from grutrace.analysis.labels.label_coding import Arrangements, classes_of
+from grutrace.records import Array
+from grutrace.statistics.moments import reduce_rows
+from grutrace.storage.read.sequence_index import Integers
+
+#: Levels of a unit, for what bins are too many.
+LEVELS = 8
+
+#: Bins of a unit, at most and at least.
+BINS, LEAST_BINS = 1024, 64
+
+#: What counts of all units may take, which decides how many bins there are. Bytes.
+MEMORY = 32 * 1024 * 1024
+
+#: What one product of labels and levels brings into memory. Bytes.
+PRODUCT = 16 * 1024 * 1024
+
+
+class Ranges:
+    """Extremes of each unit at steps with a label.
+
+    Attributes:
+        least, largest: (H,) of what is finite; infinities the other way round where nothing is.
+        left_out: (H,) how many values are not finite.
+    """
+
+    def __init__(self, width: int) -> None:
+        self.least, self.largest = np.full(width, np.inf), np.full(width, -np.inf)
+        self.left_out = np.zeros(width, np.int64)
+
+    def add(self, rows: Mapping[str, Array]) -> None:
+        """Take in a block: ``code``, and the values."""
+        values, _ = _labelled(rows)
+        if not len(values):
+            return
+        least, largest = reduce_rows(np.minimum, values), reduce_rows(np.maximum, values)
+        if not (np.isfinite(least).all() and np.isfinite(largest).all()):
+            finite = np.isfinite(values)
+            self.left_out += np.count_nonzero(~finite, axis=0)
+            least = np.where(finite, values, np.inf).min(0)
+            largest = np.where(finite, values, -np.inf).max(0)
+        np.minimum(self.least, least, out=self.least)
+        np.maximum(self.largest, largest, out=self.largest)
+
+    def merge(self, later: Ranges) -> None:
+        """Take in those of later rows."""
+        np.minimum(self.least, later.least, out=self.least)
+        np.maximum(self.largest, later.largest, out=self.largest)
+        self.left_out += later.left_out
+
+
+class Bins:
+    """Equal bins between the extremes of each unit.
+
+    Args:
+        ranges: The extremes.
+        classes: C.
+
+    Attributes:
+        count: B, the same for all units.
+    """
+
+    def __init__(self, ranges: Ranges, classes: int) -> None:
+        width = len(ranges.least)
+        self.count = int(np.clip(MEMORY // (8 * classes * max(1, width)), LEAST_BINS, BINS))
+        some = ranges.least <= ranges.largest
+        self.low = np.where(some, ranges.least, 0.0)
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            scale = self.count / np.where(some, ranges.largest - ranges.least, 0.0)
+        self._scale = np.where(np.isfinite(scale), scale, 0.0)
+        self._finite = not ranges.left_out.any()
+
+    def __len__(self) -> int:
+        return len(self.low)
+
+    def __call__(self, values: Array) -> Integers:
+        """(n, H) the bin of each value; B for what is not finite."""
+        exact = np.result_type(values, np.float32)
+        with np.errstate(invalid="ignore", over="ignore"):
+            places = values - self.low.astype(exact)
+            places *= self._scale.astype(exact)
+            np.minimum(places, self.count - 1, out=places)
+        if not self._finite:
+            places[~np.isfinite(values)] = self.count
+        return np.asarray(places.astype(np.int64))
+
+
+class Counts:
+    """How often each unit was in each bin at steps of each class.
+
+    Attributes:
+        counts: (C, H, B), without what is not finite.
+    """
+
+    def __init__(self, bins: Bins, classes: int) -> None:
+        self._bins = bins
+        self.counts = np.zeros((classes, len(bins), bins.count), np.int64)
+
+    def add(self, rows: Mapping[str, Array]) -> None:
+        """Take in a block: ``code``, and the values."""
+        values, codes = _labelled(rows)
+        _, width, count = self.counts.shape
+        places = self._bins(values)
+        places += np.arange(width) * (count + 1)
+        for code in np.unique(codes).tolist():
+            found = np.bincount(places[codes == code].ravel(), minlength=width * (count + 1))
+            self.counts[code] += found.reshape(width, count + 1)[:, :count]
+
+    def merge(self, later: Counts) -> None:
+        """Take in those of later rows."""
+        self.counts += later.counts
+
+
+class ArrangedCounts:
+    """How often each unit was at each level with each class, where labels lie elsewhere.
+
+    Counting is a product of two matrices of zeros and ones: which label each step has in each
+    arrangement, and which level each unit has at each step. float32 holds such counts exactly. The
+    first class is what is left of the total, which is the same in all arrangements.
+
+    Args:
+        arrangements: Of the labels.
+        some: The numbers of those to count.
+        bins: Of the units.
+        levels: (H, B) the level of each bin.
+        classes: C.
+    """
+
+    def __init__(
+        self, arrangements: Arrangements, some: range, bins: Bins, levels: Integers, classes: int
+    ) -> None:
+        self._arrangements, self._some, self._bins = arrangements, some, bins
+        self._sources: Array | None = None
+        # What is not finite has a level that is none.
+        self._levels = np.concatenate([levels, np.full((len(levels), 1), LEVELS)], axis=1)
+        self._others = np.zeros((len(some), classes - 1, len(levels), LEVELS), np.int64)
+
+    def counts(self, total: Integers) -> Integers:
+        """(arrangements, C, H, LEVELS), given (H, LEVELS) of all classes together."""
+        first = total - self._others.sum(1)
+        return np.concatenate([first[:, np.newaxis], self._others], axis=1)
+
+    def add(self, rows: Mapping[str, Array]) -> None:
+        """Take in a block: ``row``, the number of each, and the values."""
+        numbers = rows["row"][:, 0]
+        (values,) = (block for name, block in rows.items() if name != "row")
+        some = self._arrangements.labelled(numbers)
+        numbers, values = numbers[some], values[some]
+        permutations, others, width, _ = self._others.shape
+        if self._sources is None:
+            self._sources = self._arrangements.sources(self._some)
+        step = max(1, PRODUCT // (4 * (permutations * others + width * LEVELS)))
+        classes, of_unit = np.arange(1, others + 1)[:, np.newaxis], np.arange(width)
+        for low in range(0, len(numbers), step):
+            part = slice(low, low + step)
+            level = self._levels[of_unit, self._bins(values[part])]
+            levels = (level[..., np.newaxis] == np.arange(LEVELS)).astype(np.float32)
+            codes = self._arrangements.codes(numbers[part], self._some, self._sources)
+            labels = (codes[:, np.newaxis] == classes).astype(np.float32)
+            found = labels.reshape(permutations * others, -1) @ levels.reshape(len(level), -1)
+            self._others += found.reshape(self._others.shape).astype(np.int64)
+
+    def merge(self, later: ArrangedCounts) -> None:
+        """Take in those of later rows."""
+        self._others += later._others
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What follows from the rest need not travel.
+        return self.__dict__ | {"_sources": None}
+
+
+def _labelled(rows: Mapping[str, Array]) -> tuple[Array, Integers]:
+    """The rows that have a label, and its code."""
+    codes = rows["code"][:, 0]
+    (values,) = (block for name, block in rows.items() if name != "code")
+    some = codes >= 0
+    return (values, codes) if some.all() else (values[some], codes[some])
+
+
+@dataclass(frozen=True, eq=False)
+class Selectivity(Result):
+    """Of a site, for a label.
+
+    Attributes:
+        label: Its name.
+        quantity: What of the units: hidden, a gate.
+        steps: N, steps that have the label.
+        null: How labels were given to other steps: ``swapped`` between sequences, ``rotated``
+            within each, or ``both``; see `chance.Arrangements`.
+        permutations: How often.
+        selective: How many units have `p` below 0.05.
+        classes: (C,) the values of the label, or groups of them; see `classes.classes_of`.
+        counts: (C,) steps of each.
+        units: (H,) numbers of the units.
+        best: (H,) the class that each tells best from all others, and ...
+        auc: (H,) ... the area under its curve. Below 0.5 the unit is smaller there.
+        auc_error: (H,) by how much areas may be off, since units are counted in bins: half the
+            share of pairs that fall into the same bin, the most of all classes.
+        information: (H,) mutual information, in bits.
+        chance: (H,) its mean where the labels lie elsewhere: what to subtract.
+        p: (H,) how probable so much information would be by chance at the best of all units:
+            (1 + times that the largest of all units was as large) / (1 + permutations). So with
+            the bound 0.05 some unit is found by chance once in 20 traces, however many units.
+        aucs: (C, H) the area under the curve of each class against all others.
+        left_out: (H,) values that are not finite; they count for nothing else. The area is not a
+            number where nothing else is left.
+    """
+
+    not_columns: ClassVar[tuple[str, ...]] = ("counts",)
+
+    label: str
+    quantity: str
+    steps: int
+    null: str
+    permutations: int
+    selective: int
+    classes: tuple[str | float, ...]
+    counts: Integers
+    units: Integers
+    best: Array
+    auc: Array
+    auc_error: Array
+    information: Array
+    chance: Array
+    p: Array
+    aucs: Array
+    left_out: Integers
+
+    @property
+    def ranking(self) -> Integers:
+        """(H,) the numbers of the units, from the one with most information above chance."""
+        above = np.nan_to_num(self.information - self.chance, nan=-np.inf)
+        return np.asarray(self.units[np.argsort(-above, kind="stable")])
+
+
+def selectivity(
+    site: Analysed,
+    label: str,
+    quantity: str = "hidden",
+    *,
+    permutations: int = 100,
+    seed: int = 0,
+) -> Selectivity:
+    """Find the units that follow a label.
+
+    The rows are read three times and more often if H, C and the permutations are many: once for the
+    range of each unit, once to count, and once for what chance does, which takes longest.
+
+    Args:
+        site: With the quantity, and labels or tokens.
+        label: Name of the label, or ``tokens``.
+        quantity: hidden, a gate, or input.
+        permutations: How often labels are given to other steps; 0 for no test.
+        seed: Of how they are.
+
+    Raises:
+        NotRecordedError: The quantity was not recorded, or there is no such label.
+        OptionError: The label has fewer than two values.
+    """
+    of = material(site)
+    of.require(quantity)
+    classes = classes_of(of.labels(label))
+    codes = classes.codes.astype(np.int32)
+    with_label = Beside(of, {"code": codes[:, np.newaxis]})
+    width, count = of.rows(quantity).shape[1], len(classes.names)
+    quantities = (quantity, "code")
+    ranges = fold_rows(with_label, quantities, partial(Ranges, width))
+    bins = Bins(ranges, count)
+    counts = fold_rows(with_label, quantities, partial(Counts, bins, count)).counts
+    aucs, errors = _areas(counts)
+    levels = _levels(counts)
+    information = _information(_joined(counts, levels))
+    arrangements = Arrangements(
+        codes, sequences_of(of), places_of(of), len(of.lengths), permutations, seed
+    )
+    chance = _by_chance(of, quantity, arrangements, bins, levels, counts)
+    largest = np.array([0.0, *np.nanmax(chance, axis=1, initial=0.0)])[1:]
+    with np.errstate(invalid="ignore"):
+        p = (1 + (largest[:, np.newaxis] >= information - 1e-12).sum(0)) / (1 + permutations)
+    known = counts.sum((0, 2)) > 0
+    best = np.abs(np.nan_to_num(aucs, nan=0.5) - 0.5)[::-1].argmax(0)
+    best = count - 1 - best
+    return Selectivity(
+        site=of.name,
+        label=label,
+        quantity=quantity,
+        steps=int(np.count_nonzero(codes >= 0)),
+        null=arrangements.kind,
+        permutations=permutations,
+        selective=int(np.count_nonzero(known & (p < 0.05))),
+        classes=classes.names,
+        counts=classes.counts,
+        units=of.units if quantity != "input" else np.arange(width),
+        best=np.array(classes.names, object)[best],
+        auc=aucs[best, np.arange(width)],
+        auc_error=errors,
+        information=np.where(known, information, np.nan),
+        chance=chance.mean(0) if permutations else np.full(width, np.nan),
+        p=np.where(known & (permutations > 0), p, np.nan),
+        aucs=aucs,
+        left_out=ranges.left_out,
+    )
+
+
+def _areas(counts: Array) -> tuple[Array, Array]:
+    """(C, H) areas under the curves, and (H,) by how much they may be off."""
+    total = counts.sum(0)
+    aucs, errors = np.full(counts.shape[:2], np.nan), np.zeros(counts.shape[1])
+    for code, own in enumerate(counts):
+        others = total - own
+        pairs = own.sum(1, dtype=np.float64) * others.sum(1)
+        below = np.cumsum(others, axis=1) - others
+        equal = (own * others.astype(np.float64)).sum(1) / 2
+        won = (own * below.astype(np.float64)).sum(1) + equal
+        np.divide(won, pairs, out=aucs[code], where=pairs > 0)
+        part = np.divide(equal, pairs, out=np.zeros(len(pairs)), where=pairs > 0)
+        errors = np.maximum(errors, part)
+    return aucs, errors
+
+
+def _levels(counts: Array) -> Integers:
+    """(H, B) the level of each bin: by the middle of the bin among all steps."""
+    total = counts.sum(0)
+    middle = np.cumsum(total, axis=1) - total / 2
+    whole = np.maximum(total.sum(1, keepdims=True), 1)
+    return np.asarray(np.minimum((middle * LEVELS / whole).astype(np.int64), LEVELS - 1))
+
+
+def _joined(counts: Array, levels: Integers) -> Array:
+    """(C, H, LEVELS) from counts of bins to counts of levels."""
+    joined = np.empty((*counts.shape[:2], LEVELS), np.int64)
+    for level in range(LEVELS):
+        joined[..., level] = np.where(levels == level, counts, 0).sum(2)
+    return joined
+
+
+def _information(joint: Array) -> Array:
+    """(H,) mutual information in bits, from (C, H, LEVELS) counts."""
+    count = np.maximum(joint.sum((0, 2)), 1)[np.newaxis, :, np.newaxis]
+    share = joint / count
+    of_class, of_level = share.sum(2, keepdims=True), share.sum(0, keepdims=True)
+    some = share > 0
+    ratio = np.divide(share, of_class * of_level, out=np.ones_like(share), where=some)
+    return np.asarray((share * np.log2(ratio)).sum((0, 2)))
+
+
+def _by_chance(
+    of: Material,
+    quantity: str,
+    arrangements: Arrangements,
+    bins: Bins,
+    levels: Integers,
+    counts: Array,
+) -> Array:
+    """(permutations, H) the information when the labels lie elsewhere."""
+    classes, width, _ = counts.shape
+    total = _joined(counts, levels).sum(0)
+    each = 8 * classes * width * LEVELS + 4 * arrangements.total
+    together = max(1, MEMORY // each)
+    rows = np.arange(of.steps, dtype=np.int64)[:, np.newaxis]
+    with_row = Beside(of, {"row": rows})
+    found = np.empty((arrangements.count, width))
+    for first in range(0, arrangements.count, together):
+        some = range(first, min(first + together, arrangements.count))
+        begin = partial(ArrangedCounts, arrangements, some, bins, levels, classes)
+        joint = fold_rows(with_row, (quantity, "row"), begin).counts(total)
+        for place, number in enumerate(some):
+            found[number] = _information(joint[place])
+    return found

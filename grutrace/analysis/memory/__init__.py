@@ -1,0 +1,1 @@
+"""How long a state remembers: timescales, autocorrelation, ages, decomposition, updates."""

@@ -1,0 +1,158 @@
+"""How old what a state holds is, exactly, over all states of a site.
+
+Written out, h(t) = (1 - z(t)) n(t) + z(t) h(t - 1) is a weighted mean of what all steps so far
+proposed, and of the state that the sequence began from:
+
+    h(t) = w(0) h(0) + sum over s of w(s) n(s)      w(s) = (1 - z(s)) prod over k > s of z(k)
+                                                    w(0) = prod over all k of z(k)
+
+The weights of a unit are not negative and add up to 1, so they have a mean age, the sum of
+w(s) (t - s). It follows from step to step, since keeping makes everything a step older:
+
+    age(t) = z(t) (age(t - 1) + 1)                  age(0) = 0
+
+h(0) counts as written when the sequence began; that is the least that its age can be. With a
+constant z the age comes to z / (1 - z), half a step less than -1 / log z, or nearly so.
+
+z is PyTorch's update gate: where it is 1 the previous state is kept. `decomposition` says what each
+past step wrote into one state, or into many.
+
+S sequences, H units, n steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from grutrace.analysis.engine.map_reduce import fold_sequences
+from grutrace.analysis.engine.result import Result
+from grutrace.analysis.engine.segments import RESTARTS, Stretch
+from grutrace.analysis.engine.site_data import Analysed, material
+from grutrace.records import Array
+from grutrace.storage.read.sequence_index import Integers
+
+#: What is gathered of sequences before it is gone through. Bytes of float64.
+TOGETHER = 8 * 1024 * 1024
+
+#: Steps that are gone through one after another, of all chunks at once.
+CHUNK = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Memory(Result):
+    """Of a site. Not a number where there are no steps, or where a gate is not a number.
+
+    Attributes:
+        steps: N, of all sequences together.
+        sequences: How many of them have steps.
+        units: (H,) numbers of the units.
+        age: (H,) mean age of what the states hold, over all steps, in steps.
+        age_at_end: (H,) the same of the last state of each sequence, over sequences.
+        initial_left: (H,) how much of the state that a sequence began from is left in the
+            last one: from 0 to 1, mean over sequences.
+    """
+
+    steps: int
+    sequences: int
+    units: Integers
+    age: Array
+    age_at_end: Array
+    initial_left: Array
+
+
+def memory(site: Analysed) -> Memory:
+    """Work out how old what the states of each unit hold is.
+
+    Args:
+        site: With update. The last state is that of the last step that was made: in time, the
+            first one, where sequences were read backwards.
+
+    Raises:
+        NotRecordedError: The update gate was not recorded.
+    """
+    of = material(site)
+    found = fold_sequences(of, ("update", RESTARTS), partial(_Ages, len(of.units)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return Memory(
+            site=of.name,
+            steps=of.steps,
+            sequences=found.sequences,
+            units=of.units,
+            age=found.ages / (found.steps or np.nan),
+            age_at_end=found.last_ages / (found.sequences or np.nan),
+            initial_left=found.left / (found.sequences or np.nan),
+        )
+
+
+class _Ages:
+    """Sums of ages over steps, and of what there is at the ends of sequences."""
+
+    def __init__(self, width: int) -> None:
+        self.steps = self.sequences = 0
+        self.ages, self.last_ages, self.left = np.zeros((3, width))
+        # Of the sequence that goes on: its age and what is left of its beginning, after a stretch.
+        self._age, self._left = np.zeros(width), np.ones(width)
+        self._waiting: list[Stretch] = []
+        self._rows = 0
+
+    def add(self, stretch: Stretch) -> None:
+        self._waiting.append(stretch)
+        self._rows += len(stretch)
+        if 8 * self._rows * len(self.ages) >= TOGETHER:
+            self._go_through()
+
+    def merge(self, later: _Ages) -> None:
+        later._go_through()
+        self.steps += later.steps
+        self.sequences += later.sequences
+        self.ages += later.ages
+        self.last_ages += later.last_ages
+        self.left += later.left
+
+    def _go_through(self) -> None:
+        waiting, self._waiting, self._rows = self._waiting, [], 0
+        if not waiting:
+            return
+        lengths = np.array([len(each) for each in waiting])
+        ends, starts = np.cumsum(lengths) - 1, np.cumsum(lengths) - lengths
+        begins = np.array([each.begins for each in waiting])
+        last = np.array([each.ends for each in waiting])
+        update = np.concatenate([each.values["update"] for each in waiting], dtype=np.float64)
+        kept = update.copy()
+        kept[starts[begins]] = 0.0
+        ages = _recur(kept, update, self._age)
+        # A product of gates may be too small for any number: then nothing is left.
+        apart = begins.copy()
+        apart[0] = True
+        left = np.multiply.reduceat(update, starts[apart], axis=0)
+        if not begins[0]:
+            left[0] *= self._left
+        self.steps += len(update)
+        self.sequences += int(np.count_nonzero(last))
+        self.ages += ages.sum(axis=0)
+        self.last_ages += ages[ends[last]].sum(axis=0)
+        self.left += left[np.cumsum(apart)[last] - 1].sum(axis=0)
+        self._age, self._left = ages[-1].copy(), left[-1].copy()
+
+
+def _recur(factor: Array, more: Array, before: Array) -> Array:
+    """(n, H) a(t) = factor(t) a(t - 1) + more(t), from (H,) the one before the first.
+
+    Chunks of steps are gone through at once, as if each began from 0, and what they began from is
+    added afterwards.
+    """
+    steps, width = factor.shape
+    chunks = -(-steps // CHUNK)
+    found, kept = np.zeros((2, chunks * CHUNK, width))
+    found[:steps], kept[:steps] = more, factor
+    by_chunk, left = found.reshape(chunks, CHUNK, width), kept.reshape(chunks, CHUNK, width)
+    for step in range(1, CHUNK):
+        by_chunk[:, step] += left[:, step] * by_chunk[:, step - 1]
+        left[:, step] *= left[:, step - 1]
+    for chunk in range(chunks):
+        by_chunk[chunk] += left[chunk] * before
+        before = by_chunk[chunk, -1]
+    return np.asarray(found[:steps])

@@ -1,0 +1,259 @@
+"""How long each unit remembers: from its update gate, and from its states.
+
+A unit that keeps the share z of its state at every step has, n steps later, z^n of it left: it
+forgets as exp(-n / tau), with
+
+    tau = -1 / log z     steps
+
+(Tallec and Ollivier 2018, "Can recurrent neural networks warp time?"; their time 1 / (1 - z) is
+half a step longer, or nearly so.) Where z changes, what is left after n steps is a product, and the
+rate is the mean of log z: that of the *geometric* mean of z. The rate of the *arithmetic* mean of z
+is never the faster one; how far the two are apart says how unevenly a unit forgets.
+
+z is PyTorch's update gate: where it is 1 the previous state is kept.
+
+N steps, H units.
+
+The distribution of timescales over units, and how well an inverse gamma distribution fits it.
+
+Mahto, Vo, Turek and Huth (2021), "Multi-timescale representation learning in LSTM language models"
+(ICLR), show why it is this one: where T is inverse gamma with shape a and scale b, units that each
+forget as exp(-t / T) forget together as a power of time,
+
+    integral exp(-t / T) p(T) dT = (1 + t / b)^(-a),
+
+which is how dependence fades in natural language. (They found a = 0.56 and b = 1.) 1/T then has a
+gamma distribution of shape a and rate b, so the fit is that of a gamma distribution to 1/T.
+
+n timescales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from grutrace.analysis.engine.map_reduce import fold_rows
+from grutrace.analysis.engine.result import Result
+from grutrace.analysis.engine.site_data import Analysed, material
+from grutrace.analysis.memory.autocorrelation import autocorrelation
+from grutrace.records import Array
+from grutrace.storage.read.sequence_index import Integers
+
+#: Samples of the fitted distribution that the distance of the data is judged by.
+SAMPLES = 999
+
+#: With fewer timescales there is no fit.
+FEWEST = 8
+
+#: Steps of Newton's method. It converges in about four (Minka 2002).
+_ROUNDS = 12
+
+
+@dataclass(frozen=True)
+class InverseGamma:
+    """A fit of greatest likelihood. Not a number where there is none.
+
+    Attributes:
+        count: n, finite timescales above 0 that were fitted.
+        shape: a; the smaller, the more long timescales.
+        shape_error: Its standard error, from the Fisher information: for large n.
+        scale: b, in steps.
+        scale_error: Its standard error, in steps.
+        distance: The largest difference between the distribution of the timescales and the
+            fitted one (Kolmogorov and Smirnov).
+        p_value: The share of samples drawn from the fitted distribution, and fitted in turn, that
+            are at least as far from their fit. Below 0.05 or so the distribution is another one.
+    """
+
+    count: int
+    shape: float
+    shape_error: float
+    scale: float
+    scale_error: float
+    distance: float
+    p_value: float
+
+
+def fit_inverse_gamma(timescales: Array, seed: int = 0) -> InverseGamma:
+    """Fit timescales, (n,) in steps; those that are 0, infinite or not a number are left out.
+
+    There is no fit to fewer than `FEWEST`, or to timescales that are all the same.
+
+    Args:
+        timescales: One a unit.
+        seed: Of the samples behind the p-value.
+    """
+    finite = np.asarray(timescales, np.float64)
+    finite = finite[np.isfinite(finite) & (finite > 0)]
+    if len(finite) < FEWEST or np.ptp(finite) <= 1e-9 * finite.max():
+        return InverseGamma(len(finite), *[float("nan")] * 6)
+    rates = 1 / finite
+    shape, scale = (each.item() for each in _fit(rates))
+    shape_error, scale_error = _errors(shape, scale, len(rates))
+    distance = _distance(rates, shape, scale).item()
+    samples = np.random.default_rng(seed).gamma(shape, 1 / scale, (SAMPLES, len(rates)))
+    # A small shape makes rates that are 0 in float64.
+    samples = np.maximum(samples, np.finfo(np.float64).tiny)
+    others = _distance(samples, *_fit(samples))
+    p_value = (1 + np.count_nonzero(others >= distance)) / (1 + SAMPLES)
+    return InverseGamma(
+        len(rates), shape, shape_error, scale, scale_error, distance, float(p_value)
+    )
+
+
+def _fit(rates: Array) -> tuple[Array, Array]:
+    """The shape and rate of the gamma distribution of (..., n) values: (...,) each.
+
+    Minka (2002), "Estimating a gamma distribution", equation 11: Newton's method on 1 / shape.
+    """
+    mean = rates.mean(axis=-1)
+    apart = np.log(mean) - np.log(rates).mean(axis=-1)
+    shape = np.asarray(0.5 / apart)
+    for _ in range(_ROUNDS):
+        digamma, trigamma = _digamma(shape), _trigamma(shape)
+        step = (np.log(shape) - digamma - apart) / (shape**2 * (1 / shape - trigamma))
+        shape = 1 / (1 / shape + step)
+    return shape, shape / mean
+
+
+def _errors(shape: float, scale: float, count: int) -> tuple[float, float]:
+    """Standard errors: of the inverse of the Fisher information of n values."""
+    trigamma = _trigamma(np.array(shape)).item()
+    determinant = (shape * trigamma - 1) / scale**2
+    variances = shape / scale**2 / determinant, trigamma / determinant
+    return tuple(float(np.sqrt(each / count)) for each in variances)  # type: ignore[return-value]
+
+
+def _distance(rates: Array, shape: Any, scale: Any) -> Array:
+    """(...,) Kolmogorov and Smirnov's, of (..., n) values."""
+    import torch
+
+    ordered = np.sort(rates, axis=-1)
+    count = ordered.shape[-1]
+    at = ordered * np.asarray(scale)[..., np.newaxis]
+    shapes = np.broadcast_to(np.asarray(shape, np.float64)[..., np.newaxis], at.shape)
+    fitted = torch.special.gammainc(torch.tensor(shapes), torch.tensor(at)).numpy()
+    upper = np.arange(1, count + 1) / count - fitted
+    lower = fitted - np.arange(count) / count
+    return np.asarray(np.maximum(upper, lower).max(axis=-1))
+
+
+def _digamma(values: Array) -> Array:
+    import torch
+
+    return np.asarray(torch.digamma(torch.tensor(values)).numpy())
+
+
+def _trigamma(values: Array) -> Array:
+    import torch
+
+    return np.asarray(torch.polygamma(1, torch.tensor(values)).numpy())
+
+
+@dataclass(frozen=True, eq=False)
+class Timescales(Result):
+    """Of a site, in steps.
+
+    Attributes:
+        steps: N, of all sequences together.
+        units: (H,) numbers of the units.
+        tau: (H,) -1 over the mean of log z: 0 if the gate was ever 0 exactly, which empties the
+            unit, and infinite if it was always 1. Not a number where there are no steps.
+        tau_of_mean: (H,) -1 / log of the mean of z.
+        tau_of_states: (H,) the lag at which the autocorrelation of the states falls to 1/e: how
+            long a state lasts, whether it is kept or written anew. See `autocorrelation`. Not a
+            number where the hidden states were not recorded.
+        no_gate: (H,) in how many steps z is not from 0 to 1, or not a number; these are left out.
+        fitted: How many units the fit is of: those whose tau is finite and not 0.
+        shape: Shape of the inverse gamma distribution of tau over units; see `inverse_gamma`. Not a
+            number, like all that follows, where there are fewer than 8 units or all are alike.
+        shape_error: Its standard error.
+        scale: Its scale, in steps.
+        scale_error: Its standard error, in steps.
+        fit_distance: The largest difference between the two distributions.
+        fit_p: The share of samples of the fitted distribution that are as far from their fit. Below
+            0.05 or so the fit does not describe these units.
+    """
+
+    steps: int
+    units: Integers
+    tau: Array
+    tau_of_mean: Array
+    tau_of_states: Array
+    no_gate: Integers
+    fitted: int
+    shape: float
+    shape_error: float
+    scale: float
+    scale_error: float
+    fit_distance: float
+    fit_p: float
+
+
+def timescales(site: Analysed, lags: int | None = None) -> Timescales:
+    """Work out how long each unit remembers.
+
+    Args:
+        site: With update; with hidden, too, for `tau_of_states`.
+        lags: How far states are compared with themselves; as for `autocorrelation`.
+
+    Raises:
+        NotRecordedError: The update gate was not recorded.
+        OptionError: The lags are no number of steps.
+    """
+    of = material(site)
+    rates = fold_rows(of, ("update",), partial(_Rates, len(of.units)))
+    count = np.where(rates.count > 0, rates.count, np.nan)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # By what is missing from 1, which may be little.
+        tau_of_mean = -1 / np.log1p(-rates.written / count)
+        tau = -1 / (rates.logs / count)
+    fit = fit_inverse_gamma(tau)
+    states = np.full(len(of.units), np.nan)
+    if "hidden" in of.quantities:
+        states = autocorrelation(of, lags).efolding
+    return Timescales(
+        site=of.name,
+        steps=of.steps,
+        units=of.units,
+        tau=np.abs(tau),
+        tau_of_mean=np.abs(tau_of_mean),
+        tau_of_states=states,
+        no_gate=of.steps - rates.count,
+        fitted=fit.count,
+        shape=fit.shape,
+        shape_error=fit.shape_error,
+        scale=fit.scale,
+        scale_error=fit.scale_error,
+        fit_distance=fit.distance,
+        fit_p=fit.p_value,
+    )
+
+
+class _Rates:
+    """Sums over steps, of each unit: of log z, and of 1 - z."""
+
+    def __init__(self, width: int) -> None:
+        self.count = np.zeros(width, np.int64)
+        self.logs, self.written = np.zeros(width), np.zeros(width)
+
+    def add(self, rows: Mapping[str, Array]) -> None:
+        (block,) = rows.values()
+        update = block.astype(np.float64)
+        valid = (update >= 0) & (update <= 1)
+        if not valid.all():
+            update[~valid] = 1.0  # Which adds nothing to either.
+        self.count += np.count_nonzero(valid, axis=0)
+        with np.errstate(divide="ignore"):
+            self.logs += np.log(update).sum(axis=0)
+        self.written += (1 - update).sum(axis=0)
+
+    def merge(self, later: _Rates) -> None:
+        self.count += later.count
+        self.logs += later.logs
+        self.written += later.written

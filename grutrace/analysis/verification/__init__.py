@@ -1,0 +1,1 @@
+"""Recorded gates checked against the equations, and computed ones stored."""

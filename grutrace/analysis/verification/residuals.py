@@ -1,0 +1,100 @@
+"""How far the states that derived gates lead to are from the recorded ones, call by call.
+
+n rows, H hidden size.
+
+How far apart two values are, where not all of them are numbers.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from grutrace.gru.recompute import Derivation, tolerances
+from grutrace.records import Array
+from grutrace.storage.interfaces import Rows
+from grutrace.storage.read.recomputed import Ingredients
+from grutrace.storage.read.site import SiteTrace
+
+
+def differences(recorded: Array, expected: Array) -> Array:
+    """Return ``|recorded - expected|``: 0 for the same infinity, infinite for one no number."""
+    same = (recorded == expected) | (np.isnan(recorded) & np.isnan(expected))
+    with np.errstate(invalid="ignore", over="ignore"):
+        off = np.where(same, 0.0, np.abs(recorded - expected))
+    return np.where(np.isnan(off), np.inf, off)
+
+
+def scaled_differences(a: Array, b: Array) -> Array:
+    """Return ``|a - b| / max(1, |a|, |b|)``: absolute for what is at most 1, else relative.
+
+    Otherwise as for `differences`.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    off = differences(a, b)
+    size = np.maximum(np.maximum(np.abs(a), np.abs(b)), 1.0)
+    return np.asarray(np.divide(off, size, out=off, where=np.isfinite(off) & np.isfinite(size)))
+
+
+class Evidence:
+    """Gathers, of every call at a site, the residual and how much of it rounding explains.
+
+    Rows may come in any order and in parts: memory grows with the calls only.
+
+    Args:
+        site: Which site.
+
+    Attributes:
+        checks: (calls,) as they are recorded.
+        residuals: (calls,) the largest difference so far.
+        places: (calls, 2) the row and unit where it is.
+    """
+
+    def __init__(self, site: SiteTrace) -> None:
+        self.checks = site.checks
+        calls = len(self.checks)
+        self._terms = site.site.input_size + site.module.hidden_size
+        self._states, self._products, self._recurrents, self._sums = np.zeros((4, calls))
+        self._kept = np.dtype(site.module.dtype)
+        self.residuals = np.zeros(calls)
+        self.places = np.full((calls, 2), -1, np.int64)
+
+    def add(self, each: Ingredients, derived: Derivation, hidden: Rows) -> None:
+        """Take in some rows that follow one another.
+
+        Args:
+            each: The rows.
+            derived: What was derived of them.
+            hidden: The recorded states of all rows.
+        """
+        rows = slice(int(each.rows[0]), int(each.rows[-1]) + 1)
+        off = differences(np.asarray(hidden[rows]).astype(np.float64), derived.hidden)
+        units = off.argmax(axis=1)
+        largest = off[np.arange(len(off)), units]
+        product, recurrent = derived.sizes
+        np.maximum.at(self._products, each.calls, product)
+        np.maximum.at(self._recurrents, each.calls, recurrent)
+        np.maximum.at(self._sums, each.calls, derived.sums)
+        np.maximum.at(self._states, each.calls, _largest(each.previous))
+        np.maximum.at(self.residuals, each.calls, largest)
+        worst = largest == self.residuals[each.calls]
+        self.places[each.calls[worst], 0] = each.rows[worst]
+        self.places[each.calls[worst], 1] = units[worst]
+
+    def tolerances(self, calls: range) -> Array:
+        """(n,) the residual that rounding explains in each of these calls."""
+        part = slice(calls.start, calls.stop)
+        return tolerances(
+            self.checks["precision"][part],
+            self._terms,
+            self._states[part],
+            self._products[part],
+            self._recurrents[part],
+            self._kept,
+            self._sums[part],
+        )
+
+
+def _largest(states: Array) -> Array:
+    """(n,) the largest finite ``|state|`` of each row."""
+    sizes = np.nan_to_num(np.abs(states.astype(np.float64)), nan=0.0, posinf=0.0)
+    return np.asarray(sizes.max(axis=1))

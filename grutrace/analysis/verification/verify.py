@@ -1,0 +1,246 @@
+"""Does a trace hold together? The gates from the weights, the states from the gates.
+
+Three checks, in float64, of every row, within what rounding explains of its call:
+
+- *gates*: reset, update and candidate are computed anew from the stored weights, input and states,
+  and compared with what was recorded. Needs the hidden states and the input; above the first layer
+  the input is the states of the layer below, where no dropout was applied and both were recorded.
+- *derived*: where no gates are stored, they are derived so, and the states that they lead to are
+  compared with the stored ones: every state, from the one before it, must come out again.
+- *states*: h = (1 - z) n + z h', from the recorded update, candidate and hidden states. It takes no
+  other units, so it is what can be checked where only some were recorded.
+
+The tolerance of the gates is worked out here; that of the states was recorded with the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from grutrace.analysis.verification.residuals import Evidence, differences
+from grutrace.gru.recompute import DOUBLE, Derivation
+from grutrace.records import GATES, Array
+from grutrace.reprs import fields_repr
+from grutrace.storage.interfaces import Rows
+from grutrace.storage.read.recomputed import Ingredients
+from grutrace.storage.read.site import SiteTrace
+from grutrace.storage.read.trace import Trace
+
+#: How much is brought into memory at once. Bytes.
+BLOCK = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a recorded value differs most from what it should be, for its tolerance.
+
+    Attributes:
+        quantity: Which quantity.
+        sequence: Number of the sequence.
+        step: Step of the sequence.
+        unit: Which of the H units, also where only some were recorded.
+        recorded: The value in the trace.
+        expected: What it should be.
+        tolerance: How much of the difference rounding explains.
+    """
+
+    quantity: str
+    sequence: int
+    step: int
+    unit: int
+    recorded: float
+    expected: float
+    tolerance: float
+
+    @property
+    def difference(self) -> float:
+        """``|recorded - expected|``; infinite where just one of them is no number."""
+        return float(differences(np.array(self.recorded), np.array(self.expected)))
+
+    @property
+    def holds(self) -> bool:
+        """Whether rounding explains the difference."""
+        return self.difference <= self.tolerance
+
+    @property
+    def of_tolerance(self) -> float:
+        """The difference in tolerances: nothing off is 0 where nothing is allowed, too."""
+        return float(_excess(np.array(self.difference), np.array(self.tolerance)))
+
+
+@dataclass(frozen=True)
+class SiteVerification:
+    """What was found at a site.
+
+    Attributes:
+        site: Its name.
+        check: ``gates``, ``derived``, ``states``, or None where nothing could be checked.
+        reason: Why not more was checked; empty if all could be.
+        steps: Rows that were checked.
+        worst: Where it holds least; None if there was nothing to check.
+    """
+
+    site: str
+    check: Literal["gates", "derived", "states"] | None
+    reason: str
+    steps: int
+    worst: Place | None
+
+    __repr__ = fields_repr
+
+    @property
+    def holds(self) -> bool:
+        """Whether everything that was checked holds."""
+        return self.worst is None or self.worst.holds
+
+
+def verify(trace: Trace) -> list[SiteVerification]:
+    """Check every site of a trace."""
+    return [verify_site(trace, name) for name in trace.sites]
+
+
+# A file may hold what is no gate, such as infinities: that is found, and not warned of.
+@np.errstate(all="ignore")
+def verify_site(trace: Trace, name: str) -> SiteVerification:
+    """Check one site, a block of rows at a time."""
+    site = trace[name]
+    recorded = site.site.quantities
+    steps = int(site.lengths.sum())
+    missing = site.ingredients.missing
+    if "hidden" not in recorded:
+        return SiteVerification(name, None, missing, 0, None)
+    if not missing and not set(GATES) & set(recorded):
+        return SiteVerification(name, "derived", "", steps, _worst_derived(site))
+    if not missing:
+        return SiteVerification(name, "gates", "", steps, _worst(_check_gates(site), site))
+    reason = missing
+    if not {"update", "candidate"} <= set(recorded):
+        reason += ", nor update and candidate together"
+        return SiteVerification(name, None, reason, 0, None)
+    return SiteVerification(name, "states", reason, steps, _worst(_check_states(site), site))
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Rows of one quantity beside what they should be, (n, H), and what rounding explains (n,)."""
+
+    quantity: str
+    first: int
+    recorded: Array
+    expected: Array
+    tolerance: Array
+
+
+def _blocks(site: SiteTrace) -> Iterator[tuple[int, int]]:
+    rows = site.rows("hidden")
+    width = 3 * rows.shape[1] + site.site.input_size
+    each = max(1, BLOCK // (8 * width))
+    for start in range(0, len(rows), each):
+        yield start, min(start + each, len(rows))
+
+
+def _check_gates(site: SiteTrace) -> Iterator[_Comparison]:
+    quantities = [name for name in (*GATES, "hidden") if name in site.site.quantities]
+    # What was recorded with a call is of the products that were made then: none, where the gates
+    # are the kernel's own.
+    worked_out = _evidence(site).tolerances(range(len(site.checks)))
+    tolerances = np.fmax(worked_out, site.checks["tolerance"].astype(np.float64))
+    for start, stop in _blocks(site):
+        for each in site.ingredients.of(np.arange(start, stop)):
+            allowed = tolerances[each.calls]
+            derived = _in_double(each)
+            rows = slice(int(each.rows[0]), int(each.rows[-1]) + 1)
+            for name in quantities:
+                recorded = np.asarray(site.rows(name)[rows])
+                expected = derived.hidden if name == "hidden" else derived.gate(name)
+                yield _Comparison(name, rows.start, recorded, expected, allowed)
+
+
+def _worst_derived(site: SiteTrace) -> Place | None:
+    """Return the state that is least what its derived gates lead to, for its call's tolerance."""
+    evidence, hidden = _evidence(site), site.rows("hidden")
+    allowed = evidence.tolerances(range(len(evidence.residuals)))
+    if not len(hidden):
+        return None
+    has_rows = evidence.places[:, 0] >= 0
+    call = int(np.argmax(np.where(has_rows, _excess(evidence.residuals, allowed), -1)))
+    row, unit = (int(number) for number in evidence.places[call])
+    (found,) = site.ingredients.of(np.array([row]))
+    sequence, step = site.locate(row)
+    recorded, expected = float(hidden[row][unit]), float(_in_double(found).hidden[0, unit])
+    return Place("hidden", sequence, step, unit, recorded, expected, float(allowed[call]))
+
+
+def _evidence(site: SiteTrace) -> Evidence:
+    """Derive all gates of a site, and gather what that says of each call."""
+    evidence, hidden = Evidence(site), site.rows("hidden")
+    for start, stop in _blocks(site):
+        for each in site.ingredients.of(np.arange(start, stop)):
+            evidence.add(each, _in_double(each), hidden)
+    return evidence
+
+
+def _in_double(each: Ingredients) -> Derivation:
+    weights = {name: _wide(array) for name, array in each.weights.items()}
+    return Derivation(_wide(each.input), _wide(each.previous), weights, DOUBLE)
+
+
+def _check_states(site: SiteTrace) -> Iterator[_Comparison]:
+    # Beside the kernel's rounding, the stored gates are rounded themselves.
+    stored = 4 * float(np.finfo(site.rows("update").dtype).eps)
+    for start, stop in _blocks(site):
+        update, candidate, hidden, previous = (
+            _wide(each)
+            for each in (
+                site.update[start:stop],
+                site.candidate[start:stop],
+                site.hidden[start:stop],
+                site.previous(start, stop),
+            )
+        )
+        expected = (1 - update) * candidate + update * previous
+        allowed = site.row_checks(start, stop)["tolerance"].astype(np.float64) + stored
+        yield _Comparison("hidden", start, hidden, expected, allowed)
+
+
+def _wide(values: Rows | Array) -> npt.NDArray[np.float64]:
+    return np.asarray(values).astype(np.float64)
+
+
+def _excess(off: Array, allowed: Array) -> Array:
+    """How far off, in tolerances. Nothing off is 0 where nothing is allowed, too.
+
+    Where the tolerance is no number, nothing holds.
+    """
+    with np.errstate(divide="ignore", invalid="ignore"):
+        excess = np.nan_to_num(off / allowed, nan=0.0, posinf=np.inf)
+    return np.where(np.isnan(allowed), np.inf, excess)
+
+
+def _worst(comparisons: Iterator[_Comparison], site: SiteTrace) -> Place | None:
+    """Return the value whose difference is largest beside its tolerance."""
+    worst: tuple[float, _Comparison, tuple[int, int]] | None = None
+    for comparison in comparisons:
+        off = differences(comparison.recorded, comparison.expected)
+        excess = _excess(off, comparison.tolerance[:, np.newaxis])
+        if excess.size and (worst is None or excess.max() > worst[0]):
+            place = divmod(int(excess.argmax()), excess.shape[1])
+            worst = float(excess.max()), comparison, place
+    if worst is None:
+        return None
+    _, comparison, (row, unit) = worst
+    sequence, step = site.locate(comparison.first + row)
+    return Place(
+        comparison.quantity,
+        sequence,
+        step,
+        unit if site.units is None else site.units[unit],
+        float(comparison.recorded[row, unit]),
+        float(comparison.expected[row, unit]),
+        float(comparison.tolerance[row]),
+    )

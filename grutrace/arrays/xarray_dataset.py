@@ -1,0 +1,267 @@
+"""A site of a trace as an xarray Dataset: named axes, and what is known of each step.
+
+N steps, S sequences, L steps of the longest, H units, I features.
+
+Arrays that xarray reads only when somebody looks at their values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from grutrace.arrays.coordinates import (
+    Annotated,
+    CallNumbers,
+    PaddedColumn,
+    SequenceNumbers,
+    StepColumn,
+    StepNumbers,
+    Tags,
+    annotation_names,
+)
+from grutrace.arrays.dask_arrays import (
+    INITIAL,
+    PaddedRows,
+    Quantity,
+    QuantityRows,
+    aligned_rows,
+    chunked_rows,
+    chunked_sequences,
+)
+from grutrace.arrays.reopen import Look
+from grutrace.errors import needing
+from grutrace.records import Site
+from grutrace.storage.read.snapshot import Moment
+
+if TYPE_CHECKING:
+    import xarray
+
+
+from typing import Protocol
+
+from xarray.backends import BackendArray
+from xarray.core import indexing
+
+from grutrace.records import Array
+
+
+class Indexable(Protocol):
+    """An array that is read, or worked out, when it is indexed by slices and integers."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of all of it."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the elements."""
+
+    def __getitem__(self, key: tuple[Any, ...]) -> Array:
+        """A part, by one slice or integer for each axis."""
+
+
+class _Backend(BackendArray):
+    """What xarray's own files are to it: see xarray's "How to add a new backend"."""
+
+    def __init__(self, array: Indexable) -> None:
+        self.shape, self.dtype = array.shape, array.dtype
+        self._array = array
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        return indexing.explicit_indexing_adapter(
+            key, self.shape, indexing.IndexingSupport.BASIC, self._array.__getitem__
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled, it is its values."""
+        everything = self._array[(slice(None),) * len(self.shape)]
+        return indexing.NumpyIndexingAdapter, (everything,)
+
+
+def lazily(array: Indexable) -> Any:
+    """The data of a variable of xarray: read once, when it is needed, or only the part that is."""
+    read = indexing.LazilyIndexedArray(_Backend(array))
+    cached: Any = indexing.MemoryCachedArray(read)  # type: ignore[no-untyped-call]
+    return indexing.CopyOnWriteArray(cached)
+
+
+#: What the variables are.
+NAMES = {
+    "reset": "reset gate r",
+    "update": "update gate z; where it is 1, the previous state is kept",
+    "candidate": "candidate state n",
+    "hidden": "hidden state h",
+    "input": "what the layer read, x",
+    INITIAL: "state that the sequence began from",
+    "unit": "number of the unit",
+    "sequence": "number of the sequence",
+    "time": "step within the sequence, from 0",
+    "length": "steps of the sequence",
+    "call": "call that made the step, a row of Trace.calls",
+    "tag": "tag of the call",
+    "token": "token",
+}
+
+#: PyTorch's, as docs/equations.md has them; h' is the previous state.
+EQUATIONS = (
+    "r = sigmoid(W_ir x + b_ir + W_hr h' + b_hr); z = sigmoid(W_iz x + b_iz + W_hz h' + b_hz); "
+    "n = tanh(W_in x + b_in + r * (W_hn h' + b_hn)); h = (1 - z) * n + z * h'"
+)
+
+_Variables = dict[str, "xarray.Variable"]
+
+
+def to_xarray(moment: Moment, module: int, site: Site, *, padded: bool = False) -> xarray.Dataset:
+    """A site as a Dataset; `grutrace.Trace.to_xarray` says what is in it.
+
+    Raises:
+        MissingExtraError: xarray is not installed.
+    """
+    with needing("to_xarray", "xarray"):
+        import xarray
+    about = _About(moment, module, site)
+    variables, coordinates = _padded(about) if padded else _ragged(about)
+    return xarray.Dataset(variables, coordinates, about.attributes)
+
+
+class _About:
+    """What is known of a site at a moment, on its way into a Dataset."""
+
+    def __init__(self, moment: Moment, module: int, site: Site) -> None:
+        self.site = site
+        self.index = moment.index(module)
+        self.chunked = find_spec("dask") is not None
+        self._moment, self._module = moment, module
+        self._look = Look(moment)
+
+    @property
+    def quantities(self) -> Iterator[Quantity]:
+        """Everything that can be read, stored or derived."""
+        return map(self.quantity, self.site.readable)
+
+    def quantity(self, name: str) -> Quantity:
+        """One of them, or the initial states."""
+        return Quantity(self._look, self._moment, self._module, self.site, name)
+
+    @property
+    def annotations(self) -> Iterator[tuple[str, StepColumn]]:
+        """Tokens and labels. A label may be called like anything else, so it has a prefix."""
+        for name in annotation_names(self._moment, self._module):
+            place = "token" if name == "tokens" else f"label_{name}"
+            yield place, Annotated(self._moment, self._module, name)
+
+    @property
+    def tags(self) -> Tags | None:
+        """The tags of the calls, if one has any."""
+        tags = self._moment.tags
+        tagged = any(tag is not None for tag in tags[self.index.call_numbers])
+        return Tags(self.index, tags) if tagged else None
+
+    @property
+    def unit(self) -> xarray.Variable:
+        """Numbers of the units."""
+        numbers = self.site.units or range(self._moment.header.modules[self._module].hidden_size)
+        return _variable(("unit",), np.array(numbers, np.int64), "unit")
+
+    @property
+    def attributes(self) -> dict[str, str | int]:
+        """Of the Dataset: texts and numbers, so that every format can hold them."""
+        header = self._moment.header
+        created = datetime.fromtimestamp(header.created, UTC).isoformat(timespec="seconds")
+        return {
+            "site": self.site.name,
+            "module": header.modules[self._module].path,
+            "layer": self.site.layer,
+            "reverse": int(self.site.reverse),
+            "model": header.model,
+            "created": created,
+            "grutrace": header.versions.get("grutrace", ""),
+            "equations": EQUATIONS,
+        }
+
+    def rows(self, quantity: Quantity, data: Any, *axes: str) -> xarray.Variable:
+        """A variable of a quantity; the last of its axes is that of units or features."""
+        last = "feature" if quantity.name == "input" else "unit"
+        variable = _variable((*axes, last), data, quantity.name)
+        if quantity.name in self.site.derived:
+            variable.attrs["comment"] = "derived from weights, inputs and states when it is read"
+        return variable
+
+
+def _ragged(about: _About) -> tuple[_Variables, _Variables]:
+    """Every step one after another: the ragged arrays of the CF conventions.
+
+    Contiguous, where the steps of a sequence are neighbours; else (a decoder that calls its layer
+    for each step) indexed, by the sequence of each step.
+    """
+
+    quantities = list(about.quantities)
+    # The same chunks for all, or they would be cut anew wherever two come together.
+    rows = min(map(aligned_rows, quantities), default=1)
+    variables = {
+        each.name: about.rows(
+            each,
+            chunked_rows(each, rows) if about.chunked else lazily(QuantityRows(each)),
+            "step",
+        )
+        for each in quantities
+    }
+    initial = lazily(QuantityRows(about.quantity(INITIAL)))
+    variables[INITIAL] = _variable(("instance", "unit"), initial, INITIAL)
+    variables["length"] = _variable(("instance",), about.index.lengths, "length")
+    columns: dict[str, StepColumn] = {
+        "sequence": SequenceNumbers(about.index),
+        "time": StepNumbers(about.index),
+        "call": CallNumbers(about.index),
+    }
+    if about.tags:
+        columns["tag"] = about.tags
+    columns.update(about.annotations)
+    coordinates = {"unit": about.unit}
+    for name, column in columns.items():
+        coordinates[name] = _variable(("step",), lazily(column), name)
+    if len(about.index) == len(about.index.steps):
+        variables["length"].attrs["sample_dimension"] = "step"
+    else:
+        coordinates["sequence"].attrs["instance_dimension"] = "instance"
+    return variables, coordinates
+
+
+def _padded(about: _About) -> tuple[_Variables, _Variables]:
+    """One sequence a row, and nan after its end."""
+
+    index = about.index
+    count, longest = len(index), int(index.lengths.max(initial=0))
+    variables = {}
+    for quantity in about.quantities:
+        whole = PaddedRows(quantity, count, longest)
+        data = chunked_sequences(whole, quantity.look) if about.chunked else lazily(whole)
+        variables[quantity.name] = about.rows(quantity, data, "sequence", "time")
+    initial = lazily(QuantityRows(about.quantity(INITIAL)))
+    variables[INITIAL] = _variable(("sequence", "unit"), initial, INITIAL)
+    first_rows = index.calls[index.first_pieces]
+    coordinates = {
+        "unit": about.unit,
+        "sequence": _variable(("sequence",), np.arange(count), "sequence"),
+        "time": _variable(("time",), np.arange(longest), "time"),
+        "length": _variable(("sequence",), index.lengths, "length"),
+        "call": _variable(("sequence",), first_rows, "call"),
+    }
+    if about.tags:
+        tags = lazily(about.tags.of_calls(first_rows))
+        coordinates["tag"] = _variable(("sequence",), tags, "tag")
+    for name, column in about.annotations:
+        padded = lazily(PaddedColumn(column, index))
+        coordinates[name] = _variable(("sequence", "time"), padded, name)
+    return variables, coordinates
+
+
+def _variable(axes: tuple[str, ...], data: Any, name: str) -> xarray.Variable:
+    import xarray
+
+    return xarray.Variable(axes, data, {"long_name": NAMES.get(name, name)})

@@ -1,0 +1,1 @@
+"""Calls of the GRU kernels: how they are heard, and what is observed of each."""

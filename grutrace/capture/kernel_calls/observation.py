@@ -1,0 +1,332 @@
+"""From a kernel call to what every layer read and made in it.
+
+T steps, B sequences in a batch, I input size, H hidden size, L layers, D directions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from grutrace.capture.kernel_calls.registration import GRUKernel as Kernel
+from grutrace.capture.kernel_calls.torch_context import Missed, aside, is_wrapped, plain
+from grutrace.gru import kernel_gates
+from grutrace.gru.kernel import KernelCall, Layer, rerun, split
+from grutrace.gru.kernel_gates import Asked, Harvest
+from grutrace.gru.layout import PackedSteps, PaddedSteps, Steps
+
+GRUModule: TypeAlias = nn.GRU | nn.GRUCell
+Stacks: TypeAlias = Literal["rerun", "auto", "split"]
+
+#: The ways to see between the layers of a stack; where several are asked for, the first wins.
+STACKS: tuple[Stacks, ...] = ("rerun", "auto", "split")
+
+
+class Observation(NamedTuple):
+    """One call of the kernel, just after it ran.
+
+    Attributes:
+        call: What the kernel was called with.
+        steps: The layout of the call's steps.
+        layers: What each layer read and made, from the lowest to the top.
+        training: Whether the module was in training mode.
+        seconds: How long the kernel ran.
+        is_kept: Whether what went in and came out are copies that nobody changes.
+    """
+
+    call: KernelCall
+    steps: Steps
+    layers: list[Layer]
+    training: bool
+    seconds: float = 0.0
+    is_kept: bool = False
+
+
+def first_weight(module: nn.Module) -> Tensor | None:
+    """Return the first weight that a module would give to the kernel, if it can be had as it is.
+
+    A parametrized weight is none: reading it computes it anew.
+    """
+    name = "weight_ih" if isinstance(module, nn.GRUCell) else "weight_ih_l0"
+    found = module._parameters.get(name)
+    return vars(module).get(name) if found is None else found
+
+
+def is_own_call(module: GRUModule, kernel: Kernel, arguments: tuple[Any, ...]) -> bool:
+    """Whether a kernel call made within a module's forward is that of the module itself.
+
+    It is not if its weights do not fit the module: then it is that of something inside it.
+    """
+    weights = kernel.weights(arguments)
+    if isinstance(module, nn.GRUCell) != kernel.is_cell or len(weights) < 2:
+        return False
+    if not isinstance(module, nn.GRUCell):
+        _, layers, _, _, bidirectional = kernel.options(arguments)
+        if layers != module.num_layers or bidirectional != module.bidirectional:
+            return False
+    return bool(
+        weights[0].shape[-1] == module.input_size and weights[1].shape[-1] == module.hidden_size
+    )
+
+
+class KernelRun:
+    """A kernel call that has just run: what went in, and what came out.
+
+    Args:
+        kernel: The kernel.
+        arguments: Its positional arguments.
+        answer: What it returned to the model.
+        layers: What each layer read and made; empty for a single one, whose arguments and answer
+            say so.
+        gates: By layer and direction, the kernel's own gates; None where they were not harvested.
+        steps: The layout of a packed call's steps; None for a padded one.
+        training: Whether the module was in training mode.
+        seconds: How long the kernel ran.
+    """
+
+    __slots__ = (
+        *("answer", "arguments", "gates", "is_kept", "kernel", "layers", "seconds", "steps"),
+        "training",
+    )
+
+    def __init__(
+        self,
+        kernel: Kernel,
+        arguments: tuple[Any, ...],
+        answer: Any,
+        layers: list[Layer],
+        gates: list[list[Harvest]] | None,
+        steps: Steps | None,
+        training: bool,
+        seconds: float,
+    ) -> None:
+        self.kernel, self.arguments, self.answer = kernel, arguments, answer
+        self.layers, self.gates, self.steps = layers, gates, steps
+        self.training, self.seconds = training, seconds
+        self.is_kept = False
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The weights that it was given, flat."""
+        weights: list[Tensor] = self.kernel.weights(self.arguments)
+        return weights
+
+    @property
+    def output(self) -> Tensor:
+        """What it returned of each step: (T, B, D * H), (B, T, D * H), (N, D * H) or (B, H)."""
+        output: Tensor = self.answer if self.kernel.is_cell else self.answer[0]
+        return output
+
+    @property
+    def is_by_time(self) -> bool:
+        """Whether what it read and made is (T, B, width)."""
+        return self.kernel.name == "gru.input" and not self.arguments[-1]
+
+    @property
+    def batch(self) -> int:
+        """B"""
+        size: int = self.arguments[self.kernel.state_place].shape[-2]
+        return size
+
+    @property
+    def device(self) -> str:
+        """The type of the device that it ran on."""
+        kind: str = self.arguments[0].device.type
+        return kind
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what `kept` copies, and of the gates."""
+        kernel, arguments = self.kernel, self.arguments
+        size: int = arguments[0].nbytes + arguments[kernel.state_place].nbytes + self.output.nbytes
+        for layer in self.layers[:-1]:
+            size += layer.output.nbytes
+        for directions in self.gates or ():
+            size += sum(gate.nbytes for each in directions for gate in each.gates.values())
+        return size
+
+    def with_weights(self, weights: list[Tensor]) -> KernelRun:
+        """Return the same call, said to have used these weights."""
+        return self._with(self.arguments, self.answer, self.layers, weights)
+
+    def kept(
+        self,
+        weights: list[Tensor],
+        copy: Callable[[Tensor], Tensor],
+        copy_input: Callable[[Tensor], Tensor],
+        copy_output: Callable[[Tensor], Tensor],
+    ) -> KernelRun:
+        """Return the same with copies of what the model can still change.
+
+        Args:
+            weights: What it used, which nobody changes.
+            copy: Copies a tensor.
+            copy_input: Copies what the call read.
+            copy_output: Copies what it made.
+        """
+        arguments, place = list(self.arguments), self.kernel.state_place
+        arguments[0], arguments[place] = copy_input(arguments[0]), copy(arguments[place])
+        answer = self.answer
+        answer = copy_output(answer) if self.kernel.is_cell else (copy_output(answer[0]),)
+        # What is between the layers nobody else has.
+        layers = [Layer(each.input.detach(), each.output.detach()) for each in self.layers]
+        if layers:
+            input = _as_call(self.kernel, tuple(arguments)).input
+            layers[0] = layers[0]._replace(input=input)
+            output = _output(self.kernel, self.arguments, answer)
+            layers[-1] = layers[-1]._replace(output=output)
+        run = self._with(tuple(arguments), answer, layers, weights)
+        run.is_kept = True
+        return run
+
+    def _with(
+        self, arguments: tuple[Any, ...], answer: Any, layers: list[Layer], weights: list[Tensor]
+    ) -> KernelRun:
+        kernel = self.kernel
+        given = kernel.with_weights(arguments, weights)
+        of_call = self.steps, self.training, self.seconds
+        return KernelRun(kernel, given, answer, layers, self.gates, *of_call)
+
+    def observation(self) -> Observation:
+        """Return it in one form for all kernels."""
+        call, layers = _as_call(self.kernel, self.arguments), self.layers
+        if not layers:
+            layers = [Layer(call.input, _output(self.kernel, self.arguments, self.answer))]
+        if self.gates is not None:
+            layers = [
+                each._replace(gates=own) for each, own in zip(layers, self.gates, strict=True)
+            ]
+        steps = self.steps or PaddedSteps(*layers[-1].output.shape[:2])
+        return Observation(call, steps, layers, self.training, self.seconds, self.is_kept)
+
+
+#: Returns what is to be recorded of a kernel call, or why nothing can be. To be called at once.
+Observe: TypeAlias = Callable[[], KernelRun | Missed]
+
+
+def run_kernel(
+    module: GRUModule,
+    kernel: Kernel,
+    arguments: tuple[Any, ...],
+    find_order: Callable[[Tensor], Tensor | None],
+    stacks: Stacks,
+    asked: Asked,
+    *,
+    is_transformed: bool,
+) -> tuple[Any, Observe]:
+    """Make a kernel call that can be observed.
+
+    Args:
+        module: The module whose forward makes the call.
+        kernel: The kernel.
+        arguments: Its positional arguments.
+        find_order: Returns, for the batch sizes of a packed input, the user's batch index of each
+            of the kernel's sequences; None where they are the same.
+        stacks: How to see between the layers of a stack.
+        asked: Which gates to harvest, where that can be done and pays.
+        is_transformed: Whether a transform of torch.func may hold one of the arguments.
+
+    Returns:
+        The answer for the model, and what observes the call.
+    """
+    call, harvests, state = None, False, None
+    if asked.columns and kernel_gates.is_undisturbed(arguments[0]):
+        call = _as_call(kernel, arguments)
+        harvests = call.is_worth_harvesting(asked)
+    is_stack = not kernel.is_cell and kernel.options(arguments)[1] > 1
+    if is_stack:
+        call = call or _as_call(kernel, arguments)
+        if call.drops and not _splits(call, stacks):
+            if not _on_cpu(call):
+                return kernel(*arguments), partial(_masks_unknown, call)
+            state = torch.get_rng_state()
+    splits = call is not None and is_stack and _splits(call, stacks)
+    began = time.perf_counter()
+    gates: list[list[Harvest]] | None = None
+    if call is not None and harvests:
+        run = partial(_run, kernel, arguments, call, splits)
+        (answer, layers), gates = call.harvest(run, asked.columns)
+    elif call is not None and splits:
+        answer, layers = _split(call, arguments)
+    else:
+        answer, layers = kernel(*arguments), []
+    seconds = time.perf_counter() - began
+
+    def observe() -> KernelRun:
+        own, returned, found = arguments, answer, layers
+        if is_transformed:
+            own, returned = _unwrapped(arguments), _unwrapped(answer)
+            found = [Layer(plain(each.input), plain(each.output)) for each in layers]
+        if is_stack and not found:
+            with aside():
+                made = _as_call(kernel, own)
+                found = rerun(made, _output(kernel, own, returned), state)
+        steps = None
+        if kernel.name == "gru.data":
+            with aside():
+                steps = PackedSteps(own[1], find_order(arguments[1]))
+        return KernelRun(kernel, own, returned, found, gates, steps, module.training, seconds)
+
+    return answer, observe
+
+
+def _run(
+    kernel: Kernel, arguments: tuple[Any, ...], call: KernelCall, splits: bool
+) -> tuple[Any, list[Layer]]:
+    return _split(call, arguments) if splits else (kernel(*arguments), [])
+
+
+def _split(call: KernelCall, arguments: tuple[Any, ...]) -> tuple[Any, list[Layer]]:
+    """Answer a call layer by layer."""
+    output, final, layers = split(call)
+    batch_first = call.batch_sizes is None and bool(arguments[-1])
+    return (output.transpose(0, 1) if batch_first else output, final), layers
+
+
+def _splits(call: KernelCall, stacks: Stacks) -> bool:
+    return stacks == "split" or (stacks == "auto" and _on_cpu(call))
+
+
+def _as_call(kernel: Kernel, arguments: tuple[Any, ...]) -> KernelCall:
+    if not kernel.is_cell:
+        return KernelCall.of_gru(*arguments)
+    input, initial = arguments[:2]
+    weights = kernel.weights(arguments)
+    return KernelCall(input.unsqueeze(0), None, initial.unsqueeze(0), weights, len(weights) == 4)
+
+
+def _output(kernel: Kernel, arguments: tuple[Any, ...], answer: Any) -> Tensor:
+    """Return (T, B, D * H) or (N, D * H) of what the kernel gave."""
+    output: Tensor
+    if kernel.is_cell:
+        output = answer.unsqueeze(0)
+    elif kernel.name == "gru.input" and arguments[-1]:
+        output = answer[0].transpose(0, 1)
+    else:
+        output = answer[0]
+    return output
+
+
+def _on_cpu(call: KernelCall) -> bool:
+    return call.input.device.type == "cpu"
+
+
+def _masks_unknown(call: KernelCall) -> Missed:
+    return Missed(
+        f"it drops out between its layers on {call.input.device}, where the masks cannot be known "
+        "afterwards: pass stacks='split' (other masks than the fused stack's), or trace it in eval"
+    )
+
+
+def _unwrapped(values: Any) -> Any:
+    """Return the same with the tensors that torch.func's transforms have wrapped."""
+    if isinstance(values, Tensor):
+        return plain(values) if is_wrapped(values) else values
+    if isinstance(values, (list, tuple)):
+        return type(values)(map(_unwrapped, values))
+    return values

@@ -1,0 +1,412 @@
+"""Hear every call of PyTorch's GRU kernels, whatever stands around the layer.
+
+nn.GRU and nn.GRUCell end in one of three operations of PyTorch's: ``aten::gru.input``,
+``aten::gru.data`` (packed input) and ``aten::gru_cell``. While something records, these operations
+have a kernel of ours, which calls PyTorch's own and notes what went in and what came out. Nothing
+is put on the model: no hook, no mode, no replaced forward. So nothing of ours is copied, saved,
+scripted or compiled with a model, and nothing that looks at a model's hooks takes a slower path.
+
+Which module makes a call is told by the Python frame that called the kernel: the ``forward`` of
+nn.GRU or nn.GRUCell, with the module as its ``self``. Where there is no such frame (TorchScript, a
+compiled graph), it is told by the weights, which are the module's own tensors.
+
+docs/architecture.md says why the kernels are registered and removed the way they are.
+
+T steps, B sequences in a batch, I input size, H hidden size, L layers, D directions.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import FrameType
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import peek_interpreter_stack
+from torch.nn.utils.rnn import PackedSequence
+
+from grutrace.capture.kernel_calls import observation
+from grutrace.capture.kernel_calls.observation import GRUModule, KernelRun, Stacks
+from grutrace.capture.kernel_calls.registration import GRUKernel, KernelRegistration
+from grutrace.capture.kernel_calls.torch_context import (
+    Missed,
+    hindrance,
+    is_recomputation,
+    is_wrapped,
+)
+from grutrace.gru.kernel_gates import NOTHING, Asked, together
+
+Receiver: TypeAlias = Callable[[KernelRun | Missed], None]
+
+#: Asked once before each call; if it says no, the call is left alone.
+Wants: TypeAlias = Callable[[], bool]
+
+#: Told of a GRU that nobody subscribed to, once, at its first call.
+Stranger: TypeAlias = Callable[[GRUModule, FrameType], None]
+
+
+def always() -> bool:
+    """Want every call."""
+    return True
+
+
+class Subscription:
+    """Calls ``receiver`` after every kernel call of one module, between `start` and `stop`.
+
+    A call that repeats an earlier one for the backward pass (activation checkpointing) is left out.
+
+    Whoever makes the subscription keeps it: nothing else does, so that an owner who is dropped
+    hears nothing more. The module is not kept alive either.
+
+    Args:
+        module: The layer.
+        receiver: Called in the thread that runs the model, before anyone can change the output;
+            with `Missed` where the call cannot be observed.
+        stacks: How to see between the layers of a stack: ``split``, ``rerun``, or ``auto`` for
+            split on a CPU and rerun elsewhere. Where subscriptions to one module differ, rerun
+            wins, then auto: the one that leaves the kernel's answer alone.
+        wants: Whether the call that comes now is to be heard. Where no subscription to a module
+            wants it, the call costs next to nothing.
+        asked: Which of the kernel's own gates the receiver wants, where they can be had.
+    """
+
+    def __init__(
+        self,
+        module: GRUModule,
+        receiver: Receiver,
+        stacks: Stacks = "auto",
+        wants: Wants = always,
+        asked: Asked = NOTHING,
+    ) -> None:
+        self.module, self.receiver = weakref.ref(module), receiver
+        self.stacks, self.wants, self.asked = stacks, wants, asked
+        self._is_on = False
+        # Set, and not changed, for other threads ask.
+        self._known: list[weakref.ref[Tensor]] = []
+
+    def know(self, weights: list[Tensor]) -> None:
+        """Note weights that are the module's own, and can be recorded."""
+        self._known = [weakref.ref(each) for each in weights]
+
+    def knows(self, weights: list[Tensor]) -> bool:
+        """Whether `know` was given these very weights last."""
+        known = self._known
+        return len(known) == len(weights) and all(
+            [own() is each for own, each in zip(known, weights, strict=True)]
+        )
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the module is gone."""
+        return self.module() is None
+
+    def start(self) -> None:
+        """Listen from now on."""
+        module = self.module()
+        if module is not None and not self._is_on:
+            _registration.acquire(_devices(module))
+            self._is_on = True
+            _subscriptions.add(module, self)
+            # A subscription that is dropped without a stop gives the kernels back, too.
+            self._release = weakref.finalize(self, _registration.release)
+            self._release.atexit = False
+
+    def stop(self) -> None:
+        """Listen no longer. Calling it twice does nothing."""
+        if self._is_on:
+            self._is_on = False
+            _subscriptions.discard(self)
+            self._release()
+
+
+class StrangerWatch:
+    """Calls ``found`` once for each GRU that is called while nobody subscribes to it.
+
+    Whoever makes the watch keeps it.
+
+    Args:
+        found: Called with the module and the frame that called the kernel, before the call.
+    """
+
+    def __init__(self, found: Stranger) -> None:
+        self.found = found
+        self.seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def start(self) -> None:
+        """Watch from now on, while anything is subscribed to."""
+        _watches.add(self)
+
+    def stop(self) -> None:
+        """Watch no longer. Calling it twice does nothing."""
+        _watches.discard(self)
+
+
+class _Subscriptions:
+    """The subscriptions to each module. Read without a lock by every kernel call.
+
+    Attributes:
+        by_module: By id of the module, weak references to its subscriptions. A table that is given
+            out never changes.
+    """
+
+    def __init__(self) -> None:
+        self.by_module: dict[int, tuple[weakref.ref[Subscription], ...]] = {}
+        self._lock = threading.RLock()
+        # Another thread of the parent may hold it.
+        if hasattr(os, "register_at_fork"):  # There is none on Windows.
+            os.register_at_fork(after_in_child=self._renew_lock)
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.RLock()
+
+    def add(self, module: nn.Module, subscription: Subscription) -> None:
+        with self._lock:
+            others = tuple(
+                each for each in self.by_module.get(id(module), ()) if each() is not None
+            )
+            mine = weakref.ref(subscription, self._forget)
+            self.by_module = {**self.by_module, id(module): (*others, mine)}
+
+    def discard(self, subscription: Subscription | None) -> None:
+        """Remove a subscription, and with it those that are gone."""
+        with self._lock:
+            left = {
+                number: tuple(each for each in found if each() not in (None, subscription))
+                for number, found in self.by_module.items()
+            }
+            self.by_module = {number: found for number, found in left.items() if found}
+
+    def _forget(self, _: object) -> None:
+        self.discard(None)
+
+    def of(self, module: nn.Module) -> list[Subscription]:
+        """Those to a module, in the order in which they were started."""
+        found = self.by_module.get(id(module))
+        if found is None:
+            return []
+        alive = [each() for each in found]
+        return [each for each in alive if each is not None and each.module() is module]
+
+    def modules(self) -> Iterator[nn.Module]:
+        """The modules that are subscribed to."""
+        for found in tuple(self.by_module.values()):
+            first = found[0]()
+            module = None if first is None else first.module()
+            if module is not None:
+                yield module
+
+
+class _Inside(threading.local):
+    """The frame that observes a call in this thread, if there is one.
+
+    A frame and not a flag: an interruption can come before anything can be put back.
+    """
+
+    frame: FrameType | None = None
+
+    def is_running(self) -> bool:
+        """Whether this thread is within a call that is being observed."""
+        if self.frame is None:
+            return False
+        above: FrameType | None = sys._getframe(1)
+        while above is not None:
+            if above is self.frame:
+                return True
+            above = above.f_back
+        return False
+
+
+class Caller(NamedTuple):
+    """Who calls a kernel.
+
+    Attributes:
+        module: The GRU whose forward makes the call; None if it is no module's.
+        frame: Of the function that called the kernel.
+        own: The frame in which the module is the first argument; None where there is none.
+    """
+
+    module: GRUModule | None
+    frame: FrameType
+    own: FrameType | None
+
+
+_subscriptions = _Subscriptions()
+_watches: weakref.WeakSet[StrangerWatch] = weakref.WeakSet()
+_inside = _Inside()
+
+
+def is_listening() -> bool:
+    """Whether the kernels are ours at present."""
+    return _registration.is_on
+
+
+def _answer(kernel: GRUKernel, arguments: tuple[Any, ...]) -> Any:
+    """Answer a kernel call with PyTorch's own kernel, and tell whoever subscribed to its module."""
+    if not _subscriptions.by_module or _inside.is_running():
+        return kernel(*arguments)
+    caller = _caller(sys._getframe(2), kernel, arguments)
+    module = caller.module
+    if module is None:
+        return kernel(*arguments)
+    subscribed = _subscriptions.of(module)
+    if not subscribed:
+        if not _watches or caller.own is None:
+            return kernel(*arguments)
+        _tell_watches(module, caller.own)
+        subscribed = _subscriptions.of(module)
+    if not subscribed:
+        return kernel(*arguments)
+    weights = kernel.weights(arguments)
+    is_known = subscribed[0].knows(weights)
+    if not is_known and not observation.is_own_call(module, kernel, arguments):
+        return kernel(*arguments)
+    _inside.frame = sys._getframe()
+    try:
+        return _observe(caller, module, subscribed, kernel, arguments, weights, is_known)
+    finally:
+        _inside.frame = None
+
+
+def _observe(
+    caller: Caller,
+    module: GRUModule,
+    subscribed: list[Subscription],
+    kernel: GRUKernel,
+    arguments: tuple[Any, ...],
+    weights: list[Tensor],
+    is_known: bool,
+) -> Any:
+    repeats = is_recomputation()
+    # Asked once a call: they count.
+    listening = [] if repeats else [each for each in subscribed if each.wants()]
+    if not (repeats or listening):
+        return kernel(*arguments)
+    missed = hindrance(arguments[: kernel.state_place + 1] if is_known else arguments)
+    if missed is not None:
+        _tell(listening, missed)
+        return kernel(*arguments)
+    is_transformed = peek_interpreter_stack() is not None or is_wrapped(arguments[0])
+    if not (is_known or is_transformed):
+        subscribed[0].know(weights)
+    with torch._C.DisableTorchFunction():
+        answer, observed = observation.run_kernel(
+            module,
+            kernel,
+            arguments,
+            partial(_sorted_indices, caller),
+            _stacks(subscribed),
+            _asked(subscribed, module.hidden_size),
+            is_transformed=is_transformed,
+        )
+        if listening:
+            _tell(listening, observed())
+    return answer
+
+
+def _stacks(subscribed: list[Subscription]) -> Stacks:
+    if len(subscribed) == 1:
+        return subscribed[0].stacks
+    asked = {each.stacks for each in subscribed}
+    return next(each for each in observation.STACKS if each in asked)
+
+
+def _asked(subscribed: list[Subscription], hidden_size: int) -> Asked:
+    if len(subscribed) == 1:
+        return subscribed[0].asked
+    return together([each.asked for each in subscribed], hidden_size)
+
+
+def _tell(listening: list[Subscription], run: KernelRun | Missed) -> None:
+    """Tell all receivers, also if one of them fails."""
+    if len(listening) == 1:
+        listening[0].receiver(run)
+        return
+    errors = []
+    for each in listening:
+        try:
+            each.receiver(run)
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+def _tell_watches(module: GRUModule, frame: FrameType) -> None:
+    for watch in tuple(_watches):
+        if module not in watch.seen:
+            watch.seen.add(module)
+            watch.found(module, frame)
+
+
+def _caller(frame: FrameType, kernel: GRUKernel, arguments: tuple[Any, ...]) -> Caller:
+    """Find out who calls a kernel, from the frame that called it."""
+    own = method_owner(frame)
+    if isinstance(own, (nn.GRU, nn.GRUCell)):
+        return Caller(own, frame, frame)
+    weight = kernel.weights(arguments)[0]
+    for module in _subscriptions.modules():
+        if weight is observation.first_weight(module):
+            return Caller(module, frame, _frame_of(frame, module))  # type: ignore[arg-type]
+    above: FrameType | None = frame.f_back
+    while above is not None:
+        own = method_owner(above)
+        if isinstance(own, (nn.GRU, nn.GRUCell)):
+            return Caller(own, frame, above)
+        above = above.f_back
+    return Caller(None, frame, None)
+
+
+def _frame_of(frame: FrameType, module: nn.Module) -> FrameType | None:
+    above: FrameType | None = frame
+    while above is not None and method_owner(above) is not module:
+        above = above.f_back
+    return above
+
+
+def method_owner(frame: FrameType) -> Any:
+    """Return the object whose method a frame runs; None where it runs none."""
+    code = frame.f_code
+    if not code.co_argcount:
+        return None
+    own = frame.f_locals.get(code.co_varnames[0])
+    if code.co_varnames[0] == "self" or own is None:
+        return own
+    # By another name: its class has the method.
+    methods = (vars(kind).get(code.co_name) for kind in type(own).__mro__)
+    return own if any(getattr(each, "__code__", None) is code for each in methods) else None
+
+
+def _sorted_indices(caller: Caller, batch_sizes: Tensor) -> Tensor | None:
+    """Return the user's batch index of each of the kernel's sequences, None if they are the same.
+
+    They are not among the kernel's arguments, but among the variables of a forward that packs or
+    takes a packed input: as a PackedSequence with these very batch sizes, or, in nn.GRU's own
+    forward, under this name.
+    """
+    frame: FrameType | None = caller.frame
+    while frame is not None:
+        values = frame.f_locals
+        if values.get("batch_sizes") is batch_sizes and "sorted_indices" in values:
+            found = values["sorted_indices"]
+            return found if isinstance(found, Tensor) else None
+        for value in tuple(values.values()):
+            if isinstance(value, PackedSequence) and value.batch_sizes is batch_sizes:
+                return value.sorted_indices
+        if frame is caller.own:
+            break
+        frame = frame.f_back
+    return None
+
+
+def _devices(module: nn.Module) -> set[str]:
+    found = {each.device.type for each in (*module.parameters(), *module.buffers())}
+    return found | ({"cuda"} if torch.cuda.is_available() else set())
+
+
+_registration = KernelRegistration(_answer)

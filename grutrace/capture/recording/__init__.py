@@ -1,0 +1,1 @@
+"""From an observed kernel call to the records that a sink stores."""

@@ -1,0 +1,309 @@
+"""Tokens and labels: which recorded steps the user's values belong to.
+
+Values are given for a batch, one list a sequence, while a recording may hold the calls of several
+modules. Unless the user names the module, values go only to modules whose batch they fit exactly:
+as many sequences, and the longest list as long as the longest sequence.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from grutrace.capture.annotation_values import Parsed, Values, parse
+from grutrace.capture.recording.module_recorder import Recorded
+from grutrace.errors import GrutraceWarning, OptionError, brief, listed
+from grutrace.records import MARK_PREFIX, Annotation, Module
+
+#: Values, or values by the path of the module that they belong to, which may be a glob.
+Given: TypeAlias = Values | Mapping[str, Values]
+
+
+#: How many sequences and batches of a module a recording keeps, unless it was given values.
+KEPT_SEQUENCES, KEPT_BATCHES = 4096, 256
+
+
+@dataclass(eq=False)
+class _Batch:
+    """Sequences that one call began or took up, (B,) each.
+
+    Attributes:
+        sequences: The numbers that they began under, as they were told.
+        first: Their first step here.
+        steps: How many they have made since.
+        numbers: As the trace has them; -1 for none.
+        start: The first step that the trace keeps.
+        stop: The first one after those; None for no end.
+    """
+
+    sequences: npt.NDArray[np.uint64]
+    first: npt.NDArray[np.int64]
+    steps: npt.NDArray[np.int64]
+    numbers: npt.NDArray[np.int64]
+    start: int
+    stop: int | None
+
+
+class _ModuleBatches:
+    """The batches of one module, and where each sequence is among them.
+
+    Attributes:
+        batches: Those that are kept, the one that was used last at the end.
+        dropped: How many are not kept any more.
+    """
+
+    def __init__(self, *, keep_all: bool) -> None:
+        self.batches: OrderedDict[_Batch, None] = OrderedDict()
+        self.dropped = 0
+        self._keep_all, self._count = keep_all, 0
+        # By the identity of the array of sequences, which the batch keeps alive: a decoder's calls
+        # have the very same one.
+        self._by_array: dict[int, _Batch] = {}
+        # Filled when it is asked: most calls continue nothing, or a batch as a whole.
+        self._by_sequence: dict[int, tuple[_Batch, int]] = {}
+        self._unlisted: deque[_Batch] = deque()
+
+    def with_array(self, sequences: npt.NDArray[np.uint64]) -> _Batch | None:
+        """The batch of just these sequences."""
+        batch = self._by_array.get(id(sequences))
+        if batch is not None:
+            self.batches.move_to_end(batch)
+        return batch
+
+    def places(self, sequences: npt.NDArray[np.uint64]) -> list[tuple[_Batch, int] | None]:
+        """The batch of each of these sequences, and its place there."""
+        while self._unlisted:
+            batch = self._unlisted.popleft()
+            for place, number in enumerate(batch.sequences.tolist()):
+                self._by_sequence[number] = batch, place
+        found = [self._by_sequence.get(number) for number in sequences.tolist()]
+        for batch in dict.fromkeys(each[0] for each in found if each is not None):
+            self.batches.move_to_end(batch)
+        return found
+
+    def add(self, batch: _Batch) -> None:
+        """Keep one more, and drop those that were used least recently if there are too many."""
+        self.batches[batch] = None
+        self._by_array[id(batch.sequences)] = batch
+        self._unlisted.append(batch)
+        self._count += len(batch.sequences)
+        while not self._keep_all and len(self.batches) > 1 and self._are_too_many():
+            self._drop(next(iter(self.batches)))
+
+    def _are_too_many(self) -> bool:
+        return self._count > KEPT_SEQUENCES or len(self.batches) > KEPT_BATCHES
+
+    def _drop(self, batch: _Batch) -> None:
+        del self.batches[batch], self._by_array[id(batch.sequences)]
+        self._count -= len(batch.sequences)
+        self.dropped += 1
+        if batch in self._unlisted:
+            self._unlisted.remove(batch)
+            return
+        for number in batch.sequences.tolist():
+            del self._by_sequence[number]
+
+
+class RecordedBatches:
+    """The batches that were recorded in one stretch of recording, by module.
+
+    Args:
+        modules: The traced modules.
+        keep_all: Whether to keep them all; the latest of each module otherwise.
+    """
+
+    def __init__(self, modules: Sequence[Module], *, keep_all: bool = False) -> None:
+        self._modules = modules
+        self._keep_all = keep_all
+        self._batches = [_ModuleBatches(keep_all=keep_all) for _ in modules]
+        self._left_out: set[int] = set()
+        self._has_warned = False
+
+    def leave_out(self, module: int) -> None:
+        """Note that a call of a module was not recorded, so that its values fit no batch.
+
+        Such a call is not looked at, so it is not known how many sequences it had.
+        """
+        self._left_out.add(module)
+
+    def clear(self) -> None:
+        """Forget all: the calls are no longer in the trace."""
+        self._batches = [_ModuleBatches(keep_all=self._keep_all) for _ in self._modules]
+
+    def add(self, recorded: Recorded) -> None:
+        """Note a call: it goes on with batches that are known, or adds one."""
+        assignment, lengths, numbers = recorded.assignment, recorded.lengths, recorded.numbers
+        batches = self._batches[recorded.module]
+        # A sequence that had no number gets one, and one that had no steps another, never a lower.
+        batch = batches.with_array(assignment.roots)
+        if batch is not None:
+            batch.steps += lengths
+            np.maximum(batch.numbers, numbers, out=batch.numbers)
+            return
+        is_known = False
+        if not (assignment.begun.all() and assignment.roots is assignment.sequences):
+            for row, found in enumerate(batches.places(assignment.roots)):
+                if found is not None:
+                    is_known = True
+                    batch, place = found
+                    batch.steps[place] += lengths[row]
+                    batch.numbers[place] = max(batch.numbers[place], numbers[row])
+        if not is_known and not assignment.forks:
+            batches.add(
+                _Batch(
+                    assignment.roots,
+                    assignment.steps_before.copy(),
+                    lengths.copy(),
+                    numbers.copy(),
+                    recorded.start,
+                    recorded.stop,
+                )
+            )
+
+    def annotations(self, name: str, given: Given, module: str | None = None) -> list[Annotation]:
+        """Return the annotations that give the values to the steps they belong to.
+
+        Args:
+            name: ``tokens``, or the label's name.
+            given: The values, or values by module.
+            module: Path or glob of the modules that the values belong to.
+
+        Raises:
+            OptionError: The values fit no recorded batch; the message lists what was recorded.
+        """
+        if not isinstance(name, str):
+            raise OptionError(f"labels: expected a text as a name, found {brief(name)}")
+        if name.startswith(MARK_PREFIX):
+            raise OptionError(
+                f"labels: names that begin with {MARK_PREFIX!r} are grutrace's own; found "
+                f"{brief(name)}"
+            )
+        self._warn_of_dropped(name)
+        if isinstance(given, Mapping):
+            named = given.items()
+            return [each for glob, values in named for each in self._named(name, glob, values)]
+        if module is not None:
+            return list(self._named(name, module, given))
+        values = parse(name, given)
+        fitting = [each for each in self._all() if _fits_exactly(values, each[1])]
+        if not fitting:
+            if self._left_out:
+                return []
+            raise OptionError(
+                f"{name}: {_shape(values)} fits no batch of this recording exactly: "
+                f"{self._what_is_there()}. To give values to a module whose sequences are longer, "
+                f"name it: {{path: values}}"
+            )
+        return [
+            annotation
+            for number, batch in fitting
+            for annotation in _align(name, number, values, batch)
+        ]
+
+    def _named(self, name: str, glob: str, given: Values) -> Iterator[Annotation]:
+        values = parse(name, given)
+        if not any(fnmatchcase(module.path, glob) for module in self._modules):
+            paths = listed(module.path or "''" for module in self._modules)
+            raise OptionError(f"{name}: {glob!r} matches no traced module: {paths}")
+        left_out = any(
+            fnmatchcase(self._modules[each].path, glob) for each in tuple(self._left_out)
+        )
+        matching = [each for each in self._all() if fnmatchcase(self._modules[each[0]].path, glob)]
+        if not matching and not left_out:
+            raise OptionError(
+                f"{name}: {glob!r} matches no recorded module: {self._what_is_there()}"
+            )
+        fitting = [(module, batch) for module, batch in matching if _fits(values, batch)]
+        if not fitting and not left_out:
+            raise OptionError(
+                f"{name}: {_shape(values)} does not fit {glob!r}: {self._what_is_there()}"
+            )
+        for module, batch in fitting:
+            yield from _align(name, module, values, batch)
+
+    def _all(self) -> Iterator[tuple[int, _Batch]]:
+        for module, batches in enumerate(self._batches):
+            for batch in batches.batches:
+                yield module, batch
+
+    def _dropped(self) -> str:
+        """What to say of the batches that are not kept any more; empty if there are none."""
+        dropped = sum(batches.dropped for batches in self._batches)
+        if not dropped:
+            return ""
+        return (
+            f"the {dropped} oldest batches of this recording are no longer kept, and cannot be "
+            "given values: annotate sooner, or pass tokens and labels to recording()"
+        )
+
+    def _warn_of_dropped(self, name: str) -> None:
+        message = self._dropped()
+        if message and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(f"{name}: {message}", GrutraceWarning, stacklevel=5)
+
+    def _what_is_there(self) -> str:
+        counts = {
+            f"{self._modules[module].path or 'the model'} {len(batch.steps)} sequences of up to "
+            f"{batch.steps.max(initial=0)} steps"
+            for module, batch in self._all()
+        }
+        dropped = self._dropped()
+        found = [*sorted(counts), *([dropped] if dropped else [])]
+        return "; ".join(found) or "nothing was recorded"
+
+
+def _fits(values: Parsed, batch: _Batch) -> bool:
+    """Whether each sequence has as many steps as it has values, or more; padding aside."""
+    longest = batch.steps.max(initial=0)
+    return len(values.lists) == len(batch.steps) and all(
+        not isinstance(each, list) or len(each) <= (longest if values.padded else steps)
+        for each, steps in zip(values.lists, batch.steps, strict=True)
+    )
+
+
+def _fits_exactly(values: Parsed, batch: _Batch) -> bool:
+    return _fits(values, batch) and values.longest in (None, batch.steps.max(initial=0))
+
+
+def _align(name: str, module: int, values: Parsed, batch: _Batch) -> Iterator[Annotation]:
+    for place, given in enumerate(values.lists):
+        steps = int(batch.steps[place])
+        repeated = given[:steps] if isinstance(given, list) else [given] * steps
+        first, kept = _kept(repeated, int(batch.first[place]), batch.start, batch.stop)
+        if kept and batch.numbers[place] >= 0:
+            is_text = isinstance(kept[0], str)
+            yield Annotation(
+                module=module,
+                sequence=int(batch.numbers[place]),
+                name=name,
+                first=first,
+                values=tuple(kept if is_text else map(float, kept)),
+            )
+
+
+def _kept(
+    values: Sequence[Any], first: int, start: int, stop: int | None
+) -> tuple[int, Sequence[Any]]:
+    """Return which kept step the first value is of, and the values of the kept steps.
+
+    Args:
+        values: One a step.
+        first: The step that the first of them is of.
+        start: The first step that is kept.
+        stop: The first one after those; None for no end.
+    """
+    end = None if stop is None else max(0, stop - first)
+    return max(0, first - start), values[max(0, start - first) : end]
+
+
+def _shape(values: Parsed) -> str:
+    longest = "" if values.longest is None else f" with up to {values.longest} values"
+    return f"{len(values.lists)} sequences{longest}"

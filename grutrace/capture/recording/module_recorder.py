@@ -1,0 +1,475 @@
+"""From what was observed in one module to the records that a sink takes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from grutrace.capture.kernel_calls.observation import KernelRun, Observation
+from grutrace.capture.options import Options
+from grutrace.capture.recording.background import CopiedBlock, choose_version
+from grutrace.capture.recording.guarded_sink import Limits
+from grutrace.capture.recording.sequence_tracking import Assignment, Continuity
+from grutrace.capture.recording.site_recorder import Check, SiteRecorder
+from grutrace.capture.recording.step_filter import KeptSteps, only_kept
+from grutrace.capture.recording.tensor_copy import CopyBuffer, RowType, to_numpy
+from grutrace.capture.recording.weight_versions import KEPT_VERSIONS, Version, WeightVersions
+from grutrace.capture.selection import Selection, defer
+from grutrace.errors import UnsupportedError
+from grutrace.gru.kernel_gates import NOTHING, is_recognized, together
+from grutrace.gru.layout import is_held_by
+from grutrace.gru.residual import Doubt, find_doubts
+from grutrace.records import GATES, WEIGHTS, Array, Block, Module, Record, Site, SiteRows, Weights
+
+#: Copies a tensor.
+Copy: TypeAlias = Callable[[Tensor], Tensor]
+
+#: By suffix, the rows of a call and what a check of them needs.
+Taken: TypeAlias = dict[str, tuple[dict[str, Array], Check]]
+
+
+class Recorded(NamedTuple):
+    """A call that was heard, and what of it has gone to the sink.
+
+    Attributes:
+        module: Place of the module in the header.
+        assignment: Its sequences, as they were told, and where they stood before it.
+        lengths: (B,) all steps that it made of each.
+        numbers: (B,) the number that each sequence began under in the trace; -1 for none.
+        start: The first step of every sequence that is kept.
+        stop: The first one after those; None for no end.
+        doubts: Sites whose gates do not lead to the kernel's states.
+        losses: What the type of the rows has lost, a sentence each.
+    """
+
+    module: int
+    assignment: Assignment
+    lengths: npt.NDArray[np.int64]
+    numbers: npt.NDArray[np.int64]
+    start: int = 0
+    stop: int | None = None
+    doubts: Sequence[Doubt] = ()
+    losses: Sequence[str] = ()
+
+
+class Entry:
+    """A call that was heard, and what was known of it then.
+
+    Attributes:
+        module: Place of its module in the header.
+        run: The call, with the weights that it is thought to have used.
+        is_copied: Whether `run` holds copies, so that the call can wait.
+        nbytes: Bytes that it takes.
+        version: The version of the weights that was known when it ran.
+        versions: What numbered that version: another one than now, if the trace was emptied since.
+        is_certain: Whether every byte of the weights was compared.
+        tag: The user's name for this part of the run.
+        names: (B,) the user's names of the sequences; None to go by the states.
+        time: When it ran, in seconds since 1970.
+        autocast: The type of device and the precision of autocast, where that was on.
+        is_handed_on: Whether the sink has it.
+    """
+
+    __slots__ = (
+        *("autocast", "is_certain", "is_copied", "is_handed_on", "module", "names", "nbytes"),
+        *("run", "tag", "time", "version", "versions"),
+    )
+
+    def __init__(
+        self, module: int, run: KernelRun, versions: WeightVersions, *, is_certain: bool
+    ) -> None:
+        self.module, self.run = module, run
+        self.versions, self.version, self.is_certain = versions, versions.present, is_certain
+        self.is_copied = self.is_handed_on = False
+        self.nbytes = 0
+        self.tag: str | None = None
+        self.names: Sequence[Hashable] | None = None
+        self.time = 0.0
+        self.autocast: tuple[str, torch.dtype] | None = None
+
+
+class ModuleRecorder:
+    """Turns the observations of one module into blocks, and announces its weights.
+
+    Args:
+        index: The module's place in the header.
+        selection: The module, and what is recorded of it.
+        append: Takes a record for the sink; returns the number of the call if it is one.
+        options: Of the tracer. Where gates are deferred, nothing is replayed but only copied.
+        limits: How much the trace may become.
+        state_memory: Bytes of states that are remembered, to tell which sequence a call goes on
+            with.
+
+    Attributes:
+        description: What is recorded of the module.
+        asked: Which of the kernel's own gates are wanted, where they can be had.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        selection: Selection,
+        append: Callable[[Record], int | None],
+        options: Options,
+        limits: Limits,
+        state_memory: int,
+    ) -> None:
+        self._index, self._limits, self._append = index, limits, append
+        self._selection, self._options = selection, options
+        self.description = selection.description
+        background = options.gates == "background"
+        copied = defer(self.description) if background else self.description
+        self._rows = RowType(
+            copied,
+            chosen=options.dtype is not None,
+            copied=background,
+            beside=options.to_file,
+        )
+        self._sites = [SiteRecorder(selection, site, options, self._rows) for site in copied.sites]
+        # Of these, what each sequence started a call from is copied as well.
+        self._copying = self._sites if background else []
+        self._steps = options.steps
+        # Held while the weights are looked at.
+        self._lock = threading.RLock()
+        self._state_memory = state_memory
+        self.forget()
+        self._shares_input, self._shares_output = self._shared()
+        self._has_gates = any({*GATES} & {*each.readable} for each in self.description.sites)
+        wishes = [site.asked for site in self._sites]
+        # Of some steps the replay costs less than the whole call's harvest.
+        wanted = self._kept is None and all(each.columns for each in wishes)
+        self.asked = NOTHING
+        if wanted and is_recognized():
+            self.asked = together(wishes, self.description.hidden_size)
+
+    def forget(self) -> None:
+        """Number the next call as the first, once the trace is empty.
+
+        Its sequences begin anew, from the states that it is given, and its weights are announced.
+        """
+        self._continuity = Continuity(self._state_memory)
+        steps = self._steps
+        self._kept = None if steps is None else KeptSteps(steps.start, steps.stop)
+        # What is replayed with the call reads all weights anyway, and has to read the right ones.
+        is_exact = self._options.weights == "exact" or self._options.gates == "inline"
+        with self._lock:
+            self._versions = WeightVersions("exact" if is_exact else "auto")
+        self._records: dict[int, Weights] = {}
+
+    def note(self, run: KernelRun, buffer: CopyBuffer, largest: int) -> Entry:
+        """Look at the weights of a call that has just run, and copy what it read and made.
+
+        Args:
+            run: The call.
+            buffer: Where copies lie.
+            largest: If more bytes than these would be copied, nothing is copied: it is to be worked
+                out at once. To compare the weights costs less than such copies, but on a device
+                it waits for the model, and the call is copied.
+        """
+        size = run.nbytes
+        waits = size <= largest
+        with self._lock:
+            versions = self._versions
+            known = len(versions.made)
+            exact = not waits and run.device == "cpu"
+            is_certain = versions.look(run.weights, run.seconds, exact=exact)
+            entry = Entry(self._index, run, versions, is_certain=is_certain)
+            is_new = len(versions.made) > known
+        weights = entry.version.weights
+        entry.nbytes = size
+        if waits or not is_certain:
+            entry.is_copied = True
+            input, output = self._copies(run, buffer)
+            entry.run = run.kept(weights, buffer.copy, input, output)
+        else:
+            entry.run = run.with_weights(weights)
+        if is_new:
+            # Copies of these wait with the call.
+            entry.nbytes += sum(each.nbytes for each in weights)
+        return entry
+
+    def _copies(self, run: KernelRun, buffer: CopyBuffer) -> tuple[Copy, Copy]:
+        """What is to copy the input and the output of a call: as rows, where they can stay so."""
+        output, shares = run.output, run.steps is None
+        # Replayed gates are the same bits only where values lie as the kernel had them.
+        if run.is_by_time and self._options.gates == "inline" and output.shape[0] > 1:
+            shares = False
+        if not (shares and is_held_by(output, self._rows.dtype)):
+            return buffer.copy, buffer.copy
+        lasting = partial(_by_sequence, buffer) if run.is_by_time else buffer.copy_lasting
+        return (
+            lasting if self._shares_input else buffer.copy,
+            lasting if self._shares_output else buffer.copy,
+        )
+
+    def _shared(self) -> tuple[bool, bool]:
+        """Whether rows can be the copies of the input, and of the output, as they are."""
+        if self._kept is not None or self.description.bidirectional:
+            return False, False
+        sites = [each.site for each in self._sites]
+        first, last = 0, self.description.num_layers - 1
+        return (
+            any(each.layer == first and "input" in each.quantities for each in sites),
+            any(
+                each.layer == last and "hidden" in each.quantities and each.units is None
+                for each in sites
+            ),
+        )
+
+    def work_out(self, entry: Entry) -> Recorded | None:
+        """Record a call: harvested, replayed or, where gates come later, copied.
+
+        Args:
+            entry: The call.
+
+        Returns:
+            What was recorded; None if the trace was emptied since.
+
+        Raises:
+            UnsupportedError: What a layer read is not recorded, and can no longer be told.
+            LimitReached: It goes beyond what the trace may become. Nothing was recorded.
+            SinkError: The sink cannot take it.
+        """
+        if entry.versions is not self._versions:
+            return None
+        observation = entry.run.observation()
+        lengths = observation.steps.lengths
+        ours = observation.is_kept
+        ends = _ends(observation)
+        assignment = self._continuity.assign(*ends, lengths, entry.names, is_ours=ours)
+        if self._kept is None:
+            numbers = assignment.roots.view(np.int64)
+            recorded = Recorded(self._index, assignment, lengths, numbers)
+            block = self._make(entry, observation, assignment)
+            number = self._continuity.accept(partial(self._hand_on, entry, block))
+            return self._with_findings(recorded, block, number)
+        kept = self._kept.of(assignment, lengths)
+        bounds = self._kept.start, self._kept.stop
+        recorded = Recorded(self._index, assignment, lengths, kept.numbers, *bounds)
+        if kept.assignment is None:
+            self._continuity.accept(tuple)
+        else:
+            layers = [each.site.layer for each in self._sites]
+            block = self._make(entry, only_kept(observation, kept, layers), kept.assignment)
+            number = self._continuity.accept(partial(self._hand_on, entry, block))
+            recorded = self._with_findings(recorded, block, number)
+        self._kept.accept(kept, self._continuity)
+        return recorded
+
+    def expect_changes(self) -> None:
+        """Compare the weights at the next call, whatever that costs."""
+        with self._lock:
+            self._versions.expect_changes()
+
+    def recheck(self) -> None:
+        """Compare every byte of the weights as they are now."""
+        with self._lock:
+            self._versions.recheck()
+
+    def _make(self, entry: Entry, observation: Observation, assignment: Assignment) -> Block:
+        """Make the block of a call."""
+        taken = self._take(observation, entry.is_certain)
+        block = self._block(entry, observation, assignment, taken)
+        is_known = entry.is_certain or entry.version is self._versions.present
+        if not is_known and self._has_gates:
+            evidence = self._evidence(observation, block)
+            if evidence is not None:
+                return self._decide(entry.version, block, evidence)
+        return block
+
+    def _hand_on(self, entry: Entry, block: Block) -> int | None:
+        """Hand a call on, its weights having been announced if they are new."""
+        self._limits.take(partial(self._bytes, block))
+        self._announce(block.weights)
+        entry.is_handed_on = True
+        return self._append(block)
+
+    def _with_findings(self, recorded: Recorded, block: Block, number: int | None) -> Recorded:
+        # Gates in the background are looked at when they are there.
+        doubts = () if self._copying else tuple(find_doubts(self.description, block, number))
+        return recorded._replace(doubts=doubts, losses=self._rows.take_losses())
+
+    def _decide(self, version: Version, block: Block, evidence: CopiedBlock) -> Block:
+        """Return a call with the weights that lead to its states, and with what was found."""
+        versions = {each.number: self._record_of(each) for each in self._versions.known}
+        # Its own version first: of two that fit, the weights differ where nothing depends on it.
+        own = {version.number: self._record_of(version)}
+        module = defer(replace(self.description, sites=_all_units(self.description)))
+        chosen = choose_version(module, evidence, list({**own, **versions}.values()))
+        if isinstance(block, CopiedBlock):
+            return replace(
+                block,
+                weights=chosen.weights.version,
+                of_version=chosen.weights,
+                doubt=chosen.doubt,
+            )
+        sites = {
+            suffix: replace(
+                rows,
+                residual=max(chosen.checks[suffix][0], chosen.doubt),
+                tolerance=chosen.checks[suffix][1],
+            )
+            for suffix, rows in block.sites.items()
+        }
+        return replace(block, weights=chosen.weights.version, sites=sites)
+
+    def _announce(self, number: int) -> None:
+        """Hand on the versions of the weights up to this one that were not handed on yet."""
+        made = self._versions.made
+        while made and made[0].number <= number:
+            self._append(self._record_of(made[0]))
+            made.popleft()
+
+    def _evidence(self, observation: Observation, block: Block) -> CopiedBlock | None:
+        """Return what the gates of a call follow from, for all units; None if it cannot be had."""
+        has_gates = any({*GATES} & {*each.rows} for each in block.sites.values())
+        if isinstance(block, CopiedBlock) and not has_gates:
+            return block
+        try:
+            if self._options.gates == "deferred":
+                # It has everything but the states that its sequences started from.
+                starts = {each.site.suffix: each.starts(observation) for each in self._sites}
+                return self._as_copied(block, block.sites, starts)
+            return self._copied(observation, block)
+        except UnsupportedError:
+            return None
+
+    def _copied(self, observation: Observation, block: Block) -> CopiedBlock:
+        inputs: dict[int, Array] = {}
+        sites, starts = {}, {}
+        for each in self._evidence_sites:
+            rows, check = each.take(observation, inputs, False)
+            starts[each.site.suffix] = each.starts(observation)
+            sites[each.site.suffix] = SiteRows(rows, starts[each.site.suffix][:0], *check)
+        return self._as_copied(block, sites, starts)
+
+    def _as_copied(
+        self, block: Block, sites: Mapping[str, SiteRows], starts: Mapping[str, Array]
+    ) -> CopiedBlock:
+        return CopiedBlock(
+            block.module,
+            block.time,
+            block.tag,
+            block.training,
+            block.weights,
+            block.steps,
+            block.sequences,
+            sites,
+            block.forks,
+            block.origins,
+            starts,
+        )
+
+    @cached_property
+    def _evidence_sites(self) -> list[SiteRecorder]:
+        whole = replace(self.description, sites=_all_units(self.description))
+        module = defer(whole)
+        rows = RowType(module, chosen=True, copied=True)
+        selection = replace(self._selection, description=whole)
+        options = Options(gates="deferred")
+        return [SiteRecorder(selection, site, options, rows) for site in module.sites]
+
+    def _block(
+        self, entry: Entry, observation: Observation, assignment: Assignment, taken: Taken
+    ) -> Block:
+        starts = {each.site.suffix: each.starts(observation) for each in self._copying}
+        sites = {}
+        for each in self._sites:
+            rows, check = taken[each.site.suffix]
+            begun = each.begun(observation, assignment, starts.get(each.site.suffix))
+            sites[each.site.suffix] = SiteRows(rows, begun, *check)
+        fields = (
+            self._index,
+            entry.time,
+            entry.tag,
+            observation.training,
+            entry.version.number,
+            observation.steps.lengths.astype(np.uint32),
+            assignment.sequences,
+            sites,
+            assignment.forks,
+            assignment.origins,
+        )
+        if not self._copying:
+            return Block(*fields)
+        weights = self._record_of(entry.version)
+        return CopiedBlock(*fields, starts, self._rows.take_ready(), weights)
+
+    def _bytes(self, block: Block) -> int:
+        """Bytes of what is stored of a call in the end, with the weights that it announces."""
+        module, rows = self.description, int(block.steps.sum())
+        width = sum(
+            module.unit_count(site) * len([name for name in site.quantities if name != "input"])
+            for site in module.sites
+        )
+        # Both directions of a layer share its input.
+        inputs = {s.layer: s.input_size for s in module.sites if "input" in s.quantities}
+        begun = sum(each.initial.size for each in block.sites.values())
+        values = rows * (width + sum(inputs.values())) + begun
+        announced = sum(self._record_of(each).nbytes for each in self._versions.made)
+        return values * np.dtype(module.dtype).itemsize + announced
+
+    def _take(self, observation: Observation, is_certain: bool) -> Taken:
+        inputs: dict[int, Array] = {}
+        return {
+            each.site.suffix: each.take(observation, inputs, is_certain) for each in self._sites
+        }
+
+    def _record_of(self, version: Version) -> Weights:
+        """Return a version as it is stored: the weights of the recorded sites."""
+        found = self._records.get(version.number)
+        if found is None:
+            found = self._records[version.number] = self._made_record(version)
+            while len(self._records) > KEPT_VERSIONS + 1:
+                del self._records[next(iter(self._records))]
+        return found
+
+    def _made_record(self, version: Version) -> Weights:
+        dtype = self.description.weights_dtype
+        directions = 2 if self.description.bidirectional else 1
+        each = 4 if self.description.bias else 2
+        sites = {}
+        for site in self.description.sites:
+            first = (site.layer * directions + site.reverse) * each
+            tensors = zip(WEIGHTS, version.weights[first : first + each], strict=False)
+            sites[site.suffix] = {
+                name: to_numpy(tensor).astype(dtype, copy=False) for name, tensor in tensors
+            }
+        return Weights(self._index, version.number, sites)
+
+
+def _all_units(module: Module) -> tuple[Site, ...]:
+    """The sites of a module with all of their units and gates."""
+    return tuple(
+        replace(site, units=None, quantities=GATES + ("hidden",), derived=())
+        for site in module.sites
+    )
+
+
+def _by_sequence(buffer: CopyBuffer, values: Tensor) -> Tensor:
+    """Copy (T, B, width) so that the steps of a sequence lie one after another."""
+    return buffer.copy_lasting(values.transpose(0, 1)).transpose(0, 1)
+
+
+def _ends(observation: Observation) -> tuple[Tensor | None, Tensor | None]:
+    """Return the states before and after a call, (B, L * H), where one can lead to the other.
+
+    The reverse direction ends at a sequence's first step, so nothing goes on from there.
+    """
+    call, steps = observation.call, observation.steps
+    if call.bidirectional:
+        return None, None
+    final = _side_by_side([steps.final(each.output, reverse=False) for each in observation.layers])
+    return _side_by_side([steps.in_batch_order(state) for state in call.initial]), final
+
+
+def _side_by_side(states: list[Tensor]) -> Tensor:
+    return states[0] if len(states) == 1 else torch.cat(states, -1)

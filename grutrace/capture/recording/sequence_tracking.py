@@ -1,0 +1,470 @@
+"""Which sequence each batch row of a call is a piece of.
+
+A decoder calls its layer once a token, with the state that an earlier call returned. All those
+calls together are one sequence per batch row. The states decide, and not the order of the calls:
+
+- A row whose initial state is, bit for bit, a state that an earlier call ended with, and that
+  nothing has continued from, continues that sequence. So several streams may take turns on one
+  module, one stream may move from thread to thread, and a batch may shrink or be reordered.
+- A row whose initial state was continued from already is a fork: a sequence of its own, which
+  began inside another one. Beams are forks, and so are all continuations of one prompt but the
+  first, which continues the prompt's own sequence.
+- A row whose initial state is that of several sequences is ambiguous. It begins a sequence, and is
+  marked.
+- Any other row begins a sequence, and so does a state of nothing but zeros: that is what a fresh
+  sequence starts from.
+
+Among equal states in one batch the order decides, if as many rows go on from them as there are.
+
+Where the user names the sequences, the names decide. A named sequence goes on from any state. If
+it is not the state that it ended with, a new segment of the sequence begins: to the file that is a
+sequence of its own, with its own initial state, which continues the earlier one.
+
+B sequences in a batch, W width of a state: all layers of a module side by side.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from grutrace.capture.recording.state_memory import (
+    Call,
+    Digests,
+    End,
+    Integers,
+    Numbers,
+    Row,
+    StateMemory,
+    equal,
+    equal_rows,
+)
+from grutrace.records import Fork, Origin
+
+#: The part of the bytes that names may take, and an estimate of what one name takes.
+NAMES, NAME_BYTES = 1 / 8, 512
+
+Result = TypeVar("Result")
+
+
+class Assignment(NamedTuple):
+    """The sequences of one call, in the order of the user's batch.
+
+    Attributes:
+        sequences: (B,) their numbers; of a sequence with several segments, the last one's.
+        begun: (B,) whether this call began them.
+        forks: Which of those begun are inside another, or continue another.
+        steps_before: (B,) how many steps each had before this call, in all its segments.
+        roots: (B,) the number that each sequence began under; that of its first segment.
+        origins: Marks of those begun, where there is one.
+    """
+
+    sequences: Numbers
+    begun: npt.NDArray[np.bool_]
+    forks: tuple[Fork, ...]
+    steps_before: Integers
+    roots: Numbers
+    origins: tuple[Origin, ...] = ()
+
+
+@dataclass
+class _Next:
+    """What is remembered of a call if it is recorded.
+
+    Attributes:
+        assignment: Its sequences.
+        final: (B, W) the states that it ended with; None if nothing can continue from them.
+        steps: (B,) steps of each sequence after it.
+        offsets: (B,) steps that each had before its segment; None if none had any.
+        names: (B,) of the sequences, None for none; None if none has a name.
+        whole: The call that it continues as a whole, if it does.
+        used: The states that it continues or forks from, otherwise.
+        is_ours: Whether nobody else will change `final`.
+    """
+
+    assignment: Assignment
+    final: Tensor | None
+    steps: Integers
+    offsets: Integers | None
+    names: tuple[Hashable, ...] | None = None
+    whole: Call | None = None
+    used: tuple[Row, ...] = ()
+    is_ours: bool = False
+
+
+class Continuity:
+    """Numbers the sequences of one module, for calls of any thread, one at a time.
+
+    Args:
+        memory: Bytes of states, and of names, that are remembered.
+    """
+
+    def __init__(self, memory: int) -> None:
+        self._bytes = memory
+        self._count = 0
+        self._next: _Next | None = None
+        # Whether a call was counted and not remembered.
+        self._is_behind = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._memory = StateMemory(int(self._bytes * (1 - NAMES)))
+        self._names = _Names(int(self._bytes * NAMES))
+        self._is_behind = False
+
+    def assign(
+        self,
+        initial: Tensor | None,
+        final: Tensor | None,
+        lengths: Integers,
+        names: Sequence[Hashable] | None = None,
+        *,
+        is_ours: bool = False,
+    ) -> Assignment:
+        """Number the sequences of a call. It counts only once it is accepted.
+
+        Args:
+            initial: (B, W) what each sequence started from; None if the call was given no states,
+                or can continue nothing.
+            final: (B, W) what each ended with; None if nothing can continue it.
+            lengths: (B,) steps of each.
+            names: (B,) the user's names, no two equal; None to go by the states.
+            is_ours: Whether nobody else will change these states.
+        """
+        if self._is_behind:
+            # An interruption came while the last call was being remembered.
+            self._forget()
+        last = self._memory.last
+        if not len(lengths) or final is None or not final.shape[1]:
+            found = self._begin_all(len(lengths))
+        elif names is not None:
+            found = self._assign_named(initial, tuple(names))
+        elif initial is None or last is None:
+            found = self._begin_all(len(lengths))
+        elif equal(initial, last.states) and self._memory.is_only(last):
+            found = self._continue_all(last)
+        elif _are_zero(initial, is_ours):
+            found = self._begin_all(len(lengths))
+        else:
+            found = self._match(initial)
+        found.final, found.is_ours = final, is_ours
+        found.steps = found.assignment.steps_before + lengths
+        self._next = found
+        return found.assignment
+
+    def accept(self, hand_on: Callable[[], Result]) -> Result:
+        """Hand on the call that was assigned last, and remember it.
+
+        Args:
+            hand_on: Does so. If it fails, the numbers of the call are not used up.
+
+        Returns:
+            What that returned.
+        """
+        accepted = self._next
+        assert accepted is not None
+        count = self._count + int(np.count_nonzero(accepted.assignment.begun))
+        # In one statement: no interruption comes between the two.
+        result, self._count, self._is_behind = hand_on(), count, True
+        self._remember(accepted)
+        self._next, self._is_behind = None, False
+        return result
+
+    def _remember(self, accepted: _Next) -> None:
+        assignment = accepted.assignment
+        if accepted.whole is not None:
+            self._memory.close(accepted.whole)
+        else:
+            self._memory.close_rows(accepted.used)
+        if accepted.final is None or not accepted.final.numel():
+            return
+        final = accepted.final
+        call = Call(
+            # It may be remembered long, so without a graph.
+            final.detach() if final.requires_grad else final,
+            assignment.sequences,
+            assignment.roots,
+            accepted.steps,
+            accepted.offsets,
+            accepted.names,
+        )
+        self._memory.add(call, is_ours=accepted.is_ours)
+        if accepted.names is not None:
+            self._names.put(call)
+
+    def sequences(self) -> set[int]:
+        """The numbers of all sequences that may still go on."""
+        return self._memory.sequences() | self._names.sequences()
+
+    def _begin_all(self, batch: int) -> _Next:
+        sequences = np.arange(self._count, self._count + batch, dtype=np.uint64)
+        before = np.zeros(batch, np.int64)
+        begun = np.ones(batch, bool)
+        return _Next(Assignment(sequences, begun, (), before, sequences), None, before, None)
+
+    def _continue_all(self, last: Call) -> _Next:
+        begun = np.zeros(len(last.sequences), bool)
+        assignment = Assignment(last.sequences, begun, (), last.steps, last.roots)
+        return _Next(assignment, None, last.steps, last.offsets, last.names, whole=last)
+
+    def _match(self, initial: Tensor) -> _Next:
+        """Match the rows of a call to the states that are remembered, each on its own."""
+        found = self._memory.find(initial)
+        rows = _Rows(len(found), self._count)
+        fresh = [not nonzero for nonzero in initial.any(1).tolist()]
+        wanted: dict[Row, int] = {}
+        for is_fresh, states in zip(fresh, found, strict=True):
+            if states and not is_fresh:
+                wanted[states[0]] = wanted.get(states[0], 0) + 1
+        claimed: set[Row] = set()
+        unknown = []
+        for row, states in enumerate(found):
+            if fresh[row]:
+                rows.begin(row)
+                continue
+            if not states:
+                unknown.append(row)
+                rows.begin(row)
+                continue
+            still_open = [each for each in states if each[0].is_open_at(each[1])]
+            unclaimed = [each for each in still_open if each not in claimed]
+            calls = {call for call, _ in still_open}
+            if len(calls) > 1 or (unclaimed and wanted[states[0]] < len(still_open)):
+                rows.begin(row, "ambiguous")
+            elif unclaimed:
+                claimed.add(unclaimed[0])
+                rows.go_on(row, unclaimed[0])
+            elif still_open:
+                rows.fork(row, still_open[0])
+            else:
+                self._fork_from_past(rows, row, states)
+        if unknown:
+            dropped = self._memory.were_dropped(initial[unknown])
+            for row, was_dropped in zip(unknown, dropped, strict=True):
+                if was_dropped:
+                    rows.mark(row, "dropped")
+        return rows.finish()
+
+    @staticmethod
+    def _fork_from_past(rows: _Rows, row: int, states: Sequence[Row]) -> None:
+        if len({call for call, _ in states}) == 1:
+            # Equal rows of one batch, as of a prompt that is repeated: each from its own.
+            rows.fork(row, next((each for each in states if each[1] == row), states[0]))
+        elif len({call.end(place).sequence for call, place in states}) == 1:
+            # A state that does not change any more.
+            rows.fork(row, max(states, key=lambda state: state[0].end(state[1]).steps))
+        else:
+            rows.begin(row, "ambiguous")
+
+    def _assign_named(self, initial: Tensor | None, names: tuple[Hashable, ...]) -> _Next:
+        ends = [self._names.get(name) for name in names]
+        same = _same_as_ended(initial, ends)
+        known = self._first_states(initial, ends)
+        rows = _Rows(len(names), self._count)
+        for row, (end, is_same) in enumerate(zip(ends, same, strict=True)):
+            if end is None:
+                self._begin_named(rows, row, names[row], known.get(row))
+            elif is_same:
+                rows.go_on(row, (end.call, end.place))
+            else:
+                rows.go_on_from_another_state(row, end)
+        found = rows.finish()
+        found.names = names
+        return found
+
+    def _first_states(
+        self, initial: Tensor | None, ends: Sequence[NamedEnd | None]
+    ) -> dict[int, Row | None]:
+        """The remembered state, if it is one alone, that each sequence of a new name starts from.
+
+        Rows that start from nothing but zeros, or from what is not remembered, are left out.
+        """
+        new = [row for row, end in enumerate(ends) if end is None]
+        if initial is None or not new or self._memory.last is None:
+            return {}
+        fresh = (initial[new] == 0).all(1).tolist()
+        found = zip(new, self._memory.find(initial[new]), fresh, strict=True)
+        return {
+            row: states[0] if len(states) == 1 else None
+            for row, states, is_fresh in found
+            if states and not is_fresh
+        }
+
+    def _begin_named(self, rows: _Rows, row: int, name: Hashable, state: Row | None) -> None:
+        """A new name goes on where a sequence without one has ended, or forks, or begins."""
+        if self._names.was_dropped(name):
+            rows.begin(row, "dropped")
+        elif state is None:
+            rows.begin(row)
+        else:
+            call, place = state
+            has_name = call.names is not None and call.names[place] is not None
+            if call.is_open_at(place) and not has_name and not rows.uses(state):
+                rows.go_on(row, state)
+            else:
+                rows.fork(row, state)
+
+
+def _are_zero(states: Tensor, is_ours: bool) -> bool:
+    # NumPy asks in a third of the time; of a user's tensor it would make the storage unresizable.
+    if is_ours and states.device.type == "cpu" and states.dtype is not torch.bfloat16:
+        return not states.numpy().any()
+    return not states.any()
+
+
+class _Rows:
+    """Gathers what the rows of a call are, one after another.
+
+    Args:
+        batch: How many there are, B.
+        count: How many sequences have begun before.
+    """
+
+    def __init__(self, batch: int, count: int) -> None:
+        self._count = count
+        self._sequences, self._roots = np.empty((2, batch), np.uint64)
+        self._steps, self._offsets = np.zeros((2, batch), np.int64)
+        self._begun = np.ones(batch, bool)
+        self._forks: list[Fork] = []
+        self._origins: list[Origin] = []
+        self._used: list[Row] = []
+        self._names: list[Hashable] = [None] * batch
+
+    def begin(self, row: int, mark: str | None = None) -> None:
+        """Begin a sequence."""
+        self._sequences[row] = self._roots[row] = self._count
+        self._count += 1
+        if mark is not None:
+            self.mark(row, mark)
+
+    def mark(self, row: int, mark: str) -> None:
+        """Mark how a sequence began."""
+        self._origins.append(Origin(int(self._sequences[row]), mark))
+
+    def go_on(self, row: int, state: Row) -> None:
+        """Continue a sequence from the state that it ended with."""
+        call, place = state
+        self._begun[row] = False
+        end = call.end(place)
+        self._sequences[row], self._roots[row] = end.sequence, end.root
+        self._steps[row], self._offsets[row] = end.steps, end.offset
+        self._names[row] = None if call.names is None else call.names[place]
+        self._used.append(state)
+
+    def fork(self, row: int, state: Row) -> None:
+        """Begin a sequence inside another one."""
+        self.begin(row)
+        self._used.append(state)
+        self._add_fork(row, state[0].end(state[1]))
+
+    def go_on_from_another_state(self, row: int, named: NamedEnd) -> None:
+        """Continue a sequence with a new segment."""
+        self.begin(row, "continued")
+        end = named.end
+        self._roots[row] = end.root
+        self._steps[row] = self._offsets[row] = end.steps
+        self._add_fork(row, end)
+        if not named.call.is_dropped:
+            self._used.append((named.call, named.place))
+
+    def _add_fork(self, row: int, end: End) -> None:
+        fork = Fork(int(self._sequences[row]), end.sequence, end.steps - end.offset)
+        self._forks.append(fork)
+
+    def uses(self, state: Row) -> bool:
+        """Whether a row goes on from this state already."""
+        return state in self._used
+
+    def finish(self) -> _Next:
+        """Return what there is."""
+        assignment = Assignment(
+            self._sequences,
+            self._begun,
+            tuple(self._forks),
+            self._steps,
+            self._roots if (self._roots != self._sequences).any() else self._sequences,
+            tuple(self._origins),
+        )
+        names = tuple(self._names) if any(name is not None for name in self._names) else None
+        offsets = self._offsets if self._offsets.any() else None
+        return _Next(assignment, None, self._steps, offsets, names, used=tuple(self._used))
+
+
+class NamedEnd(NamedTuple):
+    """Where a named sequence has ended.
+
+    Attributes:
+        call: The call that ended there. Its state may be dropped: the sequence goes on even so.
+        place: Its row in that call.
+        end: Its numbers.
+    """
+
+    call: Call
+    place: int
+    end: End
+
+
+class _Names:
+    """Where the sequences that the user named have ended.
+
+    Args:
+        limit: Bytes that it may take.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._most = max(1, int(limit * 7 / 8) // NAME_BYTES)
+        self._dropped = Digests(int(limit / 8))
+        # Ordered by when they were last used.
+        self._ends: OrderedDict[Hashable, NamedEnd] = OrderedDict()
+
+    def get(self, name: Hashable) -> NamedEnd | None:
+        """Where a sequence has ended; None if it has not begun."""
+        return self._ends.get(name)
+
+    def was_dropped(self, name: Hashable) -> bool:
+        """Whether it has begun, and was dropped."""
+        return self._dropped.hold_hashes(_hashes([name]))[0]
+
+    def put(self, call: Call) -> None:
+        """Note where the named sequences of a call have ended."""
+        for place, name in enumerate(call.names or ()):
+            if name is not None:
+                self._ends[name] = NamedEnd(call, place, call.end(place))
+                self._ends.move_to_end(name)
+        too_many = len(self._ends) - max(self._most, len(call.names or ()))
+        if too_many > 0:
+            names = [self._ends.popitem(last=False)[0] for _ in range(too_many)]
+            self._dropped.add_hashes(_hashes(names))
+
+    def sequences(self) -> set[int]:
+        """The numbers of their last segments."""
+        return {named.end.sequence for named in self._ends.values()}
+
+
+def _hashes(names: Sequence[Hashable]) -> npt.NDArray[np.uint64]:
+    return np.array([hash(name) % (1 << 64) for name in names], np.uint64)
+
+
+def _same_as_ended(initial: Tensor | None, ends: Sequence[NamedEnd | None]) -> list[bool]:
+    """Whether each row of (B, W) states is the state that its sequence ended with."""
+    same = [False] * len(ends)
+    if initial is None:
+        return same
+    by_call: dict[Call, tuple[list[int], list[int]]] = {}
+    for row, end in enumerate(ends):
+        if end is not None and not end.call.is_dropped:
+            rows, places = by_call.setdefault(end.call, ([], []))
+            rows.append(row)
+            places.append(end.place)
+    for call, (rows, places) in by_call.items():
+        found = equal_rows(initial, rows, call.states, places)
+        for row, is_equal in zip(rows, found, strict=True):
+            same[row] = is_equal
+    return same

@@ -1,0 +1,187 @@
+"""Which steps of each sequence are kept, and what the kept ones are numbered as.
+
+Steps count through all calls of a sequence. So whether a step of a call is kept depends on how many
+its sequence made before, and a sequence that has made none of the kept steps yet has no number in
+the trace. B sequences in a batch, L layers, D directions, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from grutrace.capture.kernel_calls.observation import Observation
+from grutrace.capture.recording.sequence_tracking import Assignment, Continuity
+from grutrace.gru.kernel import Layer
+from grutrace.gru.layout import window
+from grutrace.records import Fork, Origin
+
+Integers = npt.NDArray[np.int64]
+
+#: Sequences that are numbered, at least, before it is asked which of them may still go on.
+REMEMBERED = 4096
+
+
+class _Known(NamedTuple):
+    """What the trace has of a sequence, or of one segment of it.
+
+    Attributes:
+        number: Its number in the trace.
+        root: The number in the trace of its first segment.
+        kept: How many of its steps are kept.
+    """
+
+    number: int
+    root: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is kept of one call.
+
+    Attributes:
+        numbers: (B,) the number that each sequence began under in the trace; -1 for none so far.
+        assignment: As of a call of just the kept steps, numbered so; None if there are none.
+        first: (B,) the first kept step of each sequence, within the call.
+        count: (B,) how many of each are kept.
+        known: What the trace has of the call's sequences after it.
+        begun: How many sequences the trace has after it.
+    """
+
+    numbers: Integers
+    assignment: Assignment | None
+    first: Integers
+    count: Integers
+    known: dict[int, _Known]
+    begun: int
+
+
+class KeptSteps:
+    """Numbers the sequences of one module of which some steps are kept.
+
+    Every batch row of a call that is recorded has a piece, be it of no steps, so that places in
+    the batch stay what they were. A sequence that had only such pieces begins anew, under another
+    number, with its first kept step: its initial state is the one before that.
+
+    Args:
+        start: The first step that is kept.
+        stop: The first one after them that is not; None for all.
+    """
+
+    def __init__(self, start: int, stop: int | None) -> None:
+        self.start, self.stop = start, stop
+        self._count = 0
+        self._known: dict[int, _Known] = {}
+        self._most = REMEMBERED
+
+    def of(self, assignment: Assignment, lengths: Integers) -> Kept:
+        """Number what is kept of a call. It counts only once it is accepted.
+
+        Args:
+            assignment: Its sequences, as `Continuity` has told them.
+            lengths: (B,) steps of each.
+        """
+        before = assignment.steps_before
+        first = np.clip(self.start - before, 0, lengths)
+        stop = lengths if self.stop is None else np.clip(self.stop - before, 0, lengths)
+        count = np.maximum(stop - first, 0)
+        sequences = assignment.sequences.tolist()
+        if not count.any():
+            found = {each: self._known[each] for each in sequences if each in self._known}
+            numbers = np.array(
+                [found[each].root if each in found else -1 for each in sequences], np.int64
+            )
+            return Kept(numbers, None, first, count, found, self._count)
+        continued = self._continued(assignment)
+        begun = np.zeros(len(sequences), bool)
+        found, total = {}, self._count
+        for row, sequence in enumerate(sequences):
+            known = self._known.get(sequence)
+            if known is None or (count[row] and not known.kept):
+                begun[row] = True
+                parent = continued.get(sequence)
+                known = _Known(total, total if parent is None else parent.root, 0)
+                total += 1
+            found[sequence] = known._replace(kept=known.kept + int(count[row]))
+        numbers, roots = (
+            np.array([getattr(found[each], name) for each in sequences], np.int64)
+            for name in ("number", "root")
+        )
+        forks = tuple(self._forks(assignment.forks, found, continued))
+        marked = tuple(
+            Origin(found[each.sequence].number, each.mark)
+            for each in assignment.origins
+            if each.mark != "continued" or each.sequence in continued
+        )
+        kept = Assignment(
+            numbers.astype(np.uint64),
+            begun,
+            forks,
+            np.maximum(before - self.start, 0),
+            roots.astype(np.uint64),
+            marked,
+        )
+        return Kept(roots, kept, first, count, found, total)
+
+    def accept(self, kept: Kept, continuity: Continuity) -> None:
+        """Count a call: it was recorded. Sequences that cannot go on any more are let go of."""
+        self._known |= kept.known
+        self._count = kept.begun
+        if len(self._known) > self._most:
+            alive = continuity.sequences()
+            self._known = {each: known for each, known in self._known.items() if each in alive}
+            self._most = max(REMEMBERED, 2 * len(self._known))
+
+    def _continued(self, assignment: Assignment) -> dict[int, _Known]:
+        """By sequence that is a segment of another: what the trace has of the segment before.
+
+        A segment before which nothing is kept is a sequence by itself.
+        """
+        segments = {each.sequence for each in assignment.origins if each.mark == "continued"}
+        parents = {
+            fork.sequence: self._known.get(fork.parent)
+            for fork in assignment.forks
+            if fork.sequence in segments
+        }
+        return {each: known for each, known in parents.items() if known is not None and known.kept}
+
+    def _forks(
+        self, forks: Iterable[Fork], now: dict[int, _Known], continued: dict[int, _Known]
+    ) -> Iterable[Fork]:
+        """Those that began from a state that is in the trace."""
+        for fork in forks:
+            number = now[fork.sequence].number
+            if fork.sequence in continued:
+                parent = continued[fork.sequence]
+                yield Fork(number, parent.number, parent.kept)
+                continue
+            known = now.get(fork.parent) or self._known.get(fork.parent)
+            if known is not None and self.start == 0 and fork.steps <= known.kept:
+                yield Fork(number, known.number, fork.steps)
+
+
+def only_kept(observation: Observation, kept: Kept, layers: Iterable[int]) -> Observation:
+    """Return a call as if it had made only the kept steps; of these layers, the others as it was.
+
+    Raises:
+        ValueError: None are kept.
+    """
+    call, part = observation.call, window(observation.steps, kept.first, kept.count)
+    found, states = list(observation.layers), list(call.initial)
+    for number in set(layers):
+        layer = observation.layers[number]
+        found[number] = Layer(part.rows(layer.input), part.rows(layer.output))
+        for reverse, hidden in enumerate(layer.output.chunk(call.directions, -1)):
+            place = number * call.directions + reverse
+            states[place] = part.initial(hidden, states[place], reverse=bool(reverse))
+    return observation._replace(
+        call=call._replace(initial=torch.stack([each.to(states[0].dtype) for each in states])),
+        steps=part.steps,
+        layers=found,
+    )

@@ -1,0 +1,57 @@
+"""`grutrace derive`: gates that are derived when they are read, stored.
+
+`grutrace export`: a trace as a file of another format.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grutrace.cli.common import File, Files, Record, Sites, names, opened
+from grutrace.cli.output import progress_bar, say
+from grutrace.export.formats import FORMATS, export_trace
+from grutrace.storage.open import open_trace
+from grutrace.storage.recovery.preflight import look_from_outside
+
+
+def derive(
+    files: Files,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The file to write.", show_default=False)
+    ],
+) -> None:
+    """Write a trace file that stores what this one derives when it is read.
+
+    Exits with 2 if the output exists, or there is nothing to derive.
+    """
+    # Here for the same reason.
+    from grutrace.analysis.verification.materialize import derive_file
+
+    look_from_outside(files)
+    with opened(files) as trace, progress_bar("deriving") as advance:
+        derive_file(trace, output, advance)
+
+
+def export(
+    file: File,
+    to: Annotated[
+        str, typer.Option("--to", help=f"One of {', '.join(FORMATS)}.", show_default=False)
+    ],
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="The file or folder to make.", show_default=False),
+    ],
+    site: Sites = None,
+    record: Record = None,
+) -> None:
+    """Write what a trace holds as npz, netcdf, zarr, csv (a folder) or for LSTMVis (a folder).
+
+    Exits with 2 if the output exists, or nothing matches.
+    """
+    with open_trace(file) as trace, progress_bar("exporting") as advance:
+        done = export_trace(trace, output, to, sites=site, record=names(record), progress=advance)
+    for note in done.notes:
+        say(f"grutrace: {note}", stderr=True)

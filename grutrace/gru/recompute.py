@@ -1,0 +1,331 @@
+"""Steps that were recorded long ago, computed anew: arrays in, arrays out.
+
+A gate is a function of the weights, the input and the state before the step. All three being kept,
+it can be had at any time, for any steps on their own, to the rounding of one step: no step waits
+for another, and no recurrence is run. docs/equations.md says why that matters.
+
+n steps, I input size, H hidden size, U units that are asked for.
+
+The gates of many recorded calls at once, from copies of what they follow from.
+
+A stepwise decoder's calls are small: one by one, what surrounds their arithmetic costs many times
+the arithmetic. Every row standing on its own, the rows of any number of calls that used the same
+weights can be computed together.
+
+N rows of all calls, I input size, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grutrace.gru import cell
+from grutrace.gru.layout import copy_rounded
+from grutrace.gru.replay import BLOCK, SMALLEST_BLOCK
+from grutrace.gru.tolerance import largest_sums, rounded, spacing, tolerance
+from grutrace.records import GATES, WEIGHTS, Array
+
+_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+#: The floating-point type that has this spacing at 1.
+_BY_PRECISION = {spacing(dtype): dtype for dtype in _TYPES}
+
+#: The spacing at 1 of the type for everything that judges.
+DOUBLE = spacing(torch.float64)
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Compute apart from what is in force around the reader, who may be within a model's run."""
+    with torch._C.DisableTorchFunction(), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
+
+
+def type_of(precision: float, otherwise: torch.dtype) -> torch.dtype:
+    """Return the floating-point type that has this spacing at 1, or another if there is none."""
+    return _BY_PRECISION.get(precision, otherwise)
+
+
+class Derivation:
+    """Some steps, and what follows from what they read and started from.
+
+    Args:
+        input: (n, I)
+        previous: (n, H) the state before each step.
+        weights: By name in `WEIGHTS`, of one version: what all these steps used.
+        precision: Spacing at 1 of the type to compute in; that of the arrays if it is no type's.
+            In the type in which the kernel computed, its gates come out, to rounding.
+        units: Which of the H units to compute.
+    """
+
+    @apart()
+    def __init__(
+        self,
+        input: Array,
+        previous: Array,
+        weights: Mapping[str, Array],
+        precision: float,
+        units: slice = slice(None),
+    ) -> None:
+        self._previous = _tensor(previous)
+        self._units = units
+        dtype = type_of(precision, self._previous.dtype)
+        arrays = [_of_units(weights[name], units) for name in WEIGHTS if name in weights]
+        tensors = [_tensor(array).to(dtype) for array in (input, previous, *arrays)]
+        self._factors = tensors[:4]
+        self._products = cell.products(*tensors)
+        self._preactivations = cell.preactivations(self._products)
+
+    @apart()
+    def preactivation(self, name: str) -> Array:
+        """(n, U) what the sigmoid or tanh of this gate is applied to."""
+        return _array(getattr(self._preactivations, name))
+
+    @apart()
+    def gate(self, name: str) -> Array:
+        """(n, U)"""
+        return _array(getattr(self._gates, name))
+
+    @cached_property
+    @apart()
+    def hidden(self) -> Array:
+        """(n, U) the state after each step."""
+        return _array(cell.step(self._gates, self._previous[:, self._units]))
+
+    @cached_property
+    @apart()
+    def sizes(self) -> tuple[Array, Array]:
+        """(n,) largest finite element of each step's products, and (n,) of the recurrent one.
+
+        They are what `tolerances` asks for.
+        """
+        input, hidden = (_sizes(product) for product in self._products)
+        recurrent = hidden.chunk(3, -1)[2]
+        return _largest(torch.cat([input, hidden], -1)), _largest(recurrent)
+
+    @cached_property
+    @apart()
+    def sums(self) -> Array:
+        """(n,) at least the sum of the sizes of the terms of each step's products.
+
+        It is what `tolerances` asks for where rows are kept in a smaller type.
+        """
+        array: Array = largest_sums(*self._factors).double().numpy()
+        return array
+
+    @cached_property
+    def _gates(self) -> cell.Gates:
+        return cell.activate(self._preactivations)
+
+
+def tolerances(
+    precisions: Array,
+    terms: int,
+    states: Array,
+    products: Array,
+    recurrents: Array,
+    kept: np.dtype[Any],
+    sums: Array,
+) -> Array:
+    """(calls,) the difference that rounding explains in each call; see `rounding.tolerance`.
+
+    Args:
+        precisions: (calls,) spacing at 1 of the type in which the kernel computed.
+        terms: I + H
+        states: (calls,) largest ``|h|`` from which a step started.
+        products: (calls,) largest element of the products.
+        recurrents: (calls,) the same of the one that the reset gate is applied to.
+        kept: The type in which the rows are kept.
+        sums: (calls,) largest sum of the sizes of the terms of the products.
+    """
+    stored: torch.dtype = getattr(torch, kept.name)
+    columns = (array.tolist() for array in (precisions, states, products, recurrents, sums))
+    allowed = np.zeros(len(precisions))
+    for call, (precision, state, product, recurrent, sum_) in enumerate(zip(*columns, strict=True)):
+        if precision not in _BY_PRECISION:
+            continue
+        size = max(1.0, state)
+        allowed[call] = tolerance(_BY_PRECISION[precision], terms, size, product, recurrent)
+        if spacing(stored) > precision:
+            allowed[call] += rounded(stored, size, sum_, recurrent)
+    return allowed
+
+
+def _of_units(weight: Array, units: slice) -> Array:
+    """The rows of a stacked weight that belong to these units, (3U, ...) of (3H, ...)."""
+    if units == slice(None):
+        return weight
+    by_gate = weight.reshape(3, -1, *weight.shape[1:])[:, units]
+    return by_gate.reshape(-1, *weight.shape[1:])
+
+
+def _tensor(array: Array) -> Tensor:
+    # torch takes no array that cannot be written to, though nothing here does.
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
+
+
+def _array(tensor: Tensor) -> Array:
+    array: Array = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
+
+
+def _sizes(product: Tensor) -> Tensor:
+    wide = torch.promote_types(product.dtype, torch.float32)
+    return product.to(wide).abs().nan_to_num_(nan=0.0, posinf=0.0)
+
+
+def _largest(sizes: Tensor) -> Array:
+    array: Array = sizes.amax(-1).double().numpy()
+    return array
+
+
+class Recomputed(NamedTuple):
+    """What follows from the copies.
+
+    Attributes:
+        gates: By name, (N, H).
+        off: (N,) largest ``|h from the gates - recorded h|`` of each row; infinite where just one
+            of the two is no number.
+        product: (N,) largest element, in absolute value, of each row's products; 0 if not finite.
+        recurrent: (N,) the same of what the reset gate is applied to.
+        sums: (N,) a bound on the sums of the sizes of the terms of both products; only where the
+            rows are kept in a smaller type than the kernel computed in, else 0.
+    """
+
+    gates: Mapping[str, Array]
+    off: Array
+    product: Array
+    recurrent: Array
+    sums: Array
+
+
+@apart()
+def recompute(
+    input: Array,
+    previous: Array,
+    hidden: Array,
+    weights: Mapping[str, Array],
+    precision: float,
+    dtype: np.dtype[Any],
+) -> Recomputed:
+    """Compute the gates of rows, and how far the states that they lead to are from the recorded.
+
+    Args:
+        input: (N, I)
+        previous: (N, H) the state before each step.
+        hidden: (N, H) the state after it, as the kernel returned it.
+        weights: By name in `WEIGHTS`, of one version: what all these rows used.
+        precision: Spacing at 1 of the type in which the kernel computed, which is computed in.
+        dtype: NumPy type of the gates.
+    """
+    x, before, after = (torch.from_numpy(each) for each in (input, previous, hidden))
+    computed = type_of(precision, before.dtype)
+    own = [torch.from_numpy(weights[name]).to(computed) for name in WEIGHTS if name in weights]
+    count, size = hidden.shape
+    gates = {name: np.empty((count, size), dtype) for name in GATES}
+    rooms = {name: torch.from_numpy(rows) for name, rows in gates.items()}
+    found = torch.empty((3, count), dtype=torch.promote_types(after.dtype, torch.float32))
+    rows = max(SMALLEST_BLOCK, BLOCK // (6 * size))
+    for start in range(0, count, rows):
+        part = slice(start, start + rows)
+        states = before[part].to(computed)
+        products = cell.products(x[part].to(computed), states, *own)
+        found[1, part], found[2, part] = _sizes_of_call(products)
+        made = cell.gates_in_place(products)
+        for name, room in rooms.items():
+            copy_rounded(room[part], getattr(made, name))
+        found[0, part] = _off(cell.step(made, states), after[part])
+    sums = np.zeros(count)
+    if float(np.finfo(dtype).eps) > precision:
+        sums = largest_sums(x, before, *own[:2]).double().numpy()
+    off, product, recurrent = found.numpy()
+    return Recomputed(gates, off, product, recurrent, sums)
+
+
+def fit(
+    input: Array,
+    previous: Array,
+    hidden: Array,
+    weights: Mapping[str, Array],
+    precision: float,
+) -> Array:
+    """(N,) whether weights lead to the states of rows, as far as rounding explains.
+
+    Args:
+        input: (N, I)
+        previous: (N, H) the state before each step.
+        hidden: (N, H) the state after it.
+        weights: By name in `WEIGHTS`.
+        precision: Spacing at 1 of the type in which the kernel computed.
+    """
+    x, before, after = (_writable(each) for each in (input, previous, hidden))
+    own = {name: _writable(each) for name, each in weights.items()}
+    found = recompute(x, before, after, own, precision, hidden.dtype)
+    states = np.nan_to_num(np.abs(previous), nan=0.0, posinf=0.0).max(1, initial=0.0)
+    count, terms = len(hidden), input.shape[1] + hidden.shape[1]
+    allowed = tolerances(
+        np.full(count, precision),
+        terms,
+        states,
+        found.product,
+        found.recurrent,
+        hidden.dtype,
+        found.sums,
+    )
+    return np.asarray(found.off <= allowed)
+
+
+@apart()
+def prove(update: Array, candidate: Array, previous: Array, hidden: Array) -> Array:
+    """(N,) how far the states that gates lead to are from the recorded; see `Recomputed.off`.
+
+    Args:
+        update: (N, U)
+        candidate: (N, U)
+        previous: (N, U) the state before each step.
+        hidden: (N, U) the state after it, as the kernel returned it.
+    """
+    z, n, before, after = map(torch.from_numpy, (update, candidate, previous, hidden))
+    count, size = hidden.shape
+    off = torch.empty(count, dtype=torch.promote_types(after.dtype, torch.float32))
+    rows = max(SMALLEST_BLOCK, BLOCK // (6 * max(1, size)))
+    for start in range(0, count, rows):
+        part = slice(start, start + rows)
+        made = cell.step(cell.Gates(z[part], z[part], n[part]), before[part])
+        off[part] = _off(made, after[part])
+    array: Array = off.numpy()
+    return array
+
+
+def _sizes_of_call(products: cell.Products) -> tuple[Tensor, Tensor]:
+    """(n,) largest element of each row's products, and (n,) of the candidate's recurrent one."""
+    size = products.hidden.shape[-1] // 3
+    openings, candidate = products.hidden[:, : 2 * size], products.hidden[:, 2 * size :]
+    largest = [_largest_of_call(each) for each in (products.input, openings, candidate)]
+    return torch.stack(largest).amax(0), largest[2]
+
+
+def _largest_of_call(values: Tensor) -> Tensor:
+    least, most = torch.aminmax(values, dim=-1)
+    return torch.maximum(-least, most).float().nan_to_num_(nan=0.0, posinf=0.0)
+
+
+def _off(expected: Tensor, hidden: Tensor) -> Tensor:
+    differences = (expected - hidden).abs_()
+    off = differences.amax(-1)
+    if bool(off.isfinite().all()):
+        return off
+    same = (expected == hidden) | (expected.isnan() & hidden.isnan())
+    return differences.masked_fill_(same, 0.0).nan_to_num_(nan=torch.inf).amax(-1)
+
+
+def _writable(array: Array) -> Array:
+    # torch takes no array that cannot be written to, though nothing here does.
+    return np.require(array, requirements=["C", "W"])

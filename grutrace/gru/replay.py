@@ -1,0 +1,335 @@
+"""A shadow of one direction of one live layer: it recomputes the gates of a call that has run.
+
+The replay is teacher-forced: every state that a step started from is known, since it is the
+layer's own output, shifted by one step. So all steps are computed at once, and rounding cannot
+build up from one step to the next. A recurrence that is run again from its first state can end
+anywhere (trained GRUs can be chaotic); see docs/equations.md.
+
+Some gates of some units of one direction of one layer, recomputed after a call.
+
+The states that the steps started from being known, each unit and each gate can be had on its own:
+it takes its own rows of the two weight matrices and no others. (Only the candidate needs another
+gate, the reset gate of the same units.)
+
+The proof stays. Where not all three gates are computed, they are for a few units more: these give
+states to compare with the kernel's. So the residual is over those units, and all steps.
+
+T steps, B sequences in a batch, I input size, H hidden size, U units that are asked for, R rows of
+the weights that are needed.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from grutrace.gru import cell
+from grutrace.gru.cell import Products
+from grutrace.gru.kernel import CellWeights
+from grutrace.gru.kernel_gates import PROOF_UNITS
+from grutrace.gru.layout import Room, Steps, copy_rounded, numpy_type
+from grutrace.gru.tolerance import (
+    Evidence,
+    coarsest,
+    compare,
+    largest,
+    largest_sum,
+    numbers,
+    rounded,
+    sizes,
+    spacing,
+    summarize,
+    tolerance,
+)
+from grutrace.records import GATES
+
+#: Elements of the two products that are made at once, so that what follows finds them in the
+#: processor's cache; but rows enough for products at full speed.
+BLOCK, SMALLEST_BLOCK = 384 * 1024, 256
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The gates of a call at one site, with the evidence that they are right.
+
+    Attributes:
+        gates: By name, each in the kernel's order and shape, (T, B, H) or (N, H).
+        residual: Largest ``|replayed h - kernel's h|``; see `grutrace.gru.tolerance.Evidence`.
+        tolerance: The residual that rounding explains.
+        precision: Spacing at 1 of the coarsest type in which the kernel computed.
+    """
+
+    gates: Mapping[str, Tensor]
+    residual: float
+    tolerance: float
+    precision: float
+
+
+class Shadow:
+    """Bound to one direction of one layer of a live module, which it does not keep alive.
+
+    Args:
+        module: The nn.GRU or nn.GRUCell; None where the weights are always given.
+        layer: Number of the layer, from 0.
+        reverse: Whether to shadow the reverse direction.
+        stored: The type in which rows are kept, if it is another than the kernel's: what it
+            rounds is part of the tolerance then, though not of the residual.
+    """
+
+    def __init__(
+        self,
+        module: nn.GRU | nn.GRUCell | None,
+        layer: int = 0,
+        reverse: bool = False,
+        stored: torch.dtype | None = None,
+    ) -> None:
+        self._reference = None if module is None else weakref.ref(module)
+        self._layer, self._reverse = layer, reverse
+        self._stored = stored
+
+    @property
+    def weights(self) -> CellWeights:
+        """The module's own weights, as the kernel would use them now."""
+        module = None if self._reference is None else self._reference()
+        if module is None:
+            raise ValueError("expected weights, or a module that still exists")
+        if isinstance(module, nn.GRUCell):
+            return CellWeights(module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh)
+        each = 4 if module.bias else 2
+        place = self._layer * (2 if module.bidirectional else 1) + self._reverse
+        flat = cast("list[Tensor]", module._flat_weights)
+        return CellWeights(*flat[place * each : (place + 1) * each])
+
+    @torch.no_grad()
+    def replay(
+        self,
+        input: Tensor,
+        hidden: Tensor,
+        initial: Tensor,
+        steps: Steps,
+        weights: CellWeights | None = None,
+        rooms: Mapping[str, Room] | None = None,
+    ) -> Replay:
+        """Recompute the gates of a call, all steps at once, in the kernel's own precision.
+
+        That is the type of the input and weights, or of autocast where it is on: call it where
+        the kernel was called. The gates are the kernel's to rounding in that type; in half
+        precision, a replay in float32 would differ from them by thousandths. On a CPU two replays
+        of the same call, with as many threads, are the same bits: see `cell.product`.
+
+        Args:
+            input: (T, B, I) or (N, I), what the layer read.
+            hidden: (T, B, H) or (N, H), this direction's part of what the kernel returned.
+            initial: (B, H), in the kernel's batch order.
+            steps: The layout of the two above.
+            weights: What the kernel used, if not the module's present weights.
+            rooms: By name of the gate, where to write those that are wanted; new memory if None.
+        """
+        weights = self.weights if weights is None else weights
+        if rooms is None:
+            kept = numpy_type(hidden.dtype)
+            rooms = {name: steps.room(hidden.shape[-1], kept) for name in GATES}
+        size = max(SMALLEST_BLOCK, BLOCK // (6 * hidden.shape[-1]))
+        extremes, product = [], input.dtype
+        blocks = steps.blocks(hidden, initial, size, reverse=self._reverse)
+        for part, previous in blocks if hidden.numel() else ():
+            products = cell.products(input[part], previous, *weights)
+            bounds = sizes(products)
+            gates = cell.gates_in_place(products)
+            for name, room in rooms.items():
+                copy_rounded(room.values[part], getattr(gates, name))
+            off = torch.aminmax(cell.step(gates, previous).sub_(hidden[part]))
+            extremes.append(numbers((*off, *bounds)))
+            product = products.input.dtype
+        found = summarize(extremes)
+        if found is None:
+            previous = steps.previous(hidden, initial, reverse=self._reverse)
+            products = cell.products(input, previous, *weights)
+            found = compare(cell.step(cell.gates(products), previous), hidden, products)
+        written = {name: room.values for name, room in rooms.items()}
+        dtype = coarsest(hidden.dtype, product)
+        return Replay(written, *judge(found, dtype, input, hidden, initial, weights, self._stored))
+
+
+class Judgement(NamedTuple):
+    """The last fields of a `Replay`."""
+
+    residual: float
+    tolerance: float
+    precision: float
+
+
+def judge(
+    found: Evidence,
+    dtype: torch.dtype,
+    input: Tensor,
+    hidden: Tensor,
+    initial: Tensor,
+    weights: CellWeights,
+    stored: torch.dtype | None,
+) -> Judgement:
+    """Work out how much of what was found rounding explains.
+
+    Args:
+        found: What comparing the states gave.
+        dtype: The coarsest type in which the kernel computed.
+        input: As for `Shadow.replay`.
+        hidden: Likewise.
+        initial: Likewise.
+        weights: Those rows of the weights that were used.
+        stored: The type in which rows are kept, if it is another.
+    """
+    state = max(1.0, largest(initial))
+    terms = input.shape[-1] + hidden.shape[-1]
+    allowed = tolerance(dtype, terms, state, found.product, found.recurrent)
+    if stored is not None and spacing(stored) > spacing(dtype):
+        # The states before the steps are among these.
+        sums = largest_sum([input], weights.weight_ih)
+        sums += largest_sum([hidden, initial], weights.weight_hh)
+        allowed += rounded(stored, state, sums, found.recurrent)
+    return Judgement(found.residual, allowed, spacing(dtype))
+
+
+class Columns:
+    """Some places of the last axis, in the order given; a view where they are evenly spaced."""
+
+    def __init__(self, places: Sequence[int]) -> None:
+        step = places[1] - places[0] if len(places) > 1 else 1
+        even = range(places[0], places[0] + step * len(places), step) if step > 0 else range(0)
+        self._slice = slice(even.start, even.stop, step) if list(even) == list(places) else None
+        self._places = torch.tensor(places)
+
+    def of(self, values: Tensor) -> Tensor:
+        """(..., U) of (..., H). May share memory."""
+        if self._slice is not None:
+            return values[..., self._slice]
+        return values.index_select(-1, self._places.to(values.device))
+
+
+@dataclass(frozen=True)
+class PartialReplay:
+    """What was asked for of a call at one site, with the evidence that it is right.
+
+    Attributes:
+        gates: Those asked for, each in the kernel's order, (T, B, U) or (N, U).
+        residual: Largest ``|replayed h - kernel's h|`` of the units that prove it.
+        tolerance: The residual that rounding explains.
+        precision: Spacing at 1 of the coarsest type in which the kernel computed.
+    """
+
+    gates: dict[str, Tensor]
+    residual: float
+    tolerance: float
+    precision: float
+
+
+class PartialShadow:
+    """Recomputes some gates of some units, given their rows of the weights.
+
+    Args:
+        hidden_size: H
+        gates: Which gates are asked for.
+        units: Which units; their order is that of the results.
+        reverse: Whether it is the reverse direction.
+        stored: The type in which rows are kept.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        gates: Sequence[str],
+        units: Sequence[int],
+        reverse: bool,
+        stored: torch.dtype,
+    ) -> None:
+        self._gates, self._reverse, self._stored = tuple(gates), reverse, stored
+        self._computed = needed(gates)
+        self._whole = whole = self._computed == set(GATES)
+        places = range(len(units)) if whole else evenly_spaced(len(units), PROOF_UNITS)
+        self._proof_units = Columns([units[place] for place in places])
+        # Where among the columns of its products a gate has those of the proof.
+        self._proof_columns = {
+            name: Columns(places if name in self._computed else range(len(places)))
+            for name in GATES
+        }
+        rows = {
+            name: units if name in self._computed else [units[place] for place in places]
+            for name in GATES
+        }
+        self._widths = [len(rows[name]) for name in GATES]
+        self._rows = torch.tensor(
+            [gate * hidden_size + unit for gate, name in enumerate(GATES) for unit in rows[name]]
+        )
+
+    def rows(self, weights: CellWeights) -> CellWeights:
+        """Return what it needs of the weights: R rows of each, copied."""
+        present = (each.detach() for each in weights if each is not None)
+        return CellWeights(*(each.index_select(0, self._rows.to(each.device)) for each in present))
+
+    @torch.no_grad()
+    def replay(
+        self, input: Tensor, hidden: Tensor, initial: Tensor, steps: Steps, rows: CellWeights
+    ) -> PartialReplay:
+        """Recompute the gates of a call, all steps at once. For the rest see `Shadow.replay`.
+
+        Args:
+            input: (T, B, I) or (N, I), what the layer read.
+            hidden: (T, B, H) or (N, H), this direction's part of what the kernel returned.
+            initial: (B, H), in the kernel's batch order.
+            steps: The layout of the two above.
+            rows: As `rows` gave them.
+        """
+        products = Products(
+            cell.product(input, rows.weight_ih, rows.bias_ih),
+            steps.previous_product(
+                lambda states: cell.product(states, rows.weight_hh, rows.bias_hh),
+                hidden,
+                initial,
+                reverse=self._reverse,
+            ),
+        )
+        of_gates = self._by_gate(products)
+        gates = cell.some_gates({name: of_gates[name] for name in GATES if name in self._computed})
+        proof = gates if self._whole else cell.some_gates(self._of_proof(of_gates))
+        units = self._proof_units
+        proven = units.of(hidden)
+        previous = steps.previous(proven, units.of(initial), reverse=self._reverse)
+        found = compare(
+            cell.step(cell.Gates(**proof), previous),
+            proven,
+            products,
+            of_gates["candidate"].hidden,
+        )
+        dtype = coarsest(hidden.dtype, products.input.dtype, products.hidden.dtype)
+        return PartialReplay(
+            {name: gates[name] for name in self._gates},
+            *judge(found, dtype, input, hidden, initial, rows, self._stored),
+        )
+
+    def _of_proof(self, products: dict[str, Products]) -> dict[str, Products]:
+        """The columns of each gate that belong to the units that prove the call."""
+        return {
+            name: Products(*(self._proof_columns[name].of(each) for each in product))
+            for name, product in products.items()
+        }
+
+    def _by_gate(self, products: Products) -> dict[str, Products]:
+        """The columns of each gate."""
+        parts = zip(*(torch.split(each, self._widths, -1) for each in products), strict=True)
+        return {name: Products(*part) for name, part in zip(GATES, parts, strict=True)}
+
+
+def needed(gates: Sequence[str]) -> set[str]:
+    """Return the gates that these follow from, themselves included."""
+    return {*gates, "reset"} if "candidate" in gates else set(gates)
+
+
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """Return at most so many of the first numbers, spread over all of them."""
+    few = min(count, most)
+    return [place * count // few for place in range(few)]

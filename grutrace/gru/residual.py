@@ -1,0 +1,121 @@
+"""How far recorded gates are from leading to the recorded states: the residual, row by row.
+
+N rows, one a step, sequence by sequence; B sequences, H hidden size.
+
+Sites of a call whose gates do not lead to the kernel's states.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from grutrace.gru.cell import Gates, step
+from grutrace.records import Array, Block, Module, Site
+
+#: What is looked at in one go, so that it stays in the processor's cache. Elements.
+BLOCK = 64 * 1024
+
+
+def prove(
+    update: Array,
+    candidate: Array,
+    hidden: Array,
+    initial: Tensor,
+    lengths: npt.NDArray[np.int64],
+    *,
+    reverse: bool,
+) -> float:
+    """Return the largest ``|h from the gates - recorded h|`` of a call.
+
+    States that are the same infinity, or not a number in both, do not differ; not a number in just
+    one counts as infinite.
+
+    Args:
+        update: (N, H)
+        candidate: (N, H)
+        hidden: (N, H)
+        initial: (B, H) what each sequence started from.
+        lengths: (B,) steps of each; N in all.
+        reverse: Whether rows, which are in time order, were made from the last to the first.
+    """
+    z, n, h = (torch.from_numpy(rows) for rows in (update, candidate, hidden))
+    if not h.numel():
+        return 0.0
+    if len(h) == len(initial):
+        return _difference(z, n, h, initial.to(h))
+    ends = np.cumsum(lengths)
+    begins = torch.from_numpy((ends - 1 if reverse else ends - lengths)[lengths > 0])
+    first = initial[torch.from_numpy(lengths > 0)].to(h)
+    found = _difference(z[begins], n[begins], h[begins], first)
+    # Between two rows of a sequence lies a step, between those of two sequences none.
+    first_made, shift = (0, 1) if reverse else (1, -1)
+    size = max(1, BLOCK // h.shape[1])
+    for start in range(first_made, first_made + len(h) - 1, size):
+        made = slice(start, min(start + size, first_made + len(h) - 1))
+        bounds = torch.searchsorted(begins, torch.tensor([made.start, made.stop]))
+        others = begins[bounds[0] : bounds[1]] - made.start
+        previous = h[made.start + shift : made.stop + shift]
+        found = max(found, _difference(z[made], n[made], h[made], previous, others))
+    return found
+
+
+def _difference(
+    update: Tensor,
+    candidate: Tensor,
+    hidden: Tensor,
+    previous: Tensor,
+    except_for: Tensor | None = None,
+) -> float:
+    expected = step(Gates(update, update, candidate), previous)
+    if except_for is not None and len(except_for):
+        expected[except_for] = hidden[except_for]
+    # The kernel's own gates give its own states, bit for bit.
+    if torch.equal(expected, hidden):
+        return 0.0
+    off = (expected - hidden).abs_()
+    if math.isfinite(off.sum().item()):
+        return off.max().item()
+    same = (expected == hidden) | (expected.isnan() & hidden.isnan())
+    return off.masked_fill_(same, 0.0).nan_to_num_(nan=math.inf).max().item()
+
+
+class Doubt(NamedTuple):
+    """A site of a call whose gates do not lead to the kernel's states.
+
+    Attributes:
+        site: Which site.
+        residual: Largest ``|h from the gates - kernel's h|``.
+        tolerance: The residual that rounding explains.
+        call: The number of the call in the trace; None where it is not known yet.
+    """
+
+    site: Site
+    residual: float
+    tolerance: float
+    call: int | None = None
+
+    @property
+    def message(self) -> str:
+        """One line for a warning or an error."""
+        which = "a call" if self.call is None else f"call {self.call}"
+        return (
+            f"{self.site.name}: the gates of {which} are unproven: the replayed states differ from "
+            f"the kernel's by up to {self.residual:.2g}, where rounding explains "
+            f"{self.tolerance:.2g}. The model used other weights than the trace knows (did they "
+            "change while it ran?). weights='exact' compares them at each call"
+        )
+
+
+def find_doubts(module: Module, block: Block, call: int | None = None) -> Iterator[Doubt]:
+    """Yield the sites of a call of which rounding does not explain the residual."""
+    for site in module.sites:
+        rows = block.sites[site.suffix]
+        if rows.residual > rows.tolerance:
+            yield Doubt(site, rows.residual, rows.tolerance, call)

@@ -1,0 +1,64 @@
+"""The beginning of a run in the script's process: before the script, and before torch.
+
+Nothing is imported here that the script might not import itself, so that a script without torch
+runs without it, and one that prepares for torch (environment variables) still comes first.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import os
+import sys
+from importlib.machinery import PathFinder
+
+from grutrace.run.import_hook import when_imported
+from grutrace.run.report import Report
+from grutrace.run.settings import VARIABLE, Settings, from_text
+
+
+def begin(boot: str) -> None:
+    """Take all that is ours out of the script's sight, and wait for torch.
+
+    Args:
+        boot: The folder with our `sitecustomize`.
+    """
+    text = os.environ.pop(VARIABLE, None)
+    _hide(boot)
+    if text is not None:
+        settings = from_text(text)
+        _set_variable("PYTHONPATH", settings.python_path)
+        report = Report(settings)
+        atexit.register(report.end)
+        when_imported("torch", lambda: _discover(settings, report))
+    _run_hidden_sitecustomize()
+
+
+def _discover(settings: Settings, report: Report) -> None:
+    try:
+        from grutrace.run.discovery import Discovery
+
+        Discovery(settings, report).start()
+    except Exception as error:
+        # Whatever it is, it is not the script's: that one goes on without us.
+        report.say(f"nothing can be recorded: {type(error).__name__}: {error}")
+
+
+def _hide(boot: str) -> None:
+    sys.path[:] = [entry for entry in sys.path if entry != boot]
+    sys.path_importer_cache.pop(boot, None)
+
+
+def _set_variable(name: str, value: str | None) -> None:
+    os.environ.pop(name, None)
+    if value is not None:
+        os.environ[name] = value
+
+
+def _run_hidden_sitecustomize() -> None:
+    """Load the `sitecustomize` that Python would have found if ours had not been in front."""
+    name = "sitecustomize"
+    spec = PathFinder.find_spec(name, sys.path)
+    if spec is not None and spec.loader is not None:
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])

@@ -1,0 +1,309 @@
+"""Keeping the parts of a run: a tracer and a file for each set of modules that is discovered.
+
+One part of a run: a tracer that never stands in the script's way.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import os
+import uuid
+import warnings
+import weakref
+from collections.abc import Container, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from torch import nn
+
+from grutrace.capture.kernel_calls.observation import GRUModule, KernelRun
+from grutrace.capture.kernel_calls.torch_context import Missed
+from grutrace.capture.options import STATE_MEMORY
+from grutrace.capture.recording.guarded_sink import Limits
+from grutrace.capture.selection import Selection, select
+from grutrace.capture.tracer import Tracer
+from grutrace.distributed import present_shard, sharded
+from grutrace.errors import GrutraceError, GrutraceWarning, ResidualError, SinkError, TraceFileError
+from grutrace.run import texts
+from grutrace.run.matching import require_some_match
+from grutrace.run.report import Report, Tally
+from grutrace.run.settings import Settings
+from grutrace.storage.open import Mode
+from grutrace.storage.shards.run_parts import (
+    Stamp,
+    part_path,
+    parts_of,
+    read_stamp,
+    remove_parts,
+    replaceable_parts,
+)
+
+
+def chosen(model: nn.Module, layers: Sequence[nn.Module], settings: Settings) -> list[Selection]:
+    """Return what is recorded of these layers of the model; nothing if no glob matches.
+
+    Raises:
+        GrutraceError: The layers cannot be recorded.
+    """
+    wanted = {id(layer) for layer in layers}
+    found = [each for each in select(model, record=settings.record) if id(each.module) in wanted]
+    globs = settings.sites or ("*",)
+    names = [site.name for each in found for site in each.description.sites]
+    matching = [glob for glob in globs if any(fnmatchcase(name, glob) for name in names)]
+    if not matching:
+        return []
+    return [each for each in select(model, matching, settings.record) if id(each.module) in wanted]
+
+
+class Part(Tracer):
+    """Records selected layers of one model from now on.
+
+    What goes wrong is said once, and the script goes on without it; unless it asked to be stopped
+    by a residual or by a sink that fails.
+
+    Args:
+        model: That the layers are in.
+        selections: The layers, and what is recorded of them.
+        path: Of the file.
+        mode: For a file that exists.
+        stamp: Which part of which run it is, and which shard, among the options of the trace.
+        settings: Of the run.
+        report: Where calls are counted, and what goes wrong is said.
+        limits: What the whole run may become.
+
+    Raises:
+        GrutraceError: The file cannot be written.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        selections: list[Selection],
+        path: Path,
+        mode: Mode,
+        stamp: Mapping[str, object],
+        settings: Settings,
+        report: Report,
+        limits: Limits,
+    ) -> None:
+        self._chosen, self._stamp, self._report = selections, stamp, report
+        self._limits_of_run = limits
+        super().__init__(
+            model,
+            path,
+            mode=mode,
+            shard=False,
+            stacks=settings.stacks,  # type: ignore[arg-type]
+            check=settings.check,  # type: ignore[arg-type]
+            gates=settings.gates,  # type: ignore[arg-type]
+            every=settings.every,
+            max_calls=settings.max_calls,
+            max_bytes=settings.max_bytes,
+            dtype=settings.dtype,
+            steps=None if settings.steps is None else texts.steps(settings.steps),
+            units=None if settings.units is None else texts.units(settings.units),
+            on_error=settings.on_error,  # type: ignore[arg-type]
+            fsync=settings.fsync,
+            compression=settings.compression,  # type: ignore[arg-type]
+            weights=settings.weights,  # type: ignore[arg-type]
+            compiled=settings.compiled,  # type: ignore[arg-type]
+            state_memory=STATE_MEMORY if settings.state_memory is None else settings.state_memory,
+        )
+        self.tally = Tally(path, len(self.sites))
+        self.start()
+
+    def finish(self) -> None:
+        """Stop recording and close the file.
+
+        Raises:
+            SinkError: Rows could not be stored, and the script asked to be told so.
+        """
+        self._finish()
+        try:
+            self._say_news()
+        except ResidualError as error:
+            # There is no call of the script's left to raise it.
+            self._report.say(str(error))
+
+    def follow(self, layer: GRUModule) -> None:
+        """Record another layer in the place of the only one, which is gone."""
+        self._subscribe(0, layer)
+
+    def _select(self, *_: object) -> list[Selection]:
+        return self._chosen
+
+    def _limit(self, *_: object) -> Limits:
+        return self._limits_of_run
+
+    def _receive(self, index: int, run: KernelRun | Missed) -> None:
+        if self.tally.failed or os.getpid() != self._process:
+            return
+        try:
+            super()._receive(index, run)
+        except (ResidualError, SinkError):
+            # Those that the script asked for: others do not get here.
+            raise
+        except Exception as error:
+            self._fail(error)
+
+    def _drain(self) -> None:
+        try:
+            super()._drain()
+        except SinkError:
+            raise
+        except Exception as error:
+            self._fail(error)
+        self.tally.calls = self._outlet.blocks
+
+    def _fail(self, error: Exception) -> None:
+        """Record nothing more, and say why, once."""
+        if not self.tally.failed:
+            self.tally.failed = True
+            self._report.say(f"nothing more is recorded of {', '.join(self.sites)}: {error}")
+
+    def _say_losses(self, stored: int, lost: int) -> None:
+        self.tally.calls, self.tally.lost = stored, lost
+
+    def _warn_once(
+        self,
+        about: str,
+        message: str,
+        category: type[GrutraceWarning] = GrutraceWarning,  # noqa: ARG002
+    ) -> None:
+        if about not in self._warned:
+            self._warned.add(about)
+            self._report.say(message)
+
+
+class Keeper:
+    """Starts a part for each set of layers, and closes all parts at the end of the process.
+
+    Nothing here keeps a model alive. Once one is gone, the file of its part is closed.
+
+    Args:
+        settings: Of the run.
+        report: Where parts are counted, and what goes wrong is said.
+    """
+
+    def __init__(self, settings: Settings, report: Report) -> None:
+        self._settings, self._report = settings, report
+        # Asked only now that the script has had time to say how many processes there are.
+        self._shard = present_shard()
+        self._first = sharded(Path(settings.output), self._shard)
+        report.output = self._first
+        self._limits = Limits(settings.max_calls, settings.max_bytes)
+        self._process = os.getpid()
+        self._unmatched = list(settings.sites)
+        self._parts: list[Part] = []
+        self._run, self._before = self._existing()
+        self._count = len(self._before)
+        # Later than that of the sinks, and so, at exit, before it.
+        atexit.register(self.close)
+
+    def _existing(self) -> tuple[str, dict[int, Path]]:
+        """Return the run's id, and by number the parts that there are to append to."""
+        if self._settings.mode == "a" and self._first.exists():
+            stamp = read_stamp(self._first)
+            if stamp is not None:
+                return stamp.run, dict(enumerate(parts_of(self._first), 1))
+        return uuid.uuid4().hex, {}
+
+    def add(
+        self,
+        model: nn.Module,
+        layers: list[nn.Module],
+        known: Container[nn.Module] = (),
+        *,
+        is_temporary: bool = False,
+    ) -> Part | None:
+        """Record these layers of the model from now on.
+
+        Args:
+            model: The model.
+            layers: Some of its layers.
+            known: Layers that were here before.
+            is_temporary: Whether the part outlives the model: another may take its place.
+
+        Returns:
+            The part; None where nothing is recorded.
+
+        Raises:
+            NoSiteMatches: Nothing was recorded so far, and no site that is asked for is there.
+            GrutraceError: They cannot be recorded.
+        """
+        if self._limits.reached:
+            return None
+        if self._report.tallies:
+            # Models that nobody uses any more may be in cycles, and hold a file open.
+            gc.collect()
+        # Not under the script's filters, which may turn a warning into an error.
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always")
+            selections = chosen(model, layers, self._settings)
+        for each in given:
+            self._report.say(str(each.message))
+        names = [site.name for each in selections for site in each.description.sites]
+        self._unmatched = [
+            glob for glob in self._unmatched if not any(fnmatchcase(name, glob) for name in names)
+        ]
+        if not selections and not self._report.tallies and self._settings.sites:
+            require_some_match(model, layers, known, self._settings.sites)
+        if not selections:
+            return None
+        part = self._continued(model, selections) or self._new(model, selections)
+        self._report.tallies.append(part.tally)
+        self._parts.append(part)
+        if not is_temporary:
+            weakref.finalize(model, self._finish, part).atexit = False
+        return part
+
+    def _continued(self, model: nn.Module, selections: list[Selection]) -> Part | None:
+        """Go on in the first existing part of just these modules that nothing has gone on in."""
+        for number, path in self._before.items():
+            # Those of other models, and those that were not closed, cannot be appended to.
+            with contextlib.suppress(TraceFileError):
+                part = self._part(model, selections, path, "a", number)
+                del self._before[number]
+                return part
+        return None
+
+    def _new(self, model: nn.Module, selections: list[Selection]) -> Part:
+        number = self._count + 1
+        path = part_path(self._first, number)
+        if number > 1 or self._settings.mode != "overwrite":
+            part = self._part(model, selections, path, "w", number)
+        else:
+            replaced = replaceable_parts(self._first)
+            part = self._part(model, selections, path, "overwrite", number)
+            remove_parts(replaced)
+        self._count = number
+        return part
+
+    def _part(
+        self, model: nn.Module, selections: list[Selection], path: Path, mode: Mode, number: int
+    ) -> Part:
+        stamp = Stamp(self._run, number)
+        options = stamp.options | (self._shard.options if self._shard else {})
+        return Part(
+            model, selections, path, mode, options, self._settings, self._report, self._limits
+        )
+
+    def close(self) -> None:
+        """Close all parts."""
+        if os.getpid() != self._process:
+            return
+        for part in tuple(self._parts):
+            self._finish(part)
+        for glob in self._unmatched:
+            self._report.say(f"sites: {glob!r} matched no site of any model that was called")
+
+    def _finish(self, part: Part) -> None:
+        if os.getpid() != self._process or part not in self._parts:
+            return
+        self._parts.remove(part)
+        try:
+            part.finish()
+        except GrutraceError as error:
+            self._report.say(str(error))

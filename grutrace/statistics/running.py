@@ -1,0 +1,349 @@
+"""Statistics: count while a model runs, read at any time, merge, save and load."""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from grutrace.distributed import Shard, present_shard, sharded
+from grutrace.errors import (
+    NotRecordedError,
+    OptionError,
+    StateError,
+    as_path,
+    brief,
+    listed,
+    naming_unknown_options,
+    nearest,
+    require_one_of,
+)
+from grutrace.records import Header
+from grutrace.reprs import wrapped
+from grutrace.statistics.accumulator import Accumulator, SiteLayout, layout_of
+from grutrace.statistics.file import StatisticsFile, load
+from grutrace.statistics.histogram import BINS, require_bins
+from grutrace.statistics.results import SiteStatistics
+from grutrace.statistics.sink import Feed, FeedFile
+from grutrace.storage.format.shard_stamp import shard_of
+from grutrace.storage.read.lazy_rows import blocks
+from grutrace.storage.read.trace import Trace
+from grutrace.storage.write.writer_thread import Pump
+
+#: How often the file is rewritten while a run goes on. Seconds.
+SAVE_SECONDS = 10.0
+
+
+class Statistics:
+    """Running statistics of a model's GRUs, per unit and quantity, in constant memory.
+
+    Given to a tracer as its sink, it counts what the tracer records and keeps no rows. It can be
+    read while it counts. Several tracers may count into one, at once or one after another, if they
+    record the same sites of models of the same sizes.
+
+    Args:
+        path: A file that is kept up to date: every `save_seconds` while counting, and whenever the
+            tracer is flushed or closed, or the statistics are read. It is replaced whole each time,
+            so that a run that is killed leaves the last state. Of several processes each has a file
+            of its own, as for `Tracer`: ``stats.rank0003.h5``.
+        mode: For a file that exists: ``w`` refuses, ``overwrite`` replaces it if grutrace wrote
+            it, ``a`` goes on from its counts. A file that others are writing is refused.
+        bins: Bins of each histogram, a power of two from 2 to 1024.
+        save_seconds: How often the file is rewritten while counting.
+        fsync: Whether the disk itself holds each new file before it replaces the one before, so
+            that a loss of power leaves one of the two.
+
+    Raises:
+        OptionError: An option has no such value.
+        TraceFileError: The file exists, cannot be read to go on from, or can have no place.
+    """
+
+    @naming_unknown_options
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        mode: Literal["w", "overwrite", "a"] = "w",
+        bins: int = BINS,
+        save_seconds: float = SAVE_SECONDS,
+        fsync: bool = False,
+    ) -> None:
+        if not save_seconds > 0:
+            raise OptionError(f"save_seconds: expected more than 0, found {brief(save_seconds)}")
+        self._bins, self._seconds = require_bins(bins), save_seconds
+        self._asked = None if path is None else (path, mode)
+        self._fsync, self._shard = fsync, present_shard()
+        self._attached = False
+        self._open()
+
+    def _open(self) -> None:
+        """Find a place for the file, if there is one, and what it holds already."""
+        self._file: StatisticsFile | None = None
+        if self._asked is not None:
+            path, mode = self._asked
+            self._file = StatisticsFile(
+                sharded(as_path(path), self._shard), mode, fsync=self._fsync
+            )
+        self._begin(self._file.before() if self._file else None)
+        if self._file and self._accumulator and self._accumulator.bins != self._bins:
+            raise OptionError(
+                f"bins: expected {self._accumulator.bins}, as in {self._file.path}; "
+                f"found {self._bins}"
+            )
+
+    def _begin(self, accumulator: Accumulator | None) -> None:
+        self._accumulator = accumulator
+        self._lock = threading.Lock()
+        self._pumps: list[Pump] = []
+        self._process = os.getpid()
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read a file of statistics, which is not written to from then on.
+
+        Raises:
+            TraceFileError: It is not there, is none, is of a newer format, or is damaged.
+        """
+        return cls._holding(load(path))
+
+    @classmethod
+    def of(cls, trace: Trace, *, bins: int = BINS) -> Self:
+        """The same figures of a trace that has its rows, read in blocks.
+
+        Args:
+            trace: In memory or in a file; gates that are derived when read are derived.
+            bins: As for `Statistics`.
+
+        Raises:
+            TraceFileError: The file is damaged.
+        """
+        header = trace.header
+        accumulator = Accumulator(
+            header.model, header.created, layout_of(header), require_bins(bins)
+        )
+        accumulator.annotations = len(trace.moment.tables.annotations)
+        for number, site in enumerate(accumulator.layout):
+            seen = trace[site.name]
+            extent = seen.extent
+            accumulator.modules[site.module] = (
+                extent.calls, extent.sequences, extent.rows, extent.versions
+            )  # fmt: skip
+            calls = trace.moment.index(site.module).call_numbers
+            for call, residual in zip(calls, seen.checks["residual"], strict=True):
+                accumulator.check(number, float(residual), int(call))
+            for quantity, tally in accumulator.tallies[number].items():
+                for block in blocks(seen.rows(quantity)):
+                    tally.add(block)
+        return cls._holding(accumulator)
+
+    @classmethod
+    def _holding(cls, accumulator: Accumulator) -> Self:
+        statistics = cls(bins=accumulator.bins)
+        statistics._accumulator = accumulator
+        return statistics
+
+    def attach(self, header: Header) -> Feed:
+        """A sink that counts into these statistics: for the tracer.
+
+        Raises:
+            OptionError: The trace has other sites or sizes than what was counted before, or its
+                gates are not computed with the calls.
+            TraceFileError: The file cannot be written.
+        """
+        if header.options.get("gates", "inline") != "inline":
+            raise OptionError(
+                "gates and sink: expected gates='inline' with a statistics sink, found "
+                f"{header.options.get('gates')!r}, where a call brings no gates to count"
+            )
+        self._require_own_process()
+        self._take_place(shard_of(header))
+        with self._lock:
+            if self._accumulator is None:
+                self._accumulator = Accumulator(
+                    header.model, header.created, layout_of(header), self._bins
+                )
+            self._accumulator.require_same(layout_of(header))
+            accumulator = self._accumulator
+        target = None
+        if self._file is not None:
+            target = FeedFile(self._file, partial(self._save, self._file, accumulator))
+        feed = Feed(header, accumulator, self._lock, target, self._seconds)
+        self._pumps = [pump for pump in self._pumps if not pump.ended] + [feed.pump]
+        return feed
+
+    def _take_place(self, shard: Shard | None) -> None:
+        """Have the file of the tracer's shard: the processes may have been alone until now."""
+        if not self._attached and self._asked and shard != self._shard:
+            self._shard = shard
+            self._open()
+        self._attached = True
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the counted sites, in the model's order."""
+        return tuple(site.name for site in self._layout)
+
+    def __getitem__(self, name: str) -> SiteStatistics:
+        """What was counted at the site of this name so far.
+
+        Raises:
+            NotRecordedError: It was not counted; the message says which were.
+            SinkError: Something could not be counted, or saved.
+        """
+        if name not in self.sites:
+            near = nearest(name, self.sites) if isinstance(name, str) else ""
+            found = listed(map(repr, self.sites))
+            raise NotRecordedError(
+                f"site {brief(name)} was not counted{near}; counted sites: {found}"
+            )
+        with self._reading() as accumulator:
+            return accumulator.site(self.sites.index(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sites)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.sites
+
+    def __repr__(self) -> str:
+        where = f" in {self._file.path}" if self._file else ""
+        calls = self._accumulator.calls if self._accumulator else 0
+        return wrapped(f"<statistics{where}: {len(self.sites)} sites, {calls} calls counted>")
+
+    @property
+    def calls(self) -> int:
+        """Calls of all modules."""
+        return self._total("calls")
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of all modules."""
+        return self._total("sequences")
+
+    @property
+    def steps(self) -> int:
+        """Steps of all sequences of all modules."""
+        return self._total("steps")
+
+    @property
+    def annotations(self) -> int:
+        """Runs of tokens or of one label, each of one sequence; their values are not kept."""
+        with self._reading() as accumulator:
+            return accumulator.annotations
+
+    @property
+    def residual(self) -> float:
+        """The largest residual of all sites; not a number if there is none.
+
+        Where it is: the site whose `residual` it is, and its `residual_call`.
+        """
+        if self._accumulator is None:
+            return float("nan")
+        with self._reading() as accumulator:
+            checked = accumulator.checked
+            return float(checked["residual"].max()) if (checked["call"] >= 0).any() else np.nan
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is counted, however long the run."""
+        return self._accumulator.nbytes if self._accumulator else 0
+
+    def merge(self, other: Statistics) -> Statistics:
+        """The statistics of both runs together, of which this one is the first.
+
+        Returns:
+            New statistics, in memory; neither of the two is changed.
+
+        Raises:
+            OptionError: The other has other sites, sizes or bins; the message says where.
+        """
+        if not isinstance(other, Statistics):
+            raise OptionError(f"merge: expected a grutrace.Statistics, found {brief(other)}")
+        ours, theirs = self._snapshot(), other._snapshot()
+        if ours is None or theirs is None:
+            if self._bins != other._bins:
+                raise OptionError(
+                    "statistics do not fit together: bins: "
+                    f"expected {self._bins}, found {other._bins}"
+                )
+            merged = ours or theirs
+            return Statistics(bins=self._bins) if merged is None else self._holding(merged)
+        ours.merge(theirs)
+        return self._holding(ours)
+
+    def save(self, path: str | os.PathLike[str], *, mode: Literal["w", "overwrite"] = "w") -> None:
+        """Write what was counted so far to a file of its own.
+
+        Raises:
+            OptionError: There is no such mode.
+            StateError: Nothing was counted yet: there are no sites.
+            TraceFileError: The file exists, or cannot be written.
+        """
+        require_one_of("mode", mode, ("w", "overwrite"))
+        snapshot = self._snapshot()
+        if snapshot is None:
+            raise StateError("there is nothing to save: no tracer was given these statistics yet")
+        file = StatisticsFile(as_path(path), mode)
+        file.acquire()
+        try:
+            file.save(snapshot)
+        finally:
+            file.release()
+
+    @property
+    def _layout(self) -> tuple[SiteLayout, ...]:
+        return self._accumulator.layout if self._accumulator else ()
+
+    def _total(self, name: str) -> int:
+        if self._accumulator is None:
+            return 0
+        with self._reading() as accumulator:
+            return int(accumulator.modules[name].sum())
+
+    @contextmanager
+    def _reading(self) -> Iterator[Accumulator]:
+        """What was counted, with everything that was recorded so far in it, and nothing coming."""
+        if self._accumulator is None:
+            raise NotRecordedError("nothing was counted yet: no tracer was given these statistics")
+        self._require_own_process()
+        for pump in self._pumps:
+            # What was counted before an error can be read all the same.
+            if not pump.ended:
+                pump.flush()
+        with self._lock:
+            yield self._accumulator
+
+    def _snapshot(self) -> Accumulator | None:
+        if self._accumulator is None:
+            return None
+        with self._reading() as accumulator:
+            return copy.deepcopy(accumulator)
+
+    def _save(self, file: StatisticsFile, accumulator: Accumulator) -> None:
+        """Bring the file up to date with what is counted by now."""
+        with self._lock:
+            snapshot = copy.deepcopy(accumulator)
+        file.save(snapshot)
+
+    def _require_own_process(self) -> None:
+        # The lock may be held for ever by a thread that the child does not have.
+        if os.getpid() != self._process and not all(pump.ended for pump in self._pumps):
+            raise StateError(
+                f"these statistics are counted in process {self._process}; a forked child, here "
+                f"{os.getpid()}, can neither read nor count on: make new ones there, and merge"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy holds: the counts so far. It has no file and counts nothing by itself."""
+        return {"bins": self._bins, "seconds": self._seconds, "accumulator": self._snapshot()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._bins, self._seconds, self._file = state["bins"], state["seconds"], None
+        self._asked, self._shard, self._attached = None, None, True
+        self._begin(state["accumulator"])

@@ -1,0 +1,297 @@
+"""The sink that counts, from a thread of its own, what a model that runs on has handed over.
+
+What a trace is read from whose rows were counted and not kept: nothing but its header.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from grutrace.errors import NotRecordedError, SinkError, TraceFileError
+from grutrace.records import Array, Block, Collect, Header, Record, Weights
+from grutrace.statistics.accumulator import Accumulator
+from grutrace.statistics.file import StatisticsFile
+from grutrace.storage.format.tables import Tables
+from grutrace.storage.interfaces import Readable
+from grutrace.storage.write.validation import Admission
+from grutrace.storage.write.writer_thread import Pump
+
+_REFUSAL = (
+    "a statistics sink keeps figures only, and no rows, calls, sequences or weights. The figures "
+    "are in the grutrace.Statistics that the tracer was given: statistics[site].update, "
+    "statistics.calls"
+)
+
+
+class FiguresOnly:
+    """A `Source` with a header and nothing else: whatever else is asked of it is refused.
+
+    Args:
+        header: Of the trace.
+    """
+
+    name = "statistics"
+    live = True
+    files: tuple[Path, ...] = ()
+
+    def __init__(self, header: Header) -> None:
+        self.header = header
+        self._tables = _NoTables()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled, it is its header: what counts stays here."""
+        return FiguresOnly, (self.header,)
+
+    def refresh(self) -> Tables:
+        """Tables that refuse to be read."""
+        return self._tables
+
+    def as_of(self, tables: Tables) -> Readable:  # noqa: ARG002
+        """Itself."""
+        return self
+
+    def _refuse(self, *_arguments: Any, **_named: Any) -> NoReturn:
+        raise NotRecordedError(_REFUSAL)
+
+    rows = initial = checks = weights = _refuse
+
+
+class _NoTables(Tables):
+    closed = False
+
+    def __init__(self) -> None:
+        """Set no table: each is refused when it is asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in {field.name for field in fields(Tables)}:
+            raise NotRecordedError(_REFUSAL)
+        raise AttributeError(name)
+
+
+#: How much waits to be counted before the model has to wait: some tens of calls. Bytes.
+QUEUE_BYTES = 64 * 1024 * 1024
+
+#: Calls are gathered up to this much before they are counted, since a stepwise decoder's are too
+#: small for NumPy each. Bytes.
+GATHERED = 2 * 1024 * 1024
+
+
+class Feed(FiguresOnly):
+    """A sink that counts, and, as a source, holds no rows.
+
+    Whatever was appended is counted `seconds` later at most, and at once after `flush`. A feed that
+    nobody closes is closed when it is forgotten, and when Python ends.
+
+    Args:
+        header: Of the trace.
+        accumulator: Counts; it fits the header.
+        lock: Of the accumulator.
+        file: That is kept up to date, if there is one.
+        seconds: How often it is brought up to date while records come.
+
+    Raises:
+        TraceFileError: The file cannot be written.
+    """
+
+    def __init__(
+        self,
+        header: Header,
+        accumulator: Accumulator,
+        lock: threading.Lock,
+        file: FeedFile | None,
+        seconds: float,
+    ) -> None:
+        super().__init__(header)
+        self._file = file
+        if file is not None:
+            self.name = file.name
+            # At once, so that a path that cannot be written is found before the run and not after.
+            file.open()
+        self._counter = _Counter(header, accumulator, lock, file)
+        self.pump = Pump(self._counter, QUEUE_BYTES, commit_seconds=seconds, commit_bytes=math.inf)
+        # Without waiting: whatever thread the collector runs in may hold the lock.
+        weakref.finalize(self, self.pump.finish).atexit = False
+
+    @property
+    def counted_calls(self) -> int:
+        """Calls that it has counted, or, if there is a file, that are in the file."""
+        return self._counter.stored
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether something could not be written."""
+        return self.pump.has_failed
+
+    def collect_from(self, collect: Collect) -> None:
+        """Have the thread call this before each commit, and whenever it has waited as long."""
+        self.pump.collect_from(collect)
+
+    def gather(self) -> AbstractContextManager[None]:
+        """Return a context in which the thread leaves what is appended until its end."""
+        return self.pump.gather()
+
+    def append(self, record: Record) -> None:
+        """Queue a record; wait while the queue is full.
+
+        Raises:
+            SinkError: An earlier record could not be counted, the sink is closed, or this process
+                is a forked child of the one that opened it.
+        """
+        self.pump.put(record)
+
+    def flush(self) -> None:
+        """Return once everything appended so far is counted, and in the file if there is one.
+
+        Raises:
+            SinkError: It could not be, the file was deleted or replaced, or this process is a
+                forked child.
+        """
+        self.pump.flush()
+        if self._file is not None and not self.pump.ended:
+            try:
+                self._file.require_in_place()
+            except TraceFileError as error:
+                raise SinkError(str(error)) from error
+
+    def close(self) -> None:
+        """Count what waits and end the thread. Closing twice does nothing.
+
+        Raises:
+            SinkError: Something could not be counted, and no earlier call has said so.
+        """
+        self.pump.close()
+
+
+class FeedFile:
+    """The file of the statistics that one feed counts into.
+
+    Args:
+        file: Of all feeds of the statistics.
+        save: Brings it up to date.
+    """
+
+    def __init__(self, file: StatisticsFile, save: Callable[[], None]) -> None:
+        self.name, self.save = str(file.path), save
+        self.settle, self.require_in_place = file.settle, file.require_in_place
+        self._file, self._is_open, self._process = file, False, os.getpid()
+
+    def open(self) -> None:
+        """Write it for the first time, and keep others from writing to it.
+
+        Raises:
+            TraceFileError: It cannot be written, or somebody writes to it.
+        """
+        self._file.acquire()
+        self._is_open = True
+        try:
+            self.save()
+            self.settle()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let others write to it. Closing twice does nothing, nor does it in a forked child."""
+        if self._is_open and os.getpid() == self._process:
+            self._is_open = False
+            self._file.release()
+
+
+class _Counter:
+    """What the thread does."""
+
+    def __init__(
+        self,
+        header: Header,
+        accumulator: Accumulator,
+        lock: threading.Lock,
+        file: FeedFile | None,
+    ) -> None:
+        self.name = "a grutrace.Statistics" if file is None else file.name
+        self._admission = Admission(header.modules)
+        self._accumulator, self._lock = accumulator, lock
+        self._file = file
+        self._sites: list[list[tuple[int, str]]] = [[] for _ in header.modules]
+        suffixes = (site.suffix for module in header.modules for site in module.sites)
+        for number, (site, suffix) in enumerate(zip(accumulator.layout, suffixes, strict=True)):
+            self._sites[site.module].append((number, suffix))
+        self._gathered: list[Block] = []
+        self._bytes = 0
+        self._unsaved = False
+        self._counted = self.stored = 0
+
+    def write(self, record: Record) -> None:
+        """Take a record."""
+        self._admission.admit(record)
+        self._unsaved = True
+        if isinstance(record, Block):
+            self._gathered.append(record)
+            self._bytes += record.nbytes
+            if self._bytes >= GATHERED:
+                self._count()
+            return
+        with self._lock:
+            if isinstance(record, Weights):
+                self._accumulator.modules[record.module]["versions"] += 1
+            else:
+                self._accumulator.annotations += 1
+
+    def commit(self) -> None:
+        """Count what was gathered, and have it saved."""
+        self._count()
+        if self._file is not None and self._unsaved:
+            self._file.save()
+            self._unsaved = False
+        self.stored = self._counted
+        if self._file is not None:
+            self._file.settle()
+
+    def close(self) -> None:
+        """Commit, and let others write to the file."""
+        self.commit()
+        if self._file is not None:
+            self._file.close()
+
+    def abandon(self) -> None:
+        """Forget what was gathered."""
+        self._gathered = []
+        if self._file is not None:
+            self._file.close()
+
+    def _count(self) -> None:
+        gathered, self._gathered, self._bytes = self._gathered, [], 0
+        if not gathered:
+            return
+        with self._lock:
+            self._counted += len(gathered)
+            for block in gathered:
+                self._count_call(block)
+            for module, sites in enumerate(self._sites):
+                blocks = [block for block in gathered if block.module == module]
+                for number, suffix in sites if blocks else ():
+                    for quantity, tally in self._accumulator.tallies[number].items():
+                        rows = [block.sites[suffix].rows[quantity] for block in blocks]
+                        tally.add(_joined(rows))
+
+    def _count_call(self, block: Block) -> None:
+        call, sites = self._accumulator.calls, self._sites[block.module]
+        # A segment of a sequence is no sequence.
+        segments = sum(origin.mark == "continued" for origin in block.origins)
+        begun = len(block.sites[sites[0][1]].initial) - segments
+        for number, suffix in sites:
+            self._accumulator.check(number, block.sites[suffix].residual, call)
+        self._accumulator.count_calls(block.module, 1, begun, int(block.steps.sum()))
+
+
+def _joined(rows: list[Array]) -> Array:
+    return rows[0] if len(rows) == 1 else np.concatenate(rows)

@@ -1,0 +1,103 @@
+"""What a header says of the shards of a run: which one a file is, or which ones it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+from grutrace.distributed import Shard
+from grutrace.records import Header
+from grutrace.storage.hdf5.errors import Fault
+
+_SHARD = "attribute 'options', shard"
+_SHARDS = "attribute 'options', shards"
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A shard that a file was merged from.
+
+    Attributes:
+        rank: Of the process that wrote it.
+        calls: How many of its calls there are.
+        closed: Whether it was closed in order.
+        files: Where its rows are: when each file was begun, in seconds since the epoch, by its name
+            in the folder of the merged one. None if they were copied.
+    """
+
+    rank: int
+    calls: int
+    closed: bool
+    files: dict[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        """As it is kept among the options."""
+        return {
+            "rank": self.rank,
+            "calls": self.calls,
+            "closed": self.closed,
+            "files": self.files,
+        }
+
+
+def shard_of(header: Header) -> Shard | None:
+    """Which shard a trace is; None if it is none.
+
+    Raises:
+        Fault: There is a stamp which is not as it should be.
+    """
+    found = header.options.get("shard")
+    if found is None:
+        return None
+    if isinstance(found, dict):
+        rank, world_size, run = found.get("rank"), found.get("world_size"), found.get("id")
+        if _is_count(rank) and _is_count(world_size) and rank < world_size and _is_id(run):
+            return Shard(rank, world_size, run)
+    raise Fault(_SHARD, "numbers 'rank' below 'world_size', and an 'id'", found)
+
+
+def merged_of(header: Header) -> tuple[Merged, ...]:
+    """The shards that a file was merged from, in the order of their ranks; none if it was not.
+
+    Raises:
+        Fault: There is an account of them which is not as it should be.
+    """
+    found = header.options.get("shards")
+    if found is None:
+        return ()
+    if isinstance(found, dict) and isinstance(found.get("of"), list):
+        shards = [_merged(each) for each in found["of"]]
+        ranks = [shard.rank for shard in shards]
+        size = found.get("world_size")
+        if shards and _is_count(size) and ranks == sorted(set(ranks)) and ranks[-1] < size:
+            return tuple(shards)
+    raise Fault(_SHARDS, "a number 'world_size', and shards 'of' rising ranks below it", found)
+
+
+def merged_options(options: Mapping[str, Any], shards: Sequence[Merged]) -> dict[str, Any]:
+    """The options of a trace of several shards, with an account of those that it holds."""
+    if not shards:
+        return dict(options)
+    about = {**options["shards"], "of": [shard.as_json() for shard in shards]}
+    return {**options, "shards": about}
+
+
+def _merged(found: Any) -> Merged:
+    if isinstance(found, dict) and isinstance(found.get("files"), dict):
+        rank, calls, files = found.get("rank"), found.get("calls"), found["files"]
+        if _is_count(rank) and _is_count(calls) and all(map(_is_time, files.values())):
+            return Merged(rank, calls, found.get("closed") is True, files)
+    raise Fault(_SHARDS, "of each a 'rank', 'calls', and times of 'files'", found)
+
+
+def _is_count(found: Any) -> TypeGuard[int]:
+    return type(found) is int and 0 <= found < 2**32
+
+
+def _is_time(found: Any) -> bool:
+    return type(found) is float
+
+
+def _is_id(found: Any) -> bool:
+    return found is None or isinstance(found, str)

@@ -1,0 +1,267 @@
+"""The tables of a trace at one moment: small beside the rows, and they say how many rows count.
+
+Reading the tables of a file up to its committed counts, all at once or what came since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from grutrace.records import Array, Module
+from grutrace.storage.format.schema import (
+    COMMITTED,
+    PIECE,
+    TABLES,
+    Column,
+    check_column,
+    pieces_place,
+    quantity_place,
+    site_place,
+    weight_shapes,
+)
+from grutrace.storage.hdf5.errors import require
+from grutrace.storage.hdf5.handle import ReadHandle
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much of one module there is.
+
+    Attributes:
+        calls: Its calls, which is the length of `checks`.
+        rows: Rows of each quantity.
+        sequences: Sequences begun, which is the length of `initial`.
+        versions: Versions of its weights.
+    """
+
+    calls: int
+    rows: int
+    sequences: int
+    versions: int
+
+
+@dataclass(frozen=True)
+class ShardCalls:
+    """The calls of one of several processes.
+
+    Attributes:
+        rank: Of the process.
+        calls: How many there are.
+        closed: Whether the process closed its file in order.
+    """
+
+    rank: int
+    calls: int
+    closed: bool
+
+
+@dataclass(frozen=True)
+class Tables:
+    """A consistent prefix of a trace, without its rows. Types are those of `schema`.
+
+    Attributes:
+        calls: (calls,) of all modules.
+        forks: (forks,)
+        annotations: (annotations,)
+        values: (values,) float64
+        strings: (strings,) uint64, where each ends in `characters`.
+        characters: (characters,) uint8
+        pieces: By module, (pieces,).
+        extents: By module, how much of it there is.
+        closed: Whether no more will come.
+        shards: Which processes made the calls, those of one after those of another; none where the
+            header says it all.
+    """
+
+    calls: Array
+    forks: Array
+    annotations: Array
+    values: Array
+    strings: Array
+    characters: Array
+    pieces: tuple[Array, ...]
+    extents: tuple[Extent, ...]
+    closed: bool
+    shards: tuple[ShardCalls, ...] = ()
+
+    @cached_property
+    def texts(self) -> tuple[str, ...]:
+        """All strings, by number."""
+        data = self.characters.tobytes()
+        bounds = pairwise([0, *self.strings.tolist()])
+        return tuple(data[start:end].decode("utf-8", "replace") for start, end in bounds)
+
+
+def extent(calls: Array, pieces: Array) -> Extent:
+    """How much there is of the module that these calls and pieces are of."""
+    return Extent(
+        calls=len(calls),
+        rows=int(pieces["steps"].sum(dtype=np.uint64)),
+        sequences=int(pieces["sequence"].max()) + 1 if len(pieces) else 0,
+        versions=int(calls["weights"].max()) + 1 if len(calls) else 0,
+    )
+
+
+def lengths(tables: Tables, modules: Sequence[Module]) -> dict[str, int]:
+    """By its place in the file, how many items of each growing dataset the tables count."""
+    counts = {name: len(getattr(tables, name)) for name in TABLES}
+    for module, pieces, of in zip(modules, tables.pieces, tables.extents, strict=True):
+        counts[pieces_place(module)] = len(pieces)
+        for site in module.sites:
+            for quantity in site.quantities:
+                counts[quantity_place(module, site, quantity)] = of.rows
+            names = dict.fromkeys(weight_shapes(module, site), of.versions)
+            for name, count in {**names, "initial": of.sequences, "checks": of.calls}.items():
+                counts[site_place(module, site.suffix, name)] = count
+    return counts
+
+
+def check_tables(tables: Tables, modules: Sequence[Module]) -> None:
+    """Check every number in the tables that leads somewhere else.
+
+    Raises:
+        Fault: One of them leads nowhere.
+    """
+    for module, pieces in zip(modules, tables.pieces, strict=True):
+        _check_pieces(pieces, pieces_place(module))
+    _check_texts(tables)
+    _check_references(tables, len(modules))
+    _check_values(tables)
+
+
+def _check_texts(tables: Tables) -> None:
+    ends, characters = tables.strings, len(tables.characters)
+    require(np.all(ends[1:] >= ends[:-1]), "strings", "ends that never decrease", "others")
+    require(
+        not len(ends) or ends[-1] <= characters,
+        "strings",
+        f"ends within {characters} characters",
+        ends[-1:],
+    )
+    for table, field in (("calls", "tag"), ("annotations", "name")):
+        _below(getattr(tables, table)[field], 1 + len(ends), f"{table}.{field}")
+    require(np.all(tables.annotations["name"] > 0), "annotations.name", "a name", "none")
+
+
+def _check_references(tables: Tables, modules: int) -> None:
+    for name in ("calls", "forks", "annotations"):
+        _below(getattr(tables, name)["module"], modules, f"{name}.module")
+    _below(tables.forks["steps"], 1 << 63, "forks.steps")
+    begun = np.array([extent.sequences for extent in tables.extents], np.uint64)
+    for name, fields in (("forks", ("sequence", "parent")), ("annotations", ("sequence",))):
+        table = getattr(tables, name)
+        for field in fields:
+            outside = table[field] >= begun[table["module"]]
+            require(
+                not outside.any(),
+                f"{name}.{field}",
+                "a sequence that has begun",
+                table[field][outside][:1],
+            )
+
+
+def _check_values(tables: Tables) -> None:
+    counts, values = tables.annotations["count"], tables.values
+    # Each on its own first: a sum of huge counts could wrap round to a small one.
+    _below(counts, 1 + len(values), "annotations.count")
+    total = int(counts.sum(dtype=np.float64))
+    require(total <= len(values), "annotations.count", f"at most {len(values)} values", total)
+    texts = values[:total][np.repeat(tables.annotations["text"] > 0, counts.astype(np.int64))]
+    known = (texts >= 0) & (texts < len(tables.strings)) & (texts == np.floor(texts))
+    require(known.all(), "values", "the number of a string", texts[~known][:1])
+
+
+def _check_pieces(pieces: Array, place: str) -> None:
+    """A sequence's number is the next unused one when it begins: so no number is left out."""
+    numbers = pieces["sequence"]
+    if not len(numbers):
+        return
+    unused = np.maximum.accumulate(numbers) + np.uint64(1)
+    require(numbers[0] == 0, f"{place}.sequence", 0, numbers[0])
+    skips = numbers[1:] > unused[:-1]
+    require(not skips.any(), f"{place}.sequence", "no number left out", f"{numbers[1:][skips][:1]}")
+
+
+def _below(numbers: Array, bound: int, place: str) -> None:
+    wrong = numbers >= bound
+    require(not wrong.any(), place, f"below {bound}", numbers[wrong][:1])
+
+
+#: How many times smaller a table can be when it is packed: the most that gzip can do.
+PACKED_TABLE = 1032
+
+
+class CommittedTables:
+    """The tables of a file, kept up with it. Ask while the handle is lent.
+
+    Args:
+        handle: Of the file.
+        modules: The modules of its header.
+    """
+
+    def __init__(self, handle: ReadHandle, modules: Sequence[Module]) -> None:
+        self._handle = handle
+        self._modules = modules
+        self._counts: Any = None
+        self._left = 0
+        self._tables: Tables | None = None
+
+    def read(self) -> Tables:
+        """The tables up to what is committed by now.
+
+        Raises:
+            Fault: The file is damaged.
+        """
+        counts = self._settled_counts()
+        if self._tables is None or counts != self._counts:
+            self._tables, self._counts = self._read_up_to(counts), counts
+        return self._tables
+
+    def _settled_counts(self) -> Any:
+        # A writer may be putting the counts down at this moment: believe what is read twice.
+        counts = self._handle.scalar("committed", COMMITTED)[()]
+        while (again := self._handle.scalar("committed", COMMITTED)[()]) != counts:
+            counts = again
+        return counts
+
+    def _read_up_to(self, counts: Any) -> Tables:
+        known = self._tables
+        # Each table fits into the file, but many could be the same part of it, and all are read.
+        self._left = self._handle.size
+        tables: dict[str, Any] = {
+            name: self._column(name, int(counts[name]), dtype, getattr(known, name, None))
+            for name, dtype in TABLES.items()
+        }
+        calls = tables["calls"]
+        pieces, extents = [], []
+        for index, module in enumerate(self._modules):
+            own = calls[calls["module"] == index]
+            count = int(own["batch"].sum(dtype=np.uint64))
+            before = known.pieces[index] if known else None
+            pieces.append(self._column(pieces_place(module), count, PIECE, before))
+            extents.append(extent(own, pieces[-1]))
+        found = Tables(
+            **tables, pieces=tuple(pieces), extents=tuple(extents), closed=bool(counts["closed"])
+        )
+        check_tables(found, self._modules)
+        return found
+
+    def _column(self, place: str, count: int, dtype: Any, known: Array | None) -> Array:
+        start = 0 if known is None else len(known)
+        if known is not None and start == count:
+            return known
+        dataset = self._handle.dataset(place, count)
+        check_column(dataset, place, Column(dtype))
+        packed = dataset.id.get_create_plist().get_nfilters()
+        self._left -= count * dtype.itemsize // (PACKED_TABLE if packed else 1)
+        require(self._left >= 0, place, "tables that fit into the file together", f"{count} items")
+        items = np.asarray(dataset[start:count], dtype)
+        joined = items if known is None else np.concatenate([known, items])
+        joined.flags.writeable = False
+        return joined

@@ -1,0 +1,1 @@
+"""HDF5 made safe: opening, handles, filters, errors and atomic replacement of files."""

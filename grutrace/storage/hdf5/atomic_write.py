@@ -1,0 +1,84 @@
+"""Where a new file is made, and how it takes its place: whole, or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from grutrace.errors import GrutraceError, TraceFileError
+from grutrace.storage.hdf5.errors import in_brief
+from grutrace.storage.hdf5.locks import fcntl
+
+
+def room_for(path: Path, mode: str) -> Path:
+    """Where to make a file, which takes its place only once a crash would leave it readable."""
+    if not path.parent.is_dir():
+        raise TraceFileError(f"{path} cannot be created: there is no folder {path.parent}")
+    if path.exists() and not path.is_file():
+        raise TraceFileError(f"{path} cannot be written: it is not a file")
+    if path.exists() and mode != "overwrite":
+        raise _exists(path)
+    return path.with_name(f"{path.name}.new-{secrets.token_hex(4)}")
+
+
+def put_in_place(new: Path, path: Path, mode: str) -> None:
+    """Rename a file; one that may replace no other, only if there is none by now."""
+    with contextlib.suppress(OSError, AttributeError):
+        if mode != "overwrite":
+            # Unlike renaming, this fails where there is one; and where there are no hard links.
+            os.link(new, path)
+            with contextlib.suppress(OSError):
+                new.unlink()
+            return
+    if mode != "overwrite" and path.exists():
+        raise _exists(path)
+    with naming(path, "created"):
+        new.replace(path)
+
+
+def sync(descriptor: int) -> None:
+    """Have the disk hold what was written to an open file.
+
+    Raises:
+        OSError: It could not. What was written since the last time may be gone.
+    """
+    if fcntl is not None and hasattr(fcntl, "F_FULLFSYNC"):
+        # On macOS fsync stops at the disk's own cache.
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(descriptor)
+
+
+def sync_name(path: Path) -> None:
+    """Have the disk hold that a file is in its folder under this name.
+
+    Raises:
+        OSError: It could not.
+    """
+    if os.name == "nt":
+        # A folder cannot be opened there, nor be told to be on the disk.
+        return
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        sync(folder)
+    finally:
+        os.close(folder)
+
+
+def _exists(path: Path) -> TraceFileError:
+    return TraceFileError(f"{path} exists: mode='overwrite' replaces it, mode='a' appends to it")
+
+
+@contextmanager
+def naming(path: Path, done: str) -> Iterator[None]:
+    """Turn what h5py raises into a `TraceFileError` that names the file."""
+    try:
+        yield
+    except GrutraceError:
+        raise
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        raise TraceFileError(f"{path} cannot be {done}: {in_brief(error)}") from error

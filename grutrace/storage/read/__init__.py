@@ -1,0 +1,1 @@
+"""From a file, or from memory, to traces, sites and sequences."""

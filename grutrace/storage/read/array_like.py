@@ -1,0 +1,305 @@
+"""What NumPy users expect of an array, for rows that are read when they are needed.
+
+Indexing reads a part. Operators, comparisons and most methods read all rows and give NumPy arrays.
+`mean`, `sum`, `min`, `max`, `std` and `var` read a block at a time.
+
+N rows, W columns.
+
+Reductions of rows that are read a block at a time: sum, mean, variance, extremes.
+
+N rows, W columns.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from grutrace.records import Array
+
+#: Rows that are brought into memory at once; in float64 they take twice or four times this. Bytes.
+BLOCK = 4 * 1024 * 1024
+
+Blocks: TypeAlias = Iterator[Array]
+
+_BOTH = (0, 1)
+
+
+def reduce_blocks(
+    name: str,
+    shape: tuple[int, int],
+    stored: np.dtype[Any],
+    blocks: Callable[[int], Blocks],
+    *,
+    axis: Any = None,
+    keepdims: bool = False,
+    ddof: float = 0,
+    **options: Any,
+) -> Any:
+    """Reduce rows as the `numpy.ndarray` method of this name does.
+
+    Sums are made in float64, whatever the type of the elements, and rounded once at the end.
+
+    Args:
+        name: sum, mean, var, std, min or max.
+        shape: (N, W)
+        stored: Type of the elements, a floating-point one.
+        blocks: Gives all rows in blocks of about so many bytes, each once.
+        axis: None or both for all elements, 0 for one value a column, 1 for one value a row.
+        keepdims: Whether the axes stay, with length 1.
+        ddof: For var and std.
+        options: `dtype`, of the result.
+
+    Returns:
+        What the method returns; None if blocks do not serve: there are too few elements, or
+        another option is given.
+    """
+    result = options.pop("dtype", None)
+    axes = _axes(axis)
+    given = [option for option, value in options.items() if value is not None]
+    if given or axes is None or not all(shape) or not isinstance(keepdims, (bool, np.bool_)):
+        return None
+    kept = stored if result is None else np.dtype(result)
+    if stored.kind != "f" or kept.kind != "f":
+        return None
+    if name in ("var", "std") and math.prod(shape[each] for each in axes) <= ddof:
+        return None
+    if axes == (1,):
+        # Each row by itself. A wide row is not cut.
+        found = np.concatenate([_one(name, block, 1, ddof) for block in blocks(BLOCK)])
+    else:
+        found = _accumulate(name, blocks(BLOCK), axes, ddof)
+    if keepdims:
+        found = np.expand_dims(found, axes)
+    # As NumPy: a scalar where no axis is left.
+    return np.asarray(found).astype(kept, copy=False)[()]
+
+
+def _axes(axis: Any) -> tuple[int, ...] | None:
+    """The axes that are reduced, from 0; None if there are none of these, or none at all."""
+    try:
+        given = _BOTH if axis is None else axis if isinstance(axis, tuple) else (axis,)
+        found = tuple(sorted(range(2)[operator.index(each)] for each in given))
+    except (TypeError, IndexError):
+        return None
+    return found if found and len(set(found)) == len(found) else None
+
+
+def _one(name: str, block: Array, axis: int | tuple[int, ...], ddof: float) -> Array:
+    """Reduce one block that is all there is along the axes."""
+    if name in ("min", "max"):
+        return np.asarray(getattr(block, name)(axis=axis))
+    options = {"ddof": ddof} if name in ("var", "std") else {}
+    return np.asarray(getattr(block, name)(axis=axis, dtype=np.float64, **options))
+
+
+def _accumulate(name: str, blocks: Blocks, axes: tuple[int, ...], ddof: float) -> Any:
+    if name in ("min", "max"):
+        extreme: Any = {"min": np.minimum, "max": np.maximum}[name]
+        found: Any = None
+        for block in blocks:
+            of_block = getattr(block, name)(axis=axes)
+            found = of_block if found is None else extreme(found, of_block)
+        return found
+    if name in ("sum", "mean"):
+        total, count = _total(blocks, axes)
+        return total if name == "sum" else total / count
+    variance = _variance(blocks, axes, ddof)
+    return variance if name == "var" else np.sqrt(variance)
+
+
+def _total(blocks: Blocks, axes: tuple[int, ...]) -> tuple[Any, int]:
+    total: Any = 0.0
+    count = 0
+    for block in blocks:
+        total = total + block.sum(axis=axes, dtype=np.float64)
+        count += _count(block, axes)
+    return total, count
+
+
+def _variance(blocks: Blocks, axes: tuple[int, ...], ddof: float) -> Any:
+    """Squared deviations from the mean, joined block by block (Chan, Golub, LeVeque 1983)."""
+    count, mean, squares = 0, 0.0, 0.0
+    for block in blocks:
+        values = block.astype(np.float64)
+        more = _count(block, axes)
+        of_block = values.mean(axis=axes, keepdims=True)
+        values -= of_block
+        away = of_block.squeeze(axes) - mean
+        total = count + more
+        squares = squares + np.square(values, out=values).sum(axis=axes)
+        squares = squares + np.square(away) * (count * more / total)
+        mean = mean + away * (more / total)
+        count = total
+    return squares / (count - ddof)
+
+
+def _count(block: Array, axes: tuple[int, ...]) -> int:
+    return len(block) * (block.shape[1] if 1 in axes else 1)
+
+
+#: Attributes and methods of `numpy.ndarray` that are answered by an array of all rows. Those that
+#: change an array in place are left out: they would change a copy.
+_OF_THE_ARRAY = frozenset(
+    {
+        *("T", "all", "any", "argmax", "argmin", "argpartition", "argsort", "astype", "choose"),
+        *("clip", "compress", "conj", "copy", "cumprod", "cumsum", "diagonal", "dot", "flat"),
+        *("flatten", "imag", "item", "nonzero", "prod", "ravel", "real", "repeat", "reshape"),
+        *("round", "searchsorted", "squeeze", "swapaxes", "take", "tobytes", "tolist", "trace"),
+        *("transpose", "view"),
+    }
+)
+
+
+def _operator(apply: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
+    """The method of an operator, and the one for when the rows stand on its right."""
+
+    def left(self: ArrayLike, other: Any) -> Any:
+        return apply(np.asarray(self), other)
+
+    def right(self: ArrayLike, other: Any) -> Any:
+        return apply(other, np.asarray(self))
+
+    return left, right
+
+
+class ArrayLike(ABC):
+    """An array of two axes, (N, W), that is read when it is needed and that nothing changes.
+
+    Arrays that come out of it are copies: writing to them changes nothing here.
+
+    Attributes:
+        shape: (N, W)
+        dtype: Type of the elements.
+    """
+
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+    ndim = 2
+
+    @abstractmethod
+    def __getitem__(self, key: Any) -> Any:
+        """What NumPy gives for this index."""
+
+    @abstractmethod
+    def _blocks(self, size: int) -> Iterator[Array]:
+        """All rows, some at a time, of about this many bytes. Not to be written to."""
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows, once they are in memory."""
+        return self.size * self.itemsize
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        if copy is False:
+            raise ValueError(
+                "the rows of a trace become an array by copying: np.asarray(rows), without "
+                "copy=False"
+            )
+        return np.asarray(self[:], dtype)
+
+    # Without it torch.as_tensor and torch.tensor would take the rows one by one.
+    def __dlpack__(self, **options: Any) -> Any:
+        return np.asarray(self).__dlpack__(**options)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return np.empty(0).__dlpack_device__()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_THE_ARRAY:
+            return getattr(np.asarray(self), name)
+        raise AttributeError(
+            f"the rows of a trace have no attribute {name!r}: np.asarray(rows) is an array"
+        )
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *_OF_THE_ARRAY})
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        raise ValueError("the rows of a trace are read-only: np.array(rows) is a copy to change")
+
+    def __bool__(self) -> bool:
+        if self.size > 1:
+            raise ValueError(
+                "the truth value of rows is ambiguous: use len(rows), or np.any or np.all of a "
+                "comparison"
+            )
+        return bool(np.asarray(self))
+
+    def __contains__(self, value: object) -> bool:
+        return bool(np.any(np.asarray(self) == value))
+
+    # An array has no hash either: == compares its elements.
+    __hash__ = None  # type: ignore[assignment]
+
+    __add__, __radd__ = _operator(operator.add)
+    __sub__, __rsub__ = _operator(operator.sub)
+    __mul__, __rmul__ = _operator(operator.mul)
+    __truediv__, __rtruediv__ = _operator(operator.truediv)
+    __floordiv__, __rfloordiv__ = _operator(operator.floordiv)
+    __mod__, __rmod__ = _operator(operator.mod)
+    __divmod__, __rdivmod__ = _operator(divmod)
+    __pow__, __rpow__ = _operator(operator.pow)
+    __matmul__, __rmatmul__ = _operator(operator.matmul)
+    __lt__ = _operator(operator.lt)[0]
+    __le__ = _operator(operator.le)[0]
+    __gt__ = _operator(operator.gt)[0]
+    __ge__ = _operator(operator.ge)[0]
+    __eq__ = _operator(operator.eq)[0]
+    __ne__ = _operator(operator.ne)[0]
+
+    def __neg__(self) -> Array:
+        return -np.asarray(self)
+
+    def __pos__(self) -> Array:
+        return np.asarray(self)
+
+    def __abs__(self) -> Array:
+        return np.asarray(abs(np.asarray(self)))
+
+    def sum(self, axis: Any = None, dtype: Any = None, out: Any = None, **options: Any) -> Any:
+        """As `numpy.ndarray.sum`; added up in float64, a block at a time."""
+        return self._reduced("sum", axis=axis, dtype=dtype, out=out, **options)
+
+    def mean(self, axis: Any = None, dtype: Any = None, out: Any = None, **options: Any) -> Any:
+        """As `numpy.ndarray.mean`; added up in float64, a block at a time."""
+        return self._reduced("mean", axis=axis, dtype=dtype, out=out, **options)
+
+    def var(self, axis: Any = None, dtype: Any = None, out: Any = None, **options: Any) -> Any:
+        """As `numpy.ndarray.var`; computed in float64, a block at a time, in one pass."""
+        return self._reduced("var", axis=axis, dtype=dtype, out=out, **options)
+
+    def std(self, axis: Any = None, dtype: Any = None, out: Any = None, **options: Any) -> Any:
+        """As `numpy.ndarray.std`; computed in float64, a block at a time, in one pass."""
+        return self._reduced("std", axis=axis, dtype=dtype, out=out, **options)
+
+    def min(self, axis: Any = None, out: Any = None, **options: Any) -> Any:
+        """As `numpy.ndarray.min`, a block at a time."""
+        return self._reduced("min", axis=axis, out=out, **options)
+
+    def max(self, axis: Any = None, out: Any = None, **options: Any) -> Any:
+        """As `numpy.ndarray.max`, a block at a time."""
+        return self._reduced("max", axis=axis, out=out, **options)
+
+    def _reduced(self, name: str, **options: Any) -> Any:
+        found = reduce_blocks(name, self.shape, self.dtype, self._blocks, **options)
+        # NumPy's own where that is of no use: no rows, or an option that is rarely given.
+        return getattr(np.asarray(self), name)(**options) if found is None else found

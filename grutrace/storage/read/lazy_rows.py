@@ -1,0 +1,317 @@
+"""Rows that are made when they are asked for, indexed as NumPy indexes an array.
+
+Rows that lie in several places, one after another, as one array.
+
+Rows brought into memory some at a time.
+"""
+
+from __future__ import annotations
+
+import operator
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import h5py
+import numpy as np
+
+from grutrace.records import Array
+from grutrace.storage.hdf5.filters import is_compressed
+from grutrace.storage.interfaces import Rows
+from grutrace.storage.read.array_like import ArrayLike
+
+#: Rows between two wanted ones that are read along, since another read takes as long. Bytes.
+GAP = 256 * 1024
+
+#: The most that one read brings into memory beside the result, when rows are picked out. Bytes.
+BLOCK = 16 * 1024 * 1024
+
+_ALL = slice(None)
+
+
+class LazyRows(ArrayLike):
+    """A two-dimensional array of which an index gives a part, made when it is asked for."""
+
+    #: Where the rows are, for `repr`.
+    _where = "not read yet"
+
+    def __init__(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
+        self.shape = shape
+        self.dtype = dtype
+
+    def __repr__(self) -> str:
+        return f"<rows {self.shape} {self.dtype}, {self._where}>"
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Pickled and copied, rows are the array that they become."""
+        return np.asarray, (np.asarray(self),)
+
+    def __iter__(self) -> Iterator[Array]:
+        for block in self._blocks(BLOCK):
+            yield from _own(block)
+
+    def __getitem__(self, key: Any) -> Any:
+        return _own(self._get(key))
+
+    def _get(self, key: Any) -> Any:
+        if _is_mask(key, self.shape):
+            return self._masked(key[0] if isinstance(key, tuple) else key)
+        split = _split(key)
+        if split is None:
+            # Refused, if NumPy refuses it, before anything is read.
+            np.broadcast_to(np.zeros((), bool), self.shape)[key]
+            return self._slice(_ALL, _ALL)[key]
+        rows, columns = split
+        read, rest = self._columns(columns)
+        if isinstance(rows, slice):
+            return self._slice(rows, read)[:, rest]
+        if np.ndim(rows) == 0:
+            (row,) = self._indices([operator.index(rows)])
+            return self._read(slice(row, row + 1), read)[0, rest]
+        found = self._pick(self._indices(rows), read)
+        return found[_ALL if _is_slice(rest) else np.arange(len(found)), rest]
+
+    def _blocks(self, size: int) -> Iterator[Array]:
+        step = self._fitting(size)
+        for start in range(0, len(self), step):
+            yield self._read(slice(start, min(start + step, len(self)), 1), _ALL)
+
+    def _masked(self, mask: Array) -> Array:
+        """(n,) the elements where a mask (rows, width) is set."""
+        found, start = [np.empty(0, self.dtype)], 0
+        for block in self._blocks(BLOCK):
+            found.append(block[mask[start : start + len(block)]])
+            start += len(block)
+        return np.concatenate(found, dtype=self.dtype)
+
+    @abstractmethod
+    def _read(self, rows: slice, columns: slice) -> Array:
+        """Make rows from first to last. Steps are positive."""
+
+    @abstractmethod
+    def _pick(self, rows: Array, columns: slice) -> Array:
+        """Make rows of these numbers, none negative, in any order."""
+
+    def _slice(self, rows: slice, columns: slice) -> Array:
+        taken = range(len(self))[rows]
+        if taken.step > 0:
+            return self._read(slice(taken.start, taken.stop, taken.step), columns)
+        forward = taken[::-1]
+        return self._read(slice(forward.start, forward.stop, forward.step), columns)[::-1]
+
+    def _columns(self, columns: Any) -> tuple[slice, Any]:
+        """What to select while reading, and what of that to select afterwards."""
+        if isinstance(columns, slice):
+            taken = range(self.shape[1])[columns]
+            return (columns, _ALL) if taken.step > 0 else (_ALL, columns)
+        if np.ndim(columns) == 0:
+            column = range(self.shape[1])[operator.index(columns)]
+            return slice(column, column + 1), 0
+        indices = np.asarray(columns)
+        return _ALL, indices if indices.size else indices.astype(np.int64)
+
+    def _indices(self, rows: Any) -> Array:
+        indices = np.asarray(rows)
+        if indices.dtype == bool and indices.shape == (len(self),):
+            return np.flatnonzero(indices)
+        if indices.size == 0:
+            indices = indices.astype(np.int64)
+        if indices.ndim != 1 or indices.dtype.kind not in "iu":
+            raise IndexError(f"rows are picked by integers or a mask of {len(self)}, in one axis")
+        if np.any((indices < -len(self)) | (indices >= len(self))):
+            raise IndexError(f"rows {rows} are not all among {len(self)}")
+        return np.where(indices < 0, indices + len(self), indices)
+
+    def _fitting(self, size: int) -> int:
+        """Rows in this many bytes, at least one."""
+        return max(1, size // max(1, self.shape[1] * self.dtype.itemsize))
+
+
+class FileRows(LazyRows):
+    """The first rows of a dataset, (rows, width). Indexing reads, and gives NumPy arrays.
+
+    Args:
+        lent: Gives the open dataset for one read.
+        shape: (rows, width)
+        dtype: Type of the elements.
+
+    Raises:
+        MissingExtraError: When it is read, if hdf5plugin would unpack it and is not installed.
+    """
+
+    _where = "in a file: not read yet"
+
+    def __init__(
+        self,
+        lent: Callable[[], AbstractContextManager[h5py.Dataset]],
+        shape: tuple[int, int],
+        dtype: np.dtype[Any],
+    ) -> None:
+        super().__init__(shape, dtype)
+        self._lent, self._asked = lent, False
+
+    def _read(self, rows: slice, columns: slice) -> Array:
+        with self._lent() as dataset:
+            if not self._asked:
+                # Not before: looking into a compressed trace needs no library to unpack it.
+                is_compressed(dataset)
+                self._asked = True
+            return np.asarray(dataset[rows, columns])
+
+    def _pick(self, rows: Array, columns: slice) -> Array:
+        """Rows in any order, read in spans of neighbours."""
+        order = np.argsort(rows, kind="stable")
+        rising = rows[order]
+        width = len(range(self.shape[1])[columns])
+        found = np.empty((len(rows), width), self.dtype)
+        for start, stop in self._spans(rising):
+            first = int(rising[start])
+            span = self._read(slice(first, int(rising[stop - 1]) + 1), columns)
+            found[order[start:stop]] = span[rising[start:stop] - first]
+        return found
+
+    def _spans(self, rising: Array) -> Iterator[tuple[int, int]]:
+        """Cut rising row numbers where the gap is wide or the span grows long."""
+        wide = 1 + np.flatnonzero(np.diff(rising) > self._fitting(GAP))
+        longest = self._fitting(BLOCK)
+        for start, stop in zip([0, *wide.tolist()], [*wide.tolist(), len(rising)], strict=True):
+            while start < stop:
+                end = int(np.searchsorted(rising[start:stop], rising[start] + longest)) + start
+                yield start, end
+                start = end
+
+
+class SelectedRows(LazyRows):
+    """Some of other rows, by their numbers. Indexing reads them.
+
+    Args:
+        rows: The others, (N, width).
+        numbers: (n,) which of them.
+    """
+
+    def __init__(self, rows: Rows, numbers: Array) -> None:
+        super().__init__((len(numbers), rows.shape[1]), rows.dtype)
+        self._rows, self._numbers = rows, numbers
+
+    def _read(self, rows: slice, columns: slice) -> Array:
+        return np.asarray(self._rows[self._numbers[rows], columns])
+
+    def _pick(self, rows: Array, columns: slice) -> Array:
+        return np.asarray(self._rows[self._numbers[rows], columns])
+
+
+class MemoryRows(LazyRows):
+    """Rows in memory, of an array that is kept as it is. Indexing gives copies."""
+
+    def __init__(self, array: Array) -> None:
+        super().__init__((array.shape[0], array.shape[1]), array.dtype)
+        self._array = array.view()
+        self._array.flags.writeable = False
+
+    def __repr__(self) -> str:
+        values = np.array2string(
+            self._array, max_line_width=80, precision=4, threshold=20, edgeitems=2
+        )
+        return f"<rows {self.shape} {self.dtype}, in memory>\n{values}"
+
+    def _read(self, rows: slice, columns: slice) -> Array:
+        return self._array[rows, columns]
+
+    def _pick(self, rows: Array, columns: slice) -> Array:
+        return self._array[rows, columns]
+
+
+def as_rows(rows: Rows) -> LazyRows:
+    """Rows of a source as what users get: the same kind of object in memory and from a file."""
+    return rows if isinstance(rows, LazyRows) else MemoryRows(np.asarray(rows))
+
+
+def _own(found: Any) -> Any:
+    """An array that a user may write to, and that torch takes: a copy where it is of a trace."""
+    if isinstance(found, np.ndarray) and (
+        not found.flags.writeable or any(stride < 0 for stride in found.strides)
+    ):
+        return found.copy()
+    return found
+
+
+def _is_mask(key: Any, shape: tuple[int, int]) -> bool:
+    """Whether an index is a mask of all elements."""
+    if isinstance(key, tuple) and len(key) == 1:
+        key = key[0]
+    return isinstance(key, np.ndarray) and key.dtype == bool and key.shape == shape
+
+
+def _is_slice(index: Any) -> bool:
+    return isinstance(index, slice)
+
+
+def _split(key: Any) -> tuple[Any, Any] | None:
+    """The index of the rows and that of the columns; None for what only a whole array answers."""
+    if not isinstance(key, tuple):
+        key = (key,)
+    if any(part is Ellipsis for part in key):
+        place = next(place for place, part in enumerate(key) if part is Ellipsis)
+        missing = (_ALL,) * (3 - len(key))
+        key = (*key[:place], *missing, *key[place + 1 :])
+    if len(key) > 2 or not all(map(_is_plain, key)):
+        return None
+    return (*key, _ALL, _ALL)[:2]
+
+
+def _is_plain(index: Any) -> bool:
+    """Whether an index is a slice, an integer, or integers or a mask along one axis."""
+    if isinstance(index, slice):
+        return True
+    if index is None or index is Ellipsis or isinstance(index, (bool, np.bool_, str)):
+        return False
+    return np.ndim(index) == 1 or (np.ndim(index) == 0 and not isinstance(index, np.ndarray))
+
+
+class StackedRows(LazyRows):
+    """The rows of several arrays, end to end, (rows, width). Indexing reads from where they are.
+
+    Args:
+        parts: (n, width) each, all of one width and type.
+        shape: (rows, width) of all together.
+        dtype: Type of the elements.
+    """
+
+    _where = "in several files: not read yet"
+
+    def __init__(self, parts: Sequence[Rows], shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
+        super().__init__(shape, dtype)
+        self._parts = [part for part in parts if len(part)]
+        self._bounds = np.cumsum([0, *map(len, self._parts)])
+
+    def _read(self, rows: slice, columns: slice) -> Array:
+        taken = range(len(self))[rows]
+        first, last = np.searchsorted(self._bounds, [taken.start, taken.stop], side="right")
+        read = []
+        for part in range(first - 1, min(last, len(self._parts))) if len(taken) else ():
+            low, high = self._bounds[part : part + 2].tolist()
+            # The first row from `low` on that is one of those to be taken.
+            start = taken.start + max(0, -(-(low - taken.start) // taken.step)) * taken.step
+            if start < min(high, taken.stop):
+                within = slice(start - low, min(high, taken.stop) - low, taken.step)
+                read.append(np.asarray(self._parts[part][within, columns]))
+        if len(read) == 1:
+            return read[0]
+        width = len(range(self.shape[1])[columns])
+        return np.concatenate([np.empty((0, width), self.dtype), *read], dtype=self.dtype)
+
+    def _pick(self, rows: Array, columns: slice) -> Array:
+        found = np.empty((len(rows), len(range(self.shape[1])[columns])), self.dtype)
+        owners = np.searchsorted(self._bounds, rows, side="right") - 1
+        for part in np.unique(owners):
+            wanted = np.flatnonzero(owners == part)
+            found[wanted] = self._parts[part][rows[wanted] - self._bounds[part], columns]
+        return found
+
+
+def blocks(rows: Rows) -> Iterator[Array]:
+    """Yield all rows, some at a time."""
+    each = max(1, BLOCK // max(1, rows.shape[1] * rows.dtype.itemsize))
+    for start in range(0, len(rows), each):
+        yield np.asarray(rows[start : start + each])

@@ -1,0 +1,305 @@
+"""What the gates of a site follow from, row by row: the input, the state before, the weights.
+
+N rows, I input size, H hidden size.
+
+Rows that are not stored: derived, when they are asked for, from what is.
+
+This is the one place where reading a trace needs torch: the equations stand in `gru`, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from grutrace.errors import NotRecordedError
+from grutrace.records import Array, Module, Site
+from grutrace.storage.format.tables import Extent
+from grutrace.storage.interfaces import Readable
+from grutrace.storage.read.lazy_rows import LazyRows
+from grutrace.storage.read.proofs import CallVersions, Factors
+from grutrace.storage.read.sequence_index import Integers, ModuleIndex, compact
+
+if TYPE_CHECKING:
+    from grutrace.gru.recompute import Derivation
+
+#: How much is brought into memory at once to derive from. Bytes.
+BLOCK = 16 * 1024 * 1024
+
+#: Arrays of 3H numbers a row that a derivation holds at once: products, their parts, the gates.
+_ARRAYS = 4
+
+
+class Ingredients(NamedTuple):
+    """Some rows, one after another in the order asked for, that used the same weights.
+
+    Attributes:
+        part: Where they lie among the rows that were asked for.
+        rows: (n,) their numbers.
+        calls: (n,) the calls that made them, counted within the module.
+        input: (n, I)
+        previous: (n, H) the state that each started from.
+        weights: By name.
+        precision: Spacing at 1 of the type in which the kernel computed.
+    """
+
+    part: slice
+    rows: Integers
+    calls: Integers
+    input: Array
+    previous: Array
+    weights: dict[str, Array]
+    precision: float
+
+
+class SiteIngredients:
+    """Finds what the gates of a site follow from.
+
+    Args:
+        source: What the trace is read from.
+        index: Of the module.
+        extent: Of the module.
+        calls: The table of all calls.
+        module: The module.
+        number: Its place in the header.
+        site: Which site.
+    """
+
+    def __init__(
+        self,
+        source: Readable,
+        index: ModuleIndex,
+        extent: Extent,
+        calls: Array,
+        module: Module,
+        number: int,
+        site: Site,
+    ) -> None:
+        self._source, self._index, self._extent = source, index, extent
+        self._calls = calls[index.call_numbers]
+        self._module, self._number, self._site = module, number, site
+        self._latest: tuple[int, dict[str, Array]] = -1, {}
+
+    @property
+    def missing(self) -> str:
+        """What would be needed and was not recorded; empty if nothing is missing."""
+        if "hidden" not in self._site.quantities:
+            return "the hidden states were not recorded"
+        if self._site.units is not None:
+            return (
+                f"the states of {len(self._site.units)} of {self._module.hidden_size} units were "
+                "recorded, and a gate follows from those of all"
+            )
+        if not self._input_sites:
+            return "the input was not recorded"
+        return ""
+
+    @cached_property
+    def _input_sites(self) -> tuple[Site, ...]:
+        """Whose rows are the input: the site's own, or the states of the sites of the layer below.
+
+        Those are what the layer read only where nothing was dropped between.
+        """
+        if "input" in self._site.quantities:
+            return (self._site,)
+        if self._module.dropout and self._calls["training"].any():
+            return ()
+        return layer_below(self._module, self._site)
+
+    def input(self, rows: Integers, columns: slice = slice(None)) -> Array:
+        """Return what the layer read in these rows, (n, I).
+
+        Raises:
+            NotRecordedError: It was not recorded.
+        """
+        if not self._input_sites:
+            raise NotRecordedError(f"{self._site.name!r}: the input was not recorded")
+        if self._input_sites == (self._site,):
+            return np.asarray(self._stored(self._site, "input")[compact(rows), columns])
+        parts = [
+            np.asarray(self._stored(each, "hidden")[compact(rows)]) for each in self._input_sites
+        ]
+        return np.concatenate(parts, axis=1)[:, columns]
+
+    def previous(self, rows: Integers) -> Array:
+        """Return the state that each of these rows started from, (n, H), or of the units recorded.
+
+        Raises:
+            NotRecordedError: The hidden states were not recorded.
+        """
+        index, site = self._index, self._site
+        if "hidden" not in site.quantities:
+            raise NotRecordedError(f"{site.name!r}: the hidden states were not recorded")
+        hidden = self._stored(site, "hidden")
+        pieces = index.pieces_of(rows)
+        starts = index.starts[pieces]
+        if site.reverse:
+            outermost = rows == starts + index.steps[pieces] - 1
+            sources = np.where(outermost, -1, rows + 1)
+        else:
+            sources = np.where(rows == starts, index.last_rows_before[pieces], rows - 1)
+        previous = np.empty((len(rows), hidden.shape[1]), hidden.dtype)
+        begins = sources < 0
+        previous[~begins] = hidden[compact(sources[~begins])]
+        initial = self._source.initial(self._number, site.suffix, index.segment_count)
+        previous[begins] = initial[index.segments[pieces[begins]]]
+        return previous
+
+    def of(self, rows: Integers) -> Iterator[Ingredients]:
+        """Yield the rows in order, some at a time; each time of one version of the weights.
+
+        Raises:
+            NotRecordedError: Something needed was not recorded.
+        """
+        if self.missing:
+            raise NotRecordedError(
+                f"the gates of {self._site.name!r} cannot be derived: {self.missing}"
+            )
+        calls = np.searchsorted(
+            self._index.call_numbers, self._index.calls[self._index.pieces_of(rows)]
+        )
+        self.versions.settle(calls)
+        versions, precisions = self.versions.versions[calls], self._checks["precision"][calls]
+        changes = (versions[1:] != versions[:-1]) | (precisions[1:] != precisions[:-1])
+        bounds = [0, *(np.flatnonzero(changes) + 1).tolist(), len(rows)]
+        width = self._site.input_size + (2 + 3 * _ARRAYS) * self._module.hidden_size
+        block = max(1, BLOCK // (8 * width))
+        for first, last in pairwise(bounds):
+            for start in range(first, last, block):
+                part = slice(start, min(start + block, last))
+                yield Ingredients(
+                    part,
+                    rows[part],
+                    calls[part],
+                    self.input(rows[part]),
+                    self.previous(rows[part]),
+                    self._weights(int(versions[first])),
+                    float(precisions[first]),
+                )
+
+    @cached_property
+    def versions(self) -> CallVersions:
+        """The versions of the weights that the calls used."""
+        return CallVersions(
+            self._site.name,
+            self._checks,
+            self._calls["weights"].astype(np.int64),
+            self._index.call_numbers,
+            self._index.call_steps,
+            lambda rows: Factors(
+                self.input(rows),
+                self.previous(rows),
+                np.asarray(self._stored(self._site, "hidden")[compact(rows)]),
+            ),
+            self._weights,
+            self._extent.versions,
+        )
+
+    @cached_property
+    def _checks(self) -> Array:
+        return self._source.checks(self._number, self._site.suffix, self._extent.calls)
+
+    def _weights(self, version: int) -> dict[str, Array]:
+        """One version, kept until another is asked for: those of one sequence after another."""
+        latest = self._latest
+        if latest[0] != version:
+            latest = version, self._source.weights(self._number, self._site.suffix, version)
+            self._latest = latest
+        return latest[1]
+
+    def _stored(self, site: Site, quantity: str) -> Any:
+        return self._source.rows(self._number, site.suffix, quantity, self._extent.rows)
+
+
+def layer_below(module: Module, site: Site) -> tuple[Site, ...]:
+    """The sites of the layer below whose states, side by side, are what a site reads.
+
+    Empty at the first layer, and where one of them was not recorded, or only some of its units.
+    """
+    below = tuple(each for each in module.sites if each.layer == site.layer - 1)
+    complete = len(below) == (2 if module.bidirectional else 1)
+    recorded = all("hidden" in each.quantities and each.units is None for each in below)
+    return below if complete and recorded else ()
+
+
+_ALL = slice(None)
+
+
+class DerivedRows(LazyRows):
+    """Gates, or their pre-activations, of the rows of a site, (rows, H). Indexing derives them.
+
+    Args:
+        ingredients: Of the site.
+        quantity: Which gate.
+        shape: (rows, H)
+        dtype: Type in which they would have been stored.
+        preactivation: Whether to stop before the sigmoid or tanh.
+    """
+
+    _where = "derived when they are read"
+
+    def __init__(
+        self,
+        ingredients: SiteIngredients,
+        quantity: str,
+        shape: tuple[int, int],
+        dtype: np.dtype[Any],
+        *,
+        preactivation: bool = False,
+    ) -> None:
+        super().__init__(shape, dtype)
+        self._ingredients, self._quantity = ingredients, quantity
+        self._preactivation = preactivation
+
+    def _read(self, rows: slice, columns: slice) -> Array:
+        return self._pick(np.arange(*rows.indices(len(self))), columns)
+
+    def _pick(self, rows: Array, columns: slice) -> Array:
+        width = len(range(self.shape[1])[columns])
+        found = np.empty((len(rows), width), self.dtype)
+        for each, derivation in derivations(self._ingredients, rows, columns):
+            value = derivation.preactivation if self._preactivation else derivation.gate
+            found[each.part] = value(self._quantity)
+        return found
+
+
+class DerivedInput(LazyRows):
+    """What a layer above the first read, (rows, I), put together from the states of that below.
+
+    Args:
+        ingredients: Of the site.
+        shape: (rows, I)
+        dtype: Type of the states.
+    """
+
+    _where = "read as the states of the layer below"
+
+    def __init__(
+        self, ingredients: SiteIngredients, shape: tuple[int, int], dtype: np.dtype[Any]
+    ) -> None:
+        super().__init__(shape, dtype)
+        self._ingredients = ingredients
+
+    def _read(self, rows: slice, columns: slice) -> Array:
+        return self._pick(np.arange(*rows.indices(len(self))), columns)
+
+    def _pick(self, rows: Array, columns: slice) -> Array:
+        return self._ingredients.input(rows, columns)
+
+
+def derivations(
+    ingredients: SiteIngredients, rows: Integers, units: slice = _ALL
+) -> Iterator[tuple[Ingredients, Derivation]]:
+    """Derive rows of a site in the precision of the kernel, some at a time.
+
+    Raises:
+        NotRecordedError: Something needed was not recorded.
+    """
+    from grutrace.gru.recompute import Derivation
+
+    for each in ingredients.of(rows):
+        yield each, Derivation(each.input, each.previous, each.weights, each.precision, units)

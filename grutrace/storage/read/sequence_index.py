@@ -1,0 +1,226 @@
+"""From pieces to sequences: which rows are whose. Worked out once per look at the tables."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from grutrace.records import Array
+from grutrace.storage.format.tables import Tables
+
+Integers = npt.NDArray[np.int64]
+
+
+class ModuleIndex:
+    """The pieces of one module, found by sequence. P pieces, S sequences.
+
+    Args:
+        tables: Of the trace, all segments put together.
+        module: Place of the module in the header.
+        stored: (P,) the stored sequence, or segment, that each piece is of; `sequences` unless
+            given.
+
+    Attributes:
+        steps: (P,) rows of each piece.
+        starts: (P,) first row of each piece.
+        sequences: (P,) the sequence that each piece is of.
+        segments: (P,) the stored sequence that each piece is of, by which `initial` is found.
+        segment_count: How many of those there are.
+        call_numbers: (calls,) the module's calls, by their place among all calls.
+        calls: (P,) the call that made each piece, by its place among all calls.
+        places: (P,) its place in the batch of that call.
+        order: (P,) the pieces, sequence by sequence, each in time order.
+        bounds: (S + 1,) where each sequence begins in `order`.
+    """
+
+    def __init__(self, tables: Tables, module: int, stored: Array | None = None) -> None:
+        pieces = tables.pieces[module]
+        self._tables = tables
+        self._module = module
+        self.call_numbers = np.flatnonzero(tables.calls["module"] == module)
+        batch = tables.calls["batch"][self.call_numbers].astype(np.int64)
+        self.steps: Integers = pieces["steps"].astype(np.int64)
+        self.starts = _starts(self.steps)
+        self.sequences: Integers = pieces["sequence"].astype(np.int64)
+        self.segments = self.sequences if stored is None else stored.astype(np.int64)
+        self.segment_count = int(self.segments.max(initial=-1)) + 1
+        self.calls = np.repeat(self.call_numbers, batch)
+        self.places = np.arange(len(pieces)) - np.repeat(_starts(batch), batch)
+        count = tables.extents[module].sequences
+        if count == len(pieces):
+            # Every piece is a sequence of its own, and they are numbered as they began.
+            self.order, self.bounds = np.arange(count), np.arange(count + 1)
+        else:
+            self.order = np.argsort(self.sequences, kind="stable")
+            self.bounds = np.searchsorted(self.sequences[self.order], np.arange(count + 1))
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def pieces(self, sequence: int) -> Integers:
+        """The pieces of a sequence, in time order."""
+        return self.order[self.bounds[sequence] : self.bounds[sequence + 1]]
+
+    def pieces_of(self, rows: Integers) -> Integers:
+        """The piece that each row belongs to."""
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
+    def rows(self, sequence: int) -> slice | Integers:
+        """The rows of a sequence, in time order."""
+        pieces = self.pieces(sequence)
+        if len(pieces) == 1:
+            start = int(self.starts[pieces[0]])
+            return slice(start, start + int(self.steps[pieces[0]]))
+        return spread(self.starts[pieces], self.steps[pieces])
+
+    def rows_between(self, first: int, last: int) -> slice | Integers:
+        """The rows of sequences `first` to `last` - 1, end to end, each in time order."""
+        pieces = self.order[self.bounds[first] : self.bounds[last]]
+        starts, steps = self.starts[pieces], self.steps[pieces]
+        if not len(pieces):
+            return slice(0, 0)
+        if np.array_equal(starts[1:], starts[:-1] + steps[:-1]):
+            return slice(int(starts[0]), int(starts[-1] + steps[-1]))
+        return spread(starts, steps)
+
+    @cached_property
+    def first_places(self) -> Integers:
+        """(S,) where each sequence begins, if all are laid end to end."""
+        return _starts(self.lengths)
+
+    def laid_out(self, places: Integers) -> Integers:
+        """The rows at these places, if all sequences are laid end to end, each in time order."""
+        pieces = np.searchsorted(self._laid_starts, places, side="right") - 1
+        return self.starts[self.order[pieces]] + places - self._laid_starts[pieces]
+
+    @cached_property
+    def _laid_starts(self) -> Integers:
+        """(P,) where each piece of `order` begins, if all sequences are laid end to end."""
+        return _starts(self.steps[self.order])
+
+    @property
+    def first_pieces(self) -> Integers:
+        """(S,) the piece that each sequence began with."""
+        return self.order[self.bounds[:-1]]
+
+    @cached_property
+    def lengths(self) -> Integers:
+        """(S,) steps of each sequence so far."""
+        ends = np.concatenate([[0], np.cumsum(self.steps[self.order])])
+        return np.asarray(np.diff(ends[self.bounds]))
+
+    @cached_property
+    def call_steps(self) -> Integers:
+        """(calls,) rows of each call of the module."""
+        batch = self._tables.calls["batch"][self.call_numbers]
+        ends = np.concatenate([[0], np.cumsum(self.steps)])
+        bounds = np.concatenate([[0], np.cumsum(batch, dtype=np.int64)])
+        return np.asarray(np.diff(ends[bounds]))
+
+    @cached_property
+    def steps_before(self) -> Integers:
+        """(P,) steps of its sequence that were made before each piece."""
+        ordered = self.steps[self.order]
+        within = _starts(ordered)
+        sizes = np.diff(self.bounds)
+        before = np.empty_like(within)
+        before[self.order] = within - np.repeat(within[self.bounds[:-1]], sizes)
+        return before
+
+    @cached_property
+    def last_rows_before(self) -> Integers:
+        """(P,) the last row before each piece in its segment; -1 where it is the first."""
+        before = np.full(len(self.order), -1, np.int64)
+        # A piece of no steps has no last row: what was before it is before the next piece.
+        order = self.order[self.steps[self.order] > 0]
+        follows = np.flatnonzero(self.segments[order][1:] == self.segments[order][:-1])
+        ends = self.starts + self.steps - 1
+        before[order[follows + 1]] = ends[order[follows]]
+        return before
+
+    @cached_property
+    def parents(self) -> tuple[Integers, Integers]:
+        """(S,) the sequence that each began from, and (S,) after how many steps; -1 for none."""
+        parents = np.full((2, len(self)), -1, np.int64)
+        forks = self._tables.forks[self._tables.forks["module"] == self._module]
+        parents[:, forks["sequence"].astype(np.int64)] = forks["parent"], forks["steps"]
+        return parents[0], parents[1]
+
+
+class AnnotationIndex:
+    """The annotations of one module, found by sequence.
+
+    Args:
+        tables: Of the trace.
+        module: Place of the module in the header.
+    """
+
+    def __init__(self, tables: Tables, module: int) -> None:
+        counts = tables.annotations["count"].astype(np.int64)
+        own = np.flatnonzero(tables.annotations["module"] == module)
+        order = np.argsort(tables.annotations["sequence"][own], kind="stable")
+        self._tables = tables
+        self._entries = tables.annotations[own][order]
+        self._starts = _starts(counts)[own][order]
+
+    def of(self, sequence: int, length: int) -> dict[str, Array | list[str | float | None]]:
+        """By name, one value a step: (T,) numbers with nan for none, or a list where one is text.
+
+        Args:
+            sequence: Number of the sequence.
+            length: Its steps, T. Values beyond are for steps that are not there yet.
+        """
+        low, high = np.searchsorted(self._entries["sequence"], [sequence, sequence + 1])
+        named: dict[str, Array | list[str | float | None]] = {}
+        for entry, start in zip(self._entries[low:high], self._starts[low:high], strict=True):
+            name = self._tables.texts[entry["name"] - 1]
+            first = min(int(entry["first"]), length)
+            found = self._tables.values[start : start + int(entry["count"])][: length - first]
+            known = named.get(name)
+            if entry["text"] or isinstance(known, list):
+                named[name] = self._with_texts(known, first, found, bool(entry["text"]), length)
+            else:
+                numbers = np.full(length, np.nan) if known is None else known
+                numbers[first : first + len(found)] = found
+                named[name] = numbers
+        return named
+
+    def _with_texts(
+        self,
+        known: Array | list[str | float | None] | None,
+        first: int,
+        found: Array,
+        text: bool,
+        length: int,
+    ) -> list[str | float | None]:
+        values: list[str | float | None]
+        if known is None:
+            values = [None] * length
+        elif isinstance(known, list):
+            values = known
+        else:
+            values = [None if np.isnan(number) else number for number in known.tolist()]
+        texts = self._tables.texts
+        numbers = found.tolist()
+        values[first : first + len(numbers)] = (
+            [texts[int(number)] for number in numbers] if text else numbers
+        )
+        return values
+
+
+def spread(starts: Integers, counts: Integers) -> Integers:
+    """The numbers ``start, start + 1, ...``, as many as counted, of each start after the other."""
+    return np.repeat(starts - _starts(counts), counts) + np.arange(int(counts.sum()))
+
+
+def compact(rows: Integers) -> slice | Integers:
+    """The same rows as a slice, where they follow one another: that is read in one go."""
+    if len(rows) and np.all(np.diff(rows) == 1):
+        return slice(int(rows[0]), int(rows[-1]) + 1)
+    return rows
+
+
+def _starts(counts: Integers) -> Integers:
+    return np.asarray(np.cumsum(counts) - counts)

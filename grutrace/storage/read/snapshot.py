@@ -1,0 +1,343 @@
+"""A trace as it was when somebody looked: its tables, and what follows from them, once.
+
+Which sites and quantities of a trace are asked for: globs for names of sites, names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from functools import cached_property
+from typing import Any, NamedTuple, SupportsIndex
+
+import numpy as np
+
+from grutrace.errors import GLOBS, NotRecordedError, OptionError, brief, nearest, texts_of
+from grutrace.records import GATES, QUANTITIES, Array, Site
+from grutrace.storage.format.shard_stamp import shard_of
+from grutrace.storage.format.tables import Extent, Tables
+from grutrace.storage.interfaces import Rows, Source
+from grutrace.storage.memory import MemoryCopy, MemoryStore
+from grutrace.storage.read.lazy_rows import SelectedRows
+from grutrace.storage.read.proofs import PROOFS, marks
+from grutrace.storage.read.recomputed import DerivedInput, DerivedRows, SiteIngredients
+from grutrace.storage.read.segments import JoinedSegments, join_segments
+from grutrace.storage.read.sequence_index import AnnotationIndex, Integers, ModuleIndex
+
+#: One row a call. Texts are Python strings: one object however many rows bear it.
+CALLS = np.dtype(
+    [
+        ("module", object),
+        ("tag", object),
+        ("weights", np.int64),
+        ("training", np.bool_),
+        ("batch", np.int64),
+        ("steps", np.int64),
+        ("time", np.float64),
+        ("residual", np.float32),
+        ("proof", object),
+        ("rank", np.int64),
+    ]
+)
+
+#: One row a sequence of a module.
+SEQUENCES = np.dtype(
+    [
+        ("module", object),
+        ("sequence", np.int64),
+        ("call", np.int64),
+        ("place", np.int64),
+        ("steps", np.int64),
+        ("pieces", np.int64),
+        ("parent", np.int64),
+        ("parent_steps", np.int64),
+        ("origin", object),
+        ("tag", object),
+        ("rank", np.int64),
+    ]
+)
+
+
+class Restarts(NamedTuple):
+    """Where sequences go on from another state than they had ended with, in order.
+
+    Attributes:
+        sequences: (k,) which sequence.
+        steps: (k,) the step that starts from that state.
+        states: (k, H) the state.
+    """
+
+    sequences: Integers
+    steps: Integers
+    states: Array
+
+
+class Moment:
+    """What a source held when its tables were read. Nothing in it changes.
+
+    Args:
+        source: Of the trace.
+        tables: Of its present state.
+
+    Attributes:
+        source: Reads what is stored at this moment.
+        header: Of the trace.
+        stored: The tables as they are stored.
+    """
+
+    def __init__(self, source: Source, tables: Tables) -> None:
+        self.source = source.as_of(tables)
+        self.header = source.header
+        self.stored = tables
+        self._indices: dict[int, ModuleIndex] = {}
+        self._annotations: dict[int, AnnotationIndex] = {}
+        self._ingredients: dict[tuple[int, str], SiteIngredients] = {}
+        self._calls: tuple[int, Array] | None = None
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        """Pickled, one of a trace in memory has its rows with it."""
+        if isinstance(self.source, MemoryStore):
+            source = MemoryCopy(self.header, self.source.all_items(self.stored))
+            return Moment, (source, self.stored)
+        return super().__reduce_ex__(protocol)
+
+    @cached_property
+    def _joined(self) -> JoinedSegments:
+        return join_segments(self.stored)
+
+    @property
+    def tables(self) -> Tables:
+        """The tables, with the segments of each sequence put together."""
+        return self._joined.tables
+
+    def extent(self, module: int) -> Extent:
+        """How much of a module there is."""
+        return self.tables.extents[module]
+
+    def index(self, module: int) -> ModuleIndex:
+        """The pieces of a module, by sequence."""
+        if module not in self._indices:
+            stored = None
+            if self._joined.segments[module] is not None:
+                stored = self.stored.pieces[module]["sequence"]
+            self._indices[module] = ModuleIndex(self.tables, module, stored)
+        return self._indices[module]
+
+    def initial(self, module: int, site: Site) -> Rows:
+        """(S, H) the states that the sequences at a site began from."""
+        count, segments = self.stored.extents[module].sequences, self._joined.segments[module]
+        initial = self.source.initial(module, site.suffix, count)
+        if segments is None:
+            return initial
+        if isinstance(initial, np.ndarray):
+            return initial[segments.first]
+        return SelectedRows(initial, segments.first)
+
+    def restarts(self, module: int, site: Site, first: int, last: int) -> Restarts:
+        """Where sequences go on from another state than they had ended with.
+
+        Args:
+            module: Place of the module in the header.
+            site: One of its sites.
+            first: The first sequence.
+            last: The one before which to end.
+        """
+        segments = self._joined.segments[module]
+        if segments is None:
+            none = np.empty(0, np.int64)
+            width = self.header.modules[module].unit_count(site)
+            return Restarts(none, none, np.empty((0, width)))
+        bounds = np.searchsorted(segments.sequences[segments.later], [first, last])
+        later = segments.later[bounds[0] : bounds[1]]
+        count = self.stored.extents[module].sequences
+        states = self.source.initial(module, site.suffix, count)[later]
+        return Restarts(segments.sequences[later], segments.before[later], np.asarray(states))
+
+    def mark(self, module: int, sequence: int) -> str | None:
+        """The mark of how a sequence began; None if it has none."""
+        return self._joined.marks.get((module, sequence))
+
+    def annotations(self, module: int) -> AnnotationIndex:
+        """The annotations of a module, by sequence."""
+        if module not in self._annotations:
+            self._annotations[module] = AnnotationIndex(self.tables, module)
+        return self._annotations[module]
+
+    def rows(self, module: int, site: Site, quantity: str) -> Rows:
+        """All rows of a quantity at a site.
+
+        Raises:
+            NotRecordedError: The quantity was not recorded there.
+        """
+        count = self.extent(module).rows
+        if quantity in site.quantities:
+            return self.source.rows(module, site.suffix, quantity, count)
+        if quantity not in site.derived:
+            found = ", ".join(site.readable) or "nothing"
+            raise NotRecordedError(
+                f"{quantity!r} was not recorded at {site.name!r}; recorded: {found}"
+            )
+        if quantity == "input":
+            dtype = np.dtype(self.header.modules[module].dtype)
+            return DerivedInput(self.ingredients(module, site), (count, site.input_size), dtype)
+        return self._derived(module, site, quantity)
+
+    def preactivation(self, module: int, site: Site, gate: str) -> Rows:
+        """All rows of what the sigmoid or tanh of a gate was applied to, (N, H).
+
+        Raises:
+            OptionError: There is no such gate.
+            NotRecordedError: The hidden states or the input were not recorded.
+        """
+        if gate not in GATES:
+            raise OptionError(f"gate: expected one of {', '.join(GATES)}; found {brief(gate)}")
+        if missing := self.ingredients(module, site).missing:
+            raise NotRecordedError(f"{site.name!r} has no pre-activations: {missing}")
+        return self._derived(module, site, gate, preactivation=True)
+
+    def ingredients(self, module: int, site: Site) -> SiteIngredients:
+        """What the gates of a site follow from."""
+        key = module, site.suffix
+        if key not in self._ingredients:
+            self._ingredients[key] = SiteIngredients(
+                self.source,
+                self.index(module),
+                self.extent(module),
+                self.tables.calls,
+                self.header.modules[module],
+                module,
+                site,
+            )
+        return self._ingredients[key]
+
+    def _derived(
+        self, module: int, site: Site, gate: str, *, preactivation: bool = False
+    ) -> DerivedRows:
+        kind = self.header.modules[module]
+        shape, dtype = (self.extent(module).rows, kind.hidden_size), np.dtype(kind.dtype)
+        ingredients = self.ingredients(module, site)
+        return DerivedRows(ingredients, gate, shape, dtype, preactivation=preactivation)
+
+    @cached_property
+    def tags(self) -> Array:
+        """(calls,) the tag of each call, or None."""
+        labels = np.array([None, *self.tables.texts], object)
+        return np.asarray(labels[self.tables.calls["tag"]])
+
+    @cached_property
+    def ranks(self) -> Array:
+        """(calls,) the rank of the process that made each call; 0 where there was but one."""
+        shards = self.tables.shards
+        if shards:
+            return np.repeat([each.rank for each in shards], [each.calls for each in shards])
+        shard = shard_of(self.header)
+        return np.full(len(self.tables.calls), shard.rank if shard else 0)
+
+    @property
+    def calls(self) -> Array:
+        """(calls,) of type `CALLS`."""
+        settled = sum(each.versions.settled for each in tuple(self._ingredients.values()))
+        if self._calls is None or self._calls[0] != settled:
+            self._calls = settled, self._call_rows()
+        return self._calls[1]
+
+    def _call_rows(self) -> Array:
+        tables = self.tables
+        calls = np.zeros(len(tables.calls), CALLS)
+        for name in ("weights", "batch", "time"):
+            calls[name] = tables.calls[name]
+        calls["training"] = tables.calls["training"] > 0
+        calls["tag"], calls["rank"] = self.tags, self.ranks
+        for number, module in enumerate(self.header.modules):
+            index = self.index(number)
+            of_module = index.call_numbers
+            calls["module"][of_module] = module.path
+            calls["steps"][of_module] = index.call_steps
+            calls["residual"][of_module] = self._residuals(number)
+            names = np.array(PROOFS, object)
+            calls["proof"][of_module] = names[self._marks(number)]
+        calls.flags.writeable = False
+        return calls
+
+    def _marks(self, module: int) -> Array:
+        """(calls of the module,) the worst mark of its sites; see `proofs`."""
+        found = []
+        for site in self.header.modules[module].sites:
+            ingredients = self._ingredients.get((module, site.suffix))
+            if ingredients is None:
+                checks = self.source.checks(module, site.suffix, self.extent(module).calls)
+                found.append(marks(checks))
+            else:
+                found.append(ingredients.versions.marks)
+        return np.asarray(np.max(found, axis=0))
+
+    def _residuals(self, module: int) -> Array:
+        """(calls of the module,) the largest residual of its sites."""
+        count = self.extent(module).calls
+        sites = self.header.modules[module].sites
+        checks = [self.source.checks(module, site.suffix, count) for site in sites]
+        return np.asarray(np.max([check["residual"] for check in checks], axis=0))
+
+    @cached_property
+    def sequences(self) -> Array:
+        """(sequences of all modules,) of type `SEQUENCES`, module by module."""
+        parts = [self._sequences(module) for module in range(len(self.header.modules))]
+        sequences = np.concatenate(parts) if parts else np.zeros(0, SEQUENCES)
+        sequences.flags.writeable = False
+        return sequences
+
+    def _sequences(self, module: int) -> Array:
+        index = self.index(module)
+        first = index.first_pieces
+        sequences = np.zeros(len(index), SEQUENCES)
+        sequences["module"] = self.header.modules[module].path
+        sequences["sequence"] = np.arange(len(index))
+        sequences["call"] = index.calls[first]
+        sequences["place"] = index.places[first]
+        sequences["steps"] = index.lengths
+        sequences["pieces"] = np.diff(index.bounds)
+        sequences["parent"], sequences["parent_steps"] = index.parents
+        sequences["origin"] = np.where(index.parents[0] < 0, "new", "fork")
+        for (of_module, sequence), mark in self._joined.marks.items():
+            if of_module == module:
+                sequences["origin"][sequence] = mark
+        sequences["tag"] = self.tags[sequences["call"]]
+        sequences["rank"] = self.ranks[sequences["call"]]
+        return sequences
+
+
+def chosen_sites(moment: Moment, globs: str | Sequence[str] | None) -> dict[str, tuple[int, Site]]:
+    """By name, in the model's order: the place of the module in the header, and the site.
+
+    Args:
+        moment: Of the trace.
+        globs: A glob, or several; None for all sites.
+
+    Raises:
+        OptionError: It is none of these.
+    """
+    asked = None if globs is None else texts_of("sites", globs, GLOBS)
+    return {
+        site.name: (number, site)
+        for number, module in enumerate(moment.header.modules)
+        for site in module.sites
+        if asked is None or any(fnmatchcase(site.name, glob) for glob in asked)
+    }
+
+
+def chosen_quantities(record: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The quantities asked for, in the order of `QUANTITIES`; None for all.
+
+    Raises:
+        OptionError: One is none.
+    """
+    if record is None:
+        return QUANTITIES
+    asked = texts_of("record", record, f"some of {', '.join(QUANTITIES)}")
+    for name in asked:
+        if name not in QUANTITIES:
+            raise OptionError(
+                f"record: expected some of {', '.join(QUANTITIES)}; found {brief(name)}"
+                f"{nearest(name, QUANTITIES)}"
+            )
+    return tuple(name for name in QUANTITIES if name in asked)

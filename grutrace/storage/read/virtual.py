@@ -1,0 +1,332 @@
+"""Rows of a merged file, which lie in the shards beside it: virtual datasets, made and read.
+
+HDF5 would open whatever file a virtual dataset names. Here it is never asked to: the mapping is
+read from the dataset's creation properties, and only what docs/format.md allows is followed,
+through handles of our own. Nor is HDF5 asked for the shape, for which it may open files, too.
+
+What makes a merged file more than a trace: whose calls are whose, and rows in its shards.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import h5py
+import numpy as np
+from h5py import h5d, h5p, h5s, h5t
+
+from grutrace.errors import TraceFileError
+from grutrace.records import Array, Header
+from grutrace.storage.format.header import read_root
+from grutrace.storage.format.schema import Column, check_column, create_column
+from grutrace.storage.format.shard_stamp import merged_of
+from grutrace.storage.format.tables import ShardCalls, Tables
+from grutrace.storage.hdf5.errors import reading, require
+from grutrace.storage.hdf5.handle import ReadHandle
+from grutrace.storage.interfaces import Rows
+from grutrace.storage.read.lazy_rows import FileRows, StackedRows
+
+#: The name by which HDF5 means the file itself.
+ITSELF = "."
+
+#: Where a merged file keeps what it had to copy.
+COPIED = "copied"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Some items of a virtual dataset, which are the first ones of another dataset.
+
+    Attributes:
+        file: Name of a file in the folder of the merged one, or `ITSELF`.
+        place: Of the dataset in that file.
+        count: How many items.
+    """
+
+    file: str
+    place: str
+    count: int
+
+
+def read_spans(dataset: h5d.DatasetID, place: str, column: Column) -> tuple[Span, ...] | None:
+    """The items of a virtual dataset, from first to last; None of one that is not virtual.
+
+    Args:
+        dataset: Nothing but its type and properties is asked for.
+        place: Of the dataset.
+        column: What it should hold.
+
+    Raises:
+        Fault: It maps anything but whole items, end to end, from the beginnings of other datasets.
+    """
+    properties = dataset.get_create_plist()
+    if properties.get_layout() != h5d.VIRTUAL:
+        return None
+    found: list[Span] = []
+    total = None
+    for number in range(properties.get_virtual_count()):
+        target, source = (
+            properties.get_virtual_vspace(number),
+            properties.get_virtual_srcspace(number),
+        )
+        require(len(target.shape) == 1 + len(column.item), place, column.item, target.shape)
+        total = target.shape[0] if total is None else total
+        first, count = _block(target, place)
+        start, taken = _block(source, place)
+        at = sum(span.count for span in found)
+        expected = f"{taken} whole items of {column.item} from {at} on, the first of their source"
+        facts = (target.shape, first, count, start) == (
+            (total, *column.item),
+            (at, *(0 for _ in column.item)),
+            (taken[0], *column.item),
+            (0, *(0 for _ in column.item)),
+        )
+        require(facts and count == taken, place, expected, f"{count} at {first} of {target.shape}")
+        span = Span(
+            _unescaped(properties.get_virtual_filename(number), place),
+            _unescaped(properties.get_virtual_dsetname(number), place),
+            count[0],
+        )
+        require(_is_like(span, place), place, "a mapping to the same column", span)
+        found.append(span)
+    covered = sum(span.count for span in found)
+    require(found and covered == total, place, f"{total} items in its sources", covered)
+    # Of a mapping of fixed size alone, this opens no other file.
+    kind, shape = dataset.dtype, dataset.shape
+    expected = f"{column.dtype} of shape {(total, *column.item)}"
+    fits = (kind, shape) == (column.dtype, (total, *column.item))
+    require(fits, place, expected, f"{kind} of shape {shape}")
+    return tuple(found)
+
+
+def _block(space: h5s.SpaceID, place: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The first corner and the size of a selection that is one block of fixed size."""
+    is_block = space.get_select_type() == h5s.SEL_HYPERSLABS and space.is_regular_hyperslab()
+    require(is_block, place, "a mapping of blocks", "another")
+    start, stride, count, block = space.get_regular_hyperslab()
+    numbers = zip(stride, count, block, strict=True)
+    require(all(c == 1 or s == b == 1 for s, c, b in numbers), place, "one block", "several")
+    size = tuple(c * b for c, b in zip(count, block, strict=True))
+    require(max(size, default=1) < 2**63, place, "a mapping of fixed size", "one without end")
+    return tuple(start), size
+
+
+def _is_like(span: Span, place: str) -> bool:
+    """Whether a span is of the same column: the module of a run's part may be called otherwise."""
+    if span.file == ITSELF:
+        return re.fullmatch(rf"{COPIED}/rank[0-9]{{4,}}/{re.escape(place)}", span.place) is not None
+    return span.place.split("/")[2:] == place.split("/")[2:]
+
+
+def create_virtual(
+    spans: Mapping[str, Sequence[Span]], file: h5py.File, place: str, column: Column
+) -> h5py.Dataset:
+    """Create a column whose items are elsewhere; or, where there are none, one without."""
+    if place not in spans:
+        return create_column(file, place, column)
+    total = sum(span.count for span in spans[place])
+    properties, start = h5p.create(h5p.DATASET_CREATE), 0
+    # What HDF5 gives, without a word, where a shard is gone: zeros would pass for values.
+    properties.set_fill_value(np.full((), np.nan, column.dtype))
+    corner = (0,) * len(column.item)
+    for span in spans[place]:
+        # The first items, and not "all", which would grow with the shard.
+        block = (span.count, *column.item)
+        target, source = h5s.create_simple((total, *column.item)), h5s.create_simple(block)
+        target.select_hyperslab((start, *corner), block)
+        source.select_hyperslab((0, *corner), block)
+        names = os.fsencode(_escaped(span.file)), _escaped(span.place).encode()
+        properties.set_virtual(target, *names, source)
+        start += span.count
+    space = h5s.create_simple((total, *column.item))
+    kind = h5t.py_create(column.dtype, logical=True)
+    h5d.create(file.id, place.encode(), kind, space, properties).close()
+    return file[place]
+
+
+def _escaped(name: str) -> str:
+    """A name as HDF5 wants it in a mapping, where a percent sign has another meaning."""
+    return name.replace("%", "%%")
+
+
+def _unescaped(name: str, place: str) -> str:
+    require(not re.search("%(?!%)", name.replace("%%", "")), place, "names without %b", repr(name))
+    return name.replace("%%", "%")
+
+
+class Neighbours:
+    """The shards beside a merged file, each opened when something is first read from it.
+
+    Args:
+        path: Of the merged file.
+        own: The handle of the merged file.
+        created: When each file was begun, by its name. No others are opened.
+
+    Raises:
+        TraceFileError: One of them is not there.
+    """
+
+    def __init__(self, path: Path, own: ReadHandle, created: dict[str, float]) -> None:
+        self._folder, self._own, self._created = path.resolve().parent, own, created
+        self._merged = path
+        self._handles: dict[str, ReadHandle] = {}
+        for name in created:
+            self._path(name)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All of them."""
+        return tuple(self._folder / name for name in self._created)
+
+    @contextmanager
+    def lent(self, span: Span, column: Column) -> Iterator[h5py.Dataset]:
+        """The dataset that a span is the beginning of, for one read.
+
+        Raises:
+            TraceFileError: It is not there, or is not what it should be.
+        """
+        with reading(self._merged), self._own.lent():
+            handle = self._own if span.file == ITSELF else self._handle(self._path(span.file))
+            if handle is self._own:
+                yield _checked(handle, span, column)
+                return
+        with reading(self._folder / span.file), handle.lent():
+            yield _checked(handle, span, column)
+
+    def close(self) -> None:
+        """Close all of them. Closing twice does nothing."""
+        for handle in self._handles.values():
+            handle.close()
+
+    def _handle(self, path: Path) -> ReadHandle:
+        if path.name not in self._handles:
+            with reading(path):
+                handle = ReadHandle(path)
+                self._handles[path.name] = handle
+                with handle.lent() as file:
+                    found = read_root(file)["created"]
+            if found != self._created[path.name]:
+                raise TraceFileError(f"{path} is not the file that {self._merged} was merged of")
+        return self._handles[path.name]
+
+    def _path(self, name: str) -> Path:
+        """Where a file is, if it is a file of this folder and nothing else."""
+        require(
+            Path(name).name == name and "\0" not in name and name in self._created,
+            "a mapping",
+            "a plain file name",
+            repr(name),
+        )
+        path = self._folder / name
+        try:
+            status = path.lstat()
+        except OSError:
+            raise TraceFileError(
+                f"{self._merged} is merged of shards, and {path} is missing: keep them together"
+            ) from None
+        if not stat.S_ISREG(status.st_mode):
+            raise TraceFileError(f"{self._merged} is merged of shards, and {path} is no plain file")
+        return path
+
+
+def _checked(handle: ReadHandle, span: Span, column: Column) -> h5py.Dataset:
+    dataset = handle.dataset(span.place, span.count)
+    check_column(dataset, span.place, column)
+    return dataset
+
+
+class MergedColumns:
+    """The columns of a file that lie in the shards that it was merged of; none of any other file.
+
+    Args:
+        path: Of the file.
+        handle: Of the file, lent meanwhile.
+        header: Of the file.
+        columns: All datasets that grow, by their place.
+
+    Raises:
+        Fault: The file is damaged.
+        TraceFileError: A shard is not there.
+    """
+
+    def __init__(
+        self, path: Path, handle: ReadHandle, header: Header, columns: Mapping[str, Column]
+    ) -> None:
+        self._shards, self._columns = merged_of(header), columns
+        self._spans: dict[str, tuple[Span, ...]] = {}
+        self._latest: tuple[Tables, Tables] | None = None
+        files = {name: created for each in self._shards for name, created in each.files.items()}
+        self._neighbours = Neighbours(path, handle, files)
+        for place, column in columns.items() if self._shards else ():
+            spans = read_spans(handle.unshaped(place), place, column)
+            if spans is not None:
+                self._spans[place] = spans
+
+    def __contains__(self, place: str) -> bool:
+        return place in self._spans
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The shards that rows are read from."""
+        return self._neighbours.files
+
+    def require_lengths(self, counts: Mapping[str, int]) -> None:
+        """Require the columns to have just as many items as the tables count.
+
+        Raises:
+            Fault: One has not.
+        """
+        for place, spans in self._spans.items():
+            found = sum(span.count for span in spans)
+            require(found == counts[place], place, f"{counts[place]} items", found)
+
+    def ranked(self, tables: Tables) -> Tables:
+        """The tables of the file, with whose calls are whose.
+
+        Raises:
+            Fault: There are not as many calls as the shards had.
+        """
+        if not self._shards:
+            return tables
+        if self._latest is None or self._latest[0] is not tables:
+            found = sum(shard.calls for shard in self._shards)
+            place = "attribute 'options', shards"
+            require(found == len(tables.calls), place, f"{len(tables.calls)} calls", found)
+            shards = (ShardCalls(each.rank, each.calls, each.closed) for each in self._shards)
+            self._latest = tables, replace(tables, shards=tuple(shards))
+        return self._latest[1]
+
+    def rows(self, place: str) -> Rows:
+        """All rows of one of these columns, (rows, width), read when they are indexed."""
+        column, spans = self._columns[place], self._spans[place]
+        (width,) = column.item
+        parts = [
+            FileRows(
+                partial(self._neighbours.lent, span, column), (span.count, width), column.dtype
+            )
+            for span in spans
+        ]
+        return StackedRows(parts, (sum(map(len, parts)), width), column.dtype)
+
+    def items(self, place: str, start: int, stop: int) -> Array:
+        """Some items of one of these columns."""
+        column = self._columns[place]
+        found = [np.empty((0, *column.item), column.dtype)]
+        for span in self._spans[place]:
+            first, last = max(0, start), min(span.count, stop)
+            if first < last:
+                with self._neighbours.lent(span, column) as dataset:
+                    found.append(np.asarray(dataset[first:last]))
+            start, stop = start - span.count, stop - span.count
+        return np.concatenate(found)
+
+    def close(self) -> None:
+        """Close the shards. Closing twice does nothing."""
+        self._neighbours.close()

@@ -1,0 +1,325 @@
+"""The shards of several processes read as one trace: what one process would have recorded.
+
+All processes run the same model, so a module of one is that of the others, and its rows are those
+of rank 0, then those of rank 1, and so on. `combined.py` is for files whose modules differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from grutrace.distributed import Shard
+from grutrace.errors import TraceFileError
+from grutrace.records import Array, Header, Module
+from grutrace.storage.format.header import module_differences
+from grutrace.storage.format.schema import CHECK, PIECE, width
+from grutrace.storage.format.tables import Extent, ShardCalls, Tables
+from grutrace.storage.interfaces import Readable, Rows, SteadySource
+from grutrace.storage.read.lazy_rows import StackedRows
+from grutrace.storage.shards.union import annotation_values
+
+#: For each module of a shard, by its place there, its place among those of all shards.
+Numbers = tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedTables(Tables):
+    """The tables of several shards together, and what reads the rows that they count."""
+
+    reads: Readable | None = None
+
+
+class JoinedSource:
+    """Shards as one `Source`, which closes them.
+
+    Calls, rows, sequences and versions of the weights are those of the lowest rank first. So while
+    shards grow, numbers change when the trace is refreshed; what was looked at before stays.
+
+    Args:
+        name: Of the whole.
+        shards: Which shard each source is.
+        sources: At least one, of ranks that rise; more can be added.
+
+    Raises:
+        TraceFileError: A module is not the same in two of them.
+    """
+
+    live = False
+
+    def __init__(self, name: str, shards: Sequence[Shard], sources: Sequence[SteadySource]) -> None:
+        self.name = name
+        self._shards, self._sources = list(shards), list(sources)
+        self._modules: list[Module] = []
+        self._first_of: list[SteadySource] = []
+        self._latest: tuple[Tables, ...] = ()
+        self._tables: JoinedTables | None = None
+        self._take_in_headers()
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """Which shards there are, in the order of their ranks."""
+        return tuple(self._shards)
+
+    @property
+    def sources(self) -> tuple[SteadySource, ...]:
+        """What each of them is read from."""
+        return tuple(self._sources)
+
+    @property
+    def numbers(self) -> tuple[Numbers, ...]:
+        """Where the modules of each of them are among all."""
+        return tuple(self._numbers)
+
+    @property
+    def parts(self) -> tuple[Tables, ...]:
+        """The tables of each of them, as of the last look."""
+        return self._latest
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of all shards."""
+        return tuple(file for source in self._sources for file in source.files)
+
+    def add(self, shard: Shard, source: SteadySource) -> None:
+        """Have one more shard, which takes its place among the ranks.
+
+        Raises:
+            TraceFileError: A module is not the same there.
+        """
+        place = sum(each.rank < shard.rank for each in self._shards)
+        self._shards.insert(place, shard)
+        self._sources.insert(place, source)
+        self._take_in_headers()
+
+    def _take_in_headers(self) -> None:
+        """Find the modules of all shards. One that is known keeps its number."""
+        known = {module.path: number for number, module in enumerate(self._modules)}
+        self._numbers: list[Numbers] = []
+        for source in self._sources:
+            for module in source.header.modules:
+                number = known.setdefault(module.path, len(self._modules))
+                if number == len(self._modules):
+                    self._modules.append(module)
+                    self._first_of.append(source)
+                for found in module_differences(self._modules[number], module):
+                    first = self._first_of[number].name
+                    raise TraceFileError(
+                        f"{source.name} does not go together with {first}: {found}"
+                    )
+            self._numbers.append(tuple(known[module.path] for module in source.header.modules))
+        self.header = self._joined_header()
+
+    def _joined_header(self) -> Header:
+        headers, first = [source.header for source in self._sources], self._shards[0]
+        own = {name: value for name, value in headers[0].options.items() if name != "shard"}
+        ranks = [{"rank": shard.rank} for shard in self._shards]
+        shards = {"id": first.id, "world_size": first.world_size, "of": ranks}
+        return replace(
+            headers[0],
+            model=", ".join(dict.fromkeys(header.model for header in headers)),
+            created=min(header.created for header in headers),
+            options=own | {"shards": shards},
+            modules=tuple(self._modules),
+        )
+
+    def refresh(self) -> Tables:
+        """The tables of everything there is by now."""
+        latest = tuple(source.refresh() for source in self._sources)
+        if any(
+            len(numbers) < len(source.header.modules)
+            for numbers, source in zip(self._numbers, self._sources, strict=True)
+        ):
+            # The run of a shard has come upon more modules.
+            self._take_in_headers()
+        known = len(latest) == len(self._latest) and all(map(_is, latest, self._latest))
+        if self._tables is None or not known:
+            self._tables = self._joined(latest)
+            self._latest = latest
+        return self._tables
+
+    def _joined(self, parts: tuple[Tables, ...]) -> JoinedTables:
+        tables = joined_tables(parts, self._numbers, len(self._modules))
+        shards = tuple(
+            ShardCalls(shard.rank, len(part.calls), part.closed)
+            for shard, part in zip(self._shards, parts, strict=True)
+        )
+        reads = _JoinedRows(self, parts)
+        return JoinedTables(**vars(tables) | {"shards": shards, "reads": reads})
+
+    def as_of(self, tables: Tables) -> Readable:
+        """What reads the rows that these tables count, wherever they have moved to since."""
+        reads = tables.reads if isinstance(tables, JoinedTables) else None
+        if reads is None:
+            raise TypeError("expected tables that this source gave")
+        return reads
+
+    def close(self) -> None:
+        """Close all sources. Closing twice does nothing."""
+        for source in self._sources:
+            source.close()
+
+
+class _JoinedRows:
+    """Reads the rows of several shards that were there at one moment.
+
+    Args:
+        joined: The shards.
+        parts: The tables of each at that moment.
+    """
+
+    def __init__(self, joined: JoinedSource, parts: Sequence[Tables]) -> None:
+        self._name, self._shards, self._sources = joined.name, joined.shards, joined.sources
+        self._modules, self._tables = joined.header.modules, tuple(parts)
+        #: By module, where there is something of it: the source, its place there, how much.
+        self._parts: list[list[tuple[SteadySource, int, Extent]]] = [[] for _ in self._modules]
+        for source, of_source, tables in zip(self._sources, joined.numbers, parts, strict=True):
+            for local, number in enumerate(of_source):
+                self._parts[number].append((source, local, tables.extents[local]))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickled, it is its shards, if they do not grow: then all rows stay where they are."""
+        if not all(tables.closed for tables in self._tables):
+            raise TypeError("shards that may still grow cannot be opened by another process")
+        calls = [len(tables.calls) for tables in self._tables]
+        return _opened_anew, (self._name, self._shards, self._sources, calls)
+
+    def rows(self, module: int, suffix: str, quantity: str, count: int) -> Rows:
+        """The first `count` rows, (count, H or I)."""
+        parts = [
+            source.rows(local, suffix, quantity, extent.rows)
+            for source, local, extent in self._parts[module]
+        ]
+        return self._stacked(parts, module, suffix, quantity, count)
+
+    def initial(self, module: int, suffix: str, count: int) -> Rows:
+        """The states that the first `count` sequences began from, (count, H)."""
+        parts = [
+            source.initial(local, suffix, extent.sequences)
+            for source, local, extent in self._parts[module]
+        ]
+        return self._stacked(parts, module, suffix, "initial", count)
+
+    def checks(self, module: int, suffix: str, count: int) -> Array:
+        """Of the module's first `count` calls, (count,) of type `schema.CHECK`."""
+        parts = [
+            source.checks(local, suffix, extent.calls)
+            for source, local, extent in self._parts[module]
+        ]
+        return np.concatenate([np.empty(0, CHECK), *parts])[:count]
+
+    def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
+        """One version of a site's weights."""
+        for source, local, extent in self._parts[module]:
+            if version < extent.versions:
+                return source.weights(local, suffix, version)
+            version -= extent.versions
+        raise IndexError(f"there are {version} versions less of the weights")
+
+    def _stacked(
+        self, parts: Sequence[Rows], module: int, suffix: str, quantity: str, count: int
+    ) -> Rows:
+        if len(parts) == 1:
+            return parts[0]
+        kind = self._modules[module]
+        site = next(site for site in kind.sites if site.suffix == suffix)
+        return StackedRows(parts, (count, width(kind, site, quantity)), np.dtype(kind.dtype))
+
+
+def _opened_anew(
+    name: str, shards: Sequence[Shard], sources: Sequence[SteadySource], calls: Sequence[int]
+) -> JoinedSource:
+    """The same shards in another process, which must not have grown: that would move rows."""
+    joined = JoinedSource(name, shards, sources)
+    joined.refresh()
+    if [len(part.calls) for part in joined.parts] != list(calls):
+        joined.close()
+        raise TraceFileError(f"{name} has grown since; open it and ask it anew")
+    return joined
+
+
+def joined_tables(parts: Sequence[Tables], numbers: Sequence[Numbers], modules: int) -> Tables:
+    """The tables of all shards as if one process had recorded everything, one shard after another.
+
+    Args:
+        parts: The tables of each shard.
+        numbers: Where the modules of each are among all.
+        modules: How many there are of all.
+    """
+    before = [Extent(0, 0, 0, 0)] * modules
+    pieces: list[list[Array]] = [[np.empty(0, PIECE)] for _ in range(modules)]
+    calls, forks, annotations, values, strings, characters = ([] for _ in range(6))
+    texts = letters = 0
+    for part, of_part in zip(parts, numbers, strict=True):
+        moves = _Moves(of_part, before, texts)
+        calls.append(moves.moved(part.calls))
+        forks.append(moves.moved(part.forks))
+        annotations.append(moves.moved(part.annotations))
+        values.append(annotation_values(part, texts))
+        strings.append(part.strings + np.uint64(letters))
+        # What nothing points at would become the beginning of the next shard's first string.
+        characters.append(part.characters[: int(part.strings[-1]) if len(part.strings) else 0])
+        for local, number in enumerate(of_part):
+            own = part.pieces[local].copy()
+            own["sequence"] += np.uint64(before[number].sequences)
+            pieces[number].append(own)
+            before[number] = _sum(before[number], part.extents[local])
+        texts += len(part.strings)
+        letters += len(characters[-1])
+    return Tables(
+        calls=np.concatenate(calls),
+        forks=np.concatenate(forks),
+        annotations=np.concatenate(annotations),
+        values=np.concatenate(values),
+        strings=np.concatenate(strings),
+        characters=np.concatenate(characters),
+        pieces=tuple(map(np.concatenate, pieces)),
+        extents=tuple(before),
+        closed=all(part.closed for part in parts),
+    )
+
+
+class _Moves:
+    """What the numbers in the tables of a shard become among those of all.
+
+    Args:
+        numbers: Where its modules are.
+        before: How much there is of each module in the shards before.
+        texts: How many strings there are in those.
+    """
+
+    def __init__(self, numbers: Numbers, before: Sequence[Extent], texts: int) -> None:
+        self._modules = np.array(numbers, np.uint32)
+        self._sequences = np.array([before[number].sequences for number in numbers], np.uint64)
+        self._versions = np.array([before[number].versions for number in numbers], np.uint32)
+        self._texts = np.uint32(texts)
+
+    def moved(self, table: Array) -> Array:
+        """A copy of a table of calls, forks or annotations that is one of all shards."""
+        moved, of = table.copy(), table["module"]
+        for field in table.dtype.names or ():
+            if field == "module":
+                moved[field] = self._modules[of]
+            elif field in ("sequence", "parent"):
+                moved[field] += self._sequences[of]
+            elif field == "weights":
+                moved[field] += self._versions[of]
+            elif field in ("tag", "name"):
+                moved[field][table[field] > 0] += self._texts
+        return moved
+
+
+def _sum(first: Extent, second: Extent) -> Extent:
+    return Extent(
+        first.calls + second.calls,
+        first.rows + second.rows,
+        first.sequences + second.sequences,
+        first.versions + second.versions,
+    )
+
+
+def _is(first: object, second: object) -> bool:
+    return first is second

@@ -1,0 +1,333 @@
+"""One file over the shards of a run: its own tables, and rows that stay where they are.
+
+Rows, initial states, checks and weights become virtual datasets, which any HDF5 tool reads. HDF5
+opens the shards for them as it would open any file, and refuses one that is marked as being
+written: so what such a shard holds is copied.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from grutrace.distributed import Shard
+from grutrace.errors import TraceFileError
+from grutrace.records import QUANTITIES, Array, Module
+from grutrace.storage.format.dimension_scales import create_scales, extend_scales
+from grutrace.storage.format.header import write_header
+from grutrace.storage.format.schema import (
+    COMMITTED,
+    LIBVER,
+    TABLES,
+    Create,
+    create_column,
+    create_datasets,
+    input_owner,
+    layout,
+    module_place,
+    pieces_place,
+    site_place,
+    weight_shapes,
+)
+from grutrace.storage.format.shard_stamp import Merged, merged_options
+from grutrace.storage.format.tables import Extent, Tables, lengths
+from grutrace.storage.hdf5.atomic_write import naming, put_in_place, room_for
+from grutrace.storage.hdf5.filters import compression_of, filter_options
+from grutrace.storage.interfaces import Readable, Rows, SteadySource
+from grutrace.storage.read.lazy_rows import BLOCK
+from grutrace.storage.read.virtual import COPIED, ITSELF, Span, create_virtual
+from grutrace.storage.shards.concatenated import JoinedSource, Numbers
+from grutrace.storage.shards.open_files import open_files
+from grutrace.storage.shards.union import CombinedSource
+
+#: Told how many bytes were copied, of how many.
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge made.
+
+    Attributes:
+        shards: The shards, in the order of their ranks.
+        unclosed: The files of those that were not closed in order, whose rows were copied.
+        copied: Bytes that were copied.
+    """
+
+    shards: tuple[Merged, ...]
+    unclosed: tuple[Path, ...]
+    copied: int
+
+
+def merge_shards(
+    paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    copy: bool = False,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Write one trace file over several shards.
+
+    It shows what is committed now. Without `copy` it must lie in the folder of the shards, which
+    must stay there; a shard that was not closed in order is copied all the same.
+
+    Args:
+        paths: A glob, or the paths of the shards.
+        output: The new file.
+        copy: Whether to copy all rows, so that the shards are no longer needed.
+        progress: Told of what is copied.
+
+    Raises:
+        OptionError: There are no paths.
+        TraceFileError: A shard cannot be read, or they do not belong together; or the file exists,
+            is to be elsewhere than the shards, or cannot be written.
+
+    Warns:
+        GrutraceWarning: There is no file of some rank.
+    """
+    target = Path(output)
+    new = room_for(target, "w")
+    source = open_files(paths)
+    try:
+        if not isinstance(source, JoinedSource):
+            raise TraceFileError(f"{source.name} is one file: expected several shards to merge")
+        if not copy:
+            _require_beside(target, source.files)
+        merge = _Merge(source, copy, progress)
+        with naming(target, "written"):
+            try:
+                # Nobody knows its name yet, and a file system may have no locks.
+                with h5py.File(new, "x", libver=LIBVER, locking=False) as file:
+                    merge.write(file)
+                put_in_place(new, target, "w")
+            except BaseException:
+                new.unlink(missing_ok=True)
+                raise
+        return merge.report
+    finally:
+        source.close()
+
+
+def _require_beside(target: Path, files: Sequence[Path]) -> None:
+    folder = Path(os.path.realpath(target)).parent
+    for file in files:
+        if Path(os.path.realpath(file)) != folder / file.name:
+            raise TraceFileError(
+                f"{target} cannot be made of {file}, which is not a file of the same folder: merge "
+                "to that folder, or with --copy (copy=True)"
+            )
+
+
+class _Merge:
+    """One merge: what is read, and what becomes of it.
+
+    Args:
+        source: All shards, which show what is committed when this is made.
+        copy: Whether to copy the rows of all.
+        progress: Told of what is copied.
+    """
+
+    def __init__(self, source: JoinedSource, copy: bool, progress: Progress | None) -> None:
+        self._tables = source.refresh()
+        self._all, self._header = source.as_of(self._tables), source.header
+        self._copy, self._progress = copy, progress
+        self._shards = [
+            _Shard(shard, each, tables, numbers, linked=tables.closed and not copy)
+            for shard, each, tables, numbers in zip(
+                source.shards, source.sources, source.parts, source.numbers, strict=True
+            )
+        ]
+        self._done = 0
+        self._total = sum(shard.nbytes for shard in self._shards if not shard.linked)
+        self.report = MergeReport(
+            tuple(shard.account for shard in self._shards),
+            tuple(each.source.files[0] for each in self._shards if not each.tables.closed),
+            self._total,
+        )
+
+    def write(self, file: h5py.File) -> None:
+        """Fill the new file."""
+        options = merged_options(self._header.options, self.report.shards)
+        header = replace(self._header, options=options)
+        write_header(file, header)
+        # What is copied is packed as it was.
+        create = partial(create_column, packed=filter_options(compression_of(header)))
+        if self._copy:
+            create_datasets(file, header.modules, create)
+            for number, module in enumerate(header.modules):
+                self._copy_module(file, module, self._all, number, self._tables.extents[number])
+        else:
+            for shard in self._shards:
+                if not shard.linked:
+                    self._copy_shard(file, shard, create)
+            spans = self._spans()
+            create_datasets(file, header.modules, partial(create_virtual, spans))
+        self._write_tables(file)
+        create_scales(file, header.modules)
+        extend_scales(file, header.modules, lengths(self._tables, header.modules))
+
+    def _write_tables(self, file: h5py.File) -> None:
+        for name in TABLES:
+            _fill(file[name], getattr(self._tables, name))
+        for module, pieces in zip(self._header.modules, self._tables.pieces, strict=True):
+            _fill(file[pieces_place(module)], pieces)
+        counts = np.zeros((), COMMITTED)
+        for name in TABLES:
+            counts[name] = len(getattr(self._tables, name))
+        counts["closed"] = True
+        file["committed"][()] = counts
+
+    def _spans(self) -> dict[str, list[Span]]:
+        """Of every column that lies in the shards, where its items are."""
+        spans: dict[str, list[Span]] = {}
+        for shard in self._shards:
+            for local, number in enumerate(shard.numbers):
+                module, extent = self._header.modules[number], shard.tables.extents[local]
+                for place, name in _columns(module):
+                    count = _count(extent, name)
+                    if count:
+                        spans.setdefault(place, []).append(shard.span(local, module, place, count))
+        return spans
+
+    def _copy_shard(self, file: h5py.File, shard: _Shard, create: Create) -> None:
+        """Copy what lies in one shard to a place of its own in the new file."""
+        for local, number in enumerate(shard.numbers):
+            module = self._header.modules[number]
+            columns = layout([module])
+            for place, _ in _columns(module):
+                create(file, f"{shard.prefix}{place}", columns[place])
+            extent = shard.tables.extents[local]
+            self._copy_module(file, module, shard.source, local, extent, shard.prefix)
+
+    def _copy_module(
+        self,
+        file: h5py.File,
+        module: Module,
+        source: Readable,
+        number: int,
+        extent: Extent,
+        prefix: str = "",
+    ) -> None:
+        for site in module.sites:
+
+            def place(name: str, suffix: str = site.suffix) -> str:
+                return prefix + site_place(module, suffix, name)
+
+            for quantity in site.quantities:
+                if quantity != "input" or input_owner(module, site) is site:
+                    rows = source.rows(number, site.suffix, quantity, extent.rows)
+                    self._copy_rows(file[place(quantity)], rows)
+            initial = source.initial(number, site.suffix, extent.sequences)
+            self._copy_rows(file[place("initial")], initial)
+            self._copy_rows(file[place("checks")], source.checks(number, site.suffix, extent.calls))
+            for name in weight_shapes(module, site):
+                _resize(file[place(name)], extent.versions)
+            for version in range(extent.versions):
+                weights = source.weights(number, site.suffix, version)
+                for name, array in weights.items():
+                    file[place(name)][version] = array
+                    self._advance(array.nbytes)
+
+    def _copy_rows(self, dataset: h5py.Dataset, rows: Rows | Array) -> None:
+        _resize(dataset, len(rows))
+        size = max(1, math.prod(dataset.shape[1:]) * dataset.dtype.itemsize)
+        # Whole chunks, so that none is written twice.
+        step = max(1, BLOCK // size // dataset.chunks[0]) * dataset.chunks[0]
+        for start in range(0, len(rows), step):
+            block = np.asarray(rows[start : start + step])
+            dataset[start : start + len(block)] = block
+            self._advance(block.nbytes)
+
+    def _advance(self, nbytes: int) -> None:
+        self._done += nbytes
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A shard that is merged.
+
+    Attributes:
+        shard: Which it is.
+        source: What it is read from.
+        tables: Its tables.
+        numbers: Where its modules are among all.
+        linked: Whether its rows stay where they are.
+    """
+
+    shard: Shard
+    source: SteadySource
+    tables: Tables
+    numbers: Numbers
+    linked: bool
+
+    @property
+    def prefix(self) -> str:
+        """What comes before the places of its rows, where they are copied."""
+        return f"{COPIED}/rank{self.shard.rank:04}/"
+
+    @property
+    def account(self) -> Merged:
+        """What the merged file says of it."""
+        files = {each.files[0].name: each.header.created for each in _files(self.source)}
+        calls, closed = len(self.tables.calls), self.tables.closed
+        return Merged(self.shard.rank, calls, closed, files if self.linked else {})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is not in its tables."""
+        size = 0
+        for module, extent in zip(self.source.header.modules, self.tables.extents, strict=True):
+            columns = layout([module])
+            for place, name in _columns(module):
+                item = math.prod(columns[place].item) * columns[place].dtype.itemsize
+                size += _count(extent, name) * item
+        return size
+
+    def span(self, local: int, module: Module, place: str, count: int) -> Span:
+        """Where items of a column of one of its modules are."""
+        if not self.linked:
+            return Span(ITSELF, f"{self.prefix}{place}", count)
+        file, number = (
+            self.source.locate(local)
+            if isinstance(self.source, CombinedSource)
+            else (self.source, local)
+        )
+        own = module_place(file.header.modules[number])
+        return Span(file.files[0].name, own + place.removeprefix(module_place(module)), count)
+
+
+def _files(source: SteadySource) -> Sequence[SteadySource]:
+    return source.sources if isinstance(source, CombinedSource) else [source]
+
+
+def _columns(module: Module) -> Iterator[tuple[str, str]]:
+    """The columns of a module that are no tables: their places, and their names there."""
+    for place in layout([module]):
+        if place not in TABLES and place != pieces_place(module):
+            yield place, place.rpartition("/")[2]
+
+
+def _count(extent: Extent, name: str) -> int:
+    """How many items a column has."""
+    if name in QUANTITIES:
+        return extent.rows
+    return {"initial": extent.sequences, "checks": extent.calls}.get(name, extent.versions)
+
+
+def _fill(dataset: h5py.Dataset, items: Array) -> None:
+    _resize(dataset, len(items))
+    if len(items):
+        dataset[:] = items
+
+
+def _resize(dataset: h5py.Dataset, count: int) -> None:
+    dataset.resize(count, axis=0)

@@ -1,0 +1,222 @@
+"""The shards of a run of several processes: found, told from others, and opened as one trace.
+
+docs/format.md says how shards are named and stamped.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from grutrace.distributed import Shard
+from grutrace.errors import GrutraceWarning, OptionError, TraceFileError, as_path, brief
+from grutrace.storage.format.shard_stamp import merged_of, shard_of
+from grutrace.storage.format.tables import Tables
+from grutrace.storage.hdf5.errors import reading
+from grutrace.storage.hdf5.handle import released_afterwards
+from grutrace.storage.interfaces import Source, SteadySource
+from grutrace.storage.read.file_source import FileSource
+from grutrace.storage.shards.concatenated import JoinedSource
+from grutrace.storage.shards.globs import is_glob, matching_files
+from grutrace.storage.shards.run_parts import RunSource, open_run, stamp_of
+
+#: How many missing ranks are named.
+SAID = 8
+
+#: The source of one shard: a file, or several of a `grutrace run`.
+ShardSource = FileSource | RunSource
+
+
+def open_files(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Source:
+    """The source of a file, of the run that it is the first part of, or of several shards.
+
+    Args:
+        path: Of a file; or a glob, or paths, of shards. A file whose name is such a glob comes
+            before what the glob finds. Parts of a run after the first may be among the paths.
+
+    Raises:
+        OptionError: There is no path.
+        TraceFileError: A file cannot be read, is no shard where there are several, or is of another
+            run or model; or a rank is there twice.
+    """
+    if isinstance(path, (str, os.PathLike)):
+        text = os.fspath(path)
+        if not is_glob(text) or os.path.exists(text):
+            source = open_run(path)
+            _warn_of_unmerged(source)
+            return source
+        found = matching_files(text)
+        if not found:
+            raise TraceFileError(f"{text} does not exist, and no file matches it")
+        if len(found) > 1 or _is_shard(found[0]):
+            return _open_shards(text, text, found)
+        return open_run(found[0])
+    expected = "the path of a trace, a glob, or the paths of several shards"
+    if isinstance(path, (bytes, bytearray)) or not isinstance(path, Iterable):
+        raise OptionError(f"path: expected {expected}; found {brief(path)}")
+    paths = [as_path(each) for each in path]
+    if not paths:
+        raise OptionError(f"path: expected {expected}; found none")
+    if len(paths) == 1:
+        return open_run(paths[0])
+    return _open_shards(f"{os.fspath(paths[0])} and {len(paths) - 1} more", None, paths)
+
+
+def _open_shards(
+    name: str, pattern: str | None, paths: Sequence[str | os.PathLike[str]]
+) -> ShardsSource:
+    opened = _opened(paths)
+    try:
+        source = ShardsSource(name, pattern, opened)
+        _warn(name, source.missing, opened[0][0].world_size, "no file of")
+    except BaseException:
+        _close(opened)
+        raise
+    return source
+
+
+def _warn_of_unmerged(source: ShardSource) -> None:
+    """Say which ranks a merged file has nothing of."""
+    merged = merged_of(source.header)
+    if merged:
+        size = int(source.header.options["shards"]["world_size"])
+        there = {shard.rank for shard in merged}
+        _warn(source.name, [rank for rank in range(size) if rank not in there], size, "nothing of")
+
+
+def _warn(name: str, missing: Sequence[int], world_size: int, what: str) -> None:
+    if missing:
+        few = ", ".join(map(str, missing[:SAID])) + " and others" * (len(missing) > SAID)
+        warnings.warn(
+            f"{name}: of {world_size} ranks there is {what} {few}", GrutraceWarning, stacklevel=5
+        )
+
+
+def _is_shard(path: str) -> bool:
+    source = FileSource(path)
+    try:
+        return shard_of(source.header) is not None
+    finally:
+        source.close()
+
+
+class ShardsSource(JoinedSource):
+    """Shards in files as one `Source`.
+
+    Args:
+        name: Of the whole.
+        pattern: A glob for files of ranks that are missing so far.
+        opened: The shards and their sources, in the order of the ranks.
+
+    Raises:
+        TraceFileError: They do not belong together.
+    """
+
+    def __init__(
+        self, name: str, pattern: str | None, opened: Sequence[tuple[Shard, ShardSource]]
+    ) -> None:
+        self._pattern = pattern
+        _require_one_run(opened)
+        shards, sources = zip(*opened, strict=True)
+        super().__init__(name, shards, sources)
+
+    @property
+    def missing(self) -> list[int]:
+        """The ranks that there is no file of."""
+        there = {shard.rank for shard in self._shards}
+        return [rank for rank in range(self._shards[0].world_size) if rank not in there]
+
+    def refresh(self) -> Tables:
+        """The tables of everything there is by now, of ranks that have come since, too."""
+        if self._pattern is not None and self.missing:
+            known = _real(self.files)
+            new = [
+                each
+                for each in matching_files(self._pattern)
+                if os.path.realpath(each) not in known
+            ]
+            opened = _opened(new, orphans=True)
+            try:
+                _require_one_run([*zip(self._shards, self._sources, strict=True), *opened])
+                for shard, source in opened:
+                    self.add(shard, source)
+            except BaseException:
+                _close(opened)
+                raise
+        return super().refresh()
+
+
+def _opened(
+    paths: Iterable[str | os.PathLike[str]], *, orphans: bool = False
+) -> list[tuple[Shard, ShardSource]]:
+    """The shards in these files, in the order of their ranks, each with all parts of its run.
+
+    Args:
+        paths: Of the files. Later parts of a run belong to its first, and are left out.
+        orphans: Whether parts may be there without the first.
+    """
+    opened: list[tuple[Shard, ShardSource]] = []
+    parts: list[str] = []
+    try:
+        for path in paths:
+            source = open_run(path)
+            opened.append((_shard(source, path), source))
+            # Now it finds the other parts of its run; and of many shards few are read at a time.
+            with released_afterwards():
+                source.refresh()
+            stamp = stamp_of(source.header.options)
+            if stamp is not None and stamp.part > 1:
+                parts.append(os.path.realpath(path))
+                opened.pop()[1].close()
+        known = {file for _, source in opened for file in _real(source.files)}
+        for part in parts:
+            if part not in known and not orphans:
+                raise TraceFileError(f"{part} is part of a run whose first file is not there")
+    except BaseException:
+        _close(opened)
+        raise
+    return sorted(opened, key=lambda each: each[0].rank)
+
+
+def _shard(source: ShardSource, path: str | os.PathLike[str]) -> Shard:
+    try:
+        with reading(Path(path)):
+            shard = shard_of(source.header)
+        if shard is None:
+            raise TraceFileError(
+                f"{os.fspath(path)} cannot be read together with others, for it is no shard: one "
+                "process alone made it, or it is merged already"
+            )
+    except BaseException:
+        source.close()
+        raise
+    return shard
+
+
+def _require_one_run(opened: Sequence[tuple[Shard, SteadySource]]) -> None:
+    """Refuse shards of different runs, and two of one rank."""
+    first, of_first = next((each for each in opened if each[0].id is not None), opened[0])
+    by_rank: dict[int, SteadySource] = {}
+    for shard, source in opened:
+        both = f"{of_first.name} and {source.name}"
+        if shard.id is not None and shard.id != first.id:
+            raise TraceFileError(f"{both} are shards of different runs")
+        if shard.world_size != first.world_size:
+            raise TraceFileError(
+                f"{both} are shards of different runs: of {first.world_size} and of "
+                f"{shard.world_size} processes"
+            )
+        other = by_rank.setdefault(shard.rank, source)
+        if other is not source:
+            raise TraceFileError(f"{other.name} and {source.name} are both of rank {shard.rank}")
+
+
+def _real(files: Iterable[Path]) -> set[str]:
+    return {os.path.realpath(file) for file in files}
+
+
+def _close(opened: Iterable[tuple[Shard, ShardSource]]) -> None:
+    for _, source in opened:
+        source.close()

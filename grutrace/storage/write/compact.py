@@ -1,0 +1,168 @@
+"""A small trace with chunks of its own size, and with those of a long one to append to it.
+
+HDF5 gives a dataset room by whole chunks, and those of a trace are for long runs: a call of a small
+layer would take 1.3 MB. So a small file is written anew when it is closed, with chunks as large as
+what they hold, and once more before it is appended to. Each time a new file takes the place of the
+old one, which a reader that has it open reads on.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from grutrace.records import Header
+from grutrace.storage.format.dimension_scales import extend_scales
+from grutrace.storage.format.schema import Column, layout
+from grutrace.storage.write.appender import Appender
+from grutrace.storage.write.create import Items, trace_image
+
+#: No trace with more data is written anew: what it could save is little beside that. Bytes.
+LARGEST = 16 * 1024 * 1024
+
+#: Nor one with more sites, for each of which HDF5 takes 10 ms.
+MOST_SITES = 100
+
+#: What is saved at least, and as a share of the data. Bytes.
+LEAST, SHARE = 16 * 1024, 1 / 4
+
+_VERSION = "format_version"
+
+#: The attributes by which HDF5 relates datasets and scales.
+_OF_SCALES = {"CLASS", "NAME", "DIMENSION_LIST", "DIMENSION_LABELS", "REFERENCE_LIST"}
+
+
+def is_wasteful(header: Header, items: Items) -> bool:
+    """Whether a file whose chunks are those of a long trace is worth being written anew.
+
+    Args:
+        header: Of the trace.
+        items: By place, how many items each dataset holds.
+    """
+    columns = layout(header.modules)
+    waste = sum(_waste(column, items[place]) for place, column in columns.items())
+    return _is_small(header, items) and waste > max(LEAST, SHARE * _data(header, items))
+
+
+def has_small_chunks(file: h5py.File, header: Header, items: Items) -> bool:
+    """Whether this is a small file whose chunks are smaller than those of a long trace.
+
+    Args:
+        file: Holds the trace.
+        header: Of it.
+        items: By place, how many items of each dataset count.
+    """
+    return _is_small(header, items) and any(
+        file[place].chunks is not None and file[place].chunks[0] < column.chunks[0]
+        for place, column in layout(header.modules).items()
+    )
+
+
+def copy_image(
+    file: h5py.File, header: Header, items: Items, committed: Any, *, fitted: bool
+) -> bytes:
+    """The bytes of a file with the same content.
+
+    Args:
+        file: Holds the trace.
+        header: Of it.
+        items: By place, how many items of each dataset count.
+        committed: The counts of the new file.
+        fitted: Whether its chunks are as large as what they hold, or as those of a long trace.
+    """
+
+    def fill(copy: h5py.File) -> None:
+        for place, count in items.items():
+            appender = Appender(copy[place], 0)
+            if count:
+                appender.stage(np.asarray(file[place][:count]))
+                appender.write()
+        extend_scales(copy, header.modules, items)
+        copy["committed"][()] = committed
+
+    return trace_image(header, items if fitted else None, fill)
+
+
+def holds_more(file: h5py.File, image: bytes) -> bool:
+    """Whether something is in a file that a copy of it would lose: others may have put it there."""
+    with h5py.File(io.BytesIO(image), "r") as copy:
+        # A file of an older version of the format stays of that.
+        same_version = tuple(file.attrs[_VERSION]) == tuple(copy.attrs[_VERSION])
+        return not same_version or any(_differences(file, copy))
+
+
+def keeps_owner(path: Path, new: Path) -> bool:
+    """Give a new file the permissions of the one that it replaces; False if it cannot be as that.
+
+    What has several hard links is one file under all its names, and a new one would not be.
+
+    Raises:
+        OSError: The permissions cannot be set.
+    """
+    old, made = path.stat(), new.stat()
+    if old.st_nlink > 1 or (old.st_uid, old.st_gid) != (made.st_uid, made.st_gid):
+        return False
+    if _extended(path):
+        return False
+    shutil.copymode(path, new)
+    return True
+
+
+def _extended(path: Path) -> bool:
+    """Whether a file has attributes or access lists that a new one would not get by itself."""
+    try:
+        names = os.listxattr(path)
+    except (OSError, AttributeError):
+        return False
+    return any(name.startswith(("user.", "system.posix_acl")) for name in names)
+
+
+def _is_small(header: Header, items: Items) -> bool:
+    sites = sum(len(module.sites) for module in header.modules)
+    return sites <= MOST_SITES and _data(header, items) <= LARGEST
+
+
+def _data(header: Header, items: Items) -> int:
+    """Bytes of all items."""
+    columns = layout(header.modules)
+    return sum(items[place] * _item_bytes(column) for place, column in columns.items())
+
+
+def _item_bytes(column: Column) -> int:
+    return math.prod(column.item) * column.dtype.itemsize
+
+
+def _waste(column: Column, count: int) -> int:
+    """Bytes of a chunk that holds fewer items than it could, where it is the only one."""
+    missing = column.chunks[0] - count if 0 < count < column.chunks[0] else 0
+    return missing * _item_bytes(column)
+
+
+def _differences(group: h5py.Group, copy: h5py.Group) -> Iterator[bool]:
+    yield bool(set(group.attrs) - set(copy.attrs) - _OF_SCALES)
+    links: Mapping[str, Any] = group
+    for name in links:
+        if name not in copy or group.get(name, getlink=True).__class__ is not h5py.HardLink:
+            yield True
+            continue
+        found, copied = group[name], copy[name]
+        if type(found) is not type(copied):
+            yield True
+        elif isinstance(found, h5py.Group):
+            yield from _differences(found, copied)
+        else:
+            yield bool(set(found.attrs) - set(copied.attrs) - _OF_SCALES)
+            yield _filters(found) != _filters(copied)
+
+
+def _filters(dataset: h5py.Dataset) -> list[int]:
+    made = dataset.id.get_create_plist()
+    return [made.get_filter(number)[0] for number in range(made.get_nfilters())]

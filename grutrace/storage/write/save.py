@@ -1,0 +1,124 @@
+"""From a trace in memory to a file: what a tracer with that path would have written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from grutrace.errors import OptionError
+from grutrace.records import Array, Header
+from grutrace.storage.format.dimension_scales import extend_scales
+from grutrace.storage.format.schema import COMMITTED, TABLES
+from grutrace.storage.hdf5.atomic_write import naming, put_in_place, room_for, sync, sync_name
+from grutrace.storage.hdf5.handle import file_identity, lead_nowhere, let_go
+from grutrace.storage.write.appender import Appender
+from grutrace.storage.write.claims import Claim
+from grutrace.storage.write.create import create
+from grutrace.storage.write.overwrite import require_replaceable
+
+#: What is written at a time. Bytes.
+BLOCK = 8 * 1024 * 1024
+
+#: What may become of a file that exists.
+MODES = ("w", "overwrite")
+
+
+def save_trace(
+    path: str | os.PathLike[str], header: Header, items: Mapping[str, Array], mode: str
+) -> None:
+    """Write a trace file, closed in order. It takes its place once it is whole.
+
+    Args:
+        path: Of the file.
+        header: Of the trace.
+        items: By its place in the file, all items of each dataset.
+        mode: "w" refuses a path that exists, "overwrite" replaces a trace.
+
+    Raises:
+        OptionError: The path is none, or there is no such mode.
+        TraceFileError: The file exists, or cannot be written. Nothing is left behind.
+    """
+    if mode not in MODES:
+        raise OptionError(f"mode: expected one of {', '.join(MODES)}, found {mode!r}")
+    if not isinstance(path, (str, os.PathLike)):
+        raise OptionError(f"path: expected the path of a file, found {path!r}")
+    target = Path(os.path.realpath(path))
+    committed = np.zeros((), COMMITTED)
+    for name in TABLES:
+        committed[name] = len(items[name])
+    committed["closed"] = True
+    counts = {place: len(array) for place, array in items.items()}
+
+    def blocks(place: str, count: int) -> Iterator[Array]:
+        array = items[place]
+        step = max(1, BLOCK // max(1, array[:1].nbytes))
+        return (array[start : start + step] for start in range(0, count, step))
+
+    claim = Claim(target)
+    try:
+        if mode == "overwrite":
+            require_replaceable(target)
+        new = room_for(target, mode)
+        try:
+            write_datasets(target, new, header, counts, committed, blocks)
+            put_in_place(new, target, mode)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                new.unlink(missing_ok=True)
+            raise
+        with naming(target, "created"):
+            sync_name(target)
+    finally:
+        claim.release()
+
+
+def write_datasets(
+    path: Path,
+    new: Path,
+    header: Header,
+    counts: Mapping[str, int],
+    committed: Array,
+    blocks: Callable[[str, int], Iterator[Array]],
+    advance: Callable[[int], None] | None = None,
+) -> None:
+    """Write a whole file, which the disk holds when this returns.
+
+    Args:
+        path: What errors name.
+        new: Where it is made.
+        header: Of the trace.
+        counts: By its place in the file, how many items each dataset gets.
+        committed: The counts that a reader goes by.
+        blocks: Gives the first items of a dataset, some at a time.
+        advance: Told how many bytes are written.
+
+    Raises:
+        TraceFileError: It cannot be written.
+    """
+    file = create(path, new, header, counts)
+    descriptor, identity = file.id.get_vfd_handle(), file_identity(file)
+    try:
+        done = 0
+        for place, count in counts.items():
+            appender = Appender(file[place], 0)
+            for items in blocks(place, count):
+                with naming(path, "written"):
+                    appender.stage(items)
+                    appender.write()
+                done += items.nbytes
+                if advance is not None:
+                    advance(done)
+        with naming(path, "written"):
+            extend_scales(file, header.modules, counts)
+            file["committed"][()] = committed
+            file.flush()
+            sync(descriptor)
+            file.close()
+    except BaseException:
+        lead_nowhere(descriptor, identity)
+        let_go(file, identity)
+        raise

@@ -1,0 +1,172 @@
+"""Whether a record fits what was recorded before it. Both sinks ask here, so both refuse alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from grutrace.errors import SinkError
+from grutrace.records import MARKS, Annotation, Array, Block, Module, Record, Site, Weights
+from grutrace.storage.format.schema import weight_shapes, width
+
+
+@dataclass
+class _Plan:
+    """What to ask of each record of one module, worked out once; and what it has had so far."""
+
+    module: Module
+    sites: tuple[tuple[str, int, tuple[tuple[str, int], ...]], ...]
+    dtype: np.dtype[Any]
+    never_continues: bool
+    sequences: int = 0
+    versions: int = 0
+
+
+class Admission:
+    """Counts the sequences and weights of each module, and refuses what does not fit.
+
+    Numbers count from 0 in the run that makes the records, whatever a file held before.
+    """
+
+    def __init__(self, modules: Sequence[Module]) -> None:
+        self._plans = [_plan(module) for module in modules]
+
+    def admit(self, record: Record) -> None:
+        """Take note of a record that may be stored.
+
+        Raises:
+            SinkError: It does not fit; nothing was noted. The message says what was expected,
+                what was found, and where.
+        """
+        if not 0 <= record.module < len(self._plans):
+            raise _refusal("a record", f"a module below {len(self._plans)}", record.module)
+        plan = self._plans[record.module]
+        if isinstance(record, Block):
+            _admit_block(plan, record)
+        elif isinstance(record, Weights):
+            _admit_weights(plan, record)
+        else:
+            _admit_annotation(plan, record)
+
+
+def _plan(module: Module) -> _Plan:
+    return _Plan(
+        module=module,
+        sites=tuple(
+            (site.suffix, module.unit_count(site), _widths(module, site)) for site in module.sites
+        ),
+        dtype=np.dtype(module.dtype),
+        never_continues=any(site.reverse for site in module.sites),
+    )
+
+
+def _widths(module: Module, site: Site) -> tuple[tuple[str, int], ...]:
+    return tuple((quantity, width(module, site, quantity)) for quantity in site.quantities)
+
+
+def _admit_block(plan: _Plan, block: Block) -> None:
+    begun = _begun(plan, block)
+    if not 0 <= block.weights < plan.versions:
+        raise _refusal(_call(plan), f"weights announced before it, {plan.versions}", block.weights)
+    rows = int(block.steps.sum())
+    for suffix, units, quantities in plan.sites:
+        site = block.sites.get(suffix)
+        if site is None:
+            raise _refusal(_call(plan), f"site {suffix!r}", list(block.sites))
+        for quantity, columns in quantities:
+            _require_array(plan, suffix, quantity, site.rows.get(quantity), (rows, columns))
+        _require_array(plan, suffix, "initial", site.initial, (begun, units))
+    for fork in block.forks:
+        last = plan.sequences + begun
+        if not (plan.sequences <= fork.sequence < last and 0 <= fork.parent < fork.sequence):
+            raise _refusal(
+                _call(plan), f"a fork of {plan.sequences} to {last - 1} from an earlier one", fork
+            )
+    for origin in block.origins:
+        begins = plan.sequences <= origin.sequence < plan.sequences + begun
+        if not begins or origin.mark not in MARKS:
+            raise _refusal(
+                _call(plan), f"a mark ({', '.join(MARKS)}) of a sequence that it begins", origin
+            )
+    plan.sequences += begun
+
+
+def _begun(plan: _Plan, block: Block) -> int:
+    """How many sequences the block begins, its steps and sequences being in order."""
+    steps, sequences = block.steps, block.sequences
+    if steps.ndim != 1 or steps.shape != sequences.shape:
+        raise _refusal(
+            _call(plan), "steps and sequences of shape (B,)", (steps.shape, sequences.shape)
+        )
+    numbers: list[int] = sequences.tolist()
+    unused = plan.sequences
+    for number in numbers:
+        if number == unused:
+            unused += 1
+        elif number > unused:
+            raise _refusal(_call(plan), f"sequence {unused} to begin next", number)
+    begun = unused - plan.sequences
+    if begun < len(numbers):
+        if plan.never_continues:
+            raise _refusal(
+                _call(plan), "sequences that begin, for it has a reverse direction", numbers
+            )
+        if len(set(numbers)) < len(numbers):
+            raise _refusal(_call(plan), "one piece of each sequence", numbers)
+    return begun
+
+
+def _require_array(
+    plan: _Plan, suffix: str, quantity: str, array: Array | None, shape: tuple[int, int]
+) -> None:
+    if array is None:
+        raise _refusal(_call(plan), f"{suffix}.{quantity}", "nothing")
+    if array.shape != shape or array.dtype != plan.dtype:
+        raise _refusal(
+            f"{_call(plan)}, {suffix}.{quantity}",
+            f"{plan.dtype} {shape}",
+            f"{array.dtype} {array.shape}",
+        )
+
+
+def _admit_weights(plan: _Plan, weights: Weights) -> None:
+    where = f"weights of module {plan.module.path!r}"
+    if weights.version != plan.versions:
+        raise _refusal(where, f"version {plan.versions}", weights.version)
+    for site in plan.module.sites:
+        shapes = weight_shapes(plan.module, site)
+        found = {
+            name: array.shape for name, array in _of(weights.sites, site.suffix, where).items()
+        }
+        if found != shapes:
+            raise _refusal(f"{where}, {site.suffix}", shapes, found)
+    plan.versions += 1
+
+
+def _of(sites: Mapping[str, Mapping[str, Array]], suffix: str, where: str) -> Mapping[str, Array]:
+    if suffix not in sites:
+        raise _refusal(where, f"site {suffix!r}", list(sites))
+    return sites[suffix]
+
+
+def _admit_annotation(plan: _Plan, annotation: Annotation) -> None:
+    where = f"{annotation.name!r} of module {plan.module.path!r}"
+    if not 0 <= annotation.sequence < plan.sequences:
+        raise _refusal(
+            where, f"a sequence that has begun, of {plan.sequences}", annotation.sequence
+        )
+    if annotation.first < 0:
+        raise _refusal(where, "a first step from 0", annotation.first)
+    if len({isinstance(value, str) for value in annotation.values}) > 1:
+        raise _refusal(where, "all text or all numbers", annotation.values)
+
+
+def _call(plan: _Plan) -> str:
+    return f"a call of module {plan.module.path!r}"
+
+
+def _refusal(where: str, expected: object, found: object) -> SinkError:
+    return SinkError(f"{where} cannot be recorded: expected {expected}, found {found}")
