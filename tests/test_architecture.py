@@ -1,4 +1,4 @@
-"""Imports go one way, as docs/architecture.md draws it."""
+"""Imports go one way, folder by folder, as docs/architecture.md draws it."""
 
 from __future__ import annotations
 
@@ -9,37 +9,89 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "grutrace"
 
-#: What each part may import of grutrace, beside itself.
-ALLOWED = {
-    "errors": set(),
-    "record": set(),
-    "shard": {"errors"},
-    "reprs": set(),
-    "gru": {"errors", "record"},
-    "storage": {"errors", "record", "reprs", "shard"},
-    "arrays": {"errors", "record", "storage"},
-    "capture": {
-        *("errors", "record", "shard", "gru"),
-        *("storage.sinks", "storage.trace", "storage.moment"),
-    },
-    "analysis": {
-        *("errors", "record", "reprs", "gru", "storage", "statistics"),
-        "arrays.reopened",
-    },
-    "statistics": {"errors", "record", "reprs", "shard", "storage"},
-    "export": {"errors", "record", "storage"},
-    "run": {"errors", "record", "shard", "capture", "storage"},
-    "cli": {"errors", "record", "storage", "analysis", "statistics", "export", "run"},
-    "__main__": {"cli", "errors"},
-    "__init__": {"errors", "capture", "storage", "statistics"},
+#: Folders whose sub-folders, and whose own files, are parts of their own.
+DIVIDED = {"storage", "capture", "analysis"}
+
+#: The shared vocabulary: what each of these files may import; every part may import all of them.
+BASE = {
+    "errors": set[str](),
+    "reprs": set[str](),
+    "records": set[str](),
+    "options": {"records"},
+    "distributed": {"errors"},
 }
 
-#: Files that may import more: reading derives gates, by the equations that stand in `gru`, and a
-#: trace gives arrays of other libraries.
-EXCEPTIONS = {
-    "storage/derived.py": {"gru.derive"},
-    "storage/proofs.py": {"gru.batch"},
-    "storage/trace.py": {"arrays.chunked", "arrays.labelled", "dask", "xarray"},
+#: What each part may import beside the base, from the lowest to the highest.
+ALLOWED = {
+    "gru": set[str](),
+    "storage/hdf5": set[str](),
+    "storage/format": {"storage/hdf5"},
+    "storage/interfaces": {"storage/format"},
+    "storage/write": {"storage/hdf5", "storage/format"},
+    "storage/save": {"storage/hdf5", "storage/format", "storage/write"},
+    "storage/memory": {"storage/format", "storage/write"},
+    "storage/read": {
+        *("storage/hdf5", "storage/format", "storage/interfaces"),
+        *("storage/memory", "storage/save"),
+    },
+    "storage/shards": {
+        *("storage/hdf5", "storage/format", "storage/interfaces"),
+        *("storage/write", "storage/read"),
+    },
+    "storage/recovery": {"storage/hdf5", "storage/format", "storage/save", "storage/shards"},
+    "storage/open": {
+        *("storage/format", "storage/interfaces", "storage/write"),
+        *("storage/memory", "storage/read", "storage/shards"),
+    },
+    "arrays": {"storage/hdf5", "storage/format", "storage/interfaces", "storage/read"},
+    "statistics": {
+        *("storage/hdf5", "storage/format", "storage/interfaces"),
+        *("storage/write", "storage/read"),
+    },
+    "capture/annotation_values": set[str](),
+    "capture/options": set[str](),
+    "capture/kernel_calls": {"gru"},
+    "capture/selection": {"gru", "capture/options"},
+    "capture/recording": {
+        *("gru", "capture/options", "capture/annotation_values"),
+        *("capture/kernel_calls", "capture/selection"),
+    },
+    "capture/tracer": {
+        *("gru", "storage/read", "storage/open", "capture/options"),
+        *("capture/kernel_calls", "capture/selection", "capture/recording"),
+    },
+    "analysis/engine": {"storage/interfaces", "storage/read", "arrays"},
+    "analysis/registry": {"analysis/engine"},
+    "analysis/verification": {
+        *("gru", "storage/format", "storage/interfaces", "storage/read", "storage/open"),
+    },
+    "analysis/descriptive": {"storage/read", "statistics", "analysis/engine"},
+    "analysis/memory": {"storage/read", "analysis/engine"},
+    "analysis/dynamics": {"storage/read", "statistics", "analysis/engine"},
+    "analysis/labels": {"storage/read", "statistics", "analysis/engine"},
+    "analysis/compare": {
+        *("storage/interfaces", "storage/read", "analysis/engine", "analysis/verification"),
+    },
+    "export": {"storage/hdf5", "storage/format", "storage/interfaces", "storage/read"},
+    "run": {
+        *("storage/hdf5", "storage/shards", "capture/kernel_calls", "capture/selection"),
+        *("capture/recording", "capture/tracer"),
+    },
+    "cli": {
+        *("storage/hdf5", "storage/read", "storage/shards", "storage/recovery", "storage/open"),
+        *("statistics", "analysis/engine", "analysis/registry", "analysis/verification"),
+        *("analysis/descriptive", "analysis/compare", "export", "run"),
+    },
+    "__main__": {"cli"},
+    "__init__": {"storage/read", "storage/open", "statistics", "capture/tracer"},
+}
+
+#: Imports inside functions, which keep torch or an extra out of a path that does not need it: gates
+#: are recomputed when they are read, and a trace gives arrays of other libraries.
+LATE = {
+    "storage/read/recomputed.py": {"gru"},
+    "storage/read/proofs.py": {"gru"},
+    "storage/read/trace.py": {"arrays"},
 }
 
 #: Libraries that only these parts may import.
@@ -55,18 +107,37 @@ ONLY = {
     "xarray": {"arrays"},
 }
 
-#: Within storage, writing and reading never meet, but in `sinks`, the door to both.
-WRITING = {"writer", "stream", "pump", "appender", "continuing", "admission", "entries"}
-READING = {
-    *("reader", "rows", "trace", "site", "sequence", "index", "moment"),
-    *("combined", "parts", "ingredients", "derived", "proofs", "labels"),
-    *("joined", "shards", "stacked", "merged", "virtual", "merging", "probe"),
+#: For the type checker only.
+NAMED_ONLY = {"storage/read/trace.py": {"dask", "xarray"}}
+
+#: Modules in a folder, beside its __init__.
+MOST_MODULES = 13
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    """The part that a file of the package belongs to."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    if len(parts) > 1 and parts[0] in DIVIDED:
+        return "/".join(parts[:2])
+    return parts[0]
+
+
+#: By dotted name, the part of every module.
+PARTS = {
+    ".".join(("grutrace", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    ): part_of(path)
+    for path in SOURCES
 }
 
 
-def imports(source: str) -> set[str]:
+def imports(source: str, *, late: bool = True) -> set[str]:
+    """Names that a source imports; only those at its top level unless `late`."""
+    tree = ast.parse(source)
     found = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree) if late else tree.body:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -77,27 +148,18 @@ def imports(source: str) -> set[str]:
 
 def faults(part: str, source: str, file: str = "") -> set[str]:
     """The imports of a source in this part that go the wrong way."""
+    allowed = {part, *BASE.get(part, BASE), *ALLOWED.get(part, set())}
     wrong = set()
-    allowed_here = ALLOWED[part] | EXCEPTIONS.get(file, set())
-    for name in imports(source):
-        top, _, inner = name.partition(".")
-        if top in ONLY and part not in ONLY[top] and top not in allowed_here:
-            wrong.add(name)
-        if top != "grutrace" or not inner or inner.split(".")[0] == part:
-            continue
-        if not any(f"{inner}.".startswith(f"{allowed}.") for allowed in allowed_here) and not (
-            any(allowed.startswith(f"{inner}.") for allowed in allowed_here)
-        ):
-            wrong.add(name)
+    for late in (False, True):
+        allowed_now = allowed | (LATE.get(file, set()) if late else set())
+        for name in imports(source, late=late):
+            top = name.partition(".")[0]
+            if top in ONLY and part.partition("/")[0] not in ONLY[top]:
+                if not (late and top in NAMED_ONLY.get(file, set())):
+                    wrong.add(name)
+            elif name in PARTS and PARTS[name] not in {*allowed_now, "__init__", *DIVIDED}:
+                wrong.add(name)
     return wrong
-
-
-SOURCES = sorted(PACKAGE.rglob("*.py"))
-
-
-def part_of(path: Path) -> str:
-    first = path.relative_to(PACKAGE).parts[0]
-    return first.removesuffix(".py")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -106,47 +168,73 @@ def test_imports_go_one_way(path: Path) -> None:
     assert faults(part_of(path), path.read_text(encoding="utf-8"), file) == set()
 
 
-def test_storage_loads_what_is_beyond_it_only_when_it_is_asked_for() -> None:
-    for path in (PACKAGE / "storage").glob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        at_once = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
-        loaded = " ".join(map(ast.unparse, at_once))
-        assert "grutrace.gru" not in loaded
-        assert "grutrace.arrays" not in loaded
-        assert not {"xarray", "dask", "dask.array"} & set(loaded.split())
+def test_every_part_is_listed_and_imports_only_parts_before_it() -> None:
+    assert {part_of(path) for path in SOURCES} - {f"{each}/__init__" for each in DIVIDED} == {
+        *BASE,
+        *ALLOWED,
+    }
+    before: set[str] = set()
+    for part, allowed in ALLOWED.items():
+        assert allowed <= before, f"{part} may import {allowed - before}, which come after it"
+        before.add(part)
 
 
-def test_writing_and_reading_never_meet() -> None:
-    for own, other in ((WRITING, READING), (READING, WRITING)):
-        for name in own:
-            path = PACKAGE / "storage" / f"{name}.py"
-            reached = {each.rpartition(".")[2] for each in imports(path.read_text())}
-            assert not reached & other, f"{name} imports {reached & other}"
+def test_writing_and_reading_share_only_the_format_and_hdf5() -> None:
+    shared = {"storage/format", "storage/hdf5"}
+    assert ALLOWED["storage/write"] == shared
+    assert "storage/write" not in ALLOWED["storage/read"]
 
 
 @pytest.mark.parametrize(
     ("part", "source"),
     [
         ("gru", "from grutrace.capture import tracer"),
-        ("storage", "import torch"),
-        ("capture", "import h5py"),
-        ("capture", "from grutrace.storage.write.writer import Writer"),
-        ("storage", "from grutrace.gru import cell"),
-        ("storage", "from grutrace.statistics import feed"),
-        ("storage", "from grutrace.arrays import chunked"),
-        ("analysis", "import xarray"),
+        ("storage/read", "import torch"),
+        ("capture/tracer", "import h5py"),
+        ("capture/tracer", "from grutrace.storage.write.writer import Writer"),
+        ("storage/read", "from grutrace.storage.write import writer"),
+        ("storage/write", "from grutrace.storage.read.trace import Trace"),
+        ("storage/write", "from grutrace.storage.shards import merge"),
+        ("storage/hdf5", "from grutrace.storage.format import schema"),
+        ("storage/read", "from grutrace.gru import cell"),
+        ("storage/write", "from grutrace.statistics import sink"),
+        ("storage/read", "from grutrace.arrays import dask_arrays"),
+        ("analysis/labels", "import xarray"),
+        ("analysis/labels", "from grutrace.analysis.memory import timescales"),
+        ("analysis/engine", "from grutrace.analysis import registry"),
         ("arrays", "from grutrace.capture.tracer import Tracer"),
-        ("capture", "from grutrace.statistics.running import Statistics"),
-        ("analysis", "from grutrace import cli"),
-        ("export", "from grutrace.analysis import summary"),
+        ("capture/kernel_calls", "from grutrace.capture.recording import journal"),
+        ("capture/options", "from grutrace.capture.selection import find"),
+        ("capture/tracer", "from grutrace.statistics.running import Statistics"),
+        ("analysis/verification", "from grutrace.cli import app"),
+        ("export", "from grutrace.analysis.descriptive import saturation"),
         ("cli", "import zarr"),
-        ("shard", "import torch.distributed"),
-        ("shard", "from grutrace.records import Header"),
+        ("distributed", "import torch.distributed"),
+        ("distributed", "from grutrace.records import Header"),
         ("errors", "def f():\n    import grutrace.records"),
     ],
 )
 def test_control_a_wrong_import_is_noticed(part: str, source: str) -> None:
     assert faults(part, source)
+
+
+def test_control_a_late_import_is_allowed_only_inside_a_function() -> None:
+    file, source = "storage/read/trace.py", "from grutrace.arrays import dask_arrays"
+    assert not faults("storage/read", f"def f():\n    {source}", file)
+    assert faults("storage/read", source, file)
+
+
+def test_no_folder_has_too_many_modules() -> None:
+    for folder in {path.parent for path in SOURCES}:
+        modules = [path for path in folder.glob("*.py") if path.stem != "__init__"]
+        assert len(modules) <= MOST_MODULES, f"{folder} has {len(modules)} modules"
+
+
+def cycles(graph: dict[str, set[str]]) -> set[str]:
+    """Modules that import one another in a circle, or are imported from one."""
+    while leaves := {name for name, found in graph.items() if not found}:
+        graph = {name: found - leaves for name, found in graph.items() if name not in leaves}
+    return set(graph)
 
 
 def test_there_is_no_cycle_between_files() -> None:
@@ -159,6 +247,8 @@ def test_there_is_no_cycle_between_files() -> None:
         name: {each for each in imports(path.read_text(encoding="utf-8")) if each in names}
         for name, path in names.items()
     }
-    while leaves := {name for name, found in graph.items() if not found}:
-        graph = {name: found - leaves for name, found in graph.items() if name not in leaves}
-    assert graph == {}
+    assert cycles(graph) == set()
+
+
+def test_control_a_cycle_is_noticed() -> None:
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": set()}) == {"a", "b", "c"}

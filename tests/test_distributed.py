@@ -239,7 +239,7 @@ dist.init_process_group("gloo")
 steps(parallel(Tagger()), dist.get_rank())
 torch.nn.GRU(2, 3)(torch.randn(4, 2))
 # One write: each rank's line stays whole where both share a pipe.
-sys.stdout.write(f"trained {{sys.argv[1:]}} {{__name__}}\n")
+sys.stdout.write(f"trained {{sys.argv[1:]}} {{__name__}}\\n")
 dist.destroy_process_group()
 """
 

@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from inspect import signature
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import pytest
@@ -19,13 +19,10 @@ import torch
 import grutrace
 from grutrace.__main__ import main
 from grutrace.analysis.verification.verify import verify
-from grutrace.capture.kernel_calls.compiled_graphs import CompiledCode
-from grutrace.capture.kernel_calls.observation import STACKS
-from grutrace.capture.options import OnError
-from grutrace.capture.recording.weight_versions import WeightChecks
-from grutrace.capture.tracer import Check, Gates
-from grutrace.run import settings
-from grutrace.storage.open import Mode
+from grutrace.capture.tracer import Tracer
+from grutrace.cli.run import run as command_run
+from grutrace.options import OPTIONS
+from grutrace.run.settings import Settings
 from grutrace.storage.shards.run_parts import part_path
 from tests.capture.models import EncoderDecoder
 from tests.plain_reader import PlainTrace
@@ -524,14 +521,17 @@ def test_what_cannot_be_is_refused_before_the_script_runs(tmp_path, capsys) -> N
     assert not list(tmp_path.glob("*.h5"))
 
 
-def test_the_allowed_values_are_those_of_the_tracer() -> None:
-    assert set(settings.STACKS) == set(STACKS)
-    assert set(settings.CHECKS) == set(get_args(Check))
-    assert set(settings.MODES) == set(get_args(Mode))
-    assert set(settings.GATES) == set(get_args(Gates))
-    assert set(settings.ON_ERROR) == set(get_args(OnError))
-    assert set(settings.WEIGHTS) == set(get_args(WeightChecks))
-    assert set(settings.COMPILED) == set(get_args(CompiledCode))
+def test_the_defaults_of_the_options_are_those_of_the_tracer_and_the_command() -> None:
+    def defaults(function) -> dict[str, object]:
+        return {name: each.default for name, each in signature(function).parameters.items()}
+
+    tracer = {name: value for name, value in defaults(Tracer).items() if name in OPTIONS}
+    assert tracer == {name: option.default for name, option in OPTIONS.items()}
+    command = {name: value for name, value in defaults(command_run).items() if name in OPTIONS}
+    # A script goes on by itself; None stands for the tracer's own.
+    others = {"on_error": "warn", "sites": None, "record": None, "state_memory": None}
+    assert command == {name: OPTIONS[name].default for name in command} | others
+    assert set(Settings.__dataclass_fields__) & OPTIONS.keys() == set(command)
 
 
 TWO = """

@@ -49,33 +49,49 @@ class Measure:
 
 
 MEASURES = {
-    "saturation": Measure("saturation", "saturation", "how often gates are shut or open"),
-    "rounding": Measure("rounding", "rounding", "by how much a smaller type has rounded"),
+    "saturation": Measure(
+        "descriptive.saturation", "saturation", "how often gates are shut or open"
+    ),
+    "rounding": Measure(
+        "descriptive.quantization", "rounding", "by how much a smaller type has rounded"
+    ),
     "moments": Measure(
-        "moments", "moments", "mean, spread, skewness and tails of gates and states"
+        "descriptive.distribution",
+        "moments",
+        "mean, spread, skewness and tails of gates and states",
     ),
-    "quantiles": Measure("quantiles", "quantiles", "which values gates and states take how often"),
-    "timescales": Measure("timescales", "timescales", "for how many steps each unit remembers"),
+    "quantiles": Measure(
+        "descriptive.distribution", "quantiles", "which values gates and states take how often"
+    ),
+    "timescales": Measure(
+        "memory.timescales", "timescales", "for how many steps each unit remembers"
+    ),
     "autocorrelation": Measure(
-        "autocorrelation", "autocorrelation", "how long each state resembles itself"
+        "memory.autocorrelation", "autocorrelation", "how long each state resembles itself"
     ),
-    "memory": Measure("memory", "memory", "how old what the states hold is"),
+    "memory": Measure("memory.age", "memory", "how old what the states hold is"),
     "jacobian": Measure(
-        "jacobian", "step_jacobians", "by how much single steps shrink or grow differences"
+        "dynamics.jacobian", "step_jacobians", "by how much single steps shrink or grow differences"
     ),
-    "lyapunov": Measure("lyapunov", "lyapunov", "whether a network is chaotic"),
-    "fixed_points": Measure("fixed_points", "fixed_points", "where the state would stay"),
+    "lyapunov": Measure("dynamics.lyapunov", "lyapunov", "whether a network is chaotic"),
+    "fixed_points": Measure("dynamics.fixed_points", "fixed_points", "where the state would stay"),
     "gate_activation": Measure(
-        "gate_activation", "gate_activation", "boundaries where a gate changes", ("label",)
+        "labels.segmentation", "gate_activation", "boundaries where a gate changes", ("label",)
     ),
     "selectivity": Measure(
-        "selectivity", "selectivity", "which unit follows a label", ("label",), ("label",)
+        "labels.selectivity", "selectivity", "which unit follows a label", ("label",), ("label",)
     ),
-    "probe": Measure("probes", "probe", "what can be read from states", ("label",), ("label",)),
-    "geometry": Measure("geometry", "geometry", "in how many directions states move"),
-    "writes": Measure("writes", "writes", "how much of the update is used"),
+    "probe": Measure(
+        "labels.probe", "probe", "what can be read from states", ("label",), ("label",)
+    ),
+    "geometry": Measure("descriptive.geometry", "geometry", "in how many directions states move"),
+    "writes": Measure("memory.update_sparsity", "writes", "how much of the update is used"),
     "change": Measure(
-        "change", "change", "what moved between two traces", ("against", "paired"), ("against",)
+        "compare.change",
+        "change",
+        "what moved between two traces",
+        ("against", "paired"),
+        ("against",),
     ),
 }
 

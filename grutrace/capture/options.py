@@ -12,35 +12,26 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import version
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import torch
 
-from grutrace.capture.kernel_calls.compiled_graphs import CompiledCode
-from grutrace.capture.kernel_calls.observation import STACKS, Stacks
-from grutrace.capture.recording.weight_versions import WeightChecks
 from grutrace.errors import OptionError, brief, require_one_of
-from grutrace.storage.open import Compression
+from grutrace.options import (
+    DTYPES,
+    STACKS,
+    STATE_MEMORY,
+    Check,
+    CompiledCode,
+    Compression,
+    Gates,
+    OnError,
+    Stacks,
+    WeightChecks,
+)
 
-Check = Literal["warn", "raise", "off"]
-
-#: What a sink that fails does to the run: end it, or let it go on untraced.
-OnError = Literal["raise", "warn"]
-
-#: Bytes of final states that are remembered, to tell which sequence a call goes on with: with one
-#: module of 256 float32 units, some 2,800 sequences that wait, and 360 states to fork from.
-STATE_MEMORY = "4 MiB"
-
-#: When gates are computed: with the call, outside the model's forward but before they are stored,
-#: or when they are read. Auto is what the model feels least while all gates are stored: the second
-#: (docs/performance.md) where the options allow for it, and else the first.
-Gates = Literal["auto", "inline", "background", "deferred"]
-
-#: The types that rows may be kept as: those of the trace file.
-STORED = ("float16", "float32", "float64")
-
-#: One of `STORED`, by name or as a type of torch or NumPy.
+#: One of `DTYPES`, by name or as a type of torch or NumPy.
 StoredType: TypeAlias = Any
 
 #: Which units: a slice, or their numbers.
@@ -208,8 +199,8 @@ def _stored_type(dtype: StoredType) -> str:
             name = np.dtype(dtype).name
         except TypeError:
             name = None
-    if name not in STORED:
-        raise OptionError(f"dtype: expected one of {', '.join(STORED)}; found {brief(dtype)}")
+    if name not in DTYPES:
+        raise OptionError(f"dtype: expected one of {', '.join(DTYPES)}; found {brief(dtype)}")
     return name
 
 

@@ -16,16 +16,11 @@ from typing import Any, Self
 from torch import nn
 
 from grutrace.capture.kernel_calls import compiled_graphs
-from grutrace.capture.kernel_calls.compiled_graphs import CompiledCode
 from grutrace.capture.kernel_calls.model_changes import place_of
-from grutrace.capture.kernel_calls.observation import GRUModule, KernelRun, Stacks
+from grutrace.capture.kernel_calls.observation import GRUModule, KernelRun
 from grutrace.capture.kernel_calls.subscription import StrangerWatch, Subscription
 from grutrace.capture.kernel_calls.torch_context import Missed, compiler_is_loaded
 from grutrace.capture.options import (
-    STATE_MEMORY,
-    Check,
-    Gates,
-    OnError,
     Options,
     StoredType,
     Units,
@@ -37,7 +32,6 @@ from grutrace.capture.recording.guarded_sink import LimitReached, Limits, Outlet
 from grutrace.capture.recording.journal import Journal, Marked, Unrecorded
 from grutrace.capture.recording.module_recorder import ModuleRecorder
 from grutrace.capture.recording.recording_block import Block, GivenNames, Recording, SequenceNames
-from grutrace.capture.recording.weight_versions import WeightChecks
 from grutrace.capture.selection import Selection, find, narrow, select
 from grutrace.distributed import ShardOption, chosen_shard, sharded
 from grutrace.errors import (
@@ -53,10 +47,19 @@ from grutrace.errors import (
     naming_unknown_options,
 )
 from grutrace.gru.residual import Doubt
+from grutrace.options import (
+    STATE_MEMORY,
+    Check,
+    CompiledCode,
+    Compression,
+    Gates,
+    Mode,
+    OnError,
+    Stacks,
+    WeightChecks,
+)
 from grutrace.records import DEFAULT_RECORD, Header, Origin
 from grutrace.storage.open import (
-    Compression,
-    Mode,
     SinkMaker,
     open_sink,
     open_source,

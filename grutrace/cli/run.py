@@ -7,21 +7,11 @@ from typing import Annotated
 
 import typer
 
-from grutrace.records import DEFAULT_RECORD, QUANTITIES
+from grutrace.options import OPTIONS
+from grutrace.records import DEFAULT_RECORD
 from grutrace.run.launch import launch
-from grutrace.run.settings import (
-    CHECKS,
-    COMPILED,
-    DTYPES,
-    GATES,
-    MODES,
-    ON_ERROR,
-    STACKS,
-    WEIGHTS,
-    Settings,
-)
+from grutrace.run.settings import Settings
 from grutrace.run.texts import size
-from grutrace.storage.hdf5.filters import COMPRESSIONS
 
 
 def run(
@@ -32,53 +22,35 @@ def run(
     output: Annotated[Path, typer.Option("--output", "-o", help="The trace.")] = Path("run.h5"),
     module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module.")] = False,
     sites: Annotated[
-        list[str] | None, typer.Option(help="Glob for names of sites. Can be repeated.")
+        list[str] | None, typer.Option(help=f"{OPTIONS['sites'].help} Can be repeated.")
     ] = None,
     record: Annotated[
         list[str] | None,
-        typer.Option(help=f"Out of {', '.join(QUANTITIES)}; commas between. Can be repeated."),
+        typer.Option(help=f"{OPTIONS['record'].help} Commas between. Can be repeated."),
     ] = None,
-    mode: Annotated[str, typer.Option(help=f"For a trace that exists: {', '.join(MODES)}.")] = "w",
-    check: Annotated[
-        str, typer.Option(help=f"What a residual past rounding does: {', '.join(CHECKS)}.")
-    ] = "warn",
-    stacks: Annotated[
-        str, typer.Option(help=f"How lower layers are seen: {', '.join(STACKS)}.")
-    ] = "auto",
-    gates: Annotated[
-        str, typer.Option(help=f"When they are computed: {', '.join(GATES)}.")
-    ] = "auto",
-    every: Annotated[int, typer.Option(help="Of each module, only each n-th call.")] = 1,
-    max_calls: Annotated[
-        int | None, typer.Option(help="Record no more than this many calls.")
-    ] = None,
+    mode: Annotated[str, typer.Option(help=OPTIONS["mode"].help)] = "w",
+    check: Annotated[str, typer.Option(help=OPTIONS["check"].help)] = "warn",
+    stacks: Annotated[str, typer.Option(help=OPTIONS["stacks"].help)] = "auto",
+    gates: Annotated[str, typer.Option(help=OPTIONS["gates"].help)] = "auto",
+    every: Annotated[int, typer.Option(help=OPTIONS["every"].help)] = 1,
+    max_calls: Annotated[int | None, typer.Option(help=OPTIONS["max_calls"].help)] = None,
     max_bytes: Annotated[
-        str | None, typer.Option(help="Record no more than this: 10GB, 512MiB.")
+        str | None, typer.Option(help=f"{OPTIONS['max_bytes'].help} For example 10GB or 512MiB.")
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help=f"What rows are kept as: {', '.join(DTYPES)}.")
+    dtype: Annotated[str | None, typer.Option(help=OPTIONS["dtype"].help)] = None,
+    units: Annotated[
+        str | None, typer.Option(help=f"{OPTIONS['units'].help} For example 0,3,7 or 0:32.")
     ] = None,
-    units: Annotated[str | None, typer.Option(help="Only these units: 0,3,7 or 0:32.")] = None,
     steps: Annotated[
-        str | None, typer.Option(help="Only these steps of each sequence: 5:20.")
+        str | None, typer.Option(help=f"{OPTIONS['steps'].help} For example 5:20.")
     ] = None,
-    on_error: Annotated[
-        str, typer.Option(help=f"What a file that fails does to the script: {', '.join(ON_ERROR)}.")
-    ] = "warn",
-    fsync: Annotated[
-        bool, typer.Option("--fsync", help="Have the disk itself hold what counts.")
-    ] = False,
-    compression: Annotated[
-        str | None, typer.Option(help=f"Of the rows: {', '.join(COMPRESSIONS)}.")
-    ] = None,
-    weights: Annotated[
-        str, typer.Option(help=f"When every byte of them is compared: {', '.join(WEIGHTS)}.")
-    ] = "auto",
-    compiled: Annotated[
-        str, typer.Option(help=f"How compiled code runs: {', '.join(COMPILED)}.")
-    ] = "auto",
+    on_error: Annotated[str, typer.Option(help=OPTIONS["on_error"].help)] = "warn",
+    fsync: Annotated[bool, typer.Option("--fsync", help=OPTIONS["fsync"].help)] = False,
+    compression: Annotated[str | None, typer.Option(help=OPTIONS["compression"].help)] = None,
+    weights: Annotated[str, typer.Option(help=OPTIONS["weights"].help)] = "auto",
+    compiled: Annotated[str, typer.Option(help=OPTIONS["compiled"].help)] = "auto",
     state_memory: Annotated[
-        str | None, typer.Option(help="Of states, to tell which sequence goes on: 64MiB.")
+        str | None, typer.Option(help=f"{OPTIONS['state_memory'].help} For example 64MiB.")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing of our own.")] = False,
 ) -> None:

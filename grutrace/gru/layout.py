@@ -39,7 +39,9 @@ def numpy_type(dtype: torch.dtype) -> str:
 
 def is_held_by(values: Tensor, dtype: npt.DTypeLike) -> bool:
     """Whether an array of this type can share memory with a tensor."""
-    return values.device.type == "cpu" and _held_type(values.dtype) == dtype
+    held = _held_type(values.dtype)
+    # To NumPy, no type is float64.
+    return values.device.type == "cpu" and held is not None and held == dtype
 
 
 @lru_cache

@@ -18,21 +18,10 @@ from typing import NoReturn
 
 from grutrace.distributed import present_shard, sharded
 from grutrace.errors import OptionError, UnsupportedError
-from grutrace.records import QUANTITIES
+from grutrace.options import OPTIONS
 from grutrace.run import texts
-from grutrace.run.settings import (
-    CHECKS,
-    COMPILED,
-    DTYPES,
-    GATES,
-    MODES,
-    ON_ERROR,
-    STACKS,
-    VARIABLE,
-    WEIGHTS,
-    Settings,
-)
-from grutrace.storage.hdf5.filters import COMPRESSIONS, filter_options
+from grutrace.run.settings import VARIABLE, Settings
+from grutrace.storage.hdf5.filters import filter_options
 from grutrace.storage.shards.run_parts import require_room
 
 _BOOT = Path(__file__).with_name("boot")
@@ -66,17 +55,12 @@ def launch(settings: Settings, program: Sequence[str], *, module: bool = False) 
 
 
 def _check(settings: Settings) -> None:
-    _expect("mode", [settings.mode], MODES)
-    _expect("stacks", [settings.stacks], STACKS)
-    _expect("check", [settings.check], CHECKS)
-    _expect("gates", [settings.gates], GATES)
-    _expect("on_error", [settings.on_error], ON_ERROR)
-    _expect("weights", [settings.weights], WEIGHTS)
-    _expect("compiled", [settings.compiled], COMPILED)
-    _expect("compression", [settings.compression or COMPRESSIONS[0]], COMPRESSIONS)
+    for option in sorted(OPTIONS.keys() & vars(settings).keys() - {"record"}):
+        value = getattr(settings, option)
+        if OPTIONS[option].values and value is not None:
+            _expect(option, [value])
     # What is not installed is said before the script begins.
     filter_options(settings.compression)
-    _expect("dtype", [settings.dtype or DTYPES[0]], DTYPES)
     for option in ("every", "max_calls", "max_bytes"):
         number = getattr(settings, option)
         if number is not None and number < 1:
@@ -89,9 +73,10 @@ def _check(settings: Settings) -> None:
             raise OptionError(
                 f"units: expected none with gates {settings.gates}, found {settings.units}"
             )
-    _expect("record", settings.record, QUANTITIES)
+    _expect("record", settings.record)
     if not settings.record:
-        raise OptionError(f"record: expected names out of {', '.join(QUANTITIES)}; found none")
+        expected = ", ".join(OPTIONS["record"].values)
+        raise OptionError(f"record: expected names out of {expected}; found none")
     flags = sys.flags
     if flags.isolated or flags.ignore_environment or flags.no_site:
         raise UnsupportedError(
@@ -99,7 +84,8 @@ def _check(settings: Settings) -> None:
         )
 
 
-def _expect(option: str, values: Sequence[str], allowed: Sequence[str]) -> None:
+def _expect(option: str, values: Sequence[str]) -> None:
+    allowed = OPTIONS[option].values
     for value in values:
         if value not in allowed:
             raise OptionError(f"{option}: expected one of {', '.join(allowed)}; found {value!r}")

@@ -20,17 +20,16 @@ from torch import nn
 
 from grutrace.capture.kernel_calls.observation import GRUModule, KernelRun
 from grutrace.capture.kernel_calls.torch_context import Missed
-from grutrace.capture.options import STATE_MEMORY
 from grutrace.capture.recording.guarded_sink import Limits
 from grutrace.capture.selection import Selection, select
 from grutrace.capture.tracer import Tracer
 from grutrace.distributed import present_shard, sharded
 from grutrace.errors import GrutraceError, GrutraceWarning, ResidualError, SinkError, TraceFileError
+from grutrace.options import STATE_MEMORY, Mode
 from grutrace.run import texts
 from grutrace.run.matching import require_some_match
 from grutrace.run.report import Report, Tally
 from grutrace.run.settings import Settings
-from grutrace.storage.open import Mode
 from grutrace.storage.shards.run_parts import (
     Stamp,
     part_path,

@@ -8,16 +8,6 @@ from dataclasses import asdict, dataclass
 #: The environment variable that it travels in. The script does not get to see it.
 VARIABLE = "GRUTRACE_RUN"
 
-#: Those of the tracer (grutrace.capture), which cannot be asked here without loading torch.
-MODES = ("w", "a", "overwrite")
-STACKS = ("auto", "split", "rerun")
-CHECKS = ("warn", "raise", "off")
-GATES = ("auto", "inline", "background", "deferred")
-ON_ERROR = ("warn", "raise")
-DTYPES = ("float16", "float32", "float64")
-WEIGHTS = ("auto", "exact")
-COMPILED = ("auto", "eager", "keep")
-
 
 @dataclass(frozen=True)
 class Settings:

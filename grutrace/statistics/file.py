@@ -14,6 +14,7 @@ import h5py
 import numpy as np
 
 from grutrace.errors import TraceFileError, as_path, require_one_of
+from grutrace.options import OPTIONS
 from grutrace.records import QUANTITIES, Array
 from grutrace.statistics.accumulator import CHECKED, MODULE, Accumulator, SiteLayout
 from grutrace.statistics.histogram import ALLOWED_BINS
@@ -30,9 +31,6 @@ from grutrace.storage.write.overwrite import require_replaceable
 
 #: Major and minor. A reader refuses a newer major number; a newer minor one only adds.
 VERSION = (1, 0)
-
-#: What may become of a file that exists: it is refused, replaced, or its counts are gone on with.
-MODES = ("w", "overwrite", "a")
 
 COUNTED = np.dtype([("created", "<f8"), ("saved", "<f8"), ("bins", "<i8"), ("annotations", "<i8")])
 SITE = np.dtype([("module", "<i8"), *((name, CHECKED[name]) for name in CHECKED.names or ())])
@@ -56,7 +54,7 @@ class StatisticsFile:
     """
 
     def __init__(self, path: str | os.PathLike[str], mode: str, *, fsync: bool = False) -> None:
-        require_one_of("mode", mode, MODES)
+        require_one_of("mode", mode, OPTIONS["mode"].values)
         self.path = Path(os.path.realpath(path))
         self._goes_on = mode == "a" and self.path.exists()
         self._mode = "overwrite" if self._goes_on else mode

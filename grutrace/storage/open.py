@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from grutrace.errors import OptionError, brief
+from grutrace.options import Mode
 from grutrace.records import Header, Sink
 from grutrace.storage.format.tables import Tables
-from grutrace.storage.hdf5.filters import Compression as Compression
 from grutrace.storage.interfaces import Source
 from grutrace.storage.memory import MemorySink
 from grutrace.storage.read.file_source import FileSource
 from grutrace.storage.read.trace import Trace
 from grutrace.storage.shards.open_files import open_files
 from grutrace.storage.write.stream_sink import Prepare, StreamSink
-
-#: What may become of a file that exists: it is refused, replaced, or appended to.
-Mode: TypeAlias = Literal["w", "overwrite", "a"]
 
 
 @runtime_checkable

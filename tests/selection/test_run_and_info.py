@@ -12,8 +12,7 @@ from torch import nn
 
 import grutrace
 from grutrace.__main__ import main
-from grutrace.capture.options import STORED
-from grutrace.run import settings, texts
+from grutrace.run import texts
 from tests.test_run import run, write
 
 #: Two models, so that the run has two parts.
@@ -28,10 +27,6 @@ for _ in range(5):
     second(torch.randn(7, 2, 3))
 print("done")
 """
-
-
-def test_the_types_are_those_of_the_tracer() -> None:
-    assert settings.DTYPES == STORED
 
 
 def test_every_and_dtype(tmp_path) -> None:

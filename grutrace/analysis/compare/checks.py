@@ -24,7 +24,7 @@ from grutrace.analysis.compare.report import (
     WeightsDifference,
     only_in,
 )
-from grutrace.analysis.verification.residuals import differences, scaled_differences
+from grutrace.analysis.verification.distance import differences, scaled_differences
 from grutrace.records import GATES, Array
 from grutrace.storage.read.sequence_index import AnnotationIndex
 from grutrace.storage.read.snapshot import Moment

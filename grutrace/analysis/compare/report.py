@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from grutrace.analysis.verification.residuals import differences, scaled_differences
+from grutrace.analysis.verification.distance import differences, scaled_differences
 
 
 @dataclass(frozen=True)

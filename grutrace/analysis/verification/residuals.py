@@ -1,38 +1,18 @@
 """How far the states that derived gates lead to are from the recorded ones, call by call.
 
 n rows, H hidden size.
-
-How far apart two values are, where not all of them are numbers.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from grutrace.analysis.verification.distance import differences
 from grutrace.gru.recompute import Derivation, tolerances
 from grutrace.records import Array
 from grutrace.storage.interfaces import Rows
 from grutrace.storage.read.recomputed import Ingredients
 from grutrace.storage.read.site import SiteTrace
-
-
-def differences(recorded: Array, expected: Array) -> Array:
-    """Return ``|recorded - expected|``: 0 for the same infinity, infinite for one no number."""
-    same = (recorded == expected) | (np.isnan(recorded) & np.isnan(expected))
-    with np.errstate(invalid="ignore", over="ignore"):
-        off = np.where(same, 0.0, np.abs(recorded - expected))
-    return np.where(np.isnan(off), np.inf, off)
-
-
-def scaled_differences(a: Array, b: Array) -> Array:
-    """Return ``|a - b| / max(1, |a|, |b|)``: absolute for what is at most 1, else relative.
-
-    Otherwise as for `differences`.
-    """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    off = differences(a, b)
-    size = np.maximum(np.maximum(np.abs(a), np.abs(b)), 1.0)
-    return np.asarray(np.divide(off, size, out=off, where=np.isfinite(off) & np.isfinite(size)))
 
 
 class Evidence:

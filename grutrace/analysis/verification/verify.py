@@ -22,7 +22,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from grutrace.analysis.verification.residuals import Evidence, differences
+from grutrace.analysis.verification.distance import differences
+from grutrace.analysis.verification.residuals import Evidence
 from grutrace.gru.recompute import DOUBLE, Derivation
 from grutrace.records import GATES, Array
 from grutrace.reprs import fields_repr

@@ -11,14 +11,11 @@ from __future__ import annotations
 import sys
 import threading
 from types import CodeType
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 
 from grutrace.errors import UnsupportedError
-
-#: What to do about compiled code while recording.
-CompiledCode: TypeAlias = Literal["auto", "eager", "keep"]
 
 
 def exist() -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,9 @@ from grutrace.gru import kernel_gates
 from grutrace.gru.kernel import KernelCall, Layer, rerun, split
 from grutrace.gru.kernel_gates import Asked, Harvest
 from grutrace.gru.layout import PackedSteps, PaddedSteps, Steps
+from grutrace.options import Stacks
 
 GRUModule: TypeAlias = nn.GRU | nn.GRUCell
-Stacks: TypeAlias = Literal["rerun", "auto", "split"]
-
-#: The ways to see between the layers of a stack; where several are asked for, the first wins.
-STACKS: tuple[Stacks, ...] = ("rerun", "auto", "split")
 
 
 class Observation(NamedTuple):

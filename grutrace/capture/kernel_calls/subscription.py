@@ -32,7 +32,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.nn.utils.rnn import PackedSequence
 
 from grutrace.capture.kernel_calls import observation
-from grutrace.capture.kernel_calls.observation import GRUModule, KernelRun, Stacks
+from grutrace.capture.kernel_calls.observation import GRUModule, KernelRun
 from grutrace.capture.kernel_calls.registration import GRUKernel, KernelRegistration
 from grutrace.capture.kernel_calls.torch_context import (
     Missed,
@@ -41,6 +41,7 @@ from grutrace.capture.kernel_calls.torch_context import (
     is_wrapped,
 )
 from grutrace.gru.kernel_gates import NOTHING, Asked, together
+from grutrace.options import STACKS, Stacks
 
 Receiver: TypeAlias = Callable[[KernelRun | Missed], None]
 
@@ -313,7 +314,7 @@ def _stacks(subscribed: list[Subscription]) -> Stacks:
     if len(subscribed) == 1:
         return subscribed[0].stacks
     asked = {each.stacks for each in subscribed}
-    return next(each for each in observation.STACKS if each in asked)
+    return next(each for each in STACKS if each in asked)
 
 
 def _asked(subscribed: list[Subscription], hidden_size: int) -> Asked:

@@ -215,9 +215,9 @@ class _Pieces:
 
     def __init__(self, size: int) -> None:
         self._spare = size // PIECE
-        self._free: list[Array] = []
+        self._free: list[Tensor] = []
         # Those that are in use, and what says when they are not.
-        self._lent: dict[int, tuple[Array, weakref.ref[Array]]] = {}
+        self._lent: dict[int, tuple[Tensor, weakref.ref[Array]]] = {}
         self._numbers = itertools.count()
         self._current: Array | None = None
         self._typed: dict[torch.dtype, Tensor] = {}
@@ -231,7 +231,7 @@ class _Pieces:
             return values.clone()
         with self._lock:
             start = self._next
-            if start + size > PIECE:
+            if self._current is None or start + size > PIECE:
                 self._take()
                 start = 0
             self._next = start + -(-size // ALIGNMENT) * ALIGNMENT
@@ -246,9 +246,9 @@ class _Pieces:
     def _take(self) -> None:
         """Go on in another piece."""
         self._typed.clear()
-        memory = self._free.pop() if self._free else _aligned(PIECE)
+        memory = self._free.pop() if self._free else _new_piece()
         # All that lies in the piece keeps this view of it.
-        self._current = memory[:]
+        self._current = memory.numpy()
         number = next(self._numbers)
         self._lent[number] = memory, weakref.ref(self._current, partial(self._returned, number))
 
@@ -266,11 +266,10 @@ class _Pieces:
         return memory
 
 
-def _aligned(size: int) -> Array:
-    """Return memory that begins on a multiple of `ALIGNMENT`."""
-    memory = np.empty(size + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    return memory[start : start + size]
+def _new_piece() -> Tensor:
+    # It is written to in any mode that the model is called in.
+    with torch.inference_mode(False):
+        return torch.empty(PIECE, dtype=torch.uint8, device="cpu")
 
 
 def _contiguous(shape: torch.Size) -> tuple[int, ...]:

@@ -26,11 +26,13 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from grutrace.options import WeightChecks
 
 #: What part of the calls' own time comparisons may take.
 SHARE = 0.05
@@ -40,9 +42,6 @@ SAMPLE_SECONDS = 5e-6
 
 #: Versions that are kept, to find out later which one a call used.
 KEPT_VERSIONS = 3
-
-#: How changes are found that move no version counter.
-WeightChecks: TypeAlias = Literal["auto", "exact"]
 
 #: Elements of each weight that are looked at in one call.
 SAMPLE = 64

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 import h5py
 
 from grutrace.errors import needing
+from grutrace.options import Compression
 from grutrace.records import Header
 
-#: What rows may be compressed with. Both shuffle bits first: of neighbouring floating-point numbers
-#: signs and exponents agree, and what is left is noise, in which no byte repeats.
-Compression: TypeAlias = Literal["blosc2", "zstd"]
-
+#: The filters for rows. Both shuffle bits first: of neighbouring floating-point numbers signs and
+#: exponents agree, and what is left is noise, in which no byte repeats.
 COMPRESSIONS: tuple[str, ...] = get_args(Compression)
 
 #: Level of zstd. Higher ones take a multiple of the time for a few percent.

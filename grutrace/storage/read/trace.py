@@ -17,7 +17,7 @@ from grutrace.storage.interfaces import InMemory, Source
 from grutrace.storage.memory import MemoryCopy
 from grutrace.storage.read.site import SiteTrace
 from grutrace.storage.read.snapshot import Moment
-from grutrace.storage.write.save import save_trace
+from grutrace.storage.save import save_trace
 
 if TYPE_CHECKING:
     import dask.array

@@ -25,8 +25,8 @@ from grutrace.storage.hdf5.errors import H5PY_ERRORS
 from grutrace.storage.hdf5.safe_access import walk
 from grutrace.storage.recovery.plan import Plan, best_plan, opened, plan_of
 from grutrace.storage.recovery.preflight import LIMIT, look_from_outside
+from grutrace.storage.save import write_datasets
 from grutrace.storage.shards.run_parts import Stamp, part_files, part_path, stamp_of
-from grutrace.storage.write.save import write_datasets
 
 #: What is read and written at a time. Bytes.
 BLOCK = 8 * 1024 * 1024

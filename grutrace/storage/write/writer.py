@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 
 from grutrace.errors import SinkError, TraceFileError, require_one_of
+from grutrace.options import OPTIONS
 from grutrace.records import Array, Header, Record, Weights
 from grutrace.storage.format.dimension_scales import extend_scales
 from grutrace.storage.format.schema import COMMITTED, TABLES, layout, site_place
@@ -42,9 +43,6 @@ from grutrace.storage.write.encoding import Entries, Strings
 from grutrace.storage.write.overwrite import require_replaceable
 from grutrace.storage.write.validation import Admission
 from grutrace.storage.write.writer_thread import COMMIT_SECONDS
-
-#: What may become of a file that exists: it is refused, replaced, or appended to.
-MODES = ("w", "overwrite", "a")
 
 #: What is gathered in memory before it is written. Large enough that a stepwise decoder's rows
 #: make few writes, small enough to still be in the processor's cache. Bytes.
@@ -87,7 +85,7 @@ class Writer:
         *,
         fsync: bool = False,
     ) -> None:
-        require_one_of("mode", mode, MODES)
+        require_one_of("mode", mode, OPTIONS["mode"].values)
         self.path = Path(os.path.realpath(path))
         self._fsync, self._unsynced = fsync, False
         self._appenders: dict[str, Appender] = {}
