@@ -439,7 +439,7 @@ def test_modes(tmp_path, capsys) -> None:
 
 FILLS_UP = """
 import errno, time
-from grutrace.storage.appender import Appender
+from grutrace.storage.write.appender import Appender
 time.sleep(1)
 def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")

@@ -4,7 +4,7 @@ The process becomes `python script.py args`: the same process for whoever waits 
 signals, with a fresh interpreter that has nothing of ours in it. So the script's ``__main__``, its
 arguments, tracebacks, exit code and output are its own because Python itself makes them. All that
 is added is a `sitecustomize` on PYTHONPATH, which Python loads before the script; it takes itself
-off PYTHONPATH again (see begin.py).
+off PYTHONPATH again (see bootstrap.py).
 """
 
 from __future__ import annotations

@@ -449,11 +449,11 @@ def test_where_the_layer_of_the_dispatcher_is_taken_nothing_is_harvested() -> No
         theirs = Library("_", "IMPL", "Fake")
         theirs.fallback(fallthrough_kernel)
         import grutrace
-        from grutrace.gru import gather, harvest, overhear
+        from grutrace.gru import kernel_gates
         layer = torch.nn.GRU(512, 512)
         with torch.no_grad(), grutrace.trace(layer, gates="inline") as trace:
             layer(torch.randn(3, 32, 512))
-        assert not harvest.is_recognized()
+        assert not kernel_gates.is_recognized()
         assert trace["l0"].update.shape == (96, 512)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
@@ -509,11 +509,11 @@ PEAK = """
     import torch
     from torch import nn
     import grutrace
-    from grutrace.gru import gather, harvest, overhear
+    from grutrace.gru import kernel_gates
 
     torch.set_num_threads(1)
     way = sys.argv[1]
-    harvest.pays = lambda *_, **__: way == "harvested"
+    kernel_gates.pays = lambda *_, **__: way == "harvested"
     layer, x = nn.GRU(512, 512), torch.randn(256, 64, 512)
     if way == "graph":
         kept = layer(x)

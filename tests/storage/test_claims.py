@@ -537,7 +537,7 @@ for mode in ("w", "overwrite", "a"):
 for rank in range(2):
     with grutrace.trace(layer, path, shard=(rank, 2), mode="overwrite"):
         layer(torch.randn(5, 2, 3))
-from grutrace.storage.merging import merge_shards
+from grutrace.storage.shards.merge import merge_shards
 merge_shards(path.replace(".h5", ".rank*.h5"), path + ".merged")
 with grutrace.open(path + ".merged") as trace:
     assert len(trace.calls) == 2

@@ -213,9 +213,9 @@ def test_a_trace_of_a_failed_sink_shows_what_was_committed(path, monkeypatch):
 DISK_FULL = """
 import resource, sys
 from tests.storage import coded
-from grutrace.storage.stream import StreamSink
+from grutrace.storage.write.stream_sink import StreamSink
 from grutrace.errors import SinkError
-from grutrace.storage.sinks import open_trace
+from grutrace.storage.open import open_trace
 sink = StreamSink(sys.argv[1], coded.HEADER)
 sink.append(coded.weights())
 flushed = 0
@@ -252,8 +252,8 @@ def test_what_was_committed_survives_a_disk_that_is_really_full(path, shape, lim
 #: A full disk does not keep anyone from writing elsewhere, as the limit does that stands for it.
 READER = """
 from grutrace.storage import letting_go
-from grutrace.storage.sinks import open_source
-from grutrace.storage.trace import Trace
+from grutrace.storage.open import open_source
+from grutrace.storage.read.trace import Trace
 trace = Trace(open_source(sink))
 open_nowhere = letting_go._open_nowhere
 def unlimited():
@@ -380,7 +380,7 @@ def test_a_forgotten_sink_is_closed_in_order(path):
 FORGOTTEN = """
 import sys
 from tests.storage import coded
-from grutrace.storage.stream import StreamSink
+from grutrace.storage.write.stream_sink import StreamSink
 sink = StreamSink(sys.argv[1], coded.HEADER)
 sink.append(coded.weights())
 for call in range(20):
@@ -497,9 +497,9 @@ def test_a_forked_child_cannot_append_and_says_so(path):
 FORKING = """
 import os, sys, time
 from tests.storage import coded
-from grutrace.storage.sinks import open_source
-from grutrace.storage.stream import StreamSink
-from grutrace.storage.trace import Trace
+from grutrace.storage.open import open_source
+from grutrace.storage.write.stream_sink import StreamSink
+from grutrace.storage.read.trace import Trace
 sink = StreamSink(sys.argv[1], coded.HEADER)
 trace = Trace(open_source(sink))
 sink.append(coded.weights())

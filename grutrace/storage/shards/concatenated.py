@@ -1,7 +1,7 @@
 """The shards of several processes read as one trace: what one process would have recorded.
 
 All processes run the same model, so a module of one is that of the others, and its rows are those
-of rank 0, then those of rank 1, and so on. `combined.py` is for files whose modules differ.
+of rank 0, then those of rank 1, and so on. `union.py` is for files whose modules differ.
 """
 
 from __future__ import annotations
