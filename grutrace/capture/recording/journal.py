@@ -6,9 +6,9 @@ rows, blocks, gates) is worked out when the journal is drained: when much is in 
 has waited for long, when a recording block ends or annotations are given, and at once when somebody
 looks at the trace or flushes it.
 
-Calls are worked out in their order. A call between two comparisons of its weights (see `weight_versions`)
-is known to have used the version that was known then, if that is still the present one when the
-journal is drained.
+Calls are worked out in their order. A call between two comparisons of its weights (see
+`weight_versions`) is known to have used the version that was known then, if that is still the
+present one when the journal is drained.
 """
 
 from __future__ import annotations
