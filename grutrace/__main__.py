@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from grutrace.errors import missing
+from grutrace.errors import missing_library_message
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (error.name or "").startswith("grutrace"):
             raise
         library = (error.name or "").partition(".")[0]
-        print(f"grutrace: {missing('a command', library, 'cli')}", file=sys.stderr)
+        print(f"grutrace: {missing_library_message('a command', library, 'cli')}", file=sys.stderr)
         return 2
     return cli.main(argv)
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from grutrace.errors import OptionError, brief
+from grutrace.errors import OptionError, short_repr
 
 #: Whether a file is a shard: as torch.distributed says; no; or of which rank of how many.
 ShardOption: TypeAlias = bool | tuple[int, int]
@@ -53,31 +53,31 @@ class Shard:
         return whole.with_name(f"{whole.stem}.rank{self.rank:04}{whole.suffix}")
 
 
-def sharded(path: Path, shard: Shard | None) -> Path:
+def shard_path(path: Path, shard: Shard | None) -> Path:
     """The file of a shard; or, of no shard, the file itself."""
     return path if shard is None else shard.path(path)
 
 
-def chosen_shard(option: ShardOption = True) -> Shard | None:
+def resolve_shard(option: ShardOption = True) -> Shard | None:
     """The shard that this process writes, None for a file of its own.
 
     Raises:
         OptionError: The option has no such value.
     """
     if option is True:
-        return present_shard()
+        return detect_shard()
     if option is False:
         return None
     try:
         rank, world_size = (operator.index(each) for each in option)
     except (TypeError, ValueError):
-        raise OptionError(f"shard: expected {_EXPECTED}; found {brief(option)}") from None
+        raise OptionError(f"shard: expected {_EXPECTED}; found {short_repr(option)}") from None
     if not 0 <= rank < world_size:
-        raise OptionError(f"shard: expected {_EXPECTED}; found {brief(option)}")
+        raise OptionError(f"shard: expected {_EXPECTED}; found {short_repr(option)}")
     return Shard(rank, world_size)
 
 
-def present_shard() -> Shard | None:
+def detect_shard() -> Shard | None:
     """The shard of this process, as torch.distributed or else torchrun has it; None if alone.
 
     Nothing here waits for another rank, which may not trace at all.
@@ -85,11 +85,11 @@ def present_shard() -> Shard | None:
     distributed: Any = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
-        return Shard(rank, world_size, _agreed_id(distributed)) if world_size > 1 else None
-    return _launched(os.environ)
+        return Shard(rank, world_size, _shared_run_id(distributed)) if world_size > 1 else None
+    return _shard_from_torchrun(os.environ)
 
 
-def _agreed_id(distributed: Any) -> str | None:
+def _shared_run_id(distributed: Any) -> str | None:
     """What the first rank to ask has put into the store of the process group.
 
     The store is a server in one of the processes; asking it is no collective. It is not in the
@@ -102,7 +102,7 @@ def _agreed_id(distributed: Any) -> str | None:
     return None
 
 
-def _launched(environment: Mapping[str, str]) -> Shard | None:
+def _shard_from_torchrun(environment: Mapping[str, str]) -> Shard | None:
     """What torchrun tells its processes, before they have made a process group.
 
     Other launchers set the same variables for other ends: those are not believed.

@@ -21,10 +21,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 #: Characters of a value that a message shows.
-SHOWN = 80
+MAX_VALUE_CHARS = 80
 
 #: Names of a list that a message shows.
-LISTED = 12
+MAX_LISTED_NAMES = 12
 
 #: What is expected of an option that chooses sites.
 GLOBS = "a glob such as 'encoder.*', or several"
@@ -70,7 +70,7 @@ class MissingExtraError(GrutraceError, ImportError):
 
 
 @contextmanager
-def needing(what: str, extra: str) -> Iterator[None]:
+def require_extra(what: str, extra: str) -> Iterator[None]:
     """Turn the absence of a library that is imported inside into a `MissingExtraError`.
 
     Args:
@@ -83,10 +83,10 @@ def needing(what: str, extra: str) -> Iterator[None]:
         library = (error.name or "").partition(".")[0]
         if library == "grutrace":
             raise
-        raise MissingExtraError(missing(what, library, extra)) from None
+        raise MissingExtraError(missing_library_message(what, library, extra)) from None
 
 
-def missing(what: str, library: str, extra: str) -> str:
+def missing_library_message(what: str, library: str, extra: str) -> str:
     """Say that something needs a library, and how to install all that the extra asks for.
 
     pip finds the libraries themselves, whether grutrace was installed from a checkout or not.
@@ -96,11 +96,11 @@ def missing(what: str, library: str, extra: str) -> str:
         library: Name under which it is imported.
         extra: The extra that has it.
     """
-    asked = " ".join(f'"{each}"' for each in requirements(extra)) or library
+    asked = " ".join(f'"{each}"' for each in extra_requirements(extra)) or library
     return f"{what} needs {library}, which is not installed: pip install {asked}"
 
 
-def requirements(extra: str) -> list[str]:
+def extra_requirements(extra: str) -> list[str]:
     """What an extra asks for, as pip takes it; nothing if grutrace itself is not installed."""
     try:
         found = requires("grutrace") or []
@@ -111,12 +111,12 @@ def requirements(extra: str) -> list[str]:
     return [requirement.strip() for requirement, _, marker in split if marked.search(marker)]
 
 
-class _Brief(reprlib.Repr):
+class _ShortRepr(reprlib.Repr):
     """Shows tensors and arrays by their shape and type, and classes as such."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.maxstring = self.maxother = SHOWN
+        self.maxstring = self.maxother = MAX_VALUE_CHARS
 
     def repr_instance(self, value: Any, level: int) -> str:
         if isinstance(value, type):
@@ -131,23 +131,23 @@ class _Brief(reprlib.Repr):
         return f"{name} of shape {tuple(shape)} and type {dtype}"
 
 
-_BRIEF = _Brief()
+_SHORT_REPR = _ShortRepr()
 
 
-def brief(value: object) -> str:
+def short_repr(value: object) -> str:
     """A value as a message shows it: on one line, and never the elements of a tensor or array."""
-    text = " ".join(_BRIEF.repr(value).split())
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+    text = " ".join(_SHORT_REPR.repr(value).split())
+    return text if len(text) <= MAX_VALUE_CHARS else f"{text[: MAX_VALUE_CHARS - 3]}..."
 
 
-def listed(names: Iterable[str]) -> str:
+def join_names(names: Iterable[str]) -> str:
     """Names with commas between: the first of them, and how many more there are."""
     given = list(names)
-    more = f" and {len(given) - LISTED} more" if len(given) > LISTED else ""
-    return (", ".join(given[:LISTED]) + more) or "none"
+    more = f" and {len(given) - MAX_LISTED_NAMES} more" if len(given) > MAX_LISTED_NAMES else ""
+    return (", ".join(given[:MAX_LISTED_NAMES]) + more) or "none"
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
+def suggest_name(name: str, allowed: Iterable[str]) -> str:
     """A question for the allowed name that is most like this one; empty if none is like it."""
     close = get_close_matches(name, list(allowed), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
@@ -160,13 +160,13 @@ def require_one_of(option: str, value: object, allowed: Sequence[str]) -> None:
         OptionError: It is none of them.
     """
     if not isinstance(value, str) or value not in allowed:
-        near = nearest(value, allowed) if isinstance(value, str) else ""
+        near = suggest_name(value, allowed) if isinstance(value, str) else ""
         raise OptionError(
-            f"{option}: expected one of {', '.join(allowed)}; found {brief(value)}{near}"
+            f"{option}: expected one of {', '.join(allowed)}; found {short_repr(value)}{near}"
         )
 
 
-def texts_of(option: str, value: object, expected: str) -> list[str]:
+def string_list(option: str, value: object, expected: str) -> list[str]:
     """A text, or several, as a list of at least one.
 
     Args:
@@ -183,7 +183,7 @@ def texts_of(option: str, value: object, expected: str) -> list[str]:
     elif isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray)):
         texts = list(value)
     if not texts or not all(isinstance(each, str) for each in texts):
-        raise OptionError(f"{option}: expected {expected}; found {brief(value)}")
+        raise OptionError(f"{option}: expected {expected}; found {short_repr(value)}")
     return texts
 
 
@@ -198,11 +198,12 @@ def as_path(value: object, option: str = "path") -> Path:
         return Path(value)  # type: ignore[arg-type]
     except TypeError:
         raise OptionError(
-            f"{option}: expected the path of a file, as a str or pathlib.Path; found {brief(value)}"
+            f"{option}: expected the path of a file, as a str or pathlib.Path; "
+            f"found {short_repr(value)}"
         ) from None
 
 
-def naming_unknown_options(function: Callable[P, R]) -> Callable[P, R]:
+def reject_unknown_options(function: Callable[P, R]) -> Callable[P, R]:
     """Have a function refuse keywords that it does not know, and suggest the nearest that it does.
 
     Raises:
@@ -217,7 +218,7 @@ def naming_unknown_options(function: Callable[P, R]) -> Callable[P, R]:
         for name in kwargs:
             if name not in known:
                 ordered = [each.name for each in parameters if each.name in known]
-                near = nearest(name, ordered) or f"; there are {', '.join(ordered)}"
+                near = suggest_name(name, ordered) or f"; there are {', '.join(ordered)}"
                 raise OptionError(f"{name}: there is no such option{near}")
         return function(*args, **kwargs)
 

@@ -61,13 +61,13 @@ class Site:
     units: tuple[int, ...] | None = None
 
     @property
-    def readable(self) -> tuple[str, ...]:
+    def available_quantities(self) -> tuple[str, ...]:
         """What a reader gets, stored or derived, in the order of `QUANTITIES`."""
         return tuple(name for name in QUANTITIES if name in (*self.quantities, *self.derived))
 
 
 @dataclass(frozen=True)
-class Module:
+class ModuleInfo:
     """One nn.GRU or nn.GRUCell of the model, with the sites that are recorded in it.
 
     Attributes:
@@ -99,7 +99,7 @@ class Module:
 
 
 @dataclass(frozen=True)
-class Header:
+class TraceHeader:
     """What is known when a trace begins.
 
     Attributes:
@@ -114,7 +114,7 @@ class Header:
     created: float
     versions: Mapping[str, str]
     options: Mapping[str, Any]
-    modules: tuple[Module, ...]
+    modules: tuple[ModuleInfo, ...]
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Block:
+class CallRecord:
     """One recorded call of one module.
 
     A sequence's number is its place in the order in which the module's sequences began. A batch
@@ -191,7 +191,7 @@ class Block:
         time: Seconds since the epoch.
         tag: The user's name for this part of the run, if any.
         training: Whether the module was in training mode.
-        weights: Version of the weights that the call used, announced earlier as `Weights`.
+        weights: Version of the weights that the call used, announced earlier as `WeightsRecord`.
         steps: (B,) number of steps of each batch row.
         sequences: (B,) number of the sequence that each batch row is a piece of.
         sites: By suffix, what was recorded; every recorded site of the module.
@@ -227,7 +227,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightsRecord:
     """One version of a module's weights, appended before the first block that used it.
 
     Attributes:
@@ -248,7 +248,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Annotation:
+class AnnotationRecord:
     """Tokens or a label of one sequence, one value a step.
 
     Attributes:
@@ -272,7 +272,7 @@ class Annotation:
 
 
 #: What a sink takes.
-Record: TypeAlias = Block | Weights | Annotation
+Record: TypeAlias = CallRecord | WeightsRecord | AnnotationRecord
 
 
 #: Appends records to a sink that wait elsewhere. If it is given False, it does not wait for another

@@ -43,7 +43,7 @@ def assert_same_site(a: Any, b: Any, *, apart: bool = False) -> None:
     assert_same_checks(a, b, apart=apart)
     np.testing.assert_array_equal(a.lengths, b.lengths)
     np.testing.assert_array_equal(a.initial, b.initial)
-    for quantity in a.site.readable:
+    for quantity in a.site.available_quantities:
         if apart and quantity in GATES:
             left, right = (np.asarray(site.rows(quantity)) for site in (a, b))
             assert left.dtype == right.dtype

@@ -405,7 +405,7 @@ def test_an_option_that_is_none(option, tmp_path) -> None:
     ],
 )
 def test_before_there_is_a_group_torchrun_is_believed(environment, expected) -> None:
-    assert distributed._launched(environment) == expected
+    assert distributed._shard_from_torchrun(environment) == expected
 
 
 def test_one_process_alone_writes_no_shard(tmp_path) -> None:

@@ -13,15 +13,15 @@ from torch import nn
 
 import grutrace
 from grutrace.errors import (
-    SHOWN,
+    MAX_VALUE_CHARS,
     MissingExtraError,
-    brief,
-    listed,
-    missing,
-    naming_unknown_options,
-    nearest,
-    needing,
-    requirements,
+    extra_requirements,
+    join_names,
+    missing_library_message,
+    reject_unknown_options,
+    require_extra,
+    short_repr,
+    suggest_name,
 )
 from grutrace.export.formats import export_trace
 
@@ -120,7 +120,7 @@ def test_what_is_wrong_is_said_in_one_line(case: str) -> None:
     ],
 )
 def test_values_are_shown_briefly(value: object, shown: str) -> None:
-    assert brief(value) == shown
+    assert short_repr(value) == shown
 
 
 @pytest.mark.parametrize(
@@ -130,24 +130,24 @@ def test_values_are_shown_briefly(value: object, shown: str) -> None:
 )
 def test_whatever_is_long_is_cut_to_one_line(value: object) -> None:
     # The control: Python's own text of it is no such line.
-    assert len(repr(value)) > SHOWN
-    assert len(brief(value)) <= SHOWN
-    assert "\n" not in brief(value)
+    assert len(repr(value)) > MAX_VALUE_CHARS
+    assert len(short_repr(value)) <= MAX_VALUE_CHARS
+    assert "\n" not in short_repr(value)
 
 
 def test_many_names_are_the_first_of_them() -> None:
-    assert listed([]) == "none"
-    assert listed(["a", "b"]) == "a, b"
-    assert listed(map(str, range(100))).endswith(" and 88 more")
+    assert join_names([]) == "none"
+    assert join_names(["a", "b"]) == "a, b"
+    assert join_names(map(str, range(100))).endswith(" and 88 more")
 
 
 def test_only_what_is_like_it_is_suggested() -> None:
-    assert "'deferred'" in nearest("defered", ["inline", "deferred"])
-    assert nearest("nonsense", ["inline", "deferred"]) == ""
+    assert "'deferred'" in suggest_name("defered", ["inline", "deferred"])
+    assert suggest_name("nonsense", ["inline", "deferred"]) == ""
 
 
 def test_signatures_stay_those_of_the_functions() -> None:
-    @naming_unknown_options
+    @reject_unknown_options
     def function(first: int, *, second: int = 2) -> int:
         return first + second
 
@@ -162,12 +162,12 @@ def test_signatures_stay_those_of_the_functions() -> None:
 def test_an_extra_that_is_missing_is_named_by_what_pip_can_find(monkeypatch: Any) -> None:
     """From a checkout pip finds no package grutrace, but what its extras ask for it does."""
     monkeypatch.setitem(sys.modules, "h5netcdf", None)
-    with pytest.raises(MissingExtraError) as caught, needing("an export", "export"):
+    with pytest.raises(MissingExtraError) as caught, require_extra("an export", "export"):
         import h5netcdf  # noqa: F401
     said = str(caught.value)
     assert said.startswith("an export needs h5netcdf, which is not installed: pip install ")
     asked = re.findall(r'"([^"]+)"', said)
-    assert asked == requirements("export")
+    assert asked == extra_requirements("export")
     assert {re.split(r"[<>=]", each)[0] for each in asked} == {"h5netcdf", "zarr"}
     assert "grutrace" not in said
 
@@ -179,6 +179,6 @@ def test_without_metadata_the_library_itself_is_named(monkeypatch: Any) -> None:
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr("grutrace.errors.requires", absent)
-    assert missing("it", "zarr", "export") == (
+    assert missing_library_message("it", "zarr", "export") == (
         "it needs zarr, which is not installed: pip install zarr"
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from grutrace.analysis.engine.result import Result
-from grutrace.errors import OptionError, brief
+from grutrace.errors import OptionError, short_repr
 
 
 @dataclass(frozen=True)
@@ -103,5 +103,7 @@ def measure(name: str) -> Measure:
         OptionError: There is none; the message says which there are.
     """
     if name not in MEASURES:
-        raise OptionError(f"measure: expected one of {', '.join(MEASURES)}; found {brief(name)}")
+        raise OptionError(
+            f"measure: expected one of {', '.join(MEASURES)}; found {short_repr(name)}"
+        )
     return MEASURES[name]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from grutrace.arrays.reopen import Look
-from grutrace.errors import needing
+from grutrace.errors import require_extra
 from grutrace.records import Array, Site
 from grutrace.storage.format.schema import row_chunks
 from grutrace.storage.read.snapshot import Moment
@@ -166,7 +166,7 @@ def to_dask(moment: Moment, module: int, site: Site, quantity: str) -> dask.arra
         MissingExtraError: dask is not installed.
         NotRecordedError: The quantity was not recorded.
     """
-    with needing("to_dask", "dask"):
+    with require_extra("to_dask", "dask"):
         import dask.array  # noqa: F401
     found = Quantity(Look(moment), moment, module, site, quantity)
     return chunked_rows(found, aligned_rows(found))

@@ -34,7 +34,7 @@ from grutrace.arrays.dask_arrays import (
     chunked_sequences,
 )
 from grutrace.arrays.reopen import Look
-from grutrace.errors import needing
+from grutrace.errors import require_extra
 from grutrace.records import Site
 from grutrace.storage.read.snapshot import Moment
 
@@ -122,7 +122,7 @@ def to_xarray(moment: Moment, module: int, site: Site, *, padded: bool = False) 
     Raises:
         MissingExtraError: xarray is not installed.
     """
-    with needing("to_xarray", "xarray"):
+    with require_extra("to_xarray", "xarray"):
         import xarray
     about = _About(moment, module, site)
     variables, coordinates = _padded(about) if padded else _ragged(about)
@@ -142,7 +142,7 @@ class _About:
     @property
     def quantities(self) -> Iterator[Quantity]:
         """Everything that can be read, stored or derived."""
-        return map(self.quantity, self.site.readable)
+        return map(self.quantity, self.site.available_quantities)
 
     def quantity(self, name: str) -> Quantity:
         """One of them, or the initial states."""

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from grutrace.errors import OptionError, brief
+from grutrace.errors import OptionError, short_repr
 
 #: Texts, numbers, or arrays and tensors of them: one a step, or one for all steps, of each sequence
 #: of a batch.
@@ -58,12 +58,12 @@ def parse(name: str, given: Values) -> Parsed:
     )
     plain = _plain(given)
     if not isinstance(plain, list):
-        raise OptionError(f"{name}: expected {expected}; found {brief(given)}")
+        raise OptionError(f"{name}: expected {expected}; found {short_repr(given)}")
     lists = [_sequence(name, each) for each in plain]
     flat = [value for each in lists for value in (each if isinstance(each, list) else [each])]
     is_text = all(isinstance(value, str) for value in flat)
     if not is_text and not all(isinstance(value, (int, float)) for value in flat):
-        raise OptionError(f"{name}: expected {expected}; found {brief(given)}")
+        raise OptionError(f"{name}: expected {expected}; found {short_repr(given)}")
     for value in () if is_text else flat:
         if isinstance(value, int) and abs(value) > EXACT:
             raise OptionError(

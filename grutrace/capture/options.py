@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, get_args
 import numpy as np
 import torch
 
-from grutrace.errors import OptionError, brief, require_one_of
+from grutrace.errors import OptionError, require_one_of, short_repr
 from grutrace.options import (
     DTYPES,
     STACKS,
@@ -144,7 +144,7 @@ class Options:
 
 def _flag(option: str, value: object) -> bool:
     if not isinstance(value, bool):
-        raise OptionError(f"{option}: expected True or False, found {brief(value)}")
+        raise OptionError(f"{option}: expected True or False, found {short_repr(value)}")
     return value
 
 
@@ -159,7 +159,7 @@ def integer(option: str, value: object, expected: str) -> int:
             raise TypeError
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise OptionError(f"{option}: expected {expected}, found {brief(value)}") from None
+        raise OptionError(f"{option}: expected {expected}, found {short_repr(value)}") from None
 
 
 def _count(option: str, value: object) -> int:
@@ -200,7 +200,7 @@ def _stored_type(dtype: StoredType) -> str:
         except TypeError:
             name = None
     if name not in DTYPES:
-        raise OptionError(f"dtype: expected one of {', '.join(DTYPES)}; found {brief(dtype)}")
+        raise OptionError(f"dtype: expected one of {', '.join(DTYPES)}; found {short_repr(dtype)}")
     return name
 
 
@@ -215,7 +215,7 @@ def _units(units: Units) -> slice | tuple[int, ...]:
             raise OptionError("units: expected a slice with a step, found a step of 0")
         return units
     if isinstance(units, (str, bytes)) or not isinstance(units, Iterable):
-        raise OptionError(f"units: expected {expected}, found {brief(units)}")
+        raise OptionError(f"units: expected {expected}, found {short_repr(units)}")
     numbers = tuple(integer("units", each, expected) for each in units)
     if not numbers:
         raise OptionError(f"units: expected {expected}, found none")
@@ -225,14 +225,16 @@ def _units(units: Units) -> slice | tuple[int, ...]:
 def _steps(steps: slice) -> slice | None:
     expected = "a slice such as slice(5, 20), from 0 on and in steps of 1"
     if not isinstance(steps, slice):
-        raise OptionError(f"steps: expected {expected}, found {brief(steps)}")
+        raise OptionError(f"steps: expected {expected}, found {short_repr(steps)}")
     start, stop, step = (
         None if each is None else integer("steps", each, expected)
         for each in (steps.start, steps.stop, steps.step)
     )
     start = start or 0
     if start < 0 or step not in (None, 1) or (stop is not None and stop <= start):
-        raise OptionError(f"steps: expected {expected}, with some step in it, found {brief(steps)}")
+        raise OptionError(
+            f"steps: expected {expected}, with some step in it, found {short_repr(steps)}"
+        )
     return None if start == 0 and stop is None else slice(start, stop)
 
 

@@ -30,14 +30,14 @@ from grutrace.errors import (
     GrutraceWarning,
     OptionError,
     UnsupportedError,
-    brief,
-    listed,
-    nearest,
-    texts_of,
+    join_names,
+    short_repr,
+    string_list,
+    suggest_name,
 )
 from grutrace.gru.layout import numpy_type
 from grutrace.gru.replay import PartialShadow, needed
-from grutrace.records import DEFAULT_RECORD, GATES, QUANTITIES, Module, Site
+from grutrace.records import DEFAULT_RECORD, GATES, QUANTITIES, ModuleInfo, Site
 
 _KINDS = ("GRU", "GRUCell")
 
@@ -106,7 +106,7 @@ class Selection:
     """
 
     reference: weakref.ref[nn.GRU | nn.GRUCell]
-    description: Module
+    description: ModuleInfo
 
     @property
     def module(self) -> nn.GRU | nn.GRUCell | None:
@@ -145,7 +145,7 @@ def select(
             "expected a model with an nn.GRU or nn.GRUCell inside; "
             f"found none in {type(model).__qualname__}{_named(look_alikes, '; ')}"
         )
-    globs = None if sites is None else texts_of("sites", sites, GLOBS)
+    globs = None if sites is None else string_list("sites", sites, GLOBS)
     missed = [each for each in look_alikes if globs is None or _asked(each, globs)]
     selected = found if globs is None else _matching(found, globs)
     if missed:
@@ -183,19 +183,19 @@ def _require_model(model: object) -> None:
         hint = ": trace nn.ModuleList(models), or give each a tracer of its own"
     elif isinstance(model, Mapping):
         hint = ": trace nn.ModuleDict(models), or give each a tracer of its own"
-    found = type(model).__name__ if hint and not isinstance(model, type) else brief(model)
-    article = "" if found == brief(model) else "a "
+    found = type(model).__name__ if hint and not isinstance(model, type) else short_repr(model)
+    article = "" if found == short_repr(model) else "a "
     raise OptionError(f"model: expected an nn.Module, found {article}{found}{hint}")
 
 
 def _quantities(record: str | Sequence[str]) -> tuple[str, ...]:
     expected = f"names out of {', '.join(QUANTITIES)}"
-    asked = texts_of("record", record, expected)
+    asked = string_list("record", record, expected)
     unknown = [name for name in asked if name not in QUANTITIES]
     if unknown:
         raise OptionError(
-            f"record: expected {expected}; found {listed(map(repr, unknown))}"
-            f"{nearest(unknown[0], QUANTITIES)}"
+            f"record: expected {expected}; found {join_names(map(repr, unknown))}"
+            f"{suggest_name(unknown[0], QUANTITIES)}"
         )
     return tuple(name for name in QUANTITIES if name in asked)
 
@@ -218,8 +218,8 @@ def _matching(found: list[Selection], globs: list[str]) -> list[Selection]:
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             raise OptionError(
-                f"sites: {glob!r} matches none of the model's sites{nearest(glob, names)}: "
-                f"{listed(names)}"
+                f"sites: {glob!r} matches none of the model's sites{suggest_name(glob, names)}: "
+                f"{join_names(names)}"
             )
     narrowed = (_narrow(each, globs) for each in found)
     return [each for each in narrowed if each.description.sites]
@@ -234,7 +234,7 @@ def _narrow(selection: Selection, globs: list[str]) -> Selection:
     return replace(selection, description=replace(selection.description, sites=kept))
 
 
-def _describe(path: str, module: nn.GRU | nn.GRUCell, quantities: tuple[str, ...]) -> Module:
+def _describe(path: str, module: nn.GRU | nn.GRUCell, quantities: tuple[str, ...]) -> ModuleInfo:
     is_cell = isinstance(module, nn.GRUCell)
     directions = 1 if isinstance(module, nn.GRUCell) or not module.bidirectional else 2
     dtype = _weights_type(module)
@@ -250,7 +250,7 @@ def _describe(path: str, module: nn.GRU | nn.GRUCell, quantities: tuple[str, ...
         for suffix, layer, reverse in iterate_suffixes(module)
     )
     kind = type(module)
-    return Module(
+    return ModuleInfo(
         path=path,
         kind="GRUCell" if is_cell else "GRU",
         type=f"{kind.__module__}.{kind.__qualname__}",
@@ -275,7 +275,7 @@ def _weights_type(module: nn.GRU | nn.GRUCell) -> torch.dtype:
     return next(types, torch.get_default_dtype())
 
 
-def defer(module: Module) -> Module:
+def defer(module: ModuleInfo) -> ModuleInfo:
     """Return the description of a module, its gates derived and what they follow from stored.
 
     Sites of which no gate is asked for are left as they are.
@@ -283,7 +283,7 @@ def defer(module: Module) -> Module:
     return replace(module, sites=tuple(_defer(module, site) for site in module.sites))
 
 
-def _defer(module: Module, site: Site) -> Site:
+def _defer(module: ModuleInfo, site: Site) -> Site:
     if not set(GATES) & set(site.quantities):
         return site
     stored = {"hidden"} if _reads_states(module, site) else {"hidden", "input"}
@@ -294,7 +294,7 @@ def _defer(module: Module, site: Site) -> Site:
     )
 
 
-def _reads_states(module: Module, site: Site) -> bool:
+def _reads_states(module: ModuleInfo, site: Site) -> bool:
     """Whether the input of a site is sure to be the recorded states of the layer below."""
     below = [each for each in module.sites if each.layer == site.layer - 1]
     return len(below) == (2 if module.bidirectional else 1) and not module.dropout
@@ -307,7 +307,7 @@ def narrow(selections: Sequence[Selection], options: Options) -> list[Selection]
     ]
 
 
-def _narrow_site(module: Module, options: Options) -> Module:
+def _narrow_site(module: ModuleInfo, options: Options) -> ModuleInfo:
     if options.dtype is not None:
         module = replace(module, dtype=options.dtype)
     if options.units is not None:
@@ -341,7 +341,7 @@ def _units(site: Site, size: int, asked: slice | tuple[int, ...]) -> tuple[int, 
     return None if list(found) == list(range(size)) else tuple(found)
 
 
-def partial_shadow(module: Module, site: Site) -> PartialShadow | None:
+def partial_shadow(module: ModuleInfo, site: Site) -> PartialShadow | None:
     """Return what computes just what is asked for of a site; None where that is everything."""
     gates = [name for name in GATES if name in site.quantities]
     if needed(gates) == set(GATES) and site.units is None:

@@ -33,7 +33,7 @@ from grutrace.capture.recording.journal import Journal, Marked, Unrecorded
 from grutrace.capture.recording.module_recorder import ModuleRecorder
 from grutrace.capture.recording.recording_block import Block, GivenNames, Recording, SequenceNames
 from grutrace.capture.selection import Selection, find, narrow, select
-from grutrace.distributed import ShardOption, chosen_shard, sharded
+from grutrace.distributed import ShardOption, resolve_shard, shard_path
 from grutrace.errors import (
     GrutraceWarning,
     OptionError,
@@ -43,8 +43,8 @@ from grutrace.errors import (
     StateError,
     TraceFileError,
     as_path,
-    brief,
-    naming_unknown_options,
+    reject_unknown_options,
+    short_repr,
 )
 from grutrace.gru.residual import Doubt
 from grutrace.options import (
@@ -58,7 +58,7 @@ from grutrace.options import (
     Stacks,
     WeightChecks,
 )
-from grutrace.records import DEFAULT_RECORD, Header, Origin
+from grutrace.records import DEFAULT_RECORD, Origin, TraceHeader
 from grutrace.storage.open import (
     SinkMaker,
     open_sink,
@@ -178,7 +178,7 @@ class Tracer(Trace):
     #: What else is kept among the options of the trace.
     _stamp: Mapping[str, object] = {}
 
-    @naming_unknown_options
+    @reject_unknown_options
     def __init__(
         self,
         model: nn.Module,
@@ -225,10 +225,10 @@ class Tracer(Trace):
             compiled=compiled,
             state_memory=state_memory,
         )
-        own = chosen_shard(shard) if path is not None or sink is not None else None
-        path = None if path is None else sharded(as_path(path), own)
+        own = resolve_shard(shard) if path is not None or sink is not None else None
+        path = None if path is None else shard_path(as_path(path), own)
         self._selections = narrow(self._select(model, sites, record), options)
-        header = Header(
+        header = TraceHeader(
             model=f"{type(model).__module__}.{type(model).__qualname__}",
             created=time.time(),
             versions=versions(),
@@ -435,7 +435,7 @@ class Tracer(Trace):
         for recorder in self._recorders:
             recorder.expect_changes()
 
-    @naming_unknown_options
+    @reject_unknown_options
     @contextmanager
     def recording(
         self,
@@ -847,7 +847,7 @@ def _close_dropped(
 
 def _require_tag(tag: object) -> None:
     if not isinstance(tag, str | None):
-        raise OptionError(f"tag: expected a text, found {brief(tag)}")
+        raise OptionError(f"tag: expected a text, found {short_repr(tag)}")
 
 
 #: The name for a ``with`` block: ``with grutrace.trace(model) as trace:``.

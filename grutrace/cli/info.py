@@ -11,7 +11,7 @@ import numpy as np
 
 from grutrace.cli.common import AsJSON, Files, name_of, opened
 from grutrace.cli.output import new_table, print_json, print_table, say
-from grutrace.errors import listed
+from grutrace.errors import join_names
 from grutrace.storage.read.proofs import PROOFS, UNPROVEN
 from grutrace.storage.read.trace import Trace
 
@@ -134,7 +134,7 @@ def recorded(about: Mapping[str, Any]) -> Iterator[str]:
         derived = f"; derived: {', '.join(site['derived'])}" if site["derived"] else ""
         groups.setdefault(", ".join(site["quantities"]) + derived, []).append(site["name"])
     for what, names in groups.items():
-        of = "" if len(groups) == 1 else f" (of {listed(names)})"
+        of = "" if len(groups) == 1 else f" (of {join_names(names)})"
         yield f"recorded: {what}{of}"
 
 

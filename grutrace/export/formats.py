@@ -12,10 +12,10 @@ from pathlib import Path
 from grutrace.errors import (
     NotRecordedError,
     as_path,
-    brief,
-    listed,
-    naming_unknown_options,
+    join_names,
+    reject_unknown_options,
     require_one_of,
+    short_repr,
 )
 from grutrace.export.csv_files import write_csv
 from grutrace.export.lstmvis import write_lstmvis
@@ -71,7 +71,7 @@ class Exported:
     notes: tuple[str, ...]
 
 
-@naming_unknown_options
+@reject_unknown_options
 def export_trace(
     trace: Trace,
     path: str | os.PathLike[str],
@@ -128,13 +128,13 @@ def _chosen(
     if not matching:
         recorded = [site.name for module in moment.header.modules for site in module.sites]
         raise NotRecordedError(
-            f"no site matches {brief(sites)}; the trace has {listed(recorded)}"
+            f"no site matches {short_repr(sites)}; the trace has {join_names(recorded)}"
             if sites
             else "the trace has no sites"
         )
     asked = chosen_quantities(default if record is None else record)
     found = [
-        (number, site, tuple(name for name in asked if name in site.readable))
+        (number, site, tuple(name for name in asked if name in site.available_quantities))
         for number, site in matching
     ]
     there = {name for _, _, names in found for name in names}

@@ -11,7 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from grutrace.errors import needing
+from grutrace.errors import require_extra
 from grutrace.export.output_file import SteadyFile, steady
 from grutrace.export.portability import NUL, require_kept
 from grutrace.export.variables import Content, Group, Variable
@@ -28,7 +28,7 @@ def write_netcdf(content: Content, path: Path) -> list[str]:
         MissingExtraError: h5netcdf is not installed.
         OptionError: A text has a NUL in it, which HDF5's strings cannot hold.
     """
-    with needing("exporting to netcdf", "export"):
+    with require_extra("exporting to netcdf", "export"):
         import h5netcdf
 
     with steady(path) as raw, h5netcdf.File(raw, "w") as file:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from grutrace.errors import OptionError, brief
+from grutrace.errors import OptionError, short_repr
 from grutrace.records import Array
 
 #: Ends a text in C, so formats that keep texts as C does lose it, or what follows it.
@@ -77,6 +77,6 @@ def require_kept(
     for index, text in enumerate(block.tolist(), start):
         if not holds(text):
             raise OptionError(
-                f"to: {format} cannot hold {limit}, found {brief(text)} in {where}, item {index}: "
-                "export to zarr or csv, which can"
+                f"to: {format} cannot hold {limit}, found {short_repr(text)} in {where}, "
+                f"item {index}: export to zarr or csv, which can"
             )

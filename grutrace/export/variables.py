@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from grutrace.records import Array, Module, Site
+from grutrace.records import Array, ModuleInfo, Site
 from grutrace.storage.format.schema import group_name
 from grutrace.storage.interfaces import Rows
 from grutrace.storage.read.sequence_index import ModuleIndex, compact
@@ -232,7 +232,7 @@ class SiteContent:
     ) -> None:
         self.site, self.number, self.quantities = site, number, quantities
         self._moment, self._advance = moment, advance
-        self.module: Module = moment.header.modules[number]
+        self.module: ModuleInfo = moment.header.modules[number]
         self.index = moment.index(number)
         self.row_count = moment.extent(number).rows
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from grutrace.errors import TraceFileError, needing
+from grutrace.errors import TraceFileError, require_extra
 from grutrace.export.portability import ignores_case, same_but_for_case
 from grutrace.export.variables import Content, Group, Variable
 
@@ -29,7 +29,7 @@ def write_zarr(content: Content, path: Path) -> list[str]:
         MissingExtraError: zarr is not installed.
         TraceFileError: Names differ only in case, and the file system ignores case.
     """
-    with needing("exporting to zarr", "export"):
+    with require_extra("exporting to zarr", "export"):
         import zarr
 
     root = zarr.open_group(path, mode="w", zarr_format=2)

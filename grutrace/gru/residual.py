@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from grutrace.gru.cell import Gates, step
-from grutrace.records import Array, Block, Module, Site
+from grutrace.records import Array, CallRecord, ModuleInfo, Site
 
 #: What is looked at in one go, so that it stays in the processor's cache. Elements.
 BLOCK = 64 * 1024
@@ -113,7 +113,7 @@ class Doubt(NamedTuple):
         )
 
 
-def find_doubts(module: Module, block: Block, call: int | None = None) -> Iterator[Doubt]:
+def find_doubts(module: ModuleInfo, block: CallRecord, call: int | None = None) -> Iterator[Doubt]:
     """Yield the sites of a call of which rounding does not explain the residual."""
     for site in module.sites:
         rows = block.sites[site.suffix]

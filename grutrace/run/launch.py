@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-from grutrace.distributed import present_shard, sharded
+from grutrace.distributed import detect_shard, shard_path
 from grutrace.errors import OptionError, UnsupportedError
 from grutrace.options import OPTIONS
 from grutrace.run import texts
@@ -43,7 +43,7 @@ def launch(settings: Settings, program: Sequence[str], *, module: bool = False) 
     """
     _check(settings)
     # As torchrun has it, which is all that can be known before the script has begun.
-    require_room(sharded(Path(settings.output), present_shard()), settings.mode)
+    require_room(shard_path(Path(settings.output), detect_shard()), settings.mode)
     command = [*_interpreter(), *(["-m"] if module else []), *program]
     before = os.environ.get("PYTHONPATH")
     settings = replace(settings, output=os.path.realpath(settings.output), python_path=before)

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from grutrace.capture.selection import find, iterate_suffixes
-from grutrace.errors import OptionError, listed, nearest
+from grutrace.errors import OptionError, join_names, suggest_name
 
 
 class NoSiteMatches(OptionError):
@@ -39,10 +39,10 @@ def require_some_match(
             if id(layer) not in own and layer not in known and _may_match(path, layer, globs):
                 return
     names = [name for path, layer in find(model) for name in _names(path, layer)]
-    asked = listed(map(repr, globs))
+    asked = join_names(map(repr, globs))
     raise NoSiteMatches(
         f"sites: {asked} matches none of the sites of {type(model).__qualname__}"
-        f"{nearest(globs[0], names)}: {listed(names)}"
+        f"{suggest_name(globs[0], names)}: {join_names(names)}"
     )
 
 

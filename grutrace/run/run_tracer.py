@@ -23,7 +23,7 @@ from grutrace.capture.kernel_calls.torch_context import Missed
 from grutrace.capture.recording.guarded_sink import Limits
 from grutrace.capture.selection import Selection, select
 from grutrace.capture.tracer import Tracer
-from grutrace.distributed import present_shard, sharded
+from grutrace.distributed import detect_shard, shard_path
 from grutrace.errors import GrutraceError, GrutraceWarning, ResidualError, SinkError, TraceFileError
 from grutrace.options import STATE_MEMORY, Mode
 from grutrace.run import texts
@@ -189,8 +189,8 @@ class Keeper:
     def __init__(self, settings: Settings, report: Report) -> None:
         self._settings, self._report = settings, report
         # Asked only now that the script has had time to say how many processes there are.
-        self._shard = present_shard()
-        self._first = sharded(Path(settings.output), self._shard)
+        self._shard = detect_shard()
+        self._first = shard_path(Path(settings.output), self._shard)
         report.output = self._first
         self._limits = Limits(settings.max_calls, settings.max_bytes)
         self._process = os.getpid()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from grutrace.errors import OptionError
-from grutrace.records import Array, Header
+from grutrace.records import Array, TraceHeader
 from grutrace.statistics.histogram import bins_of
 from grutrace.statistics.moments import describe, join, no_values
 from grutrace.statistics.results import SiteStatistics, UnitStatistics
@@ -108,11 +108,13 @@ class SiteLayout:
     widths: tuple[tuple[str, int], ...]
 
 
-def layout_of(header: Header) -> tuple[SiteLayout, ...]:
+def layout_of(header: TraceHeader) -> tuple[SiteLayout, ...]:
     """The sites of a trace, and all that can be read there."""
     return tuple(
         SiteLayout(
-            site.name, number, tuple((name, width(module, site, name)) for name in site.readable)
+            site.name,
+            number,
+            tuple((name, width(module, site, name)) for name in site.available_quantities),
         )
         for number, module in enumerate(header.modules)
         for site in module.sites

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from grutrace.errors import OptionError, brief
+from grutrace.errors import OptionError, short_repr
 from grutrace.records import GATES, Array
 from grutrace.statistics.moments import add_to_rows, count_true
 
@@ -117,5 +117,5 @@ def require_bins(count: object) -> int:
     """
     if type(count) is not int or count not in ALLOWED_BINS:
         allowed = ", ".join(map(str, ALLOWED_BINS))
-        raise OptionError(f"bins: expected one of {allowed}; found {brief(count)}")
+        raise OptionError(f"bins: expected one of {allowed}; found {short_repr(count)}")
     return count

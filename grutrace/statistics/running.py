@@ -12,19 +12,19 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from grutrace.distributed import Shard, present_shard, sharded
+from grutrace.distributed import Shard, detect_shard, shard_path
 from grutrace.errors import (
     NotRecordedError,
     OptionError,
     StateError,
     as_path,
-    brief,
-    listed,
-    naming_unknown_options,
-    nearest,
+    join_names,
+    reject_unknown_options,
     require_one_of,
+    short_repr,
+    suggest_name,
 )
-from grutrace.records import Header
+from grutrace.records import TraceHeader
 from grutrace.reprs import wrapped
 from grutrace.statistics.accumulator import Accumulator, SiteLayout, layout_of
 from grutrace.statistics.file import StatisticsFile, load
@@ -64,7 +64,7 @@ class Statistics:
         TraceFileError: The file exists, cannot be read to go on from, or can have no place.
     """
 
-    @naming_unknown_options
+    @reject_unknown_options
     def __init__(
         self,
         path: str | os.PathLike[str] | None = None,
@@ -75,10 +75,12 @@ class Statistics:
         fsync: bool = False,
     ) -> None:
         if not save_seconds > 0:
-            raise OptionError(f"save_seconds: expected more than 0, found {brief(save_seconds)}")
+            raise OptionError(
+                f"save_seconds: expected more than 0, found {short_repr(save_seconds)}"
+            )
         self._bins, self._seconds = require_bins(bins), save_seconds
         self._asked = None if path is None else (path, mode)
-        self._fsync, self._shard = fsync, present_shard()
+        self._fsync, self._shard = fsync, detect_shard()
         self._attached = False
         self._open()
 
@@ -88,7 +90,7 @@ class Statistics:
         if self._asked is not None:
             path, mode = self._asked
             self._file = StatisticsFile(
-                sharded(as_path(path), self._shard), mode, fsync=self._fsync
+                shard_path(as_path(path), self._shard), mode, fsync=self._fsync
             )
         self._begin(self._file.before() if self._file else None)
         if self._file and self._accumulator and self._accumulator.bins != self._bins:
@@ -148,7 +150,7 @@ class Statistics:
         statistics._accumulator = accumulator
         return statistics
 
-    def attach(self, header: Header) -> Feed:
+    def attach(self, header: TraceHeader) -> Feed:
         """A sink that counts into these statistics: for the tracer.
 
         Raises:
@@ -197,10 +199,10 @@ class Statistics:
             SinkError: Something could not be counted, or saved.
         """
         if name not in self.sites:
-            near = nearest(name, self.sites) if isinstance(name, str) else ""
-            found = listed(map(repr, self.sites))
+            near = suggest_name(name, self.sites) if isinstance(name, str) else ""
+            found = join_names(map(repr, self.sites))
             raise NotRecordedError(
-                f"site {brief(name)} was not counted{near}; counted sites: {found}"
+                f"site {short_repr(name)} was not counted{near}; counted sites: {found}"
             )
         with self._reading() as accumulator:
             return accumulator.site(self.sites.index(name))
@@ -264,7 +266,7 @@ class Statistics:
             OptionError: The other has other sites, sizes or bins; the message says where.
         """
         if not isinstance(other, Statistics):
-            raise OptionError(f"merge: expected a grutrace.Statistics, found {brief(other)}")
+            raise OptionError(f"merge: expected a grutrace.Statistics, found {short_repr(other)}")
         ours, theirs = self._snapshot(), other._snapshot()
         if ours is None or theirs is None:
             if self._bins != other._bins:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from grutrace.errors import NotRecordedError, SinkError, TraceFileError
-from grutrace.records import Array, Block, Collect, Header, Record, Weights
+from grutrace.records import Array, CallRecord, Collect, Record, TraceHeader, WeightsRecord
 from grutrace.statistics.accumulator import Accumulator
 from grutrace.statistics.file import StatisticsFile
 from grutrace.storage.format.tables import Tables
@@ -44,7 +44,7 @@ class FiguresOnly:
     live = True
     files: tuple[Path, ...] = ()
 
-    def __init__(self, header: Header) -> None:
+    def __init__(self, header: TraceHeader) -> None:
         self.header = header
         self._tables = _NoTables()
 
@@ -105,7 +105,7 @@ class Feed(FiguresOnly):
 
     def __init__(
         self,
-        header: Header,
+        header: TraceHeader,
         accumulator: Accumulator,
         lock: threading.Lock,
         file: FeedFile | None,
@@ -212,7 +212,7 @@ class _Counter:
 
     def __init__(
         self,
-        header: Header,
+        header: TraceHeader,
         accumulator: Accumulator,
         lock: threading.Lock,
         file: FeedFile | None,
@@ -225,7 +225,7 @@ class _Counter:
         suffixes = (site.suffix for module in header.modules for site in module.sites)
         for number, (site, suffix) in enumerate(zip(accumulator.layout, suffixes, strict=True)):
             self._sites[site.module].append((number, suffix))
-        self._gathered: list[Block] = []
+        self._gathered: list[CallRecord] = []
         self._bytes = 0
         self._unsaved = False
         self._counted = self.stored = 0
@@ -234,14 +234,14 @@ class _Counter:
         """Take a record."""
         self._admission.admit(record)
         self._unsaved = True
-        if isinstance(record, Block):
+        if isinstance(record, CallRecord):
             self._gathered.append(record)
             self._bytes += record.nbytes
             if self._bytes >= GATHERED:
                 self._count()
             return
         with self._lock:
-            if isinstance(record, Weights):
+            if isinstance(record, WeightsRecord):
                 self._accumulator.modules[record.module]["versions"] += 1
             else:
                 self._accumulator.annotations += 1
@@ -283,7 +283,7 @@ class _Counter:
                         rows = [block.sites[suffix].rows[quantity] for block in blocks]
                         tally.add(_joined(rows))
 
-    def _count_call(self, block: Block) -> None:
+    def _count_call(self, block: CallRecord) -> None:
         call, sites = self._accumulator.calls, self._sites[block.module]
         # A segment of a sequence is no sequence.
         segments = sum(origin.mark == "continued" for origin in block.origins)

@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from grutrace.records import Array, Header
+from grutrace.records import Array, TraceHeader
 from grutrace.storage.format.tables import Tables
 
 
@@ -60,7 +60,7 @@ class Source(Protocol):
     """
 
     name: str
-    header: Header
+    header: TraceHeader
 
     #: Whether this process is the one that records, and a trace shows at any time all there is.
     live: bool

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from grutrace.records import Array, Collect, Header, Record
+from grutrace.records import Array, Collect, Record, TraceHeader
 from grutrace.storage.format.schema import (
     TABLES,
     Column,
@@ -43,7 +43,7 @@ class MemoryStore:
     """
 
     def __init__(
-        self, header: Header, lock: threading.Lock, items: Mapping[str, Array] | None = None
+        self, header: TraceHeader, lock: threading.Lock, items: Mapping[str, Array] | None = None
     ) -> None:
         self.header, self._lock = header, lock
         known = items or {}
@@ -110,7 +110,7 @@ class _MemorySource:
 
     name = "memory"
     files: tuple[Path, ...] = ()
-    header: Header
+    header: TraceHeader
     _store: MemoryStore
 
     def as_of(self, tables: Tables) -> MemoryStore:  # noqa: ARG002
@@ -149,7 +149,7 @@ class MemorySink(_MemorySource):
 
     live = True
 
-    def __init__(self, header: Header, prepare: Prepare | None = None) -> None:
+    def __init__(self, header: TraceHeader, prepare: Prepare | None = None) -> None:
         self.header, self._prepare = header, prepare
         self._lock = threading.Lock()
         self._begin()
@@ -247,7 +247,7 @@ class MemoryCopy(_MemorySource):
 
     live = False
 
-    def __init__(self, header: Header, items: Mapping[str, Array]) -> None:
+    def __init__(self, header: TraceHeader, items: Mapping[str, Array]) -> None:
         self.header = header
         self._begin(items)
 

@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
-from grutrace.errors import OptionError, brief
+from grutrace.errors import OptionError, short_repr
 from grutrace.options import Mode
-from grutrace.records import Header, Sink
+from grutrace.records import Sink, TraceHeader
 from grutrace.storage.format.tables import Tables
 from grutrace.storage.interfaces import Source
 from grutrace.storage.memory import MemorySink
@@ -22,13 +22,13 @@ from grutrace.storage.write.stream_sink import Prepare, StreamSink
 class SinkMaker(Protocol):
     """Something of the user's that keeps what is recorded: a `grutrace.Statistics`."""
 
-    def attach(self, header: Header) -> Sink:
+    def attach(self, header: TraceHeader) -> Sink:
         """A sink for a trace of this header, which is a `Source` as well."""
 
 
 def open_sink(
     path: str | os.PathLike[str] | None,
-    header: Header,
+    header: TraceHeader,
     mode: Mode = "w",
     maker: SinkMaker | None = None,
     prepare: Prepare | None = None,
@@ -57,11 +57,11 @@ def open_sink(
         return StreamSink(path, header, mode, prepare=prepare, fsync=fsync)
     if isinstance(maker, type) or not isinstance(maker, SinkMaker):
         hint = f": make one, as in sink={maker.__name__}()" if isinstance(maker, type) else ""
-        raise OptionError(f"sink: expected a grutrace.Statistics, found {brief(maker)}{hint}")
+        raise OptionError(f"sink: expected a grutrace.Statistics, found {short_repr(maker)}{hint}")
     if path is not None:
         raise OptionError(
             f"path and sink: expected one of the two, found {os.fspath(path)!r} and "
-            f"{brief(maker)}. (Statistics has a path of its own)"
+            f"{short_repr(maker)}. (Statistics has a path of its own)"
         )
     return maker.attach(header)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from grutrace.errors import OptionError
-from grutrace.records import Array, Header
+from grutrace.records import Array, TraceHeader
 from grutrace.storage.format.dimension_scales import extend_scales
 from grutrace.storage.format.schema import COMMITTED, TABLES
 from grutrace.storage.hdf5.atomic_write import naming, put_in_place, room_for, sync, sync_name
@@ -28,7 +28,7 @@ MODES = ("w", "overwrite")
 
 
 def save_trace(
-    path: str | os.PathLike[str], header: Header, items: Mapping[str, Array], mode: str
+    path: str | os.PathLike[str], header: TraceHeader, items: Mapping[str, Array], mode: str
 ) -> None:
     """Write a trace file, closed in order. It takes its place once it is whole.
 
@@ -79,7 +79,7 @@ def save_trace(
 def write_datasets(
     path: Path,
     new: Path,
-    header: Header,
+    header: TraceHeader,
     counts: Mapping[str, int],
     committed: Array,
     blocks: Callable[[str, int], Iterator[Array]],

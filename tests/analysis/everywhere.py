@@ -87,7 +87,7 @@ def as_arrays(site: Any, version: int = -1) -> SiteArrays:
         lengths=[len(sequence) for sequence in site],
         **{
             name: np.concatenate([sequence.rows(name) for sequence in site])
-            for name in site.site.readable
+            for name in site.site.available_quantities
         },
         initial=np.array([sequence.initial for sequence in site]),
         labels={name: site.row_labels(name).to_array()[rows] for name in site.label_names},

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import grutrace
-from grutrace.records import DEFAULT_RECORD, Array, Block, SiteRows
+from grutrace.records import DEFAULT_RECORD, Array, CallRecord, SiteRows
 from grutrace.storage.hdf5.filters import COMPRESSIONS
 from grutrace.storage.write.writer import Writer
 from tests.storage.streams import Stream, make_header, make_module
@@ -67,7 +67,7 @@ def measure(rows: dict[str, Array], compression: str | None, path: Path) -> tupl
     writer = Writer(path, stream.header, "overwrite")
     writer.write(stream.weights())
     records = [
-        Block(
+        CallRecord(
             module=0,
             time=0.0,
             tag=None,

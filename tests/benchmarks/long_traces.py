@@ -10,7 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from grutrace.records import Annotation, Array, Block, Module, Record, SiteRows, Weights
+from grutrace.records import (
+    AnnotationRecord,
+    Array,
+    CallRecord,
+    ModuleInfo,
+    Record,
+    SiteRows,
+    WeightsRecord,
+)
 from grutrace.storage.format.schema import weight_shapes
 from grutrace.storage.write.writer import Writer
 from tests.storage.streams import make_header, make_module
@@ -19,7 +27,7 @@ from tests.storage.streams import make_header, make_module
 STEPS, BATCH, HIDDEN = 128, 32, 256
 
 
-def wide_module() -> Module:
+def wide_module() -> ModuleInfo:
     """One layer with all gates and states."""
     return make_module("rnn", hidden=HIDDEN, width=HIDDEN)
 
@@ -36,7 +44,7 @@ def _numbers(shape: tuple[int, int], seed: int) -> Array:
 
 
 def records(
-    module: Module, steps: int, batch: int, calls: int, label: str | None = None
+    module: ModuleInfo, steps: int, batch: int, calls: int, label: str | None = None
 ) -> Iterator[Record]:
     """Yield calls that each begin sequences of so many steps; all hold the same numbers.
 
@@ -45,7 +53,7 @@ def records(
     (site,) = module.sites
     shapes = weight_shapes(module, site)
     weights = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    yield Weights(0, 0, {site.suffix: weights})
+    yield WeightsRecord(0, 0, {site.suffix: weights})
     shape = (steps * batch, module.hidden_size)
     rows = {name: _numbers(shape, seed) for seed, name in enumerate(site.quantities)}
     initial = np.zeros((batch, module.hidden_size), np.float32)
@@ -53,14 +61,14 @@ def records(
     lengths = np.full(batch, steps, np.uint32)
     for call in range(calls):
         sequences = np.arange(call * batch, (call + 1) * batch, dtype=np.uint64)
-        yield Block(0, 1.6e9 + call, None, False, 0, lengths, sequences, recorded)
+        yield CallRecord(0, 1.6e9 + call, None, False, 0, lengths, sequences, recorded)
         for sequence in sequences.tolist() if label else ():
             values = tuple(float((sequence + step // 16) % 2) for step in range(steps))
-            yield Annotation(0, sequence, label, 0, values)
+            yield AnnotationRecord(0, sequence, label, 0, values)
 
 
 def write(
-    path: Path, module: Module, steps: int, batch: int, calls: int, label: str | None = None
+    path: Path, module: ModuleInfo, steps: int, batch: int, calls: int, label: str | None = None
 ) -> None:
     """Write such a trace, and close it."""
     writer = Writer(path, make_header(module), "overwrite")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import grutrace
-from grutrace.records import GATES, Block, Module, SiteRows, Weights
+from grutrace.records import GATES, CallRecord, ModuleInfo, SiteRows, WeightsRecord
 from grutrace.storage.format.schema import weight_shapes
 from grutrace.storage.write.writer import Writer
 from tests.benchmarks import long_traces
@@ -107,8 +107,8 @@ def write_many_sites(path: Path, modules: int) -> None:
     writer.close()
 
 
-def _weights(number: int, module: Module) -> Weights:
-    return Weights(
+def _weights(number: int, module: ModuleInfo) -> WeightsRecord:
+    return WeightsRecord(
         number,
         0,
         {
@@ -121,7 +121,7 @@ def _weights(number: int, module: Module) -> Weights:
     )
 
 
-def _call(number: int, module: Module) -> Block:
+def _call(number: int, module: ModuleInfo) -> CallRecord:
     states = np.zeros((2, module.hidden_size), np.float32)
     rows = np.full((20, module.hidden_size), 0.5, np.float32)
     sites = {
@@ -129,4 +129,4 @@ def _call(number: int, module: Module) -> Block:
         for site in module.sites
     }
     steps, sequences = np.array([10, 10], np.uint32), np.array([0, 1], np.uint64)
-    return Block(number, 1.6e9, None, False, 0, steps, sequences, sites)
+    return CallRecord(number, 1.6e9, None, False, 0, steps, sequences, sites)

@@ -18,7 +18,7 @@ import numpy as np
 
 import grutrace
 from grutrace.analysis.descriptive.saturation import summarize_site
-from grutrace.records import GATES, Block
+from grutrace.records import GATES, CallRecord
 from grutrace.storage.format.schema import LIBVER, layout, quantity_place
 from grutrace.storage.read.lazy_rows import BLOCK
 from grutrace.storage.read.site import SiteTrace
@@ -87,7 +87,7 @@ def writing(folder: Path) -> Spread:
     length = calls * long_traces.STEPS * long_traces.BATCH
     chunk = columns[places[0]].chunks
     *_, call = long_traces.records(module, long_traces.STEPS, long_traces.BATCH, 1)
-    assert isinstance(call, Block)
+    assert isinstance(call, CallRecord)
     arrays = list(call.sites[site.suffix].rows.values())
 
     def bare() -> None:

@@ -174,4 +174,8 @@ def _in_memory(workload: Workload, tracing: Tracing) -> Callable[[], object]:
 def nbytes_of(trace: grutrace.Trace) -> int:
     """Read everything, and return how much it is."""
     sites = (trace[name] for name in trace.sites)
-    return sum(site.rows(quantity)[:].nbytes for site in sites for quantity in site.site.readable)
+    return sum(
+        site.rows(quantity)[:].nbytes
+        for site in sites
+        for quantity in site.site.available_quantities
+    )

@@ -551,7 +551,7 @@ with tempfile.TemporaryDirectory() as folder:
             self.rnn, self.cell = nn.GRU(3, 4), nn.GRUCell(4, 4)
         def forward(self, x):
             return self.cell(self.rnn(x)[0][-1])
-    def sharded():
+    def shard_path():
         torch.manual_seed(0)
         net = Net()
         fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
@@ -562,8 +562,8 @@ with tempfile.TemporaryDirectory() as folder:
         out.square().sum().backward()
         return [out.detach(), *(p.grad.full_tensor().clone() for p in net.parameters())]
     x = torch.randn(5, 2, 3)
-    expected = step(sharded(), x)
-    net = sharded()
+    expected = step(shard_path(), x)
+    net = shard_path()
     with grutrace.trace(net, gates={gates!r}, shard=False) as trace:
         found = [step(net, x) for _ in range(2)]
     dist.destroy_process_group()

@@ -92,7 +92,7 @@ class Ours:
     """One site as grutrace reads it."""
 
     def __init__(self, site):
-        self.site, self.weights, self.recorded = site, site.weights, site.site.readable
+        self.site, self.weights, self.recorded = site, site.weights, site.site.available_quantities
 
     def rows(self, number, quantity):
         return self.site.sequence(number).rows(quantity)

@@ -28,7 +28,7 @@ def hooks(model: nn.Module) -> int:
 def assert_same_call(part: Any, whole: Any, call: int, of: int, gates: Any) -> None:
     """A sequence in one trace is a sequence in another; gates that are computed apart, nearly."""
     allowed = 0 if gates == "inline" else rounding(part)[0]
-    for quantity in part.site.readable:
+    for quantity in part.site.available_quantities:
         found, expected = (
             site.sequence(n).rows(quantity) for site, n in ((part, call), (whole, of))
         )

@@ -49,7 +49,7 @@ def assert_part(part: Any, whole: Any, units: list[int]) -> None:
     for name in part.sites:
         one, other = part[name], whole[name]
         allowed = rounding(one, other)
-        for quantity in one.site.readable:
+        for quantity in one.site.available_quantities:
             found, expected = np.asarray(one.rows(quantity)), np.asarray(other.rows(quantity))
             expected = expected if quantity == "input" else expected[:, units]
             assert found.dtype == expected.dtype

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from grutrace.records import DEFAULT_RECORD, Block, SiteRows, Weights
+from grutrace.records import DEFAULT_RECORD, CallRecord, SiteRows, WeightsRecord
 from grutrace.storage.write.stream_sink import StreamSink
 
 from .streams import make_header, make_module
@@ -47,7 +47,7 @@ def block(call, shape):
     values = rows(call, batch * steps)
     quantities = {name: values + place for place, name in enumerate(DEFAULT_RECORD)}
     initial = rows(call, batch if begins else 0)
-    return Block(
+    return CallRecord(
         module=0,
         time=float(call),
         tag=f"tag {call // 100}",
@@ -63,7 +63,7 @@ def weights():
     sites = {"l0": {"weight_ih": (3 * HIDDEN, 1), "weight_hh": (3 * HIDDEN, HIDDEN)}}
     for name in ("bias_ih", "bias_hh"):
         sites["l0"][name] = (3 * HIDDEN,)
-    return Weights(
+    return WeightsRecord(
         0, 0, {"l0": {name: np.ones(shape, "f4") for name, shape in sites["l0"].items()}}
     )
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grutrace.errors import NotRecordedError
-from grutrace.records import Annotation, Block, Weights
+from grutrace.records import AnnotationRecord, CallRecord, WeightsRecord
 
 
 class Expected:
@@ -14,9 +14,9 @@ class Expected:
 
     def __init__(self, header, records):
         self.header = header
-        self.blocks = [record for record in records if isinstance(record, Block)]
-        self.weights = [record for record in records if isinstance(record, Weights)]
-        self.annotations = [record for record in records if isinstance(record, Annotation)]
+        self.blocks = [record for record in records if isinstance(record, CallRecord)]
+        self.weights = [record for record in records if isinstance(record, WeightsRecord)]
+        self.annotations = [record for record in records if isinstance(record, AnnotationRecord)]
 
     def of(self, module):
         return [block for block in self.blocks if block.module == module]

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from grutrace.distributed import Shard
-from grutrace.records import Annotation, Block, Weights
+from grutrace.records import AnnotationRecord, CallRecord, WeightsRecord
 from grutrace.storage.memory import MemorySink
 from grutrace.storage.write.stream_sink import StreamSink
 
@@ -30,13 +30,13 @@ def full_shards():
 
 def _later(record, number):
     """The same record with other numbers in it, of another time."""
-    if isinstance(record, Weights):
+    if isinstance(record, WeightsRecord):
         sites = {
             suffix: {name: array + number for name, array in site.items()}
             for suffix, site in record.sites.items()
         }
         return dataclasses.replace(record, sites=sites)
-    if isinstance(record, Annotation):
+    if isinstance(record, AnnotationRecord):
         values = tuple(f"{v} {number}" if isinstance(v, str) else v + number for v in record.values)
         return dataclasses.replace(record, values=values)
     seen = {}
@@ -76,13 +76,13 @@ def as_one(streams):
     for stream in streams:
         own_begun, own_used = dict.fromkeys(modules, 0), dict.fromkeys(modules, 0)
         for record in stream.records:
-            if isinstance(record, Block):
+            if isinstance(record, CallRecord):
                 m = record.module
                 own_begun[m] += len(next(iter(record.sites.values())).initial)
                 own_used[m] = max(own_used[m], record.weights + 1)
         for record in stream.records:
             m = record.module
-            if isinstance(record, Block):
+            if isinstance(record, CallRecord):
                 forks = tuple(
                     dataclasses.replace(
                         fork, sequence=fork.sequence + begun[m], parent=fork.parent + begun[m]
@@ -98,7 +98,7 @@ def as_one(streams):
                         forks=forks,
                     )
                 )
-            elif isinstance(record, Weights):
+            elif isinstance(record, WeightsRecord):
                 # Versions that no call used are in no trace.
                 if record.version < own_used[m]:
                     records.append(dataclasses.replace(record, version=record.version + used[m]))

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from grutrace.records import (
     DEFAULT_RECORD,
     QUANTITIES,
-    Annotation,
-    Block,
+    AnnotationRecord,
+    CallRecord,
     Fork,
-    Header,
-    Module,
+    ModuleInfo,
     Record,
     Site,
     SiteRows,
-    Weights,
+    TraceHeader,
+    WeightsRecord,
 )
 
 
@@ -43,7 +43,7 @@ def make_module(
             read = width if layer == 0 else hidden * len(directions)
             name = path + dot + suffix
             sites.append(Site(name, suffix, layer, reverse, read, tuple(record), tuple(derived)))
-    return Module(
+    return ModuleInfo(
         path=path,
         kind=kind,
         type=f"torch.nn.modules.rnn.{kind}",
@@ -68,13 +68,13 @@ def make_header(*modules, **changes):
         "options": {"record": list(DEFAULT_RECORD), "every": 1},
         "modules": tuple(modules),
     }
-    return Header(**{**fields, **changes})
+    return TraceHeader(**{**fields, **changes})
 
 
 class Stream:
     """Makes records that fit one another, and keeps them."""
 
-    def __init__(self, header: Header, seed: int = 0) -> None:
+    def __init__(self, header: TraceHeader, seed: int = 0) -> None:
         self.header = header
         self.records: list[Record] = []
         self.begun = [0] * len(header.modules)
@@ -95,7 +95,7 @@ class Stream:
             sites[site.suffix] = {
                 name: self.numbers(shape, kind.weights_dtype) for name, shape in shapes.items()
             }
-        record = Weights(module, self.versions[module], sites)
+        record = WeightsRecord(module, self.versions[module], sites)
         self.versions[module] += 1
         return self._keep(record)
 
@@ -124,7 +124,7 @@ class Stream:
             initial = self.numbers((self.begun[module] - first, kind.hidden_size), kind.dtype)
             residual, tolerance = (abs(float(x)) for x in self.numbers(2, "float32"))
             sites[site.suffix] = SiteRows(arrays, initial, residual, tolerance, 2.0**-23)
-        record = Block(
+        record = CallRecord(
             module=module,
             time=1.6e9 + len(self.records) / 8,
             tag=tag,
@@ -138,7 +138,7 @@ class Stream:
         return self._keep(record)
 
     def annotate(self, sequence, name, values, *, module=0, first=0):
-        return self._keep(Annotation(module, sequence, name, first, tuple(values)))
+        return self._keep(AnnotationRecord(module, sequence, name, first, tuple(values)))
 
     def _keep(self, record):
         self.records.append(record)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from grutrace.errors import SinkError
-from grutrace.records import Annotation, Fork, SiteRows, Weights
+from grutrace.records import AnnotationRecord, Fork, SiteRows, WeightsRecord
 from grutrace.storage.memory import MemorySink
 from grutrace.storage.read.trace import Trace
 from grutrace.storage.write.writer import Writer
@@ -81,9 +81,15 @@ SPOILT = {
         lambda: second_weights(sites={"l0": {"weight_ih": np.zeros((9, 3), "f4")}}),
         "weight_ih",
     ),
-    "annotation of nothing": (lambda: Annotation(0, 2, "x", 0, (1.0,)), "has begun, of 2, found 2"),
-    "annotation before": (lambda: Annotation(0, 0, "x", -1, (1.0,)), "from 0, found -1"),
-    "mixed annotation": (lambda: Annotation(0, 0, "x", 0, (1.0, "a")), "all text or all numbers"),
+    "annotation of nothing": (
+        lambda: AnnotationRecord(0, 2, "x", 0, (1.0,)),
+        "has begun, of 2, found 2",
+    ),
+    "annotation before": (lambda: AnnotationRecord(0, 0, "x", -1, (1.0,)), "from 0, found -1"),
+    "mixed annotation": (
+        lambda: AnnotationRecord(0, 0, "x", 0, (1.0, "a")),
+        "all text or all numbers",
+    ),
 }
 
 
@@ -112,4 +118,4 @@ def test_control_the_unspoilt_records_are_taken():
     sink = MemorySink(HEADER)
     for record in [*sound_stream().records, block(), second_weights()]:
         sink.append(record)
-    assert isinstance(second_weights(), Weights)
+    assert isinstance(second_weights(), WeightsRecord)

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from grutrace.errors import TraceFileError
-from grutrace.records import QUANTITIES, Annotation, Block, Fork, Weights
+from grutrace.records import QUANTITIES, AnnotationRecord, CallRecord, Fork, WeightsRecord
 from grutrace.storage.open import open_sink, open_source, open_trace
 from grutrace.storage.read.trace import Trace
 from grutrace.storage.write.stream_sink import StreamSink
@@ -28,12 +28,12 @@ def run(path, stream, mode):
 
 def moved(record, sequences, versions):
     """A record as the second run in a file should read: numbers go on from the first's."""
-    if isinstance(record, Weights):
+    if isinstance(record, WeightsRecord):
         return dataclasses.replace(record, version=record.version + versions[record.module])
     first = sequences[record.module]
-    if isinstance(record, Annotation):
+    if isinstance(record, AnnotationRecord):
         return dataclasses.replace(record, sequence=record.sequence + first)
-    assert isinstance(record, Block)
+    assert isinstance(record, CallRecord)
     forks = tuple(
         Fork(fork.sequence + first, fork.parent + first, fork.steps) for fork in record.forks
     )
@@ -53,7 +53,10 @@ def test_numbers_go_on_from_those_in_the_file(tmp_path):
     # Versions that no call used do not count.
     used = [
         1
-        + max((b.weights for b in once if isinstance(b, Block) and b.module == module), default=-1)
+        + max(
+            (b.weights for b in once if isinstance(b, CallRecord) and b.module == module),
+            default=-1,
+        )
         for module in range(len(stream.header.modules))
     ]
     # Weights that are those of the file's last version are not stored again.
@@ -66,7 +69,7 @@ def test_numbers_go_on_from_those_in_the_file(tmp_path):
         expected += [
             moved(record, sequences, versions)
             for record in once
-            if not (isinstance(record, Weights) and used[record.module] == 1)
+            if not (isinstance(record, WeightsRecord) and used[record.module] == 1)
         ]
         with open_trace(path) as trace:
             check_trace(trace, stream.header, expected)

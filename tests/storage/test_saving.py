@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from grutrace.errors import OptionError, StateError, TraceFileError
-from grutrace.records import Block, Weights
+from grutrace.records import CallRecord, WeightsRecord
 from grutrace.storage.memory import MemorySink
 from grutrace.storage.open import open_sink, open_trace
 from grutrace.storage.read.trace import Trace
@@ -38,11 +38,11 @@ def streamed(stream: Any, path: Path) -> None:
     """Write it as a tracer does, which announces no weights that no call uses."""
     used: dict[int, int] = {}
     for record in stream.records:
-        if isinstance(record, Block):
+        if isinstance(record, CallRecord):
             used[record.module] = max(used.get(record.module, -1), record.weights)
     sink = open_sink(path, stream.header)
     for record in stream.records:
-        if not isinstance(record, Weights) or record.version <= used.get(record.module, -1):
+        if not isinstance(record, WeightsRecord) or record.version <= used.get(record.module, -1):
             sink.append(record)
     sink.close()
 
@@ -227,7 +227,9 @@ def test_an_emptied_trace_counts_from_nothing() -> None:
         sink.append(record)
     site = trace[trace.sites[0]]
     sequence, hidden, rows = site[0], site[0].hidden, site.hidden
-    held = sum(trace[name].rows(trace[name].site.readable[-1]).nbytes for name in trace.sites)
+    held = sum(
+        trace[name].rows(trace[name].site.available_quantities[-1]).nbytes for name in trace.sites
+    )
     assert trace.nbytes > held
     trace.clear()
     assert (len(trace.calls), len(site), site.hidden.shape[0], trace.nbytes) == (0, 0, 0, 0)

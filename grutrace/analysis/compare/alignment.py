@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from grutrace.records import Array, Module, Site
+from grutrace.records import Array, ModuleInfo, Site
 from grutrace.storage.interfaces import Rows
 from grutrace.storage.read.sequence_index import Integers, ModuleIndex, compact
 from grutrace.storage.read.site import SiteTrace
@@ -37,7 +37,7 @@ class Side:
     site: Site
 
     @property
-    def module(self) -> Module:
+    def module(self) -> ModuleInfo:
         """The module that the site is in."""
         return self.moment.header.modules[self.number]
 

@@ -164,7 +164,7 @@ def site_mismatches(pair: Pair, quantities: Sequence[str]) -> Iterator[Mismatch]
     if set(a.units()) != set(b.units()):
         yield Mismatch(name, "units", _units(a), _units(b))
     for quantity in quantities:
-        held = quantity in a.site.readable, quantity in b.site.readable
+        held = quantity in a.site.available_quantities, quantity in b.site.available_quantities
         if held[0] != held[1]:
             yield Mismatch(name, quantity, *only_in(*held))
 
@@ -340,7 +340,7 @@ def of_sites(pair: Pair) -> Iterator[Circumstance]:
 
 
 def _input(side: Side) -> str:
-    return "recorded" if "input" in side.site.readable else "not recorded"
+    return "recorded" if "input" in side.site.available_quantities else "not recorded"
 
 
 def _unequal(what: str, a: str, b: str, *, same: bool | None = None) -> Iterator[Circumstance]:

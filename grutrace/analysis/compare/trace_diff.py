@@ -34,7 +34,7 @@ from grutrace.analysis.compare.report import (
     WeightsDifference,
     only_in,
 )
-from grutrace.errors import NotRecordedError, OptionError, brief
+from grutrace.errors import NotRecordedError, OptionError, short_repr
 from grutrace.records import DEFAULT_RECORD, QUANTITIES
 from grutrace.reprs import fields_repr
 from grutrace.storage.read.snapshot import Moment, chosen_quantities, chosen_sites
@@ -149,9 +149,11 @@ def compare(
     """
     quantities = chosen_quantities(record)
     if tolerance is not None and not tolerance >= 0:
-        raise OptionError(f"tolerance: expected a number from 0 up, found {brief(tolerance)}")
+        raise OptionError(f"tolerance: expected a number from 0 up, found {short_repr(tolerance)}")
     if exact and tolerance:
-        raise OptionError(f"exact and tolerance: expected one of the two, found {brief(tolerance)}")
+        raise OptionError(
+            f"exact and tolerance: expected one of the two, found {short_repr(tolerance)}"
+        )
     moments = a.moment, b.moment
     sides = tuple(_sides(moment, sites) for moment in moments)
     _require(sides, sites, None if record is None else quantities)
@@ -190,8 +192,10 @@ def _require(
 ) -> None:
     """Refuse what neither trace has: nothing would be compared, and nothing would differ."""
     if sites is not None and not any(sides):
-        raise NotRecordedError(f"neither trace has a site that matches {brief(sites)}")
-    found = {name for each in sides for side in each.values() for name in side.site.readable}
+        raise NotRecordedError(f"neither trace has a site that matches {short_repr(sites)}")
+    found = {
+        name for each in sides for side in each.values() for name in side.site.available_quantities
+    }
     for name in quantities or ():
         if name not in found:
             held = ", ".join(each for each in QUANTITIES if each in found) or "nothing"
@@ -207,7 +211,10 @@ def _only_in_one(a: dict[str, Side], b: dict[str, Side]) -> Iterator[Mismatch]:
 def _comparisons(pair: Pair, quantities: Sequence[str]) -> Iterator[Comparison]:
     if pair.a.module.hidden_size != pair.b.module.hidden_size:
         return
-    readable = (*pair.a.site.readable, INITIAL), (*pair.b.site.readable, INITIAL)
+    readable = (
+        (*pair.a.site.available_quantities, INITIAL),
+        (*pair.b.site.available_quantities, INITIAL),
+    )
     for name in ORDER:
         asked = "hidden" if name == INITIAL else name
         if name == "input" and pair.a.site.input_size != pair.b.site.input_size:

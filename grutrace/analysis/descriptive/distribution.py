@@ -30,7 +30,7 @@ import numpy as np
 from grutrace.analysis.engine.map_reduce import fold_rows
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import Analysed, Material, material
-from grutrace.errors import NotRecordedError, OptionError, brief
+from grutrace.errors import NotRecordedError, OptionError, short_repr
 from grutrace.records import DEFAULT_RECORD, Array
 from grutrace.statistics.accumulator import BLOCK, Tally
 from grutrace.statistics.histogram import require_bins
@@ -304,9 +304,9 @@ class Quantiles(Result):
         """
         if quantity not in self.histogram:
             found = ", ".join(self.histogram)
-            raise OptionError(f"quantity: expected one of {found}; found {brief(quantity)}")
+            raise OptionError(f"quantity: expected one of {found}; found {short_repr(quantity)}")
         if not 0 <= share <= 1:
-            raise OptionError(f"share: expected a number from 0 to 1; found {brief(share)}")
+            raise OptionError(f"share: expected a number from 0 to 1; found {short_repr(share)}")
         ranked = _Ranked(
             self.histogram[quantity],
             self.underflow[quantity],

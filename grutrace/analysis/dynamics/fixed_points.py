@@ -28,7 +28,7 @@ from grutrace.analysis.dynamics.jacobian import GRUMap
 from grutrace.analysis.engine.map_reduce import fold_rows
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import Analysed, Material, material
-from grutrace.errors import NotRecordedError, OptionError, brief
+from grutrace.errors import NotRecordedError, OptionError, short_repr
 from grutrace.records import Array
 from grutrace.statistics.moments import describe, join, no_values
 from grutrace.storage.read.sequence_index import Integers
@@ -190,7 +190,7 @@ def _input(of: Material, given: Array | str | None, size: int) -> Array:
         return np.zeros(size)
     if isinstance(given, str):
         if given != "mean":
-            raise OptionError(f"input: expected values, 'mean' or None; found {brief(given)}")
+            raise OptionError(f"input: expected values, 'mean' or None; found {short_repr(given)}")
         units = fold_rows(of, ("input",), partial(_Units, size)).units
         if not units["count"].all():
             raise OptionError(f"input: {of.name!r} has no inputs to take the mean of")

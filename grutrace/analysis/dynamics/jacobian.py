@@ -29,7 +29,7 @@ import numpy as np
 from grutrace.analysis.engine.map_reduce import handed_out
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import Analysed, Material, material
-from grutrace.errors import NotRecordedError, OptionError, brief
+from grutrace.errors import NotRecordedError, OptionError, short_repr
 from grutrace.records import GATES, Array
 from grutrace.storage.read.sequence_index import Integers
 
@@ -152,7 +152,7 @@ def step_jacobians(site: Analysed, most: int = STEPS) -> StepJacobians:
         OptionError: There cannot be so many steps.
     """
     if not isinstance(most, int) or most < 1:
-        raise OptionError(f"most: expected a number of steps, 1 or more; found {brief(most)}")
+        raise OptionError(f"most: expected a number of steps, 1 or more; found {short_repr(most)}")
     of = material(site)
     require_whole(of)
     count = min(most, of.steps)

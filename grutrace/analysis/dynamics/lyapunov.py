@@ -29,7 +29,7 @@ from grutrace.analysis.engine.map_reduce import fold_sequences
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.segments import PREVIOUS, RESTARTS, WEIGHTS, Stretch
 from grutrace.analysis.engine.site_data import Analysed, material
-from grutrace.errors import OptionError, brief
+from grutrace.errors import OptionError, short_repr
 from grutrace.records import Array
 from grutrace.storage.read.sequence_index import Integers
 
@@ -114,9 +114,11 @@ def lyapunov(site: Analysed, count: int = EXPONENTS, skip: int | None = None) ->
         OptionError: There cannot be so many exponents, or steps to skip.
     """
     if not isinstance(count, int) or count < 1:
-        raise OptionError(f"count: expected a number of exponents, 1 or more; found {brief(count)}")
+        raise OptionError(
+            f"count: expected a number of exponents, 1 or more; found {short_repr(count)}"
+        )
     if skip is not None and (not isinstance(skip, int) or skip < 0):
-        raise OptionError(f"skip: expected a number of steps, 0 or more; found {brief(skip)}")
+        raise OptionError(f"skip: expected a number of steps, 0 or more; found {short_repr(skip)}")
     of = material(site)
     require_whole(of)
     size = len(of.units)

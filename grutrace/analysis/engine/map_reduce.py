@@ -19,7 +19,7 @@ import numpy as np
 
 from grutrace.analysis.engine.segments import NOT_STORED, PREVIOUS, Stretch, stretches
 from grutrace.analysis.engine.site_data import Analysed, Material, material
-from grutrace.errors import OptionError, needing
+from grutrace.errors import OptionError, require_extra
 from grutrace.records import Array
 
 #: Parts that are computed at once at most. Each holds a block of rows, and they share the reading.
@@ -41,7 +41,7 @@ def on_dask(site: Analysed) -> Material:
         OptionError: As for `material`.
         MissingExtraError: There is no dask.
     """
-    with needing("computing on dask", "dask"):
+    with require_extra("computing on dask", "dask"):
         import dask  # noqa: F401
     found = material(site)
     found.dask = True

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from grutrace.errors import needing
+from grutrace.errors import require_extra
 from grutrace.records import Array
 from grutrace.reprs import fields_repr
 
@@ -82,7 +82,7 @@ class Result:
         Raises:
             MissingExtraError: There is no pandas.
         """
-        with needing("a table", "analysis"):
+        with require_extra("a table", "analysis"):
             from pandas import DataFrame
         columns = self.columns()
         index = next(iter(columns))

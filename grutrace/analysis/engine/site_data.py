@@ -198,7 +198,7 @@ class _OfTrace(Material):
 
     @property
     def quantities(self) -> tuple[str, ...]:
-        return self._site.site.readable
+        return self._site.site.available_quantities
 
     @property
     def stored(self) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from grutrace.analysis.engine.map_reduce import fold_rows
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import Analysed, Beside, Material, material, sequences_of
 from grutrace.analysis.labels.label_coding import classes_of
-from grutrace.errors import OptionError, brief, needing
+from grutrace.errors import OptionError, require_extra, short_repr
 from grutrace.records import Array
 from grutrace.storage.read.row_labels import RowLabels
 from grutrace.storage.read.sequence_index import Integers
@@ -202,7 +202,7 @@ def probe(
     of = material(site)
     of.require(quantity)
     if not 0 < test < 1:
-        raise OptionError(f"test: expected a share between 0 and 1, found {brief(test)}")
+        raise OptionError(f"test: expected a share between 0 and 1, found {short_repr(test)}")
     labels = of.labels(label)
     target, classes = _target(labels)
     control = control or ("tokens" if "tokens" in of.label_names and label != "tokens" else "")
@@ -295,7 +295,7 @@ def _learner() -> Any:
     Raises:
         MissingExtraError: There is none.
     """
-    with needing("a probe", "analysis"):
+    with require_extra("a probe", "analysis"):
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression, Ridge
 

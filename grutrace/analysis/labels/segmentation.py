@@ -29,7 +29,7 @@ import numpy.typing as npt
 from grutrace.analysis.engine.map_reduce import fold_rows
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import Analysed, Material, material
-from grutrace.errors import OptionError, brief
+from grutrace.errors import OptionError, short_repr
 from grutrace.records import GATES, Array
 from grutrace.storage.read.sequence_index import Integers
 
@@ -237,10 +237,10 @@ def gate_activation(
         NotRecordedError: The gate was not recorded, or there is no such label.
     """
     if gate not in GATES:
-        raise OptionError(f"gate: expected one of {', '.join(GATES)}; found {brief(gate)}")
+        raise OptionError(f"gate: expected one of {', '.join(GATES)}; found {short_repr(gate)}")
     if direction not in DIRECTIONS:
         expected = ", ".join(DIRECTIONS)
-        raise OptionError(f"direction: expected one of {expected}; found {brief(direction)}")
+        raise OptionError(f"direction: expected one of {expected}; found {short_repr(direction)}")
     of = material(site)
     lengths = of.lengths
     means = fold_rows(of, (gate,), _Means).means

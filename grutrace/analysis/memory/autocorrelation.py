@@ -26,7 +26,7 @@ from grutrace.analysis.engine.map_reduce import fold_sequences
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.segments import Stretch
 from grutrace.analysis.engine.site_data import Analysed, material
-from grutrace.errors import OptionError, brief
+from grutrace.errors import OptionError, short_repr
 from grutrace.records import Array
 from grutrace.storage.read.sequence_index import Integers
 
@@ -95,7 +95,7 @@ def autocorrelation(site: Analysed, lags: int | None = None, skip: int = 0) -> A
     for name, value in {"lags": lags, "skip": skip}.items():
         if value is not None and (not isinstance(value, int) or value < 0):
             raise OptionError(
-                f"{name}: expected a number of steps, 0 or more; found {brief(value)}"
+                f"{name}: expected a number of steps, 0 or more; found {short_repr(value)}"
             )
     lengths = np.maximum(of.lengths - skip, 0)
     longest = max(0, int(lengths.max(initial=0)) - 1)

@@ -25,7 +25,7 @@ import numpy as np
 
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import Analysed, Material, material
-from grutrace.errors import NotRecordedError, OptionError, brief
+from grutrace.errors import NotRecordedError, OptionError, short_repr
 from grutrace.records import Array
 from grutrace.storage.read.sequence_index import Integers
 
@@ -311,7 +311,7 @@ def _back(back: int | None, all_of_them: int) -> int:
     if back is None:
         return all_of_them
     if not isinstance(back, int) or back < 1:
-        raise OptionError(f"back: expected a number of steps, 1 or more; found {brief(back)}")
+        raise OptionError(f"back: expected a number of steps, 1 or more; found {short_repr(back)}")
     return min(back, all_of_them)
 
 
@@ -325,5 +325,7 @@ def _columns(site: Material, units: Sequence[int] | None) -> slice | Integers:
         or columns.dtype.kind not in "iu"
         or ((columns < 0) | (columns >= width)).any()
     ):
-        raise OptionError(f"units: expected columns from 0 to {width - 1}; found {brief(units)}")
+        raise OptionError(
+            f"units: expected columns from 0 to {width - 1}; found {short_repr(units)}"
+        )
     return columns

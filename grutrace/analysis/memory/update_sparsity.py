@@ -22,7 +22,7 @@ from grutrace.analysis.engine.map_reduce import fold_sequences
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.segments import PREVIOUS, Stretch
 from grutrace.analysis.engine.site_data import Analysed, material
-from grutrace.errors import OptionError, brief
+from grutrace.errors import OptionError, short_repr
 from grutrace.records import Array
 from grutrace.storage.read.sequence_index import Integers
 
@@ -65,7 +65,7 @@ def writes(site: Analysed, threshold: float = SMALL) -> Writes:
         OptionError: The threshold is not above 0.
     """
     if not threshold > 0:
-        raise OptionError(f"threshold: expected a number above 0, found {brief(threshold)}")
+        raise OptionError(f"threshold: expected a number above 0, found {short_repr(threshold)}")
     of = material(site)
     found = fold_sequences(of, (PREVIOUS,), partial(_Written, len(of.units), threshold))
     count = of.steps - found.left_out

@@ -17,16 +17,16 @@ from grutrace.analysis.verification.residuals import Evidence
 from grutrace.errors import TraceFileError
 from grutrace.records import (
     GATES,
-    Annotation,
+    AnnotationRecord,
     Array,
-    Block,
+    CallRecord,
     Fork,
-    Header,
-    Module,
+    ModuleInfo,
     Sink,
     Site,
     SiteRows,
-    Weights,
+    TraceHeader,
+    WeightsRecord,
 )
 from grutrace.storage.format.shard_stamp import Merged, merged_options
 from grutrace.storage.open import open_sink
@@ -78,7 +78,7 @@ def derive_file(
         raise
 
 
-def stored_header(moment: Moment) -> Header:
+def stored_header(moment: Moment) -> TraceHeader:
     """The header of the same trace with everything stored that it derives."""
     header, shards = moment.header, moment.tables.shards
     modules = tuple(
@@ -94,7 +94,7 @@ def stored_header(moment: Moment) -> Header:
 
 
 def _stored(site: Site) -> Site:
-    return dataclasses.replace(site, quantities=site.readable, derived=())
+    return dataclasses.replace(site, quantities=site.available_quantities, derived=())
 
 
 def _append_all(moment: Moment, sink: Sink, progress: Callable[[int, int], None] | None) -> None:
@@ -109,14 +109,14 @@ def _append_all(moment: Moment, sink: Sink, progress: Callable[[int, int], None]
         sink.append(annotation)
 
 
-def _annotations(moment: Moment) -> Iterator[Annotation]:
+def _annotations(moment: Moment) -> Iterator[AnnotationRecord]:
     tables, start = moment.stored, 0
     for entry in tables.annotations:
         values = tables.values[start : start + int(entry["count"])].tolist()
         start += len(values)
         texts = [tables.texts[int(value)] for value in values] if entry["text"] else values
         name = tables.texts[entry["name"] - 1]
-        yield Annotation(
+        yield AnnotationRecord(
             int(entry["module"]), int(entry["sequence"]), name, int(entry["first"]), tuple(texts)
         )
 
@@ -126,7 +126,7 @@ class _ModuleRecords:
 
     def __init__(self, moment: Moment, number: int) -> None:
         self._moment, self._number = moment, number
-        self._module: Module = moment.header.modules[number]
+        self._module: ModuleInfo = moment.header.modules[number]
         self._sites = [SiteTrace(lambda: moment, number, site) for site in self._module.sites]
         self._index = self._moment.index(number)
         self._pieces = self._moment.stored.pieces[number]
@@ -136,19 +136,19 @@ class _ModuleRecords:
         self._announced = self._piece = self._begun = 0
         self._rows = self._site_rows()
 
-    def next_call(self, call: int) -> Iterator[Weights | Block]:
+    def next_call(self, call: int) -> Iterator[WeightsRecord | CallRecord]:
         """The records of the module's next call, which is this one of all calls."""
         entry = self._moment.tables.calls[call]
         for version in range(self._announced, int(entry["weights"]) + 1):
             sites = {site.site.suffix: site.weights(version) for site in self._sites}
-            yield Weights(self._number, version, sites)
+            yield WeightsRecord(self._number, version, sites)
             self._announced = version + 1
         pieces = self._pieces[self._piece : self._piece + int(entry["batch"])]
         self._piece += len(pieces)
         before = self._begun
         if len(pieces):
             self._begun = max(before, int(pieces["sequence"].max()) + 1)
-        yield Block(
+        yield CallRecord(
             module=self._number,
             time=float(entry["time"]),
             tag=self._moment.tags[call],
@@ -191,7 +191,7 @@ class _ModuleRecords:
         ends = np.cumsum(self._index.call_steps)
         starts = ends - self._index.call_steps
         width = sum(
-            site.input_size + len(site.readable) * self._module.hidden_size
+            site.input_size + len(site.available_quantities) * self._module.hidden_size
             for site in self._module.sites
         )
         most = max(1, BLOCK // (width * np.dtype(self._module.dtype).itemsize))
@@ -225,7 +225,9 @@ def _derive(
     checks = np.array(evidence.checks[calls.start : calls.stop])
     gates = [name for name in GATES if name in site.site.derived]
     found = {
-        name: np.asarray(site.rows(name)[rows]) for name in site.site.readable if name not in gates
+        name: np.asarray(site.rows(name)[rows])
+        for name in site.site.available_quantities
+        if name not in gates
     }
     if not gates:
         return found, checks

@@ -10,7 +10,7 @@ from torch import nn
 
 from grutrace.capture.kernel_calls.observation import GRUModule
 from grutrace.capture.kernel_calls.subscription import method_owner
-from grutrace.records import Module
+from grutrace.records import ModuleInfo
 
 
 class Place(NamedTuple):
@@ -29,7 +29,7 @@ class Place(NamedTuple):
 
 
 def place_of(
-    module: GRUModule, model: nn.Module, recorded: Mapping[str, Module], frame: FrameType
+    module: GRUModule, model: nn.Module, recorded: Mapping[str, ModuleInfo], frame: FrameType
 ) -> Place:
     """Find out what a GRU is to a model.
 
@@ -64,7 +64,7 @@ def place_of(
     )
 
 
-def _has_sites_of(described: Module, module: GRUModule) -> bool:
+def _has_sites_of(described: ModuleInfo, module: GRUModule) -> bool:
     if isinstance(module, nn.GRUCell):
         layers, bidirectional, kind = 1, False, "GRUCell"
     else:

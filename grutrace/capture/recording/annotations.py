@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from grutrace.capture.annotation_values import Parsed, Values, parse
 from grutrace.capture.recording.module_recorder import Recorded
-from grutrace.errors import GrutraceWarning, OptionError, brief, listed
-from grutrace.records import MARK_PREFIX, Annotation, Module
+from grutrace.errors import GrutraceWarning, OptionError, join_names, short_repr
+from grutrace.records import MARK_PREFIX, AnnotationRecord, ModuleInfo
 
 #: Values, or values by the path of the module that they belong to, which may be a glob.
 Given: TypeAlias = Values | Mapping[str, Values]
@@ -119,7 +119,7 @@ class RecordedBatches:
         keep_all: Whether to keep them all; the latest of each module otherwise.
     """
 
-    def __init__(self, modules: Sequence[Module], *, keep_all: bool = False) -> None:
+    def __init__(self, modules: Sequence[ModuleInfo], *, keep_all: bool = False) -> None:
         self._modules = modules
         self._keep_all = keep_all
         self._batches = [_ModuleBatches(keep_all=keep_all) for _ in modules]
@@ -167,7 +167,9 @@ class RecordedBatches:
                 )
             )
 
-    def annotations(self, name: str, given: Given, module: str | None = None) -> list[Annotation]:
+    def annotations(
+        self, name: str, given: Given, module: str | None = None
+    ) -> list[AnnotationRecord]:
         """Return the annotations that give the values to the steps they belong to.
 
         Args:
@@ -179,11 +181,11 @@ class RecordedBatches:
             OptionError: The values fit no recorded batch; the message lists what was recorded.
         """
         if not isinstance(name, str):
-            raise OptionError(f"labels: expected a text as a name, found {brief(name)}")
+            raise OptionError(f"labels: expected a text as a name, found {short_repr(name)}")
         if name.startswith(MARK_PREFIX):
             raise OptionError(
                 f"labels: names that begin with {MARK_PREFIX!r} are grutrace's own; found "
-                f"{brief(name)}"
+                f"{short_repr(name)}"
             )
         self._warn_of_dropped(name)
         if isinstance(given, Mapping):
@@ -207,10 +209,10 @@ class RecordedBatches:
             for annotation in _align(name, number, values, batch)
         ]
 
-    def _named(self, name: str, glob: str, given: Values) -> Iterator[Annotation]:
+    def _named(self, name: str, glob: str, given: Values) -> Iterator[AnnotationRecord]:
         values = parse(name, given)
         if not any(fnmatchcase(module.path, glob) for module in self._modules):
-            paths = listed(module.path or "''" for module in self._modules)
+            paths = join_names(module.path or "''" for module in self._modules)
             raise OptionError(f"{name}: {glob!r} matches no traced module: {paths}")
         left_out = any(
             fnmatchcase(self._modules[each].path, glob) for each in tuple(self._left_out)
@@ -273,14 +275,14 @@ def _fits_exactly(values: Parsed, batch: _Batch) -> bool:
     return _fits(values, batch) and values.longest in (None, batch.steps.max(initial=0))
 
 
-def _align(name: str, module: int, values: Parsed, batch: _Batch) -> Iterator[Annotation]:
+def _align(name: str, module: int, values: Parsed, batch: _Batch) -> Iterator[AnnotationRecord]:
     for place, given in enumerate(values.lists):
         steps = int(batch.steps[place])
         repeated = given[:steps] if isinstance(given, list) else [given] * steps
         first, kept = _kept(repeated, int(batch.first[place]), batch.start, batch.stop)
         if kept and batch.numbers[place] >= 0:
             is_text = isinstance(kept[0], str)
-            yield Annotation(
+            yield AnnotationRecord(
                 module=module,
                 sequence=int(batch.numbers[place]),
                 name=name,

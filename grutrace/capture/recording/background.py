@@ -30,7 +30,16 @@ from grutrace.capture.recording.weight_versions import KEPT_VERSIONS
 from grutrace.gru.kernel_gates import Wish
 from grutrace.gru.recompute import Recomputed, prove, recompute, tolerances
 from grutrace.gru.residual import Doubt, find_doubts
-from grutrace.records import GATES, Array, Block, Module, Record, Site, SiteRows, Weights
+from grutrace.records import (
+    GATES,
+    Array,
+    CallRecord,
+    ModuleInfo,
+    Record,
+    Site,
+    SiteRows,
+    WeightsRecord,
+)
 
 
 class _Kept(threading.local):
@@ -54,7 +63,7 @@ def keep_to_one_thread() -> None:
 
 
 @dataclass(frozen=True)
-class CopiedBlock(Block):
+class CopiedBlock(CallRecord):
     """A call of which what the gates follow from was copied.
 
     Attributes:
@@ -67,7 +76,7 @@ class CopiedBlock(Block):
 
     starts: Mapping[str, Array] = field(default_factory=dict)
     ready: Callable[[], None] | None = None
-    of_version: Weights | None = None
+    of_version: WeightsRecord | None = None
     doubt: float = 0.0
 
     @property
@@ -87,10 +96,10 @@ class Background:
         calls: How many calls the trace has so far.
     """
 
-    def __init__(self, modules: Sequence[Module], *, own_thread: bool = False) -> None:
+    def __init__(self, modules: Sequence[ModuleInfo], *, own_thread: bool = False) -> None:
         self._modules, self._own_thread = modules, own_thread
         # By module, then by version: the last ones.
-        self._weights: dict[int, dict[int, Weights]] = {}
+        self._weights: dict[int, dict[int, WeightsRecord]] = {}
         self._doubts: list[Doubt] = []
         self.calls = 0
         self._lock = threading.Lock()
@@ -102,7 +111,7 @@ class Background:
         whole = list(records)
         waiting: dict[int, list[int]] = {}
         for place, record in enumerate(records):
-            if isinstance(record, Weights):
+            if isinstance(record, WeightsRecord):
                 self._make(whole, waiting.pop(record.module, []))
                 known = self._weights.setdefault(record.module, {})
                 known[record.version] = record
@@ -119,7 +128,7 @@ class Background:
     def _note_doubts(self, records: Sequence[Record]) -> None:
         news: list[Doubt] = []
         for record in records:
-            if isinstance(record, Block):
+            if isinstance(record, CallRecord):
                 news += find_doubts(self._modules[record.module], record, self.calls)
                 self.calls += 1
         if news:
@@ -154,7 +163,7 @@ class Background:
             for place, block in zip(same, self._whole(blocks), strict=True):
                 records[place] = block
 
-    def _whole(self, blocks: Sequence[CopiedBlock]) -> list[Block]:
+    def _whole(self, blocks: Sequence[CopiedBlock]) -> list[CallRecord]:
         """Return calls that used the same weights with their gates."""
         for block in blocks:
             if block.ready is not None:
@@ -168,7 +177,9 @@ class Background:
             for copied, whole in zip(blocks, found, strict=True)
         ]
 
-    def _other_version(self, module: Module, copied: CopiedBlock, doubtful: Block) -> Block:
+    def _other_version(
+        self, module: ModuleInfo, copied: CopiedBlock, doubtful: CallRecord
+    ) -> CallRecord:
         for number, weights in reversed(self._weights[copied.module].items()):
             if number != copied.weights:
                 other = replace(copied, weights=number, of_version=weights)
@@ -188,13 +199,13 @@ class ChosenVersion(NamedTuple):
             the way that a residual is; 0 if no other does, or with the same gates.
     """
 
-    weights: Weights
+    weights: WeightsRecord
     checks: dict[str, tuple[float, float]]
     doubt: float = 0.0
 
 
 def choose_version(
-    module: Module, block: CopiedBlock, versions: Sequence[Weights]
+    module: ModuleInfo, block: CopiedBlock, versions: Sequence[WeightsRecord]
 ) -> ChosenVersion:
     """Find out which version of the weights leads to the states of a call.
 
@@ -234,7 +245,9 @@ def choose_version(
     return chosen._replace(doubt=doubt)
 
 
-def _computed(module: Module, blocks: Sequence[CopiedBlock], weights: Weights) -> list[Block]:
+def _computed(
+    module: ModuleInfo, blocks: Sequence[CopiedBlock], weights: WeightsRecord
+) -> list[CallRecord]:
     """Return calls that used these weights with their gates."""
     joined = _Joined(module, blocks)
     by_site = {
@@ -242,7 +255,7 @@ def _computed(module: Module, blocks: Sequence[CopiedBlock], weights: Weights) -
         for site in module.sites
     }
     return [
-        Block(
+        CallRecord(
             module=block.module,
             time=block.time,
             tag=block.tag,
@@ -259,7 +272,7 @@ def _computed(module: Module, blocks: Sequence[CopiedBlock], weights: Weights) -
 
 
 def _site(
-    module: Module, site: Site, joined: _Joined, weights: Mapping[str, Array]
+    module: ModuleInfo, site: Site, joined: _Joined, weights: Mapping[str, Array]
 ) -> list[SiteRows]:
     """Return the rows of each call at a site."""
     copied = [block.sites[site.suffix] for block in joined.blocks]
@@ -289,7 +302,7 @@ def _site(
 class _Joined:
     """Calls of one module, end to end."""
 
-    def __init__(self, module: Module, blocks: Sequence[CopiedBlock]) -> None:
+    def __init__(self, module: ModuleInfo, blocks: Sequence[CopiedBlock]) -> None:
         self.blocks = blocks
         self._module = module
         self._lengths = np.concatenate([block.steps for block in blocks]).astype(np.int64)

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 
 from grutrace.errors import SinkError
-from grutrace.records import Block, Record, Sink, Weights
+from grutrace.records import CallRecord, Record, Sink, WeightsRecord
 
 
 class Outlet:
@@ -45,13 +45,13 @@ class Outlet:
             SinkError: It cannot take it.
         """
         # Before the sink has it: after that, an interruption could take back what is in there.
-        is_call = isinstance(record, Block)
+        is_call = isinstance(record, CallRecord)
         if is_call:
             self.count()
         try:
             self.sink.append(record)
         except SinkError:
-            if isinstance(record, Weights):
+            if isinstance(record, WeightsRecord):
                 # The call that they were announced for does not get here.
                 self.count()
             raise

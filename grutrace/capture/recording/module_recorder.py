@@ -27,7 +27,17 @@ from grutrace.errors import UnsupportedError
 from grutrace.gru.kernel_gates import NOTHING, is_recognized, together
 from grutrace.gru.layout import is_held_by
 from grutrace.gru.residual import Doubt, find_doubts
-from grutrace.records import GATES, WEIGHTS, Array, Block, Module, Record, Site, SiteRows, Weights
+from grutrace.records import (
+    GATES,
+    WEIGHTS,
+    Array,
+    CallRecord,
+    ModuleInfo,
+    Record,
+    Site,
+    SiteRows,
+    WeightsRecord,
+)
 
 #: Copies a tensor.
 Copy: TypeAlias = Callable[[Tensor], Tensor]
@@ -142,7 +152,9 @@ class ModuleRecorder:
         self._state_memory = state_memory
         self.forget()
         self._shares_input, self._shares_output = self._shared()
-        self._has_gates = any({*GATES} & {*each.readable} for each in self.description.sites)
+        self._has_gates = any(
+            {*GATES} & {*each.available_quantities} for each in self.description.sites
+        )
         wishes = [site.asked for site in self._sites]
         # Of some steps the replay costs less than the whole call's harvest.
         wanted = self._kept is None and all(each.columns for each in wishes)
@@ -162,7 +174,7 @@ class ModuleRecorder:
         is_exact = self._options.weights == "exact" or self._options.gates == "inline"
         with self._lock:
             self._versions = WeightVersions("exact" if is_exact else "auto")
-        self._records: dict[int, Weights] = {}
+        self._records: dict[int, WeightsRecord] = {}
 
     def note(self, run: KernelRun, buffer: CopyBuffer, largest: int) -> Entry:
         """Look at the weights of a call that has just run, and copy what it read and made.
@@ -274,7 +286,7 @@ class ModuleRecorder:
         with self._lock:
             self._versions.recheck()
 
-    def _make(self, entry: Entry, observation: Observation, assignment: Assignment) -> Block:
+    def _make(self, entry: Entry, observation: Observation, assignment: Assignment) -> CallRecord:
         """Make the block of a call."""
         taken = self._take(observation, entry.is_certain)
         block = self._block(entry, observation, assignment, taken)
@@ -285,19 +297,19 @@ class ModuleRecorder:
                 return self._decide(entry.version, block, evidence)
         return block
 
-    def _hand_on(self, entry: Entry, block: Block) -> int | None:
+    def _hand_on(self, entry: Entry, block: CallRecord) -> int | None:
         """Hand a call on, its weights having been announced if they are new."""
         self._limits.take(partial(self._bytes, block))
         self._announce(block.weights)
         entry.is_handed_on = True
         return self._append(block)
 
-    def _with_findings(self, recorded: Recorded, block: Block, number: int | None) -> Recorded:
+    def _with_findings(self, recorded: Recorded, block: CallRecord, number: int | None) -> Recorded:
         # Gates in the background are looked at when they are there.
         doubts = () if self._copying else tuple(find_doubts(self.description, block, number))
         return recorded._replace(doubts=doubts, losses=self._rows.take_losses())
 
-    def _decide(self, version: Version, block: Block, evidence: CopiedBlock) -> Block:
+    def _decide(self, version: Version, block: CallRecord, evidence: CopiedBlock) -> CallRecord:
         """Return a call with the weights that lead to its states, and with what was found."""
         versions = {each.number: self._record_of(each) for each in self._versions.known}
         # Its own version first: of two that fit, the weights differ where nothing depends on it.
@@ -328,7 +340,7 @@ class ModuleRecorder:
             self._append(self._record_of(made[0]))
             made.popleft()
 
-    def _evidence(self, observation: Observation, block: Block) -> CopiedBlock | None:
+    def _evidence(self, observation: Observation, block: CallRecord) -> CopiedBlock | None:
         """Return what the gates of a call follow from, for all units; None if it cannot be had."""
         has_gates = any({*GATES} & {*each.rows} for each in block.sites.values())
         if isinstance(block, CopiedBlock) and not has_gates:
@@ -342,7 +354,7 @@ class ModuleRecorder:
         except UnsupportedError:
             return None
 
-    def _copied(self, observation: Observation, block: Block) -> CopiedBlock:
+    def _copied(self, observation: Observation, block: CallRecord) -> CopiedBlock:
         inputs: dict[int, Array] = {}
         sites, starts = {}, {}
         for each in self._evidence_sites:
@@ -352,7 +364,7 @@ class ModuleRecorder:
         return self._as_copied(block, sites, starts)
 
     def _as_copied(
-        self, block: Block, sites: Mapping[str, SiteRows], starts: Mapping[str, Array]
+        self, block: CallRecord, sites: Mapping[str, SiteRows], starts: Mapping[str, Array]
     ) -> CopiedBlock:
         return CopiedBlock(
             block.module,
@@ -379,7 +391,7 @@ class ModuleRecorder:
 
     def _block(
         self, entry: Entry, observation: Observation, assignment: Assignment, taken: Taken
-    ) -> Block:
+    ) -> CallRecord:
         starts = {each.site.suffix: each.starts(observation) for each in self._copying}
         sites = {}
         for each in self._sites:
@@ -399,11 +411,11 @@ class ModuleRecorder:
             assignment.origins,
         )
         if not self._copying:
-            return Block(*fields)
+            return CallRecord(*fields)
         weights = self._record_of(entry.version)
         return CopiedBlock(*fields, starts, self._rows.take_ready(), weights)
 
-    def _bytes(self, block: Block) -> int:
+    def _bytes(self, block: CallRecord) -> int:
         """Bytes of what is stored of a call in the end, with the weights that it announces."""
         module, rows = self.description, int(block.steps.sum())
         width = sum(
@@ -423,7 +435,7 @@ class ModuleRecorder:
             each.site.suffix: each.take(observation, inputs, is_certain) for each in self._sites
         }
 
-    def _record_of(self, version: Version) -> Weights:
+    def _record_of(self, version: Version) -> WeightsRecord:
         """Return a version as it is stored: the weights of the recorded sites."""
         found = self._records.get(version.number)
         if found is None:
@@ -432,7 +444,7 @@ class ModuleRecorder:
                 del self._records[next(iter(self._records))]
         return found
 
-    def _made_record(self, version: Version) -> Weights:
+    def _made_record(self, version: Version) -> WeightsRecord:
         dtype = self.description.weights_dtype
         directions = 2 if self.description.bidirectional else 1
         each = 4 if self.description.bias else 2
@@ -443,10 +455,10 @@ class ModuleRecorder:
             sites[site.suffix] = {
                 name: to_numpy(tensor).astype(dtype, copy=False) for name, tensor in tensors
             }
-        return Weights(self._index, version.number, sites)
+        return WeightsRecord(self._index, version.number, sites)
 
 
-def _all_units(module: Module) -> tuple[Site, ...]:
+def _all_units(module: ModuleInfo) -> tuple[Site, ...]:
     """The sites of a module with all of their units and gates."""
     return tuple(
         replace(site, units=None, quantities=GATES + ("hidden",), derived=())

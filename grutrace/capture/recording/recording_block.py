@@ -13,8 +13,8 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from grutrace.capture.recording.annotations import Given, RecordedBatches
-from grutrace.errors import OptionError, naming_unknown_options
-from grutrace.records import Module
+from grutrace.errors import OptionError, reject_unknown_options
+from grutrace.records import ModuleInfo
 
 Annotate: TypeAlias = Callable[[RecordedBatches, str, Given, str | None], None]
 
@@ -33,7 +33,7 @@ class Recording:
     def __init__(self, annotate: Annotate, batches: RecordedBatches) -> None:
         self._annotate, self._batches = annotate, batches
 
-    @naming_unknown_options
+    @reject_unknown_options
     def annotate(
         self,
         *,
@@ -81,7 +81,7 @@ class SequenceNames:
         OptionError: They are no such names, or a glob matches no module.
     """
 
-    def __init__(self, given: GivenNames, modules: Sequence[Module]) -> None:
+    def __init__(self, given: GivenNames, modules: Sequence[ModuleInfo]) -> None:
         self._paths = [module.path for module in modules]
         self._names: list[tuple[Hashable, ...] | None] = [None] * len(modules)
         self._for_any: tuple[Hashable, ...] | None = None

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from grutrace.gru.layout import Steps, copy_rounded, numpy_type
-from grutrace.records import Array, Module
+from grutrace.records import Array, ModuleInfo
 
 
 class SideStream:
@@ -90,7 +90,7 @@ class RowType:
     """
 
     def __init__(
-        self, module: Module, *, chosen: bool, copied: bool = False, beside: bool = False
+        self, module: ModuleInfo, *, chosen: bool, copied: bool = False, beside: bool = False
     ) -> None:
         self._module = module
         self.dtype = np.dtype(module.weights_dtype if copied else module.dtype)

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 from h5py import h5d, h5ds, h5p, h5s, h5t
 
-from grutrace.records import Module
+from grutrace.records import ModuleInfo
 from grutrace.storage.format.schema import SITE_AXES, layout, scale_place, site_place
 
 #: By which netCDF-4 tells a dimension that has no values.
@@ -23,7 +23,7 @@ _WITHOUT_VALUES = "This is a netCDF dimension but not a netCDF variable.{:10d}"
 _CHUNK = 1024
 
 
-def create_scales(file: h5py.File, modules: Sequence[Module]) -> None:
+def create_scales(file: h5py.File, modules: Sequence[ModuleInfo]) -> None:
     """Name the axes of everything that `layout` lists, once that is there."""
     scales = {place: _units(file, place, numbers) for place, numbers in _numbers(modules)}
     for place, column in layout(modules).items():
@@ -36,7 +36,9 @@ def create_scales(file: h5py.File, modules: Sequence[Module]) -> None:
         file[link] = file[place]
 
 
-def extend_scales(file: h5py.File, modules: Sequence[Module], lengths: Mapping[str, int]) -> None:
+def extend_scales(
+    file: h5py.File, modules: Sequence[ModuleInfo], lengths: Mapping[str, int]
+) -> None:
     """Make the scales along what grows as long as what counts of it.
 
     Args:
@@ -50,7 +52,7 @@ def extend_scales(file: h5py.File, modules: Sequence[Module], lengths: Mapping[s
             h5d.open(file.id, place.encode()).set_extent((length,))
 
 
-def _numbers(modules: Sequence[Module]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _numbers(modules: Sequence[ModuleInfo]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The scales of units, and the numbers in them."""
     for module in modules:
         for site in module.sites:
@@ -59,7 +61,7 @@ def _numbers(modules: Sequence[Module]) -> Iterator[tuple[str, tuple[int, ...]]]
                 yield place, site.units or tuple(range(module.hidden_size))
 
 
-def _shared(modules: Sequence[Module]) -> Iterator[tuple[str, str]]:
+def _shared(modules: Sequence[ModuleInfo]) -> Iterator[tuple[str, str]]:
     """What a site has a name for, and where it is.
 
     netCDF-C asks whether it is the same scale, h5netcdf for one of its name; both look in the group

@@ -14,7 +14,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from grutrace.records import QUANTITIES, WEIGHTS, Header, Module, Site
+from grutrace.records import QUANTITIES, WEIGHTS, ModuleInfo, Site, TraceHeader
 from grutrace.storage.format.schema import FORMAT, FORMAT_VERSION, STATISTICS, module_place
 from grutrace.storage.hdf5.errors import Fault, NewerFormat, require
 from grutrace.storage.hdf5.safe_access import holds, is_dataset, member
@@ -49,7 +49,7 @@ _LATEST = 253402300800
 _FLOATS = ("float16", "float32", "float64")
 
 
-def write_header(file: h5py.File, header: Header) -> None:
+def write_header(file: h5py.File, header: TraceHeader) -> None:
     """Create the groups of a trace and all attributes."""
     file.attrs["format"] = FORMAT
     file.attrs["format_version"] = np.array(FORMAT_VERSION, "<i8")
@@ -76,14 +76,14 @@ def _write(group: h5py.Group, fields: object, kinds: Mapping[str, type]) -> None
         group.attrs[name] = kind(getattr(fields, name))
 
 
-def read_header(file: h5py.File) -> Header:
+def read_header(file: h5py.File) -> TraceHeader:
     """What `write_header` wrote, with the types of rows and weights as the datasets have them.
 
     Raises:
         Fault: The file is no trace, is of a newer format, or its header is damaged.
     """
     root = read_root(file)
-    modules: dict[int, Module] = {}
+    modules: dict[int, ModuleInfo] = {}
     groups = member(file, "modules", h5py.Group)
     for name in groups:
         group = member(groups, name, h5py.Group)
@@ -92,11 +92,11 @@ def read_header(file: h5py.File) -> Header:
     require(sorted(modules) == expected, "modules", f"numbers {expected}", sorted(modules))
     names = [site.name for module in modules.values() for site in module.sites]
     require(len(set(names)) == len(names), "modules", "a name of its own for each site", names)
-    return Header(modules=tuple(modules[index] for index in expected), **root)
+    return TraceHeader(modules=tuple(modules[index] for index in expected), **root)
 
 
 def read_root(file: h5py.File) -> dict[str, Any]:
-    """What a header says of the whole trace, by the names of `Header`.
+    """What a header says of the whole trace, by the names of `TraceHeader`.
 
     Raises:
         NewerFormat: The file is of a newer format.
@@ -182,7 +182,7 @@ def _read_json(text: str, place: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _read_module(group: h5py.Group) -> Module:
+def _read_module(group: h5py.Group) -> ModuleInfo:
     fields = {name: _attribute(group, name, kind) for name, kind in _MODULE.items()}
     del fields["index"]
     for name in ("hidden_size", "num_layers"):
@@ -198,7 +198,7 @@ def _read_module(group: h5py.Group) -> Module:
         _check_biases(each, fields["bias"])
     _check_inputs(groups, sites)
     first = groups[sites[0].suffix]
-    return Module(
+    return ModuleInfo(
         **fields,
         dtype=_float_name(first, "initial"),
         weights_dtype=_float_name(first, "weight_hh"),
@@ -285,7 +285,7 @@ def _float_name(group: h5py.Group, name: str) -> str:
     return str(dtype.name)
 
 
-def module_differences(module: Module, other: Module) -> Iterator[str]:
+def module_differences(module: ModuleInfo, other: ModuleInfo) -> Iterator[str]:
     """What differs between two modules of the same path, sites and all."""
     place = f"module {module.path!r}"
     yield from _field_differences(place, module, other, leave_out="sites")

@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 from h5py import h5d, h5p
 
-from grutrace.records import Module, Site
+from grutrace.records import ModuleInfo, Site
 from grutrace.storage.hdf5.errors import Fault
 
 FORMAT = "grutrace"
@@ -140,22 +140,22 @@ def group_name(path: str) -> str:
     return "".join(chr(byte) if byte in _PLAIN else f"%{byte:02X}" for byte in encoded)
 
 
-def module_place(module: Module) -> str:
+def module_place(module: ModuleInfo) -> str:
     """Place of a module's group in the file."""
     return f"modules/{group_name(module.path)}"
 
 
-def pieces_place(module: Module) -> str:
+def pieces_place(module: ModuleInfo) -> str:
     """Place of a module's pieces in the file."""
     return f"{module_place(module)}/pieces"
 
 
-def site_place(module: Module, suffix: str, name: str) -> str:
+def site_place(module: ModuleInfo, suffix: str, name: str) -> str:
     """Place of one dataset of a site in the file."""
     return f"{module_place(module)}/{suffix}/{name}"
 
 
-def input_owner(module: Module, site: Site) -> Site:
+def input_owner(module: ModuleInfo, site: Site) -> Site:
     """The site that holds the input rows of this one: both directions of a layer read the same."""
     for other in module.sites:
         if other.layer == site.layer and not other.reverse and "input" in other.quantities:
@@ -163,18 +163,18 @@ def input_owner(module: Module, site: Site) -> Site:
     return site
 
 
-def quantity_place(module: Module, site: Site, quantity: str) -> str:
+def quantity_place(module: ModuleInfo, site: Site, quantity: str) -> str:
     """Place of the rows of a quantity: for an input that two directions share, the one dataset."""
     owner = input_owner(module, site) if quantity == "input" else site
     return site_place(module, owner.suffix, quantity)
 
 
-def width(module: Module, site: Site, quantity: str) -> int:
+def width(module: ModuleInfo, site: Site, quantity: str) -> int:
     """Elements in a row of this quantity."""
     return site.input_size if quantity == "input" else module.unit_count(site)
 
 
-def scale_place(module: Module, site: Site, axis: str) -> str:
+def scale_place(module: ModuleInfo, site: Site, axis: str) -> str:
     """Place of the scale of an axis of a site. Sites whose axis is the same share one."""
     if axis not in SITE_AXES:
         return f"{module_place(module)}/{axis}"
@@ -186,7 +186,7 @@ def scale_place(module: Module, site: Site, axis: str) -> str:
     return site_place(module, owner.suffix, axis)
 
 
-def weight_shapes(module: Module, site: Site) -> dict[str, tuple[int, ...]]:
+def weight_shapes(module: ModuleInfo, site: Site) -> dict[str, tuple[int, ...]]:
     """The weights that a site has, and their shapes: (3H, I), (3H, H) and twice (3H,)."""
     stacked = 3 * module.hidden_size
     shapes: dict[str, tuple[int, ...]] = {
@@ -208,7 +208,7 @@ def row_chunks(dtype: np.dtype[Any], width: int) -> tuple[int, ...]:
     return Column(dtype, (width,), chunk=ROW_CHUNK).chunks
 
 
-def layout(modules: Sequence[Module]) -> dict[str, Column]:
+def layout(modules: Sequence[ModuleInfo]) -> dict[str, Column]:
     """Every growing dataset of a trace of these modules, by its place in the file."""
     columns = {name: Column(dtype, scales=(TABLE_AXES[name],)) for name, dtype in TABLES.items()}
     for module in modules:
@@ -219,7 +219,7 @@ def layout(modules: Sequence[Module]) -> dict[str, Column]:
     return columns
 
 
-def _site_layout(module: Module, site: Site) -> Iterator[tuple[str, Column]]:
+def _site_layout(module: ModuleInfo, site: Site) -> Iterator[tuple[str, Column]]:
     def scales(*axes: str) -> tuple[str, ...]:
         return tuple(scale_place(module, site, axis) for axis in axes)
 
@@ -253,7 +253,7 @@ def check_column(dataset: h5py.Dataset, place: str, column: Column) -> None:
         raise Fault(place, expected, f"{dtype} of items {shape}")
 
 
-def shared_inputs(modules: Sequence[Module]) -> Iterator[tuple[str, str]]:
+def shared_inputs(modules: Sequence[ModuleInfo]) -> Iterator[tuple[str, str]]:
     """The hard links of a trace: (place of the link, place of the dataset)."""
     for module in modules:
         for site in module.sites:
@@ -270,7 +270,7 @@ Create: TypeAlias = Callable[[h5py.File, str, Column], h5py.Dataset]
 
 
 def create_datasets(
-    file: h5py.File, modules: Sequence[Module], create: Create | None = None
+    file: h5py.File, modules: Sequence[ModuleInfo], create: Create | None = None
 ) -> None:
     """Create everything that `layout` lists, empty, and `committed`, all zero.
 

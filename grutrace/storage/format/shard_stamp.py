@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 from grutrace.distributed import Shard
-from grutrace.records import Header
+from grutrace.records import TraceHeader
 from grutrace.storage.hdf5.errors import Fault
 
 _SHARD = "attribute 'options', shard"
@@ -41,7 +41,7 @@ class Merged:
         }
 
 
-def shard_of(header: Header) -> Shard | None:
+def shard_of(header: TraceHeader) -> Shard | None:
     """Which shard a trace is; None if it is none.
 
     Raises:
@@ -57,7 +57,7 @@ def shard_of(header: Header) -> Shard | None:
     raise Fault(_SHARD, "numbers 'rank' below 'world_size', and an 'id'", found)
 
 
-def merged_of(header: Header) -> tuple[Merged, ...]:
+def merged_of(header: TraceHeader) -> tuple[Merged, ...]:
     """The shards that a file was merged from, in the order of their ranks; none if it was not.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from grutrace.records import Array, Module
+from grutrace.records import Array, ModuleInfo
 from grutrace.storage.format.schema import (
     COMMITTED,
     PIECE,
@@ -108,7 +108,7 @@ def extent(calls: Array, pieces: Array) -> Extent:
     )
 
 
-def lengths(tables: Tables, modules: Sequence[Module]) -> dict[str, int]:
+def lengths(tables: Tables, modules: Sequence[ModuleInfo]) -> dict[str, int]:
     """By its place in the file, how many items of each growing dataset the tables count."""
     counts = {name: len(getattr(tables, name)) for name in TABLES}
     for module, pieces, of in zip(modules, tables.pieces, tables.extents, strict=True):
@@ -122,7 +122,7 @@ def lengths(tables: Tables, modules: Sequence[Module]) -> dict[str, int]:
     return counts
 
 
-def check_tables(tables: Tables, modules: Sequence[Module]) -> None:
+def check_tables(tables: Tables, modules: Sequence[ModuleInfo]) -> None:
     """Check every number in the tables that leads somewhere else.
 
     Raises:
@@ -205,7 +205,7 @@ class CommittedTables:
         modules: The modules of its header.
     """
 
-    def __init__(self, handle: ReadHandle, modules: Sequence[Module]) -> None:
+    def __init__(self, handle: ReadHandle, modules: Sequence[ModuleInfo]) -> None:
         self._handle = handle
         self._modules = modules
         self._counts: Any = None

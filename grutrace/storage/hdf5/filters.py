@@ -11,9 +11,9 @@ from typing import Any, get_args
 
 import h5py
 
-from grutrace.errors import needing
+from grutrace.errors import require_extra
 from grutrace.options import Compression
-from grutrace.records import Header
+from grutrace.records import TraceHeader
 
 #: The filters for rows. Both shuffle bits first: of neighbouring floating-point numbers signs and
 #: exponents agree, and what is left is noise, in which no byte repeats.
@@ -26,7 +26,7 @@ LEVEL = 1
 PLUGINS = {32008: "bitshuffle", 32015: "zstd", 32026: "blosc2"}
 
 
-def compression_of(header: Header) -> str | None:
+def compression_of(header: TraceHeader) -> str | None:
     """What the rows of a new trace are to be compressed with, by its options."""
     found = header.options.get("compression")
     return found if found in COMPRESSIONS else None
@@ -69,5 +69,5 @@ def load_plugin(what: str) -> Any:
     Raises:
         MissingExtraError: It is not installed.
     """
-    with needing(what, "compress"):
+    with require_extra(what, "compress"):
         return import_module("hdf5plugin")

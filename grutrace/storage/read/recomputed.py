@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from grutrace.errors import NotRecordedError
-from grutrace.records import Array, Module, Site
+from grutrace.records import Array, ModuleInfo, Site
 from grutrace.storage.format.tables import Extent
 from grutrace.storage.interfaces import Readable
 from grutrace.storage.read.lazy_rows import LazyRows
@@ -75,7 +75,7 @@ class SiteIngredients:
         index: ModuleIndex,
         extent: Extent,
         calls: Array,
-        module: Module,
+        module: ModuleInfo,
         number: int,
         site: Site,
     ) -> None:
@@ -215,7 +215,7 @@ class SiteIngredients:
         return self._source.rows(self._number, site.suffix, quantity, self._extent.rows)
 
 
-def layer_below(module: Module, site: Site) -> tuple[Site, ...]:
+def layer_below(module: ModuleInfo, site: Site) -> tuple[Site, ...]:
     """The sites of the layer below whose states, side by side, are what a site reads.
 
     Empty at the first layer, and where one of them was not recorded, or only some of its units.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from grutrace.errors import NotRecordedError
-from grutrace.records import Array, Module, Site
+from grutrace.records import Array, ModuleInfo, Site
 from grutrace.reprs import wrapped
 from grutrace.storage.format.tables import Extent
 from grutrace.storage.read.lazy_rows import LazyRows, as_rows
@@ -40,7 +40,7 @@ class SiteTrace(Quantities[LazyRows]):
         self._look = look
         self._number = number
         self.site = site
-        self.module: Module = look().header.modules[number]
+        self.module: ModuleInfo = look().header.modules[number]
 
     @property
     def name(self) -> str:
@@ -61,7 +61,7 @@ class SiteTrace(Quantities[LazyRows]):
 
     def __repr__(self) -> str:
         rows = self._look().extent(self._number).rows
-        recorded = ", ".join(self.site.readable)
+        recorded = ", ".join(self.site.available_quantities)
         return wrapped(f"<site {self.name}: {len(self)} sequences, {rows} steps of {recorded}>")
 
     def __iter__(self) -> Iterator[Sequence]:

@@ -12,7 +12,14 @@ from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 
-from grutrace.errors import GLOBS, NotRecordedError, OptionError, brief, nearest, texts_of
+from grutrace.errors import (
+    GLOBS,
+    NotRecordedError,
+    OptionError,
+    short_repr,
+    string_list,
+    suggest_name,
+)
 from grutrace.records import GATES, QUANTITIES, Array, Site
 from grutrace.storage.format.shard_stamp import shard_of
 from grutrace.storage.format.tables import Extent, Tables
@@ -173,7 +180,7 @@ class Moment:
         if quantity in site.quantities:
             return self.source.rows(module, site.suffix, quantity, count)
         if quantity not in site.derived:
-            found = ", ".join(site.readable) or "nothing"
+            found = ", ".join(site.available_quantities) or "nothing"
             raise NotRecordedError(
                 f"{quantity!r} was not recorded at {site.name!r}; recorded: {found}"
             )
@@ -190,7 +197,7 @@ class Moment:
             NotRecordedError: The hidden states or the input were not recorded.
         """
         if gate not in GATES:
-            raise OptionError(f"gate: expected one of {', '.join(GATES)}; found {brief(gate)}")
+            raise OptionError(f"gate: expected one of {', '.join(GATES)}; found {short_repr(gate)}")
         if missing := self.ingredients(module, site).missing:
             raise NotRecordedError(f"{site.name!r} has no pre-activations: {missing}")
         return self._derived(module, site, gate, preactivation=True)
@@ -316,7 +323,7 @@ def chosen_sites(moment: Moment, globs: str | Sequence[str] | None) -> dict[str,
     Raises:
         OptionError: It is none of these.
     """
-    asked = None if globs is None else texts_of("sites", globs, GLOBS)
+    asked = None if globs is None else string_list("sites", globs, GLOBS)
     return {
         site.name: (number, site)
         for number, module in enumerate(moment.header.modules)
@@ -333,11 +340,11 @@ def chosen_quantities(record: str | Sequence[str] | None) -> tuple[str, ...]:
     """
     if record is None:
         return QUANTITIES
-    asked = texts_of("record", record, f"some of {', '.join(QUANTITIES)}")
+    asked = string_list("record", record, f"some of {', '.join(QUANTITIES)}")
     for name in asked:
         if name not in QUANTITIES:
             raise OptionError(
-                f"record: expected some of {', '.join(QUANTITIES)}; found {brief(name)}"
-                f"{nearest(name, QUANTITIES)}"
+                f"record: expected some of {', '.join(QUANTITIES)}; found {short_repr(name)}"
+                f"{suggest_name(name, QUANTITIES)}"
             )
     return tuple(name for name in QUANTITIES if name in asked)

@@ -9,8 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from grutrace.errors import NotRecordedError, StateError, brief, listed, nearest
-from grutrace.records import Array, Header, Module, Site
+from grutrace.errors import NotRecordedError, StateError, join_names, short_repr, suggest_name
+from grutrace.records import Array, ModuleInfo, Site, TraceHeader
 from grutrace.reprs import wrapped
 from grutrace.storage.format.tables import Tables
 from grutrace.storage.interfaces import InMemory, Source
@@ -54,10 +54,10 @@ class Trace:
 
     def _place(self, name: str) -> tuple[int, Site]:
         if name not in self._places:
-            near = nearest(name, self.sites) if isinstance(name, str) else ""
-            found = listed(repr(site) for site in self.sites)
+            near = suggest_name(name, self.sites) if isinstance(name, str) else ""
+            found = join_names(repr(site) for site in self.sites)
             raise NotRecordedError(
-                f"site {brief(name)} was not recorded{near}; recorded sites: {found}"
+                f"site {short_repr(name)} was not recorded{near}; recorded sites: {found}"
             )
         return self._places[name]
 
@@ -103,12 +103,12 @@ class Trace:
         return self._look().sequences.copy()
 
     @property
-    def header(self) -> Header:
+    def header(self) -> TraceHeader:
         """What was known when the trace began."""
         return self._moment.header
 
     @property
-    def modules(self) -> tuple[Module, ...]:
+    def modules(self) -> tuple[ModuleInfo, ...]:
         """The traced modules."""
         return self.header.modules
 

@@ -23,7 +23,7 @@ import numpy as np
 from h5py import h5d, h5p, h5s, h5t
 
 from grutrace.errors import TraceFileError
-from grutrace.records import Array, Header
+from grutrace.records import Array, TraceHeader
 from grutrace.storage.format.header import read_root
 from grutrace.storage.format.schema import Column, check_column, create_column
 from grutrace.storage.format.shard_stamp import merged_of
@@ -257,7 +257,7 @@ class MergedColumns:
     """
 
     def __init__(
-        self, path: Path, handle: ReadHandle, header: Header, columns: Mapping[str, Column]
+        self, path: Path, handle: ReadHandle, header: TraceHeader, columns: Mapping[str, Column]
     ) -> None:
         self._shards, self._columns = merged_of(header), columns
         self._spans: dict[str, tuple[Span, ...]] = {}

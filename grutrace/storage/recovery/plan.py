@@ -19,7 +19,7 @@ import h5py
 import numpy as np
 
 from grutrace.errors import TraceFileError
-from grutrace.records import Array, Module
+from grutrace.records import Array, ModuleInfo
 from grutrace.storage.format.header import read_header
 from grutrace.storage.format.schema import COMMITTED, TABLES, layout
 from grutrace.storage.hdf5.errors import Fault, reading, require
@@ -80,7 +80,7 @@ class Remains:
     def __init__(
         self,
         file: h5py.File,
-        modules: Sequence[Module],
+        modules: Sequence[ModuleInfo],
         size: int,
         limits: dict[str, int],
     ) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import h5py
 import numpy as np
 
-from grutrace.records import Array, Module
+from grutrace.records import Array, ModuleInfo
 from grutrace.storage.format.schema import pieces_place, quantity_place, site_place, weight_shapes
 from grutrace.storage.hdf5.errors import H5PY_ERRORS, in_brief
 
@@ -32,7 +32,7 @@ class Needs:
         obstacle: Where the next call is not whole, if one is not.
     """
 
-    module: Module
+    module: ModuleInfo
     calls: int = 0
     pieces: int = 0
     rows: int = 0

@@ -14,7 +14,7 @@ import numpy as np
 
 from grutrace.distributed import Shard
 from grutrace.errors import TraceFileError
-from grutrace.records import Array, Header, Module
+from grutrace.records import Array, ModuleInfo, TraceHeader
 from grutrace.storage.format.header import module_differences
 from grutrace.storage.format.schema import CHECK, PIECE, width
 from grutrace.storage.format.tables import Extent, ShardCalls, Tables
@@ -53,7 +53,7 @@ class JoinedSource:
     def __init__(self, name: str, shards: Sequence[Shard], sources: Sequence[SteadySource]) -> None:
         self.name = name
         self._shards, self._sources = list(shards), list(sources)
-        self._modules: list[Module] = []
+        self._modules: list[ModuleInfo] = []
         self._first_of: list[SteadySource] = []
         self._latest: tuple[Tables, ...] = ()
         self._tables: JoinedTables | None = None
@@ -113,7 +113,7 @@ class JoinedSource:
             self._numbers.append(tuple(known[module.path] for module in source.header.modules))
         self.header = self._joined_header()
 
-    def _joined_header(self) -> Header:
+    def _joined_header(self) -> TraceHeader:
         headers, first = [source.header for source in self._sources], self._shards[0]
         own = {name: value for name, value in headers[0].options.items() if name != "shard"}
         ranks = [{"rank": shard.rank} for shard in self._shards]

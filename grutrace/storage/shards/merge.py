@@ -19,7 +19,7 @@ import numpy as np
 
 from grutrace.distributed import Shard
 from grutrace.errors import TraceFileError
-from grutrace.records import QUANTITIES, Array, Module
+from grutrace.records import QUANTITIES, Array, ModuleInfo
 from grutrace.storage.format.dimension_scales import create_scales, extend_scales
 from grutrace.storage.format.header import write_header
 from grutrace.storage.format.schema import (
@@ -209,7 +209,7 @@ class _Merge:
     def _copy_module(
         self,
         file: h5py.File,
-        module: Module,
+        module: ModuleInfo,
         source: Readable,
         number: int,
         extent: Extent,
@@ -292,7 +292,7 @@ class _Shard:
                 size += _count(extent, name) * item
         return size
 
-    def span(self, local: int, module: Module, place: str, count: int) -> Span:
+    def span(self, local: int, module: ModuleInfo, place: str, count: int) -> Span:
         """Where items of a column of one of its modules are."""
         if not self.linked:
             return Span(ITSELF, f"{self.prefix}{place}", count)
@@ -309,7 +309,7 @@ def _files(source: SteadySource) -> Sequence[SteadySource]:
     return source.sources if isinstance(source, CombinedSource) else [source]
 
 
-def _columns(module: Module) -> Iterator[tuple[str, str]]:
+def _columns(module: ModuleInfo) -> Iterator[tuple[str, str]]:
     """The columns of a module that are no tables: their places, and their names there."""
     for place in layout([module]):
         if place not in TABLES and place != pieces_place(module):

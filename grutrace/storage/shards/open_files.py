@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from grutrace.distributed import Shard
-from grutrace.errors import GrutraceWarning, OptionError, TraceFileError, as_path, brief
+from grutrace.errors import GrutraceWarning, OptionError, TraceFileError, as_path, short_repr
 from grutrace.storage.format.shard_stamp import merged_of, shard_of
 from grutrace.storage.format.tables import Tables
 from grutrace.storage.hdf5.errors import reading
@@ -55,7 +55,7 @@ def open_files(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) 
         return open_run(found[0])
     expected = "the path of a trace, a glob, or the paths of several shards"
     if isinstance(path, (bytes, bytearray)) or not isinstance(path, Iterable):
-        raise OptionError(f"path: expected {expected}; found {brief(path)}")
+        raise OptionError(f"path: expected {expected}; found {short_repr(path)}")
     paths = [as_path(each) for each in path]
     if not paths:
         raise OptionError(f"path: expected {expected}; found none")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grutrace.records import Array, Header, Module
+from grutrace.records import Array, ModuleInfo, TraceHeader
 from grutrace.storage.format.tables import Tables
 from grutrace.storage.interfaces import Readable, Rows, SteadySource
 
@@ -112,7 +112,7 @@ class CombinedSource:
             source.close()
 
 
-def combined_header(headers: Sequence[Header], labels: Sequence[str]) -> Header:
+def combined_header(headers: Sequence[TraceHeader], labels: Sequence[str]) -> TraceHeader:
     """One header for all: that of the first, with the models and modules of each."""
     if len(headers) == 1:
         return headers[0]
@@ -122,8 +122,8 @@ def combined_header(headers: Sequence[Header], labels: Sequence[str]) -> Header:
 
 
 def distinct_modules(
-    parts: Sequence[Sequence[Module]], labels: Sequence[str]
-) -> tuple[Module, ...]:
+    parts: Sequence[Sequence[ModuleInfo]], labels: Sequence[str]
+) -> tuple[ModuleInfo, ...]:
     """All modules, each with a path of its own.
 
     A part keeps its paths unless one of them is taken by a part before it. Then its label and a dot
@@ -131,7 +131,7 @@ def distinct_modules(
     the next larger number with which no path is taken.
     """
     taken: set[str] = set()
-    modules: list[Module] = []
+    modules: list[ModuleInfo] = []
     for place, (part, label) in enumerate(zip(parts, labels, strict=True)):
         for prefix in _prefixes(label, labels[: place + 1].count(label)):
             renamed = [_renamed(module, prefix) for module in part]
@@ -148,7 +148,7 @@ def _prefixes(label: str, number: int) -> Iterator[str]:
         yield label if each == 1 else f"{label}#{each}"
 
 
-def _renamed(module: Module, prefix: str) -> Module:
+def _renamed(module: ModuleInfo, prefix: str) -> ModuleInfo:
     if not prefix:
         return module
     path = f"{prefix}.{module.path}" if module.path else prefix

@@ -19,7 +19,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from grutrace.records import Header
+from grutrace.records import TraceHeader
 from grutrace.storage.format.dimension_scales import extend_scales
 from grutrace.storage.format.schema import Column, layout
 from grutrace.storage.write.appender import Appender
@@ -40,7 +40,7 @@ _VERSION = "format_version"
 _OF_SCALES = {"CLASS", "NAME", "DIMENSION_LIST", "DIMENSION_LABELS", "REFERENCE_LIST"}
 
 
-def is_wasteful(header: Header, items: Items) -> bool:
+def is_wasteful(header: TraceHeader, items: Items) -> bool:
     """Whether a file whose chunks are those of a long trace is worth being written anew.
 
     Args:
@@ -52,7 +52,7 @@ def is_wasteful(header: Header, items: Items) -> bool:
     return _is_small(header, items) and waste > max(LEAST, SHARE * _data(header, items))
 
 
-def has_small_chunks(file: h5py.File, header: Header, items: Items) -> bool:
+def has_small_chunks(file: h5py.File, header: TraceHeader, items: Items) -> bool:
     """Whether this is a small file whose chunks are smaller than those of a long trace.
 
     Args:
@@ -67,7 +67,7 @@ def has_small_chunks(file: h5py.File, header: Header, items: Items) -> bool:
 
 
 def copy_image(
-    file: h5py.File, header: Header, items: Items, committed: Any, *, fitted: bool
+    file: h5py.File, header: TraceHeader, items: Items, committed: Any, *, fitted: bool
 ) -> bytes:
     """The bytes of a file with the same content.
 
@@ -125,12 +125,12 @@ def _extended(path: Path) -> bool:
     return any(name.startswith(("user.", "system.posix_acl")) for name in names)
 
 
-def _is_small(header: Header, items: Items) -> bool:
+def _is_small(header: TraceHeader, items: Items) -> bool:
     sites = sum(len(module.sites) for module in header.modules)
     return sites <= MOST_SITES and _data(header, items) <= LARGEST
 
 
-def _data(header: Header, items: Items) -> int:
+def _data(header: TraceHeader, items: Items) -> int:
     """Bytes of all items."""
     columns = layout(header.modules)
     return sum(items[place] * _item_bytes(column) for place, column in columns.items())

@@ -18,7 +18,7 @@ import h5py
 
 from grutrace.distributed import Shard
 from grutrace.errors import TraceFileError
-from grutrace.records import Header
+from grutrace.records import TraceHeader
 from grutrace.storage.format.dimension_scales import create_scales
 from grutrace.storage.format.header import difference, module_differences, read_header, write_header
 from grutrace.storage.format.schema import (
@@ -42,7 +42,7 @@ from grutrace.storage.hdf5.superblock import image
 Items: TypeAlias = Mapping[str, int]
 
 
-def create(path: Path, new: Path, header: Header, items: Items | None = None) -> h5py.File:
+def create(path: Path, new: Path, header: TraceHeader, items: Items | None = None) -> h5py.File:
     """A new file with everything in it but data.
 
     Args:
@@ -62,7 +62,7 @@ def create(path: Path, new: Path, header: Header, items: Items | None = None) ->
 
 
 def trace_image(
-    header: Header, items: Items | None = None, fill: Callable[[h5py.File], None] | None = None
+    header: TraceHeader, items: Items | None = None, fill: Callable[[h5py.File], None] | None = None
 ) -> bytes:
     """The bytes of a new file, made in memory.
 
@@ -129,7 +129,7 @@ def _keep_metadata(access: h5py.h5p.PropFAID) -> None:
     access.set_mdc_config(metadata)
 
 
-def existing_trace(path: Path, header: Header) -> tuple[Header, Tables]:
+def existing_trace(path: Path, header: TraceHeader) -> tuple[TraceHeader, Tables]:
     """The header and tables of a trace that one with this header can be appended to.
 
     Raises:
@@ -163,7 +163,7 @@ def existing_trace(path: Path, header: Header) -> tuple[Header, Tables]:
     return before, tables
 
 
-def _checked_tables(handle: ReadHandle, header: Header) -> Tables:
+def _checked_tables(handle: ReadHandle, header: TraceHeader) -> Tables:
     tables = CommittedTables(handle, header.modules).read()
     counts = lengths(tables, header.modules)
     for place, column in layout(header.modules).items():
@@ -171,7 +171,7 @@ def _checked_tables(handle: ReadHandle, header: Header) -> Tables:
     return tables
 
 
-def _differences(before: Header, now: Header, shard: Shard | None) -> Iterator[str]:
+def _differences(before: TraceHeader, now: TraceHeader, shard: Shard | None) -> Iterator[str]:
     here = shard_of(now)
     if shard and here and (shard.rank, shard.world_size) != (here.rank, here.world_size):
         yield difference("shard", *(f"{each.rank} of {each.world_size}" for each in (shard, here)))

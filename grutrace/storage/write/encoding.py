@@ -11,7 +11,15 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from grutrace.records import MARK_PREFIX, Annotation, Array, Block, Module, Record, Weights
+from grutrace.records import (
+    MARK_PREFIX,
+    AnnotationRecord,
+    Array,
+    CallRecord,
+    ModuleInfo,
+    Record,
+    WeightsRecord,
+)
 from grutrace.storage.format.schema import (
     ANNOTATION,
     CALL,
@@ -79,7 +87,7 @@ Entry = tuple[str, Array]
 class _Places:
     """The places in the file of one module's datasets, spelt once."""
 
-    def __init__(self, module: Module) -> None:
+    def __init__(self, module: ModuleInfo) -> None:
         self.pieces = pieces_place(module)
         self.sites = [
             (
@@ -108,7 +116,7 @@ class Entries:
 
     def __init__(
         self,
-        modules: Sequence[Module],
+        modules: Sequence[ModuleInfo],
         strings: Strings,
         sequences: Sequence[int] | None = None,
         versions: Sequence[int] | None = None,
@@ -125,14 +133,14 @@ class Entries:
 
     def of(self, record: Record) -> Iterator[Entry]:
         """Everything that the record adds, except the texts, which wait in `strings`."""
-        if isinstance(record, Block):
+        if isinstance(record, CallRecord):
             yield from self._of_block(record)
-        elif isinstance(record, Weights):
+        elif isinstance(record, WeightsRecord):
             yield from self._of_weights(record)
         else:
             yield from self._of_annotation(record)
 
-    def _of_block(self, block: Block) -> Iterator[Entry]:
+    def _of_block(self, block: CallRecord) -> Iterator[Entry]:
         places, first = self._places[block.module], self._sequences[block.module]
         for suffix, quantities, initial, checks in places.sites:
             site = block.sites[suffix]
@@ -164,19 +172,19 @@ class Entries:
             ]
             yield "annotations", np.array(marks, ANNOTATION)
 
-    def _call(self, block: Block) -> Array:
+    def _call(self, block: CallRecord) -> Array:
         weights = self._versions[block.module] + block.weights
         tag = self._strings.label(block.tag)
         call = (block.time, block.module, tag, weights, len(block.steps), block.training)
         return np.array([call], CALL)
 
-    def _of_weights(self, weights: Weights) -> Iterator[Entry]:
+    def _of_weights(self, weights: WeightsRecord) -> Iterator[Entry]:
         module = self._modules[weights.module]
         for site in module.sites:
             for name, array in weights.sites[site.suffix].items():
                 yield site_place(module, site.suffix, name), array[np.newaxis]
 
-    def _of_annotation(self, annotation: Annotation) -> Iterator[Entry]:
+    def _of_annotation(self, annotation: AnnotationRecord) -> Iterator[Entry]:
         values = annotation.values
         text = bool(values) and isinstance(values[0], str)
         if text:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import TypeAlias
 
-from grutrace.records import Collect, Header, Record
+from grutrace.records import Collect, Record, TraceHeader
 from grutrace.storage.write.claims import Claim
 from grutrace.storage.write.writer import Writer
 from grutrace.storage.write.writer_thread import QUEUE_BYTES, Consumer, Pump
@@ -92,7 +92,7 @@ class StreamSink:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        header: Header,
+        header: TraceHeader,
         mode: str = "w",
         *,
         queue_bytes: int = QUEUE_BYTES,

@@ -9,7 +9,16 @@ from typing import Any
 import numpy as np
 
 from grutrace.errors import SinkError
-from grutrace.records import MARKS, Annotation, Array, Block, Module, Record, Site, Weights
+from grutrace.records import (
+    MARKS,
+    AnnotationRecord,
+    Array,
+    CallRecord,
+    ModuleInfo,
+    Record,
+    Site,
+    WeightsRecord,
+)
 from grutrace.storage.format.schema import weight_shapes, width
 
 
@@ -17,7 +26,7 @@ from grutrace.storage.format.schema import weight_shapes, width
 class _Plan:
     """What to ask of each record of one module, worked out once; and what it has had so far."""
 
-    module: Module
+    module: ModuleInfo
     sites: tuple[tuple[str, int, tuple[tuple[str, int], ...]], ...]
     dtype: np.dtype[Any]
     never_continues: bool
@@ -31,7 +40,7 @@ class Admission:
     Numbers count from 0 in the run that makes the records, whatever a file held before.
     """
 
-    def __init__(self, modules: Sequence[Module]) -> None:
+    def __init__(self, modules: Sequence[ModuleInfo]) -> None:
         self._plans = [_plan(module) for module in modules]
 
     def admit(self, record: Record) -> None:
@@ -44,15 +53,15 @@ class Admission:
         if not 0 <= record.module < len(self._plans):
             raise _refusal("a record", f"a module below {len(self._plans)}", record.module)
         plan = self._plans[record.module]
-        if isinstance(record, Block):
+        if isinstance(record, CallRecord):
             _admit_block(plan, record)
-        elif isinstance(record, Weights):
+        elif isinstance(record, WeightsRecord):
             _admit_weights(plan, record)
         else:
             _admit_annotation(plan, record)
 
 
-def _plan(module: Module) -> _Plan:
+def _plan(module: ModuleInfo) -> _Plan:
     return _Plan(
         module=module,
         sites=tuple(
@@ -63,11 +72,11 @@ def _plan(module: Module) -> _Plan:
     )
 
 
-def _widths(module: Module, site: Site) -> tuple[tuple[str, int], ...]:
+def _widths(module: ModuleInfo, site: Site) -> tuple[tuple[str, int], ...]:
     return tuple((quantity, width(module, site, quantity)) for quantity in site.quantities)
 
 
-def _admit_block(plan: _Plan, block: Block) -> None:
+def _admit_block(plan: _Plan, block: CallRecord) -> None:
     begun = _begun(plan, block)
     if not 0 <= block.weights < plan.versions:
         raise _refusal(_call(plan), f"weights announced before it, {plan.versions}", block.weights)
@@ -94,7 +103,7 @@ def _admit_block(plan: _Plan, block: Block) -> None:
     plan.sequences += begun
 
 
-def _begun(plan: _Plan, block: Block) -> int:
+def _begun(plan: _Plan, block: CallRecord) -> int:
     """How many sequences the block begins, its steps and sequences being in order."""
     steps, sequences = block.steps, block.sequences
     if steps.ndim != 1 or steps.shape != sequences.shape:
@@ -132,7 +141,7 @@ def _require_array(
         )
 
 
-def _admit_weights(plan: _Plan, weights: Weights) -> None:
+def _admit_weights(plan: _Plan, weights: WeightsRecord) -> None:
     where = f"weights of module {plan.module.path!r}"
     if weights.version != plan.versions:
         raise _refusal(where, f"version {plan.versions}", weights.version)
@@ -152,7 +161,7 @@ def _of(sites: Mapping[str, Mapping[str, Array]], suffix: str, where: str) -> Ma
     return sites[suffix]
 
 
-def _admit_annotation(plan: _Plan, annotation: Annotation) -> None:
+def _admit_annotation(plan: _Plan, annotation: AnnotationRecord) -> None:
     where = f"{annotation.name!r} of module {plan.module.path!r}"
     if not 0 <= annotation.sequence < plan.sequences:
         raise _refusal(

@@ -13,7 +13,7 @@ import numpy as np
 
 from grutrace.errors import SinkError, TraceFileError, require_one_of
 from grutrace.options import OPTIONS
-from grutrace.records import Array, Header, Record, Weights
+from grutrace.records import Array, Record, TraceHeader, WeightsRecord
 from grutrace.storage.format.dimension_scales import extend_scales
 from grutrace.storage.format.schema import COMMITTED, TABLES, layout, site_place
 from grutrace.storage.format.tables import lengths
@@ -80,7 +80,7 @@ class Writer:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        header: Header,
+        header: TraceHeader,
         mode: str = "w",
         *,
         fsync: bool = False,
@@ -203,7 +203,7 @@ class Writer:
         """
         self._require_open()
         self._admission.admit(record)
-        if isinstance(record, Weights) and self._is_stored(record):
+        if isinstance(record, WeightsRecord) and self._is_stored(record):
             self._entries.go_on_with_last_weights(record.module)
             return
         for place, items in list(self._entries.of(record)):
@@ -359,7 +359,7 @@ class Writer:
             self.abandon()
             raise SinkError(found)
 
-    def _is_stored(self, weights: Weights) -> bool:
+    def _is_stored(self, weights: WeightsRecord) -> bool:
         """Whether these are the first weights of a run that goes on, and those before them."""
         count = self._versions_before.pop(weights.module, 0)
         if not count:

@@ -19,7 +19,7 @@ from typing import Protocol
 import h5py  # noqa: F401
 
 from grutrace.errors import GrutraceWarning, SinkError
-from grutrace.records import Block, Collect, Record
+from grutrace.records import CallRecord, Collect, Record
 
 #: How much waits to be written before the model has to wait: some hundredths of a second of a disk,
 #: and little beside the memory of a machine that runs models. Bytes.
@@ -338,7 +338,7 @@ class Pump:
 
 
 def _size(record: Record) -> int:
-    sites = len(record.sites) if isinstance(record, Block) else 0
+    sites = len(record.sites) if isinstance(record, CallRecord) else 0
     return record.nbytes + OBJECTS * (1 + sites)
 
 
