@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_architecture import ALLOWED
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -92,3 +94,36 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def files_of_a_tree(page: str) -> set[str]:
+    """The files that an indented tree lists, by their paths."""
+    folders: list[tuple[int, str]] = []
+    found = set()
+    for indent, name in re.findall(r"^    ( *)([a-z0-9_]+/|[a-z0-9_]+\.py)(?: |$)", page, re.M):
+        folders = [(depth, folder) for depth, folder in folders if depth < len(indent)]
+        if name.endswith("/"):
+            folders.append((len(indent), name))
+        else:
+            found.add("".join(folder for _, folder in folders) + name)
+    return found
+
+
+def test_the_architecture_page_lists_every_file() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "grutrace").rglob("*.py")}
+    package_files = {path for path in files if path.count("/") > 1 and path.endswith("__init__.py")}
+    assert files_of_a_tree(page) == files - package_files
+
+
+def test_the_architecture_page_has_the_import_rules() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `([^`]+)` \| (.*) \|$", page, re.M))
+    assert list(rows) == list(ALLOWED)
+    for part, cell in rows.items():
+        assert set(re.findall(r"`([^`]+)`", cell)) == ALLOWED[part], part
+
+
+def test_control_a_tree_is_read_folder_by_folder() -> None:
+    tree = "    a/\n      b.py   x\n      c/    y\n        d.py   z\n      e.py\n"
+    assert files_of_a_tree(tree) == {"a/b.py", "a/c/d.py", "a/e.py"}

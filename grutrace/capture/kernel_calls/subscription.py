@@ -10,7 +10,7 @@ Which module makes a call is told by the Python frame that called the kernel: th
 nn.GRU or nn.GRUCell, with the module as its ``self``. Where there is no such frame (TorchScript, a
 compiled graph), it is told by the weights, which are the module's own tensors.
 
-docs/architecture.md says why the kernels are registered and removed the way they are.
+docs/design.md says why the kernels are registered and removed the way they are.
 
 T steps, B sequences in a batch, I input size, H hidden size, L layers, D directions.
 """

@@ -12,7 +12,7 @@ The first is done at every call. The third is done whenever it has become cheap 
 since the last time (see `SHARE`), at the first call after a recording begins or a tag changes, and
 whenever what is recorded is handed on. The second is done where the third is not. A call between
 two comparisons is *uncertain*: it gets the version that was known then, and whoever computes its
-gates decides by the states that they lead to. (See docs/architecture.md, Weights.)
+gates decides by the states that they lead to. (See docs/design.md, Versions of the weights.)
 
 Nothing is done to the user's tensors. Their memory is read through its address, since a view of
 NumPy's makes a tensor's storage unresizable for good.
