@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import grutrace
+from benchmarks import long_traces
 from grutrace.analysis.dynamics import lyapunov
 from grutrace.analysis.engine import map_reduce, segments
 from grutrace.analysis.memory import age, autocorrelation
 from grutrace.analysis.registry import MEASURES, measure
-from tests.benchmarks import long_traces
 from tests.storage.streams import make_module
 
 #: Steps of the shorter file, a KiB of rows each; the longer one has four times as many.

@@ -7,7 +7,7 @@ from math import inf
 
 import pytest
 
-from tests.benchmarks.pairs import MOST_PAIRS, Ratio, ratio, spread
+from benchmarks.pairs import MOST_PAIRS, Ratio, ratio, spread
 
 
 class Clock:

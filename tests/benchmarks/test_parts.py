@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 import grutrace
-from tests.benchmarks import __main__ as command
-from tests.benchmarks import growth, long_traces, measure, memory
-from tests.benchmarks.figures import Figure
-from tests.benchmarks.pairs import ratio_of, speed
-from tests.benchmarks.peers import loops
-from tests.benchmarks.peers.peer import Peer, Running, Values, need
-from tests.benchmarks.report import Report
-from tests.benchmarks.tracings import TRACINGS, Tracing, traced
-from tests.benchmarks.workloads import Workload, single_layer
+from benchmarks import __main__ as command
+from benchmarks import growth, long_traces, measure, memory
+from benchmarks.figures import Figure
+from benchmarks.pairs import ratio_of, speed
+from benchmarks.peers import loops
+from benchmarks.peers.peer import Peer, Running, Values, need
+from benchmarks.report import Report
+from benchmarks.tracings import TRACINGS, Tracing, traced
+from benchmarks.workloads import Workload, single_layer
 from tests.storage.streams import make_module
 
 

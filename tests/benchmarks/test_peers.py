@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests import oracles
-from tests.benchmarks.peers import PEERS, loops
-from tests.benchmarks.peers.loops import LOOPS
-from tests.benchmarks.peers.peer import (
+from benchmarks.peers import PEERS, loops
+from benchmarks.peers.loops import LOOPS
+from benchmarks.peers.peer import (
     GATES,
     Absent,
     Peer,
@@ -21,6 +20,7 @@ from tests.benchmarks.peers.peer import (
     need,
     traced_values,
 )
+from tests import oracles
 
 EPS = float(np.finfo(np.float32).eps)
 

@@ -7,12 +7,12 @@ from math import nan
 
 import pytest
 
-from tests.benchmarks.choice import verdict
-from tests.benchmarks.figures import Figure, Target, measured, not_measured
-from tests.benchmarks.pairs import Ratio, Spread
-from tests.benchmarks.report import Report, number, table
-from tests.benchmarks.tracings import IN_MEMORY, TRACINGS
-from tests.benchmarks.workloads import Kind
+from benchmarks.choice import verdict
+from benchmarks.figures import Figure, Target, measured, not_measured
+from benchmarks.pairs import Ratio, Spread
+from benchmarks.report import Report, number, table
+from benchmarks.tracings import IN_MEMORY, TRACINGS
+from benchmarks.workloads import Kind
 
 WORKLOAD = "T5 B3 I6 H6"
 

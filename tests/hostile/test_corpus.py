@@ -1,6 +1,6 @@
 """Hostile files by the thousand: a clear error or a correct read each time, and nothing else.
 
-`python -m tests.hostile` judges more of them.
+`python -m tools.hostile` judges more of them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import h5py
 import pytest
 
 import grutrace
-from tests.hostile import datasets, groups, judge, seeds
-from tests.hostile.cases import _REFUSED, _places, make
-from tests.hostile.checksums import lookup3, put_right, structures
-from tests.hostile.corpus import all_outcomes, counts, said_from_outside
-from tests.hostile.spot import Spot
+from tools.hostile import datasets, groups, judge, seeds
+from tools.hostile.cases import _REFUSED, _places, make
+from tools.hostile.checksums import lookup3, put_right, structures
+from tools.hostile.corpus import all_outcomes, counts, said_from_outside
+from tools.hostile.spot import Spot
 
 CASES = 2000
 SEED = 1

@@ -20,9 +20,9 @@ from grutrace.storage.hdf5.errors import Fault
 from grutrace.storage.hdf5.safe_access import holds, is_dataset, member
 from grutrace.storage.recovery import preflight
 from tests.golden.runs import GOLDENS
-from tests.hostile import seeds
-from tests.hostile.checksums import put_right, structures
 from tests.plain_reader import PlainTrace
+from tools.hostile import seeds
+from tools.hostile.checksums import put_right, structures
 
 SITE = "modules/rnn/l0"
 

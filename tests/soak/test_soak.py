@@ -17,12 +17,12 @@ import torch
 import grutrace
 from tests.capture.models import EncoderDecoder
 from tests.checks import EVERYTHING
-from tests.soak import disk
-from tests.soak.faults import FAULTS, faulty
-from tests.soak.live import CODED, MODELS
-from tests.soak.plain_check import torn_rows
-from tests.soak.report import wrong
-from tests.soak.victims import KINDS
+from tools.soak import disk
+from tools.soak.faults import FAULTS, faulty
+from tools.soak.live import CODED, MODELS
+from tools.soak.plain_check import torn_rows
+from tools.soak.report import wrong
+from tools.soak.victims import KINDS
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,7 +30,7 @@ KILLS = 200
 
 
 def soak(folder: Path, *arguments: str) -> dict:
-    command = [sys.executable, "-m", "tests.soak", *arguments]
+    command = [sys.executable, "-m", "tools.soak", *arguments]
     options = ["--folder", str(folder), "--json", str(folder / "outcomes.json")]
     done = subprocess.run(
         [*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False

@@ -1,4 +1,4 @@
-"""What grows with a trace, counted. No time is asserted: see `tests.benchmarks --only scale`."""
+"""What grows with a trace, counted. No time is asserted: see `benchmarks --only scale`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import h5py
 import pytest
 
 import grutrace
+from benchmarks import long_traces, scale
 from grutrace.__main__ import main
 from grutrace.storage.hdf5 import safe_access, safe_open
 from grutrace.storage.read import sequence_index
-from tests.benchmarks import long_traces, scale
 
 from .streams import make_module
 
@@ -77,7 +77,7 @@ MANY_SITES = """
 import sys
 from pathlib import Path
 from grutrace.storage import creating
-from tests.benchmarks.scale import write_many_sites
+from benchmarks.scale import write_many_sites
 
 if sys.argv[2] == "left alone":
     creating._keep_metadata = lambda access: None

@@ -1,0 +1,1 @@
+"""Measures what tracing costs: ``python -m benchmarks``."""

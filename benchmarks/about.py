@@ -1,0 +1,47 @@
+"""Where and with what figures were taken: a figure without that says little."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from benchmarks.peers import PEERS
+
+#: Linux says here what the processor is.
+PROCESSOR = Path("/proc/cpuinfo")
+
+
+def about() -> dict[str, str]:
+    """Return date, machine, threads and versions, also of the peers."""
+    packages = dict.fromkeys(["grutrace", "torch", "numpy", "h5py", *(p.package for p in PEERS)])
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "processor": processor(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": str(os.cpu_count()),
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+    } | {package: installed(package) for package in packages}
+
+
+def processor() -> str:
+    """The processor's name as far as the system tells it."""
+    if PROCESSOR.exists():
+        for line in PROCESSOR.read_text(encoding="utf-8").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def installed(package: str) -> str:
+    """The version of a package, or that it is absent."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"

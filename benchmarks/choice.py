@@ -1,0 +1,60 @@
+"""Harvest or replay: what each costs, and which of them the tracer takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.figures import Figure, measured, not_measured
+from benchmarks.pairs import ratio
+from benchmarks.tracings import IN_MEMORY, TRACINGS, traced
+from benchmarks.workloads import Workload
+from grutrace.gru import kernel_gates
+
+#: Two that differ by less count as the same: that is how far the same figure moves between runs.
+ALIKE = 0.1
+
+
+def figures(workload: Workload, budget: float, limit: float) -> Iterator[Figure]:
+    """Yield the ratios of everything inline in memory, harvested and replayed, and the choice.
+
+    Of single layers under `no_grad`, and the training step, which has a graph.
+    """
+    inline = next(each for each in TRACINGS if each.name == IN_MEMORY)
+    layer = workload.model
+    if not isinstance(layer, torch.nn.GRU):
+        return
+    found = {}
+    for name, pays in (("harvested", True), ("replayed", False)):
+        with (
+            mock.patch.object(kernel_gates, "pays", lambda *_, pays=pays, **__: pays),
+            traced(workload, inline, Path()) as run,
+        ):
+            found[name] = ratio(workload.run, run.call, budget, limit=limit)
+        yield measured(name, found[name])
+    asked: list[bool] = []
+    rule = kernel_gates.pays
+
+    def heard(*given: Any) -> bool:
+        asked.append(rule(*given))
+        return asked[-1]
+
+    with (
+        mock.patch.object(kernel_gates, "pays", heard),
+        traced(workload, inline, Path()) as run,
+    ):
+        run.call()
+    taken = "harvested" if asked[-1] else "replayed"
+    other = "replayed" if asked[-1] else "harvested"
+    yield not_measured("the rule takes", verdict(taken, found[taken].median, found[other].median))
+
+
+def verdict(taken: str, cost: float, other: float) -> str:
+    """Say what is taken, and whether it is the cheaper one."""
+    if cost <= other:
+        return taken
+    return f"{taken} (about the same)" if cost <= other * (1 + ALIKE) else f"**{taken}**"

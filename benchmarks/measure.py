@@ -1,0 +1,92 @@
+"""A workload traced in each way, until everything is on disk, and beside its peers."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from benchmarks.disk import until_on_disk
+from benchmarks.figures import Figure, measured, not_measured
+from benchmarks.pairs import PAIRS, WARM_UP, ratio
+from benchmarks.peers import PEERS
+from benchmarks.peers.peer import Absent, Peer, Values, disagreement, traced_values
+from benchmarks.tracings import HELD, IN_MEMORY, TRACINGS, traced
+from benchmarks.workloads import SMALL, Workload
+
+#: Pairs of what takes hundreds of times the layer's time.
+FEW = 3
+
+
+def tracing(workload: Workload, budget: float, limit: float) -> Iterator[Figure]:
+    """Yield for each tracing its ratio to the untraced run."""
+    in_memory = None
+    for each in TRACINGS:
+        with tempfile.TemporaryDirectory() as folder, traced(workload, each, Path(folder)) as run:
+            found = ratio(workload.run, run.call, budget, limit=limit, settle=run.settle)
+        if each.name == IN_MEMORY:
+            in_memory = found.median
+        yield measured(each.name, found, each.target_for(workload.kind, in_memory))
+
+
+def disk(workload: Workload) -> Iterator[Figure]:
+    """Yield for each tracing with a thread its ratio to the untraced run, until `flush` returns."""
+    for each in TRACINGS:
+        if each.to_file or each.lasting:
+            with tempfile.TemporaryDirectory() as folder:
+                found, runs = until_on_disk(workload, each, Path(folder))
+            yield measured(each.name, found, runs=runs)
+
+
+def peers(workload: Workload, budget: float, limit: float) -> Iterator[Figure]:
+    """Yield for each peer its ratio to the untraced layer, or why there is none."""
+    if workload.input is None:
+        return
+    with torch.no_grad():
+        expected = traced_values(cast(nn.GRU, workload.model), workload.input)
+        for peer in PEERS:
+            try:
+                yield _peer(workload, peer, expected, budget, limit)
+            except Absent as absent:
+                yield not_measured(peer.name, str(absent))
+
+
+def _peer(workload: Workload, peer: Peer, expected: Values, budget: float, limit: float) -> Figure:
+    layer, input = cast(nn.GRU, workload.model), workload.input
+    assert input is not None
+    if peer.only_small and (*input.shape, layer.hidden_size) not in SMALL:
+        raise Absent("left out: only on small shapes")
+    if peer.most_steps is not None and len(input) > peer.most_steps:
+        raise Absent(f"left out: over {peer.most_steps} steps")
+    with peer.prepare(layer, input) as running:
+        # Of the second call: one that gives again what it found at first is found out, too.
+        running.call()
+        wrong = disagreement(peer, running.read(running.call()), expected)
+        if wrong:
+            raise Absent(f"refused: {wrong}")
+        most = HELD // sum(each.nbytes for each in expected.values())
+        kept: list[Any] = []
+
+        def run() -> None:
+            for _ in range(workload.calls):
+                made = running.call()
+                # As a trace keeps it: memory that is used again costs less than other memory.
+                if peer.gates:
+                    if len(kept) >= most:
+                        kept.clear()
+                    kept.append(made)
+
+        few = peer.only_small
+        found = ratio(
+            workload.run,
+            run,
+            0.0 if few else budget,
+            limit=limit,
+            pairs=FEW if few else PAIRS,
+            warm_up=1 if few else WARM_UP,
+        )
+    return measured(peer.name, found, gives=peer.gives)

@@ -1,0 +1,101 @@
+"""Memory of a traced run above the same run untraced: the same however long it is.
+
+Each run is a process of its own, which says its own peak.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from subprocess import PIPE
+from typing import Any
+
+from benchmarks.figures import Figure, Target
+from grutrace.storage.write.writer_thread import QUEUE_BYTES
+
+MIB = 1024**2
+
+#: Runs of the shorter: with everything stored, more than the queue holds.
+RUNS = 500
+
+#: What may lie in memory beside the queue. MiB.
+ALLOWED = 64 + QUEUE_BYTES // MIB
+
+#: By how much the peaks of runs that need the same memory differ, as the allocator will have it.
+#: Seen between untraced runs. MiB.
+SAME = 16
+
+#: The options by what the table calls them; None traces nothing.
+KINDS: dict[str, dict[str, Any] | None] = {
+    "untraced": None,
+    "everything inline, to a file": {"gates": "inline"},
+    "in the background, to a file": {"gates": "background"},
+    "deferred, to a file": {"gates": "deferred"},
+}
+
+#: Linux says here what the peak of this process is. What `resource` says there also counts the
+#: process that started it, in the moment when it did.
+STATUS = Path("/proc/self/status")
+
+
+def figures() -> Iterator[Figure]:
+    """Yield for each kind the peak above the untraced run, and how much more a longer one's is."""
+    runs = (RUNS, 10 * RUNS)
+    untraced = [peak("untraced", count) for count in runs]
+    for kind in KINDS:
+        if kind == "untraced":
+            continue
+        short, long = (peak(kind, c) - u for c, u in zip(runs, untraced, strict=True))
+        name = f"peak above untraced: {kind}, {10 * RUNS} calls"
+        yield Figure(name, long, "MiB", Target(ALLOWED), details={"short": short})
+        name = f"that, less the peak of {RUNS} calls"
+        yield Figure(name, long - short, "MiB", Target(SAME), details={"untraced": untraced})
+
+
+def peak(kind: str, runs: int) -> float:
+    """Run it in a process of its own, and return its peak in MiB."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", __name__, kind, str(runs), folder]
+        # One thread: memory hardly depends on them, and two wait for each other on a busy machine.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, check=True, stdout=PIPE, text=True, env=environment)
+    return float(done.stdout)
+
+
+def own_peak() -> float:
+    """The largest resident memory of this process so far, in MiB."""
+    if STATUS.exists():
+        for line in STATUS.read_text(encoding="ascii").splitlines():
+            if line.startswith("VmHWM:"):
+                return float(line.split()[1]) / 1024
+    # In bytes on macOS, in KiB elsewhere.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
+
+
+def run(kind: str, runs: int, folder: Path) -> None:
+    """Call a layer so many times, traced or not, and print the peak."""
+    import torch
+
+    import grutrace
+
+    torch.manual_seed(0)
+    layer, input = torch.nn.GRU(64, 64), torch.randn(50, 16, 64)
+    options = KINDS[kind]
+    with contextlib.ExitStack() as stack:
+        if options is not None:
+            stack.enter_context(grutrace.Tracer(layer, folder / "run.h5", **options))
+        with torch.no_grad():
+            for _ in range(runs):
+                layer(input)
+    print(own_peak())
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,120 @@
+"""All cases of the corpus judged, in processes that may die, and what came of it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from grutrace.errors import TraceFileError
+from grutrace.storage.recovery.preflight import look_from_outside
+from tools.hostile.cases import make
+
+#: Seconds after which the look from outside gives up on a case.
+PATIENCE = 20
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a case.
+
+    Attributes:
+        number: Of the case.
+        name: What it is.
+        outcome: ``refused``, ``read`` or ``fault``; ``crash`` or ``hang`` where the process that
+            judged it by itself did not survive; ``unmade`` where HDF5 did not survive making it.
+            ``late`` is no outcome: the process that judged this case and others before it died.
+        detail: The error; or what was done when the process died.
+    """
+
+    number: int
+    name: str
+    outcome: str
+    detail: str
+
+
+def all_outcomes(seed: int, first: int, stop: int, jobs: int) -> Iterator[Outcome]:
+    """Judge cases in so many processes at once, and yield what came of each, in any order."""
+    found: queue.Queue[Outcome | BaseException | None] = queue.Queue()
+
+    def work(part: range) -> None:
+        try:
+            for each in outcomes(seed, part.start, part.stop):
+                found.put(each)
+        except BaseException as error:
+            found.put(error)
+        found.put(None)
+
+    bounds = [first + (stop - first) * job // jobs for job in range(jobs + 1)]
+    threads = [
+        threading.Thread(target=work, args=[range(*pair)]) for pair in itertools.pairwise(bounds)
+    ]
+    for thread in threads:
+        thread.start()
+    working = len(threads)
+    while working:
+        each = found.get()
+        if isinstance(each, BaseException):
+            raise each
+        if each is None:
+            working -= 1
+        else:
+            yield each
+    for thread in threads:
+        thread.join()
+
+
+def outcomes(seed: int, first: int, stop: int) -> Iterator[Outcome]:
+    """Judge cases, and yield what came of each."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "tools.hostile.worker", folder]
+        numbers = map(str, (seed, first, stop))
+        with subprocess.Popen([*command, *numbers], stdout=subprocess.PIPE, text=True) as worker:
+            assert worker.stdout is not None
+            name, doing = "", ""
+            for line in worker.stdout:
+                said = json.loads(line)
+                name, before, doing = said.get("name", name), doing, said["doing"]
+                if doing == "again":
+                    yield Outcome(said["case"], name, "late", f"{before}; it is judged by itself")
+                if doing == "done":
+                    yield Outcome(said["case"], name, said["outcome"], said["detail"])
+                elif doing == "died":
+                    yield _death(said["case"], name, before, said["signal"])
+        if worker.returncode:
+            raise RuntimeError(f"the worker ended with {worker.returncode}")
+
+
+def _death(number: int, name: str, doing: str, signal_number: int) -> Outcome:
+    if not signal_number:
+        raise RuntimeError(f"case {number}: the process that judged it failed")
+    if doing == "making":
+        return Outcome(number, "", "unmade", "HDF5 does not survive making it")
+    if signal_number == signal.SIGALRM:
+        return Outcome(number, name, "hang", doing)
+    return Outcome(number, name, "crash", f"{doing}, {signal.Signals(signal_number).name}")
+
+
+def said_from_outside(seed: int, number: int) -> str:
+    """What is said of a case by the look from outside; empty if it finds nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        make(seed, number, Path(folder))
+        try:
+            look_from_outside(Path(folder) / "run.h5", PATIENCE)
+        except TraceFileError as error:
+            return str(error)
+    return ""
+
+
+def counts(found: list[Outcome]) -> Counter[str]:
+    """How many cases there are of each outcome."""
+    return Counter(each.outcome for each in found)

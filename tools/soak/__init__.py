@@ -1,0 +1,4 @@
+"""Runs that are killed, lose their disk or their power, or are read while they write.
+
+``python -m tools.soak --help`` lists the options. The tests run it for a minute.
+"""

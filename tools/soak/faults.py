@@ -1,0 +1,189 @@
+"""A disk that fails in mid-write: the model's result is intact, and so is what was committed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import grutrace
+from tools.soak import disk
+from tools.soak.forks import Outcome, outcomes
+from tools.soak.kills import look
+from tools.soak.victims import KINDS, make, tracing
+
+#: What fails, and how.
+FAULTS = ("full", "input/output error", "file too large", "fsync")
+
+#: Runs of the model in a try.
+RUNS = 12
+
+
+def faults(folder: Path, tries: int, seed: int = 0) -> list[Outcome]:
+    """Let the disk fail this many runs."""
+    return outcomes(_tries(folder, tries, seed))
+
+
+def _tries(folder: Path, tries: int, seed: int) -> Iterator[Callable[[], Outcome]]:
+    for number in range(tries):
+        # A kind of run, a fault and what it does to the run: no two of them in step.
+        kind, rest = KINDS[number % len(KINDS)], number // len(KINDS)
+        fault, on_error = FAULTS[rest % len(FAULTS)], ("raise", "warn")[rest // len(FAULTS) % 2]
+        yield partial(fault_one, folder, kind, fault, on_error, seed * 1_000_000 + number)
+
+
+def fault_one(folder: Path, kind: str, fault: str, on_error: str, seed: int) -> Outcome:
+    """Let the disk fail one run, and look at what became of it and of its file."""
+    path = folder / f"fault-{seed}" / "run.h5"
+    path.parent.mkdir()
+    torch.manual_seed(seed)
+    model, run, calls_a_run = make(kind)
+    _fail(fault, path, random.Random(seed))
+    run_of = _Run(kind, model, run, path, on_error, fsync=fault == "fsync")
+    run_of.go()
+    failed = disk.failures()
+    disk.fail(path, 0)
+    found = {"calls": 0, "wrong": 0, "opened": None}
+    if path.exists():
+        # Here, where HDF5 may still hold it, and where nothing is known of it.
+        found = look(kind, path)
+        elsewhere = outcomes([partial(look, kind, path)], lanes=1)[0]
+        found["elsewhere"] = "error" not in elsewhere and elsewhere["calls"] == found["calls"]
+    return {
+        "kind": kind,
+        "fault": fault,
+        "on_error": on_error,
+        "seed": seed,
+        "failed": failed,
+        "acknowledged": run_of.acknowledged,
+        "made": run_of.runs * calls_a_run,
+        "errors": run_of.errors,
+        "warnings": run_of.warnings,
+        "intact": run_of.intact and _is_intact(model, run, run_of.expected),
+        "hooks": sum(
+            len(each._forward_hooks) + len(each._forward_pre_hooks) for each in model.modules()
+        ),
+        "beside": sorted(each.name for each in path.parent.iterdir() if each != path),
+        **found,
+    }
+
+
+def _fail(fault: str, path: Path, chance: random.Random) -> None:
+    prefix = path.parent
+    error = {"full": errno.ENOSPC, "file too large": errno.EFBIG}.get(fault, errno.EIO)
+    if fault == "fsync":
+        disk.fail(prefix, error, writes=chance.randrange(20), at_fsync=True)
+    elif fault != "input/output error" and chance.random() < 0.4:
+        # Before the first chunk of rows is whole, or before the second; in the middle of a write.
+        disk.fail(prefix, error, size=int(10 ** chance.uniform(3, 7)))
+    else:
+        disk.fail(prefix, error, writes=int(10 ** chance.uniform(0, 2.6)))
+
+
+class _Run:
+    """Some runs of a model that is traced to a disk that fails."""
+
+    def __init__(
+        self,
+        kind: str,
+        model: torch.nn.Module,
+        run: Callable[[], torch.Tensor],
+        path: Path,
+        on_error: str,
+        *,
+        fsync: bool,
+    ) -> None:
+        self._kind, self._model, self._run, self._path = kind, model, run, path
+        self._on_error, self._fsync = on_error, fsync
+        self.expected = [_seeded(run, number) for number in range(RUNS)]
+        self.runs = self.acknowledged = 0
+        self.intact = True
+        self.errors: list[str] = []
+        self.warnings: list[str] = []
+
+    def go(self) -> None:
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always")
+            try:
+                with tracing(
+                    self._kind,
+                    self._model,
+                    self._path,
+                    fsync=self._fsync,
+                    on_error=self._on_error,
+                ) as tracer:
+                    for number in range(RUNS):
+                        self._once(number, tracer)
+            except grutrace.GrutraceError as error:
+                self.errors.append(f"{type(error).__name__}: {error}")
+        self.warnings = [str(each.message) for each in given]
+
+    def _once(self, number: int, tracer: grutrace.Tracer) -> None:
+        self.runs += 1
+        found = _seeded(self._run, number)
+        self.intact &= torch.equal(found, self.expected[number])
+        if number % 3 == 0:
+            tracer.flush()
+            if tracer._outlet.error is None:
+                self.acknowledged = self._calls(tracer)
+
+    def _calls(self, tracer: grutrace.Tracer) -> int:
+        return tracer._outlet.calls
+
+
+def _seeded(run: Callable[[], torch.Tensor], number: int) -> torch.Tensor:
+    torch.manual_seed(number)
+    return run().detach()
+
+
+def _is_intact(
+    model: torch.nn.Module, run: Callable[[], torch.Tensor], expected: list[torch.Tensor]
+) -> bool:
+    """Whether the model, after all that, still does what it did before."""
+    with contextlib.suppress(RuntimeError):
+        return all(torch.equal(_seeded(run, n), each) for n, each in enumerate(expected))
+    return False
+
+
+def faulty(outcome: Outcome) -> list[str]:
+    """What is not as it should be of one try."""
+    if "error" in outcome:
+        return [outcome["error"]]
+    said, failed = [*outcome["errors"], *outcome["warnings"]], outcome["failed"] > 0
+    wrong = []
+    if outcome["calls"] < outcome["acknowledged"]:
+        wrong.append(f"{outcome['acknowledged'] - outcome['calls']} acknowledged calls are lost")
+    if outcome["wrong"] or outcome.get("elsewhere") is False:
+        wrong.append("what is in the file is torn, or seen differently elsewhere")
+    if not outcome["intact"] or outcome["hooks"]:
+        wrong.append("the model is not as it was")
+    if outcome["beside"]:
+        wrong.append(f"{outcome['beside']} was left behind")
+    if any("\n" in text or os.sep not in text for text in said):
+        wrong.append(f"not one clear line: {said}")
+    if failed != bool(said):
+        wrong.append(f"{outcome['failed']} failures, and it was said: {said}")
+    if outcome["on_error"] == "raise" and len(said) > 1:
+        wrong.append(f"more than one error: {said}")
+    if outcome["on_error"] == "warn" and failed:
+        wrong += _faulty_warnings(outcome)
+    return wrong
+
+
+def _faulty_warnings(outcome: Outcome) -> list[str]:
+    if outcome["errors"]:
+        # Before the run has begun: the file could not be made.
+        begun = outcome["made"] > 0 or outcome["warnings"]
+        return [f"raised: {outcome['errors']}"] if begun else []
+    lost = outcome["made"] - outcome["calls"]
+    expected = f"holds {outcome['calls']} calls of this recording, and {lost} more are lost"
+    if len(outcome["warnings"]) != 2 or expected not in outcome["warnings"][1]:
+        return [f"expected two warnings, the last that it {expected}: {outcome['warnings']}"]
+    return []

@@ -1,0 +1,82 @@
+"""SIGKILL at a random moment: every acknowledged call is there, none torn, the file opens."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import grutrace
+from tools.soak import plain_check
+from tools.soak.forks import Outcome, outcomes
+from tools.soak.victims import KINDS, run_for_ever
+
+#: How long a run lives at most after so many acknowledgements that it is left to make; about as
+#: long as it takes to the next one. Seconds.
+LIFE = 0.1
+ACKNOWLEDGEMENTS = 5
+
+
+def kills(folder: Path, tries: int, seed: int = 0, *, fsync: bool = False) -> list[Outcome]:
+    """Kill this many runs."""
+    return outcomes(_tries(folder, tries, seed, fsync))
+
+
+def _tries(folder: Path, tries: int, seed: int, fsync: bool) -> Iterator[Callable[[], Outcome]]:
+    for number in range(tries):
+        kind = KINDS[number % len(KINDS)]
+        yield partial(kill_one, folder, kind, seed * 1_000_000 + number, fsync=fsync)
+
+
+def kill_one(folder: Path, kind: str, seed: int, *, fsync: bool = False) -> Outcome:
+    """Kill one run, and look at what it has left behind."""
+    path = folder / f"{kind}-{seed}.h5"
+    with (folder / f"{kind}-{seed}.calls").open("w+b", buffering=0) as told:
+        os.pwrite(told.fileno(), bytes(8), 0)
+
+        def acknowledge(calls: int) -> None:
+            os.pwrite(told.fileno(), calls.to_bytes(8, "little"), 0)
+
+        victim = os.fork()
+        if not victim:
+            try:
+                run_for_ever(kind, path, acknowledge, seed, fsync=fsync)
+            finally:
+                os._exit(1)
+        _wait(random.Random(seed), told.fileno())
+        os.kill(victim, signal.SIGKILL)
+        killed = os.waitstatus_to_exitcode(os.waitpid(victim, 0)[1]) == -signal.SIGKILL
+        acknowledged = int.from_bytes(os.pread(told.fileno(), 8, 0), "little")
+    found = {"kind": kind, "seed": seed, "killed": killed, "acknowledged": acknowledged}
+    if not path.exists():
+        # Killed before there was a file.
+        return found | {"calls": 0, "wrong": 0, "opened": None}
+    return found | look(kind, path)
+
+
+def _wait(chance: random.Random, told: int) -> None:
+    """Until a random moment. By what the run has done, since machines differ in speed."""
+    left, last = chance.randint(0, ACKNOWLEDGEMENTS), 0
+    while left:
+        time.sleep(0.001)
+        calls = int.from_bytes(os.pread(told, 8, 0), "little")
+        left, last = left - (calls != last), calls
+    time.sleep(chance.uniform(0, LIFE))
+
+
+def look(kind: str, path: Path) -> Outcome:
+    """What a run has left behind: how many calls, how many wrong values, how fast it opens."""
+    begun = time.monotonic()
+    if kind == "statistics":
+        calls = grutrace.Statistics.load(path).calls
+        opened = time.monotonic() - begun
+        counted, wrong = plain_check.wrong_figures(path)
+    else:
+        with grutrace.open(path) as trace:
+            calls, opened = len(trace.calls), time.monotonic() - begun
+        counted, wrong = plain_check.torn_rows(path)
+    return {"calls": calls, "same": calls == counted, "wrong": wrong, "opened": opened}
