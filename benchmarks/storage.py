@@ -22,7 +22,7 @@ from benchmarks.figures import Figure, Target, measured
 from benchmarks.pairs import Spread, ratio, speed, spread
 from grutrace.analysis.descriptive.saturation import summarize_site
 from grutrace.records import GATES, CallRecord
-from grutrace.storage.format.schema import LIBVER, layout, quantity_place
+from grutrace.storage.format.schema import LIBVER, dataset_specs, quantity_path
 from grutrace.storage.read.lazy_rows import BLOCK
 from grutrace.storage.read.site import SiteTrace
 from tests.storage.streams import make_module
@@ -82,8 +82,8 @@ def writing(folder: Path) -> Spread:
     """How fast the writer is beside a loop that hands the same bytes to HDF5 chunk by chunk."""
     module, calls = long_traces.wide_module(), WRITTEN // long_traces.call_bytes()
     (site,) = module.sites
-    columns = layout([module])
-    places = [quantity_place(module, site, name) for name in site.quantities]
+    columns = dataset_specs([module])
+    places = [quantity_path(module, site, name) for name in site.quantities]
     length = calls * long_traces.STEPS * long_traces.BATCH
     chunk = columns[places[0]].chunks
     *_, call = long_traces.records(module, long_traces.STEPS, long_traces.BATCH, 1)
@@ -117,7 +117,7 @@ def reading_and_summarizing(path: Path) -> tuple[Spread, Spread]:
     with grutrace.open(path) as trace:
         (name,) = trace.sites
         site = trace[name]
-        places = [quantity_place(site.module, site.site, gate) for gate in GATES]
+        places = [quantity_path(site.module, site.site, gate) for gate in GATES]
         step = BLOCK // (long_traces.HIDDEN * np.dtype(np.float32).itemsize)
 
         def bare() -> None:

@@ -486,14 +486,14 @@ def test_a_full_queue_slows_the_model_and_grows_no_memory(tmp_path, monkeypatch)
     calls = 400
     done = []
     with grutrace.Tracer(layer, tmp_path / "a.h5", gates="background") as tracer:
-        pump = tracer._outlet.sink._pump
-        pump._limit = limit
+        thread = tracer._outlet.sink._thread
+        thread._limit = limit
 
         def model() -> None:
             with torch.no_grad():
                 for _ in range(calls):
                     layer(x)
-                    done.append(pump._held)
+                    done.append(thread._held)
 
         thread = threading.Thread(target=model)
         thread.start()

@@ -439,11 +439,11 @@ def test_modes(tmp_path, capsys) -> None:
 
 FILLS_UP = """
 import errno, time
-from grutrace.storage.write.appender import Appender
+from grutrace.storage.write.appender import DatasetAppender
 time.sleep(1)
 def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
-Appender._put = full
+DatasetAppender._write_items = full
 model(torch.randn(4, 6, 5), steps=3)
 time.sleep(1)
 print(model(torch.randn(4, 6, 5), steps=3).sum().item())

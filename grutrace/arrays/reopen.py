@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from grutrace.errors import TraceFileError
-from grutrace.storage.hdf5.handle import released_afterwards
+from grutrace.storage.hdf5.handle import release_on_exit
 from grutrace.storage.interfaces import Source
 from grutrace.storage.read.snapshot import Moment
 
@@ -62,7 +62,7 @@ class Look:
         if isinstance(self._held, Moment):
             yield self._held
             return
-        with released_afterwards():
+        with release_on_exit():
             yield self._held.moment(module, calls)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from grutrace.cli.run import run
 from grutrace.cli.stats import stats
 from grutrace.cli.verify import verify
 from grutrace.errors import GrutraceError
-from grutrace.storage.hdf5.safe_open import no_plugins
+from grutrace.storage.hdf5.safe_open import disable_plugins
 
 app = typer.Typer(
     help="See inside the GRUs of a running model: trace a script, look into traces.",
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code. An error becomes one line."""
     try:
         # What is no number in a file is no reason for a line that nobody asked for.
-        with no_plugins(), np.errstate(all="ignore"):
+        with disable_plugins(), np.errstate(all="ignore"):
             app(None if argv is None else list(argv), prog_name="grutrace")
     except GrutraceError as error:
         say(f"grutrace: {error}", stderr=True)

@@ -14,7 +14,7 @@ from grutrace.cli.common import File, Files, Record, Sites, names, opened
 from grutrace.cli.output import progress_bar, say
 from grutrace.export.formats import FORMATS, export_trace
 from grutrace.storage.open import open_trace
-from grutrace.storage.recovery.preflight import look_from_outside
+from grutrace.storage.recovery.preflight import check_in_subprocess
 
 
 def derive(
@@ -30,7 +30,7 @@ def derive(
     # Here for the same reason.
     from grutrace.analysis.verification.materialize import derive_file
 
-    look_from_outside(files)
+    check_in_subprocess(files)
     with opened(files) as trace, progress_bar("deriving") as advance:
         derive_file(trace, output, advance)
 

@@ -10,7 +10,7 @@ import typer
 
 from grutrace.cli.common import NO, AsJSON, File
 from grutrace.cli.output import new_table, print_json, print_table, progress_bar
-from grutrace.storage.recovery.recover import Recovery, recover_file
+from grutrace.storage.recovery.recover import RecoveryReport, recover_file
 
 
 def recover(
@@ -37,20 +37,20 @@ def recover(
         raise typer.Exit(NO)
 
 
-def _as_json(recovery: Recovery) -> dict[str, object]:
+def _as_json(recovery: RecoveryReport) -> dict[str, object]:
     paths = {"source": str(recovery.source), "path": str(recovery.path)}
     return dataclasses.asdict(recovery) | paths
 
 
-def print_recovery(recovery: Recovery) -> None:
+def print_recovery(recovery: RecoveryReport) -> None:
     """Print what became of a file."""
     print(f"{recovery.path}: {recovery.calls} calls of {recovery.source}, {_state(recovery)}")
     if recovery.lost:
         lost = ", ".join(f"{count} {name}" for name, count in recovery.lost.items())
         print(f"lost of what was committed: {lost}; {recovery.reason}")
-    if recovery.mended:
+    if recovery.repaired:
         print(
-            f"{recovery.mended} structures of HDF5 were half written, as after a loss of power, "
+            f"{recovery.repaired} structures of HDF5 were half written, as after a loss of power, "
             f"and were read all the same: have it verified (grutrace verify {recovery.path})"
         )
     if not recovery.dropped:
@@ -65,6 +65,6 @@ def print_recovery(recovery: Recovery) -> None:
     print(f"These {' or '.join(reasons)}.")
 
 
-def _state(recovery: Recovery) -> str:
+def _state(recovery: RecoveryReport) -> str:
     closed = "closed in order" if recovery.closed else "left behind by its writer"
     return f"which was {closed}"

@@ -10,7 +10,7 @@ import typer
 
 from grutrace.cli.common import NO, NO_ANSWER, AsJSON, Files, opened
 from grutrace.cli.output import new_table, print_json, print_table, say, with_progress
-from grutrace.storage.recovery.preflight import look_from_outside
+from grutrace.storage.recovery.preflight import check_in_subprocess
 
 if TYPE_CHECKING:
     from grutrace.analysis.verification.verify import SiteVerification
@@ -24,7 +24,7 @@ def verify(files: Files, as_json: AsJSON = False) -> None:
     # Here since it needs torch, which takes longer to load than the other commands to run.
     from grutrace.analysis.verification.verify import verify_site
 
-    look_from_outside(files)
+    check_in_subprocess(files)
     with opened(files) as trace:
         results = [verify_site(trace, name) for name in with_progress(trace.sites, "verifying")]
     if as_json:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from grutrace.errors import GrutraceError, TraceFileError
-from grutrace.storage.hdf5.atomic_write import put_in_place, room_for
-from grutrace.storage.hdf5.errors import in_brief
+from grutrace.storage.hdf5.atomic_write import publish, temporary_path
+from grutrace.storage.hdf5.errors import short_message
 
 
 class SteadyFile(io.RawIOBase):
@@ -112,7 +112,7 @@ def made_whole(path: Path, *, folder: bool) -> Iterator[Path]:
     """
     if path.exists() or path.is_symlink():
         raise TraceFileError(f"{path} exists: name another place to export to")
-    new = room_for(path, "w")
+    new = temporary_path(path, "w")
     try:
         with _writing(path):
             if folder:
@@ -122,7 +122,7 @@ def made_whole(path: Path, *, folder: bool) -> Iterator[Path]:
                 # Unlike a file, a folder does not replace another one that has something in it.
                 new.rename(path)
             else:
-                put_in_place(new, path, "w")
+                publish(new, path, "w")
     finally:
         shutil.rmtree(new, ignore_errors=True)
         new.unlink(missing_ok=True)
@@ -137,4 +137,4 @@ def _writing(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         # Without the name of the file that is being made, which is a temporary one.
-        raise TraceFileError(f"{path} cannot be written: {in_brief(error)}") from error
+        raise TraceFileError(f"{path} cannot be written: {short_message(error)}") from error

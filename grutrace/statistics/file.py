@@ -20,11 +20,17 @@ from grutrace.statistics.accumulator import CHECKED, MODULE, Accumulator, SiteLa
 from grutrace.statistics.histogram import ALLOWED_BINS
 from grutrace.statistics.moments import UNITS
 from grutrace.storage.format.header import check_version, format_of
-from grutrace.storage.format.schema import FORMAT, STATISTICS
-from grutrace.storage.hdf5.atomic_write import naming, put_in_place, room_for, sync, sync_name
-from grutrace.storage.hdf5.errors import Fault, reading, require
+from grutrace.storage.format.schema import FORMAT, STATISTICS_FORMAT
+from grutrace.storage.hdf5.atomic_write import (
+    fsync_directory,
+    fsync_file,
+    publish,
+    temporary_path,
+    translate_write_errors,
+)
+from grutrace.storage.hdf5.errors import FormatError, require, translate_read_errors
 from grutrace.storage.hdf5.locks import HeldFile
-from grutrace.storage.hdf5.safe_access import holds, member, require_own_data
+from grutrace.storage.hdf5.safe_access import get_member, has_member, require_local_data
 from grutrace.storage.hdf5.safe_open import open_for_reading
 from grutrace.storage.write.claims import Claim, require_unclaimed
 from grutrace.storage.write.overwrite import require_replaceable
@@ -65,7 +71,7 @@ class StatisticsFile:
         # The file that may be replaced, once that is known.
         self._own: _Status | None = None
         require_unclaimed(self.path)
-        room_for(self.path, self._mode)
+        temporary_path(self.path, self._mode)
         if self._mode == "overwrite":
             require_replaceable(self.path)
 
@@ -114,14 +120,14 @@ class StatisticsFile:
         """
         with self._lock:
             self._require_in_place()
-            new = room_for(self.path, self._mode)
+            new = temporary_path(self.path, self._mode)
             held = None
             try:
-                with naming(self.path, "written"):
+                with translate_write_errors(self.path, "written"):
                     self._put(_image(accumulator, new), new)
                     held, own = HeldFile.of(new), _status(new)
                 self._require_in_place()
-                put_in_place(new, self.path, self._mode)
+                publish(new, self.path, self._mode)
             except BaseException:
                 if held is not None:
                     held.close()
@@ -167,15 +173,15 @@ class StatisticsFile:
             TraceFileError: It cannot be told; the file is there all the same.
         """
         if self._fsync:
-            with naming(self.path, "written"):
-                sync_name(self.path)
+            with translate_write_errors(self.path, "written"):
+                fsync_directory(self.path)
 
     def _put(self, image: bytes, new: Path) -> None:
         with new.open("xb") as file:
             file.write(image)
             if self._fsync:
                 file.flush()
-                sync(file.fileno())
+                fsync_file(file.fileno())
 
 
 #: Device, inode, size and time of the last change: no file is changed once it is in its place.
@@ -199,7 +205,7 @@ def _image(accumulator: Accumulator, new: Path) -> bytes:
 
 
 def _write(file: h5py.File, accumulator: Accumulator) -> None:
-    file.attrs["format"] = STATISTICS
+    file.attrs["format"] = STATISTICS_FORMAT
     file.attrs["format_version"] = np.array(VERSION, "<i8")
     file.attrs["model"] = accumulator.model
     counted = (accumulator.created, time.time(), accumulator.bins, accumulator.annotations)
@@ -220,8 +226,8 @@ def _write(file: h5py.File, accumulator: Accumulator) -> None:
 def is_statistics(path: str | os.PathLike[str]) -> bool:
     """Whether a file is one of statistics by its own account. False if it cannot be read at all."""
     try:
-        with reading(Path(path)), open_for_reading(Path(path)) as file:
-            return format_of(file) == STATISTICS
+        with translate_read_errors(Path(path)), open_for_reading(Path(path)) as file:
+            return format_of(file) == STATISTICS_FORMAT
     except TraceFileError:
         return False
 
@@ -233,7 +239,7 @@ def load(path: str | os.PathLike[str]) -> Accumulator:
         TraceFileError: It is not there, is none, is of a newer format, or is damaged.
     """
     path = as_path(path)
-    with reading(path, _WHAT), open_for_reading(path, _WHAT) as file:
+    with translate_read_errors(path, _WHAT), open_for_reading(path, _WHAT) as file:
         return _Reader(file, path.stat().st_size).read()
 
 
@@ -253,8 +259,8 @@ class _Reader:
         require(annotations >= 0, "counted.annotations", "no negative number", annotations)
         modules = self._array(file, "modules", MODULE, (None,))
         _check_counts(modules, "modules")
-        sites = member(file, "sites", h5py.Group)
-        groups = [member(sites, str(number), h5py.Group) for number in range(len(sites))]
+        sites = get_member(file, "sites", h5py.Group)
+        groups = [get_member(sites, str(number), h5py.Group) for number in range(len(sites))]
         read = [self._site(group, len(modules), bins) for group in groups]
         accumulator = Accumulator(
             _text(file, "model"),
@@ -284,9 +290,9 @@ class _Reader:
         module = int(site["module"])
         require(0 <= module < modules, f"{group.name}/site", f"a module below {modules}", module)
         tallies = {
-            quantity: self._tally(member(group, quantity, h5py.Group), bins)
+            quantity: self._tally(get_member(group, quantity, h5py.Group), bins)
             for quantity in QUANTITIES
-            if holds(group, quantity)
+            if has_member(group, quantity)
         }
         widths = tuple((quantity, len(units)) for quantity, (units, _) in tallies.items())
         return SiteLayout(_text(group, "name"), module, widths), site, tallies
@@ -308,9 +314,9 @@ class _Reader:
         self, group: h5py.Group, name: str, dtype: np.dtype[Any], shape: tuple[int | None, ...]
     ) -> Array:
         """A dataset of this type and shape, where None is any length, that is in this very file."""
-        dataset = member(group, name, h5py.Dataset)
+        dataset = get_member(group, name, h5py.Dataset)
         place = f"{group.name.rstrip('/')}/{name}"
-        require_own_data(dataset, place)
+        require_local_data(dataset, place)
         found = dataset.shape
         require(dataset.dtype == dtype, place, dtype, dataset.dtype)
         fits = found is not None and len(found) == len(shape)
@@ -327,7 +333,12 @@ class _Reader:
 def _check_format(file: h5py.File) -> None:
     found = format_of(file)
     other = f"{FORMAT!r}: a trace, which grutrace.open and grutrace.Statistics.of read"
-    require(found == STATISTICS, "attribute 'format'", repr(STATISTICS), _named(found, other))
+    require(
+        found == STATISTICS_FORMAT,
+        "attribute 'format'",
+        repr(STATISTICS_FORMAT),
+        _named(found, other),
+    )
     check_version(file, VERSION[0])
 
 
@@ -341,7 +352,7 @@ def _text(group: h5py.Group, name: str) -> str:
     require(group.attrs.get_id(name).shape == (), place, "a text", "an array")
     value = group.attrs[name]
     if not isinstance(value, str):
-        raise Fault(place, "a text", type(value).__name__)
+        raise FormatError(place, "a text", type(value).__name__)
     return value
 
 

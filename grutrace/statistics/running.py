@@ -31,10 +31,10 @@ from grutrace.statistics.file import StatisticsFile, load
 from grutrace.statistics.histogram import BINS, require_bins
 from grutrace.statistics.results import SiteStatistics
 from grutrace.statistics.sink import Feed, FeedFile
-from grutrace.storage.format.shard_stamp import shard_of
+from grutrace.storage.format.shard_stamp import read_shard
 from grutrace.storage.read.lazy_rows import blocks
 from grutrace.storage.read.trace import Trace
-from grutrace.storage.write.writer_thread import Pump
+from grutrace.storage.write.writer_thread import WriterThread
 
 #: How often the file is rewritten while a run goes on. Seconds.
 SAVE_SECONDS = 10.0
@@ -102,7 +102,7 @@ class Statistics:
     def _begin(self, accumulator: Accumulator | None) -> None:
         self._accumulator = accumulator
         self._lock = threading.Lock()
-        self._pumps: list[Pump] = []
+        self._threads: list[WriterThread] = []
         self._process = os.getpid()
 
     @classmethod
@@ -164,7 +164,7 @@ class Statistics:
                 f"{header.options.get('gates')!r}, where a call brings no gates to count"
             )
         self._require_own_process()
-        self._take_place(shard_of(header))
+        self._take_place(read_shard(header))
         with self._lock:
             if self._accumulator is None:
                 self._accumulator = Accumulator(
@@ -176,7 +176,8 @@ class Statistics:
         if self._file is not None:
             target = FeedFile(self._file, partial(self._save, self._file, accumulator))
         feed = Feed(header, accumulator, self._lock, target, self._seconds)
-        self._pumps = [pump for pump in self._pumps if not pump.ended] + [feed.pump]
+        self._threads = [thread for thread in self._threads if not thread.ended]
+        self._threads.append(feed.thread)
         return feed
 
     def _take_place(self, shard: Shard | None) -> None:
@@ -314,10 +315,10 @@ class Statistics:
         if self._accumulator is None:
             raise NotRecordedError("nothing was counted yet: no tracer was given these statistics")
         self._require_own_process()
-        for pump in self._pumps:
+        for thread in self._threads:
             # What was counted before an error can be read all the same.
-            if not pump.ended:
-                pump.flush()
+            if not thread.ended:
+                thread.flush()
         with self._lock:
             yield self._accumulator
 
@@ -335,7 +336,7 @@ class Statistics:
 
     def _require_own_process(self) -> None:
         # The lock may be held for ever by a thread that the child does not have.
-        if os.getpid() != self._process and not all(pump.ended for pump in self._pumps):
+        if os.getpid() != self._process and not all(thread.ended for thread in self._threads):
             raise StateError(
                 f"these statistics are counted in process {self._process}; a forked child, here "
                 f"{os.getpid()}, can neither read nor count on: make new ones there, and merge"

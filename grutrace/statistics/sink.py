@@ -23,8 +23,8 @@ from grutrace.statistics.accumulator import Accumulator
 from grutrace.statistics.file import StatisticsFile
 from grutrace.storage.format.tables import Tables
 from grutrace.storage.interfaces import Readable
-from grutrace.storage.write.validation import Admission
-from grutrace.storage.write.writer_thread import Pump
+from grutrace.storage.write.validation import RecordValidator
+from grutrace.storage.write.writer_thread import WriterThread
 
 _REFUSAL = (
     "a statistics sink keeps figures only, and no rows, calls, sequences or weights. The figures "
@@ -118,9 +118,11 @@ class Feed(FiguresOnly):
             # At once, so that a path that cannot be written is found before the run and not after.
             file.open()
         self._counter = _Counter(header, accumulator, lock, file)
-        self.pump = Pump(self._counter, QUEUE_BYTES, commit_seconds=seconds, commit_bytes=math.inf)
+        self.thread = WriterThread(
+            self._counter, QUEUE_BYTES, commit_seconds=seconds, commit_bytes=math.inf
+        )
         # Without waiting: whatever thread the collector runs in may hold the lock.
-        weakref.finalize(self, self.pump.finish).atexit = False
+        weakref.finalize(self, self.thread.finish).atexit = False
 
     @property
     def counted_calls(self) -> int:
@@ -130,15 +132,15 @@ class Feed(FiguresOnly):
     @property
     def has_failed(self) -> bool:
         """Whether something could not be written."""
-        return self.pump.has_failed
+        return self.thread.has_failed
 
     def collect_from(self, collect: Collect) -> None:
         """Have the thread call this before each commit, and whenever it has waited as long."""
-        self.pump.collect_from(collect)
+        self.thread.collect_from(collect)
 
     def gather(self) -> AbstractContextManager[None]:
         """Return a context in which the thread leaves what is appended until its end."""
-        return self.pump.gather()
+        return self.thread.gather()
 
     def append(self, record: Record) -> None:
         """Queue a record; wait while the queue is full.
@@ -147,7 +149,7 @@ class Feed(FiguresOnly):
             SinkError: An earlier record could not be counted, the sink is closed, or this process
                 is a forked child of the one that opened it.
         """
-        self.pump.put(record)
+        self.thread.submit(record)
 
     def flush(self) -> None:
         """Return once everything appended so far is counted, and in the file if there is one.
@@ -156,8 +158,8 @@ class Feed(FiguresOnly):
             SinkError: It could not be, the file was deleted or replaced, or this process is a
                 forked child.
         """
-        self.pump.flush()
-        if self._file is not None and not self.pump.ended:
+        self.thread.flush()
+        if self._file is not None and not self.thread.ended:
             try:
                 self._file.require_in_place()
             except TraceFileError as error:
@@ -169,7 +171,7 @@ class Feed(FiguresOnly):
         Raises:
             SinkError: Something could not be counted, and no earlier call has said so.
         """
-        self.pump.close()
+        self.thread.close()
 
 
 class FeedFile:
@@ -218,7 +220,7 @@ class _Counter:
         file: FeedFile | None,
     ) -> None:
         self.name = "a grutrace.Statistics" if file is None else file.name
-        self._admission = Admission(header.modules)
+        self._validator = RecordValidator(header.modules)
         self._accumulator, self._lock = accumulator, lock
         self._file = file
         self._sites: list[list[tuple[int, str]]] = [[] for _ in header.modules]
@@ -232,7 +234,7 @@ class _Counter:
 
     def write(self, record: Record) -> None:
         """Take a record."""
-        self._admission.admit(record)
+        self._validator.validate(record)
         self._unsaved = True
         if isinstance(record, CallRecord):
             self._gathered.append(record)

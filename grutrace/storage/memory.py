@@ -14,17 +14,17 @@ import numpy as np
 from grutrace.records import Array, Collect, Record, TraceHeader
 from grutrace.storage.format.schema import (
     TABLES,
-    Column,
-    layout,
-    pieces_place,
-    quantity_place,
-    site_place,
+    DatasetSpec,
+    dataset_specs,
+    pieces_path,
+    quantity_path,
+    site_path,
     weight_shapes,
 )
-from grutrace.storage.format.tables import Tables, extent, lengths
-from grutrace.storage.write.encoding import Entries, Strings
-from grutrace.storage.write.stream_sink import GATHERED, Prepare
-from grutrace.storage.write.validation import Admission
+from grutrace.storage.format.tables import Tables, count_module, dataset_lengths
+from grutrace.storage.write.encoding import RecordEncoder, StringTable
+from grutrace.storage.write.stream_sink import BATCH_BYTES, RecordTransform
+from grutrace.storage.write.validation import RecordValidator
 
 #: How far an array grows past what it must hold, so that reading after every call copies little.
 GROWTH = 1.5
@@ -50,7 +50,7 @@ class MemoryStore:
         self.nbytes = sum(array.nbytes for array in known.values())
         self._arrays = {
             place: _Growing(column, known.get(place))
-            for place, column in layout(header.modules).items()
+            for place, column in dataset_specs(header.modules).items()
         }
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -67,30 +67,30 @@ class MemoryStore:
         pieces, extents = [], []
         for index, module in enumerate(self.header.modules):
             calls = tables["calls"][tables["calls"]["module"] == index]
-            pieces.append(self._arrays[pieces_place(module)].joined())
-            extents.append(extent(calls, pieces[-1]))
+            pieces.append(self._arrays[pieces_path(module)].joined())
+            extents.append(count_module(calls, pieces[-1]))
         return Tables(**tables, pieces=tuple(pieces), extents=tuple(extents), closed=False)
 
     def rows(self, module: int, suffix: str, quantity: str, count: int) -> Array:
         """The first `count` rows, (count, H or I)."""
         kind = self.header.modules[module]
         site = next(site for site in kind.sites if site.suffix == suffix)
-        return self.items(quantity_place(kind, site, quantity), count)
+        return self.items(quantity_path(kind, site, quantity), count)
 
     def initial(self, module: int, suffix: str, count: int) -> Array:
         """The states that the first `count` sequences began from, (count, H)."""
-        return self.items(site_place(self.header.modules[module], suffix, "initial"), count)
+        return self.items(site_path(self.header.modules[module], suffix, "initial"), count)
 
     def checks(self, module: int, suffix: str, count: int) -> Array:
         """Of the module's first `count` calls, (count,) of type `schema.CHECK`."""
-        return self.items(site_place(self.header.modules[module], suffix, "checks"), count)
+        return self.items(site_path(self.header.modules[module], suffix, "checks"), count)
 
     def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
         """One version of a site's weights."""
         kind = self.header.modules[module]
         site = next(site for site in kind.sites if site.suffix == suffix)
         return {
-            name: self.items(site_place(kind, suffix, name), version + 1)[version]
+            name: self.items(site_path(kind, suffix, name), version + 1)[version]
             for name in weight_shapes(kind, site)
         }
 
@@ -101,7 +101,7 @@ class MemoryStore:
 
     def all_items(self, tables: Tables) -> dict[str, Array]:
         """By its place in the file, what these tables count of each dataset, read-only."""
-        counts = lengths(tables, self.header.modules)
+        counts = dataset_lengths(tables, self.header.modules)
         return {place: self.items(place, count) for place, count in counts.items()}
 
 
@@ -149,15 +149,15 @@ class MemorySink(_MemorySource):
 
     live = True
 
-    def __init__(self, header: TraceHeader, prepare: Prepare | None = None) -> None:
+    def __init__(self, header: TraceHeader, prepare: RecordTransform | None = None) -> None:
         self.header, self._prepare = header, prepare
         self._lock = threading.Lock()
         self._begin()
 
     def _begin(self) -> None:
-        self._admission = Admission(self.header.modules)
-        self._strings = Strings()
-        self._entries = Entries(self.header.modules, self._strings)
+        self._validator = RecordValidator(self.header.modules)
+        self._strings = StringTable()
+        self._encoder = RecordEncoder(self.header.modules, self._strings)
         self._tables: Tables | None = None
         # Records wait here until somebody reads: a stepwise decoder would feel each entry.
         self._waiting: deque[Record] = deque()
@@ -189,7 +189,7 @@ class MemorySink(_MemorySource):
         """
         with self._lock:
             if self._prepare is None:
-                self._admission.admit(record)
+                self._validator.validate(record)
             self._waiting.append(record)
             self._waiting_bytes += record.nbytes
             self._tables = None
@@ -215,10 +215,10 @@ class MemorySink(_MemorySource):
     def _join_tables(self) -> Tables:
         while self._waiting:
             for record in self._next():
-                for place, items in self._entries.of(record):
+                for place, items in self._encoder.encode(record):
                     self._store.append(place, items)
         self._waiting_bytes = 0
-        ends, characters = self._strings.take()
+        ends, characters = self._strings.pop_new()
         self._store.append("strings", ends)
         self._store.append("characters", characters)
         return self._store.tables()
@@ -228,12 +228,12 @@ class MemorySink(_MemorySource):
         if self._prepare is None:
             return [self._waiting.popleft()]
         records, size = list[Record](), 0
-        while self._waiting and size < GATHERED:
+        while self._waiting and size < BATCH_BYTES:
             records.append(self._waiting.popleft())
             size += records[-1].nbytes
         finished = self._prepare(records)
         for record in finished:
-            self._admission.admit(record)
+            self._validator.validate(record)
         return finished
 
 
@@ -275,7 +275,7 @@ class MemoryCopy(_MemorySource):
 class _Growing:
     """Arrays appended one by one, joined when somebody looks."""
 
-    def __init__(self, column: Column, items: Array | None = None) -> None:
+    def __init__(self, column: DatasetSpec, items: Array | None = None) -> None:
         self._joined: Array = np.empty((0, *column.item), column.dtype) if items is None else items
         self._length = len(self._joined)
         self._loose: deque[Array] = deque()

@@ -15,7 +15,7 @@ from grutrace.storage.memory import MemorySink
 from grutrace.storage.read.file_source import FileSource
 from grutrace.storage.read.trace import Trace
 from grutrace.storage.shards.open_files import open_files
-from grutrace.storage.write.stream_sink import Prepare, StreamSink
+from grutrace.storage.write.stream_sink import FileSink, RecordTransform
 
 
 @runtime_checkable
@@ -31,7 +31,7 @@ def open_sink(
     header: TraceHeader,
     mode: Mode = "w",
     maker: SinkMaker | None = None,
-    prepare: Prepare | None = None,
+    prepare: RecordTransform | None = None,
     *,
     fsync: bool = False,
 ) -> Sink:
@@ -54,7 +54,7 @@ def open_sink(
     if maker is None:
         if path is None:
             return MemorySink(header, prepare)
-        return StreamSink(path, header, mode, prepare=prepare, fsync=fsync)
+        return FileSink(path, header, mode, prepare=prepare, fsync=fsync)
     if isinstance(maker, type) or not isinstance(maker, SinkMaker):
         hint = f": make one, as in sink={maker.__name__}()" if isinstance(maker, type) else ""
         raise OptionError(f"sink: expected a grutrace.Statistics, found {short_repr(maker)}{hint}")
@@ -68,7 +68,7 @@ def open_sink(
 
 def open_source(sink: Sink) -> Source:
     """What a sink of `open_sink` can be read from, while it is appended to and afterwards."""
-    if isinstance(sink, StreamSink):
+    if isinstance(sink, FileSink):
         return _LiveSource(sink)
     if isinstance(sink, Source):
         return sink
@@ -113,7 +113,7 @@ class _LiveSource(FileSource):
 
     live = True
 
-    def __init__(self, sink: StreamSink) -> None:
+    def __init__(self, sink: FileSink) -> None:
         super().__init__(sink.path)
         self._sink = sink
         self._latest: Tables | None = None

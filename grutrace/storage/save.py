@@ -13,9 +13,15 @@ from grutrace.errors import OptionError
 from grutrace.records import Array, TraceHeader
 from grutrace.storage.format.dimension_scales import extend_scales
 from grutrace.storage.format.schema import COMMITTED, TABLES
-from grutrace.storage.hdf5.atomic_write import naming, put_in_place, room_for, sync, sync_name
-from grutrace.storage.hdf5.handle import file_identity, lead_nowhere, let_go
-from grutrace.storage.write.appender import Appender
+from grutrace.storage.hdf5.atomic_write import (
+    fsync_directory,
+    fsync_file,
+    publish,
+    temporary_path,
+    translate_write_errors,
+)
+from grutrace.storage.hdf5.handle import close_or_quarantine, discard_writes, file_identity
+from grutrace.storage.write.appender import DatasetAppender
 from grutrace.storage.write.claims import Claim
 from grutrace.storage.write.create import create
 from grutrace.storage.write.overwrite import require_replaceable
@@ -62,16 +68,16 @@ def save_trace(
     try:
         if mode == "overwrite":
             require_replaceable(target)
-        new = room_for(target, mode)
+        new = temporary_path(target, mode)
         try:
             write_datasets(target, new, header, counts, committed, blocks)
-            put_in_place(new, target, mode)
+            publish(new, target, mode)
         except BaseException:
             with contextlib.suppress(OSError):
                 new.unlink(missing_ok=True)
             raise
-        with naming(target, "created"):
-            sync_name(target)
+        with translate_write_errors(target, "created"):
+            fsync_directory(target)
     finally:
         claim.release()
 
@@ -104,21 +110,21 @@ def write_datasets(
     try:
         done = 0
         for place, count in counts.items():
-            appender = Appender(file[place], 0)
+            appender = DatasetAppender(file[place], 0)
             for items in blocks(place, count):
-                with naming(path, "written"):
-                    appender.stage(items)
+                with translate_write_errors(path, "written"):
+                    appender.append(items)
                     appender.write()
                 done += items.nbytes
                 if advance is not None:
                     advance(done)
-        with naming(path, "written"):
+        with translate_write_errors(path, "written"):
             extend_scales(file, header.modules, counts)
             file["committed"][()] = committed
             file.flush()
-            sync(descriptor)
+            fsync_file(descriptor)
             file.close()
     except BaseException:
-        lead_nowhere(descriptor, identity)
-        let_go(file, identity)
+        discard_writes(descriptor, identity)
+        close_or_quarantine(file, identity)
         raise

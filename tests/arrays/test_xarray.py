@@ -17,13 +17,13 @@ from grutrace.storage.memory import MemorySink
 from grutrace.storage.open import open_trace
 from grutrace.storage.read.lazy_rows import FileRows
 from grutrace.storage.read.trace import Trace
-from grutrace.storage.write.stream_sink import StreamSink
+from grutrace.storage.write.stream_sink import FileSink
 from tests.storage.oracle import Expected
 from tests.storage.streams import drawn_streams, full_stream
 
 
 def write(path, stream):
-    sink = StreamSink(path, stream.header)
+    sink = FileSink(path, stream.header)
     for record in stream.records:
         sink.append(record)
     sink.close()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.storage.write.appender import Appender
+from grutrace.storage.write.appender import DatasetAppender
 from tests.capture.models import EncoderDecoder
 
 
@@ -34,14 +34,14 @@ def disk(monkeypatch):
     class Disk:
         full = False
 
-    write = Appender._put
+    write = DatasetAppender._write_items
 
     def put(appender, items) -> None:
         if Disk.full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(appender, items)
 
-    monkeypatch.setattr(Appender, "_put", put)
+    monkeypatch.setattr(DatasetAppender, "_write_items", put)
     return Disk
 
 

@@ -58,7 +58,7 @@ def killed(golden: Golden, path: Path) -> None:
         tracer.flush()
 
         def die(writer: Writer, *, closed: bool) -> None:
-            writer._write_staged()
+            writer._write_buffered()
             writer._file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -16,8 +16,8 @@ import pytest
 import grutrace
 from grutrace.__main__ import main
 from grutrace.analysis.verification.verify import verify
-from grutrace.storage.hdf5.errors import Fault
-from grutrace.storage.hdf5.safe_access import holds, is_dataset, member
+from grutrace.storage.hdf5.errors import FormatError
+from grutrace.storage.hdf5.safe_access import get_member, has_member, is_dataset
 from grutrace.storage.recovery import preflight
 from tests.golden.runs import GOLDENS
 from tests.plain_reader import PlainTrace
@@ -113,10 +113,10 @@ def test_a_name_with_a_slash_is_no_path(path):
     with h5py.File(path) as file:
         group = file["modules"]
         assert "x/y" in list(group)
-        assert not holds(group, "x/y")
+        assert not has_member(group, "x/y")
         assert not is_dataset(group, "x/y")
-        with pytest.raises(Fault, match="expected a name, found a path"):
-            member(group, "x/y", h5py.Group)
+        with pytest.raises(FormatError, match="expected a name, found a path"):
+            get_member(group, "x/y", h5py.Group)
     refused(path, "ExternalLink")
 
 
@@ -222,7 +222,7 @@ def test_no_filter_is_loaded_for_a_dataset(path, tmp_path):
 def test_commands_load_no_plugin_at_all(path):
     import ctypes
 
-    from grutrace.storage.hdf5.safe_open import _hdf5, no_plugins
+    from grutrace.storage.hdf5.safe_open import _hdf5, disable_plugins
 
     def state():
         found = ctypes.c_uint(7)
@@ -231,7 +231,7 @@ def test_commands_load_no_plugin_at_all(path):
 
     before = state()
     assert before
-    with no_plugins():
+    with disable_plugins():
         assert state() == 0
     assert state() == before
 
@@ -355,7 +355,7 @@ def test_a_tolerance_that_is_no_number_lets_nothing_pass(path):
 
 
 def test_a_sound_file_is_looked_at(path):
-    preflight.look_from_outside(path)
+    preflight.check_in_subprocess(path)
 
 
 @pytest.mark.parametrize(
@@ -369,9 +369,9 @@ def test_a_sound_file_is_looked_at(path):
     ],
 )
 def test_what_the_other_process_does_is_said(path, code, said, monkeypatch, capsys):
-    monkeypatch.setattr(preflight, "_LOOK", code)
+    monkeypatch.setattr(preflight, "_SCRIPT", code)
     with pytest.raises(grutrace.TraceFileError, match=said):
-        preflight.look_from_outside(path, limit=1)
+        preflight.check_in_subprocess(path, limit=1)
     if "sleep" not in code:
         assert main(["verify", str(path)]) == 2
         assert capsys.readouterr().err.count("\n") == 1
@@ -381,14 +381,16 @@ def test_what_the_other_process_does_is_said(path, code, said, monkeypatch, caps
 
 def test_the_other_process_has_a_limit(path, monkeypatch):
     """Memory that a file of this size cannot ask for is not given."""
-    code = preflight._LOOK.replace(
-        "from {module} import {function}", "from grutrace.storage import probe"
+    code = preflight._SCRIPT.replace(
+        "from {module} import {function}", "from grutrace.storage.recovery import preflight"
     )
-    code = code.replace("{function}({files!r})", "probe.ROOM = 1; probe.look({files!r})")
-    assert "ROOM" in code
-    monkeypatch.setattr(preflight, "_LOOK", code)
+    code = code.replace(
+        "{function}({files!r})", "preflight.MEMORY_BYTES = 1; preflight.read_everything({files!r})"
+    )
+    assert "MEMORY_BYTES" in code
+    monkeypatch.setattr(preflight, "_SCRIPT", code)
     with pytest.raises(grutrace.TraceFileError, match=r"run\.h5"):
-        preflight.look_from_outside(path)
+        preflight.check_in_subprocess(path)
 
 
 def test_damage_in_a_file_that_is_being_written_is_not_waited_for(tmp_path):

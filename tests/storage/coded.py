@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from grutrace.records import DEFAULT_RECORD, CallRecord, SiteRows, WeightsRecord
-from grutrace.storage.write.stream_sink import StreamSink
+from grutrace.storage.write.stream_sink import FileSink
 
 from .streams import make_header, make_module
 
@@ -69,7 +69,7 @@ def weights():
 
 
 def write(path, shape, calls=None, flush_every=3, report=lambda _: None, compression=None):
-    sink = StreamSink(path, header(compression))
+    sink = FileSink(path, header(compression))
     report(0)
     sink.append(weights())
     for call in itertools.count() if calls is None else range(calls):

@@ -9,7 +9,7 @@ import numpy as np
 from grutrace.distributed import Shard
 from grutrace.records import AnnotationRecord, CallRecord, WeightsRecord
 from grutrace.storage.memory import MemorySink
-from grutrace.storage.write.stream_sink import StreamSink
+from grutrace.storage.write.stream_sink import FileSink
 
 from .streams import Stream, full_stream, make_header, make_module
 
@@ -132,7 +132,7 @@ def write_shards(path, streams, *, world_size=None, run=RUN, ranks=None):
     paths = []
     for rank, stream in zip(ranks, streams, strict=True):
         paths.append(Shard(rank, world_size, run).path(path))
-        sink = StreamSink(paths[-1], shard_header(stream, rank, world_size, run))
+        sink = FileSink(paths[-1], shard_header(stream, rank, world_size, run))
         for record in stream.records:
             sink.append(record)
         sink.close()

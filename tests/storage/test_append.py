@@ -10,7 +10,7 @@ from grutrace.errors import TraceFileError
 from grutrace.records import QUANTITIES, AnnotationRecord, CallRecord, Fork, WeightsRecord
 from grutrace.storage.open import open_sink, open_source, open_trace
 from grutrace.storage.read.trace import Trace
-from grutrace.storage.write.stream_sink import StreamSink
+from grutrace.storage.write.stream_sink import FileSink
 from tests.plain_reader import PlainTrace
 
 from . import coded
@@ -81,7 +81,7 @@ def test_a_live_trace_shows_what_was_there_before(tmp_path):
     coded.write(path, "big", calls=2)
     with open_trace(path) as reader:
         assert coded.check_trace(reader) == 2
-        sink = StreamSink(path, coded.HEADER, "a")
+        sink = FileSink(path, coded.HEADER, "a")
         with Trace(open_source(sink)) as trace:
             assert len(trace.calls) == 2
             sink.append(coded.weights())
@@ -134,7 +134,7 @@ def test_a_file_that_is_no_trace_is_refused(tmp_path):
     path = tmp_path / "run.h5"
     path.write_text("not HDF5")
     with pytest.raises(TraceFileError, match=r"run\.h5"):
-        StreamSink(path, coded.HEADER, "a")
+        FileSink(path, coded.HEADER, "a")
     assert path.read_text() == "not HDF5"
 
 
@@ -147,7 +147,7 @@ def test_rows_beyond_what_counts_are_written_over(tmp_path):
     with h5py.File(path, "r+", libver=("v110", "v110")) as file:
         for place in ("modules/rnn/l0/update", "modules/rnn/pieces", "calls", "characters"):
             file[place].resize(len(file[place]) + 5, 0)
-    sink = StreamSink(path, coded.HEADER, "a")
+    sink = FileSink(path, coded.HEADER, "a")
     sink.append(coded.weights())
     sink.append(coded.block(0, "stepwise"))
     sink.close()

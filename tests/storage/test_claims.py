@@ -20,7 +20,7 @@ from grutrace.storage.hdf5 import locks
 from grutrace.storage.open import open_trace
 from grutrace.storage.shards.run_parts import Stamp, part_path, require_room
 from grutrace.storage.write import writer_thread
-from grutrace.storage.write.stream_sink import StreamSink
+from grutrace.storage.write.stream_sink import FileSink
 
 from . import coded
 from .streams import make_header, make_module
@@ -39,7 +39,7 @@ def path(tmp_path):
 
 def begin(path, mode="w", call=0):
     """A sink that has one call in its file."""
-    sink = StreamSink(path, coded.HEADER, mode)
+    sink = FileSink(path, coded.HEADER, mode)
     sink.append(coded.weights())
     sink.append(coded.block(call, "big"))
     sink.flush()
@@ -81,7 +81,7 @@ FOREIGN = {
 }
 
 WRITERS = {
-    "a tracer": lambda path: StreamSink(path, coded.HEADER, "overwrite"),
+    "a tracer": lambda path: FileSink(path, coded.HEADER, "overwrite"),
     "statistics": lambda path: grutrace.Statistics(path, mode="overwrite"),
     "saved statistics": lambda path: counted().save(path, mode="overwrite"),
     "a run": lambda path: require_room(path, "overwrite"),
@@ -145,7 +145,7 @@ OURS = {
 def test_what_grutrace_wrote_is_overwritten(path, ours, writer):
     OURS[ours](path)
     made = WRITERS[writer](path)
-    if isinstance(made, StreamSink):
+    if isinstance(made, FileSink):
         made.close()
         with open_trace(path) as trace:
             assert len(trace.calls) == 0
@@ -195,7 +195,7 @@ def test_a_run_does_not_remove_a_part_that_is_written(path):
     module = make_module()
     for number in (1, 2):
         header = make_header(module, options=Stamp("a" * 32, number).options)
-        sink = StreamSink(part_path(path, number), header)
+        sink = FileSink(part_path(path, number), header)
         if number == 1:
             sink.close()
     with pytest.raises(TraceFileError, match=rf"part0002\.h5 is being written {HERE}"):
@@ -226,7 +226,7 @@ def test_a_path_has_one_writer_of_this_process(path, spelling, mode):
     first = begin(path)
     other = SPELLINGS[spelling](path)
     with pytest.raises(TraceFileError, match=HERE):
-        StreamSink(other, coded.HEADER, mode)
+        FileSink(other, coded.HEADER, mode)
     with pytest.raises(TraceFileError, match=HERE):
         grutrace.Statistics(other, mode=mode)
     first.append(coded.block(1, "big"))
@@ -270,7 +270,7 @@ def test_statistics_that_came_later_are_not_replaced(path):
 
 def test_a_writer_that_is_closing_is_waited_for(path):
     """What a notebook's cell does that is run twice."""
-    sink = StreamSink(path, coded.HEADER)
+    sink = FileSink(path, coded.HEADER)
     sink.append(coded.weights())
     for call in range(30):
         sink.append(coded.block(call, "big"))
@@ -311,7 +311,7 @@ def test_a_path_has_one_writer_of_all_processes(path, what):
                 WRITERS[writer](path)
         if what == "trace":
             with pytest.raises(TraceFileError, match="another process is writing it"):
-                StreamSink(path, coded.HEADER, "a")
+                FileSink(path, coded.HEADER, "a")
         assert path.read_bytes() == before
         other.kill()
         other.communicate()
@@ -319,7 +319,7 @@ def test_a_path_has_one_writer_of_all_processes(path, what):
     WRITERS["statistics"](path)
     if what == "trace":
         with pytest.raises(TraceFileError, match="grutrace recover"):
-            StreamSink(path, coded.HEADER, "a")
+            FileSink(path, coded.HEADER, "a")
     begin(path, "overwrite").close()
 
 

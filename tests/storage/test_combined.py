@@ -14,7 +14,7 @@ from grutrace.storage.read.file_source import FileSource
 from grutrace.storage.read.trace import Trace
 from grutrace.storage.shards import union
 from grutrace.storage.shards.union import CombinedSource, distinct_modules
-from grutrace.storage.write.stream_sink import StreamSink
+from grutrace.storage.write.stream_sink import FileSink
 
 from .oracle import check_trace
 from .streams import Stream, drawn_streams, full_stream, make_header, make_module
@@ -65,7 +65,7 @@ def test_parts_in_files_grow_and_show_what_one_trace_shows(tmp_path):
     stream = full_stream()
     parts = list(split(stream, [1, 3]))
     sinks = [
-        StreamSink(tmp_path / f"{number}.h5", header) for number, (header, _) in enumerate(parts)
+        FileSink(tmp_path / f"{number}.h5", header) for number, (header, _) in enumerate(parts)
     ]
     source = CombinedSource("all", [FileSource(sink.path) for sink in sinks])
     bounds = np.array([1, 3])

@@ -128,7 +128,7 @@ def test_many_sites_do_not_hold_back_much(path, monkeypatch):
         for record in stream.records:
             file.write(record)
         stream.records.clear()
-        assert sum(each.staged for each in file._appenders.values()) < 2 * 64 * 1024
+        assert sum(each.buffered_bytes for each in file._appenders.values()) < 2 * 64 * 1024
     file.close()
     with open_trace(path) as trace:
         assert trace["m7.l0"].update.shape == (600, 32)

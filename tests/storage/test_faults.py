@@ -17,7 +17,7 @@ from torch import nn
 import grutrace
 from grutrace.export.formats import FORMATS, export_trace
 from grutrace.storage.hdf5 import atomic_write
-from grutrace.storage.hdf5.errors import in_brief
+from grutrace.storage.hdf5.errors import short_message
 
 #: Words of HDF5's and h5py's own, and a part of the name of a temporary file.
 RAW = ("Unable to", "synchronously", "sblock", "errno", "Errno", ".new-", "VLEN", "o_flags")
@@ -104,7 +104,7 @@ def test_a_file_that_cannot_take_its_place_is_named_by_its_place(tmp_path, monke
     new.touch()
     monkeypatch.setattr(Path, "replace", denied)
     with pytest.raises(grutrace.TraceFileError) as caught:
-        atomic_write.put_in_place(new, tmp_path / "run.h5", "overwrite")
+        atomic_write.publish(new, tmp_path / "run.h5", "overwrite")
     monkeypatch.undo()
     assert str(caught.value) == f"{tmp_path / 'run.h5'} cannot be created: Permission denied"
 
@@ -140,4 +140,4 @@ def test_a_file_that_cannot_take_its_place_is_named_by_its_place(tmp_path, monke
     ],
 )
 def test_words_of_hdf5_become_plain(error: Exception, said: str) -> None:
-    assert in_brief(error) == said
+    assert short_message(error) == said

@@ -193,7 +193,7 @@ def test_the_index_takes_little_beside_the_rows(tmp_path):
 @pytest.mark.parametrize("hidden", [1, 7, 64, 600, 100_000])
 def test_no_chunk_is_too_large_and_rows_fill_theirs(hidden):
     module = make_module(hidden=hidden, width=hidden)
-    for place, column in schema.layout([module]).items():
+    for place, column in schema.dataset_specs([module]).items():
         size = np.prod(column.chunks, dtype=float) * column.dtype.itemsize
         assert len(column.chunks) == 1 + len(column.item)
         assert size <= 1024 * 1024, place

@@ -14,7 +14,7 @@ from grutrace.storage.read.lazy_rows import FileRows, StackedRows
 from grutrace.storage.read.trace import Trace
 from grutrace.storage.shards import concatenated
 from grutrace.storage.shards.concatenated import JoinedSource
-from grutrace.storage.write.stream_sink import StreamSink
+from grutrace.storage.write.stream_sink import FileSink
 
 from .oracle import check_trace
 from .shards import (
@@ -144,7 +144,7 @@ def test_a_module_that_differs_is_an_error(change, message):
 def test_shards_in_files_grow_and_what_was_looked_at_stays(tmp_path):
     streams = full_shards()[:2]
     sinks = [
-        StreamSink(tmp_path / f"{rank}.h5", shard_header(stream, rank, 2))
+        FileSink(tmp_path / f"{rank}.h5", shard_header(stream, rank, 2))
         for rank, stream in enumerate(streams)
     ]
     shards = [Shard(rank, 2, RUN) for rank in range(2)]

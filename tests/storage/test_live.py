@@ -12,7 +12,7 @@ import pytest
 
 from grutrace.storage.open import open_source, open_trace
 from grutrace.storage.read.trace import Trace
-from grutrace.storage.write.stream_sink import StreamSink
+from grutrace.storage.write.stream_sink import FileSink
 from tests.plain_reader import PlainTrace
 
 from . import coded
@@ -85,7 +85,7 @@ def test_one_file_opened_twice_is_read_right(tmp_path):
 @pytest.mark.parametrize("shape", coded.SHAPES)
 def test_following_in_the_same_process(shape, tmp_path):
     path = tmp_path / "run.h5"
-    sink = StreamSink(path, coded.HEADER)
+    sink = FileSink(path, coded.HEADER)
     sink.append(coded.weights())
     enough = threading.Event()
 
@@ -111,7 +111,7 @@ def test_following_in_the_same_process(shape, tmp_path):
 
 @pytest.mark.parametrize("shape", coded.SHAPES)
 def test_a_sink_shows_what_was_appended_at_once(shape, tmp_path):
-    sink = StreamSink(tmp_path / "run.h5", coded.HEADER)
+    sink = FileSink(tmp_path / "run.h5", coded.HEADER)
     with Trace(open_source(sink)) as trace:
         sink.append(coded.weights())
         for call in range(10):
@@ -124,7 +124,7 @@ def test_a_sink_shows_what_was_appended_at_once(shape, tmp_path):
 def test_other_programs_can_open_the_file_once_it_is_closed(tmp_path):
     """Though a reader of this process still has it open, which HDF5 would leave marked."""
     path = tmp_path / "run.h5"
-    sink = StreamSink(path, coded.HEADER)
+    sink = FileSink(path, coded.HEADER)
     code = "import h5py, sys; print(len(h5py.File(sys.argv[1], 'r')['calls']))"
     with Trace(open_source(sink)) as trace:
         sink.append(coded.weights())
@@ -141,7 +141,7 @@ def test_other_programs_can_open_the_file_once_it_is_closed(tmp_path):
 
 def test_what_a_reader_has_does_not_change_until_it_refreshes(tmp_path):
     path = tmp_path / "run.h5"
-    sink = StreamSink(path, coded.HEADER)
+    sink = FileSink(path, coded.HEADER)
     sink.append(coded.weights())
     sink.append(coded.block(0, "stepwise"))
     sink.flush()
@@ -161,7 +161,7 @@ def test_what_a_reader_has_does_not_change_until_it_refreshes(tmp_path):
 def test_a_trace_commits_by_itself(tmp_path, monkeypatch):
     """Nobody flushes, and nothing more comes: it counts half a second later."""
     path = tmp_path / "run.h5"
-    sink = StreamSink(path, coded.HEADER)
+    sink = FileSink(path, coded.HEADER)
     sink.append(coded.weights())
     sink.append(coded.block(0, "stepwise"))
     with open_trace(path) as trace:

@@ -19,7 +19,7 @@ from grutrace.errors import GrutraceWarning, TraceFileError
 from grutrace.storage.open import open_trace
 from grutrace.storage.shards import merge
 from grutrace.storage.shards.merge import merge_shards
-from grutrace.storage.write.stream_sink import StreamSink
+from grutrace.storage.write.stream_sink import FileSink
 from tests.plain_reader import PlainTrace
 
 from .oracle import check_trace
@@ -210,7 +210,7 @@ def test_a_shard_that_was_not_closed_is_copied(path):
     """HDF5 would not open it for a virtual dataset; nothing of it is changed."""
     streams = full_shards()
     write_shards(path, streams[:2], world_size=3)
-    sink = StreamSink(Shard(2, 3, RUN).path(path), shard_header(streams[2], 2, 3))
+    sink = FileSink(Shard(2, 3, RUN).path(path), shard_header(streams[2], 2, 3))
     for record in streams[2].records:
         sink.append(record)
     sink.flush()
@@ -231,7 +231,7 @@ def test_a_shard_that_was_not_closed_is_copied(path):
 def test_control_an_unclosed_shard_that_is_linked_cannot_be_read(path, monkeypatch):
     streams = small_shards(2)
     write_shards(path, streams[:1], world_size=2)
-    sink = StreamSink(Shard(1, 2, RUN).path(path), shard_header(streams[1], 1, 2))
+    sink = FileSink(Shard(1, 2, RUN).path(path), shard_header(streams[1], 1, 2))
     for record in streams[1].records:
         sink.append(record)
     sink.flush()
@@ -251,7 +251,7 @@ def test_a_shard_that_goes_on_afterwards_changes_nothing(path):
     streams = small_shards(2)
     paths = write_shards(path, streams)
     merge_shards(paths, path)
-    sink = StreamSink(paths[0], shard_header(streams[0], 0, 2), "a")
+    sink = FileSink(paths[0], shard_header(streams[0], 0, 2), "a")
     more = small_shards(1, calls=3)[0].records
     for record in more:
         sink.append(record)
@@ -317,7 +317,7 @@ def test_what_is_in_the_way_or_does_not_fit_is_an_error(path):
     with pytest.raises(TraceFileError, match="it is no shard"):
         merge_shards([path, paths[0]], path.with_name("again.h5"))
     with pytest.raises(TraceFileError, match=r"run\.h5 was merged of shards: nothing can be app"):
-        StreamSink(path, small_shards(1)[0].header, "a")
+        FileSink(path, small_shards(1)[0].header, "a")
 
 
 def test_half_a_file_is_not_left_behind(path, monkeypatch):
@@ -357,7 +357,7 @@ def test_a_shard_that_is_gone_or_another_is_an_error_by_name(path, missing):
             open_trace(path)
         return
     stream = dataclasses.replace(streams[1].header, created=7.0)
-    StreamSink(paths[1], stream).close()
+    FileSink(paths[1], stream).close()
     with (
         open_trace(path) as trace,
         pytest.raises(TraceFileError, match=r"rank0001\.h5 is not the file that .*run\.h5 was"),
@@ -372,7 +372,7 @@ def test_a_writer_in_this_process_can_close_a_shard_that_is_read(path):
     merge_shards(paths, path)
     with open_trace(path) as trace:
         before = trace["rnn.l0"].update[:]
-        sink = StreamSink(paths[0], shard_header(streams[0], 0, 2), "a")
+        sink = FileSink(paths[0], shard_header(streams[0], 0, 2), "a")
         np.testing.assert_array_equal(trace["rnn.l0"].update[:], before)
         sink.close()
         code = f"import h5py; h5py.File({str(paths[0])!r})"

@@ -11,7 +11,7 @@ from grutrace.errors import TraceFileError
 from grutrace.storage.open import open_trace
 from grutrace.storage.shards import run_parts as parts_module
 from grutrace.storage.shards.run_parts import Stamp, part_files, part_path, parts_of, require_room
-from grutrace.storage.write.stream_sink import StreamSink
+from grutrace.storage.write.stream_sink import FileSink
 from tests.plain_reader import PlainTrace
 
 from .oracle import check_trace
@@ -21,7 +21,7 @@ from .test_combined import split
 
 def part_sink(path, number, header, run="one"):
     header = dataclasses.replace(header, options=header.options | Stamp(run, number).options)
-    return StreamSink(part_path(path, number), header)
+    return FileSink(part_path(path, number), header)
 
 
 def write_run(path, bounds=(1, 3), run="one"):
@@ -128,7 +128,7 @@ def test_a_part_in_the_place_of_another_is_an_error(path):
 )
 def test_a_stamp_that_is_none_is_an_error(path, stamp):
     header = full_stream().header
-    StreamSink(path, dataclasses.replace(header, options={"run": stamp})).close()
+    FileSink(path, dataclasses.replace(header, options={"run": stamp})).close()
     with pytest.raises(TraceFileError, match=r"run.h5 is damaged.*options.*run"):
         open_trace(path)
 
@@ -175,6 +175,6 @@ def test_room_for_a_run(path):
 
 
 def test_what_no_run_made_cannot_be_appended_to(path):
-    StreamSink(path, full_stream().header).close()
+    FileSink(path, full_stream().header).close()
     with pytest.raises(TraceFileError, match="grutrace run did not make it"):
         require_room(path, "a")

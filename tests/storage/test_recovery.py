@@ -17,7 +17,7 @@ import pytest
 import grutrace
 from grutrace.__main__ import main
 from grutrace.errors import TraceFileError
-from grutrace.storage.hdf5.superblock import Unmarked, open_unmarked
+from grutrace.storage.hdf5.superblock import RepairedFile, open_repaired
 from grutrace.storage.open import open_trace
 from grutrace.storage.recovery.recover import recover_file
 from grutrace.storage.shards.run_parts import Stamp, part_path
@@ -49,7 +49,7 @@ def left_behind(path, records, header, uncommitted=()):
     writer.commit()
     for record in uncommitted:
         writer.write(record)
-    writer._write_staged()
+    writer._write_buffered()
     writer.abandon()
 
 
@@ -83,7 +83,7 @@ def test_all_that_was_committed_and_nothing_else(path, output):
         check_trace(trace, stream.header, stream.records[:half])
         assert trace.closed
         assert found.calls == len(trace.calls) == opens_anywhere(output)
-    assert (found.closed, found.lost, found.reason, found.mended) == (False, {}, "", 0)
+    assert (found.closed, found.lost, found.reason, found.repaired) == (False, {}, "", 0)
     with h5py.File(path, "r", swmr=True) as old, h5py.File(output) as new:
         gone = {place: len(old[place]) - len(new[place]) for place in found.dropped}
         assert found.dropped == gone
@@ -247,7 +247,7 @@ def test_a_header_that_was_half_written(path, output):
     with h5py.File(path) as file, pytest.raises(KeyError, match="checksum"):
         file[ROWS]
     (found,) = recover_file(path, output)
-    assert (found.calls, found.lost, found.mended) == (100, {}, 1)
+    assert (found.calls, found.lost, found.repaired) == (100, {}, 1)
     with open_trace(output) as trace:
         assert coded.check_trace(trace) == 100
 
@@ -377,7 +377,7 @@ recover_file({str(path)!r}, {str(output)!r})
 def test_the_checksum_is_that_of_hdf5(path):
     """A superblock that HDF5 wrote is accepted, and one that was changed is taken by HDF5."""
     coded_file(path, calls=3, closed=False)
-    with Unmarked(path) as file, open_unmarked(file, 0) as hdf5:
+    with RepairedFile(path) as file, open_repaired(file, 0) as hdf5:
         assert len(hdf5["calls"]) == 3
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from grutrace.storage.open import open_trace
 from grutrace.storage.read import lazy_rows as rows_module
 from grutrace.storage.read.lazy_rows import FileRows
-from grutrace.storage.write.stream_sink import StreamSink
+from grutrace.storage.write.stream_sink import FileSink
 
 from . import coded
 
@@ -31,7 +31,7 @@ class Counting:
         self.data, self.reads, self.elements = data, 0, 0
 
     @contextmanager
-    def lent(self):
+    def acquire(self):
         yield self
 
     def __getitem__(self, key):
@@ -44,7 +44,7 @@ class Counting:
 
 def file_rows(data):
     counting = Counting(data)
-    return FileRows(counting.lent, data.shape, data.dtype), counting
+    return FileRows(counting.acquire, data.shape, data.dtype), counting
 
 
 def index(length):
@@ -135,7 +135,7 @@ def test_a_long_stepwise_sequence_takes_few_reads(tmp_path, monkeypatch):
 
 def test_rows_of_a_file_stop_at_what_was_committed(tmp_path):
     path = tmp_path / "run.h5"
-    sink = StreamSink(path, coded.HEADER)
+    sink = FileSink(path, coded.HEADER)
     sink.append(coded.weights())
     sink.append(coded.block(0, "stepwise"))
     sink.close()

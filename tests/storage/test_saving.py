@@ -134,14 +134,14 @@ def test_a_file_that_cannot_be_written_leaves_nothing(mode, error, tmp_path, mon
         trace.save(path)
         before = path.read_bytes()
     writes = iter(range(1000))
-    put = appender.Appender._put
+    put = appender.DatasetAppender._write_items
 
     def fail(self: Any, items: Any) -> None:
         if next(writes) == 7:
             raise error
         put(self, items)
 
-    monkeypatch.setattr(appender.Appender, "_put", fail)
+    monkeypatch.setattr(appender.DatasetAppender, "_write_items", fail)
     with pytest.raises(
         KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else TraceFileError
     ):

@@ -20,7 +20,7 @@ from grutrace.storage.open import open_trace
 from grutrace.storage.read.trace import Trace
 from grutrace.storage.shards.merge import merge_shards
 from grutrace.storage.shards.run_parts import Stamp, part_path
-from grutrace.storage.write.stream_sink import StreamSink
+from grutrace.storage.write.stream_sink import FileSink
 from tests.plain_reader import PlainTrace
 
 from .oracle import check_trace
@@ -67,7 +67,7 @@ def test_a_shard_opens_as_itself(path):
 
 def test_one_process_has_rank_0(path):
     (stream,) = small_shards(1)
-    sink = StreamSink(path, stream.header)
+    sink = FileSink(path, stream.header)
     for record in stream.records:
         sink.append(record)
     sink.close()
@@ -113,7 +113,7 @@ def test_a_killed_rank_reads_like_any_other(path):
     paths = write_shards(path, streams[:2], world_size=3)
     child = os.fork()
     if not child:
-        sink = StreamSink(Shard(2, 3, RUN).path(path), shard_header(streams[2], 2, 3))
+        sink = FileSink(Shard(2, 3, RUN).path(path), shard_header(streams[2], 2, 3))
         for record in streams[2].records:
             sink.append(record)
         sink.flush()
@@ -141,7 +141,7 @@ def twice(path, paths):
 
 
 def not_a_shard(path, paths):
-    StreamSink(path.with_name("x.h5"), small_shards(1)[0].header).close()
+    FileSink(path.with_name("x.h5"), small_shards(1)[0].header).close()
     path.with_name("x.h5").rename(paths[0])
 
 
@@ -153,7 +153,7 @@ def other_model(path, paths):
     stream = small_shards(1)[0]
     module = dataclasses.replace(stream.header.modules[0], hidden_size=4)
     stream.header = dataclasses.replace(stream.header, modules=(module,))
-    StreamSink(path.with_name("x.h5"), shard_header(stream, 0, 3)).close()
+    FileSink(path.with_name("x.h5"), shard_header(stream, 0, 3)).close()
     path.with_name("x.h5").rename(paths[0])
 
 
@@ -204,7 +204,7 @@ def test_shards_without_an_id_are_taken_for_those_of_one_run(path):
 )
 def test_a_stamp_that_is_none_is_an_error(path, stamp):
     header = small_shards(1)[0].header
-    StreamSink(path, dataclasses.replace(header, options={"shard": stamp})).close()
+    FileSink(path, dataclasses.replace(header, options={"shard": stamp})).close()
     with pytest.raises(TraceFileError, match="options', shard: expected numbers 'rank'"):
         open_trace(path)
 
@@ -225,7 +225,7 @@ def write_run(path, streams, bounds):
         for number, (header, records) in enumerate(split(stream, bounds), 1):
             options = header.options | shard.options | Stamp(f"run {rank}", number).options
             header = dataclasses.replace(header, options=options, created=1.5e9 + rank)
-            sink = StreamSink(part_path(shard.path(path), number), header)
+            sink = FileSink(part_path(shard.path(path), number), header)
             for record in records:
                 sink.append(record)
             sink.close()
@@ -270,9 +270,9 @@ def test_only_its_own_rank_appends_to_a_shard(path):
         with pytest.raises(
             TraceFileError, match=rf"shard: there '0 of 2', here '{rank} of {world_size}'"
         ):
-            StreamSink(shard, shard_header(stream, rank, world_size), "a")
+            FileSink(shard, shard_header(stream, rank, world_size), "a")
     # The run goes on under another id: the file keeps its own.
-    StreamSink(shard, shard_header(stream, 0, 2, "again"), "a").close()
+    FileSink(shard, shard_header(stream, 0, 2, "again"), "a").close()
     with open_trace(shard) as trace:
         assert trace.options["shard"]["id"] == RUN
 
@@ -298,7 +298,7 @@ def test_a_look_at_shards_can_go_to_another_process(path):
     with Trace(source) as trace:
         check_as_one(trace, streams)
         np.testing.assert_array_equal(trace["decoder/step.cell"].hidden, expected)
-    sink = StreamSink(paths[0], shard_header(streams[0], 0, 3), "a")
+    sink = FileSink(paths[0], shard_header(streams[0], 0, 3), "a")
     for record in streams[2].records:
         sink.append(record)
     sink.flush()

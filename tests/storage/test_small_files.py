@@ -21,7 +21,7 @@ from grutrace.storage.read.file_source import FileSource
 from grutrace.storage.read.trace import Trace
 from grutrace.storage.recovery.recover import recover_file
 from grutrace.storage.write import compact, writer
-from grutrace.storage.write.stream_sink import StreamSink
+from grutrace.storage.write.stream_sink import FileSink
 from tests.plain_reader import PlainTrace
 
 from . import coded
@@ -59,7 +59,7 @@ def block(call, first=0):
 
 
 def append_blocks(path, first, last, mode):
-    sink = StreamSink(path, coded.HEADER, mode)
+    sink = FileSink(path, coded.HEADER, mode)
     sink.append(coded.weights())
     for call in range(first, last):
         sink.append(block(call, first))
@@ -94,7 +94,7 @@ def test_everything_is_still_there(path):
     run(path, stream, "w")
     long = path.with_name("long.h5")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "is_wasteful", lambda *_: False)
+        patch.setattr(writer, "should_compact", lambda *_: False)
         run(long, stream, "w")
     assert path.stat().st_size < long.stat().st_size / 10
     with h5py.File(path) as small, h5py.File(long) as other:
@@ -122,12 +122,12 @@ def different(group, other):
 
 def test_a_long_trace_keeps_its_chunks(path):
     coded.write(path, "big", calls=100)
-    sink = StreamSink(path, coded.HEADER, "a")
+    sink = FileSink(path, coded.HEADER, "a")
     sink.close()
     with h5py.File(path) as file:
         assert file["modules/rnn/l0/update"].chunks == (1024, coded.HIDDEN)
     inode = path.stat().st_ino
-    StreamSink(path, coded.HEADER, "a").close()
+    FileSink(path, coded.HEADER, "a").close()
     assert path.stat().st_ino == inode
 
 
@@ -200,7 +200,7 @@ def test_weights_of_each_module_by_itself(path):
 
 
 def test_readers_see_the_copy_and_what_is_appended_to_it(path):
-    sink = StreamSink(path, coded.HEADER)
+    sink = FileSink(path, coded.HEADER)
     sink.append(coded.weights())
     sink.append(block(0))
     sink.flush()
@@ -234,7 +234,7 @@ with grutrace.open(sys.argv[1]) as trace:
 
 
 def test_a_reader_of_another_process_reads_on(path):
-    sink = StreamSink(path, coded.HEADER)
+    sink = FileSink(path, coded.HEADER)
     sink.append(coded.weights())
     sink.append(block(0))
     sink.flush()
@@ -316,24 +316,24 @@ def test_permissions_and_links_stay(path):
         assert coded.check_trace(trace) == 4
 
 
-@pytest.mark.parametrize("step", ["copy_image", "keeps_owner", "sync"])
+@pytest.mark.parametrize("step", ["copy_image", "copy_permissions", "fsync_file"])
 def test_a_copy_that_cannot_be_made_leaves_the_file_as_it_is(path, monkeypatch, step):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    sink = StreamSink(path, coded.HEADER, fsync=True)
+    sink = FileSink(path, coded.HEADER, fsync=True)
     sink.append(coded.weights())
     sink.append(block(0))
     sink.flush()
-    if step == "sync":
-        synced = writer.sync
+    if step == "fsync_file":
+        fsync_file = writer.fsync_file
         size = path.stat().st_size
 
         def fail(descriptor):
             # Only that of the copy, which is smaller.
             if os.fstat(descriptor).st_size < size / 2:
                 raise OSError(28, "No space left on device")
-            synced(descriptor)
+            fsync_file(descriptor)
 
     monkeypatch.setattr(writer, step, fail)
     sink.close()
@@ -348,9 +348,9 @@ def test_a_copy_that_cannot_be_made_leaves_the_file_as_it_is(path, monkeypatch, 
 def test_a_small_file_that_cannot_be_copied_is_appended_to_where_it_is(path, monkeypatch, reason):
     append_blocks(path, 0, 1, "w")
     if reason == "owner":
-        monkeypatch.setattr(writer, "keeps_owner", lambda *_: False)
+        monkeypatch.setattr(writer, "copy_permissions", lambda *_: False)
     else:
-        monkeypatch.setattr(compact, "LARGEST", 0)
+        monkeypatch.setattr(compact, "MAX_DATA_BYTES", 0)
     inode = path.stat().st_ino
     append_blocks(path, 1, 3, "a")
     assert path.stat().st_ino == inode
@@ -390,7 +390,7 @@ def test_a_writer_that_is_killed_meanwhile_leaves_a_whole_file(path, mode, when)
 
 
 def test_a_file_that_is_recovered_is_small(path):
-    sink = StreamSink(path, coded.HEADER)
+    sink = FileSink(path, coded.HEADER)
     sink.append(coded.weights())
     sink.append(coded.block(0, "stepwise"))
     sink.flush()
@@ -416,11 +416,11 @@ def test_what_is_worth_a_copy():
         return {place: counts.get(place, rows if column.axes else 0)
                 for place, column in columns.items()}  # fmt: skip
 
-    assert compact.is_wasteful(header, items(10))
-    assert compact.is_wasteful(header, items(100))
+    assert compact.should_compact(header, items(10))
+    assert compact.should_compact(header, items(100))
     # As many rows as a chunk has, nearly.
-    assert not compact.is_wasteful(header, items(1000))
-    assert not compact.is_wasteful(header, items(0, 0) | dict.fromkeys(columns, 0))
-    assert not compact.is_wasteful(header, items(100_000, 100))
-    many = make_header(*[make_module(str(number)) for number in range(compact.MOST_SITES + 1)])
-    assert not compact.is_wasteful(many, dict.fromkeys(compact.layout(many.modules), 1))
+    assert not compact.should_compact(header, items(1000))
+    assert not compact.should_compact(header, items(0, 0) | dict.fromkeys(columns, 0))
+    assert not compact.should_compact(header, items(100_000, 100))
+    many = make_header(*[make_module(str(number)) for number in range(compact.MAX_SITES + 1)])
+    assert not compact.should_compact(many, dict.fromkeys(compact.layout(many.modules), 1))

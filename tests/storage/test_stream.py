@@ -19,8 +19,8 @@ from grutrace.errors import GrutraceWarning, OptionError, SinkError, TraceFileEr
 from grutrace.storage.open import open_sink, open_source, open_trace
 from grutrace.storage.read.trace import Trace
 from grutrace.storage.write import writer_thread
-from grutrace.storage.write.appender import Appender
-from grutrace.storage.write.stream_sink import StreamSink
+from grutrace.storage.write.appender import DatasetAppender
+from grutrace.storage.write.stream_sink import FileSink
 from grutrace.storage.write.writer import Writer
 
 from . import coded
@@ -72,7 +72,7 @@ def append_in_thread(sink, calls):
 def test_append_waits_while_the_queue_is_full(path, monkeypatch):
     gate = Gate(monkeypatch)
     size = coded.block(0, "big").nbytes
-    sink = StreamSink(path, coded.HEADER, queue_bytes=3 * size + size // 2)
+    sink = FileSink(path, coded.HEADER, queue_bytes=3 * size + size // 2)
     sink.append(coded.weights())
     thread, done = append_in_thread(sink, range(20))
     assert until(lambda: len(done) == 3)
@@ -87,7 +87,7 @@ def test_append_waits_while_the_queue_is_full(path, monkeypatch):
 
 def test_control_a_large_queue_does_not_wait(path, monkeypatch):
     gate = Gate(monkeypatch)
-    sink = StreamSink(path, coded.HEADER)
+    sink = FileSink(path, coded.HEADER)
     sink.append(coded.weights())
     thread, done = append_in_thread(sink, range(20))
     assert until(lambda: len(done) == 20)
@@ -99,7 +99,7 @@ def test_control_a_large_queue_does_not_wait(path, monkeypatch):
 def test_memory_stays_bounded_while_the_writer_is_slow(path, monkeypatch):
     gate = Gate(monkeypatch)
     size = coded.block(0, "big").nbytes
-    sink = StreamSink(path, coded.HEADER, queue_bytes=4 * size)
+    sink = FileSink(path, coded.HEADER, queue_bytes=4 * size)
     sink.append(coded.weights())
     made = []
 
@@ -124,7 +124,7 @@ def test_memory_stays_bounded_while_the_writer_is_slow(path, monkeypatch):
 
 
 def test_a_record_larger_than_the_queue_goes_through(path):
-    sink = StreamSink(path, coded.HEADER, queue_bytes=1)
+    sink = FileSink(path, coded.HEADER, queue_bytes=1)
     sink.append(coded.weights())
     for call in range(5):
         sink.append(coded.block(call, "big"))
@@ -135,7 +135,7 @@ def test_a_record_larger_than_the_queue_goes_through(path):
 
 @pytest.mark.parametrize("at_close", [False, True])
 def test_an_error_in_the_thread_reaches_the_next_call(path, monkeypatch, at_close):
-    sink = StreamSink(path, coded.HEADER)
+    sink = FileSink(path, coded.HEADER)
     sink.append(coded.weights())
     for call in range(3):
         sink.append(coded.block(call, "big"))
@@ -144,7 +144,7 @@ def test_an_error_in_the_thread_reaches_the_next_call(path, monkeypatch, at_clos
     def full(appender, items):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Appender, "_put", full)
+    monkeypatch.setattr(DatasetAppender, "_write_items", full)
     block = coded.block(3, "big")
     gone = weakref.ref(block)
     sink.append(block)
@@ -177,7 +177,7 @@ def test_an_error_wakes_whoever_waits_for_room(path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Writer, "write", fail)
-    sink = StreamSink(path, coded.HEADER, queue_bytes=1)
+    sink = FileSink(path, coded.HEADER, queue_bytes=1)
     sink.append(coded.weights())
     errors = []
 
@@ -197,12 +197,12 @@ def test_an_error_wakes_whoever_waits_for_room(path, monkeypatch):
 
 
 def test_a_trace_of_a_failed_sink_shows_what_was_committed(path, monkeypatch):
-    sink = StreamSink(path, coded.HEADER)
+    sink = FileSink(path, coded.HEADER)
     with Trace(open_source(sink)) as trace:
         sink.append(coded.weights())
         sink.append(coded.block(0, "big"))
         sink.flush()
-        monkeypatch.setattr(Appender, "_put", lambda *_: 1 / 0)
+        monkeypatch.setattr(DatasetAppender, "_write_items", lambda *_: 1 / 0)
         sink.append(coded.block(1, "big"))
         with pytest.raises(SinkError):
             sink.flush()
@@ -213,10 +213,10 @@ def test_a_trace_of_a_failed_sink_shows_what_was_committed(path, monkeypatch):
 DISK_FULL = """
 import resource, sys
 from tests.storage import coded
-from grutrace.storage.write.stream_sink import StreamSink
+from grutrace.storage.write.stream_sink import FileSink
 from grutrace.errors import SinkError
 from grutrace.storage.open import open_trace
-sink = StreamSink(sys.argv[1], coded.HEADER)
+sink = FileSink(sys.argv[1], coded.HEADER)
 sink.append(coded.weights())
 flushed = 0
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
@@ -251,15 +251,15 @@ def test_what_was_committed_survives_a_disk_that_is_really_full(path, shape, lim
 
 #: A full disk does not keep anyone from writing elsewhere, as the limit does that stands for it.
 READER = """
-from grutrace.storage import letting_go
+from grutrace.storage.hdf5 import handle
 from grutrace.storage.open import open_source
 from grutrace.storage.read.trace import Trace
 trace = Trace(open_source(sink))
-open_nowhere = letting_go._open_nowhere
+open_null = handle._open_null
 def unlimited():
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
-    return open_nowhere()
-letting_go._open_nowhere = unlimited
+    return open_null()
+handle._open_null = unlimited
 """
 
 
@@ -284,7 +284,7 @@ def test_a_file_is_there_only_once_it_can_be_read(path, monkeypatch):
         seen.append(path.exists())
 
     monkeypatch.setattr(Writer, "_start", spy)
-    StreamSink(path, coded.HEADER).close()
+    FileSink(path, coded.HEADER).close()
     (before,), after = seen
     assert before.startswith("run.h5.new-")
     assert not after
@@ -304,18 +304,18 @@ def test_a_file_that_comes_meanwhile_is_not_replaced(path, links, monkeypatch):
 
     if not links:
         monkeypatch.setattr("os.link", no_links)
-    StreamSink(path, coded.HEADER).close()
+    FileSink(path, coded.HEADER).close()
     path.unlink()
     monkeypatch.setattr(Writer, "_start", slow)
     with pytest.raises(TraceFileError, match=r"run\.h5 exists"):
-        StreamSink(path, coded.HEADER)
+        FileSink(path, coded.HEADER)
     assert path.read_text() == "theirs"
     assert [file.name for file in path.parent.iterdir()] == ["run.h5"]
 
 
 def test_closing_twice_does_nothing_and_then_nothing_more_is_taken(path):
     stream = full_stream()
-    sink = StreamSink(path, stream.header)
+    sink = FileSink(path, stream.header)
     for record in stream.records:
         sink.append(record)
     sink.close()
@@ -337,17 +337,17 @@ def test_an_unknown_mode_names_those_that_there_are(path, mode):
 def test_an_existing_path_is_refused_at_once(path):
     path.write_text("precious")
     with pytest.raises(TraceFileError, match=r"run\.h5 exists.*overwrite.*'a'"):
-        StreamSink(path, coded.HEADER)
+        FileSink(path, coded.HEADER)
     assert path.read_text() == "precious"
 
 
 def test_a_folder_that_is_missing_or_cannot_be_written_is_refused_at_once(path):
     with pytest.raises(TraceFileError, match="no folder"):
-        StreamSink(path.parent / "missing" / "run.h5", coded.HEADER)
+        FileSink(path.parent / "missing" / "run.h5", coded.HEADER)
     with pytest.raises(TraceFileError, match=r"/proc/run\.h5 cannot be created"):
-        StreamSink("/proc/run.h5", coded.HEADER)
+        FileSink("/proc/run.h5", coded.HEADER)
     with pytest.raises(TraceFileError, match="not a file"):
-        StreamSink(path.parent, coded.HEADER, "overwrite")
+        FileSink(path.parent, coded.HEADER, "overwrite")
 
 
 def test_overwrite_replaces_and_gives_back_the_old_file_if_it_cannot(path, monkeypatch):
@@ -356,17 +356,17 @@ def test_overwrite_replaces_and_gives_back_the_old_file_if_it_cannot(path, monke
     with monkeypatch.context() as patch:
         patch.setattr("grutrace.storage.write.create.create_datasets", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            StreamSink(path, coded.HEADER, "overwrite")
+            FileSink(path, coded.HEADER, "overwrite")
     assert path.read_bytes() == precious
     assert os.listdir(path.parent) == ["run.h5"]
-    sink = StreamSink(path, coded.HEADER, "overwrite")
+    sink = FileSink(path, coded.HEADER, "overwrite")
     sink.close()
     assert os.listdir(path.parent) == ["run.h5"]
     open_trace(path).close()
 
 
 def test_a_forgotten_sink_is_closed_in_order(path):
-    sink = StreamSink(path, coded.HEADER)
+    sink = FileSink(path, coded.HEADER)
     sink.append(coded.weights())
     sink.append(coded.block(0, "big"))
     del sink
@@ -380,8 +380,8 @@ def test_a_forgotten_sink_is_closed_in_order(path):
 FORGOTTEN = """
 import sys
 from tests.storage import coded
-from grutrace.storage.write.stream_sink import StreamSink
-sink = StreamSink(sys.argv[1], coded.HEADER)
+from grutrace.storage.write.stream_sink import FileSink
+sink = FileSink(sys.argv[1], coded.HEADER)
 sink.append(coded.weights())
 for call in range(20):
     sink.append(coded.block(call, "big"))
@@ -400,8 +400,8 @@ def test_a_sink_that_is_still_open_when_python_ends_is_closed_in_order(path):
 
 
 def test_an_error_at_the_end_of_python_is_not_silent(path, monkeypatch):
-    monkeypatch.setattr(Appender, "_put", lambda *_: 1 / 0)
-    sink = StreamSink(path, coded.HEADER)
+    monkeypatch.setattr(DatasetAppender, "_write_items", lambda *_: 1 / 0)
+    sink = FileSink(path, coded.HEADER)
     sink.append(coded.weights())
     with pytest.warns(GrutraceWarning, match=r"run\.h5"):
         writer_thread._close_all()
@@ -411,7 +411,7 @@ def test_an_error_at_the_end_of_python_is_not_silent(path, monkeypatch):
 @pytest.mark.parametrize("waits_in", ["append", "flush", "close"])
 def test_an_interrupt_while_waiting_leaves_things_sound(path, monkeypatch, waits_in):
     gate = Gate(monkeypatch)
-    sink = StreamSink(path, coded.HEADER, queue_bytes=1)
+    sink = FileSink(path, coded.HEADER, queue_bytes=1)
     sink.append(coded.weights())
     wait = {
         "append": lambda: sink.append(coded.block(0, "big")),
@@ -432,7 +432,7 @@ def test_an_interrupt_while_waiting_leaves_things_sound(path, monkeypatch, waits
 
 
 def test_many_threads_append_at_once(path):
-    sink = StreamSink(path, coded.HEADER, queue_bytes=100_000)
+    sink = FileSink(path, coded.HEADER, queue_bytes=100_000)
     sink.append(coded.weights())
     lock, numbers = threading.Lock(), iter(range(200))
 
@@ -477,7 +477,7 @@ class Child:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_cannot_append_and_says_so(path):
-    sink = StreamSink(path, coded.HEADER)
+    sink = FileSink(path, coded.HEADER)
     sink.append(coded.weights())
     sink.append(coded.block(0, "big"))
     appending = Child(lambda: sink.append(coded.block(1, "big")))
@@ -498,9 +498,9 @@ FORKING = """
 import os, sys, time
 from tests.storage import coded
 from grutrace.storage.open import open_source
-from grutrace.storage.write.stream_sink import StreamSink
+from grutrace.storage.write.stream_sink import FileSink
 from grutrace.storage.read.trace import Trace
-sink = StreamSink(sys.argv[1], coded.HEADER)
+sink = FileSink(sys.argv[1], coded.HEADER)
 trace = Trace(open_source(sink))
 sink.append(coded.weights())
 for call in range(200):

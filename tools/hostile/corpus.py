@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grutrace.errors import TraceFileError
-from grutrace.storage.recovery.preflight import look_from_outside
+from grutrace.storage.recovery.preflight import check_in_subprocess
 from tools.hostile.cases import make
 
 #: Seconds after which the look from outside gives up on a case.
@@ -109,7 +109,7 @@ def said_from_outside(seed: int, number: int) -> str:
     with tempfile.TemporaryDirectory() as folder:
         make(seed, number, Path(folder))
         try:
-            look_from_outside(Path(folder) / "run.h5", PATIENCE)
+            check_in_subprocess(Path(folder) / "run.h5", PATIENCE)
         except TraceFileError as error:
             return str(error)
     return ""

@@ -20,7 +20,7 @@ import numpy as np
 
 import grutrace
 from grutrace.records import DEFAULT_RECORD
-from grutrace.storage.write.stream_sink import StreamSink
+from grutrace.storage.write.stream_sink import FileSink
 from tests.storage import coded
 from tools.soak.forks import Outcome, outcomes
 from tools.soak.victims import run_for_ever
@@ -83,7 +83,7 @@ def follow_process(
 def follow_thread(folder: Path, shape: str, seconds: float, seed: int) -> Outcome:
     """Follow what a thread of this process writes."""
     path = folder / f"live-thread-{shape}.h5"
-    sink = StreamSink(path, coded.HEADER)
+    sink = FileSink(path, coded.HEADER)
     sink.append(coded.weights())
     ended = threading.Event()
 
@@ -106,7 +106,7 @@ def follow_thread(folder: Path, shape: str, seconds: float, seed: int) -> Outcom
 
 
 def _write_coded(shape: str, path: Path) -> None:
-    sink = StreamSink(path, coded.HEADER)
+    sink = FileSink(path, coded.HEADER)
     sink.append(coded.weights())
     for call in itertools.count():
         sink.append(coded.block(call, shape))

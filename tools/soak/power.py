@@ -147,7 +147,7 @@ def _look(path: Path, left: _Left) -> Outcome:
     found["as_it_is"] = "error" not in as_it_is and as_it_is["calls"] >= left.acknowledged
     recovered = path.with_suffix(".recovered.h5")
     try:
-        recover_file(path, recovered, patience=5.0)
+        recover_file(path, recovered, timeout=5.0)
     except TraceFileError as error:
         # Without fsync HDF5 may be given anything; it is stopped where it does not come to an end.
         return found | {"refused": str(error)}

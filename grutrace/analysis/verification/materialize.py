@@ -28,7 +28,7 @@ from grutrace.records import (
     TraceHeader,
     WeightsRecord,
 )
-from grutrace.storage.format.shard_stamp import Merged, merged_options
+from grutrace.storage.format.shard_stamp import MergedShard, merged_options
 from grutrace.storage.open import open_sink
 from grutrace.storage.read.recomputed import derivations
 from grutrace.storage.read.site import SiteTrace
@@ -88,7 +88,7 @@ def stored_header(moment: Moment) -> TraceHeader:
     # The new file holds all parts of a run, and is none itself.
     options = {name: value for name, value in header.options.items() if name != "run"}
     options["gates"] = "derived"
-    copied = [Merged(shard.rank, shard.calls, shard.closed, {}) for shard in shards]
+    copied = [MergedShard(shard.rank, shard.calls, shard.closed, {}) for shard in shards]
     options = merged_options(options, copied)
     return dataclasses.replace(header, modules=modules, options=options)
 

@@ -14,7 +14,7 @@ import numpy as np
 from h5py import h5d, h5ds, h5p, h5s, h5t
 
 from grutrace.records import ModuleInfo
-from grutrace.storage.format.schema import SITE_AXES, layout, scale_place, site_place
+from grutrace.storage.format.schema import SITE_AXES, dataset_specs, scale_path, site_path
 
 #: By which netCDF-4 tells a dimension that has no values.
 _WITHOUT_VALUES = "This is a netCDF dimension but not a netCDF variable.{:10d}"
@@ -25,14 +25,18 @@ _CHUNK = 1024
 
 def create_scales(file: h5py.File, modules: Sequence[ModuleInfo]) -> None:
     """Name the axes of everything that `layout` lists, once that is there."""
-    scales = {place: _units(file, place, numbers) for place, numbers in _numbers(modules)}
-    for place, column in layout(modules).items():
+    scales = {
+        place: _create_unit_scale(file, place, numbers) for place, numbers in _unit_scales(modules)
+    }
+    for place, column in dataset_specs(modules).items():
         dataset = h5d.open(file.id, place.encode())
         for axis, scale in enumerate(column.scales):
             if scale not in scales:
-                scales[scale] = _length(file, scale, column.item[axis - 1] if axis else None)
+                scales[scale] = _create_empty_scale(
+                    file, scale, column.item[axis - 1] if axis else None
+                )
             h5ds.attach_scale(dataset, scales[scale], axis)
-    for link, place in _shared(modules):
+    for link, place in _scale_links(modules):
         file[link] = file[place]
 
 
@@ -46,22 +50,22 @@ def extend_scales(
         modules: Of the trace.
         lengths: Items that count of each dataset that `layout` lists.
     """
-    growing = {column.scales[0]: lengths[place] for place, column in layout(modules).items()}
+    growing = {column.scales[0]: lengths[place] for place, column in dataset_specs(modules).items()}
     for place, length in growing.items():
         if length and place in file:
             h5d.open(file.id, place.encode()).set_extent((length,))
 
 
-def _numbers(modules: Sequence[ModuleInfo]) -> Iterator[tuple[str, tuple[int, ...]]]:
+def _unit_scales(modules: Sequence[ModuleInfo]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """The scales of units, and the numbers in them."""
     for module in modules:
         for site in module.sites:
-            place = scale_place(module, site, "unit")
-            if place == site_place(module, site.suffix, "unit"):
+            place = scale_path(module, site, "unit")
+            if place == site_path(module, site.suffix, "unit"):
                 yield place, site.units or tuple(range(module.hidden_size))
 
 
-def _shared(modules: Sequence[ModuleInfo]) -> Iterator[tuple[str, str]]:
+def _scale_links(modules: Sequence[ModuleInfo]) -> Iterator[tuple[str, str]]:
     """What a site has a name for, and where it is.
 
     netCDF-C asks whether it is the same scale, h5netcdf for one of its name; both look in the group
@@ -70,18 +74,18 @@ def _shared(modules: Sequence[ModuleInfo]) -> Iterator[tuple[str, str]]:
     for module in modules:
         for site in module.sites:
             for axis in SITE_AXES:
-                own, place = site_place(module, site.suffix, axis), scale_place(module, site, axis)
+                own, place = site_path(module, site.suffix, axis), scale_path(module, site, axis)
                 if own != place:
                     yield own, place
 
 
-def _units(file: h5py.File, place: str, numbers: Sequence[int]) -> h5d.DatasetID:
+def _create_unit_scale(file: h5py.File, place: str, numbers: Sequence[int]) -> h5d.DatasetID:
     scale = file.create_dataset(place, data=np.array(numbers, "<i8"))
     h5ds.set_scale(scale.id, b"unit")
     return scale.id
 
 
-def _length(file: h5py.File, place: str, length: int | None) -> h5d.DatasetID:
+def _create_empty_scale(file: h5py.File, place: str, length: int | None) -> h5d.DatasetID:
     """A scale without values: of this length, or one that grows."""
     # h5py's low-level calls, for there are seven scales to a module of one layer.
     properties = h5p.create(h5p.DATASET_CREATE)

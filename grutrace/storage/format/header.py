@@ -15,9 +15,9 @@ import h5py
 import numpy as np
 
 from grutrace.records import QUANTITIES, WEIGHTS, ModuleInfo, Site, TraceHeader
-from grutrace.storage.format.schema import FORMAT, FORMAT_VERSION, STATISTICS, module_place
-from grutrace.storage.hdf5.errors import Fault, NewerFormat, require
-from grutrace.storage.hdf5.safe_access import holds, is_dataset, member
+from grutrace.storage.format.schema import FORMAT, FORMAT_VERSION, STATISTICS_FORMAT, module_path
+from grutrace.storage.hdf5.errors import FormatError, UnsupportedVersion, require
+from grutrace.storage.hdf5.safe_access import get_member, has_member, is_dataset
 
 _ROOT = {"model": str, "created": float, "versions": str, "options": str}
 
@@ -38,12 +38,14 @@ _MODULE = {
 _SITE = {"name": str, "layer": int, "reverse": bool, "input_size": int}
 
 #: Other files of ours, by their format, and what reads them.
-_OTHERS = {
-    STATISTICS: f"{STATISTICS!r}: grutrace.Statistics.load and `grutrace stats` read this file"
+_OTHER_FORMATS = {
+    STATISTICS_FORMAT: (
+        f"{STATISTICS_FORMAT!r}: grutrace.Statistics.load and `grutrace stats` read this file"
+    )
 }
 
 #: The end of the year 9999: what comes later is no time of a trace. Seconds since the epoch.
-_LATEST = 253402300800
+_MAX_CREATED = 253402300800
 
 #: What rows and weights may be kept as.
 _FLOATS = ("float16", "float32", "float64")
@@ -59,19 +61,21 @@ def write_header(file: h5py.File, header: TraceHeader) -> None:
     file.attrs["options"] = json.dumps(dict(header.options))
     file.create_group("modules")
     for index, module in enumerate(header.modules):
-        group = file.create_group(module_place(module))
+        group = file.create_group(module_path(module))
         group.attrs["index"] = index
-        _write(group, module, {name: kind for name, kind in _MODULE.items() if name != "index"})
+        _write_attributes(
+            group, module, {name: kind for name, kind in _MODULE.items() if name != "index"}
+        )
         for site in module.sites:
             place = group.create_group(site.suffix)
-            _write(place, site, _SITE)
+            _write_attributes(place, site, _SITE)
             if site.derived:
                 place.attrs["derived"] = ",".join(site.derived)
             if site.units is not None:
                 place.attrs["units"] = np.array(site.units, "<i8")
 
 
-def _write(group: h5py.Group, fields: object, kinds: Mapping[str, type]) -> None:
+def _write_attributes(group: h5py.Group, fields: object, kinds: Mapping[str, type]) -> None:
     for name, kind in kinds.items():
         group.attrs[name] = kind(getattr(fields, name))
 
@@ -84,9 +88,9 @@ def read_header(file: h5py.File) -> TraceHeader:
     """
     root = read_root(file)
     modules: dict[int, ModuleInfo] = {}
-    groups = member(file, "modules", h5py.Group)
+    groups = get_member(file, "modules", h5py.Group)
     for name in groups:
-        group = member(groups, name, h5py.Group)
+        group = get_member(groups, name, h5py.Group)
         modules[_attribute(group, "index", int)] = _read_module(group)
     expected = list(range(len(groups)))
     require(sorted(modules) == expected, "modules", f"numbers {expected}", sorted(modules))
@@ -103,11 +107,11 @@ def read_root(file: h5py.File) -> dict[str, Any]:
         Fault: The file is no trace, or this is damaged.
     """
     found = format_of(file)
-    require(found == FORMAT, "attribute 'format'", FORMAT, _OTHERS.get(found, "another"))
+    require(found == FORMAT, "attribute 'format'", FORMAT, _OTHER_FORMATS.get(found, "another"))
     check_version(file, FORMAT_VERSION[0])
     root = {name: _attribute(file, name, kind) for name, kind in _ROOT.items()}
     place = "attribute 'created'"
-    require(0 <= root["created"] < _LATEST, place, "seconds since the epoch", root["created"])
+    require(0 <= root["created"] < _MAX_CREATED, place, "seconds since the epoch", root["created"])
     for name in ("versions", "options"):
         root[name] = _read_json(root[name], f"attribute {name!r}")
     texts = all(isinstance(version, str) for version in root["versions"].values())
@@ -138,14 +142,14 @@ def check_version(file: h5py.File, newest: int) -> None:
     require((attribute.shape, attribute.dtype.kind) == ((2,), "i"), place, expected, found)
     major, minor = (int(number) for number in file.attrs["format_version"])
     if major > newest:
-        raise NewerFormat(f"{major}.{minor}", newest)
+        raise UnsupportedVersion(f"{major}.{minor}", newest)
     require(major >= 1, place, f"{newest}.x", f"{major}.{minor}")
 
 
 def _attribute(group: h5py.Group, name: str, kind: type) -> Any:
     value = _value(group, name, kind)
     if type(value) is not kind:
-        raise Fault(_of(group, name), kind.__name__, type(value).__name__)
+        raise FormatError(_attribute_path(group, name), kind.__name__, type(value).__name__)
     return value
 
 
@@ -157,19 +161,19 @@ def _value(group: h5py.Group, name: str, kind: type) -> Any:
     try:
         attribute = group.attrs.get_id(name)
     except KeyError:
-        raise Fault(_of(group, name), kind.__name__, "nothing") from None
+        raise FormatError(_attribute_path(group, name), kind.__name__, "nothing") from None
     if attribute.shape != ():
-        raise Fault(_of(group, name), "a scalar", f"shape {attribute.shape}")
+        raise FormatError(_attribute_path(group, name), "a scalar", f"shape {attribute.shape}")
     text = h5py.check_string_dtype(attribute.dtype)
     if attribute.dtype.kind not in "biuf" and not (text and text.length is None):
-        raise Fault(_of(group, name), kind.__name__, attribute.dtype)
+        raise FormatError(_attribute_path(group, name), kind.__name__, attribute.dtype)
     value = np.zeros((), attribute.dtype)
     attribute.read(value)
     found = value.item()
     return found.decode("utf-8", "surrogateescape") if isinstance(found, bytes) else found
 
 
-def _of(group: h5py.Group, name: str) -> str:
+def _attribute_path(group: h5py.Group, name: str) -> str:
     return f"{group.name}: attribute {name!r}"
 
 
@@ -177,7 +181,7 @@ def _read_json(text: str, place: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        raise Fault(place, "a JSON object", "text that is not JSON") from None
+        raise FormatError(place, "a JSON object", "text that is not JSON") from None
     require(isinstance(value, dict), place, "a JSON object", type(value).__name__)
     return dict(value)
 
@@ -188,7 +192,7 @@ def _read_module(group: h5py.Group) -> ModuleInfo:
     for name in ("hidden_size", "num_layers"):
         require(fields[name] > 0, f"{group.name}: attribute {name!r}", "at least 1", fields[name])
     names = [name for name in group if not is_dataset(group, name)]
-    groups = {name: member(group, name, h5py.Group) for name in names}
+    groups = {name: get_member(group, name, h5py.Group) for name in names}
     hidden_size = fields["hidden_size"]
     sites = [_read_site(each, name, hidden_size) for name, each in groups.items()]
     require(sites, group.name, "at least one site", "none")
@@ -221,7 +225,7 @@ def _check_sites(place: str, module: Mapping[str, Any], sites: Sequence[Site]) -
 
 
 def _check_biases(site: h5py.Group, bias: bool) -> None:
-    found = [name for name in WEIGHTS if holds(site, name)]
+    found = [name for name in WEIGHTS if has_member(site, name)]
     expected = [name for name in WEIGHTS if bias or not name.startswith("bias")]
     require(found == expected, site.name, expected, found)
 
@@ -231,14 +235,14 @@ def _check_inputs(groups: Mapping[str, h5py.Group], sites: Sequence[Site]) -> No
     for first, second in pairwise(site for site in sites if "input" in site.quantities):
         if first.layer == second.layer:
             group = groups[second.suffix]
-            one = member(groups[first.suffix], "input", h5py.Dataset)
-            same = one == member(group, "input", h5py.Dataset)
+            one = get_member(groups[first.suffix], "input", h5py.Dataset)
+            same = one == get_member(group, "input", h5py.Dataset)
             require(same, f"{group.name}/input", f"the input of {first.suffix}", "another dataset")
 
 
 def _read_site(group: h5py.Group, suffix: str, hidden_size: int) -> Site:
     fields = {name: _attribute(group, name, kind) for name, kind in _SITE.items()}
-    quantities = tuple(quantity for quantity in QUANTITIES if holds(group, quantity))
+    quantities = tuple(quantity for quantity in QUANTITIES if has_member(group, quantity))
     units = _read_units(group, hidden_size)
     derived = _read_derived(group, quantities, units)
     return Site(**fields, suffix=suffix, quantities=quantities, derived=derived, units=units)
@@ -279,7 +283,7 @@ def _read_derived(
 
 
 def _float_name(group: h5py.Group, name: str) -> str:
-    dtype = member(group, name, h5py.Dataset).dtype
+    dtype = get_member(group, name, h5py.Dataset).dtype
     place = f"{group.name}/{name}"
     require(dtype.name in _FLOATS, place, " or ".join(_FLOATS), dtype)
     return str(dtype.name)
@@ -291,12 +295,12 @@ def module_differences(module: ModuleInfo, other: ModuleInfo) -> Iterator[str]:
     yield from _field_differences(place, module, other, leave_out="sites")
     names = [site.suffix for site in module.sites]
     if names != [site.suffix for site in other.sites]:
-        yield difference(f"sites of {place}", names, [site.suffix for site in other.sites])
+        yield describe_difference(f"sites of {place}", names, [site.suffix for site in other.sites])
     for site, other_site in zip(module.sites, other.sites, strict=False):
         yield from _field_differences(f"site {site.name!r}", site, other_site)
 
 
-def difference(place: str, before: object, now: object) -> str:
+def describe_difference(place: str, before: object, now: object) -> str:
     """One difference in words."""
     return f"{place}: there {before!r}, here {now!r}"
 
@@ -307,4 +311,4 @@ def _field_differences(
     for field in dataclasses.fields(before):  # type: ignore[arg-type]
         old, new = getattr(before, field.name), getattr(now, field.name)
         if old != new and field.name != leave_out:
-            yield difference(f"{field.name} of {place}", old, new)
+            yield describe_difference(f"{field.name} of {place}", old, new)

@@ -16,12 +16,12 @@ import numpy as np
 from h5py import h5d, h5p
 
 from grutrace.records import ModuleInfo, Site
-from grutrace.storage.hdf5.errors import Fault
+from grutrace.storage.hdf5.errors import FormatError
 
 FORMAT = "grutrace"
 
 #: The format of a file of statistics, which is another one: see `grutrace.statistics.file`.
-STATISTICS = "grutrace statistics"
+STATISTICS_FORMAT = "grutrace statistics"
 
 #: Major and minor. A reader refuses a newer major number; a newer minor one only adds.
 FORMAT_VERSION = (1, 2)
@@ -38,7 +38,7 @@ ROW_CHUNK = 256 * 1024
 TABLE_CHUNK = 32 * 1024
 
 #: No chunk is larger, however wide a row or a weight matrix is. Bytes.
-LARGEST_CHUNK = 1024 * 1024
+MAX_CHUNK_BYTES = 1024 * 1024
 
 COMMITTED = np.dtype(
     [
@@ -99,11 +99,11 @@ TABLE_AXES = {
 SITE_AXES = ("unit", "feature", "previous_unit")
 
 #: Characters that a module's group name keeps as they are.
-_PLAIN = frozenset((string.ascii_letters + string.digits + "_-.").encode())
+_UNESCAPED = frozenset((string.ascii_letters + string.digits + "_-.").encode())
 
 
 @dataclass(frozen=True)
-class Column:
+class DatasetSpec:
     """A dataset that grows along its first axis.
 
     Attributes:
@@ -125,9 +125,9 @@ class Column:
         """Shape of a chunk: several items, or one, or, of one too large, a part of its rows."""
         item = tuple(max(1, size) for size in self.item)
         size = math.prod(item) * self.dtype.itemsize
-        if size <= LARGEST_CHUNK:
+        if size <= MAX_CHUNK_BYTES:
             return (max(1, self.chunk // size), *item)
-        return (1, max(1, LARGEST_CHUNK * item[0] // size), *item[1:])
+        return (1, max(1, MAX_CHUNK_BYTES * item[0] // size), *item[1:])
 
 
 def group_name(path: str) -> str:
@@ -137,22 +137,22 @@ def group_name(path: str) -> str:
     if not path.strip("."):
         return "%2E" + path[1:]
     encoded = path.encode("utf-8", "surrogatepass")
-    return "".join(chr(byte) if byte in _PLAIN else f"%{byte:02X}" for byte in encoded)
+    return "".join(chr(byte) if byte in _UNESCAPED else f"%{byte:02X}" for byte in encoded)
 
 
-def module_place(module: ModuleInfo) -> str:
+def module_path(module: ModuleInfo) -> str:
     """Place of a module's group in the file."""
     return f"modules/{group_name(module.path)}"
 
 
-def pieces_place(module: ModuleInfo) -> str:
+def pieces_path(module: ModuleInfo) -> str:
     """Place of a module's pieces in the file."""
-    return f"{module_place(module)}/pieces"
+    return f"{module_path(module)}/pieces"
 
 
-def site_place(module: ModuleInfo, suffix: str, name: str) -> str:
+def site_path(module: ModuleInfo, suffix: str, name: str) -> str:
     """Place of one dataset of a site in the file."""
-    return f"{module_place(module)}/{suffix}/{name}"
+    return f"{module_path(module)}/{suffix}/{name}"
 
 
 def input_owner(module: ModuleInfo, site: Site) -> Site:
@@ -163,10 +163,10 @@ def input_owner(module: ModuleInfo, site: Site) -> Site:
     return site
 
 
-def quantity_place(module: ModuleInfo, site: Site, quantity: str) -> str:
+def quantity_path(module: ModuleInfo, site: Site, quantity: str) -> str:
     """Place of the rows of a quantity: for an input that two directions share, the one dataset."""
     owner = input_owner(module, site) if quantity == "input" else site
-    return site_place(module, owner.suffix, quantity)
+    return site_path(module, owner.suffix, quantity)
 
 
 def width(module: ModuleInfo, site: Site, quantity: str) -> int:
@@ -174,16 +174,16 @@ def width(module: ModuleInfo, site: Site, quantity: str) -> int:
     return site.input_size if quantity == "input" else module.unit_count(site)
 
 
-def scale_place(module: ModuleInfo, site: Site, axis: str) -> str:
+def scale_path(module: ModuleInfo, site: Site, axis: str) -> str:
     """Place of the scale of an axis of a site. Sites whose axis is the same share one."""
     if axis not in SITE_AXES:
-        return f"{module_place(module)}/{axis}"
+        return f"{module_path(module)}/{axis}"
     owner = site
     if axis == "feature":
         owner = input_owner(module, site)
     elif axis == "unit":
         owner = next(each for each in module.sites if each.units == site.units)
-    return site_place(module, owner.suffix, axis)
+    return site_path(module, owner.suffix, axis)
 
 
 def weight_shapes(module: ModuleInfo, site: Site) -> dict[str, tuple[int, ...]]:
@@ -205,43 +205,45 @@ def row_axes(quantity: str) -> tuple[str, str]:
 
 def row_chunks(dtype: np.dtype[Any], width: int) -> tuple[int, ...]:
     """Shape of a chunk of rows that are so wide."""
-    return Column(dtype, (width,), chunk=ROW_CHUNK).chunks
+    return DatasetSpec(dtype, (width,), chunk=ROW_CHUNK).chunks
 
 
-def layout(modules: Sequence[ModuleInfo]) -> dict[str, Column]:
+def dataset_specs(modules: Sequence[ModuleInfo]) -> dict[str, DatasetSpec]:
     """Every growing dataset of a trace of these modules, by its place in the file."""
-    columns = {name: Column(dtype, scales=(TABLE_AXES[name],)) for name, dtype in TABLES.items()}
+    columns = {
+        name: DatasetSpec(dtype, scales=(TABLE_AXES[name],)) for name, dtype in TABLES.items()
+    }
     for module in modules:
-        scale = f"{module_place(module)}/piece"
-        columns[pieces_place(module)] = Column(PIECE, scales=(scale,))
+        scale = f"{module_path(module)}/piece"
+        columns[pieces_path(module)] = DatasetSpec(PIECE, scales=(scale,))
         for site in module.sites:
-            columns.update(_site_layout(module, site))
+            columns.update(_site_specs(module, site))
     return columns
 
 
-def _site_layout(module: ModuleInfo, site: Site) -> Iterator[tuple[str, Column]]:
+def _site_specs(module: ModuleInfo, site: Site) -> Iterator[tuple[str, DatasetSpec]]:
     def scales(*axes: str) -> tuple[str, ...]:
-        return tuple(scale_place(module, site, axis) for axis in axes)
+        return tuple(scale_path(module, site, axis) for axis in axes)
 
     kept = np.dtype(module.dtype).newbyteorder("<")
     for quantity in site.quantities:
-        place, axes = quantity_place(module, site, quantity), row_axes(quantity)
+        place, axes = quantity_path(module, site, quantity), row_axes(quantity)
         item = (width(module, site, quantity),)
-        yield place, Column(kept, item, axes, ROW_CHUNK, scales(*axes))
-    initial, axes = site_place(module, site.suffix, "initial"), ("sequence", "unit")
-    yield initial, Column(kept, (module.unit_count(site),), axes, scales=scales(*axes))
-    checks = site_place(module, site.suffix, "checks")
-    yield checks, Column(CHECK, scales=scales("module_call"))
+        yield place, DatasetSpec(kept, item, axes, ROW_CHUNK, scales(*axes))
+    initial, axes = site_path(module, site.suffix, "initial"), ("sequence", "unit")
+    yield initial, DatasetSpec(kept, (module.unit_count(site),), axes, scales=scales(*axes))
+    checks = site_path(module, site.suffix, "checks")
+    yield checks, DatasetSpec(CHECK, scales=scales("module_call"))
     weights = np.dtype(module.weights_dtype).newbyteorder("<")
     # Weights are whole, whichever units are recorded.
     last = {"weight_ih": "feature", "weight_hh": "previous_unit" if site.units else "unit"}
     for name, shape in weight_shapes(module, site).items():
         labels = ("version", "gate_unit", last.get(name, ""))[: 1 + len(shape)]
-        place = site_place(module, site.suffix, name)
-        yield place, Column(weights, shape, labels, scales=scales(*labels))
+        place = site_path(module, site.suffix, name)
+        yield place, DatasetSpec(weights, shape, labels, scales=scales(*labels))
 
 
-def check_column(dataset: h5py.Dataset, place: str, column: Column) -> None:
+def check_dataset(dataset: h5py.Dataset, place: str, column: DatasetSpec) -> None:
     """Require a dataset to hold such items.
 
     Raises:
@@ -250,7 +252,7 @@ def check_column(dataset: h5py.Dataset, place: str, column: Column) -> None:
     dtype, shape = dataset.dtype, dataset.shape[1:]
     if (dtype, shape) != (column.dtype, column.item):
         expected = f"{column.dtype} of items {column.item}"
-        raise Fault(place, expected, f"{dtype} of items {shape}")
+        raise FormatError(place, expected, f"{dtype} of items {shape}")
 
 
 def shared_inputs(modules: Sequence[ModuleInfo]) -> Iterator[tuple[str, str]]:
@@ -260,28 +262,28 @@ def shared_inputs(modules: Sequence[ModuleInfo]) -> Iterator[tuple[str, str]]:
             owner = input_owner(module, site)
             if "input" in site.quantities and owner is not site:
                 yield (
-                    site_place(module, site.suffix, "input"),
-                    site_place(module, owner.suffix, "input"),
+                    site_path(module, site.suffix, "input"),
+                    site_path(module, owner.suffix, "input"),
                 )
 
 
 #: Creates a column at a place of a file.
-Create: TypeAlias = Callable[[h5py.File, str, Column], h5py.Dataset]
+CreateDataset: TypeAlias = Callable[[h5py.File, str, DatasetSpec], h5py.Dataset]
 
 
 def create_datasets(
-    file: h5py.File, modules: Sequence[ModuleInfo], create: Create | None = None
+    file: h5py.File, modules: Sequence[ModuleInfo], create: CreateDataset | None = None
 ) -> None:
     """Create everything that `layout` lists, empty, and `committed`, all zero.
 
     Args:
         file: The file.
         modules: Of the trace.
-        create: Creates a column at a place; `create_column` unless given.
+        create: Creates a column at a place; `create_growing_dataset` unless given.
     """
-    create = create or create_column
+    create = create or create_growing_dataset
     file.create_dataset("committed", data=np.zeros((), COMMITTED))
-    for place, column in layout(modules).items():
+    for place, column in dataset_specs(modules).items():
         dataset = create(file, place, column)
         for axis, label in enumerate(column.axes):
             dataset.dims[axis].label = label
@@ -289,10 +291,10 @@ def create_datasets(
         file[place] = file[target]
 
 
-def create_column(
+def create_growing_dataset(
     file: h5py.File,
     place: str,
-    column: Column,
+    column: DatasetSpec,
     packed: Mapping[str, Any] | None = None,
     items: Mapping[str, int] | None = None,
 ) -> h5py.Dataset:

@@ -8,14 +8,14 @@ from typing import Any, TypeGuard
 
 from grutrace.distributed import Shard
 from grutrace.records import TraceHeader
-from grutrace.storage.hdf5.errors import Fault
+from grutrace.storage.hdf5.errors import FormatError
 
 _SHARD = "attribute 'options', shard"
 _SHARDS = "attribute 'options', shards"
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergedShard:
     """A shard that a file was merged from.
 
     Attributes:
@@ -41,7 +41,7 @@ class Merged:
         }
 
 
-def shard_of(header: TraceHeader) -> Shard | None:
+def read_shard(header: TraceHeader) -> Shard | None:
     """Which shard a trace is; None if it is none.
 
     Raises:
@@ -54,10 +54,10 @@ def shard_of(header: TraceHeader) -> Shard | None:
         rank, world_size, run = found.get("rank"), found.get("world_size"), found.get("id")
         if _is_count(rank) and _is_count(world_size) and rank < world_size and _is_id(run):
             return Shard(rank, world_size, run)
-    raise Fault(_SHARD, "numbers 'rank' below 'world_size', and an 'id'", found)
+    raise FormatError(_SHARD, "numbers 'rank' below 'world_size', and an 'id'", found)
 
 
-def merged_of(header: TraceHeader) -> tuple[Merged, ...]:
+def read_merged_shards(header: TraceHeader) -> tuple[MergedShard, ...]:
     """The shards that a file was merged from, in the order of their ranks; none if it was not.
 
     Raises:
@@ -67,15 +67,17 @@ def merged_of(header: TraceHeader) -> tuple[Merged, ...]:
     if found is None:
         return ()
     if isinstance(found, dict) and isinstance(found.get("of"), list):
-        shards = [_merged(each) for each in found["of"]]
+        shards = [_read_merged_shard(each) for each in found["of"]]
         ranks = [shard.rank for shard in shards]
         size = found.get("world_size")
         if shards and _is_count(size) and ranks == sorted(set(ranks)) and ranks[-1] < size:
             return tuple(shards)
-    raise Fault(_SHARDS, "a number 'world_size', and shards 'of' rising ranks below it", found)
+    raise FormatError(
+        _SHARDS, "a number 'world_size', and shards 'of' rising ranks below it", found
+    )
 
 
-def merged_options(options: Mapping[str, Any], shards: Sequence[Merged]) -> dict[str, Any]:
+def merged_options(options: Mapping[str, Any], shards: Sequence[MergedShard]) -> dict[str, Any]:
     """The options of a trace of several shards, with an account of those that it holds."""
     if not shards:
         return dict(options)
@@ -83,12 +85,12 @@ def merged_options(options: Mapping[str, Any], shards: Sequence[Merged]) -> dict
     return {**options, "shards": about}
 
 
-def _merged(found: Any) -> Merged:
+def _read_merged_shard(found: Any) -> MergedShard:
     if isinstance(found, dict) and isinstance(found.get("files"), dict):
         rank, calls, files = found.get("rank"), found.get("calls"), found["files"]
         if _is_count(rank) and _is_count(calls) and all(map(_is_time, files.values())):
-            return Merged(rank, calls, found.get("closed") is True, files)
-    raise Fault(_SHARDS, "of each a 'rank', 'calls', and times of 'files'", found)
+            return MergedShard(rank, calls, found.get("closed") is True, files)
+    raise FormatError(_SHARDS, "of each a 'rank', 'calls', and times of 'files'", found)
 
 
 def _is_count(found: Any) -> TypeGuard[int]:

@@ -18,19 +18,19 @@ from grutrace.storage.format.schema import (
     COMMITTED,
     PIECE,
     TABLES,
-    Column,
-    check_column,
-    pieces_place,
-    quantity_place,
-    site_place,
+    DatasetSpec,
+    check_dataset,
+    pieces_path,
+    quantity_path,
+    site_path,
     weight_shapes,
 )
 from grutrace.storage.hdf5.errors import require
-from grutrace.storage.hdf5.handle import ReadHandle
+from grutrace.storage.hdf5.handle import SharedReadHandle
 
 
 @dataclass(frozen=True)
-class Extent:
+class ModuleCounts:
     """How much of one module there is.
 
     Attributes:
@@ -86,7 +86,7 @@ class Tables:
     strings: Array
     characters: Array
     pieces: tuple[Array, ...]
-    extents: tuple[Extent, ...]
+    extents: tuple[ModuleCounts, ...]
     closed: bool
     shards: tuple[ShardCalls, ...] = ()
 
@@ -98,9 +98,9 @@ class Tables:
         return tuple(data[start:end].decode("utf-8", "replace") for start, end in bounds)
 
 
-def extent(calls: Array, pieces: Array) -> Extent:
+def count_module(calls: Array, pieces: Array) -> ModuleCounts:
     """How much there is of the module that these calls and pieces are of."""
-    return Extent(
+    return ModuleCounts(
         calls=len(calls),
         rows=int(pieces["steps"].sum(dtype=np.uint64)),
         sequences=int(pieces["sequence"].max()) + 1 if len(pieces) else 0,
@@ -108,17 +108,17 @@ def extent(calls: Array, pieces: Array) -> Extent:
     )
 
 
-def lengths(tables: Tables, modules: Sequence[ModuleInfo]) -> dict[str, int]:
+def dataset_lengths(tables: Tables, modules: Sequence[ModuleInfo]) -> dict[str, int]:
     """By its place in the file, how many items of each growing dataset the tables count."""
     counts = {name: len(getattr(tables, name)) for name in TABLES}
     for module, pieces, of in zip(modules, tables.pieces, tables.extents, strict=True):
-        counts[pieces_place(module)] = len(pieces)
+        counts[pieces_path(module)] = len(pieces)
         for site in module.sites:
             for quantity in site.quantities:
-                counts[quantity_place(module, site, quantity)] = of.rows
+                counts[quantity_path(module, site, quantity)] = of.rows
             names = dict.fromkeys(weight_shapes(module, site), of.versions)
             for name, count in {**names, "initial": of.sequences, "checks": of.calls}.items():
-                counts[site_place(module, site.suffix, name)] = count
+                counts[site_path(module, site.suffix, name)] = count
     return counts
 
 
@@ -129,7 +129,7 @@ def check_tables(tables: Tables, modules: Sequence[ModuleInfo]) -> None:
         Fault: One of them leads nowhere.
     """
     for module, pieces in zip(modules, tables.pieces, strict=True):
-        _check_pieces(pieces, pieces_place(module))
+        _check_pieces(pieces, pieces_path(module))
     _check_texts(tables)
     _check_references(tables, len(modules))
     _check_values(tables)
@@ -145,15 +145,15 @@ def _check_texts(tables: Tables) -> None:
         ends[-1:],
     )
     for table, field in (("calls", "tag"), ("annotations", "name")):
-        _below(getattr(tables, table)[field], 1 + len(ends), f"{table}.{field}")
+        _require_below(getattr(tables, table)[field], 1 + len(ends), f"{table}.{field}")
     require(np.all(tables.annotations["name"] > 0), "annotations.name", "a name", "none")
 
 
 def _check_references(tables: Tables, modules: int) -> None:
     for name in ("calls", "forks", "annotations"):
-        _below(getattr(tables, name)["module"], modules, f"{name}.module")
-    _below(tables.forks["steps"], 1 << 63, "forks.steps")
-    begun = np.array([extent.sequences for extent in tables.extents], np.uint64)
+        _require_below(getattr(tables, name)["module"], modules, f"{name}.module")
+    _require_below(tables.forks["steps"], 1 << 63, "forks.steps")
+    begun = np.array([counts.sequences for counts in tables.extents], np.uint64)
     for name, fields in (("forks", ("sequence", "parent")), ("annotations", ("sequence",))):
         table = getattr(tables, name)
         for field in fields:
@@ -169,7 +169,7 @@ def _check_references(tables: Tables, modules: int) -> None:
 def _check_values(tables: Tables) -> None:
     counts, values = tables.annotations["count"], tables.values
     # Each on its own first: a sum of huge counts could wrap round to a small one.
-    _below(counts, 1 + len(values), "annotations.count")
+    _require_below(counts, 1 + len(values), "annotations.count")
     total = int(counts.sum(dtype=np.float64))
     require(total <= len(values), "annotations.count", f"at most {len(values)} values", total)
     texts = values[:total][np.repeat(tables.annotations["text"] > 0, counts.astype(np.int64))]
@@ -188,16 +188,16 @@ def _check_pieces(pieces: Array, place: str) -> None:
     require(not skips.any(), f"{place}.sequence", "no number left out", f"{numbers[1:][skips][:1]}")
 
 
-def _below(numbers: Array, bound: int, place: str) -> None:
+def _require_below(numbers: Array, bound: int, place: str) -> None:
     wrong = numbers >= bound
     require(not wrong.any(), place, f"below {bound}", numbers[wrong][:1])
 
 
 #: How many times smaller a table can be when it is packed: the most that gzip can do.
-PACKED_TABLE = 1032
+MAX_GZIP_RATIO = 1032
 
 
-class CommittedTables:
+class TableReader:
     """The tables of a file, kept up with it. Ask while the handle is lent.
 
     Args:
@@ -205,7 +205,7 @@ class CommittedTables:
         modules: The modules of its header.
     """
 
-    def __init__(self, handle: ReadHandle, modules: Sequence[ModuleInfo]) -> None:
+    def __init__(self, handle: SharedReadHandle, modules: Sequence[ModuleInfo]) -> None:
         self._handle = handle
         self._modules = modules
         self._counts: Any = None
@@ -218,12 +218,12 @@ class CommittedTables:
         Raises:
             Fault: The file is damaged.
         """
-        counts = self._settled_counts()
+        counts = self._stable_counts()
         if self._tables is None or counts != self._counts:
             self._tables, self._counts = self._read_up_to(counts), counts
         return self._tables
 
-    def _settled_counts(self) -> Any:
+    def _stable_counts(self) -> Any:
         # A writer may be putting the counts down at this moment: believe what is read twice.
         counts = self._handle.scalar("committed", COMMITTED)[()]
         while (again := self._handle.scalar("committed", COMMITTED)[()]) != counts:
@@ -235,7 +235,7 @@ class CommittedTables:
         # Each table fits into the file, but many could be the same part of it, and all are read.
         self._left = self._handle.size
         tables: dict[str, Any] = {
-            name: self._column(name, int(counts[name]), dtype, getattr(known, name, None))
+            name: self._read_table(name, int(counts[name]), dtype, getattr(known, name, None))
             for name, dtype in TABLES.items()
         }
         calls = tables["calls"]
@@ -244,22 +244,22 @@ class CommittedTables:
             own = calls[calls["module"] == index]
             count = int(own["batch"].sum(dtype=np.uint64))
             before = known.pieces[index] if known else None
-            pieces.append(self._column(pieces_place(module), count, PIECE, before))
-            extents.append(extent(own, pieces[-1]))
+            pieces.append(self._read_table(pieces_path(module), count, PIECE, before))
+            extents.append(count_module(own, pieces[-1]))
         found = Tables(
             **tables, pieces=tuple(pieces), extents=tuple(extents), closed=bool(counts["closed"])
         )
         check_tables(found, self._modules)
         return found
 
-    def _column(self, place: str, count: int, dtype: Any, known: Array | None) -> Array:
+    def _read_table(self, place: str, count: int, dtype: Any, known: Array | None) -> Array:
         start = 0 if known is None else len(known)
         if known is not None and start == count:
             return known
         dataset = self._handle.dataset(place, count)
-        check_column(dataset, place, Column(dtype))
+        check_dataset(dataset, place, DatasetSpec(dtype))
         packed = dataset.id.get_create_plist().get_nfilters()
-        self._left -= count * dtype.itemsize // (PACKED_TABLE if packed else 1)
+        self._left -= count * dtype.itemsize // (MAX_GZIP_RATIO if packed else 1)
         require(self._left >= 0, place, "tables that fit into the file together", f"{count} items")
         items = np.asarray(dataset[start:count], dtype)
         joined = items if known is None else np.concatenate([known, items])

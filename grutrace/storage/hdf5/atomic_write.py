@@ -10,22 +10,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from grutrace.errors import GrutraceError, TraceFileError
-from grutrace.storage.hdf5.errors import in_brief
+from grutrace.storage.hdf5.errors import short_message
 from grutrace.storage.hdf5.locks import fcntl
 
 
-def room_for(path: Path, mode: str) -> Path:
+def temporary_path(path: Path, mode: str) -> Path:
     """Where to make a file, which takes its place only once a crash would leave it readable."""
     if not path.parent.is_dir():
         raise TraceFileError(f"{path} cannot be created: there is no folder {path.parent}")
     if path.exists() and not path.is_file():
         raise TraceFileError(f"{path} cannot be written: it is not a file")
     if path.exists() and mode != "overwrite":
-        raise _exists(path)
+        raise _already_exists(path)
     return path.with_name(f"{path.name}.new-{secrets.token_hex(4)}")
 
 
-def put_in_place(new: Path, path: Path, mode: str) -> None:
+def publish(new: Path, path: Path, mode: str) -> None:
     """Rename a file; one that may replace no other, only if there is none by now."""
     with contextlib.suppress(OSError, AttributeError):
         if mode != "overwrite":
@@ -35,12 +35,12 @@ def put_in_place(new: Path, path: Path, mode: str) -> None:
                 new.unlink()
             return
     if mode != "overwrite" and path.exists():
-        raise _exists(path)
-    with naming(path, "created"):
+        raise _already_exists(path)
+    with translate_write_errors(path, "created"):
         new.replace(path)
 
 
-def sync(descriptor: int) -> None:
+def fsync_file(descriptor: int) -> None:
     """Have the disk hold what was written to an open file.
 
     Raises:
@@ -53,7 +53,7 @@ def sync(descriptor: int) -> None:
         os.fsync(descriptor)
 
 
-def sync_name(path: Path) -> None:
+def fsync_directory(path: Path) -> None:
     """Have the disk hold that a file is in its folder under this name.
 
     Raises:
@@ -64,21 +64,21 @@ def sync_name(path: Path) -> None:
         return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        sync(folder)
+        fsync_file(folder)
     finally:
         os.close(folder)
 
 
-def _exists(path: Path) -> TraceFileError:
+def _already_exists(path: Path) -> TraceFileError:
     return TraceFileError(f"{path} exists: mode='overwrite' replaces it, mode='a' appends to it")
 
 
 @contextmanager
-def naming(path: Path, done: str) -> Iterator[None]:
+def translate_write_errors(path: Path, done: str) -> Iterator[None]:
     """Turn what h5py raises into a `TraceFileError` that names the file."""
     try:
         yield
     except GrutraceError:
         raise
     except (OSError, RuntimeError, ValueError, TypeError) as error:
-        raise TraceFileError(f"{path} cannot be {done}: {in_brief(error)}") from error
+        raise TraceFileError(f"{path} cannot be {done}: {short_message(error)}") from error

@@ -35,14 +35,14 @@ _TRUNCATED = re.compile(r"truncated file: eof = (\d+),.* stored_eof = (\d+)")
 _HDF5 = re.compile(r"(?:Unable to|Can't|Couldn't|Unspecified error in) [^(]*\((.*)\)$", re.DOTALL)
 
 
-class Fault(Exception):
+class FormatError(Exception):
     """Something in the file is not as docs/format.md has it. Never leaves this package."""
 
     def __init__(self, place: str, expected: object, found: object) -> None:
         super().__init__(f"{place}: expected {expected}, found {found}")
 
 
-class NewerFormat(Exception):
+class UnsupportedVersion(Exception):
     """The file is of a later major version than this code reads. Never leaves this package."""
 
     def __init__(self, found: str, newest: int) -> None:
@@ -55,11 +55,11 @@ class NewerFormat(Exception):
 def require(holds: Any, place: str, expected: object, found: object) -> None:
     """Raise a `Fault` unless the condition holds."""
     if not holds:
-        raise Fault(place, expected, found)
+        raise FormatError(place, expected, found)
 
 
 @contextmanager
-def reading(path: Path, what: str = "trace") -> Iterator[None]:
+def translate_read_errors(path: Path, what: str = "trace") -> Iterator[None]:
     """Turn whatever goes wrong inside into one `TraceFileError` that names the file.
 
     Args:
@@ -70,15 +70,15 @@ def reading(path: Path, what: str = "trace") -> Iterator[None]:
         yield
     except GrutraceError:
         raise
-    except NewerFormat as newer:
+    except UnsupportedVersion as newer:
         raise TraceFileError(f"{path} {newer}") from None
-    except Fault as fault:
+    except FormatError as fault:
         raise TraceFileError(f"{path} is damaged or is no {what}: {fault}") from None
     except H5PY_ERRORS as error:
-        raise TraceFileError(f"{path} cannot be read: {in_brief(error)}") from error
+        raise TraceFileError(f"{path} cannot be read: {short_message(error)}") from error
 
 
-def in_brief(error: BaseException) -> str:
+def short_message(error: BaseException) -> str:
     """What an error of h5py or of the system says, in one line of plain words.
 
     HDF5 adds where in its code it was, the time and addresses in memory; the system adds the name

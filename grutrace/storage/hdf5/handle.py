@@ -30,26 +30,26 @@ from h5py import h5d
 
 from grutrace.errors import StateError, TraceFileError
 from grutrace.records import Array
-from grutrace.storage.hdf5.errors import H5PY_ERRORS, Fault, require
-from grutrace.storage.hdf5.safe_access import member, require_own_data
-from grutrace.storage.hdf5.safe_open import CHUNK_CACHE, is_marked, open_for_reading
-from grutrace.storage.hdf5.superblock import Unmarked, open_unmarked
+from grutrace.storage.hdf5.errors import H5PY_ERRORS, FormatError, require
+from grutrace.storage.hdf5.safe_access import get_member, require_local_data
+from grutrace.storage.hdf5.safe_open import CHUNK_CACHE, has_writer_flag, open_for_reading
+from grutrace.storage.hdf5.superblock import RepairedFile, open_repaired
 
 #: How many times smaller than its rows a packed dataset is at most: chunks of zeros, with an entry
 #: each in the index.
-PACKED = 1 << 14
+MAX_COMPRESSION_RATIO = 1 << 14
 
 #: One lock for all handles: HDF5 itself does one thing at a time, so nothing is lost.
 _lock = threading.RLock()
 
-_handles: weakref.WeakSet[ReadHandle] = weakref.WeakSet()
+_handles: weakref.WeakSet[SharedReadHandle] = weakref.WeakSet()
 
 #: By thread, the handles that are noted because they are to be released.
-_noting = threading.local()
+_tracked = threading.local()
 
 #: Files that HDF5 has failed to close. If it opened one by its path, it would read from what it
 #: still holds of it; if one were forgotten, Python would have it closed again.
-_kept_open: dict[tuple[int, int], list[h5py.File]] = {}
+_quarantined: dict[tuple[int, int], list[h5py.File]] = {}
 
 if hasattr(os, "register_at_fork"):  # There is none on Windows.
     os.register_at_fork(
@@ -58,7 +58,7 @@ if hasattr(os, "register_at_fork"):  # There is none on Windows.
 
 
 @dataclass
-class _Known:
+class _OpenDataset:
     """An open dataset, and what was found of it.
 
     Attributes:
@@ -69,12 +69,12 @@ class _Known:
     """
 
     dataset: h5py.Dataset
-    item: int
-    packed: bool
+    item_bytes: int
+    compressed: bool
     count: int = -1
 
 
-class ReadHandle:
+class SharedReadHandle:
     """An HDF5 file open for reading while it may grow.
 
     Args:
@@ -87,21 +87,21 @@ class ReadHandle:
         self._identity: tuple[int, int] | None = None
         self._created: float | None = None
         self._closed = False
-        self._datasets: dict[str, _Known] = {}
+        self._datasets: dict[str, _OpenDataset] = {}
         self._groups: dict[str, h5py.Group] = {}
-        with self.lent():
+        with self.acquire():
             _handles.add(self)
 
     @contextmanager
-    def lent(self) -> Iterator[h5py.File]:
+    def acquire(self) -> Iterator[h5py.File]:
         """The open file, which nobody closes meanwhile."""
         with _lock:
             if self._closed:
                 raise StateError(f"the trace {self._path} is closed")
             if self._file is None:
                 self._open()
-            for noted in getattr(_noting, "handles", ()):
-                noted.add(self)
+            for tracked in getattr(_tracked, "handles", ()):
+                tracked.add(self)
             yield self._file
 
     def dataset(self, place: str, count: int) -> h5py.Dataset:
@@ -126,14 +126,14 @@ class ReadHandle:
             known.count = count
         return known.dataset
 
-    def unshaped(self, place: str) -> h5d.DatasetID:
+    def dataset_id(self, place: str) -> h5d.DatasetID:
         """A dataset of which nothing was asked yet: it may be virtual. Ask while the file is lent.
 
         Raises:
             Fault: It is missing, no dataset, or behind a link to elsewhere.
         """
         above, _, name = place.rpartition("/")
-        return member(self._group(above), name, h5py.Dataset).id
+        return get_member(self._group(above), name, h5py.Dataset).id
 
     def scalar(self, place: str, dtype: np.dtype[Any]) -> Array:
         """The present value of a scalar dataset. Ask while the file is lent.
@@ -150,37 +150,39 @@ class ReadHandle:
             _refresh(known.dataset)
         return np.asarray(known.dataset[()])
 
-    def _find(self, place: str) -> _Known:
+    def _find(self, place: str) -> _OpenDataset:
         above, _, name = place.rpartition("/")
-        dataset = member(self._group(above), name, h5py.Dataset)
-        packed = require_own_data(dataset, place)
-        return _Known(dataset, math.prod(dataset.shape[1:]) * dataset.dtype.itemsize, packed)
+        dataset = get_member(self._group(above), name, h5py.Dataset)
+        compressed = require_local_data(dataset, place)
+        return _OpenDataset(
+            dataset, math.prod(dataset.shape[1:]) * dataset.dtype.itemsize, compressed
+        )
 
     def _group(self, place: str) -> h5py.Group:
         """A group, found once: those of a thousand sites are asked for ten times each."""
         if place not in self._groups:
             above, _, name = place.rpartition("/")
-            self._groups[place] = member(self._group(above), name, h5py.Group)
+            self._groups[place] = get_member(self._group(above), name, h5py.Group)
         return self._groups[place]
 
     @property
     def size(self) -> int:
         """Bytes of the file. Ask while it is lent."""
         assert self._file is not None
-        if self._identity in _kept_open:
+        if self._identity in _quarantined:
             # It is read through a file of Python's.
             return self._path.stat().st_size
         return os.fstat(self._file.id.get_vfd_handle()).st_size
 
-    def _require_data(self, known: _Known, place: str, count: int) -> None:
+    def _require_data(self, known: _OpenDataset, place: str, count: int) -> None:
         """Refuse a dataset that is longer than its data, as a file that is no trace can be."""
         shape = known.dataset.shape
         require(shape, place, "an array", "a scalar or nothing")
         if shape[0] < count:
-            raise Fault(place, f"at least {count} items", shape[0])
-        size, held = count * known.item, self.size
-        if size > held * (PACKED if known.packed else 1):
-            raise Fault(place, f"{size} bytes of items", f"a file of {held}")
+            raise FormatError(place, f"at least {count} items", shape[0])
+        size, held = count * known.item_bytes, self.size
+        if size > held * (MAX_COMPRESSION_RATIO if known.compressed else 1):
+            raise FormatError(place, f"{size} bytes of items", f"a file of {held}")
 
     def release(self) -> None:
         """Close the file until the next read."""
@@ -194,9 +196,9 @@ class ReadHandle:
                 except (OSError, RuntimeError):
                     # What could not be written is a writer's of this process, which is told so.
                     assert self._identity is not None
-                    keep_off(file, self._identity)
+                    quarantine(file, self._identity)
 
-    def follow(self) -> None:
+    def reopen_if_replaced(self) -> None:
         """Open the file anew if a writer has put a copy of it in its place.
 
         If it is another one by now, or gone, the one that is open is read on.
@@ -204,12 +206,15 @@ class ReadHandle:
         with _lock:
             if self._file is None:
                 return
-            with contextlib.suppress(OSError, Fault, *H5PY_ERRORS):
+            with contextlib.suppress(OSError, FormatError, *H5PY_ERRORS):
                 status = self._path.stat()
-                if self.is_of((status.st_dev, status.st_ino)) or self._identity in _kept_open:
+                if (
+                    self.is_same_file((status.st_dev, status.st_ino))
+                    or self._identity in _quarantined
+                ):
                     return
                 with open_for_reading(self._path) as file:
-                    same = self._created is not None and _created(file) == self._created
+                    same = self._created is not None and _read_created(file) == self._created
                 if same:
                     self.release()
 
@@ -219,37 +224,37 @@ class ReadHandle:
             self.release()
             self._closed = True
 
-    def give_way(self, path: Path, *, marked: bool) -> None:
+    def yield_to(self, path: Path, *, flagged: bool) -> None:
         """Close the file if another handle is about to open it, and one of both follows a writer.
 
         HDF5 opens it once for both. Where a writer of another process adds to it, each would see
         what the other has cached; and (HDF5 2.0) if one refreshes a dataset that both have open,
         both read wrong values from then on.
         """
-        if self._file is None or _writes(self._file):
+        if self._file is None or _is_writable(self._file):
             return
-        if not marked and not _follows(self._file):
+        if not flagged and not _is_swmr_reader(self._file):
             return
         status = path.stat()
-        if self.is_of((status.st_dev, status.st_ino)):
+        if self.is_same_file((status.st_dev, status.st_ino)):
             self.release()
 
-    def is_of(self, identity: tuple[int, int]) -> bool:
+    def is_same_file(self, identity: tuple[int, int]) -> bool:
         """Whether the file is the one of this device and inode."""
         return self._identity == identity
 
     def _open(self) -> None:
-        marked = is_marked(self._path)
+        flagged = has_writer_flag(self._path)
         for handle in list(_handles):
-            handle.give_way(self._path, marked=marked)
+            handle.yield_to(self._path, flagged=flagged)
         status = self._path.stat()
         identity = status.st_dev, status.st_ino
-        if identity in _kept_open:
-            file = open_unmarked(Unmarked(self._path), CHUNK_CACHE)
+        if identity in _quarantined:
+            file = open_repaired(RepairedFile(self._path), CHUNK_CACHE)
         else:
             file = open_for_reading(self._path)
             identity = file_identity(file)
-        created = _created(file)
+        created = _read_created(file)
         # A writer puts a copy in the place of a small file; and the number of a file that is gone
         # may be that of the next.
         if self._identity is not None and (
@@ -268,45 +273,45 @@ def file_identity(file: h5py.File) -> tuple[int, int]:
 
 
 @contextmanager
-def released_afterwards() -> Iterator[None]:
+def release_on_exit() -> Iterator[None]:
     """Close, in the end, the files that this thread reads from inside, until they are read again.
 
     For a process that goes on for long: HDF5 locks an open file, and no run can append to it.
     """
-    noted: set[ReadHandle] = set()
-    outer = getattr(_noting, "handles", ())
-    _noting.handles = (*outer, noted)
+    tracked: set[SharedReadHandle] = set()
+    outer = getattr(_tracked, "handles", ())
+    _tracked.handles = (*outer, tracked)
     try:
         yield
     finally:
-        _noting.handles = outer
-        for handle in noted:
+        _tracked.handles = outer
+        for handle in tracked:
             handle.release()
 
 
 @contextmanager
-def no_reading() -> Iterator[None]:
+def lock_readers() -> Iterator[None]:
     """Let none of this process's handles be read from meanwhile."""
     with _lock:
         yield
 
 
 @contextmanager
-def readers_out(identity: tuple[int, int]) -> Iterator[None]:
+def close_readers(identity: tuple[int, int]) -> Iterator[None]:
     """Close this process's reading handles of a file, and let none open meanwhile."""
     with _lock:
         for handle in list(_handles):
-            if handle.is_of(identity):
+            if handle.is_same_file(identity):
                 handle.release()
         yield
 
 
-def keep_off(file: h5py.File, identity: tuple[int, int]) -> None:
+def quarantine(file: h5py.File, identity: tuple[int, int]) -> None:
     """Never touch this file again, nor have HDF5 open it by its path: it has failed to close it."""
-    _kept_open[identity] = [*_kept_open.get(identity, ()), file]
+    _quarantined[identity] = [*_quarantined.get(identity, ()), file]
 
 
-def _created(file: h5py.File) -> float | None:
+def _read_created(file: h5py.File) -> float | None:
     """When the trace began; None if that is not where it should be, which others will say."""
     name = "created"
     if name not in file.attrs:
@@ -316,23 +321,23 @@ def _created(file: h5py.File) -> float | None:
     return float(file.attrs[name]) if plain else None
 
 
-def _writes(file: h5py.File) -> bool:
+def _is_writable(file: h5py.File) -> bool:
     """Whether this process writes the file, and so sees in it whatever it has written."""
     return bool(file.id.get_intent() & h5py.h5f.ACC_RDWR)
 
 
-def _follows(file: h5py.File) -> bool:
+def _is_swmr_reader(file: h5py.File) -> bool:
     """Whether another process may write the file."""
-    return not _writes(file) and bool(file.id.get_intent() & h5py.h5f.ACC_SWMR_READ)
+    return not _is_writable(file) and bool(file.id.get_intent() & h5py.h5f.ACC_SWMR_READ)
 
 
 def _refresh(dataset: h5py.Dataset) -> None:
     """See what another process has written since."""
-    if _follows(dataset.file):
+    if _is_swmr_reader(dataset.file):
         dataset.refresh()
 
 
-def let_go(file: h5py.File, identity: tuple[int, int]) -> None:
+def close_or_quarantine(file: h5py.File, identity: tuple[int, int]) -> None:
     """Close a file that leads nowhere.
 
     Args:
@@ -342,10 +347,10 @@ def let_go(file: h5py.File, identity: tuple[int, int]) -> None:
     try:
         file.close()
     except (OSError, RuntimeError):
-        keep_off(file, identity)
+        quarantine(file, identity)
 
 
-def lead_nowhere(descriptor: int, identity: tuple[int, int]) -> None:
+def discard_writes(descriptor: int, identity: tuple[int, int]) -> None:
     """Let what HDF5 writes to a file from now on be forgotten.
 
     Args:
@@ -355,12 +360,12 @@ def lead_nowhere(descriptor: int, identity: tuple[int, int]) -> None:
     with contextlib.suppress(OSError):
         status = os.fstat(descriptor)
         if (status.st_dev, status.st_ino) == identity:
-            nowhere = _open_nowhere()
+            nowhere = _open_null()
             os.dup2(nowhere, descriptor)
             os.close(nowhere)
 
 
-def _open_nowhere() -> int:
+def _open_null() -> int:
     """A descriptor to which a whole file can be written, and be forgotten."""
     if hasattr(os, "memfd_create"):
         # Unlike the null device, it can be truncated, which HDF5 does when it closes a file.

@@ -13,7 +13,7 @@ from typing import Any
 import h5py
 from h5py import h5d, h5g, h5l, h5o, h5t
 
-from grutrace.storage.hdf5.errors import Fault, require
+from grutrace.storage.hdf5.errors import FormatError, require
 from grutrace.storage.hdf5.filters import PLUGINS
 
 #: What may be between a dataset and its bytes. HDF5 would look for any other in the folders that
@@ -29,21 +29,25 @@ FILTERS = {
 
 #: The largest chunk that is read: HDF5 brings all of a packed one into memory. Ours have 1 MiB at
 #: most; other programs that copy files make larger ones. Bytes.
-LARGEST_CHUNK = 64 * 1024 * 1024
+MAX_CHUNK_BYTES = 64 * 1024 * 1024
 
 _KINDS = {h5g.GroupID: h5py.Group, h5d.DatasetID: h5py.Dataset, h5t.TypeID: h5py.Datatype}
 
-_EXPECTED = {h5py.Group: "a group", h5py.Dataset: "a dataset"}
+_KIND_NAMES = {h5py.Group: "a group", h5py.Dataset: "a dataset"}
 
-_LINKS = {h5l.TYPE_HARD: "HardLink", h5l.TYPE_SOFT: "SoftLink", h5l.TYPE_EXTERNAL: "ExternalLink"}
+_LINK_NAMES = {
+    h5l.TYPE_HARD: "HardLink",
+    h5l.TYPE_SOFT: "SoftLink",
+    h5l.TYPE_EXTERNAL: "ExternalLink",
+}
 
 
-def holds(group: h5py.Group, name: str) -> bool:
+def has_member(group: h5py.Group, name: str) -> bool:
     """Whether a group has a link of this name, wherever it leads."""
-    return _is_one_name(name) and bool(group.id.links.exists(_encoded(name)))
+    return _is_single_name(name) and bool(group.id.links.exists(_encode(name)))
 
 
-def member(group: h5py.Group, name: str, kind: type) -> Any:
+def get_member(group: h5py.Group, name: str, kind: type) -> Any:
     """The group or dataset of this name, never followed out of the file.
 
     Of a dataset, ask for nothing but its type before `require_own_data`.
@@ -51,13 +55,15 @@ def member(group: h5py.Group, name: str, kind: type) -> Any:
     Raises:
         Fault: It is missing, is of the other kind, or is a link to somewhere else.
     """
-    found = _member(group, name, _EXPECTED[kind])
+    found = _open_member(group, name, _KIND_NAMES[kind])
     if not isinstance(found, kind):
-        raise Fault(_place(group, name), _EXPECTED[kind], type(found).__name__.lower())
+        raise FormatError(
+            _member_path(group, name), _KIND_NAMES[kind], type(found).__name__.lower()
+        )
     return found
 
 
-def walk(file: h5py.File, place: str) -> h5py.Dataset:
+def get_dataset(file: h5py.File, place: str) -> h5py.Dataset:
     """The dataset in this place, whose data are in the file itself.
 
     Raises:
@@ -66,9 +72,9 @@ def walk(file: h5py.File, place: str) -> h5py.Dataset:
     *groups, name = place.split("/")
     group = file
     for part in groups:
-        group = member(group, part, h5py.Group)
-    dataset = member(group, name, h5py.Dataset)
-    require_own_data(dataset, place)
+        group = get_member(group, part, h5py.Group)
+    dataset = get_member(group, name, h5py.Dataset)
+    require_local_data(dataset, place)
     return dataset
 
 
@@ -78,12 +84,12 @@ def is_dataset(group: h5py.Group, name: str) -> bool:
     Raises:
         Fault: There is no such name.
     """
-    if not _is_one_name(name) or _link(group, name) != h5l.TYPE_HARD:
+    if not _is_single_name(name) or _link(group, name) != h5l.TYPE_HARD:
         return False
-    return isinstance(_member(group, name, "something"), h5py.Dataset)
+    return isinstance(_open_member(group, name, "something"), h5py.Dataset)
 
 
-def require_own_data(dataset: h5py.Dataset, place: str) -> bool:
+def require_local_data(dataset: h5py.Dataset, place: str) -> bool:
     """Refuse a dataset whose data are not in the file as they are, or packed as we know.
 
     Returns:
@@ -102,36 +108,38 @@ def require_own_data(dataset: h5py.Dataset, place: str) -> bool:
         require(code in FILTERS, place, f"no filter but {', '.join(FILTERS.values())}", code)
     if layout == h5d.CHUNKED:
         size = math.prod(made.get_chunk()) * dataset.id.get_type().get_size()
-        require(size <= LARGEST_CHUNK, place, f"chunks of {LARGEST_CHUNK} bytes at most", size)
+        require(size <= MAX_CHUNK_BYTES, place, f"chunks of {MAX_CHUNK_BYTES} bytes at most", size)
     return bool(filters)
 
 
-def _member(group: h5py.Group, name: str, expected: str) -> Any:
+def _open_member(group: h5py.Group, name: str, expected: str) -> Any:
     # Each of a thousand sites has a dozen datasets: what is said of one is worked out if it is.
-    if not _is_one_name(name):
+    if not _is_single_name(name):
         # One with a slash would be a path, and may lead through a link.
-        raise Fault(_place(group, name), "a name", "a path")
-    if not group.id.links.exists(_encoded(name)):
-        raise Fault(_place(group, name), expected, "nothing")
+        raise FormatError(_member_path(group, name), "a name", "a path")
+    if not group.id.links.exists(_encode(name)):
+        raise FormatError(_member_path(group, name), expected, "nothing")
     link = _link(group, name)
     if link != h5l.TYPE_HARD:
-        raise Fault(_place(group, name), "no link to elsewhere", _LINKS.get(link, "another link"))
-    found = h5o.open(group.id, _encoded(name))
+        raise FormatError(
+            _member_path(group, name), "no link to elsewhere", _LINK_NAMES.get(link, "another link")
+        )
+    found = h5o.open(group.id, _encode(name))
     made = _KINDS.get(type(found))
     return made(found) if made else found
 
 
-def _place(group: h5py.Group, name: str) -> str:
+def _member_path(group: h5py.Group, name: str) -> str:
     return f"{group.name.rstrip('/')}/{name}"
 
 
 def _link(group: h5py.Group, name: str) -> int:
-    return int(group.id.links.get_info(_encoded(name)).type)
+    return int(group.id.links.get_info(_encode(name)).type)
 
 
-def _is_one_name(name: str) -> bool:
+def _is_single_name(name: str) -> bool:
     return name not in ("", ".") and "/" not in name
 
 
-def _encoded(name: str) -> bytes:
+def _encode(name: str) -> bytes:
     return name.encode("utf-8", "surrogateescape")

@@ -25,12 +25,12 @@ from grutrace.storage.hdf5.locks import NO_LOCKS
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 #: What is read of a file to tell. Bytes.
-HEAD = 4096
+HEAD_BYTES = 4096
 
 #: HDF5 looks for its signature at 0, and at these and so on if there is none. Bytes.
 _USER_BLOCKS = (512, 1024, 2048)
 
-_BEGINNINGS = {
+_MAGIC_BYTES = {
     b"\x1f\x8b": "a gzip file",
     b"BZh": "a bzip2 file",
     b"\xfd7zXZ\x00": "an xz file",
@@ -46,7 +46,7 @@ _BEGINNINGS = {
 }
 
 
-def kind_of(head: bytes) -> str:
+def sniff_format(head: bytes) -> str:
     """What a file is whose first bytes, up to `HEAD`, are these, and are not HDF5's."""
     if not head:
         return "an empty file"
@@ -56,7 +56,7 @@ def kind_of(head: bytes) -> str:
         if b"data.pkl" in head[:512]:
             return "a PyTorch checkpoint"
         return "NumPy arrays (.npz)" if b".npy" in head[:512] else "a zip file"
-    for beginning, kind in _BEGINNINGS.items():
+    for beginning, kind in _MAGIC_BYTES.items():
         if head.startswith(beginning):
             return kind
     if not any(head):
@@ -67,7 +67,7 @@ def kind_of(head: bytes) -> str:
 def _is_text(head: bytes) -> bool:
     try:
         # The last character may have been cut.
-        text = head.decode("utf-8", "ignore" if len(head) == HEAD else "strict")
+        text = head.decode("utf-8", "ignore" if len(head) == HEAD_BYTES else "strict")
     except UnicodeDecodeError:
         return False
     return all(character.isprintable() or character.isspace() for character in text)
@@ -78,18 +78,18 @@ CHUNK_CACHE = 1024 * 1024
 
 #: Places in the table of those chunks, a prime. HDF5 2.0 has 8191, which is 64 KiB for each dataset
 #: that is open, and shards have thousands.
-SLOTS = 101
+CHUNK_CACHE_SLOTS = 101
 
 #: How often HDF5 reads a piece of its metadata that does not match its checksum, since a writer may
 #: be putting it down. It waits for a nanosecond, then for two, then four; left alone, it tries 100
 #: times. These are an eighth of a second together.
-ATTEMPTS = 27
+READ_ATTEMPTS = 27
 
 #: By this variable users tell HDF5 whether to lock files.
 _LOCKING = "HDF5_USE_FILE_LOCKING"
 
 #: The two flags in HDF5's superblock of which a writer sets one.
-_WRITING = 0b101
+_WRITER_FLAGS = 0b101
 
 
 def open_for_reading(path: Path, what: str = "trace") -> h5py.File:
@@ -103,17 +103,18 @@ def open_for_reading(path: Path, what: str = "trace") -> h5py.File:
         TraceFileError: It is not there, or is no HDF5 file.
         OSError: HDF5 cannot open it.
     """
-    head = _head(path)
+    head = _read_head(path)
     if not head.startswith(SIGNATURE):
         raise TraceFileError(
-            f"{path} is no {what}: expected an HDF5 file that grutrace wrote, found {kind_of(head)}"
+            f"{path} is no {what}: expected an HDF5 file that grutrace wrote, found "
+            f"{sniff_format(head)}"
         )
     flags = h5f.ACC_RDONLY
     # In a damaged file SWMR reading waits that a writer puts the damage right: so it is for those
     # files only that may have one.
-    if _marks(head):
+    if _flag_is_set(head):
         flags |= h5f.ACC_SWMR_READ
-    return h5py.File(open_locked(path, flags, _access()))
+    return h5py.File(open_locked(path, flags, _access_properties()))
 
 
 def open_locked(path: Path, flags: int, access: h5p.PropFAID) -> h5f.FileID:
@@ -148,22 +149,22 @@ def _has_no_locks(error: OSError) -> bool:
     return found is not None and int(found[1]) in NO_LOCKS
 
 
-def is_marked(path: Path) -> bool:
+def has_writer_flag(path: Path) -> bool:
     """Whether a writer has the file open, or died.
 
     Raises:
         TraceFileError: It is not there.
     """
-    return _marks(_head(path))
+    return _flag_is_set(_read_head(path))
 
 
-def _marks(head: bytes) -> bool:
+def _flag_is_set(head: bytes) -> bool:
     # From HDF5's superblock, version 2 or 3.
-    return len(head) >= 12 and head[8] >= 2 and bool(head[11] & _WRITING)
+    return len(head) >= 12 and head[8] >= 2 and bool(head[11] & _WRITER_FLAGS)
 
 
 @contextmanager
-def no_plugins() -> Iterator[None]:
+def disable_plugins() -> Iterator[None]:
     """Have HDF5 load no filter from the folders that the environment names, in this process.
 
     For a process that does nothing but read a file: the names in a group can be packed, too, which
@@ -190,21 +191,21 @@ def _hdf5() -> ctypes.PyDLL:
     return ctypes.PyDLL(h5p.__file__)
 
 
-def _head(path: Path) -> bytes:
+def _read_head(path: Path) -> bytes:
     if not path.is_file():
         # Opening a pipe would wait for whoever writes to it, and a device may have no end.
         raise TraceFileError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     with path.open("rb") as file:
-        return file.read(HEAD)
+        return file.read(HEAD_BYTES)
 
 
-def _access() -> h5p.PropFAID:
+def _access_properties() -> h5p.PropFAID:
     access = h5p.create(h5p.FILE_ACCESS)
     metadata, _, _, preference = access.get_cache()
-    access.set_cache(metadata, SLOTS, CHUNK_CACHE, preference)
+    access.set_cache(metadata, CHUNK_CACHE_SLOTS, CHUNK_CACHE, preference)
     access.set_libver_bounds(h5f.LIBVER_V110, h5f.LIBVER_V110)
     # Where HDF5 cannot be reached, it waits for as long as it does.
     with contextlib.suppress(OSError, AttributeError), phil:
         number = ctypes.c_int64(access.id)
-        _hdf5().H5Pset_metadata_read_attempts(number, ctypes.c_uint(ATTEMPTS))
+        _hdf5().H5Pset_metadata_read_attempts(number, ctypes.c_uint(READ_ATTEMPTS))
     return access

@@ -28,32 +28,32 @@ from grutrace.storage.hdf5.errors import require
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 #: Bytes of a superblock of version 2 or 3, with addresses of 8 bytes; its last 4 are a checksum.
-_SIZE = 48
+_SUPERBLOCK_BYTES = 48
 _VERSIONS = (2, 3)
 
 #: Structures of one dataset that change as it grows, of which HDF5 reads each by itself and whole,
 #: and that end with their checksum: pieces of an object header, and of an extensible array.
-_GROWING = (b"OCHK", b"EAHD", b"EAIB", b"EASB", b"EADB")
+_GROWING_STRUCTURES = (b"OCHK", b"EAHD", b"EAIB", b"EASB", b"EADB")
 
 #: A page of such an array has no name: 1024 addresses and a checksum. Bytes.
-_PAGE = 1024 * 8 + 4
+_PAGE_BYTES = 1024 * 8 + 4
 
 #: The address of a chunk that is not there.
-_NOWHERE = 2**64 - 1
+_UNDEFINED_ADDRESS = 2**64 - 1
 
 #: A collection of values of attributes begins so.
-_HEAP = b"GCOL"
+_GLOBAL_HEAP = b"GCOL"
 
 #: An object header begins so.
-_HEADER = b"OHDR\2"
+_OBJECT_HEADER = b"OHDR\2"
 
 #: Places in it: its version, the flags of writers, and the address where the file ends.
 _VERSION = 8
 _FLAGS = 11
-_END = slice(28, 36)
+_END_OF_FILE = slice(28, 36)
 
 
-class Unmarked(io.RawIOBase):
+class RepairedFile(io.RawIOBase):
     """A file to be read by ``h5py.File``.
 
     Args:
@@ -70,21 +70,21 @@ class Unmarked(io.RawIOBase):
         Fault: Its superblock is damaged, or of a kind that grutrace does not write.
     """
 
-    def __init__(self, path: Path, *, mend: bool = False) -> None:
-        self.mended: set[int] = set()
-        self._mend = mend
+    def __init__(self, path: Path, *, repair: bool = False) -> None:
+        self.repaired: set[int] = set()
+        self._repair = repair
         self._file = path.open("rb", buffering=0)
-        self._place = 0
+        self._position = 0
         try:
             self.size = os.fstat(self._file.fileno()).st_size
-            head = bytearray(self._file.read(_SIZE))
-            _check(head)
-            self.full_size = max(self.size, int.from_bytes(head[_END], "little"))
+            head = bytearray(self._file.read(_SUPERBLOCK_BYTES))
+            _check_superblock(head)
+            self.full_size = max(self.size, int.from_bytes(head[_END_OF_FILE], "little"))
         except BaseException:
             self.close()
             raise
         head[_FLAGS] = 0
-        head[_END] = self.full_size.to_bytes(8, "little")
+        head[_END_OF_FILE] = self.full_size.to_bytes(8, "little")
         head[-4:] = checksum(bytes(head[:-4])).to_bytes(4, "little")
         self._head = bytes(head)
 
@@ -98,13 +98,13 @@ class Unmarked(io.RawIOBase):
 
     def tell(self) -> int:
         """Return where the next read begins."""
-        return self._place
+        return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Have the next read begin elsewhere."""
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self.full_size}[whence]
-        self._place = start + offset
-        return self._place
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.full_size}[whence]
+        self._position = start + offset
+        return self._position
 
     def readinto(self, buffer: object) -> int:
         """Fill a buffer, with zeros behind the end of the file.
@@ -113,24 +113,24 @@ class Unmarked(io.RawIOBase):
             OSError: There is nothing of what was asked for, or it cannot be read.
         """
         view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
-        start, done = self._place, 0
+        start, done = self._position, 0
         if start >= self.size:
             raise OSError(f"byte {start} of {self.size} bytes was asked for")
         while done < len(view):
             read = self._read(view[done:], start + done)
             if not read:
-                if bytes(view[:4]) == _HEAP:
+                if bytes(view[:4]) == _GLOBAL_HEAP:
                     # In one that ends with zeros, HDF5 2.0 looks for the next object for ever.
                     raise OSError(f"byte {start + done} of {self.size} bytes was asked for")
                 view[done:] = bytes(len(view) - done)
                 break
             done += read
-        if start < _SIZE:
+        if start < _SUPERBLOCK_BYTES:
             own = self._head[start : start + len(view)]
             view[: len(own)] = own
-        elif self._mend and _mend(view, self.full_size):
-            self.mended.add(start)
-        self._place += len(view)
+        elif self._repair and _repair(view, self.full_size):
+            self.repaired.add(start)
+        self._position += len(view)
         return len(view)
 
     def _read(self, view: memoryview, start: int) -> int:
@@ -146,7 +146,7 @@ class Unmarked(io.RawIOBase):
         super().close()
 
 
-def open_unmarked(file: Unmarked, cache: int) -> h5py.File:
+def open_repaired(file: RepairedFile, cache: int) -> h5py.File:
     """The file, open for reading.
 
     Args:
@@ -156,22 +156,22 @@ def open_unmarked(file: Unmarked, cache: int) -> h5py.File:
     return h5py.File(file, "r", rdcc_nbytes=cache)
 
 
-def _check(head: bytearray) -> None:
+def _check_superblock(head: bytearray) -> None:
     place = "superblock"
     require(head.startswith(SIGNATURE), place, "that of an HDF5 file", "none")
-    require(len(head) == _SIZE, place, f"{_SIZE} bytes", len(head))
+    require(len(head) == _SUPERBLOCK_BYTES, place, f"{_SUPERBLOCK_BYTES} bytes", len(head))
     require(head[8] in _VERSIONS, place, f"version {' or '.join(map(str, _VERSIONS))}", head[8])
     require(head[9] == head[10] == 8, place, "addresses of 8 bytes", f"of {head[9]}")
     found = int.from_bytes(head[-4:], "little")
     require(checksum(bytes(head[:-4])) == found, place, "one that fits its checksum", "another")
 
 
-def _mend(view: memoryview, full_size: int) -> bool:
+def _repair(view: memoryview, full_size: int) -> bool:
     """Make the checksum of what begins here fit, if it is a structure that was growing."""
     end = len(view)
-    if view[:5] == _HEADER:
+    if view[:5] == _OBJECT_HEADER:
         end = _header_size(view)
-    elif view[:4] not in _GROWING and not _is_page(view, full_size):
+    elif view[:4] not in _GROWING_STRUCTURES and not _is_page(view, full_size):
         return False
     if not 8 <= end <= len(view):
         # HDF5 has not asked for all of it yet.
@@ -185,10 +185,12 @@ def _mend(view: memoryview, full_size: int) -> bool:
 
 def _is_page(view: memoryview, full_size: int) -> bool:
     """Whether this is a page of a long extensible array: addresses of chunks, or of none."""
-    if len(view) != _PAGE:
+    if len(view) != _PAGE_BYTES:
         return False
     addresses = np.frombuffer(view[:-4], "<u8")
-    return bool(((addresses < full_size) & (addresses > 0) | (addresses == _NOWHERE)).all())
+    return bool(
+        ((addresses < full_size) & (addresses > 0) | (addresses == _UNDEFINED_ADDRESS)).all()
+    )
 
 
 def _header_size(view: memoryview) -> int:
@@ -199,7 +201,7 @@ def _header_size(view: memoryview) -> int:
     return start + width + int.from_bytes(view[start : start + width], "little") + 4
 
 
-def image(file: h5py.File) -> bytes:
+def image_bytes(file: h5py.File) -> bytes:
     """Return the bytes of a file that was created in memory.
 
     HDF5 before 2.0 takes the mark of a writer out of them, and leaves the checksum as it was with
@@ -209,8 +211,8 @@ def image(file: h5py.File) -> bytes:
     found = bytes(file.id.get_file_image())
     if found[_VERSION] not in _VERSIONS:
         return found
-    fitting = checksum(found[: _SIZE - 4]).to_bytes(4, "little")
-    return found[: _SIZE - 4] + fitting + found[_SIZE:]
+    fitting = checksum(found[: _SUPERBLOCK_BYTES - 4]).to_bytes(4, "little")
+    return found[: _SUPERBLOCK_BYTES - 4] + fitting + found[_SUPERBLOCK_BYTES:]
 
 
 def checksum(data: bytes) -> int:
@@ -222,27 +224,27 @@ def checksum(data: bytes) -> int:
     if not data:
         return c
     while len(data) > 12:
-        a, b, c = _mix(*_added(data[:12], a, b, c))
+        a, b, c = _mix(*_add_words(data[:12], a, b, c))
         data = data[12:]
-    return _final(*_added(data.ljust(12, b"\0"), a, b, c))
+    return _final(*_add_words(data.ljust(12, b"\0"), a, b, c))
 
 
 _WORD = 0xFFFFFFFF
 
 
-def _added(block: bytes, a: int, b: int, c: int) -> tuple[int, int, int]:
+def _add_words(block: bytes, a: int, b: int, c: int) -> tuple[int, int, int]:
     words = (int.from_bytes(block[start : start + 4], "little") for start in (0, 4, 8))
     first, second, third = words
     return (a + first) & _WORD, (b + second) & _WORD, (c + third) & _WORD
 
 
-def _rotated(word: int, by: int) -> int:
+def _rotate(word: int, by: int) -> int:
     return ((word << by) | (word >> (32 - by))) & _WORD
 
 
 def _mix(a: int, b: int, c: int) -> tuple[int, int, int]:
     for by in (4, 6, 8, 16, 19, 4):
-        a = ((a - c) & _WORD) ^ _rotated(c, by)
+        a = ((a - c) & _WORD) ^ _rotate(c, by)
         c = (c + b) & _WORD
         a, b, c = b, c, a
     return a, b, c
@@ -250,6 +252,6 @@ def _mix(a: int, b: int, c: int) -> tuple[int, int, int]:
 
 def _final(a: int, b: int, c: int) -> int:
     for by in (14, 11, 25, 16, 4, 14, 24):
-        c = ((c ^ b) - _rotated(b, by)) & _WORD
+        c = ((c ^ b) - _rotate(b, by)) & _WORD
         a, b, c = b, c, a
     return b

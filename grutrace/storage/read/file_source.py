@@ -14,16 +14,16 @@ import numpy as np
 from grutrace.records import Array, Site
 from grutrace.storage.format.header import read_header
 from grutrace.storage.format.schema import (
-    check_column,
-    layout,
-    quantity_place,
-    site_place,
+    check_dataset,
+    dataset_specs,
+    quantity_path,
+    site_path,
     weight_shapes,
 )
-from grutrace.storage.format.shard_stamp import shard_of
-from grutrace.storage.format.tables import CommittedTables, Tables, lengths
-from grutrace.storage.hdf5.errors import reading
-from grutrace.storage.hdf5.handle import ReadHandle
+from grutrace.storage.format.shard_stamp import read_shard
+from grutrace.storage.format.tables import TableReader, Tables, dataset_lengths
+from grutrace.storage.hdf5.errors import translate_read_errors
+from grutrace.storage.hdf5.handle import SharedReadHandle
 from grutrace.storage.interfaces import Readable, Rows
 from grutrace.storage.read.lazy_rows import FileRows
 from grutrace.storage.read.virtual import MergedColumns
@@ -44,8 +44,8 @@ class FileSource:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
         self.name = str(path)
-        with reading(self._path):
-            self._handle = ReadHandle(self._path)
+        with translate_read_errors(self._path):
+            self._handle = SharedReadHandle(self._path)
             try:
                 self._begin()
             except BaseException:
@@ -53,19 +53,19 @@ class FileSource:
                 raise
 
     def _begin(self) -> None:
-        with self._handle.lent() as file:
+        with self._handle.acquire() as file:
             self.header = read_header(file)
-            shard_of(self.header)
-            self._columns = layout(self.header.modules)
+            read_shard(self.header)
+            self._columns = dataset_specs(self.header.modules)
             self._merged = MergedColumns(self._path, self._handle, self.header, self._columns)
             own = [place for place in self._columns if place not in self._merged]
-            self._tables = CommittedTables(self._handle, self.header.modules)
+            self._tables = TableReader(self._handle, self.header.modules)
             tables = self._merged.ranked(self._tables.read())
             # The counts first: whatever is opened after them is as long at least.
-            counts = lengths(tables, self.header.modules)
+            counts = dataset_lengths(tables, self.header.modules)
             for place in own:
                 dataset = self._handle.dataset(place, counts[place])
-                check_column(dataset, place, self._columns[place])
+                check_dataset(dataset, place, self._columns[place])
             self._merged.require_lengths(counts)
 
     @property
@@ -83,8 +83,8 @@ class FileSource:
         Raises:
             TraceFileError: The file is damaged.
         """
-        self._handle.follow()
-        with reading(self._path), self._handle.lent():
+        self._handle.reopen_if_replaced()
+        with translate_read_errors(self._path), self._handle.acquire():
             return self._merged.ranked(self._tables.read())
 
     def as_of(self, tables: Tables) -> Readable:  # noqa: ARG002
@@ -94,21 +94,21 @@ class FileSource:
     def rows(self, module: int, suffix: str, quantity: str, count: int) -> Rows:
         """The first `count` rows, (count, H or I), read when they are indexed."""
         kind = self.header.modules[module]
-        return self._rows(quantity_place(kind, self._site(module, suffix), quantity), count)
+        return self._rows(quantity_path(kind, self._site(module, suffix), quantity), count)
 
     def initial(self, module: int, suffix: str, count: int) -> Rows:
         """The states that the first `count` sequences began from, (count, H)."""
-        return self._rows(site_place(self.header.modules[module], suffix, "initial"), count)
+        return self._rows(site_path(self.header.modules[module], suffix, "initial"), count)
 
     def checks(self, module: int, suffix: str, count: int) -> Array:
         """Of the module's first `count` calls, (count,) of type `schema.CHECK`."""
-        return self._items(site_place(self.header.modules[module], suffix, "checks"), 0, count)
+        return self._items(site_path(self.header.modules[module], suffix, "checks"), 0, count)
 
     def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
         """One version of a site's weights."""
         kind = self.header.modules[module]
         return {
-            name: self._items(site_place(kind, suffix, name), version, version + 1)[0]
+            name: self._items(site_path(kind, suffix, name), version, version + 1)[0]
             for name in weight_shapes(kind, self._site(module, suffix))
         }
 
@@ -125,18 +125,18 @@ class FileSource:
         if place in self._merged:
             return self._merged.rows(place)
         column = self._columns[place]
-        lent: Callable[[], AbstractContextManager[h5py.Dataset]]
-        lent = partial(self._dataset, place, count)
-        return FileRows(lent, (count, *column.item), column.dtype)  # type: ignore[arg-type]
+        acquire: Callable[[], AbstractContextManager[h5py.Dataset]]
+        acquire = partial(self._dataset, place, count)
+        return FileRows(acquire, (count, *column.item), column.dtype)  # type: ignore[arg-type]
 
     def _items(self, place: str, start: int, stop: int) -> Array:
         if place in self._merged:
-            with reading(self._path):
+            with translate_read_errors(self._path):
                 return self._merged.items(place, start, stop)
         with self._dataset(place, stop) as dataset:
             return np.asarray(dataset[start:stop])
 
     @contextmanager
     def _dataset(self, place: str, count: int) -> Iterator[h5py.Dataset]:
-        with reading(self._path), self._handle.lent():
+        with translate_read_errors(self._path), self._handle.acquire():
             yield self._handle.dataset(place, count)

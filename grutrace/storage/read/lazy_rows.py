@@ -132,7 +132,7 @@ class FileRows(LazyRows):
     """The first rows of a dataset, (rows, width). Indexing reads, and gives NumPy arrays.
 
     Args:
-        lent: Gives the open dataset for one read.
+        acquire: Gives the open dataset for one read.
         shape: (rows, width)
         dtype: Type of the elements.
 
@@ -144,15 +144,15 @@ class FileRows(LazyRows):
 
     def __init__(
         self,
-        lent: Callable[[], AbstractContextManager[h5py.Dataset]],
+        acquire: Callable[[], AbstractContextManager[h5py.Dataset]],
         shape: tuple[int, int],
         dtype: np.dtype[Any],
     ) -> None:
         super().__init__(shape, dtype)
-        self._lent, self._asked = lent, False
+        self._acquire, self._asked = acquire, False
 
     def _read(self, rows: slice, columns: slice) -> Array:
-        with self._lent() as dataset:
+        with self._acquire() as dataset:
             if not self._asked:
                 # Not before: looking into a compressed trace needs no library to unpack it.
                 is_compressed(dataset)

@@ -18,7 +18,7 @@ import numpy as np
 
 from grutrace.errors import NotRecordedError
 from grutrace.records import Array, ModuleInfo, Site
-from grutrace.storage.format.tables import Extent
+from grutrace.storage.format.tables import ModuleCounts
 from grutrace.storage.interfaces import Readable
 from grutrace.storage.read.lazy_rows import LazyRows
 from grutrace.storage.read.proofs import CallVersions, Factors
@@ -73,7 +73,7 @@ class SiteIngredients:
         self,
         source: Readable,
         index: ModuleIndex,
-        extent: Extent,
+        extent: ModuleCounts,
         calls: Array,
         module: ModuleInfo,
         number: int,

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grutrace.records import MARK_PREFIX, Array
-from grutrace.storage.format.tables import Extent, Tables
+from grutrace.storage.format.tables import ModuleCounts, Tables
 
 Integers = npt.NDArray[np.int64]
 
@@ -124,7 +124,7 @@ def _parents(tables: Tables, module: int, continued: Integers, count: int) -> In
 def _joined(tables: Tables, annotations: Array, segments: Sequence[Segments | None]) -> Tables:
     annotations, forks = annotations.copy(), tables.forks.copy()
     pieces: list[Array] = list(tables.pieces)
-    extents: list[Extent] = list(tables.extents)
+    extents: list[ModuleCounts] = list(tables.extents)
     is_fork = np.ones(len(forks), bool)
     for module, of in enumerate(segments):
         if of is None:

@@ -12,7 +12,7 @@ import numpy as np
 from grutrace.errors import NotRecordedError
 from grutrace.records import Array, ModuleInfo, Site
 from grutrace.reprs import wrapped
-from grutrace.storage.format.tables import Extent
+from grutrace.storage.format.tables import ModuleCounts
 from grutrace.storage.read.lazy_rows import LazyRows, as_rows
 from grutrace.storage.read.recomputed import SiteIngredients
 from grutrace.storage.read.row_labels import RowLabels, names_of, row_labels
@@ -70,7 +70,7 @@ class SiteTrace(Quantities[LazyRows]):
         return (Sequence(moment, self._number, self.site, number) for number in range(count))
 
     @property
-    def extent(self) -> Extent:
+    def extent(self) -> ModuleCounts:
         """How many calls, rows, sequences and versions of the weights its module has."""
         return self._look().extent(self._number)
 

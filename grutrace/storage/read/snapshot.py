@@ -21,8 +21,8 @@ from grutrace.errors import (
     suggest_name,
 )
 from grutrace.records import GATES, QUANTITIES, Array, Site
-from grutrace.storage.format.shard_stamp import shard_of
-from grutrace.storage.format.tables import Extent, Tables
+from grutrace.storage.format.shard_stamp import read_shard
+from grutrace.storage.format.tables import ModuleCounts, Tables
 from grutrace.storage.interfaces import Rows, Source
 from grutrace.storage.memory import MemoryCopy, MemoryStore
 from grutrace.storage.read.lazy_rows import SelectedRows
@@ -117,7 +117,7 @@ class Moment:
         """The tables, with the segments of each sequence put together."""
         return self._joined.tables
 
-    def extent(self, module: int) -> Extent:
+    def extent(self, module: int) -> ModuleCounts:
         """How much of a module there is."""
         return self.tables.extents[module]
 
@@ -237,7 +237,7 @@ class Moment:
         shards = self.tables.shards
         if shards:
             return np.repeat([each.rank for each in shards], [each.calls for each in shards])
-        shard = shard_of(self.header)
+        shard = read_shard(self.header)
         return np.full(len(self.tables.calls), shard.rank if shard else 0)
 
     @property

@@ -25,11 +25,11 @@ from h5py import h5d, h5p, h5s, h5t
 from grutrace.errors import TraceFileError
 from grutrace.records import Array, TraceHeader
 from grutrace.storage.format.header import read_root
-from grutrace.storage.format.schema import Column, check_column, create_column
-from grutrace.storage.format.shard_stamp import merged_of
+from grutrace.storage.format.schema import DatasetSpec, check_dataset, create_growing_dataset
+from grutrace.storage.format.shard_stamp import read_merged_shards
 from grutrace.storage.format.tables import ShardCalls, Tables
-from grutrace.storage.hdf5.errors import reading, require
-from grutrace.storage.hdf5.handle import ReadHandle
+from grutrace.storage.hdf5.errors import require, translate_read_errors
+from grutrace.storage.hdf5.handle import SharedReadHandle
 from grutrace.storage.interfaces import Rows
 from grutrace.storage.read.lazy_rows import FileRows, StackedRows
 
@@ -55,7 +55,7 @@ class Span:
     count: int
 
 
-def read_spans(dataset: h5d.DatasetID, place: str, column: Column) -> tuple[Span, ...] | None:
+def read_spans(dataset: h5d.DatasetID, place: str, column: DatasetSpec) -> tuple[Span, ...] | None:
     """The items of a virtual dataset, from first to last; None of one that is not virtual.
 
     Args:
@@ -126,11 +126,11 @@ def _is_like(span: Span, place: str) -> bool:
 
 
 def create_virtual(
-    spans: Mapping[str, Sequence[Span]], file: h5py.File, place: str, column: Column
+    spans: Mapping[str, Sequence[Span]], file: h5py.File, place: str, column: DatasetSpec
 ) -> h5py.Dataset:
     """Create a column whose items are elsewhere; or, where there are none, one without."""
     if place not in spans:
-        return create_column(file, place, column)
+        return create_growing_dataset(file, place, column)
     total = sum(span.count for span in spans[place])
     properties, start = h5p.create(h5p.DATASET_CREATE), 0
     # What HDF5 gives, without a word, where a shard is gone: zeros would pass for values.
@@ -173,10 +173,10 @@ class Neighbours:
         TraceFileError: One of them is not there.
     """
 
-    def __init__(self, path: Path, own: ReadHandle, created: dict[str, float]) -> None:
+    def __init__(self, path: Path, own: SharedReadHandle, created: dict[str, float]) -> None:
         self._folder, self._own, self._created = path.resolve().parent, own, created
         self._merged = path
-        self._handles: dict[str, ReadHandle] = {}
+        self._handles: dict[str, SharedReadHandle] = {}
         for name in created:
             self._path(name)
 
@@ -186,18 +186,18 @@ class Neighbours:
         return tuple(self._folder / name for name in self._created)
 
     @contextmanager
-    def lent(self, span: Span, column: Column) -> Iterator[h5py.Dataset]:
+    def acquire(self, span: Span, column: DatasetSpec) -> Iterator[h5py.Dataset]:
         """The dataset that a span is the beginning of, for one read.
 
         Raises:
             TraceFileError: It is not there, or is not what it should be.
         """
-        with reading(self._merged), self._own.lent():
+        with translate_read_errors(self._merged), self._own.acquire():
             handle = self._own if span.file == ITSELF else self._handle(self._path(span.file))
             if handle is self._own:
                 yield _checked(handle, span, column)
                 return
-        with reading(self._folder / span.file), handle.lent():
+        with translate_read_errors(self._folder / span.file), handle.acquire():
             yield _checked(handle, span, column)
 
     def close(self) -> None:
@@ -205,12 +205,12 @@ class Neighbours:
         for handle in self._handles.values():
             handle.close()
 
-    def _handle(self, path: Path) -> ReadHandle:
+    def _handle(self, path: Path) -> SharedReadHandle:
         if path.name not in self._handles:
-            with reading(path):
-                handle = ReadHandle(path)
+            with translate_read_errors(path):
+                handle = SharedReadHandle(path)
                 self._handles[path.name] = handle
-                with handle.lent() as file:
+                with handle.acquire() as file:
                     found = read_root(file)["created"]
             if found != self._created[path.name]:
                 raise TraceFileError(f"{path} is not the file that {self._merged} was merged of")
@@ -236,9 +236,9 @@ class Neighbours:
         return path
 
 
-def _checked(handle: ReadHandle, span: Span, column: Column) -> h5py.Dataset:
+def _checked(handle: SharedReadHandle, span: Span, column: DatasetSpec) -> h5py.Dataset:
     dataset = handle.dataset(span.place, span.count)
-    check_column(dataset, span.place, column)
+    check_dataset(dataset, span.place, column)
     return dataset
 
 
@@ -257,15 +257,19 @@ class MergedColumns:
     """
 
     def __init__(
-        self, path: Path, handle: ReadHandle, header: TraceHeader, columns: Mapping[str, Column]
+        self,
+        path: Path,
+        handle: SharedReadHandle,
+        header: TraceHeader,
+        columns: Mapping[str, DatasetSpec],
     ) -> None:
-        self._shards, self._columns = merged_of(header), columns
+        self._shards, self._columns = read_merged_shards(header), columns
         self._spans: dict[str, tuple[Span, ...]] = {}
         self._latest: tuple[Tables, Tables] | None = None
         files = {name: created for each in self._shards for name, created in each.files.items()}
         self._neighbours = Neighbours(path, handle, files)
         for place, column in columns.items() if self._shards else ():
-            spans = read_spans(handle.unshaped(place), place, column)
+            spans = read_spans(handle.dataset_id(place), place, column)
             if spans is not None:
                 self._spans[place] = spans
 
@@ -309,7 +313,7 @@ class MergedColumns:
         (width,) = column.item
         parts = [
             FileRows(
-                partial(self._neighbours.lent, span, column), (span.count, width), column.dtype
+                partial(self._neighbours.acquire, span, column), (span.count, width), column.dtype
             )
             for span in spans
         ]
@@ -322,7 +326,7 @@ class MergedColumns:
         for span in self._spans[place]:
             first, last = max(0, start), min(span.count, stop)
             if first < last:
-                with self._neighbours.lent(span, column) as dataset:
+                with self._neighbours.acquire(span, column) as dataset:
                     found.append(np.asarray(dataset[first:last]))
             start, stop = start - span.count, stop - span.count
         return np.concatenate(found)

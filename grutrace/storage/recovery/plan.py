@@ -21,18 +21,18 @@ import numpy as np
 from grutrace.errors import TraceFileError
 from grutrace.records import Array, ModuleInfo
 from grutrace.storage.format.header import read_header
-from grutrace.storage.format.schema import COMMITTED, TABLES, layout
-from grutrace.storage.hdf5.errors import Fault, reading, require
-from grutrace.storage.hdf5.safe_access import walk
-from grutrace.storage.hdf5.superblock import Unmarked, open_unmarked
-from grutrace.storage.recovery.scan import Needs, Within, leading
+from grutrace.storage.format.schema import COMMITTED, TABLES, dataset_specs
+from grutrace.storage.hdf5.errors import FormatError, require, translate_read_errors
+from grutrace.storage.hdf5.safe_access import get_dataset
+from grutrace.storage.hdf5.superblock import RepairedFile, open_repaired
+from grutrace.storage.recovery.scan import ChunkScanner, ModuleExtents, count_leading_true
 
 #: Entries of a table that are looked at together; of pieces and values, one call's at least.
-ENTRIES = 1 << 16
+BLOCK_ENTRIES = 1 << 16
 
 
 @dataclass
-class Kept:
+class IntactPrefix:
     """What can be kept of a file.
 
     Attributes:
@@ -64,7 +64,7 @@ class Kept:
         return counts
 
 
-class Remains:
+class PrefixScanner:
     """What there is of a trace in a file.
 
     Args:
@@ -86,9 +86,9 @@ class Remains:
     ) -> None:
         self._modules = modules
         self._datasets: dict[str, h5py.Dataset] = {}
-        self._there: dict[str, Within] = {}
-        for place, column in layout(modules).items():
-            dataset = walk(file, place)
+        self._scanners: dict[str, ChunkScanner] = {}
+        for place, column in dataset_specs(modules).items():
+            dataset = get_dataset(file, place)
             found = f"{dataset.dtype} of items {dataset.shape and dataset.shape[1:]}"
             expected = f"{column.dtype} of items {column.item}"
             fits = dataset.shape and (dataset.dtype, dataset.shape[1:]) == (
@@ -98,12 +98,12 @@ class Remains:
             require(fits, place, expected, found)
             require(dataset.chunks is not None, place, "chunks", "none")
             self._datasets[place] = dataset
-            self._there[place] = Within(dataset, size, limits.get(place))
-        self._committed = _scalar(file, size)
+            self._scanners[place] = ChunkScanner(dataset, size, limits.get(place))
+        self._committed = _read_committed(file, size)
         self._obstacle = ""
         self._reasons: dict[str, str] = {}
 
-    def longest(self) -> Kept:
+    def scan(self) -> IntactPrefix:
         """The longest run of calls from the first that is whole, and what belongs to it.
 
         Raises:
@@ -111,7 +111,7 @@ class Remains:
         """
         counts = dict.fromkeys(self._datasets, 0)
         counts["strings"], counts["characters"] = self._strings()
-        modules = [Needs(module) for module in self._modules]
+        modules = [ModuleExtents(module) for module in self._modules]
         counts["calls"] = self._calls(modules, counts["strings"])
         for module in modules:
             counts |= module.counts()
@@ -129,12 +129,12 @@ class Remains:
             if len(dataset) > counts[place]
         }
         closed = bool(self._committed["closed"])
-        return Kept(counts, closed, lost, dropped, self._reason if lost else "")
+        return IntactPrefix(counts, closed, lost, dropped, self._reason if lost else "")
 
-    def _upto(self, place: str, count: int) -> int:
+    def _count_available(self, place: str, count: int) -> int:
         """How many of the first items of a dataset are there. Why not all, is the reason."""
-        there = self._there[place]
-        found = there.upto(count)
+        there = self._scanners[place]
+        found = there.count_available(count)
         if found < count:
             self._note(place, there.reason)
         return found
@@ -150,41 +150,41 @@ class Remains:
 
     def _strings(self) -> tuple[int, int]:
         """How many strings are whole, and how many characters they have."""
-        count = self._upto("strings", int(self._committed["strings"]))
-        characters = self._upto("characters", int(self._committed["characters"]))
+        count = self._count_available("strings", int(self._committed["strings"]))
+        characters = self._count_available("characters", int(self._committed["characters"]))
         kept = last = 0
         while kept < count:
-            ends = self._datasets["strings"][kept : min(count, kept + ENTRIES)]
+            ends = self._datasets["strings"][kept : min(count, kept + BLOCK_ENTRIES)]
             before = np.concatenate([[np.uint64(last)], ends[:-1]])
             fits = (ends >= before) & (ends <= np.uint64(characters))
-            whole = leading(fits)
+            whole = count_leading_true(fits)
             kept, last = kept + whole, int(ends[whole - 1]) if whole else last
             if whole < len(ends):
                 self._note("strings", f"string {kept} ends beyond {characters} characters")
                 break
         return kept, last
 
-    def _calls(self, modules: list[Needs], strings: int) -> int:
+    def _calls(self, modules: list[ModuleExtents], strings: int) -> int:
         """How many calls are whole. What of each module they need, is noted there."""
-        count = self._upto("calls", int(self._committed["calls"]))
+        count = self._count_available("calls", int(self._committed["calls"]))
         done = 0
         while done < count:
-            calls = self._datasets["calls"][done : min(count, done + ENTRIES)]
+            calls = self._datasets["calls"][done : min(count, done + BLOCK_ENTRIES)]
             batches = np.cumsum(calls["batch"], dtype=np.int64)
-            calls = calls[: max(1, int(np.searchsorted(batches, ENTRIES, side="right")))]
+            calls = calls[: max(1, int(np.searchsorted(batches, BLOCK_ENTRIES, side="right")))]
             known = (calls["module"] < len(modules)) & (calls["tag"] <= strings)
-            cut = leading(known)
+            cut = count_leading_true(known)
             if cut < len(calls):
                 self._obstacle = "calls"
                 self._note("calls", f"call {done + cut} has a module or a tag that is not there")
             for number, module in enumerate(modules):
                 own = np.flatnonzero(calls["module"][:cut] == number)
-                whole = module.advance(calls[own], self._upto, self._pieces)
+                whole = module.advance(calls[own], self._count_available, self._pieces)
                 if whole < len(own):
                     cut = int(own[whole])
                     self._obstacle = module.obstacle
             for number, module in enumerate(modules):
-                module.take(int((calls["module"][:cut] == number).sum()))
+                module.accept(int((calls["module"][:cut] == number).sum()))
             done += cut
             if cut < len(calls):
                 return done
@@ -195,12 +195,14 @@ class Remains:
         return np.asarray(self._datasets[place][start:stop])
 
     def _forks(self, sequences: Array) -> int:
-        count = self._upto("forks", int(self._committed["forks"]))
+        count = self._count_available("forks", int(self._committed["forks"]))
         done = 0
         while done < count:
-            forks = self._datasets["forks"][done : min(count, done + ENTRIES)]
-            fits = _of_kept(forks, sequences, "sequence") & _of_kept(forks, sequences, "parent")
-            whole = leading(fits)
+            forks = self._datasets["forks"][done : min(count, done + BLOCK_ENTRIES)]
+            fits = _refers_to_kept(forks, sequences, "sequence") & _refers_to_kept(
+                forks, sequences, "parent"
+            )
+            whole = count_leading_true(fits)
             done += whole
             if whole < len(forks):
                 break
@@ -208,18 +210,20 @@ class Remains:
 
     def _annotations(self, sequences: Array, strings: int) -> tuple[int, int]:
         """How many annotations are whole and of calls that are, and how many values they have."""
-        count = self._upto("annotations", int(self._committed["annotations"]))
-        values = self._upto("values", int(self._committed["values"]))
+        count = self._count_available("annotations", int(self._committed["annotations"]))
+        values = self._count_available("values", int(self._committed["values"]))
         done = used = 0
         while done < count:
-            entries = self._datasets["annotations"][done : min(count, done + ENTRIES)]
+            entries = self._datasets["annotations"][done : min(count, done + BLOCK_ENTRIES)]
             lengths = np.minimum(entries["count"], np.uint64(values + 1)).astype(np.int64)
             ends = used + np.cumsum(lengths)
-            entries = entries[: max(1, int(np.searchsorted(ends - used, ENTRIES, side="right")))]
+            entries = entries[
+                : max(1, int(np.searchsorted(ends - used, BLOCK_ENTRIES, side="right")))
+            ]
             ends = ends[: len(entries)]
-            fits = _of_kept(entries, sequences, "sequence") & (ends <= values)
+            fits = _refers_to_kept(entries, sequences, "sequence") & (ends <= values)
             fits &= (entries["name"] > 0) & (entries["name"] <= strings)
-            whole = leading(fits)
+            whole = count_leading_true(fits)
             whole = self._known_texts(entries[:whole], used, strings)
             done, used = done + whole, int(ends[whole - 1]) if whole else used
             if whole < len(entries):
@@ -232,12 +236,12 @@ class Remains:
         lengths = entries["count"].astype(np.int64)
         values = self._datasets["values"][used : used + int(lengths.sum())]
         known = (values >= 0) & (values < strings) | ~np.repeat(entries["text"] > 0, lengths)
-        last = np.searchsorted(np.cumsum(lengths), leading(known), side="right")
+        last = np.searchsorted(np.cumsum(lengths), count_leading_true(known), side="right")
         return len(entries) if known.all() else int(last)
 
 
-def _scalar(file: h5py.File, size: int) -> Any:
-    dataset = walk(file, "committed")
+def _read_committed(file: h5py.File, size: int) -> Any:
+    dataset = get_dataset(file, "committed")
     found = f"{dataset.dtype} of shape {dataset.shape}"
     require((dataset.dtype, dataset.shape) == (COMMITTED, ()), "committed", COMMITTED, found)
     place = dataset.id.get_offset()
@@ -250,7 +254,7 @@ def _scalar(file: h5py.File, size: int) -> Any:
     return dataset[()]
 
 
-def _of_kept(table: Array, sequences: Array, name: str) -> Array:
+def _refers_to_kept(table: Array, sequences: Array, name: str) -> Array:
     """(entries,) whether each is of a sequence that is kept."""
     known = table["module"] < len(sequences)
     begun = sequences[np.where(known, table["module"], 0)] if len(sequences) else 0
@@ -258,22 +262,22 @@ def _of_kept(table: Array, sequences: Array, name: str) -> Array:
 
 
 #: Bytes of the chunks of a dataset that HDF5 keeps: of a packed one, some that were unpacked.
-CACHE = 8 * 1024 * 1024
+CHUNK_CACHE = 8 * 1024 * 1024
 
 
 @contextlib.contextmanager
-def opened(path: Path, *, mend: bool) -> Iterator[tuple[Unmarked, h5py.File]]:
+def open_damaged(path: Path, *, repair: bool) -> Iterator[tuple[RepairedFile, h5py.File]]:
     """A file as if its writer had closed it; with half-written structures, or without."""
     with (
-        reading(path),
-        Unmarked(path, mend=mend) as unmarked,
-        open_unmarked(unmarked, CACHE) as file,
+        translate_read_errors(path),
+        RepairedFile(path, repair=repair) as unmarked,
+        open_repaired(unmarked, CHUNK_CACHE) as file,
     ):
         yield unmarked, file
 
 
 @dataclass
-class Plan:
+class RecoveryPlan:
     """What to keep of a file, and how to read it.
 
     Attributes:
@@ -284,26 +288,26 @@ class Plan:
             there.
     """
 
-    kept: Kept
-    mend: bool
-    mended: int
+    kept: IntactPrefix
+    repair: bool
+    repaired: int
     limits: dict[str, int]
 
 
-def plan_of(source: Path, *, mend: bool, limits: dict[str, int]) -> Plan:
+def make_plan(source: Path, *, repair: bool, limits: dict[str, int]) -> RecoveryPlan:
     """Look what can be kept.
 
     Raises:
         TraceFileError: Nothing.
     """
-    with opened(source, mend=mend) as (unmarked, file):
-        kept = Remains(file, read_header(file).modules, unmarked.size, limits).longest()
+    with open_damaged(source, repair=repair) as (unmarked, file):
+        kept = PrefixScanner(file, read_header(file).modules, unmarked.size, limits).scan()
         if not kept.calls and kept.lost:
-            raise Fault("calls", "at least one that is whole", f"none: {kept.reason}")
-        return Plan(kept, mend, len(unmarked.mended), limits)
+            raise FormatError("calls", "at least one that is whole", f"none: {kept.reason}")
+        return RecoveryPlan(kept, repair, len(unmarked.repaired), limits)
 
 
-def best_plan(source: Path) -> Plan:
+def best_plan(source: Path) -> RecoveryPlan:
     """What to keep of a file; with half-written structures only if that keeps more.
 
     Raises:
@@ -311,13 +315,13 @@ def best_plan(source: Path) -> Plan:
     """
     plan, error = None, None
     try:
-        plan = plan_of(source, mend=False, limits={})
+        plan = make_plan(source, repair=False, limits={})
         if not plan.kept.lost:
             return plan
     except TraceFileError as found:
         error = found
     with contextlib.suppress(TraceFileError):
-        other = plan_of(source, mend=True, limits={})
+        other = make_plan(source, repair=True, limits={})
         if plan is None or other.kept.calls > plan.kept.calls:
             return other
     if plan is None:

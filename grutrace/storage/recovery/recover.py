@@ -20,11 +20,11 @@ import numpy as np
 from grutrace.errors import TraceFileError
 from grutrace.records import Array
 from grutrace.storage.format.header import read_header
-from grutrace.storage.hdf5.atomic_write import put_in_place, room_for, sync_name
+from grutrace.storage.hdf5.atomic_write import fsync_directory, publish, temporary_path
 from grutrace.storage.hdf5.errors import H5PY_ERRORS
-from grutrace.storage.hdf5.safe_access import walk
-from grutrace.storage.recovery.plan import Plan, best_plan, opened, plan_of
-from grutrace.storage.recovery.preflight import LIMIT, look_from_outside
+from grutrace.storage.hdf5.safe_access import get_dataset
+from grutrace.storage.recovery.plan import RecoveryPlan, best_plan, make_plan, open_damaged
+from grutrace.storage.recovery.preflight import TIMEOUT, check_in_subprocess
 from grutrace.storage.save import write_datasets
 from grutrace.storage.shards.run_parts import Stamp, part_files, part_path, stamp_of
 
@@ -32,14 +32,14 @@ from grutrace.storage.shards.run_parts import Stamp, part_files, part_path, stam
 BLOCK = 8 * 1024 * 1024
 
 #: How much of a file is looked at in a second, at least. Bytes.
-PER_SECOND = 1e9
+MIN_SCAN_RATE = 1e9
 
 #: Told how many bytes are copied, and how many there are.
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Recovery:
+class RecoveryReport:
     """What became of one file.
 
     Attributes:
@@ -63,15 +63,15 @@ class Recovery:
     lost: dict[str, int]
     reason: str
     dropped: dict[str, int]
-    mended: int = 0
+    repaired: int = 0
 
 
 def recover_file(
     path: str | os.PathLike[str],
     output: str | os.PathLike[str],
     progress: Progress | None = None,
-    patience: float = LIMIT,
-) -> list[Recovery]:
+    timeout: float = TIMEOUT,
+) -> list[RecoveryReport]:
     """Write what is committed in a trace file to a new one, which any HDF5 tool opens.
 
     The file may have been left behind by a writer that was killed, be cut short, be damaged, or be
@@ -92,14 +92,14 @@ def recover_file(
         TraceFileError: The file is no trace, is damaged where nothing can be done without, or
             changed meanwhile; or the output exists or cannot be written. Nothing is left behind.
     """
-    _look_first(Path(path), patience)
-    sources, target = _parts(Path(path)), Path(os.path.realpath(output))
+    _check_first(Path(path), timeout)
+    sources, target = _source_files(Path(path)), Path(os.path.realpath(output))
     targets = {number: part_path(target, number) if number else target for number in sources}
     for each in targets.values():
         if each.exists():
             raise TraceFileError(f"{each} exists: name another file to recover to")
     total = sum(source.stat().st_size for source in sources.values())
-    made: list[tuple[Path, Recovery]] = []
+    made: list[tuple[Path, RecoveryReport]] = []
     placed: list[Path] = []
     try:
         for number, source in sources.items():
@@ -114,9 +114,9 @@ def recover_file(
             progress(total, total)
         # The first comes last: it is what the others are found by.
         for new, recovery in reversed(made):
-            put_in_place(new, recovery.path, "w")
+            publish(new, recovery.path, "w")
             placed.append(recovery.path)
-        sync_name(target)
+        fsync_directory(target)
     except BaseException:
         for ours in (*placed, *(new for new, _ in made)):
             with contextlib.suppress(OSError):
@@ -125,24 +125,24 @@ def recover_file(
     return [each for _, each in made]
 
 
-def _look_first(path: Path, patience: float) -> None:
+def _check_first(path: Path, timeout: float) -> None:
     """Let a process of its own find out whether HDF5 comes to an end with a file."""
     if not path.is_file():
         raise TraceFileError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     files = [path, *part_files(path).values()]
     size = sum(each.stat().st_size for each in files)
-    look_from_outside(files, patience + size / PER_SECOND, "look_to_recover")
+    check_in_subprocess(files, timeout + size / MIN_SCAN_RATE, "scan_for_recovery")
 
 
-def _parts(path: Path) -> dict[int, Path]:
+def _source_files(path: Path) -> dict[int, Path]:
     """The files of the run that this is the first part of, by number; by 0 a file by itself."""
-    own = _stamp(path)
+    own = _read_stamp(path)
     if own is None or own.part != 1:
         return {0: path}
     found = {1: path}
     for number, file in part_files(path).items():
         # Of a file whose header is damaged, nobody can say whether it is of this run.
-        if _stamp(file) == Stamp(own.run, number):
+        if _read_stamp(file) == Stamp(own.run, number):
             found[number] = file
     missing = [number for number in range(1, max(found)) if number not in found]
     if missing:
@@ -153,59 +153,65 @@ def _parts(path: Path) -> dict[int, Path]:
     return found
 
 
-def _stamp(path: Path) -> Stamp | None:
+def _read_stamp(path: Path) -> Stamp | None:
     try:
-        with opened(path, mend=False) as (_, file):
+        with open_damaged(path, repair=False) as (_, file):
             return stamp_of(read_header(file).options)
     except TraceFileError:
-        with opened(path, mend=True) as (_, file):
+        with open_damaged(path, repair=True) as (_, file):
             return stamp_of(read_header(file).options)
 
 
-def _recover_one(source: Path, path: Path, advance: Callable[[int], None]) -> tuple[Path, Recovery]:
+def _recover_one(
+    source: Path, path: Path, advance: Callable[[int], None]
+) -> tuple[Path, RecoveryReport]:
     """Make the new file, not yet in its place."""
-    before = _state(source)
+    before = _size_and_time(source)
     plan = best_plan(source)
     while True:
-        new = room_for(path, "w")
+        new = temporary_path(path, "w")
         try:
             _copy(source, path, new, plan, advance)
             break
-        except _Unreadable as found:
+        except _UnreadableItem as found:
             # Its place was known, and yet it cannot be read.
             new.unlink(missing_ok=True)
-            plan = plan_of(source, mend=plan.mend, limits={**plan.limits, found.place: found.items})
+            plan = make_plan(
+                source, repair=plan.repair, limits={**plan.limits, found.place: found.items}
+            )
         except BaseException:
             new.unlink(missing_ok=True)
             raise
-    if _state(source) != before:
+    if _size_and_time(source) != before:
         new.unlink()
         raise TraceFileError(
             f"{source} has changed while it was read: its writer is at work. It can be read with "
             "grutrace.open, and needs no recovery before its writer has ended"
         )
     kept = plan.kept
-    return new, Recovery(
-        source, path, kept.closed, kept.calls, kept.lost, kept.reason, kept.dropped, plan.mended
+    return new, RecoveryReport(
+        source, path, kept.closed, kept.calls, kept.lost, kept.reason, kept.dropped, plan.repaired
     )
 
 
-def _state(path: Path) -> tuple[int, int]:
+def _size_and_time(path: Path) -> tuple[int, int]:
     status = path.stat()
     return status.st_size, status.st_mtime_ns
 
 
-def _copy(source: Path, path: Path, new: Path, plan: Plan, advance: Callable[[int], None]) -> None:
-    with opened(source, mend=plan.mend) as (_, file):
+def _copy(
+    source: Path, path: Path, new: Path, plan: RecoveryPlan, advance: Callable[[int], None]
+) -> None:
+    with open_damaged(source, repair=plan.repair) as (_, file):
 
         def blocks(place: str, count: int) -> Iterator[Array]:
-            return _blocks(walk(file, place), place, count)
+            return _blocks(get_dataset(file, place), place, count)
 
         header, kept = read_header(file), plan.kept
         write_datasets(path, new, header, kept.counts, kept.committed, blocks, advance)
 
 
-class _Unreadable(Exception):
+class _UnreadableItem(Exception):
     """An item of a dataset that cannot be read."""
 
     def __init__(self, place: str, items: int) -> None:
@@ -222,10 +228,10 @@ def _blocks(dataset: h5py.Dataset, place: str, count: int) -> Iterator[Array]:
         try:
             yield np.asarray(dataset[start:stop])
         except H5PY_ERRORS:
-            raise _Unreadable(place, _readable(dataset, start, stop)) from None
+            raise _UnreadableItem(place, _count_readable(dataset, start, stop)) from None
 
 
-def _readable(dataset: h5py.Dataset, start: int, stop: int) -> int:
+def _count_readable(dataset: h5py.Dataset, start: int, stop: int) -> int:
     """How many items can be read from the first, given that this range cannot be as a whole."""
     while stop - start > 1:
         middle = (start + stop) // 2

@@ -14,12 +14,12 @@ import h5py
 import numpy as np
 
 from grutrace.records import Array, ModuleInfo
-from grutrace.storage.format.schema import pieces_place, quantity_place, site_place, weight_shapes
-from grutrace.storage.hdf5.errors import H5PY_ERRORS, in_brief
+from grutrace.storage.format.schema import pieces_path, quantity_path, site_path, weight_shapes
+from grutrace.storage.hdf5.errors import H5PY_ERRORS, short_message
 
 
 @dataclass
-class Needs:
+class ModuleExtents:
     """How much of one module the calls so far need.
 
     Attributes:
@@ -45,7 +45,7 @@ class Needs:
     def advance(
         self,
         calls: Array,
-        upto: Callable[[str, int], int],
+        count_available: Callable[[str, int], int],
         read: Callable[[str, int, int], Array],
     ) -> int:
         """Look at the module's next calls; how many of them are whole.
@@ -55,10 +55,10 @@ class Needs:
             upto: Tells how many of the first items of a dataset are there, of so many.
             read: Reads items of a dataset.
         """
-        place = pieces_place(self.module)
+        place = pieces_path(self.module)
         ends = self.pieces + np.cumsum(calls["batch"], dtype=np.int64)
         last = int(ends[-1]) if len(ends) else self.pieces
-        there = upto(place, last)
+        there = count_available(place, last)
         pieces = read(place, self.pieces, there)
         begun = self._begun(pieces)
         there = self.pieces + len(begun)
@@ -83,13 +83,13 @@ class Needs:
         )
         for place, column in self._columns().items():
             needed = self._after[:whole, column]
-            there = upto(place, int(needed[-1])) if whole else 0
+            there = count_available(place, int(needed[-1])) if whole else 0
             if whole and there < needed[-1]:
                 whole = int(np.searchsorted(needed, there, side="right"))
                 self.obstacle = place
         return whole
 
-    def take(self, calls: int) -> None:
+    def accept(self, calls: int) -> None:
         """Keep this many of the calls that were looked at."""
         if calls:
             self.calls, self.pieces, self.rows, self.sequences, self.versions = self._after[
@@ -100,33 +100,33 @@ class Needs:
         """By dataset of the module, how many items are needed."""
         have = (self.calls, self.pieces, self.rows, self.sequences, self.versions)
         found = {place: have[column] for place, column in self._columns().items()}
-        return {pieces_place(self.module): self.pieces, **found}
+        return {pieces_path(self.module): self.pieces, **found}
 
     def _begun(self, pieces: Array) -> Array:
         """(pieces,) how many sequences have begun by each; up to the first that leaves one out."""
         numbers = np.minimum(pieces["sequence"], np.uint64(2**62)).astype(np.int64)
         begun = np.maximum.accumulate(np.concatenate([[self.sequences], numbers + 1]))
-        return begun[1 : 1 + leading(numbers <= begun[:-1])]
+        return begun[1 : 1 + count_leading_true(numbers <= begun[:-1])]
 
     def _columns(self) -> dict[str, int]:
         """By dataset, which of the counts is its length: calls, rows, sequences or versions."""
         columns = {}
         for site in self.module.sites:
             for quantity in site.quantities:
-                columns[quantity_place(self.module, site, quantity)] = 2
-            columns[site_place(self.module, site.suffix, "initial")] = 3
-            columns[site_place(self.module, site.suffix, "checks")] = 0
+                columns[quantity_path(self.module, site, quantity)] = 2
+            columns[site_path(self.module, site.suffix, "initial")] = 3
+            columns[site_path(self.module, site.suffix, "checks")] = 0
             for name in weight_shapes(self.module, site):
-                columns[site_place(self.module, site.suffix, name)] = 4
+                columns[site_path(self.module, site.suffix, name)] = 4
         return columns
 
 
-def leading(mask: Array) -> int:
+def count_leading_true(mask: Array) -> int:
     """How many are true before the first that is not."""
     return len(mask) if mask.all() else int(np.argmin(mask))
 
 
-class Within:
+class ChunkScanner:
     """Looks for the chunks of a dataset, as far as is asked.
 
     Args:
@@ -144,18 +144,18 @@ class Within:
         self._limited = limit is not None
         self._known = 0
         self._chunk: tuple[int, ...] = dataset.chunks
-        self._packed = dataset.id.get_create_plist().get_nfilters() > 0
+        self._compressed = dataset.id.get_create_plist().get_nfilters() > 0
         #: Bytes.
-        self._item = math.prod(dataset.shape[1:]) * dataset.dtype.itemsize
+        self._item_bytes = math.prod(dataset.shape[1:]) * dataset.dtype.itemsize
         self.reason = ""
 
-    def upto(self, count: int) -> int:
+    def count_available(self, count: int) -> int:
         """How many of the first `count` items are there."""
         wanted = min(count, self._length)
-        if not self._item:
+        if not self._item_bytes:
             return wanted
         while self._known < wanted and not self.reason:
-            found = 0 if self._known % self._chunk[0] else self._of_chunk(self._known)
+            found = 0 if self._known % self._chunk[0] else self._count_in_row_of_chunks(self._known)
             self._known += found
             if not found and not self.reason:
                 self.reason = (
@@ -167,7 +167,7 @@ class Within:
             self.reason = f"item {wanted} {cannot}"
         return min(count, self._known)
 
-    def _of_chunk(self, first: int) -> int:
+    def _count_in_row_of_chunks(self, first: int) -> int:
         """How many items, from the first of a chunk on, are there."""
         rest = [
             range(0, size, step)
@@ -175,20 +175,20 @@ class Within:
         ]
         items = min(self._chunk[0], self._length - first)
         for others in itertools.product(*rest):
-            items = min(items, self._of_one(first, others, items))
+            items = min(items, self._count_in_chunk(first, others, items))
         return items
 
-    def _of_one(self, first: int, others: tuple[int, ...], items: int) -> int:
+    def _count_in_chunk(self, first: int, others: tuple[int, ...], items: int) -> int:
         try:
             info = self._dataset.id.get_chunk_info_by_coord((first, *others))
         except H5PY_ERRORS as error:
-            self.reason = f"where item {first} lies cannot be read: {in_brief(error)}"
+            self.reason = f"where item {first} lies cannot be read: {short_message(error)}"
             return 0
         if info.byte_offset is None:
             self.reason = f"item {first} was never written"
             return 0
         start = int(info.byte_offset)
-        if self._packed:
+        if self._compressed:
             return items if start + int(info.size) <= self._size else 0
         # A writer that died may not have written the unused end of a chunk.
         item: int = math.prod(self._chunk[1:]) * self._dataset.dtype.itemsize

@@ -17,7 +17,7 @@ from grutrace.errors import TraceFileError
 from grutrace.records import Array, ModuleInfo, TraceHeader
 from grutrace.storage.format.header import module_differences
 from grutrace.storage.format.schema import CHECK, PIECE, width
-from grutrace.storage.format.tables import Extent, ShardCalls, Tables
+from grutrace.storage.format.tables import ModuleCounts, ShardCalls, Tables
 from grutrace.storage.interfaces import Readable, Rows, SteadySource
 from grutrace.storage.read.lazy_rows import StackedRows
 from grutrace.storage.shards.union import annotation_values
@@ -175,7 +175,9 @@ class _JoinedRows:
         self._name, self._shards, self._sources = joined.name, joined.shards, joined.sources
         self._modules, self._tables = joined.header.modules, tuple(parts)
         #: By module, where there is something of it: the source, its place there, how much.
-        self._parts: list[list[tuple[SteadySource, int, Extent]]] = [[] for _ in self._modules]
+        self._parts: list[list[tuple[SteadySource, int, ModuleCounts]]] = [
+            [] for _ in self._modules
+        ]
         for source, of_source, tables in zip(self._sources, joined.numbers, parts, strict=True):
             for local, number in enumerate(of_source):
                 self._parts[number].append((source, local, tables.extents[local]))
@@ -249,7 +251,7 @@ def joined_tables(parts: Sequence[Tables], numbers: Sequence[Numbers], modules: 
         numbers: Where the modules of each are among all.
         modules: How many there are of all.
     """
-    before = [Extent(0, 0, 0, 0)] * modules
+    before = [ModuleCounts(0, 0, 0, 0)] * modules
     pieces: list[list[Array]] = [[np.empty(0, PIECE)] for _ in range(modules)]
     calls, forks, annotations, values, strings, characters = ([] for _ in range(6))
     texts = letters = 0
@@ -291,7 +293,7 @@ class _Moves:
         texts: How many strings there are in those.
     """
 
-    def __init__(self, numbers: Numbers, before: Sequence[Extent], texts: int) -> None:
+    def __init__(self, numbers: Numbers, before: Sequence[ModuleCounts], texts: int) -> None:
         self._modules = np.array(numbers, np.uint32)
         self._sequences = np.array([before[number].sequences for number in numbers], np.uint64)
         self._versions = np.array([before[number].versions for number in numbers], np.uint32)
@@ -312,8 +314,8 @@ class _Moves:
         return moved
 
 
-def _sum(first: Extent, second: Extent) -> Extent:
-    return Extent(
+def _sum(first: ModuleCounts, second: ModuleCounts) -> ModuleCounts:
+    return ModuleCounts(
         first.calls + second.calls,
         first.rows + second.rows,
         first.sequences + second.sequences,

@@ -26,19 +26,19 @@ from grutrace.storage.format.schema import (
     COMMITTED,
     LIBVER,
     TABLES,
-    Create,
-    create_column,
+    CreateDataset,
     create_datasets,
+    create_growing_dataset,
+    dataset_specs,
     input_owner,
-    layout,
-    module_place,
-    pieces_place,
-    site_place,
+    module_path,
+    pieces_path,
+    site_path,
     weight_shapes,
 )
-from grutrace.storage.format.shard_stamp import Merged, merged_options
-from grutrace.storage.format.tables import Extent, Tables, lengths
-from grutrace.storage.hdf5.atomic_write import naming, put_in_place, room_for
+from grutrace.storage.format.shard_stamp import MergedShard, merged_options
+from grutrace.storage.format.tables import ModuleCounts, Tables, dataset_lengths
+from grutrace.storage.hdf5.atomic_write import publish, temporary_path, translate_write_errors
 from grutrace.storage.hdf5.filters import compression_of, filter_options
 from grutrace.storage.interfaces import Readable, Rows, SteadySource
 from grutrace.storage.read.lazy_rows import BLOCK
@@ -61,7 +61,7 @@ class MergeReport:
         copied: Bytes that were copied.
     """
 
-    shards: tuple[Merged, ...]
+    shards: tuple[MergedShard, ...]
     unclosed: tuple[Path, ...]
     copied: int
 
@@ -93,7 +93,7 @@ def merge_shards(
         GrutraceWarning: There is no file of some rank.
     """
     target = Path(output)
-    new = room_for(target, "w")
+    new = temporary_path(target, "w")
     source = open_files(paths)
     try:
         if not isinstance(source, JoinedSource):
@@ -101,12 +101,12 @@ def merge_shards(
         if not copy:
             _require_beside(target, source.files)
         merge = _Merge(source, copy, progress)
-        with naming(target, "written"):
+        with translate_write_errors(target, "written"):
             try:
                 # Nobody knows its name yet, and a file system may have no locks.
                 with h5py.File(new, "x", libver=LIBVER, locking=False) as file:
                     merge.write(file)
-                put_in_place(new, target, "w")
+                publish(new, target, "w")
             except BaseException:
                 new.unlink(missing_ok=True)
                 raise
@@ -158,7 +158,7 @@ class _Merge:
         header = replace(self._header, options=options)
         write_header(file, header)
         # What is copied is packed as it was.
-        create = partial(create_column, packed=filter_options(compression_of(header)))
+        create = partial(create_growing_dataset, packed=filter_options(compression_of(header)))
         if self._copy:
             create_datasets(file, header.modules, create)
             for number, module in enumerate(header.modules):
@@ -171,13 +171,13 @@ class _Merge:
             create_datasets(file, header.modules, partial(create_virtual, spans))
         self._write_tables(file)
         create_scales(file, header.modules)
-        extend_scales(file, header.modules, lengths(self._tables, header.modules))
+        extend_scales(file, header.modules, dataset_lengths(self._tables, header.modules))
 
     def _write_tables(self, file: h5py.File) -> None:
         for name in TABLES:
             _fill(file[name], getattr(self._tables, name))
         for module, pieces in zip(self._header.modules, self._tables.pieces, strict=True):
-            _fill(file[pieces_place(module)], pieces)
+            _fill(file[pieces_path(module)], pieces)
         counts = np.zeros((), COMMITTED)
         for name in TABLES:
             counts[name] = len(getattr(self._tables, name))
@@ -196,11 +196,11 @@ class _Merge:
                         spans.setdefault(place, []).append(shard.span(local, module, place, count))
         return spans
 
-    def _copy_shard(self, file: h5py.File, shard: _Shard, create: Create) -> None:
+    def _copy_shard(self, file: h5py.File, shard: _Shard, create: CreateDataset) -> None:
         """Copy what lies in one shard to a place of its own in the new file."""
         for local, number in enumerate(shard.numbers):
             module = self._header.modules[number]
-            columns = layout([module])
+            columns = dataset_specs([module])
             for place, _ in _columns(module):
                 create(file, f"{shard.prefix}{place}", columns[place])
             extent = shard.tables.extents[local]
@@ -212,13 +212,13 @@ class _Merge:
         module: ModuleInfo,
         source: Readable,
         number: int,
-        extent: Extent,
+        extent: ModuleCounts,
         prefix: str = "",
     ) -> None:
         for site in module.sites:
 
             def place(name: str, suffix: str = site.suffix) -> str:
-                return prefix + site_place(module, suffix, name)
+                return prefix + site_path(module, suffix, name)
 
             for quantity in site.quantities:
                 if quantity != "input" or input_owner(module, site) is site:
@@ -275,18 +275,18 @@ class _Shard:
         return f"{COPIED}/rank{self.shard.rank:04}/"
 
     @property
-    def account(self) -> Merged:
+    def account(self) -> MergedShard:
         """What the merged file says of it."""
         files = {each.files[0].name: each.header.created for each in _files(self.source)}
         calls, closed = len(self.tables.calls), self.tables.closed
-        return Merged(self.shard.rank, calls, closed, files if self.linked else {})
+        return MergedShard(self.shard.rank, calls, closed, files if self.linked else {})
 
     @property
     def nbytes(self) -> int:
         """Bytes of all that is not in its tables."""
         size = 0
         for module, extent in zip(self.source.header.modules, self.tables.extents, strict=True):
-            columns = layout([module])
+            columns = dataset_specs([module])
             for place, name in _columns(module):
                 item = math.prod(columns[place].item) * columns[place].dtype.itemsize
                 size += _count(extent, name) * item
@@ -301,8 +301,8 @@ class _Shard:
             if isinstance(self.source, CombinedSource)
             else (self.source, local)
         )
-        own = module_place(file.header.modules[number])
-        return Span(file.files[0].name, own + place.removeprefix(module_place(module)), count)
+        own = module_path(file.header.modules[number])
+        return Span(file.files[0].name, own + place.removeprefix(module_path(module)), count)
 
 
 def _files(source: SteadySource) -> Sequence[SteadySource]:
@@ -311,12 +311,12 @@ def _files(source: SteadySource) -> Sequence[SteadySource]:
 
 def _columns(module: ModuleInfo) -> Iterator[tuple[str, str]]:
     """The columns of a module that are no tables: their places, and their names there."""
-    for place in layout([module]):
-        if place not in TABLES and place != pieces_place(module):
+    for place in dataset_specs([module]):
+        if place not in TABLES and place != pieces_path(module):
             yield place, place.rpartition("/")[2]
 
 
-def _count(extent: Extent, name: str) -> int:
+def _count(extent: ModuleCounts, name: str) -> int:
     """How many items a column has."""
     if name in QUANTITIES:
         return extent.rows

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from grutrace.distributed import Shard
 from grutrace.errors import GrutraceWarning, OptionError, TraceFileError, as_path, short_repr
-from grutrace.storage.format.shard_stamp import merged_of, shard_of
+from grutrace.storage.format.shard_stamp import read_merged_shards, read_shard
 from grutrace.storage.format.tables import Tables
-from grutrace.storage.hdf5.errors import reading
-from grutrace.storage.hdf5.handle import released_afterwards
+from grutrace.storage.hdf5.errors import translate_read_errors
+from grutrace.storage.hdf5.handle import release_on_exit
 from grutrace.storage.interfaces import Source, SteadySource
 from grutrace.storage.read.file_source import FileSource
 from grutrace.storage.shards.concatenated import JoinedSource
@@ -79,7 +79,7 @@ def _open_shards(
 
 def _warn_of_unmerged(source: ShardSource) -> None:
     """Say which ranks a merged file has nothing of."""
-    merged = merged_of(source.header)
+    merged = read_merged_shards(source.header)
     if merged:
         size = int(source.header.options["shards"]["world_size"])
         there = {shard.rank for shard in merged}
@@ -97,7 +97,7 @@ def _warn(name: str, missing: Sequence[int], world_size: int, what: str) -> None
 def _is_shard(path: str) -> bool:
     source = FileSource(path)
     try:
-        return shard_of(source.header) is not None
+        return read_shard(source.header) is not None
     finally:
         source.close()
 
@@ -164,7 +164,7 @@ def _opened(
             source = open_run(path)
             opened.append((_shard(source, path), source))
             # Now it finds the other parts of its run; and of many shards few are read at a time.
-            with released_afterwards():
+            with release_on_exit():
                 source.refresh()
             stamp = stamp_of(source.header.options)
             if stamp is not None and stamp.part > 1:
@@ -182,8 +182,8 @@ def _opened(
 
 def _shard(source: ShardSource, path: str | os.PathLike[str]) -> Shard:
     try:
-        with reading(Path(path)):
-            shard = shard_of(source.header)
+        with translate_read_errors(Path(path)):
+            shard = read_shard(source.header)
         if shard is None:
             raise TraceFileError(
                 f"{os.fspath(path)} cannot be read together with others, for it is no shard: one "

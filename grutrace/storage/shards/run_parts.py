@@ -15,8 +15,8 @@ from typing import Any
 from grutrace.errors import TraceFileError
 from grutrace.storage.format.header import read_root
 from grutrace.storage.format.tables import Tables
-from grutrace.storage.hdf5.errors import Fault, reading
-from grutrace.storage.hdf5.handle import no_reading
+from grutrace.storage.hdf5.errors import FormatError, translate_read_errors
+from grutrace.storage.hdf5.handle import lock_readers
 from grutrace.storage.hdf5.safe_open import open_for_reading
 from grutrace.storage.read.file_source import FileSource
 from grutrace.storage.shards.union import CombinedSource
@@ -55,7 +55,7 @@ def stamp_of(options: Mapping[str, Any]) -> Stamp | None:
         run, part = found.get("id"), found.get("part")
         if isinstance(run, str) and type(part) is int and part > 0:
             return Stamp(run, part)
-    raise Fault("attribute 'options', run", "a text 'id' and a number 'part' from 1", found)
+    raise FormatError("attribute 'options', run", "a text 'id' and a number 'part' from 1", found)
 
 
 def part_path(first: Path, number: int) -> Path:
@@ -83,7 +83,7 @@ def read_stamp(path: Path) -> Stamp | None:
     Raises:
         TraceFileError: It cannot be read as a trace.
     """
-    with reading(path), no_reading(), open_for_reading(path) as file:
+    with translate_read_errors(path), lock_readers(), open_for_reading(path) as file:
         return stamp_of(read_root(file)["options"])
 
 
@@ -221,7 +221,7 @@ class RunSource(CombinedSource):
             path = part_path(self._first, self._next)
             require_beside(self._first, path)
             source = FileSource(path)
-            with reading(path):
+            with translate_read_errors(path):
                 stamp = stamp_of(source.header.options)
             if stamp != Stamp(self._stamp.run, self._next):
                 source.close()
@@ -239,7 +239,7 @@ def open_run(path: str | os.PathLike[str]) -> FileSource | RunSource:
     """
     first = FileSource(path)
     try:
-        with reading(Path(path)):
+        with translate_read_errors(Path(path)):
             stamp = stamp_of(first.header.options)
         if stamp is None or stamp.part != 1:
             return first

@@ -11,7 +11,7 @@ from grutrace.records import Array
 from grutrace.storage.hdf5.filters import is_compressed
 
 
-class Appender:
+class DatasetAppender:
     """Gathers what a dataset grows by, and writes it when told.
 
     Args:
@@ -31,17 +31,17 @@ class Appender:
         self._dtype: np.dtype[Any] = dataset.dtype
         self._length: int = dataset.shape[0]
         self._chunk: int = dataset.chunks[0]
-        self._staged: list[Array] = []
+        self._buffer: list[Array] = []
         self.compressed = is_compressed(dataset)
 
     @property
-    def staged(self) -> int:
+    def buffered_bytes(self) -> int:
         """Bytes that are staged."""
-        return sum(items.nbytes for items in self._staged)
+        return sum(items.nbytes for items in self._buffer)
 
-    def stage(self, items: Array) -> None:
+    def append(self, items: Array) -> None:
         """Keep (n, ...) items for the next write."""
-        self._staged.append(items)
+        self._buffer.append(items)
 
     def write(self, *, whole_chunks: bool = False) -> None:
         """Write what is staged. If that fails, all of it is still staged.
@@ -49,19 +49,23 @@ class Appender:
         Args:
             whole_chunks: Leave staged what does not make a whole chunk yet.
         """
-        if not self._staged:
+        if not self._buffer:
             return
-        staged = self._staged
+        buffered_bytes = self._buffer
         # With the type given NumPy need not work out a common one, slow for compound types.
-        items = np.concatenate(staged, dtype=self._dtype) if len(staged) > 1 else staged[0]
+        items = (
+            np.concatenate(buffered_bytes, dtype=self._dtype)
+            if len(buffered_bytes) > 1
+            else buffered_bytes[0]
+        )
         left = min(len(items), (self.position + len(items)) % self._chunk) if whole_chunks else 0
         written = items[: len(items) - left]
         if len(written):
-            self._put(np.ascontiguousarray(written, self._dtype))
+            self._write_items(np.ascontiguousarray(written, self._dtype))
         self.position += len(written)
-        self._staged = [items[len(items) - left :]] if left else []
+        self._buffer = [items[len(items) - left :]] if left else []
 
-    def _put(self, items: Array) -> None:
+    def _write_items(self, items: Array) -> None:
         # h5py's low-level calls: Dataset.resize and slicing cost 70 microseconds a write, these 30.
         end = self.position + len(items)
         if end > self._length:

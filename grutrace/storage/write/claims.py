@@ -10,7 +10,7 @@ from grutrace.errors import TraceFileError
 from grutrace.storage.hdf5.locks import HeldFile
 
 #: How long a new writer waits for one that was given up and is closing its file. Seconds.
-PATIENCE = 30.0
+CLAIM_TIMEOUT = 30.0
 
 #: Guards all below; told when a path is given back.
 _changed = threading.Condition()
@@ -36,7 +36,7 @@ class Claim:
         self.path, self.closing = path, False
         self._held: HeldFile | None = None
         with _changed:
-            _changed.wait_for(lambda: not _is_closing(path), PATIENCE)
+            _changed.wait_for(lambda: not _is_closing(path), CLAIM_TIMEOUT)
             if _holders(path):
                 raise TraceFileError(
                     f"{path} is being written by another tracer or grutrace.Statistics of this "
@@ -71,7 +71,7 @@ class Claim:
         if held is not None:
             held.close()
 
-    def has(self, path: Path) -> bool:
+    def covers(self, path: Path) -> bool:
         """Whether a path, or a hard link at it, is this one."""
         if path == self.path:
             return self._held is None or path.exists()
@@ -91,7 +91,7 @@ def require_unclaimed(path: Path) -> None:
 
 
 def _holders(path: Path) -> list[Claim]:
-    return [each for each in _claims if each.has(path)]
+    return [each for each in _claims if each.covers(path)]
 
 
 def _is_closing(path: Path) -> bool:
@@ -99,7 +99,7 @@ def _is_closing(path: Path) -> bool:
     return bool(holders) and all(each.closing for each in holders)
 
 
-def _disown_all() -> None:
+def _release_all_after_fork() -> None:
     """In a forked child: the files are written by the parent, which keeps its locks."""
     global _changed
     _changed = threading.Condition()
@@ -111,5 +111,5 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=lambda: _changed.acquire(),
         after_in_parent=lambda: _changed.release(),
-        after_in_child=_disown_all,
+        after_in_child=_release_all_after_fork,
     )

@@ -21,35 +21,37 @@ import numpy as np
 
 from grutrace.records import TraceHeader
 from grutrace.storage.format.dimension_scales import extend_scales
-from grutrace.storage.format.schema import Column, layout
-from grutrace.storage.write.appender import Appender
+from grutrace.storage.format.schema import DatasetSpec, dataset_specs
+from grutrace.storage.write.appender import DatasetAppender
 from grutrace.storage.write.create import Items, trace_image
 
 #: No trace with more data is written anew: what it could save is little beside that. Bytes.
-LARGEST = 16 * 1024 * 1024
+MAX_DATA_BYTES = 16 * 1024 * 1024
 
 #: Nor one with more sites, for each of which HDF5 takes 10 ms.
-MOST_SITES = 100
+MAX_SITES = 100
 
 #: What is saved at least, and as a share of the data. Bytes.
-LEAST, SHARE = 16 * 1024, 1 / 4
+MIN_SAVING_BYTES, MIN_SAVING_SHARE = 16 * 1024, 1 / 4
 
 _VERSION = "format_version"
 
 #: The attributes by which HDF5 relates datasets and scales.
-_OF_SCALES = {"CLASS", "NAME", "DIMENSION_LIST", "DIMENSION_LABELS", "REFERENCE_LIST"}
+_SCALE_ATTRIBUTES = {"CLASS", "NAME", "DIMENSION_LIST", "DIMENSION_LABELS", "REFERENCE_LIST"}
 
 
-def is_wasteful(header: TraceHeader, items: Items) -> bool:
+def should_compact(header: TraceHeader, items: Items) -> bool:
     """Whether a file whose chunks are those of a long trace is worth being written anew.
 
     Args:
         header: Of the trace.
         items: By place, how many items each dataset holds.
     """
-    columns = layout(header.modules)
-    waste = sum(_waste(column, items[place]) for place, column in columns.items())
-    return _is_small(header, items) and waste > max(LEAST, SHARE * _data(header, items))
+    columns = dataset_specs(header.modules)
+    waste = sum(_wasted_bytes(column, items[place]) for place, column in columns.items())
+    return _is_small(header, items) and waste > max(
+        MIN_SAVING_BYTES, MIN_SAVING_SHARE * _data_bytes(header, items)
+    )
 
 
 def has_small_chunks(file: h5py.File, header: TraceHeader, items: Items) -> bool:
@@ -62,7 +64,7 @@ def has_small_chunks(file: h5py.File, header: TraceHeader, items: Items) -> bool
     """
     return _is_small(header, items) and any(
         file[place].chunks is not None and file[place].chunks[0] < column.chunks[0]
-        for place, column in layout(header.modules).items()
+        for place, column in dataset_specs(header.modules).items()
     )
 
 
@@ -81,9 +83,9 @@ def copy_image(
 
     def fill(copy: h5py.File) -> None:
         for place, count in items.items():
-            appender = Appender(copy[place], 0)
+            appender = DatasetAppender(copy[place], 0)
             if count:
-                appender.stage(np.asarray(file[place][:count]))
+                appender.append(np.asarray(file[place][:count]))
                 appender.write()
         extend_scales(copy, header.modules, items)
         copy["committed"][()] = committed
@@ -91,7 +93,7 @@ def copy_image(
     return trace_image(header, items if fitted else None, fill)
 
 
-def holds_more(file: h5py.File, image: bytes) -> bool:
+def has_extra_content(file: h5py.File, image: bytes) -> bool:
     """Whether something is in a file that a copy of it would lose: others may have put it there."""
     with h5py.File(io.BytesIO(image), "r") as copy:
         # A file of an older version of the format stays of that.
@@ -99,7 +101,7 @@ def holds_more(file: h5py.File, image: bytes) -> bool:
         return not same_version or any(_differences(file, copy))
 
 
-def keeps_owner(path: Path, new: Path) -> bool:
+def copy_permissions(path: Path, new: Path) -> bool:
     """Give a new file the permissions of the one that it replaces; False if it cannot be as that.
 
     What has several hard links is one file under all its names, and a new one would not be.
@@ -110,13 +112,13 @@ def keeps_owner(path: Path, new: Path) -> bool:
     old, made = path.stat(), new.stat()
     if old.st_nlink > 1 or (old.st_uid, old.st_gid) != (made.st_uid, made.st_gid):
         return False
-    if _extended(path):
+    if _has_extended_attributes(path):
         return False
     shutil.copymode(path, new)
     return True
 
 
-def _extended(path: Path) -> bool:
+def _has_extended_attributes(path: Path) -> bool:
     """Whether a file has attributes or access lists that a new one would not get by itself."""
     try:
         names = os.listxattr(path)
@@ -127,27 +129,27 @@ def _extended(path: Path) -> bool:
 
 def _is_small(header: TraceHeader, items: Items) -> bool:
     sites = sum(len(module.sites) for module in header.modules)
-    return sites <= MOST_SITES and _data(header, items) <= LARGEST
+    return sites <= MAX_SITES and _data_bytes(header, items) <= MAX_DATA_BYTES
 
 
-def _data(header: TraceHeader, items: Items) -> int:
+def _data_bytes(header: TraceHeader, items: Items) -> int:
     """Bytes of all items."""
-    columns = layout(header.modules)
+    columns = dataset_specs(header.modules)
     return sum(items[place] * _item_bytes(column) for place, column in columns.items())
 
 
-def _item_bytes(column: Column) -> int:
+def _item_bytes(column: DatasetSpec) -> int:
     return math.prod(column.item) * column.dtype.itemsize
 
 
-def _waste(column: Column, count: int) -> int:
+def _wasted_bytes(column: DatasetSpec, count: int) -> int:
     """Bytes of a chunk that holds fewer items than it could, where it is the only one."""
     missing = column.chunks[0] - count if 0 < count < column.chunks[0] else 0
     return missing * _item_bytes(column)
 
 
 def _differences(group: h5py.Group, copy: h5py.Group) -> Iterator[bool]:
-    yield bool(set(group.attrs) - set(copy.attrs) - _OF_SCALES)
+    yield bool(set(group.attrs) - set(copy.attrs) - _SCALE_ATTRIBUTES)
     links: Mapping[str, Any] = group
     for name in links:
         if name not in copy or group.get(name, getlink=True).__class__ is not h5py.HardLink:
@@ -159,7 +161,7 @@ def _differences(group: h5py.Group, copy: h5py.Group) -> Iterator[bool]:
         elif isinstance(found, h5py.Group):
             yield from _differences(found, copied)
         else:
-            yield bool(set(found.attrs) - set(copied.attrs) - _OF_SCALES)
+            yield bool(set(found.attrs) - set(copied.attrs) - _SCALE_ATTRIBUTES)
             yield _filters(found) != _filters(copied)
 
 

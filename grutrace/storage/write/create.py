@@ -20,23 +20,28 @@ from grutrace.distributed import Shard
 from grutrace.errors import TraceFileError
 from grutrace.records import TraceHeader
 from grutrace.storage.format.dimension_scales import create_scales
-from grutrace.storage.format.header import difference, module_differences, read_header, write_header
+from grutrace.storage.format.header import (
+    describe_difference,
+    module_differences,
+    read_header,
+    write_header,
+)
 from grutrace.storage.format.schema import (
     LIBVER,
-    check_column,
-    create_column,
+    check_dataset,
     create_datasets,
-    layout,
+    create_growing_dataset,
+    dataset_specs,
 )
-from grutrace.storage.format.shard_stamp import merged_of, shard_of
-from grutrace.storage.format.tables import CommittedTables, Tables, lengths
-from grutrace.storage.hdf5.atomic_write import naming
-from grutrace.storage.hdf5.errors import reading
+from grutrace.storage.format.shard_stamp import read_merged_shards, read_shard
+from grutrace.storage.format.tables import TableReader, Tables, dataset_lengths
+from grutrace.storage.hdf5.atomic_write import translate_write_errors
+from grutrace.storage.hdf5.errors import translate_read_errors
 from grutrace.storage.hdf5.filters import compression_of, filter_options
-from grutrace.storage.hdf5.handle import ReadHandle, readers_out
+from grutrace.storage.hdf5.handle import SharedReadHandle, close_readers
 from grutrace.storage.hdf5.locks import is_locked
 from grutrace.storage.hdf5.safe_open import open_locked
-from grutrace.storage.hdf5.superblock import image
+from grutrace.storage.hdf5.superblock import image_bytes
 
 #: By its place in the file, how many items a dataset holds.
 Items: TypeAlias = Mapping[str, int]
@@ -54,7 +59,7 @@ def create(path: Path, new: Path, header: TraceHeader, items: Items | None = Non
     Raises:
         TraceFileError: It cannot be created.
     """
-    with naming(path, "created"):
+    with translate_write_errors(path, "created"):
         content = trace_image(header, items)
         with new.open("xb") as file:
             file.write(content)
@@ -76,12 +81,12 @@ def trace_image(
     with h5py.File(name, "w", libver=LIBVER, driver="core", backing_store=False) as memory:
         write_header(memory, header)
         packed = filter_options(compression_of(header))
-        create = partial(create_column, packed=packed, items=items)
+        create = partial(create_growing_dataset, packed=packed, items=items)
         create_datasets(memory, header.modules, create)
         create_scales(memory, header.modules)
         if fill is not None:
             fill(memory)
-        return image(memory)
+        return image_bytes(memory)
 
 
 def reopen(path: Path) -> h5py.File:
@@ -91,7 +96,7 @@ def reopen(path: Path) -> h5py.File:
         TraceFileError: It cannot be opened to write to it.
     """
     status = path.stat()
-    with naming(path, "appended to"), readers_out((status.st_dev, status.st_ino)):
+    with translate_write_errors(path, "appended to"), close_readers((status.st_dev, status.st_ino)):
         return open_to_write(path)
 
 
@@ -136,12 +141,12 @@ def existing_trace(path: Path, header: TraceHeader) -> tuple[TraceHeader, Tables
         TraceFileError: The file is no trace, was not closed, or is of other modules; the message
             says what differs.
     """
-    with reading(path):
-        handle = ReadHandle(path)
+    with translate_read_errors(path):
+        handle = SharedReadHandle(path)
         try:
-            with handle.lent() as file:
+            with handle.acquire() as file:
                 before = read_header(file)
-                merged, shard = merged_of(before), shard_of(before)
+                merged, shard = read_merged_shards(before), read_shard(before)
                 # A writer would write to the shards, through the virtual datasets of this file.
                 tables = None if merged else _checked_tables(handle, before)
         finally:
@@ -163,20 +168,22 @@ def existing_trace(path: Path, header: TraceHeader) -> tuple[TraceHeader, Tables
     return before, tables
 
 
-def _checked_tables(handle: ReadHandle, header: TraceHeader) -> Tables:
-    tables = CommittedTables(handle, header.modules).read()
-    counts = lengths(tables, header.modules)
-    for place, column in layout(header.modules).items():
-        check_column(handle.dataset(place, counts[place]), place, column)
+def _checked_tables(handle: SharedReadHandle, header: TraceHeader) -> Tables:
+    tables = TableReader(handle, header.modules).read()
+    counts = dataset_lengths(tables, header.modules)
+    for place, column in dataset_specs(header.modules).items():
+        check_dataset(handle.dataset(place, counts[place]), place, column)
     return tables
 
 
 def _differences(before: TraceHeader, now: TraceHeader, shard: Shard | None) -> Iterator[str]:
-    here = shard_of(now)
+    here = read_shard(now)
     if shard and here and (shard.rank, shard.world_size) != (here.rank, here.world_size):
-        yield difference("shard", *(f"{each.rank} of {each.world_size}" for each in (shard, here)))
+        yield describe_difference(
+            "shard", *(f"{each.rank} of {each.world_size}" for each in (shard, here))
+        )
     paths = [module.path for module in before.modules]
     if paths != [module.path for module in now.modules]:
-        yield difference("modules", paths, [module.path for module in now.modules])
+        yield describe_difference("modules", paths, [module.path for module in now.modules])
     for module, other in zip(before.modules, now.modules, strict=False):
         yield from module_differences(module, other)

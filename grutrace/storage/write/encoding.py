@@ -27,17 +27,17 @@ from grutrace.storage.format.schema import (
     FORK,
     PIECE,
     input_owner,
-    pieces_place,
-    quantity_place,
-    site_place,
+    pieces_path,
+    quantity_path,
+    site_path,
 )
 
 #: Texts that are remembered. After so many different ones the memory starts afresh, which may store
 #: a text twice, but cannot grow without bound.
-REMEMBERED = 1 << 20
+MAX_INTERNED = 1 << 20
 
 
-class Strings:
+class StringTable:
     """Gives every text a number, and keeps the new ones until somebody takes them.
 
     Args:
@@ -51,18 +51,18 @@ class Strings:
         self._characters = characters
         self._new: list[bytes] = []
 
-    def number(self, text: str) -> int:
+    def intern(self, text: str) -> int:
         """Number of the text, the next one if it is new."""
         number = self._numbers.get(text)
         if number is None:
             number = self._add(text)
         return number
 
-    def label(self, text: str | None) -> int:
+    def intern_optional(self, text: str | None) -> int:
         """One more than the number of the text; 0 for none."""
-        return 0 if text is None else 1 + self.number(text)
+        return 0 if text is None else 1 + self.intern(text)
 
-    def take(self) -> tuple[Array, Array]:
+    def pop_new(self) -> tuple[Array, Array]:
         """The texts added since the last take: where each ends, (texts,), and their UTF-8 bytes."""
         lengths = np.fromiter(map(len, self._new), np.uint64, len(self._new))
         ends = np.uint64(self._characters) + np.cumsum(lengths, dtype=np.uint64)
@@ -72,7 +72,7 @@ class Strings:
         return ends, np.frombuffer(joined, np.uint8)
 
     def _add(self, text: str) -> int:
-        if len(self._numbers) >= REMEMBERED:
+        if len(self._numbers) >= MAX_INTERNED:
             self._numbers.clear()
         number = self._numbers[text] = self._count
         self._count += 1
@@ -84,27 +84,27 @@ class Strings:
 Entry = tuple[str, Array]
 
 
-class _Places:
+class _DatasetPaths:
     """The places in the file of one module's datasets, spelt once."""
 
     def __init__(self, module: ModuleInfo) -> None:
-        self.pieces = pieces_place(module)
+        self.pieces = pieces_path(module)
         self.sites = [
             (
                 site.suffix,
                 [
-                    (quantity, quantity_place(module, site, quantity))
+                    (quantity, quantity_path(module, site, quantity))
                     for quantity in site.quantities
                     if quantity != "input" or input_owner(module, site) is site
                 ],
-                site_place(module, site.suffix, "initial"),
-                site_place(module, site.suffix, "checks"),
+                site_path(module, site.suffix, "initial"),
+                site_path(module, site.suffix, "checks"),
             )
             for site in module.sites
         ]
 
 
-class Entries:
+class RecordEncoder:
     """Turns records into (place, items to append there).
 
     Args:
@@ -117,43 +117,43 @@ class Entries:
     def __init__(
         self,
         modules: Sequence[ModuleInfo],
-        strings: Strings,
+        strings: StringTable,
         sequences: Sequence[int] | None = None,
         versions: Sequence[int] | None = None,
     ) -> None:
         self._modules = modules
-        self._places = [_Places(module) for module in modules]
+        self._paths = [_DatasetPaths(module) for module in modules]
         self._strings = strings
         self._sequences = sequences or [0] * len(modules)
         self._versions = list(versions or [0] * len(modules))
 
-    def go_on_with_last_weights(self, module: int) -> None:
+    def reuse_last_weights(self, module: int) -> None:
         """Have the first weights of this run be the last version that is there already."""
         self._versions[module] -= 1
 
-    def of(self, record: Record) -> Iterator[Entry]:
+    def encode(self, record: Record) -> Iterator[Entry]:
         """Everything that the record adds, except the texts, which wait in `strings`."""
         if isinstance(record, CallRecord):
-            yield from self._of_block(record)
+            yield from self._encode_call(record)
         elif isinstance(record, WeightsRecord):
-            yield from self._of_weights(record)
+            yield from self._encode_weights(record)
         else:
-            yield from self._of_annotation(record)
+            yield from self._encode_annotation(record)
 
-    def _of_block(self, block: CallRecord) -> Iterator[Entry]:
-        places, first = self._places[block.module], self._sequences[block.module]
-        for suffix, quantities, initial, checks in places.sites:
+    def _encode_call(self, block: CallRecord) -> Iterator[Entry]:
+        paths, first = self._paths[block.module], self._sequences[block.module]
+        for suffix, quantities, initial, checks in paths.sites:
             site = block.sites[suffix]
-            for quantity, place in quantities:
-                yield place, site.rows[quantity]
+            for quantity, path in quantities:
+                yield path, site.rows[quantity]
             yield initial, site.initial
             yield checks, np.array([(site.residual, site.tolerance, site.precision)], CHECK)
         pieces = np.empty(len(block.steps), PIECE)
         pieces["sequence"] = block.sequences
         pieces["sequence"] += np.uint64(first)
         pieces["steps"] = block.steps
-        yield places.pieces, pieces
-        yield "calls", self._call(block)
+        yield paths.pieces, pieces
+        yield "calls", self._encode_call_entry(block)
         if block.forks:
             forks = [
                 (block.module, first + fork.sequence, first + fork.parent, fork.steps)
@@ -164,7 +164,7 @@ class Entries:
             marks = [
                 (
                     block.module,
-                    self._strings.label(MARK_PREFIX + origin.mark),
+                    self._strings.intern_optional(MARK_PREFIX + origin.mark),
                     first + origin.sequence,
                     *(0, 0, False),
                 )
@@ -172,26 +172,26 @@ class Entries:
             ]
             yield "annotations", np.array(marks, ANNOTATION)
 
-    def _call(self, block: CallRecord) -> Array:
+    def _encode_call_entry(self, block: CallRecord) -> Array:
         weights = self._versions[block.module] + block.weights
-        tag = self._strings.label(block.tag)
+        tag = self._strings.intern_optional(block.tag)
         call = (block.time, block.module, tag, weights, len(block.steps), block.training)
         return np.array([call], CALL)
 
-    def _of_weights(self, weights: WeightsRecord) -> Iterator[Entry]:
+    def _encode_weights(self, weights: WeightsRecord) -> Iterator[Entry]:
         module = self._modules[weights.module]
         for site in module.sites:
             for name, array in weights.sites[site.suffix].items():
-                yield site_place(module, site.suffix, name), array[np.newaxis]
+                yield site_path(module, site.suffix, name), array[np.newaxis]
 
-    def _of_annotation(self, annotation: AnnotationRecord) -> Iterator[Entry]:
+    def _encode_annotation(self, annotation: AnnotationRecord) -> Iterator[Entry]:
         values = annotation.values
         text = bool(values) and isinstance(values[0], str)
         if text:
-            values = tuple(float(self._strings.number(str(value))) for value in values)
+            values = tuple(float(self._strings.intern(str(value))) for value in values)
         entry = (
             annotation.module,
-            self._strings.label(annotation.name),
+            self._strings.intern_optional(annotation.name),
             self._sequences[annotation.module] + annotation.sequence,
             annotation.first,
             len(values),

@@ -9,12 +9,12 @@ import h5py
 
 from grutrace.errors import GrutraceWarning, TraceFileError
 from grutrace.storage.format.header import format_of
-from grutrace.storage.format.schema import FORMAT, STATISTICS
-from grutrace.storage.hdf5.errors import H5PY_ERRORS, Fault
-from grutrace.storage.hdf5.handle import no_reading
+from grutrace.storage.format.schema import FORMAT, STATISTICS_FORMAT
+from grutrace.storage.hdf5.errors import H5PY_ERRORS, FormatError
+from grutrace.storage.hdf5.handle import lock_readers
 from grutrace.storage.hdf5.locks import is_locked
-from grutrace.storage.hdf5.safe_open import HEAD, SIGNATURE, is_marked, kind_of
-from grutrace.storage.hdf5.superblock import Unmarked, open_unmarked
+from grutrace.storage.hdf5.safe_open import HEAD_BYTES, SIGNATURE, has_writer_flag, sniff_format
+from grutrace.storage.hdf5.superblock import RepairedFile, open_repaired
 
 #: Memory for chunks while a file's origin is read: no chunk is. Bytes.
 CACHE = 4096
@@ -56,7 +56,7 @@ def require_no_writer(path: Path) -> None:
         GrutraceWarning: It cannot be known whether another process writes to it.
     """
     # A closed trace has no writer. Files of statistics do not say whether they have one.
-    if not is_marked(path) and not is_statistics_file(path):
+    if not has_writer_flag(path) and not is_statistics_file(path):
         return
     locked = is_locked(path)
     if locked:
@@ -76,8 +76,8 @@ def require_no_writer(path: Path) -> None:
 def is_statistics_file(path: Path) -> bool:
     """Whether a file is one of statistics by its own account. False if it cannot be read."""
     try:
-        return _format(path) == STATISTICS
-    except (Fault, *H5PY_ERRORS):
+        return _format(path) == STATISTICS_FORMAT
+    except (FormatError, *H5PY_ERRORS):
         return False
 
 
@@ -85,13 +85,13 @@ def _found(path: Path) -> str | None:
     """What a file is that grutrace did not write; None of one that it did."""
     try:
         with path.open("rb") as file:
-            head = file.read(HEAD)
+            head = file.read(HEAD_BYTES)
         if not head.startswith(SIGNATURE):
-            return kind_of(head)
+            return sniff_format(head)
         written = _format(path)
-    except (Fault, *H5PY_ERRORS) as error:
+    except (FormatError, *H5PY_ERRORS) as error:
         return f"an HDF5 file that cannot be read ({error})"
-    if written in (FORMAT, STATISTICS):
+    if written in (FORMAT, STATISTICS_FORMAT):
         return None
     return "another HDF5 file"
 
@@ -108,14 +108,14 @@ def _format(path: Path) -> str | None:
         plain.seek(0)
         # Through Python: HDF5 neither locks the file nor waits for its writer then.
         if version in (b"\2", b"\3"):
-            with no_reading(), Unmarked(path) as file, open_unmarked(file, CACHE) as opened:
+            with lock_readers(), RepairedFile(path) as file, open_repaired(file, CACHE) as opened:
                 return _format_of(opened)
-        with no_reading(), h5py.File(plain, "r") as opened:
+        with lock_readers(), h5py.File(plain, "r") as opened:
             return _format_of(opened)
 
 
 def _format_of(file: h5py.File) -> str | None:
     try:
         return format_of(file)
-    except Fault:
+    except FormatError:
         return None

@@ -14,16 +14,16 @@ from typing import TypeAlias
 from grutrace.records import Collect, Record, TraceHeader
 from grutrace.storage.write.claims import Claim
 from grutrace.storage.write.writer import Writer
-from grutrace.storage.write.writer_thread import QUEUE_BYTES, Consumer, Pump
+from grutrace.storage.write.writer_thread import QUEUE_BYTES, Consumer, WriterThread
 
 #: Returns records as they are to be stored, as many, in the same order.
-Prepare: TypeAlias = Callable[[Sequence[Record]], list[Record]]
+RecordTransform: TypeAlias = Callable[[Sequence[Record]], list[Record]]
 
 #: Records are gathered up to this much, so that small calls are finished many at a time. Bytes.
-GATHERED = 1024 * 1024
+BATCH_BYTES = 1024 * 1024
 
 
-class Preparing:
+class TransformingConsumer:
     """A consumer in front of another.
 
     Args:
@@ -31,7 +31,7 @@ class Preparing:
         prepare: Finishes them.
     """
 
-    def __init__(self, consumer: Consumer, prepare: Prepare) -> None:
+    def __init__(self, consumer: Consumer, prepare: RecordTransform) -> None:
         self._consumer, self._prepare = consumer, prepare
         self._waiting: list[Record] = []
         self._bytes = 0
@@ -45,7 +45,7 @@ class Preparing:
         """Take a record."""
         self._waiting.append(record)
         self._bytes += record.nbytes
-        if self._bytes >= GATHERED:
+        if self._bytes >= BATCH_BYTES:
             self._pass_on()
 
     def commit(self) -> None:
@@ -69,7 +69,7 @@ class Preparing:
             self._consumer.write(record)
 
 
-class StreamSink:
+class FileSink:
     """A sink that writes a file from a thread of its own.
 
     What is appended counts in the file half a second later at most, and at once after `flush`. A
@@ -96,38 +96,38 @@ class StreamSink:
         mode: str = "w",
         *,
         queue_bytes: int = QUEUE_BYTES,
-        prepare: Prepare | None = None,
+        prepare: RecordTransform | None = None,
         fsync: bool = False,
     ) -> None:
         writer = Writer(path, header, mode, fsync=fsync)
         self._writer, self.path = writer, writer.path
-        consumer = Preparing(writer, prepare) if prepare else writer
-        self._pump = Pump(consumer, queue_bytes, commit_seconds=writer.commit_seconds)
+        consumer = TransformingConsumer(writer, prepare) if prepare else writer
+        self._thread = WriterThread(consumer, queue_bytes, commit_seconds=writer.commit_seconds)
         # Without waiting: whatever thread the collector runs in may hold HDF5's lock.
-        weakref.finalize(self, _finish, self._pump, writer.claim).atexit = False
+        weakref.finalize(self, _finish, self._thread, writer.claim).atexit = False
 
     @property
     def appended(self) -> int:
         """Records appended so far."""
-        return self._pump.appended
+        return self._thread.appended
 
     @property
     def ended(self) -> bool:
         """Whether the file is closed, in order or after an error."""
-        return self._pump.ended
+        return self._thread.ended
 
     @property
     def has_failed(self) -> bool:
         """Whether something could not be written."""
-        return self._pump.has_failed
+        return self._thread.has_failed
 
     def collect_from(self, collect: Collect) -> None:
         """Have the thread call this before each commit, and whenever it has waited as long."""
-        self._pump.collect_from(collect)
+        self._thread.collect_from(collect)
 
     def gather(self) -> AbstractContextManager[None]:
         """Return a context in which the thread leaves what is appended until its end."""
-        return self._pump.gather()
+        return self._thread.gather()
 
     def append(self, record: Record) -> None:
         """Queue a record; wait while the queue is full.
@@ -136,7 +136,7 @@ class StreamSink:
             SinkError: An earlier record could not be written, the sink is closed, or this process
                 is a forked child of the one that opened it.
         """
-        self._pump.put(record)
+        self._thread.submit(record)
 
     def flush(self) -> None:
         """Return once everything appended so far is committed to the file.
@@ -145,7 +145,7 @@ class StreamSink:
             SinkError: It could not be written, the file was deleted, moved or replaced, or this
                 process is a forked child.
         """
-        self._pump.flush()
+        self._thread.flush()
         self._writer.require_in_place()
 
     def close(self) -> None:
@@ -154,10 +154,10 @@ class StreamSink:
         Raises:
             SinkError: Something could not be written, and no earlier call has said so.
         """
-        self._pump.close()
+        self._thread.close()
 
 
-def _finish(pump: Pump, claim: Claim) -> None:
+def _finish(thread: WriterThread, claim: Claim) -> None:
     """Have the file of a forgotten sink closed; a new writer of its path waits for that."""
     claim.closing = True
-    pump.finish()
+    thread.finish()

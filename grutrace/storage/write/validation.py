@@ -23,7 +23,7 @@ from grutrace.storage.format.schema import weight_shapes, width
 
 
 @dataclass
-class _Plan:
+class _ModuleChecks:
     """What to ask of each record of one module, worked out once; and what it has had so far."""
 
     module: ModuleInfo
@@ -34,16 +34,16 @@ class _Plan:
     versions: int = 0
 
 
-class Admission:
+class RecordValidator:
     """Counts the sequences and weights of each module, and refuses what does not fit.
 
     Numbers count from 0 in the run that makes the records, whatever a file held before.
     """
 
     def __init__(self, modules: Sequence[ModuleInfo]) -> None:
-        self._plans = [_plan(module) for module in modules]
+        self._plans = [_module_checks(module) for module in modules]
 
-    def admit(self, record: Record) -> None:
+    def validate(self, record: Record) -> None:
         """Take note of a record that may be stored.
 
         Raises:
@@ -51,18 +51,18 @@ class Admission:
                 what was found, and where.
         """
         if not 0 <= record.module < len(self._plans):
-            raise _refusal("a record", f"a module below {len(self._plans)}", record.module)
+            raise _error("a record", f"a module below {len(self._plans)}", record.module)
         plan = self._plans[record.module]
         if isinstance(record, CallRecord):
-            _admit_block(plan, record)
+            _validate_call(plan, record)
         elif isinstance(record, WeightsRecord):
-            _admit_weights(plan, record)
+            _validate_weights(plan, record)
         else:
-            _admit_annotation(plan, record)
+            _validate_annotation(plan, record)
 
 
-def _plan(module: ModuleInfo) -> _Plan:
-    return _Plan(
+def _module_checks(module: ModuleInfo) -> _ModuleChecks:
+    return _ModuleChecks(
         module=module,
         sites=tuple(
             (site.suffix, module.unit_count(site), _widths(module, site)) for site in module.sites
@@ -76,39 +76,47 @@ def _widths(module: ModuleInfo, site: Site) -> tuple[tuple[str, int], ...]:
     return tuple((quantity, width(module, site, quantity)) for quantity in site.quantities)
 
 
-def _admit_block(plan: _Plan, block: CallRecord) -> None:
-    begun = _begun(plan, block)
+def _validate_call(plan: _ModuleChecks, block: CallRecord) -> None:
+    begun = _count_begun(plan, block)
     if not 0 <= block.weights < plan.versions:
-        raise _refusal(_call(plan), f"weights announced before it, {plan.versions}", block.weights)
+        raise _error(
+            _describe_call(plan), f"weights announced before it, {plan.versions}", block.weights
+        )
     rows = int(block.steps.sum())
     for suffix, units, quantities in plan.sites:
         site = block.sites.get(suffix)
         if site is None:
-            raise _refusal(_call(plan), f"site {suffix!r}", list(block.sites))
+            raise _error(_describe_call(plan), f"site {suffix!r}", list(block.sites))
         for quantity, columns in quantities:
             _require_array(plan, suffix, quantity, site.rows.get(quantity), (rows, columns))
         _require_array(plan, suffix, "initial", site.initial, (begun, units))
     for fork in block.forks:
         last = plan.sequences + begun
         if not (plan.sequences <= fork.sequence < last and 0 <= fork.parent < fork.sequence):
-            raise _refusal(
-                _call(plan), f"a fork of {plan.sequences} to {last - 1} from an earlier one", fork
+            raise _error(
+                _describe_call(plan),
+                f"a fork of {plan.sequences} to {last - 1} from an earlier one",
+                fork,
             )
     for origin in block.origins:
         begins = plan.sequences <= origin.sequence < plan.sequences + begun
         if not begins or origin.mark not in MARKS:
-            raise _refusal(
-                _call(plan), f"a mark ({', '.join(MARKS)}) of a sequence that it begins", origin
+            raise _error(
+                _describe_call(plan),
+                f"a mark ({', '.join(MARKS)}) of a sequence that it begins",
+                origin,
             )
     plan.sequences += begun
 
 
-def _begun(plan: _Plan, block: CallRecord) -> int:
+def _count_begun(plan: _ModuleChecks, block: CallRecord) -> int:
     """How many sequences the block begins, its steps and sequences being in order."""
     steps, sequences = block.steps, block.sequences
     if steps.ndim != 1 or steps.shape != sequences.shape:
-        raise _refusal(
-            _call(plan), "steps and sequences of shape (B,)", (steps.shape, sequences.shape)
+        raise _error(
+            _describe_call(plan),
+            "steps and sequences of shape (B,)",
+            (steps.shape, sequences.shape),
         )
     numbers: list[int] = sequences.tolist()
     unused = plan.sequences
@@ -116,66 +124,69 @@ def _begun(plan: _Plan, block: CallRecord) -> int:
         if number == unused:
             unused += 1
         elif number > unused:
-            raise _refusal(_call(plan), f"sequence {unused} to begin next", number)
+            raise _error(_describe_call(plan), f"sequence {unused} to begin next", number)
     begun = unused - plan.sequences
     if begun < len(numbers):
         if plan.never_continues:
-            raise _refusal(
-                _call(plan), "sequences that begin, for it has a reverse direction", numbers
+            raise _error(
+                _describe_call(plan),
+                "sequences that begin, for it has a reverse direction",
+                numbers,
             )
         if len(set(numbers)) < len(numbers):
-            raise _refusal(_call(plan), "one piece of each sequence", numbers)
+            raise _error(_describe_call(plan), "one piece of each sequence", numbers)
     return begun
 
 
 def _require_array(
-    plan: _Plan, suffix: str, quantity: str, array: Array | None, shape: tuple[int, int]
+    plan: _ModuleChecks, suffix: str, quantity: str, array: Array | None, shape: tuple[int, int]
 ) -> None:
     if array is None:
-        raise _refusal(_call(plan), f"{suffix}.{quantity}", "nothing")
+        raise _error(_describe_call(plan), f"{suffix}.{quantity}", "nothing")
     if array.shape != shape or array.dtype != plan.dtype:
-        raise _refusal(
-            f"{_call(plan)}, {suffix}.{quantity}",
+        raise _error(
+            f"{_describe_call(plan)}, {suffix}.{quantity}",
             f"{plan.dtype} {shape}",
             f"{array.dtype} {array.shape}",
         )
 
 
-def _admit_weights(plan: _Plan, weights: WeightsRecord) -> None:
+def _validate_weights(plan: _ModuleChecks, weights: WeightsRecord) -> None:
     where = f"weights of module {plan.module.path!r}"
     if weights.version != plan.versions:
-        raise _refusal(where, f"version {plan.versions}", weights.version)
+        raise _error(where, f"version {plan.versions}", weights.version)
     for site in plan.module.sites:
         shapes = weight_shapes(plan.module, site)
         found = {
-            name: array.shape for name, array in _of(weights.sites, site.suffix, where).items()
+            name: array.shape
+            for name, array in _site_weights(weights.sites, site.suffix, where).items()
         }
         if found != shapes:
-            raise _refusal(f"{where}, {site.suffix}", shapes, found)
+            raise _error(f"{where}, {site.suffix}", shapes, found)
     plan.versions += 1
 
 
-def _of(sites: Mapping[str, Mapping[str, Array]], suffix: str, where: str) -> Mapping[str, Array]:
+def _site_weights(
+    sites: Mapping[str, Mapping[str, Array]], suffix: str, where: str
+) -> Mapping[str, Array]:
     if suffix not in sites:
-        raise _refusal(where, f"site {suffix!r}", list(sites))
+        raise _error(where, f"site {suffix!r}", list(sites))
     return sites[suffix]
 
 
-def _admit_annotation(plan: _Plan, annotation: AnnotationRecord) -> None:
+def _validate_annotation(plan: _ModuleChecks, annotation: AnnotationRecord) -> None:
     where = f"{annotation.name!r} of module {plan.module.path!r}"
     if not 0 <= annotation.sequence < plan.sequences:
-        raise _refusal(
-            where, f"a sequence that has begun, of {plan.sequences}", annotation.sequence
-        )
+        raise _error(where, f"a sequence that has begun, of {plan.sequences}", annotation.sequence)
     if annotation.first < 0:
-        raise _refusal(where, "a first step from 0", annotation.first)
+        raise _error(where, "a first step from 0", annotation.first)
     if len({isinstance(value, str) for value in annotation.values}) > 1:
-        raise _refusal(where, "all text or all numbers", annotation.values)
+        raise _error(where, "all text or all numbers", annotation.values)
 
 
-def _call(plan: _Plan) -> str:
+def _describe_call(plan: _ModuleChecks) -> str:
     return f"a call of module {plan.module.path!r}"
 
 
-def _refusal(where: str, expected: object, found: object) -> SinkError:
+def _error(where: str, expected: object, found: object) -> SinkError:
     return SinkError(f"{where} cannot be recorded: expected {expected}, found {found}")

@@ -15,38 +15,44 @@ from grutrace.errors import SinkError, TraceFileError, require_one_of
 from grutrace.options import OPTIONS
 from grutrace.records import Array, Record, TraceHeader, WeightsRecord
 from grutrace.storage.format.dimension_scales import extend_scales
-from grutrace.storage.format.schema import COMMITTED, TABLES, layout, site_place
-from grutrace.storage.format.tables import lengths
-from grutrace.storage.hdf5.atomic_write import naming, put_in_place, room_for, sync, sync_name
-from grutrace.storage.hdf5.errors import H5PY_ERRORS, in_brief
+from grutrace.storage.format.schema import COMMITTED, TABLES, dataset_specs, site_path
+from grutrace.storage.format.tables import dataset_lengths
+from grutrace.storage.hdf5.atomic_write import (
+    fsync_directory,
+    fsync_file,
+    publish,
+    temporary_path,
+    translate_write_errors,
+)
+from grutrace.storage.hdf5.errors import H5PY_ERRORS, short_message
 from grutrace.storage.hdf5.handle import (
+    close_or_quarantine,
+    close_readers,
+    discard_writes,
     file_identity,
-    keep_off,
-    lead_nowhere,
-    let_go,
-    no_reading,
-    readers_out,
+    lock_readers,
+    quarantine,
 )
 from grutrace.storage.hdf5.locks import HeldFile
-from grutrace.storage.hdf5.safe_open import is_marked, open_for_reading
-from grutrace.storage.write.appender import Appender
+from grutrace.storage.hdf5.safe_open import has_writer_flag, open_for_reading
+from grutrace.storage.write.appender import DatasetAppender
 from grutrace.storage.write.claims import Claim
 from grutrace.storage.write.compact import (
     copy_image,
+    copy_permissions,
+    has_extra_content,
     has_small_chunks,
-    holds_more,
-    is_wasteful,
-    keeps_owner,
+    should_compact,
 )
 from grutrace.storage.write.create import create, existing_trace, open_to_write, reopen
-from grutrace.storage.write.encoding import Entries, Strings
+from grutrace.storage.write.encoding import RecordEncoder, StringTable
 from grutrace.storage.write.overwrite import require_replaceable
-from grutrace.storage.write.validation import Admission
+from grutrace.storage.write.validation import RecordValidator
 from grutrace.storage.write.writer_thread import COMMIT_SECONDS
 
 #: What is gathered in memory before it is written. Large enough that a stepwise decoder's rows
 #: make few writes, small enough to still be in the processor's cache. Bytes.
-STAGED = 8 * 1024 * 1024
+BUFFER_BYTES = 8 * 1024 * 1024
 
 #: Memory that an array takes beside its elements, about. Bytes.
 ARRAY_OVERHEAD = 128
@@ -88,23 +94,23 @@ class Writer:
         require_one_of("mode", mode, OPTIONS["mode"].values)
         self.path = Path(os.path.realpath(path))
         self._fsync, self._unsynced = fsync, False
-        self._appenders: dict[str, Appender] = {}
-        self._rows: list[Appender] = []
-        self._tables: list[Appender] = []
-        self._staged = 0
+        self._appenders: dict[str, DatasetAppender] = {}
+        self._rows: list[DatasetAppender] = []
+        self._tables: list[DatasetAppender] = []
+        self._buffered_bytes = 0
         self._uncommitted = True
         self._closed = self._closing = False
         self._header = header
-        self._admission = Admission(header.modules)
+        self._validator = RecordValidator(header.modules)
         # Versions of the weights that were there before, where this run has not brought its own.
         self._versions_before: dict[int, int] = {}
-        self._goes_on = mode == "a" and self.path.exists()
+        self._appending = mode == "a" and self.path.exists()
         self._claim = Claim(self.path)
         try:
-            if self._goes_on:
-                self._go_on()
+            if self._appending:
+                self._open_to_append()
             else:
-                self._begin(mode)
+                self._create(mode)
         except BaseException:
             self._claim.release()
             raise
@@ -114,74 +120,78 @@ class Writer:
         """Of the path that is written to."""
         return self._claim
 
-    def _begin(self, mode: str) -> None:
+    def _create(self, mode: str) -> None:
         """Write to a new file."""
-        self._strings = Strings()
-        self._entries = Entries(self._header.modules, self._strings)
-        new = room_for(self.path, mode)
+        self._strings = StringTable()
+        self._encoder = RecordEncoder(self._header.modules, self._strings)
+        new = temporary_path(self.path, mode)
         replaced = None
         if mode == "overwrite":
             require_replaceable(self.path)
-            replaced = _status(self.path)
+            replaced = _file_signature(self.path)
 
         def require_same(path: Path) -> None:
             # Another one may have come since.
-            if _status(path) != replaced:
+            if _file_signature(path) != replaced:
                 require_replaceable(path)
 
-        with _removed_on_error(new):
+        with _unlink_on_error(new):
             self._file = create(self.path, new, self._header)
-            self._start(new, dict.fromkeys(layout(self._header.modules), 0))
-            self._put_in_place(new, mode, require_same)
+            self._start(new, dict.fromkeys(dataset_specs(self._header.modules), 0))
+            self._publish(new, mode, require_same)
 
-    def _go_on(self) -> None:
+    def _open_to_append(self) -> None:
         """Write to the file that there is."""
         now = self._header
         self._header, tables = existing_trace(self.path, now)
-        self._strings = Strings(tables.texts, len(tables.characters))
+        self._strings = StringTable(tables.texts, len(tables.characters))
         sequences = [extent.sequences for extent in tables.extents]
         versions = [extent.versions for extent in tables.extents]
         self._versions_before = {number: count for number, count in enumerate(versions) if count}
-        self._entries = Entries(self._header.modules, self._strings, sequences, versions)
-        positions = lengths(tables, self._header.modules)
-        if not self._enlarge(positions):
+        self._encoder = RecordEncoder(self._header.modules, self._strings, sequences, versions)
+        positions = dataset_lengths(tables, self._header.modules)
+        if not self._expand(positions):
             self._file = reopen(self.path)
             self._start(self.path, positions)
 
-    def _enlarge(self, positions: dict[str, int]) -> bool:
+    def _expand(self, positions: dict[str, int]) -> bool:
         """Go on in a copy of a small file with chunks for a long one; False if it stays as it is.
 
         It is the file that there is that is appended to if no other can be put in its place.
         """
-        before = _status(self.path)
-        if _is_written_here(self.path):
+        before = _file_signature(self.path)
+        if _is_open_for_writing(self.path):
             # HDF5 says so itself.
             return False
-        with naming(self.path, "appended to"), no_reading(), open_for_reading(self.path) as file:
+        with (
+            translate_write_errors(self.path, "appended to"),
+            lock_readers(),
+            open_for_reading(self.path) as file,
+        ):
             if not has_small_chunks(file, self._header, positions):
                 return False
             identity, committed = file_identity(file), file["committed"][()]
             image = copy_image(file, self._header, positions, committed, fitted=False)
-            if holds_more(file, image):
+            if has_extra_content(file, image):
                 return False
 
         def require_same(path: Path) -> None:
-            if _status(path) != before:
+            if _file_signature(path) != before:
                 raise TraceFileError(f"{path} is another file by now")
 
-        new = room_for(self.path, "overwrite")
+        new = temporary_path(self.path, "overwrite")
         try:
-            with _removed_on_error(new):
+            with _unlink_on_error(new):
                 new.write_bytes(image)
-                if not keeps_owner(self.path, new):
+                if not copy_permissions(self.path, new):
                     new.unlink()
                     return False
                 self._file = open_to_write(new)
         except OSError:
             return False
-        with _removed_on_error(new), readers_out(identity):
+        with _unlink_on_error(new), close_readers(identity):
             self._start(new, positions)
-            self._put_in_place(new, "overwrite", require_same)
+            self._publish(new, "overwrite", require_same)
         return True
 
     @property
@@ -202,17 +212,17 @@ class Writer:
             SinkError: It does not fit what came before it, or could not be written.
         """
         self._require_open()
-        self._admission.admit(record)
+        self._validator.validate(record)
         if isinstance(record, WeightsRecord) and self._is_stored(record):
-            self._entries.go_on_with_last_weights(record.module)
+            self._encoder.reuse_last_weights(record.module)
             return
-        for place, items in list(self._entries.of(record)):
-            self._appenders[place].stage(items)
-            self._staged += items.nbytes + ARRAY_OVERHEAD
+        for place, items in list(self._encoder.encode(record)):
+            self._appenders[place].append(items)
+            self._buffered_bytes += items.nbytes + ARRAY_OVERHEAD
         self._uncommitted = True
-        if self._staged >= STAGED:
-            with self._storing():
-                self._make_room()
+        if self._buffered_bytes >= BUFFER_BYTES:
+            with self._translate_errors():
+                self._flush_buffers()
 
     def commit(self) -> None:
         """Make everything written so far count.
@@ -222,9 +232,9 @@ class Writer:
                 committed before still counts.
         """
         self._require_open()
-        self._require_not_written_over()
+        self._require_not_overwritten()
         if self._uncommitted:
-            with self._storing():
+            with self._translate_errors():
                 self._commit(closed=False)
         displaced = self._displaced()
         if displaced:
@@ -239,7 +249,7 @@ class Writer:
         Raises:
             SinkError: It was deleted, moved, or replaced by another.
         """
-        displaced = self._displaced() or self._written_over()
+        displaced = self._displaced() or self._overwritten()
         # Asked last: another file may take the place of this one while it is closed.
         if displaced and not self._closing:
             raise SinkError(displaced)
@@ -253,7 +263,7 @@ class Writer:
         """
         if self._closed:
             return
-        self._require_not_written_over()
+        self._require_not_overwritten()
         displaced = self._displaced()
         self._close_in_order()
         if displaced:
@@ -262,22 +272,22 @@ class Writer:
     def _close_in_order(self) -> None:
         self._closing = True
         try:
-            with self._storing(), readers_out(self._identity):
-                self._write_staged()
+            with self._translate_errors(), close_readers(self._identity):
+                self._write_buffered()
                 items = {place: each.position for place, each in self._appenders.items()}
                 errors: tuple[type[Exception], ...] = ()
-                if self._fit(items):
+                if self._compact(items):
                     # The copy has it all: the file itself is for those who still read it.
                     errors, self._fsync = H5PY_ERRORS, False
-                with contextlib.suppress(*errors), self._kept_for_sync() as descriptor:
+                with contextlib.suppress(*errors), self._dup_descriptor() as descriptor:
                     extend_scales(self._file, self._header.modules, items)
                     self._commit(closed=True)
                     self._close_file()
-                    self._sync(descriptor)
+                    self._fsync_if_asked(descriptor)
         finally:
             self.abandon()
 
-    def _fit(self, items: dict[str, int]) -> bool:
+    def _compact(self, items: dict[str, int]) -> bool:
         """Put a closed copy with chunks of its size in the place of a small file.
 
         It takes the place while the file is marked as being written, and so nobody else's to
@@ -286,29 +296,29 @@ class Writer:
         Returns:
             Whether there is a copy in its place.
         """
-        if not is_wasteful(self._header, items) or self._displaced():
+        if not should_compact(self._header, items) or self._displaced():
             return False
         self._commit(closed=False)
-        if not self._put_copy(items):
+        if not self._publish_compacted(items):
             return False
         if self._fsync:
-            sync_name(self.path)
+            fsync_directory(self.path)
         return True
 
-    def _put_copy(self, items: dict[str, int]) -> bool:
+    def _publish_compacted(self, items: dict[str, int]) -> bool:
         with contextlib.suppress(*H5PY_ERRORS):
             counts = self._counts(closed=True)
             image = copy_image(self._file, self._header, items, counts, fitted=True)
-            if self._goes_on and holds_more(self._file, image):
+            if self._appending and has_extra_content(self._file, image):
                 return False
-            new = room_for(self.path, "overwrite")
-            with _removed_on_error(new):
+            new = temporary_path(self.path, "overwrite")
+            with _unlink_on_error(new):
                 with new.open("xb") as file:
                     file.write(image)
                     if self._fsync:
                         file.flush()
-                        sync(file.fileno())
-                if not keeps_owner(self.path, new):
+                        fsync_file(file.fileno())
+                if not copy_permissions(self.path, new):
                     raise OSError(f"{new} cannot have the owner of {self.path}")
                 new.replace(self.path)
             return True
@@ -330,10 +340,10 @@ class Writer:
                 return
             # Readers share the descriptor, and would read zeros from it: they are kept out. They
             # are closed once it leads nowhere, for then, too, HDF5 writes what it holds.
-            with no_reading():
-                lead_nowhere(self._descriptor, self._identity)
-                with readers_out(self._identity):
-                    let_go(self._file, self._identity)
+            with lock_readers():
+                discard_writes(self._descriptor, self._identity)
+                with close_readers(self._identity):
+                    close_or_quarantine(self._file, self._identity)
         finally:
             self._claim.release()
 
@@ -342,19 +352,19 @@ class Writer:
         what = self._claim.displaced()
         return f"{self.path} {what}: nothing more can be recorded to it" if what else ""
 
-    def _written_over(self) -> str:
+    def _overwritten(self) -> str:
         """What became of the file, if it is at its path with other content."""
         with contextlib.suppress(OSError):
-            if not self._claim.displaced() and not is_marked(self.path):
+            if not self._claim.displaced() and not has_writer_flag(self.path):
                 return (
                     f"{self.path} was written over by another program: nothing more can be "
                     "recorded to it"
                 )
         return ""
 
-    def _require_not_written_over(self) -> None:
+    def _require_not_overwritten(self) -> None:
         """Write nothing into a file whose content is another program's by now."""
-        found = self._written_over()
+        found = self._overwritten()
         if found:
             self.abandon()
             raise SinkError(found)
@@ -365,23 +375,23 @@ class Writer:
         if not count:
             return False
         module = self._header.modules[weights.module]
-        with self._storing():
+        with self._translate_errors():
             for suffix, arrays in weights.sites.items():
                 for name, array in arrays.items():
-                    last = self._file[site_place(module, suffix, name)][count - 1]
+                    last = self._file[site_path(module, suffix, name)][count - 1]
                     # Their bytes: what is not a number is not equal to itself.
                     if last.tobytes() != np.asarray(array, last.dtype).tobytes():
                         return False
         return True
 
-    def _put_in_place(self, new: Path, mode: str, require: Callable[[Path], None]) -> None:
+    def _publish(self, new: Path, mode: str, require: Callable[[Path], None]) -> None:
         try:
             if mode == "overwrite":
                 require(self.path)
-            put_in_place(new, self.path, mode)
+            publish(new, self.path, mode)
             if self._fsync:
-                with naming(self.path, "created"):
-                    sync_name(self.path)
+                with translate_write_errors(self.path, "created"):
+                    fsync_directory(self.path)
         except BaseException:
             self.abandon()
             raise
@@ -393,51 +403,51 @@ class Writer:
         held = HeldFile.of(path)
         if held is not None:
             self._claim.hold(held)
-        columns = layout(self._header.modules)
+        columns = dataset_specs(self._header.modules)
         self._appenders = {
-            place: Appender(self._file[place], positions[place]) for place in columns
+            place: DatasetAppender(self._file[place], positions[place]) for place in columns
         }
         self._rows = [self._appenders[place] for place, column in columns.items() if column.axes]
         self._tables = [
             self._appenders[place] for place, column in columns.items() if not column.axes
         ]
         try:
-            with naming(self.path, "written"):
+            with translate_write_errors(self.path, "written"):
                 self._commit(closed=False)
         except BaseException:
             self.abandon()
             raise
 
-    def _make_room(self) -> None:
+    def _flush_buffers(self) -> None:
         """Write what is staged; of what is compressed only whole chunks, if the rest is little."""
         compressed = [appender for appender in self._rows if appender.compressed]
-        self._write_staged(whole_chunks=True)
-        self._staged = sum(appender.staged for appender in compressed)
-        if self._staged > STAGED // 2:
-            self._write_staged()
+        self._write_buffered(whole_chunks=True)
+        self._buffered_bytes = sum(appender.buffered_bytes for appender in compressed)
+        if self._buffered_bytes > BUFFER_BYTES // 2:
+            self._write_buffered()
 
-    def _write_staged(self, *, whole_chunks: bool = False) -> None:
-        ends, characters = self._strings.take()
-        self._appenders["strings"].stage(ends)
-        self._appenders["characters"].stage(characters)
+    def _write_buffered(self, *, whole_chunks: bool = False) -> None:
+        ends, characters = self._strings.pop_new()
+        self._appenders["strings"].append(ends)
+        self._appenders["characters"].append(characters)
         for appender in self._rows:
             appender.write(whole_chunks=whole_chunks and appender.compressed)
         self._file.flush()
         for appender in self._tables:
             appender.write()
-        self._staged = 0
+        self._buffered_bytes = 0
 
     def _commit(self, *, closed: bool) -> None:
-        self._write_staged()
+        self._write_buffered()
         self._file.flush()
-        self._sync(self._descriptor)
+        self._fsync_if_asked(self._descriptor)
         committed = self._file["committed"]
         committed[()] = self._counts(closed=closed)
         # Flushing the file does not write these counts out while a reading handle of this process
         # has them open too.
         committed.flush()
         self._file.flush()
-        self._sync(self._descriptor)
+        self._fsync_if_asked(self._descriptor)
         self._uncommitted = False
 
     def _counts(self, *, closed: bool) -> Array:
@@ -453,22 +463,22 @@ class Writer:
             file.close()
         except BaseException:
             # It would be written to again when the process ends, and then marked as whole.
-            lead_nowhere(self._descriptor, self._identity)
-            keep_off(file, self._identity)
+            discard_writes(self._descriptor, self._identity)
+            quarantine(file, self._identity)
             raise
 
-    def _sync(self, descriptor: int) -> None:
+    def _fsync_if_asked(self, descriptor: int) -> None:
         """Have the disk hold what was written so far, if that was asked for."""
         if self._fsync:
             # A second try would be told that all is well of what the first one has lost.
             if self._unsynced:
                 raise OSError("what was written before was not put on the disk")
             self._unsynced = True
-            sync(descriptor)
+            fsync_file(descriptor)
             self._unsynced = False
 
     @contextmanager
-    def _kept_for_sync(self) -> Iterator[int]:
+    def _dup_descriptor(self) -> Iterator[int]:
         """A descriptor of the file that stays open while HDF5 closes its own."""
         descriptor = os.dup(self._descriptor)
         try:
@@ -481,23 +491,25 @@ class Writer:
             raise SinkError(f"{self.path} is closed: nothing more can be written to it")
 
     @contextmanager
-    def _storing(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         try:
             yield
         except (OSError, RuntimeError, ValueError) as error:
-            raise SinkError(f"{self.path} cannot be written: {in_brief(error)}") from error
+            raise SinkError(f"{self.path} cannot be written: {short_message(error)}") from error
 
 
-def _is_written_here(path: Path) -> bool:
+def _is_open_for_writing(path: Path) -> bool:
     """Whether something in this process has a file open to write, such as a handle of h5py's."""
     for file in h5py.h5f.get_obj_ids(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE):
         name = os.fsdecode(h5py.h5f.get_name(file))
-        if file.get_intent() & h5py.h5f.ACC_RDWR and _status(Path(name)) == _status(path):
+        if file.get_intent() & h5py.h5f.ACC_RDWR and _file_signature(Path(name)) == _file_signature(
+            path
+        ):
             return True
     return False
 
 
-def _status(path: Path) -> tuple[int, int, int, int] | None:
+def _file_signature(path: Path) -> tuple[int, int, int, int] | None:
     """What tells one file at a path from the next: None if there is none."""
     if not path.exists():
         return None
@@ -506,7 +518,7 @@ def _status(path: Path) -> tuple[int, int, int, int] | None:
 
 
 @contextmanager
-def _removed_on_error(new: Path) -> Iterator[None]:
+def _unlink_on_error(new: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:

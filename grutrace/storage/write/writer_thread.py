@@ -38,14 +38,14 @@ WAKE_BYTES = 1024 * 1024
 
 #: Memory of the Python objects of a record, and of each site in it, beside the arrays' elements,
 #: about. Bytes.
-OBJECTS = 1024
+RECORD_OVERHEAD = 1024
 
 #: Those whose threads are at work.
-_running: set[Pump] = set()
+_running: set[WriterThread] = set()
 
 
 class Consumer(Protocol):
-    """What a pump works for: it writes records, or counts them. Only the thread calls it."""
+    """What a writer thread works for: it writes records, or counts them. Only the thread calls it."""
 
     @property
     def name(self) -> str:
@@ -64,7 +64,7 @@ class Consumer(Protocol):
         """Release everything without a commit: after an error, or in a forked child."""
 
 
-class Pump:
+class WriterThread:
     """Takes records from any thread and has them written by one.
 
     Args:
@@ -94,15 +94,15 @@ class Pump:
         self._uncommitted = 0  # bytes written since the last commit
         self._appended = 0  # records
         self._committed = 0  # records
-        self._wanted = 0  # records that somebody waits to see committed
+        self._commit_target = 0  # records that somebody waits to see committed
         self._deadline: float | None = None  # of the next commit
         self._gathering = 0  # contexts in which records are put together
-        self._hurry = False  # somebody waits for room
+        self._space_wanted = False  # somebody waits for room
         self._finishing = False
         self._ended = False
         self._error: BaseException | None = None
         self._collect: weakref.WeakMethod[Collect] | None = None
-        self._told = False
+        self._error_raised = False
         self._thread = threading.Thread(target=self._run, name="grutrace writer", daemon=True)
         _running.add(self)
         self._thread.start()
@@ -156,10 +156,10 @@ class Pump:
         finally:
             with self._changed:
                 self._gathering -= 1
-                if self._is_much():
+                if self._should_wake():
                     self._changed.notify_all()
 
-    def put(self, record: Record) -> None:
+    def submit(self, record: Record) -> None:
         """Queue a record; wait while the queue is full, but not in the thread that empties it.
 
         Raises:
@@ -171,7 +171,7 @@ class Pump:
         with self._changed:
             waits = threading.current_thread() is not self._thread
             while waits and self._held and self._held + size > self._limit and not self._ended:
-                self._hurry = True
+                self._space_wanted = True
                 self._changed.notify_all()
                 self._changed.wait()
             self._require_running()
@@ -182,7 +182,7 @@ class Pump:
             if self._deadline is None:
                 self._deadline = time.monotonic() + self._commit_seconds
                 self._changed.notify_all()
-            elif self._is_much():
+            elif self._should_wake():
                 self._changed.notify_all()
 
     def flush(self) -> None:
@@ -194,7 +194,7 @@ class Pump:
         self._require_own_process()
         self.collect()
         with self._changed:
-            target = self._wanted = self._appended
+            target = self._commit_target = self._appended
             self._changed.notify_all()
             while self._committed < target and not self._ended:
                 self._changed.wait()
@@ -221,21 +221,21 @@ class Pump:
                 self._changed.wait()
         # Not at once: a join that was interrupted makes the next one return too early (bpo-45274).
         self._thread.join()
-        if not self._told:
+        if not self._error_raised:
             self._raise_error()
 
-    def disown(self) -> None:
+    def abandon_after_fork(self) -> None:
         """In a forked child: leave the file to the parent."""
         self._writer.abandon()
 
     def _run(self) -> None:
         try:
-            while self._work():
+            while self._run_once():
                 pass
             self._writer.close()
         except BaseException as error:
             try:
-                self._save_what_can_be()
+                self._commit_remaining()
             finally:
                 # The frames that failed hold records.
                 traceback.clear_frames(error.__traceback__)
@@ -248,7 +248,7 @@ class Pump:
                 self._changed.notify_all()
             _running.discard(self)
 
-    def _work(self) -> bool:
+    def _run_once(self) -> bool:
         """Write what waits, and commit if that is due. False once nothing more will come."""
         if self._wait():
             self.collect(wait=False)
@@ -256,7 +256,7 @@ class Pump:
                 if self._queue:
                     # What was collected has waited already.
                     self._deadline = time.monotonic()
-        records, last, finishing = self._take()
+        records, last, finishing = self._pop_queue()
         while records:
             record, size = records.popleft()
             self._writer.write(record)
@@ -274,7 +274,7 @@ class Pump:
         """Wait until there is something to do; whether it is time to collect before that."""
         with self._changed:
             asked = time.monotonic() + self._commit_seconds
-            while not (self._is_much() or self._hurry or self._commit_due()):
+            while not (self._should_wake() or self._space_wanted or self._commit_due()):
                 until = asked if self._deadline is None else self._deadline
                 if self._collect is None and self._deadline is None:
                     self._changed.wait()
@@ -284,21 +284,21 @@ class Pump:
                     return True
             return self._deadline is not None and time.monotonic() >= self._deadline
 
-    def _is_much(self) -> bool:
+    def _should_wake(self) -> bool:
         return self._waiting >= WAKE_BYTES and not self._gathering
 
-    def _take(self) -> tuple[deque[tuple[Record, int]], int, bool]:
+    def _pop_queue(self) -> tuple[deque[tuple[Record, int]], int, bool]:
         """What waits, the number of the last record, and whether the end has come."""
         with self._changed:
             records, self._queue = self._queue, deque()
             self._waiting = 0
-            self._hurry = False
+            self._space_wanted = False
             return records, self._appended, self._finishing
 
     def _commit_due(self) -> bool:
         return (
             self._finishing
-            or self._wanted > self._committed
+            or self._commit_target > self._committed
             or self._uncommitted >= self._commit_bytes
             or (self._deadline is not None and time.monotonic() >= self._deadline)
         )
@@ -310,7 +310,7 @@ class Pump:
             self._deadline = time.monotonic() + self._commit_seconds if self._queue else None
             self._changed.notify_all()
 
-    def _save_what_can_be(self) -> None:
+    def _commit_remaining(self) -> None:
         """Commit the records that were written before the one that failed, if the file lets us."""
         with contextlib.suppress(Exception):
             self._writer.commit()
@@ -330,7 +330,7 @@ class Pump:
 
     def _raise_error(self) -> None:
         if self._error is not None:
-            self._told = True
+            self._error_raised = True
             raise SinkError(
                 f"{self._writer.name}: writing stopped, and what was not committed by then is "
                 f"lost: {self._error}"
@@ -339,29 +339,29 @@ class Pump:
 
 def _size(record: Record) -> int:
     sites = len(record.sites) if isinstance(record, CallRecord) else 0
-    return record.nbytes + OBJECTS * (1 + sites)
+    return record.nbytes + RECORD_OVERHEAD * (1 + sites)
 
 
 def _close_all() -> None:
     """At the end of the interpreter: close what its users forgot."""
-    for pump in list(_running):
+    for thread in list(_running):
         try:
-            pump.collect()
-            pump.close()
+            thread.collect()
+            thread.close()
         except SinkError as error:
             warnings.warn(str(error), GrutraceWarning, stacklevel=1)
 
 
-def _disown_all() -> None:
+def _abandon_all_after_fork() -> None:
     """In a forked child: the threads are not there, and the files are the parent's."""
-    for pump in _running:
+    for thread in _running:
         # The parent may just have been closing it.
         with contextlib.suppress(OSError, ValueError, RuntimeError):
-            pump.disown()
+            thread.abandon_after_fork()
     _running.clear()
 
 
 # After h5py's own, and so, at exit, before it.
 atexit.register(_close_all)
 if hasattr(os, "register_at_fork"):  # There is none on Windows.
-    os.register_at_fork(after_in_child=_disown_all)
+    os.register_at_fork(after_in_child=_abandon_all_after_fork)
