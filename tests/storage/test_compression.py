@@ -98,7 +98,7 @@ def test_whatever_fills_a_chunk_or_not(steps, path):
 def test_what_does_not_fill_a_chunk_waits_for_the_next_commit(path, monkeypatch):
     """Each time that a chunk is packed it takes new room: so it is packed when it is whole."""
     # More than twice the four chunks that can be held back, of 256 KiB.
-    monkeypatch.setattr(writer, "STAGED", 2_500_000)
+    monkeypatch.setattr(writer, "BUFFER_BYTES", 2_500_000)
     stream = Stream(make_header(make_module(hidden=600)))
     for _ in range(150):
         stream.call([10])
@@ -116,7 +116,7 @@ def test_what_does_not_fill_a_chunk_waits_for_the_next_commit(path, monkeypatch)
 
 
 def test_many_sites_do_not_hold_back_much(path, monkeypatch):
-    monkeypatch.setattr(writer, "STAGED", 64 * 1024)
+    monkeypatch.setattr(writer, "BUFFER_BYTES", 64 * 1024)
     header = make_header(
         *(make_module(f"m{number}", hidden=32) for number in range(20)),
         options={"compression": "blosc2"},

@@ -362,7 +362,7 @@ def test_a_full_disk_leaves_nothing_behind(path, output):
     coded_file(path, calls=500)
     code = f"""
 import resource, signal
-from grutrace.storage.recovery import recover_file
+from grutrace.storage.recovery.recover import recover_file
 resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, resource.RLIM_INFINITY))
 recover_file({str(path)!r}, {str(output)!r})
 """

@@ -76,11 +76,11 @@ def test_info_opens_a_file_once(tmp_path, counted, capsys):
 MANY_SITES = """
 import sys
 from pathlib import Path
-from grutrace.storage import creating
+from grutrace.storage.write import create
 from benchmarks.scale import write_many_sites
 
 if sys.argv[2] == "left alone":
-    creating._keep_metadata = lambda access: None
+    create._keep_metadata = lambda access: None
 write_many_sites(Path(sys.argv[1]), 300)
 """
 

@@ -362,7 +362,6 @@ def test_a_small_file_that_cannot_be_copied_is_appended_to_where_it_is(path, mon
 DIES = """
 import os, signal, sys
 from pathlib import Path
-from grutrace.storage import writer
 from tests.storage.test_small_files import append_blocks
 path, mode, when = sys.argv[1:]
 replaced = Path.replace
@@ -407,7 +406,7 @@ def test_a_file_that_is_recovered_is_small(path):
 
 def test_what_is_worth_a_copy():
     header = make_header(make_module(hidden=64, width=64))
-    columns = compact.layout(header.modules)
+    columns = compact.dataset_specs(header.modules)
 
     def items(rows, calls=1):
         counts = {"calls": calls, "modules/rnn/pieces": calls, "modules/rnn/l0/initial": calls}
@@ -423,4 +422,4 @@ def test_what_is_worth_a_copy():
     assert not compact.should_compact(header, items(0, 0) | dict.fromkeys(columns, 0))
     assert not compact.should_compact(header, items(100_000, 100))
     many = make_header(*[make_module(str(number)) for number in range(compact.MAX_SITES + 1)])
-    assert not compact.should_compact(many, dict.fromkeys(compact.layout(many.modules), 1))
+    assert not compact.should_compact(many, dict.fromkeys(compact.dataset_specs(many.modules), 1))

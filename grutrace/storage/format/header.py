@@ -84,7 +84,7 @@ def read_header(file: h5py.File) -> TraceHeader:
     """What `write_header` wrote, with the types of rows and weights as the datasets have them.
 
     Raises:
-        Fault: The file is no trace, is of a newer format, or its header is damaged.
+        FormatError: The file is no trace, is of a newer format, or its header is damaged.
     """
     root = read_root(file)
     modules: dict[int, ModuleInfo] = {}
@@ -104,7 +104,7 @@ def read_root(file: h5py.File) -> dict[str, Any]:
 
     Raises:
         NewerFormat: The file is of a newer format.
-        Fault: The file is no trace, or this is damaged.
+        FormatError: The file is no trace, or this is damaged.
     """
     found = format_of(file)
     require(found == FORMAT, "attribute 'format'", FORMAT, _OTHER_FORMATS.get(found, "another"))
@@ -123,7 +123,7 @@ def format_of(file: h5py.File) -> str:
     """Which format a file is of by its own account.
 
     Raises:
-        Fault: It does not say.
+        FormatError: It does not say.
     """
     return str(_attribute(file, "format", str))
 
@@ -133,7 +133,7 @@ def check_version(file: h5py.File, newest: int) -> None:
 
     Raises:
         NewerFormat: It is newer than the newest known one.
-        Fault: There is no version, or none that ever was.
+        FormatError: There is no version, or none that ever was.
     """
     place, expected = "attribute 'format_version'", "two integers"
     require("format_version" in file.attrs, place, expected, "nothing")

@@ -247,7 +247,7 @@ def check_dataset(dataset: h5py.Dataset, place: str, column: DatasetSpec) -> Non
     """Require a dataset to hold such items.
 
     Raises:
-        Fault: It holds others.
+        FormatError: It holds others.
     """
     dtype, shape = dataset.dtype, dataset.shape[1:]
     if (dtype, shape) != (column.dtype, column.item):

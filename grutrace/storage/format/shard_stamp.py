@@ -45,7 +45,7 @@ def read_shard(header: TraceHeader) -> Shard | None:
     """Which shard a trace is; None if it is none.
 
     Raises:
-        Fault: There is a stamp which is not as it should be.
+        FormatError: There is a stamp which is not as it should be.
     """
     found = header.options.get("shard")
     if found is None:
@@ -61,7 +61,7 @@ def read_merged_shards(header: TraceHeader) -> tuple[MergedShard, ...]:
     """The shards that a file was merged from, in the order of their ranks; none if it was not.
 
     Raises:
-        Fault: There is an account of them which is not as it should be.
+        FormatError: There is an account of them which is not as it should be.
     """
     found = header.options.get("shards")
     if found is None:

@@ -126,7 +126,7 @@ def check_tables(tables: Tables, modules: Sequence[ModuleInfo]) -> None:
     """Check every number in the tables that leads somewhere else.
 
     Raises:
-        Fault: One of them leads nowhere.
+        FormatError: One of them leads nowhere.
     """
     for module, pieces in zip(modules, tables.pieces, strict=True):
         _check_pieces(pieces, pieces_path(module))
@@ -216,7 +216,7 @@ class TableReader:
         """The tables up to what is committed by now.
 
         Raises:
-            Fault: The file is damaged.
+            FormatError: The file is damaged.
         """
         counts = self._stable_counts()
         if self._tables is None or counts != self._counts:

@@ -53,7 +53,7 @@ class UnsupportedVersion(Exception):
 
 
 def require(holds: Any, place: str, expected: object, found: object) -> None:
-    """Raise a `Fault` unless the condition holds."""
+    """Raise a `FormatError` unless the condition holds."""
     if not holds:
         raise FormatError(place, expected, found)
 

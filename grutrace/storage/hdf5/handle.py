@@ -108,7 +108,7 @@ class SharedReadHandle:
         """A dataset of which the first `count` items can be read. Ask while the file is lent.
 
         Raises:
-            Fault: It has fewer items, or the file is too small to hold them.
+            FormatError: It has fewer items, or the file is too small to hold them.
         """
         known = self._datasets.get(place)
         if known is None:
@@ -130,7 +130,7 @@ class SharedReadHandle:
         """A dataset of which nothing was asked yet: it may be virtual. Ask while the file is lent.
 
         Raises:
-            Fault: It is missing, no dataset, or behind a link to elsewhere.
+            FormatError: It is missing, no dataset, or behind a link to elsewhere.
         """
         above, _, name = place.rpartition("/")
         return get_member(self._group(above), name, h5py.Dataset).id
@@ -139,7 +139,7 @@ class SharedReadHandle:
         """The present value of a scalar dataset. Ask while the file is lent.
 
         Raises:
-            Fault: It is no scalar, or of another type.
+            FormatError: It is no scalar, or of another type.
         """
         known = self._datasets.get(place)
         if known is None:

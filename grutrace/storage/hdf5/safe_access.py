@@ -53,7 +53,7 @@ def get_member(group: h5py.Group, name: str, kind: type) -> Any:
     Of a dataset, ask for nothing but its type before `require_own_data`.
 
     Raises:
-        Fault: It is missing, is of the other kind, or is a link to somewhere else.
+        FormatError: It is missing, is of the other kind, or is a link to somewhere else.
     """
     found = _open_member(group, name, _KIND_NAMES[kind])
     if not isinstance(found, kind):
@@ -67,7 +67,7 @@ def get_dataset(file: h5py.File, place: str) -> h5py.Dataset:
     """The dataset in this place, whose data are in the file itself.
 
     Raises:
-        Fault: It is missing, or somewhere else.
+        FormatError: It is missing, or somewhere else.
     """
     *groups, name = place.split("/")
     group = file
@@ -82,7 +82,7 @@ def is_dataset(group: h5py.Group, name: str) -> bool:
     """Whether what has this name is a dataset. Of a link to elsewhere nobody asks.
 
     Raises:
-        Fault: There is no such name.
+        FormatError: There is no such name.
     """
     if not _is_single_name(name) or _link(group, name) != h5l.TYPE_HARD:
         return False
@@ -96,7 +96,7 @@ def require_local_data(dataset: h5py.Dataset, place: str) -> bool:
         Whether they are packed.
 
     Raises:
-        Fault: The message says how it is stored.
+        FormatError: The message says how it is stored.
     """
     made = dataset.id.get_create_plist()
     layout = made.get_layout()

@@ -67,7 +67,7 @@ class RepairedFile(io.RawIOBase):
 
     Raises:
         OSError: It cannot be opened.
-        Fault: Its superblock is damaged, or of a kind that grutrace does not write.
+        FormatError: Its superblock is damaged, or of a kind that grutrace does not write.
     """
 
     def __init__(self, path: Path, *, repair: bool = False) -> None:

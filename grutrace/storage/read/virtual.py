@@ -64,7 +64,7 @@ def read_spans(dataset: h5d.DatasetID, place: str, column: DatasetSpec) -> tuple
         column: What it should hold.
 
     Raises:
-        Fault: It maps anything but whole items, end to end, from the beginnings of other datasets.
+        FormatError: It maps anything but whole items, end to end, from the beginnings of other datasets.
     """
     properties = dataset.get_create_plist()
     if properties.get_layout() != h5d.VIRTUAL:
@@ -252,7 +252,7 @@ class MergedColumns:
         columns: All datasets that grow, by their place.
 
     Raises:
-        Fault: The file is damaged.
+        FormatError: The file is damaged.
         TraceFileError: A shard is not there.
     """
 
@@ -285,7 +285,7 @@ class MergedColumns:
         """Require the columns to have just as many items as the tables count.
 
         Raises:
-            Fault: One has not.
+            FormatError: One has not.
         """
         for place, spans in self._spans.items():
             found = sum(span.count for span in spans)
@@ -295,7 +295,7 @@ class MergedColumns:
         """The tables of the file, with whose calls are whose.
 
         Raises:
-            Fault: There are not as many calls as the shards had.
+            FormatError: There are not as many calls as the shards had.
         """
         if not self._shards:
             return tables

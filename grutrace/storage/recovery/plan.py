@@ -74,7 +74,7 @@ class PrefixScanner:
         limits: By dataset, how many of its items can be read at most.
 
     Raises:
-        Fault: A dataset is missing, or of another type or shape.
+        FormatError: A dataset is missing, or of another type or shape.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class PrefixScanner:
         """The longest run of calls from the first that is whole, and what belongs to it.
 
         Raises:
-            Fault: A table cannot be read where it should be.
+            FormatError: A table cannot be read where it should be.
         """
         counts = dict.fromkeys(self._datasets, 0)
         counts["strings"], counts["characters"] = self._strings()

@@ -46,7 +46,7 @@ def stamp_of(options: Mapping[str, Any]) -> Stamp | None:
     """The stamp among the options of a part; None of a trace that no `grutrace run` made.
 
     Raises:
-        Fault: There is one which is not as it should be.
+        FormatError: There is one which is not as it should be.
     """
     found = options.get("run")
     if found is None:

@@ -100,7 +100,7 @@ def _format(path: Path) -> str | None:
     """What format an HDF5 file says it is of; None if it does not say.
 
     Raises:
-        Fault: Its superblock is damaged.
+        FormatError: Its superblock is damaged.
         OSError: It cannot be read.
     """
     with path.open("rb") as plain:

@@ -45,7 +45,7 @@ _running: set[WriterThread] = set()
 
 
 class Consumer(Protocol):
-    """What a writer thread works for: it writes records, or counts them. Only the thread calls it."""
+    """Writes or counts the records of a `WriterThread`, the only thread that calls it."""
 
     @property
     def name(self) -> str:
