@@ -321,7 +321,7 @@ def test_the_default_is_the_background_where_it_can_be(tmp_path) -> None:
 TEAMS = """
     import os, sys, threading, time
     import torch, grutrace
-    from grutrace.capture import background
+    from grutrace.capture.recording import background
     from torch import nn
 
     torch.set_num_threads(4)

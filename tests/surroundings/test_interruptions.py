@@ -17,7 +17,7 @@ from tests.surroundings.models import trace
 
 #: Where a call is observed and replayed. What becomes of a record in a sink is for its own tests.
 #: Not between a sink's having a record and our knowing of it.
-OUTLET = str(Path(grutrace.__file__).parent / "capture/outlet.py")
+OUTLET = str(Path(grutrace.__file__).parent / "capture/recording/guarded_sink.py")
 
 PACKAGE = tuple(str(Path(grutrace.__file__).parent / part) for part in ("capture", "gru"))
 
