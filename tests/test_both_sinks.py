@@ -1,7 +1,7 @@
 """One run goes to memory and to a file, and everything that can be read is compared.
 
 Gates that are replayed with each call are the same bits in both. In the background those of several
-calls are computed at once: see `tests/test_background.py`.
+calls are computed at once: see `tests/capture/recording/test_background.py`.
 """
 
 from __future__ import annotations

@@ -18,9 +18,8 @@ from grutrace.analysis.engine import map_reduce, segments
 from grutrace.analysis.engine.map_reduce import on_dask
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import SiteArrays
+from tests.analysis import sites
 from tests.checks import EVERYTHING
-
-from . import sites
 
 #: What float64 sums of some thousand terms differ by in another order.
 ORDER = 1e-11

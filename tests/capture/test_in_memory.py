@@ -20,11 +20,10 @@ import grutrace
 from grutrace.analysis.verification.verify import verify
 from grutrace.capture import tracer as tracer_module
 from grutrace.errors import GrutraceWarning, OptionError, StateError
+from tests.capture.models import EncoderDecoder, StepwiseDecoder
 from tests.checks import EVERYTHING
 from tests.runs import check_gates
 from tests.test_both_sinks import assert_same, run
-
-from .models import EncoderDecoder, StepwiseDecoder
 
 
 @pytest.fixture

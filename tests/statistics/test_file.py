@@ -21,8 +21,7 @@ import grutrace
 from grutrace.__main__ import main
 from grutrace.statistics import file as file_module
 from tests.checks import EVERYTHING
-
-from .oracle import assert_figures, assert_same
+from tests.statistics.oracle import assert_figures, assert_same
 
 
 def plain_read(path):

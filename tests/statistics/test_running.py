@@ -29,10 +29,9 @@ from grutrace.storage.open import open_sink
 from grutrace.storage.write import writer_thread
 from tests.capture.models import EncoderDecoder
 from tests.checks import EVERYTHING
+from tests.statistics.oracle import assert_figures, assert_same
 from tests.storage import coded
 from tests.test_both_sinks import run
-
-from .oracle import assert_figures, assert_same
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ import numpy as np
 
 from grutrace.records import DEFAULT_RECORD, CallRecord, SiteRows, WeightsRecord
 from grutrace.storage.write.stream_sink import FileSink
-
-from .streams import make_header, make_module
+from tests.storage.streams import make_header, make_module
 
 HIDDEN = 32
 

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from grutrace.storage.open import open_sink, open_source, open_trace
 from grutrace.storage.read.trace import Trace
-
-from .oracle import check_trace
-from .streams import batches, drawn_streams, full_stream
+from tests.storage.oracle import check_trace
+from tests.storage.streams import batches, drawn_streams, full_stream
 
 KINDS = ("memory", "file")
 

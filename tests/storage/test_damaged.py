@@ -13,9 +13,8 @@ import pytest
 from grutrace.errors import NotRecordedError, StateError, TraceFileError
 from grutrace.storage.open import open_trace
 from grutrace.storage.write.writer import Writer
-
-from .oracle import check_trace
-from .streams import full_stream
+from tests.storage.oracle import check_trace
+from tests.storage.streams import full_stream
 
 SITE = "modules/encoder.rnn/l0"
 

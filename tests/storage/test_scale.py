@@ -13,8 +13,7 @@ from benchmarks import long_traces, scale
 from grutrace.__main__ import main
 from grutrace.storage.hdf5 import safe_access, safe_open
 from grutrace.storage.read import sequence_index
-
-from .streams import make_module
+from tests.storage.streams import make_module
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from grutrace.storage.shards.merge import merge_shards
 from grutrace.storage.write.writer import Writer
-from tests.storage.shards import full_shards, write_shards
+from tests.storage.shard_streams import full_shards, write_shards
 from tests.storage.streams import full_stream
 
 GOLDEN = Path(__file__).parents[2] / "tests" / "golden" / "v1.0"

@@ -1,0 +1,192 @@
+"""What moved is what was moved, by as much; errors are those of sequences."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import grutrace
+from grutrace.analysis.compare.change import change
+from grutrace.analysis.engine.site_data import SiteArrays
+from grutrace.errors import NotRecordedError, OptionError
+from tests.analysis import sites
+from tests.analysis.everywhere import as_arrays, check_everywhere
+from tests.checks import EVERYTHING
+
+
+def slow(random, units=3, sequences=40) -> np.ndarray:
+    """Values that hardly change within a sequence of 25 steps, so that few are independent."""
+    means = random.normal(size=(sequences, 1, units))
+    return (means + 0.1 * random.normal(size=(sequences, 25, units))).reshape(-1, units)
+
+
+def test_effects_are_cohens() -> None:
+    random = np.random.default_rng(0)
+    one, other = random.normal(0, 1, (5000, 3)), random.normal([0, 0.5, -2], [1, 1, 3], (5000, 3))
+    found = change(SiteArrays(update=one, name="a"), SiteArrays(update=other, name="b"))
+    assert (found.site, found.other, found.paired) == ("a", "b", False)
+    moved = other.mean(0) - one.mean(0)
+    np.testing.assert_allclose(found.moved["update"], moved)
+    pooled = np.sqrt((one.var(0) + other.var(0)) / 2)
+    np.testing.assert_allclose(found.effect["update"], moved / pooled, rtol=1e-9)
+    np.testing.assert_allclose(found.effect["update"], [0, 0.5, -2 / np.sqrt(5)], atol=0.05)
+    assert found.apart == found.correlation == {}
+    assert list(found.columns())[:3] == ["unit", "update_before", "update_after"]
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_errors_are_what_repeating_it_shows(paired) -> None:
+    """Over 300 repetitions the difference varies as the error says, and steps alone do not."""
+    moved, errors, alone = [], [], []
+    for seed in range(300):
+        random = np.random.default_rng(seed)
+        one = slow(random, 1)
+        other = one + slow(random, 1) if paired else slow(random, 1)
+        lengths = np.full(40, 25)
+        found = change(
+            SiteArrays(hidden=one, lengths=lengths),
+            SiteArrays(hidden=other, lengths=lengths),
+            paired=paired,
+        )
+        moved.append(found.moved["hidden"][0])
+        errors.append(found.error["hidden"][0])
+        alone.append(np.sqrt((one.var() + other.var()) / 1000))
+    assert np.mean(errors) == pytest.approx(np.std(moved), rel=0.1)
+    assert np.mean(alone) < np.std(moved) / 2
+
+
+def test_paired_steps_are_compared_one_by_one() -> None:
+    random = np.random.default_rng(0)
+    one = random.normal(size=(200, 4))
+    noise = random.normal(size=(200, 4))
+    other = np.stack([one[:, 0], -one[:, 1], one[:, 2] + noise[:, 2], noise[:, 3]], axis=1) + 7
+    found = change(SiteArrays(hidden=one), SiteArrays(hidden=other), paired=True)
+    for unit in range(4):
+        expected = np.corrcoef(one[:, unit], other[:, unit])[0, 1]
+        assert found.correlation["hidden"][unit] == pytest.approx(expected)
+    np.testing.assert_allclose(found.correlation["hidden"][:2], [1, -1])
+    root = np.sqrt(np.square(other - one).mean(0))
+    np.testing.assert_allclose(found.apart["hidden"], root)
+    assert found.apart["hidden"][0] == pytest.approx(7)
+
+
+def trained(tmp_path, decay: float):
+    """A model before and after one of its units was given other weights, on the same inputs."""
+    torch.manual_seed(0)
+    layer, batch = nn.GRU(3, 6, bidirectional=True), torch.randn(20, 5, 3)
+    for name in ("before", "after"):
+        with grutrace.trace(layer, tmp_path / f"{name}.h5", record=EVERYTHING, gates="inline"):
+            layer(batch)
+        with torch.no_grad():
+            for suffix in ("l0", "l0_reverse"):
+                getattr(layer, f"bias_ih_{suffix}")[6 + 2] += decay
+    return [grutrace.open(tmp_path / f"{name}.h5") for name in ("before", "after")]
+
+
+def test_the_unit_that_was_changed_is_the_one_that_moved(tmp_path) -> None:
+    before, after = trained(tmp_path, 4.0)
+    with before, after:
+        for name in before.sites:
+            found = change(before[name], after[name], paired=True)
+            # The gate of that unit alone has other weights.
+            assert np.flatnonzero(found.weights["update"]).tolist() == [2]
+            assert not found.weights["reset"].any()
+            size = np.abs(found.effect["update"])
+            assert size.argmax() == 2
+            assert size[2] > 5
+            assert np.delete(size, 2).max() < 1
+            rows = before[name].weights()
+            norm = np.sqrt(sum(np.square(rows[each][6 + 2].astype(float)).sum() for each in rows))
+            assert found.weights["update"][2] == pytest.approx(4 / norm)
+
+
+def test_nothing_moved(tmp_path) -> None:
+    before, after = trained(tmp_path, 0.0)
+    with before, after:
+        found = change(before["l0"], after["l0"], paired=True)
+        for mapping in (found.moved, found.effect, found.apart, found.weights):
+            assert all(not values.any() for values in mapping.values())
+        np.testing.assert_allclose(found.correlation["hidden"], 1)
+
+
+def test_units_are_aligned_by_their_numbers() -> None:
+    torch.manual_seed(0)
+    layer, batch = nn.GRU(3, 6), torch.randn(10, 2, 3)
+    traces = []
+    for units in ([4, 1, 3], [0, 3, 4]):
+        with grutrace.trace(layer, record=("update", "hidden"), units=units) as trace:
+            layer(batch)
+        traces.append(trace)
+    found = change(traces[0]["l0"], traces[1]["l0"], paired=True)
+    assert found.units.tolist() == [3, 4]
+    assert all(np.abs(values).max() < 1e-6 for values in found.apart.values())
+    with grutrace.trace(layer, record=("update",), units=[5]) as trace:
+        layer(batch)
+    with pytest.raises(NotRecordedError, match="no unit was recorded in both"):
+        change(traces[0]["l0"], trace["l0"])
+
+
+def test_rows_that_lie_in_another_order_are_aligned() -> None:
+    """A decoder step by step, whose rows of one sequence lie apart, and one that is not."""
+    site = sites.in_memory()["decoder.rnn.l0"]
+    assert not isinstance(site.rows_between(0, len(site)), slice)
+    same = change(site, as_arrays(site), paired=True)
+    assert not same.apart["hidden"].any()
+    other_way = change(as_arrays(site), site, paired=True)
+    assert not other_way.apart["hidden"].any()
+    # The control: in the order of the rows they would not be.
+    rows = np.asarray(site.hidden)
+    wrong = SiteArrays(hidden=rows, lengths=site.lengths)
+    assert change(site, wrong, paired=True).apart["hidden"].any()
+
+
+def test_a_unit_that_never_varies() -> None:
+    still = np.full((6, 3), 0.5)
+    other = still + [0, 0.1, 0]
+    found = change(SiteArrays(update=still), SiteArrays(update=other), paired=True)
+    assert found.effect["update"].tolist() == [0, np.inf, 0]
+    assert np.isnan(found.correlation["update"]).all()
+    assert np.isnan(found.error["update"]).all()
+
+
+def test_what_is_no_number_makes_none() -> None:
+    one = np.random.default_rng(0).normal(size=(9, 2))
+    broken = one.copy()
+    broken[4, 0] = np.nan
+    found = change(SiteArrays(update=one), SiteArrays(update=broken))
+    assert np.isnan(found.moved["update"]).tolist() == [True, False]
+    empty = SiteArrays(update=np.zeros((0, 2)), lengths=[])
+    assert np.isnan(change(empty, SiteArrays(update=one)).moved["update"]).all()
+    assert np.isnan(change(empty, empty, paired=True).apart["update"]).all()
+
+
+def test_what_does_not_fit() -> None:
+    one, other = SiteArrays(update=np.zeros((4, 2))), SiteArrays(hidden=np.zeros((4, 2)))
+    with pytest.raises(NotRecordedError, match="nothing in common"):
+        change(one, other)
+    longer = SiteArrays(update=np.zeros((4, 2)), lengths=[1, 3])
+    with pytest.raises(OptionError, match="paired: expected sequences of the same lengths"):
+        change(one, longer, paired=True)
+    back = SiteArrays(update=np.zeros((4, 2)), reverse=True)
+    with pytest.raises(OptionError, match="opposite directions"):
+        change(one, back, paired=True)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_the_same_everywhere(tmp_path, monkeypatch, paired) -> None:
+    trace = sites.in_memory()
+
+    def analyse(site):
+        other = as_arrays(trace[site.name])
+        shifted = SiteArrays(
+            update=np.square(other.update),
+            hidden=np.square(other.hidden),
+            lengths=other.lengths,
+            weights={name: 2 * each for name, each in other.weights.items()},
+            reverse=other.reverse,
+        )
+        return change(site, shifted, paired=paired)
+
+    check_everywhere(analyse, tmp_path, monkeypatch)

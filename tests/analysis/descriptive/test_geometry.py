@@ -1,0 +1,80 @@
+"""Components against NumPy's own covariance, and spaces whose dimension is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from grutrace.analysis.descriptive.geometry import geometry
+from grutrace.analysis.engine.site_data import SiteArrays
+from grutrace.errors import NotRecordedError
+from tests.analysis import sites
+from tests.analysis.everywhere import check_everywhere
+
+
+def test_equals_numpy() -> None:
+    trace = sites.in_memory()
+    for name in trace.sites:
+        states = np.asarray(trace[name].hidden, np.float64)
+        found = geometry(trace[name])
+        covariance = np.cov(states.T)
+        variance = np.linalg.eigvalsh(covariance)[::-1]
+        np.testing.assert_allclose(found.variance, variance, rtol=1e-6, atol=1e-12)
+        np.testing.assert_allclose(found.share, variance / variance.sum(), rtol=1e-6, atol=1e-12)
+        ratio = np.trace(covariance) ** 2 / np.trace(covariance @ covariance)
+        assert found.participation_ratio == pytest.approx(ratio)
+        np.testing.assert_allclose(found.mean, states.mean(0), rtol=1e-6, atol=1e-9)
+        rebuilt = found.directions.T * found.variance @ found.directions
+        np.testing.assert_allclose(rebuilt, covariance, atol=1e-9)
+        np.testing.assert_allclose(
+            found.directions @ found.directions.T, np.eye(len(variance)), atol=1e-9
+        )
+        assert (found.directions.max(1) == np.abs(found.directions).max(1)).all()
+
+
+def test_known_dimensions() -> None:
+    random = np.random.default_rng(0)
+    sphere = geometry(SiteArrays(hidden=random.normal(size=(20_000, 10))))
+    assert sphere.participation_ratio == pytest.approx(10, abs=0.1)
+    assert sphere.dimensions in (9, 10)
+    plane = random.normal(size=(5_000, 2)) @ random.normal(size=(2, 30)) + 5
+    flat = geometry(SiteArrays(hidden=plane))
+    assert flat.participation_ratio < 2.001
+    assert flat.share[:2].sum() == pytest.approx(1)
+    projected = flat.project(plane)
+    assert projected.shape == (5_000, 2)
+    np.testing.assert_allclose(projected.var(0, ddof=1), flat.variance[:2], rtol=1e-6)
+    np.testing.assert_allclose(projected @ flat.directions[:2] + flat.mean, plane, atol=1e-6)
+
+
+def test_far_from_zero_nothing_is_lost() -> None:
+    random = np.random.default_rng(0)
+    states = random.normal(size=(4_000, 3)) * [1e-6, 1e-7, 1e-8] + 0.999
+    found = geometry(SiteArrays(hidden=states))
+    np.testing.assert_allclose(np.sqrt(found.variance), [1e-6, 1e-7, 1e-8], rtol=0.05)
+
+
+def test_what_is_not_finite_is_left_out() -> None:
+    states = np.random.default_rng(0).normal(size=(50, 4))
+    broken = np.insert(states, [10, 30], [[np.nan, 0, 0, 0], [0, np.inf, 0, 0]], axis=0)
+    found, whole = geometry(SiteArrays(hidden=broken)), geometry(SiteArrays(hidden=states))
+    assert (found.steps, found.left_out) == (50, 2)
+    np.testing.assert_allclose(found.variance, whole.variance)
+
+
+def test_nothing_that_moves() -> None:
+    for states in (np.zeros((0, 3)), np.ones((1, 3)), np.ones((9, 3))):
+        found = geometry(SiteArrays(hidden=states))
+        assert np.isnan(found.participation_ratio)
+        assert found.dimensions == 0
+    with pytest.raises(NotRecordedError, match="no 'hidden'"):
+        geometry(SiteArrays(update=np.zeros((3, 2))))
+
+
+def test_the_mean_is_of_units_and_no_column() -> None:
+    found = geometry(SiteArrays(hidden=np.random.default_rng(0).normal(size=(9, 3))))
+    assert list(found.columns()) == ["component", "variance", "share"]
+
+
+def test_the_same_everywhere(tmp_path, monkeypatch) -> None:
+    check_everywhere(geometry, tmp_path, monkeypatch)

@@ -1,0 +1,229 @@
+"""Fixed points that theory gives; the map and its Jacobian against nn.GRUCell."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import grutrace
+from grutrace.analysis.dynamics.fixed_points import FIXED, fixed_points, minimise
+from grutrace.analysis.dynamics.jacobian import GRUMap
+from grutrace.analysis.engine.site_data import SiteArrays, material
+from grutrace.errors import NotRecordedError, OptionError
+from tests.analysis import sites
+from tests.analysis.everywhere import check_everywhere
+
+#: The solution of x = tanh(2 x) above 0, by bisection in the test below.
+UPPER = 0.957504
+
+
+def weights_of(cell: nn.Module) -> dict[str, np.ndarray]:
+    return {
+        name.removesuffix("_l0"): value.detach().numpy() for name, value in cell.named_parameters()
+    }
+
+
+def cell_of(units: int) -> nn.GRUCell:
+    """No weights: r = z = 1/2, n = 0."""
+    cell = nn.GRUCell(1, units).double()
+    with torch.no_grad():
+        for parameter in cell.parameters():
+            parameter.zero_()
+    return cell
+
+
+def arrays_of(cell: nn.Module, states: np.ndarray) -> SiteArrays:
+    return SiteArrays(hidden=states, weights=weights_of(cell))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_map_and_its_jacobian_are_those_of_a_cell(bias) -> None:
+    torch.manual_seed(0)
+    cell = nn.GRUCell(3, 5, bias=bias).double()
+    x, states = torch.randn(3).double(), torch.randn(4, 5).double()
+    step = GRUMap(weights_of(cell), x.numpy())
+    expected = cell(x.expand(4, 3), states)
+    np.testing.assert_allclose(step(states.numpy()), expected.detach(), atol=1e-14)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda h: cell(x[None], h[None])[0]))(states)
+    np.testing.assert_allclose(step.jacobian(states.numpy()), jacobian.detach(), atol=1e-13)
+
+
+def bistable(units: int = 1) -> nn.GRUCell:
+    """n = tanh(2 h), z = 1/2: each unit has fixed points at 0 and at plus and minus UPPER."""
+    cell = cell_of(units)
+    with torch.no_grad():
+        # The reset gate is 1/2 too.
+        cell.weight_hh[2 * units :] = 4 * torch.eye(units)
+    return cell
+
+
+def test_known_points_and_their_eigenvalues() -> None:
+    low, high = 0.5, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.tanh(2 * middle) > middle else (low, middle)
+    assert low == pytest.approx(UPPER, abs=1e-6)
+    states = np.random.default_rng(0).uniform(-1, 1, (60, 1))
+    found = fixed_points(arrays_of(bistable(), states))
+    assert found.fixed.all()
+    assert sorted(np.round(found.states[:, 0], 6)) == pytest.approx([-UPPER, 0, UPPER], abs=2e-6)
+    assert found.reached.sum() == found.starts == 60
+    by_state = dict(zip(np.round(found.states[:, 0], 3) + 0.0, found.points, strict=True))
+    # dF/dh = 1/2 + 1/2 * 2 (1 - n^2).
+    upper = by_state[0.958]
+    assert found.radius[by_state[0.0]] == pytest.approx(1.5)
+    assert found.radius[upper] == pytest.approx(0.5 + 1 - UPPER**2, abs=1e-5)
+    assert found.unstable[by_state[0.0]] == 1
+    assert not found.stable[by_state[0.0]]
+    assert found.stable[upper]
+    assert found.timescale[upper] == pytest.approx(-1 / np.log(found.radius[upper]))
+    assert (found.fixed_points, found.stable_points) == (3, 2)
+    assert found.nearest.max() < 0.1
+
+
+def test_saddles_of_several_units() -> None:
+    states = np.random.default_rng(0).uniform(-1, 1, (400, 2))
+    found = fixed_points(arrays_of(bistable(2), states), starts=400)
+    assert len(found.points) == 9
+    assert sorted(found.unstable.tolist()) == [0, 0, 0, 0, 1, 1, 1, 1, 2]
+
+
+def test_a_line_of_fixed_points_shows() -> None:
+    cell = cell_of(3)
+    with torch.no_grad():
+        # The first unit keeps whatever it has (z = 1); the others forget by half a step.
+        cell.bias_ih[3] = 800
+    states = np.random.default_rng(0).uniform(-1, 1, (40, 3))
+    found = fixed_points(arrays_of(cell, states))
+    assert found.fixed.all()
+    # Each state ends at its own place on the line, and nowhere off it.
+    assert len(found.points) > 30
+    np.testing.assert_allclose(found.states[:, 1:], 0, atol=1e-7)
+    assert set(np.round(found.states[:, 0], 6)) <= set(np.round(states[:, 0], 6))
+    assert (found.marginal == 1).all()
+    assert (found.unstable == 0).all()
+    assert not found.stable.any()
+    np.testing.assert_allclose(found.eigenvalues, np.tile([1, 0.5, 0.5], (len(found.points), 1)))
+    assert np.isinf(found.timescale).all()
+
+
+def test_a_slow_point_is_told_from_a_fixed_one() -> None:
+    cell = bistable()
+    with torch.no_grad():
+        # Past the fold the two upper points are gone, and a ghost of them is left.
+        cell.bias_ih[2] = 0.55
+    states = np.linspace(-1, 1, 41)[:, np.newaxis]
+    found = fixed_points(arrays_of(cell, states), slow=1e-2)
+    assert found.fixed.tolist() == [True, False]
+    assert found.q[0] <= FIXED < found.q[1]
+    ghost = found.states[1, 0]
+    fine = np.linspace(-1, 0, 100_001)
+    speed = np.abs(np.tanh(0.55 + 2 * fine) - fine) / 2
+    assert ghost == pytest.approx(fine[speed.argmin()], abs=1e-3)
+    assert found.speed[1] == pytest.approx(speed.min(), rel=1e-6)
+    # The control: asked for fixed points alone, it is none.
+    assert len(fixed_points(arrays_of(cell, states), slow=FIXED).points) == 1
+
+
+def test_a_trained_kind_of_network() -> None:
+    torch.manual_seed(3)
+    layer = nn.GRU(2, 24)
+    with torch.no_grad():
+        layer.weight_hh_l0 *= 4
+    with grutrace.trace(layer, record=("hidden", "input")) as trace:
+        layer(torch.randn(200, 4, 2) + 0.5)
+    found = fixed_points(trace["l0"], "mean", starts=40)
+    mean = np.asarray(trace["l0"].input).mean(0)
+    np.testing.assert_allclose(found.input, mean, rtol=1e-5)
+    assert found.fixed_points > 0
+    cell = nn.GRUCell(2, 24).double()
+    cell.load_state_dict({k.removesuffix("_l0"): v for k, v in layer.state_dict().items()})
+    x = torch.tensor(found.input)[None]
+    for point in np.flatnonzero(found.fixed)[:5]:
+        state = torch.tensor(found.states[point])
+        with torch.no_grad():
+            moved = (cell(x, state[None])[0] - state).norm().item()
+        assert moved == pytest.approx(found.speed[point], abs=1e-12)
+        assert moved < 1e-7
+        jacobian = torch.func.jacrev(lambda h: cell(x, h[None])[0])(state).detach()
+        expected = np.sort(np.abs(np.linalg.eigvals(jacobian.numpy())))[::-1]
+        np.testing.assert_allclose(np.abs(found.eigenvalues[point]), expected, rtol=1e-6)
+
+
+def test_the_version_of_the_weights() -> None:
+    site = sites.in_memory()["encoder.l0"]
+    first, last = (fixed_points(site, version=version) for version in (0, -1))
+    assert np.abs(first.states[0] - last.states[0]).max() > 1e-3
+    np.testing.assert_array_equal(fixed_points(site, version=2).states, last.states)
+
+
+def test_states_that_are_no_numbers_are_left_out() -> None:
+    states = np.random.default_rng(0).uniform(-1, 1, (10, 1))
+    states[3] = np.nan
+    assert fixed_points(arrays_of(bistable(), states)).starts == 9
+    with pytest.raises(OptionError, match="no finite state"):
+        fixed_points(arrays_of(bistable(), np.full((2, 1), np.nan)))
+    with pytest.raises(OptionError, match="no finite state"):
+        fixed_points(arrays_of(bistable(), np.zeros((0, 1))))
+
+
+def test_what_does_not_fit() -> None:
+    arrays = arrays_of(bistable(2), np.zeros((3, 2)))
+    with pytest.raises(OptionError, match=r"input: expected shape \(1,\), found \(2,\)"):
+        fixed_points(arrays, np.zeros(2))
+    with pytest.raises(OptionError, match="'mean' or None; found 'zero'"):
+        fixed_points(arrays, "zero")
+    with pytest.raises(OptionError, match=r"starts: expected shape \(K, 2\)"):
+        fixed_points(arrays, starts=np.zeros((4, 3)))
+    with pytest.raises(NotRecordedError, match="no 'input'"):
+        fixed_points(arrays, "mean")
+    with pytest.raises(NotRecordedError, match="no weights"):
+        fixed_points(SiteArrays(hidden=np.zeros((3, 2))))
+    layer = nn.GRU(1, 4)
+    with grutrace.trace(layer, record=("hidden",), units=[0, 2], gates="inline") as trace:
+        layer(torch.randn(5, 1))
+    with pytest.raises(NotRecordedError, match="states of 2 of 4 units"):
+        fixed_points(trace["l0"])
+    assert fixed_points(trace["l0"], starts=np.zeros((1, 4))).starts == 1
+
+
+def test_the_input_is_no_column() -> None:
+    found = fixed_points(arrays_of(bistable(), np.zeros((1, 1))))
+    assert "input" not in found.columns()
+    assert next(iter(found.columns())) == "point"
+
+
+def test_the_same_everywhere(tmp_path, monkeypatch) -> None:
+    # States of one's own, since as arrays a site may have its rows in another order.
+    def analyse(site):
+        states = np.random.default_rng(0).uniform(-1, 1, (3, len(material(site).units)))
+        return fixed_points(site, "mean", starts=states, slow=FIXED)
+
+    check_everywhere(analyse, tmp_path, monkeypatch)
+
+
+def test_a_slow_point_has_an_eigenvalue_of_one() -> None:
+    # Where q is smallest and not 0, its gradient (J - 1)^T (F(h) - h) is.
+    cell = bistable()
+    with torch.no_grad():
+        cell.bias_ih[2] = 0.55
+    found = fixed_points(arrays_of(cell, np.full((1, 1), -0.5)), slow=1e-2)
+    assert not found.fixed[0]
+    assert found.radius[0] == pytest.approx(1, abs=1e-4)
+
+
+def test_points_lie_where_the_network_can_be() -> None:
+    """Far out, z is near 1 and everything looks slow: a search that is let go runs there."""
+    torch.manual_seed(0)
+    cell = nn.GRUCell(1, 24).double()
+    with torch.no_grad():
+        cell.weight_hh.mul_(12)
+    states = np.random.default_rng(0).uniform(-1, 1, (32, 24))
+    found = fixed_points(arrays_of(cell, states), starts=states, slow=1.0)
+    assert len(found.states)
+    assert np.abs(found.states).max() <= 1
+    # Control: without the walls it does.
+    let_go = minimise(GRUMap(weights_of(cell), np.zeros(1)), states, within=np.inf)
+    assert np.abs(let_go).max() > 2

@@ -1,0 +1,220 @@
+"""Lyapunov exponents against determinants, eigenvalues, growing differences, and known spectra."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import grutrace
+from grutrace.analysis.dynamics import lyapunov as module
+from grutrace.analysis.dynamics.jacobian import jacobian
+from grutrace.analysis.dynamics.lyapunov import kaplan_yorke, lyapunov
+from grutrace.analysis.engine.site_data import SiteArrays
+from grutrace.errors import NotRecordedError, OptionError
+from tests.analysis import sites
+from tests.analysis.everywhere import ORDER, as_arrays, assert_same, check_everywhere
+from tests.checks import EVERYTHING
+
+
+def random_layer(units: int, gain: float, seed: int = 0) -> nn.GRU:
+    """Recurrent weights of the candidate with this spread over sqrt(H); gates half open."""
+    torch.manual_seed(seed)
+    layer = nn.GRU(1, units, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+        layer.weight_hh_l0[2 * units :].normal_(0, gain / units**0.5)
+        layer.weight_ih_l0[2 * units :].normal_(0, 0.1)
+        layer.bias_hh_l0[:units] = 20.0
+    return layer
+
+
+def run(layer: nn.GRU, steps: int, batch: int = 1, initial: float = 0.5) -> grutrace.Trace:
+    torch.manual_seed(1)
+    start = initial * torch.randn(1, batch, layer.hidden_size, dtype=torch.float64)
+    with torch.no_grad(), grutrace.trace(layer, record=EVERYTHING) as trace:
+        layer(torch.randn(steps, batch, 1, dtype=torch.float64), start)
+    return trace
+
+
+def test_all_exponents_add_up_to_the_logarithm_of_the_determinants() -> None:
+    """Whatever the directions. With weights that change, both directions, sequences that go on."""
+    trace = sites.in_memory()
+    for name in trace.sites:
+        site = trace[name]
+        logs = [
+            np.linalg.slogdet(jacobian(site, number, step)).logabsdet
+            for number in range(len(site))
+            for step in range(len(site.sequence(number)))
+        ]
+        found = lyapunov(site, count=100, skip=0)
+        assert found.steps == len(logs)
+        assert len(found.exponents) == found.units
+        np.testing.assert_allclose(found.exponents.sum(), np.mean(logs), rtol=1e-9)
+        assert (np.diff(found.exponents) <= 0).all()
+
+
+def test_a_linearisable_network_has_the_eigenvalues_of_its_jacobian() -> None:
+    """At h = 0 without input, J = z + (1 - z) r W_hn stays what it is."""
+    units = 12
+    layer = random_layer(units, 1.0)
+    with torch.no_grad():
+        weight = layer.weight_hh_l0[2 * units :]
+        weight.copy_(weight + weight.T)
+        layer.bias_hh_l0[:units] = 0.7
+        layer.bias_ih_l0[units : 2 * units] = -0.4
+        with grutrace.trace(layer) as trace:
+            layer(torch.zeros(3000, 1, dtype=torch.float64))
+    z, r = 1 / (1 + np.exp(0.4)), 1 / (1 + np.exp(-0.7))
+    step = z * np.eye(units) + (1 - z) * r * weight.detach().numpy()
+    expected = np.sort(np.log(np.abs(np.linalg.eigvalsh(step))))[::-1]
+    found = lyapunov(trace["l0"], count=units)
+    np.testing.assert_allclose(found.exponents, expected, atol=2e-3)
+    assert found.largest == found.exponents[0]
+    # Control: of another z they are others.
+    other = np.sort(np.log(np.abs(np.linalg.eigvalsh(step + 0.05 * np.eye(units)))))[::-1]
+    assert np.abs(found.exponents - other).max() > 0.02
+
+
+def growth(layer: nn.GRU, steps: int) -> float:
+    """Nats a step by which two runs of PyTorch's own layer, once close, draw apart."""
+    torch.manual_seed(1)
+    state = 0.5 * torch.randn(1, 1, layer.hidden_size, dtype=torch.float64)
+    inputs = torch.randn(steps, 1, 1, dtype=torch.float64)
+    size = 1e-7
+    other = state + size * torch.nn.functional.normalize(torch.randn_like(state), dim=-1)
+    logs = []
+    with torch.no_grad():
+        for x in inputs.split(5):
+            _, state = layer(x, state)
+            _, other = layer(x, other)
+            apart = (other - state).norm().item()
+            logs.append(np.log(apart / size))
+            other = state + (other - state) * (size / apart)
+    return float(np.mean(logs[len(logs) // 10 :]) / 5)
+
+
+@pytest.mark.parametrize(("gain", "chaotic"), [(0.3, False), (6.0, True)])
+def test_small_weights_forget_and_large_ones_are_chaotic(gain, chaotic) -> None:
+    layer = random_layer(64, gain)
+    found = lyapunov(run(layer, 1500)["l0"], count=64)
+    assert found.chaotic is chaotic
+    assert (found.largest > 0) is chaotic
+    assert (found.dimension > 0) is (found.entropy_rate > 0) is chaotic
+    # As the two runs say. Both are means over the same steps.
+    assert found.largest == pytest.approx(growth(layer, 1500), abs=0.1 * abs(found.largest))
+    if chaotic:
+        # After so many steps a difference of one rounding is as large as the states.
+        torch.manual_seed(1)
+        start = 0.5 * torch.randn(1, 1, 64, dtype=torch.float64)
+        inputs = torch.randn(1500, 1, 1, dtype=torch.float64)
+        with torch.no_grad():
+            apart = layer(inputs, start)[0] - layer(inputs, start * (1 + 2.0**-52))[0]
+        sizes = apart.norm(dim=-1).squeeze() / 8
+        assert sizes[: int(0.5 * found.horizon)].max() < 1e-5
+        assert sizes[int(2 * found.horizon) :].max() > 0.1
+    else:
+        assert found.horizon == np.inf
+
+
+def test_errors_are_those_of_independent_steps() -> None:
+    """Without recurrent weights J = diag(z), and z is drawn anew at each step."""
+    layer, drawn = random_layer(1, 0.0), []
+    with torch.no_grad():
+        layer.weight_ih_l0[1] = 1.0
+    for seed in range(30):
+        torch.manual_seed(seed)
+        with torch.no_grad(), grutrace.trace(layer, record=EVERYTHING) as trace:
+            layer(torch.randn(200, 4, 1, dtype=torch.float64))
+        found = lyapunov(trace["l0"], skip=0)
+        logs = np.log(np.asarray(trace["l0"].update))
+        assert found.largest == pytest.approx(logs.mean())
+        drawn.append((found.largest, found.largest_error))
+    means, errors = np.array(drawn).T
+    assert errors.mean() == pytest.approx(means.std(ddof=1), rel=0.4)
+
+
+@pytest.mark.parametrize("together", [1, 3000, 10**9])
+def test_sequences_together_or_one_by_one(together, monkeypatch) -> None:
+    torch.manual_seed(0)
+    layer = nn.GRU(2, 6, dtype=torch.float64)
+    lengths = torch.tensor([9, 30, 1, 17, 30])
+    packed = nn.utils.rnn.pack_padded_sequence(
+        torch.randn(30, 5, 2, dtype=torch.float64), lengths, enforce_sorted=False
+    )
+    with grutrace.trace(layer, record=EVERYTHING) as trace:
+        layer(packed)
+    site = trace["l0"]
+    expected = lyapunov(site, count=6)
+    monkeypatch.setattr(module, "TOGETHER", together)
+    assert_same(lyapunov(site, count=6), expected, ORDER)
+    assert_same(lyapunov(as_arrays(site), count=6), expected, ORDER)
+    # A tenth of each is not counted, rounded up.
+    assert expected.steps == 8 + 27 + 0 + 15 + 27
+
+
+def test_the_same_everywhere(tmp_path, monkeypatch) -> None:
+    check_everywhere(lambda site: lyapunov(site, count=3), tmp_path, monkeypatch)
+
+
+def test_known_spectra() -> None:
+    # The Lorenz attractor: dimension 2.06 (Sprott 2003).
+    assert kaplan_yorke(np.array([0.9056, 0.0, -14.5723]), 3) == pytest.approx(2.062, abs=1e-3)
+    assert kaplan_yorke(np.array([-0.1, -0.2]), 2) == 0
+    assert kaplan_yorke(np.array([0.3, 0.1]), 2) == 2
+    assert np.isnan(kaplan_yorke(np.array([0.3, 0.1]), 3))
+    assert kaplan_yorke(np.array([0.5, -np.inf]), 2) == 1
+
+
+def test_no_wrong_number() -> None:
+    rows = {name: np.zeros((40, 2)) for name in ("reset", "update", "candidate", "hidden")}
+    weights = {"weight_hh": np.zeros((6, 2))}
+    lost = lyapunov(SiteArrays(**rows, weights=weights))
+    assert lost.exponents.tolist() == [-np.inf, -np.inf]
+    assert not lost.chaotic
+    rows["update"] = np.full((40, 2), np.nan)
+    unknown = lyapunov(SiteArrays(**rows, weights=weights))
+    assert np.isnan([*unknown.exponents, unknown.dimension, unknown.entropy_rate]).all()
+    assert not unknown.chaotic
+    nothing = {name: np.zeros((0, 2)) for name in rows}
+    assert np.isnan(lyapunov(SiteArrays(**nothing, lengths=[])).exponents).all()
+
+
+def test_what_cannot_be() -> None:
+    layer = nn.GRU(2, 4)
+    with grutrace.trace(layer, units=[0, 2], gates="inline") as trace:
+        layer(torch.randn(3, 2))
+    with pytest.raises(NotRecordedError, match="has 2 of 4 units"):
+        lyapunov(trace["l0"])
+    with pytest.raises(OptionError, match="count: expected"):
+        lyapunov(trace["l0"], count=0)
+    with pytest.raises(OptionError, match="skip: expected"):
+        lyapunov(trace["l0"], skip=-1)
+
+
+def test_short_sequences_say_nothing_of_for_ever() -> None:
+    """A network that forgets everything makes differences larger for a step or two.
+
+    At h = 0 without input its Jacobian is constant and not normal: eigenvalues of 0.5, and a
+    singular value of 4.
+    """
+    step, keep = np.array([[0.5, 4.0], [0.0, 0.5]]), 0.4
+    layer = random_layer(2, 0.0)
+    with torch.no_grad():
+        layer.bias_ih_l0[2:4] = np.log(keep / (1 - keep))
+        layer.weight_hh_l0[4:] = torch.from_numpy((step - keep * np.eye(2)) / (1 - keep))
+    found = {}
+    for length in (2, 3000):
+        with torch.no_grad(), grutrace.trace(layer) as trace:
+            layer(torch.zeros(length, 50, 1, dtype=torch.float64))
+        found[length] = lyapunov(trace["l0"], skip=0)
+    assert found[2].largest > 0.1
+    assert found[2].length == 2
+    assert found[2].chaotic is None
+    assert np.isnan(found[2].horizon)
+    # That of many steps is the larger eigenvalue's; a double one is neared as log(n) / n.
+    assert found[3000].largest == pytest.approx(np.log(0.5), abs=np.log(3000 * 8) / 3000)
+    assert found[3000].chaotic is False
+    assert found[3000].horizon == np.inf

@@ -1,0 +1,113 @@
+"""A fold sees every row once, whatever the parts and wherever they are computed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from grutrace.analysis.engine import map_reduce, segments
+from grutrace.analysis.engine.map_reduce import fold_rows, fold_sequences, on_dask
+from grutrace.analysis.engine.site_data import SiteArrays, material
+from grutrace.errors import NotRecordedError
+from tests.analysis import sites
+
+
+class Rows:
+    """Keeps every row, so that none is missed, seen twice or out of order."""
+
+    def __init__(self) -> None:
+        self.seen: list[np.ndarray] = []
+
+    def add(self, rows) -> None:
+        self.seen.append(np.concatenate([rows["update"], rows["hidden"]], axis=1))
+
+    def merge(self, later) -> None:
+        self.seen += later.seen
+
+
+class Sequences:
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int, np.ndarray]] = []
+
+    def add(self, stretch) -> None:
+        self.seen.append((stretch.sequence, stretch.start, stretch.values["update"]))
+
+    def merge(self, later) -> None:
+        self.seen += later.seen
+
+
+@pytest.fixture(params=["here", "dask"])
+def where(request):
+    if request.param == "here":
+        yield material
+        return
+    dask = pytest.importorskip("dask")
+    with ThreadPoolExecutor(2) as pool, dask.config.set(scheduler="threads", pool=pool):
+        yield on_dask
+
+
+@pytest.fixture(params=[1, 500, 10**9])
+def part(request, monkeypatch):
+    monkeypatch.setattr(map_reduce, "PART", request.param)
+    monkeypatch.setattr(map_reduce, "BLOCK", max(1, request.param // 3))
+    monkeypatch.setattr(segments, "BLOCK", max(1, request.param // 3))
+
+
+@pytest.mark.usefixtures("part")
+def test_all_rows(where) -> None:
+    trace = sites.in_memory()
+    for name in trace.sites:
+        site = trace[name]
+        found = np.concatenate(fold_rows(where(site), ("update", "hidden"), Rows).seen)
+        np.testing.assert_array_equal(found, np.concatenate([site.update, site.hidden], axis=1))
+
+
+@pytest.mark.usefixtures("part")
+def test_all_sequences(where) -> None:
+    trace = sites.in_memory()
+    for name in trace.sites:
+        site = trace[name]
+        seen = fold_sequences(where(site), ("update",), Sequences).seen
+        assert [each[:2] for each in seen] == sorted(each[:2] for each in seen)
+        for number in range(len(site)):
+            own = np.concatenate([values for of, _, values in seen if of == number])
+            way = slice(None, None, -1 if site.site.reverse else 1)
+            np.testing.assert_array_equal(own[way], site.sequence(number).update)
+
+
+def test_a_cluster_of_two_processes_finds_the_same(tmp_path) -> None:
+    """See `cluster`; and what is in the memory of this process is refused by name."""
+    pytest.importorskip("distributed")
+    paths = tmp_path / "stored.h5", tmp_path / "deferred.h5"
+    with sites.in_a_file(paths[0]), sites.in_a_file(paths[1], "deferred"):
+        command = [sys.executable, "-m", "tests.analysis.cluster", *map(str, paths)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    same, refusal = done.stdout.splitlines()
+    assert same == "the same"
+    assert refusal.startswith("'l0' is in memory, which other processes cannot read")
+
+
+def test_whoever_watches_is_told() -> None:
+    of, told = material(sites.in_memory()["encoder.l0"]), []
+    of.advance = lambda done, total: told.append((done, total))
+    fold_rows(of, ("update", "hidden"), Rows)
+    assert told == [(1, 1)]
+
+
+def test_nothing_to_go_through() -> None:
+    empty = material(SiteArrays(update=np.zeros((0, 3)), hidden=np.zeros((0, 3)), lengths=[]))
+    assert fold_rows(empty, ("update", "hidden"), Rows).seen == []
+    assert fold_sequences(empty, ("update",), Sequences).seen == []
+
+
+def test_what_is_not_there_is_said_before_anything_is_read() -> None:
+    of = material(SiteArrays(update=np.zeros((3, 2))))
+    with pytest.raises(NotRecordedError, match="no 'hidden'"):
+        fold_rows(of, ("update", "hidden"), Rows)
+    with pytest.raises(NotRecordedError, match="no 'hidden'"):
+        fold_sequences(of, ("update", "previous"), Sequences)

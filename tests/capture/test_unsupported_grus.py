@@ -1,0 +1,148 @@
+"""GRUs that cannot be traced are named, with what to do instead; no trace is empty in silence."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import grutrace
+from tests.runs import run_once
+
+INPUT, HIDDEN = 4, 6
+
+
+class Tagger(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(INPUT, HIDDEN)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.rnn(input)[0]
+
+
+class Stepper(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRUCell(INPUT, HIDDEN)
+
+    def forward(self, input: Tensor) -> Tensor:
+        state = torch.zeros(input.shape[1], self.rnn.hidden_size)
+        for step in input:
+            state = self.rnn(step, state)
+        return state
+
+
+class OwnGRU(nn.RNNBase):
+    """A GRU in Python, built on PyTorch's base class, as torchrl's is."""
+
+    def __init__(self) -> None:
+        super().__init__("GRU", INPUT, HIDDEN)
+
+    def forward(self, input: Tensor) -> Tensor:
+        state = torch.zeros(input.shape[1], HIDDEN)
+        for step in input:
+            r, z, n = nn.functional.linear(step, self.weight_ih_l0, self.bias_ih_l0).chunk(3, -1)
+            hidden = nn.functional.linear(state, self.weight_hh_l0, self.bias_hh_l0).chunk(3, -1)
+            r, z = (r + hidden[0]).sigmoid(), (z + hidden[1]).sigmoid()
+            n = (n + r * hidden[2]).tanh()
+            state = (1 - z) * n + z * state
+        return state
+
+
+class Holder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = OwnGRU()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.rnn(input)
+
+
+class GRUOfMyOwn(nn.Module):
+    """Called GRU, and nothing of the kind."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * input
+
+
+def quiet(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """What PyTorch says about its own deprecated functions is not tested here."""
+
+    def build() -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return make()
+
+    return build
+
+
+def quantized(model: nn.Module) -> nn.Module:
+    return torch.ao.quantization.quantize_dynamic(model, {nn.GRU, nn.GRUCell}, torch.qint8)
+
+
+def example() -> Tensor:
+    return torch.randn(5, 3, INPUT, generator=torch.Generator().manual_seed(0))
+
+
+KINDS = {
+    "scripted": (quiet(lambda: torch.jit.script(Tagger())), "a GRU inside TorchScript"),
+    "scripted cell": (quiet(lambda: torch.jit.script(Stepper())), "a GRU inside TorchScript"),
+    "jit.traced": (quiet(lambda: torch.jit.trace(Tagger(), example())), "a GRU inside TorchScript"),
+    "quantized": (quiet(lambda: quantized(Tagger())), "a quantized GRU"),
+    "quantized cell": (quiet(lambda: quantized(Stepper())), "a quantized GRU"),
+    "python": (Holder, r"a GRU of its own \(tests.capture.test_unsupported_grus.OwnGRU\)"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_alone_it_is_refused_by_name(kind: str) -> None:
+    build, what = KINDS[kind]
+    with pytest.raises(grutrace.UnsupportedError, match=f"; rnn is {what}.*: "):
+        grutrace.trace(build())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+def test_beside_others_it_is_named_and_left_alone(kind: str) -> None:
+    build, what = KINDS[kind]
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"ours": Tagger(), "theirs": build()})
+
+    def run(model: nn.ModuleDict) -> list[Tensor]:
+        return [model["ours"](example()), model["theirs"](example())]
+
+    expected = run_once(model, run)
+    with (
+        pytest.warns(grutrace.GrutraceWarning, match=f"^theirs.rnn is {what}.*: ") as found,
+        grutrace.trace(model, check="raise") as trace,
+    ):
+        expected.assert_same(run_once(model, run))
+    assert len(found) == 1
+    assert found[0].filename == __file__
+    assert trace.sites == ("ours.rnn.l0",)
+    assert len(trace["ours.rnn.l0"]) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_not_asked_for_it_is_not_named(kind: str) -> None:
+    model = nn.ModuleDict({"ours": Tagger(), "theirs": KINDS[kind][0]()})
+    with grutrace.trace(model, sites="ours.*") as trace:
+        model["ours"](example())
+    assert trace.sites == ("ours.rnn.l0",)
+
+
+def test_a_name_does_not_make_a_gru() -> None:
+    """Warnings are errors here: nothing is said of a class that is merely called so."""
+    model = nn.ModuleDict({"ours": Tagger(), "theirs": GRUOfMyOwn(), "other": nn.LSTM(2, 2)})
+    with grutrace.trace(model) as trace:
+        model["ours"](example())
+    assert trace.sites == ("ours.rnn.l0",)
+
+
+def test_a_model_without_any() -> None:
+    with pytest.raises(grutrace.UnsupportedError, match=r"found none in LSTM$"):
+        grutrace.trace(nn.LSTM(2, 2))

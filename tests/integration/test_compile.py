@@ -1,0 +1,196 @@
+"""torch.compile: a traced call stays out of the graphs, and is recorded as ever."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from tests.integration.models import CALLS, assert_same, eagerly, trace, words
+
+# What PyTorch warns of itself, of any graph that is split.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")
+
+BACKENDS = ["eager", "aot_eager"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def compile_first(model, backend):
+    compiled = torch.compile(model, backend=backend)
+    return compiled, lambda: trace(model)
+
+
+def trace_the_compiled(model, backend):
+    compiled = torch.compile(model, backend=backend)
+    return compiled, lambda: trace(compiled)
+
+
+def compile_in_place(model, backend):
+    model.compile(backend=backend)
+    return model, lambda: trace(model)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("way", [compile_first, trace_the_compiled, compile_in_place])
+def test_compiled_before_attaching(way, warm, backend, model, batch, caplog) -> None:
+    expected, eager = eagerly(model, lambda: model(batch))
+    compiled, attach = way(model, backend)
+    if warm:
+        compiled(batch)
+    with attach() as found:
+        result = compiled(batch)
+    assert [each.removeprefix("_orig_mod.") for each in found.calls["module"]] == CALLS
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+    if way is not trace_the_compiled:
+        assert_same(eager, found)
+    assert torch.equal(compiled(batch), result)
+    assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_while_attached(backend, model, batch) -> None:
+    _, eager = eagerly(model, lambda: model(batch))
+    with trace(model) as found:
+        compiled = torch.compile(model, backend=backend)
+        compiled(batch)
+    assert_same(eager, found)
+    with trace(model) as again:
+        compiled(batch)
+    assert_same(eager, again)
+
+
+def test_a_compiled_training_step(model, batch) -> None:
+    model.train()
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        torch.manual_seed(3)
+        compiled(batch).square().sum().backward()
+        return [each.grad.clone() for each in model.parameters()]
+
+    compiled = torch.compile(model, backend="aot_eager")
+    untraced = gradients()
+    with trace(model) as found:
+        traced = gradients()
+    assert found.calls["module"].tolist() == CALLS
+    for a, b in zip(untraced, traced, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def cell() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3), nn.GRUCell(3, 3))
+
+
+def as_module(cell, fullgraph):
+    return torch.compile(cell, backend="aot_eager", fullgraph=fullgraph)
+
+
+def as_function(cell, fullgraph):
+    return torch.compile(lambda x: cell(x) * 1, backend="aot_eager", fullgraph=fullgraph)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("way", [as_module, as_function])
+def test_a_graph_with_a_cell_in_it_is_recorded_whole(way, fullgraph, cell) -> None:
+    compiled, x = way(cell, fullgraph), torch.randn(2, 3)
+    expected = compiled(x)
+    with words() as said, trace(cell) as found:
+        torch.testing.assert_close(compiled(x), expected)
+        cell(x)
+        compiled(x)
+    assert not said
+    assert len(found.calls) == 3
+    # The compiled code is what runs again, and the control: nothing is heard of it.
+    with words() as said, trace(cell, compiled="keep") as lost:
+        assert torch.equal(compiled(x), expected)
+        cell(x)
+    assert len(lost.calls) == 1
+    assert len(said) == 1
+    assert "Pass compiled='eager'" in said[0]
+
+
+def test_a_cell_that_is_compiled_while_it_is_recorded_is_named(cell) -> None:
+    x = torch.randn(2, 3)
+    with words() as said, trace(cell) as found:
+        as_module(cell, True)(x)
+        cell(x)
+    assert len(found.calls) == 1
+    assert len(said) == 1
+    assert "if it is one of this model" in said[0]
+    assert "Pass compiled='eager'" in said[0]
+    torch.compiler.reset()
+    with words() as said, trace(cell, compiled="eager") as found:
+        as_module(cell, True)(x)
+    assert len(found.calls) == 1
+    assert not said
+
+
+def test_a_neighbour_is_compiled_whole_while_something_is_recorded(cell) -> None:
+    other, x = nn.Sequential(nn.GRUCell(3, 3)), torch.randn(2, 3)
+    with words(), trace(cell) as found:
+        for fullgraph in (True, False):
+            torch.compiler.reset()
+            compiled = as_module(other, fullgraph)
+            torch.testing.assert_close(compiled(x), other(x))
+        cell(x)
+    assert len(found.calls) == 1
+
+
+def test_the_users_own_stance_is_put_back(cell) -> None:
+    with torch.compiler.set_stance("eager_on_recompile"), trace(cell, compiled="eager"):
+        assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+        with trace(cell, compiled="eager"):
+            cell(torch.randn(2, 3))
+        assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_gru_that_the_compiler_is_told_to_compile(layers) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.GRU(3, 3, layers))
+    x = torch.randn(4, 3)
+    _, eager = eagerly(model, lambda: model(x))
+    with torch._dynamo.config.patch(allow_rnn=True), words() as said, trace(model) as found:
+        torch.compile(model, backend="eager")(x)
+    # This graph does run the kernel as it is, which others do not.
+    assert len(said) == 1
+    assert "if it is one of this model" in said[0]
+    assert_same(eager, found)
+
+
+SCRIPT = """
+import sys, warnings
+import torch, grutrace
+warnings.simplefilter("error", grutrace.GrutraceWarning)
+from torch import nn
+model = nn.Sequential(nn.Linear(3, 3), nn.GRU(3, 3, {layers}))
+x = torch.randn(4, 3)
+with grutrace.trace(model, check="raise") as trace:
+    model(x)
+    assert "torch._dynamo" not in sys.modules, "attaching has loaded the compiler"
+    compiled = torch.compile(model, backend="{backend}")
+    compiled(x)
+    compiled(x)
+assert len(trace.calls) == 3, trace.calls
+assert compiled(x)[0].equal(model(x)[0]) or "{backend}" == "inductor"
+"""
+
+
+@pytest.mark.parametrize(("layers", "backend"), [(1, "eager"), (2, "inductor")])
+def test_the_compiler_comes_after_the_hooks(layers, backend) -> None:
+    script = SCRIPT.format(layers=layers, backend=backend)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "grutrace" not in done.stderr

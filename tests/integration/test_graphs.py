@@ -1,0 +1,122 @@
+"""Turning an attached model into a graph: the same graph as ever, and a word on what is missed."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from tests.integration.models import CALLS, about, assert_same, eagerly, trace, words
+
+pytestmark = [
+    # PyTorch's own, about ways that it would rather see gone, and about every nn.GRU it exports.
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The tensor attributes self:UserWarning"),
+]
+
+
+def exported(model, batch) -> str:
+    return str(torch.export.export(model, (batch,), strict=False).graph)
+
+
+def turned(model, batch) -> str:
+    return make_fx(model)(batch).code
+
+
+@pytest.mark.parametrize("way", [exported, turned])
+def test_the_graph_is_the_same_and_every_module_is_named_once(way, model, batch) -> None:
+    expected = way(model, batch)
+    with words() as said, trace(model) as found:
+        assert way(model, batch) == expected
+    assert len(found.calls) == 0
+    # PyTorch's exporter takes a cell apart before any kernel is called: said at the end.
+    apart = [each for each in said if each.startswith("nothing was recorded of cell")]
+    named = [each for each in said if each not in apart]
+    assert about(named) + ["cell"] * len(apart) == ["stack", "layer", "cell"]
+    assert all("run the model itself on real tensors" in each for each in named)
+    # The control: another model has another graph.
+    assert way(nn.Sequential(model, nn.ReLU()), batch) != expected
+
+
+def test_a_model_is_recorded_as_ever_after_its_export(model, batch) -> None:
+    _, eager = eagerly(model, lambda: model(batch))
+    with trace(model) as found:
+        with words():
+            exported(model, batch)
+        model(batch)
+    assert_same(eager, found)
+
+
+def test_strict_export_while_recording_is_the_same(model, batch) -> None:
+    expected = str(torch.export.export(model, (batch,), strict=True).graph)
+    with words(), trace(model) as found:
+        assert str(torch.export.export(model, (batch,), strict=True).graph) == expected
+        model(batch)
+    assert found.calls["module"].tolist() == CALLS
+
+
+def test_fx_takes_grus_as_they_are_so_the_graph_is_recorded(model, batch) -> None:
+    code = torch.fx.symbolic_trace(model).code
+    _, eager = eagerly(model, lambda: model(batch))
+    with trace(model) as found:
+        graph = torch.fx.symbolic_trace(model)
+        assert graph.code == code
+        graph(batch)
+    assert_same(eager, found)
+
+
+def kinds(graph) -> list[str]:
+    return [node.kind() for node in graph.nodes()]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_jit_trace_of_an_attached_model(model, batch) -> None:
+    expected = torch.jit.trace(model, (batch,), check_trace=False).inlined_graph
+    with trace(model) as found:
+        with words() as said:
+            traced = torch.jit.trace(model, (batch,), check_trace=False)
+        assert kinds(traced.inlined_graph) == kinds(expected)
+        # A layer is one operation in the graph, and runs as ever. A cell is taken apart.
+        assert about(said) == ["cell"]
+        assert "torch.jit.trace was tracing it" in said[0]
+        assert found.calls["module"].tolist() == ["stack", "layer"]
+        model(batch)
+    assert found.calls["module"].tolist() == ["stack", "layer", *CALLS]
+    torch.testing.assert_close(traced(batch), model(batch))
+
+
+def test_jit_script_of_a_traced_model_is_that_of_the_model() -> None:
+    model, x = nn.Sequential(nn.GRU(3, 4, 2)), torch.randn(5, 2, 3)
+    expected = torch.jit.script(model)
+    with trace(model) as found:
+        scripted = torch.jit.script(model)
+        assert str(scripted.inlined_graph) == str(expected.inlined_graph)
+        # The script runs the kernel with the weights of the model, and so is recorded as well.
+        assert torch.equal(scripted(x)[0], expected(x)[0])
+        model(x)
+    assert len(found.calls) == 3
+    np.testing.assert_array_equal(
+        found["0.l1"].sequence(0).hidden, found["0.l1"].sequence(4).hidden
+    )
+
+
+def test_fake_tensors(model, batch) -> None:
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with words() as said, trace(model) as found, fake:
+        model(fake.from_tensor(batch))
+    assert about(said) == ["stack", "layer", "cell"]
+    assert len(found.calls) == 0
+
+
+def test_a_model_on_the_meta_device(model, batch) -> None:
+    on_meta = copy.deepcopy(model).to("meta")
+    with words() as said, trace(on_meta) as found:
+        assert on_meta(batch.to("meta")).shape == (2, 2)
+    assert about(said) == ["stack", "layer", "cell"]
+    assert "called with a Tensor on meta" in said[0]
+    assert len(found.calls) == 0

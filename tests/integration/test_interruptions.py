@@ -1,0 +1,235 @@
+"""An exception or Ctrl-C at any point of a recorded call: nothing stays behind, all goes on."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+import grutrace
+from tests.integration.models import trace
+
+#: Where a call is observed and replayed. What becomes of a record in a sink is for its own tests.
+#: Not between a sink's having a record and our knowing of it.
+OUTLET = str(Path(grutrace.__file__).parent / "capture/recording/guarded_sink.py")
+
+PACKAGE = tuple(str(Path(grutrace.__file__).parent / part) for part in ("capture", "gru"))
+
+
+class Fault(Exception):
+    pass
+
+
+class Interruption(KeyboardInterrupt):
+    pass
+
+
+class AtFunction(TorchFunctionMode):
+    """Raises at the k-th function of torch's that the model calls."""
+
+    def __init__(self, place: int, error: type[BaseException]) -> None:
+        super().__init__()
+        self.left, self.error = place, error
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.left -= 1
+        if self.left == 0:
+            raise self.error("on purpose")
+        return func(*args, **(kwargs or {}))
+
+
+class AtLine:
+    """Raises at the k-th line of grutrace's own code that this thread runs."""
+
+    def __init__(self, place: int, error: type[BaseException]) -> None:
+        self.left, self.error = place, error
+
+    def __enter__(self) -> AtLine:
+        self.before = sys.gettrace()
+        sys.settrace(self.enter)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self.before)
+
+    def enter(self, frame, _event, _arg):
+        code = frame.f_code
+        ours = code.co_filename.startswith(PACKAGE) and code.co_filename != OUTLET
+        return self.line if ours and self.left > 0 else None
+
+    def line(self, frame, event, _arg):
+        text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        # Python itself lets a lock go unreleased if it is interrupted on leaving its `with`.
+        if event == "line" and not text.startswith("with "):
+            self.left -= 1
+            if self.left == 0:
+                raise self.error("on purpose")
+        return self.line
+
+
+def places(kind, run) -> int:
+    """At how many places a run can be interrupted."""
+    never = kind(10**9, Fault)
+    with never:
+        run()
+    return 10**9 - never.left
+
+
+@pytest.fixture
+def batch() -> torch.Tensor:
+    return torch.randn(2, 3, 3)
+
+
+#: A prime stride over the places of a run, to stay quick; each kind of error starts elsewhere.
+STRIDES = {AtFunction: 1, AtLine: 23}
+
+
+def is_interrupted(injector, error, model, batch) -> bool:
+    try:
+        with injector:
+            model(batch)
+    except error:
+        return True
+    return False
+
+
+#: A call that is repeated after an interruption ends in the same states as the interrupted one.
+AMBIGUOUS = pytest.mark.filterwarnings("ignore:which sequence a call of cell goes on with cannot")
+
+
+@AMBIGUOUS
+@pytest.mark.parametrize("stacks", ["split", "rerun"])
+@pytest.mark.parametrize("error", [Fault, Interruption])
+@pytest.mark.parametrize("kind", [AtFunction, AtLine])
+def test_an_error_anywhere_in_a_recorded_call(kind, error, stacks, model, batch, tmp_path) -> None:
+    expected = model(batch)
+    with trace(model, stacks=stacks) as found:
+        model(batch)
+        count = places(kind, lambda: model(batch))
+    assert count > 10
+    hidden = found["cell.cell"].sequence(0).hidden
+    stride = STRIDES[kind]
+    tracer = trace(model, stacks=stacks)
+    with tracer:
+        for place in range(1 + (stride // 2 if error is Fault else 0), count + 1, stride):
+            calls = len(tracer.calls)
+            if not is_interrupted(kind(place, error), error, model, batch):
+                # How many places there are depends on whether weights are compared or sampled.
+                assert place > 0.8 * count
+                break
+            # It can be used at once, and everything is recorded.
+            between = len(tracer.calls)
+            assert calls <= between <= calls + 4
+            assert torch.equal(model(batch), expected)
+            assert len(tracer.calls) == between + 4
+            np.testing.assert_allclose(
+                tracer["cell.cell"].sequence(-1).hidden[-1],
+                found["cell.cell"].sequence(-1).hidden[-1],
+                rtol=0,
+                atol=1e-6,
+            )
+            assert not _get_current_function_mode_stack()
+    assert hidden.size
+    assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
+    assert torch.equal(model(batch), expected)
+
+
+@AMBIGUOUS
+@pytest.mark.parametrize("error", [Fault, Interruption])
+@pytest.mark.parametrize("kind", [AtFunction, AtLine])
+def test_an_error_that_ends_the_recording(kind, error, model, batch, tmp_path) -> None:
+    with trace(model):
+        model(batch)
+        count = places(kind, lambda: model(batch))
+    for number, place in enumerate(range(1, count + 1, 61 if kind is AtLine else 5)):
+        path = tmp_path / f"{number}.h5"
+        tracer = trace(model, path=path)
+        tracer.start()
+        model(batch)
+        raised = False
+        try:
+            with tracer, kind(place, error):
+                model(batch)
+        except error:
+            raised = True
+        assert raised or place > 0.8 * count
+        assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
+        assert not _get_current_function_mode_stack()
+        with grutrace.open(path) as found:
+            assert 4 <= len(found.calls) <= 8
+            assert found.closed
+            assert all(found[site].residual < 1e-5 for site in found.sites)
+
+
+def test_control_the_injectors_raise_where_they_should(model, batch) -> None:
+    with pytest.raises(Fault), AtFunction(1, Fault):
+        model(batch)
+    with trace(model):
+        with pytest.raises(Fault), AtLine(1, Fault):
+            model(batch)
+        model(batch)
+    with AtLine(1, Fault):
+        model(batch)  # nothing of grutrace's runs
+
+
+class FailingSink:
+    """Lets k records through and fails then, as a full disk does."""
+
+    def __init__(self, sink, left: int) -> None:
+        self._sink, self.left = sink, left
+
+    def __getattr__(self, name):
+        return getattr(self._sink, name)
+
+    def append(self, record) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise grutrace.SinkError("the disk is full, on purpose")
+        self._sink.append(record)
+
+
+@AMBIGUOUS
+@pytest.mark.parametrize("place", range(1, 12))
+def test_a_sink_that_fails_at_any_record(place, model, batch) -> None:
+    expected = model(batch)
+    tracer = trace(model)
+    tracer._outlet.sink = FailingSink(tracer._outlet.sink, place)
+    healthy = trace(model)
+    with healthy, tracer:
+        failures = 0
+        for _ in range(3):
+            try:
+                assert torch.equal(model(batch), expected)
+            except grutrace.SinkError:
+                failures += 1
+        assert failures == 1
+    assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
+    # Another tracer of the same model does not suffer from it.
+    modules = healthy.calls["module"].tolist()
+    assert modules.count("stack") == 3
+    assert len(modules) > 4 * 2
+    assert tracer["stack.l0"].residual < 1e-5
+
+
+def test_an_interruption_leaves_other_models_alone(batch) -> None:
+    class Interrupted(nn.GRU):
+        def forward(self, *_):
+            raise Interruption("on purpose")
+
+    layer, other, x = Interrupted(2, 3, 2), nn.GRU(2, 3, 2), torch.randn(4, 2, 2)
+    expected = other(x)
+    tracer = trace(layer)
+    tracer.start()
+    with pytest.raises(Interruption):
+        layer(x)
+    assert all(map(torch.equal, other(x), expected))
+    assert len(tracer.calls) == 0
+    tracer.stop()
+    with pytest.warns(grutrace.GrutraceWarning, match="nothing was recorded of the model"):
+        tracer.close()

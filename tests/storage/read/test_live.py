@@ -1,0 +1,172 @@
+"""A reader that follows a growing file sees a consistent prefix at every moment."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from grutrace.storage.open import open_source, open_trace
+from grutrace.storage.read.trace import Trace
+from grutrace.storage.write.stream_sink import FileSink
+from tests.plain_reader import PlainTrace
+from tests.storage import coded
+
+#: How long a file is followed, and how much longer where the machine is busy.
+SECONDS, PATIENCE = 1.5, 60
+
+
+def follow(path, seconds):
+    """Refresh and check for so long, and until it grew twice; gives the numbers of calls seen."""
+    seen = []
+    until = time.monotonic() + seconds
+    with open_trace(path) as trace:
+        while (now := time.monotonic()) < until or (len(set(seen)) < 3 and now < until + PATIENCE):
+            seen.append(coded.check_trace(trace))
+            trace.refresh()
+    assert seen == sorted(seen)
+    return seen
+
+
+@pytest.mark.parametrize("shape", coded.SHAPES)
+def test_following_another_process(shape, tmp_path):
+    path = tmp_path / "run.h5"
+    command = [sys.executable, "-m", "tests.storage.coded", str(path), shape]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            process.stdout.readline()
+            drain = threading.Thread(target=process.stdout.read)
+            drain.start()
+            seen = follow(path, SECONDS)
+            coded.check_plain(PlainTrace(path))
+        finally:
+            process.kill()
+            drain.join()
+    assert len(set(seen)) > 2
+
+
+@pytest.mark.parametrize("shape", coded.SHAPES)
+def test_two_that_follow_do_not_disturb_each_other(shape, tmp_path):
+    """HDF5 gives both one file, and reads wrong values where one refreshes what both have open."""
+    path = tmp_path / "run.h5"
+    command = [sys.executable, "-m", "tests.storage.coded", str(path), shape]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            process.stdout.readline()
+            drain = threading.Thread(target=process.stdout.read)
+            drain.start()
+            until = time.monotonic() + SECONDS
+            seen = 0
+            with open_trace(path) as first, open_trace(path) as second:
+                while (now := time.monotonic()) < until or (seen < 3 and now < until + PATIENCE):
+                    for trace, other in ((first, second), (second, first)):
+                        trace.refresh()
+                        seen = coded.check_trace(trace)
+                        coded.check_trace(other)
+        finally:
+            process.kill()
+            drain.join()
+    assert seen > 2
+
+
+def test_one_file_opened_twice_is_read_right(tmp_path):
+    path = tmp_path / "run.h5"
+    coded.write(path, "big", calls=5)
+    with open_trace(path) as first, open_trace(path) as second:
+        assert len(second["rnn.l0"].update) > 2 * 1024  # some chunks
+        assert coded.check_trace(second) == coded.check_trace(first) == 5
+
+
+@pytest.mark.parametrize("shape", coded.SHAPES)
+def test_following_in_the_same_process(shape, tmp_path):
+    path = tmp_path / "run.h5"
+    sink = FileSink(path, coded.HEADER)
+    sink.append(coded.weights())
+    enough = threading.Event()
+
+    def write():
+        for call in itertools.count():
+            if enough.is_set():
+                return
+            sink.append(coded.block(call, shape))
+            time.sleep(coded.PAUSES[shape])
+            if call % 10 == 0:
+                sink.flush()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        seen = follow(path, SECONDS)
+    finally:
+        enough.set()
+        writer.join()
+        sink.close()
+    assert len(set(seen)) > 2
+
+
+@pytest.mark.parametrize("shape", coded.SHAPES)
+def test_a_sink_shows_what_was_appended_at_once(shape, tmp_path):
+    sink = FileSink(tmp_path / "run.h5", coded.HEADER)
+    with Trace(open_source(sink)) as trace:
+        sink.append(coded.weights())
+        for call in range(10):
+            sink.append(coded.block(call, shape))
+            assert coded.check_trace(trace) == call + 1
+        sink.close()
+        assert coded.check_trace(trace) == 10
+
+
+def test_other_programs_can_open_the_file_once_it_is_closed(tmp_path):
+    """Though a reader of this process still has it open, which HDF5 would leave marked."""
+    path = tmp_path / "run.h5"
+    sink = FileSink(path, coded.HEADER)
+    code = "import h5py, sys; print(len(h5py.File(sys.argv[1], 'r')['calls']))"
+    with Trace(open_source(sink)) as trace:
+        sink.append(coded.weights())
+        sink.append(coded.block(0, "big"))
+        assert coded.check_trace(trace) == 1
+        being_written = subprocess.run(
+            [sys.executable, "-c", code, path], capture_output=True, check=False
+        )
+        assert being_written.returncode != 0
+        sink.close()
+        assert subprocess.check_output([sys.executable, "-c", code, path]) == b"1\n"
+        assert coded.check_trace(trace) == 1
+
+
+def test_what_a_reader_has_does_not_change_until_it_refreshes(tmp_path):
+    path = tmp_path / "run.h5"
+    sink = FileSink(path, coded.HEADER)
+    sink.append(coded.weights())
+    sink.append(coded.block(0, "stepwise"))
+    sink.flush()
+    with open_trace(path) as trace:
+        site = trace["rnn.l0"]
+        sequence, rows = site.sequence(0), site.update
+        sink.append(coded.block(1, "stepwise"))
+        sink.flush()
+        assert (len(site), len(sequence), len(rows), len(trace.calls)) == (8, 1, 8, 1)
+        trace.refresh()
+        assert (len(site), len(sequence), len(rows), len(trace.calls)) == (8, 1, 8, 2)
+        assert len(site.sequence(0)) == 2
+        assert len(site.update) == 16
+    sink.close()
+
+
+def test_a_trace_commits_by_itself(tmp_path, monkeypatch):
+    """Nobody flushes, and nothing more comes: it counts half a second later."""
+    path = tmp_path / "run.h5"
+    sink = FileSink(path, coded.HEADER)
+    sink.append(coded.weights())
+    sink.append(coded.block(0, "stepwise"))
+    with open_trace(path) as trace:
+        until = time.monotonic() + 5
+        while not len(trace.calls) and time.monotonic() < until:
+            time.sleep(0.05)
+            trace.refresh()
+        assert len(trace.calls) == 1
+    sink.close()

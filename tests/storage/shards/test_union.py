@@ -1,0 +1,141 @@
+"""Several sources read as one trace: what one sink with all modules would have shown."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from grutrace.storage.memory import MemorySink
+from grutrace.storage.read.file_source import FileSource
+from grutrace.storage.read.trace import Trace
+from grutrace.storage.shards import union
+from grutrace.storage.shards.union import CombinedSource, distinct_modules
+from grutrace.storage.write.stream_sink import FileSink
+from tests.storage.oracle import check_trace
+from tests.storage.streams import Stream, drawn_streams, full_stream, make_header, make_module
+
+
+def split(stream, bounds):
+    """The header and records of each part, the modules being cut at these bounds."""
+    modules = stream.header.modules
+    for start, stop in zip([0, *bounds], [*bounds, len(modules)], strict=True):
+        header = dataclasses.replace(stream.header, modules=modules[start:stop])
+        yield (
+            header,
+            [
+                dataclasses.replace(record, module=record.module - start)
+                for record in stream.records
+                if start <= record.module < stop
+            ],
+        )
+
+
+def in_memory(stream, bounds):
+    sinks = []
+    for header, records in split(stream, bounds):
+        sink = MemorySink(header)
+        for record in records:
+            sink.append(record)
+        sinks.append(sink)
+    return sinks
+
+
+@pytest.mark.parametrize("bounds", [[], [1], [2], [1, 2, 3]])
+def test_parts_in_memory_show_what_one_trace_shows(bounds):
+    stream = full_stream()
+    with Trace(CombinedSource("all", in_memory(stream, bounds))) as trace:
+        check_trace(trace, stream.header, stream.records)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(stream=drawn_streams(), data=st.data())
+def test_whatever_is_drawn_shows_what_one_trace_shows(stream, data):
+    places = st.integers(1, max(1, len(stream.header.modules) - 1))
+    bounds = sorted(data.draw(st.sets(places, max_size=len(stream.header.modules) - 1)))
+    with Trace(CombinedSource("all", in_memory(stream, bounds))) as trace:
+        check_trace(trace, stream.header, stream.records)
+
+
+def test_parts_in_files_grow_and_show_what_one_trace_shows(tmp_path):
+    stream = full_stream()
+    parts = list(split(stream, [1, 3]))
+    sinks = [
+        FileSink(tmp_path / f"{number}.h5", header) for number, (header, _) in enumerate(parts)
+    ]
+    source = CombinedSource("all", [FileSource(sink.path) for sink in sinks])
+    bounds = np.array([1, 3])
+    with Trace(source) as trace:
+        for seen, record in enumerate(stream.records, 1):
+            place = int(np.searchsorted(bounds, record.module, side="right"))
+            start = [0, 1, 3][place]
+            sinks[place].append(dataclasses.replace(record, module=record.module - start))
+            sinks[place].flush()
+            trace.refresh()
+            if seen % 6 == 0:
+                check_trace(trace, stream.header, stream.records[:seen])
+        tables = trace._look().tables
+        trace.refresh()
+        assert trace._look().tables is tables
+        for sink in sinks:
+            assert not trace.closed
+            sink.close()
+            trace.refresh()
+        check_trace(trace, stream.header, stream.records)
+        assert trace.closed
+
+
+@pytest.mark.parametrize("wrong", ["texts", "time", "modules"])
+def test_control_the_comparison_sees_what_is_not_moved(wrong, monkeypatch):
+    stream = full_stream()
+    if wrong == "texts":
+        monkeypatch.setattr(union, "annotation_values", lambda part, _: part.values)
+    elif wrong == "time":
+        monkeypatch.setattr(union, "_in_time_order", lambda calls: np.arange(sum(map(len, calls))))
+    else:
+        monkeypatch.setattr(union, "_moved", lambda table, *_: table)
+    with (
+        pytest.raises((AssertionError, IndexError, ValueError)),
+        Trace(CombinedSource("all", in_memory(stream, [1]))) as trace,
+    ):
+        check_trace(trace, stream.header, stream.records)
+
+
+def test_calls_of_a_part_keep_their_order_when_the_clock_is_put_back():
+    stream = Stream(make_header(make_module("a"), make_module("b")))
+    for module, steps in ((0, 1), (0, 2), (1, 3), (0, 4)):
+        stream.call([steps], module=module)
+    times = iter([10.0, 5.0, 7.0, 6.0])
+    stream.records = [
+        dataclasses.replace(each, time=next(times)) if hasattr(each, "time") else each
+        for each in stream.records
+    ]
+    with Trace(CombinedSource("all", in_memory(stream, [1]))) as trace:
+        assert trace.calls["steps"].tolist() == [3, 1, 2, 4]
+        assert [len(sequence) for sequence in trace["a.l0"]] == [1, 2, 4]
+
+
+def paths(*parts, labels):
+    modules = [[make_module(path) for path in part] for part in parts]
+    found = distinct_modules(modules, labels)
+    for module in found:
+        dot = "." if module.path else ""
+        assert [site.name for site in module.sites] == [f"{module.path}{dot}l0"]
+    return [module.path for module in found]
+
+
+@pytest.mark.parametrize(
+    ("parts", "labels", "expected"),
+    [
+        ([["a", "b"], ["c"]], ["M", "M"], ["a", "b", "c"]),
+        ([["a"], ["a", "b"], ["a"]], ["M", "M", "M"], ["a", "M#2.a", "M#2.b", "M#3.a"]),
+        ([["gru"], ["gru"], ["gru"]], ["E", "D", "D"], ["gru", "D.gru", "D#2.gru"]),
+        ([[""], [""]], ["GRU", "GRU"], ["", "GRU#2"]),
+        ([["a", "D.a"], ["a"]], ["M", "D"], ["a", "D.a", "D#2.a"]),
+    ],
+)
+def test_same_paths_become_distinct(parts, labels, expected):
+    assert paths(*parts, labels=labels) == expected

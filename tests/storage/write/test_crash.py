@@ -1,0 +1,78 @@
+"""A writer that is killed at any moment: every acknowledged row is there, and none is torn."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+
+import h5py
+import numpy as np
+import pytest
+
+from grutrace.storage.open import open_trace
+from tests.plain_reader import PlainTrace
+from tests.storage import coded
+
+TRIES = 10
+
+
+def run_until_killed(path, shape, seconds, *compression):
+    """The number of calls that the writer had acknowledged when it was killed."""
+    command = [sys.executable, "-m", "tests.storage.coded", str(path), shape, *compression]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "0\n"
+        time.sleep(seconds)
+        process.kill()
+        acknowledged = process.stdout.read().split("\n")
+    # The last line may have been cut.
+    return int(acknowledged[-2]) if len(acknowledged) > 1 else 0
+
+
+@pytest.mark.parametrize("shape", coded.SHAPES)
+def test_acknowledged_rows_survive_the_writer(shape, tmp_path):
+    chance = random.Random(20)
+    most = 0
+    for attempt in range(TRIES):
+        path = tmp_path / f"{attempt}.h5"
+        acknowledged = run_until_killed(path, shape, chance.uniform(0, 0.4))
+        with open_trace(path) as trace:
+            found = coded.check_trace(trace)
+        plain = PlainTrace(path)
+        coded.check_plain(plain)
+        assert not plain.closed
+        assert found == len(plain.calls) >= acknowledged
+        most = max(most, acknowledged)
+        path.unlink()
+    assert most > 0
+
+
+def test_control_a_torn_row_is_seen(tmp_path):
+    path = tmp_path / "run.h5"
+    coded.write(path, "stepwise", calls=20)
+    with open_trace(path) as trace:
+        assert coded.check_trace(trace) == 20
+    with h5py.File(path, "r+") as file:
+        file["modules/rnn/l0/update"][13, 5] += 1
+    with open_trace(path) as trace, pytest.raises(AssertionError):
+        coded.check_trace(trace)
+    with pytest.raises(AssertionError):
+        coded.check_plain(PlainTrace(path))
+
+
+def test_control_counts_that_run_ahead_are_seen(tmp_path):
+    """What a commit in the wrong order would leave behind."""
+    path = tmp_path / "run.h5"
+    coded.write(path, "stepwise", calls=20)
+    with h5py.File(path, "r+") as file:
+        file["modules/rnn/l0/hidden"].resize(19 * coded.SHAPES["stepwise"][0], 0)
+    with pytest.raises(OSError, match="hidden"):
+        open_trace(path)
+    with pytest.raises(AssertionError):
+        PlainTrace(path)
+
+
+def test_rows_are_coded_by_call_and_row():
+    first, second = coded.rows(7, 4), coded.rows(8, 4)
+    assert len(np.unique(np.concatenate([first, second]))) == 8 * coded.HIDDEN
