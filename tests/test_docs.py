@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -10,23 +11,13 @@ from pathlib import Path
 
 import pytest
 
+import grutrace
+from grutrace.cli.app import app
+from grutrace.options import OPTIONS
 from tests.test_architecture import ALLOWED
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-#: The README's blocks speak of a model and a batch of the reader's own.
-README_MODEL = """
-import torch
-from torch import nn
-
-torch.manual_seed(0)
-model = nn.Module()
-model.encoder = nn.Module()
-model.encoder.rnn = nn.GRU(5, 6, bidirectional=True, batch_first=True)
-model.forward = lambda batch: model.encoder.rnn(batch)
-batch = torch.randn(2, 3, 5)
-"""
 
 
 def blocks(page: Path) -> list[str]:
@@ -45,11 +36,11 @@ def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda p: p.stem)
 def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
-    code = "\n".join(blocks(page))
-    if page.stem == "README":
-        code = README_MODEL + code
-    done = run(code, tmp_path)
+    done = run("\n".join(blocks(page)), tmp_path)
     assert done.returncode == 0, done.stderr
+    shown = re.findall(r"^```text\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+    if page.stem == "README":
+        assert done.stdout == "".join(shown)
 
 
 SESSIONS = [page for page in PAGES if "```pycon" in page.read_text(encoding="utf-8")]
@@ -92,7 +83,9 @@ def test_there_are_blocks_to_run() -> None:
 
 def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        text = page.read_text(encoding="utf-8")
+        pictures = re.findall(r'src="([^":]+)"', text)
+        for target in [*pictures, *re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)]:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
@@ -127,3 +120,44 @@ def test_the_architecture_page_has_the_import_rules() -> None:
 def test_control_a_tree_is_read_folder_by_folder() -> None:
     tree = "    a/\n      b.py   x\n      c/    y\n        d.py   z\n      e.py\n"
     assert files_of_a_tree(tree) == {"a/b.py", "a/c/d.py", "a/e.py"}
+
+
+def literal(value: object) -> str:
+    """A value as Python writes it, with double quotes."""
+    return f"`{value!r}`".replace("'", '"')
+
+
+def options_table() -> str:
+    """The options of a tracer, as docs/options.md lists them."""
+    rows = [
+        (f"`{name}`", each.summary, ", ".join(map(literal, each.values)), literal(each.default))
+        for name, each in OPTIONS.items()
+    ]
+    head = ["| option | what it does | values | default |", "|---|---|---|---|"]
+    return "\n".join([*head, *(f"| {' | '.join(row)} |".replace("  ", " ") for row in rows)])
+
+
+def test_the_options_page_has_the_options_of_a_tracer() -> None:
+    page = (ROOT / "docs" / "options.md").read_text(encoding="utf-8")
+    assert options_table() in page
+    explained = re.findall(r"^- \*\*([a-z_, ]+)\.\*\*", page, re.M)
+    assert [name for names in explained for name in names.split(", ")] == list(OPTIONS)
+    parameters = inspect.signature(grutrace.Tracer).parameters
+    assert list(OPTIONS) == [name for name in parameters if name not in {"model", "path"}]
+
+
+def test_the_commands_page_names_every_command() -> None:
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    commands = {command.callback.__name__ for command in app.registered_commands}
+    assert set(re.findall(r"^\| `grutrace (\w+)", page, re.M)) == commands
+
+
+def test_the_readme_is_short_and_its_costs_are_measured() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.count("\n") <= 150
+    measured = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    peers = measured.partition("### Peers")[2].partition("### ")[0]
+    rows = re.findall(r"^\| .* \| ([\d.]+|not measured) \| ([\d.]+) \|$", readme, re.M)
+    assert len(rows) == 10
+    for figure in {figure for row in rows for figure in row} - {"not measured"}:
+        assert re.search(rf"\| \**{figure}\** \(", peers), figure
