@@ -122,7 +122,7 @@ def test_every_gate_is_that_of_the_oracle(folder) -> None:
 
 def test_control_another_order_of_the_ranks_is_noticed(folder) -> None:
     with grutrace.open(folder / "run.rank*.h5") as trace:
-        reads = trace.moment.source
+        reads = trace.snapshot.source
         reads._parts = [parts[::-1] for parts in reads._parts]
         with pytest.raises(AssertionError):
             check_against_the_oracle(trace, folder)
@@ -203,7 +203,7 @@ def killed(tmp_path_factory):
 
 def test_what_a_killed_rank_had_acknowledged_is_there(killed) -> None:
     with grutrace.open(killed / "run.rank*.h5") as trace:
-        shards = trace.moment.tables.shards
+        shards = trace.snapshot.tables.shards
         assert [each.rank for each in shards] == list(range(RANKS))
         assert not shards[KILLED].closed
         acknowledged = [int((killed / f"{rank}.calls").read_text()) for rank in range(RANKS)]

@@ -19,15 +19,15 @@ from typing import Any
 from grutrace.errors import TraceFileError
 from grutrace.storage.hdf5.handle import release_on_exit
 from grutrace.storage.interfaces import Source
-from grutrace.storage.read.snapshot import Moment
+from grutrace.storage.read.snapshot import TraceSnapshot
 
 #: Traces of which a worker keeps the tables.
-KEPT = 8
+CACHE_SIZE = 8
 
 _lock = threading.Lock()
 
 
-class Look:
+class SnapshotHandle:
     """A trace as it was at one moment, wherever it is unpickled.
 
     It keeps working after the trace that it was taken from is closed; unless that was in memory:
@@ -37,15 +37,15 @@ class Look:
         moment: What there was.
     """
 
-    def __init__(self, moment: Moment) -> None:
-        self._created = moment.header.created
-        self._held: Moment | _Reopened
+    def __init__(self, snapshot: TraceSnapshot) -> None:
+        self._created = snapshot.header.created
+        self._snapshot_or_source: TraceSnapshot | _CachedSource
         try:
-            self._address: bytes | None = pickle.dumps(moment.source)
+            self._address: bytes | None = pickle.dumps(snapshot.source)
         except TypeError:
-            self._address, self._held = None, moment
+            self._address, self._snapshot_or_source = None, snapshot
         else:
-            self._held = _reopened(self._address, self._created)
+            self._snapshot_or_source = _get_source(self._address, self._created)
 
     @property
     def in_memory(self) -> bool:
@@ -53,17 +53,17 @@ class Look:
         return self._address is None
 
     @contextmanager
-    def moment(self, module: int, calls: int) -> Iterator[Moment]:
+    def snapshot(self, module: int, calls: int) -> Iterator[TraceSnapshot]:
         """One in which this module has had so many calls at least; there may be more by now.
 
         Raises:
             TraceFileError: The file is gone, or another one.
         """
-        if isinstance(self._held, Moment):
-            yield self._held
+        if isinstance(self._snapshot_or_source, TraceSnapshot):
+            yield self._snapshot_or_source
             return
         with release_on_exit():
-            yield self._held.moment(module, calls)
+            yield self._snapshot_or_source.snapshot(module, calls)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._address is None:
@@ -72,59 +72,59 @@ class Look:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._held = _reopened(state["_address"], state["_created"], keep=True)
+        self._snapshot_or_source = _get_source(state["_address"], state["_created"], keep=True)
 
     def __dask_tokenize__(self) -> tuple[object, ...]:
         return self._address, self._created
 
 
-class _Reopened:
+class _CachedSource:
     """A source that is opened when it is first needed, and looked at again when it has grown."""
 
     def __init__(self, address: bytes, created: float) -> None:
         self._address, self._created = address, created
         self._lock = threading.Lock()
         self._source: Source | None = None
-        self._moment: Moment | None = None
+        self._snapshot: TraceSnapshot | None = None
 
-    def moment(self, module: int, calls: int) -> Moment:
+    def snapshot(self, module: int, calls: int) -> TraceSnapshot:
         """A look at the source in which a module has had at least so many calls."""
         with self._lock:
             if self._source is None:
                 self._source = pickle.loads(self._address)
                 weakref.finalize(self, self._source.close)
-            if self._moment is None or not _has(self._moment, module, calls):
-                self._moment = Moment(self._source, self._source.refresh())
-            same = self._moment.header.created == self._created
-            if not same or not _has(self._moment, module, calls):
+            if self._snapshot is None or not _covers(self._snapshot, module, calls):
+                self._snapshot = TraceSnapshot(self._source, self._source.refresh())
+            same = self._snapshot.header.created == self._created
+            if not same or not _covers(self._snapshot, module, calls):
                 raise TraceFileError(
                     f"{self._source.name} is another file by now; open it and ask it anew"
                 )
-            return self._moment
+            return self._snapshot
 
 
-def _has(moment: Moment, module: int, calls: int) -> bool:
-    return module < len(moment.tables.extents) and moment.extent(module).calls >= calls
+def _covers(snapshot: TraceSnapshot, module: int, calls: int) -> bool:
+    return module < len(snapshot.tables.extents) and snapshot.extent(module).calls >= calls
 
 
 _Key = tuple[bytes, float]
 
-_known: weakref.WeakValueDictionary[_Key, _Reopened] = weakref.WeakValueDictionary()
+_cached: weakref.WeakValueDictionary[_Key, _CachedSource] = weakref.WeakValueDictionary()
 
 #: Held here for a while: a task of dask comes, reads a part, and is forgotten.
-_lately: OrderedDict[_Key, _Reopened] = OrderedDict()
+_recent: OrderedDict[_Key, _CachedSource] = OrderedDict()
 
 
-def _reopened(address: bytes, created: float, *, keep: bool = False) -> _Reopened:
+def _get_source(address: bytes, created: float, *, keep: bool = False) -> _CachedSource:
     """One for all who ask while anybody holds it."""
     key = address, created
     with _lock:
-        found = _known.get(key)
-        if found is None:
-            found = _known[key] = _Reopened(address, created)
+        source = _cached.get(key)
+        if source is None:
+            source = _cached[key] = _CachedSource(address, created)
         if keep:
-            _lately[key] = found
-            _lately.move_to_end(key)
-            while len(_lately) > KEPT:
-                _lately.popitem(last=False)
-        return found
+            _recent[key] = source
+            _recent.move_to_end(key)
+            while len(_recent) > CACHE_SIZE:
+                _recent.popitem(last=False)
+        return source

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from grutrace.arrays.coordinates import (
-    Annotated,
+    AnnotationColumn,
     CallNumbers,
     PaddedColumn,
     SequenceNumbers,
@@ -27,16 +27,16 @@ from grutrace.arrays.coordinates import (
 from grutrace.arrays.dask_arrays import (
     INITIAL,
     PaddedRows,
-    Quantity,
+    QuantityRef,
     QuantityRows,
     aligned_rows,
     chunked_rows,
     chunked_sequences,
 )
-from grutrace.arrays.reopen import Look
+from grutrace.arrays.reopen import SnapshotHandle
 from grutrace.errors import require_extra
 from grutrace.records import Site
-from grutrace.storage.read.snapshot import Moment
+from grutrace.storage.read.snapshot import TraceSnapshot
 
 if TYPE_CHECKING:
     import xarray
@@ -83,7 +83,7 @@ class _Backend(BackendArray):
         return indexing.NumpyIndexingAdapter, (everything,)
 
 
-def lazily(array: Indexable) -> Any:
+def lazy_data(array: Indexable) -> Any:
     """The data of a variable of xarray: read once, when it is needed, or only the part that is."""
     read = indexing.LazilyIndexedArray(_Backend(array))
     cached: Any = indexing.MemoryCachedArray(read)  # type: ignore[no-untyped-call]
@@ -91,7 +91,7 @@ def lazily(array: Indexable) -> Any:
 
 
 #: What the variables are.
-NAMES = {
+LONG_NAMES = {
     "reset": "reset gate r",
     "update": "update gate z; where it is 1, the previous state is kept",
     "candidate": "candidate state n",
@@ -116,7 +116,9 @@ EQUATIONS = (
 _Variables = dict[str, "xarray.Variable"]
 
 
-def to_xarray(moment: Moment, module: int, site: Site, *, padded: bool = False) -> xarray.Dataset:
+def to_xarray(
+    snapshot: TraceSnapshot, module: int, site: Site, *, padded: bool = False
+) -> xarray.Dataset:
     """A site as a Dataset; `grutrace.Trace.to_xarray` says what is in it.
 
     Raises:
@@ -124,54 +126,54 @@ def to_xarray(moment: Moment, module: int, site: Site, *, padded: bool = False) 
     """
     with require_extra("to_xarray", "xarray"):
         import xarray
-    about = _About(moment, module, site)
-    variables, coordinates = _padded(about) if padded else _ragged(about)
-    return xarray.Dataset(variables, coordinates, about.attributes)
+    builder = _DatasetBuilder(snapshot, module, site)
+    variables, coordinates = _padded(builder) if padded else _ragged(builder)
+    return xarray.Dataset(variables, coordinates, builder.attributes)
 
 
-class _About:
+class _DatasetBuilder:
     """What is known of a site at a moment, on its way into a Dataset."""
 
-    def __init__(self, moment: Moment, module: int, site: Site) -> None:
+    def __init__(self, snapshot: TraceSnapshot, module: int, site: Site) -> None:
         self.site = site
-        self.index = moment.index(module)
+        self.index = snapshot.index(module)
         self.chunked = find_spec("dask") is not None
-        self._moment, self._module = moment, module
-        self._look = Look(moment)
+        self._snapshot, self._module = snapshot, module
+        self._handle = SnapshotHandle(snapshot)
 
     @property
-    def quantities(self) -> Iterator[Quantity]:
+    def quantities(self) -> Iterator[QuantityRef]:
         """Everything that can be read, stored or derived."""
         return map(self.quantity, self.site.available_quantities)
 
-    def quantity(self, name: str) -> Quantity:
+    def quantity(self, name: str) -> QuantityRef:
         """One of them, or the initial states."""
-        return Quantity(self._look, self._moment, self._module, self.site, name)
+        return QuantityRef(self._handle, self._snapshot, self._module, self.site, name)
 
     @property
     def annotations(self) -> Iterator[tuple[str, StepColumn]]:
         """Tokens and labels. A label may be called like anything else, so it has a prefix."""
-        for name in annotation_names(self._moment, self._module):
+        for name in annotation_names(self._snapshot, self._module):
             place = "token" if name == "tokens" else f"label_{name}"
-            yield place, Annotated(self._moment, self._module, name)
+            yield place, AnnotationColumn(self._snapshot, self._module, name)
 
     @property
     def tags(self) -> Tags | None:
         """The tags of the calls, if one has any."""
-        tags = self._moment.tags
+        tags = self._snapshot.tags
         tagged = any(tag is not None for tag in tags[self.index.call_numbers])
         return Tags(self.index, tags) if tagged else None
 
     @property
     def unit(self) -> xarray.Variable:
         """Numbers of the units."""
-        numbers = self.site.units or range(self._moment.header.modules[self._module].hidden_size)
+        numbers = self.site.units or range(self._snapshot.header.modules[self._module].hidden_size)
         return _variable(("unit",), np.array(numbers, np.int64), "unit")
 
     @property
     def attributes(self) -> dict[str, str | int]:
         """Of the Dataset: texts and numbers, so that every format can hold them."""
-        header = self._moment.header
+        header = self._snapshot.header
         created = datetime.fromtimestamp(header.created, UTC).isoformat(timespec="seconds")
         return {
             "site": self.site.name,
@@ -184,7 +186,7 @@ class _About:
             "equations": EQUATIONS,
         }
 
-    def rows(self, quantity: Quantity, data: Any, *axes: str) -> xarray.Variable:
+    def rows(self, quantity: QuantityRef, data: Any, *axes: str) -> xarray.Variable:
         """A variable of a quantity; the last of its axes is that of units or features."""
         last = "feature" if quantity.name == "input" else "unit"
         variable = _variable((*axes, last), data, quantity.name)
@@ -193,70 +195,70 @@ class _About:
         return variable
 
 
-def _ragged(about: _About) -> tuple[_Variables, _Variables]:
+def _ragged(builder: _DatasetBuilder) -> tuple[_Variables, _Variables]:
     """Every step one after another: the ragged arrays of the CF conventions.
 
     Contiguous, where the steps of a sequence are neighbours; else (a decoder that calls its layer
     for each step) indexed, by the sequence of each step.
     """
 
-    quantities = list(about.quantities)
+    quantities = list(builder.quantities)
     # The same chunks for all, or they would be cut anew wherever two come together.
     rows = min(map(aligned_rows, quantities), default=1)
     variables = {
-        each.name: about.rows(
+        each.name: builder.rows(
             each,
-            chunked_rows(each, rows) if about.chunked else lazily(QuantityRows(each)),
+            chunked_rows(each, rows) if builder.chunked else lazy_data(QuantityRows(each)),
             "step",
         )
         for each in quantities
     }
-    initial = lazily(QuantityRows(about.quantity(INITIAL)))
+    initial = lazy_data(QuantityRows(builder.quantity(INITIAL)))
     variables[INITIAL] = _variable(("instance", "unit"), initial, INITIAL)
-    variables["length"] = _variable(("instance",), about.index.lengths, "length")
+    variables["length"] = _variable(("instance",), builder.index.lengths, "length")
     columns: dict[str, StepColumn] = {
-        "sequence": SequenceNumbers(about.index),
-        "time": StepNumbers(about.index),
-        "call": CallNumbers(about.index),
+        "sequence": SequenceNumbers(builder.index),
+        "time": StepNumbers(builder.index),
+        "call": CallNumbers(builder.index),
     }
-    if about.tags:
-        columns["tag"] = about.tags
-    columns.update(about.annotations)
-    coordinates = {"unit": about.unit}
+    if builder.tags:
+        columns["tag"] = builder.tags
+    columns.update(builder.annotations)
+    coordinates = {"unit": builder.unit}
     for name, column in columns.items():
-        coordinates[name] = _variable(("step",), lazily(column), name)
-    if len(about.index) == len(about.index.steps):
+        coordinates[name] = _variable(("step",), lazy_data(column), name)
+    if len(builder.index) == len(builder.index.steps):
         variables["length"].attrs["sample_dimension"] = "step"
     else:
         coordinates["sequence"].attrs["instance_dimension"] = "instance"
     return variables, coordinates
 
 
-def _padded(about: _About) -> tuple[_Variables, _Variables]:
+def _padded(builder: _DatasetBuilder) -> tuple[_Variables, _Variables]:
     """One sequence a row, and nan after its end."""
 
-    index = about.index
+    index = builder.index
     count, longest = len(index), int(index.lengths.max(initial=0))
     variables = {}
-    for quantity in about.quantities:
+    for quantity in builder.quantities:
         whole = PaddedRows(quantity, count, longest)
-        data = chunked_sequences(whole, quantity.look) if about.chunked else lazily(whole)
-        variables[quantity.name] = about.rows(quantity, data, "sequence", "time")
-    initial = lazily(QuantityRows(about.quantity(INITIAL)))
+        data = chunked_sequences(whole, quantity.handle) if builder.chunked else lazy_data(whole)
+        variables[quantity.name] = builder.rows(quantity, data, "sequence", "time")
+    initial = lazy_data(QuantityRows(builder.quantity(INITIAL)))
     variables[INITIAL] = _variable(("sequence", "unit"), initial, INITIAL)
     first_rows = index.calls[index.first_pieces]
     coordinates = {
-        "unit": about.unit,
+        "unit": builder.unit,
         "sequence": _variable(("sequence",), np.arange(count), "sequence"),
         "time": _variable(("time",), np.arange(longest), "time"),
         "length": _variable(("sequence",), index.lengths, "length"),
         "call": _variable(("sequence",), first_rows, "call"),
     }
-    if about.tags:
-        tags = lazily(about.tags.of_calls(first_rows))
+    if builder.tags:
+        tags = lazy_data(builder.tags.values_of_calls(first_rows))
         coordinates["tag"] = _variable(("sequence",), tags, "tag")
-    for name, column in about.annotations:
-        padded = lazily(PaddedColumn(column, index))
+    for name, column in builder.annotations:
+        padded = lazy_data(PaddedColumn(column, index))
         coordinates[name] = _variable(("sequence", "time"), padded, name)
     return variables, coordinates
 
@@ -264,4 +266,4 @@ def _padded(about: _About) -> tuple[_Variables, _Variables]:
 def _variable(axes: tuple[str, ...], data: Any, name: str) -> xarray.Variable:
     import xarray
 
-    return xarray.Variable(axes, data, {"long_name": NAMES.get(name, name)})
+    return xarray.Variable(axes, data, {"long_name": LONG_NAMES.get(name, name)})

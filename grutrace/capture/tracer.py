@@ -60,12 +60,12 @@ from grutrace.options import (
 )
 from grutrace.records import DEFAULT_RECORD, Origin, TraceHeader
 from grutrace.storage.open import (
-    SinkMaker,
+    SinkFactory,
     open_sink,
     open_source,
     recorded_calls,
 )
-from grutrace.storage.read.snapshot import Moment
+from grutrace.storage.read.snapshot import TraceSnapshot
 from grutrace.storage.read.trace import Trace
 
 _IN_A_CHILD = (
@@ -198,7 +198,7 @@ class Tracer(Trace):
         units: Units | None = None,
         steps: slice | None = None,
         shard: ShardOption = True,
-        sink: SinkMaker | None = None,
+        sink: SinkFactory | None = None,
         on_error: OnError = "raise",
         fsync: bool = False,
         compression: Compression | None = None,
@@ -625,7 +625,7 @@ class Tracer(Trace):
         )
         self._warn_once(message, message)
 
-    def _look(self) -> Moment:
+    def _refresh_snapshot(self) -> TraceSnapshot:
         """Take in what was recorded since the last look, so that the trace is always up to date."""
         if len(self._journal):
             with suppress(SinkError):
@@ -638,7 +638,7 @@ class Tracer(Trace):
             if self.nbytes > LARGE:
                 self._warn_once(_TOO_LARGE, _TOO_LARGE)
         self._say_news()
-        return super()._look()
+        return super()._refresh_snapshot()
 
     def _wants(self, index: int) -> bool:
         """Whether the present call of a module is to be recorded. Asked once a call."""

@@ -39,7 +39,7 @@ def describe(trace: Trace, name: str) -> dict[str, Any]:
         "file": name,
         "parts": [str(file) for file in trace.files],
         "bytes": sum(file.stat().st_size for file in trace.files),
-        "shards": [dataclasses.asdict(shard) for shard in trace.moment.tables.shards],
+        "shards": [dataclasses.asdict(shard) for shard in trace.snapshot.tables.shards],
         "model": header.model,
         "created": datetime.fromtimestamp(header.created, UTC).isoformat(timespec="seconds"),
         "closed": trace.closed,

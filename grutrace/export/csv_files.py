@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from grutrace.export.portability import file_names
-from grutrace.export.variables import Content, Group, SiteContent, Variable
+from grutrace.export.variables import ExportContent, Group, SiteContent, Variable
 from grutrace.records import Array
 
 #: Rows that are brought into memory at once. As Python's numbers and texts they take more. Bytes.
@@ -26,7 +26,7 @@ BLOCK = 1024 * 1024
 DIGITS = {"float16": 5, "float32": 9, "float64": 17}
 
 
-def write_csv(content: Content, path: Path) -> list[str]:
+def write_csv(content: ExportContent, path: Path) -> list[str]:
     """Write into a folder; there is nothing to note."""
     _write_table(path / "calls.csv", content.calls.variables)
     _write_sequences(path / "sequences.csv", content.sites)
@@ -54,7 +54,7 @@ def _write_rows(path: Path, group: Group, leading: Sequence[Variable], rows: Var
     pattern = ",".join([f"%.{digits}g"] * rows.shape[1])
     with path.open("w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerow([*(each.name for each in leading), *names])
-        for part, block in rows.blocks(rows.fitting(BLOCK)):
+        for part, block in rows.blocks(rows.items_per_block(BLOCK)):
             columns = [_cells(each.read(part.start, part.stop)) for each in leading]
             for first, values in zip(_lines(columns), block.tolist(), strict=True):
                 file.write(f"{first},{pattern % tuple(values)}\n")
@@ -75,9 +75,9 @@ def _write_sequences(path: Path, sites: Sequence[SiteContent]) -> None:
     modules = {site.number: site for site in sites}
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        for place, site in enumerate(modules.values()):
+        for index, site in enumerate(modules.values()):
             columns = [each for each in site.per_sequence() if each.name != "initial"]
-            if not place:
+            if not index:
                 writer.writerow(["module", "sequence", *(each.name for each in columns)])
             count = len(site.index)
             cells = [_cells(each.read(0, count)) for each in columns]

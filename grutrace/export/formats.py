@@ -21,11 +21,11 @@ from grutrace.export.csv_files import write_csv
 from grutrace.export.lstmvis import write_lstmvis
 from grutrace.export.netcdf import write_netcdf
 from grutrace.export.npz import write_npz
-from grutrace.export.output_file import made_whole
-from grutrace.export.variables import Content, SiteContent, calls_group
+from grutrace.export.output_file import atomic_output
+from grutrace.export.variables import ExportContent, SiteContent, calls_group
 from grutrace.export.zarr_store import write_zarr
 from grutrace.records import DEFAULT_RECORD, QUANTITIES, Site
-from grutrace.storage.read.snapshot import Moment, chosen_quantities, chosen_sites
+from grutrace.storage.read.snapshot import TraceSnapshot, select_quantities, select_sites
 from grutrace.storage.read.trace import Trace
 
 
@@ -39,7 +39,7 @@ class Format:
         record: The quantities that are taken unless asked otherwise.
     """
 
-    write: Callable[[Content, Path], list[str]]
+    write: Callable[[ExportContent, Path], list[str]]
     folder: bool = False
     record: tuple[str, ...] = QUANTITIES
 
@@ -55,7 +55,7 @@ FORMATS = {
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """What was written.
 
     Attributes:
@@ -80,7 +80,7 @@ def export_trace(
     sites: str | Sequence[str] | None = None,
     record: str | Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Exported:
+) -> ExportResult:
     """Write what a trace holds as a file, or folder, of another format.
 
     It appears under its name when it is whole. Rows are read in blocks, so memory is bounded.
@@ -101,38 +101,38 @@ def export_trace(
         MissingExtraError: The format needs a library that is not installed.
     """
     require_one_of("to", to, tuple(FORMATS))
-    moment, format = trace.moment, FORMATS[to]
-    chosen = _chosen(moment, sites, record, format.record)
-    total = sum(moment.extent(number).rows * len(names) for number, _, names in chosen)
+    snapshot, format = trace.snapshot, FORMATS[to]
+    chosen = _chosen(snapshot, sites, record, format.record)
+    total = sum(snapshot.extent(number).rows * len(names) for number, _, names in chosen)
     advance = _advance(total, progress)
-    content = Content(
-        tuple(SiteContent(moment, *each, advance) for each in chosen),
-        calls_group(moment),
-        _about(moment),
+    content = ExportContent(
+        tuple(SiteContent(snapshot, *each, advance) for each in chosen),
+        calls_group(snapshot),
+        _attributes(snapshot),
     )
     path = as_path(path)
-    with made_whole(path, folder=format.folder) as new:
+    with atomic_output(path, folder=format.folder) as new:
         notes = format.write(content, new)
     names = tuple(site.site.name for site in content.sites)
-    return Exported(path, to, names, tuple(notes))
+    return ExportResult(path, to, names, tuple(notes))
 
 
 def _chosen(
-    moment: Moment,
+    snapshot: TraceSnapshot,
     sites: str | Sequence[str] | None,
     record: str | Sequence[str] | None,
     default: tuple[str, ...],
 ) -> list[tuple[int, Site, tuple[str, ...]]]:
     """What is asked for and there: the place of the module, the site and its quantities."""
-    matching = chosen_sites(moment, sites).values()
+    matching = select_sites(snapshot, sites).values()
     if not matching:
-        recorded = [site.name for module in moment.header.modules for site in module.sites]
+        recorded = [site.name for module in snapshot.header.modules for site in module.sites]
         raise NotRecordedError(
             f"no site matches {short_repr(sites)}; the trace has {join_names(recorded)}"
             if sites
             else "the trace has no sites"
         )
-    asked = chosen_quantities(default if record is None else record)
+    asked = select_quantities(default if record is None else record)
     found = [
         (number, site, tuple(name for name in asked if name in site.available_quantities))
         for number, site in matching
@@ -144,8 +144,8 @@ def _chosen(
     return [each for each in found if each[2]]
 
 
-def _about(moment: Moment) -> dict[str, str | int | float]:
-    header = moment.header
+def _attributes(snapshot: TraceSnapshot) -> dict[str, str | int | float]:
+    header = snapshot.header
     return {
         "source": "grutrace",
         "model": header.model,

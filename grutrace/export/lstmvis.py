@@ -20,20 +20,20 @@ import h5py
 import numpy as np
 
 from grutrace.errors import NotRecordedError
-from grutrace.export.output_file import steady
-from grutrace.export.variables import Content, SiteContent, Variable, as_text
+from grutrace.export.output_file import open_for_hdf5
+from grutrace.export.variables import ExportContent, SiteContent, Variable, as_text
 
 #: Gates that are never negative, which the server is told.
 UNSIGNED = ("reset", "update")
 
 #: The word of a step without a token.
-NO_WORD = "<none>"
+MISSING_WORD = "<none>"
 
 #: How a space that is part of a word is written: the server splits lines of its dictionaries.
-SPACE = "\N{OPEN BOX}"
+VISIBLE_SPACE = "\N{OPEN BOX}"
 
 
-def write_lstmvis(content: Content, path: Path) -> list[str]:
+def write_lstmvis(content: ExportContent, path: Path) -> list[str]:
     """Write into a folder, for the server's `-dir`; note what it will not show as it is.
 
     Raises:
@@ -50,7 +50,7 @@ def write_lstmvis(content: Content, path: Path) -> list[str]:
     for sites in modules.values():
         folder = names.new(sites[0].module.path or "model")
         (path / folder).mkdir()
-        project = _Project(path / folder, str(content.about["model"]), sites)
+        project = _Project(path / folder, str(content.attributes["model"]), sites)
         notes += [f"{folder}: {note}" for note in project.write()]
     return notes
 
@@ -91,7 +91,7 @@ class _Project:
     def _write_states(self) -> list[dict[str, Any]]:
         types = []
         finite = True
-        with steady(self._folder / "states.h5") as raw, h5py.File(raw, "w") as file:
+        with open_for_hdf5(self._folder / "states.h5") as raw, h5py.File(raw, "w") as file:
             for site in self._sites:
                 for rows in site.rows():
                     path = f"{rows.name}_{site.site.suffix}"
@@ -169,7 +169,7 @@ class _Project:
 
 @contextmanager
 def _new_file(path: Path) -> Iterator[h5py.File]:
-    with steady(path) as raw, h5py.File(raw, "w") as file:
+    with open_for_hdf5(path) as raw, h5py.File(raw, "w") as file:
         yield file
 
 
@@ -181,12 +181,12 @@ def word_of(token: str | float | None) -> str:
     text = as_text(token)
     if text == " ":
         return text
-    return "".join(map(_visible, text)) or NO_WORD
+    return "".join(map(_visible, text)) or MISSING_WORD
 
 
 def _visible(letter: str) -> str:
     if letter == " ":
-        return SPACE
+        return VISIBLE_SPACE
     return letter.encode("unicode_escape").decode("ascii") if letter.isspace() else letter
 
 

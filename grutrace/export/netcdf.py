@@ -12,16 +12,16 @@ import h5py
 import numpy as np
 
 from grutrace.errors import require_extra
-from grutrace.export.output_file import SteadyFile, steady
-from grutrace.export.portability import NUL, require_kept
-from grutrace.export.variables import Content, Group, Variable
+from grutrace.export.output_file import DeferredErrorFile, open_for_hdf5
+from grutrace.export.portability import NUL, require_representable
+from grutrace.export.variables import ExportContent, Group, Variable
 from grutrace.records import Array
 
 #: The size of a chunk of rows. Bytes.
 CHUNK = 1024 * 1024
 
 
-def write_netcdf(content: Content, path: Path) -> list[str]:
+def write_netcdf(content: ExportContent, path: Path) -> list[str]:
     """Write a file; there is nothing to note.
 
     Raises:
@@ -31,28 +31,28 @@ def write_netcdf(content: Content, path: Path) -> list[str]:
     with require_extra("exporting to netcdf", "export"):
         import h5netcdf
 
-    with steady(path) as raw, h5netcdf.File(raw, "w") as file:
-        file.attrs.update(content.about)
+    with open_for_hdf5(path) as raw, h5netcdf.File(raw, "w") as file:
+        file.attrs.update(content.attributes)
         for group in content.groups():
             _write_group(file.create_group(group.name), group, raw)
     return []
 
 
-def _write_group(target: Any, group: Group, raw: SteadyFile) -> None:
-    about = [each for each in group.about.values() if isinstance(each, str)]
-    _require_no_nul(f"the attributes of {group.name}", 0, np.array(about, object))
-    target.attrs.update(group.about)
+def _write_group(target: Any, group: Group, raw: DeferredErrorFile) -> None:
+    attributes = [each for each in group.attributes.values() if isinstance(each, str)]
+    _require_no_nul(f"the attributes of {group.name}", 0, np.array(attributes, object))
+    target.attrs.update(group.attributes)
     target.dimensions = group.axes
     for variable in group.variables:
         made = _write_variable(target, group, variable, raw)
-        made.attrs.update(group.attributes(variable))
+        made.attrs.update(group.variable_attributes(variable))
 
 
-def _write_variable(target: Any, group: Group, variable: Variable, raw: SteadyFile) -> Any:
+def _write_variable(target: Any, group: Group, variable: Variable, raw: DeferredErrorFile) -> Any:
     dtype = h5py.string_dtype() if variable.is_text else _numeric(np.dtype(variable.dtype))
     chunks = None
     if len(variable.shape) == 2 and all(variable.shape):
-        chunks = min(variable.fitting(CHUNK), variable.shape[0]), variable.shape[1]
+        chunks = min(variable.items_per_block(CHUNK), variable.shape[0]), variable.shape[1]
     made = target.create_variable(variable.name, variable.axes, dtype, chunks=chunks)
     for part, block in variable.blocks():
         if variable.is_text:
@@ -64,7 +64,7 @@ def _write_variable(target: Any, group: Group, variable: Variable, raw: SteadyFi
 
 def _require_no_nul(where: str, start: int, texts: Array) -> None:
     limit = "a text with NUL in it"
-    require_kept("netcdf", where, start, texts, lambda text: NUL not in text, limit)
+    require_representable("netcdf", where, start, texts, lambda text: NUL not in text, limit)
 
 
 def _numeric(dtype: np.dtype[Any]) -> np.dtype[Any]:

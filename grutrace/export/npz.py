@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from grutrace.export.portability import NUL, require_kept
-from grutrace.export.variables import Content, Group, Variable
+from grutrace.export.portability import NUL, require_representable
+from grutrace.export.variables import ExportContent, Group, Variable
 
 #: numpy.load shows no folders, so their names are part of those of the arrays.
-BETWEEN = "/"
+SEPARATOR = "/"
 
 
-def write_npz(content: Content, path: Path) -> list[str]:
+def write_npz(content: ExportContent, path: Path) -> list[str]:
     """Write an archive; there is nothing to note.
 
     Raises:
@@ -28,18 +28,18 @@ def write_npz(content: Content, path: Path) -> list[str]:
     """
     # Not compressed, as numpy.savez: gates hardly become smaller.
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        about: dict[str, Any] = dict(content.about)
+        attributes: dict[str, Any] = dict(content.attributes)
         for group in content.groups():
             for variable in group.variables:
                 _write_array(archive, group, variable)
-            if group.about:
-                about[group.name] = dict(group.about)
-        _write_text(archive, "about", json.dumps(about))
+            if group.attributes:
+                attributes[group.name] = dict(group.attributes)
+        _write_text(archive, "about", json.dumps(attributes))
     return []
 
 
 def _write_array(archive: zipfile.ZipFile, group: Group, variable: Variable) -> None:
-    name = f"{group.name}{BETWEEN}{variable.name}"
+    name = f"{group.name}{SEPARATOR}{variable.name}"
     dtype = _text_type(name, variable) if variable.is_text else np.dtype(variable.dtype)
     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
         header = {
@@ -56,7 +56,7 @@ def _text_type(name: str, variable: Variable) -> np.dtype[Any]:
     """As wide as the longest of its texts: objects would have to be pickled."""
     longest = 0
     for part, block in variable.blocks():
-        require_kept("npz", name, part.start, block, _is_kept, "a text that ends with NUL")
+        require_representable("npz", name, part.start, block, _is_kept, "a text that ends with NUL")
         longest = max((longest, *map(len, block)))
     return np.dtype(f"<U{max(1, longest)}")
 

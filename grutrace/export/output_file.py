@@ -21,7 +21,7 @@ from grutrace.storage.hdf5.atomic_write import publish, temporary_path
 from grutrace.storage.hdf5.errors import short_message
 
 
-class SteadyFile(io.RawIOBase):
+class DeferredErrorFile(io.RawIOBase):
     """A new file for writing and reading that raises nothing while HDF5 is at it.
 
     Args:
@@ -92,19 +92,19 @@ class SteadyFile(io.RawIOBase):
 
 
 @contextmanager
-def steady(path: Path) -> Iterator[SteadyFile]:
+def open_for_hdf5(path: Path) -> Iterator[DeferredErrorFile]:
     """A new file for HDF5, which is closed within.
 
     Raises:
         OSError: Something could not be written.
     """
-    with SteadyFile(path) as file:
+    with DeferredErrorFile(path) as file:
         yield file
         file.check()
 
 
 @contextmanager
-def made_whole(path: Path, *, folder: bool) -> Iterator[Path]:
+def atomic_output(path: Path, *, folder: bool) -> Iterator[Path]:
     """Where to make a file or folder; it takes its place when all went well.
 
     Raises:

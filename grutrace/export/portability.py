@@ -13,7 +13,7 @@ from grutrace.records import Array
 NUL = "\0"
 
 
-def same_but_for_case(names: Iterable[str]) -> list[list[str]]:
+def case_collisions(names: Iterable[str]) -> list[list[str]]:
     """Group the names that differ from each other only in case; each list holds two or more."""
     alike: defaultdict[str, list[str]] = defaultdict(list)
     for name in dict.fromkeys(names):
@@ -32,7 +32,7 @@ def file_names(names: Iterable[str]) -> dict[str, str]:
         percent escapes as well: ``%41.l0`` for ``A.l0``. `urllib.parse.unquote` undoes both.
     """
     names = list(names)
-    clashing = {name for group in same_but_for_case(names) for name in group}
+    clashing = {name for group in case_collisions(names) for name in group}
     return {name: _escape_capitals(name) if name in clashing else name for name in names}
 
 
@@ -58,7 +58,7 @@ def ignores_case(folder: Path, file: str) -> bool:
     return (folder / file.swapcase()).exists()
 
 
-def require_kept(
+def require_representable(
     format: str, where: str, start: int, block: Array, holds: Callable[[str], bool], limit: str
 ) -> None:
     """Refuse texts that a format would lose or change.

@@ -18,8 +18,8 @@ import numpy as np
 from grutrace.records import Array, ModuleInfo, Site
 from grutrace.storage.format.schema import group_name
 from grutrace.storage.interfaces import Rows
-from grutrace.storage.read.sequence_index import ModuleIndex, compact
-from grutrace.storage.read.snapshot import Moment
+from grutrace.storage.read.sequence_index import SequenceIndex, as_slice
+from grutrace.storage.read.snapshot import TraceSnapshot
 
 
 class AnnotationColumn:
@@ -36,20 +36,20 @@ class AnnotationColumn:
         dtype: float64, or `str`.
     """
 
-    def __init__(self, moment: Moment, module: int, name: str, *, text: bool) -> None:
+    def __init__(self, snapshot: TraceSnapshot, module: int, name: str, *, text: bool) -> None:
         self.name = name
         self.dtype: np.dtype[Any] | type[str] = str if text else np.dtype(np.float64)
-        self._annotations = moment.annotations(module)
-        self._index = moment.index(module)
+        self._annotations = snapshot.annotations(module)
+        self._index = snapshot.index(module)
 
     def read(self, start: int, stop: int) -> Array:
         """(stop - start,) the values of these steps."""
         index = self._index
         text = self.dtype is str
         found = np.full(stop - start, "" if text else np.nan, object if text else np.float64)
-        first = int(np.searchsorted(index.first_places, start, side="right")) - 1
+        first = int(np.searchsorted(index.first_positions, start, side="right")) - 1
         for sequence in range(max(0, first), len(index)):
-            begin, length = int(index.first_places[sequence]), int(index.lengths[sequence])
+            begin, length = int(index.first_positions[sequence]), int(index.lengths[sequence])
             if begin >= stop:
                 break
             values = self._annotations.of(sequence, length).get(self.name)
@@ -70,9 +70,9 @@ def as_text(value: str | float | None) -> str:
     return str(int(value)) if float(value).is_integer() else repr(float(value))
 
 
-def annotation_columns(moment: Moment, module: int) -> Iterator[AnnotationColumn]:
+def annotation_columns(snapshot: TraceSnapshot, module: int) -> Iterator[AnnotationColumn]:
     """Yield a column for the tokens and each label of a module, the tokens first."""
-    tables = moment.tables
+    tables = snapshot.tables
     entries = tables.annotations[tables.annotations["module"] == module]
     has_text: dict[str, bool] = {}
     for number in np.unique(entries["name"]):
@@ -80,11 +80,11 @@ def annotation_columns(moment: Moment, module: int) -> Iterator[AnnotationColumn
         text = bool(entries["text"][entries["name"] == number].any())
         has_text[name] = has_text.get(name, False) or text
     for name in sorted(has_text, key=lambda each: each != "tokens"):
-        yield AnnotationColumn(moment, module, name, text=has_text[name])
+        yield AnnotationColumn(snapshot, module, name, text=has_text[name])
 
 
 #: What the variables are, for those who find them in a file.
-MEANINGS = {
+LONG_NAMES = {
     "reset": "reset gate r",
     "update": "update gate z: h = (1 - z) n + z h', so where z is 1 the state is kept",
     "candidate": "candidate state n",
@@ -105,7 +105,7 @@ MEANINGS = {
 }
 
 #: Those of the table of all calls, where the same name may stand for something else.
-CALL_MEANINGS = {
+CALL_LONG_NAMES = {
     "time": "when the call was recorded, in seconds since 1970-01-01 00:00 UTC",
     "module": "path of the module that was called, empty for the model itself",
     "tag": "tag of the call",
@@ -123,7 +123,7 @@ BLOCK = 16 * 1024 * 1024
 
 #: How much is gathered at once of sequences that took many calls. The steps of one lie among those
 #: of all others in its batch, which are read along, so it should be many sequences. Bytes.
-GATHERED = 64 * 1024 * 1024
+GATHER_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -147,19 +147,19 @@ class Variable:
     description: str = ""
 
     @property
-    def meaning(self) -> str:
+    def long_name(self) -> str:
         """What it is, in words."""
         if self.description:
             return self.description
         label = f"label {self.name.removeprefix('label_')} of the step"
-        return MEANINGS.get(self.name, label if self.name.startswith("label_") else self.name)
+        return LONG_NAMES.get(self.name, label if self.name.startswith("label_") else self.name)
 
     @property
     def is_text(self) -> bool:
         """Whether its elements are texts."""
         return self.dtype is str
 
-    def fitting(self, size: int | None = None) -> int:
+    def items_per_block(self, size: int | None = None) -> int:
         """How many items fit in so many bytes (`BLOCK`), at least one. Of texts it is a guess."""
         width = 64 if self.dtype is str else np.dtype(self.dtype).itemsize
         for length in self.shape[1:]:
@@ -168,7 +168,7 @@ class Variable:
 
     def blocks(self, items: int | None = None) -> Iterator[tuple[slice, Array]]:
         """Yield all of it, so many items at a time, each time with where they go."""
-        each = items or self.fitting()
+        each = items or self.items_per_block()
         for start in range(0, self.shape[0], each):
             stop = min(start + each, self.shape[0])
             yield slice(start, stop), self.read(start, stop)
@@ -186,7 +186,7 @@ class Group:
 
     name: str
     variables: tuple[Variable, ...]
-    about: Mapping[str, str | int | float]
+    attributes: Mapping[str, str | int | float]
 
     @property
     def axes(self) -> dict[str, int]:
@@ -197,9 +197,9 @@ class Group:
             for axis, length in zip(variable.axes, variable.shape, strict=True)
         }
 
-    def attributes(self, variable: Variable) -> dict[str, str]:
+    def variable_attributes(self, variable: Variable) -> dict[str, str]:
         """What formats with attributes say of a variable, in the words of the CF conventions."""
-        found = {"long_name": variable.meaning}
+        found = {"long_name": variable.long_name}
         if variable.name == "length":
             found["sample_dimension"] = "step"
         if variable.axes[0] == "step" and len(variable.axes) > 1:
@@ -224,32 +224,32 @@ class SiteContent:
 
     def __init__(
         self,
-        moment: Moment,
+        snapshot: TraceSnapshot,
         number: int,
         site: Site,
         quantities: tuple[str, ...],
         advance: Callable[[int], None],
     ) -> None:
         self.site, self.number, self.quantities = site, number, quantities
-        self._moment, self._advance = moment, advance
-        self.module: ModuleInfo = moment.header.modules[number]
-        self.index = moment.index(number)
-        self.row_count = moment.extent(number).rows
+        self._snapshot, self._advance = snapshot, advance
+        self.module: ModuleInfo = snapshot.header.modules[number]
+        self.index = snapshot.index(number)
+        self.row_count = snapshot.extent(number).rows
 
     def group(self) -> Group:
         """All of it."""
         name = group_name(self.site.name)
         variables = (*self.rows(), *self.per_step(), *self.per_sequence(), self.units())
-        return Group(name, variables, self._about())
+        return Group(name, variables, self._attributes())
 
     def rows(self) -> Iterator[Variable]:
         """The quantities, (N, U) each, or (N, I) for the input."""
         for name in self.quantities:
-            yield self._laid_out(name, self._moment.rows(self.number, self.site, name))
+            yield self._rows_variable(name, self._snapshot.rows(self.number, self.site, name))
 
-    def _laid_out(self, name: str, rows: Rows) -> Variable:
+    def _rows_variable(self, name: str, rows: Rows) -> Variable:
         axes = ("step", "feature" if name == "input" else "unit")
-        read = _LaidOut(self.index, rows).read
+        read = _SequenceOrderedRows(self.index, rows).read
 
         def advancing(start: int, stop: int) -> Array:
             self._advance(stop - start)
@@ -260,31 +260,31 @@ class SiteContent:
     def per_step(self) -> Iterator[Variable]:
         """What each step is: its sequence, its number in it, its call, token, labels; (N,) each."""
         index = self.index
-        ends = index.first_places + index.lengths
-        tags = self._moment.tags
+        ends = index.first_positions + index.lengths
+        tags = self._snapshot.tags
 
         def sequences(start: int, stop: int) -> Array:
             return np.asarray(np.searchsorted(ends, np.arange(start, stop), side="right"))
 
         def times(start: int, stop: int) -> Array:
-            return np.arange(start, stop) - index.first_places[sequences(start, stop)]
+            return np.arange(start, stop) - index.first_positions[sequences(start, stop)]
 
         def calls(start: int, stop: int) -> Array:
-            return index.calls[index.pieces_of(index.laid_out(np.arange(start, stop)))]
+            return index.calls[index.pieces_of(index.sequential_rows(np.arange(start, stop)))]
 
         for name, read in {"sequence": sequences, "time": times, "call": calls}.items():
             yield Variable(name, ("step",), (self.row_count,), np.dtype(np.int64), read)
         if any(tag is not None for tag in tags[index.call_numbers]):
             shape = (self.row_count,)
             yield Variable("tag", ("step",), shape, str, lambda a, b: texts(tags[calls(a, b)]))
-        for column in annotation_columns(self._moment, self.number):
+        for column in annotation_columns(self._snapshot, self.number):
             name = "token" if column.name == "tokens" else f"label_{group_name(column.name)}"
             yield Variable(name, ("step",), (self.row_count,), column.dtype, column.read)
 
     def per_sequence(self) -> Iterator[Variable]:
         """What each sequence is, and the state that it began from."""
         index, count = self.index, len(self.index)
-        initial = self._moment.initial(self.number, self.site)
+        initial = self._snapshot.initial(self.number, self.site)
         shape = count, initial.shape[1]
         yield Variable(
             "initial", ("instance", "unit"), shape, initial.dtype, lambda a, b: initial[a:b]
@@ -293,19 +293,19 @@ class SiteContent:
         columns = {
             "length": index.lengths,
             "first_call": index.calls[first],
-            "place": index.places[first],
+            "place": index.batch_indices[first],
             "parent": index.parents[0],
             "parent_steps": index.parents[1],
         }
         for name, values in columns.items():
-            yield _held(name, "instance", values)
+            yield _in_memory_variable(name, "instance", values)
 
     def units(self) -> Variable:
         """(U,) the numbers of the units."""
         numbers = self.site.units or range(self.module.hidden_size)
-        return _held("unit", "unit", np.array(numbers, np.int64))
+        return _in_memory_variable("unit", "unit", np.array(numbers, np.int64))
 
-    def _about(self) -> dict[str, str | int | float]:
+    def _attributes(self) -> dict[str, str | int | float]:
         module, site = self.module, self.site
         return {
             "site": site.name,
@@ -323,7 +323,7 @@ class SiteContent:
         }
 
 
-class _LaidOut:
+class _SequenceOrderedRows:
     """Rows sequence by sequence.
 
     Args:
@@ -331,28 +331,28 @@ class _LaidOut:
         rows: As they lie in the trace.
     """
 
-    def __init__(self, index: ModuleIndex, rows: Rows) -> None:
+    def __init__(self, index: SequenceIndex, rows: Rows) -> None:
         self._index, self._rows = index, rows
-        self._are_neighbours = len(index) == len(index.steps)
-        self._gathered, self._first = np.empty((0, rows.shape[1]), rows.dtype), 0
+        self._is_contiguous = len(index) == len(index.steps)
+        self._buffer, self._buffer_start = np.empty((0, rows.shape[1]), rows.dtype), 0
 
     def read(self, start: int, stop: int) -> Array:
         """The rows at these places."""
-        if self._are_neighbours:
+        if self._is_contiguous:
             return self._read(start, stop)
-        if not self._first <= start <= stop <= self._first + len(self._gathered):
+        if not self._buffer_start <= start <= stop <= self._buffer_start + len(self._buffer):
             width = self._rows.shape[1] * self._rows.dtype.itemsize
-            items = max(stop - start, GATHERED // max(1, width))
-            self._first = start
-            self._gathered = self._read(start, min(start + items, len(self._rows)))
-        return self._gathered[start - self._first : stop - self._first]
+            items = max(stop - start, GATHER_BYTES // max(1, width))
+            self._buffer_start = start
+            self._buffer = self._read(start, min(start + items, len(self._rows)))
+        return self._buffer[start - self._buffer_start : stop - self._buffer_start]
 
     def _read(self, start: int, stop: int) -> Array:
-        return np.asarray(self._rows[compact(self._index.laid_out(np.arange(start, stop)))])
+        return np.asarray(self._rows[as_slice(self._index.sequential_rows(np.arange(start, stop)))])
 
 
 @dataclass(frozen=True)
-class Content:
+class ExportContent:
     """What is exported of a trace.
 
     Attributes:
@@ -363,7 +363,7 @@ class Content:
 
     sites: tuple[SiteContent, ...]
     calls: Group
-    about: Mapping[str, str | int | float]
+    attributes: Mapping[str, str | int | float]
 
     def groups(self) -> Iterator[Group]:
         """Yield the table of calls, and a group a site."""
@@ -372,16 +372,16 @@ class Content:
             yield site.group()
 
 
-def calls_group(moment: Moment) -> Group:
+def calls_group(snapshot: TraceSnapshot) -> Group:
     """The table of all calls, as `Trace.calls` has it."""
-    calls = moment.calls
+    calls = snapshot.calls
     columns = {name: calls[name] for name in calls.dtype.names or ()}
     variables = tuple(
-        _held(
+        _in_memory_variable(
             name,
             "call",
             texts(values) if values.dtype == object else values,
-            CALL_MEANINGS.get(name, ""),
+            CALL_LONG_NAMES.get(name, ""),
         )
         for name, values in columns.items()
     )
@@ -393,7 +393,7 @@ def texts(values: Array) -> Array:
     return np.array(["" if each is None else str(each) for each in values], object)
 
 
-def _held(name: str, axis: str, values: Array, description: str = "") -> Variable:
+def _in_memory_variable(name: str, axis: str, values: Array, description: str = "") -> Variable:
     """A variable that is in memory, since it is small."""
     dtype = str if values.dtype == object else values.dtype
     if values.dtype == bool:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from grutrace.errors import TraceFileError, require_extra
-from grutrace.export.portability import ignores_case, same_but_for_case
-from grutrace.export.variables import Content, Group, Variable
+from grutrace.export.portability import case_collisions, ignores_case
+from grutrace.export.variables import ExportContent, Group, Variable
 
 #: The size of a chunk of rows, which is a file. Bytes.
 CHUNK = 8 * 1024 * 1024
@@ -22,7 +22,7 @@ CHUNK = 8 * 1024 * 1024
 GROUP, CONSOLIDATED = ".zgroup", ".zmetadata"
 
 
-def write_zarr(content: Content, path: Path) -> list[str]:
+def write_zarr(content: ExportContent, path: Path) -> list[str]:
     """Write into a folder; there is nothing to note.
 
     Raises:
@@ -34,24 +34,24 @@ def write_zarr(content: Content, path: Path) -> list[str]:
 
     root = zarr.open_group(path, mode="w", zarr_format=2)
     groups = list(content.groups())
-    _require_apart(path, groups)
-    root.attrs.update(dict(content.about))
+    _require_distinct_folders(path, groups)
+    root.attrs.update(dict(content.attributes))
     for group in groups:
         made = root.create_group(group.name)
-        made.attrs.update(dict(group.about))
+        made.attrs.update(dict(group.attributes))
         for variable in group.variables:
             array = _write_array(made, variable)
             axes = {"_ARRAY_DIMENSIONS": list(variable.axes)}
-            array.attrs.update(axes | group.attributes(variable))
+            array.attrs.update(axes | group.variable_attributes(variable))
     zarr.consolidate_metadata(path, zarr_format=2)
-    _sort(path / CONSOLIDATED)
+    _sort_metadata(path / CONSOLIDATED)
     return []
 
 
-def _require_apart(path: Path, groups: Sequence[Group]) -> None:
+def _require_distinct_folders(path: Path, groups: Sequence[Group]) -> None:
     """Refuse names that would be one folder."""
     names = [f"{group.name}/{each.name}" for group in groups for each in group.variables]
-    clashes = same_but_for_case([*(group.name for group in groups), *names])
+    clashes = case_collisions([*(group.name for group in groups), *names])
     if clashes and ignores_case(path, GROUP):
         found = " and ".join(map(repr, clashes[0]))
         raise TraceFileError(
@@ -60,7 +60,7 @@ def _require_apart(path: Path, groups: Sequence[Group]) -> None:
         )
 
 
-def _sort(path: Path) -> None:
+def _sort_metadata(path: Path) -> None:
     """Put metadata of the same group side by side, where zarr looks for it.
 
     zarr 3 writes it in an order that ignores case, and reading takes neighbours together: of two
@@ -72,7 +72,7 @@ def _sort(path: Path) -> None:
 
 
 def _write_array(target: Any, variable: Variable) -> Any:
-    items = min(variable.fitting(CHUNK), max(1, variable.shape[0]))
+    items = min(variable.items_per_block(CHUNK), max(1, variable.shape[0]))
     made = target.create_array(
         variable.name,
         shape=variable.shape,

@@ -22,7 +22,7 @@ from grutrace.options import OPTIONS
 from grutrace.run import texts
 from grutrace.run.settings import VARIABLE, Settings
 from grutrace.storage.hdf5.filters import filter_options
-from grutrace.storage.shards.run_parts import require_room
+from grutrace.storage.shards.run_parts import check_writable
 
 _BOOT = Path(__file__).with_name("boot")
 
@@ -43,7 +43,7 @@ def launch(settings: Settings, program: Sequence[str], *, module: bool = False) 
     """
     _check(settings)
     # As torchrun has it, which is all that can be known before the script has begun.
-    require_room(shard_path(Path(settings.output), detect_shard()), settings.mode)
+    check_writable(shard_path(Path(settings.output), detect_shard()), settings.mode)
     command = [*_interpreter(), *(["-m"] if module else []), *program]
     before = os.environ.get("PYTHONPATH")
     settings = replace(settings, output=os.path.realpath(settings.output), python_path=before)

@@ -31,10 +31,10 @@ from grutrace.run.matching import require_some_match
 from grutrace.run.report import Report, Tally
 from grutrace.run.settings import Settings
 from grutrace.storage.shards.run_parts import (
-    Stamp,
+    RunPart,
     part_path,
     parts_of,
-    read_stamp,
+    read_run_part,
     remove_parts,
     replaceable_parts,
 )
@@ -204,7 +204,7 @@ class Keeper:
     def _existing(self) -> tuple[str, dict[int, Path]]:
         """Return the run's id, and by number the parts that there are to append to."""
         if self._settings.mode == "a" and self._first.exists():
-            stamp = read_stamp(self._first)
+            stamp = read_run_part(self._first)
             if stamp is not None:
                 return stamp.run, dict(enumerate(parts_of(self._first), 1))
         return uuid.uuid4().hex, {}
@@ -283,7 +283,7 @@ class Keeper:
     def _part(
         self, model: nn.Module, selections: list[Selection], path: Path, mode: Mode, number: int
     ) -> Part:
-        stamp = Stamp(self._run, number)
+        stamp = RunPart(self._run, number)
         options = stamp.options | (self._shard.options if self._shard else {})
         return Part(
             model, selections, path, mode, options, self._settings, self._report, self._limits

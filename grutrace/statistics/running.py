@@ -129,14 +129,14 @@ class Statistics:
         accumulator = Accumulator(
             header.model, header.created, layout_of(header), require_bins(bins)
         )
-        accumulator.annotations = len(trace.moment.tables.annotations)
+        accumulator.annotations = len(trace.snapshot.tables.annotations)
         for number, site in enumerate(accumulator.layout):
             seen = trace[site.name]
             extent = seen.extent
             accumulator.modules[site.module] = (
                 extent.calls, extent.sequences, extent.rows, extent.versions
             )  # fmt: skip
-            calls = trace.moment.index(site.module).call_numbers
+            calls = trace.snapshot.index(site.module).call_numbers
             for call, residual in zip(calls, seen.checks["residual"], strict=True):
                 accumulator.check(number, float(residual), int(call))
             for quantity, tally in accumulator.tallies[number].items():

@@ -22,7 +22,7 @@ from grutrace.records import Array, CallRecord, Collect, Record, TraceHeader, We
 from grutrace.statistics.accumulator import Accumulator
 from grutrace.statistics.file import StatisticsFile
 from grutrace.storage.format.tables import Tables
-from grutrace.storage.interfaces import Readable
+from grutrace.storage.interfaces import SnapshotReader
 from grutrace.storage.write.validation import RecordValidator
 from grutrace.storage.write.writer_thread import WriterThread
 
@@ -56,7 +56,7 @@ class FiguresOnly:
         """Tables that refuse to be read."""
         return self._tables
 
-    def as_of(self, tables: Tables) -> Readable:  # noqa: ARG002
+    def as_of(self, tables: Tables) -> SnapshotReader:  # noqa: ARG002
         """Itself."""
         return self
 

@@ -32,7 +32,7 @@ class Rows(Protocol):
         """What NumPy gives for an integer, slice, integer array or mask, or two of them."""
 
 
-class Readable(Protocol):
+class SnapshotReader(Protocol):
     """Rows, states, checks and weights, of modules by their place and sites by their suffix."""
 
     def rows(self, module: int, suffix: str, quantity: str, count: int) -> Rows:
@@ -75,7 +75,7 @@ class Source(Protocol):
         If nothing came since the last time, they are the same object.
         """
 
-    def as_of(self, tables: Tables) -> Readable:
+    def as_of(self, tables: Tables) -> SnapshotReader:
         """What reads just the rows that these tables count, which `refresh` gave earlier.
 
         Mostly the source itself, since a trace grows at its end. One of several shards does not.
@@ -85,11 +85,11 @@ class Source(Protocol):
         """Let go of everything. Closing twice does nothing."""
 
 
-class SteadySource(Source, Readable, Protocol):
+class AppendOnlySource(Source, SnapshotReader, Protocol):
     """A source whose rows stay where they are, so that it reads them at any time."""
 
 
-class AllItems(Readable, Protocol):
+class InMemoryReader(SnapshotReader, Protocol):
     """What reads a trace and can give all of it at once."""
 
     def all_items(self, tables: Tables) -> dict[str, Array]:
@@ -97,14 +97,14 @@ class AllItems(Readable, Protocol):
 
 
 @runtime_checkable
-class InMemory(Source, Protocol):
+class InMemorySource(Source, Protocol):
     """A source whose rows are in the memory of this process."""
 
     @property
     def nbytes(self) -> int:
         """Bytes that it takes, about."""
 
-    def as_of(self, tables: Tables) -> AllItems:
+    def as_of(self, tables: Tables) -> InMemoryReader:
         """What reads just the rows that these tables count."""
 
     def clear(self) -> None:

@@ -46,36 +46,36 @@ class MemoryStore:
         self, header: TraceHeader, lock: threading.Lock, items: Mapping[str, Array] | None = None
     ) -> None:
         self.header, self._lock = header, lock
-        known = items or {}
-        self.nbytes = sum(array.nbytes for array in known.values())
+        existing = items or {}
+        self.nbytes = sum(array.nbytes for array in existing.values())
         self._arrays = {
-            place: _Growing(column, known.get(place))
-            for place, column in dataset_specs(header.modules).items()
+            path: _GrowableArray(column, existing.get(path))
+            for path, column in dataset_specs(header.modules).items()
         }
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError("a trace in memory cannot be opened by another process")
 
-    def append(self, place: str, items: Array) -> None:
+    def append(self, path: str, items: Array) -> None:
         """Add (n, ...) items to a dataset."""
         self.nbytes += items.nbytes
-        self._arrays[place].append(items)
+        self._arrays[path].append(items)
 
     def tables(self) -> Tables:
         """What there is by now. For whoever holds the lock."""
-        tables: dict[str, Any] = {name: self._arrays[name].joined() for name in TABLES}
+        tables: dict[str, Any] = {name: self._arrays[name].array() for name in TABLES}
         pieces, extents = [], []
         for index, module in enumerate(self.header.modules):
             calls = tables["calls"][tables["calls"]["module"] == index]
-            pieces.append(self._arrays[pieces_path(module)].joined())
+            pieces.append(self._arrays[pieces_path(module)].array())
             extents.append(count_module(calls, pieces[-1]))
         return Tables(**tables, pieces=tuple(pieces), extents=tuple(extents), closed=False)
 
     def rows(self, module: int, suffix: str, quantity: str, count: int) -> Array:
         """The first `count` rows, (count, H or I)."""
-        kind = self.header.modules[module]
-        site = next(site for site in kind.sites if site.suffix == suffix)
-        return self.items(quantity_path(kind, site, quantity), count)
+        info = self.header.modules[module]
+        site = next(site for site in info.sites if site.suffix == suffix)
+        return self.items(quantity_path(info, site, quantity), count)
 
     def initial(self, module: int, suffix: str, count: int) -> Array:
         """The states that the first `count` sequences began from, (count, H)."""
@@ -87,26 +87,26 @@ class MemoryStore:
 
     def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
         """One version of a site's weights."""
-        kind = self.header.modules[module]
-        site = next(site for site in kind.sites if site.suffix == suffix)
+        info = self.header.modules[module]
+        site = next(site for site in info.sites if site.suffix == suffix)
         return {
-            name: self.items(site_path(kind, suffix, name), version + 1)[version]
-            for name in weight_shapes(kind, site)
+            name: self.items(site_path(info, suffix, name), version + 1)[version]
+            for name in weight_shapes(info, site)
         }
 
-    def items(self, place: str, count: int) -> Array:
+    def items(self, path: str, count: int) -> Array:
         """The first `count` items of a dataset, read-only."""
         with self._lock:
-            return self._arrays[place].joined()[:count]
+            return self._arrays[path].array()[:count]
 
     def all_items(self, tables: Tables) -> dict[str, Array]:
         """By its place in the file, what these tables count of each dataset, read-only."""
         counts = dataset_lengths(tables, self.header.modules)
-        return {place: self.items(place, count) for place, count in counts.items()}
+        return {path: self.items(path, count) for path, count in counts.items()}
 
 
 class _MemorySource:
-    """What reading a trace in memory takes: a `SteadySource` but for its tables."""
+    """What reading a trace in memory takes: a `AppendOnlySource` but for its tables."""
 
     name = "memory"
     files: tuple[Path, ...] = ()
@@ -152,16 +152,16 @@ class MemorySink(_MemorySource):
     def __init__(self, header: TraceHeader, prepare: RecordTransform | None = None) -> None:
         self.header, self._prepare = header, prepare
         self._lock = threading.Lock()
-        self._begin()
+        self._reset()
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self._validator = RecordValidator(self.header.modules)
         self._strings = StringTable()
         self._encoder = RecordEncoder(self.header.modules, self._strings)
         self._tables: Tables | None = None
         # Records wait here until somebody reads: a stepwise decoder would feel each entry.
-        self._waiting: deque[Record] = deque()
-        self._waiting_bytes = 0
+        self._pending: deque[Record] = deque()
+        self._pending_bytes = 0
         self._store = MemoryStore(self.header, self._lock)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -170,7 +170,7 @@ class MemorySink(_MemorySource):
     @property
     def nbytes(self) -> int:
         """Bytes that it takes in memory, about."""
-        return self._store.nbytes + self._waiting_bytes
+        return self._store.nbytes + self._pending_bytes
 
     has_failed = False
 
@@ -190,8 +190,8 @@ class MemorySink(_MemorySource):
         with self._lock:
             if self._prepare is None:
                 self._validator.validate(record)
-            self._waiting.append(record)
-            self._waiting_bytes += record.nbytes
+            self._pending.append(record)
+            self._pending_bytes += record.nbytes
             self._tables = None
 
     def flush(self) -> None:
@@ -203,7 +203,7 @@ class MemorySink(_MemorySource):
         What was read before keeps its rows for as long as it is held.
         """
         with self._lock:
-            self._begin()
+            self._reset()
 
     def refresh(self) -> Tables:
         """The tables of everything appended so far."""
@@ -213,11 +213,11 @@ class MemorySink(_MemorySource):
             return self._tables
 
     def _join_tables(self) -> Tables:
-        while self._waiting:
+        while self._pending:
             for record in self._next():
-                for place, items in self._encoder.encode(record):
-                    self._store.append(place, items)
-        self._waiting_bytes = 0
+                for path, items in self._encoder.encode(record):
+                    self._store.append(path, items)
+        self._pending_bytes = 0
         ends, characters = self._strings.pop_new()
         self._store.append("strings", ends)
         self._store.append("characters", characters)
@@ -226,10 +226,10 @@ class MemorySink(_MemorySource):
     def _next(self) -> list[Record]:
         """Some of the records that wait, finished."""
         if self._prepare is None:
-            return [self._waiting.popleft()]
+            return [self._pending.popleft()]
         records, size = list[Record](), 0
-        while self._waiting and size < BATCH_BYTES:
-            records.append(self._waiting.popleft())
+        while self._pending and size < BATCH_BYTES:
+            records.append(self._pending.popleft())
             size += records[-1].nbytes
         finished = self._prepare(records)
         for record in finished:
@@ -249,9 +249,9 @@ class MemoryCopy(_MemorySource):
 
     def __init__(self, header: TraceHeader, items: Mapping[str, Array]) -> None:
         self.header = header
-        self._begin(items)
+        self._reset(items)
 
-    def _begin(self, items: Mapping[str, Array]) -> None:
+    def _reset(self, items: Mapping[str, Array]) -> None:
         self._store = MemoryStore(self.header, threading.Lock(), items)
         self._tables = self._store.tables()
 
@@ -269,38 +269,38 @@ class MemoryCopy(_MemorySource):
 
     def clear(self) -> None:
         """Drop everything."""
-        self._begin({})
+        self._reset({})
 
 
-class _Growing:
+class _GrowableArray:
     """Arrays appended one by one, joined when somebody looks."""
 
     def __init__(self, column: DatasetSpec, items: Array | None = None) -> None:
-        self._joined: Array = np.empty((0, *column.item), column.dtype) if items is None else items
-        self._length = len(self._joined)
-        self._loose: deque[Array] = deque()
+        self._array: Array = np.empty((0, *column.item), column.dtype) if items is None else items
+        self._length = len(self._array)
+        self._unmerged: deque[Array] = deque()
 
     def append(self, items: Array) -> None:
         """Keep (n, ...) items."""
-        self._loose.append(items)
+        self._unmerged.append(items)
 
-    def joined(self) -> Array:
+    def array(self) -> Array:
         """All items so far, read-only. What was given out before stays as it was."""
-        if self._loose:
-            length = self._length + sum(map(len, self._loose))
-            if length > len(self._joined):
+        if self._unmerged:
+            length = self._length + sum(map(len, self._unmerged))
+            if length > len(self._array):
                 self._reserve(length)
-            while self._loose:
-                items = self._loose.popleft()
-                self._joined[self._length : self._length + len(items)] = items
+            while self._unmerged:
+                items = self._unmerged.popleft()
+                self._array[self._length : self._length + len(items)] = items
                 self._length += len(items)
-        view: Any = self._joined[: self._length]
+        view: Any = self._array[: self._length]
         view.flags.writeable = False
         return np.asarray(view)
 
     def _reserve(self, length: int) -> None:
         # The first reading, mostly of a finished trace, takes just what it needs.
         size = int(length * GROWTH) if self._length else length
-        larger = np.empty((size, *self._joined.shape[1:]), self._joined.dtype)
-        larger[: self._length] = self._joined[: self._length]
-        self._joined = larger
+        larger = np.empty((size, *self._array.shape[1:]), self._array.dtype)
+        larger[: self._length] = self._array[: self._length]
+        self._array = larger

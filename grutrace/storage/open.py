@@ -19,7 +19,7 @@ from grutrace.storage.write.stream_sink import FileSink, RecordTransform
 
 
 @runtime_checkable
-class SinkMaker(Protocol):
+class SinkFactory(Protocol):
     """Something of the user's that keeps what is recorded: a `grutrace.Statistics`."""
 
     def attach(self, header: TraceHeader) -> Sink:
@@ -30,7 +30,7 @@ def open_sink(
     path: str | os.PathLike[str] | None,
     header: TraceHeader,
     mode: Mode = "w",
-    maker: SinkMaker | None = None,
+    factory: SinkFactory | None = None,
     prepare: RecordTransform | None = None,
     *,
     fsync: bool = False,
@@ -51,19 +51,21 @@ def open_sink(
             comes together with a path.
         TraceFileError: The file cannot be created or appended to.
     """
-    if maker is None:
+    if factory is None:
         if path is None:
             return MemorySink(header, prepare)
         return FileSink(path, header, mode, prepare=prepare, fsync=fsync)
-    if isinstance(maker, type) or not isinstance(maker, SinkMaker):
-        hint = f": make one, as in sink={maker.__name__}()" if isinstance(maker, type) else ""
-        raise OptionError(f"sink: expected a grutrace.Statistics, found {short_repr(maker)}{hint}")
+    if isinstance(factory, type) or not isinstance(factory, SinkFactory):
+        hint = f": make one, as in sink={factory.__name__}()" if isinstance(factory, type) else ""
+        raise OptionError(
+            f"sink: expected a grutrace.Statistics, found {short_repr(factory)}{hint}"
+        )
     if path is not None:
         raise OptionError(
             f"path and sink: expected one of the two, found {os.fspath(path)!r} and "
-            f"{short_repr(maker)}. (Statistics has a path of its own)"
+            f"{short_repr(factory)}. (Statistics has a path of its own)"
         )
-    return maker.attach(header)
+    return factory.attach(header)
 
 
 def open_source(sink: Sink) -> Source:

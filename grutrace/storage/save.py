@@ -57,10 +57,10 @@ def save_trace(
     for name in TABLES:
         committed[name] = len(items[name])
     committed["closed"] = True
-    counts = {place: len(array) for place, array in items.items()}
+    counts = {dataset_path: len(array) for dataset_path, array in items.items()}
 
-    def blocks(place: str, count: int) -> Iterator[Array]:
-        array = items[place]
+    def blocks(dataset_path: str, count: int) -> Iterator[Array]:
+        array = items[dataset_path]
         step = max(1, BLOCK // max(1, array[:1].nbytes))
         return (array[start : start + step] for start in range(0, count, step))
 
@@ -68,13 +68,13 @@ def save_trace(
     try:
         if mode == "overwrite":
             require_replaceable(target)
-        new = temporary_path(target, mode)
+        temporary = temporary_path(target, mode)
         try:
-            write_datasets(target, new, header, counts, committed, blocks)
-            publish(new, target, mode)
+            write_datasets(target, temporary, header, counts, committed, blocks)
+            publish(temporary, target, mode)
         except BaseException:
             with contextlib.suppress(OSError):
-                new.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
             raise
         with translate_write_errors(target, "created"):
             fsync_directory(target)
@@ -84,7 +84,7 @@ def save_trace(
 
 def write_datasets(
     path: Path,
-    new: Path,
+    temporary: Path,
     header: TraceHeader,
     counts: Mapping[str, int],
     committed: Array,
@@ -105,13 +105,13 @@ def write_datasets(
     Raises:
         TraceFileError: It cannot be written.
     """
-    file = create(path, new, header, counts)
+    file = create(path, temporary, header, counts)
     descriptor, identity = file.id.get_vfd_handle(), file_identity(file)
     try:
         done = 0
-        for place, count in counts.items():
-            appender = DatasetAppender(file[place], 0)
-            for items in blocks(place, count):
+        for dataset_path, count in counts.items():
+            appender = DatasetAppender(file[dataset_path], 0)
+            for items in blocks(dataset_path, count):
                 with translate_write_errors(path, "written"):
                     appender.append(items)
                     appender.write()

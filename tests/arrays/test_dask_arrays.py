@@ -144,8 +144,8 @@ def test_a_trace_in_memory_becomes_arrays_on_its_way(path, monkeypatch):
 
 def test_nothing_in_memory_is_copied_beforehand():
     trace = in_memory(long_stream())
-    moment = trace.moment
-    rows = moment.rows(0, moment.header.modules[0].sites[0], "update")
+    snapshot = trace.snapshot
+    rows = snapshot.rows(0, snapshot.header.modules[0].sites[0], "update")
 
     def shares(block):
         return np.array([[np.shares_memory(block, rows)]])
@@ -192,14 +192,14 @@ def test_it_outlives_the_trace_but_not_the_file(path, tmp_path):
 
 def test_no_file_stays_open_and_few_are_remembered(tmp_path):
     sent = []
-    for number in range(reopen.KEPT + 3):
+    for number in range(reopen.CACHE_SIZE + 3):
         write(tmp_path / f"{number}.h5", long_stream(calls=1, steps=10 + number))
         with grutrace.open(tmp_path / f"{number}.h5") as trace:
             sent.append(pickle.dumps(trace.to_dask("rnn.l0", "update")))
     for number, each in enumerate(sent):
         assert pickle.loads(each).compute().shape == (15 + number, 32)
         assert not [name for _, name in open_files() if name.startswith(str(tmp_path))]
-    assert len(reopen._lately) == reopen.KEPT
+    assert len(reopen._recent) == reopen.CACHE_SIZE
 
 
 def test_parts_of_a_run(path, small_chunks):

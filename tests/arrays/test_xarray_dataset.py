@@ -138,9 +138,9 @@ def test_whatever_is_drawn(stream, tmp_path_factory):
 def test_control_a_step_of_another_sequence_is_noticed(tmp_path, monkeypatch):
     stream = full_stream()
     write(tmp_path / "run.h5", stream)
-    of = xarray_dataset.SequenceNumbers.of
+    of = xarray_dataset.SequenceNumbers.values_at
     monkeypatch.setattr(
-        xarray_dataset.SequenceNumbers, "of", lambda self, rows: of(self, rows)[::-1]
+        xarray_dataset.SequenceNumbers, "values_at", lambda self, rows: of(self, rows)[::-1]
     )
     with open_trace(tmp_path / "run.h5") as trace, pytest.raises(AssertionError):
         check(trace, stream)
@@ -177,7 +177,7 @@ def test_nothing_is_read_until_it_is_computed(tmp_path, monkeypatch):
             raise AssertionError("read")
 
         monkeypatch.setattr(FileRows, "_read", refuse)
-        monkeypatch.setattr(FileRows, "_pick", refuse)
+        monkeypatch.setattr(FileRows, "_take", refuse)
         means = [
             trace.to_xarray("encoder.rnn.l0", padded=padded)["update"].mean("unit")
             for padded in (False, True)

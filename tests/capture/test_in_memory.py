@@ -208,11 +208,11 @@ def test_clearing_frees_the_memory() -> None:
     layer = nn.GRU(4, 8)
     with grutrace.trace(layer, gates="inline") as trace:
         layer(torch.randn(50, 4, 4))
-        moment = weakref.ref(trace.moment)
-        kept = weakref.ref(trace.moment.source)
+        snapshot = weakref.ref(trace.snapshot)
+        kept = weakref.ref(trace.snapshot.source)
         trace.clear()
         gc.collect()
-        assert moment() is None
+        assert snapshot() is None
         assert kept() is None
 
 

@@ -167,7 +167,7 @@ def test_memory_is_bounded(tmp_path, to, monkeypatch) -> None:
 def test_blocks_of_any_size(full, tmp_path, monkeypatch, block, gathered) -> None:
     """Sequences that took one call are read as they lie, others are gathered."""
     monkeypatch.setattr(variables, "BLOCK", block)
-    monkeypatch.setattr(variables, "GATHERED", gathered)
+    monkeypatch.setattr(variables, "GATHER_BYTES", gathered)
     with grutrace.open(full) as trace:
         export_trace(trace, tmp_path / "out", "npz")
     with np.load(tmp_path / "out") as archive:

@@ -23,7 +23,7 @@ import yaml
 
 import grutrace
 from grutrace.export.formats import export_trace
-from grutrace.export.lstmvis import SPACE
+from grutrace.export.lstmvis import VISIBLE_SPACE
 from tests.export.expected import QUANTITIES, Expected, as_texts
 
 
@@ -108,7 +108,7 @@ def check_project(project: Project, module: Any, expected: Expected) -> None:
     assert project.meta("sequence") == values["sequence"].tolist()
     assert project.meta("time") == values["time"].tolist()
     if "tag" in values:
-        tags = [tag.replace(" ", SPACE) or "<none>" for tag in values["tag"]]
+        tags = [tag.replace(" ", VISIBLE_SPACE) or "<none>" for tag in values["tag"]]
         assert project.meta("tag") == tags
 
 
@@ -161,7 +161,7 @@ def test_odd_words_and_labels(tmp_path) -> None:
     assert notes == ()
     (project,) = projects(tmp_path / "out").values()
     assert project.sequence == [
-        f"New{SPACE}York",
+        f"New{VISIBLE_SPACE}York",
         " ",
         "<none>",
         r"\n",
@@ -169,7 +169,7 @@ def test_odd_words_and_labels(tmp_path) -> None:
         r"\u2028",
         "7",
         "ключ",
-        f"#x:{SPACE}y",
+        f"#x:{VISIBLE_SPACE}y",
         r"a\tb",
     ]
     assert all(not re.search(r"\s", word) for word in project.sequence if word != " ")

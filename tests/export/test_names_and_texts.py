@@ -75,7 +75,7 @@ def test_names_that_differ_only_in_case_are_kept(trace, tmp_path, to) -> None:
 def test_control_without_the_order_of_its_metadata_zarr_finds_half(
     trace, tmp_path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(zarr_store, "_sort", lambda _: None)
+    monkeypatch.setattr(zarr_store, "_sort_metadata", lambda _: None)
     export_trace(trace, tmp_path / "out", "zarr")
     store = zarr.open(tmp_path / "out")
     assert not all("hidden" in store[site] for site in trace.sites)

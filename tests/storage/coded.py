@@ -98,7 +98,7 @@ def check_trace(trace):
     begun = [rows(call, batch) for call in range(max(1, len(site) // batch))]
     assert np.array_equal(site.initial, np.concatenate(begun))
     assert int(site.lengths.sum()) == len(values)
-    pieces = trace.moment.tables.pieces[0]
+    pieces = trace.snapshot.tables.pieces[0]
     numbers = np.arange(len(pieces)) % (batch if len(site) == batch else len(pieces))
     assert np.array_equal(pieces["sequence"], numbers)
     assert site.weights(0)["bias_hh"].all()

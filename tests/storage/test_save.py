@@ -207,7 +207,7 @@ def test_a_trace_is_unpickled_in_another_process_without_torch(tmp_path) -> None
 def test_parts_of_a_trace_are_pickled_with_it(tmp_path) -> None:
     trace = in_memory(full_stream())
     name = trace.sites[0]
-    for part in (trace[name], trace[name].now(), trace[name][0]):
+    for part in (trace[name], trace[name].frozen(), trace[name][0]):
         other = pickle.loads(pickle.dumps(part))
         np.testing.assert_array_equal(other.hidden, part.hidden)
         np.testing.assert_array_equal(other.initial, part.initial)

@@ -32,7 +32,7 @@ def counted(monkeypatch):
 
     count(safe_access.h5o, "open", "objects")
     count(safe_open.h5f, "open", "files")
-    count(sequence_index.ModuleIndex, "__init__", "indices")
+    count(sequence_index.SequenceIndex, "__init__", "indices")
     return counts
 
 

@@ -163,7 +163,7 @@ def check_coded(shape: str, trace: Any, seen: int, chance: random.Random) -> int
         tags = [f"tag {call // 100}" for call in range(first, last)]
         assert calls["tag"][first:last].tolist() == tags
         checked += len(expected) * len(DEFAULT_RECORD)
-    pieces = trace.moment.tables.pieces[0]["sequence"]
+    pieces = trace.snapshot.tables.pieces[0]["sequence"]
     numbers = np.arange(len(calls) * batch)
     assert np.array_equal(pieces, numbers % batch if goes_on else numbers)
     return checked

@@ -14,9 +14,9 @@ import numpy as np
 
 from grutrace.records import Array, ModuleInfo, Site
 from grutrace.storage.interfaces import Rows
-from grutrace.storage.read.sequence_index import Integers, ModuleIndex, compact
+from grutrace.storage.read.sequence_index import Integers, SequenceIndex, as_slice
 from grutrace.storage.read.site import SiteTrace
-from grutrace.storage.read.snapshot import Moment
+from grutrace.storage.read.snapshot import TraceSnapshot
 
 #: How much of each trace is brought into memory at once. Bytes.
 BLOCK = 16 * 1024 * 1024
@@ -32,24 +32,24 @@ class Side:
         site: The site.
     """
 
-    moment: Moment
+    snapshot: TraceSnapshot
     number: int
     site: Site
 
     @property
     def module(self) -> ModuleInfo:
         """The module that the site is in."""
-        return self.moment.header.modules[self.number]
+        return self.snapshot.header.modules[self.number]
 
     @property
-    def index(self) -> ModuleIndex:
+    def index(self) -> SequenceIndex:
         """The pieces of the module, by sequence."""
-        return self.moment.index(self.number)
+        return self.snapshot.index(self.number)
 
     @property
     def trace(self) -> SiteTrace:
         """What was recorded there."""
-        return SiteTrace(lambda: self.moment, self.number, self.site)
+        return SiteTrace(lambda: self.snapshot, self.number, self.site)
 
     def units(self) -> tuple[int, ...]:
         """Which units are recorded, in the order of the columns."""
@@ -92,9 +92,9 @@ class Pair:
 
     def rows(self, quantity: str) -> Iterator[Block]:
         """Yield all rows that correspond, some at a time, in the order of the one trace."""
-        a, b = (side.moment.rows(side.number, side.site, quantity) for side in (self.a, self.b))
+        a, b = (side.snapshot.rows(side.number, side.site, quantity) for side in (self.a, self.b))
         lengths = self.b.index.lengths[: self.sequences]
-        firsts = self.b.index.first_places
+        firsts = self.b.index.first_positions
         index = self.a.index
         for start, stop in _blocks(a, b):
             rows = np.arange(start, stop)
@@ -104,8 +104,8 @@ class Pair:
             there = sequences < self.sequences
             there[there] = steps[there] < lengths[sequences[there]]
             rows, sequences, steps = rows[there], sequences[there], steps[there]
-            of_b = self.b.index.laid_out(firsts[sequences] + steps)
-            yield self._block(quantity, sequences, steps, a[compact(rows)], b[compact(of_b)])
+            of_b = self.b.index.sequential_rows(firsts[sequences] + steps)
+            yield self._block(quantity, sequences, steps, a[as_slice(rows)], b[as_slice(of_b)])
 
     def initial(self) -> Iterator[Block]:
         """Yield the states that the sequences of both began from, some at a time."""

@@ -27,7 +27,7 @@ from grutrace.analysis.compare.report import (
 from grutrace.analysis.verification.distance import differences, scaled_differences
 from grutrace.records import GATES, Array
 from grutrace.storage.read.sequence_index import AnnotationIndex
-from grutrace.storage.read.snapshot import Moment
+from grutrace.storage.read.snapshot import TraceSnapshot
 
 #: Beside quantities: the states that sequences began from.
 INITIAL = "initial"
@@ -59,7 +59,7 @@ class Comparison:
         side = self.pair.a
         if self.quantity == INITIAL:
             return self.pair.sequences
-        return side.moment.extent(side.number).rows
+        return side.snapshot.extent(side.number).rows
 
     def blocks(self) -> Iterator[Block]:
         """Yield all values that correspond."""
@@ -213,7 +213,7 @@ def _where_unequal(path: str, what: str, a: Array, b: Array) -> Iterator[Mismatc
 
 def _same_annotations(a: Side, b: Side) -> bool:
     """Whether the tables say the same, which is quickly seen; if not, they may mean the same."""
-    tables = a.moment.tables, b.moment.tables
+    tables = a.snapshot.tables, b.snapshot.tables
     return a.number == b.number and all(
         np.array_equal(*(getattr(each, name) for each in tables))
         for name in ("annotations", "values", "strings", "characters")
@@ -222,7 +222,7 @@ def _same_annotations(a: Side, b: Side) -> bool:
 
 def _annotation_mismatches(a: Side, b: Side, lengths: list[int]) -> Iterator[Mismatch]:
     found: dict[tuple[str, str], Mismatch] = {}
-    of_a, of_b = (side.moment.annotations(side.number) for side in (a, b))
+    of_a, of_b = (side.snapshot.annotations(side.number) for side in (a, b))
     for sequence, length in enumerate(lengths):
         named = [_values(index, sequence, length) for index in (of_a, of_b)]
         for name in dict.fromkeys([*named[0], *named[1]]):
@@ -301,7 +301,7 @@ def _differing(
     return found[1]
 
 
-def of_traces(a: Moment, b: Moment) -> Iterator[Circumstance]:
+def of_traces(a: TraceSnapshot, b: TraceSnapshot) -> Iterator[Circumstance]:
     """Yield what differs between the traces as wholes."""
     yield from _unequal("model", a.header.model, b.header.model)
     for name in dict.fromkeys([*a.header.versions, *b.header.versions]):
@@ -313,8 +313,8 @@ def of_traces(a: Moment, b: Moment) -> Iterator[Circumstance]:
             yield from _unequal(f"option {name}", *(_option(each, name) for each in (a, b)))
 
 
-def _option(moment: Moment, name: str) -> str:
-    options: Mapping[str, Any] = moment.header.options
+def _option(snapshot: TraceSnapshot, name: str) -> str:
+    options: Mapping[str, Any] = snapshot.header.options
     return json.dumps(options[name]) if name in options else _MISSING
 
 
@@ -325,7 +325,7 @@ def of_modules(a: Side, b: Side) -> Iterator[Circumstance]:
     yield from _unequal(f"{path}dropout", str(a.module.dropout), str(b.module.dropout))
     yield from _unequal(f"{path}calls in training mode", *map(_training, (a, b)))
     yield from _unequal(f"{path}batches", *map(_batches, (a, b)), same=_same_batches(a, b))
-    versions = (str(side.moment.extent(side.number).versions) for side in (a, b))
+    versions = (str(side.snapshot.extent(side.number).versions) for side in (a, b))
     yield from _unequal(f"{path}versions of the weights", *versions)
     yield from _unequal(f"{path}tags", *map(_tags, (a, b)))
 
@@ -349,14 +349,14 @@ def _unequal(what: str, a: str, b: str, *, same: bool | None = None) -> Iterator
 
 
 def _training(side: Side) -> str:
-    training = side.moment.tables.calls["training"][side.index.call_numbers] > 0
+    training = side.snapshot.tables.calls["training"][side.index.call_numbers] > 0
     if not training.any():
         return "none"
     return "all" if training.all() else f"{training.sum()} of {len(training)}"
 
 
 def _sizes(side: Side) -> Array:
-    return np.asarray(side.moment.tables.calls["batch"][side.index.call_numbers])
+    return np.asarray(side.snapshot.tables.calls["batch"][side.index.call_numbers])
 
 
 def _same_batches(a: Side, b: Side) -> bool:
@@ -372,7 +372,7 @@ def _batches(side: Side) -> str:
 
 
 def _tags(side: Side) -> str:
-    tags = dict.fromkeys(side.moment.tags[side.index.call_numbers].tolist())
+    tags = dict.fromkeys(side.snapshot.tags[side.index.call_numbers].tolist())
     return ", ".join("none" if tag is None else repr(tag) for tag in tags)
 
 

@@ -37,7 +37,7 @@ from grutrace.analysis.compare.report import (
 from grutrace.errors import NotRecordedError, OptionError, short_repr
 from grutrace.records import DEFAULT_RECORD, QUANTITIES
 from grutrace.reprs import fields_repr
-from grutrace.storage.read.snapshot import Moment, chosen_quantities, chosen_sites
+from grutrace.storage.read.snapshot import TraceSnapshot, select_quantities, select_sites
 from grutrace.storage.read.trace import Trace
 
 Progress = Callable[[int, int], None]
@@ -147,15 +147,15 @@ def compare(
         OptionError: An option has a value that cannot be used.
         NotRecordedError: Neither trace has a site or quantity that was asked for.
     """
-    quantities = chosen_quantities(record)
+    quantities = select_quantities(record)
     if tolerance is not None and not tolerance >= 0:
         raise OptionError(f"tolerance: expected a number from 0 up, found {short_repr(tolerance)}")
     if exact and tolerance:
         raise OptionError(
             f"exact and tolerance: expected one of the two, found {short_repr(tolerance)}"
         )
-    moments = a.moment, b.moment
-    sides = tuple(_sides(moment, sites) for moment in moments)
+    moments = a.snapshot, b.snapshot
+    sides = tuple(_sides(snapshot, sites) for snapshot in moments)
     _require(sides, sites, None if record is None else quantities)
     pairs = [Pair(side, sides[1][name]) for name, side in sides[0].items() if name in sides[1]]
     modules = {(pair.a.number, pair.b.number): pair for pair in reversed(pairs)}
@@ -177,11 +177,11 @@ def compare(
     return TraceDifference(tuple(values), tuple(mismatches), tuple(weights), tuple(about))
 
 
-def _sides(moment: Moment, sites: str | Sequence[str] | None) -> dict[str, Side]:
+def _sides(snapshot: TraceSnapshot, sites: str | Sequence[str] | None) -> dict[str, Side]:
     """By name, the sites of a trace that are asked for."""
     return {
-        name: Side(moment, number, site)
-        for name, (number, site) in chosen_sites(moment, sites).items()
+        name: Side(snapshot, number, site)
+        for name, (number, site) in select_sites(snapshot, sites).items()
     }
 
 

@@ -15,15 +15,15 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from grutrace.arrays.reopen import Look
+from grutrace.arrays.reopen import SnapshotHandle
 from grutrace.errors import NotRecordedError, OptionError, StateError
 from grutrace.records import QUANTITIES, Array, Site
 from grutrace.reprs import fields_repr
 from grutrace.storage.interfaces import Rows
-from grutrace.storage.read.row_labels import RowLabels, labels_of
+from grutrace.storage.read.row_labels import LabelColumn, encode_labels
 from grutrace.storage.read.sequence_index import Integers
 from grutrace.storage.read.site import SiteTrace
-from grutrace.storage.read.snapshot import Moment, Restarts
+from grutrace.storage.read.snapshot import Restarts, TraceSnapshot
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +135,7 @@ class Material(ABC):
         """The names of the labels that some of its rows have; ``tokens`` among them."""
 
     @abstractmethod
-    def labels(self, name: str) -> RowLabels:
+    def labels(self, name: str) -> LabelColumn:
         """The label of every row, or its token, ``tokens``; rows as in `rows`.
 
         Raises:
@@ -179,7 +179,7 @@ class _OfTrace(Material):
     """A site of a trace, as it was when the analysis began."""
 
     def __init__(self, site: SiteTrace) -> None:
-        self._site = site.now()
+        self._site = site.frozen()
         self.name, self.reverse = site.name, site.site.reverse
         self.lengths = self._site.lengths
         units = range(site.module.hidden_size) if site.units is None else site.units
@@ -188,13 +188,13 @@ class _OfTrace(Material):
 
     @property
     def other_processes(self) -> bool:
-        return not Look(self._site.moment).in_memory
+        return not SnapshotHandle(self._site.snapshot).in_memory
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickled, for a worker elsewhere, it is how to open the file again."""
-        number, moment = self._site.number, self._site.moment
-        calls = moment.extent(number).calls
-        return _reopened, (Look(moment), number, self._site.site, calls, self.dask)
+        number, snapshot = self._site.number, self._site.snapshot
+        calls = snapshot.extent(number).calls
+        return _reopened, (SnapshotHandle(snapshot), number, self._site.site, calls, self.dask)
 
     @property
     def quantities(self) -> tuple[str, ...]:
@@ -234,7 +234,7 @@ class _OfTrace(Material):
     def label_names(self) -> tuple[str, ...]:
         return self._site.label_names
 
-    def labels(self, name: str) -> RowLabels:
+    def labels(self, name: str) -> LabelColumn:
         return self._site.row_labels(name)
 
     @property
@@ -242,21 +242,21 @@ class _OfTrace(Material):
         return self._site.parents
 
 
-def _reopened(look: Look, number: int, site: Site, calls: int, dask: bool) -> _OfTrace:
-    with look.moment(number, calls) as moment:
-        found = moment.extent(number).calls
+def _reopened(look: SnapshotHandle, number: int, site: Site, calls: int, dask: bool) -> _OfTrace:
+    with look.snapshot(number, calls) as snapshot:
+        found = snapshot.extent(number).calls
         if found != calls:
             raise StateError(
                 f"the trace of {site.name} has grown from {calls} to {found} calls while it was "
                 "analysed elsewhere: wait until it is closed, or analyse it in this process"
             )
-        of = _OfTrace(SiteTrace(partial(_same, moment), number, site))
+        of = _OfTrace(SiteTrace(partial(_same, snapshot), number, site))
     of.dask = dask
     return of
 
 
-def _same(moment: Moment) -> Moment:
-    return moment
+def _same(snapshot: TraceSnapshot) -> TraceSnapshot:
+    return snapshot
 
 
 class _OfArrays(Material):
@@ -329,11 +329,11 @@ class _OfArrays(Material):
     def label_names(self) -> tuple[str, ...]:
         return tuple(self._labels)
 
-    def labels(self, name: str) -> RowLabels:
+    def labels(self, name: str) -> LabelColumn:
         if name not in self._labels:
             found = ", ".join(self._labels) or "none"
             raise NotRecordedError(f"there is no label {name!r}; there are: {found}")
-        return labels_of(name, self._labels[name])
+        return encode_labels(name, self._labels[name])
 
     @property
     def parents(self) -> Integers:
@@ -424,7 +424,7 @@ class Beside(Material):
         """As the site's."""
         return self._site.label_names
 
-    def labels(self, name: str) -> RowLabels:
+    def labels(self, name: str) -> LabelColumn:
         """As the site's."""
         return self._site.labels(name)
 

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from grutrace.errors import OptionError
 from grutrace.records import Array
-from grutrace.storage.read.row_labels import RowLabels
+from grutrace.storage.read.row_labels import LabelColumn
 from grutrace.storage.read.sequence_index import Integers
 
 #: More values than these are put together: texts by how frequent they are, numbers by size.
@@ -55,7 +55,7 @@ class Classes:
         return np.bincount(self.codes[self.codes >= 0], minlength=len(self.names))
 
 
-def classes_of(labels: RowLabels, most: int = MOST) -> Classes:
+def classes_of(labels: LabelColumn, most: int = MOST) -> Classes:
     """Put the values of a label into classes.
 
     Each value is a class. If there are more than `most` of them: numbers are grouped by size into

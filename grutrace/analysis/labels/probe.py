@@ -29,14 +29,14 @@ from grutrace.analysis.engine.site_data import Analysed, Beside, Material, mater
 from grutrace.analysis.labels.label_coding import classes_of
 from grutrace.errors import OptionError, require_extra, short_repr
 from grutrace.records import Array
-from grutrace.storage.read.row_labels import RowLabels
+from grutrace.storage.read.row_labels import LabelColumn
 from grutrace.storage.read.sequence_index import Integers
 
 
 def split(
     of: Material,
     sequences: Integers,
-    labels: RowLabels,
+    labels: LabelColumn,
     test: float,
     steps: int,
     random: np.random.Generator,
@@ -251,7 +251,7 @@ def probe(
     )
 
 
-def _target(labels: RowLabels) -> tuple[Array, tuple[str | float, ...]]:
+def _target(labels: LabelColumn) -> tuple[Array, tuple[str | float, ...]]:
     """(N,) codes of classes and their names; or numbers, and no names."""
     if len(labels.values) > NUMBERS and not any(isinstance(each, str) for each in labels.values):
         return labels.to_array(), ()
@@ -272,7 +272,7 @@ class _Scaled:
 
 
 def _control(
-    types: RowLabels, target: Array, labelled: Array, random: np.random.Generator
+    types: LabelColumn, target: Array, labelled: Array, random: np.random.Generator
 ) -> Array:
     """(N,) a target for each type, drawn from those of all steps; steps without type are one."""
     drawn = random.choice(target[labelled], len(types.values) + 1)

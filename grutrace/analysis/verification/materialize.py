@@ -30,9 +30,9 @@ from grutrace.records import (
 )
 from grutrace.storage.format.shard_stamp import MergedShard, merged_options
 from grutrace.storage.open import open_sink
-from grutrace.storage.read.recomputed import derivations
+from grutrace.storage.read.recomputed import iter_recomputed
 from grutrace.storage.read.site import SiteTrace
-from grutrace.storage.read.snapshot import Moment
+from grutrace.storage.read.snapshot import TraceSnapshot
 from grutrace.storage.read.trace import Trace
 
 #: Rows of one module that are derived at once, all sites and quantities together; one call at
@@ -64,10 +64,10 @@ def derive_file(
     target = Path(path)
     if target.exists():
         raise TraceFileError(f"{target} exists: name another file to derive to")
-    moment = trace.moment
-    sink = open_sink(target, stored_header(moment))
+    snapshot = trace.snapshot
+    sink = open_sink(target, stored_header(snapshot))
     try:
-        _append_all(moment, sink, progress)
+        _append_all(snapshot, sink, progress)
         sink.close()
     except BaseException:
         # Half a trace, closed in order, would pass for a whole one.
@@ -78,9 +78,9 @@ def derive_file(
         raise
 
 
-def stored_header(moment: Moment) -> TraceHeader:
+def stored_header(snapshot: TraceSnapshot) -> TraceHeader:
     """The header of the same trace with everything stored that it derives."""
-    header, shards = moment.header, moment.tables.shards
+    header, shards = snapshot.header, snapshot.tables.shards
     modules = tuple(
         dataclasses.replace(module, sites=tuple(_stored(site) for site in module.sites))
         for module in header.modules
@@ -97,20 +97,22 @@ def _stored(site: Site) -> Site:
     return dataclasses.replace(site, quantities=site.available_quantities, derived=())
 
 
-def _append_all(moment: Moment, sink: Sink, progress: Callable[[int, int], None] | None) -> None:
-    records = [_ModuleRecords(moment, number) for number in range(len(moment.header.modules))]
-    calls = moment.tables.calls
+def _append_all(
+    snapshot: TraceSnapshot, sink: Sink, progress: Callable[[int, int], None] | None
+) -> None:
+    records = [_ModuleRecords(snapshot, number) for number in range(len(snapshot.header.modules))]
+    calls = snapshot.tables.calls
     for call, module in enumerate(calls["module"].tolist()):
         for record in records[module].next_call(call):
             sink.append(record)
         if progress is not None:
             progress(call + 1, len(calls))
-    for annotation in _annotations(moment):
+    for annotation in _annotations(snapshot):
         sink.append(annotation)
 
 
-def _annotations(moment: Moment) -> Iterator[AnnotationRecord]:
-    tables, start = moment.stored, 0
+def _annotations(snapshot: TraceSnapshot) -> Iterator[AnnotationRecord]:
+    tables, start = snapshot.stored, 0
     for entry in tables.annotations:
         values = tables.values[start : start + int(entry["count"])].tolist()
         start += len(values)
@@ -124,13 +126,13 @@ def _annotations(moment: Moment) -> Iterator[AnnotationRecord]:
 class _ModuleRecords:
     """Makes the records of one module anew, in the order of its calls."""
 
-    def __init__(self, moment: Moment, number: int) -> None:
-        self._moment, self._number = moment, number
-        self._module: ModuleInfo = moment.header.modules[number]
-        self._sites = [SiteTrace(lambda: moment, number, site) for site in self._module.sites]
-        self._index = self._moment.index(number)
-        self._pieces = self._moment.stored.pieces[number]
-        forks = self._moment.stored.forks
+    def __init__(self, snapshot: TraceSnapshot, number: int) -> None:
+        self._snapshot, self._number = snapshot, number
+        self._module: ModuleInfo = snapshot.header.modules[number]
+        self._sites = [SiteTrace(lambda: snapshot, number, site) for site in self._module.sites]
+        self._index = self._snapshot.index(number)
+        self._pieces = self._snapshot.stored.pieces[number]
+        forks = self._snapshot.stored.forks
         own = forks[forks["module"] == number]
         self._forks = own[np.argsort(own["sequence"], kind="stable")]
         self._announced = self._piece = self._begun = 0
@@ -138,7 +140,7 @@ class _ModuleRecords:
 
     def next_call(self, call: int) -> Iterator[WeightsRecord | CallRecord]:
         """The records of the module's next call, which is this one of all calls."""
-        entry = self._moment.tables.calls[call]
+        entry = self._snapshot.tables.calls[call]
         for version in range(self._announced, int(entry["weights"]) + 1):
             sites = {site.site.suffix: site.weights(version) for site in self._sites}
             yield WeightsRecord(self._number, version, sites)
@@ -151,7 +153,7 @@ class _ModuleRecords:
         yield CallRecord(
             module=self._number,
             time=float(entry["time"]),
-            tag=self._moment.tags[call],
+            tag=self._snapshot.tags[call],
             training=bool(entry["training"]),
             weights=int(entry["weights"]),
             steps=pieces["steps"].astype(np.uint32),
@@ -172,7 +174,7 @@ class _ModuleRecords:
     def _with_initial(self, rows: dict[str, SiteRows], before: int) -> dict[str, SiteRows]:
         """Add the states that the sequences of a call began from."""
         none = np.empty((0, self._module.hidden_size), self._module.dtype)
-        source, count = self._moment.source, self._moment.stored.extents[self._number].sequences
+        source, count = self._snapshot.source, self._snapshot.stored.extents[self._number].sequences
         initial = {
             site.site.suffix: np.array(
                 source.initial(self._number, site.site.suffix, count)[before : self._begun]
@@ -234,7 +236,7 @@ def _derive(
     hidden = site.rows("hidden")
     shape = rows.stop - rows.start, site.module.hidden_size
     found |= {name: np.empty(shape, site.module.dtype) for name in gates}
-    for each, derivation in derivations(site.ingredients, np.arange(rows.start, rows.stop)):
+    for each, derivation in iter_recomputed(site.gate_inputs, np.arange(rows.start, rows.stop)):
         for name in gates:
             found[name][each.part] = derivation.gate(name)
         evidence.add(each, derivation, hidden)

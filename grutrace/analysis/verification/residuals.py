@@ -11,7 +11,7 @@ from grutrace.analysis.verification.distance import differences
 from grutrace.gru.recompute import Derivation, tolerances
 from grutrace.records import Array
 from grutrace.storage.interfaces import Rows
-from grutrace.storage.read.recomputed import Ingredients
+from grutrace.storage.read.recomputed import GateInputs
 from grutrace.storage.read.site import SiteTrace
 
 
@@ -38,7 +38,7 @@ class Evidence:
         self.residuals = np.zeros(calls)
         self.places = np.full((calls, 2), -1, np.int64)
 
-    def add(self, each: Ingredients, derived: Derivation, hidden: Rows) -> None:
+    def add(self, each: GateInputs, derived: Derivation, hidden: Rows) -> None:
         """Take in some rows that follow one another.
 
         Args:

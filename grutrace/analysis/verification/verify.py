@@ -28,7 +28,7 @@ from grutrace.gru.recompute import DOUBLE, Derivation
 from grutrace.records import GATES, Array
 from grutrace.reprs import fields_repr
 from grutrace.storage.interfaces import Rows
-from grutrace.storage.read.recomputed import Ingredients
+from grutrace.storage.read.recomputed import GateInputs
 from grutrace.storage.read.site import SiteTrace
 from grutrace.storage.read.trace import Trace
 
@@ -112,14 +112,14 @@ def verify_site(trace: Trace, name: str) -> SiteVerification:
     site = trace[name]
     recorded = site.site.quantities
     steps = int(site.lengths.sum())
-    missing = site.ingredients.missing
+    missing_reason = site.gate_inputs.missing_reason
     if "hidden" not in recorded:
-        return SiteVerification(name, None, missing, 0, None)
-    if not missing and not set(GATES) & set(recorded):
+        return SiteVerification(name, None, missing_reason, 0, None)
+    if not missing_reason and not set(GATES) & set(recorded):
         return SiteVerification(name, "derived", "", steps, _worst_derived(site))
-    if not missing:
+    if not missing_reason:
         return SiteVerification(name, "gates", "", steps, _worst(_check_gates(site), site))
-    reason = missing
+    reason = missing_reason
     if not {"update", "candidate"} <= set(recorded):
         reason += ", nor update and candidate together"
         return SiteVerification(name, None, reason, 0, None)
@@ -152,7 +152,7 @@ def _check_gates(site: SiteTrace) -> Iterator[_Comparison]:
     worked_out = _evidence(site).tolerances(range(len(site.checks)))
     tolerances = np.fmax(worked_out, site.checks["tolerance"].astype(np.float64))
     for start, stop in _blocks(site):
-        for each in site.ingredients.of(np.arange(start, stop)):
+        for each in site.gate_inputs.of(np.arange(start, stop)):
             allowed = tolerances[each.calls]
             derived = _in_double(each)
             rows = slice(int(each.rows[0]), int(each.rows[-1]) + 1)
@@ -171,7 +171,7 @@ def _worst_derived(site: SiteTrace) -> Place | None:
     has_rows = evidence.places[:, 0] >= 0
     call = int(np.argmax(np.where(has_rows, _excess(evidence.residuals, allowed), -1)))
     row, unit = (int(number) for number in evidence.places[call])
-    (found,) = site.ingredients.of(np.array([row]))
+    (found,) = site.gate_inputs.of(np.array([row]))
     sequence, step = site.locate(row)
     recorded, expected = float(hidden[row][unit]), float(_in_double(found).hidden[0, unit])
     return Place("hidden", sequence, step, unit, recorded, expected, float(allowed[call]))
@@ -181,12 +181,12 @@ def _evidence(site: SiteTrace) -> Evidence:
     """Derive all gates of a site, and gather what that says of each call."""
     evidence, hidden = Evidence(site), site.rows("hidden")
     for start, stop in _blocks(site):
-        for each in site.ingredients.of(np.arange(start, stop)):
+        for each in site.gate_inputs.of(np.arange(start, stop)):
             evidence.add(each, _in_double(each), hidden)
     return evidence
 
 
-def _in_double(each: Ingredients) -> Derivation:
+def _in_double(each: GateInputs) -> Derivation:
     weights = {name: _wide(array) for name, array in each.weights.items()}
     return Derivation(_wide(each.input), _wide(each.previous), weights, DOUBLE)
 

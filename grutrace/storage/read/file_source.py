@@ -24,9 +24,9 @@ from grutrace.storage.format.shard_stamp import read_shard
 from grutrace.storage.format.tables import TableReader, Tables, dataset_lengths
 from grutrace.storage.hdf5.errors import translate_read_errors
 from grutrace.storage.hdf5.handle import SharedReadHandle
-from grutrace.storage.interfaces import Readable, Rows
+from grutrace.storage.interfaces import Rows, SnapshotReader
 from grutrace.storage.read.lazy_rows import FileRows
-from grutrace.storage.read.virtual import MergedColumns
+from grutrace.storage.read.virtual import VirtualColumns
 
 
 class FileSource:
@@ -57,15 +57,17 @@ class FileSource:
             self.header = read_header(file)
             read_shard(self.header)
             self._columns = dataset_specs(self.header.modules)
-            self._merged = MergedColumns(self._path, self._handle, self.header, self._columns)
-            own = [place for place in self._columns if place not in self._merged]
+            self._merged = VirtualColumns(self._path, self._handle, self.header, self._columns)
+            own = [
+                dataset_path for dataset_path in self._columns if dataset_path not in self._merged
+            ]
             self._tables = TableReader(self._handle, self.header.modules)
             tables = self._merged.ranked(self._tables.read())
             # The counts first: whatever is opened after them is as long at least.
             counts = dataset_lengths(tables, self.header.modules)
-            for place in own:
-                dataset = self._handle.dataset(place, counts[place])
-                check_dataset(dataset, place, self._columns[place])
+            for dataset_path in own:
+                dataset = self._handle.dataset(dataset_path, counts[dataset_path])
+                check_dataset(dataset, dataset_path, self._columns[dataset_path])
             self._merged.require_lengths(counts)
 
     @property
@@ -87,7 +89,7 @@ class FileSource:
         with translate_read_errors(self._path), self._handle.acquire():
             return self._merged.ranked(self._tables.read())
 
-    def as_of(self, tables: Tables) -> Readable:  # noqa: ARG002
+    def as_of(self, tables: Tables) -> SnapshotReader:  # noqa: ARG002
         """The source itself: what is there stays where it is."""
         return self
 
@@ -121,22 +123,22 @@ class FileSource:
         sites = self.header.modules[module].sites
         return next(site for site in sites if site.suffix == suffix)
 
-    def _rows(self, place: str, count: int) -> Rows:
-        if place in self._merged:
-            return self._merged.rows(place)
-        column = self._columns[place]
+    def _rows(self, dataset_path: str, count: int) -> Rows:
+        if dataset_path in self._merged:
+            return self._merged.rows(dataset_path)
+        column = self._columns[dataset_path]
         acquire: Callable[[], AbstractContextManager[h5py.Dataset]]
-        acquire = partial(self._dataset, place, count)
+        acquire = partial(self._dataset, dataset_path, count)
         return FileRows(acquire, (count, *column.item), column.dtype)  # type: ignore[arg-type]
 
-    def _items(self, place: str, start: int, stop: int) -> Array:
-        if place in self._merged:
+    def _items(self, dataset_path: str, start: int, stop: int) -> Array:
+        if dataset_path in self._merged:
             with translate_read_errors(self._path):
-                return self._merged.items(place, start, stop)
-        with self._dataset(place, stop) as dataset:
+                return self._merged.items(dataset_path, start, stop)
+        with self._dataset(dataset_path, stop) as dataset:
             return np.asarray(dataset[start:stop])
 
     @contextmanager
-    def _dataset(self, place: str, count: int) -> Iterator[h5py.Dataset]:
+    def _dataset(self, dataset_path: str, count: int) -> Iterator[h5py.Dataset]:
         with translate_read_errors(self._path), self._handle.acquire():
-            yield self._handle.dataset(place, count)
+            yield self._handle.dataset(dataset_path, count)

@@ -34,14 +34,14 @@ class LazyRows(ArrayLike):
     """A two-dimensional array of which an index gives a part, made when it is asked for."""
 
     #: Where the rows are, for `repr`.
-    _where = "not read yet"
+    _location = "not read yet"
 
     def __init__(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
         self.shape = shape
         self.dtype = dtype
 
     def __repr__(self) -> str:
-        return f"<rows {self.shape} {self.dtype}, {self._where}>"
+        return f"<rows {self.shape} {self.dtype}, {self._location}>"
 
     def __reduce__(self) -> str | tuple[Any, ...]:
         """Pickled and copied, rows are the array that they become."""
@@ -49,15 +49,15 @@ class LazyRows(ArrayLike):
 
     def __iter__(self) -> Iterator[Array]:
         for block in self._blocks(BLOCK):
-            yield from _own(block)
+            yield from _writable(block)
 
     def __getitem__(self, key: Any) -> Any:
-        return _own(self._get(key))
+        return _writable(self._get(key))
 
     def _get(self, key: Any) -> Any:
         if _is_mask(key, self.shape):
             return self._masked(key[0] if isinstance(key, tuple) else key)
-        split = _split(key)
+        split = _split_index(key)
         if split is None:
             # Refused, if NumPy refuses it, before anything is read.
             np.broadcast_to(np.zeros((), bool), self.shape)[key]
@@ -69,11 +69,11 @@ class LazyRows(ArrayLike):
         if np.ndim(rows) == 0:
             (row,) = self._indices([operator.index(rows)])
             return self._read(slice(row, row + 1), read)[0, rest]
-        found = self._pick(self._indices(rows), read)
+        found = self._take(self._indices(rows), read)
         return found[_ALL if _is_slice(rest) else np.arange(len(found)), rest]
 
     def _blocks(self, size: int) -> Iterator[Array]:
-        step = self._fitting(size)
+        step = self._rows_per_block(size)
         for start in range(0, len(self), step):
             yield self._read(slice(start, min(start + step, len(self)), 1), _ALL)
 
@@ -90,7 +90,7 @@ class LazyRows(ArrayLike):
         """Make rows from first to last. Steps are positive."""
 
     @abstractmethod
-    def _pick(self, rows: Array, columns: slice) -> Array:
+    def _take(self, rows: Array, columns: slice) -> Array:
         """Make rows of these numbers, none negative, in any order."""
 
     def _slice(self, rows: slice, columns: slice) -> Array:
@@ -123,7 +123,7 @@ class LazyRows(ArrayLike):
             raise IndexError(f"rows {rows} are not all among {len(self)}")
         return np.where(indices < 0, indices + len(self), indices)
 
-    def _fitting(self, size: int) -> int:
+    def _rows_per_block(self, size: int) -> int:
         """Rows in this many bytes, at least one."""
         return max(1, size // max(1, self.shape[1] * self.dtype.itemsize))
 
@@ -140,7 +140,7 @@ class FileRows(LazyRows):
         MissingExtraError: When it is read, if hdf5plugin would unpack it and is not installed.
     """
 
-    _where = "in a file: not read yet"
+    _location = "in a file: not read yet"
 
     def __init__(
         self,
@@ -149,17 +149,17 @@ class FileRows(LazyRows):
         dtype: np.dtype[Any],
     ) -> None:
         super().__init__(shape, dtype)
-        self._acquire, self._asked = acquire, False
+        self._acquire, self._filter_checked = acquire, False
 
     def _read(self, rows: slice, columns: slice) -> Array:
         with self._acquire() as dataset:
-            if not self._asked:
+            if not self._filter_checked:
                 # Not before: looking into a compressed trace needs no library to unpack it.
                 is_compressed(dataset)
-                self._asked = True
+                self._filter_checked = True
             return np.asarray(dataset[rows, columns])
 
-    def _pick(self, rows: Array, columns: slice) -> Array:
+    def _take(self, rows: Array, columns: slice) -> Array:
         """Rows in any order, read in spans of neighbours."""
         order = np.argsort(rows, kind="stable")
         rising = rows[order]
@@ -173,8 +173,8 @@ class FileRows(LazyRows):
 
     def _spans(self, rising: Array) -> Iterator[tuple[int, int]]:
         """Cut rising row numbers where the gap is wide or the span grows long."""
-        wide = 1 + np.flatnonzero(np.diff(rising) > self._fitting(GAP))
-        longest = self._fitting(BLOCK)
+        wide = 1 + np.flatnonzero(np.diff(rising) > self._rows_per_block(GAP))
+        longest = self._rows_per_block(BLOCK)
         for start, stop in zip([0, *wide.tolist()], [*wide.tolist(), len(rising)], strict=True):
             while start < stop:
                 end = int(np.searchsorted(rising[start:stop], rising[start] + longest)) + start
@@ -197,7 +197,7 @@ class SelectedRows(LazyRows):
     def _read(self, rows: slice, columns: slice) -> Array:
         return np.asarray(self._rows[self._numbers[rows], columns])
 
-    def _pick(self, rows: Array, columns: slice) -> Array:
+    def _take(self, rows: Array, columns: slice) -> Array:
         return np.asarray(self._rows[self._numbers[rows], columns])
 
 
@@ -218,7 +218,7 @@ class MemoryRows(LazyRows):
     def _read(self, rows: slice, columns: slice) -> Array:
         return self._array[rows, columns]
 
-    def _pick(self, rows: Array, columns: slice) -> Array:
+    def _take(self, rows: Array, columns: slice) -> Array:
         return self._array[rows, columns]
 
 
@@ -227,7 +227,7 @@ def as_rows(rows: Rows) -> LazyRows:
     return rows if isinstance(rows, LazyRows) else MemoryRows(np.asarray(rows))
 
 
-def _own(found: Any) -> Any:
+def _writable(found: Any) -> Any:
     """An array that a user may write to, and that torch takes: a copy where it is of a trace."""
     if isinstance(found, np.ndarray) and (
         not found.flags.writeable or any(stride < 0 for stride in found.strides)
@@ -247,20 +247,20 @@ def _is_slice(index: Any) -> bool:
     return isinstance(index, slice)
 
 
-def _split(key: Any) -> tuple[Any, Any] | None:
+def _split_index(key: Any) -> tuple[Any, Any] | None:
     """The index of the rows and that of the columns; None for what only a whole array answers."""
     if not isinstance(key, tuple):
         key = (key,)
     if any(part is Ellipsis for part in key):
-        place = next(place for place, part in enumerate(key) if part is Ellipsis)
+        position = next(position for position, part in enumerate(key) if part is Ellipsis)
         missing = (_ALL,) * (3 - len(key))
-        key = (*key[:place], *missing, *key[place + 1 :])
-    if len(key) > 2 or not all(map(_is_plain, key)):
+        key = (*key[:position], *missing, *key[position + 1 :])
+    if len(key) > 2 or not all(map(_is_basic_index, key)):
         return None
     return (*key, _ALL, _ALL)[:2]
 
 
-def _is_plain(index: Any) -> bool:
+def _is_basic_index(index: Any) -> bool:
     """Whether an index is a slice, an integer, or integers or a mask along one axis."""
     if isinstance(index, slice):
         return True
@@ -269,7 +269,7 @@ def _is_plain(index: Any) -> bool:
     return np.ndim(index) == 1 or (np.ndim(index) == 0 and not isinstance(index, np.ndarray))
 
 
-class StackedRows(LazyRows):
+class ConcatenatedRows(LazyRows):
     """The rows of several arrays, end to end, (rows, width). Indexing reads from where they are.
 
     Args:
@@ -278,7 +278,7 @@ class StackedRows(LazyRows):
         dtype: Type of the elements.
     """
 
-    _where = "in several files: not read yet"
+    _location = "in several files: not read yet"
 
     def __init__(self, parts: Sequence[Rows], shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
         super().__init__(shape, dtype)
@@ -301,7 +301,7 @@ class StackedRows(LazyRows):
         width = len(range(self.shape[1])[columns])
         return np.concatenate([np.empty((0, width), self.dtype), *read], dtype=self.dtype)
 
-    def _pick(self, rows: Array, columns: slice) -> Array:
+    def _take(self, rows: Array, columns: slice) -> Array:
         found = np.empty((len(rows), len(range(self.shape[1])[columns])), self.dtype)
         owners = np.searchsorted(self._bounds, rows, side="right") - 1
         for part in np.unique(owners):

@@ -33,7 +33,7 @@ PROOFS = ("proven", "unchecked", "unproven")
 BLOCK = 4096
 
 #: Versions that are tried beside the one that a call has: those nearest to it.
-TRIED = 8
+MAX_TRIED = 8
 
 
 def marks(checks: Array) -> Array:
@@ -45,7 +45,7 @@ def marks(checks: Array) -> Array:
     return found
 
 
-class Factors(NamedTuple):
+class StepData(NamedTuple):
     """What the states of some rows follow from.
 
     Attributes:
@@ -85,17 +85,17 @@ class CallVersions:
         versions: Integers,
         numbers: Integers,
         steps: Integers,
-        factors: Callable[[Integers], Factors],
+        step_data: Callable[[Integers], StepData],
         weights: Callable[[int], dict[str, Array]],
         count: int,
     ) -> None:
-        self.versions, self.marks, self.settled = versions.copy(), marks(checks), 0
+        self.versions, self.marks, self.resolved = versions.copy(), marks(checks), 0
         self._name, self._checks, self._numbers = name, checks, numbers
         self._ends = np.cumsum(steps)
-        self._steps, self._factors, self._weights, self._count = steps, factors, weights, count
+        self._steps, self._step_data, self._weights, self._count = steps, step_data, weights, count
         self._has_warned = False
 
-    def settle(self, calls: Integers) -> None:
+    def resolve(self, calls: Integers) -> None:
         """Find out which weights these calls used, as far as it is not known.
 
         Warns:
@@ -103,15 +103,15 @@ class CallVersions:
         """
         calls = np.unique(calls)
         calls = calls[self.marks[calls] == UNCHECKED]
-        for some in self._grouped(calls):
+        for some in self._group_calls(calls):
             version = int(self.versions[some[0]])
-            fits = self._fits(some, version)
+            fits = self._matches(some, version)
             self.marks[some[fits]] = PROVEN
             for call in some[~fits]:
                 self._try_others(int(call), version)
-            self.settled += len(some)
+            self.resolved += len(some)
 
-    def _grouped(self, calls: Integers) -> Iterator[Integers]:
+    def _group_calls(self, calls: Integers) -> Iterator[Integers]:
         """Yield some calls at a time that have the same version and precision."""
         precisions = self._checks["precision"]
         group: list[int] = []
@@ -131,8 +131,8 @@ class CallVersions:
 
     def _try_others(self, call: int, version: int) -> None:
         others = sorted(range(self._count), key=lambda other: (abs(other - version), -other))
-        for other in others[1 : TRIED + 1]:
-            if self._fits(np.array([call]), other)[0]:
+        for other in others[1 : MAX_TRIED + 1]:
+            if self._matches(np.array([call]), other)[0]:
                 self.versions[call], self.marks[call] = other, PROVEN
                 return
         self.marks[call] = UNPROVEN
@@ -146,7 +146,7 @@ class CallVersions:
                 stacklevel=3,
             )
 
-    def _fits(self, calls: Integers, version: int) -> Array:
+    def _matches(self, calls: Integers, version: int) -> Array:
         """(calls,) whether a version leads to the states of calls, which are computed in blocks."""
         # Here since it needs torch.
         from grutrace.gru.recompute import fit
@@ -158,10 +158,10 @@ class CallVersions:
             found.append(np.arange(self._ends[call] - self._steps[call], self._ends[call]))
         rows = np.concatenate(found)
         owners = np.repeat(np.arange(len(calls)), self._steps[calls])
-        holds = np.ones(len(calls), bool)
+        matching = np.ones(len(calls), bool)
         for first in range(0, len(rows), BLOCK):
             part = slice(first, first + BLOCK)
-            each: Any = self._factors(rows[part])
+            each: Any = self._step_data(rows[part])
             off = ~fit(each.input, each.previous, each.hidden, weights, precision)
-            np.logical_and.at(holds, owners[part][off], False)
-        return holds
+            np.logical_and.at(matching, owners[part][off], False)
+        return matching

@@ -19,10 +19,10 @@ import numpy as np
 from grutrace.errors import NotRecordedError
 from grutrace.records import Array, ModuleInfo, Site
 from grutrace.storage.format.tables import ModuleCounts
-from grutrace.storage.interfaces import Readable
+from grutrace.storage.interfaces import SnapshotReader
 from grutrace.storage.read.lazy_rows import LazyRows
-from grutrace.storage.read.proofs import CallVersions, Factors
-from grutrace.storage.read.sequence_index import Integers, ModuleIndex, compact
+from grutrace.storage.read.proofs import CallVersions, StepData
+from grutrace.storage.read.sequence_index import Integers, SequenceIndex, as_slice
 
 if TYPE_CHECKING:
     from grutrace.gru.recompute import Derivation
@@ -34,7 +34,7 @@ BLOCK = 16 * 1024 * 1024
 _ARRAYS = 4
 
 
-class Ingredients(NamedTuple):
+class GateInputs(NamedTuple):
     """Some rows, one after another in the order asked for, that used the same weights.
 
     Attributes:
@@ -56,7 +56,7 @@ class Ingredients(NamedTuple):
     precision: float
 
 
-class SiteIngredients:
+class SiteGateInputs:
     """Finds what the gates of a site follow from.
 
     Args:
@@ -71,8 +71,8 @@ class SiteIngredients:
 
     def __init__(
         self,
-        source: Readable,
-        index: ModuleIndex,
+        source: SnapshotReader,
+        index: SequenceIndex,
         extent: ModuleCounts,
         calls: Array,
         module: ModuleInfo,
@@ -85,7 +85,7 @@ class SiteIngredients:
         self._latest: tuple[int, dict[str, Array]] = -1, {}
 
     @property
-    def missing(self) -> str:
+    def missing_reason(self) -> str:
         """What would be needed and was not recorded; empty if nothing is missing."""
         if "hidden" not in self._site.quantities:
             return "the hidden states were not recorded"
@@ -119,9 +119,9 @@ class SiteIngredients:
         if not self._input_sites:
             raise NotRecordedError(f"{self._site.name!r}: the input was not recorded")
         if self._input_sites == (self._site,):
-            return np.asarray(self._stored(self._site, "input")[compact(rows), columns])
+            return np.asarray(self._stored(self._site, "input")[as_slice(rows), columns])
         parts = [
-            np.asarray(self._stored(each, "hidden")[compact(rows)]) for each in self._input_sites
+            np.asarray(self._stored(each, "hidden")[as_slice(rows)]) for each in self._input_sites
         ]
         return np.concatenate(parts, axis=1)[:, columns]
 
@@ -144,25 +144,25 @@ class SiteIngredients:
             sources = np.where(rows == starts, index.last_rows_before[pieces], rows - 1)
         previous = np.empty((len(rows), hidden.shape[1]), hidden.dtype)
         begins = sources < 0
-        previous[~begins] = hidden[compact(sources[~begins])]
+        previous[~begins] = hidden[as_slice(sources[~begins])]
         initial = self._source.initial(self._number, site.suffix, index.segment_count)
         previous[begins] = initial[index.segments[pieces[begins]]]
         return previous
 
-    def of(self, rows: Integers) -> Iterator[Ingredients]:
+    def of(self, rows: Integers) -> Iterator[GateInputs]:
         """Yield the rows in order, some at a time; each time of one version of the weights.
 
         Raises:
             NotRecordedError: Something needed was not recorded.
         """
-        if self.missing:
+        if self.missing_reason:
             raise NotRecordedError(
-                f"the gates of {self._site.name!r} cannot be derived: {self.missing}"
+                f"the gates of {self._site.name!r} cannot be derived: {self.missing_reason}"
             )
         calls = np.searchsorted(
             self._index.call_numbers, self._index.calls[self._index.pieces_of(rows)]
         )
-        self.versions.settle(calls)
+        self.versions.resolve(calls)
         versions, precisions = self.versions.versions[calls], self._checks["precision"][calls]
         changes = (versions[1:] != versions[:-1]) | (precisions[1:] != precisions[:-1])
         bounds = [0, *(np.flatnonzero(changes) + 1).tolist(), len(rows)]
@@ -171,7 +171,7 @@ class SiteIngredients:
         for first, last in pairwise(bounds):
             for start in range(first, last, block):
                 part = slice(start, min(start + block, last))
-                yield Ingredients(
+                yield GateInputs(
                     part,
                     rows[part],
                     calls[part],
@@ -190,10 +190,10 @@ class SiteIngredients:
             self._calls["weights"].astype(np.int64),
             self._index.call_numbers,
             self._index.call_steps,
-            lambda rows: Factors(
+            lambda rows: StepData(
                 self.input(rows),
                 self.previous(rows),
-                np.asarray(self._stored(self._site, "hidden")[compact(rows)]),
+                np.asarray(self._stored(self._site, "hidden")[as_slice(rows)]),
             ),
             self._weights,
             self._extent.versions,
@@ -229,7 +229,7 @@ def layer_below(module: ModuleInfo, site: Site) -> tuple[Site, ...]:
 _ALL = slice(None)
 
 
-class DerivedRows(LazyRows):
+class RecomputedRows(LazyRows):
     """Gates, or their pre-activations, of the rows of a site, (rows, H). Indexing derives them.
 
     Args:
@@ -240,11 +240,11 @@ class DerivedRows(LazyRows):
         preactivation: Whether to stop before the sigmoid or tanh.
     """
 
-    _where = "derived when they are read"
+    _location = "derived when they are read"
 
     def __init__(
         self,
-        ingredients: SiteIngredients,
+        gate_inputs: SiteGateInputs,
         quantity: str,
         shape: tuple[int, int],
         dtype: np.dtype[Any],
@@ -252,22 +252,22 @@ class DerivedRows(LazyRows):
         preactivation: bool = False,
     ) -> None:
         super().__init__(shape, dtype)
-        self._ingredients, self._quantity = ingredients, quantity
+        self._gate_inputs, self._quantity = gate_inputs, quantity
         self._preactivation = preactivation
 
     def _read(self, rows: slice, columns: slice) -> Array:
-        return self._pick(np.arange(*rows.indices(len(self))), columns)
+        return self._take(np.arange(*rows.indices(len(self))), columns)
 
-    def _pick(self, rows: Array, columns: slice) -> Array:
+    def _take(self, rows: Array, columns: slice) -> Array:
         width = len(range(self.shape[1])[columns])
         found = np.empty((len(rows), width), self.dtype)
-        for each, derivation in derivations(self._ingredients, rows, columns):
+        for each, derivation in iter_recomputed(self._gate_inputs, rows, columns):
             value = derivation.preactivation if self._preactivation else derivation.gate
             found[each.part] = value(self._quantity)
         return found
 
 
-class DerivedInput(LazyRows):
+class LowerLayerInput(LazyRows):
     """What a layer above the first read, (rows, I), put together from the states of that below.
 
     Args:
@@ -276,24 +276,24 @@ class DerivedInput(LazyRows):
         dtype: Type of the states.
     """
 
-    _where = "read as the states of the layer below"
+    _location = "read as the states of the layer below"
 
     def __init__(
-        self, ingredients: SiteIngredients, shape: tuple[int, int], dtype: np.dtype[Any]
+        self, gate_inputs: SiteGateInputs, shape: tuple[int, int], dtype: np.dtype[Any]
     ) -> None:
         super().__init__(shape, dtype)
-        self._ingredients = ingredients
+        self._gate_inputs = gate_inputs
 
     def _read(self, rows: slice, columns: slice) -> Array:
-        return self._pick(np.arange(*rows.indices(len(self))), columns)
+        return self._take(np.arange(*rows.indices(len(self))), columns)
 
-    def _pick(self, rows: Array, columns: slice) -> Array:
-        return self._ingredients.input(rows, columns)
+    def _take(self, rows: Array, columns: slice) -> Array:
+        return self._gate_inputs.input(rows, columns)
 
 
-def derivations(
-    ingredients: SiteIngredients, rows: Integers, units: slice = _ALL
-) -> Iterator[tuple[Ingredients, Derivation]]:
+def iter_recomputed(
+    gate_inputs: SiteGateInputs, rows: Integers, units: slice = _ALL
+) -> Iterator[tuple[GateInputs, Derivation]]:
     """Derive rows of a site in the precision of the kernel, some at a time.
 
     Raises:
@@ -301,5 +301,5 @@ def derivations(
     """
     from grutrace.gru.recompute import Derivation
 
-    for each in ingredients.of(rows):
+    for each in gate_inputs.of(rows):
         yield each, Derivation(each.input, each.previous, each.weights, each.precision, units)

@@ -12,11 +12,11 @@ import numpy.typing as npt
 from grutrace.errors import NotRecordedError
 from grutrace.records import Array
 from grutrace.storage.format.tables import Tables
-from grutrace.storage.read.sequence_index import ModuleIndex, spread
+from grutrace.storage.read.sequence_index import SequenceIndex, ranges
 
 
 @dataclass(frozen=True, eq=False)
-class RowLabels:
+class LabelColumn:
     """One value a row, as its place among the values that there are.
 
     Attributes:
@@ -45,22 +45,22 @@ class RowLabels:
         return np.array([*self.values, None if dtype.hasobject else np.nan], dtype)[self.codes]
 
 
-def labels_of(name: str, given: Sequence[str | float | None] | Array) -> RowLabels:
+def encode_labels(name: str, given: Sequence[str | float | None] | Array) -> LabelColumn:
     """Labels from one value a row: numbers or texts, None or nan for none."""
     array = given if isinstance(given, np.ndarray) else np.array(list(given), object)
     if array.dtype.kind in "biuf":
         return _coded(name, array.astype(np.float64), np.zeros(len(array), bool), ())
-    places: dict[str, int] = {}
+    positions: dict[str, int] = {}
     numbers, text = np.full(len(array), np.nan), np.zeros(len(array), bool)
     for row, value in enumerate(array.tolist()):
         if isinstance(value, str):
-            numbers[row], text[row] = places.setdefault(value, len(places)), True
+            numbers[row], text[row] = positions.setdefault(value, len(positions)), True
         elif value is not None:
             numbers[row] = value
-    return _coded(name, numbers, text, tuple(places))
+    return _coded(name, numbers, text, tuple(positions))
 
 
-def names_of(tables: Tables, module: int) -> tuple[str, ...]:
+def annotation_names(tables: Tables, module: int) -> tuple[str, ...]:
     """What a module's rows have tokens or labels of, in the order in which it came."""
     own = tables.annotations["name"][tables.annotations["module"] == module]
     _, first = np.unique(own, return_index=True)
@@ -68,22 +68,22 @@ def names_of(tables: Tables, module: int) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def entries_of(tables: Tables, module: int, name: str) -> npt.NDArray[np.bool_]:
+def annotation_mask(tables: Tables, module: int, name: str) -> npt.NDArray[np.bool_]:
     """(annotations,) which are of a module and have this name."""
     called = [number for number, text in enumerate(tables.texts, 1) if text == name]
     named = np.isin(tables.annotations["name"], called)
     return np.asarray((tables.annotations["module"] == module) & named)
 
 
-def row_labels(tables: Tables, module: int, index: ModuleIndex, name: str) -> RowLabels:
+def row_labels(tables: Tables, module: int, index: SequenceIndex, name: str) -> LabelColumn:
     """The value of each row, whichever sequences and steps it was given for.
 
     Raises:
         NotRecordedError: No row of the module has one of this name.
     """
-    entries, own = tables.annotations, entries_of(tables, module, name)
+    entries, own = tables.annotations, annotation_mask(tables, module, name)
     if not own.any():
-        found = ", ".join(names_of(tables, module)) or "none"
+        found = ", ".join(annotation_names(tables, module)) or "none"
         raise NotRecordedError(f"there is no label {name!r}; there are: {found}")
     counts = entries["count"].astype(np.int64)
     starts = (np.cumsum(counts) - counts)[own]
@@ -95,9 +95,9 @@ def row_labels(tables: Tables, module: int, index: ModuleIndex, name: str) -> Ro
     total = int(lengths.sum())
     numbers, text = np.full(total, np.nan), np.zeros(total, bool)
     # Where a step was given several values, the last one stays: NumPy assigns in order.
-    places = spread((np.cumsum(lengths) - lengths)[sequences] + first, counts)
-    numbers[places] = tables.values[spread(starts, counts)]
-    text[places] = np.repeat(entries["text"][own] > 0, counts)
+    positions = ranges((np.cumsum(lengths) - lengths)[sequences] + first, counts)
+    numbers[positions] = tables.values[ranges(starts, counts)]
+    text[positions] = np.repeat(entries["text"][own] > 0, counts)
     rows = index.rows_between(0, len(index))
     if not isinstance(rows, slice):
         numbers[rows], text[rows] = numbers.copy(), text.copy()
@@ -106,15 +106,15 @@ def row_labels(tables: Tables, module: int, index: ModuleIndex, name: str) -> Ro
 
 def _coded(
     name: str, numbers: Array, text: npt.NDArray[np.bool_], texts: Sequence[str]
-) -> RowLabels:
+) -> LabelColumn:
     """Number the values. Where it is a text, the number is its place among the texts."""
     codes = np.full(len(numbers), -1, np.int32)
     known = ~text & ~np.isnan(numbers)
-    values, places = np.unique(numbers[known], return_inverse=True)
-    codes[known] = places
-    used, places = np.unique(numbers[text].astype(np.int64), return_inverse=True)
+    values, positions = np.unique(numbers[known], return_inverse=True)
+    codes[known] = positions
+    used, positions = np.unique(numbers[text].astype(np.int64), return_inverse=True)
     # A text may have several numbers, where files were joined.
     found = [texts[int(number)] for number in used]
-    ordered = {value: len(values) + place for place, value in enumerate(sorted(set(found)))}
-    codes[text] = np.array([ordered[value] for value in found], np.int32)[places]
-    return RowLabels(name, (*values.tolist(), *ordered), codes)
+    ordered = {value: len(values) + position for position, value in enumerate(sorted(set(found)))}
+    codes[text] = np.array([ordered[value] for value in found], np.int32)[positions]
+    return LabelColumn(name, (*values.tolist(), *ordered), codes)

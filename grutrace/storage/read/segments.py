@@ -116,8 +116,8 @@ def _parents(tables: Tables, module: int, continued: Integers, count: int) -> In
     # An earlier sequence, and each once: there is no circle, and no two segments at once.
     of_segment = np.isin(sequence, continued) & (parent < sequence)
     sequence, parent = sequence[of_segment], parent[of_segment]
-    parent, places = np.unique(parent, return_index=True)
-    parents[sequence[places]] = parent
+    parent, positions = np.unique(parent, return_index=True)
+    parents[sequence[positions]] = parent
     return parents
 
 

@@ -12,12 +12,12 @@ import numpy as np
 
 from grutrace.records import Array, Site
 from grutrace.reprs import wrapped
-from grutrace.storage.read.snapshot import Moment
+from grutrace.storage.read.snapshot import TraceSnapshot
 
 R = TypeVar("R", covariant=True)
 
 
-class Quantities(ABC, Generic[R]):
+class QuantityAccess(ABC, Generic[R]):
     """Something that has rows of each recorded quantity.
 
     All raise `NotRecordedError` if the quantity was not recorded.
@@ -53,7 +53,7 @@ class Quantities(ABC, Generic[R]):
         return self.rows("input")
 
 
-class Sequence(Quantities[Array]):
+class Sequence(QuantityAccess[Array]):
     """What one batch row went through at one site, over all calls that it went through.
 
     Its quantities are NumPy arrays, (T, H) or (T, I), in time order for both directions.
@@ -63,12 +63,12 @@ class Sequence(Quantities[Array]):
         site: Where it was recorded.
     """
 
-    def __init__(self, moment: Moment, module: int, site: Site, number: int) -> None:
+    def __init__(self, snapshot: TraceSnapshot, module: int, site: Site, number: int) -> None:
         self.number = number
         self.site = site
-        self._moment = moment
+        self._snapshot = snapshot
         self._module = module
-        self._index = moment.index(module)
+        self._index = snapshot.index(module)
 
     def __len__(self) -> int:
         return int(self._index.lengths[self.number])
@@ -82,19 +82,19 @@ class Sequence(Quantities[Array]):
         Raises:
             NotRecordedError: The quantity was not recorded.
         """
-        rows = self._moment.rows(self._module, self.site, quantity)
+        rows = self._snapshot.rows(self._module, self.site, quantity)
         # A copy, so that it can be written to, and torch.from_numpy takes it without a warning.
         return np.array(rows[self._index.rows(self.number)])
 
     def preactivation(self, gate: str) -> Array:
         """(T, H) what the sigmoid or tanh of a gate was applied to; as for `SiteTrace`."""
-        rows = self._moment.preactivation(self._module, self.site, gate)
+        rows = self._snapshot.preactivation(self._module, self.site, gate)
         return np.array(rows[self._index.rows(self.number)])
 
     @property
     def initial(self) -> Array:
         """(H,) the state that it began from: before its first step, or, reversed, its last."""
-        return np.array(self._moment.initial(self._module, self.site)[self.number])
+        return np.array(self._snapshot.initial(self._module, self.site)[self.number])
 
     @property
     def previous(self) -> Array:
@@ -110,7 +110,7 @@ class Sequence(Quantities[Array]):
             rows = self._index.rows(self.number)
             if isinstance(rows, slice):
                 rows = np.arange(rows.start, rows.stop)
-            return self._moment.ingredients(self._module, self.site).previous(rows)
+            return self._snapshot.gate_inputs(self._module, self.site).previous(rows)
         initial, hidden = self.initial[np.newaxis], self.hidden
         if not len(hidden):
             return hidden
@@ -146,12 +146,12 @@ class Sequence(Quantities[Array]):
     @property
     def place(self) -> int:
         """Its place in the batch of its first call."""
-        return int(self._index.places[self._index.pieces(self.number)[0]])
+        return int(self._index.batch_indices[self._index.pieces(self.number)[0]])
 
     @property
     def tag(self) -> str | None:
         """The tag of its first call."""
-        tag: str | None = self._moment.tags[self.calls[0]]
+        tag: str | None = self._snapshot.tags[self.calls[0]]
         return tag
 
     @property
@@ -173,8 +173,8 @@ class Sequence(Quantities[Array]):
         Ambiguous: it started from a state that several sequences had ended with. Dropped: it
         started from a state, or has a name, that was no longer remembered.
         """
-        mark = self._moment.mark(self._module, self.number)
+        mark = self._snapshot.mark(self._module, self.number)
         return mark or ("new" if self.parent is None else "fork")
 
     def _annotations(self) -> dict[str, Array | list[str | float | None]]:
-        return self._moment.annotations(self._module).of(self.number, len(self))
+        return self._snapshot.annotations(self._module).of(self.number, len(self))

@@ -13,7 +13,7 @@ from grutrace.storage.format.tables import Tables
 Integers = npt.NDArray[np.int64]
 
 
-class ModuleIndex:
+class SequenceIndex:
     """The pieces of one module, found by sequence. P pieces, S sequences.
 
     Args:
@@ -30,7 +30,7 @@ class ModuleIndex:
         segment_count: How many of those there are.
         call_numbers: (calls,) the module's calls, by their place among all calls.
         calls: (P,) the call that made each piece, by its place among all calls.
-        places: (P,) its place in the batch of that call.
+        batch_indices: (P,) its place in the batch of that call.
         order: (P,) the pieces, sequence by sequence, each in time order.
         bounds: (S + 1,) where each sequence begins in `order`.
     """
@@ -47,7 +47,7 @@ class ModuleIndex:
         self.segments = self.sequences if stored is None else stored.astype(np.int64)
         self.segment_count = int(self.segments.max(initial=-1)) + 1
         self.calls = np.repeat(self.call_numbers, batch)
-        self.places = np.arange(len(pieces)) - np.repeat(_starts(batch), batch)
+        self.batch_indices = np.arange(len(pieces)) - np.repeat(_starts(batch), batch)
         count = tables.extents[module].sequences
         if count == len(pieces):
             # Every piece is a sequence of its own, and they are numbered as they began.
@@ -73,7 +73,7 @@ class ModuleIndex:
         if len(pieces) == 1:
             start = int(self.starts[pieces[0]])
             return slice(start, start + int(self.steps[pieces[0]]))
-        return spread(self.starts[pieces], self.steps[pieces])
+        return ranges(self.starts[pieces], self.steps[pieces])
 
     def rows_between(self, first: int, last: int) -> slice | Integers:
         """The rows of sequences `first` to `last` - 1, end to end, each in time order."""
@@ -83,20 +83,20 @@ class ModuleIndex:
             return slice(0, 0)
         if np.array_equal(starts[1:], starts[:-1] + steps[:-1]):
             return slice(int(starts[0]), int(starts[-1] + steps[-1]))
-        return spread(starts, steps)
+        return ranges(starts, steps)
 
     @cached_property
-    def first_places(self) -> Integers:
+    def first_positions(self) -> Integers:
         """(S,) where each sequence begins, if all are laid end to end."""
         return _starts(self.lengths)
 
-    def laid_out(self, places: Integers) -> Integers:
+    def sequential_rows(self, positions: Integers) -> Integers:
         """The rows at these places, if all sequences are laid end to end, each in time order."""
-        pieces = np.searchsorted(self._laid_starts, places, side="right") - 1
-        return self.starts[self.order[pieces]] + places - self._laid_starts[pieces]
+        pieces = np.searchsorted(self._piece_positions, positions, side="right") - 1
+        return self.starts[self.order[pieces]] + positions - self._piece_positions[pieces]
 
     @cached_property
-    def _laid_starts(self) -> Integers:
+    def _piece_positions(self) -> Integers:
         """(P,) where each piece of `order` begins, if all sequences are laid end to end."""
         return _starts(self.steps[self.order])
 
@@ -210,12 +210,12 @@ class AnnotationIndex:
         return values
 
 
-def spread(starts: Integers, counts: Integers) -> Integers:
+def ranges(starts: Integers, counts: Integers) -> Integers:
     """The numbers ``start, start + 1, ...``, as many as counted, of each start after the other."""
     return np.repeat(starts - _starts(counts), counts) + np.arange(int(counts.sum()))
 
 
-def compact(rows: Integers) -> slice | Integers:
+def as_slice(rows: Integers) -> slice | Integers:
     """The same rows as a slice, where they follow one another: that is read in one go."""
     if len(rows) and np.all(np.diff(rows) == 1):
         return slice(int(rows[0]), int(rows[-1]) + 1)

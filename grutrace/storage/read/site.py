@@ -14,17 +14,17 @@ from grutrace.records import Array, ModuleInfo, Site
 from grutrace.reprs import wrapped
 from grutrace.storage.format.tables import ModuleCounts
 from grutrace.storage.read.lazy_rows import LazyRows, as_rows
-from grutrace.storage.read.recomputed import SiteIngredients
-from grutrace.storage.read.row_labels import RowLabels, names_of, row_labels
-from grutrace.storage.read.sequence import Quantities, Sequence
-from grutrace.storage.read.sequence_index import Integers, ModuleIndex, spread
-from grutrace.storage.read.snapshot import Moment, Restarts
+from grutrace.storage.read.recomputed import SiteGateInputs
+from grutrace.storage.read.row_labels import LabelColumn, annotation_names, row_labels
+from grutrace.storage.read.sequence import QuantityAccess, Sequence
+from grutrace.storage.read.sequence_index import Integers, SequenceIndex, ranges
+from grutrace.storage.read.snapshot import Restarts, TraceSnapshot
 
 #: Rows that are brought into memory at once on their way into a padded array. Bytes.
 BLOCK = 16 * 1024 * 1024
 
 
-class SiteTrace(Quantities[LazyRows]):
+class SiteTrace(QuantityAccess[LazyRows]):
     """What was recorded at one site. It goes along when its trace is refreshed.
 
     Its quantities are the rows of all sequences, (N, H) or (N, I), in the order in which they were
@@ -36,11 +36,11 @@ class SiteTrace(Quantities[LazyRows]):
         module: The module that the site is in.
     """
 
-    def __init__(self, look: Callable[[], Moment], number: int, site: Site) -> None:
-        self._look = look
-        self._number = number
+    def __init__(self, get_snapshot: Callable[[], TraceSnapshot], number: int, site: Site) -> None:
+        self._get_snapshot = get_snapshot
+        self._module_index = number
         self.site = site
-        self.module: ModuleInfo = look().header.modules[number]
+        self.module: ModuleInfo = get_snapshot().header.modules[number]
 
     @property
     def name(self) -> str:
@@ -57,22 +57,24 @@ class SiteTrace(Quantities[LazyRows]):
 
     def __len__(self) -> int:
         """Number of sequences."""
-        return self._look().extent(self._number).sequences
+        return self._get_snapshot().extent(self._module_index).sequences
 
     def __repr__(self) -> str:
-        rows = self._look().extent(self._number).rows
+        rows = self._get_snapshot().extent(self._module_index).rows
         recorded = ", ".join(self.site.available_quantities)
         return wrapped(f"<site {self.name}: {len(self)} sequences, {rows} steps of {recorded}>")
 
     def __iter__(self) -> Iterator[Sequence]:
-        moment = self._look()
-        count = moment.extent(self._number).sequences
-        return (Sequence(moment, self._number, self.site, number) for number in range(count))
+        snapshot = self._get_snapshot()
+        count = snapshot.extent(self._module_index).sequences
+        return (
+            Sequence(snapshot, self._module_index, self.site, number) for number in range(count)
+        )
 
     @property
     def extent(self) -> ModuleCounts:
         """How many calls, rows, sequences and versions of the weights its module has."""
-        return self._look().extent(self._number)
+        return self._get_snapshot().extent(self._module_index)
 
     def __getitem__(self, key: int | slice | str) -> Any:
         """A sequence by its number, a list of them by a slice, or the rows of a quantity by name.
@@ -92,7 +94,7 @@ class SiteTrace(Quantities[LazyRows]):
         Raises:
             NotRecordedError: The quantity was not recorded.
         """
-        return as_rows(self._look().rows(self._number, self.site, quantity))
+        return as_rows(self._get_snapshot().rows(self._module_index, self.site, quantity))
 
     def sequence(self, number: int) -> Sequence:
         """One sequence, by its number; negative numbers count from the last.
@@ -100,15 +102,15 @@ class SiteTrace(Quantities[LazyRows]):
         Raises:
             NotRecordedError: There is none of this number.
         """
-        moment = self._look()
-        count = moment.extent(self._number).sequences
+        snapshot = self._get_snapshot()
+        count = snapshot.extent(self._module_index).sequences
         try:
             number = range(count)[operator.index(number)]
         except IndexError:
             raise NotRecordedError(
                 f"there is no sequence {number} at {self.name!r}, which has {count}"
             ) from None
-        return Sequence(moment, self._number, self.site, number)
+        return Sequence(snapshot, self._module_index, self.site, number)
 
     def rows_between(self, first: int, last: int) -> slice | Integers:
         """Where the steps of the sequences from `first` up to before `last` lie among all rows.
@@ -120,16 +122,16 @@ class SiteTrace(Quantities[LazyRows]):
     @property
     def number(self) -> int:
         """Place of its module in the header."""
-        return self._number
+        return self._module_index
 
     @property
-    def moment(self) -> Moment:
+    def snapshot(self) -> TraceSnapshot:
         """What there is now, which does not change."""
-        return self._look()
+        return self._get_snapshot()
 
-    def now(self) -> SiteTrace:
+    def frozen(self) -> SiteTrace:
         """This site as it is now, which does not go along when its trace is refreshed."""
-        return SiteTrace(partial(_same, self._look()), self._number, self.site)
+        return SiteTrace(partial(_same, self._get_snapshot()), self._module_index, self.site)
 
     def padded(self, quantity: str) -> tuple[Array, Integers]:
         """All sequences, with zeros after the end of each.
@@ -140,13 +142,16 @@ class SiteTrace(Quantities[LazyRows]):
         Raises:
             NotRecordedError: The quantity was not recorded.
         """
-        moment = self._look()
-        index, rows = moment.index(self._number), moment.rows(self._number, self.site, quantity)
+        snapshot = self._get_snapshot()
+        index, rows = (
+            snapshot.index(self._module_index),
+            snapshot.rows(self._module_index, self.site, quantity),
+        )
         lengths = index.lengths
         longest = int(lengths.max(initial=0))
         padded = np.zeros((len(index), longest, rows.shape[1]), rows.dtype)
         sequences = np.repeat(index.sequences, index.steps)
-        steps = spread(index.steps_before, index.steps)
+        steps = ranges(index.steps_before, index.steps)
         block = max(1, BLOCK // max(1, rows.shape[1] * rows.dtype.itemsize))
         for start in range(0, len(rows), block):
             part = slice(start, start + block)
@@ -160,7 +165,7 @@ class SiteTrace(Quantities[LazyRows]):
             NotRecordedError: The hidden states were not recorded.
         """
         rows = np.arange(*slice(start, stop).indices(self.extent.rows))
-        return self.ingredients.previous(rows)
+        return self.gate_inputs.previous(rows)
 
     def preactivation(self, gate: str) -> LazyRows:
         """What the sigmoid or tanh of a gate was applied to, (N, H), derived when it is indexed.
@@ -175,44 +180,48 @@ class SiteTrace(Quantities[LazyRows]):
             OptionError: There is no such gate.
             NotRecordedError: Something that it follows from was not recorded.
         """
-        return as_rows(self._look().preactivation(self._number, self.site, gate))
+        return as_rows(self._get_snapshot().preactivation(self._module_index, self.site, gate))
 
     @property
-    def ingredients(self) -> SiteIngredients:
+    def gate_inputs(self) -> SiteGateInputs:
         """What the gates follow from, as of now."""
-        return self._look().ingredients(self._number, self.site)
+        return self._get_snapshot().gate_inputs(self._module_index, self.site)
 
     def row_versions(self, rows: slice | Integers) -> Integers:
         """The version of the weights that made each of these rows."""
         if isinstance(rows, slice):
             rows = np.arange(*rows.indices(self.extent.rows))
-        moment = self._look()
+        snapshot = self._get_snapshot()
         calls = self._index.calls[self._index.pieces_of(rows)]
-        return moment.tables.calls["weights"][calls].astype(np.int64)
+        return snapshot.tables.calls["weights"][calls].astype(np.int64)
 
     def row_calls(self, start: int = 0, stop: int | None = None) -> Integers:
         """The calls, as rows of `Trace.calls`, that made rows ``start`` to ``stop``."""
-        rows = np.arange(*slice(start, stop).indices(self._look().extent(self._number).rows))
+        rows = np.arange(
+            *slice(start, stop).indices(self._get_snapshot().extent(self._module_index).rows)
+        )
         return self._index.calls[self._index.pieces_of(rows)]
 
     def row_checks(self, start: int = 0, stop: int | None = None) -> Array:
         """The `checks` of the calls that made rows ``start`` to ``stop``."""
-        places = np.searchsorted(self._index.call_numbers, self.row_calls(start, stop))
-        return np.asarray(self.checks[places])
+        positions = np.searchsorted(self._index.call_numbers, self.row_calls(start, stop))
+        return np.asarray(self.checks[positions])
 
     @property
     def label_names(self) -> tuple[str, ...]:
         """The names of the labels that some of its rows have; ``tokens`` among them."""
-        return names_of(self._look().tables, self._number)
+        return annotation_names(self._get_snapshot().tables, self._module_index)
 
-    def row_labels(self, name: str) -> RowLabels:
+    def row_labels(self, name: str) -> LabelColumn:
         """The label of every row, or its token, ``tokens``; rows as in `rows`.
 
         Raises:
             NotRecordedError: No row has one of this name; the message says which there are.
         """
-        moment = self._look()
-        return row_labels(moment.tables, self._number, moment.index(self._number), name)
+        snapshot = self._get_snapshot()
+        return row_labels(
+            snapshot.tables, self._module_index, snapshot.index(self._module_index), name
+        )
 
     def locate(self, row: int) -> tuple[int, int]:
         """The sequence that a row belongs to, and which of its steps it is."""
@@ -222,8 +231,8 @@ class SiteTrace(Quantities[LazyRows]):
         return int(index.sequences[piece]), int(step)
 
     @property
-    def _index(self) -> ModuleIndex:
-        return self._look().index(self._number)
+    def _index(self) -> SequenceIndex:
+        return self._get_snapshot().index(self._module_index)
 
     @property
     def lengths(self) -> Integers:
@@ -238,11 +247,11 @@ class SiteTrace(Quantities[LazyRows]):
     @property
     def initial(self) -> LazyRows:
         """(sequences, H) the state that each sequence began from. Read as the quantities are."""
-        return as_rows(self._look().initial(self._number, self.site))
+        return as_rows(self._get_snapshot().initial(self._module_index, self.site))
 
     def restarts(self, first: int, last: int) -> Restarts:
         """Where sequences `first` to `last` - 1 go on from another state than they ended with."""
-        return self._look().restarts(self._number, self.site, first, last)
+        return self._get_snapshot().restarts(self._module_index, self.site, first, last)
 
     @property
     def checks(self) -> Array:
@@ -251,9 +260,9 @@ class SiteTrace(Quantities[LazyRows]):
         Precision is the spacing at 1 of the coarsest type in which the kernel computed. Residual
         and tolerance are not a number where the gates are not stored: `grutrace verify` finds them.
         """
-        moment = self._look()
-        count = moment.extent(self._number).calls
-        return np.array(moment.source.checks(self._number, self.site.suffix, count))
+        snapshot = self._get_snapshot()
+        count = snapshot.extent(self._module_index).calls
+        return np.array(snapshot.source.checks(self._module_index, self.site.suffix, count))
 
     @property
     def residual(self) -> float:
@@ -269,14 +278,16 @@ class SiteTrace(Quantities[LazyRows]):
         Raises:
             NotRecordedError: There is no such version.
         """
-        count = self._look().extent(self._number).versions
+        count = self._get_snapshot().extent(self._module_index).versions
         if not -count <= version < count:
             raise NotRecordedError(
                 f"there is no version {version} of the weights of {self.name!r}, which has {count}"
             )
-        found = self._look().source.weights(self._number, self.site.suffix, version % count)
+        found = self._get_snapshot().source.weights(
+            self._module_index, self.site.suffix, version % count
+        )
         return {name: np.array(array) for name, array in found.items()}
 
 
-def _same(moment: Moment) -> Moment:
-    return moment
+def _same(snapshot: TraceSnapshot) -> TraceSnapshot:
+    return snapshot

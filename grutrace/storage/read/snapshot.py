@@ -27,9 +27,9 @@ from grutrace.storage.interfaces import Rows, Source
 from grutrace.storage.memory import MemoryCopy, MemoryStore
 from grutrace.storage.read.lazy_rows import SelectedRows
 from grutrace.storage.read.proofs import PROOFS, marks
-from grutrace.storage.read.recomputed import DerivedInput, DerivedRows, SiteIngredients
+from grutrace.storage.read.recomputed import LowerLayerInput, RecomputedRows, SiteGateInputs
 from grutrace.storage.read.segments import JoinedSegments, join_segments
-from grutrace.storage.read.sequence_index import AnnotationIndex, Integers, ModuleIndex
+from grutrace.storage.read.sequence_index import AnnotationIndex, Integers, SequenceIndex
 
 #: One row a call. Texts are Python strings: one object however many rows bear it.
 CALLS = np.dtype(
@@ -79,7 +79,7 @@ class Restarts(NamedTuple):
     states: Array
 
 
-class Moment:
+class TraceSnapshot:
     """What a source held when its tables were read. Nothing in it changes.
 
     Args:
@@ -96,16 +96,16 @@ class Moment:
         self.source = source.as_of(tables)
         self.header = source.header
         self.stored = tables
-        self._indices: dict[int, ModuleIndex] = {}
+        self._indices: dict[int, SequenceIndex] = {}
         self._annotations: dict[int, AnnotationIndex] = {}
-        self._ingredients: dict[tuple[int, str], SiteIngredients] = {}
+        self._gate_inputs: dict[tuple[int, str], SiteGateInputs] = {}
         self._calls: tuple[int, Array] | None = None
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         """Pickled, one of a trace in memory has its rows with it."""
         if isinstance(self.source, MemoryStore):
             source = MemoryCopy(self.header, self.source.all_items(self.stored))
-            return Moment, (source, self.stored)
+            return TraceSnapshot, (source, self.stored)
         return super().__reduce_ex__(protocol)
 
     @cached_property
@@ -121,13 +121,13 @@ class Moment:
         """How much of a module there is."""
         return self.tables.extents[module]
 
-    def index(self, module: int) -> ModuleIndex:
+    def index(self, module: int) -> SequenceIndex:
         """The pieces of a module, by sequence."""
         if module not in self._indices:
             stored = None
             if self._joined.segments[module] is not None:
                 stored = self.stored.pieces[module]["sequence"]
-            self._indices[module] = ModuleIndex(self.tables, module, stored)
+            self._indices[module] = SequenceIndex(self.tables, module, stored)
         return self._indices[module]
 
     def initial(self, module: int, site: Site) -> Rows:
@@ -186,7 +186,7 @@ class Moment:
             )
         if quantity == "input":
             dtype = np.dtype(self.header.modules[module].dtype)
-            return DerivedInput(self.ingredients(module, site), (count, site.input_size), dtype)
+            return LowerLayerInput(self.gate_inputs(module, site), (count, site.input_size), dtype)
         return self._derived(module, site, quantity)
 
     def preactivation(self, module: int, site: Site, gate: str) -> Rows:
@@ -198,15 +198,15 @@ class Moment:
         """
         if gate not in GATES:
             raise OptionError(f"gate: expected one of {', '.join(GATES)}; found {short_repr(gate)}")
-        if missing := self.ingredients(module, site).missing:
-            raise NotRecordedError(f"{site.name!r} has no pre-activations: {missing}")
+        if missing_reason := self.gate_inputs(module, site).missing_reason:
+            raise NotRecordedError(f"{site.name!r} has no pre-activations: {missing_reason}")
         return self._derived(module, site, gate, preactivation=True)
 
-    def ingredients(self, module: int, site: Site) -> SiteIngredients:
+    def gate_inputs(self, module: int, site: Site) -> SiteGateInputs:
         """What the gates of a site follow from."""
         key = module, site.suffix
-        if key not in self._ingredients:
-            self._ingredients[key] = SiteIngredients(
+        if key not in self._gate_inputs:
+            self._gate_inputs[key] = SiteGateInputs(
                 self.source,
                 self.index(module),
                 self.extent(module),
@@ -215,15 +215,15 @@ class Moment:
                 module,
                 site,
             )
-        return self._ingredients[key]
+        return self._gate_inputs[key]
 
     def _derived(
         self, module: int, site: Site, gate: str, *, preactivation: bool = False
-    ) -> DerivedRows:
+    ) -> RecomputedRows:
         kind = self.header.modules[module]
         shape, dtype = (self.extent(module).rows, kind.hidden_size), np.dtype(kind.dtype)
-        ingredients = self.ingredients(module, site)
-        return DerivedRows(ingredients, gate, shape, dtype, preactivation=preactivation)
+        gate_inputs = self.gate_inputs(module, site)
+        return RecomputedRows(gate_inputs, gate, shape, dtype, preactivation=preactivation)
 
     @cached_property
     def tags(self) -> Array:
@@ -243,9 +243,9 @@ class Moment:
     @property
     def calls(self) -> Array:
         """(calls,) of type `CALLS`."""
-        settled = sum(each.versions.settled for each in tuple(self._ingredients.values()))
-        if self._calls is None or self._calls[0] != settled:
-            self._calls = settled, self._call_rows()
+        resolved = sum(each.versions.resolved for each in tuple(self._gate_inputs.values()))
+        if self._calls is None or self._calls[0] != resolved:
+            self._calls = resolved, self._call_rows()
         return self._calls[1]
 
     def _call_rows(self) -> Array:
@@ -270,12 +270,12 @@ class Moment:
         """(calls of the module,) the worst mark of its sites; see `proofs`."""
         found = []
         for site in self.header.modules[module].sites:
-            ingredients = self._ingredients.get((module, site.suffix))
-            if ingredients is None:
+            gate_inputs = self._gate_inputs.get((module, site.suffix))
+            if gate_inputs is None:
                 checks = self.source.checks(module, site.suffix, self.extent(module).calls)
                 found.append(marks(checks))
             else:
-                found.append(ingredients.versions.marks)
+                found.append(gate_inputs.versions.marks)
         return np.asarray(np.max(found, axis=0))
 
     def _residuals(self, module: int) -> Array:
@@ -300,7 +300,7 @@ class Moment:
         sequences["module"] = self.header.modules[module].path
         sequences["sequence"] = np.arange(len(index))
         sequences["call"] = index.calls[first]
-        sequences["place"] = index.places[first]
+        sequences["place"] = index.batch_indices[first]
         sequences["steps"] = index.lengths
         sequences["pieces"] = np.diff(index.bounds)
         sequences["parent"], sequences["parent_steps"] = index.parents
@@ -313,7 +313,9 @@ class Moment:
         return sequences
 
 
-def chosen_sites(moment: Moment, globs: str | Sequence[str] | None) -> dict[str, tuple[int, Site]]:
+def select_sites(
+    snapshot: TraceSnapshot, globs: str | Sequence[str] | None
+) -> dict[str, tuple[int, Site]]:
     """By name, in the model's order: the place of the module in the header, and the site.
 
     Args:
@@ -326,13 +328,13 @@ def chosen_sites(moment: Moment, globs: str | Sequence[str] | None) -> dict[str,
     asked = None if globs is None else string_list("sites", globs, GLOBS)
     return {
         site.name: (number, site)
-        for number, module in enumerate(moment.header.modules)
+        for number, module in enumerate(snapshot.header.modules)
         for site in module.sites
         if asked is None or any(fnmatchcase(site.name, glob) for glob in asked)
     }
 
 
-def chosen_quantities(record: str | Sequence[str] | None) -> tuple[str, ...]:
+def select_quantities(record: str | Sequence[str] | None) -> tuple[str, ...]:
     """The quantities asked for, in the order of `QUANTITIES`; None for all.
 
     Raises:

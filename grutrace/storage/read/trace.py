@@ -13,10 +13,10 @@ from grutrace.errors import NotRecordedError, StateError, join_names, short_repr
 from grutrace.records import Array, ModuleInfo, Site, TraceHeader
 from grutrace.reprs import wrapped
 from grutrace.storage.format.tables import Tables
-from grutrace.storage.interfaces import InMemory, Source
+from grutrace.storage.interfaces import InMemorySource, Source
 from grutrace.storage.memory import MemoryCopy
 from grutrace.storage.read.site import SiteTrace
-from grutrace.storage.read.snapshot import Moment
+from grutrace.storage.read.snapshot import TraceSnapshot
 from grutrace.storage.save import save_trace
 
 if TYPE_CHECKING:
@@ -36,13 +36,13 @@ class Trace:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._memory = source if isinstance(source, InMemory) else None
-        self._take(source.refresh())
+        self._memory = source if isinstance(source, InMemorySource) else None
+        self._load(source.refresh())
 
     @property
     def sites(self) -> tuple[str, ...]:
         """Names of the recorded sites, in the model's order."""
-        return tuple(self._places)
+        return tuple(self._sites_by_name)
 
     def __getitem__(self, name: str) -> SiteTrace:
         """The site of this name.
@@ -50,28 +50,28 @@ class Trace:
         Raises:
             NotRecordedError: It was not recorded; the message says which were.
         """
-        return SiteTrace(self._look, *self._place(name))
+        return SiteTrace(self._refresh_snapshot, *self._find_site(name))
 
-    def _place(self, name: str) -> tuple[int, Site]:
-        if name not in self._places:
-            near = suggest_name(name, self.sites) if isinstance(name, str) else ""
+    def _find_site(self, name: str) -> tuple[int, Site]:
+        if name not in self._sites_by_name:
+            suggestion = suggest_name(name, self.sites) if isinstance(name, str) else ""
             found = join_names(repr(site) for site in self.sites)
             raise NotRecordedError(
-                f"site {short_repr(name)} was not recorded{near}; recorded sites: {found}"
+                f"site {short_repr(name)} was not recorded{suggestion}; recorded sites: {found}"
             )
-        return self._places[name]
+        return self._sites_by_name[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.sites)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places
+        return name in self._sites_by_name
 
     def __repr__(self) -> str:
         counts = f"{len(self.sites)} sites"
         # A sink that keeps no calls says so.
         with contextlib.suppress(NotRecordedError):
-            tables = self._look().tables
+            tables = self._refresh_snapshot().tables
             sequences = sum(extent.sequences for extent in tables.extents)
             counts += f", {len(tables.calls)} calls, {sequences} sequences"
         return wrapped(f"<trace of {self.header.model} in {self._source.name}: {counts}>")
@@ -89,7 +89,7 @@ class Trace:
         ranks.
         """
         # A copy: the trace keeps its own.
-        return self._look().calls.copy()
+        return self._refresh_snapshot().calls.copy()
 
     @property
     def sequences(self) -> Array:
@@ -100,12 +100,12 @@ class Trace:
         parent_steps (-1 where it did not begin inside another), tag (of its first call, or None),
         rank (of the process that recorded it; 0 where there was but one).
         """
-        return self._look().sequences.copy()
+        return self._refresh_snapshot().sequences.copy()
 
     @property
     def header(self) -> TraceHeader:
         """What was known when the trace began."""
-        return self._moment.header
+        return self._snapshot.header
 
     @property
     def modules(self) -> tuple[ModuleInfo, ...]:
@@ -123,14 +123,14 @@ class Trace:
         return self._source.files
 
     @property
-    def moment(self) -> Moment:
+    def snapshot(self) -> TraceSnapshot:
         """What there is now, which does not change: for code that goes through a whole trace."""
-        return self._look()
+        return self._refresh_snapshot()
 
     @property
     def closed(self) -> bool:
         """Whether its writer closed the file in order; if not, it is at work or has died."""
-        return self._look().stored.closed
+        return self._refresh_snapshot().stored.closed
 
     @property
     def nbytes(self) -> int:
@@ -153,8 +153,8 @@ class Trace:
             StateError: The trace is in a file already, or has no rows.
             TraceFileError: The file exists, or cannot be written. Nothing is left behind.
         """
-        moment, memory = self._look(), self._require_memory("saved")
-        items = memory.as_of(moment.tables).all_items(moment.tables)
+        snapshot, memory = self._refresh_snapshot(), self._require_memory("saved")
+        items = memory.as_of(snapshot.tables).all_items(snapshot.tables)
         save_trace(path, self.header, items, mode)
 
     def clear(self) -> None:
@@ -169,7 +169,7 @@ class Trace:
         self._require_memory("cleared").clear()
         self.refresh()
 
-    def _require_memory(self, done: str) -> InMemory:
+    def _require_memory(self, done: str) -> InMemorySource:
         if self._memory is None:
             where = ", ".join(map(str, self.files[:1])) or self._source.name
             raise StateError(
@@ -183,10 +183,10 @@ class Trace:
 
         What is unpickled only reads: it records nothing, and does not go along with this one.
         """
-        moment = self._look()
+        snapshot = self._refresh_snapshot()
         if self._memory is None:
             return Trace, (self._source,)
-        items = self._memory.as_of(moment.tables).all_items(moment.tables)
+        items = self._memory.as_of(snapshot.tables).all_items(snapshot.tables)
         return Trace, (MemoryCopy(self.header, items),)
 
     def to_dask(self, site: str, quantity: str) -> dask.array.Array:
@@ -208,7 +208,7 @@ class Trace:
         """
         from grutrace.arrays.dask_arrays import to_dask
 
-        return to_dask(self._look(), *self._place(site), quantity)
+        return to_dask(self._refresh_snapshot(), *self._find_site(site), quantity)
 
     def to_xarray(self, site: str, *, padded: bool = False) -> xarray.Dataset:
         """A site as an xarray Dataset, which reads values only when they are needed.
@@ -238,7 +238,7 @@ class Trace:
         """
         from grutrace.arrays.xarray_dataset import to_xarray
 
-        return to_xarray(self._look(), *self._place(site), padded=padded)
+        return to_xarray(self._refresh_snapshot(), *self._find_site(site), padded=padded)
 
     def refresh(self) -> None:
         """Take in what was recorded since. Sites that were asked for before go along.
@@ -247,13 +247,13 @@ class Trace:
             TraceFileError: The file is damaged.
         """
         tables = self._source.refresh()
-        if tables is not self._moment.stored:
-            self._take(tables)
+        if tables is not self._snapshot.stored:
+            self._load(tables)
 
-    def _take(self, tables: Tables) -> None:
+    def _load(self, tables: Tables) -> None:
         # The sites too: a run may have come upon more modules since.
-        self._moment = Moment(self._source, tables)
-        self._places = {
+        self._snapshot = TraceSnapshot(self._source, tables)
+        self._sites_by_name = {
             site.name: (number, site)
             for number, module in enumerate(self._source.header.modules)
             for site in module.sites
@@ -274,7 +274,7 @@ class Trace:
     ) -> None:
         self.close()
 
-    def _look(self) -> Moment:
+    def _refresh_snapshot(self) -> TraceSnapshot:
         if self._source.live:
             self.refresh()
-        return self._moment
+        return self._snapshot

@@ -31,17 +31,17 @@ from grutrace.storage.format.tables import ShardCalls, Tables
 from grutrace.storage.hdf5.errors import require, translate_read_errors
 from grutrace.storage.hdf5.handle import SharedReadHandle
 from grutrace.storage.interfaces import Rows
-from grutrace.storage.read.lazy_rows import FileRows, StackedRows
+from grutrace.storage.read.lazy_rows import ConcatenatedRows, FileRows
 
 #: The name by which HDF5 means the file itself.
-ITSELF = "."
+SELF = "."
 
 #: Where a merged file keeps what it had to copy.
 COPIED = "copied"
 
 
 @dataclass(frozen=True)
-class Span:
+class SourceSpan:
     """Some items of a virtual dataset, which are the first ones of another dataset.
 
     Attributes:
@@ -51,11 +51,13 @@ class Span:
     """
 
     file: str
-    place: str
+    dataset_path: str
     count: int
 
 
-def read_spans(dataset: h5d.DatasetID, place: str, column: DatasetSpec) -> tuple[Span, ...] | None:
+def read_spans(
+    dataset: h5d.DatasetID, dataset_path: str, column: DatasetSpec
+) -> tuple[SourceSpan, ...] | None:
     """The items of a virtual dataset, from first to last; None of one that is not virtual.
 
     Args:
@@ -64,22 +66,22 @@ def read_spans(dataset: h5d.DatasetID, place: str, column: DatasetSpec) -> tuple
         column: What it should hold.
 
     Raises:
-        FormatError: It maps anything but whole items, end to end, from the beginnings of other datasets.
+        FormatError: A mapping is not of whole items, end to end, from the start of their source.
     """
     properties = dataset.get_create_plist()
     if properties.get_layout() != h5d.VIRTUAL:
         return None
-    found: list[Span] = []
+    found: list[SourceSpan] = []
     total = None
     for number in range(properties.get_virtual_count()):
         target, source = (
             properties.get_virtual_vspace(number),
             properties.get_virtual_srcspace(number),
         )
-        require(len(target.shape) == 1 + len(column.item), place, column.item, target.shape)
+        require(len(target.shape) == 1 + len(column.item), dataset_path, column.item, target.shape)
         total = target.shape[0] if total is None else total
-        first, count = _block(target, place)
-        start, taken = _block(source, place)
+        first, count = _block(target, dataset_path)
+        start, taken = _block(source, dataset_path)
         at = sum(span.count for span in found)
         expected = f"{taken} whole items of {column.item} from {at} on, the first of their source"
         facts = (target.shape, first, count, start) == (
@@ -88,67 +90,80 @@ def read_spans(dataset: h5d.DatasetID, place: str, column: DatasetSpec) -> tuple
             (taken[0], *column.item),
             (0, *(0 for _ in column.item)),
         )
-        require(facts and count == taken, place, expected, f"{count} at {first} of {target.shape}")
-        span = Span(
-            _unescaped(properties.get_virtual_filename(number), place),
-            _unescaped(properties.get_virtual_dsetname(number), place),
+        require(
+            facts and count == taken,
+            dataset_path,
+            expected,
+            f"{count} at {first} of {target.shape}",
+        )
+        span = SourceSpan(
+            _unescaped(properties.get_virtual_filename(number), dataset_path),
+            _unescaped(properties.get_virtual_dsetname(number), dataset_path),
             count[0],
         )
-        require(_is_like(span, place), place, "a mapping to the same column", span)
+        require(_is_like(span, dataset_path), dataset_path, "a mapping to the same column", span)
         found.append(span)
     covered = sum(span.count for span in found)
-    require(found and covered == total, place, f"{total} items in its sources", covered)
+    require(found and covered == total, dataset_path, f"{total} items in its sources", covered)
     # Of a mapping of fixed size alone, this opens no other file.
     kind, shape = dataset.dtype, dataset.shape
     expected = f"{column.dtype} of shape {(total, *column.item)}"
     fits = (kind, shape) == (column.dtype, (total, *column.item))
-    require(fits, place, expected, f"{kind} of shape {shape}")
+    require(fits, dataset_path, expected, f"{kind} of shape {shape}")
     return tuple(found)
 
 
-def _block(space: h5s.SpaceID, place: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _block(space: h5s.SpaceID, dataset_path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The first corner and the size of a selection that is one block of fixed size."""
     is_block = space.get_select_type() == h5s.SEL_HYPERSLABS and space.is_regular_hyperslab()
-    require(is_block, place, "a mapping of blocks", "another")
+    require(is_block, dataset_path, "a mapping of blocks", "another")
     start, stride, count, block = space.get_regular_hyperslab()
     numbers = zip(stride, count, block, strict=True)
-    require(all(c == 1 or s == b == 1 for s, c, b in numbers), place, "one block", "several")
+    require(all(c == 1 or s == b == 1 for s, c, b in numbers), dataset_path, "one block", "several")
     size = tuple(c * b for c, b in zip(count, block, strict=True))
-    require(max(size, default=1) < 2**63, place, "a mapping of fixed size", "one without end")
+    require(
+        max(size, default=1) < 2**63, dataset_path, "a mapping of fixed size", "one without end"
+    )
     return tuple(start), size
 
 
-def _is_like(span: Span, place: str) -> bool:
+def _is_like(span: SourceSpan, dataset_path: str) -> bool:
     """Whether a span is of the same column: the module of a run's part may be called otherwise."""
-    if span.file == ITSELF:
-        return re.fullmatch(rf"{COPIED}/rank[0-9]{{4,}}/{re.escape(place)}", span.place) is not None
-    return span.place.split("/")[2:] == place.split("/")[2:]
+    if span.file == SELF:
+        return (
+            re.fullmatch(rf"{COPIED}/rank[0-9]{{4,}}/{re.escape(dataset_path)}", span.dataset_path)
+            is not None
+        )
+    return span.dataset_path.split("/")[2:] == dataset_path.split("/")[2:]
 
 
 def create_virtual(
-    spans: Mapping[str, Sequence[Span]], file: h5py.File, place: str, column: DatasetSpec
+    spans: Mapping[str, Sequence[SourceSpan]],
+    file: h5py.File,
+    dataset_path: str,
+    column: DatasetSpec,
 ) -> h5py.Dataset:
     """Create a column whose items are elsewhere; or, where there are none, one without."""
-    if place not in spans:
-        return create_growing_dataset(file, place, column)
-    total = sum(span.count for span in spans[place])
+    if dataset_path not in spans:
+        return create_growing_dataset(file, dataset_path, column)
+    total = sum(span.count for span in spans[dataset_path])
     properties, start = h5p.create(h5p.DATASET_CREATE), 0
     # What HDF5 gives, without a word, where a shard is gone: zeros would pass for values.
     properties.set_fill_value(np.full((), np.nan, column.dtype))
     corner = (0,) * len(column.item)
-    for span in spans[place]:
+    for span in spans[dataset_path]:
         # The first items, and not "all", which would grow with the shard.
         block = (span.count, *column.item)
         target, source = h5s.create_simple((total, *column.item)), h5s.create_simple(block)
         target.select_hyperslab((start, *corner), block)
         source.select_hyperslab((0, *corner), block)
-        names = os.fsencode(_escaped(span.file)), _escaped(span.place).encode()
+        names = os.fsencode(_escaped(span.file)), _escaped(span.dataset_path).encode()
         properties.set_virtual(target, *names, source)
         start += span.count
     space = h5s.create_simple((total, *column.item))
     kind = h5t.py_create(column.dtype, logical=True)
-    h5d.create(file.id, place.encode(), kind, space, properties).close()
-    return file[place]
+    h5d.create(file.id, dataset_path.encode(), kind, space, properties).close()
+    return file[dataset_path]
 
 
 def _escaped(name: str) -> str:
@@ -156,12 +171,17 @@ def _escaped(name: str) -> str:
     return name.replace("%", "%%")
 
 
-def _unescaped(name: str, place: str) -> str:
-    require(not re.search("%(?!%)", name.replace("%%", "")), place, "names without %b", repr(name))
+def _unescaped(name: str, dataset_path: str) -> str:
+    require(
+        not re.search("%(?!%)", name.replace("%%", "")),
+        dataset_path,
+        "names without %b",
+        repr(name),
+    )
     return name.replace("%%", "%")
 
 
-class Neighbours:
+class ShardFiles:
     """The shards beside a merged file, each opened when something is first read from it.
 
     Args:
@@ -186,14 +206,14 @@ class Neighbours:
         return tuple(self._folder / name for name in self._created)
 
     @contextmanager
-    def acquire(self, span: Span, column: DatasetSpec) -> Iterator[h5py.Dataset]:
+    def acquire(self, span: SourceSpan, column: DatasetSpec) -> Iterator[h5py.Dataset]:
         """The dataset that a span is the beginning of, for one read.
 
         Raises:
             TraceFileError: It is not there, or is not what it should be.
         """
         with translate_read_errors(self._merged), self._own.acquire():
-            handle = self._own if span.file == ITSELF else self._handle(self._path(span.file))
+            handle = self._own if span.file == SELF else self._handle(self._path(span.file))
             if handle is self._own:
                 yield _checked(handle, span, column)
                 return
@@ -236,13 +256,13 @@ class Neighbours:
         return path
 
 
-def _checked(handle: SharedReadHandle, span: Span, column: DatasetSpec) -> h5py.Dataset:
-    dataset = handle.dataset(span.place, span.count)
-    check_dataset(dataset, span.place, column)
+def _checked(handle: SharedReadHandle, span: SourceSpan, column: DatasetSpec) -> h5py.Dataset:
+    dataset = handle.dataset(span.dataset_path, span.count)
+    check_dataset(dataset, span.dataset_path, column)
     return dataset
 
 
-class MergedColumns:
+class VirtualColumns:
     """The columns of a file that lie in the shards that it was merged of; none of any other file.
 
     Args:
@@ -264,22 +284,22 @@ class MergedColumns:
         columns: Mapping[str, DatasetSpec],
     ) -> None:
         self._shards, self._columns = read_merged_shards(header), columns
-        self._spans: dict[str, tuple[Span, ...]] = {}
+        self._spans: dict[str, tuple[SourceSpan, ...]] = {}
         self._latest: tuple[Tables, Tables] | None = None
         files = {name: created for each in self._shards for name, created in each.files.items()}
-        self._neighbours = Neighbours(path, handle, files)
-        for place, column in columns.items() if self._shards else ():
-            spans = read_spans(handle.dataset_id(place), place, column)
+        self._shard_files = ShardFiles(path, handle, files)
+        for dataset_path, column in columns.items() if self._shards else ():
+            spans = read_spans(handle.dataset_id(dataset_path), dataset_path, column)
             if spans is not None:
-                self._spans[place] = spans
+                self._spans[dataset_path] = spans
 
-    def __contains__(self, place: str) -> bool:
-        return place in self._spans
+    def __contains__(self, dataset_path: str) -> bool:
+        return dataset_path in self._spans
 
     @property
     def files(self) -> tuple[Path, ...]:
         """The shards that rows are read from."""
-        return self._neighbours.files
+        return self._shard_files.files
 
     def require_lengths(self, counts: Mapping[str, int]) -> None:
         """Require the columns to have just as many items as the tables count.
@@ -287,9 +307,11 @@ class MergedColumns:
         Raises:
             FormatError: One has not.
         """
-        for place, spans in self._spans.items():
+        for dataset_path, spans in self._spans.items():
             found = sum(span.count for span in spans)
-            require(found == counts[place], place, f"{counts[place]} items", found)
+            require(
+                found == counts[dataset_path], dataset_path, f"{counts[dataset_path]} items", found
+            )
 
     def ranked(self, tables: Tables) -> Tables:
         """The tables of the file, with whose calls are whose.
@@ -301,36 +323,36 @@ class MergedColumns:
             return tables
         if self._latest is None or self._latest[0] is not tables:
             found = sum(shard.calls for shard in self._shards)
-            place = "attribute 'options', shards"
-            require(found == len(tables.calls), place, f"{len(tables.calls)} calls", found)
+            dataset_path = "attribute 'options', shards"
+            require(found == len(tables.calls), dataset_path, f"{len(tables.calls)} calls", found)
             shards = (ShardCalls(each.rank, each.calls, each.closed) for each in self._shards)
             self._latest = tables, replace(tables, shards=tuple(shards))
         return self._latest[1]
 
-    def rows(self, place: str) -> Rows:
+    def rows(self, dataset_path: str) -> Rows:
         """All rows of one of these columns, (rows, width), read when they are indexed."""
-        column, spans = self._columns[place], self._spans[place]
+        column, spans = self._columns[dataset_path], self._spans[dataset_path]
         (width,) = column.item
         parts = [
             FileRows(
-                partial(self._neighbours.acquire, span, column), (span.count, width), column.dtype
+                partial(self._shard_files.acquire, span, column), (span.count, width), column.dtype
             )
             for span in spans
         ]
-        return StackedRows(parts, (sum(map(len, parts)), width), column.dtype)
+        return ConcatenatedRows(parts, (sum(map(len, parts)), width), column.dtype)
 
-    def items(self, place: str, start: int, stop: int) -> Array:
+    def items(self, dataset_path: str, start: int, stop: int) -> Array:
         """Some items of one of these columns."""
-        column = self._columns[place]
+        column = self._columns[dataset_path]
         found = [np.empty((0, *column.item), column.dtype)]
-        for span in self._spans[place]:
+        for span in self._spans[dataset_path]:
             first, last = max(0, start), min(span.count, stop)
             if first < last:
-                with self._neighbours.acquire(span, column) as dataset:
+                with self._shard_files.acquire(span, column) as dataset:
                     found.append(np.asarray(dataset[first:last]))
             start, stop = start - span.count, stop - span.count
         return np.concatenate(found)
 
     def close(self) -> None:
         """Close the shards. Closing twice does nothing."""
-        self._neighbours.close()
+        self._shard_files.close()

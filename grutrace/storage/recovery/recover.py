@@ -26,7 +26,7 @@ from grutrace.storage.hdf5.safe_access import get_dataset
 from grutrace.storage.recovery.plan import RecoveryPlan, best_plan, make_plan, open_damaged
 from grutrace.storage.recovery.preflight import TIMEOUT, check_in_subprocess
 from grutrace.storage.save import write_datasets
-from grutrace.storage.shards.run_parts import Stamp, part_files, part_path, stamp_of
+from grutrace.storage.shards.run_parts import RunPart, part_files, part_path, run_part_of
 
 #: What is read and written at a time. Bytes.
 BLOCK = 8 * 1024 * 1024
@@ -142,7 +142,7 @@ def _source_files(path: Path) -> dict[int, Path]:
     found = {1: path}
     for number, file in part_files(path).items():
         # Of a file whose header is damaged, nobody can say whether it is of this run.
-        if _read_stamp(file) == Stamp(own.run, number):
+        if _read_stamp(file) == RunPart(own.run, number):
             found[number] = file
     missing = [number for number in range(1, max(found)) if number not in found]
     if missing:
@@ -153,13 +153,13 @@ def _source_files(path: Path) -> dict[int, Path]:
     return found
 
 
-def _read_stamp(path: Path) -> Stamp | None:
+def _read_stamp(path: Path) -> RunPart | None:
     try:
         with open_damaged(path, repair=False) as (_, file):
-            return stamp_of(read_header(file).options)
+            return run_part_of(read_header(file).options)
     except TraceFileError:
         with open_damaged(path, repair=True) as (_, file):
-            return stamp_of(read_header(file).options)
+            return run_part_of(read_header(file).options)
 
 
 def _recover_one(

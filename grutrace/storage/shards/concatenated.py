@@ -18,22 +18,22 @@ from grutrace.records import Array, ModuleInfo, TraceHeader
 from grutrace.storage.format.header import module_differences
 from grutrace.storage.format.schema import CHECK, PIECE, width
 from grutrace.storage.format.tables import ModuleCounts, ShardCalls, Tables
-from grutrace.storage.interfaces import Readable, Rows, SteadySource
-from grutrace.storage.read.lazy_rows import StackedRows
+from grutrace.storage.interfaces import AppendOnlySource, Rows, SnapshotReader
+from grutrace.storage.read.lazy_rows import ConcatenatedRows
 from grutrace.storage.shards.union import annotation_values
 
 #: For each module of a shard, by its place there, its place among those of all shards.
-Numbers = tuple[int, ...]
+ModuleIndices = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
-class JoinedTables(Tables):
+class ConcatenatedTables(Tables):
     """The tables of several shards together, and what reads the rows that they count."""
 
-    reads: Readable | None = None
+    reader: SnapshotReader | None = None
 
 
-class JoinedSource:
+class ConcatenatedSource:
     """Shards as one `Source`, which closes them.
 
     Calls, rows, sequences and versions of the weights are those of the lowest rank first. So while
@@ -50,14 +50,16 @@ class JoinedSource:
 
     live = False
 
-    def __init__(self, name: str, shards: Sequence[Shard], sources: Sequence[SteadySource]) -> None:
+    def __init__(
+        self, name: str, shards: Sequence[Shard], sources: Sequence[AppendOnlySource]
+    ) -> None:
         self.name = name
         self._shards, self._sources = list(shards), list(sources)
         self._modules: list[ModuleInfo] = []
-        self._first_of: list[SteadySource] = []
+        self._first_of: list[AppendOnlySource] = []
         self._latest: tuple[Tables, ...] = ()
-        self._tables: JoinedTables | None = None
-        self._take_in_headers()
+        self._tables: ConcatenatedTables | None = None
+        self._merge_headers()
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -65,14 +67,14 @@ class JoinedSource:
         return tuple(self._shards)
 
     @property
-    def sources(self) -> tuple[SteadySource, ...]:
+    def sources(self) -> tuple[AppendOnlySource, ...]:
         """What each of them is read from."""
         return tuple(self._sources)
 
     @property
-    def numbers(self) -> tuple[Numbers, ...]:
+    def module_indices(self) -> tuple[ModuleIndices, ...]:
         """Where the modules of each of them are among all."""
-        return tuple(self._numbers)
+        return tuple(self._module_indices)
 
     @property
     def parts(self) -> tuple[Tables, ...]:
@@ -84,21 +86,21 @@ class JoinedSource:
         """The files of all shards."""
         return tuple(file for source in self._sources for file in source.files)
 
-    def add(self, shard: Shard, source: SteadySource) -> None:
+    def add(self, shard: Shard, source: AppendOnlySource) -> None:
         """Have one more shard, which takes its place among the ranks.
 
         Raises:
             TraceFileError: A module is not the same there.
         """
-        place = sum(each.rank < shard.rank for each in self._shards)
-        self._shards.insert(place, shard)
-        self._sources.insert(place, source)
-        self._take_in_headers()
+        position = sum(each.rank < shard.rank for each in self._shards)
+        self._shards.insert(position, shard)
+        self._sources.insert(position, source)
+        self._merge_headers()
 
-    def _take_in_headers(self) -> None:
+    def _merge_headers(self) -> None:
         """Find the modules of all shards. One that is known keeps its number."""
         known = {module.path: number for number, module in enumerate(self._modules)}
-        self._numbers: list[Numbers] = []
+        self._module_indices: list[ModuleIndices] = []
         for source in self._sources:
             for module in source.header.modules:
                 number = known.setdefault(module.path, len(self._modules))
@@ -110,10 +112,12 @@ class JoinedSource:
                     raise TraceFileError(
                         f"{source.name} does not go together with {first}: {found}"
                     )
-            self._numbers.append(tuple(known[module.path] for module in source.header.modules))
-        self.header = self._joined_header()
+            self._module_indices.append(
+                tuple(known[module.path] for module in source.header.modules)
+            )
+        self.header = self._concatenated_header()
 
-    def _joined_header(self) -> TraceHeader:
+    def _concatenated_header(self) -> TraceHeader:
         headers, first = [source.header for source in self._sources], self._shards[0]
         own = {name: value for name, value in headers[0].options.items() if name != "shard"}
         ranks = [{"rank": shard.rank} for shard in self._shards]
@@ -130,32 +134,32 @@ class JoinedSource:
         """The tables of everything there is by now."""
         latest = tuple(source.refresh() for source in self._sources)
         if any(
-            len(numbers) < len(source.header.modules)
-            for numbers, source in zip(self._numbers, self._sources, strict=True)
+            len(module_indices) < len(source.header.modules)
+            for module_indices, source in zip(self._module_indices, self._sources, strict=True)
         ):
             # The run of a shard has come upon more modules.
-            self._take_in_headers()
+            self._merge_headers()
         known = len(latest) == len(self._latest) and all(map(_is, latest, self._latest))
         if self._tables is None or not known:
-            self._tables = self._joined(latest)
+            self._tables = self._concatenate(latest)
             self._latest = latest
         return self._tables
 
-    def _joined(self, parts: tuple[Tables, ...]) -> JoinedTables:
-        tables = joined_tables(parts, self._numbers, len(self._modules))
+    def _concatenate(self, parts: tuple[Tables, ...]) -> ConcatenatedTables:
+        tables = concatenated_tables(parts, self._module_indices, len(self._modules))
         shards = tuple(
             ShardCalls(shard.rank, len(part.calls), part.closed)
             for shard, part in zip(self._shards, parts, strict=True)
         )
-        reads = _JoinedRows(self, parts)
-        return JoinedTables(**vars(tables) | {"shards": shards, "reads": reads})
+        reader = _ConcatenatedReader(self, parts)
+        return ConcatenatedTables(**vars(tables) | {"shards": shards, "reader": reader})
 
-    def as_of(self, tables: Tables) -> Readable:
+    def as_of(self, tables: Tables) -> SnapshotReader:
         """What reads the rows that these tables count, wherever they have moved to since."""
-        reads = tables.reads if isinstance(tables, JoinedTables) else None
-        if reads is None:
+        reader = tables.reader if isinstance(tables, ConcatenatedTables) else None
+        if reader is None:
             raise TypeError("expected tables that this source gave")
-        return reads
+        return reader
 
     def close(self) -> None:
         """Close all sources. Closing twice does nothing."""
@@ -163,7 +167,7 @@ class JoinedSource:
             source.close()
 
 
-class _JoinedRows:
+class _ConcatenatedReader:
     """Reads the rows of several shards that were there at one moment.
 
     Args:
@@ -171,14 +175,16 @@ class _JoinedRows:
         parts: The tables of each at that moment.
     """
 
-    def __init__(self, joined: JoinedSource, parts: Sequence[Tables]) -> None:
+    def __init__(self, joined: ConcatenatedSource, parts: Sequence[Tables]) -> None:
         self._name, self._shards, self._sources = joined.name, joined.shards, joined.sources
         self._modules, self._tables = joined.header.modules, tuple(parts)
         #: By module, where there is something of it: the source, its place there, how much.
-        self._parts: list[list[tuple[SteadySource, int, ModuleCounts]]] = [
+        self._parts: list[list[tuple[AppendOnlySource, int, ModuleCounts]]] = [
             [] for _ in self._modules
         ]
-        for source, of_source, tables in zip(self._sources, joined.numbers, parts, strict=True):
+        for source, of_source, tables in zip(
+            self._sources, joined.module_indices, parts, strict=True
+        ):
             for local, number in enumerate(of_source):
                 self._parts[number].append((source, local, tables.extents[local]))
 
@@ -187,7 +193,7 @@ class _JoinedRows:
         if not all(tables.closed for tables in self._tables):
             raise TypeError("shards that may still grow cannot be opened by another process")
         calls = [len(tables.calls) for tables in self._tables]
-        return _opened_anew, (self._name, self._shards, self._sources, calls)
+        return _reopen, (self._name, self._shards, self._sources, calls)
 
     def rows(self, module: int, suffix: str, quantity: str, count: int) -> Rows:
         """The first `count` rows, (count, H or I)."""
@@ -195,7 +201,7 @@ class _JoinedRows:
             source.rows(local, suffix, quantity, extent.rows)
             for source, local, extent in self._parts[module]
         ]
-        return self._stacked(parts, module, suffix, quantity, count)
+        return self._concatenated_rows(parts, module, suffix, quantity, count)
 
     def initial(self, module: int, suffix: str, count: int) -> Rows:
         """The states that the first `count` sequences began from, (count, H)."""
@@ -203,7 +209,7 @@ class _JoinedRows:
             source.initial(local, suffix, extent.sequences)
             for source, local, extent in self._parts[module]
         ]
-        return self._stacked(parts, module, suffix, "initial", count)
+        return self._concatenated_rows(parts, module, suffix, "initial", count)
 
     def checks(self, module: int, suffix: str, count: int) -> Array:
         """Of the module's first `count` calls, (count,) of type `schema.CHECK`."""
@@ -221,21 +227,21 @@ class _JoinedRows:
             version -= extent.versions
         raise IndexError(f"there are {version} versions less of the weights")
 
-    def _stacked(
+    def _concatenated_rows(
         self, parts: Sequence[Rows], module: int, suffix: str, quantity: str, count: int
     ) -> Rows:
         if len(parts) == 1:
             return parts[0]
         kind = self._modules[module]
         site = next(site for site in kind.sites if site.suffix == suffix)
-        return StackedRows(parts, (count, width(kind, site, quantity)), np.dtype(kind.dtype))
+        return ConcatenatedRows(parts, (count, width(kind, site, quantity)), np.dtype(kind.dtype))
 
 
-def _opened_anew(
-    name: str, shards: Sequence[Shard], sources: Sequence[SteadySource], calls: Sequence[int]
-) -> JoinedSource:
+def _reopen(
+    name: str, shards: Sequence[Shard], sources: Sequence[AppendOnlySource], calls: Sequence[int]
+) -> ConcatenatedSource:
     """The same shards in another process, which must not have grown: that would move rows."""
-    joined = JoinedSource(name, shards, sources)
+    joined = ConcatenatedSource(name, shards, sources)
     joined.refresh()
     if [len(part.calls) for part in joined.parts] != list(calls):
         joined.close()
@@ -243,7 +249,9 @@ def _opened_anew(
     return joined
 
 
-def joined_tables(parts: Sequence[Tables], numbers: Sequence[Numbers], modules: int) -> Tables:
+def concatenated_tables(
+    parts: Sequence[Tables], module_indices: Sequence[ModuleIndices], modules: int
+) -> Tables:
     """The tables of all shards as if one process had recorded everything, one shard after another.
 
     Args:
@@ -254,23 +262,23 @@ def joined_tables(parts: Sequence[Tables], numbers: Sequence[Numbers], modules: 
     before = [ModuleCounts(0, 0, 0, 0)] * modules
     pieces: list[list[Array]] = [[np.empty(0, PIECE)] for _ in range(modules)]
     calls, forks, annotations, values, strings, characters = ([] for _ in range(6))
-    texts = letters = 0
-    for part, of_part in zip(parts, numbers, strict=True):
-        moves = _Moves(of_part, before, texts)
-        calls.append(moves.moved(part.calls))
-        forks.append(moves.moved(part.forks))
-        annotations.append(moves.moved(part.annotations))
-        values.append(annotation_values(part, texts))
-        strings.append(part.strings + np.uint64(letters))
+    string_count = character_count = 0
+    for part, indices in zip(parts, module_indices, strict=True):
+        offsets = _Offsets(indices, before, string_count)
+        calls.append(offsets.apply(part.calls))
+        forks.append(offsets.apply(part.forks))
+        annotations.append(offsets.apply(part.annotations))
+        values.append(annotation_values(part, string_count))
+        strings.append(part.strings + np.uint64(character_count))
         # What nothing points at would become the beginning of the next shard's first string.
         characters.append(part.characters[: int(part.strings[-1]) if len(part.strings) else 0])
-        for local, number in enumerate(of_part):
+        for local, number in enumerate(indices):
             own = part.pieces[local].copy()
             own["sequence"] += np.uint64(before[number].sequences)
             pieces[number].append(own)
-            before[number] = _sum(before[number], part.extents[local])
-        texts += len(part.strings)
-        letters += len(characters[-1])
+            before[number] = _add_extents(before[number], part.extents[local])
+        string_count += len(part.strings)
+        character_count += len(characters[-1])
     return Tables(
         calls=np.concatenate(calls),
         forks=np.concatenate(forks),
@@ -284,7 +292,7 @@ def joined_tables(parts: Sequence[Tables], numbers: Sequence[Numbers], modules: 
     )
 
 
-class _Moves:
+class _Offsets:
     """What the numbers in the tables of a shard become among those of all.
 
     Args:
@@ -293,28 +301,32 @@ class _Moves:
         texts: How many strings there are in those.
     """
 
-    def __init__(self, numbers: Numbers, before: Sequence[ModuleCounts], texts: int) -> None:
-        self._modules = np.array(numbers, np.uint32)
-        self._sequences = np.array([before[number].sequences for number in numbers], np.uint64)
-        self._versions = np.array([before[number].versions for number in numbers], np.uint32)
-        self._texts = np.uint32(texts)
+    def __init__(
+        self, module_indices: ModuleIndices, before: Sequence[ModuleCounts], string_count: int
+    ) -> None:
+        self._modules = np.array(module_indices, np.uint32)
+        self._sequences = np.array(
+            [before[number].sequences for number in module_indices], np.uint64
+        )
+        self._versions = np.array([before[number].versions for number in module_indices], np.uint32)
+        self._string_count = np.uint32(string_count)
 
-    def moved(self, table: Array) -> Array:
+    def apply(self, table: Array) -> Array:
         """A copy of a table of calls, forks or annotations that is one of all shards."""
-        moved, of = table.copy(), table["module"]
+        shifted, of = table.copy(), table["module"]
         for field in table.dtype.names or ():
             if field == "module":
-                moved[field] = self._modules[of]
+                shifted[field] = self._modules[of]
             elif field in ("sequence", "parent"):
-                moved[field] += self._sequences[of]
+                shifted[field] += self._sequences[of]
             elif field == "weights":
-                moved[field] += self._versions[of]
+                shifted[field] += self._versions[of]
             elif field in ("tag", "name"):
-                moved[field][table[field] > 0] += self._texts
-        return moved
+                shifted[field][table[field] > 0] += self._string_count
+        return shifted
 
 
-def _sum(first: ModuleCounts, second: ModuleCounts) -> ModuleCounts:
+def _add_extents(first: ModuleCounts, second: ModuleCounts) -> ModuleCounts:
     return ModuleCounts(
         first.calls + second.calls,
         first.rows + second.rows,

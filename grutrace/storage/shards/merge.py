@@ -40,12 +40,12 @@ from grutrace.storage.format.shard_stamp import MergedShard, merged_options
 from grutrace.storage.format.tables import ModuleCounts, Tables, dataset_lengths
 from grutrace.storage.hdf5.atomic_write import publish, temporary_path, translate_write_errors
 from grutrace.storage.hdf5.filters import compression_of, filter_options
-from grutrace.storage.interfaces import Readable, Rows, SteadySource
+from grutrace.storage.interfaces import AppendOnlySource, Rows, SnapshotReader
 from grutrace.storage.read.lazy_rows import BLOCK
-from grutrace.storage.read.virtual import COPIED, ITSELF, Span, create_virtual
-from grutrace.storage.shards.concatenated import JoinedSource, Numbers
+from grutrace.storage.read.virtual import COPIED, SELF, SourceSpan, create_virtual
+from grutrace.storage.shards.concatenated import ConcatenatedSource, ModuleIndices
 from grutrace.storage.shards.open_files import open_files
-from grutrace.storage.shards.union import CombinedSource
+from grutrace.storage.shards.union import UnionSource
 
 #: Told how many bytes were copied, of how many.
 Progress = Callable[[int, int], None]
@@ -96,10 +96,10 @@ def merge_shards(
     new = temporary_path(target, "w")
     source = open_files(paths)
     try:
-        if not isinstance(source, JoinedSource):
+        if not isinstance(source, ConcatenatedSource):
             raise TraceFileError(f"{source.name} is one file: expected several shards to merge")
         if not copy:
-            _require_beside(target, source.files)
+            _require_same_folder(target, source.files)
         merge = _Merge(source, copy, progress)
         with translate_write_errors(target, "written"):
             try:
@@ -115,7 +115,7 @@ def merge_shards(
         source.close()
 
 
-def _require_beside(target: Path, files: Sequence[Path]) -> None:
+def _require_same_folder(target: Path, files: Sequence[Path]) -> None:
     folder = Path(os.path.realpath(target)).parent
     for file in files:
         if Path(os.path.realpath(file)) != folder / file.name:
@@ -134,20 +134,20 @@ class _Merge:
         progress: Told of what is copied.
     """
 
-    def __init__(self, source: JoinedSource, copy: bool, progress: Progress | None) -> None:
+    def __init__(self, source: ConcatenatedSource, copy: bool, progress: Progress | None) -> None:
         self._tables = source.refresh()
-        self._all, self._header = source.as_of(self._tables), source.header
+        self._reader, self._header = source.as_of(self._tables), source.header
         self._copy, self._progress = copy, progress
         self._shards = [
-            _Shard(shard, each, tables, numbers, linked=tables.closed and not copy)
-            for shard, each, tables, numbers in zip(
-                source.shards, source.sources, source.parts, source.numbers, strict=True
+            _Shard(shard, each, tables, module_indices, linked=tables.closed and not copy)
+            for shard, each, tables, module_indices in zip(
+                source.shards, source.sources, source.parts, source.module_indices, strict=True
             )
         ]
         self._done = 0
         self._total = sum(shard.nbytes for shard in self._shards if not shard.linked)
         self.report = MergeReport(
-            tuple(shard.account for shard in self._shards),
+            tuple(shard.summary for shard in self._shards),
             tuple(each.source.files[0] for each in self._shards if not each.tables.closed),
             self._total,
         )
@@ -162,7 +162,7 @@ class _Merge:
         if self._copy:
             create_datasets(file, header.modules, create)
             for number, module in enumerate(header.modules):
-                self._copy_module(file, module, self._all, number, self._tables.extents[number])
+                self._copy_module(file, module, self._reader, number, self._tables.extents[number])
         else:
             for shard in self._shards:
                 if not shard.linked:
@@ -184,25 +184,27 @@ class _Merge:
         counts["closed"] = True
         file["committed"][()] = counts
 
-    def _spans(self) -> dict[str, list[Span]]:
+    def _spans(self) -> dict[str, list[SourceSpan]]:
         """Of every column that lies in the shards, where its items are."""
-        spans: dict[str, list[Span]] = {}
+        spans: dict[str, list[SourceSpan]] = {}
         for shard in self._shards:
-            for local, number in enumerate(shard.numbers):
+            for local, number in enumerate(shard.module_indices):
                 module, extent = self._header.modules[number], shard.tables.extents[local]
-                for place, name in _columns(module):
+                for dataset_path, name in _columns(module):
                     count = _count(extent, name)
                     if count:
-                        spans.setdefault(place, []).append(shard.span(local, module, place, count))
+                        spans.setdefault(dataset_path, []).append(
+                            shard.span(local, module, dataset_path, count)
+                        )
         return spans
 
     def _copy_shard(self, file: h5py.File, shard: _Shard, create: CreateDataset) -> None:
         """Copy what lies in one shard to a place of its own in the new file."""
-        for local, number in enumerate(shard.numbers):
+        for local, number in enumerate(shard.module_indices):
             module = self._header.modules[number]
             columns = dataset_specs([module])
-            for place, _ in _columns(module):
-                create(file, f"{shard.prefix}{place}", columns[place])
+            for dataset_path, _ in _columns(module):
+                create(file, f"{shard.prefix}{dataset_path}", columns[dataset_path])
             extent = shard.tables.extents[local]
             self._copy_module(file, module, shard.source, local, extent, shard.prefix)
 
@@ -210,29 +212,31 @@ class _Merge:
         self,
         file: h5py.File,
         module: ModuleInfo,
-        source: Readable,
+        source: SnapshotReader,
         number: int,
         extent: ModuleCounts,
         prefix: str = "",
     ) -> None:
         for site in module.sites:
 
-            def place(name: str, suffix: str = site.suffix) -> str:
+            def dataset_path(name: str, suffix: str = site.suffix) -> str:
                 return prefix + site_path(module, suffix, name)
 
             for quantity in site.quantities:
                 if quantity != "input" or input_owner(module, site) is site:
                     rows = source.rows(number, site.suffix, quantity, extent.rows)
-                    self._copy_rows(file[place(quantity)], rows)
+                    self._copy_rows(file[dataset_path(quantity)], rows)
             initial = source.initial(number, site.suffix, extent.sequences)
-            self._copy_rows(file[place("initial")], initial)
-            self._copy_rows(file[place("checks")], source.checks(number, site.suffix, extent.calls))
+            self._copy_rows(file[dataset_path("initial")], initial)
+            self._copy_rows(
+                file[dataset_path("checks")], source.checks(number, site.suffix, extent.calls)
+            )
             for name in weight_shapes(module, site):
-                _resize(file[place(name)], extent.versions)
+                _resize(file[dataset_path(name)], extent.versions)
             for version in range(extent.versions):
                 weights = source.weights(number, site.suffix, version)
                 for name, array in weights.items():
-                    file[place(name)][version] = array
+                    file[dataset_path(name)][version] = array
                     self._advance(array.nbytes)
 
     def _copy_rows(self, dataset: h5py.Dataset, rows: Rows | Array) -> None:
@@ -264,9 +268,9 @@ class _Shard:
     """
 
     shard: Shard
-    source: SteadySource
+    source: AppendOnlySource
     tables: Tables
-    numbers: Numbers
+    module_indices: ModuleIndices
     linked: bool
 
     @property
@@ -275,7 +279,7 @@ class _Shard:
         return f"{COPIED}/rank{self.shard.rank:04}/"
 
     @property
-    def account(self) -> MergedShard:
+    def summary(self) -> MergedShard:
         """What the merged file says of it."""
         files = {each.files[0].name: each.header.created for each in _files(self.source)}
         calls, closed = len(self.tables.calls), self.tables.closed
@@ -287,33 +291,35 @@ class _Shard:
         size = 0
         for module, extent in zip(self.source.header.modules, self.tables.extents, strict=True):
             columns = dataset_specs([module])
-            for place, name in _columns(module):
-                item = math.prod(columns[place].item) * columns[place].dtype.itemsize
+            for dataset_path, name in _columns(module):
+                item = math.prod(columns[dataset_path].item) * columns[dataset_path].dtype.itemsize
                 size += _count(extent, name) * item
         return size
 
-    def span(self, local: int, module: ModuleInfo, place: str, count: int) -> Span:
+    def span(self, local: int, module: ModuleInfo, dataset_path: str, count: int) -> SourceSpan:
         """Where items of a column of one of its modules are."""
         if not self.linked:
-            return Span(ITSELF, f"{self.prefix}{place}", count)
+            return SourceSpan(SELF, f"{self.prefix}{dataset_path}", count)
         file, number = (
             self.source.locate(local)
-            if isinstance(self.source, CombinedSource)
+            if isinstance(self.source, UnionSource)
             else (self.source, local)
         )
         own = module_path(file.header.modules[number])
-        return Span(file.files[0].name, own + place.removeprefix(module_path(module)), count)
+        return SourceSpan(
+            file.files[0].name, own + dataset_path.removeprefix(module_path(module)), count
+        )
 
 
-def _files(source: SteadySource) -> Sequence[SteadySource]:
-    return source.sources if isinstance(source, CombinedSource) else [source]
+def _files(source: AppendOnlySource) -> Sequence[AppendOnlySource]:
+    return source.sources if isinstance(source, UnionSource) else [source]
 
 
 def _columns(module: ModuleInfo) -> Iterator[tuple[str, str]]:
     """The columns of a module that are no tables: their places, and their names there."""
-    for place in dataset_specs([module]):
-        if place not in TABLES and place != pieces_path(module):
-            yield place, place.rpartition("/")[2]
+    for dataset_path in dataset_specs([module]):
+        if dataset_path not in TABLES and dataset_path != pieces_path(module):
+            yield dataset_path, dataset_path.rpartition("/")[2]
 
 
 def _count(extent: ModuleCounts, name: str) -> int:

@@ -16,14 +16,14 @@ from grutrace.storage.format.shard_stamp import read_merged_shards, read_shard
 from grutrace.storage.format.tables import Tables
 from grutrace.storage.hdf5.errors import translate_read_errors
 from grutrace.storage.hdf5.handle import release_on_exit
-from grutrace.storage.interfaces import Source, SteadySource
+from grutrace.storage.interfaces import AppendOnlySource, Source
 from grutrace.storage.read.file_source import FileSource
-from grutrace.storage.shards.concatenated import JoinedSource
+from grutrace.storage.shards.concatenated import ConcatenatedSource
 from grutrace.storage.shards.globs import is_glob, matching_files
-from grutrace.storage.shards.run_parts import RunSource, open_run, stamp_of
+from grutrace.storage.shards.run_parts import RunSource, open_run, run_part_of
 
 #: How many missing ranks are named.
-SAID = 8
+MAX_NAMED = 8
 
 #: The source of one shard: a file, or several of a `grutrace run`.
 ShardSource = FileSource | RunSource
@@ -45,7 +45,7 @@ def open_files(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) 
         text = os.fspath(path)
         if not is_glob(text) or os.path.exists(text):
             source = open_run(path)
-            _warn_of_unmerged(source)
+            _warn_unmerged_ranks(source)
             return source
         found = matching_files(text)
         if not found:
@@ -67,28 +67,30 @@ def open_files(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) 
 def _open_shards(
     name: str, pattern: str | None, paths: Sequence[str | os.PathLike[str]]
 ) -> ShardsSource:
-    opened = _opened(paths)
+    opened = _open_all(paths)
     try:
         source = ShardsSource(name, pattern, opened)
-        _warn(name, source.missing, opened[0][0].world_size, "no file of")
+        _warn_missing_ranks(name, source.missing, opened[0][0].world_size, "no file of")
     except BaseException:
         _close(opened)
         raise
     return source
 
 
-def _warn_of_unmerged(source: ShardSource) -> None:
+def _warn_unmerged_ranks(source: ShardSource) -> None:
     """Say which ranks a merged file has nothing of."""
     merged = read_merged_shards(source.header)
     if merged:
         size = int(source.header.options["shards"]["world_size"])
-        there = {shard.rank for shard in merged}
-        _warn(source.name, [rank for rank in range(size) if rank not in there], size, "nothing of")
+        present = {shard.rank for shard in merged}
+        _warn_missing_ranks(
+            source.name, [rank for rank in range(size) if rank not in present], size, "nothing of"
+        )
 
 
-def _warn(name: str, missing: Sequence[int], world_size: int, what: str) -> None:
+def _warn_missing_ranks(name: str, missing: Sequence[int], world_size: int, what: str) -> None:
     if missing:
-        few = ", ".join(map(str, missing[:SAID])) + " and others" * (len(missing) > SAID)
+        few = ", ".join(map(str, missing[:MAX_NAMED])) + " and others" * (len(missing) > MAX_NAMED)
         warnings.warn(
             f"{name}: of {world_size} ranks there is {what} {few}", GrutraceWarning, stacklevel=5
         )
@@ -102,7 +104,7 @@ def _is_shard(path: str) -> bool:
         source.close()
 
 
-class ShardsSource(JoinedSource):
+class ShardsSource(ConcatenatedSource):
     """Shards in files as one `Source`.
 
     Args:
@@ -125,19 +127,19 @@ class ShardsSource(JoinedSource):
     @property
     def missing(self) -> list[int]:
         """The ranks that there is no file of."""
-        there = {shard.rank for shard in self._shards}
-        return [rank for rank in range(self._shards[0].world_size) if rank not in there]
+        present = {shard.rank for shard in self._shards}
+        return [rank for rank in range(self._shards[0].world_size) if rank not in present]
 
     def refresh(self) -> Tables:
         """The tables of everything there is by now, of ranks that have come since, too."""
         if self._pattern is not None and self.missing:
-            known = _real(self.files)
+            known = _real_paths(self.files)
             new = [
                 each
                 for each in matching_files(self._pattern)
                 if os.path.realpath(each) not in known
             ]
-            opened = _opened(new, orphans=True)
+            opened = _open_all(new, allow_orphans=True)
             try:
                 _require_one_run([*zip(self._shards, self._sources, strict=True), *opened])
                 for shard, source in opened:
@@ -148,8 +150,8 @@ class ShardsSource(JoinedSource):
         return super().refresh()
 
 
-def _opened(
-    paths: Iterable[str | os.PathLike[str]], *, orphans: bool = False
+def _open_all(
+    paths: Iterable[str | os.PathLike[str]], *, allow_orphans: bool = False
 ) -> list[tuple[Shard, ShardSource]]:
     """The shards in these files, in the order of their ranks, each with all parts of its run.
 
@@ -162,17 +164,17 @@ def _opened(
     try:
         for path in paths:
             source = open_run(path)
-            opened.append((_shard(source, path), source))
+            opened.append((_require_shard(source, path), source))
             # Now it finds the other parts of its run; and of many shards few are read at a time.
             with release_on_exit():
                 source.refresh()
-            stamp = stamp_of(source.header.options)
+            stamp = run_part_of(source.header.options)
             if stamp is not None and stamp.part > 1:
                 parts.append(os.path.realpath(path))
                 opened.pop()[1].close()
-        known = {file for _, source in opened for file in _real(source.files)}
+        known = {file for _, source in opened for file in _real_paths(source.files)}
         for part in parts:
-            if part not in known and not orphans:
+            if part not in known and not allow_orphans:
                 raise TraceFileError(f"{part} is part of a run whose first file is not there")
     except BaseException:
         _close(opened)
@@ -180,7 +182,7 @@ def _opened(
     return sorted(opened, key=lambda each: each[0].rank)
 
 
-def _shard(source: ShardSource, path: str | os.PathLike[str]) -> Shard:
+def _require_shard(source: ShardSource, path: str | os.PathLike[str]) -> Shard:
     try:
         with translate_read_errors(Path(path)):
             shard = read_shard(source.header)
@@ -195,10 +197,10 @@ def _shard(source: ShardSource, path: str | os.PathLike[str]) -> Shard:
     return shard
 
 
-def _require_one_run(opened: Sequence[tuple[Shard, SteadySource]]) -> None:
+def _require_one_run(opened: Sequence[tuple[Shard, AppendOnlySource]]) -> None:
     """Refuse shards of different runs, and two of one rank."""
     first, of_first = next((each for each in opened if each[0].id is not None), opened[0])
-    by_rank: dict[int, SteadySource] = {}
+    by_rank: dict[int, AppendOnlySource] = {}
     for shard, source in opened:
         both = f"{of_first.name} and {source.name}"
         if shard.id is not None and shard.id != first.id:
@@ -213,7 +215,7 @@ def _require_one_run(opened: Sequence[tuple[Shard, SteadySource]]) -> None:
             raise TraceFileError(f"{other.name} and {source.name} are both of rank {shard.rank}")
 
 
-def _real(files: Iterable[Path]) -> set[str]:
+def _real_paths(files: Iterable[Path]) -> set[str]:
     return {os.path.realpath(file) for file in files}
 
 

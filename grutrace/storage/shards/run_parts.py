@@ -19,13 +19,13 @@ from grutrace.storage.hdf5.errors import FormatError, translate_read_errors
 from grutrace.storage.hdf5.handle import lock_readers
 from grutrace.storage.hdf5.safe_open import open_for_reading
 from grutrace.storage.read.file_source import FileSource
-from grutrace.storage.shards.union import CombinedSource
+from grutrace.storage.shards.union import UnionSource
 from grutrace.storage.write.claims import require_unclaimed
 from grutrace.storage.write.overwrite import require_replaceable
 
 
 @dataclass(frozen=True)
-class Stamp:
+class RunPart:
     """Which part of which run a file is.
 
     Attributes:
@@ -42,7 +42,7 @@ class Stamp:
         return {"run": {"id": self.run, "part": self.part}}
 
 
-def stamp_of(options: Mapping[str, Any]) -> Stamp | None:
+def run_part_of(options: Mapping[str, Any]) -> RunPart | None:
     """The stamp among the options of a part; None of a trace that no `grutrace run` made.
 
     Raises:
@@ -54,7 +54,7 @@ def stamp_of(options: Mapping[str, Any]) -> Stamp | None:
     if isinstance(found, dict):
         run, part = found.get("id"), found.get("part")
         if isinstance(run, str) and type(part) is int and part > 0:
-            return Stamp(run, part)
+            return RunPart(run, part)
     raise FormatError("attribute 'options', run", "a text 'id' and a number 'part' from 1", found)
 
 
@@ -77,14 +77,14 @@ def part_files(path: str | os.PathLike[str]) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def read_stamp(path: Path) -> Stamp | None:
+def read_run_part(path: Path) -> RunPart | None:
     """The stamp of a file.
 
     Raises:
         TraceFileError: It cannot be read as a trace.
     """
     with translate_read_errors(path), lock_readers(), open_for_reading(path) as file:
-        return stamp_of(read_root(file)["options"])
+        return run_part_of(read_root(file)["options"])
 
 
 def parts_of(path: str | os.PathLike[str]) -> list[Path]:
@@ -94,10 +94,10 @@ def parts_of(path: str | os.PathLike[str]) -> list[Path]:
         TraceFileError: One of them cannot be read, or one before the last is missing.
     """
     first = Path(os.path.realpath(path))
-    stamp = read_stamp(first)
-    if stamp is None or stamp.part != 1:
+    run_part = read_run_part(first)
+    if run_part is None or run_part.part != 1:
         return [first]
-    numbers = [number for number, _ in _of_run(first, stamp.run)]
+    numbers = [number for number, _ in _iter_run_parts(first, run_part.run)]
     for expected, number in enumerate(numbers, 2):
         if number != expected:
             raise TraceFileError(
@@ -107,7 +107,7 @@ def parts_of(path: str | os.PathLike[str]) -> list[Path]:
     return [part_path(first, number) for number in (1, *numbers)]
 
 
-def require_beside(first: Path, file: Path) -> None:
+def require_same_folder(first: Path, file: Path) -> None:
     """Refuse a part that is a link out of the folder of the first: whoever made it chose the file.
 
     Raises:
@@ -118,17 +118,19 @@ def require_beside(first: Path, file: Path) -> None:
         raise TraceFileError(f"{file} is a link to {real}, which is not beside {first}")
 
 
-def _of_run(first: Path, run: str) -> Iterator[tuple[int, Path]]:
+def _iter_run_parts(first: Path, run: str) -> Iterator[tuple[int, Path]]:
     for number, file in part_files(first).items():
-        require_beside(first, file)
-        stamp = read_stamp(file)
-        if stamp is not None and stamp.run == run:
-            if stamp.part != number:
-                raise TraceFileError(f"{file} is part {stamp.part} of its run by its own account")
+        require_same_folder(first, file)
+        run_part = read_run_part(file)
+        if run_part is not None and run_part.run == run:
+            if run_part.part != number:
+                raise TraceFileError(
+                    f"{file} is part {run_part.part} of its run by its own account"
+                )
             yield number, file
 
 
-def require_room(path: str | os.PathLike[str], mode: str) -> None:
+def check_writable(path: str | os.PathLike[str], mode: str) -> None:
     """Refuse early what a run could not write. Nothing that exists is changed.
 
     Raises:
@@ -137,12 +139,12 @@ def require_room(path: str | os.PathLike[str], mode: str) -> None:
             a part.
     """
     first = Path(os.path.realpath(path))
-    stamp = read_stamp(first) if first.exists() and mode == "a" else None
+    run_part = read_run_part(first) if first.exists() and mode == "a" else None
     if first.exists() and mode == "w":
         raise TraceFileError(f"{path} exists: mode 'overwrite' replaces it, mode 'a' appends to it")
     if first.exists() and not first.is_file():
         raise TraceFileError(f"{path} cannot be replaced: it is not a file")
-    if first.exists() and mode == "a" and (stamp is None or stamp.part != 1):
+    if first.exists() and mode == "a" and (run_part is None or run_part.part != 1):
         raise TraceFileError(f"{path} cannot be appended to: grutrace run did not make it")
     own = _own_parts(first) if mode in ("a", "overwrite") else []
     if mode == "overwrite":
@@ -177,8 +179,10 @@ def replaceable_parts(path: str | os.PathLike[str]) -> list[Path]:
 def _own_parts(first: Path) -> list[Path]:
     """The parts after the first of the run that a file is of, as far as can be told."""
     try:
-        stamp = read_stamp(first)
-        return [] if stamp is None else [file for _, file in _of_run(first, stamp.run)]
+        run_part = read_run_part(first)
+        return (
+            [] if run_part is None else [file for _, file in _iter_run_parts(first, run_part.run)]
+        )
     except TraceFileError:
         return []
 
@@ -194,7 +198,7 @@ def _try_to_create(first: Path) -> None:
         raise TraceFileError(f"{first} cannot be created: {error.strerror}") from error
 
 
-class RunSource(CombinedSource):
+class RunSource(UnionSource):
     """All parts of a run as one `Source`. Parts that come later are found when it is refreshed.
 
     Args:
@@ -205,8 +209,8 @@ class RunSource(CombinedSource):
         TraceFileError: A part cannot be read, or one before the last is missing.
     """
 
-    def __init__(self, path: str | os.PathLike[str], first: FileSource, stamp: Stamp) -> None:
-        self._first, self._stamp = Path(os.path.realpath(path)), stamp
+    def __init__(self, path: str | os.PathLike[str], first: FileSource, run_part: RunPart) -> None:
+        self._first, self._run_part = Path(os.path.realpath(path)), run_part
         self._next = 2
         parts_of(path)
         super().__init__(str(path), [first])
@@ -219,11 +223,11 @@ class RunSource(CombinedSource):
         """The tables of all parts that are there by now."""
         while (part_path(self._first, self._next)).exists():
             path = part_path(self._first, self._next)
-            require_beside(self._first, path)
+            require_same_folder(self._first, path)
             source = FileSource(path)
             with translate_read_errors(path):
-                stamp = stamp_of(source.header.options)
-            if stamp != Stamp(self._stamp.run, self._next):
+                run_part = run_part_of(source.header.options)
+            if run_part != RunPart(self._run_part.run, self._next):
                 source.close()
                 break
             self.add(source)
@@ -240,10 +244,10 @@ def open_run(path: str | os.PathLike[str]) -> FileSource | RunSource:
     first = FileSource(path)
     try:
         with translate_read_errors(Path(path)):
-            stamp = stamp_of(first.header.options)
-        if stamp is None or stamp.part != 1:
+            run_part = run_part_of(first.header.options)
+        if run_part is None or run_part.part != 1:
             return first
-        return RunSource(path, first, stamp)
+        return RunSource(path, first, run_part)
     except BaseException:
         first.close()
         raise

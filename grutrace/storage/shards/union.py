@@ -11,10 +11,10 @@ import numpy as np
 
 from grutrace.records import Array, ModuleInfo, TraceHeader
 from grutrace.storage.format.tables import Tables
-from grutrace.storage.interfaces import Readable, Rows, SteadySource
+from grutrace.storage.interfaces import AppendOnlySource, Rows, SnapshotReader
 
 
-class CombinedSource:
+class UnionSource:
     """Sources one after another as one `Source`, which closes them.
 
     Their modules follow one another, their calls are in the order of time, and rows, states and
@@ -30,7 +30,7 @@ class CombinedSource:
     """
 
     def __init__(
-        self, name: str, sources: Sequence[SteadySource], labels: Sequence[str] | None = None
+        self, name: str, sources: Sequence[AppendOnlySource], labels: Sequence[str] | None = None
     ) -> None:
         self.name = name
         self.live = any(source.live for source in sources)
@@ -38,14 +38,14 @@ class CombinedSource:
         self._labels = list(labels or map(_label, sources))
         self._latest: tuple[Tables, ...] = ()
         self._tables: Tables | None = None
-        self._take_in_headers()
+        self._merge_headers()
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickled, it is its sources, without what was read of them."""
-        return CombinedSource, (self.name, self._sources, self._labels)
+        return UnionSource, (self.name, self._sources, self._labels)
 
     @property
-    def sources(self) -> tuple[SteadySource, ...]:
+    def sources(self) -> tuple[AppendOnlySource, ...]:
         """All of them."""
         return tuple(self._sources)
 
@@ -54,20 +54,20 @@ class CombinedSource:
         """The files of all sources."""
         return tuple(file for source in self._sources for file in source.files)
 
-    def locate(self, module: int) -> tuple[SteadySource, int]:
+    def locate(self, module: int) -> tuple[AppendOnlySource, int]:
         """Which of the sources holds a module, and at which place."""
-        return self._places[module]
+        return self._module_sources[module]
 
-    def add(self, source: SteadySource) -> None:
+    def add(self, source: AppendOnlySource) -> None:
         """Have one more source, whose modules come last."""
         self._sources.append(source)
         self._labels.append(_label(source))
-        self._take_in_headers()
+        self._merge_headers()
 
-    def _take_in_headers(self) -> None:
+    def _merge_headers(self) -> None:
         headers = [source.header for source in self._sources]
-        self.header = combined_header(headers, self._labels)
-        self._places = [
+        self.header = union_header(headers, self._labels)
+        self._module_sources = [
             (source, number)
             for source in self._sources
             for number in range(len(source.header.modules))
@@ -78,32 +78,32 @@ class CombinedSource:
         latest = tuple(source.refresh() for source in self._sources)
         known = len(latest) == len(self._latest) and all(map(_is, latest, self._latest))
         if self._tables is None or not known:
-            self._tables = latest[0] if len(latest) == 1 else combined_tables(latest)
+            self._tables = latest[0] if len(latest) == 1 else union_tables(latest)
             self._latest = latest
         return self._tables
 
-    def as_of(self, tables: Tables) -> Readable:  # noqa: ARG002
+    def as_of(self, tables: Tables) -> SnapshotReader:  # noqa: ARG002
         """The source itself: what is there stays where it is."""
         return self
 
     def rows(self, module: int, suffix: str, quantity: str, count: int) -> Rows:
         """The first `count` rows, (count, H or I)."""
-        source, number = self._places[module]
+        source, number = self._module_sources[module]
         return source.rows(number, suffix, quantity, count)
 
     def initial(self, module: int, suffix: str, count: int) -> Rows:
         """The states that the first `count` sequences began from, (count, H)."""
-        source, number = self._places[module]
+        source, number = self._module_sources[module]
         return source.initial(number, suffix, count)
 
     def checks(self, module: int, suffix: str, count: int) -> Array:
         """Of the module's first `count` calls, (count,) of type `schema.CHECK`."""
-        source, number = self._places[module]
+        source, number = self._module_sources[module]
         return source.checks(number, suffix, count)
 
     def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
         """One version of a site's weights."""
-        source, number = self._places[module]
+        source, number = self._module_sources[module]
         return source.weights(number, suffix, version)
 
     def close(self) -> None:
@@ -112,7 +112,7 @@ class CombinedSource:
             source.close()
 
 
-def combined_header(headers: Sequence[TraceHeader], labels: Sequence[str]) -> TraceHeader:
+def union_header(headers: Sequence[TraceHeader], labels: Sequence[str]) -> TraceHeader:
     """One header for all: that of the first, with the models and modules of each."""
     if len(headers) == 1:
         return headers[0]
@@ -130,14 +130,14 @@ def distinct_modules(
     come before all of them; or, if it is the k-th part with this label, ``label#k`` and a dot; or
     the next larger number with which no path is taken.
     """
-    taken: set[str] = set()
+    used_paths: set[str] = set()
     modules: list[ModuleInfo] = []
-    for place, (part, label) in enumerate(zip(parts, labels, strict=True)):
-        for prefix in _prefixes(label, labels[: place + 1].count(label)):
+    for index, (part, label) in enumerate(zip(parts, labels, strict=True)):
+        for prefix in _prefixes(label, labels[: index + 1].count(label)):
             renamed = [_renamed(module, prefix) for module in part]
-            if taken.isdisjoint(module.path for module in renamed):
+            if used_paths.isdisjoint(module.path for module in renamed):
                 break
-        taken |= {module.path for module in renamed}
+        used_paths |= {module.path for module in renamed}
         modules += renamed
     return tuple(modules)
 
@@ -156,21 +156,21 @@ def _renamed(module: ModuleInfo, prefix: str) -> ModuleInfo:
     return replace(module, path=path, sites=sites)
 
 
-def combined_tables(parts: Sequence[Tables]) -> Tables:
+def union_tables(parts: Sequence[Tables]) -> Tables:
     """The tables of all parts as if one trace had recorded everything."""
     calls, forks, annotations, values, strings, characters = ([] for _ in range(6))
-    modules = texts = letters = 0
+    modules = string_count = character_count = 0
     for part in parts:
-        calls.append(_moved(part.calls, modules, {"tag": texts}))
-        forks.append(_moved(part.forks, modules, {}))
-        annotations.append(_moved(part.annotations, modules, {"name": texts}))
-        values.append(annotation_values(part, texts))
-        strings.append(part.strings + np.uint64(letters))
+        calls.append(_shift_references(part.calls, modules, {"tag": string_count}))
+        forks.append(_shift_references(part.forks, modules, {}))
+        annotations.append(_shift_references(part.annotations, modules, {"name": string_count}))
+        values.append(annotation_values(part, string_count))
+        strings.append(part.strings + np.uint64(character_count))
         # What nothing points at would become the beginning of the next part's first string.
         characters.append(part.characters[: int(part.strings[-1]) if len(part.strings) else 0])
         modules += len(part.pieces)
-        texts += len(part.strings)
-        letters += len(characters[-1])
+        string_count += len(part.strings)
+        character_count += len(characters[-1])
     joined = np.concatenate(calls)
     return Tables(
         calls=joined[_in_time_order(calls)],
@@ -185,20 +185,20 @@ def combined_tables(parts: Sequence[Tables]) -> Tables:
     )
 
 
-def _moved(table: Array, modules: int, texts: dict[str, int]) -> Array:
+def _shift_references(table: Array, modules: int, string_count: dict[str, int]) -> Array:
     """A copy whose modules, and fields that are one more than a string's number, come later."""
     moved = table.copy()
     moved["module"] += np.uint32(modules)
-    for name, number in texts.items():
+    for name, number in string_count.items():
         moved[name][table[name] > 0] += np.uint32(number)
     return moved
 
 
-def annotation_values(part: Tables, texts: int) -> Array:
+def annotation_values(part: Tables, string_count: int) -> Array:
     """The values of its annotations, where they are numbers of strings those of later ones."""
     counts = part.annotations["count"].astype(np.int64)
     values = part.values[: int(counts.sum())].copy()
-    values[np.repeat(part.annotations["text"] > 0, counts)] += texts
+    values[np.repeat(part.annotations["text"] > 0, counts)] += string_count
     return values
 
 
@@ -212,7 +212,7 @@ def _in_time_order(calls: Sequence[Array]) -> Array:
     return np.argsort(np.concatenate(times), kind="stable")
 
 
-def _label(source: SteadySource) -> str:
+def _label(source: AppendOnlySource) -> str:
     return source.header.model.rpartition(".")[2]
 
 

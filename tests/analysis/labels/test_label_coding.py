@@ -7,11 +7,11 @@ import pytest
 
 from grutrace.analysis.labels.label_coding import GROUPS, MOST, OTHERS, classes_of
 from grutrace.errors import OptionError
-from grutrace.storage.read.row_labels import labels_of
+from grutrace.storage.read.row_labels import encode_labels
 
 
 def test_each_value_is_a_class() -> None:
-    found = classes_of(labels_of("x", ["b", None, "a", 1.5, "b"]))
+    found = classes_of(encode_labels("x", ["b", None, "a", 1.5, "b"]))
     assert found.names == (1.5, "a", "b")
     assert found.codes.tolist() == [2, -1, 1, 0, 2]
     assert found.counts.tolist() == [1, 1, 2]
@@ -20,7 +20,7 @@ def test_each_value_is_a_class() -> None:
 def test_rare_texts_are_one_class() -> None:
     random = np.random.default_rng(0)
     words = [f"w{number:02}" for number in random.geometric(0.1, 3000)]
-    found = classes_of(labels_of("x", words))
+    found = classes_of(encode_labels("x", words))
     assert len(found.names) == MOST
     assert found.names[-1] == OTHERS
     counts = {word: words.count(word) for word in set(words)}
@@ -34,7 +34,7 @@ def test_rare_texts_are_one_class() -> None:
 def test_many_numbers_are_groups_of_equal_size() -> None:
     values = np.random.default_rng(0).normal(size=4000)
     values[:10] = np.nan
-    found = classes_of(labels_of("x", values))
+    found = classes_of(encode_labels("x", values))
     assert len(found.names) == GROUPS
     assert found.codes[:10].tolist() == [-1] * 10
     np.testing.assert_allclose(found.counts, 3990 / GROUPS, atol=1)
@@ -46,7 +46,7 @@ def test_many_numbers_are_groups_of_equal_size() -> None:
 
 def test_equal_numbers_stay_together() -> None:
     values = np.concatenate([np.zeros(1000), np.arange(1, 31)])
-    found = classes_of(labels_of("x", values))
+    found = classes_of(encode_labels("x", values))
     assert len(set(found.codes[:1000].tolist())) == 1
     assert (found.counts > 0).all()
 
@@ -54,4 +54,4 @@ def test_equal_numbers_stay_together() -> None:
 @pytest.mark.parametrize("values", [["a", "a"], [None, None], []])
 def test_one_value_tells_nothing_apart(values) -> None:
     with pytest.raises(OptionError, match="at least two values; 'x' has"):
-        classes_of(labels_of("x", values))
+        classes_of(encode_labels("x", values))

@@ -114,7 +114,7 @@ def test_deferred_gates_are_computed_as_the_kernel_did_not_as_rows_are_kept() ->
     site = trace["l0"]
     assert site.checks["precision"].tolist() == [2.0**-23]
     weights, rows = site.weights(), np.arange(20)
-    x, h = site.input[:].astype("f4"), site.ingredients.previous(rows).astype("f4")
+    x, h = site.input[:].astype("f4"), site.gate_inputs.previous(rows).astype("f4")
     pre = x @ weights["weight_ih"].T + weights["bias_ih"]
     pre += h @ weights["weight_hh"].T + weights["bias_hh"]
     expected = 1 / (1 + np.exp(-pre[:, 64:128]))

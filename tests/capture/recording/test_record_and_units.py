@@ -393,7 +393,7 @@ def test_the_states_of_some_units_below_are_no_input_above() -> None:
     with grutrace.trace(layer, units=slice(4)) as trace:
         layer(torch.randn(4, 3))
     with pytest.raises(grutrace.NotRecordedError, match="the input was not recorded"):
-        trace["l1"].ingredients.input(np.arange(2))
+        trace["l1"].gate_inputs.input(np.arange(2))
 
 
 def test_appending_goes_on_with_the_same_units_only(tmp_path) -> None:

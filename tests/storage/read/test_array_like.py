@@ -19,7 +19,7 @@ from torch import nn
 import grutrace
 from grutrace.storage.read import array_like
 from grutrace.storage.read import lazy_rows as rows_module
-from grutrace.storage.read.lazy_rows import MemoryRows, StackedRows
+from grutrace.storage.read.lazy_rows import ConcatenatedRows, MemoryRows
 from tests.storage.read.test_lazy_rows import file_rows
 
 RANDOM = np.random.default_rng(5)
@@ -34,11 +34,11 @@ def in_a_file(data: np.ndarray) -> Any:
     return file_rows(data)[0]
 
 
-def in_several(data: np.ndarray) -> StackedRows:
+def in_several(data: np.ndarray) -> ConcatenatedRows:
     """Parts in memory and in files, one of them empty."""
     cut = len(data) // 3
     parts = [in_memory(data[:cut]), in_a_file(data[cut:cut]), in_a_file(data[cut:])]
-    return StackedRows(parts, data.shape, data.dtype)
+    return ConcatenatedRows(parts, data.shape, data.dtype)
 
 
 KINDS = {"memory": in_memory, "file": in_a_file, "several": in_several}

@@ -19,7 +19,7 @@ import grutrace
 from grutrace.analysis.verification.verify import verify
 from grutrace.gru.replay import Shadow
 from grutrace.records import GATES
-from grutrace.storage.read.recomputed import SiteIngredients
+from grutrace.storage.read.recomputed import SiteGateInputs
 from tests import oracles
 from tests.capture.models import EncoderDecoder, StepwiseDecoder
 from tests.checks import EVERYTHING, check_untouched_and_exact, rounding
@@ -109,7 +109,7 @@ def test_a_chaotic_network(tmp_path, bidirectional) -> None:
         for name in trace.sites:
             site = trace[name]
             sequence, weights = site.sequence(1), site.weights()
-            read = site.ingredients.input(np.arange(500, 1000))
+            read = site.gate_inputs.input(np.arange(500, 1000))
             expected = oracles.gates(weights, read, sequence.previous, 2.0**-23)
             for gate in GATES:
                 off = np.abs(sequence.rows(gate) - expected.values[gate])
@@ -416,13 +416,13 @@ def test_preactivations_need_input_and_states() -> None:
 def counted(monkeypatch) -> list[int]:
     """How many rows were derived, time by time."""
     counts: list[int] = []
-    plain = SiteIngredients.of
+    plain = SiteGateInputs.of
 
     def of(self, rows):
         counts.append(len(rows))
         return plain(self, rows)
 
-    monkeypatch.setattr(SiteIngredients, "of", of)
+    monkeypatch.setattr(SiteGateInputs, "of", of)
     return counts
 
 

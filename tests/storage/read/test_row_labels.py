@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grutrace.storage.read.row_labels import labels_of
+from grutrace.storage.read.row_labels import encode_labels
 
 
 @pytest.mark.parametrize(
@@ -22,13 +22,13 @@ from grutrace.storage.read.row_labels import labels_of
     ],
 )
 def test_plain_values(given, values, codes) -> None:
-    found = labels_of("mine", given)
+    found = encode_labels("mine", given)
     assert (found.name, found.values, found.codes.tolist()) == ("mine", values, codes)
 
 
 def test_back_to_an_array() -> None:
-    numbers = labels_of("mine", [2.0, None, 1.0]).to_array()
+    numbers = encode_labels("mine", [2.0, None, 1.0]).to_array()
     np.testing.assert_array_equal(numbers, [2.0, np.nan, 1.0])
     assert numbers.dtype == np.float64
-    assert labels_of("mine", ["a", None, 1.5]).to_array().tolist() == ["a", None, 1.5]
-    assert labels_of("mine", [None, None]).to_array().dtype == np.float64
+    assert encode_labels("mine", ["a", None, 1.5]).to_array().tolist() == ["a", None, 1.5]
+    assert encode_labels("mine", [None, None]).to_array().dtype == np.float64

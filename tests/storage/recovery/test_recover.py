@@ -20,7 +20,7 @@ from grutrace.errors import TraceFileError
 from grutrace.storage.hdf5.superblock import RepairedFile, open_repaired
 from grutrace.storage.open import open_trace
 from grutrace.storage.recovery.recover import recover_file
-from grutrace.storage.shards.run_parts import Stamp, part_path
+from grutrace.storage.shards.run_parts import RunPart, part_path
 from grutrace.storage.write.writer import Writer
 from tests.plain_reader import PlainTrace
 from tests.storage import coded
@@ -304,7 +304,7 @@ def test_a_file_that_changes_meanwhile_is_refused(path, output):
 def test_the_parts_of_a_run(path, output):
     header = make_header(make_module(hidden=4))
     for number in (1, 2, 3):
-        options = {**header.options, **Stamp("a" * 32, number).options}
+        options = {**header.options, **RunPart("a" * 32, number).options}
         stream = Stream(make_header(make_module(hidden=4), options=options), seed=number)
         for _ in range(number):
             stream.call([3, 2])

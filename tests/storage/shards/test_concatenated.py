@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from grutrace.distributed import Shard
 from grutrace.errors import TraceFileError
 from grutrace.storage.read.file_source import FileSource
-from grutrace.storage.read.lazy_rows import FileRows, StackedRows
+from grutrace.storage.read.lazy_rows import ConcatenatedRows, FileRows
 from grutrace.storage.read.trace import Trace
 from grutrace.storage.shards import concatenated
-from grutrace.storage.shards.concatenated import JoinedSource
+from grutrace.storage.shards.concatenated import ConcatenatedSource
 from grutrace.storage.write.stream_sink import FileSink
 from tests.storage.oracle import check_trace
 from tests.storage.shard_streams import (
@@ -38,7 +38,7 @@ from tests.storage.streams import (
 
 def source_of(streams):
     shards = [Shard(rank, len(streams), RUN) for rank in range(len(streams))]
-    return JoinedSource("all", shards, in_memory(streams))
+    return ConcatenatedSource("all", shards, in_memory(streams))
 
 
 def check_as_one(trace, streams):
@@ -87,14 +87,14 @@ def test_control_the_comparison_sees_what_is_not_moved(wrong, monkeypatch):
     if wrong == "texts":
         monkeypatch.setattr(concatenated, "annotation_values", lambda part, _: part.values)
     else:
-        made = concatenated._Moves.__init__
+        made = concatenated._Offsets.__init__
 
         def spoilt(self, numbers, before, texts):
             made(self, numbers, before, 0 if wrong == "letters" else texts)
             if wrong != "letters":
                 getattr(self, f"_{wrong}")[:] = 0
 
-        monkeypatch.setattr(concatenated._Moves, "__init__", spoilt)
+        monkeypatch.setattr(concatenated._Offsets, "__init__", spoilt)
     streams = full_shards()
     with pytest.raises((AssertionError, IndexError)), Trace(source_of(streams)) as trace:
         check_as_one(trace, streams)
@@ -104,7 +104,7 @@ def test_control_rows_in_another_order_are_seen():
     streams = full_shards()
     source = source_of(streams)
     with Trace(source) as trace:
-        reads = trace.moment.source
+        reads = trace.snapshot.source
         reads._parts = [parts[::-1] for parts in reads._parts]
         with pytest.raises(AssertionError):
             check_as_one(trace, streams)
@@ -156,7 +156,9 @@ def test_shards_in_files_grow_and_what_was_looked_at_stays(tmp_path):
     shards = [Shard(rank, 2, RUN) for rank in range(2)]
     grown = [Stream(stream.header) for stream in streams]
     looked = []
-    with Trace(JoinedSource("all", shards, [FileSource(sink.path) for sink in sinks])) as trace:
+    with Trace(
+        ConcatenatedSource("all", shards, [FileSource(sink.path) for sink in sinks])
+    ) as trace:
         for step, records in enumerate(zip(*(s.records for s in streams), strict=True)):
             for sink, stream, record in zip(sinks, grown, records, strict=True):
                 stream.records.append(record)
@@ -168,9 +170,9 @@ def test_shards_in_files_grow_and_what_was_looked_at_stays(tmp_path):
                 site = trace["decoder/step.cell"]
                 rows, sequence = site.hidden, site.sequence(-1) if len(site) else None
                 looked.append((rows, np.array(rows), sequence, sequence and sequence.hidden))
-        tables = trace.moment.tables
+        tables = trace.snapshot.tables
         trace.refresh()
-        assert trace.moment.tables is tables
+        assert trace.snapshot.tables is tables
         assert len({len(array) for _, array, _, _ in looked}) > 2
         for rows, array, sequence, hidden in looked:
             # In between, rows of rank 0 have come before those of rank 1.
@@ -189,7 +191,7 @@ def test_control_a_look_that_is_not_fixed_moves(tmp_path):
     """Without `as_of`, rows that were looked at earlier would be others after a refresh."""
     streams = small_shards(2)
     sinks = in_memory(streams)
-    source = JoinedSource("all", [Shard(rank, 2, RUN) for rank in range(2)], sinks)
+    source = ConcatenatedSource("all", [Shard(rank, 2, RUN) for rank in range(2)], sinks)
     with Trace(source) as trace:
         rows = trace["rnn.l0"].update
         before, count = np.array(rows), len(rows)
@@ -205,7 +207,7 @@ def test_control_a_look_that_is_not_fixed_moves(tmp_path):
 def test_stacked_rows_are_indexed_like_one_array(data):
     lengths = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=5))
     whole = np.arange(3.0 * sum(lengths)).reshape(-1, 3)
-    stacked = StackedRows(np.split(whole, np.cumsum(lengths)[:-1]), whole.shape, whole.dtype)
+    stacked = ConcatenatedRows(np.split(whole, np.cumsum(lengths)[:-1]), whole.shape, whole.dtype)
     bound = st.none() | st.integers(-20, 20)
     step = st.none() | st.integers(-4, 4).filter(bool)
     rows = st.builds(slice, bound, bound, step)
@@ -228,7 +230,7 @@ def test_one_part_is_read_alone(tmp_path, monkeypatch):
     read = []
     made = FileRows._read
     monkeypatch.setattr(FileRows, "_read", lambda self, *key: read.append(key) or made(self, *key))
-    with Trace(JoinedSource("all", shards, [FileSource(path) for path in paths])) as trace:
+    with Trace(ConcatenatedSource("all", shards, [FileSource(path) for path in paths])) as trace:
         read.clear()
         assert trace["rnn.l0"].sequence(2).update.shape == (2, 3)
         assert len(read) == 1
@@ -246,5 +248,5 @@ def test_shards_in_files_show_what_one_process_would_have(tmp_path):
     streams = full_shards()
     paths = write_shards(tmp_path / "run.h5", streams)
     shards = [Shard(rank, 3, RUN) for rank in range(3)]
-    with Trace(JoinedSource("all", shards, [FileSource(path) for path in paths])) as trace:
+    with Trace(ConcatenatedSource("all", shards, [FileSource(path) for path in paths])) as trace:
         check_as_one(trace, streams)

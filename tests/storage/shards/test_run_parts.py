@@ -10,7 +10,13 @@ import pytest
 from grutrace.errors import TraceFileError
 from grutrace.storage.open import open_trace
 from grutrace.storage.shards import run_parts as parts_module
-from grutrace.storage.shards.run_parts import Stamp, part_files, part_path, parts_of, require_room
+from grutrace.storage.shards.run_parts import (
+    RunPart,
+    check_writable,
+    part_files,
+    part_path,
+    parts_of,
+)
 from grutrace.storage.write.stream_sink import FileSink
 from tests.plain_reader import PlainTrace
 from tests.storage.oracle import check_trace
@@ -19,7 +25,7 @@ from tests.storage.streams import full_stream
 
 
 def part_sink(path, number, header, run="one"):
-    header = dataclasses.replace(header, options=header.options | Stamp(run, number).options)
+    header = dataclasses.replace(header, options=header.options | RunPart(run, number).options)
     return FileSink(part_path(path, number), header)
 
 
@@ -34,7 +40,7 @@ def write_run(path, bounds=(1, 3), run="one"):
 
 
 def expected_header(stream, run="one"):
-    options = stream.header.options | Stamp(run, 1).options
+    options = stream.header.options | RunPart(run, 1).options
     return dataclasses.replace(stream.header, options=options)
 
 
@@ -60,7 +66,7 @@ def test_each_part_is_a_trace_of_its_own(path):
         assert len(plain.calls) == sum(hasattr(record, "steps") for record in records)
         if number > 1:
             with open_trace(part_path(path, number)) as trace:
-                options = header.options | Stamp("one", number).options
+                options = header.options | RunPart("one", number).options
                 check_trace(trace, dataclasses.replace(header, options=options), records)
 
 
@@ -75,13 +81,13 @@ def test_parts_that_come_later_are_found_when_refreshed(path):
         site = trace[trace.sites[0]]
         assert trace.sites == tuple(each.name for m in first.modules for each in m.sites)
         other = part_sink(path, 2, second)
-        moment = trace._look()
+        snapshot = trace._refresh_snapshot()
         for record in late:
             other.append(record)
         other.close()
-        assert len(trace.calls) == len(moment.calls)
+        assert len(trace.calls) == len(snapshot.calls)
         trace.refresh()
-        assert len(moment.sequences) == sum(e.sequences for e in moment.tables.extents)
+        assert len(snapshot.sequences) == sum(e.sequences for e in snapshot.tables.extents)
         assert not trace.closed
         sink.close()
         trace.refresh()
@@ -152,28 +158,28 @@ def test_the_name_of_a_part():
 
 
 def test_room_for_a_run(path):
-    require_room(path, "w")
+    check_writable(path, "w")
     assert not list(path.parent.iterdir())
     write_run(path)
     for mode in ("a", "overwrite"):
-        require_room(path, mode)
+        check_writable(path, mode)
     with pytest.raises(TraceFileError, match="exists"):
-        require_room(path, "w")
+        check_writable(path, "w")
     write_run(other := path.with_name("other.h5"), run="two")
     shutil.copy(part_path(other, 2), part_path(path, 4))
     for mode in ("a", "overwrite"):
         with pytest.raises(TraceFileError, match=r"run.part0004.h5 is in the way"):
-            require_room(path, mode)
+            check_writable(path, mode)
     path.unlink()
     with pytest.raises(TraceFileError, match=r"run.part0002.h5 is in the way"):
-        require_room(path, "w")
+        check_writable(path, "w")
     with pytest.raises(TraceFileError, match="no folder"):
-        require_room(path.parent / "none" / "run.h5", "w")
+        check_writable(path.parent / "none" / "run.h5", "w")
     with pytest.raises(TraceFileError, match="not a file"):
-        require_room(path.parent, "overwrite")
+        check_writable(path.parent, "overwrite")
 
 
 def test_what_no_run_made_cannot_be_appended_to(path):
     FileSink(path, full_stream().header).close()
     with pytest.raises(TraceFileError, match="grutrace run did not make it"):
-        require_room(path, "a")
+        check_writable(path, "a")

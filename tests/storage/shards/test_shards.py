@@ -19,7 +19,7 @@ from grutrace.errors import GrutraceWarning, OptionError, TraceFileError
 from grutrace.storage.open import open_trace
 from grutrace.storage.read.trace import Trace
 from grutrace.storage.shards.merge import merge_shards
-from grutrace.storage.shards.run_parts import Stamp, part_path
+from grutrace.storage.shards.run_parts import RunPart, part_path
 from grutrace.storage.write.stream_sink import FileSink
 from tests.plain_reader import PlainTrace
 from tests.storage.oracle import check_trace
@@ -128,7 +128,7 @@ def test_a_killed_rank_reads_like_any_other(path):
     with open_trace(path.with_name("run.rank*.h5")) as trace:
         check_as_one(trace, streams)
         assert not trace.closed
-        assert [shard.closed for shard in trace.moment.tables.shards] == [True, True, False]
+        assert [shard.closed for shard in trace.snapshot.tables.shards] == [True, True, False]
     assert len(paths) == 2
 
 
@@ -229,7 +229,7 @@ def write_run(path, streams, bounds):
     for rank, stream in enumerate(streams):
         shard = Shard(rank, len(streams), RUN)
         for number, (header, records) in enumerate(split(stream, bounds), 1):
-            options = header.options | shard.options | Stamp(f"run {rank}", number).options
+            options = header.options | shard.options | RunPart(f"run {rank}", number).options
             header = dataclasses.replace(header, options=options, created=1.5e9 + rank)
             sink = FileSink(part_path(shard.path(path), number), header)
             for record in records:
@@ -297,7 +297,7 @@ def test_a_look_at_shards_can_go_to_another_process(path):
     streams = full_shards()
     paths = write_shards(path, streams)
     with open_trace(path.with_name("run.rank*.h5")) as trace:
-        address = pickle.dumps(trace.moment.source)
+        address = pickle.dumps(trace.snapshot.source)
         expected = np.array(trace["decoder/step.cell"].hidden)
     assert len(address) < 2000
     source = pickle.loads(address)
@@ -312,7 +312,7 @@ def test_a_look_at_shards_can_go_to_another_process(path):
         open_trace(path.with_name("run.rank*.h5")) as trace,
         pytest.raises(TypeError, match="may still grow"),
     ):
-        pickle.dumps(trace.moment.source)
+        pickle.dumps(trace.snapshot.source)
     sink.close()
     with pytest.raises(TraceFileError, match="has grown since"):
         pickle.loads(address)

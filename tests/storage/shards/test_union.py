@@ -13,7 +13,7 @@ from grutrace.storage.memory import MemorySink
 from grutrace.storage.read.file_source import FileSource
 from grutrace.storage.read.trace import Trace
 from grutrace.storage.shards import union
-from grutrace.storage.shards.union import CombinedSource, distinct_modules
+from grutrace.storage.shards.union import UnionSource, distinct_modules
 from grutrace.storage.write.stream_sink import FileSink
 from tests.storage.oracle import check_trace
 from tests.storage.streams import Stream, drawn_streams, full_stream, make_header, make_module
@@ -47,7 +47,7 @@ def in_memory(stream, bounds):
 @pytest.mark.parametrize("bounds", [[], [1], [2], [1, 2, 3]])
 def test_parts_in_memory_show_what_one_trace_shows(bounds):
     stream = full_stream()
-    with Trace(CombinedSource("all", in_memory(stream, bounds))) as trace:
+    with Trace(UnionSource("all", in_memory(stream, bounds))) as trace:
         check_trace(trace, stream.header, stream.records)
 
 
@@ -56,7 +56,7 @@ def test_parts_in_memory_show_what_one_trace_shows(bounds):
 def test_whatever_is_drawn_shows_what_one_trace_shows(stream, data):
     places = st.integers(1, max(1, len(stream.header.modules) - 1))
     bounds = sorted(data.draw(st.sets(places, max_size=len(stream.header.modules) - 1)))
-    with Trace(CombinedSource("all", in_memory(stream, bounds))) as trace:
+    with Trace(UnionSource("all", in_memory(stream, bounds))) as trace:
         check_trace(trace, stream.header, stream.records)
 
 
@@ -66,7 +66,7 @@ def test_parts_in_files_grow_and_show_what_one_trace_shows(tmp_path):
     sinks = [
         FileSink(tmp_path / f"{number}.h5", header) for number, (header, _) in enumerate(parts)
     ]
-    source = CombinedSource("all", [FileSource(sink.path) for sink in sinks])
+    source = UnionSource("all", [FileSource(sink.path) for sink in sinks])
     bounds = np.array([1, 3])
     with Trace(source) as trace:
         for seen, record in enumerate(stream.records, 1):
@@ -77,9 +77,9 @@ def test_parts_in_files_grow_and_show_what_one_trace_shows(tmp_path):
             trace.refresh()
             if seen % 6 == 0:
                 check_trace(trace, stream.header, stream.records[:seen])
-        tables = trace._look().tables
+        tables = trace._refresh_snapshot().tables
         trace.refresh()
-        assert trace._look().tables is tables
+        assert trace._refresh_snapshot().tables is tables
         for sink in sinks:
             assert not trace.closed
             sink.close()
@@ -96,10 +96,10 @@ def test_control_the_comparison_sees_what_is_not_moved(wrong, monkeypatch):
     elif wrong == "time":
         monkeypatch.setattr(union, "_in_time_order", lambda calls: np.arange(sum(map(len, calls))))
     else:
-        monkeypatch.setattr(union, "_moved", lambda table, *_: table)
+        monkeypatch.setattr(union, "_shift_references", lambda table, *_: table)
     with (
         pytest.raises((AssertionError, IndexError, ValueError)),
-        Trace(CombinedSource("all", in_memory(stream, [1]))) as trace,
+        Trace(UnionSource("all", in_memory(stream, [1]))) as trace,
     ):
         check_trace(trace, stream.header, stream.records)
 
@@ -113,7 +113,7 @@ def test_calls_of_a_part_keep_their_order_when_the_clock_is_put_back():
         dataclasses.replace(each, time=next(times)) if hasattr(each, "time") else each
         for each in stream.records
     ]
-    with Trace(CombinedSource("all", in_memory(stream, [1]))) as trace:
+    with Trace(UnionSource("all", in_memory(stream, [1]))) as trace:
         assert trace.calls["steps"].tolist() == [3, 1, 2, 4]
         assert [len(sequence) for sequence in trace["a.l0"]] == [1, 2, 4]
 

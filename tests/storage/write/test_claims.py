@@ -18,7 +18,7 @@ import grutrace
 from grutrace.errors import GrutraceError, SinkError, TraceFileError
 from grutrace.storage.hdf5 import locks
 from grutrace.storage.open import open_trace
-from grutrace.storage.shards.run_parts import Stamp, part_path, require_room
+from grutrace.storage.shards.run_parts import RunPart, check_writable, part_path
 from grutrace.storage.write import writer_thread
 from grutrace.storage.write.stream_sink import FileSink
 from tests.storage import coded
@@ -83,7 +83,7 @@ WRITERS = {
     "a tracer": lambda path: FileSink(path, coded.HEADER, "overwrite"),
     "statistics": lambda path: grutrace.Statistics(path, mode="overwrite"),
     "saved statistics": lambda path: counted().save(path, mode="overwrite"),
-    "a run": lambda path: require_room(path, "overwrite"),
+    "a run": lambda path: check_writable(path, "overwrite"),
 }
 
 
@@ -193,14 +193,14 @@ def test_a_file_that_comes_while_another_is_made_is_not_replaced(path, monkeypat
 def test_a_run_does_not_remove_a_part_that_is_written(path):
     module = make_module()
     for number in (1, 2):
-        header = make_header(module, options=Stamp("a" * 32, number).options)
+        header = make_header(module, options=RunPart("a" * 32, number).options)
         sink = FileSink(part_path(path, number), header)
         if number == 1:
             sink.close()
     with pytest.raises(TraceFileError, match=rf"part0002\.h5 is being written {HERE}"):
-        require_room(path, "overwrite")
+        check_writable(path, "overwrite")
     sink.close()
-    require_room(path, "overwrite")
+    check_writable(path, "overwrite")
 
 
 SPELLINGS = {
