@@ -21,7 +21,7 @@ from benchmarks import long_traces
 from benchmarks.figures import Figure, Target, measured
 from benchmarks.memory import own_peak
 from benchmarks.pairs import ratio
-from grutrace.analysis.registry import MEASURES, measure
+from grutrace.analysis.registry import ANALYSES, get_analysis
 from grutrace.records import DEFAULT_RECORD
 from grutrace.storage.read.lazy_rows import BLOCK
 from grutrace.storage.read.site import SiteTrace
@@ -64,14 +64,14 @@ def figures() -> Iterator[Figure]:
         size = LARGE if shutil.disk_usage(folder).free > 2 * LARGE else LESS
         path = Path(folder) / "run.h5"
         long_traces.write_wide(path, size, LABEL)
-        for of in MEASURES:
-            if of not in LONG and not MEASURES[of].needs:
+        for of in ANALYSES:
+            if of not in LONG and not ANALYSES[of].required:
                 yield peak(of, path)
 
 
 def times_reading(of: str, site: SiteTrace) -> Figure:
     """The time of an analysis over that of reading the rows of all gates and states in order."""
-    analyse = measure(of).load()
+    analyse = get_analysis(of).load()
     step = BLOCK // (long_traces.HIDDEN * np.dtype(np.float32).itemsize)
 
     def read() -> None:
@@ -95,12 +95,12 @@ def peak(of: str, path: Path) -> Figure:
 
 def run(of: str, path: Path) -> None:
     """Analyse every site of a file, and print the peak; where two are compared, with itself."""
-    chosen = measure(of)
+    chosen = get_analysis(of)
     analyse = chosen.load()
     with grutrace.open(path) as trace:
         for name in trace.sites:
             needed = {"label": LABEL, "against": trace[name]}
-            analyse(trace[name], **{option: needed[option] for option in chosen.needs})
+            analyse(trace[name], **{option: needed[option] for option in chosen.required})
     print(own_peak())
 
 

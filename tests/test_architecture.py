@@ -69,7 +69,7 @@ ALLOWED = {
     "analysis/memory": {"storage/read", "analysis/engine"},
     "analysis/dynamics": {"storage/read", "statistics", "analysis/engine"},
     "analysis/labels": {"storage/read", "statistics", "analysis/engine"},
-    "analysis/compare": {
+    "analysis/comparison": {
         *("storage/interfaces", "storage/read", "analysis/engine", "analysis/verification"),
     },
     "export": {"storage/hdf5", "storage/format", "storage/interfaces", "storage/read"},
@@ -80,7 +80,7 @@ ALLOWED = {
     "cli": {
         *("storage/hdf5", "storage/read", "storage/shards", "storage/recovery", "storage/open"),
         *("statistics", "analysis/engine", "analysis/registry", "analysis/verification"),
-        *("analysis/descriptive", "analysis/compare", "export", "run"),
+        *("analysis/descriptive", "analysis/comparison", "export", "run"),
     },
     "__main__": {"cli"},
     "__init__": {"storage/read", "storage/open", "statistics", "capture/tracer"},

@@ -15,7 +15,7 @@ TORCH_FREE = [
     "import grutrace; grutrace.open; grutrace.Trace",
     "import grutrace.storage.write.stream_sink",
     "import grutrace.analysis.descriptive.saturation",
-    "import grutrace.analysis.compare",
+    "import grutrace.analysis.comparison",
     "import grutrace; grutrace.Statistics()",
     "import grutrace.cli",
 ]

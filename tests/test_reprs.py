@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis.compare.trace_diff import compare
+from grutrace.analysis.comparison.trace_diff import compare
 from grutrace.analysis.descriptive.saturation import summarize_site
 from grutrace.analysis.engine.site_data import SiteArrays
-from grutrace.analysis.registry import MEASURES
+from grutrace.analysis.registry import ANALYSES
 from grutrace.analysis.verification.verify import verify
 from grutrace.reprs import named_repr
 from tests.checks import EVERYTHING
@@ -77,12 +77,12 @@ def test_statistics(trace) -> None:
     assert f"mean=float64 (70,) {spread.min():.4g} to {spread.max():.4g}" in repr(site.update)
 
 
-@pytest.mark.parametrize("name", [name for name in MEASURES if name not in ("change", "probe")])
+@pytest.mark.parametrize("name", [name for name in ANALYSES if name not in ("change", "probe")])
 def test_results_of_analyses(name: str, trace) -> None:
-    measure = MEASURES[name]
+    analysis = ANALYSES[name]
     site = trace[trace.sites[0]]
-    options = {"label": "kind"} if "label" in measure.needs else {}
-    result = measure.load()(site, **options)
+    options = {"label": "kind"} if "label" in analysis.required else {}
+    result = analysis.load()(site, **options)
     assert_fits(result, f"{type(result).__name__}(", "site='a_part_of_it")
 
 

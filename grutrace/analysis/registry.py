@@ -11,99 +11,105 @@ from grutrace.errors import OptionError, short_repr
 
 
 @dataclass(frozen=True)
-class Measure:
-    """An analysis of one site.
+class AnalysisSpec:
+    """Where the analysis of one site is defined, and which options the command line passes.
 
     Attributes:
-        module: Where it is, within `grutrace.analysis`.
-        function: Its name there.
-        says: What it is, in a line.
-        takes: What else it can be told, by the names of its arguments.
-        needs: Those of them without which it cannot be.
+        module: Module that defines the function, relative to `grutrace.analysis`.
+        function: Name of the function in that module.
+        summary: One line for help texts.
+        options: Names of the optional arguments that the command line can pass.
+        required: Those of `options` that the analysis cannot run without.
     """
 
     module: str
     function: str
-    says: str
-    takes: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ()
+    summary: str
+    options: tuple[str, ...] = ()
+    required: tuple[str, ...] = ()
 
     def require(self, given: Collection[str]) -> None:
-        """Refuse what it cannot be told, and the lack of what it must be told.
+        """Check the names of the options that a user gave.
 
         Raises:
-            OptionError: As it says.
+            OptionError: An option is not one of `options`, or one of `required` is missing.
         """
         for name in given:
-            if name not in self.takes:
+            if name not in self.options:
                 raise OptionError(f"{self.function} takes no --{name}")
-        for name in self.needs:
+        for name in self.required:
             if name not in given:
                 raise OptionError(f"{self.function} needs --{name}")
 
     def load(self) -> Callable[..., Result]:
-        """The function. What it needs is imported now, and not before."""
-        found: Callable[..., Result]
-        found = getattr(import_module(f"grutrace.analysis.{self.module}"), self.function)
-        return found
+        """Import the module and return the function."""
+        function: Callable[..., Result]
+        function = getattr(import_module(f"grutrace.analysis.{self.module}"), self.function)
+        return function
 
 
-MEASURES = {
-    "saturation": Measure(
-        "descriptive.saturation", "saturation", "how often gates are shut or open"
+ANALYSES = {
+    "saturation": AnalysisSpec(
+        "descriptive.saturation", "saturation", "share of steps with each gate near 0 or 1"
     ),
-    "rounding": Measure(
-        "descriptive.quantization", "rounding", "by how much a smaller type has rounded"
+    "quantization": AnalysisSpec(
+        "descriptive.quantization", "quantization", "rounding error of a smaller storage type"
     ),
-    "moments": Measure(
-        "descriptive.distribution",
-        "moments",
-        "mean, spread, skewness and tails of gates and states",
+    "moments": AnalysisSpec(
+        "descriptive.distribution", "moments", "mean, spread, skewness and kurtosis of each unit"
     ),
-    "quantiles": Measure(
-        "descriptive.distribution", "quantiles", "which values gates and states take how often"
+    "quantiles": AnalysisSpec(
+        "descriptive.distribution", "quantiles", "quantiles and histogram of each unit"
     ),
-    "timescales": Measure(
-        "memory.timescales", "timescales", "for how many steps each unit remembers"
+    "timescales": AnalysisSpec(
+        "memory.timescales", "timescales", "number of steps that each unit keeps its state"
     ),
-    "autocorrelation": Measure(
-        "memory.autocorrelation", "autocorrelation", "how long each state resembles itself"
+    "autocorrelation": AnalysisSpec(
+        "memory.autocorrelation", "autocorrelation", "correlation time of each unit's state"
     ),
-    "memory": Measure("memory.age", "memory", "how old what the states hold is"),
-    "jacobian": Measure(
-        "dynamics.jacobian", "step_jacobians", "by how much single steps shrink or grow differences"
+    "state_age": AnalysisSpec(
+        "memory.age", "state_age", "mean age of the information in each state"
     ),
-    "lyapunov": Measure("dynamics.lyapunov", "lyapunov", "whether a network is chaotic"),
-    "fixed_points": Measure("dynamics.fixed_points", "fixed_points", "where the state would stay"),
-    "gate_activation": Measure(
+    "step_jacobians": AnalysisSpec(
+        "dynamics.jacobian", "step_jacobians", "spectral radius and norm of step Jacobians"
+    ),
+    "lyapunov": AnalysisSpec("dynamics.lyapunov", "lyapunov", "Lyapunov exponents"),
+    "fixed_points": AnalysisSpec(
+        "dynamics.fixed_points", "fixed_points", "fixed and slow points at a constant input"
+    ),
+    "gate_activation": AnalysisSpec(
         "labels.segmentation", "gate_activation", "boundaries where a gate changes", ("label",)
     ),
-    "selectivity": Measure(
-        "labels.selectivity", "selectivity", "which unit follows a label", ("label",), ("label",)
+    "selectivity": AnalysisSpec(
+        "labels.selectivity", "selectivity", "units that follow a label", ("label",), ("label",)
     ),
-    "probe": Measure(
-        "labels.probe", "probe", "what can be read from states", ("label",), ("label",)
+    "probe": AnalysisSpec(
+        "labels.probe", "probe", "linear probe of the states for a label", ("label",), ("label",)
     ),
-    "geometry": Measure("descriptive.geometry", "geometry", "in how many directions states move"),
-    "writes": Measure("memory.update_sparsity", "writes", "how much of the update is used"),
-    "change": Measure(
-        "compare.change",
+    "geometry": AnalysisSpec(
+        "descriptive.geometry", "geometry", "principal components and dimension of the states"
+    ),
+    "update_sparsity": AnalysisSpec(
+        "memory.update_sparsity", "update_sparsity", "share of steps that hardly change a unit"
+    ),
+    "change": AnalysisSpec(
+        "comparison.change",
         "change",
-        "what moved between two traces",
+        "differences between two traces, unit by unit",
         ("against", "paired"),
         ("against",),
     ),
 }
 
 
-def measure(name: str) -> Measure:
-    """The analysis of this name.
+def get_analysis(name: str) -> AnalysisSpec:
+    """Return the analysis of this name.
 
     Raises:
-        OptionError: There is none; the message says which there are.
+        OptionError: There is none; the message lists the names.
     """
-    if name not in MEASURES:
+    if name not in ANALYSES:
         raise OptionError(
-            f"measure: expected one of {', '.join(MEASURES)}; found {short_repr(name)}"
+            f"analysis: expected one of {', '.join(ANALYSES)}; found {short_repr(name)}"
         )
-    return MEASURES[name]
+    return ANALYSES[name]

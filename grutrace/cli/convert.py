@@ -28,11 +28,11 @@ def derive(
     Exits with 2 if the output exists, or there is nothing to derive.
     """
     # Here for the same reason.
-    from grutrace.analysis.verification.materialize import derive_file
+    from grutrace.analysis.verification.materialize import materialize_file
 
     check_in_subprocess(files)
     with opened(files) as trace, progress_bar("deriving") as advance:
-        derive_file(trace, output, advance)
+        materialize_file(trace, output, advance)
 
 
 def export(

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from grutrace.analysis.compare import Place, TraceDifference, ValueDifference, compare
+from grutrace.analysis.comparison import TraceDifference, ValueDifference, ValuePair, compare
 from grutrace.cli.common import NO, AsJSON, Record, Sites, names, opened
 from grutrace.cli.output import new_table, print_json, print_table, progress_bar, say
 
@@ -73,8 +73,8 @@ def print_difference(found: TraceDifference) -> None:
         if each.beyond:
             say(f"{each.site}: {each.quantity}, first at {each.first}")
             say(f"{each.site}: {each.quantity}, most at {each.largest}")
-    for circumstance in found.circumstances:
-        say(f"({circumstance})")
+    for difference in found.context:
+        say(f"({difference})")
     # The first of them is the likely cause, if values differ.
     for weights in found.weights[bool(found.cause) :]:
         say(f"(weights of {weights})")
@@ -98,7 +98,7 @@ def _plain(found: TraceDifference) -> dict[str, Any]:
     return about | dataclasses.asdict(found) | {"values": values}
 
 
-def _place(place: Place | None) -> dict[str, Any] | None:
+def _place(place: ValuePair | None) -> dict[str, Any] | None:
     if place is None:
         return None
     return dataclasses.asdict(place) | {"difference": place.difference}

@@ -84,7 +84,7 @@ def print_info(trace: Trace, name: str) -> None:
         dtype = about["options"]["dtype"]
         say(
             f"rows are rounded to {dtype}: values up to 1 are off by {ROUNDED[dtype]:.3g} at most; "
-            "`grutrace stats FILE rounding` says more"
+            "`grutrace stats FILE quantization` says more"
         )
     if "compression" in about["options"]:
         say(f"rows are compressed with {about['options']['compression']}")

@@ -184,8 +184,8 @@ QUANTILES = {"least": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "most": 1.0}
 
 def print_result(result: Result, each: bool) -> None:
     """Print what is one number, then the columns: their quantiles, or each of their values."""
-    figures = [f"{name} {_figure(found)}" for name, found in result.figures().items()]
-    say(f"{result.site}: {', '.join(figures)}")
+    scalars = [f"{name} {_figure(found)}" for name, found in result.scalars().items()]
+    say(f"{result.site}: {', '.join(scalars)}")
     columns = result.columns()
     numbers, *others = columns
     if each:
@@ -198,7 +198,7 @@ def print_result(result: Result, each: bool) -> None:
         table = new_table(f"over {numbers}s")
         for label in QUANTILES:
             table.add_column(label, justify="right")
-        for name in (other for other in others if other not in result.places):
+        for name in (other for other in others if other not in result.index_columns):
             table.add_row(name.replace("_", " "), *_quantiles(columns[name]))
     if others:
         print_table(table)

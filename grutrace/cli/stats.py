@@ -18,8 +18,8 @@ from grutrace.analysis.descriptive.saturation import (
     summarize_statistics,
 )
 from grutrace.analysis.engine.result import Result
-from grutrace.analysis.engine.site_data import material
-from grutrace.analysis.registry import MEASURES, Measure, measure
+from grutrace.analysis.engine.site_data import as_site_data
+from grutrace.analysis.registry import ANALYSES, AnalysisSpec, get_analysis
 from grutrace.cli.common import AsJSON, opened
 from grutrace.cli.output import (
     new_table,
@@ -32,7 +32,7 @@ from grutrace.cli.output import (
 )
 from grutrace.errors import OptionError
 from grutrace.statistics.file import is_statistics
-from grutrace.statistics.moments import OPEN, SHUT
+from grutrace.statistics.moments import HIGH, LOW
 from grutrace.statistics.running import Statistics
 from grutrace.storage.read.trace import Trace
 
@@ -41,9 +41,9 @@ def stats(
     arguments: Annotated[
         list[str],
         typer.Argument(
-            metavar="FILE... [MEASURE]",
+            metavar="FILE... [ANALYSIS]",
             help="A trace file, or the shards of several processes: run.rank*.h5. "
-            f"MEASURE is one of {', '.join(MEASURES)}.",
+            f"ANALYSIS is one of {', '.join(ANALYSES)}.",
             show_default=False,
         ),
     ],
@@ -51,7 +51,7 @@ def stats(
         list[str] | None, typer.Option(help="Glob for names of sites. Can be repeated.")
     ] = None,
     label: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The label, or tokens, that MEASURE is of.")
+        str | None, typer.Option(metavar="NAME", help="The label, or tokens, that ANALYSIS is of.")
     ] = None,
     against: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The later trace that change looks at.")
@@ -64,13 +64,13 @@ def stats(
 ) -> None:
     """Summarize every site: sequences, steps, residual, and how open its gates are.
 
-    FILE is a trace, or what a grutrace.Statistics wrote. With MEASURE, say that of every site.
+    FILE is a trace, or what a grutrace.Statistics wrote. With ANALYSIS, say that of every site.
     """
-    files, name = files_and_measure(arguments)
+    files, name = files_and_analysis(arguments)
     told = {"label": label, "against": against, "paired": paired or None}
     given: dict[str, Any] = {option: value for option, value in told.items() if value is not None}
     if name is not None:
-        chosen = measure(name)
+        chosen = get_analysis(name)
         chosen.require(given)
         with ExitStack() as open_now:
             trace = open_now.enter_context(opened(files))
@@ -79,7 +79,7 @@ def stats(
             print_results(results(trace, chosen, matching(trace, site), given), each, as_json)
         return
     if given:
-        raise OptionError(f"--{next(iter(given))} needs a MEASURE: one of {', '.join(MEASURES)}")
+        raise OptionError(f"--{next(iter(given))} needs an ANALYSIS: one of {', '.join(ANALYSES)}")
     if all(map(is_statistics, files)):
         found = summarize_statistics(reduce(Statistics.merge, map(Statistics.load, files)))
     else:
@@ -91,8 +91,8 @@ def stats(
         print_stats(found)
 
 
-def files_and_measure(arguments: Sequence[str]) -> tuple[list[Path], str | None]:
-    """Tell files from the name of a measure, which comes last and is no file."""
+def files_and_analysis(arguments: Sequence[str]) -> tuple[list[Path], str | None]:
+    """Tell files from the name of an analysis, which comes last and is no file."""
     *files, last = arguments
     if files and not Path(last).exists():
         return [Path(file) for file in files], last
@@ -115,7 +115,7 @@ def matching(trace: Trace, globs: Sequence[str] | None) -> tuple[str, ...]:
 
 
 def results(
-    trace: Trace, chosen: Measure, sites: Sequence[str], given: Mapping[str, Any]
+    trace: Trace, chosen: AnalysisSpec, sites: Sequence[str], given: Mapping[str, Any]
 ) -> Iterator[Result]:
     """Yield what an analysis finds at each site, with a bar on a terminal.
 
@@ -129,7 +129,7 @@ def results(
     for name in sites:
         told = {key: each[name] if isinstance(each, Trace) else each for key, each in given.items()}
         with progress_bar(f"{chosen.function} of {name}") as advance:
-            of = material(trace[name])
+            of = as_site_data(trace[name])
             of.advance = advance
             found = analyse(of, **told)
         yield found
@@ -138,7 +138,7 @@ def results(
 def print_results(found: Iterable[Result], each: bool, as_json: bool) -> None:
     """Print results: one after another as text, or as one JSON array."""
     if as_json:
-        print_json([result.as_text() for result in found])
+        print_json([result.to_dict() for result in found])
         return
     for result in found:
         print_result(result, each)
@@ -156,7 +156,7 @@ def print_stats(found: Sequence[SiteSummary]) -> None:
     for name in ("sequences", "steps", "residual"):
         table.add_column(name, justify="right")
     table.add_column("")
-    for name in ("mean", f"< {SHUT}", f"> {OPEN}"):
+    for name in ("mean", f"< {LOW}", f"> {HIGH}"):
         table.add_column(name, justify="right")
     for each in found:
         about = [each.site, str(each.sequences), str(each.steps), f"{each.residual:.1e}"]

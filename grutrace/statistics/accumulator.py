@@ -12,29 +12,29 @@ import numpy as np
 
 from grutrace.errors import OptionError
 from grutrace.records import Array, TraceHeader
-from grutrace.statistics.histogram import bins_of
-from grutrace.statistics.moments import describe, join, no_values
+from grutrace.statistics.histogram import quantity_bins
+from grutrace.statistics.moments import empty_stats, merge_stats, summarize_block
 from grutrace.statistics.results import SiteStatistics, UnitStatistics
 from grutrace.storage.format.schema import width
 
 #: What is counted at a time: much for NumPy, little for a processor's cache. Elements.
-BLOCK = 128 * 1024
+BLOCK_ELEMENTS = 128 * 1024
 
 
-class Tally:
+class QuantityAccumulator:
     """Counts the values of a quantity, unit by unit, in memory that does not grow.
 
     Args:
         quantity: Its name.
         width: How many units (or features of the input).
         bins: Bins of its histogram.
-        shares: Whether to count what is below and above the bounds of `units.describe`.
+        shares: Whether to count what is below and above the bounds of `moments.summarize_block`.
         moments: Whether to work out the moments.
         together: Elements that are counted at a time.
 
     Attributes:
         bins: Those of its histogram; None for the input.
-        units: (width,) of type `units.UNITS`.
+        units: (width,) of type `moments.UNIT_DTYPE`.
         histogram: (width, bins); (width, 0) for the input.
     """
 
@@ -46,11 +46,11 @@ class Tally:
         *,
         shares: bool = True,
         moments: bool = True,
-        together: int = BLOCK,
+        block_elements: int = BLOCK_ELEMENTS,
     ) -> None:
-        self.bins = bins_of(quantity, bins)
-        self._shares, self._moments, self._together = shares, moments, together
-        self.units = no_values(width)
+        self.bins = quantity_bins(quantity, bins)
+        self._shares, self._moments, self._block_elements = shares, moments, block_elements
+        self.units = empty_stats(width)
         self.histogram = np.zeros((width, bins if self.bins else 0), np.int64)
 
     @property
@@ -60,14 +60,14 @@ class Tally:
 
     def add(self, rows: Array) -> None:
         """Count (n, width) rows."""
-        step = max(1, self._together // max(1, self.width))
+        step = max(1, self._block_elements // max(1, self.width))
         # A gate may have any value in a model that has gone astray, and its squares none.
         with np.errstate(over="ignore", invalid="ignore"):
             for start in range(0, len(rows), step):
                 self._add(np.ascontiguousarray(rows[start : start + step]))
 
     def _add(self, block: Array) -> None:
-        units, values, missing = describe(block, shares=self._shares, moments=self._moments)
+        units, values, missing = summarize_block(block, shares=self._shares, moments=self._moments)
         if self.bins is not None:
             counts, units["underflow"], units["overflow"] = self.bins.histogram(
                 values, units["minimum"].min(), units["maximum"].max()
@@ -76,21 +76,23 @@ class Tally:
             zero = int(np.searchsorted(self.bins.edges, 0.0, "right")) - 1
             counts[:, zero] -= missing
             self.histogram += counts
-        join(self.units, units)
+        merge_stats(self.units, units)
 
-    def merge(self, other: Tally) -> None:
+    def merge(self, other: QuantityAccumulator) -> None:
         """Take in what another tally of the same shape has counted."""
         with np.errstate(over="ignore", invalid="ignore"):
-            join(self.units, other.units)
+            merge_stats(self.units, other.units)
         self.histogram += other.histogram
 
 
 #: How much there was of one module.
-MODULE = np.dtype([("calls", "<i8"), ("sequences", "<i8"), ("steps", "<i8"), ("versions", "<i8")])
+MODULE_DTYPE = np.dtype(
+    [("calls", "<i8"), ("sequences", "<i8"), ("steps", "<i8"), ("versions", "<i8")]
+)
 
 #: The checks of one site: the largest residual of a call, which call that was (from 0, of all
 #: modules; -1 for none), and in how many calls nothing was replayed.
-CHECKED = np.dtype([("residual", "<f4"), ("call", "<i8"), ("unchecked", "<i8")])
+CHECK_DTYPE = np.dtype([("residual", "<f4"), ("call", "<i8"), ("unchecked", "<i8")])
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class SiteLayout:
     widths: tuple[tuple[str, int], ...]
 
 
-def layout_of(header: TraceHeader) -> tuple[SiteLayout, ...]:
+def site_layouts(header: TraceHeader) -> tuple[SiteLayout, ...]:
     """The sites of a trace, and all that can be read there."""
     return tuple(
         SiteLayout(
@@ -131,8 +133,8 @@ class Accumulator:
         bins: Bins of each histogram.
 
     Attributes:
-        modules: (modules,) of type `MODULE`.
-        checked: (sites,) of type `CHECKED`.
+        modules: (modules,) of type `MODULE_DTYPE`.
+        checked: (sites,) of type `CHECK_DTYPE`.
         annotations: How many there were.
         tallies: By site, then by quantity.
     """
@@ -140,12 +142,13 @@ class Accumulator:
     def __init__(self, model: str, created: float, layout: Sequence[SiteLayout], bins: int) -> None:
         self.model, self.created, self.bins = model, created, bins
         self.layout = tuple(layout)
-        self.modules = np.zeros(1 + max((site.module for site in layout), default=-1), MODULE)
-        self.checked = np.zeros(len(self.layout), CHECKED)
+        self.modules = np.zeros(1 + max((site.module for site in layout), default=-1), MODULE_DTYPE)
+        self.checked = np.zeros(len(self.layout), CHECK_DTYPE)
         self.checked["call"] = -1
         self.annotations = 0
         self.tallies = tuple(
-            {name: Tally(name, units, bins) for name, units in site.widths} for site in self.layout
+            {name: QuantityAccumulator(name, units, bins) for name, units in site.widths}
+            for site in self.layout
         )
 
     @property
@@ -187,7 +190,7 @@ class Accumulator:
             if entry["call"] >= 0:
                 self.check(site, float(entry["residual"]), before + int(entry["call"]))
             self.checked[site]["unchecked"] += entry["unchecked"]
-        for name in MODULE.names or ():
+        for name in MODULE_DTYPE.names or ():
             self.modules[name] += other.modules[name]
         self.annotations += other.annotations
         self.created = min(self.created, other.created)
@@ -234,14 +237,14 @@ class Accumulator:
             residual=float("nan") if has_none else float(checked["residual"]),
             residual_call=int(checked["call"]),
             quantities={
-                name: _figures(name, tally, self.bins)
+                name: _unit_statistics(name, tally, self.bins)
                 for name, tally in self.tallies[number].items()
             },
         )
 
 
-def _figures(quantity: str, tally: Tally, bins: int) -> UnitStatistics:
-    units, of_bins = tally.units, bins_of(quantity, bins)
+def _unit_statistics(quantity: str, tally: QuantityAccumulator, bins: int) -> UnitStatistics:
+    units, of_bins = tally.units, quantity_bins(quantity, bins)
     some = units["count"] > 0
 
     def where_some(values: Array) -> Array:
@@ -250,7 +253,7 @@ def _figures(quantity: str, tally: Tally, bins: int) -> UnitStatistics:
     def share(name: str) -> Array | None:
         return where_some(units[name] / np.maximum(units["count"], 1)) if of_bins else None
 
-    figures: dict[str, Array | None] = {
+    values: dict[str, Array | None] = {
         "count": units["count"].copy(),
         "nan": units["nan"].copy(),
         "infinite": units["infinite"].copy(),
@@ -265,7 +268,7 @@ def _figures(quantity: str, tally: Tally, bins: int) -> UnitStatistics:
         "underflow": units["underflow"].copy() if of_bins else None,
         "overflow": units["overflow"].copy() if of_bins else None,
     }
-    for array in figures.values():
+    for array in values.values():
         if array is not None:
             array.flags.writeable = False
-    return UnitStatistics(quantity=quantity, **figures)  # type: ignore[arg-type]
+    return UnitStatistics(quantity=quantity, **values)  # type: ignore[arg-type]

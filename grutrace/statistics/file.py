@@ -16,9 +16,9 @@ import numpy as np
 from grutrace.errors import TraceFileError, as_path, require_one_of
 from grutrace.options import OPTIONS
 from grutrace.records import QUANTITIES, Array
-from grutrace.statistics.accumulator import CHECKED, MODULE, Accumulator, SiteLayout
+from grutrace.statistics.accumulator import CHECK_DTYPE, MODULE_DTYPE, Accumulator, SiteLayout
 from grutrace.statistics.histogram import ALLOWED_BINS
-from grutrace.statistics.moments import UNITS
+from grutrace.statistics.moments import UNIT_DTYPE
 from grutrace.storage.format.header import check_version, format_of
 from grutrace.storage.format.schema import FORMAT, STATISTICS_FORMAT
 from grutrace.storage.hdf5.atomic_write import (
@@ -38,10 +38,14 @@ from grutrace.storage.write.overwrite import require_replaceable
 #: Major and minor. A reader refuses a newer major number; a newer minor one only adds.
 VERSION = (1, 0)
 
-COUNTED = np.dtype([("created", "<f8"), ("saved", "<f8"), ("bins", "<i8"), ("annotations", "<i8")])
-SITE = np.dtype([("module", "<i8"), *((name, CHECKED[name]) for name in CHECKED.names or ())])
+TOTALS_DTYPE = np.dtype(
+    [("created", "<f8"), ("saved", "<f8"), ("bins", "<i8"), ("annotations", "<i8")]
+)
+SITE_DTYPE = np.dtype(
+    [("module", "<i8"), *((name, CHECK_DTYPE[name]) for name in CHECK_DTYPE.names or ())]
+)
 
-_WHAT = "file of statistics"
+_KIND = "file of statistics"
 
 
 class StatisticsFile:
@@ -62,28 +66,28 @@ class StatisticsFile:
     def __init__(self, path: str | os.PathLike[str], mode: str, *, fsync: bool = False) -> None:
         require_one_of("mode", mode, OPTIONS["mode"].values)
         self.path = Path(os.path.realpath(path))
-        self._goes_on = mode == "a" and self.path.exists()
-        self._mode = "overwrite" if self._goes_on else mode
+        self._continues = mode == "a" and self.path.exists()
+        self._mode = "overwrite" if self._continues else mode
         self._fsync = fsync
         self._lock = threading.Lock()
         self._claim: Claim | None = None
         self._writers = 0
         # The file that may be replaced, once that is known.
-        self._own: _Status | None = None
+        self._expected_status: _Status | None = None
         require_unclaimed(self.path)
         temporary_path(self.path, self._mode)
         if self._mode == "overwrite":
             require_replaceable(self.path)
 
-    def before(self) -> Accumulator | None:
+    def load_existing(self) -> Accumulator | None:
         """What the file holds that counting goes on from.
 
         Raises:
             TraceFileError: It is no such file, or damaged.
         """
-        if not self._goes_on:
+        if not self._continues:
             return None
-        self._own = _status(self.path)
+        self._expected_status = _status(self.path)
         return load(self.path)
 
     def acquire(self) -> None:
@@ -124,7 +128,7 @@ class StatisticsFile:
             held = None
             try:
                 with translate_write_errors(self.path, "written"):
-                    self._put(_image(accumulator, new), new)
+                    self._write_bytes(_image(accumulator, new), new)
                     held, own = HeldFile.of(new), _status(new)
                 self._require_in_place()
                 publish(new, self.path, self._mode)
@@ -137,7 +141,7 @@ class StatisticsFile:
             if held is not None and self._claim is not None:
                 self._claim.hold(held)
             # From now on it is ours.
-            self._mode, self._own = "overwrite", own
+            self._mode, self._expected_status = "overwrite", own
 
     def require_in_place(self) -> None:
         """Require that the file is still the one that was written last.
@@ -149,7 +153,7 @@ class StatisticsFile:
             self._require_in_place()
 
     def _require_in_place(self) -> None:
-        if self._own is None:
+        if self._expected_status is None:
             return
         try:
             found = _status(self.path)
@@ -160,13 +164,13 @@ class StatisticsFile:
             ) from None
         except OSError:
             return
-        if found != self._own:
+        if found != self._expected_status:
             raise TraceFileError(
                 f"{self.path} was replaced by another file while it was written: nothing more can "
                 "be written to it"
             )
 
-    def settle(self) -> None:
+    def sync_directory(self) -> None:
         """Have the disk hold, if that was asked for, that the file has the place of the one before.
 
         Raises:
@@ -176,7 +180,7 @@ class StatisticsFile:
             with translate_write_errors(self.path, "written"):
                 fsync_directory(self.path)
 
-    def _put(self, image: bytes, new: Path) -> None:
+    def _write_bytes(self, image: bytes, new: Path) -> None:
         with new.open("xb") as file:
             file.write(image)
             if self._fsync:
@@ -209,18 +213,18 @@ def _write(file: h5py.File, accumulator: Accumulator) -> None:
     file.attrs["format_version"] = np.array(VERSION, "<i8")
     file.attrs["model"] = accumulator.model
     counted = (accumulator.created, time.time(), accumulator.bins, accumulator.annotations)
-    file["counted"] = np.array(counted, COUNTED)
+    file["counted"] = np.array(counted, TOTALS_DTYPE)
     file["modules"] = accumulator.modules
     sites = file.create_group("sites")
     for number, site in enumerate(accumulator.layout):
         group = sites.create_group(str(number))
         group.attrs["name"] = site.name
-        group["site"] = np.array((site.module, *accumulator.checked[number].item()), SITE)
+        group["site"] = np.array((site.module, *accumulator.checked[number].item()), SITE_DTYPE)
         for quantity, tally in accumulator.tallies[number].items():
-            place = group.create_group(quantity)
-            place["units"] = tally.units
+            location = group.create_group(quantity)
+            location["units"] = tally.units
             if tally.histogram.shape[1]:
-                place["histogram"] = tally.histogram
+                location["histogram"] = tally.histogram
 
 
 def is_statistics(path: str | os.PathLike[str]) -> bool:
@@ -239,7 +243,7 @@ def load(path: str | os.PathLike[str]) -> Accumulator:
         TraceFileError: It is not there, is none, is of a newer format, or is damaged.
     """
     path = as_path(path)
-    with translate_read_errors(path, _WHAT), open_for_reading(path, _WHAT) as file:
+    with translate_read_errors(path, _KIND), open_for_reading(path, _KIND) as file:
         return _Reader(file, path.stat().st_size).read()
 
 
@@ -253,11 +257,11 @@ class _Reader:
     def read(self) -> Accumulator:
         file = self._file
         _check_format(file)
-        counted = self._array(file, "counted", COUNTED, ())
+        counted = self._array(file, "counted", TOTALS_DTYPE, ())
         bins, annotations = int(counted["bins"]), int(counted["annotations"])
         require(bins in ALLOWED_BINS, "counted.bins", f"one of {ALLOWED_BINS}", bins)
         require(annotations >= 0, "counted.annotations", "no negative number", annotations)
-        modules = self._array(file, "modules", MODULE, (None,))
+        modules = self._array(file, "modules", MODULE_DTYPE, (None,))
         _check_counts(modules, "modules")
         sites = get_member(file, "sites", h5py.Group)
         groups = [get_member(sites, str(number), h5py.Group) for number in range(len(sites))]
@@ -276,7 +280,7 @@ class _Reader:
         )
         accumulator.modules, accumulator.annotations = modules, annotations
         for number, (_, checked, tallies) in enumerate(read):
-            for name in CHECKED.names or ():
+            for name in CHECK_DTYPE.names or ():
                 accumulator.checked[number][name] = checked[name]
             for quantity, (units, histogram) in tallies.items():
                 tally = accumulator.tallies[number][quantity]
@@ -286,7 +290,7 @@ class _Reader:
     def _site(
         self, group: h5py.Group, modules: int, bins: int
     ) -> tuple[SiteLayout, Array, dict[str, tuple[Array, Array]]]:
-        site = self._array(group, "site", SITE, ())
+        site = self._array(group, "site", SITE_DTYPE, ())
         module = int(site["module"])
         require(0 <= module < modules, f"{group.name}/site", f"a module below {modules}", module)
         tallies = {
@@ -298,16 +302,18 @@ class _Reader:
         return SiteLayout(_text(group, "name"), module, widths), site, tallies
 
     def _tally(self, group: h5py.Group, bins: int) -> tuple[Array, Array]:
-        units = self._array(group, "units", UNITS, (None,))
-        place = f"{group.name}/units"
-        _check_counts(units, place)
+        units = self._array(group, "units", UNIT_DTYPE, (None,))
+        location = f"{group.name}/units"
+        _check_counts(units, location)
         if group.name.endswith("/input"):
             return units, np.zeros((len(units), 0), np.int64)
         histogram = self._array(group, "histogram", np.dtype("<i8"), (len(units), bins))
         require((histogram >= 0).all(), f"{group.name}/histogram", "no negative number", "one")
         total = histogram.sum(axis=1) + units["underflow"] + units["overflow"]
         wrong = total != units["count"]
-        require(not wrong.any(), place, "a count that its histogram adds up to", units[wrong][:1])
+        require(
+            not wrong.any(), location, "a count that its histogram adds up to", units[wrong][:1]
+        )
         return units, histogram
 
     def _array(
@@ -315,18 +321,18 @@ class _Reader:
     ) -> Array:
         """A dataset of this type and shape, where None is any length, that is in this very file."""
         dataset = get_member(group, name, h5py.Dataset)
-        place = f"{group.name.rstrip('/')}/{name}"
-        require_local_data(dataset, place)
+        location = f"{group.name.rstrip('/')}/{name}"
+        require_local_data(dataset, location)
         found = dataset.shape
-        require(dataset.dtype == dtype, place, dtype, dataset.dtype)
+        require(dataset.dtype == dtype, location, dtype, dataset.dtype)
         fits = found is not None and len(found) == len(shape)
         fits = fits and all(want in (None, has) for want, has in zip(shape, found, strict=True))
-        require(fits, place, f"shape {shape}", found)
+        require(fits, location, f"shape {shape}", found)
         filters = dataset.id.get_create_plist().get_nfilters()
-        require(not filters and dataset.chunks is None, place, "data as they are", "packed data")
+        require(not filters and dataset.chunks is None, location, "data as they are", "packed data")
         size = math.prod(found) * dtype.itemsize
         self._left -= size
-        require(self._left >= 0, place, "data that the file can hold", f"{size} bytes")
+        require(self._left >= 0, location, "data that the file can hold", f"{size} bytes")
         return np.asarray(dataset[()])
 
 
@@ -347,22 +353,22 @@ def _named(found: str, other: str) -> str:
 
 
 def _text(group: h5py.Group, name: str) -> str:
-    place = f"{group.name}: attribute {name!r}"
-    require(name in group.attrs, place, "a text", "nothing")
-    require(group.attrs.get_id(name).shape == (), place, "a text", "an array")
+    location = f"{group.name}: attribute {name!r}"
+    require(name in group.attrs, location, "a text", "nothing")
+    require(group.attrs.get_id(name).shape == (), location, "a text", "an array")
     value = group.attrs[name]
     if not isinstance(value, str):
-        raise FormatError(place, "a text", type(value).__name__)
+        raise FormatError(location, "a text", type(value).__name__)
     return value
 
 
-def _check_counts(table: Array, place: str) -> None:
+def _check_counts(table: Array, location: str) -> None:
     for name in table.dtype.names or ():
         if table.dtype[name].kind == "i":
             wrong = table[name] < 0
             require(
-                not wrong.any(), f"{place}.{name}", "no negative number", table[name][wrong][:1]
+                not wrong.any(), f"{location}.{name}", "no negative number", table[name][wrong][:1]
             )
     if "count" in (table.dtype.names or ()):
         outside = table["below"] + table["above"] > table["count"]
-        require(not outside.any(), place, "shares of the values that there are", "more")
+        require(not outside.any(), location, "shares of the values that there are", "more")

@@ -22,7 +22,7 @@ ALLOWED_BINS = tuple(2**power for power in range(1, 11))
 
 #: Bins of some units, which are counted together: those of more would leave the processor's cache.
 #: 16 bits number them, which are moved in a quarter of the time of 64.
-PLACES = 32 * 1024
+GROUPED_BINS = 32 * 1024
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Bins:
             under, over = count_true(values < self.low), count_true(values > self.high)
             values = np.clip(values, self.low, self.high)
         counts = np.empty((width, self.count), np.int64)
-        together = PLACES // self.count
+        together = GROUPED_BINS // self.count
         whole = width - width % together
         for some, units in ((slice(whole), together), (slice(whole, width), width - whole)):
             groups = len(counts[some]) // max(1, units)
@@ -93,15 +93,15 @@ class Bins:
             np.minimum(bins, np.int16(self.high * self._scale - 1), out=bins)
         # The first bin may have a negative number here. Unsigned ones go round at their end, so the
         # sum with what the unit has is right all the same.
-        places = bins.view(np.uint16).reshape(-1, width)
+        positions = bins.view(np.uint16).reshape(-1, width)
         firsts = np.arange(width) * self.count - int(self.low * self._scale)
-        add_to_rows(places, firsts.astype(np.uint16))
-        places = places.reshape(groups, -1)
-        found = [np.bincount(some, minlength=width * self.count) for some in places]
+        add_to_rows(positions, firsts.astype(np.uint16))
+        positions = positions.reshape(groups, -1)
+        found = [np.bincount(some, minlength=width * self.count) for some in positions]
         return np.concatenate(found).reshape(-1, self.count)
 
 
-def bins_of(quantity: str, count: int) -> Bins | None:
+def quantity_bins(quantity: str, count: int) -> Bins | None:
     """The bins of a quantity; None for the input, which may be anywhere."""
     if quantity == "input":
         return None

@@ -27,9 +27,9 @@ class UnitStatistics:
         variance: (H,) mean squared deviation from the mean.
         minimum: (H,)
         maximum: (H,)
-        below: (H,) share of the values whose size is below `units.SHUT`, 0.1; None for
+        below: (H,) share of the values whose size is below `moments.LOW`, 0.1; None for
             the input.
-        above: (H,) share of the values whose size is above `units.OPEN`, 0.9; None for
+        above: (H,) share of the values whose size is above `moments.HIGH`, 0.9; None for
             the input.
         histogram: (H, bins) counts; None for the input, whose range nobody knows beforehand.
         edges: (bins + 1,) edges of the bins, from 0 to 1 for reset and update and from -1 to 1 for

@@ -26,11 +26,11 @@ from grutrace.errors import (
 )
 from grutrace.records import TraceHeader
 from grutrace.reprs import wrapped
-from grutrace.statistics.accumulator import Accumulator, SiteLayout, layout_of
+from grutrace.statistics.accumulator import Accumulator, SiteLayout, site_layouts
 from grutrace.statistics.file import StatisticsFile, load
 from grutrace.statistics.histogram import BINS, require_bins
 from grutrace.statistics.results import SiteStatistics
-from grutrace.statistics.sink import Feed, FeedFile
+from grutrace.statistics.sink import SinkFile, StatisticsSink
 from grutrace.storage.format.shard_stamp import read_shard
 from grutrace.storage.read.lazy_rows import blocks
 from grutrace.storage.read.trace import Trace
@@ -79,7 +79,7 @@ class Statistics:
                 f"save_seconds: expected more than 0, found {short_repr(save_seconds)}"
             )
         self._bins, self._seconds = require_bins(bins), save_seconds
-        self._asked = None if path is None else (path, mode)
+        self._requested_file = None if path is None else (path, mode)
         self._fsync, self._shard = fsync, detect_shard()
         self._attached = False
         self._open()
@@ -87,19 +87,19 @@ class Statistics:
     def _open(self) -> None:
         """Find a place for the file, if there is one, and what it holds already."""
         self._file: StatisticsFile | None = None
-        if self._asked is not None:
-            path, mode = self._asked
+        if self._requested_file is not None:
+            path, mode = self._requested_file
             self._file = StatisticsFile(
                 shard_path(as_path(path), self._shard), mode, fsync=self._fsync
             )
-        self._begin(self._file.before() if self._file else None)
+        self._start_counting(self._file.load_existing() if self._file else None)
         if self._file and self._accumulator and self._accumulator.bins != self._bins:
             raise OptionError(
                 f"bins: expected {self._accumulator.bins}, as in {self._file.path}; "
                 f"found {self._bins}"
             )
 
-    def _begin(self, accumulator: Accumulator | None) -> None:
+    def _start_counting(self, accumulator: Accumulator | None) -> None:
         self._accumulator = accumulator
         self._lock = threading.Lock()
         self._threads: list[WriterThread] = []
@@ -112,7 +112,7 @@ class Statistics:
         Raises:
             TraceFileError: It is not there, is none, is of a newer format, or is damaged.
         """
-        return cls._holding(load(path))
+        return cls._from_accumulator(load(path))
 
     @classmethod
     def of(cls, trace: Trace, *, bins: int = BINS) -> Self:
@@ -127,7 +127,7 @@ class Statistics:
         """
         header = trace.header
         accumulator = Accumulator(
-            header.model, header.created, layout_of(header), require_bins(bins)
+            header.model, header.created, site_layouts(header), require_bins(bins)
         )
         accumulator.annotations = len(trace.snapshot.tables.annotations)
         for number, site in enumerate(accumulator.layout):
@@ -142,15 +142,15 @@ class Statistics:
             for quantity, tally in accumulator.tallies[number].items():
                 for block in blocks(seen.rows(quantity)):
                     tally.add(block)
-        return cls._holding(accumulator)
+        return cls._from_accumulator(accumulator)
 
     @classmethod
-    def _holding(cls, accumulator: Accumulator) -> Self:
+    def _from_accumulator(cls, accumulator: Accumulator) -> Self:
         statistics = cls(bins=accumulator.bins)
         statistics._accumulator = accumulator
         return statistics
 
-    def attach(self, header: TraceHeader) -> Feed:
+    def attach(self, header: TraceHeader) -> StatisticsSink:
         """A sink that counts into these statistics: for the tracer.
 
         Raises:
@@ -164,25 +164,25 @@ class Statistics:
                 f"{header.options.get('gates')!r}, where a call brings no gates to count"
             )
         self._require_own_process()
-        self._take_place(read_shard(header))
+        self._claim_file(read_shard(header))
         with self._lock:
             if self._accumulator is None:
                 self._accumulator = Accumulator(
-                    header.model, header.created, layout_of(header), self._bins
+                    header.model, header.created, site_layouts(header), self._bins
                 )
-            self._accumulator.require_same(layout_of(header))
+            self._accumulator.require_same(site_layouts(header))
             accumulator = self._accumulator
         target = None
         if self._file is not None:
-            target = FeedFile(self._file, partial(self._save, self._file, accumulator))
-        feed = Feed(header, accumulator, self._lock, target, self._seconds)
+            target = SinkFile(self._file, partial(self._save, self._file, accumulator))
+        feed = StatisticsSink(header, accumulator, self._lock, target, self._seconds)
         self._threads = [thread for thread in self._threads if not thread.ended]
         self._threads.append(feed.thread)
         return feed
 
-    def _take_place(self, shard: Shard | None) -> None:
+    def _claim_file(self, shard: Shard | None) -> None:
         """Have the file of the tracer's shard: the processes may have been alone until now."""
-        if not self._attached and self._asked and shard != self._shard:
+        if not self._attached and self._requested_file and shard != self._shard:
             self._shard = shard
             self._open()
         self._attached = True
@@ -276,9 +276,9 @@ class Statistics:
                     f"expected {self._bins}, found {other._bins}"
                 )
             merged = ours or theirs
-            return Statistics(bins=self._bins) if merged is None else self._holding(merged)
+            return Statistics(bins=self._bins) if merged is None else self._from_accumulator(merged)
         ours.merge(theirs)
-        return self._holding(ours)
+        return self._from_accumulator(ours)
 
     def save(self, path: str | os.PathLike[str], *, mode: Literal["w", "overwrite"] = "w") -> None:
         """Write what was counted so far to a file of its own.
@@ -348,5 +348,5 @@ class Statistics:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._bins, self._seconds, self._file = state["bins"], state["seconds"], None
-        self._asked, self._shard, self._attached = None, None, True
-        self._begin(state["accumulator"])
+        self._requested_file, self._shard, self._attached = None, None, True
+        self._start_counting(state["accumulator"])

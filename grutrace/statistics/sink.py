@@ -33,7 +33,7 @@ _REFUSAL = (
 )
 
 
-class FiguresOnly:
+class StatisticsOnlySource:
     """A `Source` with a header and nothing else: whatever else is asked of it is refused.
 
     Args:
@@ -50,7 +50,7 @@ class FiguresOnly:
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickled, it is its header: what counts stays here."""
-        return FiguresOnly, (self.header,)
+        return StatisticsOnlySource, (self.header,)
 
     def refresh(self) -> Tables:
         """Tables that refuse to be read."""
@@ -83,10 +83,10 @@ QUEUE_BYTES = 64 * 1024 * 1024
 
 #: Calls are gathered up to this much before they are counted, since a stepwise decoder's are too
 #: small for NumPy each. Bytes.
-GATHERED = 2 * 1024 * 1024
+BATCH_BYTES = 2 * 1024 * 1024
 
 
-class Feed(FiguresOnly):
+class StatisticsSink(StatisticsOnlySource):
     """A sink that counts, and, as a source, holds no rows.
 
     Whatever was appended is counted `seconds` later at most, and at once after `flush`. A feed that
@@ -108,7 +108,7 @@ class Feed(FiguresOnly):
         header: TraceHeader,
         accumulator: Accumulator,
         lock: threading.Lock,
-        file: FeedFile | None,
+        file: SinkFile | None,
         seconds: float,
     ) -> None:
         super().__init__(header)
@@ -117,7 +117,7 @@ class Feed(FiguresOnly):
             self.name = file.name
             # At once, so that a path that cannot be written is found before the run and not after.
             file.open()
-        self._counter = _Counter(header, accumulator, lock, file)
+        self._counter = _CountingConsumer(header, accumulator, lock, file)
         self.thread = WriterThread(
             self._counter, QUEUE_BYTES, commit_seconds=seconds, commit_bytes=math.inf
         )
@@ -174,7 +174,7 @@ class Feed(FiguresOnly):
         self.thread.close()
 
 
-class FeedFile:
+class SinkFile:
     """The file of the statistics that one feed counts into.
 
     Args:
@@ -184,7 +184,7 @@ class FeedFile:
 
     def __init__(self, file: StatisticsFile, save: Callable[[], None]) -> None:
         self.name, self.save = str(file.path), save
-        self.settle, self.require_in_place = file.settle, file.require_in_place
+        self.sync_directory, self.require_in_place = file.sync_directory, file.require_in_place
         self._file, self._is_open, self._process = file, False, os.getpid()
 
     def open(self) -> None:
@@ -197,7 +197,7 @@ class FeedFile:
         self._is_open = True
         try:
             self.save()
-            self.settle()
+            self.sync_directory()
         except BaseException:
             self.close()
             raise
@@ -209,7 +209,7 @@ class FeedFile:
             self._file.release()
 
 
-class _Counter:
+class _CountingConsumer:
     """What the thread does."""
 
     def __init__(
@@ -217,7 +217,7 @@ class _Counter:
         header: TraceHeader,
         accumulator: Accumulator,
         lock: threading.Lock,
-        file: FeedFile | None,
+        file: SinkFile | None,
     ) -> None:
         self.name = "a grutrace.Statistics" if file is None else file.name
         self._validator = RecordValidator(header.modules)
@@ -227,7 +227,7 @@ class _Counter:
         suffixes = (site.suffix for module in header.modules for site in module.sites)
         for number, (site, suffix) in enumerate(zip(accumulator.layout, suffixes, strict=True)):
             self._sites[site.module].append((number, suffix))
-        self._gathered: list[CallRecord] = []
+        self._batch: list[CallRecord] = []
         self._bytes = 0
         self._unsaved = False
         self._counted = self.stored = 0
@@ -237,9 +237,9 @@ class _Counter:
         self._validator.validate(record)
         self._unsaved = True
         if isinstance(record, CallRecord):
-            self._gathered.append(record)
+            self._batch.append(record)
             self._bytes += record.nbytes
-            if self._bytes >= GATHERED:
+            if self._bytes >= BATCH_BYTES:
                 self._count()
             return
         with self._lock:
@@ -256,7 +256,7 @@ class _Counter:
             self._unsaved = False
         self.stored = self._counted
         if self._file is not None:
-            self._file.settle()
+            self._file.sync_directory()
 
     def close(self) -> None:
         """Commit, and let others write to the file."""
@@ -266,12 +266,12 @@ class _Counter:
 
     def abandon(self) -> None:
         """Forget what was gathered."""
-        self._gathered = []
+        self._batch = []
         if self._file is not None:
             self._file.close()
 
     def _count(self) -> None:
-        gathered, self._gathered, self._bytes = self._gathered, [], 0
+        gathered, self._batch, self._bytes = self._batch, [], 0
         if not gathered:
             return
         with self._lock:

@@ -23,7 +23,7 @@ import grutrace
 from grutrace.analysis.descriptive.geometry import geometry
 from grutrace.analysis.descriptive.saturation import saturation
 from grutrace.analysis.engine import map_reduce
-from grutrace.analysis.engine.map_reduce import fold_rows, on_dask
+from grutrace.analysis.engine.map_reduce import reduce_rows, with_dask
 from grutrace.analysis.memory.timescales import timescales
 from grutrace.errors import OptionError
 from grutrace.records import GATES, Array
@@ -67,7 +67,7 @@ class Gates:
 
 def main(stored: str, deferred: str) -> None:
     # Many parts, of a trace that is small.
-    map_reduce.PART = 1000
+    map_reduce.PART_BYTES = 1000
     with (
         LocalCluster(
             n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None
@@ -78,12 +78,12 @@ def main(stored: str, deferred: str) -> None:
     ):
         for name in trace.sites:
             for analyse in (saturation, timescales, geometry):
-                one, other = analyse(trace[name]), analyse(on_dask(trace[name]))
+                one, other = analyse(trace[name]), analyse(with_dask(trace[name]))
                 assert equal(dataclasses.asdict(one), dataclasses.asdict(other)), (analyse, name)
-            there = np.concatenate(fold_rows(on_dask(later[name]), GATES, Gates).seen, axis=1)
+            there = np.concatenate(reduce_rows(with_dask(later[name]), GATES, Gates).seen, axis=1)
             here = np.stack([np.asarray(later[name].rows(gate)) for gate in GATES])
             assert (np.abs(there - here) <= rounding(trace[name])).all(), name
-        seen = fold_rows(on_dask(trace[trace.sites[0]]), ("update",), Workers).seen
+        seen = reduce_rows(with_dask(trace[trace.sites[0]]), ("update",), Workers).seen
         assert len(seen) == 2, seen
         assert os.getpid() not in seen
         print("the same")
@@ -91,7 +91,7 @@ def main(stored: str, deferred: str) -> None:
         with grutrace.trace(layer) as memory:
             layer(torch.zeros(4, 2))
         try:
-            saturation(on_dask(memory["l0"]))
+            saturation(with_dask(memory["l0"]))
         except OptionError as error:
             print(error)
 

@@ -15,7 +15,7 @@ import pytest
 
 import grutrace
 from grutrace.analysis.engine import map_reduce, segments
-from grutrace.analysis.engine.map_reduce import on_dask
+from grutrace.analysis.engine.map_reduce import with_dask
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import SiteArrays
 from tests.analysis import sites
@@ -48,7 +48,7 @@ def check_everywhere(
     expected = {name: analyse(memory[name]) for name in memory.sites}
     with on_threads():
         for name, of_site in expected.items():
-            assert_same(analyse(on_dask(memory[name])), of_site, 0)
+            assert_same(analyse(with_dask(memory[name])), of_site, 0)
     with sites.in_a_file(folder / "inline.h5") as trace:
         for name, of_site in expected.items():
             assert_same(analyse(trace[name]), of_site, 0)
@@ -62,14 +62,14 @@ def check_everywhere(
     # Parts of one sequence or a few, blocks of one row or a few.
     for part, block in ((1, 1), (700, 200)):
         with monkeypatch.context() as patch:
-            patch.setattr(map_reduce, "PART", part)
-            patch.setattr(map_reduce, "BLOCK", block)
-            patch.setattr(segments, "BLOCK", block)
+            patch.setattr(map_reduce, "PART_BYTES", part)
+            patch.setattr(map_reduce, "BLOCK_BYTES", block)
+            patch.setattr(segments, "BLOCK_BYTES", block)
             for name, of_site in expected.items():
                 here = analyse(memory[name])
                 assert_same(here, of_site, ORDER)
                 with on_threads():
-                    assert_same(analyse(on_dask(memory[name])), here, 0)
+                    assert_same(analyse(with_dask(memory[name])), here, 0)
 
 
 @contextmanager

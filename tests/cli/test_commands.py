@@ -122,7 +122,7 @@ def labelled(tmp_path):
         ("selectivity", ["--label", "kind"], "selective"),
         ("probe", ["--label", "kind"], "baseline"),
         ("geometry", [], "participation_ratio"),
-        ("writes", [], "near_zero"),
+        ("update_sparsity", [], "near_zero"),
         ("change", ["--paired"], "update effect"),
     ],
 )
@@ -168,7 +168,7 @@ def test_stats_takes_what_belongs_to_it(labelled, capsys) -> None:
         (["geometry", "--label", "kind"], "geometry takes no --label"),
         (["selectivity", "--label", "kind", "--against", after], "takes no --against"),
         (["selectivity", "--label", "mood"], "no label 'mood'; there are: kind"),
-        (["--label", "kind"], "--label needs a MEASURE"),
+        (["--label", "kind"], "--label needs an ANALYSIS"),
     ):
         assert main(["stats", before, *command]) == 2
         assert message in capsys.readouterr().err

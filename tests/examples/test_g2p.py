@@ -215,8 +215,8 @@ def disagreeing(tolerance, numpy_g2p):
     """A function of rows and weights: the quantities that differ from g2p-en's by too much."""
 
     def names(rows, weights):
-        differences = largest_differences(rows, weights, numpy_g2p)
-        return [name for name in GATES_AND_STATE if differences[name] > tolerance]
+        abs_difference = largest_differences(rows, weights, numpy_g2p)
+        return [name for name in GATES_AND_STATE if abs_difference[name] > tolerance]
 
     return names
 

@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 from grutrace.errors import OptionError
 from grutrace.statistics import accumulator as tally_module
 from grutrace.statistics import moments
-from grutrace.statistics.accumulator import Tally, _figures
-from grutrace.statistics.histogram import Bins, bins_of, require_bins
+from grutrace.statistics.accumulator import QuantityAccumulator, _unit_statistics
+from grutrace.statistics.histogram import Bins, quantity_bins, require_bins
 from tests.statistics.oracle import assert_figures
 
 QUANTITIES = ("reset", "update", "candidate", "hidden", "input")
 
 
 def figures(quantity, parts, bins=32):
-    tally = Tally(quantity, parts[0].shape[1], bins)
+    tally = QuantityAccumulator(quantity, parts[0].shape[1], bins)
     for part in parts:
         tally.add(part)
-    return _figures(quantity, tally, bins)
+    return _unit_statistics(quantity, tally, bins)
 
 
 def gates(rng, rows, width, dtype="f4", scale=3.0):
@@ -59,12 +59,12 @@ def test_equals_all_values_at_once_over_any_splits(data) -> None:
 @given(st.lists(st.integers(0, 400), min_size=1, max_size=5), st.integers(1, 80))
 def test_merged_parts_are_the_whole(sizes, width) -> None:
     parts = [gates(np.random.default_rng(size), size, width) for size in sizes]
-    merged = Tally("update", width, 32)
+    merged = QuantityAccumulator("update", width, 32)
     for part in parts:
-        one = Tally("update", width, 32)
+        one = QuantityAccumulator("update", width, 32)
         one.add(part)
         merged.merge(one)
-    assert_figures(_figures("update", merged, 32), np.concatenate(parts))
+    assert_figures(_unit_statistics("update", merged, 32), np.concatenate(parts))
 
 
 def test_a_gate_that_hardly_moves_keeps_its_variance() -> None:
@@ -89,7 +89,7 @@ def test_what_is_not_finite_poisons_nothing() -> None:
 
 
 def test_values_at_the_edges_are_where_numpy_puts_them() -> None:
-    of_bins = bins_of("update", 32)
+    of_bins = quantity_bins("update", 32)
     at = of_bins.edges.astype("f4")
     values = np.concatenate([at, np.nextafter(at, np.float32(-1)), np.nextafter(at, np.float32(2))])
     assert_figures(figures("update", [values[:, np.newaxis]]), values[:, np.newaxis])
@@ -113,9 +113,9 @@ def test_rows_that_are_not_contiguous_count_alike() -> None:
 @pytest.mark.parametrize("together", [1, 7, 10**9])
 def test_any_size_of_block_counts_alike(together) -> None:
     values = gates(np.random.default_rng(0), 200, 5)
-    tally = Tally("update", 5, 32, together=together)
+    tally = QuantityAccumulator("update", 5, 32, block_elements=together)
     tally.add(values)
-    assert_figures(_figures("update", tally, 32), values)
+    assert_figures(_unit_statistics("update", tally, 32), values)
 
 
 @pytest.mark.parametrize("width", [33, 70, 300])
@@ -127,9 +127,9 @@ def test_bins_of_some_units_are_counted_together(quantity, bins, width) -> None:
     values[:3] = np.array([[1.0], [0.0], [0.5]])
     if quantity == "candidate":
         values = 2 * values - 1
-    tally = Tally(quantity, width, bins)
+    tally = QuantityAccumulator(quantity, width, bins)
     tally.add(values)
-    assert_figures(_figures(quantity, tally, bins), values, bins)
+    assert_figures(_unit_statistics(quantity, tally, bins), values, bins)
 
 
 @pytest.mark.parametrize("bins", [0, 3, 20, 2048, 8.0, "8", None, True])
@@ -142,13 +142,13 @@ def control_join(monkeypatch) -> None:
     """Join means and squares as if both parts had the same mean."""
 
     def wrong(into, other):
-        apart = other["mean"].copy()
+        rmse = other["mean"].copy()
         other["mean"] = into["mean"]
         right(into, other)
-        into["mean"] += (apart - into["mean"]) * other["count"] / np.maximum(into["count"], 1)
+        into["mean"] += (rmse - into["mean"]) * other["count"] / np.maximum(into["count"], 1)
 
-    right = moments.join
-    monkeypatch.setattr(tally_module, "join", wrong)
+    right = moments.merge_stats
+    monkeypatch.setattr(tally_module, "merge_stats", wrong)
 
 
 def control_bins(monkeypatch) -> None:
@@ -158,13 +158,13 @@ def control_bins(monkeypatch) -> None:
 
 def control_missing(monkeypatch) -> None:
     """Count what is not finite as the zeros that stand in its place."""
-    right = moments.describe
+    right = moments.summarize_block
 
     def wrong(values, **which):
         found, filled, missing = right(values, **which)
         return found, filled, 0 * missing
 
-    monkeypatch.setattr(tally_module, "describe", wrong)
+    monkeypatch.setattr(tally_module, "summarize_block", wrong)
 
 
 @pytest.mark.parametrize("broken", [control_join, control_bins, control_missing])

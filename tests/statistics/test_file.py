@@ -276,12 +276,12 @@ def changed(file, place, field, value):
 def huge(file):
     """A dataset of an exabyte, of which not a byte is there."""
     del file[UNITS]
-    file.create_dataset(UNITS, (2**53,), file_module.UNITS)
+    file.create_dataset(UNITS, (2**53,), file_module.UNIT_DTYPE)
 
 
 def linked_over_and_over(file):
     """The same small data by many names, together more than the file holds."""
-    big = file.create_dataset("big", data=np.zeros(20_000, file_module.UNITS))
+    big = file.create_dataset("big", data=np.zeros(20_000, file_module.UNIT_DTYPE))
     for number in range(4, 2000):
         group = file["sites"].create_group(str(number))
         group.attrs["name"] = f"l{number}"
@@ -301,7 +301,9 @@ DAMAGES = {
     "no histogram": lambda file: file.__delitem__(HISTOGRAM),
     "a group for data": lambda file: (file.__delitem__(UNITS), file.create_group(UNITS)),
     "units of another type": lambda file: replaced(file, UNITS, np.zeros(7)),
-    "a table of units": lambda file: replaced(file, UNITS, np.zeros((7, 2), file_module.UNITS)),
+    "a table of units": lambda file: replaced(
+        file, UNITS, np.zeros((7, 2), file_module.UNIT_DTYPE)
+    ),
     "other bins": lambda file: replaced(file, HISTOGRAM, np.zeros((7, 8), "<i8")),
     "packed data": lambda file: replaced(
         file, HISTOGRAM, np.zeros((7, 32), "<i8"), compression="gzip"
@@ -318,7 +320,7 @@ DAMAGES = {
     "a module that there is not": lambda file: changed(file, "sites/0/site", "module", 5),
     "a negative number of calls": lambda file: changed(file, "modules", "calls", -5),
     "more modules than sites": lambda file: replaced(
-        file, "modules", np.zeros(3, file_module.MODULE)
+        file, "modules", np.zeros(3, file_module.MODULE_DTYPE)
     ),
     "more than there is": huge,
     "more than there is, by links": linked_over_and_over,

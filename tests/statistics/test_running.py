@@ -24,7 +24,7 @@ from torch import nn
 import grutrace
 from grutrace.capture.recording import journal, site_recorder
 from grutrace.statistics import sink as feed
-from grutrace.statistics.accumulator import Tally
+from grutrace.statistics.accumulator import QuantityAccumulator
 from grutrace.storage.open import open_sink
 from grutrace.storage.write import writer_thread
 from tests.capture.models import EncoderDecoder
@@ -82,8 +82,8 @@ def test_control_statistics_of_another_run_differ(model) -> None:
 
 
 def test_control_a_part_of_the_rows_is_noticed(model, monkeypatch) -> None:
-    add = Tally.add
-    monkeypatch.setattr(Tally, "add", lambda tally, rows: add(tally, rows[1:]))
+    add = QuantityAccumulator.add
+    monkeypatch.setattr(QuantityAccumulator, "add", lambda tally, rows: add(tally, rows[1:]))
     statistics, full = recorded(model)
     monkeypatch.undo()
     with pytest.raises(AssertionError):
@@ -342,7 +342,7 @@ def test_an_error_in_the_thread_reaches_the_next_call(monkeypatch) -> None:
     with grutrace.trace(layer, sink=statistics) as tracer:
         layer(torch.randn(4, 2))
         tracer.flush()
-        monkeypatch.setattr(Tally, "add", lambda *_: 1 / 0)
+        monkeypatch.setattr(QuantityAccumulator, "add", lambda *_: 1 / 0)
         layer(torch.randn(4, 2))
         with pytest.raises(grutrace.SinkError, match=r"grutrace\.Statistics: .*division by zero"):
             tracer.flush()
@@ -370,15 +370,15 @@ def test_a_forgotten_tracer_ends_its_thread() -> None:
 
 def test_a_queue_that_is_full_makes_the_model_wait(monkeypatch) -> None:
     monkeypatch.setattr(feed, "QUEUE_BYTES", 1)
-    monkeypatch.setattr(feed, "GATHERED", 1)
+    monkeypatch.setattr(feed, "BATCH_BYTES", 1)
     monkeypatch.setattr(journal, "MOST_BYTES", 1)
-    add, opened = Tally.add, threading.Event()
+    add, opened = QuantityAccumulator.add, threading.Event()
 
     def held(tally, rows):
         assert opened.wait(20)
         add(tally, rows)
 
-    monkeypatch.setattr(Tally, "add", held)
+    monkeypatch.setattr(QuantityAccumulator, "add", held)
     layer, done = nn.GRU(2, 3), []
     statistics = grutrace.Statistics()
 

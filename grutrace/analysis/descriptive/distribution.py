@@ -27,14 +27,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from grutrace.analysis.engine.map_reduce import fold_rows
+from grutrace.analysis.engine.map_reduce import reduce_rows
 from grutrace.analysis.engine.result import Result
-from grutrace.analysis.engine.site_data import Analysed, Material, material
+from grutrace.analysis.engine.site_data import SiteData, SiteLike, as_site_data
 from grutrace.errors import NotRecordedError, OptionError, short_repr
 from grutrace.records import DEFAULT_RECORD, Array
-from grutrace.statistics.accumulator import BLOCK, Tally
+from grutrace.statistics.accumulator import BLOCK_ELEMENTS, QuantityAccumulator
 from grutrace.statistics.histogram import require_bins
-from grutrace.statistics.moments import WIDE, describe, join, no_values
+from grutrace.statistics.moments import LINE_ELEMENTS, empty_stats, merge_stats, summarize_block
 from grutrace.storage.read.sequence_index import Integers
 
 #: A block is gone through in at most so many parts.
@@ -74,7 +74,7 @@ class Moments(Result):
     not_finite: Mapping[str, Array]
 
 
-def moments(site: Analysed) -> Moments:
+def moments(site: SiteLike) -> Moments:
     """Work out the moments of each gate and state of each unit, over all steps.
 
     Costs 3 times reading the rows from a file, on two cores.
@@ -82,20 +82,20 @@ def moments(site: Analysed) -> Moments:
     Raises:
         NotRecordedError: Neither gates nor states were recorded.
     """
-    of = material(site)
-    quantities = of_units(of)
-    of_each = {
-        name: fold_rows(of, (name,), partial(Powers, len(of.units))).figures()
+    data = as_site_data(site)
+    quantities = unit_quantities(data)
+    by_name = {
+        name: reduce_rows(data, (name,), partial(PowerSums, len(data.units))).moments()
         for name in quantities
     }
 
-    def by_quantity(figure: str) -> dict[str, Array]:
-        return {name: figures[figure] for name, figures in of_each.items()}
+    def by_quantity(moment: str) -> dict[str, Array]:
+        return {name: values[moment] for name, values in by_name.items()}
 
     return Moments(
-        site=of.name,
-        steps=of.steps,
-        units=of.units,
+        site=data.name,
+        steps=data.steps,
+        units=data.units,
         mean=by_quantity("mean"),
         std=by_quantity("std"),
         skewness=by_quantity("skewness"),
@@ -106,7 +106,7 @@ def moments(site: Analysed) -> Moments:
     )
 
 
-def of_units(site: Material) -> tuple[str, ...]:
+def unit_quantities(site: SiteData) -> tuple[str, ...]:
     """The quantities of a site that have a column a unit.
 
     Raises:
@@ -120,20 +120,20 @@ def of_units(site: Material) -> tuple[str, ...]:
     return found
 
 
-class Powers:
+class PowerSums:
     """Sums of powers of the deviations from the mean, of every unit of one quantity.
 
     Args:
         width: How many units.
 
     Attributes:
-        units: (H,) as `statistics.units` keeps them, `squares` being the sum of second powers.
+        units: (H,) as `statistics.moments` keeps them, `squares` being the sum of second powers.
         cubes: (H,) the sum of third powers.
         fourths: (H,) the sum of fourth powers.
     """
 
     def __init__(self, width: int) -> None:
-        self.units = no_values(width)
+        self.units = empty_stats(width)
         self.cubes, self.fourths = np.zeros(width), np.zeros(width)
 
     def add(self, rows: Mapping[str, Array]) -> None:
@@ -143,27 +143,27 @@ class Powers:
         with np.errstate(over="ignore", invalid="ignore"):
             self._merge(_powers(np.ascontiguousarray(block)))
 
-    def merge(self, later: Powers) -> None:
+    def merge(self, later: PowerSums) -> None:
         """Take in the values of another one."""
         with np.errstate(over="ignore", invalid="ignore"):
             self._merge(later)
 
-    def _merge(self, other: Powers) -> None:
+    def _merge(self, other: PowerSums) -> None:
         ours, theirs = (each.units["count"].astype(np.float64) for each in (self, other))
         total = np.maximum(ours + theirs, 1)
         first, second = ours / total, theirs / total
-        apart = other.units["mean"] - self.units["mean"]
+        delta = other.units["mean"] - self.units["mean"]
         squares, more = self.units["squares"], other.units["squares"]
         # Pébay's equations with the counts as shares: n_A / n and n_B / n.
         self.fourths += other.fourths
-        self.fourths += 4 * apart * (first * other.cubes - second * self.cubes)
-        self.fourths += 6 * apart**2 * (first**2 * more + second**2 * squares)
-        self.fourths += apart**4 * total * first * second * (first**2 - first * second + second**2)
-        self.cubes += other.cubes + 3 * apart * (first * more - second * squares)
-        self.cubes += apart**3 * total * first * second * (first - second)
-        join(self.units, other.units)
+        self.fourths += 4 * delta * (first * other.cubes - second * self.cubes)
+        self.fourths += 6 * delta**2 * (first**2 * more + second**2 * squares)
+        self.fourths += delta**4 * total * first * second * (first**2 - first * second + second**2)
+        self.cubes += other.cubes + 3 * delta * (first * more - second * squares)
+        self.cubes += delta**3 * total * first * second * (first - second)
+        merge_stats(self.units, other.units)
 
-    def figures(self) -> dict[str, Array]:
+    def moments(self) -> dict[str, Array]:
         """By the names of the fields of `Moments`, (H,) each."""
         units = self.units
         some = units["count"] > 0
@@ -185,7 +185,7 @@ class Powers:
         }
 
 
-def _powers(block: Array) -> Powers:
+def _powers(block: Array) -> PowerSums:
     """Those of one block.
 
     The deviations are taken from the mean of a part of the block, in one pass, and moved to that of
@@ -193,22 +193,22 @@ def _powers(block: Array) -> Powers:
     standard deviations at most, so this loses no more than two or three digits of sixteen.
     """
     rows, width = block.shape
-    units, values, missing = describe(block, shares=False, moments=False)
+    units, values, missing = summarize_block(block, shares=False, moments=False)
     finite = np.isfinite(block) if missing.any() else None
     count = np.maximum(units["count"], 1)
     center = _center(values, finite, max(1, rows // PARTS))
     # Rows side by side, since NumPy is slow on short ones; what is left over by itself.
-    beside = max(1, WIDE // max(1, width))
-    whole = rows - rows % beside
+    tiles = max(1, LINE_ELEMENTS // max(1, width))
+    whole = rows - rows % tiles
     sums = np.zeros((4, width))
-    for part, columns in ((slice(0, whole), beside * width), (slice(whole, rows), width)):
+    for part, columns in ((slice(0, whole), tiles * width), (slice(whole, rows), width)):
         there = None if finite is None else finite[part].reshape(-1, columns)
         found = _sums(values[part].reshape(-1, columns), there, np.tile(center, columns // width))
         sums += found.reshape(4, -1, width).sum(1)
     moved = sums[0] / count
     units["mean"] = center + moved
     units["squares"] = sums[1] - count * moved**2
-    powers = Powers(0)
+    powers = PowerSums(0)
     powers.units = units
     powers.cubes = sums[2] - 3 * moved * sums[1] + 2 * count * moved**3
     powers.fourths = sums[3] - 4 * moved * sums[2] + 6 * moved**2 * sums[1] - 3 * count * moved**4
@@ -224,25 +224,25 @@ def _center(values: Array, finite: Array | None, rows: int) -> Array:
 def _sums(values: Array, finite: Array | None, center: Array) -> Array:
     """(4, columns) the sums of the first to fourth power of what is finite, less the center."""
     sums = np.zeros((4, len(center)))
-    step = max(1, BLOCK // max(1, len(center)))
+    step = max(1, BLOCK_ELEMENTS // max(1, len(center)))
     for start in range(0, len(values), step):
         part = slice(start, start + step)
-        apart = np.subtract(values[part], center, dtype=np.float64)
+        delta = np.subtract(values[part], center, dtype=np.float64)
         if finite is not None:
-            apart[~finite[part]] = 0.0
-        squares = apart * apart
-        sums[0] += np.add.reduce(apart, axis=0)
-        sums[1] += np.einsum("nh,nh->h", apart, apart)
-        sums[2] += np.einsum("nh,nh->h", squares, apart)
+            delta[~finite[part]] = 0.0
+        squares = delta * delta
+        sums[0] += np.add.reduce(delta, axis=0)
+        sums[1] += np.einsum("nh,nh->h", delta, delta)
+        sums[2] += np.einsum("nh,nh->h", squares, delta)
         sums[3] += np.einsum("nh,nh->h", squares, squares)
     return sums
 
 
 #: Bins of a histogram unless asked otherwise: quantiles of the gates are right to a thousandth.
-FINE = 1024
+DEFAULT_BINS = 1024
 
 #: What is counted at a time. As much as is read: so many bins take long to add up. Elements.
-TOGETHER = 8 * 1024 * 1024
+BATCH_BYTES = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,7 +272,7 @@ class Quantiles(Result):
         overflow: Steps with a value above the last edge.
     """
 
-    only_arrays: ClassVar[tuple[str, ...]] = ("edges", "histogram")
+    array_only_fields: ClassVar[tuple[str, ...]] = ("edges", "histogram")
 
     steps: int
     units: Integers
@@ -307,7 +307,7 @@ class Quantiles(Result):
             raise OptionError(f"quantity: expected one of {found}; found {short_repr(quantity)}")
         if not 0 <= share <= 1:
             raise OptionError(f"share: expected a number from 0 to 1; found {short_repr(share)}")
-        ranked = _Ranked(
+        ranked = _RankedValues(
             self.histogram[quantity],
             self.underflow[quantity],
             self.overflow[quantity],
@@ -318,7 +318,7 @@ class Quantiles(Result):
         return ranked.quantile(share)
 
 
-def quantiles(site: Analysed, bins: int = FINE) -> Quantiles:
+def quantiles(site: SiteLike, bins: int = DEFAULT_BINS) -> Quantiles:
     """Count the values of each gate and state of each unit into bins; read quantiles from them.
 
     Costs 2.5 times reading the rows from a file, on two cores.
@@ -332,10 +332,10 @@ def quantiles(site: Analysed, bins: int = FINE) -> Quantiles:
         NotRecordedError: Neither gates nor states were recorded.
         OptionError: There cannot be so many bins.
     """
-    of = material(site)
-    quantities = of_units(of)
+    data = as_site_data(site)
+    quantities = unit_quantities(data)
     require_bins(bins)
-    counted = {name: _of(of, name, bins) for name in quantities}
+    counted = {name: _of(data, name, bins) for name in quantities}
     edges = {name: each.bins.edges for name, each in counted.items() if each.bins}
 
     def known(figure: str) -> dict[str, Array]:
@@ -344,16 +344,16 @@ def quantiles(site: Analysed, bins: int = FINE) -> Quantiles:
     histogram = {name: each.histogram for name, each in counted.items()}
     underflow, overflow = known("underflow"), known("overflow")
     minimum, maximum = known("minimum"), known("maximum")
-    figures = histogram, underflow, overflow, edges, minimum, maximum
-    ranked = {name: _Ranked(*(of_each[name] for of_each in figures)) for name in quantities}
+    counts = histogram, underflow, overflow, edges, minimum, maximum
+    ranked = {name: _RankedValues(*(by_name[name] for by_name in counts)) for name in quantities}
 
     def at(share: float) -> dict[str, Array]:
         return {name: each.quantile(share) for name, each in ranked.items()}
 
     return Quantiles(
-        site=of.name,
-        steps=of.steps,
-        units=of.units,
+        site=data.name,
+        steps=data.steps,
+        units=data.units,
         q05=at(0.05),
         q25=at(0.25),
         median=at(0.5),
@@ -369,11 +369,13 @@ def quantiles(site: Analysed, bins: int = FINE) -> Quantiles:
     )
 
 
-def _of(site: Material, quantity: str, bins: int) -> Tally:
-    return fold_rows(site, (quantity,), partial(_Counted, quantity, len(site.units), bins)).tally
+def _of(site: SiteData, quantity: str, bins: int) -> QuantityAccumulator:
+    return reduce_rows(
+        site, (quantity,), partial(_QuantityHistogram, quantity, len(site.units), bins)
+    ).accumulator
 
 
-class _Ranked:
+class _RankedValues:
     """The values of one quantity in order, as far as a histogram tells: (H, bins), (H,) each."""
 
     def __init__(
@@ -409,15 +411,17 @@ class _Ranked:
         return np.where(total > 0, found, np.nan)
 
 
-class _Counted:
+class _QuantityHistogram:
     """The histogram of one quantity, and its extremes."""
 
     def __init__(self, quantity: str, width: int, bins: int) -> None:
-        self.tally = Tally(quantity, width, bins, shares=False, moments=False, together=TOGETHER)
+        self.accumulator = QuantityAccumulator(
+            quantity, width, bins, shares=False, moments=False, block_elements=BATCH_BYTES
+        )
 
     def add(self, rows: Mapping[str, Array]) -> None:
         (block,) = rows.values()
-        self.tally.add(block)
+        self.accumulator.add(block)
 
-    def merge(self, later: _Counted) -> None:
-        self.tally.merge(later.tally)
+    def merge(self, later: _QuantityHistogram) -> None:
+        self.accumulator.merge(later.accumulator)

@@ -20,9 +20,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from grutrace.analysis.engine.map_reduce import fold_rows
+from grutrace.analysis.engine.map_reduce import reduce_rows
 from grutrace.analysis.engine.result import Result
-from grutrace.analysis.engine.site_data import Analysed, material
+from grutrace.analysis.engine.site_data import SiteLike, as_site_data
 from grutrace.errors import OptionError
 from grutrace.records import Array
 from grutrace.storage.read.sequence_index import Integers
@@ -34,7 +34,7 @@ class Geometry(Result):
 
     Attributes:
         steps: How many steps there are, without those left out.
-        left_out: How many steps have a value that is not finite; they count for nothing else.
+        not_finite: How many steps have a value that is not finite; they count for nothing else.
         participation_ratio: Between 1 and H; not a number where nothing moves.
         dimensions: How many components hold 90 % of the variance.
         components: (H,) their numbers, from that of the largest variance.
@@ -45,11 +45,11 @@ class Geometry(Result):
             is positive.
     """
 
-    rows_of_table: ClassVar[str] = "components"
-    not_columns: ClassVar[tuple[str, ...]] = ("mean",)
+    index_field: ClassVar[str] = "components"
+    excluded_columns: ClassVar[tuple[str, ...]] = ("mean",)
 
     steps: int
-    left_out: int
+    not_finite: int
     participation_ratio: float
     dimensions: int
     components: Integers
@@ -63,7 +63,7 @@ class Geometry(Result):
         return np.asarray((states - self.mean) @ self.directions[:count].T)
 
 
-def geometry(site: Analysed, quantity: str = "hidden") -> Geometry:
+def geometry(site: SiteLike, quantity: str = "hidden") -> Geometry:
     """Find the principal components of the states over all steps of all sequences.
 
     The covariance is summed in float64 in one pass; the memory is that of a few (H, H) matrices.
@@ -76,12 +76,12 @@ def geometry(site: Analysed, quantity: str = "hidden") -> Geometry:
         NotRecordedError: It was not recorded.
         OptionError: The site has no units.
     """
-    of = material(site)
-    of.require(quantity)
-    width = of.rows(quantity).shape[1]
+    data = as_site_data(site)
+    data.require(quantity)
+    width = data.rows(quantity).shape[1]
     if not width:
-        raise OptionError(f"{of.name!r}: expected at least one unit, found none")
-    found = fold_rows(of, (quantity,), partial(Comoments, width))
+        raise OptionError(f"{data.name!r}: expected at least one unit, found none")
+    found = reduce_rows(data, (quantity,), partial(Comoments, width))
     some = found.count > 1
     covariance = found.products / max(1, found.count - 1)
     variance, directions = np.linalg.eigh(covariance)
@@ -93,9 +93,9 @@ def geometry(site: Analysed, quantity: str = "hidden") -> Geometry:
     moves = some and total > 0
     share = variance / total if moves else np.full(width, np.nan)
     return Geometry(
-        site=of.name,
+        site=data.name,
         steps=found.count,
-        left_out=found.left_out,
+        not_finite=found.not_finite,
         participation_ratio=total**2 / float(variance @ variance) if moves else np.nan,
         dimensions=1 + int(np.searchsorted(np.cumsum(share), 0.9)) if moves else 0,
         components=np.arange(width),
@@ -114,13 +114,13 @@ class Comoments:
 
     Attributes:
         count: Rows, without those left out.
-        left_out: Rows with a value that is not finite.
+        not_finite: Rows with a value that is not finite.
         mean: (H,) float64.
         products: (H, H) float64, sum over rows of the outer product of the deviations.
     """
 
     def __init__(self, width: int) -> None:
-        self.count = self.left_out = 0
+        self.count = self.not_finite = 0
         self.mean, self.products = np.zeros(width), np.zeros((width, width))
 
     def add(self, rows: Mapping[str, Array]) -> None:
@@ -131,7 +131,7 @@ class Comoments:
             total = exact.sum(0)
         if not np.isfinite(total).all():
             finite = np.isfinite(exact).all(1)
-            self.left_out += int(np.count_nonzero(~finite))
+            self.not_finite += int(np.count_nonzero(~finite))
             exact = exact[finite]
             total = exact.sum(0)
         if len(exact):
@@ -141,12 +141,12 @@ class Comoments:
 
     def merge(self, later: Comoments) -> None:
         """Take in what another has of later rows."""
-        self.left_out += later.left_out
+        self.not_finite += later.not_finite
         if later.count:
             self._join(later.count, later.mean, later.products)
 
     def _join(self, count: int, mean: Array, products: Array) -> None:
-        apart, total = mean - self.mean, self.count + count
-        self.products += products + np.outer(apart, apart) * (self.count * count / total)
-        self.mean += apart * (count / total)
+        delta, total = mean - self.mean, self.count + count
+        self.products += products + np.outer(delta, delta) * (self.count * count / total)
+        self.mean += delta * (count / total)
         self.count = total

@@ -16,16 +16,16 @@ from functools import partial
 
 import numpy as np
 
-from grutrace.analysis.engine.map_reduce import fold_rows
+from grutrace.analysis.engine.map_reduce import reduce_rows
 from grutrace.analysis.engine.result import Result
-from grutrace.analysis.engine.site_data import Analysed, material
+from grutrace.analysis.engine.site_data import SiteLike, as_site_data
 from grutrace.errors import NotRecordedError
 from grutrace.records import DEFAULT_RECORD, GATES, Array
 from grutrace.storage.read.sequence_index import Integers
 
 
 @dataclass(frozen=True, eq=False)
-class Rounding(Result):
+class Quantization(Result):
     """Of a site. Zero where the kernel computed in the type that is kept, or in a smaller one.
 
     Attributes:
@@ -46,7 +46,7 @@ class Rounding(Result):
     infinite: Mapping[str, Array]
 
 
-def rounding(site: Analysed) -> Rounding:
+def quantization(site: SiteLike) -> Quantization:
     """Bound the error of gates and states that are kept in a smaller type.
 
     It is that of the type alone: of what was stored as it was computed, not of gates that are
@@ -58,26 +58,26 @@ def rounding(site: Analysed) -> Rounding:
     Raises:
         NotRecordedError: None of them is.
     """
-    of = material(site)
-    asked = [name for name in DEFAULT_RECORD if name in of.stored]
-    if not asked:
-        raise NotRecordedError(f"{of.name!r} stores no gates and no states")
-    kept = of.rows(asked[0]).dtype
-    counted = fold_rows(of, asked, partial(_Spacings, tuple(asked), len(of.units)))
+    data = as_site_data(site)
+    requested = [name for name in DEFAULT_RECORD if name in data.stored]
+    if not requested:
+        raise NotRecordedError(f"{data.name!r} stores no gates and no states")
+    kept = data.rows(requested[0]).dtype
+    counted = reduce_rows(data, requested, partial(_SpacingSums, tuple(requested), len(data.units)))
     # A type that is no smaller holds what the kernel computed as it is.
-    share = 0.0 if np.finfo(kept).eps <= of.precision else 1.0
-    return Rounding(
-        site=of.name,
+    share = 0.0 if np.finfo(kept).eps <= data.precision else 1.0
+    return Quantization(
+        site=data.name,
         kept=kept.name,
-        steps=of.steps,
-        units=of.units,
-        largest={name: share * counted.largest[name] / 2 for name in asked},
-        typical={name: share * counted.root_mean_square(name) / 12**0.5 for name in asked},
+        steps=data.steps,
+        units=data.units,
+        largest={name: share * counted.largest[name] / 2 for name in requested},
+        typical={name: share * counted.root_mean_square(name) / 12**0.5 for name in requested},
         infinite=counted.infinite,
     )
 
 
-class _Spacings:
+class _SpacingSums:
     """The spacings of the values of each unit, by quantity."""
 
     def __init__(self, quantities: Sequence[str], width: int) -> None:
@@ -102,7 +102,7 @@ class _Spacings:
             self._squares[name] += np.square(spacings).sum(axis=0)
             self._finite[name] += finite.sum(axis=0)
 
-    def merge(self, later: _Spacings) -> None:
+    def merge(self, later: _SpacingSums) -> None:
         for name in self.largest:
             self.largest[name] = np.fmax(self.largest[name], later.largest[name])
             self.infinite[name] += later.infinite[name]

@@ -17,13 +17,13 @@ from functools import partial
 
 import numpy as np
 
-from grutrace.analysis.engine.map_reduce import fold_rows
+from grutrace.analysis.engine.map_reduce import reduce_rows
 from grutrace.analysis.engine.result import Result
-from grutrace.analysis.engine.site_data import Analysed, material
+from grutrace.analysis.engine.site_data import SiteLike, as_site_data
 from grutrace.errors import NotRecordedError
 from grutrace.records import GATES, Array
 from grutrace.reprs import fields_repr
-from grutrace.statistics.moments import OPEN, SHUT, describe, join, no_values
+from grutrace.statistics.moments import HIGH, LOW, empty_stats, merge_stats, summarize_block
 from grutrace.statistics.results import UnitStatistics
 from grutrace.statistics.running import Statistics
 from grutrace.storage.read.sequence_index import Integers
@@ -33,7 +33,7 @@ from grutrace.storage.read.site import SiteTrace
 STUCK = 0.99
 
 #: A unit whose state stays within a range of this size is dead. Hidden states lie in (-1, 1).
-STILL = 1e-3
+CONSTANT_RANGE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class Saturation(Result):
         right: Likewise above 0.9.
         stuck: By gate, (H,) -1 where it is left-saturated in at least `STUCK` of the steps, 1
             where it is right-saturated in as many, else 0.
-        dead: (H,) whether the state of a unit stays within a range of `STILL` all the
+        constant: (H,) whether the state of a unit stays within a range of `CONSTANT_RANGE` all the
             time; None where the hidden states were not recorded.
     """
 
@@ -57,10 +57,10 @@ class Saturation(Result):
     left: Mapping[str, Array]
     right: Mapping[str, Array]
     stuck: Mapping[str, Array]
-    dead: Array | None
+    constant: Array | None
 
 
-def saturation(site: Analysed) -> Saturation:
+def saturation(site: SiteLike) -> Saturation:
     """Count how often each gate of each unit is nearly shut or nearly open.
 
     Args:
@@ -69,42 +69,44 @@ def saturation(site: Analysed) -> Saturation:
     Raises:
         NotRecordedError: No gate was recorded.
     """
-    of = material(site)
-    gates = [name for name in GATES if name in of.quantities]
+    data = as_site_data(site)
+    gates = [name for name in GATES if name in data.quantities]
     if not gates:
-        raise NotRecordedError(f"{of.name!r} has no gates; it has {', '.join(of.quantities)}")
-    asked = [*gates, *(["hidden"] if "hidden" in of.quantities else [])]
-    counted = fold_rows(of, asked, partial(_Counted, tuple(asked), len(of.units)))
+        raise NotRecordedError(f"{data.name!r} has no gates; it has {', '.join(data.quantities)}")
+    requested = [*gates, *(["hidden"] if "hidden" in data.quantities else [])]
+    counted = reduce_rows(data, requested, partial(_UnitCounts, tuple(requested), len(data.units)))
     left = {gate: _share(counted.units[gate], "below") for gate in gates}
     right = {gate: _share(counted.units[gate], "above") for gate in gates}
     return Saturation(
-        site=of.name,
-        steps=of.steps,
-        units=of.units,
+        site=data.name,
+        steps=data.steps,
+        units=data.units,
         left=left,
         right=right,
         stuck={
             gate: (right[gate] >= STUCK).astype(np.int8) - (left[gate] >= STUCK) for gate in gates
         },
-        dead=_still(counted.units["hidden"]) if "hidden" in asked else None,
+        constant=_is_constant(counted.units["hidden"]) if "hidden" in requested else None,
     )
 
 
-class _Counted:
-    """What is counted of each unit, by quantity; see `statistics.units`."""
+class _UnitCounts:
+    """What is counted of each unit, by quantity; see `statistics.moments`."""
 
     def __init__(self, quantities: Sequence[str], width: int) -> None:
-        self.units = {name: no_values(width) for name in quantities}
+        self.units = {name: empty_stats(width) for name in quantities}
 
     def add(self, rows: Mapping[str, Array]) -> None:
         for name, block in rows.items():
             with np.errstate(over="ignore", invalid="ignore"):
-                join(self.units[name], describe(np.ascontiguousarray(block), moments=False)[0])
+                merge_stats(
+                    self.units[name], summarize_block(np.ascontiguousarray(block), moments=False)[0]
+                )
 
-    def merge(self, later: _Counted) -> None:
+    def merge(self, later: _UnitCounts) -> None:
         for name, units in later.units.items():
             with np.errstate(over="ignore", invalid="ignore"):
-                join(self.units[name], units)
+                merge_stats(self.units[name], units)
 
 
 def _share(units: Array, name: str) -> Array:
@@ -113,9 +115,11 @@ def _share(units: Array, name: str) -> Array:
     return np.asarray(np.divide(units[name], count, out=shares, where=count > 0))
 
 
-def _still(units: Array) -> Array:
+def _is_constant(units: Array) -> Array:
     # Where there are no values, the extremes are infinities the other way round.
-    return np.asarray((units["count"] > 0) & (units["maximum"] - units["minimum"] <= STILL))
+    return np.asarray(
+        (units["count"] > 0) & (units["maximum"] - units["minimum"] <= CONSTANT_RANGE)
+    )
 
 
 @dataclass(frozen=True)
@@ -124,8 +128,8 @@ class GateSummary:
 
     Attributes:
         mean: Mean of the values.
-        below: Share of the values whose size is below `SHUT`.
-        above: Share of the values whose size is above `OPEN`.
+        below: Share of the values whose size is below `LOW`.
+        above: Share of the values whose size is above `HIGH`.
     """
 
     mean: float
@@ -157,21 +161,21 @@ class SiteSummary:
 
 def summarize_site(site: SiteTrace) -> SiteSummary:
     """Summarize a site, in parts."""
-    of = material(site)
+    data = as_site_data(site)
     return SiteSummary(
         site=site.name,
-        sequences=len(of.lengths),
-        steps=of.steps,
+        sequences=len(data.lengths),
+        steps=data.steps,
         residual=site.residual,
         gates={
-            name: fold_rows(of, (name,), _CountedSummary).summary()
+            name: reduce_rows(data, (name,), _GateCounts).summary()
             for name in GATES
-            if name in of.quantities
+            if name in data.quantities
         },
     )
 
 
-class _CountedSummary:
+class _GateCounts:
     """What is counted of one gate, of all units together."""
 
     def __init__(self) -> None:
@@ -184,10 +188,10 @@ class _CountedSummary:
         self._values += block.size
         self._sum += float(block.sum(dtype=np.float64))
         size = np.abs(block)
-        self._below += int(np.count_nonzero(size < SHUT))
-        self._above += int(np.count_nonzero(size > OPEN))
+        self._below += int(np.count_nonzero(size < LOW))
+        self._above += int(np.count_nonzero(size > HIGH))
 
-    def merge(self, later: _CountedSummary) -> None:
+    def merge(self, later: _GateCounts) -> None:
         """Take in what was counted of later rows."""
         self._values += later._values
         self._sum += later._sum
@@ -211,19 +215,17 @@ def summarize_statistics(statistics: Statistics) -> list[SiteSummary]:
             sequences=site.sequences,
             steps=site.steps,
             residual=site.residual,
-            gates={
-                name: _gate(figures) for name, figures in site.quantities.items() if name in GATES
-            },
+            gates={name: _gate(units) for name, units in site.quantities.items() if name in GATES},
         )
         for site in sites
     ]
 
 
-def _gate(figures: UnitStatistics) -> GateSummary:
+def _gate(units: UnitStatistics) -> GateSummary:
     """The mean over units, each with the weight of its values."""
-    some = figures.count > 0
-    weights = figures.count[some] / max(1, figures.count.sum())
-    if not some.any() or figures.below is None or figures.above is None:
+    some = units.count > 0
+    weights = units.count[some] / max(1, units.count.sum())
+    if not some.any() or units.below is None or units.above is None:
         return GateSummary(np.nan, np.nan, np.nan)
-    each = (figures.mean, figures.below, figures.above)
+    each = (units.mean, units.below, units.above)
     return GateSummary(*(float(weights @ values[some]) for values in each))

@@ -25,32 +25,32 @@ from typing import ClassVar
 import numpy as np
 
 from grutrace.analysis.dynamics.jacobian import GRUMap
-from grutrace.analysis.engine.map_reduce import fold_rows
+from grutrace.analysis.engine.map_reduce import reduce_rows
 from grutrace.analysis.engine.result import Result
-from grutrace.analysis.engine.site_data import Analysed, Material, material
+from grutrace.analysis.engine.site_data import SiteData, SiteLike, as_site_data
 from grutrace.errors import NotRecordedError, OptionError, short_repr
 from grutrace.records import Array
-from grutrace.statistics.moments import describe, join, no_values
+from grutrace.statistics.moments import empty_stats, merge_stats, summarize_block
 from grutrace.storage.read.sequence_index import Integers
 
 #: A point with q up to this is fixed: no unit moves by more than 1.5e-8 a step, which is the square
 #: root of the spacing of float64 at 1.
-FIXED = 1e-16
+FIXED_Q = 1e-16
 
 #: Eigenvalues of a size this close to 1 count as neither growing nor shrinking.
 MARGIN = 1e-3
 
 #: Points of which no unit differs by more than this are one.
-APART = 1e-3
+SAME_POINT = 1e-3
 
 #: How many steps the minimisation makes at most.
 ITERATIONS = 100
 
 #: What is added to the diagonal, which is of the order of 1, at least.
-LEAST_DAMPING = 1e-12
+MIN_DAMPING = 1e-12
 
 #: Jacobians that are worked on at once. Bytes.
-BLOCK = 32 * 1024 * 1024
+BLOCK_BYTES = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class FixedPoints(Result):
         states: (P, H) float64.
         q: (P,)
         speed: (P,) ``|F(h) - h|`` = sqrt(2 q), a step.
-        fixed: (P,) whether q is at most `FIXED`.
+        fixed: (P,) whether q is at most `FIXED_Q`.
         stable: (P,) whether all eigenvalues are smaller than 1 in size, by `MARGIN`.
         unstable: (P,) how many are larger than 1, by `MARGIN`: directions in which it is left.
         marginal: (P,) how many are 1 in size within `MARGIN`: directions along which points lie, a
@@ -81,8 +81,8 @@ class FixedPoints(Result):
         eigenvalues: (P, H) complex, the largest in size first.
     """
 
-    rows_of_table: ClassVar[str] = "points"
-    not_columns: ClassVar[tuple[str, ...]] = ("input",)
+    index_field: ClassVar[str] = "points"
+    excluded_columns: ClassVar[tuple[str, ...]] = ("input",)
 
     starts: int
     usual_speed: float
@@ -105,7 +105,7 @@ class FixedPoints(Result):
 
 
 def fixed_points(
-    site: Analysed,
+    site: SiteLike,
     input: Array | str | None = None,
     *,
     starts: int | Array = 128,
@@ -129,34 +129,34 @@ def fixed_points(
         NotRecordedError: The states, the weights or the inputs are not there, or not of all units.
         OptionError: The input or the states have another shape, or there is no state.
     """
-    of = material(site)
-    weights = of.weights(version)
+    data = as_site_data(site)
+    weights = data.weights(version)
     width = weights["weight_hh"].shape[1]
-    constant = _input(of, input, weights["weight_ih"].shape[1])
-    begun = _starts(of, starts, width, seed)
+    constant = _input(data, input, weights["weight_ih"].shape[1])
+    begun = _starts(data, starts, width, seed)
     step = GRUMap(weights, constant)
     usual = float(np.median(np.linalg.norm(step(begun) - begun, axis=1)))
-    each = max(1, BLOCK // (8 * width**2))
+    each = max(1, BLOCK_BYTES // (8 * width**2))
     found = np.empty_like(begun)
     for low in range(0, len(begun), each):
         found[low : low + each] = minimise(step, begun[low : low + each])
-        if of.advance is not None:
-            of.advance(min(low + each, len(begun)), len(begun))
-    bound = max(FIXED, (usual / 10) ** 2 / 2) if slow is None else slow
+        if data.advance is not None:
+            data.advance(min(low + each, len(begun)), len(begun))
+    bound = max(FIXED_Q, (usual / 10) ** 2 / 2) if slow is None else slow
     states, reached = _distinct(step, found, bound)
-    return _described(of, step, constant, begun, usual, states, reached)
+    return _describe_points(data, step, constant, begun, usual, states, reached)
 
 
-def minimise(step: GRUMap, states: Array, within: float | None = None) -> Array:
+def minimise(step: GRUMap, states: Array, limit: float | None = None) -> Array:
     """(K, H) to (K, H): from each state down to where q is smallest nearby, in `ITERATIONS` steps.
 
-    The search stays in the box from -`within` to `within`; that which the network cannot leave,
+    The search stays in the box from -`limit` to `limit`; that which the network cannot leave,
     unless given: a state is a mean of the one before and of a candidate, which lies between -1 and
     1. Outside, where gates saturate, z comes so near to 1 that everything looks slow.
     """
     states = states.copy()
-    if within is None:
-        within = max(1.0, float(np.abs(states).max(initial=0.0)))
+    if limit is None:
+        limit = max(1.0, float(np.abs(states).max(initial=0.0)))
     damping = np.full(len(states), 1e-3)
     active = np.arange(len(states))
     identity = np.eye(states.shape[1])
@@ -169,13 +169,13 @@ def minimise(step: GRUMap, states: Array, within: float | None = None) -> Array:
         normal += damping[active, np.newaxis, np.newaxis] * identity
         tried = here - np.linalg.solve(normal, slope[..., np.newaxis])[..., 0]
         # With enough damping this is a step down the slope along the walls: it wins in the end.
-        np.clip(tried, -within, within, out=tried)
+        np.clip(tried, -limit, limit, out=tried)
         better = 0.5 * np.square(step(tried) - tried).sum(1)
         won = better < q
         states[active[won]] = tried[won]
         factor = np.where(won, 0.1, 10.0)
         # Never so small that a direction without slope makes the matrix singular.
-        damping[active] = np.clip(damping[active] * factor, LEAST_DAMPING, 1 / LEAST_DAMPING)
+        damping[active] = np.clip(damping[active] * factor, MIN_DAMPING, 1 / MIN_DAMPING)
         # Nothing left to win: q is rounding, or nothing within reach of the spacing is better.
         moved = np.abs(tried - here).max(1)
         done = (np.minimum(q, better) < 1e-28) | (moved < 1e-12) | (won & (q - better < 1e-9 * q))
@@ -185,15 +185,15 @@ def minimise(step: GRUMap, states: Array, within: float | None = None) -> Array:
     return states
 
 
-def _input(of: Material, given: Array | str | None, size: int) -> Array:
+def _input(data: SiteData, given: Array | str | None, size: int) -> Array:
     if given is None:
         return np.zeros(size)
     if isinstance(given, str):
         if given != "mean":
             raise OptionError(f"input: expected values, 'mean' or None; found {short_repr(given)}")
-        units = fold_rows(of, ("input",), partial(_Units, size)).units
+        units = reduce_rows(data, ("input",), partial(_Units, size)).units
         if not units["count"].all():
-            raise OptionError(f"input: {of.name!r} has no inputs to take the mean of")
+            raise OptionError(f"input: {data.name!r} has no inputs to take the mean of")
         return np.asarray(units["mean"])
     constant = np.asarray(given, np.float64)
     if constant.shape != (size,):
@@ -202,36 +202,36 @@ def _input(of: Material, given: Array | str | None, size: int) -> Array:
 
 
 class _Units:
-    """Moments of each feature; see `statistics.units`. What is not finite is left out."""
+    """Moments of each feature; see `statistics.moments`. What is not finite is left out."""
 
     def __init__(self, width: int) -> None:
-        self.units = no_values(width)
+        self.units = empty_stats(width)
 
     def add(self, rows: Mapping[str, Array]) -> None:
         (block,) = rows.values()
-        join(self.units, describe(np.ascontiguousarray(block))[0])
+        merge_stats(self.units, summarize_block(np.ascontiguousarray(block))[0])
 
     def merge(self, later: _Units) -> None:
-        join(self.units, later.units)
+        merge_stats(self.units, later.units)
 
 
-def _starts(of: Material, starts: int | Array, width: int, seed: int) -> Array:
+def _starts(data: SiteData, starts: int | Array, width: int, seed: int) -> Array:
     if isinstance(starts, (int, np.integer)):
-        of.require("hidden")
-        if len(of.units) != width:
+        data.require("hidden")
+        if len(data.units) != width:
             raise NotRecordedError(
-                f"{of.name!r} has the states of {len(of.units)} of {width} units; a point needs "
-                f"all: give states of your own, starts=(K, {width})"
+                f"{data.name!r} has the states of {len(data.units)} of {width} units; a point "
+                f"needs all: give states of your own, starts=(K, {width})"
             )
-        drawn = np.random.default_rng(seed).permutation(of.steps)[:starts]
-        states = np.asarray(of.rows("hidden")[np.sort(drawn)], np.float64)
+        drawn = np.random.default_rng(seed).permutation(data.steps)[:starts]
+        states = np.asarray(data.rows("hidden")[np.sort(drawn)], np.float64)
     else:
         states = np.asarray(starts, np.float64)
         if states.ndim != 2 or states.shape[1] != width:
             raise OptionError(f"starts: expected shape (K, {width}), found {states.shape}")
     states = states[np.isfinite(states).all(1)]
     if not len(states):
-        raise OptionError(f"starts: {of.name!r} has no finite state to begin from")
+        raise OptionError(f"starts: {data.name!r} has no finite state to begin from")
     return states
 
 
@@ -243,15 +243,15 @@ def _distinct(step: GRUMap, found: Array, bound: float) -> tuple[Array, Integers
     points: list[Array] = []
     reached: list[int] = []
     while len(left):
-        same = np.abs(left - left[0]).max(1) <= APART
+        same = np.abs(left - left[0]).max(1) <= SAME_POINT
         points.append(left[0])
         reached.append(int(np.count_nonzero(same)))
         left = left[~same]
     return np.array(points).reshape(-1, found.shape[1]), np.array(reached, np.int64)
 
 
-def _described(
-    of: Material,
+def _describe_points(
+    data: SiteData,
     step: GRUMap,
     constant: Array,
     begun: Array,
@@ -266,9 +266,9 @@ def _described(
     radius = size[:, 0]
     with np.errstate(divide="ignore"):
         timescale = 1 / np.abs(np.log(radius))
-    fixed, stable = speed**2 / 2 <= FIXED, (size < 1 - MARGIN).all(1)
+    fixed, stable = speed**2 / 2 <= FIXED_Q, (size < 1 - MARGIN).all(1)
     return FixedPoints(
-        site=of.name,
+        site=data.name,
         starts=len(begun),
         usual_speed=usual,
         fixed_points=int(np.count_nonzero(fixed)),

@@ -26,9 +26,9 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from grutrace.analysis.engine.map_reduce import handed_out
+from grutrace.analysis.engine.map_reduce import run_tasks
 from grutrace.analysis.engine.result import Result
-from grutrace.analysis.engine.site_data import Analysed, Material, material
+from grutrace.analysis.engine.site_data import SiteData, SiteLike, as_site_data
 from grutrace.errors import NotRecordedError, OptionError, short_repr
 from grutrace.records import GATES, Array
 from grutrace.storage.read.sequence_index import Integers
@@ -37,7 +37,7 @@ from grutrace.storage.read.sequence_index import Integers
 STEPS = 64
 
 #: What a Jacobian follows from, beside the weights.
-NEEDED = (*GATES, "hidden")
+REQUIRED = (*GATES, "hidden")
 
 
 class Factors(NamedTuple):
@@ -86,7 +86,7 @@ def jacobians(of: Factors, weights: Mapping[str, Array]) -> Array:
     return np.asarray(found)
 
 
-def jacobian(site: Analysed, sequence: int, step: int) -> Array:
+def jacobian(site: SiteLike, sequence: int, step: int) -> Array:
     """Return the Jacobian of one step, (H, H): row i, column j is dh_i(t) / dh_j before it.
 
     Args:
@@ -97,8 +97,8 @@ def jacobian(site: Analysed, sequence: int, step: int) -> Array:
     Raises:
         NotRecordedError: Something needed was not recorded, or there is no such step.
     """
-    of = material(site)
-    require_whole(of)
+    of = as_site_data(site)
+    require_all_units(of)
     count, length = len(of.lengths), 0
     if -count <= sequence < count:
         length = int(of.lengths[sequence])
@@ -126,8 +126,8 @@ class StepJacobians(Result):
             (log |det J| / H), in nats.
     """
 
-    rows_of_table: ClassVar[str] = "steps"
-    places: ClassVar[tuple[str, ...]] = ("sequences",)
+    index_field: ClassVar[str] = "steps"
+    index_columns: ClassVar[tuple[str, ...]] = ("sequences",)
 
     units: int
     steps: Integers
@@ -137,7 +137,7 @@ class StepJacobians(Result):
     shrinking: Array
 
 
-def step_jacobians(site: Analysed, most: int = STEPS) -> StepJacobians:
+def step_jacobians(site: SiteLike, most: int = STEPS) -> StepJacobians:
     """Look into the Jacobians of steps that are spread evenly over a site.
 
     Eigenvalues of one Jacobian take about 1 ms for 64 units and 0.3 s for 512.
@@ -153,8 +153,8 @@ def step_jacobians(site: Analysed, most: int = STEPS) -> StepJacobians:
     """
     if not isinstance(most, int) or most < 1:
         raise OptionError(f"most: expected a number of steps, 1 or more; found {short_repr(most)}")
-    of = material(site)
-    require_whole(of)
+    of = as_site_data(site)
+    require_all_units(of)
     count = min(most, of.steps)
     numbers = (np.arange(count) * of.steps + of.steps // 2) // max(1, count)
     ends = np.cumsum(of.lengths)
@@ -162,7 +162,7 @@ def step_jacobians(site: Analysed, most: int = STEPS) -> StepJacobians:
     steps = numbers - (ends - of.lengths)[sequences]
     places = zip(sequences.tolist(), steps.tolist(), strict=True)
     found = np.array(
-        list(handed_out(of, [partial(_measures, of, *place) for place in places]))
+        list(run_tasks(of, [partial(_spectrum, of, *place) for place in places]))
     ).reshape(count, 3)
     return StepJacobians(
         site=of.name,
@@ -175,13 +175,13 @@ def step_jacobians(site: Analysed, most: int = STEPS) -> StepJacobians:
     )
 
 
-def require_whole(site: Material) -> None:
+def require_all_units(site: SiteData) -> None:
     """Refuse what has no Jacobian.
 
     Raises:
         NotRecordedError: A gate, the states, the weights or some units are not there.
     """
-    site.require(*NEEDED)
+    site.require(*REQUIRED)
     if site.steps:
         size = site.weights(0)["weight_hh"].shape[1]
         if not np.array_equal(site.units, np.arange(size)):
@@ -190,7 +190,7 @@ def require_whole(site: Material) -> None:
             )
 
 
-def _at(site: Material, sequence: int, step: int) -> Array:
+def _at(site: SiteData, sequence: int, step: int) -> Array:
     rows = site.rows_between(sequence, sequence + 1)
 
     def row(quantity: str, at: int) -> Array:
@@ -214,7 +214,7 @@ def _at(site: Material, sequence: int, step: int) -> Array:
     return np.asarray(jacobians(of, weights)[0])
 
 
-def _measures(site: Material, sequence: int, step: int) -> tuple[float, float, float]:
+def _spectrum(site: SiteData, sequence: int, step: int) -> tuple[float, float, float]:
     found = _at(site, sequence, step)
     if not np.isfinite(found).all():
         return np.nan, np.nan, np.nan

@@ -24,11 +24,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from grutrace.analysis.dynamics.jacobian import NEEDED, Factors, factors, require_whole
-from grutrace.analysis.engine.map_reduce import fold_sequences
+from grutrace.analysis.dynamics.jacobian import REQUIRED, Factors, factors, require_all_units
+from grutrace.analysis.engine.map_reduce import reduce_sequences
 from grutrace.analysis.engine.result import Result
-from grutrace.analysis.engine.segments import PREVIOUS, RESTARTS, WEIGHTS, Stretch
-from grutrace.analysis.engine.site_data import Analysed, material
+from grutrace.analysis.engine.segments import PREVIOUS, RESTARTS, WEIGHTS, SequenceSegment
+from grutrace.analysis.engine.site_data import SiteLike, as_site_data
 from grutrace.errors import OptionError, short_repr
 from grutrace.records import Array
 from grutrace.storage.read.sequence_index import Integers
@@ -37,19 +37,19 @@ from grutrace.storage.read.sequence_index import Integers
 EXPONENTS = 10
 
 #: The share of each sequence in which the directions turn to where they belong, uncounted.
-SETTLING = 0.1
+TRANSIENT = 0.1
 
 #: Blocks of steps whose means say how sure the mean of all is, and the least steps of one.
-BLOCKS, FEWEST = 32, 10
+BLOCKS, MIN_BLOCK_STEPS = 32, 10
 
 #: Counted steps that a sequence needs before its exponents say what goes on for ever. Jacobians of
 #: single steps are not normal: even of a network that forgets everything, they make differences
 #: larger for some steps, which is all that shorter sequences show.
-LONG_ENOUGH = 50
+MIN_LENGTH = 50
 
 #: What is gathered of short sequences before they are carried along together: their steps, or
 #: their directions. Bytes of float64.
-TOGETHER = 8 * 1024 * 1024
+BATCH_BYTES = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ class Lyapunov(Result):
         largest_error: Its standard error.
         length: How many counted steps the sequence of a counted step has, on average.
         chaotic: Whether the largest is above 0 by more than two standard errors; None, for nobody
-            can say, where `length` is below `LONG_ENOUGH`.
+            can say, where `length` is below `MIN_LENGTH`.
         horizon: Steps after which a difference of one rounding (of the type of the rows) is as
             large as the states: -log(spacing at 1) / largest; infinite unless that is above 0, and
             not a number where `chaotic` is None.
@@ -80,7 +80,7 @@ class Lyapunov(Result):
             states' future is not decided by what is known of them now. Likewise.
     """
 
-    rows_of_table: ClassVar[str] = "numbers"
+    index_field: ClassVar[str] = "numbers"
 
     units: int
     sequences: int
@@ -97,7 +97,7 @@ class Lyapunov(Result):
     entropy_rate: float
 
 
-def lyapunov(site: Analysed, count: int = EXPONENTS, skip: int | None = None) -> Lyapunov:
+def lyapunov(site: SiteLike, count: int = EXPONENTS, skip: int | None = None) -> Lyapunov:
     """Work out the largest Lyapunov exponents along the recorded sequences.
 
     A step takes about ``6 H^2 k`` operations and a QR of (H, k).
@@ -119,18 +119,18 @@ def lyapunov(site: Analysed, count: int = EXPONENTS, skip: int | None = None) ->
         )
     if skip is not None and (not isinstance(skip, int) or skip < 0):
         raise OptionError(f"skip: expected a number of steps, 0 or more; found {short_repr(skip)}")
-    of = material(site)
-    require_whole(of)
+    of = as_site_data(site)
+    require_all_units(of)
     size = len(of.units)
-    skipped = np.ceil(of.lengths * SETTLING).astype(np.int64) if skip is None else skip
+    skipped = np.ceil(of.lengths * TRANSIENT).astype(np.int64) if skip is None else skip
     skipped = np.minimum(of.lengths, skipped)
     counted = of.lengths - skipped
     total = int(counted.sum())
-    blocks = max(1, min(BLOCKS, total // FEWEST))
+    blocks = max(1, min(BLOCKS, total // MIN_BLOCK_STEPS))
     # Where the counted steps of each sequence begin among those of all, were none skipped.
     starts = np.cumsum(counted) - counted - skipped
-    begin = partial(_Growth, size, min(count, size), skipped, starts, blocks, total)
-    found = fold_sequences(of, (*NEEDED, PREVIOUS, WEIGHTS, RESTARTS), begin)
+    make_reducer = partial(_GrowthSums, size, min(count, size), skipped, starts, blocks, total)
+    found = reduce_sequences(of, (*REQUIRED, PREVIOUS, WEIGHTS, RESTARTS), make_reducer)
     with np.errstate(invalid="ignore", divide="ignore"):
         exponents = found.logs.sum(axis=0) / total
         errors = _errors(found.logs / found.steps[:, np.newaxis])
@@ -141,7 +141,7 @@ def lyapunov(site: Analysed, count: int = EXPONENTS, skip: int | None = None) ->
     length = float(np.square(counted, dtype=np.float64).sum() / total) if total else np.nan
     chaotic = largest > (0.0 if np.isnan(error) else 2 * error)
     horizon = _horizon(largest, float(np.finfo(of.rows("hidden").dtype).eps))
-    known = length >= LONG_ENOUGH
+    known = length >= MIN_LENGTH
     return Lyapunov(
         site=of.name,
         units=size,
@@ -195,7 +195,7 @@ def _entropy_rate(exponents: Array, size: int) -> float:
     return float(exponents[exponents > 0].sum())
 
 
-class _Growth:
+class _GrowthSums:
     """Sums of the logarithms by which directions grow, by blocks of counted steps.
 
     Args:
@@ -215,23 +215,23 @@ class _Growth:
         random = np.random.default_rng(0).standard_normal((size, count))
         self._first = np.linalg.qr(random)[0]
         self._directions = self._first[:, np.newaxis]
-        self._waiting: list[Stretch] = []
+        self._waiting: list[SequenceSegment] = []
 
-    def add(self, stretch: Stretch) -> None:
-        if self._waiting and self._waiting[0].weights is not stretch.weights:
+    def add(self, segment: SequenceSegment) -> None:
+        if self._waiting and self._waiting[0].weights is not segment.weights:
             self.finish()
-        if stretch.begins and stretch.ends:
-            self._waiting.append(stretch)
+        if segment.is_first and segment.ends:
+            self._waiting.append(segment)
             steps = len(self._waiting) * max(map(len, self._waiting))
             directions = len(self._waiting) * self._first.shape[1]
-            if 8 * self._first.shape[0] * max(4 * steps, 4 * directions) >= TOGETHER:
+            if 8 * self._first.shape[0] * max(4 * steps, 4 * directions) >= BATCH_BYTES:
                 self.finish()
             return
-        if stretch.begins:
+        if segment.is_first:
             self._directions = self._first[:, np.newaxis]
-        self._directions = self._carry([stretch], self._directions)
+        self._directions = self._carry([segment], self._directions)
 
-    def merge(self, later: _Growth) -> None:
+    def merge(self, later: _GrowthSums) -> None:
         later.finish()
         self.logs += later.logs
         self.steps += later.steps
@@ -244,7 +244,7 @@ class _Growth:
             waiting.sort(key=len, reverse=True)
             self._carry(waiting, np.repeat(self._first[:, np.newaxis], len(waiting), axis=1))
 
-    def _carry(self, stretches: Sequence[Stretch], directions: Array) -> Array:
+    def _carry(self, stretches: Sequence[SequenceSegment], directions: Array) -> Array:
         """Carry directions, (H, B, k), along stretches of the same weights, longest first."""
         weights = stretches[0].weights
         assert weights is not None
@@ -281,7 +281,9 @@ class _Growth:
         np.add.at(self.steps, places, 1)
 
 
-def _padded(stretches: Sequence[Stretch], weights: Mapping[str, Array], size: int) -> Factors:
+def _padded(
+    stretches: Sequence[SequenceSegment], weights: Mapping[str, Array], size: int
+) -> Factors:
     """The factors of all steps, (T, H, B) each, where a stretch has any."""
     shape = len(stretches[0]), size, len(stretches)
     padded = Factors(*(np.zeros(shape) for _ in Factors._fields))

@@ -17,19 +17,19 @@ from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 
-from grutrace.analysis.engine.segments import NOT_STORED, PREVIOUS, Stretch, stretches
-from grutrace.analysis.engine.site_data import Analysed, Material, material
+from grutrace.analysis.engine.segments import DERIVED_INPUTS, PREVIOUS, SequenceSegment, stretches
+from grutrace.analysis.engine.site_data import SiteData, SiteLike, as_site_data
 from grutrace.errors import OptionError, require_extra
 from grutrace.records import Array
 
 #: Parts that are computed at once at most. Each holds a block of rows, and they share the reading.
-THREADS = 4
+MAX_THREADS = 4
 
 #: Results that wait to be joined at most, where several are computed at once.
-WAITING = 32
+MAX_PENDING = 32
 
 
-def on_dask(site: Analysed) -> Material:
+def with_dask(site: SiteLike) -> SiteData:
     """The same site, of which every analysis is computed by dask.
 
     By dask's threads, or by the cluster of the `dask.distributed.Client` that is in force. The
@@ -38,27 +38,27 @@ def on_dask(site: Analysed) -> Material:
     where torch has another number of threads.
 
     Raises:
-        OptionError: As for `material`.
+        OptionError: As for `as_site_data`.
         MissingExtraError: There is no dask.
     """
     with require_extra("computing on dask", "dask"):
         import dask  # noqa: F401
-    found = material(site)
+    found = as_site_data(site)
     found.dask = True
     return found
 
 
-def computed(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
+def run_on_dask(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
     """Yield what each task returns, in order; some are computed at once."""
     from dask.base import compute
     from dask.delayed import delayed
 
-    for start in range(0, len(tasks), WAITING):
-        some = [delayed(task, pure=False)() for task in tasks[start : start + WAITING]]
+    for start in range(0, len(tasks), MAX_PENDING):
+        some = [delayed(task, pure=False)() for task in tasks[start : start + MAX_PENDING]]
         yield from compute(*some)
 
 
-def other_processes() -> bool:
+def uses_other_processes() -> bool:
     """Whether dask would now compute in other processes."""
     from dask import local, threaded
     from dask.base import get_scheduler
@@ -66,12 +66,12 @@ def other_processes() -> bool:
     return get_scheduler() not in (None, threaded.get, local.get_sync)
 
 
-def computed_here(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
+def run_on_threads(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
     """Yield what each task returns, in order; on several cores, some are computed at once.
 
     NumPy, BLAS and LAPACK leave other threads to run meanwhile.
     """
-    threads = min(THREADS, _cores(), len(tasks))
+    threads = min(MAX_THREADS, _available_cores(), len(tasks))
     if threads < 2:
         yield from (task() for task in tasks)
         return
@@ -89,7 +89,7 @@ def computed_here(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
                 future.cancel()
 
 
-def _cores() -> int:
+def _available_cores() -> int:
     """How many this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -97,18 +97,18 @@ def _cores() -> int:
 
 
 #: What one part reads, about. Large beside the work of handing it out. Bytes.
-PART = 64 * 1024 * 1024
+PART_BYTES = 64 * 1024 * 1024
 
 #: What a part brings into memory at once: much, since threads that do little at a time wait for
 #: each other. Bytes.
-BLOCK = 8 * 1024 * 1024
+BLOCK_BYTES = 8 * 1024 * 1024
 
 
-class _Joining(Protocol):
+class _Mergeable(Protocol):
     def merge(self, later: Any) -> None: ...
 
 
-class RowFold(Protocol):
+class RowReducer(Protocol):
     """What is kept of rows, in whatever order they are stored."""
 
     def add(self, rows: Mapping[str, Array]) -> None:
@@ -118,23 +118,25 @@ class RowFold(Protocol):
         """Take in what another has kept of the rows after these."""
 
 
-class SequenceFold(Protocol):
+class SequenceReducer(Protocol):
     """What is kept of sequences, each in the order in which it was made."""
 
-    def add(self, stretch: Stretch) -> None:
+    def add(self, segment: SequenceSegment) -> None:
         """Take in the next stretch."""
 
     def merge(self, later: Self) -> None:
         """Take in what another has kept of the sequences after these."""
 
 
-Rowwise = TypeVar("Rowwise", bound=RowFold)
-Sequencewise = TypeVar("Sequencewise", bound=SequenceFold)
-Kept = TypeVar("Kept", bound="_Joining")
-Found = TypeVar("Found")
+RowReducerT = TypeVar("RowReducerT", bound=RowReducer)
+SequenceReducerT = TypeVar("SequenceReducerT", bound=SequenceReducer)
+MergeableT = TypeVar("MergeableT", bound="_Mergeable")
+ResultT = TypeVar("ResultT")
 
 
-def fold_rows(site: Material, quantities: Sequence[str], begin: Callable[[], Rowwise]) -> Rowwise:
+def reduce_rows(
+    site: SiteData, quantities: Sequence[str], make_reducer: Callable[[], RowReducerT]
+) -> RowReducerT:
     """Go through all rows of some quantities.
 
     Args:
@@ -146,90 +148,100 @@ def fold_rows(site: Material, quantities: Sequence[str], begin: Callable[[], Row
         NotRecordedError: A quantity is not there.
     """
     site.require(*quantities)
-    step = max(1, PART // _row_bytes(site, quantities))
+    step = max(1, PART_BYTES // _row_bytes(site, quantities))
     tasks = [
-        partial(_fold_rows, site, quantities, begin, start, min(start + step, site.steps))
+        partial(
+            _reduce_row_range, site, quantities, make_reducer, start, min(start + step, site.steps)
+        )
         for start in range(0, site.steps, step)
     ]
-    return _joined(site, tasks, begin)
+    return _run_and_merge(site, tasks, make_reducer)
 
 
-def fold_sequences(
-    site: Material, quantities: Sequence[str], begin: Callable[[], Sequencewise]
-) -> Sequencewise:
+def reduce_sequences(
+    site: SiteData, quantities: Sequence[str], make_reducer: Callable[[], SequenceReducerT]
+) -> SequenceReducerT:
     """Go through all sequences, each in the order in which it was made.
 
     Args:
         site: Where they are.
-        quantities: Which, and `previous` and `weights` as for `stretches`.
+        quantities: Which, and `previous` and `weights` as for `iter_segments`.
         begin: Makes an empty fold. For a cluster it is sent to: a class, or a `partial` of one.
 
     Raises:
         NotRecordedError: A quantity is not there.
     """
-    stored = [name for name in quantities if name not in NOT_STORED]
+    stored = [name for name in quantities if name not in DERIVED_INPUTS]
     stored += ["hidden"] if PREVIOUS in quantities and "hidden" not in stored else []
     site.require(*stored)
-    each = max(1, PART // _row_bytes(site, stored))
+    each = max(1, PART_BYTES // _row_bytes(site, stored))
     ends, first, tasks = np.cumsum(site.lengths), 0, []
     while first < len(ends):
         before = int(ends[first - 1]) if first else 0
         last = max(first + 1, int(np.searchsorted(ends, before + each, "right")))
-        tasks.append(partial(_fold_sequences, site, quantities, begin, first, last))
+        tasks.append(partial(_reduce_sequence_range, site, quantities, make_reducer, first, last))
         first = last
-    return _joined(site, tasks, begin)
+    return _run_and_merge(site, tasks, make_reducer)
 
 
-def _fold_rows(
-    site: Material, quantities: Sequence[str], begin: Callable[[], Rowwise], start: int, stop: int
-) -> Rowwise:
-    fold = begin()
-    step = max(1, BLOCK // _row_bytes(site, quantities))
+def _reduce_row_range(
+    site: SiteData,
+    quantities: Sequence[str],
+    make_reducer: Callable[[], RowReducerT],
+    start: int,
+    stop: int,
+) -> RowReducerT:
+    reducer = make_reducer()
+    step = max(1, BLOCK_BYTES // _row_bytes(site, quantities))
     sources = {name: site.rows(name) for name in quantities}
     for low in range(start, stop, step):
         part = slice(low, min(low + step, stop))
-        fold.add({name: np.asarray(rows[part]) for name, rows in sources.items()})
-    return fold
+        reducer.add({name: np.asarray(rows[part]) for name, rows in sources.items()})
+    return reducer
 
 
-def _fold_sequences(
-    site: Material,
+def _reduce_sequence_range(
+    site: SiteData,
     quantities: Sequence[str],
-    begin: Callable[[], Sequencewise],
+    make_reducer: Callable[[], SequenceReducerT],
     first: int,
     last: int,
-) -> Sequencewise:
-    fold = begin()
-    for stretch in stretches(site, quantities, first, last):
-        fold.add(stretch)
-    return fold
+) -> SequenceReducerT:
+    reducer = make_reducer()
+    for segment in stretches(site, quantities, first, last):
+        reducer.add(segment)
+    return reducer
 
 
-def handed_out(site: Material, tasks: Sequence[Callable[[], Found]]) -> Iterator[Found]:
+def run_tasks(site: SiteData, tasks: Sequence[Callable[[], ResultT]]) -> Iterator[ResultT]:
     """Yield what each task finds, in order, wherever the work on this site is done.
 
     Raises:
         OptionError: It is to be done by processes that cannot read the site.
     """
-    if site.dask and other_processes() and not site.other_processes:
+    if site.dask and uses_other_processes() and not site.can_read_in_other_process:
         raise OptionError(
             f"{site.name!r} is in memory, which other processes cannot read: trace to a file to "
             "analyse it on a cluster, or use dask's threads"
         )
-    found = computed(tasks) if site.dask else computed_here(tasks)
+    found = run_on_dask(tasks) if site.dask else run_on_threads(tasks)
     for done, each in enumerate(found, 1):
         yield each
         if site.advance is not None:
             site.advance(done, len(tasks))
 
 
-def _joined(site: Material, tasks: Sequence[Callable[[], Kept]], begin: Callable[[], Kept]) -> Kept:
-    joined = begin()
-    for fold in handed_out(site, tasks):
-        joined.merge(fold)
+def _run_and_merge(
+    site: SiteData,
+    tasks: Sequence[Callable[[], MergeableT]],
+    make_reducer: Callable[[], MergeableT],
+) -> MergeableT:
+    joined = make_reducer()
+    for reducer in run_tasks(site, tasks):
+        joined.merge(reducer)
     return joined
 
 
-def _row_bytes(site: Material, quantities: Sequence[str]) -> int:
+def _row_bytes(site: SiteData, quantities: Sequence[str]) -> int:
     rows = [site.rows(name) for name in quantities]
     return max(1, sum(each.shape[1] * each.dtype.itemsize for each in rows))

@@ -24,16 +24,16 @@ class Result:
     """
 
     #: The field that numbers the rows of the table.
-    rows_of_table: ClassVar[str] = "units"
+    index_field: ClassVar[str] = "units"
 
     #: Columns that say where a row lies, and of which no quantile says anything.
-    places: ClassVar[tuple[str, ...]] = ()
+    index_columns: ClassVar[tuple[str, ...]] = ()
 
     #: Fields that are too large to be written as text.
-    only_arrays: ClassVar[tuple[str, ...]] = ()
+    array_only_fields: ClassVar[tuple[str, ...]] = ()
 
     #: Arrays that are of something else, and no column even where they happen to be as long.
-    not_columns: ClassVar[tuple[str, ...]] = ()
+    excluded_columns: ClassVar[tuple[str, ...]] = ()
 
     site: str
 
@@ -49,9 +49,9 @@ class Result:
         These are the fields that are arrays of one axis, as long as the one that numbers the rows.
         Of a dictionary of such arrays, each is a column, named by both: ``update_left``.
         """
-        numbers = getattr(self, self.rows_of_table)
-        found = {self.rows_of_table.removesuffix("s"): np.asarray(numbers)}
-        but = (self.rows_of_table, *self.not_columns)
+        numbers = getattr(self, self.index_field)
+        found = {self.index_field.removesuffix("s"): np.asarray(numbers)}
+        but = (self.index_field, *self.excluded_columns)
         for name, value in self._fields():
             of_field = value.items() if isinstance(value, dict) else [("", value)]
             for key, array in of_field:
@@ -59,21 +59,21 @@ class Result:
                     found[f"{key}_{name}" if key else name] = np.asarray(array)
         return found
 
-    def figures(self) -> dict[str, Any]:
+    def scalars(self) -> dict[str, Any]:
         """By name, what is one number or text; None for what nobody can say."""
         single = (bool, int, float, str, np.generic, type(None))
         return {
             name: value
             for name, value in self._fields()
-            if name not in ("site", *self.not_columns) and isinstance(value, single)
+            if name not in ("site", *self.excluded_columns) and isinstance(value, single)
         }
 
-    def as_text(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """By name, all fields but those that are too large to be written as text."""
         return {
             name: value
             for name, value in dataclasses.asdict(self).items()
-            if name not in self.only_arrays
+            if name not in self.array_only_fields
         }
 
     def to_frame(self) -> DataFrame:

@@ -11,22 +11,22 @@ from itertools import pairwise
 
 import numpy as np
 
-from grutrace.analysis.engine.site_data import Material
+from grutrace.analysis.engine.site_data import SiteData
 from grutrace.records import Array
 from grutrace.storage.read.sequence_index import Integers
 from grutrace.storage.read.snapshot import Restarts
 
 #: How much is brought into memory at once. Bytes.
-BLOCK = 16 * 1024 * 1024
+BLOCK_BYTES = 16 * 1024 * 1024
 
 #: Not stored, but had from what is: the state before each step; the weights that made it; and
 #: whether a step started from another state than the sequence had ended with, where it is cut.
 PREVIOUS, WEIGHTS, RESTARTS = "previous", "weights", "restarts"
-NOT_STORED = (PREVIOUS, WEIGHTS, RESTARTS)
+DERIVED_INPUTS = (PREVIOUS, WEIGHTS, RESTARTS)
 
 
 @dataclass(frozen=True, eq=False)
-class Stretch:
+class SequenceSegment:
     """Consecutive steps of one sequence.
 
     They are in the order in which the network made them: for a site that reads backwards, from the
@@ -55,7 +55,7 @@ class Stretch:
         return len(next(iter(self.values.values())))
 
     @property
-    def begins(self) -> bool:
+    def is_first(self) -> bool:
         """Whether its first step is the sequence's first, or starts from another state."""
         return self.start == 0 or self.restarts
 
@@ -66,13 +66,12 @@ class Stretch:
 
 
 def stretches(
-    site: Material, quantities: Sequence[str], first: int = 0, last: int | None = None
-) -> Iterator[Stretch]:
+    site: SiteData, quantities: Sequence[str], first: int = 0, last: int | None = None
+) -> Iterator[SequenceSegment]:
     """Yield sequences in order, in blocks that fit any memory.
 
-    A sequence comes as one stretch, or as several one after another: where it is longer than
-    `BLOCK`, and, if asked for, where its weights or its state were changed. One without steps does
-    not come.
+    A sequence is one segment unless it is longer than `BLOCK_BYTES`, or, if requested, its weights
+    or its state were changed between two steps. Sequences without steps are skipped.
 
     Args:
         site: Where from.
@@ -84,34 +83,34 @@ def stretches(
         NotRecordedError: A quantity is not there.
     """
     last = len(site.lengths) if last is None else last
-    stored = [name for name in quantities if name not in NOT_STORED]
+    stored = [name for name in quantities if name not in DERIVED_INPUTS]
     if PREVIOUS in quantities and "hidden" not in stored:
         stored.append("hidden")
     site.require(*stored)
     each = sum(site.rows(name).shape[1] * site.rows(name).dtype.itemsize for name in stored)
-    fitting = max(1, BLOCK // max(1, each))
+    rows_per_block = max(1, BLOCK_BYTES // max(1, each))
     ends = np.cumsum(site.lengths[first:last])
     start = first
     while start < last:
         before = int(ends[start - first - 1]) if start > first else 0
-        stop = first + int(np.searchsorted(ends, before + fitting, "right"))
+        stop = first + int(np.searchsorted(ends, before + rows_per_block, "right"))
         if stop > start:
-            yield from _several(site, stored, quantities, start, stop)
+            yield from _read_together(site, stored, quantities, start, stop)
         else:
             stop = start + 1
-            yield from _one(site, stored, quantities, start, fitting)
+            yield from _read_in_blocks(site, stored, quantities, start, rows_per_block)
         start = stop
 
 
-def _several(
-    site: Material, stored: Sequence[str], asked: Sequence[str], first: int, last: int
-) -> Iterator[Stretch]:
+def _read_together(
+    site: SiteData, stored: Sequence[str], requested: Sequence[str], first: int, last: int
+) -> Iterator[SequenceSegment]:
     """Sequences that are read together."""
     rows = site.rows_between(first, last)
     values = {name: np.asarray(site.rows(name)[rows]) for name in stored}
-    initial = site.initial(first, last) if PREVIOUS in asked else None
-    versions = site.versions(rows) if WEIGHTS in asked else None
-    restarts = _restarts(site, asked, first, last)
+    initial = site.initial(first, last) if PREVIOUS in requested else None
+    versions = site.versions(rows) if WEIGHTS in requested else None
+    restarts = _restarts(site, requested, first, last)
     start = 0
     for number in range(first, last):
         length = int(site.lengths[number])
@@ -122,19 +121,23 @@ def _several(
         before = None if initial is None else initial[number - first]
         own = None if versions is None else versions[part]
         piece = {name: value[part] for name, value in values.items()}
-        starts = _of_sequence(restarts, number)
-        yield from _in_order(site, number, 0, length, piece, before, own, starts, asked)
+        starts = _restarts_in(restarts, number)
+        yield from _split_segments(site, number, 0, length, piece, before, own, starts, requested)
 
 
-def _one(
-    site: Material, stored: Sequence[str], asked: Sequence[str], number: int, fitting: int
-) -> Iterator[Stretch]:
+def _read_in_blocks(
+    site: SiteData,
+    stored: Sequence[str],
+    requested: Sequence[str],
+    number: int,
+    rows_per_block: int,
+) -> Iterator[SequenceSegment]:
     """A sequence that is read some steps at a time."""
     rows, length = site.rows_between(number, number + 1), int(site.lengths[number])
-    before = site.initial(number, number + 1)[0] if PREVIOUS in asked else None
-    restarts = _of_sequence(_restarts(site, asked, number, number + 1), number)
-    for made in range(0, length, fitting):
-        count = min(fitting, length - made)
+    before = site.initial(number, number + 1)[0] if PREVIOUS in requested else None
+    restarts = _restarts_in(_restarts(site, requested, number, number + 1), number)
+    for made in range(0, length, rows_per_block):
+        count = min(rows_per_block, length - made)
         low = length - made - count if site.reverse else made
         part = (
             slice(rows.start + low, rows.start + low + count)
@@ -142,17 +145,17 @@ def _one(
             else rows[low : low + count]
         )
         values = {name: np.asarray(site.rows(name)[part]) for name in stored}
-        versions = site.versions(part) if WEIGHTS in asked else None
-        for stretch in _in_order(
-            site, number, made, length, values, before, versions, restarts, asked
+        versions = site.versions(part) if WEIGHTS in requested else None
+        for segment in _split_segments(
+            site, number, made, length, values, before, versions, restarts, requested
         ):
-            yield stretch
+            yield segment
         if before is not None:
-            before = stretch.values["hidden"][-1]
+            before = segment.values["hidden"][-1]
 
 
-def _in_order(
-    site: Material,
+def _split_segments(
+    site: SiteData,
     number: int,
     start: int,
     length: int,
@@ -160,8 +163,8 @@ def _in_order(
     before: Array | None,
     versions: Integers | None,
     restarts: Restarts | None,
-    asked: Sequence[str],
-) -> Iterator[Stretch]:
+    requested: Sequence[str],
+) -> Iterator[SequenceSegment]:
     """Turn what was read in time order round where it was made backwards, and cut it."""
     if site.reverse:
         values = {name: value[::-1] for name, value in values.items()}
@@ -178,15 +181,15 @@ def _in_order(
         here = (steps >= 0) & (steps < count)
         if previous is not None:
             previous[steps[here]] = restarts.states[here]
-        changed = set(steps[here].tolist()) if RESTARTS in asked else changed
+        changed = set(steps[here].tolist()) if RESTARTS in requested else changed
     if versions is None and not changed:
-        yield Stretch(number, start, length, values, previous)
+        yield SequenceSegment(number, start, length, values, previous)
         return
     bounds = {0, count, *changed}
     if versions is not None:
         bounds |= set((np.flatnonzero(np.diff(versions)) + 1).tolist())
     for low, high in pairwise(sorted(bounds)):
-        yield Stretch(
+        yield SequenceSegment(
             number,
             start + low,
             length,
@@ -197,15 +200,15 @@ def _in_order(
         )
 
 
-def _restarts(site: Material, asked: Sequence[str], first: int, last: int) -> Restarts | None:
+def _restarts(site: SiteData, requested: Sequence[str], first: int, last: int) -> Restarts | None:
     """Where sequences go on from another state; None if it does not matter, or nowhere."""
-    if PREVIOUS not in asked and RESTARTS not in asked:
+    if PREVIOUS not in requested and RESTARTS not in requested:
         return None
     restarts = site.restarts(first, last)
     return restarts if len(restarts.steps) else None
 
 
-def _of_sequence(restarts: Restarts | None, number: int) -> Restarts | None:
+def _restarts_in(restarts: Restarts | None, number: int) -> Restarts | None:
     """Those of one sequence; None if it has none."""
     if restarts is None:
         return None

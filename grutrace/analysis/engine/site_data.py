@@ -62,7 +62,7 @@ class SiteArrays:
     __repr__ = fields_repr
 
 
-class Material(ABC):
+class SiteData(ABC):
     """A site as analyses see it. Nothing in it changes while it is read.
 
     Attributes:
@@ -70,7 +70,7 @@ class Material(ABC):
         reverse: Whether its sequences were read from the last step to the first.
         lengths: (S,) steps of each sequence.
         units: (H,) the number of each unit that there are columns of.
-        dask: Whether work is handed to dask; see `elsewhere.on_dask`.
+        dask: Whether work is handed to dask; see `map_reduce.with_dask`.
         advance: Told how many parts of how many are done, while an analysis goes on.
     """
 
@@ -82,7 +82,7 @@ class Material(ABC):
     advance: Callable[[int, int], None] | None = None
 
     @property
-    def other_processes(self) -> bool:
+    def can_read_in_other_process(self) -> bool:
         """Whether other processes can read it, too."""
         return True
 
@@ -175,7 +175,7 @@ class Material(ABC):
         return int(self.lengths.sum())
 
 
-class _OfTrace(Material):
+class _TraceSiteData(SiteData):
     """A site of a trace, as it was when the analysis began."""
 
     def __init__(self, site: SiteTrace) -> None:
@@ -187,14 +187,20 @@ class _OfTrace(Material):
         self._latest: tuple[int, Mapping[str, Array]] | None = None
 
     @property
-    def other_processes(self) -> bool:
+    def can_read_in_other_process(self) -> bool:
         return not SnapshotHandle(self._site.snapshot).in_memory
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickled, for a worker elsewhere, it is how to open the file again."""
         number, snapshot = self._site.number, self._site.snapshot
         calls = snapshot.extent(number).calls
-        return _reopened, (SnapshotHandle(snapshot), number, self._site.site, calls, self.dask)
+        return _reopen_site_data, (
+            SnapshotHandle(snapshot),
+            number,
+            self._site.site,
+            calls,
+            self.dask,
+        )
 
     @property
     def quantities(self) -> tuple[str, ...]:
@@ -242,7 +248,9 @@ class _OfTrace(Material):
         return self._site.parents
 
 
-def _reopened(look: SnapshotHandle, number: int, site: Site, calls: int, dask: bool) -> _OfTrace:
+def _reopen_site_data(
+    look: SnapshotHandle, number: int, site: Site, calls: int, dask: bool
+) -> _TraceSiteData:
     with look.snapshot(number, calls) as snapshot:
         found = snapshot.extent(number).calls
         if found != calls:
@@ -250,21 +258,21 @@ def _reopened(look: SnapshotHandle, number: int, site: Site, calls: int, dask: b
                 f"the trace of {site.name} has grown from {calls} to {found} calls while it was "
                 "analysed elsewhere: wait until it is closed, or analyse it in this process"
             )
-        of = _OfTrace(SiteTrace(partial(_same, snapshot), number, site))
+        of = _TraceSiteData(SiteTrace(partial(_return_snapshot, snapshot), number, site))
     of.dask = dask
     return of
 
 
-def _same(snapshot: TraceSnapshot) -> TraceSnapshot:
+def _return_snapshot(snapshot: TraceSnapshot) -> TraceSnapshot:
     return snapshot
 
 
-class _OfArrays(Material):
+class _ArraySiteData(SiteData):
     """Arrays, checked to fit together."""
 
     def __init__(self, arrays: SiteArrays) -> None:
         self._arrays = {
-            name: _two_axes(name, getattr(arrays, name))
+            name: _require_2d(name, getattr(arrays, name))
             for name in QUANTITIES
             if getattr(arrays, name) is not None
         }
@@ -340,7 +348,7 @@ class _OfArrays(Material):
         return np.full(len(self.lengths), -1)
 
 
-def _two_axes(name: str, rows: Any) -> Any:
+def _require_2d(name: str, rows: Any) -> Any:
     shape = getattr(rows, "shape", None)
     if shape is None or len(shape) != 2:
         raise OptionError(f"SiteArrays.{name}: expected an array (rows, width), found {shape}")
@@ -348,28 +356,28 @@ def _two_axes(name: str, rows: Any) -> Any:
 
 
 #: What analyses take.
-Analysed: TypeAlias = SiteTrace | SiteArrays | Material
+SiteLike: TypeAlias = SiteTrace | SiteArrays | SiteData
 
 
-def material(site: Analysed) -> Material:
+def as_site_data(site: SiteLike) -> SiteData:
     """What an analysis reads of a site.
 
     Raises:
         OptionError: It is neither a site of a trace nor arrays, or the arrays do not fit together.
     """
-    if isinstance(site, Material):
+    if isinstance(site, SiteData):
         return site
     if isinstance(site, SiteTrace):
-        return _OfTrace(site)
+        return _TraceSiteData(site)
     if isinstance(site, SiteArrays):
-        return _OfArrays(site)
+        return _ArraySiteData(site)
     raise OptionError(
         "site: expected a site of a trace, trace['encoder.l0'], or SiteArrays(update=..., ...); "
         f"found {type(site).__name__}"
     )
 
 
-class Beside(Material):
+class WithColumns(SiteData):
     """A site, and by name more that there is one row of for each of its rows.
 
     Args:
@@ -377,27 +385,27 @@ class Beside(Material):
         more: By a name that is no quantity of it, (N, any width); rows as the site stores them.
     """
 
-    def __init__(self, site: Material, more: Mapping[str, Rows]) -> None:
-        self._site, self._more = site, dict(more)
+    def __init__(self, site: SiteData, columns: Mapping[str, Rows]) -> None:
+        self._site, self._columns = site, dict(columns)
         self.name, self.reverse, self.lengths = site.name, site.reverse, site.lengths
         self.units, self.dask, self.advance = site.units, site.dask, site.advance
-        for name, rows in self._more.items():
+        for name, rows in self._columns.items():
             if rows.shape[0] != site.steps:
                 raise OptionError(f"{name}: expected {site.steps} rows, found {rows.shape[0]}")
 
     @property
-    def other_processes(self) -> bool:
+    def can_read_in_other_process(self) -> bool:
         """As the site's."""
-        return self._site.other_processes
+        return self._site.can_read_in_other_process
 
     @property
     def quantities(self) -> tuple[str, ...]:
         """What there are rows of."""
-        return (*self._site.quantities, *self._more)
+        return (*self._site.quantities, *self._columns)
 
     def rows(self, quantity: str) -> Rows:
         """All rows of a quantity, of the site or beside it."""
-        return self._more[quantity] if quantity in self._more else self._site.rows(quantity)
+        return self._columns[quantity] if quantity in self._columns else self._site.rows(quantity)
 
     def rows_between(self, first: int, last: int) -> slice | Integers:
         """As the site's."""
@@ -434,7 +442,7 @@ class Beside(Material):
         return self._site.parents
 
 
-def sequences_of(site: Material) -> Integers:
+def sequence_ids(site: SiteData) -> Integers:
     """(N,) the sequence of each row, in the smallest type that holds it."""
     count = len(site.lengths)
     found = np.empty(site.steps, np.min_scalar_type(-max(1, count)))
@@ -444,7 +452,7 @@ def sequences_of(site: Material) -> Integers:
     return found
 
 
-def places_of(site: Material) -> Integers:
+def step_ids(site: SiteData) -> Integers:
     """(N,) which step of its sequence each row is, in time order."""
     found = np.empty(site.steps, np.int64)
     starts = np.cumsum(site.lengths) - site.lengths

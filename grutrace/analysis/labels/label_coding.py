@@ -4,13 +4,14 @@ N rows, C classes.
 
 Labels given to other steps, so that what is found then is chance.
 
-A label may not be moved from step to step as one likes: neighbouring steps resemble each other, in
-the states and in the label, and so do steps at the same place of a sequence. What is moved here
-keeps that. Sequences get the labels of others with as many steps: right if sequences are
-independent of one another. Where there are fewer than `ALIKE` with as many, the labels of a
-sequence are rotated within it, by a number of steps drawn for it: right if nothing depends on where
-in the sequence one is, and nearly right if the sequence is long beside what it remembers, for the
-last label meets the first. A label that is the same all along every sequence goes to any other.
+Labels cannot be shuffled step by step: neighbouring steps resemble each other, in their states and
+in their labels, and so do steps at the same position of a sequence. The permutations here keep
+that structure. Sequences swap their labels with other sequences of the same number of steps, which
+is exact if sequences are independent. Where fewer than `MIN_EXCHANGEABLE` sequences have the same
+number of steps, the labels of a sequence are rotated by a random number of steps. That is exact if
+the process is stationary and periodic, and nearly exact if the sequence is much longer than its
+memory, because the last label meets the first. A label that is constant within every sequence can
+go to any other sequence.
 
 N rows, S sequences, P arrangements.
 """
@@ -28,17 +29,17 @@ from grutrace.storage.read.row_labels import LabelColumn
 from grutrace.storage.read.sequence_index import Integers
 
 #: More values than these are put together: texts by how frequent they are, numbers by size.
-MOST = 20
+MAX_CLASSES = 20
 
 #: Into how many groups of about equal size numbers are put.
-GROUPS = 8
+NUMERIC_GROUPS = 8
 
 #: What the texts are called that are put together.
-OTHERS = "(others)"
+OTHERS_NAME = "(others)"
 
 
 @dataclass(frozen=True, eq=False)
-class Classes:
+class LabelClasses:
     """The class of each row.
 
     Attributes:
@@ -55,12 +56,12 @@ class Classes:
         return np.bincount(self.codes[self.codes >= 0], minlength=len(self.names))
 
 
-def classes_of(labels: LabelColumn, most: int = MOST) -> Classes:
+def encode_classes(labels: LabelColumn, max_classes: int = MAX_CLASSES) -> LabelClasses:
     """Put the values of a label into classes.
 
-    Each value is a class. If there are more than `most` of them: numbers are grouped by size into
-    `GROUPS` of about as many rows each; of texts, and of a mixture, the most frequent stay, and the
-    others are one class.
+    Each value is a class if there are at most `max_classes`. More numbers are grouped by size into
+    `NUMERIC_GROUPS` groups of about equal size. Of more texts, or of a mixture, the most frequent
+    keep their class, and all others share one.
 
     Raises:
         OptionError: No two rows differ in it.
@@ -71,24 +72,26 @@ def classes_of(labels: LabelColumn, most: int = MOST) -> Classes:
             f"label: expected one with at least two values; {labels.name!r} has "
             f"{', '.join(map(repr, values)) or 'none'}"
         )
-    if len(values) <= most:
-        return Classes(values, codes)
+    if len(values) <= max_classes:
+        return LabelClasses(values, codes)
     counts = np.bincount(codes[codes >= 0], minlength=len(values))
     if any(isinstance(value, str) for value in values):
-        kept = np.sort(np.argsort(-counts, kind="stable")[: most - 1])
-        names = (*(values[place] for place in kept.tolist()), OTHERS)
-        to = np.full(len(values), most - 1)
-        to[kept] = np.arange(most - 1)
+        kept = np.sort(np.argsort(-counts, kind="stable")[: max_classes - 1])
+        names = (*(values[group] for group in kept.tolist()), OTHERS_NAME)
+        to = np.full(len(values), max_classes - 1)
+        to[kept] = np.arange(max_classes - 1)
     else:
         # By the place of the middle of each value among all rows: equal values stay together.
         middle = np.cumsum(counts) - counts / 2
-        to = np.minimum((middle * GROUPS / counts.sum()).astype(np.int64), GROUPS - 1)
+        to = np.minimum(
+            (middle * NUMERIC_GROUPS / counts.sum()).astype(np.int64), NUMERIC_GROUPS - 1
+        )
         used, to = np.unique(to, return_inverse=True)
         names = tuple(_range(np.array(values)[to == group]) for group in range(len(used)))
-    return Classes(names, _mapped(codes, to))
+    return LabelClasses(names, _recode(codes, to))
 
 
-def _mapped(codes: Integers, to: Array) -> Integers:
+def _recode(codes: Integers, to: Array) -> Integers:
     # The last one is what -1 picks.
     return np.append(to, -1)[codes].astype(np.int64)
 
@@ -98,16 +101,16 @@ def _range(values: Array) -> str:
 
 
 #: So many sequences of one length can be told to swap labels: there are 3.6 million ways.
-ALIKE = 10
+MIN_EXCHANGEABLE = 10
 
 
-class Arrangements:
+class LabelPermutations:
     """Other arrangements of the labels of a site's rows. Asked twice, they are the same.
 
     Args:
         codes: (N,) the label of each row as a number; negative for rows without, which keep none.
         sequences: (N,) the sequence of each row.
-        places: (N,) which of its steps it is.
+        steps: (N,) which of its steps it is.
         total: S.
         count: P.
         seed: Other arrangements for another one.
@@ -119,11 +122,11 @@ class Arrangements:
     """
 
     def __init__(
-        self, codes: Array, sequences: Integers, places: Integers, total: int, count: int, seed: int
+        self, codes: Array, sequences: Integers, steps: Integers, total: int, count: int, seed: int
     ) -> None:
         self.count, self.total, self._seed = count, total, seed
         some = np.flatnonzero(codes >= 0)
-        order = some[np.lexsort((places[some], sequences[some]))]
+        order = some[np.lexsort((steps[some], sequences[some]))]
         # Of the steps with a label, sequence after sequence.
         self._in_order = codes[order]
         self._own = np.bincount(sequences[order], minlength=total)
@@ -137,7 +140,7 @@ class Arrangements:
         having = np.flatnonzero(self._own)
         alike = np.zeros_like(having) if self._constant else self._own[having]
         _, group, size = np.unique(alike, return_inverse=True, return_counts=True)
-        enough = (size >= ALIKE)[group] | self._constant
+        enough = (size >= MIN_EXCHANGEABLE)[group] | self._constant
         self._swapped, self._group = having[enough], group[enough]
         rotated = bool(len(self._swapped) < len(having))
         self.kind = "both" if rotated and len(self._swapped) else _KINDS[rotated]
@@ -150,7 +153,7 @@ class Arrangements:
         """(arrangements, S) whose labels each sequence gets, in arrangements of these numbers."""
         found = np.tile(np.arange(self.total, dtype=np.int32), (len(numbers), 1))
         for own, number in zip(found, numbers, strict=True):
-            drawn = _drawn(self._seed, number, self._swapped)
+            drawn = _hash_uniform(self._seed, number, self._swapped)
             # Both group by group, the one in the order drawn.
             own[self._swapped[np.argsort(self._group, kind="stable")]] = self._swapped[
                 np.lexsort((drawn, self._group))
@@ -165,41 +168,41 @@ class Arrangements:
             numbers: Of the arrangements, from 0 to P - 1.
             sources: What `sources` says of these.
         """
-        here, place = np.unique(self._sequences[rows], return_inverse=True)
-        step = self._at[rows] - self._begin[here][place]
+        here, group = np.unique(self._sequences[rows], return_inverse=True)
+        step = self._at[rows] - self._begin[here][group]
         rotated = ~np.isin(here, self._swapped)
         found = np.empty((len(numbers), len(rows)), np.int64)
         for own, number, source in zip(found, numbers, sources, strict=True):
             begin = self._begin[source[here]]
             if self._constant:
-                own[:] = self._in_order[begin][place]
+                own[:] = self._in_order[begin][group]
                 continue
             moved = step
             if rotated.any():
                 length = self._own[here]
-                by = (_drawn(self._seed, number, here) * length).astype(np.int64) * rotated
-                moved = (step + by[place]) % length[place]
-            own[:] = self._in_order[begin[place] + moved]
+                by = (_hash_uniform(self._seed, number, here) * length).astype(np.int64) * rotated
+                moved = (step + by[group]) % length[group]
+            own[:] = self._in_order[begin[group] + moved]
         return found
 
 
 _KINDS = {True: "rotated", False: "swapped"}
 
 
-def _drawn(seed: int, number: int, of: Integers) -> Array:
+def _hash_uniform(seed: int, number: int, of: Integers) -> Array:
     """Evenly in [0, 1), a value for each of these; the same whoever asks, in whatever order.
 
     The mixing function of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom
     number generators").
     """
     with np.errstate(over="ignore"):
-        mixed = _mixed(np.uint64(seed % 2**64))
-        mixed = _mixed(mixed + np.uint64(number))
-        mixed = _mixed(mixed + of.astype(np.uint64))
+        mixed = _splitmix64(np.uint64(seed % 2**64))
+        mixed = _splitmix64(mixed + np.uint64(number))
+        mixed = _splitmix64(mixed + of.astype(np.uint64))
     return np.asarray((mixed >> np.uint64(11)) * 2.0**-53)
 
 
-def _mixed(value: Array | np.uint64) -> Array:
+def _splitmix64(value: Array | np.uint64) -> Array:
     value = (value + np.uint64(0x9E3779B97F4A7C15)).astype(np.uint64)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -23,18 +23,24 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from grutrace.analysis.engine.map_reduce import fold_rows
+from grutrace.analysis.engine.map_reduce import reduce_rows
 from grutrace.analysis.engine.result import Result
-from grutrace.analysis.engine.site_data import Analysed, Beside, Material, material, sequences_of
-from grutrace.analysis.labels.label_coding import classes_of
+from grutrace.analysis.engine.site_data import (
+    SiteData,
+    SiteLike,
+    WithColumns,
+    as_site_data,
+    sequence_ids,
+)
+from grutrace.analysis.labels.label_coding import encode_classes
 from grutrace.errors import OptionError, require_extra, short_repr
 from grutrace.records import Array
 from grutrace.storage.read.row_labels import LabelColumn
 from grutrace.storage.read.sequence_index import Integers
 
 
-def split(
-    of: Material,
+def split_rows(
+    data: SiteData,
     sequences: Integers,
     labels: LabelColumn,
     test: float,
@@ -57,9 +63,9 @@ def split(
     Raises:
         OptionError: The label lies in fewer than two sequences that do not go back to one.
     """
-    families = _families(of.parents).astype(sequences.dtype)[sequences]
+    families = _root_sequences(data.parents).astype(sequences.dtype)[sequences]
     labelled = labels.codes >= 0
-    counts = np.bincount(families, labelled, len(of.lengths)).astype(np.int64)
+    counts = np.bincount(families, labelled, len(data.lengths)).astype(np.int64)
     having = random.permutation(np.flatnonzero(counts))
     if len(having) < 2:
         raise OptionError(
@@ -76,7 +82,7 @@ def split(
     return used, for_test
 
 
-def _families(parents: Integers) -> Integers:
+def _root_sequences(parents: Integers) -> Integers:
     """(S,) of each sequence the one that it goes back to, over all that began from a middle."""
     roots = np.where(parents >= 0, parents, np.arange(len(parents)))
     while np.any((further := roots[roots]) != roots):
@@ -84,17 +90,21 @@ def _families(parents: Integers) -> Integers:
     return roots
 
 
-def gathered(of: Material, quantity: str, used: npt.NDArray[np.bool_]) -> tuple[Array, Integers]:
+def collect_rows(
+    data: SiteData, quantity: str, used: npt.NDArray[np.bool_]
+) -> tuple[Array, Integers]:
     """The rows that are used and finite, (n, H), and their numbers, (n,)."""
-    found = fold_rows(Beside(of, {"used": used[:, np.newaxis]}), (quantity, "used"), _Kept)
-    kept = of.rows(quantity)
+    found = reduce_rows(
+        WithColumns(data, {"used": used[:, np.newaxis]}), (quantity, "used"), _RowCollector
+    )
+    kept = data.rows(quantity)
     states = np.concatenate([np.empty((0, kept.shape[1]), kept.dtype), *found.states])
     rows = np.flatnonzero(used)
     finite = np.isfinite(states).all(1)
     return (states, rows) if finite.all() else (states[finite], rows[finite])
 
 
-class _Kept:
+class _RowCollector:
     """The rows that are used."""
 
     def __init__(self) -> None:
@@ -104,7 +114,7 @@ class _Kept:
         (values,) = (block for name, block in rows.items() if name != "used")
         self.states.append(values[rows["used"][:, 0]])
 
-    def merge(self, later: _Kept) -> None:
+    def merge(self, later: _RowCollector) -> None:
         self.states += later.states
 
 
@@ -142,7 +152,7 @@ class Probe(Result):
             classes, per standard deviation of the unit.
     """
 
-    not_columns: ClassVar[tuple[str, ...]] = ("recall",)
+    excluded_columns: ClassVar[tuple[str, ...]] = ("recall",)
 
     label: str
     quantity: str
@@ -165,7 +175,7 @@ class Probe(Result):
 
 
 def probe(
-    site: Analysed,
+    site: SiteLike,
     label: str,
     quantity: str = "hidden",
     *,
@@ -199,17 +209,17 @@ def probe(
         OptionError: The label has fewer than two values, or lies in fewer than two sequences.
     """
     learn = _learner()
-    of = material(site)
-    of.require(quantity)
+    data = as_site_data(site)
+    data.require(quantity)
     if not 0 < test < 1:
         raise OptionError(f"test: expected a share between 0 and 1, found {short_repr(test)}")
-    labels = of.labels(label)
+    labels = data.labels(label)
     target, classes = _target(labels)
-    control = control or ("tokens" if "tokens" in of.label_names and label != "tokens" else "")
+    control = control or ("tokens" if "tokens" in data.label_names and label != "tokens" else "")
     random = np.random.default_rng(seed)
-    sequences = sequences_of(of)
-    used, for_test = split(of, sequences, labels, test, steps, random)
-    states, rows = gathered(of, quantity, used)
+    sequences = sequence_ids(data)
+    used, for_test = split_rows(data, sequences, labels, test, steps, random)
+    states, rows = collect_rows(data, quantity, used)
     testing = for_test[rows]
     train, tested = rows[~testing], rows[testing]
     if not len(train) or not len(tested):
@@ -222,19 +232,19 @@ def probe(
     score, baseline = _scores(predicted, target[train], target[tested], bool(classes))
     converged, control_score = fitted.converged, np.nan
     if control:
-        drawn = _control(of.labels(control), target, labels.codes >= 0, random)
+        drawn = _control_targets(data.labels(control), target, labels.codes >= 0, random)
         again = learn(inputs[0], drawn[train], bool(classes), penalty)
         of_control = again.predict(inputs[1])
         control_score, _ = _scores(of_control, drawn[train], drawn[tested], bool(classes))
         converged = converged and again.converged
     right = predicted == target[tested]
     return Probe(
-        site=of.name,
+        site=data.name,
         label=label,
         quantity=quantity,
         kind="classes" if classes else "numbers",
         score=score,
-        error=_error(right, sequences[tested]) if classes else np.nan,
+        error=_clustered_error(right, sequences[tested]) if classes else np.nan,
         baseline=baseline,
         control=control,
         control_score=control_score,
@@ -246,7 +256,7 @@ def probe(
         converged=converged,
         classes=classes,
         recall=np.array([_mean(right[target[tested] == code]) for code in range(len(classes))]),
-        units=of.units if quantity != "input" else np.arange(len(fitted.weight)),
+        units=data.units if quantity != "input" else np.arange(len(fitted.weight)),
         weight=fitted.weight,
     )
 
@@ -255,7 +265,7 @@ def _target(labels: LabelColumn) -> tuple[Array, tuple[str | float, ...]]:
     """(N,) codes of classes and their names; or numbers, and no names."""
     if len(labels.values) > NUMBERS and not any(isinstance(each, str) for each in labels.values):
         return labels.to_array(), ()
-    classes = classes_of(labels)
+    classes = encode_classes(labels)
     return classes.codes, classes.names
 
 
@@ -271,7 +281,7 @@ class _Scaled:
         return np.asarray((states - self._mean) * self._scale)
 
 
-def _control(
+def _control_targets(
     types: LabelColumn, target: Array, labelled: Array, random: np.random.Generator
 ) -> Array:
     """(N,) a target for each type, drawn from those of all steps; steps without type are one."""
@@ -336,7 +346,7 @@ def _scores(predicted: Array, trained: Array, tested: Array, classes: bool) -> t
     return (1 - left / of_mean if of_mean > 0 else np.nan), 0.0
 
 
-def _error(right: Array, sequences: Integers) -> float:
+def _clustered_error(right: Array, sequences: Integers) -> float:
     """Standard error of a share, with sequences as what was drawn (a ratio of two sums)."""
     _, place = np.unique(sequences, return_inverse=True)
     counts, wins = np.bincount(place), np.bincount(place, right)

@@ -26,9 +26,9 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from grutrace.analysis.engine.map_reduce import fold_rows
+from grutrace.analysis.engine.map_reduce import reduce_rows
 from grutrace.analysis.engine.result import Result
-from grutrace.analysis.engine.site_data import Analysed, Material, material
+from grutrace.analysis.engine.site_data import SiteData, SiteLike, as_site_data
 from grutrace.errors import OptionError, short_repr
 from grutrace.records import GATES, Array
 from grutrace.storage.read.sequence_index import Integers
@@ -93,19 +93,21 @@ def score_boundaries(
             )
     # As one sequence, whose parts lie too far apart for a pair.
     apart = np.repeat(np.arange(len(lengths)) * (tolerance + 1), lengths)
-    places = np.arange(len(apart)) + apart
-    hits = _pairs(places[np.asarray(found, bool)], places[np.asarray(reference, bool)], tolerance)
+    positions = np.arange(len(apart)) + apart
+    hits = _pairs(
+        positions[np.asarray(found, bool)], positions[np.asarray(reference, bool)], tolerance
+    )
     return _score_boundaries(hits, int(np.count_nonzero(found)), int(np.count_nonzero(reference)))
 
 
 def _pairs(found: Integers, reference: Integers, tolerance: int) -> int:
     """How many pairs there can be. Taking the earliest that fits leaves most for the rest."""
-    hits, place, ours, theirs = 0, 0, found.tolist(), reference.tolist()
+    hits, position, ours, theirs = 0, 0, found.tolist(), reference.tolist()
     for boundary in ours:
-        while place < len(theirs) and theirs[place] < boundary - tolerance:
-            place += 1
-        if place < len(theirs) and theirs[place] <= boundary + tolerance:
-            hits, place = hits + 1, place + 1
+        while position < len(theirs) and theirs[position] < boundary - tolerance:
+            position += 1
+        if position < len(theirs) and theirs[position] <= boundary + tolerance:
+            hits, position = hits + 1, position + 1
     return hits
 
 
@@ -125,8 +127,8 @@ def _score_boundaries(hits: int, found: int, reference: int) -> BoundaryScore:
     )
 
 
-def _ratio(some: int, of: int) -> float:
-    return some / of if of else math.nan
+def _ratio(some: int, data: int) -> float:
+    return some / data if data else math.nan
 
 
 def peaks(
@@ -178,9 +180,9 @@ class GateActivation(Result):
             see `BoundaryScore`. Not a number where none was given.
     """
 
-    rows_of_table: ClassVar[str] = "rows"
-    not_columns: ClassVar[tuple[str, ...]] = ("lengths",)
-    places: ClassVar[tuple[str, ...]] = ("sequence", "step")
+    index_field: ClassVar[str] = "rows"
+    excluded_columns: ClassVar[tuple[str, ...]] = ("lengths",)
+    index_columns: ClassVar[tuple[str, ...]] = ("sequence", "step")
 
     steps: int
     gate: str
@@ -206,11 +208,11 @@ class GateActivation(Result):
         number, *rest = super().columns().items()
         ends = np.cumsum(self.lengths)
         sequence = np.repeat(np.arange(len(ends)), self.lengths)
-        return dict([number, ("sequence", sequence), ("step", _places(self.lengths)), *rest])
+        return dict([number, ("sequence", sequence), ("step", _step_ids(self.lengths)), *rest])
 
 
 def gate_activation(
-    site: Analysed,
+    site: SiteLike,
     gate: str = "update",
     *,
     direction: str = "rise",
@@ -241,21 +243,21 @@ def gate_activation(
     if direction not in DIRECTIONS:
         expected = ", ".join(DIRECTIONS)
         raise OptionError(f"direction: expected one of {expected}; found {short_repr(direction)}")
-    of = material(site)
-    lengths = of.lengths
-    means = fold_rows(of, (gate,), _Means).means
-    signal = np.concatenate([np.empty(0), *means])[of.rows_between(0, len(lengths))]
-    difference = np.full(of.steps, np.nan)
-    inner = np.flatnonzero(_places(lengths))
-    way = -1 if of.reverse else 1
+    data = as_site_data(site)
+    lengths = data.lengths
+    means = reduce_rows(data, (gate,), _Means).means
+    signal = np.concatenate([np.empty(0), *means])[data.rows_between(0, len(lengths))]
+    difference = np.full(data.steps, np.nan)
+    inner = np.flatnonzero(_step_ids(lengths))
+    way = -1 if data.reverse else 1
     difference[inner] = (signal[inner] - signal[inner - 1]) * way
     sign = DIRECTIONS[direction]
     turned = np.abs(difference) if sign == 0 else sign * difference
     bound = _threshold(turned) if threshold is None else threshold
     boundary = peaks(turned, lengths, bound)
     return GateActivation(
-        site=of.name,
-        steps=of.steps,
+        site=data.name,
+        steps=data.steps,
         gate=gate,
         threshold=float(bound),
         boundaries=int(np.count_nonzero(boundary)),
@@ -263,7 +265,7 @@ def gate_activation(
         signal=signal,
         difference=difference,
         boundary=boundary,
-        **_scores(None if label is None else _score(of, label, boundary, tolerance)),
+        **_scores(None if label is None else _score(data, label, boundary, tolerance)),
     )
 
 
@@ -281,7 +283,7 @@ class _Means:
         self.means += later.means
 
 
-def label_boundaries(site: Analysed, label: str) -> Array:
+def label_boundaries(site: SiteLike, label: str) -> Array:
     """Where a label changes within a sequence; a step with it next to one without is a change.
 
     Returns:
@@ -291,15 +293,15 @@ def label_boundaries(site: Analysed, label: str) -> Array:
     Raises:
         NotRecordedError: There is no such label.
     """
-    of = material(site)
-    codes = of.labels(label).codes[of.rows_between(0, len(of.lengths))]
-    changes = np.zeros(of.steps, bool)
+    data = as_site_data(site)
+    codes = data.labels(label).codes[data.rows_between(0, len(data.lengths))]
+    changes = np.zeros(data.steps, bool)
     changes[1:] = codes[1:] != codes[:-1]
-    return changes & (_places(of.lengths) > 0)
+    return changes & (_step_ids(data.lengths) > 0)
 
 
-def _score(of: Material, label: str, boundary: Array, tolerance: int) -> BoundaryScore:
-    return score_boundaries(boundary, label_boundaries(of, label), of.lengths, tolerance)
+def _score(data: SiteData, label: str, boundary: Array, tolerance: int) -> BoundaryScore:
+    return score_boundaries(boundary, label_boundaries(data, label), data.lengths, tolerance)
 
 
 def _scores(score: BoundaryScore | None) -> dict[str, float]:
@@ -312,6 +314,6 @@ def _threshold(turned: Array) -> float:
     return max(LEAST, float(known.mean() + known.std())) if len(known) else LEAST
 
 
-def _places(lengths: Integers) -> Integers:
+def _step_ids(lengths: Integers) -> Integers:
     """(N,) which step of its sequence each is."""
     return np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)

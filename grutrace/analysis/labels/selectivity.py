@@ -9,7 +9,7 @@ And the mutual information of the unit, in `LEVELS` levels of equal frequency, a
 is not 0 by chance either. How large it gets by chance is found by giving the labels to other steps
 many times. Steps of one sequence resemble each other, so labels are not shuffled one by one, which
 would find every slow unit selective for every slow label (Harris 2020, "Nonsense correlations in
-neuroscience"): `chance` says how they are.
+neuroscience"): `label_coding` says how they are.
 
 N steps with the label, H units, C classes, B bins.
 
@@ -27,65 +27,65 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from grutrace.analysis.engine.map_reduce import fold_rows
+from grutrace.analysis.engine.map_reduce import reduce_rows
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import (
-    Analysed,
-    Beside,
-    Material,
-    material,
-    places_of,
-    sequences_of,
+    SiteData,
+    SiteLike,
+    WithColumns,
+    as_site_data,
+    sequence_ids,
+    step_ids,
 )
-from grutrace.analysis.labels.label_coding import Arrangements, classes_of
+from grutrace.analysis.labels.label_coding import LabelPermutations, encode_classes
 from grutrace.records import Array
-from grutrace.statistics.moments import reduce_rows
+from grutrace.statistics.moments import reduce_axis0
 from grutrace.storage.read.sequence_index import Integers
 
 #: Levels of a unit, for what bins are too many.
 LEVELS = 8
 
 #: Bins of a unit, at most and at least.
-BINS, LEAST_BINS = 1024, 64
+MAX_BINS, MIN_BINS = 1024, 64
 
 #: What counts of all units may take, which decides how many bins there are. Bytes.
-MEMORY = 32 * 1024 * 1024
+COUNT_BYTES = 32 * 1024 * 1024
 
 #: What one product of labels and levels brings into memory. Bytes.
-PRODUCT = 16 * 1024 * 1024
+PRODUCT_BYTES = 16 * 1024 * 1024
 
 
-class Ranges:
+class FiniteRange:
     """Extremes of each unit at steps with a label.
 
     Attributes:
         least, largest: (H,) of what is finite; infinities the other way round where nothing is.
-        left_out: (H,) how many values are not finite.
+        not_finite: (H,) how many values are not finite.
     """
 
     def __init__(self, width: int) -> None:
         self.least, self.largest = np.full(width, np.inf), np.full(width, -np.inf)
-        self.left_out = np.zeros(width, np.int64)
+        self.not_finite = np.zeros(width, np.int64)
 
     def add(self, rows: Mapping[str, Array]) -> None:
         """Take in a block: ``code``, and the values."""
         values, _ = _labelled(rows)
         if not len(values):
             return
-        least, largest = reduce_rows(np.minimum, values), reduce_rows(np.maximum, values)
+        least, largest = reduce_axis0(np.minimum, values), reduce_axis0(np.maximum, values)
         if not (np.isfinite(least).all() and np.isfinite(largest).all()):
             finite = np.isfinite(values)
-            self.left_out += np.count_nonzero(~finite, axis=0)
+            self.not_finite += np.count_nonzero(~finite, axis=0)
             least = np.where(finite, values, np.inf).min(0)
             largest = np.where(finite, values, -np.inf).max(0)
         np.minimum(self.least, least, out=self.least)
         np.maximum(self.largest, largest, out=self.largest)
 
-    def merge(self, later: Ranges) -> None:
+    def merge(self, later: FiniteRange) -> None:
         """Take in those of later rows."""
         np.minimum(self.least, later.least, out=self.least)
         np.maximum(self.largest, later.largest, out=self.largest)
-        self.left_out += later.left_out
+        self.not_finite += later.not_finite
 
 
 class Bins:
@@ -99,15 +99,15 @@ class Bins:
         count: B, the same for all units.
     """
 
-    def __init__(self, ranges: Ranges, classes: int) -> None:
+    def __init__(self, ranges: FiniteRange, classes: int) -> None:
         width = len(ranges.least)
-        self.count = int(np.clip(MEMORY // (8 * classes * max(1, width)), LEAST_BINS, BINS))
+        self.count = int(np.clip(COUNT_BYTES // (8 * classes * max(1, width)), MIN_BINS, MAX_BINS))
         some = ranges.least <= ranges.largest
         self.low = np.where(some, ranges.least, 0.0)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             scale = self.count / np.where(some, ranges.largest - ranges.least, 0.0)
         self._scale = np.where(np.isfinite(scale), scale, 0.0)
-        self._finite = not ranges.left_out.any()
+        self._finite = not ranges.not_finite.any()
 
     def __len__(self) -> int:
         return len(self.low)
@@ -116,15 +116,15 @@ class Bins:
         """(n, H) the bin of each value; B for what is not finite."""
         exact = np.result_type(values, np.float32)
         with np.errstate(invalid="ignore", over="ignore"):
-            places = values - self.low.astype(exact)
-            places *= self._scale.astype(exact)
-            np.minimum(places, self.count - 1, out=places)
+            positions = values - self.low.astype(exact)
+            positions *= self._scale.astype(exact)
+            np.minimum(positions, self.count - 1, out=positions)
         if not self._finite:
-            places[~np.isfinite(values)] = self.count
-        return np.asarray(places.astype(np.int64))
+            positions[~np.isfinite(values)] = self.count
+        return np.asarray(positions.astype(np.int64))
 
 
-class Counts:
+class ClassHistogram:
     """How often each unit was in each bin at steps of each class.
 
     Attributes:
@@ -139,18 +139,18 @@ class Counts:
         """Take in a block: ``code``, and the values."""
         values, codes = _labelled(rows)
         _, width, count = self.counts.shape
-        places = self._bins(values)
-        places += np.arange(width) * (count + 1)
+        positions = self._bins(values)
+        positions += np.arange(width) * (count + 1)
         for code in np.unique(codes).tolist():
-            found = np.bincount(places[codes == code].ravel(), minlength=width * (count + 1))
+            found = np.bincount(positions[codes == code].ravel(), minlength=width * (count + 1))
             self.counts[code] += found.reshape(width, count + 1)[:, :count]
 
-    def merge(self, later: Counts) -> None:
+    def merge(self, later: ClassHistogram) -> None:
         """Take in those of later rows."""
         self.counts += later.counts
 
 
-class ArrangedCounts:
+class PermutedHistogram:
     """How often each unit was at each level with each class, where labels lie elsewhere.
 
     Counting is a product of two matrices of zeros and ones: which label each step has in each
@@ -166,7 +166,12 @@ class ArrangedCounts:
     """
 
     def __init__(
-        self, arrangements: Arrangements, some: range, bins: Bins, levels: Integers, classes: int
+        self,
+        arrangements: LabelPermutations,
+        some: range,
+        bins: Bins,
+        levels: Integers,
+        classes: int,
     ) -> None:
         self._arrangements, self._some, self._bins = arrangements, some, bins
         self._sources: Array | None = None
@@ -188,7 +193,7 @@ class ArrangedCounts:
         permutations, others, width, _ = self._others.shape
         if self._sources is None:
             self._sources = self._arrangements.sources(self._some)
-        step = max(1, PRODUCT // (4 * (permutations * others + width * LEVELS)))
+        step = max(1, PRODUCT_BYTES // (4 * (permutations * others + width * LEVELS)))
         classes, of_unit = np.arange(1, others + 1)[:, np.newaxis], np.arange(width)
         for low in range(0, len(numbers), step):
             part = slice(low, low + step)
@@ -199,7 +204,7 @@ class ArrangedCounts:
             found = labels.reshape(permutations * others, -1) @ levels.reshape(len(level), -1)
             self._others += found.reshape(self._others.shape).astype(np.int64)
 
-    def merge(self, later: ArrangedCounts) -> None:
+    def merge(self, later: PermutedHistogram) -> None:
         """Take in those of later rows."""
         self._others += later._others
 
@@ -225,10 +230,10 @@ class Selectivity(Result):
         quantity: What of the units: hidden, a gate.
         steps: N, steps that have the label.
         null: How labels were given to other steps: ``swapped`` between sequences, ``rotated``
-            within each, or ``both``; see `chance.Arrangements`.
+            within each, or ``both``; see `label_coding.LabelPermutations`.
         permutations: How often.
         selective: How many units have `p` below 0.05.
-        classes: (C,) the values of the label, or groups of them; see `classes.classes_of`.
+        classes: (C,) the values of the label, or groups of them; see `label_coding.encode_classes`.
         counts: (C,) steps of each.
         units: (H,) numbers of the units.
         best: (H,) the class that each tells best from all others, and ...
@@ -236,16 +241,16 @@ class Selectivity(Result):
         auc_error: (H,) by how much areas may be off, since units are counted in bins: half the
             share of pairs that fall into the same bin, the most of all classes.
         information: (H,) mutual information, in bits.
-        chance: (H,) its mean where the labels lie elsewhere: what to subtract.
+        null_mean: (H,) its mean where the labels lie elsewhere: what to subtract.
         p: (H,) how probable so much information would be by chance at the best of all units:
             (1 + times that the largest of all units was as large) / (1 + permutations). So with
             the bound 0.05 some unit is found by chance once in 20 traces, however many units.
         aucs: (C, H) the area under the curve of each class against all others.
-        left_out: (H,) values that are not finite; they count for nothing else. The area is not a
+        not_finite: (H,) values that are not finite; they count for nothing else. The area is not a
             number where nothing else is left.
     """
 
-    not_columns: ClassVar[tuple[str, ...]] = ("counts",)
+    excluded_columns: ClassVar[tuple[str, ...]] = ("counts",)
 
     label: str
     quantity: str
@@ -260,20 +265,20 @@ class Selectivity(Result):
     auc: Array
     auc_error: Array
     information: Array
-    chance: Array
+    null_mean: Array
     p: Array
     aucs: Array
-    left_out: Integers
+    not_finite: Integers
 
     @property
     def ranking(self) -> Integers:
         """(H,) the numbers of the units, from the one with most information above chance."""
-        above = np.nan_to_num(self.information - self.chance, nan=-np.inf)
+        above = np.nan_to_num(self.information - self.null_mean, nan=-np.inf)
         return np.asarray(self.units[np.argsort(-above, kind="stable")])
 
 
 def selectivity(
-    site: Analysed,
+    site: SiteLike,
     label: str,
     quantity: str = "hidden",
     *,
@@ -296,31 +301,31 @@ def selectivity(
         NotRecordedError: The quantity was not recorded, or there is no such label.
         OptionError: The label has fewer than two values.
     """
-    of = material(site)
-    of.require(quantity)
-    classes = classes_of(of.labels(label))
+    data = as_site_data(site)
+    data.require(quantity)
+    classes = encode_classes(data.labels(label))
     codes = classes.codes.astype(np.int32)
-    with_label = Beside(of, {"code": codes[:, np.newaxis]})
-    width, count = of.rows(quantity).shape[1], len(classes.names)
+    with_label = WithColumns(data, {"code": codes[:, np.newaxis]})
+    width, count = data.rows(quantity).shape[1], len(classes.names)
     quantities = (quantity, "code")
-    ranges = fold_rows(with_label, quantities, partial(Ranges, width))
+    ranges = reduce_rows(with_label, quantities, partial(FiniteRange, width))
     bins = Bins(ranges, count)
-    counts = fold_rows(with_label, quantities, partial(Counts, bins, count)).counts
-    aucs, errors = _areas(counts)
+    counts = reduce_rows(with_label, quantities, partial(ClassHistogram, bins, count)).counts
+    aucs, errors = _auc(counts)
     levels = _levels(counts)
-    information = _information(_joined(counts, levels))
-    arrangements = Arrangements(
-        codes, sequences_of(of), places_of(of), len(of.lengths), permutations, seed
+    information = _information(_bins_to_levels(counts, levels))
+    arrangements = LabelPermutations(
+        codes, sequence_ids(data), step_ids(data), len(data.lengths), permutations, seed
     )
-    chance = _by_chance(of, quantity, arrangements, bins, levels, counts)
-    largest = np.array([0.0, *np.nanmax(chance, axis=1, initial=0.0)])[1:]
+    null = _null_information(data, quantity, arrangements, bins, levels, counts)
+    largest = np.array([0.0, *np.nanmax(null, axis=1, initial=0.0)])[1:]
     with np.errstate(invalid="ignore"):
         p = (1 + (largest[:, np.newaxis] >= information - 1e-12).sum(0)) / (1 + permutations)
     known = counts.sum((0, 2)) > 0
     best = np.abs(np.nan_to_num(aucs, nan=0.5) - 0.5)[::-1].argmax(0)
     best = count - 1 - best
     return Selectivity(
-        site=of.name,
+        site=data.name,
         label=label,
         quantity=quantity,
         steps=int(np.count_nonzero(codes >= 0)),
@@ -329,19 +334,19 @@ def selectivity(
         selective=int(np.count_nonzero(known & (p < 0.05))),
         classes=classes.names,
         counts=classes.counts,
-        units=of.units if quantity != "input" else np.arange(width),
+        units=data.units if quantity != "input" else np.arange(width),
         best=np.array(classes.names, object)[best],
         auc=aucs[best, np.arange(width)],
         auc_error=errors,
         information=np.where(known, information, np.nan),
-        chance=chance.mean(0) if permutations else np.full(width, np.nan),
+        null_mean=null.mean(0) if permutations else np.full(width, np.nan),
         p=np.where(known & (permutations > 0), p, np.nan),
         aucs=aucs,
-        left_out=ranges.left_out,
+        not_finite=ranges.not_finite,
     )
 
 
-def _areas(counts: Array) -> tuple[Array, Array]:
+def _auc(counts: Array) -> tuple[Array, Array]:
     """(C, H) areas under the curves, and (H,) by how much they may be off."""
     total = counts.sum(0)
     aucs, errors = np.full(counts.shape[:2], np.nan), np.zeros(counts.shape[1])
@@ -365,7 +370,7 @@ def _levels(counts: Array) -> Integers:
     return np.asarray(np.minimum((middle * LEVELS / whole).astype(np.int64), LEVELS - 1))
 
 
-def _joined(counts: Array, levels: Integers) -> Array:
+def _bins_to_levels(counts: Array, levels: Integers) -> Array:
     """(C, H, LEVELS) from counts of bins to counts of levels."""
     joined = np.empty((*counts.shape[:2], LEVELS), np.int64)
     for level in range(LEVELS):
@@ -383,26 +388,26 @@ def _information(joint: Array) -> Array:
     return np.asarray((share * np.log2(ratio)).sum((0, 2)))
 
 
-def _by_chance(
-    of: Material,
+def _null_information(
+    data: SiteData,
     quantity: str,
-    arrangements: Arrangements,
+    arrangements: LabelPermutations,
     bins: Bins,
     levels: Integers,
     counts: Array,
 ) -> Array:
     """(permutations, H) the information when the labels lie elsewhere."""
     classes, width, _ = counts.shape
-    total = _joined(counts, levels).sum(0)
+    total = _bins_to_levels(counts, levels).sum(0)
     each = 8 * classes * width * LEVELS + 4 * arrangements.total
-    together = max(1, MEMORY // each)
-    rows = np.arange(of.steps, dtype=np.int64)[:, np.newaxis]
-    with_row = Beside(of, {"row": rows})
+    together = max(1, COUNT_BYTES // each)
+    rows = np.arange(data.steps, dtype=np.int64)[:, np.newaxis]
+    with_row = WithColumns(data, {"row": rows})
     found = np.empty((arrangements.count, width))
     for first in range(0, arrangements.count, together):
         some = range(first, min(first + together, arrangements.count))
-        begin = partial(ArrangedCounts, arrangements, some, bins, levels, classes)
-        joint = fold_rows(with_row, (quantity, "row"), begin).counts(total)
-        for place, number in enumerate(some):
-            found[number] = _information(joint[place])
+        make_reducer = partial(PermutedHistogram, arrangements, some, bins, levels, classes)
+        joint = reduce_rows(with_row, (quantity, "row"), make_reducer).counts(total)
+        for position, number in enumerate(some):
+            found[number] = _information(joint[position])
     return found

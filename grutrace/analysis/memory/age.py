@@ -27,22 +27,22 @@ from functools import partial
 
 import numpy as np
 
-from grutrace.analysis.engine.map_reduce import fold_sequences
+from grutrace.analysis.engine.map_reduce import reduce_sequences
 from grutrace.analysis.engine.result import Result
-from grutrace.analysis.engine.segments import RESTARTS, Stretch
-from grutrace.analysis.engine.site_data import Analysed, material
+from grutrace.analysis.engine.segments import RESTARTS, SequenceSegment
+from grutrace.analysis.engine.site_data import SiteLike, as_site_data
 from grutrace.records import Array
 from grutrace.storage.read.sequence_index import Integers
 
 #: What is gathered of sequences before it is gone through. Bytes of float64.
-TOGETHER = 8 * 1024 * 1024
+BATCH_BYTES = 8 * 1024 * 1024
 
 #: Steps that are gone through one after another, of all chunks at once.
-CHUNK = 64
+CHUNK_STEPS = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Memory(Result):
+class StateAge(Result):
     """Of a site. Not a number where there are no steps, or where a gate is not a number.
 
     Attributes:
@@ -63,7 +63,7 @@ class Memory(Result):
     initial_left: Array
 
 
-def memory(site: Analysed) -> Memory:
+def state_age(site: SiteLike) -> StateAge:
     """Work out how old what the states of each unit hold is.
 
     Args:
@@ -73,21 +73,21 @@ def memory(site: Analysed) -> Memory:
     Raises:
         NotRecordedError: The update gate was not recorded.
     """
-    of = material(site)
-    found = fold_sequences(of, ("update", RESTARTS), partial(_Ages, len(of.units)))
+    data = as_site_data(site)
+    found = reduce_sequences(data, ("update", RESTARTS), partial(_AgeSums, len(data.units)))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return Memory(
-            site=of.name,
-            steps=of.steps,
+        return StateAge(
+            site=data.name,
+            steps=data.steps,
             sequences=found.sequences,
-            units=of.units,
+            units=data.units,
             age=found.ages / (found.steps or np.nan),
             age_at_end=found.last_ages / (found.sequences or np.nan),
             initial_left=found.left / (found.sequences or np.nan),
         )
 
 
-class _Ages:
+class _AgeSums:
     """Sums of ages over steps, and of what there is at the ends of sequences."""
 
     def __init__(self, width: int) -> None:
@@ -95,40 +95,40 @@ class _Ages:
         self.ages, self.last_ages, self.left = np.zeros((3, width))
         # Of the sequence that goes on: its age and what is left of its beginning, after a stretch.
         self._age, self._left = np.zeros(width), np.ones(width)
-        self._waiting: list[Stretch] = []
+        self._waiting: list[SequenceSegment] = []
         self._rows = 0
 
-    def add(self, stretch: Stretch) -> None:
-        self._waiting.append(stretch)
-        self._rows += len(stretch)
-        if 8 * self._rows * len(self.ages) >= TOGETHER:
-            self._go_through()
+    def add(self, segment: SequenceSegment) -> None:
+        self._waiting.append(segment)
+        self._rows += len(segment)
+        if 8 * self._rows * len(self.ages) >= BATCH_BYTES:
+            self._process()
 
-    def merge(self, later: _Ages) -> None:
-        later._go_through()
+    def merge(self, later: _AgeSums) -> None:
+        later._process()
         self.steps += later.steps
         self.sequences += later.sequences
         self.ages += later.ages
         self.last_ages += later.last_ages
         self.left += later.left
 
-    def _go_through(self) -> None:
+    def _process(self) -> None:
         waiting, self._waiting, self._rows = self._waiting, [], 0
         if not waiting:
             return
         lengths = np.array([len(each) for each in waiting])
         ends, starts = np.cumsum(lengths) - 1, np.cumsum(lengths) - lengths
-        begins = np.array([each.begins for each in waiting])
+        is_first = np.array([each.is_first for each in waiting])
         last = np.array([each.ends for each in waiting])
         update = np.concatenate([each.values["update"] for each in waiting], dtype=np.float64)
         kept = update.copy()
-        kept[starts[begins]] = 0.0
-        ages = _recur(kept, update, self._age)
+        kept[starts[is_first]] = 0.0
+        ages = _linear_recurrence(kept, update, self._age)
         # A product of gates may be too small for any number: then nothing is left.
-        apart = begins.copy()
+        apart = is_first.copy()
         apart[0] = True
         left = np.multiply.reduceat(update, starts[apart], axis=0)
-        if not begins[0]:
+        if not is_first[0]:
             left[0] *= self._left
         self.steps += len(update)
         self.sequences += int(np.count_nonzero(last))
@@ -138,18 +138,21 @@ class _Ages:
         self._age, self._left = ages[-1].copy(), left[-1].copy()
 
 
-def _recur(factor: Array, more: Array, before: Array) -> Array:
+def _linear_recurrence(factor: Array, more: Array, before: Array) -> Array:
     """(n, H) a(t) = factor(t) a(t - 1) + more(t), from (H,) the one before the first.
 
     Chunks of steps are gone through at once, as if each began from 0, and what they began from is
     added afterwards.
     """
     steps, width = factor.shape
-    chunks = -(-steps // CHUNK)
-    found, kept = np.zeros((2, chunks * CHUNK, width))
+    chunks = -(-steps // CHUNK_STEPS)
+    found, kept = np.zeros((2, chunks * CHUNK_STEPS, width))
     found[:steps], kept[:steps] = more, factor
-    by_chunk, left = found.reshape(chunks, CHUNK, width), kept.reshape(chunks, CHUNK, width)
-    for step in range(1, CHUNK):
+    by_chunk, left = (
+        found.reshape(chunks, CHUNK_STEPS, width),
+        kept.reshape(chunks, CHUNK_STEPS, width),
+    )
+    for step in range(1, CHUNK_STEPS):
         by_chunk[:, step] += left[:, step] * by_chunk[:, step - 1]
         left[:, step] *= left[:, step - 1]
     for chunk in range(chunks):

@@ -22,25 +22,25 @@ from typing import ClassVar
 
 import numpy as np
 
-from grutrace.analysis.engine.map_reduce import fold_sequences
+from grutrace.analysis.engine.map_reduce import reduce_sequences
 from grutrace.analysis.engine.result import Result
-from grutrace.analysis.engine.segments import Stretch
-from grutrace.analysis.engine.site_data import Analysed, material
+from grutrace.analysis.engine.segments import SequenceSegment
+from grutrace.analysis.engine.site_data import SiteLike, as_site_data
 from grutrace.errors import OptionError, short_repr
 from grutrace.records import Array
 from grutrace.storage.read.sequence_index import Integers
 
 #: How far a state is compared with itself unless asked otherwise, if sequences are as long. Steps.
-LAGS = 1000
+DEFAULT_LAGS = 1000
 
 #: Sokal's window: the sum ends at the first lag that is so many times the sum.
-WINDOW = 5.0
+SOKAL_WINDOW = 5.0
 
 #: What is gathered of short sequences before it is transformed. Bytes of float64.
-TOGETHER = 4 * 1024 * 1024
+BATCH_BYTES = 4 * 1024 * 1024
 
 #: The least length of a transform. Steps.
-SHORTEST = 1024
+MIN_TRANSFORM = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +61,7 @@ class Autocorrelation(Result):
         pairs: (L + 1,) how many pairs of steps each lag has. The last lags have few.
     """
 
-    only_arrays: ClassVar[tuple[str, ...]] = ("correlation", "pairs")
+    array_only_fields: ClassVar[tuple[str, ...]] = ("correlation", "pairs")
 
     steps: int
     units: Integers
@@ -73,7 +73,7 @@ class Autocorrelation(Result):
     pairs: Integers
 
 
-def autocorrelation(site: Analysed, lags: int | None = None, skip: int = 0) -> Autocorrelation:
+def autocorrelation(site: SiteLike, lags: int | None = None, skip: int = 0) -> Autocorrelation:
     """Correlate the states of each unit with those some steps later, over all sequences.
 
     The mean is that of all sequences: what differs from sequence to sequence, and not within them,
@@ -82,7 +82,7 @@ def autocorrelation(site: Analysed, lags: int | None = None, skip: int = 0) -> A
 
     Args:
         site: With hidden.
-        lags: L; unless given, `LAGS`, or one less than the longest sequence has steps.
+        lags: L; unless given, `DEFAULT_LAGS`, or one less than the longest sequence has steps.
         skip: So many steps at the start of each sequence are left out: states that still move
             away from where they began are no sample of what they do later.
 
@@ -90,28 +90,30 @@ def autocorrelation(site: Analysed, lags: int | None = None, skip: int = 0) -> A
         NotRecordedError: The hidden states were not recorded.
         OptionError: The lags or the steps to skip are no such numbers.
     """
-    of = material(site)
-    of.require("hidden")
+    data = as_site_data(site)
+    data.require("hidden")
     for name, value in {"lags": lags, "skip": skip}.items():
         if value is not None and (not isinstance(value, int) or value < 0):
             raise OptionError(
                 f"{name}: expected a number of steps, 0 or more; found {short_repr(value)}"
             )
-    lengths = np.maximum(of.lengths - skip, 0)
+    lengths = np.maximum(data.lengths - skip, 0)
     longest = max(0, int(lengths.max(initial=0)) - 1)
-    lags = min(longest, LAGS if lags is None else lags)
-    pairs = pairs_of(lengths, lags)
+    lags = min(longest, DEFAULT_LAGS if lags is None else lags)
+    pairs = count_pairs(lengths, lags)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        level = fold_sequences(of, ("hidden",), partial(_Level, len(of.units), skip))
+        level = reduce_sequences(data, ("hidden",), partial(_MeanAndRange, len(data.units), skip))
         mean = level.sum / pairs[0]
-        begin = partial(_Products, mean, lags, skip)
-        covariance = fold_sequences(of, ("hidden",), begin).lagged() / pairs[:, np.newaxis]
+        make_reducer = partial(_LaggedProducts, mean, lags, skip)
+        covariance = (
+            reduce_sequences(data, ("hidden",), make_reducer).lagged() / pairs[:, np.newaxis]
+        )
         correlation = np.where(level.moves, covariance / covariance[0], np.nan)
-    efolding, integrated = efolding_of(correlation), integrated_of(correlation)
+    efolding, integrated = efolding_time(correlation), integrated_time(correlation)
     return Autocorrelation(
-        site=of.name,
+        site=data.name,
         steps=int(pairs[0]),
-        units=of.units,
+        units=data.units,
         lags=lags,
         efolding=efolding,
         integrated=integrated,
@@ -121,7 +123,7 @@ def autocorrelation(site: Analysed, lags: int | None = None, skip: int = 0) -> A
     )
 
 
-def pairs_of(lengths: Integers, lags: int) -> Integers:
+def count_pairs(lengths: Integers, lags: int) -> Integers:
     """(lags + 1,) how many pairs of steps of one sequence lie 0, 1, ... lags steps apart."""
     ordered = np.sort(lengths)
     beyond = np.concatenate([np.cumsum(ordered[::-1])[::-1], [0]])
@@ -130,7 +132,7 @@ def pairs_of(lengths: Integers, lags: int) -> Integers:
     return np.asarray(beyond[first] - lag * (len(ordered) - first))
 
 
-def efolding_of(correlation: Array) -> Array:
+def efolding_time(correlation: Array) -> Array:
     """(H,) where (L + 1, H) correlations fall to 1/e; not a number where they do not."""
     units = np.arange(correlation.shape[1])
     below = correlation < np.exp(-1)
@@ -144,16 +146,16 @@ def efolding_of(correlation: Array) -> Array:
     return np.where(below.any(axis=0), lag - 1 + part, np.nan)
 
 
-def integrated_of(correlation: Array) -> Array:
+def integrated_time(correlation: Array) -> Array:
     """(H,) integrated time of (L + 1, H) correlations; not a number where the window is longer."""
     time = 2 * np.cumsum(correlation, axis=0) - 1
-    enough = np.arange(len(time))[:, np.newaxis] >= WINDOW * time
+    enough = np.arange(len(time))[:, np.newaxis] >= SOKAL_WINDOW * time
     lag = np.argmax(enough, axis=0)
     found = time[lag, np.arange(time.shape[1])]
     return np.where(enough.any(axis=0) & (found > 0), found, np.nan)
 
 
-class _Level:
+class _MeanAndRange:
     """The sum over steps, and the extremes."""
 
     def __init__(self, width: int, skip: int) -> None:
@@ -166,19 +168,19 @@ class _Level:
         """(H,) whether a unit has more than one value. Rounding of its mean has no say in that."""
         return np.asarray(self.least < self.largest)
 
-    def add(self, stretch: Stretch) -> None:
-        rows = stretch.values["hidden"][max(0, self._skip - stretch.start) :]
+    def add(self, segment: SequenceSegment) -> None:
+        rows = segment.values["hidden"][max(0, self._skip - segment.start) :]
         self.sum += np.add.reduce(rows, axis=0, dtype=np.float64)
         self.least = np.minimum(self.least, rows.min(axis=0, initial=np.inf))
         self.largest = np.maximum(self.largest, rows.max(axis=0, initial=-np.inf))
 
-    def merge(self, later: _Level) -> None:
+    def merge(self, later: _MeanAndRange) -> None:
         self.sum += later.sum
         self.least = np.minimum(self.least, later.least)
         self.largest = np.maximum(self.largest, later.largest)
 
 
-class _Products:
+class _LaggedProducts:
     """Sums of products of deviations some steps apart, kept as spectra: these add up.
 
     A sequence is transformed padded to at least its length and the lags, so that nothing of its end
@@ -188,16 +190,16 @@ class _Products:
 
     def __init__(self, mean: Array, lags: int, skip: int) -> None:
         self._mean, self._lags, self._skip = mean, lags, skip
-        self._largest = _power_of_two(max(SHORTEST, 4 * lags))
+        self._largest = _power_of_two(max(MIN_TRANSFORM, 4 * lags))
         self._spectra: dict[int, Array] = {}
         self._waiting: dict[int, list[Array]] = {}
         self._parts: list[Array] = []
         self._before = np.zeros((0, len(mean)))
 
-    def add(self, stretch: Stretch) -> None:
-        if stretch.begins:
+    def add(self, segment: SequenceSegment) -> None:
+        if segment.is_first:
             self._parts, self._before = [], self._before[:0]
-        rows = stretch.values["hidden"][max(0, self._skip - stretch.start) :]
+        rows = segment.values["hidden"][max(0, self._skip - segment.start) :]
         # What is not finite makes its unit's result not a number.
         with np.errstate(invalid="ignore", over="ignore"):
             if len(rows):
@@ -205,12 +207,12 @@ class _Products:
                 self._parts.append(np.subtract(rows, self._mean, dtype=np.float64))
             if not self._parts:
                 return
-            if stretch.length - self._skip > self._largest - self._lags:
-                self._add_long(stretch.ends)
-            elif stretch.ends:
+            if segment.length - self._skip > self._largest - self._lags:
+                self._add_long(segment.ends)
+            elif segment.ends:
                 self._add_short(np.concatenate(self._parts))
 
-    def merge(self, later: _Products) -> None:
+    def merge(self, later: _LaggedProducts) -> None:
         later.transform()
         for length, spectrum in later._spectra.items():
             self._add_spectrum(length, slice(None), spectrum)
@@ -236,14 +238,14 @@ class _Products:
         length = _power_of_two(len(rows) + min(self._lags, len(rows) - 1))
         waiting = self._waiting.setdefault(length, [])
         waiting.append(rows)
-        if len(waiting) * length * rows.shape[1] * rows.itemsize >= TOGETHER:
+        if len(waiting) * length * rows.shape[1] * rows.itemsize >= BATCH_BYTES:
             self._transform(length)
 
     def _transform(self, length: int) -> None:
         waiting = self._waiting.pop(length)
         padded = np.zeros((len(waiting), len(self._mean), length))
-        for place, rows in zip(padded, waiting, strict=True):
-            place[:, : len(rows)] = rows.T
+        for position, rows in zip(padded, waiting, strict=True):
+            position[:, : len(rows)] = rows.T
         for units in self._units(padded[:, 0].size):
             spectrum = np.fft.rfft(padded[:, units])
             self._add_spectrum(length, units, (spectrum.conj() * spectrum).sum(axis=0))
@@ -274,7 +276,7 @@ class _Products:
     def _units(self, steps: int) -> Iterator[slice]:
         """Units of which so many steps are transformed together."""
         width = len(self._mean)
-        each = max(1, TOGETHER // (8 * max(1, steps)))
+        each = max(1, BATCH_BYTES // (8 * max(1, steps)))
         yield from (slice(start, min(start + each, width)) for start in range(0, width, each))
 
 

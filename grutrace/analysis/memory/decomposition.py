@@ -24,18 +24,18 @@ from typing import ClassVar
 import numpy as np
 
 from grutrace.analysis.engine.result import Result
-from grutrace.analysis.engine.site_data import Analysed, Material, material
+from grutrace.analysis.engine.site_data import SiteData, SiteLike, as_site_data
 from grutrace.errors import NotRecordedError, OptionError, short_repr
 from grutrace.records import Array
 from grutrace.storage.read.sequence_index import Integers
 
 #: How much is brought into memory at once. Bytes of float64.
-BLOCK = 4 * 1024 * 1024
+BLOCK_BYTES = 4 * 1024 * 1024
 
 #: The most numbers that a map may have.
-LARGEST = 2**27
+MAX_MAP_SIZE = 2**27
 
-_NEEDED = ("update", "candidate", "hidden")
+_REQUIRED = ("update", "candidate", "hidden")
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,8 +61,8 @@ class Decomposition(Result):
             as long as what it wrote.
     """
 
-    rows_of_table: ClassVar[str] = "steps"
-    only_arrays: ClassVar[tuple[str, ...]] = ("written", "weights")
+    index_field: ClassVar[str] = "steps"
+    array_only_fields: ClassVar[tuple[str, ...]] = ("written", "weights")
 
     sequence: int
     step: int
@@ -80,7 +80,7 @@ class Decomposition(Result):
 
 
 def decompose(
-    site: Analysed,
+    site: SiteLike,
     sequence: int,
     step: int = -1,
     back: int | None = None,
@@ -99,19 +99,22 @@ def decompose(
         NotRecordedError: Something needed was not recorded, or there is no such step.
         OptionError: There cannot be so many steps, or there are no such units.
     """
-    of = material(site)
-    of.require(*_NEEDED)
-    sequence, made = _place(of, sequence, step)
-    columns = _columns(of, units)
-    first = max(_begins(of, sequence, made, made + 1)[0], made + 1 - _back(back, made + 1))
-    count, width = made + 1 - first, len(of.units[columns])
+    data = as_site_data(site)
+    data.require(*_REQUIRED)
+    sequence, made = _locate(data, sequence, step)
+    columns = _columns(data, units)
+    first = max(
+        _first_steps(data, sequence, made, made + 1)[0], made + 1 - _max_steps(back, made + 1)
+    )
+    count, width = made + 1 - first, len(data.units[columns])
     written, weights = np.empty((2, count, width))
     kept = np.ones(width)
-    block = max(1, BLOCK // (8 * max(1, len(of.units))))
+    block = max(1, BLOCK_BYTES // (8 * max(1, len(data.units))))
     for high in range(made + 1, first, -block):
         low = max(first, high - block)
         update, candidate = (
-            _made(of, name, sequence, low, high)[:, columns] for name in ("update", "candidate")
+            _rows_made(data, name, sequence, low, high)[:, columns]
+            for name in ("update", "candidate")
         )
         # What of each step is left when all later ones are made: from the last one backwards.
         later = np.concatenate([update[1:], kept[np.newaxis]])
@@ -120,19 +123,19 @@ def decompose(
         np.multiply(1 - update, left, out=weights[part])
         np.multiply(weights[part], candidate, out=written[part])
         kept = left[0] * update[0]
-    hidden = _made(of, "hidden", sequence, made, made + 1)[0, columns]
-    before = kept * _state_before(of, sequence, first)[columns]
+    hidden = _rows_made(data, "hidden", sequence, made, made + 1)[0, columns]
+    before = kept * _state_before(data, sequence, first)[columns]
     square = hidden @ hidden
     with np.errstate(invalid="ignore", divide="ignore"):
         share, before_share = written @ hidden / square, float(before @ hidden / square)
     difference = np.abs(written.sum(axis=0) + before - hidden)
-    way = slice(None, None, -1 if of.reverse else 1)
+    way = slice(None, None, -1 if data.reverse else 1)
     return Decomposition(
-        site=of.name,
+        site=data.name,
         sequence=sequence,
-        step=int(_in_time(of, sequence, np.array(made))),
-        units=of.units[columns],
-        steps=_in_time(of, sequence, np.arange(first, made + 1))[way],
+        step=int(_in_time(data, sequence, np.array(made))),
+        units=data.units[columns],
+        steps=_in_time(data, sequence, np.arange(first, made + 1))[way],
         written=written[way],
         weights=weights[way],
         before=before,
@@ -158,8 +161,8 @@ class MemoryMap(Result):
         before_share: (m,) of the state before these L steps, or before the first step.
     """
 
-    rows_of_table: ClassVar[str] = "steps"
-    only_arrays: ClassVar[tuple[str, ...]] = ("share", "size")
+    index_field: ClassVar[str] = "steps"
+    array_only_fields: ClassVar[tuple[str, ...]] = ("share", "size")
 
     sequence: int
     steps: Integers
@@ -170,7 +173,7 @@ class MemoryMap(Result):
 
 
 def memory_map(
-    site: Analysed,
+    site: SiteLike,
     sequence: int,
     first: int = 0,
     last: int | None = None,
@@ -191,30 +194,30 @@ def memory_map(
         NotRecordedError: Something needed was not recorded, or there is no such sequence.
         OptionError: There cannot be so many steps, or the map would have more than 2^27 numbers.
     """
-    of = material(site)
-    of.require(*_NEEDED)
-    sequence, _ = _place(of, sequence, None)
-    length = int(of.lengths[sequence])
+    data = as_site_data(site)
+    data.require(*_REQUIRED)
+    sequence, _ = _locate(data, sequence, None)
+    length = int(data.lengths[sequence])
     steps = range(length)[first:last]
-    lags = _back(back, length)
-    if len(steps) * lags > LARGEST:
+    lags = _max_steps(back, length)
+    if len(steps) * lags > MAX_MAP_SIZE:
         raise OptionError(
-            f"a map of {len(steps)} states and {lags} past steps would have more than {LARGEST} "
-            "numbers; ask for fewer states (first, last) or past steps (back)"
+            f"a map of {len(steps)} states and {lags} past steps would have more than "
+            f"{MAX_MAP_SIZE} numbers; ask for fewer states (first, last) or past steps (back)"
         )
     share, size = np.zeros((2, len(steps), lags))
     before_share = np.zeros(len(steps))
-    block = max(1, BLOCK // (8 * max(1, len(of.units))))
+    block = max(1, BLOCK_BYTES // (8 * max(1, len(data.units))))
     low, high = steps.start, steps.stop
-    if of.reverse:
+    if data.reverse:
         low, high = length - high, length - low
     for start in range(low, high, block):
         stop = min(start + block, high)
         part = slice(start - low, stop - low)
-        before_share[part] = _map_block(of, sequence, start, stop, share[part], size[part])
-    way = slice(None, None, -1 if of.reverse else 1)
+        before_share[part] = _map_block(data, sequence, start, stop, share[part], size[part])
+    way = slice(None, None, -1 if data.reverse else 1)
     return MemoryMap(
-        site=of.name,
+        site=data.name,
         sequence=sequence,
         steps=np.array(steps),
         lags=np.arange(lags),
@@ -225,19 +228,19 @@ def memory_map(
 
 
 def _map_block(
-    site: Material, sequence: int, start: int, stop: int, share: Array, size: Array
+    site: SiteData, sequence: int, start: int, stop: int, share: Array, size: Array
 ) -> Array:
     """Fill the rows of the states made as `start` to `stop`; return (m,) what is left over."""
     lags = share.shape[1]
     low = max(0, start + 1 - lags)
-    update = _made(site, "update", sequence, low, stop)
-    candidate = _made(site, "candidate", sequence, low, stop)
-    hidden = _made(site, "hidden", sequence, start, stop)
+    update = _rows_made(site, "update", sequence, low, stop)
+    candidate = _rows_made(site, "candidate", sequence, low, stop)
+    hidden = _rows_made(site, "hidden", sequence, start, stop)
     with np.errstate(invalid="ignore", divide="ignore"):
         towards = hidden / np.einsum("mh,mh->m", hidden, hidden)[:, np.newaxis]
     kept = np.ones_like(hidden)
     # How many steps each state has behind it.
-    behind = np.arange(start, stop) + 1 - _begins(site, sequence, start, stop)
+    behind = np.arange(start, stop) + 1 - _first_steps(site, sequence, start, stop)
     for lag in range(min(lags, stop)):
         # Those states that have as many steps.
         some = slice(max(0, lag - start), None)
@@ -250,14 +253,14 @@ def _map_block(
     before = np.empty_like(hidden)
     within = min(stop - start, max(0, lags - start))
     if within < stop - start:
-        before[within:] = _made(site, "hidden", sequence, start + within - lags, stop - lags)
+        before[within:] = _rows_made(site, "hidden", sequence, start + within - lags, stop - lags)
     first = np.arange(start, stop) + 1 - behind
     for step in np.unique(first[behind <= lags]).tolist():
         before[(first == step) & (behind <= lags)] = _state_before(site, sequence, step)
     return np.asarray(np.einsum("mh,mh->m", kept * before, towards))
 
 
-def _made(site: Material, quantity: str, sequence: int, low: int, high: int) -> Array:
+def _rows_made(site: SiteData, quantity: str, sequence: int, low: int, high: int) -> Array:
     """(high - low, H) float64 rows of the steps that were made as number `low` to `high` - 1."""
     rows, length = site.rows_between(sequence, sequence + 1), int(site.lengths[sequence])
     if site.reverse:
@@ -267,17 +270,17 @@ def _made(site: Material, quantity: str, sequence: int, low: int, high: int) -> 
     return np.asarray(found[:: -1 if site.reverse else 1])
 
 
-def _state_before(site: Material, sequence: int, made: int) -> Array:
+def _state_before(site: SiteData, sequence: int, made: int) -> Array:
     """(H,) float64, the state from which the step that was made as this number started."""
     restarts = site.restarts(sequence, sequence + 1)
     if made in restarts.steps:
         return np.asarray(restarts.states[restarts.steps == made][-1], np.float64)
     if made:
-        return np.asarray(_made(site, "hidden", sequence, made - 1, made)[0])
+        return np.asarray(_rows_made(site, "hidden", sequence, made - 1, made)[0])
     return np.asarray(site.initial(sequence, sequence + 1)[0], np.float64)
 
 
-def _begins(site: Material, sequence: int, low: int, high: int) -> Integers:
+def _first_steps(site: SiteData, sequence: int, low: int, high: int) -> Integers:
     """(high - low,) for steps made as `low` to `high` - 1, the one with which the sequence began.
 
     Or the last one up to then that started from another state than the sequence had ended with.
@@ -286,12 +289,12 @@ def _begins(site: Material, sequence: int, low: int, high: int) -> Integers:
     return np.asarray(begins[np.searchsorted(begins, np.arange(low, high), side="right") - 1])
 
 
-def _in_time(site: Material, sequence: int, made: Integers) -> Integers:
+def _in_time(site: SiteData, sequence: int, made: Integers) -> Integers:
     """Which step in time order was made as this number, or the other way round."""
     return np.asarray(site.lengths[sequence] - 1 - made if site.reverse else made)
 
 
-def _place(site: Material, sequence: int, step: int | None) -> tuple[int, int]:
+def _locate(site: SiteData, sequence: int, step: int | None) -> tuple[int, int]:
     """The number of a sequence, and as which number a step of it was made."""
     count = len(site.lengths)
     if not -count <= sequence < count:
@@ -307,7 +310,7 @@ def _place(site: Material, sequence: int, step: int | None) -> tuple[int, int]:
     return sequence, int(_in_time(site, sequence, np.array(step % length)))
 
 
-def _back(back: int | None, all_of_them: int) -> int:
+def _max_steps(back: int | None, all_of_them: int) -> int:
     if back is None:
         return all_of_them
     if not isinstance(back, int) or back < 1:
@@ -315,7 +318,7 @@ def _back(back: int | None, all_of_them: int) -> int:
     return min(back, all_of_them)
 
 
-def _columns(site: Material, units: Sequence[int] | None) -> slice | Integers:
+def _columns(site: SiteData, units: Sequence[int] | None) -> slice | Integers:
     if units is None:
         return slice(None)
     columns = np.asarray(units)

@@ -37,9 +37,9 @@ from typing import Any
 
 import numpy as np
 
-from grutrace.analysis.engine.map_reduce import fold_rows
+from grutrace.analysis.engine.map_reduce import reduce_rows
 from grutrace.analysis.engine.result import Result
-from grutrace.analysis.engine.site_data import Analysed, material
+from grutrace.analysis.engine.site_data import SiteLike, as_site_data
 from grutrace.analysis.memory.autocorrelation import autocorrelation
 from grutrace.records import Array
 from grutrace.storage.read.sequence_index import Integers
@@ -168,9 +168,9 @@ class Timescales(Result):
         tau_of_states: (H,) the lag at which the autocorrelation of the states falls to 1/e: how
             long a state lasts, whether it is kept or written anew. See `autocorrelation`. Not a
             number where the hidden states were not recorded.
-        no_gate: (H,) in how many steps z is not from 0 to 1, or not a number; these are left out.
+        invalid_steps: (H,) number of steps where z is NaN or outside [0, 1]. They are skipped.
         fitted: How many units the fit is of: those whose tau is finite and not 0.
-        shape: Shape of the inverse gamma distribution of tau over units; see `inverse_gamma`. Not a
+        shape: Shape of the inverse gamma distribution of tau over units; see `InverseGamma`. Not a
             number, like all that follows, where there are fewer than 8 units or all are alike.
         shape_error: Its standard error.
         scale: Its scale, in steps.
@@ -185,7 +185,7 @@ class Timescales(Result):
     tau: Array
     tau_of_mean: Array
     tau_of_states: Array
-    no_gate: Integers
+    invalid_steps: Integers
     fitted: int
     shape: float
     shape_error: float
@@ -195,7 +195,7 @@ class Timescales(Result):
     fit_p: float
 
 
-def timescales(site: Analysed, lags: int | None = None) -> Timescales:
+def timescales(site: SiteLike, lags: int | None = None) -> Timescales:
     """Work out how long each unit remembers.
 
     Args:
@@ -206,25 +206,25 @@ def timescales(site: Analysed, lags: int | None = None) -> Timescales:
         NotRecordedError: The update gate was not recorded.
         OptionError: The lags are no number of steps.
     """
-    of = material(site)
-    rates = fold_rows(of, ("update",), partial(_Rates, len(of.units)))
+    data = as_site_data(site)
+    rates = reduce_rows(data, ("update",), partial(_RateSums, len(data.units)))
     count = np.where(rates.count > 0, rates.count, np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
         # By what is missing from 1, which may be little.
         tau_of_mean = -1 / np.log1p(-rates.written / count)
         tau = -1 / (rates.logs / count)
     fit = fit_inverse_gamma(tau)
-    states = np.full(len(of.units), np.nan)
-    if "hidden" in of.quantities:
-        states = autocorrelation(of, lags).efolding
+    states = np.full(len(data.units), np.nan)
+    if "hidden" in data.quantities:
+        states = autocorrelation(data, lags).efolding
     return Timescales(
-        site=of.name,
-        steps=of.steps,
-        units=of.units,
+        site=data.name,
+        steps=data.steps,
+        units=data.units,
         tau=np.abs(tau),
         tau_of_mean=np.abs(tau_of_mean),
         tau_of_states=states,
-        no_gate=of.steps - rates.count,
+        invalid_steps=data.steps - rates.count,
         fitted=fit.count,
         shape=fit.shape,
         shape_error=fit.shape_error,
@@ -235,7 +235,7 @@ def timescales(site: Analysed, lags: int | None = None) -> Timescales:
     )
 
 
-class _Rates:
+class _RateSums:
     """Sums over steps, of each unit: of log z, and of 1 - z."""
 
     def __init__(self, width: int) -> None:
@@ -253,7 +253,7 @@ class _Rates:
             self.logs += np.log(update).sum(axis=0)
         self.written += (1 - update).sum(axis=0)
 
-    def merge(self, later: _Rates) -> None:
+    def merge(self, later: _RateSums) -> None:
         self.count += later.count
         self.logs += later.logs
         self.written += later.written

@@ -18,20 +18,20 @@ from functools import partial
 
 import numpy as np
 
-from grutrace.analysis.engine.map_reduce import fold_sequences
+from grutrace.analysis.engine.map_reduce import reduce_sequences
 from grutrace.analysis.engine.result import Result
-from grutrace.analysis.engine.segments import PREVIOUS, Stretch
-from grutrace.analysis.engine.site_data import Analysed, material
+from grutrace.analysis.engine.segments import PREVIOUS, SequenceSegment
+from grutrace.analysis.engine.site_data import SiteLike, as_site_data
 from grutrace.errors import OptionError, short_repr
 from grutrace.records import Array
 from grutrace.storage.read.sequence_index import Integers
 
 #: A write that is smaller than this is near zero. Hidden states lie in (-1, 1).
-SMALL = 0.01
+DEFAULT_THRESHOLD = 0.01
 
 
 @dataclass(frozen=True, eq=False)
-class Writes(Result):
+class UpdateSparsity(Result):
     """Of a site. Not a number where there are no steps.
 
     Attributes:
@@ -41,7 +41,7 @@ class Writes(Result):
         units: (H,) numbers of the units.
         share: (H,) share of its writes that are near zero.
         size: (H,) mean size of its writes, ``|h(t) - h(t - 1)|``.
-        left_out: (H,) how many of its writes are not finite; they count for nothing else.
+        not_finite: (H,) how many of its writes are not finite; they count for nothing else.
     """
 
     steps: int
@@ -50,10 +50,10 @@ class Writes(Result):
     units: Integers
     share: Array
     size: Array
-    left_out: Integers
+    not_finite: Integers
 
 
-def writes(site: Analysed, threshold: float = SMALL) -> Writes:
+def update_sparsity(site: SiteLike, threshold: float = DEFAULT_THRESHOLD) -> UpdateSparsity:
     """Count how often each unit is written to by less than a threshold.
 
     Args:
@@ -66,42 +66,42 @@ def writes(site: Analysed, threshold: float = SMALL) -> Writes:
     """
     if not threshold > 0:
         raise OptionError(f"threshold: expected a number above 0, found {short_repr(threshold)}")
-    of = material(site)
-    found = fold_sequences(of, (PREVIOUS,), partial(_Written, len(of.units), threshold))
-    count = of.steps - found.left_out
+    data = as_site_data(site)
+    found = reduce_sequences(data, (PREVIOUS,), partial(_UpdateCounts, len(data.units), threshold))
+    count = data.steps - found.not_finite
     known = np.where(count > 0, count, np.nan)
-    return Writes(
-        site=of.name,
-        steps=of.steps,
+    return UpdateSparsity(
+        site=data.name,
+        steps=data.steps,
         threshold=threshold,
         near_zero=float(found.small.sum() / count.sum()) if count.any() else np.nan,
-        units=of.units,
+        units=data.units,
         share=found.small / known,
         size=found.total / known,
-        left_out=found.left_out,
+        not_finite=found.not_finite,
     )
 
 
-class _Written:
+class _UpdateCounts:
     """(H,) each: how many are small, how large they are together, how many are not finite."""
 
     def __init__(self, width: int, threshold: float) -> None:
         self._threshold = threshold
-        self.small, self.left_out = np.zeros(width, np.int64), np.zeros(width, np.int64)
+        self.small, self.not_finite = np.zeros(width, np.int64), np.zeros(width, np.int64)
         self.total = np.zeros(width)
 
-    def add(self, stretch: Stretch) -> None:
+    def add(self, segment: SequenceSegment) -> None:
         with np.errstate(invalid="ignore", over="ignore"):
-            size = np.abs(stretch.values["hidden"] - stretch.previous)
+            size = np.abs(segment.values["hidden"] - segment.previous)
         self.small += np.count_nonzero(size < self._threshold, axis=0)
         total = size.sum(0, dtype=np.float64)
         if not np.isfinite(total).all():
             finite = np.isfinite(size)
-            self.left_out += np.count_nonzero(~finite, axis=0)
+            self.not_finite += np.count_nonzero(~finite, axis=0)
             total = np.where(finite, size, 0).sum(0, dtype=np.float64)
         self.total += total
 
-    def merge(self, later: _Written) -> None:
+    def merge(self, later: _UpdateCounts) -> None:
         self.small += later.small
-        self.left_out += later.left_out
+        self.not_finite += later.not_finite
         self.total += later.total

@@ -10,7 +10,7 @@ import numpy as np
 from grutrace.records import Array
 
 
-def differences(recorded: Array, expected: Array) -> Array:
+def abs_difference(recorded: Array, expected: Array) -> Array:
     """Return ``|recorded - expected|``: 0 for the same infinity, infinite for one no number."""
     same = (recorded == expected) | (np.isnan(recorded) & np.isnan(expected))
     with np.errstate(invalid="ignore", over="ignore"):
@@ -18,12 +18,12 @@ def differences(recorded: Array, expected: Array) -> Array:
     return np.where(np.isnan(off), np.inf, off)
 
 
-def scaled_differences(a: Array, b: Array) -> Array:
+def scaled_difference(a: Array, b: Array) -> Array:
     """Return ``|a - b| / max(1, |a|, |b|)``: absolute for what is at most 1, else relative.
 
     Otherwise as for `differences`.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    off = differences(a, b)
+    off = abs_difference(a, b)
     size = np.maximum(np.maximum(np.abs(a), np.abs(b)), 1.0)
     return np.asarray(np.divide(off, size, out=off, where=np.isfinite(off) & np.isfinite(size)))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grutrace.analysis.verification.residuals import Evidence
+from grutrace.analysis.verification.residuals import CallResiduals
 from grutrace.errors import TraceFileError
 from grutrace.records import (
     GATES,
@@ -37,10 +37,10 @@ from grutrace.storage.read.trace import Trace
 
 #: Rows of one module that are derived at once, all sites and quantities together; one call at
 #: least. Bytes.
-BLOCK = 32 * 1024 * 1024
+BLOCK_BYTES = 32 * 1024 * 1024
 
 
-def derive_file(
+def materialize_file(
     trace: Trace,
     path: str | os.PathLike[str],
     progress: Callable[[int, int], None] | None = None,
@@ -196,8 +196,8 @@ class _ModuleRecords:
             site.input_size + len(site.available_quantities) * self._module.hidden_size
             for site in self._module.sites
         )
-        most = max(1, BLOCK // (width * np.dtype(self._module.dtype).itemsize))
-        evidence = [Evidence(site) for site in self._sites]
+        most = max(1, BLOCK_BYTES // (width * np.dtype(self._module.dtype).itemsize))
+        residuals = [CallResiduals(site) for site in self._sites]
         first = 0
         while first < len(ends):
             last = max(first + 1, int(np.searchsorted(ends, starts[first] + most, side="right")))
@@ -205,7 +205,7 @@ class _ModuleRecords:
                 _derive(
                     site, each, range(first, last), slice(int(starts[first]), int(ends[last - 1]))
                 )
-                for site, each in zip(self._sites, evidence, strict=True)
+                for site, each in zip(self._sites, residuals, strict=True)
             ]
             for call in range(first, last):
                 part = slice(starts[call] - starts[first], ends[call] - starts[first])
@@ -221,10 +221,10 @@ class _ModuleRecords:
 
 
 def _derive(
-    site: SiteTrace, evidence: Evidence, calls: range, rows: slice
+    site: SiteTrace, residuals: CallResiduals, calls: range, rows: slice
 ) -> tuple[dict[str, Array], Array]:
     """Return all quantities of a site in these rows, and the checks of the calls that they are."""
-    checks = np.array(evidence.checks[calls.start : calls.stop])
+    checks = np.array(residuals.checks[calls.start : calls.stop])
     gates = [name for name in GATES if name in site.site.derived]
     found = {
         name: np.asarray(site.rows(name)[rows])
@@ -239,7 +239,7 @@ def _derive(
     for each, derivation in iter_recomputed(site.gate_inputs, np.arange(rows.start, rows.stop)):
         for name in gates:
             found[name][each.part] = derivation.gate(name)
-        evidence.add(each, derivation, hidden)
-    checks["residual"] = evidence.residuals[calls.start : calls.stop]
-    checks["tolerance"] = evidence.tolerances(calls)
+        residuals.add(each, derivation, hidden)
+    checks["residual"] = residuals.residuals[calls.start : calls.stop]
+    checks["tolerance"] = residuals.tolerances(calls)
     return found, checks

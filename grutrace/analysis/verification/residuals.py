@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from grutrace.analysis.verification.distance import differences
+from grutrace.analysis.verification.distance import abs_difference
 from grutrace.gru.recompute import Derivation, tolerances
 from grutrace.records import Array
 from grutrace.storage.interfaces import Rows
@@ -15,7 +15,7 @@ from grutrace.storage.read.recomputed import GateInputs
 from grutrace.storage.read.site import SiteTrace
 
 
-class Evidence:
+class CallResiduals:
     """Gathers, of every call at a site, the residual and how much of it rounding explains.
 
     Rows may come in any order and in parts: memory grows with the calls only.
@@ -26,7 +26,7 @@ class Evidence:
     Attributes:
         checks: (calls,) as they are recorded.
         residuals: (calls,) the largest difference so far.
-        places: (calls, 2) the row and unit where it is.
+        worst_positions: (calls, 2) the row and unit where it is.
     """
 
     def __init__(self, site: SiteTrace) -> None:
@@ -36,7 +36,7 @@ class Evidence:
         self._states, self._products, self._recurrents, self._sums = np.zeros((4, calls))
         self._kept = np.dtype(site.module.dtype)
         self.residuals = np.zeros(calls)
-        self.places = np.full((calls, 2), -1, np.int64)
+        self.worst_positions = np.full((calls, 2), -1, np.int64)
 
     def add(self, each: GateInputs, derived: Derivation, hidden: Rows) -> None:
         """Take in some rows that follow one another.
@@ -47,7 +47,7 @@ class Evidence:
             hidden: The recorded states of all rows.
         """
         rows = slice(int(each.rows[0]), int(each.rows[-1]) + 1)
-        off = differences(np.asarray(hidden[rows]).astype(np.float64), derived.hidden)
+        off = abs_difference(np.asarray(hidden[rows]).astype(np.float64), derived.hidden)
         units = off.argmax(axis=1)
         largest = off[np.arange(len(off)), units]
         product, recurrent = derived.sizes
@@ -57,8 +57,8 @@ class Evidence:
         np.maximum.at(self._states, each.calls, _largest(each.previous))
         np.maximum.at(self.residuals, each.calls, largest)
         worst = largest == self.residuals[each.calls]
-        self.places[each.calls[worst], 0] = each.rows[worst]
-        self.places[each.calls[worst], 1] = units[worst]
+        self.worst_positions[each.calls[worst], 0] = each.rows[worst]
+        self.worst_positions[each.calls[worst], 1] = units[worst]
 
     def tolerances(self, calls: range) -> Array:
         """(n,) the residual that rounding explains in each of these calls."""

@@ -22,8 +22,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from grutrace.analysis.verification.distance import differences
-from grutrace.analysis.verification.residuals import Evidence
+from grutrace.analysis.verification.distance import abs_difference
+from grutrace.analysis.verification.residuals import CallResiduals
 from grutrace.gru.recompute import DOUBLE, Derivation
 from grutrace.records import GATES, Array
 from grutrace.reprs import fields_repr
@@ -33,11 +33,11 @@ from grutrace.storage.read.site import SiteTrace
 from grutrace.storage.read.trace import Trace
 
 #: How much is brought into memory at once. Bytes.
-BLOCK = 16 * 1024 * 1024
+BLOCK_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
-class Place:
+class WorstValue:
     """Where a recorded value differs most from what it should be, for its tolerance.
 
     Attributes:
@@ -61,7 +61,7 @@ class Place:
     @property
     def difference(self) -> float:
         """``|recorded - expected|``; infinite where just one of them is no number."""
-        return float(differences(np.array(self.recorded), np.array(self.expected)))
+        return float(abs_difference(np.array(self.recorded), np.array(self.expected)))
 
     @property
     def holds(self) -> bool:
@@ -90,7 +90,7 @@ class SiteVerification:
     check: Literal["gates", "derived", "states"] | None
     reason: str
     steps: int
-    worst: Place | None
+    worst: WorstValue | None
 
     __repr__ = fields_repr
 
@@ -140,7 +140,7 @@ class _Comparison:
 def _blocks(site: SiteTrace) -> Iterator[tuple[int, int]]:
     rows = site.rows("hidden")
     width = 3 * rows.shape[1] + site.site.input_size
-    each = max(1, BLOCK // (8 * width))
+    each = max(1, BLOCK_BYTES // (8 * width))
     for start in range(0, len(rows), each):
         yield start, min(start + each, len(rows))
 
@@ -149,7 +149,7 @@ def _check_gates(site: SiteTrace) -> Iterator[_Comparison]:
     quantities = [name for name in (*GATES, "hidden") if name in site.site.quantities]
     # What was recorded with a call is of the products that were made then: none, where the gates
     # are the kernel's own.
-    worked_out = _evidence(site).tolerances(range(len(site.checks)))
+    worked_out = _call_residuals(site).tolerances(range(len(site.checks)))
     tolerances = np.fmax(worked_out, site.checks["tolerance"].astype(np.float64))
     for start, stop in _blocks(site):
         for each in site.gate_inputs.of(np.arange(start, stop)):
@@ -162,33 +162,33 @@ def _check_gates(site: SiteTrace) -> Iterator[_Comparison]:
                 yield _Comparison(name, rows.start, recorded, expected, allowed)
 
 
-def _worst_derived(site: SiteTrace) -> Place | None:
+def _worst_derived(site: SiteTrace) -> WorstValue | None:
     """Return the state that is least what its derived gates lead to, for its call's tolerance."""
-    evidence, hidden = _evidence(site), site.rows("hidden")
-    allowed = evidence.tolerances(range(len(evidence.residuals)))
+    residuals, hidden = _call_residuals(site), site.rows("hidden")
+    allowed = residuals.tolerances(range(len(residuals.residuals)))
     if not len(hidden):
         return None
-    has_rows = evidence.places[:, 0] >= 0
-    call = int(np.argmax(np.where(has_rows, _excess(evidence.residuals, allowed), -1)))
-    row, unit = (int(number) for number in evidence.places[call])
+    has_rows = residuals.worst_positions[:, 0] >= 0
+    call = int(np.argmax(np.where(has_rows, _excess(residuals.residuals, allowed), -1)))
+    row, unit = (int(number) for number in residuals.worst_positions[call])
     (found,) = site.gate_inputs.of(np.array([row]))
     sequence, step = site.locate(row)
     recorded, expected = float(hidden[row][unit]), float(_in_double(found).hidden[0, unit])
-    return Place("hidden", sequence, step, unit, recorded, expected, float(allowed[call]))
+    return WorstValue("hidden", sequence, step, unit, recorded, expected, float(allowed[call]))
 
 
-def _evidence(site: SiteTrace) -> Evidence:
+def _call_residuals(site: SiteTrace) -> CallResiduals:
     """Derive all gates of a site, and gather what that says of each call."""
-    evidence, hidden = Evidence(site), site.rows("hidden")
+    residuals, hidden = CallResiduals(site), site.rows("hidden")
     for start, stop in _blocks(site):
         for each in site.gate_inputs.of(np.arange(start, stop)):
-            evidence.add(each, _in_double(each), hidden)
-    return evidence
+            residuals.add(each, _in_double(each), hidden)
+    return residuals
 
 
 def _in_double(each: GateInputs) -> Derivation:
-    weights = {name: _wide(array) for name, array in each.weights.items()}
-    return Derivation(_wide(each.input), _wide(each.previous), weights, DOUBLE)
+    weights = {name: _to_float64(array) for name, array in each.weights.items()}
+    return Derivation(_to_float64(each.input), _to_float64(each.previous), weights, DOUBLE)
 
 
 def _check_states(site: SiteTrace) -> Iterator[_Comparison]:
@@ -196,7 +196,7 @@ def _check_states(site: SiteTrace) -> Iterator[_Comparison]:
     stored = 4 * float(np.finfo(site.rows("update").dtype).eps)
     for start, stop in _blocks(site):
         update, candidate, hidden, previous = (
-            _wide(each)
+            _to_float64(each)
             for each in (
                 site.update[start:stop],
                 site.candidate[start:stop],
@@ -209,7 +209,7 @@ def _check_states(site: SiteTrace) -> Iterator[_Comparison]:
         yield _Comparison("hidden", start, hidden, expected, allowed)
 
 
-def _wide(values: Rows | Array) -> npt.NDArray[np.float64]:
+def _to_float64(values: Rows | Array) -> npt.NDArray[np.float64]:
     return np.asarray(values).astype(np.float64)
 
 
@@ -223,11 +223,11 @@ def _excess(off: Array, allowed: Array) -> Array:
     return np.where(np.isnan(allowed), np.inf, excess)
 
 
-def _worst(comparisons: Iterator[_Comparison], site: SiteTrace) -> Place | None:
+def _worst(comparisons: Iterator[_Comparison], site: SiteTrace) -> WorstValue | None:
     """Return the value whose difference is largest beside its tolerance."""
     worst: tuple[float, _Comparison, tuple[int, int]] | None = None
     for comparison in comparisons:
-        off = differences(comparison.recorded, comparison.expected)
+        off = abs_difference(comparison.recorded, comparison.expected)
         excess = _excess(off, comparison.tolerance[:, np.newaxis])
         if excess.size and (worst is None or excess.max() > worst[0]):
             place = divmod(int(excess.argmax()), excess.shape[1])
@@ -236,7 +236,7 @@ def _worst(comparisons: Iterator[_Comparison], site: SiteTrace) -> Place | None:
         return None
     _, comparison, (row, unit) = worst
     sequence, step = site.locate(comparison.first + row)
-    return Place(
+    return WorstValue(
         comparison.quantity,
         sequence,
         step,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis.compare.change import change
+from grutrace.analysis.comparison.change import change
 from grutrace.analysis.engine.site_data import SiteArrays
 from grutrace.errors import NotRecordedError, OptionError
 from tests.analysis import sites
@@ -32,7 +32,7 @@ def test_effects_are_cohens() -> None:
     pooled = np.sqrt((one.var(0) + other.var(0)) / 2)
     np.testing.assert_allclose(found.effect["update"], moved / pooled, rtol=1e-9)
     np.testing.assert_allclose(found.effect["update"], [0, 0.5, -2 / np.sqrt(5)], atol=0.05)
-    assert found.apart == found.correlation == {}
+    assert found.rmse == found.correlation == {}
     assert list(found.columns())[:3] == ["unit", "update_before", "update_after"]
 
 
@@ -68,8 +68,8 @@ def test_paired_steps_are_compared_one_by_one() -> None:
         assert found.correlation["hidden"][unit] == pytest.approx(expected)
     np.testing.assert_allclose(found.correlation["hidden"][:2], [1, -1])
     root = np.sqrt(np.square(other - one).mean(0))
-    np.testing.assert_allclose(found.apart["hidden"], root)
-    assert found.apart["hidden"][0] == pytest.approx(7)
+    np.testing.assert_allclose(found.rmse["hidden"], root)
+    assert found.rmse["hidden"][0] == pytest.approx(7)
 
 
 def trained(tmp_path, decay: float):
@@ -106,7 +106,7 @@ def test_nothing_moved(tmp_path) -> None:
     before, after = trained(tmp_path, 0.0)
     with before, after:
         found = change(before["l0"], after["l0"], paired=True)
-        for mapping in (found.moved, found.effect, found.apart, found.weights):
+        for mapping in (found.moved, found.effect, found.rmse, found.weights):
             assert all(not values.any() for values in mapping.values())
         np.testing.assert_allclose(found.correlation["hidden"], 1)
 
@@ -121,7 +121,7 @@ def test_units_are_aligned_by_their_numbers() -> None:
         traces.append(trace)
     found = change(traces[0]["l0"], traces[1]["l0"], paired=True)
     assert found.units.tolist() == [3, 4]
-    assert all(np.abs(values).max() < 1e-6 for values in found.apart.values())
+    assert all(np.abs(values).max() < 1e-6 for values in found.rmse.values())
     with grutrace.trace(layer, record=("update",), units=[5]) as trace:
         layer(batch)
     with pytest.raises(NotRecordedError, match="no unit was recorded in both"):
@@ -133,13 +133,13 @@ def test_rows_that_lie_in_another_order_are_aligned() -> None:
     site = sites.in_memory()["decoder.rnn.l0"]
     assert not isinstance(site.rows_between(0, len(site)), slice)
     same = change(site, as_arrays(site), paired=True)
-    assert not same.apart["hidden"].any()
+    assert not same.rmse["hidden"].any()
     other_way = change(as_arrays(site), site, paired=True)
-    assert not other_way.apart["hidden"].any()
+    assert not other_way.rmse["hidden"].any()
     # The control: in the order of the rows they would not be.
     rows = np.asarray(site.hidden)
     wrong = SiteArrays(hidden=rows, lengths=site.lengths)
-    assert change(site, wrong, paired=True).apart["hidden"].any()
+    assert change(site, wrong, paired=True).rmse["hidden"].any()
 
 
 def test_a_unit_that_never_varies() -> None:
@@ -159,7 +159,7 @@ def test_what_is_no_number_makes_none() -> None:
     assert np.isnan(found.moved["update"]).tolist() == [True, False]
     empty = SiteArrays(update=np.zeros((0, 2)), lengths=[])
     assert np.isnan(change(empty, SiteArrays(update=one)).moved["update"]).all()
-    assert np.isnan(change(empty, empty, paired=True).apart["update"]).all()
+    assert np.isnan(change(empty, empty, paired=True).rmse["update"]).all()
 
 
 def test_what_does_not_fit() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis.compare import alignment, compare
+from grutrace.analysis.comparison import alignment, compare
 from grutrace.storage.open import open_sink
 from tests import other_processor
 from tests.capture.models import EncoderDecoder
@@ -82,7 +82,7 @@ def site_by_loops(a: Any, b: Any, quantity: str, tolerance: float) -> Any:
 @pytest.mark.parametrize("block", [1, 100, 10**9])
 def test_against_loops_over_a_plain_reading(tmp_path, block, monkeypatch) -> None:
     """All that a file can hold, once with every tenth value moved, and fewer calls of it."""
-    monkeypatch.setattr(alignment, "BLOCK", block)
+    monkeypatch.setattr(alignment, "BLOCK_BYTES", block)
     stream = full_stream()
     stream.header = make_header(*(m for m in stream.header.modules if m.path != "deferred"))
     records = [each for each in stream.records if each.module < 4]
@@ -133,7 +133,7 @@ def test_derived_gates_are_the_same_to_rounding(tmp_path, monkeypatch) -> None:
     allowed = max(inline[name].checks["tolerance"].max() for name in inline.sites)
     assert found.same
     assert 0 < found.largest.largest.difference <= allowed
-    assert [each.what for each in found.circumstances] == ["option gates"]
+    assert [each.what for each in found.context] == ["option gates"]
     deferred.close()
 
 
@@ -187,7 +187,7 @@ def test_batches_do_not_matter() -> None:
     found = compare(a, b)
     assert found.same
     assert found.largest is None or found.largest.largest.difference < 1e-6
-    about = {each.what: (each.a, each.b) for each in found.circumstances}
+    about = {each.what: (each.a, each.b) for each in found.context}
     assert about["encoder: batches"] == ("1 call of 8", "3 calls of 1 to 4")
     with grutrace.trace(model, record=EVERYTHING) as shuffled:
         model(batch.flip(0))
@@ -432,7 +432,7 @@ def test_wrong_options(layer, input) -> None:
 
 def test_memory_is_bounded(tmp_path, monkeypatch) -> None:
     """Two files of 8 MB a quantity are compared in a fraction of that."""
-    monkeypatch.setattr(alignment, "BLOCK", 64 * 1024)
+    monkeypatch.setattr(alignment, "BLOCK_BYTES", 64 * 1024)
     stream = Stream(make_header(make_module("rnn", hidden=32, record=("hidden",))))
     for _ in range(4):
         stream.call([8192, 8192])

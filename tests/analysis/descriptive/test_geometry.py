@@ -58,7 +58,7 @@ def test_what_is_not_finite_is_left_out() -> None:
     states = np.random.default_rng(0).normal(size=(50, 4))
     broken = np.insert(states, [10, 30], [[np.nan, 0, 0, 0], [0, np.inf, 0, 0]], axis=0)
     found, whole = geometry(SiteArrays(hidden=broken)), geometry(SiteArrays(hidden=states))
-    assert (found.steps, found.left_out) == (50, 2)
+    assert (found.steps, found.not_finite) == (50, 2)
     np.testing.assert_allclose(found.variance, whole.variance)
 
 

@@ -47,7 +47,7 @@ def test_the_same_everywhere(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("block", [7, 1000, 128 * 1024])
 def test_known_distributions(block, monkeypatch) -> None:
-    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(module, "BLOCK_ELEMENTS", block)
     random = np.random.default_rng(0)
     count = 400_000
     values = np.stack(

@@ -88,7 +88,7 @@ def test_many_units_in_groups() -> None:
 def test_what_cannot_be() -> None:
     empty = quantiles(SiteArrays(update=np.zeros((0, 3)), lengths=[]))
     assert np.isnan(empty.median["update"]).all()
-    assert "histogram" not in empty.as_text()
+    assert "histogram" not in empty.to_dict()
     with pytest.raises(OptionError, match="share: expected a number from 0 to 1; found 2"):
         empty.quantile("update", 2)
     with pytest.raises(OptionError, match="expected one of update; found 'reset'"):

@@ -13,8 +13,8 @@ from torch import nn
 
 import grutrace
 from grutrace.__main__ import main
-from grutrace.analysis.descriptive.quantization import rounding
-from grutrace.analysis.engine.map_reduce import on_dask
+from grutrace.analysis.descriptive.quantization import quantization
+from grutrace.analysis.engine.map_reduce import with_dask
 from grutrace.analysis.engine.site_data import SiteArrays
 from grutrace.errors import NotRecordedError
 from grutrace.records import DEFAULT_RECORD
@@ -40,7 +40,7 @@ def test_no_value_is_off_by_more_and_most_by_as_much_as_it_says(scale) -> None:
     """Gates near 0.5 only; all over the place; saturated."""
     whole, half = traces(scale=scale)
     for name in whole.sites:
-        found = rounding(half[name])
+        found = quantization(half[name])
         assert (found.site, found.kept, found.steps) == (name, "float16", 4000)
         for quantity in DEFAULT_RECORD:
             exact = np.asarray(whole[name].rows(quantity), np.float64)
@@ -64,7 +64,7 @@ def test_control_a_value_that_is_off_by_more_is_seen() -> None:
     name = whole.sites[0]
     spoilt = np.array(half[name].update)
     spoilt[7, 3] += np.float16(2.0**-10)
-    bound = rounding(SiteArrays(update=spoilt)).largest["update"]
+    bound = quantization(SiteArrays(update=spoilt)).largest["update"]
     errors = np.abs(spoilt.astype(float) - np.asarray(whole[name].update, float))
     assert (errors.max(axis=0) > bound).tolist() == [unit == 3 for unit in range(16)]
 
@@ -72,7 +72,7 @@ def test_control_a_value_that_is_off_by_more_is_seen() -> None:
 def test_a_type_that_holds_everything_rounds_nothing() -> None:
     for dtype in ("float32", "float64"):
         _, part = traces(dtype)
-        found = rounding(part[part.sites[0]])
+        found = quantization(part[part.sites[0]])
         assert found.kept == dtype
         for quantity in DEFAULT_RECORD:
             assert not found.largest[quantity].any()
@@ -82,7 +82,7 @@ def test_a_type_that_holds_everything_rounds_nothing() -> None:
 def test_values_that_are_too_large_are_counted() -> None:
     rows = np.array([[1.0, 7e4], [-8e4, 9e4], [0.0, 2.0], [0.25, 3.0]])
     with np.errstate(over="ignore"):
-        found = rounding(SiteArrays(hidden=rows.astype(np.float16)))
+        found = quantization(SiteArrays(hidden=rows.astype(np.float16)))
     assert found.infinite["hidden"].tolist() == [1, 2]
     # Half the spacing at 1, and at 3.
     assert found.largest["hidden"].tolist() == [2.0**-11, 2.0**-10]
@@ -93,13 +93,13 @@ def test_derived_gates_are_left_out() -> None:
     layer = nn.GRU(3, 4)
     with grutrace.trace(layer, gates="deferred", dtype="float16") as trace:
         layer(torch.randn(9, 2, 3))
-    assert list(rounding(trace["l0"]).largest) == ["hidden"]
+    assert list(quantization(trace["l0"]).largest) == ["hidden"]
     with pytest.raises(NotRecordedError, match="stores no gates and no states"):
-        rounding(SiteArrays(input=np.zeros((3, 2))))
+        quantization(SiteArrays(input=np.zeros((3, 2))))
 
 
 def test_the_same_wherever_it_is_computed(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("grutrace.analysis.engine.map_reduce.PART", 1)
+    monkeypatch.setattr("grutrace.analysis.engine.map_reduce.PART_BYTES", 1)
     torch.manual_seed(0)
     layer = nn.GRU(3, 4)
     with grutrace.trace(layer, tmp_path / "run.h5", dtype="float16"):
@@ -109,11 +109,11 @@ def test_the_same_wherever_it_is_computed(tmp_path, monkeypatch, capsys) -> None
         ThreadPoolExecutor(2) as pool,
         dask.config.set(pool=pool),
     ):
-        here, there = rounding(trace["l0"]), rounding(on_dask(trace["l0"]))
+        here, there = quantization(trace["l0"]), quantization(with_dask(trace["l0"]))
         for quantity in DEFAULT_RECORD:
             assert here.largest[quantity].tolist() == there.largest[quantity].tolist()
             assert here.typical[quantity].tolist() == there.typical[quantity].tolist()
-    assert main(["stats", str(tmp_path / "run.h5"), "rounding", "--json"]) == 0
+    assert main(["stats", str(tmp_path / "run.h5"), "quantization", "--json"]) == 0
     (told,) = json.loads(capsys.readouterr().out)
     assert told["largest"]["update"] == here.largest["update"].tolist()
     assert main(["info", str(tmp_path / "run.h5")]) == 0

@@ -48,10 +48,10 @@ def test_units_that_are_known() -> None:
     found = saturation(trace["l0"])
     assert found.stuck["reset"].tolist() == [-1, -1, -1, -1]
     assert found.stuck["update"].tolist() == [0, 1, 1, 1]
-    assert found.dead.tolist() == [False, True, True, True]
+    assert found.constant.tolist() == [False, True, True, True]
     assert found.columns()["update_right"].tolist() == [0, 1, 1, 1]
     assert next(iter(found.columns())) == "unit"
-    assert found.figures() == {"steps": 60}
+    assert found.scalars() == {"steps": 60}
 
 
 def test_only_some_units_and_gates_recorded() -> None:
@@ -61,7 +61,7 @@ def test_only_some_units_and_gates_recorded() -> None:
     found = saturation(trace["l0"])
     assert found.units.tolist() == [5, 2]
     assert list(found.left) == ["update"]
-    assert found.dead is None
+    assert found.constant is None
 
 
 def test_values_that_are_no_number_are_left_out() -> None:
@@ -73,6 +73,6 @@ def test_values_that_are_no_number_are_left_out() -> None:
 def test_nothing_recorded() -> None:
     found = saturation(SiteArrays(update=np.zeros((0, 3)), hidden=np.zeros((0, 3)), lengths=[]))
     assert np.isnan(found.left["update"]).all()
-    assert not found.dead.any()
+    assert not found.constant.any()
     with pytest.raises(NotRecordedError, match="has no gates; it has hidden"):
         saturation(SiteArrays(hidden=np.zeros((2, 3))))

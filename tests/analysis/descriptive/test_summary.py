@@ -31,8 +31,8 @@ def trace(request, tmp_path):
 
 @pytest.mark.parametrize("block", [1, 200, 10**9])
 def test_equals_all_values_at_once(trace, block, monkeypatch) -> None:
-    monkeypatch.setattr(map_reduce, "BLOCK", block)
-    monkeypatch.setattr(map_reduce, "PART", 3 * block)
+    monkeypatch.setattr(map_reduce, "BLOCK_BYTES", block)
+    monkeypatch.setattr(map_reduce, "PART_BYTES", 3 * block)
     for name in trace.sites:
         found = summarize_site(trace[name])
         assert (found.site, found.sequences, found.steps) == (name, 8, 282)

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis.dynamics.fixed_points import FIXED, fixed_points, minimise
+from grutrace.analysis.dynamics.fixed_points import FIXED_Q, fixed_points, minimise
 from grutrace.analysis.dynamics.jacobian import GRUMap
-from grutrace.analysis.engine.site_data import SiteArrays, material
+from grutrace.analysis.engine.site_data import SiteArrays, as_site_data
 from grutrace.errors import NotRecordedError, OptionError
 from tests.analysis import sites
 from tests.analysis.everywhere import check_everywhere
@@ -117,14 +117,14 @@ def test_a_slow_point_is_told_from_a_fixed_one() -> None:
     states = np.linspace(-1, 1, 41)[:, np.newaxis]
     found = fixed_points(arrays_of(cell, states), slow=1e-2)
     assert found.fixed.tolist() == [True, False]
-    assert found.q[0] <= FIXED < found.q[1]
+    assert found.q[0] <= FIXED_Q < found.q[1]
     ghost = found.states[1, 0]
     fine = np.linspace(-1, 0, 100_001)
     speed = np.abs(np.tanh(0.55 + 2 * fine) - fine) / 2
     assert ghost == pytest.approx(fine[speed.argmin()], abs=1e-3)
     assert found.speed[1] == pytest.approx(speed.min(), rel=1e-6)
     # The control: asked for fixed points alone, it is none.
-    assert len(fixed_points(arrays_of(cell, states), slow=FIXED).points) == 1
+    assert len(fixed_points(arrays_of(cell, states), slow=FIXED_Q).points) == 1
 
 
 def test_a_trained_kind_of_network() -> None:
@@ -198,8 +198,8 @@ def test_the_input_is_no_column() -> None:
 def test_the_same_everywhere(tmp_path, monkeypatch) -> None:
     # States of one's own, since as arrays a site may have its rows in another order.
     def analyse(site):
-        states = np.random.default_rng(0).uniform(-1, 1, (3, len(material(site).units)))
-        return fixed_points(site, "mean", starts=states, slow=FIXED)
+        states = np.random.default_rng(0).uniform(-1, 1, (3, len(as_site_data(site).units)))
+        return fixed_points(site, "mean", starts=states, slow=FIXED_Q)
 
     check_everywhere(analyse, tmp_path, monkeypatch)
 

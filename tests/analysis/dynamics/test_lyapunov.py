@@ -148,7 +148,7 @@ def test_sequences_together_or_one_by_one(together, monkeypatch) -> None:
         layer(packed)
     site = trace["l0"]
     expected = lyapunov(site, count=6)
-    monkeypatch.setattr(module, "TOGETHER", together)
+    monkeypatch.setattr(module, "BATCH_BYTES", together)
     assert_same(lyapunov(site, count=6), expected, ORDER)
     assert_same(lyapunov(as_arrays(site), count=6), expected, ORDER)
     # A tenth of each is not counted, rounded up.

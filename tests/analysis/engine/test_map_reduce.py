@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from grutrace.analysis.engine import map_reduce, segments
-from grutrace.analysis.engine.map_reduce import fold_rows, fold_sequences, on_dask
-from grutrace.analysis.engine.site_data import SiteArrays, material
+from grutrace.analysis.engine.map_reduce import reduce_rows, reduce_sequences, with_dask
+from grutrace.analysis.engine.site_data import SiteArrays, as_site_data
 from grutrace.errors import NotRecordedError
 from tests.analysis import sites
 
@@ -33,8 +33,8 @@ class Sequences:
     def __init__(self) -> None:
         self.seen: list[tuple[int, int, np.ndarray]] = []
 
-    def add(self, stretch) -> None:
-        self.seen.append((stretch.sequence, stretch.start, stretch.values["update"]))
+    def add(self, segment) -> None:
+        self.seen.append((segment.sequence, segment.start, segment.values["update"]))
 
     def merge(self, later) -> None:
         self.seen += later.seen
@@ -43,18 +43,18 @@ class Sequences:
 @pytest.fixture(params=["here", "dask"])
 def where(request):
     if request.param == "here":
-        yield material
+        yield as_site_data
         return
     dask = pytest.importorskip("dask")
     with ThreadPoolExecutor(2) as pool, dask.config.set(scheduler="threads", pool=pool):
-        yield on_dask
+        yield with_dask
 
 
 @pytest.fixture(params=[1, 500, 10**9])
 def part(request, monkeypatch):
-    monkeypatch.setattr(map_reduce, "PART", request.param)
-    monkeypatch.setattr(map_reduce, "BLOCK", max(1, request.param // 3))
-    monkeypatch.setattr(segments, "BLOCK", max(1, request.param // 3))
+    monkeypatch.setattr(map_reduce, "PART_BYTES", request.param)
+    monkeypatch.setattr(map_reduce, "BLOCK_BYTES", max(1, request.param // 3))
+    monkeypatch.setattr(segments, "BLOCK_BYTES", max(1, request.param // 3))
 
 
 @pytest.mark.usefixtures("part")
@@ -62,7 +62,7 @@ def test_all_rows(where) -> None:
     trace = sites.in_memory()
     for name in trace.sites:
         site = trace[name]
-        found = np.concatenate(fold_rows(where(site), ("update", "hidden"), Rows).seen)
+        found = np.concatenate(reduce_rows(where(site), ("update", "hidden"), Rows).seen)
         np.testing.assert_array_equal(found, np.concatenate([site.update, site.hidden], axis=1))
 
 
@@ -71,7 +71,7 @@ def test_all_sequences(where) -> None:
     trace = sites.in_memory()
     for name in trace.sites:
         site = trace[name]
-        seen = fold_sequences(where(site), ("update",), Sequences).seen
+        seen = reduce_sequences(where(site), ("update",), Sequences).seen
         assert [each[:2] for each in seen] == sorted(each[:2] for each in seen)
         for number in range(len(site)):
             own = np.concatenate([values for of, _, values in seen if of == number])
@@ -93,21 +93,21 @@ def test_a_cluster_of_two_processes_finds_the_same(tmp_path) -> None:
 
 
 def test_whoever_watches_is_told() -> None:
-    of, told = material(sites.in_memory()["encoder.l0"]), []
+    of, told = as_site_data(sites.in_memory()["encoder.l0"]), []
     of.advance = lambda done, total: told.append((done, total))
-    fold_rows(of, ("update", "hidden"), Rows)
+    reduce_rows(of, ("update", "hidden"), Rows)
     assert told == [(1, 1)]
 
 
 def test_nothing_to_go_through() -> None:
-    empty = material(SiteArrays(update=np.zeros((0, 3)), hidden=np.zeros((0, 3)), lengths=[]))
-    assert fold_rows(empty, ("update", "hidden"), Rows).seen == []
-    assert fold_sequences(empty, ("update",), Sequences).seen == []
+    empty = as_site_data(SiteArrays(update=np.zeros((0, 3)), hidden=np.zeros((0, 3)), lengths=[]))
+    assert reduce_rows(empty, ("update", "hidden"), Rows).seen == []
+    assert reduce_sequences(empty, ("update",), Sequences).seen == []
 
 
 def test_what_is_not_there_is_said_before_anything_is_read() -> None:
-    of = material(SiteArrays(update=np.zeros((3, 2))))
+    of = as_site_data(SiteArrays(update=np.zeros((3, 2))))
     with pytest.raises(NotRecordedError, match="no 'hidden'"):
-        fold_rows(of, ("update", "hidden"), Rows)
+        reduce_rows(of, ("update", "hidden"), Rows)
     with pytest.raises(NotRecordedError, match="no 'hidden'"):
-        fold_sequences(of, ("update", "previous"), Sequences)
+        reduce_sequences(of, ("update", "previous"), Sequences)

@@ -16,11 +16,11 @@ from benchmarks import long_traces
 from grutrace.analysis.dynamics import lyapunov
 from grutrace.analysis.engine import map_reduce, segments
 from grutrace.analysis.memory import age, autocorrelation
-from grutrace.analysis.registry import MEASURES, measure
+from grutrace.analysis.registry import ANALYSES, get_analysis
 from tests.storage.streams import make_module
 
 #: Steps of the shorter file, a KiB of rows each; the longer one has four times as many.
-STEPS, UNITS = 4096, 64
+STEPS, UNIT_DTYPE = 4096, 64
 
 #: Takes its time with every step.
 SLOW = "lyapunov"
@@ -33,21 +33,21 @@ SAME = 400_000
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch) -> None:
     modules = {
-        "PART": (map_reduce,),
-        "BLOCK": (map_reduce, segments),
-        "TOGETHER": (age, autocorrelation, lyapunov),
+        "PART_BYTES": (map_reduce,),
+        "BLOCK_BYTES": (map_reduce, segments),
+        "BATCH_BYTES": (age, autocorrelation, lyapunov),
     }
     for name, of in modules.items():
         for module in of:
             monkeypatch.setattr(module, name, 128 * 1024)
-    monkeypatch.setattr(autocorrelation, "LAGS", 100)
+    monkeypatch.setattr(autocorrelation, "DEFAULT_LAGS", 100)
     # Two at once would be as it happens.
-    monkeypatch.setattr(map_reduce, "THREADS", 1)
+    monkeypatch.setattr(map_reduce, "MAX_THREADS", 1)
 
 
 def write(path: Path, steps: int, each: int) -> None:
     """So many steps, in sequences of each so many."""
-    module = make_module("rnn", hidden=UNITS, width=UNITS)
+    module = make_module("rnn", hidden=UNIT_DTYPE, width=UNIT_DTYPE)
     long_traces.write(path, module, each, 1, steps // each)
 
 
@@ -75,12 +75,12 @@ def files(request, tmp_path_factory) -> dict[int, Path]:
 
 
 #: Those that need nothing but a site, and do not give a number for each of its steps.
-ALONE = [name for name, of in MEASURES.items() if not of.needs and name != "gate_activation"]
+ALONE = [name for name, of in ANALYSES.items() if not of.required and name != "gate_activation"]
 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_the_same_for_a_file_four_times_as_long(name, files) -> None:
-    analyse = measure(name).load()
+    analyse = get_analysis(name).load()
     steps = STEPS // 4 if name == SLOW else STEPS
     if name != SLOW:
         peak(analyse, files[steps])  # Imports, and what is kept of them.

@@ -7,7 +7,7 @@ import pytest
 
 from grutrace.analysis.engine import segments as module
 from grutrace.analysis.engine.segments import stretches
-from grutrace.analysis.engine.site_data import SiteArrays, material
+from grutrace.analysis.engine.site_data import SiteArrays, as_site_data
 from grutrace.errors import NotRecordedError, OptionError
 from grutrace.records import QUANTITIES
 from tests.analysis import sites
@@ -28,10 +28,10 @@ def trace(request, tmp_path):
 
 @pytest.mark.parametrize("block", [1, 700, 10**9])
 def test_stretches_are_the_sequences(trace, block, monkeypatch) -> None:
-    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(module, "BLOCK_BYTES", block)
     for name in trace.sites:
         site = trace[name]
-        found = list(stretches(material(site), ASKED))
+        found = list(stretches(as_site_data(site), ASKED))
         assert [each.sequence for each in found] == sorted(each.sequence for each in found)
         assert {each.sequence for each in found} == set(range(len(site)))
         for number in range(len(site)):
@@ -50,18 +50,18 @@ def check_sequence(site, sequence, own) -> None:
     np.testing.assert_array_equal(previous, sequence.previous)
     assert [each.start for each in own] == [0, *np.cumsum([len(each) for each in own])[:-1]]
     assert {each.length for each in own} == {len(sequence)}
-    assert [each.begins for each in own] == [True] + [False] * (len(own) - 1)
+    assert [each.is_first for each in own] == [True] + [False] * (len(own) - 1)
     assert [each.ends for each in own] == [False] * (len(own) - 1) + [True]
     # These weights, and no other version's, give back the states.
     for each in own:
         assert recomputed(each) == pytest.approx(each.values["hidden"], abs=1e-5)
 
 
-def recomputed(stretch) -> np.ndarray:
+def recomputed(segment) -> np.ndarray:
     """PyTorch's equations in float64."""
-    weights = {name: value.astype(np.float64) for name, value in stretch.weights.items()}
-    x = stretch.values["input"].astype(np.float64)
-    before = stretch.previous.astype(np.float64)
+    weights = {name: value.astype(np.float64) for name, value in segment.weights.items()}
+    x = segment.values["input"].astype(np.float64)
+    before = segment.previous.astype(np.float64)
     from_x = np.split(x @ weights["weight_ih"].T + weights["bias_ih"], 3, axis=1)
     from_h = np.split(before @ weights["weight_hh"].T + weights["bias_hh"], 3, axis=1)
     reset = 1 / (1 + np.exp(-from_x[0] - from_h[0]))
@@ -72,29 +72,29 @@ def recomputed(stretch) -> np.ndarray:
 
 def test_control_other_weights_do_not_give_the_states(trace) -> None:
     for name in trace.sites:
-        found = list(stretches(material(trace[name]), ASKED))
+        found = list(stretches(as_site_data(trace[name]), ASKED))
         first, last = found[0], found[-1]
-        crossed = module.Stretch(0, 0, len(last), last.values, last.previous, first.weights)
+        crossed = module.SequenceSegment(0, 0, len(last), last.values, last.previous, first.weights)
         assert np.abs(recomputed(crossed) - last.values["hidden"]).max() > 1e-3
 
 
 def test_some_sequences(trace) -> None:
-    found = stretches(material(trace["encoder.l1_reverse"]), ("update",), 2, 5)
+    found = stretches(as_site_data(trace["encoder.l1_reverse"]), ("update",), 2, 5)
     assert sorted({each.sequence for each in found}) == [2, 3, 4]
 
 
 def test_a_sequence_without_steps_does_not_come() -> None:
     arrays = SiteArrays(update=np.arange(6.0).reshape(3, 2), lengths=[0, 2, 0, 1])
-    found = list(stretches(material(arrays), ("update",)))
+    found = list(stretches(as_site_data(arrays), ("update",)))
     assert [(each.sequence, len(each)) for each in found] == [(1, 2), (3, 1)]
 
 
 def test_what_was_not_recorded() -> None:
     arrays = SiteArrays(update=np.zeros((3, 2)), name="mine")
     with pytest.raises(NotRecordedError, match=r"'mine' has no 'hidden'.*it has update"):
-        list(stretches(material(arrays), ("update", "previous")))
+        list(stretches(as_site_data(arrays), ("update", "previous")))
     with pytest.raises(NotRecordedError, match="no weights"):
-        list(stretches(material(arrays), ("update", "weights")))
+        list(stretches(as_site_data(arrays), ("update", "weights")))
 
 
 @pytest.mark.parametrize(
@@ -113,4 +113,4 @@ def test_what_was_not_recorded() -> None:
 )
 def test_material_that_does_not_fit_together(arrays, message) -> None:
     with pytest.raises(OptionError, match=message):
-        material(arrays)
+        as_site_data(arrays)

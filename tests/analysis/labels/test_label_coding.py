@@ -5,13 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grutrace.analysis.labels.label_coding import GROUPS, MOST, OTHERS, classes_of
+from grutrace.analysis.labels.label_coding import (
+    MAX_CLASSES,
+    NUMERIC_GROUPS,
+    OTHERS_NAME,
+    encode_classes,
+)
 from grutrace.errors import OptionError
 from grutrace.storage.read.row_labels import encode_labels
 
 
 def test_each_value_is_a_class() -> None:
-    found = classes_of(encode_labels("x", ["b", None, "a", 1.5, "b"]))
+    found = encode_classes(encode_labels("x", ["b", None, "a", 1.5, "b"]))
     assert found.names == (1.5, "a", "b")
     assert found.codes.tolist() == [2, -1, 1, 0, 2]
     assert found.counts.tolist() == [1, 1, 2]
@@ -20,25 +25,25 @@ def test_each_value_is_a_class() -> None:
 def test_rare_texts_are_one_class() -> None:
     random = np.random.default_rng(0)
     words = [f"w{number:02}" for number in random.geometric(0.1, 3000)]
-    found = classes_of(encode_labels("x", words))
-    assert len(found.names) == MOST
-    assert found.names[-1] == OTHERS
+    found = encode_classes(encode_labels("x", words))
+    assert len(found.names) == MAX_CLASSES
+    assert found.names[-1] == OTHERS_NAME
     counts = {word: words.count(word) for word in set(words)}
-    frequent = sorted(counts.values(), reverse=True)[: MOST - 1]
+    frequent = sorted(counts.values(), reverse=True)[: MAX_CLASSES - 1]
     assert sorted(found.counts[:-1].tolist(), reverse=True) == frequent
     assert found.counts.sum() == 3000
     for word, code in zip(words, found.codes.tolist(), strict=True):
-        assert found.names[code] == (word if word in found.names else OTHERS)
+        assert found.names[code] == (word if word in found.names else OTHERS_NAME)
 
 
 def test_many_numbers_are_groups_of_equal_size() -> None:
     values = np.random.default_rng(0).normal(size=4000)
     values[:10] = np.nan
-    found = classes_of(encode_labels("x", values))
-    assert len(found.names) == GROUPS
+    found = encode_classes(encode_labels("x", values))
+    assert len(found.names) == NUMERIC_GROUPS
     assert found.codes[:10].tolist() == [-1] * 10
-    np.testing.assert_allclose(found.counts, 3990 / GROUPS, atol=1)
-    means = [values[found.codes == group].mean() for group in range(GROUPS)]
+    np.testing.assert_allclose(found.counts, 3990 / NUMERIC_GROUPS, atol=1)
+    means = [values[found.codes == group].mean() for group in range(NUMERIC_GROUPS)]
     assert means == sorted(means)
     largest, least = values[found.codes == 0].max(), values[found.codes == 1].min()
     assert largest < least
@@ -46,7 +51,7 @@ def test_many_numbers_are_groups_of_equal_size() -> None:
 
 def test_equal_numbers_stay_together() -> None:
     values = np.concatenate([np.zeros(1000), np.arange(1, 31)])
-    found = classes_of(encode_labels("x", values))
+    found = encode_classes(encode_labels("x", values))
     assert len(set(found.codes[:1000].tolist())) == 1
     assert (found.counts > 0).all()
 
@@ -54,4 +59,4 @@ def test_equal_numbers_stay_together() -> None:
 @pytest.mark.parametrize("values", [["a", "a"], [None, None], []])
 def test_one_value_tells_nothing_apart(values) -> None:
     with pytest.raises(OptionError, match="at least two values; 'x' has"):
-        classes_of(encode_labels("x", values))
+        encode_classes(encode_labels("x", values))

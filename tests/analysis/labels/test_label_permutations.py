@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import numpy as np
 
-from grutrace.analysis.labels.label_coding import Arrangements
+from grutrace.analysis.labels.label_coding import LabelPermutations
 
 LENGTHS = np.array([5, 1, 0, 40, 7])
 SEQUENCES = np.repeat(np.arange(5), LENGTHS)
 PLACES = np.concatenate([np.arange(length) for length in LENGTHS])
 
 
-def arrangements(codes, count=50, seed=0, order=None) -> Arrangements:
+def permutations(codes, count=50, seed=0, order=None) -> LabelPermutations:
     order = slice(None) if order is None else order
-    return Arrangements(np.asarray(codes)[order], SEQUENCES[order], PLACES[order], 5, count, seed)
+    return LabelPermutations(
+        np.asarray(codes)[order], SEQUENCES[order], PLACES[order], 5, count, seed
+    )
 
 
-def moved_by(found: Arrangements, rows, numbers) -> np.ndarray:
+def moved_by(found: LabelPermutations, rows, numbers) -> np.ndarray:
     return found.codes(rows, numbers, found.sources(numbers))
 
 
 def test_labels_are_rotated_within_their_sequence() -> None:
     codes = np.random.default_rng(0).integers(0, 1000, 53)
-    found = arrangements(codes)
+    found = permutations(codes)
     assert found.kind == "rotated"
     moved = moved_by(found, np.arange(53), range(50))
     shifts = set()
@@ -40,7 +42,7 @@ def test_labels_are_rotated_within_their_sequence() -> None:
 def test_sequences_are_rotated_each_by_a_number_of_its_own() -> None:
     codes = PLACES.copy()
     # The first steps of two sequences.
-    moved = moved_by(arrangements(codes, 2000), np.array([0, 6]), range(2000)).T
+    moved = moved_by(permutations(codes, 2000), np.array([0, 6]), range(2000)).T
     assert abs(np.corrcoef(moved)[0, 1]) < 0.08
     np.testing.assert_allclose(moved.mean(1), [2, 19.5], rtol=0.05)
 
@@ -50,7 +52,7 @@ def test_sequences_of_one_length_get_each_others_labels() -> None:
     sequences = np.repeat(np.arange(15), lengths)
     places = np.concatenate([np.arange(length) for length in lengths])
     codes = np.random.default_rng(0).integers(0, 1000, len(places))
-    found = Arrangements(codes, sequences, places, 15, 50, 0)
+    found = LabelPermutations(codes, sequences, places, 15, 50, 0)
     assert found.kind == "both"
     given = codes[:48].reshape(12, 4).tolist()
     for own in moved_by(found, np.arange(len(codes)), range(50)):
@@ -66,7 +68,7 @@ def test_sequences_of_one_length_get_each_others_labels() -> None:
 def test_steps_without_a_label_keep_none() -> None:
     codes = np.arange(53)
     codes[::3] = -1
-    found = arrangements(codes)
+    found = permutations(codes)
     assert found.labelled(np.arange(53)).tolist() == (codes >= 0).tolist()
     rows = np.flatnonzero(codes >= 0)
     for own in moved_by(found, rows, range(50)):
@@ -77,7 +79,7 @@ def test_steps_without_a_label_keep_none() -> None:
 
 def test_a_label_that_never_changes_goes_to_other_sequences() -> None:
     codes = np.array([3, 1, 4, 1, 5])[SEQUENCES]
-    found = arrangements(codes)
+    found = permutations(codes)
     assert found.kind == "swapped"
     moved = moved_by(found, np.arange(53), range(50))
     seen = set()
@@ -93,10 +95,10 @@ def test_a_label_that_never_changes_goes_to_other_sequences() -> None:
 
 def test_asked_in_parts_and_in_another_order_they_are_the_same() -> None:
     codes = np.random.default_rng(0).integers(0, 9, 53)
-    whole = moved_by(arrangements(codes), np.arange(53), range(50))
-    part = moved_by(arrangements(codes), np.array([50, 7, 8]), range(10, 20))
+    whole = moved_by(permutations(codes), np.arange(53), range(50))
+    part = moved_by(permutations(codes), np.array([50, 7, 8]), range(10, 20))
     np.testing.assert_array_equal(part, whole[10:20][:, [50, 7, 8]])
     order = np.random.default_rng(1).permutation(53)
-    other = moved_by(arrangements(codes, order=order), np.arange(53), range(50))
+    other = moved_by(permutations(codes, order=order), np.arange(53), range(50))
     np.testing.assert_array_equal(other, whole[:, order])
-    assert (moved_by(arrangements(codes, seed=1), np.arange(53), range(50)) != whole).any()
+    assert (moved_by(permutations(codes, seed=1), np.arange(53), range(50)) != whole).any()

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis.engine.site_data import SiteArrays, material, sequences_of
+from grutrace.analysis.engine.site_data import SiteArrays, as_site_data, sequence_ids
 from grutrace.analysis.labels import probe as probes
-from grutrace.analysis.labels.probe import _families, probe, split
+from grutrace.analysis.labels.probe import _root_sequences, probe, split_rows
 from grutrace.errors import MissingExtraError, NotRecordedError, OptionError
 from tests.analysis import sites
 from tests.analysis.everywhere import check_everywhere
@@ -78,16 +78,16 @@ def test_sequences_are_not_split() -> None:
     random = np.random.default_rng(0)
     labels = random.integers(0, 2, 1200).astype(float)
     labels[random.uniform(size=1200) < 0.3] = np.nan
-    of = material(arrays(np.zeros((1200, 2)), x=labels))
-    used, for_test = split(
-        of, sequences_of(of), of.labels("x"), 0.25, 10**9, np.random.default_rng(1)
+    of = as_site_data(arrays(np.zeros((1200, 2)), x=labels))
+    used, for_test = split_rows(
+        of, sequence_ids(of), of.labels("x"), 0.25, 10**9, np.random.default_rng(1)
     )
     np.testing.assert_array_equal(used, ~np.isnan(labels))
     by_sequence = for_test.reshape(60, 20)
     assert (by_sequence.all(1) | ~by_sequence.any(1)).all()
     share = np.count_nonzero(used & for_test) / used.sum()
     assert share == pytest.approx(0.25, abs=0.03)
-    few, _ = split(of, sequences_of(of), of.labels("x"), 0.25, 30, np.random.default_rng(1))
+    few, _ = split_rows(of, sequence_ids(of), of.labels("x"), 0.25, 30, np.random.default_rng(1))
     assert (np.count_nonzero(few & for_test), np.count_nonzero(few & ~for_test)) == (30, 30)
 
 
@@ -104,7 +104,7 @@ def test_control_split_by_step_a_sequence_would_give_itself_away() -> None:
 
 def test_what_began_from_a_sequence_stays_with_it() -> None:
     parents = np.array([-1, 0, 1, -1, 3, 2])
-    assert _families(parents).tolist() == [0, 0, 0, 3, 3, 0]
+    assert _root_sequences(parents).tolist() == [0, 0, 0, 3, 3, 0]
     cell, state = nn.GRUCell(2, 3), torch.randn(2, 3)
     tracer = grutrace.Tracer(cell)
     with tracer.recording() as recording:
@@ -112,9 +112,11 @@ def test_what_began_from_a_sequence_stays_with_it() -> None:
         # Beams: two rows go on from the first.
         state = cell(torch.randn(3, 2), state[[0, 0, 1]])
         recording.annotate(labels={"x": {"": [[1.0, 2.0], [1.0, 2.0]]}})
-    of = material(tracer["cell"])
+    of = as_site_data(tracer["cell"])
     assert (of.parents >= 0).sum() == 1
-    used, for_test = split(of, sequences_of(of), of.labels("x"), 0.5, 100, np.random.default_rng(0))
+    used, for_test = split_rows(
+        of, sequence_ids(of), of.labels("x"), 0.5, 100, np.random.default_rng(0)
+    )
     assert used.any()
     child = int(np.flatnonzero(of.parents >= 0)[0])
     for_sequence = [for_test[of.rows_between(number, number + 1)] for number in range(3)]
@@ -125,10 +127,10 @@ def test_what_began_from_a_sequence_stays_with_it() -> None:
 def test_the_error_is_that_of_sequences() -> None:
     """Where all steps of a sequence are right or wrong together, it counts once."""
     right = np.repeat(np.random.default_rng(0).integers(0, 2, 50), 20).astype(bool)
-    error = probes._error(right, np.repeat(np.arange(50), 20))
+    error = probes._clustered_error(right, np.repeat(np.arange(50), 20))
     share = right.mean()
     assert error == pytest.approx(np.sqrt(share * (1 - share) / 49))
-    assert np.isnan(probes._error(right[:20], np.zeros(20, int)))
+    assert np.isnan(probes._clustered_error(right[:20], np.zeros(20, int)))
 
 
 def test_rows_that_are_not_finite_are_left_out() -> None:

@@ -128,7 +128,7 @@ def test_what_chance_gives_is_what_miller_and_madow_say() -> None:
     one = SiteArrays(hidden=states, labels={"x": labels})
     found = selectivity(one, "x")
     expected = 7 * 2 / (2 * 4000 * math.log(2))
-    np.testing.assert_allclose(found.chance, expected, rtol=0.15)
+    np.testing.assert_allclose(found.null_mean, expected, rtol=0.15)
 
 
 def test_values_that_are_not_finite_and_units_that_are_never() -> None:
@@ -137,7 +137,7 @@ def test_values_that_are_not_finite_and_units_that_are_never() -> None:
     states[5, 0], states[9, 0], states[:, 1], states[:, 2] = np.nan, np.inf, np.nan, 0.5
     states[:, 3] = labels
     found = selectivity(arrays(states, labels), "x")
-    assert found.left_out.tolist() == [2, 1200, 0, 0]
+    assert found.not_finite.tolist() == [2, 1200, 0, 0]
     assert np.isnan([found.auc[1], found.information[1], found.p[1]]).all()
     # A unit that never moves says nothing.
     assert (found.auc[2], found.information[2], found.p[2]) == (0.5, 0, 1)
@@ -150,12 +150,12 @@ def test_values_that_are_not_finite_and_units_that_are_never() -> None:
 def test_little_memory_means_more_passes_and_the_same_chance(monkeypatch) -> None:
     random = np.random.default_rng(0)
     one = arrays(slow_states(random, 4), slow_labels(random))
-    monkeypatch.setattr(counting, "LEAST_BINS", 1024)
+    monkeypatch.setattr(counting, "MIN_BINS", 1024)
     whole = selectivity(one, "x", permutations=7)
-    monkeypatch.setattr("grutrace.analysis.labels.selectivity.MEMORY", 8 * 3 * 4 * 8 * 2)
-    monkeypatch.setattr(counting, "PRODUCT", 1000)
+    monkeypatch.setattr("grutrace.analysis.labels.selectivity.COUNT_BYTES", 8 * 3 * 4 * 8 * 2)
+    monkeypatch.setattr(counting, "PRODUCT_BYTES", 1000)
     parts = selectivity(one, "x", permutations=7)
-    np.testing.assert_array_equal(parts.chance, whole.chance)
+    np.testing.assert_array_equal(parts.null_mean, whole.null_mean)
     np.testing.assert_array_equal(parts.p, whole.p)
 
 

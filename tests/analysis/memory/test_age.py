@@ -7,7 +7,7 @@ import pytest
 
 from grutrace.analysis.engine.site_data import SiteArrays
 from grutrace.analysis.memory import age as module
-from grutrace.analysis.memory.age import memory
+from grutrace.analysis.memory.age import state_age
 from grutrace.errors import NotRecordedError
 from tests.analysis import sites
 from tests.analysis.everywhere import as_arrays, assert_same, check_everywhere
@@ -32,7 +32,7 @@ def written_out(update: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("chunk", [1, 3, 64])
 def test_equals_the_weights_written_out(chunk, monkeypatch) -> None:
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(module, "CHUNK_STEPS", chunk)
     trace = sites.in_memory()
     for name in trace.sites:
         site, ages, ends, left = trace[name], [], [], []
@@ -41,7 +41,7 @@ def test_equals_the_weights_written_out(chunk, monkeypatch) -> None:
             ages.append(found)
             ends.append(found[-1])
             left.append(beginning)
-        found = memory(site)
+        found = state_age(site)
         np.testing.assert_allclose(found.age, np.concatenate(ages).mean(0))
         np.testing.assert_allclose(found.age_at_end, np.mean(ends, axis=0))
         np.testing.assert_allclose(found.initial_left, np.mean(left, axis=0))
@@ -49,7 +49,7 @@ def test_equals_the_weights_written_out(chunk, monkeypatch) -> None:
 
 def test_a_constant_gate() -> None:
     kept = np.array([0.0, 0.5, 0.9, 0.99, 1.0])
-    found = memory(SiteArrays(update=np.tile(kept, (5000, 1))))
+    found = state_age(SiteArrays(update=np.tile(kept, (5000, 1))))
     np.testing.assert_allclose(found.age_at_end[:4], kept[:4] / (1 - kept[:4]))
     assert found.age_at_end[4] == 5000
     # The second is smaller than any number.
@@ -61,26 +61,26 @@ def test_a_constant_gate() -> None:
 
 @pytest.mark.parametrize("together", [1, 10**9])
 def test_the_same_everywhere(together, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(module, "TOGETHER", together)
-    check_everywhere(memory, tmp_path, monkeypatch)
+    monkeypatch.setattr(module, "BATCH_BYTES", together)
+    check_everywhere(state_age, tmp_path, monkeypatch)
     site = sites.in_memory()["encoder.l1_reverse"]
-    assert_same(memory(as_arrays(site)), memory(site), 1e-11)
+    assert_same(state_age(as_arrays(site)), state_age(site), 1e-11)
 
 
 def test_control_the_other_direction_is_another_age() -> None:
     update = np.linspace(0, 0.9, 50)[:, np.newaxis]
-    ages = [memory(SiteArrays(update=update, reverse=way)).age_at_end for way in (False, True)]
+    ages = [state_age(SiteArrays(update=update, reverse=way)).age_at_end for way in (False, True)]
     assert ages[0] > 3 * ages[1]
 
 
 def test_no_wrong_number() -> None:
     update = np.full((10, 2), 0.5)
     update[3, 0] = np.nan
-    found = memory(SiteArrays(update=update, lengths=[5, 0, 5]))
+    found = state_age(SiteArrays(update=update, lengths=[5, 0, 5]))
     assert np.isnan(found.age[0])
     assert np.isfinite(found.age[1])
     assert found.sequences == 2
-    nothing = memory(SiteArrays(update=np.zeros((0, 2)), lengths=[]))
+    nothing = state_age(SiteArrays(update=np.zeros((0, 2)), lengths=[]))
     assert np.isnan(nothing.age_at_end).all()
     with pytest.raises(NotRecordedError, match="no 'update'"):
-        memory(SiteArrays(hidden=np.zeros((2, 1))))
+        state_age(SiteArrays(hidden=np.zeros((2, 1))))

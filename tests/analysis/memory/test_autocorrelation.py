@@ -10,9 +10,9 @@ from grutrace.analysis.engine.site_data import SiteArrays
 from grutrace.analysis.memory import autocorrelation as module
 from grutrace.analysis.memory.autocorrelation import (
     autocorrelation,
-    efolding_of,
-    integrated_of,
-    pairs_of,
+    count_pairs,
+    efolding_time,
+    integrated_time,
 )
 from grutrace.errors import NotRecordedError, OptionError
 from tests.analysis import sites
@@ -37,7 +37,7 @@ LENGTHS = ([2500, 1, 0, 1500, 3, 96], [41] * 100, [4100], [983, 984, 985, 1148])
 @pytest.mark.parametrize("block", [800, 10**9])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=["mixed", "alike", "one", "chunks"])
 def test_equals_the_definition(lengths, block, monkeypatch) -> None:
-    monkeypatch.setattr(segments, "BLOCK", block)
+    monkeypatch.setattr(segments, "BLOCK_BYTES", block)
     states = np.random.default_rng(0).normal(size=(4100, 2)).cumsum(axis=0) * 0.01
     ends = np.cumsum(lengths)
     for skip in (0, 7):
@@ -82,20 +82,20 @@ def test_a_known_process() -> None:
 def test_exact_exponentials_give_their_time_back() -> None:
     factors = np.array([0.2, 0.9, 0.999])
     correlation = factors ** np.arange(2000)[:, np.newaxis]
-    np.testing.assert_allclose(efolding_of(correlation), -1 / np.log(factors))
+    np.testing.assert_allclose(efolding_time(correlation), -1 / np.log(factors))
     exact = (1 + factors) / (1 - factors)
-    assert integrated_of(correlation)[:2] == pytest.approx(exact[:2], rel=0.02)
-    assert np.isnan(efolding_of(correlation[:500])[2])
-    assert np.isnan(integrated_of(correlation[:500])[2])
+    assert integrated_time(correlation)[:2] == pytest.approx(exact[:2], rel=0.02)
+    assert np.isnan(efolding_time(correlation[:500])[2])
+    assert np.isnan(integrated_time(correlation[:500])[2])
 
 
 def test_pairs() -> None:
-    assert pairs_of(np.array([3, 0, 1, 5]), 5).tolist() == [9, 6, 4, 2, 1, 0]
+    assert count_pairs(np.array([3, 0, 1, 5]), 5).tolist() == [9, 6, 4, 2, 1, 0]
 
 
 @pytest.mark.parametrize("together", [1, 10**9])
 def test_the_same_everywhere(together, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(module, "TOGETHER", together)
+    monkeypatch.setattr(module, "BATCH_BYTES", together)
     check_everywhere(lambda site: autocorrelation(site, 20), tmp_path, monkeypatch)
     site = sites.in_memory()["encoder.l1_reverse"]
     assert_same(autocorrelation(as_arrays(site)), autocorrelation(site), 1e-11)

@@ -98,7 +98,7 @@ def test_equals_exact_arithmetic() -> None:
 @pytest.mark.parametrize("block", [1, 1000, 10**9])
 def test_long_sequences_in_blocks(block, monkeypatch) -> None:
     """20000 steps: products far below the least number, and a unit that keeps for ever."""
-    monkeypatch.setattr(module, "BLOCK", block * 32)
+    monkeypatch.setattr(module, "BLOCK_BYTES", block * 32)
     steps = 3000 if block == 1 else 20_000
     random = np.random.default_rng(0)
     update = random.uniform(size=(steps, 4))
@@ -129,7 +129,7 @@ def test_maps_are_the_states_one_by_one(tmp_path, monkeypatch) -> None:
     for name in ("encoder.l1", "encoder.l1_reverse", "decoder.rnn.l1"):
         for back in (None, 3):
             for block in (1, 10**9):
-                monkeypatch.setattr(module, "BLOCK", block)
+                monkeypatch.setattr(module, "BLOCK_BYTES", block)
                 check_map(trace[name], back)
     with sites.in_a_file(tmp_path / "run.h5", "deferred") as trace:
         check_map(trace["encoder.l1_reverse"], 3)
@@ -181,7 +181,7 @@ def test_some_units() -> None:
     assert found.units.tolist() == [5, 4]
     assert found.difference < 1e-6
     assert found.columns().keys() == {"step", "share", "size"}
-    assert "written" not in found.as_text()
+    assert "written" not in found.to_dict()
     site = sites.in_memory()["encoder.l1_reverse"]
     assert_same(decompose(as_arrays(site), 2), decompose(site, 2), 1e-12)
 

@@ -121,7 +121,7 @@ def test_gates_that_are_0_or_1_exactly_or_no_gates() -> None:
     assert found.tau[0] == 0
     assert found.tau[1] == found.tau_of_mean[1] == np.inf
     assert found.tau[2] == pytest.approx(found.tau[3])
-    assert found.no_gate.tolist() == [0, 0, 3, 0]
+    assert found.invalid_steps.tolist() == [0, 0, 3, 0]
     assert found.fitted == 2
     assert np.isnan(found.shape)
 

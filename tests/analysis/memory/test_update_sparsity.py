@@ -9,7 +9,7 @@ from torch import nn
 
 import grutrace
 from grutrace.analysis.engine.site_data import SiteArrays
-from grutrace.analysis.memory.update_sparsity import writes
+from grutrace.analysis.memory.update_sparsity import update_sparsity
 from grutrace.errors import NotRecordedError, OptionError
 from tests.analysis import sites
 from tests.analysis.everywhere import check_everywhere
@@ -18,7 +18,7 @@ from tests.analysis.everywhere import check_everywhere
 def test_equals_numpy_sequence_by_sequence() -> None:
     trace = sites.in_memory()
     for name in trace.sites:
-        found = writes(trace[name], 0.1)
+        found = update_sparsity(trace[name], 0.1)
         each = [np.abs(sequence.hidden - sequence.previous) for sequence in trace[name]]
         sizes = np.concatenate(each)
         np.testing.assert_allclose(found.share, (sizes < 0.1).mean(0))
@@ -37,7 +37,7 @@ def test_a_gate_that_keeps_writes_nothing() -> None:
         layer.weight_ih_l0[6:, 0] = 1.0
     with grutrace.trace(layer) as trace:
         layer(torch.tensor([[5.0, 0.0], [-5.0, 0.0]]).repeat(20, 1))
-    found = writes(trace["l0"])
+    found = update_sparsity(trace["l0"])
     assert found.share[:2].tolist() == [1, 0]
     # From 0 to tanh(5), then back and forth between that and its opposite.
     assert found.size[1] == pytest.approx(np.tanh(5) * (1 + 2 * 39) / 40)
@@ -46,27 +46,27 @@ def test_a_gate_that_keeps_writes_nothing() -> None:
 
 def test_a_large_threshold_counts_all() -> None:
     states = np.random.default_rng(0).uniform(-1, 1, (30, 4))
-    assert writes(SiteArrays(hidden=states), 3).near_zero == 1
-    assert writes(SiteArrays(hidden=states), 1e-9).near_zero == 0
+    assert update_sparsity(SiteArrays(hidden=states), 3).near_zero == 1
+    assert update_sparsity(SiteArrays(hidden=states), 1e-9).near_zero == 0
 
 
 def test_what_is_not_finite_is_left_out() -> None:
     states = np.array([[0.0], [0.5], [np.nan], [0.5], [0.505]])
-    found = writes(SiteArrays(hidden=states))
+    found = update_sparsity(SiteArrays(hidden=states))
     # From the nan and to it no size is known.
-    assert found.left_out.tolist() == [2]
+    assert found.not_finite.tolist() == [2]
     np.testing.assert_allclose([found.share[0], found.size[0]], [2 / 3, 0.505 / 3])
 
 
 def test_nothing_recorded_and_what_there_is_not() -> None:
-    empty = writes(SiteArrays(hidden=np.zeros((0, 3)), lengths=[]))
+    empty = update_sparsity(SiteArrays(hidden=np.zeros((0, 3)), lengths=[]))
     assert np.isnan(empty.near_zero)
     assert np.isnan(empty.share).all()
     with pytest.raises(NotRecordedError, match="no 'hidden'"):
-        writes(SiteArrays(update=np.zeros((3, 2))))
+        update_sparsity(SiteArrays(update=np.zeros((3, 2))))
     with pytest.raises(OptionError, match="threshold: expected a number above 0, found 0"):
-        writes(SiteArrays(hidden=np.zeros((3, 2))), 0)
+        update_sparsity(SiteArrays(hidden=np.zeros((3, 2))), 0)
 
 
 def test_the_same_everywhere(tmp_path, monkeypatch) -> None:
-    check_everywhere(writes, tmp_path, monkeypatch)
+    check_everywhere(update_sparsity, tmp_path, monkeypatch)

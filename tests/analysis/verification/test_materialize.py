@@ -12,7 +12,7 @@ from torch import nn
 
 import grutrace
 from grutrace.analysis.verification import materialize
-from grutrace.analysis.verification.materialize import derive_file
+from grutrace.analysis.verification.materialize import materialize_file
 from grutrace.analysis.verification.verify import verify
 from grutrace.records import GATES
 from tests.capture.models import EncoderDecoder
@@ -63,11 +63,13 @@ def traces(tmp_path) -> Any:
 
 @pytest.mark.parametrize("block", [1, 2000, 10**9])
 def test_a_whole_run(traces, tmp_path, block, monkeypatch) -> None:
-    monkeypatch.setattr(materialize, "BLOCK", block)
+    monkeypatch.setattr(materialize, "BLOCK_BYTES", block)
     path, inline = traces
     steps = []
     with grutrace.open(path) as trace:
-        derive_file(trace, tmp_path / "full.h5", lambda done, total: steps.append((done, total)))
+        materialize_file(
+            trace, tmp_path / "full.h5", lambda done, total: steps.append((done, total))
+        )
         times = trace.calls["time"].tolist()
         assert steps == [(done + 1, len(times)) for done in range(len(times))]
     with grutrace.open(tmp_path / "full.h5") as full:
@@ -89,7 +91,7 @@ def test_forks_and_shrinking_batches(tmp_path) -> None:
         for rows in ([0, 1, 2, 3], [2, 0, 3], [1, 1, 0], [0, 1, 2], [0]):
             state = cell(torch.randn(len(rows), 2), state[rows])
     assert (inline.sequences["parent"] >= 0).any()
-    derive_file(deferred, tmp_path / "full.h5")
+    materialize_file(deferred, tmp_path / "full.h5")
     assert_as_inline(grutrace.open(tmp_path / "full.h5"), inline)
 
 
@@ -105,7 +107,7 @@ def test_the_lattice(tmp_path, case: Case) -> None:
         grutrace.trace(case.layer, record=EVERYTHING, gates="deferred") as deferred,
     ):
         case.run()
-    derive_file(deferred, path)
+    materialize_file(deferred, path)
     with grutrace.open(path) as full:
         assert_as_inline(full, inline)
 
@@ -113,7 +115,7 @@ def test_the_lattice(tmp_path, case: Case) -> None:
 def test_the_file_is_one_by_the_specification(traces, tmp_path) -> None:
     path, inline = traces
     with grutrace.open(path) as trace:
-        derive_file(trace, tmp_path / "full.h5")
+        materialize_file(trace, tmp_path / "full.h5")
     for module in PlainTrace(tmp_path / "full.h5").modules:
         for site in module.sites.values():
             assert tuple(site.rows) == EVERYTHING
@@ -143,7 +145,7 @@ def test_all_parts_of_a_run_become_one_file(tmp_path, monkeypatch) -> None:
     with grutrace.open(tmp_path / "run.h5") as trace:
         assert len(trace.sites) == 2
         assert all(found.holds and found.check == "derived" for found in verify(trace))
-        derive_file(trace, tmp_path / "full.h5")
+        materialize_file(trace, tmp_path / "full.h5")
         sites, times = trace.sites, trace.calls["time"].tolist()
     for path in tmp_path.glob("run*"):
         path.unlink()
@@ -159,12 +161,12 @@ def test_what_cannot_be_derived_is_refused(traces, tmp_path) -> None:
     before = path.read_bytes()
     with grutrace.open(path) as trace:
         with pytest.raises(grutrace.TraceFileError, match=r"deferred\.h5 exists"):
-            derive_file(trace, path)
+            materialize_file(trace, path)
         with pytest.raises(grutrace.TraceFileError, match="no folder"):
-            derive_file(trace, tmp_path / "nowhere" / "full.h5")
+            materialize_file(trace, tmp_path / "nowhere" / "full.h5")
     assert path.read_bytes() == before
     with pytest.raises(grutrace.TraceFileError, match="nothing is to be derived"):
-        derive_file(inline, tmp_path / "full.h5")
+        materialize_file(inline, tmp_path / "full.h5")
     assert not (tmp_path / "full.h5").exists()
 
 
@@ -175,5 +177,5 @@ def test_half_a_file_is_not_left_behind(traces, tmp_path) -> None:
         raise KeyboardInterrupt
 
     with grutrace.open(path) as trace, pytest.raises(KeyboardInterrupt):
-        derive_file(trace, tmp_path / "full.h5", interrupt)
+        materialize_file(trace, tmp_path / "full.h5", interrupt)
     assert [each.name for each in tmp_path.iterdir()] == ["deferred.h5"]

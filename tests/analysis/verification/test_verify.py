@@ -157,7 +157,7 @@ DERIVED_DAMAGES = [
 def test_control_each_kind_of_damage_to_a_deferred_file_is_caught(
     tmp_path, damage, block, monkeypatch
 ) -> None:
-    monkeypatch.setattr(verification, "BLOCK", block * 4096)
+    monkeypatch.setattr(verification, "BLOCK_BYTES", block * 4096)
     path = tmp_path / "run.h5"
     two_layers(path, gates="deferred", training=True)
     found = checked(path)
@@ -192,7 +192,7 @@ def test_the_states_alone_show_a_wrong_gate(tmp_path) -> None:
 
 @pytest.mark.parametrize("block", [1, 10**9])
 def test_the_worst_place_is_named(tmp_path, block, monkeypatch) -> None:
-    monkeypatch.setattr(verification, "BLOCK", block)
+    monkeypatch.setattr(verification, "BLOCK_BYTES", block)
     path = tmp_path / "run.h5"
     two_layers(path)
     # Row 137 of sequences of 20 steps each.

@@ -10,9 +10,9 @@ from torch import nn
 
 import grutrace
 from grutrace.analysis.dynamics.jacobian import jacobian
-from grutrace.analysis.memory.age import memory
+from grutrace.analysis.memory.age import state_age
 from grutrace.analysis.memory.decomposition import decompose, memory_map
-from grutrace.analysis.verification.materialize import derive_file
+from grutrace.analysis.verification.materialize import materialize_file
 from grutrace.analysis.verification.verify import verify
 from grutrace.storage.shards.merge import merge_shards
 from tests.oracles import gates, weights_of
@@ -373,7 +373,7 @@ def test_gates_derived_into_a_file_keep_the_segments(tmp_path) -> None:
     ):
         loop.run()
     with grutrace.open(path) as trace:
-        derive_file(trace, whole)
+        materialize_file(trace, whole)
     with grutrace.open(whole) as trace:
         loop.check(trace["cell"], GATES)
         assert trace["cell"].sequence(1).tokens == list("uvwxyz")
@@ -421,7 +421,7 @@ def test_analyses_of_time_start_anew_where_the_state_was_changed(change) -> None
             np.testing.assert_allclose(
                 mapped.before_share[step] + mapped.share[step].sum(), 1, atol=1e-5
             )
-    np.testing.assert_allclose(memory(site).age, ages / steps, rtol=1e-5)
+    np.testing.assert_allclose(state_age(site).age, ages / steps, rtol=1e-5)
 
 
 def test_the_jacobian_of_a_step_from_a_changed_state() -> None:

@@ -33,18 +33,20 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from grutrace.analysis.engine.map_reduce import fold_sequences
+from grutrace.analysis.engine.map_reduce import reduce_sequences
 from grutrace.analysis.engine.result import Result
-from grutrace.analysis.engine.segments import Stretch
-from grutrace.analysis.engine.site_data import Analysed, Beside, Material, material
+from grutrace.analysis.engine.segments import SequenceSegment
+from grutrace.analysis.engine.site_data import SiteData, SiteLike, WithColumns, as_site_data
 from grutrace.errors import NotRecordedError, OptionError
 from grutrace.records import GATES, QUANTITIES, Array
 from grutrace.storage.interfaces import Rows
 from grutrace.storage.read.sequence_index import Integers
 
 
-class Sums:
-    """What is kept of steps. Sums are of the distance from an origin, so that little is lost.
+class ClusteredSums:
+    """Running sums of values minus an origin, with a variance clustered by sequence.
+
+    Subtracting an origin near the values avoids cancellation.
 
     Args:
         origin: (H,) some value of each column, near its others.
@@ -83,7 +85,7 @@ class Sums:
             self._steps_squares += float(self._steps) ** 2
             self._own, self._steps = np.zeros_like(self._own), 0
 
-    def merge(self, later: Sums) -> None:
+    def merge(self, later: ClusteredSums) -> None:
         """Take in those of later sequences."""
         self.count += later.count
         self.sequences += later.sequences
@@ -114,17 +116,17 @@ class Sums:
         """(H,) standard error of the mean; not a number of fewer than two sequences."""
         if self.sequences < 2:
             return np.full_like(self._origin, np.nan)
-        apart = (
+        rmse = (
             self._sum_squares
             - 2 * self.shift * self._sum_steps
             + self.shift**2 * self._steps_squares
         )
         factor = self.sequences / (self.sequences - 1)
-        return np.asarray(np.sqrt(np.maximum(apart, 0.0) * factor) / self.count)
+        return np.asarray(np.sqrt(np.maximum(rmse, 0.0) * factor) / self.count)
 
 
 #: What is compared: all but the input, which is not of units.
-COMPARED = tuple(name for name in QUANTITIES if name != "input")
+QUANTITIES_COMPARED = tuple(name for name in QUANTITIES if name != "input")
 
 
 #: Columns of quantities, by name.
@@ -150,7 +152,7 @@ class Change(Result):
         effect: Cohen's d; infinite where a unit that never varies moved.
         error: Standard error of `moved`, with sequences as what was drawn; not a number where there
             are fewer than two.
-        apart: Root of the mean squared difference at the same step; only if paired.
+        rmse: Root of the mean squared difference at the same step; only if paired.
         correlation: Between both at the same step; only if paired. Not a number where one does not
             vary.
         weights: By gate, (H,) length of the change of a unit's row of weights and biases over the
@@ -167,12 +169,12 @@ class Change(Result):
     moved: Mapping[str, Array]
     effect: Mapping[str, Array]
     error: Mapping[str, Array]
-    apart: Mapping[str, Array]
+    rmse: Mapping[str, Array]
     correlation: Mapping[str, Array]
     weights: Mapping[str, Array]
 
 
-def change(before: Analysed, against: Analysed, *, paired: bool = False) -> Change:
+def change(before: SiteLike, against: SiteLike, *, paired: bool = False) -> Change:
     """Compare a site in two traces.
 
     Args:
@@ -186,8 +188,12 @@ def change(before: Analysed, against: Analysed, *, paired: bool = False) -> Chan
         NotRecordedError: They have no quantity, or no unit, in common.
         OptionError: They are paired and their sequences differ in length.
     """
-    first, second = material(before), material(against)
-    names = [name for name in COMPARED if name in first.quantities and name in second.quantities]
+    first, second = as_site_data(before), as_site_data(against)
+    names = [
+        name
+        for name in QUANTITIES_COMPARED
+        if name in first.quantities and name in second.quantities
+    ]
     if not names:
         raise NotRecordedError(
             f"{first.name!r} has {', '.join(first.quantities) or 'nothing'}, the other has "
@@ -201,10 +207,10 @@ def change(before: Analysed, against: Analysed, *, paired: bool = False) -> Chan
         site = _beside(first, second, names)
         both = _sums(site, one, [(_OTHER + name, theirs) for name in names])
         found = both.before, both.after
-        error, apart, correlation = both.difference.error, both.apart, both.correlation
+        error, rmse, correlation = both.difference.error, both.rmse, both.correlation
     else:
         found = _sums(first, one).before, _sums(second, [(name, theirs) for name in names]).before
-        error, apart, correlation = np.hypot(found[0].error, found[1].error), None, None
+        error, rmse, correlation = np.hypot(found[0].error, found[1].error), None, None
 
     def by_name(values: Array | None) -> dict[str, Array]:
         if values is None:
@@ -224,13 +230,13 @@ def change(before: Analysed, against: Analysed, *, paired: bool = False) -> Chan
         moved=by_name(after_it.mean - before_it.mean),
         effect=by_name(_effect(before_it, after_it)),
         error=by_name(error),
-        apart=by_name(apart),
+        rmse=by_name(rmse),
         correlation=by_name(correlation),
         weights=_weights(first, second, units),
     )
 
 
-def _effect(before: Sums, after: Sums) -> Array:
+def _effect(before: ClusteredSums, after: ClusteredSums) -> Array:
     """Cohen's d."""
     moved = after.mean - before.mean
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -239,7 +245,7 @@ def _effect(before: Sums, after: Sums) -> Array:
     return np.asarray(np.where(moved == 0, 0.0, effect))
 
 
-def _weights(before: Material, after: Material, units: Integers) -> dict[str, Array]:
+def _weights(before: SiteData, after: SiteData, units: Integers) -> dict[str, Array]:
     try:
         one, other = before.weights(-1), after.weights(-1)
     except NotRecordedError:
@@ -261,7 +267,7 @@ def _weights(before: Material, after: Material, units: Integers) -> dict[str, Ar
     }
 
 
-def _beside(first: Material, second: Material, names: Sequence[str]) -> Beside:
+def _beside(first: SiteData, second: SiteData, names: Sequence[str]) -> WithColumns:
     """The first site, with the rows of the second beside its own."""
     if not np.array_equal(first.lengths, second.lengths):
         raise OptionError(
@@ -273,11 +279,11 @@ def _beside(first: Material, second: Material, names: Sequence[str]) -> Beside:
         raise OptionError(f"paired: {first.name!r} and {second.name!r} go in opposite directions")
     ours, theirs = (of.rows_between(0, len(of.lengths)) for of in (first, second))
     if isinstance(ours, slice) and isinstance(theirs, slice):
-        return Beside(first, {_OTHER + name: second.rows(name) for name in names})
+        return WithColumns(first, {_OTHER + name: second.rows(name) for name in names})
     numbers = np.arange(first.steps)
     order = np.empty(first.steps, np.int64)
     order[ours] = numbers[theirs]
-    return Beside(first, {_OTHER + name: _InOrder(second.rows(name), order) for name in names})
+    return WithColumns(first, {_OTHER + name: _InOrder(second.rows(name), order) for name in names})
 
 
 class _InOrder:
@@ -294,7 +300,7 @@ class _InOrder:
         return self._rows[self._order[key]]
 
 
-def _sums(of: Material, before: Columns, after: Columns = ()) -> _Fold:
+def _sums(of: SiteData, before: Columns, after: Columns = ()) -> _PairedSums:
     quantities = [name for name, _ in (*before, *after)]
     origins = [
         np.concatenate(
@@ -308,29 +314,32 @@ def _sums(of: Material, before: Columns, after: Columns = ()) -> _Fold:
         for side in (before, after)
         if side
     ]
-    return fold_sequences(of, quantities, partial(_Fold, before, after, origins))
+    return reduce_sequences(of, quantities, partial(_PairedSums, before, after, origins))
 
 
-class _Fold:
-    """Sums of one side; or of both and of their difference, and of their products."""
+class _PairedSums:
+    """ClusteredSums of one side; or of both and of their difference, and of their products."""
 
     def __init__(self, before: Columns, after: Columns, origins: Sequence[Array]) -> None:
         self._before, self._after, self._origins = before, after, origins
-        self.before = Sums(origins[0])
+        self.before = ClusteredSums(origins[0])
         if after:
-            self.after, self.difference = Sums(origins[1]), Sums(origins[1] - origins[0])
+            self.after, self.difference = (
+                ClusteredSums(origins[1]),
+                ClusteredSums(origins[1] - origins[0]),
+            )
             self._products = np.zeros(len(origins[0]))
 
-    def add(self, stretch: Stretch) -> None:
-        before = _distances(stretch, self._before, self._origins[0])
-        self.before.add(before, stretch.ends)
+    def add(self, segment: SequenceSegment) -> None:
+        before = _distances(segment, self._before, self._origins[0])
+        self.before.add(before, segment.ends)
         if self._after:
-            after = _distances(stretch, self._after, self._origins[1])
-            self.after.add(after, stretch.ends)
-            self.difference.add(after - before, stretch.ends)
+            after = _distances(segment, self._after, self._origins[1])
+            self.after.add(after, segment.ends)
+            self.difference.add(after - before, segment.ends)
             self._products += np.einsum("nh,nh->h", before, after)
 
-    def merge(self, later: _Fold) -> None:
+    def merge(self, later: _PairedSums) -> None:
         self.before.merge(later.before)
         if self._after:
             self.after.merge(later.after)
@@ -338,7 +347,7 @@ class _Fold:
             self._products += later._products
 
     @property
-    def apart(self) -> Array:
+    def rmse(self) -> Array:
         """Root of the mean squared difference."""
         return np.asarray(np.sqrt(self.difference.variance + self.difference.mean**2))
 
@@ -353,12 +362,12 @@ class _Fold:
         return np.asarray(np.clip(found, -1.0, 1.0))
 
 
-def _distances(stretch: Stretch, side: Columns, origin: Array) -> Array:
+def _distances(segment: SequenceSegment, side: Columns, origin: Array) -> Array:
     """(n, columns of all quantities) float64, how far each value is from its origin."""
-    found = np.empty((len(stretch), len(origin)))
+    found = np.empty((len(segment), len(origin)))
     start = 0
     for name, columns in side:
-        values, part = stretch.values[name], slice(start, start + len(columns))
+        values, part = segment.values[name], slice(start, start + len(columns))
         if len(columns) < values.shape[1] or np.any(np.diff(columns) != 1):
             values = values[:, columns]
         np.subtract(values, origin[part], out=found[:, part])

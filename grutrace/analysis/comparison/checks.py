@@ -15,16 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from grutrace.analysis.compare.alignment import Block, Pair, Side
-from grutrace.analysis.compare.report import (
-    Circumstance,
+from grutrace.analysis.comparison.alignment import Block, Pair, Side
+from grutrace.analysis.comparison.report import (
+    ContextDifference,
     Mismatch,
-    Place,
     ValueDifference,
+    ValuePair,
     WeightsDifference,
-    only_in,
+    presence,
 )
-from grutrace.analysis.verification.distance import differences, scaled_differences
+from grutrace.analysis.verification.distance import abs_difference, scaled_difference
 from grutrace.records import GATES, Array
 from grutrace.storage.read.sequence_index import AnnotationIndex
 from grutrace.storage.read.snapshot import TraceSnapshot
@@ -38,7 +38,7 @@ ORDER = ("input", INITIAL, *GATES, "hidden")
 
 #: Spacings at 1 of the coarser type that two computations may differ by: four times what was seen
 #: of a trained network.
-SPACINGS = 256
+TOLERANCE_EPS = 256
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ class Comparison:
         return self.pair.initial() if self.quantity == INITIAL else self.pair.rows(self.quantity)
 
     def tolerance(self) -> float:
-        """What may come of rounding: see `grutrace.analysis.compare.trace_diff`."""
+        """What may come of rounding: see `grutrace.analysis.comparison.trace_diff`."""
         sides = self.pair.a, self.pair.b
         kept = sum(_spacing(side) / 2 for side in sides)
         spacing = max(self._computed(side) for side in sides)
-        return min(SPACINGS * spacing, math.sqrt(spacing)) + kept
+        return min(TOLERANCE_EPS * spacing, math.sqrt(spacing)) + kept
 
     def _computed(self, side: Side) -> float:
         """Spacing at 1 of the coarsest type in which these values came about."""
@@ -84,7 +84,7 @@ def _spacing(side: Side) -> float:
     return float(np.finfo(side.module.dtype).eps)
 
 
-class Tally:
+class ValueComparison:
     """Takes in blocks, in any order, and says what differs in them.
 
     Args:
@@ -95,15 +95,15 @@ class Tally:
     def __init__(self, comparison: Comparison, tolerance: float) -> None:
         self._comparison, self._tolerance = comparison, tolerance
         self._values = self._unequal = self._beyond = 0
-        self._largest: Place | None = None
-        self._first: tuple[tuple[int, int], Place] | None = None
+        self._largest: ValuePair | None = None
+        self._first: tuple[tuple[int, int], ValuePair] | None = None
 
     def add(self, block: Block) -> None:
         """Take in some values."""
         self._values += block.a.size
         if block.a.dtype == block.b.dtype and np.array_equal(block.a, block.b):
             return
-        off = scaled_differences(block.a, block.b)
+        off = scaled_difference(block.a, block.b)
         self._unequal += int(np.count_nonzero(off))
         if off.size:
             self._take_largest(block, *divmod(int(off.argmax()), off.shape[1]))
@@ -135,10 +135,10 @@ class Tally:
         if place.difference > (self._largest.difference if self._largest else 0.0):
             self._largest = place
 
-    def _place(self, block: Block, row: int, column: int) -> Place:
+    def _place(self, block: Block, row: int, column: int) -> ValuePair:
         is_input = self._comparison.quantity == "input"
         step = int(block.steps[row])
-        return Place(
+        return ValuePair(
             int(block.sequences[row]),
             None if step < 0 else step,
             column if is_input else int(self._comparison.pair.common[column]),
@@ -166,7 +166,7 @@ def site_mismatches(pair: Pair, quantities: Sequence[str]) -> Iterator[Mismatch]
     for quantity in quantities:
         held = quantity in a.site.available_quantities, quantity in b.site.available_quantities
         if held[0] != held[1]:
-            yield Mismatch(name, quantity, *only_in(*held))
+            yield Mismatch(name, quantity, *presence(*held))
 
 
 def module_mismatches(a: Side, b: Side) -> Iterator[Mismatch]:
@@ -249,7 +249,7 @@ def _of_sequence(
 ) -> Mismatch | None:
     what = name if name == "tokens" else f"label {name}"
     if a is None or b is None:
-        return Mismatch(path, what, *only_in(a is not None, b is not None), sequence=sequence)
+        return Mismatch(path, what, *presence(a is not None, b is not None), sequence=sequence)
     unequal = [step for step, pair in enumerate(zip(a, b, strict=True)) if pair[0] != pair[1]]
     if not unequal:
         return None
@@ -291,7 +291,7 @@ def _differing(
     """Where the weights that both have differ most; None if all are equal."""
     found: tuple[float, WeightsDifference | None] = 0.0, None
     for name in (each for each in a if each in b):
-        off = differences(a[name].astype(np.float64), b[name].astype(np.float64))
+        off = abs_difference(a[name].astype(np.float64), b[name].astype(np.float64))
         if not off.size:
             continue
         place = np.unravel_index(int(off.argmax()), off.shape)
@@ -301,7 +301,7 @@ def _differing(
     return found[1]
 
 
-def of_traces(a: TraceSnapshot, b: TraceSnapshot) -> Iterator[Circumstance]:
+def trace_context(a: TraceSnapshot, b: TraceSnapshot) -> Iterator[ContextDifference]:
     """Yield what differs between the traces as wholes."""
     yield from _unequal("model", a.header.model, b.header.model)
     for name in dict.fromkeys([*a.header.versions, *b.header.versions]):
@@ -318,7 +318,7 @@ def _option(snapshot: TraceSnapshot, name: str) -> str:
     return json.dumps(options[name]) if name in options else _MISSING
 
 
-def of_modules(a: Side, b: Side) -> Iterator[Circumstance]:
+def module_context(a: Side, b: Side) -> Iterator[ContextDifference]:
     """Yield what differs between the calls of a module, of which these are the same site."""
     path = f"{a.module.path}: " if a.module.path else ""
     yield from _unequal(f"{path}class", a.module.type, b.module.type)
@@ -330,7 +330,7 @@ def of_modules(a: Side, b: Side) -> Iterator[Circumstance]:
     yield from _unequal(f"{path}tags", *map(_tags, (a, b)))
 
 
-def of_sites(pair: Pair) -> Iterator[Circumstance]:
+def site_context(pair: Pair) -> Iterator[ContextDifference]:
     """Yield what differs between the types of a site, and whether its input was recorded."""
     name = pair.a.site.name
     yield from _unequal(f"{name}: computed in", *map(_precisions, (pair.a, pair.b)))
@@ -343,9 +343,9 @@ def _input(side: Side) -> str:
     return "recorded" if "input" in side.site.available_quantities else "not recorded"
 
 
-def _unequal(what: str, a: str, b: str, *, same: bool | None = None) -> Iterator[Circumstance]:
+def _unequal(what: str, a: str, b: str, *, same: bool | None = None) -> Iterator[ContextDifference]:
     if not (a == b if same is None else same):
-        yield Circumstance(what, a, b)
+        yield ContextDifference(what, a, b)
 
 
 def _training(side: Side) -> str:

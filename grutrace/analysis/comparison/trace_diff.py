@@ -8,8 +8,8 @@ values differ, they say why.
 Default tolerance. Two correct computations of a step differ by rounding, in proportion to the
 spacing at 1 of the type in which they are made, and a state hands its difference on to the next
 step. In networks that are not chaotic, trained ones among them, up to 60 spacings were seen between
-other batches or types (docs/diff.md). So the default is `values.SPACINGS` of them, but no more than
-half of the digits, plus what the types round in which rows are kept.
+other batches or types (docs/diff.md). So the default is `checks.TOLERANCE_EPS` spacings, but no
+more than half of the digits, plus the rounding of the types in which the rows are stored.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from grutrace.analysis.compare import checks as circumstances
-from grutrace.analysis.compare.alignment import Pair, Side
-from grutrace.analysis.compare.checks import (
+from grutrace.analysis.comparison import checks
+from grutrace.analysis.comparison.alignment import Pair, Side
+from grutrace.analysis.comparison.checks import (
     INITIAL,
     ORDER,
     Comparison,
-    Tally,
+    ValueComparison,
     module_mismatches,
     site_mismatches,
 )
-from grutrace.analysis.compare.report import (
-    Circumstance,
+from grutrace.analysis.comparison.report import (
+    ContextDifference,
     Mismatch,
     ValueDifference,
     WeightsDifference,
-    only_in,
+    presence,
 )
 from grutrace.errors import NotRecordedError, OptionError, short_repr
 from grutrace.records import DEFAULT_RECORD, QUANTITIES
@@ -53,13 +53,13 @@ class TraceDifference:
         mismatches: Whatever else should be alike and is not.
         weights: By site, weights that are not equal. They count only in an exact comparison, where
             they are among the mismatches as well.
-        circumstances: How one was made otherwise than the other. They do not count.
+        context: How one was made otherwise than the other. They do not count.
     """
 
     values: tuple[ValueDifference, ...]
     mismatches: tuple[Mismatch, ...]
     weights: tuple[WeightsDifference, ...]
-    circumstances: tuple[Circumstance, ...]
+    context: tuple[ContextDifference, ...]
 
     __repr__ = fields_repr
 
@@ -90,7 +90,7 @@ class TraceDifference:
             return ""
         if self.weights:
             return f"the weights differ: {self.weights[0]}"
-        training = [each for each in self.circumstances if each.what.endswith("in training mode")]
+        training = [each for each in self.context if each.what.endswith("in training mode")]
         if training:
             return f"the weights are equal, the mode is not: {training[0]}"
         if first.quantity == "input":
@@ -98,7 +98,7 @@ class TraceDifference:
         if first.quantity == "initial":
             return f"the weights are equal; the states that {first.site} began from differ"
         if any((each.site, each.quantity) == (first.site, "input") for each in self.values):
-            computing = [each for each in self.circumstances if _of_computing(each)]
+            computing = [each for each in self.context if _of_computing(each)]
             but = f"; what is not: {'; '.join(map(str, computing))}" if computing else ""
             return f"weights, input and initial states of {first.site} are equal{but}"
         return f"the weights are equal; what {first.site} read was not recorded in both"
@@ -116,7 +116,7 @@ class TraceDifference:
         return "\n".join([*lines, self.cause] if self.cause else lines)
 
 
-def _of_computing(each: Circumstance) -> bool:
+def _of_computing(each: ContextDifference) -> bool:
     ways = ("torch", "platform", ": computed in", "batches")
     return each.what.endswith(ways)
 
@@ -161,14 +161,14 @@ def compare(
     modules = {(pair.a.number, pair.b.number): pair for pair in reversed(pairs)}
 
     mismatches = [*_only_in_one(*sides)]
-    about = [*circumstances.of_traces(*moments)]
+    about = [*checks.trace_context(*moments)]
     for pair in reversed(modules.values()):
         mismatches += module_mismatches(pair.a, pair.b)
-        about += circumstances.of_modules(pair.a, pair.b)
+        about += checks.module_context(pair.a, pair.b)
     for pair in pairs:
         # A deferred trace has inputs for the sake of its gates: not missed unless asked for.
         mismatches += site_mismatches(pair, DEFAULT_RECORD if record is None else quantities)
-        about += circumstances.of_sites(pair)
+        about += checks.site_context(pair)
     comparisons = [each for pair in pairs for each in _comparisons(pair, quantities)]
     values = _compare_values(comparisons, 0.0 if exact else tolerance, progress)
     weights = [each for pair in pairs if (each := _weights(pair))]
@@ -205,13 +205,13 @@ def _require(
 def _only_in_one(a: dict[str, Side], b: dict[str, Side]) -> Iterator[Mismatch]:
     for name in dict.fromkeys([*a, *b]):
         if name not in a or name not in b:
-            yield Mismatch(name, "site", *only_in(name in a, name in b))
+            yield Mismatch(name, "site", *presence(name in a, name in b))
 
 
 def _comparisons(pair: Pair, quantities: Sequence[str]) -> Iterator[Comparison]:
     if pair.a.module.hidden_size != pair.b.module.hidden_size:
         return
-    readable = (
+    available_quantities = (
         (*pair.a.site.available_quantities, INITIAL),
         (*pair.b.site.available_quantities, INITIAL),
     )
@@ -219,7 +219,7 @@ def _comparisons(pair: Pair, quantities: Sequence[str]) -> Iterator[Comparison]:
         asked = "hidden" if name == INITIAL else name
         if name == "input" and pair.a.site.input_size != pair.b.site.input_size:
             continue
-        if asked in quantities and all(name in each for each in readable):
+        if asked in quantities and all(name in each for each in available_quantities):
             yield Comparison(pair, name)
 
 
@@ -228,13 +228,13 @@ def _compare_values(
 ) -> Iterator[ValueDifference]:
     total, done = sum(each.count for each in comparisons), 0
     for each in comparisons:
-        tally = Tally(each, each.tolerance() if tolerance is None else tolerance)
+        comparison = ValueComparison(each, each.tolerance() if tolerance is None else tolerance)
         for block in each.blocks():
-            tally.add(block)
+            comparison.add(block)
             done += len(block.steps)
             if progress is not None:
                 progress(done, total)
-        yield tally.result()
+        yield comparison.result()
 
 
 def _weights(pair: Pair) -> WeightsDifference | None:
@@ -242,7 +242,7 @@ def _weights(pair: Pair) -> WeightsDifference | None:
     a, b = pair.a, pair.b
     if (a.module.hidden_size, a.site.input_size) != (b.module.hidden_size, b.site.input_size):
         return None
-    return circumstances.weights_difference(pair)
+    return checks.weights_difference(pair)
 
 
 def _exactly(pairs: Sequence[Pair], weights: Sequence[WeightsDifference]) -> Iterator[Mismatch]:

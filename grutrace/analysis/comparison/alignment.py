@@ -19,7 +19,7 @@ from grutrace.storage.read.site import SiteTrace
 from grutrace.storage.read.snapshot import TraceSnapshot
 
 #: How much of each trace is brought into memory at once. Bytes.
-BLOCK = 16 * 1024 * 1024
+BLOCK_BYTES = 16 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,6 @@ class Pair:
 def _blocks(a: Rows, b: Rows, count: int | None = None) -> Iterator[tuple[int, int]]:
     count = len(a) if count is None else count
     width = max(rows.shape[1] * rows.dtype.itemsize for rows in (a, b))
-    each = max(1, BLOCK // max(1, width))
+    each = max(1, BLOCK_BYTES // max(1, width))
     for start in range(0, count, each):
         yield start, min(start + each, count)

@@ -1,20 +1,20 @@
 """Are two traces the same, and if not, where do they differ and why."""
 
-from grutrace.analysis.compare.report import (
-    Circumstance,
+from grutrace.analysis.comparison.report import (
+    ContextDifference,
     Mismatch,
-    Place,
     ValueDifference,
+    ValuePair,
     WeightsDifference,
 )
-from grutrace.analysis.compare.trace_diff import TraceDifference, compare
+from grutrace.analysis.comparison.trace_diff import TraceDifference, compare
 
 __all__ = [
-    "Circumstance",
+    "ContextDifference",
     "Mismatch",
-    "Place",
     "TraceDifference",
     "ValueDifference",
+    "ValuePair",
     "WeightsDifference",
     "compare",
 ]

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from grutrace.analysis.verification.distance import differences, scaled_differences
+from grutrace.analysis.verification.distance import abs_difference, scaled_difference
 
 
 @dataclass(frozen=True)
-class Place:
+class ValuePair:
     """One value in both traces.
 
     Attributes:
@@ -30,7 +30,7 @@ class Place:
     @property
     def difference(self) -> float:
         """``|a - b| / max(1, |a|, |b|)``; infinite where just one of them is no number."""
-        return float(scaled_differences(np.array(self.a), np.array(self.b)))
+        return float(scaled_difference(np.array(self.a), np.array(self.b)))
 
     def __str__(self) -> str:
         step = "the initial state" if self.step is None else f"step {self.step}"
@@ -60,8 +60,8 @@ class ValueDifference:
     values: int
     unequal: int
     beyond: int
-    largest: Place | None
-    first: Place | None
+    largest: ValuePair | None
+    first: ValuePair | None
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Mismatch:
         return where + text + (f" (the first of {self.count})" if self.count > 1 else "")
 
 
-def only_in(a: bool, b: bool) -> tuple[str | None, str | None]:
+def presence(a: bool, b: bool) -> tuple[str | None, str | None]:
     """What a `Mismatch` says where just one of the traces has something."""
     return "" if a else None, "" if b else None
 
@@ -126,7 +126,7 @@ class WeightsDifference:
     @property
     def largest(self) -> float:
         """``|a - b|``; infinite where just one of them is no number."""
-        return float(differences(np.array(self.a), np.array(self.b)))
+        return float(abs_difference(np.array(self.a), np.array(self.b)))
 
     def __str__(self) -> str:
         more = f", and {self.versions - 1} more versions differ" if self.versions > 1 else ""
@@ -134,7 +134,7 @@ class WeightsDifference:
 
 
 @dataclass(frozen=True)
-class Circumstance:
+class ContextDifference:
     """How one trace was made otherwise than the other, which need not show in what it holds.
 
     Attributes:
