@@ -89,6 +89,11 @@ ALLOWED = {
 #: Imports inside functions, which keep torch or an extra out of a path that does not need it: gates
 #: are recomputed when they are read, and a trace gives arrays of other libraries.
 LATE = {
+    # For the type checker; when the program runs, a name is imported when it is first used.
+    "analysis/__init__.py": {
+        *("analysis/engine", "analysis/verification", "analysis/descriptive", "analysis/memory"),
+        *("analysis/dynamics", "analysis/labels", "analysis/comparison"),
+    },
     "storage/read/recomputed.py": {"gru"},
     "storage/read/proofs.py": {"gru"},
     "storage/read/trace.py": {"arrays"},

@@ -1,1 +1,116 @@
-"""From recorded arrays to results."""
+"""Analyses of recorded gates and states: arrays in, frozen results out.
+
+Every analysis takes a site of a trace, `trace["l0"]`, or a `SiteArrays`, and returns a frozen
+dataclass. Nothing is imported until it is first used, so torch, SciPy and scikit-learn are loaded
+only by the analyses that need them.
+
+Example:
+    >>> import numpy as np
+    >>> from grutrace.analysis import SiteArrays, saturation
+    >>> update = np.array([[0.05, 0.5], [0.95, 0.5], [0.95, 0.5], [0.95, 0.5]])
+    >>> saturation(SiteArrays(update=update)).right["update"]
+    array([0.75, 0.  ])
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grutrace.analysis.comparison.change import change
+    from grutrace.analysis.comparison.trace_diff import compare
+    from grutrace.analysis.descriptive.distribution import moments, quantiles
+    from grutrace.analysis.descriptive.geometry import geometry
+    from grutrace.analysis.descriptive.quantization import quantization
+    from grutrace.analysis.descriptive.saturation import saturation
+    from grutrace.analysis.dynamics.fixed_points import fixed_points
+    from grutrace.analysis.dynamics.jacobian import jacobian, step_jacobians
+    from grutrace.analysis.dynamics.lyapunov import lyapunov
+    from grutrace.analysis.engine.map_reduce import with_dask
+    from grutrace.analysis.engine.site_data import SiteArrays
+    from grutrace.analysis.labels.probe import probe
+    from grutrace.analysis.labels.segmentation import (
+        gate_activation,
+        label_boundaries,
+        score_boundaries,
+    )
+    from grutrace.analysis.labels.selectivity import selectivity
+    from grutrace.analysis.memory.age import state_age
+    from grutrace.analysis.memory.autocorrelation import autocorrelation
+    from grutrace.analysis.memory.decomposition import decompose, memory_map
+    from grutrace.analysis.memory.timescales import fit_inverse_gamma, timescales
+    from grutrace.analysis.memory.update_sparsity import update_sparsity
+    from grutrace.analysis.verification.verify import verify
+
+__all__ = [
+    "SiteArrays",
+    "autocorrelation",
+    "change",
+    "compare",
+    "decompose",
+    "fit_inverse_gamma",
+    "fixed_points",
+    "gate_activation",
+    "geometry",
+    "jacobian",
+    "label_boundaries",
+    "lyapunov",
+    "memory_map",
+    "moments",
+    "probe",
+    "quantiles",
+    "quantization",
+    "saturation",
+    "score_boundaries",
+    "selectivity",
+    "state_age",
+    "step_jacobians",
+    "timescales",
+    "update_sparsity",
+    "verify",
+    "with_dask",
+]
+
+#: The module of each name, relative to this package.
+_MODULES = {
+    "SiteArrays": "engine.site_data",
+    "autocorrelation": "memory.autocorrelation",
+    "change": "comparison.change",
+    "compare": "comparison.trace_diff",
+    "decompose": "memory.decomposition",
+    "fit_inverse_gamma": "memory.timescales",
+    "fixed_points": "dynamics.fixed_points",
+    "gate_activation": "labels.segmentation",
+    "geometry": "descriptive.geometry",
+    "jacobian": "dynamics.jacobian",
+    "label_boundaries": "labels.segmentation",
+    "lyapunov": "dynamics.lyapunov",
+    "memory_map": "memory.decomposition",
+    "moments": "descriptive.distribution",
+    "probe": "labels.probe",
+    "quantiles": "descriptive.distribution",
+    "quantization": "descriptive.quantization",
+    "saturation": "descriptive.saturation",
+    "score_boundaries": "labels.segmentation",
+    "selectivity": "labels.selectivity",
+    "state_age": "memory.age",
+    "step_jacobians": "dynamics.jacobian",
+    "timescales": "memory.timescales",
+    "update_sparsity": "memory.update_sparsity",
+    "verify": "verification.verify",
+    "with_dask": "engine.map_reduce",
+}
+
+
+def __getattr__(name: str) -> Any:
+    from importlib import import_module
+
+    if name not in _MODULES:
+        raise AttributeError(f"module 'grutrace.analysis' has no attribute {name!r}")
+    value = getattr(import_module(f"grutrace.analysis.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
