@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from tests.leaks import Watch
 
@@ -13,6 +15,20 @@ pytest_plugins = ["pytester"]
 # would wait for it in vain.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure() -> None:
+    """In a worker of pytest-xdist, run torch on one thread, here and in child processes."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With --dist loadgroup, run the tests that measure something in one worker, in turn."""
+    for item in items:
+        if item.get_closest_marker("measures"):
+            item.add_marker(pytest.mark.xdist_group("measures"))
 
 
 @pytest.fixture(autouse=True)

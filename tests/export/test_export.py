@@ -141,6 +141,7 @@ def test_an_empty_trace(tmp_path, to) -> None:
             assert file.groups["l0"].variables["update"].shape == (0, 3)
 
 
+@pytest.mark.measures
 def test_memory_is_bounded(tmp_path, to, monkeypatch) -> None:
     """Some bytes of each block, not of all rows."""
     monkeypatch.setattr(variables, "BLOCK", 8 * 1024)

@@ -536,6 +536,7 @@ def peak(way: str) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+@pytest.mark.measures
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_neither_way_holds_much_more_than_the_rows() -> None:
     untraced = peak("untraced")

@@ -24,6 +24,8 @@ CASES = 2000
 SEED = 1
 
 
+@pytest.mark.slow
+@pytest.mark.measures
 def test_the_corpus():
     found = list(all_outcomes(SEED, 0, CASES, jobs=2))
     number = counts(found)

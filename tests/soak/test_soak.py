@@ -39,6 +39,8 @@ def soak(folder: Path, *arguments: str) -> dict:
     return json.loads((folder / "outcomes.json").read_text())
 
 
+@pytest.mark.slow
+@pytest.mark.measures
 @pytest.mark.skipif(disk.COMPILER is None, reason="a C compiler makes the disk that fails")
 def test_nothing_acknowledged_is_lost(tmp_path) -> None:
     """Kills; disks that are full or that fail; losses of power; followers."""

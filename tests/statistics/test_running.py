@@ -304,6 +304,7 @@ def memory_after(sink, calls):
     return held
 
 
+@pytest.mark.measures
 def test_memory_does_not_grow_with_the_run() -> None:
     call = coded.block(0, "big").nbytes
     few, many = grutrace.Statistics(), grutrace.Statistics()
@@ -315,6 +316,7 @@ def test_memory_does_not_grow_with_the_run() -> None:
     assert control > 45 * call, "the control: a trace in memory grows"
 
 
+@pytest.mark.measures
 def test_a_long_stretch_of_recording_keeps_no_calls() -> None:
     torch.manual_seed(0)
     layer, batch = nn.GRUCell(8, 32), torch.randn(16, 8)

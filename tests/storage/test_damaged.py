@@ -293,6 +293,7 @@ def test_flipped_bytes_never_hang(path, tmp_path):
     assert refused > 0
 
 
+@pytest.mark.measures
 def test_damage_allocates_nothing(path):
     """Whatever a file counts, no more memory is asked for than the file could fill."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

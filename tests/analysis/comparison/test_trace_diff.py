@@ -430,6 +430,7 @@ def test_wrong_options(layer, input) -> None:
         compare(a, a, record="hidden")
 
 
+@pytest.mark.measures
 def test_memory_is_bounded(tmp_path, monkeypatch) -> None:
     """Two files of 8 MB a quantity are compared in a fraction of that."""
     monkeypatch.setattr(alignment, "BLOCK_BYTES", 64 * 1024)

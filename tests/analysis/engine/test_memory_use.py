@@ -78,6 +78,7 @@ def files(request, tmp_path_factory) -> dict[int, Path]:
 ALONE = [name for name, of in ANALYSES.items() if not of.required and name != "gate_activation"]
 
 
+@pytest.mark.measures
 @pytest.mark.parametrize("name", ALONE)
 def test_the_same_for_a_file_four_times_as_long(name, files) -> None:
     analyse = get_analysis(name).load()
@@ -88,6 +89,7 @@ def test_the_same_for_a_file_four_times_as_long(name, files) -> None:
     assert long - short < SAME
 
 
+@pytest.mark.measures
 def test_control_reading_all_rows_grows(files) -> None:
     short, long = (
         peak(lambda site: np.asarray(site.rows("update")), files[steps])

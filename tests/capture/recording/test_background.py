@@ -538,6 +538,7 @@ def peak_kilobytes(path: object, gates: str, calls: int) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+@pytest.mark.measures
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("gates", ["inline", "background", "deferred"])
 def test_a_run_ten_times_longer_takes_no_more_memory(gates, tmp_path) -> None:
@@ -546,6 +547,7 @@ def test_a_run_ten_times_longer_takes_no_more_memory(gates, tmp_path) -> None:
     assert long - short < 16 * 1024
 
 
+@pytest.mark.measures
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_control_a_trace_in_memory_grows() -> None:
     assert peak_kilobytes("memory", "background", 1000) - peak_kilobytes(

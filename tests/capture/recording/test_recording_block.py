@@ -186,6 +186,7 @@ def test_a_context_that_outlives_a_block_keeps_nothing_alive(gru) -> None:
     assert context
 
 
+@pytest.mark.measures
 @pytest.mark.parametrize("given", [{}, {"labels": {}}])
 def test_a_long_block_keeps_nothing_for_each_call(given, gru) -> None:
     def grown(calls: int) -> int:

@@ -325,6 +325,7 @@ def test_digests_tell_what_was_dropped() -> None:
     assert memory.find(states[0]) == [[]] * 8
 
 
+@pytest.mark.measures
 def test_memory_of_dropped_calls_is_freed() -> None:
     memory = StateMemory(1 << 16)
     tracemalloc.start()

@@ -333,6 +333,7 @@ def test_the_parts_of_a_run(path, output):
     assert sorted(os.listdir(path.parent)) == before
 
 
+@pytest.mark.measures
 def test_memory_is_bounded(path, output):
     """A file of 400 MB with 120 MB to spare."""
     writer = Writer(path, coded.HEADER)
