@@ -208,7 +208,7 @@ def probe(
         NotRecordedError: The quantity was not recorded, or there is no such label.
         OptionError: The label has fewer than two values, or lies in fewer than two sequences.
     """
-    learn = _learner()
+    estimators = _Estimators()
     data = as_site_data(site)
     data.require(quantity)
     if not 0 < test < 1:
@@ -224,19 +224,21 @@ def probe(
     train, tested = rows[~testing], rows[testing]
     if not len(train) or not len(tested):
         raise OptionError(f"label: of {label!r} no step with finite {quantity} is left to use")
-    scaled = _Scaled(states[~testing])
-    inputs = scaled(states[~testing]), scaled(states[testing])
+    inputs = estimators.standardize(states, testing)
     del states
-    fitted = learn(inputs[0], target[train], bool(classes), penalty)
+    fitted = estimators.fit(inputs[0], target[train], bool(classes), penalty)
     predicted = fitted.predict(inputs[1])
-    score, baseline = _scores(predicted, target[train], target[tested], bool(classes))
+    score = _score(predicted, target[train], target[tested], bool(classes))
+    baseline = 0.0
+    if classes:
+        baseline = _mean(estimators.baseline(target[train]).predict(inputs[1]) == target[tested])
     converged, control_score = fitted.converged, np.nan
     if control:
         drawn = _control_targets(data.labels(control), target, labels.codes >= 0, random)
-        again = learn(inputs[0], drawn[train], bool(classes), penalty)
-        of_control = again.predict(inputs[1])
-        control_score, _ = _scores(of_control, drawn[train], drawn[tested], bool(classes))
-        converged = converged and again.converged
+        control_model = estimators.fit(inputs[0], drawn[train], bool(classes), penalty)
+        control_predicted = control_model.predict(inputs[1])
+        control_score = _score(control_predicted, drawn[train], drawn[tested], bool(classes))
+        converged = converged and control_model.converged
     right = predicted == target[tested]
     return Probe(
         site=data.name,
@@ -269,18 +271,6 @@ def _target(labels: LabelColumn) -> tuple[Array, tuple[str | float, ...]]:
     return classes.codes, classes.names
 
 
-class _Scaled:
-    """States less their mean, over their standard deviation; 0 where nothing moves."""
-
-    def __init__(self, states: Array) -> None:
-        self._mean = states.mean(0, dtype=np.float64)
-        deviation = states.std(0, dtype=np.float64)
-        self._scale = np.divide(1.0, deviation, out=np.zeros(len(deviation)), where=deviation > 0)
-
-    def __call__(self, states: Array) -> Array:
-        return np.asarray((states - self._mean) * self._scale)
-
-
 def _control_targets(
     types: LabelColumn, target: Array, labelled: Array, random: np.random.Generator
 ) -> Array:
@@ -290,7 +280,15 @@ def _control_targets(
 
 
 @dataclass(frozen=True, eq=False)
-class _Fitted:
+class _FittedModel:
+    """A scikit-learn model with its training result.
+
+    Attributes:
+        model: The fitted estimator.
+        converged: Whether the solver converged.
+        weight: (H,) length of the coefficients of each unit.
+    """
+
     model: Any
     converged: bool
     weight: Array
@@ -299,51 +297,59 @@ class _Fitted:
         return np.asarray(self.model.predict(inputs))
 
 
-def _learner() -> Any:
-    """What fits; scikit-learn is imported now.
+class _Estimators:
+    """The scikit-learn estimators of a probe; scikit-learn is imported when one is made.
 
     Raises:
-        MissingExtraError: There is none.
+        MissingExtraError: scikit-learn is not installed.
     """
-    with require_extra("a probe", "analysis"):
-        from sklearn.exceptions import ConvergenceWarning
-        from sklearn.linear_model import LogisticRegression, Ridge
 
-    def learn(inputs: Array, target: Array, classes: bool, penalty: float) -> _Fitted:
+    def __init__(self) -> None:
+        with require_extra("a probe", "analysis"):
+            from sklearn.dummy import DummyClassifier
+            from sklearn.exceptions import ConvergenceWarning
+            from sklearn.linear_model import LogisticRegression, Ridge
+            from sklearn.preprocessing import StandardScaler
+        self._dummy, self._logistic, self._ridge = DummyClassifier, LogisticRegression, Ridge
+        self._scaler, self._convergence_warning = StandardScaler, ConvergenceWarning
+
+    def standardize(self, states: Array, testing: npt.NDArray[np.bool_]) -> tuple[Array, Array]:
+        """Scale the training and the test rows by the mean and deviation of the training rows."""
+        train, test = (states[rows].astype(np.float64) for rows in (~testing, testing))
+        scaler = self._scaler().fit(train)
+        return np.asarray(scaler.transform(train)), np.asarray(scaler.transform(test))
+
+    def fit(self, inputs: Array, target: Array, classes: bool, penalty: float) -> _FittedModel:
+        """Fit a ridge regression, or a logistic regression where the target is classes."""
         if not classes:
-            model = Ridge(alpha=penalty).fit(inputs, target)
-            return _Fitted(model, True, np.abs(model.coef_))
+            model = self._ridge(alpha=penalty).fit(inputs, target)
+            return _FittedModel(model, True, np.abs(model.coef_))
         if len(np.unique(target)) < 2:
-            return _Fitted(_Always(target[0]), True, np.zeros(inputs.shape[1]))
-        model = LogisticRegression(C=1 / penalty, max_iter=ITERATIONS)
+            # LogisticRegression refuses a single class.
+            return _FittedModel(self.baseline(target), True, np.zeros(inputs.shape[1]))
+        model = self._logistic(C=1 / penalty, max_iter=ITERATIONS)
         with warnings.catch_warnings():
-            # Said by `converged`.
-            warnings.simplefilter("ignore", ConvergenceWarning)
+            # The field `converged` reports it.
+            warnings.simplefilter("ignore", self._convergence_warning)
             model.fit(inputs, target)
-        ended = bool((model.n_iter_ < ITERATIONS).all())
-        return _Fitted(model, ended, np.linalg.norm(model.coef_, axis=0))
+        converged = bool((model.n_iter_ < ITERATIONS).all())
+        return _FittedModel(model, converged, np.linalg.norm(model.coef_, axis=0))
 
-    return learn
-
-
-@dataclass(frozen=True)
-class _Always:
-    """What is left to say where all training steps are of one class."""
-
-    value: Any
-
-    def predict(self, inputs: Array) -> Array:
-        return np.full(len(inputs), self.value)
+    def baseline(self, target: Array) -> Any:
+        """The classifier that always predicts the most frequent class of the training rows."""
+        return self._dummy(strategy="most_frequent").fit(np.zeros((len(target), 1)), target)
 
 
-def _scores(predicted: Array, trained: Array, tested: Array, classes: bool) -> tuple[float, float]:
-    """The score, and that of what knows the training only."""
-    if classes:
-        usual = np.bincount(trained).argmax()
-        return _mean(predicted == tested), _mean(tested == usual)
-    of_mean = float(np.square(tested - trained.mean()).sum())
-    left = float(np.square(tested - predicted).sum())
-    return (1 - left / of_mean if of_mean > 0 else np.nan), 0.0
+def _r_squared(predicted: Array, trained: Array, tested: Array) -> float:
+    """R^2 of the test rows, relative to the mean of the training rows."""
+    total = float(np.square(tested - trained.mean()).sum())
+    residual = float(np.square(tested - predicted).sum())
+    return 1 - residual / total if total > 0 else float("nan")
+
+
+def _score(predicted: Array, trained: Array, tested: Array, classes: bool) -> float:
+    """Share of correct predictions, or R^2."""
+    return _mean(predicted == tested) if classes else _r_squared(predicted, trained, tested)
 
 
 def _clustered_error(right: Array, sequences: Integers) -> float:

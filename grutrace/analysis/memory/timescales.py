@@ -41,6 +41,7 @@ from grutrace.analysis.engine.map_reduce import reduce_rows
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import SiteLike, as_site_data
 from grutrace.analysis.memory.autocorrelation import autocorrelation
+from grutrace.errors import require_extra
 from grutrace.records import Array
 from grutrace.storage.read.sequence_index import Integers
 
@@ -50,8 +51,9 @@ SAMPLES = 999
 #: With fewer timescales there is no fit.
 FEWEST = 8
 
-#: Steps of Newton's method. It converges in about four (Minka 2002).
-_ROUNDS = 12
+#: Timescales that differ by less than this, relative to the largest, count as equal: there is no
+#: distribution to fit.
+SAME = 1e-5
 
 
 @dataclass(frozen=True)
@@ -88,71 +90,56 @@ def fit_inverse_gamma(timescales: Array, seed: int = 0) -> InverseGamma:
         timescales: One a unit.
         seed: Of the samples behind the p-value.
     """
+    stats, special = _import_scipy()
     finite = np.asarray(timescales, np.float64)
     finite = finite[np.isfinite(finite) & (finite > 0)]
-    if len(finite) < FEWEST or np.ptp(finite) <= 1e-9 * finite.max():
+    if len(finite) < FEWEST or np.ptp(finite) <= SAME * finite.max():
         return InverseGamma(len(finite), *[float("nan")] * 6)
+
+    def fit(rates: Array) -> tuple[float, float]:
+        # Exact for a gamma distribution with a fixed location; for invgamma SciPy searches.
+        shape, _, inverse_rate = stats.gamma.fit(rates, floc=0)
+        return float(shape), 1 / float(inverse_rate)
+
+    def distance(rates: Array, shape: Array, scale: Array) -> Array:
+        """(m,) Kolmogorov-Smirnov distances of (m, n) values from m gamma distributions."""
+        count = rates.shape[1]
+        expected = special.gammainc(shape[:, None], np.sort(rates, axis=1) * scale[:, None])
+        above = np.arange(1, count + 1) / count - expected
+        below = expected - np.arange(count) / count
+        return np.asarray(np.maximum(above, below).max(axis=1))
+
     rates = 1 / finite
-    shape, scale = (each.item() for each in _fit(rates))
-    shape_error, scale_error = _errors(shape, scale, len(rates))
-    distance = _distance(rates, shape, scale).item()
+    shape, scale = fit(rates)
+    (observed,) = distance(rates[None], np.array([shape]), np.array([scale]))
     samples = np.random.default_rng(seed).gamma(shape, 1 / scale, (SAMPLES, len(rates)))
-    # A small shape makes rates that are 0 in float64.
+    # A small shape gives rates that underflow to 0.
     samples = np.maximum(samples, np.finfo(np.float64).tiny)
-    others = _distance(samples, *_fit(samples))
-    p_value = (1 + np.count_nonzero(others >= distance)) / (1 + SAMPLES)
+    simulated = distance(samples, *np.transpose([fit(sample) for sample in samples]))
+    p_value = (1 + np.count_nonzero(simulated >= observed)) / (1 + SAMPLES)
+    # The inverse of the Fisher information of n values.
+    trigamma = float(special.polygamma(1, shape))
+    information = len(rates) * (shape * trigamma - 1)
     return InverseGamma(
-        len(rates), shape, shape_error, scale, scale_error, distance, float(p_value)
+        count=len(rates),
+        shape=shape,
+        shape_error=float(np.sqrt(shape / information)),
+        scale=scale,
+        scale_error=float(scale * np.sqrt(trigamma / information)),
+        distance=float(observed),
+        p_value=float(p_value),
     )
 
 
-def _fit(rates: Array) -> tuple[Array, Array]:
-    """The shape and rate of the gamma distribution of (..., n) values: (...,) each.
+def _import_scipy() -> tuple[Any, Any]:
+    """Import `scipy.stats` and `scipy.special`.
 
-    Minka (2002), "Estimating a gamma distribution", equation 11: Newton's method on 1 / shape.
+    Raises:
+        MissingExtraError: SciPy is not installed.
     """
-    mean = rates.mean(axis=-1)
-    apart = np.log(mean) - np.log(rates).mean(axis=-1)
-    shape = np.asarray(0.5 / apart)
-    for _ in range(_ROUNDS):
-        digamma, trigamma = _digamma(shape), _trigamma(shape)
-        step = (np.log(shape) - digamma - apart) / (shape**2 * (1 / shape - trigamma))
-        shape = 1 / (1 / shape + step)
-    return shape, shape / mean
-
-
-def _errors(shape: float, scale: float, count: int) -> tuple[float, float]:
-    """Standard errors: of the inverse of the Fisher information of n values."""
-    trigamma = _trigamma(np.array(shape)).item()
-    determinant = (shape * trigamma - 1) / scale**2
-    variances = shape / scale**2 / determinant, trigamma / determinant
-    return tuple(float(np.sqrt(each / count)) for each in variances)  # type: ignore[return-value]
-
-
-def _distance(rates: Array, shape: Any, scale: Any) -> Array:
-    """(...,) Kolmogorov and Smirnov's, of (..., n) values."""
-    import torch
-
-    ordered = np.sort(rates, axis=-1)
-    count = ordered.shape[-1]
-    at = ordered * np.asarray(scale)[..., np.newaxis]
-    shapes = np.broadcast_to(np.asarray(shape, np.float64)[..., np.newaxis], at.shape)
-    fitted = torch.special.gammainc(torch.tensor(shapes), torch.tensor(at)).numpy()
-    upper = np.arange(1, count + 1) / count - fitted
-    lower = fitted - np.arange(count) / count
-    return np.asarray(np.maximum(upper, lower).max(axis=-1))
-
-
-def _digamma(values: Array) -> Array:
-    import torch
-
-    return np.asarray(torch.digamma(torch.tensor(values)).numpy())
-
-
-def _trigamma(values: Array) -> Array:
-    import torch
-
-    return np.asarray(torch.polygamma(1, torch.tensor(values)).numpy())
+    with require_extra("the fit of timescales", "analysis"):
+        from scipy import special, stats
+    return stats, special
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,6 +193,7 @@ def timescales(site: SiteLike, lags: int | None = None) -> Timescales:
         NotRecordedError: The update gate was not recorded.
         OptionError: The lags are no number of steps.
     """
+    _import_scipy()  # Before the rows are read.
     data = as_site_data(site)
     rates = reduce_rows(data, ("update",), partial(_RateSums, len(data.units)))
     count = np.where(rates.count > 0, rates.count, np.nan)
