@@ -17,9 +17,10 @@ Leading axes ``...`` are free: every function treats each step on its own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -74,6 +75,52 @@ def product(values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         # Values whose rows are not one after another take a path that is two times slower, too.
         values, weight = _aligned(values.contiguous()), _aligned(weight)
     return linear(values, weight, bias)
+
+
+def products_of_calls(
+    inputs: Sequence[Tensor],
+    previous: Sequence[Tensor],
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+) -> Products:
+    """Return the products of several calls of one step, each the same bits as by `products`.
+
+    Each call has a product of its own, since one product of more rows ends in other digits. Only
+    the memory is shared.
+
+    Args:
+        inputs: (B, I) of each call, on the CPU.
+        previous: (B, H) of each call.
+        weight_ih: (3H, I).
+        weight_hh: (3H, H).
+        bias_ih: (3H,) or None.
+        bias_hh: (3H,) or None.
+
+    Returns:
+        Each (calls, B, 3H).
+    """
+    return Products(
+        _products_of_calls(inputs, weight_ih, bias_ih),
+        _products_of_calls(previous, weight_hh, bias_hh),
+    )
+
+
+def _products_of_calls(values: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows, width = values[0].shape[0], weight.shape[0]
+    each = ALIGNMENT // weight.element_size()
+    room = -(-rows * width // each) * each
+    memory = weight.new_empty(len(values), room)
+    found = memory.as_strided((len(values), rows, width), (room, width, 1))
+    weight = _aligned(weight).t()
+    for value, out in zip(values, found.unbind(), strict=True):
+        value = _aligned(value.contiguous())
+        if bias is None:
+            torch.mm(value, weight, out=out)
+        else:
+            torch.addmm(bias, value, weight, out=out)
+    return found
 
 
 def _aligned(values: Tensor) -> Tensor:

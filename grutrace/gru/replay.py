@@ -20,6 +20,7 @@ the weights that are needed.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from grutrace.gru import cell
-from grutrace.gru.cell import Products
+from grutrace.gru.cell import Gates, Products
 from grutrace.gru.kernel import CellWeights
 from grutrace.gru.kernel_gates import PROOF_UNITS
 from grutrace.gru.layout import Room, Steps, copy_rounded, numpy_type
@@ -154,6 +155,74 @@ class Shadow:
         written = {name: room.values for name, room in rooms.items()}
         dtype = coarsest(hidden.dtype, product)
         return Replay(written, *judge(found, dtype, input, hidden, initial, weights, self._stored))
+
+
+#: Elements from which on torch cuts an operation in two for its threads. A row that is cut has two
+#: ends, and torch's sigmoid ends a row in other digits.
+CUT = 32 * 1024
+
+#: Calls that are replayed at once, at most: what one costs beside its products is small then.
+MOST_CALLS = 32
+
+
+def calls_at_once(batch: int, hidden_size: int) -> int:
+    """Return how many calls of one step can be replayed at once, each as if on its own."""
+    return min(MOST_CALLS, (CUT - 1) // max(1, 2 * batch * hidden_size))
+
+
+class OneStep(NamedTuple):
+    """One direction of one layer in a call of one step. On the CPU.
+
+    Attributes:
+        input: (B, I), what the layer read.
+        hidden: (B, H), what the kernel returned.
+        initial: (B, H), the state before.
+    """
+
+    input: Tensor
+    hidden: Tensor
+    initial: Tensor
+
+
+@torch.no_grad()
+def replay_calls(
+    calls: Sequence[OneStep], weights: CellWeights
+) -> tuple[Gates, list[Judgement | None]]:
+    """Recompute the gates of several calls of one step, each the same bits as by `Shadow.replay`.
+
+    Args:
+        calls: Not more than `calls_at_once`, all of one shape and type, which is that of the
+            weights: without autocast.
+        weights: What the kernel used in all of them.
+
+    Returns:
+        The gates, each (calls, B, H), and what was found in each call: None where something is not
+        finite, so that it has to be replayed on its own.
+    """
+    inputs, hidden, initial = zip(*calls, strict=True)
+    products = cell.products_of_calls(inputs, initial, *weights)
+    previous, size = torch.stack(initial), products.hidden.shape[-1] // 3
+    parts = products.hidden[..., : 2 * size], products.hidden[..., 2 * size :]
+    least, most = (
+        [extreme(each, (1, 2)) for each in (products.input, *parts, previous)]
+        for extreme in (torch.amin, torch.amax)
+    )
+    gates = cell.gates_in_place(products)
+    off = cell.step(gates, previous).sub_(torch.stack(hidden))
+    extremes = torch.stack([off.amin((1, 2)), off.amax((1, 2)), *least, *most], 1).tolist()
+    dtype, terms = coarsest(hidden[0].dtype, products.input.dtype), inputs[0].shape[-1] + size
+    found: list[Judgement | None] = []
+    for low, high, *bounds in extremes:
+        if not all(map(math.isfinite, (low, high, *bounds))):
+            found.append(None)
+            continue
+        input, first, recurrent, state = (
+            max(map(abs, pair)) for pair in zip(bounds[:4], bounds[4:], strict=True)
+        )
+        product = max(input, first, recurrent)
+        allowed = tolerance(dtype, terms, max(1.0, state), product, recurrent)
+        found.append(Judgement(max(abs(low), abs(high)), allowed, spacing(dtype)))
+    return gates, found
 
 
 class Judgement(NamedTuple):

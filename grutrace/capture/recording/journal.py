@@ -167,6 +167,9 @@ class Journal:
             with aside(), self._outlet.sink.gather():
                 for module in uncertain:
                     self._recorders[module].recheck()
+                for module in {each.module for each, _ in waiting}:
+                    own = [each for each, _ in waiting if each.module == module]
+                    self._recorders[module].gather(own)
                 for _ in waiting:
                     self._work_out(*self._entries.popleft())
 

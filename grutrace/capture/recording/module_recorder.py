@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ from grutrace.capture.options import Options
 from grutrace.capture.recording.background import CopiedBlock, choose_version
 from grutrace.capture.recording.guarded_sink import Limits
 from grutrace.capture.recording.sequence_tracking import Assignment, Continuity
-from grutrace.capture.recording.site_recorder import Check, SiteRecorder
+from grutrace.capture.recording.site_recorder import Check, Replayed, SiteRecorder
 from grutrace.capture.recording.step_filter import KeptSteps, only_kept
 from grutrace.capture.recording.tensor_copy import CopyBuffer, RowType, to_numpy
 from grutrace.capture.recording.weight_versions import KEPT_VERSIONS, Version, WeightVersions
@@ -26,7 +26,9 @@ from grutrace.capture.selection import Selection, defer
 from grutrace.errors import UnsupportedError
 from grutrace.gru.kernel_gates import NOTHING, is_recognized, together
 from grutrace.gru.layout import is_held_by
+from grutrace.gru.replay import calls_at_once
 from grutrace.gru.residual import Doubt, find_doubts
+from grutrace.gru.tolerance import spacing
 from grutrace.records import (
     GATES,
     WEIGHTS,
@@ -90,7 +92,7 @@ class Entry:
 
     __slots__ = (
         *("autocast", "is_certain", "is_copied", "is_handed_on", "module", "names", "nbytes"),
-        *("run", "tag", "time", "version", "versions"),
+        *("replays", "run", "tag", "time", "version", "versions"),
     )
 
     def __init__(
@@ -104,6 +106,29 @@ class Entry:
         self.names: Sequence[Hashable] | None = None
         self.time = 0.0
         self.autocast: tuple[str, torch.dtype] | None = None
+        self.replays: _Together | None = None
+
+
+class _Together:
+    """Calls of one step whose gates are replayed at once, when the first of them is worked out."""
+
+    def __init__(self, entries: Sequence[Entry], sites: Sequence[SiteRecorder]) -> None:
+        self._entries, self._sites = entries, sites
+        self._found: dict[tuple[Entry, str], Replayed | None] | None = None
+
+    def of(self, entry: Entry) -> Mapping[str, Replayed | None]:
+        """Return the gates of a call, by the suffix of the site."""
+        if self._found is None:
+            observations = [each.run.observation() for each in self._entries]
+            self._found = {
+                (each, site.site.suffix): replayed
+                for site in self._sites
+                for each, replayed in zip(
+                    self._entries, site.replay_together(observations), strict=True
+                )
+            }
+        suffixes = [site.site.suffix for site in self._sites]
+        return {suffix: self._found.pop((entry, suffix), None) for suffix in suffixes}
 
 
 class ModuleRecorder:
@@ -158,6 +183,12 @@ class ModuleRecorder:
         wishes = [site.asked for site in self._sites]
         # Of some steps the replay costs less than the whole call's harvest.
         wanted = self._kept is None and all(each.columns for each in wishes)
+        stored, computed = self._rows.stored, getattr(torch, self.description.weights_dtype)
+        self._gathers = (
+            self._kept is None
+            and all(each.replays_whole for each in self._sites)
+            and spacing(stored) <= spacing(computed)
+        )
         self.asked = NOTHING
         if wanted and is_recognized():
             self.asked = together(wishes, self.description.hidden_size)
@@ -276,6 +307,25 @@ class ModuleRecorder:
         self._kept.accept(kept, self._continuity)
         return recorded
 
+    def gather(self, entries: Sequence[Entry]) -> None:
+        """Have the gates of calls of one step replayed at once, as far as that is the same.
+
+        Args:
+            entries: Calls of this module that wait.
+        """
+        if not self._gathers:
+            return
+        alike: dict[tuple[object, ...], list[Entry]] = {}
+        for entry in entries:
+            if (shape := _one_step(entry)) is not None:
+                alike.setdefault((entry.version.number, *shape), []).append(entry)
+        for (_, batch, *_), each in alike.items():
+            most = calls_at_once(cast("int", batch), self.description.hidden_size)
+            for first in range(0, len(each) if most > 1 else 0, most):
+                together = _Together(each[first : first + most], self._sites)
+                for entry in each[first : first + most]:
+                    entry.replays = together
+
     def expect_changes(self) -> None:
         """Compare the weights at the next call, whatever that costs."""
         with self._lock:
@@ -288,7 +338,8 @@ class ModuleRecorder:
 
     def _make(self, entry: Entry, observation: Observation, assignment: Assignment) -> CallRecord:
         """Make the block of a call."""
-        taken = self._take(observation, entry.is_certain)
+        replayed = None if entry.replays is None else entry.replays.of(entry)
+        taken = self._take(observation, entry.is_certain, replayed or {})
         block = self._block(entry, observation, assignment, taken)
         is_known = entry.is_certain or entry.version is self._versions.present
         if not is_known and self._has_gates:
@@ -429,11 +480,18 @@ class ModuleRecorder:
         announced = sum(self._record_of(each).nbytes for each in self._versions.made)
         return values * np.dtype(module.dtype).itemsize + announced
 
-    def _take(self, observation: Observation, is_certain: bool) -> Taken:
+    def _take(
+        self,
+        observation: Observation,
+        is_certain: bool,
+        replayed: Mapping[str, Replayed | None],
+    ) -> Taken:
         inputs: dict[int, Array] = {}
-        return {
-            each.site.suffix: each.take(observation, inputs, is_certain) for each in self._sites
-        }
+        found = {}
+        for each in self._sites:
+            suffix = each.site.suffix
+            found[suffix] = each.take(observation, inputs, is_certain, replayed.get(suffix))
+        return found
 
     def _record_of(self, version: Version) -> WeightsRecord:
         """Return a version as it is stored: the weights of the recorded sites."""
@@ -456,6 +514,22 @@ class ModuleRecorder:
                 name: to_numpy(tensor).astype(dtype, copy=False) for name, tensor in tensors
             }
         return WeightsRecord(self._index, version.number, sites)
+
+
+def _one_step(entry: Entry) -> tuple[object, ...] | None:
+    """What calls must have in common to be replayed at once; None if this call cannot be."""
+    run = entry.run
+    if not entry.is_copied or entry.autocast is not None or run.gates is not None:
+        return None
+    if run.steps is not None or run.device != "cpu":
+        return None
+    input, output = run.arguments[0], run.output
+    if output.dim() == 3 and output.shape[1 if not run.is_by_time else 0] != 1:
+        return None
+    weights = run.weights[0]
+    if not input.dtype == output.dtype == weights.dtype:
+        return None
+    return run.batch, input.shape, input.dtype
 
 
 def _all_units(module: ModuleInfo) -> tuple[Site, ...]:

@@ -6,7 +6,7 @@ T steps, B sequences in a batch, I input size, H hidden size, N rows of a call, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -21,8 +21,8 @@ from grutrace.capture.selection import Selection, partial_shadow
 from grutrace.errors import UnsupportedError
 from grutrace.gru.kernel import CellWeights, Layer
 from grutrace.gru.kernel_gates import NOTHING, Asked, Harvest, Wish
-from grutrace.gru.layout import Steps
-from grutrace.gru.replay import Columns, Shadow
+from grutrace.gru.layout import Steps, copy_rounded
+from grutrace.gru.replay import Columns, OneStep, Shadow, replay_calls
 from grutrace.gru.residual import prove
 from grutrace.gru.tolerance import coarsest, largest, precision, rounded, spacing, tolerance
 from grutrace.records import GATES, Array, Site
@@ -39,6 +39,18 @@ class Check(NamedTuple):
     residual: float
     tolerance: float
     precision: float
+
+
+class Replayed(NamedTuple):
+    """Gates of a call that were replayed together with those of others.
+
+    Attributes:
+        rows: By name, (B, H).
+        check: What a check of them needs.
+    """
+
+    rows: dict[str, Array]
+    check: Check
 
 
 class _KeptRows:
@@ -92,7 +104,11 @@ class SiteRecorder:
         self._no_states = np.empty((0, units), rows.dtype)
 
     def take(
-        self, observation: Observation, inputs: dict[int, Array], is_certain: bool
+        self,
+        observation: Observation,
+        inputs: dict[int, Array],
+        is_certain: bool,
+        replayed: Replayed | None = None,
     ) -> tuple[dict[str, Array], Check]:
         """Return the rows of a call, by quantity, and what a check needs.
 
@@ -101,6 +117,7 @@ class SiteRecorder:
             inputs: Rows that were made of the layers' inputs; what is made of one is added, since
                 both directions of a layer read the same.
             is_certain: Whether the weights are known to be those that the kernel used.
+            replayed: The gates, where they were replayed together with those of other calls.
 
         Raises:
             UnsupportedError: What the layer read is not recorded, and can no longer be told.
@@ -122,6 +139,8 @@ class SiteRecorder:
                 check, quantities = Check(math.nan, math.nan, known), self._wanted
         elif not self._inline:
             rows, check = dict[str, Array](), self._copy(observation, layer, hidden, is_certain)
+        elif replayed is not None:
+            rows, check = replayed
         else:
             rows, check = self._replay(observation, layer, hidden)
         if "hidden" in quantities and "hidden" not in rows:
@@ -133,6 +152,46 @@ class SiteRecorder:
                 inputs[site.layer] = self._rows.of_steps(steps, layer.input, is_ours=kept)
             rows["input"] = inputs[site.layer]
         return rows, check
+
+    def replay_together(self, observations: Sequence[Observation]) -> list[Replayed | None]:
+        """Replay several calls of one step at once: each gives the same bits as on its own.
+
+        Args:
+            observations: Calls with the same weights, of the same shapes and types, not more than
+                `grutrace.gru.replay.calls_at_once`, of which nothing was harvested.
+
+        Returns:
+            Of each call, what `take` is to be given; None where it has to be replayed on its own.
+        """
+        site, calls = self.site, []
+        for each in observations:
+            layer, initial = (
+                each.layers[site.layer],
+                each.call.cell_initial(site.layer, site.reverse),
+            )
+            hidden = layer.output
+            if each.call.directions > 1:
+                hidden = hidden.chunk(2, -1)[int(site.reverse)]
+            calls.append(OneStep(layer.input[0], hidden[0], initial))
+        weights = observations[0].call.cell_weights(site.layer, site.reverse)
+        gates, checks = replay_calls(calls, weights)
+        rows = {}
+        for name in GATES:
+            if name in site.quantities:
+                values = getattr(gates, name)
+                rows[name] = np.empty(values.shape, self._rows.dtype)
+                copy_rounded(torch.from_numpy(rows[name]), values)
+        return [
+            None
+            if check is None
+            else Replayed({name: each[number] for name, each in rows.items()}, Check(*check))
+            for number, check in enumerate(checks)
+        ]
+
+    @property
+    def replays_whole(self) -> bool:
+        """Whether the gates of all units are replayed with the call, if they are not harvested."""
+        return self._inline and self._part is None
 
     def begun(
         self, observation: Observation, assignment: Assignment, copied: Array | None = None

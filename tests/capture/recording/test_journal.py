@@ -11,7 +11,13 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.capture.recording import journal, module_recorder, tensor_copy, weight_versions
+from grutrace.capture.recording import (
+    journal,
+    module_recorder,
+    site_recorder,
+    tensor_copy,
+    weight_versions,
+)
 from grutrace.capture.recording.tensor_copy import CopyBuffer
 from tests import oracles
 
@@ -406,3 +412,60 @@ def test_a_call_that_comes_while_the_journal_is_drained(monkeypatch) -> None:
         trace.flush()
     assert len(others) == 3
     assert len(trace.calls) == 5
+
+
+@pytest.mark.parametrize("form", ["cell", "one step", "batch_first", "two layers", "bidirectional"])
+def test_calls_that_wait_are_replayed_together_bit_for_bit(form, patient, monkeypatch) -> None:
+    torch.manual_seed(0)
+    kinds = {
+        "cell": lambda: nn.GRUCell(3, 19),
+        "batch_first": lambda: nn.GRU(3, 19, batch_first=True),
+        "two layers": lambda: nn.GRU(3, 19, 2),
+        "bidirectional": lambda: nn.GRU(3, 19, bidirectional=True),
+    }
+    model = kinds.get(form, lambda: nn.GRU(3, 19))()
+    inputs = torch.randn(40, 5, 3)
+    together = 0
+    replay = site_recorder.replay_calls
+
+    def counted(calls, weights):
+        nonlocal together
+        together += len(calls)
+        return replay(calls, weights)
+
+    monkeypatch.setattr(site_recorder, "replay_calls", counted)
+
+    def traced(**options):
+        with torch.no_grad(), grutrace.trace(model, gates="inline", **options) as trace:
+            state = None
+            for x in inputs:
+                given = x if form == "cell" else x[:, None] if form == "batch_first" else x[None]
+                made = model(given, state)
+                state = made if form == "cell" else made[1]
+        return trace
+
+    found = traced()
+    sites = {"two layers": 2, "bidirectional": 2}.get(form, 1)
+    assert together == 40 * sites
+    # With a limit each call is worked out on its own: the control is that none is counted.
+    expected = traced(max_calls=1000)
+    assert together == 40 * sites
+    for name in found.sites:
+        for quantity in ("reset", "update", "candidate", "hidden"):
+            values = np.asarray(getattr(found[name], quantity))
+            np.testing.assert_array_equal(values, np.asarray(getattr(expected[name], quantity)))
+        assert found[name].residual == expected[name].residual
+
+
+def test_calls_of_several_versions_and_precisions_keep_apart(patient) -> None:
+    torch.manual_seed(0)
+    cell, inputs = nn.GRUCell(3, 8), torch.randn(12, 2, 3)
+    with torch.no_grad(), grutrace.trace(cell, gates="inline") as trace:
+        for number, x in enumerate(inputs):
+            with torch.autocast("cpu", torch.bfloat16, enabled=number % 3 == 1):
+                cell(x)
+            if number % 4 == 3:
+                cell.weight_hh.mul_(1.5)
+    assert trace.calls["weights"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert "unproven" not in trace.calls["proof"]
+    assert trace["cell"].residual < 1e-2
