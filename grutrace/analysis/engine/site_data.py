@@ -192,7 +192,7 @@ class _TraceSiteData(SiteData):
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickled, for a worker elsewhere, it is how to open the file again."""
-        number, snapshot = self._site.number, self._site.snapshot
+        number, snapshot = self._site.module_index, self._site.snapshot
         calls = snapshot.extent(number).calls
         return _reopen_site_data, (
             SnapshotHandle(snapshot),

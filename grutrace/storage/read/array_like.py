@@ -1,11 +1,8 @@
-"""What NumPy users expect of an array, for rows that are read when they are needed.
+"""`ArrayLike`, the interface of a NumPy array for rows that are read on demand.
 
-Indexing reads a part. Operators, comparisons and most methods read all rows and give NumPy arrays.
-`mean`, `sum`, `min`, `max`, `std` and `var` read a block at a time.
-
-N rows, W columns.
-
-Reductions of rows that are read a block at a time: sum, mean, variance, extremes.
+Indexing reads a part. Operators, comparisons and most methods read all rows and return NumPy
+arrays. The reductions sum, mean, var, std, min and max read one block at a time, in
+`reduce_blocks`.
 
 N rows, W columns.
 """
@@ -22,7 +19,7 @@ import numpy as np
 
 from grutrace.records import Array
 
-#: Rows that are brought into memory at once; in float64 they take twice or four times this. Bytes.
+#: Bytes of rows that are read at once. The float64 copy is two or four times as large.
 BLOCK = 4 * 1024 * 1024
 
 Blocks: TypeAlias = Iterator[Array]
@@ -41,23 +38,23 @@ def reduce_blocks(
     ddof: float = 0,
     **options: Any,
 ) -> Any:
-    """Reduce rows as the `numpy.ndarray` method of this name does.
+    """Reduce rows like the `numpy.ndarray` method of this name, block by block.
 
-    Sums are made in float64, whatever the type of the elements, and rounded once at the end.
+    Sums are accumulated in float64 and rounded once at the end.
 
     Args:
         name: sum, mean, var, std, min or max.
         shape: (N, W)
-        stored: Type of the elements, a floating-point one.
-        blocks: Gives all rows in blocks of about so many bytes, each once.
-        axis: None or both for all elements, 0 for one value a column, 1 for one value a row.
-        keepdims: Whether the axes stay, with length 1.
-        ddof: For var and std.
-        options: `dtype`, of the result.
+        stored: Type of the elements, a floating-point type.
+        blocks: Yields all rows in blocks of about the given number of bytes.
+        axis: None or (0, 1) for one value, 0 for one value per column, 1 for one value per row.
+        keepdims: Whether reduced axes are kept with length 1.
+        ddof: Delta degrees of freedom of var and std.
+        options: `dtype`: type of the result.
 
     Returns:
-        What the method returns; None if blocks do not serve: there are too few elements, or
-        another option is given.
+        The result of the NumPy method. None if blocks cannot be used: too few elements, or
+        another option.
     """
     result = options.pop("dtype", None)
     axes = _axes(axis)
@@ -70,18 +67,18 @@ def reduce_blocks(
     if name in ("var", "std") and math.prod(shape[each] for each in axes) <= ddof:
         return None
     if axes == (1,):
-        # Each row by itself. A wide row is not cut.
+        # Each row is reduced separately. A wide row is not split.
         found = np.concatenate([_one(name, block, 1, ddof) for block in blocks(BLOCK)])
     else:
         found = _accumulate(name, blocks(BLOCK), axes, ddof)
     if keepdims:
         found = np.expand_dims(found, axes)
-    # As NumPy: a scalar where no axis is left.
+    # As in NumPy, a result without axes is a scalar.
     return np.asarray(found).astype(kept, copy=False)[()]
 
 
 def _axes(axis: Any) -> tuple[int, ...] | None:
-    """The axes that are reduced, from 0; None if there are none of these, or none at all."""
+    """Return the reduced axes, counted from 0. None if there are none, or one is invalid."""
     try:
         given = _BOTH if axis is None else axis if isinstance(axis, tuple) else (axis,)
         found = tuple(sorted(range(2)[operator.index(each)] for each in given))
@@ -91,7 +88,7 @@ def _axes(axis: Any) -> tuple[int, ...] | None:
 
 
 def _one(name: str, block: Array, axis: int | tuple[int, ...], ddof: float) -> Array:
-    """Reduce one block that is all there is along the axes."""
+    """Reduce a block that covers the axes completely."""
     if name in ("min", "max"):
         return np.asarray(getattr(block, name)(axis=axis))
     options = {"ddof": ddof} if name in ("var", "std") else {}
@@ -123,7 +120,7 @@ def _total(blocks: Blocks, axes: tuple[int, ...]) -> tuple[Any, int]:
 
 
 def _variance(blocks: Blocks, axes: tuple[int, ...], ddof: float) -> Any:
-    """Squared deviations from the mean, joined block by block (Chan, Golub, LeVeque 1983)."""
+    """Return the variance, merged block by block (Chan, Golub, LeVeque 1983)."""
     count, mean, squares = 0, 0.0, 0.0
     for block in blocks:
         values = block.astype(np.float64)
@@ -143,8 +140,8 @@ def _count(block: Array, axes: tuple[int, ...]) -> int:
     return len(block) * (block.shape[1] if 1 in axes else 1)
 
 
-#: Attributes and methods of `numpy.ndarray` that are answered by an array of all rows. Those that
-#: change an array in place are left out: they would change a copy.
+#: Attributes and methods of `numpy.ndarray` that are delegated to an array of all rows. Methods
+#: that modify an array in place are excluded: they would modify a copy.
 _OF_THE_ARRAY = frozenset(
     {
         *("T", "all", "any", "argmax", "argmin", "argpartition", "argsort", "astype", "choose"),
@@ -157,7 +154,7 @@ _OF_THE_ARRAY = frozenset(
 
 
 def _operator(apply: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
-    """The method of an operator, and the one for when the rows stand on its right."""
+    """Return the method of an operator, and the method of its reflected operands."""
 
     def left(self: ArrayLike, other: Any) -> Any:
         return apply(np.asarray(self), other)
@@ -169,9 +166,9 @@ def _operator(apply: Callable[[Any, Any], Any]) -> tuple[Any, Any]:
 
 
 class ArrayLike(ABC):
-    """An array of two axes, (N, W), that is read when it is needed and that nothing changes.
+    """A read-only two-dimensional array, (N, W), that is read on demand.
 
-    Arrays that come out of it are copies: writing to them changes nothing here.
+    The arrays that it returns are copies.
 
     Attributes:
         shape: (N, W)
@@ -184,11 +181,11 @@ class ArrayLike(ABC):
 
     @abstractmethod
     def __getitem__(self, key: Any) -> Any:
-        """What NumPy gives for this index."""
+        """Return what NumPy returns for this index."""
 
     @abstractmethod
     def _blocks(self, size: int) -> Iterator[Array]:
-        """All rows, some at a time, of about this many bytes. Not to be written to."""
+        """Yield all rows in read-only blocks of about this many bytes."""
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -200,23 +197,23 @@ class ArrayLike(ABC):
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an element."""
+        """Bytes per element."""
         return self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all rows, once they are in memory."""
+        """Bytes of all rows in memory."""
         return self.size * self.itemsize
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         if copy is False:
             raise ValueError(
-                "the rows of a trace become an array by copying: np.asarray(rows), without "
-                "copy=False"
+                "the rows of a trace can only be converted to an array by copying: use "
+                "np.asarray(rows), without copy=False"
             )
         return np.asarray(self[:], dtype)
 
-    # Without it torch.as_tensor and torch.tensor would take the rows one by one.
+    # Without `__dlpack__`, torch.as_tensor and torch.tensor would convert row by row.
     def __dlpack__(self, **options: Any) -> Any:
         return np.asarray(self).__dlpack__(**options)
 
@@ -227,27 +224,26 @@ class ArrayLike(ABC):
         if name in _OF_THE_ARRAY:
             return getattr(np.asarray(self), name)
         raise AttributeError(
-            f"the rows of a trace have no attribute {name!r}: np.asarray(rows) is an array"
+            f"the rows of a trace have no attribute {name!r}: use np.asarray(rows)"
         )
 
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *_OF_THE_ARRAY})
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        raise ValueError("the rows of a trace are read-only: np.array(rows) is a copy to change")
+        raise ValueError("the rows of a trace are read-only: modify a copy, np.array(rows)")
 
     def __bool__(self) -> bool:
         if self.size > 1:
             raise ValueError(
-                "the truth value of rows is ambiguous: use len(rows), or np.any or np.all of a "
-                "comparison"
+                "the truth value of an array of rows is ambiguous: use len(rows), np.any or np.all"
             )
         return bool(np.asarray(self))
 
     def __contains__(self, value: object) -> bool:
         return bool(np.any(np.asarray(self) == value))
 
-    # An array has no hash either: == compares its elements.
+    # Like NumPy arrays, rows are not hashable: == compares elements.
     __hash__ = None  # type: ignore[assignment]
 
     __add__, __radd__ = _operator(operator.add)
@@ -276,30 +272,30 @@ class ArrayLike(ABC):
         return np.asarray(abs(np.asarray(self)))
 
     def sum(self, axis: Any = None, dtype: Any = None, out: Any = None, **options: Any) -> Any:
-        """As `numpy.ndarray.sum`; added up in float64, a block at a time."""
+        """Like `numpy.ndarray.sum`, accumulated in float64 block by block."""
         return self._reduced("sum", axis=axis, dtype=dtype, out=out, **options)
 
     def mean(self, axis: Any = None, dtype: Any = None, out: Any = None, **options: Any) -> Any:
-        """As `numpy.ndarray.mean`; added up in float64, a block at a time."""
+        """Like `numpy.ndarray.mean`, accumulated in float64 block by block."""
         return self._reduced("mean", axis=axis, dtype=dtype, out=out, **options)
 
     def var(self, axis: Any = None, dtype: Any = None, out: Any = None, **options: Any) -> Any:
-        """As `numpy.ndarray.var`; computed in float64, a block at a time, in one pass."""
+        """Like `numpy.ndarray.var`, computed in float64 block by block in one pass."""
         return self._reduced("var", axis=axis, dtype=dtype, out=out, **options)
 
     def std(self, axis: Any = None, dtype: Any = None, out: Any = None, **options: Any) -> Any:
-        """As `numpy.ndarray.std`; computed in float64, a block at a time, in one pass."""
+        """Like `numpy.ndarray.std`, computed in float64 block by block in one pass."""
         return self._reduced("std", axis=axis, dtype=dtype, out=out, **options)
 
     def min(self, axis: Any = None, out: Any = None, **options: Any) -> Any:
-        """As `numpy.ndarray.min`, a block at a time."""
+        """Like `numpy.ndarray.min`, block by block."""
         return self._reduced("min", axis=axis, out=out, **options)
 
     def max(self, axis: Any = None, out: Any = None, **options: Any) -> Any:
-        """As `numpy.ndarray.max`, a block at a time."""
+        """Like `numpy.ndarray.max`, block by block."""
         return self._reduced("max", axis=axis, out=out, **options)
 
     def _reduced(self, name: str, **options: Any) -> Any:
         found = reduce_blocks(name, self.shape, self.dtype, self._blocks, **options)
-        # NumPy's own where that is of no use: no rows, or an option that is rarely given.
+        # Without rows, or with a rare option, NumPy reduces an array of all rows.
         return getattr(np.asarray(self), name)(**options) if found is None else found

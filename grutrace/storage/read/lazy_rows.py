@@ -1,8 +1,8 @@
-"""Rows that are made when they are asked for, indexed as NumPy indexes an array.
+"""Two-dimensional arrays that are read when they are indexed, with NumPy's indexing.
 
-Rows that lie in several places, one after another, as one array.
-
-Rows brought into memory some at a time.
+Module contents: `LazyRows`, the base class; `FileRows`, `MemoryRows`, `SelectedRows` and
+`ConcatenatedRows`, for rows in a file, in memory, by number and in several arrays; `as_rows` and
+`blocks`.
 """
 
 from __future__ import annotations
@@ -21,19 +21,37 @@ from grutrace.storage.hdf5.filters import is_compressed
 from grutrace.storage.interfaces import Rows
 from grutrace.storage.read.array_like import ArrayLike
 
-#: Rows between two wanted ones that are read along, since another read takes as long. Bytes.
+#: Two requested rows with at most this many bytes between them are read together: a second read
+#: takes as long.
 GAP = 256 * 1024
 
-#: The most that one read brings into memory beside the result, when rows are picked out. Bytes.
+#: Bytes of a read buffer.
 BLOCK = 16 * 1024 * 1024
 
 _ALL = slice(None)
 
 
 class LazyRows(ArrayLike):
-    """A two-dimensional array of which an index gives a part, made when it is asked for."""
+    """Rows of a trace, (N, W): an array that is read when it is indexed.
 
-    #: Where the rows are, for `repr`.
+    It supports the indexing, operators and methods of NumPy arrays. Indexing reads only the
+    requested rows. The resulting NumPy arrays are writable copies.
+
+    Example:
+        >>> import torch
+        >>> import grutrace
+        >>> gru = torch.nn.GRU(2, 3)
+        >>> with grutrace.trace(gru, "run.h5") as tracer:
+        ...     output, state = gru(torch.randn(5, 4, 2))
+        >>> with grutrace.open("run.h5") as trace:
+        ...     update = trace["l0"].update
+        ...     print(update)
+        ...     print(update[:10, 0].shape, update.mean(axis=0).shape)
+        <rows (20, 3) float32, in a file: not read yet>
+        (10,) (3,)
+    """
+
+    #: Location of the rows, for `repr`.
     _location = "not read yet"
 
     def __init__(self, shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
@@ -44,7 +62,7 @@ class LazyRows(ArrayLike):
         return f"<rows {self.shape} {self.dtype}, {self._location}>"
 
     def __reduce__(self) -> str | tuple[Any, ...]:
-        """Pickled and copied, rows are the array that they become."""
+        """Pickle and copy the rows as a NumPy array."""
         return np.asarray, (np.asarray(self),)
 
     def __iter__(self) -> Iterator[Array]:
@@ -59,7 +77,7 @@ class LazyRows(ArrayLike):
             return self._masked(key[0] if isinstance(key, tuple) else key)
         split = _split_index(key)
         if split is None:
-            # Refused, if NumPy refuses it, before anything is read.
+            # Raise NumPy's error for a wrong index before anything is read.
             np.broadcast_to(np.zeros((), bool), self.shape)[key]
             return self._slice(_ALL, _ALL)[key]
         rows, columns = split
@@ -78,7 +96,7 @@ class LazyRows(ArrayLike):
             yield self._read(slice(start, min(start + step, len(self)), 1), _ALL)
 
     def _masked(self, mask: Array) -> Array:
-        """(n,) the elements where a mask (rows, width) is set."""
+        """Return the elements where a mask (N, W) is True, (n,)."""
         found, start = [np.empty(0, self.dtype)], 0
         for block in self._blocks(BLOCK):
             found.append(block[mask[start : start + len(block)]])
@@ -87,11 +105,11 @@ class LazyRows(ArrayLike):
 
     @abstractmethod
     def _read(self, rows: slice, columns: slice) -> Array:
-        """Make rows from first to last. Steps are positive."""
+        """Read a slice of rows. Its step is positive."""
 
     @abstractmethod
     def _take(self, rows: Array, columns: slice) -> Array:
-        """Make rows of these numbers, none negative, in any order."""
+        """Read rows by their numbers, which are not negative, in any order."""
 
     def _slice(self, rows: slice, columns: slice) -> Array:
         taken = range(len(self))[rows]
@@ -101,7 +119,7 @@ class LazyRows(ArrayLike):
         return self._read(slice(forward.start, forward.stop, forward.step), columns)[::-1]
 
     def _columns(self, columns: Any) -> tuple[slice, Any]:
-        """What to select while reading, and what of that to select afterwards."""
+        """Split a column index into a slice to read and an index into the result."""
         if isinstance(columns, slice):
             taken = range(self.shape[1])[columns]
             return (columns, _ALL) if taken.step > 0 else (_ALL, columns)
@@ -118,13 +136,16 @@ class LazyRows(ArrayLike):
         if indices.size == 0:
             indices = indices.astype(np.int64)
         if indices.ndim != 1 or indices.dtype.kind not in "iu":
-            raise IndexError(f"rows are picked by integers or a mask of {len(self)}, in one axis")
+            raise IndexError(
+                f"row index: expected integers or a mask of length {len(self)}, in one dimension; "
+                f"found {indices.dtype} of shape {indices.shape}"
+            )
         if np.any((indices < -len(self)) | (indices >= len(self))):
-            raise IndexError(f"rows {rows} are not all among {len(self)}")
+            raise IndexError(f"row index {rows} is out of bounds: there are {len(self)} rows")
         return np.where(indices < 0, indices + len(self), indices)
 
     def _rows_per_block(self, size: int) -> int:
-        """Rows in this many bytes, at least one."""
+        """Return how many rows fit in this many bytes, at least one."""
         return max(1, size // max(1, self.shape[1] * self.dtype.itemsize))
 
 
@@ -137,7 +158,7 @@ class FileRows(LazyRows):
         dtype: Type of the elements.
 
     Raises:
-        MissingExtraError: When it is read, if hdf5plugin would unpack it and is not installed.
+        MissingExtraError: On reading, if the rows are compressed and hdf5plugin is not installed.
     """
 
     _location = "in a file: not read yet"
@@ -154,13 +175,13 @@ class FileRows(LazyRows):
     def _read(self, rows: slice, columns: slice) -> Array:
         with self._acquire() as dataset:
             if not self._filter_checked:
-                # Not before: looking into a compressed trace needs no library to unpack it.
+                # Checked on the first read: opening a compressed trace needs no hdf5plugin.
                 is_compressed(dataset)
                 self._filter_checked = True
             return np.asarray(dataset[rows, columns])
 
     def _take(self, rows: Array, columns: slice) -> Array:
-        """Rows in any order, read in spans of neighbours."""
+        """Read rows in any order, in spans of nearby rows."""
         order = np.argsort(rows, kind="stable")
         rising = rows[order]
         width = len(range(self.shape[1])[columns])
@@ -172,7 +193,7 @@ class FileRows(LazyRows):
         return found
 
     def _spans(self, rising: Array) -> Iterator[tuple[int, int]]:
-        """Cut rising row numbers where the gap is wide or the span grows long."""
+        """Split sorted row numbers at wide gaps, and where a span exceeds `BLOCK` bytes."""
         wide = 1 + np.flatnonzero(np.diff(rising) > self._rows_per_block(GAP))
         longest = self._rows_per_block(BLOCK)
         for start, stop in zip([0, *wide.tolist()], [*wide.tolist(), len(rising)], strict=True):
@@ -183,11 +204,11 @@ class FileRows(LazyRows):
 
 
 class SelectedRows(LazyRows):
-    """Some of other rows, by their numbers. Indexing reads them.
+    """A selection of the rows of another array.
 
     Args:
-        rows: The others, (N, width).
-        numbers: (n,) which of them.
+        rows: The other array, (N, W).
+        numbers: (n,) numbers of the selected rows.
     """
 
     def __init__(self, rows: Rows, numbers: Array) -> None:
@@ -202,7 +223,7 @@ class SelectedRows(LazyRows):
 
 
 class MemoryRows(LazyRows):
-    """Rows in memory, of an array that is kept as it is. Indexing gives copies."""
+    """Rows in memory. Indexing returns copies."""
 
     def __init__(self, array: Array) -> None:
         super().__init__((array.shape[0], array.shape[1]), array.dtype)
@@ -223,12 +244,12 @@ class MemoryRows(LazyRows):
 
 
 def as_rows(rows: Rows) -> LazyRows:
-    """Rows of a source as what users get: the same kind of object in memory and from a file."""
+    """Return rows of a source as the `LazyRows` that users get, in memory and in a file alike."""
     return rows if isinstance(rows, LazyRows) else MemoryRows(np.asarray(rows))
 
 
 def _writable(found: Any) -> Any:
-    """An array that a user may write to, and that torch takes: a copy where it is of a trace."""
+    """Return a writable array with positive strides, which torch requires; copy if necessary."""
     if isinstance(found, np.ndarray) and (
         not found.flags.writeable or any(stride < 0 for stride in found.strides)
     ):
@@ -237,7 +258,7 @@ def _writable(found: Any) -> Any:
 
 
 def _is_mask(key: Any, shape: tuple[int, int]) -> bool:
-    """Whether an index is a mask of all elements."""
+    """Return whether an index is a mask of all elements."""
     if isinstance(key, tuple) and len(key) == 1:
         key = key[0]
     return isinstance(key, np.ndarray) and key.dtype == bool and key.shape == shape
@@ -248,7 +269,7 @@ def _is_slice(index: Any) -> bool:
 
 
 def _split_index(key: Any) -> tuple[Any, Any] | None:
-    """The index of the rows and that of the columns; None for what only a whole array answers."""
+    """Split an index into those of rows and columns; None if it needs the whole array."""
     if not isinstance(key, tuple):
         key = (key,)
     if any(part is Ellipsis for part in key):
@@ -261,7 +282,7 @@ def _split_index(key: Any) -> tuple[Any, Any] | None:
 
 
 def _is_basic_index(index: Any) -> bool:
-    """Whether an index is a slice, an integer, or integers or a mask along one axis."""
+    """Return whether an index is a slice, an integer, or integers or a mask along one axis."""
     if isinstance(index, slice):
         return True
     if index is None or index is Ellipsis or isinstance(index, (bool, np.bool_, str)):
@@ -270,11 +291,11 @@ def _is_basic_index(index: Any) -> bool:
 
 
 class ConcatenatedRows(LazyRows):
-    """The rows of several arrays, end to end, (rows, width). Indexing reads from where they are.
+    """The concatenation of several arrays, (N, W). Indexing reads from the arrays.
 
     Args:
-        parts: (n, width) each, all of one width and type.
-        shape: (rows, width) of all together.
+        parts: The arrays, (n, W) each, all of one width and type.
+        shape: (N, W) of the concatenation.
         dtype: Type of the elements.
     """
 
@@ -291,7 +312,7 @@ class ConcatenatedRows(LazyRows):
         read = []
         for part in range(first - 1, min(last, len(self._parts))) if len(taken) else ():
             low, high = self._bounds[part : part + 2].tolist()
-            # The first row from `low` on that is one of those to be taken.
+            # The first requested row from `low` on.
             start = taken.start + max(0, -(-(low - taken.start) // taken.step)) * taken.step
             if start < min(high, taken.stop):
                 within = slice(start - low, min(high, taken.stop) - low, taken.step)
@@ -311,7 +332,7 @@ class ConcatenatedRows(LazyRows):
 
 
 def blocks(rows: Rows) -> Iterator[Array]:
-    """Yield all rows, some at a time."""
+    """Yield all rows in blocks of `BLOCK` bytes."""
     each = max(1, BLOCK // max(1, rows.shape[1] * rows.dtype.itemsize))
     for start in range(0, len(rows), each):
         yield np.asarray(rows[start : start + each])

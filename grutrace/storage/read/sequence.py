@@ -1,6 +1,6 @@
-"""One sequence at one site, as arrays in time order.
+"""`Sequence`, one sequence at one site as arrays in time order.
 
-The recorded quantities by name, for a site and for a sequence alike.
+`QuantityAccess` gives sequences and sites one attribute for each quantity.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ R = TypeVar("R", covariant=True)
 
 
 class QuantityAccess(ABC, Generic[R]):
-    """Something that has rows of each recorded quantity.
+    """One attribute for each recorded quantity.
 
-    All raise `NotRecordedError` if the quantity was not recorded.
+    Every attribute raises `NotRecordedError` if its quantity was not recorded.
     """
 
     @abstractmethod
     def rows(self, quantity: str) -> R:
-        """Rows of the quantity of this name."""
+        """Return the rows of the quantity of this name."""
 
     @property
     def reset(self) -> R:
@@ -34,7 +34,7 @@ class QuantityAccess(ABC, Generic[R]):
 
     @property
     def update(self) -> R:
-        """The update gate z, (T, H). PyTorch's: where z is 1 the previous state is kept."""
+        """The update gate z, (T, H). As in PyTorch, z = 1 keeps the previous state."""
         return self.rows("update")
 
     @property
@@ -49,18 +49,32 @@ class QuantityAccess(ABC, Generic[R]):
 
     @property
     def input(self) -> R:
-        """What the layer read, (T, I)."""
+        """The input of the layer, (T, I)."""
         return self.rows("input")
 
 
 class Sequence(QuantityAccess[Array]):
-    """What one batch row went through at one site, over all calls that it went through.
+    """One sequence at one site, joined over all calls that have steps of it.
 
     Its quantities are NumPy arrays, (T, H) or (T, I), in time order for both directions.
 
     Attributes:
-        number: Its number within the module.
-        site: Where it was recorded.
+        number: Number of the sequence within the module.
+        site: The site.
+
+    Example:
+        >>> import torch
+        >>> import grutrace
+        >>> gru = torch.nn.GRU(2, 3)
+        >>> with grutrace.trace(gru) as trace:
+        ...     output, state = gru(torch.randn(5, 4, 2))
+        >>> sequence = trace["l0"].sequence(3)
+        >>> sequence
+        <sequence 3 of l0: 5 steps>
+        >>> sequence.hidden.shape, sequence.initial
+        ((5, 3), array([0., 0., 0.], dtype=float32))
+        >>> bool((sequence.hidden == output[:, 3].detach().numpy()).all())
+        True
     """
 
     def __init__(self, snapshot: TraceSnapshot, module: int, site: Site, number: int) -> None:
@@ -77,31 +91,31 @@ class Sequence(QuantityAccess[Array]):
         return wrapped(f"<sequence {self.number} of {self.site.name}: {len(self)} steps>")
 
     def rows(self, quantity: str) -> Array:
-        """(T, H), or (T, I) for the input.
+        """Return the rows of a quantity, (T, H), or (T, I) for the input.
 
         Raises:
             NotRecordedError: The quantity was not recorded.
         """
         rows = self._snapshot.rows(self._module, self.site, quantity)
-        # A copy, so that it can be written to, and torch.from_numpy takes it without a warning.
+        # The copy is writable: torch.from_numpy warns about arrays that are not.
         return np.array(rows[self._index.rows(self.number)])
 
     def preactivation(self, gate: str) -> Array:
-        """(T, H) what the sigmoid or tanh of a gate was applied to; as for `SiteTrace`."""
+        """Return the pre-activation of a gate, (T, H); see `SiteTrace.preactivation`."""
         rows = self._snapshot.preactivation(self._module, self.site, gate)
         return np.array(rows[self._index.rows(self.number)])
 
     @property
     def initial(self) -> Array:
-        """(H,) the state that it began from: before its first step, or, reversed, its last."""
+        """(H,) initial state: before the first step, or before the last in a reverse direction."""
         return np.array(self._snapshot.initial(self._module, self.site)[self.number])
 
     @property
     def previous(self) -> Array:
-        """(T, H) the state that each step started from.
+        """(T, H) previous state of each step.
 
-        That is the state before it, unless the sequence was named by the user and the state was
-        changed in between.
+        It is the hidden state of the step before, unless the user named the sequence and changed
+        its state between two calls.
 
         Raises:
             NotRecordedError: The hidden states were not recorded.
@@ -119,9 +133,9 @@ class Sequence(QuantityAccess[Array]):
 
     @property
     def tokens(self) -> list[str | float | None] | None:
-        """The token of each step, None for a step without; None where it has no tokens at all.
+        """The token of each step, with None for a step without one. None without any tokens.
 
-        Token ids are whole numbers.
+        Token ids are ints.
         """
         tokens = self._annotations().get("tokens")
         if isinstance(tokens, np.ndarray):
@@ -133,45 +147,45 @@ class Sequence(QuantityAccess[Array]):
 
     @property
     def labels(self) -> dict[str, Array | list[str | float | None]]:
-        """By name, the label of each step: (T,) float64 with nan for none, or a list of texts."""
+        """Labels by name: (T,) float64 with NaN for a missing label, or a list of strings."""
         labels = self._annotations()
         labels.pop("tokens", None)
         return labels
 
     @property
     def calls(self) -> Array:
-        """The calls that it went through, as rows of `Trace.calls`."""
+        """The calls with steps of this sequence, as rows of `Trace.calls`."""
         return np.array(self._index.calls[self._index.pieces(self.number)])
 
     @property
     def place(self) -> int:
-        """Its place in the batch of its first call."""
+        """Batch index in the first call."""
         return int(self._index.batch_indices[self._index.pieces(self.number)[0]])
 
     @property
     def tag(self) -> str | None:
-        """The tag of its first call."""
+        """Tag of the first call, or None."""
         tag: str | None = self._snapshot.tags[self.calls[0]]
         return tag
 
     @property
     def parent(self) -> int | None:
-        """The sequence from whose middle it began, if it did."""
+        """The sequence that this one was forked from, or None."""
         parent = int(self._index.parents[0][self.number])
         return None if parent < 0 else parent
 
     @property
     def parent_steps(self) -> int | None:
-        """How many steps its parent had made by then."""
+        """Number of steps that the parent had made at the fork, or None."""
         steps = int(self._index.parents[1][self.number])
         return None if steps < 0 else steps
 
     @property
     def origin(self) -> str:
-        """How it began: ``new``, ``fork``, ``ambiguous`` or ``dropped``.
+        """How the sequence began: ``new``, ``fork``, ``ambiguous`` or ``dropped``.
 
-        Ambiguous: it started from a state that several sequences had ended with. Dropped: it
-        started from a state, or has a name, that was no longer remembered.
+        ``ambiguous``: its initial state is the final state of several sequences. ``dropped``: its
+        initial state or its name was no longer stored in the tracer's state memory.
         """
         mark = self._snapshot.mark(self._module, self.number)
         return mark or ("new" if self.parent is None else "fork")

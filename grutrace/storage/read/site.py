@@ -1,4 +1,4 @@
-"""One site of a trace: its rows, and its sequences."""
+"""`SiteTrace`, one site of a trace: its rows and its sequences."""
 
 from __future__ import annotations
 
@@ -20,27 +20,48 @@ from grutrace.storage.read.sequence import QuantityAccess, Sequence
 from grutrace.storage.read.sequence_index import Integers, SequenceIndex, ranges
 from grutrace.storage.read.snapshot import Restarts, TraceSnapshot
 
-#: Rows that are brought into memory at once on their way into a padded array. Bytes.
+#: Bytes of rows that `SiteTrace.padded` reads at once.
 BLOCK = 16 * 1024 * 1024
 
 
 class SiteTrace(QuantityAccess[LazyRows]):
-    """What was recorded at one site. It goes along when its trace is refreshed.
+    """The recorded data of one site. It follows its trace when the trace is refreshed.
 
-    Its quantities are the rows of all sequences, (N, H) or (N, I), in the order in which they were
-    recorded. In memory and from a file they are the same kind of object: it takes the indexes, the
-    operators and the methods of a NumPy array, and gives arrays that may be written to.
+    Its quantities are the rows of all sequences, (N, H) or (N, I), in the order of recording. Each
+    is a `LazyRows` array, in memory and in a file alike: it supports the indexing, operators and
+    methods of NumPy arrays, and returns writable NumPy arrays.
 
     Attributes:
-        site: Which site it is.
-        module: The module that the site is in.
+        site: Name, layer, direction and quantities of the site.
+        module: The module that the site belongs to.
+
+    Example:
+        >>> import torch
+        >>> import grutrace
+        >>> gru = torch.nn.GRU(input_size=2, hidden_size=3)
+        >>> with grutrace.trace(gru) as trace:
+        ...     output, state = gru(torch.randn(5, 4, 2))  # 5 steps, 4 sequences
+        >>> site = trace["l0"]
+        >>> site
+        <site l0: 4 sequences, 20 steps of reset, update, candidate, hidden>
+        >>> site.update.shape, site.update[:10].shape
+        ((20, 3), (10, 3))
+        >>> len(site), site.lengths
+        (4, array([5, 5, 5, 5]))
+        >>> padded, lengths = site.padded("hidden")
+        >>> padded.shape
+        (4, 5, 3)
+        >>> list(site.weights())
+        ['weight_ih', 'weight_hh', 'bias_ih', 'bias_hh']
     """
 
-    def __init__(self, get_snapshot: Callable[[], TraceSnapshot], number: int, site: Site) -> None:
+    def __init__(
+        self, get_snapshot: Callable[[], TraceSnapshot], module_index: int, site: Site
+    ) -> None:
         self._get_snapshot = get_snapshot
-        self._module_index = number
+        self._module_index = module_index
         self.site = site
-        self.module: ModuleInfo = get_snapshot().header.modules[number]
+        self.module: ModuleInfo = get_snapshot().header.modules[module_index]
 
     @property
     def name(self) -> str:
@@ -49,23 +70,23 @@ class SiteTrace(QuantityAccess[LazyRows]):
 
     @property
     def units(self) -> tuple[int, ...] | None:
-        """The units that were recorded, in the order of the columns; None for all of them.
+        """The recorded units, in the order of the columns. None for all units.
 
-        Where there are some, read U, their number, for H in the shapes of all but the weights.
+        With U selected units, all shapes except those of the weights have U in place of H.
         """
         return self.site.units
 
     def __len__(self) -> int:
         """Number of sequences."""
-        return self._get_snapshot().extent(self._module_index).sequences
+        return self.snapshot.extent(self._module_index).sequences
 
     def __repr__(self) -> str:
-        rows = self._get_snapshot().extent(self._module_index).rows
+        rows = self.snapshot.extent(self._module_index).rows
         recorded = ", ".join(self.site.available_quantities)
         return wrapped(f"<site {self.name}: {len(self)} sequences, {rows} steps of {recorded}>")
 
     def __iter__(self) -> Iterator[Sequence]:
-        snapshot = self._get_snapshot()
+        snapshot = self.snapshot
         count = snapshot.extent(self._module_index).sequences
         return (
             Sequence(snapshot, self._module_index, self.site, number) for number in range(count)
@@ -73,14 +94,15 @@ class SiteTrace(QuantityAccess[LazyRows]):
 
     @property
     def extent(self) -> ModuleCounts:
-        """How many calls, rows, sequences and versions of the weights its module has."""
-        return self._get_snapshot().extent(self._module_index)
+        """Number of calls, rows, sequences and weight versions of the module."""
+        return self.snapshot.extent(self._module_index)
 
     def __getitem__(self, key: int | slice | str) -> Any:
-        """A sequence by its number, a list of them by a slice, or the rows of a quantity by name.
+        """Return a sequence by number, a list of sequences by slice, or the rows of a quantity.
 
         Raises:
-            NotRecordedError: There is none of this number, or the quantity was not recorded.
+            NotRecordedError: There is no sequence of this number, or the quantity was not
+                recorded.
         """
         if isinstance(key, str):
             return self.rows(key)
@@ -89,20 +111,20 @@ class SiteTrace(QuantityAccess[LazyRows]):
         return self.sequence(key)
 
     def rows(self, quantity: str) -> LazyRows:
-        """The rows of all sequences, (N, H), or (N, I) for the input.
+        """Return the rows of all sequences, (N, H), or (N, I) for the input.
 
         Raises:
             NotRecordedError: The quantity was not recorded.
         """
-        return as_rows(self._get_snapshot().rows(self._module_index, self.site, quantity))
+        return as_rows(self.snapshot.rows(self._module_index, self.site, quantity))
 
     def sequence(self, number: int) -> Sequence:
-        """One sequence, by its number; negative numbers count from the last.
+        """Return one sequence by its number. Negative numbers count from the last sequence.
 
         Raises:
-            NotRecordedError: There is none of this number.
+            NotRecordedError: There is no sequence of this number.
         """
-        snapshot = self._get_snapshot()
+        snapshot = self.snapshot
         count = snapshot.extent(self._module_index).sequences
         try:
             number = range(count)[operator.index(number)]
@@ -113,36 +135,37 @@ class SiteTrace(QuantityAccess[LazyRows]):
         return Sequence(snapshot, self._module_index, self.site, number)
 
     def rows_between(self, first: int, last: int) -> slice | Integers:
-        """Where the steps of the sequences from `first` up to before `last` lie among all rows.
+        """Return the rows of sequences `first` to `last` - 1, as a slice or as row numbers.
 
-        They come sequence by sequence, each in time order.
+        They are in the order of the sequences, each in time order.
         """
         return self._index.rows_between(first, last)
 
     @property
-    def number(self) -> int:
-        """Place of its module in the header."""
+    def module_index(self) -> int:
+        """Index of the module in `TraceHeader.modules`."""
         return self._module_index
 
     @property
     def snapshot(self) -> TraceSnapshot:
-        """What there is now, which does not change."""
+        """An immutable snapshot of the trace, as of now."""
         return self._get_snapshot()
 
     def frozen(self) -> SiteTrace:
-        """This site as it is now, which does not go along when its trace is refreshed."""
-        return SiteTrace(partial(_same, self._get_snapshot()), self._module_index, self.site)
+        """Return this site with its present content. It does not follow later refreshes."""
+        return SiteTrace(partial(_return, self.snapshot), self._module_index, self.site)
 
     def padded(self, quantity: str) -> tuple[Array, Integers]:
-        """All sequences, with zeros after the end of each.
+        """Return all sequences of a quantity, padded with zeros.
 
         Returns:
-            (sequences, longest, H), or I for the input; and the (sequences,) lengths.
+            An array (sequences, longest, H), with I in place of H for the input; and the lengths,
+            (sequences,).
 
         Raises:
             NotRecordedError: The quantity was not recorded.
         """
-        snapshot = self._get_snapshot()
+        snapshot = self.snapshot
         index, rows = (
             snapshot.index(self._module_index),
             snapshot.rows(self._module_index, self.site, quantity),
@@ -159,7 +182,7 @@ class SiteTrace(QuantityAccess[LazyRows]):
         return padded, lengths
 
     def previous(self, start: int = 0, stop: int | None = None) -> Array:
-        """The states that rows ``start`` to ``stop`` started from, (stop - start, H).
+        """Return the previous states of rows ``start`` to ``stop``, (stop - start, H).
 
         Raises:
             NotRecordedError: The hidden states were not recorded.
@@ -168,63 +191,77 @@ class SiteTrace(QuantityAccess[LazyRows]):
         return self.gate_inputs.previous(rows)
 
     def preactivation(self, gate: str) -> LazyRows:
-        """What the sigmoid or tanh of a gate was applied to, (N, H), derived when it is indexed.
+        """Return the pre-activation of a gate, the argument of its sigmoid or tanh, (N, H).
 
-        It is there whenever the hidden states are, and the input: recorded, or, above the first
-        layer where nothing was dropped out, as the states of the layer below.
+        Indexing recomputes it from the hidden states, the input and the weights. Above the first
+        layer, the hidden states of the layer below replace an input that was not recorded, unless
+        dropout was applied between the layers.
 
         Args:
             gate: reset, update or candidate.
 
         Raises:
-            OptionError: There is no such gate.
-            NotRecordedError: Something that it follows from was not recorded.
+            OptionError: The gate is unknown.
+            NotRecordedError: The hidden states or the input were not recorded.
+
+        Example:
+            >>> import numpy as np
+            >>> import torch
+            >>> import grutrace
+            >>> gru = torch.nn.GRU(2, 3)
+            >>> with grutrace.trace(gru, record=("update", "hidden", "input")) as trace:
+            ...     output, state = gru(torch.randn(5, 4, 2))
+            >>> site = trace["l0"]
+            >>> recomputed = 1 / (1 + np.exp(-site.preactivation("update")))
+            >>> np.allclose(recomputed, site.update, atol=1e-6)
+            True
         """
-        return as_rows(self._get_snapshot().preactivation(self._module_index, self.site, gate))
+        return as_rows(self.snapshot.preactivation(self._module_index, self.site, gate))
 
     @property
     def gate_inputs(self) -> SiteGateInputs:
-        """What the gates follow from, as of now."""
-        return self._get_snapshot().gate_inputs(self._module_index, self.site)
+        """Inputs, previous states and weights, from which gates are recomputed."""
+        return self.snapshot.gate_inputs(self._module_index, self.site)
 
     def row_versions(self, rows: slice | Integers) -> Integers:
-        """The version of the weights that made each of these rows."""
+        """Return the weight version of each of these rows."""
         if isinstance(rows, slice):
             rows = np.arange(*rows.indices(self.extent.rows))
-        snapshot = self._get_snapshot()
+        snapshot = self.snapshot
         calls = self._index.calls[self._index.pieces_of(rows)]
         return snapshot.tables.calls["weights"][calls].astype(np.int64)
 
     def row_calls(self, start: int = 0, stop: int | None = None) -> Integers:
-        """The calls, as rows of `Trace.calls`, that made rows ``start`` to ``stop``."""
-        rows = np.arange(
-            *slice(start, stop).indices(self._get_snapshot().extent(self._module_index).rows)
-        )
+        """Return the call of each row from ``start`` to ``stop``, as a row of `Trace.calls`."""
+        rows = np.arange(*slice(start, stop).indices(self.snapshot.extent(self._module_index).rows))
         return self._index.calls[self._index.pieces_of(rows)]
 
     def row_checks(self, start: int = 0, stop: int | None = None) -> Array:
-        """The `checks` of the calls that made rows ``start`` to ``stop``."""
+        """Return the `checks` of the call of each row from ``start`` to ``stop``."""
         positions = np.searchsorted(self._index.call_numbers, self.row_calls(start, stop))
         return np.asarray(self.checks[positions])
 
     @property
     def label_names(self) -> tuple[str, ...]:
-        """The names of the labels that some of its rows have; ``tokens`` among them."""
-        return annotation_names(self._get_snapshot().tables, self._module_index)
+        """Names of the recorded labels, including ``tokens``."""
+        return annotation_names(self.snapshot.tables, self._module_index)
 
     def row_labels(self, name: str) -> LabelColumn:
-        """The label of every row, or its token, ``tokens``; rows as in `rows`.
+        """Return the label of each row, in the order of `rows`.
+
+        Args:
+            name: Name of the label, or ``tokens``.
 
         Raises:
-            NotRecordedError: No row has one of this name; the message says which there are.
+            NotRecordedError: There is no label of this name. The message lists the labels.
         """
-        snapshot = self._get_snapshot()
+        snapshot = self.snapshot
         return row_labels(
             snapshot.tables, self._module_index, snapshot.index(self._module_index), name
         )
 
     def locate(self, row: int) -> tuple[int, int]:
-        """The sequence that a row belongs to, and which of its steps it is."""
+        """Return the sequence of a row, and the step within that sequence."""
         index = self._index
         piece = int(index.pieces_of(np.array([row]))[0])
         step = index.steps_before[piece] + row - index.starts[piece]
@@ -232,62 +269,60 @@ class SiteTrace(QuantityAccess[LazyRows]):
 
     @property
     def _index(self) -> SequenceIndex:
-        return self._get_snapshot().index(self._module_index)
+        return self.snapshot.index(self._module_index)
 
     @property
     def lengths(self) -> Integers:
-        """(sequences,) the steps of each sequence so far."""
+        """(sequences,) number of steps of each sequence."""
         return np.array(self._index.lengths)
 
     @property
     def parents(self) -> Integers:
-        """(sequences,) the sequence from whose middle each began; -1 where it did not."""
+        """(sequences,) the sequence that each was forked from; -1 for none."""
         return np.array(self._index.parents[0])
 
     @property
     def initial(self) -> LazyRows:
-        """(sequences, H) the state that each sequence began from. Read as the quantities are."""
-        return as_rows(self._get_snapshot().initial(self._module_index, self.site))
+        """(sequences, H) initial state of each sequence, as a `LazyRows` array."""
+        return as_rows(self.snapshot.initial(self._module_index, self.site))
 
     def restarts(self, first: int, last: int) -> Restarts:
-        """Where sequences `first` to `last` - 1 go on from another state than they ended with."""
-        return self._get_snapshot().restarts(self._module_index, self.site, first, last)
+        """Return where sequences `first` to `last` - 1 continue from a changed state."""
+        return self.snapshot.restarts(self._module_index, self.site, first, last)
 
     @property
     def checks(self) -> Array:
-        """(calls of the module,) with the fields residual, tolerance and precision.
+        """(calls of the module,) structured array: residual, tolerance and precision of each call.
 
-        Precision is the spacing at 1 of the coarsest type in which the kernel computed. Residual
-        and tolerance are not a number where the gates are not stored: `grutrace verify` finds them.
+        Precision is the machine epsilon of the lowest precision in which the kernel computed.
+        Residual and tolerance are NaN if the gates are not stored; `grutrace verify` computes them.
         """
-        snapshot = self._get_snapshot()
+        snapshot = self.snapshot
         count = snapshot.extent(self._module_index).calls
         return np.array(snapshot.source.checks(self._module_index, self.site.suffix, count))
 
     @property
     def residual(self) -> float:
-        """The largest ``|replayed h - kernel's h|`` so far; 0.0 before the first call.
+        """The largest ``|replayed h - kernel's h|`` of all calls; 0.0 before the first call.
 
-        Not a number where gates are derived when read: nothing has been replayed.
+        NaN if the gates are recomputed when they are read.
         """
         return float(self.checks["residual"].max(initial=0.0))
 
     def weights(self, version: int = -1) -> dict[str, Array]:
-        """One version of the weights, the last unless asked otherwise, by name.
+        """Return one version of the weights by name, by default the last.
 
         Raises:
             NotRecordedError: There is no such version.
         """
-        count = self._get_snapshot().extent(self._module_index).versions
+        count = self.snapshot.extent(self._module_index).versions
         if not -count <= version < count:
             raise NotRecordedError(
                 f"there is no version {version} of the weights of {self.name!r}, which has {count}"
             )
-        found = self._get_snapshot().source.weights(
-            self._module_index, self.site.suffix, version % count
-        )
+        found = self.snapshot.source.weights(self._module_index, self.site.suffix, version % count)
         return {name: np.array(array) for name, array in found.items()}
 
 
-def _same(snapshot: TraceSnapshot) -> TraceSnapshot:
+def _return(snapshot: TraceSnapshot) -> TraceSnapshot:
     return snapshot

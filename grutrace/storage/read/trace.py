@@ -1,4 +1,4 @@
-"""The reading interface: a trace, in memory or in a file, finished or growing."""
+"""`Trace`, the reading interface of a trace in memory or in a file, complete or growing."""
 
 from __future__ import annotations
 
@@ -25,13 +25,30 @@ if TYPE_CHECKING:
 
 
 class Trace:
-    """What was recorded in one run: sites by name, calls and sequences as tables.
+    """The recorded data of one run: sites by name, calls and sequences as tables.
 
-    It shows what there was when it was opened or last refreshed; or, in the process that records
-    it, what there is.
+    A trace that is opened from a file shows the state of its last `refresh`. In the process that
+    records it, a trace always shows everything recorded so far.
 
     Args:
-        source: Where it is read from.
+        source: The source to read from.
+
+    Example:
+        >>> import torch
+        >>> import grutrace
+        >>> gru = torch.nn.GRU(input_size=2, hidden_size=3)
+        >>> with grutrace.trace(gru) as tracer:
+        ...     output, state = gru(torch.randn(5, 4, 2))  # 5 steps, 4 sequences
+        >>> tracer.save("run.h5")
+        >>> with grutrace.open("run.h5") as trace:
+        ...     print(trace.sites)
+        ...     print(trace["l0"].update.shape)
+        ...     print(trace.calls["steps"])
+        ...     print(trace.sequences["steps"])
+        ('l0',)
+        (20, 3)
+        [20]
+        [5 5 5 5]
     """
 
     def __init__(self, source: Source) -> None:
@@ -45,10 +62,10 @@ class Trace:
         return tuple(self._sites_by_name)
 
     def __getitem__(self, name: str) -> SiteTrace:
-        """The site of this name.
+        """Return the site of this name.
 
         Raises:
-            NotRecordedError: It was not recorded; the message says which were.
+            NotRecordedError: The site was not recorded. The message lists the recorded sites.
         """
         return SiteTrace(self._refresh_snapshot, *self._find_site(name))
 
@@ -69,7 +86,7 @@ class Trace:
 
     def __repr__(self) -> str:
         counts = f"{len(self.sites)} sites"
-        # A sink that keeps no calls says so.
+        # A sink of statistics stores no calls, and raises.
         with contextlib.suppress(NotRecordedError):
             tables = self._refresh_snapshot().tables
             sequences = sum(extent.sequences for extent in tables.extents)
@@ -78,33 +95,51 @@ class Trace:
 
     @property
     def calls(self) -> Array:
-        """One row a recorded call, in the order of recording.
+        """A structured array with one row for each recorded call, in the order of recording.
 
-        Fields: module (its path), tag (or None), weights (their version), training, batch, steps
-        (of all its sequences together), time (seconds since the epoch), residual (the largest of
-        the module's sites; NaN where gates are derived when read), proof ("proven"; "unchecked"
-        where gates are derived when read, and the weights were not compared when the call ran;
-        "unproven" where no known weights lead to its states), rank (of the process that made it; 0
-        where there was but one). Calls of several ranks are in the order of the
-        ranks.
+        Calls of several ranks are in the order of the ranks. Fields:
+
+        - module: Path of the module.
+        - tag: Tag of the call, or None.
+        - weights: Version of the module's weights.
+        - training: Whether the module was in training mode.
+        - batch: Number of sequences in the batch.
+        - steps: Total number of steps of all sequences in the batch.
+        - time: Seconds since the epoch.
+        - residual: Largest residual of the module's sites. NaN if the gates are recomputed when
+          they are read.
+        - proof: "proven" if the gates reproduce the kernel's states within the tolerance.
+          "unchecked" if the gates are recomputed when they are read, and the weights were not
+          compared during the call. "unproven" if no recorded version of the weights reproduces
+          the states.
+        - rank: Rank of the recording process; 0 for a single process.
         """
-        # A copy: the trace keeps its own.
+        # The snapshot's array is shared and read-only.
         return self._refresh_snapshot().calls.copy()
 
     @property
     def sequences(self) -> Array:
-        """One row a sequence of each module, module by module.
+        """A structured array with one row for each sequence of each module, module by module.
 
-        Fields: module (its path), sequence (its number there), call (its first, a row of `calls`),
-        place (in that call's batch), steps, pieces (calls that it went through), parent and
-        parent_steps (-1 where it did not begin inside another), tag (of its first call, or None),
-        rank (of the process that recorded it; 0 where there was but one).
+        Fields:
+
+        - module: Path of the module.
+        - sequence: Number of the sequence within the module.
+        - call: First call of the sequence, a row of `calls`.
+        - place: Batch index of the sequence in that call.
+        - steps: Number of steps.
+        - pieces: Number of calls with steps of this sequence.
+        - parent, parent_steps: The sequence that this one was forked from, and how many steps the
+          parent had made. -1 for a sequence that was not forked.
+        - origin: How the sequence began; see `Sequence.origin`.
+        - tag: Tag of the first call, or None.
+        - rank: Rank of the recording process; 0 for a single process.
         """
         return self._refresh_snapshot().sequences.copy()
 
     @property
     def header(self) -> TraceHeader:
-        """What was known when the trace began."""
+        """Model, versions, options and modules of the trace."""
         return self._snapshot.header
 
     @property
@@ -119,49 +154,61 @@ class Trace:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What it is read from: a file, the parts of a run, shards; nothing for one in memory."""
+        """The files of the trace: one file, the parts of a run, or shards. Empty in memory."""
         return self._source.files
 
     @property
     def snapshot(self) -> TraceSnapshot:
-        """What there is now, which does not change: for code that goes through a whole trace."""
+        """An immutable snapshot of the trace, for code that reads all of it."""
         return self._refresh_snapshot()
 
     @property
     def closed(self) -> bool:
-        """Whether its writer closed the file in order; if not, it is at work or has died."""
+        """Whether the writer closed the file. False while it is written, or after a crash."""
         return self._refresh_snapshot().stored.closed
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes in memory, about; 0 where its rows are in a file."""
+        """Approximate size in memory, in bytes. 0 for a trace in a file."""
         return 0 if self._memory is None else self._memory.nbytes
 
     def save(self, path: str | os.PathLike[str], *, mode: Literal["w", "overwrite"] = "w") -> None:
-        """Write a trace in memory to a file: what a tracer with this path would have written.
+        """Write a trace in memory to a file, with the content that a tracer would have written.
 
         The file has the same rows bit for bit, and the same calls, sequences, weights, tokens,
-        labels and options. It takes its place once it is whole. Calls that are recorded meanwhile
-        are left out.
+        labels and options. It is written under a temporary name and renamed when it is complete.
+        Calls that are recorded in the meantime are left out.
 
         Args:
-            path: Of the file. It is taken as it is, also where several processes trace.
-            mode: For a file that exists: ``w`` refuses, ``overwrite`` replaces it.
+            path: Path of the file. No rank is added to it, even if several processes trace.
+            mode: What to do with an existing file. ``w`` raises an error, ``overwrite`` replaces
+                the file.
 
         Raises:
-            OptionError: The path is none, or there is no such mode.
-            StateError: The trace is in a file already, or has no rows.
-            TraceFileError: The file exists, or cannot be written. Nothing is left behind.
+            OptionError: `path` is not a path, or `mode` is unknown.
+            StateError: The trace is already in a file, or has no rows.
+            TraceFileError: The file exists, or cannot be written. No partial file remains.
+
+        Example:
+            >>> import torch
+            >>> import grutrace
+            >>> gru = torch.nn.GRU(2, 3)
+            >>> with grutrace.trace(gru) as tracer:
+            ...     output, state = gru(torch.randn(5, 4, 2))
+            >>> tracer.save("kept.h5")
+            >>> with grutrace.open("kept.h5") as trace:
+            ...     print((trace["l0"].hidden == tracer["l0"].hidden).all())
+            True
         """
         snapshot, memory = self._refresh_snapshot(), self._require_memory("saved")
         items = memory.as_of(snapshot.tables).all_items(snapshot.tables)
         save_trace(path, self.header, items, mode)
 
     def clear(self) -> None:
-        """Empty a trace in memory. What was read before stays as it is.
+        """Delete all records of a trace in memory.
 
-        Sites that were asked for go along, and have no rows any more; arrays, sequences and tables
-        that were handed out keep what they show.
+        Site objects follow the trace and become empty. Arrays, sequences and tables that were read
+        before keep their content.
 
         Raises:
             StateError: The trace is in a file, or has no rows.
@@ -179,9 +226,9 @@ class Trace:
         return self._memory
 
     def __reduce__(self) -> tuple[object, ...]:
-        """A trace that is read from a file is pickled as its path, one in memory with its rows.
+        """Pickle a trace in a file as its path, and a trace in memory with its rows.
 
-        What is unpickled only reads: it records nothing, and does not go along with this one.
+        The unpickled trace is for reading only and does not follow this one.
         """
         snapshot = self._refresh_snapshot()
         if self._memory is None:
@@ -190,68 +237,106 @@ class Trace:
         return Trace, (MemoryCopy(self.header, items),)
 
     def to_dask(self, site: str, quantity: str) -> dask.array.Array:
-        """The rows of a quantity as a dask array, (N, H), or (N, I) for the input.
+        """Return the rows of a quantity as a dask array, (N, H), or (N, I) for the input.
 
-        Nothing is read until it is computed, and then in chunks of about 16 MiB that are whole
-        chunks of the file: on the threads of this process, in other processes, or on a cluster
-        that can read the file, where only its path travels. It shows the rows that there are now,
-        also once there are more, and after the trace is closed. Of a trace in memory the rows
-        themselves travel.
+        Computing the array reads chunks of about 16 MiB, which are whole chunks of the file. The
+        threads of this process, other processes and clusters that can read the file are supported:
+        a worker receives the path of the file. A trace in memory sends its rows instead.
+
+        The array has the rows that are recorded now. It stays valid after more rows are recorded
+        and after the trace is closed.
 
         Args:
             site: Name of the site.
-            quantity: Out of reset, update, candidate, hidden and input.
+            quantity: reset, update, candidate, hidden or input.
 
         Raises:
             NotRecordedError: The site or the quantity was not recorded.
             MissingExtraError: dask is not installed.
+
+        Example:
+            >>> import torch
+            >>> import grutrace
+            >>> gru = torch.nn.GRU(2, 3)
+            >>> with grutrace.trace(gru, "run.h5") as tracer:
+            ...     output, state = gru(torch.randn(5, 4, 2))
+            >>> with grutrace.open("run.h5") as trace:
+            ...     update = trace.to_dask("l0", "update")
+            >>> update.shape
+            (20, 3)
+            >>> bool(0 < update.mean().compute() < 1)
+            True
         """
         from grutrace.arrays.dask_arrays import to_dask
 
         return to_dask(self._refresh_snapshot(), *self._find_site(site), quantity)
 
     def to_xarray(self, site: str, *, padded: bool = False) -> xarray.Dataset:
-        """A site as an xarray Dataset, which reads values only when they are needed.
+        """Return a site as an xarray Dataset that loads its values lazily.
 
-        Its variables are all quantities that can be read, stored or derived, as of now. They are
-        dask arrays where dask is installed, in chunks as for `to_dask`, and are otherwise read
-        when somebody looks at their values.
+        The variables are all available quantities, stored or recomputed, with the rows that are
+        recorded now. They are dask arrays if dask is installed, with the chunks of `to_dask`.
 
-        With the dimensions step and unit, or feature for the input: all steps of all sequences,
-        one after another, with the coordinates sequence (its number), time (which step of it),
-        call (a row of `calls`), tag, token and label_NAME, where there are any, and unit (its
-        number). ``dataset["update"].groupby("sequence").mean()`` gives one row a sequence. (Not
-        ``dataset.update``: that is a method of xarray.) Along the
-        dimension instance, one item a sequence: initial, the state that it began from, and length.
-        (These are the ragged arrays of the CF conventions, contiguous or indexed.)
+        The default layout has one row for each step of each sequence, as the ragged arrays of the
+        CF conventions (contiguous or indexed). Its dimensions are step and unit (feature for the
+        input). Its coordinates are sequence, time (the step within the sequence), call (a row of
+        `calls`), unit and, if recorded, tag, token and label_NAME. The dimension instance has one
+        item for each sequence, with the variables initial (the initial state) and length.
 
-        Padded, with the dimensions sequence, time and unit: one sequence a row, with nan after its
-        end, and the coordinates length, call (its first), tag, token and label_NAME.
+        The padded layout has the dimensions sequence, time and unit. Values after the end of a
+        sequence are NaN. Its coordinates are length, call (the first call of the sequence), tag,
+        token and label_NAME.
+
+        Write ``dataset["update"]``: ``dataset.update`` is a method of xarray.
 
         Args:
             site: Name of the site.
-            padded: Whether to give every sequence a row of its own.
+            padded: Whether to use the padded layout.
 
         Raises:
             NotRecordedError: The site was not recorded.
             MissingExtraError: xarray is not installed.
+
+        Example:
+            >>> import torch
+            >>> import grutrace
+            >>> gru = torch.nn.GRU(2, 3)
+            >>> with grutrace.trace(gru) as tracer:
+            ...     output, state = gru(torch.randn(5, 4, 2))
+            >>> dataset = tracer.to_xarray("l0")
+            >>> dataset["update"].groupby("sequence").mean().shape
+            (4, 3)
+            >>> tracer.to_xarray("l0", padded=True)["update"].dims
+            ('sequence', 'time', 'unit')
         """
         from grutrace.arrays.xarray_dataset import to_xarray
 
         return to_xarray(self._refresh_snapshot(), *self._find_site(site), padded=padded)
 
     def refresh(self) -> None:
-        """Take in what was recorded since. Sites that were asked for before go along.
+        """Read what was recorded since the last refresh. Existing site objects follow.
 
         Raises:
             TraceFileError: The file is damaged.
+
+        Example:
+            >>> import torch
+            >>> import grutrace
+            >>> cell = torch.nn.GRUCell(2, 3)
+            >>> tracer = grutrace.Tracer(cell, "live.h5")
+            >>> with tracer, grutrace.open("live.h5") as trace:
+            ...     state = cell(torch.randn(4, 2))
+            ...     tracer.flush()
+            ...     trace.refresh()
+            ...     print(len(trace.calls))
+            1
         """
         tables = self._source.refresh()
         if tables is not self._snapshot.stored:
             self._load(tables)
 
     def _load(self, tables: Tables) -> None:
-        # The sites too: a run may have come upon more modules since.
+        # The sites are read again too: `grutrace run` may have found more modules.
         self._snapshot = TraceSnapshot(self._source, tables)
         self._sites_by_name = {
             site.name: (number, site)
@@ -260,7 +345,7 @@ class Trace:
         }
 
     def close(self) -> None:
-        """Let go of the file. Closing twice does nothing."""
+        """Close the file. Closing twice has no effect."""
         self._source.close()
 
     def __enter__(self) -> Trace:
