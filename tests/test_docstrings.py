@@ -8,6 +8,7 @@ import pkgutil
 import types
 from pathlib import Path
 
+import dask
 import pytest
 
 import grutrace
@@ -43,7 +44,10 @@ def failed_examples(
         current = folder / str(number)
         current.mkdir()
         monkeypatch.chdir(current)
-        if runner.run(examples).failed:
+        # Threads of dask outlive a test.
+        with dask.config.set(scheduler="synchronous"):
+            result = runner.run(examples)
+        if result.failed:
             failed.append(examples.name)
     return failed
 

@@ -1,4 +1,4 @@
-"""The reading contract: what a trace can be read from, in memory or in a file."""
+"""The protocols of reading: sources of traces, in memory and in files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from grutrace.storage.format.tables import Tables
 
 
 class Rows(Protocol):
-    """A two-dimensional array that may still lie in a file. `numpy.asarray` reads all of it."""
+    """A two-dimensional array, in memory or in a file. `numpy.asarray` reads all of it."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -29,83 +29,82 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, key: Any) -> Any:
-        """What NumPy gives for an integer, slice, integer array or mask, or two of them."""
+        """Return what NumPy returns for one or two integers, slices, integer arrays or masks."""
 
 
 class SnapshotReader(Protocol):
-    """Rows, states, checks and weights, of modules by their place and sites by their suffix."""
+    """Reads rows, states, checks and weights. `module` is an index, `suffix` names the site."""
 
     def rows(self, module: int, suffix: str, quantity: str, count: int) -> Rows:
-        """The first `count` rows, (count, H or I)."""
+        """Return the first `count` rows, (count, H or I)."""
 
     def initial(self, module: int, suffix: str, count: int) -> Rows:
-        """The states that the first `count` sequences began from, (count, H)."""
+        """Return the initial states of the first `count` sequences, (count, H)."""
 
     def checks(self, module: int, suffix: str, count: int) -> Array:
-        """Of the module's first `count` calls, (count,) of type `schema.CHECK`."""
+        """Return the checks of the module's first `count` calls, (count,), type `schema.CHECK`."""
 
     def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
-        """One version of a site's weights: (3H, I), (3H, H) and, if it has biases, twice (3H,)."""
+        """Return one version of the weights: (3H, I), (3H, H) and two biases (3H,), if any."""
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Where a trace is read from. A reader asks for the tables, and for no more than they count.
+    """The storage of a trace. Readers get the tables and read only the rows that they count.
 
-    Modules are named by their place in the header.
-
-    What reads its files (see `as_of`) can be pickled: that takes little, and gives a source that
-    opens the same files anew, in the same process or another. Of one in memory, or of shards that
-    may still grow, that raises a `TypeError`.
+    `as_of` returns the reader. The reader of files is pickled as their paths; the unpickled source
+    opens them again, in the same process or another. Pickling the reader of a trace in memory, or
+    of shards that may still grow, raises a `TypeError`.
     """
 
     name: str
     header: TraceHeader
 
-    #: Whether this process is the one that records, and a trace shows at any time all there is.
+    #: Whether this process records the trace. A trace of a live source is always up to date.
     live: bool
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """What it is read from; nothing where it is in memory."""
+        """The files of the trace; empty in memory."""
 
     def refresh(self) -> Tables:
-        """The tables of everything there is by now, always a consistent prefix of the trace.
+        """Return the present tables, always of a consistent prefix of the trace.
 
-        If nothing came since the last time, they are the same object.
+        Without new records, it returns the same object again.
         """
 
     def as_of(self, tables: Tables) -> SnapshotReader:
-        """What reads just the rows that these tables count, which `refresh` gave earlier.
+        """Return the reader of the rows that earlier tables of `refresh` count.
 
-        Mostly the source itself, since a trace grows at its end. One of several shards does not.
+        It is the source itself if rows are only appended. Concatenated shards insert rows and need
+        a reader of their own.
         """
 
     def close(self) -> None:
-        """Let go of everything. Closing twice does nothing."""
+        """Close all files. Closing twice has no effect."""
 
 
 class AppendOnlySource(Source, SnapshotReader, Protocol):
-    """A source whose rows stay where they are, so that it reads them at any time."""
+    """A source that only appends rows, so it is its own reader at any time."""
 
 
 class InMemoryReader(SnapshotReader, Protocol):
-    """What reads a trace and can give all of it at once."""
+    """A reader that can return the whole trace at once."""
 
     def all_items(self, tables: Tables) -> dict[str, Array]:
-        """By its place in the file, what these tables count of each dataset, read-only."""
+        """Return the items of each dataset that these tables count, read-only, by path."""
 
 
 @runtime_checkable
 class InMemorySource(Source, Protocol):
-    """A source whose rows are in the memory of this process."""
+    """A source in the memory of this process."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes, about."""
+        """Approximate size, in bytes."""
 
     def as_of(self, tables: Tables) -> InMemoryReader:
-        """What reads just the rows that these tables count."""
+        """Return the reader of the rows that these tables count."""
 
     def clear(self) -> None:
-        """Drop everything. What was read before keeps its rows for as long as it is held."""
+        """Delete all records. Arrays that were read before keep their content."""

@@ -1,4 +1,8 @@
-"""A trace in memory: the reference that the file is tested against."""
+"""Traces in memory. They are the reference that files are tested against.
+
+Module contents: `MemorySink` records, `MemoryCopy` is a trace that is no longer recorded, and
+`MemoryStore` holds the arrays of both.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +30,17 @@ from grutrace.storage.write.encoding import RecordEncoder, StringTable
 from grutrace.storage.write.stream_sink import BATCH_BYTES, RecordTransform
 from grutrace.storage.write.validation import RecordValidator
 
-#: How far an array grows past what it must hold, so that reading after every call copies little.
+#: Growth factor of an array, so that reading after every call copies little.
 GROWTH = 1.5
 
 
 class MemoryStore:
-    """Everything of one trace in memory, by its place in the file: a `Readable`.
+    """The datasets of one trace in memory, by their path in a file: a `SnapshotReader`.
 
     Args:
-        header: Of the trace.
-        lock: Held while arrays are joined.
-        items: By its place in the file, what each dataset holds already.
+        header: Header of the trace.
+        lock: Held while appended items are merged into an array.
+        items: Initial items of each dataset, by path.
 
     Attributes:
         nbytes: Bytes of all items.
@@ -49,20 +53,20 @@ class MemoryStore:
         existing = items or {}
         self.nbytes = sum(array.nbytes for array in existing.values())
         self._arrays = {
-            path: _GrowableArray(column, existing.get(path))
-            for path, column in dataset_specs(header.modules).items()
+            path: _GrowableArray(spec, existing.get(path))
+            for path, spec in dataset_specs(header.modules).items()
         }
 
     def __reduce__(self) -> tuple[object, ...]:
         raise TypeError("a trace in memory cannot be opened by another process")
 
     def append(self, path: str, items: Array) -> None:
-        """Add (n, ...) items to a dataset."""
+        """Append (n, ...) items to a dataset."""
         self.nbytes += items.nbytes
         self._arrays[path].append(items)
 
     def tables(self) -> Tables:
-        """What there is by now. For whoever holds the lock."""
+        """Return the present tables. The caller holds the lock."""
         tables: dict[str, Any] = {name: self._arrays[name].array() for name in TABLES}
         pieces, extents = [], []
         for index, module in enumerate(self.header.modules):
@@ -72,21 +76,21 @@ class MemoryStore:
         return Tables(**tables, pieces=tuple(pieces), extents=tuple(extents), closed=False)
 
     def rows(self, module: int, suffix: str, quantity: str, count: int) -> Array:
-        """The first `count` rows, (count, H or I)."""
+        """Return the first `count` rows, (count, H or I)."""
         info = self.header.modules[module]
         site = next(site for site in info.sites if site.suffix == suffix)
         return self.items(quantity_path(info, site, quantity), count)
 
     def initial(self, module: int, suffix: str, count: int) -> Array:
-        """The states that the first `count` sequences began from, (count, H)."""
+        """Return the initial states of the first `count` sequences, (count, H)."""
         return self.items(site_path(self.header.modules[module], suffix, "initial"), count)
 
     def checks(self, module: int, suffix: str, count: int) -> Array:
-        """Of the module's first `count` calls, (count,) of type `schema.CHECK`."""
+        """Return the checks of the module's first `count` calls, (count,), type `schema.CHECK`."""
         return self.items(site_path(self.header.modules[module], suffix, "checks"), count)
 
     def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
-        """One version of a site's weights."""
+        """Return one version of a site's weights."""
         info = self.header.modules[module]
         site = next(site for site in info.sites if site.suffix == suffix)
         return {
@@ -95,18 +99,18 @@ class MemoryStore:
         }
 
     def items(self, path: str, count: int) -> Array:
-        """The first `count` items of a dataset, read-only."""
+        """Return the first `count` items of a dataset, read-only."""
         with self._lock:
             return self._arrays[path].array()[:count]
 
     def all_items(self, tables: Tables) -> dict[str, Array]:
-        """By its place in the file, what these tables count of each dataset, read-only."""
+        """Return the items of each dataset that these tables count, read-only, by path."""
         counts = dataset_lengths(tables, self.header.modules)
         return {path: self.items(path, count) for path, count in counts.items()}
 
 
 class _MemorySource:
-    """What reading a trace in memory takes: a `AppendOnlySource` but for its tables."""
+    """The reading methods of a trace in memory: an `AppendOnlySource` without `refresh`."""
 
     name = "memory"
     files: tuple[Path, ...] = ()
@@ -114,37 +118,37 @@ class _MemorySource:
     _store: MemoryStore
 
     def as_of(self, tables: Tables) -> MemoryStore:  # noqa: ARG002
-        """What holds its rows, which stay where they are, also when the trace is cleared."""
+        """Return the store. It keeps its rows when the trace is cleared."""
         return self._store
 
     def rows(self, module: int, suffix: str, quantity: str, count: int) -> Array:
-        """The first `count` rows, (count, H or I)."""
+        """Return the first `count` rows, (count, H or I)."""
         return self._store.rows(module, suffix, quantity, count)
 
     def initial(self, module: int, suffix: str, count: int) -> Array:
-        """The states that the first `count` sequences began from, (count, H)."""
+        """Return the initial states of the first `count` sequences, (count, H)."""
         return self._store.initial(module, suffix, count)
 
     def checks(self, module: int, suffix: str, count: int) -> Array:
-        """Of the module's first `count` calls, (count,) of type `schema.CHECK`."""
+        """Return the checks of the module's first `count` calls, (count,), type `schema.CHECK`."""
         return self._store.checks(module, suffix, count)
 
     def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
-        """One version of a site's weights."""
+        """Return one version of a site's weights."""
         return self._store.weights(module, suffix, version)
 
     def close(self) -> None:
-        """Nothing is left to do: the trace stays readable."""
+        """Do nothing: a trace in memory stays readable."""
 
 
 class MemorySink(_MemorySource):
-    """Keeps every record, and is what it is read from: both `Sink` and `Source`.
+    """The sink and source of a recording in memory.
 
-    Appending takes the same time however much there is; arrays are joined when they are read.
+    Appending takes constant time. Records are merged into arrays when the trace is read.
 
     Args:
-        header: Of the trace.
-        prepare: Finishes records when somebody reads.
+        header: Header of the trace.
+        prepare: Completes records when the trace is read.
     """
 
     live = True
@@ -159,7 +163,7 @@ class MemorySink(_MemorySource):
         self._strings = StringTable()
         self._encoder = RecordEncoder(self.header.modules, self._strings)
         self._tables: Tables | None = None
-        # Records wait here until somebody reads: a stepwise decoder would feel each entry.
+        # Records are encoded when the trace is read: encoding would slow a stepwise decoder.
         self._pending: deque[Record] = deque()
         self._pending_bytes = 0
         self._store = MemoryStore(self.header, self._lock)
@@ -169,23 +173,23 @@ class MemorySink(_MemorySource):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes in memory, about."""
+        """Approximate size in memory, in bytes."""
         return self._store.nbytes + self._pending_bytes
 
     has_failed = False
 
     def collect_from(self, collect: Collect) -> None:
-        """Do nothing: whoever reads has everything appended first."""
+        """Do nothing: reading appends all records first."""
 
     def gather(self) -> AbstractContextManager[None]:
         """Return a context that does nothing."""
         return nullcontext()
 
     def append(self, record: Record) -> None:
-        """Take a record.
+        """Append a record.
 
         Raises:
-            SinkError: It does not fit what came before it.
+            SinkError: The record is inconsistent with earlier records.
         """
         with self._lock:
             if self._prepare is None:
@@ -195,18 +199,18 @@ class MemorySink(_MemorySource):
             self._tables = None
 
     def flush(self) -> None:
-        """Nothing is left to do: what was appended can be read."""
+        """Do nothing: appended records are readable at once."""
 
     def clear(self) -> None:
-        """Drop every record. The next one is numbered as the first.
+        """Delete all records and restart their numbering.
 
-        What was read before keeps its rows for as long as it is held.
+        Arrays that were read before keep their content.
         """
         with self._lock:
             self._reset()
 
     def refresh(self) -> Tables:
-        """The tables of everything appended so far."""
+        """Return the tables of all records appended so far."""
         with self._lock:
             if self._tables is None:
                 self._tables = self._join_tables()
@@ -224,7 +228,7 @@ class MemorySink(_MemorySource):
         return self._store.tables()
 
     def _next(self) -> list[Record]:
-        """Some of the records that wait, finished."""
+        """Remove some pending records and return them completed."""
         if self._prepare is None:
             return [self._pending.popleft()]
         records, size = list[Record](), 0
@@ -238,11 +242,11 @@ class MemorySink(_MemorySource):
 
 
 class MemoryCopy(_MemorySource):
-    """A trace in memory that nothing records any more: a `Source` that can be pickled.
+    """A trace in memory that is no longer recorded: a `Source` that can be pickled.
 
     Args:
-        header: Of the trace.
-        items: By its place in the file, all items of each dataset.
+        header: Header of the trace.
+        items: All items of each dataset, by path.
     """
 
     live = False
@@ -260,32 +264,32 @@ class MemoryCopy(_MemorySource):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes in memory, about."""
+        """Approximate size in memory, in bytes."""
         return self._store.nbytes
 
     def refresh(self) -> Tables:
-        """The tables, always the same."""
+        """Return the tables, always the same object."""
         return self._tables
 
     def clear(self) -> None:
-        """Drop everything."""
+        """Delete all records."""
         self._reset({})
 
 
 class _GrowableArray:
-    """Arrays appended one by one, joined when somebody looks."""
+    """An array with fast appends. Appended items are merged when the array is read."""
 
-    def __init__(self, column: DatasetSpec, items: Array | None = None) -> None:
-        self._array: Array = np.empty((0, *column.item), column.dtype) if items is None else items
+    def __init__(self, spec: DatasetSpec, items: Array | None = None) -> None:
+        self._array: Array = np.empty((0, *spec.item), spec.dtype) if items is None else items
         self._length = len(self._array)
         self._unmerged: deque[Array] = deque()
 
     def append(self, items: Array) -> None:
-        """Keep (n, ...) items."""
+        """Append (n, ...) items."""
         self._unmerged.append(items)
 
     def array(self) -> Array:
-        """All items so far, read-only. What was given out before stays as it was."""
+        """Return all items, read-only. Arrays that were returned before do not change."""
         if self._unmerged:
             length = self._length + sum(map(len, self._unmerged))
             if length > len(self._array):
@@ -299,7 +303,7 @@ class _GrowableArray:
         return np.asarray(view)
 
     def _reserve(self, length: int) -> None:
-        # The first reading, mostly of a finished trace, takes just what it needs.
+        # The first read is usually of a complete trace, so it reserves no more than needed.
         size = int(length * GROWTH) if self._length else length
         larger = np.empty((size, *self._array.shape[1:]), self._array.dtype)
         larger[: self._length] = self._array[: self._length]

@@ -1,4 +1,4 @@
-"""Where records go and where they are read from: the only door to memory and files for others."""
+"""The entry points of storage: create the sink of a recording, and open a trace for reading."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from grutrace.storage.write.stream_sink import FileSink, RecordTransform
 
 @runtime_checkable
 class SinkFactory(Protocol):
-    """Something of the user's that keeps what is recorded: a `grutrace.Statistics`."""
+    """An object of the user that creates the sink of a recording: a `grutrace.Statistics`."""
 
     def attach(self, header: TraceHeader) -> Sink:
-        """A sink for a trace of this header, which is a `Source` as well."""
+        """Return a sink for a trace of this header. The sink is a `Source` too."""
 
 
 def open_sink(
@@ -35,20 +35,20 @@ def open_sink(
     *,
     fsync: bool = False,
 ) -> Sink:
-    """A sink in memory if there is no path, one that streams to a file, or the user's.
+    """Create the sink of a recording: in memory, in a file, or by the factory of the user.
 
     Args:
-        path: Of the file.
-        header: Of the trace.
-        mode: "w" refuses a path that exists, "overwrite" replaces it, "a" appends to it.
-        maker: Makes the sink, where there is no path.
-        prepare: Finishes records outside the model's forward: on the thread that writes a file, or
-            when a trace in memory is read.
-        fsync: Whether what counts in a file is on the disk, and not only in the system's memory.
+        path: Path of the file; None for memory or a factory.
+        header: Header of the trace.
+        mode: "w" raises an error if the file exists, "overwrite" replaces it, "a" appends to it.
+        factory: Creates the sink; only without a path.
+        prepare: Completes records outside the model's forward pass: on the writer thread of a
+            file, or when a trace in memory is read.
+        fsync: Whether every commit is written to the disk with fsync.
 
     Raises:
-        OptionError: The mode is none of these; or the maker is none, cannot keep such a trace, or
-            comes together with a path.
+        OptionError: The mode is unknown; or the factory is invalid, does not support such a trace,
+            or is given together with a path.
         TraceFileError: The file cannot be created or appended to.
     """
     if factory is None:
@@ -69,7 +69,7 @@ def open_sink(
 
 
 def open_source(sink: Sink) -> Source:
-    """What a sink of `open_sink` can be read from, while it is appended to and afterwards."""
+    """Return the source that reads a sink of `open_sink`, during recording and afterwards."""
     if isinstance(sink, FileSink):
         return _LiveSource(sink)
     if isinstance(sink, Source):
@@ -78,29 +78,39 @@ def open_source(sink: Sink) -> Source:
 
 
 def recorded_calls(source: Source) -> int:
-    """How many calls a source shows by now, or has counted if it keeps none."""
+    """Return the number of recorded calls, also of a source that stores none but counts them."""
     counted: int | None = getattr(source, "counted_calls", None)
     return len(source.refresh().calls) if counted is None else counted
 
 
 def open_trace(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Trace:
-    """Open a trace file: complete, being written, or left behind by a writer that died.
+    """Open a trace file: a complete file, a file that is being written, or one after a crash.
 
-    The first part of a `grutrace run` is opened with all other parts, as one trace; and so are the
-    shards of several processes, by a glob such as ``run.rank*.h5`` or by their paths.
+    The first part of a `grutrace run` opens all parts of the run as one trace. A glob such as
+    ``run.rank*.h5``, or several paths, open the shards of several processes as one trace.
 
-    Use it as a context manager, or close it.
+    Use the trace as a context manager, or close it.
 
     Args:
-        path: Of a file; or a glob or paths of shards.
+        path: Path of a file; or a glob, or paths, of shards.
 
     Raises:
         OptionError: There is no path.
-        TraceFileError: A file is not there, is no trace, is of a newer format, or is damaged; or
-            shards are of different runs or models.
+        TraceFileError: A file does not exist, is not a trace, has a newer format, or is damaged;
+            or the shards belong to different runs or models.
 
     Warns:
-        GrutraceWarning: There is no file of some rank.
+        GrutraceWarning: The file of a rank is missing.
+
+    Example:
+        >>> import torch
+        >>> import grutrace
+        >>> gru = torch.nn.GRU(2, 3)
+        >>> with grutrace.trace(gru, "run.h5") as tracer:
+        ...     output, state = gru(torch.randn(5, 4, 2))
+        >>> with grutrace.open("run.h5") as trace:
+        ...     print(trace)
+        <trace of torch.nn.modules.rnn.GRU in run.h5: 1 sites, 1 calls, 4 sequences>
     """
     source = open_files(path)
     try:
@@ -111,7 +121,7 @@ def open_trace(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) 
 
 
 class _LiveSource(FileSource):
-    """The file of a sink of this process, where whatever was appended is there to be read."""
+    """The file of a sink of this process. Reading flushes the sink first."""
 
     live = True
 
@@ -126,7 +136,7 @@ class _LiveSource(FileSource):
         if self._latest is None or appended != self._appended:
             if not ended:
                 self._sink.flush()
-            # Where writing failed, what was committed can be read all the same.
+            # After a failed write, the committed rows are still readable.
             self._latest = super().refresh()
             self._appended = appended
         return self._latest

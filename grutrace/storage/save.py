@@ -1,4 +1,4 @@
-"""From a trace in memory to a file: what a tracer with that path would have written."""
+"""Write a trace in memory to a file, with the content that a tracer would have written."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ from grutrace.storage.write.claims import Claim
 from grutrace.storage.write.create import create
 from grutrace.storage.write.overwrite import require_replaceable
 
-#: What is written at a time. Bytes.
+#: Bytes that are written at once.
 BLOCK = 8 * 1024 * 1024
 
-#: What may become of a file that exists.
+#: Modes for an existing file.
 MODES = ("w", "overwrite")
 
 
 def save_trace(
     path: str | os.PathLike[str], header: TraceHeader, items: Mapping[str, Array], mode: str
 ) -> None:
-    """Write a trace file, closed in order. It takes its place once it is whole.
+    """Write a complete, closed trace file under a temporary name, then rename it.
 
     Args:
-        path: Of the file.
-        header: Of the trace.
-        items: By its place in the file, all items of each dataset.
-        mode: "w" refuses a path that exists, "overwrite" replaces a trace.
+        path: Path of the file.
+        header: Header of the trace.
+        items: All items of each dataset, by path.
+        mode: "w" raises an error if the file exists, "overwrite" replaces a trace.
 
     Raises:
-        OptionError: The path is none, or there is no such mode.
-        TraceFileError: The file exists, or cannot be written. Nothing is left behind.
+        OptionError: `path` is not a path, or `mode` is unknown.
+        TraceFileError: The file exists, or cannot be written. No partial file remains.
     """
     if mode not in MODES:
         raise OptionError(f"mode: expected one of {', '.join(MODES)}, found {mode!r}")
@@ -91,19 +91,19 @@ def write_datasets(
     blocks: Callable[[str, int], Iterator[Array]],
     advance: Callable[[int], None] | None = None,
 ) -> None:
-    """Write a whole file, which the disk holds when this returns.
+    """Write a complete file and fsync it.
 
     Args:
-        path: What errors name.
-        new: Where it is made.
-        header: Of the trace.
-        counts: By its place in the file, how many items each dataset gets.
-        committed: The counts that a reader goes by.
-        blocks: Gives the first items of a dataset, some at a time.
-        advance: Told how many bytes are written.
+        path: Final path, for error messages.
+        temporary: Path that is written.
+        header: Header of the trace.
+        counts: Number of items of each dataset, by path.
+        committed: The committed counts, see `schema.COMMITTED`.
+        blocks: Yields the first items of a dataset in blocks.
+        advance: Called with the number of bytes written so far.
 
     Raises:
-        TraceFileError: It cannot be written.
+        TraceFileError: The file cannot be written.
     """
     file = create(path, temporary, header, counts)
     descriptor, identity = file.id.get_vfd_handle(), file_identity(file)

@@ -1,4 +1,4 @@
-"""Reading a trace from its file: complete, growing, or left behind by a writer that died."""
+"""`FileSource` reads a trace file: complete, being written, or after a crash of its writer."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class FileSource:
     """A trace file as a `Source`.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
 
     Raises:
-        TraceFileError: It is not there, is no trace, is of a newer format, or is damaged.
+        TraceFileError: The file does not exist, is not a trace, has a newer format, or is damaged.
     """
 
     live = False
@@ -56,31 +56,29 @@ class FileSource:
         with self._handle.acquire() as file:
             self.header = read_header(file)
             read_shard(self.header)
-            self._columns = dataset_specs(self.header.modules)
-            self._merged = VirtualColumns(self._path, self._handle, self.header, self._columns)
-            own = [
-                dataset_path for dataset_path in self._columns if dataset_path not in self._merged
-            ]
+            self._specs = dataset_specs(self.header.modules)
+            self._merged = VirtualColumns(self._path, self._handle, self.header, self._specs)
+            own = [dataset_path for dataset_path in self._specs if dataset_path not in self._merged]
             self._tables = TableReader(self._handle, self.header.modules)
             tables = self._merged.ranked(self._tables.read())
-            # The counts first: whatever is opened after them is as long at least.
+            # The counts are read before the datasets are opened, which are then long enough.
             counts = dataset_lengths(tables, self.header.modules)
             for dataset_path in own:
                 dataset = self._handle.dataset(dataset_path, counts[dataset_path])
-                check_dataset(dataset, dataset_path, self._columns[dataset_path])
+                check_dataset(dataset, dataset_path, self._specs[dataset_path])
             self._merged.require_lengths(counts)
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The file; and the shards beside it, if it was merged of some."""
+        """The file and, for a merged file, its shards."""
         return (self._path, *self._merged.files)
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickled, it is its path: another process opens the file anew."""
+        """Pickle the source as its path. Another process opens the file again."""
         return FileSource, (os.path.abspath(self.name),)
 
     def refresh(self) -> Tables:
-        """The tables of everything committed by now.
+        """Return the tables of all committed records.
 
         Raises:
             TraceFileError: The file is damaged.
@@ -90,24 +88,24 @@ class FileSource:
             return self._merged.ranked(self._tables.read())
 
     def as_of(self, tables: Tables) -> SnapshotReader:  # noqa: ARG002
-        """The source itself: what is there stays where it is."""
+        """Return the source itself: rows are only appended."""
         return self
 
     def rows(self, module: int, suffix: str, quantity: str, count: int) -> Rows:
-        """The first `count` rows, (count, H or I), read when they are indexed."""
+        """Return the first `count` rows, (count, H or I), which indexing reads."""
         kind = self.header.modules[module]
         return self._rows(quantity_path(kind, self._site(module, suffix), quantity), count)
 
     def initial(self, module: int, suffix: str, count: int) -> Rows:
-        """The states that the first `count` sequences began from, (count, H)."""
+        """Return the initial states of the first `count` sequences, (count, H)."""
         return self._rows(site_path(self.header.modules[module], suffix, "initial"), count)
 
     def checks(self, module: int, suffix: str, count: int) -> Array:
-        """Of the module's first `count` calls, (count,) of type `schema.CHECK`."""
+        """Return the checks of the module's first `count` calls, (count,), type `schema.CHECK`."""
         return self._items(site_path(self.header.modules[module], suffix, "checks"), 0, count)
 
     def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
-        """One version of a site's weights."""
+        """Return one version of a site's weights."""
         kind = self.header.modules[module]
         return {
             name: self._items(site_path(kind, suffix, name), version, version + 1)[0]
@@ -115,7 +113,7 @@ class FileSource:
         }
 
     def close(self) -> None:
-        """Close the file. Closing twice does nothing."""
+        """Close the file. Closing twice has no effect."""
         self._merged.close()
         self._handle.close()
 
@@ -126,10 +124,10 @@ class FileSource:
     def _rows(self, dataset_path: str, count: int) -> Rows:
         if dataset_path in self._merged:
             return self._merged.rows(dataset_path)
-        column = self._columns[dataset_path]
+        spec = self._specs[dataset_path]
         acquire: Callable[[], AbstractContextManager[h5py.Dataset]]
         acquire = partial(self._dataset, dataset_path, count)
-        return FileRows(acquire, (count, *column.item), column.dtype)  # type: ignore[arg-type]
+        return FileRows(acquire, (count, *spec.item), spec.dtype)  # type: ignore[arg-type]
 
     def _items(self, dataset_path: str, start: int, stop: int) -> Array:
         if dataset_path in self._merged:

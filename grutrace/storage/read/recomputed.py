@@ -1,10 +1,8 @@
-"""What the gates of a site follow from, row by row: the input, the state before, the weights.
+"""Gates that are recomputed on reading, from inputs, previous states and weights.
+
+This module imports torch when gates are recomputed, because the equations are in `gru`.
 
 N rows, I input size, H hidden size.
-
-Rows that are not stored: derived, when they are asked for, from what is.
-
-This is the one place where reading a trace needs torch: the equations stand in `gru`, once.
 """
 
 from __future__ import annotations
@@ -27,24 +25,24 @@ from grutrace.storage.read.sequence_index import Integers, SequenceIndex, as_sli
 if TYPE_CHECKING:
     from grutrace.gru.recompute import Derivation
 
-#: How much is brought into memory at once to derive from. Bytes.
+#: Bytes of memory that recomputing a block of rows takes.
 BLOCK = 16 * 1024 * 1024
 
-#: Arrays of 3H numbers a row that a derivation holds at once: products, their parts, the gates.
+#: Arrays of 3H values per row that a recomputation holds at once: products, their parts, gates.
 _ARRAYS = 4
 
 
 class GateInputs(NamedTuple):
-    """Some rows, one after another in the order asked for, that used the same weights.
+    """The inputs of a block of consecutive requested rows that used the same weights.
 
     Attributes:
-        part: Where they lie among the rows that were asked for.
-        rows: (n,) their numbers.
-        calls: (n,) the calls that made them, counted within the module.
-        input: (n, I)
-        previous: (n, H) the state that each started from.
-        weights: By name.
-        precision: Spacing at 1 of the type in which the kernel computed.
+        part: Position of the block within the requested rows.
+        rows: (n,) row numbers.
+        calls: (n,) call of each row, counted within the module.
+        input: (n, I) input of each row.
+        previous: (n, H) previous state of each row.
+        weights: Weights by name.
+        precision: Machine epsilon of the type in which the kernel computed.
     """
 
     part: slice
@@ -57,16 +55,16 @@ class GateInputs(NamedTuple):
 
 
 class SiteGateInputs:
-    """Finds what the gates of a site follow from.
+    """Reads the inputs, previous states and weights from which the gates of a site follow.
 
     Args:
-        source: What the trace is read from.
-        index: Of the module.
-        extent: Of the module.
-        calls: The table of all calls.
+        source: Reader of the trace.
+        index: Index of the module's sequences.
+        extent: Counts of the module.
+        calls: Table of all calls.
         module: The module.
-        number: Its place in the header.
-        site: Which site.
+        number: Index of the module in the header.
+        site: The site.
     """
 
     def __init__(
@@ -86,13 +84,13 @@ class SiteGateInputs:
 
     @property
     def missing_reason(self) -> str:
-        """What would be needed and was not recorded; empty if nothing is missing."""
+        """The reason why gates cannot be recomputed; empty if they can."""
         if "hidden" not in self._site.quantities:
             return "the hidden states were not recorded"
         if self._site.units is not None:
             return (
-                f"the states of {len(self._site.units)} of {self._module.hidden_size} units were "
-                "recorded, and a gate follows from those of all"
+                f"only {len(self._site.units)} of {self._module.hidden_size} units were recorded, "
+                "and recomputing a gate needs the states of all units"
             )
         if not self._input_sites:
             return "the input was not recorded"
@@ -100,9 +98,9 @@ class SiteGateInputs:
 
     @cached_property
     def _input_sites(self) -> tuple[Site, ...]:
-        """Whose rows are the input: the site's own, or the states of the sites of the layer below.
+        """The sites whose rows are the input: the site itself, or the layer below.
 
-        Those are what the layer read only where nothing was dropped between.
+        The states of the layer below are the input only without dropout between the layers.
         """
         if "input" in self._site.quantities:
             return (self._site,)
@@ -111,10 +109,10 @@ class SiteGateInputs:
         return layer_below(self._module, self._site)
 
     def input(self, rows: Integers, columns: slice = slice(None)) -> Array:
-        """Return what the layer read in these rows, (n, I).
+        """Return the input of these rows, (n, I).
 
         Raises:
-            NotRecordedError: It was not recorded.
+            NotRecordedError: The input was not recorded.
         """
         if not self._input_sites:
             raise NotRecordedError(f"{self._site.name!r}: the input was not recorded")
@@ -126,7 +124,7 @@ class SiteGateInputs:
         return np.concatenate(parts, axis=1)[:, columns]
 
     def previous(self, rows: Integers) -> Array:
-        """Return the state that each of these rows started from, (n, H), or of the units recorded.
+        """Return the previous state of each of these rows, (n, H), or (n, U) of selected units.
 
         Raises:
             NotRecordedError: The hidden states were not recorded.
@@ -150,14 +148,14 @@ class SiteGateInputs:
         return previous
 
     def of(self, rows: Integers) -> Iterator[GateInputs]:
-        """Yield the rows in order, some at a time; each time of one version of the weights.
+        """Yield the inputs of the rows in order, in blocks of one weight version each.
 
         Raises:
-            NotRecordedError: Something needed was not recorded.
+            NotRecordedError: The hidden states or the input were not recorded.
         """
         if self.missing_reason:
             raise NotRecordedError(
-                f"the gates of {self._site.name!r} cannot be derived: {self.missing_reason}"
+                f"the gates of {self._site.name!r} cannot be recomputed: {self.missing_reason}"
             )
         calls = np.searchsorted(
             self._index.call_numbers, self._index.calls[self._index.pieces_of(rows)]
@@ -183,7 +181,7 @@ class SiteGateInputs:
 
     @cached_property
     def versions(self) -> CallVersions:
-        """The versions of the weights that the calls used."""
+        """The weight version of each call."""
         return CallVersions(
             self._site.name,
             self._checks,
@@ -204,7 +202,7 @@ class SiteGateInputs:
         return self._source.checks(self._number, self._site.suffix, self._extent.calls)
 
     def _weights(self, version: int) -> dict[str, Array]:
-        """One version, kept until another is asked for: those of one sequence after another."""
+        """Return one version of the weights. The last one is cached."""
         latest = self._latest
         if latest[0] != version:
             latest = version, self._source.weights(self._number, self._site.suffix, version)
@@ -216,9 +214,9 @@ class SiteGateInputs:
 
 
 def layer_below(module: ModuleInfo, site: Site) -> tuple[Site, ...]:
-    """The sites of the layer below whose states, side by side, are what a site reads.
+    """Return the sites of the layer below, whose concatenated states are the input of a site.
 
-    Empty at the first layer, and where one of them was not recorded, or only some of its units.
+    Empty for the first layer, or if a site below was not recorded with all its units.
     """
     below = tuple(each for each in module.sites if each.layer == site.layer - 1)
     complete = len(below) == (2 if module.bidirectional else 1)
@@ -230,17 +228,17 @@ _ALL = slice(None)
 
 
 class RecomputedRows(LazyRows):
-    """Gates, or their pre-activations, of the rows of a site, (rows, H). Indexing derives them.
+    """Gates, or their pre-activations, of the rows of a site, (N, H). Indexing recomputes them.
 
     Args:
-        ingredients: Of the site.
-        quantity: Which gate.
-        shape: (rows, H)
-        dtype: Type in which they would have been stored.
+        gate_inputs: Inputs of the site's gates.
+        quantity: Name of the gate.
+        shape: (N, H)
+        dtype: Storage type of the gates.
         preactivation: Whether to stop before the sigmoid or tanh.
     """
 
-    _location = "derived when they are read"
+    _location = "recomputed when they are read"
 
     def __init__(
         self,
@@ -268,15 +266,15 @@ class RecomputedRows(LazyRows):
 
 
 class LowerLayerInput(LazyRows):
-    """What a layer above the first read, (rows, I), put together from the states of that below.
+    """The input of a layer above the first, (N, I), from the states of the layer below.
 
     Args:
-        ingredients: Of the site.
-        shape: (rows, I)
+        gate_inputs: Inputs of the site's gates.
+        shape: (N, I)
         dtype: Type of the states.
     """
 
-    _location = "read as the states of the layer below"
+    _location = "read from the states of the layer below"
 
     def __init__(
         self, gate_inputs: SiteGateInputs, shape: tuple[int, int], dtype: np.dtype[Any]
@@ -294,10 +292,10 @@ class LowerLayerInput(LazyRows):
 def iter_recomputed(
     gate_inputs: SiteGateInputs, rows: Integers, units: slice = _ALL
 ) -> Iterator[tuple[GateInputs, Derivation]]:
-    """Derive rows of a site in the precision of the kernel, some at a time.
+    """Recompute rows of a site in the precision of the kernel, block by block.
 
     Raises:
-        NotRecordedError: Something needed was not recorded.
+        NotRecordedError: The hidden states or the input were not recorded.
     """
     from grutrace.gru.recompute import Derivation
 

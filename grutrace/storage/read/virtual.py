@@ -56,7 +56,7 @@ class SourceSpan:
 
 
 def read_spans(
-    dataset: h5d.DatasetID, dataset_path: str, column: DatasetSpec
+    dataset: h5d.DatasetID, dataset_path: str, spec: DatasetSpec
 ) -> tuple[SourceSpan, ...] | None:
     """The items of a virtual dataset, from first to last; None of one that is not virtual.
 
@@ -78,17 +78,17 @@ def read_spans(
             properties.get_virtual_vspace(number),
             properties.get_virtual_srcspace(number),
         )
-        require(len(target.shape) == 1 + len(column.item), dataset_path, column.item, target.shape)
+        require(len(target.shape) == 1 + len(spec.item), dataset_path, spec.item, target.shape)
         total = target.shape[0] if total is None else total
         first, count = _block(target, dataset_path)
         start, taken = _block(source, dataset_path)
         at = sum(span.count for span in found)
-        expected = f"{taken} whole items of {column.item} from {at} on, the first of their source"
+        expected = f"{taken} whole items of {spec.item} from {at} on, the first of their source"
         facts = (target.shape, first, count, start) == (
-            (total, *column.item),
-            (at, *(0 for _ in column.item)),
-            (taken[0], *column.item),
-            (0, *(0 for _ in column.item)),
+            (total, *spec.item),
+            (at, *(0 for _ in spec.item)),
+            (taken[0], *spec.item),
+            (0, *(0 for _ in spec.item)),
         )
         require(
             facts and count == taken,
@@ -107,8 +107,8 @@ def read_spans(
     require(found and covered == total, dataset_path, f"{total} items in its sources", covered)
     # Of a mapping of fixed size alone, this opens no other file.
     kind, shape = dataset.dtype, dataset.shape
-    expected = f"{column.dtype} of shape {(total, *column.item)}"
-    fits = (kind, shape) == (column.dtype, (total, *column.item))
+    expected = f"{spec.dtype} of shape {(total, *spec.item)}"
+    fits = (kind, shape) == (spec.dtype, (total, *spec.item))
     require(fits, dataset_path, expected, f"{kind} of shape {shape}")
     return tuple(found)
 
@@ -141,27 +141,27 @@ def create_virtual(
     spans: Mapping[str, Sequence[SourceSpan]],
     file: h5py.File,
     dataset_path: str,
-    column: DatasetSpec,
+    spec: DatasetSpec,
 ) -> h5py.Dataset:
     """Create a column whose items are elsewhere; or, where there are none, one without."""
     if dataset_path not in spans:
-        return create_growing_dataset(file, dataset_path, column)
+        return create_growing_dataset(file, dataset_path, spec)
     total = sum(span.count for span in spans[dataset_path])
     properties, start = h5p.create(h5p.DATASET_CREATE), 0
     # What HDF5 gives, without a word, where a shard is gone: zeros would pass for values.
-    properties.set_fill_value(np.full((), np.nan, column.dtype))
-    corner = (0,) * len(column.item)
+    properties.set_fill_value(np.full((), np.nan, spec.dtype))
+    corner = (0,) * len(spec.item)
     for span in spans[dataset_path]:
         # The first items, and not "all", which would grow with the shard.
-        block = (span.count, *column.item)
-        target, source = h5s.create_simple((total, *column.item)), h5s.create_simple(block)
+        block = (span.count, *spec.item)
+        target, source = h5s.create_simple((total, *spec.item)), h5s.create_simple(block)
         target.select_hyperslab((start, *corner), block)
         source.select_hyperslab((0, *corner), block)
         names = os.fsencode(_escaped(span.file)), _escaped(span.dataset_path).encode()
         properties.set_virtual(target, *names, source)
         start += span.count
-    space = h5s.create_simple((total, *column.item))
-    kind = h5t.py_create(column.dtype, logical=True)
+    space = h5s.create_simple((total, *spec.item))
+    kind = h5t.py_create(spec.dtype, logical=True)
     h5d.create(file.id, dataset_path.encode(), kind, space, properties).close()
     return file[dataset_path]
 
@@ -193,8 +193,8 @@ class ShardFiles:
         TraceFileError: One of them is not there.
     """
 
-    def __init__(self, path: Path, own: SharedReadHandle, created: dict[str, float]) -> None:
-        self._folder, self._own, self._created = path.resolve().parent, own, created
+    def __init__(self, path: Path, own_handle: SharedReadHandle, created: dict[str, float]) -> None:
+        self._folder, self._own_handle, self._created = path.resolve().parent, own_handle, created
         self._merged = path
         self._handles: dict[str, SharedReadHandle] = {}
         for name in created:
@@ -206,19 +206,19 @@ class ShardFiles:
         return tuple(self._folder / name for name in self._created)
 
     @contextmanager
-    def acquire(self, span: SourceSpan, column: DatasetSpec) -> Iterator[h5py.Dataset]:
+    def acquire(self, span: SourceSpan, spec: DatasetSpec) -> Iterator[h5py.Dataset]:
         """The dataset that a span is the beginning of, for one read.
 
         Raises:
             TraceFileError: It is not there, or is not what it should be.
         """
-        with translate_read_errors(self._merged), self._own.acquire():
-            handle = self._own if span.file == SELF else self._handle(self._path(span.file))
-            if handle is self._own:
-                yield _checked(handle, span, column)
+        with translate_read_errors(self._merged), self._own_handle.acquire():
+            handle = self._own_handle if span.file == SELF else self._handle(self._path(span.file))
+            if handle is self._own_handle:
+                yield _checked(handle, span, spec)
                 return
         with translate_read_errors(self._folder / span.file), handle.acquire():
-            yield _checked(handle, span, column)
+            yield _checked(handle, span, spec)
 
     def close(self) -> None:
         """Close all of them. Closing twice does nothing."""
@@ -256,9 +256,9 @@ class ShardFiles:
         return path
 
 
-def _checked(handle: SharedReadHandle, span: SourceSpan, column: DatasetSpec) -> h5py.Dataset:
+def _checked(handle: SharedReadHandle, span: SourceSpan, spec: DatasetSpec) -> h5py.Dataset:
     dataset = handle.dataset(span.dataset_path, span.count)
-    check_dataset(dataset, span.dataset_path, column)
+    check_dataset(dataset, span.dataset_path, spec)
     return dataset
 
 
@@ -281,15 +281,15 @@ class VirtualColumns:
         path: Path,
         handle: SharedReadHandle,
         header: TraceHeader,
-        columns: Mapping[str, DatasetSpec],
+        specs: Mapping[str, DatasetSpec],
     ) -> None:
-        self._shards, self._columns = read_merged_shards(header), columns
+        self._shards, self._specs = read_merged_shards(header), specs
         self._spans: dict[str, tuple[SourceSpan, ...]] = {}
-        self._latest: tuple[Tables, Tables] | None = None
+        self._cached_tables: tuple[Tables, Tables] | None = None
         files = {name: created for each in self._shards for name, created in each.files.items()}
         self._shard_files = ShardFiles(path, handle, files)
-        for dataset_path, column in columns.items() if self._shards else ():
-            spans = read_spans(handle.dataset_id(dataset_path), dataset_path, column)
+        for dataset_path, spec in specs.items() if self._shards else ():
+            spans = read_spans(handle.dataset_id(dataset_path), dataset_path, spec)
             if spans is not None:
                 self._spans[dataset_path] = spans
 
@@ -321,34 +321,34 @@ class VirtualColumns:
         """
         if not self._shards:
             return tables
-        if self._latest is None or self._latest[0] is not tables:
+        if self._cached_tables is None or self._cached_tables[0] is not tables:
             found = sum(shard.calls for shard in self._shards)
             dataset_path = "attribute 'options', shards"
             require(found == len(tables.calls), dataset_path, f"{len(tables.calls)} calls", found)
             shards = (ShardCalls(each.rank, each.calls, each.closed) for each in self._shards)
-            self._latest = tables, replace(tables, shards=tuple(shards))
-        return self._latest[1]
+            self._cached_tables = tables, replace(tables, shards=tuple(shards))
+        return self._cached_tables[1]
 
     def rows(self, dataset_path: str) -> Rows:
         """All rows of one of these columns, (rows, width), read when they are indexed."""
-        column, spans = self._columns[dataset_path], self._spans[dataset_path]
-        (width,) = column.item
+        spec, spans = self._specs[dataset_path], self._spans[dataset_path]
+        (width,) = spec.item
         parts = [
             FileRows(
-                partial(self._shard_files.acquire, span, column), (span.count, width), column.dtype
+                partial(self._shard_files.acquire, span, spec), (span.count, width), spec.dtype
             )
             for span in spans
         ]
-        return ConcatenatedRows(parts, (sum(map(len, parts)), width), column.dtype)
+        return ConcatenatedRows(parts, (sum(map(len, parts)), width), spec.dtype)
 
     def items(self, dataset_path: str, start: int, stop: int) -> Array:
         """Some items of one of these columns."""
-        column = self._columns[dataset_path]
-        found = [np.empty((0, *column.item), column.dtype)]
+        spec = self._specs[dataset_path]
+        found = [np.empty((0, *spec.item), spec.dtype)]
         for span in self._spans[dataset_path]:
             first, last = max(0, start), min(span.count, stop)
             if first < last:
-                with self._shard_files.acquire(span, column) as dataset:
+                with self._shard_files.acquire(span, spec) as dataset:
                     found.append(np.asarray(dataset[first:last]))
             start, stop = start - span.count, stop - span.count
         return np.concatenate(found)

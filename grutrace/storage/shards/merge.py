@@ -190,7 +190,7 @@ class _Merge:
         for shard in self._shards:
             for local, number in enumerate(shard.module_indices):
                 module, extent = self._header.modules[number], shard.tables.extents[local]
-                for dataset_path, name in _columns(module):
+                for dataset_path, name in _row_datasets(module):
                     count = _count(extent, name)
                     if count:
                         spans.setdefault(dataset_path, []).append(
@@ -202,9 +202,9 @@ class _Merge:
         """Copy what lies in one shard to a place of its own in the new file."""
         for local, number in enumerate(shard.module_indices):
             module = self._header.modules[number]
-            columns = dataset_specs([module])
-            for dataset_path, _ in _columns(module):
-                create(file, f"{shard.prefix}{dataset_path}", columns[dataset_path])
+            specs = dataset_specs([module])
+            for dataset_path, _ in _row_datasets(module):
+                create(file, f"{shard.prefix}{dataset_path}", specs[dataset_path])
             extent = shard.tables.extents[local]
             self._copy_module(file, module, shard.source, local, extent, shard.prefix)
 
@@ -290,9 +290,9 @@ class _Shard:
         """Bytes of all that is not in its tables."""
         size = 0
         for module, extent in zip(self.source.header.modules, self.tables.extents, strict=True):
-            columns = dataset_specs([module])
-            for dataset_path, name in _columns(module):
-                item = math.prod(columns[dataset_path].item) * columns[dataset_path].dtype.itemsize
+            specs = dataset_specs([module])
+            for dataset_path, name in _row_datasets(module):
+                item = math.prod(specs[dataset_path].item) * specs[dataset_path].dtype.itemsize
                 size += _count(extent, name) * item
         return size
 
@@ -315,7 +315,7 @@ def _files(source: AppendOnlySource) -> Sequence[AppendOnlySource]:
     return source.sources if isinstance(source, UnionSource) else [source]
 
 
-def _columns(module: ModuleInfo) -> Iterator[tuple[str, str]]:
+def _row_datasets(module: ModuleInfo) -> Iterator[tuple[str, str]]:
     """The columns of a module that are no tables: their places, and their names there."""
     for dataset_path in dataset_specs([module]):
         if dataset_path not in TABLES and dataset_path != pieces_path(module):
