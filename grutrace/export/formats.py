@@ -1,4 +1,4 @@
-"""The formats by name, and the way from a trace to a file of one of them."""
+"""`export_trace`, which writes a trace in the format of another program, and `FORMATS`."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from grutrace.storage.read.trace import Trace
 
 @dataclass(frozen=True)
 class Format:
-    """A way to write what a trace holds.
+    """An export format.
 
     Attributes:
-        write: Writes everything to a path, in bounded memory; returns what the user should know.
-        folder: Whether the path is a folder, which is there already.
-        record: The quantities that are taken unless asked otherwise.
+        write: Writes the content to a path, in bounded memory, and returns notes for the user.
+        folder: Whether the path is an existing folder instead of a new file.
+        record: The quantities that are exported by default.
     """
 
     write: Callable[[ExportContent, Path], list[str]]
@@ -49,20 +49,20 @@ FORMATS = {
     "netcdf": Format(write_netcdf),
     "zarr": Format(write_zarr, folder=True),
     "csv": Format(write_csv, folder=True),
-    # It shows what lies between -1 and 1.
+    # LSTMVis shows values between -1 and 1, so the input is left out.
     "lstmvis": Format(write_lstmvis, folder=True, record=DEFAULT_RECORD),
 }
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written.
+    """The result of an export.
 
     Attributes:
-        path: Where.
-        format: In which format.
-        sites: Names of the sites.
-        notes: What the reader of it should know, a sentence each.
+        path: The file or folder.
+        format: Name of the format.
+        sites: Names of the exported sites.
+        notes: Remarks on the exported file, one sentence each.
     """
 
     path: Path
@@ -81,24 +81,43 @@ def export_trace(
     record: str | Sequence[str] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportResult:
-    """Write what a trace holds as a file, or folder, of another format.
+    """Write a trace as a file or folder of another format.
 
-    It appears under its name when it is whole. Rows are read in blocks, so memory is bounded.
+    The export is written under a temporary name and renamed when it is complete. Rows are read in
+    blocks, so memory is bounded.
 
     Args:
-        trace: A trace, in memory or in a file. Calls recorded meanwhile are left out.
-        path: Of the new file or folder.
+        trace: A trace, in memory or in a file. Calls that are recorded during the export are left
+            out.
+        path: Path of the new file or folder.
         to: npz, netcdf, zarr, csv or lstmvis.
         sites: A glob, or several, for names of sites; None for all.
-        record: Quantities; None for all that can be read, stored or derived (for lstmvis, all but
-            the input).
-        progress: Called with how many rows are done, and how many there are.
+        record: Quantities to export. None for all available ones, stored or recomputed (without
+            the input for lstmvis).
+        progress: Called with the number of exported rows and the total.
+
+    Returns:
+        The path, the format, the exported sites and remarks on the file.
 
     Raises:
-        OptionError: There is no such format or quantity.
-        NotRecordedError: No site matches, or none has any of the quantities.
-        TraceFileError: There is something under this name, or it cannot be written.
+        OptionError: The format or a quantity is unknown.
+        NotRecordedError: No site matches, or no matching site has any of the quantities.
+        TraceFileError: The path exists or cannot be written.
         MissingExtraError: The format needs a library that is not installed.
+
+    Example:
+        >>> import numpy as np
+        >>> import torch
+        >>> import grutrace
+        >>> from grutrace.export.formats import export_trace
+        >>> gru = torch.nn.GRU(2, 3)
+        >>> with grutrace.trace(gru) as trace:
+        ...     output, state = gru(torch.randn(5, 4, 2))
+        >>> export_trace(trace, "run.npz", "npz").sites
+        ('l0',)
+        >>> with np.load("run.npz") as arrays:
+        ...     print(arrays["l0/update"].shape)
+        (20, 3)
     """
     require_one_of("to", to, tuple(FORMATS))
     snapshot, format = trace.snapshot, FORMATS[to]
@@ -123,7 +142,7 @@ def _chosen(
     record: str | Sequence[str] | None,
     default: tuple[str, ...],
 ) -> list[tuple[int, Site, tuple[str, ...]]]:
-    """What is asked for and there: the place of the module, the site and its quantities."""
+    """Return the selected sites: index of the module, the site and its selected quantities."""
     matching = select_sites(snapshot, sites).values()
     if not matching:
         recorded = [site.name for module in snapshot.header.modules for site in module.sites]
@@ -140,7 +159,7 @@ def _chosen(
     there = {name for _, _, names in found for name in names}
     missing = [name for name in asked if name not in there]
     if missing and (record is not None or not there):
-        raise NotRecordedError(f"{missing[0]!r} was not recorded at any of these sites")
+        raise NotRecordedError(f"{missing[0]!r} was not recorded at any of the selected sites")
     return [each for each in found if each[2]]
 
 
@@ -156,7 +175,7 @@ def _attributes(snapshot: TraceSnapshot) -> dict[str, str | int | float]:
 
 
 def _advance(total: int, progress: Callable[[int, int], None] | None) -> Callable[[int], None]:
-    """Count rows, and say how many are done."""
+    """Return a function that counts exported rows and reports the count."""
     done = 0
 
     def advance(rows: int) -> None:
