@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Checks that take too long for .ci/run: some hours on two cores.
+#
+#     bash tools/nightly.sh [STEP ...]
+#
+# Without a STEP, all of them. The steps run in a fresh virtual environment. A step that fails does not
+# stop the others; the exit code is 1 if any failed. The benchmark writes to ./benchmark.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+steps=(processor memory packages soak hostile benchmark)
+
+# Results that are promised to be the same bits, on a processor whose matrix products differ in the
+# last digit (simulated), and with the oldest instruction set of torch.
+step_processor() {
+    MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default python -m pytest -q -p tests.other_processor \
+        tests/test_both_sinks.py tests/golden tests/gru/test_replay.py \
+        tests/statistics/test_running.py tests/capture/recording/test_every_and_limits.py \
+        tests/analysis/comparison/test_trace_diff.py tests/analysis/engine/test_map_reduce.py
+}
+
+# Freed memory is overwritten, so that a tensor or array that outlives its buffer shows wrong values.
+step_memory() {
+    MALLOC_PERTURB_=165 MALLOC_CHECK_=3 PYTHONMALLOC=debug python -m pytest -q \
+        tests/gru tests/capture tests/storage tests/integration
+}
+
+# Models of public packages that build on nn.GRU.
+step_packages() {
+    pip install --quiet -c constraints.txt -e ".[test,packages]" &&
+        GRUTRACE_REQUIRE_PACKAGES=1 python -m pytest -q tests/packages
+}
+
+# Killed processes, failing disks, power loss, readers of growing files.
+step_soak() {
+    python -m tools.soak --tries 2000
+}
+
+# Hostile files, of another seed each day.
+step_hostile() {
+    python -m tools.hostile --cases 20000 --seed "$(date +%Y%m%d)"
+}
+
+# The full benchmark, with the other packages.
+step_benchmark() {
+    pip install --quiet -c constraints.txt -e ".[test,peers]" && python -m benchmarks --long
+}
+
+if [ "$#" -eq 0 ]; then
+    set -- "${steps[@]}"
+fi
+for step in "$@"; do
+    if ! declare -F "step_$step" >/dev/null; then
+        echo "error: expected steps among: ${steps[*]}; found: $step" >&2
+        exit 2
+    fi
+done
+
+environment=$(mktemp -d)
+trap 'rm -rf "$environment"' EXIT
+python3 -m venv "$environment" || exit 2
+# shellcheck disable=SC1091
+. "$environment/bin/activate"
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1
+pip install --quiet -c constraints.txt -e ".[test]" || exit 2
+
+failed=()
+for step in "$@"; do
+    echo "== $step"
+    "step_$step" || failed+=("$step")
+done
+if [ "${#failed[@]}" -gt 0 ]; then
+    echo "failed: ${failed[*]}" >&2
+    exit 1
+fi
