@@ -7,17 +7,20 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
 
 import grutrace
+from grutrace.analysis.registry import MEASURES
 from grutrace.cli.app import app
 from grutrace.options import OPTIONS
 from tests.test_architecture import ALLOWED
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def blocks(page: Path) -> list[str]:
@@ -161,3 +164,70 @@ def test_the_readme_is_short_and_its_costs_are_measured() -> None:
     assert len(rows) == 10
     for figure in {figure for row in rows for figure in row} - {"not measured"}:
         assert re.search(rf"\| \**{figure}\** \(", peers), figure
+
+
+def documented(page: str) -> list[tuple[str, list[str]]]:
+    """The objects that a page of the reference is made of, each with the members it lists."""
+    return [
+        (name, re.findall(r"\w+", members))
+        for name, members in re.findall(
+            r"^::: (\S+)\n(?:    options:\n(?:      (?!members).*\n)*)?(?:      members: (.*)\n)?",
+            page,
+            re.M,
+        )
+    ]
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs/api").glob("*.md")), ids=lambda p: p.stem)
+def test_the_reference_names_what_there_is(page: Path) -> None:
+    found = documented(page.read_text(encoding="utf-8"))
+    assert found
+    for name, members in found:
+        module, _, attribute = name.rpartition(".")
+        target = getattr(import_module(module), attribute)
+        assert target.__doc__, name
+        for member in members:
+            assert hasattr(target, member), f"{name}.{member}"
+
+
+def test_the_reference_has_every_public_name() -> None:
+    text = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "docs/api").glob("*.md"))
+    objects = [
+        getattr(import_module(name.rpartition(".")[0]), name.rpartition(".")[2])
+        for name, _ in documented(text)
+    ]
+    for name in set(grutrace.__all__) - {"__version__"}:
+        assert getattr(grutrace, name) in objects, name
+
+
+def test_the_reference_has_every_analysis() -> None:
+    text = (ROOT / "docs" / "api" / "analysis.md").read_text(encoding="utf-8")
+    for name, analysis in MEASURES.items():
+        assert f"::: grutrace.analysis.{analysis.module}.{analysis.function}\n" in text, name
+
+
+def test_every_page_is_in_the_menu_of_the_site() -> None:
+    menu = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    entries = re.findall(r"[\w/-]+\.md", str(menu))
+    pages = {p.relative_to(ROOT / "docs").as_posix() for p in PAGES if p.name != "README.md"}
+    assert set(entries) == pages
+    assert len(entries) == len(pages)
+
+
+def test_every_file_that_a_page_names_exists() -> None:
+    named = r"`((?:tests|examples|grutrace|docs)/[\w./-]*\w(?:/|\.py|\.md)?)`"
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
+        for path in re.findall(named, page.read_text(encoding="utf-8")):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
+def test_the_table_of_changes_names_files_that_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.partition("| change | file | also |\n|---|---|---|\n")[2].partition("\n\n")[0]
+    assert table.count("\n") + 1 == 12
+    for _, files, also in re.findall(r"^\| (.*) \| (.*) \| (.*) \|$", table, re.M):
+        folder = ROOT / "grutrace"
+        for path in re.findall(r"`([\w/]+\.py|[\w/]+/)`", files + also):
+            folder = (ROOT / "grutrace" / path).parent if "/" in path else folder
+            roots = (ROOT, ROOT / "grutrace", folder)
+            assert any((root / path).exists() for root in roots), path
