@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 import grutrace
-from grutrace.analysis.registry import MEASURES
+from grutrace import analysis
+from grutrace.analysis.registry import ANALYSES
 from grutrace.cli.app import app
 from grutrace.options import OPTIONS
 from tests.test_architecture import ALLOWED
@@ -196,14 +197,15 @@ def test_the_reference_has_every_public_name() -> None:
         getattr(import_module(name.rpartition(".")[0]), name.rpartition(".")[2])
         for name, _ in documented(text)
     ]
-    for name in set(grutrace.__all__) - {"__version__"}:
-        assert getattr(grutrace, name) in objects, name
+    for module in (grutrace, analysis):
+        for name in set(module.__all__) - {"__version__"}:
+            assert getattr(module, name) in objects, name
 
 
 def test_the_reference_has_every_analysis() -> None:
     text = (ROOT / "docs" / "api" / "analysis.md").read_text(encoding="utf-8")
-    for name, analysis in MEASURES.items():
-        assert f"::: grutrace.analysis.{analysis.module}.{analysis.function}\n" in text, name
+    for name, each in ANALYSES.items():
+        assert f"::: grutrace.analysis.{each.module}.{each.function}\n" in text, name
 
 
 def test_every_page_is_in_the_menu_of_the_site() -> None:
