@@ -108,19 +108,7 @@ def products_of_calls(
 
 
 def _products_of_calls(values: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows, width = values[0].shape[0], weight.shape[0]
-    each = ALIGNMENT // weight.element_size()
-    room = -(-rows * width // each) * each
-    memory = weight.new_empty(len(values), room)
-    found = memory.as_strided((len(values), rows, width), (room, width, 1))
-    weight = _aligned(weight).t()
-    for value, out in zip(values, found.unbind(), strict=True):
-        value = _aligned(value.contiguous())
-        if bias is None:
-            torch.mm(value, weight, out=out)
-        else:
-            torch.addmm(bias, value, weight, out=out)
-    return found
+    return torch.stack([product(each, weight, bias) for each in values])
 
 
 def _aligned(values: Tensor) -> Tensor:
