@@ -31,20 +31,20 @@ def figures(workload: Workload, budget: float, limit: float) -> Iterator[Figure]
     found = {}
     for name, pays in (("harvested", True), ("replayed", False)):
         with (
-            mock.patch.object(kernel_gates, "pays", lambda *_, pays=pays, **__: pays),
+            mock.patch.object(kernel_gates, "is_cheaper", lambda *_, pays=pays, **__: pays),
             traced(workload, inline, Path()) as run,
         ):
             found[name] = ratio(workload.run, run.call, budget, limit=limit)
         yield measured(name, found[name])
     asked: list[bool] = []
-    rule = kernel_gates.pays
+    rule = kernel_gates.is_cheaper
 
     def heard(*given: Any) -> bool:
         asked.append(rule(*given))
         return asked[-1]
 
     with (
-        mock.patch.object(kernel_gates, "pays", heard),
+        mock.patch.object(kernel_gates, "is_cheaper", heard),
         traced(workload, inline, Path()) as run,
     ):
         run.call()

@@ -1,6 +1,7 @@
-"""The options of a run: which values each may have. Loads neither torch nor HDF5.
+"""Options of a tracer: their allowed values, defaults and one-sentence summaries.
 
-The tracer, the command line and the documentation take them from here.
+The tracer, the command line and the documentation read them from here. Imports neither torch nor
+h5py.
 """
 
 from __future__ import annotations
@@ -9,49 +10,49 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from grutrace.records import DEFAULT_RECORD, QUANTITIES
 
-#: When gates are computed: with the call, outside the model's forward but before they are stored,
-#: or when they are read. "auto" is "background" in memory and "inline" to a file
-#: (docs/performance.md).
+#: When gates are computed: during the call, after it but before they are stored, or when they are
+#: read. "auto" is "background" in memory and "inline" for a file (docs/performance.md).
 Gates: TypeAlias = Literal["auto", "inline", "background", "deferred"]
 
-#: How the layers below the top of a stack are seen. Where several are asked for, the first wins.
+#: How the layers below the top of a stack are observed. If several tracers observe one module, the
+#: first of these values that any of them asks for is used.
 Stacks: TypeAlias = Literal["rerun", "auto", "split"]
 
-#: What follows from a residual above the tolerance.
+#: What to do when a residual exceeds the tolerance.
 Check: TypeAlias = Literal["warn", "raise", "off"]
 
-#: What a failing sink does to the run: end it, or let it go on untraced.
+#: What happens to the run if the sink fails: an exception ends it, or it continues untraced.
 OnError: TypeAlias = Literal["raise", "warn"]
 
-#: How changes of the weights are found that move no version counter.
+#: How weight changes are detected that do not bump PyTorch's version counter.
 WeightChecks: TypeAlias = Literal["auto", "exact"]
 
-#: What to do about compiled code while recording.
+#: How code compiled by torch.compile runs while recording.
 CompiledCode: TypeAlias = Literal["auto", "eager", "keep"]
 
-#: What happens to a file that exists: it is refused, replaced, or appended to.
+#: What to do if the file exists: refuse it, replace it, or append to it.
 Mode: TypeAlias = Literal["w", "overwrite", "a"]
 
-#: Filters for rows in a file; "blosc2" and "zstd" need the extra `compress`.
+#: Compression filters for the rows of a file. "blosc2" and "zstd" need the extra `compress`.
 Compression: TypeAlias = Literal["blosc2", "zstd"]
 
-#: Types that rows may be stored as.
-DTYPES = ("float16", "float32", "float64")
+#: Data types in which rows can be stored.
+STORAGE_DTYPES = ("float16", "float32", "float64")
 
-#: Bytes of final states that are remembered, to tell which sequence a call goes on with: with one
-#: module of 256 float32 units, some 2,800 sequences that wait, and 360 states to fork from.
-STATE_MEMORY = "4 MiB"
+#: Default memory for final states. For one module with 256 float32 units it holds about 2,800
+#: sequences that can continue, and 360 states from which a sequence can fork.
+DEFAULT_STATE_MEMORY = "4 MiB"
 
-STACKS: tuple[Stacks, ...] = get_args(Stacks)
+STACK_MODES: tuple[Stacks, ...] = get_args(Stacks)
 
 
 class Option(NamedTuple):
     """An option of a tracer.
 
     Attributes:
-        summary: What it does, in one sentence.
-        default: What it is unless set.
-        values: Its values, where they are words.
+        summary: One sentence that says what the option does.
+        default: Its default value.
+        values: Its allowed values, if they are words; else empty.
     """
 
     summary: str
@@ -60,32 +61,36 @@ class Option(NamedTuple):
 
     @property
     def help(self) -> str:
-        """The summary, with the values, for the command line."""
+        """The summary and the allowed values, as the command line shows them."""
         return f"{self.summary} One of: {', '.join(self.values)}." if self.values else self.summary
 
 
-#: By name, in the order of the tracer's parameters.
+#: Options by name, in the order of the tracer's parameters.
 OPTIONS: dict[str, Option] = {
-    "sites": Option("Glob for site names, or several globs.", None),
+    "sites": Option("Glob, or list of globs, for the names of the sites to record.", None),
     "record": Option("Quantities to record.", DEFAULT_RECORD, QUANTITIES),
     "gates": Option("When gates are computed.", "auto", get_args(Gates)),
-    "recording": Option("Start recording on entering the context.", True),
-    "mode": Option("What happens to a file that exists.", "w", get_args(Mode)),
-    "stacks": Option("How lower layers of a stack are observed.", "auto", STACKS),
-    "check": Option("What follows from a residual above the tolerance.", "warn", get_args(Check)),
-    "every": Option("Record each n-th call of a module only.", 1),
+    "recording": Option("Whether recording starts on entering the context manager.", True),
+    "mode": Option("What to do if the file exists.", "w", get_args(Mode)),
+    "stacks": Option("How the lower layers of a stack are observed.", "auto", STACK_MODES),
+    "check": Option("What to do when a residual exceeds the tolerance.", "warn", get_args(Check)),
+    "every": Option("Record every n-th call of each module.", 1),
     "max_calls": Option("Stop recording after this many calls.", None),
-    "max_bytes": Option("Stop recording before the trace is larger than this.", None),
-    "dtype": Option("Storage type of rows.", None, DTYPES),
-    "units": Option("Record these units only.", None),
-    "steps": Option("Record these steps of each sequence only.", None),
-    "shard": Option("Write one file per rank of a distributed run.", True),
-    "sink": Option("A grutrace.Statistics, to count instead of storing rows.", None),
-    "on_error": Option("What a failing sink does to the run.", "raise", get_args(OnError)),
-    "fsync": Option("fsync every commit.", False),
-    "compression": Option("Filter for the rows of the file.", None, get_args(Compression)),
+    "max_bytes": Option("Stop recording before the trace exceeds this many bytes.", None),
+    "dtype": Option("Data type in which rows are stored.", None, STORAGE_DTYPES),
+    "units": Option("Units to record, as a list of numbers or a slice.", None),
+    "steps": Option("Steps of each sequence to record, as a slice.", None),
+    "shard": Option("Whether to write one file per rank of a distributed run.", True),
+    "sink": Option("A grutrace.Statistics that counts rows instead of storing them.", None),
+    "on_error": Option(
+        "What happens to the run if rows cannot be written.", "raise", get_args(OnError)
+    ),
+    "fsync": Option("Whether every commit waits until the rows are on the disk.", False),
+    "compression": Option(
+        "Compression filter for the rows of the file.", None, get_args(Compression)
+    ),
     "weights": Option(
-        "How changed weights are detected that bump no version counter.",
+        "How weight changes are detected that do not bump PyTorch's version counter.",
         "auto",
         get_args(WeightChecks),
     ),
@@ -93,7 +98,7 @@ OPTIONS: dict[str, Option] = {
         "How code compiled by torch.compile runs while recording.", "auto", get_args(CompiledCode)
     ),
     "state_memory": Option(
-        "Bytes of final states to remember, to recognize the sequence that a call continues.",
-        STATE_MEMORY,
+        "Memory for final states, used to find the sequence that a call continues.",
+        DEFAULT_STATE_MEMORY,
     ),
 }

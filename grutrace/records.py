@@ -159,7 +159,7 @@ class Fork:
 #: What a mark says of how a sequence began. ``continued``: it is a segment of its parent, which
 #: goes on from a state that the model or the user changed. ``ambiguous``: it started from a state
 #: that several sequences had ended with. ``dropped``: it started from a state, or has a name, that
-#: was no longer remembered.
+#: was no longer in memory.
 MARKS = ("continued", "ambiguous", "dropped")
 
 #: No label of the user's has a name that begins so: see docs/format.md.

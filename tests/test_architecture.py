@@ -209,7 +209,7 @@ def test_writing_and_reading_share_only_the_format_and_hdf5() -> None:
         ("analysis/engine", "from grutrace.analysis import registry"),
         ("arrays", "from grutrace.capture.tracer import Tracer"),
         ("capture/kernel_calls", "from grutrace.capture.recording import journal"),
-        ("capture/options", "from grutrace.capture.selection import find"),
+        ("capture/options", "from grutrace.capture.selection import find_grus"),
         ("capture/tracer", "from grutrace.statistics.running import Statistics"),
         ("analysis/verification", "from grutrace.cli import app"),
         ("export", "from grutrace.analysis.descriptive import saturation"),

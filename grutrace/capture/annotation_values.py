@@ -17,10 +17,10 @@ from grutrace.errors import OptionError, short_repr
 Values: TypeAlias = Iterable[Any]
 
 #: Whole numbers up to this size are kept exactly: values are stored as float64.
-EXACT = 2**53
+MAX_EXACT_INTEGER = 2**53
 
 
-class Parsed(NamedTuple):
+class ParsedValues(NamedTuple):
     """Values of a batch.
 
     Attributes:
@@ -39,7 +39,7 @@ class Parsed(NamedTuple):
         return max((len(each) for each in self.lists if isinstance(each, list)), default=None)
 
 
-def parse(name: str, given: Values) -> Parsed:
+def parse(name: str, given: Values) -> ParsedValues:
     """Take values in any form that users have.
 
     Args:
@@ -65,12 +65,12 @@ def parse(name: str, given: Values) -> Parsed:
     if not is_text and not all(isinstance(value, (int, float)) for value in flat):
         raise OptionError(f"{name}: expected {expected}; found {short_repr(given)}")
     for value in () if is_text else flat:
-        if isinstance(value, int) and abs(value) > EXACT:
+        if isinstance(value, int) and abs(value) > MAX_EXACT_INTEGER:
             raise OptionError(
                 f"{name}: expected whole numbers up to 2**53, which are kept exactly; found "
                 f"{value}: give it as a text, str({value})"
             )
-    return Parsed(lists, padded=len(getattr(given, "shape", ())) == 2)
+    return ParsedValues(lists, padded=len(getattr(given, "shape", ())) == 2)
 
 
 def _sequence(name: str, value: Any) -> Any:

@@ -19,9 +19,9 @@ import torch
 
 from grutrace.errors import OptionError, require_one_of, short_repr
 from grutrace.options import (
-    DTYPES,
-    STACKS,
-    STATE_MEMORY,
+    DEFAULT_STATE_MEMORY,
+    STACK_MODES,
+    STORAGE_DTYPES,
     Check,
     CompiledCode,
     Compression,
@@ -31,8 +31,8 @@ from grutrace.options import (
     WeightChecks,
 )
 
-#: One of `DTYPES`, by name or as a type of torch or NumPy.
-StoredType: TypeAlias = Any
+#: One of `STORAGE_DTYPES`, by name or as a type of torch or NumPy.
+DTypeLike: TypeAlias = Any
 
 #: Which units: a slice, or their numbers.
 Units: TypeAlias = slice | Iterable[int]
@@ -62,7 +62,7 @@ class Options:
         every: int = 1,
         max_calls: int | None = None,
         max_bytes: int | None = None,
-        dtype: StoredType | None = None,
+        dtype: DTypeLike | None = None,
         units: Units | None = None,
         steps: slice | None = None,
         counted: bool = False,
@@ -72,14 +72,14 @@ class Options:
         compression: Compression | None = None,
         weights: WeightChecks = "auto",
         compiled: CompiledCode = "auto",
-        state_memory: int | str = STATE_MEMORY,
+        state_memory: int | str = DEFAULT_STATE_MEMORY,
     ) -> None:
         require_one_of("compiled", compiled, get_args(CompiledCode))
         self.compiled: CompiledCode = compiled
         require_one_of("weights", weights, get_args(WeightChecks))
         self.weights: WeightChecks = weights
         require_one_of("gates", gates, get_args(Gates))
-        require_one_of("stacks", stacks, STACKS)
+        require_one_of("stacks", stacks, STACK_MODES)
         require_one_of("check", check, get_args(Check))
         if gates == "auto":
             # What is not stored, what stops the model, what copies are too little for; and where
@@ -107,14 +107,14 @@ class Options:
         self.max_calls = None if max_calls is None else _count("max_calls", max_calls)
         self.max_bytes = None if max_bytes is None else _count("max_bytes", max_bytes)
         self.state_memory = byte_count("state_memory", state_memory)
-        self.dtype = None if dtype is None else _stored_type(dtype)
+        self.dtype = None if dtype is None else _storage_dtype(dtype)
         self.units = None if units is None else _units(units)
         self.steps = None if steps is None else _steps(steps)
         if units is not None and gates != "inline":
             raise OptionError(
                 f"units: with gates={gates!r} expected none, for a gate of one unit follows from "
-                f"the states of all; found {_text(self.units)}. Record them with gates='inline', "
-                "or all units, and read those wanted: site.update[:, units]"
+                f"the states of all; found {_format_numbers(self.units)}. Record them with "
+                "gates='inline', or all units, and read those wanted: site.update[:, units]"
             )
 
     def as_json(self) -> dict[str, object]:
@@ -129,14 +129,14 @@ class Options:
             "max_calls": self.max_calls,
             "max_bytes": self.max_bytes,
             "dtype": self.dtype,
-            "units": None if self.units is None else _text(self.units),
-            "steps": None if self.steps is None else _text(self.steps),
+            "units": None if self.units is None else _format_numbers(self.units),
+            "steps": None if self.steps is None else _format_numbers(self.steps),
             "fsync": self.fsync or None,
             "compression": self.compression,
             "weights": self.weights if self.weights != "auto" else None,
             "compiled": self.compiled if self.compiled != "auto" else None,
             "state_memory": self.state_memory
-            if self.state_memory != byte_count("", STATE_MEMORY)
+            if self.state_memory != byte_count("", DEFAULT_STATE_MEMORY)
             else None,
         }
         return always | {name: value for name, value in others.items() if value is not None}
@@ -190,7 +190,7 @@ def byte_count(option: str, value: object) -> int:
     return number
 
 
-def _stored_type(dtype: StoredType) -> str:
+def _storage_dtype(dtype: DTypeLike) -> str:
     name = None
     if isinstance(dtype, (str, torch.dtype)):
         name = str(dtype).removeprefix("torch.")
@@ -199,8 +199,10 @@ def _stored_type(dtype: StoredType) -> str:
             name = np.dtype(dtype).name
         except TypeError:
             name = None
-    if name not in DTYPES:
-        raise OptionError(f"dtype: expected one of {', '.join(DTYPES)}; found {short_repr(dtype)}")
+    if name not in STORAGE_DTYPES:
+        raise OptionError(
+            f"dtype: expected one of {', '.join(STORAGE_DTYPES)}; found {short_repr(dtype)}"
+        )
     return name
 
 
@@ -238,7 +240,7 @@ def _steps(steps: slice) -> slice | None:
     return None if start == 0 and stop is None else slice(start, stop)
 
 
-def _text(numbers: slice | tuple[int, ...] | None) -> str:
+def _format_numbers(numbers: slice | tuple[int, ...] | None) -> str:
     """As on the command line: 0,3,7 or 0:32."""
     if isinstance(numbers, slice):
         parts = [numbers.start, numbers.stop, *([numbers.step] if numbers.step else [])]
@@ -247,7 +249,7 @@ def _text(numbers: slice | tuple[int, ...] | None) -> str:
 
 
 @cache
-def versions() -> Mapping[str, str]:
+def collect_versions() -> Mapping[str, str]:
     """Return the versions of what makes the trace, by name."""
     return {
         "grutrace": version("grutrace"),

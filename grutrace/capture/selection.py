@@ -36,7 +36,7 @@ from grutrace.errors import (
     suggest_name,
 )
 from grutrace.gru.layout import numpy_type
-from grutrace.gru.replay import PartialShadow, needed
+from grutrace.gru.replay import PartialReplay, required_gates
 from grutrace.records import DEFAULT_RECORD, GATES, QUANTITIES, ModuleInfo, Site
 
 _KINDS = ("GRU", "GRUCell")
@@ -44,19 +44,19 @@ _KINDS = ("GRU", "GRUCell")
 #: Where torch keeps quantized layers. In some versions of it, importing them warns.
 _QUANTIZED = "torch.ao.nn.quantized"
 
-_COMPILED = (
+_SCRIPTED_GRU = (
     "is a GRU inside TorchScript: trace the model before torch.jit.script or torch.jit.trace"
 )
-_IS_QUANTIZED = "is a quantized GRU: trace the float model that it was made from"
-_IS_COMPLEX = "is complex, so its gates are no numbers from 0 to 1: only real layers are traced"
-_IN_PYTHON = (
+_QUANTIZED_GRU = "is a quantized GRU: trace the float model that it was made from"
+_COMPLEX_GRU = "is complex, so its gates are no numbers from 0 to 1: only real layers are traced"
+_CUSTOM_GRU = (
     "is a GRU of its own ({}), which does not call PyTorch's kernel: read its gates in its code, "
     "or put nn.GRU in its place"
 )
 
 
 @dataclass(frozen=True)
-class LookAlike:
+class UnsupportedGRU:
     """A module that computes a GRU, and cannot be traced.
 
     Attributes:
@@ -68,12 +68,12 @@ class LookAlike:
     reason: str
 
 
-def find_look_alikes(model: nn.Module) -> Iterator[LookAlike]:
+def find_unsupported_grus(model: nn.Module) -> Iterator[UnsupportedGRU]:
     """Yield every GRU of the model that cannot be traced."""
     for path, module in model.named_modules():
-        reason = _reason(module)
+        reason = _unsupported_reason(module)
         if reason is not None:
-            yield LookAlike(path, reason)
+            yield UnsupportedGRU(path, reason)
 
 
 def is_complex(module: nn.Module) -> bool:
@@ -81,23 +81,23 @@ def is_complex(module: nn.Module) -> bool:
     return any(each.is_complex() for each in module.parameters())
 
 
-def _reason(module: nn.Module) -> str | None:
+def _unsupported_reason(module: nn.Module) -> str | None:
     if isinstance(module, (nn.GRU, nn.GRUCell)):
-        return _IS_COMPLEX if is_complex(module) else None
+        return _COMPLEX_GRU if is_complex(module) else None
     if isinstance(module, torch.jit.ScriptModule):
         of_gru = module.original_name in _KINDS or getattr(module, "mode", None) == "GRU"
-        return _COMPILED if of_gru else None
+        return _SCRIPTED_GRU if of_gru else None
     kind = type(module)
     if kind.__module__.startswith(_QUANTIZED) and kind.__name__ in _KINDS:
-        return _IS_QUANTIZED
+        return _QUANTIZED_GRU
     of_rnn = isinstance(module, nn.RNNBase) and module.mode == "GRU"
     if of_rnn or (isinstance(module, nn.RNNCellBase) and kind.__name__ == "GRUCell"):
-        return _IN_PYTHON.format(f"{kind.__module__}.{kind.__qualname__}")
+        return _CUSTOM_GRU.format(f"{kind.__module__}.{kind.__qualname__}")
     return None
 
 
 @dataclass(frozen=True)
-class Selection:
+class SelectedModule:
     """A module of the model with its description, narrowed to the sites that are recorded.
 
     Attributes:
@@ -118,7 +118,7 @@ def select(
     model: nn.Module,
     sites: str | Sequence[str] | None = None,
     record: str | Sequence[str] = DEFAULT_RECORD,
-) -> list[Selection]:
+) -> list[SelectedModule]:
     """Return the modules that have a site which matches, in the model's order.
 
     Args:
@@ -136,26 +136,26 @@ def select(
     _require_model(model)
     quantities = _quantities(record)
     found = [
-        Selection(weakref.ref(module), _describe(path, module, quantities))
-        for path, module in find(model)
+        SelectedModule(weakref.ref(module), _describe(path, module, quantities))
+        for path, module in find_grus(model)
     ]
-    look_alikes = list(find_look_alikes(model))
+    unsupported = list(find_unsupported_grus(model))
     if not found:
         raise UnsupportedError(
             "expected a model with an nn.GRU or nn.GRUCell inside; "
-            f"found none in {type(model).__qualname__}{_named(look_alikes, '; ')}"
+            f"found none in {type(model).__qualname__}{_describe_unsupported(unsupported, '; ')}"
         )
     globs = None if sites is None else string_list("sites", sites, GLOBS)
-    missed = [each for each in look_alikes if globs is None or _asked(each, globs)]
-    selected = found if globs is None else _matching(found, globs)
+    missed = [each for each in unsupported if globs is None or _is_selected(each, globs)]
+    selected = found if globs is None else _matching_sites(found, globs)
     if missed:
         # From here past Tracer._select, Tracer.__init__ and the check of its keywords to whoever
         # made the tracer.
-        warnings.warn(_named(missed), GrutraceWarning, stacklevel=5)
+        warnings.warn(_describe_unsupported(missed), GrutraceWarning, stacklevel=5)
     return selected
 
 
-def find(model: nn.Module) -> Iterator[tuple[str, nn.GRU | nn.GRUCell]]:
+def find_grus(model: nn.Module) -> Iterator[tuple[str, nn.GRU | nn.GRUCell]]:
     """Yield path and module of every nn.GRU and nn.GRUCell; one under two paths comes once."""
     for path, module in model.named_modules():
         if isinstance(module, (nn.GRU, nn.GRUCell)) and not is_complex(module):
@@ -200,20 +200,20 @@ def _quantities(record: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in QUANTITIES if name in asked)
 
 
-def _named(look_alikes: list[LookAlike], lead: str = "") -> str:
+def _describe_unsupported(unsupported: list[UnsupportedGRU], lead: str = "") -> str:
     """Say of each why it cannot be traced, and what to do instead."""
-    if not look_alikes:
+    if not unsupported:
         return ""
-    return lead + "; ".join(f"{each.path or 'the model'} {each.reason}" for each in look_alikes)
+    return lead + "; ".join(f"{each.path or 'the model'} {each.reason}" for each in unsupported)
 
 
-def _asked(look_alike: LookAlike, globs: list[str]) -> bool:
+def _is_selected(unsupported: UnsupportedGRU, globs: list[str]) -> bool:
     """Whether its sites would match, if it had any."""
-    names = [f"{look_alike.path}.{suffix}".lstrip(".") for suffix in ("l0", "cell")]
+    names = [f"{unsupported.path}.{suffix}".lstrip(".") for suffix in ("l0", "cell")]
     return any(fnmatchcase(name, glob) for name in names for glob in globs)
 
 
-def _matching(found: list[Selection], globs: list[str]) -> list[Selection]:
+def _matching_sites(found: list[SelectedModule], globs: list[str]) -> list[SelectedModule]:
     names = [site.name for each in found for site in each.description.sites]
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
@@ -221,11 +221,11 @@ def _matching(found: list[Selection], globs: list[str]) -> list[Selection]:
                 f"sites: {glob!r} matches none of the model's sites{suggest_name(glob, names)}: "
                 f"{join_names(names)}"
             )
-    narrowed = (_narrow(each, globs) for each in found)
+    narrowed = (_filter_sites(each, globs) for each in found)
     return [each for each in narrowed if each.description.sites]
 
 
-def _narrow(selection: Selection, globs: list[str]) -> Selection:
+def _filter_sites(selection: SelectedModule, globs: list[str]) -> SelectedModule:
     kept = tuple(
         site
         for site in selection.description.sites
@@ -275,18 +275,18 @@ def _weights_type(module: nn.GRU | nn.GRUCell) -> torch.dtype:
     return next(types, torch.get_default_dtype())
 
 
-def defer(module: ModuleInfo) -> ModuleInfo:
+def defer_gates(module: ModuleInfo) -> ModuleInfo:
     """Return the description of a module, its gates derived and what they follow from stored.
 
     Sites of which no gate is asked for are left as they are.
     """
-    return replace(module, sites=tuple(_defer(module, site) for site in module.sites))
+    return replace(module, sites=tuple(_defer_site(module, site) for site in module.sites))
 
 
-def _defer(module: ModuleInfo, site: Site) -> Site:
+def _defer_site(module: ModuleInfo, site: Site) -> Site:
     if not set(GATES) & set(site.quantities):
         return site
-    stored = {"hidden"} if _reads_states(module, site) else {"hidden", "input"}
+    stored = {"hidden"} if _input_is_recorded(module, site) else {"hidden", "input"}
     return replace(
         site,
         quantities=tuple(name for name in QUANTITIES if name in stored),
@@ -294,20 +294,21 @@ def _defer(module: ModuleInfo, site: Site) -> Site:
     )
 
 
-def _reads_states(module: ModuleInfo, site: Site) -> bool:
+def _input_is_recorded(module: ModuleInfo, site: Site) -> bool:
     """Whether the input of a site is sure to be the recorded states of the layer below."""
     below = [each for each in module.sites if each.layer == site.layer - 1]
     return len(below) == (2 if module.bidirectional else 1) and not module.dropout
 
 
-def narrow(selections: Sequence[Selection], options: Options) -> list[Selection]:
+def apply_options(selections: Sequence[SelectedModule], options: Options) -> list[SelectedModule]:
     """Return the selections with descriptions of what the options leave of them."""
     return [
-        replace(each, description=_narrow_site(each.description, options)) for each in selections
+        replace(each, description=_apply_to_module(each.description, options))
+        for each in selections
     ]
 
 
-def _narrow_site(module: ModuleInfo, options: Options) -> ModuleInfo:
+def _apply_to_module(module: ModuleInfo, options: Options) -> ModuleInfo:
     if options.dtype is not None:
         module = replace(module, dtype=options.dtype)
     if options.units is not None:
@@ -316,7 +317,7 @@ def _narrow_site(module: ModuleInfo, options: Options) -> ModuleInfo:
             for site in module.sites
         )
         module = replace(module, sites=tuple(sites))
-    return defer(module) if options.gates == "deferred" else module
+    return defer_gates(module) if options.gates == "deferred" else module
 
 
 def _units(site: Site, size: int, asked: slice | tuple[int, ...]) -> tuple[int, ...] | None:
@@ -341,11 +342,11 @@ def _units(site: Site, size: int, asked: slice | tuple[int, ...]) -> tuple[int, 
     return None if list(found) == list(range(size)) else tuple(found)
 
 
-def partial_shadow(module: ModuleInfo, site: Site) -> PartialShadow | None:
+def make_partial_replay(module: ModuleInfo, site: Site) -> PartialReplay | None:
     """Return what computes just what is asked for of a site; None where that is everything."""
     gates = [name for name in GATES if name in site.quantities]
-    if needed(gates) == set(GATES) and site.units is None:
+    if required_gates(gates) == set(GATES) and site.units is None:
         return None
     units = range(module.hidden_size) if site.units is None else site.units
     stored: torch.dtype = getattr(torch, module.dtype)
-    return PartialShadow(module.hidden_size, gates, units, site.reverse, stored)
+    return PartialReplay(module.hidden_size, gates, units, site.reverse, stored)

@@ -1,4 +1,4 @@
-"""The tracer: attach to a model, record on demand, detach, and read what was recorded."""
+"""`Tracer`: attach to a model, start and stop recording, and read the trace."""
 
 from __future__ import annotations
 
@@ -16,23 +16,28 @@ from typing import Any, Self
 from torch import nn
 
 from grutrace.capture.kernel_calls import compiled_graphs
-from grutrace.capture.kernel_calls.model_changes import place_of
+from grutrace.capture.kernel_calls.model_changes import locate_module
 from grutrace.capture.kernel_calls.observation import GRUModule, KernelRun
-from grutrace.capture.kernel_calls.subscription import StrangerWatch, Subscription
-from grutrace.capture.kernel_calls.torch_context import Missed, compiler_is_loaded
+from grutrace.capture.kernel_calls.subscription import Subscription, UnknownModuleWatch
+from grutrace.capture.kernel_calls.torch_context import SkippedCall, dynamo_loaded
 from grutrace.capture.options import (
+    DTypeLike,
     Options,
-    StoredType,
     Units,
-    versions,
+    collect_versions,
 )
-from grutrace.capture.recording.annotations import Given, RecordedBatches
-from grutrace.capture.recording.background import Background
-from grutrace.capture.recording.guarded_sink import LimitReached, Limits, Outlet
-from grutrace.capture.recording.journal import Journal, Marked, Unrecorded
+from grutrace.capture.recording.annotations import AnnotationValues, RecordedBatches
+from grutrace.capture.recording.background import BackgroundReplay
+from grutrace.capture.recording.guarded_sink import GuardedSink, LimitExceeded, RecordingLimits
+from grutrace.capture.recording.journal import Journal, MarkedSequences, SkippedCallNotice
 from grutrace.capture.recording.module_recorder import ModuleRecorder
-from grutrace.capture.recording.recording_block import Block, GivenNames, Recording, SequenceNames
-from grutrace.capture.selection import Selection, find, narrow, select
+from grutrace.capture.recording.recording_block import (
+    Recording,
+    RecordingBlock,
+    SequenceNames,
+    SequenceNamesLike,
+)
+from grutrace.capture.selection import SelectedModule, apply_options, find_grus, select
 from grutrace.distributed import ShardOption, resolve_shard, shard_path
 from grutrace.errors import (
     GrutraceWarning,
@@ -46,9 +51,9 @@ from grutrace.errors import (
     reject_unknown_options,
     short_repr,
 )
-from grutrace.gru.residual import Doubt
+from grutrace.gru.residual import ResidualViolation
 from grutrace.options import (
-    STATE_MEMORY,
+    DEFAULT_STATE_MEMORY,
     Check,
     CompiledCode,
     Compression,
@@ -68,115 +73,136 @@ from grutrace.storage.open import (
 from grutrace.storage.read.snapshot import TraceSnapshot
 from grutrace.storage.read.trace import Trace
 
-_IN_A_CHILD = (
-    "a traced model was called in a forked child of the process that records it, where nothing is "
-    "recorded: make a tracer in the child"
+_FORKED_CHILD_WARNING = (
+    "a traced model was called in a forked child process: its calls are not recorded. Create a "
+    "tracer in the child process"
 )
 
 
-_TOO_LARGE = (
+_LARGE_TRACE_WARNING = (
     "the trace in memory has grown past 2 GiB. To use less memory, give the tracer a path "
     "(grutrace.trace(model, 'run.h5')), gates='deferred', units=, every= or max_bytes=, or "
     "sink=grutrace.Statistics(); or call trace.clear() once you have read it"
 )
 
-#: A trace in memory that is larger than this is warned of, once. Bytes.
-LARGE = 2 * 1024**3
+#: A trace in memory that exceeds this size causes one warning. Bytes.
+LARGE_TRACE_BYTES = 2 * 1024**3
 
-#: By mark of a sequence, what to say of it.
-_DOUBTS = {
+#: Warnings, by the mark of the sequence that they are about.
+_ORIGIN_WARNINGS = {
     "ambiguous": (
-        "which sequence a call of {} goes on with cannot be told: several had ended with the very "
-        "state that it starts from. It begins a sequence, with the origin 'ambiguous'. Name the "
+        "cannot tell which sequence a call of {} continues: several sequences ended with the state "
+        "that it starts from. It starts a new sequence, with the origin 'ambiguous'. Name the "
         "sequences: with tracer.recording(sequences=...)"
     ),
     "dropped": (
-        "a call of {} goes on with a sequence whose state is no longer remembered. It begins a "
-        "sequence, with the origin 'dropped'. Pass state_memory='64 MiB', or more, to the tracer"
+        "a call of {} continues a sequence whose final state is no longer in memory. It starts a "
+        "new sequence, with the origin 'dropped'. Pass state_memory='64 MiB', or more, "
+        "to the tracer"
     ),
 }
 
 
 class Tracer(Trace):
-    """Records the gates and states of a model's GRUs, and reads like a trace at any time.
+    """Record the gates and states of a model's GRUs while the model runs.
 
-    Nothing is put on the model: the calls of PyTorch's GRU kernels are heard, only while it
-    records. As a context manager it records from entering, unless ``recording`` is False, and is
-    closed on leaving. A tracer that is dropped without being closed is closed then, with a warning.
+    A tracer is also a `grutrace.Trace`: it can be read at any time. It adds nothing to the model
+    (no hook, no mode, no replaced forward); while it records, it intercepts the calls of PyTorch's
+    GRU kernels. As a context manager it starts recording on entering and closes on leaving. A
+    tracer that is garbage-collected without having been closed is closed then, with a warning.
+
+    Example:
+        >>> import torch
+        >>> import grutrace
+        >>> model = torch.nn.GRU(4, 3)
+        >>> with grutrace.trace(model) as trace:
+        ...     output, final = model(torch.randn(5, 2, 4))
+        >>> trace.sites
+        ('l0',)
+        >>> site = trace["l0"]
+        >>> len(site), site.update.shape
+        (2, (10, 3))
+        >>> site[0].hidden.shape
+        (5, 3)
 
     Args:
-        model: Any model with nn.GRU or nn.GRUCell inside; it may itself be the layer.
-        path: File to stream to; None keeps everything in memory.
-        sites: A glob, or several, for names of sites; None for all.
-        record: Quantities out of reset, update, candidate, hidden and input.
-        gates: When they are computed. ``inline``: with the call. ``background``: the call only
-            copies what they follow from (the states of every layer, the input of the first and,
-            where there is dropout, of the others), and they are computed and stored by the thread
-            that writes the file or, in memory, when somebody looks at the trace; where the kernel's
-            own can be had for a third of what that takes, these are copied instead. ``deferred``:
-            the copies are stored, and gates are derived when they are read. ``auto``: in memory in
-            the background; inline with a file, ``units``, ``check="raise"`` or a ``sink``.
-        recording: Whether to begin to record on entering.
-        mode: For a file that exists: ``w`` refuses, ``a`` appends, ``overwrite`` replaces it if
-            grutrace wrote it. A file that another tracer is writing is refused in every mode.
-        stacks: How to see between the layers of a stack: ``split`` (one fused call a layer, bit
-            for bit the same output on a CPU), ``rerun`` (the lower layers once more), or ``auto``
-            for split on a CPU and rerun elsewhere.
-        check: What to do when a replayed state differs from the kernel's by more than rounding:
-            ``warn`` (once a site), ``raise`` or ``off``. A warning comes when the gates are made:
-            at a later call, when the trace is looked at, or on flushing or closing. ``raise`` has
-            the call itself raise. Deferred gates are not checked here: `grutrace verify` checks
-            them.
-        every: Of each module only the 1st, (n+1)-th, (2n+1)-th ... call while recording. The calls
-            between are left alone, and what a decoder goes on with after them begins a sequence.
-        max_calls: After so many calls, of all modules together, recording stops for good.
-        max_bytes: Recording stops for good before the call whose rows, initial states and weights
-            would be more than this, together with all before it.
-        dtype: What rows and initial states are kept as: float16, float32 or float64; the type of
-            each module unless asked otherwise. Weights stay in the module's.
-        units: Numbers of units, from the end if negative, or a slice; all unless asked otherwise.
-            Gates and states have a column for each of them, in this order.
-        steps: A slice: only these steps of each sequence, counted through all its calls.
-        shard: Whether this process writes one shard of several: ``run.rank0003.h5`` in the place of
-            ``run.h5``. True: where torch.distributed is initialized, or torchrun has started the
-            process, and there is more than one. False: never. Or ``(rank, world size)`` of the
-            user's own.
-        sink: A `grutrace.Statistics`, to count figures with instead of keeping rows: then there
-            is no path, and of the trace nothing can be read but its sites and its header.
-        on_error: What a failing sink, such as a full disk, does to the run. ``raise``: a
-            `SinkError` comes out of the next call of the model, and of `flush` and `close`.
-            ``warn``: the model goes on untraced, which is said once, and once more on closing, with
-            how many calls were lost. What the model computes is the same either way.
-        fsync: Whether `flush` and every other commit wait until the disk itself holds the rows, so
-            that they survive a loss of power, and not only the death of the process.
-        compression: What the rows of the file are compressed with: ``blosc2``, ``zstd`` (both
-            shuffle bits first), or None. Rows are then committed every 10 seconds instead of every
-            half. A file that is appended to stays as it is.
-        weights: How changes of the weights are found that move no version counter of PyTorch's
-            (``weight.data[...] = 0``, a NumPy view). ``auto``: every byte is compared wherever that
-            takes at most a twentieth of the calls' own time, at the first call after a recording
-            begins, and before rows are read or flushed; in between a sample is looked at, and the
-            states tell which weights were used. ``exact``: every byte at every call.
-        compiled: What to do about torch.compile, whose graphs take in the kernel of nn.GRUCell, and
-            then nothing is heard of its calls. ``eager``: while recording, compiled code of the
-            whole process runs as the Python code that it was made from. ``auto``: so if there is
-            such a graph when recording starts. ``keep``: compiled code runs as ever, and a warning
-            says what is not heard.
-        state_memory: How much of the states that calls ended with is remembered, all modules
-            together, to tell which sequence a call goes on with: a number of bytes, or a text such
-            as ``64 MiB``. A sequence whose state was dropped begins anew, marked ``dropped``, with
-            one warning.
+        model: A model that contains nn.GRU or nn.GRUCell modules, or such a module.
+        path: The file to write to. None keeps the trace in memory.
+        sites: Glob, or list of globs, for the names of the sites to record. None records all sites.
+        record: Quantities to record. They are reset, update, candidate, hidden and input.
+        gates: When gates are computed. ``inline``: during the call. ``background``: the call copies
+            the layer's input and states; the gates are computed from them later, by the writer
+            thread of the file or, in memory, when the trace is read. If copying the kernel's own
+            gates costs less than a third of computing them, they are copied instead. ``deferred``:
+            the file stores the copies, and gates are computed when they are read. ``auto``:
+            ``background`` in memory; ``inline`` with a file, ``units``, ``check="raise"`` or a
+            ``sink``.
+        recording: Whether recording starts on entering the context manager.
+        mode: What to do if the file exists. ``w`` raises an error, ``a`` appends to it, and
+            ``overwrite`` replaces it if grutrace wrote it. In every mode, a file that another
+            tracer is writing raises an error.
+        stacks: How the lower layers of a stack are observed. The fused kernel returns the states of
+            the top layer only. ``split`` replaces the fused call with one call per layer (on a CPU
+            the output has the same bits). ``rerun`` leaves the fused call as it is and runs the
+            lower layers again afterwards. ``auto`` is ``split`` on a CPU and ``rerun`` elsewhere.
+        check: What to do when a residual exceeds the tolerance. ``warn`` warns once per site, when
+            the gates are computed: at a later call, on reading, flushing or closing. ``raise``
+            makes the model's call raise a `ResidualError`. ``off`` does nothing. Deferred gates are
+            not checked while recording; ``grutrace verify`` checks them.
+        every: Record every n-th call of each module. The first call is recorded. A sequence that
+            continues after a skipped call starts a new sequence in the trace.
+        max_calls: Stop recording after this many calls. Calls of all modules count together.
+        max_bytes: Stop recording before the trace exceeds this many bytes. Rows, initial states and
+            weights count.
+        dtype: Data type in which rows are stored. One of float16, float32 and float64, also for
+            initial states; None keeps the type of each module. Weights keep the module's type.
+        units: Units to record, as a list of numbers or a slice. Negative numbers count from the
+            end. Gates and states have one column per unit, in the given order. None records all
+            units.
+        steps: Steps of each sequence to record, as a slice. Steps are counted over all calls of the
+            sequence. None records all steps.
+        shard: Whether to write one file per rank of a distributed run. The file of rank 3 is
+            ``run.rank0003.h5`` instead of ``run.h5``. True does so if torch.distributed is
+            initialized, or torchrun started the process, with more than one process. False never
+            does. A tuple ``(rank, world size)`` sets both.
+        sink: A grutrace.Statistics that counts rows instead of storing them. It excludes a path,
+            and only the sites and the header of the trace can be read.
+        on_error: What happens to the run if rows cannot be written. ``raise``: the model's next
+            call, `flush` and `close` raise a `SinkError`. ``warn``: the model continues untraced; a
+            warning says so at once, and another one on closing gives the number of lost calls. The
+            model's output is the same in both cases.
+        fsync: Whether every commit waits until the rows are on the disk. They then survive a loss
+            of power; without it they survive only the death of the process.
+        compression: Compression filter for the rows of the file. ``blosc2`` and ``zstd`` both
+            shuffle bits first. Rows are then committed every 10 seconds instead of every half
+            second. If the file is appended to, it keeps its filter.
+        weights: How weight changes are detected that do not bump PyTorch's version counter.
+            Examples are ``weight.data[...] = 0`` and writing through a NumPy view. ``auto``
+            compares every byte where that takes at most a twentieth of the time of the calls, at
+            the first call of a recording, and before rows are read or flushed; between these it
+            compares a sample, and the recorded states show which weights a call used. ``exact``
+            compares every byte at every call.
+        compiled: How code compiled by torch.compile runs while recording. A compiled graph includes
+            the kernel of nn.GRUCell, so its calls cannot be observed. ``eager`` runs all compiled
+            code of the process as the original Python code while recording. ``auto`` does so if
+            such a graph exists when recording starts. ``keep`` runs compiled code as usual, and a
+            warning names the calls that are not recorded.
+        state_memory: Memory for final states, used to find the sequence that a call continues. A
+            number of bytes, or a text such as ``64 MiB``, for all modules together. If the final
+            state of a sequence was dropped, its next call starts a new sequence, marked
+            ``dropped``, and the tracer warns once.
 
     Raises:
-        OptionError: An option has no such value, or a glob matches no site; or there are a path and
-            a sink, or a sink and deferred gates, or `fsync` or `compression` without a path.
-        UnsupportedError: The model has no GRU.
+        OptionError: An option has an invalid value, a glob matches no site, or options exclude each
+            other: a path and a sink, a sink and deferred gates, or `fsync` or `compression` without
+            a path.
+        UnsupportedError: The model contains no GRU.
         TraceFileError: The file exists, or cannot be written.
-        MissingExtraError: `compression` is asked for and hdf5plugin is not installed.
+        MissingExtraError: `compression` is set and hdf5plugin is not installed.
     """
 
-    #: What else is kept among the options of the trace.
-    _stamp: Mapping[str, object] = {}
+    #: Further entries for the options of the trace.
+    _extra_options: Mapping[str, object] = {}
 
     @reject_unknown_options
     def __init__(
@@ -194,7 +220,7 @@ class Tracer(Trace):
         every: int = 1,
         max_calls: int | None = None,
         max_bytes: int | None = None,
-        dtype: StoredType | None = None,
+        dtype: DTypeLike | None = None,
         units: Units | None = None,
         steps: slice | None = None,
         shard: ShardOption = True,
@@ -204,7 +230,7 @@ class Tracer(Trace):
         compression: Compression | None = None,
         weights: WeightChecks = "auto",
         compiled: CompiledCode = "auto",
-        state_memory: int | str = STATE_MEMORY,
+        state_memory: int | str = DEFAULT_STATE_MEMORY,
     ) -> None:
         options = Options(
             gates=gates,
@@ -227,19 +253,21 @@ class Tracer(Trace):
         )
         own = resolve_shard(shard) if path is not None or sink is not None else None
         path = None if path is None else shard_path(as_path(path), own)
-        self._selections = narrow(self._select(model, sites, record), options)
+        self._selections = apply_options(self._select(model, sites, record), options)
         header = TraceHeader(
             model=f"{type(model).__module__}.{type(model).__qualname__}",
             created=time.time(),
-            versions=versions(),
-            options={**options.as_json(), **self._stamp, **(own.options if own else {})},
+            versions=collect_versions(),
+            options={**options.as_json(), **self._extra_options, **(own.options if own else {})},
             modules=tuple(each.description for each in self._selections),
         )
         self._background = None
         if options.gates == "background":
-            self._background = Background(header.modules, own_thread=path is not None)
-        self._outlet = Outlet(open_sink(path, header, mode, sink, self._background, fsync=fsync))
-        super().__init__(open_source(self._outlet.sink))
+            self._background = BackgroundReplay(header.modules, own_thread=path is not None)
+        self._guarded_sink = GuardedSink(
+            open_sink(path, header, mode, sink, self._background, fsync=fsync)
+        )
+        super().__init__(open_source(self._guarded_sink.sink))
         self._before = recorded_calls(self._source)
         if self._background is not None:
             self._background.calls = self._before
@@ -249,30 +277,30 @@ class Tracer(Trace):
             ModuleRecorder(
                 index,
                 selection,
-                self._outlet.append,
+                self._guarded_sink.append,
                 options,
                 self._limits,
                 options.state_memory // len(self._selections),
             )
             for index, selection in enumerate(self._selections)
         ]
-        # What stops a run, or ends it, is known at the call.
+        # Limits and check="raise" must take effect during the call itself.
         counts = options.max_calls is not None or options.max_bytes is not None
-        keeps = not (counts or options.check == "raise")
-        self._journal = Journal(self._recorders, self._outlet, keeps=keeps)
+        can_wait = not (counts or options.check == "raise")
+        self._journal = Journal(self._recorders, self._guarded_sink, can_wait=can_wait)
         self._model = weakref.ref(model)
-        self._grus = {path: weakref.ref(module) for path, module in find(model)}
-        self._turns = [count() for _ in self._selections]
+        self._grus = {path: weakref.ref(module) for path, module in find_grus(model)}
+        self._call_counters = [count() for _ in self._selections]
         self._record_on_enter, self._options = recording, options
         self._tag: str | None = None
-        # What stands for this tracer in the blocks of a thread, which must not keep it alive.
+        # Identifies this tracer in the recording blocks of a thread without keeping it alive.
         self._owner = object()
         self._started = False
-        self._blocks: set[Block] = set()
-        # Those that annotations may still be given to: what is cleared is cleared in them, too.
+        self._blocks: set[RecordingBlock] = set()
+        # Batches that can still be annotated: `clear` empties them, too.
         self._all_batches: weakref.WeakSet[RecordedBatches] = weakref.WeakSet()
         self._subscriptions: list[Subscription | compiled_graphs.EagerCode] = []
-        self._watch = StrangerWatch(_Weakly(self, Tracer._meet))
+        self._watch = UnknownModuleWatch(_WeakMethod(self, Tracer._on_unknown_module))
         self._lock = threading.RLock()
         self._called: set[int] = set()
         self._warned: set[str] = set()
@@ -284,54 +312,70 @@ class Tracer(Trace):
             weakref.ref(self),
             self._subscriptions,
             self._journal,
-            self._outlet,
+            self._guarded_sink,
             self._process,
         )
 
     def _select(
         self, model: nn.Module, sites: str | Sequence[str] | None, record: str | Sequence[str]
-    ) -> list[Selection]:
+    ) -> list[SelectedModule]:
         return select(model, sites, record)
 
-    def _limit(self, options: Options) -> Limits:
-        return Limits(options.max_calls, options.max_bytes)
+    def _limit(self, options: Options) -> RecordingLimits:
+        return RecordingLimits(options.max_calls, options.max_bytes)
 
     @property
     def is_recording(self) -> bool:
-        """Whether calls of the model are recorded now.
+        """Whether calls of the model are being recorded.
 
-        Not once ``max_calls`` or so is reached, nor where the run goes on without a sink that has
-        failed.
+        False once ``max_calls`` or ``max_bytes`` is reached, and while the run continues after the
+        sink has failed.
         """
-        return bool(self._subscriptions) and not self._limits.reached and self._outlet.error is None
+        return (
+            bool(self._subscriptions)
+            and not self._limits.reached
+            and self._guarded_sink.error is None
+        )
 
     def start(self, tag: str | None = None) -> None:
-        """Record from now on. Does nothing once ``max_calls`` or ``max_bytes`` is reached.
+        """Start recording. Does nothing once ``max_calls`` or ``max_bytes`` is reached.
+
+        Example:
+            >>> import torch
+            >>> import grutrace
+            >>> model = torch.nn.GRUCell(4, 3)
+            >>> with grutrace.Tracer(model, recording=False) as tracer:
+            ...     tracer.start(tag="train")
+            ...     state = model(torch.randn(2, 4))
+            ...     tracer.stop()
+            ...     state = model(torch.randn(2, 4))
+            >>> len(tracer.calls)
+            1
 
         Args:
-            tag: A name that every call bears from now on; within a `recording`, until its end.
+            tag: A name for the calls from now on; inside a `recording` block, until its end.
 
         Raises:
-            OptionError: The tag is no text.
+            OptionError: The tag is not a text.
             StateError: The tracer is closed.
         """
         _require_tag(tag)
         with self._lock:
             self._require_open()
-            block = Block.of(self._owner)
+            block = RecordingBlock.current(self._owner)
             if block is None:
                 self._tag = tag
             else:
                 block.tag = tag
             self._started = True
-            self._listen()
+            self._subscribe_all()
 
     def _require_open(self) -> None:
         if self._closed:
-            raise StateError("the tracer is closed: make a new one to record again")
+            raise StateError("the tracer is closed: create a new one to record again")
 
-    def _listen(self) -> None:
-        """Hear the calls of the model from now on, and mind that it may have changed."""
+    def _subscribe_all(self) -> None:
+        """Subscribe to the calls of all recorded modules, whose weights may have changed."""
         with self._lock:
             self._drain()
             self._expect_changes()
@@ -340,7 +384,7 @@ class Tracer(Trace):
                 return
             self._has_recorded = True
             try:
-                self._mind_compiled_code()
+                self._handle_compiled_code()
                 for index, selection in enumerate(self._selections):
                     self._subscribe(index, selection.module)
                 self._watch.start()
@@ -348,44 +392,44 @@ class Tracer(Trace):
                 self.stop()
                 raise
 
-    def _mind_compiled_code(self) -> None:
-        """Have graphs with a GRU kernel in them run as Python code, or say that they exist."""
+    def _handle_compiled_code(self) -> None:
+        """Make compiled code run as Python code if the options say so; else warn of its graphs."""
         compiled = self._options.compiled
-        if compiled == "eager" or (compiled == "auto" and compiled_graphs.exist()):
+        if compiled == "eager" or (compiled == "auto" and compiled_graphs.any_with_gru_kernel()):
             code = compiled_graphs.EagerCode()
             self._subscriptions.append(code)
             code.start()
         else:
-            self._name_graphs()
+            self._warn_of_graphs()
 
-    def _name_graphs(self) -> None:
-        """Say that there are graphs with a GRU kernel in them, of which nothing is heard."""
+    def _warn_of_graphs(self) -> None:
+        """Warn of compiled graphs that contain a GRU kernel, whose calls are not recorded."""
         is_eager = any(isinstance(e, compiled_graphs.EagerCode) for e in self._subscriptions)
-        if not is_eager and compiled_graphs.exist():
+        if not is_eager and compiled_graphs.any_with_gru_kernel():
             self._warn_once(
                 "compiled",
-                "torch.compile has made a graph with a GRU kernel in it: if it is one of this "
+                "torch.compile has made a graph that contains a GRU kernel: if it belongs to this "
                 "model, its calls are not recorded. Pass compiled='eager', which runs compiled "
                 "code as Python code while recording",
             )
 
-    def _name_exchanged(self) -> None:
-        """Say of which recorded layers the model has something else by now that is not recorded."""
+    def _warn_of_replaced_layers(self) -> None:
+        """Warn of recorded layers that the model has replaced by a module of another kind."""
         model = self._model()
         present = {} if model is None else dict(model.named_modules())
         for each in self._selections:
             path = each.description.path
             there = present.get(path)
-            # A GRU was met at its first call, and is recorded or named.
+            # A new GRU was handled at its first call.
             if there is not None and not isinstance(there, (nn.GRU, nn.GRUCell)):
                 self._warn_once(
                     f"exchanged {path}",
-                    f"{path} was exchanged for a {type(there).__qualname__} after the tracer was "
-                    "made, of which nothing is recorded",
+                    f"{path} was replaced by a {type(there).__qualname__} after the tracer was "
+                    "created: calls of the replacement are not recorded",
                 )
 
     def _subscribe(self, index: int, module: GRUModule | None) -> None:
-        """Have the calls of a module recorded as those of the module of this number."""
+        """Record the calls of a module as those of the recorded module with this index."""
         if module is None:
             return
         gone = [e for e in self._subscriptions if isinstance(e, Subscription) and e.is_gone]
@@ -394,17 +438,17 @@ class Tracer(Trace):
             self._subscriptions.remove(each)
         subscription = Subscription(
             module,
-            _Weakly(self, Tracer._receive, index),
+            _WeakMethod(self, Tracer._receive, index),
             self._options.stacks,
-            _Weakly(self, Tracer._wants, index),
-            self._recorders[index].asked,
+            _WeakMethod(self, Tracer._should_record, index),
+            self._recorders[index].requested_gates,
         )
-        # Kept before it starts: an interruption must not leave it behind.
+        # Stored before it starts: an interruption must not leave it active.
         self._subscriptions.append(subscription)
         subscription.start()
 
     def stop(self) -> None:
-        """Stop recording, in all blocks. The trace stays open."""
+        """Stop recording, in all recording blocks. The trace stays open."""
         with self._lock:
             self._started = False
             self._blocks.clear()
@@ -412,23 +456,23 @@ class Tracer(Trace):
             while self._subscriptions:
                 self._subscriptions[-1].stop()
                 self._subscriptions.pop()
-            # What cannot be stored now is said on flushing or closing.
+            # A sink error is reported on flushing or closing.
             with suppress(SinkError):
                 self._drain()
 
     def _drain(self) -> None:
-        """Work out the calls that wait. What was found is said by `_say_news`.
+        """Record the calls that wait in the journal. `_report_findings` reports the findings.
 
         Raises:
-            SinkError: The sink cannot take them, and ``on_error`` is ``raise``.
+            SinkError: The sink cannot store them, and ``on_error`` is ``raise``.
         """
         while len(self._journal) and os.getpid() == self._process:
             try:
                 self._journal.drain()
-            except LimitReached:
+            except LimitExceeded:
                 self.stop()
             except SinkError as error:
-                if not self._goes_on(error):
+                if not self._continue_untraced(error):
                     raise
 
     def _expect_changes(self) -> None:
@@ -441,54 +485,65 @@ class Tracer(Trace):
         self,
         tag: str | None = None,
         *,
-        tokens: Given | None = None,
-        labels: Mapping[str, Given] | None = None,
-        sequences: GivenNames | None = None,
+        tokens: AnnotationValues | None = None,
+        labels: Mapping[str, AnnotationValues] | None = None,
+        sequences: SequenceNamesLike | None = None,
     ) -> Iterator[Recording]:
-        """Record within a ``with`` block, then go back to what was before.
+        """Record within a ``with`` block.
 
-        A block is that of the thread or asyncio task that enters it, and of tasks made within it:
-        calls of other threads and tasks have their own block, or none. They are recorded all the
-        same. To have the calls of a pool's thread in this block, run them in a copy of the context:
-        ``pool.submit(contextvars.copy_context().run, model, batch)``. The end of a block ends no
-        other: recording stops with the last one, unless it was started otherwise.
+        The block applies to the thread or asyncio task that enters it, and to tasks created within
+        it. Calls of other threads and tasks are recorded as well, but without this block's tag and
+        annotations. To include the calls of a pool's thread, run them in a copy of the context:
+        ``pool.submit(contextvars.copy_context().run, model, batch)``. Blocks may overlap. Recording
+        stops with the last block, unless `start` was called.
+
+        Example:
+            >>> import torch
+            >>> import grutrace
+            >>> model = torch.nn.GRU(4, 3)
+            >>> with grutrace.Tracer(model, recording=False) as tracer:
+            ...     with tracer.recording(tag="valid", tokens=[["a", "b"]]):
+            ...         output, final = model(torch.randn(2, 1, 4))
+            >>> tracer["l0"][0].tokens
+            ['a', 'b']
 
         Args:
-            tag: A name that every call within bears.
-            tokens: As for `Recording.annotate`; given to what was recorded, when the block ends.
-            labels: Likewise.
-            sequences: (B,) names of the sequences of a batch, hashable and all different, for
-                every call within that has B sequences; or such names by the path of a module, or
-                a glob. Calls with the same name, in this block or a later one of this tracer,
-                continue the same sequence from whatever state they start. A name that is used for
-                the first time continues, or forks from, the sequence whose state it starts from.
-                A bidirectional layer never continues a sequence.
+            tag: A name for the calls in the block.
+            tokens: Tokens of the recorded sequences, as for `Recording.annotate`. They are stored
+                when the block ends.
+            labels: Labels, likewise.
+            sequences: (B,) names of the sequences of a batch, hashable and all different, for every
+                call in the block with B sequences; or such names by the path, or glob, of a module.
+                Calls with the same name, in this block or in a later one of this tracer, continue
+                the same sequence, whichever state they start from. A new name continues, or forks
+                from, the sequence whose state it starts from. A bidirectional layer never continues
+                a sequence.
 
         Yields:
-            The recording, for annotations that are known only after the model has run.
+            A `Recording`, for annotations that are known only after the model has run.
 
         Raises:
-            OptionError: The tag is no text, `sequences` are no such names, or tokens or labels fit
-                nothing that was recorded.
+            OptionError: The tag is not a text, `sequences` has invalid names, or tokens or labels
+                fit no recorded batch.
             StateError: The tracer is closed.
         """
         _require_tag(tag)
         modules = [each.description for each in self._selections]
         names = None if sequences is None else SequenceNames(sequences, modules)
-        # What was given goes to all batches that it fits, at the end.
+        # Annotations go to all batches that they fit, when the block ends.
         batches = RecordedBatches(modules, keep_all=tokens is not None or bool(labels))
         recording = Recording(self._annotate, batches)
         self._all_batches.add(batches)
-        block = Block(self._owner, tag, batches, names)
+        block = RecordingBlock(self._owner, tag, batches, names)
         with self._lock:
             self._require_open()
             self._blocks.add(block)
         try:
-            self._listen()
-            with block.entered():
+            self._subscribe_all()
+            with block.activate():
                 yield recording
                 recording.annotate(tokens=tokens, labels=labels)
-            if names is not None and (unused := names.unused()):
+            if names is not None and (unused := names.unused_message()):
                 self._warn_once("unused names", unused)
         finally:
             with self._lock:
@@ -500,50 +555,48 @@ class Tracer(Trace):
                     with suppress(SinkError):
                         self._drain()
                     self._expect_changes()
-        # After all else: a warning may be an error.
-        self._say_news()
+        # Last, because warnings may be configured to raise.
+        self._report_findings()
 
     def flush(self) -> None:
-        """Return once every recorded row is in the trace, and committed to the file if any.
+        """Wait until every recorded row is in the trace and, with a file, committed to it.
 
         Raises:
             SinkError: The rows could not be stored, and ``on_error`` is ``raise``.
         """
         try:
             self._drain()
-            self._outlet.sink.flush()
+            self._guarded_sink.sink.flush()
         except SinkError as error:
-            if not self._goes_on(error):
+            if not self._continue_untraced(error):
                 raise
-        self._say_news()
+        self._report_findings()
 
     def clear(self) -> None:
-        """Empty a trace in memory, and go on recording if it does.
+        """Remove all rows of a trace in memory. Recording continues.
 
-        What comes after is numbered as if the tracer were new: calls, sequences and versions of the
-        weights count from 0. A sequence that was under way begins anew, with the state that it had
-        reached as its initial one. Tokens and labels can be given only to what is recorded after.
-        ``max_calls`` and ``max_bytes`` count anew, and where one of them has ended the recording,
-        `start` begins it again; ``every`` goes on counting the model's calls. Arrays, sequences and
-        tables that were handed out before stay as they are, and take their memory until they are
-        dropped.
+        Calls, sequences and versions of the weights count from 0 again. A sequence that is in
+        progress starts a new sequence, whose initial state is the state that it had reached. Tokens
+        and labels can be given only to calls recorded after this. ``max_calls`` and ``max_bytes``
+        count from 0 again, and `start` works again if one of them had stopped the recording;
+        ``every`` continues to count. Arrays, sequences and tables that were read before stay valid.
 
         Raises:
-            StateError: The trace is in a file, or has no rows.
+            StateError: The trace is in a file, or its sink stores no rows.
         """
         self._require_memory("cleared")
         with self._lock, self._journal.lock:
             self._journal.clear()
             super().clear()
-            self._before = -self._outlet.blocks
+            self._before = -self._guarded_sink.call_records
             if self._background is not None:
-                self._background.forget()
+                self._background.reset()
             for batches in self._all_batches:
                 batches.clear()
             self._limits.clear()
 
     def refresh(self) -> None:
-        """Take in what was recorded since; where the sink has failed, what it still stored.
+        """Show the rows recorded since the last refresh; if the sink failed, those that it stored.
 
         Raises:
             SinkError: The rows could not be stored, and ``on_error`` is ``raise``.
@@ -552,36 +605,36 @@ class Tracer(Trace):
         try:
             super().refresh()
         except SinkError as error:
-            if not self._goes_on(error):
+            if not self._continue_untraced(error):
                 raise
             super().refresh()
 
     def close(self) -> None:
-        """Stop recording and close the trace, which can still be read. Twice does nothing.
+        """Stop recording and close the trace. It can still be read. Closing twice does nothing.
 
         Raises:
             SinkError: Rows could not be stored, and ``on_error`` is ``raise``.
         """
         if self._finish():
-            self._name_uncalled()
-            self._say_news()
+            self._warn_uncalled()
+            self._report_findings()
 
     def _finish(self) -> bool:
-        """Stop recording and close the trace; whether it was open before."""
+        """Stop recording and close the trace. Return whether it was open."""
         if self._subscriptions:
-            self._name_graphs()
-            self._name_exchanged()
+            self._warn_of_graphs()
+            self._warn_of_replaced_layers()
         self.stop()
         was_open, self._closed = not self._closed, True
         if was_open:
             self._closing.detach()
             try:
-                self._outlet.sink.close()
+                self._guarded_sink.sink.close()
             except SinkError as error:
-                if not self._goes_on(error):
+                if not self._continue_untraced(error):
                     raise
-            if self._outlet.error is not None:
-                self._say_losses(*self._count_losses())
+            if self._guarded_sink.error is not None:
+                self._report_losses(*self._count_losses())
         return was_open
 
     def __enter__(self) -> Self:
@@ -597,96 +650,96 @@ class Tracer(Trace):
         traceback: TracebackType | None,
     ) -> None:
         if self._finish() and kind is None:
-            self._name_uncalled()
-            self._say_news()
+            self._warn_uncalled()
+            self._report_findings()
 
-    def _goes_on(self, error: SinkError) -> bool:
-        """Whether the run goes on without the sink, which has failed. Said when it is news."""
+    def _continue_untraced(self, error: SinkError) -> bool:
+        """Return whether the run continues although the sink has failed. Warns the first time."""
         if self._options.on_error == "raise":
             return False
-        if self._outlet.fail(error):
+        if self._guarded_sink.mark_failed(error):
             with suppress(SinkError):
-                self._outlet.sink.close()
-            message = f"nothing more is recorded, and the model goes on untraced: {error}"
+                self._guarded_sink.sink.close()
+            message = f"recording has stopped, and the model continues untraced: {error}"
             self._warn_once(message, message)
         return True
 
     def _count_losses(self) -> tuple[int, int]:
-        """How many calls are stored, and how many are not: all of them, if nothing can be read."""
+        """Return the numbers of stored and lost calls. In an unreadable file all are lost."""
         stored = 0
         with suppress(TraceFileError):
             stored = recorded_calls(self._source) - self._before
-        return stored, self._outlet.calls - stored
+        return stored, self._guarded_sink.calls - stored
 
-    def _say_losses(self, stored: int, lost: int) -> None:
+    def _report_losses(self, stored: int, lost: int) -> None:
         message = (
-            f"{self._source.name} holds {stored} calls of this recording, and {lost} more "
-            "are lost, since it could not be written"
+            f"{self._source.name} holds {stored} calls of this recording, and {lost} more are "
+            "lost, because they could not be written"
         )
         self._warn_once(message, message)
 
     def _refresh_snapshot(self) -> TraceSnapshot:
-        """Take in what was recorded since the last look, so that the trace is always up to date."""
+        """Refresh the snapshot, so that reading shows every recorded row."""
         if len(self._journal):
             with suppress(SinkError):
                 self._drain()
-        appended = self._outlet.records
+        appended = self._guarded_sink.records
         if appended != self._seen:
             self.refresh()
             self._seen = appended
-            # Gates that were made only now take their memory, too.
-            if self.nbytes > LARGE:
-                self._warn_once(_TOO_LARGE, _TOO_LARGE)
-        self._say_news()
+            # Includes the memory of gates that were computed just now.
+            if self.nbytes > LARGE_TRACE_BYTES:
+                self._warn_once(_LARGE_TRACE_WARNING, _LARGE_TRACE_WARNING)
+        self._report_findings()
         return super()._refresh_snapshot()
 
-    def _wants(self, index: int) -> bool:
-        """Whether the present call of a module is to be recorded. Asked once a call."""
+    def _should_record(self, index: int) -> bool:
+        """Whether to record the current call of a module. Called once per call."""
         if not self._limits.reached:
-            wanted = next(self._turns[index]) % self._options.every == 0
+            wanted = next(self._call_counters[index]) % self._options.every == 0
             if not wanted:
-                self._leave_out(index)
-            if wanted and self._outlet.error is not None and os.getpid() == self._process:
-                self._outlet.count()
+                self._note_skipped(index)
+            if wanted and self._guarded_sink.error is not None and os.getpid() == self._process:
+                self._guarded_sink.count_call()
                 return False
             return wanted
-        # Reached by a call of another thread, or by another part of a run. In a forked child nobody
-        # might be left to release the lock.
+        # Another thread, or another part of the run, reached the limit. In a forked child no thread
+        # may be left to release the lock.
         if os.getpid() == self._process:
             self.stop()
         return False
 
-    def _receive(self, index: int, run: KernelRun | Missed) -> None:
+    def _receive(self, index: int, run: KernelRun | SkippedCall) -> None:
         if os.getpid() != self._process:
-            self._warn_once("", _IN_A_CHILD)
+            self._warn_once("", _FORKED_CHILD_WARNING)
             return
         self._called.add(index)
-        if isinstance(run, Missed):
-            self._say_unrecorded(index, run.reason)
-            self._leave_out(index)
+        if isinstance(run, SkippedCall):
+            self._report_skipped_call(index, run.reason)
+            self._note_skipped(index)
             return
-        block = Block.of(self._owner)
+        block = RecordingBlock.current(self._owner)
         tag, names, batches = self._tag, None, None
         if block is not None:
             tag, batches = block.tag, block.batches
             if block.names is not None:
                 names = self._names(block.names, index, run.batch)
-        if not self._journal.note(index, run, tag, names, batches):
+        if not self._journal.add(index, run, tag, names, batches):
             return
         self._drain()
         if self._limits.reached:
             self.stop()
-        self._say_news()
-        if self.nbytes > LARGE:
-            self._warn_once(_TOO_LARGE, _TOO_LARGE)
+        self._report_findings()
+        if self.nbytes > LARGE_TRACE_BYTES:
+            self._warn_once(_LARGE_TRACE_WARNING, _LARGE_TRACE_WARNING)
 
-    def _meet(self, module: GRUModule, frame: FrameType) -> None:
-        """Record a GRU that the model did not have in the place of one that it had, or name it."""
+    def _on_unknown_module(self, module: GRUModule, frame: FrameType) -> None:
+        """Record a GRU that replaced a recorded module, or warn that its calls are not recorded."""
         model = self._model()
         if model is None or any(each() is module for each in self._grus.values()):
             return
         described = {each.description.path: each.description for each in self._selections}
-        found = place_of(module, model, described, frame)
+        found = locate_module(module, model, described, frame)
         if found.replaces is not None:
             index = list(described).index(found.replaces)
             with self._lock:
@@ -696,50 +749,52 @@ class Tracer(Trace):
         elif found.reason is not None and found.path not in self._grus:
             self._warn_once(found.reason, found.reason)
 
-    def _leave_out(self, index: int) -> None:
-        """Note for tokens and labels that the present call of a module is not recorded."""
-        # Without the lock: in a forked child nobody might be left to release it.
-        block = Block.of(self._owner)
+    def _note_skipped(self, index: int) -> None:
+        """Note that the current call of a module is not recorded, for tokens and labels."""
+        # Without the lock: in a forked child no thread may be left to release it.
+        block = RecordingBlock.current(self._owner)
         if block is not None and block.batches is not None:
-            block.batches.leave_out(index)
+            block.batches.note_skipped_call(index)
 
     def _names(self, names: SequenceNames, index: int, batch: int) -> tuple[Hashable, ...] | None:
-        """The names of the sequences of a call; where there should be and are not, it is said."""
-        found = names.of(index, batch)
-        if found is None and (complaint := names.complaint(index, batch)):
-            self._warn_once(f"names of {self._path(index)}", complaint)
+        """Return the names of the sequences of a call. Warns if the given names do not fit."""
+        found = names.names_for(index, batch)
+        if found is None and (message := names.mismatch_message(index, batch)):
+            self._warn_once(f"names of {self._path(index)}", message)
         return found
 
-    def _say_unrecorded(self, index: int, reason: str) -> None:
+    def _report_skipped_call(self, index: int, reason: str) -> None:
         path = self._path(index)
         self._warn_once(path, f"a call of {path} was not recorded: {reason}")
 
-    def _say_origins(self, index: int, origins: Iterable[Origin]) -> None:
-        """Say, once a module, that it cannot be told which sequence a call goes on with."""
+    def _report_origins(self, index: int, origins: Iterable[Origin]) -> None:
+        """Warn, once per module, of sequences that are ambiguous or whose state was dropped."""
         for origin in origins:
-            if origin.mark in _DOUBTS:
+            if origin.mark in _ORIGIN_WARNINGS:
                 path = self._path(index)
-                self._warn_once(f"{origin.mark} in {path}", _DOUBTS[origin.mark].format(path))
+                self._warn_once(
+                    f"{origin.mark} in {path}", _ORIGIN_WARNINGS[origin.mark].format(path)
+                )
 
-    def _say_news(self) -> None:
-        """Say what was found since the last time that the user has to know."""
-        news = self._journal.news
-        while news:
-            found = news.popleft()
-            if isinstance(found, Unrecorded):
-                self._say_unrecorded(found.module, found.reason)
+    def _report_findings(self) -> None:
+        """Report the findings since the last report: warnings, or a `ResidualError`."""
+        findings = self._journal.findings
+        while findings:
+            found = findings.popleft()
+            if isinstance(found, SkippedCallNotice):
+                self._report_skipped_call(found.module, found.reason)
             elif isinstance(found, str):
                 self._warn_once(found, found)
-            elif isinstance(found, Marked):
-                self._say_origins(found.module, found.origins)
+            elif isinstance(found, MarkedSequences):
+                self._report_origins(found.module, found.origins)
             else:
                 number = None if found.call is None else self._before + found.call
-                self._say([found._replace(call=number)])
+                self._report_violations([found._replace(call=number)])
         if self._background is not None:
-            self._say(self._background.take_doubts())
+            self._report_violations(self._background.pop_violations())
 
-    def _say(self, doubts: Iterable[Doubt]) -> None:
-        for doubt in doubts if self._options.check != "off" else ():
+    def _report_violations(self, violations: Iterable[ResidualViolation]) -> None:
+        for doubt in violations if self._options.check != "off" else ():
             if self._options.check == "raise":
                 raise ResidualError(doubt.message)
             self._warn_once(doubt.site.name, doubt.message, ResidualWarning)
@@ -747,37 +802,37 @@ class Tracer(Trace):
     def _warn_once(
         self, about: str, message: str, category: type[GrutraceWarning] = GrutraceWarning
     ) -> None:
-        # Without the lock: in a forked child nobody might be left to release it.
+        # Without the lock: in a forked child no thread may be left to release it.
         if about not in self._warned:
             self._warned.add(about)
             warnings.warn(message, category, stacklevel=3)
 
     def _annotate(
-        self, batches: RecordedBatches, name: str, given: Given, module: str | None
+        self, batches: RecordedBatches, name: str, given: AnnotationValues, module: str | None
     ) -> None:
-        if self._limits.reached or self._outlet.error is not None:
-            # Nobody knows what was called since.
+        if self._limits.reached or self._guarded_sink.error is not None:
+            # Calls since then were not observed.
             for index in range(len(self._recorders)):
-                batches.leave_out(index)
+                batches.note_skipped_call(index)
         try:
             self._drain()
-            # At once, so that nobody empties the trace in between.
+            # All under the lock, so that `clear` cannot come between.
             with self._journal.lock:
                 for annotation in batches.annotations(name, given, module):
-                    self._outlet.append(annotation)
+                    self._guarded_sink.append(annotation)
         except SinkError as error:
-            if not self._goes_on(error):
+            if not self._continue_untraced(error):
                 raise
 
-    def _name_uncalled(self) -> None:
+    def _warn_uncalled(self) -> None:
         indices = range(len(self._recorders))
         uncalled = [self._path(index) for index in indices if index not in self._called]
-        stopped = self._limits.reached or self._outlet.error is not None
+        stopped = self._limits.reached or self._guarded_sink.error is not None
         if self._has_recorded and uncalled and not stopped:
             compiled = (
-                "; or it was called within a graph of torch.compile, which is not heard "
+                "; or it was called inside a graph of torch.compile, which is not observed "
                 "(compiled='eager' runs compiled code as Python code while recording)"
-                if compiler_is_loaded()
+                if dynamo_loaded()
                 else ""
             )
             own = [each for each in uncalled if self._has_own_forward(each)]
@@ -808,11 +863,11 @@ class Tracer(Trace):
         return self._selections[index].description.path or unnamed
 
 
-class _Weakly:
-    """Calls a method of a tracer, as long as there is the tracer."""
+class _WeakMethod:
+    """Calls a method of a tracer that it does not keep alive."""
 
     def __init__(self, tracer: Tracer, method: Callable[..., Any], *first: object) -> None:
-        # By name: a subclass may have a method of its own.
+        # By name: a subclass may override the method.
         self._tracer, self._name, self._first = weakref.ref(tracer), method.__name__, first
 
     def __call__(self, *args: Any) -> Any:
@@ -824,10 +879,10 @@ def _close_dropped(
     tracer: weakref.ref[Tracer],
     subscriptions: list[Subscription | compiled_graphs.EagerCode],
     journal: Journal,
-    outlet: Outlet,
+    guarded_sink: GuardedSink,
     process: int,
 ) -> None:
-    """Close what a tracer leaves behind that was dropped, or is there when the process ends."""
+    """Close a tracer that was garbage-collected, or that is open when the process ends."""
     if os.getpid() != process:
         return
     was_recording = bool(subscriptions)
@@ -835,11 +890,11 @@ def _close_dropped(
         subscription.stop()
     journal.collect(wait=True)
     with suppress(SinkError):
-        outlet.sink.close()
+        guarded_sink.sink.close()
     if tracer() is None and was_recording:
         warnings.warn(
-            "a tracer was dropped while it recorded: it is closed, and what it had recorded is "
-            "complete. Keep it in a variable, and close it",
+            "a tracer was garbage-collected while recording: it is closed, and its trace is "
+            "complete. Keep the tracer in a variable, and close it",
             GrutraceWarning,
             stacklevel=2,
         )
@@ -847,8 +902,8 @@ def _close_dropped(
 
 def _require_tag(tag: object) -> None:
     if not isinstance(tag, str | None):
-        raise OptionError(f"tag: expected a text, found {short_repr(tag)}")
+        raise OptionError(f"tag: expected a str or None, found {short_repr(tag)}")
 
 
-#: The name for a ``with`` block: ``with grutrace.trace(model) as trace:``.
+#: `Tracer` under the name that reads well in ``with grutrace.trace(model) as trace:``.
 trace = Tracer

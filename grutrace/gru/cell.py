@@ -120,30 +120,34 @@ def preactivations(products: Products) -> Gates:
     """Return what the sigmoids and the tanh are applied to; the last one holds the reset gate."""
     parts = (each.chunk(3, -1) for each in products)
     reset, update, candidate = (Products(*of_gate) for of_gate in zip(*parts, strict=True))
-    before = _opening(reset)
-    return Gates(before, _opening(update), _proposal(candidate, before.sigmoid()))
+    before = _gate_preactivation(reset)
+    return Gates(
+        before, _gate_preactivation(update), _candidate_preactivation(candidate, before.sigmoid())
+    )
 
 
-def some_gates(products: Mapping[str, Products]) -> dict[str, Tensor]:
+def partial_gates(products: Mapping[str, Products]) -> dict[str, Tensor]:
     """Return those gates whose products are there, each (..., U) as its products are.
 
     Args:
         products: By the gate that they lead to. The candidate needs the reset gate of its units.
     """
     found = {
-        name: _opening(products[name]).sigmoid() for name in ("reset", "update") if name in products
+        name: _gate_preactivation(products[name]).sigmoid()
+        for name in ("reset", "update")
+        if name in products
     }
     if "candidate" in products:
-        found["candidate"] = _proposal(products["candidate"], found["reset"]).tanh()
+        found["candidate"] = _candidate_preactivation(products["candidate"], found["reset"]).tanh()
     return found
 
 
-def _opening(products: Products) -> Tensor:
+def _gate_preactivation(products: Products) -> Tensor:
     """What the sigmoid of the reset or of the update gate is applied to."""
     return products.input + products.hidden
 
 
-def _proposal(products: Products, reset: Tensor) -> Tensor:
+def _candidate_preactivation(products: Products, reset: Tensor) -> Tensor:
     """What the tanh of the candidate is applied to."""
     return products.input + reset * products.hidden
 

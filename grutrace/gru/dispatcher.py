@@ -3,8 +3,8 @@
 PyTorch sends every operation through a dispatcher, layer by layer (its *keys*), until one computes
 it. One of these layers, ``Fake``, was set aside for packages outside PyTorch. Here a function of
 ours answers a single operation in it, the addition of two tensors; all others pass it by. A layer
-can be put in force for one thread, and it is, while `heard` runs something: nobody else's
-operations come here, and nothing of them waits.
+can be put in force for one thread, and it is, while `observe_additions` runs something: nobody
+else's operations come here, and nothing of them waits.
 
 The layer lies beneath autograd and autocast, so an addition looks alike whatever they do, and
 nothing that is done here gets into a graph.
@@ -23,7 +23,7 @@ from torch import Tensor
 Result = TypeVar("Result")
 
 #: Is told of an addition: its summands, and its result before anyone else has it.
-Listener = Callable[[Tensor, Tensor, Tensor], None]
+AddCallback = Callable[[Tensor, Tensor, Tensor], None]
 
 _KEY = "Fake"
 
@@ -32,14 +32,14 @@ _libraries: list[Any] = []
 _lock = threading.Lock()
 
 
-class _Listening(threading.local):
-    listener: Listener | None = None
+class _ThreadState(threading.local):
+    listener: AddCallback | None = None
 
 
-_here = _Listening()
+_here = _ThreadState()
 
 
-def heard(listener: Listener, run: Callable[[], Result]) -> Result:
+def observe_additions(listener: AddCallback, run: Callable[[], Result]) -> Result:
     """Run something, and have a listener told of each addition of CPU tensors that it makes.
 
     Args:
@@ -55,7 +55,7 @@ def heard(listener: Listener, run: Callable[[], Result]) -> Result:
 
 
 @cache
-def is_possible() -> bool:
+def is_available() -> bool:
     """Whether additions can be heard in this PyTorch. Finding out makes it so."""
     with _lock:
         return bool(_libraries) or _register()
@@ -68,7 +68,7 @@ def _register() -> bool:
         library: Any = torch.library.Library
         everything, additions = (library(each, "IMPL", _KEY) for each in ("_", "aten"))
         everything.fallback(torch.library.fallthrough_kernel)
-        additions.impl("add.Tensor", _answer_with(torch.ops.aten.add.Tensor))
+        additions.impl("add.Tensor", _make_impl(torch.ops.aten.add.Tensor))
     except Exception:
         # Whatever it is: this PyTorch has no such layer.
         return False
@@ -76,7 +76,7 @@ def _register() -> bool:
     return True
 
 
-def _answer_with(operation: Any) -> Callable[..., Tensor]:
+def _make_impl(operation: Any) -> Callable[..., Tensor]:
     add = operation.redispatch
     beneath = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 

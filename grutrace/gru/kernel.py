@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from grutrace.gru import kernel_gates
-from grutrace.gru.kernel_gates import Asked, Harvest, Layout, UnitsByGate
+from grutrace.gru.kernel_gates import CallShape, GateRequest, KernelGates, UnitsByGate
 
 Result = TypeVar("Result")
 
@@ -46,7 +46,7 @@ class Layer(NamedTuple):
 
     input: Tensor
     output: Tensor
-    gates: list[Harvest] | None = None
+    gates: list[KernelGates] | None = None
 
 
 class KernelCall(NamedTuple):
@@ -85,7 +85,7 @@ class KernelCall(NamedTuple):
         return 2 if self.bidirectional else 1
 
     @property
-    def drops(self) -> bool:
+    def has_dropout(self) -> bool:
         """Whether dropout is applied between the layers of this call."""
         return self.training and self.dropout > 0 and self.num_layers > 1
 
@@ -100,7 +100,7 @@ class KernelCall(NamedTuple):
         return self.initial[layer * self.directions + reverse]
 
     @property
-    def times(self) -> int:
+    def num_steps(self) -> int:
         """T"""
         return len(self.input if self.batch_sizes is None else self.batch_sizes)
 
@@ -125,18 +125,18 @@ class KernelCall(NamedTuple):
             output, final = torch._VF.gru(input, self.batch_sizes, initial, weights, *options)
         return Layer(input, output), final
 
-    def is_worth_harvesting(self, asked: Asked) -> bool:
+    def should_copy_kernel_gates(self, request: GateRequest) -> bool:
         """Whether these gates of all layers can be harvested, and cost less so than replayed."""
         width, (_, _, size) = self.input.shape[-1], self.initial.shape
-        batch = self.input.numel() / max(1, self.times * width)
+        batch = self.input.numel() / max(1, self.num_steps * width)
         widths = [width, *[self.directions * size] * (self.num_layers - 1)]
-        return kernel_gates.pays(
-            self.times, batch, sum(widths) / len(widths), size, asked
-        ) and kernel_gates.is_undisturbed(self.input)
+        return kernel_gates.is_cheaper(
+            self.num_steps, batch, sum(widths) / len(widths), size, request
+        ) and kernel_gates.can_intercept(self.input)
 
-    def harvest(
+    def copy_kernel_gates(
         self, run: Callable[[], Result], columns: UnitsByGate
-    ) -> tuple[Result, list[list[Harvest]] | None]:
+    ) -> tuple[Result, list[list[KernelGates]] | None]:
         """Harvest gates of all layers while something makes this call.
 
         Args:
@@ -148,10 +148,10 @@ class KernelCall(NamedTuple):
         """
         _, batch, size = self.initial.shape
         sizes = self.batch_sizes
-        rows = [batch] * self.times if sizes is None else sizes.tolist()
-        result, found = kernel_gates.harvest(
+        rows = [batch] * self.num_steps if sizes is None else sizes.tolist()
+        result, found = kernel_gates.copy_kernel_gates(
             run,
-            Layout(rows, sizes is None, size, self.input.dtype),
+            CallShape(rows, sizes is None, size, self.input.dtype),
             [bool(d) for _ in range(self.num_layers) for d in range(self.directions)],
             columns,
         )
@@ -167,7 +167,7 @@ class KernelCall(NamedTuple):
         return output
 
 
-def split(call: KernelCall) -> tuple[Tensor, Tensor, list[Layer]]:
+def run_layerwise(call: KernelCall) -> tuple[Tensor, Tensor, list[Layer]]:
     """Answer a call with one fused call a layer.
 
     Returns:
@@ -188,7 +188,7 @@ def split(call: KernelCall) -> tuple[Tensor, Tensor, list[Layer]]:
 
 
 @torch.no_grad()
-def rerun(
+def rerun_lower_layers(
     call: KernelCall,
     output: Tensor,
     generator_state: Tensor | None,

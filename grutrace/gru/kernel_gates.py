@@ -32,17 +32,17 @@ import torch
 from torch import Tensor
 
 from grutrace.gru import cell, dispatcher
-from grutrace.gru.layout import PackedSteps, numpy_type
+from grutrace.gru.layout import PackedLayout, numpy_type
 from grutrace.records import GATES
 
 #: How many units prove a call of which not all gates are computed.
-PROOF_UNITS = 8
+CHECK_UNITS = 8
 
 #: By the name of a gate, which units of it.
 UnitsByGate: TypeAlias = Mapping[str, range]
 
 
-class Asked(NamedTuple):
+class GateRequest(NamedTuple):
     """What somebody wants of the kernel's own gates.
 
     Attributes:
@@ -51,13 +51,13 @@ class Asked(NamedTuple):
     """
 
     columns: UnitsByGate
-    share: float = 1.0
+    max_cost_ratio: float = 1.0
 
 
-NOTHING = Asked(MappingProxyType({}))
+NO_GATES = GateRequest(MappingProxyType({}))
 
 
-class Wish(NamedTuple):
+class GateCopyPlan(NamedTuple):
     """What is taken of a layer to have some gates, and to prove them.
 
     Attributes:
@@ -66,26 +66,26 @@ class Wish(NamedTuple):
     """
 
     columns: UnitsByGate
-    proof: range
+    check_units: range
 
     @classmethod
-    def of(cls, gates: Sequence[str], units: Sequence[int]) -> Wish | None:
+    def of(cls, gates: Sequence[str], units: Sequence[int]) -> GateCopyPlan | None:
         """Return what is taken for some gates of some units; None if these cannot be taken.
 
         Args:
             gates: Their names.
             units: Their numbers: evenly spaced, or they cannot.
         """
-        asked = range(units[0], units[-1] + 1, units[1] - units[0] if len(units) > 1 else 1)
-        if list(asked) != list(units):
+        request = range(units[0], units[-1] + 1, units[1] - units[0] if len(units) > 1 else 1)
+        if list(request) != list(units):
             return None
-        few = asked[:: max(1, len(asked) // PROOF_UNITS)][:PROOF_UNITS]
-        proof = asked if {"update", "candidate"} <= set(gates) else few
-        columns = {name: asked for name in GATES if name in gates}
-        return cls({"update": proof, "candidate": proof} | columns, proof)
+        few = request[:: max(1, len(request) // CHECK_UNITS)][:CHECK_UNITS]
+        check_units = request if {"update", "candidate"} <= set(gates) else few
+        columns = {name: request for name in GATES if name in gates}
+        return cls({"update": check_units, "candidate": check_units} | columns, check_units)
 
 
-def together(wishes: Sequence[Asked], hidden_size: int) -> Asked:
+def merge_requests(requests: Sequence[GateRequest], hidden_size: int) -> GateRequest:
     """Return all that is wished for: of each gate the same columns, or else all units.
 
     Args:
@@ -93,13 +93,15 @@ def together(wishes: Sequence[Asked], hidden_size: int) -> Asked:
         hidden_size: H
     """
     found: dict[str, range] = {}
-    for wish in wishes:
-        for name, columns in wish.columns.items():
+    for request in requests:
+        for name, columns in request.columns.items():
             found[name] = columns if found.get(name, columns) == columns else range(hidden_size)
-    return Asked(found, min((wish.share for wish in wishes if wish.columns), default=1.0))
+    return GateRequest(
+        found, min((request.max_cost_ratio for request in requests if request.columns), default=1.0)
+    )
 
 
-class Layout(NamedTuple):
+class CallShape(NamedTuple):
     """How a call lies in memory.
 
     Attributes:
@@ -115,7 +117,7 @@ class Layout(NamedTuple):
     dtype: torch.dtype
 
 
-class Part(NamedTuple):
+class GateBuffer(NamedTuple):
     """Gates of which the same columns are taken, and which the kernel has beside each other.
 
     Attributes:
@@ -126,12 +128,12 @@ class Part(NamedTuple):
     """
 
     names: tuple[str, ...]
-    room: Tensor
+    buffer: Tensor
     strides: tuple[int, int, int]
     offset: int
 
 
-class Room:
+class GateBuffers:
     """Memory for some gates of one direction of a layer in one call.
 
     Args:
@@ -143,7 +145,7 @@ class Room:
         candidate: What is taken of the candidate (b, H).
     """
 
-    def __init__(self, layout: Layout, columns: UnitsByGate) -> None:
+    def __init__(self, layout: CallShape, columns: UnitsByGate) -> None:
         self._layout, size = layout, layout.hidden_size
         opened = tuple(name for name in ("reset", "update") if name in columns)
         alike = len({columns[name] for name in opened}) == 1
@@ -152,11 +154,11 @@ class Room:
         closed = [name for name in ("candidate",) if name in columns]
         self.candidate = [self._part((name,), columns[name], size) for name in closed]
 
-    def _part(self, names: tuple[str, ...], columns: range, width: int) -> Part:
+    def _part(self, names: tuple[str, ...], columns: range, width: int) -> GateBuffer:
         size = self._layout.hidden_size
         offset = columns.start + size * (names[0] == "update")
-        room = self._empty(len(names), len(columns))
-        return Part(names, room, (size, width, columns.step), offset)
+        buffer = self._empty(len(names), len(columns))
+        return GateBuffer(names, buffer, (size, width, columns.step), offset)
 
     def _empty(self, gates: int, units: int) -> Tensor:
         # Of NumPy's type, since rows are: then they need not be copied again.
@@ -164,22 +166,22 @@ class Room:
         if not self._layout.padded:
             return torch.from_numpy(np.empty((gates, sum(rows), units), dtype))
         # The rows of a sequence lie one after another, as they are recorded.
-        room = np.empty((gates, rows[0] if rows else 0, len(rows), units), dtype)
-        return torch.from_numpy(room).transpose(1, 2)
+        buffer = np.empty((gates, rows[0] if rows else 0, len(rows), units), dtype)
+        return torch.from_numpy(buffer).transpose(1, 2)
 
     @property
     def gates(self) -> dict[str, Tensor]:
         """What is in it, by name, in the kernel's order: (T, B, U) or (N, U)."""
         parts = (*self.product, *self.candidate)
         return {
-            name: gate for part in parts for name, gate in zip(part.names, part.room, strict=True)
+            name: gate for part in parts for name, gate in zip(part.names, part.buffer, strict=True)
         }
 
-    def by_time(self, part: Part) -> Sequence[Tensor]:
+    def by_time(self, part: GateBuffer) -> Sequence[Tensor]:
         """Return where a part goes of each time, (gates, b, U)."""
         if self._layout.padded:
-            return part.room.unbind(1)
-        views: tuple[Tensor, ...] = torch.split(part.room, self._layout.rows, 1)
+            return part.buffer.unbind(1)
+        views: tuple[Tensor, ...] = torch.split(part.buffer, self._layout.rows, 1)
         return views
 
 
@@ -192,18 +194,18 @@ OPERATIONS_PER_SECOND = 110e9
 
 #: What follows the products in a replay, an element of a gate; and what it takes to read a weight,
 #: once a call. Seconds.
-ELEMENT_REPLAYED, WEIGHT_REPLAYED = 1.7e-9, 250e-12
+ELEMENT_REPLAY_COST, WEIGHT_REPLAY_COST = 1.7e-9, 250e-12
 
 #: What it costs to listen to a call instead of looking at it afterwards, to hear a step, and to
 #: copy an element of a gate of it. Seconds.
-CALL_HEARD, STEP_HEARD, ELEMENT_HEARD = 150e-6, 11e-6, 2.2e-9
+CALL_COPY_COST, STEP_COPY_COST, ELEMENT_COPY_COST = 150e-6, 11e-6, 2.2e-9
 
 #: What it costs besides that each step reads all recurrent weights, and whatever is done between
 #: two steps comes back into a cache without it; a weight. Seconds.
-WEIGHT_HEARD = 18e-12
+WEIGHT_COPY_COST = 18e-12
 
 
-class Harvest(NamedTuple):
+class KernelGates(NamedTuple):
     """Gates of one direction of a layer in a call.
 
     Attributes:
@@ -217,9 +219,12 @@ class Harvest(NamedTuple):
     dtype: torch.dtype
 
 
-def harvest(
-    kernel: Callable[[], Result], layout: Layout, directions: Sequence[bool], columns: UnitsByGate
-) -> tuple[Result, list[Harvest] | None]:
+def copy_kernel_gates(
+    kernel: Callable[[], Result],
+    layout: CallShape,
+    directions: Sequence[bool],
+    columns: UnitsByGate,
+) -> tuple[Result, list[KernelGates] | None]:
     """Make a kernel call, and take gates of each step as they are made.
 
     Args:
@@ -233,62 +238,64 @@ def harvest(
         should be.
     """
     with torch.inference_mode(False):
-        rooms = [Room(layout, columns) for _ in directions]
-        from_product = _in_order(rooms, directions, "product")
-        from_candidate = _in_order(rooms, directions, "candidate")
+        buffers = [GateBuffers(layout, columns) for _ in directions]
+        product_copies = _in_order(buffers, directions, "product")
+        candidate_copies = _in_order(buffers, directions, "candidate")
     size = layout.hidden_size
     strides, offset = (3 * size, 1), 2 * size
     rows = [row for reverse in directions for row in layout.rows[:: -1 if reverse else 1]]
-    place, last = 0, None
+    step, last = 0, None
 
-    def hear(_: Tensor, product: Tensor, total: Tensor) -> None:
-        nonlocal place, last
+    def on_addition(_: Tensor, product: Tensor, total: Tensor) -> None:
+        nonlocal step, last
         if last is not None:
             # What the sum has become by now is the candidate.
-            for views, apart, first in from_candidate:
-                views[place - 1].copy_(last.as_strided(views[place - 1].shape, apart, first))
+            for views, part_strides, first in candidate_copies:
+                views[step - 1].copy_(last.as_strided(views[step - 1].shape, part_strides, first))
         last = None
         if (
-            not 0 <= place < len(rows)
+            not 0 <= step < len(rows)
             or product.stride() != strides
             or product.storage_offset() != offset
-            or product.shape != (rows[place], size)
+            or product.shape != (rows[step], size)
             or total.stride() != (size, 1)
         ):
-            place = -1
+            step = -1
             return
         # At once: the kernel's next step gets the memory of this one.
-        for views, apart, first in from_product:
-            views[place].copy_(product.as_strided(views[place].shape, apart, first))
-        place += 1
+        for views, part_strides, first in product_copies:
+            views[step].copy_(product.as_strided(views[step].shape, part_strides, first))
+        step += 1
         last = total
 
-    result = dispatcher.heard(hear, kernel)
-    if last is None or place < len(rows):
+    result = dispatcher.observe_additions(on_addition, kernel)
+    if last is None or step < len(rows):
         return result, None
     with torch.no_grad():
-        for views, apart, first in from_candidate:
-            views[-1].copy_(last.as_strided(views[-1].shape, apart, first))
-    return result, [Harvest(room.gates, columns, last.dtype) for room in rooms]
+        for views, part_strides, first in candidate_copies:
+            views[-1].copy_(last.as_strided(views[-1].shape, part_strides, first))
+    return result, [KernelGates(buffer.gates, columns, last.dtype) for buffer in buffers]
 
 
 def _in_order(
-    rooms: Sequence[Room], directions: Sequence[bool], source: str
+    buffers: Sequence[GateBuffers], directions: Sequence[bool], source: str
 ) -> list[tuple[list[Tensor], tuple[int, int, int], int]]:
     """Return the parts of rooms: where each goes, step by step as they are made, and whence."""
-    by_room = [getattr(room, source) for room in rooms]
+    by_room = [getattr(buffer, source) for buffer in buffers]
     found = []
     for parts in zip(*by_room, strict=True):
         views = [
             view
-            for room, part, reverse in zip(rooms, parts, directions, strict=True)
-            for view in room.by_time(part)[:: -1 if reverse else 1]
+            for buffer, part, reverse in zip(buffers, parts, directions, strict=True)
+            for view in buffer.by_time(part)[:: -1 if reverse else 1]
         ]
         found.append((views, parts[0].strides, parts[0].offset))
     return found
 
 
-def pays(times: int, batch: float, input_size: float, hidden_size: int, asked: Asked) -> bool:
+def is_cheaper(
+    num_steps: int, batch: float, input_size: float, hidden_size: int, request: GateRequest
+) -> bool:
     """Whether a harvest is expected to cost less than the replay of a call.
 
     A replay repeats the matrix products of the layer, for the units that are asked for. A harvest
@@ -301,19 +308,25 @@ def pays(times: int, batch: float, input_size: float, hidden_size: int, asked: A
         hidden_size: H
         asked: What is to be taken, and how much less it is to cost.
     """
-    columns = asked.columns
+    columns = request.columns
     taken = sum(map(len, columns.values()))
     rows = taken if "reset" in columns else taken + len(columns.get("candidate", ()))
     weights = rows * (input_size + hidden_size)
     step = 2 * batch * weights / (OPERATIONS_PER_SECOND * torch.get_num_threads())
-    replayed = times * (step + ELEMENT_REPLAYED * batch * rows)
+    replayed = num_steps * (step + ELEMENT_REPLAY_COST * batch * rows)
     # In the background they are read once for many calls.
-    replayed = asked.share * replayed if asked.share < 1 else replayed + WEIGHT_REPLAYED * weights
-    step = STEP_HEARD + ELEMENT_HEARD * batch * taken + WEIGHT_HEARD * 3 * hidden_size**2
-    return replayed > CALL_HEARD + times * step
+    replayed = (
+        request.max_cost_ratio * replayed
+        if request.max_cost_ratio < 1
+        else replayed + WEIGHT_REPLAY_COST * weights
+    )
+    step = (
+        STEP_COPY_COST + ELEMENT_COPY_COST * batch * taken + WEIGHT_COPY_COST * 3 * hidden_size**2
+    )
+    return replayed > CALL_COPY_COST + num_steps * step
 
 
-def is_undisturbed(input: Tensor) -> bool:
+def can_intercept(input: Tensor) -> bool:
     """Whether a call with this input can be harvested, unseen by whatever surrounds it.
 
     Not under a dispatch mode, which would see the copies, nor within a transform of torch.func.
@@ -322,14 +335,14 @@ def is_undisturbed(input: Tensor) -> bool:
         input.device.type == "cpu"
         and not torch._C._len_torch_dispatch_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
-        and is_recognized()
+        and kernel_supported()
     )
 
 
 @cache
-def is_recognized() -> bool:
+def kernel_supported() -> bool:
     """Whether harvests of small layers are what they should be. Tried once."""
-    found = dispatcher.is_possible() and all(
+    found = dispatcher.is_available() and all(
         _is_recognized(bias, grad, sizes)
         for bias in (True, False)
         for grad in (True, False)
@@ -350,7 +363,7 @@ def _is_recognized(bias: bool, grad: bool, sizes: list[int]) -> bool:
     batch_sizes = torch.tensor(sizes, device="cpu")
     input, initial = _numbers(sum(sizes), 3), _numbers(2, sizes[0], 2)
     shapes = [(6, 3), (6, 2), *[(6,), (6,)] * bias] * 2
-    weights = [_numbers(*shape) + place / 10 for place, shape in enumerate(shapes)]
+    weights = [_numbers(*shape) + index / 10 for index, shape in enumerate(shapes)]
     packed = batch_sizes if sizes[-1] < sizes[0] else None
 
     def kernel() -> Tensor:
@@ -363,13 +376,13 @@ def _is_recognized(bias: bool, grad: bool, sizes: list[int]) -> bool:
             return torch.gru(padded, start, weights, *options, batch_first=False)[0].detach()
 
     try:
-        layout = Layout(sizes, packed is None, 2, input.dtype)
+        layout = CallShape(sizes, packed is None, 2, input.dtype)
         everything = dict.fromkeys(GATES, range(2))
-        output, harvests = harvest(kernel, layout, [False, True], everything)
+        output, harvests = copy_kernel_gates(kernel, layout, [False, True], everything)
     except Exception:
         # Whatever it is, it is no harvest.
         return False
-    steps = PackedSteps(batch_sizes, None)
+    steps = PackedLayout(batch_sizes, None)
     for d, found in enumerate(harvests or ()):
         states = output.reshape(-1, 2, 2)[:, d]
         previous = steps.previous(states, initial[d], reverse=d == 1)

@@ -37,7 +37,7 @@ def numpy_type(dtype: torch.dtype) -> str:
     return _NUMPY_TYPES.get(dtype) or str(dtype).removeprefix("torch.")
 
 
-def is_held_by(values: Tensor, dtype: npt.DTypeLike) -> bool:
+def has_dtype(values: Tensor, dtype: npt.DTypeLike) -> bool:
     """Whether an array of this type can share memory with a tensor."""
     held = _held_type(values.dtype)
     # To NumPy, no type is float64.
@@ -51,7 +51,7 @@ def _held_type(dtype: torch.dtype) -> np.dtype[Any] | None:
     return np.dtype(name) if name == numpy_type(dtype) else None
 
 
-def copy_rounded(target: Tensor, values: Tensor) -> None:
+def copy_cast(target: Tensor, values: Tensor) -> None:
     """Copy values into memory of NumPy's, each rounded to the nearest that its type has.
 
     torch makes a float16 of a float64 by way of float32. That rounds twice, and one value in some
@@ -64,7 +64,7 @@ def copy_rounded(target: Tensor, values: Tensor) -> None:
         target.copy_(values)
 
 
-class Room(NamedTuple):
+class OutputBuffer(NamedTuple):
     """Memory for one quantity of a call.
 
     Attributes:
@@ -76,7 +76,7 @@ class Room(NamedTuple):
     rows: Callable[[], Array]
 
 
-class Steps(Protocol):
+class SequenceLayout(Protocol):
     """The steps of one call."""
 
     @property
@@ -87,7 +87,7 @@ class Steps(Protocol):
     def columns(self) -> npt.NDArray[np.int64]:
         """(B,) the kernel's batch place of each sequence, in the order of the user's batch."""
 
-    def at(
+    def gather(
         self, values: Tensor, times: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]
     ) -> Tensor:
         """Gather values, one a step in the kernel's order, of some steps: (n, width).
@@ -123,7 +123,7 @@ class Steps(Protocol):
             memory with the arguments.
         """
 
-    def room(self, width: int, dtype: npt.DTypeLike) -> Room:
+    def allocate(self, width: int, dtype: npt.DTypeLike) -> OutputBuffer:
         """Return memory for one quantity, on the CPU, whose rows need not be copied if possible."""
 
     def previous_product(
@@ -143,7 +143,7 @@ class Steps(Protocol):
             reverse: Likewise.
         """
 
-    def in_sequences(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
+    def to_rows(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
         """Copy values, one a step in the kernel's order, to (N, width), sequence by sequence.
 
         Args:
@@ -151,13 +151,13 @@ class Steps(Protocol):
             dtype: NumPy type of the copy.
         """
 
-    def ordered(self, values: Tensor) -> Tensor:
+    def to_device_rows(self, values: Tensor) -> Tensor:
         """Return the same on the device of the values, in memory of its own."""
 
     def as_rows(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
-        """Return values that nobody else will change as `in_sequences`; not copied if possible."""
+        """Return values that nobody else will change as `to_rows`; not copied if possible."""
 
-    def in_batch_order(self, values: Tensor) -> Tensor:
+    def unsort_batch(self, values: Tensor) -> Tensor:
         """Bring (B, width) from the kernel's batch order into the user's. May be a view."""
 
     def final(self, hidden: Tensor, *, reverse: bool) -> Tensor:
@@ -167,7 +167,7 @@ class Steps(Protocol):
         """
 
 
-class PaddedSteps:
+class PaddedLayout:
     """The steps of a padded batch (T, B, width): every sequence has T of them."""
 
     def __init__(self, length: int, batch: int) -> None:
@@ -183,7 +183,7 @@ class PaddedSteps:
         """(B,) the same places: the kernel keeps a padded batch in the user's order."""
         return np.arange(self._batch)
 
-    def at(
+    def gather(
         self, values: Tensor, times: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]
     ) -> Tensor:
         """Gather (n, width) of (T, B, width)."""
@@ -227,34 +227,34 @@ class PaddedSteps:
                 states = hidden[first - 1 : last - 1]
             yield slice(first, last), states
 
-    def room(self, width: int, dtype: npt.DTypeLike) -> Room:
+    def allocate(self, width: int, dtype: npt.DTypeLike) -> OutputBuffer:
         """Return memory in which the rows of a sequence lie one after another."""
         rows = np.empty((self._batch, self._length, width), dtype)
         joined = rows.reshape(self._batch * self._length, width)
-        return Room(torch.from_numpy(rows).transpose(0, 1), lambda: joined)
+        return OutputBuffer(torch.from_numpy(rows).transpose(0, 1), lambda: joined)
 
-    def in_sequences(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
+    def to_rows(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
         """Copy (T, B, width) to (B * T, width)."""
         # Memory of NumPy's comes in huge pages where it is large: half the time of torch's.
         rows = np.empty((self._batch, self._length, values.shape[-1]), dtype)
-        copy_rounded(torch.from_numpy(rows), values.transpose(0, 1))
+        copy_cast(torch.from_numpy(rows), values.transpose(0, 1))
         return rows.reshape(self._batch * self._length, values.shape[-1])
 
-    def ordered(self, values: Tensor) -> Tensor:
+    def to_device_rows(self, values: Tensor) -> Tensor:
         """Copy (T, B, width) to (B * T, width)."""
         rows = values.transpose(0, 1).contiguous()
         rows = rows.clone() if rows.data_ptr() == values.data_ptr() else rows
         return rows.view(self._batch * self._length, values.shape[-1])
 
     def as_rows(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
-        """Return (T, B, width), which may lie in memory as `room` does, as (B * T, width)."""
+        """Return (T, B, width), which may lie in memory as `allocate` does, as (B * T, width)."""
         rows = values.transpose(0, 1)
-        if not rows.is_contiguous() or not is_held_by(values, dtype):
-            return self.in_sequences(values, dtype)
+        if not rows.is_contiguous() or not has_dtype(values, dtype):
+            return self.to_rows(values, dtype)
         array: Array = rows.detach().numpy()
         return array.reshape(self._batch * self._length, values.shape[-1])
 
-    def in_batch_order(self, values: Tensor) -> Tensor:
+    def unsort_batch(self, values: Tensor) -> Tensor:
         """Return the values as they are: the kernel keeps a padded batch in the user's order."""
         return values
 
@@ -270,7 +270,7 @@ def _equal_lengths(batch: int, length: int) -> npt.NDArray[np.int64]:
     return lengths
 
 
-class PackedSteps:
+class PackedLayout:
     """The steps of a PackedSequence's data (N, width).
 
     Args:
@@ -283,13 +283,13 @@ class PackedSteps:
         # By way of a list: NumPy's view of a tensor makes its storage unresizable for good.
         self._batch_sizes: npt.NDArray[np.int64] = np.array(batch_sizes.tolist(), np.int64)
         batch = int(self._batch_sizes[0])
-        self._places = np.arange(batch)
+        self._user_rows = np.arange(batch)
         if sorted_indices is not None:
-            self._places = np.array(sorted_indices.tolist(), np.int64)
+            self._user_rows = np.array(sorted_indices.tolist(), np.int64)
 
     @cached_property
     def _sorted_lengths(self) -> npt.NDArray[np.int64]:
-        lengths = np.searchsorted(-self._batch_sizes, -np.arange(len(self._places)), side="left")
+        lengths = np.searchsorted(-self._batch_sizes, -np.arange(len(self._user_rows)), side="left")
         return lengths.astype(np.int64)
 
     @cached_property
@@ -312,15 +312,15 @@ class PackedSteps:
     def lengths(self) -> npt.NDArray[np.int64]:
         """(B,) in the user's order."""
         lengths = np.empty_like(self._sorted_lengths)
-        lengths[self._places] = self._sorted_lengths
+        lengths[self._user_rows] = self._sorted_lengths
         return lengths
 
     @property
     def columns(self) -> npt.NDArray[np.int64]:
         """(B,) where sorting by length has put each."""
-        return np.argsort(self._places)
+        return np.argsort(self._user_rows)
 
-    def at(
+    def gather(
         self, values: Tensor, times: npt.NDArray[np.int64], columns: npt.NDArray[np.int64]
     ) -> Tensor:
         """Gather (n, width) of (N, width)."""
@@ -332,7 +332,7 @@ class PackedSteps:
 
         The first B rows of that are the initial states, in the kernel's batch order.
         """
-        batch = len(self._places)
+        batch = len(self._user_rows)
         if reverse:
             last = self._times + 1 == self._sorted_lengths[self._columns]
             neighbours = np.minimum(self._times + 1, len(self._starts) - 1)
@@ -367,51 +367,51 @@ class PackedSteps:
             part = slice(first, min(first + size, len(rows)))
             yield part, states.index_select(0, rows[part])
 
-    def room(self, width: int, dtype: npt.DTypeLike) -> Room:
+    def allocate(self, width: int, dtype: npt.DTypeLike) -> OutputBuffer:
         """Return memory in the kernel's order, which is gathered in the end."""
         values = torch.from_numpy(np.empty((len(self._times), width), dtype))
-        return Room(values, lambda: self.in_sequences(values, dtype))
+        return OutputBuffer(values, lambda: self.to_rows(values, dtype))
 
-    def in_sequences(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
+    def to_rows(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
         """Copy (N, width) sequence by sequence."""
         rows = np.empty(values.shape, dtype)
         order = self._order.to(values.device)
-        copy_rounded(torch.from_numpy(rows), values.index_select(0, order))
+        copy_cast(torch.from_numpy(rows), values.index_select(0, order))
         return rows
 
-    def ordered(self, values: Tensor) -> Tensor:
+    def to_device_rows(self, values: Tensor) -> Tensor:
         """Gather (N, width) sequence by sequence."""
         return values.index_select(0, self._order.to(values.device))
 
     def as_rows(self, values: Tensor, dtype: npt.DTypeLike) -> Array:
         """Gather (N, width) sequence by sequence."""
-        return self.in_sequences(values, dtype)
+        return self.to_rows(values, dtype)
 
     @cached_property
     def _order(self) -> Tensor:
         """(N,) the kernel's row of each recorded row."""
-        return torch.from_numpy(np.lexsort((self._times, self._places[self._columns])))
+        return torch.from_numpy(np.lexsort((self._times, self._user_rows[self._columns])))
 
-    def in_batch_order(self, values: Tensor) -> Tensor:
+    def unsort_batch(self, values: Tensor) -> Tensor:
         """Bring (B, width) into the user's order."""
-        order = np.argsort(self._places)
+        order = np.argsort(self._user_rows)
         return values.index_select(0, torch.from_numpy(order).to(values.device))
 
     def final(self, hidden: Tensor, *, reverse: bool) -> Tensor:
         """Gather the last state that was made of each sequence."""
         last = np.zeros_like(self._sorted_lengths) if reverse else self._sorted_lengths - 1
         rows = self._starts[last] + np.arange(len(last))
-        return self.in_batch_order(hidden.index_select(0, torch.from_numpy(rows).to(hidden.device)))
+        return self.unsort_batch(hidden.index_select(0, torch.from_numpy(rows).to(hidden.device)))
 
 
 Integers = npt.NDArray[np.int64]
 
 
-class Window(Protocol):
+class StepWindow(Protocol):
     """The steps that are kept of a call."""
 
     @property
-    def steps(self) -> Steps:
+    def steps(self) -> SequenceLayout:
         """Their layout."""
 
     def rows(self, values: Tensor) -> Tensor:
@@ -429,7 +429,7 @@ class Window(Protocol):
         """
 
 
-def window(steps: Steps, first: Integers, count: Integers) -> Window:
+def make_window(steps: SequenceLayout, first: Integers, count: Integers) -> StepWindow:
     """Return the window of a call that keeps these steps.
 
     Args:
@@ -437,7 +437,7 @@ def window(steps: Steps, first: Integers, count: Integers) -> Window:
         first: (B,) the first kept step of each sequence, in the user's order.
         count: (B,) how many of each; not all 0.
     """
-    if isinstance(steps, PaddedSteps) and (first == first[0]).all() and (count == count[0]).all():
+    if isinstance(steps, PaddedLayout) and (first == first[0]).all() and (count == count[0]).all():
         return _TimeWindow(int(first[0]), int(count[0]), len(first))
     return _RowWindow(steps, first, count)
 
@@ -447,7 +447,7 @@ class _TimeWindow:
 
     def __init__(self, first: int, count: int, batch: int) -> None:
         self._first, self._stop = first, first + count
-        self.steps: Steps = PaddedSteps(count, batch)
+        self.steps: SequenceLayout = PaddedLayout(count, batch)
 
     def rows(self, values: Tensor) -> Tensor:
         return values[self._first : self._stop]
@@ -460,26 +460,26 @@ class _TimeWindow:
 class _RowWindow:
     """Other steps of each sequence: rows are gathered, and lie as those of a packed batch."""
 
-    def __init__(self, steps: Steps, first: Integers, count: Integers) -> None:
+    def __init__(self, steps: SequenceLayout, first: Integers, count: Integers) -> None:
         order = np.argsort(-count, kind="stable")
-        self._of_call = steps
+        self._layout = steps
         self._first, self._count = first[order], count[order]
         self._lengths, self._columns = steps.lengths[order], steps.columns[order]
         sizes = (self._count > np.arange(self._count[0])[:, np.newaxis]).sum(1)
-        self.steps: Steps = PackedSteps(torch.from_numpy(sizes), torch.from_numpy(order))
+        self.steps: SequenceLayout = PackedLayout(torch.from_numpy(sizes), torch.from_numpy(order))
         times = np.repeat(np.arange(len(sizes)), sizes)
         sequences = np.concatenate([np.arange(size) for size in sizes])
         self._row_times = self._first[sequences] + times
         self._row_columns = self._columns[sequences]
 
     def rows(self, values: Tensor) -> Tensor:
-        return self._of_call.at(values, self._row_times, self._row_columns)
+        return self._layout.gather(values, self._row_times, self._row_columns)
 
     def initial(self, hidden: Tensor, initial: Tensor, *, reverse: bool) -> Tensor:
         before = self._first + self._count if reverse else self._first - 1
         inside = (self._count > 0) & (before >= 0) & (before < self._lengths)
         found = initial[torch.from_numpy(self._columns).to(initial.device)]
         if inside.any():
-            states = self._of_call.at(hidden, before[inside], self._columns[inside])
+            states = self._layout.gather(hidden, before[inside], self._columns[inside])
             found[torch.from_numpy(inside).to(found.device)] = states.to(found.dtype)
         return found

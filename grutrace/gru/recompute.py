@@ -27,33 +27,33 @@ import torch
 from torch import Tensor
 
 from grutrace.gru import cell
-from grutrace.gru.layout import copy_rounded
+from grutrace.gru.layout import copy_cast
 from grutrace.gru.replay import BLOCK, SMALLEST_BLOCK
-from grutrace.gru.tolerance import largest_sums, rounded, spacing, tolerance
+from grutrace.gru.tolerance import abs_sum_bounds, machine_epsilon, storage_rounding, tolerance
 from grutrace.records import GATES, WEIGHTS, Array
 
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 #: The floating-point type that has this spacing at 1.
-_BY_PRECISION = {spacing(dtype): dtype for dtype in _TYPES}
+_BY_PRECISION = {machine_epsilon(dtype): dtype for dtype in _TYPES}
 
 #: The spacing at 1 of the type for everything that judges.
-DOUBLE = spacing(torch.float64)
+FLOAT64_EPS = machine_epsilon(torch.float64)
 
 
 @contextmanager
-def apart() -> Iterator[None]:
+def isolated_context() -> Iterator[None]:
     """Compute apart from what is in force around the reader, who may be within a model's run."""
     with torch._C.DisableTorchFunction(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         yield
 
 
-def type_of(precision: float, otherwise: torch.dtype) -> torch.dtype:
+def dtype_from_eps(precision: float, otherwise: torch.dtype) -> torch.dtype:
     """Return the floating-point type that has this spacing at 1, or another if there is none."""
     return _BY_PRECISION.get(precision, otherwise)
 
 
-class Derivation:
+class StepRecomputation:
     """Some steps, and what follows from what they read and started from.
 
     Args:
@@ -65,7 +65,7 @@ class Derivation:
         units: Which of the H units to compute.
     """
 
-    @apart()
+    @isolated_context()
     def __init__(
         self,
         input: Array,
@@ -76,48 +76,48 @@ class Derivation:
     ) -> None:
         self._previous = _tensor(previous)
         self._units = units
-        dtype = type_of(precision, self._previous.dtype)
+        dtype = dtype_from_eps(precision, self._previous.dtype)
         arrays = [_of_units(weights[name], units) for name in WEIGHTS if name in weights]
         tensors = [_tensor(array).to(dtype) for array in (input, previous, *arrays)]
         self._factors = tensors[:4]
         self._products = cell.products(*tensors)
         self._preactivations = cell.preactivations(self._products)
 
-    @apart()
+    @isolated_context()
     def preactivation(self, name: str) -> Array:
         """(n, U) what the sigmoid or tanh of this gate is applied to."""
         return _array(getattr(self._preactivations, name))
 
-    @apart()
+    @isolated_context()
     def gate(self, name: str) -> Array:
         """(n, U)"""
         return _array(getattr(self._gates, name))
 
     @cached_property
-    @apart()
+    @isolated_context()
     def hidden(self) -> Array:
         """(n, U) the state after each step."""
         return _array(cell.step(self._gates, self._previous[:, self._units]))
 
     @cached_property
-    @apart()
-    def sizes(self) -> tuple[Array, Array]:
+    @isolated_context()
+    def product_maxima(self) -> tuple[Array, Array]:
         """(n,) largest finite element of each step's products, and (n,) of the recurrent one.
 
         They are what `tolerances` asks for.
         """
-        input, hidden = (_sizes(product) for product in self._products)
+        input, hidden = (_finite_sizes(product) for product in self._products)
         recurrent = hidden.chunk(3, -1)[2]
         return _largest(torch.cat([input, hidden], -1)), _largest(recurrent)
 
     @cached_property
-    @apart()
-    def sums(self) -> Array:
+    @isolated_context()
+    def abs_sum_bounds(self) -> Array:
         """(n,) at least the sum of the sizes of the terms of each step's products.
 
         It is what `tolerances` asks for where rows are kept in a smaller type.
         """
-        array: Array = largest_sums(*self._factors).double().numpy()
+        array: Array = abs_sum_bounds(*self._factors).double().numpy()
         return array
 
     @cached_property
@@ -132,7 +132,7 @@ def tolerances(
     products: Array,
     recurrents: Array,
     kept: np.dtype[Any],
-    sums: Array,
+    abs_sum_bounds: Array,
 ) -> Array:
     """(calls,) the difference that rounding explains in each call; see `rounding.tolerance`.
 
@@ -146,15 +146,17 @@ def tolerances(
         sums: (calls,) largest sum of the sizes of the terms of the products.
     """
     stored: torch.dtype = getattr(torch, kept.name)
-    columns = (array.tolist() for array in (precisions, states, products, recurrents, sums))
+    columns = (
+        array.tolist() for array in (precisions, states, products, recurrents, abs_sum_bounds)
+    )
     allowed = np.zeros(len(precisions))
     for call, (precision, state, product, recurrent, sum_) in enumerate(zip(*columns, strict=True)):
         if precision not in _BY_PRECISION:
             continue
         size = max(1.0, state)
         allowed[call] = tolerance(_BY_PRECISION[precision], terms, size, product, recurrent)
-        if spacing(stored) > precision:
-            allowed[call] += rounded(stored, size, sum_, recurrent)
+        if machine_epsilon(stored) > precision:
+            allowed[call] += storage_rounding(stored, size, sum_, recurrent)
     return allowed
 
 
@@ -176,7 +178,7 @@ def _array(tensor: Tensor) -> Array:
     return array
 
 
-def _sizes(product: Tensor) -> Tensor:
+def _finite_sizes(product: Tensor) -> Tensor:
     wide = torch.promote_types(product.dtype, torch.float32)
     return product.to(wide).abs().nan_to_num_(nan=0.0, posinf=0.0)
 
@@ -186,7 +188,7 @@ def _largest(sizes: Tensor) -> Array:
     return array
 
 
-class Recomputed(NamedTuple):
+class RecomputedGates(NamedTuple):
     """What follows from the copies.
 
     Attributes:
@@ -200,13 +202,13 @@ class Recomputed(NamedTuple):
     """
 
     gates: Mapping[str, Array]
-    off: Array
+    residual: Array
     product: Array
     recurrent: Array
-    sums: Array
+    abs_sum_bounds: Array
 
 
-@apart()
+@isolated_context()
 def recompute(
     input: Array,
     previous: Array,
@@ -214,7 +216,7 @@ def recompute(
     weights: Mapping[str, Array],
     precision: float,
     dtype: np.dtype[Any],
-) -> Recomputed:
+) -> RecomputedGates:
     """Compute the gates of rows, and how far the states that they lead to are from the recorded.
 
     Args:
@@ -226,7 +228,7 @@ def recompute(
         dtype: NumPy type of the gates.
     """
     x, before, after = (torch.from_numpy(each) for each in (input, previous, hidden))
-    computed = type_of(precision, before.dtype)
+    computed = dtype_from_eps(precision, before.dtype)
     own = [torch.from_numpy(weights[name]).to(computed) for name in WEIGHTS if name in weights]
     count, size = hidden.shape
     gates = {name: np.empty((count, size), dtype) for name in GATES}
@@ -237,16 +239,16 @@ def recompute(
         part = slice(start, start + rows)
         states = before[part].to(computed)
         products = cell.products(x[part].to(computed), states, *own)
-        found[1, part], found[2, part] = _sizes_of_call(products)
+        found[1, part], found[2, part] = _product_maxima(products)
         made = cell.gates_in_place(products)
         for name, room in rooms.items():
-            copy_rounded(room[part], getattr(made, name))
-        found[0, part] = _off(cell.step(made, states), after[part])
-    sums = np.zeros(count)
+            copy_cast(room[part], getattr(made, name))
+        found[0, part] = _residual_per_row(cell.step(made, states), after[part])
+    bounds = np.zeros(count)
     if float(np.finfo(dtype).eps) > precision:
-        sums = largest_sums(x, before, *own[:2]).double().numpy()
-    off, product, recurrent = found.numpy()
-    return Recomputed(gates, off, product, recurrent, sums)
+        bounds = abs_sum_bounds(x, before, *own[:2]).double().numpy()
+    residual, product, recurrent = found.numpy()
+    return RecomputedGates(gates, residual, product, recurrent, bounds)
 
 
 def fit(
@@ -265,8 +267,8 @@ def fit(
         weights: By name in `WEIGHTS`.
         precision: Spacing at 1 of the type in which the kernel computed.
     """
-    x, before, after = (_writable(each) for each in (input, previous, hidden))
-    own = {name: _writable(each) for name, each in weights.items()}
+    x, before, after = (_as_writable(each) for each in (input, previous, hidden))
+    own = {name: _as_writable(each) for name, each in weights.items()}
     found = recompute(x, before, after, own, precision, hidden.dtype)
     states = np.nan_to_num(np.abs(previous), nan=0.0, posinf=0.0).max(1, initial=0.0)
     count, terms = len(hidden), input.shape[1] + hidden.shape[1]
@@ -277,14 +279,14 @@ def fit(
         found.product,
         found.recurrent,
         hidden.dtype,
-        found.sums,
+        found.abs_sum_bounds,
     )
-    return np.asarray(found.off <= allowed)
+    return np.asarray(found.residual <= allowed)
 
 
-@apart()
-def prove(update: Array, candidate: Array, previous: Array, hidden: Array) -> Array:
-    """(N,) how far the states that gates lead to are from the recorded; see `Recomputed.off`.
+@isolated_context()
+def row_residuals(update: Array, candidate: Array, previous: Array, hidden: Array) -> Array:
+    """Return (N,) the residual of each row; see `RecomputedGates.residual`.
 
     Args:
         update: (N, U)
@@ -294,38 +296,38 @@ def prove(update: Array, candidate: Array, previous: Array, hidden: Array) -> Ar
     """
     z, n, before, after = map(torch.from_numpy, (update, candidate, previous, hidden))
     count, size = hidden.shape
-    off = torch.empty(count, dtype=torch.promote_types(after.dtype, torch.float32))
+    residual = torch.empty(count, dtype=torch.promote_types(after.dtype, torch.float32))
     rows = max(SMALLEST_BLOCK, BLOCK // (6 * max(1, size)))
     for start in range(0, count, rows):
         part = slice(start, start + rows)
         made = cell.step(cell.Gates(z[part], z[part], n[part]), before[part])
-        off[part] = _off(made, after[part])
-    array: Array = off.numpy()
+        residual[part] = _residual_per_row(made, after[part])
+    array: Array = residual.numpy()
     return array
 
 
-def _sizes_of_call(products: cell.Products) -> tuple[Tensor, Tensor]:
+def _product_maxima(products: cell.Products) -> tuple[Tensor, Tensor]:
     """(n,) largest element of each row's products, and (n,) of the candidate's recurrent one."""
     size = products.hidden.shape[-1] // 3
     openings, candidate = products.hidden[:, : 2 * size], products.hidden[:, 2 * size :]
-    largest = [_largest_of_call(each) for each in (products.input, openings, candidate)]
-    return torch.stack(largest).amax(0), largest[2]
+    maxima = [_max_abs_per_row(each) for each in (products.input, openings, candidate)]
+    return torch.stack(maxima).amax(0), maxima[2]
 
 
-def _largest_of_call(values: Tensor) -> Tensor:
+def _max_abs_per_row(values: Tensor) -> Tensor:
     least, most = torch.aminmax(values, dim=-1)
     return torch.maximum(-least, most).float().nan_to_num_(nan=0.0, posinf=0.0)
 
 
-def _off(expected: Tensor, hidden: Tensor) -> Tensor:
+def _residual_per_row(expected: Tensor, hidden: Tensor) -> Tensor:
     differences = (expected - hidden).abs_()
-    off = differences.amax(-1)
-    if bool(off.isfinite().all()):
-        return off
+    residual = differences.amax(-1)
+    if bool(residual.isfinite().all()):
+        return residual
     same = (expected == hidden) | (expected.isnan() & hidden.isnan())
     return differences.masked_fill_(same, 0.0).nan_to_num_(nan=torch.inf).amax(-1)
 
 
-def _writable(array: Array) -> Array:
+def _as_writable(array: Array) -> Array:
     # torch takes no array that cannot be written to, though nothing here does.
     return np.require(array, requirements=["C", "W"])

@@ -32,19 +32,19 @@ from torch import Tensor, nn
 from grutrace.gru import cell
 from grutrace.gru.cell import Gates, Products
 from grutrace.gru.kernel import CellWeights
-from grutrace.gru.kernel_gates import PROOF_UNITS
-from grutrace.gru.layout import Room, Steps, copy_rounded, numpy_type
+from grutrace.gru.kernel_gates import CHECK_UNITS
+from grutrace.gru.layout import OutputBuffer, SequenceLayout, copy_cast, numpy_type
 from grutrace.gru.tolerance import (
-    Evidence,
-    coarsest,
+    ReplayError,
+    abs_sum_bound,
     compare,
-    largest,
-    largest_sum,
-    numbers,
-    rounded,
-    sizes,
-    spacing,
+    lowest_precision,
+    machine_epsilon,
+    max_abs,
+    product_maxima,
+    storage_rounding,
     summarize,
+    to_floats,
     tolerance,
 )
 from grutrace.records import GATES
@@ -55,12 +55,12 @@ BLOCK, SMALLEST_BLOCK = 384 * 1024, 256
 
 
 @dataclass(frozen=True)
-class Replay:
+class ReplayResult:
     """The gates of a call at one site, with the evidence that they are right.
 
     Attributes:
         gates: By name, each in the kernel's order and shape, (T, B, H) or (N, H).
-        residual: Largest ``|replayed h - kernel's h|``; see `grutrace.gru.tolerance.Evidence`.
+        residual: Largest ``|replayed h - kernel's h|``; see `grutrace.gru.tolerance.ReplayError`.
         tolerance: The residual that rounding explains.
         precision: Spacing at 1 of the coarsest type in which the kernel computed.
     """
@@ -71,7 +71,7 @@ class Replay:
     precision: float
 
 
-class Shadow:
+class GateReplay:
     """Bound to one direction of one layer of a live module, which it does not keep alive.
 
     Args:
@@ -112,10 +112,10 @@ class Shadow:
         input: Tensor,
         hidden: Tensor,
         initial: Tensor,
-        steps: Steps,
+        steps: SequenceLayout,
         weights: CellWeights | None = None,
-        rooms: Mapping[str, Room] | None = None,
-    ) -> Replay:
+        buffers: Mapping[str, OutputBuffer] | None = None,
+    ) -> ReplayResult:
         """Recompute the gates of a call, all steps at once, in the kernel's own precision.
 
         That is the type of the input and weights, or of autocast where it is on: call it where
@@ -132,29 +132,31 @@ class Shadow:
             rooms: By name of the gate, where to write those that are wanted; new memory if None.
         """
         weights = self.weights if weights is None else weights
-        if rooms is None:
+        if buffers is None:
             kept = numpy_type(hidden.dtype)
-            rooms = {name: steps.room(hidden.shape[-1], kept) for name in GATES}
+            buffers = {name: steps.allocate(hidden.shape[-1], kept) for name in GATES}
         size = max(SMALLEST_BLOCK, BLOCK // (6 * hidden.shape[-1]))
         extremes, product = [], input.dtype
         blocks = steps.blocks(hidden, initial, size, reverse=self._reverse)
         for part, previous in blocks if hidden.numel() else ():
             products = cell.products(input[part], previous, *weights)
-            bounds = sizes(products)
+            bounds = product_maxima(products)
             gates = cell.gates_in_place(products)
-            for name, room in rooms.items():
-                copy_rounded(room.values[part], getattr(gates, name))
+            for name, allocate in buffers.items():
+                copy_cast(allocate.values[part], getattr(gates, name))
             off = torch.aminmax(cell.step(gates, previous).sub_(hidden[part]))
-            extremes.append(numbers((*off, *bounds)))
+            extremes.append(to_floats((*off, *bounds)))
             product = products.input.dtype
         found = summarize(extremes)
         if found is None:
             previous = steps.previous(hidden, initial, reverse=self._reverse)
             products = cell.products(input, previous, *weights)
             found = compare(cell.step(cell.gates(products), previous), hidden, products)
-        written = {name: room.values for name, room in rooms.items()}
-        dtype = coarsest(hidden.dtype, product)
-        return Replay(written, *judge(found, dtype, input, hidden, initial, weights, self._stored))
+        written = {name: allocate.values for name, allocate in buffers.items()}
+        dtype = lowest_precision(hidden.dtype, product)
+        return ReplayResult(
+            written, *check_residual(found, dtype, input, hidden, initial, weights, self._stored)
+        )
 
 
 #: Elements from which on torch cuts an operation in two for its threads. A row that is cut has two
@@ -187,8 +189,9 @@ class OneStep(NamedTuple):
 @torch.no_grad()
 def replay_calls(
     calls: Sequence[OneStep], weights: CellWeights
-) -> tuple[Gates, list[Judgement | None]]:
-    """Recompute the gates of several calls of one step, each the same bits as by `Shadow.replay`.
+) -> tuple[Gates, list[ResidualCheck | None]]:
+    """Recompute the gates of several calls of one step, each the same bits as by
+    `GateReplay.replay`.
 
     Args:
         calls: Not more than `calls_at_once`, all of one shape and type, which is that of the
@@ -210,8 +213,11 @@ def replay_calls(
     gates = cell.gates_in_place(products)
     off = cell.step(gates, previous).sub_(torch.stack(hidden))
     extremes = torch.stack([off.amin((1, 2)), off.amax((1, 2)), *least, *most], 1).tolist()
-    dtype, terms = coarsest(hidden[0].dtype, products.input.dtype), inputs[0].shape[-1] + size
-    found: list[Judgement | None] = []
+    dtype, terms = (
+        lowest_precision(hidden[0].dtype, products.input.dtype),
+        inputs[0].shape[-1] + size,
+    )
+    found: list[ResidualCheck | None] = []
     for low, high, *bounds in extremes:
         if not all(map(math.isfinite, (low, high, *bounds))):
             found.append(None)
@@ -221,67 +227,67 @@ def replay_calls(
         )
         product = max(input, first, recurrent)
         allowed = tolerance(dtype, terms, max(1.0, state), product, recurrent)
-        found.append(Judgement(max(abs(low), abs(high)), allowed, spacing(dtype)))
+        found.append(ResidualCheck(max(abs(low), abs(high)), allowed, machine_epsilon(dtype)))
     return gates, found
 
 
-class Judgement(NamedTuple):
-    """The last fields of a `Replay`."""
+class ResidualCheck(NamedTuple):
+    """The last fields of a `ReplayResult`."""
 
     residual: float
     tolerance: float
     precision: float
 
 
-def judge(
-    found: Evidence,
+def check_residual(
+    found: ReplayError,
     dtype: torch.dtype,
     input: Tensor,
     hidden: Tensor,
     initial: Tensor,
     weights: CellWeights,
     stored: torch.dtype | None,
-) -> Judgement:
+) -> ResidualCheck:
     """Work out how much of what was found rounding explains.
 
     Args:
         found: What comparing the states gave.
         dtype: The coarsest type in which the kernel computed.
-        input: As for `Shadow.replay`.
+        input: As for `GateReplay.replay`.
         hidden: Likewise.
         initial: Likewise.
         weights: Those rows of the weights that were used.
         stored: The type in which rows are kept, if it is another.
     """
-    state = max(1.0, largest(initial))
+    state = max(1.0, max_abs(initial))
     terms = input.shape[-1] + hidden.shape[-1]
     allowed = tolerance(dtype, terms, state, found.product, found.recurrent)
-    if stored is not None and spacing(stored) > spacing(dtype):
+    if stored is not None and machine_epsilon(stored) > machine_epsilon(dtype):
         # The states before the steps are among these.
-        sums = largest_sum([input], weights.weight_ih)
-        sums += largest_sum([hidden, initial], weights.weight_hh)
-        allowed += rounded(stored, state, sums, found.recurrent)
-    return Judgement(found.residual, allowed, spacing(dtype))
+        sums = abs_sum_bound([input], weights.weight_ih)
+        sums += abs_sum_bound([hidden, initial], weights.weight_hh)
+        allowed += storage_rounding(stored, state, sums, found.recurrent)
+    return ResidualCheck(found.residual, allowed, machine_epsilon(dtype))
 
 
-class Columns:
+class ColumnSelector:
     """Some places of the last axis, in the order given; a view where they are evenly spaced."""
 
-    def __init__(self, places: Sequence[int]) -> None:
-        step = places[1] - places[0] if len(places) > 1 else 1
-        even = range(places[0], places[0] + step * len(places), step) if step > 0 else range(0)
-        self._slice = slice(even.start, even.stop, step) if list(even) == list(places) else None
-        self._places = torch.tensor(places)
+    def __init__(self, indices: Sequence[int]) -> None:
+        step = indices[1] - indices[0] if len(indices) > 1 else 1
+        even = range(indices[0], indices[0] + step * len(indices), step) if step > 0 else range(0)
+        self._slice = slice(even.start, even.stop, step) if list(even) == list(indices) else None
+        self._indices = torch.tensor(indices)
 
     def of(self, values: Tensor) -> Tensor:
         """(..., U) of (..., H). May share memory."""
         if self._slice is not None:
             return values[..., self._slice]
-        return values.index_select(-1, self._places.to(values.device))
+        return values.index_select(-1, self._indices.to(values.device))
 
 
 @dataclass(frozen=True)
-class PartialReplay:
+class PartialReplayResult:
     """What was asked for of a call at one site, with the evidence that it is right.
 
     Attributes:
@@ -297,7 +303,7 @@ class PartialReplay:
     precision: float
 
 
-class PartialShadow:
+class PartialReplay:
     """Recomputes some gates of some units, given their rows of the weights.
 
     Args:
@@ -317,17 +323,17 @@ class PartialShadow:
         stored: torch.dtype,
     ) -> None:
         self._gates, self._reverse, self._stored = tuple(gates), reverse, stored
-        self._computed = needed(gates)
+        self._computed = required_gates(gates)
         self._whole = whole = self._computed == set(GATES)
-        places = range(len(units)) if whole else evenly_spaced(len(units), PROOF_UNITS)
-        self._proof_units = Columns([units[place] for place in places])
+        indices = range(len(units)) if whole else evenly_spaced(len(units), CHECK_UNITS)
+        self._proof_units = ColumnSelector([units[place] for place in indices])
         # Where among the columns of its products a gate has those of the proof.
         self._proof_columns = {
-            name: Columns(places if name in self._computed else range(len(places)))
+            name: ColumnSelector(indices if name in self._computed else range(len(indices)))
             for name in GATES
         }
         rows = {
-            name: units if name in self._computed else [units[place] for place in places]
+            name: units if name in self._computed else [units[place] for place in indices]
             for name in GATES
         }
         self._widths = [len(rows[name]) for name in GATES]
@@ -342,9 +348,14 @@ class PartialShadow:
 
     @torch.no_grad()
     def replay(
-        self, input: Tensor, hidden: Tensor, initial: Tensor, steps: Steps, rows: CellWeights
-    ) -> PartialReplay:
-        """Recompute the gates of a call, all steps at once. For the rest see `Shadow.replay`.
+        self,
+        input: Tensor,
+        hidden: Tensor,
+        initial: Tensor,
+        steps: SequenceLayout,
+        rows: CellWeights,
+    ) -> PartialReplayResult:
+        """Recompute the gates of a call, all steps at once. For the rest see `GateReplay.replay`.
 
         Args:
             input: (T, B, I) or (N, I), what the layer read.
@@ -363,8 +374,10 @@ class PartialShadow:
             ),
         )
         of_gates = self._by_gate(products)
-        gates = cell.some_gates({name: of_gates[name] for name in GATES if name in self._computed})
-        proof = gates if self._whole else cell.some_gates(self._of_proof(of_gates))
+        gates = cell.partial_gates(
+            {name: of_gates[name] for name in GATES if name in self._computed}
+        )
+        proof = gates if self._whole else cell.partial_gates(self._of_proof(of_gates))
         units = self._proof_units
         proven = units.of(hidden)
         previous = steps.previous(proven, units.of(initial), reverse=self._reverse)
@@ -374,10 +387,10 @@ class PartialShadow:
             products,
             of_gates["candidate"].hidden,
         )
-        dtype = coarsest(hidden.dtype, products.input.dtype, products.hidden.dtype)
-        return PartialReplay(
+        dtype = lowest_precision(hidden.dtype, products.input.dtype, products.hidden.dtype)
+        return PartialReplayResult(
             {name: gates[name] for name in self._gates},
-            *judge(found, dtype, input, hidden, initial, rows, self._stored),
+            *check_residual(found, dtype, input, hidden, initial, rows, self._stored),
         )
 
     def _of_proof(self, products: dict[str, Products]) -> dict[str, Products]:
@@ -393,7 +406,7 @@ class PartialShadow:
         return {name: Products(*part) for name, part in zip(GATES, parts, strict=True)}
 
 
-def needed(gates: Sequence[str]) -> set[str]:
+def required_gates(gates: Sequence[str]) -> set[str]:
     """Return the gates that these follow from, themselves included."""
     return {*gates, "reset"} if "candidate" in gates else set(gates)
 

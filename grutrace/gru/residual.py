@@ -23,7 +23,7 @@ from grutrace.records import Array, CallRecord, ModuleInfo, Site
 BLOCK = 64 * 1024
 
 
-def prove(
+def max_residual(
     update: Array,
     candidate: Array,
     hidden: Array,
@@ -79,14 +79,14 @@ def _difference(
     # The kernel's own gates give its own states, bit for bit.
     if torch.equal(expected, hidden):
         return 0.0
-    off = (expected - hidden).abs_()
-    if math.isfinite(off.sum().item()):
-        return off.max().item()
+    differences = (expected - hidden).abs_()
+    if math.isfinite(differences.sum().item()):
+        return differences.max().item()
     same = (expected == hidden) | (expected.isnan() & hidden.isnan())
-    return off.masked_fill_(same, 0.0).nan_to_num_(nan=math.inf).max().item()
+    return differences.masked_fill_(same, 0.0).nan_to_num_(nan=math.inf).max().item()
 
 
-class Doubt(NamedTuple):
+class ResidualViolation(NamedTuple):
     """A site of a call whose gates do not lead to the kernel's states.
 
     Attributes:
@@ -113,9 +113,11 @@ class Doubt(NamedTuple):
         )
 
 
-def find_doubts(module: ModuleInfo, block: CallRecord, call: int | None = None) -> Iterator[Doubt]:
+def find_violations(
+    module: ModuleInfo, block: CallRecord, call: int | None = None
+) -> Iterator[ResidualViolation]:
     """Yield the sites of a call of which rounding does not explain the residual."""
     for site in module.sites:
         rows = block.sites[site.suffix]
         if rows.residual > rows.tolerance:
-            yield Doubt(site, rows.residual, rows.tolerance, call)
+            yield ResidualViolation(site, rows.residual, rows.tolerance, call)

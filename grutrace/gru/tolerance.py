@@ -32,7 +32,7 @@ _STATE_ULPS = 2.0
 _SUM_ULPS = 0.5
 
 
-class Evidence(NamedTuple):
+class ReplayError(NamedTuple):
     """What a replay was found to be.
 
     Attributes:
@@ -65,7 +65,7 @@ def tolerance(
     return eps * _STATE_ULPS * state + sums * (1 + recurrent / 4)
 
 
-def rounded(kept: torch.dtype, state: float, sums: float, recurrent: float) -> float:
+def storage_rounding(kept: torch.dtype, state: float, sums: float, recurrent: float) -> float:
     """Return by how much a gate or state changes where all that it follows from is rounded.
 
     That comes on top of `tolerance` where rows are kept in a smaller type than the kernel computed
@@ -82,7 +82,7 @@ def rounded(kept: torch.dtype, state: float, sums: float, recurrent: float) -> f
     return eps * sums * (1 + recurrent / 4 + (state + 1) / 4) + eps * (state + 1)
 
 
-def largest_sums(input: Tensor, previous: Tensor, weight_ih: Tensor, weight_hh: Tensor) -> Tensor:
+def abs_sum_bounds(input: Tensor, previous: Tensor, weight_ih: Tensor, weight_hh: Tensor) -> Tensor:
     """Return, for each step, a bound on the sums of the sizes of the terms of its two products.
 
     By Cauchy and Schwarz: the norm of what is multiplied, times the largest norm of a row of the
@@ -94,15 +94,15 @@ def largest_sums(input: Tensor, previous: Tensor, weight_ih: Tensor, weight_hh: 
         weight_ih: (R, I)
         weight_hh: (R, H)
     """
-    return _sums(input, weight_ih) + _sums(previous, weight_hh)
+    return _row_abs_sums(input, weight_ih) + _row_abs_sums(previous, weight_hh)
 
 
-def largest_sum(values: Sequence[Tensor], weight: Tensor) -> float:
+def abs_sum_bound(values: Sequence[Tensor], weight: Tensor) -> float:
     """Return the same bound for the products of one weight, over all steps of these values."""
-    return max(largest(_sums(each, weight)) for each in values)
+    return max(max_abs(_row_abs_sums(each, weight)) for each in values)
 
 
-def _sums(values: Tensor, weight: Tensor) -> Tensor:
+def _row_abs_sums(values: Tensor, weight: Tensor) -> Tensor:
     sums = _norms(values) * _norms(weight).amax()
     return sums.nan_to_num_(nan=0.0, posinf=0.0)
 
@@ -113,18 +113,18 @@ def _norms(values: Tensor) -> Tensor:
     return norms
 
 
-def coarsest(*dtypes: torch.dtype) -> torch.dtype:
+def lowest_precision(*dtypes: torch.dtype) -> torch.dtype:
     """Return the type with the largest spacing of its numbers."""
-    return max(dtypes, key=spacing)
+    return max(dtypes, key=machine_epsilon)
 
 
 @cache
-def spacing(dtype: torch.dtype) -> float:
+def machine_epsilon(dtype: torch.dtype) -> float:
     """Return the spacing of a type's numbers at 1. Asked for at every call, so looked up once."""
     return torch.finfo(dtype).eps
 
 
-def precision(input: Tensor, hidden: Tensor, weight: Tensor) -> float:
+def compute_eps(input: Tensor, hidden: Tensor, weight: Tensor) -> float:
     """Return the spacing at 1 of the coarsest type in which a call was computed.
 
     Call it where the kernel was called: autocast is told by what a product of nothing comes out as.
@@ -138,22 +138,22 @@ def precision(input: Tensor, hidden: Tensor, weight: Tensor) -> float:
         product = linear(input.new_empty(0, input.shape[-1]), weight[:0]).dtype
     else:
         product = weight.dtype
-    return _coarsest_spacing(product, hidden.dtype)
+    return _max_epsilon(product, hidden.dtype)
 
 
 @cache
-def _coarsest_spacing(*dtypes: torch.dtype) -> float:
-    return spacing(coarsest(*dtypes))
+def _max_epsilon(*dtypes: torch.dtype) -> float:
+    return machine_epsilon(lowest_precision(*dtypes))
 
 
-def sizes(products: Products) -> tuple[Tensor, ...]:
+def product_maxima(products: Products) -> tuple[Tensor, ...]:
     """Return the smallest and largest elements of the products, those of the candidate last."""
     size = products.hidden.shape[-1] // 3
     gates, candidate = products.hidden[..., : 2 * size], products.hidden[..., 2 * size :]
     return (*torch.aminmax(products.input), *torch.aminmax(gates), *torch.aminmax(candidate))
 
 
-def numbers(values: Sequence[Tensor]) -> list[float]:
+def to_floats(values: Sequence[Tensor]) -> list[float]:
     """Return tensors of one element as numbers; from a device all at once."""
     if values[0].device.type == "cpu":
         return [value.item() for value in values]
@@ -161,23 +161,24 @@ def numbers(values: Sequence[Tensor]) -> list[float]:
     return found
 
 
-def summarize(extremes: Sequence[Sequence[float]]) -> Evidence | None:
+def summarize(extremes: Sequence[Sequence[float]]) -> ReplayError | None:
     """Return what is found in blocks of a call; None where something in them is not finite.
 
     Args:
-        extremes: Of each block, the smallest and largest ``replayed h - kernel's h``, then `sizes`.
+        extremes: Of each block, the smallest and largest ``replayed h - kernel's h``,
+            then `product_maxima`.
     """
     if not extremes:
-        return Evidence(0.0, 0.0, 0.0)
+        return ReplayError(0.0, 0.0, 0.0)
     if not all(map(math.isfinite, (each for found in extremes for each in found))):
         return None
-    largest = [max(map(abs, column)) for column in zip(*extremes, strict=True)]
-    return Evidence(max(largest[:2]), max(largest[2:]), max(largest[6:]))
+    maxima = [max(map(abs, column)) for column in zip(*extremes, strict=True)]
+    return ReplayError(max(maxima[:2]), max(maxima[2:]), max(maxima[6:]))
 
 
 def compare(
     replayed: Tensor, hidden: Tensor, products: Products, recurrent: Tensor | None = None
-) -> Evidence:
+) -> ReplayError:
     """Compare replayed states with the kernel's, both (..., H) or of some units only.
 
     Args:
@@ -188,24 +189,24 @@ def compare(
             the last third.
     """
     if not replayed.numel():
-        return Evidence(0.0, 0.0, 0.0)
+        return ReplayError(0.0, 0.0, 0.0)
     difference = (replayed - hidden).abs_()
     recurrent = products.hidden.chunk(3, -1)[2] if recurrent is None else recurrent
     extremes = [torch.aminmax(each) for each in (*products, recurrent)]
-    sizes = torch.stack([difference.max(), *(each for pair in extremes for each in pair)]).tolist()
-    if all(map(math.isfinite, sizes)):
-        residual, *bounds = sizes
-        return Evidence(residual, max(map(abs, bounds)), max(map(abs, bounds[4:])))
+    maxima = torch.stack([difference.max(), *(each for pair in extremes for each in pair)]).tolist()
+    if all(map(math.isfinite, maxima)):
+        residual, *bounds = maxima
+        return ReplayError(residual, max(map(abs, bounds)), max(map(abs, bounds[4:])))
     same = (replayed == hidden) | (replayed.isnan() & hidden.isnan())
     residual = difference.masked_fill_(same, 0.0).nan_to_num_(nan=math.inf).max().item()
-    return Evidence(residual, max(map(largest, products)), largest(recurrent))
+    return ReplayError(residual, max(map(max_abs, products)), max_abs(recurrent))
 
 
-def largest(values: Tensor) -> float:
+def max_abs(values: Tensor) -> float:
     """Return the largest finite ``|value|``, 0 where there is none."""
     if not values.numel():
         return 0.0
-    least, most = numbers(torch.aminmax(values))
+    least, most = to_floats(torch.aminmax(values))
     if math.isfinite(least) and math.isfinite(most):
         return max(-least, most)
     return values.abs().nan_to_num_(nan=0.0, posinf=0.0).max().item()

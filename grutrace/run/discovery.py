@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from grutrace import run
-from grutrace.capture.kernel_calls.torch_context import hindrance, uncompiled
+from grutrace.capture.kernel_calls.torch_context import disable_compile, unsupported_reason
 from grutrace.run.import_hook import when_imported
 from grutrace.run.matching import NoSiteMatches
 from grutrace.run.report import Report
@@ -58,7 +58,7 @@ class Discovery:
         """Look out from now on."""
         self._put_on(self._meet)
         # torch.compile would put what we do on a first call into its graphs.
-        when_imported("torch._dynamo", lambda: self._put_on(uncompiled(self._meet)))
+        when_imported("torch._dynamo", lambda: self._put_on(disable_compile(self._meet)))
         # A forked child has neither the threads that write nor the right to the files.
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self.stop)
@@ -76,7 +76,7 @@ class Discovery:
     def _meet(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if layer in self._known:
             return
-        missed = hindrance((*args, *kwargs.values()))
+        missed = unsupported_reason((*args, *kwargs.values()))
         if missed is not None:
             # A model that is being turned into a graph may be a copy with paths of its own.
             self._report.say(

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from grutrace.capture.selection import find, iterate_suffixes
+from grutrace.capture.selection import find_grus, iterate_suffixes
 from grutrace.errors import OptionError, join_names, suggest_name
 
 
@@ -35,10 +35,10 @@ def require_some_match(
     """
     own = set(map(id, layers))
     for other in _models():
-        for path, layer in find(other):
+        for path, layer in find_grus(other):
             if id(layer) not in own and layer not in known and _may_match(path, layer, globs):
                 return
-    names = [name for path, layer in find(model) for name in _names(path, layer)]
+    names = [name for path, layer in find_grus(model) for name in _names(path, layer)]
     asked = join_names(map(repr, globs))
     raise NoSiteMatches(
         f"sites: {asked} matches none of the sites of {type(model).__qualname__}"

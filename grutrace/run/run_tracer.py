@@ -19,13 +19,13 @@ from pathlib import Path
 from torch import nn
 
 from grutrace.capture.kernel_calls.observation import GRUModule, KernelRun
-from grutrace.capture.kernel_calls.torch_context import Missed
-from grutrace.capture.recording.guarded_sink import Limits
-from grutrace.capture.selection import Selection, select
+from grutrace.capture.kernel_calls.torch_context import SkippedCall
+from grutrace.capture.recording.guarded_sink import RecordingLimits
+from grutrace.capture.selection import SelectedModule, select
 from grutrace.capture.tracer import Tracer
 from grutrace.distributed import detect_shard, shard_path
 from grutrace.errors import GrutraceError, GrutraceWarning, ResidualError, SinkError, TraceFileError
-from grutrace.options import STATE_MEMORY, Mode
+from grutrace.options import DEFAULT_STATE_MEMORY, Mode
 from grutrace.run import texts
 from grutrace.run.matching import require_some_match
 from grutrace.run.report import Report, Tally
@@ -40,7 +40,9 @@ from grutrace.storage.shards.run_parts import (
 )
 
 
-def chosen(model: nn.Module, layers: Sequence[nn.Module], settings: Settings) -> list[Selection]:
+def chosen(
+    model: nn.Module, layers: Sequence[nn.Module], settings: Settings
+) -> list[SelectedModule]:
     """Return what is recorded of these layers of the model; nothing if no glob matches.
 
     Raises:
@@ -79,15 +81,15 @@ class Part(Tracer):
     def __init__(
         self,
         model: nn.Module,
-        selections: list[Selection],
+        selections: list[SelectedModule],
         path: Path,
         mode: Mode,
         stamp: Mapping[str, object],
         settings: Settings,
         report: Report,
-        limits: Limits,
+        limits: RecordingLimits,
     ) -> None:
-        self._chosen, self._stamp, self._report = selections, stamp, report
+        self._chosen, self._extra_options, self._report = selections, stamp, report
         self._limits_of_run = limits
         super().__init__(
             model,
@@ -108,7 +110,9 @@ class Part(Tracer):
             compression=settings.compression,  # type: ignore[arg-type]
             weights=settings.weights,  # type: ignore[arg-type]
             compiled=settings.compiled,  # type: ignore[arg-type]
-            state_memory=STATE_MEMORY if settings.state_memory is None else settings.state_memory,
+            state_memory=DEFAULT_STATE_MEMORY
+            if settings.state_memory is None
+            else settings.state_memory,
         )
         self.tally = Tally(path, len(self.sites))
         self.start()
@@ -121,7 +125,7 @@ class Part(Tracer):
         """
         self._finish()
         try:
-            self._say_news()
+            self._report_findings()
         except ResidualError as error:
             # There is no call of the script's left to raise it.
             self._report.say(str(error))
@@ -130,13 +134,13 @@ class Part(Tracer):
         """Record another layer in the place of the only one, which is gone."""
         self._subscribe(0, layer)
 
-    def _select(self, *_: object) -> list[Selection]:
+    def _select(self, *_: object) -> list[SelectedModule]:
         return self._chosen
 
-    def _limit(self, *_: object) -> Limits:
+    def _limit(self, *_: object) -> RecordingLimits:
         return self._limits_of_run
 
-    def _receive(self, index: int, run: KernelRun | Missed) -> None:
+    def _receive(self, index: int, run: KernelRun | SkippedCall) -> None:
         if self.tally.failed or os.getpid() != self._process:
             return
         try:
@@ -154,7 +158,7 @@ class Part(Tracer):
             raise
         except Exception as error:
             self._fail(error)
-        self.tally.calls = self._outlet.blocks
+        self.tally.calls = self._guarded_sink.call_records
 
     def _fail(self, error: Exception) -> None:
         """Record nothing more, and say why, once."""
@@ -162,7 +166,7 @@ class Part(Tracer):
             self.tally.failed = True
             self._report.say(f"nothing more is recorded of {', '.join(self.sites)}: {error}")
 
-    def _say_losses(self, stored: int, lost: int) -> None:
+    def _report_losses(self, stored: int, lost: int) -> None:
         self.tally.calls, self.tally.lost = stored, lost
 
     def _warn_once(
@@ -192,7 +196,7 @@ class Keeper:
         self._shard = detect_shard()
         self._first = shard_path(Path(settings.output), self._shard)
         report.output = self._first
-        self._limits = Limits(settings.max_calls, settings.max_bytes)
+        self._limits = RecordingLimits(settings.max_calls, settings.max_bytes)
         self._process = os.getpid()
         self._unmatched = list(settings.sites)
         self._parts: list[Part] = []
@@ -258,7 +262,7 @@ class Keeper:
             weakref.finalize(model, self._finish, part).atexit = False
         return part
 
-    def _continued(self, model: nn.Module, selections: list[Selection]) -> Part | None:
+    def _continued(self, model: nn.Module, selections: list[SelectedModule]) -> Part | None:
         """Go on in the first existing part of just these modules that nothing has gone on in."""
         for number, path in self._before.items():
             # Those of other models, and those that were not closed, cannot be appended to.
@@ -268,7 +272,7 @@ class Keeper:
                 return part
         return None
 
-    def _new(self, model: nn.Module, selections: list[Selection]) -> Part:
+    def _new(self, model: nn.Module, selections: list[SelectedModule]) -> Part:
         number = self._count + 1
         path = part_path(self._first, number)
         if number > 1 or self._settings.mode != "overwrite":
@@ -281,7 +285,12 @@ class Keeper:
         return part
 
     def _part(
-        self, model: nn.Module, selections: list[Selection], path: Path, mode: Mode, number: int
+        self,
+        model: nn.Module,
+        selections: list[SelectedModule],
+        path: Path,
+        mode: Mode,
+        number: int,
     ) -> Part:
         stamp = RunPart(self._run, number)
         options = stamp.options | (self._shard.options if self._shard else {})

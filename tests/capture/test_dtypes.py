@@ -17,7 +17,7 @@ from tests.capture.changes import while_the_kernel_runs
 from tests.checks import EVERYTHING, same_result
 from tests.strategies import Case
 
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+STORAGE_DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 LAYERS = {
     "one layer": lambda: nn.GRU(5, 16, bidirectional=True),
     "stack": lambda: nn.GRU(5, 16, 3, dropout=0.3, batch_first=True),
@@ -65,7 +65,7 @@ def check(case: Case, cast: torch.dtype | None = None, path: Any = None) -> Any:
     return trace
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES)
 def test_every_type(case, dtype, tmp_path) -> None:
     trace = check(to(case, dtype), path=tmp_path / "run.h5")
     kept = {torch.bfloat16: "float32"}.get(dtype, str(dtype).removeprefix("torch."))
@@ -88,7 +88,7 @@ def test_autocast(case, cast) -> None:
     assert np.abs(plain[name].update[:] - trace[name].update[:]).max() > 1e-5
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", STORAGE_DTYPES)
 def test_control_wrong_weights_exceed_the_tolerance_in_every_type(dtype) -> None:
     layer, x = nn.GRU(5, 16).to(dtype), torch.randn(6, 30, 5).to(dtype)
 

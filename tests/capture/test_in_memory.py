@@ -249,7 +249,7 @@ def test_a_trace_that_grows_large_is_warned_of_once(
 ) -> None:
     layer = nn.GRU(4, 8)
     batch = torch.randn(50, 4, 4)
-    monkeypatch.setattr(tracer_module, "LARGE", 3 * 50 * 4 * 8 * 4 * 4)
+    monkeypatch.setattr(tracer_module, "LARGE_TRACE_BYTES", 3 * 50 * 4 * 8 * 4 * 4)
     with grutrace.trace(layer, gates=gates) as trace:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -265,12 +265,12 @@ def test_a_trace_that_grows_large_is_warned_of_once(
     assert "2 GiB" in message
     ways = ("path", "gates='deferred'", "units", "every", "max_bytes", "Statistics", "clear()")
     assert all(way in message for way in ways)
-    assert trace.nbytes > tracer_module.LARGE
+    assert trace.nbytes > tracer_module.LARGE_TRACE_BYTES
 
 
 def test_a_file_grows_without_that_warning(monkeypatch, tmp_path: Path) -> None:
     layer = nn.GRU(4, 8)
-    monkeypatch.setattr(tracer_module, "LARGE", 100)
+    monkeypatch.setattr(tracer_module, "LARGE_TRACE_BYTES", 100)
     with grutrace.trace(layer, tmp_path / "run.h5") as trace:
         layer(torch.randn(50, 4, 4))
         assert trace.nbytes == 0

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import grutrace
-from grutrace.capture.kernel_calls.subscription import is_listening
+from grutrace.capture.kernel_calls.subscription import is_observing
 from tests.capture.changes import while_the_kernel_runs
 from tests.capture.models import EncoderDecoder, StepwiseDecoder
 from tests.checks import EVERYTHING, tensors
@@ -117,15 +117,15 @@ def test_what_is_no_model_is_one_clear_error() -> None:
 def test_idle_attachment_puts_nothing_on_the_model(model, batch) -> None:
     tracer = grutrace.Tracer(model, recording=False)
     with tracer:
-        assert not is_listening()
+        assert not is_observing()
         model(batch)
         assert len(trace_calls := tracer.calls) == 0
         tracer.start("later")
-        assert is_listening()
+        assert is_observing()
         assert hooks(model) == 0
         model(batch)
         tracer.stop()
-        assert not is_listening()
+        assert not is_observing()
         model(batch)
     assert len(trace_calls) == 0
     assert len(tracer.calls) == 1 + 3
@@ -153,7 +153,7 @@ def test_recording_blocks_and_tags(model, batch) -> None:
 def test_a_tag_that_is_no_text_loses_nothing(path, model, batch, tmp_path) -> None:
     with grutrace.trace(model, path and tmp_path / path) as tracer:
         model(batch)
-        with pytest.raises(grutrace.OptionError, match="tag: expected a text, found 5"):
+        with pytest.raises(grutrace.OptionError, match="tag: expected a str or None, found 5"):
             tracer.recording(tag=5).__enter__()
         with (
             pytest.raises(grutrace.OptionError, match="expected a text as a name, found 5"),

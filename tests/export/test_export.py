@@ -177,7 +177,9 @@ def test_blocks_of_any_size(full, tmp_path, monkeypatch, block, gathered) -> Non
 
 def test_parts_of_a_run_are_one_trace(tmp_path, monkeypatch) -> None:
     for part in (1, 2):
-        monkeypatch.setattr(grutrace.Tracer, "_stamp", {"run": {"id": "a" * 32, "part": part}})
+        monkeypatch.setattr(
+            grutrace.Tracer, "_extra_options", {"run": {"id": "a" * 32, "part": part}}
+        )
         model = torch.nn.ModuleDict({f"m{part}": torch.nn.GRU(2, 3)})
         path = tmp_path / ("run.h5" if part == 1 else "run.part0002.h5")
         with grutrace.trace(model, path):

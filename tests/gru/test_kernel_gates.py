@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import grutrace
 from grutrace.analysis.verification.verify import verify
 from grutrace.gru import dispatcher, kernel_gates
-from grutrace.gru.replay import PartialShadow, Shadow
+from grutrace.gru.replay import GateReplay, PartialReplay
 from grutrace.records import GATES
 from tests import oracles
 from tests.checks import EVERYTHING, check_untouched, check_untouched_and_exact, same_result
@@ -33,8 +33,8 @@ class Harvesting(pytest.MonkeyPatch):
     """Has every call harvested whatever it costs, and none replayed."""
 
     def __enter__(self) -> Harvesting:
-        self.setattr(kernel_gates, "pays", lambda *_, **__: True)
-        self.setattr(Shadow, "replay", None)
+        self.setattr(kernel_gates, "is_cheaper", lambda *_, **__: True)
+        self.setattr(GateReplay, "replay", None)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -91,7 +91,7 @@ def test_the_lattice_of_parts(grad: bool, case: Case, data: st.DataObject) -> No
     numbers = list(range(size))[units]
     with torch.set_grad_enabled(grad), Harvesting() as patch:
         if numbers == sorted(numbers):
-            patch.setattr(PartialShadow, "replay", None)
+            patch.setattr(PartialReplay, "replay", None)
         expected = case.run(case.untouched())
         with grutrace.trace(case.layer, **part) as alone:
             assert same_result(expected, case.run())
@@ -113,13 +113,13 @@ def test_the_lattice_of_parts(grad: bool, case: Case, data: st.DataObject) -> No
 
 def test_control_a_wrong_part_does_not_prove_itself(harvesting) -> None:
     """The update gate of the units next to those that are asked for."""
-    kept = kernel_gates.Room._part
+    kept = kernel_gates.GateBuffers._part
 
     def beside(room, names, columns, width):
         part = kept(room, names, columns, width)
         return part._replace(offset=part.offset + ("update" in names))
 
-    harvesting.setattr(kernel_gates.Room, "_part", beside)
+    harvesting.setattr(kernel_gates.GateBuffers, "_part", beside)
     layer = nn.GRU(5, 40)
     with (
         pytest.raises(grutrace.ResidualError),
@@ -256,8 +256,8 @@ def test_autocast_has_the_gates_of_its_graph(harvesting) -> None:
 @pytest.mark.parametrize("grad", [True, False])
 def test_under_a_dispatch_mode_gates_are_replayed(monkeypatch, grad) -> None:
     """It could see the copies."""
-    monkeypatch.setattr(kernel_gates, "pays", lambda *_, **__: True)
-    monkeypatch.setattr(kernel_gates, "harvest", None)
+    monkeypatch.setattr(kernel_gates, "is_cheaper", lambda *_, **__: True)
+    monkeypatch.setattr(kernel_gates, "copy_kernel_gates", None)
     torch.manual_seed(0)
     layer, x = nn.GRU(5, 7, 2), torch.randn(4, 3, 5)
     with torch.set_grad_enabled(grad):
@@ -294,7 +294,7 @@ def test_additions_elsewhere_are_not_heard(harvesting, grad) -> None:
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3, 4), (2, 2, 3, 4)])
 @pytest.mark.parametrize("harvested", [True, False])
 def test_what_a_module_does_not_take_it_says_itself(make, shape, harvested, monkeypatch) -> None:
-    monkeypatch.setattr(kernel_gates, "pays", lambda *_, **__: harvested)
+    monkeypatch.setattr(kernel_gates, "is_cheaper", lambda *_, **__: harvested)
     layer, x = make(4, 6), torch.randn(shape)
 
     def said() -> tuple[type, str] | None:
@@ -314,7 +314,7 @@ def test_what_a_module_does_not_take_it_says_itself(make, shape, harvested, monk
 
 def test_an_interruption_within_a_step_leaves_nothing_behind(harvesting, monkeypatch) -> None:
     layer, x = nn.GRU(5, 7), torch.randn(4, 3, 5)
-    heard = dispatcher.heard
+    heard = dispatcher.observe_additions
 
     def interrupted(listener, run):
         def listen(*given):
@@ -324,7 +324,7 @@ def test_an_interruption_within_a_step_leaves_nothing_behind(harvesting, monkeyp
 
     with grutrace.trace(layer, check="raise") as trace:
         with monkeypatch.context() as patch:
-            patch.setattr(dispatcher, "heard", interrupted)
+            patch.setattr(dispatcher, "observe_additions", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 layer(x)
         assert torch.equal(x + x, 2 * x)
@@ -348,14 +348,14 @@ def test_verification_and_residual_of_a_harvest(harvesting, tmp_path) -> None:
 @pytest.mark.parametrize("grad", [True, False])
 def test_control_wrong_gates_do_not_prove_themselves(harvesting, grad) -> None:
     """The residual sees it if the gates are not those that made the states."""
-    assert kernel_gates.is_recognized()
-    right = kernel_gates.Room.gates
+    assert kernel_gates.kernel_supported()
+    right = kernel_gates.GateBuffers.gates
 
     def mixed_up(room):
         gates = right.fget(room)
         return gates | {"update": gates["candidate"], "candidate": gates["update"]}
 
-    harvesting.setattr(kernel_gates.Room, "gates", property(mixed_up))
+    harvesting.setattr(kernel_gates.GateBuffers, "gates", property(mixed_up))
     layer = nn.GRU(5, 7)
     with (
         torch.set_grad_enabled(grad),
@@ -368,7 +368,7 @@ def test_control_wrong_gates_do_not_prove_themselves(harvesting, grad) -> None:
 @pytest.fixture
 def unknown_kernel(monkeypatch):
     """Another PyTorch, whose kernel makes the hidden product in memory of another layout."""
-    heard = dispatcher.heard
+    heard = dispatcher.observe_additions
 
     def of_another(listener, run):
         return heard(
@@ -376,18 +376,18 @@ def unknown_kernel(monkeypatch):
             run,
         )
 
-    monkeypatch.setattr(kernel_gates, "pays", lambda *_, **__: True)
-    monkeypatch.setattr(dispatcher, "heard", of_another)
+    monkeypatch.setattr(kernel_gates, "is_cheaper", lambda *_, **__: True)
+    monkeypatch.setattr(dispatcher, "observe_additions", of_another)
     return monkeypatch
 
 
 @pytest.fixture
 def unknown_pytorch(unknown_kernel):
-    kernel_gates.is_recognized.cache_clear()
+    kernel_gates.kernel_supported.cache_clear()
     yield
     unknown_kernel.undo()
-    kernel_gates.is_recognized.cache_clear()
-    assert kernel_gates.is_recognized()
+    kernel_gates.kernel_supported.cache_clear()
+    assert kernel_gates.kernel_supported()
 
 
 def test_an_unknown_kernel_is_replayed_and_said_once(unknown_pytorch, caplog) -> None:
@@ -415,7 +415,7 @@ def check_replayed(grad: bool) -> None:
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_kernel_that_is_unknown_only_in_one_call(grad, request) -> None:
     """Recognized when the tracer attached, and yet other than expected: replayed."""
-    assert kernel_gates.is_recognized()
+    assert kernel_gates.kernel_supported()
     request.getfixturevalue("unknown_kernel")
     check_replayed(grad)
 
@@ -423,8 +423,8 @@ def test_a_kernel_that_is_unknown_only_in_one_call(grad, request) -> None:
 @pytest.mark.parametrize("more", [-1, 1])
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_kernel_of_more_or_fewer_additions_is_replayed(monkeypatch, grad, more) -> None:
-    assert kernel_gates.is_recognized()
-    heard = dispatcher.heard
+    assert kernel_gates.kernel_supported()
+    heard = dispatcher.observe_additions
 
     def of_another(listener, run):
         count = 0
@@ -437,8 +437,8 @@ def test_a_kernel_of_more_or_fewer_additions_is_replayed(monkeypatch, grad, more
 
         return heard(listen, run)
 
-    monkeypatch.setattr(kernel_gates, "pays", lambda *_, **__: True)
-    monkeypatch.setattr(dispatcher, "heard", of_another)
+    monkeypatch.setattr(kernel_gates, "is_cheaper", lambda *_, **__: True)
+    monkeypatch.setattr(dispatcher, "observe_additions", of_another)
     check_replayed(grad)
 
 
@@ -453,7 +453,7 @@ def test_where_the_layer_of_the_dispatcher_is_taken_nothing_is_harvested() -> No
         layer = torch.nn.GRU(512, 512)
         with torch.no_grad(), grutrace.trace(layer, gates="inline") as trace:
             layer(torch.randn(3, 32, 512))
-        assert not kernel_gates.is_recognized()
+        assert not kernel_gates.kernel_supported()
         assert trace["l0"].update.shape == (96, 512)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True)
@@ -496,12 +496,14 @@ def test_a_chaotic_network(harvesting, grad) -> None:
 
 
 def test_the_rule_prefers_the_replay_where_steps_are_small() -> None:
-    all_of = {size: kernel_gates.Asked(dict.fromkeys(GATES, range(size))) for size in (64, 1024)}
-    assert not kernel_gates.pays(1000, 1, 64, 64, all_of[64])
-    assert not kernel_gates.pays(1, 4, 64, 64, all_of[64])
-    assert kernel_gates.pays(10, 64, 1024, 1024, all_of[1024])
-    few = kernel_gates.Asked({"update": range(1), "candidate": range(1)})
-    assert not kernel_gates.pays(10, 1, 1024, 1024, few)
+    all_of = {
+        size: kernel_gates.GateRequest(dict.fromkeys(GATES, range(size))) for size in (64, 1024)
+    }
+    assert not kernel_gates.is_cheaper(1000, 1, 64, 64, all_of[64])
+    assert not kernel_gates.is_cheaper(1, 4, 64, 64, all_of[64])
+    assert kernel_gates.is_cheaper(10, 64, 1024, 1024, all_of[1024])
+    few = kernel_gates.GateRequest({"update": range(1), "candidate": range(1)})
+    assert not kernel_gates.is_cheaper(10, 1, 1024, 1024, few)
 
 
 PEAK = """
@@ -513,7 +515,7 @@ PEAK = """
 
     torch.set_num_threads(1)
     way = sys.argv[1]
-    kernel_gates.pays = lambda *_, **__: way == "harvested"
+    kernel_gates.is_cheaper = lambda *_, **__: way == "harvested"
     layer, x = nn.GRU(512, 512), torch.randn(256, 64, 512)
     if way == "graph":
         kept = layer(x)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from grutrace.gru import cell
 from grutrace.gru.kernel import CellWeights
-from grutrace.gru.layout import PaddedSteps
-from grutrace.gru.replay import OneStep, Replay, Shadow, calls_at_once, replay_calls
+from grutrace.gru.layout import PaddedLayout
+from grutrace.gru.replay import GateReplay, OneStep, ReplayResult, calls_at_once, replay_calls
 from grutrace.gru.tolerance import tolerance
 from tests import oracles, other_processor
 
@@ -28,10 +28,10 @@ class Call:
         self.initial = torch.randn(2, B, H, dtype=dtype)
         self.hidden = self.layer(self.input, self.initial)[0].detach()[..., :H]
 
-    def replay(self, reverse: bool = False, **changed: Tensor | CellWeights) -> Replay:
+    def replay(self, reverse: bool = False, **changed: Tensor | CellWeights) -> ReplayResult:
         given = {"input": self.input, "hidden": self.hidden, "initial": self.initial[0]}
-        shadow = Shadow(self.layer, reverse=reverse)
-        return shadow.replay(steps=PaddedSteps(T, B), **(given | changed))
+        shadow = GateReplay(self.layer, reverse=reverse)
+        return shadow.replay(steps=PaddedLayout(T, B), **(given | changed))
 
 
 @pytest.fixture(params=[torch.float32, torch.float64])
@@ -53,7 +53,7 @@ def test_the_kernels_own_gates(call) -> None:
 
 
 def test_it_holds_no_copy_of_the_weights(call) -> None:
-    shadow = Shadow(call.layer, reverse=True)
+    shadow = GateReplay(call.layer, reverse=True)
     assert shadow.weights.weight_hh is call.layer.weight_hh_l0_reverse
     before = call.replay().gates["update"]
     with torch.no_grad():
@@ -74,20 +74,22 @@ def other_convention(weights: CellWeights) -> CellWeights:
 def noisy(layer: nn.GRU) -> CellWeights:
     weight_hh = layer.weight_hh_l0.detach().clone()
     weight_hh[2 * H, 1] += 1e-3
-    return Shadow(layer).weights._replace(weight_hh=weight_hh)
+    return GateReplay(layer).weights._replace(weight_hh=weight_hh)
 
 
 CONTROLS = {
     "one weight off by a thousandth": lambda call: call.replay(weights=noisy(call.layer)),
     "swapped reset and update": lambda call: call.replay(
-        weights=swapped(Shadow(call.layer).weights)
+        weights=swapped(GateReplay(call.layer).weights)
     ),
     "the other convention": lambda call: call.replay(
-        weights=other_convention(Shadow(call.layer).weights)
+        weights=other_convention(GateReplay(call.layer).weights)
     ),
-    "flipped direction": lambda call: call.replay(reverse=True, weights=Shadow(call.layer).weights),
+    "flipped direction": lambda call: call.replay(
+        reverse=True, weights=GateReplay(call.layer).weights
+    ),
     "the other direction's weights": lambda call: call.replay(
-        weights=Shadow(call.layer, reverse=True).weights
+        weights=GateReplay(call.layer, reverse=True).weights
     ),
     "states shifted by a step": lambda call: call.replay(hidden=call.hidden.roll(1, 0)),
     "input shifted by a step": lambda call: call.replay(input=call.input.roll(1, 0)),
@@ -119,9 +121,9 @@ def elsewhere(values: Tensor, offset: int) -> Tensor:
     return moved.copy_(values)
 
 
-def replay_elsewhere(call: Call, offset: int) -> Replay:
+def replay_elsewhere(call: Call, offset: int) -> ReplayResult:
     given = {"input": call.input, "hidden": call.hidden, "initial": call.initial[0]}
-    weights = CellWeights(*(elsewhere(each, offset) for each in Shadow(call.layer).weights))
+    weights = CellWeights(*(elsewhere(each, offset) for each in GateReplay(call.layer).weights))
     moved = {name: elsewhere(each, offset) for name, each in given.items()}
     return call.replay(weights=weights, **moved)
 
@@ -151,8 +153,8 @@ def test_the_tolerance_covers_gates_of_fewer_rows(call, monkeypatch) -> None:
     other_processor.install(monkeypatch)
     whole = call.replay()
     for count in range(1, T):
-        part = Shadow(call.layer).replay(
-            call.input[:count], call.hidden[:count], call.initial[0], PaddedSteps(count, B)
+        part = GateReplay(call.layer).replay(
+            call.input[:count], call.hidden[:count], call.initial[0], PaddedLayout(count, B)
         )
         off = [
             (gate - whole.gates[name][:count]).abs().max().item()
@@ -162,8 +164,8 @@ def test_the_tolerance_covers_gates_of_fewer_rows(call, monkeypatch) -> None:
 
 
 def test_an_empty_batch(call) -> None:
-    steps = PaddedSteps(T, 0)
-    found = Shadow(call.layer).replay(
+    steps = PaddedLayout(T, 0)
+    found = GateReplay(call.layer).replay(
         call.input[:, :0], call.hidden[:, :0], call.initial[0, :0], steps
     )
     assert found.residual == 0
@@ -180,10 +182,10 @@ def test_the_tolerance_covers_float32_against_float64() -> None:
                 for parameter in layer.parameters():
                     parameter *= scale
                 x, h = torch.randn(64, input_size), torch.rand(64, hidden_size) * 2 - 1
-                wide = Shadow(layer.double()).replay(
-                    x.double()[None], h.double()[None], h.double(), PaddedSteps(1, 64)
+                wide = GateReplay(layer.double()).replay(
+                    x.double()[None], h.double()[None], h.double(), PaddedLayout(1, 64)
                 )
-                narrow = Shadow(layer.float()).replay(x[None], h[None], h, PaddedSteps(1, 64))
+                narrow = GateReplay(layer.float()).replay(x[None], h[None], h, PaddedLayout(1, 64))
                 off = max(
                     (a.double() - b).abs().max().item()
                     for a, b in zip(narrow.gates.values(), wide.gates.values(), strict=True)
@@ -206,7 +208,7 @@ def test_calls_of_one_step_are_the_same_bits_together(shape, bias, dtype) -> Non
     batch, size, inputs = shape
     torch.manual_seed(0)
     layer = nn.GRU(inputs, size, bias=bias).to(dtype)
-    shadow, calls = Shadow(layer), []
+    shadow, calls = GateReplay(layer), []
     for _ in range(min(5, calls_at_once(batch, size))):
         x, initial = (
             torch.randn(1, batch, inputs, dtype=dtype),
@@ -216,7 +218,7 @@ def test_calls_of_one_step_are_the_same_bits_together(shape, bias, dtype) -> Non
     gates, checks = replay_calls(calls, shadow.weights)
     for number, call in enumerate(calls):
         alone = shadow.replay(
-            call.input[None], call.hidden[None], call.initial, PaddedSteps(1, batch)
+            call.input[None], call.hidden[None], call.initial, PaddedLayout(1, batch)
         )
         for name in ("reset", "update", "candidate"):
             # A replay on its own is kept as float32, where NumPy has no such type.
@@ -236,7 +238,7 @@ def test_a_wrong_call_among_others_is_the_one_that_is_noticed() -> None:
         hidden[1, 2] += {2: 1e-3}.get(number, 0.0)
         initial[0, 0] = math.nan if number == 3 else initial[0, 0]
         calls.append(OneStep(x, hidden, initial))
-    _, checks = replay_calls(calls, Shadow(cell_).weights)
+    _, checks = replay_calls(calls, GateReplay(cell_).weights)
     assert [check is None for check in checks] == [False, False, False, True]
     assert [check.residual > check.tolerance for check in checks[:3]] == [False, False, True]
 

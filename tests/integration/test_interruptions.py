@@ -100,7 +100,7 @@ def is_interrupted(injector, error, model, batch) -> bool:
 
 
 #: A call that is repeated after an interruption ends in the same states as the interrupted one.
-AMBIGUOUS = pytest.mark.filterwarnings("ignore:which sequence a call of cell goes on with cannot")
+AMBIGUOUS = pytest.mark.filterwarnings("ignore:cannot tell which sequence a call of cell")
 
 
 @AMBIGUOUS
@@ -199,7 +199,7 @@ class FailingSink:
 def test_a_sink_that_fails_at_any_record(place, model, batch) -> None:
     expected = model(batch)
     tracer = trace(model)
-    tracer._outlet.sink = FailingSink(tracer._outlet.sink, place)
+    tracer._guarded_sink.sink = FailingSink(tracer._guarded_sink.sink, place)
     healthy = trace(model)
     with healthy, tracer:
         failures = 0

@@ -135,7 +135,7 @@ def test_a_model_and_a_tracer_that_are_forgotten_while_attached(tmp_path, batch)
         del model, tracer
         gc.collect()
     assert len(said) == 1
-    assert "a tracer was dropped while it recorded" in said[0]
+    assert "a tracer was garbage-collected while recording" in said[0]
     assert [each() for each in gone] == [None, None]
     with grutrace.open(tmp_path / "run.h5") as found:
         assert found.closed

@@ -52,7 +52,7 @@ def test_threads_that_run_one_model(path, model, tmp_path) -> None:
 
 
 # The threads run the very same batch, so their decoders are in the same states.
-@pytest.mark.filterwarnings("ignore:which sequence a call of cell goes on with cannot be told")
+@pytest.mark.filterwarnings("ignore:cannot tell which sequence a call of cell continues")
 def test_recording_starts_and_stops_while_other_threads_run_the_model(model, batch) -> None:
     expected = model(batch)
     tracer = trace(model)

@@ -59,7 +59,7 @@ def test_gated_graph_convolution_is_one_sequence_a_node(graph, tmp_path: Path) -
 
 
 # It makes each update twice, so two sequences end with the same state: that is said, once.
-@pytest.mark.filterwarnings("ignore:which sequence a call of gru goes on with cannot be told")
+@pytest.mark.filterwarnings("ignore:cannot tell which sequence a call of gru continues")
 def test_temporal_graph_memory(tmp_path: Path) -> None:
     """Memory that is kept outside the model's call, and read and updated node by node."""
     model = TGNMemory(10, 4, HIDDEN, 5, IdentityMessage(4, HIDDEN, 5), LastAggregator())

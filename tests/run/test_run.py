@@ -477,7 +477,7 @@ def test_a_full_disk_stops_the_recording_and_not_the_script(tmp_path) -> None:
     assert len(found.stdout.splitlines()) == 2
     said, last = found.stderr.splitlines()
     assert said.startswith(
-        "grutrace: nothing more is recorded, and the model goes on untraced: " + str(tmp_path)
+        "grutrace: recording has stopped, and the model continues untraced: " + str(tmp_path)
     )
     assert said.endswith("No space left on device")
     assert last == "grutrace: recorded 4 calls of 3 sites in run.h5; 8 are lost, as said above"

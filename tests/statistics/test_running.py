@@ -201,9 +201,9 @@ def test_tracing_goes_on_as_ever(model) -> None:
 def test_a_wrong_residual_is_warned_of(monkeypatch) -> None:
     layer = nn.GRU(2, 3)
     statistics = grutrace.Statistics()
-    replay = site_recorder.Shadow.replay
+    replay = site_recorder.GateReplay.replay
     monkeypatch.setattr(
-        site_recorder.Shadow,
+        site_recorder.GateReplay,
         "replay",
         lambda *given: dataclasses.replace(replay(*given), residual=0.5),
     )
@@ -360,7 +360,7 @@ def test_a_forgotten_tracer_ends_its_thread() -> None:
     tracer.start()
     layer(torch.randn(4, 2))
     del layer
-    with pytest.warns(grutrace.GrutraceWarning, match="a tracer was dropped"):
+    with pytest.warns(grutrace.GrutraceWarning, match="a tracer was garbage-collected"):
         del tracer
     gc.collect()
     end = time.monotonic() + 5

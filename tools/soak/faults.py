@@ -131,11 +131,11 @@ class _Run:
         self.intact &= torch.equal(found, self.expected[number])
         if number % 3 == 0:
             tracer.flush()
-            if tracer._outlet.error is None:
+            if tracer._guarded_sink.error is None:
                 self.acknowledged = self._calls(tracer)
 
     def _calls(self, tracer: grutrace.Tracer) -> int:
-        return tracer._outlet.calls
+        return tracer._guarded_sink.calls
 
 
 def _seeded(run: Callable[[], torch.Tensor], number: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from grutrace.analysis.verification.distance import abs_difference
-from grutrace.gru.recompute import Derivation, tolerances
+from grutrace.gru.recompute import StepRecomputation, tolerances
 from grutrace.records import Array
 from grutrace.storage.interfaces import Rows
 from grutrace.storage.read.recomputed import GateInputs
@@ -38,7 +38,7 @@ class CallResiduals:
         self.residuals = np.zeros(calls)
         self.worst_positions = np.full((calls, 2), -1, np.int64)
 
-    def add(self, each: GateInputs, derived: Derivation, hidden: Rows) -> None:
+    def add(self, each: GateInputs, derived: StepRecomputation, hidden: Rows) -> None:
         """Take in some rows that follow one another.
 
         Args:
@@ -50,10 +50,10 @@ class CallResiduals:
         off = abs_difference(np.asarray(hidden[rows]).astype(np.float64), derived.hidden)
         units = off.argmax(axis=1)
         largest = off[np.arange(len(off)), units]
-        product, recurrent = derived.sizes
+        product, recurrent = derived.product_maxima
         np.maximum.at(self._products, each.calls, product)
         np.maximum.at(self._recurrents, each.calls, recurrent)
-        np.maximum.at(self._sums, each.calls, derived.sums)
+        np.maximum.at(self._sums, each.calls, derived.abs_sum_bounds)
         np.maximum.at(self._states, each.calls, _largest(each.previous))
         np.maximum.at(self.residuals, each.calls, largest)
         worst = largest == self.residuals[each.calls]

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from grutrace.analysis.verification.distance import abs_difference
 from grutrace.analysis.verification.residuals import CallResiduals
-from grutrace.gru.recompute import DOUBLE, Derivation
+from grutrace.gru.recompute import FLOAT64_EPS, StepRecomputation
 from grutrace.records import GATES, Array
 from grutrace.reprs import fields_repr
 from grutrace.storage.interfaces import Rows
@@ -186,9 +186,11 @@ def _call_residuals(site: SiteTrace) -> CallResiduals:
     return residuals
 
 
-def _in_double(each: GateInputs) -> Derivation:
+def _in_double(each: GateInputs) -> StepRecomputation:
     weights = {name: _to_float64(array) for name, array in each.weights.items()}
-    return Derivation(_to_float64(each.input), _to_float64(each.previous), weights, DOUBLE)
+    return StepRecomputation(
+        _to_float64(each.input), _to_float64(each.previous), weights, FLOAT64_EPS
+    )
 
 
 def _check_states(site: SiteTrace) -> Iterator[_Comparison]:

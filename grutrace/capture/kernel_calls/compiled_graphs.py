@@ -18,7 +18,7 @@ import torch
 from grutrace.errors import UnsupportedError
 
 
-def exist() -> bool:
+def any_with_gru_kernel() -> bool:
     """Whether there is a graph that has taken in a GRU kernel, as far as torch.compile tells."""
     if "torch._dynamo" not in sys.modules:
         return False

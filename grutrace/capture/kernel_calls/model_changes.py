@@ -28,7 +28,7 @@ class Place(NamedTuple):
     reason: str | None = None
 
 
-def place_of(
+def locate_module(
     module: GRUModule, model: nn.Module, recorded: Mapping[str, ModuleInfo], frame: FrameType
 ) -> Place:
     """Find out what a GRU is to a model.
@@ -45,7 +45,7 @@ def place_of(
             return Place(path, replaces=path)
         return Place(
             None,
-            reason=f"{path or 'the model'} was exchanged for a layer of another shape after the "
+            reason=f"{path or 'the model'} was replaced by a layer of another shape after the "
             "tracer was made: its calls are not recorded. Make a new tracer",
         )
     if path is not None:

@@ -14,11 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from grutrace.capture.kernel_calls.registration import GRUKernel as Kernel
-from grutrace.capture.kernel_calls.torch_context import Missed, aside, is_wrapped, plain
+from grutrace.capture.kernel_calls.torch_context import (
+    SkippedCall,
+    is_wrapped,
+    isolated_context,
+    plain,
+)
 from grutrace.gru import kernel_gates
-from grutrace.gru.kernel import KernelCall, Layer, rerun, split
-from grutrace.gru.kernel_gates import Asked, Harvest
-from grutrace.gru.layout import PackedSteps, PaddedSteps, Steps
+from grutrace.gru.kernel import KernelCall, Layer, rerun_lower_layers, run_layerwise
+from grutrace.gru.kernel_gates import GateRequest, KernelGates
+from grutrace.gru.layout import PackedLayout, PaddedLayout, SequenceLayout
 from grutrace.options import Stacks
 
 GRUModule: TypeAlias = nn.GRU | nn.GRUCell
@@ -37,7 +42,7 @@ class Observation(NamedTuple):
     """
 
     call: KernelCall
-    steps: Steps
+    steps: SequenceLayout
     layers: list[Layer]
     training: bool
     seconds: float = 0.0
@@ -97,8 +102,8 @@ class KernelRun:
         arguments: tuple[Any, ...],
         answer: Any,
         layers: list[Layer],
-        gates: list[list[Harvest]] | None,
-        steps: Steps | None,
+        gates: list[list[KernelGates]] | None,
+        steps: SequenceLayout | None,
         training: bool,
         seconds: float,
     ) -> None:
@@ -120,14 +125,14 @@ class KernelRun:
         return output
 
     @property
-    def is_by_time(self) -> bool:
+    def is_time_major(self) -> bool:
         """Whether what it read and made is (T, B, width)."""
         return self.kernel.name == "gru.input" and not self.arguments[-1]
 
     @property
     def batch(self) -> int:
         """B"""
-        size: int = self.arguments[self.kernel.state_place].shape[-2]
+        size: int = self.arguments[self.kernel.state_index].shape[-2]
         return size
 
     @property
@@ -140,7 +145,7 @@ class KernelRun:
     def nbytes(self) -> int:
         """Bytes of what `kept` copies, and of the gates."""
         kernel, arguments = self.kernel, self.arguments
-        size: int = arguments[0].nbytes + arguments[kernel.state_place].nbytes + self.output.nbytes
+        size: int = arguments[0].nbytes + arguments[kernel.state_index].nbytes + self.output.nbytes
         for layer in self.layers[:-1]:
             size += layer.output.nbytes
         for directions in self.gates or ():
@@ -166,14 +171,14 @@ class KernelRun:
             copy_input: Copies what the call read.
             copy_output: Copies what it made.
         """
-        arguments, place = list(self.arguments), self.kernel.state_place
+        arguments, place = list(self.arguments), self.kernel.state_index
         arguments[0], arguments[place] = copy_input(arguments[0]), copy(arguments[place])
         answer = self.answer
         answer = copy_output(answer) if self.kernel.is_cell else (copy_output(answer[0]),)
         # What is between the layers nobody else has.
         layers = [Layer(each.input.detach(), each.output.detach()) for each in self.layers]
         if layers:
-            input = _as_call(self.kernel, tuple(arguments)).input
+            input = _to_kernel_call(self.kernel, tuple(arguments)).input
             layers[0] = layers[0]._replace(input=input)
             output = _output(self.kernel, self.arguments, answer)
             layers[-1] = layers[-1]._replace(output=output)
@@ -191,28 +196,28 @@ class KernelRun:
 
     def observation(self) -> Observation:
         """Return it in one form for all kernels."""
-        call, layers = _as_call(self.kernel, self.arguments), self.layers
+        call, layers = _to_kernel_call(self.kernel, self.arguments), self.layers
         if not layers:
             layers = [Layer(call.input, _output(self.kernel, self.arguments, self.answer))]
         if self.gates is not None:
             layers = [
                 each._replace(gates=own) for each, own in zip(layers, self.gates, strict=True)
             ]
-        steps = self.steps or PaddedSteps(*layers[-1].output.shape[:2])
+        steps = self.steps or PaddedLayout(*layers[-1].output.shape[:2])
         return Observation(call, steps, layers, self.training, self.seconds, self.is_kept)
 
 
 #: Returns what is to be recorded of a kernel call, or why nothing can be. To be called at once.
-Observe: TypeAlias = Callable[[], KernelRun | Missed]
+Observe: TypeAlias = Callable[[], KernelRun | SkippedCall]
 
 
 def run_kernel(
     module: GRUModule,
     kernel: Kernel,
     arguments: tuple[Any, ...],
-    find_order: Callable[[Tensor], Tensor | None],
+    find_sorted_indices: Callable[[Tensor], Tensor | None],
     stacks: Stacks,
-    asked: Asked,
+    request: GateRequest,
     *,
     is_transformed: bool,
 ) -> tuple[Any, Observe]:
@@ -232,22 +237,22 @@ def run_kernel(
         The answer for the model, and what observes the call.
     """
     call, harvests, state = None, False, None
-    if asked.columns and kernel_gates.is_undisturbed(arguments[0]):
-        call = _as_call(kernel, arguments)
-        harvests = call.is_worth_harvesting(asked)
+    if request.columns and kernel_gates.can_intercept(arguments[0]):
+        call = _to_kernel_call(kernel, arguments)
+        harvests = call.should_copy_kernel_gates(request)
     is_stack = not kernel.is_cell and kernel.options(arguments)[1] > 1
     if is_stack:
-        call = call or _as_call(kernel, arguments)
-        if call.drops and not _splits(call, stacks):
+        call = call or _to_kernel_call(kernel, arguments)
+        if call.has_dropout and not _splits(call, stacks):
             if not _on_cpu(call):
-                return kernel(*arguments), partial(_masks_unknown, call)
+                return kernel(*arguments), partial(_dropout_mask_unknown, call)
             state = torch.get_rng_state()
     splits = call is not None and is_stack and _splits(call, stacks)
     began = time.perf_counter()
-    gates: list[list[Harvest]] | None = None
+    gates: list[list[KernelGates]] | None = None
     if call is not None and harvests:
         run = partial(_run, kernel, arguments, call, splits)
-        (answer, layers), gates = call.harvest(run, asked.columns)
+        (answer, layers), gates = call.copy_kernel_gates(run, request.columns)
     elif call is not None and splits:
         answer, layers = _split(call, arguments)
     else:
@@ -260,13 +265,13 @@ def run_kernel(
             own, returned = _unwrapped(arguments), _unwrapped(answer)
             found = [Layer(plain(each.input), plain(each.output)) for each in layers]
         if is_stack and not found:
-            with aside():
-                made = _as_call(kernel, own)
-                found = rerun(made, _output(kernel, own, returned), state)
+            with isolated_context():
+                made = _to_kernel_call(kernel, own)
+                found = rerun_lower_layers(made, _output(kernel, own, returned), state)
         steps = None
         if kernel.name == "gru.data":
-            with aside():
-                steps = PackedSteps(own[1], find_order(arguments[1]))
+            with isolated_context():
+                steps = PackedLayout(own[1], find_sorted_indices(arguments[1]))
         return KernelRun(kernel, own, returned, found, gates, steps, module.training, seconds)
 
     return answer, observe
@@ -280,7 +285,7 @@ def _run(
 
 def _split(call: KernelCall, arguments: tuple[Any, ...]) -> tuple[Any, list[Layer]]:
     """Answer a call layer by layer."""
-    output, final, layers = split(call)
+    output, final, layers = run_layerwise(call)
     batch_first = call.batch_sizes is None and bool(arguments[-1])
     return (output.transpose(0, 1) if batch_first else output, final), layers
 
@@ -289,7 +294,7 @@ def _splits(call: KernelCall, stacks: Stacks) -> bool:
     return stacks == "split" or (stacks == "auto" and _on_cpu(call))
 
 
-def _as_call(kernel: Kernel, arguments: tuple[Any, ...]) -> KernelCall:
+def _to_kernel_call(kernel: Kernel, arguments: tuple[Any, ...]) -> KernelCall:
     if not kernel.is_cell:
         return KernelCall.of_gru(*arguments)
     input, initial = arguments[:2]
@@ -313,8 +318,8 @@ def _on_cpu(call: KernelCall) -> bool:
     return call.input.device.type == "cpu"
 
 
-def _masks_unknown(call: KernelCall) -> Missed:
-    return Missed(
+def _dropout_mask_unknown(call: KernelCall) -> SkippedCall:
+    return SkippedCall(
         f"it drops out between its layers on {call.input.device}, where the masks cannot be known "
         "afterwards: pass stacks='split' (other masks than the fused stack's), or trace it in eval"
     )

@@ -32,7 +32,7 @@ from torch._C import DispatchKey
 OPERATIONS = {"gru.input": 2, "gru.data": 3, "gru_cell": 2}
 
 #: How long a kernel that was removed is kept. A thread waits for Python's lock for milliseconds.
-KEPT_SECONDS = 10.0
+REMOVAL_DELAY_SECONDS = 10.0
 
 #: The part of torch.compile that is there without loading the rest.
 _frames: Any = torch._C._dynamo.eval_frame
@@ -55,7 +55,7 @@ class GRUKernel:
         self._run: Any = getattr(getattr(torch.ops.aten, packet), overload or "default")._op_dk
         self._weights = OPERATIONS[name]
         #: Place of the initial state among its arguments.
-        self.state_place = self._weights - 1
+        self.state_index = self._weights - 1
 
     def __call__(self, *arguments: Any) -> Any:
         """Run it, where function modes of the user see what they would see without us."""
@@ -100,21 +100,21 @@ class KernelRegistration:
     """
 
     def __init__(self, answer: Answer) -> None:
-        self._answer = answer
+        self._dispatch = answer
         self._users = 0
         self._libraries: dict[str, Any] = {}
         self._handles: list[Any] = []
         self._removed: deque[_Removed] = deque()
         self._lock = threading.RLock()
         if hasattr(os, "register_at_fork"):  # There is none on Windows.
-            os.register_at_fork(after_in_child=self._renew_lock)
+            os.register_at_fork(after_in_child=self._reset_lock_after_fork)
 
-    def _renew_lock(self) -> None:
+    def _reset_lock_after_fork(self) -> None:
         # Another thread of the parent may hold it.
         self._lock = threading.RLock()
 
     @property
-    def is_on(self) -> bool:
+    def is_registered(self) -> bool:
         """Whether calls are answered here."""
         return bool(self._libraries)
 
@@ -132,7 +132,7 @@ class KernelRegistration:
         with self._lock:
             self._users += 1
             try:
-                self._forget_removed()
+                self._drop_expired()
                 for key in sorted(keys - set(self._libraries)):
                     self._register(key)
             except BaseException:
@@ -158,13 +158,13 @@ class KernelRegistration:
         library = make("aten", "IMPL", key)
         for name in OPERATIONS:
             library.impl(name, self._kernel(GRUKernel(name)))
-            handle = _handle(f"aten::{name}", key)
+            handle = _kernel_handle(f"aten::{name}", key)
             if handle is not None:
                 self._handles.append(handle)
         self._libraries[key] = library
 
     def _kernel(self, kernel: GRUKernel) -> Callable[..., Any]:
-        answer = self._answer
+        answer = self._dispatch
 
         def call(*arguments: Any) -> Any:
             # torch.compile looks at every function of Python's that runs within a compiled one.
@@ -174,16 +174,16 @@ class KernelRegistration:
             finally:
                 _frames.set_eval_frame(before)
 
-        _keep_from_compiler(call)
+        _exclude_from_compiler(call)
         return call
 
-    def _forget_removed(self) -> None:
-        oldest = time.monotonic() - KEPT_SECONDS
+    def _drop_expired(self) -> None:
+        oldest = time.monotonic() - REMOVAL_DELAY_SECONDS
         while self._removed and self._removed[0].when < oldest:
             self._removed.popleft()
 
 
-def _keep_from_compiler(function: Callable[..., Any]) -> None:
+def _exclude_from_compiler(function: Callable[..., Any]) -> None:
     """Have torch.compile leave a function as it is."""
     if hasattr(_frames, "set_code_exec_strategy"):
         action = _frames._FrameAction
@@ -194,7 +194,7 @@ def _keep_from_compiler(function: Callable[..., Any]) -> None:
         _frames.skip_code(function.__code__)
 
 
-def _handle(operation: str, key: str) -> Any:
+def _kernel_handle(operation: str, key: str) -> Any:
     """Return what keeps the present kernel of an operation alive; None where PyTorch has none."""
     find = getattr(torch._C, "_dispatch_get_computed_kernel_for_dispatch_key", None)
     return None if find is None else find(operation, getattr(DispatchKey, key))

@@ -35,30 +35,30 @@ from grutrace.capture.kernel_calls import observation
 from grutrace.capture.kernel_calls.observation import GRUModule, KernelRun
 from grutrace.capture.kernel_calls.registration import GRUKernel, KernelRegistration
 from grutrace.capture.kernel_calls.torch_context import (
-    Missed,
-    hindrance,
-    is_recomputation,
+    SkippedCall,
+    is_checkpoint_recompute,
     is_wrapped,
+    unsupported_reason,
 )
-from grutrace.gru.kernel_gates import NOTHING, Asked, together
-from grutrace.options import STACKS, Stacks
+from grutrace.gru.kernel_gates import NO_GATES, GateRequest, merge_requests
+from grutrace.options import STACK_MODES, Stacks
 
-Receiver: TypeAlias = Callable[[KernelRun | Missed], None]
+CallCallback: TypeAlias = Callable[[KernelRun | SkippedCall], None]
 
 #: Asked once before each call; if it says no, the call is left alone.
-Wants: TypeAlias = Callable[[], bool]
+ShouldRecord: TypeAlias = Callable[[], bool]
 
 #: Told of a GRU that nobody subscribed to, once, at its first call.
-Stranger: TypeAlias = Callable[[GRUModule, FrameType], None]
+UnknownModuleCallback: TypeAlias = Callable[[GRUModule, FrameType], None]
 
 
-def always() -> bool:
+def always_record() -> bool:
     """Want every call."""
     return True
 
 
 class Subscription:
-    """Calls ``receiver`` after every kernel call of one module, between `start` and `stop`.
+    """Calls ``callback`` after every kernel call of one module, between `start` and `stop`.
 
     A call that repeats an earlier one for the backward pass (activation checkpointing) is left out.
 
@@ -68,7 +68,7 @@ class Subscription:
     Args:
         module: The layer.
         receiver: Called in the thread that runs the model, before anyone can change the output;
-            with `Missed` where the call cannot be observed.
+            with `SkippedCall` where the call cannot be observed.
         stacks: How to see between the layers of a stack: ``split``, ``rerun``, or ``auto`` for
             split on a CPU and rerun elsewhere. Where subscriptions to one module differ, rerun
             wins, then auto: the one that leaves the kernel's answer alone.
@@ -80,23 +80,23 @@ class Subscription:
     def __init__(
         self,
         module: GRUModule,
-        receiver: Receiver,
+        callback: CallCallback,
         stacks: Stacks = "auto",
-        wants: Wants = always,
-        asked: Asked = NOTHING,
+        should_record: ShouldRecord = always_record,
+        request: GateRequest = NO_GATES,
     ) -> None:
-        self.module, self.receiver = weakref.ref(module), receiver
-        self.stacks, self.wants, self.asked = stacks, wants, asked
+        self.module, self.callback = weakref.ref(module), callback
+        self.stacks, self.should_record, self.request = stacks, should_record, request
         self._is_on = False
         # Set, and not changed, for other threads ask.
         self._known: list[weakref.ref[Tensor]] = []
 
-    def know(self, weights: list[Tensor]) -> None:
+    def remember_weights(self, weights: list[Tensor]) -> None:
         """Note weights that are the module's own, and can be recorded."""
         self._known = [weakref.ref(each) for each in weights]
 
-    def knows(self, weights: list[Tensor]) -> bool:
-        """Whether `know` was given these very weights last."""
+    def recognizes(self, weights: list[Tensor]) -> bool:
+        """Whether `remember_weights` was given these very weights last."""
         known = self._known
         return len(known) == len(weights) and all(
             [own() is each for own, each in zip(known, weights, strict=True)]
@@ -126,7 +126,7 @@ class Subscription:
             self._release()
 
 
-class StrangerWatch:
+class UnknownModuleWatch:
     """Calls ``found`` once for each GRU that is called while nobody subscribes to it.
 
     Whoever makes the watch keeps it.
@@ -135,7 +135,7 @@ class StrangerWatch:
         found: Called with the module and the frame that called the kernel, before the call.
     """
 
-    def __init__(self, found: Stranger) -> None:
+    def __init__(self, found: UnknownModuleCallback) -> None:
         self.found = found
         self.seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -161,9 +161,9 @@ class _Subscriptions:
         self._lock = threading.RLock()
         # Another thread of the parent may hold it.
         if hasattr(os, "register_at_fork"):  # There is none on Windows.
-            os.register_at_fork(after_in_child=self._renew_lock)
+            os.register_at_fork(after_in_child=self._reset_lock_after_fork)
 
-    def _renew_lock(self) -> None:
+    def _reset_lock_after_fork(self) -> None:
         self._lock = threading.RLock()
 
     def add(self, module: nn.Module, subscription: Subscription) -> None:
@@ -223,7 +223,7 @@ class _Inside(threading.local):
         return False
 
 
-class Caller(NamedTuple):
+class KernelCaller(NamedTuple):
     """Who calls a kernel.
 
     Attributes:
@@ -238,20 +238,20 @@ class Caller(NamedTuple):
 
 
 _subscriptions = _Subscriptions()
-_watches: weakref.WeakSet[StrangerWatch] = weakref.WeakSet()
+_watches: weakref.WeakSet[UnknownModuleWatch] = weakref.WeakSet()
 _inside = _Inside()
 
 
-def is_listening() -> bool:
+def is_observing() -> bool:
     """Whether the kernels are ours at present."""
-    return _registration.is_on
+    return _registration.is_registered
 
 
-def _answer(kernel: GRUKernel, arguments: tuple[Any, ...]) -> Any:
+def _dispatch(kernel: GRUKernel, arguments: tuple[Any, ...]) -> Any:
     """Answer a kernel call with PyTorch's own kernel, and tell whoever subscribed to its module."""
     if not _subscriptions.by_module or _inside.is_running():
         return kernel(*arguments)
-    caller = _caller(sys._getframe(2), kernel, arguments)
+    caller = _find_caller(sys._getframe(2), kernel, arguments)
     module = caller.module
     if module is None:
         return kernel(*arguments)
@@ -259,12 +259,12 @@ def _answer(kernel: GRUKernel, arguments: tuple[Any, ...]) -> Any:
     if not subscribed:
         if not _watches or caller.own is None:
             return kernel(*arguments)
-        _tell_watches(module, caller.own)
+        _notify_watches(module, caller.own)
         subscribed = _subscriptions.of(module)
     if not subscribed:
         return kernel(*arguments)
     weights = kernel.weights(arguments)
-    is_known = subscribed[0].knows(weights)
+    is_known = subscribed[0].recognizes(weights)
     if not is_known and not observation.is_own_call(module, kernel, arguments):
         return kernel(*arguments)
     _inside.frame = sys._getframe()
@@ -275,7 +275,7 @@ def _answer(kernel: GRUKernel, arguments: tuple[Any, ...]) -> Any:
 
 
 def _observe(
-    caller: Caller,
+    caller: KernelCaller,
     module: GRUModule,
     subscribed: list[Subscription],
     kernel: GRUKernel,
@@ -283,84 +283,84 @@ def _observe(
     weights: list[Tensor],
     is_known: bool,
 ) -> Any:
-    repeats = is_recomputation()
+    repeats = is_checkpoint_recompute()
     # Asked once a call: they count.
-    listening = [] if repeats else [each for each in subscribed if each.wants()]
+    listening = [] if repeats else [each for each in subscribed if each.should_record()]
     if not (repeats or listening):
         return kernel(*arguments)
-    missed = hindrance(arguments[: kernel.state_place + 1] if is_known else arguments)
+    missed = unsupported_reason(arguments[: kernel.state_index + 1] if is_known else arguments)
     if missed is not None:
-        _tell(listening, missed)
+        _notify(listening, missed)
         return kernel(*arguments)
     is_transformed = peek_interpreter_stack() is not None or is_wrapped(arguments[0])
     if not (is_known or is_transformed):
-        subscribed[0].know(weights)
+        subscribed[0].remember_weights(weights)
     with torch._C.DisableTorchFunction():
         answer, observed = observation.run_kernel(
             module,
             kernel,
             arguments,
             partial(_sorted_indices, caller),
-            _stacks(subscribed),
-            _asked(subscribed, module.hidden_size),
+            _merged_stack_mode(subscribed),
+            _merged_request(subscribed, module.hidden_size),
             is_transformed=is_transformed,
         )
         if listening:
-            _tell(listening, observed())
+            _notify(listening, observed())
     return answer
 
 
-def _stacks(subscribed: list[Subscription]) -> Stacks:
+def _merged_stack_mode(subscribed: list[Subscription]) -> Stacks:
     if len(subscribed) == 1:
         return subscribed[0].stacks
-    asked = {each.stacks for each in subscribed}
-    return next(each for each in STACKS if each in asked)
+    request = {each.stacks for each in subscribed}
+    return next(each for each in STACK_MODES if each in request)
 
 
-def _asked(subscribed: list[Subscription], hidden_size: int) -> Asked:
+def _merged_request(subscribed: list[Subscription], hidden_size: int) -> GateRequest:
     if len(subscribed) == 1:
-        return subscribed[0].asked
-    return together([each.asked for each in subscribed], hidden_size)
+        return subscribed[0].request
+    return merge_requests([each.request for each in subscribed], hidden_size)
 
 
-def _tell(listening: list[Subscription], run: KernelRun | Missed) -> None:
+def _notify(listening: list[Subscription], run: KernelRun | SkippedCall) -> None:
     """Tell all receivers, also if one of them fails."""
     if len(listening) == 1:
-        listening[0].receiver(run)
+        listening[0].callback(run)
         return
     errors = []
     for each in listening:
         try:
-            each.receiver(run)
+            each.callback(run)
         except Exception as error:
             errors.append(error)
     if errors:
         raise errors[0]
 
 
-def _tell_watches(module: GRUModule, frame: FrameType) -> None:
+def _notify_watches(module: GRUModule, frame: FrameType) -> None:
     for watch in tuple(_watches):
         if module not in watch.seen:
             watch.seen.add(module)
             watch.found(module, frame)
 
 
-def _caller(frame: FrameType, kernel: GRUKernel, arguments: tuple[Any, ...]) -> Caller:
+def _find_caller(frame: FrameType, kernel: GRUKernel, arguments: tuple[Any, ...]) -> KernelCaller:
     """Find out who calls a kernel, from the frame that called it."""
     own = method_owner(frame)
     if isinstance(own, (nn.GRU, nn.GRUCell)):
-        return Caller(own, frame, frame)
+        return KernelCaller(own, frame, frame)
     weight = kernel.weights(arguments)[0]
     for module in _subscriptions.modules():
         if weight is observation.first_weight(module):
-            return Caller(module, frame, _frame_of(frame, module))  # type: ignore[arg-type]
+            return KernelCaller(module, frame, _frame_of(frame, module))  # type: ignore[arg-type]
     above: FrameType | None = frame.f_back
     while above is not None:
         own = method_owner(above)
         if isinstance(own, (nn.GRU, nn.GRUCell)):
-            return Caller(own, frame, above)
+            return KernelCaller(own, frame, above)
         above = above.f_back
-    return Caller(None, frame, None)
+    return KernelCaller(None, frame, None)
 
 
 def _frame_of(frame: FrameType, module: nn.Module) -> FrameType | None:
@@ -383,7 +383,7 @@ def method_owner(frame: FrameType) -> Any:
     return own if any(getattr(each, "__code__", None) is code for each in methods) else None
 
 
-def _sorted_indices(caller: Caller, batch_sizes: Tensor) -> Tensor | None:
+def _sorted_indices(caller: KernelCaller, batch_sizes: Tensor) -> Tensor | None:
     """Return the user's batch index of each of the kernel's sequences, None if they are the same.
 
     They are not among the kernel's arguments, but among the variables of a forward that packs or
@@ -410,4 +410,4 @@ def _devices(module: nn.Module) -> set[str]:
     return found | ({"cuda"} if torch.cuda.is_available() else set())
 
 
-_registration = KernelRegistration(_answer)
+_registration = KernelRegistration(_dispatch)

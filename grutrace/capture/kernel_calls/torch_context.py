@@ -30,7 +30,7 @@ _GRAPH_MODES = tuple(
 
 
 @dataclass(frozen=True)
-class Missed:
+class SkippedCall:
     """A call that was not recorded.
 
     Attributes:
@@ -40,14 +40,16 @@ class Missed:
     reason: str
 
 
-def hindrance(values: Iterable[Any]) -> Missed | None:
+def unsupported_reason(values: Iterable[Any]) -> SkippedCall | None:
     """Return why a call with these arguments or results cannot be recorded; None if it can be."""
     if torch._C._is_tracing():
-        return Missed("torch.jit.trace was tracing it: record the traced model's source instead")
+        return SkippedCall(
+            "torch.jit.trace was tracing it: record the traced model's source instead"
+        )
     if torch._C._len_torch_dispatch_stack() and any(
         torch._C._get_dispatch_mode(mode) is not None for mode in _GRAPH_MODES
     ):
-        return _no_values("it was being turned into a graph")
+        return _no_data("it was being turned into a graph")
     for value in _flatten(values):
         kind = type(value)
         if (
@@ -57,16 +59,18 @@ def hindrance(values: Iterable[Any]) -> Missed | None:
         ):
             continue
         if not isinstance(value, Tensor):
-            return _no_values(f"it was called with a {type(value).__name__}")
+            return _no_data(f"it was called with a {type(value).__name__}")
         batched, inner = _unwrap(value)
         if batched:
-            return Missed("torch.vmap ran it on all samples at once: call it on a batch instead")
+            return SkippedCall(
+                "torch.vmap ran it on all samples at once: call it on a batch instead"
+            )
         if inner.is_meta or type(inner).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-            return _no_values(f"it was called with a {type(inner).__name__} on {inner.device}")
+            return _no_data(f"it was called with a {type(inner).__name__} on {inner.device}")
         if torch._is_functional_tensor(inner):
-            return _no_values("it was called within torch.func.functionalize")
+            return _no_data("it was called within torch.func.functionalize")
         if inner.is_complex():
-            return Missed("it is complex: gates are traced of real layers only")
+            return SkippedCall("it is complex: gates are traced of real layers only")
     return None
 
 
@@ -81,13 +85,13 @@ def is_wrapped(value: Tensor) -> bool:
     return wrapped or torch._is_functional_tensor(value)
 
 
-def is_recomputation() -> bool:
+def is_checkpoint_recompute() -> bool:
     """Whether the present call repeats, for the backward pass, one that was made before."""
     return torch._C._current_graph_task_id() != -1 and _within(checkpoint.__file__)
 
 
 @contextmanager
-def aside() -> Iterator[None]:
+def isolated_context() -> Iterator[None]:
     """Compute something that nothing around the model's call gets to see.
 
     The kernels are those that the model uses: a GRU gives the same bits as in the model.
@@ -107,27 +111,27 @@ def aside() -> Iterator[None]:
             yield
 
 
-def aside_to_copy() -> AbstractContextManager[None]:
+def isolated_copy_context() -> AbstractContextManager[None]:
     """Copy and compare tensors, and nothing else, within `torch._C.DisableTorchFunction`.
 
-    A tenth as dear as `aside`, for a decoder comes here at every step: one guard of the
+    A tenth as dear as `isolated_context`, for a decoder comes here at every step: one guard of the
     dispatcher's, beneath autograd and forward-mode differentiation. Products can end in other
     digits there: those of a batch-first layer without biases do.
     """
     modes = torch._C._len_torch_dispatch_stack()
     levels = torch._C._functorch.peek_interpreter_stack() is not None
-    return aside() if modes or levels else _beneath_autograd()
+    return isolated_context() if modes or levels else _beneath_autograd()
 
 
 _beneath_autograd: Any = torch._C._AutoDispatchBelowADInplaceOrView
 
 
-def compiler_is_loaded() -> bool:
+def dynamo_loaded() -> bool:
     """Whether torch.compile may be at work. Importing it takes longer than importing torch."""
     return "torch._dynamo" in sys.modules
 
 
-def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def disable_compile(function: Callable[..., Any]) -> Callable[..., Any]:
     """Have torch.compile call a function as it is, between two graphs."""
     reason = (
         "grutrace records this call, which splits the graph: do without fullgraph=True, or stop "
@@ -139,8 +143,8 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return disabled
 
 
-def _no_values(what: str) -> Missed:
-    return Missed(
+def _no_data(what: str) -> SkippedCall:
+    return SkippedCall(
         f"{what}, where tensors hold no values (torch.export, torch.fx, meta device): "
         "run the model itself on real tensors to record it"
     )

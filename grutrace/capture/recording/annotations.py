@@ -17,17 +17,17 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from grutrace.capture.annotation_values import Parsed, Values, parse
-from grutrace.capture.recording.module_recorder import Recorded
+from grutrace.capture.annotation_values import ParsedValues, Values, parse
+from grutrace.capture.recording.module_recorder import RecordedCall
 from grutrace.errors import GrutraceWarning, OptionError, join_names, short_repr
 from grutrace.records import MARK_PREFIX, AnnotationRecord, ModuleInfo
 
 #: Values, or values by the path of the module that they belong to, which may be a glob.
-Given: TypeAlias = Values | Mapping[str, Values]
+AnnotationValues: TypeAlias = Values | Mapping[str, Values]
 
 
 #: How many sequences and batches of a module a recording keeps, unless it was given values.
-KEPT_SEQUENCES, KEPT_BATCHES = 4096, 256
+MAX_SEQUENCES, MAX_BATCHES = 4096, 256
 
 
 @dataclass(eq=False)
@@ -77,12 +77,12 @@ class _ModuleBatches:
             self.batches.move_to_end(batch)
         return batch
 
-    def places(self, sequences: npt.NDArray[np.uint64]) -> list[tuple[_Batch, int] | None]:
+    def find(self, sequences: npt.NDArray[np.uint64]) -> list[tuple[_Batch, int] | None]:
         """The batch of each of these sequences, and its place there."""
         while self._unlisted:
             batch = self._unlisted.popleft()
-            for place, number in enumerate(batch.sequences.tolist()):
-                self._by_sequence[number] = batch, place
+            for row, number in enumerate(batch.sequences.tolist()):
+                self._by_sequence[number] = batch, row
         found = [self._by_sequence.get(number) for number in sequences.tolist()]
         for batch in dict.fromkeys(each[0] for each in found if each is not None):
             self.batches.move_to_end(batch)
@@ -98,7 +98,7 @@ class _ModuleBatches:
             self._drop(next(iter(self.batches)))
 
     def _are_too_many(self) -> bool:
-        return self._count > KEPT_SEQUENCES or len(self.batches) > KEPT_BATCHES
+        return self._count > MAX_SEQUENCES or len(self.batches) > MAX_BATCHES
 
     def _drop(self, batch: _Batch) -> None:
         del self.batches[batch], self._by_array[id(batch.sequences)]
@@ -123,21 +123,21 @@ class RecordedBatches:
         self._modules = modules
         self._keep_all = keep_all
         self._batches = [_ModuleBatches(keep_all=keep_all) for _ in modules]
-        self._left_out: set[int] = set()
+        self._modules_with_skips: set[int] = set()
         self._has_warned = False
 
-    def leave_out(self, module: int) -> None:
+    def note_skipped_call(self, module: int) -> None:
         """Note that a call of a module was not recorded, so that its values fit no batch.
 
         Such a call is not looked at, so it is not known how many sequences it had.
         """
-        self._left_out.add(module)
+        self._modules_with_skips.add(module)
 
     def clear(self) -> None:
         """Forget all: the calls are no longer in the trace."""
         self._batches = [_ModuleBatches(keep_all=self._keep_all) for _ in self._modules]
 
-    def add(self, recorded: Recorded) -> None:
+    def add(self, recorded: RecordedCall) -> None:
         """Note a call: it goes on with batches that are known, or adds one."""
         assignment, lengths, numbers = recorded.assignment, recorded.lengths, recorded.numbers
         batches = self._batches[recorded.module]
@@ -149,12 +149,12 @@ class RecordedBatches:
             return
         is_known = False
         if not (assignment.begun.all() and assignment.roots is assignment.sequences):
-            for row, found in enumerate(batches.places(assignment.roots)):
+            for row, found in enumerate(batches.find(assignment.roots)):
                 if found is not None:
                     is_known = True
-                    batch, place = found
-                    batch.steps[place] += lengths[row]
-                    batch.numbers[place] = max(batch.numbers[place], numbers[row])
+                    batch, row = found
+                    batch.steps[row] += lengths[row]
+                    batch.numbers[row] = max(batch.numbers[row], numbers[row])
         if not is_known and not assignment.forks:
             batches.add(
                 _Batch(
@@ -168,7 +168,7 @@ class RecordedBatches:
             )
 
     def annotations(
-        self, name: str, given: Given, module: str | None = None
+        self, name: str, given: AnnotationValues, module: str | None = None
     ) -> list[AnnotationRecord]:
         """Return the annotations that give the values to the steps they belong to.
 
@@ -196,12 +196,12 @@ class RecordedBatches:
         values = parse(name, given)
         fitting = [each for each in self._all() if _fits_exactly(values, each[1])]
         if not fitting:
-            if self._left_out:
+            if self._modules_with_skips:
                 return []
             raise OptionError(
-                f"{name}: {_shape(values)} fits no batch of this recording exactly: "
-                f"{self._what_is_there()}. To give values to a module whose sequences are longer, "
-                f"name it: {{path: values}}"
+                f"{name}: {_describe_values(values)} fits no batch of this recording exactly: "
+                f"{self._describe_batches()}. To give values to a module whose sequences are "
+                f"longer, name it: {{path: values}}"
             )
         return [
             annotation
@@ -215,17 +215,18 @@ class RecordedBatches:
             paths = join_names(module.path or "''" for module in self._modules)
             raise OptionError(f"{name}: {glob!r} matches no traced module: {paths}")
         left_out = any(
-            fnmatchcase(self._modules[each].path, glob) for each in tuple(self._left_out)
+            fnmatchcase(self._modules[each].path, glob) for each in tuple(self._modules_with_skips)
         )
         matching = [each for each in self._all() if fnmatchcase(self._modules[each[0]].path, glob)]
         if not matching and not left_out:
             raise OptionError(
-                f"{name}: {glob!r} matches no recorded module: {self._what_is_there()}"
+                f"{name}: {glob!r} matches no recorded module: {self._describe_batches()}"
             )
         fitting = [(module, batch) for module, batch in matching if _fits(values, batch)]
         if not fitting and not left_out:
             raise OptionError(
-                f"{name}: {_shape(values)} does not fit {glob!r}: {self._what_is_there()}"
+                f"{name}: {_describe_values(values)} does not fit {glob!r}: "
+                f"{self._describe_batches()}"
             )
         for module, batch in fitting:
             yield from _align(name, module, values, batch)
@@ -251,7 +252,7 @@ class RecordedBatches:
             self._has_warned = True
             warnings.warn(f"{name}: {message}", GrutraceWarning, stacklevel=5)
 
-    def _what_is_there(self) -> str:
+    def _describe_batches(self) -> str:
         counts = {
             f"{self._modules[module].path or 'the model'} {len(batch.steps)} sequences of up to "
             f"{batch.steps.max(initial=0)} steps"
@@ -262,7 +263,7 @@ class RecordedBatches:
         return "; ".join(found) or "nothing was recorded"
 
 
-def _fits(values: Parsed, batch: _Batch) -> bool:
+def _fits(values: ParsedValues, batch: _Batch) -> bool:
     """Whether each sequence has as many steps as it has values, or more; padding aside."""
     longest = batch.steps.max(initial=0)
     return len(values.lists) == len(batch.steps) and all(
@@ -271,27 +272,29 @@ def _fits(values: Parsed, batch: _Batch) -> bool:
     )
 
 
-def _fits_exactly(values: Parsed, batch: _Batch) -> bool:
+def _fits_exactly(values: ParsedValues, batch: _Batch) -> bool:
     return _fits(values, batch) and values.longest in (None, batch.steps.max(initial=0))
 
 
-def _align(name: str, module: int, values: Parsed, batch: _Batch) -> Iterator[AnnotationRecord]:
-    for place, given in enumerate(values.lists):
-        steps = int(batch.steps[place])
+def _align(
+    name: str, module: int, values: ParsedValues, batch: _Batch
+) -> Iterator[AnnotationRecord]:
+    for row, given in enumerate(values.lists):
+        steps = int(batch.steps[row])
         repeated = given[:steps] if isinstance(given, list) else [given] * steps
-        first, kept = _kept(repeated, int(batch.first[place]), batch.start, batch.stop)
-        if kept and batch.numbers[place] >= 0:
+        first, kept = _clip_values(repeated, int(batch.first[row]), batch.start, batch.stop)
+        if kept and batch.numbers[row] >= 0:
             is_text = isinstance(kept[0], str)
             yield AnnotationRecord(
                 module=module,
-                sequence=int(batch.numbers[place]),
+                sequence=int(batch.numbers[row]),
                 name=name,
                 first=first,
                 values=tuple(kept if is_text else map(float, kept)),
             )
 
 
-def _kept(
+def _clip_values(
     values: Sequence[Any], first: int, start: int, stop: int | None
 ) -> tuple[int, Sequence[Any]]:
     """Return which kept step the first value is of, and the values of the kept steps.
@@ -306,6 +309,6 @@ def _kept(
     return max(0, first - start), values[max(0, start - first) : end]
 
 
-def _shape(values: Parsed) -> str:
+def _describe_values(values: ParsedValues) -> str:
     longest = "" if values.longest is None else f" with up to {values.longest} values"
     return f"{len(values.lists)} sequences{longest}"

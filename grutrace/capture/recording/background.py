@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from grutrace.capture.recording.weight_versions import KEPT_VERSIONS
-from grutrace.gru.kernel_gates import Wish
-from grutrace.gru.recompute import Recomputed, prove, recompute, tolerances
-from grutrace.gru.residual import Doubt, find_doubts
+from grutrace.capture.recording.weight_versions import MAX_VERSIONS
+from grutrace.gru.kernel_gates import GateCopyPlan
+from grutrace.gru.recompute import RecomputedGates, recompute, row_residuals, tolerances
+from grutrace.gru.residual import ResidualViolation, find_violations
 from grutrace.records import (
     GATES,
     Array,
@@ -42,16 +42,16 @@ from grutrace.records import (
 )
 
 
-class _Kept(threading.local):
-    done = False
+class _ThreadLimit(threading.local):
+    is_set = False
 
 
-_here = _Kept()
+_local = _ThreadLimit()
 
 
-def keep_to_one_thread() -> None:
+def limit_torch_threads() -> None:
     """Have torch make no team for the calling thread, from now on."""
-    if _here.done:
+    if _local.is_set:
         return
     number = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -59,25 +59,25 @@ def keep_to_one_thread() -> None:
     again = threading.Thread(target=torch.set_num_threads, args=(number,))
     again.start()
     again.join()
-    _here.done = True
+    _local.is_set = True
 
 
 @dataclass(frozen=True)
-class CopiedBlock(CallRecord):
+class PendingCall(CallRecord):
     """A call of which what the gates follow from was copied.
 
     Attributes:
         starts: By suffix, (B, H), the state that each batch row started the call from.
-        ready: Waits until the copies are whole; None if they are.
-        of_version: The version of the weights that the call used.
-        doubt: How far the gates of another version are from these that leads to the same states,
-            if it may have been that; 0 if not.
+        wait_for_copies: Waits until the copies are whole; None if they are.
+        weights_record: The version of the weights that the call used.
+        ambiguity: The largest difference from the gates of another version that leads to the same
+            states; 0 if there is none.
     """
 
     starts: Mapping[str, Array] = field(default_factory=dict)
-    ready: Callable[[], None] | None = None
-    of_version: WeightsRecord | None = None
-    doubt: float = 0.0
+    wait_for_copies: Callable[[], None] | None = None
+    weights_record: WeightsRecord | None = None
+    ambiguity: float = 0.0
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +85,7 @@ class CopiedBlock(CallRecord):
         return super().nbytes + sum(array.nbytes for array in self.starts.values())
 
 
-class Background:
+class BackgroundReplay:
     """Turns copied blocks into whole ones. For one thread at a time.
 
     Args:
@@ -100,77 +100,77 @@ class Background:
         self._modules, self._own_thread = modules, own_thread
         # By module, then by version: the last ones.
         self._weights: dict[int, dict[int, WeightsRecord]] = {}
-        self._doubts: list[Doubt] = []
+        self._violations: list[ResidualViolation] = []
         self.calls = 0
         self._lock = threading.Lock()
 
     def __call__(self, records: Sequence[Record]) -> list[Record]:
         """Return the records as they are to be stored."""
         if self._own_thread:
-            keep_to_one_thread()
+            limit_torch_threads()
         whole = list(records)
         waiting: dict[int, list[int]] = {}
         for place, record in enumerate(records):
             if isinstance(record, WeightsRecord):
-                self._make(whole, waiting.pop(record.module, []))
+                self._complete_records(whole, waiting.pop(record.module, []))
                 known = self._weights.setdefault(record.module, {})
                 known[record.version] = record
                 # Some more than a recorder keeps, which can come back to an earlier one.
-                while len(known) > KEPT_VERSIONS + 2:
+                while len(known) > MAX_VERSIONS + 2:
                     del known[next(iter(known))]
-            elif isinstance(record, CopiedBlock):
+            elif isinstance(record, PendingCall):
                 waiting.setdefault(record.module, []).append(place)
         for places in waiting.values():
-            self._make(whole, places)
-        self._note_doubts(whole)
+            self._complete_records(whole, places)
+        self._note_violations(whole)
         return whole
 
-    def _note_doubts(self, records: Sequence[Record]) -> None:
-        news: list[Doubt] = []
+    def _note_violations(self, records: Sequence[Record]) -> None:
+        news: list[ResidualViolation] = []
         for record in records:
             if isinstance(record, CallRecord):
-                news += find_doubts(self._modules[record.module], record, self.calls)
+                news += find_violations(self._modules[record.module], record, self.calls)
                 self.calls += 1
         if news:
             with self._lock:
-                self._doubts += news
+                self._violations += news
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Begin anew: the trace was emptied."""
         with self._lock:
-            self._weights, self._doubts, self.calls = {}, [], 0
+            self._weights, self._violations, self.calls = {}, [], 0
 
-    def take_doubts(self) -> list[Doubt]:
+    def pop_violations(self) -> list[ResidualViolation]:
         """Return what rounding does not explain, each once. From any thread."""
-        if not self._doubts:
+        if not self._violations:
             return []
         with self._lock:
-            found, self._doubts = self._doubts, []
+            found, self._violations = self._violations, []
         return found
 
-    def _make(self, records: list[Record], places: Sequence[int]) -> None:
+    def _complete_records(self, records: list[Record], places: Sequence[int]) -> None:
         """Replace the copied blocks in these places, which are of one module."""
         alike: dict[tuple[object, ...], list[int]] = {}
         for place in places:
             block = records[place]
-            assert isinstance(block, CopiedBlock)
+            assert isinstance(block, PendingCall)
             key = (block.weights, *((s.precision, *s.rows) for s in block.sites.values()))
             alike.setdefault(key, []).append(place)
         for same in alike.values():
             blocks = [
-                each for each in map(records.__getitem__, same) if isinstance(each, CopiedBlock)
+                each for each in map(records.__getitem__, same) if isinstance(each, PendingCall)
             ]
-            for place, block in zip(same, self._whole(blocks), strict=True):
+            for place, block in zip(same, self._complete(blocks), strict=True):
                 records[place] = block
 
-    def _whole(self, blocks: Sequence[CopiedBlock]) -> list[CallRecord]:
+    def _complete(self, blocks: Sequence[PendingCall]) -> list[CallRecord]:
         """Return calls that used the same weights with their gates."""
         for block in blocks:
-            if block.ready is not None:
-                block.ready()
+            if block.wait_for_copies is not None:
+                block.wait_for_copies()
         module, known = self._modules[blocks[0].module], self._weights[blocks[0].module]
-        weights = blocks[0].of_version or known[blocks[0].weights]
-        found = _computed(module, blocks, weights)
+        weights = blocks[0].weights_record or known[blocks[0].weights]
+        found = _replay_calls(module, blocks, weights)
         # Weights can change and change back unseen: the states tell which were used.
         return [
             whole if whole.is_proven else self._other_version(module, copied, whole)
@@ -178,12 +178,12 @@ class Background:
         ]
 
     def _other_version(
-        self, module: ModuleInfo, copied: CopiedBlock, doubtful: CallRecord
+        self, module: ModuleInfo, copied: PendingCall, doubtful: CallRecord
     ) -> CallRecord:
         for number, weights in reversed(self._weights[copied.module].items()):
             if number != copied.weights:
-                other = replace(copied, weights=number, of_version=weights)
-                (found,) = _computed(module, [other], weights)
+                other = replace(copied, weights=number, weights_record=weights)
+                (found,) = _replay_calls(module, [other], weights)
                 if found.is_proven:
                     return found
         return doubtful
@@ -195,17 +195,17 @@ class ChosenVersion(NamedTuple):
     Attributes:
         weights: The first that leads to its states, or the first one if none does.
         checks: By suffix, the residual, and the residual that rounding explains.
-        doubt: How far the gates of another version that leads to the same states are from these, in
-            the way that a residual is; 0 if no other does, or with the same gates.
+        ambiguity: The largest difference from the gates of another version that leads to the same
+            states; 0 if there is none.
     """
 
     weights: WeightsRecord
     checks: dict[str, tuple[float, float]]
-    doubt: float = 0.0
+    ambiguity: float = 0.0
 
 
 def choose_version(
-    module: ModuleInfo, block: CopiedBlock, versions: Sequence[WeightsRecord]
+    module: ModuleInfo, block: PendingCall, versions: Sequence[WeightsRecord]
 ) -> ChosenVersion:
     """Find out which version of the weights leads to the states of a call.
 
@@ -218,9 +218,9 @@ def choose_version(
         What was found. States can be the same where gates are not: from a state of zeros without a
         bias, the reset gate has no influence.
     """
-    joined = _Joined(module, [block])
+    joined = _CallBatch(module, [block])
     first: ChosenVersion | None = None
-    fitting: list[tuple[ChosenVersion, dict[str, Recomputed]]] = []
+    matching: list[tuple[ChosenVersion, dict[str, RecomputedGates]]] = []
     for weights in versions:
         made = {
             site.suffix: joined.recompute(site, weights.sites[site.suffix], np.dtype(module.dtype))
@@ -230,28 +230,28 @@ def choose_version(
         found = ChosenVersion(weights, checks)
         first = first or found
         if all(residual <= allowed for residual, allowed in checks.values()):
-            fitting.append((found, made))
-    if not fitting:
+            matching.append((found, made))
+    if not matching:
         assert first is not None
         return first
-    chosen, made = fitting[0]
-    doubt = 0.0
-    for _, others in fitting[1:]:
+    chosen, made = matching[0]
+    ambiguity = 0.0
+    for _, others in matching[1:]:
         for suffix, (_, allowed) in chosen.checks.items():
             pairs = zip(made[suffix].gates.values(), others[suffix].gates.values(), strict=True)
-            apart = max(float(np.abs(a - b).max(initial=0.0)) for a, b in pairs)
-            if apart > allowed:
-                doubt = max(doubt, apart)
-    return chosen._replace(doubt=doubt)
+            difference = max(float(np.abs(a - b).max(initial=0.0)) for a, b in pairs)
+            if difference > allowed:
+                ambiguity = max(ambiguity, difference)
+    return chosen._replace(ambiguity=ambiguity)
 
 
-def _computed(
-    module: ModuleInfo, blocks: Sequence[CopiedBlock], weights: WeightsRecord
+def _replay_calls(
+    module: ModuleInfo, blocks: Sequence[PendingCall], weights: WeightsRecord
 ) -> list[CallRecord]:
     """Return calls that used these weights with their gates."""
-    joined = _Joined(module, blocks)
+    joined = _CallBatch(module, blocks)
     by_site = {
-        site.suffix: _site(module, site, joined, weights.sites[site.suffix])
+        site.suffix: _site_rows(module, site, joined, weights.sites[site.suffix])
         for site in module.sites
     }
     return [
@@ -271,20 +271,20 @@ def _computed(
     ]
 
 
-def _site(
-    module: ModuleInfo, site: Site, joined: _Joined, weights: Mapping[str, Array]
+def _site_rows(
+    module: ModuleInfo, site: Site, joined: _CallBatch, weights: Mapping[str, Array]
 ) -> list[SiteRows]:
     """Return the rows of each call at a site."""
     copied = [block.sites[site.suffix] for block in joined.blocks]
     checks = [(each.residual, each.tolerance) for each in copied]
-    columns = {name: joined.column(site, name) for name in ("hidden", *site.quantities)}
+    columns = {name: joined.rows_of(site, name) for name in ("hidden", *site.quantities)}
     dtype = np.dtype(module.dtype)
     if any(name in GATES for name in site.quantities):
         found = joined.recompute(site, weights, dtype)
         columns |= found.gates
         checks = joined.checks(site, found)
     checks = [
-        (max(residual, block.doubt), allowed)
+        (max(residual, block.ambiguity), allowed)
         for (residual, allowed), block in zip(checks, joined.blocks, strict=True)
     ]
     stored = {name: _as(dtype, columns[name]) for name in site.quantities}
@@ -299,10 +299,10 @@ def _site(
     ]
 
 
-class _Joined:
+class _CallBatch:
     """Calls of one module, end to end."""
 
-    def __init__(self, module: ModuleInfo, blocks: Sequence[CopiedBlock]) -> None:
+    def __init__(self, module: ModuleInfo, blocks: Sequence[PendingCall]) -> None:
         self.blocks = blocks
         self._module = module
         self._lengths = np.concatenate([block.steps for block in blocks]).astype(np.int64)
@@ -315,54 +315,56 @@ class _Joined:
         """Where the rows of a call are."""
         return slice(int(self._begins[call]), int(self._ends[call]))
 
-    def checks(self, site: Site, found: Recomputed) -> list[tuple[float, float]]:
+    def checks(self, site: Site, found: RecomputedGates) -> list[tuple[float, float]]:
         """Return residual and tolerance of each call."""
         module = self._module
         precisions = [block.sites[site.suffix].precision for block in self.blocks]
-        residuals = self.largest(found.off)
+        residuals = self.max_per_call(found.residual)
         allowed = tolerances(
             np.array(precisions),
             site.input_size + module.hidden_size,
-            self.largest_start(site),
-            self.largest(found.product),
-            self.largest(found.recurrent),
+            self.max_start_state(site),
+            self.max_per_call(found.product),
+            self.max_per_call(found.recurrent),
             np.dtype(module.dtype),
-            self.largest(found.sums),
+            self.max_per_call(found.abs_sum_bounds),
         )
         return list(zip(residuals.tolist(), allowed.tolist(), strict=True))
 
     def recompute(
         self, site: Site, weights: Mapping[str, Array], dtype: np.dtype[Any]
-    ) -> Recomputed:
+    ) -> RecomputedGates:
         """The gates of all calls at a site; of harvested ones just the proof."""
-        hidden, input = self.column(site, "hidden"), self.column(site, "input")
+        hidden, input = self.rows_of(site, "hidden"), self.rows_of(site, "input")
         if set(GATES) & set(self.blocks[0].sites[site.suffix].rows):
             return self._prove(site, hidden)
         precision = self.blocks[0].sites[site.suffix].precision
         return recompute(input, self._previous(site, hidden), hidden, weights, precision, dtype)
 
-    def _prove(self, site: Site, hidden: Array) -> Recomputed:
+    def _prove(self, site: Site, hidden: Array) -> RecomputedGates:
         asked = [name for name in GATES if name in site.quantities]
-        wish = Wish.of(asked, range(hidden.shape[-1]))
-        assert wish is not None
-        units = slice(wish.proof.start, wish.proof.stop, wish.proof.step)
+        plan = GateCopyPlan.of(asked, range(hidden.shape[-1]))
+        assert plan is not None
+        units = slice(plan.check_units.start, plan.check_units.stop, plan.check_units.step)
         update, candidate = (
-            gate if gate.shape[-1] == len(wish.proof) else gate[:, units]
-            for gate in (self.column(site, "update"), self.column(site, "candidate"))
+            gate if gate.shape[-1] == len(plan.check_units) else gate[:, units]
+            for gate in (self.rows_of(site, "update"), self.rows_of(site, "candidate"))
         )
-        off = prove(update, candidate, self._previous(site, hidden)[:, units], hidden[:, units])
+        residual = row_residuals(
+            update, candidate, self._previous(site, hidden)[:, units], hidden[:, units]
+        )
         # The gates being the kernel's own, there are no products that were made in another order.
-        nothing = np.zeros(len(off))
-        return Recomputed({}, off, nothing, nothing, nothing)
+        nothing = np.zeros(len(residual))
+        return RecomputedGates({}, residual, nothing, nothing, nothing)
 
-    def largest(self, values: Array) -> Array:
+    def max_per_call(self, values: Array) -> Array:
         """(calls,) the largest of the values (N,) of each call; 0 where it has no rows."""
         found = np.zeros(len(self.blocks))
         if len(self._filled):
             found[self._filled] = np.maximum.reduceat(values, self._begins[self._filled])
         return found
 
-    def largest_start(self, site: Site) -> Array:
+    def max_start_state(self, site: Site) -> Array:
         """(calls,) the largest finite state that a sequence of each call started from."""
         return np.array(
             [
@@ -373,7 +375,7 @@ class _Joined:
             ]
         )
 
-    def column(self, site: Site, quantity: str) -> Array:
+    def rows_of(self, site: Site, quantity: str) -> Array:
         """(N, H) or (N, I) of all calls; an input may be the states of the layer below.
 
         Empty for what was not copied.
@@ -383,7 +385,7 @@ class _Joined:
         below = [each for each in self._module.sites if each.layer == site.layer - 1]
         if quantity != "input" or not below:
             return np.empty((0, 0))
-        return np.concatenate([self.column(each, "hidden") for each in below], axis=1)
+        return np.concatenate([self.rows_of(each, "hidden") for each in below], axis=1)
 
     def _previous(self, site: Site, hidden: Array) -> Array:
         """(N, H) the state before each row, rows being in time order, sequence by sequence."""

@@ -12,7 +12,7 @@ from grutrace.errors import SinkError
 from grutrace.records import CallRecord, Record, Sink, WeightsRecord
 
 
-class Outlet:
+class GuardedSink:
     """The sink of a tracer, and counts of what it was given. From any thread.
 
     It knows nothing of the tracer: one that is forgotten is gone at once, and its rows with it,
@@ -32,7 +32,7 @@ class Outlet:
     def __init__(self, sink: Sink) -> None:
         self.sink = sink
         self.error: SinkError | None = None
-        self.records = self.blocks = self.calls = 0
+        self.records = self.call_records = self.calls = 0
         self._lock = threading.Lock()
 
     def append(self, record: Record) -> int | None:
@@ -47,25 +47,25 @@ class Outlet:
         # Before the sink has it: after that, an interruption could take back what is in there.
         is_call = isinstance(record, CallRecord)
         if is_call:
-            self.count()
+            self.count_call()
         try:
             self.sink.append(record)
         except SinkError:
             if isinstance(record, WeightsRecord):
                 # The call that they were announced for does not get here.
-                self.count()
+                self.count_call()
             raise
         with self._lock:
             self.records += 1
-            self.blocks += is_call
-            return self.blocks - 1 if is_call else None
+            self.call_records += is_call
+            return self.call_records - 1 if is_call else None
 
-    def count(self) -> None:
+    def count_call(self) -> None:
         """Count a call."""
         with self._lock:
             self.calls += 1
 
-    def fail(self, error: SinkError) -> bool:
+    def mark_failed(self, error: SinkError) -> bool:
         """Note that the sink has failed; whether that is news."""
         with self._lock:
             is_news = self.error is None
@@ -73,11 +73,11 @@ class Outlet:
         return is_news
 
 
-class LimitReached(Exception):
+class LimitExceeded(Exception):
     """The call goes beyond what the trace may become. Never seen by a user."""
 
 
-class Limits:
+class RecordingLimits:
     """Counts what is recorded, from any thread.
 
     Args:
@@ -100,7 +100,7 @@ class Limits:
             self._calls = self._bytes = 0
             self.reached = False
 
-    def take(self, size: Callable[[], int]) -> None:
+    def charge(self, size: Callable[[], int]) -> None:
         """Count a call.
 
         Args:
@@ -116,7 +116,7 @@ class Limits:
             too_large = self._max_bytes is not None and self._bytes + nbytes > self._max_bytes
             if self.reached or too_large:
                 self.reached = True
-                raise LimitReached
+                raise LimitExceeded
             self._calls += 1
             self._bytes += nbytes
             self.reached = self._calls == self._max_calls

@@ -24,31 +24,31 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from grutrace.capture.kernel_calls.observation import KernelRun
-from grutrace.capture.kernel_calls.torch_context import aside, aside_to_copy
+from grutrace.capture.kernel_calls.torch_context import isolated_context, isolated_copy_context
 from grutrace.capture.recording.annotations import RecordedBatches
-from grutrace.capture.recording.guarded_sink import Outlet
-from grutrace.capture.recording.module_recorder import Entry, ModuleRecorder
+from grutrace.capture.recording.guarded_sink import GuardedSink
+from grutrace.capture.recording.module_recorder import JournalEntry, ModuleRecorder
 from grutrace.capture.recording.tensor_copy import CopyBuffer
 from grutrace.errors import UnsupportedError
-from grutrace.gru.residual import Doubt
+from grutrace.gru.residual import ResidualViolation
 from grutrace.records import Origin
 
 logger = logging.getLogger(__name__)
 
 #: What may be in a journal before the model's thread drains it: bytes, and seconds since the first
 #: call.
-MOST_BYTES, MOST_SECONDS = 8 * 1024 * 1024, 0.3
+MAX_BYTES, MAX_SECONDS = 8 * 1024 * 1024, 0.3
 
 #: After so long the model is busy with something else, and a writer's thread drains it. Sooner, the
 #: two would wait for each other: gates that another thread makes cost the model more than its own.
 #: Seconds.
-PAUSE_SECONDS = 0.4
+IDLE_SECONDS = 0.4
 
 #: A call of which more would be copied is worked out at once. Bytes.
 LARGE_CALL = 1024 * 1024
 
 
-class Unrecorded(NamedTuple):
+class SkippedCallNotice(NamedTuple):
     """A call that could not be recorded.
 
     Attributes:
@@ -60,7 +60,7 @@ class Unrecorded(NamedTuple):
     reason: str
 
 
-class Marked(NamedTuple):
+class MarkedSequences(NamedTuple):
     """Sequences that began with a mark.
 
     Attributes:
@@ -73,7 +73,7 @@ class Marked(NamedTuple):
 
 
 #: What the user may have to be told; a text is what the type of the rows has lost.
-News: TypeAlias = Unrecorded | Marked | Doubt | str
+Finding: TypeAlias = SkippedCallNotice | MarkedSequences | ResidualViolation | str
 
 
 class Journal:
@@ -92,17 +92,21 @@ class Journal:
     """
 
     def __init__(
-        self, recorders: Sequence[ModuleRecorder], outlet: Outlet, *, keeps: bool = True
+        self,
+        recorders: Sequence[ModuleRecorder],
+        guarded_sink: GuardedSink,
+        *,
+        can_wait: bool = True,
     ) -> None:
         self.lock = threading.RLock()
-        self.news: deque[News] = deque()
-        self._recorders, self._outlet, self._keeps = recorders, outlet, keeps
+        self.findings: deque[Finding] = deque()
+        self._recorders, self._guarded_sink, self._can_wait = recorders, guarded_sink, can_wait
         # A call that does not wait is copied only where its weights are not known yet.
-        self._largest = LARGE_CALL if keeps else -1
-        self._buffer = CopyBuffer(MOST_BYTES)
-        outlet.sink.collect_from(self.collect)
+        self._largest = LARGE_CALL if can_wait else -1
+        self._buffer = CopyBuffer(MAX_BYTES)
+        guarded_sink.sink.collect_from(self.collect)
         # With each, the batches of the recording block that it belongs to.
-        self._entries: deque[tuple[Entry, RecordedBatches | None]] = deque()
+        self._entries: deque[tuple[JournalEntry, RecordedBatches | None]] = deque()
         self._bytes = 0
         self._since = 0.0
         # Whether it is drained outside the model's forward.
@@ -116,7 +120,7 @@ class Journal:
         """Bytes of what is in it."""
         return self._bytes
 
-    def note(
+    def add(
         self,
         module: int,
         run: KernelRun,
@@ -136,8 +140,8 @@ class Journal:
         Returns:
             Whether the journal is to be drained now.
         """
-        with aside_to_copy():
-            entry = self._recorders[module].note(run, self._buffer, self._largest)
+        with isolated_copy_context():
+            entry = self._recorders[module].observe(run, self._buffer, self._largest)
         entry.tag, entry.names = tag, names
         entry.time = now = time.time()
         kind = run.device
@@ -147,9 +151,9 @@ class Journal:
             self._since = now
         self._entries.append((entry, batches))
         self._bytes += entry.nbytes
-        if not (self._keeps and entry.is_copied) or self._outlet.sink.has_failed:
+        if not (self._can_wait and entry.is_copied) or self._guarded_sink.sink.has_failed:
             return True
-        return self._bytes > MOST_BYTES or not 0 <= now - self._since <= MOST_SECONDS
+        return self._bytes > MAX_BYTES or not 0 <= now - self._since <= MAX_SECONDS
 
     def drain(self) -> None:
         """Work out all calls, and hand them on to the sink.
@@ -164,14 +168,14 @@ class Journal:
             if not waiting:
                 return
             uncertain = {each.module for each, _ in waiting if not each.is_certain}
-            with aside(), self._outlet.sink.gather():
+            with isolated_context(), self._guarded_sink.sink.gather():
                 for module in uncertain:
                     self._recorders[module].recheck()
                 for module in {each.module for each, _ in waiting}:
                     own = [each for each, _ in waiting if each.module == module]
                     self._recorders[module].gather(own)
                 for _ in waiting:
-                    self._work_out(*self._entries.popleft())
+                    self._record_entry(*self._entries.popleft())
 
     def collect(self, wait: bool) -> None:
         """Drain it, outside the model's forward, as far as that can be done without an error.
@@ -182,7 +186,7 @@ class Journal:
             wait: Whether to wait for another thread that drains it. If not, it is drained only
                 where the model is busy with something else.
         """
-        is_due = wait or not 0 <= time.time() - self._since <= PAUSE_SECONDS
+        is_due = wait or not 0 <= time.time() - self._since <= IDLE_SECONDS
         if self._entries and is_due and self.lock.acquire(blocking=wait):
             try:
                 self._is_outside = True
@@ -193,20 +197,20 @@ class Journal:
                 self._is_outside = False
                 self.lock.release()
 
-    def _work_out(self, entry: Entry, batches: RecordedBatches | None) -> None:
+    def _record_entry(self, entry: JournalEntry, batches: RecordedBatches | None) -> None:
         self._bytes = self._bytes - entry.nbytes if self._entries else 0
         try:
-            with _as_it_ran(entry):
-                recorded = self._recorders[entry.module].work_out(entry)
+            with _autocast_of(entry):
+                recorded = self._recorders[entry.module].record(entry)
         except UnsupportedError as error:
-            self.news.append(Unrecorded(entry.module, str(error)))
+            self.findings.append(SkippedCallNotice(entry.module, str(error)))
             if batches is not None:
-                batches.leave_out(entry.module)
+                batches.note_skipped_call(entry.module)
             return
         except BaseException as error:
             # An interruption is about something else.
             is_about_it = isinstance(error, Exception) and not self._is_outside
-            if not (is_about_it or entry.is_handed_on):
+            if not (is_about_it or entry.is_appended):
                 self._entries.appendleft((entry, batches))
                 self._bytes += entry.nbytes
             raise
@@ -215,18 +219,18 @@ class Journal:
         if batches is not None:
             batches.add(recorded)
         if recorded.assignment.origins:
-            self.news.append(Marked(entry.module, recorded.assignment.origins))
-        self.news.extend((*recorded.losses, *recorded.doubts))
+            self.findings.append(MarkedSequences(entry.module, recorded.assignment.origins))
+        self.findings.extend((*recorded.precision_losses, *recorded.violations))
 
     def clear(self) -> None:
         """Forget all calls. For whoever holds `lock`."""
         self._entries.clear()
         self._bytes = 0
         for recorder in self._recorders:
-            recorder.forget()
+            recorder.reset()
 
 
-def _as_it_ran(entry: Entry) -> AbstractContextManager[object]:
+def _autocast_of(entry: JournalEntry) -> AbstractContextManager[object]:
     """Compute in the precision in which the call ran."""
     wanted = entry.autocast
     kind = entry.run.device

@@ -15,20 +15,20 @@ from torch import Tensor
 
 from grutrace.capture.kernel_calls.observation import KernelRun, Observation
 from grutrace.capture.options import Options
-from grutrace.capture.recording.background import CopiedBlock, choose_version
-from grutrace.capture.recording.guarded_sink import Limits
-from grutrace.capture.recording.sequence_tracking import Assignment, Continuity
-from grutrace.capture.recording.site_recorder import Check, Replayed, SiteRecorder
-from grutrace.capture.recording.step_filter import KeptSteps, only_kept
-from grutrace.capture.recording.tensor_copy import CopyBuffer, RowType, to_numpy
-from grutrace.capture.recording.weight_versions import KEPT_VERSIONS, Version, WeightVersions
-from grutrace.capture.selection import Selection, defer
+from grutrace.capture.recording.background import PendingCall, choose_version
+from grutrace.capture.recording.guarded_sink import RecordingLimits
+from grutrace.capture.recording.sequence_tracking import SequenceAssignment, SequenceTracker
+from grutrace.capture.recording.site_recorder import Replayed, ResidualCheck, SiteRecorder
+from grutrace.capture.recording.step_filter import StepFilter, slice_observation
+from grutrace.capture.recording.tensor_copy import CopyBuffer, RowConverter, to_numpy
+from grutrace.capture.recording.weight_versions import MAX_VERSIONS, Version, WeightVersionTracker
+from grutrace.capture.selection import SelectedModule, defer_gates
 from grutrace.errors import UnsupportedError
-from grutrace.gru.kernel_gates import NOTHING, is_recognized, together
-from grutrace.gru.layout import is_held_by
+from grutrace.gru.kernel_gates import NO_GATES, kernel_supported, merge_requests
+from grutrace.gru.layout import has_dtype
 from grutrace.gru.replay import calls_at_once
-from grutrace.gru.residual import Doubt, find_doubts
-from grutrace.gru.tolerance import spacing
+from grutrace.gru.residual import ResidualViolation, find_violations
+from grutrace.gru.tolerance import machine_epsilon
 from grutrace.records import (
     GATES,
     WEIGHTS,
@@ -42,13 +42,13 @@ from grutrace.records import (
 )
 
 #: Copies a tensor.
-Copy: TypeAlias = Callable[[Tensor], Tensor]
+CopyFunction: TypeAlias = Callable[[Tensor], Tensor]
 
 #: By suffix, the rows of a call and what a check of them needs.
-Taken: TypeAlias = dict[str, tuple[dict[str, Array], Check]]
+SiteResults: TypeAlias = dict[str, tuple[dict[str, Array], ResidualCheck]]
 
 
-class Recorded(NamedTuple):
+class RecordedCall(NamedTuple):
     """A call that was heard, and what of it has gone to the sink.
 
     Attributes:
@@ -63,16 +63,16 @@ class Recorded(NamedTuple):
     """
 
     module: int
-    assignment: Assignment
+    assignment: SequenceAssignment
     lengths: npt.NDArray[np.int64]
     numbers: npt.NDArray[np.int64]
     start: int = 0
     stop: int | None = None
-    doubts: Sequence[Doubt] = ()
-    losses: Sequence[str] = ()
+    violations: Sequence[ResidualViolation] = ()
+    precision_losses: Sequence[str] = ()
 
 
-class Entry:
+class JournalEntry:
     """A call that was heard, and what was known of it then.
 
     Attributes:
@@ -91,16 +91,16 @@ class Entry:
     """
 
     __slots__ = (
-        *("autocast", "is_certain", "is_copied", "is_handed_on", "module", "names", "nbytes"),
+        *("autocast", "is_certain", "is_copied", "is_appended", "module", "names", "nbytes"),
         *("replays", "run", "tag", "time", "version", "versions"),
     )
 
     def __init__(
-        self, module: int, run: KernelRun, versions: WeightVersions, *, is_certain: bool
+        self, module: int, run: KernelRun, versions: WeightVersionTracker, *, is_certain: bool
     ) -> None:
         self.module, self.run = module, run
         self.versions, self.version, self.is_certain = versions, versions.present, is_certain
-        self.is_copied = self.is_handed_on = False
+        self.is_copied = self.is_appended = False
         self.nbytes = 0
         self.tag: str | None = None
         self.names: Sequence[Hashable] | None = None
@@ -112,11 +112,11 @@ class Entry:
 class _Together:
     """Calls of one step whose gates are replayed at once, when the first of them is worked out."""
 
-    def __init__(self, entries: Sequence[Entry], sites: Sequence[SiteRecorder]) -> None:
+    def __init__(self, entries: Sequence[JournalEntry], sites: Sequence[SiteRecorder]) -> None:
         self._entries, self._sites = entries, sites
-        self._found: dict[tuple[Entry, str], Replayed | None] | None = None
+        self._found: dict[tuple[JournalEntry, str], Replayed | None] | None = None
 
-    def of(self, entry: Entry) -> Mapping[str, Replayed | None]:
+    def of(self, entry: JournalEntry) -> Mapping[str, Replayed | None]:
         """Return the gates of a call, by the suffix of the site."""
         if self._found is None:
             observations = [each.run.observation() for each in self._entries]
@@ -145,24 +145,24 @@ class ModuleRecorder:
 
     Attributes:
         description: What is recorded of the module.
-        asked: Which of the kernel's own gates are wanted, where they can be had.
+        requested_gates: Which of the kernel's own gates are wanted, where they can be had.
     """
 
     def __init__(
         self,
         index: int,
-        selection: Selection,
+        selection: SelectedModule,
         append: Callable[[Record], int | None],
         options: Options,
-        limits: Limits,
+        limits: RecordingLimits,
         state_memory: int,
     ) -> None:
         self._index, self._limits, self._append = index, limits, append
         self._selection, self._options = selection, options
         self.description = selection.description
         background = options.gates == "background"
-        copied = defer(self.description) if background else self.description
-        self._rows = RowType(
+        copied = defer_gates(self.description) if background else self.description
+        self._rows = RowConverter(
             copied,
             chosen=options.dtype is not None,
             copied=background,
@@ -175,39 +175,39 @@ class ModuleRecorder:
         # Held while the weights are looked at.
         self._lock = threading.RLock()
         self._state_memory = state_memory
-        self.forget()
+        self.reset()
         self._shares_input, self._shares_output = self._shared()
         self._has_gates = any(
             {*GATES} & {*each.available_quantities} for each in self.description.sites
         )
-        wishes = [site.asked for site in self._sites]
+        requests = [site.requested_gates for site in self._sites]
         # Of some steps the replay costs less than the whole call's harvest.
-        wanted = self._kept is None and all(each.columns for each in wishes)
+        wanted = self._step_filter is None and all(each.columns for each in requests)
         stored, computed = self._rows.stored, getattr(torch, self.description.weights_dtype)
         self._gathers = (
-            self._kept is None
+            self._step_filter is None
             and all(each.replays_whole for each in self._sites)
-            and spacing(stored) <= spacing(computed)
+            and machine_epsilon(stored) <= machine_epsilon(computed)
         )
-        self.asked = NOTHING
-        if wanted and is_recognized():
-            self.asked = together(wishes, self.description.hidden_size)
+        self.requested_gates = NO_GATES
+        if wanted and kernel_supported():
+            self.requested_gates = merge_requests(requests, self.description.hidden_size)
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Number the next call as the first, once the trace is empty.
 
         Its sequences begin anew, from the states that it is given, and its weights are announced.
         """
-        self._continuity = Continuity(self._state_memory)
+        self._tracker = SequenceTracker(self._state_memory)
         steps = self._steps
-        self._kept = None if steps is None else KeptSteps(steps.start, steps.stop)
+        self._step_filter = None if steps is None else StepFilter(steps.start, steps.stop)
         # What is replayed with the call reads all weights anyway, and has to read the right ones.
         is_exact = self._options.weights == "exact" or self._options.gates == "inline"
         with self._lock:
-            self._versions = WeightVersions("exact" if is_exact else "auto")
+            self._versions = WeightVersionTracker("exact" if is_exact else "auto")
         self._records: dict[int, WeightsRecord] = {}
 
-    def note(self, run: KernelRun, buffer: CopyBuffer, largest: int) -> Entry:
+    def observe(self, run: KernelRun, buffer: CopyBuffer, largest: int) -> JournalEntry:
         """Look at the weights of a call that has just run, and copy what it read and made.
 
         Args:
@@ -221,11 +221,11 @@ class ModuleRecorder:
         waits = size <= largest
         with self._lock:
             versions = self._versions
-            known = len(versions.made)
+            known = len(versions.new_versions)
             exact = not waits and run.device == "cpu"
-            is_certain = versions.look(run.weights, run.seconds, exact=exact)
-            entry = Entry(self._index, run, versions, is_certain=is_certain)
-            is_new = len(versions.made) > known
+            is_certain = versions.check(run.weights, run.seconds, exact=exact)
+            entry = JournalEntry(self._index, run, versions, is_certain=is_certain)
+            is_new = len(versions.new_versions) > known
         weights = entry.version.weights
         entry.nbytes = size
         if waits or not is_certain:
@@ -239,15 +239,15 @@ class ModuleRecorder:
             entry.nbytes += sum(each.nbytes for each in weights)
         return entry
 
-    def _copies(self, run: KernelRun, buffer: CopyBuffer) -> tuple[Copy, Copy]:
+    def _copies(self, run: KernelRun, buffer: CopyBuffer) -> tuple[CopyFunction, CopyFunction]:
         """What is to copy the input and the output of a call: as rows, where they can stay so."""
         output, shares = run.output, run.steps is None
         # Replayed gates are the same bits only where values lie as the kernel had them.
-        if run.is_by_time and self._options.gates == "inline" and output.shape[0] > 1:
+        if run.is_time_major and self._options.gates == "inline" and output.shape[0] > 1:
             shares = False
-        if not (shares and is_held_by(output, self._rows.dtype)):
+        if not (shares and has_dtype(output, self._rows.dtype)):
             return buffer.copy, buffer.copy
-        lasting = partial(_by_sequence, buffer) if run.is_by_time else buffer.copy_lasting
+        lasting = partial(_by_sequence, buffer) if run.is_time_major else buffer.copy_lasting
         return (
             lasting if self._shares_input else buffer.copy,
             lasting if self._shares_output else buffer.copy,
@@ -255,7 +255,7 @@ class ModuleRecorder:
 
     def _shared(self) -> tuple[bool, bool]:
         """Whether rows can be the copies of the input, and of the output, as they are."""
-        if self._kept is not None or self.description.bidirectional:
+        if self._step_filter is not None or self.description.bidirectional:
             return False, False
         sites = [each.site for each in self._sites]
         first, last = 0, self.description.num_layers - 1
@@ -267,7 +267,7 @@ class ModuleRecorder:
             ),
         )
 
-    def work_out(self, entry: Entry) -> Recorded | None:
+    def record(self, entry: JournalEntry) -> RecordedCall | None:
         """Record a call: harvested, replayed or, where gates come later, copied.
 
         Args:
@@ -286,28 +286,28 @@ class ModuleRecorder:
         observation = entry.run.observation()
         lengths = observation.steps.lengths
         ours = observation.is_kept
-        ends = _ends(observation)
-        assignment = self._continuity.assign(*ends, lengths, entry.names, is_ours=ours)
-        if self._kept is None:
+        ends = _boundary_states(observation)
+        assignment = self._tracker.assign(*ends, lengths, entry.names, is_owned=ours)
+        if self._step_filter is None:
             numbers = assignment.roots.view(np.int64)
-            recorded = Recorded(self._index, assignment, lengths, numbers)
+            recorded = RecordedCall(self._index, assignment, lengths, numbers)
             block = self._make(entry, observation, assignment)
-            number = self._continuity.accept(partial(self._hand_on, entry, block))
+            number = self._tracker.commit(partial(self._append_call, entry, block))
             return self._with_findings(recorded, block, number)
-        kept = self._kept.of(assignment, lengths)
-        bounds = self._kept.start, self._kept.stop
-        recorded = Recorded(self._index, assignment, lengths, kept.numbers, *bounds)
+        kept = self._step_filter.select(assignment, lengths)
+        bounds = self._step_filter.start, self._step_filter.stop
+        recorded = RecordedCall(self._index, assignment, lengths, kept.numbers, *bounds)
         if kept.assignment is None:
-            self._continuity.accept(tuple)
+            self._tracker.commit(tuple)
         else:
             layers = [each.site.layer for each in self._sites]
-            block = self._make(entry, only_kept(observation, kept, layers), kept.assignment)
-            number = self._continuity.accept(partial(self._hand_on, entry, block))
+            block = self._make(entry, slice_observation(observation, kept, layers), kept.assignment)
+            number = self._tracker.commit(partial(self._append_call, entry, block))
             recorded = self._with_findings(recorded, block, number)
-        self._kept.accept(kept, self._continuity)
+        self._step_filter.commit(kept, self._tracker)
         return recorded
 
-    def gather(self, entries: Sequence[Entry]) -> None:
+    def gather(self, entries: Sequence[JournalEntry]) -> None:
         """Have the gates of calls of one step replayed at once, as far as that is the same.
 
         Args:
@@ -315,16 +315,16 @@ class ModuleRecorder:
         """
         if not self._gathers:
             return
-        alike: dict[tuple[object, ...], list[Entry]] = {}
+        alike: dict[tuple[object, ...], list[JournalEntry]] = {}
         for entry in entries:
             if (shape := _one_step(entry)) is not None:
                 alike.setdefault((entry.version.number, *shape), []).append(entry)
         for (_, batch, *_), each in alike.items():
             most = calls_at_once(cast("int", batch), self.description.hidden_size)
             for first in range(0, len(each) if most > 1 else 0, most):
-                together = _Together(each[first : first + most], self._sites)
+                merge_requests = _Together(each[first : first + most], self._sites)
                 for entry in each[first : first + most]:
-                    entry.replays = together
+                    entry.replays = merge_requests
 
     def expect_changes(self) -> None:
         """Compare the weights at the next call, whatever that costs."""
@@ -336,88 +336,98 @@ class ModuleRecorder:
         with self._lock:
             self._versions.recheck()
 
-    def _make(self, entry: Entry, observation: Observation, assignment: Assignment) -> CallRecord:
+    def _make(
+        self, entry: JournalEntry, observation: Observation, assignment: SequenceAssignment
+    ) -> CallRecord:
         """Make the block of a call."""
         replayed = None if entry.replays is None else entry.replays.of(entry)
-        taken = self._take(observation, entry.is_certain, replayed or {})
+        taken = self._compute_rows(observation, entry.is_certain, replayed or {})
         block = self._block(entry, observation, assignment, taken)
         is_known = entry.is_certain or entry.version is self._versions.present
         if not is_known and self._has_gates:
-            evidence = self._evidence(observation, block)
+            evidence = self._replay_inputs(observation, block)
             if evidence is not None:
-                return self._decide(entry.version, block, evidence)
+                return self._choose_weights(entry.version, block, evidence)
         return block
 
-    def _hand_on(self, entry: Entry, block: CallRecord) -> int | None:
+    def _append_call(self, entry: JournalEntry, block: CallRecord) -> int | None:
         """Hand a call on, its weights having been announced if they are new."""
-        self._limits.take(partial(self._bytes, block))
-        self._announce(block.weights)
-        entry.is_handed_on = True
+        self._limits.charge(partial(self._bytes, block))
+        self._append_new_weights(block.weights)
+        entry.is_appended = True
         return self._append(block)
 
-    def _with_findings(self, recorded: Recorded, block: CallRecord, number: int | None) -> Recorded:
+    def _with_findings(
+        self, recorded: RecordedCall, block: CallRecord, number: int | None
+    ) -> RecordedCall:
         # Gates in the background are looked at when they are there.
-        doubts = () if self._copying else tuple(find_doubts(self.description, block, number))
-        return recorded._replace(doubts=doubts, losses=self._rows.take_losses())
+        violations = (
+            () if self._copying else tuple(find_violations(self.description, block, number))
+        )
+        return recorded._replace(
+            violations=violations, precision_losses=self._rows.pop_precision_losses()
+        )
 
-    def _decide(self, version: Version, block: CallRecord, evidence: CopiedBlock) -> CallRecord:
+    def _choose_weights(
+        self, version: Version, block: CallRecord, evidence: PendingCall
+    ) -> CallRecord:
         """Return a call with the weights that lead to its states, and with what was found."""
         versions = {each.number: self._record_of(each) for each in self._versions.known}
         # Its own version first: of two that fit, the weights differ where nothing depends on it.
         own = {version.number: self._record_of(version)}
-        module = defer(replace(self.description, sites=_all_units(self.description)))
+        module = defer_gates(replace(self.description, sites=_all_units(self.description)))
         chosen = choose_version(module, evidence, list({**own, **versions}.values()))
-        if isinstance(block, CopiedBlock):
+        if isinstance(block, PendingCall):
             return replace(
                 block,
                 weights=chosen.weights.version,
-                of_version=chosen.weights,
-                doubt=chosen.doubt,
+                weights_record=chosen.weights,
+                ambiguity=chosen.ambiguity,
             )
         sites = {
             suffix: replace(
                 rows,
-                residual=max(chosen.checks[suffix][0], chosen.doubt),
+                residual=max(chosen.checks[suffix][0], chosen.ambiguity),
                 tolerance=chosen.checks[suffix][1],
             )
             for suffix, rows in block.sites.items()
         }
         return replace(block, weights=chosen.weights.version, sites=sites)
 
-    def _announce(self, number: int) -> None:
+    def _append_new_weights(self, number: int) -> None:
         """Hand on the versions of the weights up to this one that were not handed on yet."""
-        made = self._versions.made
+        made = self._versions.new_versions
         while made and made[0].number <= number:
             self._append(self._record_of(made[0]))
             made.popleft()
 
-    def _evidence(self, observation: Observation, block: CallRecord) -> CopiedBlock | None:
+    def _replay_inputs(self, observation: Observation, block: CallRecord) -> PendingCall | None:
         """Return what the gates of a call follow from, for all units; None if it cannot be had."""
         has_gates = any({*GATES} & {*each.rows} for each in block.sites.values())
-        if isinstance(block, CopiedBlock) and not has_gates:
+        if isinstance(block, PendingCall) and not has_gates:
             return block
         try:
             if self._options.gates == "deferred":
                 # It has everything but the states that its sequences started from.
-                starts = {each.site.suffix: each.starts(observation) for each in self._sites}
+                starts = {each.site.suffix: each.start_states(observation) for each in self._sites}
                 return self._as_copied(block, block.sites, starts)
             return self._copied(observation, block)
         except UnsupportedError:
             return None
 
-    def _copied(self, observation: Observation, block: CallRecord) -> CopiedBlock:
+    def _copied(self, observation: Observation, block: CallRecord) -> PendingCall:
         inputs: dict[int, Array] = {}
         sites, starts = {}, {}
-        for each in self._evidence_sites:
-            rows, check = each.take(observation, inputs, False)
-            starts[each.site.suffix] = each.starts(observation)
+        for each in self._replay_input_sites:
+            rows, check = each.compute_rows(observation, inputs, False)
+            starts[each.site.suffix] = each.start_states(observation)
             sites[each.site.suffix] = SiteRows(rows, starts[each.site.suffix][:0], *check)
         return self._as_copied(block, sites, starts)
 
     def _as_copied(
         self, block: CallRecord, sites: Mapping[str, SiteRows], starts: Mapping[str, Array]
-    ) -> CopiedBlock:
-        return CopiedBlock(
+    ) -> PendingCall:
+        return PendingCall(
             block.module,
             block.time,
             block.tag,
@@ -432,22 +442,26 @@ class ModuleRecorder:
         )
 
     @cached_property
-    def _evidence_sites(self) -> list[SiteRecorder]:
+    def _replay_input_sites(self) -> list[SiteRecorder]:
         whole = replace(self.description, sites=_all_units(self.description))
-        module = defer(whole)
-        rows = RowType(module, chosen=True, copied=True)
+        module = defer_gates(whole)
+        rows = RowConverter(module, chosen=True, copied=True)
         selection = replace(self._selection, description=whole)
         options = Options(gates="deferred")
         return [SiteRecorder(selection, site, options, rows) for site in module.sites]
 
     def _block(
-        self, entry: Entry, observation: Observation, assignment: Assignment, taken: Taken
+        self,
+        entry: JournalEntry,
+        observation: Observation,
+        assignment: SequenceAssignment,
+        taken: SiteResults,
     ) -> CallRecord:
-        starts = {each.site.suffix: each.starts(observation) for each in self._copying}
+        starts = {each.site.suffix: each.start_states(observation) for each in self._copying}
         sites = {}
         for each in self._sites:
             rows, check = taken[each.site.suffix]
-            begun = each.begun(observation, assignment, starts.get(each.site.suffix))
+            begun = each.new_initial_states(observation, assignment, starts.get(each.site.suffix))
             sites[each.site.suffix] = SiteRows(rows, begun, *check)
         fields = (
             self._index,
@@ -464,7 +478,7 @@ class ModuleRecorder:
         if not self._copying:
             return CallRecord(*fields)
         weights = self._record_of(entry.version)
-        return CopiedBlock(*fields, starts, self._rows.take_ready(), weights)
+        return PendingCall(*fields, starts, self._rows.pop_sync(), weights)
 
     def _bytes(self, block: CallRecord) -> int:
         """Bytes of what is stored of a call in the end, with the weights that it announces."""
@@ -477,20 +491,20 @@ class ModuleRecorder:
         inputs = {s.layer: s.input_size for s in module.sites if "input" in s.quantities}
         begun = sum(each.initial.size for each in block.sites.values())
         values = rows * (width + sum(inputs.values())) + begun
-        announced = sum(self._record_of(each).nbytes for each in self._versions.made)
+        announced = sum(self._record_of(each).nbytes for each in self._versions.new_versions)
         return values * np.dtype(module.dtype).itemsize + announced
 
-    def _take(
+    def _compute_rows(
         self,
         observation: Observation,
         is_certain: bool,
         replayed: Mapping[str, Replayed | None],
-    ) -> Taken:
+    ) -> SiteResults:
         inputs: dict[int, Array] = {}
         found = {}
         for each in self._sites:
             suffix = each.site.suffix
-            found[suffix] = each.take(observation, inputs, is_certain, replayed.get(suffix))
+            found[suffix] = each.compute_rows(observation, inputs, is_certain, replayed.get(suffix))
         return found
 
     def _record_of(self, version: Version) -> WeightsRecord:
@@ -498,7 +512,7 @@ class ModuleRecorder:
         found = self._records.get(version.number)
         if found is None:
             found = self._records[version.number] = self._made_record(version)
-            while len(self._records) > KEPT_VERSIONS + 1:
+            while len(self._records) > MAX_VERSIONS + 1:
                 del self._records[next(iter(self._records))]
         return found
 
@@ -516,7 +530,7 @@ class ModuleRecorder:
         return WeightsRecord(self._index, version.number, sites)
 
 
-def _one_step(entry: Entry) -> tuple[object, ...] | None:
+def _one_step(entry: JournalEntry) -> tuple[object, ...] | None:
     """What calls must have in common to be replayed at once; None if this call cannot be."""
     run = entry.run
     if not entry.is_copied or entry.autocast is not None or run.gates is not None:
@@ -524,7 +538,7 @@ def _one_step(entry: Entry) -> tuple[object, ...] | None:
     if run.steps is not None or run.device != "cpu":
         return None
     input, output = run.arguments[0], run.output
-    if output.dim() == 3 and output.shape[1 if not run.is_by_time else 0] != 1:
+    if output.dim() == 3 and output.shape[1 if not run.is_time_major else 0] != 1:
         return None
     weights = run.weights[0]
     if not input.dtype == output.dtype == weights.dtype:
@@ -545,7 +559,7 @@ def _by_sequence(buffer: CopyBuffer, values: Tensor) -> Tensor:
     return buffer.copy_lasting(values.transpose(0, 1)).transpose(0, 1)
 
 
-def _ends(observation: Observation) -> tuple[Tensor | None, Tensor | None]:
+def _boundary_states(observation: Observation) -> tuple[Tensor | None, Tensor | None]:
     """Return the states before and after a call, (B, L * H), where one can lead to the other.
 
     The reverse direction ends at a sequence's first step, so nothing goes on from there.
@@ -553,9 +567,9 @@ def _ends(observation: Observation) -> tuple[Tensor | None, Tensor | None]:
     call, steps = observation.call, observation.steps
     if call.bidirectional:
         return None, None
-    final = _side_by_side([steps.final(each.output, reverse=False) for each in observation.layers])
-    return _side_by_side([steps.in_batch_order(state) for state in call.initial]), final
+    final = _concat_layers([steps.final(each.output, reverse=False) for each in observation.layers])
+    return _concat_layers([steps.unsort_batch(state) for state in call.initial]), final
 
 
-def _side_by_side(states: list[Tensor]) -> Tensor:
+def _concat_layers(states: list[Tensor]) -> Tensor:
     return states[0] if len(states) == 1 else torch.cat(states, -1)

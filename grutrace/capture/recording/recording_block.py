@@ -12,14 +12,14 @@ from contextvars import ContextVar
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
-from grutrace.capture.recording.annotations import Given, RecordedBatches
+from grutrace.capture.recording.annotations import AnnotationValues, RecordedBatches
 from grutrace.errors import OptionError, reject_unknown_options
 from grutrace.records import ModuleInfo
 
-Annotate: TypeAlias = Callable[[RecordedBatches, str, Given, str | None], None]
+Annotate: TypeAlias = Callable[[RecordedBatches, str, AnnotationValues, str | None], None]
 
 #: The names of the sequences of a batch, or names by the path of a module, which may be a glob.
-GivenNames: TypeAlias = Sequence[Hashable] | Mapping[str, Sequence[Hashable]]
+SequenceNamesLike: TypeAlias = Sequence[Hashable] | Mapping[str, Sequence[Hashable]]
 
 
 class Recording:
@@ -37,8 +37,8 @@ class Recording:
     def annotate(
         self,
         *,
-        tokens: Given | None = None,
-        labels: Mapping[str, Given] | None = None,
+        tokens: AnnotationValues | None = None,
+        labels: Mapping[str, AnnotationValues] | None = None,
         module: str | None = None,
     ) -> None:
         """Give tokens or labels to the sequences recorded so far.
@@ -81,15 +81,15 @@ class SequenceNames:
         OptionError: They are no such names, or a glob matches no module.
     """
 
-    def __init__(self, given: GivenNames, modules: Sequence[ModuleInfo]) -> None:
+    def __init__(self, given: SequenceNamesLike, modules: Sequence[ModuleInfo]) -> None:
         self._paths = [module.path for module in modules]
         self._names: list[tuple[Hashable, ...] | None] = [None] * len(modules)
-        self._for_any: tuple[Hashable, ...] | None = None
+        self._for_any_module: tuple[Hashable, ...] | None = None
         self._used = [False] * len(modules)
         # What calls had for which there were no names.
         self._other_sizes: set[int] = set()
         if not isinstance(given, Mapping):
-            self._for_any = _checked_names(given)
+            self._for_any_module = _checked_names(given)
             return
         for glob, names in given.items():
             matching = [n for n, path in enumerate(self._paths) if fnmatchcase(path, glob)]
@@ -103,36 +103,36 @@ class SequenceNames:
                 if self._names[number] is None:
                     self._names[number] = checked
 
-    def of(self, module: int, batch: int) -> tuple[Hashable, ...] | None:
+    def names_for(self, module: int, batch: int) -> tuple[Hashable, ...] | None:
         """The names of the sequences of a call; None if these are not named.
 
         Args:
             module: Place of the module in the header.
             batch: How many sequences the call has.
         """
-        names = self._names[module] or self._for_any
+        names = self._names[module] or self._for_any_module
         if names is None or len(names) != batch:
             self._other_sizes.add(batch)
             return None
         self._used[module] = True
         return names
 
-    def unused(self) -> str:
+    def unused_message(self) -> str:
         """What to say, at the end, of names for any module that fitted no call; empty if none."""
-        if self._for_any is None or any(self._used) or not self._other_sizes:
+        if self._for_any_module is None or any(self._used) or not self._other_sizes:
             return ""
         sizes = ", ".join(map(str, sorted(self._other_sizes)))
         return (
-            f"sequences: {len(self._for_any)} are named, and the calls of the block have {sizes}: "
-            "which sequences they go on with was told by their states"
+            f"sequences: {len(self._for_any_module)} are named, and the calls of the block have "
+            f"{sizes}: which sequences they go on with was told by their states"
         )
 
-    def complaint(self, module: int, batch: int) -> str:
+    def mismatch_message(self, module: int, batch: int) -> str:
         """What to say of a call that `of` has no names for; empty if that is as it should be.
 
         Of names for any module, that is where no call of a module had as many sequences.
         """
-        names = self._names[module] or self._for_any
+        names = self._names[module] or self._for_any_module
         if names is None or (self._names[module] is None and not self._used[module]):
             return ""
         path = self._paths[module] or "the model"
@@ -167,7 +167,7 @@ def _checked_names(given: Any) -> tuple[Hashable, ...]:
     return names
 
 
-class Block:
+class RecordingBlock:
     """One ``with tracer.recording(...)``.
 
     Args:
@@ -190,7 +190,7 @@ class Block:
         self.names = names
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
+    def activate(self) -> Iterator[None]:
         """Make it the block of this thread or task until the end of a ``with``."""
         _blocks.set((*_blocks.get(), self))
         try:
@@ -206,7 +206,7 @@ class Block:
         return self.batches is None
 
     @staticmethod
-    def of(owner: object) -> Block | None:
+    def current(owner: object) -> RecordingBlock | None:
         """The innermost block of a tracer in this thread or task; None if there is none."""
         for block in reversed(_blocks.get()):
             if block._owner is owner and not block.has_ended:
@@ -215,4 +215,6 @@ class Block:
 
 
 # Blocks of all tracers that the present thread or task is in, the innermost last.
-_blocks: ContextVar[tuple[Block, ...]] = ContextVar("grutrace_recording_blocks", default=())
+_blocks: ContextVar[tuple[RecordingBlock, ...]] = ContextVar(
+    "grutrace_recording_blocks", default=()
+)

@@ -36,25 +36,25 @@ import torch
 from torch import Tensor
 
 from grutrace.capture.recording.state_memory import (
-    Call,
     Digests,
-    End,
+    FinalStates,
     Integers,
     Numbers,
-    Row,
+    SequenceEnd,
     StateMemory,
+    StateRow,
     equal,
     equal_rows,
 )
 from grutrace.records import Fork, Origin
 
 #: The part of the bytes that names may take, and an estimate of what one name takes.
-NAMES, NAME_BYTES = 1 / 8, 512
+NAMES_FRACTION, NAME_BYTES = 1 / 8, 512
 
 Result = TypeVar("Result")
 
 
-class Assignment(NamedTuple):
+class SequenceAssignment(NamedTuple):
     """The sequences of one call, in the order of the user's batch.
 
     Attributes:
@@ -75,7 +75,7 @@ class Assignment(NamedTuple):
 
 
 @dataclass
-class _Next:
+class _PendingAssignment:
     """What is remembered of a call if it is recorded.
 
     Attributes:
@@ -89,17 +89,17 @@ class _Next:
         is_ours: Whether nobody else will change `final`.
     """
 
-    assignment: Assignment
+    assignment: SequenceAssignment
     final: Tensor | None
     steps: Integers
     offsets: Integers | None
     names: tuple[Hashable, ...] | None = None
-    whole: Call | None = None
-    used: tuple[Row, ...] = ()
-    is_ours: bool = False
+    whole: FinalStates | None = None
+    used: tuple[StateRow, ...] = ()
+    is_owned: bool = False
 
 
-class Continuity:
+class SequenceTracker:
     """Numbers the sequences of one module, for calls of any thread, one at a time.
 
     Args:
@@ -109,14 +109,14 @@ class Continuity:
     def __init__(self, memory: int) -> None:
         self._bytes = memory
         self._count = 0
-        self._next: _Next | None = None
+        self._next: _PendingAssignment | None = None
         # Whether a call was counted and not remembered.
         self._is_behind = False
         self._forget()
 
     def _forget(self) -> None:
-        self._memory = StateMemory(int(self._bytes * (1 - NAMES)))
-        self._names = _Names(int(self._bytes * NAMES))
+        self._memory = StateMemory(int(self._bytes * (1 - NAMES_FRACTION)))
+        self._names = _NamedSequences(int(self._bytes * NAMES_FRACTION))
         self._is_behind = False
 
     def assign(
@@ -126,8 +126,8 @@ class Continuity:
         lengths: Integers,
         names: Sequence[Hashable] | None = None,
         *,
-        is_ours: bool = False,
-    ) -> Assignment:
+        is_owned: bool = False,
+    ) -> SequenceAssignment:
         """Number the sequences of a call. It counts only once it is accepted.
 
         Args:
@@ -150,16 +150,16 @@ class Continuity:
             found = self._begin_all(len(lengths))
         elif equal(initial, last.states) and self._memory.is_only(last):
             found = self._continue_all(last)
-        elif _are_zero(initial, is_ours):
+        elif _all_zero(initial, is_owned):
             found = self._begin_all(len(lengths))
         else:
             found = self._match(initial)
-        found.final, found.is_ours = final, is_ours
+        found.final, found.is_owned = final, is_owned
         found.steps = found.assignment.steps_before + lengths
         self._next = found
         return found.assignment
 
-    def accept(self, hand_on: Callable[[], Result]) -> Result:
+    def commit(self, append: Callable[[], Result]) -> Result:
         """Hand on the call that was assigned last, and remember it.
 
         Args:
@@ -172,12 +172,12 @@ class Continuity:
         assert accepted is not None
         count = self._count + int(np.count_nonzero(accepted.assignment.begun))
         # In one statement: no interruption comes between the two.
-        result, self._count, self._is_behind = hand_on(), count, True
+        result, self._count, self._is_behind = append(), count, True
         self._remember(accepted)
         self._next, self._is_behind = None, False
         return result
 
-    def _remember(self, accepted: _Next) -> None:
+    def _remember(self, accepted: _PendingAssignment) -> None:
         assignment = accepted.assignment
         if accepted.whole is not None:
             self._memory.close(accepted.whole)
@@ -186,7 +186,7 @@ class Continuity:
         if accepted.final is None or not accepted.final.numel():
             return
         final = accepted.final
-        call = Call(
+        call = FinalStates(
             # It may be remembered long, so without a graph.
             final.detach() if final.requires_grad else final,
             assignment.sequences,
@@ -195,35 +195,39 @@ class Continuity:
             accepted.offsets,
             accepted.names,
         )
-        self._memory.add(call, is_ours=accepted.is_ours)
+        self._memory.add(call, is_owned=accepted.is_owned)
         if accepted.names is not None:
-            self._names.put(call)
+            self._names.add(call)
 
     def sequences(self) -> set[int]:
         """The numbers of all sequences that may still go on."""
         return self._memory.sequences() | self._names.sequences()
 
-    def _begin_all(self, batch: int) -> _Next:
+    def _begin_all(self, batch: int) -> _PendingAssignment:
         sequences = np.arange(self._count, self._count + batch, dtype=np.uint64)
         before = np.zeros(batch, np.int64)
         begun = np.ones(batch, bool)
-        return _Next(Assignment(sequences, begun, (), before, sequences), None, before, None)
+        return _PendingAssignment(
+            SequenceAssignment(sequences, begun, (), before, sequences), None, before, None
+        )
 
-    def _continue_all(self, last: Call) -> _Next:
+    def _continue_all(self, last: FinalStates) -> _PendingAssignment:
         begun = np.zeros(len(last.sequences), bool)
-        assignment = Assignment(last.sequences, begun, (), last.steps, last.roots)
-        return _Next(assignment, None, last.steps, last.offsets, last.names, whole=last)
+        assignment = SequenceAssignment(last.sequences, begun, (), last.steps, last.roots)
+        return _PendingAssignment(
+            assignment, None, last.steps, last.offsets, last.names, whole=last
+        )
 
-    def _match(self, initial: Tensor) -> _Next:
+    def _match(self, initial: Tensor) -> _PendingAssignment:
         """Match the rows of a call to the states that are remembered, each on its own."""
         found = self._memory.find(initial)
-        rows = _Rows(len(found), self._count)
+        rows = _AssignmentBuilder(len(found), self._count)
         fresh = [not nonzero for nonzero in initial.any(1).tolist()]
-        wanted: dict[Row, int] = {}
+        wanted: dict[StateRow, int] = {}
         for is_fresh, states in zip(fresh, found, strict=True):
             if states and not is_fresh:
                 wanted[states[0]] = wanted.get(states[0], 0) + 1
-        claimed: set[Row] = set()
+        claimed: set[StateRow] = set()
         unknown = []
         for row, states in enumerate(found):
             if fresh[row]:
@@ -240,11 +244,11 @@ class Continuity:
                 rows.begin(row, "ambiguous")
             elif unclaimed:
                 claimed.add(unclaimed[0])
-                rows.go_on(row, unclaimed[0])
+                rows.continue_from(row, unclaimed[0])
             elif still_open:
                 rows.fork(row, still_open[0])
             else:
-                self._fork_from_past(rows, row, states)
+                self._fork_from_earlier(rows, row, states)
         if unknown:
             dropped = self._memory.were_dropped(initial[unknown])
             for row, was_dropped in zip(unknown, dropped, strict=True):
@@ -253,35 +257,37 @@ class Continuity:
         return rows.finish()
 
     @staticmethod
-    def _fork_from_past(rows: _Rows, row: int, states: Sequence[Row]) -> None:
+    def _fork_from_earlier(rows: _AssignmentBuilder, row: int, states: Sequence[StateRow]) -> None:
         if len({call for call, _ in states}) == 1:
             # Equal rows of one batch, as of a prompt that is repeated: each from its own.
             rows.fork(row, next((each for each in states if each[1] == row), states[0]))
-        elif len({call.end(place).sequence for call, place in states}) == 1:
+        elif len({call.end(index).sequence for call, index in states}) == 1:
             # A state that does not change any more.
             rows.fork(row, max(states, key=lambda state: state[0].end(state[1]).steps))
         else:
             rows.begin(row, "ambiguous")
 
-    def _assign_named(self, initial: Tensor | None, names: tuple[Hashable, ...]) -> _Next:
+    def _assign_named(
+        self, initial: Tensor | None, names: tuple[Hashable, ...]
+    ) -> _PendingAssignment:
         ends = [self._names.get(name) for name in names]
         same = _same_as_ended(initial, ends)
         known = self._first_states(initial, ends)
-        rows = _Rows(len(names), self._count)
+        rows = _AssignmentBuilder(len(names), self._count)
         for row, (end, is_same) in enumerate(zip(ends, same, strict=True)):
             if end is None:
-                self._begin_named(rows, row, names[row], known.get(row))
+                self._begin_new_name(rows, row, names[row], known.get(row))
             elif is_same:
-                rows.go_on(row, (end.call, end.place))
+                rows.continue_from(row, (end.call, end.row))
             else:
-                rows.go_on_from_another_state(row, end)
+                rows.begin_segment(row, end)
         found = rows.finish()
         found.names = names
         return found
 
     def _first_states(
         self, initial: Tensor | None, ends: Sequence[NamedEnd | None]
-    ) -> dict[int, Row | None]:
+    ) -> dict[int, StateRow | None]:
         """The remembered state, if it is one alone, that each sequence of a new name starts from.
 
         Rows that start from nothing but zeros, or from what is not remembered, are left out.
@@ -297,29 +303,31 @@ class Continuity:
             if states and not is_fresh
         }
 
-    def _begin_named(self, rows: _Rows, row: int, name: Hashable, state: Row | None) -> None:
+    def _begin_new_name(
+        self, rows: _AssignmentBuilder, row: int, name: Hashable, state: StateRow | None
+    ) -> None:
         """A new name goes on where a sequence without one has ended, or forks, or begins."""
         if self._names.was_dropped(name):
             rows.begin(row, "dropped")
         elif state is None:
             rows.begin(row)
         else:
-            call, place = state
-            has_name = call.names is not None and call.names[place] is not None
-            if call.is_open_at(place) and not has_name and not rows.uses(state):
-                rows.go_on(row, state)
+            call, index = state
+            has_name = call.names is not None and call.names[index] is not None
+            if call.is_open_at(index) and not has_name and not rows.is_used(state):
+                rows.continue_from(row, state)
             else:
                 rows.fork(row, state)
 
 
-def _are_zero(states: Tensor, is_ours: bool) -> bool:
+def _all_zero(states: Tensor, is_owned: bool) -> bool:
     # NumPy asks in a third of the time; of a user's tensor it would make the storage unresizable.
-    if is_ours and states.device.type == "cpu" and states.dtype is not torch.bfloat16:
+    if is_owned and states.device.type == "cpu" and states.dtype is not torch.bfloat16:
         return not states.numpy().any()
     return not states.any()
 
 
-class _Rows:
+class _AssignmentBuilder:
     """Gathers what the rows of a call are, one after another.
 
     Args:
@@ -334,7 +342,7 @@ class _Rows:
         self._begun = np.ones(batch, bool)
         self._forks: list[Fork] = []
         self._origins: list[Origin] = []
-        self._used: list[Row] = []
+        self._used: list[StateRow] = []
         self._names: list[Hashable] = [None] * batch
 
     def begin(self, row: int, mark: str | None = None) -> None:
@@ -348,23 +356,23 @@ class _Rows:
         """Mark how a sequence began."""
         self._origins.append(Origin(int(self._sequences[row]), mark))
 
-    def go_on(self, row: int, state: Row) -> None:
+    def continue_from(self, row: int, state: StateRow) -> None:
         """Continue a sequence from the state that it ended with."""
-        call, place = state
+        call, index = state
         self._begun[row] = False
-        end = call.end(place)
+        end = call.end(index)
         self._sequences[row], self._roots[row] = end.sequence, end.root
         self._steps[row], self._offsets[row] = end.steps, end.offset
-        self._names[row] = None if call.names is None else call.names[place]
+        self._names[row] = None if call.names is None else call.names[index]
         self._used.append(state)
 
-    def fork(self, row: int, state: Row) -> None:
+    def fork(self, row: int, state: StateRow) -> None:
         """Begin a sequence inside another one."""
         self.begin(row)
         self._used.append(state)
         self._add_fork(row, state[0].end(state[1]))
 
-    def go_on_from_another_state(self, row: int, named: NamedEnd) -> None:
+    def begin_segment(self, row: int, named: NamedEnd) -> None:
         """Continue a sequence with a new segment."""
         self.begin(row, "continued")
         end = named.end
@@ -372,19 +380,19 @@ class _Rows:
         self._steps[row] = self._offsets[row] = end.steps
         self._add_fork(row, end)
         if not named.call.is_dropped:
-            self._used.append((named.call, named.place))
+            self._used.append((named.call, named.row))
 
-    def _add_fork(self, row: int, end: End) -> None:
+    def _add_fork(self, row: int, end: SequenceEnd) -> None:
         fork = Fork(int(self._sequences[row]), end.sequence, end.steps - end.offset)
         self._forks.append(fork)
 
-    def uses(self, state: Row) -> bool:
+    def is_used(self, state: StateRow) -> bool:
         """Whether a row goes on from this state already."""
         return state in self._used
 
-    def finish(self) -> _Next:
+    def finish(self) -> _PendingAssignment:
         """Return what there is."""
-        assignment = Assignment(
+        assignment = SequenceAssignment(
             self._sequences,
             self._begun,
             tuple(self._forks),
@@ -394,7 +402,9 @@ class _Rows:
         )
         names = tuple(self._names) if any(name is not None for name in self._names) else None
         offsets = self._offsets if self._offsets.any() else None
-        return _Next(assignment, None, self._steps, offsets, names, used=tuple(self._used))
+        return _PendingAssignment(
+            assignment, None, self._steps, offsets, names, used=tuple(self._used)
+        )
 
 
 class NamedEnd(NamedTuple):
@@ -402,16 +412,16 @@ class NamedEnd(NamedTuple):
 
     Attributes:
         call: The call that ended there. Its state may be dropped: the sequence goes on even so.
-        place: Its row in that call.
+        row: Its row in that call.
         end: Its numbers.
     """
 
-    call: Call
-    place: int
-    end: End
+    call: FinalStates
+    row: int
+    end: SequenceEnd
 
 
-class _Names:
+class _NamedSequences:
     """Where the sequences that the user named have ended.
 
     Args:
@@ -432,11 +442,11 @@ class _Names:
         """Whether it has begun, and was dropped."""
         return self._dropped.hold_hashes(_hashes([name]))[0]
 
-    def put(self, call: Call) -> None:
+    def add(self, call: FinalStates) -> None:
         """Note where the named sequences of a call have ended."""
-        for place, name in enumerate(call.names or ()):
+        for index, name in enumerate(call.names or ()):
             if name is not None:
-                self._ends[name] = NamedEnd(call, place, call.end(place))
+                self._ends[name] = NamedEnd(call, index, call.end(index))
                 self._ends.move_to_end(name)
         too_many = len(self._ends) - max(self._most, len(call.names or ()))
         if too_many > 0:
@@ -457,14 +467,14 @@ def _same_as_ended(initial: Tensor | None, ends: Sequence[NamedEnd | None]) -> l
     same = [False] * len(ends)
     if initial is None:
         return same
-    by_call: dict[Call, tuple[list[int], list[int]]] = {}
+    by_call: dict[FinalStates, tuple[list[int], list[int]]] = {}
     for row, end in enumerate(ends):
         if end is not None and not end.call.is_dropped:
-            rows, places = by_call.setdefault(end.call, ([], []))
+            rows, indices = by_call.setdefault(end.call, ([], []))
             rows.append(row)
-            places.append(end.place)
-    for call, (rows, places) in by_call.items():
-        found = equal_rows(initial, rows, call.states, places)
+            indices.append(end.row)
+    for call, (rows, indices) in by_call.items():
+        found = equal_rows(initial, rows, call.states, indices)
         for row, is_equal in zip(rows, found, strict=True):
             same[row] = is_equal
     return same

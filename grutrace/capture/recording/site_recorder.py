@@ -15,25 +15,32 @@ from torch import Tensor
 
 from grutrace.capture.kernel_calls.observation import Observation
 from grutrace.capture.options import Options
-from grutrace.capture.recording.sequence_tracking import Assignment
-from grutrace.capture.recording.tensor_copy import RowType
-from grutrace.capture.selection import Selection, partial_shadow
+from grutrace.capture.recording.sequence_tracking import SequenceAssignment
+from grutrace.capture.recording.tensor_copy import RowConverter
+from grutrace.capture.selection import SelectedModule, make_partial_replay
 from grutrace.errors import UnsupportedError
 from grutrace.gru.kernel import CellWeights, Layer
-from grutrace.gru.kernel_gates import NOTHING, Asked, Harvest, Wish
-from grutrace.gru.layout import Steps, copy_rounded
-from grutrace.gru.replay import Columns, OneStep, Shadow, replay_calls
-from grutrace.gru.residual import prove
-from grutrace.gru.tolerance import coarsest, largest, precision, rounded, spacing, tolerance
+from grutrace.gru.kernel_gates import NO_GATES, GateCopyPlan, GateRequest, KernelGates
+from grutrace.gru.layout import SequenceLayout, copy_cast
+from grutrace.gru.replay import ColumnSelector, GateReplay, OneStep, replay_calls
+from grutrace.gru.residual import max_residual
+from grutrace.gru.tolerance import (
+    compute_eps,
+    lowest_precision,
+    machine_epsilon,
+    max_abs,
+    storage_rounding,
+    tolerance,
+)
 from grutrace.records import GATES, Array, Site
 
 #: What part of a replay's cost a harvest may be, if the replay would be another thread's.
-SHARE = 1 / 3
+MAX_COPY_COST = 1 / 3
 
 Values = TypeVar("Values", Tensor, Array)
 
 
-class Check(NamedTuple):
+class ResidualCheck(NamedTuple):
     """The last fields of `SiteRows`."""
 
     residual: float
@@ -42,7 +49,7 @@ class Check(NamedTuple):
 
 
 class Replayed(NamedTuple):
-    """Gates of a call that were replayed together with those of others.
+    """Gates of a call that were replayed merge_requests with those of others.
 
     Attributes:
         rows: By name, (B, H).
@@ -50,14 +57,14 @@ class Replayed(NamedTuple):
     """
 
     rows: dict[str, Array]
-    check: Check
+    check: ResidualCheck
 
 
-class _KeptRows:
+class _CachedWeightRows:
     """Some rows of weights, taken anew only for another version of the weights."""
 
-    def __init__(self, take: Callable[[CellWeights], CellWeights]) -> None:
-        self._take = take
+    def __init__(self, compute_rows: Callable[[CellWeights], CellWeights]) -> None:
+        self._compute_rows = compute_rows
         # In one, so that another thread never sees rows of other weights.
         self._latest: tuple[Tensor, CellWeights] | None = None
 
@@ -65,7 +72,7 @@ class _KeptRows:
         """Return the rows of these weights, which nobody changes."""
         latest = self._latest
         if latest is None or latest[0] is not weights.weight_ih:
-            latest = weights.weight_ih, self._take(weights)
+            latest = weights.weight_ih, self._compute_rows(weights)
             self._latest = latest
         return latest[1]
 
@@ -83,7 +90,9 @@ class SiteRecorder:
         asked: Which of the kernel's own gates are wanted, where they can be had.
     """
 
-    def __init__(self, selection: Selection, site: Site, options: Options, rows: RowType) -> None:
+    def __init__(
+        self, selection: SelectedModule, site: Site, options: Options, rows: RowConverter
+    ) -> None:
         self.site, self._rows = site, rows
         self._inline = options.gates == "inline"
         # What is stored in the end; of gates in the background, `site` says what they follow from.
@@ -91,25 +100,30 @@ class SiteRecorder:
         self._wanted = {"hidden", *stored.quantities}
         gates = [name for name in GATES if name in (*stored.quantities, *stored.derived)]
         every = range(selection.description.hidden_size)
-        wish = Wish.of(gates, site.units or every)
-        self.asked, self._proof = NOTHING, every
-        if wish is not None and (self._inline or (options.gates == "background" and gates)):
-            share = 1.0 if self._inline else SHARE
-            self.asked, self._proof = Asked(wish.columns, share), wish.proof
-        self._shadow = Shadow(None, site.layer, site.reverse, rows.stored)
-        self._part = partial_shadow(selection.description, site)
-        self._kept = None if self._part is None else _KeptRows(self._part.rows)
-        self._units = None if site.units is None else Columns(site.units)
+        plan = GateCopyPlan.of(gates, site.units or every)
+        self.requested_gates, self._check_units = NO_GATES, every
+        if plan is not None and (self._inline or (options.gates == "background" and gates)):
+            max_cost_ratio = 1.0 if self._inline else MAX_COPY_COST
+            self.requested_gates, self._check_units = (
+                GateRequest(plan.columns, max_cost_ratio),
+                plan.check_units,
+            )
+        self._replay_all = GateReplay(None, site.layer, site.reverse, rows.stored)
+        self._partial_replay = make_partial_replay(selection.description, site)
+        self._weight_rows = (
+            None if self._partial_replay is None else _CachedWeightRows(self._partial_replay.rows)
+        )
+        self._units = None if site.units is None else ColumnSelector(site.units)
         units = selection.description.unit_count(site)
         self._no_states = np.empty((0, units), rows.dtype)
 
-    def take(
+    def compute_rows(
         self,
         observation: Observation,
         inputs: dict[int, Array],
         is_certain: bool,
         replayed: Replayed | None = None,
-    ) -> tuple[dict[str, Array], Check]:
+    ) -> tuple[dict[str, Array], ResidualCheck]:
         """Return the rows of a call, by quantity, and what a check needs.
 
         Args:
@@ -128,15 +142,15 @@ class SiteRecorder:
         hidden = layer.output
         if observation.call.directions > 1:
             hidden = hidden.chunk(2, -1)[int(site.reverse)]
-        if self.asked.columns and layer.gates is not None:
-            harvest = layer.gates[int(site.reverse)]
+        if self.requested_gates.columns and layer.gates is not None:
+            kernel_gates = layer.gates[int(site.reverse)]
             if self._inline:
-                rows, check = self._harvest(observation, harvest, hidden)
+                rows, check = self._gates_from_kernel(observation, kernel_gates, hidden)
             else:
                 # Whoever stores them proves them.
-                rows = self._rows_of(harvest, steps)
-                known = spacing(coarsest(hidden.dtype, harvest.dtype))
-                check, quantities = Check(math.nan, math.nan, known), self._wanted
+                rows = self._gate_rows(kernel_gates, steps)
+                known = machine_epsilon(lowest_precision(hidden.dtype, kernel_gates.dtype))
+                check, quantities = ResidualCheck(math.nan, math.nan, known), self._wanted
         elif not self._inline:
             rows, check = dict[str, Array](), self._copy(observation, layer, hidden, is_certain)
         elif replayed is not None:
@@ -144,24 +158,27 @@ class SiteRecorder:
         else:
             rows, check = self._replay(observation, layer, hidden)
         if "hidden" in quantities and "hidden" not in rows:
-            is_ours = observation.is_kept and self._units is None
-            rows["hidden"] = self._rows.of_steps(steps, self._of_units(hidden), is_ours=is_ours)
+            is_owned = observation.is_kept and self._units is None
+            rows["hidden"] = self._rows.convert_steps(
+                steps, self._of_units(hidden), is_owned=is_owned
+            )
         if "input" in quantities:
             if site.layer not in inputs:
                 kept = observation.is_kept
-                inputs[site.layer] = self._rows.of_steps(steps, layer.input, is_ours=kept)
+                inputs[site.layer] = self._rows.convert_steps(steps, layer.input, is_owned=kept)
             rows["input"] = inputs[site.layer]
         return rows, check
 
     def replay_together(self, observations: Sequence[Observation]) -> list[Replayed | None]:
-        """Replay several calls of one step at once: each gives the same bits as on its own.
+        """ReplayResult several calls of one step at once: each gives the same bits as on its own.
 
         Args:
             observations: Calls with the same weights, of the same shapes and types, not more than
                 `grutrace.gru.replay.calls_at_once`, of which nothing was harvested.
 
         Returns:
-            Of each call, what `take` is to be given; None where it has to be replayed on its own.
+            Of each call, what `compute_rows` is to be given; None where it has to be replayed on
+            its own.
         """
         site, calls = self.site, []
         for each in observations:
@@ -180,50 +197,54 @@ class SiteRecorder:
             if name in site.quantities:
                 values = getattr(gates, name)
                 rows[name] = np.empty(values.shape, self._rows.dtype)
-                copy_rounded(torch.from_numpy(rows[name]), values)
+                copy_cast(torch.from_numpy(rows[name]), values)
         return [
             None
             if check is None
-            else Replayed({name: each[number] for name, each in rows.items()}, Check(*check))
+            else Replayed(
+                {name: each[number] for name, each in rows.items()}, ResidualCheck(*check)
+            )
             for number, check in enumerate(checks)
         ]
 
     @property
     def replays_whole(self) -> bool:
         """Whether the gates of all units are replayed with the call, if they are not harvested."""
-        return self._inline and self._part is None
+        return self._inline and self._partial_replay is None
 
-    def begun(
-        self, observation: Observation, assignment: Assignment, copied: Array | None = None
+    def new_initial_states(
+        self, observation: Observation, assignment: SequenceAssignment, copied: Array | None = None
     ) -> Array:
         """Return the state that each sequence that a call began started from, (begun, U).
 
         Args:
             observation: The call.
             assignment: Its sequences.
-            copied: What `starts` returned, if it was asked already: all of them may be the same.
+            copied: What `start_states` returned, if called: used where all sequences are new.
         """
         count = np.count_nonzero(assignment.begun)
         if not count:
             return self._no_states
         if count == len(assignment.begun):
-            return self.starts(observation) if copied is None else copied
-        starts = self._starts(observation)
-        return self._rows.of(starts[torch.from_numpy(assignment.begun).to(starts.device)])
+            return self.start_states(observation) if copied is None else copied
+        start_states = self._start_states(observation)
+        return self._rows.of(
+            start_states[torch.from_numpy(assignment.begun).to(start_states.device)]
+        )
 
-    def starts(self, observation: Observation) -> Array:
+    def start_states(self, observation: Observation) -> Array:
         """Return the state that each sequence of a call started from, (B, U), in its order."""
-        return self._rows.of(self._starts(observation))
+        return self._rows.of(self._start_states(observation))
 
-    def _starts(self, observation: Observation) -> Tensor:
+    def _start_states(self, observation: Observation) -> Tensor:
         initial = observation.call.cell_initial(self.site.layer, self.site.reverse)
-        return observation.steps.in_batch_order(self._of_units(initial))
+        return observation.steps.unsort_batch(self._of_units(initial))
 
     def _copy(
         self, observation: Observation, layer: Layer, hidden: Tensor, is_certain: bool
-    ) -> Check:
+    ) -> ResidualCheck:
         call, site = observation.call, self.site
-        if call.drops and site.layer and site.derived and "input" not in site.quantities:
+        if call.has_dropout and site.layer and site.derived and "input" not in site.quantities:
             raise UnsupportedError(
                 f"{site.name} had no dropout before it when it was attached, and has now: what "
                 "it reads is not kept, so its gates could not be derived. Make a new tracer"
@@ -231,37 +252,39 @@ class SiteRecorder:
         weight = call.cell_weights(site.layer, site.reverse).weight_ih
         # See docs/format.md: nothing was computed, but the weights were compared.
         allowed = 0.0 if is_certain else math.nan
-        return Check(math.nan, allowed, precision(layer.input, hidden, weight))
+        return ResidualCheck(math.nan, allowed, compute_eps(layer.input, hidden, weight))
 
-    def _rows_of(self, harvest: Harvest, steps: Steps) -> dict[str, Array]:
+    def _gate_rows(self, kernel_gates: KernelGates, steps: SequenceLayout) -> dict[str, Array]:
         """Return what was taken of each gate, (N, U)."""
         return {
             name: steps.as_rows(
-                _at(harvest.gates[name], harvest.columns[name], columns), self._rows.dtype
+                _select_columns(kernel_gates.gates[name], kernel_gates.columns[name], columns),
+                self._rows.dtype,
             )
-            for name, columns in self.asked.columns.items()
+            for name, columns in self.requested_gates.columns.items()
         }
 
-    def _harvest(
-        self, observation: Observation, harvest: Harvest, hidden: Tensor
-    ) -> tuple[dict[str, Array], Check]:
+    def _gates_from_kernel(
+        self, observation: Observation, kernel_gates: KernelGates, hidden: Tensor
+    ) -> tuple[dict[str, Array], ResidualCheck]:
         steps, site = observation.steps, self.site
-        found = self._rows_of(harvest, steps)
+        found = self._gate_rows(kernel_gates, steps)
         initial = observation.call.cell_initial(site.layer, site.reverse)
-        states = self._rows.of_steps(steps, self._of_units(hidden))
-        proof = self._proof
-        units = slice(proof.start, proof.stop, proof.step)
-        proven = states
-        if len(proof) < states.shape[-1]:
-            proven = self._rows.of_steps(steps, hidden[..., units])
+        states = self._rows.convert_steps(steps, self._of_units(hidden))
+        check_units = self._check_units
+        units = slice(check_units.start, check_units.stop, check_units.step)
+        check_states = states
+        if len(check_units) < states.shape[-1]:
+            check_states = self._rows.convert_steps(steps, hidden[..., units])
         update, candidate = (
-            _at(found[name], self.asked.columns[name], proof) for name in ("update", "candidate")
+            _select_columns(found[name], self.requested_gates.columns[name], check_units)
+            for name in ("update", "candidate")
         )
-        residual = prove(
+        residual = max_residual(
             update,
             candidate,
-            proven,
-            steps.in_batch_order(initial[..., units]),
+            check_states,
+            steps.unsort_batch(initial[..., units]),
             steps.lengths,
             reverse=site.reverse,
         )
@@ -269,40 +292,43 @@ class SiteRecorder:
         if "hidden" in site.quantities:
             kept["hidden"] = states
         # The gates being the kernel's own, there are no products that were made in another order.
-        size = max(1.0, largest(initial))
-        computed, stored = coarsest(hidden.dtype, harvest.dtype), self._rows.stored
+        size = max(1.0, max_abs(initial))
+        computed, stored = (
+            lowest_precision(hidden.dtype, kernel_gates.dtype),
+            self._rows.stored,
+        )
         allowed = tolerance(computed, 0, size, 0.0, 0.0)
-        if spacing(stored) > spacing(computed):
-            allowed += rounded(stored, size, 0.0, 0.0)
-        return kept, Check(residual, allowed, spacing(computed))
+        if machine_epsilon(stored) > machine_epsilon(computed):
+            allowed += storage_rounding(stored, size, 0.0, 0.0)
+        return kept, ResidualCheck(residual, allowed, machine_epsilon(computed))
 
     def _replay(
         self, observation: Observation, layer: Layer, hidden: Tensor
-    ) -> tuple[dict[str, Array], Check]:
+    ) -> tuple[dict[str, Array], ResidualCheck]:
         call, site, steps = observation.call, self.site, observation.steps
         weights = call.cell_weights(site.layer, site.reverse)
         initial = call.cell_initial(site.layer, site.reverse)
         given = layer.input, hidden, initial, steps
-        if self._part is not None and self._kept is not None:
-            part = self._part.replay(*given, self._kept.of(weights))
-            check = Check(part.residual, part.tolerance, part.precision)
+        if self._partial_replay is not None and self._weight_rows is not None:
+            part = self._partial_replay.replay(*given, self._weight_rows.of(weights))
+            check = ResidualCheck(part.residual, part.tolerance, part.precision)
             return {
-                name: self._rows.of_steps(steps, gate) for name, gate in part.gates.items()
+                name: self._rows.convert_steps(steps, gate) for name, gate in part.gates.items()
             }, check
         size, dtype = hidden.shape[-1], self._rows.dtype
-        rooms = {name: steps.room(size, dtype) for name in GATES if name in site.quantities}
-        whole = self._shadow.replay(*given, weights, rooms)
-        check = Check(whole.residual, whole.tolerance, whole.precision)
-        return {name: room.rows() for name, room in rooms.items()}, check
+        buffers = {name: steps.allocate(size, dtype) for name in GATES if name in site.quantities}
+        whole = self._replay_all.replay(*given, weights, buffers)
+        check = ResidualCheck(whole.residual, whole.tolerance, whole.precision)
+        return {name: allocate.rows() for name, allocate in buffers.items()}, check
 
     def _of_units(self, values: Tensor) -> Tensor:
         """(..., U) of (..., H). May share memory."""
         return values if self._units is None else self._units.of(values)
 
 
-def _at(values: Values, there: range, asked: range) -> Values:
+def _select_columns(values: Values, there: range, requested_gates: range) -> Values:
     """(..., asked) of (..., there), of which they are a part."""
-    if there == asked:
+    if there == requested_gates:
         return values
-    places = [there.index(asked[0]), there.index(asked[-1])]
-    return values[..., places[0] : places[1] + 1 : max(1, asked.step // there.step)]
+    places = [there.index(requested_gates[0]), there.index(requested_gates[-1])]
+    return values[..., places[0] : places[1] + 1 : max(1, requested_gates.step // there.step)]

@@ -21,26 +21,26 @@ CALL_OVERHEAD, ROW_OVERHEAD = 1024, 256
 
 #: Where the bytes are used up, so much of them is freed at once: of states that something is still
 #: to continue from, and of others, which a decoder leaves behind with each step.
-FREED, PAST_FREED = 1 / 8, 1 / 2
+WAITING_FREE_FRACTION, RECENT_FREE_FRACTION = 1 / 8, 1 / 2
 
 #: The part of the bytes that states may take which something has continued from: a decoder leaves
 #: them behind with each step, and they are needed only if a sequence is to fork there. The smaller,
 #: the more of what is written to is in the processor's cache.
-PAST = 1 / 10
+RECENT_FRACTION = 1 / 10
 
 #: The part of the bytes that holds digests of the states that were dropped.
-DIGESTS = 1 / 8
+DIGEST_FRACTION = 1 / 8
 
 #: Values of a state that its digest is made of, spread over all units.
 DIGEST_COLUMNS = 32
 
 #: Of so many states, at least, it is asked whether the column of their keys tells them apart: it
 #: does not where a key is that of so many states, as of a unit that never changes.
-DISTINCT_CHECKED, SHARED = 256, 8
+MIN_STATES_TO_CHECK, MAX_SHARED_KEYS = 256, 8
 
 #: Of so many calls the states with one key are compared: those that something may go on from, and
 #: others. A network that has come to rest has one state for ever.
-OPEN_ALIKE, PAST_ALIKE = 64, 8
+MAX_OPEN_CANDIDATES, MAX_CLOSED_CANDIDATES = 64, 8
 
 #: Odd constants of multiplicative hashing.
 _FACTOR, _MIXER = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93
@@ -56,7 +56,7 @@ _NO_NUMBERS, _NO_STEPS = np.empty(0, np.uint64), np.empty(0, np.int64)
 _NO_STATES = torch.empty((0, 0))
 
 
-class End(NamedTuple):
+class SequenceEnd(NamedTuple):
     """Where one sequence of a call has ended.
 
     Attributes:
@@ -72,7 +72,7 @@ class End(NamedTuple):
     offset: int
 
 
-class Call:
+class FinalStates:
     """Where one call ended.
 
     Attributes:
@@ -85,7 +85,7 @@ class Call:
         names: The user's name of each sequence, None if it has none; None if none has one.
         is_open: (B,) whether nothing has continued from the state so far; one answer if it is the
             same for all.
-        is_dropped: Whether the state is no longer remembered.
+        is_dropped: Whether the state is no longer in memory.
         is_counted: Whether its open states are among those that the memory has counted.
         ring: Where the states lie; None if in memory of their own.
         start: At which place there.
@@ -109,7 +109,7 @@ class Call:
         self.steps, self.offsets, self.names = steps, offsets, names
         self.is_open: npt.NDArray[np.bool_] | bool = True
         self.is_dropped = self.is_counted = False
-        self.ring: Ring | None = None
+        self.ring: RingBuffer | None = None
         self.start, self._size = 0, len(sequences)
         self._column, self._keys = -1, _NO_KEYS
         self._range: tuple[range, int] | None = None
@@ -128,14 +128,14 @@ class Call:
             self._range = numbers, steps
             self.sequences, self.roots, self.steps = _NO_NUMBERS, _NO_NUMBERS, _NO_STEPS
 
-    def end(self, place: int) -> End:
+    def end(self, index: int) -> SequenceEnd:
         """Where the sequence in a row has ended."""
         if self._range is not None:
             sequences, steps = self._range
-            return End(sequences[place], sequences[place], steps, 0)
-        offset = 0 if self.offsets is None else int(self.offsets[place])
-        sequence, root = int(self.sequences[place]), int(self.roots[place])
-        return End(sequence, root, int(self.steps[place]), offset)
+            return SequenceEnd(sequences[index], sequences[index], steps, 0)
+        offset = 0 if self.offsets is None else int(self.offsets[index])
+        sequence, root = int(self.sequences[index]), int(self.roots[index])
+        return SequenceEnd(sequence, root, int(self.steps[index]), offset)
 
     def numbers(self) -> Sequence[int]:
         """(B,) the number of each sequence, or of its last segment."""
@@ -157,22 +157,22 @@ class Call:
             self._column, self._keys = column, self.states[:, column].tolist()
         return self._keys
 
-    def open_places(self) -> list[int]:
+    def open_rows(self) -> list[int]:
         """The rows that nothing has continued from."""
         if isinstance(self.is_open, bool):
             return list(range(len(self))) if self.is_open else []
-        places: list[int] = np.flatnonzero(self.is_open).tolist()
-        return places
+        indices: list[int] = np.flatnonzero(self.is_open).tolist()
+        return indices
 
-    def is_open_at(self, place: int) -> bool:
+    def is_open_at(self, index: int) -> bool:
         """Whether nothing has continued from the state in this row."""
-        return self.is_open if isinstance(self.is_open, bool) else bool(self.is_open[place])
+        return self.is_open if isinstance(self.is_open, bool) else bool(self.is_open[index])
 
-    def close_row(self, place: int) -> None:
+    def close_row(self, index: int) -> None:
         """Note that the state in this row was continued from."""
         if isinstance(self.is_open, bool):
             self.is_open = np.full(len(self), self.is_open)
-        self.is_open[place] = False
+        self.is_open[index] = False
 
     def close(self) -> None:
         """Note that all were continued from. What can be had again is not kept."""
@@ -180,10 +180,10 @@ class Call:
 
 
 #: A state: the call that it came out of, and its row there.
-Row: TypeAlias = tuple[Call, int]
+StateRow: TypeAlias = tuple[FinalStates, int]
 
 
-class Ring:
+class RingBuffer:
     """Memory of a fixed size that calls' states lie in, one call after another.
 
     Allocated one by one, between what the model allocates and frees, states would fragment the heap
@@ -195,18 +195,18 @@ class Ring:
         drop: Is told of calls that have to go, while their states are still there.
     """
 
-    def __init__(self, limit: int, freed: float, drop: Callable[[list[Call]], None]) -> None:
+    def __init__(self, limit: int, freed: float, drop: Callable[[list[FinalStates]], None]) -> None:
         self._limit, self._freed, self._drop = limit, freed, drop
         self._room: Tensor | None = None
         self._next = 0
         # Where each begins, and the call. One that was moved since lies elsewhere by now.
-        self._calls: deque[tuple[int, Call]] = deque()
+        self._calls: deque[tuple[int, FinalStates]] = deque()
 
-    def __iter__(self) -> Iterator[Call]:
+    def __iter__(self) -> Iterator[FinalStates]:
         """All calls that lie here, the oldest first."""
         return (call for start, call in self._calls if self._has(start, call))
 
-    def put(self, call: Call, states: Tensor) -> bool:
+    def put(self, call: FinalStates, states: Tensor) -> bool:
         """Copy the states of a call to here, where the oldest make room; whether they fit at all.
 
         Args:
@@ -249,7 +249,7 @@ class Ring:
         if dropped:
             self._drop(dropped)
 
-    def _has(self, start: int, call: Call) -> bool:
+    def _has(self, start: int, call: FinalStates) -> bool:
         return call.ring is self and call.start == start
 
 
@@ -269,27 +269,29 @@ class StateMemory:
     """
 
     def __init__(self, limit: int) -> None:
-        self._recent = Ring(int(limit * PAST), PAST_FREED, self._drop)
-        self._waiting = Ring(int(limit * (1 - PAST - DIGESTS)), FREED, self._drop)
-        self._digests = Digests(int(limit * DIGESTS))
-        self.last: Call | None = None
+        self._recent = RingBuffer(int(limit * RECENT_FRACTION), RECENT_FREE_FRACTION, self._drop)
+        self._waiting = RingBuffer(
+            int(limit * (1 - RECENT_FRACTION - DIGEST_FRACTION)), WAITING_FREE_FRACTION, self._drop
+        )
+        self._digests = Digests(int(limit * DIGEST_FRACTION))
+        self.last: FinalStates | None = None
         self._rows = 0
         # What `is_only` and `find` have not looked at yet: most calls are never looked for.
-        self._uncounted: list[Call] = []
-        self._unindexed: list[Call] = []
+        self._uncounted: list[FinalStates] = []
+        self._unindexed: list[FinalStates] = []
         # How many open states of other calls than the last have a key.
         self._open_keys: dict[float, int] = {}
-        self._index: dict[float, Row | list[Row]] = {}
-        self._indexed, self._column, self._retry = 0, 0, DISTINCT_CHECKED
+        self._index: dict[float, StateRow | list[StateRow]] = {}
+        self._indexed, self._column, self._retry = 0, 0, MIN_STATES_TO_CHECK
 
-    def __iter__(self) -> Iterator[Call]:
+    def __iter__(self) -> Iterator[FinalStates]:
         """All calls that are remembered."""
         yield from self._recent
         yield from self._waiting
         if self.last is not None and self.last.ring is None:
             yield self.last
 
-    def add(self, call: Call, *, is_ours: bool = False) -> None:
+    def add(self, call: FinalStates, *, is_owned: bool = False) -> None:
         """Remember a call, which becomes the last.
 
         Args:
@@ -300,17 +302,17 @@ class StateMemory:
         before, self.last = self.last, call
         if before is not None:
             self._displace(before)
-        if not is_ours and not self._recent.put(call, call.states):
+        if not is_owned and not self._recent.put(call, call.states):
             call.states = call.states.clone()
         self._unindexed.append(call)
         self._rows += len(call)
 
-    def _displace(self, call: Call) -> None:
+    def _displace(self, call: FinalStates) -> None:
         """Move the last call to where it waits, or to where it is soon dropped.
 
         It waits if something is still to continue from it.
         """
-        if call.is_open is True or call.open_places():
+        if call.is_open is True or call.open_rows():
             call.compress()
             if self._waiting.put(call, call.states):
                 self._uncounted.append(call)
@@ -321,18 +323,18 @@ class StateMemory:
         if call.ring is None:
             self._drop([call])
 
-    def close(self, call: Call) -> None:
+    def close(self, call: FinalStates) -> None:
         """Note that every state of the last call was continued from."""
         call.close()
 
-    def close_rows(self, rows: Iterable[Row]) -> None:
+    def close_rows(self, rows: Iterable[StateRow]) -> None:
         """Note that these states were continued or forked from."""
-        forked = dict[Call, None]()
-        for call, place in rows:
-            if call.is_open_at(place):
-                call.close_row(place)
+        forked = dict[FinalStates, None]()
+        for call, index in rows:
+            if call.is_open_at(index):
+                call.close_row(index)
                 if call.is_counted:
-                    self._uncount(call.keys(self._column)[place])
+                    self._uncount(call.keys(self._column)[index])
             elif call is not self.last:
                 forked[call] = None
         for call in forked:
@@ -343,7 +345,7 @@ class StateMemory:
                 states = call.states.clone()
                 ring.put(call, states)
 
-    def is_only(self, call: Call) -> bool:
+    def is_only(self, call: FinalStates) -> bool:
         """Whether no open state of another call may equal one of the last call, nor is any zero.
 
         It may be so even if the answer is no.
@@ -357,23 +359,23 @@ class StateMemory:
             return False
         return not self._open_keys or self._open_keys.keys().isdisjoint(keys)
 
-    def find(self, states: Tensor) -> list[list[Row]]:
+    def find(self, states: Tensor) -> list[list[StateRow]]:
         """Return, for each of (B, W) states, the remembered states that are equal."""
         self._index_all()
-        found: list[list[Row]] = [[] for _ in range(len(states))]
-        candidates: dict[Call, tuple[list[int], list[int]]] = {}
+        found: list[list[StateRow]] = [[] for _ in range(len(states))]
+        candidates: dict[FinalStates, tuple[list[int], list[int]]] = {}
         for row, key in enumerate(states[:, self._column].tolist()):
             known = self._index.get(key)
-            for call, place in [known] if isinstance(known, tuple) else known or ():
+            for call, index in [known] if isinstance(known, tuple) else known or ():
                 if not call.is_dropped:
-                    rows, places = candidates.setdefault(call, ([], []))
+                    rows, indices = candidates.setdefault(call, ([], []))
                     rows.append(row)
-                    places.append(place)
-        for call, (rows, places) in candidates.items():
-            equal = equal_rows(states, rows, call.states, places)
-            for row, place, is_equal in zip(rows, places, equal, strict=True):
+                    indices.append(index)
+        for call, (rows, indices) in candidates.items():
+            equal = equal_rows(states, rows, call.states, indices)
+            for row, index, is_equal in zip(rows, indices, equal, strict=True):
                 if is_equal:
-                    found[row].append((call, place))
+                    found[row].append((call, index))
         return found
 
     def were_dropped(self, states: Tensor) -> list[bool]:
@@ -384,21 +386,21 @@ class StateMemory:
         """The numbers of all sequences of which a state is remembered."""
         return {number for call in self for number in call.numbers()}
 
-    def _drop(self, calls: list[Call]) -> None:
+    def _drop(self, calls: list[FinalStates]) -> None:
         self._digests.add([call.states for call in calls])
         for call in calls:
             self._rows -= len(call)
             if call.is_counted:
-                for place in call.open_places():
-                    self._uncount(call.keys(self._column)[place])
+                for index in call.open_rows():
+                    self._uncount(call.keys(self._column)[index])
             call.drop()
         self._uncounted = [call for call in self._uncounted if not call.is_dropped]
         self._unindexed = [call for call in self._unindexed if not call.is_dropped]
 
-    def _count(self, call: Call) -> None:
+    def _count(self, call: FinalStates) -> None:
         call.is_counted = True
         keys = call.keys(self._column)
-        for key in [keys[place] for place in call.open_places()]:
+        for key in [keys[index] for index in call.open_rows()]:
             # A state with NaN equals nothing, and NaN would never be found again.
             if key == key:
                 self._open_keys[key] = self._open_keys.get(key, 0) + 1
@@ -411,21 +413,21 @@ class StateMemory:
             self._open_keys.pop(key, None)
 
     def _index_all(self) -> None:
-        if self._indexed > 2 * self._rows + DISTINCT_CHECKED:
+        if self._indexed > 2 * self._rows + MIN_STATES_TO_CHECK:
             # Half of the entries are of calls that were dropped since.
             self._start_index()
         for call in self._unindexed:
             self._indexed += len(call)
-            for place, key in enumerate(call.keys(self._column)):
-                known = self._index.setdefault(key, (call, place))
+            for index, key in enumerate(call.keys(self._column)):
+                known = self._index.setdefault(key, (call, index))
                 if isinstance(known, list):
-                    known.append((call, place))
-                    if len(known) % OPEN_ALIKE == 0:
+                    known.append((call, index))
+                    if len(known) % MAX_OPEN_CANDIDATES == 0:
                         known[:] = _latest(known)
-                elif known != (call, place):
-                    self._index[key] = [known, (call, place)]
+                elif known != (call, index):
+                    self._index[key] = [known, (call, index)]
         self._unindexed.clear()
-        if self._indexed >= self._retry and len(self._index) < self._indexed / SHARED:
+        if self._indexed >= self._retry and len(self._index) < self._indexed / MAX_SHARED_KEYS:
             self._retry = 2 * self._indexed
             self._choose_column()
 
@@ -434,9 +436,9 @@ class StateMemory:
 
     def _choose_column(self) -> None:
         """Look states up by the column that tells most of them apart."""
-        some = list(islice(self, DISTINCT_CHECKED))
-        values = torch.cat([call.states[:DISTINCT_CHECKED].cpu() for call in some])
-        values = values[:DISTINCT_CHECKED]
+        some = list(islice(self, MIN_STATES_TO_CHECK))
+        values = torch.cat([call.states[:MIN_STATES_TO_CHECK].cpu() for call in some])
+        values = values[:MIN_STATES_TO_CHECK]
         distinct = [len(set(column)) for column in values.T.tolist()]
         best = distinct.index(max(distinct))
         if distinct[best] > distinct[self._column]:
@@ -450,7 +452,7 @@ class StateMemory:
 
 
 class Digests:
-    """64-bit digests of what is no longer remembered, in a table of fixed size.
+    """64-bit digests of what is no longer in memory, in a table of fixed size.
 
     A digest may replace an older one: what was dropped long ago may be missing.
 
@@ -494,35 +496,37 @@ class Digests:
         return (found * np.uint64(_MIXER)) >> np.uint64(64 - self._bits)
 
 
-def _latest(rows: list[Row]) -> list[Row]:
+def _latest(rows: list[StateRow]) -> list[StateRow]:
     """Return those of the latest calls, the latest last."""
-    calls = {True: dict[Call, None](), False: dict[Call, None]()}
+    calls = {True: dict[FinalStates, None](), False: dict[FinalStates, None]()}
     kept = []
-    for call, place in reversed(rows):
+    for call, index in reversed(rows):
         if call.is_dropped:
             continue
-        is_open = call.is_open_at(place)
+        is_open = call.is_open_at(index)
         known = calls[is_open]
-        if call in known or len(known) < (OPEN_ALIKE if is_open else PAST_ALIKE):
+        if call in known or len(known) < (
+            MAX_OPEN_CANDIDATES if is_open else MAX_CLOSED_CANDIDATES
+        ):
             known[call] = None
-            kept.append((call, place))
+            kept.append((call, index))
     return kept[::-1]
 
 
-def equal_rows(a: Tensor, rows: list[int], b: Tensor, places: list[int]) -> list[bool]:
+def equal_rows(a: Tensor, rows: list[int], b: Tensor, indices: list[int]) -> list[bool]:
     """Whether row ``rows[i]`` of (B, W) a is row ``places[i]`` of (C, W) b, for each i."""
-    if not _are_alike(a, b):
+    if not _same_type(a, b):
         return [False] * len(rows)
-    found: list[bool] = (a[rows] == b[places]).all(1).tolist()
+    found: list[bool] = (a[rows] == b[indices]).all(1).tolist()
     return found
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
     """Whether two batches of states are the same."""
-    return _are_alike(a, b) and torch.equal(a, b)
+    return _same_type(a, b) and torch.equal(a, b)
 
 
-def _are_alike(a: Tensor, b: Tensor) -> bool:
+def _same_type(a: Tensor, b: Tensor) -> bool:
     return a.dtype is b.dtype and a.device == b.device
 
 

@@ -16,15 +16,15 @@ import numpy.typing as npt
 import torch
 
 from grutrace.capture.kernel_calls.observation import Observation
-from grutrace.capture.recording.sequence_tracking import Assignment, Continuity
+from grutrace.capture.recording.sequence_tracking import SequenceAssignment, SequenceTracker
 from grutrace.gru.kernel import Layer
-from grutrace.gru.layout import window
+from grutrace.gru.layout import make_window
 from grutrace.records import Fork, Origin
 
 Integers = npt.NDArray[np.int64]
 
 #: Sequences that are numbered, at least, before it is asked which of them may still go on.
-REMEMBERED = 4096
+MIN_REMEMBERED = 4096
 
 
 class _Known(NamedTuple):
@@ -42,7 +42,7 @@ class _Known(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Kept:
+class StepSelection:
     """What is kept of one call.
 
     Attributes:
@@ -55,14 +55,14 @@ class Kept:
     """
 
     numbers: Integers
-    assignment: Assignment | None
+    assignment: SequenceAssignment | None
     first: Integers
     count: Integers
     known: dict[int, _Known]
     begun: int
 
 
-class KeptSteps:
+class StepFilter:
     """Numbers the sequences of one module of which some steps are kept.
 
     Every batch row of a call that is recorded has a piece, be it of no steps, so that places in
@@ -78,13 +78,13 @@ class KeptSteps:
         self.start, self.stop = start, stop
         self._count = 0
         self._known: dict[int, _Known] = {}
-        self._most = REMEMBERED
+        self._most = MIN_REMEMBERED
 
-    def of(self, assignment: Assignment, lengths: Integers) -> Kept:
+    def select(self, assignment: SequenceAssignment, lengths: Integers) -> StepSelection:
         """Number what is kept of a call. It counts only once it is accepted.
 
         Args:
-            assignment: Its sequences, as `Continuity` has told them.
+            assignment: Its sequences, as `SequenceTracker` has told them.
             lengths: (B,) steps of each.
         """
         before = assignment.steps_before
@@ -97,7 +97,7 @@ class KeptSteps:
             numbers = np.array(
                 [found[each].root if each in found else -1 for each in sequences], np.int64
             )
-            return Kept(numbers, None, first, count, found, self._count)
+            return StepSelection(numbers, None, first, count, found, self._count)
         continued = self._continued(assignment)
         begun = np.zeros(len(sequences), bool)
         found, total = {}, self._count
@@ -119,7 +119,7 @@ class KeptSteps:
             for each in assignment.origins
             if each.mark != "continued" or each.sequence in continued
         )
-        kept = Assignment(
+        kept = SequenceAssignment(
             numbers.astype(np.uint64),
             begun,
             forks,
@@ -127,18 +127,18 @@ class KeptSteps:
             roots.astype(np.uint64),
             marked,
         )
-        return Kept(roots, kept, first, count, found, total)
+        return StepSelection(roots, kept, first, count, found, total)
 
-    def accept(self, kept: Kept, continuity: Continuity) -> None:
+    def commit(self, kept: StepSelection, tracker: SequenceTracker) -> None:
         """Count a call: it was recorded. Sequences that cannot go on any more are let go of."""
         self._known |= kept.known
         self._count = kept.begun
         if len(self._known) > self._most:
-            alive = continuity.sequences()
+            alive = tracker.sequences()
             self._known = {each: known for each, known in self._known.items() if each in alive}
-            self._most = max(REMEMBERED, 2 * len(self._known))
+            self._most = max(MIN_REMEMBERED, 2 * len(self._known))
 
-    def _continued(self, assignment: Assignment) -> dict[int, _Known]:
+    def _continued(self, assignment: SequenceAssignment) -> dict[int, _Known]:
         """By sequence that is a segment of another: what the trace has of the segment before.
 
         A segment before which nothing is kept is a sequence by itself.
@@ -166,20 +166,22 @@ class KeptSteps:
                 yield Fork(number, known.number, fork.steps)
 
 
-def only_kept(observation: Observation, kept: Kept, layers: Iterable[int]) -> Observation:
+def slice_observation(
+    observation: Observation, kept: StepSelection, layers: Iterable[int]
+) -> Observation:
     """Return a call as if it had made only the kept steps; of these layers, the others as it was.
 
     Raises:
         ValueError: None are kept.
     """
-    call, part = observation.call, window(observation.steps, kept.first, kept.count)
+    call, part = observation.call, make_window(observation.steps, kept.first, kept.count)
     found, states = list(observation.layers), list(call.initial)
     for number in set(layers):
         layer = observation.layers[number]
         found[number] = Layer(part.rows(layer.input), part.rows(layer.output))
         for reverse, hidden in enumerate(layer.output.chunk(call.directions, -1)):
-            place = number * call.directions + reverse
-            states[place] = part.initial(hidden, states[place], reverse=bool(reverse))
+            index = number * call.directions + reverse
+            states[index] = part.initial(hidden, states[index], reverse=bool(reverse))
     return observation._replace(
         call=call._replace(initial=torch.stack([each.to(states[0].dtype) for each in states])),
         steps=part.steps,

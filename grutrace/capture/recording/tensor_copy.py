@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grutrace.gru.layout import Steps, copy_rounded, numpy_type
+from grutrace.gru.layout import SequenceLayout, copy_cast, numpy_type
 from grutrace.records import Array, ModuleInfo
 
 
@@ -37,14 +37,14 @@ class SideStream:
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._of_thread = _Waiting()
+        self._of_thread = _PendingSync()
 
     def takes(self, values: Tensor) -> bool:
         """Whether these values are copied here."""
         return values.is_cuda
 
     def copy(self, own: Tensor, dtype: np.dtype[Any]) -> Array:
-        """Begin to copy; the array is whole once `take_ready` has returned and been called.
+        """Begin to copy; the array is whole once `pop_sync` has returned and been called.
 
         Args:
             own: Values that nobody else changes.
@@ -64,17 +64,17 @@ class SideStream:
         array: Array = host.numpy()
         return array
 
-    def take_ready(self) -> Callable[[], None] | None:
+    def pop_sync(self) -> Callable[[], None] | None:
         """Return what waits for all that this thread has begun to copy; None if that is nothing."""
         ready, self._of_thread.ready = self._of_thread.ready, None
         return ready
 
 
-class _Waiting(threading.local):
+class _PendingSync(threading.local):
     ready: Callable[[], None] | None = None
 
 
-class RowType:
+class RowConverter:
     """Copies tensors of one module into rows, and notes once what that loses.
 
     Args:
@@ -98,9 +98,11 @@ class RowType:
         self._side = SideStream() if copied and beside else None
         self._chosen = chosen
         self._noted: set[str] = set()
-        self._losses: list[str] = []
+        self._precision_losses: list[str] = []
 
-    def of_steps(self, steps: Steps, values: Tensor, *, is_ours: bool = False) -> Array:
+    def convert_steps(
+        self, steps: SequenceLayout, values: Tensor, *, is_owned: bool = False
+    ) -> Array:
         """Return values, one a step in the kernel's order, as (N, width), sequence by sequence.
 
         Args:
@@ -109,40 +111,40 @@ class RowType:
             is_ours: Whether nobody else will change them, so that they need not be copied.
         """
         if self._side is not None and self._side.takes(values):
-            return self._beside(values, steps.ordered(values))
-        rows = (steps.as_rows if is_ours else steps.in_sequences)(values, self.dtype)
+            return self._copy_async(values, steps.to_device_rows(values))
+        rows = (steps.as_rows if is_owned else steps.to_rows)(values, self.dtype)
         if values.dtype != self.stored:
-            self._mind(values, rows)
+            self._note_precision_loss(values, rows)
         return rows
 
     def of(self, values: Tensor) -> Array:
         """Copy values of any shape."""
         if self._side is not None and self._side.takes(values):
-            return self._beside(values, values.clone())
+            return self._copy_async(values, values.clone())
         rows = np.empty(values.shape, self.dtype)
-        copy_rounded(torch.from_numpy(rows), values)
+        copy_cast(torch.from_numpy(rows), values)
         if values.dtype != self.stored:
-            self._mind(values, rows)
+            self._note_precision_loss(values, rows)
         return rows
 
-    def take_ready(self) -> Callable[[], None] | None:
+    def pop_sync(self) -> Callable[[], None] | None:
         """Return what waits until this thread's copies are whole; None if they are."""
-        return None if self._side is None else self._side.take_ready()
+        return None if self._side is None else self._side.pop_sync()
 
-    def _beside(self, values: Tensor, own: Tensor) -> Array:
+    def _copy_async(self, values: Tensor, own: Tensor) -> Array:
         side = cast("SideStream", self._side)
         rows = side.copy(own, self.dtype)
-        if values.dtype != self.stored and (ready := side.take_ready()) is not None:
+        if values.dtype != self.stored and (ready := side.pop_sync()) is not None:
             ready()
-            self._mind(values, rows)
+            self._note_precision_loss(values, rows)
         return rows
 
-    def _mind(self, values: Tensor, rows: Array) -> None:
+    def _note_precision_loss(self, values: Tensor, rows: Array) -> None:
         computed, kept = numpy_type(values.dtype), np.dtype(self._module.dtype)
         if np.can_cast(computed, kept):
             return
         if not self._chosen:
-            self._note_once(
+            self._note_loss(
                 "rounded",
                 f"computes in {computed} by now, and was in {kept} when it was attached: its "
                 f"rows are rounded to {kept}",
@@ -153,24 +155,24 @@ class RowType:
             finite = values[values.isfinite()]
             largest = finite.abs().max().item() if finite.numel() else 0.0
             if largest > float(np.finfo(kept).max):
-                self._note_once(
+                self._note_loss(
                     "overflow",
                     f"has values up to {largest:.3g}, and {kept} holds none above "
                     f"{np.finfo(kept).max:.3g}: they are kept as infinity, and cannot be verified",
                 )
 
-    def take_losses(self) -> list[str]:
+    def pop_precision_losses(self) -> list[str]:
         """Return what copying has lost that was not taken from here yet, a sentence each.
 
         Values are rounded without anybody having asked for it, or are too large.
         """
-        found, self._losses = self._losses, []
+        found, self._precision_losses = self._precision_losses, []
         return found
 
-    def _note_once(self, about: str, message: str) -> None:
+    def _note_loss(self, about: str, message: str) -> None:
         if about not in self._noted:
             self._noted.add(about)
-            self._losses.append(f"{self._module.path or 'the model'} {message}")
+            self._precision_losses.append(f"{self._module.path or 'the model'} {message}")
 
 
 def to_numpy(values: Tensor) -> Array:
@@ -184,7 +186,7 @@ def to_numpy(values: Tensor) -> Array:
 
 #: Copies lie end to end in pieces of memory of this size: from 4 MiB on NumPy asks for huge pages,
 #: and the first copy into each would wait until all of it is zeroed. Bytes.
-PIECE = 1024 * 1024
+SEGMENT_BYTES = 1024 * 1024
 
 #: Each copy begins on a multiple of this. Bytes.
 ALIGNMENT = 64
@@ -199,7 +201,7 @@ class CopyBuffer:
 
     def __init__(self, size: int) -> None:
         # Rows of a trace in memory stay, and would keep the memory of what is soon dropped.
-        self._lasting, self._passing = _Pieces(size), _Pieces(size)
+        self._lasting, self._passing = _SegmentPool(size), _SegmentPool(size)
 
     def copy(self, values: Tensor) -> Tensor:
         """Return a copy that is soon dropped."""
@@ -210,28 +212,28 @@ class CopyBuffer:
         return self._lasting.copy(values)
 
 
-class _Pieces:
+class _SegmentPool:
     """Pieces of memory, each used again as soon as no tensor or array lies in it any more."""
 
     def __init__(self, size: int) -> None:
-        self._spare = size // PIECE
+        self._spare = size // SEGMENT_BYTES
         self._free: list[Tensor] = []
         # Those that are in use, and what says when they are not.
-        self._lent: dict[int, tuple[Tensor, weakref.ref[Array]]] = {}
+        self._in_use: dict[int, tuple[Tensor, weakref.ref[Array]]] = {}
         self._numbers = itertools.count()
         self._current: Array | None = None
         self._typed: dict[torch.dtype, Tensor] = {}
-        self._next = PIECE
+        self._next = SEGMENT_BYTES
         self._lock = threading.Lock()
 
     def copy(self, values: Tensor) -> Tensor:
         """Return a copy, in memory of its own where it is large or on a device."""
         size = values.nbytes
-        if values.device.type != "cpu" or size > PIECE:
+        if values.device.type != "cpu" or size > SEGMENT_BYTES:
             return values.clone()
         with self._lock:
             start = self._next
-            if self._current is None or start + size > PIECE:
+            if self._current is None or start + size > SEGMENT_BYTES:
                 self._take()
                 start = 0
             self._next = start + -(-size // ALIGNMENT) * ALIGNMENT
@@ -246,15 +248,15 @@ class _Pieces:
     def _take(self) -> None:
         """Go on in another piece."""
         self._typed.clear()
-        memory = self._free.pop() if self._free else _new_piece()
+        memory = self._free.pop() if self._free else _new_segment()
         # All that lies in the piece keeps this view of it.
         self._current = memory.numpy()
         number = next(self._numbers)
-        self._lent[number] = memory, weakref.ref(self._current, partial(self._returned, number))
+        self._in_use[number] = memory, weakref.ref(self._current, partial(self._returned, number))
 
     def _returned(self, number: int, _: object) -> None:
         # In any thread at any time, also in one that holds the lock.
-        memory, _ = self._lent.pop(number)
+        memory, _ = self._in_use.pop(number)
         if len(self._free) < self._spare:
             self._free.append(memory)
 
@@ -266,10 +268,10 @@ class _Pieces:
         return memory
 
 
-def _new_piece() -> Tensor:
+def _new_segment() -> Tensor:
     # It is written to in any mode that the model is called in.
     with torch.inference_mode(False):
-        return torch.empty(PIECE, dtype=torch.uint8, device="cpu")
+        return torch.empty(SEGMENT_BYTES, dtype=torch.uint8, device="cpu")
 
 
 def _contiguous(shape: torch.Size) -> tuple[int, ...]:

@@ -8,11 +8,12 @@ Three things are looked at, from cheap to sure:
    NumPy view and an averaged copy swapped in move no counter, but seldom leave all of these alone.
 3. Every byte, compared with the copy that was kept. That is sure, and reads the weights once more.
 
-The first is done at every call. The third is done whenever it has become cheap beside the calls
-since the last time (see `SHARE`), at the first call after a recording begins or a tag changes, and
-whenever what is recorded is handed on. The second is done where the third is not. A call between
-two comparisons is *uncertain*: it gets the version that was known then, and whoever computes its
-gates decides by the states that they lead to. (See docs/design.md, Versions of the weights.)
+The first is done at every call. The third is done when it is cheap compared with the calls since
+the last time (see `MAX_COMPARE_FRACTION`), at the first call after a recording begins or a tag
+changes, and before records are appended to the sink. The second is done where the third is not. A
+call between two comparisons is *uncertain*: it gets the version that was known then, and the code
+that computes its gates decides by the states that they lead to. (See docs/design.md, Versions of
+the weights.)
 
 Nothing is done to the user's tensors. Their memory is read through its address, since a view of
 NumPy's makes a tensor's storage unresizable for good.
@@ -35,16 +36,16 @@ from torch import Tensor
 from grutrace.options import WeightChecks
 
 #: What part of the calls' own time comparisons may take.
-SHARE = 0.05
+MAX_COMPARE_FRACTION = 0.05
 
 #: What it costs to look at a sample: where comparing every byte takes no longer, that is done.
 SAMPLE_SECONDS = 5e-6
 
 #: Versions that are kept, to find out later which one a call used.
-KEPT_VERSIONS = 3
+MAX_VERSIONS = 3
 
 #: Elements of each weight that are looked at in one call.
-SAMPLE = 64
+SAMPLE_SIZE = 64
 
 
 def _load_memcmp() -> Callable[[int, int, int], int]:
@@ -74,7 +75,7 @@ class Version(NamedTuple):
     weights: list[Tensor]
 
 
-class _Seen:
+class _WeightFingerprint:
     """Weights as they were when every byte was last known.
 
     Args:
@@ -84,28 +85,28 @@ class _Seen:
 
     def __init__(self, kept: list[Tensor], weights: list[Tensor]) -> None:
         self._kept = kept
-        self._marks = _marks(weights)
-        self._turn = 0
+        self._ids = _ids(weights)
+        self._sample_index = 0
         self._samples: list[_Sample] | None = None
         self._ranges: list[tuple[int, int, int]] | None = None
 
-    def has_marks_of(self, weights: list[Tensor]) -> bool:
+    def has_ids_of(self, weights: list[Tensor]) -> bool:
         """Whether these are the same tensors, and no version counter has moved."""
-        return self._marks is not None and self._marks == _marks(weights)
+        return self._ids is not None and self._ids == _ids(weights)
 
     def has_sample_of(self, weights: list[Tensor]) -> bool:
-        """Whether a sample is the same. To be asked where `has_marks_of` has just said yes.
+        """Whether a sample is the same. To be asked where `has_ids_of` has just said yes.
 
         Every time another part of the sample is looked at.
         """
         if self._samples is None:
             pairs = zip(self._kept, weights, strict=True)
             self._samples = [_Sample(*each) for each in pairs if _is_alike(*each) and len(each[0])]
-        self._turn += 1
-        return all(each.matches(self._turn) for each in self._samples)
+        self._sample_index += 1
+        return all(each.matches(self._sample_index) for each in self._samples)
 
     def has_bytes_of(self, weights: list[Tensor]) -> bool:
-        """Whether every byte is the same. To be asked where `has_marks_of` has just said yes."""
+        """Whether every byte is the same. To be asked where `has_ids_of` has just said yes."""
         if self._ranges is None:
             pairs = list(zip(self._kept, weights, strict=True))
             if not all(_is_alike(*each) for each in pairs):
@@ -123,17 +124,17 @@ class _Sample:
     def __init__(self, kept: Tensor, weight: Tensor) -> None:
         self._step = _sample_step(weight)
         self._kept, self._weight = _memory(kept), _memory(weight)
-        self._parts = math.ceil(len(self._kept) / self._step / SAMPLE)
+        self._parts = math.ceil(len(self._kept) / self._step / SAMPLE_SIZE)
 
-    def matches(self, turn: int) -> bool:
+    def matches(self, index: int) -> bool:
         """Whether a part of it is the same in both."""
         step = self._step
-        first = turn % self._parts * SAMPLE * step
-        part = slice(first, first + SAMPLE * step, step)
+        first = index % self._parts * SAMPLE_SIZE * step
+        part = slice(first, first + SAMPLE_SIZE * step, step)
         return self._kept[part].tobytes() == self._weight[part].tobytes()
 
 
-class WeightVersions:
+class WeightVersionTracker:
     """Numbers the versions of one module's weights. For one thread at a time.
 
     Args:
@@ -144,11 +145,11 @@ class WeightVersions:
     """
 
     def __init__(self, checks: WeightChecks = "auto") -> None:
-        self.made: deque[Version] = deque()
+        self.new_versions: deque[Version] = deque()
         self._exact = checks == "exact"
         self._known: tuple[Version, ...] = ()
         self._count = 0
-        self._seen: _Seen | None = None
+        self._fingerprint: _WeightFingerprint | None = None
         self._live: list[weakref.ref[Tensor]] = []
         self._due = True
         self._spent = self._cost = 0.0
@@ -167,7 +168,7 @@ class WeightVersions:
         """Compare every byte at the next call: the user has just done something else."""
         self._due = True
 
-    def look(self, weights: list[Tensor], seconds: float, *, exact: bool = False) -> bool:
+    def check(self, weights: list[Tensor], seconds: float, *, exact: bool = False) -> bool:
         """Look at the weights of a call that has just run. Then `present` is its version.
 
         Args:
@@ -179,15 +180,15 @@ class WeightVersions:
             Whether every byte was compared. If not, the call may have used another version.
         """
         self._spent += seconds
-        seen = self._seen
-        if seen is not None and seen.has_marks_of(weights):
-            budget = max(SAMPLE_SECONDS, SHARE * self._spent)
+        fingerprint = self._fingerprint
+        if fingerprint is not None and fingerprint.has_ids_of(weights):
+            budget = max(SAMPLE_SECONDS, MAX_COMPARE_FRACTION * self._spent)
             if not (exact or self._exact or self._due or self._cost <= budget):
-                if seen.has_sample_of(weights):
+                if fingerprint.has_sample_of(weights):
                     return False
             else:
                 began = time.perf_counter()
-                if seen.has_bytes_of(weights):
+                if fingerprint.has_bytes_of(weights):
                     self._cost = time.perf_counter() - began
                     self._due, self._spent = False, 0.0
                     return True
@@ -200,11 +201,11 @@ class WeightVersions:
         same = next((each for each in known if _are_same(each.weights, weights)), None)
         if same is None:
             same = Version(self._count, [_copy(weight) for weight in weights])
-            self.made.append(same)
+            self.new_versions.append(same)
             self._count += 1
-        others = tuple(each for each in known if each is not same)[: KEPT_VERSIONS - 1]
+        others = tuple(each for each in known if each is not same)[: MAX_VERSIONS - 1]
         self._known = (same, *others)
-        self._seen = _Seen(same.weights, weights)
+        self._fingerprint = _WeightFingerprint(same.weights, weights)
         self._live = [weakref.ref(weight) for weight in weights]
         self._due, self._spent = False, 0.0
 
@@ -219,17 +220,21 @@ class WeightVersions:
         """
         if not self._known:
             return True
-        before, seen = self._known[0], self._seen
+        before, fingerprint = self._known[0], self._fingerprint
         live = [weight for each in self._live if (weight := each()) is not None]
         if len(live) == len(before.weights) and not any(map(_is_freed, live)):
-            if seen is not None and seen.has_marks_of(live) and seen.has_bytes_of(live):
+            if (
+                fingerprint is not None
+                and fingerprint.has_ids_of(live)
+                and fingerprint.has_bytes_of(live)
+            ):
                 self._due, self._spent = False, 0.0
             else:
                 self.compare(live)
         return self._known[0] is before
 
 
-def _marks(weights: list[Tensor]) -> list[tuple[int, int]] | None:
+def _ids(weights: list[Tensor]) -> list[tuple[int, int]] | None:
     try:
         return [(weight.data_ptr(), weight._version) for weight in weights]
     except RuntimeError:

@@ -23,7 +23,7 @@ from grutrace.storage.read.proofs import CallVersions, StepData
 from grutrace.storage.read.sequence_index import Integers, SequenceIndex, as_slice
 
 if TYPE_CHECKING:
-    from grutrace.gru.recompute import Derivation
+    from grutrace.gru.recompute import StepRecomputation
 
 #: Bytes of memory that recomputing a block of rows takes.
 BLOCK = 16 * 1024 * 1024
@@ -291,13 +291,16 @@ class LowerLayerInput(LazyRows):
 
 def iter_recomputed(
     gate_inputs: SiteGateInputs, rows: Integers, units: slice = _ALL
-) -> Iterator[tuple[GateInputs, Derivation]]:
+) -> Iterator[tuple[GateInputs, StepRecomputation]]:
     """Recompute rows of a site in the precision of the kernel, block by block.
 
     Raises:
         NotRecordedError: The hidden states or the input were not recorded.
     """
-    from grutrace.gru.recompute import Derivation
+    from grutrace.gru.recompute import StepRecomputation
 
     for each in gate_inputs.of(rows):
-        yield each, Derivation(each.input, each.previous, each.weights, each.precision, units)
+        yield (
+            each,
+            StepRecomputation(each.input, each.previous, each.weights, each.precision, units),
+        )

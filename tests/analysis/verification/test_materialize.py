@@ -133,7 +133,9 @@ def test_all_parts_of_a_run_become_one_file(tmp_path, monkeypatch) -> None:
     torch.manual_seed(0)
     models, traces = [nn.GRU(2, 3), nn.GRU(2, 4)], []
     for part, model in enumerate(models, 1):
-        monkeypatch.setattr(grutrace.Tracer, "_stamp", {"run": {"id": "a" * 32, "part": part}})
+        monkeypatch.setattr(
+            grutrace.Tracer, "_extra_options", {"run": {"id": "a" * 32, "part": part}}
+        )
         path = tmp_path / ("run.h5" if part == 1 else "run.part0002.h5")
         with (
             grutrace.trace(model, record=EVERYTHING) as inline,

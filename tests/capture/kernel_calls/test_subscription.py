@@ -21,7 +21,7 @@ from torch.overrides import BaseTorchFunctionMode
 import grutrace
 from grutrace.capture.kernel_calls import registration
 from grutrace.capture.kernel_calls import subscription as kernel_calls
-from grutrace.capture.kernel_calls.subscription import is_listening
+from grutrace.capture.kernel_calls.subscription import is_observing
 from tests import oracles
 
 GATES = ["inline", "background", "deferred"]
@@ -335,7 +335,7 @@ def test_a_layer_of_another_shape_or_a_new_one_is_named() -> None:
     with grutrace.trace(net, sites="rnn.*") as trace:
         net(x)
         net.rnn = nn.GRU(3, 4, bidirectional=True)
-        with pytest.warns(grutrace.GrutraceWarning, match="rnn was exchanged for a layer of an"):
+        with pytest.warns(grutrace.GrutraceWarning, match="rnn was replaced by a layer of an"):
             net.rnn(x)
         net.head = nn.GRUCell(3, 3)
         with pytest.warns(grutrace.GrutraceWarning, match="head was added after the tracer"):
@@ -352,7 +352,7 @@ def test_a_layer_that_is_exchanged_for_something_else_is_named_at_the_end() -> N
     net(x)
     net.rnn = nn.RNN(3, 4)
     net(x)
-    with pytest.warns(grutrace.GrutraceWarning, match="^rnn was exchanged for a RNN after"):
+    with pytest.warns(grutrace.GrutraceWarning, match="^rnn was replaced by a RNN after"):
         trace.close()
     assert trace.calls["module"].tolist() == ["rnn", "top", "top"]
 
@@ -466,12 +466,12 @@ def test_a_tracer_whose_name_is_bound_anew_is_closed(tmp_path) -> None:
         tracer.start()
         layer(x)
         if number:
-            assert "a tracer was dropped while it recorded" in str(said[0].message)
+            assert "a tracer was garbage-collected while recording" in str(said[0].message)
             with grutrace.open(tmp_path / f"{number - 1}.h5") as before:
                 assert before.closed
                 assert len(before.calls) == 1
     tracer.close()
-    assert not is_listening()
+    assert not is_observing()
 
 
 def test_two_tracers_that_are_both_held_are_allowed() -> None:
@@ -514,25 +514,25 @@ def test_kernels_come_and_go_while_other_threads_run_the_model(monkeypatch) -> N
             each.join()
     assert not errors
     assert all(calls)
-    assert not is_listening()
+    assert not is_observing()
 
 
 def test_kernels_stay_where_pytorch_cannot_keep_them(monkeypatch) -> None:
     """Without a handle to a removed kernel, it is removed once no other thread runs Python."""
-    monkeypatch.setattr(registration, "_handle", lambda *_: None)
+    monkeypatch.setattr(registration, "_kernel_handle", lambda *_: None)
     layer, x = nn.GRU(3, 4), torch.randn(5, 2, 3)
     end = threading.Event()
     other = threading.Thread(target=end.wait)
     other.start()
     with grutrace.trace(layer) as trace:
         layer(x)
-    assert is_listening()
+    assert is_observing()
     expected = layer(x)
     end.set()
     other.join()
     with grutrace.trace(layer) as again:
         assert all(map(torch.equal, layer(x), expected))
-    assert not is_listening()
+    assert not is_observing()
     assert len(trace.calls) == len(again.calls) == 1
 
 

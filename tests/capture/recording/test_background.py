@@ -19,7 +19,7 @@ import grutrace
 from grutrace.analysis.verification.verify import verify
 from grutrace.capture.recording import weight_versions
 from grutrace.gru import cell, kernel_gates
-from grutrace.gru.replay import Shadow
+from grutrace.gru.replay import GateReplay
 from grutrace.records import GATES
 from grutrace.storage.write.writer import Writer
 from tests import oracles
@@ -35,7 +35,7 @@ BACKGROUND = {"gates": "background", "record": EVERYTHING}
 def harvesting(always: bool):
     """Have gates of calls in the background harvested, whatever that costs, or never."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernel_gates, "pays", lambda *_: always)
+        patch.setattr(kernel_gates, "is_cheaper", lambda *_: always)
         if always:
             patch.setattr("grutrace.capture.recording.background.recompute", None)
         yield
@@ -123,7 +123,7 @@ def test_whole_runs(tmp_path, always) -> None:
         grutrace.trace(model, **BACKGROUND) as memory,
         grutrace.trace(model, tmp_path / "run.h5", **BACKGROUND) as file,
     ):
-        patch.setattr(kernel_gates, "pays", lambda *_: always)
+        patch.setattr(kernel_gates, "is_cheaper", lambda *_: always)
         run(model, inline, memory, file)
         assert_same_as_inline(inline, memory)
         # How many calls are computed together is not the same in both.
@@ -326,7 +326,7 @@ TEAMS = """
 
     torch.set_num_threads(4)
     if sys.argv[1] == "control":
-        background.keep_to_one_thread = lambda: None
+        background.limit_torch_threads = lambda: None
     layer, x = nn.GRU(128, 256).requires_grad_(False), torch.randn(64, 64, 128)
     layer(x)
     before = len(os.listdir("/proc/self/task"))
@@ -397,15 +397,15 @@ def test_a_residual_beyond_rounding_is_said_when_it_is_known(tmp_path) -> None:
 
 @pytest.mark.parametrize("record", ["update", EVERYTHING])
 def test_control_harvested_gates_that_are_wrong_are_said(record, monkeypatch) -> None:
-    taken = kernel_gates.Room.gates.fget
+    taken = kernel_gates.GateBuffers.gates.fget
 
     def mixed_up(room):
         return {name: 1 - gate for name, gate in taken(room).items()}
 
     layer = nn.GRU(3, 40)
     with harvesting(True), grutrace.trace(layer, record=record) as trace:
-        assert kernel_gates.is_recognized()
-        monkeypatch.setattr(kernel_gates.Room, "gates", property(mixed_up))
+        assert kernel_gates.kernel_supported()
+        monkeypatch.setattr(kernel_gates.GateBuffers, "gates", property(mixed_up))
         layer(torch.randn(5, 2, 3))
         with pytest.warns(grutrace.ResidualWarning, match="rounding explains"):
             trace["l0"].update[:]
@@ -486,7 +486,7 @@ def test_a_full_queue_slows_the_model_and_grows_no_memory(tmp_path, monkeypatch)
     calls = 400
     done = []
     with grutrace.Tracer(layer, tmp_path / "a.h5", gates="background") as tracer:
-        thread = tracer._outlet.sink._thread
+        thread = tracer._guarded_sink.sink._thread
         thread._limit = limit
 
         def model() -> None:
@@ -556,7 +556,7 @@ def test_control_a_trace_in_memory_grows() -> None:
 
 
 def test_nothing_of_the_shadow_is_needed(monkeypatch) -> None:
-    monkeypatch.setattr(Shadow, "replay", None)
+    monkeypatch.setattr(GateReplay, "replay", None)
     layer = nn.GRU(2, 3, 2)
     with nullcontext(), grutrace.trace(layer, gates="background") as trace:
         layer(torch.randn(4, 2))
@@ -581,7 +581,7 @@ class SlowDevice:
         self.begun.append((own, np.full(own.shape, 7.0, dtype)))
         return self.begun[-1][1]
 
-    def take_ready(self):
+    def pop_sync(self):
         begun, self.begun = self.begun, []
 
         def ready() -> None:
@@ -634,7 +634,7 @@ def test_what_is_copied_later_is_what_it_was_when_the_call_returned(
 
 
 def test_control_unless_somebody_waits_nothing_is_there(slow_device, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(SlowDevice, "take_ready", lambda _: None)
+    monkeypatch.setattr(SlowDevice, "pop_sync", lambda _: None)
     layer = nn.GRU(4, 6)
     with (
         pytest.warns(grutrace.ResidualWarning),

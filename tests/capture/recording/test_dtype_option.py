@@ -96,7 +96,7 @@ def test_control_a_value_off_by_more_than_the_type_rounds_does_not_hold(tmp_path
         layer(x)
     (before,) = verify(trace)
     assert before.holds
-    arrays = trace._outlet.sink._store._arrays
+    arrays = trace._guarded_sink.sink._store._arrays
     rows = arrays["modules/%/l0/update"]
     rows.joined()
     rows._joined[40, 3] += np.float16(0.05)

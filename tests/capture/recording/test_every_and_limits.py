@@ -100,15 +100,15 @@ def test_a_call_that_is_left_out_is_left_alone(layer, monkeypatch) -> None:
             for place, name in [
                 (observation, "run_kernel"),
                 (kernel, "split"),
-                (kernel, "rerun"),
-                (subscription, "hindrance"),
-                (observation, "aside"),
+                (kernel, "rerun_lower_layers"),
+                (subscription, "unsupported_reason"),
+                (observation, "isolated_context"),
             ]:
                 patch.setattr(place, name, None)
             assert same_result(expected, layer(x))
         # The control: the same patches are noticed by a call that is recorded.
         with monkeypatch.context() as patch:
-            patch.setattr(subscription, "hindrance", None)
+            patch.setattr(subscription, "unsupported_reason", None)
             with pytest.raises(TypeError):
                 layer(x)
     assert len(trace.calls) == 1

@@ -71,12 +71,12 @@ def test_the_model_goes_on_and_the_loss_is_counted(gates, model, batch, disk, tm
         assert torch.equal(model(batch), expected)
     assert hooks(model) == 0
     first, last = (str(each.message) for each in given)
-    assert first.startswith("nothing more is recorded, and the model goes on untraced: ")
+    assert first.startswith("recording has stopped, and the model continues untraced: ")
     assert first.endswith("No space left on device")
     # Seven runs of the model, four calls each.
     assert last == (
         f"{path} holds 4 calls of this recording, and 24 more are lost, "
-        "since it could not be written"
+        "because they could not be written"
     )
     with grutrace.open(path) as trace:
         assert (len(trace.calls), trace.closed) == (4, False)
@@ -246,7 +246,7 @@ def test_fsync_comes_before_the_counts_and_after_them(model, batch, tmp_path, mo
 
 def test_labels_of_calls_that_are_lost_do_not_end_the_run(model, batch, disk, tmp_path) -> None:
     with (
-        pytest.warns(grutrace.GrutraceWarning, match="goes on untraced|are lost"),
+        pytest.warns(grutrace.GrutraceWarning, match="continues untraced|are lost"),
         grutrace.trace(model, tmp_path / "run.h5", on_error="warn") as tracer,
     ):
         disk.full = True

@@ -25,9 +25,9 @@ from tests import oracles
 @pytest.fixture
 def dear(monkeypatch) -> None:
     """Weights are compared only where they must be, and no sample finds a change."""
-    monkeypatch.setattr(weight_versions, "SHARE", -1.0)
+    monkeypatch.setattr(weight_versions, "MAX_COMPARE_FRACTION", -1.0)
     monkeypatch.setattr(weight_versions, "SAMPLE_SECONDS", -1.0)
-    monkeypatch.setattr(weight_versions._Seen, "has_sample_of", lambda *_: True)
+    monkeypatch.setattr(weight_versions._WeightFingerprint, "has_sample_of", lambda *_: True)
 
 
 @pytest.mark.parametrize("to_file", [False, True])
@@ -97,7 +97,7 @@ def test_inline_gates_are_those_of_the_weights_whatever_the_states_tell(dear) ->
 
 
 def test_what_waits_behind_a_call_is_bounded(dear, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(journal, "MOST_BYTES", 64 * 1024)
+    monkeypatch.setattr(journal, "MAX_BYTES", 64 * 1024)
     model = nn.ModuleDict({"cell": nn.GRUCell(3, 8), "layer": nn.GRU(3, 64)})
     x = torch.randn(20, 4, 3)
     with torch.no_grad(), grutrace.trace(model, tmp_path / "a.h5", gates="deferred") as trace:
@@ -110,13 +110,13 @@ def test_what_waits_behind_a_call_is_bounded(dear, monkeypatch, tmp_path) -> Non
 
 
 def test_nothing_waits_for_long(dear, monkeypatch) -> None:
-    monkeypatch.setattr(journal, "MOST_SECONDS", 60)
+    monkeypatch.setattr(journal, "MAX_SECONDS", 60)
     cell, x = nn.GRUCell(3, 8), torch.randn(2, 3)
     with torch.no_grad(), grutrace.trace(cell, gates="deferred") as trace:
         cell(x)
         cell(x)
         assert len(trace._journal) == 2
-        monkeypatch.setattr(journal, "MOST_SECONDS", 0.01)
+        monkeypatch.setattr(journal, "MAX_SECONDS", 0.01)
         time.sleep(0.02)
         cell(x)
         assert len(trace._journal) == 0
@@ -147,8 +147,8 @@ def test_a_trace_that_was_emptied_knows_no_weights_of_before(dear) -> None:
 @pytest.fixture
 def patient(monkeypatch) -> None:
     """No call is worked out because it has waited for long: a busy machine is slow."""
-    monkeypatch.setattr(journal, "MOST_SECONDS", 600)
-    monkeypatch.setattr(journal, "PAUSE_SECONDS", 600)
+    monkeypatch.setattr(journal, "MAX_SECONDS", 600)
+    monkeypatch.setattr(journal, "IDLE_SECONDS", 600)
 
 
 @pytest.fixture(params=["cell", "gru", "packed", "stack", "batch first"])
@@ -196,7 +196,7 @@ def test_what_the_user_changes_after_a_call_is_not_recorded(call, gates, patient
 
 
 def test_copies_lie_in_memory_that_is_used_again(patient, monkeypatch) -> None:
-    monkeypatch.setattr(tensor_copy, "PIECE", 256)
+    monkeypatch.setattr(tensor_copy, "SEGMENT_BYTES", 256)
     cell, x = nn.GRUCell(3, 8), torch.randn(2, 3)
     found = []
     with torch.no_grad(), grutrace.trace(cell, gates="deferred") as trace:
@@ -209,7 +209,7 @@ def test_copies_lie_in_memory_that_is_used_again(patient, monkeypatch) -> None:
 
 
 def test_memory_is_used_again_once_nothing_lies_in_it(monkeypatch) -> None:
-    monkeypatch.setattr(tensor_copy, "PIECE", 256)
+    monkeypatch.setattr(tensor_copy, "SEGMENT_BYTES", 256)
     buffer, values = CopyBuffer(1024), torch.arange(8.0)
     copies = [buffer.copy(values + n) for n in range(6)]
     kept = [each.numpy()[2:] for each in copies[:4]]
@@ -238,7 +238,7 @@ def test_memory_is_used_again_once_nothing_lies_in_it(monkeypatch) -> None:
 @pytest.mark.parametrize("gates", ["inline", "background", "deferred"])
 @pytest.mark.parametrize("form", ["batch_first", "by time", "one step", "cell"])
 def test_rows_that_are_the_copies_are_not_written_over(form, gates, patient, monkeypatch) -> None:
-    monkeypatch.setattr(tensor_copy, "PIECE", 4096)
+    monkeypatch.setattr(tensor_copy, "SEGMENT_BYTES", 4096)
     torch.manual_seed(0)
     steps = {"batch_first": 4, "by time": 4, "one step": 1, "cell": 1}[form]
     model = nn.GRUCell(3, 8) if form == "cell" else nn.GRU(3, 8, batch_first=form == "batch_first")
@@ -282,7 +282,7 @@ def test_a_model_that_pauses_leaves_nothing_in_memory(monkeypatch, patient, tmp_
         for _ in range(3):
             cell(x)
         assert len(trace._journal) == 3
-        monkeypatch.setattr(journal, "PAUSE_SECONDS", 0.4)
+        monkeypatch.setattr(journal, "IDLE_SECONDS", 0.4)
         with grutrace.open(tmp_path / "a.h5") as reader:
             end = time.monotonic() + 20
             while len(reader.calls) < 3 and time.monotonic() < end:
@@ -293,16 +293,16 @@ def test_a_model_that_pauses_leaves_nothing_in_memory(monkeypatch, patient, tmp_
 
 
 def test_what_a_writers_thread_cannot_work_out_is_left_to_the_models(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(journal, "MOST_SECONDS", 600)
-    work_out, tried = module_recorder.ModuleRecorder.work_out, []
+    monkeypatch.setattr(journal, "MAX_SECONDS", 600)
+    record, tried = module_recorder.ModuleRecorder.record, []
 
     def failing(self, entry):
         if threading.current_thread().name == "grutrace writer":
             tried.append(entry)
             raise RuntimeError("not here")
-        return work_out(self, entry)
+        return record(self, entry)
 
-    monkeypatch.setattr(module_recorder.ModuleRecorder, "work_out", failing)
+    monkeypatch.setattr(module_recorder.ModuleRecorder, "record", failing)
     cell, x = nn.GRUCell(3, 8), torch.randn(2, 3)
     with torch.no_grad(), grutrace.trace(cell, tmp_path / "a.h5") as trace:
         state = cell(x)
@@ -345,19 +345,19 @@ def test_nothing_is_lost_where_warnings_are_errors(how, path, tmp_path) -> None:
 
 def test_an_interruption_loses_no_call_that_waits(monkeypatch, patient) -> None:
     cell, x = nn.GRUCell(3, 8), torch.randn(2, 3)
-    work_out = module_recorder.ModuleRecorder.work_out
+    record = module_recorder.ModuleRecorder.record
     counts = iter(range(100))
 
     def interrupted(self, entry):
         if next(counts) == 1:
             raise KeyboardInterrupt
-        return work_out(self, entry)
+        return record(self, entry)
 
     with torch.no_grad(), grutrace.trace(cell) as trace:
         state = None
         for _ in range(4):
             state = cell(x, state)
-        monkeypatch.setattr(module_recorder.ModuleRecorder, "work_out", interrupted)
+        monkeypatch.setattr(module_recorder.ModuleRecorder, "record", interrupted)
         with pytest.raises(KeyboardInterrupt):
             trace.flush()
         assert len(trace._journal) == 3
@@ -392,7 +392,7 @@ def test_a_call_that_comes_while_the_journal_is_drained(monkeypatch) -> None:
         with torch.no_grad():
             cell(x)
 
-    class Entry(module_recorder.Entry):
+    class Entry(module_recorder.JournalEntry):
         @property
         def is_certain(self):
             if trace._journal.lock._is_owned() and len(others) < 3:
@@ -405,7 +405,7 @@ def test_a_call_that_comes_while_the_journal_is_drained(monkeypatch) -> None:
         def is_certain(self, value):
             self.certain = value
 
-    monkeypatch.setattr(module_recorder, "Entry", Entry)
+    monkeypatch.setattr(module_recorder, "JournalEntry", Entry)
     with grutrace.trace(cell, gates="deferred") as trace:
         call()
         call()

@@ -15,8 +15,14 @@ from torch.nn.functional import linear
 
 import grutrace
 from grutrace.analysis.verification.verify import verify
-from grutrace.gru.layout import PaddedSteps
-from grutrace.gru.replay import PROOF_UNITS, Columns, PartialShadow, Shadow, evenly_spaced
+from grutrace.gru.layout import PaddedLayout
+from grutrace.gru.replay import (
+    CHECK_UNITS,
+    ColumnSelector,
+    GateReplay,
+    PartialReplay,
+    evenly_spaced,
+)
 from grutrace.records import GATES
 from tests import oracles
 from tests.capture.models import EncoderDecoder, StepwiseDecoder
@@ -195,8 +201,8 @@ def test_inference_tensors_which_have_no_counter() -> None:
 
 def test_rows_of_the_weights_are_taken_once_a_version(monkeypatch) -> None:
     taken = []
-    rows = PartialShadow.rows
-    monkeypatch.setattr(PartialShadow, "rows", lambda *args: taken.append(1) or rows(*args))
+    rows = PartialReplay.rows
+    monkeypatch.setattr(PartialReplay, "rows", lambda *args: taken.append(1) or rows(*args))
     layer, x = nn.GRU(3, 4).requires_grad_(False), torch.randn(5, 2, 3)
     with grutrace.trace(layer, units=[1]) as trace:
         layer(x)
@@ -242,18 +248,18 @@ def counted(monkeypatch) -> Counted:
     [
         ({}, 3 * H),
         ({"record": EVERYTHING}, 3 * H),
-        ({"record": "update"}, H + 2 * PROOF_UNITS),
-        ({"record": "reset"}, H + 2 * PROOF_UNITS),
-        ({"record": "candidate"}, 2 * H + PROOF_UNITS),
-        ({"record": ("update", "reset", "hidden")}, 2 * H + PROOF_UNITS),
+        ({"record": "update"}, H + 2 * CHECK_UNITS),
+        ({"record": "reset"}, H + 2 * CHECK_UNITS),
+        ({"record": "candidate"}, 2 * H + CHECK_UNITS),
+        ({"record": ("update", "reset", "hidden")}, 2 * H + CHECK_UNITS),
         ({"record": ("update", "candidate")}, 3 * H),
-        ({"record": "hidden"}, 3 * PROOF_UNITS),
-        ({"record": "input"}, 3 * PROOF_UNITS),
+        ({"record": "hidden"}, 3 * CHECK_UNITS),
+        ({"record": "input"}, 3 * CHECK_UNITS),
         ({"units": slice(0, 12)}, 3 * 12),
         ({"units": [7]}, 3),
-        ({"units": slice(20), "record": "update"}, 20 + 2 * PROOF_UNITS),
+        ({"units": slice(20), "record": "update"}, 20 + 2 * CHECK_UNITS),
         ({"units": [3, 1, 2], "record": ("update", "hidden")}, 3 * 3),
-        ({"units": slice(20), "record": "hidden"}, 3 * PROOF_UNITS),
+        ({"units": slice(20), "record": "hidden"}, 3 * CHECK_UNITS),
     ],
 )
 @pytest.mark.parametrize("kind", ["padded", "packed", "reverse", "cell"])
@@ -295,13 +301,13 @@ def test_control_what_is_wrong_exceeds_the_tolerance(record) -> None:
     initial = torch.randn(1, B, 16)
     hidden, units = layer(x, initial)[0].detach(), list(range(0, 16, 2))
     gates = [name for name in record if name in GATES]
-    shadow = PartialShadow(16, gates, units, False, torch.float32)
-    good = shadow.rows(Shadow(layer).weights)
+    shadow = PartialReplay(16, gates, units, False, torch.float32)
+    good = shadow.rows(GateReplay(layer).weights)
     given: dict[str, Any] = {
         "input": x,
         "hidden": hidden,
         "initial": initial[0],
-        "steps": PaddedSteps(T, B),
+        "steps": PaddedLayout(T, B),
         "rows": good,
     }
     found = shadow.replay(**given)
@@ -317,7 +323,7 @@ def test_control_what_is_wrong_exceeds_the_tolerance(record) -> None:
     for what, changed in wrong.items():
         found = shadow.replay(**(given | changed))
         assert found.residual > 10 * found.tolerance, what
-    backward = PartialShadow(16, gates, units, True, torch.float32)
+    backward = PartialReplay(16, gates, units, True, torch.float32)
     found = backward.replay(**given)
     assert found.residual > 10 * found.tolerance
 
@@ -328,7 +334,7 @@ def test_control_a_changed_state_does_not_verify() -> None:
     with grutrace.trace(layer, units=[5, 2, 9]) as trace:
         layer(torch.randn(6, 3, 4))
     assert verify(trace)[0].holds
-    rows = trace._outlet.sink._store._arrays["modules/%/l0/hidden"]
+    rows = trace._guarded_sink.sink._store._arrays["modules/%/l0/hidden"]
     rows.joined()
     rows._joined[8, 2] += 1e-4
     (found,) = verify(trace)
@@ -340,7 +346,7 @@ def test_few_gates_and_the_input_verify_against_all_units() -> None:
     """The recorded tolerance is of what was computed; other units may have larger products."""
     torch.manual_seed(0)
     layer = nn.GRU(8, 64).requires_grad_(False)
-    proven = evenly_spaced(64, PROOF_UNITS)
+    proven = evenly_spaced(64, CHECK_UNITS)
     for name in ("weight_ih_l0", "weight_hh_l0"):
         weight = getattr(layer, name)
         weight[64:128] *= 0.01
@@ -364,7 +370,7 @@ def test_which_units_prove() -> None:
 @pytest.mark.parametrize("places", [[0], [3], [0, 1, 2], [1, 4, 7], [2, 0], [0, 1, 3], [5, 5]])
 def test_columns(places) -> None:
     values = torch.arange(24.0).reshape(3, 8)
-    assert torch.equal(Columns(places).of(values), values[:, places])
+    assert torch.equal(ColumnSelector(places).of(values), values[:, places])
 
 
 # -- what can be read -------------------------------------------------------------------------

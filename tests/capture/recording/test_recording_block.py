@@ -210,7 +210,7 @@ def test_a_long_block_keeps_nothing_for_each_call(given, gru) -> None:
 
 
 def test_what_can_still_be_annotated_is_said(gru, monkeypatch) -> None:
-    monkeypatch.setattr(annotations, "KEPT_SEQUENCES", 6)
+    monkeypatch.setattr(annotations, "MAX_SEQUENCES", 6)
     with grutrace.Tracer(gru, recording=False) as tracer, tracer.recording() as recording:
         for steps in range(1, 6):
             call(gru, steps, batch=2)
@@ -228,7 +228,7 @@ def test_what_can_still_be_annotated_is_said(gru, monkeypatch) -> None:
 
 
 def test_what_was_given_goes_to_all_batches_however_many(gru, monkeypatch) -> None:
-    monkeypatch.setattr(annotations, "KEPT_SEQUENCES", 6)
+    monkeypatch.setattr(annotations, "MAX_SEQUENCES", 6)
     tracer = grutrace.Tracer(gru, recording=False)
     with tracer.recording(labels={"n": [1, 2]}):
         for steps in range(1, 10):
@@ -240,7 +240,7 @@ def test_what_was_given_goes_to_all_batches_however_many(gru, monkeypatch) -> No
 
 def test_a_batch_that_goes_on_is_kept(monkeypatch) -> None:
     """What was used last is kept, and not what began last."""
-    monkeypatch.setattr(annotations, "KEPT_SEQUENCES", 6)
+    monkeypatch.setattr(annotations, "MAX_SEQUENCES", 6)
     cell = nn.GRUCell(2, 3)
     tracer = grutrace.Tracer(cell, recording=False)
     with torch.no_grad(), tracer.recording() as recording:
@@ -257,14 +257,14 @@ def test_a_batch_that_goes_on_is_kept(monkeypatch) -> None:
 def test_beams_in_a_block_take_time_in_proportion(monkeypatch) -> None:
     """Counted in how many batches are looked through, and not in time."""
     cell, looked = nn.GRUCell(4, 8), 0
-    places = annotations._ModuleBatches.places
+    places = annotations._ModuleBatches.find
 
     def counting(self, sequences):
         nonlocal looked
         looked += len(self._unlisted) + 1
         return places(self, sequences)
 
-    monkeypatch.setattr(annotations._ModuleBatches, "places", counting)
+    monkeypatch.setattr(annotations._ModuleBatches, "find", counting)
 
     def decode(sentences: int) -> int:
         nonlocal looked

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import torch
 
-from grutrace.capture.recording.sequence_tracking import Assignment, Continuity
+from grutrace.capture.recording.sequence_tracking import SequenceAssignment, SequenceTracker
 from grutrace.records import Fork
 
 
@@ -16,15 +16,15 @@ def states(*rows: float) -> torch.Tensor:
     return torch.tensor([[row, row + 0.5] for row in rows]).reshape(-1, 2)
 
 
-class Followed(Continuity):
+class Followed(SequenceTracker):
     """Numbers calls that are all recorded."""
 
     def __init__(self, memory: int = 1 << 20) -> None:
         super().__init__(memory)
 
-    def assign(self, *args, **kwargs) -> Assignment:
+    def assign(self, *args, **kwargs) -> SequenceAssignment:
         found = super().assign(*args, **kwargs)
-        self.accept(lambda: None)
+        self.commit(lambda: None)
         return found
 
 
@@ -103,10 +103,10 @@ def test_an_empty_batch() -> None:
 
 
 def test_a_call_that_is_not_recorded_leaves_nothing() -> None:
-    continuity = Continuity(1 << 20)
+    continuity = SequenceTracker(1 << 20)
     for _ in range(2):
         assert continuity.assign(None, states(1, 2), ones(2)).sequences.tolist() == [0, 1]
-    continuity.accept(lambda: None)
+    continuity.commit(lambda: None)
     for _ in range(2):
         found = continuity.assign(states(1, 2), states(3, 4), ones(2))
         assert found.sequences.tolist() == [0, 1]

@@ -13,7 +13,7 @@ from torch import nn
 
 import grutrace
 from grutrace.capture.recording import state_memory as states
-from grutrace.capture.recording.state_memory import Call, StateMemory
+from grutrace.capture.recording.state_memory import FinalStates, StateMemory
 
 BOTH = pytest.mark.parametrize("path", [None, "run.h5"])
 
@@ -185,7 +185,7 @@ def test_a_dropped_state_is_said(path, cell, tmp_path) -> None:
         for _ in range(200):
             step(cell, torch.randn(2, 4))
         idle = step(cell, idle)
-        with pytest.warns(grutrace.GrutraceWarning, match="no longer remembered") as warned:
+        with pytest.warns(grutrace.GrutraceWarning, match="no longer in memory") as warned:
             trace.flush()
         step(cell, idle)
     assert len(warned) == 1
@@ -216,7 +216,7 @@ def test_what_is_remembered_is_bounded() -> None:
         for _ in range(3):
             for _ in range(120):
                 gru(torch.randn(1, 64, 2))
-            found.append(sum(each.states.nbytes for each in t._recorders[0]._continuity._memory))
+            found.append(sum(each.states.nbytes for each in t._recorders[0]._tracker._memory))
     assert found[0] < 8 * 1024**2
     assert found[1] < 8 * 1024**2
     assert found[2] > 3 * 1024**2
@@ -230,7 +230,7 @@ def test_nothing_is_kept_of_a_graph(kind) -> None:
         state = torch.randn(1, 2, 4) if kind == "GRU" else torch.randn(2, 4)
         module(torch.randn(1, 2, 3) if kind == "GRU" else torch.randn(2, 3), state)
         trace.flush()
-        last = trace._recorders[0]._continuity._memory.last
+        last = trace._recorders[0]._tracker._memory.last
     assert last is not None
     assert not last.states.requires_grad
 
@@ -291,9 +291,9 @@ def test_without_memory_one_stream_goes_on(cell) -> None:
     assert trace["cell"].lengths.tolist() == [5, 5]
 
 
-def remembered(states: torch.Tensor, first: int = 0) -> Call:
+def remembered(states: torch.Tensor, first: int = 0) -> FinalStates:
     numbers = np.arange(first, first + len(states), dtype=np.uint64)
-    return Call(states, numbers, numbers, np.ones(len(states), np.int64), None)
+    return FinalStates(states, numbers, numbers, np.ones(len(states), np.int64), None)
 
 
 def test_units_that_never_change_do_not_hide_the_others() -> None:
@@ -360,7 +360,7 @@ def test_a_network_at_rest_costs_the_same_at_every_call(monkeypatch) -> None:
             agents = [cell(x, h) for x, h in zip(inputs, agents, strict=True)]
             trace.flush()
     assert trace["cell"].lengths.tolist() == [400, 400]
-    assert max(counts[200:]) <= 2 * (2 * states.OPEN_ALIKE + states.PAST_ALIKE)
+    assert max(counts[200:]) <= 2 * (2 * states.MAX_OPEN_CANDIDATES + states.MAX_CLOSED_CANDIDATES)
     assert max(counts[300:]) <= max(counts[200:300])
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from grutrace.capture.recording import weight_versions as module
-from grutrace.capture.recording.weight_versions import WeightVersions
+from grutrace.capture.recording.weight_versions import WeightVersionTracker
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def layer() -> nn.GRU:
 @pytest.fixture
 def only_marks(monkeypatch) -> None:
     """Every byte is compared only when it has to be."""
-    monkeypatch.setattr(module, "SHARE", -1.0)
+    monkeypatch.setattr(module, "MAX_COMPARE_FRACTION", -1.0)
     monkeypatch.setattr(module, "SAMPLE_SECONDS", -1.0)
 
 
@@ -59,13 +59,13 @@ CHANGES = [
 ]
 
 
-def look(versions: WeightVersions, layer: nn.GRU, times: int = 1) -> list[bool]:
-    return [versions.look(layer._flat_weights, 1.0) for _ in range(times)]
+def look(versions: WeightVersionTracker, layer: nn.GRU, times: int = 1) -> list[bool]:
+    return [versions.check(layer._flat_weights, 1.0) for _ in range(times)]
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_a_new_version(layer: nn.GRU, change) -> None:
-    versions = WeightVersions()
+    versions = WeightVersionTracker()
     assert look(versions, layer, 2) == [True, True]
     assert versions.present.number == 0
     change(layer)
@@ -74,7 +74,7 @@ def test_a_change_is_a_new_version(layer: nn.GRU, change) -> None:
     for copy, weight in zip(versions.present.weights, layer._flat_weights, strict=True):
         assert torch.equal(copy, weight)
         assert copy.data_ptr() != weight.data_ptr()
-    assert [each.number for each in versions.made] == [0, 1]
+    assert [each.number for each in versions.new_versions] == [0, 1]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -86,7 +86,7 @@ def test_a_sample_finds_whole_rows_and_columns(layer, change, layout, only_marks
     elif layout == "sliced":
         for weight in (layer.weight_ih_l0, layer.weight_hh_l0):
             weight.data = torch.cat([weight.data, weight.data], 1)[:, : weight.shape[1]]
-    versions = WeightVersions()
+    versions = WeightVersionTracker()
     assert look(versions, layer, 4) == [True, False, False, False]
     change(layer)
     # A part of the sample a call; slices have none, and are compared when rows are handed on.
@@ -98,7 +98,7 @@ def test_a_sample_finds_whole_rows_and_columns(layer, change, layout, only_marks
 
 def test_one_element_is_found_by_comparing_every_byte(layer: nn.GRU, only_marks) -> None:
     """And by nothing else: the control."""
-    versions = WeightVersions()
+    versions = WeightVersionTracker()
     look(versions, layer)
     layer.weight_hh_l0.data[3, 3] += 1
     assert look(versions, layer, 8) == [False] * 8
@@ -106,7 +106,7 @@ def test_one_element_is_found_by_comparing_every_byte(layer: nn.GRU, only_marks)
     assert look(versions, layer) == [True]
     assert versions.present.number == 1
     layer.weight_hh_l0.data[3, 3] += 1
-    exact = WeightVersions("exact")
+    exact = WeightVersionTracker("exact")
     assert look(exact, layer, 2) == [True, True]
     layer.weight_hh_l0.data[3, 3] += 1
     assert look(exact, layer) == [True]
@@ -114,7 +114,7 @@ def test_one_element_is_found_by_comparing_every_byte(layer: nn.GRU, only_marks)
 
 
 def test_weights_that_come_back_are_the_version_that_they_were(layer: nn.GRU) -> None:
-    versions, before = WeightVersions(), layer.weight_hh_l0.detach().clone()
+    versions, before = WeightVersionTracker(), layer.weight_hh_l0.detach().clone()
     for _ in range(3):
         look(versions, layer)
         layer.weight_hh_l0.data[17] = 0
@@ -126,34 +126,34 @@ def test_weights_that_come_back_are_the_version_that_they_were(layer: nn.GRU) ->
 
 
 def test_the_same_values_elsewhere_are_the_same_version(layer: nn.GRU) -> None:
-    versions = WeightVersions()
+    versions = WeightVersionTracker()
     look(versions, layer)
     layer.load_state_dict(layer.state_dict())
-    versions.look([weight.clone() for weight in layer._flat_weights], 0.0)
+    versions.check([weight.clone() for weight in layer._flat_weights], 0.0)
     assert versions.present.number == 0
 
 
 def test_numbers_that_are_not_equal_to_themselves_are_no_change(layer: nn.GRU) -> None:
     layer.weight_hh_l0.data[0, 0] = np.nan
-    versions = WeightVersions()
+    versions = WeightVersionTracker()
     look(versions, layer)
-    versions.look([weight.clone() for weight in layer._flat_weights], 0.0)
+    versions.check([weight.clone() for weight in layer._flat_weights], 0.0)
     assert versions.present.number == 0
 
 
 def test_tensors_without_a_version_counter() -> None:
     with torch.inference_mode():
         weights = [weight.clone() for weight in nn.GRU(2, 3)._flat_weights]
-        versions = WeightVersions()
-        assert versions.look(weights, 0.0)
-        assert versions.look(weights, 0.0)
+        versions = WeightVersionTracker()
+        assert versions.check(weights, 0.0)
+        assert versions.check(weights, 0.0)
         weights[0][0, 0] += 1
-        assert versions.look(weights, 0.0)
+        assert versions.check(weights, 0.0)
         assert versions.present.number == 1
 
 
 def test_weights_are_left_as_they_are(layer: nn.GRU) -> None:
-    versions, weights = WeightVersions(), list(layer.parameters())
+    versions, weights = WeightVersionTracker(), list(layer.parameters())
     look(versions, layer, 3)
     versions.recheck()
     assert all(each.untyped_storage().resizable() for each in weights)
@@ -166,7 +166,10 @@ def test_weights_are_left_as_they_are(layer: nn.GRU) -> None:
 
 
 def test_nothing_keeps_the_weights_alive(layer: nn.GRU) -> None:
-    versions, weights = WeightVersions(), [each.detach().clone() for each in layer._flat_weights]
-    versions.look(weights, 0.0)
+    versions, weights = (
+        WeightVersionTracker(),
+        [each.detach().clone() for each in layer._flat_weights],
+    )
+    versions.check(weights, 0.0)
     del weights
     assert versions.recheck()

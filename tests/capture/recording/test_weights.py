@@ -26,10 +26,10 @@ GATES = [{"gates": "inline"}, {"gates": "background"}, {"gates": "deferred"}, {"
 def comparisons(request, monkeypatch) -> str:
     """Weights are compared at each call; or only where they must be; without a sample then."""
     if request.param != "cheap":
-        monkeypatch.setattr(weight_versions, "SHARE", -1.0)
+        monkeypatch.setattr(weight_versions, "MAX_COMPARE_FRACTION", -1.0)
         monkeypatch.setattr(weight_versions, "SAMPLE_SECONDS", -1.0)
     if request.param == "dear and unseen":
-        monkeypatch.setattr(weight_versions._Seen, "has_sample_of", lambda *_: True)
+        monkeypatch.setattr(weight_versions._WeightFingerprint, "has_sample_of", lambda *_: True)
     return request.param
 
 
@@ -150,9 +150,9 @@ def test_the_usual_lesion_study(options, comparisons) -> None:
 @pytest.mark.parametrize("gates", ["background", "deferred"])
 def test_a_change_that_is_undone_before_anybody_looks(gates, monkeypatch, tmp_path) -> None:
     """No version in the trace fits: the call is marked, and a warning says its number."""
-    monkeypatch.setattr(weight_versions, "SHARE", -1.0)
+    monkeypatch.setattr(weight_versions, "MAX_COMPARE_FRACTION", -1.0)
     monkeypatch.setattr(weight_versions, "SAMPLE_SECONDS", -1.0)
-    monkeypatch.setattr(weight_versions._Seen, "has_sample_of", lambda *_: True)
+    monkeypatch.setattr(weight_versions._WeightFingerprint, "has_sample_of", lambda *_: True)
     layer, x = nn.GRU(8, 64).requires_grad_(False), torch.randn(6, 2, 8)
     kept = layer.weight_hh_l0.detach().clone()
     tracer = grutrace.trace(layer, gates=gates)
@@ -181,9 +181,9 @@ def test_a_change_that_is_undone_before_anybody_looks(gates, monkeypatch, tmp_pa
 
 def test_a_file_is_marked_and_its_reader_finds_out(monkeypatch, tmp_path, capsys) -> None:
     """Deferred gates in a file: which weights a call used is found out when it is read."""
-    monkeypatch.setattr(weight_versions, "SHARE", -1.0)
+    monkeypatch.setattr(weight_versions, "MAX_COMPARE_FRACTION", -1.0)
     monkeypatch.setattr(weight_versions, "SAMPLE_SECONDS", -1.0)
-    monkeypatch.setattr(weight_versions._Seen, "has_sample_of", lambda *_: True)
+    monkeypatch.setattr(weight_versions._WeightFingerprint, "has_sample_of", lambda *_: True)
     layer, x = nn.GRU(8, 64).requires_grad_(False), torch.randn(6, 2, 8)
     path = tmp_path / "run.h5"
     with grutrace.trace(layer, path, gates="deferred") as tracer:

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 import grutrace
 from grutrace.analysis.verification.verify import verify
-from grutrace.gru.replay import Shadow
+from grutrace.gru.replay import GateReplay
 from grutrace.records import GATES
 from grutrace.storage.read.recomputed import SiteGateInputs
 from tests import oracles
@@ -47,7 +47,7 @@ def assert_equal_to_rounding(inline: Any, deferred: Any, quantities=EVERYTHING) 
 
 
 def test_the_forward_replays_nothing(monkeypatch) -> None:
-    monkeypatch.setattr(Shadow, "replay", None)
+    monkeypatch.setattr(GateReplay, "replay", None)
     layer = nn.GRU(2, 3, 2)
     with grutrace.trace(layer, gates="deferred") as trace:
         layer(torch.randn(4, 2))
@@ -221,7 +221,7 @@ def test_a_training_run_inline_and_deferred(tmp_path) -> None:
 
 
 def test_control_what_a_layer_read_after_dropout_must_be_recorded(monkeypatch) -> None:
-    monkeypatch.setattr("grutrace.capture.selection._reads_states", lambda *_: True)
+    monkeypatch.setattr("grutrace.capture.selection._input_is_recorded", lambda *_: True)
     torch.manual_seed(0)
     layer = nn.GRU(3, 4, 2, dropout=0.5)
     with (
