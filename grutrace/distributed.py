@@ -1,7 +1,7 @@
-"""Which process of how many this is, and how its file is named: for runs of several processes.
+"""Shards of distributed runs: rank and world size of this process, and the path of its file.
 
-torch is not imported here, only looked at where the program has loaded it: so this can be asked
-by what must work without.
+This module does not import torch, so that it works without. It reads torch.distributed only if the
+program has imported it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typing import Any, TypeAlias
 
 from grutrace.errors import OptionError, short_repr
 
-#: Whether a file is a shard: as torch.distributed says; no; or of which rank of how many.
+#: Value of the option `shard`: True (ask torch.distributed), False, or (rank, world size).
 ShardOption: TypeAlias = bool | tuple[int, int]
 
-#: Where the ranks of a process group agree on their run's id, in the group's own store.
+#: Key in the store of the process group for the run's id, which all ranks share.
 _KEY = "grutrace/run"
 
 _EXPECTED = "True, False, or (rank, world size) with 0 <= rank < world size"
@@ -29,13 +29,12 @@ _EXPECTED = "True, False, or (rank, world size) with 0 <= rank < world size"
 
 @dataclass(frozen=True)
 class Shard:
-    """Which shard of a trace a file is.
+    """A shard of a trace: the file that one rank of a distributed run writes.
 
     Attributes:
-        rank: Of the process that writes it, from 0.
-        world_size: How many processes there are.
-        id: The same for all shards of a run and for no other's, where the processes could agree on
-            one; else None.
+        rank: Rank of the process that writes the file, from 0.
+        world_size: Number of processes.
+        id: Id of the run, equal in all its shards; None if the processes could not share one.
     """
 
     rank: int
@@ -44,25 +43,25 @@ class Shard:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The stamp among the options of a trace."""
+        """The entry for the options of the trace."""
         return {"shard": {"rank": self.rank, "world_size": self.world_size, "id": self.id}}
 
     def path(self, path: str | os.PathLike[str]) -> Path:
-        """The file of this shard, by that which one process alone would write."""
+        """Return the path of this shard, from the path that a single process would write."""
         whole = Path(path)
         return whole.with_name(f"{whole.stem}.rank{self.rank:04}{whole.suffix}")
 
 
 def shard_path(path: Path, shard: Shard | None) -> Path:
-    """The file of a shard; or, of no shard, the file itself."""
+    """Return the path of the shard's file; the path itself if there is no shard."""
     return path if shard is None else shard.path(path)
 
 
 def resolve_shard(option: ShardOption = True) -> Shard | None:
-    """The shard that this process writes, None for a file of its own.
+    """Return the shard that this process writes; None if it writes a file of its own.
 
     Raises:
-        OptionError: The option has no such value.
+        OptionError: The option has an invalid value.
     """
     if option is True:
         return detect_shard()
@@ -78,9 +77,9 @@ def resolve_shard(option: ShardOption = True) -> Shard | None:
 
 
 def detect_shard() -> Shard | None:
-    """The shard of this process, as torch.distributed or else torchrun has it; None if alone.
+    """Return the shard of this process, from torch.distributed or torchrun; None for one process.
 
-    Nothing here waits for another rank, which may not trace at all.
+    This function never waits for another rank, because other ranks may not trace.
     """
     distributed: Any = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
@@ -90,10 +89,10 @@ def detect_shard() -> Shard | None:
 
 
 def _shared_run_id(distributed: Any) -> str | None:
-    """What the first rank to ask has put into the store of the process group.
+    """Return the run's id, which the first rank that asks writes to the process group's store.
 
-    The store is a server in one of the processes; asking it is no collective. It is not in the
-    public interface of torch.distributed, and without it there is no id.
+    The store is a server in one of the processes, so this is not a collective operation. The store
+    is not part of torch.distributed's public interface; without it there is no id.
     """
     with contextlib.suppress(Exception):
         store = distributed.distributed_c10d._get_default_store()
@@ -103,9 +102,10 @@ def _shared_run_id(distributed: Any) -> str | None:
 
 
 def _shard_from_torchrun(environment: Mapping[str, str]) -> Shard | None:
-    """What torchrun tells its processes, before they have made a process group.
+    """Return the shard from torchrun's environment variables; None without torchrun.
 
-    Other launchers set the same variables for other ends: those are not believed.
+    The variables exist before the process group does. Other launchers set the same variables with
+    other meanings, so they count only together with torchrun's own.
     """
     if "TORCHELASTIC_RUN_ID" not in environment:
         return None

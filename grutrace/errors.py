@@ -1,7 +1,7 @@
-"""The exceptions and warnings of grutrace, one tree, so that a caller can catch all; and how their
-messages show what was found.
+"""Exceptions and warnings of grutrace, and helpers for their messages.
 
-A message is one line: what was expected, what was found, where, and what to do.
+All exceptions derive from `GrutraceError`, all warnings from `GrutraceWarning`. A message is one
+line: it says what was expected, what was found, where, and what to do.
 """
 
 from __future__ import annotations
@@ -20,62 +20,62 @@ from typing import Any, ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: Characters of a value that a message shows.
+#: Maximum number of characters of a value in a message.
 MAX_VALUE_CHARS = 80
 
-#: Names of a list that a message shows.
+#: Maximum number of names of a list in a message.
 MAX_LISTED_NAMES = 12
 
-#: What is expected of an option that chooses sites.
-GLOBS = "a glob such as 'encoder.*', or several"
+#: Expected value of an option that selects sites.
+GLOBS = "a glob such as 'encoder.*', or a list of globs"
 
-#: How messages call what holds many numbers.
+#: Names of array types in messages.
 _NAMES = {"Tensor": "a tensor", "Parameter": "a parameter", "ndarray": "an array"}
 
 
 class GrutraceError(Exception):
-    """Base of every error that grutrace raises on purpose."""
+    """Base class of all exceptions that grutrace raises."""
 
 
 class OptionError(GrutraceError, ValueError):
-    """An option or argument has a value that cannot be used."""
+    """An option or argument has an invalid value."""
 
 
 class StateError(GrutraceError, RuntimeError):
-    """A call that the object's present state does not allow, such as entering a closed tracer."""
+    """The object's state does not allow the call: for example, entering a closed tracer."""
 
 
 class UnsupportedError(GrutraceError, TypeError):
-    """A module or call that cannot be traced; the message names it and says what to do instead."""
+    """A module or call cannot be traced. The message names it and says what to do instead."""
 
 
 class NotRecordedError(GrutraceError, LookupError):
-    """A site, sequence or quantity that the trace does not hold."""
+    """The trace does not contain this site, sequence or quantity."""
 
 
 class ResidualError(GrutraceError, ArithmeticError):
-    """The replayed states differ from the kernel's own by more than rounding explains."""
+    """The replayed states differ from the kernel's states by more than the rounding tolerance."""
 
 
 class SinkError(GrutraceError, OSError):
-    """Recorded rows could not be stored."""
+    """Recorded rows cannot be stored."""
 
 
 class TraceFileError(GrutraceError, OSError):
-    """A file cannot be opened, read or written as a trace."""
+    """A trace file cannot be opened, read or written."""
 
 
 class MissingExtraError(GrutraceError, ImportError):
-    """A command or function needs an extra that is not installed; the message says which."""
+    """A command or function needs an extra that is not installed. The message names it."""
 
 
 @contextmanager
 def require_extra(what: str, extra: str) -> Iterator[None]:
-    """Turn the absence of a library that is imported inside into a `MissingExtraError`.
+    """Raise a `MissingExtraError` if a library that the block imports is not installed.
 
     Args:
-        what: What of grutrace needs it.
-        extra: What to install.
+        what: The function or command that needs the library.
+        extra: The extra of grutrace that includes the library.
     """
     try:
         yield
@@ -87,21 +87,21 @@ def require_extra(what: str, extra: str) -> Iterator[None]:
 
 
 def missing_library_message(what: str, library: str, extra: str) -> str:
-    """Say that something needs a library, and how to install all that the extra asks for.
+    """Return a message that names a missing library and the pip command that installs the extra.
 
-    pip finds the libraries themselves, whether grutrace was installed from a checkout or not.
+    The command lists the libraries, because it then also works for an installation from a checkout.
 
     Args:
-        what: What of grutrace needs it.
-        library: Name under which it is imported.
-        extra: The extra that has it.
+        what: The function or command that needs the library.
+        library: The import name of the library.
+        extra: The extra of grutrace that includes the library.
     """
     asked = " ".join(f'"{each}"' for each in extra_requirements(extra)) or library
     return f"{what} needs {library}, which is not installed: pip install {asked}"
 
 
 def extra_requirements(extra: str) -> list[str]:
-    """What an extra asks for, as pip takes it; nothing if grutrace itself is not installed."""
+    """Return the requirements of an extra, for pip. Empty if grutrace itself is not installed."""
     try:
         found = requires("grutrace") or []
     except PackageNotFoundError:
@@ -112,7 +112,7 @@ def extra_requirements(extra: str) -> list[str]:
 
 
 class _ShortRepr(reprlib.Repr):
-    """Shows tensors and arrays by their shape and type, and classes as such."""
+    """Shows tensors and arrays by shape and type, and classes by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class _ShortRepr(reprlib.Repr):
             return f"the class {value.__qualname__}"
         kind = type(value).__name__
         shape, dtype = getattr(value, "shape", None), getattr(value, "dtype", None)
-        # Scalars of NumPy have both, too, and a short text.
+        # NumPy scalars have both attributes, but their repr is short.
         is_scalar = isinstance(value, str) or not hasattr(value, "__len__")
         if shape is None or dtype is None or is_scalar:
             return super().repr_instance(value, level)
@@ -135,29 +135,29 @@ _SHORT_REPR = _ShortRepr()
 
 
 def short_repr(value: object) -> str:
-    """A value as a message shows it: on one line, and never the elements of a tensor or array."""
+    """Return a one-line text for a value in a message; of tensors and arrays shape and type only."""
     text = " ".join(_SHORT_REPR.repr(value).split())
     return text if len(text) <= MAX_VALUE_CHARS else f"{text[: MAX_VALUE_CHARS - 3]}..."
 
 
 def join_names(names: Iterable[str]) -> str:
-    """Names with commas between: the first of them, and how many more there are."""
+    """Return names, separated by commas: the first ones, and the number of the others."""
     given = list(names)
     more = f" and {len(given) - MAX_LISTED_NAMES} more" if len(given) > MAX_LISTED_NAMES else ""
     return (", ".join(given[:MAX_LISTED_NAMES]) + more) or "none"
 
 
 def suggest_name(name: str, allowed: Iterable[str]) -> str:
-    """A question for the allowed name that is most like this one; empty if none is like it."""
+    """Return a "did you mean" question for the most similar allowed name; empty if there is none."""
     close = get_close_matches(name, list(allowed), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def require_one_of(option: str, value: object, allowed: Sequence[str]) -> None:
-    """Refuse a value that is none of the texts that are allowed.
+    """Require a value to be one of the allowed texts.
 
     Raises:
-        OptionError: It is none of them.
+        OptionError: It is not.
     """
     if not isinstance(value, str) or value not in allowed:
         near = suggest_name(value, allowed) if isinstance(value, str) else ""
@@ -167,15 +167,15 @@ def require_one_of(option: str, value: object, allowed: Sequence[str]) -> None:
 
 
 def string_list(option: str, value: object, expected: str) -> list[str]:
-    """A text, or several, as a list of at least one.
+    """Return one text, or several, as a list with at least one element.
 
     Args:
         option: Name of the option.
-        value: As it was given.
-        expected: What it should be, in words.
+        value: The value that the user passed.
+        expected: A description of valid values, for the error message.
 
     Raises:
-        OptionError: It is none, or there is something else among them.
+        OptionError: The value is empty, or contains something other than texts.
     """
     texts: list[Any] = []
     if isinstance(value, str):
@@ -188,13 +188,13 @@ def string_list(option: str, value: object, expected: str) -> list[str]:
 
 
 def as_path(value: object, option: str = "path") -> Path:
-    """A path of any kind as a `pathlib.Path`.
+    """Return a path as a `pathlib.Path`.
 
     Raises:
-        OptionError: It is none.
+        OptionError: The value is not a path.
     """
     try:
-        # Bytes are no path here: what a file is called has to go into messages and other names.
+        # Bytes are not accepted, because messages and other file names include the path as text.
         return Path(value)  # type: ignore[arg-type]
     except TypeError:
         raise OptionError(
@@ -204,10 +204,10 @@ def as_path(value: object, option: str = "path") -> Path:
 
 
 def reject_unknown_options(function: Callable[P, R]) -> Callable[P, R]:
-    """Have a function refuse keywords that it does not know, and suggest the nearest that it does.
+    """Decorate a function so that an unknown keyword raises an error that suggests a known one.
 
     Raises:
-        OptionError: There is no option of that name.
+        OptionError: The function has no such option.
     """
     parameters = signature(function).parameters.values()
     known = {each.name for each in parameters if each.kind is not Parameter.POSITIONAL_ONLY}
@@ -218,16 +218,16 @@ def reject_unknown_options(function: Callable[P, R]) -> Callable[P, R]:
         for name in kwargs:
             if name not in known:
                 ordered = [each.name for each in parameters if each.name in known]
-                near = suggest_name(name, ordered) or f"; there are {', '.join(ordered)}"
-                raise OptionError(f"{name}: there is no such option{near}")
+                near = suggest_name(name, ordered) or f"; the options are {', '.join(ordered)}"
+                raise OptionError(f"{name}: unknown option{near}")
         return function(*args, **kwargs)
 
     return checked
 
 
 class GrutraceWarning(UserWarning):
-    """Base of every warning that grutrace gives."""
+    """Base class of all warnings that grutrace issues."""
 
 
 class ResidualWarning(GrutraceWarning):
-    """The replayed states differ from the kernel's own by more than rounding explains."""
+    """The replayed states differ from the kernel's states by more than the rounding tolerance."""

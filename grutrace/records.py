@@ -1,10 +1,10 @@
-"""The shared vocabulary: what is traced, and the records that flow from a model to a sink.
+"""Data types shared by recording and storage: modules, sites, records and the sink interface.
 
-Everything here is NumPy and plain Python. torch ends where these records are made, and HDF5
-begins after them.
+This module uses NumPy and plain Python only. Recording, with torch, creates the records; storage,
+with HDF5, writes them.
 
 Shapes use PyTorch's letters: B sequences in a batch, I input size, H hidden size, N rows of a
-call, which is the number of steps of all its sequences together.
+call (the steps of all its sequences).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import numpy.typing as npt
 
 Array: TypeAlias = npt.NDArray[Any]
 
-#: The three gates, in the order in which PyTorch stacks their weights.
+#: The gates, in the order in which PyTorch stacks their weights.
 GATES = ("reset", "update", "candidate")
 
-#: What is recorded unless asked otherwise.
+#: Quantities that are recorded by default.
 DEFAULT_RECORD = (*GATES, "hidden")
 
-#: Everything that can be recorded, one row a step.
+#: All quantities that can be recorded. Each has one row per step.
 QUANTITIES = (*DEFAULT_RECORD, "input")
 
 #: PyTorch's weight names without the layer suffix.
@@ -34,21 +34,22 @@ WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 @dataclass(frozen=True)
 class Site:
-    """One direction of one layer (or one nn.GRUCell): the place where gates are seen.
+    """One direction of one layer of an nn.GRU, or one nn.GRUCell.
 
     Attributes:
-        name: The module's path, a dot, and the suffix: ``encoder.rnn.l0_reverse``. Without the
-            dot when the path is empty.
+        name: The module's path, a dot and the suffix, such as ``encoder.rnn.l0_reverse``; just the
+            suffix if the path is empty.
         suffix: PyTorch's weight suffix, ``l0``, ``l0_reverse``, ``l1`` ...; ``cell`` for
             nn.GRUCell.
-        layer: Number of the layer, from 0.
+        layer: Index of the layer, from 0.
         reverse: Whether this direction reads its sequences from the last step to the first.
-        input_size: Width of what this layer reads: for layers above the first, the hidden size
-            times the number of directions.
-        quantities: What is stored here, in the order of `QUANTITIES`.
-        derived: What is not stored here but follows from what is, in the same order.
-        units: Which of the H units are recorded, in the order of the columns of the gates, the
-            hidden and the initial states; None for all. The input has all its columns.
+        input_size: Width of the layer's input. Above the first layer it is the hidden size times
+            the number of directions.
+        quantities: Stored quantities, in the order of `QUANTITIES`.
+        derived: Quantities that are not stored but computed from the stored ones, in the same
+            order.
+        units: Indices of the recorded units, in the order of the columns of gates, hidden and
+            initial states; None for all units. The input always has all its columns.
     """
 
     name: str
@@ -62,21 +63,21 @@ class Site:
 
     @property
     def available_quantities(self) -> tuple[str, ...]:
-        """What a reader gets, stored or derived, in the order of `QUANTITIES`."""
+        """Quantities that can be read, stored or derived, in the order of `QUANTITIES`."""
         return tuple(name for name in QUANTITIES if name in (*self.quantities, *self.derived))
 
 
 @dataclass(frozen=True)
 class ModuleInfo:
-    """One nn.GRU or nn.GRUCell of the model, with the sites that are recorded in it.
+    """An nn.GRU or nn.GRUCell of the model, and its recorded sites.
 
     Attributes:
-        path: Its path in the traced model; empty if it is the traced model itself.
+        path: Path in the traced model; empty if it is the model itself.
         kind: ``GRU`` or ``GRUCell``.
-        type: Qualified name of its class.
-        dtype: NumPy name of the type in which its rows are kept.
-        weights_dtype: NumPy name of the type in which its weights are kept.
-        sites: Its recorded sites, in PyTorch's order of layers and directions.
+        type: Qualified name of the class.
+        dtype: NumPy name of the data type of the rows.
+        weights_dtype: NumPy name of the data type of the weights.
+        sites: Recorded sites, in PyTorch's order of layers and directions.
     """
 
     path: str
@@ -94,20 +95,20 @@ class ModuleInfo:
     sites: tuple[Site, ...]
 
     def unit_count(self, site: Site) -> int:
-        """How many units of one of its sites are recorded: U, or H where all are."""
+        """Return the number of recorded units of a site: U, or H if all are recorded."""
         return self.hidden_size if site.units is None else len(site.units)
 
 
 @dataclass(frozen=True)
 class TraceHeader:
-    """What is known when a trace begins.
+    """Metadata of a trace, known when recording starts.
 
     Attributes:
         model: Qualified name of the traced model's class.
         created: Seconds since the epoch.
         versions: Versions of grutrace, torch, numpy, python and the platform, by name.
-        options: The options of the trace; JSON values only.
-        modules: The traced modules; a record names one by its place here.
+        options: Options of the tracer, as JSON values.
+        modules: The traced modules. Records refer to a module by its index in this tuple.
     """
 
     model: str
@@ -119,19 +120,18 @@ class TraceHeader:
 
 @dataclass(frozen=True)
 class SiteRows:
-    """What one call recorded at one site.
+    """The rows of one call at one site.
 
     Attributes:
-        rows: By quantity, (N, H), or (N, U) where U units are recorded, or (N, I) for the input:
-            the sequences one after another in the order of the batch, each in time order, also for
-            the reverse direction.
-        initial: (sequences begun by this call, H or U): the state that each of them started from.
-        residual: Largest ``|replayed h - kernel's h|`` of the call; NaN where nothing was replayed.
-        tolerance: The residual that rounding explains, in the same unit. Where nothing was
-            replayed: 0 if every byte of the weights was compared with those of the version when
-            the call ran, else NaN.
-        precision: Spacing at 1 of the coarsest type in which the kernel computed. Rows may be kept
-            in another.
+        rows: By quantity, (N, H), or (N, U) if only U units are recorded; (N, I) for the input.
+            Sequences follow each other in batch order. Each is in time order, also for the reverse
+            direction.
+        initial: (sequences that start in this call, H or U) their initial states.
+        residual: Largest ``|replayed h - kernel's h|`` of the call; NaN without a replay.
+        tolerance: The largest residual that rounding can explain. Without a replay: 0 if every byte
+            of the weights was compared when the call ran, else NaN.
+        precision: Machine epsilon of the least precise data type that the kernel used. Rows may be
+            stored in another type.
     """
 
     rows: Mapping[str, Array]
@@ -143,12 +143,12 @@ class SiteRows:
 
 @dataclass(frozen=True)
 class Fork:
-    """A sequence that began from a state in the middle of another one (beam search).
+    """A sequence that starts from a state inside another sequence, as in beam search.
 
     Attributes:
-        sequence: The sequence that began.
-        parent: The sequence that it began from.
-        steps: How many of the parent's steps had been made by then.
+        sequence: Number of the new sequence.
+        parent: Number of the sequence that it starts from.
+        steps: Number of steps of the parent before the fork.
     """
 
     sequence: int
@@ -156,23 +156,22 @@ class Fork:
     steps: int
 
 
-#: What a mark says of how a sequence began. ``continued``: it is a segment of its parent, which
-#: goes on from a state that the model or the user changed. ``ambiguous``: it started from a state
-#: that several sequences had ended with. ``dropped``: it started from a state, or has a name, that
-#: was no longer in memory.
+#: Marks for the start of a sequence. ``continued``: it is a segment of its parent, and starts from a
+#: state that the model or the user changed. ``ambiguous``: several sequences had ended with the state
+#: that it starts from. ``dropped``: its initial state, or its name, was no longer in memory.
 MARKS = ("continued", "ambiguous", "dropped")
 
-#: No label of the user's has a name that begins so: see docs/format.md.
+#: Reserved prefix of label names; see docs/format.md.
 MARK_PREFIX = "grutrace:"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """A mark of how a sequence began.
+    """A mark for the start of a sequence.
 
     Attributes:
-        sequence: The sequence that began.
-        mark: One of `MARKS`. Of a sequence that is ``continued``, a `Fork` names the parent.
+        sequence: Number of the sequence.
+        mark: One of `MARKS`. If it is ``continued``, a `Fork` names the parent.
     """
 
     sequence: int
@@ -183,20 +182,20 @@ class Origin:
 class CallRecord:
     """One recorded call of one module.
 
-    A sequence's number is its place in the order in which the module's sequences began. A batch
-    row whose number is the next unused one begins a sequence; any other continues one.
+    The sequences of a module are numbered from 0 in the order in which they start. A batch row with
+    the next unused number starts a sequence; any other row continues one.
 
     Attributes:
-        module: Place of the module in the header.
+        module: Index of the module in the header.
         time: Seconds since the epoch.
-        tag: The user's name for this part of the run, if any.
+        tag: The user's name for this part of the run; None without one.
         training: Whether the module was in training mode.
-        weights: Version of the weights that the call used, announced earlier as `WeightsRecord`.
+        weights: Version of the weights that the call used. Its `WeightsRecord` comes before.
         steps: (B,) number of steps of each batch row.
-        sequences: (B,) number of the sequence that each batch row is a piece of.
-        sites: By suffix, what was recorded; every recorded site of the module.
-        forks: Origins of those sequences that began from the middle of another.
-        origins: Marks of those sequences that began, where there is one.
+        sequences: (B,) number of the sequence that each batch row belongs to.
+        sites: Rows by site suffix, for every recorded site of the module.
+        forks: Forks among the sequences that start in this call.
+        origins: Marks of the sequences that start in this call, if they have one.
     """
 
     module: int
@@ -212,12 +211,12 @@ class CallRecord:
 
     @property
     def is_proven(self) -> bool:
-        """Whether no site's residual is larger than rounding explains."""
+        """Whether no site's residual exceeds its tolerance."""
         return not any(site.residual > site.tolerance for site in self.sites.values())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its rows and initial states. Rows that two sites share count once."""
+        """Bytes of the rows and initial states. Rows that two sites share count once."""
         arrays = {
             id(array): array.nbytes
             for site in self.sites.values()
@@ -228,13 +227,13 @@ class CallRecord:
 
 @dataclass(frozen=True)
 class WeightsRecord:
-    """One version of a module's weights, appended before the first block that used it.
+    """One version of a module's weights. It is appended before the first call that used it.
 
     Attributes:
-        module: Place of the module in the header.
-        version: Versions of a module count from 0.
-        sites: By suffix, then by name in `WEIGHTS`: weight_ih (3H, I), weight_hh (3H, H) and,
-            if the module has them, bias_ih and bias_hh (3H,).
+        module: Index of the module in the header.
+        version: Number of the version, from 0 for each module.
+        sites: By suffix, then by name in `WEIGHTS`: weight_ih (3H, I), weight_hh (3H, H) and, if
+            the module has biases, bias_ih and bias_hh (3H,).
     """
 
     module: int
@@ -249,14 +248,14 @@ class WeightsRecord:
 
 @dataclass(frozen=True)
 class AnnotationRecord:
-    """Tokens or a label of one sequence, one value a step.
+    """Tokens or a label of one sequence, one value per step.
 
     Attributes:
-        module: Place of the module in the header.
+        module: Index of the module in the header.
         sequence: Number of the sequence within the module.
-        name: ``tokens``, or the label's name.
-        first: The step that the first value belongs to.
-        values: One value a step, all text or all numbers (kept as float64).
+        name: ``tokens``, or the name of the label.
+        first: The step of the first value.
+        values: One value per step: all texts, or all numbers (stored as float64).
     """
 
     module: int
@@ -267,37 +266,37 @@ class AnnotationRecord:
 
     @property
     def nbytes(self) -> int:
-        """An estimate of the memory it takes while it waits to be written."""
+        """Estimated memory of the record while it waits to be written."""
         return 64 * (1 + len(self.values))
 
 
-#: What a sink takes.
+#: A record that a sink stores.
 Record: TypeAlias = CallRecord | WeightsRecord | AnnotationRecord
 
 
-#: Appends records to a sink that wait elsewhere. If it is given False, it does not wait for another
-#: thread that does so.
+#: Appends waiting records to the sink. Called with False, it returns at once if another thread is
+#: doing so.
 Collect: TypeAlias = Callable[[bool], None]
 
 
 class Sink(Protocol):
-    """Where records go. `append` may be called from any thread."""
+    """Destination of records. `append` may be called from any thread."""
 
     @property
     def has_failed(self) -> bool:
-        """Whether `append` will raise from now on."""
+        """Whether the sink has failed, so that `append` raises an error."""
 
     def collect_from(self, collect: Collect) -> None:
-        """Have records that wait elsewhere collected; a sink without a thread never does."""
+        """Set the function that collects waiting records. A sink without a thread never calls it."""
 
     def gather(self) -> AbstractContextManager[None]:
-        """Return a context: what is appended in it may wait for its end, to be stored together."""
+        """Return a context in which appended records may wait, to be stored together at its end."""
 
     def append(self, record: Record) -> None:
-        """Take a record. Its arrays belong to the sink from now on; nobody changes them."""
+        """Append a record. The sink owns its arrays: the caller must not change them."""
 
     def flush(self) -> None:
-        """Return once everything appended so far can be read back, and would survive a crash."""
+        """Wait until all appended records can be read and survive a crash of the process."""
 
     def close(self) -> None:
         """Flush and release everything. Closing twice does nothing."""

@@ -73,10 +73,10 @@ WRONG = {
     ),
     "model: its class": (lambda: grutrace.trace(nn.GRU), r"found the class GRU: make one"),
     "model: a tensor": (lambda: grutrace.trace(BIG), r"model: .*, found a tensor of shape"),
-    "an option": (lambda: trace(site="e*"), r"site: there is no such option .*'sites'\?\)$"),
+    "an option": (lambda: trace(site="e*"), r"site: unknown option .*'sites'\?\)$"),
     "an option like no other": (
         lambda: trace(xyzzy=1),
-        r"xyzzy: there is no such option; there are model, path, sites, record, gates",
+        r"xyzzy: unknown option; the options are model, path, sites, record, gates",
     ),
     "of a recording": (lambda: trace().recording(label={}), r"label: .*'labels'\?\)$"),
     "of statistics": (lambda: grutrace.Statistics(bin=4), r"bin: .*'bins'\?\)$"),

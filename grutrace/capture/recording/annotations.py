@@ -152,9 +152,9 @@ class RecordedBatches:
             for row, found in enumerate(batches.find(assignment.roots)):
                 if found is not None:
                     is_known = True
-                    batch, row = found
-                    batch.steps[row] += lengths[row]
-                    batch.numbers[row] = max(batch.numbers[row], numbers[row])
+                    batch, index = found
+                    batch.steps[index] += lengths[row]
+                    batch.numbers[index] = max(batch.numbers[index], numbers[row])
         if not is_known and not assignment.forks:
             batches.add(
                 _Batch(

@@ -1,0 +1,35 @@
+"""The options of a tracer have one description: the docstring and the command line agree."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+import pytest
+
+from grutrace.capture.tracer import Tracer
+from grutrace.options import OPTIONS
+
+PARAMETERS = inspect.signature(Tracer.__init__).parameters
+
+
+def described() -> dict[str, str]:
+    """The first sentence of each argument in the tracer's docstring."""
+    arguments = inspect.getdoc(Tracer).split("\nArgs:\n")[1].split("\nRaises:\n")[0]
+    found = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", arguments, re.M | re.S)
+    return {name: re.match(r".*?\.(?=\s|$)", " ".join(text.split()))[0] for name, text in found}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_docstring_begins_with_the_summary(name: str) -> None:
+    assert described()[name] == OPTIONS[name].summary
+
+
+def test_every_parameter_is_described_in_order() -> None:
+    assert list(described()) == [name for name in PARAMETERS if name != "self"]
+    assert list(OPTIONS) == [name for name in described() if name not in ("model", "path")]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_defaults_are_the_parameters_own(name: str) -> None:
+    assert PARAMETERS[name].default == OPTIONS[name].default
