@@ -486,14 +486,14 @@ def test_a_full_queue_slows_the_model_and_grows_no_memory(tmp_path, monkeypatch)
     calls = 400
     done = []
     with grutrace.Tracer(layer, tmp_path / "a.h5", gates="background") as tracer:
-        thread = tracer._guarded_sink.sink._thread
-        thread._limit = limit
+        writer = tracer._guarded_sink.sink._thread
+        writer._limit = limit
 
         def model() -> None:
             with torch.no_grad():
                 for _ in range(calls):
                     layer(x)
-                    done.append(thread._held)
+                    done.append(writer._held)
 
         thread = threading.Thread(target=model)
         thread.start()
