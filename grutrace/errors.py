@@ -135,7 +135,7 @@ _SHORT_REPR = _ShortRepr()
 
 
 def short_repr(value: object) -> str:
-    """Return a one-line text for a value in a message; of tensors and arrays shape and type only."""
+    """Return a one-line text for a value. Of tensors and arrays it shows shape and type only."""
     text = " ".join(_SHORT_REPR.repr(value).split())
     return text if len(text) <= MAX_VALUE_CHARS else f"{text[: MAX_VALUE_CHARS - 3]}..."
 
@@ -148,7 +148,7 @@ def join_names(names: Iterable[str]) -> str:
 
 
 def suggest_name(name: str, allowed: Iterable[str]) -> str:
-    """Return a "did you mean" question for the most similar allowed name; empty if there is none."""
+    """Return a "did you mean" question with the most similar allowed name; empty without one."""
     close = get_close_matches(name, list(allowed), n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 

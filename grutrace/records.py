@@ -156,9 +156,9 @@ class Fork:
     steps: int
 
 
-#: Marks for the start of a sequence. ``continued``: it is a segment of its parent, and starts from a
-#: state that the model or the user changed. ``ambiguous``: several sequences had ended with the state
-#: that it starts from. ``dropped``: its initial state, or its name, was no longer in memory.
+#: Marks for the start of a sequence. ``continued``: it is a segment of its parent, and starts from
+#: a state that the model or the user changed. ``ambiguous``: several sequences had ended with the
+#: state that it starts from. ``dropped``: its initial state, or its name, was no longer in memory.
 MARKS = ("continued", "ambiguous", "dropped")
 
 #: Reserved prefix of label names; see docs/format.md.
@@ -287,7 +287,7 @@ class Sink(Protocol):
         """Whether the sink has failed, so that `append` raises an error."""
 
     def collect_from(self, collect: Collect) -> None:
-        """Set the function that collects waiting records. A sink without a thread never calls it."""
+        """Set the function that appends waiting records. A sink without a thread never calls it."""
 
     def gather(self) -> AbstractContextManager[None]:
         """Return a context in which appended records may wait, to be stored together at its end."""

@@ -373,7 +373,7 @@ def test_a_forgotten_tracer_ends_its_thread() -> None:
 def test_a_queue_that_is_full_makes_the_model_wait(monkeypatch) -> None:
     monkeypatch.setattr(feed, "QUEUE_BYTES", 1)
     monkeypatch.setattr(feed, "BATCH_BYTES", 1)
-    monkeypatch.setattr(journal, "MOST_BYTES", 1)
+    monkeypatch.setattr(journal, "MAX_BYTES", 1)
     add, opened = QuantityAccumulator.add, threading.Event()
 
     def held(tally, rows):
