@@ -99,7 +99,7 @@ def test_a_call_that_is_left_out_is_left_alone(layer, monkeypatch) -> None:
         with monkeypatch.context() as patch:
             for place, name in [
                 (observation, "run_kernel"),
-                (kernel, "split"),
+                (kernel, "run_layerwise"),
                 (kernel, "rerun_lower_layers"),
                 (subscription, "unsupported_reason"),
                 (observation, "isolated_context"),
