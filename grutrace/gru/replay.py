@@ -142,8 +142,8 @@ class GateReplay:
             products = cell.products(input[part], previous, *weights)
             bounds = product_maxima(products)
             gates = cell.gates_in_place(products)
-            for name, allocate in buffers.items():
-                copy_cast(allocate.values[part], getattr(gates, name))
+            for name, buffer in buffers.items():
+                copy_cast(buffer.values[part], getattr(gates, name))
             off = torch.aminmax(cell.step(gates, previous).sub_(hidden[part]))
             extremes.append(to_floats((*off, *bounds)))
             product = products.input.dtype
@@ -152,7 +152,7 @@ class GateReplay:
             previous = steps.previous(hidden, initial, reverse=self._reverse)
             products = cell.products(input, previous, *weights)
             found = compare(cell.step(cell.gates(products), previous), hidden, products)
-        written = {name: allocate.values for name, allocate in buffers.items()}
+        written = {name: buffer.values for name, buffer in buffers.items()}
         dtype = lowest_precision(hidden.dtype, product)
         return ReplayResult(
             written, *check_residual(found, dtype, input, hidden, initial, weights, self._stored)

@@ -319,7 +319,7 @@ class SiteRecorder:
         buffers = {name: steps.allocate(size, dtype) for name in GATES if name in site.quantities}
         whole = self._replay_all.replay(*given, weights, buffers)
         check = ResidualCheck(whole.residual, whole.tolerance, whole.precision)
-        return {name: allocate.rows() for name, allocate in buffers.items()}, check
+        return {name: buffer.rows() for name, buffer in buffers.items()}, check
 
     def _of_units(self, values: Tensor) -> Tensor:
         """(..., U) of (..., H). May share memory."""

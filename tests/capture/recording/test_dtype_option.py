@@ -98,8 +98,8 @@ def test_control_a_value_off_by_more_than_the_type_rounds_does_not_hold(tmp_path
     assert before.holds
     arrays = trace._guarded_sink.sink._store._arrays
     rows = arrays["modules/%/l0/update"]
-    rows.joined()
-    rows._joined[40, 3] += np.float16(0.05)
+    rows.array()
+    rows._array[40, 3] += np.float16(0.05)
     (after,) = verify(trace)
     assert not after.holds
     assert (after.worst.quantity, after.worst.sequence, after.worst.unit) == ("update", 2, 3)
