@@ -1,21 +1,21 @@
-"""How old what a state holds is, exactly, over all states of a site.
+"""Mean age of the information in a state, exactly, over all states of a site.
 
-Written out, h(t) = (1 - z(t)) n(t) + z(t) h(t - 1) is a weighted mean of what all steps so far
-proposed, and of the state that the sequence began from:
+The recurrence h(t) = (1 - z(t)) n(t) + z(t) h(t - 1) makes a state a weighted mean of all earlier
+candidates and of the initial state:
 
     h(t) = w(0) h(0) + sum over s of w(s) n(s)      w(s) = (1 - z(s)) prod over k > s of z(k)
                                                     w(0) = prod over all k of z(k)
 
-The weights of a unit are not negative and add up to 1, so they have a mean age, the sum of
-w(s) (t - s). It follows from step to step, since keeping makes everything a step older:
+The weights of a unit are non-negative and sum to 1, so they have a mean age, the sum of
+w(s) (t - s). It has a recurrence of its own:
 
     age(t) = z(t) (age(t - 1) + 1)                  age(0) = 0
 
-h(0) counts as written when the sequence began; that is the least that its age can be. With a
-constant z the age comes to z / (1 - z), half a step less than -1 / log z, or nearly so.
+The age of h(0) is counted from the start of the sequence, which is its lower bound. For a constant
+z the age converges to z / (1 - z), about half a step less than -1 / log z.
 
-z is PyTorch's update gate: where it is 1 the previous state is kept. `decomposition` says what each
-past step wrote into one state, or into many.
+z is PyTorch's update gate: where it is 1 the previous state is kept. `decomposition` gives the
+contribution of each past step to a state.
 
 S sequences, H units, n steps.
 """
@@ -43,16 +43,18 @@ CHUNK_STEPS = 64
 
 @dataclass(frozen=True, eq=False)
 class StateAge(Result):
-    """Of a site. Not a number where there are no steps, or where a gate is not a number.
+    """Mean age of the information in the states of a site.
+
+    Values are NaN where there are no steps or where a gate is NaN.
 
     Attributes:
-        steps: N, of all sequences together.
-        sequences: How many of them have steps.
+        steps: N, number of steps of all sequences.
+        sequences: Number of sequences with steps.
         units: (H,) numbers of the units.
-        age: (H,) mean age of what the states hold, over all steps, in steps.
-        age_at_end: (H,) the same of the last state of each sequence, over sequences.
-        initial_left: (H,) how much of the state that a sequence began from is left in the
-            last one: from 0 to 1, mean over sequences.
+        age: (H,) mean age over all steps, in steps.
+        age_at_end: (H,) mean age in the last state of each sequence, in steps.
+        initial_left: (H,) weight of the initial state in the last state, from 0 to 1, mean over
+            sequences.
     """
 
     steps: int
@@ -64,14 +66,26 @@ class StateAge(Result):
 
 
 def state_age(site: SiteLike) -> StateAge:
-    """Work out how old what the states of each unit hold is.
+    """Compute the mean age of the information in the states of each unit.
 
     Args:
-        site: With update. The last state is that of the last step that was made: in time, the
-            first one, where sequences were read backwards.
+        site: A site with the update gate. The last state of a sequence is the one computed last;
+            for a reverse direction that is the first in time.
+
+    Returns:
+        The ages of each unit. The equations are those of the module.
 
     Raises:
         NotRecordedError: The update gate was not recorded.
+
+    Example:
+        A constant gate z gives the age z / (1 - z) after enough steps.
+
+        >>> import numpy as np
+        >>> from grutrace.analysis import SiteArrays, state_age
+        >>> ages = state_age(SiteArrays(update=np.tile([0.5, 0.9], (200, 1))))
+        >>> ages.age_at_end.round(3)
+        array([1., 9.])
     """
     data = as_site_data(site)
     found = reduce_sequences(data, ("update", RESTARTS), partial(_AgeSums, len(data.units)))

@@ -1,14 +1,14 @@
-"""How long a state resembles itself: the autocorrelation of every unit, and two times from it.
+"""Autocorrelation of every unit's state, and two correlation times.
 
 With m the mean of a unit over all steps, and the sums over all pairs of steps of one sequence that
 lie k apart, of which there are N(k):
 
     C(k) = 1/N(k) sum (h(t) - m) (h(t + k) - m)          rho(k) = C(k) / C(0)
 
-The e-folding time is the lag at which rho has fallen to 1/e: that of rho(k) = exp(-k / tau) is tau.
-The integrated time is 1 + 2 sum rho(k), summed up to the first lag that is at least five times the
-sum so far (Sokal 1997, "Monte Carlo methods in statistical mechanics", section 3; as emcee has it):
-so many steps tell as much about the mean as one independent value.
+The e-folding time is the lag at which rho falls to 1/e: for rho(k) = exp(-k / tau) it is tau. The
+integrated time is 1 + 2 sum rho(k), summed up to the first lag that is at least five times the sum
+so far (Sokal 1997, "Monte Carlo methods in statistical mechanics", section 3; emcee uses the same
+window). That many correlated steps estimate the mean as well as one independent value.
 
 N steps, H units, L lags.
 """
@@ -45,20 +45,21 @@ MIN_TRANSFORM = 1024
 
 @dataclass(frozen=True, eq=False)
 class Autocorrelation(Result):
-    """Of the hidden states of a site. Not a number for a unit that never moves, or is not finite.
+    """Autocorrelation of the hidden states of a site.
+
+    Values are NaN for a unit that is constant or not finite.
 
     Attributes:
-        steps: How many steps entered, of all sequences together.
+        steps: Number of steps used, of all sequences.
         units: (H,) numbers of the units.
         lags: L, the largest lag.
-        efolding: (H,) the lag at which the correlation falls to 1/e, in steps, interpolated
-            along an exponential; not a number where it does not within L.
-        integrated: (H,) integrated time, in steps; not a number where Sokal's window is longer
-            than L.
-        independent: (H,) steps over integrated time: how many independent values there are.
-            Below about 50, do not trust the times of this unit.
-        correlation: (L + 1, H) rho. 1 at lag 0.
-        pairs: (L + 1,) how many pairs of steps each lag has. The last lags have few.
+        efolding: (H,) lag at which the correlation falls to 1/e, in steps, interpolated
+            exponentially. NaN where it stays above 1/e up to L.
+        integrated: (H,) integrated time, in steps. NaN where Sokal's window exceeds L.
+        independent: (H,) steps over integrated time: the number of independent values. Below about
+            50 the times of the unit are not reliable.
+        correlation: (L + 1, H) rho; 1 at lag 0.
+        pairs: (L + 1,) number of pairs of steps at each lag. The last lags have few.
     """
 
     array_only_fields: ClassVar[tuple[str, ...]] = ("correlation", "pairs")
@@ -74,21 +75,34 @@ class Autocorrelation(Result):
 
 
 def autocorrelation(site: SiteLike, lags: int | None = None, skip: int = 0) -> Autocorrelation:
-    """Correlate the states of each unit with those some steps later, over all sequences.
+    """Correlate the states of each unit with later states of the same sequence.
 
-    The mean is that of all sequences: what differs from sequence to sequence, and not within them,
-    counts as correlation that does not fade. By fast Fourier transforms: 50 nanoseconds a value,
-    and 32 bytes of memory a lag and unit.
+    The mean is taken over all sequences, so differences between sequences that persist within them
+    count as correlation that does not decay. Computed by fast Fourier transforms: 50 nanoseconds a
+    value, and 32 bytes of memory for each lag and unit.
 
     Args:
-        site: With hidden.
-        lags: L; unless given, `DEFAULT_LAGS`, or one less than the longest sequence has steps.
-        skip: So many steps at the start of each sequence are left out: states that still move
-            away from where they began are no sample of what they do later.
+        site: A site with hidden states.
+        lags: L. By default `DEFAULT_LAGS`, or one less than the longest sequence if that is
+            shorter.
+        skip: Number of steps to skip at the start of each sequence, so that the transient after the
+            initial state is not sampled.
+
+    Returns:
+        The correlations and correlation times of each unit. The equations are those of the module.
 
     Raises:
         NotRecordedError: The hidden states were not recorded.
-        OptionError: The lags or the steps to skip are no such numbers.
+        OptionError: `lags` or `skip` is not an integer of 0 or more.
+
+    Example:
+        A state that alternates between 1 and -1 is anticorrelated at odd lags.
+
+        >>> import numpy as np
+        >>> from grutrace.analysis import SiteArrays, autocorrelation
+        >>> states = np.tile([[1.0], [-1.0]], (50, 1))
+        >>> autocorrelation(SiteArrays(hidden=states), lags=2).correlation[:, 0].round(6)
+        array([ 1., -1.,  1.])
     """
     data = as_site_data(site)
     data.require("hidden")
@@ -124,7 +138,7 @@ def autocorrelation(site: SiteLike, lags: int | None = None, skip: int = 0) -> A
 
 
 def count_pairs(lengths: Integers, lags: int) -> Integers:
-    """(lags + 1,) how many pairs of steps of one sequence lie 0, 1, ... lags steps apart."""
+    """Count the pairs of steps of one sequence with lag 0, 1, ..., `lags`: (lags + 1,)."""
     ordered = np.sort(lengths)
     beyond = np.concatenate([np.cumsum(ordered[::-1])[::-1], [0]])
     lag = np.arange(lags + 1)
@@ -133,7 +147,7 @@ def count_pairs(lengths: Integers, lags: int) -> Integers:
 
 
 def efolding_time(correlation: Array) -> Array:
-    """(H,) where (L + 1, H) correlations fall to 1/e; not a number where they do not."""
+    """Find the lag where (L + 1, H) correlations fall to 1/e: (H,), NaN where they do not."""
     units = np.arange(correlation.shape[1])
     below = correlation < np.exp(-1)
     lag = np.argmax(below, axis=0)
@@ -147,7 +161,7 @@ def efolding_time(correlation: Array) -> Array:
 
 
 def integrated_time(correlation: Array) -> Array:
-    """(H,) integrated time of (L + 1, H) correlations; not a number where the window is longer."""
+    """Integrate (L + 1, H) correlations over Sokal's window: (H,), NaN if it exceeds L."""
     time = 2 * np.cumsum(correlation, axis=0) - 1
     enough = np.arange(len(time))[:, np.newaxis] >= SOKAL_WINDOW * time
     lag = np.argmax(enough, axis=0)
@@ -156,7 +170,7 @@ def integrated_time(correlation: Array) -> Array:
 
 
 class _MeanAndRange:
-    """The sum over steps, and the extremes."""
+    """Sum over steps, minimum and maximum of each unit."""
 
     def __init__(self, width: int, skip: int) -> None:
         self._skip = skip
@@ -165,7 +179,7 @@ class _MeanAndRange:
 
     @property
     def moves(self) -> Array:
-        """(H,) whether a unit has more than one value. Rounding of its mean has no say in that."""
+        """(H,) whether a unit has more than one value, independent of rounding in its mean."""
         return np.asarray(self.least < self.largest)
 
     def add(self, segment: SequenceSegment) -> None:
@@ -181,11 +195,11 @@ class _MeanAndRange:
 
 
 class _LaggedProducts:
-    """Sums of products of deviations some steps apart, kept as spectra: these add up.
+    """Sums of lagged products of deviations, kept as power spectra, which can be added.
 
-    A sequence is transformed padded to at least its length and the lags, so that nothing of its end
-    meets its start. Sequences of like length go together. A long one is transformed in chunks, each
-    against itself and the lags before it.
+    A sequence is zero-padded by the number of lags, so that its end does not wrap round to its
+    start. Sequences of similar length are transformed together. A long sequence is transformed in
+    chunks, each against itself and the lags before it.
     """
 
     def __init__(self, mean: Array, lags: int, skip: int) -> None:
@@ -274,7 +288,7 @@ class _LaggedProducts:
         self._spectra[length][units] += spectrum
 
     def _units(self, steps: int) -> Iterator[slice]:
-        """Units of which so many steps are transformed together."""
+        """Yield slices of units whose transforms of this many steps fit one batch."""
         width = len(self._mean)
         each = max(1, BATCH_BYTES // (8 * max(1, steps)))
         yield from (slice(start, min(start + each, width)) for start in range(0, width, each))

@@ -1,16 +1,15 @@
-"""What each past step wrote into a state: exactly, unit by unit and summed.
+"""Exact decomposition of a state into the contributions of past steps, by unit and summed.
 
     h(t) = w(0) h(0) + sum over s of w(s) n(s)      w(s) = (1 - z(s)) prod over k > s of z(k)
 
-(the equations of `gru/cell.py`, written out). The products are taken from the right, from the state
-backwards: each is the one before times a number from 0 to 1, so none is ever a quotient, a gate
-that is exactly 0 ends them and one that is exactly 1 changes nothing. Sums of logarithms would fail
-at 0, and products from the left would have to be divided by what came later.
+(the equations of `gru/cell.py`, unrolled). The products run backwards from the state. Each is the
+previous product times a number in [0, 1], so no quotient is taken: a gate of exactly 0 ends the
+products, and a gate of exactly 1 changes nothing. Sums of logarithms would fail at 0, and products
+from the left would have to be divided.
 
-What a step wrote is a vector, w(s) n(s), of H units. Its *share* is its part of the state, as long
-as it points the same way: its scalar product with h(t) over that of h(t) with itself. Shares add up
-to 1, and are negative for what later steps outweighed. Its *size* is the sum over units of
-``|w(s) n(s)|``.
+The contribution of a step is a vector, w(s) n(s), of H units. Its *share* is its scalar product
+with h(t) over that of h(t) with itself. Shares sum to 1, and are negative for contributions that
+later steps outweighed. Its *size* is the sum over units of ``|w(s) n(s)|``.
 
 T steps, H units, n past steps, m states.
 """
@@ -40,25 +39,23 @@ _REQUIRED = ("update", "candidate", "hidden")
 
 @dataclass(frozen=True, eq=False)
 class Decomposition(Result):
-    """Of one state. Past steps are in time order.
+    """Decomposition of one state. Past steps are in time order.
 
     Attributes:
         sequence: Number of the sequence.
-        step: After which of its steps the state is.
+        step: The step whose resulting state is decomposed.
         units: (H,) numbers of the units.
-        steps: (n,) the past steps: up to `step`, or, where the sequence was read backwards, from it
-            on.
-        written: (n, H) what is left of what each wrote, w(s) n(s).
+        steps: (n,) the past steps: up to `step`, or from it on for a reverse direction.
+        written: (n, H) remaining contribution of each step, w(s) n(s).
         weights: (n, H) w(s).
-        before: (H,) what is left of the state before all of them, w(0) h(0).
-        before_weight: (H,) w(0). With `weights`, adds up to 1 in each unit.
-        hidden: (H,) the state, as it was recorded.
-        share: (n,) of each step.
-        size: (n,) of each step.
-        before_share: Of the state before all of them.
-        difference: The largest difference, over units, between `hidden` and the sum of `written`
-            and `before`: what rounding in the kernel has left. Each step rounds, and that is kept
-            as long as what it wrote.
+        before: (H,) remaining contribution of the state before these steps, w(0) h(0).
+        before_weight: (H,) w(0). Together with `weights` it sums to 1 for each unit.
+        hidden: (H,) the recorded state.
+        share: (n,) share of each step.
+        size: (n,) size of each step.
+        before_share: Share of the state before these steps.
+        difference: Largest difference, over units, between `hidden` and the sum of `written` and
+            `before`. It is the accumulated rounding of the kernel.
     """
 
     index_field: ClassVar[str] = "steps"
@@ -86,18 +83,34 @@ def decompose(
     back: int | None = None,
     units: Sequence[int] | None = None,
 ) -> Decomposition:
-    """Take one state apart into what each past step wrote. The work grows with the steps.
+    """Decompose one state into the contributions of past steps. The cost grows with the steps.
 
     Args:
-        site: With update, candidate and hidden.
+        site: A site with update, candidate and hidden.
         sequence: Number of the sequence.
-        step: After which step, in time order; negative numbers count from the last.
-        back: So many steps at most; what came before them is one part then. All unless given.
-        units: Columns of the site that are taken; all unless given. Shares and sizes are theirs.
+        step: The step whose resulting state is decomposed, in time order; negative numbers count
+            from the last.
+        back: Largest number of past steps; earlier steps are summed into `before`. Default: all.
+        units: Columns of the site to use; shares and sizes are of these. Default: all.
+
+    Returns:
+        The contributions. The equations are those of the module.
 
     Raises:
-        NotRecordedError: Something needed was not recorded, or there is no such step.
-        OptionError: There cannot be so many steps, or there are no such units.
+        NotRecordedError: A required quantity was not recorded, or there is no such step.
+        OptionError: `back` is not an integer of 1 or more, or there are no such units.
+
+    Example:
+        >>> import torch, grutrace
+        >>> from grutrace.analysis import decompose
+        >>> layer = torch.nn.GRU(3, 4, dtype=torch.float64)
+        >>> with grutrace.trace(layer) as trace:
+        ...     _ = layer(torch.randn(5, 1, 3, dtype=torch.float64))
+        >>> parts = decompose(trace["l0"], sequence=0, step=-1)
+        >>> parts.steps
+        array([0, 1, 2, 3, 4])
+        >>> round(parts.share.sum() + parts.before_share, 9)
+        np.float64(1.0)
     """
     data = as_site_data(site)
     data.require(*_REQUIRED)
@@ -150,15 +163,15 @@ def decompose(
 
 @dataclass(frozen=True, eq=False)
 class MemoryMap(Result):
-    """Of many states of one sequence: how much of each was written how many steps before.
+    """Age profile of many states of one sequence.
 
     Attributes:
         sequence: Number of the sequence.
-        steps: (m,) after which of its steps each state is, in time order.
-        lags: (L,) 0 for the step that made the state, 1 for the one made before it, and so on.
-        share: (m, L) of each past step in each state; 0 where there are not so many steps.
-        size: (m, L) likewise.
-        before_share: (m,) of the state before these L steps, or before the first step.
+        steps: (m,) the steps whose resulting states are decomposed, in time order.
+        lags: (L,) 0 for the step that made the state, 1 for the step before it, and so on.
+        share: (m, L) share of each past step in each state; 0 before the start of the sequence.
+        size: (m, L) size of each past step, likewise.
+        before_share: (m,) share of the state before these L steps, or before the first step.
     """
 
     index_field: ClassVar[str] = "steps"
@@ -179,20 +192,33 @@ def memory_map(
     last: int | None = None,
     back: int | None = None,
 ) -> MemoryMap:
-    """Take all states of a sequence apart, summed over units.
+    """Decompose all states of a sequence, summed over units.
 
-    The work grows with the states times the past steps: 2 nanoseconds a state, past step and unit.
+    The cost grows with the states times the past steps: 2 nanoseconds a state, past step and unit.
 
     Args:
-        site: With update, candidate and hidden.
+        site: A site with update, candidate and hidden.
         sequence: Number of the sequence.
         first: The first state, in time order.
-        last: The one before which to end; after the last unless given.
-        back: L; all past steps unless given.
+        last: End of the range of states, exclusive. Default: the end of the sequence.
+        back: L, number of past steps. Default: all.
+
+    Returns:
+        The shares and sizes by state and lag.
 
     Raises:
-        NotRecordedError: Something needed was not recorded, or there is no such sequence.
-        OptionError: There cannot be so many steps, or the map would have more than 2^27 numbers.
+        NotRecordedError: A required quantity was not recorded, or there is no such sequence.
+        OptionError: `back` is not an integer of 1 or more, or the map would have more than 2^27
+            numbers.
+
+    Example:
+        >>> import torch, grutrace
+        >>> from grutrace.analysis import memory_map
+        >>> layer = torch.nn.GRU(3, 4)
+        >>> with grutrace.trace(layer) as trace:
+        ...     _ = layer(torch.randn(5, 1, 3))
+        >>> memory_map(trace["l0"], sequence=0, back=3).share.shape
+        (5, 3)
     """
     data = as_site_data(site)
     data.require(*_REQUIRED)
@@ -230,7 +256,7 @@ def memory_map(
 def _map_block(
     site: SiteData, sequence: int, start: int, stop: int, share: Array, size: Array
 ) -> Array:
-    """Fill the rows of the states made as `start` to `stop`; return (m,) what is left over."""
+    """Fill the rows of the states made as `start` to `stop`; return the remaining share: (m,)."""
     lags = share.shape[1]
     low = max(0, start + 1 - lags)
     update = _rows_made(site, "update", sequence, low, stop)
@@ -261,7 +287,7 @@ def _map_block(
 
 
 def _rows_made(site: SiteData, quantity: str, sequence: int, low: int, high: int) -> Array:
-    """(high - low, H) float64 rows of the steps that were made as number `low` to `high` - 1."""
+    """Read the rows of the steps computed as `low` to `high` - 1: (high - low, H) float64."""
     rows, length = site.rows_between(sequence, sequence + 1), int(site.lengths[sequence])
     if site.reverse:
         low, high = length - high, length - low
@@ -271,7 +297,7 @@ def _rows_made(site: SiteData, quantity: str, sequence: int, low: int, high: int
 
 
 def _state_before(site: SiteData, sequence: int, made: int) -> Array:
-    """(H,) float64, the state from which the step that was made as this number started."""
+    """Return the state that the step computed as number `made` started from: (H,) float64."""
     restarts = site.restarts(sequence, sequence + 1)
     if made in restarts.steps:
         return np.asarray(restarts.states[restarts.steps == made][-1], np.float64)
@@ -281,21 +307,22 @@ def _state_before(site: SiteData, sequence: int, made: int) -> Array:
 
 
 def _first_steps(site: SiteData, sequence: int, low: int, high: int) -> Integers:
-    """(high - low,) for steps made as `low` to `high` - 1, the one with which the sequence began.
+    """For steps computed as `low` to `high` - 1, return the step their sequence started with.
 
-    Or the last one up to then that started from another state than the sequence had ended with.
+    That is the last step, up to then, that started from another state than the sequence had
+    reached.
     """
     begins = np.concatenate([[0], site.restarts(sequence, sequence + 1).steps])
     return np.asarray(begins[np.searchsorted(begins, np.arange(low, high), side="right") - 1])
 
 
 def _in_time(site: SiteData, sequence: int, made: Integers) -> Integers:
-    """Which step in time order was made as this number, or the other way round."""
+    """Convert between time order and the order of computation, in either direction."""
     return np.asarray(site.lengths[sequence] - 1 - made if site.reverse else made)
 
 
 def _locate(site: SiteData, sequence: int, step: int | None) -> tuple[int, int]:
-    """The number of a sequence, and as which number a step of it was made."""
+    """Return the number of a sequence, and the position of a step in the order of computation."""
     count = len(site.lengths)
     if not -count <= sequence < count:
         raise NotRecordedError(f"{site.name!r} has no sequence {sequence}; it has {count}")

@@ -1,31 +1,28 @@
-"""How long each unit remembers: from its update gate, and from its states.
+"""Timescales of units, from update gates and from states, and an inverse gamma fit over units.
 
-A unit that keeps the share z of its state at every step has, n steps later, z^n of it left: it
-forgets as exp(-n / tau), with
+A unit whose update gate is z keeps z^n of its state after n steps. It forgets as exp(-n / tau),
+with
 
     tau = -1 / log z     steps
 
-(Tallec and Ollivier 2018, "Can recurrent neural networks warp time?"; their time 1 / (1 - z) is
-half a step longer, or nearly so.) Where z changes, what is left after n steps is a product, and the
-rate is the mean of log z: that of the *geometric* mean of z. The rate of the *arithmetic* mean of z
-is never the faster one; how far the two are apart says how unevenly a unit forgets.
+(Tallec and Ollivier 2018, "Can recurrent neural networks warp time?"; their 1 / (1 - z) is about
+half a step longer). Where z changes, the remaining share is a product, so the rate is the mean of
+log z: the *geometric* mean of z. The rate of the *arithmetic* mean of z is never larger. The
+difference between the two shows how unevenly a unit forgets.
 
 z is PyTorch's update gate: where it is 1 the previous state is kept.
 
-N steps, H units.
-
-The distribution of timescales over units, and how well an inverse gamma distribution fits it.
-
-Mahto, Vo, Turek and Huth (2021), "Multi-timescale representation learning in LSTM language models"
-(ICLR), show why it is this one: where T is inverse gamma with shape a and scale b, units that each
-forget as exp(-t / T) forget together as a power of time,
+The timescales of all units are fitted by an inverse gamma distribution. Mahto, Vo, Turek and Huth
+(2021), "Multi-timescale representation learning in LSTM language models" (ICLR), explain the
+choice: if T is inverse gamma with shape a and scale b, then units that each forget as exp(-t / T)
+forget together as a power law,
 
     integral exp(-t / T) p(T) dT = (1 + t / b)^(-a),
 
-which is how dependence fades in natural language. (They found a = 0.56 and b = 1.) 1/T then has a
-gamma distribution of shape a and rate b, so the fit is that of a gamma distribution to 1/T.
+which is how dependence decays in natural language. (They found a = 0.56 and b = 1.) 1/T has a gamma
+distribution with shape a and rate b, so a gamma distribution is fitted to 1/T.
 
-n timescales.
+N steps, H units, n timescales.
 """
 
 from __future__ import annotations
@@ -58,18 +55,17 @@ SAME = 1e-5
 
 @dataclass(frozen=True)
 class InverseGamma:
-    """A fit of greatest likelihood. Not a number where there is none.
+    """A maximum likelihood fit of an inverse gamma distribution. NaN where there is no fit.
 
     Attributes:
-        count: n, finite timescales above 0 that were fitted.
-        shape: a; the smaller, the more long timescales.
-        shape_error: Its standard error, from the Fisher information: for large n.
+        count: n, number of finite positive timescales that were fitted.
+        shape: a. A smaller shape means more long timescales.
+        shape_error: Standard error of the shape, from the Fisher information (valid for large n).
         scale: b, in steps.
-        scale_error: Its standard error, in steps.
-        distance: The largest difference between the distribution of the timescales and the
-            fitted one (Kolmogorov and Smirnov).
-        p_value: The share of samples drawn from the fitted distribution, and fitted in turn, that
-            are at least as far from their fit. Below 0.05 or so the distribution is another one.
+        scale_error: Standard error of the scale, in steps.
+        distance: Kolmogorov-Smirnov distance between the timescales and the fit.
+        p_value: Parametric bootstrap: share of samples drawn from the fit, and fitted again, with
+            at least this distance. Below about 0.05 the distribution is a different one.
     """
 
     count: int
@@ -82,13 +78,28 @@ class InverseGamma:
 
 
 def fit_inverse_gamma(timescales: Array, seed: int = 0) -> InverseGamma:
-    """Fit timescales, (n,) in steps; those that are 0, infinite or not a number are left out.
+    """Fit an inverse gamma distribution to timescales by maximum likelihood.
 
-    There is no fit to fewer than `FEWEST`, or to timescales that are all the same.
+    Values that are 0, infinite or NaN are skipped. There is no fit for fewer than `FEWEST` values
+    or for values that are equal up to `SAME`.
 
     Args:
-        timescales: One a unit.
-        seed: Of the samples behind the p-value.
+        timescales: (n,) in steps.
+        seed: Seed of the samples behind the p-value.
+
+    Returns:
+        The fit, with all numbers but `count` NaN where there is none.
+
+    Raises:
+        MissingExtraError: SciPy is not installed.
+
+    Example:
+        >>> import numpy as np
+        >>> from grutrace.analysis import fit_inverse_gamma
+        >>> random = np.random.default_rng(0)
+        >>> fit = fit_inverse_gamma(1 / random.gamma(shape=0.56, scale=1.0, size=2000))
+        >>> abs(fit.shape - 0.56) < 3 * fit.shape_error
+        True
     """
     stats, special = _import_scipy()
     finite = np.asarray(timescales, np.float64)
@@ -144,27 +155,25 @@ def _import_scipy() -> tuple[Any, Any]:
 
 @dataclass(frozen=True, eq=False)
 class Timescales(Result):
-    """Of a site, in steps.
+    """Timescales of the units of a site, in steps.
 
     Attributes:
-        steps: N, of all sequences together.
+        steps: N, number of steps of all sequences.
         units: (H,) numbers of the units.
-        tau: (H,) -1 over the mean of log z: 0 if the gate was ever 0 exactly, which empties the
-            unit, and infinite if it was always 1. Not a number where there are no steps.
+        tau: (H,) -1 over the mean of log z. 0 if the gate was ever exactly 0, which resets the
+            unit; infinite if it was always 1; NaN where there are no steps.
         tau_of_mean: (H,) -1 / log of the mean of z.
-        tau_of_states: (H,) the lag at which the autocorrelation of the states falls to 1/e: how
-            long a state lasts, whether it is kept or written anew. See `autocorrelation`. Not a
-            number where the hidden states were not recorded.
+        tau_of_states: (H,) lag at which the autocorrelation of the states falls to 1/e, see
+            `autocorrelation`. NaN where the hidden states were not recorded.
         invalid_steps: (H,) number of steps where z is NaN or outside [0, 1]. They are skipped.
-        fitted: How many units the fit is of: those whose tau is finite and not 0.
-        shape: Shape of the inverse gamma distribution of tau over units; see `InverseGamma`. Not a
-            number, like all that follows, where there are fewer than 8 units or all are alike.
-        shape_error: Its standard error.
-        scale: Its scale, in steps.
-        scale_error: Its standard error, in steps.
-        fit_distance: The largest difference between the two distributions.
-        fit_p: The share of samples of the fitted distribution that are as far from their fit. Below
-            0.05 or so the fit does not describe these units.
+        fitted: Number of units with a finite positive tau, which are fitted.
+        shape: Shape of the inverse gamma fit of tau, see `InverseGamma`. This and the following are
+            NaN for fewer than 8 units or if all are equal.
+        shape_error: Standard error of the shape.
+        scale: Scale of the fit, in steps.
+        scale_error: Standard error of the scale, in steps.
+        fit_distance: Kolmogorov-Smirnov distance between the timescales and the fit.
+        fit_p: p-value of the fit. Below about 0.05 the fit does not describe these units.
     """
 
     steps: int
@@ -183,15 +192,27 @@ class Timescales(Result):
 
 
 def timescales(site: SiteLike, lags: int | None = None) -> Timescales:
-    """Work out how long each unit remembers.
+    """Compute the number of steps over which each unit keeps its state.
 
     Args:
-        site: With update; with hidden, too, for `tau_of_states`.
-        lags: How far states are compared with themselves; as for `autocorrelation`.
+        site: A site with the update gate; with hidden states also for `tau_of_states`.
+        lags: Largest lag of the autocorrelation, as for `autocorrelation`.
+
+    Returns:
+        The timescales of each unit. The equations are those of the module.
 
     Raises:
+        MissingExtraError: SciPy is not installed.
         NotRecordedError: The update gate was not recorded.
-        OptionError: The lags are no number of steps.
+        OptionError: `lags` is not an integer of 0 or more.
+
+    Example:
+        A constant gate z has the timescale -1 / log z.
+
+        >>> import numpy as np
+        >>> from grutrace.analysis import SiteArrays, timescales
+        >>> timescales(SiteArrays(update=np.full((10, 2), np.exp([-1.0, -0.1])))).tau.round(6)
+        array([ 1., 10.])
     """
     _import_scipy()  # Before the rows are read.
     data = as_site_data(site)
@@ -224,7 +245,7 @@ def timescales(site: SiteLike, lags: int | None = None) -> Timescales:
 
 
 class _RateSums:
-    """Sums over steps, of each unit: of log z, and of 1 - z."""
+    """Sums over steps of log z and of 1 - z, for each unit."""
 
     def __init__(self, width: int) -> None:
         self.count = np.zeros(width, np.int64)

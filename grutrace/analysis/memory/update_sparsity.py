@@ -1,12 +1,12 @@
-"""How much of the update is used: the share of steps in which a unit is hardly written to.
+"""Update sparsity: the share of steps that hardly change a unit.
 
-What a step writes to a unit is
+A step changes a unit by
 
     h(t) - h(t - 1) = (1 - z(t)) (n(t) - h(t - 1)).
 
-It is near zero if the gate keeps, or if the candidate proposes what is there already. Neil, Lee,
-Delbruck and Liu (2017), "Delta networks for optimized recurrent network computation", leave out
-what changes by less than a threshold: the share of near-zero writes is what that could save.
+The change is near zero if the gate keeps the state, or if the candidate equals the state. Neil,
+Lee, Delbruck and Liu (2017), "Delta networks for optimized recurrent network computation", skip
+changes below a threshold; the share of such changes is what a delta network could save.
 
 N steps, H units.
 """
@@ -32,16 +32,16 @@ DEFAULT_THRESHOLD = 0.01
 
 @dataclass(frozen=True, eq=False)
 class UpdateSparsity(Result):
-    """Of a site. Not a number where there are no steps.
+    """Update sparsity of a site. NaN where there are no steps.
 
     Attributes:
-        steps: N, of all sequences together.
-        threshold: Below which a write is near zero.
-        near_zero: Share of all writes, of all units, that are.
+        steps: N, number of steps of all sequences.
+        threshold: Changes smaller than this count as near zero.
+        near_zero: Share of all changes, of all units, that are near zero.
         units: (H,) numbers of the units.
-        share: (H,) share of its writes that are near zero.
-        size: (H,) mean size of its writes, ``|h(t) - h(t - 1)|``.
-        not_finite: (H,) how many of its writes are not finite; they count for nothing else.
+        share: (H,) share of the unit's changes that are near zero.
+        size: (H,) mean of ``|h(t) - h(t - 1)|``.
+        not_finite: (H,) number of changes that are not finite. They are skipped.
     """
 
     steps: int
@@ -54,15 +54,27 @@ class UpdateSparsity(Result):
 
 
 def update_sparsity(site: SiteLike, threshold: float = DEFAULT_THRESHOLD) -> UpdateSparsity:
-    """Count how often each unit is written to by less than a threshold.
+    """Compute the share of steps that change each unit by less than a threshold.
 
     Args:
-        site: With hidden.
-        threshold: In the unit of the states.
+        site: A site with hidden states.
+        threshold: Threshold for ``|h(t) - h(t - 1)|``.
+
+    Returns:
+        The shares of each unit and of all units.
 
     Raises:
         NotRecordedError: The hidden states were not recorded.
         OptionError: The threshold is not above 0.
+
+    Example:
+        The initial state is 0, so the first step is a change too.
+
+        >>> import numpy as np
+        >>> from grutrace.analysis import SiteArrays, update_sparsity
+        >>> states = np.array([[0.5, 0.0], [0.5, 0.3], [0.5, -0.3], [0.5, 0.6]])
+        >>> update_sparsity(SiteArrays(hidden=states)).share
+        array([0.75, 0.25])
     """
     if not threshold > 0:
         raise OptionError(f"threshold: expected a number above 0, found {short_repr(threshold)}")
@@ -83,7 +95,7 @@ def update_sparsity(site: SiteLike, threshold: float = DEFAULT_THRESHOLD) -> Upd
 
 
 class _UpdateCounts:
-    """(H,) each: how many are small, how large they are together, how many are not finite."""
+    """Number of small changes, sum of sizes and number of non-finite changes: (H,) each."""
 
     def __init__(self, width: int, threshold: float) -> None:
         self._threshold = threshold
