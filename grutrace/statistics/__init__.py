@@ -1,1 +1,1 @@
-"""Running statistics of a trace: figures per unit, in constant memory, without the rows."""
+"""Running statistics of a model's gates, for each unit, in constant memory and without rows."""

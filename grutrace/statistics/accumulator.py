@@ -1,7 +1,4 @@
-"""All that is counted of a run: how much there was of each module, and the tallies of each site.
-
-One quantity at one site: figures of every unit, which grow by blocks of rows.
-"""
+"""Accumulators of running statistics: one for each quantity of a site, and one for a whole run."""
 
 from __future__ import annotations
 
@@ -22,18 +19,18 @@ BLOCK_ELEMENTS = 128 * 1024
 
 
 class QuantityAccumulator:
-    """Counts the values of a quantity, unit by unit, in memory that does not grow.
+    """Accumulates the values of one quantity, unit by unit, in constant memory.
 
     Args:
-        quantity: Its name.
-        width: How many units (or features of the input).
-        bins: Bins of its histogram.
-        shares: Whether to count what is below and above the bounds of `moments.summarize_block`.
-        moments: Whether to work out the moments.
-        together: Elements that are counted at a time.
+        quantity: Name of the quantity.
+        width: Number of units (or of features of the input).
+        bins: Number of bins of the histogram.
+        shares: Whether to count values below `LOW` and above `HIGH`.
+        moments: Whether to compute the moments.
+        block_elements: Number of elements that are processed at a time.
 
     Attributes:
-        bins: Those of its histogram; None for the input.
+        bins: Bins of the histogram; None for the input.
         units: (width,) of type `moments.UNIT_DTYPE`.
         histogram: (width, bins); (width, 0) for the input.
     """
@@ -55,11 +52,11 @@ class QuantityAccumulator:
 
     @property
     def width(self) -> int:
-        """How many units."""
+        """Number of units."""
         return len(self.units)
 
     def add(self, rows: Array) -> None:
-        """Count (n, width) rows."""
+        """Add (n, width) rows."""
         step = max(1, self._block_elements // max(1, self.width))
         # A gate may have any value in a model that has gone astray, and its squares none.
         with np.errstate(over="ignore", invalid="ignore"):
@@ -79,7 +76,7 @@ class QuantityAccumulator:
         merge_stats(self.units, units)
 
     def merge(self, other: QuantityAccumulator) -> None:
-        """Take in what another tally of the same shape has counted."""
+        """Add the values of another accumulator of the same shape."""
         with np.errstate(over="ignore", invalid="ignore"):
             merge_stats(self.units, other.units)
         self.histogram += other.histogram
@@ -97,12 +94,12 @@ CHECK_DTYPE = np.dtype([("residual", "<f4"), ("call", "<i8"), ("unchecked", "<i8
 
 @dataclass(frozen=True)
 class SiteLayout:
-    """What is counted at a site.
+    """The shape of the statistics of a site.
 
     Attributes:
-        name: Of the site.
-        module: Place of its module.
-        widths: (quantity, units) of each quantity.
+        name: Name of the site.
+        module: Index of its module.
+        widths: (quantity, number of units) of each quantity.
     """
 
     name: str
@@ -111,7 +108,7 @@ class SiteLayout:
 
 
 def site_layouts(header: TraceHeader) -> tuple[SiteLayout, ...]:
-    """The sites of a trace, and all that can be read there."""
+    """Return the layout of every site of a trace, with all readable quantities."""
     return tuple(
         SiteLayout(
             site.name,
@@ -124,19 +121,19 @@ def site_layouts(header: TraceHeader) -> tuple[SiteLayout, ...]:
 
 
 class Accumulator:
-    """Counts in memory that does not grow. It has no lock: whoever has it sees to that.
+    """Accumulates the statistics of a run in constant memory. Not thread-safe: the owner locks it.
 
     Args:
         model: Qualified name of the model's class.
-        created: When counting began, in seconds since the epoch.
-        layout: What is counted.
-        bins: Bins of each histogram.
+        created: Start of counting, in seconds since the epoch.
+        layout: Layout of each site.
+        bins: Number of bins of each histogram.
 
     Attributes:
         modules: (modules,) of type `MODULE_DTYPE`.
         checked: (sites,) of type `CHECK_DTYPE`.
-        annotations: How many there were.
-        tallies: By site, then by quantity.
+        annotations: Number of annotations.
+        tallies: Accumulators by site, then by quantity.
     """
 
     def __init__(self, model: str, created: float, layout: Sequence[SiteLayout], bins: int) -> None:
@@ -153,25 +150,25 @@ class Accumulator:
 
     @property
     def calls(self) -> int:
-        """Of all modules."""
+        """Number of calls of all modules."""
         return int(self.modules["calls"].sum())
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
+        """Size of all arrays in bytes."""
         tallies = [tally for site in self.tallies for tally in site.values()]
         inside = sum(tally.units.nbytes + tally.histogram.nbytes for tally in tallies)
         return inside + self.modules.nbytes + self.checked.nbytes
 
     def count_calls(self, module: int, calls: int, sequences: int, steps: int) -> None:
-        """Note how much more there is of a module."""
+        """Add to the counts of a module."""
         entry = self.modules[module]
         entry["calls"] += calls
         entry["sequences"] += sequences
         entry["steps"] += steps
 
     def check(self, site: int, residual: float, call: int) -> None:
-        """Note the residual of a call, which has this number, at a site."""
+        """Record the residual of the call with this number at a site."""
         entry = self.checked[site]
         if np.isnan(residual):
             entry["unchecked"] += 1
@@ -179,10 +176,10 @@ class Accumulator:
             entry["residual"], entry["call"] = residual, call
 
     def merge(self, other: Accumulator) -> None:
-        """Take in what another one has counted; its calls follow ours.
+        """Add the statistics of another accumulator, whose calls follow these.
 
         Raises:
-            OptionError: It counts other things.
+            OptionError: Its layout or its bins differ.
         """
         self.require_same(other.layout, other.bins)
         before = self.calls
@@ -199,10 +196,10 @@ class Accumulator:
                 tally.merge(theirs[name])
 
     def require_same(self, layout: Sequence[SiteLayout], bins: int | None = None) -> None:
-        """Refuse what has other sites, sizes or bins.
+        """Check that a layout and a number of bins are the same.
 
         Raises:
-            OptionError: The message says what was expected, what was found, and where.
+            OptionError: They differ; the message says what was expected, found, and where.
         """
         for where, expected, found in self._differences(layout, bins):
             raise OptionError(
@@ -224,7 +221,7 @@ class Accumulator:
                 yield f"module of {ours.name!r}", ours.module, theirs.module
 
     def site(self, number: int) -> SiteStatistics:
-        """What was counted at a site so far; it does not change any more."""
+        """Return a frozen copy of the statistics of a site."""
         layout, checked = self.layout[number], self.checked[number]
         module = self.modules[layout.module]
         has_none = checked["call"] < 0 and checked["unchecked"] > 0

@@ -1,4 +1,4 @@
-"""Statistics in a file: docs/format.md specifies it. Written whole each time, and read checked."""
+"""The file of running statistics, specified by docs/format.md."""
 
 from __future__ import annotations
 
@@ -49,17 +49,16 @@ _KIND = "file of statistics"
 
 
 class StatisticsFile:
-    """A file that is rewritten whole from time to time. At every moment it can be read.
+    """A statistics file that is replaced atomically, so that it can be read at any time.
 
     Args:
-        path: Of the file.
-        mode: "w" refuses a path that exists, "overwrite" replaces it, "a" is for counts that go on
-            from those in the file.
-        fsync: Whether the disk holds each new file before it takes the place of the one before.
+        path: Path of the file.
+        mode: "w" refuses an existing path, "overwrite" replaces it, "a" continues from its counts.
+        fsync: Whether to fsync each new file before it replaces the previous one.
 
     Raises:
         OptionError: The mode is none of these.
-        TraceFileError: The file exists and may not be replaced, or somebody writes to it, or its
+        TraceFileError: The file exists and may not be replaced, another writer uses it, or its
             folder does not exist.
     """
 
@@ -80,10 +79,10 @@ class StatisticsFile:
             require_replaceable(self.path)
 
     def load_existing(self) -> Accumulator | None:
-        """What the file holds that counting goes on from.
+        """Load the counts to continue from; None if there are none.
 
         Raises:
-            TraceFileError: It is no such file, or damaged.
+            TraceFileError: The file is not a statistics file, or is damaged.
         """
         if not self._continues:
             return None
@@ -91,10 +90,10 @@ class StatisticsFile:
         return load(self.path)
 
     def acquire(self) -> None:
-        """Keep everybody else from writing to the path until as many calls of `release` came.
+        """Claim the path for writing until `release` was called as often as `acquire`.
 
         Raises:
-            TraceFileError: Somebody writes to it.
+            TraceFileError: Another writer uses the path.
         """
         with self._lock:
             if not self._writers:
@@ -108,7 +107,7 @@ class StatisticsFile:
             self._writers += 1
 
     def release(self) -> None:
-        """Let others write to the path once nobody has acquired it any more."""
+        """Undo one `acquire`; the last one gives up the claim."""
         with self._lock:
             self._writers -= 1
             if not self._writers and self._claim is not None:
@@ -116,11 +115,11 @@ class StatisticsFile:
                 self._claim = None
 
     def save(self, accumulator: Accumulator) -> None:
-        """Write the file anew, and rename it into its place. For whoever has acquired it.
+        """Write a new file and rename it to the path. The caller has acquired the path.
 
         Raises:
-            TraceFileError: It cannot be written, or the file is not the one that was written last;
-                what was there before still is.
+            TraceFileError: It cannot be written, or the file is not the one that was written last.
+                The previous file is unchanged.
         """
         with self._lock:
             self._require_in_place()
@@ -144,7 +143,7 @@ class StatisticsFile:
             self._mode, self._expected_status = "overwrite", own
 
     def require_in_place(self) -> None:
-        """Require that the file is still the one that was written last.
+        """Check that the file is still the one that was written last.
 
         Raises:
             TraceFileError: It was deleted, or replaced by another.
@@ -171,10 +170,10 @@ class StatisticsFile:
             )
 
     def sync_directory(self) -> None:
-        """Have the disk hold, if that was asked for, that the file has the place of the one before.
+        """If requested, fsync the directory, so that the new name survives a loss of power.
 
         Raises:
-            TraceFileError: It cannot be told; the file is there all the same.
+            TraceFileError: The fsync failed; the file is there all the same.
         """
         if self._fsync:
             with translate_write_errors(self.path, "written"):
@@ -198,9 +197,9 @@ def _status(path: Path) -> _Status:
 
 
 def _image(accumulator: Accumulator, new: Path) -> bytes:
-    """The bytes of a new file.
+    """Return the bytes of a new file.
 
-    Made in memory: HDF5 keeps a file open for good of which it could not write the end.
+    The image is built in memory, because HDF5 never closes a file whose end it could not write.
     """
     with h5py.File(new, "w", driver="core", backing_store=False) as file:
         _write(file, accumulator)
@@ -228,7 +227,7 @@ def _write(file: h5py.File, accumulator: Accumulator) -> None:
 
 
 def is_statistics(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is one of statistics by its own account. False if it cannot be read at all."""
+    """Return whether a file is marked as a statistics file. False if it cannot be read."""
     try:
         with translate_read_errors(Path(path)), open_for_reading(Path(path)) as file:
             return format_of(file) == STATISTICS_FORMAT
@@ -237,10 +236,10 @@ def is_statistics(path: str | os.PathLike[str]) -> bool:
 
 
 def load(path: str | os.PathLike[str]) -> Accumulator:
-    """Read a file of statistics. Nothing in it is trusted.
+    """Read a statistics file. All its contents are validated.
 
     Raises:
-        TraceFileError: It is not there, is none, is of a newer format, or is damaged.
+        TraceFileError: It is missing, not a statistics file, of a newer format, or damaged.
     """
     path = as_path(path)
     with translate_read_errors(path, _KIND), open_for_reading(path, _KIND) as file:
@@ -248,7 +247,7 @@ def load(path: str | os.PathLike[str]) -> Accumulator:
 
 
 class _Reader:
-    """Reads a file, and no more in all than it can hold."""
+    """Reads a file, and never more data in total than the file can hold."""
 
     def __init__(self, file: h5py.File, size: int) -> None:
         self._file = file
@@ -319,7 +318,7 @@ class _Reader:
     def _array(
         self, group: h5py.Group, name: str, dtype: np.dtype[Any], shape: tuple[int | None, ...]
     ) -> Array:
-        """A dataset of this type and shape, where None is any length, that is in this very file."""
+        """Read a dataset of this type and shape from this file; None is any length."""
         dataset = get_member(group, name, h5py.Dataset)
         location = f"{group.name.rstrip('/')}/{name}"
         require_local_data(dataset, location)

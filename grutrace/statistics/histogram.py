@@ -1,4 +1,4 @@
-"""Equal bins whose edges are exact in every floating-point type, and counting values into them.
+"""Histograms with equal bins whose edges are exact in every floating-point type.
 
 n rows, H units.
 """
@@ -27,12 +27,12 @@ GROUPED_BINS = 32 * 1024
 
 @dataclass(frozen=True)
 class Bins:
-    """Bins from `low` to `high`. Each holds its lower edge, and the last its upper edge as well.
+    """Equal bins from `low` to `high`. Each includes its lower edge, the last also its upper edge.
 
     Attributes:
         low: First edge.
         high: Last edge.
-        count: How many bins, out of `ALLOWED_BINS`.
+        count: Number of bins, one of `ALLOWED_BINS`.
     """
 
     low: float
@@ -49,13 +49,18 @@ class Bins:
         return self.count / (self.high - self.low)
 
     def histogram(self, values: Array, least: float, largest: float) -> tuple[Array, Array, Array]:
-        """Count finite values of shape (n, H), none smaller than the least or above the largest.
+        """Count finite values of shape (n, H).
 
-        One `bincount` over the bins of some units: measured against adding up one comparison per
-        edge, see docs/performance.md.
+        One `bincount` over the bins of several units; docs/performance.md compares it with one
+        comparison for each edge.
+
+        Args:
+            values: (n, H), finite.
+            least: Lower bound of the values.
+            largest: Upper bound of the values.
 
         Returns:
-            (H, count) the counts; (H,) how many lie below the first edge; (H,) above the last.
+            (H, count) the counts; (H,) number below the first edge; (H,) number above the last.
         """
         width = values.shape[1]
         under = over = np.zeros(width, np.int64)
@@ -102,7 +107,7 @@ class Bins:
 
 
 def quantity_bins(quantity: str, count: int) -> Bins | None:
-    """The bins of a quantity; None for the input, which may be anywhere."""
+    """Return the bins of a quantity; None for the input, whose range is unknown."""
     if quantity == "input":
         return None
     gate = quantity in GATES and quantity != "candidate"
@@ -110,10 +115,10 @@ def quantity_bins(quantity: str, count: int) -> Bins | None:
 
 
 def require_bins(count: object) -> int:
-    """A number of bins that there can be.
+    """Check a number of bins and return it.
 
     Raises:
-        OptionError: It is none.
+        OptionError: It is not one of `ALLOWED_BINS`.
     """
     if type(count) is not int or count not in ALLOWED_BINS:
         allowed = ", ".join(map(str, ALLOWED_BINS))

@@ -1,14 +1,12 @@
-"""What is known of each unit: moments, extremes, shares; of a block of rows, and of two together.
+"""Moments, extremes and shares of each unit, of a block of rows, and merging of two of them.
 
-Moments are kept as a count, a mean and the sum of squared deviations from it. Two of them are
-joined by the pairwise update of Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise
-algorithm for computing sample variances" (also 1983, "Algorithms for computing the sample
-variance", The American Statistician 37): no difference of large sums is ever taken, so a gate that
-hardly moves keeps its variance.
+Moments are kept as a count, a mean and the sum of squared deviations. They are merged by the
+pairwise update of Chan, Golub and LeVeque (1979), "Updating formulae and a pairwise algorithm for
+computing sample variances" (also 1983, "Algorithms for computing the sample variance", The American
+Statistician 37). No difference of large sums is taken, so the variance of a nearly constant gate is
+accurate.
 
 n rows, H units.
-
-Sums over rows and to rows, extremes, as fast as NumPy has them. n rows, H units.
 """
 
 from __future__ import annotations
@@ -27,12 +25,12 @@ _LARGEST = 255
 
 
 def reduce_axis0(ufunc: np.ufunc, values: Array, dtype: Any = None) -> Array:
-    """Reduce C-contiguous (n, H) values over their rows: (H,).
+    """Reduce C-contiguous (n, H) values over their first axis: (H,).
 
     Args:
-        ufunc: By what.
-        values: What.
-        dtype: In which type, as long as rows are side by side: of n, one in WIDE // H, or each.
+        ufunc: The NumPy ufunc.
+        values: (n, H).
+        dtype: Type of the intermediate results, as for `ufunc.reduce`.
     """
     rows, width = values.shape
     tiles = LINE_ELEMENTS // max(1, width)
@@ -60,7 +58,7 @@ def add_to_rows(values: Array, row: Array) -> None:
 
 
 def count_true(hits: Array) -> Array:
-    """How many of (n, H) booleans are true, by unit: (H,) int64."""
+    """Count the true values of (n, H) booleans by unit: (H,) int64."""
     counts = np.zeros(hits.shape[1], np.int64)
     step = _LARGEST * max(1, LINE_ELEMENTS // max(1, hits.shape[1]))
     for start in range(0, len(hits), step):
@@ -98,7 +96,7 @@ _COUNTS = tuple(
 
 
 def empty_stats(width: int) -> Array:
-    """(H,) of type `UNIT_DTYPE`, of nothing."""
+    """Return (H,) of type `UNIT_DTYPE` without values."""
     units = np.zeros(width, UNIT_DTYPE)
     units["minimum"], units["maximum"] = np.inf, -np.inf
     return units
@@ -107,12 +105,12 @@ def empty_stats(width: int) -> Array:
 def summarize_block(
     values: Array, *, shares: bool = True, moments: bool = True
 ) -> tuple[Array, Array, Array]:
-    """What is known of a block, without the places that a histogram counts.
+    """Compute the statistics of a block, without those of a histogram.
 
     Args:
         values: (n, H), C-contiguous, of any floating-point type.
-        shares: Whether to count what is below `LOW` and above `HIGH`; else both are 0.
-        moments: Whether to work out the mean and the squares; else both are 0.
+        shares: Whether to count values below `LOW` and above `HIGH`; otherwise both are 0.
+        moments: Whether to compute the mean and the squares; otherwise both are 0.
 
     Returns:
         (H,) of type `UNIT_DTYPE`; (n, H) the values, with 0 in place of non-finite ones; (H,) the
@@ -145,7 +143,7 @@ def summarize_block(
 
 
 def _moments(values: Array, finite: Array | None, count: Array) -> tuple[Array, Array]:
-    """The mean of what is finite, and the squared deviations from it: (H,) each, of two passes."""
+    """Compute the mean of finite values and the squared deviations, in two passes: (H,) each."""
     exact = values.astype(np.float64)
     mean = reduce_axis0(np.add, exact) / np.maximum(count, 1)
     exact -= mean
@@ -155,7 +153,7 @@ def _moments(values: Array, finite: Array | None, count: Array) -> tuple[Array, 
 
 
 def merge_stats(into: Array, other: Array) -> None:
-    """Take the values of other units into these, both (H,) of type `UNIT_DTYPE`."""
+    """Merge the statistics of other units into these, both (H,) of type `UNIT_DTYPE`."""
     ours, theirs = into["count"].astype(np.float64), other["count"].astype(np.float64)
     total = np.maximum(ours + theirs, 1)
     delta = other["mean"] - into["mean"]

@@ -1,4 +1,4 @@
-"""What running statistics give to read: frozen, and apart from what goes on counting."""
+"""The frozen results of running statistics."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from grutrace.reprs import fields_repr
 
 @dataclass(frozen=True, eq=False)
 class UnitStatistics:
-    """Figures of one quantity at one site, unit by unit: H units (or features of the input).
+    """Statistics of one quantity at one site, for H units (or features of the input).
 
-    All but `nan` and `infinite` are of finite values only. A figure of a unit that has none is not
-    a number.
+    All but `nan` and `infinite` are of finite values. They are NaN for a unit without finite
+    values.
 
     Attributes:
-        quantity: Its name.
-        count: (H,) finite values.
-        nan: (H,) values that were not a number.
-        infinite: (H,) infinite values.
-        mean: (H,)
+        quantity: Name of the quantity.
+        count: (H,) number of finite values.
+        nan: (H,) number of NaN values.
+        infinite: (H,) number of infinite values.
+        mean: (H,) mean.
         variance: (H,) mean squared deviation from the mean.
-        minimum: (H,)
-        maximum: (H,)
-        below: (H,) share of the values whose size is below `moments.LOW`, 0.1; None for
-            the input.
-        above: (H,) share of the values whose size is above `moments.HIGH`, 0.9; None for
-            the input.
-        histogram: (H, bins) counts; None for the input, whose range nobody knows beforehand.
+        minimum: (H,) minimum.
+        maximum: (H,) maximum.
+        below: (H,) share of the values with a magnitude below `moments.LOW`, 0.1; None for the
+            input.
+        above: (H,) share of the values with a magnitude above `moments.HIGH`, 0.9; None for the
+            input.
+        histogram: (H, bins) counts; None for the input, whose range is unknown.
         edges: (bins + 1,) edges of the bins, from 0 to 1 for reset and update and from -1 to 1 for
-            candidate and hidden. A bin holds its lower edge, and the last its upper edge, too.
-        underflow: (H,) values below the first edge.
-        overflow: (H,) values above the last edge: hidden states that began from larger ones.
+            candidate and hidden. A bin includes its lower edge, the last also its upper edge.
+        underflow: (H,) number of values below the first edge.
+        overflow: (H,) number of values above the last edge: hidden states that began outside.
     """
 
     quantity: str
@@ -57,24 +57,24 @@ class UnitStatistics:
 
     @property
     def std(self) -> Array:
-        """(H,) standard deviation: the square root of the variance."""
+        """(H,) standard deviation."""
         return np.asarray(np.sqrt(self.variance))
 
 
 @dataclass(frozen=True, eq=False)
 class SiteStatistics:
-    """What was counted at one site.
+    """Statistics of one site.
 
     Attributes:
-        site: Its name.
-        calls: Calls of its module.
-        sequences: Sequences that they began.
-        steps: Of all sequences together: rows.
-        versions: Versions of the module's weights.
-        residual: Largest ``|replayed h - kernel's h|``; 0 before the first call, and not a number
-            where gates were derived when read.
-        residual_call: In which call that was: a row of `Trace.calls` of the same run. -1 for none.
-        quantities: By name, what was counted.
+        site: Name of the site.
+        calls: Number of calls of its module.
+        sequences: Number of sequences that began.
+        steps: Number of steps of all sequences.
+        versions: Number of versions of the module's weights.
+        residual: Largest ``|replayed h - kernel's h|``; 0 before the first call, and NaN where
+            gates were derived when read.
+        residual_call: Its call: a row of `Trace.calls` of the same run. -1 for none.
+        quantities: Statistics by quantity.
     """
 
     site: str
@@ -89,7 +89,7 @@ class SiteStatistics:
     __repr__ = fields_repr
 
     def __getitem__(self, quantity: str) -> UnitStatistics:
-        """The figures of the quantity of this name.
+        """Return the statistics of a quantity.
 
         Raises:
             NotRecordedError: It was not counted.
@@ -101,25 +101,25 @@ class SiteStatistics:
 
     @property
     def reset(self) -> UnitStatistics:
-        """The reset gate r."""
+        """Statistics of the reset gate r."""
         return self["reset"]
 
     @property
     def update(self) -> UnitStatistics:
-        """The update gate z. PyTorch's: where z is 1 the previous state is kept."""
+        """Statistics of the update gate z. PyTorch's: where z is 1 the previous state is kept."""
         return self["update"]
 
     @property
     def candidate(self) -> UnitStatistics:
-        """The candidate state n. PyTorch calls it the new gate."""
+        """Statistics of the candidate state n. PyTorch calls it the new gate."""
         return self["candidate"]
 
     @property
     def hidden(self) -> UnitStatistics:
-        """The hidden state h."""
+        """Statistics of the hidden state h."""
         return self["hidden"]
 
     @property
     def input(self) -> UnitStatistics:
-        """What the layer read, feature by feature."""
+        """Statistics of the layer's input, by feature."""
         return self["input"]

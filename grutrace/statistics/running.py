@@ -1,4 +1,4 @@
-"""Statistics: count while a model runs, read at any time, merge, save and load."""
+"""`grutrace.Statistics`: running statistics that can be read, merged, saved and loaded."""
 
 from __future__ import annotations
 
@@ -41,27 +41,37 @@ SAVE_SECONDS = 10.0
 
 
 class Statistics:
-    """Running statistics of a model's GRUs, per unit and quantity, in constant memory.
+    """Running statistics of a model's GRUs, for each unit and quantity, in constant memory.
 
-    Given to a tracer as its sink, it counts what the tracer records and keeps no rows. It can be
-    read while it counts. Several tracers may count into one, at once or one after another, if they
-    record the same sites of models of the same sizes.
+    As the sink of a tracer, it counts what the tracer records and keeps no rows. It can be read
+    while it counts. Several tracers may count into one instance, at once or in turn, if they record
+    the same sites of models of the same sizes.
 
     Args:
         path: A file that is kept up to date: every `save_seconds` while counting, and whenever the
-            tracer is flushed or closed, or the statistics are read. It is replaced whole each time,
-            so that a run that is killed leaves the last state. Of several processes each has a file
-            of its own, as for `Tracer`: ``stats.rank0003.h5``.
-        mode: For a file that exists: ``w`` refuses, ``overwrite`` replaces it if grutrace wrote
-            it, ``a`` goes on from its counts. A file that others are writing is refused.
-        bins: Bins of each histogram, a power of two from 2 to 1024.
-        save_seconds: How often the file is rewritten while counting.
-        fsync: Whether the disk itself holds each new file before it replaces the one before, so
-            that a loss of power leaves one of the two.
+            tracer is flushed or closed or the statistics are read. It is replaced atomically, so a
+            killed run leaves the last state. Each of several processes has its own file, as for
+            `Tracer`: ``stats.rank0003.h5``.
+        mode: For an existing file: ``w`` refuses, ``overwrite`` replaces it if grutrace wrote it,
+            ``a`` continues from its counts. A file with another writer is refused.
+        bins: Number of bins of each histogram, a power of two from 2 to 1024.
+        save_seconds: Interval between two saves while counting, in seconds.
+        fsync: Whether to fsync each new file before it replaces the previous one, so that a loss of
+            power leaves one of the two.
 
     Raises:
-        OptionError: An option has no such value.
-        TraceFileError: The file exists, cannot be read to go on from, or can have no place.
+        OptionError: An option has an invalid value.
+        TraceFileError: The file exists, cannot be continued, or cannot be written.
+
+    Example:
+        >>> import torch, grutrace
+        >>> layer, statistics = torch.nn.GRU(2, 3), grutrace.Statistics()
+        >>> with grutrace.trace(layer, sink=statistics):
+        ...     _ = layer(torch.randn(5, 4, 2))
+        >>> statistics.sites, statistics.calls, statistics.steps
+        (('l0',), 1, 20)
+        >>> statistics["l0"].update.mean.shape, statistics["l0"].update.histogram.shape
+        ((3,), (3, 32))
     """
 
     @reject_unknown_options
@@ -85,7 +95,7 @@ class Statistics:
         self._open()
 
     def _open(self) -> None:
-        """Find a place for the file, if there is one, and what it holds already."""
+        """Claim the file, if there is one, and load its counts."""
         self._file: StatisticsFile | None = None
         if self._requested_file is not None:
             path, mode = self._requested_file
@@ -107,23 +117,42 @@ class Statistics:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Self:
-        """Read a file of statistics, which is not written to from then on.
+        """Load statistics from a file. The file is not written to afterwards.
+
+        Args:
+            path: Path of the file.
 
         Raises:
-            TraceFileError: It is not there, is none, is of a newer format, or is damaged.
+            TraceFileError: It is missing, not a statistics file, of a newer format, or damaged.
+
+        Example:
+            >>> import torch, grutrace
+            >>> layer, path = torch.nn.GRU(2, 3), "statistics.h5"
+            >>> with grutrace.trace(layer, sink=grutrace.Statistics(path)):
+            ...     _ = layer(torch.randn(5, 4, 2))
+            >>> grutrace.Statistics.load(path).steps
+            20
         """
         return cls._from_accumulator(load(path))
 
     @classmethod
     def of(cls, trace: Trace, *, bins: int = BINS) -> Self:
-        """The same figures of a trace that has its rows, read in blocks.
+        """Compute the same statistics from the rows of a trace, read in blocks.
 
         Args:
-            trace: In memory or in a file; gates that are derived when read are derived.
+            trace: A trace, in memory or in a file; deferred gates are derived.
             bins: As for `Statistics`.
 
         Raises:
             TraceFileError: The file is damaged.
+
+        Example:
+            >>> import torch, grutrace
+            >>> layer = torch.nn.GRU(2, 3)
+            >>> with grutrace.trace(layer) as trace:
+            ...     _ = layer(torch.randn(5, 4, 2))
+            >>> grutrace.Statistics.of(trace)["l0"].hidden.count
+            array([20, 20, 20])
         """
         header = trace.header
         accumulator = Accumulator(
@@ -151,11 +180,11 @@ class Statistics:
         return statistics
 
     def attach(self, header: TraceHeader) -> StatisticsSink:
-        """A sink that counts into these statistics: for the tracer.
+        """Return a sink that counts into these statistics. Called by the tracer.
 
         Raises:
-            OptionError: The trace has other sites or sizes than what was counted before, or its
-                gates are not computed with the calls.
+            OptionError: The trace has other sites or sizes than were counted before, or its gates
+                are not computed with the calls.
             TraceFileError: The file cannot be written.
         """
         if header.options.get("gates", "inline") != "inline":
@@ -181,7 +210,7 @@ class Statistics:
         return feed
 
     def _claim_file(self, shard: Shard | None) -> None:
-        """Have the file of the tracer's shard: the processes may have been alone until now."""
+        """Open the file of the tracer's shard, which may be known only now."""
         if not self._attached and self._requested_file and shard != self._shard:
             self._shard = shard
             self._open()
@@ -193,11 +222,11 @@ class Statistics:
         return tuple(site.name for site in self._layout)
 
     def __getitem__(self, name: str) -> SiteStatistics:
-        """What was counted at the site of this name so far.
+        """Return the current statistics of a site.
 
         Raises:
-            NotRecordedError: It was not counted; the message says which were.
-            SinkError: Something could not be counted, or saved.
+            NotRecordedError: The site was not counted; the message lists those that were.
+            SinkError: Something could not be counted or saved.
         """
         if name not in self.sites:
             near = suggest_name(name, self.sites) if isinstance(name, str) else ""
@@ -221,30 +250,30 @@ class Statistics:
 
     @property
     def calls(self) -> int:
-        """Calls of all modules."""
+        """Number of calls of all modules."""
         return self._total("calls")
 
     @property
     def sequences(self) -> int:
-        """Sequences of all modules."""
+        """Number of sequences of all modules."""
         return self._total("sequences")
 
     @property
     def steps(self) -> int:
-        """Steps of all sequences of all modules."""
+        """Number of steps of all sequences of all modules."""
         return self._total("steps")
 
     @property
     def annotations(self) -> int:
-        """Runs of tokens or of one label, each of one sequence; their values are not kept."""
+        """Number of annotations: tokens or a label of one sequence. Values are not kept."""
         with self._reading() as accumulator:
             return accumulator.annotations
 
     @property
     def residual(self) -> float:
-        """The largest residual of all sites; not a number if there is none.
+        """Largest residual of all sites; NaN if there is none.
 
-        Where it is: the site whose `residual` it is, and its `residual_call`.
+        `residual` and `residual_call` of each site say where it is.
         """
         if self._accumulator is None:
             return float("nan")
@@ -254,17 +283,30 @@ class Statistics:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is counted, however long the run."""
+        """Size of the counts in bytes; independent of the length of the run."""
         return self._accumulator.nbytes if self._accumulator else 0
 
     def merge(self, other: Statistics) -> Statistics:
-        """The statistics of both runs together, of which this one is the first.
+        """Return the statistics of two runs together, of which this one is the first.
+
+        Args:
+            other: Statistics of the same sites.
 
         Returns:
             New statistics, in memory; neither of the two is changed.
 
         Raises:
             OptionError: The other has other sites, sizes or bins; the message says where.
+
+        Example:
+            >>> import torch, grutrace
+            >>> layer = torch.nn.GRU(2, 3)
+            >>> first, second = grutrace.Statistics(), grutrace.Statistics()
+            >>> for statistics in (first, second):
+            ...     with grutrace.trace(layer, sink=statistics):
+            ...         _ = layer(torch.randn(5, 4, 2))
+            >>> first.merge(second).steps
+            40
         """
         if not isinstance(other, Statistics):
             raise OptionError(f"merge: expected a grutrace.Statistics, found {short_repr(other)}")
@@ -281,12 +323,25 @@ class Statistics:
         return self._from_accumulator(ours)
 
     def save(self, path: str | os.PathLike[str], *, mode: Literal["w", "overwrite"] = "w") -> None:
-        """Write what was counted so far to a file of its own.
+        """Write the current counts to a file of their own.
+
+        Args:
+            path: Path of the file.
+            mode: For an existing file: ``w`` refuses, ``overwrite`` replaces it.
 
         Raises:
             OptionError: There is no such mode.
-            StateError: Nothing was counted yet: there are no sites.
+            StateError: Nothing was counted yet.
             TraceFileError: The file exists, or cannot be written.
+
+        Example:
+            >>> import torch, grutrace
+            >>> layer, statistics = torch.nn.GRU(2, 3), grutrace.Statistics()
+            >>> with grutrace.trace(layer, sink=statistics):
+            ...     _ = layer(torch.randn(5, 4, 2))
+            >>> statistics.save("saved.h5")
+            >>> grutrace.Statistics.load("saved.h5").calls
+            1
         """
         require_one_of("mode", mode, ("w", "overwrite"))
         snapshot = self._snapshot()
@@ -311,7 +366,7 @@ class Statistics:
 
     @contextmanager
     def _reading(self) -> Iterator[Accumulator]:
-        """What was counted, with everything that was recorded so far in it, and nothing coming."""
+        """Lock the counts and flush all tracers, so that everything recorded so far is included."""
         if self._accumulator is None:
             raise NotRecordedError("nothing was counted yet: no tracer was given these statistics")
         self._require_own_process()
@@ -329,7 +384,7 @@ class Statistics:
             return copy.deepcopy(accumulator)
 
     def _save(self, file: StatisticsFile, accumulator: Accumulator) -> None:
-        """Bring the file up to date with what is counted by now."""
+        """Write the current counts to the file."""
         with self._lock:
             snapshot = copy.deepcopy(accumulator)
         file.save(snapshot)
@@ -343,7 +398,7 @@ class Statistics:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy holds: the counts so far. It has no file and counts nothing by itself."""
+        """Return the counts so far. A copy has no file and no tracers."""
         return {"bins": self._bins, "seconds": self._seconds, "accumulator": self._snapshot()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

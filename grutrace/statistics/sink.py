@@ -1,7 +1,4 @@
-"""The sink that counts, from a thread of its own, what a model that runs on has handed over.
-
-What a trace is read from whose rows were counted and not kept: nothing but its header.
-"""
+"""The sink that counts records on a thread of its own, while the model runs."""
 
 from __future__ import annotations
 
@@ -34,10 +31,10 @@ _REFUSAL = (
 
 
 class StatisticsOnlySource:
-    """A `Source` with a header and nothing else: whatever else is asked of it is refused.
+    """A `Source` with a header and no rows; reading anything else raises an error.
 
     Args:
-        header: Of the trace.
+        header: Header of the trace.
     """
 
     name = "statistics"
@@ -49,15 +46,15 @@ class StatisticsOnlySource:
         self._tables = _NoTables()
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickled, it is its header: what counts stays here."""
+        """Pickle the header only."""
         return StatisticsOnlySource, (self.header,)
 
     def refresh(self) -> Tables:
-        """Tables that refuse to be read."""
+        """Return tables that cannot be read."""
         return self._tables
 
     def as_of(self, tables: Tables) -> SnapshotReader:  # noqa: ARG002
-        """Itself."""
+        """Return the source itself."""
         return self
 
     def _refuse(self, *_arguments: Any, **_named: Any) -> NoReturn:
@@ -87,17 +84,17 @@ BATCH_BYTES = 2 * 1024 * 1024
 
 
 class StatisticsSink(StatisticsOnlySource):
-    """A sink that counts, and, as a source, holds no rows.
+    """A sink that counts; as a source it has no rows.
 
-    Whatever was appended is counted `seconds` later at most, and at once after `flush`. A feed that
-    nobody closes is closed when it is forgotten, and when Python ends.
+    A record is counted within `seconds`, and at once on `flush`. A sink that is not closed is
+    closed when it is garbage-collected or when Python exits.
 
     Args:
-        header: Of the trace.
-        accumulator: Counts; it fits the header.
-        lock: Of the accumulator.
-        file: That is kept up to date, if there is one.
-        seconds: How often it is brought up to date while records come.
+        header: Header of the trace.
+        accumulator: The counts; its layout fits the header.
+        lock: Lock of the accumulator.
+        file: The file to keep up to date, if any.
+        seconds: Interval between two saves while records arrive.
 
     Raises:
         TraceFileError: The file cannot be written.
@@ -126,12 +123,12 @@ class StatisticsSink(StatisticsOnlySource):
 
     @property
     def counted_calls(self) -> int:
-        """Calls that it has counted, or, if there is a file, that are in the file."""
+        """Number of calls counted, and saved if there is a file."""
         return self._counter.stored
 
     @property
     def has_failed(self) -> bool:
-        """Whether something could not be written."""
+        """Whether counting or saving failed."""
         return self.thread.has_failed
 
     def collect_from(self, collect: Collect) -> None:
@@ -152,11 +149,11 @@ class StatisticsSink(StatisticsOnlySource):
         self.thread.submit(record)
 
     def flush(self) -> None:
-        """Return once everything appended so far is counted, and in the file if there is one.
+        """Wait until all appended records are counted, and saved if there is a file.
 
         Raises:
-            SinkError: It could not be, the file was deleted or replaced, or this process is a
-                forked child.
+            SinkError: Counting or saving failed, the file was deleted or replaced, or this process
+                is a forked child.
         """
         self.thread.flush()
         if self._file is not None and not self.thread.ended:
@@ -166,20 +163,20 @@ class StatisticsSink(StatisticsOnlySource):
                 raise SinkError(str(error)) from error
 
     def close(self) -> None:
-        """Count what waits and end the thread. Closing twice does nothing.
+        """Count the pending records and end the thread. Closing twice does nothing.
 
         Raises:
-            SinkError: Something could not be counted, and no earlier call has said so.
+            SinkError: Counting or saving failed, and no earlier call raised it.
         """
         self.thread.close()
 
 
 class SinkFile:
-    """The file of the statistics that one feed counts into.
+    """The statistics file, as used by one sink.
 
     Args:
-        file: Of all feeds of the statistics.
-        save: Brings it up to date.
+        file: The file, shared by all sinks of the statistics.
+        save: Writes the current counts to it.
     """
 
     def __init__(self, file: StatisticsFile, save: Callable[[], None]) -> None:
@@ -188,10 +185,10 @@ class SinkFile:
         self._file, self._is_open, self._process = file, False, os.getpid()
 
     def open(self) -> None:
-        """Write it for the first time, and keep others from writing to it.
+        """Claim the file and write it for the first time.
 
         Raises:
-            TraceFileError: It cannot be written, or somebody writes to it.
+            TraceFileError: It cannot be written, or another writer uses it.
         """
         self._file.acquire()
         self._is_open = True
@@ -203,14 +200,14 @@ class SinkFile:
             raise
 
     def close(self) -> None:
-        """Let others write to it. Closing twice does nothing, nor does it in a forked child."""
+        """Give up the claim. Closing twice, or in a forked child, does nothing."""
         if self._is_open and os.getpid() == self._process:
             self._is_open = False
             self._file.release()
 
 
 class _CountingConsumer:
-    """What the thread does."""
+    """The work of the counting thread."""
 
     def __init__(
         self,
@@ -233,7 +230,7 @@ class _CountingConsumer:
         self._counted = self.stored = 0
 
     def write(self, record: Record) -> None:
-        """Take a record."""
+        """Accept a record."""
         self._validator.validate(record)
         self._unsaved = True
         if isinstance(record, CallRecord):
@@ -249,7 +246,7 @@ class _CountingConsumer:
                 self._accumulator.annotations += 1
 
     def commit(self) -> None:
-        """Count what was gathered, and have it saved."""
+        """Count the pending records and save the file."""
         self._count()
         if self._file is not None and self._unsaved:
             self._file.save()
@@ -259,13 +256,13 @@ class _CountingConsumer:
             self._file.sync_directory()
 
     def close(self) -> None:
-        """Commit, and let others write to the file."""
+        """Commit, and give up the claim on the file."""
         self.commit()
         if self._file is not None:
             self._file.close()
 
     def abandon(self) -> None:
-        """Forget what was gathered."""
+        """Discard the pending records."""
         self._batch = []
         if self._file is not None:
             self._file.close()

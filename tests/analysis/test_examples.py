@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import doctest
-import os
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 
+import dask
 import pytest
 
 import grutrace
@@ -25,13 +26,13 @@ def failures(function: object, name: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("name", OBJECTS)
-def test_the_example_of_a_public_name_runs(name: str, tmp_path: Path) -> None:
-    before = Path.cwd()
-    os.chdir(tmp_path)
-    try:
+def test_the_example_of_a_public_name_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # dask's own threads would stay after the test.
+    with ThreadPoolExecutor(2) as pool, dask.config.set(scheduler="threads", pool=pool):
         failed, attempted = failures(OBJECTS[name], name)
-    finally:
-        os.chdir(before)
     assert not failed
     assert attempted
 

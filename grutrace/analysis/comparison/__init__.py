@@ -1,4 +1,4 @@
-"""Are two traces the same, and if not, where do they differ and why."""
+"""Compare two traces: whether they are the same, where they differ, and the likely cause."""
 
 from grutrace.analysis.comparison.report import (
     ContextDifference,

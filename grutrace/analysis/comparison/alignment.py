@@ -1,7 +1,7 @@
-"""Two sites, one of each trace, and which of their rows and columns are of the same thing.
+"""Alignment of a site in two traces: which rows and columns correspond.
 
-Sequences correspond by their number and steps by theirs, so calls may have been made of the same
-sequences in other batches; units correspond by their number. N rows, S sequences, U units.
+Sequences correspond by number, steps by number, and units by number. The batches of the calls may
+differ. N rows, S sequences, U units.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ BLOCK_BYTES = 16 * 1024 * 1024
 
 @dataclass(frozen=True)
 class Side:
-    """A site as one of the traces has it, at one moment.
+    """A site in one of the traces, at one moment.
 
     Attributes:
-        moment: Of the trace.
-        number: Place of its module in the header.
+        snapshot: Snapshot of the trace.
+        number: Index of the module in the header.
         site: The site.
     """
 
@@ -38,32 +38,32 @@ class Side:
 
     @property
     def module(self) -> ModuleInfo:
-        """The module that the site is in."""
+        """The module of the site."""
         return self.snapshot.header.modules[self.number]
 
     @property
     def index(self) -> SequenceIndex:
-        """The pieces of the module, by sequence."""
+        """The index of the module's sequences."""
         return self.snapshot.index(self.number)
 
     @property
     def trace(self) -> SiteTrace:
-        """What was recorded there."""
+        """The recorded data of the site."""
         return SiteTrace(lambda: self.snapshot, self.number, self.site)
 
     def units(self) -> tuple[int, ...]:
-        """Which units are recorded, in the order of the columns."""
+        """Return the numbers of the recorded units, in the order of the columns."""
         return self.site.units or tuple(range(self.module.hidden_size))
 
 
 class Block(NamedTuple):
-    """Values of both traces that correspond.
+    """Corresponding values of both traces.
 
     Attributes:
-        sequences: (n,) whose they are.
-        steps: (n,) of which step; -1 of the states that sequences began from.
-        a: (n, U) of the one trace.
-        b: (n, U) of the other.
+        sequences: (n,) number of the sequence.
+        steps: (n,) step of the sequence; -1 for initial states.
+        a: (n, U) values of the first trace.
+        b: (n, U) values of the second trace.
     """
 
     sequences: Integers
@@ -76,12 +76,12 @@ class Pair:
     """A site in both traces.
 
     Args:
-        a: As the one trace has it.
-        b: As the other has it.
+        a: The site in the first trace.
+        b: The site in the second trace.
 
     Attributes:
-        common: (U,) numbers of the units that both have, rising.
-        sequences: How many sequences both have, S.
+        common: (U,) numbers of the units in both, increasing.
+        sequences: S, number of sequences in both.
     """
 
     def __init__(self, a: Side, b: Side) -> None:
@@ -91,7 +91,7 @@ class Pair:
         self.sequences = min(len(a.index), len(b.index))
 
     def rows(self, quantity: str) -> Iterator[Block]:
-        """Yield all rows that correspond, some at a time, in the order of the one trace."""
+        """Yield all corresponding rows in blocks, in the order of the first trace."""
         a, b = (side.snapshot.rows(side.number, side.site, quantity) for side in (self.a, self.b))
         lengths = self.b.index.lengths[: self.sequences]
         firsts = self.b.index.first_positions
@@ -108,7 +108,7 @@ class Pair:
             yield self._block(quantity, sequences, steps, a[as_slice(rows)], b[as_slice(of_b)])
 
     def initial(self) -> Iterator[Block]:
-        """Yield the states that the sequences of both began from, some at a time."""
+        """Yield the corresponding initial states in blocks."""
         a, b = self.a.trace.initial, self.b.trace.initial
         for start, stop in _blocks(a, b, self.sequences):
             sequences, part = np.arange(start, stop), slice(start, stop)

@@ -1,27 +1,22 @@
-"""What moved between two traces of one model: before and after training, or on other inputs.
+"""Change of the units between two traces of one model.
 
-Sites are compared unit by unit and quantity by quantity. The difference of two means is shown as it
-is, and as Cohen's d: over the standard deviation within the traces, the root of the mean of both
-variances (Cohen 1988, "Statistical power analysis for the behavioral sciences", chapter 2; 0.2 is
-small there, 0.8 large). Steps of a sequence resemble each other, so the standard error of a
-difference counts sequences, not steps.
+The traces may be of before and after training, or of other inputs.
 
-Where both traces are of the same inputs, step by step, they can be compared so: how far each unit
-is from itself, and whether it still rises and falls where it did.
+Sites are compared by unit and quantity. The difference of two means is given as it is, and as
+Cohen's d: divided by the pooled standard deviation, the root of the mean of both variances (Cohen
+1988, "Statistical power analysis for the behavioral sciences", chapter 2; 0.2 is small, 0.8 large).
 
-N steps of both traces together, H units.
-
-Mean, variance, and the standard error of a mean whose steps come in sequences.
-
-Steps of a sequence resemble each other, so N of them say less than N. The error here takes whole
-sequences as what was drawn: with s and T the sum and the number of steps of each of S sequences and
-m the mean of all N steps,
+Steps of a sequence resemble each other, so the standard error is clustered by sequence. With s and
+T the sum and the number of steps of each of S sequences, and m the mean of all N steps,
 
     error^2 = S / (S - 1) * sum over sequences of (s - T m)^2 / N^2
 
-(the linearised variance of a ratio; Cochran 1977, "Sampling techniques", 3rd edition, section 6.3).
+(the linearized variance of a ratio; Cochran 1977, "Sampling techniques", 3rd edition, section 6.3).
 
-H columns.
+If both traces have the same inputs, they can be compared step by step: the root mean square
+difference of each unit, and its correlation.
+
+N steps, H units or columns.
 """
 
 from __future__ import annotations
@@ -49,11 +44,11 @@ class ClusteredSums:
     Subtracting an origin near the values avoids cancellation.
 
     Args:
-        origin: (H,) some value of each column, near its others.
+        origin: (H,) a value of each column, near the others.
 
     Attributes:
         count: N.
-        sequences: S, those with steps.
+        sequences: S, number of sequences with steps.
     """
 
     def __init__(self, origin: Array) -> None:
@@ -66,10 +61,10 @@ class ClusteredSums:
         self._own, self._steps = np.zeros_like(origin), 0
 
     def add(self, distance: Array, ends: bool) -> None:
-        """Take in steps of one sequence, the next ones of it or the first of another.
+        """Add steps of one sequence, the next ones of it or the first of another.
 
         Args:
-            distance: (n, H) values less the origin.
+            distance: (n, H) values minus the origin.
             ends: Whether they are the last of their sequence.
         """
         total = distance.sum(0)
@@ -86,7 +81,7 @@ class ClusteredSums:
             self._own, self._steps = np.zeros_like(self._own), 0
 
     def merge(self, later: ClusteredSums) -> None:
-        """Take in those of later sequences."""
+        """Add the sums of later sequences."""
         self.count += later.count
         self.sequences += later.sequences
         self._total += later._total
@@ -97,23 +92,23 @@ class ClusteredSums:
 
     @property
     def shift(self) -> Array:
-        """(H,) mean distance from the origin; not a number where there are no steps."""
+        """(H,) mean distance from the origin; NaN where there are no steps."""
         return np.asarray(self._total / (self.count or np.nan))
 
     @property
     def mean(self) -> Array:
-        """(H,)"""
+        """(H,) mean."""
         return np.asarray(self._origin + self.shift)
 
     @property
     def variance(self) -> Array:
-        """(H,) over all steps, with N."""
+        """(H,) variance over all steps, with N in the denominator."""
         of_squares = self._squares / (self.count or np.nan)
         return np.asarray(np.maximum(of_squares - self.shift**2, 0.0))
 
     @property
     def error(self) -> Array:
-        """(H,) standard error of the mean; not a number of fewer than two sequences."""
+        """(H,) standard error of the mean; NaN for fewer than two sequences."""
         if self.sequences < 2:
             return np.full_like(self._origin, np.nan)
         rmse = (
@@ -138,25 +133,24 @@ _OTHER = "other "
 
 @dataclass(frozen=True, eq=False)
 class Change(Result):
-    """Of a site, from one trace to another. By quantity, those that both have, (H,) each.
+    """Change of a site between two traces, by common quantity, (H,) each.
 
-    Not a number where there are no steps, or one of the unit's values is not.
+    Values are NaN where there are no steps, or where a value of the unit is NaN.
 
     Attributes:
-        other: Name of the other site.
-        steps_before, steps_after: Of all sequences together.
-        paired: Whether steps were compared one by one.
-        units: (H,) numbers of the units that both have.
+        other: Name of the site in the later trace.
+        steps_before, steps_after: Numbers of steps of all sequences.
+        paired: Whether the traces were compared step by step.
+        units: (H,) numbers of the common units.
         before, after: Means.
         moved: after - before.
-        effect: Cohen's d; infinite where a unit that never varies moved.
-        error: Standard error of `moved`, with sequences as what was drawn; not a number where there
-            are fewer than two.
-        rmse: Root of the mean squared difference at the same step; only if paired.
-        correlation: Between both at the same step; only if paired. Not a number where one does not
-            vary.
-        weights: By gate, (H,) length of the change of a unit's row of weights and biases over the
-            length before; empty where weights were not recorded. Last versions are compared.
+        effect: Cohen's d; infinite where a constant unit moved.
+        error: Standard error of `moved`, clustered by sequence; NaN for fewer than two sequences.
+        rmse: Root mean square difference at the same step; only if paired.
+        correlation: Correlation at the same step; only if paired. NaN where a unit is constant.
+        weights: By gate, (H,) norm of the change of the unit's row of weights and biases, relative
+            to its norm before; empty where weights were not recorded. The last versions are
+            compared.
     """
 
     other: str
@@ -175,18 +169,30 @@ class Change(Result):
 
 
 def change(before: SiteLike, against: SiteLike, *, paired: bool = False) -> Change:
-    """Compare a site in two traces.
+    """Compare the units of a site in two traces.
 
     Args:
         before: The site in the earlier trace.
-        against: The same site in the later one.
-        paired: Whether both are of the same inputs in the same order: so that step by step they can
-            be compared. Their sequences must have the same lengths then; whether the inputs were
-            the same, you know.
+        against: The same site in the later trace.
+        paired: Whether both traces have the same inputs in the same order, so that they can be
+            compared step by step. The sequences must have the same lengths; the inputs are not
+            checked.
+
+    Returns:
+        The differences of each quantity and unit.
 
     Raises:
-        NotRecordedError: They have no quantity, or no unit, in common.
-        OptionError: They are paired and their sequences differ in length.
+        NotRecordedError: The sites have no quantity or no unit in common.
+        OptionError: `paired` is set and the sequences differ in length or direction.
+
+    Example:
+        >>> import numpy as np
+        >>> from grutrace.analysis import SiteArrays, change
+        >>> before = SiteArrays(update=np.array([[0.1], [0.3], [0.1], [0.3]]), lengths=[2, 2])
+        >>> after = SiteArrays(update=np.array([[0.6], [0.8], [0.6], [0.8]]), lengths=[2, 2])
+        >>> result = change(before, after)
+        >>> result.moved["update"].round(6), result.effect["update"].round(6)
+        (array([0.5]), array([5.]))
     """
     first, second = as_site_data(before), as_site_data(against)
     names = [
@@ -287,7 +293,7 @@ def _beside(first: SiteData, second: SiteData, names: Sequence[str]) -> WithColu
 
 
 class _InOrder:
-    """Rows in another order, read when they are indexed."""
+    """Rows in another order, read when indexed."""
 
     def __init__(self, rows: Rows, order: Integers) -> None:
         self._rows, self._order = rows, order
@@ -318,7 +324,7 @@ def _sums(of: SiteData, before: Columns, after: Columns = ()) -> _PairedSums:
 
 
 class _PairedSums:
-    """ClusteredSums of one side; or of both and of their difference, and of their products."""
+    """Sums of one trace; or of both, of their difference, and of their products."""
 
     def __init__(self, before: Columns, after: Columns, origins: Sequence[Array]) -> None:
         self._before, self._after, self._origins = before, after, origins
@@ -348,12 +354,12 @@ class _PairedSums:
 
     @property
     def rmse(self) -> Array:
-        """Root of the mean squared difference."""
+        """Root mean square difference."""
         return np.asarray(np.sqrt(self.difference.variance + self.difference.mean**2))
 
     @property
     def correlation(self) -> Array:
-        """Pearson's."""
+        """Pearson correlation."""
         count = self.before.count or np.nan
         covariance = self._products / count - self.before.shift * self.after.shift
         scale = np.sqrt(self.before.variance * self.after.variance)
@@ -363,7 +369,7 @@ class _PairedSums:
 
 
 def _distances(segment: SequenceSegment, side: Columns, origin: Array) -> Array:
-    """(n, columns of all quantities) float64, how far each value is from its origin."""
+    """Subtract the origin from the values of all quantities: (n, columns) float64."""
     found = np.empty((len(segment), len(origin)))
     start = 0
     for name, columns in side:

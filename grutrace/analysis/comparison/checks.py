@@ -1,8 +1,6 @@
-"""The values of one quantity at one site of two traces, compared block by block.
+"""The checks of `trace_diff`: values block by block, structure, annotations, weights and context.
 
-What two traces should have alike beside their values: sequences, units, tokens, labels.
-
-How two traces were made otherwise: weights, mode, batches, types, versions, options.
+The context is how the traces were made: mode, batches, types, versions and options.
 """
 
 from __future__ import annotations
@@ -43,10 +41,10 @@ TOLERANCE_EPS = 256
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is to be compared.
+    """One quantity of a site to compare.
 
     Attributes:
-        pair: The site.
+        pair: The site in both traces.
         quantity: One of `ORDER` that both have.
     """
 
@@ -55,25 +53,25 @@ class Comparison:
 
     @property
     def count(self) -> int:
-        """Rows of the one trace."""
+        """Number of rows in the first trace."""
         side = self.pair.a
         if self.quantity == INITIAL:
             return self.pair.sequences
         return side.snapshot.extent(side.number).rows
 
     def blocks(self) -> Iterator[Block]:
-        """Yield all values that correspond."""
+        """Yield all corresponding values."""
         return self.pair.initial() if self.quantity == INITIAL else self.pair.rows(self.quantity)
 
     def tolerance(self) -> float:
-        """What may come of rounding: see `grutrace.analysis.comparison.trace_diff`."""
+        """Return the default tolerance; see `grutrace.analysis.comparison.trace_diff`."""
         sides = self.pair.a, self.pair.b
         kept = sum(_spacing(side) / 2 for side in sides)
         spacing = max(self._computed(side) for side in sides)
         return min(TOLERANCE_EPS * spacing, math.sqrt(spacing)) + kept
 
     def _computed(self, side: Side) -> float:
-        """Spacing at 1 of the coarsest type in which these values came about."""
+        """Return the epsilon of the least precise type that these values were computed in."""
         precision = float(side.trace.checks["precision"].max(initial=0.0))
         derived = self.quantity in side.site.derived
         # What is derived follows from rows that are rounded to the type in which they are kept.
@@ -85,11 +83,11 @@ def _spacing(side: Side) -> float:
 
 
 class ValueComparison:
-    """Takes in blocks, in any order, and says what differs in them.
+    """Accumulates blocks, in any order, and summarizes their differences.
 
     Args:
-        comparison: What they are of.
-        tolerance: Differences up to here count as none.
+        comparison: The compared quantity.
+        tolerance: Largest difference that counts as equal.
     """
 
     def __init__(self, comparison: Comparison, tolerance: float) -> None:
@@ -99,7 +97,7 @@ class ValueComparison:
         self._first: tuple[tuple[int, int], ValuePair] | None = None
 
     def add(self, block: Block) -> None:
-        """Take in some values."""
+        """Add a block."""
         self._values += block.a.size
         if block.a.dtype == block.b.dtype and np.array_equal(block.a, block.b):
             return
@@ -118,7 +116,7 @@ class ValueComparison:
                 self._first = key, self._place(block, row, int(beyond[row].argmax()))
 
     def result(self) -> ValueDifference:
-        """What was found."""
+        """Return the summary."""
         return ValueDifference(
             self._comparison.pair.a.site.name,
             self._comparison.quantity,
@@ -148,11 +146,11 @@ class ValueComparison:
 
 
 def site_mismatches(pair: Pair, quantities: Sequence[str]) -> Iterator[Mismatch]:
-    """Yield what a site does not have alike in both: units, width of the input, quantities.
+    """Yield differences in units, width of the input and quantities of a site.
 
     Args:
-        pair: The site.
-        quantities: Those that both should have.
+        pair: The site in both traces.
+        quantities: Quantities that both should have.
     """
     a, b = pair.a, pair.b
     name = a.site.name
@@ -170,11 +168,11 @@ def site_mismatches(pair: Pair, quantities: Sequence[str]) -> Iterator[Mismatch]
 
 
 def module_mismatches(a: Side, b: Side) -> Iterator[Mismatch]:
-    """Yield what the sequences of a module do not have alike in both.
+    """Yield differences in the sequences and annotations of a module.
 
     Args:
-        a: A site of the module in the one trace.
-        b: The same site in the other.
+        a: A site of the module in the first trace.
+        b: The same site in the second trace.
     """
     path, count = a.module.path, min(len(a.index), len(b.index))
     if a.module.bias != b.module.bias:
@@ -212,7 +210,7 @@ def _where_unequal(path: str, what: str, a: Array, b: Array) -> Iterator[Mismatc
 
 
 def _same_annotations(a: Side, b: Side) -> bool:
-    """Whether the tables say the same, which is quickly seen; if not, they may mean the same."""
+    """Return whether the annotation tables are equal. Unequal tables may mean the same."""
     tables = a.snapshot.tables, b.snapshot.tables
     return a.number == b.number and all(
         np.array_equal(*(getattr(each, name) for each in tables))
@@ -234,7 +232,7 @@ def _annotation_mismatches(a: Side, b: Side, lengths: list[int]) -> Iterator[Mis
 
 
 def _values(index: AnnotationIndex, sequence: int, length: int) -> dict[str, list[Any]]:
-    """By name, one value a step, None for none."""
+    """Return one value a step, by name; None for none."""
     return {
         name: [
             None if value != value else value
@@ -271,9 +269,9 @@ _MISSING = "none"
 
 
 def weights_difference(pair: Pair) -> WeightsDifference | None:
-    """Compare the weights of a site, version by version; None where all are equal.
+    """Compare the weights of a site version by version; None where all are equal.
 
-    Versions correspond by their number. Both must have the same sizes.
+    Versions correspond by number. Both sites must have the same sizes.
     """
     a, b = pair.a.trace, pair.b.trace
     first: WeightsDifference | None = None
@@ -288,7 +286,7 @@ def weights_difference(pair: Pair) -> WeightsDifference | None:
 def _differing(
     site: str, version: int, a: Mapping[str, Array], b: Mapping[str, Array]
 ) -> WeightsDifference | None:
-    """Where the weights that both have differ most; None if all are equal."""
+    """Find the largest difference between common weights; None if all are equal."""
     found: tuple[float, WeightsDifference | None] = 0.0, None
     for name in (each for each in a if each in b):
         off = abs_difference(a[name].astype(np.float64), b[name].astype(np.float64))
@@ -302,7 +300,7 @@ def _differing(
 
 
 def trace_context(a: TraceSnapshot, b: TraceSnapshot) -> Iterator[ContextDifference]:
-    """Yield what differs between the traces as wholes."""
+    """Yield differences between the headers of the traces."""
     yield from _unequal("model", a.header.model, b.header.model)
     for name in dict.fromkeys([*a.header.versions, *b.header.versions]):
         texts = (each.header.versions.get(name, _MISSING) for each in (a, b))
@@ -319,7 +317,7 @@ def _option(snapshot: TraceSnapshot, name: str) -> str:
 
 
 def module_context(a: Side, b: Side) -> Iterator[ContextDifference]:
-    """Yield what differs between the calls of a module, of which these are the same site."""
+    """Yield differences between the calls of a module, given one of its sites in both traces."""
     path = f"{a.module.path}: " if a.module.path else ""
     yield from _unequal(f"{path}class", a.module.type, b.module.type)
     yield from _unequal(f"{path}dropout", str(a.module.dropout), str(b.module.dropout))
@@ -331,7 +329,7 @@ def module_context(a: Side, b: Side) -> Iterator[ContextDifference]:
 
 
 def site_context(pair: Pair) -> Iterator[ContextDifference]:
-    """Yield what differs between the types of a site, and whether its input was recorded."""
+    """Yield differences in the types of a site, and in whether its input was recorded."""
     name = pair.a.site.name
     yield from _unequal(f"{name}: computed in", *map(_precisions, (pair.a, pair.b)))
     kept = (side.module.dtype for side in (pair.a, pair.b))

@@ -1,4 +1,4 @@
-"""What can differ between two traces, a and b: frozen results, one for each kind of thing."""
+"""The kinds of difference between two traces, a and b, as frozen results."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class ValuePair:
 
     Attributes:
         sequence: Number of the sequence.
-        step: Step of the sequence; None of the state that it began from.
-        unit: Which of the H units, also where only some were recorded; of the input, which feature.
-        a: The value in the one trace.
-        b: The value in the other.
+        step: Step of the sequence; None for its initial state.
+        unit: Number of the unit, among all H; for the input, of the feature.
+        a: The value in the first trace.
+        b: The value in the second trace.
     """
 
     sequence: int
@@ -29,7 +29,7 @@ class ValuePair:
 
     @property
     def difference(self) -> float:
-        """``|a - b| / max(1, |a|, |b|)``; infinite where just one of them is no number."""
+        """``|a - b| / max(1, |a|, |b|)``; infinite where only one of them is NaN."""
         return float(scaled_difference(np.array(self.a), np.array(self.b)))
 
     def __str__(self) -> str:
@@ -40,18 +40,18 @@ class ValuePair:
 
 @dataclass(frozen=True)
 class ValueDifference:
-    """One quantity at one site: the values that both traces have.
+    """Differences of one quantity at one site.
 
     Attributes:
-        site: Its name.
+        site: Name of the site.
         quantity: reset, update, candidate, hidden or input; or ``initial``.
-        tolerance: Differences up to here count as none.
-        values: How many were compared.
-        unequal: How many of them are not the same number.
-        beyond: How many of them differ by more than the tolerance.
-        largest: Where they differ most; None where all are the same.
-        first: The first that differs by more than the tolerance: in the first such sequence, the
-            first step that this direction read; None if there is none.
+        tolerance: Largest difference that counts as equal.
+        values: Number of compared values.
+        unequal: Number of unequal values.
+        beyond: Number of values that differ by more than the tolerance.
+        largest: The value that differs most; None where all are equal.
+        first: The first value beyond the tolerance: in the first such sequence, the first step in
+            reading order; None if there is none.
     """
 
     site: str
@@ -66,16 +66,16 @@ class ValueDifference:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Something else that both should have alike and do not.
+    """Another difference than that of a value.
 
     Attributes:
         where: A site, or the path of a module (empty for the model itself).
-        what: What it is, such as ``sequences`` or ``tokens``.
-        a: What the one trace has, as text; None if it has nothing there.
-        b: What the other has.
-        count: In how many places: of sequences, or of steps for tokens and labels.
-        sequence: The first sequence that it is about, if it is about sequences.
-        step: The first step of it, if it is about steps.
+        what: What differs, such as ``sequences`` or ``tokens``.
+        a: The first trace's, as text; None if it is missing there.
+        b: The second trace's.
+        count: Number of sequences, or of steps for tokens and labels.
+        sequence: The first sequence concerned, if any.
+        step: The first step of it concerned, if any.
     """
 
     where: str
@@ -99,21 +99,21 @@ class Mismatch:
 
 
 def presence(a: bool, b: bool) -> tuple[str | None, str | None]:
-    """What a `Mismatch` says where just one of the traces has something."""
+    """Return the `a` and `b` of a `Mismatch` for something that only one trace has."""
     return "" if a else None, "" if b else None
 
 
 @dataclass(frozen=True)
 class WeightsDifference:
-    """Weights of one site that are not the same in both traces.
+    """Weights of one site that differ between the traces.
 
     Attributes:
-        site: Its name.
+        site: Name of the site.
         version: The first version that differs, from 0.
-        versions: How many versions differ, of those that both have.
-        name: Which weight of this version differs most.
-        a: Its value in the one trace, where it differs most.
-        b: In the other.
+        versions: Number of common versions that differ.
+        name: The weight of this version that differs most.
+        a: Its value in the first trace, where it differs most.
+        b: Its value in the second trace.
     """
 
     site: str
@@ -125,7 +125,7 @@ class WeightsDifference:
 
     @property
     def largest(self) -> float:
-        """``|a - b|``; infinite where just one of them is no number."""
+        """``|a - b|``; infinite where only one of them is NaN."""
         return float(abs_difference(np.array(self.a), np.array(self.b)))
 
     def __str__(self) -> str:
@@ -135,12 +135,12 @@ class WeightsDifference:
 
 @dataclass(frozen=True)
 class ContextDifference:
-    """How one trace was made otherwise than the other, which need not show in what it holds.
+    """A difference in how the traces were made, which need not affect their values.
 
     Attributes:
         what: Such as ``torch``, for its version, or ``encoder: calls in training mode``.
-        a: Of the one trace.
-        b: Of the other.
+        a: The first trace's.
+        b: The second trace's.
     """
 
     what: str

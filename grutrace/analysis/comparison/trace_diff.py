@@ -1,15 +1,14 @@
-"""Are two traces the same? Their sites, sequences, gates, states, tokens and labels, compared.
+"""Comparison of two traces: sites, sequences, gates, states, tokens and labels.
 
-Every value that both have is compared with the one of the same site, sequence, step and unit, some
-at a time, whatever batches the calls were made of, and whether gates are stored or derived.
-Weights, options and versions are compared as well: they are not what a trace is about, but where
-values differ, they say why.
+Every common value is compared with that of the same site, sequence, step and unit, in blocks,
+whatever the batches of the calls, and whether gates are stored or derived. Weights, options and
+versions are compared too: they are not part of the answer, but they explain differences of values.
 
 Default tolerance. Two correct computations of a step differ by rounding, in proportion to the
-spacing at 1 of the type in which they are made, and a state hands its difference on to the next
-step. In networks that are not chaotic, trained ones among them, up to 60 spacings were seen between
-other batches or types (docs/diff.md). So the default is `checks.TOLERANCE_EPS` spacings, but no
-more than half of the digits, plus the rounding of the types in which the rows are stored.
+machine epsilon of the type they are made in, and a state passes its difference on to the next step.
+In networks that are not chaotic, including trained ones, differences of up to 60 epsilons were
+observed between batches or types (docs/diff.md). So the default is `checks.TOLERANCE_EPS` epsilons,
+but no more than half of the digits, plus the rounding of the types in which the rows are stored.
 """
 
 from __future__ import annotations
@@ -45,15 +44,15 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class TraceDifference:
-    """What differs between two traces, a and b.
+    """Differences between two traces, a and b.
 
     Attributes:
-        values: Of every quantity that both have, in the model's order; at each site first what goes
-            in (``input``, ``initial``), then gates and states.
-        mismatches: Whatever else should be alike and is not.
-        weights: By site, weights that are not equal. They count only in an exact comparison, where
-            they are among the mismatches as well.
-        context: How one was made otherwise than the other. They do not count.
+        values: Of every common quantity, in the model's order; at each site first its inputs
+            (``input``, ``initial``), then gates and states.
+        mismatches: All other differences that count.
+        weights: By site, unequal weights. They count only in an exact comparison, where they are
+            among the mismatches too.
+        context: Differences in how the traces were made. They do not count.
     """
 
     values: tuple[ValueDifference, ...]
@@ -65,7 +64,7 @@ class TraceDifference:
 
     @property
     def same(self) -> bool:
-        """Whether nothing differs beyond the tolerance, and nothing is in only one of them."""
+        """Whether no value differs beyond the tolerance and nothing is missing in one trace."""
         return not self.mismatches and not any(each.beyond for each in self.values)
 
     @property
@@ -75,7 +74,7 @@ class TraceDifference:
 
     @property
     def largest(self) -> ValueDifference | None:
-        """The quantity that differs most; None where all values are the same."""
+        """The quantity that differs most; None where all values are equal."""
         found: tuple[float, ValueDifference | None] = 0.0, None
         for each in self.values:
             if each.largest and each.largest.difference > found[0]:
@@ -84,7 +83,7 @@ class TraceDifference:
 
     @property
     def cause(self) -> str:
-        """What most likely made values differ; empty where none is beyond the tolerance."""
+        """The likely cause of different values; empty where none is beyond the tolerance."""
         first = self.first
         if first is None:
             return ""
@@ -135,17 +134,28 @@ def compare(
 
     Args:
         a: A trace, in memory or in a file.
-        b: Another.
+        b: Another trace.
         sites: A glob, or several, for names of sites; None for all.
-        record: Quantities to compare; None for all. The states that sequences began from go with
-            ``hidden``.
-        tolerance: How large ``|a - b| / max(1, |a|, |b|)`` may be; None for what the types explain.
-        exact: Compare with no tolerance, and have weights and types of rows count as well.
-        progress: Called with how many rows are done, and how many there are.
+        record: Quantities to compare; None for all. Initial states are compared with ``hidden``.
+        tolerance: Largest ``|a - b| / max(1, |a|, |b|)``; None for the tolerance of the types.
+        exact: Compare without tolerance, and count weights and types of rows too.
+        progress: Called with the number of finished rows and of all rows.
+
+    Returns:
+        All differences; `same` is the answer.
 
     Raises:
-        OptionError: An option has a value that cannot be used.
-        NotRecordedError: Neither trace has a site or quantity that was asked for.
+        OptionError: An option has an invalid value.
+        NotRecordedError: Neither trace has a requested site or quantity.
+
+    Example:
+        >>> import torch, grutrace
+        >>> from grutrace.analysis import compare
+        >>> layer, inputs = torch.nn.GRU(2, 3), torch.randn(4, 1, 2)
+        >>> with grutrace.trace(layer) as a, grutrace.trace(layer) as b:
+        ...     _ = layer(inputs)
+        >>> compare(a, b).same
+        True
     """
     quantities = select_quantities(record)
     if tolerance is not None and not tolerance >= 0:
@@ -178,7 +188,7 @@ def compare(
 
 
 def _sides(snapshot: TraceSnapshot, sites: str | Sequence[str] | None) -> dict[str, Side]:
-    """By name, the sites of a trace that are asked for."""
+    """Return the requested sites of a trace by name."""
     return {
         name: Side(snapshot, number, site)
         for name, (number, site) in select_sites(snapshot, sites).items()
@@ -190,7 +200,7 @@ def _require(
     sites: str | Sequence[str] | None,
     quantities: Sequence[str] | None,
 ) -> None:
-    """Refuse what neither trace has: nothing would be compared, and nothing would differ."""
+    """Check that at least one trace has what was requested."""
     if sites is not None and not any(sides):
         raise NotRecordedError(f"neither trace has a site that matches {short_repr(sites)}")
     found = {
@@ -238,7 +248,7 @@ def _compare_values(
 
 
 def _weights(pair: Pair) -> WeightsDifference | None:
-    """What differs between weights of the same sizes."""
+    """Compare the weights of a site whose sizes agree."""
     a, b = pair.a, pair.b
     if (a.module.hidden_size, a.site.input_size) != (b.module.hidden_size, b.site.input_size):
         return None
@@ -246,7 +256,7 @@ def _weights(pair: Pair) -> WeightsDifference | None:
 
 
 def _exactly(pairs: Sequence[Pair], weights: Sequence[WeightsDifference]) -> Iterator[Mismatch]:
-    """Yield what does not matter within a tolerance, and does without."""
+    """Yield the differences that count only in an exact comparison."""
     for pair in pairs:
         types = pair.a.module.dtype, pair.b.module.dtype
         if types[0] != types[1]:

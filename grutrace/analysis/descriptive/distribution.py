@@ -1,21 +1,16 @@
-"""Mean, spread, skewness, tails and extremes of every gate and state, unit by unit.
+"""Moments, histograms and quantiles of every gate and state, unit by unit.
 
-Powers are those of the deviation from a mean, and two blocks are joined by the pairwise update of
-Chan, Golub and LeVeque (1979), carried on to the fourth power by Pébay (2008), "Formulas for
-robust, one-pass parallel computation of covariances and arbitrary-order statistical moments",
-Sandia report SAND2008-6212. No difference of large sums is taken, so a gate that hardly moves keeps
-its spread.
+Moments are sums of powers of the deviation from a mean. Two blocks are merged by the pairwise
+update of Chan, Golub and LeVeque (1979), extended to the fourth power by Pébay (2008), "Formulas
+for robust, one-pass parallel computation of covariances and arbitrary-order statistical moments",
+Sandia report SAND2008-6212. No difference of large sums is taken, so the variance of a nearly
+constant gate is accurate.
+
+The range of all four quantities is known, so quantiles are read from histograms of equal, narrow
+bins. Histograms of two parts of a run are merged exactly, by addition. A quantile differs from that
+of the sorted values by at most the width of a bin, for any distribution.
 
 N steps, H units; n rows of a block.
-
-Histograms and quantiles of every gate and state, unit by unit.
-
-All four have a range that is known beforehand, so a histogram of equal, narrow bins serves: those
-of two stretches of a run are joined by adding their counts, exactly, and a quantile that is read
-from it is never further than the width of one bin from the value that sorting all steps would give.
-That bound holds whatever the distribution, which sketches of data without a range cannot say.
-
-N steps, H units.
 """
 
 from __future__ import annotations
@@ -43,24 +38,24 @@ PARTS = 16
 
 @dataclass(frozen=True, eq=False)
 class Moments(Result):
-    """Of a site: by quantity (reset, update, candidate, hidden as recorded), (H,) each.
+    """Moments of a site, by quantity (reset, update, candidate, hidden as recorded), (H,) each.
 
-    All are of finite values only; `not_finite` counts the others. Not a number where there are no
-    values, or where a power of a value is too large for float64.
+    All are of finite values; `not_finite` counts the others. NaN where there are no values, or
+    where a power of a value overflows float64.
 
     Attributes:
-        steps: N, of all sequences together.
+        steps: N, number of steps of all sequences.
         units: (H,) numbers of the units.
         mean: Arithmetic mean.
-        std: Standard deviation, of the values that there are (divided by their number).
-        skewness: Mean cube of the deviation over std^3: above 0 where the longer tail is above
-            the mean. Not a number for a unit that never moves.
-        kurtosis: Mean fourth power of the deviation over std^4, less 3: 0 for a normal
-            distribution, -1.2 for a uniform one, and -2, the least there is, for two values taken
-            equally often. Not a number for a unit that never moves.
-        minimum: Least value.
-        maximum: Largest value.
-        not_finite: How many values are not a number, or infinite.
+        std: Standard deviation, with N in the denominator.
+        skewness: Mean cubed deviation over std^3: positive where the longer tail is above the mean.
+            NaN for a constant unit.
+        kurtosis: Excess kurtosis, mean fourth power of the deviation over std^4, less 3: 0 for a
+            normal distribution, -1.2 for a uniform one, and -2, the minimum, for two equally
+            frequent values. NaN for a constant unit.
+        minimum: Minimum.
+        maximum: Maximum.
+        not_finite: Number of values that are NaN or infinite.
     """
 
     steps: int
@@ -75,12 +70,25 @@ class Moments(Result):
 
 
 def moments(site: SiteLike) -> Moments:
-    """Work out the moments of each gate and state of each unit, over all steps.
+    """Compute the moments of each gate and state of each unit, over all steps.
 
-    Costs 3 times reading the rows from a file, on two cores.
+    Takes 3 times as long as reading the rows from a file, on two cores.
+
+    Args:
+        site: A site with gates or states.
+
+    Returns:
+        The moments by quantity and unit.
 
     Raises:
         NotRecordedError: Neither gates nor states were recorded.
+
+    Example:
+        >>> import numpy as np
+        >>> from grutrace.analysis import SiteArrays, moments
+        >>> result = moments(SiteArrays(hidden=np.array([[-0.5], [0.5], [-0.5], [0.5]])))
+        >>> result.std["hidden"], result.kurtosis["hidden"]
+        (array([0.5]), array([-2.]))
     """
     data = as_site_data(site)
     quantities = unit_quantities(data)
@@ -107,7 +115,7 @@ def moments(site: SiteLike) -> Moments:
 
 
 def unit_quantities(site: SiteData) -> tuple[str, ...]:
-    """The quantities of a site that have a column a unit.
+    """Return the quantities of a site that have one column a unit.
 
     Raises:
         NotRecordedError: There are none.
@@ -124,10 +132,10 @@ class PowerSums:
     """Sums of powers of the deviations from the mean, of every unit of one quantity.
 
     Args:
-        width: How many units.
+        width: H.
 
     Attributes:
-        units: (H,) as `statistics.moments` keeps them, `squares` being the sum of second powers.
+        units: (H,) of type `statistics.moments.UNIT_DTYPE`; `squares` is the sum of second powers.
         cubes: (H,) the sum of third powers.
         fourths: (H,) the sum of fourth powers.
     """
@@ -137,14 +145,14 @@ class PowerSums:
         self.cubes, self.fourths = np.zeros(width), np.zeros(width)
 
     def add(self, rows: Mapping[str, Array]) -> None:
-        """Take in the (n, H) values of its quantity, of any floating-point type."""
+        """Add the (n, H) values of one quantity, of any floating-point type."""
         (block,) = rows.values()
         # A gate may have any value in a model that has gone astray, and its powers none.
         with np.errstate(over="ignore", invalid="ignore"):
             self._merge(_powers(np.ascontiguousarray(block)))
 
     def merge(self, later: PowerSums) -> None:
-        """Take in the values of another one."""
+        """Add the values of another instance."""
         with np.errstate(over="ignore", invalid="ignore"):
             self._merge(later)
 
@@ -164,7 +172,7 @@ class PowerSums:
         merge_stats(self.units, other.units)
 
     def moments(self) -> dict[str, Array]:
-        """By the names of the fields of `Moments`, (H,) each."""
+        """Return the moments by the names of the fields of `Moments`, (H,) each."""
         units = self.units
         some = units["count"] > 0
         count = np.maximum(units["count"], 1)
@@ -186,11 +194,11 @@ class PowerSums:
 
 
 def _powers(block: Array) -> PowerSums:
-    """Those of one block.
+    """Compute the sums of one block.
 
-    The deviations are taken from the mean of a part of the block, in one pass, and moved to that of
-    all of it afterwards. The part being at least a sixteenth of the block, they are moved by four
-    standard deviations at most, so this loses no more than two or three digits of sixteen.
+    Deviations are taken from the mean of a part of the block, in one pass, and then shifted to the
+    mean of the whole block. The part is at least a sixteenth of the block, so the shift is at most
+    four standard deviations. That loses two or three digits of sixteen.
     """
     rows, width = block.shape
     units, values, missing = summarize_block(block, shares=False, moments=False)
@@ -216,13 +224,13 @@ def _powers(block: Array) -> PowerSums:
 
 
 def _center(values: Array, finite: Array | None, rows: int) -> Array:
-    """(H,) the mean of what is finite of the first rows."""
+    """Mean of the finite values of the first rows: (H,)."""
     there = rows if finite is None else np.maximum(finite[:rows].sum(0), 1)
     return np.asarray(values[:rows].sum(0, dtype=np.float64) / there)
 
 
 def _sums(values: Array, finite: Array | None, center: Array) -> Array:
-    """(4, columns) the sums of the first to fourth power of what is finite, less the center."""
+    """Sum the first to fourth power of the finite values less the center: (4, columns)."""
     sums = np.zeros((4, len(center)))
     step = max(1, BLOCK_ELEMENTS // max(1, len(center)))
     for start in range(0, len(values), step):
@@ -247,29 +255,28 @@ BATCH_BYTES = 8 * 1024 * 1024
 
 @dataclass(frozen=True, eq=False)
 class Quantiles(Result):
-    """Of a site: by quantity (reset, update, candidate, hidden as recorded), (H,) each.
+    """Quantiles of a site, by quantity (reset, update, candidate, hidden as recorded), (H,) each.
 
-    All are of finite values only. Not a number where there are none.
+    All are of finite values. NaN where there are none.
 
     Attributes:
-        steps: N, of all sequences together.
+        steps: N, number of steps of all sequences.
         units: (H,) numbers of the units.
-        q05: The value that 5 % of the steps do not exceed.
-        q25: Likewise 25 %.
-        median: Likewise half of them.
-        q75: Likewise 75 %.
-        q95: Likewise 95 %.
-        minimum: Least value, exactly.
-        maximum: Largest value, exactly.
-        error: By quantity, how far a quantile can be off: the width of a bin. It holds for values
-            within the edges, where all gates lie; a state that began outside of -1 to 1 may be
-            there.
+        q05: 5 % quantile.
+        q25: 25 % quantile.
+        median: 50 % quantile.
+        q75: 75 % quantile.
+        q95: 95 % quantile.
+        minimum: Minimum, exact.
+        maximum: Maximum, exact.
+        error: By quantity, largest error of a quantile: the width of a bin. It holds for values
+            within the edges. All gates lie there; a state that began outside [-1, 1] may not.
         edges: By quantity, (bins + 1,) from 0 to 1 for reset and update, from -1 to 1 for candidate
             and hidden.
-        histogram: By quantity, (H, bins) steps with a value in each bin, which holds its lower
-            edge, and the last its upper edge as well.
-        underflow: Steps with a value below the first edge.
-        overflow: Steps with a value above the last edge.
+        histogram: By quantity, (H, bins) number of steps in each bin. A bin includes its lower
+            edge, the last one also its upper edge.
+        underflow: Number of steps with a value below the first edge.
+        overflow: Number of steps with a value above the last edge.
     """
 
     array_only_fields: ClassVar[tuple[str, ...]] = ("edges", "histogram")
@@ -290,17 +297,17 @@ class Quantiles(Result):
     overflow: Mapping[str, Array]
 
     def quantile(self, quantity: str, share: float) -> Array:
-        """(H,) the value that this share of the steps do not exceed.
+        """Return the value that this share of the steps does not exceed: (H,).
 
-        It is, to within `error`, the value of rank ``ceil(share * count)`` among all steps in order
-        (the inverse of the empirical distribution; NumPy's method "inverted_cdf").
+        Within `error` it is the value of rank ``ceil(share * count)`` of the sorted values (the
+        inverse of the empirical distribution; NumPy's method "inverted_cdf").
 
         Args:
-            quantity: Its name.
+            quantity: Name of the quantity.
             share: From 0 to 1.
 
         Raises:
-            OptionError: The share is no share, or there is no such quantity.
+            OptionError: The share is not in [0, 1], or there is no such quantity.
         """
         if quantity not in self.histogram:
             found = ", ".join(self.histogram)
@@ -319,18 +326,28 @@ class Quantiles(Result):
 
 
 def quantiles(site: SiteLike, bins: int = DEFAULT_BINS) -> Quantiles:
-    """Count the values of each gate and state of each unit into bins; read quantiles from them.
+    """Compute quantiles and histograms of each gate and state of each unit.
 
-    Costs 2.5 times reading the rows from a file, on two cores.
+    Takes 2.5 times as long as reading the rows from a file, on two cores.
 
     Args:
-        site: What of.
-        bins: A power of two from 2 to 1024. Memory for the counts is ``8 * bins`` bytes a unit and
-            quantity.
+        site: A site with gates or states.
+        bins: Number of bins, a power of two from 2 to 1024. The counts take ``8 * bins`` bytes for
+            each unit and quantity.
+
+    Returns:
+        Quantiles and histograms by quantity and unit.
 
     Raises:
         NotRecordedError: Neither gates nor states were recorded.
-        OptionError: There cannot be so many bins.
+        OptionError: `bins` is not one of the allowed numbers.
+
+    Example:
+        >>> import numpy as np
+        >>> from grutrace.analysis import SiteArrays, quantiles
+        >>> result = quantiles(SiteArrays(update=np.linspace(0, 1, 101)[:, np.newaxis]), bins=1024)
+        >>> bool(abs(result.median["update"][0] - 0.5) <= result.error["update"])
+        True
     """
     data = as_site_data(site)
     quantities = unit_quantities(data)
@@ -376,7 +393,7 @@ def _of(site: SiteData, quantity: str, bins: int) -> QuantityAccumulator:
 
 
 class _RankedValues:
-    """The values of one quantity in order, as far as a histogram tells: (H, bins), (H,) each."""
+    """The values of one quantity in order, as far as a histogram shows it: (H, bins), (H,) each."""
 
     def __init__(
         self,
@@ -395,7 +412,7 @@ class _RankedValues:
         self._least, self._largest = least, largest
 
     def quantile(self, share: float) -> Array:
-        """(H,) where in its bin the value of this rank lies, if those in the bin lie evenly."""
+        """Interpolate the value of this rank within its bin, assumed to be uniform: (H,)."""
         upto, least, largest = self._upto, self._least, self._largest
         total = upto[:, -1]
         rank = np.maximum(1, np.ceil(share * total)).astype(np.int64)
@@ -412,7 +429,7 @@ class _RankedValues:
 
 
 class _QuantityHistogram:
-    """The histogram of one quantity, and its extremes."""
+    """Histogram and extremes of one quantity."""
 
     def __init__(self, quantity: str, width: int, bins: int) -> None:
         self.accumulator = QuantityAccumulator(

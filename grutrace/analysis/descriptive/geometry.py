@@ -1,10 +1,10 @@
-"""In how many directions the states move: principal components and participation ratio.
+"""Geometry of the states: principal components and participation ratio.
 
 With C the covariance of the states over all steps, and l its eigenvalues,
 
-    participation ratio = (sum of l)^2 / (sum of l^2):
+    participation ratio = (sum of l)^2 / (sum of l^2).
 
-H where all directions have the same variance, 1 where there is only one (Abbott, Rajan and
+It is H where all directions have the same variance, and 1 where only one has any (Abbott, Rajan and
 Sompolinsky 2011, "Interactions between intrinsic and stimulus-evoked activity in recurrent neural
 networks"; Gao et al. 2017, "A theory of multineuronal dimensionality, dynamics and measurement").
 
@@ -30,19 +30,18 @@ from grutrace.storage.read.sequence_index import Integers
 
 @dataclass(frozen=True, eq=False)
 class Geometry(Result):
-    """Of a site. Not a number where there are fewer than two steps.
+    """Principal components of the states of a site. NaN where there are fewer than two steps.
 
     Attributes:
-        steps: How many steps there are, without those left out.
-        not_finite: How many steps have a value that is not finite; they count for nothing else.
-        participation_ratio: Between 1 and H; not a number where nothing moves.
-        dimensions: How many components hold 90 % of the variance.
-        components: (H,) their numbers, from that of the largest variance.
-        variance: (H,) of the states along each component, with N - 1.
-        share: (H,) of the whole variance.
-        mean: (H,) of each unit.
-        directions: (H, H) a row for each component, of length 1; the entry that is largest in size
-            is positive.
+        steps: Number of steps used.
+        not_finite: Number of steps with a value that is not finite. They are skipped.
+        participation_ratio: Between 1 and H; NaN where no unit varies.
+        dimensions: Number of components that hold 90 % of the variance.
+        components: (H,) their numbers, by decreasing variance.
+        variance: (H,) variance along each component, with N - 1 in the denominator.
+        share: (H,) share of the total variance.
+        mean: (H,) mean of each unit.
+        directions: (H, H) one unit vector a row; its largest entry in magnitude is positive.
     """
 
     index_field: ClassVar[str] = "components"
@@ -59,22 +58,40 @@ class Geometry(Result):
     directions: Array
 
     def project(self, states: Array, count: int = 2) -> Array:
-        """States in terms of the first components: (..., H) to (..., count)."""
+        """Project states on the first components: (..., H) to (..., count).
+
+        Args:
+            states: (..., H).
+            count: Number of components.
+        """
         return np.asarray((states - self.mean) @ self.directions[:count].T)
 
 
 def geometry(site: SiteLike, quantity: str = "hidden") -> Geometry:
-    """Find the principal components of the states over all steps of all sequences.
+    """Compute the principal components of the states over all steps of all sequences.
 
-    The covariance is summed in float64 in one pass; the memory is that of a few (H, H) matrices.
+    The covariance is accumulated in float64 in one pass, in the memory of a few (H, H) matrices.
 
     Args:
-        site: With the quantity.
-        quantity: hidden, or another one.
+        site: A site with the quantity.
+        quantity: hidden, another quantity of the units, or input.
+
+    Returns:
+        The components and the participation ratio.
 
     Raises:
-        NotRecordedError: It was not recorded.
+        NotRecordedError: The quantity was not recorded.
         OptionError: The site has no units.
+
+    Example:
+        Two units that always move together have one direction of variance.
+
+        >>> import numpy as np
+        >>> from grutrace.analysis import SiteArrays, geometry
+        >>> states = np.random.default_rng(0).uniform(-1, 1, (100, 1)) * [0.6, 0.8]
+        >>> result = geometry(SiteArrays(hidden=states))
+        >>> round(result.participation_ratio, 6), result.directions[0].round(6)
+        (1.0, array([0.6, 0.8]))
     """
     data = as_site_data(site)
     data.require(quantity)
@@ -107,14 +124,14 @@ def geometry(site: SiteLike, quantity: str = "hidden") -> Geometry:
 
 
 class Comoments:
-    """Mean and sum of products of deviations from it, joined as Chan, Golub and LeVeque (1983) do.
+    """Mean and sum of products of deviations, merged as by Chan, Golub and LeVeque (1983).
 
     Args:
         width: H.
 
     Attributes:
-        count: Rows, without those left out.
-        not_finite: Rows with a value that is not finite.
+        count: Number of finite rows.
+        not_finite: Number of rows with a value that is not finite.
         mean: (H,) float64.
         products: (H, H) float64, sum over rows of the outer product of the deviations.
     """
@@ -124,7 +141,7 @@ class Comoments:
         self.mean, self.products = np.zeros(width), np.zeros((width, width))
 
     def add(self, rows: Mapping[str, Array]) -> None:
-        """Take in a block, (n, H)."""
+        """Add a block, (n, H)."""
         (block,) = rows.values()
         exact = block.astype(np.float64)
         with np.errstate(invalid="ignore"):
@@ -140,7 +157,7 @@ class Comoments:
             self._join(len(exact), mean, exact.T @ exact)
 
     def merge(self, later: Comoments) -> None:
-        """Take in what another has of later rows."""
+        """Add later rows."""
         self.not_finite += later.not_finite
         if later.count:
             self._join(later.count, later.mean, later.products)

@@ -1,9 +1,9 @@
-"""How far what is kept in a smaller type can be from what was computed.
+"""Quantization: the rounding error of values that are stored in a smaller type than computed.
 
-Rounding to the nearest moves a value by half the spacing of the type at most: of float16, 2^-12 for
-values from 0.5 to 1, half of that below 0.5, and so on down to 2^-25. Over many values, which lie
-anywhere between two neighbours, the error is evenly distributed: the root of its mean square is the
-spacing divided by the root of 12 (Bennett, "Spectra of quantized signals", 1948).
+Rounding to nearest moves a value by at most half the spacing of the type: for float16, 2^-12 for
+values from 0.5 to 1, half of that below 0.5, and so on down to 2^-25. Over many values the error is
+uniform between two neighbours, so its root mean square is the spacing over the square root of 12
+(Bennett, "Spectra of quantized signals", 1948).
 
 N steps, H units.
 """
@@ -26,16 +26,18 @@ from grutrace.storage.read.sequence_index import Integers
 
 @dataclass(frozen=True, eq=False)
 class Quantization(Result):
-    """Of a site. Zero where the kernel computed in the type that is kept, or in a smaller one.
+    """Rounding errors of a site.
+
+    All are 0 where the kernel computed in the storage type or a smaller one.
 
     Attributes:
-        kept: Name of the type that the rows are kept as.
-        steps: N, of all sequences together.
+        kept: Name of the storage type.
+        steps: N, number of steps of all sequences.
         units: (H,) numbers of the units.
-        largest: By quantity, (H,) what no value of a unit is off by more than. Not a number where
-            there are no values.
-        typical: By quantity, (H,) the root mean square that is to be expected. Likewise.
-        infinite: By quantity, (H,) values that are no number of the type any more.
+        largest: By quantity, (H,) upper bound of the error of a value. NaN where there are no
+            values.
+        typical: By quantity, (H,) expected root mean square error. NaN likewise.
+        infinite: By quantity, (H,) number of values that overflow the storage type.
     """
 
     kept: str
@@ -47,16 +49,28 @@ class Quantization(Result):
 
 
 def quantization(site: SiteLike) -> Quantization:
-    """Bound the error of gates and states that are kept in a smaller type.
+    """Bound the rounding error of gates and states that are stored in a smaller type.
 
-    It is that of the type alone: of what was stored as it was computed, not of gates that are
-    derived from rounded states.
+    The bound covers the storage of computed values. It does not cover gates that are derived from
+    rounded states.
 
     Args:
-        site: With at least one of reset, update, candidate and hidden stored.
+        site: A site that stores at least one of reset, update, candidate and hidden.
+
+    Returns:
+        The errors of each quantity and unit.
 
     Raises:
-        NotRecordedError: None of them is.
+        NotRecordedError: The site stores none of them.
+
+    Example:
+        Half the spacing of float16 between 0.5 and 1 is 2^-12.
+
+        >>> import numpy as np
+        >>> from grutrace.analysis import SiteArrays, quantization
+        >>> result = quantization(SiteArrays(update=np.full((3, 1), 0.7, np.float16)))
+        >>> result.largest["update"] * 2**12
+        array([1.])
     """
     data = as_site_data(site)
     requested = [name for name in DEFAULT_RECORD if name in data.stored]
@@ -78,7 +92,7 @@ def quantization(site: SiteLike) -> Quantization:
 
 
 class _SpacingSums:
-    """The spacings of the values of each unit, by quantity."""
+    """Spacings of the values of each unit, by quantity."""
 
     def __init__(self, quantities: Sequence[str], width: int) -> None:
         self.largest = {name: np.full(width, np.nan) for name in quantities}
@@ -110,7 +124,7 @@ class _SpacingSums:
             self._finite[name] += later._finite[name]
 
     def root_mean_square(self, name: str) -> Array:
-        """Of the spacings, (H,); not a number where there are none."""
+        """Root mean square of the spacings: (H,), NaN where there are no values."""
         squares, count = self._squares[name], self._finite[name]
         means = np.full(len(squares), np.nan)
         return np.asarray(np.sqrt(np.divide(squares, count, out=means, where=count > 0)))

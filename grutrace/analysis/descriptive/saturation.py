@@ -1,12 +1,13 @@
-"""How often the gates are nearly shut or nearly open; which units are stuck, and which are dead.
+"""Saturation of gates: the share of steps in which they are near 0 or near 1.
 
 Karpathy, Johnson and Li (2015), "Visualizing and understanding recurrent networks", section 4.2:
-a gate is *left-saturated* at a step where it is below 0.1, *right-saturated* where it is above 0.9;
-their figure plots, unit by unit, the share of the one against the share of the other.
+a gate is *left-saturated* at a step where it is below 0.1, and *right-saturated* where it is above
+0.9. Their figure plots, for each unit, one share against the other.
+
+The module also has the summaries of `grutrace stats` without an analysis: the mean of each gate and
+its shares below 0.1 and above 0.9.
 
 N steps, H units.
-
-How open a gate is: its mean, and how often it is nearly shut or nearly open.
 """
 
 from __future__ import annotations
@@ -38,18 +39,18 @@ CONSTANT_RANGE = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Saturation(Result):
-    """Of a site. Not a number where there are no steps.
+    """Saturation of the gates of a site. Shares are NaN where there are no steps.
 
     Attributes:
-        steps: N, of all sequences together.
+        steps: N, number of steps of all sequences.
         units: (H,) numbers of the units.
-        left: By gate (reset, update, candidate as recorded), (H,) share of the steps with
-            the gate below 0.1; for the candidate, of those with ``|n|`` below 0.1.
-        right: Likewise above 0.9.
-        stuck: By gate, (H,) -1 where it is left-saturated in at least `STUCK` of the steps, 1
-            where it is right-saturated in as many, else 0.
-        constant: (H,) whether the state of a unit stays within a range of `CONSTANT_RANGE` all the
-            time; None where the hidden states were not recorded.
+        left: By recorded gate, (H,) share of the steps with the gate below 0.1; for the candidate,
+            with ``|n|`` below 0.1.
+        right: By recorded gate, (H,) share of the steps above 0.9, likewise.
+        stuck: By recorded gate, (H,) -1 where it is left-saturated in at least `STUCK` of the
+            steps, 1 where it is right-saturated in as many, otherwise 0.
+        constant: (H,) whether the unit's state stays within a range of `CONSTANT_RANGE`; None where
+            the hidden states were not recorded.
     """
 
     steps: int
@@ -61,13 +62,25 @@ class Saturation(Result):
 
 
 def saturation(site: SiteLike) -> Saturation:
-    """Count how often each gate of each unit is nearly shut or nearly open.
+    """Compute the share of steps in which each gate of each unit is near 0 or near 1.
 
     Args:
-        site: With at least one of reset, update and candidate; with hidden, dead units are told.
+        site: A site with at least one of reset, update and candidate; with hidden states also for
+            `constant`.
+
+    Returns:
+        The shares of each gate and unit.
 
     Raises:
         NotRecordedError: No gate was recorded.
+
+    Example:
+        >>> import numpy as np
+        >>> from grutrace.analysis import SiteArrays, saturation
+        >>> update = np.array([[0.05, 0.5], [0.95, 0.5], [0.95, 0.5], [0.95, 0.5]])
+        >>> result = saturation(SiteArrays(update=update))
+        >>> result.left["update"], result.right["update"]
+        (array([0.25, 0.  ]), array([0.75, 0.  ]))
     """
     data = as_site_data(site)
     gates = [name for name in GATES if name in data.quantities]
@@ -91,7 +104,7 @@ def saturation(site: SiteLike) -> Saturation:
 
 
 class _UnitCounts:
-    """What is counted of each unit, by quantity; see `statistics.moments`."""
+    """Statistics of each unit, by quantity; see `statistics.moments`."""
 
     def __init__(self, quantities: Sequence[str], width: int) -> None:
         self.units = {name: empty_stats(width) for name in quantities}
@@ -124,12 +137,12 @@ def _is_constant(units: Array) -> Array:
 
 @dataclass(frozen=True)
 class GateSummary:
-    """Over all steps and units. Not a number where there are none.
+    """Summary of one gate over all steps and units. NaN where there are none.
 
     Attributes:
         mean: Mean of the values.
-        below: Share of the values whose size is below `LOW`.
-        above: Share of the values whose size is above `HIGH`.
+        below: Share of the values with a magnitude below `LOW`.
+        above: Share of the values with a magnitude above `HIGH`.
     """
 
     mean: float
@@ -139,15 +152,15 @@ class GateSummary:
 
 @dataclass(frozen=True)
 class SiteSummary:
-    """What a site holds.
+    """Summary of a site.
 
     Attributes:
-        site: Its name.
-        sequences: How many.
-        steps: Of all sequences together.
-        residual: Largest ``|replayed h - kernel's h|``; not a number where gates are derived.
-        gates: By name, for those that were recorded. The gates lie between 0 and 1; the
-            candidate lies between -1 and 1, and of it a large size means a saturated tanh.
+        site: Name of the site.
+        sequences: Number of sequences.
+        steps: Number of steps of all sequences.
+        residual: Largest ``|replayed h - kernel's h|``; NaN where gates are derived.
+        gates: By recorded gate. Reset and update are in (0, 1); the candidate is in (-1, 1), so a
+            large magnitude is a saturated tanh.
     """
 
     site: str
@@ -160,7 +173,7 @@ class SiteSummary:
 
 
 def summarize_site(site: SiteTrace) -> SiteSummary:
-    """Summarize a site, in parts."""
+    """Summarize a site, a block of rows at a time."""
     data = as_site_data(site)
     return SiteSummary(
         site=site.name,
@@ -176,14 +189,14 @@ def summarize_site(site: SiteTrace) -> SiteSummary:
 
 
 class _GateCounts:
-    """What is counted of one gate, of all units together."""
+    """Counts of one gate, over all units."""
 
     def __init__(self) -> None:
         self._values = self._below = self._above = 0
         self._sum = 0.0
 
     def add(self, rows: Mapping[str, Array]) -> None:
-        """Take in the (n, H) values of a gate."""
+        """Add the (n, H) values of a gate."""
         (block,) = rows.values()
         self._values += block.size
         self._sum += float(block.sum(dtype=np.float64))
@@ -192,14 +205,14 @@ class _GateCounts:
         self._above += int(np.count_nonzero(size > HIGH))
 
     def merge(self, later: _GateCounts) -> None:
-        """Take in what was counted of later rows."""
+        """Add the counts of later rows."""
         self._values += later._values
         self._sum += later._sum
         self._below += later._below
         self._above += later._above
 
     def summary(self) -> GateSummary:
-        """Of all that was counted."""
+        """Return the mean and the shares."""
         if not self._values:
             return GateSummary(np.nan, np.nan, np.nan)
         shares = (each / self._values for each in (self._sum, self._below, self._above))
@@ -207,7 +220,7 @@ class _GateCounts:
 
 
 def summarize_statistics(statistics: Statistics) -> list[SiteSummary]:
-    """Summarize every site, each as `summarize_site` does that of a trace."""
+    """Summarize every site of running statistics as `summarize_site` does for a trace."""
     sites = [statistics[name] for name in statistics]
     return [
         SiteSummary(
@@ -222,7 +235,7 @@ def summarize_statistics(statistics: Statistics) -> list[SiteSummary]:
 
 
 def _gate(units: UnitStatistics) -> GateSummary:
-    """The mean over units, each with the weight of its values."""
+    """Average over units, each weighted by its number of values."""
     some = units.count > 0
     weights = units.count[some] / max(1, units.count.sum())
     if not some.any() or units.below is None or units.above is None:

@@ -1,18 +1,18 @@
-"""Where the state would stay, or almost: fixed and slow points of a GRU at a constant input.
+"""Fixed and slow points of a GRU at a constant input.
 
 Sussillo and Barak (2013), "Opening the black box: low-dimensional dynamics in high-dimensional
 recurrent neural networks"; Golub and Sussillo (2018), "FixedPointFinder". With F the map from a
-state to the next at a constant input x, points are sought where
+state to the next at a constant input x, the search minimizes
 
     q(h) = 1/2 |F(h) - h|^2
 
-is smallest, from states that the network has been in. Where q is 0 the state stays; where it is
-small but not 0 it moves slowly. The eigenvalues of F's Jacobian there say how it behaves nearby.
+from recorded states. Where q is 0 the state is fixed; where it is small it moves slowly. The
+eigenvalues of F's Jacobian at a point describe the dynamics near it.
 
-q is a sum of squares, so it is minimised by the method of Levenberg and Marquardt (Marquardt 1963,
-"An algorithm for least-squares estimation of nonlinear parameters"), from all states at once.
+q is a sum of squares, so it is minimized by the Levenberg-Marquardt method (Marquardt 1963, "An
+algorithm for least-squares estimation of nonlinear parameters"), from all states at once.
 
-K states to begin from, P points, H units, I input size.
+K initial states, P points, H units, I input size.
 """
 
 from __future__ import annotations
@@ -55,30 +55,32 @@ BLOCK_BYTES = 32 * 1024 * 1024
 
 @dataclass(frozen=True, eq=False)
 class FixedPoints(Result):
-    """Of one version of the weights at one input. Points come in the order of q.
+    """Fixed and slow points for one version of the weights at one input, by increasing q.
 
     Attributes:
-        starts: K, how many states were begun from.
-        usual_speed: Median over these states of ``|F(h) - h|``, for comparison.
-        fixed_points: How many points are fixed; the others are slow.
-        stable_points: How many of these are stable.
+        starts: K, number of initial states.
+        usual_speed: Median of ``|F(h) - h|`` over these states, for comparison.
+        fixed_points: Number of fixed points; the other points are slow.
+        stable_points: Number of stable fixed points.
         input: (I,) the constant input.
-        points: (P,) their numbers.
+        points: (P,) numbers of the points.
         states: (P, H) float64.
-        q: (P,)
-        speed: (P,) ``|F(h) - h|`` = sqrt(2 q), a step.
+        q: (P,) half the squared speed.
+        speed: (P,) ``|F(h) - h|`` = sqrt(2 q), per step.
         fixed: (P,) whether q is at most `FIXED_Q`.
-        stable: (P,) whether all eigenvalues are smaller than 1 in size, by `MARGIN`.
-        unstable: (P,) how many are larger than 1, by `MARGIN`: directions in which it is left.
-        marginal: (P,) how many are 1 in size within `MARGIN`: directions along which points lie, a
-            line or a ring, or too close to tell.
-        radius: (P,) the size of the largest eigenvalue.
-        timescale: (P,) steps until a deviation along it has changed e-fold, 1 / |log radius|. At a
-            slow point the eigenvalue in the direction of the motion is 1, so it says nothing there.
-        reached: (P,) from how many of the states it was reached.
-        nearest: (P,) largest difference in a unit from the nearest of the states begun from. Far
-            from all of them, a point says little of what the network does.
-        eigenvalues: (P, H) complex, the largest in size first.
+        stable: (P,) whether all eigenvalues have a magnitude below 1 - `MARGIN`.
+        unstable: (P,) number of eigenvalues with a magnitude above 1 + `MARGIN`: unstable
+            directions.
+        marginal: (P,) number of eigenvalues with a magnitude of 1 within `MARGIN`: directions along
+            a line or ring of points, or undecided.
+        radius: (P,) spectral radius.
+        timescale: (P,) number of steps in which a deviation along the leading eigenvector changes
+            by a factor e, 1 / |log radius|. Not meaningful at a slow point, where the eigenvalue in
+            the direction of motion is 1.
+        reached: (P,) number of initial states that led to it.
+        nearest: (P,) largest difference in a unit from the nearest initial state. A point far from
+            all of them says little about the network.
+        eigenvalues: (P, H) complex, by decreasing magnitude.
     """
 
     index_field: ClassVar[str] = "points"
@@ -116,18 +118,36 @@ def fixed_points(
     """Find the fixed and slow points that the states of a trace lead to.
 
     Args:
-        site: With hidden, of all units, and weights.
-        input: (I,) the constant input; ``mean`` for that of all recorded inputs; None for zeros.
-        starts: How many states to begin from, drawn from all steps; or (K, H) states of your own.
-            States with values that are not finite are left out.
-        slow: The largest q of a point that is kept; by default a tenth of the usual speed, so
+        site: A site with hidden states of all units, and weights.
+        input: (I,) the constant input; ``mean`` for the mean of all recorded inputs; None for
+            zeros.
+        starts: Number of initial states, drawn from all steps; or (K, H) states. States that are
+            not finite are skipped.
+        slow: Largest q of a point that is kept. Default: that of a tenth of the usual speed,
             ``(usual_speed / 10)^2 / 2``.
-        version: Which version of the weights, the last unless asked otherwise.
-        seed: Of the draw.
+        version: Version of the weights; -1 for the last.
+        seed: Seed of the draw.
+
+    Returns:
+        The points, by increasing q.
 
     Raises:
-        NotRecordedError: The states, the weights or the inputs are not there, or not of all units.
-        OptionError: The input or the states have another shape, or there is no state.
+        NotRecordedError: The states, the weights or the inputs are missing, or not of all units.
+        OptionError: The input or the states have another shape, or there is no finite state.
+
+    Example:
+        Without weights and biases, the candidate is 0 and the state decays to 0.
+
+        >>> import torch, grutrace
+        >>> from grutrace.analysis import fixed_points
+        >>> layer = torch.nn.GRU(2, 3)
+        >>> for parameter in layer.parameters():
+        ...     _ = torch.nn.init.zeros_(parameter)
+        >>> with torch.no_grad(), grutrace.trace(layer) as trace:
+        ...     _ = layer(torch.zeros(5, 1, 2), torch.rand(1, 1, 3))
+        >>> result = fixed_points(trace["l0"])
+        >>> result.stable_points, bool(abs(result.states).max() < 1e-6), result.radius
+        (1, True, array([0.5]))
     """
     data = as_site_data(site)
     weights = data.weights(version)
@@ -148,11 +168,11 @@ def fixed_points(
 
 
 def minimise(step: GRUMap, states: Array, limit: float | None = None) -> Array:
-    """(K, H) to (K, H): from each state down to where q is smallest nearby, in `ITERATIONS` steps.
+    """Minimize q from each state, in at most `ITERATIONS` steps: (K, H) to (K, H).
 
-    The search stays in the box from -`limit` to `limit`; that which the network cannot leave,
-    unless given: a state is a mean of the one before and of a candidate, which lies between -1 and
-    1. Outside, where gates saturate, z comes so near to 1 that everything looks slow.
+    The search stays in the box from -`limit` to `limit`. Default: the box that the network cannot
+    leave, since a state is a weighted mean of the previous state and a candidate between -1 and 1.
+    Outside it gates saturate and z is so close to 1 that every state is slow.
     """
     states = states.copy()
     if limit is None:
@@ -202,7 +222,7 @@ def _input(data: SiteData, given: Array | str | None, size: int) -> Array:
 
 
 class _Units:
-    """Moments of each feature; see `statistics.moments`. What is not finite is left out."""
+    """Moments of each feature; see `statistics.moments`. Non-finite values are skipped."""
 
     def __init__(self, width: int) -> None:
         self.units = empty_stats(width)
@@ -236,7 +256,7 @@ def _starts(data: SiteData, starts: int | Array, width: int, seed: int) -> Array
 
 
 def _distinct(step: GRUMap, found: Array, bound: float) -> tuple[Array, Integers]:
-    """Of points that are one the best, in the order of q; and how many each was."""
+    """Merge equal points, keeping the best of each, by increasing q; count the members of each."""
     q = 0.5 * np.square(step(found) - found).sum(1)
     order = np.argsort(q, kind="stable")
     left = found[order[q[order] <= bound]]

@@ -1,18 +1,18 @@
-"""Whether a network forgets small differences or makes them large: Lyapunov exponents.
+"""Lyapunov exponents: whether a network forgets small differences between states or amplifies them.
 
-Two states that differ by little, and read the same input, differ after t steps by the product of
-the steps' Jacobians times that difference. Its directions grow or shrink as exp(lambda_i t); these
-are the exponents, largest first, in nats a step. One above 0 means chaos: a difference of the size
-of rounding becomes as large as the states, so no re-run of the network, on another machine or from
-a state that was kept in fewer digits, goes the same way for long.
+Two nearby states with the same input differ after t steps by the product of the steps' Jacobians
+times their initial difference. Its directions grow or shrink as exp(lambda_i t). The lambda_i are
+the exponents, in decreasing order, in nats a step. A positive exponent means chaos: a difference as
+small as rounding grows as large as the states, so a run on another machine, or from states that
+were stored with fewer digits, soon takes a different course.
 
-Method: k orthonormal directions are carried along with the Jacobian of every recorded step and made
-orthonormal again by QR; the exponents are the mean of log |R_ii| (Benettin et al. 1980; Geist,
+Method: k orthonormal directions are multiplied by the Jacobian of every recorded step and
+orthonormalized by QR. The exponents are the mean of log |R_ii| (Benettin et al. 1980; Geist,
 Parlitz and Lauterborn 1990). For GRUs: Can, Krishnamurthy and Schwab (2020); Engelken, Wolf and
-Abbott (2023), "Lyapunov spectra of chaotic recurrent neural networks". The states that the
-Jacobians are taken at are the recorded ones, so nothing drifts.
+Abbott (2023), "Lyapunov spectra of chaotic recurrent neural networks". The Jacobians are taken at
+the recorded states, so the trajectory does not drift.
 
-H units, k exponents, B sequences that are carried along together.
+H units, k exponents, B sequences that are processed together.
 """
 
 from __future__ import annotations
@@ -54,30 +54,31 @@ BATCH_BYTES = 8 * 1024 * 1024
 
 @dataclass(frozen=True, eq=False)
 class Lyapunov(Result):
-    """Along the sequences of a site. Not a number where no step was counted or one is not finite.
+    """Lyapunov exponents along the sequences of a site.
+
+    Values are NaN where no step was counted or a value is not finite.
 
     Attributes:
         units: H.
-        sequences: How many sequences.
-        steps: How many steps were counted, of all sequences together.
+        sequences: Number of sequences.
+        steps: Number of counted steps, of all sequences.
         numbers: (k,) 1 for the largest exponent, and so on.
-        exponents: (k,) in nats a step, largest first. Minus infinity for a direction that is lost
-            exactly. One below about -30 is made of rounding.
-        errors: (k,) standard error of each, from the means of blocks of consecutive steps: too
-            small if what the network does changes more slowly than that. Not a number where there
-            are too few steps for two blocks.
-        largest: The first of them.
+        exponents: (k,) in nats a step, in decreasing order. Minus infinity for a direction that is
+            lost exactly. Exponents below about -30 consist of rounding.
+        errors: (k,) standard errors, from the means of blocks of consecutive steps. Too small if
+            the network changes more slowly than a block. NaN where there are fewer than two blocks.
+        largest: The largest exponent.
         largest_error: Its standard error.
-        length: How many counted steps the sequence of a counted step has, on average.
-        chaotic: Whether the largest is above 0 by more than two standard errors; None, for nobody
-            can say, where `length` is below `MIN_LENGTH`.
-        horizon: Steps after which a difference of one rounding (of the type of the rows) is as
-            large as the states: -log(spacing at 1) / largest; infinite unless that is above 0, and
-            not a number where `chaotic` is None.
-        dimension: Kaplan and Yorke's, of what the states settle on: how many of the largest
-            exponents add up to 0, the last in part. Not a number if k are not enough to say.
-        entropy_rate: The sum of the exponents above 0, in nats a step: at most so much of the
-            states' future is not decided by what is known of them now. Likewise.
+        length: Mean number of counted steps in the sequence of a counted step.
+        chaotic: Whether the largest exponent is above 0 by more than two standard errors; None
+            where `length` is below `MIN_LENGTH`, too short to tell.
+        horizon: Number of steps after which a difference of one rounding of the storage type is as
+            large as the states: -log(eps) / largest. Infinite unless the largest exponent is
+            positive; NaN where `chaotic` is None.
+        dimension: Kaplan-Yorke dimension of the attractor: the number of the largest exponents that
+            sum to 0, the last in part. NaN if k exponents are too few.
+        entropy_rate: Sum of the positive exponents, in nats a step: an upper bound of the entropy
+            rate. NaN likewise.
     """
 
     index_field: ClassVar[str] = "numbers"
@@ -98,20 +99,36 @@ class Lyapunov(Result):
 
 
 def lyapunov(site: SiteLike, count: int = EXPONENTS, skip: int | None = None) -> Lyapunov:
-    """Work out the largest Lyapunov exponents along the recorded sequences.
+    """Compute the largest Lyapunov exponents along the recorded sequences.
 
     A step takes about ``6 H^2 k`` operations and a QR of (H, k).
 
     Args:
-        site: With reset, update, candidate, hidden and weights, of all units. The input is held
-            as it was: of a decoder that reads its own output, this is not the whole loop.
-        count: k; at most H are there.
-        skip: Steps at the start of each sequence that are not counted; a tenth of each sequence
-            unless given. The first directions are random.
+        site: A site with reset, update, candidate, hidden and weights, of all units. The input is
+            held fixed: for a decoder that reads its own output, the feedback is not included.
+        count: k, at most H.
+        skip: Number of steps at the start of each sequence that are not counted, because the
+            initial directions are random. Default: a tenth of each sequence.
+
+    Returns:
+        The exponents, and what follows from them.
 
     Raises:
-        NotRecordedError: Something needed was not recorded.
-        OptionError: There cannot be so many exponents, or steps to skip.
+        NotRecordedError: A required quantity was not recorded.
+        OptionError: `count` or `skip` is not such a number.
+
+    Example:
+        A layer with PyTorch's initialization forgets its initial state.
+
+        >>> import torch, grutrace
+        >>> from grutrace.analysis import lyapunov
+        >>> _ = torch.manual_seed(0)
+        >>> layer = torch.nn.GRU(2, 8)
+        >>> with torch.no_grad(), grutrace.trace(layer) as trace:
+        ...     _ = layer(torch.randn(200, 1, 2))
+        >>> result = lyapunov(trace["l0"], count=2)
+        >>> result.chaotic, bool(result.largest < 0)
+        (False, True)
     """
     if not isinstance(count, int) or count < 1:
         raise OptionError(
@@ -172,10 +189,10 @@ def _errors(means: Array) -> Array:
 
 
 def kaplan_yorke(exponents: Array, size: int) -> float:
-    """The dimension after Kaplan and Yorke (1979) of the largest of H exponents.
+    """Kaplan-Yorke dimension (1979) from the largest of H exponents.
 
     Args:
-        exponents: (k,) largest first.
+        exponents: (k,) in decreasing order.
         size: H.
     """
     if np.isnan(exponents).any():
@@ -196,15 +213,15 @@ def _entropy_rate(exponents: Array, size: int) -> float:
 
 
 class _GrowthSums:
-    """Sums of the logarithms by which directions grow, by blocks of counted steps.
+    """Sums of the logarithmic growth of the directions, by blocks of counted steps.
 
     Args:
         size: H.
         count: k.
-        skipped: (S,) steps of each sequence that are not counted.
-        starts: (S,) where its steps begin among the counted ones of all.
-        blocks: How many blocks.
-        total: Steps that are counted.
+        skipped: (S,) number of steps of each sequence that are not counted.
+        starts: (S,) position of its first step among the counted steps of all sequences.
+        blocks: Number of blocks.
+        total: Number of counted steps.
     """
 
     def __init__(
@@ -237,24 +254,24 @@ class _GrowthSums:
         self.steps += later.steps
 
     def finish(self) -> None:
-        """Carry along what waits."""
+        """Process the pending segments."""
         waiting, self._waiting = self._waiting, []
         if waiting:
             # The longest first, so that those that go on are always the first ones.
             waiting.sort(key=len, reverse=True)
             self._carry(waiting, np.repeat(self._first[:, np.newaxis], len(waiting), axis=1))
 
-    def _carry(self, stretches: Sequence[SequenceSegment], directions: Array) -> Array:
-        """Carry directions, (H, B, k), along stretches of the same weights, longest first."""
-        weights = stretches[0].weights
+    def _carry(self, segments: Sequence[SequenceSegment], directions: Array) -> Array:
+        """Propagate directions, (H, B, k), along segments with the same weights, longest first."""
+        weights = segments[0].weights
         assert weights is not None
-        lengths = np.array([len(each) for each in stretches])
-        sequences = np.array([each.sequence for each in stretches])
-        made = np.array([each.start for each in stretches])
+        lengths = np.array([len(each) for each in segments])
+        sequences = np.array([each.sequence for each in segments])
+        made = np.array([each.start for each in segments])
         size, _, count = directions.shape
         recurrent = np.asarray(weights["weight_hh"], np.float64)
-        of = _padded(stretches, weights, size)
-        going = len(stretches)
+        of = _padded(segments, weights, size)
+        going = len(segments)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             for step in range(lengths[0]):
                 going = int(np.count_nonzero(lengths > step))
@@ -282,12 +299,12 @@ class _GrowthSums:
 
 
 def _padded(
-    stretches: Sequence[SequenceSegment], weights: Mapping[str, Array], size: int
+    segments: Sequence[SequenceSegment], weights: Mapping[str, Array], size: int
 ) -> Factors:
-    """The factors of all steps, (T, H, B) each, where a stretch has any."""
-    shape = len(stretches[0]), size, len(stretches)
+    """Return the factors of all steps, zero-padded: (T, H, B) each."""
+    shape = len(segments[0]), size, len(segments)
     padded = Factors(*(np.zeros(shape) for _ in Factors._fields))
-    for number, each in enumerate(stretches):
+    for number, each in enumerate(segments):
         assert each.previous is not None
         for place, found in zip(padded, factors(each.values, each.previous, weights), strict=True):
             place[: len(each), :, number] = found

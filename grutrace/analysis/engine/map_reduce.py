@@ -1,9 +1,8 @@
-"""Going through a site in parts, and joining what was found: here, or on dask, with one result.
+"""Map an analysis over blocks of a site and reduce the results, on threads or on dask.
 
-An analysis says what it keeps of some steps and how two of these are joined, in order. The parts
-are the same wherever they are computed, and so is the order in which they are joined.
-
-Work handed out: to threads of this process, to dask's threads, or to a cluster.
+An analysis defines what it keeps of some steps and how to merge two such results in order. Blocks
+and the order of merging are the same on threads of this process, on dask's threads and on a
+cluster, so the results are the same too.
 """
 
 from __future__ import annotations
@@ -17,7 +16,12 @@ from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 
-from grutrace.analysis.engine.segments import DERIVED_INPUTS, PREVIOUS, SequenceSegment, stretches
+from grutrace.analysis.engine.segments import (
+    DERIVED_INPUTS,
+    PREVIOUS,
+    SequenceSegment,
+    iter_segments,
+)
 from grutrace.analysis.engine.site_data import SiteData, SiteLike, as_site_data
 from grutrace.errors import OptionError, require_extra
 from grutrace.records import Array
@@ -30,16 +34,26 @@ MAX_PENDING = 32
 
 
 def with_dask(site: SiteLike) -> SiteData:
-    """The same site, of which every analysis is computed by dask.
+    """Return the same site, marked so that every analysis of it runs on dask.
 
-    By dask's threads, or by the cluster of the `dask.distributed.Client` that is in force. The
-    results are those of the analysis without dask, bit for bit: the same parts are joined in the
-    same order. Gates that are derived when they are read are the same to rounding in a process
-    where torch has another number of threads.
+    It runs on dask's threads, or on the cluster of the active `dask.distributed.Client`. The
+    results are bit for bit those without dask, because the same blocks are merged in the same
+    order. Gates that are derived when read agree to rounding in a process where torch has another
+    number of threads.
+
+    Args:
+        site: A site of a trace, or arrays.
 
     Raises:
+        MissingExtraError: dask is not installed.
         OptionError: As for `as_site_data`.
-        MissingExtraError: There is no dask.
+
+    Example:
+        >>> import numpy as np
+        >>> from grutrace.analysis import SiteArrays, saturation, with_dask
+        >>> site = SiteArrays(update=np.full((100, 2), 0.95))
+        >>> saturation(with_dask(site)).right["update"]
+        array([1., 1.])
     """
     with require_extra("computing on dask", "dask"):
         import dask  # noqa: F401
@@ -49,7 +63,7 @@ def with_dask(site: SiteLike) -> SiteData:
 
 
 def run_on_dask(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
-    """Yield what each task returns, in order; some are computed at once."""
+    """Yield the results of the tasks in order, computing several at once on dask."""
     from dask.base import compute
     from dask.delayed import delayed
 
@@ -59,7 +73,7 @@ def run_on_dask(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
 
 
 def uses_other_processes() -> bool:
-    """Whether dask would now compute in other processes."""
+    """Return whether dask's current scheduler runs tasks in other processes."""
     from dask import local, threaded
     from dask.base import get_scheduler
 
@@ -67,9 +81,9 @@ def uses_other_processes() -> bool:
 
 
 def run_on_threads(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
-    """Yield what each task returns, in order; on several cores, some are computed at once.
+    """Yield the results of the tasks in order, computing several at once on several cores.
 
-    NumPy, BLAS and LAPACK leave other threads to run meanwhile.
+    NumPy, BLAS and LAPACK release the interpreter lock.
     """
     threads = min(MAX_THREADS, _available_cores(), len(tasks))
     if threads < 2:
@@ -90,7 +104,7 @@ def run_on_threads(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
 
 
 def _available_cores() -> int:
-    """How many this process may run on."""
+    """Return the number of cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -109,23 +123,23 @@ class _Mergeable(Protocol):
 
 
 class RowReducer(Protocol):
-    """What is kept of rows, in whatever order they are stored."""
+    """Accumulates rows, in the order in which they are stored."""
 
     def add(self, rows: Mapping[str, Array]) -> None:
-        """Take in a block: by quantity, (n, H)."""
+        """Add a block: by quantity, (n, H)."""
 
     def merge(self, later: Self) -> None:
-        """Take in what another has kept of the rows after these."""
+        """Add the result of later rows."""
 
 
 class SequenceReducer(Protocol):
-    """What is kept of sequences, each in the order in which it was made."""
+    """Accumulates sequences, each in the order of computation."""
 
     def add(self, segment: SequenceSegment) -> None:
-        """Take in the next stretch."""
+        """Add the next segment."""
 
     def merge(self, later: Self) -> None:
-        """Take in what another has kept of the sequences after these."""
+        """Add the result of later sequences."""
 
 
 RowReducerT = TypeVar("RowReducerT", bound=RowReducer)
@@ -137,15 +151,16 @@ ResultT = TypeVar("ResultT")
 def reduce_rows(
     site: SiteData, quantities: Sequence[str], make_reducer: Callable[[], RowReducerT]
 ) -> RowReducerT:
-    """Go through all rows of some quantities.
+    """Reduce all rows of some quantities.
 
     Args:
-        site: Where they are.
-        quantities: Which; a block has all of them, of the same rows.
-        begin: Makes an empty fold. For a cluster it is sent to: a class, or a `partial` of one.
+        site: The site.
+        quantities: Names of the quantities; each block has all of them, for the same rows.
+        make_reducer: Makes an empty reducer. Must be picklable for a cluster: a class or a
+            `partial`.
 
     Raises:
-        NotRecordedError: A quantity is not there.
+        NotRecordedError: A quantity was not recorded.
     """
     site.require(*quantities)
     step = max(1, PART_BYTES // _row_bytes(site, quantities))
@@ -161,15 +176,17 @@ def reduce_rows(
 def reduce_sequences(
     site: SiteData, quantities: Sequence[str], make_reducer: Callable[[], SequenceReducerT]
 ) -> SequenceReducerT:
-    """Go through all sequences, each in the order in which it was made.
+    """Reduce all sequences, each in the order of computation.
 
     Args:
-        site: Where they are.
-        quantities: Which, and `previous` and `weights` as for `iter_segments`.
-        begin: Makes an empty fold. For a cluster it is sent to: a class, or a `partial` of one.
+        site: The site.
+        quantities: Names of the quantities, and `PREVIOUS`, `WEIGHTS` and `RESTARTS` as for
+            `iter_segments`.
+        make_reducer: Makes an empty reducer. Must be picklable for a cluster: a class or a
+            `partial`.
 
     Raises:
-        NotRecordedError: A quantity is not there.
+        NotRecordedError: A quantity was not recorded.
     """
     stored = [name for name in quantities if name not in DERIVED_INPUTS]
     stored += ["hidden"] if PREVIOUS in quantities and "hidden" not in stored else []
@@ -208,16 +225,16 @@ def _reduce_sequence_range(
     last: int,
 ) -> SequenceReducerT:
     reducer = make_reducer()
-    for segment in stretches(site, quantities, first, last):
+    for segment in iter_segments(site, quantities, first, last):
         reducer.add(segment)
     return reducer
 
 
 def run_tasks(site: SiteData, tasks: Sequence[Callable[[], ResultT]]) -> Iterator[ResultT]:
-    """Yield what each task finds, in order, wherever the work on this site is done.
+    """Yield the results of the tasks in order, on threads or on dask, and report progress.
 
     Raises:
-        OptionError: It is to be done by processes that cannot read the site.
+        OptionError: dask would run in processes that cannot read the site.
     """
     if site.dask and uses_other_processes() and not site.can_read_in_other_process:
         raise OptionError(

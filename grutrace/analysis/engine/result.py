@@ -1,4 +1,4 @@
-"""What every result of an analysis has in common: frozen, and a table where there is pandas."""
+"""The base class of all results of analyses: frozen, with columns for a table."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Result:
-    """Base of the results. Arrays in it are not changed by anyone.
+    """Base class of the results of analyses.
 
     Attributes:
-        site: Name of the site that it is of.
+        site: Name of the site.
     """
 
     #: The field that numbers the rows of the table.
@@ -44,10 +44,11 @@ class Result:
         cls.__repr__ = Result.__repr__  # type: ignore[method-assign]
 
     def columns(self) -> dict[str, Array]:
-        """By name, one value a row of the table; first of all what numbers the rows.
+        """Return the columns of the table by name, starting with the index column.
 
-        These are the fields that are arrays of one axis, as long as the one that numbers the rows.
-        Of a dictionary of such arrays, each is a column, named by both: ``update_left``.
+        A column is a field with one value for each entry of `index_field`. A dictionary of such
+        arrays gives
+        one column for each key: ``update_left``.
         """
         numbers = getattr(self, self.index_field)
         found = {self.index_field.removesuffix("s"): np.asarray(numbers)}
@@ -60,7 +61,7 @@ class Result:
         return found
 
     def scalars(self) -> dict[str, Any]:
-        """By name, what is one number or text; None for what nobody can say."""
+        """Return the fields that are a single number or text, by name; None where unknown."""
         single = (bool, int, float, str, np.generic, type(None))
         return {
             name: value
@@ -69,7 +70,7 @@ class Result:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """By name, all fields but those that are too large to be written as text."""
+        """Return all fields by name, except those too large to print."""
         return {
             name: value
             for name, value in dataclasses.asdict(self).items()

@@ -1,6 +1,6 @@
-"""Sequences as an analysis of time goes through them: in the order in which they were made.
+"""Iterate over sequences in the order in which the network computed them.
 
-H units, n steps of one stretch.
+H units, n steps of one segment.
 """
 
 from __future__ import annotations
@@ -27,20 +27,19 @@ DERIVED_INPUTS = (PREVIOUS, WEIGHTS, RESTARTS)
 
 @dataclass(frozen=True, eq=False)
 class SequenceSegment:
-    """Consecutive steps of one sequence.
+    """Consecutive steps of one sequence, in the order of computation.
 
-    They are in the order in which the network made them: for a site that reads backwards, from the
-    last step to the first.
+    For a reverse direction that is from the last step to the first.
 
     Attributes:
         sequence: Number of the sequence.
-        start: How many of its steps were made before these.
-        length: How many it has in all.
+        start: Number of its steps computed before these.
+        length: Number of steps of the whole sequence.
         values: By quantity, (n, H), or (n, I) for the input.
-        previous: (n, H) the state that each step started from, where it was asked for.
-        weights: The weights that made all of these steps, where they were asked for.
-        restarts: Whether its first step started from another state than the sequence had ended
-            with, where that was asked for.
+        previous: (n, H) the state that each step started from, if requested.
+        weights: The weights that computed all of these steps, if requested.
+        restarts: Whether the first step started from another state than the sequence had reached,
+            if requested.
     """
 
     sequence: int
@@ -56,7 +55,7 @@ class SequenceSegment:
 
     @property
     def is_first(self) -> bool:
-        """Whether its first step is the sequence's first, or starts from another state."""
+        """Whether its first step is the sequence's first, or restarts from another state."""
         return self.start == 0 or self.restarts
 
     @property
@@ -65,22 +64,22 @@ class SequenceSegment:
         return self.start + len(self) == self.length
 
 
-def stretches(
+def iter_segments(
     site: SiteData, quantities: Sequence[str], first: int = 0, last: int | None = None
 ) -> Iterator[SequenceSegment]:
-    """Yield sequences in order, in blocks that fit any memory.
+    """Yield the segments of sequences in order, in blocks of bounded size.
 
     A sequence is one segment unless it is longer than `BLOCK_BYTES`, or, if requested, its weights
     or its state were changed between two steps. Sequences without steps are skipped.
 
     Args:
-        site: Where from.
-        quantities: Which, and `previous`, `weights` and `restarts` as one needs them.
+        site: The site.
+        quantities: Names of the quantities, and `PREVIOUS`, `WEIGHTS` and `RESTARTS` where needed.
         first: The first sequence.
-        last: The one before which to end; after the last unless given.
+        last: End of the range of sequences, exclusive. Default: all.
 
     Raises:
-        NotRecordedError: A quantity is not there.
+        NotRecordedError: A quantity was not recorded.
     """
     last = len(site.lengths) if last is None else last
     stored = [name for name in quantities if name not in DERIVED_INPUTS]
@@ -105,7 +104,7 @@ def stretches(
 def _read_together(
     site: SiteData, stored: Sequence[str], requested: Sequence[str], first: int, last: int
 ) -> Iterator[SequenceSegment]:
-    """Sequences that are read together."""
+    """Yield the segments of several sequences that fit one block."""
     rows = site.rows_between(first, last)
     values = {name: np.asarray(site.rows(name)[rows]) for name in stored}
     initial = site.initial(first, last) if PREVIOUS in requested else None
@@ -132,7 +131,7 @@ def _read_in_blocks(
     number: int,
     rows_per_block: int,
 ) -> Iterator[SequenceSegment]:
-    """A sequence that is read some steps at a time."""
+    """Yield the segments of one sequence that exceeds one block."""
     rows, length = site.rows_between(number, number + 1), int(site.lengths[number])
     before = site.initial(number, number + 1)[0] if PREVIOUS in requested else None
     restarts = _restarts_in(_restarts(site, requested, number, number + 1), number)
@@ -165,7 +164,7 @@ def _split_segments(
     restarts: Restarts | None,
     requested: Sequence[str],
 ) -> Iterator[SequenceSegment]:
-    """Turn what was read in time order round where it was made backwards, and cut it."""
+    """Put rows into the order of computation and split them where weights or states change."""
     if site.reverse:
         values = {name: value[::-1] for name, value in values.items()}
         versions = None if versions is None else versions[::-1]
@@ -201,7 +200,7 @@ def _split_segments(
 
 
 def _restarts(site: SiteData, requested: Sequence[str], first: int, last: int) -> Restarts | None:
-    """Where sequences go on from another state; None if it does not matter, or nowhere."""
+    """Return the steps of these sequences that restart from another state; None if none."""
     if PREVIOUS not in requested and RESTARTS not in requested:
         return None
     restarts = site.restarts(first, last)
@@ -209,7 +208,7 @@ def _restarts(site: SiteData, requested: Sequence[str], first: int, last: int) -
 
 
 def _restarts_in(restarts: Restarts | None, number: int) -> Restarts | None:
-    """Those of one sequence; None if it has none."""
+    """Return the restarts of one sequence; None if it has none."""
     if restarts is None:
         return None
     low, high = np.searchsorted(restarts.sequences, [number, number + 1])

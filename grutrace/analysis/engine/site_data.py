@@ -1,8 +1,6 @@
-"""What every analysis reads from: a site of a trace, or arrays that somebody has.
+"""The data that analyses read: a site of a trace, or arrays.
 
 N rows (steps of all sequences), S sequences, H units, I input size.
-
-A site with rows of more beside its own, so that they come along wherever it is gone through.
 """
 
 from __future__ import annotations
@@ -28,23 +26,31 @@ from grutrace.storage.read.snapshot import Restarts, TraceSnapshot
 
 @dataclass(frozen=True, eq=False)
 class SiteArrays:
-    """Arrays in the place of a site of a trace: NumPy's, h5py's, Zarr's or dask's.
+    """Arrays that replace a site of a trace: NumPy's, h5py's, Zarr's or dask's.
 
-    The steps of all sequences lie end to end, each sequence in time order, in every quantity alike.
+    The steps of all sequences are concatenated, each sequence in time order, in every quantity
+    alike.
 
     Attributes:
-        lengths: (S,) steps of each sequence; None for one sequence of all rows.
-        reset: (N, H)
-        update: (N, H), PyTorch's: where it is 1 the previous state is kept.
-        candidate: (N, H)
-        hidden: (N, H)
-        input: (N, I)
-        initial: (S, H) the state that each sequence began from; None for zeros.
-        labels: By name, (N,) or a list: a number or a text for each row, None or nan for none.
+        lengths: (S,) number of steps of each sequence; None for one sequence of all rows.
+        reset: (N, H) reset gate.
+        update: (N, H) update gate, PyTorch's: where it is 1 the previous state is kept.
+        candidate: (N, H) candidate state.
+        hidden: (N, H) hidden state.
+        input: (N, I) input of the layer.
+        initial: (S, H) initial state of each sequence; None for zeros.
+        labels: By name, (N,) or a list: a number or a text for each row; None or NaN for no label.
         weights: By PyTorch's names without suffix: weight_ih (3H, I), weight_hh (3H, H), bias_ih
             and bias_hh (3H,), in the order reset, update, candidate.
-        reverse: Whether the layer read its sequences from the last step to the first.
-        name: What results call it.
+        reverse: Whether the layer reads its sequences from the last step to the first.
+        name: Name of the site in results.
+
+    Example:
+        >>> import numpy as np
+        >>> from grutrace.analysis import SiteArrays, moments
+        >>> two_sequences = SiteArrays(hidden=np.zeros((50, 16)), lengths=[20, 30])
+        >>> moments(two_sequences).steps
+        50
     """
 
     lengths: Any = None
@@ -63,15 +69,15 @@ class SiteArrays:
 
 
 class SiteData(ABC):
-    """A site as analyses see it. Nothing in it changes while it is read.
+    """A site as analyses read it. It does not change while it is read.
 
     Attributes:
         name: Full name of the site.
-        reverse: Whether its sequences were read from the last step to the first.
-        lengths: (S,) steps of each sequence.
-        units: (H,) the number of each unit that there are columns of.
-        dask: Whether work is handed to dask; see `map_reduce.with_dask`.
-        advance: Told how many parts of how many are done, while an analysis goes on.
+        reverse: Whether its sequences are read from the last step to the first.
+        lengths: (S,) number of steps of each sequence.
+        units: (H,) number of the unit in each column.
+        dask: Whether analyses run on dask; see `map_reduce.with_dask`.
+        advance: Progress callback: number of finished parts, number of all parts.
     """
 
     name: str
@@ -83,80 +89,80 @@ class SiteData(ABC):
 
     @property
     def can_read_in_other_process(self) -> bool:
-        """Whether other processes can read it, too."""
+        """Whether other processes can read the site."""
         return True
 
     @property
     @abstractmethod
     def quantities(self) -> tuple[str, ...]:
-        """What there are rows of."""
+        """Names of the quantities that can be read."""
 
     @property
     def stored(self) -> tuple[str, ...]:
-        """Those of them that are as they were recorded, and not derived from others."""
+        """Names of the quantities that are stored as recorded, not derived."""
         return self.quantities
 
     @property
     def precision(self) -> float:
-        """Spacing at 1 of the finest type in which the kernel computed; 0 if nobody knows."""
+        """Machine epsilon of the most precise type the kernel computed in; 0 if unknown."""
         return 0.0
 
     @abstractmethod
     def rows(self, quantity: str) -> Rows:
-        """All rows of a quantity, (N, H) or (N, I), as they are stored.
+        """Return all rows of a quantity, (N, H) or (N, I), in storage order.
 
         Raises:
-            NotRecordedError: There are none.
+            NotRecordedError: The quantity was not recorded.
         """
 
     @abstractmethod
     def rows_between(self, first: int, last: int) -> slice | Integers:
-        """Where the steps of sequences `first` to `last` - 1 lie, each in time order."""
+        """Return the row numbers of sequences `first` to `last` - 1, each in time order."""
 
     @abstractmethod
     def initial(self, first: int, last: int) -> Array:
-        """(last - first, H) the states that these sequences began from."""
+        """Return the initial states of these sequences: (last - first, H)."""
 
     @abstractmethod
     def versions(self, rows: slice | Integers) -> Integers:
-        """The version of the weights that made each of these rows."""
+        """Return the version of the weights that computed each of these rows."""
 
     @abstractmethod
     def weights(self, version: int) -> Mapping[str, Array]:
-        """One version of the weights, by PyTorch's names without suffix; -1 for the last.
+        """Return one version of the weights by PyTorch's names without suffix; -1 for the last.
 
         Raises:
-            NotRecordedError: There are none.
+            NotRecordedError: The weights were not recorded.
         """
 
     @property
     @abstractmethod
     def label_names(self) -> tuple[str, ...]:
-        """The names of the labels that some of its rows have; ``tokens`` among them."""
+        """Names of the labels that some rows have, including ``tokens``."""
 
     @abstractmethod
     def labels(self, name: str) -> LabelColumn:
-        """The label of every row, or its token, ``tokens``; rows as in `rows`.
+        """Return the label of every row, or its token for ``tokens``; rows as in `rows`.
 
         Raises:
-            NotRecordedError: No row has one of this name; the message says which there are.
+            NotRecordedError: No row has a label of this name; the message lists the names.
         """
 
     @property
     @abstractmethod
     def parents(self) -> Integers:
-        """(S,) the sequence from whose middle each began; -1 for none."""
+        """(S,) the sequence that each sequence branched from; -1 for none."""
 
     def restarts(self, first: int, last: int) -> Restarts:  # noqa: ARG002
-        """Where sequences `first` to `last` - 1 go on from another state than they ended with."""
+        """Return where these sequences restart from a state that they had not reached."""
         none = np.empty(0, np.int64)
         return Restarts(none, none, np.empty((0, len(self.units))))
 
     def require(self, *quantities: str) -> None:
-        """Refuse early what an analysis could not read.
+        """Check early that an analysis can read what it needs.
 
         Raises:
-            NotRecordedError: One of the quantities is not there; the message says which are.
+            NotRecordedError: A quantity was not recorded; the message lists those that were.
         """
         for quantity in quantities:
             if quantity not in self.quantities:
@@ -176,7 +182,7 @@ class SiteData(ABC):
 
 
 class _TraceSiteData(SiteData):
-    """A site of a trace, as it was when the analysis began."""
+    """A site of a trace, frozen when the analysis began."""
 
     def __init__(self, site: SiteTrace) -> None:
         self._site = site.frozen()
@@ -191,7 +197,7 @@ class _TraceSiteData(SiteData):
         return not SnapshotHandle(self._site.snapshot).in_memory
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickled, for a worker elsewhere, it is how to open the file again."""
+        """Pickle how to open the file again, for a worker in another process."""
         number, snapshot = self._site.module_index, self._site.snapshot
         calls = snapshot.extent(number).calls
         return _reopen_site_data, (
@@ -268,7 +274,7 @@ def _return_snapshot(snapshot: TraceSnapshot) -> TraceSnapshot:
 
 
 class _ArraySiteData(SiteData):
-    """Arrays, checked to fit together."""
+    """Arrays whose shapes were checked."""
 
     def __init__(self, arrays: SiteArrays) -> None:
         self._arrays = {
@@ -360,10 +366,10 @@ SiteLike: TypeAlias = SiteTrace | SiteArrays | SiteData
 
 
 def as_site_data(site: SiteLike) -> SiteData:
-    """What an analysis reads of a site.
+    """Convert a site of a trace, or arrays, to `SiteData`.
 
     Raises:
-        OptionError: It is neither a site of a trace nor arrays, or the arrays do not fit together.
+        OptionError: It is neither, or the shapes of the arrays do not match.
     """
     if isinstance(site, SiteData):
         return site
@@ -378,11 +384,11 @@ def as_site_data(site: SiteLike) -> SiteData:
 
 
 class WithColumns(SiteData):
-    """A site, and by name more that there is one row of for each of its rows.
+    """A site with extra columns for each of its rows.
 
     Args:
         site: The site.
-        more: By a name that is no quantity of it, (N, any width); rows as the site stores them.
+        columns: By a name that is not a quantity of the site, (N, any width), in storage order.
     """
 
     def __init__(self, site: SiteData, columns: Mapping[str, Rows]) -> None:
@@ -395,16 +401,16 @@ class WithColumns(SiteData):
 
     @property
     def can_read_in_other_process(self) -> bool:
-        """As the site's."""
+        """Whether other processes can read the site."""
         return self._site.can_read_in_other_process
 
     @property
     def quantities(self) -> tuple[str, ...]:
-        """What there are rows of."""
+        """Names of the quantities and of the extra columns."""
         return (*self._site.quantities, *self._columns)
 
     def rows(self, quantity: str) -> Rows:
-        """All rows of a quantity, of the site or beside it."""
+        """Return all rows of a quantity or of extra columns."""
         return self._columns[quantity] if quantity in self._columns else self._site.rows(quantity)
 
     def rows_between(self, first: int, last: int) -> slice | Integers:
@@ -443,7 +449,7 @@ class WithColumns(SiteData):
 
 
 def sequence_ids(site: SiteData) -> Integers:
-    """(N,) the sequence of each row, in the smallest type that holds it."""
+    """Return the sequence of each row, in the smallest integer type: (N,)."""
     count = len(site.lengths)
     found = np.empty(site.steps, np.min_scalar_type(-max(1, count)))
     found[site.rows_between(0, count)] = np.repeat(
@@ -453,7 +459,7 @@ def sequence_ids(site: SiteData) -> Integers:
 
 
 def step_ids(site: SiteData) -> Integers:
-    """(N,) which step of its sequence each row is, in time order."""
+    """Return the step of each row within its sequence, in time order: (N,)."""
     found = np.empty(site.steps, np.int64)
     starts = np.cumsum(site.lengths) - site.lengths
     in_order = np.arange(site.steps) - np.repeat(starts, site.lengths)

@@ -1,19 +1,15 @@
-"""A label as classes: few enough to count, whatever it was.
-
-N rows, C classes.
-
-Labels given to other steps, so that what is found then is chance.
+"""Labels as a small number of classes, and label permutations for a null distribution.
 
 Labels cannot be shuffled step by step: neighbouring steps resemble each other, in their states and
-in their labels, and so do steps at the same position of a sequence. The permutations here keep
-that structure. Sequences swap their labels with other sequences of the same number of steps, which
-is exact if sequences are independent. Where fewer than `MIN_EXCHANGEABLE` sequences have the same
+in their labels, and so do steps at the same position of a sequence. The permutations here keep that
+structure. Sequences swap their labels with other sequences of the same number of steps, which is
+exact if sequences are independent. Where fewer than `MIN_EXCHANGEABLE` sequences have the same
 number of steps, the labels of a sequence are rotated by a random number of steps. That is exact if
-the process is stationary and periodic, and nearly exact if the sequence is much longer than its
-memory, because the last label meets the first. A label that is constant within every sequence can
-go to any other sequence.
+nothing depends on the position in the sequence, and nearly exact if the sequence is much longer
+than its memory, because the last label meets the first. A label that is constant within every
+sequence can go to any other sequence.
 
-N rows, S sequences, P arrangements.
+N rows, C classes, S sequences, P permutations.
 """
 
 from __future__ import annotations
@@ -43,8 +39,8 @@ class LabelClasses:
     """The class of each row.
 
     Attributes:
-        names: (C,) of each class: a number, a text, or for numbers that were grouped the range.
-        codes: (N,) the class of each row; -1 for rows without.
+        names: (C,) a number or a text for each class; for grouped numbers, their range.
+        codes: (N,) class of each row; -1 for rows without a label.
     """
 
     names: tuple[str | float, ...]
@@ -52,19 +48,19 @@ class LabelClasses:
 
     @property
     def counts(self) -> Integers:
-        """(C,) how many rows each has."""
+        """(C,) number of rows of each class."""
         return np.bincount(self.codes[self.codes >= 0], minlength=len(self.names))
 
 
 def encode_classes(labels: LabelColumn, max_classes: int = MAX_CLASSES) -> LabelClasses:
-    """Put the values of a label into classes.
+    """Encode the values of a label as classes.
 
     Each value is a class if there are at most `max_classes`. More numbers are grouped by size into
     `NUMERIC_GROUPS` groups of about equal size. Of more texts, or of a mixture, the most frequent
     keep their class, and all others share one.
 
     Raises:
-        OptionError: No two rows differ in it.
+        OptionError: The label has fewer than two values.
     """
     codes, values = labels.codes.astype(np.int64), labels.values
     if len(values) < 2:
@@ -105,20 +101,21 @@ MIN_EXCHANGEABLE = 10
 
 
 class LabelPermutations:
-    """Other arrangements of the labels of a site's rows. Asked twice, they are the same.
+    """Permutations of the labels of a site's rows, for a null distribution. Reproducible by seed.
 
     Args:
-        codes: (N,) the label of each row as a number; negative for rows without, which keep none.
+        codes: (N,) the label of each row as a number; negative for rows without one, which keep
+            none.
         sequences: (N,) the sequence of each row.
-        steps: (N,) which of its steps it is.
+        steps: (N,) the step of each row within its sequence.
         total: S.
         count: P.
-        seed: Other arrangements for another one.
+        seed: Seed of the permutations.
 
     Attributes:
         count: P.
         total: S.
-        kind: ``swapped`` between sequences, ``rotated`` within them, or ``both``, each some.
+        kind: ``swapped`` between sequences, ``rotated`` within them, or ``both``.
     """
 
     def __init__(
@@ -146,11 +143,15 @@ class LabelPermutations:
         self.kind = "both" if rotated and len(self._swapped) else _KINDS[rotated]
 
     def labelled(self, rows: Integers) -> npt.NDArray[np.bool_]:
-        """Which of these rows have a label; they do in every arrangement."""
+        """Return which of these rows have a label, in every permutation."""
         return np.asarray(self._at[rows] >= 0)
 
     def sources(self, numbers: range) -> npt.NDArray[np.int32]:
-        """(arrangements, S) whose labels each sequence gets, in arrangements of these numbers."""
+        """Return the sequence whose labels each sequence gets: (permutations, S).
+
+        Args:
+            numbers: Numbers of the permutations.
+        """
         found = np.tile(np.arange(self.total, dtype=np.int32), (len(numbers), 1))
         for own, number in zip(found, numbers, strict=True):
             drawn = _hash_uniform(self._seed, number, self._swapped)
@@ -161,12 +162,12 @@ class LabelPermutations:
         return found
 
     def codes(self, rows: Integers, numbers: range, sources: npt.NDArray[np.int32]) -> Integers:
-        """(arrangements, rows) the label of each.
+        """Return the permuted labels: (permutations, rows).
 
         Args:
-            rows: Rows that have a label.
-            numbers: Of the arrangements, from 0 to P - 1.
-            sources: What `sources` says of these.
+            rows: Numbers of rows that have a label.
+            numbers: Numbers of the permutations, from 0 to P - 1.
+            sources: The result of `sources` for these numbers.
         """
         here, group = np.unique(self._sequences[rows], return_inverse=True)
         step = self._at[rows] - self._begin[here][group]
@@ -190,7 +191,7 @@ _KINDS = {True: "rotated", False: "swapped"}
 
 
 def _hash_uniform(seed: int, number: int, of: Integers) -> Array:
-    """Evenly in [0, 1), a value for each of these; the same whoever asks, in whatever order.
+    """Hash each number to a uniform value in [0, 1), independent of the order of calls.
 
     The mixing function of SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom
     number generators").

@@ -1,16 +1,14 @@
-"""Linear probes: how well a label can be read from the states, and how much of that is the probe's.
+"""Linear probes: how well a label can be decoded from the states.
 
-Alain and Bengio (2017), "Understanding intermediate layers using linear classifier probes". A probe
-that scores well may just have learned: Hewitt and Liang (2019), "Designing and interpreting probes
-with control tasks", give each type of token a label at random, from how frequent the labels are,
-and train the same probe on that. It can only be learned by heart. Its score says how much the probe
-can learn by itself; the difference of the two is the probe's *selectivity*.
+Alain and Bengio (2017), "Understanding intermediate layers using linear classifier probes". A high
+score may only show that the probe learns well. Hewitt and Liang (2019), "Designing and interpreting
+probes with control tasks", assign each type of token a random label, drawn from the frequencies of
+the labels, and train the same probe on it. That task can only be memorized. The difference of the
+two scores is the probe's *selectivity*.
 
-Whole sequences are for training or for testing, and with each those that began from its middle.
+Whole sequences are used for training or for testing, together with those that branched from them.
 
-N steps, H units, C classes.
-
-Sequences for training and sequences for testing. N rows, S sequences, n rows that are used.
+N rows, S sequences, H units, C classes, n rows that are used.
 """
 
 from __future__ import annotations
@@ -47,21 +45,24 @@ def split_rows(
     steps: int,
     random: np.random.Generator,
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Which rows to train on, and which to test on.
+    """Split the rows into training and test rows, by sequence.
+
+    scikit-learn's `GroupShuffleSplit` is not used because it takes a share of the groups, not of
+    rows.
 
     Args:
-        of: The site.
+        data: The site.
         sequences: (N,) the sequence of each row.
-        labels: Rows without a label are not used.
-        test: Share of the labelled rows that are for testing, about; at least one sequence.
-        steps: At most so many are used for either.
-        random: What to draw by.
+        labels: The label; rows without it are not used.
+        test: Approximate share of the labelled rows for testing; at least one sequence.
+        steps: Largest number of rows in each part.
+        random: Random generator.
 
     Returns:
-        (N,) which rows are used, and (N,) which are of sequences for testing.
+        (N,) which rows are used, and (N,) which rows belong to test sequences.
 
     Raises:
-        OptionError: The label lies in fewer than two sequences that do not go back to one.
+        OptionError: The label occurs in fewer than two unrelated sequences.
     """
     families = _root_sequences(data.parents).astype(sequences.dtype)[sequences]
     labelled = labels.codes >= 0
@@ -83,7 +84,7 @@ def split_rows(
 
 
 def _root_sequences(parents: Integers) -> Integers:
-    """(S,) of each sequence the one that it goes back to, over all that began from a middle."""
+    """Return the sequence that each sequence goes back to over all branches: (S,)."""
     roots = np.where(parents >= 0, parents, np.arange(len(parents)))
     while np.any((further := roots[roots]) != roots):
         roots = further
@@ -93,7 +94,7 @@ def _root_sequences(parents: Integers) -> Integers:
 def collect_rows(
     data: SiteData, quantity: str, used: npt.NDArray[np.bool_]
 ) -> tuple[Array, Integers]:
-    """The rows that are used and finite, (n, H), and their numbers, (n,)."""
+    """Read the used rows that are finite, (n, H), and their numbers, (n,)."""
     found = reduce_rows(
         WithColumns(data, {"used": used[:, np.newaxis]}), (quantity, "used"), _RowCollector
     )
@@ -105,7 +106,7 @@ def collect_rows(
 
 
 class _RowCollector:
-    """The rows that are used."""
+    """Collects the used rows."""
 
     def __init__(self) -> None:
         self.states: list[Array] = []
@@ -127,29 +128,27 @@ NUMBERS = 20
 
 @dataclass(frozen=True, eq=False)
 class Probe(Result):
-    """Of a site, for a label.
+    """Result of a probe of a site for a label.
 
     Attributes:
-        label: Its name.
-        quantity: What was probed: hidden, a gate, input.
-        kind: ``classes``, with a logistic regression, where a score is the share of the test steps
-            that are right; ``numbers``, with a ridge regression, where it is R^2, 1 less the
-            squared errors over those of the mean.
-        score: Of the test steps.
-        error: Its standard error, with the test sequences as the units that differ by chance; not a
-            number for R^2, or for a single test sequence.
-        baseline: Score of what is most frequent in training; 0 for R^2.
+        label: Name of the label.
+        quantity: The probed quantity: hidden, a gate, or input.
+        kind: ``classes`` for a logistic regression, whose score is the accuracy on the test steps;
+            ``numbers`` for a ridge regression, whose score is R^2, relative to the training mean.
+        score: Score on the test steps.
+        error: Standard error of the score, clustered by test sequence. NaN for R^2 or for a single
+            test sequence.
+        baseline: Score of always predicting the most frequent training class; 0 for R^2.
         control: Name of the label whose values are the types of the control task; empty for none.
-        control_score: Of the control task, on the same steps; not a number without one.
+        control_score: Score of the control task on the same steps; NaN without one.
         selectivity: score - control_score.
-        train_steps, test_steps: How many steps were used.
-        train_sequences, test_sequences: Of how many sequences.
-        converged: Whether the solvers came to their end.
+        train_steps, test_steps: Numbers of steps used.
+        train_sequences, test_sequences: Numbers of sequences used.
+        converged: Whether the solvers converged.
         classes: (C,) the values of the label, or groups of them; empty for numbers.
-        recall: (C,) share of the test steps of each class that are right.
+        recall: (C,) share of the test steps of each class that are correct.
         units: (H,) numbers of the units.
-        weight: (H,) how much the probe leans on each unit: the length of its coefficients, of all
-            classes, per standard deviation of the unit.
+        weight: (H,) length of the unit's coefficients over all classes, for standardized units.
     """
 
     excluded_columns: ClassVar[tuple[str, ...]] = ("recall",)
@@ -185,28 +184,39 @@ def probe(
     penalty: float = 1.0,
     seed: int = 0,
 ) -> Probe:
-    """Train a linear probe for a label, and one for its control task, and test both.
+    """Train a linear probe that predicts a label from the states.
 
-    The rows are read once; those that are used are kept in memory, and those of a few copies that
-    the solvers make.
+    The rows are read once. The used rows are kept in memory, with a few copies for the solver.
 
     Args:
-        site: With the quantity, and labels.
+        site: A site with the quantity, and labels.
         label: Name of the label, or ``tokens``. Rows without it, or with values that are not
-            finite, are left out. Of texts with many values the rarest are one class.
+            finite, are skipped. Of texts with many values the rarest share a class.
         quantity: hidden, a gate, or input.
-        control: Name of the label whose values are the types of the control task; by default
-            ``tokens``, where there are any, and otherwise there is no control.
-        test: Share of the steps with a label that are for testing, about.
-        steps: At most so many are used for training, and as many for testing, drawn from all.
-        penalty: Weight of the squared coefficients: 1 / C of scikit-learn's logistic regression,
-            alpha of its ridge regression. Units have standard deviation 1 then.
-        seed: Of what is drawn.
+        control: Name of the label whose values are the types of the control task. Default:
+            ``tokens`` if recorded, otherwise no control task.
+        test: Approximate share of the labelled steps for testing.
+        steps: Largest number of steps for training, and for testing, drawn from all.
+        penalty: Weight of the squared coefficients for units of standard deviation 1: 1 / C of
+            scikit-learn's logistic regression, alpha of its ridge regression.
+        seed: Seed of all random draws.
+
+    Returns:
+        The scores and the weights of the units.
 
     Raises:
-        MissingExtraError: There is no scikit-learn.
+        MissingExtraError: scikit-learn is not installed.
         NotRecordedError: The quantity was not recorded, or there is no such label.
-        OptionError: The label has fewer than two values, or lies in fewer than two sequences.
+        OptionError: The label has fewer than two values, or occurs in fewer than two sequences.
+
+    Example:
+        >>> import numpy as np
+        >>> from grutrace.analysis import SiteArrays, probe
+        >>> states = np.random.default_rng(0).uniform(-1, 1, (400, 3))
+        >>> labels = {"sign": np.where(states[:, 1] > 0, "plus", "minus")}
+        >>> result = probe(SiteArrays(hidden=states, lengths=[10] * 40, labels=labels), "sign")
+        >>> result.score > 0.9 > result.baseline, int(result.weight.argmax())
+        (True, 1)
     """
     estimators = _Estimators()
     data = as_site_data(site)
@@ -264,7 +274,7 @@ def probe(
 
 
 def _target(labels: LabelColumn) -> tuple[Array, tuple[str | float, ...]]:
-    """(N,) codes of classes and their names; or numbers, and no names."""
+    """Return codes of classes (N,) and their names; or numbers, and no names."""
     if len(labels.values) > NUMBERS and not any(isinstance(each, str) for each in labels.values):
         return labels.to_array(), ()
     classes = encode_classes(labels)
@@ -274,7 +284,7 @@ def _target(labels: LabelColumn) -> tuple[Array, tuple[str | float, ...]]:
 def _control_targets(
     types: LabelColumn, target: Array, labelled: Array, random: np.random.Generator
 ) -> Array:
-    """(N,) a target for each type, drawn from those of all steps; steps without type are one."""
+    """Draw a target for each type from those of all steps; steps without a type share one: (N,)."""
     drawn = random.choice(target[labelled], len(types.values) + 1)
     return np.asarray(drawn[types.codes])
 
@@ -353,13 +363,13 @@ def _score(predicted: Array, trained: Array, tested: Array, classes: bool) -> fl
 
 
 def _clustered_error(right: Array, sequences: Integers) -> float:
-    """Standard error of a share, with sequences as what was drawn (a ratio of two sums)."""
+    """Standard error of a share, clustered by sequence (a ratio of two sums)."""
     _, place = np.unique(sequences, return_inverse=True)
     counts, wins = np.bincount(place), np.bincount(place, right)
     if len(counts) < 2:
         return float("nan")
-    apart = wins - counts * right.mean()
-    return float(np.sqrt(apart @ apart * len(counts) / (len(counts) - 1)) / counts.sum())
+    delta = wins - counts * right.mean()
+    return float(np.sqrt(delta @ delta * len(counts) / (len(counts) - 1)) / counts.sum())
 
 
 def _mean(right: Array) -> float:

@@ -1,18 +1,14 @@
-"""The gate activation signal: how open a gate is along time, and the boundaries in it.
+"""Gate activation along time, and boundaries between segments of a sequence.
 
 Wang, Chung and Lee (2017), "Gate activation signal analysis for gated recurrent neural networks and
-its correlation with phoneme boundaries", Interspeech. Of a gate g of H units:
+its correlation with phoneme boundaries", Interspeech. For a gate g of H units:
 
     signal(t) = mean over units of g(t),   difference(t) = signal(t) - signal(t - 1).
 
-They find that the difference of the update gate peaks at phoneme boundaries, in networks that
-were never told of phonemes.
+They find that the difference of the update gate peaks at phoneme boundaries, in networks that were
+not trained on phonemes.
 
-N steps of all sequences, S sequences.
-
-Boundaries between segments of sequences, and how well some agree with others.
-
-A boundary at a step says that a segment begins there. N steps of all sequences, end to end; S
+A boundary at a step means that a segment begins there. N steps of all sequences, concatenated; S
 sequences.
 """
 
@@ -36,7 +32,7 @@ from grutrace.storage.read.sequence_index import Integers
 
 @dataclass(frozen=True)
 class BoundaryScore:
-    """How well boundaries that were found agree with those of a reference.
+    """Agreement of detected boundaries with those of a reference.
 
     Räsänen, Laine and Altosaar (2009), "An improved speech segmentation quality measure: the
     R-value", Interspeech: with the hit rate HR and the over-segmentation OS in percent,
@@ -44,15 +40,15 @@ class BoundaryScore:
         r1 = sqrt((100 - HR)^2 + OS^2),  r2 = (-OS + HR - 100) / sqrt(2),
         R = 1 - (|r1| + |r2|) / 200.
 
-    Unlike the F-score, R cannot be raised by boundaries that are put in at random. It is 1 where
-    all agree, and below 0 where far too many are found. Not a number where there is nothing to
-    divide by.
+    Unlike the F-score, R cannot be raised by inserting random boundaries. It is 1 for full
+    agreement, and negative where far too many boundaries are detected. Values are NaN where the
+    divisor is 0.
 
     Attributes:
-        hits: Pairs of a found and a reference boundary of the same sequence that lie within the
-            tolerance; each is in one pair at most.
-        found: How many were found.
-        reference: How many there are in the reference.
+        hits: Number of pairs of a detected and a reference boundary of the same sequence within the
+            tolerance; each is in at most one pair.
+        found: Number of detected boundaries.
+        reference: Number of reference boundaries.
         precision: hits / found.
         recall: hits / reference: the hit rate.
         f_score: 2 hits / (found + reference).
@@ -73,16 +69,28 @@ class BoundaryScore:
 def score_boundaries(
     found: Array, reference: Array, lengths: Sequence[int] | Integers, tolerance: int = 2
 ) -> BoundaryScore:
-    """Pair found boundaries with those of a reference, and score them.
+    """Pair detected boundaries with those of a reference, and score them.
 
     Args:
-        found: (N,) whether a boundary was found at each step.
-        reference: (N,) whether there is one.
-        lengths: (S,) steps of each sequence. A pair never spans two sequences.
-        tolerance: How many steps apart the two of a pair may be.
+        found: (N,) whether a boundary was detected at each step.
+        reference: (N,) whether the reference has one.
+        lengths: (S,) number of steps of each sequence. A pair never spans two sequences.
+        tolerance: Largest distance of a pair, in steps.
+
+    Returns:
+        Counts and scores.
 
     Raises:
-        OptionError: The shapes do not fit together.
+        OptionError: The shapes do not match.
+
+    Example:
+        >>> import numpy as np
+        >>> from grutrace.analysis import score_boundaries
+        >>> found, reference = np.zeros((2, 20), bool)
+        >>> found[[3, 10]], reference[[4, 16]] = True, True
+        >>> score = score_boundaries(found, reference, lengths=[20], tolerance=2)
+        >>> score.hits, score.precision, score.recall
+        (1, 0.5, 0.5)
     """
     lengths = np.asarray(lengths, np.int64)
     for name, given in (("found", found), ("reference", reference)):
@@ -92,8 +100,8 @@ def score_boundaries(
                 f"found {np.shape(given)}"
             )
     # As one sequence, whose parts lie too far apart for a pair.
-    apart = np.repeat(np.arange(len(lengths)) * (tolerance + 1), lengths)
-    positions = np.arange(len(apart)) + apart
+    delta = np.repeat(np.arange(len(lengths)) * (tolerance + 1), lengths)
+    positions = np.arange(len(delta)) + delta
     hits = _pairs(
         positions[np.asarray(found, bool)], positions[np.asarray(reference, bool)], tolerance
     )
@@ -101,7 +109,7 @@ def score_boundaries(
 
 
 def _pairs(found: Integers, reference: Integers, tolerance: int) -> int:
-    """How many pairs there can be. Taking the earliest that fits leaves most for the rest."""
+    """Count the pairs. Matching the earliest candidate gives the largest number."""
     hits, position, ours, theirs = 0, 0, found.tolist(), reference.tolist()
     for boundary in ours:
         while position < len(theirs) and theirs[position] < boundary - tolerance:
@@ -134,13 +142,13 @@ def _ratio(some: int, data: int) -> float:
 def peaks(
     values: Array, lengths: Sequence[int] | Integers, threshold: float
 ) -> npt.NDArray[np.bool_]:
-    """Where values are above a threshold and no smaller than either neighbour of their sequence.
+    """Find values above a threshold that are no smaller than both neighbours of their sequence.
 
-    Of neighbours that are equal the first is the peak. What is not a number is none.
+    Of equal neighbours the first is the peak. NaN is never one.
 
     Args:
         values: (N,)
-        lengths: (S,) steps of each sequence.
+        lengths: (S,) number of steps of each sequence.
         threshold: In the unit of the values.
     """
     edges = np.zeros(len(values) + 1, bool)
@@ -162,22 +170,22 @@ DIRECTIONS = {"rise": 1, "fall": -1, "both": 0}
 
 @dataclass(frozen=True, eq=False)
 class GateActivation(Result):
-    """Of a site. The steps are those of all sequences, one after another, each in time order.
+    """Gate activation of a site. Steps of all sequences are concatenated, each in time order.
 
     Attributes:
         steps: N.
-        gate: Which gate.
-        threshold: What a difference had to exceed to be a boundary.
-        boundaries: How many were found.
-        lengths: (S,) steps of each sequence.
-        signal: (N,) float64, mean of the gate over the recorded units. Not a number where the gate
-            of a unit is not.
-        difference: (N,) what it rose by since the step before in the same sequence; not a number at
-            the first step. For a site that reads backwards: since the step after, which it made
-            before, and it stands at the later of the two, where a boundary would be.
+        gate: Name of the gate.
+        threshold: Threshold of the difference for a boundary.
+        boundaries: Number of boundaries.
+        lengths: (S,) number of steps of each sequence.
+        signal: (N,) float64, mean of the gate over the recorded units. NaN where the gate of a unit
+            is NaN.
+        difference: (N,) difference from the step before in the same sequence; NaN at the first
+            step. For a reverse direction it is the difference from the step after, which was
+            computed before, and is stored at the later of the two steps.
         boundary: (N,) whether a segment begins there.
-        r_value, precision, recall, f_score, over_segmentation: How well they agree with the label;
-            see `BoundaryScore`. Not a number where none was given.
+        r_value, precision, recall, f_score, over_segmentation: Agreement with the label; see
+            `BoundaryScore`. NaN without a label.
     """
 
     index_field: ClassVar[str] = "rows"
@@ -200,11 +208,11 @@ class GateActivation(Result):
 
     @property
     def rows(self) -> Integers:
-        """(N,) their numbers."""
+        """(N,) numbers of the rows."""
         return np.arange(self.steps)
 
     def columns(self) -> dict[str, Array]:
-        """As ever, and the sequence of each step and its place in it."""
+        """Return the columns of the table, with the sequence and step of each row."""
         number, *rest = super().columns().items()
         ends = np.cumsum(self.lengths)
         sequence = np.repeat(np.arange(len(ends)), self.lengths)
@@ -220,23 +228,33 @@ def gate_activation(
     label: str | None = None,
     tolerance: int = 2,
 ) -> GateActivation:
-    """Follow the mean of a gate along time, and find boundaries where it changes most.
+    """Compute the mean of a gate along time, and boundaries where it changes most.
 
     A boundary is a local maximum of the difference above the threshold.
 
     Args:
-        site: With the gate.
+        site: A site with the gate.
         gate: reset, update or candidate.
-        direction: ``rise``, as in the paper; ``fall``; or ``both``, by the size of the difference.
-        threshold: In the unit of the gate; by default the mean of the differences (turned as the
-            direction says) plus their standard deviation, at least `LEAST`.
-        label: Name of a label, or ``tokens``: there is a boundary where it changes within a
-            sequence. What was found is scored against these.
-        tolerance: By how many steps a boundary may miss that of the label.
+        direction: ``rise``, as in the paper; ``fall``; or ``both``, for the magnitude.
+        threshold: In the unit of the gate. Default: mean plus standard deviation of the differences
+            (signed by `direction`), and at least `LEAST`.
+        label: Name of a label, or ``tokens``, whose changes within a sequence are the reference
+            boundaries. Default: no scores.
+        tolerance: Largest distance of a boundary from one of the reference, in steps.
+
+    Returns:
+        The signal, its differences and the boundaries.
 
     Raises:
         OptionError: There is no such gate or direction.
         NotRecordedError: The gate was not recorded, or there is no such label.
+
+    Example:
+        >>> import numpy as np
+        >>> from grutrace.analysis import SiteArrays, gate_activation
+        >>> update = np.array([[0.2], [0.2], [0.9], [0.8], [0.2]])
+        >>> gate_activation(SiteArrays(update=update)).boundary
+        array([False, False,  True, False, False])
     """
     if gate not in GATES:
         raise OptionError(f"gate: expected one of {', '.join(GATES)}; found {short_repr(gate)}")
@@ -270,7 +288,7 @@ def gate_activation(
 
 
 class _Means:
-    """The mean of each row over units."""
+    """Mean of each row over units."""
 
     def __init__(self) -> None:
         self.means: list[Array] = []
@@ -284,14 +302,26 @@ class _Means:
 
 
 def label_boundaries(site: SiteLike, label: str) -> Array:
-    """Where a label changes within a sequence; a step with it next to one without is a change.
+    """Find the steps where a label changes within a sequence.
+
+    A step with a label next to one without is a change.
+
+    Args:
+        site: A site with labels.
+        label: Name of the label, or ``tokens``.
 
     Returns:
-        (N,) whether a segment begins at each step, the sequences one after another, each in time
-        order.
+        (N,) whether a segment begins at each step; sequences concatenated, each in time order.
 
     Raises:
         NotRecordedError: There is no such label.
+
+    Example:
+        >>> import numpy as np
+        >>> from grutrace.analysis import SiteArrays, label_boundaries
+        >>> site = SiteArrays(hidden=np.zeros((5, 2)), labels={"word": ["a", "a", "b", "b", "a"]})
+        >>> label_boundaries(site, "word")
+        array([False, False,  True, False,  True])
     """
     data = as_site_data(site)
     codes = data.labels(label).codes[data.rows_between(0, len(data.lengths))]
@@ -315,5 +345,5 @@ def _threshold(turned: Array) -> float:
 
 
 def _step_ids(lengths: Integers) -> Integers:
-    """(N,) which step of its sequence each is."""
+    """Return the step of each row within its sequence: (N,)."""
     return np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -1,21 +1,17 @@
-"""Which unit follows a label: how well each tells its values apart, and whether chance could.
+"""Selectivity: how well each unit tells the values of a label apart, compared with chance.
 
-For each value of the label, of a unit, the area under the ROC curve: the probability that the unit
-is larger at a step with this value than at one with another, equal ones counting half (Hanley and
-McNeil 1982, "The meaning and use of the area under a receiver operating characteristic curve"). It
-is 0.5 where the unit says nothing and 0 or 1 where it alone decides.
+For each value of the label and each unit, the area under the ROC curve is the probability that the
+unit is larger at a step with this value than at a step with another, counting ties as half (Hanley
+and McNeil 1982, "The meaning and use of the area under a receiver operating characteristic curve").
+It is 0.5 for an uninformative unit, and 0 or 1 for one that decides alone.
 
-And the mutual information of the unit, in `LEVELS` levels of equal frequency, and the label, which
-is not 0 by chance either. How large it gets by chance is found by giving the labels to other steps
-many times. Steps of one sequence resemble each other, so labels are not shuffled one by one, which
-would find every slow unit selective for every slow label (Harris 2020, "Nonsense correlations in
-neuroscience"): `label_coding` says how they are.
+The mutual information of the label and the unit, in `LEVELS` levels of equal frequency, is positive
+by chance too. Its null distribution is computed from permutations of the labels. Steps of one
+sequence resemble each other, so labels are not shuffled step by step, which would find every slow
+unit selective for every slow label (Harris 2020, "Nonsense correlations in neuroscience");
+`label_coding` describes the permutations.
 
-N steps with the label, H units, C classes, B bins.
-
-How often each unit is in each bin of its values, at steps of each class of a label.
-
-n rows of a block, H units, C classes, B bins.
+N steps with the label, H units, C classes, B bins, n rows of a block.
 """
 
 from __future__ import annotations
@@ -56,11 +52,11 @@ PRODUCT_BYTES = 16 * 1024 * 1024
 
 
 class FiniteRange:
-    """Extremes of each unit at steps with a label.
+    """Minimum and maximum of each unit at labelled steps.
 
     Attributes:
-        least, largest: (H,) of what is finite; infinities the other way round where nothing is.
-        not_finite: (H,) how many values are not finite.
+        least, largest: (H,) of finite values; infinity and minus infinity where there are none.
+        not_finite: (H,) number of values that are not finite.
     """
 
     def __init__(self, width: int) -> None:
@@ -68,7 +64,7 @@ class FiniteRange:
         self.not_finite = np.zeros(width, np.int64)
 
     def add(self, rows: Mapping[str, Array]) -> None:
-        """Take in a block: ``code``, and the values."""
+        """Add a block: ``code``, and the values."""
         values, _ = _labelled(rows)
         if not len(values):
             return
@@ -82,14 +78,14 @@ class FiniteRange:
         np.maximum(self.largest, largest, out=self.largest)
 
     def merge(self, later: FiniteRange) -> None:
-        """Take in those of later rows."""
+        """Add the range of later rows."""
         np.minimum(self.least, later.least, out=self.least)
         np.maximum(self.largest, later.largest, out=self.largest)
         self.not_finite += later.not_finite
 
 
 class Bins:
-    """Equal bins between the extremes of each unit.
+    """Equal bins between the minimum and the maximum of each unit.
 
     Args:
         ranges: The extremes.
@@ -113,7 +109,7 @@ class Bins:
         return len(self.low)
 
     def __call__(self, values: Array) -> Integers:
-        """(n, H) the bin of each value; B for what is not finite."""
+        """Return the bin of each value: (n, H); B for values that are not finite."""
         exact = np.result_type(values, np.float32)
         with np.errstate(invalid="ignore", over="ignore"):
             positions = values - self.low.astype(exact)
@@ -125,10 +121,10 @@ class Bins:
 
 
 class ClassHistogram:
-    """How often each unit was in each bin at steps of each class.
+    """Histogram of each unit at the steps of each class.
 
     Attributes:
-        counts: (C, H, B), without what is not finite.
+        counts: (C, H, B), of finite values.
     """
 
     def __init__(self, bins: Bins, classes: int) -> None:
@@ -136,7 +132,7 @@ class ClassHistogram:
         self.counts = np.zeros((classes, len(bins), bins.count), np.int64)
 
     def add(self, rows: Mapping[str, Array]) -> None:
-        """Take in a block: ``code``, and the values."""
+        """Add a block: ``code``, and the values."""
         values, codes = _labelled(rows)
         _, width, count = self.counts.shape
         positions = self._bins(values)
@@ -146,21 +142,21 @@ class ClassHistogram:
             self.counts[code] += found.reshape(width, count + 1)[:, :count]
 
     def merge(self, later: ClassHistogram) -> None:
-        """Take in those of later rows."""
+        """Add the counts of later rows."""
         self.counts += later.counts
 
 
 class PermutedHistogram:
-    """How often each unit was at each level with each class, where labels lie elsewhere.
+    """Counts of each unit's levels by class, for permuted labels.
 
-    Counting is a product of two matrices of zeros and ones: which label each step has in each
-    arrangement, and which level each unit has at each step. float32 holds such counts exactly. The
-    first class is what is left of the total, which is the same in all arrangements.
+    The counts are a product of two matrices of zeros and ones: the label of each step in each
+    permutation, and the level of each unit at each step. float32 holds such counts exactly. The
+    first class is the remainder of the total, which is the same in all permutations.
 
     Args:
-        arrangements: Of the labels.
-        some: The numbers of those to count.
-        bins: Of the units.
+        arrangements: The permutations of the labels.
+        some: Numbers of the permutations to count.
+        bins: Bins of the units.
         levels: (H, B) the level of each bin.
         classes: C.
     """
@@ -180,12 +176,12 @@ class PermutedHistogram:
         self._others = np.zeros((len(some), classes - 1, len(levels), LEVELS), np.int64)
 
     def counts(self, total: Integers) -> Integers:
-        """(arrangements, C, H, LEVELS), given (H, LEVELS) of all classes together."""
+        """Return (permutations, C, H, LEVELS), given (H, LEVELS) for all classes together."""
         first = total - self._others.sum(1)
         return np.concatenate([first[:, np.newaxis], self._others], axis=1)
 
     def add(self, rows: Mapping[str, Array]) -> None:
-        """Take in a block: ``row``, the number of each, and the values."""
+        """Add a block: ``row``, the number of each row, and the values."""
         numbers = rows["row"][:, 0]
         (values,) = (block for name, block in rows.items() if name != "row")
         some = self._arrangements.labelled(numbers)
@@ -205,7 +201,7 @@ class PermutedHistogram:
             self._others += found.reshape(self._others.shape).astype(np.int64)
 
     def merge(self, later: PermutedHistogram) -> None:
-        """Take in those of later rows."""
+        """Add the counts of later rows."""
         self._others += later._others
 
     def __getstate__(self) -> dict[str, Any]:
@@ -214,7 +210,7 @@ class PermutedHistogram:
 
 
 def _labelled(rows: Mapping[str, Array]) -> tuple[Array, Integers]:
-    """The rows that have a label, and its code."""
+    """Return the rows that have a label, and its code."""
     codes = rows["code"][:, 0]
     (values,) = (block for name, block in rows.items() if name != "code")
     some = codes >= 0
@@ -223,31 +219,30 @@ def _labelled(rows: Mapping[str, Array]) -> tuple[Array, Integers]:
 
 @dataclass(frozen=True, eq=False)
 class Selectivity(Result):
-    """Of a site, for a label.
+    """Selectivity of the units of a site for a label.
 
     Attributes:
-        label: Its name.
-        quantity: What of the units: hidden, a gate.
-        steps: N, steps that have the label.
-        null: How labels were given to other steps: ``swapped`` between sequences, ``rotated``
-            within each, or ``both``; see `label_coding.LabelPermutations`.
-        permutations: How often.
-        selective: How many units have `p` below 0.05.
+        label: Name of the label.
+        quantity: The quantity: hidden, a gate, or input.
+        steps: N, number of steps that have the label.
+        null: How labels were permuted: ``swapped`` between sequences, ``rotated`` within each, or
+            ``both``; see `label_coding.LabelPermutations`.
+        permutations: Number of permutations.
+        selective: Number of units with `p` below 0.05.
         classes: (C,) the values of the label, or groups of them; see `label_coding.encode_classes`.
-        counts: (C,) steps of each.
+        counts: (C,) number of steps of each class.
         units: (H,) numbers of the units.
-        best: (H,) the class that each tells best from all others, and ...
-        auc: (H,) ... the area under its curve. Below 0.5 the unit is smaller there.
-        auc_error: (H,) by how much areas may be off, since units are counted in bins: half the
-            share of pairs that fall into the same bin, the most of all classes.
+        best: (H,) class that the unit separates best from all others.
+        auc: (H,) area under the ROC curve of that class. Below 0.5 the unit is smaller there.
+        auc_error: (H,) largest error of an area due to binning: half the share of pairs in the same
+            bin, the maximum over classes.
         information: (H,) mutual information, in bits.
-        null_mean: (H,) its mean where the labels lie elsewhere: what to subtract.
-        p: (H,) how probable so much information would be by chance at the best of all units:
-            (1 + times that the largest of all units was as large) / (1 + permutations). So with
-            the bound 0.05 some unit is found by chance once in 20 traces, however many units.
-        aucs: (C, H) the area under the curve of each class against all others.
-        not_finite: (H,) values that are not finite; they count for nothing else. The area is not a
-            number where nothing else is left.
+        null_mean: (H,) mean information over permutations: the chance level to subtract.
+        p: (H,) p-value, corrected for the number of units: (1 + number of permutations in which the
+            largest information of all units was as large) / (1 + permutations).
+        aucs: (C, H) area under the ROC curve of each class against all others.
+        not_finite: (H,) number of values that are not finite. They are skipped. The area is NaN
+            where no finite value is left.
     """
 
     excluded_columns: ClassVar[tuple[str, ...]] = ("counts",)
@@ -272,7 +267,7 @@ class Selectivity(Result):
 
     @property
     def ranking(self) -> Integers:
-        """(H,) the numbers of the units, from the one with most information above chance."""
+        """(H,) numbers of the units, by decreasing information above chance."""
         above = np.nan_to_num(self.information - self.null_mean, nan=-np.inf)
         return np.asarray(self.units[np.argsort(-above, kind="stable")])
 
@@ -287,19 +282,33 @@ def selectivity(
 ) -> Selectivity:
     """Find the units that follow a label.
 
-    The rows are read three times and more often if H, C and the permutations are many: once for the
-    range of each unit, once to count, and once for what chance does, which takes longest.
+    The rows are read three times, or more often if H, C and the permutations are many: for the
+        range of
+    each unit, for the counts, and for the permutations, which take longest.
 
     Args:
-        site: With the quantity, and labels or tokens.
+        site: A site with the quantity, and labels or tokens.
         label: Name of the label, or ``tokens``.
         quantity: hidden, a gate, or input.
-        permutations: How often labels are given to other steps; 0 for no test.
-        seed: Of how they are.
+        permutations: Number of permutations; 0 for no test.
+        seed: Seed of the permutations.
+
+    Returns:
+        Areas, information and p-values of each unit.
 
     Raises:
         NotRecordedError: The quantity was not recorded, or there is no such label.
         OptionError: The label has fewer than two values.
+
+    Example:
+        >>> import numpy as np
+        >>> from grutrace.analysis import SiteArrays, selectivity
+        >>> states = np.random.default_rng(0).uniform(-1, 1, (400, 3))
+        >>> labels = {"sign": np.where(states[:, 1] > 0, "plus", "minus")}
+        >>> site = SiteArrays(hidden=states, lengths=[10] * 40, labels=labels)
+        >>> result = selectivity(site, "sign")
+        >>> int(result.ranking[0]), bool(result.p[1] < 0.05)
+        (1, True)
     """
     data = as_site_data(site)
     data.require(quantity)
@@ -347,7 +356,7 @@ def selectivity(
 
 
 def _auc(counts: Array) -> tuple[Array, Array]:
-    """(C, H) areas under the curves, and (H,) by how much they may be off."""
+    """Compute the areas under the ROC curves, (C, H), and their largest errors, (H,)."""
     total = counts.sum(0)
     aucs, errors = np.full(counts.shape[:2], np.nan), np.zeros(counts.shape[1])
     for code, own in enumerate(counts):
@@ -363,7 +372,7 @@ def _auc(counts: Array) -> tuple[Array, Array]:
 
 
 def _levels(counts: Array) -> Integers:
-    """(H, B) the level of each bin: by the middle of the bin among all steps."""
+    """Return the level of each bin, by its middle among all steps: (H, B)."""
     total = counts.sum(0)
     middle = np.cumsum(total, axis=1) - total / 2
     whole = np.maximum(total.sum(1, keepdims=True), 1)
@@ -371,7 +380,7 @@ def _levels(counts: Array) -> Integers:
 
 
 def _bins_to_levels(counts: Array, levels: Integers) -> Array:
-    """(C, H, LEVELS) from counts of bins to counts of levels."""
+    """Sum counts of bins to counts of levels: (C, H, LEVELS)."""
     joined = np.empty((*counts.shape[:2], LEVELS), np.int64)
     for level in range(LEVELS):
         joined[..., level] = np.where(levels == level, counts, 0).sum(2)
@@ -379,7 +388,7 @@ def _bins_to_levels(counts: Array, levels: Integers) -> Array:
 
 
 def _information(joint: Array) -> Array:
-    """(H,) mutual information in bits, from (C, H, LEVELS) counts."""
+    """Compute the mutual information in bits from (C, H, LEVELS) counts: (H,)."""
     count = np.maximum(joint.sum((0, 2)), 1)[np.newaxis, :, np.newaxis]
     share = joint / count
     of_class, of_level = share.sum(2, keepdims=True), share.sum(0, keepdims=True)
@@ -396,7 +405,7 @@ def _null_information(
     levels: Integers,
     counts: Array,
 ) -> Array:
-    """(permutations, H) the information when the labels lie elsewhere."""
+    """Compute the information for permuted labels: (permutations, H)."""
     classes, width, _ = counts.shape
     total = _bins_to_levels(counts, levels).sum(0)
     each = 8 * classes * width * LEVELS + 4 * arrangements.total

@@ -109,8 +109,8 @@ def decompose(
         >>> parts = decompose(trace["l0"], sequence=0, step=-1)
         >>> parts.steps
         array([0, 1, 2, 3, 4])
-        >>> round(parts.share.sum() + parts.before_share, 9)
-        np.float64(1.0)
+        >>> round(float(parts.share.sum() + parts.before_share), 9)
+        1.0
     """
     data = as_site_data(site)
     data.require(*_REQUIRED)

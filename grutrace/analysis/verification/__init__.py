@@ -1,1 +1,1 @@
-"""Recorded gates checked against the equations, and computed ones stored."""
+"""Verify recorded gates against the equations, and store derived ones."""

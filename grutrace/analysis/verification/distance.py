@@ -1,6 +1,6 @@
 """Absolute and relative differences of arrays with NaN and infinity.
 
-Apart from `residuals`, so that comparing two traces does not load torch.
+A module of its own, so that comparing two traces does not import torch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from grutrace.records import Array
 
 
 def abs_difference(recorded: Array, expected: Array) -> Array:
-    """Return ``|recorded - expected|``: 0 for the same infinity, infinite for one no number."""
+    """Return ``|recorded - expected|``: 0 for equal infinities, infinity where only one is NaN."""
     same = (recorded == expected) | (np.isnan(recorded) & np.isnan(expected))
     with np.errstate(invalid="ignore", over="ignore"):
         off = np.where(same, 0.0, np.abs(recorded - expected))
@@ -19,9 +19,9 @@ def abs_difference(recorded: Array, expected: Array) -> Array:
 
 
 def scaled_difference(a: Array, b: Array) -> Array:
-    """Return ``|a - b| / max(1, |a|, |b|)``: absolute for what is at most 1, else relative.
+    """Return ``|a - b| / max(1, |a|, |b|)``: absolute up to magnitude 1, relative above.
 
-    Otherwise as for `differences`.
+    NaN and infinity are treated as in `abs_difference`.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     off = abs_difference(a, b)

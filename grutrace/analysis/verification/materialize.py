@@ -1,7 +1,7 @@
-"""From a trace whose gates are derived when read to one that stores them.
+"""Store the gates of a deferred trace in a new file.
 
-The records of the trace are made again, call by call, with what was derived among their rows. So
-the file is written by the same writer as any other, and holds what an inline trace would have held.
+The records of the trace are rebuilt call by call, with the derived gates among their rows, and
+written by the usual writer. The new file equals that of an inline trace.
 """
 
 from __future__ import annotations

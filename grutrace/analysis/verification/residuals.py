@@ -1,4 +1,4 @@
-"""How far the states that derived gates lead to are from the recorded ones, call by call.
+"""Residuals of derived gates: the states they lead to, compared with the recorded states, by call.
 
 n rows, H hidden size.
 """
@@ -16,17 +16,17 @@ from grutrace.storage.read.site import SiteTrace
 
 
 class CallResiduals:
-    """Gathers, of every call at a site, the residual and how much of it rounding explains.
+    """Accumulates the residual of every call at a site, and the bounds for its tolerance.
 
-    Rows may come in any order and in parts: memory grows with the calls only.
+    Rows may be added in any order and in parts; memory grows only with the number of calls.
 
     Args:
-        site: Which site.
+        site: The site.
 
     Attributes:
-        checks: (calls,) as they are recorded.
-        residuals: (calls,) the largest difference so far.
-        worst_positions: (calls, 2) the row and unit where it is.
+        checks: (calls,) the recorded checks.
+        residuals: (calls,) largest difference so far.
+        worst_positions: (calls, 2) its row and unit.
     """
 
     def __init__(self, site: SiteTrace) -> None:
@@ -61,7 +61,7 @@ class CallResiduals:
         self.worst_positions[each.calls[worst], 1] = units[worst]
 
     def tolerances(self, calls: range) -> Array:
-        """(n,) the residual that rounding explains in each of these calls."""
+        """Return the residual that rounding explains in each of these calls: (n,)."""
         part = slice(calls.start, calls.stop)
         return tolerances(
             self.checks["precision"][part],
@@ -75,6 +75,6 @@ class CallResiduals:
 
 
 def _largest(states: Array) -> Array:
-    """(n,) the largest finite ``|state|`` of each row."""
+    """Return the largest finite ``|state|`` of each row: (n,)."""
     sizes = np.nan_to_num(np.abs(states.astype(np.float64)), nan=0.0, posinf=0.0)
     return np.asarray(sizes.max(axis=1))

@@ -1,16 +1,16 @@
-"""Does a trace hold together? The gates from the weights, the states from the gates.
+"""Verify that a trace is consistent: the gates with the weights, the states with the gates.
 
-Three checks, in float64, of every row, within what rounding explains of its call:
+Three checks, in float64, of every row, within the rounding tolerance of its call:
 
-- *gates*: reset, update and candidate are computed anew from the stored weights, input and states,
-  and compared with what was recorded. Needs the hidden states and the input; above the first layer
-  the input is the states of the layer below, where no dropout was applied and both were recorded.
-- *derived*: where no gates are stored, they are derived so, and the states that they lead to are
-  compared with the stored ones: every state, from the one before it, must come out again.
-- *states*: h = (1 - z) n + z h', from the recorded update, candidate and hidden states. It takes no
-  other units, so it is what can be checked where only some were recorded.
+- *gates*: reset, update and candidate are recomputed from the stored weights, input and states, and
+  compared with the recorded gates. Needs the hidden states and the input. Above the first layer the
+  input is the states of the layer below, if no dropout was applied and both were recorded.
+- *derived*: where no gates are stored, they are derived, and the states that they lead to are
+  compared with the stored states.
+- *states*: h = (1 - z) n + z h', from the recorded update, candidate and hidden states. It needs no
+  other units, so it works where only some were recorded.
 
-The tolerance of the gates is worked out here; that of the states was recorded with the call.
+The tolerance of the gates is computed here; that of the states was recorded with the call.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ BLOCK_BYTES = 16 * 1024 * 1024
 
 @dataclass(frozen=True)
 class WorstValue:
-    """Where a recorded value differs most from what it should be, for its tolerance.
+    """The recorded value with the largest difference relative to its tolerance.
 
     Attributes:
-        quantity: Which quantity.
+        quantity: The quantity.
         sequence: Number of the sequence.
         step: Step of the sequence.
-        unit: Which of the H units, also where only some were recorded.
+        unit: Number of the unit, among all H.
         recorded: The value in the trace.
-        expected: What it should be.
-        tolerance: How much of the difference rounding explains.
+        expected: The recomputed value.
+        tolerance: Largest difference that rounding explains.
     """
 
     quantity: str
@@ -60,30 +60,30 @@ class WorstValue:
 
     @property
     def difference(self) -> float:
-        """``|recorded - expected|``; infinite where just one of them is no number."""
+        """``|recorded - expected|``; infinite where only one of them is NaN."""
         return float(abs_difference(np.array(self.recorded), np.array(self.expected)))
 
     @property
     def holds(self) -> bool:
-        """Whether rounding explains the difference."""
+        """Whether the difference is within the tolerance."""
         return self.difference <= self.tolerance
 
     @property
     def of_tolerance(self) -> float:
-        """The difference in tolerances: nothing off is 0 where nothing is allowed, too."""
+        """The difference over the tolerance; 0 where both are 0."""
         return float(_excess(np.array(self.difference), np.array(self.tolerance)))
 
 
 @dataclass(frozen=True)
 class SiteVerification:
-    """What was found at a site.
+    """Result of the check of a site.
 
     Attributes:
-        site: Its name.
+        site: Name of the site.
         check: ``gates``, ``derived``, ``states``, or None where nothing could be checked.
-        reason: Why not more was checked; empty if all could be.
-        steps: Rows that were checked.
-        worst: Where it holds least; None if there was nothing to check.
+        reason: Why not everything was checked; empty if it was.
+        steps: Number of checked rows.
+        worst: The value with the largest relative difference; None if there was nothing to check.
     """
 
     site: str
@@ -96,12 +96,29 @@ class SiteVerification:
 
     @property
     def holds(self) -> bool:
-        """Whether everything that was checked holds."""
+        """Whether all checked values are within their tolerance."""
         return self.worst is None or self.worst.holds
 
 
 def verify(trace: Trace) -> list[SiteVerification]:
-    """Check every site of a trace."""
+    """Check every site of a trace against the equations of the GRU.
+
+    Args:
+        trace: A trace, in memory or in a file.
+
+    Returns:
+        One result for each site, in the model's order. The checks are those of the module.
+
+    Example:
+        >>> import torch, grutrace
+        >>> from grutrace.analysis import verify
+        >>> layer = torch.nn.GRU(2, 3)
+        >>> quantities = ("reset", "update", "candidate", "hidden", "input")
+        >>> with grutrace.trace(layer, record=quantities) as trace:
+        ...     _ = layer(torch.randn(4, 1, 2))
+        >>> [(result.site, result.check, result.holds) for result in verify(trace)]
+        [('l0', 'gates', True)]
+    """
     return [verify_site(trace, name) for name in trace.sites]
 
 
@@ -128,7 +145,7 @@ def verify_site(trace: Trace, name: str) -> SiteVerification:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """Rows of one quantity beside what they should be, (n, H), and what rounding explains (n,)."""
+    """Rows of one quantity, (n, H), with their expected values and tolerances, (n,)."""
 
     quantity: str
     first: int
@@ -163,7 +180,7 @@ def _check_gates(site: SiteTrace) -> Iterator[_Comparison]:
 
 
 def _worst_derived(site: SiteTrace) -> WorstValue | None:
-    """Return the state that is least what its derived gates lead to, for its call's tolerance."""
+    """Return the state with the largest difference, relative to its call's tolerance."""
     residuals, hidden = _call_residuals(site), site.rows("hidden")
     allowed = residuals.tolerances(range(len(residuals.residuals)))
     if not len(hidden):
@@ -178,7 +195,7 @@ def _worst_derived(site: SiteTrace) -> WorstValue | None:
 
 
 def _call_residuals(site: SiteTrace) -> CallResiduals:
-    """Derive all gates of a site, and gather what that says of each call."""
+    """Derive all gates of a site and collect the residual of each call."""
     residuals, hidden = CallResiduals(site), site.rows("hidden")
     for start, stop in _blocks(site):
         for each in site.gate_inputs.of(np.arange(start, stop)):
@@ -216,9 +233,9 @@ def _to_float64(values: Rows | Array) -> npt.NDArray[np.float64]:
 
 
 def _excess(off: Array, allowed: Array) -> Array:
-    """How far off, in tolerances. Nothing off is 0 where nothing is allowed, too.
+    """Return the differences in units of the tolerance.
 
-    Where the tolerance is no number, nothing holds.
+    It is 0 where both are 0, and infinite where the tolerance is NaN.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         excess = np.nan_to_num(off / allowed, nan=0.0, posinf=np.inf)
@@ -226,7 +243,7 @@ def _excess(off: Array, allowed: Array) -> Array:
 
 
 def _worst(comparisons: Iterator[_Comparison], site: SiteTrace) -> WorstValue | None:
-    """Return the value whose difference is largest beside its tolerance."""
+    """Return the value with the largest difference relative to its tolerance."""
     worst: tuple[float, _Comparison, tuple[int, int]] | None = None
     for comparison in comparisons:
         off = abs_difference(comparison.recorded, comparison.expected)

@@ -225,5 +225,5 @@ def test_points_lie_where_the_network_can_be() -> None:
     assert len(found.states)
     assert np.abs(found.states).max() <= 1
     # Control: without the walls it does.
-    let_go = minimise(GRUMap(weights_of(cell), np.zeros(1)), states, within=np.inf)
+    let_go = minimise(GRUMap(weights_of(cell), np.zeros(1)), states, limit=np.inf)
     assert np.abs(let_go).max() > 2

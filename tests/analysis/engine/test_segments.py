@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from grutrace.analysis.engine import segments as module
-from grutrace.analysis.engine.segments import stretches
+from grutrace.analysis.engine.segments import iter_segments
 from grutrace.analysis.engine.site_data import SiteArrays, as_site_data
 from grutrace.errors import NotRecordedError, OptionError
 from grutrace.records import QUANTITIES
@@ -31,7 +31,7 @@ def test_stretches_are_the_sequences(trace, block, monkeypatch) -> None:
     monkeypatch.setattr(module, "BLOCK_BYTES", block)
     for name in trace.sites:
         site = trace[name]
-        found = list(stretches(as_site_data(site), ASKED))
+        found = list(iter_segments(as_site_data(site), ASKED))
         assert [each.sequence for each in found] == sorted(each.sequence for each in found)
         assert {each.sequence for each in found} == set(range(len(site)))
         for number in range(len(site)):
@@ -72,29 +72,29 @@ def recomputed(segment) -> np.ndarray:
 
 def test_control_other_weights_do_not_give_the_states(trace) -> None:
     for name in trace.sites:
-        found = list(stretches(as_site_data(trace[name]), ASKED))
+        found = list(iter_segments(as_site_data(trace[name]), ASKED))
         first, last = found[0], found[-1]
         crossed = module.SequenceSegment(0, 0, len(last), last.values, last.previous, first.weights)
         assert np.abs(recomputed(crossed) - last.values["hidden"]).max() > 1e-3
 
 
 def test_some_sequences(trace) -> None:
-    found = stretches(as_site_data(trace["encoder.l1_reverse"]), ("update",), 2, 5)
+    found = iter_segments(as_site_data(trace["encoder.l1_reverse"]), ("update",), 2, 5)
     assert sorted({each.sequence for each in found}) == [2, 3, 4]
 
 
 def test_a_sequence_without_steps_does_not_come() -> None:
     arrays = SiteArrays(update=np.arange(6.0).reshape(3, 2), lengths=[0, 2, 0, 1])
-    found = list(stretches(as_site_data(arrays), ("update",)))
+    found = list(iter_segments(as_site_data(arrays), ("update",)))
     assert [(each.sequence, len(each)) for each in found] == [(1, 2), (3, 1)]
 
 
 def test_what_was_not_recorded() -> None:
     arrays = SiteArrays(update=np.zeros((3, 2)), name="mine")
     with pytest.raises(NotRecordedError, match=r"'mine' has no 'hidden'.*it has update"):
-        list(stretches(as_site_data(arrays), ("update", "previous")))
+        list(iter_segments(as_site_data(arrays), ("update", "previous")))
     with pytest.raises(NotRecordedError, match="no weights"):
-        list(stretches(as_site_data(arrays), ("update", "weights")))
+        list(iter_segments(as_site_data(arrays), ("update", "weights")))
 
 
 @pytest.mark.parametrize(
