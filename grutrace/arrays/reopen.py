@@ -104,7 +104,7 @@ class _CachedSource:
 
 
 def _covers(snapshot: TraceSnapshot, module: int, calls: int) -> bool:
-    return module < len(snapshot.tables.extents) and snapshot.extent(module).calls >= calls
+    return module < len(snapshot.tables.module_counts) and snapshot.extent(module).calls >= calls
 
 
 _Key = tuple[bytes, float]

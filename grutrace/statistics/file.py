@@ -19,8 +19,8 @@ from grutrace.records import QUANTITIES, Array
 from grutrace.statistics.accumulator import CHECK_DTYPE, MODULE_DTYPE, Accumulator, SiteLayout
 from grutrace.statistics.histogram import ALLOWED_BINS
 from grutrace.statistics.moments import UNIT_DTYPE
-from grutrace.storage.format.header import check_version, format_of
-from grutrace.storage.format.schema import FORMAT, STATISTICS_FORMAT
+from grutrace.storage.format.header import check_version, format_of, require_format
+from grutrace.storage.format.schema import STATISTICS_FORMAT
 from grutrace.storage.hdf5.atomic_write import (
     fsync_directory,
     fsync_file,
@@ -45,7 +45,7 @@ SITE_DTYPE = np.dtype(
     [("module", "<i8"), *((name, CHECK_DTYPE[name]) for name in CHECK_DTYPE.names or ())]
 )
 
-_KIND = "file of statistics"
+_KIND = "grutrace statistics file"
 
 
 class StatisticsFile:
@@ -336,19 +336,8 @@ class _Reader:
 
 
 def _check_format(file: h5py.File) -> None:
-    found = format_of(file)
-    other = f"{FORMAT!r}: a trace, which grutrace.open and grutrace.Statistics.of read"
-    require(
-        found == STATISTICS_FORMAT,
-        "attribute 'format'",
-        repr(STATISTICS_FORMAT),
-        _named(found, other),
-    )
+    require_format(file, STATISTICS_FORMAT)
     check_version(file, VERSION[0])
-
-
-def _named(found: str, other: str) -> str:
-    return other if found == FORMAT else "another"
 
 
 def _text(group: h5py.Group, name: str) -> str:

@@ -68,12 +68,14 @@ class MemoryStore:
     def tables(self) -> Tables:
         """Return the present tables. The caller holds the lock."""
         tables: dict[str, Any] = {name: self._arrays[name].array() for name in TABLES}
-        pieces, extents = [], []
+        pieces, module_counts = [], []
         for index, module in enumerate(self.header.modules):
             calls = tables["calls"][tables["calls"]["module"] == index]
             pieces.append(self._arrays[pieces_path(module)].array())
-            extents.append(count_module(calls, pieces[-1]))
-        return Tables(**tables, pieces=tuple(pieces), extents=tuple(extents), closed=False)
+            module_counts.append(count_module(calls, pieces[-1]))
+        return Tables(
+            **tables, pieces=tuple(pieces), module_counts=tuple(module_counts), closed=False
+        )
 
     def rows(self, module: int, suffix: str, quantity: str, count: int) -> Array:
         """Return the first `count` rows, (count, H or I)."""
@@ -148,13 +150,13 @@ class MemorySink(_MemorySource):
 
     Args:
         header: Header of the trace.
-        prepare: Completes records when the trace is read.
+        transform: Completes records when the trace is read.
     """
 
     live = True
 
-    def __init__(self, header: TraceHeader, prepare: RecordTransform | None = None) -> None:
-        self.header, self._prepare = header, prepare
+    def __init__(self, header: TraceHeader, transform: RecordTransform | None = None) -> None:
+        self.header, self._transform = header, transform
         self._lock = threading.Lock()
         self._reset()
 
@@ -192,7 +194,7 @@ class MemorySink(_MemorySource):
             SinkError: The record is inconsistent with earlier records.
         """
         with self._lock:
-            if self._prepare is None:
+            if self._transform is None:
                 self._validator.validate(record)
             self._pending.append(record)
             self._pending_bytes += record.nbytes
@@ -229,13 +231,13 @@ class MemorySink(_MemorySource):
 
     def _next(self) -> list[Record]:
         """Remove some pending records and return them completed."""
-        if self._prepare is None:
+        if self._transform is None:
             return [self._pending.popleft()]
         records, size = list[Record](), 0
         while self._pending and size < BATCH_BYTES:
             records.append(self._pending.popleft())
             size += records[-1].nbytes
-        finished = self._prepare(records)
+        finished = self._transform(records)
         for record in finished:
             self._validator.validate(record)
         return finished
@@ -280,7 +282,9 @@ class _GrowableArray:
     """An array with fast appends. Appended items are merged when the array is read."""
 
     def __init__(self, spec: DatasetSpec, items: Array | None = None) -> None:
-        self._array: Array = np.empty((0, *spec.item), spec.dtype) if items is None else items
+        if items is None:
+            items = np.empty((0, *spec.item_shape), spec.dtype)
+        self._array: Array = items
         self._length = len(self._array)
         self._unmerged: deque[Array] = deque()
 

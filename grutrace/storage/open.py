@@ -31,7 +31,7 @@ def open_sink(
     header: TraceHeader,
     mode: Mode = "w",
     factory: SinkFactory | None = None,
-    prepare: RecordTransform | None = None,
+    transform: RecordTransform | None = None,
     *,
     fsync: bool = False,
 ) -> Sink:
@@ -42,7 +42,7 @@ def open_sink(
         header: Header of the trace.
         mode: "w" raises an error if the file exists, "overwrite" replaces it, "a" appends to it.
         factory: Creates the sink; only without a path.
-        prepare: Completes records outside the model's forward pass: on the writer thread of a
+        transform: Completes records outside the forward pass: on the writer thread of a
             file, or when a trace in memory is read.
         fsync: Whether every commit is written to the disk with fsync.
 
@@ -53,8 +53,8 @@ def open_sink(
     """
     if factory is None:
         if path is None:
-            return MemorySink(header, prepare)
-        return FileSink(path, header, mode, prepare=prepare, fsync=fsync)
+            return MemorySink(header, transform)
+        return FileSink(path, header, mode, transform=transform, fsync=fsync)
     if isinstance(factory, type) or not isinstance(factory, SinkFactory):
         hint = f": make one, as in sink={factory.__name__}()" if isinstance(factory, type) else ""
         raise OptionError(

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import grutrace
-from grutrace.storage.write.writer import Writer
+from grutrace.storage.write.dataset_writer import DatasetWriter
 from tests.golden import happened, runs
 from tests.golden.runs import GOLDENS, Golden
 
@@ -57,12 +57,12 @@ def killed(golden: Golden, path: Path) -> None:
         golden.run(model, tracer.recording)
         tracer.flush()
 
-        def die(writer: Writer, *, closed: bool) -> None:
-            writer._write_buffered()
-            writer._file.flush()
+        def die(datasets: DatasetWriter, *, closed: bool) -> None:
+            datasets.write_buffers()
+            datasets.file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
 
-        Writer._commit = die  # type: ignore[method-assign]
+        DatasetWriter.commit = die  # type: ignore[method-assign]
         golden.run(model, tracer.recording)
         tracer.flush()
     _, status = os.waitpid(child, 0)

@@ -340,7 +340,7 @@ def test_a_newer_major_version_is_refused_by_name(kept, tmp_path, version, capsy
     path, statistics = unpack(kept, "inline", tmp_path), unpack(kept, "statistics", tmp_path)
     major, minor = version
     golden = GOLDENS["inline"]
-    said = rf"version {major}\.{minor} of the format.*reads version 1.*newer grutrace"
+    said = rf"format version {major}\.{minor}.*reads versions up to 1.*upgrade grutrace"
     for each, use in (
         (path, lambda: grutrace.open(path)),
         (path, lambda: grutrace.Tracer(golden.build(), path, mode="a", **golden.options)),

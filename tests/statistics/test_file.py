@@ -250,7 +250,7 @@ def test_the_table_is_that_of_the_trace(layer, tmp_path, capsys) -> None:
 def test_a_trace_is_no_file_of_statistics(layer, path) -> None:
     with grutrace.trace(layer, path):
         layer(torch.randn(11, 3, 5))
-    with pytest.raises(grutrace.TraceFileError, match=r"'grutrace': a trace, which grutrace\.open"):
+    with pytest.raises(grutrace.TraceFileError, match=r"is a trace: open it with grutrace\.open"):
         grutrace.Statistics.load(path)
     with pytest.raises(grutrace.TraceFileError, match="does not exist"):
         grutrace.Statistics.load(path.with_name("missing.h5"))

@@ -174,7 +174,10 @@ class _ModuleRecords:
     def _with_initial(self, rows: dict[str, SiteRows], before: int) -> dict[str, SiteRows]:
         """Add the states that the sequences of a call began from."""
         none = np.empty((0, self._module.hidden_size), self._module.dtype)
-        source, count = self._snapshot.source, self._snapshot.stored.extents[self._number].sequences
+        source, count = (
+            self._snapshot.source,
+            self._snapshot.stored.module_counts[self._number].sequences,
+        )
         initial = {
             site.site.suffix: np.array(
                 source.initial(self._number, site.site.suffix, count)[before : self._begun]

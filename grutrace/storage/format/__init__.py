@@ -1,1 +1,1 @@
-"""The layout of a trace file: names, shapes, types and tables. See docs/format.md."""
+"""The format of a trace file: datasets, header and tables. See docs/format.md."""

@@ -1,6 +1,6 @@
-"""The header of a trace as attributes of its file, written once and read back checked.
+"""Write the header of a trace as attributes of its file; read and check it.
 
-In what two modules differ that should be the same, in words.
+`module_differences` describes how the modules of two headers differ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from grutrace.records import QUANTITIES, WEIGHTS, ModuleInfo, Site, TraceHeader
 from grutrace.storage.format.schema import FORMAT, FORMAT_VERSION, STATISTICS_FORMAT, module_path
-from grutrace.storage.hdf5.errors import FormatError, UnsupportedVersion, require
+from grutrace.storage.hdf5.errors import ForeignFile, FormatError, UnsupportedVersion, require
 from grutrace.storage.hdf5.safe_access import get_member, has_member, is_dataset
 
 _ROOT = {"model": str, "created": float, "versions": str, "options": str}
@@ -37,17 +37,16 @@ _MODULE = {
 
 _SITE = {"name": str, "layer": int, "reverse": bool, "input_size": int}
 
-#: Other files of ours, by their format, and what reads them.
-_OTHER_FORMATS = {
-    STATISTICS_FORMAT: (
-        f"{STATISTICS_FORMAT!r}: grutrace.Statistics.load and `grutrace stats` read this file"
-    )
+#: Kinds of files that grutrace writes, by their format, for error messages.
+_KINDS = {
+    FORMAT: "a trace: open it with grutrace.open",
+    STATISTICS_FORMAT: "a statistics file: open it with grutrace.Statistics.load",
 }
 
-#: The end of the year 9999: what comes later is no time of a trace. Seconds since the epoch.
+#: The end of the year 9999, in seconds since the epoch. Later times are refused.
 _MAX_CREATED = 253402300800
 
-#: What rows and weights may be kept as.
+#: The types that rows and weights may have.
 _FLOATS = ("float16", "float32", "float64")
 
 
@@ -67,12 +66,12 @@ def write_header(file: h5py.File, header: TraceHeader) -> None:
             group, module, {name: kind for name, kind in _MODULE.items() if name != "index"}
         )
         for site in module.sites:
-            place = group.create_group(site.suffix)
-            _write_attributes(place, site, _SITE)
+            site_group = group.create_group(site.suffix)
+            _write_attributes(site_group, site, _SITE)
             if site.derived:
-                place.attrs["derived"] = ",".join(site.derived)
+                site_group.attrs["derived"] = ",".join(site.derived)
             if site.units is not None:
-                place.attrs["units"] = np.array(site.units, "<i8")
+                site_group.attrs["units"] = np.array(site.units, "<i8")
 
 
 def _write_attributes(group: h5py.Group, fields: object, kinds: Mapping[str, type]) -> None:
@@ -81,10 +80,12 @@ def _write_attributes(group: h5py.Group, fields: object, kinds: Mapping[str, typ
 
 
 def read_header(file: h5py.File) -> TraceHeader:
-    """What `write_header` wrote, with the types of rows and weights as the datasets have them.
+    """Read what `write_header` wrote. Types of rows and weights are those of the datasets.
 
     Raises:
-        FormatError: The file is no trace, is of a newer format, or its header is damaged.
+        ForeignFile: The file is not a trace.
+        UnsupportedVersion: The file has a newer format version.
+        FormatError: The header is damaged.
     """
     root = read_root(file)
     modules: dict[int, ModuleInfo] = {}
@@ -95,55 +96,73 @@ def read_header(file: h5py.File) -> TraceHeader:
     expected = list(range(len(groups)))
     require(sorted(modules) == expected, "modules", f"numbers {expected}", sorted(modules))
     names = [site.name for module in modules.values() for site in module.sites]
-    require(len(set(names)) == len(names), "modules", "a name of its own for each site", names)
+    require(len(set(names)) == len(names), "modules", "a unique name for each site", names)
     return TraceHeader(modules=tuple(modules[index] for index in expected), **root)
 
 
 def read_root(file: h5py.File) -> dict[str, Any]:
-    """What a header says of the whole trace, by the names of `TraceHeader`.
+    """Read the attributes of the whole trace, as keyword arguments of `TraceHeader`.
 
     Raises:
-        NewerFormat: The file is of a newer format.
-        FormatError: The file is no trace, or this is damaged.
+        ForeignFile: The file is not a trace.
+        UnsupportedVersion: The file has a newer format version.
+        FormatError: An attribute is damaged.
     """
-    found = format_of(file)
-    require(found == FORMAT, "attribute 'format'", FORMAT, _OTHER_FORMATS.get(found, "another"))
+    require_format(file, FORMAT)
     check_version(file, FORMAT_VERSION[0])
     root = {name: _attribute(file, name, kind) for name, kind in _ROOT.items()}
-    place = "attribute 'created'"
-    require(0 <= root["created"] < _MAX_CREATED, place, "seconds since the epoch", root["created"])
+    where = "attribute 'created'"
+    require(0 <= root["created"] < _MAX_CREATED, where, "seconds since the epoch", root["created"])
     for name in ("versions", "options"):
         root[name] = _read_json(root[name], f"attribute {name!r}")
     texts = all(isinstance(version, str) for version in root["versions"].values())
-    require(texts, "attribute 'versions'", "texts", "something else")
+    require(texts, "attribute 'versions'", "strings", "other values")
     return root
 
 
 def format_of(file: h5py.File) -> str:
-    """Which format a file is of by its own account.
+    """Return the format that a file declares.
 
     Raises:
-        FormatError: It does not say.
+        ForeignFile: The file does not declare a format.
     """
-    return str(_attribute(file, "format", str))
+    try:
+        return str(_attribute(file, "format", str))
+    except FormatError:
+        raise ForeignFile("another HDF5 file") from None
+
+
+def require_format(file: h5py.File, expected: str) -> None:
+    """Refuse a file of another format.
+
+    Raises:
+        ForeignFile: The file declares another format, or none.
+    """
+    found = format_of(file)
+    if found != expected:
+        raise ForeignFile(_KINDS.get(found, "another HDF5 file"))
 
 
 def check_version(file: h5py.File, newest: int) -> None:
-    """Refuse a major version of the format that is not known. A newer minor one only adds.
+    """Refuse an unknown major version of the format. Newer minor versions only add data.
+
+    Args:
+        file: The file.
+        newest: Newest major version that this code reads.
 
     Raises:
-        NewerFormat: It is newer than the newest known one.
-        FormatError: There is no version, or none that ever was.
+        UnsupportedVersion: The file has a newer major version.
+        FormatError: The version is missing or invalid.
     """
-    place, expected = "attribute 'format_version'", "two integers"
-    require("format_version" in file.attrs, place, expected, "nothing")
+    where, expected = "attribute 'format_version'", "two integers"
+    require("format_version" in file.attrs, where, expected, "nothing")
     attribute = file.attrs.get_id("format_version")
     found = f"{attribute.dtype} of shape {attribute.shape}"
-    require((attribute.shape, attribute.dtype.kind) == ((2,), "i"), place, expected, found)
+    require((attribute.shape, attribute.dtype.kind) == ((2,), "i"), where, expected, found)
     major, minor = (int(number) for number in file.attrs["format_version"])
     if major > newest:
         raise UnsupportedVersion(f"{major}.{minor}", newest)
-    require(major >= 1, place, f"{newest}.x", f"{major}.{minor}")
+    require(major >= 1, where, f"{newest}.x", f"{major}.{minor}")
 
 
 def _attribute(group: h5py.Group, name: str, kind: type) -> Any:
@@ -154,9 +173,9 @@ def _attribute(group: h5py.Group, name: str, kind: type) -> Any:
 
 
 def _value(group: h5py.Group, name: str, kind: type) -> Any:
-    """A scalar of one of the types that there are: of others, such as references, nothing is read.
+    """Read a scalar attribute: a bool, number or string. Other types, as references, are refused.
 
-    It takes one look where h5py's own way takes three, and a thousand sites have many.
+    h5py's high-level access opens an attribute three times, which is slow for a thousand sites.
     """
     try:
         attribute = group.attrs.get_id(name)
@@ -177,12 +196,12 @@ def _attribute_path(group: h5py.Group, name: str) -> str:
     return f"{group.name}: attribute {name!r}"
 
 
-def _read_json(text: str, place: str) -> dict[str, Any]:
+def _read_json(text: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        raise FormatError(place, "a JSON object", "text that is not JSON") from None
-    require(isinstance(value, dict), place, "a JSON object", type(value).__name__)
+        raise FormatError(where, "a JSON object", "text that is not JSON") from None
+    require(isinstance(value, dict), where, "a JSON object", type(value).__name__)
     return dict(value)
 
 
@@ -210,18 +229,18 @@ def _read_module(group: h5py.Group) -> ModuleInfo:
     )
 
 
-def _check_sites(place: str, module: Mapping[str, Any], sites: Sequence[Site]) -> None:
-    """Each layer reads what the one below it makes, and each direction of it is there once."""
+def _check_sites(where: str, module: Mapping[str, Any], sites: Sequence[Site]) -> None:
+    """Check the input size of each layer, and that each direction of a layer occurs once."""
     directions = [(site.layer, site.reverse) for site in sites]
     once = len(set(directions)) == len(directions)
-    require(once, place, "each direction of a layer once", directions)
+    require(once, where, "each direction of a layer once", directions)
     above = module["hidden_size"] * (2 if module["bidirectional"] else 1)
     for site in sites:
         layers = module["num_layers"]
-        require(0 <= site.layer < layers, f"{place}/{site.suffix}", f"{layers} layers", site.layer)
+        require(0 <= site.layer < layers, f"{where}/{site.suffix}", f"{layers} layers", site.layer)
         read = above if site.layer else module["input_size"]
         found = site.input_size
-        require(found == read >= 0, f"{place}/{site.suffix}", f"an input size of {read}", found)
+        require(found == read >= 0, f"{where}/{site.suffix}", f"an input size of {read}", found)
 
 
 def _check_biases(site: h5py.Group, bias: bool) -> None:
@@ -231,7 +250,7 @@ def _check_biases(site: h5py.Group, bias: bool) -> None:
 
 
 def _check_inputs(groups: Mapping[str, h5py.Group], sites: Sequence[Site]) -> None:
-    """Both directions of a layer read the same input, so there is one for both."""
+    """Check that both directions of a layer share one dataset of inputs."""
     for first, second in pairwise(site for site in sites if "input" in site.quantities):
         if first.layer == second.layer:
             group = groups[second.suffix]
@@ -251,20 +270,20 @@ def _read_site(group: h5py.Group, suffix: str, hidden_size: int) -> Site:
 def _read_units(group: h5py.Group, hidden_size: int) -> tuple[int, ...] | None:
     if "units" not in group.attrs:
         return None
-    place = f"{group.name}: attribute 'units'"
+    where = f"{group.name}: attribute 'units'"
     attribute = group.attrs.get_id("units")
     expected = f"at least one of {hidden_size} units, each once"
     require(
         attribute.dtype.kind == "i"
         and len(attribute.shape) == 1
         and 1 <= attribute.shape[0] <= hidden_size,
-        place,
+        where,
         expected,
         f"{attribute.dtype} of shape {attribute.shape}",
     )
     units = tuple(int(unit) for unit in group.attrs["units"])
     inside = min(units) >= 0 and max(units) < hidden_size
-    require(inside and len(set(units)) == len(units), place, expected, units)
+    require(inside and len(set(units)) == len(units), where, expected, units)
     return units
 
 
@@ -275,40 +294,48 @@ def _read_derived(
         return ()
     names = _attribute(group, "derived", str).split(",")
     expected = tuple(name for name in QUANTITIES if name in names and name not in stored)
-    place = f"{group.name}: attribute 'derived'"
-    require(expected == tuple(names), place, "quantities that are not stored", names)
+    where = f"{group.name}: attribute 'derived'"
+    require(expected == tuple(names), where, "quantities that are not stored", names)
     follow = "hidden" in stored and units is None
-    require(follow, place, "states of all units, which they follow from", "no such states")
+    require(follow, where, "stored states of all units, to derive them from", "none")
     return expected
 
 
 def _float_name(group: h5py.Group, name: str) -> str:
     dtype = get_member(group, name, h5py.Dataset).dtype
-    place = f"{group.name}/{name}"
-    require(dtype.name in _FLOATS, place, " or ".join(_FLOATS), dtype)
+    where = f"{group.name}/{name}"
+    require(dtype.name in _FLOATS, where, " or ".join(_FLOATS), dtype)
     return str(dtype.name)
 
 
-def module_differences(module: ModuleInfo, other: ModuleInfo) -> Iterator[str]:
-    """What differs between two modules of the same path, sites and all."""
-    place = f"module {module.path!r}"
-    yield from _field_differences(place, module, other, leave_out="sites")
-    names = [site.suffix for site in module.sites]
-    if names != [site.suffix for site in other.sites]:
-        yield describe_difference(f"sites of {place}", names, [site.suffix for site in other.sites])
+def module_differences(
+    module: ModuleInfo, other: ModuleInfo, owners: tuple[str, str]
+) -> Iterator[str]:
+    """Describe the differences of two modules with the same path, and of their sites.
+
+    Args:
+        module: A module.
+        other: The module to compare it with.
+        owners: What the two modules belong to, as in ("the file", "the model").
+    """
+    where = f"module {module.path!r}"
+    yield from _field_differences(where, module, other, owners, leave_out="sites")
+    names, other_names = ([site.suffix for site in each.sites] for each in (module, other))
+    if names != other_names:
+        yield describe_difference(f"sites of {where}", names, other_names, owners)
     for site, other_site in zip(module.sites, other.sites, strict=False):
-        yield from _field_differences(f"site {site.name!r}", site, other_site)
+        yield from _field_differences(f"site {site.name!r}", site, other_site, owners)
 
 
-def describe_difference(place: str, before: object, now: object) -> str:
-    """One difference in words."""
-    return f"{place}: there {before!r}, here {now!r}"
+def describe_difference(where: str, value: object, other: object, owners: tuple[str, str]) -> str:
+    """Describe one difference of two headers, as in "the file has 3, ..."."""
+    return f"{where}: {owners[0]} has {value!r}, {owners[1]} has {other!r}"
 
 
 def _field_differences(
-    place: str, before: object, now: object, leave_out: str = ""
+    where: str, fields: object, others: object, owners: tuple[str, str], leave_out: str = ""
 ) -> Iterator[str]:
-    for field in dataclasses.fields(before):  # type: ignore[arg-type]
-        old, new = getattr(before, field.name), getattr(now, field.name)
-        if old != new and field.name != leave_out:
-            yield describe_difference(f"{field.name} of {place}", old, new)
+    for field in dataclasses.fields(fields):  # type: ignore[arg-type]
+        value, other = getattr(fields, field.name), getattr(others, field.name)
+        if value != other and field.name != leave_out:
+            yield describe_difference(f"{field.name} of {where}", value, other, owners)

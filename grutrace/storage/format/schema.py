@@ -1,6 +1,7 @@
-"""The shape of a trace file: names, types, axes and chunks. docs/format.md says what they mean.
+"""The datasets of a trace file: paths, types, axes and chunks. docs/format.md explains them.
 
-Nothing else in grutrace knows them. The writer creates what `layout` lists, the reader demands it.
+Only this module knows them. `dataset_specs` lists the datasets that a writer creates and that a
+reader requires.
 """
 
 from __future__ import annotations
@@ -20,24 +21,24 @@ from grutrace.storage.hdf5.errors import FormatError
 
 FORMAT = "grutrace"
 
-#: The format of a file of statistics, which is another one: see `grutrace.statistics.file`.
+#: The format of a statistics file. See `grutrace.statistics.file`.
 STATISTICS_FORMAT = "grutrace statistics"
 
-#: Major and minor. A reader refuses a newer major number; a newer minor one only adds.
+#: Major and minor version. A reader refuses a newer major version; a minor version only adds data.
 FORMAT_VERSION = (1, 2)
 
-#: HDF5's 1.10 format: the first with SWMR, and what every HDF5 since then reads. ("latest" is
-#: HDF5 2.0's own format where h5py brings 2.0, and older tools refuse that.)
+#: The file format of HDF5 1.10: the first with SWMR, readable by every later HDF5. ("latest" would
+#: be the format of HDF5 2.0 with an h5py that contains 2.0, which older tools refuse.)
 LIBVER = ("v110", "v110")
 
-#: A chunk of rows. Large enough that a million rows need few index entries, small enough that a
-#: short trace of many sites stays small. Bytes.
+#: Bytes of a chunk of rows: large enough that a million rows need few index entries, small enough
+#: that a short trace of many sites stays small.
 ROW_CHUNK = 256 * 1024
 
-#: A chunk of what grows by one item a call or a sequence. Bytes.
+#: Bytes of a chunk of a table, which grows by one item a call or a sequence.
 TABLE_CHUNK = 32 * 1024
 
-#: No chunk is larger, however wide a row or a weight matrix is. Bytes.
+#: Largest chunk in bytes, for wide rows and weight matrices.
 MAX_CHUNK_BYTES = 1024 * 1024
 
 COMMITTED = np.dtype(
@@ -75,7 +76,7 @@ ANNOTATION = np.dtype(
 PIECE = np.dtype([("sequence", "<u8"), ("steps", "<u4")])
 CHECK = np.dtype([("residual", "<f4"), ("tolerance", "<f4"), ("precision", "<f4")])
 
-#: The tables of the whole trace. `committed` has a count for each, under the same name.
+#: The tables of the whole trace. `committed` has a count for each table, under the same name.
 TABLES = {
     "calls": CALL,
     "forks": FORK,
@@ -85,7 +86,7 @@ TABLES = {
     "characters": np.dtype("u1"),
 }
 
-#: Their axes.
+#: The axes of the tables.
 TABLE_AXES = {
     "calls": "call",
     "forks": "fork",
@@ -95,10 +96,10 @@ TABLE_AXES = {
     "characters": "character",
 }
 
-#: The axes that a site has, in its group; the others are its module's.
+#: The axes whose scales are in the group of a site. Other scales are in the group of a module.
 SITE_AXES = ("unit", "feature", "previous_unit")
 
-#: Characters that a module's group name keeps as they are.
+#: Characters that are not escaped in the group name of a module.
 _UNESCAPED = frozenset((string.ascii_letters + string.digits + "_-.").encode())
 
 
@@ -107,31 +108,31 @@ class DatasetSpec:
     """A dataset that grows along its first axis.
 
     Attributes:
-        dtype: Type of its elements, little-endian.
-        item: Shape of what it grows by: the shape of the dataset without its first axis.
-        axes: A label for each axis; empty for a table.
-        chunk: Bytes of a chunk that holds several items.
-        scales: For each axis the place of its dimension scale.
+        dtype: Type of the elements, little-endian.
+        item_shape: Shape of one item: the shape of the dataset without its first axis.
+        axes: Label of each axis; empty for a table.
+        chunk_bytes: Target size of a chunk.
+        scales: Path of the dimension scale of each axis.
     """
 
     dtype: np.dtype[Any]
-    item: tuple[int, ...] = ()
+    item_shape: tuple[int, ...] = ()
     axes: tuple[str, ...] = ()
-    chunk: int = TABLE_CHUNK
+    chunk_bytes: int = TABLE_CHUNK
     scales: tuple[str, ...] = ()
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """Shape of a chunk: several items, or one, or, of one too large, a part of its rows."""
-        item = tuple(max(1, size) for size in self.item)
+        """Shape of a chunk: several items, one item, or some rows of an item that is too large."""
+        item = tuple(max(1, size) for size in self.item_shape)
         size = math.prod(item) * self.dtype.itemsize
         if size <= MAX_CHUNK_BYTES:
-            return (max(1, self.chunk // size), *item)
+            return (max(1, self.chunk_bytes // size), *item)
         return (1, max(1, MAX_CHUNK_BYTES * item[0] // size), *item[1:])
 
 
 def group_name(path: str) -> str:
-    """The name of a module's group, which is its path with whatever HDF5 minds escaped."""
+    """Return the group name of a module: its path, with special characters escaped."""
     if not path:
         return "%"
     if not path.strip("."):
@@ -141,22 +142,22 @@ def group_name(path: str) -> str:
 
 
 def module_path(module: ModuleInfo) -> str:
-    """Place of a module's group in the file."""
+    """Return the path of the group of a module."""
     return f"modules/{group_name(module.path)}"
 
 
 def pieces_path(module: ModuleInfo) -> str:
-    """Place of a module's pieces in the file."""
+    """Return the path of the pieces of a module."""
     return f"{module_path(module)}/pieces"
 
 
 def site_path(module: ModuleInfo, suffix: str, name: str) -> str:
-    """Place of one dataset of a site in the file."""
+    """Return the path of a dataset of a site."""
     return f"{module_path(module)}/{suffix}/{name}"
 
 
 def input_owner(module: ModuleInfo, site: Site) -> Site:
-    """The site that holds the input rows of this one: both directions of a layer read the same."""
+    """Return the site that stores the input of this one. Both directions of a layer share it."""
     for other in module.sites:
         if other.layer == site.layer and not other.reverse and "input" in other.quantities:
             return other
@@ -164,18 +165,18 @@ def input_owner(module: ModuleInfo, site: Site) -> Site:
 
 
 def quantity_path(module: ModuleInfo, site: Site, quantity: str) -> str:
-    """Place of the rows of a quantity: for an input that two directions share, the one dataset."""
+    """Return the path of the rows of a quantity. Both directions share one dataset of inputs."""
     owner = input_owner(module, site) if quantity == "input" else site
     return site_path(module, owner.suffix, quantity)
 
 
 def width(module: ModuleInfo, site: Site, quantity: str) -> int:
-    """Elements in a row of this quantity."""
+    """Return the number of elements in a row of a quantity."""
     return site.input_size if quantity == "input" else module.unit_count(site)
 
 
 def scale_path(module: ModuleInfo, site: Site, axis: str) -> str:
-    """Place of the scale of an axis of a site. Sites whose axis is the same share one."""
+    """Return the path of the scale of an axis of a site. Sites with the same axis share it."""
     if axis not in SITE_AXES:
         return f"{module_path(module)}/{axis}"
     owner = site
@@ -187,7 +188,7 @@ def scale_path(module: ModuleInfo, site: Site, axis: str) -> str:
 
 
 def weight_shapes(module: ModuleInfo, site: Site) -> dict[str, tuple[int, ...]]:
-    """The weights that a site has, and their shapes: (3H, I), (3H, H) and twice (3H,)."""
+    """Return the shapes of the weights of a site: (3H, I), (3H, H), and (3H,) for both biases."""
     stacked = 3 * module.hidden_size
     shapes: dict[str, tuple[int, ...]] = {
         "weight_ih": (stacked, site.input_size),
@@ -199,64 +200,62 @@ def weight_shapes(module: ModuleInfo, site: Site) -> dict[str, tuple[int, ...]]:
 
 
 def row_axes(quantity: str) -> tuple[str, str]:
-    """The axes of the rows of a quantity."""
+    """Return the axes of the rows of a quantity."""
     return "step", "feature" if quantity == "input" else "unit"
 
 
 def row_chunks(dtype: np.dtype[Any], width: int) -> tuple[int, ...]:
-    """Shape of a chunk of rows that are so wide."""
-    return DatasetSpec(dtype, (width,), chunk=ROW_CHUNK).chunks
+    """Return the shape of a chunk of rows of this width."""
+    return DatasetSpec(dtype, (width,), chunk_bytes=ROW_CHUNK).chunks
 
 
 def dataset_specs(modules: Sequence[ModuleInfo]) -> dict[str, DatasetSpec]:
-    """Every growing dataset of a trace of these modules, by its place in the file."""
-    columns = {
-        name: DatasetSpec(dtype, scales=(TABLE_AXES[name],)) for name, dtype in TABLES.items()
-    }
+    """Return every growing dataset of a trace of these modules, by path."""
+    specs = {name: DatasetSpec(dtype, scales=(TABLE_AXES[name],)) for name, dtype in TABLES.items()}
     for module in modules:
         scale = f"{module_path(module)}/piece"
-        columns[pieces_path(module)] = DatasetSpec(PIECE, scales=(scale,))
+        specs[pieces_path(module)] = DatasetSpec(PIECE, scales=(scale,))
         for site in module.sites:
-            columns.update(_site_specs(module, site))
-    return columns
+            specs.update(_site_specs(module, site))
+    return specs
 
 
 def _site_specs(module: ModuleInfo, site: Site) -> Iterator[tuple[str, DatasetSpec]]:
     def scales(*axes: str) -> tuple[str, ...]:
         return tuple(scale_path(module, site, axis) for axis in axes)
 
-    kept = np.dtype(module.dtype).newbyteorder("<")
+    stored = np.dtype(module.dtype).newbyteorder("<")
     for quantity in site.quantities:
-        place, axes = quantity_path(module, site, quantity), row_axes(quantity)
+        path, axes = quantity_path(module, site, quantity), row_axes(quantity)
         item = (width(module, site, quantity),)
-        yield place, DatasetSpec(kept, item, axes, ROW_CHUNK, scales(*axes))
+        yield path, DatasetSpec(stored, item, axes, ROW_CHUNK, scales(*axes))
     initial, axes = site_path(module, site.suffix, "initial"), ("sequence", "unit")
-    yield initial, DatasetSpec(kept, (module.unit_count(site),), axes, scales=scales(*axes))
+    yield initial, DatasetSpec(stored, (module.unit_count(site),), axes, scales=scales(*axes))
     checks = site_path(module, site.suffix, "checks")
     yield checks, DatasetSpec(CHECK, scales=scales("module_call"))
     weights = np.dtype(module.weights_dtype).newbyteorder("<")
-    # Weights are whole, whichever units are recorded.
-    last = {"weight_ih": "feature", "weight_hh": "previous_unit" if site.units else "unit"}
+    # Weights are always complete, even if only some units are recorded.
+    last_axes = {"weight_ih": "feature", "weight_hh": "previous_unit" if site.units else "unit"}
     for name, shape in weight_shapes(module, site).items():
-        labels = ("version", "gate_unit", last.get(name, ""))[: 1 + len(shape)]
-        place = site_path(module, site.suffix, name)
-        yield place, DatasetSpec(weights, shape, labels, scales=scales(*labels))
+        labels = ("version", "gate_unit", last_axes.get(name, ""))[: 1 + len(shape)]
+        path = site_path(module, site.suffix, name)
+        yield path, DatasetSpec(weights, shape, labels, scales=scales(*labels))
 
 
-def check_dataset(dataset: h5py.Dataset, place: str, column: DatasetSpec) -> None:
-    """Require a dataset to hold such items.
+def check_dataset(dataset: h5py.Dataset, path: str, spec: DatasetSpec) -> None:
+    """Refuse a dataset whose items have another type or shape.
 
     Raises:
-        FormatError: It holds others.
+        FormatError: The dataset does not match the specification.
     """
     dtype, shape = dataset.dtype, dataset.shape[1:]
-    if (dtype, shape) != (column.dtype, column.item):
-        expected = f"{column.dtype} of items {column.item}"
-        raise FormatError(place, expected, f"{dtype} of items {shape}")
+    if (dtype, shape) != (spec.dtype, spec.item_shape):
+        expected = f"{spec.dtype} of items {spec.item_shape}"
+        raise FormatError(path, expected, f"{dtype} of items {shape}")
 
 
 def shared_inputs(modules: Sequence[ModuleInfo]) -> Iterator[tuple[str, str]]:
-    """The hard links of a trace: (place of the link, place of the dataset)."""
+    """Yield the hard links of a trace: (path of the link, path of the dataset)."""
     for module in modules:
         for site in module.sites:
             owner = input_owner(module, site)
@@ -267,60 +266,60 @@ def shared_inputs(modules: Sequence[ModuleInfo]) -> Iterator[tuple[str, str]]:
                 )
 
 
-#: Creates a column at a place of a file.
+#: Creates a dataset at a path of a file.
 CreateDataset: TypeAlias = Callable[[h5py.File, str, DatasetSpec], h5py.Dataset]
 
 
 def create_datasets(
     file: h5py.File, modules: Sequence[ModuleInfo], create: CreateDataset | None = None
 ) -> None:
-    """Create everything that `layout` lists, empty, and `committed`, all zero.
+    """Create all empty datasets of `dataset_specs`, and `committed`, all zero.
 
     Args:
         file: The file.
-        modules: Of the trace.
-        create: Creates a column at a place; `create_growing_dataset` unless given.
+        modules: Modules of the trace.
+        create: Creates one dataset; `create_growing_dataset` by default.
     """
     create = create or create_growing_dataset
     file.create_dataset("committed", data=np.zeros((), COMMITTED))
-    for place, column in dataset_specs(modules).items():
-        dataset = create(file, place, column)
-        for axis, label in enumerate(column.axes):
+    for path, spec in dataset_specs(modules).items():
+        dataset = create(file, path, spec)
+        for axis, label in enumerate(spec.axes):
             dataset.dims[axis].label = label
-    for place, target in shared_inputs(modules):
-        file[place] = file[target]
+    for path, target in shared_inputs(modules):
+        file[path] = file[target]
 
 
 def create_growing_dataset(
     file: h5py.File,
-    place: str,
-    column: DatasetSpec,
-    packed: Mapping[str, Any] | None = None,
+    path: str,
+    spec: DatasetSpec,
+    compression_options: Mapping[str, Any] | None = None,
     items: Mapping[str, int] | None = None,
 ) -> h5py.Dataset:
-    """Create a dataset that grows, empty.
+    """Create an empty dataset that can grow.
 
     Args:
         file: The file.
-        place: Where.
-        column: What.
-        packed: What h5py creates datasets of rows with, if those are to be compressed.
-        items: By place, how many items a dataset will hold, if its chunks need hold no more.
+        path: Path of the dataset.
+        spec: Type, shape and chunks of the dataset.
+        compression_options: Keyword arguments of `create_dataset` for compressed rows.
+        items: Final number of items of each dataset, if its chunks need hold no more.
     """
-    chunks = column.chunks
+    chunks = spec.chunks
     if items is not None:
-        # What is empty takes no chunk.
-        chunks = (min(chunks[0], items[place] or chunks[0]), *chunks[1:])
-    # Rows are written whole before anyone may read them: filling first is work for nothing.
-    # (h5py has a word of its own for it from 3.12 on.)
+        # An empty dataset has no chunk.
+        chunks = (min(chunks[0], items[path] or chunks[0]), *chunks[1:])
+    # Rows are written completely before a reader sees them, so HDF5 need not fill them first.
+    # (From h5py 3.12 on, create_dataset has an argument for this.)
     properties = h5p.create(h5p.DATASET_CREATE)
     properties.set_fill_time(h5d.FILL_TIME_NEVER)
     return file.create_dataset(
-        place,
-        shape=(0, *column.item),
-        maxshape=(None, *column.item),
+        path,
+        shape=(0, *spec.item_shape),
+        maxshape=(None, *spec.item_shape),
         chunks=chunks,
-        dtype=column.dtype,
+        dtype=spec.dtype,
         dcpl=properties,
-        **(packed or {} if column.axes[:1] == ("step",) else {}),
+        **(compression_options or {} if spec.axes[:1] == ("step",) else {}),
     )

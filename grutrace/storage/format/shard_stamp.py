@@ -1,4 +1,7 @@
-"""What a header says of the shards of a run: which one a file is, or which ones it was made of."""
+"""The shard entries in the options of a header.
+
+`shard` identifies the shard that a file is; `shards` lists those that a file was merged from.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ class MergedShard:
     """A shard that a file was merged from.
 
     Attributes:
-        rank: Of the process that wrote it.
-        calls: How many of its calls there are.
+        rank: Rank of the process that wrote it.
+        calls: Number of its calls.
         closed: Whether it was closed in order.
-        files: Where its rows are: when each file was begun, in seconds since the epoch, by its name
-            in the folder of the merged one. None if they were copied.
+        files: Files that hold its rows: the time when each was begun, in seconds since the epoch,
+            by file name. They are in the folder of the merged file. Empty if rows were copied.
     """
 
     rank: int
@@ -32,7 +35,7 @@ class MergedShard:
     files: dict[str, float]
 
     def as_json(self) -> dict[str, Any]:
-        """As it is kept among the options."""
+        """Return the entry as it is stored in the options."""
         return {
             "rank": self.rank,
             "calls": self.calls,
@@ -42,10 +45,10 @@ class MergedShard:
 
 
 def read_shard(header: TraceHeader) -> Shard | None:
-    """Which shard a trace is; None if it is none.
+    """Read which shard of a run a trace is. None if it is not a shard.
 
     Raises:
-        FormatError: There is a stamp which is not as it should be.
+        FormatError: The entry is damaged.
     """
     found = header.options.get("shard")
     if found is None:
@@ -54,14 +57,14 @@ def read_shard(header: TraceHeader) -> Shard | None:
         rank, world_size, run = found.get("rank"), found.get("world_size"), found.get("id")
         if _is_count(rank) and _is_count(world_size) and rank < world_size and _is_id(run):
             return Shard(rank, world_size, run)
-    raise FormatError(_SHARD, "numbers 'rank' below 'world_size', and an 'id'", found)
+    raise FormatError(_SHARD, "integers 'rank' < 'world_size', and an 'id'", found)
 
 
 def read_merged_shards(header: TraceHeader) -> tuple[MergedShard, ...]:
-    """The shards that a file was merged from, in the order of their ranks; none if it was not.
+    """Read the shards that a file was merged from, ordered by rank. Empty if it was not merged.
 
     Raises:
-        FormatError: There is an account of them which is not as it should be.
+        FormatError: The entry is damaged.
     """
     found = header.options.get("shards")
     if found is None:
@@ -73,12 +76,14 @@ def read_merged_shards(header: TraceHeader) -> tuple[MergedShard, ...]:
         if shards and _is_count(size) and ranks == sorted(set(ranks)) and ranks[-1] < size:
             return tuple(shards)
     raise FormatError(
-        _SHARDS, "a number 'world_size', and shards 'of' rising ranks below it", found
+        _SHARDS,
+        "an integer 'world_size', and a list 'of' of shards with increasing ranks below it",
+        found,
     )
 
 
 def merged_options(options: Mapping[str, Any], shards: Sequence[MergedShard]) -> dict[str, Any]:
-    """The options of a trace of several shards, with an account of those that it holds."""
+    """Return the options of a merged trace, with the entries of its shards."""
     if not shards:
         return dict(options)
     about = {**options["shards"], "of": [shard.as_json() for shard in shards]}
@@ -90,7 +95,7 @@ def _read_merged_shard(found: Any) -> MergedShard:
         rank, calls, files = found.get("rank"), found.get("calls"), found["files"]
         if _is_count(rank) and _is_count(calls) and all(map(_is_time, files.values())):
             return MergedShard(rank, calls, found.get("closed") is True, files)
-    raise FormatError(_SHARDS, "of each a 'rank', 'calls', and times of 'files'", found)
+    raise FormatError(_SHARDS, "shards with 'rank', 'calls', and times of 'files'", found)
 
 
 def _is_count(found: Any) -> TypeGuard[int]:

@@ -1,6 +1,7 @@
-"""The tables of a trace at one moment: small beside the rows, and they say how many rows count.
+"""The tables of a trace at one moment, and reading them from a file.
 
-Reading the tables of a file up to its committed counts, all at once or what came since.
+Tables are small compared with the rows, and they tell how many rows are committed. `TableReader`
+reads them up to the committed counts; later reads fetch only new entries.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ from grutrace.storage.hdf5.handle import SharedReadHandle
 
 @dataclass(frozen=True)
 class ModuleCounts:
-    """How much of one module there is.
+    """How much is recorded of one module.
 
     Attributes:
-        calls: Its calls, which is the length of `checks`.
+        calls: Calls; the length of `checks`.
         rows: Rows of each quantity.
-        sequences: Sequences begun, which is the length of `initial`.
-        versions: Versions of its weights.
+        sequences: Sequences that have begun; the length of `initial`.
+        versions: Versions of the weights.
     """
 
     calls: int
@@ -51,8 +52,8 @@ class ShardCalls:
     """The calls of one of several processes.
 
     Attributes:
-        rank: Of the process.
-        calls: How many there are.
+        rank: Rank of the process.
+        calls: Number of its calls.
         closed: Whether the process closed its file in order.
     """
 
@@ -66,17 +67,17 @@ class Tables:
     """A consistent prefix of a trace, without its rows. Types are those of `schema`.
 
     Attributes:
-        calls: (calls,) of all modules.
+        calls: (calls,), of all modules.
         forks: (forks,)
         annotations: (annotations,)
         values: (values,) float64
-        strings: (strings,) uint64, where each ends in `characters`.
+        strings: (strings,) uint64, the end of each string in `characters`.
         characters: (characters,) uint8
         pieces: By module, (pieces,).
-        extents: By module, how much of it there is.
-        closed: Whether no more will come.
-        shards: Which processes made the calls, those of one after those of another; none where the
-            header says it all.
+        module_counts: By module, how much is recorded of it.
+        closed: Whether the trace is complete.
+        shards: The processes that made the calls, in the order of `calls`. Empty for the trace of
+            a single process.
     """
 
     calls: Array
@@ -86,7 +87,7 @@ class Tables:
     strings: Array
     characters: Array
     pieces: tuple[Array, ...]
-    extents: tuple[ModuleCounts, ...]
+    module_counts: tuple[ModuleCounts, ...]
     closed: bool
     shards: tuple[ShardCalls, ...] = ()
 
@@ -99,7 +100,7 @@ class Tables:
 
 
 def count_module(calls: Array, pieces: Array) -> ModuleCounts:
-    """How much there is of the module that these calls and pieces are of."""
+    """Count what is recorded of a module, from its calls and pieces."""
     return ModuleCounts(
         calls=len(calls),
         rows=int(pieces["steps"].sum(dtype=np.uint64)),
@@ -109,9 +110,9 @@ def count_module(calls: Array, pieces: Array) -> ModuleCounts:
 
 
 def dataset_lengths(tables: Tables, modules: Sequence[ModuleInfo]) -> dict[str, int]:
-    """By its place in the file, how many items of each growing dataset the tables count."""
+    """Return the number of items of each growing dataset, by its path in the file."""
     counts = {name: len(getattr(tables, name)) for name in TABLES}
-    for module, pieces, of in zip(modules, tables.pieces, tables.extents, strict=True):
+    for module, pieces, of in zip(modules, tables.pieces, tables.module_counts, strict=True):
         counts[pieces_path(module)] = len(pieces)
         for site in module.sites:
             for quantity in site.quantities:
@@ -123,10 +124,10 @@ def dataset_lengths(tables: Tables, modules: Sequence[ModuleInfo]) -> dict[str, 
 
 
 def check_tables(tables: Tables, modules: Sequence[ModuleInfo]) -> None:
-    """Check every number in the tables that leads somewhere else.
+    """Check every number in the tables that refers to another entry.
 
     Raises:
-        FormatError: One of them leads nowhere.
+        FormatError: A number refers to an entry that does not exist.
     """
     for module, pieces in zip(modules, tables.pieces, strict=True):
         _check_pieces(pieces, pieces_path(module))
@@ -137,7 +138,7 @@ def check_tables(tables: Tables, modules: Sequence[ModuleInfo]) -> None:
 
 def _check_texts(tables: Tables) -> None:
     ends, characters = tables.strings, len(tables.characters)
-    require(np.all(ends[1:] >= ends[:-1]), "strings", "ends that never decrease", "others")
+    require(np.all(ends[1:] >= ends[:-1]), "strings", "ends that never decrease", "decreasing ends")
     require(
         not len(ends) or ends[-1] <= characters,
         "strings",
@@ -153,7 +154,7 @@ def _check_references(tables: Tables, modules: int) -> None:
     for name in ("calls", "forks", "annotations"):
         _require_below(getattr(tables, name)["module"], modules, f"{name}.module")
     _require_below(tables.forks["steps"], 1 << 63, "forks.steps")
-    begun = np.array([counts.sequences for counts in tables.extents], np.uint64)
+    begun = np.array([counts.sequences for counts in tables.module_counts], np.uint64)
     for name, fields in (("forks", ("sequence", "parent")), ("annotations", ("sequence",))):
         table = getattr(tables, name)
         for field in fields:
@@ -168,7 +169,7 @@ def _check_references(tables: Tables, modules: int) -> None:
 
 def _check_values(tables: Tables) -> None:
     counts, values = tables.annotations["count"], tables.values
-    # Each on its own first: a sum of huge counts could wrap round to a small one.
+    # Check each count first: the sum of huge counts could overflow.
     _require_below(counts, 1 + len(values), "annotations.count")
     total = int(counts.sum(dtype=np.float64))
     require(total <= len(values), "annotations.count", f"at most {len(values)} values", total)
@@ -177,32 +178,32 @@ def _check_values(tables: Tables) -> None:
     require(known.all(), "values", "the number of a string", texts[~known][:1])
 
 
-def _check_pieces(pieces: Array, place: str) -> None:
-    """A sequence's number is the next unused one when it begins: so no number is left out."""
+def _check_pieces(pieces: Array, where: str) -> None:
+    """Check that each sequence begins with the next unused number, so that none is skipped."""
     numbers = pieces["sequence"]
     if not len(numbers):
         return
     unused = np.maximum.accumulate(numbers) + np.uint64(1)
-    require(numbers[0] == 0, f"{place}.sequence", 0, numbers[0])
+    require(numbers[0] == 0, f"{where}.sequence", 0, numbers[0])
     skips = numbers[1:] > unused[:-1]
-    require(not skips.any(), f"{place}.sequence", "no number left out", f"{numbers[1:][skips][:1]}")
+    require(not skips.any(), f"{where}.sequence", "no skipped number", f"{numbers[1:][skips][:1]}")
 
 
-def _require_below(numbers: Array, bound: int, place: str) -> None:
+def _require_below(numbers: Array, bound: int, where: str) -> None:
     wrong = numbers >= bound
-    require(not wrong.any(), place, f"below {bound}", numbers[wrong][:1])
+    require(not wrong.any(), where, f"below {bound}", numbers[wrong][:1])
 
 
-#: How many times smaller a table can be when it is packed: the most that gzip can do.
+#: The highest compression ratio of gzip.
 MAX_GZIP_RATIO = 1032
 
 
 class TableReader:
-    """The tables of a file, kept up with it. Ask while the handle is lent.
+    """Reads the tables of a file that may grow. Call while the handle is acquired.
 
     Args:
-        handle: Of the file.
-        modules: The modules of its header.
+        handle: Handle of the file.
+        modules: Modules of its header.
     """
 
     def __init__(self, handle: SharedReadHandle, modules: Sequence[ModuleInfo]) -> None:
@@ -213,7 +214,7 @@ class TableReader:
         self._tables: Tables | None = None
 
     def read(self) -> Tables:
-        """The tables up to what is committed by now.
+        """Read the tables up to the counts that are committed now.
 
         Raises:
             FormatError: The file is damaged.
@@ -224,7 +225,7 @@ class TableReader:
         return self._tables
 
     def _stable_counts(self) -> Any:
-        # A writer may be putting the counts down at this moment: believe what is read twice.
+        # A writer may be writing the counts at this moment. Accept counts that are read twice.
         counts = self._handle.scalar("committed", COMMITTED)[()]
         while (again := self._handle.scalar("committed", COMMITTED)[()]) != counts:
             counts = again
@@ -232,35 +233,38 @@ class TableReader:
 
     def _read_up_to(self, counts: Any) -> Tables:
         known = self._tables
-        # Each table fits into the file, but many could be the same part of it, and all are read.
+        # Each table fits into the file, but a damaged file could store many at the same address.
         self._left = self._handle.size
         tables: dict[str, Any] = {
             name: self._read_table(name, int(counts[name]), dtype, getattr(known, name, None))
             for name, dtype in TABLES.items()
         }
         calls = tables["calls"]
-        pieces, extents = [], []
+        pieces, module_counts = [], []
         for index, module in enumerate(self._modules):
             own = calls[calls["module"] == index]
             count = int(own["batch"].sum(dtype=np.uint64))
             before = known.pieces[index] if known else None
             pieces.append(self._read_table(pieces_path(module), count, PIECE, before))
-            extents.append(count_module(own, pieces[-1]))
+            module_counts.append(count_module(own, pieces[-1]))
         found = Tables(
-            **tables, pieces=tuple(pieces), extents=tuple(extents), closed=bool(counts["closed"])
+            **tables,
+            pieces=tuple(pieces),
+            module_counts=tuple(module_counts),
+            closed=bool(counts["closed"]),
         )
         check_tables(found, self._modules)
         return found
 
-    def _read_table(self, place: str, count: int, dtype: Any, known: Array | None) -> Array:
+    def _read_table(self, where: str, count: int, dtype: Any, known: Array | None) -> Array:
         start = 0 if known is None else len(known)
         if known is not None and start == count:
             return known
-        dataset = self._handle.dataset(place, count)
-        check_dataset(dataset, place, DatasetSpec(dtype))
+        dataset = self._handle.dataset(where, count)
+        check_dataset(dataset, where, DatasetSpec(dtype))
         packed = dataset.id.get_create_plist().get_nfilters()
         self._left -= count * dtype.itemsize // (MAX_GZIP_RATIO if packed else 1)
-        require(self._left >= 0, place, "tables that fit into the file together", f"{count} items")
+        require(self._left >= 0, where, "tables that fit into the file together", f"{count} items")
         items = np.asarray(dataset[start:count], dtype)
         joined = items if known is None else np.concatenate([known, items])
         joined.flags.writeable = False

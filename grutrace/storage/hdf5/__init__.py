@@ -1,1 +1,1 @@
-"""HDF5 made safe: opening, handles, filters, errors and atomic replacement of files."""
+"""Safe access to HDF5: open files, handles, filters, errors, locks and atomic replacement."""

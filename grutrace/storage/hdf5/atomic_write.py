@@ -1,4 +1,4 @@
-"""Where a new file is made, and how it takes its place: whole, or not at all."""
+"""Write a new file under a temporary name, then publish it under its own in one step."""
 
 from __future__ import annotations
 
@@ -15,21 +15,38 @@ from grutrace.storage.hdf5.locks import fcntl
 
 
 def temporary_path(path: Path, mode: str) -> Path:
-    """Where to make a file, which takes its place only once a crash would leave it readable."""
+    """Return the temporary path at which to write a file before it is published.
+
+    Args:
+        path: Final path of the file.
+        mode: "overwrite" if the file may replace an existing one.
+
+    Raises:
+        TraceFileError: The folder does not exist, or the path is in use.
+    """
     if not path.parent.is_dir():
         raise TraceFileError(f"{path} cannot be created: there is no folder {path.parent}")
     if path.exists() and not path.is_file():
-        raise TraceFileError(f"{path} cannot be written: it is not a file")
+        raise TraceFileError(f"{path} cannot be written: it exists and is not a regular file")
     if path.exists() and mode != "overwrite":
         raise _already_exists(path)
     return path.with_name(f"{path.name}.new-{secrets.token_hex(4)}")
 
 
 def publish(new: Path, path: Path, mode: str) -> None:
-    """Rename a file; one that may replace no other, only if there is none by now."""
+    """Rename a finished file to its final path.
+
+    Args:
+        new: Temporary path of the file.
+        path: Final path.
+        mode: "overwrite" replaces an existing file; any other mode refuses to.
+
+    Raises:
+        TraceFileError: A file exists at the path, or the rename failed.
+    """
     with contextlib.suppress(OSError, AttributeError):
         if mode != "overwrite":
-            # Unlike renaming, this fails where there is one; and where there are no hard links.
+            # Unlike a rename, a hard link never replaces a file. Some file systems have none.
             os.link(new, path)
             with contextlib.suppress(OSError):
                 new.unlink()
@@ -41,26 +58,26 @@ def publish(new: Path, path: Path, mode: str) -> None:
 
 
 def fsync_file(descriptor: int) -> None:
-    """Have the disk hold what was written to an open file.
+    """Flush an open file to the disk.
 
     Raises:
-        OSError: It could not. What was written since the last time may be gone.
+        OSError: The disk refused. Data written since the last call may be lost.
     """
     if fcntl is not None and hasattr(fcntl, "F_FULLFSYNC"):
-        # On macOS fsync stops at the disk's own cache.
+        # On macOS fsync stops at the cache of the disk.
         fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
     else:
         os.fsync(descriptor)
 
 
 def fsync_directory(path: Path) -> None:
-    """Have the disk hold that a file is in its folder under this name.
+    """Flush the folder of a file to the disk, so that the file keeps its name after a crash.
 
     Raises:
-        OSError: It could not.
+        OSError: The disk refused.
     """
     if os.name == "nt":
-        # A folder cannot be opened there, nor be told to be on the disk.
+        # Windows can neither open nor flush a folder.
         return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -70,15 +87,22 @@ def fsync_directory(path: Path) -> None:
 
 
 def _already_exists(path: Path) -> TraceFileError:
-    return TraceFileError(f"{path} exists: mode='overwrite' replaces it, mode='a' appends to it")
+    return TraceFileError(
+        f"{path} exists: use mode='overwrite' to replace it or mode='a' to append to it"
+    )
 
 
 @contextmanager
-def translate_write_errors(path: Path, done: str) -> Iterator[None]:
-    """Turn what h5py raises into a `TraceFileError` that names the file."""
+def translate_write_errors(path: Path, action: str) -> Iterator[None]:
+    """Raise errors of h5py and of the system as a `TraceFileError` that names the file.
+
+    Args:
+        path: Path of the file.
+        action: What failed, for the message: "created", "written" or "appended to".
+    """
     try:
         yield
     except GrutraceError:
         raise
     except (OSError, RuntimeError, ValueError, TypeError) as error:
-        raise TraceFileError(f"{path} cannot be {done}: {short_message(error)}") from error
+        raise TraceFileError(f"{path} cannot be {action}: {short_message(error)}") from error

@@ -1,7 +1,7 @@
-"""Errors of a trace file: raised short where they are found, named in full where a user called.
+"""Errors of a trace file.
 
-Code that meets a fault says what it expected, what it found and where in the file. Only the public
-boundary knows which file that was, and adds it.
+Code that finds an error raises a `FormatError`: where in the file, what was expected, what was
+found. The public function that opened the file adds the path and raises a `TraceFileError`.
 """
 
 from __future__ import annotations
@@ -14,88 +14,110 @@ from typing import Any
 
 from grutrace.errors import GrutraceError, TraceFileError
 
-#: What h5py raises when a file, or HDF5's metadata in it, cannot be read.
+#: The errors that h5py raises when it cannot read a file or its metadata.
 H5PY_ERRORS = (
     *(OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError),
-    # More than the machine has: the file can hold as much, or it would have been refused.
+    # A dataset can be larger than the memory of the machine.
     MemoryError,
 )
 
 
-#: What HDF5 says where the system refused, and what the system said.
+#: The kind of file that is expected unless a caller expects another one.
+TRACE = "grutrace trace"
+
+#: HDF5's message for an error of the operating system, with the system's own message.
 _SYSTEM = re.compile(r"errno = \d+, error message = '([^']*)'")
 
-#: What it says where another process has locked the file.
+#: HDF5's message for a file that another process has locked.
 _LOCKED = re.compile(r"unable to lock file, errno = (11|35)\b")
 
-#: What it says of a file that is shorter than it was.
+#: HDF5's message for a truncated file.
 _TRUNCATED = re.compile(r"truncated file: eof = (\d+),.* stored_eof = (\d+)")
 
-#: What it says otherwise, with the cause in brackets.
+#: Any other message of HDF5, with the cause in parentheses.
 _HDF5 = re.compile(r"(?:Unable to|Can't|Couldn't|Unspecified error in) [^(]*\((.*)\)$", re.DOTALL)
 
 
 class FormatError(Exception):
-    """Something in the file is not as docs/format.md has it. Never leaves this package."""
+    """The file differs from the format in docs/format.md. Only used inside this package.
 
-    def __init__(self, place: str, expected: object, found: object) -> None:
-        super().__init__(f"{place}: expected {expected}, found {found}")
+    Args:
+        where: Dataset, group or attribute.
+        expected: The content that the format requires.
+        found: The content of the file.
+    """
+
+    def __init__(self, where: str, expected: object, found: object) -> None:
+        super().__init__(f"{where}: expected {expected}, found {found}")
+
+
+class ForeignFile(FormatError):
+    """The file has another format. Only used inside this package.
+
+    Args:
+        kind: Actual kind of the file, as in "another HDF5 file".
+    """
+
+    def __init__(self, kind: str) -> None:
+        super(FormatError, self).__init__(kind)
 
 
 class UnsupportedVersion(Exception):
-    """The file is of a later major version than this code reads. Never leaves this package."""
+    """The file has a newer major format version than this code reads. Package-internal."""
 
     def __init__(self, found: str, newest: int) -> None:
         super().__init__(
-            f"is of version {found} of the format, and this grutrace reads version {newest}: "
-            "a newer grutrace reads it"
+            f"has format version {found}, but this grutrace reads versions up to {newest}.x: "
+            "upgrade grutrace to read it"
         )
 
 
-def require(holds: Any, place: str, expected: object, found: object) -> None:
+def require(condition: Any, where: str, expected: object, found: object) -> None:
     """Raise a `FormatError` unless the condition holds."""
-    if not holds:
-        raise FormatError(place, expected, found)
+    if not condition:
+        raise FormatError(where, expected, found)
 
 
 @contextmanager
-def translate_read_errors(path: Path, what: str = "trace") -> Iterator[None]:
-    """Turn whatever goes wrong inside into one `TraceFileError` that names the file.
+def translate_read_errors(path: Path, expected: str = TRACE) -> Iterator[None]:
+    """Raise errors of reading as one `TraceFileError` that names the file.
 
     Args:
-        path: Of the file.
-        what: What it should have been.
+        path: Path of the file.
+        expected: Expected kind of file, for the message.
     """
     try:
         yield
     except GrutraceError:
         raise
-    except UnsupportedVersion as newer:
-        raise TraceFileError(f"{path} {newer}") from None
-    except FormatError as fault:
-        raise TraceFileError(f"{path} is damaged or is no {what}: {fault}") from None
+    except UnsupportedVersion as error:
+        raise TraceFileError(f"{path} {error}") from None
+    except ForeignFile as error:
+        raise TraceFileError(f"{path} is not a {expected} (it is {error})") from None
+    except FormatError as error:
+        raise TraceFileError(f"{path} is damaged: {error}") from None
     except H5PY_ERRORS as error:
         raise TraceFileError(f"{path} cannot be read: {short_message(error)}") from error
 
 
 def short_message(error: BaseException) -> str:
-    """What an error of h5py or of the system says, in one line of plain words.
+    """Return the cause of an h5py or system error in one line.
 
-    HDF5 adds where in its code it was, the time and addresses in memory; the system adds the name
-    of the file, which may be a temporary one.
+    The original messages also hold source locations, times and memory addresses of HDF5, and the
+    name of the file, which may be a temporary one.
     """
-    # The text of a KeyError is that of its key, in quotes.
+    # str() of a KeyError adds quotes.
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     if _LOCKED.search(text):
-        return "another program has it open for writing"
+        return "another program has the file open for writing"
     if found := _SYSTEM.search(text):
         return found[1]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if found := _TRUNCATED.search(text):
-        return f"it is cut short: {found[1]} of {found[2]} bytes are there"
+        return f"the file is truncated to {found[1]} of {found[2]} bytes"
     if "embedded NULLs" in text:
-        return "a name in it has a NUL character, which HDF5 cannot store"
+        return "a name contains a NUL character, which HDF5 cannot store"
     if found := _HDF5.match(text):
         return f"HDF5 reports {' '.join(found[1].split())!r}"
     return " ".join(text.split()) or type(error).__name__

@@ -1,6 +1,6 @@
-"""Compressed rows: which filters there are, and the library that brings them.
+"""HDF5 filters for compressed rows, which the package `hdf5plugin` provides.
 
-HDF5 has the filters once `hdf5plugin` is imported, and then looks for them nowhere else.
+HDF5 knows the filters once `hdf5plugin` is imported, and then does not search for plugins.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from grutrace.errors import require_extra
 from grutrace.options import Compression
 from grutrace.records import TraceHeader
 
-#: The filters for rows. Both shuffle bits first: of neighbouring floating-point numbers signs and
-#: exponents agree, and what is left is noise, in which no byte repeats.
+#: The filters for rows. Both shuffle bits first: neighbouring floating-point numbers share signs
+#: and exponents, so their bits compress well when grouped. Mantissa bits look like noise.
 COMPRESSIONS: tuple[str, ...] = get_args(Compression)
 
-#: Level of zstd. Higher ones take a multiple of the time for a few percent.
+#: Level of zstd. Higher levels take several times as long and save a few percent.
 LEVEL = 1
 
-#: Filters that hdf5plugin brings, by the number under which The HDF Group has registered them.
+#: Filters of hdf5plugin, by their number in the registry of The HDF Group.
 PLUGINS = {32008: "bitshuffle", 32015: "zstd", 32026: "blosc2"}
 
 
 def compression_of(header: TraceHeader) -> str | None:
-    """What the rows of a new trace are to be compressed with, by its options."""
+    """Return the compression that the options of a new trace ask for."""
     found = header.options.get("compression")
     return found if found in COMPRESSIONS else None
 
 
 def filter_options(compression: str | None) -> Mapping[str, Any]:
-    """What h5py is to create a dataset with.
+    """Return the keyword arguments for `h5py.Group.create_dataset`.
 
     Raises:
         MissingExtraError: hdf5plugin is not installed.
@@ -47,16 +47,16 @@ def filter_options(compression: str | None) -> Mapping[str, Any]:
 
 
 def is_compressed(dataset: h5py.Dataset) -> bool:
-    """Whether chunks of a dataset are packed; what they are packed with is ready from now on.
+    """Return whether a dataset is compressed, and load the filters that it needs.
 
     Raises:
         MissingExtraError: hdf5plugin is not installed.
     """
-    made = dataset.id.get_create_plist()
-    codes = [made.get_filter(number)[0] for number in range(made.get_nfilters())]
+    properties = dataset.id.get_create_plist()
+    codes = [properties.get_filter(index)[0] for index in range(properties.get_nfilters())]
     for code in codes:
         if code in PLUGINS:
-            load_plugin(f"a trace that is compressed with {PLUGINS[code]}")
+            load_plugin(f"a trace compressed with {PLUGINS[code]}")
     return bool(codes)
 
 
@@ -64,10 +64,10 @@ def load_plugin(what: str) -> Any:
     """Import hdf5plugin.
 
     Args:
-        what: Needs it.
+        what: Feature that needs hdf5plugin, for the message.
 
     Raises:
-        MissingExtraError: It is not installed.
+        MissingExtraError: hdf5plugin is not installed.
     """
     with require_extra(what, "compress"):
         return import_module("hdf5plugin")

@@ -1,14 +1,13 @@
-"""Reading handles that give way to a writer of the same process.
+"""Read handles that a writer of the same process can close, and ways to close a failed file.
 
-HDF5 opens a file once per process, however many handles there are: while any reading handle is
-open, a writer's own close leaves the file open and marked as being written, which other programs
-then refuse. So every reading handle here is lent out for one read at a time, can be taken away
-between two of them, and opens again by itself.
+HDF5 opens a file once per process, for all its handles. While a read handle is open, closing the
+writer leaves the file open and flagged as being written, and other programs refuse to open it.
+So a read handle is acquired for one read at a time. Between two reads it can be closed; the next
+read opens it again.
 
-Closing a file to which nothing more is to be written, whatever HDF5 still holds of it.
-
-HDF5 cannot be told to drop what it holds of a file: it writes that when the file is closed, and
-what it cannot write then it keeps, and the file open, for as long as the process lives.
+HDF5 cannot discard buffered data. It writes the buffer when the file is closed. If that fails,
+HDF5 keeps the file open until the process ends. `discard_writes` and `close_or_quarantine` handle
+such files.
 """
 
 from __future__ import annotations
@@ -35,23 +34,22 @@ from grutrace.storage.hdf5.safe_access import get_member, require_local_data
 from grutrace.storage.hdf5.safe_open import CHUNK_CACHE, has_writer_flag, open_for_reading
 from grutrace.storage.hdf5.superblock import RepairedFile, open_repaired
 
-#: How many times smaller than its rows a packed dataset is at most: chunks of zeros, with an entry
-#: each in the index.
+#: The highest compression ratio of a dataset: chunks of zeros that take only an index entry.
 MAX_COMPRESSION_RATIO = 1 << 14
 
-#: One lock for all handles: HDF5 itself does one thing at a time, so nothing is lost.
+#: One lock for all handles. HDF5 runs one call at a time anyway.
 _lock = threading.RLock()
 
 _handles: weakref.WeakSet[SharedReadHandle] = weakref.WeakSet()
 
-#: By thread, the handles that are noted because they are to be released.
+#: By thread: the handles to release at the end of `release_on_exit`.
 _tracked = threading.local()
 
-#: Files that HDF5 has failed to close. If it opened one by its path, it would read from what it
-#: still holds of it; if one were forgotten, Python would have it closed again.
+#: Files that HDF5 failed to close. Opening such a path again would read the stale buffers of HDF5;
+#: dropping the last reference would close the file again.
 _quarantined: dict[tuple[int, int], list[h5py.File]] = {}
 
-if hasattr(os, "register_at_fork"):  # There is none on Windows.
+if hasattr(os, "register_at_fork"):  # Not available on Windows.
     os.register_at_fork(
         before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release
     )
@@ -59,13 +57,13 @@ if hasattr(os, "register_at_fork"):  # There is none on Windows.
 
 @dataclass
 class _OpenDataset:
-    """An open dataset, and what was found of it.
+    """An open dataset and its checked properties.
 
     Attributes:
-        dataset: It.
-        item: Bytes of an item of it.
-        packed: Whether its items are stored smaller than that.
-        count: How many of them are known to be there.
+        dataset: The dataset.
+        item_bytes: Uncompressed bytes of one item.
+        compressed: Whether the dataset has filters.
+        count: Number of items that are known to be readable.
     """
 
     dataset: h5py.Dataset
@@ -75,10 +73,10 @@ class _OpenDataset:
 
 
 class SharedReadHandle:
-    """An HDF5 file open for reading while it may grow.
+    """An HDF5 file that is open for reading and may still grow.
 
     Args:
-        path: Of a file that is complete, is being written, or whose writer died.
+        path: Path of a file that is complete, being written, or left behind by a dead writer.
     """
 
     def __init__(self, path: Path) -> None:
@@ -94,95 +92,94 @@ class SharedReadHandle:
 
     @contextmanager
     def acquire(self) -> Iterator[h5py.File]:
-        """The open file, which nobody closes meanwhile."""
+        """Return a context with the open file. No other thread closes it before the end."""
         with _lock:
             if self._closed:
-                raise StateError(f"the trace {self._path} is closed")
+                raise StateError(f"the trace {self._path} is closed: open it again")
             if self._file is None:
                 self._open()
             for tracked in getattr(_tracked, "handles", ()):
                 tracked.add(self)
             yield self._file
 
-    def dataset(self, place: str, count: int) -> h5py.Dataset:
-        """A dataset of which the first `count` items can be read. Ask while the file is lent.
+    def dataset(self, path: str, count: int) -> h5py.Dataset:
+        """Return a dataset whose first `count` items can be read. Call while the file is acquired.
 
         Raises:
-            FormatError: It has fewer items, or the file is too small to hold them.
+            FormatError: The dataset has fewer items, or the file is too small to hold them.
         """
-        known = self._datasets.get(place)
-        if known is None:
-            known = self._datasets[place] = self._find(place)
-            if known.dataset.shape and len(known.dataset) < count:
-                # What is in a group was asked before the counts were read, and HDF5 has kept how
-                # long it was then.
-                _refresh(known.dataset)
-        elif count > known.count:
-            # Also where it is long enough already: HDF5 may have cached a chunk of it from before
+        opened = self._datasets.get(path)
+        if opened is None:
+            opened = self._datasets[path] = self._find(path)
+            if opened.dataset.shape and len(opened.dataset) < count:
+                # HDF5 cached the length when the group was listed, before the counts were read.
+                _refresh(opened.dataset)
+        elif count > opened.count:
+            # Needed even if the dataset is long enough: HDF5 may have cached a chunk from before
             # these items were written.
-            _refresh(known.dataset)
-        if count > known.count:
-            self._require_data(known, place, count)
-            known.count = count
-        return known.dataset
+            _refresh(opened.dataset)
+        if count > opened.count:
+            self._require_data(opened, path, count)
+            opened.count = count
+        return opened.dataset
 
-    def dataset_id(self, place: str) -> h5d.DatasetID:
-        """A dataset of which nothing was asked yet: it may be virtual. Ask while the file is lent.
-
-        Raises:
-            FormatError: It is missing, no dataset, or behind a link to elsewhere.
-        """
-        above, _, name = place.rpartition("/")
-        return get_member(self._group(above), name, h5py.Dataset).id
-
-    def scalar(self, place: str, dtype: np.dtype[Any]) -> Array:
-        """The present value of a scalar dataset. Ask while the file is lent.
+    def dataset_id(self, path: str) -> h5d.DatasetID:
+        """Return the id of a dataset that may be virtual. Call while the file is acquired.
 
         Raises:
-            FormatError: It is no scalar, or of another type.
+            FormatError: The object is missing, is not a dataset, or is a link.
         """
-        known = self._datasets.get(place)
-        if known is None:
-            known = self._datasets[place] = self._find(place)
-            found = known.dataset.dtype, known.dataset.shape
-            require(found == (dtype, ()), place, dtype, f"{found[0]} of shape {found[1]}")
+        parent, _, name = path.rpartition("/")
+        return get_member(self._group(parent), name, h5py.Dataset).id
+
+    def scalar(self, path: str, dtype: np.dtype[Any]) -> Array:
+        """Read the current value of a scalar dataset. Call while the file is acquired.
+
+        Raises:
+            FormatError: The dataset is not a scalar of this type.
+        """
+        opened = self._datasets.get(path)
+        if opened is None:
+            opened = self._datasets[path] = self._find(path)
+            found = opened.dataset.dtype, opened.dataset.shape
+            require(found == (dtype, ()), path, dtype, f"{found[0]} of shape {found[1]}")
         else:
-            _refresh(known.dataset)
-        return np.asarray(known.dataset[()])
+            _refresh(opened.dataset)
+        return np.asarray(opened.dataset[()])
 
-    def _find(self, place: str) -> _OpenDataset:
-        above, _, name = place.rpartition("/")
-        dataset = get_member(self._group(above), name, h5py.Dataset)
-        compressed = require_local_data(dataset, place)
+    def _find(self, path: str) -> _OpenDataset:
+        parent, _, name = path.rpartition("/")
+        dataset = get_member(self._group(parent), name, h5py.Dataset)
+        compressed = require_local_data(dataset, path)
         return _OpenDataset(
             dataset, math.prod(dataset.shape[1:]) * dataset.dtype.itemsize, compressed
         )
 
-    def _group(self, place: str) -> h5py.Group:
-        """A group, found once: those of a thousand sites are asked for ten times each."""
-        if place not in self._groups:
-            above, _, name = place.rpartition("/")
-            self._groups[place] = get_member(self._group(above), name, h5py.Group)
-        return self._groups[place]
+    def _group(self, path: str) -> h5py.Group:
+        """Return a group. Cached, because each group of a thousand sites is needed ten times."""
+        if path not in self._groups:
+            parent, _, name = path.rpartition("/")
+            self._groups[path] = get_member(self._group(parent), name, h5py.Group)
+        return self._groups[path]
 
     @property
     def size(self) -> int:
-        """Bytes of the file. Ask while it is lent."""
+        """Size of the file in bytes. Call while the file is acquired."""
         assert self._file is not None
         if self._identity in _quarantined:
-            # It is read through a file of Python's.
+            # Such a file is read through a Python file object.
             return self._path.stat().st_size
         return os.fstat(self._file.id.get_vfd_handle()).st_size
 
-    def _require_data(self, known: _OpenDataset, place: str, count: int) -> None:
-        """Refuse a dataset that is longer than its data, as a file that is no trace can be."""
-        shape = known.dataset.shape
-        require(shape, place, "an array", "a scalar or nothing")
+    def _require_data(self, opened: _OpenDataset, path: str, count: int) -> None:
+        """Refuse a dataset that claims more items than the file can hold."""
+        shape = opened.dataset.shape
+        require(shape, path, "an array", "a scalar or nothing")
         if shape[0] < count:
-            raise FormatError(place, f"at least {count} items", shape[0])
-        size, held = count * known.item_bytes, self.size
-        if size > held * (MAX_COMPRESSION_RATIO if known.compressed else 1):
-            raise FormatError(place, f"{size} bytes of items", f"a file of {held}")
+            raise FormatError(path, f"at least {count} items", shape[0])
+        size, available = count * opened.item_bytes, self.size
+        if size > available * (MAX_COMPRESSION_RATIO if opened.compressed else 1):
+            raise FormatError(path, f"{size} bytes of items", f"a file of {available}")
 
     def release(self) -> None:
         """Close the file until the next read."""
@@ -194,14 +191,14 @@ class SharedReadHandle:
                 try:
                     file.close()
                 except (OSError, RuntimeError):
-                    # What could not be written is a writer's of this process, which is told so.
+                    # The unwritten data belong to a writer of this process, which gets the error.
                     assert self._identity is not None
                     quarantine(file, self._identity)
 
     def reopen_if_replaced(self) -> None:
-        """Open the file anew if a writer has put a copy of it in its place.
+        """Open the path again if a writer has replaced the file by a copy of the same trace.
 
-        If it is another one by now, or gone, the one that is open is read on.
+        If the path now holds a different trace or no file, keep reading the open file.
         """
         with _lock:
             if self._file is None:
@@ -225,11 +222,15 @@ class SharedReadHandle:
             self._closed = True
 
     def yield_to(self, path: Path, *, flagged: bool) -> None:
-        """Close the file if another handle is about to open it, and one of both follows a writer.
+        """Close the file if another handle is about to open it and either handle follows a writer.
 
-        HDF5 opens it once for both. Where a writer of another process adds to it, each would see
-        what the other has cached; and (HDF5 2.0) if one refreshes a dataset that both have open,
-        both read wrong values from then on.
+        HDF5 opens the file once for both handles. If another process writes to it, each handle
+        would see the cache of the other. In HDF5 2.0, if one handle refreshes a dataset that both
+        have open, both read wrong values afterwards.
+
+        Args:
+            path: The path that is about to be opened.
+            flagged: Whether the file at the path has the flag of a writer.
         """
         if self._file is None or _is_writable(self._file):
             return
@@ -240,7 +241,7 @@ class SharedReadHandle:
             self.release()
 
     def is_same_file(self, identity: tuple[int, int]) -> bool:
-        """Whether the file is the one of this device and inode."""
+        """Return whether the file has this device and inode."""
         return self._identity == identity
 
     def _open(self) -> None:
@@ -255,28 +256,28 @@ class SharedReadHandle:
             file = open_for_reading(self._path)
             identity = file_identity(file)
         created = _read_created(file)
-        # A writer puts a copy in the place of a small file; and the number of a file that is gone
-        # may be that of the next.
+        # A writer replaces a small file by a copy with another inode, and the inode of a deleted
+        # file may be used again. So compare the time when the trace began.
         if self._identity is not None and (
             created != self._created or (created is None and identity != self._identity)
         ):
             file.close()
-            raise TraceFileError(f"{self._path} is another file by now; open it anew")
+            raise TraceFileError(f"{self._path} was replaced by another file; open the path again")
         self._file, self._identity, self._created = file, identity, created
         self._groups[""] = file
 
 
 def file_identity(file: h5py.File) -> tuple[int, int]:
-    """Device and inode of an open file, which stay when its path changes."""
+    """Return device and inode of an open file. They stay the same when the file is renamed."""
     status = os.fstat(file.id.get_vfd_handle())
     return status.st_dev, status.st_ino
 
 
 @contextmanager
 def release_on_exit() -> Iterator[None]:
-    """Close, in the end, the files that this thread reads from inside, until they are read again.
+    """Close at the end all files that this thread reads inside. The next read opens them again.
 
-    For a process that goes on for long: HDF5 locks an open file, and no run can append to it.
+    For long-running processes: HDF5 locks an open file, so no other process could append to it.
     """
     tracked: set[SharedReadHandle] = set()
     outer = getattr(_tracked, "handles", ())
@@ -291,14 +292,14 @@ def release_on_exit() -> Iterator[None]:
 
 @contextmanager
 def lock_readers() -> Iterator[None]:
-    """Let none of this process's handles be read from meanwhile."""
+    """Block all reads of this process until the end of the context."""
     with _lock:
         yield
 
 
 @contextmanager
 def close_readers(identity: tuple[int, int]) -> Iterator[None]:
-    """Close this process's reading handles of a file, and let none open meanwhile."""
+    """Close all read handles of a file in this process, and block new ones inside the context."""
     with _lock:
         for handle in list(_handles):
             if handle.is_same_file(identity):
@@ -307,12 +308,12 @@ def close_readers(identity: tuple[int, int]) -> Iterator[None]:
 
 
 def quarantine(file: h5py.File, identity: tuple[int, int]) -> None:
-    """Never touch this file again, nor have HDF5 open it by its path: it has failed to close it."""
+    """Keep a file that HDF5 failed to close, so that it is never closed or opened by path again."""
     _quarantined[identity] = [*_quarantined.get(identity, ()), file]
 
 
 def _read_created(file: h5py.File) -> float | None:
-    """When the trace began; None if that is not where it should be, which others will say."""
+    """Return when the trace began; None if the attribute is missing or damaged."""
     name = "created"
     if name not in file.attrs:
         return None
@@ -322,27 +323,27 @@ def _read_created(file: h5py.File) -> float | None:
 
 
 def _is_writable(file: h5py.File) -> bool:
-    """Whether this process writes the file, and so sees in it whatever it has written."""
+    """Return whether this process writes the file, and so sees its own writes at once."""
     return bool(file.id.get_intent() & h5py.h5f.ACC_RDWR)
 
 
 def _is_swmr_reader(file: h5py.File) -> bool:
-    """Whether another process may write the file."""
+    """Return whether the file is open for SWMR reading: another process may write it."""
     return not _is_writable(file) and bool(file.id.get_intent() & h5py.h5f.ACC_SWMR_READ)
 
 
 def _refresh(dataset: h5py.Dataset) -> None:
-    """See what another process has written since."""
+    """Update the cached state of a dataset that another process may have extended."""
     if _is_swmr_reader(dataset.file):
         dataset.refresh()
 
 
 def close_or_quarantine(file: h5py.File, identity: tuple[int, int]) -> None:
-    """Close a file that leads nowhere.
+    """Close a file after `discard_writes`; quarantine it if HDF5 cannot close it.
 
     Args:
         file: The file.
-        identity: Its device and inode.
+        identity: Device and inode of the file.
     """
     try:
         file.close()
@@ -351,23 +352,26 @@ def close_or_quarantine(file: h5py.File, identity: tuple[int, int]) -> None:
 
 
 def discard_writes(descriptor: int, identity: tuple[int, int]) -> None:
-    """Let what HDF5 writes to a file from now on be forgotten.
+    """Discard further HDF5 writes to a file.
+
+    The descriptor is redirected to a memory file. If it no longer belongs to the file, nothing
+    happens.
 
     Args:
-        descriptor: HDF5's own.
+        descriptor: The file descriptor that HDF5 uses.
         identity: Device and inode of the file.
     """
     with contextlib.suppress(OSError):
         status = os.fstat(descriptor)
         if (status.st_dev, status.st_ino) == identity:
-            nowhere = _open_null()
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)
+            null = _open_null()
+            os.dup2(null, descriptor)
+            os.close(null)
 
 
 def _open_null() -> int:
-    """A descriptor to which a whole file can be written, and be forgotten."""
+    """Open a descriptor whose writes are discarded."""
     if hasattr(os, "memfd_create"):
-        # Unlike the null device, it can be truncated, which HDF5 does when it closes a file.
+        # HDF5 truncates a file when it closes it. The null device does not allow that.
         return os.memfd_create("grutrace")
     return os.open(os.devnull, os.O_RDWR)

@@ -1,7 +1,7 @@
-"""Which process writes to a file: told by a shared flock() that a writer holds on it.
+"""Detect whether another process writes to a file: a writer holds a shared flock() on it.
 
-HDF5 takes its own lock off once a file is open for SWMR writing, since readers may come then. A
-shared lock does not keep them out, and whoever asks for an exclusive one is told that it is there.
+HDF5 releases its own lock once a file is open for SWMR writing, because readers may open it then.
+A shared lock admits readers, but an attempt to take an exclusive lock fails.
 """
 
 from __future__ import annotations
@@ -17,71 +17,72 @@ from typing import Self
 fcntl: ModuleType | None
 try:
     import fcntl
-except ImportError:  # There is none on Windows.
+except ImportError:  # Not available on Windows.
     fcntl = None
 
-#: What flock() fails with where the file system has no locks. 524 is Linux's own ENOTSUPP, which
-#: some network file systems pass on.
+#: Error numbers of flock() on a file system without locks. 524 is Linux's internal ENOTSUPP, which
+#: some network file systems return.
 NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, 524})
 
-#: A reader that opens the file holds a lock for a moment: so a lock counts only if it is still
-#: there after so many tries, with so long between them. Seconds.
+#: A reader holds a lock for a moment while it opens the file. So a lock counts only if it is still
+#: held after this many tries, with this pause between them, in seconds.
 TRIES, PAUSE = 5, 0.02
 
 
 class HeldFile:
-    """A file kept open and locked, so that others see that it is written and its inode stays.
+    """A file kept open and locked: other processes see its writer, and its inode stays in use.
 
     Args:
-        path: Of a file that exists.
+        path: Path of an existing file.
 
     Raises:
-        OSError: It cannot be opened.
+        OSError: The file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
         self._status = path.stat()
         self._descriptor: int | None = None
         if fcntl is None:
-            # On Windows nobody could rename or replace a file that is open.
+            # Windows does not rename or replace an open file.
             return
-        # Not HDF5's own descriptor: that one would be inherited by other programs.
+        # A new descriptor: child processes would inherit the one of HDF5.
         self._descriptor = os.open(path, os.O_RDONLY)
         self._status = os.fstat(self._descriptor)
-        # Without locks there is still the inode.
+        # On a file system without locks, only the inode is kept.
         with contextlib.suppress(OSError):
             fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     @classmethod
     def of(cls, path: Path) -> Self | None:
-        """The file at a path; None if it cannot be opened."""
+        """Hold the file at a path. Return None if it cannot be opened."""
         try:
             return cls(path)
         except OSError:
             return None
 
     def is_at(self, path: Path) -> bool:
-        """Whether this is the file at a path.
+        """Return whether this file is the one at a path.
 
         Raises:
-            OSError: It cannot be told; a FileNotFoundError if there is no file.
+            FileNotFoundError: No file exists at the path.
+            OSError: The path cannot be examined.
         """
         held = self._status if self._descriptor is None else os.fstat(self._descriptor)
         return os.path.samestat(path.stat(), held)
 
     def close(self) -> None:
-        """Let go of the file. Closing twice does nothing."""
+        """Close the file. Closing twice does nothing."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
-            # Not unlocked: a forked child has the same lock as its parent.
+            # Do not unlock: a forked child shares the lock with its parent.
             os.close(descriptor)
 
 
 def is_locked(path: Path) -> bool | None:
-    """Whether another process, or another descriptor of this one, holds a lock on a file.
+    """Return whether another process or another descriptor of this one holds a lock on a file.
 
     Returns:
-        None where that cannot be known: the file system has no locks, or Python no flock().
+        None if unknown: the file system has no locks, or the platform has no flock().
     """
     if fcntl is None:
         return None
@@ -107,7 +108,7 @@ def is_locked(path: Path) -> bool | None:
 
 def _open(path: Path) -> int:
     try:
-        # Over NFS an exclusive lock needs a file that is open for writing.
+        # NFS grants an exclusive lock only on a file that is open for writing.
         return os.open(path, os.O_RDWR)
     except OSError:
         return os.open(path, os.O_RDONLY)

@@ -1,8 +1,8 @@
-"""What is in the groups of a file that nobody vouches for, found without leaving the file.
+"""Look up groups and datasets of an untrusted file without leaving the file.
 
-h5py's own ways to ask follow a link out of the file, or into a pipe, to see whether something is
-there; and the shape of a virtual dataset is asked of the files that it is made of. Here nothing is
-asked of an object before it is known to be in the file itself.
+h5py follows a link out of the file, or into a pipe, just to see whether an object exists. It also
+opens the source files of a virtual dataset to find its shape. The functions here first make sure
+that an object is in the file itself.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from h5py import h5d, h5g, h5l, h5o, h5t
 from grutrace.storage.hdf5.errors import FormatError, require
 from grutrace.storage.hdf5.filters import PLUGINS
 
-#: What may be between a dataset and its bytes. HDF5 would look for any other in the folders that
-#: the environment names, and run it. Those up to fletcher32 are HDF5's own, lzf is h5py's, and the
-#: last three are of the hdf5plugin package.
+#: The allowed filters. HDF5 would search the plugin folders of the environment for any other filter
+#: and run it. Filters up to fletcher32 are built into HDF5, lzf comes with h5py, and the others
+#: come with hdf5plugin.
 FILTERS = {
     1: "gzip",
     2: "shuffle",
@@ -27,8 +27,8 @@ FILTERS = {
     **PLUGINS,
 }
 
-#: The largest chunk that is read: HDF5 brings all of a packed one into memory. Ours have 1 MiB at
-#: most; other programs that copy files make larger ones. Bytes.
+#: The largest chunk that is read, in bytes: HDF5 reads a compressed chunk into memory as a whole.
+#: grutrace writes chunks of up to 1 MiB; programs that copy files may write larger ones.
 MAX_CHUNK_BYTES = 64 * 1024 * 1024
 
 _KINDS = {h5g.GroupID: h5py.Group, h5d.DatasetID: h5py.Dataset, h5t.TypeID: h5py.Datatype}
@@ -43,17 +43,22 @@ _LINK_NAMES = {
 
 
 def has_member(group: h5py.Group, name: str) -> bool:
-    """Whether a group has a link of this name, wherever it leads."""
+    """Return whether a group has a link of this name, of any kind."""
     return _is_single_name(name) and bool(group.id.links.exists(_encode(name)))
 
 
 def get_member(group: h5py.Group, name: str, kind: type) -> Any:
-    """The group or dataset of this name, never followed out of the file.
+    """Return the group or dataset of this name. Never follow a link.
 
-    Of a dataset, ask for nothing but its type before `require_own_data`.
+    Before `require_local_data`, read nothing of a dataset but its type.
+
+    Args:
+        group: The parent group.
+        name: Name of the member, without slashes.
+        kind: `h5py.Group` or `h5py.Dataset`.
 
     Raises:
-        FormatError: It is missing, is of the other kind, or is a link to somewhere else.
+        FormatError: The member is missing, has another kind, or is a soft or external link.
     """
     found = _open_member(group, name, _KIND_NAMES[kind])
     if not isinstance(found, kind):
@@ -63,70 +68,72 @@ def get_member(group: h5py.Group, name: str, kind: type) -> Any:
     return found
 
 
-def get_dataset(file: h5py.File, place: str) -> h5py.Dataset:
-    """The dataset in this place, whose data are in the file itself.
+def get_dataset(file: h5py.File, path: str) -> h5py.Dataset:
+    """Return the dataset at a path inside the file. Its data are in the file itself.
 
     Raises:
-        FormatError: It is missing, or somewhere else.
+        FormatError: The dataset is missing, or its data are in another file.
     """
-    *groups, name = place.split("/")
+    *groups, name = path.split("/")
     group = file
     for part in groups:
         group = get_member(group, part, h5py.Group)
     dataset = get_member(group, name, h5py.Dataset)
-    require_local_data(dataset, place)
+    require_local_data(dataset, path)
     return dataset
 
 
 def is_dataset(group: h5py.Group, name: str) -> bool:
-    """Whether what has this name is a dataset. Of a link to elsewhere nobody asks.
+    """Return whether a member is a dataset. False for a soft or external link.
 
     Raises:
-        FormatError: There is no such name.
+        FormatError: The group has no such member.
     """
     if not _is_single_name(name) or _link(group, name) != h5l.TYPE_HARD:
         return False
     return isinstance(_open_member(group, name, "something"), h5py.Dataset)
 
 
-def require_local_data(dataset: h5py.Dataset, place: str) -> bool:
-    """Refuse a dataset whose data are not in the file as they are, or packed as we know.
+def require_local_data(dataset: h5py.Dataset, path: str) -> bool:
+    """Refuse a dataset whose data are in another file or use an unknown filter.
 
     Returns:
-        Whether they are packed.
+        Whether the dataset has filters.
 
     Raises:
-        FormatError: The message says how it is stored.
+        FormatError: The data are virtual, external, in too large chunks, or behind another filter.
     """
-    made = dataset.id.get_create_plist()
-    layout = made.get_layout()
-    require(layout != h5d.VIRTUAL, place, "its own data", "a virtual dataset")
-    require(not made.get_external_count(), place, "its own data", "data in another file")
-    filters = made.get_nfilters()
+    properties = dataset.id.get_create_plist()
+    layout = properties.get_layout()
+    require(layout != h5d.VIRTUAL, path, "its own data", "a virtual dataset")
+    require(not properties.get_external_count(), path, "its own data", "data in another file")
+    filters = properties.get_nfilters()
     for number in range(filters):
-        code = made.get_filter(number)[0]
-        require(code in FILTERS, place, f"no filter but {', '.join(FILTERS.values())}", code)
+        code = properties.get_filter(number)[0]
+        require(code in FILTERS, path, f"one of the filters {', '.join(FILTERS.values())}", code)
     if layout == h5d.CHUNKED:
-        size = math.prod(made.get_chunk()) * dataset.id.get_type().get_size()
-        require(size <= MAX_CHUNK_BYTES, place, f"chunks of {MAX_CHUNK_BYTES} bytes at most", size)
+        size = math.prod(properties.get_chunk()) * dataset.id.get_type().get_size()
+        require(size <= MAX_CHUNK_BYTES, path, f"chunks of {MAX_CHUNK_BYTES} bytes at most", size)
     return bool(filters)
 
 
 def _open_member(group: h5py.Group, name: str, expected: str) -> Any:
-    # Each of a thousand sites has a dozen datasets: what is said of one is worked out if it is.
+    # A thousand sites have a dozen datasets each, so messages are built only for errors.
     if not _is_single_name(name):
-        # One with a slash would be a path, and may lead through a link.
-        raise FormatError(_member_path(group, name), "a name", "a path")
+        # A name with a slash is a path, which may pass through a link.
+        raise FormatError(_member_path(group, name), "a name without slashes", "a path")
     if not group.id.links.exists(_encode(name)):
         raise FormatError(_member_path(group, name), expected, "nothing")
     link = _link(group, name)
     if link != h5l.TYPE_HARD:
         raise FormatError(
-            _member_path(group, name), "no link to elsewhere", _LINK_NAMES.get(link, "another link")
+            _member_path(group, name),
+            "no soft or external link",
+            _LINK_NAMES.get(link, "another link"),
         )
     found = h5o.open(group.id, _encode(name))
-    made = _KINDS.get(type(found))
-    return made(found) if made else found
+    wrapper = _KINDS.get(type(found))
+    return wrapper(found) if wrapper else found
 
 
 def _member_path(group: h5py.Group, name: str) -> str:

@@ -1,6 +1,6 @@
-"""Opening an HDF5 file for reading that nobody vouches for: never a device, and never for ever.
+"""Open an untrusted HDF5 file for reading, without blocking on a device or a damaged file.
 
-What a file is that is no HDF5 file, from how it begins: so that an error can say it.
+`sniff_format` names the kind of a file that is not HDF5, for error messages.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from h5py import h5f, h5p
 from h5py._objects import phil
 
 from grutrace.errors import TraceFileError
+from grutrace.storage.hdf5.errors import TRACE
 from grutrace.storage.hdf5.locks import NO_LOCKS
 
-#: How HDF5 files begin.
+#: The first bytes of an HDF5 file.
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
-#: What is read of a file to tell. Bytes.
+#: Bytes that are read from the beginning of a file to identify it.
 HEAD_BYTES = 4096
 
-#: HDF5 looks for its signature at 0, and at these and so on if there is none. Bytes.
+#: Further offsets, in bytes, at which HDF5 searches for its signature after a user block.
 _USER_BLOCKS = (512, 1024, 2048)
 
 _MAGIC_BYTES = {
@@ -47,88 +48,89 @@ _MAGIC_BYTES = {
 
 
 def sniff_format(head: bytes) -> str:
-    """What a file is whose first bytes, up to `HEAD`, are these, and are not HDF5's."""
+    """Return the kind of a file that is not HDF5, as in "a gzip file".
+
+    Args:
+        head: First bytes of the file, at most `HEAD_BYTES`.
+    """
     if not head:
         return "an empty file"
-    if any(head.startswith(SIGNATURE, place) for place in _USER_BLOCKS):
-        return "an HDF5 file behind a block of something else"
+    if any(head.startswith(SIGNATURE, offset) for offset in _USER_BLOCKS):
+        return "an HDF5 file with a user block"
     if head.startswith(b"PK\x03\x04"):
         if b"data.pkl" in head[:512]:
             return "a PyTorch checkpoint"
-        return "NumPy arrays (.npz)" if b".npy" in head[:512] else "a zip file"
+        return "a NumPy archive (.npz)" if b".npy" in head[:512] else "a zip file"
     for beginning, kind in _MAGIC_BYTES.items():
         if head.startswith(beginning):
             return kind
     if not any(head):
-        return "zeros"
-    return "text" if _is_text(head) else "something else"
+        return "a file of zeros"
+    return "a text file" if _is_text(head) else "an unknown kind of file"
 
 
 def _is_text(head: bytes) -> bool:
     try:
-        # The last character may have been cut.
+        # The last character may be cut off.
         text = head.decode("utf-8", "ignore" if len(head) == HEAD_BYTES else "strict")
     except UnicodeDecodeError:
         return False
     return all(character.isprintable() or character.isspace() for character in text)
 
 
-#: Memory in which HDF5 keeps the chunks of one dataset that were read last: four of rows. Bytes.
+#: HDF5's chunk cache of one dataset, in bytes: four chunks of rows.
 CHUNK_CACHE = 1024 * 1024
 
-#: Places in the table of those chunks, a prime. HDF5 2.0 has 8191, which is 64 KiB for each dataset
-#: that is open, and shards have thousands.
+#: Slots in the hash table of that cache, a prime. The 8191 slots of HDF5 2.0 would take 64 KiB for
+#: each open dataset, and shards have thousands.
 CHUNK_CACHE_SLOTS = 101
 
-#: How often HDF5 reads a piece of its metadata that does not match its checksum, since a writer may
-#: be putting it down. It waits for a nanosecond, then for two, then four; left alone, it tries 100
-#: times. These are an eighth of a second together.
+#: How often HDF5 reads metadata whose checksum does not match, because a writer may be writing it.
+#: The wait doubles from one nanosecond, so this takes an eighth of a second. The default of HDF5
+#: is 100 tries.
 READ_ATTEMPTS = 27
 
-#: By this variable users tell HDF5 whether to lock files.
+#: The environment variable that tells HDF5 whether to lock files.
 _LOCKING = "HDF5_USE_FILE_LOCKING"
 
-#: The two flags in HDF5's superblock of which a writer sets one.
+#: The two writer flags in the superblock of HDF5. A writer sets one of them.
 _WRITER_FLAGS = 0b101
 
 
-def open_for_reading(path: Path, what: str = "trace") -> h5py.File:
-    """Open a file; for SWMR only where a writer has marked it.
+def open_for_reading(path: Path, expected: str = TRACE) -> h5py.File:
+    """Open a file, in SWMR mode only if it has the flag of a writer.
 
     Args:
-        path: Of the file.
-        what: What it should be.
+        path: Path of the file.
+        expected: Expected kind of file, for the message.
 
     Raises:
-        TraceFileError: It is not there, or is no HDF5 file.
-        OSError: HDF5 cannot open it.
+        TraceFileError: The file does not exist or is not an HDF5 file.
+        OSError: HDF5 cannot open the file.
     """
     head = _read_head(path)
     if not head.startswith(SIGNATURE):
-        raise TraceFileError(
-            f"{path} is no {what}: expected an HDF5 file that grutrace wrote, found "
-            f"{sniff_format(head)}"
-        )
+        raise TraceFileError(f"{path} is not a {expected} (it is {sniff_format(head)})")
     flags = h5f.ACC_RDONLY
-    # In a damaged file SWMR reading waits that a writer puts the damage right: so it is for those
-    # files only that may have one.
+    # A SWMR reader of a damaged file waits for the writer to finish its write. So use SWMR only if
+    # there may be a writer.
     if _flag_is_set(head):
         flags |= h5f.ACC_SWMR_READ
     return h5py.File(open_locked(path, flags, _access_properties()))
 
 
 def open_locked(path: Path, flags: int, access: h5p.PropFAID) -> h5f.FileID:
-    """Have HDF5 open a file, and lock it where the file system has locks.
+    """Open a file in HDF5, and lock it if the file system has locks.
 
     Raises:
-        OSError: It cannot be opened.
+        OSError: HDF5 cannot open the file.
     """
-    # Best effort: but of all that a file system without locks may say, HDF5 lets only ENOSYS pass.
+    # "Best effort" locking of HDF5 ignores ENOSYS only; file systems report other errors, too.
     access.set_file_locking(True, True)
     try:
         return h5f.open(os.fsencode(path), flags, fapl=access)
     except OSError as error:
-        # What this process has open without locks, HDF5 opens again only without.
+        # HDF5 opens a file that this process has open without locks only without locks.
         if not _has_no_locks(error) and "locking flag values don't match" not in str(error):
             raise
     access.set_file_locking(False, True)
@@ -137,10 +139,10 @@ def open_locked(path: Path, flags: int, access: h5p.PropFAID) -> h5f.FileID:
     except OSError as error:
         if not _has_no_locks(error):
             raise
-        # The variable counts more than what is asked for here.
+        # The environment variable overrides the access properties.
         raise OSError(
-            f"its file system has no locks, and the environment asks HDF5 for them: set "
-            f"{_LOCKING}=FALSE (found {os.environ.get(_LOCKING)})"
+            f"the file system does not support locks, but {_LOCKING}="
+            f"{os.environ.get(_LOCKING)} requires them: set {_LOCKING}=FALSE"
         ) from error
 
 
@@ -150,25 +152,25 @@ def _has_no_locks(error: OSError) -> bool:
 
 
 def has_writer_flag(path: Path) -> bool:
-    """Whether a writer has the file open, or died.
+    """Return whether a file has the flag of a writer, which may have died since.
 
     Raises:
-        TraceFileError: It is not there.
+        TraceFileError: The file does not exist.
     """
     return _flag_is_set(_read_head(path))
 
 
 def _flag_is_set(head: bytes) -> bool:
-    # From HDF5's superblock, version 2 or 3.
+    # Byte 8 is the version of the superblock (2 or 3), byte 11 the flags.
     return len(head) >= 12 and head[8] >= 2 and bool(head[11] & _WRITER_FLAGS)
 
 
 @contextmanager
 def disable_plugins() -> Iterator[None]:
-    """Have HDF5 load no filter from the folders that the environment names, in this process.
+    """Stop HDF5 from loading filter plugins in this process, inside the context.
 
-    For a process that does nothing but read a file: the names in a group can be packed, too, which
-    cannot be seen before they are read.
+    For a process that only reads a file. The names in a group can be compressed, too, and HDF5
+    gives no way to see that before it reads them.
     """
     before = ctypes.c_uint(0)
     with contextlib.suppress(OSError, AttributeError), phil:
@@ -183,17 +185,17 @@ def disable_plugins() -> Iterator[None]:
 
 @cache
 def _hdf5() -> ctypes.PyDLL:
-    """HDF5 itself, for what h5py does not pass on. It is found among what a module of h5py needs.
+    """Load the HDF5 library that h5py uses, for functions that h5py does not wrap.
 
     Raises:
-        OSError: It cannot be reached here.
+        OSError: The library cannot be loaded.
     """
     return ctypes.PyDLL(h5p.__file__)
 
 
 def _read_head(path: Path) -> bytes:
     if not path.is_file():
-        # Opening a pipe would wait for whoever writes to it, and a device may have no end.
+        # Opening a pipe would wait for its writer, and a device may be endless.
         raise TraceFileError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     with path.open("rb") as file:
         return file.read(HEAD_BYTES)
@@ -204,7 +206,7 @@ def _access_properties() -> h5p.PropFAID:
     metadata, _, _, preference = access.get_cache()
     access.set_cache(metadata, CHUNK_CACHE_SLOTS, CHUNK_CACHE, preference)
     access.set_libver_bounds(h5f.LIBVER_V110, h5f.LIBVER_V110)
-    # Where HDF5 cannot be reached, it waits for as long as it does.
+    # If the library cannot be loaded, HDF5 keeps its default number of tries.
     with contextlib.suppress(OSError, AttributeError), phil:
         number = ctypes.c_int64(access.id)
         _hdf5().H5Pset_metadata_read_attempts(number, ctypes.c_uint(READ_ATTEMPTS))

@@ -1,13 +1,13 @@
-"""The bytes of an HDF5 file as if its writer had closed it, without a change to the file.
+"""Read an HDF5 file as if its writer had closed it, without changing the file.
 
-A writer that dies leaves a mark in the superblock: whoever opens the file must expect it to change,
-and waits where something in it is not right. Without the mark, HDF5 reads what there is and says at
-once what is wrong. Where the file was cut short, it is given zeros for what is missing: all of its
-own structures bear checksums, and rows can be asked where they lie.
+A dead writer leaves its flag in the superblock. HDF5 then expects the file to change, and waits
+when it finds an error. `RepairedFile` hides the flag, so that HDF5 reports errors at once. If the
+file is truncated, it reads zeros after its end. The checksums of HDF5's own structures detect
+such zeros, and the offset of each chunk of rows is known.
 
-Where the power was lost, a structure may be half as it was and half as it was to become: its pages
-went to the disk one by one. Of what only grows, as a dataset's length and the list of its chunks,
-both halves are right, and only the checksum is not. It can be mended.
+After a loss of power, a structure may be half old and half new, because the disk writes single
+pages. In a structure that only grows, as the length of a dataset or the list of its chunks, both
+halves are valid and only the checksum is wrong. `RepairedFile` can correct it.
 
 The structures are described in sections II.A, III.C, IV.A.1.b and IV.A.2.l of HDF5's file format
 specification, version 3.0.
@@ -24,50 +24,50 @@ import numpy as np
 
 from grutrace.storage.hdf5.errors import require
 
-#: How HDF5 files begin.
+#: The first bytes of an HDF5 file.
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 #: Bytes of a superblock of version 2 or 3, with addresses of 8 bytes; its last 4 are a checksum.
 _SUPERBLOCK_BYTES = 48
 _VERSIONS = (2, 3)
 
-#: Structures of one dataset that change as it grows, of which HDF5 reads each by itself and whole,
-#: and that end with their checksum: pieces of an object header, and of an extensible array.
+#: Signatures of the structures that change when a dataset grows: blocks of an object header and of
+#: an extensible array. HDF5 reads each as a whole, and each ends with its checksum.
 _GROWING_STRUCTURES = (b"OCHK", b"EAHD", b"EAIB", b"EASB", b"EADB")
 
-#: A page of such an array has no name: 1024 addresses and a checksum. Bytes.
+#: Bytes of a page of such an array, which has no signature: 1024 addresses and a checksum.
 _PAGE_BYTES = 1024 * 8 + 4
 
-#: The address of a chunk that is not there.
+#: The address of a chunk that was never written.
 _UNDEFINED_ADDRESS = 2**64 - 1
 
-#: A collection of values of attributes begins so.
+#: Signature of a global heap, which holds values of attributes.
 _GLOBAL_HEAP = b"GCOL"
 
-#: An object header begins so.
+#: Signature and version of an object header.
 _OBJECT_HEADER = b"OHDR\2"
 
-#: Places in it: its version, the flags of writers, and the address where the file ends.
+#: Offsets in the superblock: version, writer flags, and end-of-file address.
 _VERSION = 8
 _FLAGS = 11
 _END_OF_FILE = slice(28, 36)
 
 
 class RepairedFile(io.RawIOBase):
-    """A file to be read by ``h5py.File``.
+    """A read-only file object for `h5py.File`, without the writer flag.
 
     Args:
-        path: Of a file that nobody writes to.
-        mend: Whether checksums of structures that were growing are made to fit.
+        path: Path of a file that no process writes to.
+        repair: Whether to correct the checksums of half-written structures.
 
     Attributes:
-        mended: Addresses of the structures whose checksums did not fit.
-        size: Bytes that there are.
-        full_size: Bytes that there should be: more, if the file was cut short.
+        repaired: Addresses of the structures whose checksums were corrected.
+        size: Bytes of the file.
+        full_size: Bytes that the superblock expects; more than `size` if the file is truncated.
 
     Raises:
-        OSError: It cannot be opened.
-        FormatError: Its superblock is damaged, or of a kind that grutrace does not write.
+        OSError: The file cannot be opened.
+        FormatError: The superblock is damaged, or has a version that grutrace does not write.
     """
 
     def __init__(self, path: Path, *, repair: bool = False) -> None:
@@ -97,31 +97,31 @@ class RepairedFile(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        """Return where the next read begins."""
+        """Return the offset of the next read."""
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Have the next read begin elsewhere."""
+        """Set the offset of the next read."""
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.full_size}[whence]
         self._position = start + offset
         return self._position
 
     def readinto(self, buffer: object) -> int:
-        """Fill a buffer, with zeros behind the end of the file.
+        """Fill a buffer, with zeros after the end of the file.
 
         Raises:
-            OSError: There is nothing of what was asked for, or it cannot be read.
+            OSError: The read starts after the end of the file, or fails.
         """
         view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
         start, done = self._position, 0
         if start >= self.size:
-            raise OSError(f"byte {start} of {self.size} bytes was asked for")
+            raise OSError(f"read at byte {start} of a file of {self.size} bytes")
         while done < len(view):
             read = self._read(view[done:], start + done)
             if not read:
                 if bytes(view[:4]) == _GLOBAL_HEAP:
-                    # In one that ends with zeros, HDF5 2.0 looks for the next object for ever.
-                    raise OSError(f"byte {start + done} of {self.size} bytes was asked for")
+                    # HDF5 2.0 loops forever in a global heap that ends with zeros.
+                    raise OSError(f"read at byte {start + done} of a file of {self.size} bytes")
                 view[done:] = bytes(len(view) - done)
                 break
             done += read
@@ -136,55 +136,55 @@ class RepairedFile(io.RawIOBase):
     def _read(self, view: memoryview, start: int) -> int:
         if hasattr(os, "preadv"):
             return os.preadv(self._file.fileno(), [view], start)
-        # There is none on Windows.
+        # Windows has no preadv().
         self._file.seek(start)
         return self._file.readinto(view)
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._file.close()
         super().close()
 
 
 def open_repaired(file: RepairedFile, cache: int) -> h5py.File:
-    """The file, open for reading.
+    """Open a repaired file for reading.
 
     Args:
-        file: Stays open for as long as it is read.
-        cache: Bytes of the chunks that HDF5 keeps of a dataset.
+        file: The file, which must stay open while it is read.
+        cache: Bytes of HDF5's chunk cache for each dataset.
     """
     return h5py.File(file, "r", rdcc_nbytes=cache)
 
 
 def _check_superblock(head: bytearray) -> None:
-    place = "superblock"
-    require(head.startswith(SIGNATURE), place, "that of an HDF5 file", "none")
-    require(len(head) == _SUPERBLOCK_BYTES, place, f"{_SUPERBLOCK_BYTES} bytes", len(head))
-    require(head[8] in _VERSIONS, place, f"version {' or '.join(map(str, _VERSIONS))}", head[8])
-    require(head[9] == head[10] == 8, place, "addresses of 8 bytes", f"of {head[9]}")
-    found = int.from_bytes(head[-4:], "little")
-    require(checksum(bytes(head[:-4])) == found, place, "one that fits its checksum", "another")
+    where = "superblock"
+    require(head.startswith(SIGNATURE), where, "the signature of HDF5", "other bytes")
+    require(len(head) == _SUPERBLOCK_BYTES, where, f"{_SUPERBLOCK_BYTES} bytes", len(head))
+    require(head[8] in _VERSIONS, where, f"version {' or '.join(map(str, _VERSIONS))}", head[8])
+    require(head[9] == head[10] == 8, where, "addresses of 8 bytes", f"of {head[9]}")
+    stored = int.from_bytes(head[-4:], "little")
+    require(checksum(bytes(head[:-4])) == stored, where, "a matching checksum", "a wrong one")
 
 
 def _repair(view: memoryview, full_size: int) -> bool:
-    """Make the checksum of what begins here fit, if it is a structure that was growing."""
+    """Correct the checksum of a structure that grows. Return whether it was wrong."""
     end = len(view)
     if view[:5] == _OBJECT_HEADER:
         end = _header_size(view)
     elif view[:4] not in _GROWING_STRUCTURES and not _is_page(view, full_size):
         return False
     if not 8 <= end <= len(view):
-        # HDF5 has not asked for all of it yet.
+        # HDF5 reads the header in two steps, and this is the first one.
         return False
-    fitting = checksum(bytes(view[: end - 4])).to_bytes(4, "little")
-    if view[end - 4 : end] == fitting:
+    expected = checksum(bytes(view[: end - 4])).to_bytes(4, "little")
+    if view[end - 4 : end] == expected:
         return False
-    view[end - 4 : end] = fitting
+    view[end - 4 : end] = expected
     return True
 
 
 def _is_page(view: memoryview, full_size: int) -> bool:
-    """Whether this is a page of a long extensible array: addresses of chunks, or of none."""
+    """Return whether this is a page of an extensible array: addresses of chunks or undefined."""
     if len(view) != _PAGE_BYTES:
         return False
     addresses = np.frombuffer(view[:-4], "<u8")
@@ -202,23 +202,23 @@ def _header_size(view: memoryview) -> int:
 
 
 def image_bytes(file: h5py.File) -> bytes:
-    """Return the bytes of a file that was created in memory.
+    """Return the bytes of a file that was created in memory, with a correct checksum.
 
-    HDF5 before 2.0 takes the mark of a writer out of them, and leaves the checksum as it was with
-    it: a writer that opens such a file waits for ever for one that fits.
+    HDF5 before 2.0 clears the writer flag in these bytes without updating the checksum of the
+    superblock. A writer that opens such a file would wait forever.
     """
     file.flush()
-    found = bytes(file.id.get_file_image())
-    if found[_VERSION] not in _VERSIONS:
-        return found
-    fitting = checksum(found[: _SUPERBLOCK_BYTES - 4]).to_bytes(4, "little")
-    return found[: _SUPERBLOCK_BYTES - 4] + fitting + found[_SUPERBLOCK_BYTES:]
+    stored = bytes(file.id.get_file_image())
+    if stored[_VERSION] not in _VERSIONS:
+        return stored
+    expected = checksum(stored[: _SUPERBLOCK_BYTES - 4]).to_bytes(4, "little")
+    return stored[: _SUPERBLOCK_BYTES - 4] + expected + stored[_SUPERBLOCK_BYTES:]
 
 
 def checksum(data: bytes) -> int:
-    """Bob Jenkins' lookup3 (hashlittle, from 0), by which HDF5 checks its structures.
+    """Compute the checksum of HDF5's structures: Bob Jenkins' lookup3 (hashlittle, initval 0).
 
-    http://burtleburtle.net/bob/c/lookup3.c, public domain.
+    Source: http://burtleburtle.net/bob/c/lookup3.c, public domain.
     """
     a = b = c = (0xDEADBEEF + len(data)) & _WORD
     if not data:

@@ -127,7 +127,7 @@ class FileSource:
         spec = self._specs[dataset_path]
         acquire: Callable[[], AbstractContextManager[h5py.Dataset]]
         acquire = partial(self._dataset, dataset_path, count)
-        return FileRows(acquire, (count, *spec.item), spec.dtype)  # type: ignore[arg-type]
+        return FileRows(acquire, (count, *spec.item_shape), spec.dtype)  # type: ignore[arg-type]
 
     def _items(self, dataset_path: str, start: int, stop: int) -> Array:
         if dataset_path in self._merged:

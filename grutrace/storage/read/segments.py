@@ -89,7 +89,7 @@ def _marked(tables: Tables) -> npt.NDArray[np.bool_]:
 
 
 def _segments(tables: Tables, module: int, continued: Integers) -> Segments | None:
-    count = tables.extents[module].sequences
+    count = tables.module_counts[module].sequences
     parents = _parents(tables, module, continued, count)
     steps = np.zeros(count, np.int64)
     pieces = tables.pieces[module]
@@ -124,14 +124,14 @@ def _parents(tables: Tables, module: int, continued: Integers, count: int) -> In
 def _joined(tables: Tables, annotations: Array, segments: Sequence[Segments | None]) -> Tables:
     annotations, forks = annotations.copy(), tables.forks.copy()
     pieces: list[Array] = list(tables.pieces)
-    extents: list[ModuleCounts] = list(tables.extents)
+    module_counts: list[ModuleCounts] = list(tables.module_counts)
     is_fork = np.ones(len(forks), bool)
     for module, of in enumerate(segments):
         if of is None:
             continue
         pieces[module] = pieces[module].copy()
         pieces[module]["sequence"] = of.sequences[pieces[module]["sequence"].astype(np.int64)]
-        extents[module] = replace(extents[module], sequences=len(of.first))
+        module_counts[module] = replace(module_counts[module], sequences=len(of.first))
         own = np.flatnonzero(annotations["module"] == module)
         stored = annotations["sequence"][own].astype(np.int64)
         annotations["first"][own] += of.before[stored].astype(np.uint64)
@@ -146,5 +146,5 @@ def _joined(tables: Tables, annotations: Array, segments: Sequence[Segments | No
         annotations=annotations,
         forks=forks[is_fork],
         pieces=tuple(pieces),
-        extents=tuple(extents),
+        module_counts=tuple(module_counts),
     )

@@ -48,7 +48,7 @@ class SequenceIndex:
         self.segment_count = int(self.segments.max(initial=-1)) + 1
         self.calls = np.repeat(self.call_numbers, batch)
         self.batch_indices = np.arange(len(pieces)) - np.repeat(_starts(batch), batch)
-        count = tables.extents[module].sequences
+        count = tables.module_counts[module].sequences
         if count == len(pieces):
             # Every piece is a sequence of its own, and they are numbered as they began.
             self.order, self.bounds = np.arange(count), np.arange(count + 1)

@@ -119,7 +119,7 @@ class TraceSnapshot:
 
     def extent(self, module: int) -> ModuleCounts:
         """How much of a module there is."""
-        return self.tables.extents[module]
+        return self.tables.module_counts[module]
 
     def index(self, module: int) -> SequenceIndex:
         """The pieces of a module, by sequence."""
@@ -132,7 +132,7 @@ class TraceSnapshot:
 
     def initial(self, module: int, site: Site) -> Rows:
         """(S, H) the states that the sequences at a site began from."""
-        count, segments = self.stored.extents[module].sequences, self._joined.segments[module]
+        count, segments = self.stored.module_counts[module].sequences, self._joined.segments[module]
         initial = self.source.initial(module, site.suffix, count)
         if segments is None:
             return initial
@@ -156,7 +156,7 @@ class TraceSnapshot:
             return Restarts(none, none, np.empty((0, width)))
         bounds = np.searchsorted(segments.sequences[segments.later], [first, last])
         later = segments.later[bounds[0] : bounds[1]]
-        count = self.stored.extents[module].sequences
+        count = self.stored.module_counts[module].sequences
         states = self.source.initial(module, site.suffix, count)[later]
         return Restarts(segments.sequences[later], segments.before[later], np.asarray(states))
 

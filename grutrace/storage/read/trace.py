@@ -89,7 +89,7 @@ class Trace:
         # A sink of statistics stores no calls, and raises.
         with contextlib.suppress(NotRecordedError):
             tables = self._refresh_snapshot().tables
-            sequences = sum(extent.sequences for extent in tables.extents)
+            sequences = sum(extent.sequences for extent in tables.module_counts)
             counts += f", {len(tables.calls)} calls, {sequences} sequences"
         return wrapped(f"<trace of {self.header.model} in {self._source.name}: {counts}>")
 

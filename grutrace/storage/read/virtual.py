@@ -78,17 +78,24 @@ def read_spans(
             properties.get_virtual_vspace(number),
             properties.get_virtual_srcspace(number),
         )
-        require(len(target.shape) == 1 + len(spec.item), dataset_path, spec.item, target.shape)
+        require(
+            len(target.shape) == 1 + len(spec.item_shape),
+            dataset_path,
+            spec.item_shape,
+            target.shape,
+        )
         total = target.shape[0] if total is None else total
         first, count = _block(target, dataset_path)
         start, taken = _block(source, dataset_path)
         at = sum(span.count for span in found)
-        expected = f"{taken} whole items of {spec.item} from {at} on, the first of their source"
+        expected = (
+            f"{taken} whole items of {spec.item_shape} from {at} on, the first of their source"
+        )
         facts = (target.shape, first, count, start) == (
-            (total, *spec.item),
-            (at, *(0 for _ in spec.item)),
-            (taken[0], *spec.item),
-            (0, *(0 for _ in spec.item)),
+            (total, *spec.item_shape),
+            (at, *(0 for _ in spec.item_shape)),
+            (taken[0], *spec.item_shape),
+            (0, *(0 for _ in spec.item_shape)),
         )
         require(
             facts and count == taken,
@@ -107,8 +114,8 @@ def read_spans(
     require(found and covered == total, dataset_path, f"{total} items in its sources", covered)
     # Of a mapping of fixed size alone, this opens no other file.
     kind, shape = dataset.dtype, dataset.shape
-    expected = f"{spec.dtype} of shape {(total, *spec.item)}"
-    fits = (kind, shape) == (spec.dtype, (total, *spec.item))
+    expected = f"{spec.dtype} of shape {(total, *spec.item_shape)}"
+    fits = (kind, shape) == (spec.dtype, (total, *spec.item_shape))
     require(fits, dataset_path, expected, f"{kind} of shape {shape}")
     return tuple(found)
 
@@ -150,17 +157,17 @@ def create_virtual(
     properties, start = h5p.create(h5p.DATASET_CREATE), 0
     # What HDF5 gives, without a word, where a shard is gone: zeros would pass for values.
     properties.set_fill_value(np.full((), np.nan, spec.dtype))
-    corner = (0,) * len(spec.item)
+    corner = (0,) * len(spec.item_shape)
     for span in spans[dataset_path]:
         # The first items, and not "all", which would grow with the shard.
-        block = (span.count, *spec.item)
-        target, source = h5s.create_simple((total, *spec.item)), h5s.create_simple(block)
+        block = (span.count, *spec.item_shape)
+        target, source = h5s.create_simple((total, *spec.item_shape)), h5s.create_simple(block)
         target.select_hyperslab((start, *corner), block)
         source.select_hyperslab((0, *corner), block)
         names = os.fsencode(_escaped(span.file)), _escaped(span.dataset_path).encode()
         properties.set_virtual(target, *names, source)
         start += span.count
-    space = h5s.create_simple((total, *spec.item))
+    space = h5s.create_simple((total, *spec.item_shape))
     kind = h5t.py_create(spec.dtype, logical=True)
     h5d.create(file.id, dataset_path.encode(), kind, space, properties).close()
     return file[dataset_path]
@@ -332,7 +339,7 @@ class VirtualColumns:
     def rows(self, dataset_path: str) -> Rows:
         """All rows of one of these columns, (rows, width), read when they are indexed."""
         spec, spans = self._specs[dataset_path], self._spans[dataset_path]
-        (width,) = spec.item
+        (width,) = spec.item_shape
         parts = [
             FileRows(
                 partial(self._shard_files.acquire, span, spec), (span.count, width), spec.dtype
@@ -344,7 +351,7 @@ class VirtualColumns:
     def items(self, dataset_path: str, start: int, stop: int) -> Array:
         """Some items of one of these columns."""
         spec = self._specs[dataset_path]
-        found = [np.empty((0, *spec.item), spec.dtype)]
+        found = [np.empty((0, *spec.item_shape), spec.dtype)]
         for span in self._spans[dataset_path]:
             first, last = max(0, start), min(span.count, stop)
             if first < last:

@@ -1,1 +1,1 @@
-"""What can be read of a damaged trace, and copied out of it."""
+"""Copy the readable part of a damaged trace to a new file."""

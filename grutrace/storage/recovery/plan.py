@@ -1,10 +1,8 @@
-"""How much of a damaged trace is whole: the longest run of calls from the first.
+"""Find the longest intact prefix of a damaged trace, and plan how to read it.
 
-A file that was cut short lacks what lies behind the cut, which is a part of each dataset: chunks
-are allocated as they are needed. So where each chunk lies is asked for, and the calls are kept of
-which every row and every entry is there. Everything is gone through in blocks.
-
-What to keep of a file that its writer left behind or that was damaged, and how to read it.
+HDF5 allocates chunks as they are needed, so a truncated file lacks a part of each dataset. The
+scan looks up the address of each chunk, and keeps the leading calls whose rows and entries are all
+in the file. Tables are read in blocks, so memory is bounded.
 """
 
 from __future__ import annotations
@@ -27,20 +25,20 @@ from grutrace.storage.hdf5.safe_access import get_dataset
 from grutrace.storage.hdf5.superblock import RepairedFile, open_repaired
 from grutrace.storage.recovery.scan import ChunkScanner, ModuleExtents, count_leading_true
 
-#: Entries of a table that are looked at together; of pieces and values, one call's at least.
+#: Entries of a table that are read together. Pieces and values are read for at least one call.
 BLOCK_ENTRIES = 1 << 16
 
 
 @dataclass
 class IntactPrefix:
-    """What can be kept of a file.
+    """The part of a file that can be kept.
 
     Attributes:
-        counts: By dataset, items.
+        counts: Number of items of each dataset, by path.
         closed: Whether the writer closed the file in order.
-        lost: By table, entries that were committed and cannot be kept.
-        dropped: By dataset, items that are in the file and are not kept.
-        reason: Where that which can be kept ends, and why.
+        lost: Number of committed entries that cannot be kept, by table.
+        dropped: Number of items in the file that are not kept, by dataset path.
+        reason: Where the intact prefix ends, and why.
     """
 
     counts: dict[str, int]
@@ -51,12 +49,12 @@ class IntactPrefix:
 
     @property
     def calls(self) -> int:
-        """Calls that can be kept."""
+        """Number of calls that can be kept."""
         return self.counts["calls"]
 
     @property
     def committed(self) -> Array:
-        """The counts of a file that holds just this, and is closed."""
+        """The committed counts of a closed file with this content."""
         counts = np.zeros((), COMMITTED)
         for name in TABLES:
             counts[name] = self.counts[name]
@@ -65,16 +63,16 @@ class IntactPrefix:
 
 
 class PrefixScanner:
-    """What there is of a trace in a file.
+    """Scans a file for the longest intact prefix of its trace.
 
     Args:
-        file: Of the trace, not marked as being written.
-        modules: Of its header.
-        size: Bytes that the file has.
-        limits: By dataset, how many of its items can be read at most.
+        file: The file, opened without its writer flag.
+        modules: Modules of its header.
+        size: Bytes of the file.
+        limits: Number of readable items of a dataset, by path, for datasets where a read failed.
 
     Raises:
-        FormatError: A dataset is missing, or of another type or shape.
+        FormatError: A dataset is missing, or has another type or shape.
     """
 
     def __init__(
@@ -87,27 +85,27 @@ class PrefixScanner:
         self._modules = modules
         self._datasets: dict[str, h5py.Dataset] = {}
         self._scanners: dict[str, ChunkScanner] = {}
-        for place, column in dataset_specs(modules).items():
-            dataset = get_dataset(file, place)
+        for path, spec in dataset_specs(modules).items():
+            dataset = get_dataset(file, path)
             found = f"{dataset.dtype} of items {dataset.shape and dataset.shape[1:]}"
-            expected = f"{column.dtype} of items {column.item}"
+            expected = f"{spec.dtype} of items {spec.item_shape}"
             fits = dataset.shape and (dataset.dtype, dataset.shape[1:]) == (
-                column.dtype,
-                column.item,
+                spec.dtype,
+                spec.item_shape,
             )
-            require(fits, place, expected, found)
-            require(dataset.chunks is not None, place, "chunks", "none")
-            self._datasets[place] = dataset
-            self._scanners[place] = ChunkScanner(dataset, size, limits.get(place))
+            require(fits, path, expected, found)
+            require(dataset.chunks is not None, path, "chunks", "none")
+            self._datasets[path] = dataset
+            self._scanners[path] = ChunkScanner(dataset, size, limits.get(path))
         self._committed = _read_committed(file, size)
         self._obstacle = ""
         self._reasons: dict[str, str] = {}
 
     def scan(self) -> IntactPrefix:
-        """The longest run of calls from the first that is whole, and what belongs to it.
+        """Find the leading calls that are complete, and the items that belong to them.
 
         Raises:
-            FormatError: A table cannot be read where it should be.
+            FormatError: A table cannot be read.
         """
         counts = dict.fromkeys(self._datasets, 0)
         counts["strings"], counts["characters"] = self._strings()
@@ -124,32 +122,32 @@ class PrefixScanner:
             if int(self._committed[name]) > counts[name]
         }
         dropped = {
-            place: len(dataset) - counts[place]
-            for place, dataset in self._datasets.items()
-            if len(dataset) > counts[place]
+            path: len(dataset) - counts[path]
+            for path, dataset in self._datasets.items()
+            if len(dataset) > counts[path]
         }
         closed = bool(self._committed["closed"])
         return IntactPrefix(counts, closed, lost, dropped, self._reason if lost else "")
 
-    def _count_available(self, place: str, count: int) -> int:
-        """How many of the first items of a dataset are there. Why not all, is the reason."""
-        there = self._scanners[place]
-        found = there.count_available(count)
+    def _count_available(self, path: str, count: int) -> int:
+        """Count the available leading items of a dataset. Note the reason if some are missing."""
+        scanner = self._scanners[path]
+        found = scanner.count_available(count)
         if found < count:
-            self._note(place, there.reason)
+            self._note(path, scanner.reason)
         return found
 
-    def _note(self, place: str, reason: str) -> None:
-        self._reasons.setdefault(place, reason)
+    def _note(self, path: str, reason: str) -> None:
+        self._reasons.setdefault(path, reason)
 
     @property
     def _reason(self) -> str:
-        """Why calls end where they do, or else why anything does."""
-        place = self._obstacle if self._obstacle in self._reasons else next(iter(self._reasons), "")
-        return f"{place}: {self._reasons[place]}" if place else ""
+        """The reason for the end of the calls, or else for the end of any dataset."""
+        path = self._obstacle if self._obstacle in self._reasons else next(iter(self._reasons), "")
+        return f"{path}: {self._reasons[path]}" if path else ""
 
     def _strings(self) -> tuple[int, int]:
-        """How many strings are whole, and how many characters they have."""
+        """Count the intact strings and their characters."""
         count = self._count_available("strings", int(self._committed["strings"]))
         characters = self._count_available("characters", int(self._committed["characters"]))
         kept = last = 0
@@ -157,15 +155,15 @@ class PrefixScanner:
             ends = self._datasets["strings"][kept : min(count, kept + BLOCK_ENTRIES)]
             before = np.concatenate([[np.uint64(last)], ends[:-1]])
             fits = (ends >= before) & (ends <= np.uint64(characters))
-            whole = count_leading_true(fits)
-            kept, last = kept + whole, int(ends[whole - 1]) if whole else last
-            if whole < len(ends):
+            intact = count_leading_true(fits)
+            kept, last = kept + intact, int(ends[intact - 1]) if intact else last
+            if intact < len(ends):
                 self._note("strings", f"string {kept} ends beyond {characters} characters")
                 break
         return kept, last
 
     def _calls(self, modules: list[ModuleExtents], strings: int) -> int:
-        """How many calls are whole. What of each module they need, is noted there."""
+        """Count the complete calls, and accept them in `modules`."""
         count = self._count_available("calls", int(self._committed["calls"]))
         done = 0
         while done < count:
@@ -176,12 +174,12 @@ class PrefixScanner:
             cut = count_leading_true(known)
             if cut < len(calls):
                 self._obstacle = "calls"
-                self._note("calls", f"call {done + cut} has a module or a tag that is not there")
+                self._note("calls", f"call {done + cut} refers to a missing module or tag")
             for number, module in enumerate(modules):
                 own = np.flatnonzero(calls["module"][:cut] == number)
-                whole = module.advance(calls[own], self._count_available, self._pieces)
-                if whole < len(own):
-                    cut = int(own[whole])
+                intact = module.advance(calls[own], self._count_available, self._pieces)
+                if intact < len(own):
+                    cut = int(own[intact])
                     self._obstacle = module.obstacle
             for number, module in enumerate(modules):
                 module.accept(int((calls["module"][:cut] == number).sum()))
@@ -191,8 +189,8 @@ class PrefixScanner:
         self._obstacle = "calls"
         return done
 
-    def _pieces(self, place: str, start: int, stop: int) -> Array:
-        return np.asarray(self._datasets[place][start:stop])
+    def _pieces(self, path: str, start: int, stop: int) -> Array:
+        return np.asarray(self._datasets[path][start:stop])
 
     def _forks(self, sequences: Array) -> int:
         count = self._count_available("forks", int(self._committed["forks"]))
@@ -202,51 +200,51 @@ class PrefixScanner:
             fits = _refers_to_kept(forks, sequences, "sequence") & _refers_to_kept(
                 forks, sequences, "parent"
             )
-            whole = count_leading_true(fits)
-            done += whole
-            if whole < len(forks):
+            intact = count_leading_true(fits)
+            done += intact
+            if intact < len(forks):
                 break
         return done
 
     def _annotations(self, sequences: Array, strings: int) -> tuple[int, int]:
-        """How many annotations are whole and of calls that are, and how many values they have."""
+        """Count the intact annotations of kept sequences, and their values."""
         count = self._count_available("annotations", int(self._committed["annotations"]))
         values = self._count_available("values", int(self._committed["values"]))
         done = used = 0
         while done < count:
-            entries = self._datasets["annotations"][done : min(count, done + BLOCK_ENTRIES)]
-            lengths = np.minimum(entries["count"], np.uint64(values + 1)).astype(np.int64)
+            annotations = self._datasets["annotations"][done : min(count, done + BLOCK_ENTRIES)]
+            lengths = np.minimum(annotations["count"], np.uint64(values + 1)).astype(np.int64)
             ends = used + np.cumsum(lengths)
-            entries = entries[
+            annotations = annotations[
                 : max(1, int(np.searchsorted(ends - used, BLOCK_ENTRIES, side="right")))
             ]
-            ends = ends[: len(entries)]
-            fits = _refers_to_kept(entries, sequences, "sequence") & (ends <= values)
-            fits &= (entries["name"] > 0) & (entries["name"] <= strings)
-            whole = count_leading_true(fits)
-            whole = self._known_texts(entries[:whole], used, strings)
-            done, used = done + whole, int(ends[whole - 1]) if whole else used
-            if whole < len(entries):
-                self._note("annotations", f"item {done} is of what is not whole")
+            ends = ends[: len(annotations)]
+            fits = _refers_to_kept(annotations, sequences, "sequence") & (ends <= values)
+            fits &= (annotations["name"] > 0) & (annotations["name"] <= strings)
+            intact = count_leading_true(fits)
+            intact = self._known_texts(annotations[:intact], used, strings)
+            done, used = done + intact, int(ends[intact - 1]) if intact else used
+            if intact < len(annotations):
+                self._note("annotations", f"item {done} refers to missing data")
                 break
         return done, used
 
-    def _known_texts(self, entries: Array, used: int, strings: int) -> int:
-        """How many of these annotations have no text that is not there."""
-        lengths = entries["count"].astype(np.int64)
+    def _known_texts(self, annotations: Array, used: int, strings: int) -> int:
+        """Count the leading annotations whose strings are all available."""
+        lengths = annotations["count"].astype(np.int64)
         values = self._datasets["values"][used : used + int(lengths.sum())]
-        known = (values >= 0) & (values < strings) | ~np.repeat(entries["text"] > 0, lengths)
+        known = (values >= 0) & (values < strings) | ~np.repeat(annotations["text"] > 0, lengths)
         last = np.searchsorted(np.cumsum(lengths), count_leading_true(known), side="right")
-        return len(entries) if known.all() else int(last)
+        return len(annotations) if known.all() else int(last)
 
 
 def _read_committed(file: h5py.File, size: int) -> Any:
     dataset = get_dataset(file, "committed")
     found = f"{dataset.dtype} of shape {dataset.shape}"
     require((dataset.dtype, dataset.shape) == (COMMITTED, ()), "committed", COMMITTED, found)
-    place = dataset.id.get_offset()
+    offset = dataset.id.get_offset()
     require(
-        place is not None and place + COMMITTED.itemsize <= size,
+        offset is not None and offset + COMMITTED.itemsize <= size,
         "committed",
         "counts within the file",
         f"a file of {size} bytes",
@@ -255,19 +253,27 @@ def _read_committed(file: h5py.File, size: int) -> Any:
 
 
 def _refers_to_kept(table: Array, sequences: Array, name: str) -> Array:
-    """(entries,) whether each is of a sequence that is kept."""
+    """Return whether each entry refers to a kept sequence, (entries,)."""
     known = table["module"] < len(sequences)
     begun = sequences[np.where(known, table["module"], 0)] if len(sequences) else 0
     return known & (table[name] < begun)
 
 
-#: Bytes of the chunks of a dataset that HDF5 keeps: of a packed one, some that were unpacked.
+#: Bytes of the chunk cache of each dataset: a few uncompressed chunks.
 CHUNK_CACHE = 8 * 1024 * 1024
 
 
 @contextlib.contextmanager
 def open_damaged(path: Path, *, repair: bool) -> Iterator[tuple[RepairedFile, h5py.File]]:
-    """A file as if its writer had closed it; with half-written structures, or without."""
+    """Open a file as if its writer had closed it.
+
+    Args:
+        path: Path of the file.
+        repair: Whether to accept half-written structures by correcting their checksums.
+
+    Raises:
+        TraceFileError: The file cannot be read.
+    """
     with (
         translate_read_errors(path),
         RepairedFile(path, repair=repair) as unmarked,
@@ -278,14 +284,13 @@ def open_damaged(path: Path, *, repair: bool) -> Iterator[tuple[RepairedFile, h5
 
 @dataclass
 class RecoveryPlan:
-    """What to keep of a file, and how to read it.
+    """Which part of a file to keep, and how to read it.
 
     Attributes:
-        kept: What can be kept.
-        mend: Whether half-written structures are read.
-        mended: How many there were.
-        limits: By dataset, how many items can be read, where it has turned out to be fewer than are
-            there.
+        kept: The intact prefix.
+        repair: Whether half-written structures are accepted.
+        repaired: Number of half-written structures.
+        limits: Number of readable items of a dataset, by path, for datasets where a read failed.
     """
 
     kept: IntactPrefix
@@ -295,23 +300,28 @@ class RecoveryPlan:
 
 
 def make_plan(source: Path, *, repair: bool, limits: dict[str, int]) -> RecoveryPlan:
-    """Look what can be kept.
+    """Scan a file for its intact prefix.
+
+    Args:
+        source: Path of the file.
+        repair: Whether to accept half-written structures.
+        limits: As for `PrefixScanner`.
 
     Raises:
-        TraceFileError: Nothing.
+        TraceFileError: No call is intact, or the file cannot be read.
     """
     with open_damaged(source, repair=repair) as (unmarked, file):
         kept = PrefixScanner(file, read_header(file).modules, unmarked.size, limits).scan()
         if not kept.calls and kept.lost:
-            raise FormatError("calls", "at least one that is whole", f"none: {kept.reason}")
+            raise FormatError("calls", "at least one intact call", f"none: {kept.reason}")
         return RecoveryPlan(kept, repair, len(unmarked.repaired), limits)
 
 
 def best_plan(source: Path) -> RecoveryPlan:
-    """What to keep of a file; with half-written structures only if that keeps more.
+    """Plan the recovery of a file. Accept half-written structures only if that keeps more calls.
 
     Raises:
-        TraceFileError: Nothing can be kept.
+        TraceFileError: No call is intact, or the file cannot be read.
     """
     plan, error = None, None
     try:

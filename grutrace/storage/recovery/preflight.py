@@ -1,9 +1,9 @@
-"""A first look at a file from outside: in a process of its own, which HDF5 may take down with it.
+"""Check an untrusted file in a subprocess first, because HDF5 may crash on it.
 
-HDF5 checks most of what it reads, and not all: there are files on which it crashes. A process that
-reads one ends there, and can say nothing of it. So where a file is judged, another process goes
-first, and looks at what HDF5 itself interprets: every header, every table, and where items of every
-dataset lie. It takes a third of a second for a small trace.
+HDF5 does not check everything it reads, and crashes on some damaged files. So before such a file
+is verified or recovered, a subprocess reads all the structures that HDF5 interprets: every header,
+every table, and the addresses of items of every dataset. This takes a third of a second for a
+small trace.
 """
 
 from __future__ import annotations
@@ -30,32 +30,31 @@ from grutrace.storage.shards.globs import matching_files
 from grutrace.storage.shards.open_files import open_files
 from grutrace.storage.shards.run_parts import part_files
 
-#: What is looked at: a file, or a glob or paths of shards.
+#: A file, or a glob or paths of shards.
 Paths: TypeAlias = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
-#: How long the look may take. The largest trace that was tried, of a million calls, takes two.
-#: Seconds.
+#: Default time limit of the check in seconds. A trace of a million calls takes two seconds.
 TIMEOUT = 60.0
 
-#: How long the other process may compute, if nobody is left to end it. Seconds.
+#: CPU seconds of the subprocess, in case the parent dies and cannot stop it.
 CPU_SECONDS = 300
 
-#: Groups within one another: modules, a module, a site.
+#: Depth of the groups: modules, a module, a site.
 GROUP_DEPTH = 3
 
-#: Items of each dataset that are read: HDF5 looks up where each lies. To have it list all chunks
-#: would be to wait for ever where a damaged index tells of very many.
+#: Items of each dataset that are read, which makes HDF5 look up their addresses. Listing all chunks
+#: could take forever with a damaged index.
 SAMPLES = 64
 
-#: Memory that the other process may take: so much, and so much for each byte of the file. HDF5 and
-#: NumPy reserve a gibibyte or two of addresses that they do not use. Bytes.
+#: Memory limit of the subprocess: a number of bytes, and bytes for each byte of the file. HDF5 and
+#: NumPy reserve one or two GiB of address space that they do not use.
 MEMORY_BYTES, MEMORY_PER_FILE_BYTE = 4 * 1024**3, 8
 
-#: How the other process ends where that is not enough.
+#: Exit code of the subprocess if that is not enough.
 _EXIT_OUT_OF_MEMORY = 3
 
-#: What the other process runs. It is told where to find things, and looks nowhere else: the folder
-#: of the file may hold an h5py.py.
+#: The script of the subprocess. It imports only from the given paths, because the folder of the
+#: file may contain a malicious h5py.py.
 _SCRIPT = """
 import sys
 sys.path[:] = {path!r}
@@ -67,15 +66,17 @@ from {module} import {function}
 def check_in_subprocess(
     path: Paths, limit: float = TIMEOUT, function: str = "read_everything"
 ) -> None:
-    """Let another process look at a trace first. Errors that it meets are left to whoever reads.
+    """Read a trace in a subprocess, to find out whether HDF5 crashes on it.
+
+    Ordinary errors are ignored here; the caller meets them when it reads the file.
 
     Args:
-        path: Of the trace; or a glob or paths of shards.
-        limit: How long it may take, in seconds.
-        function: How it looks: one of this module, that is given the paths.
+        path: Path of the trace, or a glob or paths of shards.
+        limit: Time limit in seconds.
+        function: Name of the function of this module that the subprocess calls with the paths.
 
     Raises:
-        TraceFileError: HDF5 crashes on the file, or does not come to an end.
+        TraceFileError: HDF5 crashes on the file, needs too much memory, or exceeds the limit.
     """
     ours = str(Path(__file__).resolve().parents[2])
     files = [os.fspath(each) for each in ([path] if isinstance(path, (str, os.PathLike)) else path)]
@@ -95,23 +96,25 @@ def check_in_subprocess(
         )
     except subprocess.TimeoutExpired:
         raise TraceFileError(
-            f"{name} is damaged: {which} had not come to an end with it after {limit:g} s"
+            f"{name} is damaged: {which} did not finish reading it within {limit:g} s"
         ) from None
     if done.returncode == _EXIT_OUT_OF_MEMORY:
         raise TraceFileError(
-            f"{name} is damaged: {which} asks for more memory than such a file can hold"
+            f"{name} is damaged: {which} requests more memory than a file of this size needs"
         )
     if done.returncode < 0:
         ended = signal.Signals(-done.returncode).name
         raise TraceFileError(f"{name} is damaged: {which} crashes on it ({ended})")
     if done.returncode:
-        raise TraceFileError(f"{name} could not be looked at by a process of its own")
+        raise TraceFileError(
+            f"{name} could not be checked in a subprocess (exit code {done.returncode})"
+        )
 
 
 def read_everything(paths: Sequence[str]) -> None:
-    """Read everything of a trace that HDF5 itself interprets, as the other process does."""
+    """Read all structures of a trace that HDF5 interprets. Runs in the subprocess."""
     _limit_resources(paths, CPU_SECONDS)
-    # What is doubtful about shards is said by whoever reads them.
+    # The caller gets warnings about shards when it reads them.
     warnings.simplefilter("ignore")
     try:
         with disable_plugins():
@@ -127,7 +130,7 @@ def read_everything(paths: Sequence[str]) -> None:
 
 
 def scan_for_recovery(paths: Sequence[str]) -> None:
-    """Find out what can be kept of files, as the other process does."""
+    """Scan files for their intact prefixes. Runs in the subprocess."""
     _limit_resources(paths)
     with contextlib.suppress(GrutraceError), disable_plugins():
         for each in paths:
@@ -144,7 +147,7 @@ def _read_group(group: h5py.Group, depth: int) -> None:
 
 def _read_samples(dataset: h5py.Dataset) -> None:
     if dataset.is_virtual:
-        # Its data are in the shards, which are looked at by themselves.
+        # The data are in the shards, which are checked separately.
         return
     require_local_data(dataset, dataset.name)
     item = math.prod(dataset.shape[1:]) * dataset.dtype.itemsize
@@ -154,13 +157,13 @@ def _read_samples(dataset: h5py.Dataset) -> None:
 
 
 def _limit_resources(paths: Sequence[str], seconds: int | None = None) -> None:
-    """Leave no core behind, and take no more memory than a trace of this size can ask for."""
+    """Limit the memory of this process by the size of the files, and disable core dumps."""
     try:
         import resource
-    except ImportError:  # There is none on Windows.
+    except ImportError:  # Not available on Windows.
         return
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    # Should whoever waits for it be killed, nobody would end what has no end.
+    # If the parent is killed, no other process would stop an endless read.
     if seconds is not None:
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     with contextlib.suppress(OSError, ValueError):

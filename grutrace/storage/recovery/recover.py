@@ -1,8 +1,7 @@
-"""From a file that its writer left behind, or that was damaged, to one that any HDF5 tool opens.
+"""Copy the intact prefix of a damaged or unclosed trace to a new file that any HDF5 tool opens.
 
-All that is committed is copied, block by block, so that memory is bounded; except for what lies
-beyond damage. Of a file that was cut short, the longest run of calls from the first is kept that is
-whole in every dataset.
+All committed calls are copied, up to the first one that is damaged in any dataset. The data are
+copied in blocks, so memory is bounded.
 """
 
 from __future__ import annotations
@@ -28,32 +27,32 @@ from grutrace.storage.recovery.preflight import TIMEOUT, check_in_subprocess
 from grutrace.storage.save import write_datasets
 from grutrace.storage.shards.run_parts import RunPart, part_files, part_path, run_part_of
 
-#: What is read and written at a time. Bytes.
+#: Bytes that are read and written at a time.
 BLOCK = 8 * 1024 * 1024
 
-#: How much of a file is looked at in a second, at least. Bytes.
+#: Bytes of a file that are scanned in a second, at least.
 MIN_SCAN_RATE = 1e9
 
-#: Told how many bytes are copied, and how many there are.
+#: Called with the number of copied bytes and the number of all bytes.
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class RecoveryReport:
-    """What became of one file.
+    """The result of the recovery of one file.
 
     Attributes:
         source: The file that was read.
         path: The file that was written.
-        closed: Whether its writer had closed it in order.
-        calls: Calls that are in the new file.
-        lost: By table, entries that were committed and are not in the new file, since something
-            of them or of what they stand for cannot be read.
-        reason: Where what can be read ends, and why; empty if nothing is lost.
-        dropped: By dataset, items that the file held and that are not in the new one: rows and
-            entries that were not committed, and those that belong to lost calls.
-        mended: Structures of the file that were half written, as after a loss of power, and were
-            read all the same. If there are any, have the new file verified.
+        closed: Whether the writer had closed the source in order.
+        calls: Number of calls in the new file.
+        lost: Number of committed entries that are not in the new file because they, or data that
+            they refer to, cannot be read, by table.
+        reason: Where the intact prefix ends, and why; empty if nothing is lost.
+        dropped: Number of items of the source that are not in the new file, by dataset path:
+            uncommitted items, and items of lost calls.
+        repaired: Number of half-written structures of HDF5 that were accepted, as after a loss of
+            power. If there are any, verify the new file.
     """
 
     source: Path
@@ -72,35 +71,35 @@ def recover_file(
     progress: Progress | None = None,
     timeout: float = TIMEOUT,
 ) -> list[RecoveryReport]:
-    """Write what is committed in a trace file to a new one, which any HDF5 tool opens.
+    """Copy the committed calls of a trace file to a new file that any HDF5 tool opens.
 
-    The file may have been left behind by a writer that was killed, be cut short, be damaged, or be
-    sound. It is not changed, and nobody must write to it meanwhile. If it is the first part of a
-    run, all parts are recovered, to files beside the output that are named as parts are.
+    The file may be intact, truncated, damaged, or left behind by a killed writer. It is not
+    changed, and no process may write to it. If it is the first part of a run, all parts are
+    recovered, to files next to the output that are named as parts.
 
     Args:
-        path: Of the file.
-        output: Of the new file.
-        progress: Called as bytes are copied.
-        patience: How long HDF5 may take to look through a small file, in seconds: there is damage
-            in which it never comes to an end.
+        path: Path of the file.
+        output: Path of the new file.
+        progress: Called while bytes are copied.
+        timeout: Time limit in seconds for scanning a small file. With some damage HDF5 never
+            finishes.
 
     Returns:
-        What became of each file.
+        A report for each file.
 
     Raises:
-        TraceFileError: The file is no trace, is damaged where nothing can be done without, or
-            changed meanwhile; or the output exists or cannot be written. Nothing is left behind.
+        TraceFileError: The file is not a trace, is too damaged, or changed during the recovery;
+            or the output exists or cannot be written. No new file is left behind.
     """
     _check_first(Path(path), timeout)
     sources, target = _source_files(Path(path)), Path(os.path.realpath(output))
     targets = {number: part_path(target, number) if number else target for number in sources}
     for each in targets.values():
         if each.exists():
-            raise TraceFileError(f"{each} exists: name another file to recover to")
+            raise TraceFileError(f"{each} exists: choose another output path")
     total = sum(source.stat().st_size for source in sources.values())
     made: list[tuple[Path, RecoveryReport]] = []
-    placed: list[Path] = []
+    published: list[Path] = []
     try:
         for number, source in sources.items():
             before = sum(each.source.stat().st_size for _, each in made)
@@ -112,13 +111,13 @@ def recover_file(
             made.append(_recover_one(source, targets[number], advance))
         if progress is not None:
             progress(total, total)
-        # The first comes last: it is what the others are found by.
+        # Publish the first part last, because readers find the other parts through it.
         for new, recovery in reversed(made):
             publish(new, recovery.path, "w")
-            placed.append(recovery.path)
+            published.append(recovery.path)
         fsync_directory(target)
     except BaseException:
-        for ours in (*placed, *(new for new, _ in made)):
+        for ours in (*published, *(new for new, _ in made)):
             with contextlib.suppress(OSError):
                 ours.unlink(missing_ok=True)
         raise
@@ -126,7 +125,7 @@ def recover_file(
 
 
 def _check_first(path: Path, timeout: float) -> None:
-    """Let a process of its own find out whether HDF5 comes to an end with a file."""
+    """Find out in a subprocess whether HDF5 can read a file at all."""
     if not path.is_file():
         raise TraceFileError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     files = [path, *part_files(path).values()]
@@ -135,20 +134,20 @@ def _check_first(path: Path, timeout: float) -> None:
 
 
 def _source_files(path: Path) -> dict[int, Path]:
-    """The files of the run that this is the first part of, by number; by 0 a file by itself."""
+    """Return the files of a run by part number, given its first part. Key 0 for a single file."""
     own = _read_stamp(path)
     if own is None or own.part != 1:
         return {0: path}
     found = {1: path}
     for number, file in part_files(path).items():
-        # Of a file whose header is damaged, nobody can say whether it is of this run.
+        # A file with a damaged header raises here: it may or may not belong to this run.
         if _read_stamp(file) == RunPart(own.run, number):
             found[number] = file
     missing = [number for number in range(1, max(found)) if number not in found]
     if missing:
         raise TraceFileError(
-            f"{path}: part {missing[0]} of its run is missing, {part_path(path, missing[0])}. Each "
-            "part can be recovered by itself, the first one from a folder of its own"
+            f"{path}: part {missing[0]} of its run is missing: {part_path(path, missing[0])}. You "
+            "can recover each part separately; move the first one to another folder before"
         )
     return found
 
@@ -165,7 +164,7 @@ def _read_stamp(path: Path) -> RunPart | None:
 def _recover_one(
     source: Path, path: Path, advance: Callable[[int], None]
 ) -> tuple[Path, RecoveryReport]:
-    """Make the new file, not yet in its place."""
+    """Write the new file under a temporary path."""
     before = _size_and_time(source)
     plan = best_plan(source)
     while True:
@@ -174,10 +173,10 @@ def _recover_one(
             _copy(source, path, new, plan, advance)
             break
         except _UnreadableItem as found:
-            # Its place was known, and yet it cannot be read.
+            # The item lies within the file, but reading it fails.
             new.unlink(missing_ok=True)
             plan = make_plan(
-                source, repair=plan.repair, limits={**plan.limits, found.place: found.items}
+                source, repair=plan.repair, limits={**plan.limits, found.dataset_path: found.items}
             )
         except BaseException:
             new.unlink(missing_ok=True)
@@ -185,8 +184,8 @@ def _recover_one(
     if _size_and_time(source) != before:
         new.unlink()
         raise TraceFileError(
-            f"{source} has changed while it was read: its writer is at work. It can be read with "
-            "grutrace.open, and needs no recovery before its writer has ended"
+            f"{source} changed while it was read: its writer is still running. Read it with "
+            "grutrace.open, or recover it after the writer has ended"
         )
     kept = plan.kept
     return new, RecoveryReport(
@@ -204,23 +203,23 @@ def _copy(
 ) -> None:
     with open_damaged(source, repair=plan.repair) as (_, file):
 
-        def blocks(place: str, count: int) -> Iterator[Array]:
-            return _blocks(get_dataset(file, place), place, count)
+        def blocks(dataset_path: str, count: int) -> Iterator[Array]:
+            return _blocks(get_dataset(file, dataset_path), dataset_path, count)
 
         header, kept = read_header(file), plan.kept
         write_datasets(path, new, header, kept.counts, kept.committed, blocks, advance)
 
 
 class _UnreadableItem(Exception):
-    """An item of a dataset that cannot be read."""
+    """An item of a dataset cannot be read."""
 
-    def __init__(self, place: str, items: int) -> None:
-        super().__init__(place, items)
-        self.place, self.items = place, items
+    def __init__(self, dataset_path: str, items: int) -> None:
+        super().__init__(dataset_path, items)
+        self.dataset_path, self.items = dataset_path, items
 
 
-def _blocks(dataset: h5py.Dataset, place: str, count: int) -> Iterator[Array]:
-    """The first items of a dataset, some at a time."""
+def _blocks(dataset: h5py.Dataset, dataset_path: str, count: int) -> Iterator[Array]:
+    """Yield the first items of a dataset in blocks."""
     item = math.prod(dataset.shape[1:]) * dataset.dtype.itemsize
     step = max(1, BLOCK // max(1, item))
     for start in range(0, count, step):
@@ -228,11 +227,11 @@ def _blocks(dataset: h5py.Dataset, place: str, count: int) -> Iterator[Array]:
         try:
             yield np.asarray(dataset[start:stop])
         except H5PY_ERRORS:
-            raise _UnreadableItem(place, _count_readable(dataset, start, stop)) from None
+            raise _UnreadableItem(dataset_path, _count_readable(dataset, start, stop)) from None
 
 
 def _count_readable(dataset: h5py.Dataset, start: int, stop: int) -> int:
-    """How many items can be read from the first, given that this range cannot be as a whole."""
+    """Return the number of readable items, given that reading this range fails."""
     while stop - start > 1:
         middle = (start + stop) // 2
         try:

@@ -1,6 +1,7 @@
-"""What the calls of one module need of its datasets, and how many calls have it all.
+"""Find out which calls of a damaged trace are complete.
 
-How many of the first items of a dataset lie within a file that may have been cut short.
+`ModuleExtents` counts the items that the calls of a module refer to. `ChunkScanner` counts the
+leading items of a dataset that lie within the file.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from grutrace.storage.hdf5.errors import H5PY_ERRORS, short_message
 
 @dataclass
 class ModuleExtents:
-    """How much of one module the calls so far need.
+    """The items that the accepted calls of one module refer to.
 
     Attributes:
         module: The module.
-        calls: Its calls so far.
-        pieces: Their pieces.
-        rows: The steps of these.
+        calls: Accepted calls.
+        pieces: Pieces of these calls.
+        rows: Rows of these pieces.
         sequences: Sequences that have begun.
         versions: Versions of the weights.
-        obstacle: Where the next call is not whole, if one is not.
+        obstacle: Path of the dataset in which the next call is incomplete, if one is.
     """
 
     module: ModuleInfo
@@ -39,7 +40,7 @@ class ModuleExtents:
     sequences: int = 0
     versions: int = 0
     obstacle: str = ""
-    #: The same after each call that is looked at now: (calls, 5).
+    #: The five counts after each call of the last `advance`: (calls, 5).
     _after: Array = field(default_factory=lambda: np.empty((0, 5), np.int64))
 
     def advance(
@@ -48,32 +49,33 @@ class ModuleExtents:
         count_available: Callable[[str, int], int],
         read: Callable[[str, int, int], Array],
     ) -> int:
-        """Look at the module's next calls; how many of them are whole.
+        """Examine the next calls of the module. Return how many of them are complete.
 
         Args:
             calls: Entries of the table of calls.
-            upto: Tells how many of the first items of a dataset are there, of so many.
-            read: Reads items of a dataset.
+            count_available: Returns how many of the first items of a dataset are available, given
+                its path and the number of items needed.
+            read: Reads items of a dataset, given its path, start and stop.
         """
-        place = pieces_path(self.module)
+        path = pieces_path(self.module)
         ends = self.pieces + np.cumsum(calls["batch"], dtype=np.int64)
         last = int(ends[-1]) if len(ends) else self.pieces
-        there = count_available(place, last)
-        pieces = read(place, self.pieces, there)
+        available = count_available(path, last)
+        pieces = read(path, self.pieces, available)
         begun = self._begun(pieces)
-        there = self.pieces + len(begun)
-        whole = int(np.searchsorted(ends, there, side="right"))
-        self.obstacle = place
-        ends = ends[:whole]
-        # Before the first piece there are the rows and sequences of the calls before.
+        available = self.pieces + len(begun)
+        complete = int(np.searchsorted(ends, available, side="right"))
+        self.obstacle = path
+        ends = ends[:complete]
+        # The first entry is the state before the first piece.
         rows = np.concatenate([[0], np.cumsum(pieces["steps"], dtype=np.int64)]) + self.rows
         begun = np.concatenate([[self.sequences], begun])
         versions = np.maximum.accumulate(
-            np.concatenate([[self.versions], calls["weights"][:whole].astype(np.int64) + 1])
+            np.concatenate([[self.versions], calls["weights"][:complete].astype(np.int64) + 1])
         )[1:]
         self._after = np.stack(
             [
-                self.calls + 1 + np.arange(whole),
+                self.calls + 1 + np.arange(complete),
                 ends,
                 rows[ends - self.pieces],
                 begun[ends - self.pieces],
@@ -81,35 +83,35 @@ class ModuleExtents:
             ],
             axis=1,
         )
-        for place, column in self._columns().items():
-            needed = self._after[:whole, column]
-            there = count_available(place, int(needed[-1])) if whole else 0
-            if whole and there < needed[-1]:
-                whole = int(np.searchsorted(needed, there, side="right"))
-                self.obstacle = place
-        return whole
+        for path, column in self._columns().items():
+            needed = self._after[:complete, column]
+            available = count_available(path, int(needed[-1])) if complete else 0
+            if complete and available < needed[-1]:
+                complete = int(np.searchsorted(needed, available, side="right"))
+                self.obstacle = path
+        return complete
 
     def accept(self, calls: int) -> None:
-        """Keep this many of the calls that were looked at."""
+        """Accept this many calls of the last `advance`."""
         if calls:
             self.calls, self.pieces, self.rows, self.sequences, self.versions = self._after[
                 calls - 1
             ].tolist()
 
     def counts(self) -> dict[str, int]:
-        """By dataset of the module, how many items are needed."""
+        """Return the number of items that the accepted calls need, by dataset path."""
         have = (self.calls, self.pieces, self.rows, self.sequences, self.versions)
-        found = {place: have[column] for place, column in self._columns().items()}
+        found = {path: have[column] for path, column in self._columns().items()}
         return {pieces_path(self.module): self.pieces, **found}
 
     def _begun(self, pieces: Array) -> Array:
-        """(pieces,) how many sequences have begun by each; up to the first that leaves one out."""
+        """Count the sequences begun after each piece, (pieces,), up to the first skipped number."""
         numbers = np.minimum(pieces["sequence"], np.uint64(2**62)).astype(np.int64)
         begun = np.maximum.accumulate(np.concatenate([[self.sequences], numbers + 1]))
         return begun[1 : 1 + count_leading_true(numbers <= begun[:-1])]
 
     def _columns(self) -> dict[str, int]:
-        """By dataset, which of the counts is its length: calls, rows, sequences or versions."""
+        """Map the path of each dataset to the column of `_after` that is its length."""
         columns = {}
         for site in self.module.sites:
             for quantity in site.quantities:
@@ -122,20 +124,20 @@ class ModuleExtents:
 
 
 def count_leading_true(mask: Array) -> int:
-    """How many are true before the first that is not."""
+    """Return the number of leading True values."""
     return len(mask) if mask.all() else int(np.argmin(mask))
 
 
 class ChunkScanner:
-    """Looks for the chunks of a dataset, as far as is asked.
+    """Counts the leading items of a dataset whose chunks lie within the file.
 
     Args:
-        dataset: Of a file that is not marked as being written.
-        size: Bytes that the file has.
-        limit: How many items can be read at most, if it is known; not because of where they lie.
+        dataset: A dataset of a file without writer flag.
+        size: Bytes of the file.
+        limit: Number of items that can be read, if a read has failed beyond it.
 
     Attributes:
-        reason: Why no more items are there than were found; empty if none was missed yet.
+        reason: Why items are missing; empty while none is.
     """
 
     def __init__(self, dataset: h5py.Dataset, size: int, limit: int | None) -> None:
@@ -145,12 +147,11 @@ class ChunkScanner:
         self._known = 0
         self._chunk: tuple[int, ...] = dataset.chunks
         self._compressed = dataset.id.get_create_plist().get_nfilters() > 0
-        #: Bytes.
         self._item_bytes = math.prod(dataset.shape[1:]) * dataset.dtype.itemsize
         self.reason = ""
 
     def count_available(self, count: int) -> int:
-        """How many of the first `count` items are there."""
+        """Return how many of the first `count` items are available."""
         wanted = min(count, self._length)
         if not self._item_bytes:
             return wanted
@@ -163,12 +164,12 @@ class ChunkScanner:
                     f"{self._size} bytes"
                 )
         if wanted < count and not self.reason:
-            cannot = "cannot be read" if self._limited else "is not there"
-            self.reason = f"item {wanted} {cannot}"
+            problem = "cannot be read" if self._limited else "is missing"
+            self.reason = f"item {wanted} {problem}"
         return min(count, self._known)
 
     def _count_in_row_of_chunks(self, first: int) -> int:
-        """How many items, from the first of a chunk on, are there."""
+        """Count the available items of the chunks that begin with an item."""
         rest = [
             range(0, size, step)
             for size, step in zip(self._dataset.shape[1:], self._chunk[1:], strict=True)
@@ -182,7 +183,7 @@ class ChunkScanner:
         try:
             info = self._dataset.id.get_chunk_info_by_coord((first, *others))
         except H5PY_ERRORS as error:
-            self.reason = f"where item {first} lies cannot be read: {short_message(error)}"
+            self.reason = f"the address of item {first} cannot be read: {short_message(error)}"
             return 0
         if info.byte_offset is None:
             self.reason = f"item {first} was never written"
@@ -190,11 +191,11 @@ class ChunkScanner:
         start = int(info.byte_offset)
         if self._compressed:
             return items if start + int(info.size) <= self._size else 0
-        # A writer that died may not have written the unused end of a chunk.
+        # A dead writer may not have written the unused end of a chunk.
         item: int = math.prod(self._chunk[1:]) * self._dataset.dtype.itemsize
-        whole = max(0, self._size - start) // max(1, item)
+        complete = max(0, self._size - start) // max(1, item)
         if len(self._chunk) == 1 or self._chunk[1:] == self._dataset.shape[1:]:
-            return min(items, whole)
-        # Of an item in several chunks, the last chunk need not be filled.
+            return min(items, complete)
+        # If an item spans several chunks, the last one need not be full.
         used: int = min(self._chunk[1], self._dataset.shape[1] - others[0]) * item // self._chunk[1]
         return items if start + used <= self._size else 0

@@ -107,7 +107,9 @@ class ConcatenatedSource:
                 if number == len(self._modules):
                     self._modules.append(module)
                     self._first_of.append(source)
-                for found in module_differences(self._modules[number], module):
+                for found in module_differences(
+                    self._modules[number], module, ("the first", "this one")
+                ):
                     first = self._first_of[number].name
                     raise TraceFileError(
                         f"{source.name} does not go together with {first}: {found}"
@@ -186,7 +188,7 @@ class _ConcatenatedReader:
             self._sources, joined.module_indices, parts, strict=True
         ):
             for local, number in enumerate(of_source):
-                self._parts[number].append((source, local, tables.extents[local]))
+                self._parts[number].append((source, local, tables.module_counts[local]))
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickled, it is its shards, if they do not grow: then all rows stay where they are."""
@@ -276,7 +278,7 @@ def concatenated_tables(
             own = part.pieces[local].copy()
             own["sequence"] += np.uint64(before[number].sequences)
             pieces[number].append(own)
-            before[number] = _add_extents(before[number], part.extents[local])
+            before[number] = _add_extents(before[number], part.module_counts[local])
         string_count += len(part.strings)
         character_count += len(characters[-1])
     return Tables(
@@ -287,7 +289,7 @@ def concatenated_tables(
         strings=np.concatenate(strings),
         characters=np.concatenate(characters),
         pieces=tuple(map(np.concatenate, pieces)),
-        extents=tuple(before),
+        module_counts=tuple(before),
         closed=all(part.closed for part in parts),
     )
 

@@ -158,11 +158,15 @@ class _Merge:
         header = replace(self._header, options=options)
         write_header(file, header)
         # What is copied is packed as it was.
-        create = partial(create_growing_dataset, packed=filter_options(compression_of(header)))
+        create = partial(
+            create_growing_dataset, compression_options=filter_options(compression_of(header))
+        )
         if self._copy:
             create_datasets(file, header.modules, create)
             for number, module in enumerate(header.modules):
-                self._copy_module(file, module, self._reader, number, self._tables.extents[number])
+                self._copy_module(
+                    file, module, self._reader, number, self._tables.module_counts[number]
+                )
         else:
             for shard in self._shards:
                 if not shard.linked:
@@ -189,7 +193,7 @@ class _Merge:
         spans: dict[str, list[SourceSpan]] = {}
         for shard in self._shards:
             for local, number in enumerate(shard.module_indices):
-                module, extent = self._header.modules[number], shard.tables.extents[local]
+                module, extent = self._header.modules[number], shard.tables.module_counts[local]
                 for dataset_path, name in _row_datasets(module):
                     count = _count(extent, name)
                     if count:
@@ -205,7 +209,7 @@ class _Merge:
             specs = dataset_specs([module])
             for dataset_path, _ in _row_datasets(module):
                 create(file, f"{shard.prefix}{dataset_path}", specs[dataset_path])
-            extent = shard.tables.extents[local]
+            extent = shard.tables.module_counts[local]
             self._copy_module(file, module, shard.source, local, extent, shard.prefix)
 
     def _copy_module(
@@ -289,10 +293,14 @@ class _Shard:
     def nbytes(self) -> int:
         """Bytes of all that is not in its tables."""
         size = 0
-        for module, extent in zip(self.source.header.modules, self.tables.extents, strict=True):
+        for module, extent in zip(
+            self.source.header.modules, self.tables.module_counts, strict=True
+        ):
             specs = dataset_specs([module])
             for dataset_path, name in _row_datasets(module):
-                item = math.prod(specs[dataset_path].item) * specs[dataset_path].dtype.itemsize
+                item = (
+                    math.prod(specs[dataset_path].item_shape) * specs[dataset_path].dtype.itemsize
+                )
                 size += _count(extent, name) * item
         return size
 

@@ -180,7 +180,7 @@ def union_tables(parts: Sequence[Tables]) -> Tables:
         strings=np.concatenate(strings),
         characters=np.concatenate(characters),
         pieces=tuple(pieces for part in parts for pieces in part.pieces),
-        extents=tuple(extent for part in parts for extent in part.extents),
+        module_counts=tuple(extent for part in parts for extent in part.module_counts),
         closed=all(part.closed for part in parts),
     )
 

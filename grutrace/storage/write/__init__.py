@@ -1,1 +1,1 @@
-"""From records to a file."""
+"""Write records to a trace file."""

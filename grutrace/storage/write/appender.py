@@ -1,4 +1,4 @@
-"""Appending to one dataset: many small pieces in memory become few large writes."""
+"""Append to one dataset: collect small arrays in memory and write them in large blocks."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from grutrace.storage.hdf5.filters import is_compressed
 
 
 class DatasetAppender:
-    """Gathers what a dataset grows by, and writes it when told.
+    """Buffers items for a dataset and appends them to it.
 
     Args:
-        dataset: Grows along its first axis; may be longer than what counts in it.
-        position: How many of its items count. The next item goes there.
+        dataset: A dataset that can grow along its first axis. It may be longer than `position`.
+        position: Number of committed items; the next item is written there.
 
     Attributes:
-        position: Items written so far.
-        compressed: Whether chunks of the dataset are packed. Each time that HDF5 packs a chunk
-            anew it takes new room, and under SWMR it never uses the old room again.
+        position: Number of items written so far.
+        compressed: Whether the dataset is compressed. HDF5 stores a compressed chunk at a new
+            address each time it changes, and under SWMR it never frees the old address.
     """
 
     def __init__(self, dataset: h5py.Dataset, position: int) -> None:
@@ -36,28 +36,24 @@ class DatasetAppender:
 
     @property
     def buffered_bytes(self) -> int:
-        """Bytes that are staged."""
+        """Bytes in the buffer."""
         return sum(items.nbytes for items in self._buffer)
 
     def append(self, items: Array) -> None:
-        """Keep (n, ...) items for the next write."""
+        """Add (n, ...) items to the buffer."""
         self._buffer.append(items)
 
     def write(self, *, whole_chunks: bool = False) -> None:
-        """Write what is staged. If that fails, all of it is still staged.
+        """Write the buffer to the dataset. If that fails, the buffer is unchanged.
 
         Args:
-            whole_chunks: Leave staged what does not make a whole chunk yet.
+            whole_chunks: Keep items in the buffer that do not fill a chunk yet.
         """
         if not self._buffer:
             return
-        buffered_bytes = self._buffer
-        # With the type given NumPy need not work out a common one, slow for compound types.
-        items = (
-            np.concatenate(buffered_bytes, dtype=self._dtype)
-            if len(buffered_bytes) > 1
-            else buffered_bytes[0]
-        )
+        buffer = self._buffer
+        # Without a dtype, NumPy computes a common type, which is slow for compound types.
+        items = np.concatenate(buffer, dtype=self._dtype) if len(buffer) > 1 else buffer[0]
         left = min(len(items), (self.position + len(items)) % self._chunk) if whole_chunks else 0
         written = items[: len(items) - left]
         if len(written):
@@ -66,7 +62,7 @@ class DatasetAppender:
         self._buffer = [items[len(items) - left :]] if left else []
 
     def _write_items(self, items: Array) -> None:
-        # h5py's low-level calls: Dataset.resize and slicing cost 70 microseconds a write, these 30.
+        # Low-level calls take 30 microseconds a write; Dataset.resize and slicing take 70.
         end = self.position + len(items)
         if end > self._length:
             self._id.set_extent((end, *self._item))

@@ -1,4 +1,4 @@
-"""Paths that writers of this process write to: each has one writer at a time."""
+"""Claims on the paths that this process writes: each path has one writer at a time."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from pathlib import Path
 from grutrace.errors import TraceFileError
 from grutrace.storage.hdf5.locks import HeldFile
 
-#: How long a new writer waits for one that was given up and is closing its file. Seconds.
+#: Seconds that a new writer waits for an abandoned one that is closing its file.
 CLAIM_TIMEOUT = 30.0
 
-#: Guards all below; told when a path is given back.
+#: Guards the claims; notified when a claim is released.
 _changed = threading.Condition()
 
 _claims: set[Claim] = set()
 
 
 class Claim:
-    """A path that nobody else of this process writes to until it is released.
+    """The exclusive right of a writer to a path in this process, until it is released.
 
     Args:
-        path: Without symbolic links in it. There need not be a file.
+        path: A path without symbolic links. The file need not exist.
 
     Attributes:
-        path: It.
-        closing: Whether the writer is about to release it: then others wait for that.
+        path: The path.
+        closing: Whether the writer is about to release the path. Then other writers wait.
 
     Raises:
-        TraceFileError: Another writer has the path, or the file that is there now.
+        TraceFileError: Another writer of this process has claimed the path or its file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,18 +40,18 @@ class Claim:
             if _holders(path):
                 raise TraceFileError(
                     f"{path} is being written by another tracer or grutrace.Statistics of this "
-                    "process: close that one first, or name another file"
+                    "process: close that one first, or choose another path"
                 )
             _claims.add(self)
 
     def hold(self, file: HeldFile) -> None:
-        """Take a file as the one that belongs at the path."""
+        """Keep the file that was published at the path open, to notice when it is replaced."""
         before, self._held = self._held, file
         if before is not None:
             before.close()
 
     def displaced(self) -> str:
-        """What became of the file that belongs at the path; empty if it is there."""
+        """Describe how the file at the path was removed or replaced; empty if it was not."""
         if self._held is None:
             return ""
         try:
@@ -63,7 +63,7 @@ class Claim:
         return "" if there else "was replaced by another file while it was written"
 
     def release(self) -> None:
-        """Give the path back. Releasing twice does nothing."""
+        """Release the path. Releasing twice does nothing."""
         with _changed:
             _claims.discard(self)
             _changed.notify_all()
@@ -72,7 +72,7 @@ class Claim:
             held.close()
 
     def covers(self, path: Path) -> bool:
-        """Whether a path, or a hard link at it, is this one."""
+        """Return whether a path, or a hard link at it, belongs to this claim."""
         if path == self.path:
             return self._held is None or path.exists()
         try:
@@ -82,10 +82,10 @@ class Claim:
 
 
 def require_unclaimed(path: Path) -> None:
-    """Refuse a path that a writer of this process writes to.
+    """Refuse a path that this process is writing.
 
     Raises:
-        TraceFileError: One does.
+        TraceFileError: A writer of this process has claimed the path.
     """
     Claim(path).release()
 
@@ -100,7 +100,7 @@ def _is_closing(path: Path) -> bool:
 
 
 def _release_all_after_fork() -> None:
-    """In a forked child: the files are written by the parent, which keeps its locks."""
+    """In a forked child: release all claims. The parent keeps writing and keeps its locks."""
     global _changed
     _changed = threading.Condition()
     for each in list(_claims):

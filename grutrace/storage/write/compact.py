@@ -1,9 +1,9 @@
-"""A small trace with chunks of its own size, and with those of a long one to append to it.
+"""Rewrite a small trace with smaller chunks when it is closed, and with large ones to append.
 
-HDF5 gives a dataset room by whole chunks, and those of a trace are for long runs: a call of a small
-layer would take 1.3 MB. So a small file is written anew when it is closed, with chunks as large as
-what they hold, and once more before it is appended to. Each time a new file takes the place of the
-old one, which a reader that has it open reads on.
+HDF5 allocates whole chunks, and the chunks of a trace are made for long runs: one call of a small
+layer would take 1.3 MB. So a small file is rewritten with fitting chunks when it is closed, and
+with the usual chunks before it is appended to. Each time a new file replaces the old one; a reader
+that has the old file open keeps reading it.
 """
 
 from __future__ import annotations
@@ -25,86 +25,88 @@ from grutrace.storage.format.schema import DatasetSpec, dataset_specs
 from grutrace.storage.write.appender import DatasetAppender
 from grutrace.storage.write.create import Items, trace_image
 
-#: No trace with more data is written anew: what it could save is little beside that. Bytes.
+#: Bytes of data above which a trace is not rewritten, since it could save little in proportion.
 MAX_DATA_BYTES = 16 * 1024 * 1024
 
-#: Nor one with more sites, for each of which HDF5 takes 10 ms.
+#: Number of sites above which a trace is not rewritten: HDF5 takes 10 ms for each.
 MAX_SITES = 100
 
-#: What is saved at least, and as a share of the data. Bytes.
+#: The smallest saving for which a trace is rewritten: in bytes, and as a share of the data.
 MIN_SAVING_BYTES, MIN_SAVING_SHARE = 16 * 1024, 1 / 4
 
 _VERSION = "format_version"
 
-#: The attributes by which HDF5 relates datasets and scales.
+#: The attributes in which HDF5 stores dimension scales.
 _SCALE_ATTRIBUTES = {"CLASS", "NAME", "DIMENSION_LIST", "DIMENSION_LABELS", "REFERENCE_LIST"}
 
 
 def should_compact(header: TraceHeader, items: Items) -> bool:
-    """Whether a file whose chunks are those of a long trace is worth being written anew.
+    """Return whether rewriting a file with fitting chunks saves enough space.
 
     Args:
-        header: Of the trace.
-        items: By place, how many items each dataset holds.
+        header: Header of the trace.
+        items: Number of items of each dataset, by path.
     """
-    columns = dataset_specs(header.modules)
-    waste = sum(_wasted_bytes(column, items[place]) for place, column in columns.items())
+    specs = dataset_specs(header.modules)
+    waste = sum(_wasted_bytes(spec, items[path]) for path, spec in specs.items())
     return _is_small(header, items) and waste > max(
         MIN_SAVING_BYTES, MIN_SAVING_SHARE * _data_bytes(header, items)
     )
 
 
 def has_small_chunks(file: h5py.File, header: TraceHeader, items: Items) -> bool:
-    """Whether this is a small file whose chunks are smaller than those of a long trace.
+    """Return whether this is a small file with chunks that are smaller than usual.
 
     Args:
-        file: Holds the trace.
-        header: Of it.
-        items: By place, how many items of each dataset count.
+        file: The file.
+        header: Header of the trace.
+        items: Number of committed items of each dataset, by path.
     """
     return _is_small(header, items) and any(
-        file[place].chunks is not None and file[place].chunks[0] < column.chunks[0]
-        for place, column in dataset_specs(header.modules).items()
+        file[path].chunks is not None and file[path].chunks[0] < spec.chunks[0]
+        for path, spec in dataset_specs(header.modules).items()
     )
 
 
 def copy_image(
-    file: h5py.File, header: TraceHeader, items: Items, committed: Any, *, fitted: bool
+    file: h5py.File, header: TraceHeader, items: Items, committed: Any, *, compact: bool
 ) -> bytes:
-    """The bytes of a file with the same content.
+    """Return the bytes of a file with the same content.
 
     Args:
-        file: Holds the trace.
-        header: Of it.
-        items: By place, how many items of each dataset count.
-        committed: The counts of the new file.
-        fitted: Whether its chunks are as large as what they hold, or as those of a long trace.
+        file: The file to copy.
+        header: Header of the trace.
+        items: Number of committed items of each dataset, by path.
+        committed: The committed counts of the copy.
+        compact: Whether the chunks fit the data, or have the usual size.
     """
 
     def fill(copy: h5py.File) -> None:
-        for place, count in items.items():
-            appender = DatasetAppender(copy[place], 0)
+        for path, count in items.items():
+            appender = DatasetAppender(copy[path], 0)
             if count:
-                appender.append(np.asarray(file[place][:count]))
+                appender.append(np.asarray(file[path][:count]))
                 appender.write()
         extend_scales(copy, header.modules, items)
         copy["committed"][()] = committed
 
-    return trace_image(header, items if fitted else None, fill)
+    return trace_image(header, items if compact else None, fill)
 
 
 def has_extra_content(file: h5py.File, image: bytes) -> bool:
-    """Whether something is in a file that a copy of it would lose: others may have put it there."""
+    """Return whether a file has content that the copy lacks, as added by another program."""
     with h5py.File(io.BytesIO(image), "r") as copy:
-        # A file of an older version of the format stays of that.
+        # A file of an older format version keeps its version.
         same_version = tuple(file.attrs[_VERSION]) == tuple(copy.attrs[_VERSION])
         return not same_version or any(_differences(file, copy))
 
 
 def copy_permissions(path: Path, new: Path) -> bool:
-    """Give a new file the permissions of the one that it replaces; False if it cannot be as that.
+    """Copy the permissions of a file to the new file that is to replace it.
 
-    What has several hard links is one file under all its names, and a new one would not be.
+    Returns:
+        False if the new file cannot replace it: the old file has several hard links, another
+        owner, or extended attributes.
 
     Raises:
         OSError: The permissions cannot be set.
@@ -119,7 +121,7 @@ def copy_permissions(path: Path, new: Path) -> bool:
 
 
 def _has_extended_attributes(path: Path) -> bool:
-    """Whether a file has attributes or access lists that a new one would not get by itself."""
+    """Return whether a file has extended attributes or access lists, which a copy would lose."""
     try:
         names = os.listxattr(path)
     except (OSError, AttributeError):
@@ -133,19 +135,19 @@ def _is_small(header: TraceHeader, items: Items) -> bool:
 
 
 def _data_bytes(header: TraceHeader, items: Items) -> int:
-    """Bytes of all items."""
-    columns = dataset_specs(header.modules)
-    return sum(items[place] * _item_bytes(column) for place, column in columns.items())
+    """Return the bytes of all items."""
+    specs = dataset_specs(header.modules)
+    return sum(items[path] * _item_bytes(spec) for path, spec in specs.items())
 
 
-def _item_bytes(column: DatasetSpec) -> int:
-    return math.prod(column.item) * column.dtype.itemsize
+def _item_bytes(spec: DatasetSpec) -> int:
+    return math.prod(spec.item_shape) * spec.dtype.itemsize
 
 
-def _wasted_bytes(column: DatasetSpec, count: int) -> int:
-    """Bytes of a chunk that holds fewer items than it could, where it is the only one."""
-    missing = column.chunks[0] - count if 0 < count < column.chunks[0] else 0
-    return missing * _item_bytes(column)
+def _wasted_bytes(spec: DatasetSpec, count: int) -> int:
+    """Return the unused bytes of the only chunk of a dataset."""
+    missing = spec.chunks[0] - count if 0 < count < spec.chunks[0] else 0
+    return missing * _item_bytes(spec)
 
 
 def _differences(group: h5py.Group, copy: h5py.Group) -> Iterator[bool]:
@@ -166,5 +168,5 @@ def _differences(group: h5py.Group, copy: h5py.Group) -> Iterator[bool]:
 
 
 def _filters(dataset: h5py.Dataset) -> list[int]:
-    made = dataset.id.get_create_plist()
-    return [made.get_filter(number)[0] for number in range(made.get_nfilters())]
+    properties = dataset.id.get_create_plist()
+    return [properties.get_filter(index)[0] for index in range(properties.get_nfilters())]

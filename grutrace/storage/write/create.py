@@ -1,24 +1,21 @@
-"""A new trace file, and one that is gone on with, open for a writer and marked as being written.
+"""Create a trace file, or open an existing one to append to it.
 
-HDF5 2.0 may end the process when it cannot write what it creates, or the mark of a file that it has
-open already. So a file is created in memory, and marked as it is opened.
-
-Whether a trace can go on in an existing file, and where.
+HDF5 2.0 may crash if it cannot write a new file, or the writer flag of an open file. So a file is
+created in memory, written by Python, and flagged when HDF5 opens it.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
 import h5py
 
-from grutrace.distributed import Shard
 from grutrace.errors import TraceFileError
-from grutrace.records import TraceHeader
+from grutrace.records import ModuleInfo, TraceHeader
 from grutrace.storage.format.dimension_scales import create_scales
 from grutrace.storage.format.header import (
     describe_difference,
@@ -43,21 +40,21 @@ from grutrace.storage.hdf5.locks import is_locked
 from grutrace.storage.hdf5.safe_open import open_locked
 from grutrace.storage.hdf5.superblock import image_bytes
 
-#: By its place in the file, how many items a dataset holds.
+#: Number of items of each dataset, by its path in the file.
 Items: TypeAlias = Mapping[str, int]
 
 
 def create(path: Path, new: Path, header: TraceHeader, items: Items | None = None) -> h5py.File:
-    """A new file with everything in it but data.
+    """Create a file with the header and empty datasets, and open it to write.
 
     Args:
-        path: What errors name.
-        new: Where it is.
-        header: Of the trace.
+        path: Final path, which errors name.
+        new: Path at which the file is created.
+        header: Header of the trace.
         items: As for `trace_image`.
 
     Raises:
-        TraceFileError: It cannot be created.
+        TraceFileError: The file cannot be created.
     """
     with translate_write_errors(path, "created"):
         content = trace_image(header, items)
@@ -69,19 +66,21 @@ def create(path: Path, new: Path, header: TraceHeader, items: Items | None = Non
 def trace_image(
     header: TraceHeader, items: Items | None = None, fill: Callable[[h5py.File], None] | None = None
 ) -> bytes:
-    """The bytes of a new file, made in memory.
+    """Return the bytes of a new file, built in memory.
 
     Args:
-        header: Of the trace.
-        items: By place, how many items each dataset will hold, if chunks are to be no larger.
-        fill: Puts data in; there are none unless it is given.
+        header: Header of the trace.
+        items: Final number of items of each dataset, if its chunks need hold no more.
+        fill: Function that writes data to the datasets; they are empty without it.
     """
-    # Another thread may make one at this moment: HDF5 would take them for the same file.
+    # A random name: HDF5 would take two memory files with one name for the same file.
     name = f"memory-{secrets.token_hex(8)}"
     with h5py.File(name, "w", libver=LIBVER, driver="core", backing_store=False) as memory:
         write_header(memory, header)
-        packed = filter_options(compression_of(header))
-        create = partial(create_growing_dataset, packed=packed, items=items)
+        compression_options = filter_options(compression_of(header))
+        create = partial(
+            create_growing_dataset, compression_options=compression_options, items=items
+        )
         create_datasets(memory, header.modules, create)
         create_scales(memory, header.modules)
         if fill is not None:
@@ -90,10 +89,10 @@ def trace_image(
 
 
 def reopen(path: Path) -> h5py.File:
-    """A file that there is.
+    """Open an existing file to append to it.
 
     Raises:
-        TraceFileError: It cannot be opened to write to it.
+        TraceFileError: The file cannot be opened for writing.
     """
     status = path.stat()
     with translate_write_errors(path, "appended to"), close_readers((status.st_dev, status.st_ino)):
@@ -101,17 +100,16 @@ def reopen(path: Path) -> h5py.File:
 
 
 def open_to_write(path: Path) -> h5py.File:
-    """A file of ours, open for SWMR writing and marked so.
+    """Open a file for SWMR writing, which sets its writer flag.
 
     Raises:
-        OSError: It cannot be opened.
+        OSError: The file cannot be opened.
     """
     access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
     bounds = [getattr(h5py.h5f, f"LIBVER_{name.upper()}") for name in LIBVER]
     access.set_libver_bounds(*bounds)
-    # Rows are written as they come, so HDF5 need not keep chunks for us: with no chunk cache it
-    # writes straight from our arrays, which is 3.7 GB/s instead of 2.8, and costs no memory per
-    # dataset.
+    # Rows are written once, in order. Without a chunk cache HDF5 writes directly from our arrays:
+    # 3.7 GB/s instead of 2.8, and no memory per dataset.
     cache = list(access.get_cache())
     cache[2] = 0
     access.set_cache(*cache)
@@ -121,25 +119,25 @@ def open_to_write(path: Path) -> h5py.File:
 
 
 def _keep_metadata(access: h5py.h5p.PropFAID) -> None:
-    """Have HDF5 keep what it knows of a file's structures for as long as it is open.
+    """Keep all metadata of a file in HDF5's cache while the file is open.
 
-    What HDF5 2.0 takes out of its cache while a file is written for SWMR readers, it may take apart
-    twice when it needs it again: seen with 600 sites, where that ended the process. To keep it all
-    takes a few KiB a dataset, and 8 bytes a chunk: some 32 MiB for a TiB of rows.
+    HDF5 2.0 may crash after it evicts metadata of a file that is open for SWMR writing; this
+    happened with 600 sites. Keeping all metadata takes a few KiB a dataset and 8 bytes a chunk:
+    about 32 MiB for one TiB of rows.
     """
     metadata = access.get_mdc_config()
-    # Nothing may be kept for good in a cache whose size changes by itself.
+    # HDF5 allows disabling evictions only if the cache size is fixed.
     metadata.incr_mode = metadata.flash_incr_mode = metadata.decr_mode = 0
     metadata.evictions_enabled = False
     access.set_mdc_config(metadata)
 
 
 def existing_trace(path: Path, header: TraceHeader) -> tuple[TraceHeader, Tables]:
-    """The header and tables of a trace that one with this header can be appended to.
+    """Read the header and tables of a trace, and check that this header can be appended to it.
 
     Raises:
-        TraceFileError: The file is no trace, was not closed, or is of other modules; the message
-            says what differs.
+        TraceFileError: The file is not a trace, was not closed in order, or has other modules.
+            The message names the first difference.
     """
     with translate_read_errors(path):
         handle = SharedReadHandle(path)
@@ -147,43 +145,49 @@ def existing_trace(path: Path, header: TraceHeader) -> tuple[TraceHeader, Tables
             with handle.acquire() as file:
                 before = read_header(file)
                 merged, shard = read_merged_shards(before), read_shard(before)
-                # A writer would write to the shards, through the virtual datasets of this file.
+                # Writing to the virtual datasets of a merged file would change its shards.
                 tables = None if merged else _checked_tables(handle, before)
         finally:
             handle.close()
     if tables is None:
-        raise TraceFileError(f"{path} was merged of shards: nothing can be appended to it")
+        raise TraceFileError(f"cannot append to {path}: it was merged from shards")
     if not tables.closed:
         writer = {
             True: "another process is writing it",
-            False: "its writer died. `grutrace recover` makes a file of it that can",
-            None: "its writer is still at work or died",
+            False: "its writer died. Run `grutrace recover` to make a file that you can append to",
+            None: "its writer is still running or died",
         }[is_locked(path)]
         raise TraceFileError(
-            f"{path} was not closed in order, so nothing can be appended to it, though it can be "
-            f"read with grutrace.open: {writer}"
+            f"cannot append to {path}, which was not closed in order and can only be read with "
+            f"grutrace.open: {writer}"
         )
-    for found in _differences(before, header, shard):
-        raise TraceFileError(f"{path} holds another trace, which this one cannot go on: {found}")
+    own = read_shard(header)
+    if shard and own and (shard.rank, shard.world_size) != (own.rank, own.world_size):
+        recorded, current = (f"{each.rank} of {each.world_size}" for each in (shard, own))
+        found = describe_difference("rank", recorded, current, ("the file", "this process"))
+        raise TraceFileError(
+            f"cannot append to {path}: it was recorded by another process: {found}"
+        )
+    for found in _differences(before.modules, header.modules):
+        raise TraceFileError(
+            f"cannot append to {path}: it was recorded from a different model: {found}"
+        )
     return before, tables
 
 
 def _checked_tables(handle: SharedReadHandle, header: TraceHeader) -> Tables:
     tables = TableReader(handle, header.modules).read()
     counts = dataset_lengths(tables, header.modules)
-    for place, column in dataset_specs(header.modules).items():
-        check_dataset(handle.dataset(place, counts[place]), place, column)
+    for dataset_path, spec in dataset_specs(header.modules).items():
+        check_dataset(handle.dataset(dataset_path, counts[dataset_path]), dataset_path, spec)
     return tables
 
 
-def _differences(before: TraceHeader, now: TraceHeader, shard: Shard | None) -> Iterator[str]:
-    here = read_shard(now)
-    if shard and here and (shard.rank, shard.world_size) != (here.rank, here.world_size):
-        yield describe_difference(
-            "shard", *(f"{each.rank} of {each.world_size}" for each in (shard, here))
-        )
-    paths = [module.path for module in before.modules]
-    if paths != [module.path for module in now.modules]:
-        yield describe_difference("modules", paths, [module.path for module in now.modules])
-    for module, other in zip(before.modules, now.modules, strict=False):
-        yield from module_differences(module, other)
+def _differences(recorded: Sequence[ModuleInfo], modules: Sequence[ModuleInfo]) -> Iterator[str]:
+    """Describe how the modules of a file differ from those of the model."""
+    owners = "the file", "the model"
+    paths, model_paths = ([module.path for module in each] for each in (recorded, modules))
+    if paths != model_paths:
+        yield describe_difference("modules", paths, model_paths, owners)
+    for module, other in zip(recorded, modules, strict=False):
+        yield from module_differences(module, other, owners)

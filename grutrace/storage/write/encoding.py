@@ -1,8 +1,7 @@
-"""What a record adds to each dataset of a trace: the one place where records become entries.
+"""Encode records as items to append to the datasets of a trace.
 
-Both sinks take entries from here, so they hold the same numbers; they differ in where to.
-
-Texts as numbers: a tag or token that comes a million times is stored once.
+The memory sink and the file sink both use this encoder, so they store the same items.
+`StringTable` stores a tag or token that occurs a million times once, and refers to it by number.
 """
 
 from __future__ import annotations
@@ -32,17 +31,17 @@ from grutrace.storage.format.schema import (
     site_path,
 )
 
-#: Texts that are remembered. After so many different ones the memory starts afresh, which may store
-#: a text twice, but cannot grow without bound.
+#: Number of different strings that are remembered. Beyond it the table forgets all of them, so that
+#: its memory is bounded; a string may then be stored twice.
 MAX_INTERNED = 1 << 20
 
 
 class StringTable:
-    """Gives every text a number, and keeps the new ones until somebody takes them.
+    """Maps strings to numbers, and collects the new strings until `pop_new`.
 
     Args:
-        known: Texts that have the numbers 0, 1, ... already.
-        characters: Bytes that those take.
+        known: Strings that already have the numbers 0, 1, ...
+        characters: UTF-8 bytes that they take in the file.
     """
 
     def __init__(self, known: Sequence[str] = (), characters: int = 0) -> None:
@@ -52,18 +51,18 @@ class StringTable:
         self._new: list[bytes] = []
 
     def intern(self, text: str) -> int:
-        """Number of the text, the next one if it is new."""
+        """Return the number of a string. A new string gets the next number."""
         number = self._numbers.get(text)
         if number is None:
             number = self._add(text)
         return number
 
     def intern_optional(self, text: str | None) -> int:
-        """One more than the number of the text; 0 for none."""
+        """Return one more than the number of a string; 0 for None."""
         return 0 if text is None else 1 + self.intern(text)
 
     def pop_new(self) -> tuple[Array, Array]:
-        """The texts added since the last take: where each ends, (texts,), and their UTF-8 bytes."""
+        """Return the strings added since the last call: their ends, (strings,), and UTF-8 bytes."""
         lengths = np.fromiter(map(len, self._new), np.uint64, len(self._new))
         ends = np.uint64(self._characters) + np.cumsum(lengths, dtype=np.uint64)
         joined = b"".join(self._new)
@@ -76,7 +75,7 @@ class StringTable:
             self._numbers.clear()
         number = self._numbers[text] = self._count
         self._count += 1
-        # A lone surrogate has no UTF-8 form.
+        # A lone surrogate cannot be encoded in UTF-8.
         self._new.append(text.encode("utf-8", "backslashreplace"))
         return number
 
@@ -85,7 +84,7 @@ Entry = tuple[str, Array]
 
 
 class _DatasetPaths:
-    """The places in the file of one module's datasets, spelt once."""
+    """The paths of the datasets of one module, computed once."""
 
     def __init__(self, module: ModuleInfo) -> None:
         self.pieces = pieces_path(module)
@@ -105,13 +104,14 @@ class _DatasetPaths:
 
 
 class RecordEncoder:
-    """Turns records into (place, items to append there).
+    """Encodes records as pairs of a dataset path and the items to append there.
 
     Args:
-        modules: The modules of the trace.
-        strings: Numbers of the texts so far.
-        sequences: By module, the sequences of an earlier run in the same file; numbers go on there.
-        versions: By module, likewise the versions of its weights.
+        modules: Modules of the trace.
+        strings: The strings so far.
+        sequences: Number of sequences of each module in the file. New sequences are numbered from
+            there.
+        versions: Number of versions of the weights of each module in the file.
     """
 
     def __init__(
@@ -128,11 +128,11 @@ class RecordEncoder:
         self._versions = list(versions or [0] * len(modules))
 
     def reuse_last_weights(self, module: int) -> None:
-        """Have the first weights of this run be the last version that is there already."""
+        """Map the first weights of this run to the last version in the file."""
         self._versions[module] -= 1
 
     def encode(self, record: Record) -> Iterator[Entry]:
-        """Everything that the record adds, except the texts, which wait in `strings`."""
+        """Yield the items that a record adds, except new strings, which stay in the table."""
         if isinstance(record, CallRecord):
             yield from self._encode_call(record)
         elif isinstance(record, WeightsRecord):

@@ -1,4 +1,4 @@
-"""What may be overwritten: files that grutrace wrote, and that no other process writes to now."""
+"""Refuse to overwrite files that grutrace did not write or that another process is writing."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from grutrace.storage.hdf5.locks import is_locked
 from grutrace.storage.hdf5.safe_open import HEAD_BYTES, SIGNATURE, has_writer_flag, sniff_format
 from grutrace.storage.hdf5.superblock import RepairedFile, open_repaired
 
-#: Memory for chunks while a file's origin is read: no chunk is. Bytes.
+#: Bytes of the chunk cache. Only attributes are read here.
 CACHE = 4096
 
 
 def require_replaceable(path: Path) -> None:
-    """Refuse to overwrite a file that grutrace did not write, or that another process writes to.
+    """Refuse to overwrite a file that grutrace did not write or that another process is writing.
 
     Args:
-        path: Without symbolic links in it. There may be no file.
+        path: A path without symbolic links. The file need not exist.
 
     Raises:
-        TraceFileError: The file is something else, or too damaged to tell, or being written.
+        TraceFileError: The file has another format, is too damaged to identify, or is being
+            written.
 
     Warns:
-        GrutraceWarning: It cannot be known whether another process writes to it.
+        GrutraceWarning: The file system has no locks, so another process may be writing the file.
     """
     if not path.exists():
         return
@@ -38,43 +39,42 @@ def require_replaceable(path: Path) -> None:
     if found is not None:
         raise TraceFileError(
             f"{path} cannot be overwritten: expected a file that grutrace wrote, found {found}. "
-            "Move it away, or name another file"
+            "Move the file, or choose another path"
         )
     require_no_writer(path)
 
 
 def require_no_writer(path: Path) -> None:
-    """Refuse a trace or a file of statistics that another process writes to.
+    """Refuse a trace or a statistics file that another process is writing.
 
     Args:
-        path: Of a file that grutrace wrote and no writer of this process has claimed.
+        path: Path of a file that grutrace wrote and that no writer of this process has claimed.
 
     Raises:
-        TraceFileError: It is being written.
+        TraceFileError: Another process is writing the file.
 
     Warns:
-        GrutraceWarning: It cannot be known whether another process writes to it.
+        GrutraceWarning: The file system has no locks, so another process may be writing the file.
     """
-    # A closed trace has no writer. Files of statistics do not say whether they have one.
+    # A closed trace has no writer. A statistics file does not record whether it has one.
     if not has_writer_flag(path) and not is_statistics_file(path):
         return
     locked = is_locked(path)
     if locked:
         raise TraceFileError(
-            f"{path} is being written by another process: wait until that one has closed it, or "
-            "name another file"
+            f"{path} is being written by another process: wait until it has closed the file, or "
+            "choose another path"
         )
     if locked is None:
         warnings.warn(
-            f"{path}: its file system has no locks, so it cannot be known whether another process "
-            "writes to it",
+            f"{path}: no file locks are available, so another process may be writing this file",
             GrutraceWarning,
             stacklevel=2,
         )
 
 
 def is_statistics_file(path: Path) -> bool:
-    """Whether a file is one of statistics by its own account. False if it cannot be read."""
+    """Return whether a file declares to be a statistics file. False if it cannot be read."""
     try:
         return _format(path) == STATISTICS_FORMAT
     except (FormatError, *H5PY_ERRORS):
@@ -82,7 +82,7 @@ def is_statistics_file(path: Path) -> bool:
 
 
 def _found(path: Path) -> str | None:
-    """What a file is that grutrace did not write; None of one that it did."""
+    """Return the kind of a file that grutrace did not write; None if grutrace wrote it."""
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
@@ -97,16 +97,16 @@ def _found(path: Path) -> str | None:
 
 
 def _format(path: Path) -> str | None:
-    """What format an HDF5 file says it is of; None if it does not say.
+    """Return the format that an HDF5 file declares; None if it declares none.
 
     Raises:
-        FormatError: Its superblock is damaged.
-        OSError: It cannot be read.
+        FormatError: The superblock is damaged.
+        OSError: The file cannot be read.
     """
     with path.open("rb") as plain:
         version = plain.read(9)[8:]
         plain.seek(0)
-        # Through Python: HDF5 neither locks the file nor waits for its writer then.
+        # HDF5 neither locks a Python file object nor waits for its writer.
         if version in (b"\2", b"\3"):
             with lock_readers(), RepairedFile(path) as file, open_repaired(file, CACHE) as opened:
                 return _format_of(opened)

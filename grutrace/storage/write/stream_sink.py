@@ -1,6 +1,6 @@
-"""Streaming a trace to its file while the model runs on.
+"""A sink that writes a trace to its file from another thread, while the model runs.
 
-Records on their way to a writer, some at a time through a function that finishes them.
+`TransformingConsumer` passes batches of records through a function before they are written.
 """
 
 from __future__ import annotations
@@ -16,76 +16,75 @@ from grutrace.storage.write.claims import Claim
 from grutrace.storage.write.writer import Writer
 from grutrace.storage.write.writer_thread import QUEUE_BYTES, Consumer, WriterThread
 
-#: Returns records as they are to be stored, as many, in the same order.
+#: Completes records before they are stored. Returns as many records, in the same order.
 RecordTransform: TypeAlias = Callable[[Sequence[Record]], list[Record]]
 
-#: Records are gathered up to this much, so that small calls are finished many at a time. Bytes.
+#: Bytes of records that are transformed together, so that many small calls share the overhead.
 BATCH_BYTES = 1024 * 1024
 
 
 class TransformingConsumer:
-    """A consumer in front of another.
+    """A consumer that transforms batches of records and passes them to another consumer.
 
     Args:
-        consumer: Gets the finished records.
-        prepare: Finishes them.
+        consumer: Consumer of the transformed records.
+        transform: Function that transforms a batch.
     """
 
-    def __init__(self, consumer: Consumer, prepare: RecordTransform) -> None:
-        self._consumer, self._prepare = consumer, prepare
-        self._waiting: list[Record] = []
+    def __init__(self, consumer: Consumer, transform: RecordTransform) -> None:
+        self._consumer, self._transform = consumer, transform
+        self._batch: list[Record] = []
         self._bytes = 0
 
     @property
     def name(self) -> str:
-        """What errors call it."""
+        """Name of the consumer in errors."""
         return self._consumer.name
 
     def write(self, record: Record) -> None:
-        """Take a record."""
-        self._waiting.append(record)
+        """Add a record to the batch."""
+        self._batch.append(record)
         self._bytes += record.nbytes
         if self._bytes >= BATCH_BYTES:
-            self._pass_on()
+            self._flush()
 
     def commit(self) -> None:
-        """Make everything taken so far count."""
-        self._pass_on()
+        """Commit everything written so far."""
+        self._flush()
         self._consumer.commit()
 
     def close(self) -> None:
         """Commit, and release everything."""
-        self._pass_on()
+        self._flush()
         self._consumer.close()
 
     def abandon(self) -> None:
         """Release everything without a commit."""
-        self._waiting = []
+        self._batch = []
         self._consumer.abandon()
 
-    def _pass_on(self) -> None:
-        waiting, self._waiting, self._bytes = self._waiting, [], 0
-        for record in self._prepare(waiting) if waiting else ():
+    def _flush(self) -> None:
+        batch, self._batch, self._bytes = self._batch, [], 0
+        for record in self._transform(batch) if batch else ():
             self._consumer.write(record)
 
 
 class FileSink:
-    """A sink that writes a file from a thread of its own.
+    """A sink that writes records to a file from its own thread.
 
-    What is appended counts in the file half a second later at most, and at once after `flush`. A
-    sink that nobody closes is closed when it is forgotten, and when Python ends.
+    A record is committed within half a second, or at `flush`. A sink that is not closed is closed
+    when it is garbage-collected, or when Python exits.
 
     Args:
-        path: Of the file, which is created here.
-        header: Of the trace.
-        mode: As for `Writer`: "w", "overwrite" or "a".
-        queue_bytes: How much waits to be written before `append` has to wait, beside the little
-            that the writer gathers.
-        prepare: Finishes records on the thread that writes.
-        fsync: Whether what counts is on the disk, and not only in the system's memory.
+        path: Path of the file, which is opened here.
+        header: Header of the trace.
+        mode: "w", "overwrite" or "a", as for `Writer`.
+        queue_bytes: Bytes of queued records above which `append` waits.
+        transform: Function that completes records on the writer thread.
+        fsync: Whether each commit waits until the disk has stored it.
 
     Raises:
-        OptionError: The mode is none of these.
+        OptionError: The mode is unknown.
         TraceFileError: The file cannot be created or appended to.
     """
 
@@ -96,19 +95,19 @@ class FileSink:
         mode: str = "w",
         *,
         queue_bytes: int = QUEUE_BYTES,
-        prepare: RecordTransform | None = None,
+        transform: RecordTransform | None = None,
         fsync: bool = False,
     ) -> None:
         writer = Writer(path, header, mode, fsync=fsync)
         self._writer, self.path = writer, writer.path
-        consumer = TransformingConsumer(writer, prepare) if prepare else writer
+        consumer = TransformingConsumer(writer, transform) if transform else writer
         self._thread = WriterThread(consumer, queue_bytes, commit_seconds=writer.commit_seconds)
-        # Without waiting: whatever thread the collector runs in may hold HDF5's lock.
+        # Do not wait: the thread that runs the garbage collector may hold the lock of HDF5.
         weakref.finalize(self, _finish, self._thread, writer.claim).atexit = False
 
     @property
     def appended(self) -> int:
-        """Records appended so far."""
+        """Number of records appended so far."""
         return self._thread.appended
 
     @property
@@ -118,15 +117,15 @@ class FileSink:
 
     @property
     def has_failed(self) -> bool:
-        """Whether something could not be written."""
+        """Whether writing has failed."""
         return self._thread.has_failed
 
     def collect_from(self, collect: Collect) -> None:
-        """Have the thread call this before each commit, and whenever it has waited as long."""
+        """Call a function on the writer thread before each commit, and at least as often."""
         self._thread.collect_from(collect)
 
     def gather(self) -> AbstractContextManager[None]:
-        """Return a context in which the thread leaves what is appended until its end."""
+        """Return a context in which the writer thread lets records accumulate."""
         return self._thread.gather()
 
     def append(self, record: Record) -> None:
@@ -134,7 +133,7 @@ class FileSink:
 
         Raises:
             SinkError: An earlier record could not be written, the sink is closed, or this process
-                is a forked child of the one that opened it.
+                is a forked child of the process that opened it.
         """
         self._thread.submit(record)
 
@@ -142,22 +141,22 @@ class FileSink:
         """Return once everything appended so far is committed to the file.
 
         Raises:
-            SinkError: It could not be written, the file was deleted, moved or replaced, or this
-                process is a forked child.
+            SinkError: Writing failed, the file was deleted, moved or replaced, or this process is
+                a forked child.
         """
         self._thread.flush()
         self._writer.require_in_place()
 
     def close(self) -> None:
-        """Write what waits and close the file. Closing twice does nothing.
+        """Write all queued records and close the file. Closing twice does nothing.
 
         Raises:
-            SinkError: Something could not be written, and no earlier call has said so.
+            SinkError: Writing failed, and no earlier call raised the error.
         """
         self._thread.close()
 
 
 def _finish(thread: WriterThread, claim: Claim) -> None:
-    """Have the file of a forgotten sink closed; a new writer of its path waits for that."""
+    """Start closing the file of a garbage-collected sink. A new writer of its path waits for it."""
     claim.closing = True
     thread.finish()

@@ -1,4 +1,4 @@
-"""Whether a record fits what was recorded before it. Both sinks ask here, so both refuse alike."""
+"""Validate records against earlier ones. The memory sink and the file sink both use this."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from grutrace.storage.format.schema import weight_shapes, width
 
 @dataclass
 class _ModuleChecks:
-    """What to ask of each record of one module, worked out once; and what it has had so far."""
+    """The expected shapes and types of the records of a module, and the counts so far."""
 
     module: ModuleInfo
     sites: tuple[tuple[str, int, tuple[tuple[str, int], ...]], ...]
@@ -35,20 +35,23 @@ class _ModuleChecks:
 
 
 class RecordValidator:
-    """Counts the sequences and weights of each module, and refuses what does not fit.
+    """Counts the sequences and weights of each module, and refuses inconsistent records.
 
-    Numbers count from 0 in the run that makes the records, whatever a file held before.
+    Sequences and versions are numbered from 0 in each run, even if a file is appended to.
+
+    Args:
+        modules: Modules of the trace.
     """
 
     def __init__(self, modules: Sequence[ModuleInfo]) -> None:
         self._plans = [_module_checks(module) for module in modules]
 
     def validate(self, record: Record) -> None:
-        """Take note of a record that may be stored.
+        """Check a record and count it.
 
         Raises:
-            SinkError: It does not fit; nothing was noted. The message says what was expected,
-                what was found, and where.
+            SinkError: The record is inconsistent, and is not counted. The message names the
+                record, the expected value and the found value.
         """
         if not 0 <= record.module < len(self._plans):
             raise _error("a record", f"a module below {len(self._plans)}", record.module)
@@ -80,7 +83,7 @@ def _validate_call(plan: _ModuleChecks, block: CallRecord) -> None:
     begun = _count_begun(plan, block)
     if not 0 <= block.weights < plan.versions:
         raise _error(
-            _describe_call(plan), f"weights announced before it, {plan.versions}", block.weights
+            _describe_call(plan), f"a version of the weights below {plan.versions}", block.weights
         )
     rows = int(block.steps.sum())
     for suffix, units, quantities in plan.sites:
@@ -95,7 +98,7 @@ def _validate_call(plan: _ModuleChecks, block: CallRecord) -> None:
         if not (plan.sequences <= fork.sequence < last and 0 <= fork.parent < fork.sequence):
             raise _error(
                 _describe_call(plan),
-                f"a fork of {plan.sequences} to {last - 1} from an earlier one",
+                f"a fork of sequence {plan.sequences} to {last - 1} from an earlier sequence",
                 fork,
             )
     for origin in block.origins:
@@ -103,14 +106,14 @@ def _validate_call(plan: _ModuleChecks, block: CallRecord) -> None:
         if not begins or origin.mark not in MARKS:
             raise _error(
                 _describe_call(plan),
-                f"a mark ({', '.join(MARKS)}) of a sequence that it begins",
+                f"a mark ({', '.join(MARKS)}) of a sequence that begins in this call",
                 origin,
             )
     plan.sequences += begun
 
 
 def _count_begun(plan: _ModuleChecks, block: CallRecord) -> int:
-    """How many sequences the block begins, its steps and sequences being in order."""
+    """Check the steps and sequences of a call, and return the number of sequences it begins."""
     steps, sequences = block.steps, block.sequences
     if steps.ndim != 1 or steps.shape != sequences.shape:
         raise _error(
@@ -124,17 +127,17 @@ def _count_begun(plan: _ModuleChecks, block: CallRecord) -> int:
         if number == unused:
             unused += 1
         elif number > unused:
-            raise _error(_describe_call(plan), f"sequence {unused} to begin next", number)
+            raise _error(_describe_call(plan), f"{unused} as the next new sequence", number)
     begun = unused - plan.sequences
     if begun < len(numbers):
         if plan.never_continues:
             raise _error(
                 _describe_call(plan),
-                "sequences that begin, for it has a reverse direction",
+                "only new sequences, because the module has a reverse direction",
                 numbers,
             )
         if len(set(numbers)) < len(numbers):
-            raise _error(_describe_call(plan), "one piece of each sequence", numbers)
+            raise _error(_describe_call(plan), "each sequence once", numbers)
     return begun
 
 
@@ -177,11 +180,11 @@ def _site_weights(
 def _validate_annotation(plan: _ModuleChecks, annotation: AnnotationRecord) -> None:
     where = f"{annotation.name!r} of module {plan.module.path!r}"
     if not 0 <= annotation.sequence < plan.sequences:
-        raise _error(where, f"a sequence that has begun, of {plan.sequences}", annotation.sequence)
+        raise _error(where, f"a sequence below {plan.sequences}", annotation.sequence)
     if annotation.first < 0:
-        raise _error(where, "a first step from 0", annotation.first)
+        raise _error(where, "a first step of at least 0", annotation.first)
     if len({isinstance(value, str) for value in annotation.values}) > 1:
-        raise _error(where, "all text or all numbers", annotation.values)
+        raise _error(where, "either strings or numbers only", annotation.values)
 
 
 def _describe_call(plan: _ModuleChecks) -> str:

@@ -1,4 +1,4 @@
-"""A thread that consumes records, and a queue in front of it that is bounded in bytes."""
+"""A thread that writes records, with a queue that is bounded in bytes."""
 
 from __future__ import annotations
 
@@ -15,32 +15,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-# Before ours is registered below, so that at exit its own function runs after it.
+# Import h5py first: exit functions run in reverse order, so h5py closes files after ours.
 import h5py  # noqa: F401
 
 from grutrace.errors import GrutraceWarning, SinkError
 from grutrace.records import CallRecord, Collect, Record
 
-#: How much waits to be written before the model has to wait: some hundredths of a second of a disk,
-#: and little beside the memory of a machine that runs models. Bytes.
+#: Bytes of queued records above which the model waits: some hundredths of a second for a disk, and
+#: little memory for a machine that runs models.
 QUEUE_BYTES = 64 * 1024 * 1024
 
-#: How long a record waits at most before it is committed, so that a reader that follows the run,
-#: or finds its writer dead, misses little. Seconds.
+#: Longest time in seconds before a record is committed, so that a live reader, or a reader after a
+#: crash, misses little.
 COMMIT_SECONDS = 0.5
 
-#: A commit is also due after this much. Bytes.
+#: Bytes of uncommitted records after which a commit is due.
 COMMIT_BYTES = 128 * 1024 * 1024
 
-#: The thread is woken when this much waits, rather than for every record of a stepwise decoder,
-#: whose model it would hold up. Bytes.
+#: Bytes of queued records at which the thread wakes. Waking for every record would slow down a
+#: stepwise decoder.
 WAKE_BYTES = 1024 * 1024
 
-#: Memory of the Python objects of a record, and of each site in it, beside the arrays' elements,
-#: about. Bytes.
+#: Memory overhead in bytes of the Python objects of a record, and of each of its sites, about.
 RECORD_OVERHEAD = 1024
 
-#: Those whose threads are at work.
+#: The writer threads that are running.
 _running: set[WriterThread] = set()
 
 
@@ -49,29 +48,29 @@ class Consumer(Protocol):
 
     @property
     def name(self) -> str:
-        """What errors call it: the path of its file, or what it is."""
+        """Name of the consumer in errors: the path of its file, or a description."""
 
     def write(self, record: Record) -> None:
-        """Take a record."""
+        """Write a record."""
 
     def commit(self) -> None:
-        """Make everything taken so far count."""
+        """Commit everything written so far."""
 
     def close(self) -> None:
-        """Commit, and release everything."""
+        """Commit, and release all resources."""
 
     def abandon(self) -> None:
-        """Release everything without a commit: after an error, or in a forked child."""
+        """Release all resources without a commit: after an error, or in a forked child."""
 
 
 class WriterThread:
-    """Takes records from any thread and has them written by one.
+    """Queues records from any thread and writes them in its own thread.
 
     Args:
-        writer: Nobody else uses it from now on.
-        queue_bytes: How much waits at most. A larger record goes through on its own.
-        commit_seconds: How long a record waits at most before it is committed.
-        commit_bytes: A commit is also due after this much.
+        writer: Consumer of the records. Only this object uses it from now on.
+        queue_bytes: Most bytes in the queue. A larger record passes alone.
+        commit_seconds: Longest time before a record is committed.
+        commit_bytes: Uncommitted bytes after which a commit is due.
     """
 
     def __init__(
@@ -87,17 +86,17 @@ class WriterThread:
         self._commit_seconds, self._commit_bytes = commit_seconds, commit_bytes
         self._process = os.getpid()
         self._changed = threading.Condition()
-        # All below belongs to whoever holds `_changed`.
+        # `_changed` guards all attributes below.
         self._queue: deque[tuple[Record, int]] = deque()
         self._waiting = 0  # bytes in the queue
-        self._held = 0  # bytes in the queue and on their way from it to the file
+        self._held = 0  # bytes in the queue or being written
         self._uncommitted = 0  # bytes written since the last commit
         self._appended = 0  # records
         self._committed = 0  # records
-        self._commit_target = 0  # records that somebody waits to see committed
+        self._commit_target = 0  # records that a caller of flush() waits for
         self._deadline: float | None = None  # of the next commit
-        self._gathering = 0  # contexts in which records are put together
-        self._space_wanted = False  # somebody waits for room
+        self._gathering = 0  # open contexts of gather()
+        self._space_wanted = False  # a caller of submit() waits for space
         self._finishing = False
         self._ended = False
         self._error: BaseException | None = None
@@ -109,7 +108,7 @@ class WriterThread:
 
     @property
     def appended(self) -> int:
-        """Records queued so far."""
+        """Number of records queued so far."""
         return self._appended
 
     @property
@@ -119,25 +118,25 @@ class WriterThread:
 
     @property
     def has_failed(self) -> bool:
-        """Whether something could not be written."""
+        """Whether writing has failed."""
         return self._error is not None
 
     def collect_from(self, collect: Collect) -> None:
-        """Have the thread call this before each commit, and whenever it has waited as long.
+        """Call a function on the writer thread before each commit, or when a commit would be due.
 
         Args:
-            collect: A method that puts records that wait elsewhere, and never raises. Its object is
-                not kept alive: it may be what closes this.
+            collect: A method that submits pending records of its object. It must not raise. Only
+                a weak reference is kept, because the object may own this thread.
         """
         with self._changed:
             self._collect = weakref.WeakMethod(collect)
             self._changed.notify_all()
 
     def collect(self, *, wait: bool = True) -> None:
-        """Have records put that wait elsewhere.
+        """Call the function of `collect_from`, so that it submits pending records.
 
         Args:
-            wait: Whether to wait for another thread that is just about it.
+            wait: Whether to wait for another thread that is collecting.
         """
         collect = None if self._collect is None else self._collect()
         if collect is not None:
@@ -145,9 +144,9 @@ class WriterThread:
 
     @contextmanager
     def gather(self) -> Iterator[None]:
-        """Have the thread leave what is put until the end of the context, while there is room.
+        """Return a context in which the writer thread lets records accumulate, while space lasts.
 
-        At every operation of PyTorch's the two would hand Python's lock to each other.
+        Otherwise the two threads would exchange the GIL at every operation of PyTorch.
         """
         with self._changed:
             self._gathering += 1
@@ -160,11 +159,11 @@ class WriterThread:
                     self._changed.notify_all()
 
     def submit(self, record: Record) -> None:
-        """Queue a record; wait while the queue is full, but not in the thread that empties it.
+        """Queue a record. Wait while the queue is full, except in the writer thread itself.
 
         Raises:
-            SinkError: Something could not be written, the file is closed, or this process is a
-                forked child of the one that writes it.
+            SinkError: Writing failed, the file is closed, or this process is a forked child of
+                the process that writes it.
         """
         self._require_own_process()
         size = _size(record)
@@ -186,10 +185,10 @@ class WriterThread:
                 self._changed.notify_all()
 
     def flush(self) -> None:
-        """Return once everything so far is committed; at once if the file is closed.
+        """Return once all queued records are committed; at once if the file is closed.
 
         Raises:
-            SinkError: Something could not be written, or this process is a forked child.
+            SinkError: Writing failed, or this process is a forked child.
         """
         self._require_own_process()
         self.collect()
@@ -201,17 +200,17 @@ class WriterThread:
             self._raise_error()
 
     def finish(self) -> None:
-        """Have everything written and the file closed, without waiting for it."""
+        """Start writing all queued records and closing the file, without waiting."""
         if os.getpid() == self._process:
             with self._changed:
                 self._finishing = True
                 self._changed.notify_all()
 
     def close(self) -> None:
-        """Have everything written and the file closed. A forked child does nothing.
+        """Write all queued records and close the file. Does nothing in a forked child.
 
         Raises:
-            SinkError: Something could not be written, and no earlier call has said so.
+            SinkError: Writing failed, and no earlier call raised the error.
         """
         if os.getpid() != self._process:
             return
@@ -219,13 +218,13 @@ class WriterThread:
         with self._changed:
             while not self._ended:
                 self._changed.wait()
-        # Not at once: a join that was interrupted makes the next one return too early (bpo-45274).
+        # Join only now: an interrupted join makes the next one return too early (bpo-45274).
         self._thread.join()
         if not self._error_raised:
             self._raise_error()
 
     def abandon_after_fork(self) -> None:
-        """In a forked child: leave the file to the parent."""
+        """In a forked child: release the file without writing. The parent writes it."""
         self._writer.abandon()
 
     def _run(self) -> None:
@@ -237,7 +236,7 @@ class WriterThread:
             try:
                 self._commit_remaining()
             finally:
-                # The frames that failed hold records.
+                # The frames of the traceback hold records.
                 traceback.clear_frames(error.__traceback__)
                 self._error = error
         finally:
@@ -249,12 +248,12 @@ class WriterThread:
             _running.discard(self)
 
     def _run_once(self) -> bool:
-        """Write what waits, and commit if that is due. False once nothing more will come."""
+        """Write the queue, and commit if due. Return False after the last record."""
         if self._wait():
             self.collect(wait=False)
             with self._changed:
                 if self._queue:
-                    # What was collected has waited already.
+                    # Collected records were pending for a while, so commit them now.
                     self._deadline = time.monotonic()
         records, last, finishing = self._pop_queue()
         while records:
@@ -271,7 +270,7 @@ class WriterThread:
         return not finishing
 
     def _wait(self) -> bool:
-        """Wait until there is something to do; whether it is time to collect before that."""
+        """Wait until there is work. Return whether to collect pending records first."""
         with self._changed:
             asked = time.monotonic() + self._commit_seconds
             while not (self._should_wake() or self._space_wanted or self._commit_due()):
@@ -288,7 +287,7 @@ class WriterThread:
         return self._waiting >= WAKE_BYTES and not self._gathering
 
     def _pop_queue(self) -> tuple[deque[tuple[Record, int]], int, bool]:
-        """What waits, the number of the last record, and whether the end has come."""
+        """Return the queued records, the number of the last one, and whether to finish."""
         with self._changed:
             records, self._queue = self._queue, deque()
             self._waiting = 0
@@ -311,7 +310,7 @@ class WriterThread:
             self._changed.notify_all()
 
     def _commit_remaining(self) -> None:
-        """Commit the records that were written before the one that failed, if the file lets us."""
+        """Try to commit the records that were written before the one that failed."""
         with contextlib.suppress(Exception):
             self._writer.commit()
         self._writer.abandon()
@@ -319,21 +318,21 @@ class WriterThread:
     def _require_own_process(self) -> None:
         if os.getpid() != self._process:
             raise SinkError(
-                f"{self._writer.name} is written by process {self._process}; a forked child, here "
-                f"{os.getpid()}, cannot write to it. Start a trace of its own there"
+                f"{self._writer.name} is written by process {self._process}, so its forked child "
+                f"{os.getpid()} cannot write to it: start a separate trace in the child"
             )
 
     def _require_running(self) -> None:
         self._raise_error()
         if self._finishing or self._ended:
-            raise SinkError(f"{self._writer.name} is closed: nothing more can be written to it")
+            raise SinkError(f"{self._writer.name} is closed: no more records can be written to it")
 
     def _raise_error(self) -> None:
         if self._error is not None:
             self._error_raised = True
             raise SinkError(
-                f"{self._writer.name}: writing stopped, and what was not committed by then is "
-                f"lost: {self._error}"
+                f"{self._writer.name}: writing stopped, and uncommitted records are lost: "
+                f"{self._error}"
             ) from self._error
 
 
@@ -343,7 +342,7 @@ def _size(record: Record) -> int:
 
 
 def _close_all() -> None:
-    """At the end of the interpreter: close what its users forgot."""
+    """At exit: close the files that were left open."""
     for thread in list(_running):
         try:
             thread.collect()
@@ -353,15 +352,15 @@ def _close_all() -> None:
 
 
 def _abandon_all_after_fork() -> None:
-    """In a forked child: the threads are not there, and the files are the parent's."""
+    """In a forked child, which has no writer threads: leave the files to the parent."""
     for thread in _running:
-        # The parent may just have been closing it.
+        # The parent may have been closing the file at the time of the fork.
         with contextlib.suppress(OSError, ValueError, RuntimeError):
             thread.abandon_after_fork()
     _running.clear()
 
 
-# After h5py's own, and so, at exit, before it.
+# Registered after h5py's exit function, so it runs before it.
 atexit.register(_close_all)
-if hasattr(os, "register_at_fork"):  # There is none on Windows.
+if hasattr(os, "register_at_fork"):  # Not available on Windows.
     os.register_at_fork(after_in_child=_abandon_all_after_fork)

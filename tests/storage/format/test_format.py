@@ -194,7 +194,7 @@ def test_no_chunk_is_too_large_and_rows_fill_theirs(hidden):
     module = make_module(hidden=hidden, width=hidden)
     for place, column in schema.dataset_specs([module]).items():
         size = np.prod(column.chunks, dtype=float) * column.dtype.itemsize
-        assert len(column.chunks) == 1 + len(column.item)
+        assert len(column.chunks) == 1 + len(column.item_shape)
         assert size <= 1024 * 1024, place
         if place.endswith(("reset", "update", "candidate", "hidden")):
             assert size > 200_000

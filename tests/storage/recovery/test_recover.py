@@ -48,7 +48,7 @@ def left_behind(path, records, header, uncommitted=()):
     writer.commit()
     for record in uncommitted:
         writer.write(record)
-    writer._write_buffered()
+    writer._datasets.write_buffers()
     writer.abandon()
 
 
@@ -202,7 +202,7 @@ def test_counts_that_run_ahead(path, output):
         file["modules/rnn/l0/hidden"].resize(50 * 8, 0)
     (found,) = recover_file(path, output)
     assert (found.calls, found.lost) == (50, {"calls": 50})
-    assert found.reason == "modules/rnn/l0/hidden: item 400 is not there"
+    assert found.reason == "modules/rnn/l0/hidden: item 400 is missing"
     with open_trace(output) as trace:
         assert coded.check_trace(trace) == 50
 
@@ -278,7 +278,7 @@ def test_damage_that_cannot_be_read_is_one_clear_error(damage, path, output):
 def test_nothing_is_overwritten(path, output):
     coded_file(path, calls=3)
     output.write_text("precious")
-    with pytest.raises(TraceFileError, match=r"clean\.h5 exists: name another file"):
+    with pytest.raises(TraceFileError, match=r"clean\.h5 exists: choose another output path"):
         recover_file(path, output)
     with pytest.raises(TraceFileError, match=r"run\.h5 exists"):
         recover_file(path, path)
@@ -296,7 +296,7 @@ def test_a_file_that_changes_meanwhile_is_refused(path, output):
     def write(done, total):
         os.utime(path, ns=(1, 1))
 
-    with pytest.raises(TraceFileError, match="its writer is at work"):
+    with pytest.raises(TraceFileError, match="its writer is still running"):
         recover_file(path, output, write)
     assert os.listdir(path.parent) == ["run.h5"]
 
@@ -390,7 +390,7 @@ def test_the_command(path, output, capsys):
     assert "left behind by its writer" in said
     assert "were not committed" in said
     assert main(["recover", str(path), "-o", str(output)]) == 2
-    assert "exists: name another file" in capsys.readouterr().err
+    assert "exists: choose another output path" in capsys.readouterr().err
     assert main(["recover", str(output), "-o", str(path.with_name("2.h5")), "--json"]) == 0
     (about,) = json.loads(capsys.readouterr().out)
     assert (about["lost"], about["dropped"], about["closed"]) == ({}, {}, True)

@@ -133,10 +133,16 @@ def test_a_rank_without_some_modules_adds_none(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden": 4}, r"hidden_size of module 'rnn': there 3, here 4"),
-        ({"record": ("update",)}, r"quantities of site 'rnn.l0': there \(.*here \('update',\)"),
-        ({"dtype": "float16"}, r"dtype of module 'rnn': there 'float32', here 'float16'"),
-        ({"layers": 2}, r"num_layers of module 'rnn': there 1, here 2"),
+        ({"hidden": 4}, r"hidden_size of module 'rnn': the first has 3, this one has 4"),
+        (
+            {"record": ("update",)},
+            r"quantities of site 'rnn.l0': the first has \(.*this one has \('update',\)",
+        ),
+        (
+            {"dtype": "float16"},
+            r"dtype of module 'rnn': the first has 'float32', this one has 'float16'",
+        ),
+        ({"layers": 2}, r"num_layers of module 'rnn': the first has 1, this one has 2"),
         ({"directions": (False, True)}, r"bidirectional of module"),
         ({"kind": "GRUCell"}, r"kind of module"),
     ],

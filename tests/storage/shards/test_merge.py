@@ -315,7 +315,9 @@ def test_what_is_in_the_way_or_does_not_fit_is_an_error(path):
     merge_shards(paths, path)
     with pytest.raises(TraceFileError, match="it is no shard"):
         merge_shards([path, paths[0]], path.with_name("again.h5"))
-    with pytest.raises(TraceFileError, match=r"run\.h5 was merged of shards: nothing can be app"):
+    with pytest.raises(
+        TraceFileError, match=r"cannot append to .*run\.h5: it was merged from shards"
+    ):
         FileSink(path, small_shards(1)[0].header, "a")
 
 
@@ -567,13 +569,13 @@ HOSTILE = {
     ),
     "ranks in another order": (
         lambda p: spoil_options(p, lambda s: s["of"].reverse()),
-        "rising ranks",
+        "increasing ranks",
     ),
     "a rank beyond the size": (
         lambda p: spoil_options(p, lambda s: s.update(world_size=1)),
-        "rising ranks",
+        "increasing ranks",
     ),
-    "no shards": (lambda p: spoil_options(p, lambda s: s.update(of=[])), "rising ranks"),
+    "no shards": (lambda p: spoil_options(p, lambda s: s.update(of=[])), "increasing ranks"),
     "files that are none": (
         lambda p: spoil_options(p, lambda s: s["of"][0].update(files=["x"])),
         "times of 'files'",

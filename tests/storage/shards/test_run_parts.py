@@ -87,7 +87,7 @@ def test_parts_that_come_later_are_found_when_refreshed(path):
         other.close()
         assert len(trace.calls) == len(snapshot.calls)
         trace.refresh()
-        assert len(snapshot.sequences) == sum(e.sequences for e in snapshot.tables.extents)
+        assert len(snapshot.sequences) == sum(e.sequences for e in snapshot.tables.module_counts)
         assert not trace.closed
         sink.close()
         trace.refresh()

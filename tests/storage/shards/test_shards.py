@@ -173,7 +173,8 @@ def other_model(path, paths):
         (no_trace, r"run\.rank0000\.h5"),
         (
             other_model,
-            r"rank0001\.h5 does not go together with .*rank0000\.h5: hidden_size .* 4, here 3",
+            r"rank0001\.h5 does not go together with .*rank0000\.h5: hidden_size .*"
+            "the first has 4, this one has 3",
         ),
     ],
 )
@@ -211,7 +212,7 @@ def test_shards_without_an_id_are_taken_for_those_of_one_run(path):
 def test_a_stamp_that_is_none_is_an_error(path, stamp):
     header = small_shards(1)[0].header
     FileSink(path, dataclasses.replace(header, options={"shard": stamp})).close()
-    with pytest.raises(TraceFileError, match="options', shard: expected numbers 'rank'"):
+    with pytest.raises(TraceFileError, match="options', shard: expected integers 'rank'"):
         open_trace(path)
 
 
@@ -274,7 +275,8 @@ def test_only_its_own_rank_appends_to_a_shard(path):
     (shard,) = write_shards(path, [stream], world_size=2)
     for rank, world_size in ((1, 2), (0, 3)):
         with pytest.raises(
-            TraceFileError, match=rf"shard: there '0 of 2', here '{rank} of {world_size}'"
+            TraceFileError,
+            match=rf"rank: the file has '0 of 2', this process has '{rank} of {world_size}'",
         ):
             FileSink(shard, shard_header(stream, rank, world_size), "a")
     # The run goes on under another id: the file keeps its own.

@@ -105,9 +105,18 @@ MODULE = make_module("rnn", layers=2)
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ([make_module("rnn2", layers=2)], r"modules: there \['rnn'\], here \['rnn2'\]"),
-        ([MODULE, make_module("b")], r"modules: there \['rnn'\], here \['rnn', 'b'\]"),
-        ([make_module("rnn", layers=2, hidden=4)], "hidden_size of module 'rnn': there 3, here 4"),
+        (
+            [make_module("rnn2", layers=2)],
+            r"modules: the file has \['rnn'\], the model has \['rnn2'\]",
+        ),
+        (
+            [MODULE, make_module("b")],
+            r"modules: the file has \['rnn'\], the model has \['rnn', 'b'\]",
+        ),
+        (
+            [make_module("rnn", layers=2, hidden=4)],
+            "hidden_size of module 'rnn': the file has 3, the model has 4",
+        ),
         (
             [make_module("rnn", layers=2, dtype="float64")],
             "dtype of module 'rnn'.*float32.*float64",
@@ -115,7 +124,7 @@ MODULE = make_module("rnn", layers=2)
         ([make_module("rnn", layers=2, record=QUANTITIES)], "quantities of site 'rnn.l0'"),
         (
             [dataclasses.replace(MODULE, sites=MODULE.sites[:1])],
-            r"sites of module 'rnn': there \['l0', 'l1'\], here \['l0'\]",
+            r"sites of module 'rnn': the file has \['l0', 'l1'\], the model has \['l0'\]",
         ),
     ],
 )

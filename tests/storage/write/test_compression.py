@@ -19,7 +19,7 @@ from grutrace.errors import MissingExtraError, OptionError
 from grutrace.storage.hdf5.filters import COMPRESSIONS
 from grutrace.storage.open import open_trace
 from grutrace.storage.shards.merge import merge_shards
-from grutrace.storage.write import writer
+from grutrace.storage.write import dataset_writer, writer
 from tests.plain_reader import PlainTrace
 from tests.storage import coded
 from tests.storage.format.test_format import check_plain
@@ -97,7 +97,7 @@ def test_whatever_fills_a_chunk_or_not(steps, path):
 def test_what_does_not_fill_a_chunk_waits_for_the_next_commit(path, monkeypatch):
     """Each time that a chunk is packed it takes new room: so it is packed when it is whole."""
     # More than twice the four chunks that can be held back, of 256 KiB.
-    monkeypatch.setattr(writer, "BUFFER_BYTES", 2_500_000)
+    monkeypatch.setattr(dataset_writer, "BUFFER_BYTES", 2_500_000)
     stream = Stream(make_header(make_module(hidden=600)))
     for _ in range(150):
         stream.call([10])
@@ -115,7 +115,7 @@ def test_what_does_not_fill_a_chunk_waits_for_the_next_commit(path, monkeypatch)
 
 
 def test_many_sites_do_not_hold_back_much(path, monkeypatch):
-    monkeypatch.setattr(writer, "BUFFER_BYTES", 64 * 1024)
+    monkeypatch.setattr(dataset_writer, "BUFFER_BYTES", 64 * 1024)
     header = make_header(
         *(make_module(f"m{number}", hidden=32) for number in range(20)),
         options={"compression": "blosc2"},
@@ -127,7 +127,9 @@ def test_many_sites_do_not_hold_back_much(path, monkeypatch):
         for record in stream.records:
             file.write(record)
         stream.records.clear()
-        assert sum(each.buffered_bytes for each in file._appenders.values()) < 2 * 64 * 1024
+        assert (
+            sum(each.buffered_bytes for each in file._datasets._appenders.values()) < 2 * 64 * 1024
+        )
     file.close()
     with open_trace(path) as trace:
         assert trace["m7.l0"].update.shape == (600, 32)

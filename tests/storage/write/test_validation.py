@@ -60,9 +60,12 @@ SPOILT = {
     ),
     "a number left out": (
         lambda: block(sequences=np.array([1, 3], np.uint64)),
-        "sequence 2 to begin next, found 3",
+        "2 as the next new sequence, found 3",
     ),
-    "a sequence twice": (lambda: block(sequences=np.array([1, 1], np.uint64)), "one piece"),
+    "a sequence twice": (
+        lambda: block(sequences=np.array([1, 1], np.uint64)),
+        "each sequence once",
+    ),
     "no site": (lambda: block(sites={}), "site 'l0'"),
     "no quantity": (
         lambda: block(sites={"l0": SiteRows({}, np.zeros((1, 3), "f4"), 0, 0, 1)}),
@@ -82,12 +85,12 @@ SPOILT = {
     ),
     "annotation of nothing": (
         lambda: AnnotationRecord(0, 2, "x", 0, (1.0,)),
-        "has begun, of 2, found 2",
+        "a sequence below 2, found 2",
     ),
-    "annotation before": (lambda: AnnotationRecord(0, 0, "x", -1, (1.0,)), "from 0, found -1"),
+    "annotation before": (lambda: AnnotationRecord(0, 0, "x", -1, (1.0,)), "at least 0, found -1"),
     "mixed annotation": (
         lambda: AnnotationRecord(0, 0, "x", 0, (1.0, "a")),
-        "all text or all numbers",
+        "either strings or numbers only",
     ),
 }
 
