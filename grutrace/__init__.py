@@ -1,4 +1,34 @@
-"""grutrace: see inside the GRUs of a running model."""
+"""Record and read the gates and hidden states of the GRUs in a PyTorch model.
+
+`trace` and `Tracer` record every `nn.GRU` and `nn.GRUCell` of a model, in memory or to a file.
+`open` reads a file. `Statistics` counts while a model runs, without storing rows. Analyses are in
+`grutrace.analysis`. Reading a trace does not import torch.
+
+Example:
+    Record a call in memory; a model that is itself a GRU has the sites ``l0``, ``l1``, ...
+
+    >>> import torch
+    >>> import grutrace
+    >>> model = torch.nn.GRU(input_size=2, hidden_size=3)
+    >>> x = torch.randn(4, 1, 2)                  # 4 steps, 1 sequence
+    >>> with grutrace.trace(model) as trace:
+    ...     output, final = model(x)
+    >>> trace.sites
+    ('l0',)
+    >>> sequence = trace["l0"].sequence(0)
+    >>> sequence.update.shape                     # steps, hidden size
+    (4, 3)
+    >>> bool((sequence.hidden == output[:, 0].detach().numpy()).all())
+    True
+
+    Record to a file, and read it:
+
+    >>> with grutrace.trace(model, "run.h5"):
+    ...     output, final = model(x)
+    >>> with grutrace.open("run.h5") as trace:
+    ...     trace["l0"].reset.shape
+    (4, 3)
+"""
 
 from __future__ import annotations
 
@@ -42,7 +72,8 @@ __all__ = [
     "trace",
 ]
 
-#: Where the names live that are loaded when first used, so that reading a trace needs no torch.
+#: Module and name of the objects that are imported when first used, so that reading a trace does
+#: not import torch.
 _LAZY = {
     "Statistics": ("grutrace.statistics.running", "Statistics"),
     "Trace": ("grutrace.storage.read.trace", "Trace"),

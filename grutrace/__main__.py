@@ -1,4 +1,4 @@
-"""The command `grutrace`."""
+"""Entry point of the command `grutrace`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from grutrace.errors import missing_library_message
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit code. See `grutrace.cli`."""
+    """Run a command of `grutrace.cli`.
+
+    Args:
+        argv: Arguments of the command; those of the process by default.
+
+    Returns:
+        The exit code.
+    """
     try:
         from grutrace import cli
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""Reprs that fit a screen: a few lines of 80 columns, with a word for each array."""
+"""Short reprs of results: a few lines of 80 columns, with a summary of each array."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 
 import numpy as np
 
-#: Columns of a screen.
+#: Longest line of a repr.
 WIDTH = 80
 
-#: Characters of one text within a repr.
+#: Longest text of one value in a repr.
 LONGEST = 60
 
 _INDENT = "    "
 
 
 def wrapped(text: str) -> str:
-    """Break a text into lines that fit a screen."""
+    """Wrap a text to `WIDTH` columns."""
     return textwrap.fill(text, WIDTH, subsequent_indent=_INDENT, break_on_hyphens=False)
 
 
 def fields_repr(result: Any) -> str:
-    """The repr of a dataclass whose arrays are summarized: type, shape and range of each."""
+    """Return the repr of a dataclass. Arrays are summarized by type, shape and range."""
     fields = dataclasses.fields(result)
     return named_repr(
         type(result).__name__, ((field.name, getattr(result, field.name)) for field in fields)
@@ -32,7 +32,12 @@ def fields_repr(result: Any) -> str:
 
 
 def named_repr(name: str, values: Iterable[tuple[str, Any]]) -> str:
-    """``name(key=value, ...)``, in lines that fit a screen."""
+    """Return a repr of the form ``name(key=value, ...)``, wrapped to `WIDTH` columns.
+
+    Example:
+        >>> named_repr("Result", [("mean", 0.25), ("gates", ("reset", "update"))])
+        "Result(mean=0.25, gates=('reset', 'update'))"
+    """
     parts = [f"{key}={_brief(value)}" for key, value in values]
     lines, line = [], f"{name}("
     for number, part in enumerate(parts):

@@ -1,7 +1,8 @@
-"""The package's front: its names, and what loading it loads."""
+"""The public names of the package, and the modules that importing it loads."""
 
 from __future__ import annotations
 
+import doctest
 import subprocess
 import sys
 from pathlib import Path
@@ -52,3 +53,22 @@ def test_every_name_is_there() -> None:
         assert getattr(grutrace, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'tracer_of_bullets'"):
         _ = grutrace.tracer_of_bullets
+
+
+def test_all_names_exactly_the_public_objects() -> None:
+    for name in grutrace.__all__:
+        getattr(grutrace, name)  # Names that are imported when first used are there afterwards.
+    public = {
+        name
+        for name, value in vars(grutrace).items()
+        if not name.startswith("_") and getattr(value, "__module__", "").startswith("grutrace.")
+    }
+    assert public == set(grutrace.__all__) - {"__version__"}
+    assert set(grutrace._LAZY) < set(grutrace.__all__)
+
+
+def test_the_example_of_the_package_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    results = doctest.testmod(grutrace)
+    assert results.attempted
+    assert not results.failed

@@ -1,5 +1,5 @@
-"""The trace at rest: records go to memory or to an HDF5 file, and come back as arrays.
+"""Store traces in memory or in HDF5 files, and read them as arrays. Needs only NumPy and h5py.
 
-NumPy and h5py only. `sinks` opens sinks and sources, `trace` is what users read; the rest is
-behind these two.
+Other packages use `storage.open`, which opens sinks and sources, and `storage.read.trace`, the
+trace that users read.
 """
