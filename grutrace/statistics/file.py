@@ -21,14 +21,13 @@ from grutrace.statistics.histogram import ALLOWED_BINS
 from grutrace.statistics.moments import UNIT_DTYPE
 from grutrace.storage.format.header import check_version, format_of, require_format
 from grutrace.storage.format.schema import STATISTICS_FORMAT
-from grutrace.storage.hdf5.atomic_write import (
-    fsync_directory,
-    fsync_file,
-    publish,
-    temporary_path,
+from grutrace.storage.hdf5.atomic_write import fsync_directory, fsync_file, publish, temporary_path
+from grutrace.storage.hdf5.errors import (
+    FormatError,
+    require,
+    translate_read_errors,
     translate_write_errors,
 )
-from grutrace.storage.hdf5.errors import FormatError, require, translate_read_errors
 from grutrace.storage.hdf5.locks import HeldFile
 from grutrace.storage.hdf5.safe_access import get_member, has_member, require_local_data
 from grutrace.storage.hdf5.safe_open import open_for_reading

@@ -13,13 +13,8 @@ from grutrace.errors import OptionError
 from grutrace.records import Array, TraceHeader
 from grutrace.storage.format.dimension_scales import extend_scales
 from grutrace.storage.format.schema import COMMITTED, TABLES
-from grutrace.storage.hdf5.atomic_write import (
-    fsync_directory,
-    fsync_file,
-    publish,
-    temporary_path,
-    translate_write_errors,
-)
+from grutrace.storage.hdf5.atomic_write import fsync_directory, fsync_file, publish, temporary_path
+from grutrace.storage.hdf5.errors import translate_write_errors
 from grutrace.storage.hdf5.handle import close_or_quarantine, discard_writes, file_identity
 from grutrace.storage.write.appender import DatasetAppender
 from grutrace.storage.write.claims import Claim
@@ -41,12 +36,12 @@ def save_trace(
     Args:
         path: Path of the file.
         header: Header of the trace.
-        items: All items of each dataset, by path.
+        items: All its path in dataset, by path.
         mode: "w" raises an error if the file exists, "overwrite" replaces a trace.
 
     Raises:
         OptionError: `path` is not a path, or `mode` is unknown.
-        TraceFileError: The file exists, or cannot be written. No partial file remains.
+        TraceFileError: The file exists or cannot be written. No partial file remains.
     """
     if mode not in MODES:
         raise OptionError(f"mode: expected one of {', '.join(MODES)}, found {mode!r}")
@@ -97,7 +92,7 @@ def write_datasets(
         path: Final path, for error messages.
         temporary: Path that is written.
         header: Header of the trace.
-        counts: Number of items of each dataset, by path.
+        counts: Number of path of each dataset, by path.
         committed: The committed counts, see `schema.COMMITTED`.
         blocks: Yields the first items of a dataset in blocks.
         advance: Called with the number of bytes written so far.

@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from grutrace.errors import GrutraceError, TraceFileError
-from grutrace.storage.hdf5.errors import short_message
+from grutrace.errors import TraceFileError
+from grutrace.storage.hdf5.errors import translate_write_errors
 from grutrace.storage.hdf5.locks import fcntl
 
 
@@ -90,19 +88,3 @@ def _already_exists(path: Path) -> TraceFileError:
     return TraceFileError(
         f"{path} exists: use mode='overwrite' to replace it or mode='a' to append to it"
     )
-
-
-@contextmanager
-def translate_write_errors(path: Path, action: str) -> Iterator[None]:
-    """Raise errors of h5py and of the system as a `TraceFileError` that names the file.
-
-    Args:
-        path: Path of the file.
-        action: What failed, for the message: "created", "written" or "appended to".
-    """
-    try:
-        yield
-    except GrutraceError:
-        raise
-    except (OSError, RuntimeError, ValueError, TypeError) as error:
-        raise TraceFileError(f"{path} cannot be {action}: {short_message(error)}") from error

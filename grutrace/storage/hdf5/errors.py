@@ -100,6 +100,22 @@ def translate_read_errors(path: Path, expected: str = TRACE) -> Iterator[None]:
         raise TraceFileError(f"{path} cannot be read: {short_message(error)}") from error
 
 
+@contextmanager
+def translate_write_errors(path: Path, action: str) -> Iterator[None]:
+    """Raise errors of h5py and of the system as a `TraceFileError` that names the file.
+
+    Args:
+        path: Path of the file.
+        action: What failed, for the message: "created", "written" or "appended to".
+    """
+    try:
+        yield
+    except GrutraceError:
+        raise
+    except (OSError, RuntimeError, ValueError, TypeError) as error:
+        raise TraceFileError(f"{path} cannot be {action}: {short_message(error)}") from error
+
+
 def short_message(error: BaseException) -> str:
     """Return the cause of an h5py or system error in one line.
 

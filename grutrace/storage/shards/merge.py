@@ -38,7 +38,8 @@ from grutrace.storage.format.schema import (
 )
 from grutrace.storage.format.shard_stamp import MergedShard, merged_options
 from grutrace.storage.format.tables import ModuleCounts, Tables, dataset_lengths
-from grutrace.storage.hdf5.atomic_write import publish, temporary_path, translate_write_errors
+from grutrace.storage.hdf5.atomic_write import publish, temporary_path
+from grutrace.storage.hdf5.errors import translate_write_errors
 from grutrace.storage.hdf5.filters import compression_of, filter_options
 from grutrace.storage.interfaces import AppendOnlySource, Rows, SnapshotReader
 from grutrace.storage.read.lazy_rows import BLOCK

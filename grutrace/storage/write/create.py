@@ -32,8 +32,7 @@ from grutrace.storage.format.schema import (
 )
 from grutrace.storage.format.shard_stamp import read_merged_shards, read_shard
 from grutrace.storage.format.tables import TableReader, Tables, dataset_lengths
-from grutrace.storage.hdf5.atomic_write import translate_write_errors
-from grutrace.storage.hdf5.errors import translate_read_errors
+from grutrace.storage.hdf5.errors import translate_read_errors, translate_write_errors
 from grutrace.storage.hdf5.filters import compression_of, filter_options
 from grutrace.storage.hdf5.handle import SharedReadHandle, close_readers
 from grutrace.storage.hdf5.locks import is_locked

@@ -19,14 +19,8 @@ from grutrace.options import OPTIONS
 from grutrace.records import Record, TraceHeader, WeightsRecord
 from grutrace.storage.format.schema import dataset_specs, site_path
 from grutrace.storage.format.tables import dataset_lengths
-from grutrace.storage.hdf5.atomic_write import (
-    fsync_directory,
-    fsync_file,
-    publish,
-    temporary_path,
-    translate_write_errors,
-)
-from grutrace.storage.hdf5.errors import H5PY_ERRORS, short_message
+from grutrace.storage.hdf5.atomic_write import fsync_directory, fsync_file, publish, temporary_path
+from grutrace.storage.hdf5.errors import H5PY_ERRORS, short_message, translate_write_errors
 from grutrace.storage.hdf5.handle import (
     close_readers,
     file_identity,
