@@ -110,7 +110,7 @@ class SharedReadHandle:
         """
         opened = self._datasets.get(path)
         if opened is None:
-            opened = self._datasets[path] = self._find(path)
+            opened = self._datasets[path] = self._open_dataset(path)
             if opened.dataset.shape and len(opened.dataset) < count:
                 # HDF5 cached the length when the group was listed, before the counts were read.
                 _refresh(opened.dataset)
@@ -130,7 +130,7 @@ class SharedReadHandle:
             FormatError: The object is missing, is not a dataset, or is a link.
         """
         parent, _, name = path.rpartition("/")
-        return get_member(self._group(parent), name, h5py.Dataset).id
+        return get_member(self._open_group(parent), name, h5py.Dataset).id
 
     def scalar(self, path: str, dtype: np.dtype[Any]) -> Array:
         """Read the current value of a scalar dataset. Call while the file is acquired.
@@ -140,26 +140,26 @@ class SharedReadHandle:
         """
         opened = self._datasets.get(path)
         if opened is None:
-            opened = self._datasets[path] = self._find(path)
+            opened = self._datasets[path] = self._open_dataset(path)
             found = opened.dataset.dtype, opened.dataset.shape
             require(found == (dtype, ()), path, dtype, f"{found[0]} of shape {found[1]}")
         else:
             _refresh(opened.dataset)
         return np.asarray(opened.dataset[()])
 
-    def _find(self, path: str) -> _OpenDataset:
+    def _open_dataset(self, path: str) -> _OpenDataset:
         parent, _, name = path.rpartition("/")
-        dataset = get_member(self._group(parent), name, h5py.Dataset)
+        dataset = get_member(self._open_group(parent), name, h5py.Dataset)
         compressed = require_local_data(dataset, path)
         return _OpenDataset(
             dataset, math.prod(dataset.shape[1:]) * dataset.dtype.itemsize, compressed
         )
 
-    def _group(self, path: str) -> h5py.Group:
+    def _open_group(self, path: str) -> h5py.Group:
         """Return a group. Cached, because each group of a thousand sites is needed ten times."""
         if path not in self._groups:
             parent, _, name = path.rpartition("/")
-            self._groups[path] = get_member(self._group(parent), name, h5py.Group)
+            self._groups[path] = get_member(self._open_group(parent), name, h5py.Group)
         return self._groups[path]
 
     @property

@@ -108,14 +108,16 @@ class PrefixScanner:
             FormatError: A table cannot be read.
         """
         counts = dict.fromkeys(self._datasets, 0)
-        counts["strings"], counts["characters"] = self._strings()
+        counts["strings"], counts["characters"] = self._scan_strings()
         modules = [ModuleExtents(module) for module in self._modules]
-        counts["calls"] = self._calls(modules, counts["strings"])
+        counts["calls"] = self._scan_calls(modules, counts["strings"])
         for module in modules:
             counts |= module.counts()
         sequences = np.array([module.sequences for module in modules], np.uint64)
-        counts["forks"] = self._forks(sequences)
-        counts["annotations"], counts["values"] = self._annotations(sequences, counts["strings"])
+        counts["forks"] = self._scan_forks(sequences)
+        counts["annotations"], counts["values"] = self._scan_annotations(
+            sequences, counts["strings"]
+        )
         lost = {
             name: int(self._committed[name]) - counts[name]
             for name in TABLES
@@ -146,7 +148,7 @@ class PrefixScanner:
         path = self._obstacle if self._obstacle in self._reasons else next(iter(self._reasons), "")
         return f"{path}: {self._reasons[path]}" if path else ""
 
-    def _strings(self) -> tuple[int, int]:
+    def _scan_strings(self) -> tuple[int, int]:
         """Count the intact strings and their characters."""
         count = self._count_available("strings", int(self._committed["strings"]))
         characters = self._count_available("characters", int(self._committed["characters"]))
@@ -162,7 +164,7 @@ class PrefixScanner:
                 break
         return kept, last
 
-    def _calls(self, modules: list[ModuleExtents], strings: int) -> int:
+    def _scan_calls(self, modules: list[ModuleExtents], strings: int) -> int:
         """Count the complete calls, and accept them in `modules`."""
         count = self._count_available("calls", int(self._committed["calls"]))
         done = 0
@@ -177,7 +179,7 @@ class PrefixScanner:
                 self._note("calls", f"call {done + cut} refers to a missing module or tag")
             for number, module in enumerate(modules):
                 own = np.flatnonzero(calls["module"][:cut] == number)
-                intact = module.advance(calls[own], self._count_available, self._pieces)
+                intact = module.advance(calls[own], self._count_available, self._read_pieces)
                 if intact < len(own):
                     cut = int(own[intact])
                     self._obstacle = module.obstacle
@@ -189,10 +191,10 @@ class PrefixScanner:
         self._obstacle = "calls"
         return done
 
-    def _pieces(self, path: str, start: int, stop: int) -> Array:
+    def _read_pieces(self, path: str, start: int, stop: int) -> Array:
         return np.asarray(self._datasets[path][start:stop])
 
-    def _forks(self, sequences: Array) -> int:
+    def _scan_forks(self, sequences: Array) -> int:
         count = self._count_available("forks", int(self._committed["forks"]))
         done = 0
         while done < count:
@@ -206,7 +208,7 @@ class PrefixScanner:
                 break
         return done
 
-    def _annotations(self, sequences: Array, strings: int) -> tuple[int, int]:
+    def _scan_annotations(self, sequences: Array, strings: int) -> tuple[int, int]:
         """Count the intact annotations of kept sequences, and their values."""
         count = self._count_available("annotations", int(self._committed["annotations"]))
         values = self._count_available("values", int(self._committed["values"]))
@@ -222,14 +224,14 @@ class PrefixScanner:
             fits = _refers_to_kept(annotations, sequences, "sequence") & (ends <= values)
             fits &= (annotations["name"] > 0) & (annotations["name"] <= strings)
             intact = count_leading_true(fits)
-            intact = self._known_texts(annotations[:intact], used, strings)
+            intact = self._count_known_texts(annotations[:intact], used, strings)
             done, used = done + intact, int(ends[intact - 1]) if intact else used
             if intact < len(annotations):
                 self._note("annotations", f"item {done} refers to missing data")
                 break
         return done, used
 
-    def _known_texts(self, annotations: Array, used: int, strings: int) -> int:
+    def _count_known_texts(self, annotations: Array, used: int, strings: int) -> int:
         """Count the leading annotations whose strings are all available."""
         lengths = annotations["count"].astype(np.int64)
         values = self._datasets["values"][used : used + int(lengths.sum())]

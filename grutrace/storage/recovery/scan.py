@@ -62,7 +62,7 @@ class ModuleExtents:
         last = int(ends[-1]) if len(ends) else self.pieces
         available = count_available(path, last)
         pieces = read(path, self.pieces, available)
-        begun = self._begun(pieces)
+        begun = self._count_begun(pieces)
         available = self.pieces + len(begun)
         complete = int(np.searchsorted(ends, available, side="right"))
         self.obstacle = path
@@ -104,7 +104,7 @@ class ModuleExtents:
         found = {path: have[column] for path, column in self._columns().items()}
         return {pieces_path(self.module): self.pieces, **found}
 
-    def _begun(self, pieces: Array) -> Array:
+    def _count_begun(self, pieces: Array) -> Array:
         """Count the sequences begun after each piece, (pieces,), up to the first skipped number."""
         numbers = np.minimum(pieces["sequence"], np.uint64(2**62)).astype(np.int64)
         begun = np.maximum.accumulate(np.concatenate([[self.sequences], numbers + 1]))

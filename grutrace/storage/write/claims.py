@@ -50,7 +50,7 @@ class Claim:
         if before is not None:
             before.close()
 
-    def displaced(self) -> str:
+    def displacement(self) -> str:
         """Describe how the file at the path was removed or replaced; empty if it was not."""
         if self._held is None:
             return ""

@@ -216,7 +216,7 @@ class Writer:
             with self._translate_errors():
                 self._datasets.commit(closed=False)
             self._uncommitted = False
-        displaced = self._displaced()
+        displaced = self._displacement_error()
         if displaced:
             # Complete the file: if it was moved, it can be read at its new path.
             with contextlib.suppress(SinkError):
@@ -229,7 +229,7 @@ class Writer:
         Raises:
             SinkError: The file was deleted, moved or replaced.
         """
-        displaced = self._displaced() or self._overwritten()
+        displaced = self._displacement_error() or self._overwrite_error()
         # Check `_closing` last: while this file is closed, another one may replace it.
         if displaced and not self._closing:
             raise SinkError(displaced)
@@ -244,7 +244,7 @@ class Writer:
         if self._closed:
             return
         self._require_not_overwritten()
-        displaced = self._displaced()
+        displaced = self._displacement_error()
         self._close_in_order()
         if displaced:
             raise SinkError(displaced)
@@ -274,7 +274,7 @@ class Writer:
         Returns:
             Whether a copy has replaced the file.
         """
-        if not should_compact(self._header, item_counts) or self._displaced():
+        if not should_compact(self._header, item_counts) or self._displacement_error():
             return False
         self._datasets.commit(closed=False)
         if not self._publish_compacted(item_counts):
@@ -315,15 +315,15 @@ class Writer:
         finally:
             self._claim.release()
 
-    def _displaced(self) -> str:
+    def _displacement_error(self) -> str:
         """Return the error message for a file that is no longer at its path; empty if it is."""
-        what = self._claim.displaced()
+        what = self._claim.displacement()
         return f"{self.path} {what}: recording to it has stopped" if what else ""
 
-    def _overwritten(self) -> str:
+    def _overwrite_error(self) -> str:
         """Return the error message for a file with overwritten content; otherwise empty."""
         with contextlib.suppress(OSError):
-            if not self._claim.displaced() and not has_writer_flag(self.path):
+            if not self._claim.displacement() and not has_writer_flag(self.path):
                 return (
                     f"{self.path} was overwritten by another program: recording to it has stopped"
                 )
@@ -331,7 +331,7 @@ class Writer:
 
     def _require_not_overwritten(self) -> None:
         """Abandon a file whose content another program has overwritten."""
-        found = self._overwritten()
+        found = self._overwrite_error()
         if found:
             self.abandon()
             raise SinkError(found)
