@@ -36,7 +36,7 @@ def save_trace(
     Args:
         path: Path of the file.
         header: Header of the trace.
-        items: All its path in dataset, by path.
+        items: All items of each dataset, by path.
         mode: "w" raises an error if the file exists, "overwrite" replaces a trace.
 
     Raises:
@@ -92,7 +92,7 @@ def write_datasets(
         path: Final path, for error messages.
         temporary: Path that is written.
         header: Header of the trace.
-        counts: Number of path of each dataset, by path.
+        counts: Number of items of each dataset, by path.
         committed: The committed counts, see `schema.COMMITTED`.
         blocks: Yields the first items of a dataset in blocks.
         advance: Called with the number of bytes written so far.
