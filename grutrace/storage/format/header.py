@@ -40,7 +40,7 @@ _SITE = {"name": str, "layer": int, "reverse": bool, "input_size": int}
 #: Kinds of files that grutrace writes, by their format, for error messages.
 _KINDS = {
     FORMAT: "a trace: open it with grutrace.open",
-    STATISTICS_FORMAT: "a statistics file: open it with grutrace.Statistics.load",
+    STATISTICS_FORMAT: "a statistics file: use grutrace.Statistics.load or `grutrace stats`",
 }
 
 #: The end of the year 9999, in seconds since the epoch. Later times are refused.

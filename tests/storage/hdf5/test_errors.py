@@ -45,7 +45,7 @@ def test_a_file_that_was_cut_says_how_much_is_there(run: Path) -> None:
         h5py.File(run)
     with pytest.raises(grutrace.TraceFileError) as caught:
         grutrace.open(run)
-    assert f"it is cut short: {size // 2} of {size} bytes are there" in str(caught.value)
+    assert f"the file is truncated to {size // 2} of {size} bytes" in str(caught.value)
     assert_plain(str(caught.value), run)
 
 
@@ -117,7 +117,7 @@ def test_a_file_that_cannot_take_its_place_is_named_by_its_place(tmp_path, monke
                 "[Errno 11] Unable to synchronously open file (unable to lock file, errno = 11, "
                 "error message = 'Resource temporarily unavailable')"
             ),
-            "another program has it open for writing",
+            "another program has the file open for writing",
         ),
         (
             OSError(

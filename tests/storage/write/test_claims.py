@@ -395,7 +395,7 @@ def test_a_file_that_is_gone_is_an_error_at_the_next_flush(path, loss, news):
     there = left(path)
     if news:
         sink.append(coded.block(1, "big"))
-    with pytest.raises(SinkError, match=r"run\.h5 was (deleted or moved|replaced|written over)"):
+    with pytest.raises(SinkError, match=r"run\.h5 was (deleted or moved|replaced|overwritten)"):
         sink.flush()
     try:
         sink.close()

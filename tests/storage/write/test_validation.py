@@ -51,7 +51,7 @@ def reverse_goes_on():
 
 SPOILT = {
     "module": (lambda: block(module=2), r"module below 2, found 2"),
-    "weights": (lambda: block(weights=1), "weights announced before it, 1, found 1"),
+    "weights": (lambda: block(weights=1), "a version of the weights below 1, found 1"),
     "shape of steps": (lambda: block(steps=np.ones((2, 1), np.uint32)), r"shape \(B,\)"),
     "fewer steps": (lambda: block(steps=np.ones(1, np.uint32)), r"shape \(B,\)"),
     "more rows": (
