@@ -71,7 +71,7 @@ REFUSED = {
     "a layer that is not there": (attribute(SITE, "layer", 1), "l0: expected 1 layers, found 1"),
     "an input of another size": (attribute(SITE, "input_size", 4), "l0: expected an input size"),
     "a direction twice": (lambda f: second_site(f, name="x"), "each direction of a layer once"),
-    "a name twice": (second_module, "a name of its own"),
+    "a name twice": (second_module, "a unique name for each site"),
     "another input for the other direction": (another_input, "l0_reverse/input.*input of l0"),
     "derived of some units": (attribute(SITE, "derived", "reset"), "'derived'"),
     "a reference": (lambda f: attribute("/", "model", f.ref)(f), "'model': expected str"),
@@ -316,7 +316,7 @@ def test_a_checkpoint_of_this_torch_is_told(tmp_path):
     import torch
 
     torch.save({"weight": torch.zeros(3)}, tmp_path / "run.h5")
-    refused(tmp_path / "run.h5", "found a PyTorch checkpoint")
+    refused(tmp_path / "run.h5", "it is a PyTorch checkpoint")
 
 
 @pytest.mark.parametrize("name", ["[/red]", "[bold]x", "\x1b[2J", "a\nb", "\u202ex", ":smile:"])

@@ -216,7 +216,7 @@ def test_saving(layer, path) -> None:
 
 def test_a_file_of_statistics_is_no_trace(layer, path, capsys) -> None:
     counted(layer, path)
-    said = r"stats\.h5.*'grutrace statistics': grutrace\.Statistics\.load and `grutrace stats` read"
+    said = r"stats\.h5.*a statistics file: use grutrace\.Statistics\.load or `grutrace stats`"
     with pytest.raises(grutrace.TraceFileError, match=said):
         grutrace.open(path)
     with pytest.raises(grutrace.TraceFileError, match=said):
@@ -327,12 +327,16 @@ DAMAGES = {
 }
 
 
+#: How the message begins, for a file with another format or a damaged file.
+DAMAGED = r"stats\.h5 (is damaged|cannot be read|is not a grutrace statistics file)"
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_one_clear_error(damage, layer, path) -> None:
     counted(layer, path)
     with h5py.File(path, "r+") as file:
         DAMAGES[damage](file)
-    with pytest.raises(grutrace.TraceFileError, match=r"stats\.h5 (is damaged|cannot be read)"):
+    with pytest.raises(grutrace.TraceFileError, match=DAMAGED):
         grutrace.Statistics.load(path)
 
 

@@ -25,7 +25,7 @@ def temporary_path(path: Path, mode: str) -> Path:
     if not path.parent.is_dir():
         raise TraceFileError(f"{path} cannot be created: there is no folder {path.parent}")
     if path.exists() and not path.is_file():
-        raise TraceFileError(f"{path} cannot be written: it exists and is not a regular file")
+        raise TraceFileError(f"{path} cannot be written: it is not a file")
     if path.exists() and mode != "overwrite":
         raise _already_exists(path)
     return path.with_name(f"{path.name}.new-{secrets.token_hex(4)}")

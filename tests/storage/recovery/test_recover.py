@@ -252,11 +252,11 @@ def test_a_header_that_was_half_written(path, output):
 
 
 DAMAGES = {
-    "no HDF5 file": (lambda _: b"text", "superblock.*an HDF5 file, found none"),
+    "no HDF5 file": (lambda _: b"text", "superblock.*the signature of HDF5, found other bytes"),
     "the superblock": (lambda data: data[:36] + b"\xff" + data[37:], "superblock.*checksum"),
     "cut within the headers": (lambda data: data[:3000], "cannot be read"),
     "cut before the first rows": (lambda data: data[: len(data) // 50], "calls: expected at least"),
-    "not of a trace": (None, "format"),
+    "not of a trace": (None, "is not a grutrace trace .it is another HDF5 file."),
 }
 
 

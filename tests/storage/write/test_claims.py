@@ -163,7 +163,7 @@ def test_what_a_link_leads_to_counts(path):
         with open_trace(each) as trace:
             assert coded.check_trace(trace) == calls
     target.write_text("precious")
-    with pytest.raises(TraceFileError, match="found text"):
+    with pytest.raises(TraceFileError, match="found a text file"):
         begin(link, "overwrite")
     assert target.read_text() == "precious"
     target.unlink()
