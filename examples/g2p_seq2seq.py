@@ -37,7 +37,7 @@ INSTALL = 'this example needs its extra: pip install ".[demo]" in the checkout o
 try:
     import matplotlib
 
-    from grutrace.cli.stats import print_stats, summaries
+    from grutrace.cli.stats import print_summaries, summarize_sites
 except ImportError:
     if __name__ != "__main__":
         raise
@@ -277,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     picture = arguments.output.with_name(f"update_gate_{words[0]}.png")
     with grutrace.open(arguments.output) as trace:
-        print_stats(summaries(trace))
+        print_summaries(summarize_sites(trace))
         sequence = trace["encoder.l0"].sequence(0)
         plot_update_gate(sequence.update, letters_of(words[0]), f"{words[0]}\n{spoken[0]}", picture)
     print(f"\ntrace: {arguments.output}\npicture: {picture}")

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import typer
 
-from grutrace.cli.common import NO_ANSWER
+from grutrace.cli.common import EXIT_ERROR
 from grutrace.cli.convert import derive, export
 from grutrace.cli.diff import diff
 from grutrace.cli.info import info
 from grutrace.cli.merge import merge
-from grutrace.cli.output import say
+from grutrace.cli.output import echo
 from grutrace.cli.recover import recover
 from grutrace.cli.run import run
 from grutrace.cli.stats import stats
@@ -47,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with disable_plugins(), np.errstate(all="ignore"):
             app(None if argv is None else list(argv), prog_name="grutrace")
     except GrutraceError as error:
-        say(f"grutrace: {error}", stderr=True)
-        return NO_ANSWER
+        echo(f"grutrace: {error}", stderr=True)
+        return EXIT_ERROR
     except SystemExit as ended:
-        return ended.code if isinstance(ended.code, int) else NO_ANSWER * bool(ended.code)
+        return ended.code if isinstance(ended.code, int) else EXIT_ERROR * bool(ended.code)
     return 0

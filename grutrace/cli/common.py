@@ -13,13 +13,13 @@ from typing import Annotated
 
 import typer
 
-from grutrace.cli.output import say
+from grutrace.cli.output import echo
 from grutrace.records import QUANTITIES
 from grutrace.storage.open import open_trace
 from grutrace.storage.read.trace import Trace
 
 #: Exit codes beside 0: the answer is no; there is no answer.
-NO, NO_ANSWER = 1, 2
+EXIT_NO, EXIT_ERROR = 1, 2
 
 File = Annotated[Path, typer.Argument(help="A trace file.", show_default=False)]
 Files = Annotated[
@@ -39,13 +39,13 @@ Record = Annotated[
 ]
 
 
-def names(given: list[str] | None) -> list[str] | None:
+def split_names(given: list[str] | None) -> list[str] | None:
     """The names in what an option was given, once or more, with commas between."""
     return None if given is None else [name for each in given for name in each.split(",")]
 
 
 @contextmanager
-def opened(files: Sequence[Path]) -> Iterator[Trace]:
+def open_traces(files: Sequence[Path]) -> Iterator[Trace]:
     """Open a trace. What is doubtful about it becomes a line on standard error.
 
     Args:
@@ -54,22 +54,22 @@ def opened(files: Sequence[Path]) -> Iterator[Trace]:
     Raises:
         TraceFileError: As for `grutrace.open`.
     """
-    with said_in_lines():
+    with warnings_as_lines():
         trace = open_trace(files[0] if len(files) == 1 else files)
     with trace:
         yield trace
 
 
 @contextmanager
-def said_in_lines() -> Iterator[None]:
+def warnings_as_lines() -> Iterator[None]:
     """Turn warnings into lines on standard error."""
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         yield
     for each in given:
-        say(f"grutrace: {each.message}", stderr=True)
+        echo(f"grutrace: {each.message}", stderr=True)
 
 
-def name_of(files: Sequence[Path]) -> str:
+def display_name(files: Sequence[Path]) -> str:
     """What output calls them."""
     return str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"

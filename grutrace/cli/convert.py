@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from grutrace.cli.common import File, Files, Record, Sites, names, opened
-from grutrace.cli.output import progress_bar, say
+from grutrace.cli.common import File, Files, Record, Sites, open_traces, split_names
+from grutrace.cli.output import echo, progress_bar
 from grutrace.export.formats import FORMATS, export_trace
 from grutrace.storage.open import open_trace
 from grutrace.storage.recovery.preflight import check_in_subprocess
@@ -31,7 +31,7 @@ def derive(
     from grutrace.analysis.verification.materialize import materialize_file
 
     check_in_subprocess(files)
-    with opened(files) as trace, progress_bar("deriving") as advance:
+    with open_traces(files) as trace, progress_bar("deriving") as advance:
         materialize_file(trace, output, advance)
 
 
@@ -52,6 +52,8 @@ def export(
     Exits with 2 if the output exists, or nothing matches.
     """
     with open_trace(file) as trace, progress_bar("exporting") as advance:
-        done = export_trace(trace, output, to, sites=site, record=names(record), progress=advance)
+        done = export_trace(
+            trace, output, to, sites=site, record=split_names(record), progress=advance
+        )
     for note in done.notes:
-        say(f"grutrace: {note}", stderr=True)
+        echo(f"grutrace: {note}", stderr=True)

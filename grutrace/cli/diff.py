@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from grutrace.analysis.comparison import TraceDifference, ValueDifference, ValuePair, compare
-from grutrace.cli.common import NO, AsJSON, Record, Sites, names, opened
-from grutrace.cli.output import new_table, print_json, print_table, progress_bar, say
+from grutrace.cli.common import EXIT_NO, AsJSON, Record, Sites, open_traces, split_names
+from grutrace.cli.output import echo, new_table, print_json, print_table, progress_bar
 
 
 def diff(
@@ -36,22 +36,22 @@ def diff(
 
     Exits with 1 if they are not the same.
     """
-    with opened([a]) as one, opened([b]) as other, progress_bar("comparing") as advance:
+    with open_traces([a]) as one, open_traces([b]) as other, progress_bar("comparing") as advance:
         found = compare(
             one,
             other,
             sites=site,
-            record=names(record),
+            record=split_names(record),
             tolerance=tolerance,
             exact=exact,
             progress=advance,
         )
     if as_json:
-        print_json({"a": str(a), "b": str(b), **_plain(found)})
+        print_json({"a": str(a), "b": str(b), **_to_json(found)})
     else:
         print_difference(found)
     if not found.same:
-        raise typer.Exit(NO)
+        raise typer.Exit(EXIT_NO)
 
 
 def print_difference(found: TraceDifference) -> None:
@@ -68,25 +68,26 @@ def print_difference(found: TraceDifference) -> None:
     if found.values:
         print_table(table)
     for mismatch in found.mismatches:
-        say(str(mismatch))
+        echo(str(mismatch))
     for each in found.values:
         if each.beyond:
-            say(f"{each.site}: {each.quantity}, first at {each.first}")
-            say(f"{each.site}: {each.quantity}, most at {each.largest}")
+            echo(f"{each.site}: {each.quantity}, first at {each.first}")
+            echo(f"{each.site}: {each.quantity}, most at {each.largest}")
     for difference in found.context:
-        say(f"({difference})")
+        echo(f"({difference})")
     # The first of them is the likely cause, if values differ.
     for weights in found.weights[bool(found.cause) :]:
-        say(f"(weights of {weights})")
+        echo(f"(weights of {weights})")
     if found.cause:
-        say(f"Likely cause: {found.cause}")
+        echo(f"Likely cause: {found.cause}")
     print("The traces are the same." if found.same else "The traces differ.")
 
 
-def _plain(found: TraceDifference) -> dict[str, Any]:
+def _to_json(found: TraceDifference) -> dict[str, Any]:
     """The result as JSON values, with what follows from it."""
     values = [
-        dataclasses.asdict(each) | {"largest": _place(each.largest), "first": _place(each.first)}
+        dataclasses.asdict(each)
+        | {"largest": _pair_to_json(each.largest), "first": _pair_to_json(each.first)}
         for each in found.values
     ]
     first: ValueDifference | None = found.first
@@ -98,7 +99,7 @@ def _plain(found: TraceDifference) -> dict[str, Any]:
     return about | dataclasses.asdict(found) | {"values": values}
 
 
-def _place(place: ValuePair | None) -> dict[str, Any] | None:
+def _pair_to_json(place: ValuePair | None) -> dict[str, Any] | None:
     if place is None:
         return None
     return dataclasses.asdict(place) | {"difference": place.difference}

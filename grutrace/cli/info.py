@@ -9,26 +9,26 @@ from typing import Any
 
 import numpy as np
 
-from grutrace.cli.common import AsJSON, Files, name_of, opened
-from grutrace.cli.output import new_table, print_json, print_table, say
+from grutrace.cli.common import AsJSON, Files, display_name, open_traces
+from grutrace.cli.output import echo, new_table, print_json, print_table
 from grutrace.errors import join_names
 from grutrace.storage.read.proofs import PROOFS, UNPROVEN
 from grutrace.storage.read.trace import Trace
 
 #: The version that is not printed: it says where, and not with what.
-_WHERE = "platform"
+_PLATFORM_KEY = "platform"
 
 #: How many unproven calls are named.
-NAMED = 8
+MAX_LISTED = 8
 
 #: Half the spacing below 1 of the types that something may be rounded to.
-ROUNDED = {"float16": 2.0**-12, "float32": 2.0**-25}
+ROUNDING_ERROR = {"float16": 2.0**-12, "float32": 2.0**-25}
 
 
 def info(files: Files, as_json: AsJSON = False) -> None:
     """Say what a trace holds."""
-    with opened(files) as trace:
-        name = name_of(files)
+    with open_traces(files) as trace:
+        name = display_name(files)
         print_json(describe(trace, name)) if as_json else print_info(trace, name)
 
 
@@ -72,26 +72,28 @@ def print_info(trace: Trace, name: str) -> None:
     about = describe(trace, name)
     state = "closed" if about["closed"] else "not closed: still being written, or its writer died"
     parts = f" in {len(about['parts'])} files" if len(about["parts"]) > 1 else ""
-    say(f"{name}: trace of {about['model']}, {about['bytes'] / 1e6:.1f} MB{parts}, {state}")
-    versions = [f"{each} {about['versions'][each]}" for each in about["versions"] if each != _WHERE]
-    say(f"recorded {about['created']} with {', '.join(versions)}")
-    for line in ranks(about):
-        say(line)
-    narrowing = [f"{name} {value}" for name, value in narrowed(about["options"])]
+    echo(f"{name}: trace of {about['model']}, {about['bytes'] / 1e6:.1f} MB{parts}, {state}")
+    versions = [
+        f"{each} {about['versions'][each]}" for each in about["versions"] if each != _PLATFORM_KEY
+    ]
+    echo(f"recorded {about['created']} with {', '.join(versions)}")
+    for line in rank_lines(about):
+        echo(line)
+    narrowing = [f"{name} {value}" for name, value in restricting_options(about["options"])]
     if narrowing:
-        say(f"asked for less: {', '.join(narrowing)}")
-    if about["options"].get("dtype") in ROUNDED:
+        echo(f"asked for less: {', '.join(narrowing)}")
+    if about["options"].get("dtype") in ROUNDING_ERROR:
         dtype = about["options"]["dtype"]
-        say(
-            f"rows are rounded to {dtype}: values up to 1 are off by {ROUNDED[dtype]:.3g} at most; "
-            "`grutrace stats FILE quantization` says more"
+        echo(
+            f"rows are rounded to {dtype}: values up to 1 are off by "
+            f"{ROUNDING_ERROR[dtype]:.3g} at most; `grutrace stats FILE quantization` says more"
         )
     if "compression" in about["options"]:
-        say(f"rows are compressed with {about['options']['compression']}")
-    for line in recorded(about):
-        say(line)
-    for line in doubtful(about["proofs"]):
-        say(line)
+        echo(f"rows are compressed with {about['options']['compression']}")
+    for line in quantity_lines(about):
+        echo(line)
+    for line in proof_lines(about["proofs"]):
+        echo(line)
     table = new_table("site", "layer")
     for name in ("calls", "sequences", "steps", "weights"):
         table.add_column(name, justify="right")
@@ -107,10 +109,12 @@ def proofs(trace: Trace) -> dict[str, Any]:
     """Return how many calls bear each mark that is stored, and the first that are unproven."""
     marks = trace.calls["proof"]
     counts = {name: int((marks == name).sum()) for name in PROOFS}
-    return counts | {"unproven_calls": np.flatnonzero(marks == PROOFS[UNPROVEN])[:NAMED].tolist()}
+    return counts | {
+        "unproven_calls": np.flatnonzero(marks == PROOFS[UNPROVEN])[:MAX_LISTED].tolist()
+    }
 
 
-def doubtful(proofs: Mapping[str, Any]) -> Iterator[str]:
+def proof_lines(proofs: Mapping[str, Any]) -> Iterator[str]:
     """Yield lines that say which calls are not proven."""
     if proofs["unchecked"]:
         yield (
@@ -119,14 +123,14 @@ def doubtful(proofs: Mapping[str, Any]) -> Iterator[str]:
         )
     if proofs["unproven"]:
         numbers = ", ".join(map(str, proofs["unproven_calls"]))
-        more = ", ..." if proofs["unproven"] > NAMED else ""
+        more = ", ..." if proofs["unproven"] > MAX_LISTED else ""
         yield (
             f"unproven: {proofs['unproven']} calls, whose gates do not lead to the model's states "
             f"({numbers}{more})"
         )
 
 
-def recorded(about: Mapping[str, Any]) -> Iterator[str]:
+def quantity_lines(about: Mapping[str, Any]) -> Iterator[str]:
     """Yield lines that say what was recorded: one, or one for each group of sites that differ."""
     groups: dict[str, list[str]] = {}
     sites = [site for module in about["modules"] for site in module["sites"]]
@@ -138,7 +142,7 @@ def recorded(about: Mapping[str, Any]) -> Iterator[str]:
         yield f"recorded: {what}{of}"
 
 
-def ranks(about: Mapping[str, Any]) -> Iterator[str]:
+def rank_lines(about: Mapping[str, Any]) -> Iterator[str]:
     """Yield lines that say which processes a trace is of, if there were several."""
     options, shards = about["options"], about["shards"]
     if "shard" in options:
@@ -150,7 +154,7 @@ def ranks(about: Mapping[str, Any]) -> Iterator[str]:
         yield f"not closed by rank {', '.join(unclosed)}: at work still, or killed"
 
 
-def narrowed(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def restricting_options(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield those options of a trace that leave something of its calls out, or round it."""
     for name in ("every", "max_calls", "max_bytes", "dtype", "units", "steps"):
         if name in options:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from grutrace.cli.common import AsJSON, Files, name_of, said_in_lines
-from grutrace.cli.output import print_json, progress_bar, say
+from grutrace.cli.common import AsJSON, Files, display_name, warnings_as_lines
+from grutrace.cli.output import echo, print_json, progress_bar
 from grutrace.storage.shards.merge import MergeReport, merge_shards
 
 
@@ -33,7 +33,7 @@ def merge(
     if all(map(is_statistics, files)):
         _merge_statistics(files, output)
         return
-    with said_in_lines(), progress_bar("copying") as advance:
+    with warnings_as_lines(), progress_bar("copying") as advance:
         report = merge_shards(
             files[0] if len(files) == 1 else files, output, copy=copy, progress=advance
         )
@@ -47,15 +47,15 @@ def print_report(report: MergeReport, output: Path, *, copy: bool) -> None:
     """Print what was merged."""
     calls = sum(shard.calls for shard in report.shards)
     ranks = ", ".join(str(shard.rank) for shard in report.shards)
-    say(f"{output}: {calls} calls of ranks {ranks}")
+    echo(f"{output}: {calls} calls of ranks {ranks}")
     if report.copied and not copy:
         names = ", ".join(path.name for path in report.unclosed)
-        say(f"copied {report.copied / 1e6:.1f} MB, for these were not closed: {names}")
+        echo(f"copied {report.copied / 1e6:.1f} MB, for these were not closed: {names}")
     elif copy:
-        say(f"copied {report.copied / 1e6:.1f} MB")
+        echo(f"copied {report.copied / 1e6:.1f} MB")
     files = sum(len(shard.files) for shard in report.shards)
     if files:
-        say(f"rows stay in {files} files beside it: keep them together")
+        echo(f"rows stay in {files} files beside it: keep them together")
 
 
 def _merge_statistics(files: list[Path], output: Path) -> None:
@@ -65,4 +65,4 @@ def _merge_statistics(files: list[Path], output: Path) -> None:
 
     merged = reduce(Statistics.merge, map(Statistics.load, files))
     merged.save(output)
-    say(f"{output}: {merged.calls} calls of {name_of(files)}")
+    echo(f"{output}: {merged.calls} calls of {display_name(files)}")

@@ -26,13 +26,13 @@ from grutrace.records import Array
 Item = TypeVar("Item")
 
 #: Between two columns of a table.
-GAP = "  "
+COLUMN_GAP = "  "
 
 #: In the place of what is cut out of a name.
-CUT = "..."
+ELLIPSIS = "..."
 
 #: How far the first column of a table may be cut. Columns of a terminal.
-SHORTEST = 20
+MIN_FIRST_COLUMN = 20
 
 
 @dataclass
@@ -64,8 +64,8 @@ class PlainTable:
         self.columns.append(Column(header, justify))
 
     def add_row(self, *cells: object) -> None:
-        """Add a row, written as `plain` does; what is missing on the right is empty."""
-        texts = ["" if cell is None else plain(cell) for cell in cells]
+        """Add a row, escaped for the terminal; missing cells on the right are empty."""
+        texts = ["" if cell is None else escape_control(cell) for cell in cells]
         self.rows.append([*texts, *[""] * (len(self.columns) - len(texts))])
 
     def lines(self, width: int) -> Iterator[str]:
@@ -75,25 +75,25 @@ class PlainTable:
         """
         rows = [[column.header for column in self.columns], *self.rows]
         widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
-        others = sum(widths[1:]) + len(GAP) * (len(widths) - 1)
-        widths[0] = min(widths[0], max(SHORTEST, width - others))
+        others = sum(widths[1:]) + len(COLUMN_GAP) * (len(widths) - 1)
+        widths[0] = min(widths[0], max(MIN_FIRST_COLUMN, width - others))
         for first, *rest in rows:
-            cells = [shortened(first, widths[0]), *rest]
+            cells = [shorten(first, widths[0]), *rest]
             padded = (
                 " " * (size - cell_len(cell)) + cell
                 if column.justify == "right"
                 else cell + " " * (size - cell_len(cell))
                 for column, cell, size in zip(self.columns, cells, widths, strict=True)
             )
-            yield GAP.join(padded).rstrip()
+            yield COLUMN_GAP.join(padded).rstrip()
 
 
-def shortened(text: str, width: int) -> str:
+def shorten(text: str, width: int) -> str:
     """A text of at most so many columns, of which the middle is cut out if it is longer."""
     if cell_len(text) <= width:
         return text
-    kept = width - len(CUT)
-    return f"{set_cell_size(text, kept // 2)}{CUT}{text[-(kept - kept // 2) :]}"
+    kept = width - len(ELLIPSIS)
+    return f"{set_cell_size(text, kept // 2)}{ELLIPSIS}{text[-(kept - kept // 2) :]}"
 
 
 def print_table(table: PlainTable) -> None:
@@ -115,16 +115,16 @@ def new_console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
 
 
-def plain(text: object) -> str:
+def escape_control(text: object) -> str:
     """Write a text that comes from a file as one line that does nothing to a terminal."""
     return "".join(
         character if character.isprintable() else repr(character)[1:-1] for character in str(text)
     )
 
 
-def say(text: str, *, stderr: bool = False) -> None:
+def echo(text: str, *, stderr: bool = False) -> None:
     """Print a line, of which parts may come from a file."""
-    print(plain(text), file=sys.stderr if stderr else sys.stdout)
+    print(escape_control(text), file=sys.stderr if stderr else sys.stdout)
 
 
 def percent(share: float) -> str:
@@ -132,12 +132,12 @@ def percent(share: float) -> str:
     return "" if math.isnan(share) else f"{100 * share:.1f} %"
 
 
-def with_progress(items: Sequence[Item], doing: str) -> Iterable[Item]:
+def with_progress(items: Sequence[Item], description: str) -> Iterable[Item]:
     """Yield the items, with a bar on a terminal."""
     console = new_console(stderr=True)
     return track(
         items,
-        escape(plain(doing)),
+        escape(escape_control(description)),
         console=console,
         transient=True,
         disable=not console.is_terminal,
@@ -145,11 +145,11 @@ def with_progress(items: Sequence[Item], doing: str) -> Iterable[Item]:
 
 
 @contextmanager
-def progress_bar(doing: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
     """Show a bar on a terminal, which is told how much is done of how much."""
     console = new_console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(escape(plain(doing)))
+        task = progress.add_task(escape(escape_control(description)))
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
@@ -158,25 +158,25 @@ def print_json(value: Any) -> None:
 
     What is no number is null, an infinity a text, a complex number its two parts.
     """
-    print(json.dumps(_plain(value), indent=2, allow_nan=False))
+    print(json.dumps(_to_json_value(value), indent=2, allow_nan=False))
 
 
-def _plain(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: _to_json_value(each) for key, each in value.items()}
     if isinstance(value, (np.ndarray, np.generic)):
         value = value.tolist()
     if isinstance(value, complex):
         value = [value.real, value.imag]
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [_to_json_value(each) for each in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return value
 
 
 #: Columns of a terminal that a value takes at most which is no number.
-LONGEST = 16
+MAX_TEXT_WIDTH = 16
 
 #: What is said of a column whose every value is not printed.
 QUANTILES = {"least": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "most": 1.0}
@@ -184,8 +184,8 @@ QUANTILES = {"least": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "most": 1.0}
 
 def print_result(result: Result, each: bool) -> None:
     """Print what is one number, then the columns: their quantiles, or each of their values."""
-    scalars = [f"{name} {_figure(found)}" for name, found in result.scalars().items()]
-    say(f"{result.site}: {', '.join(scalars)}")
+    scalars = [f"{name} {_format_scalar(found)}" for name, found in result.scalars().items()]
+    echo(f"{result.site}: {', '.join(scalars)}")
     columns = result.columns()
     numbers, *others = columns
     if each:
@@ -193,18 +193,18 @@ def print_result(result: Result, each: bool) -> None:
         for name in others:
             table.add_column(name.replace("_", " "), justify="right")
         for row in zip(*columns.values(), strict=True):
-            table.add_row(*map(value, row))
+            table.add_row(*map(format_value, row))
     else:
         table = new_table(f"over {numbers}s")
         for label in QUANTILES:
             table.add_column(label, justify="right")
         for name in (other for other in others if other not in result.index_columns):
-            table.add_row(name.replace("_", " "), *_quantiles(columns[name]))
+            table.add_row(name.replace("_", " "), *_quantile_cells(columns[name]))
     if others:
         print_table(table)
 
 
-def value(found: Any) -> str:
+def format_value(found: Any) -> str:
     """Write a number as short as it is still told apart."""
     if isinstance(found, (bool, np.bool_)):
         return "yes" if found else ""
@@ -213,14 +213,14 @@ def value(found: Any) -> str:
     return str(found)
 
 
-def _figure(found: Any) -> str:
+def _format_scalar(found: Any) -> str:
     """Write a figure that stands by itself: nothing at all would not do."""
     if found is None or (isinstance(found, float) and np.isnan(found)):
         return "unknown"
-    return value(found) or "no"
+    return format_value(found) or "no"
 
 
-def _quantiles(column: Array) -> list[str]:
+def _quantile_cells(column: Array) -> list[str]:
     """Of the values that are numbers; of what is true or false, how many are true.
 
     Of other values, such as texts, the commonest and how often each comes.
@@ -228,19 +228,19 @@ def _quantiles(column: Array) -> list[str]:
     if column.dtype == bool:
         return [f"{np.count_nonzero(column)} of {len(column)}", *[""] * (len(QUANTILES) - 1)]
     if column.dtype.kind not in "iuf":
-        return _commonest(column)
+        return _most_common_cells(column)
     numbers = column[~np.isnan(column)] if column.dtype.kind == "f" else column
     if not len(numbers):
         return [""] * len(QUANTILES)
-    return [value(float(np.quantile(numbers, share))) for share in QUANTILES.values()]
+    return [format_value(float(np.quantile(numbers, share))) for share in QUANTILES.values()]
 
 
-def _commonest(column: Array) -> list[str]:
-    counts = Counter(map(value, column.tolist())).most_common()
+def _most_common_cells(column: Array) -> list[str]:
+    counts = Counter(map(format_value, column.tolist())).most_common()
     room = len(QUANTILES)
     if len(counts) > room:
         # The last cell is for all that do not fit.
         rest = sum(count for _, count in counts[room - 1 :])
         counts = [*counts[: room - 1], ("others", rest)]
-    cells = [f"{shortened(name, LONGEST)}: {count}" for name, count in counts]
+    cells = [f"{shorten(name, MAX_TEXT_WIDTH)}: {count}" for name, count in counts]
     return [*cells, *[""] * (room - len(cells))]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from grutrace.cli.common import NO, AsJSON, File
+from grutrace.cli.common import EXIT_NO, AsJSON, File
 from grutrace.cli.output import new_table, print_json, print_table, progress_bar
 from grutrace.storage.recovery.recover import RecoveryReport, recover_file
 
@@ -34,7 +34,7 @@ def recover(
         for each in found:
             print_recovery(each)
     if any(each.lost for each in found):
-        raise typer.Exit(NO)
+        raise typer.Exit(EXIT_NO)
 
 
 def _as_json(recovery: RecoveryReport) -> dict[str, object]:

@@ -10,8 +10,8 @@ import typer
 from grutrace.options import OPTIONS
 from grutrace.records import DEFAULT_RECORD
 from grutrace.run.launch import launch
+from grutrace.run.parsing import parse_size
 from grutrace.run.settings import Settings
-from grutrace.run.texts import size
 
 
 def run(
@@ -66,7 +66,7 @@ def run(
         gates,
         every=every,
         max_calls=max_calls,
-        max_bytes=None if max_bytes is None else size(max_bytes),
+        max_bytes=None if max_bytes is None else parse_size(max_bytes),
         dtype=dtype,
         units=units,
         steps=steps,
@@ -75,7 +75,7 @@ def run(
         compression=compression,
         weights=weights,
         compiled=compiled,
-        state_memory=None if state_memory is None else size(state_memory),
+        state_memory=None if state_memory is None else parse_size(state_memory),
         quiet=quiet,
     )
     launch(settings, program, module=module)

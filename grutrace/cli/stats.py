@@ -20,7 +20,7 @@ from grutrace.analysis.descriptive.saturation import (
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import as_site_data
 from grutrace.analysis.registry import ANALYSES, AnalysisSpec, get_analysis
-from grutrace.cli.common import AsJSON, opened
+from grutrace.cli.common import AsJSON, open_traces
 from grutrace.cli.output import (
     new_table,
     percent,
@@ -66,32 +66,34 @@ def stats(
 
     FILE is a trace, or what a grutrace.Statistics wrote. With ANALYSIS, say that of every site.
     """
-    files, name = files_and_analysis(arguments)
+    files, name = split_arguments(arguments)
     told = {"label": label, "against": against, "paired": paired or None}
     given: dict[str, Any] = {option: value for option, value in told.items() if value is not None}
     if name is not None:
         chosen = get_analysis(name)
         chosen.require(given)
         with ExitStack() as open_now:
-            trace = open_now.enter_context(opened(files))
+            trace = open_now.enter_context(open_traces(files))
             if against is not None:
-                given["against"] = open_now.enter_context(opened([against]))
-            print_results(results(trace, chosen, matching(trace, site), given), each, as_json)
+                given["against"] = open_now.enter_context(open_traces([against]))
+            print_results(
+                run_analysis(trace, chosen, matching_sites(trace, site), given), each, as_json
+            )
         return
     if given:
         raise OptionError(f"--{next(iter(given))} needs an ANALYSIS: one of {', '.join(ANALYSES)}")
     if all(map(is_statistics, files)):
         found = summarize_statistics(reduce(Statistics.merge, map(Statistics.load, files)))
     else:
-        with opened(files) as trace:
-            found = summaries(trace, matching(trace, site))
+        with open_traces(files) as trace:
+            found = summarize_sites(trace, matching_sites(trace, site))
     if as_json:
         print_json([dataclasses.asdict(each) for each in found])
     else:
-        print_stats(found)
+        print_summaries(found)
 
 
-def files_and_analysis(arguments: Sequence[str]) -> tuple[list[Path], str | None]:
+def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], str | None]:
     """Tell files from the name of an analysis, which comes last and is no file."""
     *files, last = arguments
     if files and not Path(last).exists():
@@ -99,7 +101,7 @@ def files_and_analysis(arguments: Sequence[str]) -> tuple[list[Path], str | None
     return [Path(argument) for argument in arguments], None
 
 
-def matching(trace: Trace, globs: Sequence[str] | None) -> tuple[str, ...]:
+def matching_sites(trace: Trace, globs: Sequence[str] | None) -> tuple[str, ...]:
     """Return the sites that are asked for; all of them unless something is.
 
     Raises:
@@ -114,7 +116,7 @@ def matching(trace: Trace, globs: Sequence[str] | None) -> tuple[str, ...]:
     )
 
 
-def results(
+def run_analysis(
     trace: Trace, chosen: AnalysisSpec, sites: Sequence[str], given: Mapping[str, Any]
 ) -> Iterator[Result]:
     """Yield what an analysis finds at each site, with a bar on a terminal.
@@ -144,13 +146,13 @@ def print_results(found: Iterable[Result], each: bool, as_json: bool) -> None:
         print_result(result, each)
 
 
-def summaries(trace: Trace, sites: Sequence[str] | None = None) -> list[SiteSummary]:
+def summarize_sites(trace: Trace, sites: Sequence[str] | None = None) -> list[SiteSummary]:
     """Return the summary of every site, or of some."""
     names = trace.sites if sites is None else sites
     return [summarize_site(trace[name]) for name in with_progress(names, "reading")]
 
 
-def print_stats(found: Sequence[SiteSummary]) -> None:
+def print_summaries(found: Sequence[SiteSummary]) -> None:
     """Print a table of every site: sequences, steps, residual, and how open its gates are."""
     table = new_table("site")
     for name in ("sequences", "steps", "residual"):

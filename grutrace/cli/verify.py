@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from grutrace.cli.common import NO, NO_ANSWER, AsJSON, Files, opened
-from grutrace.cli.output import new_table, print_json, print_table, say, with_progress
+from grutrace.cli.common import EXIT_ERROR, EXIT_NO, AsJSON, Files, open_traces
+from grutrace.cli.output import echo, new_table, print_json, print_table, with_progress
 from grutrace.storage.recovery.preflight import check_in_subprocess
 
 if TYPE_CHECKING:
@@ -25,16 +25,16 @@ def verify(files: Files, as_json: AsJSON = False) -> None:
     from grutrace.analysis.verification.verify import verify_site
 
     check_in_subprocess(files)
-    with opened(files) as trace:
+    with open_traces(files) as trace:
         results = [verify_site(trace, name) for name in with_progress(trace.sites, "verifying")]
     if as_json:
         print_json([dataclasses.asdict(each) | {"holds": each.holds} for each in results])
     else:
         print_verification(results)
     if not all(each.holds for each in results):
-        raise typer.Exit(NO)
+        raise typer.Exit(EXIT_NO)
     if not any(each.check for each in results):
-        raise typer.Exit(NO_ANSWER)
+        raise typer.Exit(EXIT_ERROR)
 
 
 def print_verification(results: Sequence[SiteVerification]) -> None:
@@ -52,10 +52,10 @@ def print_verification(results: Sequence[SiteVerification]) -> None:
     print_table(table)
     for each in results:
         if each.reason:
-            say(f"{each.site}: {each.reason}")
+            echo(f"{each.site}: {each.reason}")
         if each.worst and not each.holds:
             worst = each.worst
-            say(
+            echo(
                 f"{each.site}: sequence {worst.sequence}, step {worst.step}, unit {worst.unit}: "
                 f"{worst.quantity} is {worst.recorded:.7g}, should be {worst.expected:.7g} "
                 f"within {worst.tolerance:.1e}"

@@ -12,39 +12,39 @@ import os
 import sys
 from importlib.machinery import PathFinder
 
-from grutrace.run.import_hook import when_imported
+from grutrace.run.import_hook import on_import
 from grutrace.run.report import Report
-from grutrace.run.settings import VARIABLE, Settings, from_text
+from grutrace.run.settings import ENVIRONMENT_VARIABLE, Settings, from_text
 
 
-def begin(boot: str) -> None:
+def start_run(boot: str) -> None:
     """Take all that is ours out of the script's sight, and wait for torch.
 
     Args:
         boot: The folder with our `sitecustomize`.
     """
-    text = os.environ.pop(VARIABLE, None)
-    _hide(boot)
+    text = os.environ.pop(ENVIRONMENT_VARIABLE, None)
+    _remove_from_path(boot)
     if text is not None:
         settings = from_text(text)
         _set_variable("PYTHONPATH", settings.python_path)
         report = Report(settings)
         atexit.register(report.end)
-        when_imported("torch", lambda: _discover(settings, report))
-    _run_hidden_sitecustomize()
+        on_import("torch", lambda: _start_discovery(settings, report))
+    _run_user_sitecustomize()
 
 
-def _discover(settings: Settings, report: Report) -> None:
+def _start_discovery(settings: Settings, report: Report) -> None:
     try:
         from grutrace.run.discovery import Discovery
 
         Discovery(settings, report).start()
     except Exception as error:
         # Whatever it is, it is not the script's: that one goes on without us.
-        report.say(f"nothing can be recorded: {type(error).__name__}: {error}")
+        report.log(f"nothing can be recorded: {type(error).__name__}: {error}")
 
 
-def _hide(boot: str) -> None:
+def _remove_from_path(boot: str) -> None:
     sys.path[:] = [entry for entry in sys.path if entry != boot]
     sys.path_importer_cache.pop(boot, None)
 
@@ -55,7 +55,7 @@ def _set_variable(name: str, value: str | None) -> None:
         os.environ[name] = value
 
 
-def _run_hidden_sitecustomize() -> None:
+def _run_user_sitecustomize() -> None:
     """Load the `sitecustomize` that Python would have found if ours had not been in front."""
     name = "sitecustomize"
     spec = PathFinder.find_spec(name, sys.path)

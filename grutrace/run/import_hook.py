@@ -8,19 +8,19 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 
-def when_imported(name: str, then: Callable[[], None]) -> None:
+def on_import(name: str, callback: Callable[[], None]) -> None:
     """Call a function once a module has been imported; at once if it has been."""
     if name in sys.modules:
-        then()
+        callback()
     else:
-        sys.meta_path.insert(0, _Finder(name, then))
+        sys.meta_path.insert(0, _Finder(name, callback))
 
 
 class _Finder:
     """Finds what the others find, and is told when one module has been executed."""
 
-    def __init__(self, name: str, then: Callable[[], None]) -> None:
-        self._name, self._then = name, then
+    def __init__(self, name: str, callback: Callable[[], None]) -> None:
+        self._name, self._callback = name, callback
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -31,10 +31,10 @@ class _Finder:
         found = (each.find_spec(name, path, target) for each in others)
         spec = next((each for each in found if each is not None), None)
         if spec is not None and spec.loader is not None:
-            self._follow(spec.loader)
+            self._wrap_loader(spec.loader)
         return spec
 
-    def _follow(self, loader: object) -> None:
+    def _wrap_loader(self, loader: object) -> None:
         execute = loader.exec_module  # type: ignore[attr-defined]
 
         def exec_module(module: ModuleType) -> None:
@@ -42,6 +42,6 @@ class _Finder:
             execute(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-                self._then()
+                self._callback()
 
         loader.exec_module = exec_module  # type: ignore[attr-defined]

@@ -19,8 +19,8 @@ from typing import NoReturn
 from grutrace.distributed import detect_shard, shard_path
 from grutrace.errors import OptionError, UnsupportedError
 from grutrace.options import OPTIONS
-from grutrace.run import texts
-from grutrace.run.settings import VARIABLE, Settings
+from grutrace.run import parsing
+from grutrace.run.settings import ENVIRONMENT_VARIABLE, Settings
 from grutrace.storage.hdf5.filters import filter_options
 from grutrace.storage.shards.run_parts import check_writable
 
@@ -41,24 +41,24 @@ def launch(settings: Settings, program: Sequence[str], *, module: bool = False) 
         TraceFileError: The trace cannot be written.
         UnsupportedError: Python was started so that it would not load anything of ours.
     """
-    _check(settings)
+    _check_settings(settings)
     # As torchrun has it, which is all that can be known before the script has begun.
     check_writable(shard_path(Path(settings.output), detect_shard()), settings.mode)
     command = [*_interpreter(), *(["-m"] if module else []), *program]
     before = os.environ.get("PYTHONPATH")
     settings = replace(settings, output=os.path.realpath(settings.output), python_path=before)
     python_path = os.pathsep.join([str(_BOOT), *([before] if before else [])])
-    environment = os.environ | {"PYTHONPATH": python_path, VARIABLE: settings.to_text()}
+    environment = os.environ | {"PYTHONPATH": python_path, ENVIRONMENT_VARIABLE: settings.to_text()}
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(command[0], command, environment)
 
 
-def _check(settings: Settings) -> None:
+def _check_settings(settings: Settings) -> None:
     for option in sorted(OPTIONS.keys() & vars(settings).keys() - {"record"}):
         value = getattr(settings, option)
         if OPTIONS[option].values and value is not None:
-            _expect(option, [value])
+            _check_values(option, [value])
     # What is not installed is said before the script begins.
     filter_options(settings.compression)
     for option in ("every", "max_calls", "max_bytes"):
@@ -66,14 +66,14 @@ def _check(settings: Settings) -> None:
         if number is not None and number < 1:
             raise OptionError(f"{option}: expected a whole number from 1, found {number}")
     if settings.steps is not None:
-        texts.steps(settings.steps)
+        parsing.parse_steps(settings.steps)
     if settings.units is not None:
-        texts.units(settings.units)
+        parsing.parse_units(settings.units)
         if settings.gates in ("background", "deferred"):
             raise OptionError(
                 f"units: expected none with gates {settings.gates}, found {settings.units}"
             )
-    _expect("record", settings.record)
+    _check_values("record", settings.record)
     if not settings.record:
         expected = ", ".join(OPTIONS["record"].values)
         raise OptionError(f"record: expected names out of {expected}; found none")
@@ -84,7 +84,7 @@ def _check(settings: Settings) -> None:
         )
 
 
-def _expect(option: str, values: Sequence[str]) -> None:
+def _check_values(option: str, values: Sequence[str]) -> None:
     allowed = OPTIONS[option].values
     for value in values:
         if value not in allowed:

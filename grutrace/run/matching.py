@@ -12,11 +12,11 @@ from grutrace.capture.selection import find_grus, iterate_suffixes
 from grutrace.errors import OptionError, join_names, suggest_name
 
 
-class NoSiteMatches(OptionError):
+class NoMatchingSite(OptionError):
     """No glob of ``--sites`` matches a site of any model of the script: the run ends here."""
 
 
-def require_some_match(
+def require_match(
     model: nn.Module, layers: Sequence[nn.Module], known: Container[nn.Module], globs: Sequence[str]
 ) -> None:
     """Refuse globs that match nothing that the script could still call.
@@ -34,19 +34,19 @@ def require_some_match(
         NoSiteMatches: There is no such site.
     """
     own = set(map(id, layers))
-    for other in _models():
+    for other in _root_modules():
         for path, layer in find_grus(other):
-            if id(layer) not in own and layer not in known and _may_match(path, layer, globs):
+            if id(layer) not in own and layer not in known and _can_match(path, layer, globs):
                 return
     names = [name for path, layer in find_grus(model) for name in _names(path, layer)]
     asked = join_names(map(repr, globs))
-    raise NoSiteMatches(
+    raise NoMatchingSite(
         f"sites: {asked} matches none of the sites of {type(model).__qualname__}"
         f"{suggest_name(globs[0], names)}: {join_names(names)}"
     )
 
 
-def _may_match(path: str, layer: nn.GRU | nn.GRUCell, globs: Sequence[str]) -> bool:
+def _can_match(path: str, layer: nn.GRU | nn.GRUCell, globs: Sequence[str]) -> bool:
     """Whether a name matches that the layer could have: any part of the model may be called."""
     parts = path.split(".")
     tails = (".".join(parts[first:]) for first in range(len(parts) + 1))
@@ -59,7 +59,7 @@ def _names(path: str, layer: nn.GRU | nn.GRUCell) -> Iterator[str]:
         yield f"{path}.{suffix}" if path else suffix
 
 
-def _models() -> list[nn.Module]:
+def _root_modules() -> list[nn.Module]:
     """The modules in memory that are in no other module."""
     # By its type: asking a proxy of somebody else for its class may do anything.
     modules = [each for each in gc.get_objects() if issubclass(type(each), nn.Module)]

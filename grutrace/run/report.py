@@ -12,7 +12,7 @@ from grutrace.run.settings import Settings
 
 
 @dataclass
-class Tally:
+class PartStats:
     """How much one part has recorded.
 
     Attributes:
@@ -42,8 +42,8 @@ class Report:
         #: The file of the first part.
         self.output = Path(settings.output)
         self._process = os.getpid()
-        self._said: set[str] = set()
-        self.tallies: list[Tally] = []
+        self._logged: set[str] = set()
+        self.part_stats: list[PartStats] = []
         #: Whether an nn.GRU or nn.GRUCell was called.
         self.called = False
         self._stopped = False
@@ -54,13 +54,13 @@ class Report:
             self._stopped = True
             self._write(message)
 
-    def say(self, message: str) -> None:
+    def log(self, message: str) -> None:
         """Write a line, each only once, and only in the process that records."""
-        if self._settings.quiet or message in self._said or os.getpid() != self._process:
+        if self._settings.quiet or message in self._logged or os.getpid() != self._process:
             return
         if self._stopped:
             return
-        self._said.add(message)
+        self._logged.add(message)
         self._write(message)
 
     def _write(self, message: str) -> None:
@@ -75,22 +75,22 @@ class Report:
     def end(self) -> None:
         """Say what was recorded."""
         path = os.path.relpath(self.output)
-        if not self.tallies:
+        if not self.part_stats:
             what = "nothing was recorded" if self.called else "no nn.GRU or nn.GRUCell was called"
-            self.say(f"{what}: {path} was not written")
+            self.log(f"{what}: {path} was not written")
             return
-        calls = sum(tally.calls for tally in self.tallies)
-        sites = sum(tally.sites for tally in self.tallies)
-        others = len(self.tallies) - 1
+        calls = sum(stats.calls for stats in self.part_stats)
+        sites = sum(stats.sites for stats in self.part_stats)
+        others = len(self.part_stats) - 1
         files = path if not others else f"{path} and {others} file{'s' * (others > 1)} beside it"
         lost = self._lost()
-        self.say(
+        self.log(
             f"recorded {calls} call{'s' * (calls != 1)} of {sites} site{'s' * (sites != 1)} "
             f"in {files}{lost}"
         )
 
     def _lost(self) -> str:
-        lost = sum(tally.lost for tally in self.tallies)
+        lost = sum(stats.lost for stats in self.part_stats)
         if lost:
             return f"; {lost} are lost, as said above"
-        return "; some are lost, as said above" if any(t.failed for t in self.tallies) else ""
+        return "; some are lost, as said above" if any(t.failed for t in self.part_stats) else ""

@@ -26,9 +26,9 @@ from grutrace.capture.tracer import Tracer
 from grutrace.distributed import detect_shard, shard_path
 from grutrace.errors import GrutraceError, GrutraceWarning, ResidualError, SinkError, TraceFileError
 from grutrace.options import DEFAULT_STATE_MEMORY, Mode
-from grutrace.run import texts
-from grutrace.run.matching import require_some_match
-from grutrace.run.report import Report, Tally
+from grutrace.run import parsing
+from grutrace.run.matching import require_match
+from grutrace.run.report import PartStats, Report
 from grutrace.run.settings import Settings
 from grutrace.storage.shards.run_parts import (
     RunPart,
@@ -40,7 +40,7 @@ from grutrace.storage.shards.run_parts import (
 )
 
 
-def chosen(
+def select_layers(
     model: nn.Module, layers: Sequence[nn.Module], settings: Settings
 ) -> list[SelectedModule]:
     """Return what is recorded of these layers of the model; nothing if no glob matches.
@@ -58,7 +58,7 @@ def chosen(
     return [each for each in select(model, matching, settings.record) if id(each.module) in wanted]
 
 
-class Part(Tracer):
+class PartTracer(Tracer):
     """Records selected layers of one model from now on.
 
     What goes wrong is said once, and the script goes on without it; unless it asked to be stopped
@@ -89,8 +89,8 @@ class Part(Tracer):
         report: Report,
         limits: RecordingLimits,
     ) -> None:
-        self._chosen, self._extra_options, self._report = selections, stamp, report
-        self._limits_of_run = limits
+        self._selected, self._extra_options, self._report = selections, stamp, report
+        self._run_limits = limits
         super().__init__(
             model,
             path,
@@ -103,8 +103,8 @@ class Part(Tracer):
             max_calls=settings.max_calls,
             max_bytes=settings.max_bytes,
             dtype=settings.dtype,
-            steps=None if settings.steps is None else texts.steps(settings.steps),
-            units=None if settings.units is None else texts.units(settings.units),
+            steps=None if settings.steps is None else parsing.parse_steps(settings.steps),
+            units=None if settings.units is None else parsing.parse_units(settings.units),
             on_error=settings.on_error,  # type: ignore[arg-type]
             fsync=settings.fsync,
             compression=settings.compression,  # type: ignore[arg-type]
@@ -114,7 +114,7 @@ class Part(Tracer):
             if settings.state_memory is None
             else settings.state_memory,
         )
-        self.tally = Tally(path, len(self.sites))
+        self.stats = PartStats(path, len(self.sites))
         self.start()
 
     def finish(self) -> None:
@@ -128,20 +128,20 @@ class Part(Tracer):
             self._report_findings()
         except ResidualError as error:
             # There is no call of the script's left to raise it.
-            self._report.say(str(error))
+            self._report.log(str(error))
 
-    def follow(self, layer: GRUModule) -> None:
+    def replace_layer(self, layer: GRUModule) -> None:
         """Record another layer in the place of the only one, which is gone."""
         self._subscribe(0, layer)
 
     def _select(self, *_: object) -> list[SelectedModule]:
-        return self._chosen
+        return self._selected
 
     def _limit(self, *_: object) -> RecordingLimits:
-        return self._limits_of_run
+        return self._run_limits
 
     def _receive(self, index: int, run: KernelRun | SkippedCall) -> None:
-        if self.tally.failed or os.getpid() != self._process:
+        if self.stats.failed or os.getpid() != self._process:
             return
         try:
             super()._receive(index, run)
@@ -149,7 +149,7 @@ class Part(Tracer):
             # Those that the script asked for: others do not get here.
             raise
         except Exception as error:
-            self._fail(error)
+            self._stop_after_error(error)
 
     def _drain(self) -> None:
         try:
@@ -157,17 +157,17 @@ class Part(Tracer):
         except SinkError:
             raise
         except Exception as error:
-            self._fail(error)
-        self.tally.calls = self._guarded_sink.call_records
+            self._stop_after_error(error)
+        self.stats.calls = self._guarded_sink.call_records
 
-    def _fail(self, error: Exception) -> None:
+    def _stop_after_error(self, error: Exception) -> None:
         """Record nothing more, and say why, once."""
-        if not self.tally.failed:
-            self.tally.failed = True
-            self._report.say(f"nothing more is recorded of {', '.join(self.sites)}: {error}")
+        if not self.stats.failed:
+            self.stats.failed = True
+            self._report.log(f"nothing more is recorded of {', '.join(self.sites)}: {error}")
 
     def _report_losses(self, stored: int, lost: int) -> None:
-        self.tally.calls, self.tally.lost = stored, lost
+        self.stats.calls, self.stats.lost = stored, lost
 
     def _warn_once(
         self,
@@ -177,10 +177,10 @@ class Part(Tracer):
     ) -> None:
         if about not in self._warned:
             self._warned.add(about)
-            self._report.say(message)
+            self._report.log(message)
 
 
-class Keeper:
+class PartManager:
     """Starts a part for each set of layers, and closes all parts at the end of the process.
 
     Nothing here keeps a model alive. Once one is gone, the file of its part is closed.
@@ -194,23 +194,23 @@ class Keeper:
         self._settings, self._report = settings, report
         # Asked only now that the script has had time to say how many processes there are.
         self._shard = detect_shard()
-        self._first = shard_path(Path(settings.output), self._shard)
-        report.output = self._first
+        self._first_path = shard_path(Path(settings.output), self._shard)
+        report.output = self._first_path
         self._limits = RecordingLimits(settings.max_calls, settings.max_bytes)
         self._process = os.getpid()
         self._unmatched = list(settings.sites)
-        self._parts: list[Part] = []
-        self._run, self._before = self._existing()
-        self._count = len(self._before)
+        self._parts: list[PartTracer] = []
+        self._run, self._existing_parts = self._find_existing_parts()
+        self._count = len(self._existing_parts)
         # Later than that of the sinks, and so, at exit, before it.
         atexit.register(self.close)
 
-    def _existing(self) -> tuple[str, dict[int, Path]]:
+    def _find_existing_parts(self) -> tuple[str, dict[int, Path]]:
         """Return the run's id, and by number the parts that there are to append to."""
-        if self._settings.mode == "a" and self._first.exists():
-            stamp = read_run_part(self._first)
+        if self._settings.mode == "a" and self._first_path.exists():
+            stamp = read_run_part(self._first_path)
             if stamp is not None:
-                return stamp.run, dict(enumerate(parts_of(self._first), 1))
+                return stamp.run, dict(enumerate(parts_of(self._first_path), 1))
         return uuid.uuid4().hex, {}
 
     def add(
@@ -220,7 +220,7 @@ class Keeper:
         known: Container[nn.Module] = (),
         *,
         is_temporary: bool = False,
-    ) -> Part | None:
+    ) -> PartTracer | None:
         """Record these layers of the model from now on.
 
         Args:
@@ -238,63 +238,63 @@ class Keeper:
         """
         if self._limits.reached:
             return None
-        if self._report.tallies:
+        if self._report.part_stats:
             # Models that nobody uses any more may be in cycles, and hold a file open.
             gc.collect()
         # Not under the script's filters, which may turn a warning into an error.
         with warnings.catch_warnings(record=True) as given:
             warnings.simplefilter("always")
-            selections = chosen(model, layers, self._settings)
+            selections = select_layers(model, layers, self._settings)
         for each in given:
-            self._report.say(str(each.message))
+            self._report.log(str(each.message))
         names = [site.name for each in selections for site in each.description.sites]
         self._unmatched = [
             glob for glob in self._unmatched if not any(fnmatchcase(name, glob) for name in names)
         ]
-        if not selections and not self._report.tallies and self._settings.sites:
-            require_some_match(model, layers, known, self._settings.sites)
+        if not selections and not self._report.part_stats and self._settings.sites:
+            require_match(model, layers, known, self._settings.sites)
         if not selections:
             return None
-        part = self._continued(model, selections) or self._new(model, selections)
-        self._report.tallies.append(part.tally)
+        part = self._resume_part(model, selections) or self._new_part(model, selections)
+        self._report.part_stats.append(part.stats)
         self._parts.append(part)
         if not is_temporary:
-            weakref.finalize(model, self._finish, part).atexit = False
+            weakref.finalize(model, self._finish_part, part).atexit = False
         return part
 
-    def _continued(self, model: nn.Module, selections: list[SelectedModule]) -> Part | None:
+    def _resume_part(self, model: nn.Module, selections: list[SelectedModule]) -> PartTracer | None:
         """Go on in the first existing part of just these modules that nothing has gone on in."""
-        for number, path in self._before.items():
+        for number, path in self._existing_parts.items():
             # Those of other models, and those that were not closed, cannot be appended to.
             with contextlib.suppress(TraceFileError):
-                part = self._part(model, selections, path, "a", number)
-                del self._before[number]
+                part = self._make_part(model, selections, path, "a", number)
+                del self._existing_parts[number]
                 return part
         return None
 
-    def _new(self, model: nn.Module, selections: list[SelectedModule]) -> Part:
+    def _new_part(self, model: nn.Module, selections: list[SelectedModule]) -> PartTracer:
         number = self._count + 1
-        path = part_path(self._first, number)
+        path = part_path(self._first_path, number)
         if number > 1 or self._settings.mode != "overwrite":
-            part = self._part(model, selections, path, "w", number)
+            part = self._make_part(model, selections, path, "w", number)
         else:
-            replaced = replaceable_parts(self._first)
-            part = self._part(model, selections, path, "overwrite", number)
+            replaced = replaceable_parts(self._first_path)
+            part = self._make_part(model, selections, path, "overwrite", number)
             remove_parts(replaced)
         self._count = number
         return part
 
-    def _part(
+    def _make_part(
         self,
         model: nn.Module,
         selections: list[SelectedModule],
         path: Path,
         mode: Mode,
         number: int,
-    ) -> Part:
+    ) -> PartTracer:
         stamp = RunPart(self._run, number)
         options = stamp.options | (self._shard.options if self._shard else {})
-        return Part(
+        return PartTracer(
             model, selections, path, mode, options, self._settings, self._report, self._limits
         )
 
@@ -303,15 +303,15 @@ class Keeper:
         if os.getpid() != self._process:
             return
         for part in tuple(self._parts):
-            self._finish(part)
+            self._finish_part(part)
         for glob in self._unmatched:
-            self._report.say(f"sites: {glob!r} matched no site of any model that was called")
+            self._report.log(f"sites: {glob!r} matched no site of any model that was called")
 
-    def _finish(self, part: Part) -> None:
+    def _finish_part(self, part: PartTracer) -> None:
         if os.getpid() != self._process or part not in self._parts:
             return
         self._parts.remove(part)
         try:
             part.finish()
         except GrutraceError as error:
-            self._report.say(str(error))
+            self._report.log(str(error))

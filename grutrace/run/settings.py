@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 
 #: The environment variable that it travels in. The script does not get to see it.
-VARIABLE = "GRUTRACE_RUN"
+ENVIRONMENT_VARIABLE = "GRUTRACE_RUN"
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Settings:
         record: Quantities.
         max_calls: Of the whole run, all its parts together.
         max_bytes: Likewise.
-        units: As `texts.units` reads them.
-        steps: As `texts.steps` reads them.
+        units: As `parsing.parse_units` reads them.
+        steps: As `parsing.parse_steps` reads them.
         on_error: What a failing file does to the script. Unlike a tracer's, it goes on by itself.
         quiet: Whether to say nothing on standard error.
         python_path: PYTHONPATH as the script shall have it.

@@ -13,7 +13,7 @@ import torch
 
 import grutrace
 from grutrace.__main__ import main
-from grutrace.cli.output import _quantiles
+from grutrace.cli.output import _quantile_cells
 from tests.capture.models import EncoderDecoder
 from tests.checks import EVERYTHING
 
@@ -155,9 +155,9 @@ def test_the_class_that_units_tell_best_has_a_row(labelled, capsys) -> None:
 
 def test_only_the_commonest_of_many_values_are_shown() -> None:
     column = np.array([*["a"] * 5, *["b"] * 4, *["c"] * 3, *["d"] * 2, "e", "f", "g"], object)
-    cells = [cell for cell in _quantiles(column) if cell]
+    cells = [cell for cell in _quantile_cells(column) if cell]
     assert cells == ["a: 5", "b: 4", "c: 3", "d: 2", "others: 3"]
-    assert _quantiles(np.array([2.0, 2.0, 1.0], object))[:3] == ["2: 2", "1: 1", ""]
+    assert _quantile_cells(np.array([2.0, 2.0, 1.0], object))[:3] == ["2: 2", "1: 1", ""]
 
 
 def test_stats_takes_what_belongs_to_it(labelled, capsys) -> None:

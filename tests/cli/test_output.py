@@ -6,7 +6,7 @@ import pytest
 from rich.cells import cell_len
 
 from grutrace.cli import output
-from grutrace.cli.output import new_table, print_table, shortened
+from grutrace.cli.output import new_table, print_table, shorten
 
 
 def filled(rows, name="rnn{}[/red]\x1b[2J"):
@@ -38,7 +38,7 @@ def test_what_is_too_wide_for_the_terminal_is_cut(columns, monkeypatch, capsys):
     assert len(lines) == 13
     assert all(cell_len(line) <= columns for line in lines)
     is_cut = columns < len(name) + 10
-    assert all((output.CUT in line) == is_cut for line in lines[1:])
+    assert all((output.ELLIPSIS in line) == is_cut for line in lines[1:])
     assert all(line.startswith("encoder.") for line in lines[1:])
     assert all("reverse" in line for line in lines[1:])
 
@@ -55,6 +55,6 @@ def test_wide_letters_take_two_columns(capsys):
 
 
 def test_both_ends_of_a_name_stay() -> None:
-    assert shortened("encoder.l0", 10) == "encoder.l0"
-    assert shortened("encoder.rnn.l0_reverse", 15) == "encode..." + "everse"
-    assert len(shortened("x" * 100, 16)) == 16
+    assert shorten("encoder.l0", 10) == "encoder.l0"
+    assert shorten("encoder.rnn.l0_reverse", 15) == "encode..." + "everse"
+    assert len(shorten("x" * 100, 16)) == 16

@@ -12,7 +12,7 @@ from torch import nn
 
 import grutrace
 from grutrace.__main__ import main
-from grutrace.run import texts
+from grutrace.run import parsing
 from tests.run.test_run import run, write
 
 #: Two models, so that the run has two parts.
@@ -139,7 +139,7 @@ def test_a_wrong_option_is_one_line_before_the_script_starts(options, message, t
     ],
 )
 def test_sizes(text, expected) -> None:
-    assert texts.size(text) == expected
+    assert parsing.parse_size(text) == expected
 
 
 def test_info_says_what_was_left_out(tmp_path, capsys) -> None:

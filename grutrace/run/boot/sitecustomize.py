@@ -7,8 +7,8 @@ import sys
 _root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.dirname(__file__))))
 sys.path.append(_root)
 try:
-    from grutrace.run.bootstrap import begin
+    from grutrace.run.bootstrap import start_run
 finally:
     # The one at the end: it may stand on PYTHONPATH as well.
     del sys.path[len(sys.path) - 1 - sys.path[::-1].index(_root)]
-begin(os.path.dirname(__file__))
+start_run(os.path.dirname(__file__))

@@ -14,7 +14,7 @@ SUFFIXES = {
 }
 
 
-def units(text: str) -> slice | tuple[int, ...]:
+def parse_units(text: str) -> slice | tuple[int, ...]:
     """Return the units of a text such as 0,3,7 or 0:32, as the tracer takes them.
 
     Raises:
@@ -26,7 +26,7 @@ def units(text: str) -> slice | tuple[int, ...]:
     return tuple(_number("units", each, text, expected) for each in text.split(","))
 
 
-def steps(text: str) -> slice:
+def parse_steps(text: str) -> slice:
     """Return the steps of a text such as 5:20.
 
     Raises:
@@ -54,7 +54,7 @@ def _number(option: str, part: str, text: str, expected: str) -> int:
         raise OptionError(f"{option}: expected {expected}, found {text!r}") from None
 
 
-def size(text: str) -> int:
+def parse_size(text: str) -> int:
     """Return the bytes of a text such as 500000, 10GB or 1.5GiB.
 
     Raises:
