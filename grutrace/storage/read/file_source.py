@@ -60,7 +60,7 @@ class FileSource:
             self._merged = VirtualColumns(self._path, self._handle, self.header, self._specs)
             own = [dataset_path for dataset_path in self._specs if dataset_path not in self._merged]
             self._tables = TableReader(self._handle, self.header.modules)
-            tables = self._merged.ranked(self._tables.read())
+            tables = self._merged.with_ranks(self._tables.read())
             # The counts are read before the datasets are opened, which are then long enough.
             counts = dataset_lengths(tables, self.header.modules)
             for dataset_path in own:
@@ -85,7 +85,7 @@ class FileSource:
         """
         self._handle.reopen_if_replaced()
         with translate_read_errors(self._path), self._handle.acquire():
-            return self._merged.ranked(self._tables.read())
+            return self._merged.with_ranks(self._tables.read())
 
     def as_of(self, tables: Tables) -> SnapshotReader:  # noqa: ARG002
         """Return the source itself: rows are only appended."""

@@ -1,13 +1,12 @@
-"""Which calls of a trace are proven, and which weights a call used whose weights were not compared.
+"""Proof marks of calls, and the weight versions of calls whose weights were not compared.
 
-Each site of a call has a *check*: the residual, and the residual that rounding explains. Together
-they are one of three marks:
+Each site of a call has a *check*: its residual and its tolerance. They give one of three marks:
 
-- *proven*: the gates lead to the kernel's states within rounding; or nothing was computed, and
-  every byte of the weights was compared when the call ran.
-- *unchecked*: nothing was computed, and the weights were not compared. Whoever derives the gates
-  computes the states that they lead to, and so finds out which version of the weights was used.
-- *unproven*: no version of the weights in the trace leads to the states.
+- *proven*: the gates reproduce the kernel's states within the tolerance; or the gates were not
+  computed, and every byte of the weights was compared during the call.
+- *unchecked*: the gates were not computed, and the weights were not compared. Recomputing the
+  gates also computes their states, which shows which weight version was used.
+- *unproven*: no weight version of the trace reproduces the states.
 
 N rows, I input size, H hidden size.
 """
@@ -26,18 +25,18 @@ from grutrace.storage.read.sequence_index import Integers
 
 PROVEN, UNCHECKED, UNPROVEN = range(3)
 
-#: What the marks are called.
+#: Names of the marks, as in `Trace.calls`.
 PROOFS = ("proven", "unchecked", "unproven")
 
-#: Rows that are computed at once.
+#: Rows that are recomputed at once.
 BLOCK = 4096
 
-#: Versions that are tried beside the one that a call has: those nearest to it.
+#: Other weight versions that are tried for a call, from the nearest one on.
 MAX_TRIED = 8
 
 
 def marks(checks: Array) -> Array:
-    """Return the mark of each check, (calls,), of checks of type `schema.CHECK`."""
+    """Return the mark of each check, (calls,), for checks of type `schema.CHECK`."""
     residual, tolerance = checks["residual"], checks["tolerance"]
     found = np.full(len(checks), PROVEN, np.uint8)
     found[np.isnan(residual) & np.isnan(tolerance)] = UNCHECKED
@@ -46,12 +45,12 @@ def marks(checks: Array) -> Array:
 
 
 class StepData(NamedTuple):
-    """What the states of some rows follow from.
+    """Inputs and states of some steps.
 
     Attributes:
-        input: (n, I)
-        previous: (n, H) the state that each row started from.
-        hidden: (n, H) the state that it led to.
+        input: (n, I) input of each step.
+        previous: (n, H) state before each step.
+        hidden: (n, H) state after each step.
     """
 
     input: Array
@@ -60,22 +59,22 @@ class StepData(NamedTuple):
 
 
 class CallVersions:
-    """The versions of the weights that the calls of a site used.
+    """The weight versions that the calls of a site used.
 
     Args:
-        name: Of the site.
-        checks: (calls,) of type `schema.CHECK`.
-        versions: (calls,) as they were recorded.
-        numbers: (calls,) of the calls in the trace.
-        steps: (calls,) rows of each; those of a call lie together.
-        factors: Reads what the states of rows follow from.
-        weights: Reads a version of the site's weights.
-        count: How many versions there are.
+        name: Name of the site.
+        checks: (calls,) checks, type `schema.CHECK`.
+        versions: (calls,) recorded weight versions.
+        numbers: (calls,) numbers of the calls in the trace.
+        steps: (calls,) rows of each call. The rows of a call are contiguous.
+        step_data: Reads inputs and states of rows.
+        weights: Reads one version of the site's weights.
+        count: Number of versions.
 
     Attributes:
-        versions: (calls,) likewise, or found out since.
-        marks: (calls,)
-        settled: How many calls were unchecked and are not any more.
+        versions: (calls,) weight versions, corrected by `resolve`.
+        marks: (calls,) mark of each call.
+        resolved: Number of calls that `resolve` has checked.
     """
 
     def __init__(
@@ -96,10 +95,10 @@ class CallVersions:
         self._has_warned = False
 
     def resolve(self, calls: Integers) -> None:
-        """Find out which weights these calls used, as far as it is not known.
+        """Check these calls, if they are unchecked, and find the weight version that they used.
 
         Warns:
-            ResidualWarning: No version leads to the states of a call; once a site.
+            ResidualWarning: No version reproduces the states of a call. Once per site.
         """
         calls = np.unique(calls)
         calls = calls[self.marks[calls] == UNCHECKED]
@@ -112,7 +111,7 @@ class CallVersions:
             self.resolved += len(some)
 
     def _group_calls(self, calls: Integers) -> Iterator[Integers]:
-        """Yield some calls at a time that have the same version and precision."""
+        """Yield groups of calls with the same version and precision."""
         precisions = self._checks["precision"]
         group: list[int] = []
         rows = 0
@@ -139,16 +138,16 @@ class CallVersions:
         if not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"{self._name}: the gates of call {self._numbers[call]} are unproven: no version "
-                "of the weights in the trace leads to the states that the model had. The weights "
-                "changed unseen: record with weights='exact'",
+                f"{self._name}: the gates of call {self._numbers[call]} are unproven: no weight "
+                "version of the trace reproduces the states of the model. The weights changed "
+                "between two comparisons: record with weights='exact'",
                 ResidualWarning,
                 stacklevel=3,
             )
 
     def _matches(self, calls: Integers, version: int) -> Array:
-        """(calls,) whether a version leads to the states of calls, which are computed in blocks."""
-        # Here since it needs torch.
+        """Return whether a version reproduces the states of each of these calls, (calls,)."""
+        # Imported here because it imports torch, which reading does not need otherwise.
         from grutrace.gru.recompute import fit
 
         weights = self._weights(version)

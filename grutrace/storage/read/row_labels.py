@@ -1,4 +1,4 @@
-"""Tokens or a label of all rows of a module at once. N rows, S sequences."""
+"""Labels of all rows of a module as coded columns. N rows, S sequences."""
 
 from __future__ import annotations
 
@@ -17,12 +17,20 @@ from grutrace.storage.read.sequence_index import SequenceIndex, ranges
 
 @dataclass(frozen=True, eq=False)
 class LabelColumn:
-    """One value a row, as its place among the values that there are.
+    """A label of each row, coded as an index into its distinct values.
 
     Attributes:
-        name: ``tokens``, or the label's name.
-        values: The distinct values: first numbers, then texts, each in order.
-        codes: (N,) the place of each row's value in `values`; -1 where it has none.
+        name: Name of the label, or ``tokens``.
+        values: The distinct values: numbers, then strings, each sorted.
+        codes: (N,) index of each row's value in `values`; -1 for a missing label.
+
+    Example:
+        >>> from grutrace.storage.read.row_labels import encode_labels
+        >>> column = encode_labels("pos", ["noun", "verb", None, "noun"])
+        >>> column.values, column.codes
+        (('noun', 'verb'), array([ 0,  1, -1,  0], dtype=int32))
+        >>> column.to_array()
+        array(['noun', 'verb', None, 'noun'], dtype=object)
     """
 
     name: str
@@ -33,20 +41,20 @@ class LabelColumn:
         return len(self.codes)
 
     def to_array(self, dtype: np.dtype[Any] | None = None) -> Array:
-        """(N,) float64 with nan for none; where a value is a text, objects with None for none.
+        """Return the labels, (N,): float64 with NaN, or with any string, objects with None.
 
         Args:
-            dtype: That of float64 or of objects, if it is to be one of them whatever there is.
+            dtype: float64 or object, to set the type regardless of the values.
         """
         if dtype is None:
             texts = any(isinstance(value, str) for value in self.values)
             dtype = np.dtype(object if texts else np.float64)
-        # The last one is what -1 picks.
+        # Code -1 selects the last item.
         return np.array([*self.values, None if dtype.hasobject else np.nan], dtype)[self.codes]
 
 
 def encode_labels(name: str, given: Sequence[str | float | None] | Array) -> LabelColumn:
-    """Labels from one value a row: numbers or texts, None or nan for none."""
+    """Encode one label per row: numbers or strings, with None or NaN for a missing label."""
     array = given if isinstance(given, np.ndarray) else np.array(list(given), object)
     if array.dtype.kind in "biuf":
         return _coded(name, array.astype(np.float64), np.zeros(len(array), bool), ())
@@ -61,7 +69,7 @@ def encode_labels(name: str, given: Sequence[str | float | None] | Array) -> Lab
 
 
 def annotation_names(tables: Tables, module: int) -> tuple[str, ...]:
-    """What a module's rows have tokens or labels of, in the order in which it came."""
+    """Return the names of a module's annotations, in the order of recording."""
     own = tables.annotations["name"][tables.annotations["module"] == module]
     _, first = np.unique(own, return_index=True)
     names = [tables.texts[int(number) - 1] for number in own[np.sort(first)]]
@@ -69,17 +77,17 @@ def annotation_names(tables: Tables, module: int) -> tuple[str, ...]:
 
 
 def annotation_mask(tables: Tables, module: int, name: str) -> npt.NDArray[np.bool_]:
-    """(annotations,) which are of a module and have this name."""
+    """Return which annotations are of a module and have this name, (annotations,)."""
     called = [number for number, text in enumerate(tables.texts, 1) if text == name]
     named = np.isin(tables.annotations["name"], called)
     return np.asarray((tables.annotations["module"] == module) & named)
 
 
 def row_labels(tables: Tables, module: int, index: SequenceIndex, name: str) -> LabelColumn:
-    """The value of each row, whichever sequences and steps it was given for.
+    """Return the label of each row of a module.
 
     Raises:
-        NotRecordedError: No row of the module has one of this name.
+        NotRecordedError: The module has no label of this name.
     """
     entries, own = tables.annotations, annotation_mask(tables, module, name)
     if not own.any():
@@ -89,12 +97,12 @@ def row_labels(tables: Tables, module: int, index: SequenceIndex, name: str) -> 
     starts = (np.cumsum(counts) - counts)[own]
     lengths = index.lengths
     sequences = entries["sequence"][own].astype(np.int64)
-    # Values may have been given for steps that are not there yet, however far on.
+    # Labels may be recorded for steps that have not been made yet.
     first = np.minimum(entries["first"][own], lengths[sequences].astype(np.uint64)).astype(np.int64)
     counts = np.minimum(lengths[sequences] - first, counts[own])
     total = int(lengths.sum())
     numbers, text = np.full(total, np.nan), np.zeros(total, bool)
-    # Where a step was given several values, the last one stays: NumPy assigns in order.
+    # The last of several values of a step counts: NumPy assigns in order.
     positions = ranges((np.cumsum(lengths) - lengths)[sequences] + first, counts)
     numbers[positions] = tables.values[ranges(starts, counts)]
     text[positions] = np.repeat(entries["text"][own] > 0, counts)
@@ -107,13 +115,13 @@ def row_labels(tables: Tables, module: int, index: SequenceIndex, name: str) -> 
 def _coded(
     name: str, numbers: Array, text: npt.NDArray[np.bool_], texts: Sequence[str]
 ) -> LabelColumn:
-    """Number the values. Where it is a text, the number is its place among the texts."""
+    """Return the coded labels. The number of a string is its index in `texts`."""
     codes = np.full(len(numbers), -1, np.int32)
     known = ~text & ~np.isnan(numbers)
     values, positions = np.unique(numbers[known], return_inverse=True)
     codes[known] = positions
     used, positions = np.unique(numbers[text].astype(np.int64), return_inverse=True)
-    # A text may have several numbers, where files were joined.
+    # One string can have several numbers if files were concatenated.
     found = [texts[int(number)] for number in used]
     ordered = {value: len(values) + position for position, value in enumerate(sorted(set(found)))}
     codes[text] = np.array([ordered[value] for value in found], np.int32)[positions]

@@ -1,8 +1,8 @@
-"""Sequences that were stored in several segments, put together.
+"""Join the stored segments of sequences.
 
-Where the user names a sequence, it may go on from a state that is not the one that it had ended
-with. What follows is stored as a sequence of its own, with its own initial state, and marked
-``continued``: so whoever reads the file without knowing marks gets right numbers all the same.
+A sequence that the user names may continue from a state other than its last one. Its further steps
+are stored as a sequence with its own initial state and the mark ``continued``. A reader that
+ignores marks still gets correct numbers.
 
 R stored sequences (segments) of a module, S sequences.
 """
@@ -23,13 +23,13 @@ Integers = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Segments:
-    """How the stored sequences of one module make up its sequences.
+    """The segments of the sequences of one module.
 
     Attributes:
-        sequences: (R,) the sequence that each is a segment of.
-        before: (R,) steps of its sequence that were made before each segment.
-        first: (S,) the first segment of each sequence.
-        later: (R - S,) all other segments, sequence by sequence, in order.
+        sequences: (R,) the sequence of each segment.
+        before: (R,) number of steps of the sequence before each segment.
+        first: (S,) first segment of each sequence.
+        later: (R - S,) all other segments, by sequence, in time order.
     """
 
     sequences: Integers
@@ -40,12 +40,12 @@ class Segments:
 
 @dataclass(frozen=True, eq=False)
 class JoinedSegments:
-    """The tables of a trace with all segments put together.
+    """The tables of a trace with joined segments.
 
     Attributes:
-        tables: Without the entries that mark sequences.
-        segments: By module; None where each sequence is one segment.
-        marks: By module and sequence, the mark of how it began.
+        tables: The tables, without the annotations that mark sequences.
+        segments: Segments of each module; None if each of its sequences is one segment.
+        marks: Marks of sequences, by module and sequence.
     """
 
     tables: Tables
@@ -54,7 +54,7 @@ class JoinedSegments:
 
 
 def join_segments(tables: Tables) -> JoinedSegments:
-    """Put the segments of sequences together, and take the marks out of the annotations."""
+    """Join the segments of sequences, and remove the marks from the annotations."""
     marked = _marked(tables)
     segments: list[Segments | None] = [None] * len(tables.pieces)
     if not marked.any():
@@ -77,8 +77,8 @@ def join_segments(tables: Tables) -> JoinedSegments:
 
 
 def _marked(tables: Tables) -> npt.NDArray[np.bool_]:
-    """(annotations,) which of them mark sequences."""
-    # They have no values, and mostly there are none at all.
+    """Return which annotations are marks, (annotations,)."""
+    # Marks have no values. Most traces have no marks.
     marked = tables.annotations["count"] == 0
     if marked.any():
         marks = [
@@ -97,7 +97,7 @@ def _segments(tables: Tables, module: int, continued: Integers) -> Segments | No
     is_later = parents != np.arange(count)
     if not is_later.any():
         return None
-    # Each looks twice as far back each time, to the first segment in the end.
+    # Pointer doubling: each round doubles the distance, until all roots are first segments.
     root, before = parents, np.where(is_later, steps[parents], 0)
     while (root[root] != root).any():
         before = before + before[root]
@@ -109,11 +109,11 @@ def _segments(tables: Tables, module: int, continued: Integers) -> Segments | No
 
 
 def _parents(tables: Tables, module: int, continued: Integers, count: int) -> Integers:
-    """(R,) the segment before each; itself for the first ones."""
+    """Return the segment before each segment, (R,); a first segment is its own parent."""
     parents = np.arange(count)
     forks = tables.forks[tables.forks["module"] == module]
     sequence, parent = forks["sequence"].astype(np.int64), forks["parent"].astype(np.int64)
-    # An earlier sequence, and each once: there is no circle, and no two segments at once.
+    # A parent is an earlier segment and has one child, so chains have no cycles and no branches.
     of_segment = np.isin(sequence, continued) & (parent < sequence)
     sequence, parent = sequence[of_segment], parent[of_segment]
     parent, positions = np.unique(parent, return_index=True)

@@ -1,4 +1,7 @@
-"""From pieces to sequences: which rows are whose. Worked out once per look at the tables."""
+"""Indexes from sequences to rows and annotations, computed once per snapshot.
+
+A piece is the part of a sequence that one call made.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +17,24 @@ Integers = npt.NDArray[np.int64]
 
 
 class SequenceIndex:
-    """The pieces of one module, found by sequence. P pieces, S sequences.
+    """The pieces and rows of each sequence of a module. P pieces, S sequences.
 
     Args:
-        tables: Of the trace, all segments put together.
-        module: Place of the module in the header.
-        stored: (P,) the stored sequence, or segment, that each piece is of; `sequences` unless
-            given.
+        tables: Tables of the trace, with joined segments.
+        module: Index of the module in the header.
+        stored: (P,) the stored sequence (segment) of each piece; `sequences` by default.
 
     Attributes:
-        steps: (P,) rows of each piece.
+        steps: (P,) number of rows of each piece.
         starts: (P,) first row of each piece.
-        sequences: (P,) the sequence that each piece is of.
-        segments: (P,) the stored sequence that each piece is of, by which `initial` is found.
-        segment_count: How many of those there are.
-        call_numbers: (calls,) the module's calls, by their place among all calls.
-        calls: (P,) the call that made each piece, by its place among all calls.
-        batch_indices: (P,) its place in the batch of that call.
-        order: (P,) the pieces, sequence by sequence, each in time order.
-        bounds: (S + 1,) where each sequence begins in `order`.
+        sequences: (P,) sequence of each piece.
+        segments: (P,) stored sequence of each piece, the index of its initial state.
+        segment_count: Number of stored sequences.
+        call_numbers: (calls,) numbers of the module's calls among all calls.
+        calls: (P,) call of each piece, numbered among all calls.
+        batch_indices: (P,) batch index of each piece in its call.
+        order: (P,) the pieces sorted by sequence, in time order.
+        bounds: (S + 1,) start of each sequence in `order`.
     """
 
     def __init__(self, tables: Tables, module: int, stored: Array | None = None) -> None:
@@ -50,7 +52,7 @@ class SequenceIndex:
         self.batch_indices = np.arange(len(pieces)) - np.repeat(_starts(batch), batch)
         count = tables.module_counts[module].sequences
         if count == len(pieces):
-            # Every piece is a sequence of its own, and they are numbered as they began.
+            # Every sequence is one piece, and sequences are numbered in the order of their pieces.
             self.order, self.bounds = np.arange(count), np.arange(count + 1)
         else:
             self.order = np.argsort(self.sequences, kind="stable")
@@ -60,15 +62,15 @@ class SequenceIndex:
         return len(self.bounds) - 1
 
     def pieces(self, sequence: int) -> Integers:
-        """The pieces of a sequence, in time order."""
+        """Return the pieces of a sequence, in time order."""
         return self.order[self.bounds[sequence] : self.bounds[sequence + 1]]
 
     def pieces_of(self, rows: Integers) -> Integers:
-        """The piece that each row belongs to."""
+        """Return the piece of each row."""
         return np.searchsorted(self.starts, rows, side="right") - 1
 
     def rows(self, sequence: int) -> slice | Integers:
-        """The rows of a sequence, in time order."""
+        """Return the rows of a sequence, in time order."""
         pieces = self.pieces(sequence)
         if len(pieces) == 1:
             start = int(self.starts[pieces[0]])
@@ -76,7 +78,7 @@ class SequenceIndex:
         return ranges(self.starts[pieces], self.steps[pieces])
 
     def rows_between(self, first: int, last: int) -> slice | Integers:
-        """The rows of sequences `first` to `last` - 1, end to end, each in time order."""
+        """Return the rows of sequences `first` to `last` - 1, by sequence, each in time order."""
         pieces = self.order[self.bounds[first] : self.bounds[last]]
         starts, steps = self.starts[pieces], self.steps[pieces]
         if not len(pieces):
@@ -87,33 +89,33 @@ class SequenceIndex:
 
     @cached_property
     def first_positions(self) -> Integers:
-        """(S,) where each sequence begins, if all are laid end to end."""
+        """(S,) position of each sequence's first step in the concatenation of all sequences."""
         return _starts(self.lengths)
 
     def sequential_rows(self, positions: Integers) -> Integers:
-        """The rows at these places, if all sequences are laid end to end, each in time order."""
+        """Return the rows at these positions in the concatenation of all sequences."""
         pieces = np.searchsorted(self._piece_positions, positions, side="right") - 1
         return self.starts[self.order[pieces]] + positions - self._piece_positions[pieces]
 
     @cached_property
     def _piece_positions(self) -> Integers:
-        """(P,) where each piece of `order` begins, if all sequences are laid end to end."""
+        """(P,) position of each piece of `order` in the concatenation of all sequences."""
         return _starts(self.steps[self.order])
 
     @property
     def first_pieces(self) -> Integers:
-        """(S,) the piece that each sequence began with."""
+        """(S,) first piece of each sequence."""
         return self.order[self.bounds[:-1]]
 
     @cached_property
     def lengths(self) -> Integers:
-        """(S,) steps of each sequence so far."""
+        """(S,) number of steps of each sequence."""
         ends = np.concatenate([[0], np.cumsum(self.steps[self.order])])
         return np.asarray(np.diff(ends[self.bounds]))
 
     @cached_property
     def call_steps(self) -> Integers:
-        """(calls,) rows of each call of the module."""
+        """(calls,) number of rows of each call of the module."""
         batch = self._tables.calls["batch"][self.call_numbers]
         ends = np.concatenate([[0], np.cumsum(self.steps)])
         bounds = np.concatenate([[0], np.cumsum(batch, dtype=np.int64)])
@@ -121,7 +123,7 @@ class SequenceIndex:
 
     @cached_property
     def steps_before(self) -> Integers:
-        """(P,) steps of its sequence that were made before each piece."""
+        """(P,) number of steps of the sequence before each piece."""
         ordered = self.steps[self.order]
         within = _starts(ordered)
         sizes = np.diff(self.bounds)
@@ -131,9 +133,9 @@ class SequenceIndex:
 
     @cached_property
     def last_rows_before(self) -> Integers:
-        """(P,) the last row before each piece in its segment; -1 where it is the first."""
+        """(P,) last row before each piece in its segment; -1 for the first piece."""
         before = np.full(len(self.order), -1, np.int64)
-        # A piece of no steps has no last row: what was before it is before the next piece.
+        # Pieces without steps are skipped: they have no last row.
         order = self.order[self.steps[self.order] > 0]
         follows = np.flatnonzero(self.segments[order][1:] == self.segments[order][:-1])
         ends = self.starts + self.steps - 1
@@ -142,7 +144,7 @@ class SequenceIndex:
 
     @cached_property
     def parents(self) -> tuple[Integers, Integers]:
-        """(S,) the sequence that each began from, and (S,) after how many steps; -1 for none."""
+        """(S,) parent of each forked sequence, and (S,) steps of the parent; -1 for no parent."""
         parents = np.full((2, len(self)), -1, np.int64)
         forks = self._tables.forks[self._tables.forks["module"] == self._module]
         parents[:, forks["sequence"].astype(np.int64)] = forks["parent"], forks["steps"]
@@ -150,11 +152,11 @@ class SequenceIndex:
 
 
 class AnnotationIndex:
-    """The annotations of one module, found by sequence.
+    """The annotations of each sequence of a module.
 
     Args:
-        tables: Of the trace.
-        module: Place of the module in the header.
+        tables: Tables of the trace.
+        module: Index of the module in the header.
     """
 
     def __init__(self, tables: Tables, module: int) -> None:
@@ -166,11 +168,11 @@ class AnnotationIndex:
         self._starts = _starts(counts)[own][order]
 
     def of(self, sequence: int, length: int) -> dict[str, Array | list[str | float | None]]:
-        """By name, one value a step: (T,) numbers with nan for none, or a list where one is text.
+        """Return one value per step by name: (T,) numbers with NaN, or a list with any string.
 
         Args:
             sequence: Number of the sequence.
-            length: Its steps, T. Values beyond are for steps that are not there yet.
+            length: Number of its steps, T. Later values belong to steps that are not recorded yet.
         """
         low, high = np.searchsorted(self._entries["sequence"], [sequence, sequence + 1])
         named: dict[str, Array | list[str | float | None]] = {}
@@ -211,12 +213,12 @@ class AnnotationIndex:
 
 
 def ranges(starts: Integers, counts: Integers) -> Integers:
-    """The numbers ``start, start + 1, ...``, as many as counted, of each start after the other."""
+    """Return the concatenation of ``range(start, start + count)`` for each start and count."""
     return np.repeat(starts - _starts(counts), counts) + np.arange(int(counts.sum()))
 
 
 def as_slice(rows: Integers) -> slice | Integers:
-    """The same rows as a slice, where they follow one another: that is read in one go."""
+    """Return consecutive rows as a slice, which is read at once; other rows unchanged."""
     if len(rows) and np.all(np.diff(rows) == 1):
         return slice(int(rows[0]), int(rows[-1]) + 1)
     return rows

@@ -1,7 +1,4 @@
-"""A trace as it was when somebody looked: its tables, and what follows from them, once.
-
-Which sites and quantities of a trace are asked for: globs for names of sites, names.
-"""
+"""`TraceSnapshot`, the immutable state of a trace, and the selection of sites and quantities."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ from grutrace.storage.read.recomputed import LowerLayerInput, RecomputedRows, Si
 from grutrace.storage.read.segments import JoinedSegments, join_segments
 from grutrace.storage.read.sequence_index import AnnotationIndex, Integers, SequenceIndex
 
-#: One row a call. Texts are Python strings: one object however many rows bear it.
+#: One row per call. Strings are Python objects, shared between rows.
 CALLS = np.dtype(
     [
         ("module", object),
@@ -47,7 +44,7 @@ CALLS = np.dtype(
     ]
 )
 
-#: One row a sequence of a module.
+#: One row per sequence of a module.
 SEQUENCES = np.dtype(
     [
         ("module", object),
@@ -66,12 +63,12 @@ SEQUENCES = np.dtype(
 
 
 class Restarts(NamedTuple):
-    """Where sequences go on from another state than they had ended with, in order.
+    """Steps at which sequences continue from a changed state, in order.
 
     Attributes:
-        sequences: (k,) which sequence.
-        steps: (k,) the step that starts from that state.
-        states: (k, H) the state.
+        sequences: (k,) the sequences.
+        steps: (k,) the first step after the change.
+        states: (k, H) the state before that step.
     """
 
     sequences: Integers
@@ -80,16 +77,16 @@ class Restarts(NamedTuple):
 
 
 class TraceSnapshot:
-    """What a source held when its tables were read. Nothing in it changes.
+    """The immutable state of a trace at the time when its tables were read.
 
     Args:
-        source: Of the trace.
-        tables: Of its present state.
+        source: Source of the trace.
+        tables: Present tables of the source.
 
     Attributes:
-        source: Reads what is stored at this moment.
-        header: Of the trace.
-        stored: The tables as they are stored.
+        source: Reader of the rows that the tables count.
+        header: Header of the trace.
+        stored: The tables as stored, with separate segments.
     """
 
     def __init__(self, source: Source, tables: Tables) -> None:
@@ -102,7 +99,7 @@ class TraceSnapshot:
         self._calls: tuple[int, Array] | None = None
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
-        """Pickled, one of a trace in memory has its rows with it."""
+        """Pickle the rows too if the trace is in memory."""
         if isinstance(self.source, MemoryStore):
             source = MemoryCopy(self.header, self.source.all_items(self.stored))
             return TraceSnapshot, (source, self.stored)
@@ -114,15 +111,15 @@ class TraceSnapshot:
 
     @property
     def tables(self) -> Tables:
-        """The tables, with the segments of each sequence put together."""
+        """The tables with the segments of each sequence joined."""
         return self._joined.tables
 
     def extent(self, module: int) -> ModuleCounts:
-        """How much of a module there is."""
+        """Return the number of calls, rows, sequences and weight versions of a module."""
         return self.tables.module_counts[module]
 
     def index(self, module: int) -> SequenceIndex:
-        """The pieces of a module, by sequence."""
+        """Return the index of a module's sequences."""
         if module not in self._indices:
             stored = None
             if self._joined.segments[module] is not None:
@@ -131,7 +128,7 @@ class TraceSnapshot:
         return self._indices[module]
 
     def initial(self, module: int, site: Site) -> Rows:
-        """(S, H) the states that the sequences at a site began from."""
+        """Return the initial states of the sequences at a site, (S, H)."""
         count, segments = self.stored.module_counts[module].sequences, self._joined.segments[module]
         initial = self.source.initial(module, site.suffix, count)
         if segments is None:
@@ -141,13 +138,13 @@ class TraceSnapshot:
         return SelectedRows(initial, segments.first)
 
     def restarts(self, module: int, site: Site, first: int, last: int) -> Restarts:
-        """Where sequences go on from another state than they had ended with.
+        """Return where sequences `first` to `last` - 1 continue from a changed state.
 
         Args:
-            module: Place of the module in the header.
+            module: Index of the module in the header.
             site: One of its sites.
-            first: The first sequence.
-            last: The one before which to end.
+            first: First sequence.
+            last: Last sequence + 1.
         """
         segments = self._joined.segments[module]
         if segments is None:
@@ -161,20 +158,20 @@ class TraceSnapshot:
         return Restarts(segments.sequences[later], segments.before[later], np.asarray(states))
 
     def mark(self, module: int, sequence: int) -> str | None:
-        """The mark of how a sequence began; None if it has none."""
+        """Return the mark of how a sequence began, or None."""
         return self._joined.marks.get((module, sequence))
 
     def annotations(self, module: int) -> AnnotationIndex:
-        """The annotations of a module, by sequence."""
+        """Return the index of a module's annotations."""
         if module not in self._annotations:
             self._annotations[module] = AnnotationIndex(self.tables, module)
         return self._annotations[module]
 
     def rows(self, module: int, site: Site, quantity: str) -> Rows:
-        """All rows of a quantity at a site.
+        """Return all rows of a quantity at a site.
 
         Raises:
-            NotRecordedError: The quantity was not recorded there.
+            NotRecordedError: The quantity was not recorded at the site.
         """
         count = self.extent(module).rows
         if quantity in site.quantities:
@@ -190,10 +187,10 @@ class TraceSnapshot:
         return self._derived(module, site, quantity)
 
     def preactivation(self, module: int, site: Site, gate: str) -> Rows:
-        """All rows of what the sigmoid or tanh of a gate was applied to, (N, H).
+        """Return the pre-activations of a gate at a site, (N, H).
 
         Raises:
-            OptionError: There is no such gate.
+            OptionError: The gate is unknown.
             NotRecordedError: The hidden states or the input were not recorded.
         """
         if gate not in GATES:
@@ -203,7 +200,7 @@ class TraceSnapshot:
         return self._derived(module, site, gate, preactivation=True)
 
     def gate_inputs(self, module: int, site: Site) -> SiteGateInputs:
-        """What the gates of a site follow from."""
+        """Return the inputs from which the gates of a site are recomputed."""
         key = module, site.suffix
         if key not in self._gate_inputs:
             self._gate_inputs[key] = SiteGateInputs(
@@ -227,13 +224,13 @@ class TraceSnapshot:
 
     @cached_property
     def tags(self) -> Array:
-        """(calls,) the tag of each call, or None."""
+        """(calls,) tag of each call, or None."""
         labels = np.array([None, *self.tables.texts], object)
         return np.asarray(labels[self.tables.calls["tag"]])
 
     @cached_property
     def ranks(self) -> Array:
-        """(calls,) the rank of the process that made each call; 0 where there was but one."""
+        """(calls,) rank of the recording process of each call; 0 for a single process."""
         shards = self.tables.shards
         if shards:
             return np.repeat([each.rank for each in shards], [each.calls for each in shards])
@@ -267,7 +264,7 @@ class TraceSnapshot:
         return calls
 
     def _marks(self, module: int) -> Array:
-        """(calls of the module,) the worst mark of its sites; see `proofs`."""
+        """Return the worst mark of the module's sites for each call; see `proofs`."""
         found = []
         for site in self.header.modules[module].sites:
             gate_inputs = self._gate_inputs.get((module, site.suffix))
@@ -279,7 +276,7 @@ class TraceSnapshot:
         return np.asarray(np.max(found, axis=0))
 
     def _residuals(self, module: int) -> Array:
-        """(calls of the module,) the largest residual of its sites."""
+        """Return the largest residual of the module's sites for each call."""
         count = self.extent(module).calls
         sites = self.header.modules[module].sites
         checks = [self.source.checks(module, site.suffix, count) for site in sites]
@@ -316,14 +313,14 @@ class TraceSnapshot:
 def select_sites(
     snapshot: TraceSnapshot, globs: str | Sequence[str] | None
 ) -> dict[str, tuple[int, Site]]:
-    """By name, in the model's order: the place of the module in the header, and the site.
+    """Return the selected sites by name, each with the index of its module, in model order.
 
     Args:
-        moment: Of the trace.
-        globs: A glob, or several; None for all sites.
+        snapshot: Snapshot of the trace.
+        globs: A glob, or several, for names of sites; None for all sites.
 
     Raises:
-        OptionError: It is none of these.
+        OptionError: `globs` is neither a string nor a list of strings.
     """
     asked = None if globs is None else string_list("sites", globs, GLOBS)
     return {
@@ -335,10 +332,10 @@ def select_sites(
 
 
 def select_quantities(record: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The quantities asked for, in the order of `QUANTITIES`; None for all.
+    """Return the selected quantities in the order of `QUANTITIES`; None selects all.
 
     Raises:
-        OptionError: One is none.
+        OptionError: A quantity is unknown.
     """
     if record is None:
         return QUANTITIES

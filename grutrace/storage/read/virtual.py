@@ -1,10 +1,12 @@
-"""Rows of a merged file, which lie in the shards beside it: virtual datasets, made and read.
+"""Virtual datasets of a merged file, whose rows are in shards in the same folder.
 
-HDF5 would open whatever file a virtual dataset names. Here it is never asked to: the mapping is
-read from the dataset's creation properties, and only what docs/format.md allows is followed,
-through handles of our own. Nor is HDF5 asked for the shape, for which it may open files, too.
+HDF5 opens any file that a virtual dataset names. To prevent that, the rows are never read through
+HDF5's virtual datasets. The mapping is read from the creation properties and checked against
+docs/format.md, and the shards are opened with grutrace's own handles. The shape is not read from
+HDF5 either, because that may open files too.
 
-What makes a merged file more than a trace: whose calls are whose, and rows in its shards.
+Module contents: `read_spans` and `create_virtual`, for the mapping of one dataset; `ShardFiles`,
+the shards of a merged file; `VirtualColumns`, the virtual datasets of a merged file.
 """
 
 from __future__ import annotations
@@ -33,21 +35,21 @@ from grutrace.storage.hdf5.handle import SharedReadHandle
 from grutrace.storage.interfaces import Rows
 from grutrace.storage.read.lazy_rows import ConcatenatedRows, FileRows
 
-#: The name by which HDF5 means the file itself.
+#: HDF5's name for the file that contains the virtual dataset.
 SELF = "."
 
-#: Where a merged file keeps what it had to copy.
+#: Group of a merged file with the rows that were copied from shards.
 COPIED = "copied"
 
 
 @dataclass(frozen=True)
 class SourceSpan:
-    """Some items of a virtual dataset, which are the first ones of another dataset.
+    """The first items of another dataset, which are part of a virtual dataset.
 
     Attributes:
-        file: Name of a file in the folder of the merged one, or `ITSELF`.
-        place: Of the dataset in that file.
-        count: How many items.
+        file: Name of a file in the folder of the merged file, or `SELF`.
+        dataset_path: Path of the dataset in that file.
+        count: Number of items.
     """
 
     file: str
@@ -58,12 +60,12 @@ class SourceSpan:
 def read_spans(
     dataset: h5d.DatasetID, dataset_path: str, spec: DatasetSpec
 ) -> tuple[SourceSpan, ...] | None:
-    """The items of a virtual dataset, from first to last; None of one that is not virtual.
+    """Return the sources of a virtual dataset, from first to last; None for other datasets.
 
     Args:
-        dataset: Nothing but its type and properties is asked for.
-        place: Of the dataset.
-        column: What it should hold.
+        dataset: The dataset. Only its type and creation properties are read.
+        dataset_path: Path of the dataset.
+        spec: Expected type and shape.
 
     Raises:
         FormatError: A mapping is not of whole items, end to end, from the start of their source.
@@ -112,7 +114,7 @@ def read_spans(
         found.append(span)
     covered = sum(span.count for span in found)
     require(found and covered == total, dataset_path, f"{total} items in its sources", covered)
-    # Of a mapping of fixed size alone, this opens no other file.
+    # For mappings of fixed size, reading the shape opens no other file.
     kind, shape = dataset.dtype, dataset.shape
     expected = f"{spec.dtype} of shape {(total, *spec.item_shape)}"
     fits = (kind, shape) == (spec.dtype, (total, *spec.item_shape))
@@ -121,7 +123,7 @@ def read_spans(
 
 
 def _block(space: h5s.SpaceID, dataset_path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The first corner and the size of a selection that is one block of fixed size."""
+    """Return start and size of a selection, which must be one block of fixed size."""
     is_block = space.get_select_type() == h5s.SEL_HYPERSLABS and space.is_regular_hyperslab()
     require(is_block, dataset_path, "a mapping of blocks", "another")
     start, stride, count, block = space.get_regular_hyperslab()
@@ -135,7 +137,7 @@ def _block(space: h5s.SpaceID, dataset_path: str) -> tuple[tuple[int, ...], tupl
 
 
 def _is_like(span: SourceSpan, dataset_path: str) -> bool:
-    """Whether a span is of the same column: the module of a run's part may be called otherwise."""
+    """Return whether a span is of the same dataset. A run's part may have another module path."""
     if span.file == SELF:
         return (
             re.fullmatch(rf"{COPIED}/rank[0-9]{{4,}}/{re.escape(dataset_path)}", span.dataset_path)
@@ -150,16 +152,16 @@ def create_virtual(
     dataset_path: str,
     spec: DatasetSpec,
 ) -> h5py.Dataset:
-    """Create a column whose items are elsewhere; or, where there are none, one without."""
+    """Create a virtual dataset with these spans, or an empty dataset if it has none."""
     if dataset_path not in spans:
         return create_growing_dataset(file, dataset_path, spec)
     total = sum(span.count for span in spans[dataset_path])
     properties, start = h5p.create(h5p.DATASET_CREATE), 0
-    # What HDF5 gives, without a word, where a shard is gone: zeros would pass for values.
+    # HDF5 silently returns fill values for a missing shard. Zeros could be mistaken for values.
     properties.set_fill_value(np.full((), np.nan, spec.dtype))
     corner = (0,) * len(spec.item_shape)
     for span in spans[dataset_path]:
-        # The first items, and not "all", which would grow with the shard.
+        # A fixed selection: "all" would grow with the shard.
         block = (span.count, *spec.item_shape)
         target, source = h5s.create_simple((total, *spec.item_shape)), h5s.create_simple(block)
         target.select_hyperslab((start, *corner), block)
@@ -174,7 +176,7 @@ def create_virtual(
 
 
 def _escaped(name: str) -> str:
-    """A name as HDF5 wants it in a mapping, where a percent sign has another meaning."""
+    """Escape percent signs, which are format characters in the names of a mapping."""
     return name.replace("%", "%%")
 
 
@@ -189,15 +191,15 @@ def _unescaped(name: str, dataset_path: str) -> str:
 
 
 class ShardFiles:
-    """The shards beside a merged file, each opened when something is first read from it.
+    """The shards of a merged file. Each is opened on its first read.
 
     Args:
-        path: Of the merged file.
-        own: The handle of the merged file.
-        created: When each file was begun, by its name. No others are opened.
+        path: Path of the merged file.
+        own_handle: Handle of the merged file.
+        created: Creation time of each shard, by file name. No other files are opened.
 
     Raises:
-        TraceFileError: One of them is not there.
+        TraceFileError: A shard is missing.
     """
 
     def __init__(self, path: Path, own_handle: SharedReadHandle, created: dict[str, float]) -> None:
@@ -209,15 +211,15 @@ class ShardFiles:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All of them."""
+        """The paths of the shards."""
         return tuple(self._folder / name for name in self._created)
 
     @contextmanager
     def acquire(self, span: SourceSpan, spec: DatasetSpec) -> Iterator[h5py.Dataset]:
-        """The dataset that a span is the beginning of, for one read.
+        """Yield the dataset of a span, for one read.
 
         Raises:
-            TraceFileError: It is not there, or is not what it should be.
+            TraceFileError: The file or the dataset does not exist, or has a wrong type or shape.
         """
         with translate_read_errors(self._merged), self._own_handle.acquire():
             handle = self._own_handle if span.file == SELF else self._handle(self._path(span.file))
@@ -228,7 +230,7 @@ class ShardFiles:
             yield _checked(handle, span, spec)
 
     def close(self) -> None:
-        """Close all of them. Closing twice does nothing."""
+        """Close all shards. Closing twice has no effect."""
         for handle in self._handles.values():
             handle.close()
 
@@ -240,11 +242,14 @@ class ShardFiles:
                 with handle.acquire() as file:
                     found = read_root(file)["created"]
             if found != self._created[path.name]:
-                raise TraceFileError(f"{path} is not the file that {self._merged} was merged of")
+                raise TraceFileError(
+                    f"{path} is not the file that {self._merged} was merged of: it was created at "
+                    "another time. Merge the shards again"
+                )
         return self._handles[path.name]
 
     def _path(self, name: str) -> Path:
-        """Where a file is, if it is a file of this folder and nothing else."""
+        """Return the path of a shard, which must be a regular file of the same folder."""
         require(
             Path(name).name == name and "\0" not in name and name in self._created,
             "a mapping",
@@ -256,10 +261,12 @@ class ShardFiles:
             status = path.lstat()
         except OSError:
             raise TraceFileError(
-                f"{self._merged} is merged of shards, and {path} is missing: keep them together"
+                f"{self._merged} needs its shards, and {path} is missing: keep them together"
             ) from None
         if not stat.S_ISREG(status.st_mode):
-            raise TraceFileError(f"{self._merged} is merged of shards, and {path} is no plain file")
+            raise TraceFileError(
+                f"{self._merged} needs its shards, and {path} is not a regular file"
+            )
         return path
 
 
@@ -270,17 +277,17 @@ def _checked(handle: SharedReadHandle, span: SourceSpan, spec: DatasetSpec) -> h
 
 
 class VirtualColumns:
-    """The columns of a file that lie in the shards that it was merged of; none of any other file.
+    """The virtual datasets of a merged file. A file that is not merged has none.
 
     Args:
-        path: Of the file.
-        handle: Of the file, lent meanwhile.
-        header: Of the file.
-        columns: All datasets that grow, by their place.
+        path: Path of the file.
+        handle: Acquired handle of the file.
+        header: Header of the file.
+        specs: All growing datasets, by path.
 
     Raises:
         FormatError: The file is damaged.
-        TraceFileError: A shard is not there.
+        TraceFileError: A shard is missing.
     """
 
     def __init__(
@@ -305,14 +312,14 @@ class VirtualColumns:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The shards that rows are read from."""
+        """The shards of the file."""
         return self._shard_files.files
 
     def require_lengths(self, counts: Mapping[str, int]) -> None:
-        """Require the columns to have just as many items as the tables count.
+        """Check that each virtual dataset has exactly the items that the tables count.
 
         Raises:
-            FormatError: One has not.
+            FormatError: The number of items differs.
         """
         for dataset_path, spans in self._spans.items():
             found = sum(span.count for span in spans)
@@ -320,24 +327,24 @@ class VirtualColumns:
                 found == counts[dataset_path], dataset_path, f"{counts[dataset_path]} items", found
             )
 
-    def ranked(self, tables: Tables) -> Tables:
-        """The tables of the file, with whose calls are whose.
+    def with_ranks(self, tables: Tables) -> Tables:
+        """Return the tables of the file, with the calls of each shard.
 
         Raises:
-            FormatError: There are not as many calls as the shards had.
+            FormatError: The number of calls differs from that of the shards.
         """
         if not self._shards:
             return tables
         if self._cached_tables is None or self._cached_tables[0] is not tables:
             found = sum(shard.calls for shard in self._shards)
-            dataset_path = "attribute 'options', shards"
-            require(found == len(tables.calls), dataset_path, f"{len(tables.calls)} calls", found)
+            where = "attribute 'options', shards"
+            require(found == len(tables.calls), where, f"{len(tables.calls)} calls", found)
             shards = (ShardCalls(each.rank, each.calls, each.closed) for each in self._shards)
             self._cached_tables = tables, replace(tables, shards=tuple(shards))
         return self._cached_tables[1]
 
     def rows(self, dataset_path: str) -> Rows:
-        """All rows of one of these columns, (rows, width), read when they are indexed."""
+        """Return all rows of a virtual dataset, (N, W), which indexing reads."""
         spec, spans = self._specs[dataset_path], self._spans[dataset_path]
         (width,) = spec.item_shape
         parts = [
@@ -349,7 +356,7 @@ class VirtualColumns:
         return ConcatenatedRows(parts, (sum(map(len, parts)), width), spec.dtype)
 
     def items(self, dataset_path: str, start: int, stop: int) -> Array:
-        """Some items of one of these columns."""
+        """Return the items `start` to `stop` of a virtual dataset."""
         spec = self._specs[dataset_path]
         found = [np.empty((0, *spec.item_shape), spec.dtype)]
         for span in self._spans[dataset_path]:
@@ -361,5 +368,5 @@ class VirtualColumns:
         return np.concatenate(found)
 
     def close(self) -> None:
-        """Close the shards. Closing twice does nothing."""
+        """Close the shards. Closing twice has no effect."""
         self._shard_files.close()

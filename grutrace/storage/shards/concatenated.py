@@ -1,7 +1,7 @@
-"""The shards of several processes read as one trace: what one process would have recorded.
+"""`ConcatenatedSource` reads the shards of several processes as one trace.
 
-All processes run the same model, so a module of one is that of the others, and its rows are those
-of rank 0, then those of rank 1, and so on. `union.py` is for files whose modules differ.
+All processes run the same model. The rows of a module are those of rank 0, then those of rank 1,
+and so on, as if one process had recorded them. `union.py` is for sources with different modules.
 """
 
 from __future__ import annotations
@@ -22,30 +22,31 @@ from grutrace.storage.interfaces import AppendOnlySource, Rows, SnapshotReader
 from grutrace.storage.read.lazy_rows import ConcatenatedRows
 from grutrace.storage.shards.union import annotation_values
 
-#: For each module of a shard, by its place there, its place among those of all shards.
+#: Index of each module of a shard among the modules of all shards.
 ModuleIndices = tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class ConcatenatedTables(Tables):
-    """The tables of several shards together, and what reads the rows that they count."""
+    """The tables of several shards, and the reader of the rows that they count."""
 
     reader: SnapshotReader | None = None
 
 
 class ConcatenatedSource:
-    """Shards as one `Source`, which closes them.
+    """Several shards as one `Source`.
 
-    Calls, rows, sequences and versions of the weights are those of the lowest rank first. So while
-    shards grow, numbers change when the trace is refreshed; what was looked at before stays.
+    Calls, rows, sequences and weight versions are in the order of the ranks. While shards grow,
+    their numbers change when the trace is refreshed; earlier snapshots stay valid. Closing the
+    source closes its shards.
 
     Args:
-        name: Of the whole.
-        shards: Which shard each source is.
-        sources: At least one, of ranks that rise; more can be added.
+        name: Name of the whole, for messages.
+        shards: The shard of each source.
+        sources: The sources, at least one, by increasing rank. More can be added.
 
     Raises:
-        TraceFileError: A module is not the same in two of them.
+        TraceFileError: A module differs between two shards.
     """
 
     live = False
@@ -63,34 +64,34 @@ class ConcatenatedSource:
 
     @property
     def shards(self) -> tuple[Shard, ...]:
-        """Which shards there are, in the order of their ranks."""
+        """The shards, in the order of their ranks."""
         return tuple(self._shards)
 
     @property
     def sources(self) -> tuple[AppendOnlySource, ...]:
-        """What each of them is read from."""
+        """The source of each shard."""
         return tuple(self._sources)
 
     @property
     def module_indices(self) -> tuple[ModuleIndices, ...]:
-        """Where the modules of each of them are among all."""
+        """The modules of each shard, as indexes into the modules of all shards."""
         return tuple(self._module_indices)
 
     @property
     def parts(self) -> tuple[Tables, ...]:
-        """The tables of each of them, as of the last look."""
+        """The tables of each shard, as of the last refresh."""
         return self._latest
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files of all shards."""
+        """Files of all shards."""
         return tuple(file for source in self._sources for file in source.files)
 
     def add(self, shard: Shard, source: AppendOnlySource) -> None:
-        """Have one more shard, which takes its place among the ranks.
+        """Insert a shard, in the order of the ranks.
 
         Raises:
-            TraceFileError: A module is not the same there.
+            TraceFileError: A module differs from that of another shard.
         """
         position = sum(each.rank < shard.rank for each in self._shards)
         self._shards.insert(position, shard)
@@ -98,7 +99,7 @@ class ConcatenatedSource:
         self._merge_headers()
 
     def _merge_headers(self) -> None:
-        """Find the modules of all shards. One that is known keeps its number."""
+        """Collect the modules of all shards. Known modules keep their index."""
         known = {module.path: number for number, module in enumerate(self._modules)}
         self._module_indices: list[ModuleIndices] = []
         for source in self._sources:
@@ -112,7 +113,7 @@ class ConcatenatedSource:
                 ):
                     first = self._first_of[number].name
                     raise TraceFileError(
-                        f"{source.name} does not go together with {first}: {found}"
+                        f"{source.name} and {first} cannot be read as one trace: {found}"
                     )
             self._module_indices.append(
                 tuple(known[module.path] for module in source.header.modules)
@@ -133,13 +134,13 @@ class ConcatenatedSource:
         )
 
     def refresh(self) -> Tables:
-        """The tables of everything there is by now."""
+        """Return the present tables of all shards."""
         latest = tuple(source.refresh() for source in self._sources)
         if any(
             len(module_indices) < len(source.header.modules)
             for module_indices, source in zip(self._module_indices, self._sources, strict=True)
         ):
-            # The run of a shard has come upon more modules.
+            # `grutrace run` has found more modules.
             self._merge_headers()
         known = len(latest) == len(self._latest) and all(map(_is, latest, self._latest))
         if self._tables is None or not known:
@@ -157,30 +158,30 @@ class ConcatenatedSource:
         return ConcatenatedTables(**vars(tables) | {"shards": shards, "reader": reader})
 
     def as_of(self, tables: Tables) -> SnapshotReader:
-        """What reads the rows that these tables count, wherever they have moved to since."""
+        """Return the reader of the rows that these tables count, even if shards have grown."""
         reader = tables.reader if isinstance(tables, ConcatenatedTables) else None
         if reader is None:
             raise TypeError("expected tables that this source gave")
         return reader
 
     def close(self) -> None:
-        """Close all sources. Closing twice does nothing."""
+        """Close all sources. Closing twice has no effect."""
         for source in self._sources:
             source.close()
 
 
 class _ConcatenatedReader:
-    """Reads the rows of several shards that were there at one moment.
+    """Reads the rows of several shards as of one refresh.
 
     Args:
         joined: The shards.
-        parts: The tables of each at that moment.
+        parts: The tables of each shard as of that refresh.
     """
 
     def __init__(self, joined: ConcatenatedSource, parts: Sequence[Tables]) -> None:
         self._name, self._shards, self._sources = joined.name, joined.shards, joined.sources
         self._modules, self._tables = joined.header.modules, tuple(parts)
-        #: By module, where there is something of it: the source, its place there, how much.
+        #: By module: each source that has it, its index there and its counts.
         self._parts: list[list[tuple[AppendOnlySource, int, ModuleCounts]]] = [
             [] for _ in self._modules
         ]
@@ -191,14 +192,14 @@ class _ConcatenatedReader:
                 self._parts[number].append((source, local, tables.module_counts[local]))
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickled, it is its shards, if they do not grow: then all rows stay where they are."""
+        """Pickle the shards if all are closed. Rows of growing shards would move."""
         if not all(tables.closed for tables in self._tables):
             raise TypeError("shards that may still grow cannot be opened by another process")
         calls = [len(tables.calls) for tables in self._tables]
         return _reopen, (self._name, self._shards, self._sources, calls)
 
     def rows(self, module: int, suffix: str, quantity: str, count: int) -> Rows:
-        """The first `count` rows, (count, H or I)."""
+        """Return the first `count` rows, (count, H or I)."""
         parts = [
             source.rows(local, suffix, quantity, extent.rows)
             for source, local, extent in self._parts[module]
@@ -206,7 +207,7 @@ class _ConcatenatedReader:
         return self._concatenated_rows(parts, module, suffix, quantity, count)
 
     def initial(self, module: int, suffix: str, count: int) -> Rows:
-        """The states that the first `count` sequences began from, (count, H)."""
+        """Return the initial states of the first `count` sequences, (count, H)."""
         parts = [
             source.initial(local, suffix, extent.sequences)
             for source, local, extent in self._parts[module]
@@ -214,7 +215,7 @@ class _ConcatenatedReader:
         return self._concatenated_rows(parts, module, suffix, "initial", count)
 
     def checks(self, module: int, suffix: str, count: int) -> Array:
-        """Of the module's first `count` calls, (count,) of type `schema.CHECK`."""
+        """Return the checks of the module's first `count` calls, (count,), type `schema.CHECK`."""
         parts = [
             source.checks(local, suffix, extent.calls)
             for source, local, extent in self._parts[module]
@@ -222,12 +223,12 @@ class _ConcatenatedReader:
         return np.concatenate([np.empty(0, CHECK), *parts])[:count]
 
     def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
-        """One version of a site's weights."""
+        """Return one version of a site's weights."""
         for source, local, extent in self._parts[module]:
             if version < extent.versions:
                 return source.weights(local, suffix, version)
             version -= extent.versions
-        raise IndexError(f"there are {version} versions less of the weights")
+        raise IndexError(f"the weight version is out of bounds by {version + 1}")
 
     def _concatenated_rows(
         self, parts: Sequence[Rows], module: int, suffix: str, quantity: str, count: int
@@ -242,24 +243,24 @@ class _ConcatenatedReader:
 def _reopen(
     name: str, shards: Sequence[Shard], sources: Sequence[AppendOnlySource], calls: Sequence[int]
 ) -> ConcatenatedSource:
-    """The same shards in another process, which must not have grown: that would move rows."""
+    """Open the same shards in another process. They must not have grown: that would move rows."""
     joined = ConcatenatedSource(name, shards, sources)
     joined.refresh()
     if [len(part.calls) for part in joined.parts] != list(calls):
         joined.close()
-        raise TraceFileError(f"{name} has grown since; open it and ask it anew")
+        raise TraceFileError(f"{name} has grown since it was opened: open it again")
     return joined
 
 
 def concatenated_tables(
     parts: Sequence[Tables], module_indices: Sequence[ModuleIndices], modules: int
 ) -> Tables:
-    """The tables of all shards as if one process had recorded everything, one shard after another.
+    """Return the tables that one process would have recorded, one shard after another.
 
     Args:
         parts: The tables of each shard.
-        numbers: Where the modules of each are among all.
-        modules: How many there are of all.
+        module_indices: The modules of each shard, as indexes into the modules of all shards.
+        modules: Number of modules of all shards.
     """
     before = [ModuleCounts(0, 0, 0, 0)] * modules
     pieces: list[list[Array]] = [[np.empty(0, PIECE)] for _ in range(modules)]
@@ -272,7 +273,7 @@ def concatenated_tables(
         annotations.append(offsets.apply(part.annotations))
         values.append(annotation_values(part, string_count))
         strings.append(part.strings + np.uint64(character_count))
-        # What nothing points at would become the beginning of the next shard's first string.
+        # Characters after the last string would become part of the next shard's first string.
         characters.append(part.characters[: int(part.strings[-1]) if len(part.strings) else 0])
         for local, number in enumerate(indices):
             own = part.pieces[local].copy()
@@ -295,12 +296,12 @@ def concatenated_tables(
 
 
 class _Offsets:
-    """What the numbers in the tables of a shard become among those of all.
+    """Offsets from the numbers in the tables of a shard to those in the concatenated tables.
 
     Args:
-        numbers: Where its modules are.
-        before: How much there is of each module in the shards before.
-        texts: How many strings there are in those.
+        module_indices: The modules of the shard, as indexes into the modules of all shards.
+        before: Counts of each module in the preceding shards.
+        string_count: Number of strings in the preceding shards.
     """
 
     def __init__(
@@ -314,7 +315,7 @@ class _Offsets:
         self._string_count = np.uint32(string_count)
 
     def apply(self, table: Array) -> Array:
-        """A copy of a table of calls, forks or annotations that is one of all shards."""
+        """Return a copy of a table of calls, forks or annotations with shifted numbers."""
         shifted, of = table.copy(), table["module"]
         for field in table.dtype.names or ():
             if field == "module":

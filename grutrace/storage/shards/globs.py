@@ -1,4 +1,4 @@
-"""Globs for paths of shards, in folders that may have brackets in their names."""
+"""Globs for shards, in folders that may have brackets in their names."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import glob
 import os
 import re
 
-#: What makes a path a glob.
+#: Characters that make a path a glob.
 _MAGIC = re.compile(r"[*?\[]")
 
 
 def is_glob(path: str) -> bool:
-    """Whether a path has characters of a glob."""
+    """Return whether a path contains glob characters."""
     return bool(_MAGIC.search(path))
 
 
 def matching_files(pattern: str) -> list[str]:
-    """The files that a glob matches, in order.
+    """Return the files that match a glob, sorted.
 
-    A folder that is called like a part of the glob is taken as it is: ``runs [1]`` is that folder.
-    Where a name matches nothing, its brackets are taken as they are: a run that is called
-    ``run[1].h5`` has shards ``run[1].rank*.h5``.
+    An existing folder takes precedence over a glob: ``runs [1]`` is the folder of that name. If a
+    name matches nothing, its brackets are literal: ``run[1].rank*.h5`` matches the shards of
+    ``run[1].h5``.
     """
     drive, rest = os.path.splitdrive(pattern)
     found = [drive]

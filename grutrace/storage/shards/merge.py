@@ -1,8 +1,7 @@
-"""One file over the shards of a run: its own tables, and rows that stay where they are.
+"""Merge the shards of a run into one file with tables of its own and virtual datasets.
 
 Rows, initial states, checks and weights become virtual datasets, which any HDF5 tool reads. HDF5
-opens the shards for them as it would open any file, and refuses one that is marked as being
-written: so what such a shard holds is copied.
+does not open a shard that is flagged as being written, so the content of such a shard is copied.
 """
 
 from __future__ import annotations
@@ -48,18 +47,18 @@ from grutrace.storage.shards.concatenated import ConcatenatedSource, ModuleIndic
 from grutrace.storage.shards.open_files import open_files
 from grutrace.storage.shards.union import UnionSource
 
-#: Told how many bytes were copied, of how many.
+#: Called with the number of copied bytes and the total.
 Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge made.
+    """The result of a merge.
 
     Attributes:
         shards: The shards, in the order of their ranks.
-        unclosed: The files of those that were not closed in order, whose rows were copied.
-        copied: Bytes that were copied.
+        unclosed: Files of shards that their writer did not close. Their rows were copied.
+        copied: Number of copied bytes.
     """
 
     shards: tuple[MergedShard, ...]
@@ -74,24 +73,24 @@ def merge_shards(
     copy: bool = False,
     progress: Progress | None = None,
 ) -> MergeReport:
-    """Write one trace file over several shards.
+    """Write one trace file over several shards, with everything that is committed now.
 
-    It shows what is committed now. Without `copy` it must lie in the folder of the shards, which
-    must stay there; a shard that was not closed in order is copied all the same.
+    Without `copy`, the file must be in the folder of the shards, and needs them there. The rows of
+    a shard that its writer did not close are copied in any case.
 
     Args:
         paths: A glob, or the paths of the shards.
-        output: The new file.
+        output: Path of the new file.
         copy: Whether to copy all rows, so that the shards are no longer needed.
-        progress: Told of what is copied.
+        progress: Called with the number of copied bytes and the total.
 
     Raises:
         OptionError: There are no paths.
-        TraceFileError: A shard cannot be read, or they do not belong together; or the file exists,
-            is to be elsewhere than the shards, or cannot be written.
+        TraceFileError: A shard cannot be read; the shards belong to different runs or models; or
+            the output exists, is in another folder than the shards, or cannot be written.
 
     Warns:
-        GrutraceWarning: There is no file of some rank.
+        GrutraceWarning: The file of a rank is missing.
     """
     target = Path(output)
     new = temporary_path(target, "w")
@@ -104,7 +103,7 @@ def merge_shards(
         merge = _Merge(source, copy, progress)
         with translate_write_errors(target, "written"):
             try:
-                # Nobody knows its name yet, and a file system may have no locks.
+                # No lock is needed for a temporary file, and some file systems have no locks.
                 with h5py.File(new, "x", libver=LIBVER, locking=False) as file:
                     merge.write(file)
                 publish(new, target, "w")
@@ -121,18 +120,18 @@ def _require_same_folder(target: Path, files: Sequence[Path]) -> None:
     for file in files:
         if Path(os.path.realpath(file)) != folder / file.name:
             raise TraceFileError(
-                f"{target} cannot be made of {file}, which is not a file of the same folder: merge "
-                "to that folder, or with --copy (copy=True)"
+                f"{target} cannot be merged from {file}, which is not a file of the same folder: "
+                "write to that folder, or merge with --copy (copy=True)"
             )
 
 
 class _Merge:
-    """One merge: what is read, and what becomes of it.
+    """One merge of the present content of several shards.
 
     Args:
-        source: All shards, which show what is committed when this is made.
-        copy: Whether to copy the rows of all.
-        progress: Told of what is copied.
+        source: All shards.
+        copy: Whether to copy the rows of all shards.
+        progress: Called with the number of copied bytes and the total.
     """
 
     def __init__(self, source: ConcatenatedSource, copy: bool, progress: Progress | None) -> None:
@@ -158,7 +157,7 @@ class _Merge:
         options = merged_options(self._header.options, self.report.shards)
         header = replace(self._header, options=options)
         write_header(file, header)
-        # What is copied is packed as it was.
+        # Copied rows keep their compression.
         create = partial(
             create_growing_dataset, compression_options=filter_options(compression_of(header))
         )
@@ -190,7 +189,7 @@ class _Merge:
         file["committed"][()] = counts
 
     def _spans(self) -> dict[str, list[SourceSpan]]:
-        """Of every column that lies in the shards, where its items are."""
+        """Return the spans of each virtual dataset, by path."""
         spans: dict[str, list[SourceSpan]] = {}
         for shard in self._shards:
             for local, number in enumerate(shard.module_indices):
@@ -204,7 +203,7 @@ class _Merge:
         return spans
 
     def _copy_shard(self, file: h5py.File, shard: _Shard, create: CreateDataset) -> None:
-        """Copy what lies in one shard to a place of its own in the new file."""
+        """Copy the datasets of one shard to a group of the new file."""
         for local, number in enumerate(shard.module_indices):
             module = self._header.modules[number]
             specs = dataset_specs([module])
@@ -247,7 +246,7 @@ class _Merge:
     def _copy_rows(self, dataset: h5py.Dataset, rows: Rows | Array) -> None:
         _resize(dataset, len(rows))
         size = max(1, math.prod(dataset.shape[1:]) * dataset.dtype.itemsize)
-        # Whole chunks, so that none is written twice.
+        # In whole chunks, so that no chunk is written twice.
         step = max(1, BLOCK // size // dataset.chunks[0]) * dataset.chunks[0]
         for start in range(0, len(rows), step):
             block = np.asarray(rows[start : start + step])
@@ -265,11 +264,11 @@ class _Shard:
     """A shard that is merged.
 
     Attributes:
-        shard: Which it is.
-        source: What it is read from.
-        tables: Its tables.
-        numbers: Where its modules are among all.
-        linked: Whether its rows stay where they are.
+        shard: Run, rank and world size of the shard.
+        source: Source of the shard.
+        tables: Tables of the shard.
+        module_indices: Its modules, as indexes into the modules of all shards.
+        linked: Whether its rows stay in its file.
     """
 
     shard: Shard
@@ -280,19 +279,19 @@ class _Shard:
 
     @property
     def prefix(self) -> str:
-        """What comes before the places of its rows, where they are copied."""
+        """Path prefix of its copied datasets."""
         return f"{COPIED}/rank{self.shard.rank:04}/"
 
     @property
     def summary(self) -> MergedShard:
-        """What the merged file says of it."""
+        """Its description in the merged file."""
         files = {each.files[0].name: each.header.created for each in _files(self.source)}
         calls, closed = len(self.tables.calls), self.tables.closed
         return MergedShard(self.shard.rank, calls, closed, files if self.linked else {})
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is not in its tables."""
+        """Bytes of all its datasets except the tables."""
         size = 0
         for module, extent in zip(
             self.source.header.modules, self.tables.module_counts, strict=True
@@ -306,7 +305,7 @@ class _Shard:
         return size
 
     def span(self, local: int, module: ModuleInfo, dataset_path: str, count: int) -> SourceSpan:
-        """Where items of a column of one of its modules are."""
+        """Return the span of a dataset of one of its modules."""
         if not self.linked:
             return SourceSpan(SELF, f"{self.prefix}{dataset_path}", count)
         file, number = (
@@ -325,14 +324,14 @@ def _files(source: AppendOnlySource) -> Sequence[AppendOnlySource]:
 
 
 def _row_datasets(module: ModuleInfo) -> Iterator[tuple[str, str]]:
-    """The columns of a module that are no tables: their places, and their names there."""
+    """Yield path and name of each dataset of a module, except tables."""
     for dataset_path in dataset_specs([module]):
         if dataset_path not in TABLES and dataset_path != pieces_path(module):
             yield dataset_path, dataset_path.rpartition("/")[2]
 
 
 def _count(extent: ModuleCounts, name: str) -> int:
-    """How many items a column has."""
+    """Return the number of items of a dataset."""
     if name in QUANTITIES:
         return extent.rows
     return {"initial": extent.sequences, "checks": extent.calls}.get(name, extent.versions)

@@ -1,6 +1,6 @@
-"""The shards of a run of several processes: found, told from others, and opened as one trace.
+"""Open files by path or glob: one file, all parts of a run, or the shards of several processes.
 
-docs/format.md says how shards are named and stamped.
+docs/format.md defines the names of shards and the option that identifies them.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from grutrace.storage.shards.concatenated import ConcatenatedSource
 from grutrace.storage.shards.globs import is_glob, matching_files
 from grutrace.storage.shards.run_parts import RunSource, open_run, run_part_of
 
-#: How many missing ranks are named.
+#: Missing ranks that a warning lists.
 MAX_NAMED = 8
 
-#: The source of one shard: a file, or several of a `grutrace run`.
+#: The source of one shard: a file, or the parts of a `grutrace run`.
 ShardSource = FileSource | RunSource
 
 
 def open_files(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Source:
-    """The source of a file, of the run that it is the first part of, or of several shards.
+    """Return the source of a file, of all parts of a run, or of several shards.
 
     Args:
-        path: Of a file; or a glob, or paths, of shards. A file whose name is such a glob comes
-            before what the glob finds. Parts of a run after the first may be among the paths.
+        path: Path of a file; or a glob, or paths, of shards. An existing file takes precedence
+            over a glob. The paths may include later parts of a run.
 
     Raises:
         OptionError: There is no path.
-        TraceFileError: A file cannot be read, is no shard where there are several, or is of another
-            run or model; or a rank is there twice.
+        TraceFileError: A file cannot be read, is not a shard although there are several files, or
+            belongs to another run or model; or two files have the same rank.
     """
     if isinstance(path, (str, os.PathLike)):
         text = os.fspath(path)
@@ -78,7 +78,7 @@ def _open_shards(
 
 
 def _warn_unmerged_ranks(source: ShardSource) -> None:
-    """Say which ranks a merged file has nothing of."""
+    """Warn about ranks that are missing from a merged file."""
     merged = read_merged_shards(source.header)
     if merged:
         size = int(source.header.options["shards"]["world_size"])
@@ -108,12 +108,12 @@ class ShardsSource(ConcatenatedSource):
     """Shards in files as one `Source`.
 
     Args:
-        name: Of the whole.
-        pattern: A glob for files of ranks that are missing so far.
+        name: Name of the whole, for messages.
+        pattern: A glob for the files of missing ranks, which may be created later.
         opened: The shards and their sources, in the order of the ranks.
 
     Raises:
-        TraceFileError: They do not belong together.
+        TraceFileError: The shards belong to different runs or models.
     """
 
     def __init__(
@@ -126,12 +126,12 @@ class ShardsSource(ConcatenatedSource):
 
     @property
     def missing(self) -> list[int]:
-        """The ranks that there is no file of."""
+        """The ranks without a file."""
         present = {shard.rank for shard in self._shards}
         return [rank for rank in range(self._shards[0].world_size) if rank not in present]
 
     def refresh(self) -> Tables:
-        """The tables of everything there is by now, of ranks that have come since, too."""
+        """Return the present tables, including those of new ranks."""
         if self._pattern is not None and self.missing:
             known = _real_paths(self.files)
             new = [
@@ -153,10 +153,10 @@ class ShardsSource(ConcatenatedSource):
 def _open_all(
     paths: Iterable[str | os.PathLike[str]], *, allow_orphans: bool = False
 ) -> list[tuple[Shard, ShardSource]]:
-    """The shards in these files, in the order of their ranks, each with all parts of its run.
+    """Open the shards in these files, in the order of their ranks, each with all parts of its run.
 
     Args:
-        paths: Of the files. Later parts of a run belong to its first, and are left out.
+        paths: Paths of the files. Later parts of a run are opened with its first part.
         orphans: Whether parts may be there without the first.
     """
     opened: list[tuple[Shard, ShardSource]] = []
@@ -165,7 +165,7 @@ def _open_all(
         for path in paths:
             source = open_run(path)
             opened.append((_require_shard(source, path), source))
-            # Now it finds the other parts of its run; and of many shards few are read at a time.
+            # Refreshing finds the parts of the run. Released at once: there may be many shards.
             with release_on_exit():
                 source.refresh()
             stamp = run_part_of(source.header.options)
@@ -175,7 +175,7 @@ def _open_all(
         known = {file for _, source in opened for file in _real_paths(source.files)}
         for part in parts:
             if part not in known and not allow_orphans:
-                raise TraceFileError(f"{part} is part of a run whose first file is not there")
+                raise TraceFileError(f"{part} is part of a run whose first file is missing")
     except BaseException:
         _close(opened)
         raise
@@ -188,8 +188,8 @@ def _require_shard(source: ShardSource, path: str | os.PathLike[str]) -> Shard:
             shard = read_shard(source.header)
         if shard is None:
             raise TraceFileError(
-                f"{os.fspath(path)} cannot be read together with others, for it is no shard: one "
-                "process alone made it, or it is merged already"
+                f"{os.fspath(path)} cannot be read together with other files: it is not a shard. "
+                "It was recorded by a single process, or is already merged"
             )
     except BaseException:
         source.close()
@@ -198,7 +198,7 @@ def _require_shard(source: ShardSource, path: str | os.PathLike[str]) -> Shard:
 
 
 def _require_one_run(opened: Sequence[tuple[Shard, AppendOnlySource]]) -> None:
-    """Refuse shards of different runs, and two of one rank."""
+    """Check that the shards belong to one run and have different ranks."""
     first, of_first = next((each for each in opened if each[0].id is not None), opened[0])
     by_rank: dict[int, AppendOnlySource] = {}
     for shard, source in opened:

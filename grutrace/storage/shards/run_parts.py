@@ -1,6 +1,6 @@
-"""The parts of a run: a file of its own for each set of modules that `grutrace run` discovered.
+"""The parts of a run: one file for each set of modules that `grutrace run` discovered.
 
-docs/format.md says how parts are named and stamped.
+docs/format.md defines their names and the option that identifies them.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from grutrace.storage.write.overwrite import require_replaceable
 
 @dataclass(frozen=True)
 class RunPart:
-    """Which part of which run a file is.
+    """The run of a file, and its part number.
 
     Attributes:
-        run: The same for all parts of a run, and for no other's.
-        part: From 1.
+        run: Unique id of the run, the same in all its parts.
+        part: Number of the part, from 1.
     """
 
     run: str
@@ -38,15 +38,15 @@ class RunPart:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The stamp among the options of a trace."""
+        """The option that identifies the part in its file."""
         return {"run": {"id": self.run, "part": self.part}}
 
 
 def run_part_of(options: Mapping[str, Any]) -> RunPart | None:
-    """The stamp among the options of a part; None of a trace that no `grutrace run` made.
+    """Return the run part in the options of a trace; None if it is not part of a run.
 
     Raises:
-        FormatError: There is one which is not as it should be.
+        FormatError: The option is malformed.
     """
     found = options.get("run")
     if found is None:
@@ -59,12 +59,12 @@ def run_part_of(options: Mapping[str, Any]) -> RunPart | None:
 
 
 def part_path(first: Path, number: int) -> Path:
-    """The file of a part, from 1, by that of the first."""
+    """Return the path of a part, numbered from 1, from the path of the first part."""
     return first if number == 1 else first.with_name(f"{first.stem}.part{number:04}{first.suffix}")
 
 
 def part_files(path: str | os.PathLike[str]) -> dict[int, Path]:
-    """Existing files that are called like parts of this one, after the first, by number."""
+    """Return the existing files with names of later parts of this file, by number."""
     first = Path(os.path.realpath(path))
     name = re.compile(
         re.escape(f"{first.stem}.part") + r"([0-9]{4,9})" + re.escape(first.suffix), re.ASCII
@@ -78,20 +78,20 @@ def part_files(path: str | os.PathLike[str]) -> dict[int, Path]:
 
 
 def read_run_part(path: Path) -> RunPart | None:
-    """The stamp of a file.
+    """Read the run part of a file.
 
     Raises:
-        TraceFileError: It cannot be read as a trace.
+        TraceFileError: The file cannot be read as a trace.
     """
     with translate_read_errors(path), lock_readers(), open_for_reading(path) as file:
         return run_part_of(read_root(file)["options"])
 
 
 def parts_of(path: str | os.PathLike[str]) -> list[Path]:
-    """The files of the run that this file is the first part of; the file alone if it is none.
+    """Return the files of a run by its first part; for other files, the file alone.
 
     Raises:
-        TraceFileError: One of them cannot be read, or one before the last is missing.
+        TraceFileError: A part cannot be read, or a part before the last is missing.
     """
     first = Path(os.path.realpath(path))
     run_part = read_run_part(first)
@@ -101,21 +101,21 @@ def parts_of(path: str | os.PathLike[str]) -> list[Path]:
     for expected, number in enumerate(numbers, 2):
         if number != expected:
             raise TraceFileError(
-                f"{path} is not whole: {part_path(first, expected)} is missing, and "
-                f"{part_path(first, number).name} is there. (Each part can be opened by itself)"
+                f"{path} is incomplete: {part_path(first, expected)} is missing, and "
+                f"{part_path(first, number).name} exists. Each part can be opened separately"
             )
     return [part_path(first, number) for number in (1, *numbers)]
 
 
 def require_same_folder(first: Path, file: Path) -> None:
-    """Refuse a part that is a link out of the folder of the first: whoever made it chose the file.
+    """Check that a part is not a link to another folder, which could point to any file.
 
     Raises:
-        TraceFileError: It is one.
+        TraceFileError: The part is a link to another folder.
     """
     real = Path(os.path.realpath(file))
     if real.parent != first.parent:
-        raise TraceFileError(f"{file} is a link to {real}, which is not beside {first}")
+        raise TraceFileError(f"{file} is a link to {real}, which is not in the folder of {first}")
 
 
 def _iter_run_parts(first: Path, run: str) -> Iterator[tuple[int, Path]]:
@@ -125,18 +125,18 @@ def _iter_run_parts(first: Path, run: str) -> Iterator[tuple[int, Path]]:
         if run_part is not None and run_part.run == run:
             if run_part.part != number:
                 raise TraceFileError(
-                    f"{file} is part {run_part.part} of its run by its own account"
+                    f"{file} is part {run_part.part} of its run, and its name is that of part "
+                    f"{number}: rename it"
                 )
             yield number, file
 
 
 def check_writable(path: str | os.PathLike[str], mode: str) -> None:
-    """Refuse early what a run could not write. Nothing that exists is changed.
+    """Check before a run that its files can be written. Existing files are not changed.
 
     Raises:
-        TraceFileError: There is a file in the way, one cannot be made, with "a" the file is no
-            first part of a run, or with "overwrite" grutrace did not write it or somebody writes to
-            a part.
+        TraceFileError: A file exists or cannot be created; with "a", the file is not the first
+            part of a run; with "overwrite", the file is not a trace, or a part is being written.
     """
     first = Path(os.path.realpath(path))
     run_part = read_run_part(first) if first.exists() and mode == "a" else None
@@ -153,21 +153,23 @@ def check_writable(path: str | os.PathLike[str], mode: str) -> None:
             require_replaceable(file)
     for file in part_files(first).values():
         if file not in own:
-            raise TraceFileError(f"{file} is in the way: it is no part of {path}")
+            raise TraceFileError(
+                f"{file} is in the way: it is not a part of {path}. Move or delete it"
+            )
     _try_to_create(first)
 
 
 def remove_parts(paths: list[Path]) -> None:
-    """Remove the parts of a run that another one replaces."""
+    """Remove the parts of a run that another run replaces."""
     for path in reversed(paths):
         path.unlink(missing_ok=True)
 
 
 def replaceable_parts(path: str | os.PathLike[str]) -> list[Path]:
-    """The parts after the first that go when a run replaces this file.
+    """Return the later parts of a file, which are removed when a run replaces it.
 
     Raises:
-        TraceFileError: Somebody writes to one of them.
+        TraceFileError: A part is being written.
     """
     found = _own_parts(Path(os.path.realpath(path)))
     for file in found:
@@ -177,7 +179,7 @@ def replaceable_parts(path: str | os.PathLike[str]) -> list[Path]:
 
 
 def _own_parts(first: Path) -> list[Path]:
-    """The parts after the first of the run that a file is of, as far as can be told."""
+    """Return the later parts of the run of a file; none if they cannot be read."""
     try:
         run_part = read_run_part(first)
         return (
@@ -199,14 +201,15 @@ def _try_to_create(first: Path) -> None:
 
 
 class RunSource(UnionSource):
-    """All parts of a run as one `Source`. Parts that come later are found when it is refreshed.
+    """All parts of a run as one `Source`. Refreshing it finds new parts.
 
     Args:
-        path: Of the first part.
-        first: The source of that file.
+        path: Path of the first part.
+        first: Source of the first part.
+        run_part: Run part of the first file.
 
     Raises:
-        TraceFileError: A part cannot be read, or one before the last is missing.
+        TraceFileError: A part cannot be read, or a part before the last is missing.
     """
 
     def __init__(self, path: str | os.PathLike[str], first: FileSource, run_part: RunPart) -> None:
@@ -216,11 +219,11 @@ class RunSource(UnionSource):
         super().__init__(str(path), [first])
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickled, it is the path of the first part."""
+        """Pickle the path of the first part."""
         return open_run, (str(self._first),)
 
     def refresh(self) -> Tables:
-        """The tables of all parts that are there by now."""
+        """Return the tables of all present parts."""
         while (part_path(self._first, self._next)).exists():
             path = part_path(self._first, self._next)
             require_same_folder(self._first, path)
@@ -236,10 +239,10 @@ class RunSource(UnionSource):
 
 
 def open_run(path: str | os.PathLike[str]) -> FileSource | RunSource:
-    """The source of a file, with the other parts of its run if it is the first of one.
+    """Return the source of a file, with all parts of the run if the file is the first part.
 
     Raises:
-        TraceFileError: The file, or a part, cannot be read.
+        TraceFileError: The file or a part cannot be read.
     """
     first = FileSource(path)
     try:

@@ -1,4 +1,4 @@
-"""Several sources read as one trace whose modules differ: the parts of a run."""
+"""`UnionSource` reads several sources with different modules as one trace: the parts of a run."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from grutrace.storage.interfaces import AppendOnlySource, Rows, SnapshotReader
 
 
 class UnionSource:
-    """Sources one after another as one `Source`, which closes them.
+    """Several sources as one `Source`.
 
-    Their modules follow one another, their calls are in the order of time, and rows, states and
-    weights are read from where they are. Each source shows a consistent prefix, at a moment of its
-    own: a call of one may be there a little before an earlier one of another, so the places of
-    calls can change when the trace is refreshed. Numbers of modules and sequences stay.
+    The modules of the sources are concatenated, and their calls are sorted by time. Each source
+    shows a consistent prefix of its own. A call may become visible before an earlier call of
+    another source, so call numbers can change when the trace is refreshed. The numbers of modules
+    and sequences do not change. Closing the union closes its sources.
 
     Args:
-        name: Of the whole.
-        sources: At least one; more can be added.
-        labels: What to put before the paths of a source where they are taken (see
-            `distinct_modules`); the class of its model unless given.
+        name: Name of the union, for messages.
+        sources: The sources, at least one. More can be added.
+        labels: Prefix of each source for module paths that are already used (see
+            `distinct_modules`). By default, the class name of its model.
     """
 
     def __init__(
@@ -41,25 +41,25 @@ class UnionSource:
         self._merge_headers()
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickled, it is its sources, without what was read of them."""
+        """Pickle the sources, without cached tables."""
         return UnionSource, (self.name, self._sources, self._labels)
 
     @property
     def sources(self) -> tuple[AppendOnlySource, ...]:
-        """All of them."""
+        """The sources, in order."""
         return tuple(self._sources)
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files of all sources."""
+        """Files of all sources."""
         return tuple(file for source in self._sources for file in source.files)
 
     def locate(self, module: int) -> tuple[AppendOnlySource, int]:
-        """Which of the sources holds a module, and at which place."""
+        """Return the source of a module, and its index in that source."""
         return self._module_sources[module]
 
     def add(self, source: AppendOnlySource) -> None:
-        """Have one more source, whose modules come last."""
+        """Append a source. Its modules follow those of the other sources."""
         self._sources.append(source)
         self._labels.append(_label(source))
         self._merge_headers()
@@ -74,7 +74,7 @@ class UnionSource:
         ]
 
     def refresh(self) -> Tables:
-        """The tables of everything there is by now."""
+        """Return the present tables of all sources."""
         latest = tuple(source.refresh() for source in self._sources)
         known = len(latest) == len(self._latest) and all(map(_is, latest, self._latest))
         if self._tables is None or not known:
@@ -83,37 +83,37 @@ class UnionSource:
         return self._tables
 
     def as_of(self, tables: Tables) -> SnapshotReader:  # noqa: ARG002
-        """The source itself: what is there stays where it is."""
+        """Return the source itself: rows are only appended."""
         return self
 
     def rows(self, module: int, suffix: str, quantity: str, count: int) -> Rows:
-        """The first `count` rows, (count, H or I)."""
+        """Return the first `count` rows, (count, H or I)."""
         source, number = self._module_sources[module]
         return source.rows(number, suffix, quantity, count)
 
     def initial(self, module: int, suffix: str, count: int) -> Rows:
-        """The states that the first `count` sequences began from, (count, H)."""
+        """Return the initial states of the first `count` sequences, (count, H)."""
         source, number = self._module_sources[module]
         return source.initial(number, suffix, count)
 
     def checks(self, module: int, suffix: str, count: int) -> Array:
-        """Of the module's first `count` calls, (count,) of type `schema.CHECK`."""
+        """Return the checks of the module's first `count` calls, (count,), type `schema.CHECK`."""
         source, number = self._module_sources[module]
         return source.checks(number, suffix, count)
 
     def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
-        """One version of a site's weights."""
+        """Return one version of a site's weights."""
         source, number = self._module_sources[module]
         return source.weights(number, suffix, version)
 
     def close(self) -> None:
-        """Close all sources. Closing twice does nothing."""
+        """Close all sources. Closing twice has no effect."""
         for source in self._sources:
             source.close()
 
 
 def union_header(headers: Sequence[TraceHeader], labels: Sequence[str]) -> TraceHeader:
-    """One header for all: that of the first, with the models and modules of each."""
+    """Return the header of the first source, with the models and modules of all sources."""
     if len(headers) == 1:
         return headers[0]
     models = dict.fromkeys(header.model for header in headers)
@@ -124,11 +124,11 @@ def union_header(headers: Sequence[TraceHeader], labels: Sequence[str]) -> Trace
 def distinct_modules(
     parts: Sequence[Sequence[ModuleInfo]], labels: Sequence[str]
 ) -> tuple[ModuleInfo, ...]:
-    """All modules, each with a path of its own.
+    """Return the modules of all parts, with distinct paths.
 
-    A part keeps its paths unless one of them is taken by a part before it. Then its label and a dot
-    come before all of them; or, if it is the k-th part with this label, ``label#k`` and a dot; or
-    the next larger number with which no path is taken.
+    A part keeps its paths unless an earlier part uses one of them. Otherwise all its paths get the
+    prefix ``label.``, or ``label#k.`` for the k-th part with this label. If such a path is used
+    too, k is the next number without a conflict.
     """
     used_paths: set[str] = set()
     modules: list[ModuleInfo] = []
@@ -157,7 +157,7 @@ def _renamed(module: ModuleInfo, prefix: str) -> ModuleInfo:
 
 
 def union_tables(parts: Sequence[Tables]) -> Tables:
-    """The tables of all parts as if one trace had recorded everything."""
+    """Return the tables that one trace of all parts would have."""
     calls, forks, annotations, values, strings, characters = ([] for _ in range(6))
     modules = string_count = character_count = 0
     for part in parts:
@@ -166,7 +166,7 @@ def union_tables(parts: Sequence[Tables]) -> Tables:
         annotations.append(_shift_references(part.annotations, modules, {"name": string_count}))
         values.append(annotation_values(part, string_count))
         strings.append(part.strings + np.uint64(character_count))
-        # What nothing points at would become the beginning of the next part's first string.
+        # Characters after the last string would become part of the next part's first string.
         characters.append(part.characters[: int(part.strings[-1]) if len(part.strings) else 0])
         modules += len(part.pieces)
         string_count += len(part.strings)
@@ -186,7 +186,7 @@ def union_tables(parts: Sequence[Tables]) -> Tables:
 
 
 def _shift_references(table: Array, modules: int, string_count: dict[str, int]) -> Array:
-    """A copy whose modules, and fields that are one more than a string's number, come later."""
+    """Return a copy with shifted modules and strings. String fields hold the number + 1."""
     moved = table.copy()
     moved["module"] += np.uint32(modules)
     for name, number in string_count.items():
@@ -195,7 +195,7 @@ def _shift_references(table: Array, modules: int, string_count: dict[str, int]) 
 
 
 def annotation_values(part: Tables, string_count: int) -> Array:
-    """The values of its annotations, where they are numbers of strings those of later ones."""
+    """Return the annotation values of a part, with the numbers of strings shifted by `texts`."""
     counts = part.annotations["count"].astype(np.int64)
     values = part.values[: int(counts.sum())].copy()
     values[np.repeat(part.annotations["text"] > 0, counts)] += string_count
@@ -203,10 +203,10 @@ def annotation_values(part: Tables, string_count: int) -> Array:
 
 
 def _in_time_order(calls: Sequence[Array]) -> Array:
-    """Where to find each call among all. Those of one part stay in their order, come what may.
+    """Return the order of all calls by time. The calls of one part keep their order.
 
-    Threads, or a clock that was put back, can make a call's time smaller than that of the call
-    before it; and which rows a call made depends on the order.
+    The order within a part determines the rows of its calls. Threads, or a clock that was set
+    back, can record a time before that of the preceding call.
     """
     times = [np.maximum.accumulate(each["time"]) for each in calls]
     return np.argsort(np.concatenate(times), kind="stable")

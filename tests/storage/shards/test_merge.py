@@ -313,7 +313,7 @@ def test_what_is_in_the_way_or_does_not_fit_is_an_error(path):
     with pytest.raises(TraceFileError, match="no folder"):
         merge_shards(paths, path.parent / "nowhere" / "run.h5")
     merge_shards(paths, path)
-    with pytest.raises(TraceFileError, match="it is no shard"):
+    with pytest.raises(TraceFileError, match="it is not a shard"):
         merge_shards([path, paths[0]], path.with_name("again.h5"))
     with pytest.raises(
         TraceFileError, match=r"cannot append to .*run\.h5: it was merged from shards"

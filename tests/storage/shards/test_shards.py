@@ -169,7 +169,10 @@ def other_model(path, paths):
         (mixed_runs, r"run\.rank0000\.h5 and .*run\.rank0001\.h5 are shards of different runs$"),
         (mixed_sizes, r"rank0001\.h5 and .*rank0000\.h5 are .* different runs: of 3 and of 4"),
         (twice, r"run\.rank0000\.h5 and .*run\.rank0001\.h5 are both of rank 1"),
-        (not_a_shard, r"run\.rank0000\.h5 cannot be read together with others, for it is no shard"),
+        (
+            not_a_shard,
+            r"run\.rank0000\.h5 cannot be read together with other files: it is not a shard",
+        ),
         (no_trace, r"run\.rank0000\.h5"),
         (
             other_model,
