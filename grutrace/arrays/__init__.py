@@ -1,1 +1,1 @@
-"""A trace as other libraries' arrays, which compute in parts: dask's and xarray's."""
+"""Traces as dask arrays and xarray datasets."""

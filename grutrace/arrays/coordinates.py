@@ -1,8 +1,9 @@
-"""What is known of each step beside its rows: which sequence, which step of it, call, tag, token.
+"""Coordinates of each step: sequence, step within the sequence, call, tag, tokens and labels.
 
-All follow from the tables, which a trace has in memory; they are worked out for the steps that are
-asked for, since a column of them takes as much memory as a unit of a gate. N rows, S sequences, L
-steps of the longest.
+They are computed from the tables on demand, because a coordinate of all steps takes as much memory
+as one unit of a gate.
+
+N rows, S sequences, L steps of the longest sequence.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _INTEGER, _NUMBER, _TEXT = np.dtype(np.int64), np.dtype(np.float64), np.dtype(ob
 
 
 class StepColumn(ABC):
-    """One value a row, (N,), worked out when it is indexed."""
+    """One value per row, (N,), computed when it is indexed."""
 
     ndim = 1
 
@@ -33,55 +34,55 @@ class StepColumn(ABC):
         self._index = index
 
     def __getitem__(self, key: tuple[Any, ...]) -> Array:
-        """By a slice or an integer."""
+        """Return the values of a slice or an integer."""
         rows = np.arange(self.shape[0])[key]
         return np.asarray(self.values_at(np.atleast_1d(rows))).reshape(rows.shape)
 
     @abstractmethod
     def values_at(self, rows: Integers) -> Array:
-        """The values of these rows."""
+        """Return the values of these rows."""
 
 
 class SequenceNumbers(StepColumn):
-    """The sequence that each row is of."""
+    """The sequence of each row."""
 
     def __init__(self, index: SequenceIndex) -> None:
         super().__init__(index, _INTEGER)
 
     def values_at(self, rows: Integers) -> Array:
-        """The values of these rows."""
+        """Return the values of these rows."""
         return self._index.sequences[self._index.pieces_of(rows)]
 
 
 class StepNumbers(StepColumn):
-    """Which step of its sequence each row is."""
+    """The step of each row within its sequence."""
 
     def __init__(self, index: SequenceIndex) -> None:
         super().__init__(index, _INTEGER)
 
     def values_at(self, rows: Integers) -> Array:
-        """The values of these rows."""
+        """Return the values of these rows."""
         pieces = self._index.pieces_of(rows)
         return self._index.steps_before[pieces] + rows - self._index.starts[pieces]
 
 
 class CallNumbers(StepColumn):
-    """The call that made each row, as a row of `Trace.calls`."""
+    """The call of each row, as a row of `Trace.calls`."""
 
     def __init__(self, index: SequenceIndex) -> None:
         super().__init__(index, _INTEGER)
 
     def values_at(self, rows: Integers) -> Array:
-        """The values of these rows."""
+        """Return the values of these rows."""
         return self._index.calls[self._index.pieces_of(rows)]
 
 
 class Tags(StepColumn):
-    """The tag of the call that made each row, or None.
+    """The tag of each row's call, or None.
 
     Args:
-        index: Of the module.
-        tags: (calls,) of each call.
+        index: Index of the module's sequences.
+        tags: (calls,) tag of each call.
     """
 
     def __init__(self, index: SequenceIndex, tags: Array) -> None:
@@ -89,21 +90,21 @@ class Tags(StepColumn):
         self._tags = tags
 
     def values_at(self, rows: Integers) -> Array:
-        """The values of these rows."""
+        """Return the values of these rows."""
         return self.values_of_calls(self._index.calls[self._index.pieces_of(rows)])
 
     def values_of_calls(self, calls: Integers) -> Array:
-        """The tags of these calls."""
+        """Return the tags of these calls."""
         return np.asarray(self._tags[calls])
 
 
 class AnnotationColumn(StepColumn):
-    """The tokens, or a label, of each row: numbers with nan for none; with None, if one is text.
+    """The token or label of each row: floats with NaN, or with any string, objects with None.
 
     Args:
-        moment: Of the trace.
-        module: Place of the module in the header.
-        name: ``tokens``, or the label's.
+        snapshot: Snapshot of the trace.
+        module: Index of the module in the header.
+        name: Name of the label, or ``tokens``.
     """
 
     def __init__(self, snapshot: TraceSnapshot, module: int, name: str) -> None:
@@ -113,7 +114,7 @@ class AnnotationColumn(StepColumn):
         super().__init__(index, _TEXT if texts else _NUMBER)
 
     def values_at(self, rows: Integers) -> Array:
-        """The values of these rows."""
+        """Return the values of these rows."""
         return np.asarray(self._all[rows])
 
     @cached_property
@@ -122,7 +123,7 @@ class AnnotationColumn(StepColumn):
 
 
 class PaddedColumn:
-    """A column by sequence, (S, L), with nan or None after the end of each."""
+    """A coordinate by sequence, (S, L), padded with NaN or None."""
 
     ndim = 2
 
@@ -132,7 +133,7 @@ class PaddedColumn:
         self._column, self._index = column, index
 
     def __getitem__(self, key: tuple[Any, ...]) -> Array:
-        """By slices and integers."""
+        """Return the values of slices or integers."""
         sequences, rest = normalize_slice(key[0], self.shape[0])
         nothing = None if self.dtype == _TEXT else np.nan
         found = np.full((len(sequences), self.shape[1]), nothing, self.dtype)

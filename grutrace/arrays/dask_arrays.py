@@ -1,13 +1,17 @@
-"""Rows of a trace as dask arrays, whose chunks are whole chunks of the file.
+"""Rows of a trace as dask arrays, with chunks that are whole chunks of the file.
 
-The rows of a quantity, and its padded sequences, as arrays that are read when they are indexed.
+Module contents: `QuantityRef`, a picklable reference to one quantity; `QuantityRows` and
+`PaddedRows`, arrays that read it; `to_dask`, `chunked_rows` and `chunked_sequences`, their dask
+arrays.
 
-N rows, S sequences, L steps of the longest of them, W units or features.
+N rows, S sequences, L steps of the longest sequence, W units or features.
 """
 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -17,33 +21,31 @@ from grutrace.arrays.reopen import SnapshotHandle
 from grutrace.errors import require_extra
 from grutrace.records import Array, Site
 from grutrace.storage.format.schema import row_chunks
+from grutrace.storage.interfaces import Rows
+from grutrace.storage.read.lazy_rows import LazyRows
+from grutrace.storage.read.sequence_index import Integers, SequenceIndex, as_slice, ranges
 from grutrace.storage.read.snapshot import TraceSnapshot
 
 if TYPE_CHECKING:
     import dask.array
 
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from grutrace.storage.interfaces import Rows
-from grutrace.storage.read.lazy_rows import LazyRows
-from grutrace.storage.read.sequence_index import Integers, SequenceIndex, as_slice, ranges
-
-#: Beside the quantities: the state that each sequence began from.
+#: Name of the initial states, which are read like a quantity.
 INITIAL = "initial"
+
+#: Bytes of a dask chunk: several chunks of the file, and little of a worker's memory.
+CHUNK = 16 * 1024 * 1024
 
 
 class QuantityRef:
-    """Which quantity of which site, as it was at one moment. Small and picklable, as its look is.
+    """A small, picklable reference to one quantity of one site in a snapshot.
 
     Attributes:
-        name: Of the quantity, or `INITIAL`.
-        shape: (N, W); of the initial states (S, W)
-        dtype: Of the elements.
+        name: Name of the quantity, or `INITIAL`.
+        shape: (N, W); (S, W) for the initial states.
+        dtype: Type of the elements.
 
     Raises:
-        NotRecordedError: It was not recorded.
+        NotRecordedError: The quantity was not recorded.
     """
 
     def __init__(
@@ -58,12 +60,12 @@ class QuantityRef:
 
     @contextmanager
     def open(self) -> Iterator[tuple[Rows, TraceSnapshot]]:
-        """Its rows, of which there may be more by now, and the moment that they are of."""
+        """Yield the rows and a snapshot that has them. It may have more rows than `shape`."""
         with self.handle.snapshot(self._module, self._calls) as snapshot:
             yield self._rows(snapshot), snapshot
 
     def index(self, snapshot: TraceSnapshot) -> SequenceIndex:
-        """The pieces of its module."""
+        """Return the index of the module's sequences."""
         return snapshot.index(self._module)
 
     def _rows(self, snapshot: TraceSnapshot) -> Rows:
@@ -85,11 +87,11 @@ class QuantityRows(LazyRows):
         self._quantity = quantity
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled, it is where its rows are, and not the rows."""
+        """Pickle the reference instead of the rows."""
         return QuantityRows, (self._quantity,)
 
     def __getitem__(self, key: Any) -> Any:
-        """As they are, without a copy: dask and xarray write to nothing that they are given."""
+        """Return rows without the copy of `LazyRows`: dask and xarray do not modify them."""
         return self._get(key)
 
     def _read(self, rows: slice, columns: slice) -> Array:
@@ -105,7 +107,7 @@ class QuantityRows(LazyRows):
 
 
 class PaddedRows:
-    """All sequences of a quantity, (S, L, W), with nan after the end of each."""
+    """All sequences of a quantity, (S, L, W), padded with NaN."""
 
     ndim = 3
 
@@ -115,7 +117,7 @@ class PaddedRows:
         self._quantity = quantity
 
     def __getitem__(self, key: tuple[Any, ...]) -> Array:
-        """By slices and integers: of the sequences, no more is read than is asked for."""
+        """Return the values of slices or integers. Only the requested sequences are read."""
         sequences, rest = normalize_slice(key[0], self.shape[0])
         return np.asarray(self._read(sequences)[(rest, *key[1:])])
 
@@ -123,7 +125,7 @@ class PaddedRows:
         found = np.full((len(sequences), *self.shape[1:]), np.nan, self.dtype)
         with self._quantity.open() as (all_rows, snapshot):
             of, steps, rows = padded_positions(self._quantity.index(snapshot), sequences)
-            # Sequences may have gone on since.
+            # The sequences may have more steps than when this array was created.
             known = rows < self._quantity.shape[0]
             found[of[known], steps[known]] = all_rows[as_slice(rows[known])]
         return found
@@ -133,7 +135,7 @@ class PaddedRows:
 
 
 def normalize_slice(key: slice | int, size: int) -> tuple[range, slice | int]:
-    """What to read of an axis of this size, and what to take of that afterwards."""
+    """Split the index of an axis into a range to read and an index into the result."""
     if not isinstance(key, slice):
         number = range(size)[key]
         return range(number, number + 1), 0
@@ -145,10 +147,10 @@ def normalize_slice(key: slice | int, size: int) -> tuple[range, slice | int]:
 
 
 def padded_positions(index: SequenceIndex, sequences: range) -> tuple[Integers, Integers, Integers]:
-    """Where each row of neighbouring sequences goes in a padded array.
+    """Return the position of each row of consecutive sequences in a padded array.
 
     Returns:
-        By row: which of these sequences, from 0; which step of it; the number of the row.
+        For each row: the sequence, counted from the first one; the step; the number of the row.
     """
     pieces = index.order[index.bounds[sequences.start] : index.bounds[sequences.stop]]
     steps = index.steps[pieces]
@@ -156,13 +158,8 @@ def padded_positions(index: SequenceIndex, sequences: range) -> tuple[Integers, 
     return of, ranges(index.steps_before[pieces], steps), ranges(index.starts[pieces], steps)
 
 
-#: What one task of dask reads at once: many chunks of the file, and little beside a worker's
-#: memory. Bytes.
-CHUNK = 16 * 1024 * 1024
-
-
 def to_dask(snapshot: TraceSnapshot, module: int, site: Site, quantity: str) -> dask.array.Array:
-    """The rows of a quantity as a dask array, (N, H), or (N, I) for the input.
+    """Return the rows of a quantity as a dask array, (N, H), or (N, I) for the input.
 
     Raises:
         MissingExtraError: dask is not installed.
@@ -175,7 +172,7 @@ def to_dask(snapshot: TraceSnapshot, module: int, site: Site, quantity: str) -> 
 
 
 def aligned_rows(quantity: QuantityRef) -> int:
-    """How many rows make a chunk of dask's: about `CHUNK` bytes, and whole chunks of the file."""
+    """Return the rows of a dask chunk: about `CHUNK` bytes, in whole chunks of the file."""
     width = quantity.shape[1]
     of_file = row_chunks(quantity.dtype, width)[0]
     size = max(1, width * quantity.dtype.itemsize)
@@ -183,26 +180,26 @@ def aligned_rows(quantity: QuantityRef) -> int:
 
 
 def chunked_rows(quantity: QuantityRef, rows: int) -> dask.array.Array:
-    """All rows, so many in a chunk."""
+    """Return all rows as a dask array with this many rows per chunk."""
     found: dask.array.Array = _chunked(QuantityRows(quantity), rows, quantity.handle)
     return found
 
 
 def chunked_sequences(padded: PaddedRows, handle: SnapshotHandle) -> dask.array.Array:
-    """All sequences, padded: as many in a chunk as `CHUNK` holds."""
+    """Return all padded sequences as a dask array with chunks of about `CHUNK` bytes."""
     size = padded.shape[1] * padded.shape[2] * padded.dtype.itemsize
     found: dask.array.Array = _chunked(padded, max(1, CHUNK // max(1, size)), handle)
     return found
 
 
 def _chunked(whole: Any, length: int, handle: SnapshotHandle) -> Any:
-    # dask has no types of its own yet.
+    # dask is not typed.
     array: Any = import_module("dask.array")
     chunks = (length, *whole.shape[1:])
     meta = np.empty((0,) * whole.ndim, whole.dtype)
     if not handle.in_memory:
-        # With the array in every task, for it is small: it would be a task of its own otherwise,
-        # which one worker has and the others ask for.
+        # Each task gets its own copy of the small reference. A shared task would have to be sent
+        # from one worker to all others.
         return array.from_array(
             whole, chunks, asarray=False, fancy=False, meta=meta, inline_array=True
         )
@@ -218,10 +215,10 @@ def _chunked(whole: Any, length: int, handle: SnapshotHandle) -> Any:
 
 
 class _InMemoryChunk:
-    """A part of what is in memory. Pickled, it is an array.
+    """A chunk of an array in memory, which is pickled as a NumPy array.
 
-    So a cluster gets arrays, while the threads of this process copy nothing beforehand, and derive
-    gates side by side.
+    A cluster gets arrays, while the threads of this process copy nothing in advance and recompute
+    gates in parallel.
     """
 
     def __init__(self, whole: Any, rows: slice) -> None:

@@ -1,9 +1,9 @@
-"""A trace that can be looked at from anywhere: in another thread, process or machine, or later.
+"""`SnapshotHandle`, a picklable handle of a snapshot, for other threads, processes and machines.
 
-What goes to a worker of dask must be small and picklable, and an open HDF5 file is neither. So it
-is how to open the files again, and a worker keeps what it has worked out of the last few traces. No
-file stays open between two reads (opening it takes 0.7 ms, and a part 3 ms or more): an array can
-live long, and HDF5 lets nobody append to a file that is open.
+Tasks of dask must be small and picklable, and an open HDF5 file is neither. A handle is pickled as
+the paths of the files, and a worker caches the tables of the last few traces. No file stays open
+between two reads, because an array may live long and HDF5 does not append to a file that is open
+for reading. Opening a file takes 0.7 ms; reading a chunk takes 3 ms or more.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from grutrace.storage.hdf5.handle import release_on_exit
 from grutrace.storage.interfaces import Source
 from grutrace.storage.read.snapshot import TraceSnapshot
 
-#: Traces of which a worker keeps the tables.
+#: Number of traces whose tables a worker caches.
 CACHE_SIZE = 8
 
 _lock = threading.Lock()
 
 
 class SnapshotHandle:
-    """A trace as it was at one moment, wherever it is unpickled.
+    """A handle of a snapshot. It opens the files again wherever it is unpickled.
 
-    It keeps working after the trace that it was taken from is closed; unless that was in memory:
-    then the rows stay as long as this does, and it cannot be pickled.
+    It stays valid after its trace is closed. The handle of a trace in memory keeps the rows alive
+    and cannot be pickled.
 
     Args:
-        moment: What there was.
+        snapshot: The snapshot.
     """
 
     def __init__(self, snapshot: TraceSnapshot) -> None:
@@ -49,15 +49,15 @@ class SnapshotHandle:
 
     @property
     def in_memory(self) -> bool:
-        """Whether there is no file that it could be read from."""
+        """Whether the trace is in memory, without a file."""
         return self._address is None
 
     @contextmanager
     def snapshot(self, module: int, calls: int) -> Iterator[TraceSnapshot]:
-        """One in which this module has had so many calls at least; there may be more by now.
+        """Yield a snapshot with at least this number of calls of a module.
 
         Raises:
-            TraceFileError: The file is gone, or another one.
+            TraceFileError: The file does not exist any more, or was replaced.
         """
         if isinstance(self._snapshot_or_source, TraceSnapshot):
             yield self._snapshot_or_source
@@ -79,7 +79,7 @@ class SnapshotHandle:
 
 
 class _CachedSource:
-    """A source that is opened when it is first needed, and looked at again when it has grown."""
+    """A source that is opened on first use, with a snapshot that is refreshed on demand."""
 
     def __init__(self, address: bytes, created: float) -> None:
         self._address, self._created = address, created
@@ -88,7 +88,7 @@ class _CachedSource:
         self._snapshot: TraceSnapshot | None = None
 
     def snapshot(self, module: int, calls: int) -> TraceSnapshot:
-        """A look at the source in which a module has had at least so many calls."""
+        """Return a snapshot with at least this number of calls of a module."""
         with self._lock:
             if self._source is None:
                 self._source = pickle.loads(self._address)
@@ -97,9 +97,7 @@ class _CachedSource:
                 self._snapshot = TraceSnapshot(self._source, self._source.refresh())
             same = self._snapshot.header.created == self._created
             if not same or not _covers(self._snapshot, module, calls):
-                raise TraceFileError(
-                    f"{self._source.name} is another file by now; open it and ask it anew"
-                )
+                raise TraceFileError(f"{self._source.name} is another file by now: open it again")
             return self._snapshot
 
 
@@ -111,12 +109,12 @@ _Key = tuple[bytes, float]
 
 _cached: weakref.WeakValueDictionary[_Key, _CachedSource] = weakref.WeakValueDictionary()
 
-#: Held here for a while: a task of dask comes, reads a part, and is forgotten.
+#: The last sources that were unpickled. A dask task holds its source only while it reads a chunk.
 _recent: OrderedDict[_Key, _CachedSource] = OrderedDict()
 
 
 def _get_source(address: bytes, created: float, *, keep: bool = False) -> _CachedSource:
-    """One for all who ask while anybody holds it."""
+    """Return the shared source of this address. It is created if no one holds it."""
     key = address, created
     with _lock:
         source = _cached.get(key)

@@ -1,8 +1,6 @@
-"""A site of a trace as an xarray Dataset: named axes, and what is known of each step.
+"""A site of a trace as an xarray Dataset with lazily loaded variables and coordinates.
 
-N steps, S sequences, L steps of the longest, H units, I features.
-
-Arrays that xarray reads only when somebody looks at their values.
+N steps, S sequences, L steps of the longest sequence, H units, I features.
 """
 
 from __future__ import annotations
@@ -51,22 +49,22 @@ from grutrace.records import Array
 
 
 class Indexable(Protocol):
-    """An array that is read, or worked out, when it is indexed by slices and integers."""
+    """An array that is read or computed when it is indexed by slices and integers."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of all of it."""
+        """Shape of the array."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the elements."""
+        """Type of the elements."""
 
     def __getitem__(self, key: tuple[Any, ...]) -> Array:
-        """A part, by one slice or integer for each axis."""
+        """Return a part, by one slice or integer for each axis."""
 
 
 class _Backend(BackendArray):
-    """What xarray's own files are to it: see xarray's "How to add a new backend"."""
+    """The array as a backend array of xarray; see xarray's "How to add a new backend"."""
 
     def __init__(self, array: Indexable) -> None:
         self.shape, self.dtype = array.shape, array.dtype
@@ -78,26 +76,26 @@ class _Backend(BackendArray):
         )
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Pickled, it is its values."""
+        """Pickle the values."""
         everything = self._array[(slice(None),) * len(self.shape)]
         return indexing.NumpyIndexingAdapter, (everything,)
 
 
 def lazy_data(array: Indexable) -> Any:
-    """The data of a variable of xarray: read once, when it is needed, or only the part that is."""
+    """Return the lazy data of an xarray variable. The values are read once and cached."""
     read = indexing.LazilyIndexedArray(_Backend(array))
     cached: Any = indexing.MemoryCachedArray(read)  # type: ignore[no-untyped-call]
     return indexing.CopyOnWriteArray(cached)
 
 
-#: What the variables are.
+#: The `long_name` attributes of the variables.
 LONG_NAMES = {
     "reset": "reset gate r",
     "update": "update gate z; where it is 1, the previous state is kept",
     "candidate": "candidate state n",
     "hidden": "hidden state h",
-    "input": "what the layer read, x",
-    INITIAL: "state that the sequence began from",
+    "input": "input of the layer, x",
+    INITIAL: "initial state of the sequence",
     "unit": "number of the unit",
     "sequence": "number of the sequence",
     "time": "step within the sequence, from 0",
@@ -107,7 +105,7 @@ LONG_NAMES = {
     "token": "token",
 }
 
-#: PyTorch's, as docs/equations.md has them; h' is the previous state.
+#: PyTorch's equations, as in docs/equations.md; h' is the previous state.
 EQUATIONS = (
     "r = sigmoid(W_ir x + b_ir + W_hr h' + b_hr); z = sigmoid(W_iz x + b_iz + W_hz h' + b_hz); "
     "n = tanh(W_in x + b_in + r * (W_hn h' + b_hn)); h = (1 - z) * n + z * h'"
@@ -119,7 +117,7 @@ _Variables = dict[str, "xarray.Variable"]
 def to_xarray(
     snapshot: TraceSnapshot, module: int, site: Site, *, padded: bool = False
 ) -> xarray.Dataset:
-    """A site as a Dataset; `grutrace.Trace.to_xarray` says what is in it.
+    """Return a site as a Dataset; `grutrace.Trace.to_xarray` documents its content.
 
     Raises:
         MissingExtraError: xarray is not installed.
@@ -132,7 +130,7 @@ def to_xarray(
 
 
 class _DatasetBuilder:
-    """What is known of a site at a moment, on its way into a Dataset."""
+    """Creates the variables, coordinates and attributes of a site's Dataset."""
 
     def __init__(self, snapshot: TraceSnapshot, module: int, site: Site) -> None:
         self.site = site
@@ -143,23 +141,23 @@ class _DatasetBuilder:
 
     @property
     def quantities(self) -> Iterator[QuantityRef]:
-        """Everything that can be read, stored or derived."""
+        """All available quantities, stored or recomputed."""
         return map(self.quantity, self.site.available_quantities)
 
     def quantity(self, name: str) -> QuantityRef:
-        """One of them, or the initial states."""
+        """Return a quantity, or the initial states."""
         return QuantityRef(self._handle, self._snapshot, self._module, self.site, name)
 
     @property
     def annotations(self) -> Iterator[tuple[str, StepColumn]]:
-        """Tokens and labels. A label may be called like anything else, so it has a prefix."""
+        """Tokens and labels. The prefix of labels prevents conflicts with other names."""
         for name in annotation_names(self._snapshot, self._module):
             place = "token" if name == "tokens" else f"label_{name}"
             yield place, AnnotationColumn(self._snapshot, self._module, name)
 
     @property
     def tags(self) -> Tags | None:
-        """The tags of the calls, if one has any."""
+        """The tags of the calls, or None if no call has a tag."""
         tags = self._snapshot.tags
         tagged = any(tag is not None for tag in tags[self.index.call_numbers])
         return Tags(self.index, tags) if tagged else None
@@ -172,7 +170,7 @@ class _DatasetBuilder:
 
     @property
     def attributes(self) -> dict[str, str | int]:
-        """Of the Dataset: texts and numbers, so that every format can hold them."""
+        """Attributes of the Dataset: strings and numbers, which every file format supports."""
         header = self._snapshot.header
         created = datetime.fromtimestamp(header.created, UTC).isoformat(timespec="seconds")
         return {
@@ -187,23 +185,23 @@ class _DatasetBuilder:
         }
 
     def rows(self, quantity: QuantityRef, data: Any, *axes: str) -> xarray.Variable:
-        """A variable of a quantity; the last of its axes is that of units or features."""
+        """Return the variable of a quantity. Its last axis is unit or feature."""
         last = "feature" if quantity.name == "input" else "unit"
         variable = _variable((*axes, last), data, quantity.name)
         if quantity.name in self.site.derived:
-            variable.attrs["comment"] = "derived from weights, inputs and states when it is read"
+            variable.attrs["comment"] = "recomputed from weights, inputs and states on reading"
         return variable
 
 
 def _ragged(builder: _DatasetBuilder) -> tuple[_Variables, _Variables]:
-    """Every step one after another: the ragged arrays of the CF conventions.
+    """Return variables and coordinates in the ragged layout of the CF conventions.
 
-    Contiguous, where the steps of a sequence are neighbours; else (a decoder that calls its layer
-    for each step) indexed, by the sequence of each step.
+    The arrays are contiguous ragged arrays if the steps of each sequence are consecutive. Otherwise
+    (for example, for a decoder that calls its layer for each step), they are indexed ragged arrays.
     """
 
     quantities = list(builder.quantities)
-    # The same chunks for all, or they would be cut anew wherever two come together.
+    # The same chunks for all quantities: dask rechunks arrays with different chunks.
     rows = min(map(aligned_rows, quantities), default=1)
     variables = {
         each.name: builder.rows(
@@ -235,7 +233,7 @@ def _ragged(builder: _DatasetBuilder) -> tuple[_Variables, _Variables]:
 
 
 def _padded(builder: _DatasetBuilder) -> tuple[_Variables, _Variables]:
-    """One sequence a row, and nan after its end."""
+    """Return variables and coordinates in the padded layout: one sequence per row, NaN-padded."""
 
     index = builder.index
     count, longest = len(index), int(index.lengths.max(initial=0))

@@ -1,1 +1,1 @@
-"""From a trace to files of other programs: one format a file, all from the same content."""
+"""Export of traces to the file formats of other programs, one module per format."""

@@ -1,8 +1,8 @@
-"""Comma-separated values: a folder of tables that pandas, R or a spreadsheet opens.
+"""Export to CSV: a folder of tables for pandas, R or a spreadsheet.
 
-One file a site and quantity, one row a step: sequence, time, token, labels, then a column a unit.
-Beside them the initial states of each site, the sequences and the calls. Numbers have as many
-digits as it takes to get the same number back.
+Each site and quantity has a file with one row per step: sequence, time, token, labels and one
+column per unit. Further files have the initial states of each site, the sequences and the calls.
+Numbers have enough digits to be read back exactly.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from grutrace.export.portability import file_names
 from grutrace.export.variables import ExportContent, Group, SiteContent, Variable
 from grutrace.records import Array
 
-#: Rows that are brought into memory at once. As Python's numbers and texts they take more. Bytes.
+#: Bytes of rows that are read at once. As Python floats and strings they take more.
 BLOCK = 1024 * 1024
 
-#: Digits that give back the same number, by type.
+#: Digits that represent a number exactly, by type.
 DIGITS = {"float16": 5, "float32": 9, "float64": 17}
 
 
 def write_csv(content: ExportContent, path: Path) -> list[str]:
-    """Write into a folder; there is nothing to note."""
+    """Write the tables into a folder. Returns no notes."""
     _write_table(path / "calls.csv", content.calls.variables)
     _write_sequences(path / "sequences.csv", content.sites)
     groups = [site.group() for site in content.sites]
@@ -45,7 +45,7 @@ def write_csv(content: ExportContent, path: Path) -> list[str]:
 
 
 def _write_rows(path: Path, group: Group, leading: Sequence[Variable], rows: Variable) -> None:
-    """One row a step, or a sequence: what it is, and its values."""
+    """Write one row per step or sequence: the leading columns, then its values."""
     if rows.axes[1] == "unit":
         names = [f"unit_{number}" for number in group["unit"].read(0, rows.shape[1])]
     else:
@@ -71,7 +71,7 @@ def _write_table(path: Path, variables: Sequence[Variable]) -> None:
 
 
 def _write_sequences(path: Path, sites: Sequence[SiteContent]) -> None:
-    """One row a sequence of each module, of which some site is exported."""
+    """Write one row for each sequence of each module with an exported site."""
     modules = {site.number: site for site in sites}
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -87,7 +87,7 @@ def _write_sequences(path: Path, sites: Sequence[SiteContent]) -> None:
 
 
 def _cells(values: Array) -> list[Any]:
-    """Python's numbers and texts; a number that is none is an empty cell."""
+    """Return the values as Python numbers and strings. NaN is an empty cell."""
     if values.dtype.kind != "f":
         return list(values.tolist())
     digits = DIGITS[values.dtype.name]
@@ -95,9 +95,9 @@ def _cells(values: Array) -> list[Any]:
 
 
 def _lines(columns: Sequence[Sequence[Any]]) -> list[str]:
-    """Rows of some columns, as csv writes them, without the ends of the lines."""
+    """Return the rows of some columns as lines of CSV, without line ends."""
     lines: list[str] = []
-    # It puts quotes around what would end a line only if that is what ends its lines.
+    # The csv module quotes a character that ends lines only if it is in its own line terminator.
     writer = csv.writer(SimpleNamespace(write=lines.append), lineterminator="\r\n")
     writer.writerows(zip(*columns, strict=True))
     return [line.removesuffix("\r\n") for line in lines]

@@ -1,10 +1,10 @@
-"""LSTMVis's own layout: what its server loads (Strobelt et al. 2018, "LSTMVis: A Tool for Visual
-Analysis of Hidden State Dynamics in Recurrent Neural Networks").
+"""Export to LSTMVis (Strobelt et al. 2018, "LSTMVis: A Tool for Visual Analysis of Hidden State
+Dynamics in Recurrent Neural Networks").
 
-The server looks for folders with a `lstm.yml` in it, of which each is a project: one long sequence
-of words, and states of each of its positions. So a module is a project, its sequences lie end to
-end, and each quantity of each site is a kind of states. Its README and docs/chapter say how files
-are laid out; `lstmdata/data_handler.py` is what reads them.
+Each folder with a `lstm.yml` is a project of the LSTMVis server: one long sequence of words, with
+states for each position. A module becomes a project with its sequences concatenated, and each
+quantity of each site becomes a type of states. The layout follows the README and docs/chapter of
+LSTMVis, and `lstmdata/data_handler.py`, which reads the files.
 """
 
 from __future__ import annotations
@@ -23,28 +23,31 @@ from grutrace.errors import NotRecordedError
 from grutrace.export.output_file import open_for_hdf5
 from grutrace.export.variables import ExportContent, SiteContent, Variable, as_text
 
-#: Gates that are never negative, which the server is told.
+#: Gates that are never negative, marked as unsigned for the server.
 UNSIGNED = ("reset", "update")
 
-#: The word of a step without a token.
+#: Word of a step without a token.
 MISSING_WORD = "<none>"
 
-#: How a space that is part of a word is written: the server splits lines of its dictionaries.
+#: Replacement for a space in a word: the server splits the lines of its dictionaries at spaces.
 VISIBLE_SPACE = "\N{OPEN BOX}"
 
 
 def write_lstmvis(content: ExportContent, path: Path) -> list[str]:
-    """Write into a folder, for the server's `-dir`; note what it will not show as it is.
+    """Write projects into a folder for the server's option `-dir`.
+
+    Returns:
+        Notes on values that LSTMVis shows differently.
 
     Raises:
-        NotRecordedError: Nothing was recorded.
+        NotRecordedError: The trace has no steps.
     """
     modules: dict[int, list[SiteContent]] = {}
     for site in content.sites:
         if site.row_count:
             modules.setdefault(site.number, []).append(site)
     if not modules:
-        raise NotRecordedError("there is nothing to show: the trace has no steps")
+        raise NotRecordedError("nothing to export: the trace has no steps")
     names = _Names()
     notes: list[str] = []
     for sites in modules.values():
@@ -65,7 +68,7 @@ class _Project:
         self._notes: list[str] = []
 
     def write(self) -> list[str]:
-        """Write the states, the words, what else is known of each step, and the configuration."""
+        """Write states, words, metadata of each step and the configuration; return notes."""
         files = {"states": "states.h5", "words": "words.h5", "word_dict": "words.dict"}
         types = self._write_states()
         with _new_file(self._folder / "words.h5") as file:
@@ -81,7 +84,7 @@ class _Project:
             "word_sequence": {"file": "words", "path": "word_ids", "dict_file": "word_dict"},
             "states": {"file": "states", "types": types},
             "meta": meta,
-            # It searches the first letters of all words.
+            # LSTMVis searches the first letter of each word.
             "etc": {"regex_search": single},
         }
         text = "".join(f"{line}\n" for line in yaml_lines(config))
@@ -95,7 +98,7 @@ class _Project:
             for site in self._sites:
                 for rows in site.rows():
                     path = f"{rows.name}_{site.site.suffix}"
-                    # h5py has no numbers of half precision that all readers know.
+                    # Not all readers support half precision.
                     made = file.create_dataset(path, rows.shape, _at_least_single(rows.dtype))
                     for part, block in rows.blocks():
                         made[part] = block
@@ -111,21 +114,21 @@ class _Project:
                         }
                     )
         if not finite:
-            self._notes.append("some values are no finite numbers, which LSTMVis cannot show")
+            self._notes.append("some values are NaN or infinite, which LSTMVis cannot show")
         return types
 
     def _write_words(self, file: h5py.File) -> bool:
-        """Write the words; return whether all have one letter."""
+        """Write the words. Return whether each has one letter."""
         tokens = self._columns.get("token", self._columns["time"])
         if tokens.name == "time":
-            self._notes.append("it has no tokens, so the words are the numbers of the steps")
+            self._notes.append("there are no tokens, so the words are the step numbers")
         words = self._write_coded(file, "word_ids", tokens, self._folder / "words.dict")
         return all(len(word) == 1 for word in words)
 
     def _write_coded(
         self, file: h5py.File, name: str, column: Variable, dictionary: Path
     ) -> Iterable[str]:
-        """Write words as numbers, from 1 as they come, and the dictionary; return the words."""
+        """Write words as numbers in order of appearance, and their dictionary. Return the words."""
         numbers: dict[str, int] = {}
         made = file.create_dataset(name, column.shape, np.int64)
         for part, block in column.blocks():
@@ -174,9 +177,9 @@ def _new_file(path: Path) -> Iterator[h5py.File]:
 
 
 def word_of(token: str | float | None) -> str:
-    """A token as a word of a dictionary: no white space in it, and not empty.
+    """Return a token as a word of a dictionary, not empty and without white space.
 
-    A single space is one all the same: the server knows a line that begins with it.
+    The exception is a single space, which the server reads correctly at the start of a line.
     """
     text = as_text(token)
     if text == " ":
@@ -199,13 +202,13 @@ def _all_finite(column: Variable) -> bool:
 
 
 class _Names:
-    """Names that are fit for files and for the server's addresses, each given once."""
+    """Generates unique names that are valid in file names and URLs."""
 
     def __init__(self) -> None:
         self._taken: set[str] = set()
 
     def new(self, wish: str) -> str:
-        """A name like this one."""
+        """Return a new name that resembles `wish`."""
         plain = re.sub(r"[^A-Za-z0-9_.-]", "_", wish).strip(".") or "_"
         name, number = plain, 1
         while name.lower() in self._taken:
@@ -216,7 +219,7 @@ class _Names:
 
 
 def yaml_lines(values: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    """YAML of nested mappings with texts, numbers and lists in them."""
+    """Yield the YAML lines of nested mappings of strings, numbers and lists."""
     for name, value in values.items():
         key = f"{indent}{_flow(name)}:"
         if isinstance(value, Mapping) and value:
@@ -230,7 +233,7 @@ def yaml_lines(values: Mapping[str, Any], indent: str = "") -> Iterator[str]:
 
 
 def _flow(value: Any) -> str:
-    """A value on one line, which is JSON but for numbers: to YAML, 1e-05 is a text."""
+    """Return a value in YAML flow style: JSON, except that YAML reads 1e-05 as a string."""
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{_flow(name)}: {_flow(each)}' for name, each in value.items())}}}"
     if isinstance(value, list):

@@ -1,6 +1,6 @@
-"""NetCDF 4: one group a site, ragged as the CF conventions have it. Written with h5netcdf.
+"""Export to NetCDF 4 with h5netcdf: one group per site, in ragged arrays of the CF conventions.
 
-NetCDF has no half-precision numbers and no truth values: they become float32 and bytes.
+NetCDF has no half precision and no booleans. They are written as float32 and int8.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from grutrace.export.portability import NUL, require_representable
 from grutrace.export.variables import ExportContent, Group, Variable
 from grutrace.records import Array
 
-#: The size of a chunk of rows. Bytes.
+#: Bytes of a chunk of rows.
 CHUNK = 1024 * 1024
 
 
 def write_netcdf(content: ExportContent, path: Path) -> list[str]:
-    """Write a file; there is nothing to note.
+    """Write a file. Returns no notes.
 
     Raises:
         MissingExtraError: h5netcdf is not installed.
-        OptionError: A text has a NUL in it, which HDF5's strings cannot hold.
+        OptionError: A string contains NUL, which HDF5 strings cannot hold.
     """
     with require_extra("exporting to netcdf", "export"):
         import h5netcdf
@@ -63,7 +63,7 @@ def _write_variable(target: Any, group: Group, variable: Variable, raw: Deferred
 
 
 def _require_no_nul(where: str, start: int, texts: Array) -> None:
-    limit = "a text with NUL in it"
+    limit = "a string with NUL"
     require_representable("netcdf", where, start, texts, lambda text: NUL not in text, limit)
 
 

@@ -1,7 +1,7 @@
-"""NumPy's own archive: `numpy.load` gives every variable by its site and name.
+"""Export to a NumPy archive (.npz): `numpy.load` returns each variable by site and name.
 
-It is a zip of .npy files, and is written as NumPy's documentation of the two formats has it, member
-by member and block by block, since `numpy.savez` would need each array whole.
+An archive is a zip file of .npy files. It is written block by block after NumPy's specification of
+both formats, because `numpy.savez` needs complete arrays in memory.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import numpy as np
 from grutrace.export.portability import NUL, require_representable
 from grutrace.export.variables import ExportContent, Group, Variable
 
-#: numpy.load shows no folders, so their names are part of those of the arrays.
+#: Separator of site and variable in the name of an array.
 SEPARATOR = "/"
 
 
 def write_npz(content: ExportContent, path: Path) -> list[str]:
-    """Write an archive; there is nothing to note.
+    """Write an archive. Returns no notes.
 
     Raises:
-        OptionError: A text ends with NUL, which NumPy would cut off.
+        OptionError: A string ends with NUL, which NumPy would cut off.
     """
-    # Not compressed, as numpy.savez: gates hardly become smaller.
+    # Not compressed, as in numpy.savez: gates compress badly.
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         attributes: dict[str, Any] = dict(content.attributes)
         for group in content.groups():
@@ -53,16 +53,18 @@ def _write_array(archive: zipfile.ZipFile, group: Group, variable: Variable) -> 
 
 
 def _text_type(name: str, variable: Variable) -> np.dtype[Any]:
-    """As wide as the longest of its texts: objects would have to be pickled."""
+    """Return a fixed-width string type: an array of objects would have to be pickled."""
     longest = 0
     for part, block in variable.blocks():
-        require_representable("npz", name, part.start, block, _is_kept, "a text that ends with NUL")
+        require_representable(
+            "npz", name, part.start, block, _is_kept, "a string that ends with NUL"
+        )
         longest = max((longest, *map(len, block)))
     return np.dtype(f"<U{max(1, longest)}")
 
 
 def _is_kept(text: str) -> bool:
-    # NumPy pads shorter texts with NUL, and takes trailing ones for padding.
+    # NumPy pads strings with NUL and strips trailing NULs.
     return not text.endswith(NUL)
 
 

@@ -1,10 +1,10 @@
-"""A file that HDF5 can close whatever the disk says.
+"""Output files of exports: atomic creation, and deferred errors for HDF5.
 
-Where a write fails, HDF5 cannot close its file any more: it stays open until the process ends,
-which may then abort (seen with h5py 3.16 and h5netcdf 1.8). So HDF5 writes through this, which
-keeps the first error to itself and takes no more. What was written is discarded then.
+After a failed write, HDF5 cannot close its file: the file stays open until the process ends, which
+may then abort (h5py 3.16, h5netcdf 1.8). Therefore HDF5 writes through `DeferredErrorFile`, which
+stores the first error, ignores further writes and raises later.
 
-What is exported appears under its name whole, or not at all; nothing is overwritten.
+`atomic_output` publishes an export when it is complete and never overwrites a file.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from grutrace.storage.hdf5.errors import short_message
 
 
 class DeferredErrorFile(io.RawIOBase):
-    """A new file for writing and reading that raises nothing while HDF5 is at it.
+    """A new file for HDF5 that stores write errors instead of raising them.
 
     Args:
-        path: Of the file.
+        path: Path of the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -34,12 +34,12 @@ class DeferredErrorFile(io.RawIOBase):
         self._error: OSError | None = None
 
     def check(self) -> None:
-        """Raise what has gone wrong by now, if anything has."""
+        """Raise the stored error, if any."""
         if self._error is not None:
             raise self._error
 
     def write(self, data: Any) -> int:
-        """Write all of it, or pretend to."""
+        """Write all data. After an error, do nothing."""
         rest = memoryview(data).cast("B")
         size = len(rest)
         try:
@@ -50,14 +50,14 @@ class DeferredErrorFile(io.RawIOBase):
         return size
 
     def readinto(self, buffer: Any) -> int:
-        """Read; what is not there is zeros."""
+        """Read data. Bytes after the end of the file are zeros."""
         target = memoryview(buffer).cast("B")
         count = self._file.readinto(target) or 0
         target[count:] = bytes(len(target) - count)
         return len(target)
 
     def truncate(self, size: int | None = None) -> int:
-        """Make it so long, or pretend to."""
+        """Set the size. After an error, do nothing."""
         try:
             if self._error is None:
                 return self._file.truncate(size)
@@ -66,37 +66,37 @@ class DeferredErrorFile(io.RawIOBase):
         return self._file.tell() if size is None else size
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a place."""
+        """Set the position."""
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
-        """The present place."""
+        """Return the position."""
         return self._file.tell()
 
     def readable(self) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def writable(self) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
-        """Always."""
+        """Return True."""
         return True
 
     def close(self) -> None:
-        """Close it. Closing twice does nothing."""
+        """Close the file. Closing twice has no effect."""
         self._file.close()
         super().close()
 
 
 @contextmanager
 def open_for_hdf5(path: Path) -> Iterator[DeferredErrorFile]:
-    """A new file for HDF5, which is closed within.
+    """Yield a new file for HDF5 and raise its stored error at the end.
 
     Raises:
-        OSError: Something could not be written.
+        OSError: A write failed.
     """
     with DeferredErrorFile(path) as file:
         yield file
@@ -105,13 +105,13 @@ def open_for_hdf5(path: Path) -> Iterator[DeferredErrorFile]:
 
 @contextmanager
 def atomic_output(path: Path, *, folder: bool) -> Iterator[Path]:
-    """Where to make a file or folder; it takes its place when all went well.
+    """Yield a temporary path for a file or folder, and rename it to `path` on success.
 
     Raises:
-        TraceFileError: There is something in its place, or it cannot be written.
+        TraceFileError: The path exists or cannot be written.
     """
     if path.exists() or path.is_symlink():
-        raise TraceFileError(f"{path} exists: name another place to export to")
+        raise TraceFileError(f"{path} exists: choose another path")
     new = temporary_path(path, "w")
     try:
         with _writing(path):
@@ -119,7 +119,7 @@ def atomic_output(path: Path, *, folder: bool) -> Iterator[Path]:
                 new.mkdir()
             yield new
             if folder:
-                # Unlike a file, a folder does not replace another one that has something in it.
+                # Unlike a file, a folder never replaces a folder that is not empty.
                 new.rename(path)
             else:
                 publish(new, path, "w")
@@ -133,8 +133,8 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except GrutraceError:
-        # The trace cannot be read: an error that names another file.
+        # An error of reading the trace names the file of the trace.
         raise
     except OSError as error:
-        # Without the name of the file that is being made, which is a temporary one.
+        # The message of the error would name the temporary file.
         raise TraceFileError(f"{path} cannot be written: {short_message(error)}") from error

@@ -1,4 +1,7 @@
-"""What not every format or file system can hold: names that differ only in case, and NUL."""
+"""Names and strings that some formats or file systems cannot store.
+
+These are names that differ only in case, and strings with NUL.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,12 @@ from pathlib import Path
 from grutrace.errors import OptionError, short_repr
 from grutrace.records import Array
 
-#: Ends a text in C, so formats that keep texts as C does lose it, or what follows it.
+#: The end of a string in C. Formats with C strings lose it, or the characters after it.
 NUL = "\0"
 
 
 def case_collisions(names: Iterable[str]) -> list[list[str]]:
-    """Group the names that differ from each other only in case; each list holds two or more."""
+    """Return the groups of two or more names that differ only in case."""
     alike: defaultdict[str, list[str]] = defaultdict(list)
     for name in dict.fromkeys(names):
         alike[name.casefold()].append(name)
@@ -22,14 +25,19 @@ def case_collisions(names: Iterable[str]) -> list[list[str]]:
 
 
 def file_names(names: Iterable[str]) -> dict[str, str]:
-    """Give each name a file name that is unique on a file system that ignores case.
+    """Return a file name for each name that is unique on a case-insensitive file system.
 
     Args:
         names: Names of groups, with percent escapes as in the trace file.
 
     Returns:
-        By name, the name itself. Where several differ only in case, their capital letters are
-        percent escapes as well: ``%41.l0`` for ``A.l0``. `urllib.parse.unquote` undoes both.
+        File names by name. If names differ only in case, their capital letters are percent-escaped:
+        ``%41.l0`` for ``A.l0``. `urllib.parse.unquote` reverts all escapes.
+
+    Example:
+        >>> from grutrace.export.portability import file_names
+        >>> file_names(["A.l0", "a.l0", "b.l0"])
+        {'A.l0': '%41.l0', 'a.l0': 'a.l0', 'b.l0': 'b.l0'}
     """
     names = list(names)
     clashing = {name for group in case_collisions(names) for name in group}
@@ -40,7 +48,7 @@ def _escape_capitals(name: str) -> str:
     escaped, rest = "", name
     while rest:
         if rest.startswith("%"):
-            # An escape, whose own digits stay.
+            # The hexadecimal digits of an escape are not escaped again.
             escaped, rest = escaped + rest[:3], rest[3:]
         else:
             letter, rest = rest[0], rest[1:]
@@ -49,11 +57,11 @@ def _escape_capitals(name: str) -> str:
 
 
 def ignores_case(folder: Path, file: str) -> bool:
-    """Whether the file system takes two names that differ only in case for one.
+    """Return whether the file system of a folder ignores case.
 
     Args:
-        folder: Where.
-        file: Name of a file that is there, with a letter in it.
+        folder: The folder.
+        file: Name of an existing file in it, with at least one letter.
     """
     return (folder / file.swapcase()).exists()
 
@@ -61,22 +69,22 @@ def ignores_case(folder: Path, file: str) -> bool:
 def require_representable(
     format: str, where: str, start: int, block: Array, holds: Callable[[str], bool], limit: str
 ) -> None:
-    """Refuse texts that a format would lose or change.
+    """Check that a format can store strings unchanged.
 
     Args:
         format: Name of the format.
         where: Group and name of the variable.
-        start: Index of the first text in the variable.
-        block: Texts.
-        holds: Whether the format keeps a text.
-        limit: What the format cannot hold.
+        start: Index of the first string in the variable.
+        block: The strings.
+        holds: Returns whether the format can store a string.
+        limit: Description of the strings that the format cannot store.
 
     Raises:
-        OptionError: It does not keep one of them; the message says which and where it is.
+        OptionError: A string cannot be stored. The message names the string and its index.
     """
     for index, text in enumerate(block.tolist(), start):
         if not holds(text):
             raise OptionError(
-                f"to: {format} cannot hold {limit}, found {short_repr(text)} in {where}, "
-                f"item {index}: export to zarr or csv, which can"
+                f"to: {format} cannot store {limit}, found {short_repr(text)} in {where}, "
+                f"item {index}: export to zarr or csv"
             )

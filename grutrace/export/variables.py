@@ -1,10 +1,13 @@
-"""What of a trace is exported, whatever the format: variables with named axes, read in blocks.
+"""The exported content of a trace, shared by all formats: variables that are read in blocks.
 
-Rows lie sequence by sequence, each in time order, also where the trace has them call by call: the
-contiguous ragged arrays of the CF conventions, with `length` as their count variable. Names are
-those of `Trace.to_xarray`. N rows, S sequences, U units.
+Rows are sorted by sequence, each in time order, as contiguous ragged arrays of the CF conventions
+with the count variable `length`. Names are those of `Trace.to_xarray`.
 
-Tokens and labels as columns: one value a step, of all steps of a module laid end to end.
+Module contents: `Variable` and `Group`, an array with named axes and a group of them;
+`SiteContent`, `calls_group` and `ExportContent`, the groups of a trace; `AnnotationColumn`, tokens
+and labels of each step.
+
+N rows, S sequences, U units.
 """
 
 from __future__ import annotations
@@ -23,16 +26,16 @@ from grutrace.storage.read.snapshot import TraceSnapshot
 
 
 class AnnotationColumn:
-    """All values of one name: numbers, with nan for none; or texts, empty for none.
+    """The token or label of each step: floats with NaN, or strings with an empty string.
 
     Args:
-        moment: Of the trace.
-        module: Place of the module in the header.
-        name: ``tokens``, or a label's name.
-        text: Whether any of the values is a text; then all are given as texts.
+        snapshot: Snapshot of the trace.
+        module: Index of the module in the header.
+        name: Name of the label, or ``tokens``.
+        text: Whether any value is a string. Then all values are strings.
 
     Attributes:
-        name: As given.
+        name: Name of the label, or ``tokens``.
         dtype: float64, or `str`.
     """
 
@@ -43,7 +46,7 @@ class AnnotationColumn:
         self._index = snapshot.index(module)
 
     def read(self, start: int, stop: int) -> Array:
-        """(stop - start,) the values of these steps."""
+        """Return the values of these steps, (stop - start,)."""
         index = self._index
         text = self.dtype is str
         found = np.full(stop - start, "" if text else np.nan, object if text else np.float64)
@@ -62,7 +65,7 @@ class AnnotationColumn:
 
 
 def as_text(value: str | float | None) -> str:
-    """A value as a text, empty for none; a whole number without a point."""
+    """Return a value as a string: empty for None and NaN, an integer without a decimal point."""
     if value is None or value != value:
         return ""
     if isinstance(value, str):
@@ -83,60 +86,60 @@ def annotation_columns(snapshot: TraceSnapshot, module: int) -> Iterator[Annotat
         yield AnnotationColumn(snapshot, module, name, text=has_text[name])
 
 
-#: What the variables are, for those who find them in a file.
+#: The `long_name` attributes of the variables.
 LONG_NAMES = {
     "reset": "reset gate r",
-    "update": "update gate z: h = (1 - z) n + z h', so where z is 1 the state is kept",
+    "update": "update gate z: h = (1 - z) n + z h', so the state is kept where z is 1",
     "candidate": "candidate state n",
     "hidden": "hidden state h after the step",
-    "input": "what the layer read",
-    "initial": "state that the sequence began from",
+    "input": "input of the layer",
+    "initial": "initial state of the sequence",
     "unit": "number of the unit",
-    "length": "steps of the sequence",
-    "sequence": "number of the sequence that the step is of",
-    "time": "which step of its sequence it is, from 0",
+    "length": "number of steps of the sequence",
+    "sequence": "sequence of the step",
+    "time": "step within the sequence, from 0",
     "token": "token of the step",
-    "call": "the call that made the step, a row of calls",
-    "first_call": "the call that the sequence began in, a row of calls",
-    "place": "its place in the batch of that call",
-    "parent": "the sequence from whose middle it began, -1 for none",
-    "parent_steps": "how many steps that had made by then, -1 for none",
+    "call": "call of the step, a row of calls",
+    "first_call": "first call of the sequence, a row of calls",
+    "place": "batch index of the sequence in its first call",
+    "parent": "sequence that the sequence was forked from, -1 for none",
+    "parent_steps": "number of steps that the parent had made at the fork, -1 for none",
     "tag": "tag of the call",
 }
 
-#: Those of the table of all calls, where the same name may stand for something else.
+#: The `long_name` attributes of the table of calls. Some names have another meaning there.
 CALL_LONG_NAMES = {
-    "time": "when the call was recorded, in seconds since 1970-01-01 00:00 UTC",
-    "module": "path of the module that was called, empty for the model itself",
+    "time": "time of the call, in seconds since 1970-01-01 00:00 UTC",
+    "module": "path of the module, empty for the model itself",
     "tag": "tag of the call",
-    "weights": "version of the module's weights that the call used, from 0",
+    "weights": "version of the module's weights, from 0",
     "training": "1 in training mode, 0 in evaluation mode",
-    "batch": "sequences in the batch of the call",
-    "steps": "steps of all sequences of the call together",
-    "residual": "largest |recomputed h - the kernel's h| of the call, nan where unknown",
+    "batch": "number of sequences in the batch",
+    "steps": "total number of steps of all sequences of the call",
+    "residual": "largest |replayed h - kernel's h| of the call, NaN if unknown",
     "proof": "whether the gates of the call are proven, unchecked or unproven",
-    "rank": "rank of the process that recorded the call",
+    "rank": "rank of the recording process",
 }
 
-#: How much is brought into memory at once, unless the format says otherwise. Bytes.
+#: Bytes that are read at once, unless the format sets another size.
 BLOCK = 16 * 1024 * 1024
 
-#: How much is gathered at once of sequences that took many calls. The steps of one lie among those
-#: of all others in its batch, which are read along, so it should be many sequences. Bytes.
+#: Bytes that are read at once if sequences span several calls. Their steps alternate with those of
+#: the other sequences of the batch, so reading many sequences at once avoids reading rows twice.
 GATHER_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class Variable:
-    """An array that is read a part at a time.
+    """An array with named axes that is read in blocks.
 
     Attributes:
-        name: Its name.
-        axes: Names of its axes.
-        shape: How long they are.
-        dtype: Type of the elements; `str` for texts of any length.
-        read: Gives the items from one number to another along the first axis.
-        description: What it is, in words, where the name alone does not say it.
+        name: Name of the variable.
+        axes: Names of the axes.
+        shape: Lengths of the axes.
+        dtype: Type of the elements; `str` for strings of any length.
+        read: Returns the items from start to stop along the first axis.
+        description: Long name, if it differs from that in `LONG_NAMES`.
     """
 
     name: str
@@ -148,7 +151,7 @@ class Variable:
 
     @property
     def long_name(self) -> str:
-        """What it is, in words."""
+        """Description of the variable, for its `long_name` attribute."""
         if self.description:
             return self.description
         label = f"label {self.name.removeprefix('label_')} of the step"
@@ -156,18 +159,18 @@ class Variable:
 
     @property
     def is_text(self) -> bool:
-        """Whether its elements are texts."""
+        """Whether the elements are strings."""
         return self.dtype is str
 
     def items_per_block(self, size: int | None = None) -> int:
-        """How many items fit in so many bytes (`BLOCK`), at least one. Of texts it is a guess."""
+        """Return how many items fit in `size` bytes (`BLOCK`), at least one; strings count 64."""
         width = 64 if self.dtype is str else np.dtype(self.dtype).itemsize
         for length in self.shape[1:]:
             width *= length
         return max(1, (BLOCK if size is None else size) // max(1, width))
 
     def blocks(self, items: int | None = None) -> Iterator[tuple[slice, Array]]:
-        """Yield all of it, so many items at a time, each time with where they go."""
+        """Yield all items in blocks, each with its position."""
         each = items or self.items_per_block()
         for start in range(0, self.shape[0], each):
             stop = min(start + each, self.shape[0])
@@ -176,12 +179,12 @@ class Variable:
 
 @dataclass(frozen=True)
 class Group:
-    """Variables that belong together: a site, or the table of all calls.
+    """A group of variables: a site, or the table of calls.
 
     Attributes:
-        name: Fit to be the name of a file or of a group, with no slash in it.
-        variables: What is in it.
-        about: What is known of it as a whole: texts, whole numbers, numbers.
+        name: Name of the group, valid as the name of a file.
+        variables: Variables of the group.
+        attributes: Attributes of the group: strings, ints and floats.
     """
 
     name: str
@@ -190,7 +193,7 @@ class Group:
 
     @property
     def axes(self) -> dict[str, int]:
-        """All axes, and how long they are."""
+        """Lengths of all axes, by name."""
         return {
             axis: length
             for variable in self.variables
@@ -198,7 +201,7 @@ class Group:
         }
 
     def variable_attributes(self, variable: Variable) -> dict[str, str]:
-        """What formats with attributes say of a variable, in the words of the CF conventions."""
+        """Return the attributes of a variable, after the CF conventions."""
         found = {"long_name": variable.long_name}
         if variable.name == "length":
             found["sample_dimension"] = "step"
@@ -212,14 +215,14 @@ class Group:
 
 
 class SiteContent:
-    """What is exported of one site.
+    """The exported content of one site.
 
     Args:
-        moment: Of the trace.
-        number: Place of the module in the header.
+        snapshot: Snapshot of the trace.
+        number: Index of the module in the header.
         site: The site.
-        quantities: Which quantities, all of which can be read there.
-        advance: Called with how many rows of a quantity were read.
+        quantities: Exported quantities, which are all available.
+        advance: Called with the number of rows of a quantity that were read.
     """
 
     def __init__(
@@ -237,13 +240,13 @@ class SiteContent:
         self.row_count = snapshot.extent(number).rows
 
     def group(self) -> Group:
-        """All of it."""
+        """Return all variables and attributes of the site."""
         name = group_name(self.site.name)
         variables = (*self.rows(), *self.per_step(), *self.per_sequence(), self.units())
         return Group(name, variables, self._attributes())
 
     def rows(self) -> Iterator[Variable]:
-        """The quantities, (N, U) each, or (N, I) for the input."""
+        """Yield the quantities, (N, U), or (N, I) for the input."""
         for name in self.quantities:
             yield self._rows_variable(name, self._snapshot.rows(self.number, self.site, name))
 
@@ -258,7 +261,7 @@ class SiteContent:
         return Variable(name, axes, (rows.shape[0], rows.shape[1]), rows.dtype, advancing)
 
     def per_step(self) -> Iterator[Variable]:
-        """What each step is: its sequence, its number in it, its call, token, labels; (N,) each."""
+        """Yield sequence, time, call, tag, token and labels of each step, (N,) each."""
         index = self.index
         ends = index.first_positions + index.lengths
         tags = self._snapshot.tags
@@ -282,7 +285,7 @@ class SiteContent:
             yield Variable(name, ("step",), (self.row_count,), column.dtype, column.read)
 
     def per_sequence(self) -> Iterator[Variable]:
-        """What each sequence is, and the state that it began from."""
+        """Yield the initial states, (S, U), and length, first call and parent, (S,) each."""
         index, count = self.index, len(self.index)
         initial = self._snapshot.initial(self.number, self.site)
         shape = count, initial.shape[1]
@@ -301,7 +304,7 @@ class SiteContent:
             yield _in_memory_variable(name, "instance", values)
 
     def units(self) -> Variable:
-        """(U,) the numbers of the units."""
+        """Return the numbers of the units, (U,)."""
         numbers = self.site.units or range(self.module.hidden_size)
         return _in_memory_variable("unit", "unit", np.array(numbers, np.int64))
 
@@ -324,11 +327,11 @@ class SiteContent:
 
 
 class _SequenceOrderedRows:
-    """Rows sequence by sequence.
+    """The rows of a quantity, sorted by sequence.
 
     Args:
-        index: Of the module.
-        rows: As they lie in the trace.
+        index: Index of the module's sequences.
+        rows: The rows in the order of recording.
     """
 
     def __init__(self, index: SequenceIndex, rows: Rows) -> None:
@@ -337,7 +340,7 @@ class _SequenceOrderedRows:
         self._buffer, self._buffer_start = np.empty((0, rows.shape[1]), rows.dtype), 0
 
     def read(self, start: int, stop: int) -> Array:
-        """The rows at these places."""
+        """Return the rows at these positions."""
         if self._is_contiguous:
             return self._read(start, stop)
         if not self._buffer_start <= start <= stop <= self._buffer_start + len(self._buffer):
@@ -353,12 +356,12 @@ class _SequenceOrderedRows:
 
 @dataclass(frozen=True)
 class ExportContent:
-    """What is exported of a trace.
+    """The exported content of a trace.
 
     Attributes:
-        sites: In the model's order, at least one.
-        calls: The table of all calls.
-        about: What is known of the trace as a whole.
+        sites: Exported sites in model order, at least one.
+        calls: The table of calls.
+        attributes: Attributes of the trace.
     """
 
     sites: tuple[SiteContent, ...]
@@ -366,14 +369,14 @@ class ExportContent:
     attributes: Mapping[str, str | int | float]
 
     def groups(self) -> Iterator[Group]:
-        """Yield the table of calls, and a group a site."""
+        """Yield the table of calls and one group for each site."""
         yield self.calls
         for site in self.sites:
             yield site.group()
 
 
 def calls_group(snapshot: TraceSnapshot) -> Group:
-    """The table of all calls, as `Trace.calls` has it."""
+    """Return the table of calls; see `Trace.calls`."""
     calls = snapshot.calls
     columns = {name: calls[name] for name in calls.dtype.names or ()}
     variables = tuple(
@@ -389,12 +392,12 @@ def calls_group(snapshot: TraceSnapshot) -> Group:
 
 
 def texts(values: Array) -> Array:
-    """Objects as texts, with an empty one for None."""
+    """Return objects as strings, with an empty string for None."""
     return np.array(["" if each is None else str(each) for each in values], object)
 
 
 def _in_memory_variable(name: str, axis: str, values: Array, description: str = "") -> Variable:
-    """A variable that is in memory, since it is small."""
+    """Return a variable with small values in memory."""
     dtype = str if values.dtype == object else values.dtype
     if values.dtype == bool:
         values, dtype = values.astype(np.int8), np.dtype(np.int8)

@@ -1,7 +1,7 @@
-"""Zarr: a folder of chunks, one group a site. Format 2, which every reader of Zarr knows.
+"""Export to Zarr format 2, which all Zarr readers support: one group per site.
 
-Arrays name their axes as xarray does (`_ARRAY_DIMENSIONS`), and the metadata is consolidated, so
-that `xarray.open_zarr(path, group=...)` opens a site.
+Arrays have xarray's `_ARRAY_DIMENSIONS` attribute, and the metadata is consolidated, so
+`xarray.open_zarr(path, group=...)` opens a site.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from grutrace.errors import TraceFileError, require_extra
 from grutrace.export.portability import case_collisions, ignores_case
 from grutrace.export.variables import ExportContent, Group, Variable
 
-#: The size of a chunk of rows, which is a file. Bytes.
+#: Bytes of a chunk of rows. Each chunk is a file.
 CHUNK = 8 * 1024 * 1024
 
-#: The files of a store that hold its metadata and that of everything in it.
+#: Metadata files of a store: its own, and the consolidated metadata.
 GROUP, CONSOLIDATED = ".zgroup", ".zmetadata"
 
 
 def write_zarr(content: ExportContent, path: Path) -> list[str]:
-    """Write into a folder; there is nothing to note.
+    """Write a store into a folder. Returns no notes.
 
     Raises:
         MissingExtraError: zarr is not installed.
@@ -49,22 +49,23 @@ def write_zarr(content: ExportContent, path: Path) -> list[str]:
 
 
 def _require_distinct_folders(path: Path, groups: Sequence[Group]) -> None:
-    """Refuse names that would be one folder."""
+    """Check that no two names are the same folder on a case-insensitive file system."""
     names = [f"{group.name}/{each.name}" for group in groups for each in group.variables]
     clashes = case_collisions([*(group.name for group in groups), *names])
     if clashes and ignores_case(path, GROUP):
         found = " and ".join(map(repr, clashes[0]))
         raise TraceFileError(
-            f"{path.parent} cannot hold {found}, which differ only in case, as folders of a Zarr "
-            "store: export to csv, npz or netcdf, or one of them at a time with sites"
+            f"the file system of {path.parent} ignores case, and cannot store {found}, which "
+            "differ only in case: export to csv, npz or netcdf, or export each separately with "
+            "sites="
         )
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put metadata of the same group side by side, where zarr looks for it.
+    """Sort the consolidated metadata by name, so that the entries of a group are consecutive.
 
-    zarr 3 writes it in an order that ignores case, and reading takes neighbours together: of two
-    groups whose names differ only in case the last variables alone were found.
+    zarr 3 writes the entries in an order that ignores case, and reads consecutive entries as one
+    group. For two groups whose names differ only in case, it found only the last variables.
     """
     content = json.loads(path.read_text(encoding="utf-8"))
     content["metadata"] = dict(sorted(content["metadata"].items()))
@@ -78,9 +79,9 @@ def _write_array(target: Any, variable: Variable) -> Any:
         shape=variable.shape,
         dtype=str if variable.is_text else variable.dtype,
         chunks=(items, *(max(1, length) for length in variable.shape[1:])),
-        # Gates hardly become smaller.
+        # Gates compress badly.
         compressors=None,
-        # xarray would take values that are like it for missing ones.
+        # xarray treats values that are equal to the fill value as missing.
         fill_value=None,
     )
     for part, block in variable.blocks(items):

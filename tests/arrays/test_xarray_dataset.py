@@ -270,3 +270,11 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "xarray", None)
     with pytest.raises(MissingExtraError, match=r'needs xarray, .* pip install "xarray'):
         trace.to_xarray("encoder.rnn.l0")
+
+
+def test_what_is_missing_is_said_at_the_first_import(monkeypatch):
+    monkeypatch.delitem(sys.modules, "grutrace.arrays.xarray_dataset")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "xarray"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MissingExtraError, match=r'needs xarray, .* pip install "xarray'):
+        in_memory(full_stream()).to_xarray("encoder.rnn.l0")

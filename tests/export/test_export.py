@@ -52,7 +52,7 @@ def test_nothing_is_overwritten(trace, tmp_path, to, there) -> None:
         path.mkdir()
     else:
         path.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(grutrace.TraceFileError, match="out exists: name another"):
+    with pytest.raises(grutrace.TraceFileError, match="out exists: choose another"):
         export_trace(trace, path, to)
     assert [each.name for each in tmp_path.iterdir()] == ["out"]
     assert there != "file" or path.read_bytes() == b"mine"

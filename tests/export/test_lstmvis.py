@@ -208,8 +208,8 @@ def test_what_it_cannot_show_is_noted(tmp_path) -> None:
         layer(input)
     notes = export_trace(tracer, tmp_path / "out", "lstmvis").notes
     assert [note.partition(",")[0] for note in notes] == [
-        "model: some values are no finite numbers",
-        "model: it has no tokens",
+        "model: some values are NaN or infinite",
+        "model: there are no tokens",
     ]
     (project,) = projects(tmp_path / "out").values()
     assert project.sequence == ["0", "1", "2", "3"]
@@ -233,6 +233,6 @@ def test_gates_are_unsigned_and_searched_by_letter(folder, tmp_path) -> None:
 def test_a_trace_without_steps_is_refused(tmp_path) -> None:
     with grutrace.Tracer(nn_gru(), recording=False) as tracer:
         pass
-    with pytest.raises(grutrace.NotRecordedError, match="nothing to show"):
+    with pytest.raises(grutrace.NotRecordedError, match="nothing to export"):
         export_trace(tracer, tmp_path / "out", "lstmvis")
     assert not list(tmp_path.iterdir())

@@ -9,7 +9,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from grutrace.errors import NotRecordedError, StateError, join_names, short_repr, suggest_name
+from grutrace.errors import (
+    NotRecordedError,
+    StateError,
+    join_names,
+    require_extra,
+    short_repr,
+    suggest_name,
+)
 from grutrace.records import Array, ModuleInfo, Site, TraceHeader
 from grutrace.reprs import wrapped
 from grutrace.storage.format.tables import Tables
@@ -309,7 +316,8 @@ class Trace:
             >>> tracer.to_xarray("l0", padded=True)["update"].dims
             ('sequence', 'time', 'unit')
         """
-        from grutrace.arrays.xarray_dataset import to_xarray
+        with require_extra("to_xarray", "xarray"):
+            from grutrace.arrays.xarray_dataset import to_xarray
 
         return to_xarray(self._refresh_snapshot(), *self._find_site(site), padded=padded)
 

@@ -107,7 +107,9 @@ def test_a_file_that_is_no_part_of_the_run_is_left_out(path):
 def test_a_missing_part_is_an_error(path):
     write_run(path)
     part_path(path, 2).unlink()
-    with pytest.raises(TraceFileError, match=r"run.part0002.h5 is missing, and run.part0003.h5 is"):
+    with pytest.raises(
+        TraceFileError, match=r"run.part0002.h5 is missing, and run.part0003.h5 exists"
+    ):
         open_trace(path)
     part_path(path, 3).unlink()
     with open_trace(path) as trace:

@@ -176,7 +176,7 @@ def other_model(path, paths):
         (no_trace, r"run\.rank0000\.h5"),
         (
             other_model,
-            r"rank0001\.h5 does not go together with .*rank0000\.h5: hidden_size .*"
+            r"rank0001\.h5 and .*rank0000\.h5 cannot be read as one trace: hidden_size .*"
             "the first has 4, this one has 3",
         ),
     ],
