@@ -74,7 +74,7 @@ REFUSED = {
     "a name twice": (second_module, "a unique name for each site"),
     "another input for the other direction": (another_input, "l0_reverse/input.*input of l0"),
     "derived of some units": (attribute(SITE, "derived", "reset"), "'derived'"),
-    "a reference": (lambda f: attribute("/", "model", f.ref)(f), "'model': expected str"),
+    "a reference": (lambda f: attribute("/", "model", f.ref)(f), "'model': expected a string"),
     "a fork of no steps": (lambda f: fork(f, 2**63), "forks.steps"),
     "half a word": (lambda f: f["values"].__setitem__(0, 0.5), "values"),
 }

@@ -37,6 +37,9 @@ _MODULE = {
 
 _SITE = {"name": str, "layer": int, "reverse": bool, "input_size": int}
 
+#: Types of attributes, for error messages.
+_TYPE_NAMES = {str: "a string", int: "an integer", float: "a float", bool: "a boolean"}
+
 #: Kinds of files that grutrace writes, by their format, for error messages.
 _KINDS = {
     FORMAT: "a trace: open it with grutrace.open",
@@ -168,7 +171,8 @@ def check_version(file: h5py.File, newest: int) -> None:
 def _attribute(group: h5py.Group, name: str, kind: type) -> Any:
     value = _value(group, name, kind)
     if type(value) is not kind:
-        raise FormatError(_attribute_path(group, name), kind.__name__, type(value).__name__)
+        found = _TYPE_NAMES.get(type(value), type(value).__name__)
+        raise FormatError(_attribute_path(group, name), _TYPE_NAMES[kind], found)
     return value
 
 
@@ -180,12 +184,12 @@ def _value(group: h5py.Group, name: str, kind: type) -> Any:
     try:
         attribute = group.attrs.get_id(name)
     except KeyError:
-        raise FormatError(_attribute_path(group, name), kind.__name__, "nothing") from None
+        raise FormatError(_attribute_path(group, name), _TYPE_NAMES[kind], "nothing") from None
     if attribute.shape != ():
         raise FormatError(_attribute_path(group, name), "a scalar", f"shape {attribute.shape}")
     text = h5py.check_string_dtype(attribute.dtype)
     if attribute.dtype.kind not in "biuf" and not (text and text.length is None):
-        raise FormatError(_attribute_path(group, name), kind.__name__, attribute.dtype)
+        raise FormatError(_attribute_path(group, name), _TYPE_NAMES[kind], attribute.dtype)
     value = np.zeros((), attribute.dtype)
     attribute.read(value)
     found = value.item()

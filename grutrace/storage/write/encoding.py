@@ -140,43 +140,43 @@ class RecordEncoder:
         else:
             yield from self._encode_annotation(record)
 
-    def _encode_call(self, block: CallRecord) -> Iterator[Entry]:
-        paths, first = self._paths[block.module], self._sequences[block.module]
+    def _encode_call(self, call: CallRecord) -> Iterator[Entry]:
+        paths, first = self._paths[call.module], self._sequences[call.module]
         for suffix, quantities, initial, checks in paths.sites:
-            site = block.sites[suffix]
+            site = call.sites[suffix]
             for quantity, path in quantities:
                 yield path, site.rows[quantity]
             yield initial, site.initial
             yield checks, np.array([(site.residual, site.tolerance, site.precision)], CHECK)
-        pieces = np.empty(len(block.steps), PIECE)
-        pieces["sequence"] = block.sequences
+        pieces = np.empty(len(call.steps), PIECE)
+        pieces["sequence"] = call.sequences
         pieces["sequence"] += np.uint64(first)
-        pieces["steps"] = block.steps
+        pieces["steps"] = call.steps
         yield paths.pieces, pieces
-        yield "calls", self._encode_call_entry(block)
-        if block.forks:
+        yield "calls", self._encode_call_entry(call)
+        if call.forks:
             forks = [
-                (block.module, first + fork.sequence, first + fork.parent, fork.steps)
-                for fork in block.forks
+                (call.module, first + fork.sequence, first + fork.parent, fork.steps)
+                for fork in call.forks
             ]
             yield "forks", np.array(forks, FORK)
-        if block.origins:
+        if call.origins:
             marks = [
                 (
-                    block.module,
+                    call.module,
                     self._strings.intern_optional(MARK_PREFIX + origin.mark),
                     first + origin.sequence,
                     *(0, 0, False),
                 )
-                for origin in block.origins
+                for origin in call.origins
             ]
             yield "annotations", np.array(marks, ANNOTATION)
 
-    def _encode_call_entry(self, block: CallRecord) -> Array:
-        weights = self._versions[block.module] + block.weights
-        tag = self._strings.intern_optional(block.tag)
-        call = (block.time, block.module, tag, weights, len(block.steps), block.training)
-        return np.array([call], CALL)
+    def _encode_call_entry(self, call: CallRecord) -> Array:
+        weights = self._versions[call.module] + call.weights
+        tag = self._strings.intern_optional(call.tag)
+        entry = (call.time, call.module, tag, weights, len(call.steps), call.training)
+        return np.array([entry], CALL)
 
     def _encode_weights(self, weights: WeightsRecord) -> Iterator[Entry]:
         module = self._modules[weights.module]

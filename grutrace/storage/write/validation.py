@@ -44,7 +44,7 @@ class RecordValidator:
     """
 
     def __init__(self, modules: Sequence[ModuleInfo]) -> None:
-        self._plans = [_module_checks(module) for module in modules]
+        self._checks = [_module_checks(module) for module in modules]
 
     def validate(self, record: Record) -> None:
         """Check a record and count it.
@@ -53,15 +53,15 @@ class RecordValidator:
             SinkError: The record is inconsistent, and is not counted. The message names the
                 record, the expected value and the found value.
         """
-        if not 0 <= record.module < len(self._plans):
-            raise _error("a record", f"a module below {len(self._plans)}", record.module)
-        plan = self._plans[record.module]
+        if not 0 <= record.module < len(self._checks):
+            raise _error("a record", f"a module below {len(self._checks)}", record.module)
+        checks = self._checks[record.module]
         if isinstance(record, CallRecord):
-            _validate_call(plan, record)
+            _validate_call(checks, record)
         elif isinstance(record, WeightsRecord):
-            _validate_weights(plan, record)
+            _validate_weights(checks, record)
         else:
-            _validate_annotation(plan, record)
+            _validate_annotation(checks, record)
 
 
 def _module_checks(module: ModuleInfo) -> _ModuleChecks:
@@ -79,94 +79,96 @@ def _widths(module: ModuleInfo, site: Site) -> tuple[tuple[str, int], ...]:
     return tuple((quantity, width(module, site, quantity)) for quantity in site.quantities)
 
 
-def _validate_call(plan: _ModuleChecks, block: CallRecord) -> None:
-    begun = _count_begun(plan, block)
-    if not 0 <= block.weights < plan.versions:
+def _validate_call(checks: _ModuleChecks, call: CallRecord) -> None:
+    begun = _count_begun(checks, call)
+    if not 0 <= call.weights < checks.versions:
         raise _error(
-            _describe_call(plan), f"a version of the weights below {plan.versions}", block.weights
+            _describe_call(checks),
+            f"a version of the weights below {checks.versions}",
+            call.weights,
         )
-    rows = int(block.steps.sum())
-    for suffix, units, quantities in plan.sites:
-        site = block.sites.get(suffix)
+    rows = int(call.steps.sum())
+    for suffix, units, quantities in checks.sites:
+        site = call.sites.get(suffix)
         if site is None:
-            raise _error(_describe_call(plan), f"site {suffix!r}", list(block.sites))
+            raise _error(_describe_call(checks), f"site {suffix!r}", list(call.sites))
         for quantity, columns in quantities:
-            _require_array(plan, suffix, quantity, site.rows.get(quantity), (rows, columns))
-        _require_array(plan, suffix, "initial", site.initial, (begun, units))
-    for fork in block.forks:
-        last = plan.sequences + begun
-        if not (plan.sequences <= fork.sequence < last and 0 <= fork.parent < fork.sequence):
+            _require_array(checks, suffix, quantity, site.rows.get(quantity), (rows, columns))
+        _require_array(checks, suffix, "initial", site.initial, (begun, units))
+    for fork in call.forks:
+        last = checks.sequences + begun
+        if not (checks.sequences <= fork.sequence < last and 0 <= fork.parent < fork.sequence):
             raise _error(
-                _describe_call(plan),
-                f"a fork of sequence {plan.sequences} to {last - 1} from an earlier sequence",
+                _describe_call(checks),
+                f"a fork of sequence {checks.sequences} to {last - 1} from an earlier sequence",
                 fork,
             )
-    for origin in block.origins:
-        begins = plan.sequences <= origin.sequence < plan.sequences + begun
+    for origin in call.origins:
+        begins = checks.sequences <= origin.sequence < checks.sequences + begun
         if not begins or origin.mark not in MARKS:
             raise _error(
-                _describe_call(plan),
+                _describe_call(checks),
                 f"a mark ({', '.join(MARKS)}) of a sequence that begins in this call",
                 origin,
             )
-    plan.sequences += begun
+    checks.sequences += begun
 
 
-def _count_begun(plan: _ModuleChecks, block: CallRecord) -> int:
+def _count_begun(checks: _ModuleChecks, call: CallRecord) -> int:
     """Check the steps and sequences of a call, and return the number of sequences it begins."""
-    steps, sequences = block.steps, block.sequences
+    steps, sequences = call.steps, call.sequences
     if steps.ndim != 1 or steps.shape != sequences.shape:
         raise _error(
-            _describe_call(plan),
+            _describe_call(checks),
             "steps and sequences of shape (B,)",
             (steps.shape, sequences.shape),
         )
     numbers: list[int] = sequences.tolist()
-    unused = plan.sequences
+    unused = checks.sequences
     for number in numbers:
         if number == unused:
             unused += 1
         elif number > unused:
-            raise _error(_describe_call(plan), f"{unused} as the next new sequence", number)
-    begun = unused - plan.sequences
+            raise _error(_describe_call(checks), f"{unused} as the next new sequence", number)
+    begun = unused - checks.sequences
     if begun < len(numbers):
-        if plan.never_continues:
+        if checks.never_continues:
             raise _error(
-                _describe_call(plan),
+                _describe_call(checks),
                 "only new sequences, because the module has a reverse direction",
                 numbers,
             )
         if len(set(numbers)) < len(numbers):
-            raise _error(_describe_call(plan), "each sequence once", numbers)
+            raise _error(_describe_call(checks), "each sequence once", numbers)
     return begun
 
 
 def _require_array(
-    plan: _ModuleChecks, suffix: str, quantity: str, array: Array | None, shape: tuple[int, int]
+    checks: _ModuleChecks, suffix: str, quantity: str, array: Array | None, shape: tuple[int, int]
 ) -> None:
     if array is None:
-        raise _error(_describe_call(plan), f"{suffix}.{quantity}", "nothing")
-    if array.shape != shape or array.dtype != plan.dtype:
+        raise _error(_describe_call(checks), f"{suffix}.{quantity}", "nothing")
+    if array.shape != shape or array.dtype != checks.dtype:
         raise _error(
-            f"{_describe_call(plan)}, {suffix}.{quantity}",
-            f"{plan.dtype} {shape}",
+            f"{_describe_call(checks)}, {suffix}.{quantity}",
+            f"{checks.dtype} {shape}",
             f"{array.dtype} {array.shape}",
         )
 
 
-def _validate_weights(plan: _ModuleChecks, weights: WeightsRecord) -> None:
-    where = f"weights of module {plan.module.path!r}"
-    if weights.version != plan.versions:
-        raise _error(where, f"version {plan.versions}", weights.version)
-    for site in plan.module.sites:
-        shapes = weight_shapes(plan.module, site)
+def _validate_weights(checks: _ModuleChecks, weights: WeightsRecord) -> None:
+    where = f"weights of module {checks.module.path!r}"
+    if weights.version != checks.versions:
+        raise _error(where, f"version {checks.versions}", weights.version)
+    for site in checks.module.sites:
+        shapes = weight_shapes(checks.module, site)
         found = {
             name: array.shape
             for name, array in _site_weights(weights.sites, site.suffix, where).items()
         }
         if found != shapes:
             raise _error(f"{where}, {site.suffix}", shapes, found)
-    plan.versions += 1
+    checks.versions += 1
 
 
 def _site_weights(
@@ -177,18 +179,18 @@ def _site_weights(
     return sites[suffix]
 
 
-def _validate_annotation(plan: _ModuleChecks, annotation: AnnotationRecord) -> None:
-    where = f"{annotation.name!r} of module {plan.module.path!r}"
-    if not 0 <= annotation.sequence < plan.sequences:
-        raise _error(where, f"a sequence below {plan.sequences}", annotation.sequence)
+def _validate_annotation(checks: _ModuleChecks, annotation: AnnotationRecord) -> None:
+    where = f"{annotation.name!r} of module {checks.module.path!r}"
+    if not 0 <= annotation.sequence < checks.sequences:
+        raise _error(where, f"a sequence below {checks.sequences}", annotation.sequence)
     if annotation.first < 0:
         raise _error(where, "a first step of at least 0", annotation.first)
     if len({isinstance(value, str) for value in annotation.values}) > 1:
         raise _error(where, "either strings or numbers only", annotation.values)
 
 
-def _describe_call(plan: _ModuleChecks) -> str:
-    return f"a call of module {plan.module.path!r}"
+def _describe_call(checks: _ModuleChecks) -> str:
+    return f"a call of module {checks.module.path!r}"
 
 
 def _error(where: str, expected: object, found: object) -> SinkError:
