@@ -48,8 +48,8 @@ def _sites(
     layers = [layer_by_layer(module, kernel) for _, kernel in own]
     directions = 2 if getattr(module, "bidirectional", False) else 1
     each = 4 if module.bias else 2
-    for place in range(len(layers[0])):
-        suffix = f"l{place // directions}" + "_reverse" * (place % directions)
+    for index in range(len(layers[0])):
+        suffix = f"l{index // directions}" + "_reverse" * (index % directions)
         if isinstance(module, nn.GRUCell):
             suffix = "cell"
         pieces: dict[int, list[tuple[int, np.ndarray, np.ndarray]]] = {}
@@ -57,12 +57,12 @@ def _sites(
         weights: Arrays = {}
         for (call, kernel), states in zip(own, layers, strict=True):
             names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[:each]
-            used = kernel.weights[each * place : each * (place + 1)]
+            used = kernel.weights[each * index : each * (index + 1)]
             for name, array in zip(names, used, strict=True):
                 weights[f"weights/{call.weights}/{name}"] = array
             for row, sequence in enumerate(call.sequences):
-                read, hidden = states[place][row]
-                initial.setdefault(sequence, kernel.initial[place, row])
+                read, hidden = states[index][row]
+                initial.setdefault(sequence, kernel.initial[index, row])
                 pieces.setdefault(sequence, []).append((call.weights, read, hidden))
         reverse = suffix.endswith("reverse")
         yield f"{path}.{suffix}", weights | _rows(pieces, initial, weights, reverse, module)

@@ -94,7 +94,7 @@ def about(golden: Golden) -> tuple[happened.Arrays, dict[str, Any]]:
     said = {
         "calls": happened.account(golden.calls, found),
         "forks": golden.forks,
-        "annotations": [[*place, named] for place, named in golden.annotations.items()],
+        "annotations": [[*key, named] for key, named in golden.annotations.items()],
         "units": golden.options.get("units"),
     }
     return happened.expected(model, found), said
@@ -131,17 +131,17 @@ def main(folder: Path) -> None:
     torch.set_num_threads(1)
     folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as temporary:
-        place = Path(temporary)
+        traces = Path(temporary)
         makers: dict[str, Callable[[Golden, Path], None]] = {"killed": killed}
         for name, golden in GOLDENS.items():
-            makers.get(name, traced)(golden, place / f"{name}.h5")
+            makers.get(name, traced)(golden, traces / f"{name}.h5")
             if name != "killed":
                 keep_expected(folder, name, *about(golden))
-        run_in_parts(place / "run.h5")
+        run_in_parts(traces / "run.h5")
         for part, (arrays, said) in about_parts().items():
             keep_expected(folder, f"run.part{part:04}", arrays, said)
-        counted(GOLDENS["decoder"], place / "statistics.h5")
-        for path in sorted(place.iterdir()):
+        counted(GOLDENS["decoder"], traces / "statistics.h5")
+        for path in sorted(traces.iterdir()):
             keep(folder, path)
 
 

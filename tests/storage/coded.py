@@ -44,7 +44,7 @@ def block(call, shape):
     begins = not goes_on or call == 0
     first = 0 if goes_on else call * batch
     values = rows(call, batch * steps)
-    quantities = {name: values + place for place, name in enumerate(DEFAULT_RECORD)}
+    quantities = {name: values + index for index, name in enumerate(DEFAULT_RECORD)}
     initial = rows(call, batch if begins else 0)
     return CallRecord(
         module=0,
@@ -89,8 +89,8 @@ def check_trace(trace):
     counts = calls["steps"].tolist()
     values = np.concatenate([rows(call, count) for call, count in enumerate(counts)])
     site = trace["rnn.l0"]
-    for place, name in enumerate(DEFAULT_RECORD):
-        assert np.array_equal(site.rows(name), values + place)
+    for index, name in enumerate(DEFAULT_RECORD):
+        assert np.array_equal(site.rows(name), values + index)
     assert calls["time"].tolist() == list(range(len(calls)))
     assert calls["tag"].tolist() == [f"tag {call // 100}" for call in range(len(calls))]
     assert np.array_equal(calls["residual"], np.arange(len(calls), dtype=np.float32))
@@ -113,8 +113,8 @@ def check_plain(plain):
             for call, _, _, steps in pieces:
                 counts[call] += steps
         values = np.concatenate([rows(call, count) for call, count in enumerate(counts)])
-        for place, name in enumerate(DEFAULT_RECORD):
-            assert np.array_equal(site.rows[name], values + place)
+        for index, name in enumerate(DEFAULT_RECORD):
+            assert np.array_equal(site.rows[name], values + index)
         assert plain.calls["time"].tolist() == list(range(len(counts)))
         tags = [f"tag {call // 100}" for call in range(len(counts))]
         assert [plain.tag(call) for call in plain.calls] == tags

@@ -26,10 +26,10 @@ class Expected:
         found = {}
         for block in self.of(module):
             row = 0
-            for place, (steps, number) in enumerate(
+            for batch_index, (steps, number) in enumerate(
                 zip(block.steps.tolist(), block.sequences.tolist(), strict=True)
             ):
-                found.setdefault(number, []).append((block, place, row, steps))
+                found.setdefault(number, []).append((block, batch_index, row, steps))
                 row += steps
         return found
 
@@ -101,11 +101,15 @@ def _check_sequences(trace, expected):
     for number, module in enumerate(expected.header.modules):
         for sequence, pieces in sorted(expected.sequences(number).items()):
             row = next(rows)
-            block, place, _, _ = pieces[0]
+            block, batch_index, _, _ = pieces[0]
             fork = expected.forks(number).get(sequence)
             assert (row["module"], row["sequence"]) == (module.path, sequence)
             assert expected.blocks[row["call"]] is block
-            assert (row["place"], row["tag"], row["pieces"]) == (place, block.tag, len(pieces))
+            assert (row["place"], row["tag"], row["pieces"]) == (
+                batch_index,
+                block.tag,
+                len(pieces),
+            )
             assert row["steps"] == sum(steps for *_, steps in pieces)
             parent = (fork.parent, fork.steps) if fork else (-1, -1)
             assert (row["parent"], row["parent_steps"]) == parent

@@ -36,15 +36,15 @@ def path(sound, tmp_path):
     return tmp_path / "run.h5"
 
 
-def replace(file, place, data=None, **options):
-    del file[place]
-    file.create_dataset(place, data=data, **options)
+def replace(file, dataset_path, data=None, **options):
+    del file[dataset_path]
+    file.create_dataset(dataset_path, data=data, **options)
 
 
-def set_field(file, place, field, index, value):
-    table = file[place][:]
+def set_field(file, dataset_path, field, index, value):
+    table = file[dataset_path][:]
     table[field][index] = value
-    file[place][:] = table
+    file[dataset_path][:] = table
 
 
 def set_count(file, name, value):
@@ -53,9 +53,9 @@ def set_count(file, name, value):
     file["committed"][()] = counts
 
 
-def link_out(file, place, link):
-    del file[place]
-    file[place] = link
+def link_out(file, dataset_path, link):
+    del file[dataset_path]
+    file[dataset_path] = link
 
 
 def external_storage(file):
@@ -219,10 +219,10 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_one_error_that_names_file_and_place(path, damage):
-    spoil, place = DAMAGES[damage]
+    spoil, message = DAMAGES[damage]
     with h5py.File(path, "r+", libver=("v110", "v110")) as file:
         spoil(file)
-    with pytest.raises(TraceFileError, match=place) as caught:
+    with pytest.raises(TraceFileError, match=message) as caught:
         open_trace(path)
     assert str(path) in str(caught.value)
 

@@ -44,7 +44,7 @@ def write(path, stream, mode="w"):
     file.close()
 
 
-def places(plain):
+def site_groups(plain):
     """The groups of all sites, with what the reader of the format's page finds in them."""
     for module in plain.modules:
         for suffix, site in module.sites.items():
@@ -57,7 +57,7 @@ def arrays(site):
 
 def test_xarray_opens_every_site(path):
     write(path, full_stream())
-    for group, site in places(PlainTrace(path)):
+    for group, site in site_groups(PlainTrace(path)):
         with xarray.open_dataset(path, group=group, engine="h5netcdf") as dataset:
             for name, array in arrays(site).items():
                 assert dataset[name].dims == AXES[name]
@@ -73,7 +73,7 @@ def test_xarray_opens_the_whole_file(path):
     with xarray.open_datatree(path, engine="h5netcdf") as tree:
         assert tree["calls"].dims == ("call",)
         assert tree["calls"].values["time"].tolist() == plain.calls["time"].tolist()
-        for group, site in places(plain):
+        for group, site in site_groups(plain):
             np.testing.assert_array_equal(tree[f"{group}/initial"], site.initial)
 
 
@@ -126,7 +126,7 @@ def test_netcdf_c_opens_the_whole_file(path):
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    for group, site in places(PlainTrace(path)):
+    for group, site in site_groups(PlainTrace(path)):
         for name, array in arrays(site).items():
             dimensions, shape, total = found[f"{group}/{name}"]
             assert (tuple(dimensions), tuple(shape)) == (AXES[name], array.shape)

@@ -69,10 +69,11 @@ def check_plain_site(plain, expected, module, site):
         for quantity in site.quantities:
             exact = expected.rows(module, site.suffix, quantity, number)
             np.testing.assert_array_equal(plain.sequence(number, quantity), exact)
-        places = [
-            (expected.blocks[call], place) for call, place, _, _ in plain.module.pieces[number]
+        pieces_of_plain = [
+            (expected.blocks[call], batch_index)
+            for call, batch_index, _, _ in plain.module.pieces[number]
         ]
-        assert places == [(block, place) for block, place, _, _ in pieces]
+        assert pieces_of_plain == [(block, batch_index) for block, batch_index, _, _ in pieces]
         length = sum(steps for *_, steps in pieces)
         for name, values in plain.module.annotated(number).items():
             exact = expected.annotated(module, number, length)[name]
@@ -192,9 +193,9 @@ def test_the_index_takes_little_beside_the_rows(tmp_path):
 @pytest.mark.parametrize("hidden", [1, 7, 64, 600, 100_000])
 def test_no_chunk_is_too_large_and_rows_fill_theirs(hidden):
     module = make_module(hidden=hidden, width=hidden)
-    for place, column in schema.dataset_specs([module]).items():
+    for dataset_path, column in schema.dataset_specs([module]).items():
         size = np.prod(column.chunks, dtype=float) * column.dtype.itemsize
         assert len(column.chunks) == 1 + len(column.item_shape)
-        assert size <= 1024 * 1024, place
-        if place.endswith(("reset", "update", "candidate", "hidden")):
+        assert size <= 1024 * 1024, dataset_path
+        if dataset_path.endswith(("reset", "update", "candidate", "hidden")):
             assert size > 200_000

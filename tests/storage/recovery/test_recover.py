@@ -84,7 +84,10 @@ def test_all_that_was_committed_and_nothing_else(path, output):
         assert found.calls == len(trace.calls) == opens_anywhere(output)
     assert (found.closed, found.lost, found.reason, found.repaired) == (False, {}, "", 0)
     with h5py.File(path, "r", swmr=True) as old, h5py.File(output) as new:
-        gone = {place: len(old[place]) - len(new[place]) for place in found.dropped}
+        gone = {
+            dataset_path: len(old[dataset_path]) - len(new[dataset_path])
+            for dataset_path in found.dropped
+        }
         assert found.dropped == gone
         assert sum(gone.values()) > 0
         # Nothing but what counts, not even hidden in the last chunk.
@@ -138,10 +141,10 @@ def test_a_compressed_file_stays_compressed(compression, tmp_path, output):
             tracer.flush()
     recover_file(path, output)
     with h5py.File(path) as old, h5py.File(output) as new:
-        place = "modules/%/l0/update"
-        assert new[place]._filters == old[place]._filters != {}
-        np.testing.assert_array_equal(new[place][:], old[place][:])
-        assert new[place].dims[0][0].shape == (160_000,), "its dimension scale"
+        dataset_path = "modules/%/l0/update"
+        assert new[dataset_path]._filters == old[dataset_path]._filters != {}
+        np.testing.assert_array_equal(new[dataset_path][:], old[dataset_path][:])
+        assert new[dataset_path].dims[0][0].shape == (160_000,), "its dimension scale"
     cut = tmp_path / "cut.h5"
     cut.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
     (found,) = recover_file(cut, tmp_path / "cut-clean.h5")
@@ -226,9 +229,9 @@ def test_what_belongs_to_lost_calls_is_lost_with_them(path, output):
         assert found.lost["annotations"] == 200
 
 
-def _header_of(file, place):
+def _header_of(file, dataset_path):
     """Where the object header of a dataset is."""
-    return h5py.h5o.get_info(file[place].id).addr
+    return h5py.h5o.get_info(file[dataset_path].id).addr
 
 
 def test_a_header_that_was_half_written(path, output):

@@ -153,8 +153,8 @@ def test_rows_beyond_what_counts_are_written_over(tmp_path):
     path = tmp_path / "run.h5"
     coded.write(path, "stepwise", calls=3)
     with h5py.File(path, "r+", libver=("v110", "v110")) as file:
-        for place in ("modules/rnn/l0/update", "modules/rnn/pieces", "calls", "characters"):
-            file[place].resize(len(file[place]) + 5, 0)
+        for dataset_path in ("modules/rnn/l0/update", "modules/rnn/pieces", "calls", "characters"):
+            file[dataset_path].resize(len(file[dataset_path]) + 5, 0)
     sink = FileSink(path, coded.HEADER, "a")
     sink.append(coded.weights())
     sink.append(coded.block(0, "stepwise"))

@@ -411,8 +411,8 @@ def test_what_is_worth_a_copy():
         counts = {"calls": calls, "modules/rnn/pieces": calls, "modules/rnn/l0/initial": calls}
         weights = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         counts |= {f"modules/rnn/l0/{name}": 1 for name in weights}
-        return {place: counts.get(place, rows if column.axes else 0)
-                for place, column in columns.items()}  # fmt: skip
+        return {dataset_path: counts.get(dataset_path, rows if column.axes else 0)
+                for dataset_path, column in columns.items()}  # fmt: skip
 
     assert compact.should_compact(header, items(10))
     assert compact.should_compact(header, items(100))
