@@ -14,7 +14,7 @@ from grutrace.statistics.moments import empty_stats, merge_stats, summarize_bloc
 from grutrace.statistics.results import SiteStatistics, UnitStatistics
 from grutrace.storage.format.schema import width
 
-#: What is counted at a time: much for NumPy, little for a processor's cache. Elements.
+#: Number of elements that are counted at a time: many for NumPy, few enough for the CPU cache.
 BLOCK_ELEMENTS = 128 * 1024
 
 
@@ -58,7 +58,7 @@ class QuantityAccumulator:
     def add(self, rows: Array) -> None:
         """Add (n, width) rows."""
         step = max(1, self._block_elements // max(1, self.width))
-        # A gate may have any value in a model that has gone astray, and its squares none.
+        # In a diverged model a gate can have any value, and its squares overflow.
         with np.errstate(over="ignore", invalid="ignore"):
             for start in range(0, len(rows), step):
                 self._add(np.ascontiguousarray(rows[start : start + step]))
@@ -69,7 +69,7 @@ class QuantityAccumulator:
             counts, units["underflow"], units["overflow"] = self.bins.histogram(
                 values, units["minimum"].min(), units["maximum"].max()
             )
-            # What is not finite stands there as a zero.
+            # Non-finite values were replaced by 0.
             zero = int(np.searchsorted(self.bins.edges, 0.0, "right")) - 1
             counts[:, zero] -= missing
             self.histogram += counts
@@ -82,13 +82,13 @@ class QuantityAccumulator:
         self.histogram += other.histogram
 
 
-#: How much there was of one module.
+#: Counts of one module.
 MODULE_DTYPE = np.dtype(
     [("calls", "<i8"), ("sequences", "<i8"), ("steps", "<i8"), ("versions", "<i8")]
 )
 
-#: The checks of one site: the largest residual of a call, which call that was (from 0, of all
-#: modules; -1 for none), and in how many calls nothing was replayed.
+#: Checks of one site: the largest residual of a call; the number of that call among all modules, -1
+#: for none; and the number of calls without a replay.
 CHECK_DTYPE = np.dtype([("residual", "<f4"), ("call", "<i8"), ("unchecked", "<i8")])
 
 
@@ -143,7 +143,7 @@ class Accumulator:
         self.checked = np.zeros(len(self.layout), CHECK_DTYPE)
         self.checked["call"] = -1
         self.annotations = 0
-        self.tallies = tuple(
+        self.accumulators = tuple(
             {name: QuantityAccumulator(name, units, bins) for name, units in site.widths}
             for site in self.layout
         )
@@ -156,8 +156,8 @@ class Accumulator:
     @property
     def nbytes(self) -> int:
         """Size of all arrays in bytes."""
-        tallies = [tally for site in self.tallies for tally in site.values()]
-        inside = sum(tally.units.nbytes + tally.histogram.nbytes for tally in tallies)
+        accumulators = [tally for site in self.accumulators for tally in site.values()]
+        inside = sum(tally.units.nbytes + tally.histogram.nbytes for tally in accumulators)
         return inside + self.modules.nbytes + self.checked.nbytes
 
     def count_calls(self, module: int, calls: int, sequences: int, steps: int) -> None:
@@ -191,7 +191,7 @@ class Accumulator:
             self.modules[name] += other.modules[name]
         self.annotations += other.annotations
         self.created = min(self.created, other.created)
-        for ours, theirs in zip(self.tallies, other.tallies, strict=True):
+        for ours, theirs in zip(self.accumulators, other.accumulators, strict=True):
             for name, tally in ours.items():
                 tally.merge(theirs[name])
 
@@ -235,7 +235,7 @@ class Accumulator:
             residual_call=int(checked["call"]),
             quantities={
                 name: _unit_statistics(name, tally, self.bins)
-                for name, tally in self.tallies[number].items()
+                for name, tally in self.accumulators[number].items()
             },
         )
 

@@ -34,7 +34,8 @@ from grutrace.storage.hdf5.safe_open import open_for_reading
 from grutrace.storage.write.claims import Claim, require_unclaimed
 from grutrace.storage.write.overwrite import require_replaceable
 
-#: Major and minor. A reader refuses a newer major number; a newer minor one only adds.
+#: Major and minor version. A reader refuses a newer major version; a newer minor version only adds
+#: data.
 VERSION = (1, 0)
 
 TOTALS_DTYPE = np.dtype(
@@ -70,7 +71,7 @@ class StatisticsFile:
         self._lock = threading.Lock()
         self._claim: Claim | None = None
         self._writers = 0
-        # The file that may be replaced, once that is known.
+        # Status of the file that may be replaced, once known.
         self._expected_status: _Status | None = None
         require_unclaimed(self.path)
         temporary_path(self.path, self._mode)
@@ -138,7 +139,7 @@ class StatisticsFile:
                 raise
             if held is not None and self._claim is not None:
                 self._claim.hold(held)
-            # From now on it is ours.
+            # From now on this instance owns the file.
             self._mode, self._expected_status = "overwrite", own
 
     def require_in_place(self) -> None:
@@ -186,7 +187,7 @@ class StatisticsFile:
                 fsync_file(file.fileno())
 
 
-#: Device, inode, size and time of the last change: no file is changed once it is in its place.
+#: Device, inode, size and modification time. A file is never changed after it was renamed.
 _Status: TypeAlias = tuple[int, int, int, int]
 
 
@@ -218,7 +219,7 @@ def _write(file: h5py.File, accumulator: Accumulator) -> None:
         group = sites.create_group(str(number))
         group.attrs["name"] = site.name
         group["site"] = np.array((site.module, *accumulator.checked[number].item()), SITE_DTYPE)
-        for quantity, tally in accumulator.tallies[number].items():
+        for quantity, tally in accumulator.accumulators[number].items():
             location = group.create_group(quantity)
             location["units"] = tally.units
             if tally.histogram.shape[1]:
@@ -277,11 +278,11 @@ class _Reader:
             len(modules),
         )
         accumulator.modules, accumulator.annotations = modules, annotations
-        for number, (_, checked, tallies) in enumerate(read):
+        for number, (_, checked, accumulators) in enumerate(read):
             for name in CHECK_DTYPE.names or ():
                 accumulator.checked[number][name] = checked[name]
-            for quantity, (units, histogram) in tallies.items():
-                tally = accumulator.tallies[number][quantity]
+            for quantity, (units, histogram) in accumulators.items():
+                tally = accumulator.accumulators[number][quantity]
                 tally.units, tally.histogram = units, histogram
         return accumulator
 
@@ -291,13 +292,13 @@ class _Reader:
         site = self._array(group, "site", SITE_DTYPE, ())
         module = int(site["module"])
         require(0 <= module < modules, f"{group.name}/site", f"a module below {modules}", module)
-        tallies = {
+        accumulators = {
             quantity: self._tally(get_member(group, quantity, h5py.Group), bins)
             for quantity in QUANTITIES
             if has_member(group, quantity)
         }
-        widths = tuple((quantity, len(units)) for quantity, (units, _) in tallies.items())
-        return SiteLayout(_text(group, "name"), module, widths), site, tallies
+        widths = tuple((quantity, len(units)) for quantity, (units, _) in accumulators.items())
+        return SiteLayout(_text(group, "name"), module, widths), site, accumulators
 
     def _tally(self, group: h5py.Group, bins: int) -> tuple[Array, Array]:
         units = self._array(group, "units", UNIT_DTYPE, (None,))

@@ -13,15 +13,15 @@ from grutrace.errors import OptionError, short_repr
 from grutrace.records import GATES, Array
 from grutrace.statistics.moments import add_to_rows, count_true
 
-#: How many bins a histogram has unless asked otherwise.
+#: Default number of bins.
 BINS = 32
 
-#: How many it can have. Powers of two: so a value is multiplied by one to find its bin, which
-#: rounds nothing, and a value at an edge is never put on the wrong side of it.
+#: Allowed numbers of bins. Powers of two: scaling a value by one is exact, so a value at an edge is
+#: never put on the wrong side of it.
 ALLOWED_BINS = tuple(2**power for power in range(1, 11))
 
-#: Bins of some units, which are counted together: those of more would leave the processor's cache.
-#: 16 bits number them, which are moved in a quarter of the time of 64.
+#: Number of bins that are counted together, limited by the CPU cache. They are numbered in 16 bits,
+#: which are moved in a quarter of the time of 64.
 GROUPED_BINS = 32 * 1024
 
 
@@ -69,8 +69,8 @@ class Bins:
             values = np.clip(values, self.low, self.high)
         counts = np.empty((width, self.count), np.int64)
         together = GROUPED_BINS // self.count
-        whole = width - width % together
-        for some, units in ((slice(whole), together), (slice(whole, width), width - whole)):
+        full = width - width % together
+        for some, units in ((slice(full), together), (slice(full, width), width - full)):
             groups = len(counts[some]) // max(1, units)
             if groups:
                 grouped = values[:, some].reshape(-1, groups, units)
@@ -87,7 +87,7 @@ class Bins:
             at_the_end: Whether some are perhaps at the last edge.
         """
         rows, groups, width = values.shape
-        # What is counted together lies together: to gather it takes longer than all else.
+        # Values that are counted together are contiguous; gathering them would dominate the cost.
         bins = np.empty((groups, rows, width), np.int16)
         target, scale = bins.transpose(1, 0, 2), values.dtype.type(self._scale)
         if self.low < 0:
@@ -96,8 +96,8 @@ class Bins:
             np.multiply(values, scale, out=target, casting="unsafe")
         if at_the_end:
             np.minimum(bins, np.int16(self.high * self._scale - 1), out=bins)
-        # The first bin may have a negative number here. Unsigned ones go round at their end, so the
-        # sum with what the unit has is right all the same.
+        # The first bin may have a negative number. Unsigned arithmetic wraps round, so its sum with
+        # the unit's offset is correct.
         positions = bins.view(np.uint16).reshape(-1, width)
         firsts = np.arange(width) * self.count - int(self.low * self._scale)
         add_to_rows(positions, firsts.astype(np.uint16))

@@ -17,10 +17,11 @@ import numpy as np
 
 from grutrace.records import Array
 
-#: NumPy is fast on long rows, slow on short ones: so short ones are laid side by side. Elements.
+#: Number of elements of a long row. NumPy is slow on short rows, so several are viewed as one long
+#: row.
 LINE_ELEMENTS = 4096
 
-#: What a sum of booleans can reach in the smallest type, in which it is fastest.
+#: Largest sum in uint8, the fastest type.
 _LARGEST = 255
 
 
@@ -37,13 +38,13 @@ def reduce_axis0(ufunc: np.ufunc, values: Array, dtype: Any = None) -> Array:
     if tiles < 2:
         return np.asarray(ufunc.reduce(values, axis=0, dtype=dtype))
     if rows < 2 * tiles:
-        # Not in the type that was asked for: it need only hold what comes of rows side by side.
+        # Not in `dtype`, which need only hold the sum of one long row.
         return np.asarray(ufunc.reduce(values, axis=0))
-    whole = rows - rows % tiles
-    folded = ufunc.reduce(values[:whole].reshape(-1, tiles * width), axis=0, dtype=dtype)
-    # Once more as wide as ever: whatever is left over goes along.
+    full = rows - rows % tiles
+    folded = ufunc.reduce(values[:full].reshape(-1, tiles * width), axis=0, dtype=dtype)
+    # Reduce the long row to the unit width, together with the remaining rows.
     wider = np.result_type(folded, np.int64) if folded.dtype.kind == "u" else folded.dtype
-    parts = [folded.reshape(tiles, width).astype(wider), values[whole:].astype(wider)]
+    parts = [folded.reshape(tiles, width).astype(wider), values[full:].astype(wider)]
     return np.asarray(ufunc.reduce(np.concatenate(parts), axis=0))
 
 
@@ -51,10 +52,10 @@ def add_to_rows(values: Array, row: Array) -> None:
     """Add (H,) to each row of C-contiguous (n, H) values, in place."""
     rows, width = values.shape
     tiles = max(1, LINE_ELEMENTS // max(1, width))
-    whole = rows - rows % tiles
-    wide = values[:whole].reshape(-1, tiles * width)
+    full = rows - rows % tiles
+    wide = values[:full].reshape(-1, tiles * width)
     wide += np.tile(row, tiles)
-    values[whole:] += row
+    values[full:] += row
 
 
 def count_true(hits: Array) -> Array:
@@ -67,13 +68,13 @@ def count_true(hits: Array) -> Array:
     return counts
 
 
-#: Below the one a gate counts as nearly shut, above the other as nearly open. The bounds are those
-#: of Karpathy, Johnson and Li (2015), "Visualizing and understanding recurrent networks".
+#: A gate below `LOW` or above `HIGH` is nearly saturated. The bounds are those of Karpathy, Johnson
+#: and Li (2015), "Visualizing and understanding recurrent networks".
 LOW, HIGH = 0.1, 0.9
 
-#: One unit. `count` is of finite values, and only they are in what follows it. `squares` is the sum
-#: of squared deviations from the mean; `minimum` and `maximum` are infinities the other way round
-#: where there is no value.
+#: Statistics of one unit. All but `nan` and `infinite` are of finite values, counted by `count`.
+#: `squares` is the sum of squared deviations from the mean. Without values `minimum` is infinity
+#: and `maximum` minus infinity.
 UNIT_DTYPE = np.dtype(
     [
         ("count", "<i8"),
@@ -120,7 +121,7 @@ def summarize_block(
     missing, finite = np.zeros(values.shape[1], np.int64), None
     if not len(values):
         return units, values, missing
-    # The extremes of a unit tell by themselves whether all its values are finite.
+    # All values are finite if the extremes are.
     least, largest = reduce_axis0(np.minimum, values), reduce_axis0(np.maximum, values)
     if not (np.isfinite(least).all() and np.isfinite(largest).all()):
         finite = np.isfinite(values)
@@ -134,7 +135,7 @@ def summarize_block(
     units["minimum"], units["maximum"] = least, largest
     if shares:
         sizes = np.abs(values) if (least < 0).any() else values
-        # In the type of the rows, as a summary of a trace compares them.
+        # Compare in the type of the rows, as the summary of a trace does.
         units["below"] = count_true(sizes < LOW) - missing
         units["above"] = count_true(sizes > HIGH)
     if moments:
@@ -157,7 +158,7 @@ def merge_stats(into: Array, other: Array) -> None:
     ours, theirs = into["count"].astype(np.float64), other["count"].astype(np.float64)
     total = np.maximum(ours + theirs, 1)
     delta = other["mean"] - into["mean"]
-    # Chan et al., equation 2.1, in terms of means. A side without values changes nothing.
+    # Chan et al., equation 2.1, in terms of means.
     into["squares"] += other["squares"] + delta * delta * (ours * theirs / total)
     into["mean"] += delta * (theirs / total)
     into["count"] += other["count"]

@@ -36,7 +36,7 @@ from grutrace.storage.read.lazy_rows import blocks
 from grutrace.storage.read.trace import Trace
 from grutrace.storage.write.writer_thread import WriterThread
 
-#: How often the file is rewritten while a run goes on. Seconds.
+#: Default interval between two saves, in seconds.
 SAVE_SECONDS = 10.0
 
 
@@ -168,7 +168,7 @@ class Statistics:
             calls = trace.snapshot.index(site.module).call_numbers
             for call, residual in zip(calls, seen.checks["residual"], strict=True):
                 accumulator.check(number, float(residual), int(call))
-            for quantity, tally in accumulator.tallies[number].items():
+            for quantity, tally in accumulator.accumulators[number].items():
                 for block in blocks(seen.rows(quantity)):
                     tally.add(block)
         return cls._from_accumulator(accumulator)
@@ -371,7 +371,7 @@ class Statistics:
             raise NotRecordedError("nothing was counted yet: no tracer was given these statistics")
         self._require_own_process()
         for thread in self._threads:
-            # What was counted before an error can be read all the same.
+            # The counts before an error can still be read.
             if not thread.ended:
                 thread.flush()
         with self._lock:
@@ -390,7 +390,7 @@ class Statistics:
         file.save(snapshot)
 
     def _require_own_process(self) -> None:
-        # The lock may be held for ever by a thread that the child does not have.
+        # The lock may be held by a thread that does not exist in the child.
         if os.getpid() != self._process and not all(thread.ended for thread in self._threads):
             raise StateError(
                 f"these statistics are counted in process {self._process}; a forked child, here "

@@ -75,11 +75,11 @@ class _NoTables(Tables):
         raise AttributeError(name)
 
 
-#: How much waits to be counted before the model has to wait: some tens of calls. Bytes.
+#: Size of the queue, in bytes: some tens of calls. The model waits while it is full.
 QUEUE_BYTES = 64 * 1024 * 1024
 
-#: Calls are gathered up to this much before they are counted, since a stepwise decoder's are too
-#: small for NumPy each. Bytes.
+#: Size of a batch of calls that are counted together, in bytes. The calls of a stepwise decoder are
+#: too small for NumPy.
 BATCH_BYTES = 2 * 1024 * 1024
 
 
@@ -112,13 +112,13 @@ class StatisticsSink(StatisticsOnlySource):
         self._file = file
         if file is not None:
             self.name = file.name
-            # At once, so that a path that cannot be written is found before the run and not after.
+            # Written at once, so that an error is raised before the run.
             file.open()
         self._counter = _CountingConsumer(header, accumulator, lock, file)
         self.thread = WriterThread(
             self._counter, QUEUE_BYTES, commit_seconds=seconds, commit_bytes=math.inf
         )
-        # Without waiting: whatever thread the collector runs in may hold the lock.
+        # Without waiting: the thread of the garbage collector may hold the lock.
         weakref.finalize(self, self.thread.finish).atexit = False
 
     @property
@@ -278,13 +278,13 @@ class _CountingConsumer:
             for module, sites in enumerate(self._sites):
                 blocks = [block for block in gathered if block.module == module]
                 for number, suffix in sites if blocks else ():
-                    for quantity, tally in self._accumulator.tallies[number].items():
+                    for quantity, tally in self._accumulator.accumulators[number].items():
                         rows = [block.sites[suffix].rows[quantity] for block in blocks]
                         tally.add(_joined(rows))
 
     def _count_call(self, block: CallRecord) -> None:
         call, sites = self._accumulator.calls, self._sites[block.module]
-        # A segment of a sequence is no sequence.
+        # A continued segment does not begin a sequence.
         segments = sum(origin.mark == "continued" for origin in block.origins)
         begun = len(block.sites[sites[0][1]].initial) - segments
         for number, suffix in sites:

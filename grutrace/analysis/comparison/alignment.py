@@ -18,7 +18,7 @@ from grutrace.storage.read.sequence_index import Integers, SequenceIndex, as_sli
 from grutrace.storage.read.site import SiteTrace
 from grutrace.storage.read.snapshot import TraceSnapshot
 
-#: How much of each trace is brought into memory at once. Bytes.
+#: Size of a block of each trace in memory, in bytes.
 BLOCK_BYTES = 16 * 1024 * 1024
 
 

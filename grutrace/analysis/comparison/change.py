@@ -55,7 +55,7 @@ class ClusteredSums:
         self._origin = origin
         self.count = self.sequences = 0
         self._total, self._squares = np.zeros_like(origin), np.zeros_like(origin)
-        # Of whole sequences: sums of s^2, of s T and of T^2; and s and T of the one at hand.
+        # Sums over complete sequences of s^2, s T and T^2; and s and T of the current sequence.
         self._sum_squares, self._sum_steps = np.zeros_like(origin), np.zeros_like(origin)
         self._steps_squares = 0.0
         self._own, self._steps = np.zeros_like(origin), 0
@@ -120,14 +120,14 @@ class ClusteredSums:
         return np.asarray(np.sqrt(np.maximum(rmse, 0.0) * factor) / self.count)
 
 
-#: What is compared: all but the input, which is not of units.
+#: The compared quantities: all but the input, which has no units.
 QUANTITIES_COMPARED = tuple(name for name in QUANTITIES if name != "input")
 
 
 #: Columns of quantities, by name.
 Columns: TypeAlias = Sequence[tuple[str, Integers]]
 
-#: What the names of the other trace's quantities begin with, where both are gone through at once.
+#: Prefix of the names of the other trace's quantities.
 _OTHER = "other "
 
 
@@ -247,7 +247,7 @@ def _effect(before: ClusteredSums, after: ClusteredSums) -> Array:
     moved = after.mean - before.mean
     with np.errstate(divide="ignore", invalid="ignore"):
         effect = moved / np.sqrt((before.variance + after.variance) / 2)
-    # Where nothing varies and nothing moved there is no effect.
+    # A constant unit that did not move has no effect.
     return np.asarray(np.where(moved == 0, 0.0, effect))
 
 

@@ -27,15 +27,15 @@ from grutrace.records import GATES, Array
 from grutrace.storage.read.sequence_index import AnnotationIndex
 from grutrace.storage.read.snapshot import TraceSnapshot
 
-#: Beside quantities: the states that sequences began from.
+#: The initial states, which are compared like a quantity.
 INITIAL = "initial"
 
-#: What goes in comes first: where it differs, nothing after it is the cause.
+#: Inputs first: if they differ, later quantities are not the cause.
 ORDER = ("input", INITIAL, *GATES, "hidden")
 
 
-#: Spacings at 1 of the coarser type that two computations may differ by: four times what was seen
-#: of a trained network.
+#: Default tolerance in epsilons of the less precise type: four times the largest difference seen in
+#: a trained network.
 TOLERANCE_EPS = 256
 
 
@@ -74,7 +74,7 @@ class Comparison:
         """Return the epsilon of the least precise type that these values were computed in."""
         precision = float(side.trace.checks["precision"].max(initial=0.0))
         derived = self.quantity in side.site.derived
-        # What is derived follows from rows that are rounded to the type in which they are kept.
+        # Derived gates follow from rows that were rounded to the storage type.
         return max(precision, _spacing(side)) if derived or not precision else precision
 
 
@@ -101,11 +101,11 @@ class ValueComparison:
         self._values += block.a.size
         if block.a.dtype == block.b.dtype and np.array_equal(block.a, block.b):
             return
-        off = scaled_difference(block.a, block.b)
-        self._unequal += int(np.count_nonzero(off))
-        if off.size:
-            self._take_largest(block, *divmod(int(off.argmax()), off.shape[1]))
-        beyond = off > self._tolerance
+        difference = scaled_difference(block.a, block.b)
+        self._unequal += int(np.count_nonzero(difference))
+        if difference.size:
+            self._take_largest(block, *divmod(int(difference.argmax()), difference.shape[1]))
+        beyond = difference > self._tolerance
         self._beyond += int(np.count_nonzero(beyond))
         rows = np.flatnonzero(beyond.any(axis=1))
         if len(rows):
@@ -113,7 +113,7 @@ class ValueComparison:
             row = int(rows[np.lexsort((read[rows], block.sequences[rows]))[0]])
             key = int(block.sequences[row]), int(read[row])
             if self._first is None or key < self._first[0]:
-                self._first = key, self._place(block, row, int(beyond[row].argmax()))
+                self._first = key, self._value_pair(block, row, int(beyond[row].argmax()))
 
     def result(self) -> ValueDifference:
         """Return the summary."""
@@ -129,11 +129,11 @@ class ValueComparison:
         )
 
     def _take_largest(self, block: Block, row: int, column: int) -> None:
-        place = self._place(block, row, column)
-        if place.difference > (self._largest.difference if self._largest else 0.0):
-            self._largest = place
+        pair = self._value_pair(block, row, column)
+        if pair.difference > (self._largest.difference if self._largest else 0.0):
+            self._largest = pair
 
-    def _place(self, block: Block, row: int, column: int) -> ValuePair:
+    def _value_pair(self, block: Block, row: int, column: int) -> ValuePair:
         is_input = self._comparison.quantity == "input"
         step = int(block.steps[row])
         return ValuePair(
@@ -262,7 +262,7 @@ def _added(first: Mismatch | None, more: Mismatch) -> Mismatch:
     return replace(first, count=first.count + more.count)
 
 
-#: Floating-point types by their spacing at 1, as the file has it.
+#: Floating-point types by their epsilon, as stored in the file.
 _TYPES = {2.0**-52: "float64", 2.0**-23: "float32", 2.0**-10: "float16", 2.0**-7: "bfloat16"}
 
 _MISSING = "none"
@@ -289,13 +289,13 @@ def _differing(
     """Find the largest difference between common weights; None if all are equal."""
     found: tuple[float, WeightsDifference | None] = 0.0, None
     for name in (each for each in a if each in b):
-        off = abs_difference(a[name].astype(np.float64), b[name].astype(np.float64))
-        if not off.size:
+        difference = abs_difference(a[name].astype(np.float64), b[name].astype(np.float64))
+        if not difference.size:
             continue
-        place = np.unravel_index(int(off.argmax()), off.shape)
-        if off[place] > found[0]:
-            values = float(a[name][place]), float(b[name][place])
-            found = float(off[place]), WeightsDifference(site, version, 1, name, *values)
+        position = np.unravel_index(int(difference.argmax()), difference.shape)
+        if difference[position] > found[0]:
+            values = float(a[name][position]), float(b[name][position])
+            found = float(difference[position]), WeightsDifference(site, version, 1, name, *values)
     return found[1]
 
 
@@ -306,7 +306,7 @@ def trace_context(a: TraceSnapshot, b: TraceSnapshot) -> Iterator[ContextDiffere
         texts = (each.header.versions.get(name, _MISSING) for each in (a, b))
         yield from _unequal(name, *texts)
     for name in dict.fromkeys([*a.header.options, *b.header.options]):
-        # Every run has an id of its own.
+        # Each run has its own id.
         if name != "run":
             yield from _unequal(f"option {name}", *(_option(each, name) for each in (a, b)))
 

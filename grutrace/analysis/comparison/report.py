@@ -87,13 +87,13 @@ class Mismatch:
     step: int | None = None
 
     def __str__(self) -> str:
-        place = "" if self.sequence is None else f" of sequence {self.sequence}"
-        place += "" if self.step is None else f", step {self.step}"
+        position = "" if self.sequence is None else f" of sequence {self.sequence}"
+        position += "" if self.step is None else f", step {self.step}"
         if self.a is None or self.b is None:
             only, found = ("b", self.b) if self.a is None else ("a", self.a)
-            text = f"{self.what}{place}: only in {only}" + (f" ({found})" if found else "")
+            text = f"{self.what}{position}: only in {only}" + (f" ({found})" if found else "")
         else:
-            text = f"{self.what}{place}: {self.a} and {self.b}"
+            text = f"{self.what}{position}: {self.a} and {self.b}"
         where = f"{self.where}: " if self.where else ""
         return where + text + (f" (the first of {self.count})" if self.count > 1 else "")
 

@@ -176,7 +176,8 @@ def compare(
         mismatches += module_mismatches(pair.a, pair.b)
         about += checks.module_context(pair.a, pair.b)
     for pair in pairs:
-        # A deferred trace has inputs for the sake of its gates: not missed unless asked for.
+        # A deferred trace records inputs to derive its gates, so they are not missed in the other
+        # trace unless requested.
         mismatches += site_mismatches(pair, DEFAULT_RECORD if record is None else quantities)
         about += checks.site_context(pair)
     comparisons = [each for pair in pairs for each in _comparisons(pair, quantities)]
@@ -226,10 +227,10 @@ def _comparisons(pair: Pair, quantities: Sequence[str]) -> Iterator[Comparison]:
         (*pair.b.site.available_quantities, INITIAL),
     )
     for name in ORDER:
-        asked = "hidden" if name == INITIAL else name
+        requested = "hidden" if name == INITIAL else name
         if name == "input" and pair.a.site.input_size != pair.b.site.input_size:
             continue
-        if asked in quantities and all(name in each for each in available_quantities):
+        if requested in quantities and all(name in each for each in available_quantities):
             yield Comparison(pair, name)
 
 

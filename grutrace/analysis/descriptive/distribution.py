@@ -32,7 +32,7 @@ from grutrace.statistics.histogram import require_bins
 from grutrace.statistics.moments import LINE_ELEMENTS, empty_stats, merge_stats, summarize_block
 from grutrace.storage.read.sequence_index import Integers
 
-#: A block is gone through in at most so many parts.
+#: The center is the mean of this fraction of a block.
 PARTS = 16
 
 
@@ -147,7 +147,7 @@ class PowerSums:
     def add(self, rows: Mapping[str, Array]) -> None:
         """Add the (n, H) values of one quantity, of any floating-point type."""
         (block,) = rows.values()
-        # A gate may have any value in a model that has gone astray, and its powers none.
+        # In a diverged model a gate can have any value, and its powers overflow.
         with np.errstate(over="ignore", invalid="ignore"):
             self._merge(_powers(np.ascontiguousarray(block)))
 
@@ -162,7 +162,7 @@ class PowerSums:
         first, second = ours / total, theirs / total
         delta = other.units["mean"] - self.units["mean"]
         squares, more = self.units["squares"], other.units["squares"]
-        # Pébay's equations with the counts as shares: n_A / n and n_B / n.
+        # Pébay's equations in terms of the shares n_A / n and n_B / n.
         self.fourths += other.fourths
         self.fourths += 4 * delta * (first * other.cubes - second * self.cubes)
         self.fourths += 6 * delta**2 * (first**2 * more + second**2 * squares)
@@ -176,7 +176,7 @@ class PowerSums:
         units = self.units
         some = units["count"] > 0
         count = np.maximum(units["count"], 1)
-        # From the extremes, not from the spread: the mean of equal values may be rounded.
+        # The mean of equal values may be rounded, so the variance may not be exactly 0.
         moves = some & (units["minimum"] < units["maximum"])
         variance = np.where(moves, units["squares"] / count, 0.0)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -205,11 +205,11 @@ def _powers(block: Array) -> PowerSums:
     finite = np.isfinite(block) if missing.any() else None
     count = np.maximum(units["count"], 1)
     center = _center(values, finite, max(1, rows // PARTS))
-    # Rows side by side, since NumPy is slow on short ones; what is left over by itself.
+    # NumPy is slow on short rows, so several rows are viewed as one; the remainder is separate.
     tiles = max(1, LINE_ELEMENTS // max(1, width))
-    whole = rows - rows % tiles
+    full = rows - rows % tiles
     sums = np.zeros((4, width))
-    for part, columns in ((slice(0, whole), tiles * width), (slice(whole, rows), width)):
+    for part, columns in ((slice(0, full), tiles * width), (slice(full, rows), width)):
         there = None if finite is None else finite[part].reshape(-1, columns)
         found = _sums(values[part].reshape(-1, columns), there, np.tile(center, columns // width))
         sums += found.reshape(4, -1, width).sum(1)
@@ -246,10 +246,10 @@ def _sums(values: Array, finite: Array | None, center: Array) -> Array:
     return sums
 
 
-#: Bins of a histogram unless asked otherwise: quantiles of the gates are right to a thousandth.
+#: Default number of bins: quantiles of gates are exact to a thousandth.
 DEFAULT_BINS = 1024
 
-#: What is counted at a time. As much as is read: so many bins take long to add up. Elements.
+#: Number of elements that are counted at a time. Large, because merging so many bins is slow.
 BATCH_BYTES = 8 * 1024 * 1024
 
 
@@ -406,7 +406,7 @@ class _RankedValues:
     ) -> None:
         parts = [underflow[:, np.newaxis], histogram, overflow[:, np.newaxis]]
         self._upto = np.cumsum(np.concatenate(parts, axis=1), axis=1)
-        # The two outer places end at what was seen; the others at their edges, or what was seen.
+        # The outer bins end at the extremes; the inner ones at their edges or at the extremes.
         self._low = np.concatenate([[-np.inf], edges])
         self._high = np.concatenate([edges, [np.inf]])
         self._least, self._largest = least, largest
@@ -416,14 +416,14 @@ class _RankedValues:
         upto, least, largest = self._upto, self._least, self._largest
         total = upto[:, -1]
         rank = np.maximum(1, np.ceil(share * total)).astype(np.int64)
-        place = np.argmax(upto >= rank[:, np.newaxis], axis=1)
+        bin_index = np.argmax(upto >= rank[:, np.newaxis], axis=1)
         units = np.arange(len(upto))
-        before = np.where(place > 0, upto[units, place - 1], 0)
-        within = upto[units, place] - before
-        low = np.maximum(self._low[place], least)
-        high = np.minimum(self._high[place], largest)
+        before = np.where(bin_index > 0, upto[units, bin_index - 1], 0)
+        in_bin = upto[units, bin_index] - before
+        low = np.maximum(self._low[bin_index], least)
+        high = np.minimum(self._high[bin_index], largest)
         with np.errstate(invalid="ignore"):
-            found = low + (rank - before - 0.5) / np.maximum(within, 1) * (high - low)
+            found = low + (rank - before - 0.5) / np.maximum(in_bin, 1) * (high - low)
         found = np.where(rank == total, largest, np.where(rank == 1, least, found))
         return np.where(total > 0, found, np.nan)
 

@@ -78,7 +78,7 @@ def quantization(site: SiteLike) -> Quantization:
         raise NotRecordedError(f"{data.name!r} stores no gates and no states")
     kept = data.rows(requested[0]).dtype
     counted = reduce_rows(data, requested, partial(_SpacingSums, tuple(requested), len(data.units)))
-    # A type that is no smaller holds what the kernel computed as it is.
+    # A type at least as precise as the computation stores values exactly.
     share = 0.0 if np.finfo(kept).eps <= data.precision else 1.0
     return Quantization(
         site=data.name,
@@ -97,7 +97,7 @@ class _SpacingSums:
     def __init__(self, quantities: Sequence[str], width: int) -> None:
         self.largest = {name: np.full(width, np.nan) for name in quantities}
         self.infinite = {name: np.zeros(width, np.int64) for name in quantities}
-        # Spacings are powers of two, whose squares add up without rounding.
+        # Squares of powers of two are summed without rounding.
         self._squares = {name: np.zeros(width) for name in quantities}
         self._finite = {name: np.zeros(width, np.int64) for name in quantities}
 
@@ -106,7 +106,7 @@ class _SpacingSums:
             finite = np.isfinite(block)
             sizes = np.abs(np.where(finite, block, 0))
             if name in GATES:
-                # No sigmoid and no tanh is above 1: what is 1 now came from below.
+                # Sigmoid and tanh never exceed 1, so a stored 1 was rounded up.
                 sizes = np.minimum(sizes, np.nextafter(sizes.dtype.type(1), sizes.dtype.type(0)))
             spacings = np.where(finite, np.spacing(sizes), 0).astype(np.float64)
             if len(block):

@@ -30,10 +30,10 @@ from grutrace.statistics.running import Statistics
 from grutrace.storage.read.sequence_index import Integers
 from grutrace.storage.read.site import SiteTrace
 
-#: A gate that is on one side in at least this share of the steps is stuck there.
+#: A gate that is saturated on one side in at least this share of the steps is stuck.
 STUCK = 0.99
 
-#: A unit whose state stays within a range of this size is dead. Hidden states lie in (-1, 1).
+#: A unit whose state stays within a range of this size is constant. Hidden states are in (-1, 1).
 CONSTANT_RANGE = 1e-3
 
 
@@ -129,7 +129,7 @@ def _share(units: Array, name: str) -> Array:
 
 
 def _is_constant(units: Array) -> Array:
-    # Where there are no values, the extremes are infinities the other way round.
+    # Without values the minimum is infinity and the maximum minus infinity.
     return np.asarray(
         (units["count"] > 0) & (units["maximum"] - units["minimum"] <= CONSTANT_RANGE)
     )

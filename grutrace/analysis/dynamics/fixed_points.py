@@ -33,23 +33,23 @@ from grutrace.records import Array
 from grutrace.statistics.moments import empty_stats, merge_stats, summarize_block
 from grutrace.storage.read.sequence_index import Integers
 
-#: A point with q up to this is fixed: no unit moves by more than 1.5e-8 a step, which is the square
-#: root of the spacing of float64 at 1.
+#: Largest q of a fixed point: no unit moves by more than 1.5e-8 a step, the square root of the
+#: epsilon of float64.
 FIXED_Q = 1e-16
 
-#: Eigenvalues of a size this close to 1 count as neither growing nor shrinking.
+#: Eigenvalues whose magnitude is this close to 1 count as marginal.
 MARGIN = 1e-3
 
-#: Points of which no unit differs by more than this are one.
+#: Points are equal if no unit differs by more than this.
 SAME_POINT = 1e-3
 
-#: How many steps the minimisation makes at most.
+#: Largest number of steps of the minimization.
 ITERATIONS = 100
 
-#: What is added to the diagonal, which is of the order of 1, at least.
+#: Smallest damping, added to a diagonal of order 1.
 MIN_DAMPING = 1e-12
 
-#: Jacobians that are worked on at once. Bytes.
+#: Size of the Jacobians that are computed together, in bytes.
 BLOCK_BYTES = 32 * 1024 * 1024
 
 
@@ -188,15 +188,15 @@ def minimise(step: GRUMap, states: Array, limit: float | None = None) -> Array:
         normal = np.matmul(jacobian.transpose(0, 2, 1), jacobian)
         normal += damping[active, np.newaxis, np.newaxis] * identity
         tried = here - np.linalg.solve(normal, slope[..., np.newaxis])[..., 0]
-        # With enough damping this is a step down the slope along the walls: it wins in the end.
+        # With enough damping this is a gradient step along the walls of the box, which succeeds.
         np.clip(tried, -limit, limit, out=tried)
         better = 0.5 * np.square(step(tried) - tried).sum(1)
         won = better < q
         states[active[won]] = tried[won]
         factor = np.where(won, 0.1, 10.0)
-        # Never so small that a direction without slope makes the matrix singular.
+        # Bounded, so that a direction of zero gradient does not make the matrix singular.
         damping[active] = np.clip(damping[active] * factor, MIN_DAMPING, 1 / MIN_DAMPING)
-        # Nothing left to win: q is rounding, or nothing within reach of the spacing is better.
+        # Converged: q consists of rounding, or no representable state nearby is better.
         moved = np.abs(tried - here).max(1)
         done = (np.minimum(q, better) < 1e-28) | (moved < 1e-12) | (won & (q - better < 1e-9 * q))
         active = active[~done]

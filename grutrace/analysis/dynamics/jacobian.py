@@ -32,10 +32,10 @@ from grutrace.errors import NotRecordedError, OptionError, short_repr
 from grutrace.records import GATES, Array
 from grutrace.storage.read.sequence_index import Integers
 
-#: Steps whose Jacobian is looked into unless asked otherwise.
+#: Default number of steps.
 STEPS = 64
 
-#: What a Jacobian follows from, beside the weights.
+#: Quantities that a Jacobian needs, besides the weights.
 REQUIRED = (*GATES, "hidden")
 
 
@@ -74,14 +74,14 @@ def factors(gates: Mapping[str, Array], previous: Array, weights: Mapping[str, A
     return Factors(z, slope * product * r * (1 - r), (before - n) * z * (1 - z), slope * r)
 
 
-def jacobians(of: Factors, weights: Mapping[str, Array]) -> Array:
+def jacobians(data: Factors, weights: Mapping[str, Array]) -> Array:
     """Compute the Jacobians of some steps: (n, H, H). Row i has the derivatives of unit i."""
-    size = of.keep.shape[-1]
+    size = data.keep.shape[-1]
     by_gate = np.asarray(weights["weight_hh"], np.float64).reshape(3, size, size)
-    found = np.einsum("nh,hk->nhk", of.reset, by_gate[0])
-    found += of.update[:, :, np.newaxis] * by_gate[1]
-    found += of.candidate[:, :, np.newaxis] * by_gate[2]
-    found[:, np.arange(size), np.arange(size)] += of.keep
+    found = np.einsum("nh,hk->nhk", data.reset, by_gate[0])
+    found += data.update[:, :, np.newaxis] * by_gate[1]
+    found += data.candidate[:, :, np.newaxis] * by_gate[2]
+    found[:, np.arange(size), np.arange(size)] += data.keep
     return np.asarray(found)
 
 
@@ -113,17 +113,17 @@ def jacobian(site: SiteLike, sequence: int, step: int) -> Array:
         >>> torch.allclose(found, expected)
         True
     """
-    of = as_site_data(site)
-    require_all_units(of)
-    count, length = len(of.lengths), 0
+    data = as_site_data(site)
+    require_all_units(data)
+    count, length = len(data.lengths), 0
     if -count <= sequence < count:
-        length = int(of.lengths[sequence])
+        length = int(data.lengths[sequence])
     if not -length <= step < length:
         raise NotRecordedError(
-            f"{of.name!r} has no step {step} of sequence {sequence}; it has {count} sequences"
+            f"{data.name!r} has no step {step} of sequence {sequence}; it has {count} sequences"
             + (f", and this one has {length} steps" if length else "")
         )
-    return _at(of, sequence % count, step % length)
+    return _at(data, sequence % count, step % length)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,20 +180,20 @@ def step_jacobians(site: SiteLike, most: int = STEPS) -> StepJacobians:
     """
     if not isinstance(most, int) or most < 1:
         raise OptionError(f"most: expected a number of steps, 1 or more; found {short_repr(most)}")
-    of = as_site_data(site)
-    require_all_units(of)
-    count = min(most, of.steps)
-    numbers = (np.arange(count) * of.steps + of.steps // 2) // max(1, count)
-    ends = np.cumsum(of.lengths)
+    data = as_site_data(site)
+    require_all_units(data)
+    count = min(most, data.steps)
+    numbers = (np.arange(count) * data.steps + data.steps // 2) // max(1, count)
+    ends = np.cumsum(data.lengths)
     sequences = np.searchsorted(ends, numbers, "right")
-    steps = numbers - (ends - of.lengths)[sequences]
-    places = zip(sequences.tolist(), steps.tolist(), strict=True)
+    steps = numbers - (ends - data.lengths)[sequences]
+    positions = zip(sequences.tolist(), steps.tolist(), strict=True)
     found = np.array(
-        list(run_tasks(of, [partial(_spectrum, of, *place) for place in places]))
+        list(run_tasks(data, [partial(_spectrum, data, *place) for place in positions]))
     ).reshape(count, 3)
     return StepJacobians(
-        site=of.name,
-        units=len(of.units),
+        site=data.name,
+        units=len(data.units),
         steps=steps,
         sequences=sequences,
         radius=found[:, 0],
@@ -229,7 +229,7 @@ def _at(site: SiteData, sequence: int, step: int) -> Array:
     previous = row("hidden", before) if inside else site.initial(sequence, sequence + 1)
     restarts = site.restarts(sequence, sequence + 1)
     if step in restarts.steps:
-        # The last of them, if segments between have no steps.
+        # The last restart, if segments in between have no steps.
         previous = restarts.states[restarts.steps == step][-1:]
     part = (
         slice(rows.start + step, rows.start + step + 1)
@@ -237,8 +237,8 @@ def _at(site: SiteData, sequence: int, step: int) -> Array:
         else rows[step : step + 1]
     )
     weights = site.weights(int(site.versions(part)[0]))
-    of = factors({gate: row(gate, step) for gate in GATES}, previous, weights)
-    return np.asarray(jacobians(of, weights)[0])
+    data = factors({gate: row(gate, step) for gate in GATES}, previous, weights)
+    return np.asarray(jacobians(data, weights)[0])
 
 
 def _spectrum(site: SiteData, sequence: int, step: int) -> tuple[float, float, float]:
@@ -287,5 +287,5 @@ class GRUMap:
 
 
 def _sigmoid(values: Array) -> Array:
-    # By the tanh, which overflows nowhere.
+    # tanh never overflows.
     return np.asarray(0.5 + 0.5 * np.tanh(0.5 * values))

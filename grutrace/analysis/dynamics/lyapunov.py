@@ -33,22 +33,21 @@ from grutrace.errors import OptionError, short_repr
 from grutrace.records import Array
 from grutrace.storage.read.sequence_index import Integers
 
-#: How many exponents unless asked otherwise.
+#: Default number of exponents.
 EXPONENTS = 10
 
-#: The share of each sequence in which the directions turn to where they belong, uncounted.
+#: Share of each sequence that is skipped by default, in which the random directions align.
 TRANSIENT = 0.1
 
-#: Blocks of steps whose means say how sure the mean of all is, and the least steps of one.
+#: Largest number of blocks for the standard errors, and smallest number of steps in a block.
 BLOCKS, MIN_BLOCK_STEPS = 32, 10
 
-#: Counted steps that a sequence needs before its exponents say what goes on for ever. Jacobians of
-#: single steps are not normal: even of a network that forgets everything, they make differences
-#: larger for some steps, which is all that shorter sequences show.
+#: Smallest number of counted steps for a statement about chaos. Jacobians of single steps are not
+#: normal: even in a network that forgets everything, differences can grow for a few steps, and
+#: shorter sequences show nothing else.
 MIN_LENGTH = 50
 
-#: What is gathered of short sequences before they are carried along together: their steps, or
-#: their directions. Bytes of float64.
+#: Size of the steps or directions of short sequences that are processed together, in bytes.
 BATCH_BYTES = 8 * 1024 * 1024
 
 
@@ -144,14 +143,15 @@ def lyapunov(site: SiteLike, count: int = EXPONENTS, skip: int | None = None) ->
     counted = of.lengths - skipped
     total = int(counted.sum())
     blocks = max(1, min(BLOCKS, total // MIN_BLOCK_STEPS))
-    # Where the counted steps of each sequence begin among those of all, were none skipped.
+    # Position of each sequence's first step among the counted steps of all, as if none were
+    # skipped.
     starts = np.cumsum(counted) - counted - skipped
     make_reducer = partial(_GrowthSums, size, min(count, size), skipped, starts, blocks, total)
     found = reduce_sequences(of, (*REQUIRED, PREVIOUS, WEIGHTS, RESTARTS), make_reducer)
     with np.errstate(invalid="ignore", divide="ignore"):
         exponents = found.logs.sum(axis=0) / total
         errors = _errors(found.logs / found.steps[:, np.newaxis])
-    # They come in this order, but for those that are closer than their errors.
+    # QR returns them in this order, except for those closer than their errors.
     order = np.argsort(-exponents, kind="stable")
     exponents, errors = exponents[order], errors[order]
     largest, error = float(exponents[0]), float(errors[0])
@@ -198,11 +198,11 @@ def kaplan_yorke(exponents: Array, size: int) -> float:
     if np.isnan(exponents).any():
         return float("nan")
     upto = np.cumsum(exponents)
-    whole = int(np.count_nonzero(np.minimum.accumulate(upto) >= 0))
-    if whole == len(exponents):
-        return float(size) if whole == size else float("nan")
-    left = upto[whole - 1] if whole else 0.0
-    return float(whole + left / -exponents[whole])
+    count = int(np.count_nonzero(np.minimum.accumulate(upto) >= 0))
+    if count == len(exponents):
+        return float(size) if count == size else float("nan")
+    left = upto[count - 1] if count else 0.0
+    return float(count + left / -exponents[count])
 
 
 def _entropy_rate(exponents: Array, size: int) -> float:
@@ -257,7 +257,7 @@ class _GrowthSums:
         """Process the pending segments."""
         waiting, self._waiting = self._waiting, []
         if waiting:
-            # The longest first, so that those that go on are always the first ones.
+            # Longest first, so that the active sequences are always the first ones.
             waiting.sort(key=len, reverse=True)
             self._carry(waiting, np.repeat(self._first[:, np.newaxis], len(waiting), axis=1))
 
@@ -293,9 +293,9 @@ class _GrowthSums:
 
     def _count(self, sequences: Integers, steps: Integers, logs: Array) -> None:
         counted = steps >= self._skipped[sequences]
-        places = (self._starts[sequences] + steps)[counted] * len(self.steps) // self._total
-        np.add.at(self.logs, places, logs[counted])
-        np.add.at(self.steps, places, 1)
+        positions = (self._starts[sequences] + steps)[counted] * len(self.steps) // self._total
+        np.add.at(self.logs, positions, logs[counted])
+        np.add.at(self.steps, positions, 1)
 
 
 def _padded(

@@ -26,10 +26,10 @@ from grutrace.analysis.engine.site_data import SiteData, SiteLike, as_site_data
 from grutrace.errors import OptionError, require_extra
 from grutrace.records import Array
 
-#: Parts that are computed at once at most. Each holds a block of rows, and they share the reading.
+#: Largest number of threads. Each holds a block of rows, and they share the reading.
 MAX_THREADS = 4
 
-#: Results that wait to be joined at most, where several are computed at once.
+#: Largest number of pending results on dask.
 MAX_PENDING = 32
 
 
@@ -110,11 +110,10 @@ def _available_cores() -> int:
     return os.cpu_count() or 1
 
 
-#: What one part reads, about. Large beside the work of handing it out. Bytes.
+#: Approximate size of the rows of one task, in bytes. Large compared with the cost of scheduling.
 PART_BYTES = 64 * 1024 * 1024
 
-#: What a part brings into memory at once: much, since threads that do little at a time wait for
-#: each other. Bytes.
+#: Size of a block in memory, in bytes. Large, because threads with little work wait for each other.
 BLOCK_BYTES = 8 * 1024 * 1024
 
 

@@ -23,16 +23,16 @@ class Result:
         site: Name of the site.
     """
 
-    #: The field that numbers the rows of the table.
+    #: The field that is the index of the table.
     index_field: ClassVar[str] = "units"
 
-    #: Columns that say where a row lies, and of which no quantile says anything.
+    #: Columns that locate a row; quantiles of them are meaningless.
     index_columns: ClassVar[tuple[str, ...]] = ()
 
-    #: Fields that are too large to be written as text.
+    #: Arrays that are too large to print.
     array_only_fields: ClassVar[tuple[str, ...]] = ()
 
-    #: Arrays that are of something else, and no column even where they happen to be as long.
+    #: Arrays that are not columns, even if they have the right length.
     excluded_columns: ClassVar[tuple[str, ...]] = ()
 
     site: str
@@ -40,7 +40,7 @@ class Result:
     __repr__ = fields_repr
 
     def __init_subclass__(cls) -> None:
-        # Else `dataclass` gives each of them a repr of its own, which prints all arrays.
+        # Otherwise `dataclass` generates a repr that prints all arrays.
         cls.__repr__ = Result.__repr__  # type: ignore[method-assign]
 
     def columns(self) -> dict[str, Array]:

@@ -16,11 +16,11 @@ from grutrace.records import Array
 from grutrace.storage.read.sequence_index import Integers
 from grutrace.storage.read.snapshot import Restarts
 
-#: How much is brought into memory at once. Bytes.
+#: Size of a block in memory, in bytes.
 BLOCK_BYTES = 16 * 1024 * 1024
 
-#: Not stored, but had from what is: the state before each step; the weights that made it; and
-#: whether a step started from another state than the sequence had ended with, where it is cut.
+#: Computed from stored data: the state before each step; the weights of each step; and whether a
+#: step started from another state than the sequence had reached, which splits a segment.
 PREVIOUS, WEIGHTS, RESTARTS = "previous", "weights", "restarts"
 DERIVED_INPUTS = (PREVIOUS, WEIGHTS, RESTARTS)
 
@@ -175,7 +175,7 @@ def _split_segments(
     count = len(next(iter(values.values())))
     changed = set[int]()
     if restarts is not None:
-        # A layer that reads backwards never goes on with a sequence.
+        # A reverse direction never continues a sequence.
         steps = restarts.steps - start
         here = (steps >= 0) & (steps < count)
         if previous is not None:

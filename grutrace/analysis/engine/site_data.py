@@ -172,7 +172,7 @@ class SiteData(ABC):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        # Whoever watches sits where the work was handed out.
+        # The progress callback stays in the process that started the analysis.
         return self.__dict__ | {"advance": None}
 
     @property
@@ -236,7 +236,7 @@ class _TraceSiteData(SiteData):
         return self._site.row_versions(rows)
 
     def weights(self, version: int) -> Mapping[str, Array]:
-        # Read once for all the sequences one after another that they made.
+        # Cached for consecutive sequences with the same weights.
         latest = self._latest
         if latest is None or latest[0] != version:
             latest = self._latest = version, self._site.weights(version)
@@ -361,7 +361,7 @@ def _require_2d(name: str, rows: Any) -> Any:
     return rows
 
 
-#: What analyses take.
+#: Everything that an analysis accepts as a site.
 SiteLike: TypeAlias = SiteTrace | SiteArrays | SiteData
 
 

@@ -24,13 +24,13 @@ from grutrace.records import Array
 from grutrace.storage.read.row_labels import LabelColumn
 from grutrace.storage.read.sequence_index import Integers
 
-#: More values than these are put together: texts by how frequent they are, numbers by size.
+#: Largest number of classes. More texts are merged by frequency, more numbers by size.
 MAX_CLASSES = 20
 
-#: Into how many groups of about equal size numbers are put.
+#: Number of groups of about equal size for numbers.
 NUMERIC_GROUPS = 8
 
-#: What the texts are called that are put together.
+#: Name of the class of the merged texts.
 OTHERS_NAME = "(others)"
 
 
@@ -77,7 +77,7 @@ def encode_classes(labels: LabelColumn, max_classes: int = MAX_CLASSES) -> Label
         to = np.full(len(values), max_classes - 1)
         to[kept] = np.arange(max_classes - 1)
     else:
-        # By the place of the middle of each value among all rows: equal values stay together.
+        # By the middle rank of each value, so that equal values stay together.
         middle = np.cumsum(counts) - counts / 2
         to = np.minimum(
             (middle * NUMERIC_GROUPS / counts.sum()).astype(np.int64), NUMERIC_GROUPS - 1
@@ -88,7 +88,7 @@ def encode_classes(labels: LabelColumn, max_classes: int = MAX_CLASSES) -> Label
 
 
 def _recode(codes: Integers, to: Array) -> Integers:
-    # The last one is what -1 picks.
+    # Index -1 selects the appended entry.
     return np.append(to, -1)[codes].astype(np.int64)
 
 
@@ -96,7 +96,7 @@ def _range(values: Array) -> str:
     return f"{values.min():.4g} to {values.max():.4g}"
 
 
-#: So many sequences of one length can be told to swap labels: there are 3.6 million ways.
+#: Smallest number of sequences of one length that swap labels: 3.6 million permutations.
 MIN_EXCHANGEABLE = 10
 
 
@@ -124,7 +124,7 @@ class LabelPermutations:
         self.count, self.total, self._seed = count, total, seed
         some = np.flatnonzero(codes >= 0)
         order = some[np.lexsort((steps[some], sequences[some]))]
-        # Of the steps with a label, sequence after sequence.
+        # Only labelled steps, sequence after sequence.
         self._in_order = codes[order]
         self._own = np.bincount(sequences[order], minlength=total)
         self._begin = np.cumsum(self._own) - self._own
@@ -132,8 +132,8 @@ class LabelPermutations:
         self._at = np.full(len(codes), -1, np.int64)
         self._at[order] = np.arange(len(order))
         changes = self._in_order[1:] != self._in_order[:-1]
-        within = sequences[order][1:] == sequences[order][:-1]
-        self._constant = not np.any(changes & within)
+        same_sequence = sequences[order][1:] == sequences[order][:-1]
+        self._constant = not np.any(changes & same_sequence)
         having = np.flatnonzero(self._own)
         alike = np.zeros_like(having) if self._constant else self._own[having]
         _, group, size = np.unique(alike, return_inverse=True, return_counts=True)
@@ -155,7 +155,7 @@ class LabelPermutations:
         found = np.tile(np.arange(self.total, dtype=np.int32), (len(numbers), 1))
         for own, number in zip(found, numbers, strict=True):
             drawn = _hash_uniform(self._seed, number, self._swapped)
-            # Both group by group, the one in the order drawn.
+            # Both sides are sorted by group, the right one randomly within it.
             own[self._swapped[np.argsort(self._group, kind="stable")]] = self._swapped[
                 np.lexsort((drawn, self._group))
             ]

@@ -74,7 +74,7 @@ def split_rows(
             f"to test on; found it in {len(having)}"
         )
     ends = np.cumsum(counts[having])
-    # At least one sequence for either.
+    # At least one sequence for training and one for testing.
     some = int(np.clip(1 + np.searchsorted(ends, test * ends[-1]), 1, len(having) - 1))
     for_test = np.isin(families, having[:some])
     used = np.zeros(len(labelled), bool)
@@ -119,10 +119,10 @@ class _RowCollector:
         self.states += later.states
 
 
-#: How many steps the solver makes at most.
+#: Largest number of iterations of the solver.
 ITERATIONS = 1000
 
-#: More distinct numbers than these are fitted as numbers.
+#: A label with more distinct numbers than this is fitted by a regression.
 NUMBERS = 20
 
 
@@ -364,8 +364,8 @@ def _score(predicted: Array, trained: Array, tested: Array, classes: bool) -> fl
 
 def _clustered_error(right: Array, sequences: Integers) -> float:
     """Standard error of a share, clustered by sequence (a ratio of two sums)."""
-    _, place = np.unique(sequences, return_inverse=True)
-    counts, wins = np.bincount(place), np.bincount(place, right)
+    _, position = np.unique(sequences, return_inverse=True)
+    counts, wins = np.bincount(position), np.bincount(position, right)
     if len(counts) < 2:
         return float("nan")
     delta = wins - counts * right.mean()

@@ -99,7 +99,7 @@ def score_boundaries(
                 f"{name}: expected shape ({lengths.sum()},), as the lengths add up to; "
                 f"found {np.shape(given)}"
             )
-    # As one sequence, whose parts lie too far apart for a pair.
+    # Concatenate the sequences with gaps wider than the tolerance.
     delta = np.repeat(np.arange(len(lengths)) * (tolerance + 1), lengths)
     positions = np.arange(len(delta)) + delta
     hits = _pairs(
@@ -160,11 +160,11 @@ def peaks(
     return np.asarray((known > threshold) & (known > before) & (known >= after))
 
 
-#: Differences up to this are never a boundary by default, so that there is none in what hardly
-#: moves. It is the least of the thresholds that Wang, Chung and Lee's own program tries.
+#: Smallest default threshold, so that a nearly constant gate has no boundaries. It is the smallest
+#: threshold in the program of Wang, Chung and Lee.
 LEAST = 0.001
 
-#: By the name of a direction, what a difference is multiplied by; 0 for its size.
+#: Factor of the difference by direction; 0 for its magnitude.
 DIRECTIONS = {"rise": 1, "fall": -1, "both": 0}
 
 

@@ -38,16 +38,16 @@ from grutrace.records import Array
 from grutrace.statistics.moments import reduce_axis0
 from grutrace.storage.read.sequence_index import Integers
 
-#: Levels of a unit, for what bins are too many.
+#: Number of levels of a unit for the mutual information.
 LEVELS = 8
 
-#: Bins of a unit, at most and at least.
+#: Largest and smallest number of bins of a unit.
 MAX_BINS, MIN_BINS = 1024, 64
 
-#: What counts of all units may take, which decides how many bins there are. Bytes.
+#: Size of the counts of all units, which determines the number of bins, in bytes.
 COUNT_BYTES = 32 * 1024 * 1024
 
-#: What one product of labels and levels brings into memory. Bytes.
+#: Size of one product of labels and levels, in bytes.
 PRODUCT_BYTES = 16 * 1024 * 1024
 
 
@@ -163,15 +163,15 @@ class PermutedHistogram:
 
     def __init__(
         self,
-        arrangements: LabelPermutations,
+        label_permutations: LabelPermutations,
         some: range,
         bins: Bins,
         levels: Integers,
         classes: int,
     ) -> None:
-        self._arrangements, self._some, self._bins = arrangements, some, bins
+        self._label_permutations, self._some, self._bins = label_permutations, some, bins
         self._sources: Array | None = None
-        # What is not finite has a level that is none.
+        # Non-finite values get a level that is not counted.
         self._levels = np.concatenate([levels, np.full((len(levels), 1), LEVELS)], axis=1)
         self._others = np.zeros((len(some), classes - 1, len(levels), LEVELS), np.int64)
 
@@ -184,18 +184,18 @@ class PermutedHistogram:
         """Add a block: ``row``, the number of each row, and the values."""
         numbers = rows["row"][:, 0]
         (values,) = (block for name, block in rows.items() if name != "row")
-        some = self._arrangements.labelled(numbers)
+        some = self._label_permutations.labelled(numbers)
         numbers, values = numbers[some], values[some]
         permutations, others, width, _ = self._others.shape
         if self._sources is None:
-            self._sources = self._arrangements.sources(self._some)
+            self._sources = self._label_permutations.sources(self._some)
         step = max(1, PRODUCT_BYTES // (4 * (permutations * others + width * LEVELS)))
         classes, of_unit = np.arange(1, others + 1)[:, np.newaxis], np.arange(width)
         for low in range(0, len(numbers), step):
             part = slice(low, low + step)
             level = self._levels[of_unit, self._bins(values[part])]
             levels = (level[..., np.newaxis] == np.arange(LEVELS)).astype(np.float32)
-            codes = self._arrangements.codes(numbers[part], self._some, self._sources)
+            codes = self._label_permutations.codes(numbers[part], self._some, self._sources)
             labels = (codes[:, np.newaxis] == classes).astype(np.float32)
             found = labels.reshape(permutations * others, -1) @ levels.reshape(len(level), -1)
             self._others += found.reshape(self._others.shape).astype(np.int64)
@@ -205,7 +205,7 @@ class PermutedHistogram:
         self._others += later._others
 
     def __getstate__(self) -> dict[str, Any]:
-        # What follows from the rest need not travel.
+        # Recomputed after unpickling.
         return self.__dict__ | {"_sources": None}
 
 
@@ -323,10 +323,10 @@ def selectivity(
     aucs, errors = _auc(counts)
     levels = _levels(counts)
     information = _information(_bins_to_levels(counts, levels))
-    arrangements = LabelPermutations(
+    label_permutations = LabelPermutations(
         codes, sequence_ids(data), step_ids(data), len(data.lengths), permutations, seed
     )
-    null = _null_information(data, quantity, arrangements, bins, levels, counts)
+    null = _null_information(data, quantity, label_permutations, bins, levels, counts)
     largest = np.array([0.0, *np.nanmax(null, axis=1, initial=0.0)])[1:]
     with np.errstate(invalid="ignore"):
         p = (1 + (largest[:, np.newaxis] >= information - 1e-12).sum(0)) / (1 + permutations)
@@ -338,7 +338,7 @@ def selectivity(
         label=label,
         quantity=quantity,
         steps=int(np.count_nonzero(codes >= 0)),
-        null=arrangements.kind,
+        null=label_permutations.kind,
         permutations=permutations,
         selective=int(np.count_nonzero(known & (p < 0.05))),
         classes=classes.names,
@@ -400,7 +400,7 @@ def _information(joint: Array) -> Array:
 def _null_information(
     data: SiteData,
     quantity: str,
-    arrangements: LabelPermutations,
+    label_permutations: LabelPermutations,
     bins: Bins,
     levels: Integers,
     counts: Array,
@@ -408,14 +408,14 @@ def _null_information(
     """Compute the information for permuted labels: (permutations, H)."""
     classes, width, _ = counts.shape
     total = _bins_to_levels(counts, levels).sum(0)
-    each = 8 * classes * width * LEVELS + 4 * arrangements.total
+    each = 8 * classes * width * LEVELS + 4 * label_permutations.total
     together = max(1, COUNT_BYTES // each)
     rows = np.arange(data.steps, dtype=np.int64)[:, np.newaxis]
     with_row = WithColumns(data, {"row": rows})
-    found = np.empty((arrangements.count, width))
-    for first in range(0, arrangements.count, together):
-        some = range(first, min(first + together, arrangements.count))
-        make_reducer = partial(PermutedHistogram, arrangements, some, bins, levels, classes)
+    found = np.empty((label_permutations.count, width))
+    for first in range(0, label_permutations.count, together):
+        some = range(first, min(first + together, label_permutations.count))
+        make_reducer = partial(PermutedHistogram, label_permutations, some, bins, levels, classes)
         joint = reduce_rows(with_row, (quantity, "row"), make_reducer).counts(total)
         for position, number in enumerate(some):
             found[number] = _information(joint[position])

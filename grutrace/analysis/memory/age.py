@@ -34,10 +34,10 @@ from grutrace.analysis.engine.site_data import SiteLike, as_site_data
 from grutrace.records import Array
 from grutrace.storage.read.sequence_index import Integers
 
-#: What is gathered of sequences before it is gone through. Bytes of float64.
+#: Size of the sequences that are processed together, in bytes.
 BATCH_BYTES = 8 * 1024 * 1024
 
-#: Steps that are gone through one after another, of all chunks at once.
+#: Number of steps of a chunk; all chunks are processed in parallel.
 CHUNK_STEPS = 64
 
 
@@ -107,7 +107,7 @@ class _AgeSums:
     def __init__(self, width: int) -> None:
         self.steps = self.sequences = 0
         self.ages, self.last_ages, self.left = np.zeros((3, width))
-        # Of the sequence that goes on: its age and what is left of its beginning, after a stretch.
+        # Age and remaining initial state of the current sequence, after its last segment.
         self._age, self._left = np.zeros(width), np.ones(width)
         self._waiting: list[SequenceSegment] = []
         self._rows = 0
@@ -138,17 +138,17 @@ class _AgeSums:
         kept = update.copy()
         kept[starts[is_first]] = 0.0
         ages = _linear_recurrence(kept, update, self._age)
-        # A product of gates may be too small for any number: then nothing is left.
-        apart = is_first.copy()
-        apart[0] = True
-        left = np.multiply.reduceat(update, starts[apart], axis=0)
+        # The product of gates may underflow to 0.
+        starts_segment = is_first.copy()
+        starts_segment[0] = True
+        left = np.multiply.reduceat(update, starts[starts_segment], axis=0)
         if not is_first[0]:
             left[0] *= self._left
         self.steps += len(update)
         self.sequences += int(np.count_nonzero(last))
         self.ages += ages.sum(axis=0)
         self.last_ages += ages[ends[last]].sum(axis=0)
-        self.left += left[np.cumsum(apart)[last] - 1].sum(axis=0)
+        self.left += left[np.cumsum(starts_segment)[last] - 1].sum(axis=0)
         self._age, self._left = ages[-1].copy(), left[-1].copy()
 
 

@@ -30,16 +30,16 @@ from grutrace.errors import OptionError, short_repr
 from grutrace.records import Array
 from grutrace.storage.read.sequence_index import Integers
 
-#: How far a state is compared with itself unless asked otherwise, if sequences are as long. Steps.
+#: Default largest lag, in steps.
 DEFAULT_LAGS = 1000
 
-#: Sokal's window: the sum ends at the first lag that is so many times the sum.
+#: Sokal's window: the sum ends at the first lag that is at least this multiple of the sum.
 SOKAL_WINDOW = 5.0
 
-#: What is gathered of short sequences before it is transformed. Bytes of float64.
+#: Size of the short sequences that are transformed together, in bytes.
 BATCH_BYTES = 4 * 1024 * 1024
 
-#: The least length of a transform. Steps.
+#: Smallest length of a transform, in steps.
 MIN_TRANSFORM = 1024
 
 
@@ -154,7 +154,7 @@ def efolding_time(correlation: Array) -> Array:
     after, before = correlation[lag, units], correlation[np.maximum(lag - 1, 0), units]
     with np.errstate(invalid="ignore", divide="ignore"):
         curved = (np.log(before) + 1) / (np.log(before) - np.log(after))
-        # Nothing exponential leads to where there is no correlation left.
+        # Interpolate linearly where the correlation is not positive.
         straight = (before - np.exp(-1)) / (before - after)
         part = np.where(after > 0, curved, straight)
     return np.where(below.any(axis=0), lag - 1 + part, np.nan)
@@ -214,10 +214,10 @@ class _LaggedProducts:
         if segment.is_first:
             self._parts, self._before = [], self._before[:0]
         rows = segment.values["hidden"][max(0, self._skip - segment.start) :]
-        # What is not finite makes its unit's result not a number.
+        # A non-finite value makes the unit's result NaN.
         with np.errstate(invalid="ignore", over="ignore"):
             if len(rows):
-                # A copy: what else was read with it is not kept.
+                # A copy, so that the block it was read with is freed.
                 self._parts.append(np.subtract(rows, self._mean, dtype=np.float64))
             if not self._parts:
                 return

@@ -28,10 +28,10 @@ from grutrace.errors import NotRecordedError, OptionError, short_repr
 from grutrace.records import Array
 from grutrace.storage.read.sequence_index import Integers
 
-#: How much is brought into memory at once. Bytes of float64.
+#: Size of a block in memory, in bytes.
 BLOCK_BYTES = 4 * 1024 * 1024
 
-#: The most numbers that a map may have.
+#: Largest number of entries of a map.
 MAX_MAP_SIZE = 2**27
 
 _REQUIRED = ("update", "candidate", "hidden")
@@ -129,7 +129,7 @@ def decompose(
             _rows_made(data, name, sequence, low, high)[:, columns]
             for name in ("update", "candidate")
         )
-        # What of each step is left when all later ones are made: from the last one backwards.
+        # Product of the later gates, from the last step backwards.
         later = np.concatenate([update[1:], kept[np.newaxis]])
         left = np.multiply.accumulate(later[::-1], axis=0)[::-1]
         part = slice(low - first, high - first)
@@ -265,10 +265,10 @@ def _map_block(
     with np.errstate(invalid="ignore", divide="ignore"):
         towards = hidden / np.einsum("mh,mh->m", hidden, hidden)[:, np.newaxis]
     kept = np.ones_like(hidden)
-    # How many steps each state has behind it.
+    # Number of steps before each state.
     behind = np.arange(start, stop) + 1 - _first_steps(site, sequence, start, stop)
     for lag in range(min(lags, stop)):
-        # Those states that have as many steps.
+        # States with at least this many steps before them.
         some = slice(max(0, lag - start), None)
         past = slice(max(0, start - lag) - low, stop - lag - low)
         there = (behind[some] > lag)[:, np.newaxis]
@@ -277,9 +277,11 @@ def _map_block(
         size[some, lag] = np.abs(written).sum(axis=1)
         kept[some] *= np.where(there, update[past], 1.0)
     before = np.empty_like(hidden)
-    within = min(stop - start, max(0, lags - start))
-    if within < stop - start:
-        before[within:] = _rows_made(site, "hidden", sequence, start + within - lags, stop - lags)
+    near_start = min(stop - start, max(0, lags - start))
+    if near_start < stop - start:
+        before[near_start:] = _rows_made(
+            site, "hidden", sequence, start + near_start - lags, stop - lags
+        )
     first = np.arange(start, stop) + 1 - behind
     for step in np.unique(first[behind <= lags]).tolist():
         before[(first == step) & (behind <= lags)] = _state_before(site, sequence, step)

@@ -42,10 +42,10 @@ from grutrace.errors import require_extra
 from grutrace.records import Array
 from grutrace.storage.read.sequence_index import Integers
 
-#: Samples of the fitted distribution that the distance of the data is judged by.
+#: Number of samples of the parametric bootstrap.
 SAMPLES = 999
 
-#: With fewer timescales there is no fit.
+#: Smallest number of timescales for a fit.
 FEWEST = 8
 
 #: Timescales that differ by less than this, relative to the largest, count as equal: there is no
@@ -219,7 +219,7 @@ def timescales(site: SiteLike, lags: int | None = None) -> Timescales:
     rates = reduce_rows(data, ("update",), partial(_RateSums, len(data.units)))
     count = np.where(rates.count > 0, rates.count, np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
-        # By what is missing from 1, which may be little.
+        # log1p is accurate where the mean is close to 1.
         tau_of_mean = -1 / np.log1p(-rates.written / count)
         tau = -1 / (rates.logs / count)
     fit = fit_inverse_gamma(tau)

@@ -26,7 +26,7 @@ from grutrace.errors import OptionError, short_repr
 from grutrace.records import Array
 from grutrace.storage.read.sequence_index import Integers
 
-#: A write that is smaller than this is near zero. Hidden states lie in (-1, 1).
+#: Default threshold. Hidden states are in (-1, 1).
 DEFAULT_THRESHOLD = 0.01
 
 

@@ -14,8 +14,8 @@ def abs_difference(recorded: Array, expected: Array) -> Array:
     """Return ``|recorded - expected|``: 0 for equal infinities, infinity where only one is NaN."""
     same = (recorded == expected) | (np.isnan(recorded) & np.isnan(expected))
     with np.errstate(invalid="ignore", over="ignore"):
-        off = np.where(same, 0.0, np.abs(recorded - expected))
-    return np.where(np.isnan(off), np.inf, off)
+        difference = np.where(same, 0.0, np.abs(recorded - expected))
+    return np.where(np.isnan(difference), np.inf, difference)
 
 
 def scaled_difference(a: Array, b: Array) -> Array:
@@ -24,6 +24,10 @@ def scaled_difference(a: Array, b: Array) -> Array:
     NaN and infinity are treated as in `abs_difference`.
     """
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    off = abs_difference(a, b)
+    difference = abs_difference(a, b)
     size = np.maximum(np.maximum(np.abs(a), np.abs(b)), 1.0)
-    return np.asarray(np.divide(off, size, out=off, where=np.isfinite(off) & np.isfinite(size)))
+    return np.asarray(
+        np.divide(
+            difference, size, out=difference, where=np.isfinite(difference) & np.isfinite(size)
+        )
+    )

@@ -35,8 +35,8 @@ from grutrace.storage.read.site import SiteTrace
 from grutrace.storage.read.snapshot import TraceSnapshot
 from grutrace.storage.read.trace import Trace
 
-#: Rows of one module that are derived at once, all sites and quantities together; one call at
-#: least. Bytes.
+#: Size of the rows of one module that are derived at once, over all sites and quantities, in bytes.
+#: At least one call.
 BLOCK_BYTES = 32 * 1024 * 1024
 
 
@@ -70,7 +70,7 @@ def materialize_file(
         _append_all(snapshot, sink, progress)
         sink.close()
     except BaseException:
-        # Half a trace, closed in order, would pass for a whole one.
+        # An incomplete file that was closed properly would pass for a complete one.
         try:
             sink.close()
         finally:
@@ -85,7 +85,7 @@ def stored_header(snapshot: TraceSnapshot) -> TraceHeader:
         dataclasses.replace(module, sites=tuple(_stored(site) for site in module.sites))
         for module in header.modules
     )
-    # The new file holds all parts of a run, and is none itself.
+    # The new file contains all parts of a run and is not a part itself.
     options = {name: value for name, value in header.options.items() if name != "run"}
     options["gates"] = "derived"
     copied = [MergedShard(shard.rank, shard.calls, shard.closed, {}) for shard in shards]

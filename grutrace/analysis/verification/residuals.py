@@ -47,9 +47,9 @@ class CallResiduals:
             hidden: The recorded states of all rows.
         """
         rows = slice(int(each.rows[0]), int(each.rows[-1]) + 1)
-        off = abs_difference(np.asarray(hidden[rows]).astype(np.float64), derived.hidden)
-        units = off.argmax(axis=1)
-        largest = off[np.arange(len(off)), units]
+        difference = abs_difference(np.asarray(hidden[rows]).astype(np.float64), derived.hidden)
+        units = difference.argmax(axis=1)
+        largest = difference[np.arange(len(difference)), units]
         product, recurrent = derived.product_maxima
         np.maximum.at(self._products, each.calls, product)
         np.maximum.at(self._recurrents, each.calls, recurrent)

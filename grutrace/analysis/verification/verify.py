@@ -32,7 +32,7 @@ from grutrace.storage.read.recomputed import GateInputs
 from grutrace.storage.read.site import SiteTrace
 from grutrace.storage.read.trace import Trace
 
-#: How much is brought into memory at once. Bytes.
+#: Size of a block in memory, in bytes.
 BLOCK_BYTES = 16 * 1024 * 1024
 
 
@@ -122,7 +122,8 @@ def verify(trace: Trace) -> list[SiteVerification]:
     return [verify_site(trace, name) for name in trace.sites]
 
 
-# A file may hold what is no gate, such as infinities: that is found, and not warned of.
+# A file may contain values that are no gates, such as infinities. They are reported, not warned
+# about.
 @np.errstate(all="ignore")
 def verify_site(trace: Trace, name: str) -> SiteVerification:
     """Check one site, a block of rows at a time."""
@@ -164,8 +165,8 @@ def _blocks(site: SiteTrace) -> Iterator[tuple[int, int]]:
 
 def _check_gates(site: SiteTrace) -> Iterator[_Comparison]:
     quantities = [name for name in (*GATES, "hidden") if name in site.site.quantities]
-    # What was recorded with a call is of the products that were made then: none, where the gates
-    # are the kernel's own.
+    # The recorded tolerance covers the products that the call computed. It is 0 where the gates are
+    # the kernel's own.
     worked_out = _call_residuals(site).tolerances(range(len(site.checks)))
     tolerances = np.fmax(worked_out, site.checks["tolerance"].astype(np.float64))
     for start, stop in _blocks(site):
@@ -211,7 +212,7 @@ def _in_double(each: GateInputs) -> StepRecomputation:
 
 
 def _check_states(site: SiteTrace) -> Iterator[_Comparison]:
-    # Beside the kernel's rounding, the stored gates are rounded themselves.
+    # The stored gates are rounded too.
     stored = 4 * float(np.finfo(site.rows("update").dtype).eps)
     for start, stop in _blocks(site):
         update, candidate, hidden, previous = (
@@ -232,13 +233,13 @@ def _to_float64(values: Rows | Array) -> npt.NDArray[np.float64]:
     return np.asarray(values).astype(np.float64)
 
 
-def _excess(off: Array, allowed: Array) -> Array:
+def _excess(difference: Array, allowed: Array) -> Array:
     """Return the differences in units of the tolerance.
 
     It is 0 where both are 0, and infinite where the tolerance is NaN.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
-        excess = np.nan_to_num(off / allowed, nan=0.0, posinf=np.inf)
+        excess = np.nan_to_num(difference / allowed, nan=0.0, posinf=np.inf)
     return np.where(np.isnan(allowed), np.inf, excess)
 
 
@@ -246,11 +247,11 @@ def _worst(comparisons: Iterator[_Comparison], site: SiteTrace) -> WorstValue | 
     """Return the value with the largest difference relative to its tolerance."""
     worst: tuple[float, _Comparison, tuple[int, int]] | None = None
     for comparison in comparisons:
-        off = abs_difference(comparison.recorded, comparison.expected)
-        excess = _excess(off, comparison.tolerance[:, np.newaxis])
+        difference = abs_difference(comparison.recorded, comparison.expected)
+        excess = _excess(difference, comparison.tolerance[:, np.newaxis])
         if excess.size and (worst is None or excess.max() > worst[0]):
-            place = divmod(int(excess.argmax()), excess.shape[1])
-            worst = float(excess.max()), comparison, place
+            position = divmod(int(excess.argmax()), excess.shape[1])
+            worst = float(excess.max()), comparison, position
     if worst is None:
         return None
     _, comparison, (row, unit) = worst
