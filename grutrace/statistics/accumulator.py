@@ -203,7 +203,7 @@ class Accumulator:
         """
         for where, expected, found in self._differences(layout, bins):
             raise OptionError(
-                f"statistics do not fit together: {where}: expected {expected}, found {found}"
+                f"statistics cannot be merged: {where}: expected {expected}, found {found}"
             )
 
     def _differences(

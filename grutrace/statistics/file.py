@@ -328,7 +328,9 @@ class _Reader:
         fits = fits and all(want in (None, has) for want, has in zip(shape, found, strict=True))
         require(fits, location, f"shape {shape}", found)
         filters = dataset.id.get_create_plist().get_nfilters()
-        require(not filters and dataset.chunks is None, location, "data as they are", "packed data")
+        require(
+            not filters and dataset.chunks is None, location, "uncompressed data", "compressed data"
+        )
         size = math.prod(found) * dtype.itemsize
         self._left -= size
         require(self._left >= 0, location, "data that the file can hold", f"{size} bytes")

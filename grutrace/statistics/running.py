@@ -314,8 +314,7 @@ class Statistics:
         if ours is None or theirs is None:
             if self._bins != other._bins:
                 raise OptionError(
-                    "statistics do not fit together: bins: "
-                    f"expected {self._bins}, found {other._bins}"
+                    f"statistics cannot be merged: bins: expected {self._bins}, found {other._bins}"
                 )
             merged = ours or theirs
             return Statistics(bins=self._bins) if merged is None else self._from_accumulator(merged)
@@ -346,7 +345,7 @@ class Statistics:
         require_one_of("mode", mode, ("w", "overwrite"))
         snapshot = self._snapshot()
         if snapshot is None:
-            raise StateError("there is nothing to save: no tracer was given these statistics yet")
+            raise StateError("nothing to save: no tracer has used these statistics as its sink yet")
         file = StatisticsFile(as_path(path), mode)
         file.acquire()
         try:
@@ -368,7 +367,9 @@ class Statistics:
     def _reading(self) -> Iterator[Accumulator]:
         """Lock the counts and flush all tracers, so that everything recorded so far is included."""
         if self._accumulator is None:
-            raise NotRecordedError("nothing was counted yet: no tracer was given these statistics")
+            raise NotRecordedError(
+                "nothing counted yet: no tracer has used these statistics as its sink"
+            )
         self._require_own_process()
         for thread in self._threads:
             # The counts before an error can still be read.
@@ -394,7 +395,7 @@ class Statistics:
         if os.getpid() != self._process and not all(thread.ended for thread in self._threads):
             raise StateError(
                 f"these statistics are counted in process {self._process}; a forked child, here "
-                f"{os.getpid()}, can neither read nor count on: make new ones there, and merge"
+                f"{os.getpid()}, can neither read nor extend them: create others there and merge them"
             )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from grutrace.storage.write.validation import RecordValidator
 from grutrace.storage.write.writer_thread import WriterThread
 
 _REFUSAL = (
-    "a statistics sink keeps figures only, and no rows, calls, sequences or weights. The figures "
+    "a statistics sink keeps figures only, not rows, calls, sequences or weights. The figures "
     "are in the grutrace.Statistics that the tracer was given: statistics[site].update, "
     "statistics.calls"
 )

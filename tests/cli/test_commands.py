@@ -307,7 +307,7 @@ def test_derive(deferred, tmp_path, capsys) -> None:
     assert main(["derive", str(deferred), "-o", str(full)]) == 2
     assert "full.h5 exists" in capsys.readouterr().err
     assert main(["derive", str(full), "-o", str(tmp_path / "again.h5")]) == 2
-    assert "nothing is to be derived" in capsys.readouterr().err
+    assert "nothing to derive" in capsys.readouterr().err
     assert main(["derive", str(deferred)]) == 2
 
 

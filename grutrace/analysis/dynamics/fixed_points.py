@@ -240,8 +240,8 @@ def _starts(data: SiteData, starts: int | Array, width: int, seed: int) -> Array
         data.require("hidden")
         if len(data.units) != width:
             raise NotRecordedError(
-                f"{data.name!r} has the states of {len(data.units)} of {width} units; a point "
-                f"needs all: give states of your own, starts=(K, {width})"
+                f"{data.name!r} has the states of {len(data.units)} of {width} units; fixed "
+                f"points need all: pass complete states, starts=(K, {width})"
             )
         drawn = np.random.default_rng(seed).permutation(data.steps)[:starts]
         states = np.asarray(data.rows("hidden")[np.sort(drawn)], np.float64)

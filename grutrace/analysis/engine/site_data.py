@@ -262,7 +262,7 @@ def _reopen_site_data(
         if found != calls:
             raise StateError(
                 f"the trace of {site.name} has grown from {calls} to {found} calls while it was "
-                "analysed elsewhere: wait until it is closed, or analyse it in this process"
+                "analysed in another process: close it first, or analyse it in this process"
             )
         of = _TraceSiteData(SiteTrace(partial(_return_snapshot, snapshot), number, site))
     of.dask = dask

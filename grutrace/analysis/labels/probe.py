@@ -233,7 +233,7 @@ def probe(
     testing = for_test[rows]
     train, tested = rows[~testing], rows[testing]
     if not len(train) or not len(tested):
-        raise OptionError(f"label: of {label!r} no step with finite {quantity} is left to use")
+        raise OptionError(f"label: no step with finite {quantity} is left for {label!r}")
     inputs = estimators.standardize(states, testing)
     del states
     fitted = estimators.fit(inputs[0], target[train], bool(classes), penalty)

@@ -60,10 +60,10 @@ def materialize_file(
         NotRecordedError: Something that gates follow from was not recorded.
     """
     if not any(site.derived for module in trace.modules for site in module.sites):
-        raise TraceFileError("nothing is to be derived: the gates of this trace are stored in it")
+        raise TraceFileError("nothing to derive: this trace already stores its gates")
     target = Path(path)
     if target.exists():
-        raise TraceFileError(f"{target} exists: name another file to derive to")
+        raise TraceFileError(f"{target} exists: choose another path for the new file")
     snapshot = trace.snapshot
     sink = open_sink(target, stored_header(snapshot))
     try:

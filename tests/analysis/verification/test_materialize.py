@@ -167,7 +167,7 @@ def test_what_cannot_be_derived_is_refused(traces, tmp_path) -> None:
         with pytest.raises(grutrace.TraceFileError, match="no folder"):
             materialize_file(trace, tmp_path / "nowhere" / "full.h5")
     assert path.read_bytes() == before
-    with pytest.raises(grutrace.TraceFileError, match="nothing is to be derived"):
+    with pytest.raises(grutrace.TraceFileError, match="nothing to derive"):
         materialize_file(inline, tmp_path / "full.h5")
     assert not (tmp_path / "full.h5").exists()
 
