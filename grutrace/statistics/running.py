@@ -345,7 +345,7 @@ class Statistics:
         require_one_of("mode", mode, ("w", "overwrite"))
         snapshot = self._snapshot()
         if snapshot is None:
-            raise StateError("nothing to save: no tracer has used these statistics as its sink yet")
+            raise StateError("nothing to save: no tracer has these statistics as its sink")
         file = StatisticsFile(as_path(path), mode)
         file.acquire()
         try:
@@ -395,7 +395,7 @@ class Statistics:
         if os.getpid() != self._process and not all(thread.ended for thread in self._threads):
             raise StateError(
                 f"these statistics are counted in process {self._process}; a forked child, here "
-                f"{os.getpid()}, can neither read nor extend them: create others there and merge them"
+                f"{os.getpid()}, can neither read nor extend them: create others there, and merge"
             )
 
     def __getstate__(self) -> dict[str, Any]:
