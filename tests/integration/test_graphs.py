@@ -38,7 +38,7 @@ def test_the_graph_is_the_same_and_every_module_is_named_once(way, model, batch)
     apart = [each for each in said if each.startswith("nothing was recorded of cell")]
     named = [each for each in said if each not in apart]
     assert about(named) + ["cell"] * len(apart) == ["stack", "layer", "cell"]
-    assert all("run the model itself on real tensors" in each for each in named)
+    assert all("call the model itself with real tensors" in each for each in named)
     # The control: another model has another graph.
     assert way(nn.Sequential(model, nn.ReLU()), batch) != expected
 

@@ -1,9 +1,8 @@
-"""Graphs of torch.compile that have taken in a GRU kernel, whose calls cannot be heard.
+"""Graphs of torch.compile that contain a GRU kernel, whose calls cannot be observed.
 
-torch.compile leaves nn.GRU out of its graphs, and code with an nn.GRU in it as it is. It takes in
-the kernel of nn.GRUCell. Once such a graph is made, nothing is left of the cell's call. While
-something records, compiled code can be run as the Python code that it was made from
-(``torch.compiler.set_stance("force_eager")``). That acts on the whole process.
+torch.compile does not compile code that calls nn.GRU. It does compile nn.GRUCell, and the compiled
+graph no longer calls the cell's kernel. While recording, compiled code can run as the original
+Python code (``torch.compiler.set_stance("force_eager")``). This affects the whole process.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from grutrace.errors import UnsupportedError
 
 
 def any_with_gru_kernel() -> bool:
-    """Whether there is a graph that has taken in a GRU kernel, as far as torch.compile tells."""
+    """Whether torch.compile has made a graph that contains a GRU kernel."""
     if "torch._dynamo" not in sys.modules:
         return False
     try:
@@ -28,11 +27,11 @@ def any_with_gru_kernel() -> bool:
         codes = [reference() for reference in tuple(convert_frame.input_codes.seen)]
         return any(_has_kernel(code) for code in codes if code is not None)
     except (ImportError, AttributeError):
-        # Another version of PyTorch keeps this otherwise.
+        # Other PyTorch versions store this elsewhere.
         return False
 
 
-#: By code, with how many graphs: whether one of them has a GRU kernel.
+#: By code object: the number of its graphs, and whether one of them contains a GRU kernel.
 _known: dict[CodeType, tuple[int, bool]] = {}
 
 
@@ -42,23 +41,23 @@ def _has_kernel(code: CodeType) -> bool:
         return False
     known = _known.get(code)
     if known is None or known[0] != len(entries):
-        # Its guards name every function that it has taken in.
+        # The guards name every function in the graph.
         found = any("gru" in str(entry.guard_manager).lower() for entry in entries)
         known = _known[code] = len(entries), found
     return known[1]
 
 
 class EagerCode:
-    """Has compiled code run as the Python code that it was made from, from `start` to `stop`."""
+    """Runs compiled code as the original Python code between `start` and `stop`."""
 
     def __init__(self) -> None:
         self._is_on = False
 
     def start(self) -> None:
-        """Run it so from now on, in the whole process.
+        """Run compiled code as Python code from now on, in the whole process.
 
         Raises:
-            UnsupportedError: PyTorch is older than 2.6, and cannot.
+            UnsupportedError: PyTorch is older than 2.6, which has no stance.
         """
         if not hasattr(torch.compiler, "set_stance"):
             raise UnsupportedError(
@@ -70,14 +69,14 @@ class EagerCode:
             _stance.acquire()
 
     def stop(self) -> None:
-        """Run compiled code again, if nobody else asks for the other. Twice does nothing."""
+        """Run compiled code again, unless another tracer needs it stopped. Idempotent."""
         if self._is_on:
             self._is_on = False
             _stance.release()
 
 
 class _Stance:
-    """Sets PyTorch's stance for the first who asks, and puts it back after the last."""
+    """Sets PyTorch's stance for the first user and restores it after the last."""
 
     def __init__(self) -> None:
         self._users = 0
@@ -95,7 +94,7 @@ class _Stance:
         with self._lock:
             self._users -= 1
             if not self._users:
-                # As a context manager it would put the stance of before back.
+                # The context manager's exit restores the previous stance.
                 self._before.__exit__(None, None, None)
 
 

@@ -1,4 +1,4 @@
-"""GRUs that a model did not have when its tracer was made: exchanged, added, or made in a call."""
+"""GRUs that a model got after its tracer was created: replaced, added, or created in a call."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from grutrace.capture.kernel_calls.subscription import method_owner
 from grutrace.records import ModuleInfo
 
 
-class Place(NamedTuple):
-    """Where a GRU is in a model.
+class ModuleLocation(NamedTuple):
+    """The location of a GRU in a model.
 
     Attributes:
         path: Its path; None if it is no part of the model.
-        replaces: The path of the recorded module whose place it has taken, and whose sites it has.
-        reason: Why its calls are not recorded; None where they are, or where it has nothing to do
-            with the model.
+        replaces: The path of the recorded module that it replaces, with the same sites.
+        reason: Why its calls are not recorded; None if they are, or if it does not belong to the
+            model.
     """
 
     path: str | None
@@ -30,37 +30,37 @@ class Place(NamedTuple):
 
 def locate_module(
     module: GRUModule, model: nn.Module, recorded: Mapping[str, ModuleInfo], frame: FrameType
-) -> Place:
-    """Find out what a GRU is to a model.
+) -> ModuleLocation:
+    """Find where a new GRU is in a model.
 
     Args:
-        module: The GRU, which the model did not have.
+        module: The GRU, which the model did not contain when the tracer was created.
         model: The model.
-        recorded: By path, what is recorded of the modules that it had.
-        frame: In which the GRU is called.
+        recorded: Descriptions of the recorded modules, by path.
+        frame: The frame that calls the GRU.
     """
     path = next((path for path, each in model.named_modules() if each is module), None)
     if path is not None and path in recorded:
         if _has_sites_of(recorded[path], module):
-            return Place(path, replaces=path)
-        return Place(
+            return ModuleLocation(path, replaces=path)
+        return ModuleLocation(
             None,
             reason=f"{path or 'the model'} was replaced by a layer of another shape after the "
-            "tracer was made: its calls are not recorded. Make a new tracer",
+            "tracer was created: its calls are not recorded. Create a new tracer",
         )
     if path is not None:
-        return Place(
+        return ModuleLocation(
             path,
-            reason=f"{path} was added after the tracer was made: its calls are not recorded. Make "
-            "a new tracer",
+            reason=f"{path} was added after the tracer was created: its calls are not recorded. "
+            "Create a new tracer",
         )
     if not _is_called_within(model, frame):
-        return Place(None)
-    return Place(
+        return ModuleLocation(None)
+    return ModuleLocation(
         None,
-        reason=f"a {type(module).__qualname__} that is no part of the model was called within it "
-        "(made anew in each call?): its calls are not recorded. Make it an attribute of a module "
-        "of the model to have it recorded",
+        reason=f"a {type(module).__qualname__} that is not part of the model was called within it "
+        "(is it created in each call?): its calls are not recorded. To record them, make it an "
+        "attribute of a module of the model",
     )
 
 
@@ -81,7 +81,7 @@ def _has_sites_of(described: ModuleInfo, module: GRUModule) -> bool:
 
 
 def _is_called_within(model: nn.Module, frame: FrameType) -> bool:
-    """Whether a method of a module of the model is running."""
+    """Whether a method of one of the model's modules is on the call stack."""
     modules = set(map(id, model.modules()))
     above: FrameType | None = frame
     while above is not None:

@@ -1,4 +1,4 @@
-"""From a kernel call to what every layer read and made in it.
+"""Observe one kernel call: the input and the output of every layer.
 
 T steps, B sequences in a batch, I input size, H hidden size, L layers, D directions.
 """
@@ -30,15 +30,15 @@ GRUModule: TypeAlias = nn.GRU | nn.GRUCell
 
 
 class Observation(NamedTuple):
-    """One call of the kernel, just after it ran.
+    """One kernel call that has just run.
 
     Attributes:
-        call: What the kernel was called with.
+        call: The arguments of the kernel.
         steps: The layout of the call's steps.
-        layers: What each layer read and made, from the lowest to the top.
+        layers: Input and output of each layer, from the lowest to the top.
         training: Whether the module was in training mode.
         seconds: How long the kernel ran.
-        is_kept: Whether what went in and came out are copies that nobody changes.
+        is_kept: Whether input and output are copies that will not change.
     """
 
     call: KernelCall
@@ -50,9 +50,9 @@ class Observation(NamedTuple):
 
 
 def first_weight(module: nn.Module) -> Tensor | None:
-    """Return the first weight that a module would give to the kernel, if it can be had as it is.
+    """Return the first weight that a module passes to the kernel; None if it is parametrized.
 
-    A parametrized weight is none: reading it computes it anew.
+    Reading a parametrized weight would compute it again.
     """
     name = "weight_ih" if isinstance(module, nn.GRUCell) else "weight_ih_l0"
     found = module._parameters.get(name)
@@ -60,9 +60,9 @@ def first_weight(module: nn.Module) -> Tensor | None:
 
 
 def is_own_call(module: GRUModule, kernel: Kernel, arguments: tuple[Any, ...]) -> bool:
-    """Whether a kernel call made within a module's forward is that of the module itself.
+    """Whether a kernel call inside a module's forward is made by the module itself.
 
-    It is not if its weights do not fit the module: then it is that of something inside it.
+    If the weights do not fit the module, another layer inside the forward makes the call.
     """
     weights = kernel.weights(arguments)
     if isinstance(module, nn.GRUCell) != kernel.is_cell or len(weights) < 2:
@@ -77,16 +77,16 @@ def is_own_call(module: GRUModule, kernel: Kernel, arguments: tuple[Any, ...]) -
 
 
 class KernelRun:
-    """A kernel call that has just run: what went in, and what came out.
+    """A kernel call that has just run, with its arguments and its result.
 
     Args:
         kernel: The kernel.
         arguments: Its positional arguments.
-        answer: What it returned to the model.
-        layers: What each layer read and made; empty for a single one, whose arguments and answer
-            say so.
-        gates: By layer and direction, the kernel's own gates; None where they were not harvested.
-        steps: The layout of a packed call's steps; None for a padded one.
+        answer: The result that the model gets.
+        layers: Input and output of each layer; empty for a single layer, where the arguments and
+            the result hold them.
+        gates: By layer and direction, the kernel's own gates; None if they were not copied.
+        steps: The layout of a packed call's steps; None for a padded call.
         training: Whether the module was in training mode.
         seconds: How long the kernel ran.
     """
@@ -114,36 +114,36 @@ class KernelRun:
 
     @property
     def weights(self) -> list[Tensor]:
-        """The weights that it was given, flat."""
+        """The weights among its arguments, as a flat list."""
         weights: list[Tensor] = self.kernel.weights(self.arguments)
         return weights
 
     @property
     def output(self) -> Tensor:
-        """What it returned of each step: (T, B, D * H), (B, T, D * H), (N, D * H) or (B, H)."""
+        """The output of each step: (T, B, D * H), (B, T, D * H), (N, D * H) or (B, H)."""
         output: Tensor = self.answer if self.kernel.is_cell else self.answer[0]
         return output
 
     @property
     def is_time_major(self) -> bool:
-        """Whether what it read and made is (T, B, width)."""
+        """Whether input and output are (T, B, width)."""
         return self.kernel.name == "gru.input" and not self.arguments[-1]
 
     @property
     def batch(self) -> int:
-        """B"""
+        """B, the number of sequences."""
         size: int = self.arguments[self.kernel.state_index].shape[-2]
         return size
 
     @property
     def device(self) -> str:
-        """The type of the device that it ran on."""
+        """The device type that it ran on."""
         kind: str = self.arguments[0].device.type
         return kind
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what `kept` copies, and of the gates."""
+        """Bytes that `kept` copies, and bytes of the gates."""
         kernel, arguments = self.kernel, self.arguments
         size: int = arguments[0].nbytes + arguments[kernel.state_index].nbytes + self.output.nbytes
         for layer in self.layers[:-1]:
@@ -153,7 +153,7 @@ class KernelRun:
         return size
 
     def with_weights(self, weights: list[Tensor]) -> KernelRun:
-        """Return the same call, said to have used these weights."""
+        """Return the same call with these weights."""
         return self._with(self.arguments, self.answer, self.layers, weights)
 
     def kept(
@@ -163,19 +163,19 @@ class KernelRun:
         copy_input: Callable[[Tensor], Tensor],
         copy_output: Callable[[Tensor], Tensor],
     ) -> KernelRun:
-        """Return the same with copies of what the model can still change.
+        """Return the same call with copies of all tensors that the model can change.
 
         Args:
-            weights: What it used, which nobody changes.
+            weights: The weights that it used, which will not change.
             copy: Copies a tensor.
-            copy_input: Copies what the call read.
-            copy_output: Copies what it made.
+            copy_input: Copies the input.
+            copy_output: Copies the output.
         """
         arguments, place = list(self.arguments), self.kernel.state_index
         arguments[0], arguments[place] = copy_input(arguments[0]), copy(arguments[place])
         answer = self.answer
         answer = copy_output(answer) if self.kernel.is_cell else (copy_output(answer[0]),)
-        # What is between the layers nobody else has.
+        # The model cannot access tensors between the layers.
         layers = [Layer(each.input.detach(), each.output.detach()) for each in self.layers]
         if layers:
             input = _to_kernel_call(self.kernel, tuple(arguments)).input
@@ -195,7 +195,7 @@ class KernelRun:
         return KernelRun(kernel, given, answer, layers, self.gates, *of_call)
 
     def observation(self) -> Observation:
-        """Return it in one form for all kernels."""
+        """Return the call in one form for all kernels."""
         call, layers = _to_kernel_call(self.kernel, self.arguments), self.layers
         if not layers:
             layers = [Layer(call.input, _output(self.kernel, self.arguments, self.answer))]
@@ -207,7 +207,7 @@ class KernelRun:
         return Observation(call, steps, layers, self.training, self.seconds, self.is_kept)
 
 
-#: Returns what is to be recorded of a kernel call, or why nothing can be. To be called at once.
+#: Returns the data of a kernel call, or why it is skipped. Must be called right after the call.
 Observe: TypeAlias = Callable[[], KernelRun | SkippedCall]
 
 
@@ -221,20 +221,20 @@ def run_kernel(
     *,
     is_transformed: bool,
 ) -> tuple[Any, Observe]:
-    """Make a kernel call that can be observed.
+    """Run a kernel call so that it can be observed.
 
     Args:
         module: The module whose forward makes the call.
         kernel: The kernel.
         arguments: Its positional arguments.
         find_order: Returns, for the batch sizes of a packed input, the user's batch index of each
-            of the kernel's sequences; None where they are the same.
-        stacks: How to see between the layers of a stack.
+            of the kernel's sequences; None if they are equal.
+        stacks: How to observe the lower layers of a stack.
         asked: Which gates to harvest, where that can be done and pays.
         is_transformed: Whether a transform of torch.func may hold one of the arguments.
 
     Returns:
-        The answer for the model, and what observes the call.
+        The result for the model, and a function that observes the call.
     """
     call, harvests, state = None, False, None
     if request.columns and kernel_gates.can_intercept(arguments[0]):
@@ -284,7 +284,7 @@ def _run(
 
 
 def _split(call: KernelCall, arguments: tuple[Any, ...]) -> tuple[Any, list[Layer]]:
-    """Answer a call layer by layer."""
+    """Run a call layer by layer."""
     output, final, layers = run_layerwise(call)
     batch_first = call.batch_sizes is None and bool(arguments[-1])
     return (output.transpose(0, 1) if batch_first else output, final), layers
@@ -303,7 +303,7 @@ def _to_kernel_call(kernel: Kernel, arguments: tuple[Any, ...]) -> KernelCall:
 
 
 def _output(kernel: Kernel, arguments: tuple[Any, ...], answer: Any) -> Tensor:
-    """Return (T, B, D * H) or (N, D * H) of what the kernel gave."""
+    """Return the kernel's output as (T, B, D * H) or (N, D * H)."""
     output: Tensor
     if kernel.is_cell:
         output = answer.unsqueeze(0)
@@ -320,13 +320,14 @@ def _on_cpu(call: KernelCall) -> bool:
 
 def _dropout_mask_unknown(call: KernelCall) -> SkippedCall:
     return SkippedCall(
-        f"it drops out between its layers on {call.input.device}, where the masks cannot be known "
-        "afterwards: pass stacks='split' (other masks than the fused stack's), or trace it in eval"
+        f"it applies dropout between its layers on {call.input.device}, where the masks are "
+        "unknown after the call: pass stacks='split' (with other masks than the fused stack), or "
+        "trace it in eval mode"
     )
 
 
 def _unwrapped(values: Any) -> Any:
-    """Return the same with the tensors that torch.func's transforms have wrapped."""
+    """Return the values with the tensors inside torch.func's wrappers."""
     if isinstance(values, Tensor):
         return plain(values) if is_wrapped(values) else values
     if isinstance(values, (list, tuple)):

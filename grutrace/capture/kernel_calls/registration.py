@@ -1,18 +1,18 @@
-"""Put kernels of ours in the place of PyTorch's GRU kernels, and take them away again.
+"""Replace PyTorch's GRU kernels with kernels of grutrace, and restore them.
 
-PyTorch looks up the kernel of an operation by *dispatch key*: one for each kind of tensor and each
-feature in force. The GRU operations have a single, composite kernel for all keys, made of other
-operations. A kernel that is registered for one key takes precedence there.
+PyTorch looks up the kernel of an operation by *dispatch key*: there is one key for each device type
+and each feature, such as autograd. The GRU operations have a single composite kernel for all keys,
+made of other operations. A kernel registered for a specific key takes precedence over it.
 
-Two things make this less simple than it sounds, both seen with torch 2.13:
+Two problems, both seen with PyTorch 2.13, make this less simple:
 
-- A kernel registered for ``CPU`` alone would hide the composite one from autograd, and no gradient
-  would flow. So ours are registered for the autograd key of each device and for the device's own
-  key, which inference_mode uses.
-- Removing a kernel frees it, while another thread may have looked it up and be waiting for Python's
-  lock to enter it: the process then ends with a segmentation fault. So what is removed is kept
-  until no thread can be on its way into it any more. Where this PyTorch gives no such handle, the
-  kernel stays until no other thread runs Python.
+- A kernel registered for ``CPU`` alone would hide the composite kernel from autograd, and no
+  gradient would flow. So kernels are registered for the autograd key of each device and for the
+  device's own key, which inference_mode uses.
+- Removing a kernel frees it. Another thread may have looked it up and be waiting for the GIL to
+  enter it; the process then ends with a segmentation fault. So a removed kernel is kept until no
+  thread can be about to enter it. PyTorch versions without a handle for this keep the kernel until
+  no other thread runs Python.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch._C import DispatchKey
 
-#: The operations, and which of their arguments holds the weights.
+#: The operations, and the index of the weights among their arguments.
 OPERATIONS = {"gru.input": 2, "gru.data": 3, "gru_cell": 2}
 
-#: How long a kernel that was removed is kept. A thread waits for Python's lock for milliseconds.
+#: How long a removed kernel is kept. A thread waits for the GIL for milliseconds only. Seconds.
 REMOVAL_DELAY_SECONDS = 10.0
 
-#: The part of torch.compile that is there without loading the rest.
+#: The part of torch.compile that is available without loading the rest.
 _frames: Any = torch._C._dynamo.eval_frame
 
-#: Heard wherever the model is: calls without values too, to say that they are not recorded.
+#: Keys that are always registered. Meta calls hold no data, but a warning names them.
 _ALWAYS = ("CPU", "AutogradCPU", "AutogradMeta")
 
 
@@ -54,36 +54,36 @@ class GRUKernel:
         packet, _, overload = name.partition(".")
         self._run: Any = getattr(getattr(torch.ops.aten, packet), overload or "default")._op_dk
         self._weights = OPERATIONS[name]
-        #: Place of the initial state among its arguments.
+        #: Index of the initial state among its arguments.
         self.state_index = self._weights - 1
 
     def __call__(self, *arguments: Any) -> Any:
-        """Run it, where function modes of the user see what they would see without us."""
+        """Run the kernel. Function modes of the user see the same calls as without grutrace."""
         if torch._C._len_torch_function_stack():
             with torch._C._EnableTorchFunction():
                 return self._run(DispatchKey.CompositeImplicitAutograd, *arguments)
         return self._run(DispatchKey.CompositeImplicitAutograd, *arguments)
 
     def options(self, arguments: tuple[Any, ...]) -> tuple[int, int, float, bool, bool]:
-        """has_biases, num_layers, dropout, train and bidirectional among its arguments."""
+        """Return has_biases, num_layers, dropout, train and bidirectional from its arguments."""
         found: Any = arguments[self._weights + 1 : self._weights + 6]
         return tuple(found)
 
     def weights(self, arguments: tuple[Any, ...]) -> Any:
-        """The weights among its arguments: a flat list, as nn.GRU has them."""
+        """Return the weights from its arguments: a flat list, as in nn.GRU."""
         if self.is_cell:
             return [each for each in arguments[self._weights :] if each is not None]
         return arguments[self._weights]
 
     def with_weights(self, arguments: tuple[Any, ...], weights: Any) -> tuple[Any, ...]:
-        """The same arguments with other weights, a flat list."""
+        """Return the same arguments with other weights, given as a flat list."""
         place = self._weights
         if self.is_cell:
             return (*arguments[:place], *weights)
         return (*arguments[:place], weights, *arguments[place + 1 :])
 
 
-#: Answers a call in the kernel's place.
+#: Function called instead of the kernel, with the original kernel and the arguments.
 Answer: TypeAlias = Callable[[GRUKernel, tuple[Any, ...]], Any]
 
 
@@ -93,10 +93,10 @@ class _Removed(NamedTuple):
 
 
 class KernelRegistration:
-    """Has the calls of the GRU operations answered, as long as somebody asks for it.
+    """Overrides the kernels of the GRU operations while it is acquired.
 
     Args:
-        answer: Called with PyTorch's kernel and the arguments of a call.
+        answer: Called instead of the kernel, with PyTorch's kernel and the arguments of the call.
     """
 
     def __init__(self, answer: Answer) -> None:
@@ -110,19 +110,19 @@ class KernelRegistration:
             os.register_at_fork(after_in_child=self._reset_lock_after_fork)
 
     def _reset_lock_after_fork(self) -> None:
-        # Another thread of the parent may hold it.
+        # A thread of the parent process may hold the lock.
         self._lock = threading.RLock()
 
     @property
     def is_registered(self) -> bool:
-        """Whether calls are answered here."""
+        """Whether the kernels are overridden."""
         return bool(self._libraries)
 
     def acquire(self, devices: Iterable[str]) -> None:
-        """Answer calls from now on, until as many `release` as `acquire` have been called.
+        """Override the kernels until `release` has been called as often as `acquire`.
 
         Args:
-            devices: Types of the devices on which calls are expected.
+            devices: Device types on which calls are expected.
         """
         keys = set(_ALWAYS)
         for device in devices:
@@ -140,7 +140,7 @@ class KernelRegistration:
                 raise
 
     def release(self) -> None:
-        """Give the kernels back, if nobody else uses them."""
+        """Restore the kernels, unless another user has acquired them."""
         with self._lock:
             self._users -= 1
             if self._users or not self._libraries:
@@ -167,7 +167,7 @@ class KernelRegistration:
         answer = self._dispatch
 
         def call(*arguments: Any) -> Any:
-            # torch.compile looks at every function of Python's that runs within a compiled one.
+            # torch.compile would compile every Python function that runs within a compiled one.
             before = _frames.set_eval_frame(None)
             try:
                 return answer(kernel, arguments)
@@ -184,7 +184,7 @@ class KernelRegistration:
 
 
 def _exclude_from_compiler(function: Callable[..., Any]) -> None:
-    """Have torch.compile leave a function as it is."""
+    """Exclude a function from torch.compile."""
     if hasattr(_frames, "set_code_exec_strategy"):
         action = _frames._FrameAction
         strategy = _frames._FrameExecStrategy(action.SKIP, action.DEFAULT)
@@ -195,6 +195,6 @@ def _exclude_from_compiler(function: Callable[..., Any]) -> None:
 
 
 def _kernel_handle(operation: str, key: str) -> Any:
-    """Return what keeps the present kernel of an operation alive; None where PyTorch has none."""
+    """Return a handle that keeps the current kernel of an operation alive; None without one."""
     find = getattr(torch._C, "_dispatch_get_computed_kernel_for_dispatch_key", None)
     return None if find is None else find(operation, getattr(DispatchKey, key))

@@ -1,16 +1,16 @@
-"""Hear every call of PyTorch's GRU kernels, whatever stands around the layer.
+"""Observe every call of PyTorch's GRU kernels, in any surroundings of the layer.
 
-nn.GRU and nn.GRUCell end in one of three operations of PyTorch's: ``aten::gru.input``,
-``aten::gru.data`` (packed input) and ``aten::gru_cell``. While something records, these operations
-have a kernel of ours, which calls PyTorch's own and notes what went in and what came out. Nothing
-is put on the model: no hook, no mode, no replaced forward. So nothing of ours is copied, saved,
-scripted or compiled with a model, and nothing that looks at a model's hooks takes a slower path.
+nn.GRU and nn.GRUCell call one of three PyTorch operations: ``aten::gru.input``, ``aten::gru.data``
+(packed input) and ``aten::gru_cell``. While anything records, these operations have kernels of
+grutrace, which call PyTorch's own and record input and output. Nothing is added to the model: no
+hook, no mode, no replaced forward. So nothing of grutrace is copied, saved, scripted or compiled
+with the model, and code that checks a model's hooks takes no slower path.
 
-Which module makes a call is told by the Python frame that called the kernel: the ``forward`` of
-nn.GRU or nn.GRUCell, with the module as its ``self``. Where there is no such frame (TorchScript, a
-compiled graph), it is told by the weights, which are the module's own tensors.
+The calling module is found from the Python frame that called the kernel: the ``forward`` of nn.GRU
+or nn.GRUCell, with the module as ``self``. Without such a frame (TorchScript, a compiled graph) it
+is found from the weights, which are the module's own tensors.
 
-docs/design.md says why the kernels are registered and removed the way they are.
+docs/design.md explains why kernels are registered and removed in this way.
 
 T steps, B sequences in a batch, I input size, H hidden size, L layers, D directions.
 """
@@ -45,33 +45,33 @@ from grutrace.options import STACK_MODES, Stacks
 
 CallCallback: TypeAlias = Callable[[KernelRun | SkippedCall], None]
 
-#: Asked once before each call; if it says no, the call is left alone.
+#: Called once before each call. If it returns False, the call is not observed.
 ShouldRecord: TypeAlias = Callable[[], bool]
 
-#: Told of a GRU that nobody subscribed to, once, at its first call.
+#: Called once with a GRU without a subscription, at its first call.
 UnknownModuleCallback: TypeAlias = Callable[[GRUModule, FrameType], None]
 
 
 def always_record() -> bool:
-    """Want every call."""
+    """Record every call."""
     return True
 
 
 class Subscription:
     """Calls ``callback`` after every kernel call of one module, between `start` and `stop`.
 
-    A call that repeats an earlier one for the backward pass (activation checkpointing) is left out.
+    Calls that activation checkpointing repeats for the backward pass are left out.
 
-    Whoever makes the subscription keeps it: nothing else does, so that an owner who is dropped
-    hears nothing more. The module is not kept alive either.
+    The creator must keep a reference to the subscription. Nothing else does, so that an owner that
+    is garbage-collected gets no more calls. The module is not kept alive either.
 
     Args:
         module: The layer.
         receiver: Called in the thread that runs the model, before anyone can change the output;
             with `SkippedCall` where the call cannot be observed.
         stacks: How to see between the layers of a stack: ``split``, ``rerun``, or ``auto`` for
-            split on a CPU and rerun elsewhere. Where subscriptions to one module differ, rerun
-            wins, then auto: the one that leaves the kernel's answer alone.
+            split on a CPU and rerun elsewhere. If subscriptions to one module differ, rerun takes
+            precedence, then auto: they leave the kernel's output as it is.
         wants: Whether the call that comes now is to be heard. Where no subscription to a module
             wants it, the call costs next to nothing.
         asked: Which of the kernel's own gates the receiver wants, where they can be had.
@@ -88,11 +88,11 @@ class Subscription:
         self.module, self.callback = weakref.ref(module), callback
         self.stacks, self.should_record, self.request = stacks, should_record, request
         self._is_on = False
-        # Set, and not changed, for other threads ask.
+        # Replaced as a whole, never changed, because other threads read it.
         self._known: list[weakref.ref[Tensor]] = []
 
     def remember_weights(self, weights: list[Tensor]) -> None:
-        """Note weights that are the module's own, and can be recorded."""
+        """Remember weights that belong to the module and can be recorded."""
         self._known = [weakref.ref(each) for each in weights]
 
     def recognizes(self, weights: list[Tensor]) -> bool:
@@ -108,18 +108,18 @@ class Subscription:
         return self.module() is None
 
     def start(self) -> None:
-        """Listen from now on."""
+        """Start observing."""
         module = self.module()
         if module is not None and not self._is_on:
             _registration.acquire(_devices(module))
             self._is_on = True
             _subscriptions.add(module, self)
-            # A subscription that is dropped without a stop gives the kernels back, too.
+            # A subscription that is garbage-collected restores the kernels, too.
             self._release = weakref.finalize(self, _registration.release)
             self._release.atexit = False
 
     def stop(self) -> None:
-        """Listen no longer. Calling it twice does nothing."""
+        """Stop observing. Stopping twice does nothing."""
         if self._is_on:
             self._is_on = False
             _subscriptions.discard(self)
@@ -127,9 +127,9 @@ class Subscription:
 
 
 class UnknownModuleWatch:
-    """Calls ``found`` once for each GRU that is called while nobody subscribes to it.
+    """Calls ``found`` once for each GRU that is called without a subscription.
 
-    Whoever makes the watch keeps it.
+    The creator must keep a reference to the watch.
 
     Args:
         found: Called with the module and the frame that called the kernel, before the call.
@@ -140,11 +140,11 @@ class UnknownModuleWatch:
         self.seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def start(self) -> None:
-        """Watch from now on, while anything is subscribed to."""
+        """Start watching. Calls are seen only while any subscription is active."""
         _watches.add(self)
 
     def stop(self) -> None:
-        """Watch no longer. Calling it twice does nothing."""
+        """Stop watching. Stopping twice does nothing."""
         _watches.discard(self)
 
 
@@ -152,8 +152,8 @@ class _Subscriptions:
     """The subscriptions to each module. Read without a lock by every kernel call.
 
     Attributes:
-        by_module: By id of the module, weak references to its subscriptions. A table that is given
-            out never changes.
+        by_module: By id of the module, weak references to its subscriptions. The table is
+            replaced as a whole, never changed.
     """
 
     def __init__(self) -> None:
@@ -175,7 +175,7 @@ class _Subscriptions:
             self.by_module = {**self.by_module, id(module): (*others, mine)}
 
     def discard(self, subscription: Subscription | None) -> None:
-        """Remove a subscription, and with it those that are gone."""
+        """Remove a subscription, and all that were garbage-collected."""
         with self._lock:
             left = {
                 number: tuple(each for each in found if each() not in (None, subscription))
@@ -187,7 +187,7 @@ class _Subscriptions:
         self.discard(None)
 
     def of(self, module: nn.Module) -> list[Subscription]:
-        """Those to a module, in the order in which they were started."""
+        """Return the subscriptions to a module, in the order in which they were started."""
         found = self.by_module.get(id(module))
         if found is None:
             return []
@@ -195,7 +195,7 @@ class _Subscriptions:
         return [each for each in alive if each is not None and each.module() is module]
 
     def modules(self) -> Iterator[nn.Module]:
-        """The modules that are subscribed to."""
+        """Yield the modules that have subscriptions."""
         for found in tuple(self.by_module.values()):
             first = found[0]()
             module = None if first is None else first.module()
@@ -206,13 +206,13 @@ class _Subscriptions:
 class _Inside(threading.local):
     """The frame that observes a call in this thread, if there is one.
 
-    A frame and not a flag: an interruption can come before anything can be put back.
+    A frame instead of a flag, because an interruption could prevent a flag from being reset.
     """
 
     frame: FrameType | None = None
 
     def is_running(self) -> bool:
-        """Whether this thread is within a call that is being observed."""
+        """Whether a call is being observed in this thread."""
         if self.frame is None:
             return False
         above: FrameType | None = sys._getframe(1)
@@ -224,12 +224,12 @@ class _Inside(threading.local):
 
 
 class KernelCaller(NamedTuple):
-    """Who calls a kernel.
+    """The caller of a kernel.
 
     Attributes:
-        module: The GRU whose forward makes the call; None if it is no module's.
-        frame: Of the function that called the kernel.
-        own: The frame in which the module is the first argument; None where there is none.
+        module: The GRU whose forward makes the call; None if no module makes it.
+        frame: The frame of the function that called the kernel.
+        own: The frame in which the module is the first argument; None without one.
     """
 
     module: GRUModule | None
@@ -243,12 +243,12 @@ _inside = _Inside()
 
 
 def is_observing() -> bool:
-    """Whether the kernels are ours at present."""
+    """Whether grutrace currently overrides the kernels."""
     return _registration.is_registered
 
 
 def _dispatch(kernel: GRUKernel, arguments: tuple[Any, ...]) -> Any:
-    """Answer a kernel call with PyTorch's own kernel, and tell whoever subscribed to its module."""
+    """Run PyTorch's own kernel, and notify the subscriptions to the calling module."""
     if not _subscriptions.by_module or _inside.is_running():
         return kernel(*arguments)
     caller = _find_caller(sys._getframe(2), kernel, arguments)
@@ -284,7 +284,7 @@ def _observe(
     is_known: bool,
 ) -> Any:
     repeats = is_checkpoint_recompute()
-    # Asked once a call: they count.
+    # Called exactly once per call, because it counts calls.
     listening = [] if repeats else [each for each in subscribed if each.should_record()]
     if not (repeats or listening):
         return kernel(*arguments)
@@ -324,7 +324,7 @@ def _merged_request(subscribed: list[Subscription], hidden_size: int) -> GateReq
 
 
 def _notify(listening: list[Subscription], run: KernelRun | SkippedCall) -> None:
-    """Tell all receivers, also if one of them fails."""
+    """Call all callbacks, even if one of them raises an error."""
     if len(listening) == 1:
         listening[0].callback(run)
         return
@@ -346,7 +346,7 @@ def _notify_watches(module: GRUModule, frame: FrameType) -> None:
 
 
 def _find_caller(frame: FrameType, kernel: GRUKernel, arguments: tuple[Any, ...]) -> KernelCaller:
-    """Find out who calls a kernel, from the frame that called it."""
+    """Find the caller of a kernel, from the frame that called it."""
     own = method_owner(frame)
     if isinstance(own, (nn.GRU, nn.GRUCell)):
         return KernelCaller(own, frame, frame)
@@ -371,24 +371,24 @@ def _frame_of(frame: FrameType, module: nn.Module) -> FrameType | None:
 
 
 def method_owner(frame: FrameType) -> Any:
-    """Return the object whose method a frame runs; None where it runs none."""
+    """Return the object whose method a frame runs; None if it runs no method."""
     code = frame.f_code
     if not code.co_argcount:
         return None
     own = frame.f_locals.get(code.co_varnames[0])
     if code.co_varnames[0] == "self" or own is None:
         return own
-    # By another name: its class has the method.
+    # The argument has another name than self: check that its class has the method.
     methods = (vars(kind).get(code.co_name) for kind in type(own).__mro__)
     return own if any(getattr(each, "__code__", None) is code for each in methods) else None
 
 
 def _sorted_indices(caller: KernelCaller, batch_sizes: Tensor) -> Tensor | None:
-    """Return the user's batch index of each of the kernel's sequences, None if they are the same.
+    """Return the user's batch index of each of the kernel's sequences; None if they are equal.
 
-    They are not among the kernel's arguments, but among the variables of a forward that packs or
-    takes a packed input: as a PackedSequence with these very batch sizes, or, in nn.GRU's own
-    forward, under this name.
+    The kernel's arguments do not contain them. They are local variables of a forward with packed
+    input: in a PackedSequence with the same batch sizes object or, in nn.GRU's own forward, under
+    this name.
     """
     frame: FrameType | None = caller.frame
     while frame is not None:

@@ -1,9 +1,9 @@
-"""What a call may be surrounded by, and how a recorded one stays apart from it.
+"""The context of a model's call (graph capture, transforms, autograd) and isolation from it.
 
-A model can be called where its tensors hold no values: while it is turned into a graph, on the meta
-device, under vmap. Such a call cannot be recorded, and is left alone. Everywhere else a call's
-values can be had, and what is computed from them must not show in the surroundings: not in a
-counter of operations, not in a gradient, not in a graph that torch.compile makes.
+A model can be called where its tensors hold no data: while it is exported to a graph, on the meta
+device, under vmap. Such a call is skipped. In every other context the data is available, but the
+computations of a recording must not show in the context: not in operation counters, gradients or
+compiled graphs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _disable_current_modes
 
-#: The dispatch modes that turn calls into graphs.
+#: Dispatch modes that capture calls in a graph.
 _GRAPH_MODES = tuple(
     getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "PROXY", "FUNCTIONAL")
 )
@@ -34,22 +34,20 @@ class SkippedCall:
     """A call that was not recorded.
 
     Attributes:
-        reason: Why, and what to do instead.
+        reason: Why it was not recorded, and what to do instead.
     """
 
     reason: str
 
 
 def unsupported_reason(values: Iterable[Any]) -> SkippedCall | None:
-    """Return why a call with these arguments or results cannot be recorded; None if it can be."""
+    """Return why a call with these tensors cannot be recorded; None if it can be recorded."""
     if torch._C._is_tracing():
-        return SkippedCall(
-            "torch.jit.trace was tracing it: record the traced model's source instead"
-        )
+        return SkippedCall("torch.jit.trace was tracing it: record the original model instead")
     if torch._C._len_torch_dispatch_stack() and any(
         torch._C._get_dispatch_mode(mode) is not None for mode in _GRAPH_MODES
     ):
-        return _no_data("it was being turned into a graph")
+        return _no_data("it was being captured in a graph")
     for value in _flatten(values):
         kind = type(value)
         if (
@@ -63,42 +61,42 @@ def unsupported_reason(values: Iterable[Any]) -> SkippedCall | None:
         batched, inner = _unwrap(value)
         if batched:
             return SkippedCall(
-                "torch.vmap ran it on all samples at once: call it on a batch instead"
+                "torch.vmap ran it on all samples at once: call it with a batch instead"
             )
         if inner.is_meta or type(inner).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             return _no_data(f"it was called with a {type(inner).__name__} on {inner.device}")
         if torch._is_functional_tensor(inner):
             return _no_data("it was called within torch.func.functionalize")
         if inner.is_complex():
-            return SkippedCall("it is complex: gates are traced of real layers only")
+            return SkippedCall("it is complex: only real layers can be traced")
     return None
 
 
 def plain(value: Tensor) -> Tensor:
-    """Return the tensor that torch.func's transforms of gradients have wrapped."""
+    """Return the tensor inside the wrappers of torch.func's gradient transforms."""
     return _unwrap(value)[1]
 
 
 def is_wrapped(value: Tensor) -> bool:
-    """Whether one of torch.func's transforms holds the values of a tensor."""
+    """Whether a transform of torch.func wraps a tensor."""
     wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(value)
     return wrapped or torch._is_functional_tensor(value)
 
 
 def is_checkpoint_recompute() -> bool:
-    """Whether the present call repeats, for the backward pass, one that was made before."""
+    """Whether activation checkpointing repeats an earlier call for the backward pass."""
     return torch._C._current_graph_task_id() != -1 and _within(checkpoint.__file__)
 
 
 @contextmanager
 def isolated_context() -> Iterator[None]:
-    """Compute something that nothing around the model's call gets to see.
+    """Run tensor code without autograd, function modes, dispatch modes and functorch levels.
 
-    The kernels are those that the model uses: a GRU gives the same bits as in the model.
+    The same kernels run as in the model, so a GRU gives the same bits.
     """
     modes = torch._C._len_torch_dispatch_stack()
     levels = torch._C._functorch.peek_interpreter_stack() is not None
-    # In this order: function modes hear of gradients being switched off and on, too.
+    # In this order, because function modes observe calls that switch gradients off and on.
     with torch._C.DisableTorchFunction(), torch.no_grad(), _set_fwd_grad_enabled(False):
         if not modes and not levels:
             yield
@@ -112,11 +110,12 @@ def isolated_context() -> Iterator[None]:
 
 
 def isolated_copy_context() -> AbstractContextManager[None]:
-    """Copy and compare tensors, and nothing else, within `torch._C.DisableTorchFunction`.
+    """Return a cheap context for copying and comparing tensors only.
 
-    A tenth as dear as `isolated_context`, for a decoder comes here at every step: one guard of the
-    dispatcher's, beneath autograd and forward-mode differentiation. Products can end in other
-    digits there: those of a batch-first layer without biases do.
+    To be used within `torch._C.DisableTorchFunction`. It costs a tenth of `isolated_context`, which
+    matters for a decoder that calls its layer at every step: a single dispatcher guard, below
+    autograd and forward-mode differentiation. Matrix products can differ in the last digits there;
+    those of a batch-first layer without biases do.
     """
     modes = torch._C._len_torch_dispatch_stack()
     levels = torch._C._functorch.peek_interpreter_stack() is not None
@@ -127,14 +126,14 @@ _beneath_autograd: Any = torch._C._AutoDispatchBelowADInplaceOrView
 
 
 def dynamo_loaded() -> bool:
-    """Whether torch.compile may be at work. Importing it takes longer than importing torch."""
+    """Whether torch.compile is loaded. Importing it takes longer than importing torch."""
     return "torch._dynamo" in sys.modules
 
 
 def disable_compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Have torch.compile call a function as it is, between two graphs."""
+    """Make torch.compile run a function as Python code, between two graphs."""
     reason = (
-        "grutrace records this call, which splits the graph: do without fullgraph=True, or stop "
+        "grutrace records this call, which breaks the graph: remove fullgraph=True, or stop "
         "recording first"
     )
     named = "reason" in inspect.signature(torch.compiler.disable).parameters
@@ -145,8 +144,8 @@ def disable_compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _no_data(what: str) -> SkippedCall:
     return SkippedCall(
-        f"{what}, where tensors hold no values (torch.export, torch.fx, meta device): "
-        "run the model itself on real tensors to record it"
+        f"{what}, where tensors hold no data (torch.export, torch.fx, meta device): "
+        "call the model itself with real tensors to record it"
     )
 
 
@@ -161,7 +160,7 @@ def _flatten(values: Iterable[Any]) -> list[Any]:
 
 
 def _unwrap(value: Tensor) -> tuple[bool, Tensor]:
-    """Return whether vmap has batched a tensor, and what is inside all wrappers."""
+    """Return whether vmap has batched a tensor, and the tensor inside all wrappers."""
     batched = False
     while torch._C._functorch.is_functorch_wrapped_tensor(value):
         batched = batched or torch._C._functorch.is_batchedtensor(value)
@@ -172,7 +171,7 @@ def _unwrap(value: Tensor) -> tuple[bool, Tensor]:
 
 
 def _within(file: str) -> bool:
-    """Whether code of a file is running in this thread."""
+    """Whether code of a file is on the call stack of this thread."""
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_filename == file:

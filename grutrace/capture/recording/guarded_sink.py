@@ -1,7 +1,4 @@
-"""Where the records of a tracer go, and what a run loses where it goes on after that has failed.
-
-How much a trace may become.
-"""
+"""The sink of a tracer with counts of records and lost calls, and the limits of a recording."""
 
 from __future__ import annotations
 
@@ -13,20 +10,20 @@ from grutrace.records import CallRecord, Record, Sink, WeightsRecord
 
 
 class GuardedSink:
-    """The sink of a tracer, and counts of what it was given. From any thread.
+    """The sink of a tracer, with counts of its records. Safe to use from any thread.
 
-    It knows nothing of the tracer: one that is forgotten is gone at once, and its rows with it,
-    and does not wait until Python looks for cycles.
+    It holds no reference to the tracer. Without a reference cycle, a tracer that goes out of scope
+    is freed at once, together with its rows.
 
     Args:
-        sink: Where records go.
+        sink: The sink that stores the records.
 
     Attributes:
-        sink: See there.
-        error: Why the sink failed; None while it has not.
-        records: How many the sink has taken.
-        blocks: How many of those are calls.
-        calls: Calls that were given to the sink, and those that came after it had failed.
+        sink: The same sink.
+        error: The error with which the sink failed; None if it has not failed.
+        records: Number of records that the sink has stored.
+        call_records: Number of these records that are calls.
+        calls: Number of calls that were to be stored, with those after the failure.
     """
 
     def __init__(self, sink: Sink) -> None:
@@ -36,15 +33,15 @@ class GuardedSink:
         self._lock = threading.Lock()
 
     def append(self, record: Record) -> int | None:
-        """Give the sink a record.
+        """Append a record to the sink.
 
         Returns:
-            If it is a call, how many calls came before it.
+            For a call, the number of calls before it.
 
         Raises:
-            SinkError: It cannot take it.
+            SinkError: The sink cannot store the record.
         """
-        # Before the sink has it: after that, an interruption could take back what is in there.
+        # Counted first: an interruption after the append must not leave the call uncounted.
         is_call = isinstance(record, CallRecord)
         if is_call:
             self.count_call()
@@ -52,7 +49,7 @@ class GuardedSink:
             self.sink.append(record)
         except SinkError:
             if isinstance(record, WeightsRecord):
-                # The call that they were announced for does not get here.
+                # The call that needs these weights is not appended.
                 self.count_call()
             raise
         with self._lock:
@@ -66,7 +63,7 @@ class GuardedSink:
             self.calls += 1
 
     def mark_failed(self, error: SinkError) -> bool:
-        """Note that the sink has failed; whether that is news."""
+        """Note that the sink has failed. Return whether this is its first failure."""
         with self._lock:
             is_news = self.error is None
             self.error = self.error or error
@@ -74,18 +71,18 @@ class GuardedSink:
 
 
 class LimitExceeded(Exception):
-    """The call goes beyond what the trace may become. Never seen by a user."""
+    """A call exceeds the limits of the recording. Internal: users never see it."""
 
 
 class RecordingLimits:
-    """Counts what is recorded, from any thread.
+    """The limits of a recording, and what counts towards them. Safe to use from any thread.
 
     Args:
-        max_calls: How many calls there may be, of all modules together; None for any number.
-        max_bytes: Likewise of rows, initial states and weights.
+        max_calls: Maximum number of calls of all modules together; None for no limit.
+        max_bytes: Maximum number of bytes of rows, initial states and weights; None for no limit.
 
     Attributes:
-        reached: Whether no more may come.
+        reached: Whether a limit is reached, so that no further call is recorded.
     """
 
     def __init__(self, max_calls: int | None = None, max_bytes: int | None = None) -> None:
@@ -95,7 +92,7 @@ class RecordingLimits:
         self.reached = False
 
     def clear(self) -> None:
-        """Count anew from 0."""
+        """Count from 0 again."""
         with self._lock:
             self._calls = self._bytes = 0
             self.reached = False
@@ -104,7 +101,7 @@ class RecordingLimits:
         """Count a call.
 
         Args:
-            size: Returns its bytes, with those of the weights that it announces.
+            size: Returns the bytes of the call, with those of new weights that come with it.
 
         Raises:
             LimitReached: It goes beyond. Then nothing more may come, be it smaller.

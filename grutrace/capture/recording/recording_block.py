@@ -1,7 +1,7 @@
-"""Recording blocks: what the calls of one ``with tracer.recording(...)`` are given.
+"""Recording blocks: the tag, annotations and sequence names of a ``with tracer.recording(...)``.
 
-A block belongs to the thread or asyncio task that entered it, and to the tasks made within it. So
-blocks of several threads or tasks overlap freely, and each call bears what its own block says.
+A block belongs to the thread or asyncio task that enters it, and to the tasks created within it.
+Blocks of several threads or tasks may overlap; each call gets the tag and names of its own block.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ SequenceNamesLike: TypeAlias = Sequence[Hashable] | Mapping[str, Sequence[Hashab
 
 
 class Recording:
-    """A stretch of recording, for giving tokens and labels to what was recorded in it.
+    """The calls recorded in one block, to which tokens and labels can be given.
 
     Args:
-        annotate: Records values by this name, of the batches, of the modules that the glob names.
-        batches: What was recorded in it.
+        annotate: Stores values for batches. Its arguments are the batches, the name of the values,
+            the values, and the path or glob of the modules.
+        batches: The batches recorded in the block.
     """
 
     def __init__(self, annotate: Annotate, batches: RecordedBatches) -> None:
@@ -43,24 +44,37 @@ class Recording:
     ) -> None:
         """Give tokens or labels to the sequences recorded so far.
 
-        The block keeps its latest 256 batches, of at most 4,096 sequences in all, of each
-        module; earlier ones can no longer be given values. Where `recording` itself was given
-        tokens or labels, it keeps all of them.
+        Values belong to the steps of a sequence, from its first step in the block. The block keeps
+        the latest 256 batches of each module, with at most 4,096 sequences; earlier batches can no
+        longer be annotated. If `recording` itself was called with tokens or labels, the block keeps
+        all batches.
 
-        Args:
-            tokens: One list of texts, or of token ids, a sequence of the batch, one a step from
-                its first; or such lists by the path (or glob) of the module that they belong to.
-                Lists may be arrays or tensors. In an array (B, T) as wide as the longest sequence
-                is long, what lies beyond the steps of a shorter one is padding and left out.
-            labels: By name, the same with numbers or texts; or one value a sequence.
-            module: Path or glob of the module that they belong to. Without it they go to every
-                recorded batch that they fit exactly.
-
-        Values for calls that the options leave out (``every``, ``max_calls``, ``max_bytes``,
+        Values of calls that the options leave out (``every``, ``max_calls``, ``max_bytes``,
         ``steps``) are left out as well.
 
+        Example:
+            >>> import torch
+            >>> import grutrace
+            >>> model = torch.nn.GRU(4, 3)
+            >>> tracer = grutrace.Tracer(model, recording=False)
+            >>> with tracer.recording() as recording:
+            ...     output, final = model(torch.randn(2, 1, 4))
+            ...     recording.annotate(labels={"part": [["noun", "verb"]]})
+            >>> tracer["l0"][0].labels["part"]
+            ['noun', 'verb']
+            >>> tracer.close()
+
+        Args:
+            tokens: One list of texts, or of token ids, per sequence of the batch, one value per
+                step; or such lists by the path, or glob, of a module. Lists may be arrays or
+                tensors. In an array (B, T) as wide as the longest sequence, values beyond the end
+                of a shorter sequence are padding and ignored.
+            labels: By name, the same with numbers or texts; or one value per sequence.
+            module: Path or glob of the module. Without it, the values go to every recorded batch
+                with the same number of sequences and the same longest length.
+
         Raises:
-            OptionError: They fit nothing that was called, or only what is no longer kept; or they
+            OptionError: The values fit no batch, or only a batch that is no longer kept; or they
                 are neither texts nor numbers.
         """
         given = {"tokens": tokens, **(labels or {})}
@@ -73,12 +87,12 @@ class SequenceNames:
     """The names that a user gives to the sequences of a block.
 
     Args:
-        given: (B,) names that are hashable and differ, for every module whose calls have B
-            sequences; or such names by the path of a module, which may be a glob.
+        given: (B,) hashable and different names, for every module whose calls have B sequences; or
+            such names by the path, or glob, of a module.
         modules: The traced modules.
 
     Raises:
-        OptionError: They are no such names, or a glob matches no module.
+        OptionError: The names are invalid, or a glob matches no module.
     """
 
     def __init__(self, given: SequenceNamesLike, modules: Sequence[ModuleInfo]) -> None:
@@ -86,7 +100,7 @@ class SequenceNames:
         self._names: list[tuple[Hashable, ...] | None] = [None] * len(modules)
         self._for_any_module: tuple[Hashable, ...] | None = None
         self._used = [False] * len(modules)
-        # What calls had for which there were no names.
+        # Batch sizes of calls that the names did not fit.
         self._other_sizes: set[int] = set()
         if not isinstance(given, Mapping):
             self._for_any_module = _checked_names(given)
@@ -96,7 +110,7 @@ class SequenceNames:
             if not matching:
                 known = ", ".join(repr(path) for path in self._paths)
                 raise OptionError(
-                    f"sequences: {glob!r} matches no traced module; there are {known}"
+                    f"sequences: {glob!r} matches no traced module; the modules are {known}"
                 )
             checked = _checked_names(names)
             for number in matching:
@@ -104,11 +118,11 @@ class SequenceNames:
                     self._names[number] = checked
 
     def names_for(self, module: int, batch: int) -> tuple[Hashable, ...] | None:
-        """The names of the sequences of a call; None if these are not named.
+        """Return the names of the sequences of a call; None if it has no names.
 
         Args:
-            module: Place of the module in the header.
-            batch: How many sequences the call has.
+            module: Index of the module in the header.
+            batch: Number of sequences of the call.
         """
         names = self._names[module] or self._for_any_module
         if names is None or len(names) != batch:
@@ -118,19 +132,19 @@ class SequenceNames:
         return names
 
     def unused_message(self) -> str:
-        """What to say, at the end, of names for any module that fitted no call; empty if none."""
+        """Return a warning if names for any module fitted no call; else an empty text."""
         if self._for_any_module is None or any(self._used) or not self._other_sizes:
             return ""
         sizes = ", ".join(map(str, sorted(self._other_sizes)))
         return (
             f"sequences: {len(self._for_any_module)} are named, and the calls of the block have "
-            f"{sizes}: which sequences they go on with was told by their states"
+            f"{sizes}: the sequences were identified by their states"
         )
 
     def mismatch_message(self, module: int, batch: int) -> str:
-        """What to say of a call that `of` has no names for; empty if that is as it should be.
+        """Return a warning for a call without names; an empty text if the call needs none.
 
-        Of names for any module, that is where no call of a module had as many sequences.
+        Names for any module may fit the calls of some modules only.
         """
         names = self._names[module] or self._for_any_module
         if names is None or (self._names[module] is None and not self._used[module]):
@@ -138,13 +152,13 @@ class SequenceNames:
         path = self._paths[module] or "the model"
         return (
             f"sequences: {len(names)} are named, and a call of {path} has {batch}: "
-            "which sequences it goes on with is told by their states. Name the "
+            "the sequences are identified by their states. Name the "
             "sequences of each call: with tracer.recording(sequences=...) around it"
         )
 
 
 def _checked_names(given: Any) -> tuple[Hashable, ...]:
-    expected = "sequences: expected one hashable name a sequence of the batch"
+    expected = "sequences: expected one hashable name per sequence of the batch"
     if isinstance(given, (str, bytes)):
         raise OptionError(f"{expected}, found the text {given!r:.80}")
     try:
@@ -171,11 +185,11 @@ class RecordingBlock:
     """One ``with tracer.recording(...)``.
 
     Args:
-        owner: What stands for the tracer. It is not the tracer, which a context that outlives the
-            block must not keep alive.
-        tag: A name that its calls bear.
-        batches: What is recorded in it.
-        names: Of its sequences, if they have any.
+        owner: An object that identifies the tracer. It is not the tracer itself, because a context
+            that outlives the block must not keep the tracer alive.
+        tag: A name for its calls.
+        batches: The batches recorded in it.
+        names: Names of its sequences, if it has any.
     """
 
     def __init__(
@@ -191,12 +205,12 @@ class RecordingBlock:
 
     @contextmanager
     def activate(self) -> Iterator[None]:
-        """Make it the block of this thread or task until the end of a ``with``."""
+        """Make this the current block of the thread or task until the end of a ``with``."""
         _blocks.set((*_blocks.get(), self))
         try:
             yield
         finally:
-            # Whoever copied the context, as a task does, may outlive the block.
+            # A copy of the context, such as a task's, may outlive the block.
             self.batches = self.names = None
             _blocks.set(tuple(each for each in _blocks.get() if not each.has_ended))
 
@@ -207,14 +221,14 @@ class RecordingBlock:
 
     @staticmethod
     def current(owner: object) -> RecordingBlock | None:
-        """The innermost block of a tracer in this thread or task; None if there is none."""
+        """Return the innermost block of a tracer in this thread or task; None without one."""
         for block in reversed(_blocks.get()):
             if block._owner is owner and not block.has_ended:
                 return block
         return None
 
 
-# Blocks of all tracers that the present thread or task is in, the innermost last.
+# Active blocks of the current thread or task, of all tracers, the innermost last.
 _blocks: ContextVar[tuple[RecordingBlock, ...]] = ContextVar(
     "grutrace_recording_blocks", default=()
 )
