@@ -1,7 +1,6 @@
-"""The options of a tracer: which values they may have, and what they come to.
+"""Check and normalize the options of a tracer.
 
-An option that narrows what is recorded also narrows what is computed; docs/asking-for-less.md says
-which does what.
+Options that record less also compute less; docs/asking-for-less.md gives the details.
 """
 
 from __future__ import annotations
@@ -31,26 +30,26 @@ from grutrace.options import (
     WeightChecks,
 )
 
-#: One of `STORAGE_DTYPES`, by name or as a type of torch or NumPy.
+#: One of `STORAGE_DTYPES`, as a name or as a type of torch or NumPy.
 DTypeLike: TypeAlias = Any
 
-#: Which units: a slice, or their numbers.
+#: Selection of units: a slice, or their indices.
 Units: TypeAlias = slice | Iterable[int]
 
 
 class Options:
-    """The options of a tracer, checked; beside those that say where and what of the model.
+    """The checked options of a tracer, except for its model, path, sites and quantities.
 
     Attributes:
-        gates: Not auto, but what that comes to.
-        to_file: Whether a thread writes what is recorded.
-        dtype: Name of the type that rows are kept as; None for that of each module.
-        steps: Which steps of each sequence, as a slice that begins at a number; None for all.
-        units: As they were given, before it is known how many a module has; None for all.
-        state_memory: Bytes of final states that all modules together may remember.
+        gates: When gates are computed; ``auto`` is resolved.
+        to_file: Whether the trace is written to a file.
+        dtype: Name of the data type of stored rows; None for the type of each module.
+        steps: Steps of each sequence, as a slice with an explicit start; None for all.
+        units: Units as the user gave them; None for all.
+        state_memory: Maximum bytes of final states, for all modules together.
 
     Raises:
-        OptionError: One of them has no such value.
+        OptionError: An option has an invalid value.
     """
 
     def __init__(
@@ -82,8 +81,9 @@ class Options:
         require_one_of("stacks", stacks, STACK_MODES)
         require_one_of("check", check, get_args(Check))
         if gates == "auto":
-            # What is not stored, what stops the model, what copies are too little for; and where
-            # the thread that computes would take from the model what it takes from the call.
+            # Inline if nothing is stored, if a residual must stop the model, or if the copies do
+            # not suffice (units). For a file, a thread that computes gates would slow the model as
+            # much.
             at_once = counted or check == "raise" or units is not None or to_file
             gates = "inline" if at_once else "background"
         self.gates, self.stacks, self.check = gates, stacks, check
@@ -92,7 +92,7 @@ class Options:
         self.on_error, self.fsync = on_error, _flag("fsync", fsync)
         if fsync and not to_file:
             raise OptionError(
-                "fsync: without a path expected False, for there is no file; found True. "
+                "fsync: expected False without a path, because there is no file; found True. "
                 "(A grutrace.Statistics takes fsync itself)"
             )
         self.compression = compression
@@ -100,7 +100,7 @@ class Options:
             require_one_of("compression", compression, get_args(Compression))
             if not to_file:
                 raise OptionError(
-                    f"compression: without a path expected None, for there is no file; found "
+                    f"compression: expected None without a path, because there is no file; found "
                     f"{compression!r}"
                 )
         self.every = _count("every", every)
@@ -112,13 +112,13 @@ class Options:
         self.steps = None if steps is None else _steps(steps)
         if units is not None and gates != "inline":
             raise OptionError(
-                f"units: with gates={gates!r} expected none, for a gate of one unit follows from "
-                f"the states of all; found {_format_numbers(self.units)}. Record them with "
-                "gates='inline', or all units, and read those wanted: site.update[:, units]"
+                f"units: expected None with gates={gates!r}, because the gate of one unit depends "
+                f"on the states of all units; found {_format_numbers(self.units)}. Record them "
+                "with gates='inline', or all units, and read those wanted: site.update[:, units]"
             )
 
     def as_json(self) -> dict[str, object]:
-        """As they are kept in the trace; those that change nothing in it are left out."""
+        """Return the options as stored in the trace. Some are left out at their default value."""
         always: dict[str, object] = {
             "gates": self.gates,
             "stacks": self.stacks,
@@ -149,10 +149,10 @@ def _flag(option: str, value: object) -> bool:
 
 
 def integer(option: str, value: object, expected: str) -> int:
-    """Return an integer of any kind as Python's own.
+    """Return an integer of any type as a Python int.
 
     Raises:
-        OptionError: It is none.
+        OptionError: The value is not an integer.
     """
     try:
         if isinstance(value, (bool, np.bool_)):
@@ -174,7 +174,7 @@ def byte_count(option: str, value: object) -> int:
     """Return a number of bytes, given as one or as a text such as ``64 MiB``.
 
     Raises:
-        OptionError: It is neither.
+        OptionError: The value is neither.
     """
     expected = 'a number of bytes, or a text such as "64 MiB" or "1 GB"'
     if isinstance(value, str):
@@ -241,7 +241,7 @@ def _steps(steps: slice) -> slice | None:
 
 
 def _format_numbers(numbers: slice | tuple[int, ...] | None) -> str:
-    """As on the command line: 0,3,7 or 0:32."""
+    """Return indices in the form of the command line: 0,3,7 or 0:32."""
     if isinstance(numbers, slice):
         parts = [numbers.start, numbers.stop, *([numbers.step] if numbers.step else [])]
         return ":".join("" if each is None else str(each) for each in parts)
@@ -250,7 +250,7 @@ def _format_numbers(numbers: slice | tuple[int, ...] | None) -> str:
 
 @cache
 def collect_versions() -> Mapping[str, str]:
-    """Return the versions of what makes the trace, by name."""
+    """Return the versions of the software that makes the trace, by name."""
     return {
         "grutrace": version("grutrace"),
         "torch": str(torch.__version__),

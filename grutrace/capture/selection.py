@@ -1,16 +1,12 @@
-"""Which GRUs a model has, what their sites are called, and which of them are asked for.
+"""Find the GRUs of a model, name their sites, and select the sites to record.
 
-GRUs that are no nn.GRU and no nn.GRUCell: what they are, and what to do instead.
+Some GRUs cannot be traced: TorchScript, quantized and complex layers, and GRUs written in Python.
+`find_unsupported_grus` finds them by type, not by class name, because any class may be called GRU.
 
-They are told by what they are, not by what they are called: a class of one's own may be called
-GRU and be anything.
-
-What to store of a module whose gates are derived when they are read.
-
-A gate follows from the weights, the layer's input and the state before the step. The states of all
-layers are stored. The input of a layer above the first is the states of the layer below, so it is
-stored only where it could not be had from them: where dropout may come between, or where a
-direction of the layer below is not recorded.
+`defer_gates` describes what to store if gates are computed on reading. A gate follows from the
+weights, the layer's input and the state before the step. The states of all layers are stored. The
+input of a layer above the first equals the states of the layer below, so it is stored only if they
+differ: if dropout may be applied between, or if a direction of the layer below is not recorded.
 """
 
 from __future__ import annotations
@@ -41,27 +37,29 @@ from grutrace.records import DEFAULT_RECORD, GATES, QUANTITIES, ModuleInfo, Site
 
 _KINDS = ("GRU", "GRUCell")
 
-#: Where torch keeps quantized layers. In some versions of it, importing them warns.
+#: The module of torch's quantized layers. Importing it causes a warning in some versions.
 _QUANTIZED = "torch.ao.nn.quantized"
 
 _SCRIPTED_GRU = (
     "is a GRU inside TorchScript: trace the model before torch.jit.script or torch.jit.trace"
 )
-_QUANTIZED_GRU = "is a quantized GRU: trace the float model that it was made from"
-_COMPLEX_GRU = "is complex, so its gates are no numbers from 0 to 1: only real layers are traced"
+_QUANTIZED_GRU = "is a quantized GRU: trace the original float model"
+_COMPLEX_GRU = (
+    "is complex: its gates are not numbers from 0 to 1, so only real layers can be traced"
+)
 _CUSTOM_GRU = (
-    "is a GRU of its own ({}), which does not call PyTorch's kernel: read its gates in its code, "
-    "or put nn.GRU in its place"
+    "is a GRU implementation of its own ({}), which does not call PyTorch's kernel: read the gates "
+    "in its code, or replace it with nn.GRU"
 )
 
 
 @dataclass(frozen=True)
 class UnsupportedGRU:
-    """A module that computes a GRU, and cannot be traced.
+    """A module that computes a GRU but cannot be traced.
 
     Attributes:
         path: Its path in the model; empty if it is the model itself.
-        reason: Why not, and what to do instead.
+        reason: Why it cannot be traced, and what to do instead.
     """
 
     path: str
@@ -69,7 +67,7 @@ class UnsupportedGRU:
 
 
 def find_unsupported_grus(model: nn.Module) -> Iterator[UnsupportedGRU]:
-    """Yield every GRU of the model that cannot be traced."""
+    """Yield the GRUs of a model that cannot be traced."""
     for path, module in model.named_modules():
         reason = _unsupported_reason(module)
         if reason is not None:
@@ -77,7 +75,7 @@ def find_unsupported_grus(model: nn.Module) -> Iterator[UnsupportedGRU]:
 
 
 def is_complex(module: nn.Module) -> bool:
-    """Whether the weights of a layer are complex, which PyTorch allows."""
+    """Whether the weights of a layer are complex."""
     return any(each.is_complex() for each in module.parameters())
 
 
@@ -98,11 +96,11 @@ def _unsupported_reason(module: nn.Module) -> str | None:
 
 @dataclass(frozen=True)
 class SelectedModule:
-    """A module of the model with its description, narrowed to the sites that are recorded.
+    """A module of the model, and the description of its recorded sites.
 
     Attributes:
-        reference: To the module, which is not kept alive.
-        description: Likewise.
+        reference: Weak reference to the module.
+        description: Description of the module, with its recorded sites only.
     """
 
     reference: weakref.ref[nn.GRU | nn.GRUCell]
@@ -110,7 +108,7 @@ class SelectedModule:
 
     @property
     def module(self) -> nn.GRU | nn.GRUCell | None:
-        """The module; None once it is gone."""
+        """The module; None if it was garbage-collected."""
         return self.reference()
 
 
@@ -119,19 +117,20 @@ def select(
     sites: str | Sequence[str] | None = None,
     record: str | Sequence[str] = DEFAULT_RECORD,
 ) -> list[SelectedModule]:
-    """Return the modules that have a site which matches, in the model's order.
+    """Return the modules that have a matching site, in the model's order.
 
     Args:
         model: The model; it may itself be the layer.
-        sites: A glob, or several, for the names of sites; None for all.
+        sites: Glob, or list of globs, for the names of sites; None for all.
         record: Names of quantities.
 
     Warns:
-        GrutraceWarning: Beside them there are GRUs that cannot be traced, and are asked for.
+        GrutraceWarning: The globs also match GRUs that cannot be traced.
 
     Raises:
         UnsupportedError: The model has no nn.GRU and no nn.GRUCell.
-        OptionError: The model is none, a glob matches no site, or a quantity is unknown.
+        OptionError: The model is not an nn.Module, a glob matches no site, or a quantity is
+            unknown.
     """
     _require_model(model)
     quantities = _quantities(record)
@@ -149,21 +148,21 @@ def select(
     missed = [each for each in unsupported if globs is None or _is_selected(each, globs)]
     selected = found if globs is None else _matching_sites(found, globs)
     if missed:
-        # From here past Tracer._select, Tracer.__init__ and the check of its keywords to whoever
-        # made the tracer.
+        # The warning points to the line that creates the tracer: past Tracer._select,
+        # Tracer.__init__ and the check of its keywords.
         warnings.warn(_describe_unsupported(missed), GrutraceWarning, stacklevel=5)
     return selected
 
 
 def find_grus(model: nn.Module) -> Iterator[tuple[str, nn.GRU | nn.GRUCell]]:
-    """Yield path and module of every nn.GRU and nn.GRUCell; one under two paths comes once."""
+    """Yield path and module of every nn.GRU and nn.GRUCell. A shared module comes once."""
     for path, module in model.named_modules():
         if isinstance(module, (nn.GRU, nn.GRUCell)) and not is_complex(module):
             yield path, module
 
 
 def iterate_suffixes(module: nn.GRU | nn.GRUCell) -> Iterator[tuple[str, int, bool]]:
-    """Yield suffix, layer and whether it is reverse, in the order of PyTorch's weights."""
+    """Yield (suffix, layer, is reverse) for each site, in the order of PyTorch's weights."""
     if isinstance(module, nn.GRUCell):
         yield "cell", 0, False
         return
@@ -178,11 +177,11 @@ def _require_model(model: object) -> None:
         return
     hint = ""
     if isinstance(model, type):
-        hint = ": make one of it first"
+        hint = ": create an instance first"
     elif isinstance(model, (list, tuple)):
-        hint = ": trace nn.ModuleList(models), or give each a tracer of its own"
+        hint = ": trace nn.ModuleList(models), or create one tracer per model"
     elif isinstance(model, Mapping):
-        hint = ": trace nn.ModuleDict(models), or give each a tracer of its own"
+        hint = ": trace nn.ModuleDict(models), or create one tracer per model"
     found = type(model).__name__ if hint and not isinstance(model, type) else short_repr(model)
     article = "" if found == short_repr(model) else "a "
     raise OptionError(f"model: expected an nn.Module, found {article}{found}{hint}")
@@ -201,14 +200,14 @@ def _quantities(record: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _describe_unsupported(unsupported: list[UnsupportedGRU], lead: str = "") -> str:
-    """Say of each why it cannot be traced, and what to do instead."""
+    """Return why each module cannot be traced, and what to do instead."""
     if not unsupported:
         return ""
     return lead + "; ".join(f"{each.path or 'the model'} {each.reason}" for each in unsupported)
 
 
 def _is_selected(unsupported: UnsupportedGRU, globs: list[str]) -> bool:
-    """Whether its sites would match, if it had any."""
+    """Whether a glob matches the site names that the module would have."""
     names = [f"{unsupported.path}.{suffix}".lstrip(".") for suffix in ("l0", "cell")]
     return any(fnmatchcase(name, glob) for name in names for glob in globs)
 
@@ -218,7 +217,7 @@ def _matching_sites(found: list[SelectedModule], globs: list[str]) -> list[Selec
     for glob in globs:
         if not any(fnmatchcase(name, glob) for name in names):
             raise OptionError(
-                f"sites: {glob!r} matches none of the model's sites{suggest_name(glob, names)}: "
+                f"sites: {glob!r} matches no site of the model{suggest_name(glob, names)}: "
                 f"{join_names(names)}"
             )
     narrowed = (_filter_sites(each, globs) for each in found)
@@ -268,7 +267,7 @@ def _describe(path: str, module: nn.GRU | nn.GRUCell, quantities: tuple[str, ...
 
 
 def _weights_type(module: nn.GRU | nn.GRUCell) -> torch.dtype:
-    """Return the type of its weights, which need not be parameters: a model may set tensors."""
+    """Return the type of the weights. They may be plain tensors instead of parameters."""
     plain = (value for value in vars(module).values() if isinstance(value, Tensor))
     tensors = (*module.parameters(), *module.buffers(), *plain)
     types = (tensor.dtype for tensor in tensors if tensor.is_floating_point())
@@ -276,9 +275,9 @@ def _weights_type(module: nn.GRU | nn.GRUCell) -> torch.dtype:
 
 
 def defer_gates(module: ModuleInfo) -> ModuleInfo:
-    """Return the description of a module, its gates derived and what they follow from stored.
+    """Return the description of a module whose gates are computed on reading.
 
-    Sites of which no gate is asked for are left as they are.
+    It stores the quantities from which the gates are computed. Sites without gates do not change.
     """
     return replace(module, sites=tuple(_defer_site(module, site) for site in module.sites))
 
@@ -295,13 +294,13 @@ def _defer_site(module: ModuleInfo, site: Site) -> Site:
 
 
 def _input_is_recorded(module: ModuleInfo, site: Site) -> bool:
-    """Whether the input of a site is sure to be the recorded states of the layer below."""
+    """Whether the input of a site always equals the recorded states of the layer below."""
     below = [each for each in module.sites if each.layer == site.layer - 1]
     return len(below) == (2 if module.bidirectional else 1) and not module.dropout
 
 
 def apply_options(selections: Sequence[SelectedModule], options: Options) -> list[SelectedModule]:
-    """Return the selections with descriptions of what the options leave of them."""
+    """Return the selected modules with the options applied to their descriptions."""
     return [
         replace(each, description=_apply_to_module(each.description, options))
         for each in selections
@@ -321,7 +320,7 @@ def _apply_to_module(module: ModuleInfo, options: Options) -> ModuleInfo:
 
 
 def _units(site: Site, size: int, asked: slice | tuple[int, ...]) -> tuple[int, ...] | None:
-    """Return the numbers of the units from 0, or None where that is all of them in order."""
+    """Return the indices of the units from 0; None if they are all units in order."""
     if isinstance(asked, slice):
         units = range(size)[asked]
         if not units:
@@ -343,7 +342,7 @@ def _units(site: Site, size: int, asked: slice | tuple[int, ...]) -> tuple[int, 
 
 
 def make_partial_replay(module: ModuleInfo, site: Site) -> PartialReplay | None:
-    """Return what computes just what is asked for of a site; None where that is everything."""
+    """Return a replay of just the requested gates and units; None if all are requested."""
     gates = [name for name in GATES if name in site.quantities]
     if required_gates(gates) == set(GATES) and site.units is None:
         return None

@@ -87,7 +87,7 @@ def test_globs_choose_sites(model, batch) -> None:
     [
         (
             {"sites": "encodr.*"},
-            r"matches none of the model's sites .*: encoder.l0, encoder.l1, dec",
+            r"matches no site of the model .*: encoder.l0, encoder.l1, dec",
         ),
         ({"sites": []}, r"sites: expected a glob .*; found \[\]"),
         ({"record": ("update", "forget")}, "reset, update, candidate, hidden, input; found 'forg"),

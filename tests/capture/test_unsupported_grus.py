@@ -94,7 +94,10 @@ KINDS = {
     "jit.traced": (quiet(lambda: torch.jit.trace(Tagger(), example())), "a GRU inside TorchScript"),
     "quantized": (quiet(lambda: quantized(Tagger())), "a quantized GRU"),
     "quantized cell": (quiet(lambda: quantized(Stepper())), "a quantized GRU"),
-    "python": (Holder, r"a GRU of its own \(tests.capture.test_unsupported_grus.OwnGRU\)"),
+    "python": (
+        Holder,
+        r"a GRU implementation of its own \(tests.capture.test_unsupported_grus.OwnGRU\)",
+    ),
 }
 
 

@@ -128,7 +128,7 @@ def test_a_cell_that_is_compiled_while_it_is_recorded_is_named(cell) -> None:
         cell(x)
     assert len(found.calls) == 1
     assert len(said) == 1
-    assert "if it is one of this model" in said[0]
+    assert "if it belongs to this model" in said[0]
     assert "Pass compiled='eager'" in said[0]
     torch.compiler.reset()
     with words() as said, trace(cell, compiled="eager") as found:
@@ -166,7 +166,7 @@ def test_a_gru_that_the_compiler_is_told_to_compile(layers) -> None:
         torch.compile(model, backend="eager")(x)
     # This graph does run the kernel as it is, which others do not.
     assert len(said) == 1
-    assert "if it is one of this model" in said[0]
+    assert "if it belongs to this model" in said[0]
     assert_same(eager, found)
 
 

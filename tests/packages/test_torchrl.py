@@ -63,7 +63,9 @@ def test_acting_step_by_step_is_one_sequence(tmp_path: Path) -> None:
 def test_look_alikes_in_python_are_named_and_left_alone(look_alike: nn.Module) -> None:
     """Their gates are Python's own; there is nothing of nn.GRU in them to trace."""
     name = f"torchrl.modules.tensordict_module.rnn.{type(look_alike).__name__}"
-    with pytest.raises(grutrace.UnsupportedError, match=f"the model is a GRU of its own .{name}"):
+    with pytest.raises(
+        grutrace.UnsupportedError, match=f"the model is a GRU implementation of its own .{name}"
+    ):
         grutrace.trace(look_alike)
     model = nn.ModuleDict({"ours": nn.GRUCell(4, 6), "theirs": look_alike})
     input = torch.randn(3, 4) if isinstance(look_alike, GRUCell) else torch.randn(3, 5, 4)
@@ -73,7 +75,9 @@ def test_look_alikes_in_python_are_named_and_left_alone(look_alike: nn.Module) -
 
     expected = run_once(model, run)
     with (
-        pytest.warns(grutrace.GrutraceWarning, match=f"^theirs is a GRU of its own .{name}"),
+        pytest.warns(
+            grutrace.GrutraceWarning, match=f"^theirs is a GRU implementation of its own .{name}"
+        ),
         grutrace.trace(model) as trace,
     ):
         expected.assert_same(run_once(model, run))

@@ -1,14 +1,13 @@
-"""The journal: calls that were heard, and are worked out later, many at once.
+"""The journal: observed calls that wait to be recorded, many at a time.
 
-While the model waits, only that is done which cannot be done later: what the call read and made is
-copied, and its weights are looked at. Everything else (which sequences it goes on with, numbers,
-rows, blocks, gates) is worked out when the journal is drained: when much is in it or the first call
-has waited for long, when a recording block ends or annotations are given, and at once when somebody
-looks at the trace or flushes it.
+During the model's call only the work is done that cannot wait: input and output are copied, and the
+weights are compared. The rest (sequences, numbers, rows, records, gates) is done when the journal
+is drained: when it holds much data or the first call has waited for long, when a recording block
+ends or annotations are given, and at once when the trace is read or flushed.
 
-Calls are worked out in their order. A call between two comparisons of its weights (see
-`weight_versions`) is known to have used the version that was known then, if that is still the
-present one when the journal is drained.
+Calls are recorded in order. A call between two comparisons of its weights (see `weight_versions`)
+used the version that was known then, if that is still the current version when the journal is
+drained.
 """
 
 from __future__ import annotations
@@ -35,16 +34,14 @@ from grutrace.records import Origin
 
 logger = logging.getLogger(__name__)
 
-#: What may be in a journal before the model's thread drains it: bytes, and seconds since the first
-#: call.
+#: Limits at which the model's thread drains the journal: bytes, and seconds since the first call.
 MAX_BYTES, MAX_SECONDS = 8 * 1024 * 1024, 0.3
 
-#: After so long the model is busy with something else, and a writer's thread drains it. Sooner, the
-#: two would wait for each other: gates that another thread makes cost the model more than its own.
-#: Seconds.
+#: After this time without a drain, the model is busy with other work, and the writer thread drains
+#: the journal. Earlier, the two threads would compete for the GIL, which slows the model. Seconds.
 IDLE_SECONDS = 0.4
 
-#: A call of which more would be copied is worked out at once. Bytes.
+#: A call with more bytes to copy is recorded at once.
 LARGE_CALL = 1024 * 1024
 
 
@@ -52,8 +49,8 @@ class SkippedCallNotice(NamedTuple):
     """A call that could not be recorded.
 
     Attributes:
-        module: Place of its module in the header.
-        reason: Why.
+        module: Index of its module in the header.
+        reason: Why it was not recorded.
     """
 
     module: int
@@ -61,28 +58,29 @@ class SkippedCallNotice(NamedTuple):
 
 
 class MarkedSequences(NamedTuple):
-    """Sequences that began with a mark.
+    """Sequences that start with a mark.
 
     Attributes:
-        module: Place of their module in the header.
-        origins: The marks.
+        module: Index of their module in the header.
+        origins: Their marks.
     """
 
     module: int
     origins: Sequence[Origin]
 
 
-#: What the user may have to be told; a text is what the type of the rows has lost.
+#: A finding to report to the user. A text describes a loss of precision.
 Finding: TypeAlias = SkippedCallNotice | MarkedSequences | ResidualViolation | str
 
 
 class Journal:
-    """The calls that were heard and not worked out yet. From any thread.
+    """Observed calls that are not recorded yet. Safe to use from any thread.
 
-    It knows nothing of the tracer, so that it can be drained once that is gone.
+    It holds no reference to the tracer, so it can be drained after the tracer was
+    garbage-collected.
 
     Args:
-        recorders: Of each module.
+        recorders: The recorders of the modules.
         outlet: Where they hand records on to.
         keeps: Whether calls may wait at all.
 
@@ -101,15 +99,15 @@ class Journal:
         self.lock = threading.RLock()
         self.findings: deque[Finding] = deque()
         self._recorders, self._guarded_sink, self._can_wait = recorders, guarded_sink, can_wait
-        # A call that does not wait is copied only where its weights are not known yet.
+        # A call that does not wait is copied only if its weights are not known yet.
         self._largest = LARGE_CALL if can_wait else -1
         self._buffer = CopyBuffer(MAX_BYTES)
         guarded_sink.sink.collect_from(self.collect)
-        # With each, the batches of the recording block that it belongs to.
+        # Each call, with the batches of its recording block.
         self._entries: deque[tuple[JournalEntry, RecordedBatches | None]] = deque()
         self._bytes = 0
         self._since = 0.0
-        # Whether it is drained outside the model's forward.
+        # Whether it is being drained outside the model's forward.
         self._is_outside = False
 
     def __len__(self) -> int:
@@ -117,7 +115,7 @@ class Journal:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is in it."""
+        """Bytes of the waiting calls."""
         return self._bytes
 
     def add(
@@ -128,17 +126,17 @@ class Journal:
         names: Sequence[Hashable] | None,
         batches: RecordedBatches | None,
     ) -> bool:
-        """Note a call that has just run.
+        """Add a call that has just run.
 
         Args:
-            module: Place of its module in the header.
+            module: Index of its module in the header.
             run: The call.
             tag: The user's name for this part of the run.
-            names: (B,) the user's names of the sequences; None to go by the states.
-            batches: Of the recording block that it belongs to, if there is one.
+            names: (B,) the user's names of the sequences; None to identify them by their states.
+            batches: The batches of its recording block; None without one.
 
         Returns:
-            Whether the journal is to be drained now.
+            Whether the journal must be drained now.
         """
         with isolated_copy_context():
             entry = self._recorders[module].observe(run, self._buffer, self._largest)
@@ -156,14 +154,14 @@ class Journal:
         return self._bytes > MAX_BYTES or not 0 <= now - self._since <= MAX_SECONDS
 
     def drain(self) -> None:
-        """Work out all calls, and hand them on to the sink.
+        """Record all waiting calls, and append them to the sink.
 
         Raises:
-            LimitReached: A call goes beyond what the trace may become.
-            SinkError: The sink cannot take a call, which is lost; those behind it still wait.
+            LimitExceeded: A call exceeds the limits of the recording.
+            SinkError: The sink cannot store a call, which is lost. Later calls still wait.
         """
         with self.lock:
-            # In one step: other threads go on noting calls.
+            # A snapshot, because other threads go on adding calls.
             waiting = tuple(self._entries)
             if not waiting:
                 return
@@ -178,13 +176,13 @@ class Journal:
                     self._record_entry(*self._entries.popleft())
 
     def collect(self, wait: bool) -> None:
-        """Drain it, outside the model's forward, as far as that can be done without an error.
+        """Drain the journal outside the model's forward, up to the first error.
 
-        What cannot be worked out is left to the model's thread, where the error is raised.
+        The call that causes an error stays for the model's thread, which raises the error.
 
         Args:
-            wait: Whether to wait for another thread that drains it. If not, it is drained only
-                where the model is busy with something else.
+            wait: Whether to wait for another thread that is draining. If False, the journal is
+                drained only if the model is busy with other work.
         """
         is_due = wait or not 0 <= time.time() - self._since <= IDLE_SECONDS
         if self._entries and is_due and self.lock.acquire(blocking=wait):
@@ -192,7 +190,7 @@ class Journal:
                 self._is_outside = True
                 self.drain()
             except Exception:
-                logger.debug("calls that wait are left to the model's thread", exc_info=True)
+                logger.debug("waiting calls are left to the model's thread", exc_info=True)
             finally:
                 self._is_outside = False
                 self.lock.release()
@@ -208,7 +206,7 @@ class Journal:
                 batches.note_skipped_call(entry.module)
             return
         except BaseException as error:
-            # An interruption is about something else.
+            # An interruption does not concern the call.
             is_about_it = isinstance(error, Exception) and not self._is_outside
             if not (is_about_it or entry.is_appended):
                 self._entries.appendleft((entry, batches))
@@ -223,7 +221,7 @@ class Journal:
         self.findings.extend((*recorded.precision_losses, *recorded.violations))
 
     def clear(self) -> None:
-        """Forget all calls. For whoever holds `lock`."""
+        """Drop all calls. The caller must hold `lock`."""
         self._entries.clear()
         self._bytes = 0
         for recorder in self._recorders:
@@ -231,7 +229,7 @@ class Journal:
 
 
 def _autocast_of(entry: JournalEntry) -> AbstractContextManager[object]:
-    """Compute in the precision in which the call ran."""
+    """Return a context with the autocast settings of the call."""
     wanted = entry.autocast
     kind = entry.run.device
     if wanted is None and not torch.is_autocast_enabled(kind):

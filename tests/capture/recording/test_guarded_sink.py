@@ -202,7 +202,7 @@ def test_a_file_that_cannot_be_made_is_refused_at_once(on_error, model, tmp_path
     [
         ({"on_error": "ignore"}, "on_error: expected one of raise, warn; found 'ignore'"),
         ({"fsync": 1}, "fsync: expected True or False, found 1"),
-        ({"path": None, "fsync": True}, "fsync: without a path expected False"),
+        ({"path": None, "fsync": True}, "fsync: expected False without a path"),
     ],
 )
 def test_wrong_options(options, message, model, tmp_path) -> None:

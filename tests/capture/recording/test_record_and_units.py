@@ -335,8 +335,8 @@ def test_control_a_changed_state_does_not_verify() -> None:
         layer(torch.randn(6, 3, 4))
     assert verify(trace)[0].holds
     rows = trace._guarded_sink.sink._store._arrays["modules/%/l0/hidden"]
-    rows.joined()
-    rows._joined[8, 2] += 1e-4
+    rows.array()
+    rows._array[8, 2] += 1e-4
     (found,) = verify(trace)
     assert not found.holds
     assert (found.worst.sequence, found.worst.step, found.worst.unit) == (1, 2, 9)
@@ -386,7 +386,7 @@ def test_what_follows_from_all_units_is_refused() -> None:
     assert site.sequence(0).initial.shape == (2,)
     assert site.padded("hidden")[0].shape == (1, 4, 2)
     with pytest.raises(
-        grutrace.NotRecordedError, match="the states of 2 of 8 units were recorded, and a gate"
+        grutrace.NotRecordedError, match="2 of 8 units were recorded, and recomputing a gate"
     ):
         site.preactivation("update")
     (found, _) = verify(trace)

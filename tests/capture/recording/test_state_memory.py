@@ -148,7 +148,7 @@ def test_streams_in_the_same_state_are_never_guessed(path, cell, tmp_path) -> No
     with (
         torch.no_grad(),
         grutrace.trace(cell, path and tmp_path / path) as trace,
-        pytest.warns(grutrace.GrutraceWarning, match="cannot be told") as warned,
+        pytest.warns(grutrace.GrutraceWarning, match="cannot tell which sequence") as warned,
     ):
         two_agents()
     assert len(warned) == 1
@@ -172,7 +172,7 @@ def test_fewer_rows_than_equal_states_are_ambiguous(cell) -> None:
     with torch.no_grad(), grutrace.trace(cell) as trace:
         state = cell(torch.ones(2, 3), torch.ones(2, 4))
         step(cell, state[:1])
-        with pytest.warns(grutrace.GrutraceWarning, match="cannot be told"):
+        with pytest.warns(grutrace.GrutraceWarning, match="cannot tell which sequence"):
             trace.flush()
     assert trace.sequences["origin"].tolist() == ["new", "new", "ambiguous"]
 
