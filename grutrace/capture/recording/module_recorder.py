@@ -106,10 +106,10 @@ class JournalEntry:
         self.names: Sequence[Hashable] | None = None
         self.time = 0.0
         self.autocast: tuple[str, torch.dtype] | None = None
-        self.replays: _Together | None = None
+        self.replays: _CallGroup | None = None
 
 
-class _Together:
+class _CallGroup:
     """Calls of one step whose gates are replayed at once, when the first of them is worked out."""
 
     def __init__(self, entries: Sequence[JournalEntry], sites: Sequence[SiteRecorder]) -> None:
@@ -321,10 +321,11 @@ class ModuleRecorder:
                 alike.setdefault((entry.version.number, *shape), []).append(entry)
         for (_, batch, *_), each in alike.items():
             most = calls_at_once(cast("int", batch), self.description.hidden_size)
-            for first in range(0, len(each) if most > 1 else 0, most):
-                merge_requests = _Together(each[first : first + most], self._sites)
+            # An empty batch has no largest elements, and nothing to replay.
+            for first in range(0, len(each) if batch and most > 1 else 0, most):
+                group = _CallGroup(each[first : first + most], self._sites)
                 for entry in each[first : first + most]:
-                    entry.replays = merge_requests
+                    entry.replays = group
 
     def expect_changes(self) -> None:
         """Compare the weights at the next call, whatever that costs."""
