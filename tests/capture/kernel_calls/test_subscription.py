@@ -376,7 +376,7 @@ def test_cells_made_anew_in_each_call_are_named_once() -> None:
     with grutrace.trace(model):
         model(x)
         neighbour(x[0])
-        with pytest.warns(grutrace.GrutraceWarning, match="a GRUCell that is no part"):
+        with pytest.warns(grutrace.GrutraceWarning, match="a GRUCell that is not part"):
             model.generate(x[0])
         # Once: any other warning is an error.
         model.generate(x[0])

@@ -408,7 +408,7 @@ def test_appending_goes_on_with_the_same_units_only(tmp_path) -> None:
         with grutrace.trace(layer, path, units=[1, 2], mode=mode) as trace:
             layer(x)
     assert trace["l0"].update.shape == (8, 2)
-    with pytest.raises(grutrace.TraceFileError, match=r"units of site 'l0': there \(1, 2\), here"):
+    with pytest.raises(grutrace.TraceFileError, match=r"units of site 'l0': the file has \(1, 2\)"):
         grutrace.Tracer(layer, path, units=[2, 1], mode="a")
 
 
@@ -438,7 +438,7 @@ def test_wrong_units_are_one_clear_error(units, message) -> None:
 
 
 def test_deferred_gates_need_all_units() -> None:
-    with pytest.raises(grutrace.OptionError, match=r"follows from the states of all; found 0:8"):
+    with pytest.raises(grutrace.OptionError, match=r"depends on the states of all units; found 0:8"):
         grutrace.Tracer(nn.GRU(2, 16), units=slice(0, 8), gates="deferred")
 
 
