@@ -44,7 +44,7 @@ WRONG = {
     "sites: a tensor": (lambda: trace(sites=BIG), r"found a tensor of shape \(64, 32\) and type"),
     "sites: a typo": (
         lambda: trace(sites="encodr.l0"),
-        r"'encodr.l0' matches none .*did you mean 'encoder.l0'\?.*: encoder.l0, decoder.cell$",
+        r"'encodr.l0' matches no site .*did you mean 'encoder.l0'\?.*: encoder.l0, decoder.cell$",
     ),
     "record: a number": (lambda: trace(record=3), r"record: .*; found 3$"),
     "record: a typo": (lambda: trace(record="updat"), r"found 'updat' \(did you mean 'update'\?\)"),
@@ -71,7 +71,7 @@ WRONG = {
         lambda: grutrace.trace({"a": model()}),
         r"model: .* found a dict: trace nn.ModuleDict\(models\)",
     ),
-    "model: its class": (lambda: grutrace.trace(nn.GRU), r"found the class GRU: make one"),
+    "model: its class": (lambda: grutrace.trace(nn.GRU), r"found the class GRU: create an"),
     "model: a tensor": (lambda: grutrace.trace(BIG), r"model: .*, found a tensor of shape"),
     "an option": (lambda: trace(site="e*"), r"site: unknown option .*'sites'\?\)$"),
     "an option like no other": (
