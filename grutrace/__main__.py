@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments of the command; those of the process by default.
 
     Returns:
-        The exit code.
+        The exit code: 0 yes or success, 1 no, 2 error.
     """
     try:
         from grutrace import cli
@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (error.name or "").startswith("grutrace"):
             raise
         library = (error.name or "").partition(".")[0]
-        print(f"grutrace: {missing_library_message('a command', library, 'cli')}", file=sys.stderr)
+        message = missing_library_message("the command line", library, "cli")
+        print(f"grutrace: {message} (the extra 'cli' of grutrace)", file=sys.stderr)
         return 2
     return cli.main(argv)
 

@@ -134,7 +134,7 @@ def test_the_commands_take_shards_and_what_is_merged_of_them(folder, tmp_path, c
     paths = [str(folder / f"run.rank{rank:04}.h5") for rank in range(RANKS)]
     merged = str(folder / "run.h5")
     assert main(["merge", *paths, "-o", merged]) == 0
-    assert "36 calls of ranks 0, 1, 2\nrows stay in 3 files" in capsys.readouterr().out
+    assert "36 calls of ranks 0, 1, 2\nrows stay in 3 other files" in capsys.readouterr().out
     copied = str(tmp_path / "copy.h5")
     assert main(["merge", pattern, "-o", copied, "--copy", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["copied"] > 0

@@ -1,7 +1,7 @@
-"""The commands: arguments to functions to an exit code.
+"""The commands of `grutrace`.
 
-0 is success, 1 means that the answer is no, 2 that there is no answer. One command a file; `app`
-puts them together.
+Exit codes: 0 yes or success, 1 no (`verify`, `diff`, `recover`), 2 error. Each command is in a file
+of its own; `app` collects them.
 """
 
 from grutrace.cli.app import main

@@ -1,8 +1,10 @@
-"""The commands put together, and errors turned into one line and an exit code."""
+"""The command-line application: all commands, and errors as one line and an exit code."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import metadata
+from typing import Annotated
 
 import numpy as np
 import typer
@@ -21,14 +23,37 @@ from grutrace.errors import GrutraceError
 from grutrace.storage.hdf5.safe_open import disable_plugins
 
 app = typer.Typer(
-    help="See inside the GRUs of a running model: trace a script, look into traces.",
+    help="Trace the GRUs of a running PyTorch model, and read traces.",
+    epilog="Exit codes: 0 yes or success, 1 no (verify, diff, recover), 2 error.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-# In the order in which the help lists them. What is loaded here is loaded by every command: heavy
-# imports belong inside the command's function.
+
+def _print_version(requested: bool) -> None:
+    if requested:
+        echo(f"grutrace {metadata.version('grutrace')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global_options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and exit.",
+            callback=_print_version,
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+# The help lists the commands in this order. Every command loads what this module imports, so heavy
+# imports belong inside the functions of the commands.
 app.command(context_settings={"allow_interspersed_args": False})(run)
 app.command()(info)
 app.command()(stats)
@@ -41,9 +66,18 @@ app.command()(recover)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return its exit code. An error becomes one line."""
+    """Run a command.
+
+    An error is printed as one line on standard error.
+
+    Args:
+        argv: The arguments; those of the process by default.
+
+    Returns:
+        The exit code: 0 yes or success, 1 no, 2 error.
+    """
     try:
-        # What is no number in a file is no reason for a line that nobody asked for.
+        # NaN and infinity in a file cause no NumPy warnings.
         with disable_plugins(), np.errstate(all="ignore"):
             app(None if argv is None else list(argv), prog_name="grutrace")
     except GrutraceError as error:

@@ -1,7 +1,4 @@
-"""What commands have in common: arguments and exit codes.
-
-What commands read: a trace in a file, or in the shards of several processes.
-"""
+"""Arguments, exit codes and the opening of traces, shared by the commands."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from grutrace.records import QUANTITIES
 from grutrace.storage.open import open_trace
 from grutrace.storage.read.trace import Trace
 
-#: Exit codes beside 0: the answer is no; there is no answer.
+#: Exit codes other than 0: the answer is no; an error, or nothing to answer.
 EXIT_NO, EXIT_ERROR = 1, 2
 
 File = Annotated[Path, typer.Argument(help="A trace file.", show_default=False)]
@@ -26,30 +23,32 @@ Files = Annotated[
     list[Path],
     typer.Argument(
         metavar="FILE...",
-        help="A trace file; or the shards of several processes: run.rank*.h5",
+        help="A trace file, or the shards of several processes: run.rank*.h5",
         show_default=False,
     ),
 ]
 AsJSON = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
-Sites = Annotated[list[str] | None, typer.Option(help="Glob for names of sites. Can be repeated.")]
+Sites = Annotated[list[str] | None, typer.Option(help="Glob for site names. May be repeated.")]
 Record = Annotated[
     list[str] | None,
-    typer.Option(help=f"Out of {', '.join(QUANTITIES)}; commas between. Can be repeated."),
+    typer.Option(
+        help=f"Quantities, separated by commas: {', '.join(QUANTITIES)}. May be repeated."
+    ),
 ]
 
 
 def split_names(given: list[str] | None) -> list[str] | None:
-    """The names in what an option was given, once or more, with commas between."""
+    """Split the values of an option that takes names separated by commas."""
     return None if given is None else [name for each in given for name in each.split(",")]
 
 
 @contextmanager
 def open_traces(files: Sequence[Path]) -> Iterator[Trace]:
-    """Open a trace. What is doubtful about it becomes a line on standard error.
+    """Open a trace, and print warnings as lines on standard error.
 
     Args:
-        files: One file or glob, or several shards.
+        files: One file or one glob, or several shards.
 
     Raises:
         TraceFileError: As for `grutrace.open`.
@@ -62,7 +61,7 @@ def open_traces(files: Sequence[Path]) -> Iterator[Trace]:
 
 @contextmanager
 def warnings_as_lines() -> Iterator[None]:
-    """Turn warnings into lines on standard error."""
+    """Print warnings as lines on standard error."""
     with warnings.catch_warnings(record=True) as given:
         warnings.simplefilter("always")
         yield
@@ -71,5 +70,5 @@ def warnings_as_lines() -> Iterator[None]:
 
 
 def display_name(files: Sequence[Path]) -> str:
-    """What output calls them."""
+    """The name of the files in the output."""
     return str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"

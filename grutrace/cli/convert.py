@@ -1,7 +1,4 @@
-"""`grutrace derive`: gates that are derived when they are read, stored.
-
-`grutrace export`: a trace as a file of another format.
-"""
+"""`grutrace derive` stores deferred gates; `grutrace export` writes other formats."""
 
 from __future__ import annotations
 
@@ -23,11 +20,11 @@ def derive(
         Path, typer.Option("-o", "--output", help="The file to write.", show_default=False)
     ],
 ) -> None:
-    """Write a trace file that stores what this one derives when it is read.
+    """Write a trace file that stores the gates of a deferred trace.
 
-    Exits with 2 if the output exists, or there is nothing to derive.
+    Exit codes: 0 success, 2 if the output exists, or if no gates are deferred.
     """
-    # Here for the same reason.
+    # Imported here because it loads torch.
     from grutrace.analysis.verification.materialize import materialize_file
 
     check_in_subprocess(files)
@@ -38,18 +35,18 @@ def derive(
 def export(
     file: File,
     to: Annotated[
-        str, typer.Option("--to", help=f"One of {', '.join(FORMATS)}.", show_default=False)
+        str, typer.Option("--to", help=f"Format: one of {', '.join(FORMATS)}.", show_default=False)
     ],
     output: Annotated[
         Path,
-        typer.Option("-o", "--output", help="The file or folder to make.", show_default=False),
+        typer.Option("-o", "--output", help="The file or folder to write.", show_default=False),
     ],
     site: Sites = None,
     record: Record = None,
 ) -> None:
-    """Write what a trace holds as npz, netcdf, zarr, csv (a folder) or for LSTMVis (a folder).
+    """Write a trace as npz, netcdf, zarr, csv (a folder) or for LSTMVis (a folder).
 
-    Exits with 2 if the output exists, or nothing matches.
+    Exit codes: 0 success, 2 if the output exists, or if nothing matches.
     """
     with open_trace(file) as trace, progress_bar("exporting") as advance:
         done = export_trace(

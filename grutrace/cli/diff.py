@@ -1,4 +1,4 @@
-"""`grutrace diff`: whether two traces are the same, and where they are not."""
+"""`grutrace diff`: compare two traces."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from grutrace.cli.output import echo, new_table, print_json, print_table, progre
 
 def diff(
     a: Annotated[Path, typer.Argument(help="A trace file.", show_default=False)],
-    b: Annotated[Path, typer.Argument(help="Another.", show_default=False)],
+    b: Annotated[Path, typer.Argument(help="Another trace file.", show_default=False)],
     tolerance: Annotated[
         float | None,
         typer.Option(
-            help="How large |a - b| / max(1, |a|, |b|) may be. "
-            "[default: what rounding explains in the coarser type, 3.1e-5 for float32]",
+            help="Largest accepted |a - b| / max(1, |a|, |b|). "
+            "[default: the rounding tolerance of the coarser type, 3.1e-5 for float32]",
             show_default=False,
         ),
     ] = None,
     exact: Annotated[
         bool,
-        typer.Option("--exact", help="No tolerance; weights and types of rows count, too."),
+        typer.Option("--exact", help="No tolerance; compare weights and row types too."),
     ] = False,
     site: Sites = None,
     record: Record = None,
     as_json: AsJSON = False,
 ) -> None:
-    """Compare two traces: sites, sequences, gates, states, tokens. Say where they differ, and why.
+    """Compare two traces: sites, sequences, gates, states and tokens.
 
-    Exits with 1 if they are not the same.
+    Prints where they differ, and the likely cause. Exit codes: 0 the same, 1 different, 2 error.
     """
     with open_traces([a]) as one, open_traces([b]) as other, progress_bar("comparing") as advance:
         found = compare(
@@ -55,7 +55,7 @@ def diff(
 
 
 def print_difference(found: TraceDifference) -> None:
-    """Print a table of what was compared, what else differs, why, and the answer."""
+    """Print the compared values, the other differences, the likely cause and the answer."""
     table = new_table("site", "compared")
     for name in ("values", "largest difference", "tolerance", "beyond it"):
         table.add_column(name, justify="right")
@@ -75,7 +75,7 @@ def print_difference(found: TraceDifference) -> None:
             echo(f"{each.site}: {each.quantity}, most at {each.largest}")
     for difference in found.context:
         echo(f"({difference})")
-    # The first of them is the likely cause, if values differ.
+    # If values differ, the first one is the likely cause, which is printed below.
     for weights in found.weights[bool(found.cause) :]:
         echo(f"(weights of {weights})")
     if found.cause:
@@ -84,7 +84,7 @@ def print_difference(found: TraceDifference) -> None:
 
 
 def _to_json(found: TraceDifference) -> dict[str, Any]:
-    """The result as JSON values, with what follows from it."""
+    """The result as JSON values, with the derived properties."""
     values = [
         dataclasses.asdict(each)
         | {"largest": _pair_to_json(each.largest), "first": _pair_to_json(each.first)}
@@ -99,7 +99,7 @@ def _to_json(found: TraceDifference) -> dict[str, Any]:
     return about | dataclasses.asdict(found) | {"values": values}
 
 
-def _pair_to_json(place: ValuePair | None) -> dict[str, Any] | None:
-    if place is None:
+def _pair_to_json(pair: ValuePair | None) -> dict[str, Any] | None:
+    if pair is None:
         return None
-    return dataclasses.asdict(place) | {"difference": place.difference}
+    return dataclasses.asdict(pair) | {"difference": pair.difference}

@@ -1,4 +1,4 @@
-"""`grutrace info`: what a trace file holds."""
+"""`grutrace info`: describe a trace file."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from grutrace.errors import join_names
 from grutrace.storage.read.proofs import PROOFS, UNPROVEN
 from grutrace.storage.read.trace import Trace
 
-#: The version that is not printed: it says where, and not with what.
+#: The entry among the versions that is not printed: it names the system, not a library.
 _PLATFORM_KEY = "platform"
 
-#: How many unproven calls are named.
+#: Number of unproven calls that are listed.
 MAX_LISTED = 8
 
-#: Half the spacing below 1 of the types that something may be rounded to.
+#: Largest rounding error of values up to 1: half the spacing below 1, by storage type.
 ROUNDING_ERROR = {"float16": 2.0**-12, "float32": 2.0**-25}
 
 
 def info(files: Files, as_json: AsJSON = False) -> None:
-    """Say what a trace holds."""
+    """Describe a trace: model, options, layers, and counts of calls, sequences and steps."""
     with open_traces(files) as trace:
         name = display_name(files)
         print_json(describe(trace, name)) if as_json else print_info(trace, name)
 
 
 def describe(trace: Trace, name: str) -> dict[str, Any]:
-    """Return what `info` says, as JSON values."""
+    """Return the description of a trace as JSON values."""
     header = trace.header
     return {
         "file": name,
@@ -56,7 +56,7 @@ def describe(trace: Trace, name: str) -> dict[str, Any]:
 
 
 def site_info(trace: Trace, name: str) -> dict[str, Any]:
-    """Return what `info` says of a site."""
+    """Return the description of a site as JSON values."""
     site = trace[name]
     return {
         "name": name,
@@ -68,9 +68,11 @@ def site_info(trace: Trace, name: str) -> dict[str, Any]:
 
 
 def print_info(trace: Trace, name: str) -> None:
-    """Print what a trace holds."""
+    """Print the description of a trace."""
     about = describe(trace, name)
-    state = "closed" if about["closed"] else "not closed: still being written, or its writer died"
+    state = (
+        "closed" if about["closed"] else "not closed: still being written, or its writer was killed"
+    )
     parts = f" in {len(about['parts'])} files" if len(about["parts"]) > 1 else ""
     echo(f"{name}: trace of {about['model']}, {about['bytes'] / 1e6:.1f} MB{parts}, {state}")
     versions = [
@@ -81,7 +83,7 @@ def print_info(trace: Trace, name: str) -> None:
         echo(line)
     narrowing = [f"{name} {value}" for name, value in restricting_options(about["options"])]
     if narrowing:
-        echo(f"asked for less: {', '.join(narrowing)}")
+        echo(f"recorded only in part: {', '.join(narrowing)}")
     if about["options"].get("dtype") in ROUNDING_ERROR:
         dtype = about["options"]["dtype"]
         echo(
@@ -106,7 +108,7 @@ def print_info(trace: Trace, name: str) -> None:
 
 
 def proofs(trace: Trace) -> dict[str, Any]:
-    """Return how many calls bear each mark that is stored, and the first that are unproven."""
+    """Return the number of calls with each proof mark, and the first unproven calls."""
     marks = trace.calls["proof"]
     counts = {name: int((marks == name).sum()) for name in PROOFS}
     return counts | {
@@ -115,11 +117,11 @@ def proofs(trace: Trace) -> dict[str, Any]:
 
 
 def proof_lines(proofs: Mapping[str, Any]) -> Iterator[str]:
-    """Yield lines that say which calls are not proven."""
+    """Yield lines about the calls that are not proven."""
     if proofs["unchecked"]:
         yield (
             f"unchecked: {proofs['unchecked']} calls, whose weights were not compared when they "
-            "ran; `grutrace verify` checks them"
+            "ran; run `grutrace verify` to check them"
         )
     if proofs["unproven"]:
         numbers = ", ".join(map(str, proofs["unproven_calls"]))
@@ -131,7 +133,7 @@ def proof_lines(proofs: Mapping[str, Any]) -> Iterator[str]:
 
 
 def quantity_lines(about: Mapping[str, Any]) -> Iterator[str]:
-    """Yield lines that say what was recorded: one, or one for each group of sites that differ."""
+    """Yield lines with the recorded quantities: one for each group of sites that have the same."""
     groups: dict[str, list[str]] = {}
     sites = [site for module in about["modules"] for site in module["sites"]]
     for site in sites:
@@ -143,7 +145,7 @@ def quantity_lines(about: Mapping[str, Any]) -> Iterator[str]:
 
 
 def rank_lines(about: Mapping[str, Any]) -> Iterator[str]:
-    """Yield lines that say which processes a trace is of, if there were several."""
+    """Yield lines about the ranks of a distributed run; none for a single process."""
     options, shards = about["options"], about["shards"]
     if "shard" in options:
         yield f"rank {options['shard']['rank']} of {options['shard']['world_size']}"
@@ -151,11 +153,11 @@ def rank_lines(about: Mapping[str, Any]) -> Iterator[str]:
         calls = ", ".join(f"{shard['rank']} ({shard['calls']} calls)" for shard in shards)
         yield f"of {options['shards']['world_size']} ranks: {calls}"
     if unclosed := [str(shard["rank"]) for shard in shards if not shard["closed"]]:
-        yield f"not closed by rank {', '.join(unclosed)}: at work still, or killed"
+        yield f"not closed by rank {', '.join(unclosed)}: still running, or killed"
 
 
 def restricting_options(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield those options of a trace that leave something of its calls out, or round it."""
+    """Yield the options that omit calls, units or steps, or round rows, with their values."""
     for name in ("every", "max_calls", "max_bytes", "dtype", "units", "steps"):
         if name in options:
             yield name, options[name]

@@ -1,4 +1,4 @@
-"""`grutrace merge`: one file over the shards of several processes."""
+"""`grutrace merge`: combine the shards of several processes in one file."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def merge(
         Path, typer.Option("-o", "--output", help="The file to write.", show_default=False)
     ],
     copy: Annotated[
-        bool, typer.Option("--copy", help="Copy all rows, so that the shards can go.")
+        bool, typer.Option("--copy", help="Copy all rows, so that the shards can be deleted.")
     ] = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Make one trace file of the shards of several processes, whose rows stay where they are.
+    """Make one trace file from the shards of several processes. The rows stay in the shards.
 
-    Shards of a grutrace.Statistics become one, too. Exits with 2 if the output exists, or the files
-    do not belong together.
+    Statistics files of several processes can be merged too. Exit codes: 0 success, 2 if the output
+    exists, or if the files are not of one run.
     """
     from grutrace.statistics.file import is_statistics
 
@@ -44,18 +44,18 @@ def merge(
 
 
 def print_report(report: MergeReport, output: Path, *, copy: bool) -> None:
-    """Print what was merged."""
+    """Print the merged calls and ranks, and the copied bytes."""
     calls = sum(shard.calls for shard in report.shards)
     ranks = ", ".join(str(shard.rank) for shard in report.shards)
     echo(f"{output}: {calls} calls of ranks {ranks}")
     if report.copied and not copy:
         names = ", ".join(path.name for path in report.unclosed)
-        echo(f"copied {report.copied / 1e6:.1f} MB, for these were not closed: {names}")
+        echo(f"copied {report.copied / 1e6:.1f} MB, because these shards were not closed: {names}")
     elif copy:
         echo(f"copied {report.copied / 1e6:.1f} MB")
     files = sum(len(shard.files) for shard in report.shards)
     if files:
-        echo(f"rows stay in {files} files beside it: keep them together")
+        echo(f"rows stay in {files} other files: keep them in the same folder")
 
 
 def _merge_statistics(files: list[Path], output: Path) -> None:

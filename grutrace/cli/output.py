@@ -1,7 +1,4 @@
-"""How commands print: tables, JSON, bars of progress.
-
-How a result of an analysis looks in a terminal.
-"""
+"""Output of the commands: tables, JSON, progress bars and results of analyses."""
 
 from __future__ import annotations
 
@@ -25,13 +22,13 @@ from grutrace.records import Array
 
 Item = TypeVar("Item")
 
-#: Between two columns of a table.
+#: Text between two columns of a table.
 COLUMN_GAP = "  "
 
-#: In the place of what is cut out of a name.
+#: Stands for the removed middle of a long name.
 ELLIPSIS = "..."
 
-#: How far the first column of a table may be cut. Columns of a terminal.
+#: Least width to which the first column of a table is shortened. Terminal columns.
 MIN_FIRST_COLUMN = 20
 
 
@@ -40,7 +37,7 @@ class Column:
     """A column of a table.
 
     Attributes:
-        header: What stands above it.
+        header: The heading.
         justify: ``left`` or ``right``.
     """
 
@@ -49,10 +46,10 @@ class Column:
 
 
 class PlainTable:
-    """A table whose cells are texts, each row of which is printed on one line.
+    """A table of texts. Each row is printed on one line.
 
     Args:
-        columns: Headers of columns, of which the first is what each row is about.
+        columns: Headings of the columns. The first column names the row.
     """
 
     def __init__(self, *columns: str) -> None:
@@ -69,9 +66,10 @@ class PlainTable:
         self.rows.append([*texts, *[""] * (len(self.columns) - len(texts))])
 
     def lines(self, width: int) -> Iterator[str]:
-        """Yield the header and the rows, each at most so wide if cutting the first column does it.
+        """Yield the header and the rows as lines.
 
-        The middle of what is too long is cut out: names of sites differ at their ends.
+        Lines wider than `width` are shortened in the first column, if that suffices. The middle of
+        a long name is removed, because names of sites differ at their ends.
         """
         rows = [[column.header for column in self.columns], *self.rows]
         widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
@@ -89,7 +87,7 @@ class PlainTable:
 
 
 def shorten(text: str, width: int) -> str:
-    """A text of at most so many columns, of which the middle is cut out if it is longer."""
+    """Shorten a text to `width` terminal columns by removing its middle."""
     if cell_len(text) <= width:
         return text
     kept = width - len(ELLIPSIS)
@@ -111,29 +109,29 @@ def new_table(*columns: str) -> PlainTable:
 
 
 def new_console(*, stderr: bool = False) -> Console:
-    """Return a console that takes no text for markup: names come from files of others."""
+    """Return a console without markup, because names come from files of other people."""
     return Console(stderr=stderr, markup=False, highlight=False, emoji=False)
 
 
 def escape_control(text: object) -> str:
-    """Write a text that comes from a file as one line that does nothing to a terminal."""
+    """Escape line breaks and control characters of a text that comes from a file."""
     return "".join(
         character if character.isprintable() else repr(character)[1:-1] for character in str(text)
     )
 
 
 def echo(text: str, *, stderr: bool = False) -> None:
-    """Print a line, of which parts may come from a file."""
+    """Print a line; control characters are escaped."""
     print(escape_control(text), file=sys.stderr if stderr else sys.stdout)
 
 
 def percent(share: float) -> str:
-    """Write a share in percent."""
+    """Format a share as a percentage; NaN is empty."""
     return "" if math.isnan(share) else f"{100 * share:.1f} %"
 
 
 def with_progress(items: Sequence[Item], description: str) -> Iterable[Item]:
-    """Yield the items, with a bar on a terminal."""
+    """Iterate over the items, with a progress bar on a terminal."""
     console = new_console(stderr=True)
     return track(
         items,
@@ -146,7 +144,11 @@ def with_progress(items: Sequence[Item], description: str) -> Iterable[Item]:
 
 @contextmanager
 def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar on a terminal, which is told how much is done of how much."""
+    """Show a progress bar on a terminal.
+
+    Yields:
+        A function that takes the amount done and the total.
+    """
     console = new_console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(escape(escape_control(description)))
@@ -156,7 +158,7 @@ def progress_bar(description: str) -> Iterator[Callable[[int, int], None]]:
 def print_json(value: Any) -> None:
     """Print a value as JSON.
 
-    What is no number is null, an infinity a text, a complex number its two parts.
+    NaN becomes null, an infinity a text, a complex number a list of its two parts.
     """
     print(json.dumps(_to_json_value(value), indent=2, allow_nan=False))
 
@@ -175,15 +177,15 @@ def _to_json_value(value: Any) -> Any:
     return value
 
 
-#: Columns of a terminal that a value takes at most which is no number.
+#: Largest width of a value that is not a number. Terminal columns.
 MAX_TEXT_WIDTH = 16
 
-#: What is said of a column whose every value is not printed.
+#: Quantiles that summarize a column, by heading.
 QUANTILES = {"least": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "most": 1.0}
 
 
 def print_result(result: Result, each: bool) -> None:
-    """Print what is one number, then the columns: their quantiles, or each of their values."""
+    """Print the scalars of a result, then its columns: their quantiles, or all their values."""
     scalars = [f"{name} {_format_scalar(found)}" for name, found in result.scalars().items()]
     echo(f"{result.site}: {', '.join(scalars)}")
     columns = result.columns()
@@ -205,7 +207,7 @@ def print_result(result: Result, each: bool) -> None:
 
 
 def format_value(found: Any) -> str:
-    """Write a number as short as it is still told apart."""
+    """Format a value with three significant digits. NaN and False are empty."""
     if isinstance(found, (bool, np.bool_)):
         return "yes" if found else ""
     if isinstance(found, (float, np.floating)):
@@ -214,16 +216,17 @@ def format_value(found: Any) -> str:
 
 
 def _format_scalar(found: Any) -> str:
-    """Write a figure that stands by itself: nothing at all would not do."""
+    """Format a single figure: unlike a cell, it is never empty."""
     if found is None or (isinstance(found, float) and np.isnan(found)):
         return "unknown"
     return format_value(found) or "no"
 
 
 def _quantile_cells(column: Array) -> list[str]:
-    """Of the values that are numbers; of what is true or false, how many are true.
+    """The quantiles of a column, without NaN.
 
-    Of other values, such as texts, the commonest and how often each comes.
+    For booleans, the number of true values. For other values, such as texts, the most common ones
+    with their counts.
     """
     if column.dtype == bool:
         return [f"{np.count_nonzero(column)} of {len(column)}", *[""] * (len(QUANTILES) - 1)]
@@ -239,7 +242,7 @@ def _most_common_cells(column: Array) -> list[str]:
     counts = Counter(map(format_value, column.tolist())).most_common()
     room = len(QUANTILES)
     if len(counts) > room:
-        # The last cell is for all that do not fit.
+        # The last cell counts the values that do not fit.
         rest = sum(count for _, count in counts[room - 1 :])
         counts = [*counts[: room - 1], ("others", rest)]
     cells = [f"{shorten(name, MAX_TEXT_WIDTH)}: {count}" for name, count in counts]

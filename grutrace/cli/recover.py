@@ -1,4 +1,4 @@
-"""`grutrace recover`: what is whole of a trace that was left behind or damaged, in a sound file."""
+"""`grutrace recover`: copy the intact part of an unfinished or damaged trace to a new file."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def recover(
     ],
     as_json: AsJSON = False,
 ) -> None:
-    """Write all that is committed in a trace to a new file, which any HDF5 tool opens.
+    """Write all committed rows of a trace to a new file, which any HDF5 tool can open.
 
-    FILE may be left behind by a writer that was killed, cut short, damaged, or sound; it is not
-    changed. Of a run, all parts are recovered. Exits with 1 if something that was committed is
-    lost, and with 2 if nothing can be recovered.
+    FILE may be unfinished (its writer was killed), truncated, damaged or intact; it is not changed.
+    All parts of a run are recovered. Exit codes: 0 everything committed was recovered, 1 some of it
+    is lost, 2 nothing can be recovered.
     """
     with progress_bar("recovering") as advance:
         found = recover_file(file, output, advance)
@@ -43,15 +43,15 @@ def _as_json(recovery: RecoveryReport) -> dict[str, object]:
 
 
 def print_recovery(recovery: RecoveryReport) -> None:
-    """Print what became of a file."""
+    """Print the recovered calls, and the lost and the dropped items."""
     print(f"{recovery.path}: {recovery.calls} calls of {recovery.source}, {_state(recovery)}")
     if recovery.lost:
         lost = ", ".join(f"{count} {name}" for name, count in recovery.lost.items())
         print(f"lost of what was committed: {lost}; {recovery.reason}")
     if recovery.repaired:
         print(
-            f"{recovery.repaired} structures of HDF5 were half written, as after a loss of power, "
-            f"and were read all the same: have it verified (grutrace verify {recovery.path})"
+            f"{recovery.repaired} HDF5 structures were incomplete, as after a power loss, and were "
+            f"repaired: check the result with grutrace verify {recovery.path}"
         )
     if not recovery.dropped:
         print("nothing was dropped")

@@ -1,4 +1,4 @@
-"""`grutrace run`: an unchanged script, with the GRUs of its models traced."""
+"""`grutrace run`: run an unchanged script, and trace the GRUs of its models."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ from grutrace.run.settings import Settings
 def run(
     program: Annotated[
         list[str],
-        typer.Argument(metavar="SCRIPT [ARGS]...", help="A script and its own arguments."),
+        typer.Argument(metavar="SCRIPT [ARGS]...", help="A script and its arguments."),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The trace.")] = Path("run.h5"),
-    module: Annotated[bool, typer.Option("-m", help="SCRIPT is a module.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The trace file to write.")] = Path(
+        "run.h5"
+    ),
+    module: Annotated[
+        bool, typer.Option("-m", help="SCRIPT is the name of a module, as for python -m.")
+    ] = False,
     sites: Annotated[
-        list[str] | None, typer.Option(help=f"{OPTIONS['sites'].help} Can be repeated.")
+        list[str] | None, typer.Option(help=f"{OPTIONS['sites'].help} May be repeated.")
     ] = None,
     record: Annotated[
         list[str] | None,
-        typer.Option(help=f"{OPTIONS['record'].help} Commas between. Can be repeated."),
+        typer.Option(help=f"{OPTIONS['record'].help} Separated by commas. May be repeated."),
     ] = None,
     mode: Annotated[str, typer.Option(help=OPTIONS["mode"].help)] = "w",
     check: Annotated[str, typer.Option(help=OPTIONS["check"].help)] = "warn",
@@ -52,9 +56,14 @@ def run(
     state_memory: Annotated[
         str | None, typer.Option(help=f"{OPTIONS['state_memory'].help} For example 64MiB.")
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing of our own.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Print no messages of grutrace.")
+    ] = False,
 ) -> None:
-    """Run a script as python would, and trace the GRUs of every model in it."""
+    """Run a script as python does, and trace the GRUs of every model in it.
+
+    Exit code: that of the script; 2 if grutrace cannot start it.
+    """
     asked = [name for names in record or [",".join(DEFAULT_RECORD)] for name in names.split(",")]
     settings = Settings(
         str(output),

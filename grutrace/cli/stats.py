@@ -1,4 +1,4 @@
-"""`grutrace stats`: figures of every site."""
+"""`grutrace stats`: summarize every site, or run an analysis on it."""
 
 from __future__ import annotations
 
@@ -48,23 +48,23 @@ def stats(
         ),
     ],
     site: Annotated[
-        list[str] | None, typer.Option(help="Glob for names of sites. Can be repeated.")
+        list[str] | None, typer.Option(help="Glob for site names. May be repeated.")
     ] = None,
     label: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The label, or tokens, that ANALYSIS is of.")
+        str | None, typer.Option(metavar="NAME", help="The label that ANALYSIS uses, or tokens.")
     ] = None,
     against: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The later trace that change looks at.")
+        Path | None, typer.Option(metavar="FILE", help="The later trace, for the analysis change.")
     ] = None,
     paired: Annotated[
-        bool, typer.Option("--paired", help="Both traces are of the same inputs, step by step.")
+        bool, typer.Option("--paired", help="Both traces have the same inputs, step by step.")
     ] = False,
-    each: Annotated[bool, typer.Option("--each", help="A line for each unit.")] = False,
+    each: Annotated[bool, typer.Option("--each", help="Print a line for each unit.")] = False,
     as_json: AsJSON = False,
 ) -> None:
-    """Summarize every site: sequences, steps, residual, and how open its gates are.
+    """Summarize every site: sequences, steps, residual and gate activation.
 
-    FILE is a trace, or what a grutrace.Statistics wrote. With ANALYSIS, say that of every site.
+    FILE is a trace or a statistics file. With ANALYSIS, run this analysis on every site.
     """
     files, name = split_arguments(arguments)
     told = {"label": label, "against": against, "paired": paired or None}
@@ -94,7 +94,7 @@ def stats(
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], str | None]:
-    """Tell files from the name of an analysis, which comes last and is no file."""
+    """Split the arguments into files and the name of an analysis, if the last is not a file."""
     *files, last = arguments
     if files and not Path(last).exists():
         return [Path(file) for file in files], last
@@ -102,10 +102,10 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], str | None]:
 
 
 def matching_sites(trace: Trace, globs: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the sites that are asked for; all of them unless something is.
+    """Return the sites that match any glob; all sites without globs.
 
     Raises:
-        OptionError: A glob matches none.
+        OptionError: A glob matches no site.
     """
     for glob in globs or ():
         if not any(fnmatchcase(name, glob) for name in trace.sites):
@@ -119,13 +119,16 @@ def matching_sites(trace: Trace, globs: Sequence[str] | None) -> tuple[str, ...]
 def run_analysis(
     trace: Trace, chosen: AnalysisSpec, sites: Sequence[str], given: Mapping[str, Any]
 ) -> Iterator[Result]:
-    """Yield what an analysis finds at each site, with a bar on a terminal.
+    """Run an analysis on each site, with a progress bar on a terminal.
 
     Args:
-        trace: Of the sites.
+        trace: The trace.
         chosen: The analysis.
-        sites: Their names.
-        given: What else it is told, by name; of another trace the site of the same name.
+        sites: Names of the sites.
+        given: Options of the analysis by name. A trace stands for its site of the same name.
+
+    Yields:
+        The result for each site.
     """
     analyse = chosen.load()
     for name in sites:
@@ -138,7 +141,7 @@ def run_analysis(
 
 
 def print_results(found: Iterable[Result], each: bool, as_json: bool) -> None:
-    """Print results: one after another as text, or as one JSON array."""
+    """Print results as text, one after another, or as one JSON array."""
     if as_json:
         print_json([result.to_dict() for result in found])
         return
@@ -147,13 +150,13 @@ def print_results(found: Iterable[Result], each: bool, as_json: bool) -> None:
 
 
 def summarize_sites(trace: Trace, sites: Sequence[str] | None = None) -> list[SiteSummary]:
-    """Return the summary of every site, or of some."""
+    """Return the summary of the given sites, or of all sites."""
     names = trace.sites if sites is None else sites
     return [summarize_site(trace[name]) for name in with_progress(names, "reading")]
 
 
 def print_summaries(found: Sequence[SiteSummary]) -> None:
-    """Print a table of every site: sequences, steps, residual, and how open its gates are."""
+    """Print a table of sequences, steps, residual and gate activation for every site."""
     table = new_table("site")
     for name in ("sequences", "steps", "residual"):
         table.add_column(name, justify="right")
@@ -167,4 +170,4 @@ def print_summaries(found: Sequence[SiteSummary]) -> None:
             table.add_row(*about, name, *shares)
             about = [""] * len(about)
     print_table(table)
-    print("Shares are of all steps and units; those of the candidate are of its size, |n|.")
+    print("Shares are over all steps and units; for the candidate they are of its magnitude, |n|.")

@@ -1,4 +1,4 @@
-"""`grutrace verify`: whether a trace holds together."""
+"""`grutrace verify`: check that a trace is consistent."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def verify(files: Files, as_json: AsJSON = False) -> None:
-    """Check the gates against weights, inputs and states, or else the states against the gates.
+    """Check the gates against weights, inputs and states, or the states against the gates.
 
-    Exits with 1 if a trace does not hold together, and with 2 if nothing could be checked.
+    Exit codes: 0 the trace is consistent, 1 it is not, 2 error, or nothing could be checked.
     """
-    # Here since it needs torch, which takes longer to load than the other commands to run.
+    # Imported here because it loads torch, which takes longer than most commands.
     from grutrace.analysis.verification.verify import verify_site
 
     check_in_subprocess(files)
@@ -38,7 +38,7 @@ def verify(files: Files, as_json: AsJSON = False) -> None:
 
 
 def print_verification(results: Sequence[SiteVerification]) -> None:
-    """Print what was checked of every site, and where it holds least."""
+    """Print the check and the worst difference of every site."""
     table = new_table("site", "checked", "")
     table.add_column("steps", justify="right")
     table.add_column("worst difference", justify="right")
@@ -57,6 +57,6 @@ def print_verification(results: Sequence[SiteVerification]) -> None:
             worst = each.worst
             echo(
                 f"{each.site}: sequence {worst.sequence}, step {worst.step}, unit {worst.unit}: "
-                f"{worst.quantity} is {worst.recorded:.7g}, should be {worst.expected:.7g} "
+                f"{worst.quantity} is {worst.recorded:.7g}, expected {worst.expected:.7g} "
                 f"within {worst.tolerance:.1e}"
             )

@@ -268,6 +268,7 @@ def test_without_the_extra_it_says_which(path) -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert 'needs typer, which is not installed: pip install "typer' in done.stderr
+    assert done.stderr.endswith("(the extra 'cli' of grutrace)\n")
 
 
 @pytest.fixture
@@ -368,3 +369,8 @@ def test_diff_without_an_answer(path, tmp_path, capsys) -> None:
     ):
         assert main(["diff", *map(str, arguments)]) == 2
         assert "Traceback" not in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_package(capsys) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"grutrace {grutrace.__version__}\n"

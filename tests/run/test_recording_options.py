@@ -148,7 +148,7 @@ def test_info_says_what_was_left_out(tmp_path, capsys) -> None:
     with grutrace.trace(layer, path, every=3, dtype="float16", max_calls=9):
         layer(torch.randn(4, 2))
     assert main(["info", str(path)]) == 0
-    assert "asked for less: every 3, max_calls 9, dtype float16\n" in capsys.readouterr().out
+    assert "recorded only in part: every 3, max_calls 9, dtype float16\n" in capsys.readouterr().out
     assert main(["info", str(path), "--json"]) == 0
     options = json.loads(capsys.readouterr().out)["options"]
     assert (options["every"], options["max_calls"], options["dtype"]) == (3, 9, "float16")
