@@ -140,12 +140,3 @@ class PaddedColumn:
         of, steps, rows = padded_positions(self._index, sequences)
         found[of, steps] = self._column.values_at(rows)
         return np.asarray(found[(rest, *key[1:])])
-
-
-def annotation_names(snapshot: TraceSnapshot, module: int) -> list[str]:
-    """Names of the annotations of a module, in the order in which they came."""
-    tables = snapshot.tables
-    names = tables.annotations["name"][tables.annotations["module"] == module]
-    numbers, firsts = np.unique(names, return_index=True)
-    found = [tables.texts[number - 1] for number in numbers[np.argsort(firsts)].tolist()]
-    return list(dict.fromkeys(found))

@@ -22,7 +22,7 @@ from grutrace.errors import require_extra
 from grutrace.records import Array, Site
 from grutrace.storage.format.schema import row_chunks
 from grutrace.storage.interfaces import Rows
-from grutrace.storage.read.lazy_rows import LazyRows
+from grutrace.storage.read.lazy_rows import LazyRows, items_per_block
 from grutrace.storage.read.sequence_index import Integers, SequenceIndex, as_slice, ranges
 from grutrace.storage.read.snapshot import TraceSnapshot
 
@@ -188,7 +188,7 @@ def chunked_rows(quantity: QuantityRef, rows: int) -> dask.array.Array:
 def chunked_sequences(padded: PaddedRows, handle: SnapshotHandle) -> dask.array.Array:
     """Return all padded sequences as a dask array with chunks of about `CHUNK` bytes."""
     size = padded.shape[1] * padded.shape[2] * padded.dtype.itemsize
-    found: dask.array.Array = _chunked(padded, max(1, CHUNK // max(1, size)), handle)
+    found: dask.array.Array = _chunked(padded, items_per_block(CHUNK, size), handle)
     return found
 
 

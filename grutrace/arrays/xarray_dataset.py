@@ -20,7 +20,6 @@ from grutrace.arrays.coordinates import (
     StepColumn,
     StepNumbers,
     Tags,
-    annotation_names,
 )
 from grutrace.arrays.dask_arrays import (
     INITIAL,
@@ -34,6 +33,7 @@ from grutrace.arrays.dask_arrays import (
 from grutrace.arrays.reopen import SnapshotHandle
 from grutrace.errors import require_extra
 from grutrace.records import Site
+from grutrace.storage.read.row_labels import annotation_names
 from grutrace.storage.read.snapshot import TraceSnapshot
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class _DatasetBuilder:
     @property
     def annotations(self) -> Iterator[tuple[str, StepColumn]]:
         """Tokens and labels. The prefix of labels prevents conflicts with other names."""
-        for name in annotation_names(self._snapshot, self._module):
+        for name in annotation_names(self._snapshot.tables, self._module):
             place = "token" if name == "tokens" else f"label_{name}"
             yield place, AnnotationColumn(self._snapshot, self._module, name)
 

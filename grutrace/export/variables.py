@@ -21,6 +21,7 @@ import numpy as np
 from grutrace.records import Array, ModuleInfo, Site
 from grutrace.storage.format.schema import group_name
 from grutrace.storage.interfaces import Rows
+from grutrace.storage.read.lazy_rows import items_per_block
 from grutrace.storage.read.sequence_index import SequenceIndex, as_slice
 from grutrace.storage.read.snapshot import TraceSnapshot
 
@@ -55,7 +56,7 @@ class AnnotationColumn:
             begin, length = int(index.first_positions[sequence]), int(index.lengths[sequence])
             if begin >= stop:
                 break
-            values = self._annotations.of(sequence, length).get(self.name)
+            values = self._annotations.values(sequence, length).get(self.name)
             if values is None:
                 continue
             low, high = max(begin, start), min(begin + length, stop)
@@ -167,7 +168,7 @@ class Variable:
         width = 64 if self.dtype is str else np.dtype(self.dtype).itemsize
         for length in self.shape[1:]:
             width *= length
-        return max(1, (BLOCK if size is None else size) // max(1, width))
+        return items_per_block(BLOCK if size is None else size, width)
 
     def blocks(self, items: int | None = None) -> Iterator[tuple[slice, Array]]:
         """Yield all items in blocks, each with its position."""

@@ -238,7 +238,7 @@ def _values(index: AnnotationIndex, sequence: int, length: int) -> dict[str, lis
             None if value != value else value
             for value in (values.tolist() if isinstance(values, np.ndarray) else values)
         ]
-        for name, values in index.of(sequence, length).items()
+        for name, values in index.values(sequence, length).items()
     }
 
 

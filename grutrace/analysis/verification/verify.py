@@ -170,7 +170,7 @@ def _check_gates(site: SiteTrace) -> Iterator[_Comparison]:
     worked_out = _call_residuals(site).tolerances(range(len(site.checks)))
     tolerances = np.fmax(worked_out, site.checks["tolerance"].astype(np.float64))
     for start, stop in _blocks(site):
-        for each in site.gate_inputs.of(np.arange(start, stop)):
+        for each in site.gate_inputs.iter_blocks(np.arange(start, stop)):
             allowed = tolerances[each.calls]
             derived = _in_double(each)
             rows = slice(int(each.rows[0]), int(each.rows[-1]) + 1)
@@ -189,7 +189,7 @@ def _worst_derived(site: SiteTrace) -> WorstValue | None:
     has_rows = residuals.worst_positions[:, 0] >= 0
     call = int(np.argmax(np.where(has_rows, _excess(residuals.residuals, allowed), -1)))
     row, unit = (int(number) for number in residuals.worst_positions[call])
-    (found,) = site.gate_inputs.of(np.array([row]))
+    (found,) = site.gate_inputs.iter_blocks(np.array([row]))
     sequence, step = site.locate(row)
     recorded, expected = float(hidden[row][unit]), float(_in_double(found).hidden[0, unit])
     return WorstValue("hidden", sequence, step, unit, recorded, expected, float(allowed[call]))
@@ -199,7 +199,7 @@ def _call_residuals(site: SiteTrace) -> CallResiduals:
     """Derive all gates of a site and collect the residual of each call."""
     residuals, hidden = CallResiduals(site), site.rows("hidden")
     for start, stop in _blocks(site):
-        for each in site.gate_inputs.of(np.arange(start, stop)):
+        for each in site.gate_inputs.iter_blocks(np.arange(start, stop)):
             residuals.add(each, _in_double(each), hidden)
     return residuals
 

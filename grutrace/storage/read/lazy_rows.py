@@ -146,7 +146,7 @@ class LazyRows(ArrayLike):
 
     def _rows_per_block(self, size: int) -> int:
         """Return how many rows fit in this many bytes, at least one."""
-        return max(1, size // max(1, self.shape[1] * self.dtype.itemsize))
+        return items_per_block(size, self.shape[1] * self.dtype.itemsize)
 
 
 class FileRows(LazyRows):
@@ -331,8 +331,13 @@ class ConcatenatedRows(LazyRows):
         return found
 
 
+def items_per_block(block_bytes: int, item_bytes: int) -> int:
+    """Return how many items of this size fit in a block, at least one."""
+    return max(1, block_bytes // max(1, item_bytes))
+
+
 def blocks(rows: Rows) -> Iterator[Array]:
     """Yield all rows in blocks of `BLOCK` bytes."""
-    each = max(1, BLOCK // max(1, rows.shape[1] * rows.dtype.itemsize))
+    each = items_per_block(BLOCK, rows.shape[1] * rows.dtype.itemsize)
     for start in range(0, len(rows), each):
         yield np.asarray(rows[start : start + each])

@@ -147,7 +147,7 @@ class SiteGateInputs:
         previous[begins] = initial[index.segments[pieces[begins]]]
         return previous
 
-    def of(self, rows: Integers) -> Iterator[GateInputs]:
+    def iter_blocks(self, rows: Integers) -> Iterator[GateInputs]:
         """Yield the inputs of the rows in order, in blocks of one weight version each.
 
         Raises:
@@ -299,7 +299,7 @@ def iter_recomputed(
     """
     from grutrace.gru.recompute import StepRecomputation
 
-    for each in gate_inputs.of(rows):
+    for each in gate_inputs.iter_blocks(rows):
         yield (
             each,
             StepRecomputation(each.input, each.previous, each.weights, each.precision, units),

@@ -57,7 +57,7 @@ def encode_labels(name: str, given: Sequence[str | float | None] | Array) -> Lab
     """Encode one label per row: numbers or strings, with None or NaN for a missing label."""
     array = given if isinstance(given, np.ndarray) else np.array(list(given), object)
     if array.dtype.kind in "biuf":
-        return _coded(name, array.astype(np.float64), np.zeros(len(array), bool), ())
+        return _encode(name, array.astype(np.float64), np.zeros(len(array), bool), ())
     positions: dict[str, int] = {}
     numbers, text = np.full(len(array), np.nan), np.zeros(len(array), bool)
     for row, value in enumerate(array.tolist()):
@@ -65,7 +65,7 @@ def encode_labels(name: str, given: Sequence[str | float | None] | Array) -> Lab
             numbers[row], text[row] = positions.setdefault(value, len(positions)), True
         elif value is not None:
             numbers[row] = value
-    return _coded(name, numbers, text, tuple(positions))
+    return _encode(name, numbers, text, tuple(positions))
 
 
 def annotation_names(tables: Tables, module: int) -> tuple[str, ...]:
@@ -109,10 +109,10 @@ def row_labels(tables: Tables, module: int, index: SequenceIndex, name: str) -> 
     rows = index.rows_between(0, len(index))
     if not isinstance(rows, slice):
         numbers[rows], text[rows] = numbers.copy(), text.copy()
-    return _coded(name, numbers, text, tables.texts)
+    return _encode(name, numbers, text, tables.texts)
 
 
-def _coded(
+def _encode(
     name: str, numbers: Array, text: npt.NDArray[np.bool_], texts: Sequence[str]
 ) -> LabelColumn:
     """Return the coded labels. The number of a string is its index in `texts`."""

@@ -191,4 +191,4 @@ class Sequence(QuantityAccess[Array]):
         return mark or ("new" if self.parent is None else "fork")
 
     def _annotations(self) -> dict[str, Array | list[str | float | None]]:
-        return self._snapshot.annotations(self._module).of(self.number, len(self))
+        return self._snapshot.annotations(self._module).values(self.number, len(self))

@@ -167,7 +167,7 @@ class AnnotationIndex:
         self._entries = tables.annotations[own][order]
         self._starts = _starts(counts)[own][order]
 
-    def of(self, sequence: int, length: int) -> dict[str, Array | list[str | float | None]]:
+    def values(self, sequence: int, length: int) -> dict[str, Array | list[str | float | None]]:
         """Return one value per step by name: (T,) numbers with NaN, or a list with any string.
 
         Args:

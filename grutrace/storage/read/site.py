@@ -13,7 +13,7 @@ from grutrace.errors import NotRecordedError
 from grutrace.records import Array, ModuleInfo, Site
 from grutrace.reprs import wrapped
 from grutrace.storage.format.tables import ModuleCounts
-from grutrace.storage.read.lazy_rows import LazyRows, as_rows
+from grutrace.storage.read.lazy_rows import LazyRows, as_rows, items_per_block
 from grutrace.storage.read.recomputed import SiteGateInputs
 from grutrace.storage.read.row_labels import LabelColumn, annotation_names, row_labels
 from grutrace.storage.read.sequence import QuantityAccess, Sequence
@@ -175,7 +175,7 @@ class SiteTrace(QuantityAccess[LazyRows]):
         padded = np.zeros((len(index), longest, rows.shape[1]), rows.dtype)
         sequences = np.repeat(index.sequences, index.steps)
         steps = ranges(index.steps_before, index.steps)
-        block = max(1, BLOCK // max(1, rows.shape[1] * rows.dtype.itemsize))
+        block = items_per_block(BLOCK, rows.shape[1] * rows.dtype.itemsize)
         for start in range(0, len(rows), block):
             part = slice(start, start + block)
             padded[sequences[part], steps[part]] = rows[part]

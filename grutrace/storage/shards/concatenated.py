@@ -6,6 +6,7 @@ and so on, as if one process had recorded them. `union.py` is for sources with d
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from grutrace.storage.format.schema import CHECK, PIECE, width
 from grutrace.storage.format.tables import ModuleCounts, ShardCalls, Tables
 from grutrace.storage.interfaces import AppendOnlySource, Rows, SnapshotReader
 from grutrace.storage.read.lazy_rows import ConcatenatedRows
-from grutrace.storage.shards.union import annotation_values
+from grutrace.storage.shards.union import annotation_values, concatenate_strings
 
 #: Index of each module of a shard among the modules of all shards.
 ModuleIndices = tuple[int, ...]
@@ -142,7 +143,7 @@ class ConcatenatedSource:
         ):
             # `grutrace run` has found more modules.
             self._merge_headers()
-        known = len(latest) == len(self._latest) and all(map(_is, latest, self._latest))
+        known = len(latest) == len(self._latest) and all(map(operator.is_, latest, self._latest))
         if self._tables is None or not known:
             self._tables = self._concatenate(latest)
             self._latest = latest
@@ -264,31 +265,28 @@ def concatenated_tables(
     """
     before = [ModuleCounts(0, 0, 0, 0)] * modules
     pieces: list[list[Array]] = [[np.empty(0, PIECE)] for _ in range(modules)]
-    calls, forks, annotations, values, strings, characters = ([] for _ in range(6))
-    string_count = character_count = 0
+    calls, forks, annotations, values = ([] for _ in range(4))
+    string_count = 0
     for part, indices in zip(parts, module_indices, strict=True):
         offsets = _Offsets(indices, before, string_count)
         calls.append(offsets.apply(part.calls))
         forks.append(offsets.apply(part.forks))
         annotations.append(offsets.apply(part.annotations))
         values.append(annotation_values(part, string_count))
-        strings.append(part.strings + np.uint64(character_count))
-        # Characters after the last string would become part of the next shard's first string.
-        characters.append(part.characters[: int(part.strings[-1]) if len(part.strings) else 0])
         for local, number in enumerate(indices):
             own = part.pieces[local].copy()
             own["sequence"] += np.uint64(before[number].sequences)
             pieces[number].append(own)
             before[number] = _add_extents(before[number], part.module_counts[local])
         string_count += len(part.strings)
-        character_count += len(characters[-1])
+    strings, characters = concatenate_strings(parts)
     return Tables(
         calls=np.concatenate(calls),
         forks=np.concatenate(forks),
         annotations=np.concatenate(annotations),
         values=np.concatenate(values),
-        strings=np.concatenate(strings),
-        characters=np.concatenate(characters),
+        strings=strings,
+        characters=characters,
         pieces=tuple(map(np.concatenate, pieces)),
         module_counts=tuple(before),
         closed=all(part.closed for part in parts),
@@ -336,7 +334,3 @@ def _add_extents(first: ModuleCounts, second: ModuleCounts) -> ModuleCounts:
         first.sequences + second.sequences,
         first.versions + second.versions,
     )
-
-
-def _is(first: object, second: object) -> bool:
-    return first is second

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
@@ -76,7 +77,7 @@ class UnionSource:
     def refresh(self) -> Tables:
         """Return the present tables of all sources."""
         latest = tuple(source.refresh() for source in self._sources)
-        known = len(latest) == len(self._latest) and all(map(_is, latest, self._latest))
+        known = len(latest) == len(self._latest) and all(map(operator.is_, latest, self._latest))
         if self._tables is None or not known:
             self._tables = latest[0] if len(latest) == 1 else union_tables(latest)
             self._latest = latest
@@ -158,31 +159,39 @@ def _renamed(module: ModuleInfo, prefix: str) -> ModuleInfo:
 
 def union_tables(parts: Sequence[Tables]) -> Tables:
     """Return the tables that one trace of all parts would have."""
-    calls, forks, annotations, values, strings, characters = ([] for _ in range(6))
-    modules = string_count = character_count = 0
+    calls, forks, annotations, values = ([] for _ in range(4))
+    modules = string_count = 0
     for part in parts:
         calls.append(_shift_references(part.calls, modules, {"tag": string_count}))
         forks.append(_shift_references(part.forks, modules, {}))
         annotations.append(_shift_references(part.annotations, modules, {"name": string_count}))
         values.append(annotation_values(part, string_count))
-        strings.append(part.strings + np.uint64(character_count))
-        # Characters after the last string would become part of the next part's first string.
-        characters.append(part.characters[: int(part.strings[-1]) if len(part.strings) else 0])
         modules += len(part.pieces)
         string_count += len(part.strings)
-        character_count += len(characters[-1])
+    strings, characters = concatenate_strings(parts)
     joined = np.concatenate(calls)
     return Tables(
         calls=joined[_in_time_order(calls)],
         forks=np.concatenate(forks),
         annotations=np.concatenate(annotations),
         values=np.concatenate(values),
-        strings=np.concatenate(strings),
-        characters=np.concatenate(characters),
+        strings=strings,
+        characters=characters,
         pieces=tuple(pieces for part in parts for pieces in part.pieces),
         module_counts=tuple(extent for part in parts for extent in part.module_counts),
         closed=all(part.closed for part in parts),
     )
+
+
+def concatenate_strings(parts: Sequence[Tables]) -> tuple[Array, Array]:
+    """Return the strings (the end of each) and the characters of all parts."""
+    strings, characters, character_count = [], [], 0
+    for part in parts:
+        strings.append(part.strings + np.uint64(character_count))
+        # Characters after the last string would become part of the next part's first string.
+        characters.append(part.characters[: int(part.strings[-1]) if len(part.strings) else 0])
+        character_count += len(characters[-1])
+    return np.concatenate(strings), np.concatenate(characters)
 
 
 def _shift_references(table: Array, modules: int, string_count: dict[str, int]) -> Array:
@@ -195,7 +204,7 @@ def _shift_references(table: Array, modules: int, string_count: dict[str, int]) 
 
 
 def annotation_values(part: Tables, string_count: int) -> Array:
-    """Return the annotation values of a part, with the numbers of strings shifted by `texts`."""
+    """Return the annotation values of a part, with string numbers shifted by `string_count`."""
     counts = part.annotations["count"].astype(np.int64)
     values = part.values[: int(counts.sum())].copy()
     values[np.repeat(part.annotations["text"] > 0, counts)] += string_count
@@ -214,7 +223,3 @@ def _in_time_order(calls: Sequence[Array]) -> Array:
 
 def _label(source: AppendOnlySource) -> str:
     return source.header.model.rpartition(".")[2]
-
-
-def _is(first: object, second: object) -> bool:
-    return first is second
