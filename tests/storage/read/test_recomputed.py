@@ -416,13 +416,13 @@ def test_preactivations_need_input_and_states() -> None:
 def counted(monkeypatch) -> list[int]:
     """How many rows were derived, time by time."""
     counts: list[int] = []
-    plain = SiteGateInputs.of
+    plain = SiteGateInputs.iter_blocks
 
     def of(self, rows):
         counts.append(len(rows))
         return plain(self, rows)
 
-    monkeypatch.setattr(SiteGateInputs, "of", of)
+    monkeypatch.setattr(SiteGateInputs, "iter_blocks", of)
     return counts
 
 
