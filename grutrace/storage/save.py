@@ -16,7 +16,6 @@ from grutrace.storage.format.schema import COMMITTED, TABLES
 from grutrace.storage.hdf5.atomic_write import fsync_directory, fsync_file, publish, temporary_path
 from grutrace.storage.hdf5.errors import translate_write_errors
 from grutrace.storage.hdf5.handle import close_or_quarantine, discard_writes, file_identity
-from grutrace.storage.read.lazy_rows import items_per_block
 from grutrace.storage.write.appender import DatasetAppender
 from grutrace.storage.write.claims import Claim
 from grutrace.storage.write.create import create
@@ -57,7 +56,7 @@ def save_trace(
 
     def blocks(dataset_path: str, count: int) -> Iterator[Array]:
         array = items[dataset_path]
-        step = items_per_block(BLOCK, array[:1].nbytes)
+        step = max(1, BLOCK // max(1, array[:1].nbytes))
         return (array[start : start + step] for start in range(0, count, step))
 
     claim = Claim(target)
