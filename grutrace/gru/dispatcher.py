@@ -1,13 +1,13 @@
-"""Hearing the additions of a call of PyTorch's own, in the thread that makes it.
+"""Observe the additions that a PyTorch call makes, in the thread that makes it.
 
-PyTorch sends every operation through a dispatcher, layer by layer (its *keys*), until one computes
-it. One of these layers, ``Fake``, was set aside for packages outside PyTorch. Here a function of
-ours answers a single operation in it, the addition of two tensors; all others pass it by. A layer
-can be put in force for one thread, and it is, while `observe_additions` runs something: nobody
-else's operations come here, and nothing of them waits.
+PyTorch's dispatcher passes every operation through layers, its *dispatch keys*, until a kernel
+computes it. One key, ``Fake``, is reserved for packages outside PyTorch. Here it gets a function
+for a single operation, the addition of two tensors; all other operations fall through. A key can be
+enabled for one thread, and `observe_additions` enables it only while it runs a function. Operations
+of other threads do not reach it.
 
-The layer lies beneath autograd and autocast, so an addition looks alike whatever they do, and
-nothing that is done here gets into a graph.
+The key is below autograd and autocast, so it sees additions in the same form whatever these do, and
+nothing that it does enters a graph.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch import Tensor
 
 Result = TypeVar("Result")
 
-#: Is told of an addition: its summands, and its result before anyone else has it.
+#: Called with the operands and the result of an addition, before the caller gets the result.
 AddCallback = Callable[[Tensor, Tensor, Tensor], None]
 
 _KEY = "Fake"
 
-#: Held for ever: PyTorch forgets what was registered with the object that did it.
+#: Never released, because PyTorch removes the registrations of a library that is freed.
 _libraries: list[Any] = []
 _lock = threading.Lock()
 
@@ -40,11 +40,11 @@ _here = _ThreadState()
 
 
 def observe_additions(listener: AddCallback, run: Callable[[], Result]) -> Result:
-    """Run something, and have a listener told of each addition of CPU tensors that it makes.
+    """Run a function, and call a listener with each addition of CPU tensors that it makes.
 
     Args:
-        listener: Must not fail, and must not add.
-        run: Calls operations of PyTorch, on CPU tensors only.
+        listener: The callback. It must not raise an error, and must not add tensors.
+        run: The function. It uses CPU tensors only.
     """
     before, _here.listener = _here.listener, listener
     try:
@@ -56,7 +56,7 @@ def observe_additions(listener: AddCallback, run: Callable[[], Result]) -> Resul
 
 @cache
 def is_available() -> bool:
-    """Whether additions can be heard in this PyTorch. Finding out makes it so."""
+    """Whether this PyTorch version can observe additions. Registers the kernel on first use."""
     with _lock:
         return bool(_libraries) or _register()
 
@@ -70,7 +70,7 @@ def _register() -> bool:
         everything.fallback(torch.library.fallthrough_kernel)
         additions.impl("add.Tensor", _make_impl(torch.ops.aten.add.Tensor))
     except Exception:
-        # Whatever it is: this PyTorch has no such layer.
+        # Any error means that this PyTorch version lacks the key.
         return False
     _libraries.extend((everything, additions))
     return True

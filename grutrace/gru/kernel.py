@@ -1,13 +1,13 @@
-"""One call of PyTorch's fused kernel, and how to see between the layers of a stack.
+"""One call of PyTorch's fused kernel, and the states of the lower layers of a stack.
 
-The fused kernel runs all layers and returns only the top one's states. Two ways lead to the
-others, both bit-identical to the stacked call on a CPU, its use of the random generator included:
+The fused kernel runs all layers and returns the states of the top layer only. There are two ways to
+get the others. On a CPU both give the same bits as the fused call, and the same RNG state:
 
-- *split* answers in the kernel's place with one fused call a layer. Nothing runs twice.
-- *rerun* leaves the kernel's answer alone and afterwards runs the layers below the top again.
+- *split* replaces the fused call with one call per layer. Nothing runs twice.
+- *rerun* leaves the fused call as it is, and runs the lower layers again afterwards.
 
-Both directions of a layer always run together: alone, on a flipped input, a direction differs in
-the last bits, and a chaotic network makes those large.
+Both directions of a layer always run together. A direction alone, on a flipped input, would differ
+in the last bits, which a chaotic network amplifies.
 
 T steps, B sequences in a batch, I input size, H hidden size, L layers, D directions, N rows.
 """
@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 
 class CellWeights(NamedTuple):
-    """The weights of one direction of one layer; the biases are None where it has none."""
+    """The weights of one direction of one layer. Biases are None if it has none."""
 
     weight_ih: Tensor
     weight_hh: Tensor
@@ -36,12 +36,12 @@ class CellWeights(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """What one layer read and made in a call.
+    """Input and output of one layer in a call.
 
     Attributes:
         input: (T, B, I) or packed (N, I); for layers above the first after dropout.
         output: (T, B, D * H) or packed (N, D * H), before dropout.
-        gates: By direction, the kernel's own gates, where they were harvested.
+        gates: By direction, the kernel's own gates; None if they were not copied.
     """
 
     input: Tensor
@@ -53,7 +53,7 @@ class KernelCall(NamedTuple):
     """The arguments of one call of torch.gru or torch.gru_cell, in one form for both.
 
     Attributes:
-        input: (T, B, I), also where the module is batch_first, or packed (N, I).
+        input: (T, B, I), also if the module is batch_first, or packed (N, I).
         batch_sizes: (T,) of a packed input, else None.
         initial: (L * D, B, H).
         weights: Flat, as torch.gru takes them.
@@ -101,7 +101,7 @@ class KernelCall(NamedTuple):
 
     @property
     def num_steps(self) -> int:
-        """T"""
+        """T, the number of steps."""
         return len(self.input if self.batch_sizes is None else self.batch_sizes)
 
     def run_layer(self, layer: int, input: Tensor) -> tuple[Layer, Tensor]:
@@ -112,13 +112,13 @@ class KernelCall(NamedTuple):
             input: (T, B, I) or packed (N, I)
 
         Returns:
-            What it read and made, and its final states (D, B, H).
+            The input and output of the layer, and its final states (D, B, H).
         """
         each = self.directions * (4 if self.bias else 2)
         weights = self.weights[layer * each : (layer + 1) * each]
         initial = self.initial[layer * self.directions : (layer + 1) * self.directions]
         options = (self.bias, 1, 0.0, self.training, self.bidirectional)
-        # Not torch.gru: function modes of the user would see a call that the model did not make.
+        # torch._VF instead of torch.gru, so that the user's function modes do not see the call.
         if self.batch_sizes is None:
             output, final = torch._VF.gru(input, initial, weights, *options, False)
         else:
@@ -126,7 +126,7 @@ class KernelCall(NamedTuple):
         return Layer(input, output), final
 
     def should_copy_kernel_gates(self, request: GateRequest) -> bool:
-        """Whether these gates of all layers can be harvested, and cost less so than replayed."""
+        """Whether the gates of all layers can be copied, at a lower cost than by a replay."""
         width, (_, _, size) = self.input.shape[-1], self.initial.shape
         batch = self.input.numel() / max(1, self.num_steps * width)
         widths = [width, *[self.directions * size] * (self.num_layers - 1)]
@@ -137,14 +137,14 @@ class KernelCall(NamedTuple):
     def copy_kernel_gates(
         self, run: Callable[[], Result], columns: UnitsByGate
     ) -> tuple[Result, list[list[KernelGates]] | None]:
-        """Harvest gates of all layers while something makes this call.
+        """Copy gates of all layers while a function makes this call.
 
         Args:
-            run: Makes it: as one call of the kernel, or layer by layer.
-            columns: What is to be taken of each direction of each layer.
+            run: Makes the call, as one call of the kernel or layer by layer.
+            columns: Units to copy from each direction of each layer, by gate name.
 
         Returns:
-            What that returned; and by layer and direction the gates, None if they were not found.
+            The result of the function, and the gates by layer and direction; None if not found.
         """
         _, batch, size = self.initial.shape
         sizes = self.batch_sizes
@@ -161,18 +161,18 @@ class KernelCall(NamedTuple):
         return result, [found[n * each : (n + 1) * each] for n in range(self.num_layers)]
 
     def between_layers(self, output: Tensor) -> Tensor:
-        """Return what the next layer reads: the output of the one below, with dropout."""
+        """Return the input of the next layer: the output of this layer, with dropout."""
         if self.dropout > 0:
             return torch.dropout(output, self.dropout, self.training)
         return output
 
 
 def run_layerwise(call: KernelCall) -> tuple[Tensor, Tensor, list[Layer]]:
-    """Answer a call with one fused call a layer.
+    """Run a call as one fused call per layer.
 
     Returns:
         The output (T, B, D * H) or (N, D * H) and the final states (L * D, B, H), as the stacked
-        call would have returned them, and what each layer read and made.
+        call would have returned them, and the input and output of each layer.
     """
     layers: list[Layer] = []
     finals: list[Tensor] = []
@@ -183,7 +183,7 @@ def run_layerwise(call: KernelCall) -> tuple[Tensor, Tensor, list[Layer]]:
         layer, final = call.run_layer(number, input)
         layers.append(layer)
         finals.append(final)
-    # One on its own is given as it is: joining would give it other strides.
+    # A single one is returned as it is, because torch.cat would change its strides.
     return layers[-1].output, finals[0] if len(finals) == 1 else torch.cat(finals), layers
 
 
@@ -193,16 +193,16 @@ def rerun_lower_layers(
     output: Tensor,
     generator_state: Tensor | None,
 ) -> list[Layer]:
-    """Run the layers below the top again, after the stacked call has answered.
+    """Run the layers below the top again, after the fused call.
 
     Args:
         call: The call.
         output: Its output, (T, B, D * H) or (N, D * H).
         generator_state: The CPU generator's state from before the call, needed where the call
-            dropped between layers; the state from after the call is put back.
+            used dropout; the state from after the call is restored.
 
     Returns:
-        What each layer read and made.
+        Input and output of each layer.
     """
     if generator_state is None:
         return _rerun(call, output)

@@ -1,21 +1,18 @@
-"""The kernel's own gates, harvested while it runs.
+"""Copy the gates that PyTorch's kernel computes, while it runs.
 
-On a CPU the fused layer is a loop over PyTorch's own operations. Of each step the hidden product,
-(B, 3 H), is made first, and reset and update are made in place of its first two thirds. The last
-third is multiplied by reset, in place as well, and the input's part is added to it: the one
-addition of a step that makes a new tensor, and the candidate is made in place of that. So whoever
-hears this addition has all gates of the step: reset and update in front of its second summand, and
-the candidate where its result was, until the next step.
+On a CPU the fused layer is a loop over PyTorch operations. In each step the hidden product (B, 3 H)
+is computed first, and reset and update are computed in place of its first two thirds. The last
+third is multiplied by reset, also in place, and the input product is added to it. This is the only
+addition of a step that creates a tensor, and the candidate is computed in place of its result. So
+an observer of this addition finds all gates of the step: reset and update in front of the second
+operand, and the candidate, by the next step, in place of the result.
 
-Nothing that the kernel does is changed by that, be gradients recorded or not. How PyTorch writes
-this loop is no interface of its: it is tried on small layers first, and what does not look as
-expected is no harvest. The gates are replayed then, as everywhere else.
+This changes nothing in the kernel, with or without gradients. PyTorch does not document this loop.
+So it is tested on small layers first; if the memory does not look as expected, gates are replayed
+instead, as on other devices.
 
-T steps, B sequences in a batch, I input size, H hidden size, D directions, L layers.
-
-Memory for the gates that are taken of a call, and where in it those of each step go.
-
-B sequences in a batch, H hidden size, T steps, N rows, U units that are taken.
+T steps, B sequences in a batch, I input size, H hidden size, D directions, L layers, N rows, U
+units that are copied.
 """
 
 from __future__ import annotations
@@ -35,19 +32,19 @@ from grutrace.gru import cell, dispatcher
 from grutrace.gru.layout import PackedLayout, numpy_type
 from grutrace.records import GATES
 
-#: How many units prove a call of which not all gates are computed.
+#: Number of units whose states check a call if not all gates are computed.
 CHECK_UNITS = 8
 
-#: By the name of a gate, which units of it.
+#: Units to copy, by gate name.
 UnitsByGate: TypeAlias = Mapping[str, range]
 
 
 class GateRequest(NamedTuple):
-    """What somebody wants of the kernel's own gates.
+    """A request for the kernel's own gates.
 
     Attributes:
-        columns: Which.
-        share: What part of a replay's cost a harvest may cost at most.
+        columns: Units to copy, by gate name.
+        share: Maximum cost of copying, relative to the cost of a replay.
     """
 
     columns: UnitsByGate
@@ -58,11 +55,11 @@ NO_GATES = GateRequest(MappingProxyType({}))
 
 
 class GateCopyPlan(NamedTuple):
-    """What is taken of a layer to have some gates, and to prove them.
+    """The columns to copy from a layer: the requested gates, and those that check them.
 
     Attributes:
-        columns: Of each gate.
-        proof: Units of which the states are compared with what the gates lead to.
+        columns: Units to copy, by gate name.
+        proof: Units whose states are compared with the states that the gates lead to.
     """
 
     columns: UnitsByGate
@@ -70,11 +67,11 @@ class GateCopyPlan(NamedTuple):
 
     @classmethod
     def of(cls, gates: Sequence[str], units: Sequence[int]) -> GateCopyPlan | None:
-        """Return what is taken for some gates of some units; None if these cannot be taken.
+        """Return the plan for some gates of some units; None if they cannot be copied.
 
         Args:
-            gates: Their names.
-            units: Their numbers: evenly spaced, or they cannot.
+            gates: Names of the gates.
+            units: Indices of the units. They must be evenly spaced.
         """
         request = range(units[0], units[-1] + 1, units[1] - units[0] if len(units) > 1 else 1)
         if list(request) != list(units):
@@ -86,10 +83,10 @@ class GateCopyPlan(NamedTuple):
 
 
 def merge_requests(requests: Sequence[GateRequest], hidden_size: int) -> GateRequest:
-    """Return all that is wished for: of each gate the same columns, or else all units.
+    """Return a request that covers several. If the columns of a gate differ, it has all units.
 
     Args:
-        wishes: What several want of one layer.
+        requests: Requests for one layer.
         hidden_size: H
     """
     found: dict[str, range] = {}
@@ -102,13 +99,13 @@ def merge_requests(requests: Sequence[GateRequest], hidden_size: int) -> GateReq
 
 
 class CallShape(NamedTuple):
-    """How a call lies in memory.
+    """The shape of a call.
 
     Attributes:
-        rows: (T,) how many sequences have each time.
-        padded: Whether these are all of them, each time.
+        rows: (T,) number of sequences at each time.
+        padded: Whether all sequences have all times.
         hidden_size: H
-        dtype: Of the input.
+        dtype: Data type of the input.
     """
 
     rows: list[int]
@@ -118,13 +115,13 @@ class CallShape(NamedTuple):
 
 
 class GateBuffer(NamedTuple):
-    """Gates of which the same columns are taken, and which the kernel has beside each other.
+    """A buffer for gates with the same columns that are adjacent in the kernel's memory.
 
     Attributes:
-        names: Of the gates.
-        room: (gates, T, B, U) or (gates, N, U), where they go.
-        strides: By which they lie in the kernel's memory, (gates, b, U) at a time.
-        offset: From where on.
+        names: Names of the gates.
+        buffer: (gates, T, B, U) or (gates, N, U), the memory to copy to.
+        strides: Strides in the kernel's memory, for (gates, b, U) at each time.
+        offset: Storage offset in the kernel's memory.
     """
 
     names: tuple[str, ...]
@@ -134,15 +131,15 @@ class GateBuffer(NamedTuple):
 
 
 class GateBuffers:
-    """Memory for some gates of one direction of a layer in one call.
+    """Buffers for the gates of one direction of a layer in one call.
 
     Args:
-        layout: Of the call.
-        columns: What is to be taken.
+        layout: Shape of the call.
+        columns: Units to copy, by gate name.
 
     Attributes:
-        product: What is taken of the hidden product (b, 3 H), which holds reset and update.
-        candidate: What is taken of the candidate (b, H).
+        product: Buffers for the hidden product (b, 3 H), which holds reset and update.
+        candidate: Buffers for the candidate (b, H).
     """
 
     def __init__(self, layout: CallShape, columns: UnitsByGate) -> None:
@@ -161,24 +158,24 @@ class GateBuffers:
         return GateBuffer(names, buffer, (size, width, columns.step), offset)
 
     def _empty(self, gates: int, units: int) -> Tensor:
-        # Of NumPy's type, since rows are: then they need not be copied again.
+        # NumPy memory of the type of the rows, so that rows need no further copy.
         rows, dtype = self._layout.rows, numpy_type(self._layout.dtype)
         if not self._layout.padded:
             return torch.from_numpy(np.empty((gates, sum(rows), units), dtype))
-        # The rows of a sequence lie one after another, as they are recorded.
+        # The rows of a sequence are adjacent, as in the trace.
         buffer = np.empty((gates, rows[0] if rows else 0, len(rows), units), dtype)
         return torch.from_numpy(buffer).transpose(1, 2)
 
     @property
     def gates(self) -> dict[str, Tensor]:
-        """What is in it, by name, in the kernel's order: (T, B, U) or (N, U)."""
+        """The gates by name, in the kernel's order: (T, B, U) or (N, U)."""
         parts = (*self.product, *self.candidate)
         return {
             name: gate for part in parts for name, gate in zip(part.names, part.buffer, strict=True)
         }
 
     def by_time(self, part: GateBuffer) -> Sequence[Tensor]:
-        """Return where a part goes of each time, (gates, b, U)."""
+        """Return the memory of a buffer for each time, (gates, b, U)."""
         if self._layout.padded:
             return part.buffer.unbind(1)
         views: tuple[Tensor, ...] = torch.split(part.buffer, self._layout.rows, 1)
@@ -187,31 +184,30 @@ class GateBuffers:
 
 Result = TypeVar("Result")
 
-#: Products and sums that one thread makes in a second, in matrices as large as a layer's. Where a
-#: processor is much slower or faster, the dearer of two ways that are close may be taken.
-#: docs/performance.md has the measurements that these and the following are fitted to.
+#: Multiply-adds per second of one thread, in matrix products of the size of a layer's. On a much
+#: slower or faster processor, the choice between two ways of similar cost may be wrong.
+#: docs/performance.md has the measurements behind these constants.
 OPERATIONS_PER_SECOND = 110e9
 
-#: What follows the products in a replay, an element of a gate; and what it takes to read a weight,
-#: once a call. Seconds.
+#: Cost of a replay besides the products, per element of a gate, and of reading a weight, once per
+#: call. Seconds.
 ELEMENT_REPLAY_COST, WEIGHT_REPLAY_COST = 1.7e-9, 250e-12
 
-#: What it costs to listen to a call instead of looking at it afterwards, to hear a step, and to
-#: copy an element of a gate of it. Seconds.
+#: Cost of copying gates: per call, per step, and per element of a gate. Seconds.
 CALL_COPY_COST, STEP_COPY_COST, ELEMENT_COPY_COST = 150e-6, 11e-6, 2.2e-9
 
-#: What it costs besides that each step reads all recurrent weights, and whatever is done between
-#: two steps comes back into a cache without it; a weight. Seconds.
+#: Further cost per recurrent weight and step: each step reads all recurrent weights, and copying
+#: between two steps evicts them from the cache. Seconds.
 WEIGHT_COPY_COST = 18e-12
 
 
 class KernelGates(NamedTuple):
-    """Gates of one direction of a layer in a call.
+    """The kernel's gates of one direction of a layer in a call.
 
     Attributes:
         gates: By name, in the kernel's order, (T, B, U) or (N, U), in memory of their own.
-        columns: By name, which units these are.
-        dtype: In which the kernel computed them.
+        columns: Units, by name.
+        dtype: Data type in which the kernel computed them.
     """
 
     gates: dict[str, Tensor]
@@ -225,17 +221,16 @@ def copy_kernel_gates(
     directions: Sequence[bool],
     columns: UnitsByGate,
 ) -> tuple[Result, list[KernelGates] | None]:
-    """Make a kernel call, and take gates of each step as they are made.
+    """Run a kernel call, and copy the gates of each step.
 
     Args:
         kernel: Runs some layers, one direction after the other, or one step of a cell.
-        layout: Of the call.
-        directions: In the order in which they are run, whether each is the reverse one.
-        columns: What is to be taken of each.
+        layout: Shape of the call.
+        directions: For each direction, in the order of execution, whether it is the reverse one.
+        columns: Units to copy from each, by gate name.
 
     Returns:
-        What the kernel returned; and by direction its gates, or None if they were not where they
-        should be.
+        The kernel's result, and the gates by direction; None if they were not found in memory.
     """
     with torch.inference_mode(False):
         buffers = [GateBuffers(layout, columns) for _ in directions]
@@ -249,7 +244,7 @@ def copy_kernel_gates(
     def on_addition(_: Tensor, product: Tensor, total: Tensor) -> None:
         nonlocal step, last
         if last is not None:
-            # What the sum has become by now is the candidate.
+            # By now the sum was replaced by the candidate, in place.
             for views, part_strides, first in candidate_copies:
                 views[step - 1].copy_(last.as_strided(views[step - 1].shape, part_strides, first))
         last = None
@@ -262,7 +257,7 @@ def copy_kernel_gates(
         ):
             step = -1
             return
-        # At once: the kernel's next step gets the memory of this one.
+        # Copied at once, because the kernel's next step reuses the memory.
         for views, part_strides, first in product_copies:
             views[step].copy_(product.as_strided(views[step].shape, part_strides, first))
         step += 1
@@ -280,7 +275,7 @@ def copy_kernel_gates(
 def _in_order(
     buffers: Sequence[GateBuffers], directions: Sequence[bool], source: str
 ) -> list[tuple[list[Tensor], tuple[int, int, int], int]]:
-    """Return the parts of rooms: where each goes, step by step as they are made, and whence."""
+    """Return each buffer's memory in order of execution, and the kernel's strides and offset."""
     by_room = [getattr(buffer, source) for buffer in buffers]
     found = []
     for parts in zip(*by_room, strict=True):
@@ -296,17 +291,17 @@ def _in_order(
 def is_cheaper(
     num_steps: int, batch: float, input_size: float, hidden_size: int, request: GateRequest
 ) -> bool:
-    """Whether a harvest is expected to cost less than the replay of a call.
+    """Whether copying the gates of a call is expected to cost less than a replay.
 
-    A replay repeats the matrix products of the layer, for the units that are asked for. A harvest
-    costs the same for each step, however large, and something for each element.
+    A replay repeats the matrix products of the layer for the requested units. Copying has a fixed
+    cost per step, and a cost per element.
 
     Args:
         times: T
         batch: B, the mean over the steps of a packed batch.
         input_size: I, the mean over the layers of a stack.
         hidden_size: H
-        asked: What is to be taken, and how much less it is to cost.
+        request: Units to copy, and the maximum relative cost.
     """
     columns = request.columns
     taken = sum(map(len, columns.values()))
@@ -314,7 +309,7 @@ def is_cheaper(
     weights = rows * (input_size + hidden_size)
     step = 2 * batch * weights / (OPERATIONS_PER_SECOND * torch.get_num_threads())
     replayed = num_steps * (step + ELEMENT_REPLAY_COST * batch * rows)
-    # In the background they are read once for many calls.
+    # In the background, weights are read once for many calls.
     replayed = (
         request.max_cost_ratio * replayed
         if request.max_cost_ratio < 1
@@ -327,7 +322,7 @@ def is_cheaper(
 
 
 def can_intercept(input: Tensor) -> bool:
-    """Whether a call with this input can be harvested, unseen by whatever surrounds it.
+    """Whether the gates of a call with this input can be copied without side effects.
 
     Not under a dispatch mode, which would see the copies, nor within a transform of torch.func.
     """
@@ -341,7 +336,7 @@ def can_intercept(input: Tensor) -> bool:
 
 @cache
 def kernel_supported() -> bool:
-    """Whether harvests of small layers are what they should be. Tried once."""
+    """Whether gates copied from small layers are as expected. Tested once per process."""
     found = dispatcher.is_available() and all(
         _is_recognized(bias, grad, sizes)
         for bias in (True, False)

@@ -1,18 +1,14 @@
-"""Steps that were recorded long ago, computed anew: arrays in, arrays out.
+"""Recompute the gates of recorded steps: arrays in, arrays out.
 
-A gate is a function of the weights, the input and the state before the step. All three being kept,
-it can be had at any time, for any steps on their own, to the rounding of one step: no step waits
-for another, and no recurrence is run. docs/equations.md says why that matters.
+A gate is a function of the weights, the input and the state before the step. If all three are
+recorded, gates of any steps can be computed at any time, to the rounding of one step: no step
+depends on another, and no recurrence is run. docs/equations.md explains why this matters.
 
-n steps, I input size, H hidden size, U units that are asked for.
+The calls of a stepwise decoder are small, and the overhead of each costs many times its arithmetic.
+Because rows are independent, rows of any number of calls with the same weights are computed
+together.
 
-The gates of many recorded calls at once, from copies of what they follow from.
-
-A stepwise decoder's calls are small: one by one, what surrounds their arithmetic costs many times
-the arithmetic. Every row standing on its own, the rows of any number of calls that used the same
-weights can be computed together.
-
-N rows of all calls, I input size, H hidden size.
+n steps, N rows of all calls, I input size, H hidden size, U requested units.
 """
 
 from __future__ import annotations
@@ -37,32 +33,32 @@ _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 #: The floating-point type that has this spacing at 1.
 _BY_PRECISION = {machine_epsilon(dtype): dtype for dtype in _TYPES}
 
-#: The spacing at 1 of the type for everything that judges.
+#: Machine epsilon of float64, in which checks are computed.
 FLOAT64_EPS = machine_epsilon(torch.float64)
 
 
 @contextmanager
 def isolated_context() -> Iterator[None]:
-    """Compute apart from what is in force around the reader, who may be within a model's run."""
+    """Run without function modes, autograd and autocast, which may be active around the reader."""
     with torch._C.DisableTorchFunction(), torch.no_grad(), torch.autocast("cpu", enabled=False):
         yield
 
 
 def dtype_from_eps(precision: float, otherwise: torch.dtype) -> torch.dtype:
-    """Return the floating-point type that has this spacing at 1, or another if there is none."""
+    """Return the floating-point type with this machine epsilon; `otherwise` if there is none."""
     return _BY_PRECISION.get(precision, otherwise)
 
 
 class StepRecomputation:
-    """Some steps, and what follows from what they read and started from.
+    """Recomputes gates and states of some steps from their inputs and previous states.
 
     Args:
         input: (n, I)
         previous: (n, H) the state before each step.
-        weights: By name in `WEIGHTS`, of one version: what all these steps used.
-        precision: Spacing at 1 of the type to compute in; that of the arrays if it is no type's.
-            In the type in which the kernel computed, its gates come out, to rounding.
-        units: Which of the H units to compute.
+        weights: The weights that all these steps used, by name in `WEIGHTS`.
+        precision: Machine epsilon of the type to compute in; if no type has it, the type of the
+            arrays. In the kernel's type, the gates equal the kernel's up to rounding.
+        units: The units to compute.
     """
 
     @isolated_context()
@@ -85,12 +81,12 @@ class StepRecomputation:
 
     @isolated_context()
     def preactivation(self, name: str) -> Array:
-        """(n, U) what the sigmoid or tanh of this gate is applied to."""
+        """Return (n, U) the argument of the gate's sigmoid or tanh."""
         return _array(getattr(self._preactivations, name))
 
     @isolated_context()
     def gate(self, name: str) -> Array:
-        """(n, U)"""
+        """Return the gate, (n, U)."""
         return _array(getattr(self._gates, name))
 
     @cached_property
@@ -134,7 +130,7 @@ def tolerances(
     kept: np.dtype[Any],
     abs_sum_bounds: Array,
 ) -> Array:
-    """(calls,) the difference that rounding explains in each call; see `rounding.tolerance`.
+    """Return (calls,) the tolerance of each call; see `grutrace.gru.tolerance.tolerance`.
 
     Args:
         precisions: (calls,) spacing at 1 of the type in which the kernel computed.
@@ -189,7 +185,7 @@ def _largest(sizes: Tensor) -> Array:
 
 
 class RecomputedGates(NamedTuple):
-    """What follows from the copies.
+    """Recomputed gates, with the residual of each row and the terms of its tolerance.
 
     Attributes:
         gates: By name, (N, H).
@@ -217,7 +213,7 @@ def recompute(
     precision: float,
     dtype: np.dtype[Any],
 ) -> RecomputedGates:
-    """Compute the gates of rows, and how far the states that they lead to are from the recorded.
+    """Compute the gates of rows, and the residual of each row.
 
     Args:
         input: (N, I)
@@ -258,7 +254,7 @@ def fit(
     weights: Mapping[str, Array],
     precision: float,
 ) -> Array:
-    """(N,) whether weights lead to the states of rows, as far as rounding explains.
+    """Return (N,) whether the weights lead to the recorded state of each row, up to rounding.
 
     Args:
         input: (N, I)

@@ -1,21 +1,17 @@
-"""A shadow of one direction of one live layer: it recomputes the gates of a call that has run.
+"""Recompute the gates of a call that has run, for one direction of one layer.
 
-The replay is teacher-forced: every state that a step started from is known, since it is the
-layer's own output, shifted by one step. So all steps are computed at once, and rounding cannot
-build up from one step to the next. A recurrence that is run again from its first state can end
-anywhere (trained GRUs can be chaotic); see docs/equations.md.
+The replay is teacher-forced: the state before every step is known, because it is the layer's own
+output shifted by one step. So all steps are computed at once, and rounding errors do not
+accumulate. Running the recurrence again from the initial state could end anywhere, because trained
+GRUs can be chaotic; see docs/equations.md.
 
-Some gates of some units of one direction of one layer, recomputed after a call.
+`PartialReplay` recomputes some gates of some units. Each gate of each unit needs only its own rows
+of the two weight matrices; the candidate also needs the reset gate of the same unit. If not all
+three gates are computed, they are computed for a few more units, whose states are compared with the
+kernel's. The residual is then over these units, and all steps.
 
-The states that the steps started from being known, each unit and each gate can be had on its own:
-it takes its own rows of the two weight matrices and no others. (Only the candidate needs another
-gate, the reset gate of the same units.)
-
-The proof stays. Where not all three gates are computed, they are for a few units more: these give
-states to compare with the kernel's. So the residual is over those units, and all steps.
-
-T steps, B sequences in a batch, I input size, H hidden size, U units that are asked for, R rows of
-the weights that are needed.
+T steps, B sequences in a batch, I input size, H hidden size, U requested units, R rows of the
+weights that are needed.
 """
 
 from __future__ import annotations
@@ -49,20 +45,20 @@ from grutrace.gru.tolerance import (
 )
 from grutrace.records import GATES
 
-#: Elements of the two products that are made at once, so that what follows finds them in the
-#: processor's cache; but rows enough for products at full speed.
+#: Elements of the two products that are computed at once, so that they stay in the processor's
+#: cache; and the minimum number of rows for fast products.
 BLOCK, SMALLEST_BLOCK = 384 * 1024, 256
 
 
 @dataclass(frozen=True)
 class ReplayResult:
-    """The gates of a call at one site, with the evidence that they are right.
+    """The gates of a call at one site, with the check of its states.
 
     Attributes:
         gates: By name, each in the kernel's order and shape, (T, B, H) or (N, H).
         residual: Largest ``|replayed h - kernel's h|``; see `grutrace.gru.tolerance.ReplayError`.
-        tolerance: The residual that rounding explains.
-        precision: Spacing at 1 of the coarsest type in which the kernel computed.
+        tolerance: The largest residual that rounding can explain.
+        precision: Machine epsilon of the least precise data type that the kernel used.
     """
 
     gates: Mapping[str, Tensor]
@@ -72,14 +68,14 @@ class ReplayResult:
 
 
 class GateReplay:
-    """Bound to one direction of one layer of a live module, which it does not keep alive.
+    """Replays the calls of one direction of one layer. It does not keep the module alive.
 
     Args:
-        module: The nn.GRU or nn.GRUCell; None where the weights are always given.
+        module: The nn.GRU or nn.GRUCell; None if every call passes weights.
         layer: Number of the layer, from 0.
-        reverse: Whether to shadow the reverse direction.
-        stored: The type in which rows are kept, if it is another than the kernel's: what it
-            rounds is part of the tolerance then, though not of the residual.
+        reverse: Whether it is the reverse direction.
+        stored: The data type of stored rows, if it differs from the kernel's. Its rounding is part
+            of the tolerance, but not of the residual.
     """
 
     def __init__(
@@ -95,7 +91,7 @@ class GateReplay:
 
     @property
     def weights(self) -> CellWeights:
-        """The module's own weights, as the kernel would use them now."""
+        """The current weights of the module."""
         module = None if self._reference is None else self._reference()
         if module is None:
             raise ValueError("expected weights, or a module that still exists")
@@ -118,14 +114,14 @@ class GateReplay:
     ) -> ReplayResult:
         """Recompute the gates of a call, all steps at once, in the kernel's own precision.
 
-        That is the type of the input and weights, or of autocast where it is on: call it where
-        the kernel was called. The gates are the kernel's to rounding in that type; in half
+        The precision is that of the input and weights, or of autocast: call it in the same autocast
+        context as the kernel. The gates are the kernel's to rounding in that type; in half
         precision, a replay in float32 would differ from them by thousandths. On a CPU two replays
         of the same call, with as many threads, are the same bits: see `cell.product`.
 
         Args:
-            input: (T, B, I) or (N, I), what the layer read.
-            hidden: (T, B, H) or (N, H), this direction's part of what the kernel returned.
+            input: (T, B, I) or (N, I), the input of the layer.
+            hidden: (T, B, H) or (N, H), the kernel's output for this direction.
             initial: (B, H), in the kernel's batch order.
             steps: The layout of the two above.
             weights: What the kernel used, if not the module's present weights.
@@ -248,16 +244,16 @@ def check_residual(
     weights: CellWeights,
     stored: torch.dtype | None,
 ) -> ResidualCheck:
-    """Work out how much of what was found rounding explains.
+    """Return the residual with its tolerance.
 
     Args:
-        found: What comparing the states gave.
-        dtype: The coarsest type in which the kernel computed.
+        found: The result of comparing the states.
+        dtype: The least precise data type that the kernel used.
         input: As for `GateReplay.replay`.
         hidden: Likewise.
         initial: Likewise.
-        weights: Those rows of the weights that were used.
-        stored: The type in which rows are kept, if it is another.
+        weights: The rows of the weights that were used.
+        stored: The data type of stored rows, if it differs.
     """
     state = max(1.0, max_abs(initial))
     terms = input.shape[-1] + hidden.shape[-1]
@@ -271,7 +267,7 @@ def check_residual(
 
 
 class ColumnSelector:
-    """Some places of the last axis, in the order given; a view where they are evenly spaced."""
+    """Selects indices of the last axis, in the given order; a view if they are evenly spaced."""
 
     def __init__(self, indices: Sequence[int]) -> None:
         step = indices[1] - indices[0] if len(indices) > 1 else 1
@@ -288,13 +284,13 @@ class ColumnSelector:
 
 @dataclass(frozen=True)
 class PartialReplayResult:
-    """What was asked for of a call at one site, with the evidence that it is right.
+    """The requested gates of a call at one site, with the check of its states.
 
     Attributes:
-        gates: Those asked for, each in the kernel's order, (T, B, U) or (N, U).
-        residual: Largest ``|replayed h - kernel's h|`` of the units that prove it.
-        tolerance: The residual that rounding explains.
-        precision: Spacing at 1 of the coarsest type in which the kernel computed.
+        gates: The requested gates, each in the kernel's order, (T, B, U) or (N, U).
+        residual: Largest ``|replayed h - kernel's h|`` of the checked units.
+        tolerance: The largest residual that rounding can explain.
+        precision: Machine epsilon of the least precise data type that the kernel used.
     """
 
     gates: dict[str, Tensor]
@@ -304,14 +300,14 @@ class PartialReplayResult:
 
 
 class PartialReplay:
-    """Recomputes some gates of some units, given their rows of the weights.
+    """Recomputes some gates of some units from their rows of the weights.
 
     Args:
         hidden_size: H
-        gates: Which gates are asked for.
-        units: Which units; their order is that of the results.
+        gates: Names of the requested gates.
+        units: Indices of the requested units, in the order of the results.
         reverse: Whether it is the reverse direction.
-        stored: The type in which rows are kept.
+        stored: The data type of stored rows.
     """
 
     def __init__(
@@ -342,7 +338,7 @@ class PartialReplay:
         )
 
     def rows(self, weights: CellWeights) -> CellWeights:
-        """Return what it needs of the weights: R rows of each, copied."""
+        """Return copies of the R rows of each weight that it needs."""
         present = (each.detach() for each in weights if each is not None)
         return CellWeights(*(each.index_select(0, self._rows.to(each.device)) for each in present))
 
@@ -358,8 +354,8 @@ class PartialReplay:
         """Recompute the gates of a call, all steps at once. For the rest see `GateReplay.replay`.
 
         Args:
-            input: (T, B, I) or (N, I), what the layer read.
-            hidden: (T, B, H) or (N, H), this direction's part of what the kernel returned.
+            input: (T, B, I) or (N, I), the input of the layer.
+            hidden: (T, B, H) or (N, H), the kernel's output for this direction.
             initial: (B, H), in the kernel's batch order.
             steps: The layout of the two above.
             rows: As `rows` gave them.
@@ -407,11 +403,11 @@ class PartialReplay:
 
 
 def required_gates(gates: Sequence[str]) -> set[str]:
-    """Return the gates that these follow from, themselves included."""
+    """Return these gates and the gates from which they are computed."""
     return {*gates, "reset"} if "candidate" in gates else set(gates)
 
 
 def evenly_spaced(count: int, most: int) -> list[int]:
-    """Return at most so many of the first numbers, spread over all of them."""
+    """Return at most `most` of the numbers below `count`, evenly spaced."""
     few = min(count, most)
     return [place * count // few for place in range(few)]

@@ -1,8 +1,8 @@
-"""How far recorded gates are from leading to the recorded states: the residual, row by row.
+"""Residuals: how far the states that the gates lead to are from the recorded states.
 
-N rows, one a step, sequence by sequence; B sequences, H hidden size.
+`find_violations` yields the sites of a call whose residual exceeds the rounding tolerance.
 
-Sites of a call whose gates do not lead to the kernel's states.
+N rows, one per step, sequence by sequence; B sequences, H hidden size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from grutrace.gru.cell import Gates, step
 from grutrace.records import Array, CallRecord, ModuleInfo, Site
 
-#: What is looked at in one go, so that it stays in the processor's cache. Elements.
+#: Elements that are compared at once, so that they stay in the processor's cache.
 BLOCK = 64 * 1024
 
 
@@ -34,16 +34,16 @@ def max_residual(
 ) -> float:
     """Return the largest ``|h from the gates - recorded h|`` of a call.
 
-    States that are the same infinity, or not a number in both, do not differ; not a number in just
-    one counts as infinite.
+    Equal infinities, and NaN in both states, count as no difference; NaN in one state counts as
+    infinite.
 
     Args:
         update: (N, H)
         candidate: (N, H)
         hidden: (N, H)
-        initial: (B, H) what each sequence started from.
+        initial: (B, H) the initial state of each sequence.
         lengths: (B,) steps of each; N in all.
-        reverse: Whether rows, which are in time order, were made from the last to the first.
+        reverse: Whether the layer reads from the last step to the first. Rows are in time order.
     """
     z, n, h = (torch.from_numpy(rows) for rows in (update, candidate, hidden))
     if not h.numel():
@@ -54,7 +54,7 @@ def max_residual(
     begins = torch.from_numpy((ends - 1 if reverse else ends - lengths)[lengths > 0])
     first = initial[torch.from_numpy(lengths > 0)].to(h)
     found = _difference(z[begins], n[begins], h[begins], first)
-    # Between two rows of a sequence lies a step, between those of two sequences none.
+    # Adjacent rows of one sequence are one step apart; rows of two sequences are unrelated.
     first_made, shift = (0, 1) if reverse else (1, -1)
     size = max(1, BLOCK // h.shape[1])
     for start in range(first_made, first_made + len(h) - 1, size):
@@ -76,7 +76,7 @@ def _difference(
     expected = step(Gates(update, update, candidate), previous)
     if except_for is not None and len(except_for):
         expected[except_for] = hidden[except_for]
-    # The kernel's own gates give its own states, bit for bit.
+    # The kernel's own gates give exactly its own states.
     if torch.equal(expected, hidden):
         return 0.0
     differences = (expected - hidden).abs_()
@@ -87,13 +87,13 @@ def _difference(
 
 
 class ResidualViolation(NamedTuple):
-    """A site of a call whose gates do not lead to the kernel's states.
+    """A site of a call whose residual exceeds the tolerance.
 
     Attributes:
-        site: Which site.
+        site: The site.
         residual: Largest ``|h from the gates - kernel's h|``.
-        tolerance: The residual that rounding explains.
-        call: The number of the call in the trace; None where it is not known yet.
+        tolerance: The largest residual that rounding can explain.
+        call: Index of the call in the trace; None if it is not known yet.
     """
 
     site: Site
@@ -116,7 +116,7 @@ class ResidualViolation(NamedTuple):
 def find_violations(
     module: ModuleInfo, block: CallRecord, call: int | None = None
 ) -> Iterator[ResidualViolation]:
-    """Yield the sites of a call of which rounding does not explain the residual."""
+    """Yield the sites of a call whose residual exceeds the tolerance."""
     for site in module.sites:
         rows = block.sites[site.suffix]
         if rows.residual > rows.tolerance:

@@ -1,4 +1,4 @@
-"""How much of a difference between two computations of a step rounding explains.
+"""Tolerance for the difference between two computations of a step in floating point.
 
 Two correct computations of the same step sum the same products in different orders. For K terms
 the difference of two such sums is, with random rounding, of the order of sqrt(K) units in the
@@ -33,11 +33,11 @@ _SUM_ULPS = 0.5
 
 
 class ReplayError(NamedTuple):
-    """What a replay was found to be.
+    """The residual of a replay, and the magnitudes that its tolerance depends on.
 
     Attributes:
-        residual: Largest ``|replayed h - kernel's h|``. States that are the same infinity, or not
-            a number in both, do not differ; not a number in just one counts as infinite.
+        residual: Largest ``|replayed h - kernel's h|``. Equal infinities, and NaN in
+            both, count as no difference; NaN in one counts as infinite.
         product: Largest finite element, in absolute value, of the matrix products.
         recurrent: The same of the hidden product that the reset gate is applied to.
     """
@@ -50,7 +50,7 @@ class ReplayError(NamedTuple):
 def tolerance(
     dtype: torch.dtype, terms: int, state: float, product: float, recurrent: float
 ) -> float:
-    """Return the difference between two computations of a gate or state that rounding explains.
+    """Return the largest difference between two computations of a gate that rounding can explain.
 
     Args:
         dtype: The type of the coarser computation. Sums of half types are made in float32.
@@ -66,11 +66,11 @@ def tolerance(
 
 
 def storage_rounding(kept: torch.dtype, state: float, sums: float, recurrent: float) -> float:
-    """Return by how much a gate or state changes where all that it follows from is rounded.
+    """Return a bound on the change of a gate or state if all its inputs are rounded for storage.
 
-    That comes on top of `tolerance` where rows are kept in a smaller type than the kernel computed
-    in. It is a bound, to first order, whatever the rounding: eps / 2 for each factor of each term
-    of a sum, through slopes of at most 1/4 for the gates, and of what the new state is made of.
+    It is added to `tolerance` if rows are stored in a less precise type than the kernel used. It is
+    a bound, to first order, whatever the rounding: eps / 2 for each factor of each term of a sum,
+    through slopes of at most 1/4 for the gates, and of what the new state is made of.
 
     Args:
         kept: The type in which the rows are kept.
@@ -114,20 +114,20 @@ def _norms(values: Tensor) -> Tensor:
 
 
 def lowest_precision(*dtypes: torch.dtype) -> torch.dtype:
-    """Return the type with the largest spacing of its numbers."""
+    """Return the least precise of some data types."""
     return max(dtypes, key=machine_epsilon)
 
 
 @cache
 def machine_epsilon(dtype: torch.dtype) -> float:
-    """Return the spacing of a type's numbers at 1. Asked for at every call, so looked up once."""
+    """Return the machine epsilon of a type. Cached, because every call needs it."""
     return torch.finfo(dtype).eps
 
 
 def compute_eps(input: Tensor, hidden: Tensor, weight: Tensor) -> float:
-    """Return the spacing at 1 of the coarsest type in which a call was computed.
+    """Return the machine epsilon of the least precise type that the kernel used in a call.
 
-    Call it where the kernel was called: autocast is told by what a product of nothing comes out as.
+    Call it in the same autocast context as the kernel: an empty product shows autocast's type.
 
     Args:
         input: (..., I)
@@ -154,7 +154,7 @@ def product_maxima(products: Products) -> tuple[Tensor, ...]:
 
 
 def to_floats(values: Sequence[Tensor]) -> list[float]:
-    """Return tensors of one element as numbers; from a device all at once."""
+    """Return one-element tensors as floats, with a single transfer from a device."""
     if values[0].device.type == "cpu":
         return [value.item() for value in values]
     found: list[float] = torch.stack(list(values)).tolist()

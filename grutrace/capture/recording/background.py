@@ -1,19 +1,16 @@
-"""Gates that the model does not wait for: made from copies, of many calls at once.
+"""Compute gates in the background, from copies, for many calls at once.
 
-A call is recorded as where gates are deferred: its states and input are copied. (Where that costs
-a fraction of what would have to be computed, its gates are harvested, and only their proof is left
-to make.) What comes out is the block that an inline trace would have made, when it is needed: on
-the thread that writes a file, or when a trace in memory is looked at. Calls that used the same
-weights are computed together.
+The model's call only copies states and input, as with deferred gates. (If it costs much less than a
+replay, the kernel's own gates are copied, and only their check is left to do.) The records are
+completed when they are needed: on the thread that writes a file, or when a trace in memory is read.
+Calls with the same weights are computed together.
+
+`limit_torch_threads` restricts torch to one thread in the writer thread. torch creates a pool of
+OpenMP threads for each thread that calls it. With more threads than cores, OpenMP threads sleep
+instead of spinning while they wait: a model's layers, which wait at every step, took two to five
+times as long once the writer thread had computed gates.
 
 N rows of all calls, B sequences of a call, I input size, H hidden size.
-
-Keeping torch to one thread in a thread of ours.
-
-torch shares its work among a team of threads, and every thread that calls it gets a team of its
-own. Once there are more of them than cores, OpenMP has all of them sleep where they would wait for
-each other, be anything going on or not: a model's layers, which wait at every step, took two to
-five times as long from when on the thread that writes a file had computed gates.
 """
 
 from __future__ import annotations
@@ -50,7 +47,7 @@ _local = _ThreadLimit()
 
 
 def limit_torch_threads() -> None:
-    """Have torch make no team for the calling thread, from now on."""
+    """Make torch use a single thread in the calling thread from now on."""
     if _local.is_set:
         return
     number = torch.get_num_threads()
@@ -64,7 +61,7 @@ def limit_torch_threads() -> None:
 
 @dataclass(frozen=True)
 class PendingCall(CallRecord):
-    """A call of which what the gates follow from was copied.
+    """A call whose states and input were copied, and whose gates are not computed yet.
 
     Attributes:
         starts: By suffix, (B, H), the state that each batch row started the call from.
@@ -86,14 +83,14 @@ class PendingCall(CallRecord):
 
 
 class BackgroundReplay:
-    """Turns copied blocks into whole ones. For one thread at a time.
+    """Completes pending calls with their gates. For one thread at a time.
 
     Args:
-        modules: Of the trace.
-        own_thread: Whether it runs in a thread that is not the model's, nor a reader's.
+        modules: The modules of the trace.
+        own_thread: Whether it runs in a thread of its own.
 
     Attributes:
-        calls: How many calls the trace has so far.
+        calls: Number of calls in the trace.
     """
 
     def __init__(self, modules: Sequence[ModuleInfo], *, own_thread: bool = False) -> None:
@@ -136,12 +133,12 @@ class BackgroundReplay:
                 self._violations += news
 
     def reset(self) -> None:
-        """Begin anew: the trace was emptied."""
+        """Start again from an empty trace."""
         with self._lock:
             self._weights, self._violations, self.calls = {}, [], 0
 
     def pop_violations(self) -> list[ResidualViolation]:
-        """Return what rounding does not explain, each once. From any thread."""
+        """Return the violations since the last call. Safe to use from any thread."""
         if not self._violations:
             return []
         with self._lock:
@@ -171,7 +168,7 @@ class BackgroundReplay:
         module, known = self._modules[blocks[0].module], self._weights[blocks[0].module]
         weights = blocks[0].weights_record or known[blocks[0].weights]
         found = _replay_calls(module, blocks, weights)
-        # Weights can change and change back unseen: the states tell which were used.
+        # Weights can change and change back unnoticed: the states show which were used.
         return [
             whole if whole.is_proven else self._other_version(module, copied, whole)
             for copied, whole in zip(blocks, found, strict=True)
@@ -207,7 +204,7 @@ class ChosenVersion(NamedTuple):
 def choose_version(
     module: ModuleInfo, block: PendingCall, versions: Sequence[WeightsRecord]
 ) -> ChosenVersion:
-    """Find out which version of the weights leads to the states of a call.
+    """Find the version of the weights that leads to the states of a call.
 
     Args:
         module: The module, with gates derived and what they follow from stored, of all units.

@@ -1,4 +1,4 @@
-"""From what was observed in one module to the records that a sink takes."""
+"""Turn the observed calls of one module into records for the sink."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ SiteResults: TypeAlias = dict[str, tuple[dict[str, Array], ResidualCheck]]
 
 
 class RecordedCall(NamedTuple):
-    """A call that was heard, and what of it has gone to the sink.
+    """An observed call, and its numbers in the trace.
 
     Attributes:
-        module: Place of the module in the header.
+        module: Index of the module in the header.
         assignment: Its sequences, as they were told, and where they stood before it.
         lengths: (B,) all steps that it made of each.
         numbers: (B,) the number that each sequence began under in the trace; -1 for none.
@@ -73,10 +73,10 @@ class RecordedCall(NamedTuple):
 
 
 class JournalEntry:
-    """A call that was heard, and what was known of it then.
+    """An observed call that waits in the journal.
 
     Attributes:
-        module: Place of its module in the header.
+        module: Index of its module in the header.
         run: The call, with the weights that it is thought to have used.
         is_copied: Whether `run` holds copies, so that the call can wait.
         nbytes: Bytes that it takes.
@@ -132,10 +132,10 @@ class _CallGroup:
 
 
 class ModuleRecorder:
-    """Turns the observations of one module into blocks, and announces its weights.
+    """Turns the observed calls of one module into records, with its versions of the weights.
 
     Args:
-        index: The module's place in the header.
+        index: Index of the module in the header.
         selection: The module, and what is recorded of it.
         append: Takes a record for the sink; returns the number of the call if it is one.
         options: Of the tracer. Where gates are deferred, nothing is replayed but only copied.

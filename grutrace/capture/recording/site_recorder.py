@@ -1,6 +1,6 @@
-"""What one call did at one site, as rows: harvested, replayed, or just copied.
+"""Compute the rows of one call at one site: copied from the kernel, replayed, or only copied.
 
-T steps, B sequences in a batch, I input size, H hidden size, N rows of a call, U units kept.
+T steps, B sequences in a batch, I input size, H hidden size, N rows of a call, U recorded units.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Values = TypeVar("Values", Tensor, Array)
 
 
 class ResidualCheck(NamedTuple):
-    """The last fields of `SiteRows`."""
+    """Residual, tolerance and precision of a call at one site, as in `SiteRows`."""
 
     residual: float
     tolerance: float
@@ -61,7 +61,7 @@ class Replayed(NamedTuple):
 
 
 class _CachedWeightRows:
-    """Some rows of weights, taken anew only for another version of the weights."""
+    """Caches some rows of the weights until the version of the weights changes."""
 
     def __init__(self, compute_rows: Callable[[CellWeights], CellWeights]) -> None:
         self._compute_rows = compute_rows
@@ -78,7 +78,7 @@ class _CachedWeightRows:
 
 
 class SiteRecorder:
-    """Makes the rows of one site.
+    """Computes the rows of one site.
 
     Args:
         selection: The module, and what is recorded of it.

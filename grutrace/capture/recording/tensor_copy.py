@@ -1,18 +1,13 @@
-"""Keeping rows in the type of their module's rows.
+"""Copy tensors into rows of the module's data type, on the CPU and from CUDA devices.
 
-Copies from a CUDA device that the model's stream does not wait for.
+On a CUDA device, values are first copied on the model's own stream into separate memory, so that
+the model cannot change them. A side stream copies them from there into pinned host memory, and the
+model does not wait for it. A reader of the pinned memory waits for the side stream first. The
+project's checks with a CUDA device are in tests/test_cuda.py.
 
-What is to be kept is first brought, on the model's own stream, into memory of its own, so that
-whatever the model does next cannot reach it. From there a stream beside the model's copies it into
-pinned memory. Who reads that memory waits for the stream first.
-
-Nobody has run this on a device yet: tests/test_cuda.py has what would.
-
-Memory that copies of what calls read and made lie in, and that is used again.
-
-Allocated one by one, between what the model allocates and frees, copies would have the model's own
-memory lie elsewhere at every call, in pages that it has to get from the system first: a call of
-0.8 ms (T1 B32 H512) then takes 0.1 ms longer.
+On a CPU, copies lie in reused memory. If they were allocated one by one, between the model's own
+allocations, the model's memory would lie at other addresses in each call, in pages that the system
+must provide first: a call of 0.8 ms (T1 B32 H512) would take 0.1 ms longer.
 """
 
 from __future__ import annotations
@@ -33,21 +28,21 @@ from grutrace.records import Array, ModuleInfo
 
 
 class SideStream:
-    """One stream a device, for one module; from any thread."""
+    """One CUDA stream per device, for one module. Safe to use from any thread."""
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._of_thread = _PendingSync()
 
     def takes(self, values: Tensor) -> bool:
-        """Whether these values are copied here."""
+        """Whether the side stream copies these values."""
         return values.is_cuda
 
     def copy(self, own: Tensor, dtype: np.dtype[Any]) -> Array:
-        """Begin to copy; the array is whole once `pop_sync` has returned and been called.
+        """Start a copy. The array is complete once the function from `pop_sync` returns.
 
         Args:
-            own: Values that nobody else changes.
+            own: Values that will not change.
             dtype: Of the array.
         """
         stream = self._streams.get(own.device)
@@ -65,7 +60,7 @@ class SideStream:
         return array
 
     def pop_sync(self) -> Callable[[], None] | None:
-        """Return what waits for all that this thread has begun to copy; None if that is nothing."""
+        """Return a function that waits for this thread's copies; None if there are none."""
         ready, self._of_thread.ready = self._of_thread.ready, None
         return ready
 
@@ -75,18 +70,18 @@ class _PendingSync(threading.local):
 
 
 class RowConverter:
-    """Copies tensors of one module into rows, and notes once what that loses.
+    """Copies tensors of one module into rows, and notes losses of precision once.
 
     Args:
         module: The module.
-        chosen: Whether the user chose the type. Then only what does not fit at all is noted.
-        copied: Whether rows are made now in the type of the weights, and get their own later.
-        beside: Whether copies from a device may be made beside the model's stream. They lie in
-            pinned memory, so only if they are soon let go.
+        chosen: Whether the user chose the type. Then only overflow is noted.
+        copied: Whether rows have the type of the weights now, and are converted later.
+        beside: Whether copies from a device may use a side stream. They are in pinned memory, so
+            only if they are freed soon.
 
     Attributes:
-        dtype: NumPy's type of the rows that are made.
-        stored: Torch's type that they are stored as.
+        dtype: NumPy data type of the rows.
+        stored: Torch data type of the stored rows.
     """
 
     def __init__(
@@ -128,7 +123,7 @@ class RowConverter:
         return rows
 
     def pop_sync(self) -> Callable[[], None] | None:
-        """Return what waits until this thread's copies are whole; None if they are."""
+        """Return a function that waits for this thread's copies; None if there are none."""
         return None if self._side is None else self._side.pop_sync()
 
     def _copy_async(self, values: Tensor, own: Tensor) -> Array:
