@@ -204,10 +204,10 @@ class Statistics:
         target = None
         if self._file is not None:
             target = SinkFile(self._file, partial(self._save, self._file, accumulator))
-        feed = StatisticsSink(header, accumulator, self._lock, target, self._seconds)
+        sink = StatisticsSink(header, accumulator, self._lock, target, self._seconds)
         self._threads = [thread for thread in self._threads if not thread.ended]
-        self._threads.append(feed.thread)
-        return feed
+        self._threads.append(sink.thread)
+        return sink
 
     def _claim_file(self, shard: Shard | None) -> None:
         """Open the file of the tracer's shard, which may be known only now."""

@@ -355,12 +355,12 @@ def quantiles(site: SiteLike, bins: int = DEFAULT_BINS) -> Quantiles:
     counted = {name: _of(data, name, bins) for name in quantities}
     edges = {name: each.bins.edges for name, each in counted.items() if each.bins}
 
-    def known(figure: str) -> dict[str, Array]:
-        return {name: each.units[figure].copy() for name, each in counted.items()}
+    def copied(field: str) -> dict[str, Array]:
+        return {name: each.units[field].copy() for name, each in counted.items()}
 
     histogram = {name: each.histogram for name, each in counted.items()}
-    underflow, overflow = known("underflow"), known("overflow")
-    minimum, maximum = known("minimum"), known("maximum")
+    underflow, overflow = copied("underflow"), copied("overflow")
+    minimum, maximum = copied("minimum"), copied("maximum")
     counts = histogram, underflow, overflow, edges, minimum, maximum
     ranked = {name: _RankedValues(*(by_name[name] for by_name in counts)) for name in quantities}
 
