@@ -13,12 +13,12 @@ import numpy as np
 WIDTH = 80
 
 #: Longest text of one value in a repr.
-LONGEST = 60
+MAX_VALUE_CHARS = 60
 
 _INDENT = "    "
 
 
-def wrapped(text: str) -> str:
+def wrap_text(text: str) -> str:
     """Wrap a text to `WIDTH` columns."""
     return textwrap.fill(text, WIDTH, subsequent_indent=_INDENT, break_on_hyphens=False)
 
@@ -38,7 +38,7 @@ def named_repr(name: str, values: Iterable[tuple[str, Any]]) -> str:
         >>> named_repr("Result", [("mean", 0.25), ("gates", ("reset", "update"))])
         "Result(mean=0.25, gates=('reset', 'update'))"
     """
-    parts = [f"{key}={_brief(value)}" for key, value in values]
+    parts = [f"{key}={_summarize(value)}" for key, value in values]
     lines, line = [], f"{name}("
     for number, part in enumerate(parts):
         part += ")" if number == len(parts) - 1 else ", "
@@ -49,25 +49,27 @@ def named_repr(name: str, values: Iterable[tuple[str, Any]]) -> str:
     return "\n".join([*lines, line])
 
 
-def _brief(value: Any) -> str:
+def _summarize(value: Any) -> str:
     if isinstance(value, np.ndarray) and value.ndim:
-        return _array(value)
+        return _summarize_array(value)
     if isinstance(value, (float, np.floating)):
         return f"{value:.6g}"
     if isinstance(value, (str, bool, int, np.generic)) or value is None:
-        return _shortened(repr(value) if not isinstance(value, np.generic) else str(value))
+        return _shorten(repr(value) if not isinstance(value, np.generic) else str(value))
     if isinstance(value, Mapping):
-        return _shortened("{" + ", ".join(map(str, value)) + "}")
+        return _shorten("{" + ", ".join(map(str, value)) + "}")
     if isinstance(value, (list, tuple)):
         text = repr(value)
-        return text if len(text) <= LONGEST else f"<{type(value).__name__} of {len(value)}>"
+        return text if len(text) <= MAX_VALUE_CHARS else f"<{type(value).__name__} of {len(value)}>"
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{value.dtype} {tuple(value.shape)}"
     text = repr(value)
-    return text if len(text) <= LONGEST and "\n" not in text else f"<{type(value).__name__}>"
+    return (
+        text if len(text) <= MAX_VALUE_CHARS and "\n" not in text else f"<{type(value).__name__}>"
+    )
 
 
-def _array(array: np.ndarray[Any, Any]) -> str:
+def _summarize_array(array: np.ndarray[Any, Any]) -> str:
     text = f"{array.dtype} {array.shape}"
     if array.dtype.kind not in "iuf" or not array.size:
         return text if array.dtype.names is None else f"<table {array.shape}>"
@@ -78,7 +80,7 @@ def _array(array: np.ndarray[Any, Any]) -> str:
     return f"{text} {low:.4g} to {high:.4g}" if low != high else f"{text} all {low:.4g}"
 
 
-def _shortened(text: str) -> str:
-    if len(text) <= LONGEST:
+def _shorten(text: str) -> str:
+    if len(text) <= MAX_VALUE_CHARS:
         return text
-    return f"{text[: LONGEST // 2]}...{text[-(LONGEST // 2 - 3) :]}"
+    return f"{text[: MAX_VALUE_CHARS // 2]}...{text[-(MAX_VALUE_CHARS // 2 - 3) :]}"

@@ -25,7 +25,7 @@ from grutrace.errors import (
     suggest_name,
 )
 from grutrace.records import TraceHeader
-from grutrace.reprs import wrapped
+from grutrace.reprs import wrap_text
 from grutrace.statistics.accumulator import Accumulator, SiteLayout, site_layouts
 from grutrace.statistics.file import StatisticsFile, load
 from grutrace.statistics.histogram import BINS, require_bins
@@ -246,7 +246,7 @@ class Statistics:
     def __repr__(self) -> str:
         where = f" in {self._file.path}" if self._file else ""
         calls = self._accumulator.calls if self._accumulator else 0
-        return wrapped(f"<statistics{where}: {len(self.sites)} sites, {calls} calls counted>")
+        return wrap_text(f"<statistics{where}: {len(self.sites)} sites, {calls} calls counted>")
 
     @property
     def calls(self) -> int:

@@ -18,7 +18,7 @@ from grutrace.storage.hdf5.errors import translate_write_errors
 from grutrace.storage.hdf5.handle import close_or_quarantine, discard_writes, file_identity
 from grutrace.storage.write.appender import DatasetAppender
 from grutrace.storage.write.claims import Claim
-from grutrace.storage.write.create import create
+from grutrace.storage.write.create import create_file
 from grutrace.storage.write.overwrite import require_replaceable
 
 #: Bytes that are written at once.
@@ -100,7 +100,7 @@ def write_datasets(
     Raises:
         TraceFileError: The file cannot be written.
     """
-    file = create(path, temporary, header, counts)
+    file = create_file(path, temporary, header, counts)
     descriptor, identity = file.id.get_vfd_handle(), file_identity(file)
     try:
         done = 0

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from grutrace.records import Array, Site
-from grutrace.reprs import wrapped
+from grutrace.reprs import wrap_text
 from grutrace.storage.read.snapshot import TraceSnapshot
 
 R = TypeVar("R", covariant=True)
@@ -88,7 +88,7 @@ class Sequence(QuantityAccess[Array]):
         return int(self._index.lengths[self.number])
 
     def __repr__(self) -> str:
-        return wrapped(f"<sequence {self.number} of {self.site.name}: {len(self)} steps>")
+        return wrap_text(f"<sequence {self.number} of {self.site.name}: {len(self)} steps>")
 
     def rows(self, quantity: str) -> Array:
         """Return the rows of a quantity, (T, H), or (T, I) for the input.

@@ -11,7 +11,7 @@ import numpy as np
 
 from grutrace.errors import NotRecordedError
 from grutrace.records import Array, ModuleInfo, Site
-from grutrace.reprs import wrapped
+from grutrace.reprs import wrap_text
 from grutrace.storage.format.tables import ModuleCounts
 from grutrace.storage.read.lazy_rows import LazyRows, as_rows, items_per_block
 from grutrace.storage.read.recomputed import SiteGateInputs
@@ -83,7 +83,7 @@ class SiteTrace(QuantityAccess[LazyRows]):
     def __repr__(self) -> str:
         rows = self.snapshot.extent(self._module_index).rows
         recorded = ", ".join(self.site.available_quantities)
-        return wrapped(f"<site {self.name}: {len(self)} sequences, {rows} steps of {recorded}>")
+        return wrap_text(f"<site {self.name}: {len(self)} sequences, {rows} steps of {recorded}>")
 
     def __iter__(self) -> Iterator[Sequence]:
         snapshot = self.snapshot

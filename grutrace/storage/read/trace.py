@@ -18,7 +18,7 @@ from grutrace.errors import (
     suggest_name,
 )
 from grutrace.records import Array, ModuleInfo, Site, TraceHeader
-from grutrace.reprs import wrapped
+from grutrace.reprs import wrap_text
 from grutrace.storage.format.tables import Tables
 from grutrace.storage.interfaces import InMemorySource, Source
 from grutrace.storage.memory import MemoryCopy
@@ -98,7 +98,7 @@ class Trace:
             tables = self._refresh_snapshot().tables
             sequences = sum(extent.sequences for extent in tables.module_counts)
             counts += f", {len(tables.calls)} calls, {sequences} sequences"
-        return wrapped(f"<trace of {self.header.model} in {self._source.name}: {counts}>")
+        return wrap_text(f"<trace of {self.header.model} in {self._source.name}: {counts}>")
 
     @property
     def calls(self) -> Array:

@@ -43,7 +43,9 @@ from grutrace.storage.hdf5.superblock import image_bytes
 Items: TypeAlias = Mapping[str, int]
 
 
-def create(path: Path, new: Path, header: TraceHeader, items: Items | None = None) -> h5py.File:
+def create_file(
+    path: Path, new: Path, header: TraceHeader, items: Items | None = None
+) -> h5py.File:
     """Create a file with the header and empty datasets, and open it to write.
 
     Args:
@@ -77,17 +79,17 @@ def trace_image(
     with h5py.File(name, "w", libver=LIBVER, driver="core", backing_store=False) as memory:
         write_header(memory, header)
         compression_options = filter_options(compression_of(header))
-        create = partial(
+        create_dataset = partial(
             create_growing_dataset, compression_options=compression_options, items=items
         )
-        create_datasets(memory, header.modules, create)
+        create_datasets(memory, header.modules, create_dataset)
         create_scales(memory, header.modules)
         if fill is not None:
             fill(memory)
         return image_bytes(memory)
 
 
-def reopen(path: Path) -> h5py.File:
+def open_to_append(path: Path) -> h5py.File:
     """Open an existing file to append to it.
 
     Raises:
@@ -131,7 +133,7 @@ def _keep_metadata(access: h5py.h5p.PropFAID) -> None:
     access.set_mdc_config(metadata)
 
 
-def existing_trace(path: Path, header: TraceHeader) -> tuple[TraceHeader, Tables]:
+def load_for_append(path: Path, header: TraceHeader) -> tuple[TraceHeader, Tables]:
     """Read the header and tables of a trace, and check that this header can be appended to it.
 
     Raises:

@@ -36,7 +36,12 @@ from grutrace.storage.write.compact import (
     has_small_chunks,
     should_compact,
 )
-from grutrace.storage.write.create import create, existing_trace, open_to_write, reopen
+from grutrace.storage.write.create import (
+    create_file,
+    load_for_append,
+    open_to_append,
+    open_to_write,
+)
 from grutrace.storage.write.dataset_writer import DatasetWriter
 from grutrace.storage.write.encoding import RecordEncoder, StringTable
 from grutrace.storage.write.overwrite import require_replaceable
@@ -118,13 +123,13 @@ class Writer:
                 require_replaceable(path)
 
         with _unlink_on_error(new):
-            file = create(self.path, new, self._header)
+            file = create_file(self.path, new, self._header)
             self._start(file, new, dict.fromkeys(dataset_specs(self._header.modules), 0))
             self._publish(new, mode, require_same)
 
     def _open_to_append(self) -> None:
         """Open the existing file to append to it."""
-        self._header, tables = existing_trace(self.path, self._header)
+        self._header, tables = load_for_append(self.path, self._header)
         self._strings = StringTable(tables.texts, len(tables.characters))
         sequences = [counts.sequences for counts in tables.module_counts]
         versions = [counts.versions for counts in tables.module_counts]
@@ -132,7 +137,7 @@ class Writer:
         self._encoder = RecordEncoder(self._header.modules, self._strings, sequences, versions)
         positions = dataset_lengths(tables, self._header.modules)
         if not self._expand(positions):
-            self._start(reopen(self.path), self.path, positions)
+            self._start(open_to_append(self.path), self.path, positions)
 
     def _expand(self, positions: dict[str, int]) -> bool:
         """Replace a compacted file by a copy with chunks of the usual size, and append to that.

@@ -182,8 +182,8 @@ def test_a_file_that_comes_while_another_is_made_is_not_replaced(path, monkeypat
 
     from grutrace.storage.write import writer
 
-    created = writer.create
-    monkeypatch.setattr(writer, "create", create)
+    created = writer.create_file
+    monkeypatch.setattr(writer, "create_file", create)
     with pytest.raises(TraceFileError, match="cannot be overwritten"):
         begin(path, "overwrite")
     assert path.read_text() == "precious"
