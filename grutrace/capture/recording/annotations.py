@@ -1,8 +1,8 @@
-"""Tokens and labels: which recorded steps the user's values belong to.
+"""Align tokens and labels with the recorded steps that they belong to.
 
-Values are given for a batch, one list a sequence, while a recording may hold the calls of several
-modules. Unless the user names the module, values go only to modules whose batch they fit exactly:
-as many sequences, and the longest list as long as the longest sequence.
+Users give values for a batch, one list per sequence, but a recording may contain calls of several
+modules. Without a module name, values go only to modules whose batch they fit exactly: the number
+of sequences is equal, and the longest list is as long as the longest sequence.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from grutrace.records import MARK_PREFIX, AnnotationRecord, ModuleInfo
 AnnotationValues: TypeAlias = Values | Mapping[str, Values]
 
 
-#: How many sequences and batches of a module a recording keeps, unless it was given values.
+#: Maximum number of sequences and batches per module that a recording block keeps.
 MAX_SEQUENCES, MAX_BATCHES = 4096, 256
 
 
 @dataclass(eq=False)
 class _Batch:
-    """Sequences that one call began or took up, (B,) each.
+    """The sequences of one batch, (B,) each.
 
     Attributes:
         sequences: The numbers that they began under, as they were told.
@@ -112,7 +112,7 @@ class _ModuleBatches:
 
 
 class RecordedBatches:
-    """The batches that were recorded in one stretch of recording, by module.
+    """The batches recorded in one recording block, by module.
 
     Args:
         modules: The traced modules.
@@ -134,11 +134,11 @@ class RecordedBatches:
         self._modules_with_skips.add(module)
 
     def clear(self) -> None:
-        """Forget all: the calls are no longer in the trace."""
+        """Remove all batches, because the trace was cleared."""
         self._batches = [_ModuleBatches(keep_all=self._keep_all) for _ in self._modules]
 
     def add(self, recorded: RecordedCall) -> None:
-        """Note a call: it goes on with batches that are known, or adds one."""
+        """Add a call: it continues known batches, or adds a new one."""
         assignment, lengths, numbers = recorded.assignment, recorded.lengths, recorded.numbers
         batches = self._batches[recorded.module]
         # A sequence that had no number gets one, and one that had no steps another, never a lower.

@@ -1,24 +1,24 @@
-"""Which sequence each batch row of a call is a piece of.
+"""Track which sequence each batch row of a call belongs to.
 
-A decoder calls its layer once a token, with the state that an earlier call returned. All those
-calls together are one sequence per batch row. The states decide, and not the order of the calls:
+A decoder calls its layer once per token, with the state that an earlier call returned. All these
+calls together are one sequence per batch row. The states identify a sequence, not the order of
+calls:
 
-- A row whose initial state is, bit for bit, a state that an earlier call ended with, and that
-  nothing has continued from, continues that sequence. So several streams may take turns on one
-  module, one stream may move from thread to thread, and a batch may shrink or be reordered.
-- A row whose initial state was continued from already is a fork: a sequence of its own, which
-  began inside another one. Beams are forks, and so are all continuations of one prompt but the
-  first, which continues the prompt's own sequence.
-- A row whose initial state is that of several sequences is ambiguous. It begins a sequence, and is
-  marked.
-- Any other row begins a sequence, and so does a state of nothing but zeros: that is what a fresh
-  sequence starts from.
+- A row continues a sequence if its initial state equals, bit for bit, the final state of an earlier
+  call that no call has continued yet. So several streams may take turns on one module, one stream
+  may move between threads, and a batch may shrink or be reordered.
+- A row whose initial state was already continued is a fork: a new sequence that starts inside
+  another one. Beams are forks, and so are all continuations of one prompt except the first, which
+  continues the prompt's own sequence.
+- A row whose initial state is the final state of several sequences is ambiguous. It starts a new
+  sequence with a mark.
+- Any other row starts a new sequence, and so does a row whose initial state is all zeros.
 
-Among equal states in one batch the order decides, if as many rows go on from them as there are.
+If rows of one batch have equal states, and as many rows continue them, the order decides.
 
-Where the user names the sequences, the names decide. A named sequence goes on from any state. If
-it is not the state that it ended with, a new segment of the sequence begins: to the file that is a
-sequence of its own, with its own initial state, which continues the earlier one.
+If the user names the sequences, the names decide. A named sequence may continue from any state. If
+that is not its final state, a new segment starts: in the file, a sequence with its own initial
+state that continues the earlier one.
 
 B sequences in a batch, W width of a state: all layers of a module side by side.
 """
@@ -48,7 +48,7 @@ from grutrace.capture.recording.state_memory import (
 )
 from grutrace.records import Fork, Origin
 
-#: The part of the bytes that names may take, and an estimate of what one name takes.
+#: Fraction of the memory for names, and estimated bytes of one name.
 NAMES_FRACTION, NAME_BYTES = 1 / 8, 512
 
 Result = TypeVar("Result")
@@ -58,12 +58,12 @@ class SequenceAssignment(NamedTuple):
     """The sequences of one call, in the order of the user's batch.
 
     Attributes:
-        sequences: (B,) their numbers; of a sequence with several segments, the last one's.
-        begun: (B,) whether this call began them.
-        forks: Which of those begun are inside another, or continue another.
-        steps_before: (B,) how many steps each had before this call, in all its segments.
-        roots: (B,) the number that each sequence began under; that of its first segment.
-        origins: Marks of those begun, where there is one.
+        sequences: (B,) number of each sequence, or of its last segment.
+        begun: (B,) whether the sequence starts in this call.
+        forks: New sequences that start inside another, or continue another.
+        steps_before: (B,) number of steps of each before this call, in all its segments.
+        roots: (B,) number of the first segment of each sequence.
+        origins: Marks of the new sequences, if they have one.
     """
 
     sequences: Numbers
@@ -76,7 +76,7 @@ class SequenceAssignment(NamedTuple):
 
 @dataclass
 class _PendingAssignment:
-    """What is remembered of a call if it is recorded.
+    """An assignment that is not committed yet, with the final states of its call.
 
     Attributes:
         assignment: Its sequences.
@@ -100,10 +100,10 @@ class _PendingAssignment:
 
 
 class SequenceTracker:
-    """Numbers the sequences of one module, for calls of any thread, one at a time.
+    """Assigns the calls of one module to sequences. For one thread at a time.
 
     Args:
-        memory: Bytes of states, and of names, that are remembered.
+        memory: Maximum bytes of remembered states and names.
     """
 
     def __init__(self, memory: int) -> None:
@@ -128,7 +128,7 @@ class SequenceTracker:
         *,
         is_owned: bool = False,
     ) -> SequenceAssignment:
-        """Number the sequences of a call. It counts only once it is accepted.
+        """Assign a call to sequences. The assignment takes effect with `commit`.
 
         Args:
             initial: (B, W) what each sequence started from; None if the call was given no states,
@@ -160,7 +160,7 @@ class SequenceTracker:
         return found.assignment
 
     def commit(self, append: Callable[[], Result]) -> Result:
-        """Hand on the call that was assigned last, and remember it.
+        """Append the call that was assigned last, and remember its final states.
 
         Args:
             hand_on: Does so. If it fails, the numbers of the call are not used up.
@@ -200,7 +200,7 @@ class SequenceTracker:
             self._names.add(call)
 
     def sequences(self) -> set[int]:
-        """The numbers of all sequences that may still go on."""
+        """Return the numbers of all sequences that can be continued."""
         return self._memory.sequences() | self._names.sequences()
 
     def _begin_all(self, batch: int) -> _PendingAssignment:
@@ -219,7 +219,7 @@ class SequenceTracker:
         )
 
     def _match(self, initial: Tensor) -> _PendingAssignment:
-        """Match the rows of a call to the states that are remembered, each on its own."""
+        """Match each row of a call to the remembered states."""
         found = self._memory.find(initial)
         rows = _AssignmentBuilder(len(found), self._count)
         fresh = [not nonzero for nonzero in initial.any(1).tolist()]
@@ -328,7 +328,7 @@ def _all_zero(states: Tensor, is_owned: bool) -> bool:
 
 
 class _AssignmentBuilder:
-    """Gathers what the rows of a call are, one after another.
+    """Builds the assignment of a call, row by row.
 
     Args:
         batch: How many there are, B.
@@ -408,7 +408,7 @@ class _AssignmentBuilder:
 
 
 class NamedEnd(NamedTuple):
-    """Where a named sequence has ended.
+    """The end of a named sequence.
 
     Attributes:
         call: The call that ended there. Its state may be dropped: the sequence goes on even so.
@@ -422,7 +422,7 @@ class NamedEnd(NamedTuple):
 
 
 class _NamedSequences:
-    """Where the sequences that the user named have ended.
+    """The ends of the named sequences.
 
     Args:
         limit: Bytes that it may take.

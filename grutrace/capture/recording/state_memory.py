@@ -1,4 +1,4 @@
-"""The final states of earlier calls, found again by their values, in a bounded number of bytes.
+"""Remember the final states of earlier calls, within a memory limit, and find them by value.
 
 B sequences in a batch, W width of a state: all layers of a module side by side.
 """
@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-#: An estimate of what Python keeps for each call, and for each of its states. Bytes.
+#: Estimated Python overhead of each call, and of each of its states. Bytes.
 CALL_OVERHEAD, ROW_OVERHEAD = 1024, 256
 
 #: Where the bytes are used up, so much of them is freed at once: of states that something is still
@@ -57,7 +57,7 @@ _NO_STATES = torch.empty((0, 0))
 
 
 class SequenceEnd(NamedTuple):
-    """Where one sequence of a call has ended.
+    """The end of one sequence of a call.
 
     Attributes:
         sequence: Its number; of a sequence with several segments, the last one's.
@@ -73,7 +73,7 @@ class SequenceEnd(NamedTuple):
 
 
 class FinalStates:
-    """Where one call ended.
+    """The final states of one call, and the sequences that they belong to.
 
     Attributes:
         states: (B, W) the states; a copy, once they are remembered.
@@ -145,7 +145,7 @@ class FinalStates:
         return numbers
 
     def drop(self) -> None:
-        """Let go of everything: what still names this call needs none of it."""
+        """Free all data. Remaining references to this object do not need it."""
         self.is_dropped, self._keys, self.names, self._range = True, _NO_KEYS, None, None
         self.states, self.ring = _NO_STATES, None
         self.sequences, self.roots, self.steps = _NO_NUMBERS, _NO_NUMBERS, _NO_STEPS
@@ -254,7 +254,7 @@ class RingBuffer:
 
 
 class StateMemory:
-    """Remembers the states that calls ended with.
+    """Remembers the final states of calls.
 
     A state is looked up by its value in one column. The states of the last call are always
     remembered. Others are dropped, the oldest first, when newer ones need their room: on one side
@@ -379,7 +379,7 @@ class StateMemory:
         return found
 
     def were_dropped(self, states: Tensor) -> list[bool]:
-        """Whether each of (B, W) states was remembered once, and dropped."""
+        """Return whether each of (B, W) states was remembered and then dropped."""
         return self._digests.hold(states)
 
     def sequences(self) -> set[int]:
@@ -454,7 +454,7 @@ class StateMemory:
 class Digests:
     """64-bit digests of what is no longer in memory, in a table of fixed size.
 
-    A digest may replace an older one: what was dropped long ago may be missing.
+    A digest may replace an older one, so states that were dropped long ago may be missing.
 
     Args:
         limit: Bytes of the table.

@@ -1,8 +1,8 @@
-"""Which steps of each sequence are kept, and what the kept ones are numbered as.
+"""Select the recorded steps of each sequence (option `steps`), and number the sequences.
 
-Steps count through all calls of a sequence. So whether a step of a call is kept depends on how many
-its sequence made before, and a sequence that has made none of the kept steps yet has no number in
-the trace. B sequences in a batch, L layers, D directions, H hidden size.
+Steps count over all calls of a sequence. So whether a step of a call is recorded depends on the
+steps of its sequence before the call. A sequence without a recorded step has no number in the
+trace yet. B sequences in a batch, L layers, D directions, H hidden size.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Known(NamedTuple):
 
 @dataclass(frozen=True)
 class StepSelection:
-    """What is kept of one call.
+    """The recorded steps of one call.
 
     Attributes:
         numbers: (B,) the number that each sequence began under in the trace; -1 for none so far.
@@ -63,7 +63,7 @@ class StepSelection:
 
 
 class StepFilter:
-    """Numbers the sequences of one module of which some steps are kept.
+    """Selects steps of the sequences of one module, and numbers the sequences.
 
     Every batch row of a call that is recorded has a piece, be it of no steps, so that places in
     the batch stay what they were. A sequence that had only such pieces begins anew, under another
@@ -81,7 +81,7 @@ class StepFilter:
         self._most = MIN_REMEMBERED
 
     def select(self, assignment: SequenceAssignment, lengths: Integers) -> StepSelection:
-        """Number what is kept of a call. It counts only once it is accepted.
+        """Select the recorded steps of a call. The selection takes effect with `commit`.
 
         Args:
             assignment: Its sequences, as `SequenceTracker` has told them.
@@ -130,7 +130,7 @@ class StepFilter:
         return StepSelection(roots, kept, first, count, found, total)
 
     def commit(self, kept: StepSelection, tracker: SequenceTracker) -> None:
-        """Count a call: it was recorded. Sequences that cannot go on any more are let go of."""
+        """Apply the selection of a recorded call, and drop sequences that cannot continue."""
         self._known |= kept.known
         self._count = kept.begun
         if len(self._known) > self._most:

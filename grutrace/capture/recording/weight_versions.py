@@ -1,4 +1,4 @@
-"""Tell one version of a module's weights from the next, by whatever route they change.
+"""Detect new versions of a module's weights, however they change.
 
 Three things are looked at, from cheap to sure:
 
@@ -76,7 +76,7 @@ class Version(NamedTuple):
 
 
 class _WeightFingerprint:
-    """Weights as they were when every byte was last known.
+    """The weights at the last comparison of every byte.
 
     Args:
         kept: Copies of the weights.
@@ -91,7 +91,7 @@ class _WeightFingerprint:
         self._ranges: list[tuple[int, int, int]] | None = None
 
     def has_ids_of(self, weights: list[Tensor]) -> bool:
-        """Whether these are the same tensors, and no version counter has moved."""
+        """Whether these are the same tensors with unchanged version counters."""
         return self._ids is not None and self._ids == _ids(weights)
 
     def has_sample_of(self, weights: list[Tensor]) -> bool:
@@ -165,7 +165,7 @@ class WeightVersionTracker:
         return self._known[0]
 
     def expect_changes(self) -> None:
-        """Compare every byte at the next call: the user has just done something else."""
+        """Compare every byte at the next call."""
         self._due = True
 
     def check(self, weights: list[Tensor], seconds: float, *, exact: bool = False) -> bool:
