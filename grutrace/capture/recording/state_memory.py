@@ -452,7 +452,7 @@ class StateMemory:
 
 
 class Digests:
-    """64-bit digests of what is no longer in memory, in a table of fixed size.
+    """64-bit digests of dropped states and names, in a table of fixed size.
 
     A digest may replace an older one, so states that were dropped long ago may be missing.
 
