@@ -97,7 +97,9 @@ class _CachedSource:
                 self._snapshot = TraceSnapshot(self._source, self._source.refresh())
             same = self._snapshot.header.created == self._created
             if not same or not _covers(self._snapshot, module, calls):
-                raise TraceFileError(f"{self._source.name} is another file by now: open it again")
+                raise TraceFileError(
+                    f"{self._source.name} was replaced by another file; open the path again"
+                )
             return self._snapshot
 
 

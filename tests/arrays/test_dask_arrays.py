@@ -186,7 +186,7 @@ def test_it_outlives_the_trace_but_not_the_file(path, tmp_path):
     stream.call([9000])
     write(path, stream)
     for each in (array, pickle.loads(sent)):
-        with pytest.raises(TraceFileError, match="another file by now"):
+        with pytest.raises(TraceFileError, match="was replaced by another file"):
             each.compute()
 
 
