@@ -203,7 +203,7 @@ class Accumulator:
         """
         for where, expected, found in self._differences(layout, bins):
             raise OptionError(
-                f"statistics cannot be merged: {where}: expected {expected}, found {found}"
+                f"statistics do not match: {where}: expected {expected}, found {found}"
             )
 
     def _differences(

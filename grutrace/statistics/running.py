@@ -314,7 +314,7 @@ class Statistics:
         if ours is None or theirs is None:
             if self._bins != other._bins:
                 raise OptionError(
-                    f"statistics cannot be merged: bins: expected {self._bins}, found {other._bins}"
+                    f"statistics do not match: bins: expected {self._bins}, found {other._bins}"
                 )
             merged = ours or theirs
             return Statistics(bins=self._bins) if merged is None else self._from_accumulator(merged)

@@ -249,7 +249,8 @@ def test_several_tracers_count_into_one(model) -> None:
     assert_figures(statistics["decoder.cell"].hidden, np.asarray(full["decoder.cell"].hidden))
     assert statistics.steps == once.steps
     with pytest.raises(
-        grutrace.OptionError, match=r"fit together: sites: expected \['encoder.l0'.*found \['l0'\]"
+        grutrace.OptionError,
+        match=r"statistics do not match: sites: expected \['encoder.l0'.*found \['l0'\]",
     ):
         grutrace.Tracer(nn.GRU(2, 3), sink=statistics)
     with pytest.raises(
