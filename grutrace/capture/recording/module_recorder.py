@@ -536,9 +536,9 @@ def _one_step(entry: JournalEntry) -> tuple[object, ...] | None:
     run = entry.run
     if not entry.is_copied or entry.autocast is not None or run.gates is not None:
         return None
-    if run.steps is not None or run.device != "cpu":
-        return None
     input, output = run.arguments[0], run.output
+    if run.steps is not None or run.device != "cpu" or not output.numel():
+        return None
     if output.dim() == 3 and output.shape[1 if not run.is_time_major else 0] != 1:
         return None
     weights = run.weights[0]

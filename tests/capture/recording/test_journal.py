@@ -457,6 +457,16 @@ def test_calls_that_wait_are_replayed_together_bit_for_bit(form, patient, monkey
         assert found[name].residual == expected[name].residual
 
 
+@pytest.mark.parametrize("shape", [(0, 1), (2, 0)])
+def test_calls_without_rows_or_inputs_are_recorded(shape, patient) -> None:
+    cell = nn.GRUCell(shape[1], 3)
+    with torch.no_grad(), grutrace.trace(cell, gates="inline") as trace:
+        for _ in range(3):
+            cell(torch.zeros(shape))
+    assert trace["cell"].update.shape == (3 * shape[0], 3)
+    assert len(trace.calls) == 3
+
+
 def test_calls_of_several_versions_and_precisions_keep_apart(patient) -> None:
     torch.manual_seed(0)
     cell, inputs = nn.GRUCell(3, 8), torch.randn(12, 2, 3)
