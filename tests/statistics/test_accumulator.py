@@ -41,6 +41,11 @@ def test_equals_all_values_at_once(quantity, shape, dtype) -> None:
 numbers = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
 
+def test_the_variance_of_merged_parts_that_hardly_differ() -> None:
+    values = np.array([[1.0], [1.0], [1.0], [1.0000001]], "f4")
+    assert_figures(figures("hidden", np.split(values, [1])), values)
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_equals_all_values_at_once_over_any_splits(data) -> None:
