@@ -1,1 +1,1 @@
-"""`grutrace run`: an unchanged script, with the GRUs of every model in it traced."""
+"""`grutrace run`: run an unchanged script, and trace the GRUs of every model in it."""

@@ -1,7 +1,7 @@
-"""The beginning of a run in the script's process: before the script, and before torch.
+"""Prepare the script's process, before the script and before torch.
 
-Nothing is imported here that the script might not import itself, so that a script without torch
-runs without it, and one that prepares for torch (environment variables) still comes first.
+This module does not import torch or h5py: a script that does not use torch runs without it, and a
+script can set environment variables before it imports torch.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from grutrace.run.settings import ENVIRONMENT_VARIABLE, Settings, from_text
 
 
 def start_run(boot: str) -> None:
-    """Take all that is ours out of the script's sight, and wait for torch.
+    """Restore the environment that the script expects, and start tracing when it imports torch.
 
     Args:
-        boot: The folder with our `sitecustomize`.
+        boot: The folder of grutrace's `sitecustomize`.
     """
     text = os.environ.pop(ENVIRONMENT_VARIABLE, None)
     _remove_from_path(boot)
@@ -40,8 +40,8 @@ def _start_discovery(settings: Settings, report: Report) -> None:
 
         Discovery(settings, report).start()
     except Exception as error:
-        # Whatever it is, it is not the script's: that one goes on without us.
-        report.log(f"nothing can be recorded: {type(error).__name__}: {error}")
+        # An error of grutrace must not stop the script.
+        report.log(f"cannot record anything: {type(error).__name__}: {error}")
 
 
 def _remove_from_path(boot: str) -> None:
@@ -56,7 +56,7 @@ def _set_variable(name: str, value: str | None) -> None:
 
 
 def _run_user_sitecustomize() -> None:
-    """Load the `sitecustomize` that Python would have found if ours had not been in front."""
+    """Run the user's `sitecustomize`, which the one of grutrace has hidden."""
     name = "sitecustomize"
     spec = PathFinder.find_spec(name, sys.path)
     if spec is not None and spec.loader is not None:

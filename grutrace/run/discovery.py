@@ -1,7 +1,7 @@
-"""Coming upon the GRUs of a running script: each when it is called for the first time.
+"""Find the GRUs of a running script: each at its first call.
 
-The two classes get a ``__call__`` of their own. Other modules are left alone: their calls cost what
-they cost before, and torch.compile finds nothing new in them.
+`nn.GRU` and `nn.GRUCell` get a ``__call__`` of their own. Other modules are not changed: their
+calls cost nothing extra, and torch.compile sees no difference.
 """
 
 from __future__ import annotations
@@ -31,37 +31,37 @@ if TYPE_CHECKING:
 GRU_CLASSES = (nn.GRU, nn.GRUCell)
 
 _OWN_FOLDER, _TORCH_FOLDER = (str(Path(each.__file__ or "").parent) for each in (run, torch))
-#: Exit code of a script that is ended because nothing of what was asked for is there.
+#: Exit code of a script that is stopped because no site matches --sites.
 EXIT_ERROR = 2
 
-#: Called with a layer and the arguments that it is about to be called with.
+#: Called before a layer runs, with the layer and the arguments of the call.
 FirstCallCallback: TypeAlias = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 
 
 class Discovery:
-    """Has every GRU recorded from its first call on, together with all others of the same model.
+    """Records every GRU from its first call on, together with the other GRUs of the same model.
 
     Args:
-        settings: Of the run.
-        report: Told of what cannot be recorded.
+        settings: The settings of the run.
+        report: Receives messages about calls that cannot be recorded.
     """
 
     def __init__(self, settings: Settings, report: Report) -> None:
         self._settings, self._report = settings, report
         self._part_manager: PartManager | None = None
         self._known_layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-        # Layers that are in no model, by where they are called and what they look like.
+        # Layers outside any model, by call site, class and sizes.
         self._standalone: dict[
             tuple[object, ...], tuple[weakref.ref[nn.Module], PartTracer | None]
         ] = {}
         self._lock = threading.RLock()
 
     def start(self) -> None:
-        """Look out from now on."""
+        """Start to look for GRUs."""
         self._patch_call(self._on_first_call)
-        # torch.compile would put what we do on a first call into its graphs.
+        # Otherwise torch.compile would trace the callback into its graphs.
         on_import("torch._dynamo", lambda: self._patch_call(disable_compile(self._on_first_call)))
-        # A forked child has neither the threads that write nor the right to the files.
+        # A forked child has no writer threads and does not own the files.
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self.stop)
 
@@ -70,7 +70,7 @@ class Discovery:
             kind.__call__ = _make_call(kind, on_first_call)  # type: ignore[method-assign]
 
     def stop(self) -> None:
-        """Look out no longer."""
+        """Stop looking for GRUs."""
         for kind in GRU_CLASSES:
             if "__call__" in vars(kind):
                 del kind.__call__
@@ -82,7 +82,7 @@ class Discovery:
             return
         missed = unsupported_reason((*args, *kwargs.values()))
         if missed is not None:
-            # A model that is being turned into a graph may be a copy with paths of its own.
+            # A model that is being exported or scripted may be a copy with other module paths.
             self._report.log(
                 f"a call of {type(layer).__qualname__} was not recorded: {missed.reason}"
             )
@@ -91,7 +91,7 @@ class Discovery:
             if layer in self._known_layers:
                 return
             if getattr(layer, "_is_replica", False):
-                # Made anew for every call.
+                # nn.DataParallel makes new replicas for every call.
                 self._report.log("the replicas of an nn.DataParallel are not recorded")
                 return
             model = outermost_module(layer)
@@ -110,16 +110,17 @@ class Discovery:
                 self._report.stop(str(error))
                 raise SystemExit(EXIT_ERROR) from None
             except Exception as error:
-                # Whatever it is, it is not the script's: that one goes on without us.
+                # An error of grutrace must not stop the script.
                 self._report.log(
                     f"the GRUs of {type(model).__qualname__} are not recorded: {error}"
                 )
             self._known_layers.update(new)
 
     def _replaces_freed_layer(self, layer: Any) -> bool:
-        """Record a layer in the place of one that was made before it by the same line, and is gone.
+        """Record a layer as the site of an earlier layer of the same line, which is freed.
 
-        A model can make a cell anew in each call (as some vocoders do). All of them are one site.
+        Some models (vocoders, for example) make a new cell in each call. All these cells are one
+        site.
         """
         before, part = self._standalone.get(_call_site(layer), (None, None))
         if part is None or before is None or before() is not None:
@@ -130,7 +131,7 @@ class Discovery:
 
     def _record_layers(self, model: nn.Module, layers: list[nn.Module]) -> None:
         if self._part_manager is None:
-            # Here, since it loads h5py, for which the script may still prepare.
+            # Imported here because it loads h5py: until now the script could set its environment.
             from grutrace.run.run_tracer import PartManager
 
             self._part_manager = PartManager(self._settings, self._report)
@@ -141,7 +142,7 @@ class Discovery:
 
 
 def _call_site(layer: nn.Module) -> tuple[object, ...]:
-    """Return where in the script a layer is called, and what makes it like another."""
+    """Return the line of the script that calls a layer, and the class and sizes of the layer."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith((_OWN_FOLDER, _TORCH_FOLDER)):
         frame = frame.f_back
@@ -153,17 +154,17 @@ def _call_site(layer: nn.Module) -> tuple[object, ...]:
 def _make_call(kind: type[nn.Module], on_first_call: FirstCallCallback) -> Callable[..., Any]:
     def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         on_first_call(self, args, kwargs)
-        # Looked up anew each time: torch.fx puts another in its place while it traces.
+        # Looked up in each call, because torch.fx replaces it while it traces.
         return super(kind, self).__call__(*args, **kwargs)  # type: ignore[misc]
 
     return __call__
 
 
 def outermost_module(layer: nn.Module) -> nn.Module:
-    """Return the outermost module that has the layer in it and a method running in this thread.
+    """Return the outermost module that contains the layer and is running in this thread.
 
-    A method other than ``forward`` counts too: decoders are often called through one, and so is
-    what trainers call ``training_step``.
+    Any method counts, not only ``forward``: decoders are often called through another one, and
+    trainers call ``training_step``.
     """
     found: Any = layer
     frame: FrameType | None = sys._getframe(1)
@@ -174,7 +175,7 @@ def outermost_module(layer: nn.Module) -> nn.Module:
             if owner is not found and _contains(owner, layer):
                 found = owner
         frame = frame.f_back
-    # What torch.compile has put around a model is not of the model's own paths.
+    # The wrapper of torch.compile is not part of the model's paths.
     model: nn.Module = getattr(found, "_orig_mod", found)
     return model
 

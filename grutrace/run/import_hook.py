@@ -1,4 +1,4 @@
-"""Being told when the script has imported a module, without importing it."""
+"""Call a function when the script imports a module, without importing it here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import ModuleType
 
 
 def on_import(name: str, callback: Callable[[], None]) -> None:
-    """Call a function once a module has been imported; at once if it has been."""
+    """Call a function after a module is imported; immediately if it is already imported."""
     if name in sys.modules:
         callback()
     else:
@@ -17,7 +17,7 @@ def on_import(name: str, callback: Callable[[], None]) -> None:
 
 
 class _Finder:
-    """Finds what the others find, and is told when one module has been executed."""
+    """Delegates to the other finders, and calls back after one module has been executed."""
 
     def __init__(self, name: str, callback: Callable[[], None]) -> None:
         self._name, self._callback = name, callback

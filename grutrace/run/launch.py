@@ -1,10 +1,9 @@
-"""From the command to the script, which runs in a Python of its own, as if nobody had started it.
+"""Start the script in a new interpreter, in the same process.
 
-The process becomes `python script.py args`: the same process for whoever waits for it or sends it
-signals, with a fresh interpreter that has nothing of ours in it. So the script's ``__main__``, its
-arguments, tracebacks, exit code and output are its own because Python itself makes them. All that
-is added is a `sitecustomize` on PYTHONPATH, which Python loads before the script; it takes itself
-off PYTHONPATH again (see bootstrap.py).
+The process becomes `python script.py args`: its process id stays, so waiting for it and sending it
+signals work as before. Python itself runs the script, so its ``__main__``, arguments, tracebacks,
+exit code and output are the usual ones. The only addition is a `sitecustomize` on PYTHONPATH, which
+Python loads before the script and which removes itself from PYTHONPATH (see bootstrap.py).
 """
 
 from __future__ import annotations
@@ -28,21 +27,21 @@ _BOOT = Path(__file__).with_name("boot")
 
 
 def launch(settings: Settings, program: Sequence[str], *, module: bool = False) -> NoReturn:
-    """Become the script.
+    """Replace this process by the script. Does not return.
 
     Args:
-        settings: Of the run.
-        program: The script, or the name of a module, and its arguments.
-        module: Whether it is a module, as after ``python -m``.
+        settings: The settings of the run.
+        program: The script, or the name of a module, followed by its arguments.
+        module: Whether `program` names a module, as for ``python -m``.
 
     Raises:
-        OptionError: An option has no such value.
-        MissingExtraError: Something that an option needs is not installed.
+        OptionError: An option has a wrong value.
+        MissingExtraError: An option needs a package that is not installed.
         TraceFileError: The trace cannot be written.
-        UnsupportedError: Python was started so that it would not load anything of ours.
+        UnsupportedError: Python was started with -I, -E or -S, which ignore PYTHONPATH or site.
     """
     _check_settings(settings)
-    # As torchrun has it, which is all that can be known before the script has begun.
+    # Before the script starts, only the environment of torchrun tells the rank.
     check_writable(shard_path(Path(settings.output), detect_shard()), settings.mode)
     command = [*_interpreter(), *(["-m"] if module else []), *program]
     before = os.environ.get("PYTHONPATH")
@@ -59,7 +58,7 @@ def _check_settings(settings: Settings) -> None:
         value = getattr(settings, option)
         if OPTIONS[option].values and value is not None:
             _check_values(option, [value])
-    # What is not installed is said before the script begins.
+    # Raises for a filter that is not installed, before the script starts.
     filter_options(settings.compression)
     for option in ("every", "max_calls", "max_bytes"):
         number = getattr(settings, option)
@@ -76,11 +75,11 @@ def _check_settings(settings: Settings) -> None:
     _check_values("record", settings.record)
     if not settings.record:
         expected = ", ".join(OPTIONS["record"].values)
-        raise OptionError(f"record: expected names out of {expected}; found none")
+        raise OptionError(f"record: expected one or more of {expected}; found none")
     flags = sys.flags
     if flags.isolated or flags.ignore_environment or flags.no_site:
         raise UnsupportedError(
-            "grutrace run needs Python to load site and PYTHONPATH: do without -I, -E and -S"
+            "grutrace run needs site and PYTHONPATH: start Python without -I, -E and -S"
         )
 
 
@@ -92,7 +91,7 @@ def _check_values(option: str, values: Sequence[str]) -> None:
 
 
 def _interpreter() -> list[str]:
-    """This Python with the options that it was started with, such as -u, -O, -W and -X."""
+    """Return this Python and its own options, such as -u, -O, -W and -X."""
     own = len(sys.orig_argv) - len(sys.argv) + 1
     options = sys.orig_argv[1 : own - 1]
     return [sys.executable, *(options[:-1] if options[-1:] in (["-m"], ["-c"]) else options)]

@@ -1,4 +1,4 @@
-"""Whether `--sites` matches anything, asked at the first call of a GRU: before a run of hours."""
+"""Check at the first call of a GRU whether `--sites` matches any site: not after hours."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from grutrace.errors import OptionError, join_names, suggest_name
 
 
 class NoMatchingSite(OptionError):
-    """No glob of ``--sites`` matches a site of any model of the script: the run ends here."""
+    """No glob of ``--sites`` matches a site of any model of the script. The script is stopped."""
 
 
 def require_match(
     model: nn.Module, layers: Sequence[nn.Module], known: Container[nn.Module], globs: Sequence[str]
 ) -> None:
-    """Refuse globs that match nothing that the script could still call.
+    """Raise if no model in memory has a site that matches a glob.
 
-    Other models that are in memory count: an encoder may be called before the decoder that is
-    asked for. One that is made later is not known here, so name one that is there as well.
+    All models in memory count, because an encoder may be called before the requested decoder. A
+    model that is made later does not count: then add the glob of a site that exists already.
 
     Args:
         model: The model that is called now.
-        layers: Its layers, of which none matches.
-        known: Layers that are traced already, or were looked at.
-        globs: As given, at least one.
+        layers: Its layers. None of them matches.
+        known: Layers that were seen before.
+        globs: The globs of ``--sites``, at least one.
 
     Raises:
-        NoSiteMatches: There is no such site.
+        NoMatchingSite: There is no such site.
     """
     own = set(map(id, layers))
     for other in _root_modules():
@@ -47,7 +47,7 @@ def require_match(
 
 
 def _can_match(path: str, layer: nn.GRU | nn.GRUCell, globs: Sequence[str]) -> bool:
-    """Whether a name matches that the layer could have: any part of the model may be called."""
+    """Whether a glob matches a possible name of the layer: the script may call any submodule."""
     parts = path.split(".")
     tails = (".".join(parts[first:]) for first in range(len(parts) + 1))
     names = (name for tail in tails for name in _names(tail, layer))
@@ -60,8 +60,8 @@ def _names(path: str, layer: nn.GRU | nn.GRUCell) -> Iterator[str]:
 
 
 def _root_modules() -> list[nn.Module]:
-    """The modules in memory that are in no other module."""
-    # By its type: asking a proxy of somebody else for its class may do anything.
+    """Return the modules in memory that are not inside another module."""
+    # By type(): __class__ of a proxy object may run code.
     modules = [each for each in gc.get_objects() if issubclass(type(each), nn.Module)]
     inner = {id(child) for each in modules for child in vars(each).get("_modules", {}).values()}
     return [each for each in modules if id(each) not in inner and "_modules" in vars(each)]

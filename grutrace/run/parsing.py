@@ -1,4 +1,4 @@
-"""Options that are no plain words or numbers, as they are written on a command line."""
+"""Parse options of the command line: units, steps and sizes."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ SUFFIXES = {
 
 
 def parse_units(text: str) -> slice | tuple[int, ...]:
-    """Return the units of a text such as 0,3,7 or 0:32, as the tracer takes them.
+    """Parse units such as 0,3,7 or 0:32 into the values that a tracer takes.
 
     Raises:
-        OptionError: It is no such text.
+        OptionError: The text has another form.
     """
-    expected = "numbers with commas between, or a range such as 0:32"
+    expected = "numbers separated by commas, or a range such as 0:32"
     if ":" in text:
         return _range("units", text, expected)
     return tuple(_number("units", each, text, expected) for each in text.split(","))
 
 
 def parse_steps(text: str) -> slice:
-    """Return the steps of a text such as 5:20.
+    """Parse steps such as 5:20 into a slice.
 
     Raises:
-        OptionError: It is no such text, or means no steps.
+        OptionError: The text has another form, or the range is empty.
     """
     expected = "a range such as 5:20, from 0 on"
     found = _range("steps", text, expected) if text.count(":") == 1 else None
@@ -55,10 +55,10 @@ def _number(option: str, part: str, text: str, expected: str) -> int:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of a text such as 500000, 10GB or 1.5GiB.
+    """Parse a size such as 500000, 10GB or 1.5GiB into bytes.
 
     Raises:
-        OptionError: It is no such text.
+        OptionError: The text has another form.
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", text.strip().upper())
     if found is None:

@@ -1,4 +1,4 @@
-"""What a run says, and where: on standard error, which is the script's, so in few lines."""
+"""Messages of a run, as a few lines on standard error, which the script uses as well."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from grutrace.run.settings import Settings
 
 @dataclass
 class PartStats:
-    """How much one part has recorded.
+    """Counts of one part of a run.
 
     Attributes:
-        path: Its file.
-        sites: Number of its sites.
-        calls: Recorded calls.
-        lost: Calls that could not be stored.
-        failed: Whether recording ended for another reason.
+        path: The file of the part.
+        sites: Number of sites.
+        calls: Number of recorded calls.
+        lost: Number of calls that could not be stored.
+        failed: Whether another error stopped the recording.
     """
 
     path: Path
@@ -31,10 +31,10 @@ class PartStats:
 
 
 class Report:
-    """Counts what is recorded, and says so at the end; and at once what could not be.
+    """Prints errors at once, and the number of recorded calls at the end.
 
     Args:
-        settings: Of the run.
+        settings: The settings of the run.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -49,13 +49,13 @@ class Report:
         self._stopped = False
 
     def stop(self, message: str) -> None:
-        """Write why the script is ended, also where nothing else is said, and nothing more."""
+        """Print why the script is stopped, even with `quiet`, and print nothing after it."""
         if not self._stopped and os.getpid() == self._process:
             self._stopped = True
             self._write(message)
 
     def log(self, message: str) -> None:
-        """Write a line, each only once, and only in the process that records."""
+        """Print a line: each only once, and only in the process that records."""
         if self._settings.quiet or message in self._logged or os.getpid() != self._process:
             return
         if self._stopped:
@@ -65,15 +65,15 @@ class Report:
 
     def _write(self, message: str) -> None:
         line = " ".join(["grutrace:", *message.split()]) + "\n"
-        # Not to what the script has put in the place of standard error. In one piece: several
-        # ranks may share it.
+        # To the original standard error, which the script may have replaced. In one write, because
+        # several ranks may share it.
         if sys.__stderr__ is not None:
             with contextlib.suppress(OSError, ValueError):
                 sys.__stderr__.write(line)
                 sys.__stderr__.flush()
 
     def end(self) -> None:
-        """Say what was recorded."""
+        """Print the number of recorded calls and sites, and the files."""
         path = os.path.relpath(self.output)
         if not self.part_stats:
             what = "nothing was recorded" if self.called else "no nn.GRU or nn.GRUCell was called"

@@ -1,6 +1,6 @@
-"""Keeping the parts of a run: a tracer and a file for each set of modules that is discovered.
+"""The parts of a run: a tracer and a file for each set of modules that is found together.
 
-One part of a run: a tracer that never stands in the script's way.
+The tracer of a part never stops the script, unless an option asks for it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from grutrace.storage.shards.run_parts import (
 def select_layers(
     model: nn.Module, layers: Sequence[nn.Module], settings: Settings
 ) -> list[SelectedModule]:
-    """Return what is recorded of these layers of the model; nothing if no glob matches.
+    """Select the sites of these layers that match a glob; empty if no glob matches.
 
     Raises:
         GrutraceError: The layers cannot be recorded.
@@ -59,20 +59,20 @@ def select_layers(
 
 
 class PartTracer(Tracer):
-    """Records selected layers of one model from now on.
+    """Records selected layers of one model, and starts at once.
 
-    What goes wrong is said once, and the script goes on without it; unless it asked to be stopped
-    by a residual or by a sink that fails.
+    An error is printed once, and the script continues untraced, unless `check` or `on_error` is
+    "raise".
 
     Args:
-        model: That the layers are in.
-        selections: The layers, and what is recorded of them.
-        path: Of the file.
-        mode: For a file that exists.
-        stamp: Which part of which run it is, and which shard, among the options of the trace.
-        settings: Of the run.
-        report: Where calls are counted, and what goes wrong is said.
-        limits: What the whole run may become.
+        model: The model that contains the layers.
+        selections: The layers, and the quantities to record.
+        path: The file to write.
+        mode: What happens to a file that exists.
+        stamp: Options of the trace that identify the run, the part and the shard.
+        settings: The settings of the run.
+        report: Counts the calls and prints errors.
+        limits: The limits of the whole run.
 
     Raises:
         GrutraceError: The file cannot be written.
@@ -121,17 +121,17 @@ class PartTracer(Tracer):
         """Stop recording and close the file.
 
         Raises:
-            SinkError: Rows could not be stored, and the script asked to be told so.
+            SinkError: Rows could not be stored, and `on_error` is "raise".
         """
         self._finish()
         try:
             self._report_findings()
         except ResidualError as error:
-            # There is no call of the script's left to raise it.
+            # No call of the script is left that could raise it.
             self._report.log(str(error))
 
     def replace_layer(self, layer: GRUModule) -> None:
-        """Record another layer in the place of the only one, which is gone."""
+        """Record another layer as the only site, whose layer is freed."""
         self._subscribe(0, layer)
 
     def _select(self, *_: object) -> list[SelectedModule]:
@@ -146,7 +146,7 @@ class PartTracer(Tracer):
         try:
             super()._receive(index, run)
         except (ResidualError, SinkError):
-            # Those that the script asked for: others do not get here.
+            # Raised only if `check` or `on_error` is "raise".
             raise
         except Exception as error:
             self._stop_after_error(error)
@@ -161,10 +161,10 @@ class PartTracer(Tracer):
         self.stats.calls = self._guarded_sink.call_records
 
     def _stop_after_error(self, error: Exception) -> None:
-        """Record nothing more, and say why, once."""
+        """Stop recording, and print the reason once."""
         if not self.stats.failed:
             self.stats.failed = True
-            self._report.log(f"nothing more is recorded of {', '.join(self.sites)}: {error}")
+            self._report.log(f"recording of {', '.join(self.sites)} stopped: {error}")
 
     def _report_losses(self, stored: int, lost: int) -> None:
         self.stats.calls, self.stats.lost = stored, lost
@@ -183,16 +183,16 @@ class PartTracer(Tracer):
 class PartManager:
     """Starts a part for each set of layers, and closes all parts at the end of the process.
 
-    Nothing here keeps a model alive. Once one is gone, the file of its part is closed.
+    It holds no reference to a model. When a model is freed, the file of its part is closed.
 
     Args:
-        settings: Of the run.
-        report: Where parts are counted, and what goes wrong is said.
+        settings: The settings of the run.
+        report: Counts the parts and prints errors.
     """
 
     def __init__(self, settings: Settings, report: Report) -> None:
         self._settings, self._report = settings, report
-        # Asked only now that the script has had time to say how many processes there are.
+        # Not earlier: by now the script may have initialized torch.distributed.
         self._shard = detect_shard()
         self._first_path = shard_path(Path(settings.output), self._shard)
         report.output = self._first_path
@@ -202,11 +202,11 @@ class PartManager:
         self._parts: list[PartTracer] = []
         self._run, self._existing_parts = self._find_existing_parts()
         self._count = len(self._existing_parts)
-        # Later than that of the sinks, and so, at exit, before it.
+        # Registered after the handler of the sinks, so it runs before it at exit.
         atexit.register(self.close)
 
     def _find_existing_parts(self) -> tuple[str, dict[int, Path]]:
-        """Return the run's id, and by number the parts that there are to append to."""
+        """Return the id of the run, and the existing parts to append to, by number."""
         if self._settings.mode == "a" and self._first_path.exists():
             stamp = read_run_part(self._first_path)
             if stamp is not None:
@@ -221,27 +221,27 @@ class PartManager:
         *,
         is_temporary: bool = False,
     ) -> PartTracer | None:
-        """Record these layers of the model from now on.
+        """Start to record these layers of the model.
 
         Args:
             model: The model.
             layers: Some of its layers.
-            known: Layers that were here before.
-            is_temporary: Whether the part outlives the model: another may take its place.
+            known: Layers that were seen before.
+            is_temporary: Whether the part stays open when the model is freed, for a later layer.
 
         Returns:
-            The part; None where nothing is recorded.
+            The part, or None if nothing is recorded.
 
         Raises:
-            NoSiteMatches: Nothing was recorded so far, and no site that is asked for is there.
-            GrutraceError: They cannot be recorded.
+            NoMatchingSite: Nothing was recorded so far, and no site matches ``--sites``.
+            GrutraceError: The layers cannot be recorded.
         """
         if self._limits.reached:
             return None
         if self._report.part_stats:
-            # Models that nobody uses any more may be in cycles, and hold a file open.
+            # An unused model in a reference cycle would keep its file open.
             gc.collect()
-        # Not under the script's filters, which may turn a warning into an error.
+        # Ignore the filters of the script, which may turn warnings into errors.
         with warnings.catch_warnings(record=True) as given:
             warnings.simplefilter("always")
             selections = select_layers(model, layers, self._settings)
@@ -263,9 +263,9 @@ class PartManager:
         return part
 
     def _resume_part(self, model: nn.Module, selections: list[SelectedModule]) -> PartTracer | None:
-        """Go on in the first existing part of just these modules that nothing has gone on in."""
+        """Append to the first unused existing part with exactly these modules."""
         for number, path in self._existing_parts.items():
-            # Those of other models, and those that were not closed, cannot be appended to.
+            # Parts of other models, and parts that were not closed, cannot be appended to.
             with contextlib.suppress(TraceFileError):
                 part = self._make_part(model, selections, path, "a", number)
                 del self._existing_parts[number]

@@ -1,29 +1,29 @@
-"""What a run was asked for, on its way from the command to the script's process."""
+"""The settings of a run, and their way to the script's process."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
 
-#: The environment variable that it travels in. The script does not get to see it.
+#: The environment variable that carries the settings. It is removed before the script starts.
 ENVIRONMENT_VARIABLE = "GRUTRACE_RUN"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of a run; as for `grutrace.Tracer` where not said otherwise.
+    """The options of a run; those not listed are as for `grutrace.Tracer`.
 
     Attributes:
-        output: File of the first part; absolute.
-        sites: Globs; none for all sites.
-        record: Quantities.
-        max_calls: Of the whole run, all its parts together.
-        max_bytes: Likewise.
+        output: Absolute path of the first part.
+        sites: Globs for site names; all sites without globs.
+        record: Quantities to record.
+        max_calls: Limit for all parts of the run together.
+        max_bytes: Limit for all parts of the run together, in bytes.
         units: As `parsing.parse_units` reads them.
         steps: As `parsing.parse_steps` reads them.
-        on_error: What a failing file does to the script. Unlike a tracer's, it goes on by itself.
-        quiet: Whether to say nothing on standard error.
-        python_path: PYTHONPATH as the script shall have it.
+        on_error: What a write error does to the script. By default, the script continues.
+        quiet: Whether to print nothing on standard error.
+        python_path: The original PYTHONPATH, which is restored for the script.
     """
 
     output: str
@@ -49,11 +49,11 @@ class Settings:
     python_path: str | None = None
 
     def to_text(self) -> str:
-        """As text for the environment."""
+        """Return the settings as text for the environment variable."""
         return json.dumps(asdict(self))
 
 
 def from_text(text: str) -> Settings:
-    """What `Settings.to_text` gave."""
+    """Return the settings from the text of `Settings.to_text`."""
     fields = json.loads(text)
     return Settings(**fields | {name: tuple(fields[name]) for name in ("sites", "record")})

@@ -110,7 +110,7 @@ def test_a_layer_without_such_a_unit_is_named_and_the_script_goes_on(tmp_path) -
         (["--max-calls", "-3"], "max_calls: expected a whole number from 1, found -3"),
         (["--max-bytes", "0"], "max_bytes: expected a whole number from 1, found 0"),
         (["--max-bytes", "lots"], "max_bytes: expected a size such as 10GB or 512MiB, found 'lots"),
-        (["--units", "a,b"], "units: expected numbers with commas between, or a range such as 0:3"),
+        (["--units", "a,b"], "units: expected numbers separated by commas, or a range such as 0:3"),
         (["--units", "0:1:2:3"], "or a range such as 0:32, found '0:1:2:3'"),
         (["--units", "0:8", "--gates", "deferred"], "units: expected none with gates deferred"),
         (["--steps", "5"], "steps: expected a range such as 5:20, from 0 on, found '5'"),

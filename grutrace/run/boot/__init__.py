@@ -1,1 +1,1 @@
-"""What Python loads on its own before the script. Not imported as a package."""
+"""The folder on PYTHONPATH whose `sitecustomize` Python loads first. Not imported as a package."""
