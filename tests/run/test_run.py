@@ -351,7 +351,7 @@ def test_torch_compile_finds_nothing_new(tmp_path) -> None:
     found = run(write(tmp_path, COMPILED), folder=tmp_path)
     assert found.returncode == 0, found.stderr
     missed, last = found.stderr.splitlines()
-    assert missed.startswith("grutrace: a call of GRU was not recorded: it was being turned into")
+    assert missed.startswith("grutrace: a call of GRU was not recorded: it was being captured in")
     assert last == "grutrace: recorded 3 calls of 2 sites in run.h5 and 1 file beside it"
     with grutrace.open(tmp_path / "run.h5") as trace:
         assert trace.sites == ("rnn.l0", "Model#2.rnn.l0")
