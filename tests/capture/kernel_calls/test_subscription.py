@@ -19,7 +19,6 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.overrides import BaseTorchFunctionMode
 
 import grutrace
-from grutrace.capture.kernel_calls import registration
 from grutrace.capture.kernel_calls import subscription as kernel_calls
 from grutrace.capture.kernel_calls.subscription import is_observing
 from tests import oracles
@@ -517,23 +516,37 @@ def test_kernels_come_and_go_while_other_threads_run_the_model(monkeypatch) -> N
     assert not is_observing()
 
 
-def test_kernels_stay_where_pytorch_cannot_keep_them(monkeypatch) -> None:
-    """Without a handle to a removed kernel, it is removed once no other thread runs Python."""
-    monkeypatch.setattr(registration, "_kernel_handle", lambda *_: None)
-    layer, x = nn.GRU(3, 4), torch.randn(5, 2, 3)
-    end = threading.Event()
-    other = threading.Thread(target=end.wait)
-    other.start()
-    with grutrace.trace(layer) as trace:
-        layer(x)
-    assert is_observing()
-    expected = layer(x)
-    end.set()
-    other.join()
-    with grutrace.trace(layer) as again:
-        assert all(map(torch.equal, layer(x), expected))
-    assert not is_observing()
-    assert len(trace.calls) == len(again.calls) == 1
+STAYING = """
+import threading
+import grutrace, torch
+from torch import nn
+from grutrace.capture.kernel_calls import registration
+from grutrace.capture.kernel_calls.subscription import is_observing
+
+registration._kernel_handle = lambda *_: None
+layer, x = nn.GRU(3, 4), torch.randn(5, 2, 3)
+end = threading.Event()
+other = threading.Thread(target=end.wait)
+other.start()
+with grutrace.trace(layer) as trace:
+    layer(x)
+assert is_observing()
+expected = layer(x)
+end.set()
+other.join()
+with grutrace.trace(layer) as again:
+    assert all(map(torch.equal, layer(x), expected))
+assert not is_observing()
+assert len(trace.calls) == len(again.calls) == 1
+"""
+
+
+def test_kernels_stay_where_pytorch_cannot_keep_them() -> None:
+    """Without a handle to a removed kernel, it is removed once no other thread runs Python.
+
+    In a process of its own: a test runner may have threads.
+    """
+    subprocess.run([sys.executable, "-c", STAYING], check=True)
 
 
 FSDP = """
