@@ -8,27 +8,12 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-steps=(processor memory packages soak hostile benchmark)
-
-# Results that are promised to be the same bits, on a processor whose matrix products differ in the
-# last digit (simulated), and with the oldest instruction set of torch.
-step_processor() {
-    MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default python -m pytest -q -p tests.other_processor \
-        tests/test_both_sinks.py tests/golden tests/gru/test_replay.py \
-        tests/statistics/test_running.py tests/capture/recording/test_every_and_limits.py \
-        tests/analysis/comparison/test_trace_diff.py tests/analysis/engine/test_map_reduce.py
-}
+steps=(memory soak hostile benchmark)
 
 # Freed memory is overwritten, so that a tensor or array that outlives its buffer shows wrong values.
 step_memory() {
     MALLOC_PERTURB_=165 MALLOC_CHECK_=3 PYTHONMALLOC=debug python -m pytest -q \
         tests/gru tests/capture tests/storage tests/integration
-}
-
-# Models of public packages that build on nn.GRU.
-step_packages() {
-    pip install --quiet -c constraints.txt -e ".[test,packages]" &&
-        GRUTRACE_REQUIRE_PACKAGES=1 python -m pytest -q tests/packages
 }
 
 # Killed processes, failing disks, power loss, readers of growing files.
