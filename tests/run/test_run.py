@@ -517,7 +517,7 @@ def test_what_cannot_be_is_refused_before_the_script_runs(tmp_path, capsys) -> N
     path = str(tmp_path / "run.h5")
     found = run("-o", path, script, folder=tmp_path, interpreter=["-I"])
     assert found.returncode == 2
-    assert "do without -I, -E and -S" in found.stderr
+    assert "start Python without -I, -E and -S" in found.stderr
     assert not list(tmp_path.glob("*.h5"))
 
 

@@ -357,7 +357,7 @@ def test_the_thread_that_computes_has_no_team_of_its_own(tmp_path) -> None:
 
 def test_what_cannot_be_in_the_background() -> None:
     layer = nn.GRU(4, 6)
-    with pytest.raises(grutrace.OptionError, match=r"units: with gates='background' expected none"):
+    with pytest.raises(grutrace.OptionError, match=r"units: expected None with gates='background'"):
         grutrace.Tracer(layer, gates="background", units=[1])
     with pytest.raises(grutrace.OptionError, match=r"gates and sink: .* found 'background'"):
         grutrace.Tracer(layer, gates="background", sink=grutrace.Statistics())

@@ -269,7 +269,7 @@ def test_a_call_that_the_names_do_not_fit_is_said() -> None:
     cell = nn.GRUCell(INPUT, H)
     with torch.no_grad(), grutrace.trace(cell) as trace, trace.recording(sequences=torch.arange(3)):
         state = cell(torch.randn(3, INPUT), torch.randn(3, H))
-        with pytest.warns(grutrace.GrutraceWarning, match="3 are named.* has 2: which"):
+        with pytest.warns(grutrace.GrutraceWarning, match="3 are named.* has 2: the sequences"):
             state = cell(torch.randn(2, INPUT), state[[0, 2]])
     assert trace["cell"].lengths.tolist() == [2, 1, 2]
 
