@@ -6,6 +6,7 @@ h5py.
 
 from __future__ import annotations
 
+import re
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from grutrace.records import DEFAULT_RECORD, QUANTITIES
@@ -102,3 +103,16 @@ OPTIONS: dict[str, Option] = {
         DEFAULT_STATE_MEMORY,
     ),
 }
+
+#: Decimal and binary multiples of a byte.
+_MULTIPLES = {
+    "": 1,
+    **{letter: 1000**power for power, letter in enumerate("KMGT", 1)},
+    **{f"{letter}I": 1024**power for power, letter in enumerate("KMGT", 1)},
+}
+
+
+def parse_bytes(text: str) -> int | None:
+    """Parse a number of bytes such as 500000, 10GB or 1.5 GiB; None if it has another form."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", text.strip().upper())
+    return None if found is None else int(float(found[1]) * _MULTIPLES[found[2] or ""])

@@ -1,10 +1,12 @@
-"""Every example in a docstring runs and prints what the docstring shows."""
+"""Examples in docstrings run, and what docstrings list exists."""
 
 from __future__ import annotations
 
+import ast
 import doctest
 import importlib
 import pkgutil
+import re
 import types
 from pathlib import Path
 
@@ -74,3 +76,84 @@ def test_control_a_wrong_example_is_noticed(
 ) -> None:
     module = types.ModuleType("wrong", "Example:\n    >>> 1 + 1\n    3\n")
     assert failed_examples(module, tmp_path, monkeypatch) == ["wrong"]
+
+
+def listed(docstring: str, section: str) -> list[str]:
+    """Return the names that a section of a docstring lists."""
+    found = re.search(rf"^{section}:\n((?: .*\n|\n)+)", docstring + "\n", re.M)
+    entries = re.findall(r"^ {4}(\*{0,2}\w[\w, ]*):", found[1], re.M) if found else []
+    return [name.strip(" *") for entry in entries for name in entry.split(",")]
+
+
+def parameters(function: ast.FunctionDef) -> set[str]:
+    """Return the names of all parameters."""
+    every = function.args
+    rest = [each for each in (every.vararg, every.kwarg) if each is not None]
+    return {each.arg for each in (*every.posonlyargs, *every.args, *every.kwonlyargs, *rest)}
+
+
+def stale(source: str) -> list[str]:
+    """Return what docstrings of a source list as arguments or attributes that do not exist."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            continue
+        docstring = ast.get_docstring(node) or ""
+        if isinstance(node, ast.FunctionDef):
+            known = attributes = parameters(node)
+        else:
+            own = [each for each in node.body if isinstance(each, ast.AnnAssign)]
+            attributes = {ast.unparse(each.target) for each in own}
+            methods = [each for each in node.body if isinstance(each, ast.FunctionDef)]
+            starts = [each for each in methods if each.name == "__init__"]
+            known = parameters(starts[0]) if starts else attributes
+            attributes = attributes | {each.name for each in methods}
+            for each in ast.walk(node):
+                if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store):
+                    attributes.add(each.attr)
+                elif isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store):
+                    attributes.add(each.id)
+        found += [f"{node.name}: {name}" for name in listed(docstring, "Args") if name not in known]
+        found += [
+            f"{node.name}: {name}"
+            for name in listed(docstring, "Attributes")
+            if name not in attributes
+        ]
+    return found
+
+
+SOURCES = sorted(Path(grutrace.__file__).parent.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_arguments_and_attributes_in_docstrings_exist(path: Path) -> None:
+    assert stale(path.read_text(encoding="utf-8")) == []
+
+
+def test_control_a_renamed_argument_or_attribute_is_noticed() -> None:
+    text = '''
+def f(a, *b):
+    """Do.
+
+    Args:
+        a: One.
+        *b: Others.
+        c: Gone.
+    """
+
+class C:
+    """Hold.
+
+    Args:
+        x: One.
+        y: Gone.
+
+    Attributes:
+        z: There.
+        w: Gone.
+    """
+
+    def __init__(self, x):
+        self.z = x
+'''
+    assert stale(text) == ["f: c", "C: y", "C: w"]

@@ -14,7 +14,7 @@ import grutrace
 TORCH_FREE = [
     "import grutrace",
     "import grutrace; grutrace.open; grutrace.Trace",
-    "import grutrace.storage.write.stream_sink",
+    "import grutrace.storage.write.file_sink",
     "import grutrace.analysis.descriptive.saturation",
     "import grutrace.analysis.comparison",
     "import grutrace; grutrace.Statistics()",

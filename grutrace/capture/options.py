@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import operator
 import platform
-import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import version
@@ -28,6 +27,7 @@ from grutrace.options import (
     OnError,
     Stacks,
     WeightChecks,
+    parse_bytes,
 )
 
 #: One of `STORAGE_DTYPES`, as a name or as a type of torch or NumPy.
@@ -178,12 +178,10 @@ def byte_count(option: str, value: object) -> int:
     """
     expected = 'a number of bytes, or a text such as "64 MiB" or "1 GB"'
     if isinstance(value, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]i?)?B?\s*", value)
-        if found is None:
+        size = parse_bytes(value)
+        if size is None:
             raise OptionError(f"{option}: expected {expected}, found {value!r}")
-        prefix = found[2] or ""
-        base = 1024 if prefix.endswith("i") else 1000
-        return int(float(found[1]) * base ** " KMGT".index(prefix[:1].upper() or " "))
+        return size
     number = integer(option, value, expected)
     if number < 0:
         raise OptionError(f"{option}: expected {expected}, found {number}")

@@ -84,7 +84,7 @@ def run(
         compression=compression,
         weights=weights,
         compiled=compiled,
-        state_memory=None if state_memory is None else parse_size(state_memory),
+        state_memory=None if state_memory is None else parse_size(state_memory, "state_memory"),
         quiet=quiet,
     )
     launch(settings, program, module=module)

@@ -44,7 +44,7 @@ class GateRequest(NamedTuple):
 
     Attributes:
         columns: Units to copy, by gate name.
-        share: Maximum cost of copying, relative to the cost of a replay.
+        max_cost_ratio: Maximum cost of copying, relative to the cost of a replay.
     """
 
     columns: UnitsByGate
@@ -59,7 +59,7 @@ class GateCopyPlan(NamedTuple):
 
     Attributes:
         columns: Units to copy, by gate name.
-        proof: Units whose states are compared with the states that the gates lead to.
+        check_units: Units whose states are compared with the states that the gates lead to.
     """
 
     columns: UnitsByGate
@@ -297,7 +297,7 @@ def is_cheaper(
     cost per step, and a cost per element.
 
     Args:
-        times: T
+        num_steps: T
         batch: B, the mean over the steps of a packed batch.
         input_size: I, the mean over the layers of a stack.
         hidden_size: H

@@ -139,7 +139,7 @@ def tolerances(
         products: (calls,) largest element of the products.
         recurrents: (calls,) the same of the one that the reset gate is applied to.
         kept: The type in which the rows are kept.
-        sums: (calls,) largest sum of the sizes of the terms of the products.
+        abs_sum_bounds: (calls,) largest sum of the sizes of the terms of the products.
     """
     stored: torch.dtype = getattr(torch, kept.name)
     columns = (
@@ -189,12 +189,12 @@ class RecomputedGates(NamedTuple):
 
     Attributes:
         gates: By name, (N, H).
-        off: (N,) largest ``|h from the gates - recorded h|`` of each row; infinite where just one
-            of the two is no number.
+        residual: (N,) largest ``|h from the gates - recorded h|`` of each row; infinite if one of
+            the two is NaN.
         product: (N,) largest element, in absolute value, of each row's products; 0 if not finite.
         recurrent: (N,) the same of what the reset gate is applied to.
-        sums: (N,) a bound on the sums of the sizes of the terms of both products; only where the
-            rows are kept in a smaller type than the kernel computed in, else 0.
+        abs_sum_bounds: (N,) a bound on the sums of the absolute terms of both products; 0 unless
+            the rows are stored in a smaller type than the kernel computed in.
     """
 
     gates: Mapping[str, Array]

@@ -16,32 +16,26 @@ weights that are needed.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from grutrace.gru import cell
-from grutrace.gru.cell import Gates, Products
+from grutrace.gru.cell import Products
 from grutrace.gru.kernel import CellWeights
 from grutrace.gru.kernel_gates import CHECK_UNITS
 from grutrace.gru.layout import OutputBuffer, SequenceLayout, copy_cast, numpy_type
+from grutrace.gru.residual import ResidualCheck, check_residual
 from grutrace.gru.tolerance import (
-    ReplayError,
-    abs_sum_bound,
     compare,
     lowest_precision,
-    machine_epsilon,
-    max_abs,
     product_maxima,
-    storage_rounding,
     summarize,
     to_floats,
-    tolerance,
 )
 from grutrace.records import GATES
 
@@ -55,8 +49,10 @@ class ReplayResult:
     """The gates of a call at one site, with the check of its states.
 
     Attributes:
-        gates: By name, each in the kernel's order and shape, (T, B, H) or (N, H).
-        residual: Largest ``|replayed h - kernel's h|``; see `grutrace.gru.tolerance.ReplayError`.
+        gates: By name, each in the kernel's order and shape, (T, B, H) or (N, H); of a partial
+            replay (T, B, U) or (N, U).
+        residual: Largest ``|replayed h - kernel's h|``, of a partial replay that of the checked
+            units; see `grutrace.gru.tolerance.ReplayError`.
         tolerance: The largest residual that rounding can explain.
         precision: Machine epsilon of the least precise data type that the kernel used.
     """
@@ -65,6 +61,11 @@ class ReplayResult:
     residual: float
     tolerance: float
     precision: float
+
+    @property
+    def check(self) -> ResidualCheck:
+        """The residual, the tolerance and the precision together."""
+        return ResidualCheck(self.residual, self.tolerance, self.precision)
 
 
 class GateReplay:
@@ -98,9 +99,9 @@ class GateReplay:
         if isinstance(module, nn.GRUCell):
             return CellWeights(module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh)
         each = 4 if module.bias else 2
-        place = self._layer * (2 if module.bidirectional else 1) + self._reverse
+        index = self._layer * (2 if module.bidirectional else 1) + self._reverse
         flat = cast("list[Tensor]", module._flat_weights)
-        return CellWeights(*flat[place * each : (place + 1) * each])
+        return CellWeights(*flat[index * each : (index + 1) * each])
 
     @torch.no_grad()
     def replay(
@@ -125,7 +126,7 @@ class GateReplay:
             initial: (B, H), in the kernel's batch order.
             steps: The layout of the two above.
             weights: What the kernel used, if not the module's present weights.
-            rooms: By name of the gate, where to write those that are wanted; new memory if None.
+            buffers: By name of the gate, where to write those that are wanted; new memory if None.
         """
         weights = self.weights if weights is None else weights
         if buffers is None:
@@ -155,117 +156,6 @@ class GateReplay:
         )
 
 
-#: Elements from which on torch cuts an operation in two for its threads. A row that is cut has two
-#: ends, and torch's sigmoid ends a row in other digits.
-CUT = 32 * 1024
-
-#: Calls that are replayed at once, at most: what one costs beside its products is small then.
-MOST_CALLS = 32
-
-
-def calls_at_once(batch: int, hidden_size: int) -> int:
-    """Return how many calls of one step can be replayed at once, each as if on its own."""
-    return min(MOST_CALLS, (CUT - 1) // max(1, 2 * batch * hidden_size))
-
-
-class OneStep(NamedTuple):
-    """One direction of one layer in a call of one step. On the CPU.
-
-    Attributes:
-        input: (B, I), what the layer read.
-        hidden: (B, H), what the kernel returned.
-        initial: (B, H), the state before.
-    """
-
-    input: Tensor
-    hidden: Tensor
-    initial: Tensor
-
-
-@torch.no_grad()
-def replay_calls(
-    calls: Sequence[OneStep], weights: CellWeights
-) -> tuple[Gates, list[ResidualCheck | None]]:
-    """Recompute the gates of several calls of one step, each the same bits as by
-    `GateReplay.replay`.
-
-    Args:
-        calls: Not more than `calls_at_once`, all of one shape and type, which is that of the
-            weights: without autocast.
-        weights: What the kernel used in all of them.
-
-    Returns:
-        The gates, each (calls, B, H), and what was found in each call: None where something is not
-        finite, so that it has to be replayed on its own.
-    """
-    inputs, hidden, initial = zip(*calls, strict=True)
-    products = cell.products_of_calls(inputs, initial, *weights)
-    previous, size = torch.stack(initial), products.hidden.shape[-1] // 3
-    parts = products.hidden[..., : 2 * size], products.hidden[..., 2 * size :]
-    least, most = (
-        [extreme(each, (1, 2)) for each in (products.input, *parts, previous)]
-        for extreme in (torch.amin, torch.amax)
-    )
-    gates = cell.gates_in_place(products)
-    off = cell.step(gates, previous).sub_(torch.stack(hidden))
-    extremes = torch.stack([off.amin((1, 2)), off.amax((1, 2)), *least, *most], 1).tolist()
-    dtype, terms = (
-        lowest_precision(hidden[0].dtype, products.input.dtype),
-        inputs[0].shape[-1] + size,
-    )
-    found: list[ResidualCheck | None] = []
-    for low, high, *bounds in extremes:
-        if not all(map(math.isfinite, (low, high, *bounds))):
-            found.append(None)
-            continue
-        input, first, recurrent, state = (
-            max(map(abs, pair)) for pair in zip(bounds[:4], bounds[4:], strict=True)
-        )
-        product = max(input, first, recurrent)
-        allowed = tolerance(dtype, terms, max(1.0, state), product, recurrent)
-        found.append(ResidualCheck(max(abs(low), abs(high)), allowed, machine_epsilon(dtype)))
-    return gates, found
-
-
-class ResidualCheck(NamedTuple):
-    """The last fields of a `ReplayResult`."""
-
-    residual: float
-    tolerance: float
-    precision: float
-
-
-def check_residual(
-    found: ReplayError,
-    dtype: torch.dtype,
-    input: Tensor,
-    hidden: Tensor,
-    initial: Tensor,
-    weights: CellWeights,
-    stored: torch.dtype | None,
-) -> ResidualCheck:
-    """Return the residual with its tolerance.
-
-    Args:
-        found: The result of comparing the states.
-        dtype: The least precise data type that the kernel used.
-        input: As for `GateReplay.replay`.
-        hidden: Likewise.
-        initial: Likewise.
-        weights: The rows of the weights that were used.
-        stored: The data type of stored rows, if it differs.
-    """
-    state = max(1.0, max_abs(initial))
-    terms = input.shape[-1] + hidden.shape[-1]
-    allowed = tolerance(dtype, terms, state, found.product, found.recurrent)
-    if stored is not None and machine_epsilon(stored) > machine_epsilon(dtype):
-        # The states before the steps are among these.
-        sums = abs_sum_bound([input], weights.weight_ih)
-        sums += abs_sum_bound([hidden, initial], weights.weight_hh)
-        allowed += storage_rounding(stored, state, sums, found.recurrent)
-    return ResidualCheck(found.residual, allowed, machine_epsilon(dtype))
-
-
 class ColumnSelector:
     """Selects indices of the last axis, in the given order; a view if they are evenly spaced."""
 
@@ -280,23 +170,6 @@ class ColumnSelector:
         if self._slice is not None:
             return values[..., self._slice]
         return values.index_select(-1, self._indices.to(values.device))
-
-
-@dataclass(frozen=True)
-class PartialReplayResult:
-    """The requested gates of a call at one site, with the check of its states.
-
-    Attributes:
-        gates: The requested gates, each in the kernel's order, (T, B, U) or (N, U).
-        residual: Largest ``|replayed h - kernel's h|`` of the checked units.
-        tolerance: The largest residual that rounding can explain.
-        precision: Machine epsilon of the least precise data type that the kernel used.
-    """
-
-    gates: dict[str, Tensor]
-    residual: float
-    tolerance: float
-    precision: float
 
 
 class PartialReplay:
@@ -350,7 +223,7 @@ class PartialReplay:
         initial: Tensor,
         steps: SequenceLayout,
         rows: CellWeights,
-    ) -> PartialReplayResult:
+    ) -> ReplayResult:
         """Recompute the gates of a call, all steps at once. For the rest see `GateReplay.replay`.
 
         Args:
@@ -384,7 +257,7 @@ class PartialReplay:
             of_gates["candidate"].hidden,
         )
         dtype = lowest_precision(hidden.dtype, products.input.dtype, products.hidden.dtype)
-        return PartialReplayResult(
+        return ReplayResult(
             {name: gates[name] for name in self._gates},
             *check_residual(found, dtype, input, hidden, initial, rows, self._stored),
         )

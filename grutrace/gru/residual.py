@@ -17,10 +17,64 @@ import torch
 from torch import Tensor
 
 from grutrace.gru.cell import Gates, step
+from grutrace.gru.kernel import CellWeights
+from grutrace.gru.tolerance import (
+    ReplayError,
+    abs_sum_bound,
+    machine_epsilon,
+    max_abs,
+    storage_rounding,
+    tolerance,
+)
 from grutrace.records import Array, CallRecord, ModuleInfo, Site
 
 #: Elements that are compared at once, so that they stay in the processor's cache.
 BLOCK = 64 * 1024
+
+
+class ResidualCheck(NamedTuple):
+    """The check of a call at one site, as in `grutrace.records.SiteRows`.
+
+    Attributes:
+        residual: Largest ``|h from the gates - kernel's h|``.
+        tolerance: The largest residual that rounding can explain.
+        precision: Machine epsilon of the least precise data type that the kernel used.
+    """
+
+    residual: float
+    tolerance: float
+    precision: float
+
+
+def check_residual(
+    found: ReplayError,
+    dtype: torch.dtype,
+    input: Tensor,
+    hidden: Tensor,
+    initial: Tensor,
+    weights: CellWeights,
+    stored: torch.dtype | None,
+) -> ResidualCheck:
+    """Return the residual with its tolerance.
+
+    Args:
+        found: The result of comparing the states.
+        dtype: The least precise data type that the kernel used.
+        input: (T, B, I) or (N, I), the input of the layer.
+        hidden: (T, B, H) or (N, H), the kernel's output for one direction.
+        initial: (B, H), in the kernel's batch order.
+        weights: The rows of the weights that were used.
+        stored: The data type of stored rows, if it differs.
+    """
+    state = max(1.0, max_abs(initial))
+    terms = input.shape[-1] + hidden.shape[-1]
+    allowed = tolerance(dtype, terms, state, found.product, found.recurrent)
+    if stored is not None and machine_epsilon(stored) > machine_epsilon(dtype):
+        # The states before the steps are among these.
+        sums = abs_sum_bound([input], weights.weight_ih)
+        sums += abs_sum_bound([hidden, initial], weights.weight_hh)
+        allowed += storage_rounding(stored, state, sums, found.recurrent)
+    return ResidualCheck(found.residual, allowed, machine_epsilon(dtype))
 
 
 def max_residual(

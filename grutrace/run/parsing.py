@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import re
-
 from grutrace.errors import OptionError
-
-#: Decimal and binary multiples of a byte.
-SUFFIXES = {
-    "": 1,
-    **{letter: 1000**power for power, letter in enumerate("KMGT", 1)},
-    **{f"{letter}I": 1024**power for power, letter in enumerate("KMGT", 1)},
-}
+from grutrace.options import parse_bytes
 
 
 def parse_units(text: str) -> slice | tuple[int, ...]:
@@ -54,13 +46,17 @@ def _number(option: str, part: str, text: str, expected: str) -> int:
         raise OptionError(f"{option}: expected {expected}, found {text!r}") from None
 
 
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "max_bytes") -> int:
     """Parse a size such as 500000, 10GB or 1.5GiB into bytes.
+
+    Args:
+        text: The size.
+        option: Name of the option that it is given for.
 
     Raises:
         OptionError: The text has another form.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", text.strip().upper())
-    if found is None:
-        raise OptionError(f"max_bytes: expected a size such as 10GB or 512MiB, found {text!r}")
-    return int(float(found[1]) * SUFFIXES[found[2] or ""])
+    size = parse_bytes(text)
+    if size is None:
+        raise OptionError(f"{option}: expected a size such as 10GB or 512MiB, found {text!r}")
+    return size

@@ -133,7 +133,7 @@ class Accumulator:
         modules: (modules,) of type `MODULE_DTYPE`.
         checked: (sites,) of type `CHECK_DTYPE`.
         annotations: Number of annotations.
-        tallies: Accumulators by site, then by quantity.
+        accumulators: Accumulators by site, then by quantity.
     """
 
     def __init__(self, model: str, created: float, layout: Sequence[SiteLayout], bins: int) -> None:

@@ -27,7 +27,7 @@ from grutrace.storage.format.schema import (
 )
 from grutrace.storage.format.tables import Tables, count_module, dataset_lengths
 from grutrace.storage.write.encoding import RecordEncoder, StringTable
-from grutrace.storage.write.stream_sink import BATCH_BYTES, RecordTransform
+from grutrace.storage.write.file_sink import BATCH_BYTES, RecordTransform
 from grutrace.storage.write.validation import RecordValidator
 
 #: Growth factor of an array, so that reading after every call copies little.

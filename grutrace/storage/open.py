@@ -15,7 +15,7 @@ from grutrace.storage.memory import MemorySink
 from grutrace.storage.read.file_source import FileSource
 from grutrace.storage.read.trace import Trace
 from grutrace.storage.shards.open_files import open_files
-from grutrace.storage.write.stream_sink import FileSink, RecordTransform
+from grutrace.storage.write.file_sink import FileSink, RecordTransform
 
 
 @runtime_checkable

@@ -17,7 +17,7 @@ from grutrace.storage.memory import MemorySink
 from grutrace.storage.open import open_trace
 from grutrace.storage.read.lazy_rows import FileRows
 from grutrace.storage.read.trace import Trace
-from grutrace.storage.write.stream_sink import FileSink
+from grutrace.storage.write.file_sink import FileSink
 from tests.storage.oracle import Expected
 from tests.storage.streams import drawn_streams, full_stream
 

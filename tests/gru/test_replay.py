@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from grutrace.gru import cell
 from grutrace.gru.kernel import CellWeights
 from grutrace.gru.layout import PaddedLayout
-from grutrace.gru.replay import GateReplay, OneStep, ReplayResult, calls_at_once, replay_calls
+from grutrace.gru.replay import GateReplay, ReplayResult
 from grutrace.gru.tolerance import tolerance
 from tests import oracles, other_processor
 
@@ -199,52 +199,3 @@ def test_the_tolerance_grows_with_what_it_depends_on() -> None:
     for name, size in sizes.items():
         assert tolerance(torch.float32, **(sizes | {name: 4 * size})) > plain
     assert tolerance(torch.float64, **sizes) == pytest.approx(plain * 2.0**-29)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 7, 3), (3, 17, 5), (5, 100, 7), (16, 128, 64)])
-def test_calls_of_one_step_are_the_same_bits_together(shape, bias, dtype) -> None:
-    batch, size, inputs = shape
-    torch.manual_seed(0)
-    layer = nn.GRU(inputs, size, bias=bias).to(dtype)
-    shadow, calls = GateReplay(layer), []
-    for _ in range(min(5, calls_at_once(batch, size))):
-        x, initial = (
-            torch.randn(1, batch, inputs, dtype=dtype),
-            torch.randn(1, batch, size).to(dtype),
-        )
-        calls.append(OneStep(x[0], layer(x, initial)[0][0].detach(), initial[0]))
-    gates, checks = replay_calls(calls, shadow.weights)
-    for number, call in enumerate(calls):
-        alone = shadow.replay(
-            call.input[None], call.hidden[None], call.initial, PaddedLayout(1, batch)
-        )
-        for name in ("reset", "update", "candidate"):
-            # A replay on its own is kept as float32, where NumPy has no such type.
-            assert torch.equal(
-                getattr(gates, name)[number].to(alone.gates[name]), alone.gates[name][0]
-            )
-        assert checks[number] == (alone.residual, alone.tolerance, alone.precision)
-        assert checks[number].residual <= checks[number].tolerance
-
-
-def test_a_wrong_call_among_others_is_the_one_that_is_noticed() -> None:
-    torch.manual_seed(0)
-    cell_, calls = nn.GRUCell(3, 8), []
-    for number in range(4):
-        x, initial = torch.randn(2, 3), torch.randn(2, 8)
-        hidden = cell_(x, initial).detach()
-        hidden[1, 2] += {2: 1e-3}.get(number, 0.0)
-        initial[0, 0] = math.nan if number == 3 else initial[0, 0]
-        calls.append(OneStep(x, hidden, initial))
-    _, checks = replay_calls(calls, GateReplay(cell_).weights)
-    assert [check is None for check in checks] == [False, False, False, True]
-    assert [check.residual > check.tolerance for check in checks[:3]] == [False, False, True]
-
-
-def test_large_calls_are_replayed_on_their_own() -> None:
-    assert calls_at_once(32, 512) == 0
-    assert calls_at_once(16, 128) == 7
-    assert calls_at_once(1, 8) == 32
-    assert calls_at_once(0, 8) == 32

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 
 from grutrace.records import DEFAULT_RECORD, CallRecord, SiteRows, WeightsRecord
-from grutrace.storage.write.stream_sink import FileSink
+from grutrace.storage.write.file_sink import FileSink
 from tests.storage.streams import make_header, make_module
 
 HIDDEN = 32

@@ -9,7 +9,7 @@ import numpy as np
 from grutrace.distributed import Shard
 from grutrace.records import AnnotationRecord, CallRecord, WeightsRecord
 from grutrace.storage.memory import MemorySink
-from grutrace.storage.write.stream_sink import FileSink
+from grutrace.storage.write.file_sink import FileSink
 from tests.storage.streams import Stream, full_stream, make_header, make_module
 
 RUN = "7c0d9b8e6f6a4f6e8d3b5a1c2e4f6a8b"

@@ -20,7 +20,7 @@ import numpy as np
 
 import grutrace
 from grutrace.records import DEFAULT_RECORD
-from grutrace.storage.write.stream_sink import FileSink
+from grutrace.storage.write.file_sink import FileSink
 from tests.storage import coded
 from tools.soak.forks import Outcome, outcomes
 from tools.soak.victims import run_for_ever

@@ -154,7 +154,7 @@ class PermutedHistogram:
     first class is the remainder of the total, which is the same in all permutations.
 
     Args:
-        arrangements: The permutations of the labels.
+        label_permutations: The permutations of the labels.
         some: Numbers of the permutations to count.
         bins: Bins of the units.
         levels: (H, B) the level of each bin.

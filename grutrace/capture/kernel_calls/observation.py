@@ -227,10 +227,10 @@ def run_kernel(
         module: The module whose forward makes the call.
         kernel: The kernel.
         arguments: Its positional arguments.
-        find_order: Returns, for the batch sizes of a packed input, the user's batch index of each
-            of the kernel's sequences; None if they are equal.
+        find_sorted_indices: Returns, for the batch sizes of a packed input, the user's batch index
+            of each of the kernel's sequences; None if they are equal.
         stacks: How to observe the lower layers of a stack.
-        asked: Which gates to harvest, where that can be done and pays.
+        request: The gates to copy from the kernel, if that is possible and cheaper.
         is_transformed: Whether a transform of torch.func may hold one of the arguments.
 
     Returns:

@@ -67,14 +67,14 @@ class Subscription:
 
     Args:
         module: The layer.
-        receiver: Called in the thread that runs the model, before anyone can change the output;
-            with `SkippedCall` where the call cannot be observed.
+        callback: Called in the thread that runs the model, before anyone can change the output;
+            with `SkippedCall` if the call cannot be observed.
         stacks: How to see between the layers of a stack: ``split``, ``rerun``, or ``auto`` for
             split on a CPU and rerun elsewhere. If subscriptions to one module differ, rerun takes
             precedence, then auto: they leave the kernel's output as it is.
-        wants: Whether the call that comes now is to be heard. Where no subscription to a module
-            wants it, the call costs next to nothing.
-        asked: Which of the kernel's own gates the receiver wants, where they can be had.
+        should_record: Asked once per call, whether to observe it. If no subscription to a module
+            does, the call costs next to nothing.
+        request: The kernel's own gates that the callback needs, if they can be copied.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, TypeAlias
@@ -81,12 +81,12 @@ class Journal:
 
     Args:
         recorders: The recorders of the modules.
-        outlet: Where they hand records on to.
-        keeps: Whether calls may wait at all.
+        guarded_sink: The sink to which they append records.
+        can_wait: Whether calls may wait.
 
     Attributes:
-        lock: Held while calls are worked out.
-        news: What was found that the user may have to be told, the oldest first.
+        lock: Held while calls are recorded.
+        findings: Findings to report to the user, oldest first.
     """
 
     def __init__(
@@ -169,9 +169,11 @@ class Journal:
             with isolated_context(), self._guarded_sink.sink.gather():
                 for module in uncertain:
                     self._recorders[module].recheck()
-                for module in {each.module for each, _ in waiting}:
-                    own = [each for each, _ in waiting if each.module == module]
-                    self._recorders[module].gather(own)
+                by_module = defaultdict[int, list[JournalEntry]](list)
+                for entry, _ in waiting:
+                    by_module[entry.module].append(entry)
+                for module, entries in by_module.items():
+                    self._recorders[module].gather(entries)
                 for _ in waiting:
                     self._record_entry(*self._entries.popleft())
 

@@ -18,16 +18,16 @@ from grutrace.capture.options import Options
 from grutrace.capture.recording.background import PendingCall, choose_version
 from grutrace.capture.recording.guarded_sink import RecordingLimits
 from grutrace.capture.recording.sequence_tracking import SequenceAssignment, SequenceTracker
-from grutrace.capture.recording.site_recorder import Replayed, ResidualCheck, SiteRecorder
+from grutrace.capture.recording.site_recorder import Replayed, SiteRecorder
 from grutrace.capture.recording.step_filter import StepFilter, slice_observation
 from grutrace.capture.recording.tensor_copy import CopyBuffer, RowConverter, to_numpy
 from grutrace.capture.recording.weight_versions import MAX_VERSIONS, Version, WeightVersionTracker
 from grutrace.capture.selection import SelectedModule, defer_gates
 from grutrace.errors import UnsupportedError
+from grutrace.gru.joint_replay import calls_at_once
 from grutrace.gru.kernel_gates import NO_GATES, kernel_supported, merge_requests
 from grutrace.gru.layout import has_dtype
-from grutrace.gru.replay import calls_at_once
-from grutrace.gru.residual import ResidualViolation, find_violations
+from grutrace.gru.residual import ResidualCheck, ResidualViolation, find_violations
 from grutrace.gru.tolerance import machine_epsilon
 from grutrace.records import (
     GATES,
@@ -58,8 +58,8 @@ class RecordedCall(NamedTuple):
         numbers: (B,) the number that each sequence began under in the trace; -1 for none.
         start: The first step of every sequence that is kept.
         stop: The first one after those; None for no end.
-        doubts: Sites whose gates do not lead to the kernel's states.
-        losses: What the type of the rows has lost, a sentence each.
+        violations: Sites whose residual exceeds the tolerance.
+        precision_losses: Precision that the data type of the rows has lost, a sentence each.
     """
 
     module: int
@@ -87,7 +87,8 @@ class JournalEntry:
         names: (B,) the user's names of the sequences; None to go by the states.
         time: When it ran, in seconds since 1970.
         autocast: The type of device and the precision of autocast, where that was on.
-        is_handed_on: Whether the sink has it.
+        is_appended: Whether the sink has it.
+        replays: The calls that it is replayed together with; None if it is replayed on its own.
     """
 
     __slots__ = (
@@ -318,7 +319,7 @@ class ModuleRecorder:
         alike: dict[tuple[object, ...], list[JournalEntry]] = {}
         for entry in entries:
             if (shape := _one_step(entry)) is not None:
-                alike.setdefault((entry.version.number, *shape), []).append(entry)
+                alike.setdefault((id(entry.version), *shape), []).append(entry)
         for (_, batch, *_), each in alike.items():
             most = calls_at_once(cast("int", batch), self.description.hidden_size)
             # An empty batch has no largest elements, and nothing to replay.

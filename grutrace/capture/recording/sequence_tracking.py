@@ -86,7 +86,7 @@ class _PendingAssignment:
         names: (B,) of the sequences, None for none; None if none has a name.
         whole: The call that it continues as a whole, if it does.
         used: The states that it continues or forks from, otherwise.
-        is_ours: Whether nobody else will change `final`.
+        is_owned: Whether no other code can change `final`.
     """
 
     assignment: SequenceAssignment
@@ -136,7 +136,7 @@ class SequenceTracker:
             final: (B, W) what each ended with; None if nothing can continue it.
             lengths: (B,) steps of each.
             names: (B,) the user's names, no two equal; None to go by the states.
-            is_ours: Whether nobody else will change these states.
+            is_owned: Whether no other code can change these states.
         """
         if self._is_behind:
             # An interruption came while the last call was being remembered.
@@ -163,10 +163,10 @@ class SequenceTracker:
         """Append the call that was assigned last, and remember its final states.
 
         Args:
-            hand_on: Does so. If it fails, the numbers of the call are not used up.
+            append: Appends the call. If it fails, the numbers of the call are not used up.
 
         Returns:
-            What that returned.
+            The result of `append`.
         """
         accepted = self._next
         assert accepted is not None

@@ -19,11 +19,12 @@ from grutrace.capture.recording.sequence_tracking import SequenceAssignment
 from grutrace.capture.recording.tensor_copy import RowConverter
 from grutrace.capture.selection import SelectedModule, make_partial_replay
 from grutrace.errors import UnsupportedError
+from grutrace.gru.joint_replay import OneStep, replay_calls
 from grutrace.gru.kernel import CellWeights, Layer
 from grutrace.gru.kernel_gates import NO_GATES, GateCopyPlan, GateRequest, KernelGates
 from grutrace.gru.layout import SequenceLayout, copy_cast
-from grutrace.gru.replay import ColumnSelector, GateReplay, OneStep, replay_calls
-from grutrace.gru.residual import max_residual
+from grutrace.gru.replay import ColumnSelector, GateReplay
+from grutrace.gru.residual import ResidualCheck, max_residual
 from grutrace.gru.tolerance import (
     compute_eps,
     lowest_precision,
@@ -40,16 +41,8 @@ MAX_COPY_COST = 1 / 3
 Values = TypeVar("Values", Tensor, Array)
 
 
-class ResidualCheck(NamedTuple):
-    """Residual, tolerance and precision of a call at one site, as in `SiteRows`."""
-
-    residual: float
-    tolerance: float
-    precision: float
-
-
 class Replayed(NamedTuple):
-    """Gates of a call that were replayed merge_requests with those of others.
+    """Gates of a call that were replayed together with those of others.
 
     Attributes:
         rows: By name, (B, H).
@@ -87,7 +80,7 @@ class SiteRecorder:
         rows: The type of the rows.
 
     Attributes:
-        asked: Which of the kernel's own gates are wanted, where they can be had.
+        requested_gates: The kernel's own gates to copy, if that is possible.
     """
 
     def __init__(
@@ -170,11 +163,11 @@ class SiteRecorder:
         return rows, check
 
     def replay_together(self, observations: Sequence[Observation]) -> list[Replayed | None]:
-        """ReplayResult several calls of one step at once: each gives the same bits as on its own.
+        """Replay several calls of one step at once: each gives the same bits as on its own.
 
         Args:
             observations: Calls with the same weights, of the same shapes and types, not more than
-                `grutrace.gru.replay.calls_at_once`, of which nothing was harvested.
+                `grutrace.gru.joint_replay.calls_at_once`, without gates copied from the kernel.
 
         Returns:
             Of each call, what `compute_rows` is to be given; None where it has to be replayed on
@@ -201,9 +194,7 @@ class SiteRecorder:
         return [
             None
             if check is None
-            else Replayed(
-                {name: each[number] for name, each in rows.items()}, ResidualCheck(*check)
-            )
+            else Replayed({name: each[number] for name, each in rows.items()}, check)
             for number, check in enumerate(checks)
         ]
 
@@ -311,15 +302,14 @@ class SiteRecorder:
         given = layer.input, hidden, initial, steps
         if self._partial_replay is not None and self._weight_rows is not None:
             part = self._partial_replay.replay(*given, self._weight_rows.of(weights))
-            check = ResidualCheck(part.residual, part.tolerance, part.precision)
+            check = part.check
             return {
                 name: self._rows.convert_steps(steps, gate) for name, gate in part.gates.items()
             }, check
         size, dtype = hidden.shape[-1], self._rows.dtype
         buffers = {name: steps.allocate(size, dtype) for name in GATES if name in site.quantities}
         whole = self._replay_all.replay(*given, weights, buffers)
-        check = ResidualCheck(whole.residual, whole.tolerance, whole.precision)
-        return {name: buffer.rows() for name, buffer in buffers.items()}, check
+        return {name: buffer.rows() for name, buffer in buffers.items()}, whole.check
 
     def _of_units(self, values: Tensor) -> Tensor:
         """(..., U) of (..., H). May share memory."""

@@ -296,7 +296,7 @@ class StateMemory:
 
         Args:
             call: The call.
-            is_ours: Whether nobody else will change its states: they are copied only when another
+            is_owned: Whether no other code can change its states: they are copied only when another
                 call becomes the last.
         """
         before, self.last = self.last, call

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grutrace.gru.cell import ALIGNMENT
 from grutrace.gru.layout import SequenceLayout, copy_cast, numpy_type
 from grutrace.records import Array, ModuleInfo
 
@@ -103,7 +104,7 @@ class RowConverter:
         Args:
             steps: Of the call.
             values: To be copied.
-            is_ours: Whether nobody else will change them, so that they need not be copied.
+            is_owned: Whether no other code can change them, so that they need not be copied.
         """
         if self._side is not None and self._side.takes(values):
             return self._copy_async(values, steps.to_device_rows(values))
@@ -179,27 +180,23 @@ def to_numpy(values: Tensor) -> Array:
     return array
 
 
-#: Copies lie end to end in pieces of memory of this size: from 4 MiB on NumPy asks for huge pages,
-#: and the first copy into each would wait until all of it is zeroed. Bytes.
+#: Size of the segments of memory in which copies lie end to end. Bytes.
 SEGMENT_BYTES = 1024 * 1024
-
-#: Each copy begins on a multiple of this. Bytes.
-ALIGNMENT = 64
 
 
 class CopyBuffer:
-    """Copies values. From any thread.
+    """Copies tensors into memory that is used again. Safe to use from any thread.
 
     Args:
-        size: How much memory that nobody uses any more is kept to be used again, in bytes.
+        size: Maximum bytes of unused memory that are kept.
     """
 
     def __init__(self, size: int) -> None:
-        # Rows of a trace in memory stay, and would keep the memory of what is soon dropped.
+        # Apart: rows of a trace in memory stay, and would keep the segments of temporary copies.
         self._lasting, self._passing = _SegmentPool(size), _SegmentPool(size)
 
     def copy(self, values: Tensor) -> Tensor:
-        """Return a copy that is soon dropped."""
+        """Return a temporary copy."""
         return self._passing.copy(values)
 
     def copy_lasting(self, values: Tensor) -> Tensor:
@@ -208,12 +205,12 @@ class CopyBuffer:
 
 
 class _SegmentPool:
-    """Pieces of memory, each used again as soon as no tensor or array lies in it any more."""
+    """Segments of memory. Each is used again when no tensor or array lies in it any more."""
 
     def __init__(self, size: int) -> None:
         self._spare = size // SEGMENT_BYTES
         self._free: list[Tensor] = []
-        # Those that are in use, and what says when they are not.
+        # Segments in use, each with the reference that reports when it is unused.
         self._in_use: dict[int, tuple[Tensor, weakref.ref[Array]]] = {}
         self._numbers = itertools.count()
         self._current: Array | None = None
@@ -222,7 +219,7 @@ class _SegmentPool:
         self._lock = threading.Lock()
 
     def copy(self, values: Tensor) -> Tensor:
-        """Return a copy, in memory of its own where it is large or on a device."""
+        """Return a copy. A large one, or one on a device, has memory of its own."""
         size = values.nbytes
         if values.device.type != "cpu" or size > SEGMENT_BYTES:
             return values.clone()
@@ -235,28 +232,26 @@ class _SegmentPool:
             memory = self._typed.get(values.dtype)
             if memory is None:
                 memory = self._of_type(values.dtype)
-        copied = memory.as_strided(
-            values.shape, _contiguous(values.shape), start // values.element_size()
-        )
-        return copied.copy_(values)
+        copied = memory.narrow(0, start // values.element_size(), values.numel())
+        return copied.view(values.shape).copy_(values)
 
     def _take(self) -> None:
-        """Go on in another piece."""
+        """Make another segment the current one."""
         self._typed.clear()
         memory = self._free.pop() if self._free else _new_segment()
-        # All that lies in the piece keeps this view of it.
+        # Everything in the segment keeps this view of it alive.
         self._current = memory.numpy()
         number = next(self._numbers)
         self._in_use[number] = memory, weakref.ref(self._current, partial(self._returned, number))
 
     def _returned(self, number: int, _: object) -> None:
-        # In any thread at any time, also in one that holds the lock.
+        # Runs in any thread at any time, even while that thread holds the lock.
         memory, _ = self._in_use.pop(number)
         if len(self._free) < self._spare:
             self._free.append(memory)
 
     def _of_type(self, dtype: torch.dtype) -> Tensor:
-        # It is written to in any mode that the model is called in.
+        # Copies are written in any mode in which the model is called, inference_mode or not.
         with torch.inference_mode(False):
             memory = torch.from_numpy(self._current).view(dtype)
         self._typed[dtype] = memory
@@ -264,18 +259,6 @@ class _SegmentPool:
 
 
 def _new_segment() -> Tensor:
-    # It is written to in any mode that the model is called in.
+    # As in `_of_type`.
     with torch.inference_mode(False):
         return torch.empty(SEGMENT_BYTES, dtype=torch.uint8, device="cpu")
-
-
-def _contiguous(shape: torch.Size) -> tuple[int, ...]:
-    if len(shape) == 3:
-        return shape[1] * shape[2], shape[2], 1
-    if len(shape) == 2:
-        return shape[1], 1
-    strides, each = [1], 1
-    for size in reversed(shape[1:]):
-        each *= size
-        strides.append(each)
-    return tuple(reversed(strides))

@@ -141,7 +141,7 @@ class WeightVersionTracker:
         checks: ``exact`` to compare every byte at every call.
 
     Attributes:
-        made: Versions that were found and not taken from here yet, the first one first.
+        new_versions: Versions that are not recorded yet, oldest first.
     """
 
     def __init__(self, checks: WeightChecks = "auto") -> None:

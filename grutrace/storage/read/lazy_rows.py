@@ -124,7 +124,12 @@ class LazyRows(ArrayLike):
             taken = range(self.shape[1])[columns]
             return (columns, _ALL) if taken.step > 0 else (_ALL, columns)
         if np.ndim(columns) == 0:
-            column = range(self.shape[1])[operator.index(columns)]
+            column, width = operator.index(columns), self.shape[1]
+            if not -width <= column < width:
+                raise IndexError(
+                    f"column index {column} is out of bounds: there are {width} columns"
+                )
+            column %= width
             return slice(column, column + 1), 0
         indices = np.asarray(columns)
         return _ALL, indices if indices.size else indices.astype(np.int64)

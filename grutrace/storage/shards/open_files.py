@@ -157,7 +157,7 @@ def _open_all(
 
     Args:
         paths: Paths of the files. Later parts of a run are opened with its first part.
-        orphans: Whether parts may be there without the first.
+        allow_orphans: Whether parts may exist without the first.
     """
     opened: list[tuple[Shard, ShardSource]] = []
     parts: list[str] = []

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from grutrace.storage.open import open_trace
 from grutrace.storage.read import lazy_rows as rows_module
 from grutrace.storage.read.lazy_rows import FileRows
-from grutrace.storage.write.stream_sink import FileSink
+from grutrace.storage.write.file_sink import FileSink
 from tests.storage import coded
 
 DATA = np.arange(60, dtype=np.float32).reshape(20, 3)

@@ -12,7 +12,7 @@ import pytest
 
 from grutrace.storage.open import open_source, open_trace
 from grutrace.storage.read.trace import Trace
-from grutrace.storage.write.stream_sink import FileSink
+from grutrace.storage.write.file_sink import FileSink
 from tests.plain_reader import PlainTrace
 from tests.storage import coded
 

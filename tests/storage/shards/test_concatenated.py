@@ -14,7 +14,7 @@ from grutrace.storage.read.lazy_rows import ConcatenatedRows, FileRows
 from grutrace.storage.read.trace import Trace
 from grutrace.storage.shards import concatenated
 from grutrace.storage.shards.concatenated import ConcatenatedSource
-from grutrace.storage.write.stream_sink import FileSink
+from grutrace.storage.write.file_sink import FileSink
 from tests.storage.oracle import check_trace
 from tests.storage.shard_streams import (
     RUN,

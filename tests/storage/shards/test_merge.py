@@ -19,7 +19,7 @@ from grutrace.errors import GrutraceWarning, TraceFileError
 from grutrace.storage.open import open_trace
 from grutrace.storage.shards import merge
 from grutrace.storage.shards.merge import merge_shards
-from grutrace.storage.write.stream_sink import FileSink
+from grutrace.storage.write.file_sink import FileSink
 from tests.plain_reader import PlainTrace
 from tests.storage.oracle import check_trace
 from tests.storage.shard_streams import (
@@ -624,6 +624,11 @@ def test_control_a_mapping_made_by_hand_as_it_should_be_is_read(sound, tmp_path)
         shutil.copy(each, tmp_path / each.name)
     relink(tmp_path / "run.h5", first(RANK_0), second())
     read_all(tmp_path / "run.h5")
+    with open_trace(tmp_path / "run.h5") as found, open_trace(sound / "run.h5") as expected:
+        for name in expected.sites:
+            for quantity in expected[name].site.quantities:
+                rows = np.asarray(expected[name].rows(quantity))
+                np.testing.assert_array_equal(np.asarray(found[name].rows(quantity)), rows)
 
 
 def test_control_hdf5_itself_follows_what_we_refuse(sound, tmp_path):

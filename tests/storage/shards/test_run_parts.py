@@ -17,7 +17,7 @@ from grutrace.storage.shards.run_parts import (
     part_path,
     parts_of,
 )
-from grutrace.storage.write.stream_sink import FileSink
+from grutrace.storage.write.file_sink import FileSink
 from tests.plain_reader import PlainTrace
 from tests.storage.oracle import check_trace
 from tests.storage.shards.test_union import split

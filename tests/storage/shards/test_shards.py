@@ -20,7 +20,7 @@ from grutrace.storage.open import open_trace
 from grutrace.storage.read.trace import Trace
 from grutrace.storage.shards.merge import merge_shards
 from grutrace.storage.shards.run_parts import RunPart, part_path
-from grutrace.storage.write.stream_sink import FileSink
+from grutrace.storage.write.file_sink import FileSink
 from tests.plain_reader import PlainTrace
 from tests.storage.oracle import check_trace
 from tests.storage.shard_streams import (

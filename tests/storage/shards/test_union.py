@@ -14,7 +14,7 @@ from grutrace.storage.read.file_source import FileSource
 from grutrace.storage.read.trace import Trace
 from grutrace.storage.shards import union
 from grutrace.storage.shards.union import UnionSource, distinct_modules
-from grutrace.storage.write.stream_sink import FileSink
+from grutrace.storage.write.file_sink import FileSink
 from tests.storage.oracle import check_trace
 from tests.storage.streams import Stream, drawn_streams, full_stream, make_header, make_module
 

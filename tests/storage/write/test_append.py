@@ -10,7 +10,7 @@ from grutrace.errors import TraceFileError
 from grutrace.records import QUANTITIES, AnnotationRecord, CallRecord, Fork, WeightsRecord
 from grutrace.storage.open import open_sink, open_source, open_trace
 from grutrace.storage.read.trace import Trace
-from grutrace.storage.write.stream_sink import FileSink
+from grutrace.storage.write.file_sink import FileSink
 from tests.plain_reader import PlainTrace
 from tests.storage import coded
 from tests.storage.format.test_format import check_plain

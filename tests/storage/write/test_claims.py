@@ -20,10 +20,10 @@ from grutrace.storage.hdf5 import locks
 from grutrace.storage.open import open_trace
 from grutrace.storage.shards.run_parts import RunPart, check_writable, part_path
 from grutrace.storage.write import writer_thread
-from grutrace.storage.write.stream_sink import FileSink
+from grutrace.storage.write.file_sink import FileSink
 from tests.storage import coded
 from tests.storage.streams import make_header, make_module
-from tests.storage.write.test_stream_sink import until
+from tests.storage.write.test_file_sink import until
 
 #: What says that a file is being written.
 HERE, ELSEWHERE = "by another tracer or grutrace.Statistics of this process", "by another process"

@@ -21,7 +21,7 @@ from grutrace.storage.read.file_source import FileSource
 from grutrace.storage.read.trace import Trace
 from grutrace.storage.recovery.recover import recover_file
 from grutrace.storage.write import compact, writer
-from grutrace.storage.write.stream_sink import FileSink
+from grutrace.storage.write.file_sink import FileSink
 from tests.plain_reader import PlainTrace
 from tests.storage import coded
 from tests.storage.streams import full_stream, make_header, make_module

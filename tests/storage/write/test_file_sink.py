@@ -20,7 +20,7 @@ from grutrace.storage.open import open_sink, open_source, open_trace
 from grutrace.storage.read.trace import Trace
 from grutrace.storage.write import writer_thread
 from grutrace.storage.write.appender import DatasetAppender
-from grutrace.storage.write.stream_sink import FileSink
+from grutrace.storage.write.file_sink import FileSink
 from grutrace.storage.write.writer import Writer
 from tests.storage import coded
 from tests.storage.oracle import check_trace
@@ -212,7 +212,7 @@ def test_a_trace_of_a_failed_sink_shows_what_was_committed(path, monkeypatch):
 DISK_FULL = """
 import resource, sys
 from tests.storage import coded
-from grutrace.storage.write.stream_sink import FileSink
+from grutrace.storage.write.file_sink import FileSink
 from grutrace.errors import SinkError
 from grutrace.storage.open import open_trace
 sink = FileSink(sys.argv[1], coded.HEADER)
@@ -379,7 +379,7 @@ def test_a_forgotten_sink_is_closed_in_order(path):
 FORGOTTEN = """
 import sys
 from tests.storage import coded
-from grutrace.storage.write.stream_sink import FileSink
+from grutrace.storage.write.file_sink import FileSink
 sink = FileSink(sys.argv[1], coded.HEADER)
 sink.append(coded.weights())
 for call in range(20):
@@ -497,7 +497,7 @@ FORKING = """
 import os, sys, time
 from tests.storage import coded
 from grutrace.storage.open import open_source
-from grutrace.storage.write.stream_sink import FileSink
+from grutrace.storage.write.file_sink import FileSink
 from grutrace.storage.read.trace import Trace
 sink = FileSink(sys.argv[1], coded.HEADER)
 trace = Trace(open_source(sink))
