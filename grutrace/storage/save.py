@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,9 +12,15 @@ from grutrace.errors import OptionError
 from grutrace.records import Array, TraceHeader
 from grutrace.storage.format.dimension_scales import extend_scales
 from grutrace.storage.format.schema import COMMITTED, TABLES
-from grutrace.storage.hdf5.atomic_write import fsync_directory, fsync_file, publish, temporary_path
+from grutrace.storage.hdf5.atomic_write import (
+    fsync_directory,
+    fsync_file,
+    publish,
+    temporary_path,
+    unlink_on_error,
+)
 from grutrace.storage.hdf5.errors import translate_write_errors
-from grutrace.storage.hdf5.handle import close_or_quarantine, discard_writes, file_identity
+from grutrace.storage.hdf5.quarantine import close_or_quarantine, discard_writes, file_identity
 from grutrace.storage.write.appender import DatasetAppender
 from grutrace.storage.write.claims import Claim
 from grutrace.storage.write.create import create_file
@@ -64,13 +69,9 @@ def save_trace(
         if mode == "overwrite":
             require_replaceable(target)
         temporary = temporary_path(target, mode)
-        try:
+        with unlink_on_error(temporary):
             write_datasets(target, temporary, header, counts, committed, blocks)
             publish(temporary, target, mode)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
         with translate_write_errors(target, "created"):
             fsync_directory(target)
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 from grutrace.errors import TraceFileError
@@ -31,11 +32,22 @@ def temporary_path(path: Path, mode: str) -> Path:
     return path.with_name(f"{path.name}.new-{secrets.token_hex(4)}")
 
 
-def publish(new: Path, path: Path, mode: str) -> None:
+@contextlib.contextmanager
+def unlink_on_error(path: Path) -> Iterator[None]:
+    """Return a context that deletes the file if an exception is raised inside."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+        raise
+
+
+def publish(temporary: Path, path: Path, mode: str) -> None:
     """Rename a finished file to its final path.
 
     Args:
-        new: Temporary path of the file.
+        temporary: Temporary path of the file.
         path: Final path.
         mode: "overwrite" replaces an existing file; any other mode refuses to.
 
@@ -45,14 +57,14 @@ def publish(new: Path, path: Path, mode: str) -> None:
     with contextlib.suppress(OSError, AttributeError):
         if mode != "overwrite":
             # Unlike a rename, a hard link never replaces a file. Some file systems have none.
-            os.link(new, path)
+            os.link(temporary, path)
             with contextlib.suppress(OSError):
-                new.unlink()
+                temporary.unlink()
             return
     if mode != "overwrite" and path.exists():
         raise _already_exists(path)
     with translate_write_errors(path, "created"):
-        new.replace(path)
+        temporary.replace(path)
 
 
 def fsync_file(descriptor: int) -> None:

@@ -1,13 +1,9 @@
-"""Read handles that a writer of the same process can close, and ways to close a failed file.
+"""Read handles that a writer of the same process can close.
 
 HDF5 opens a file once per process, for all its handles. While a read handle is open, closing the
 writer leaves the file open and flagged as being written, and other programs refuse to open it.
 So a read handle is acquired for one read at a time. Between two reads it can be closed; the next
 read opens it again.
-
-HDF5 cannot discard buffered data. It writes the buffer when the file is closed. If that fails,
-HDF5 keeps the file open until the process ends. `discard_writes` and `close_or_quarantine` handle
-such files.
 """
 
 from __future__ import annotations
@@ -30,6 +26,7 @@ from h5py import h5d
 from grutrace.errors import StateError, TraceFileError
 from grutrace.records import Array
 from grutrace.storage.hdf5.errors import H5PY_ERRORS, FormatError, require
+from grutrace.storage.hdf5.quarantine import file_identity, is_quarantined, quarantine
 from grutrace.storage.hdf5.safe_access import get_member, require_local_data
 from grutrace.storage.hdf5.safe_open import CHUNK_CACHE, has_writer_flag, open_for_reading
 from grutrace.storage.hdf5.superblock import RepairedFile, open_repaired
@@ -45,9 +42,6 @@ _handles: weakref.WeakSet[SharedReadHandle] = weakref.WeakSet()
 #: By thread: the handles to release at the end of `release_on_exit`.
 _tracked = threading.local()
 
-#: Files that HDF5 failed to close. Opening such a path again would read the stale buffers of HDF5;
-#: dropping the last reference would close the file again.
-_quarantined: dict[tuple[int, int], list[h5py.File]] = {}
 
 if hasattr(os, "register_at_fork"):  # Not available on Windows.
     os.register_at_fork(
@@ -166,7 +160,7 @@ class SharedReadHandle:
     def size(self) -> int:
         """Size of the file in bytes. Call while the file is acquired."""
         assert self._file is not None
-        if self._identity in _quarantined:
+        if is_quarantined(self._identity):
             # Such a file is read through a Python file object.
             return self._path.stat().st_size
         return os.fstat(self._file.id.get_vfd_handle()).st_size
@@ -205,14 +199,12 @@ class SharedReadHandle:
                 return
             with contextlib.suppress(OSError, FormatError, *H5PY_ERRORS):
                 status = self._path.stat()
-                if (
-                    self.is_same_file((status.st_dev, status.st_ino))
-                    or self._identity in _quarantined
-                ):
+                unchanged = self.is_same_file((status.st_dev, status.st_ino))
+                if unchanged or is_quarantined(self._identity):
                     return
                 with open_for_reading(self._path) as file:
-                    same = self._created is not None and _read_created(file) == self._created
-                if same:
+                    is_copy = self._created is not None and _read_created(file) == self._created
+                if is_copy:
                     self.release()
 
     def close(self) -> None:
@@ -250,7 +242,7 @@ class SharedReadHandle:
             handle.yield_to(self._path, flagged=flagged)
         status = self._path.stat()
         identity = status.st_dev, status.st_ino
-        if identity in _quarantined:
+        if is_quarantined(identity):
             file = open_repaired(RepairedFile(self._path), CHUNK_CACHE)
         else:
             file = open_for_reading(self._path)
@@ -265,12 +257,6 @@ class SharedReadHandle:
             raise TraceFileError(f"{self._path} was replaced by another file; open the path again")
         self._file, self._identity, self._created = file, identity, created
         self._groups[""] = file
-
-
-def file_identity(file: h5py.File) -> tuple[int, int]:
-    """Return device and inode of an open file. They stay the same when the file is renamed."""
-    status = os.fstat(file.id.get_vfd_handle())
-    return status.st_dev, status.st_ino
 
 
 @contextmanager
@@ -307,11 +293,6 @@ def close_readers(identity: tuple[int, int]) -> Iterator[None]:
         yield
 
 
-def quarantine(file: h5py.File, identity: tuple[int, int]) -> None:
-    """Keep a file that HDF5 failed to close, so that it is never closed or opened by path again."""
-    _quarantined[identity] = [*_quarantined.get(identity, ()), file]
-
-
 def _read_created(file: h5py.File) -> float | None:
     """Return when the trace began; None if the attribute is missing or damaged."""
     name = "created"
@@ -336,42 +317,3 @@ def _refresh(dataset: h5py.Dataset) -> None:
     """Update the cached state of a dataset that another process may have extended."""
     if _is_swmr_reader(dataset.file):
         dataset.refresh()
-
-
-def close_or_quarantine(file: h5py.File, identity: tuple[int, int]) -> None:
-    """Close a file after `discard_writes`; quarantine it if HDF5 cannot close it.
-
-    Args:
-        file: The file.
-        identity: Device and inode of the file.
-    """
-    try:
-        file.close()
-    except (OSError, RuntimeError):
-        quarantine(file, identity)
-
-
-def discard_writes(descriptor: int, identity: tuple[int, int]) -> None:
-    """Discard further HDF5 writes to a file.
-
-    The descriptor is redirected to a memory file. If it no longer belongs to the file, nothing
-    happens.
-
-    Args:
-        descriptor: The file descriptor that HDF5 uses.
-        identity: Device and inode of the file.
-    """
-    with contextlib.suppress(OSError):
-        status = os.fstat(descriptor)
-        if (status.st_dev, status.st_ino) == identity:
-            null = _open_null()
-            os.dup2(null, descriptor)
-            os.close(null)
-
-
-def _open_null() -> int:
-    """Open a descriptor whose writes are discarded."""
-    if hasattr(os, "memfd_create"):
-        # HDF5 truncates a file when it closes it. The null device does not allow that.
-        return os.memfd_create("grutrace")
-    return os.open(os.devnull, os.O_RDWR)

@@ -21,62 +21,13 @@ from h5py._objects import phil
 from grutrace.errors import TraceFileError
 from grutrace.storage.hdf5.errors import TRACE
 from grutrace.storage.hdf5.locks import NO_LOCKS
-
-#: The first bytes of an HDF5 file.
-SIGNATURE = b"\x89HDF\r\n\x1a\n"
+from grutrace.storage.hdf5.superblock import SIGNATURE
 
 #: Bytes that are read from the beginning of a file to identify it.
 HEAD_BYTES = 4096
 
 #: Further offsets, in bytes, at which HDF5 searches for its signature after a user block.
 _USER_BLOCKS = (512, 1024, 2048)
-
-_MAGIC_BYTES = {
-    b"\x1f\x8b": "a gzip file",
-    b"BZh": "a bzip2 file",
-    b"\xfd7zXZ\x00": "an xz file",
-    b"\x28\xb5\x2f\xfd": "a zstd file",
-    b"\x93NUMPY": "a NumPy array (.npy)",
-    b"CDF\x01": "a netCDF-3 file",
-    b"CDF\x02": "a netCDF-3 file",
-    b"\x0e\x03\x13\x01": "an HDF4 file",
-    b"PAR1": "a Parquet file",
-    b"SQLite format 3\x00": "an SQLite database",
-    b"\x80\x02\x8a\x0al\xfc\x9c\x46\xf9\x20": "a PyTorch checkpoint",
-    b"\x80": "a pickle",
-}
-
-
-def sniff_format(head: bytes) -> str:
-    """Return the kind of a file that is not HDF5, as in "a gzip file".
-
-    Args:
-        head: First bytes of the file, at most `HEAD_BYTES`.
-    """
-    if not head:
-        return "an empty file"
-    if any(head.startswith(SIGNATURE, offset) for offset in _USER_BLOCKS):
-        return "an HDF5 file with a user block"
-    if head.startswith(b"PK\x03\x04"):
-        if b"data.pkl" in head[:512]:
-            return "a PyTorch checkpoint"
-        return "a NumPy archive (.npz)" if b".npy" in head[:512] else "a zip file"
-    for beginning, kind in _MAGIC_BYTES.items():
-        if head.startswith(beginning):
-            return kind
-    if not any(head):
-        return "a file of zeros"
-    return "a text file" if _is_text(head) else "an unknown kind of file"
-
-
-def _is_text(head: bytes) -> bool:
-    try:
-        # The last character may be cut off.
-        text = head.decode("utf-8", "ignore" if len(head) == HEAD_BYTES else "strict")
-    except UnicodeDecodeError:
-        return False
-    return all(character.isprintable() or character.isspace() for character in text)
-
 
 #: HDF5's chunk cache of one dataset, in bytes: four chunks of rows.
 CHUNK_CACHE = 1024 * 1024
@@ -95,6 +46,22 @@ _LOCKING = "HDF5_USE_FILE_LOCKING"
 
 #: The two writer flags in the superblock of HDF5. A writer sets one of them.
 _WRITER_FLAGS = 0b101
+
+#: Kinds of files by their first bytes.
+_MAGIC_BYTES = {
+    b"\x1f\x8b": "a gzip file",
+    b"BZh": "a bzip2 file",
+    b"\xfd7zXZ\x00": "an xz file",
+    b"\x28\xb5\x2f\xfd": "a zstd file",
+    b"\x93NUMPY": "a NumPy array (.npy)",
+    b"CDF\x01": "a netCDF-3 file",
+    b"CDF\x02": "a netCDF-3 file",
+    b"\x0e\x03\x13\x01": "an HDF4 file",
+    b"PAR1": "a Parquet file",
+    b"SQLite format 3\x00": "an SQLite database",
+    b"\x80\x02\x8a\x0al\xfc\x9c\x46\xf9\x20": "a PyTorch checkpoint",
+    b"\x80": "a pickle",
+}
 
 
 def open_for_reading(path: Path, expected: str = TRACE) -> h5py.File:
@@ -211,3 +178,34 @@ def _access_properties() -> h5p.PropFAID:
         number = ctypes.c_int64(access.id)
         _hdf5().H5Pset_metadata_read_attempts(number, ctypes.c_uint(READ_ATTEMPTS))
     return access
+
+
+def sniff_format(head: bytes) -> str:
+    """Return the kind of a file that is not HDF5, as in "a gzip file".
+
+    Args:
+        head: First bytes of the file, at most `HEAD_BYTES`.
+    """
+    if not head:
+        return "an empty file"
+    if any(head.startswith(SIGNATURE, offset) for offset in _USER_BLOCKS):
+        return "an HDF5 file with a user block"
+    if head.startswith(b"PK\x03\x04"):
+        if b"data.pkl" in head[:512]:
+            return "a PyTorch checkpoint"
+        return "a NumPy archive (.npz)" if b".npy" in head[:512] else "a zip file"
+    for beginning, kind in _MAGIC_BYTES.items():
+        if head.startswith(beginning):
+            return kind
+    if not any(head):
+        return "a file of zeros"
+    return "a text file" if _is_text(head) else "an unknown kind of file"
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        # The last character may be cut off.
+        text = head.decode("utf-8", "ignore" if len(head) == HEAD_BYTES else "strict")
+    except UnicodeDecodeError:
+        return False
+    return all(character.isprintable() or character.isspace() for character in text)

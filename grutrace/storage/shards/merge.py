@@ -37,7 +37,7 @@ from grutrace.storage.format.schema import (
 )
 from grutrace.storage.format.shard_stamp import MergedShard, merged_options
 from grutrace.storage.format.tables import ModuleCounts, Tables, dataset_lengths
-from grutrace.storage.hdf5.atomic_write import publish, temporary_path
+from grutrace.storage.hdf5.atomic_write import publish, temporary_path, unlink_on_error
 from grutrace.storage.hdf5.errors import translate_write_errors
 from grutrace.storage.hdf5.filters import compression_of, filter_options
 from grutrace.storage.interfaces import AppendOnlySource, Rows, SnapshotReader
@@ -93,7 +93,7 @@ def merge_shards(
         GrutraceWarning: The file of a rank is missing.
     """
     target = Path(output)
-    new = temporary_path(target, "w")
+    temporary = temporary_path(target, "w")
     source = open_files(paths)
     try:
         if not isinstance(source, ConcatenatedSource):
@@ -101,15 +101,11 @@ def merge_shards(
         if not copy:
             _require_same_folder(target, source.files)
         merge = _Merge(source, copy, progress)
-        with translate_write_errors(target, "written"):
-            try:
-                # No lock is needed for a temporary file, and some file systems have no locks.
-                with h5py.File(new, "x", libver=LIBVER, locking=False) as file:
-                    merge.write(file)
-                publish(new, target, "w")
-            except BaseException:
-                new.unlink(missing_ok=True)
-                raise
+        with translate_write_errors(target, "written"), unlink_on_error(temporary):
+            # No lock is needed for a temporary file, and some file systems have no locks.
+            with h5py.File(temporary, "x", libver=LIBVER, locking=False) as file:
+                merge.write(file)
+            publish(temporary, target, "w")
         return merge.report
     finally:
         source.close()

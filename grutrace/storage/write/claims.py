@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from pathlib import Path
 
 from grutrace.errors import TraceFileError
 from grutrace.storage.hdf5.locks import HeldFile
+from grutrace.storage.hdf5.safe_open import has_writer_flag
 
 #: Seconds that a new writer waits for an abandoned one that is closing its file.
 CLAIM_TIMEOUT = 30.0
@@ -37,7 +39,7 @@ class Claim:
         self._held: HeldFile | None = None
         with _changed:
             _changed.wait_for(lambda: not _is_closing(path), CLAIM_TIMEOUT)
-            if _holders(path):
+            if _claims_on(path):
                 raise TraceFileError(
                     f"{path} is being written by another tracer or grutrace.Statistics of this "
                     "process: close that one first, or choose another path"
@@ -46,21 +48,32 @@ class Claim:
 
     def hold(self, file: HeldFile) -> None:
         """Keep the file that was published at the path open, to notice when it is replaced."""
-        before, self._held = self._held, file
-        if before is not None:
-            before.close()
+        previous, self._held = self._held, file
+        if previous is not None:
+            previous.close()
 
-    def displacement(self) -> str:
-        """Describe how the file at the path was removed or replaced; empty if it was not."""
+    def displacement_error(self) -> str:
+        """Return the error message for a file that is no longer at the path; empty if it is."""
         if self._held is None:
             return ""
         try:
-            there = self._held.is_at(self.path)
+            if self._held.is_at(self.path):
+                return ""
+            change = "was replaced by another file"
         except FileNotFoundError:
-            return "was deleted or moved while it was written"
+            change = "was deleted or moved"
         except OSError:
             return ""
-        return "" if there else "was replaced by another file while it was written"
+        return f"{self.path} {change} while it was written: recording to it has stopped"
+
+    def overwrite_error(self) -> str:
+        """Return the error message for a file without its writer flag; empty if it has the flag."""
+        with contextlib.suppress(OSError):
+            if not self.displacement_error() and not has_writer_flag(self.path):
+                return (
+                    f"{self.path} was overwritten by another program: recording to it has stopped"
+                )
+        return ""
 
     def release(self) -> None:
         """Release the path. Releasing twice does nothing."""
@@ -90,21 +103,21 @@ def require_unclaimed(path: Path) -> None:
     Claim(path).release()
 
 
-def _holders(path: Path) -> list[Claim]:
-    return [each for each in _claims if each.covers(path)]
+def _claims_on(path: Path) -> list[Claim]:
+    return [claim for claim in _claims if claim.covers(path)]
 
 
 def _is_closing(path: Path) -> bool:
-    holders = _holders(path)
-    return bool(holders) and all(each.closing for each in holders)
+    claims = _claims_on(path)
+    return bool(claims) and all(claim.closing for claim in claims)
 
 
 def _release_all_after_fork() -> None:
     """In a forked child: release all claims. The parent keeps writing and keeps its locks."""
     global _changed
     _changed = threading.Condition()
-    for each in list(_claims):
-        each.release()
+    for claim in list(_claims):
+        claim.release()
 
 
 if hasattr(os, "register_at_fork"):

@@ -8,13 +8,14 @@ that has the old file open keeps reading it.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -22,8 +23,14 @@ import numpy as np
 from grutrace.records import TraceHeader
 from grutrace.storage.format.dimension_scales import extend_scales
 from grutrace.storage.format.schema import DatasetSpec, dataset_specs
+from grutrace.storage.hdf5.atomic_write import fsync_file, temporary_path, unlink_on_error
+from grutrace.storage.hdf5.errors import H5PY_ERRORS, translate_write_errors
+from grutrace.storage.hdf5.handle import lock_readers
+from grutrace.storage.hdf5.quarantine import file_identity
+from grutrace.storage.hdf5.safe_open import open_for_reading
 from grutrace.storage.write.appender import DatasetAppender
-from grutrace.storage.write.create import Items, trace_image
+from grutrace.storage.write.create import Items, open_to_write, trace_image
+from grutrace.storage.write.overwrite import file_signature
 
 #: Bytes of data above which a trace is not rewritten, since it could save little in proportion.
 MAX_DATA_BYTES = 16 * 1024 * 1024
@@ -54,21 +61,125 @@ def should_compact(header: TraceHeader, items: Items) -> bool:
     )
 
 
-def has_small_chunks(file: h5py.File, header: TraceHeader, items: Items) -> bool:
-    """Return whether this is a small file with chunks that are smaller than usual.
+def publish_compact_copy(
+    file: h5py.File,
+    path: Path,
+    header: TraceHeader,
+    items: Items,
+    committed: Any,
+    *,
+    appended: bool,
+    fsync: bool,
+) -> bool:
+    """Replace a small file by a closed copy with fitting chunks.
+
+    Call this while the file has its writer flag, so that no other process replaces it.
 
     Args:
-        file: The file.
+        file: The open file.
+        path: Path of the file.
+        header: Header of the trace.
+        items: Number of items of each dataset, by path.
+        committed: The committed counts of the copy.
+        appended: Whether the file existed before. Then another program may have added content.
+        fsync: Whether to wait until the disk has stored the copy.
+
+    Returns:
+        False if the copy failed or would lose content. Then the file stays as it is.
+    """
+    with contextlib.suppress(*H5PY_ERRORS):
+        image = _copy_image(file, header, items, committed, compact=True)
+        if appended and _has_extra_content(file, image):
+            return False
+        temporary = temporary_path(path, "overwrite")
+        with unlink_on_error(temporary):
+            with temporary.open("xb") as stream:
+                stream.write(image)
+                if fsync:
+                    stream.flush()
+                    fsync_file(stream.fileno())
+            if not _copy_permissions(path, temporary):
+                raise OSError(f"{temporary} cannot replace {path} with the same owner")
+            temporary.replace(path)
+        return True
+    return False
+
+
+class ExpandedCopy(NamedTuple):
+    """A copy of a compact file with chunks of the usual size, open for writing.
+
+    Attributes:
+        file: The copy.
+        temporary: Path of the copy.
+        identity: Device and inode of the original.
+        signature: `file_signature` of the original.
+    """
+
+    file: h5py.File
+    temporary: Path
+    identity: tuple[int, int]
+    signature: tuple[int, int, int, int] | None
+
+
+def open_expanded_copy(path: Path, header: TraceHeader, items: Items) -> ExpandedCopy | None:
+    """Copy a compact file, with chunks of the usual size, and open the copy for writing.
+
+    Args:
+        path: Path of the file.
         header: Header of the trace.
         items: Number of committed items of each dataset, by path.
+
+    Returns:
+        None if the file has the usual chunks, or a copy cannot replace it.
+
+    Raises:
+        TraceFileError: The file cannot be read.
     """
+    signature = file_signature(path)
+    if _is_open_for_writing(path):
+        # HDF5 raises its own error when the file is opened.
+        return None
+    with (
+        translate_write_errors(path, "appended to"),
+        lock_readers(),
+        open_for_reading(path) as file,
+    ):
+        if not _has_small_chunks(file, header, items):
+            return None
+        identity, committed = file_identity(file), file["committed"][()]
+        image = _copy_image(file, header, items, committed, compact=False)
+        if _has_extra_content(file, image):
+            return None
+    temporary = temporary_path(path, "overwrite")
+    try:
+        with unlink_on_error(temporary):
+            temporary.write_bytes(image)
+            if not _copy_permissions(path, temporary):
+                temporary.unlink()
+                return None
+            return ExpandedCopy(open_to_write(temporary), temporary, identity, signature)
+    except OSError:
+        return None
+
+
+def _has_small_chunks(file: h5py.File, header: TraceHeader, items: Items) -> bool:
     return _is_small(header, items) and any(
         file[path].chunks is not None and file[path].chunks[0] < spec.chunks[0]
         for path, spec in dataset_specs(header.modules).items()
     )
 
 
-def copy_image(
+def _is_open_for_writing(path: Path) -> bool:
+    """Return whether this process has a file open for writing, as with `h5py.File`."""
+    signature = file_signature(path)
+    for file in h5py.h5f.get_obj_ids(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE):
+        name = os.fsdecode(h5py.h5f.get_name(file))
+        if file.get_intent() & h5py.h5f.ACC_RDWR and file_signature(Path(name)) == signature:
+            return True
+    return False
+
+
+def _copy_image(
     file: h5py.File, header: TraceHeader, items: Items, committed: Any, *, compact: bool
 ) -> bytes:
     """Return the bytes of a file with the same content.
@@ -93,7 +204,7 @@ def copy_image(
     return trace_image(header, items if compact else None, fill)
 
 
-def has_extra_content(file: h5py.File, image: bytes) -> bool:
+def _has_extra_content(file: h5py.File, image: bytes) -> bool:
     """Return whether a file has content that the copy lacks, as added by another program."""
     with h5py.File(io.BytesIO(image), "r") as copy:
         # A file of an older format version keeps its version.
@@ -101,22 +212,24 @@ def has_extra_content(file: h5py.File, image: bytes) -> bool:
         return not same_version or any(_differences(file, copy))
 
 
-def copy_permissions(path: Path, new: Path) -> bool:
-    """Copy the permissions of a file to the new file that is to replace it.
+def _copy_permissions(path: Path, copy: Path) -> bool:
+    """Give a copy the permissions of its original.
 
     Returns:
-        False if the new file cannot replace it: the old file has several hard links, another
-        owner, or extended attributes.
+        False if the copy cannot replace the original, because the original has several hard
+        links, another owner, or extended attributes.
 
     Raises:
         OSError: The permissions cannot be set.
     """
-    old, made = path.stat(), new.stat()
-    if old.st_nlink > 1 or (old.st_uid, old.st_gid) != (made.st_uid, made.st_gid):
+    status, copy_status = path.stat(), copy.stat()
+    if status.st_nlink > 1:
+        return False
+    if (status.st_uid, status.st_gid) != (copy_status.st_uid, copy_status.st_gid):
         return False
     if _has_extended_attributes(path):
         return False
-    shutil.copymode(path, new)
+    shutil.copymode(path, copy)
     return True
 
 
@@ -146,25 +259,26 @@ def _item_bytes(spec: DatasetSpec) -> int:
 
 def _wasted_bytes(spec: DatasetSpec, count: int) -> int:
     """Return the unused bytes of the only chunk of a dataset."""
-    missing = spec.chunks[0] - count if 0 < count < spec.chunks[0] else 0
-    return missing * _item_bytes(spec)
+    unused = spec.chunks[0] - count if 0 < count < spec.chunks[0] else 0
+    return unused * _item_bytes(spec)
 
 
 def _differences(group: h5py.Group, copy: h5py.Group) -> Iterator[bool]:
+    """Yield, for each object of a group, whether the copy lacks some of its content."""
     yield bool(set(group.attrs) - set(copy.attrs) - _SCALE_ATTRIBUTES)
     links: Mapping[str, Any] = group
     for name in links:
         if name not in copy or group.get(name, getlink=True).__class__ is not h5py.HardLink:
             yield True
             continue
-        found, copied = group[name], copy[name]
-        if type(found) is not type(copied):
+        member, copied = group[name], copy[name]
+        if type(member) is not type(copied):
             yield True
-        elif isinstance(found, h5py.Group):
-            yield from _differences(found, copied)
+        elif isinstance(member, h5py.Group):
+            yield from _differences(member, copied)
         else:
-            yield bool(set(found.attrs) - set(copied.attrs) - _SCALE_ATTRIBUTES)
-            yield _filters(found) != _filters(copied)
+            yield bool(set(member.attrs) - set(copied.attrs) - _SCALE_ATTRIBUTES)
+            yield _filters(member) != _filters(copied)
 
 
 def _filters(dataset: h5py.Dataset) -> list[int]:

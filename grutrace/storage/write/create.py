@@ -44,13 +44,13 @@ Items: TypeAlias = Mapping[str, int]
 
 
 def create_file(
-    path: Path, new: Path, header: TraceHeader, items: Items | None = None
+    path: Path, temporary: Path, header: TraceHeader, items: Items | None = None
 ) -> h5py.File:
     """Create a file with the header and empty datasets, and open it to write.
 
     Args:
         path: Final path, which errors name.
-        new: Path at which the file is created.
+        temporary: Path at which the file is created.
         header: Header of the trace.
         items: As for `trace_image`.
 
@@ -59,9 +59,9 @@ def create_file(
     """
     with translate_write_errors(path, "created"):
         content = trace_image(header, items)
-        with new.open("xb") as file:
-            file.write(content)
-        return open_to_write(new)
+        with temporary.open("xb") as stream:
+            stream.write(content)
+        return open_to_write(temporary)
 
 
 def trace_image(

@@ -13,12 +13,11 @@ from grutrace.records import Array, ModuleInfo
 from grutrace.storage.format.dimension_scales import extend_scales
 from grutrace.storage.format.schema import COMMITTED, TABLES, dataset_specs
 from grutrace.storage.hdf5.atomic_write import fsync_file
-from grutrace.storage.hdf5.handle import (
+from grutrace.storage.hdf5.handle import close_readers, lock_readers
+from grutrace.storage.hdf5.quarantine import (
     close_or_quarantine,
-    close_readers,
     discard_writes,
     file_identity,
-    lock_readers,
     quarantine,
 )
 from grutrace.storage.write.appender import DatasetAppender

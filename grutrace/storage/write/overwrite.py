@@ -1,4 +1,7 @@
-"""Refuse to overwrite files that grutrace did not write or that another process is writing."""
+"""Refuse to overwrite files that grutrace did not write or that another process is writing.
+
+`file_signature` tells whether the file at a path has changed.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from grutrace.storage.format.schema import FORMAT, STATISTICS_FORMAT
 from grutrace.storage.hdf5.errors import H5PY_ERRORS, FormatError
 from grutrace.storage.hdf5.handle import lock_readers
 from grutrace.storage.hdf5.locks import is_locked
-from grutrace.storage.hdf5.safe_open import HEAD_BYTES, SIGNATURE, has_writer_flag, sniff_format
-from grutrace.storage.hdf5.superblock import RepairedFile, open_repaired
+from grutrace.storage.hdf5.safe_open import HEAD_BYTES, has_writer_flag, sniff_format
+from grutrace.storage.hdf5.superblock import SIGNATURE, RepairedFile, open_repaired
 
 #: Bytes of the chunk cache. Only attributes are read here.
 CACHE = 4096
@@ -35,10 +38,10 @@ def require_replaceable(path: Path) -> None:
     """
     if not path.exists():
         return
-    found = _found(path)
-    if found is not None:
+    kind = _foreign_kind(path)
+    if kind is not None:
         raise TraceFileError(
-            f"{path} cannot be overwritten: expected a file that grutrace wrote, found {found}. "
+            f"{path} cannot be overwritten: expected a file that grutrace wrote, found {kind}. "
             "Move the file, or choose another path"
         )
     require_no_writer(path)
@@ -81,17 +84,25 @@ def is_statistics_file(path: Path) -> bool:
         return False
 
 
-def _found(path: Path) -> str | None:
+def file_signature(path: Path) -> tuple[int, int, int, int] | None:
+    """Return values that change when the file at a path changes; None if no file exists."""
+    if not path.exists():
+        return None
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _foreign_kind(path: Path) -> str | None:
     """Return the kind of a file that grutrace did not write; None if grutrace wrote it."""
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
         if not head.startswith(SIGNATURE):
             return sniff_format(head)
-        written = _format(path)
+        declared_format = _format(path)
     except (FormatError, *H5PY_ERRORS) as error:
         return f"an HDF5 file that cannot be read ({error})"
-    if written in (FORMAT, STATISTICS_FORMAT):
+    if declared_format in (FORMAT, STATISTICS_FORMAT):
         return None
     return "another HDF5 file"
 
@@ -103,15 +114,15 @@ def _format(path: Path) -> str | None:
         FormatError: The superblock is damaged.
         OSError: The file cannot be read.
     """
-    with path.open("rb") as plain:
-        version = plain.read(9)[8:]
-        plain.seek(0)
+    with path.open("rb") as stream:
+        version = stream.read(9)[8:]
+        stream.seek(0)
         # HDF5 neither locks a Python file object nor waits for its writer.
         if version in (b"\2", b"\3"):
-            with lock_readers(), RepairedFile(path) as file, open_repaired(file, CACHE) as opened:
-                return _format_of(opened)
-        with lock_readers(), h5py.File(plain, "r") as opened:
-            return _format_of(opened)
+            with lock_readers(), RepairedFile(path) as image, open_repaired(image, CACHE) as file:
+                return _format_of(file)
+        with lock_readers(), h5py.File(stream, "r") as file:
+            return _format_of(file)
 
 
 def _format_of(file: h5py.File) -> str | None:

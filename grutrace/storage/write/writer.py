@@ -19,32 +19,29 @@ from grutrace.options import OPTIONS
 from grutrace.records import Record, TraceHeader, WeightsRecord
 from grutrace.storage.format.schema import dataset_specs, site_path
 from grutrace.storage.format.tables import dataset_lengths
-from grutrace.storage.hdf5.atomic_write import fsync_directory, fsync_file, publish, temporary_path
-from grutrace.storage.hdf5.errors import H5PY_ERRORS, short_message, translate_write_errors
-from grutrace.storage.hdf5.handle import (
-    close_readers,
-    file_identity,
-    lock_readers,
+from grutrace.storage.hdf5.atomic_write import (
+    fsync_directory,
+    publish,
+    temporary_path,
+    unlink_on_error,
 )
+from grutrace.storage.hdf5.errors import H5PY_ERRORS, short_message, translate_write_errors
+from grutrace.storage.hdf5.handle import close_readers
 from grutrace.storage.hdf5.locks import HeldFile
-from grutrace.storage.hdf5.safe_open import has_writer_flag, open_for_reading
 from grutrace.storage.write.claims import Claim
 from grutrace.storage.write.compact import (
-    copy_image,
-    copy_permissions,
-    has_extra_content,
-    has_small_chunks,
+    open_expanded_copy,
+    publish_compact_copy,
     should_compact,
 )
 from grutrace.storage.write.create import (
     create_file,
     load_for_append,
     open_to_append,
-    open_to_write,
 )
 from grutrace.storage.write.dataset_writer import DatasetWriter
 from grutrace.storage.write.encoding import RecordEncoder, StringTable
-from grutrace.storage.write.overwrite import require_replaceable
+from grutrace.storage.write.overwrite import file_signature, require_replaceable
 from grutrace.storage.write.validation import RecordValidator
 from grutrace.storage.write.writer_thread import COMMIT_SECONDS
 
@@ -111,21 +108,21 @@ class Writer:
         """Create a file and publish it at the path."""
         self._strings = StringTable()
         self._encoder = RecordEncoder(self._header.modules, self._strings)
-        new = temporary_path(self.path, mode)
-        replaced = None
+        temporary = temporary_path(self.path, mode)
+        signature = None
         if mode == "overwrite":
             require_replaceable(self.path)
-            replaced = _file_signature(self.path)
+            signature = file_signature(self.path)
 
-        def require_same(path: Path) -> None:
+        def require_still_replaceable(path: Path) -> None:
             # Another program may have created a file at the path.
-            if _file_signature(path) != replaced:
+            if file_signature(path) != signature:
                 require_replaceable(path)
 
-        with _unlink_on_error(new):
-            file = create_file(self.path, new, self._header)
-            self._start(file, new, dict.fromkeys(dataset_specs(self._header.modules), 0))
-            self._publish(new, mode, require_same)
+        with unlink_on_error(temporary):
+            file = create_file(self.path, temporary, self._header)
+            self._start(file, temporary, dict.fromkeys(dataset_specs(self._header.modules), 0))
+            self._publish(temporary, mode, require_still_replaceable)
 
     def _open_to_append(self) -> None:
         """Open the existing file to append to it."""
@@ -136,48 +133,26 @@ class Writer:
         self._versions_before = {index: count for index, count in enumerate(versions) if count}
         self._encoder = RecordEncoder(self._header.modules, self._strings, sequences, versions)
         positions = dataset_lengths(tables, self._header.modules)
-        if not self._expand(positions):
+        if not self._replace_by_expanded_copy(positions):
             self._start(open_to_append(self.path), self.path, positions)
 
-    def _expand(self, positions: dict[str, int]) -> bool:
-        """Replace a compacted file by a copy with chunks of the usual size, and append to that.
+    def _replace_by_expanded_copy(self, positions: dict[str, int]) -> bool:
+        """Replace a compact file by a copy with chunks of the usual size, and append to that.
 
         Returns:
             False if the file has the usual chunks or cannot be replaced. Then append to it.
         """
-        before = _file_signature(self.path)
-        if _is_open_for_writing(self.path):
-            # HDF5 raises its own error when the file is opened.
+        copy = open_expanded_copy(self.path, self._header, positions)
+        if copy is None:
             return False
-        with (
-            translate_write_errors(self.path, "appended to"),
-            lock_readers(),
-            open_for_reading(self.path) as file,
-        ):
-            if not has_small_chunks(file, self._header, positions):
-                return False
-            identity, committed = file_identity(file), file["committed"][()]
-            image = copy_image(file, self._header, positions, committed, compact=False)
-            if has_extra_content(file, image):
-                return False
 
-        def require_same(path: Path) -> None:
-            if _file_signature(path) != before:
+        def require_unchanged(path: Path) -> None:
+            if file_signature(path) != copy.signature:
                 raise TraceFileError(f"{path} was replaced by another file")
 
-        new = temporary_path(self.path, "overwrite")
-        try:
-            with _unlink_on_error(new):
-                new.write_bytes(image)
-                if not copy_permissions(self.path, new):
-                    new.unlink()
-                    return False
-                copy = open_to_write(new)
-        except OSError:
-            return False
-        with _unlink_on_error(new), close_readers(identity):
-            self._start(copy, new, positions)
-            self._publish(new, "overwrite", require_same)
+        with unlink_on_error(copy.temporary), close_readers(copy.identity):
+            self._start(copy.file, copy.temporary, positions)
+            self._publish(copy.temporary, "overwrite", require_unchanged)
         return True
 
     @property
@@ -221,12 +196,12 @@ class Writer:
             with self._translate_errors():
                 self._datasets.commit(closed=False)
             self._uncommitted = False
-        displaced = self._displacement_error()
-        if displaced:
+        error = self._claim.displacement_error()
+        if error:
             # Complete the file: if it was moved, it can be read at its new path.
             with contextlib.suppress(SinkError):
                 self._close_in_order()
-            raise SinkError(displaced)
+            raise SinkError(error)
 
     def require_in_place(self) -> None:
         """Require that the file is still at its path. Any thread may call this.
@@ -234,10 +209,10 @@ class Writer:
         Raises:
             SinkError: The file was deleted, moved or replaced.
         """
-        displaced = self._displacement_error() or self._overwrite_error()
+        error = self._claim.displacement_error() or self._claim.overwrite_error()
         # Check `_closing` last: while this file is closed, another one may replace it.
-        if displaced and not self._closing:
-            raise SinkError(displaced)
+        if error and not self._closing:
+            raise SinkError(error)
 
     def close(self) -> None:
         """Commit and close the file. Closing twice does nothing.
@@ -249,10 +224,10 @@ class Writer:
         if self._closed:
             return
         self._require_not_overwritten()
-        displaced = self._displacement_error()
+        error = self._claim.displacement_error()
         self._close_in_order()
-        if displaced:
-            raise SinkError(displaced)
+        if error:
+            raise SinkError(error)
 
     def _close_in_order(self) -> None:
         self._closing = True
@@ -271,41 +246,24 @@ class Writer:
             self.abandon()
 
     def _compact(self, item_counts: dict[str, int]) -> bool:
-        """Replace a small file by a closed copy with fitting chunks.
-
-        This happens while the file has its writer flag, so that no other process replaces it. If
-        the copy fails, the file stays as it is.
-
-        Returns:
-            Whether a copy has replaced the file.
-        """
-        if not should_compact(self._header, item_counts) or self._displacement_error():
+        """Replace a small file by a compact copy. Return whether the copy has replaced it."""
+        if not should_compact(self._header, item_counts) or self._claim.displacement_error():
             return False
         self._datasets.commit(closed=False)
-        if not self._publish_compacted(item_counts):
+        assert self._datasets.file is not None
+        if not publish_compact_copy(
+            self._datasets.file,
+            self.path,
+            self._header,
+            item_counts,
+            self._datasets.committed_counts(closed=True),
+            appended=self._appending,
+            fsync=self._fsync,
+        ):
             return False
         if self._fsync:
             fsync_directory(self.path)
         return True
-
-    def _publish_compacted(self, item_counts: dict[str, int]) -> bool:
-        with contextlib.suppress(*H5PY_ERRORS):
-            counts = self._datasets.committed_counts(closed=True)
-            image = copy_image(self._datasets.file, self._header, item_counts, counts, compact=True)
-            if self._appending and has_extra_content(self._datasets.file, image):
-                return False
-            new = temporary_path(self.path, "overwrite")
-            with _unlink_on_error(new):
-                with new.open("xb") as file:
-                    file.write(image)
-                    if self._fsync:
-                        file.flush()
-                        fsync_file(file.fileno())
-                if not copy_permissions(self.path, new):
-                    raise OSError(f"{new} cannot replace {self.path} with the same owner")
-                new.replace(self.path)
-            return True
-        return False
 
     def abandon(self) -> None:
         """Close the file without writing another byte. Committed records stay committed.
@@ -320,26 +278,12 @@ class Writer:
         finally:
             self._claim.release()
 
-    def _displacement_error(self) -> str:
-        """Return the error message for a file that is no longer at its path; empty if it is."""
-        what = self._claim.displacement()
-        return f"{self.path} {what}: recording to it has stopped" if what else ""
-
-    def _overwrite_error(self) -> str:
-        """Return the error message for a file with overwritten content; otherwise empty."""
-        with contextlib.suppress(OSError):
-            if not self._claim.displacement() and not has_writer_flag(self.path):
-                return (
-                    f"{self.path} was overwritten by another program: recording to it has stopped"
-                )
-        return ""
-
     def _require_not_overwritten(self) -> None:
         """Abandon a file whose content another program has overwritten."""
-        found = self._overwrite_error()
-        if found:
+        error = self._claim.overwrite_error()
+        if error:
             self.abandon()
-            raise SinkError(found)
+            raise SinkError(error)
 
     def _is_stored(self, weights: WeightsRecord) -> bool:
         """Return whether the first weights of an appended run equal the last ones in the file."""
@@ -351,17 +295,18 @@ class Writer:
         with self._translate_errors():
             for suffix, arrays in weights.sites.items():
                 for name, array in arrays.items():
-                    last = file[site_path(module, suffix, name)][count - 1]
+                    stored = file[site_path(module, suffix, name)][count - 1]
                     # Compare bytes: NaN is not equal to itself.
-                    if last.tobytes() != np.asarray(array, last.dtype).tobytes():
+                    if stored.tobytes() != np.asarray(array, stored.dtype).tobytes():
                         return False
         return True
 
-    def _publish(self, new: Path, mode: str, require: Callable[[Path], None]) -> None:
+    def _publish(self, temporary: Path, mode: str, check: Callable[[Path], None]) -> None:
+        """Rename the file to its path. `check` raises an error if it may not be replaced."""
         try:
             if mode == "overwrite":
-                require(self.path)
-            publish(new, self.path, mode)
+                check(self.path)
+            publish(temporary, self.path, mode)
             if self._fsync:
                 with translate_write_errors(self.path, "created"):
                     fsync_directory(self.path)
@@ -380,9 +325,9 @@ class Writer:
         self._datasets = DatasetWriter(
             file, self._header.modules, positions, self._strings, fsync=self._fsync
         )
-        held = HeldFile.of(path)
-        if held is not None:
-            self._claim.hold(held)
+        held_file = HeldFile.of(path)
+        if held_file is not None:
+            self._claim.hold(held_file)
         try:
             with translate_write_errors(self.path, "written"):
                 self._datasets.commit(closed=False)
@@ -401,32 +346,3 @@ class Writer:
             yield
         except (OSError, RuntimeError, ValueError) as error:
             raise SinkError(f"{self.path} cannot be written: {short_message(error)}") from error
-
-
-def _is_open_for_writing(path: Path) -> bool:
-    """Return whether this process has a file open for writing, as with `h5py.File`."""
-    for file in h5py.h5f.get_obj_ids(h5py.h5f.OBJ_ALL, h5py.h5f.OBJ_FILE):
-        name = os.fsdecode(h5py.h5f.get_name(file))
-        if file.get_intent() & h5py.h5f.ACC_RDWR and _file_signature(Path(name)) == _file_signature(
-            path
-        ):
-            return True
-    return False
-
-
-def _file_signature(path: Path) -> tuple[int, int, int, int] | None:
-    """Return values that change when the file at a path changes; None if no file exists."""
-    if not path.exists():
-        return None
-    found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
-
-
-@contextmanager
-def _unlink_on_error(new: Path) -> Iterator[None]:
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            new.unlink(missing_ok=True)
-        raise

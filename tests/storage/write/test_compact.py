@@ -315,7 +315,7 @@ def test_permissions_and_links_stay(path):
         assert coded.check_trace(trace) == 4
 
 
-@pytest.mark.parametrize("step", ["copy_image", "copy_permissions", "fsync_file"])
+@pytest.mark.parametrize("step", ["_copy_image", "_copy_permissions", "fsync_file"])
 def test_a_copy_that_cannot_be_made_leaves_the_file_as_it_is(path, monkeypatch, step):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
@@ -325,7 +325,7 @@ def test_a_copy_that_cannot_be_made_leaves_the_file_as_it_is(path, monkeypatch, 
     sink.append(block(0))
     sink.flush()
     if step == "fsync_file":
-        fsync_file = writer.fsync_file
+        fsync_file = compact.fsync_file
         size = path.stat().st_size
 
         def fail(descriptor):
@@ -334,7 +334,7 @@ def test_a_copy_that_cannot_be_made_leaves_the_file_as_it_is(path, monkeypatch, 
                 raise OSError(28, "No space left on device")
             fsync_file(descriptor)
 
-    monkeypatch.setattr(writer, step, fail)
+    monkeypatch.setattr(compact, step, fail)
     sink.close()
     assert os.listdir(path.parent) == ["run.h5"]
     assert path.stat().st_size > 100_000
@@ -347,7 +347,7 @@ def test_a_copy_that_cannot_be_made_leaves_the_file_as_it_is(path, monkeypatch, 
 def test_a_small_file_that_cannot_be_copied_is_appended_to_where_it_is(path, monkeypatch, reason):
     append_blocks(path, 0, 1, "w")
     if reason == "owner":
-        monkeypatch.setattr(writer, "copy_permissions", lambda *_: False)
+        monkeypatch.setattr(compact, "_copy_permissions", lambda *_: False)
     else:
         monkeypatch.setattr(compact, "MAX_DATA_BYTES", 0)
     inode = path.stat().st_ino

@@ -250,15 +250,15 @@ def test_what_was_committed_survives_a_disk_that_is_really_full(path, shape, lim
 
 #: A full disk does not keep anyone from writing elsewhere, as the limit does that stands for it.
 READER = """
-from grutrace.storage.hdf5 import handle
+from grutrace.storage.hdf5 import quarantine
 from grutrace.storage.open import open_source
 from grutrace.storage.read.trace import Trace
 trace = Trace(open_source(sink))
-open_null = handle._open_null
+open_null = quarantine._open_null
 def unlimited():
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     return open_null()
-handle._open_null = unlimited
+quarantine._open_null = unlimited
 """
 
 
