@@ -19,7 +19,7 @@ from grutrace.records import QUANTITIES, Array
 from grutrace.statistics.accumulator import CHECK_DTYPE, MODULE_DTYPE, Accumulator, SiteLayout
 from grutrace.statistics.histogram import ALLOWED_BINS
 from grutrace.statistics.moments import UNIT_DTYPE
-from grutrace.storage.format.header import check_version, format_of, require_format
+from grutrace.storage.format.attributes import check_version, format_of, require_format
 from grutrace.storage.format.schema import STATISTICS_FORMAT
 from grutrace.storage.hdf5.atomic_write import fsync_directory, fsync_file, publish, temporary_path
 from grutrace.storage.hdf5.errors import (

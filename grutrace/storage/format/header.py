@@ -15,12 +15,21 @@ import h5py
 import numpy as np
 
 from grutrace.records import QUANTITIES, WEIGHTS, ModuleInfo, Site, TraceHeader
-from grutrace.storage.format.schema import FORMAT, FORMAT_VERSION, STATISTICS_FORMAT, module_path
-from grutrace.storage.hdf5.errors import ForeignFile, FormatError, UnsupportedVersion, require
+from grutrace.storage.format.attributes import (
+    attribute_path,
+    check_version,
+    parse_json_object,
+    read_attribute,
+    require_format,
+)
+from grutrace.storage.format.schema import FORMAT, FORMAT_VERSION, module_path
+from grutrace.storage.hdf5.errors import require
 from grutrace.storage.hdf5.safe_access import get_member, has_member, is_dataset
 
+#: Attributes of the root group, with their Python types.
 _ROOT = {"model": str, "created": float, "versions": str, "options": str}
 
+#: Attributes of the group of a module.
 _MODULE = {
     "index": int,
     "path": str,
@@ -35,16 +44,9 @@ _MODULE = {
     "dropout": float,
 }
 
+#: Attributes of the group of a site.
 _SITE = {"name": str, "layer": int, "reverse": bool, "input_size": int}
 
-#: Types of attributes, for error messages.
-_TYPE_NAMES = {str: "a string", int: "an integer", float: "a float", bool: "a boolean"}
-
-#: Kinds of files that grutrace writes, by their format, for error messages.
-_KINDS = {
-    FORMAT: "a trace: open it with grutrace.open",
-    STATISTICS_FORMAT: "a statistics file: use grutrace.Statistics.load or `grutrace stats`",
-}
 
 #: The end of the year 9999, in seconds since the epoch. Later times are refused.
 _MAX_CREATED = 253402300800
@@ -77,9 +79,11 @@ def write_header(file: h5py.File, header: TraceHeader) -> None:
                 site_group.attrs["units"] = np.array(site.units, "<i8")
 
 
-def _write_attributes(group: h5py.Group, fields: object, kinds: Mapping[str, type]) -> None:
+def _write_attributes(
+    group: h5py.Group, info: ModuleInfo | Site, kinds: Mapping[str, type]
+) -> None:
     for name, kind in kinds.items():
-        group.attrs[name] = kind(getattr(fields, name))
+        group.attrs[name] = kind(getattr(info, name))
 
 
 def read_header(file: h5py.File) -> TraceHeader:
@@ -95,7 +99,7 @@ def read_header(file: h5py.File) -> TraceHeader:
     groups = get_member(file, "modules", h5py.Group)
     for name in groups:
         group = get_member(groups, name, h5py.Group)
-        modules[_attribute(group, "index", int)] = _read_module(group)
+        modules[read_attribute(group, "index", int)] = _read_module(group)
     expected = list(range(len(groups)))
     require(sorted(modules) == expected, "modules", f"numbers {expected}", sorted(modules))
     names = [site.name for module in modules.values() for site in module.sites]
@@ -113,122 +117,37 @@ def read_root(file: h5py.File) -> dict[str, Any]:
     """
     require_format(file, FORMAT)
     check_version(file, FORMAT_VERSION[0])
-    root = {name: _attribute(file, name, kind) for name, kind in _ROOT.items()}
-    where = "attribute 'created'"
-    require(0 <= root["created"] < _MAX_CREATED, where, "seconds since the epoch", root["created"])
+    root = {name: read_attribute(file, name, kind) for name, kind in _ROOT.items()}
+    created = root["created"]
+    in_range = 0 <= created < _MAX_CREATED
+    require(in_range, "attribute 'created'", "seconds since the epoch", created)
     for name in ("versions", "options"):
-        root[name] = _read_json(root[name], f"attribute {name!r}")
-    texts = all(isinstance(version, str) for version in root["versions"].values())
-    require(texts, "attribute 'versions'", "strings", "other values")
+        root[name] = parse_json_object(root[name], f"attribute {name!r}")
+    are_strings = all(isinstance(version, str) for version in root["versions"].values())
+    require(are_strings, "attribute 'versions'", "strings", "other values")
     return root
 
 
-def format_of(file: h5py.File) -> str:
-    """Return the format that a file declares.
-
-    Raises:
-        ForeignFile: The file does not declare a format.
-    """
-    try:
-        return str(_attribute(file, "format", str))
-    except FormatError:
-        raise ForeignFile("another HDF5 file") from None
-
-
-def require_format(file: h5py.File, expected: str) -> None:
-    """Refuse a file of another format.
-
-    Raises:
-        ForeignFile: The file declares another format, or none.
-    """
-    found = format_of(file)
-    if found != expected:
-        raise ForeignFile(_KINDS.get(found, "another HDF5 file"))
-
-
-def check_version(file: h5py.File, newest: int) -> None:
-    """Refuse an unknown major version of the format. Newer minor versions only add data.
-
-    Args:
-        file: The file.
-        newest: Newest major version that this code reads.
-
-    Raises:
-        UnsupportedVersion: The file has a newer major version.
-        FormatError: The version is missing or invalid.
-    """
-    where, expected = "attribute 'format_version'", "two integers"
-    require("format_version" in file.attrs, where, expected, "nothing")
-    attribute = file.attrs.get_id("format_version")
-    found = f"{attribute.dtype} of shape {attribute.shape}"
-    require((attribute.shape, attribute.dtype.kind) == ((2,), "i"), where, expected, found)
-    major, minor = (int(number) for number in file.attrs["format_version"])
-    if major > newest:
-        raise UnsupportedVersion(f"{major}.{minor}", newest)
-    require(major >= 1, where, f"{newest}.x", f"{major}.{minor}")
-
-
-def _attribute(group: h5py.Group, name: str, kind: type) -> Any:
-    value = _value(group, name, kind)
-    if type(value) is not kind:
-        found = _TYPE_NAMES.get(type(value), type(value).__name__)
-        raise FormatError(_attribute_path(group, name), _TYPE_NAMES[kind], found)
-    return value
-
-
-def _value(group: h5py.Group, name: str, kind: type) -> Any:
-    """Read a scalar attribute: a bool, number or string. Other types, as references, are refused.
-
-    h5py's high-level access opens an attribute three times, which is slow for a thousand sites.
-    """
-    try:
-        attribute = group.attrs.get_id(name)
-    except KeyError:
-        raise FormatError(_attribute_path(group, name), _TYPE_NAMES[kind], "nothing") from None
-    if attribute.shape != ():
-        raise FormatError(_attribute_path(group, name), "a scalar", f"shape {attribute.shape}")
-    text = h5py.check_string_dtype(attribute.dtype)
-    if attribute.dtype.kind not in "biuf" and not (text and text.length is None):
-        raise FormatError(_attribute_path(group, name), _TYPE_NAMES[kind], attribute.dtype)
-    value = np.zeros((), attribute.dtype)
-    attribute.read(value)
-    found = value.item()
-    return found.decode("utf-8", "surrogateescape") if isinstance(found, bytes) else found
-
-
-def _attribute_path(group: h5py.Group, name: str) -> str:
-    return f"{group.name}: attribute {name!r}"
-
-
-def _read_json(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        raise FormatError(where, "a JSON object", "text that is not JSON") from None
-    require(isinstance(value, dict), where, "a JSON object", type(value).__name__)
-    return dict(value)
-
-
 def _read_module(group: h5py.Group) -> ModuleInfo:
-    fields = {name: _attribute(group, name, kind) for name, kind in _MODULE.items()}
+    fields = {name: read_attribute(group, name, kind) for name, kind in _MODULE.items()}
     del fields["index"]
     for name in ("hidden_size", "num_layers"):
-        require(fields[name] > 0, f"{group.name}: attribute {name!r}", "at least 1", fields[name])
+        require(fields[name] > 0, attribute_path(group, name), "at least 1", fields[name])
     names = [name for name in group if not is_dataset(group, name)]
     groups = {name: get_member(group, name, h5py.Group) for name in names}
     hidden_size = fields["hidden_size"]
-    sites = [_read_site(each, name, hidden_size) for name, each in groups.items()]
+    sites = [_read_site(site_group, name, hidden_size) for name, site_group in groups.items()]
     require(sites, group.name, "at least one site", "none")
     sites.sort(key=lambda site: (site.layer, site.reverse))
     _check_sites(group.name, fields, sites)
-    for each in groups.values():
-        _check_biases(each, fields["bias"])
+    for site_group in groups.values():
+        _check_biases(site_group, fields["bias"])
     _check_inputs(groups, sites)
-    first = groups[sites[0].suffix]
+    site_group = groups[sites[0].suffix]
     return ModuleInfo(
         **fields,
-        dtype=_float_name(first, "initial"),
-        weights_dtype=_float_name(first, "weight_hh"),
+        dtype=_float_name(site_group, "initial"),
+        weights_dtype=_float_name(site_group, "weight_hh"),
         sites=tuple(sites),
     )
 
@@ -236,35 +155,37 @@ def _read_module(group: h5py.Group) -> ModuleInfo:
 def _check_sites(where: str, module: Mapping[str, Any], sites: Sequence[Site]) -> None:
     """Check the input size of each layer, and that each direction of a layer occurs once."""
     directions = [(site.layer, site.reverse) for site in sites]
-    once = len(set(directions)) == len(directions)
-    require(once, where, "each direction of a layer once", directions)
-    above = module["hidden_size"] * (2 if module["bidirectional"] else 1)
+    unique = len(set(directions)) == len(directions)
+    require(unique, where, "each direction of a layer once", directions)
+    output_size = module["hidden_size"] * (2 if module["bidirectional"] else 1)
+    layers = module["num_layers"]
     for site in sites:
-        layers = module["num_layers"]
-        require(0 <= site.layer < layers, f"{where}/{site.suffix}", f"{layers} layers", site.layer)
-        read = above if site.layer else module["input_size"]
-        found = site.input_size
-        require(found == read >= 0, f"{where}/{site.suffix}", f"an input size of {read}", found)
+        path = f"{where}/{site.suffix}"
+        require(0 <= site.layer < layers, path, f"{layers} layers", site.layer)
+        # The layers above the first read the output of the layer below.
+        width = output_size if site.layer else module["input_size"]
+        require(site.input_size == width >= 0, path, f"an input size of {width}", site.input_size)
 
 
 def _check_biases(site: h5py.Group, bias: bool) -> None:
-    found = [name for name in WEIGHTS if has_member(site, name)]
+    stored = [name for name in WEIGHTS if has_member(site, name)]
     expected = [name for name in WEIGHTS if bias or not name.startswith("bias")]
-    require(found == expected, site.name, expected, found)
+    require(stored == expected, site.name, expected, stored)
 
 
 def _check_inputs(groups: Mapping[str, h5py.Group], sites: Sequence[Site]) -> None:
     """Check that both directions of a layer share one dataset of inputs."""
-    for first, second in pairwise(site for site in sites if "input" in site.quantities):
-        if first.layer == second.layer:
-            group = groups[second.suffix]
-            one = get_member(groups[first.suffix], "input", h5py.Dataset)
-            same = one == get_member(group, "input", h5py.Dataset)
-            require(same, f"{group.name}/input", f"the input of {first.suffix}", "another dataset")
+    for owner, site in pairwise(site for site in sites if "input" in site.quantities):
+        if owner.layer == site.layer:
+            group = groups[site.suffix]
+            dataset = get_member(groups[owner.suffix], "input", h5py.Dataset)
+            is_shared = dataset == get_member(group, "input", h5py.Dataset)
+            expected = f"the input of {owner.suffix}"
+            require(is_shared, f"{group.name}/input", expected, "another dataset")
 
 
 def _read_site(group: h5py.Group, suffix: str, hidden_size: int) -> Site:
-    fields = {name: _attribute(group, name, kind) for name, kind in _SITE.items()}
+    fields = {name: read_attribute(group, name, kind) for name, kind in _SITE.items()}
     quantities = tuple(quantity for quantity in QUANTITIES if has_member(group, quantity))
     units = _read_units(group, hidden_size)
     derived = _read_derived(group, quantities, units)
@@ -274,7 +195,7 @@ def _read_site(group: h5py.Group, suffix: str, hidden_size: int) -> Site:
 def _read_units(group: h5py.Group, hidden_size: int) -> tuple[int, ...] | None:
     if "units" not in group.attrs:
         return None
-    where = f"{group.name}: attribute 'units'"
+    where = attribute_path(group, "units")
     attribute = group.attrs.get_id("units")
     expected = f"at least one of {hidden_size} units, each once"
     require(
@@ -286,8 +207,8 @@ def _read_units(group: h5py.Group, hidden_size: int) -> tuple[int, ...] | None:
         f"{attribute.dtype} of shape {attribute.shape}",
     )
     units = tuple(int(unit) for unit in group.attrs["units"])
-    inside = min(units) >= 0 and max(units) < hidden_size
-    require(inside and len(set(units)) == len(units), where, expected, units)
+    in_range = min(units) >= 0 and max(units) < hidden_size
+    require(in_range and len(set(units)) == len(units), where, expected, units)
     return units
 
 
@@ -296,12 +217,12 @@ def _read_derived(
 ) -> tuple[str, ...]:
     if "derived" not in group.attrs:
         return ()
-    names = _attribute(group, "derived", str).split(",")
+    names = read_attribute(group, "derived", str).split(",")
     expected = tuple(name for name in QUANTITIES if name in names and name not in stored)
-    where = f"{group.name}: attribute 'derived'"
+    where = attribute_path(group, "derived")
     require(expected == tuple(names), where, "quantities that are not stored", names)
-    follow = "hidden" in stored and units is None
-    require(follow, where, "stored states of all units, to derive them from", "none")
+    can_derive = "hidden" in stored and units is None
+    require(can_derive, where, "stored states of all units, to derive them from", "none")
     return expected
 
 
@@ -324,22 +245,29 @@ def module_differences(
     """
     where = f"module {module.path!r}"
     yield from _field_differences(where, module, other, owners, leave_out="sites")
-    names, other_names = ([site.suffix for site in each.sites] for each in (module, other))
+    names = [site.suffix for site in module.sites]
+    other_names = [site.suffix for site in other.sites]
     if names != other_names:
         yield describe_difference(f"sites of {where}", names, other_names, owners)
     for site, other_site in zip(module.sites, other.sites, strict=False):
         yield from _field_differences(f"site {site.name!r}", site, other_site, owners)
 
 
-def describe_difference(where: str, value: object, other: object, owners: tuple[str, str]) -> str:
+def describe_difference(
+    where: str, value: object, other_value: object, owners: tuple[str, str]
+) -> str:
     """Describe one difference of two headers, as in "the file has 3, ..."."""
-    return f"{where}: {owners[0]} has {value!r}, {owners[1]} has {other!r}"
+    return f"{where}: {owners[0]} has {value!r}, {owners[1]} has {other_value!r}"
 
 
 def _field_differences(
-    where: str, fields: object, others: object, owners: tuple[str, str], leave_out: str = ""
+    where: str,
+    info: ModuleInfo | Site,
+    other: ModuleInfo | Site,
+    owners: tuple[str, str],
+    leave_out: str = "",
 ) -> Iterator[str]:
-    for field in dataclasses.fields(fields):  # type: ignore[arg-type]
-        value, other = getattr(fields, field.name), getattr(others, field.name)
-        if value != other and field.name != leave_out:
-            yield describe_difference(f"{field.name} of {where}", value, other, owners)
+    for field in dataclasses.fields(info):
+        value, other_value = getattr(info, field.name), getattr(other, field.name)
+        if value != other_value and field.name != leave_out:
+            yield describe_difference(f"{field.name} of {where}", value, other_value, owners)

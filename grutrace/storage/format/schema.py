@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import math
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import h5py
 import numpy as np
-from h5py import h5d, h5p
 
 from grutrace.records import ModuleInfo, Site
 from grutrace.storage.hdf5.errors import FormatError
@@ -183,7 +182,7 @@ def scale_path(module: ModuleInfo, site: Site, axis: str) -> str:
     if axis == "feature":
         owner = input_owner(module, site)
     elif axis == "unit":
-        owner = next(each for each in module.sites if each.units == site.units)
+        owner = next(other for other in module.sites if other.units == site.units)
     return site_path(module, owner.suffix, axis)
 
 
@@ -264,62 +263,3 @@ def shared_inputs(modules: Sequence[ModuleInfo]) -> Iterator[tuple[str, str]]:
                     site_path(module, site.suffix, "input"),
                     site_path(module, owner.suffix, "input"),
                 )
-
-
-#: Creates a dataset at a path of a file.
-CreateDataset: TypeAlias = Callable[[h5py.File, str, DatasetSpec], h5py.Dataset]
-
-
-def create_datasets(
-    file: h5py.File, modules: Sequence[ModuleInfo], create: CreateDataset | None = None
-) -> None:
-    """Create all empty datasets of `dataset_specs`, and `committed`, all zero.
-
-    Args:
-        file: The file.
-        modules: Modules of the trace.
-        create: Creates one dataset; `create_growing_dataset` by default.
-    """
-    create = create or create_growing_dataset
-    file.create_dataset("committed", data=np.zeros((), COMMITTED))
-    for path, spec in dataset_specs(modules).items():
-        dataset = create(file, path, spec)
-        for axis, label in enumerate(spec.axes):
-            dataset.dims[axis].label = label
-    for path, target in shared_inputs(modules):
-        file[path] = file[target]
-
-
-def create_growing_dataset(
-    file: h5py.File,
-    path: str,
-    spec: DatasetSpec,
-    compression_options: Mapping[str, Any] | None = None,
-    items: Mapping[str, int] | None = None,
-) -> h5py.Dataset:
-    """Create an empty dataset that can grow.
-
-    Args:
-        file: The file.
-        path: Path of the dataset.
-        spec: Type, shape and chunks of the dataset.
-        compression_options: Keyword arguments of `create_dataset` for compressed rows.
-        items: Final number of items of each dataset, if its chunks need hold no more.
-    """
-    chunks = spec.chunks
-    if items is not None:
-        # An empty dataset has no chunk.
-        chunks = (min(chunks[0], items[path] or chunks[0]), *chunks[1:])
-    # Rows are written completely before a reader sees them, so HDF5 need not fill them first.
-    # (From h5py 3.12 on, create_dataset has an argument for this.)
-    properties = h5p.create(h5p.DATASET_CREATE)
-    properties.set_fill_time(h5d.FILL_TIME_NEVER)
-    return file.create_dataset(
-        path,
-        shape=(0, *spec.item_shape),
-        maxshape=(None, *spec.item_shape),
-        chunks=chunks,
-        dtype=spec.dtype,
-        dcpl=properties,
-        **(compression_options or {} if spec.axes[:1] == ("step",) else {}),
-    )

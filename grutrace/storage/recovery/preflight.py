@@ -26,8 +26,7 @@ from grutrace.storage.hdf5.errors import translate_read_errors
 from grutrace.storage.hdf5.safe_access import get_member, is_dataset, require_local_data
 from grutrace.storage.hdf5.safe_open import disable_plugins, open_for_reading
 from grutrace.storage.recovery.plan import best_plan
-from grutrace.storage.shards.globs import matching_files
-from grutrace.storage.shards.open_files import open_files
+from grutrace.storage.shards.open_files import matching_files, open_files
 from grutrace.storage.shards.run_parts import part_files
 
 #: A file, or a glob or paths of shards.

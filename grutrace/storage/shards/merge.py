@@ -19,15 +19,21 @@ import numpy as np
 from grutrace.distributed import Shard
 from grutrace.errors import TraceFileError
 from grutrace.records import QUANTITIES, Array, ModuleInfo
+from grutrace.storage.format.datasets import (
+    COPIED,
+    SELF,
+    CreateDataset,
+    SourceSpan,
+    create_datasets,
+    create_growing_dataset,
+    create_virtual_dataset,
+)
 from grutrace.storage.format.dimension_scales import create_scales, extend_scales
 from grutrace.storage.format.header import write_header
 from grutrace.storage.format.schema import (
     COMMITTED,
     LIBVER,
     TABLES,
-    CreateDataset,
-    create_datasets,
-    create_growing_dataset,
     dataset_specs,
     input_owner,
     module_path,
@@ -42,7 +48,6 @@ from grutrace.storage.hdf5.errors import translate_write_errors
 from grutrace.storage.hdf5.filters import compression_of, filter_options
 from grutrace.storage.interfaces import AppendOnlySource, Rows, SnapshotReader
 from grutrace.storage.read.lazy_rows import BLOCK
-from grutrace.storage.read.virtual import COPIED, SELF, SourceSpan, create_virtual
 from grutrace.storage.shards.concatenated import ConcatenatedSource, ModuleIndices
 from grutrace.storage.shards.open_files import open_files
 from grutrace.storage.shards.union import UnionSource
@@ -168,7 +173,7 @@ class _Merge:
                 if not shard.linked:
                     self._copy_shard(file, shard, create)
             spans = self._spans()
-            create_datasets(file, header.modules, partial(create_virtual, spans))
+            create_datasets(file, header.modules, partial(create_virtual_dataset, spans))
         self._write_tables(file)
         create_scales(file, header.modules)
         extend_scales(file, header.modules, dataset_lengths(self._tables, header.modules))

@@ -5,10 +5,13 @@ docs/format.md defines the names of shards and the option that identifies them.
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from grutrace.distributed import Shard
 from grutrace.errors import GrutraceWarning, OptionError, TraceFileError, as_path, short_repr
@@ -19,8 +22,10 @@ from grutrace.storage.hdf5.handle import release_on_exit
 from grutrace.storage.interfaces import AppendOnlySource, Source
 from grutrace.storage.read.file_source import FileSource
 from grutrace.storage.shards.concatenated import ConcatenatedSource
-from grutrace.storage.shards.globs import is_glob, matching_files
 from grutrace.storage.shards.run_parts import RunSource, open_run, run_part_of
+
+#: Characters that make a path a glob.
+_MAGIC = re.compile(r"[*?\[]")
 
 #: Missing ranks that a warning lists.
 MAX_NAMED = 8
@@ -47,16 +52,16 @@ def open_files(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) 
             source = open_run(path)
             _warn_unmerged_ranks(source)
             return source
-        found = matching_files(text)
-        if not found:
+        files = matching_files(text)
+        if not files:
             raise TraceFileError(f"{text} does not exist, and no file matches it")
-        if len(found) > 1 or _is_shard(found[0]):
-            return _open_shards(text, text, found)
-        return open_run(found[0])
+        if len(files) > 1 or _is_shard(files[0]):
+            return _open_shards(text, text, files)
+        return open_run(files[0])
     expected = "the path of a trace, a glob, or the paths of several shards"
     if isinstance(path, (bytes, bytearray)) or not isinstance(path, Iterable):
         raise OptionError(f"path: expected {expected}; found {short_repr(path)}")
-    paths = [as_path(each) for each in path]
+    paths = [as_path(item) for item in path]
     if not paths:
         raise OptionError(f"path: expected {expected}; found none")
     if len(paths) == 1:
@@ -67,12 +72,12 @@ def open_files(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) 
 def _open_shards(
     name: str, pattern: str | None, paths: Sequence[str | os.PathLike[str]]
 ) -> ShardsSource:
-    opened = _open_all(paths)
+    shards = _open_all(paths)
     try:
-        source = ShardsSource(name, pattern, opened)
-        _warn_missing_ranks(name, source.missing, opened[0][0].world_size, "no file of")
+        source = ShardsSource(name, pattern, shards)
+        _warn_missing_ranks(name, source.missing, shards[0].stamp.world_size, "no file of")
     except BaseException:
-        _close(opened)
+        _close(shards)
         raise
     return source
 
@@ -88,11 +93,22 @@ def _warn_unmerged_ranks(source: ShardSource) -> None:
         )
 
 
-def _warn_missing_ranks(name: str, missing: Sequence[int], world_size: int, what: str) -> None:
+def _warn_missing_ranks(name: str, missing: Sequence[int], world_size: int, content: str) -> None:
+    """Warn about missing ranks, if there are any.
+
+    Args:
+        name: Name of the trace.
+        missing: The missing ranks.
+        world_size: Number of all ranks.
+        content: What is missing of them, as in "no file of".
+    """
     if missing:
-        few = ", ".join(map(str, missing[:MAX_NAMED])) + " and others" * (len(missing) > MAX_NAMED)
+        ranks = ", ".join(map(str, missing[:MAX_NAMED]))
+        ranks += " and others" * (len(missing) > MAX_NAMED)
         warnings.warn(
-            f"{name}: of {world_size} ranks there is {what} {few}", GrutraceWarning, stacklevel=5
+            f"{name}: of {world_size} ranks there is {content} {ranks}",
+            GrutraceWarning,
+            stacklevel=5,
         )
 
 
@@ -104,25 +120,30 @@ def _is_shard(path: str) -> bool:
         source.close()
 
 
+class _OpenShard(NamedTuple):
+    """A shard in a file, and its open source."""
+
+    stamp: Shard
+    source: ShardSource
+
+
 class ShardsSource(ConcatenatedSource):
     """Shards in files as one `Source`.
 
     Args:
         name: Name of the whole, for messages.
         pattern: A glob for the files of missing ranks, which may be created later.
-        opened: The shards and their sources, in the order of the ranks.
+        shards: The open shards, in the order of the ranks.
 
     Raises:
         TraceFileError: The shards belong to different runs or models.
     """
 
-    def __init__(
-        self, name: str, pattern: str | None, opened: Sequence[tuple[Shard, ShardSource]]
-    ) -> None:
+    def __init__(self, name: str, pattern: str | None, shards: Sequence[_OpenShard]) -> None:
         self._pattern = pattern
-        _require_one_run(opened)
-        shards, sources = zip(*opened, strict=True)
-        super().__init__(name, shards, sources)
+        _require_one_run(shards)
+        stamps, sources = zip(*shards, strict=True)
+        super().__init__(name, stamps, sources)
 
     @property
     def missing(self) -> list[int]:
@@ -133,53 +154,53 @@ class ShardsSource(ConcatenatedSource):
     def refresh(self) -> Tables:
         """Return the present tables, including those of new ranks."""
         if self._pattern is not None and self.missing:
-            known = _real_paths(self.files)
-            new = [
-                each
-                for each in matching_files(self._pattern)
-                if os.path.realpath(each) not in known
+            known_paths = _real_paths(self.files)
+            new_paths = [
+                path
+                for path in matching_files(self._pattern)
+                if os.path.realpath(path) not in known_paths
             ]
-            opened = _open_all(new, allow_orphans=True)
+            new_shards = _open_all(new_paths, allow_orphans=True)
             try:
-                _require_one_run([*zip(self._shards, self._sources, strict=True), *opened])
-                for shard, source in opened:
-                    self.add(shard, source)
+                _require_one_run([*zip(self._shards, self._sources, strict=True), *new_shards])
+                for stamp, source in new_shards:
+                    self.add(stamp, source)
             except BaseException:
-                _close(opened)
+                _close(new_shards)
                 raise
         return super().refresh()
 
 
 def _open_all(
     paths: Iterable[str | os.PathLike[str]], *, allow_orphans: bool = False
-) -> list[tuple[Shard, ShardSource]]:
+) -> list[_OpenShard]:
     """Open the shards in these files, in the order of their ranks, each with all parts of its run.
 
     Args:
         paths: Paths of the files. Later parts of a run are opened with its first part.
         allow_orphans: Whether parts may exist without the first.
     """
-    opened: list[tuple[Shard, ShardSource]] = []
-    parts: list[str] = []
+    shards: list[_OpenShard] = []
+    later_parts: list[str] = []
     try:
         for path in paths:
             source = open_run(path)
-            opened.append((_require_shard(source, path), source))
+            shards.append(_OpenShard(_require_shard(source, path), source))
             # Refreshing finds the parts of the run. Released at once: there may be many shards.
             with release_on_exit():
                 source.refresh()
-            stamp = run_part_of(source.header.options)
-            if stamp is not None and stamp.part > 1:
-                parts.append(os.path.realpath(path))
-                opened.pop()[1].close()
-        known = {file for _, source in opened for file in _real_paths(source.files)}
-        for part in parts:
-            if part not in known and not allow_orphans:
+            run_part = run_part_of(source.header.options)
+            if run_part is not None and run_part.part > 1:
+                later_parts.append(os.path.realpath(path))
+                shards.pop().source.close()
+        open_paths = {path for shard in shards for path in _real_paths(shard.source.files)}
+        for part in later_parts:
+            if part not in open_paths and not allow_orphans:
                 raise TraceFileError(f"{part} is part of a run whose first file is missing")
     except BaseException:
-        _close(opened)
+        _close(shards)
         raise
-    return sorted(opened, key=lambda each: each[0].rank)
+    return sorted(shards, key=lambda shard: shard.stamp.rank)
 
 
 def _require_shard(source: ShardSource, path: str | os.PathLike[str]) -> Shard:
@@ -197,28 +218,61 @@ def _require_shard(source: ShardSource, path: str | os.PathLike[str]) -> Shard:
     return shard
 
 
-def _require_one_run(opened: Sequence[tuple[Shard, AppendOnlySource]]) -> None:
+def _require_one_run(shards: Sequence[tuple[Shard, AppendOnlySource]]) -> None:
     """Check that the shards belong to one run and have different ranks."""
-    first, of_first = next((each for each in opened if each[0].id is not None), opened[0])
+    reference, reference_source = next(
+        ((stamp, source) for stamp, source in shards if stamp.id is not None), shards[0]
+    )
     by_rank: dict[int, AppendOnlySource] = {}
-    for shard, source in opened:
-        both = f"{of_first.name} and {source.name}"
-        if shard.id is not None and shard.id != first.id:
-            raise TraceFileError(f"{both} are shards of different runs")
-        if shard.world_size != first.world_size:
+    for stamp, source in shards:
+        names = f"{reference_source.name} and {source.name}"
+        if stamp.id is not None and stamp.id != reference.id:
+            raise TraceFileError(f"{names} are shards of different runs")
+        if stamp.world_size != reference.world_size:
             raise TraceFileError(
-                f"{both} are shards of different runs: of {first.world_size} and of "
-                f"{shard.world_size} processes"
+                f"{names} are shards of different runs: of {reference.world_size} and of "
+                f"{stamp.world_size} processes"
             )
-        other = by_rank.setdefault(shard.rank, source)
-        if other is not source:
-            raise TraceFileError(f"{other.name} and {source.name} are both of rank {shard.rank}")
+        same_rank = by_rank.setdefault(stamp.rank, source)
+        if same_rank is not source:
+            raise TraceFileError(
+                f"{same_rank.name} and {source.name} are both of rank {stamp.rank}"
+            )
 
 
 def _real_paths(files: Iterable[Path]) -> set[str]:
     return {os.path.realpath(file) for file in files}
 
 
-def _close(opened: Iterable[tuple[Shard, ShardSource]]) -> None:
-    for _, source in opened:
-        source.close()
+def _close(shards: Iterable[_OpenShard]) -> None:
+    for shard in shards:
+        shard.source.close()
+
+
+def is_glob(path: str) -> bool:
+    """Return whether a path contains glob characters."""
+    return bool(_MAGIC.search(path))
+
+
+def matching_files(pattern: str) -> list[str]:
+    """Return the files that match a glob, sorted.
+
+    An existing folder takes precedence over a glob: ``runs [1]`` is the folder of that name. If a
+    name matches nothing, its brackets are literal: ``run[1].rank*.h5`` matches the shards of
+    ``run[1].h5``.
+    """
+    drive, tail = os.path.splitdrive(pattern)
+    component_pattern = r"[^/\\]*[/\\]+|[^/\\]+$" if os.sep == "\\" else r"[^/]*/+|[^/]+$"
+    paths = [drive]
+    for component in re.findall(component_pattern, tail):
+        paths = [path for folder in paths for path in _matching(folder, component)]
+    return sorted(path for path in paths if os.path.isfile(path))
+
+
+def _matching(folder: str, component: str) -> list[str]:
+    """Return the paths in a folder that match one component of a glob."""
+    literal = folder + component
+    if not is_glob(component) or os.path.lexists(literal):
+        return [literal]
+    prefix = glob.escape(folder)
+    return glob.glob(prefix + component) or glob.glob(prefix + component.replace("[", "[[]"))

@@ -16,6 +16,7 @@ import h5py
 
 from grutrace.errors import TraceFileError
 from grutrace.records import ModuleInfo, TraceHeader
+from grutrace.storage.format.datasets import create_datasets, create_growing_dataset
 from grutrace.storage.format.dimension_scales import create_scales
 from grutrace.storage.format.header import (
     describe_difference,
@@ -26,8 +27,6 @@ from grutrace.storage.format.header import (
 from grutrace.storage.format.schema import (
     LIBVER,
     check_dataset,
-    create_datasets,
-    create_growing_dataset,
     dataset_specs,
 )
 from grutrace.storage.format.shard_stamp import read_merged_shards, read_shard

@@ -11,7 +11,7 @@ from pathlib import Path
 import h5py
 
 from grutrace.errors import GrutraceWarning, TraceFileError
-from grutrace.storage.format.header import format_of
+from grutrace.storage.format.attributes import format_of
 from grutrace.storage.format.schema import FORMAT, STATISTICS_FORMAT
 from grutrace.storage.hdf5.errors import H5PY_ERRORS, FormatError
 from grutrace.storage.hdf5.handle import lock_readers

@@ -488,7 +488,7 @@ def test_folders_and_files_with_brackets(tmp_path, name):
 
 def test_a_glob_of_folders_with_brackets(tmp_path):
     """What a glob means elsewhere it means beside them."""
-    from grutrace.storage.shards.globs import matching_files
+    from grutrace.storage.shards.open_files import matching_files
 
     for folder in ("a1", "a[1]", "b1"):
         (tmp_path / folder).mkdir()
