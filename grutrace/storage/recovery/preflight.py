@@ -77,15 +77,19 @@ def check_in_subprocess(
     Raises:
         TraceFileError: HDF5 crashes on the file, needs too much memory, or exceeds the limit.
     """
-    ours = str(Path(__file__).resolve().parents[2])
-    files = [os.fspath(each) for each in ([path] if isinstance(path, (str, os.PathLike)) else path)]
+    package_folder = str(Path(__file__).resolve().parents[2])
+    paths = [path] if isinstance(path, (str, os.PathLike)) else path
+    files = [os.fspath(file) for file in paths]
     code = _SCRIPT.format(
-        path=[ours, *filter(None, sys.path)], module=__name__, function=function, files=files
+        path=[package_folder, *filter(None, sys.path)],
+        module=__name__,
+        function=function,
+        files=files,
     )
     name = ", ".join(files)
-    which = f"HDF5 {h5py.version.hdf5_version}"
+    hdf5 = f"HDF5 {h5py.version.hdf5_version}"
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, "-I", "-c", code],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
@@ -95,18 +99,18 @@ def check_in_subprocess(
         )
     except subprocess.TimeoutExpired:
         raise TraceFileError(
-            f"{name} is damaged: {which} did not finish reading it within {limit:g} s"
+            f"{name} is damaged: {hdf5} did not finish reading it within {limit:g} s"
         ) from None
-    if done.returncode == _EXIT_OUT_OF_MEMORY:
+    if process.returncode == _EXIT_OUT_OF_MEMORY:
         raise TraceFileError(
-            f"{name} is damaged: {which} requests more memory than a file of this size needs"
+            f"{name} is damaged: {hdf5} requests more memory than a file of this size needs"
         )
-    if done.returncode < 0:
-        ended = signal.Signals(-done.returncode).name
-        raise TraceFileError(f"{name} is damaged: {which} crashes on it ({ended})")
-    if done.returncode:
+    if process.returncode < 0:
+        signal_name = signal.Signals(-process.returncode).name
+        raise TraceFileError(f"{name} is damaged: {hdf5} crashes on it ({signal_name})")
+    if process.returncode:
         raise TraceFileError(
-            f"{name} could not be checked in a subprocess (exit code {done.returncode})"
+            f"{name} could not be checked in a subprocess (exit code {process.returncode})"
         )
 
 
@@ -120,8 +124,8 @@ def read_everything(paths: Sequence[str]) -> None:
             source = open_files(paths[0] if len(paths) == 1 else paths)
             files = source.files
             source.close()
-            for part in files:
-                with translate_read_errors(part), open_for_reading(part) as file:
+            for path in files:
+                with translate_read_errors(path), open_for_reading(path) as file:
                     _read_group(file, GROUP_DEPTH)
     except GrutraceError as error:
         if "memory allocation failed" in str(error) or isinstance(error.__cause__, MemoryError):
@@ -132,8 +136,8 @@ def scan_for_recovery(paths: Sequence[str]) -> None:
     """Scan files for their intact prefixes. Runs in the subprocess."""
     _limit_resources(paths)
     with contextlib.suppress(GrutraceError), disable_plugins():
-        for each in paths:
-            best_plan(Path(each))
+        for path in paths:
+            best_plan(Path(path))
 
 
 def _read_group(group: h5py.Group, depth: int) -> None:
@@ -149,8 +153,8 @@ def _read_samples(dataset: h5py.Dataset) -> None:
         # The data are in the shards, which are checked separately.
         return
     require_local_data(dataset, dataset.name)
-    item = math.prod(dataset.shape[1:]) * dataset.dtype.itemsize
-    if dataset.shape and item <= dataset.file.id.get_filesize():
+    item_bytes = math.prod(dataset.shape[1:]) * dataset.dtype.itemsize
+    if dataset.shape and item_bytes <= dataset.file.id.get_filesize():
         for row in range(0, len(dataset), max(1, len(dataset) // SAMPLES)):
             dataset[row : row + 1]
 
@@ -167,7 +171,7 @@ def _limit_resources(paths: Sequence[str], seconds: int | None = None) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     with contextlib.suppress(OSError, ValueError):
         files = {file for path in paths for file in (path, *matching_files(path))}
-        parts = [part for file in files for part in (Path(file), *part_files(file).values())]
-        size = sum(part.stat().st_size for part in parts if part.exists())
-        most = MEMORY_BYTES + MEMORY_PER_FILE_BYTE * size
-        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        all_files = [part for file in files for part in (Path(file), *part_files(file).values())]
+        size = sum(file.stat().st_size for file in all_files if file.exists())
+        limit = MEMORY_BYTES + MEMORY_PER_FILE_BYTE * size
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

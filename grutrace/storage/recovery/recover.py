@@ -19,7 +19,12 @@ import numpy as np
 from grutrace.errors import TraceFileError
 from grutrace.records import Array
 from grutrace.storage.format.header import read_header
-from grutrace.storage.hdf5.atomic_write import fsync_directory, publish, temporary_path
+from grutrace.storage.hdf5.atomic_write import (
+    fsync_directory,
+    publish,
+    temporary_path,
+    unlink_on_error,
+)
 from grutrace.storage.hdf5.errors import H5PY_ERRORS
 from grutrace.storage.hdf5.safe_access import get_dataset
 from grutrace.storage.recovery.plan import RecoveryPlan, best_plan, make_plan, open_damaged
@@ -91,68 +96,68 @@ def recover_file(
         TraceFileError: The file is not a trace, is too damaged, or changed during the recovery;
             or the output exists or cannot be written. No new file is left behind.
     """
-    _check_first(Path(path), timeout)
+    _check_in_subprocess(Path(path), timeout)
     sources, target = _source_files(Path(path)), Path(os.path.realpath(output))
     targets = {number: part_path(target, number) if number else target for number in sources}
-    for each in targets.values():
-        if each.exists():
-            raise TraceFileError(f"{each} exists: choose another output path")
+    for new_file in targets.values():
+        if new_file.exists():
+            raise TraceFileError(f"{new_file} exists: choose another output path")
     total = sum(source.stat().st_size for source in sources.values())
-    made: list[tuple[Path, RecoveryReport]] = []
+    recovered: list[tuple[Path, RecoveryReport]] = []
     published: list[Path] = []
     try:
         for number, source in sources.items():
-            before = sum(each.source.stat().st_size for _, each in made)
+            preceding = sum(report.source.stat().st_size for _, report in recovered)
 
-            def advance(done: int, before: int = before) -> None:
+            def advance(copied: int, preceding: int = preceding) -> None:
                 if progress is not None:
-                    progress(min(before + done, total), total)
+                    progress(min(preceding + copied, total), total)
 
-            made.append(_recover_one(source, targets[number], advance))
+            recovered.append(_recover_file(source, targets[number], advance))
         if progress is not None:
             progress(total, total)
         # Publish the first part last, because readers find the other parts through it.
-        for new, recovery in reversed(made):
-            publish(new, recovery.path, "w")
-            published.append(recovery.path)
+        for temporary, report in reversed(recovered):
+            publish(temporary, report.path, "w")
+            published.append(report.path)
         fsync_directory(target)
     except BaseException:
-        for ours in (*published, *(new for new, _ in made)):
+        for new_file in (*published, *(temporary for temporary, _ in recovered)):
             with contextlib.suppress(OSError):
-                ours.unlink(missing_ok=True)
+                new_file.unlink(missing_ok=True)
         raise
-    return [each for _, each in made]
+    return [report for _, report in recovered]
 
 
-def _check_first(path: Path, timeout: float) -> None:
+def _check_in_subprocess(path: Path, timeout: float) -> None:
     """Find out in a subprocess whether HDF5 can read a file at all."""
     if not path.is_file():
         raise TraceFileError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     files = [path, *part_files(path).values()]
-    size = sum(each.stat().st_size for each in files)
+    size = sum(file.stat().st_size for file in files)
     check_in_subprocess(files, timeout + size / MIN_SCAN_RATE, "scan_for_recovery")
 
 
 def _source_files(path: Path) -> dict[int, Path]:
     """Return the files of a run by part number, given its first part. Key 0 for a single file."""
-    own = _read_stamp(path)
-    if own is None or own.part != 1:
+    run_part = _read_run_part(path)
+    if run_part is None or run_part.part != 1:
         return {0: path}
-    found = {1: path}
+    files = {1: path}
     for number, file in part_files(path).items():
         # A file with a damaged header raises here: it may or may not belong to this run.
-        if _read_stamp(file) == RunPart(own.run, number):
-            found[number] = file
-    missing = [number for number in range(1, max(found)) if number not in found]
+        if _read_run_part(file) == RunPart(run_part.run, number):
+            files[number] = file
+    missing = [number for number in range(1, max(files)) if number not in files]
     if missing:
         raise TraceFileError(
             f"{path}: part {missing[0]} of its run is missing: {part_path(path, missing[0])}. You "
             "can recover each part separately; move the first one to another folder before"
         )
-    return found
+    return files
 
 
-def _read_stamp(path: Path) -> RunPart | None:
+def _read_run_part(path: Path) -> RunPart | None:
     try:
         with open_damaged(path, repair=False) as (_, file):
             return run_part_of(read_header(file).options)
@@ -161,36 +166,40 @@ def _read_stamp(path: Path) -> RunPart | None:
             return run_part_of(read_header(file).options)
 
 
-def _recover_one(
+def _recover_file(
     source: Path, path: Path, advance: Callable[[int], None]
 ) -> tuple[Path, RecoveryReport]:
-    """Write the new file under a temporary path."""
-    before = _size_and_time(source)
+    """Write the new file at a temporary path. Return that path and the report."""
+    signature = _size_and_time(source)
     plan = best_plan(source)
     while True:
-        new = temporary_path(path, "w")
+        temporary = temporary_path(path, "w")
         try:
-            _copy(source, path, new, plan, advance)
+            with unlink_on_error(temporary):
+                _copy(source, path, temporary, plan, advance)
             break
-        except _UnreadableItem as found:
+        except _UnreadableItem as error:
             # The item lies within the file, but reading it fails.
-            new.unlink(missing_ok=True)
-            plan = make_plan(
-                source, repair=plan.repair, limits={**plan.limits, found.dataset_path: found.items}
-            )
-        except BaseException:
-            new.unlink(missing_ok=True)
-            raise
-    if _size_and_time(source) != before:
-        new.unlink()
+            limits = {**plan.limits, error.dataset_path: error.items}
+            plan = make_plan(source, repair=plan.repair, limits=limits)
+    if _size_and_time(source) != signature:
+        temporary.unlink()
         raise TraceFileError(
             f"{source} changed while it was read: its writer is still running. Read it with "
             "grutrace.open, or recover it after the writer has ended"
         )
-    kept = plan.kept
-    return new, RecoveryReport(
-        source, path, kept.closed, kept.calls, kept.lost, kept.reason, kept.dropped, plan.repaired
+    prefix = plan.prefix
+    report = RecoveryReport(
+        source=source,
+        path=path,
+        closed=prefix.closed,
+        calls=prefix.calls,
+        lost=prefix.lost,
+        reason=prefix.reason,
+        dropped=prefix.dropped,
+        repaired=plan.repaired,
     )
+    return temporary, report
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:
@@ -199,15 +208,16 @@ def _size_and_time(path: Path) -> tuple[int, int]:
 
 
 def _copy(
-    source: Path, path: Path, new: Path, plan: RecoveryPlan, advance: Callable[[int], None]
+    source: Path, path: Path, temporary: Path, plan: RecoveryPlan, advance: Callable[[int], None]
 ) -> None:
+    """Copy the intact prefix of a file to a temporary path."""
     with open_damaged(source, repair=plan.repair) as (_, file):
 
         def blocks(dataset_path: str, count: int) -> Iterator[Array]:
             return _blocks(get_dataset(file, dataset_path), dataset_path, count)
 
-        header, kept = read_header(file), plan.kept
-        write_datasets(path, new, header, kept.counts, kept.committed, blocks, advance)
+        header, prefix = read_header(file), plan.prefix
+        write_datasets(path, temporary, header, prefix.counts, prefix.committed, blocks, advance)
 
 
 class _UnreadableItem(Exception):
@@ -220,8 +230,8 @@ class _UnreadableItem(Exception):
 
 def _blocks(dataset: h5py.Dataset, dataset_path: str, count: int) -> Iterator[Array]:
     """Yield the first items of a dataset in blocks."""
-    item = math.prod(dataset.shape[1:]) * dataset.dtype.itemsize
-    step = max(1, BLOCK // max(1, item))
+    item_bytes = math.prod(dataset.shape[1:]) * dataset.dtype.itemsize
+    step = max(1, BLOCK // max(1, item_bytes))
     for start in range(0, count, step):
         stop = min(count, start + step)
         try:

@@ -59,17 +59,16 @@ class ModuleExtents:
         """
         path = pieces_path(self.module)
         ends = self.pieces + np.cumsum(calls["batch"], dtype=np.int64)
-        last = int(ends[-1]) if len(ends) else self.pieces
-        available = count_available(path, last)
-        pieces = read(path, self.pieces, available)
-        begun = self._count_begun(pieces)
-        available = self.pieces + len(begun)
+        needed_pieces = int(ends[-1]) if len(ends) else self.pieces
+        pieces = read(path, self.pieces, count_available(path, needed_pieces))
+        sequences = self._count_sequences(pieces)
+        available = self.pieces + len(sequences)
         complete = int(np.searchsorted(ends, available, side="right"))
         self.obstacle = path
         ends = ends[:complete]
         # The first entry is the state before the first piece.
         rows = np.concatenate([[0], np.cumsum(pieces["steps"], dtype=np.int64)]) + self.rows
-        begun = np.concatenate([[self.sequences], begun])
+        sequences = np.concatenate([[self.sequences], sequences])
         versions = np.maximum.accumulate(
             np.concatenate([[self.versions], calls["weights"][:complete].astype(np.int64) + 1])
         )[1:]
@@ -78,7 +77,7 @@ class ModuleExtents:
                 self.calls + 1 + np.arange(complete),
                 ends,
                 rows[ends - self.pieces],
-                begun[ends - self.pieces],
+                sequences[ends - self.pieces],
                 versions,
             ],
             axis=1,
@@ -100,15 +99,15 @@ class ModuleExtents:
 
     def counts(self) -> dict[str, int]:
         """Return the number of items that the accepted calls need, by dataset path."""
-        have = (self.calls, self.pieces, self.rows, self.sequences, self.versions)
-        found = {path: have[column] for path, column in self._columns().items()}
-        return {pieces_path(self.module): self.pieces, **found}
+        lengths = (self.calls, self.pieces, self.rows, self.sequences, self.versions)
+        counts = {path: lengths[column] for path, column in self._columns().items()}
+        return {pieces_path(self.module): self.pieces, **counts}
 
-    def _count_begun(self, pieces: Array) -> Array:
-        """Count the sequences begun after each piece, (pieces,), up to the first skipped number."""
+    def _count_sequences(self, pieces: Array) -> Array:
+        """Count the sequences after each piece, (pieces,), up to the first skipped number."""
         numbers = np.minimum(pieces["sequence"], np.uint64(2**62)).astype(np.int64)
-        begun = np.maximum.accumulate(np.concatenate([[self.sequences], numbers + 1]))
-        return begun[1 : 1 + count_leading_true(numbers <= begun[:-1])]
+        counts = np.maximum.accumulate(np.concatenate([[self.sequences], numbers + 1]))
+        return counts[1 : 1 + count_leading_true(numbers <= counts[:-1])]
 
     def _columns(self) -> dict[str, int]:
         """Map the path of each dataset to the column of `_after` that is its length."""
@@ -144,7 +143,7 @@ class ChunkScanner:
         self._dataset, self._size = dataset, size
         self._length = len(dataset) if limit is None else min(limit, len(dataset))
         self._limited = limit is not None
-        self._known = 0
+        self._available = 0
         self._chunk: tuple[int, ...] = dataset.chunks
         self._compressed = dataset.id.get_create_plist().get_nfilters() > 0
         self._item_bytes = math.prod(dataset.shape[1:]) * dataset.dtype.itemsize
@@ -152,50 +151,62 @@ class ChunkScanner:
 
     def count_available(self, count: int) -> int:
         """Return how many of the first `count` items are available."""
-        wanted = min(count, self._length)
+        stop = min(count, self._length)
         if not self._item_bytes:
-            return wanted
-        while self._known < wanted and not self.reason:
-            found = 0 if self._known % self._chunk[0] else self._count_in_row_of_chunks(self._known)
-            self._known += found
-            if not found and not self.reason:
+            return stop
+        while self._available < stop and not self.reason:
+            is_chunk_start = self._available % self._chunk[0] == 0
+            items = self._count_in_chunks(self._available) if is_chunk_start else 0
+            self._available += items
+            if not items and not self.reason:
                 self.reason = (
-                    f"item {self._known} lies beyond the end of the file, which has "
+                    f"item {self._available} lies beyond the end of the file, which has "
                     f"{self._size} bytes"
                 )
-        if wanted < count and not self.reason:
+        if stop < count and not self.reason:
             problem = "cannot be read" if self._limited else "is missing"
-            self.reason = f"item {wanted} {problem}"
-        return min(count, self._known)
+            self.reason = f"item {stop} {problem}"
+        return min(count, self._available)
 
-    def _count_in_row_of_chunks(self, first: int) -> int:
-        """Count the available items of the chunks that begin with an item."""
-        rest = [
+    def _count_in_chunks(self, item: int) -> int:
+        """Count the available items of the chunks that start with this item.
+
+        There are several such chunks if an item is larger than a chunk.
+        """
+        offsets = [
             range(0, size, step)
             for size, step in zip(self._dataset.shape[1:], self._chunk[1:], strict=True)
         ]
-        items = min(self._chunk[0], self._length - first)
-        for others in itertools.product(*rest):
-            items = min(items, self._count_in_chunk(first, others, items))
+        items = min(self._chunk[0], self._length - item)
+        for chunk_offsets in itertools.product(*offsets):
+            items = min(items, self._count_in_chunk(item, chunk_offsets, items))
         return items
 
-    def _count_in_chunk(self, first: int, others: tuple[int, ...], items: int) -> int:
+    def _count_in_chunk(self, item: int, offsets: tuple[int, ...], items: int) -> int:
+        """Count the available items of one chunk.
+
+        Args:
+            item: The first item of the chunk.
+            offsets: Start of the chunk along the other axes.
+            items: Number of items in the chunk.
+        """
         try:
-            info = self._dataset.id.get_chunk_info_by_coord((first, *others))
+            info = self._dataset.id.get_chunk_info_by_coord((item, *offsets))
         except H5PY_ERRORS as error:
-            self.reason = f"the address of item {first} cannot be read: {short_message(error)}"
+            self.reason = f"the address of item {item} cannot be read: {short_message(error)}"
             return 0
         if info.byte_offset is None:
-            self.reason = f"item {first} was never written"
+            self.reason = f"item {item} was never written"
             return 0
         start = int(info.byte_offset)
         if self._compressed:
             return items if start + int(info.size) <= self._size else 0
         # A dead writer may not have written the unused end of a chunk.
-        item: int = math.prod(self._chunk[1:]) * self._dataset.dtype.itemsize
-        complete = max(0, self._size - start) // max(1, item)
+        item_bytes: int = math.prod(self._chunk[1:]) * self._dataset.dtype.itemsize
+        complete = max(0, self._size - start) // max(1, item_bytes)
         if len(self._chunk) == 1 or self._chunk[1:] == self._dataset.shape[1:]:
             return min(items, complete)
         # If an item spans several chunks, the last one need not be full.
-        used: int = min(self._chunk[1], self._dataset.shape[1] - others[0]) * item // self._chunk[1]
-        return items if start + used <= self._size else 0
+        used_rows: int = min(self._chunk[1], self._dataset.shape[1] - offsets[0])
+        used_bytes = used_rows * item_bytes // self._chunk[1]
+        return items if start + used_bytes <= self._size else 0

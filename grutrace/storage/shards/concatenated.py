@@ -10,6 +10,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,14 +18,11 @@ from grutrace.distributed import Shard
 from grutrace.errors import TraceFileError
 from grutrace.records import Array, ModuleInfo, TraceHeader
 from grutrace.storage.format.header import module_differences
-from grutrace.storage.format.schema import CHECK, PIECE, width
+from grutrace.storage.format.schema import CHECK, width
 from grutrace.storage.format.tables import ModuleCounts, ShardCalls, Tables
 from grutrace.storage.interfaces import AppendOnlySource, Rows, SnapshotReader
 from grutrace.storage.read.lazy_rows import ConcatenatedRows
-from grutrace.storage.shards.union import annotation_values, concatenate_strings
-
-#: Index of each module of a shard among the modules of all shards.
-ModuleIndices = tuple[int, ...]
+from grutrace.storage.shards.joined_tables import ModuleIndices, concatenated_tables
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +40,7 @@ class ConcatenatedSource:
     source closes its shards.
 
     Args:
-        name: Name of the whole, for messages.
+        name: Name of the trace, for messages.
         shards: The shard of each source.
         sources: The sources, at least one, by increasing rank. More can be added.
 
@@ -58,7 +56,7 @@ class ConcatenatedSource:
         self.name = name
         self._shards, self._sources = list(shards), list(sources)
         self._modules: list[ModuleInfo] = []
-        self._first_of: list[AppendOnlySource] = []
+        self._first_source: list[AppendOnlySource] = []
         self._latest: tuple[Tables, ...] = ()
         self._tables: ConcatenatedTables | None = None
         self._merge_headers()
@@ -79,7 +77,7 @@ class ConcatenatedSource:
         return tuple(self._module_indices)
 
     @property
-    def parts(self) -> tuple[Tables, ...]:
+    def shard_tables(self) -> tuple[Tables, ...]:
         """The tables of each shard, as of the last refresh."""
         return self._latest
 
@@ -94,43 +92,43 @@ class ConcatenatedSource:
         Raises:
             TraceFileError: A module differs from that of another shard.
         """
-        position = sum(each.rank < shard.rank for each in self._shards)
+        position = sum(other.rank < shard.rank for other in self._shards)
         self._shards.insert(position, shard)
         self._sources.insert(position, source)
         self._merge_headers()
 
     def _merge_headers(self) -> None:
         """Collect the modules of all shards. Known modules keep their index."""
-        known = {module.path: number for number, module in enumerate(self._modules)}
+        index_by_path = {module.path: index for index, module in enumerate(self._modules)}
         self._module_indices: list[ModuleIndices] = []
         for source in self._sources:
             for module in source.header.modules:
-                number = known.setdefault(module.path, len(self._modules))
-                if number == len(self._modules):
+                index = index_by_path.setdefault(module.path, len(self._modules))
+                if index == len(self._modules):
                     self._modules.append(module)
-                    self._first_of.append(source)
-                for found in module_differences(
-                    self._modules[number], module, ("the first", "this one")
+                    self._first_source.append(source)
+                for difference in module_differences(
+                    self._modules[index], module, ("the first", "this one")
                 ):
-                    first = self._first_of[number].name
+                    first_name = self._first_source[index].name
                     raise TraceFileError(
-                        f"{source.name} and {first} cannot be read as one trace: {found}"
+                        f"{source.name} and {first_name} cannot be read as one trace: {difference}"
                     )
             self._module_indices.append(
-                tuple(known[module.path] for module in source.header.modules)
+                tuple(index_by_path[module.path] for module in source.header.modules)
             )
         self.header = self._concatenated_header()
 
     def _concatenated_header(self) -> TraceHeader:
-        headers, first = [source.header for source in self._sources], self._shards[0]
-        own = {name: value for name, value in headers[0].options.items() if name != "shard"}
+        headers, shard = [source.header for source in self._sources], self._shards[0]
+        options = {name: value for name, value in headers[0].options.items() if name != "shard"}
         ranks = [{"rank": shard.rank} for shard in self._shards]
-        shards = {"id": first.id, "world_size": first.world_size, "of": ranks}
+        shards = {"id": shard.id, "world_size": shard.world_size, "of": ranks}
         return replace(
             headers[0],
             model=", ".join(dict.fromkeys(header.model for header in headers)),
             created=min(header.created for header in headers),
-            options=own | {"shards": shards},
+            options=options | {"shards": shards},
             modules=tuple(self._modules),
         )
 
@@ -143,20 +141,22 @@ class ConcatenatedSource:
         ):
             # `grutrace run` has found more modules.
             self._merge_headers()
-        known = len(latest) == len(self._latest) and all(map(operator.is_, latest, self._latest))
-        if self._tables is None or not known:
+        unchanged = len(latest) == len(self._latest) and all(
+            map(operator.is_, latest, self._latest)
+        )
+        if self._tables is None or not unchanged:
             self._tables = self._concatenate(latest)
             self._latest = latest
         return self._tables
 
-    def _concatenate(self, parts: tuple[Tables, ...]) -> ConcatenatedTables:
-        tables = concatenated_tables(parts, self._module_indices, len(self._modules))
+    def _concatenate(self, shard_tables: tuple[Tables, ...]) -> ConcatenatedTables:
+        concatenated = concatenated_tables(shard_tables, self._module_indices, len(self._modules))
         shards = tuple(
-            ShardCalls(shard.rank, len(part.calls), part.closed)
-            for shard, part in zip(self._shards, parts, strict=True)
+            ShardCalls(shard.rank, len(tables.calls), tables.closed)
+            for shard, tables in zip(self._shards, shard_tables, strict=True)
         )
-        reader = _ConcatenatedReader(self, parts)
-        return ConcatenatedTables(**vars(tables) | {"shards": shards, "reader": reader})
+        reader = _ConcatenatedReader(self, shard_tables)
+        return ConcatenatedTables(**vars(concatenated) | {"shards": shards, "reader": reader})
 
     def as_of(self, tables: Tables) -> SnapshotReader:
         """Return the reader of the rows that these tables count, even if shards have grown."""
@@ -171,26 +171,40 @@ class ConcatenatedSource:
             source.close()
 
 
+class _ModuleRows(NamedTuple):
+    """The rows of a module in one shard.
+
+    Attributes:
+        source: Source of the shard.
+        module: Index of the module in the shard.
+        counts: Counts of the module in the shard.
+    """
+
+    source: AppendOnlySource
+    module: int
+    counts: ModuleCounts
+
+
 class _ConcatenatedReader:
     """Reads the rows of several shards as of one refresh.
 
     Args:
-        joined: The shards.
-        parts: The tables of each shard as of that refresh.
+        source: The shards.
+        shard_tables: The tables of each shard as of that refresh.
     """
 
-    def __init__(self, joined: ConcatenatedSource, parts: Sequence[Tables]) -> None:
-        self._name, self._shards, self._sources = joined.name, joined.shards, joined.sources
-        self._modules, self._tables = joined.header.modules, tuple(parts)
-        #: By module: each source that has it, its index there and its counts.
-        self._parts: list[list[tuple[AppendOnlySource, int, ModuleCounts]]] = [
-            [] for _ in self._modules
-        ]
-        for source, of_source, tables in zip(
-            self._sources, joined.module_indices, parts, strict=True
+    def __init__(self, source: ConcatenatedSource, shard_tables: Sequence[Tables]) -> None:
+        self._name, self._shards, self._sources = source.name, source.shards, source.sources
+        self._modules, self._tables = source.header.modules, tuple(shard_tables)
+        #: By module, the shards that have it.
+        self._module_rows: list[list[_ModuleRows]] = [[] for _ in self._modules]
+        for shard, indices, tables in zip(
+            self._sources, source.module_indices, shard_tables, strict=True
         ):
-            for local, number in enumerate(of_source):
-                self._parts[number].append((source, local, tables.module_counts[local]))
+            for local_index, index in enumerate(indices):
+                self._module_rows[index].append(
+                    _ModuleRows(shard, local_index, tables.module_counts[local_index])
+                )
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle the shards if all are closed. Rows of growing shards would move."""
@@ -201,136 +215,53 @@ class _ConcatenatedReader:
 
     def rows(self, module: int, suffix: str, quantity: str, count: int) -> Rows:
         """Return the first `count` rows, (count, H or I)."""
-        parts = [
-            source.rows(local, suffix, quantity, extent.rows)
-            for source, local, extent in self._parts[module]
+        arrays = [
+            shard.source.rows(shard.module, suffix, quantity, shard.counts.rows)
+            for shard in self._module_rows[module]
         ]
-        return self._concatenated_rows(parts, module, suffix, quantity, count)
+        return self._concatenated_rows(arrays, module, suffix, quantity, count)
 
     def initial(self, module: int, suffix: str, count: int) -> Rows:
         """Return the initial states of the first `count` sequences, (count, H)."""
-        parts = [
-            source.initial(local, suffix, extent.sequences)
-            for source, local, extent in self._parts[module]
+        arrays = [
+            shard.source.initial(shard.module, suffix, shard.counts.sequences)
+            for shard in self._module_rows[module]
         ]
-        return self._concatenated_rows(parts, module, suffix, "initial", count)
+        return self._concatenated_rows(arrays, module, suffix, "initial", count)
 
     def checks(self, module: int, suffix: str, count: int) -> Array:
         """Return the checks of the module's first `count` calls, (count,), type `schema.CHECK`."""
-        parts = [
-            source.checks(local, suffix, extent.calls)
-            for source, local, extent in self._parts[module]
+        arrays = [
+            shard.source.checks(shard.module, suffix, shard.counts.calls)
+            for shard in self._module_rows[module]
         ]
-        return np.concatenate([np.empty(0, CHECK), *parts])[:count]
+        return np.concatenate([np.empty(0, CHECK), *arrays])[:count]
 
     def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
         """Return one version of a site's weights."""
-        for source, local, extent in self._parts[module]:
-            if version < extent.versions:
-                return source.weights(local, suffix, version)
-            version -= extent.versions
+        for shard in self._module_rows[module]:
+            if version < shard.counts.versions:
+                return shard.source.weights(shard.module, suffix, version)
+            version -= shard.counts.versions
         raise IndexError(f"the weight version is out of bounds by {version + 1}")
 
     def _concatenated_rows(
-        self, parts: Sequence[Rows], module: int, suffix: str, quantity: str, count: int
+        self, arrays: Sequence[Rows], module: int, suffix: str, quantity: str, count: int
     ) -> Rows:
-        if len(parts) == 1:
-            return parts[0]
-        kind = self._modules[module]
-        site = next(site for site in kind.sites if site.suffix == suffix)
-        return ConcatenatedRows(parts, (count, width(kind, site, quantity)), np.dtype(kind.dtype))
+        if len(arrays) == 1:
+            return arrays[0]
+        info = self._modules[module]
+        site = next(site for site in info.sites if site.suffix == suffix)
+        return ConcatenatedRows(arrays, (count, width(info, site, quantity)), np.dtype(info.dtype))
 
 
 def _reopen(
     name: str, shards: Sequence[Shard], sources: Sequence[AppendOnlySource], calls: Sequence[int]
 ) -> ConcatenatedSource:
     """Open the same shards in another process. They must not have grown: that would move rows."""
-    joined = ConcatenatedSource(name, shards, sources)
-    joined.refresh()
-    if [len(part.calls) for part in joined.parts] != list(calls):
-        joined.close()
+    source = ConcatenatedSource(name, shards, sources)
+    source.refresh()
+    if [len(tables.calls) for tables in source.shard_tables] != list(calls):
+        source.close()
         raise TraceFileError(f"{name} has grown since it was opened: open it again")
-    return joined
-
-
-def concatenated_tables(
-    parts: Sequence[Tables], module_indices: Sequence[ModuleIndices], modules: int
-) -> Tables:
-    """Return the tables that one process would have recorded, one shard after another.
-
-    Args:
-        parts: The tables of each shard.
-        module_indices: The modules of each shard, as indexes into the modules of all shards.
-        modules: Number of modules of all shards.
-    """
-    before = [ModuleCounts(0, 0, 0, 0)] * modules
-    pieces: list[list[Array]] = [[np.empty(0, PIECE)] for _ in range(modules)]
-    calls, forks, annotations, values = ([] for _ in range(4))
-    string_count = 0
-    for part, indices in zip(parts, module_indices, strict=True):
-        offsets = _Offsets(indices, before, string_count)
-        calls.append(offsets.apply(part.calls))
-        forks.append(offsets.apply(part.forks))
-        annotations.append(offsets.apply(part.annotations))
-        values.append(annotation_values(part, string_count))
-        for local, number in enumerate(indices):
-            own = part.pieces[local].copy()
-            own["sequence"] += np.uint64(before[number].sequences)
-            pieces[number].append(own)
-            before[number] = _add_extents(before[number], part.module_counts[local])
-        string_count += len(part.strings)
-    strings, characters = concatenate_strings(parts)
-    return Tables(
-        calls=np.concatenate(calls),
-        forks=np.concatenate(forks),
-        annotations=np.concatenate(annotations),
-        values=np.concatenate(values),
-        strings=strings,
-        characters=characters,
-        pieces=tuple(map(np.concatenate, pieces)),
-        module_counts=tuple(before),
-        closed=all(part.closed for part in parts),
-    )
-
-
-class _Offsets:
-    """Offsets from the numbers in the tables of a shard to those in the concatenated tables.
-
-    Args:
-        module_indices: The modules of the shard, as indexes into the modules of all shards.
-        before: Counts of each module in the preceding shards.
-        string_count: Number of strings in the preceding shards.
-    """
-
-    def __init__(
-        self, module_indices: ModuleIndices, before: Sequence[ModuleCounts], string_count: int
-    ) -> None:
-        self._modules = np.array(module_indices, np.uint32)
-        self._sequences = np.array(
-            [before[number].sequences for number in module_indices], np.uint64
-        )
-        self._versions = np.array([before[number].versions for number in module_indices], np.uint32)
-        self._string_count = np.uint32(string_count)
-
-    def apply(self, table: Array) -> Array:
-        """Return a copy of a table of calls, forks or annotations with shifted numbers."""
-        shifted, of = table.copy(), table["module"]
-        for field in table.dtype.names or ():
-            if field == "module":
-                shifted[field] = self._modules[of]
-            elif field in ("sequence", "parent"):
-                shifted[field] += self._sequences[of]
-            elif field == "weights":
-                shifted[field] += self._versions[of]
-            elif field in ("tag", "name"):
-                shifted[field][table[field] > 0] += self._string_count
-        return shifted
-
-
-def _add_extents(first: ModuleCounts, second: ModuleCounts) -> ModuleCounts:
-    return ModuleCounts(
-        first.calls + second.calls,
-        first.rows + second.rows,
-        first.sequences + second.sequences,
-        first.versions + second.versions,
-    )
+    return source

@@ -48,7 +48,8 @@ from grutrace.storage.hdf5.errors import translate_write_errors
 from grutrace.storage.hdf5.filters import compression_of, filter_options
 from grutrace.storage.interfaces import AppendOnlySource, Rows, SnapshotReader
 from grutrace.storage.read.lazy_rows import BLOCK
-from grutrace.storage.shards.concatenated import ConcatenatedSource, ModuleIndices
+from grutrace.storage.shards.concatenated import ConcatenatedSource
+from grutrace.storage.shards.joined_tables import ModuleIndices
 from grutrace.storage.shards.open_files import open_files
 from grutrace.storage.shards.union import UnionSource
 
@@ -140,16 +141,20 @@ class _Merge:
         self._reader, self._header = source.as_of(self._tables), source.header
         self._copy, self._progress = copy, progress
         self._shards = [
-            _Shard(shard, each, tables, module_indices, linked=tables.closed and not copy)
-            for shard, each, tables, module_indices in zip(
-                source.shards, source.sources, source.parts, source.module_indices, strict=True
+            _Shard(shard, shard_source, tables, indices, linked=tables.closed and not copy)
+            for shard, shard_source, tables, indices in zip(
+                source.shards,
+                source.sources,
+                source.shard_tables,
+                source.module_indices,
+                strict=True,
             )
         ]
-        self._done = 0
+        self._copied_bytes = 0
         self._total = sum(shard.nbytes for shard in self._shards if not shard.linked)
         self.report = MergeReport(
             tuple(shard.summary for shard in self._shards),
-            tuple(each.source.files[0] for each in self._shards if not each.tables.closed),
+            tuple(shard.source.files[0] for shard in self._shards if not shard.tables.closed),
             self._total,
         )
 
@@ -164,10 +169,9 @@ class _Merge:
         )
         if self._copy:
             create_datasets(file, header.modules, create)
-            for number, module in enumerate(header.modules):
-                self._copy_module(
-                    file, module, self._reader, number, self._tables.module_counts[number]
-                )
+            for index, module in enumerate(header.modules):
+                counts = self._tables.module_counts[index]
+                self._copy_module(file, module, self._reader, index, counts)
         else:
             for shard in self._shards:
                 if not shard.linked:
@@ -193,33 +197,36 @@ class _Merge:
         """Return the spans of each virtual dataset, by path."""
         spans: dict[str, list[SourceSpan]] = {}
         for shard in self._shards:
-            for local, number in enumerate(shard.module_indices):
-                module, extent = self._header.modules[number], shard.tables.module_counts[local]
+            for local_index, index in enumerate(shard.module_indices):
+                module, counts = (
+                    self._header.modules[index],
+                    shard.tables.module_counts[local_index],
+                )
                 for dataset_path, name in _row_datasets(module):
-                    count = _count(extent, name)
+                    count = _count(counts, name)
                     if count:
                         spans.setdefault(dataset_path, []).append(
-                            shard.span(local, module, dataset_path, count)
+                            shard.span(local_index, module, dataset_path, count)
                         )
         return spans
 
     def _copy_shard(self, file: h5py.File, shard: _Shard, create: CreateDataset) -> None:
         """Copy the datasets of one shard to a group of the new file."""
-        for local, number in enumerate(shard.module_indices):
-            module = self._header.modules[number]
+        for local_index, index in enumerate(shard.module_indices):
+            module = self._header.modules[index]
             specs = dataset_specs([module])
             for dataset_path, _ in _row_datasets(module):
                 create(file, f"{shard.prefix}{dataset_path}", specs[dataset_path])
-            extent = shard.tables.module_counts[local]
-            self._copy_module(file, module, shard.source, local, extent, shard.prefix)
+            counts = shard.tables.module_counts[local_index]
+            self._copy_module(file, module, shard.source, local_index, counts, shard.prefix)
 
     def _copy_module(
         self,
         file: h5py.File,
         module: ModuleInfo,
         source: SnapshotReader,
-        number: int,
-        extent: ModuleCounts,
+        index: int,
+        counts: ModuleCounts,
         prefix: str = "",
     ) -> None:
         for site in module.sites:
@@ -229,35 +236,35 @@ class _Merge:
 
             for quantity in site.quantities:
                 if quantity != "input" or input_owner(module, site) is site:
-                    rows = source.rows(number, site.suffix, quantity, extent.rows)
+                    rows = source.rows(index, site.suffix, quantity, counts.rows)
                     self._copy_rows(file[dataset_path(quantity)], rows)
-            initial = source.initial(number, site.suffix, extent.sequences)
+            initial = source.initial(index, site.suffix, counts.sequences)
             self._copy_rows(file[dataset_path("initial")], initial)
             self._copy_rows(
-                file[dataset_path("checks")], source.checks(number, site.suffix, extent.calls)
+                file[dataset_path("checks")], source.checks(index, site.suffix, counts.calls)
             )
             for name in weight_shapes(module, site):
-                _resize(file[dataset_path(name)], extent.versions)
-            for version in range(extent.versions):
-                weights = source.weights(number, site.suffix, version)
+                _resize(file[dataset_path(name)], counts.versions)
+            for version in range(counts.versions):
+                weights = source.weights(index, site.suffix, version)
                 for name, array in weights.items():
                     file[dataset_path(name)][version] = array
                     self._advance(array.nbytes)
 
     def _copy_rows(self, dataset: h5py.Dataset, rows: Rows | Array) -> None:
         _resize(dataset, len(rows))
-        size = max(1, math.prod(dataset.shape[1:]) * dataset.dtype.itemsize)
+        item_bytes = max(1, math.prod(dataset.shape[1:]) * dataset.dtype.itemsize)
         # In whole chunks, so that no chunk is written twice.
-        step = max(1, BLOCK // size // dataset.chunks[0]) * dataset.chunks[0]
+        step = max(1, BLOCK // item_bytes // dataset.chunks[0]) * dataset.chunks[0]
         for start in range(0, len(rows), step):
             block = np.asarray(rows[start : start + step])
             dataset[start : start + len(block)] = block
             self._advance(block.nbytes)
 
     def _advance(self, nbytes: int) -> None:
-        self._done += nbytes
+        self._copied_bytes += nbytes
         if self._progress is not None:
-            self._progress(self._done, self._total)
+            self._progress(self._copied_bytes, self._total)
 
 
 @dataclass(frozen=True)
@@ -286,7 +293,7 @@ class _Shard:
     @property
     def summary(self) -> MergedShard:
         """Its description in the merged file."""
-        files = {each.files[0].name: each.header.created for each in _files(self.source)}
+        files = {file.files[0].name: file.header.created for file in _file_sources(self.source)}
         calls, closed = len(self.tables.calls), self.tables.closed
         return MergedShard(self.shard.rank, calls, closed, files if self.linked else {})
 
@@ -294,33 +301,35 @@ class _Shard:
     def nbytes(self) -> int:
         """Bytes of all its datasets except the tables."""
         size = 0
-        for module, extent in zip(
+        for module, counts in zip(
             self.source.header.modules, self.tables.module_counts, strict=True
         ):
             specs = dataset_specs([module])
             for dataset_path, name in _row_datasets(module):
-                item = (
-                    math.prod(specs[dataset_path].item_shape) * specs[dataset_path].dtype.itemsize
-                )
-                size += _count(extent, name) * item
+                spec = specs[dataset_path]
+                item_bytes = math.prod(spec.item_shape) * spec.dtype.itemsize
+                size += _count(counts, name) * item_bytes
         return size
 
-    def span(self, local: int, module: ModuleInfo, dataset_path: str, count: int) -> SourceSpan:
+    def span(
+        self, local_index: int, module: ModuleInfo, dataset_path: str, count: int
+    ) -> SourceSpan:
         """Return the span of a dataset of one of its modules."""
         if not self.linked:
             return SourceSpan(SELF, f"{self.prefix}{dataset_path}", count)
-        file, number = (
-            self.source.locate(local)
+        file, index = (
+            self.source.locate(local_index)
             if isinstance(self.source, UnionSource)
-            else (self.source, local)
+            else (self.source, local_index)
         )
-        own = module_path(file.header.modules[number])
-        return SourceSpan(
-            file.files[0].name, own + dataset_path.removeprefix(module_path(module)), count
+        # In its own file, the module may have another path.
+        path = module_path(file.header.modules[index]) + dataset_path.removeprefix(
+            module_path(module)
         )
+        return SourceSpan(file.files[0].name, path, count)
 
 
-def _files(source: AppendOnlySource) -> Sequence[AppendOnlySource]:
+def _file_sources(source: AppendOnlySource) -> Sequence[AppendOnlySource]:
     return source.sources if isinstance(source, UnionSource) else [source]
 
 
@@ -331,11 +340,11 @@ def _row_datasets(module: ModuleInfo) -> Iterator[tuple[str, str]]:
             yield dataset_path, dataset_path.rpartition("/")[2]
 
 
-def _count(extent: ModuleCounts, name: str) -> int:
+def _count(counts: ModuleCounts, name: str) -> int:
     """Return the number of items of a dataset."""
     if name in QUANTITIES:
-        return extent.rows
-    return {"initial": extent.sequences, "checks": extent.calls}.get(name, extent.versions)
+        return counts.rows
+    return {"initial": counts.sequences, "checks": counts.calls}.get(name, counts.versions)
 
 
 def _fill(dataset: h5py.Dataset, items: Array) -> None:

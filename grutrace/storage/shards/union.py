@@ -8,11 +8,10 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
-import numpy as np
-
 from grutrace.records import Array, ModuleInfo, TraceHeader
 from grutrace.storage.format.tables import Tables
 from grutrace.storage.interfaces import AppendOnlySource, Rows, SnapshotReader
+from grutrace.storage.shards.joined_tables import union_tables
 
 
 class UnionSource:
@@ -77,8 +76,10 @@ class UnionSource:
     def refresh(self) -> Tables:
         """Return the present tables of all sources."""
         latest = tuple(source.refresh() for source in self._sources)
-        known = len(latest) == len(self._latest) and all(map(operator.is_, latest, self._latest))
-        if self._tables is None or not known:
+        unchanged = len(latest) == len(self._latest) and all(
+            map(operator.is_, latest, self._latest)
+        )
+        if self._tables is None or not unchanged:
             self._tables = latest[0] if len(latest) == 1 else union_tables(latest)
             self._latest = latest
         return self._tables
@@ -123,19 +124,19 @@ def union_header(headers: Sequence[TraceHeader], labels: Sequence[str]) -> Trace
 
 
 def distinct_modules(
-    parts: Sequence[Sequence[ModuleInfo]], labels: Sequence[str]
+    sources: Sequence[Sequence[ModuleInfo]], labels: Sequence[str]
 ) -> tuple[ModuleInfo, ...]:
-    """Return the modules of all parts, with distinct paths.
+    """Return the modules of all sources, with distinct paths.
 
-    A part keeps its paths unless an earlier part uses one of them. Otherwise all its paths get the
-    prefix ``label.``, or ``label#k.`` for the k-th part with this label. If such a path is used
-    too, k is the next number without a conflict.
+    A source keeps its paths unless an earlier source uses one of them. Otherwise all its paths get
+    the prefix ``label.``, or ``label#k.`` for the k-th source with this label. If such a path is
+    used too, k is the next number without a conflict.
     """
     used_paths: set[str] = set()
     modules: list[ModuleInfo] = []
-    for index, (part, label) in enumerate(zip(parts, labels, strict=True)):
+    for index, (source_modules, label) in enumerate(zip(sources, labels, strict=True)):
         for prefix in _prefixes(label, labels[: index + 1].count(label)):
-            renamed = [_renamed(module, prefix) for module in part]
+            renamed = [_renamed(module, prefix) for module in source_modules]
             if used_paths.isdisjoint(module.path for module in renamed):
                 break
         used_paths |= {module.path for module in renamed}
@@ -143,10 +144,11 @@ def distinct_modules(
     return tuple(modules)
 
 
-def _prefixes(label: str, number: int) -> Iterator[str]:
+def _prefixes(label: str, start: int) -> Iterator[str]:
+    """Yield the prefixes to try: none, then the label with the numbers from `start` on."""
     yield ""
-    for each in count(number):
-        yield label if each == 1 else f"{label}#{each}"
+    for number in count(start):
+        yield label if number == 1 else f"{label}#{number}"
 
 
 def _renamed(module: ModuleInfo, prefix: str) -> ModuleInfo:
@@ -155,70 +157,6 @@ def _renamed(module: ModuleInfo, prefix: str) -> ModuleInfo:
     path = f"{prefix}.{module.path}" if module.path else prefix
     sites = tuple(replace(site, name=f"{prefix}.{site.name}") for site in module.sites)
     return replace(module, path=path, sites=sites)
-
-
-def union_tables(parts: Sequence[Tables]) -> Tables:
-    """Return the tables that one trace of all parts would have."""
-    calls, forks, annotations, values = ([] for _ in range(4))
-    modules = string_count = 0
-    for part in parts:
-        calls.append(_shift_references(part.calls, modules, {"tag": string_count}))
-        forks.append(_shift_references(part.forks, modules, {}))
-        annotations.append(_shift_references(part.annotations, modules, {"name": string_count}))
-        values.append(annotation_values(part, string_count))
-        modules += len(part.pieces)
-        string_count += len(part.strings)
-    strings, characters = concatenate_strings(parts)
-    joined = np.concatenate(calls)
-    return Tables(
-        calls=joined[_in_time_order(calls)],
-        forks=np.concatenate(forks),
-        annotations=np.concatenate(annotations),
-        values=np.concatenate(values),
-        strings=strings,
-        characters=characters,
-        pieces=tuple(pieces for part in parts for pieces in part.pieces),
-        module_counts=tuple(extent for part in parts for extent in part.module_counts),
-        closed=all(part.closed for part in parts),
-    )
-
-
-def concatenate_strings(parts: Sequence[Tables]) -> tuple[Array, Array]:
-    """Return the strings (the end of each) and the characters of all parts."""
-    strings, characters, character_count = [], [], 0
-    for part in parts:
-        strings.append(part.strings + np.uint64(character_count))
-        # Characters after the last string would become part of the next part's first string.
-        characters.append(part.characters[: int(part.strings[-1]) if len(part.strings) else 0])
-        character_count += len(characters[-1])
-    return np.concatenate(strings), np.concatenate(characters)
-
-
-def _shift_references(table: Array, modules: int, string_count: dict[str, int]) -> Array:
-    """Return a copy with shifted modules and strings. String fields hold the number + 1."""
-    moved = table.copy()
-    moved["module"] += np.uint32(modules)
-    for name, number in string_count.items():
-        moved[name][table[name] > 0] += np.uint32(number)
-    return moved
-
-
-def annotation_values(part: Tables, string_count: int) -> Array:
-    """Return the annotation values of a part, with string numbers shifted by `string_count`."""
-    counts = part.annotations["count"].astype(np.int64)
-    values = part.values[: int(counts.sum())].copy()
-    values[np.repeat(part.annotations["text"] > 0, counts)] += string_count
-    return values
-
-
-def _in_time_order(calls: Sequence[Array]) -> Array:
-    """Return the order of all calls by time. The calls of one part keep their order.
-
-    The order within a part determines the rows of its calls. Threads, or a clock that was set
-    back, can record a time before that of the preceding call.
-    """
-    times = [np.maximum.accumulate(each["time"]) for each in calls]
-    return np.argsort(np.concatenate(times), kind="stable")
 
 
 def _label(source: AppendOnlySource) -> str:

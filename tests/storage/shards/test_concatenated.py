@@ -12,7 +12,7 @@ from grutrace.errors import TraceFileError
 from grutrace.storage.read.file_source import FileSource
 from grutrace.storage.read.lazy_rows import ConcatenatedRows, FileRows
 from grutrace.storage.read.trace import Trace
-from grutrace.storage.shards import concatenated
+from grutrace.storage.shards import joined_tables
 from grutrace.storage.shards.concatenated import ConcatenatedSource
 from grutrace.storage.write.file_sink import FileSink
 from tests.storage.oracle import check_trace
@@ -85,16 +85,16 @@ def test_whatever_is_drawn_shows_what_one_process_would_have(streams):
 @pytest.mark.parametrize("wrong", ["texts", "sequences", "versions", "letters"])
 def test_control_the_comparison_sees_what_is_not_moved(wrong, monkeypatch):
     if wrong == "texts":
-        monkeypatch.setattr(concatenated, "annotation_values", lambda part, _: part.values)
+        monkeypatch.setattr(joined_tables, "annotation_values", lambda tables, _: tables.values)
     else:
-        made = concatenated._Offsets.__init__
+        made = joined_tables._Offsets.__init__
 
         def spoilt(self, numbers, before, texts):
             made(self, numbers, before, 0 if wrong == "letters" else texts)
             if wrong != "letters":
                 getattr(self, f"_{wrong}")[:] = 0
 
-        monkeypatch.setattr(concatenated._Offsets, "__init__", spoilt)
+        monkeypatch.setattr(joined_tables._Offsets, "__init__", spoilt)
     streams = full_shards()
     with pytest.raises((AssertionError, IndexError)), Trace(source_of(streams)) as trace:
         check_as_one(trace, streams)
@@ -105,7 +105,7 @@ def test_control_rows_in_another_order_are_seen():
     source = source_of(streams)
     with Trace(source) as trace:
         reads = trace.snapshot.source
-        reads._parts = [parts[::-1] for parts in reads._parts]
+        reads._module_rows = [shards[::-1] for shards in reads._module_rows]
         with pytest.raises(AssertionError):
             check_as_one(trace, streams)
 

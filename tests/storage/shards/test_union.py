@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from grutrace.storage.memory import MemorySink
 from grutrace.storage.read.file_source import FileSource
 from grutrace.storage.read.trace import Trace
-from grutrace.storage.shards import union
+from grutrace.storage.shards import joined_tables
 from grutrace.storage.shards.union import UnionSource, distinct_modules
 from grutrace.storage.write.file_sink import FileSink
 from tests.storage.oracle import check_trace
@@ -92,11 +92,13 @@ def test_parts_in_files_grow_and_show_what_one_trace_shows(tmp_path):
 def test_control_the_comparison_sees_what_is_not_moved(wrong, monkeypatch):
     stream = full_stream()
     if wrong == "texts":
-        monkeypatch.setattr(union, "annotation_values", lambda part, _: part.values)
+        monkeypatch.setattr(joined_tables, "annotation_values", lambda tables, _: tables.values)
     elif wrong == "time":
-        monkeypatch.setattr(union, "_in_time_order", lambda calls: np.arange(sum(map(len, calls))))
+        monkeypatch.setattr(
+            joined_tables, "_in_time_order", lambda calls: np.arange(sum(map(len, calls)))
+        )
     else:
-        monkeypatch.setattr(union, "_shift_references", lambda table, *_: table)
+        monkeypatch.setattr(joined_tables, "_shift_references", lambda table, *_: table)
     with (
         pytest.raises((AssertionError, IndexError, ValueError)),
         Trace(UnionSource("all", in_memory(stream, [1]))) as trace,
