@@ -16,7 +16,7 @@ import numpy as np
 
 from grutrace.arrays.dask_arrays import normalize_slice, padded_positions
 from grutrace.records import Array
-from grutrace.storage.read.row_labels import annotation_mask, row_labels
+from grutrace.storage.read.annotations import annotation_mask, row_labels
 from grutrace.storage.read.sequence_index import Integers, SequenceIndex
 from grutrace.storage.read.snapshot import TraceSnapshot
 

@@ -33,7 +33,7 @@ from grutrace.arrays.dask_arrays import (
 from grutrace.arrays.reopen import SnapshotHandle
 from grutrace.errors import require_extra
 from grutrace.records import Site
-from grutrace.storage.read.row_labels import annotation_names
+from grutrace.storage.read.annotations import annotation_names
 from grutrace.storage.read.snapshot import TraceSnapshot
 
 if TYPE_CHECKING:

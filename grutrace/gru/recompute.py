@@ -247,7 +247,7 @@ def recompute(
     return RecomputedGates(gates, residual, product, recurrent, bounds)
 
 
-def fit(
+def states_match(
     input: Array,
     previous: Array,
     hidden: Array,

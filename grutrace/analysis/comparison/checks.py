@@ -24,7 +24,7 @@ from grutrace.analysis.comparison.report import (
 )
 from grutrace.analysis.verification.distance import abs_difference, scaled_difference
 from grutrace.records import GATES, Array
-from grutrace.storage.read.sequence_index import AnnotationIndex
+from grutrace.storage.read.annotations import AnnotationIndex
 from grutrace.storage.read.snapshot import TraceSnapshot
 
 #: The initial states, which are compared like a quantity.

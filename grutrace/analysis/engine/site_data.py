@@ -18,7 +18,7 @@ from grutrace.errors import NotRecordedError, OptionError, StateError
 from grutrace.records import QUANTITIES, Array, Site
 from grutrace.reprs import fields_repr
 from grutrace.storage.interfaces import Rows
-from grutrace.storage.read.row_labels import LabelColumn, encode_labels
+from grutrace.storage.read.annotations import LabelColumn, encode_labels
 from grutrace.storage.read.sequence_index import Integers
 from grutrace.storage.read.site import SiteTrace
 from grutrace.storage.read.snapshot import Restarts, TraceSnapshot

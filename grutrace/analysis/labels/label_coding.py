@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from grutrace.errors import OptionError
 from grutrace.records import Array
-from grutrace.storage.read.row_labels import LabelColumn
+from grutrace.storage.read.annotations import LabelColumn
 from grutrace.storage.read.sequence_index import Integers
 
 #: Largest number of classes. More texts are merged by frequency, more numbers by size.

@@ -33,7 +33,7 @@ from grutrace.analysis.engine.site_data import (
 from grutrace.analysis.labels.label_coding import encode_classes
 from grutrace.errors import OptionError, require_extra, short_repr
 from grutrace.records import Array
-from grutrace.storage.read.row_labels import LabelColumn
+from grutrace.storage.read.annotations import LabelColumn
 from grutrace.storage.read.sequence_index import Integers
 
 

@@ -241,7 +241,7 @@ def _derive(
     found |= {name: np.empty(shape, site.module.dtype) for name in gates}
     for each, derivation in iter_recomputed(site.gate_inputs, np.arange(rows.start, rows.stop)):
         for name in gates:
-            found[name][each.part] = derivation.gate(name)
+            found[name][each.block] = derivation.gate(name)
         residuals.add(each, derivation, hidden)
     checks["residual"] = residuals.residuals[calls.start : calls.stop]
     checks["tolerance"] = residuals.tolerances(calls)

@@ -13,6 +13,7 @@ import math
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import reduce
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -56,53 +57,51 @@ def reduce_blocks(
         The result of the NumPy method. None if blocks cannot be used: too few elements, or
         another option.
     """
-    result = options.pop("dtype", None)
+    requested_dtype = options.pop("dtype", None)
     axes = _axes(axis)
-    given = [option for option, value in options.items() if value is not None]
-    if given or axes is None or not all(shape) or not isinstance(keepdims, (bool, np.bool_)):
+    has_other_options = any(value is not None for value in options.values())
+    if has_other_options or axes is None or not all(shape):
         return None
-    kept = stored if result is None else np.dtype(result)
-    if stored.kind != "f" or kept.kind != "f":
+    if not isinstance(keepdims, (bool, np.bool_)):
         return None
-    if name in ("var", "std") and math.prod(shape[each] for each in axes) <= ddof:
+    dtype = stored if requested_dtype is None else np.dtype(requested_dtype)
+    if stored.kind != "f" or dtype.kind != "f":
+        return None
+    if name in ("var", "std") and math.prod(shape[axis] for axis in axes) <= ddof:
         return None
     if axes == (1,):
         # Each row is reduced separately. A wide row is not split.
-        found = np.concatenate([_one(name, block, 1, ddof) for block in blocks(BLOCK)])
+        result = np.concatenate([_reduce_rows(name, block, ddof) for block in blocks(BLOCK)])
     else:
-        found = _accumulate(name, blocks(BLOCK), axes, ddof)
+        result = _accumulate(name, blocks(BLOCK), axes, ddof)
     if keepdims:
-        found = np.expand_dims(found, axes)
+        result = np.expand_dims(result, axes)
     # As in NumPy, a result without axes is a scalar.
-    return np.asarray(found).astype(kept, copy=False)[()]
+    return np.asarray(result).astype(dtype, copy=False)[()]
 
 
 def _axes(axis: Any) -> tuple[int, ...] | None:
     """Return the reduced axes, counted from 0. None if there are none, or one is invalid."""
     try:
-        given = _BOTH if axis is None else axis if isinstance(axis, tuple) else (axis,)
-        found = tuple(sorted(range(2)[operator.index(each)] for each in given))
+        axes = _BOTH if axis is None else axis if isinstance(axis, tuple) else (axis,)
+        axes = tuple(sorted(range(2)[operator.index(number)] for number in axes))
     except (TypeError, IndexError):
         return None
-    return found if found and len(set(found)) == len(found) else None
+    return axes if axes and len(set(axes)) == len(axes) else None
 
 
-def _one(name: str, block: Array, axis: int | tuple[int, ...], ddof: float) -> Array:
-    """Reduce a block that covers the axes completely."""
+def _reduce_rows(name: str, block: Array, ddof: float) -> Array:
+    """Reduce each row of a block."""
     if name in ("min", "max"):
-        return np.asarray(getattr(block, name)(axis=axis))
+        return np.asarray(getattr(block, name)(axis=1))
     options = {"ddof": ddof} if name in ("var", "std") else {}
-    return np.asarray(getattr(block, name)(axis=axis, dtype=np.float64, **options))
+    return np.asarray(getattr(block, name)(axis=1, dtype=np.float64, **options))
 
 
 def _accumulate(name: str, blocks: Blocks, axes: tuple[int, ...], ddof: float) -> Any:
     if name in ("min", "max"):
-        extreme: Any = {"min": np.minimum, "max": np.maximum}[name]
-        found: Any = None
-        for block in blocks:
-            of_block = getattr(block, name)(axis=axes)
-            found = of_block if found is None else extreme(found, of_block)
-        return found
+        combine: Any = {"min": np.minimum, "max": np.maximum}[name]
+        return reduce(combine, (getattr(block, name)(axis=axes) for block in blocks))
     if name in ("sum", "mean"):
         total, count = _total(blocks, axes)
         return total if name == "sum" else total / count
@@ -124,25 +123,26 @@ def _variance(blocks: Blocks, axes: tuple[int, ...], ddof: float) -> Any:
     count, mean, squares = 0, 0.0, 0.0
     for block in blocks:
         values = block.astype(np.float64)
-        more = _count(block, axes)
-        of_block = values.mean(axis=axes, keepdims=True)
-        values -= of_block
-        away = of_block.squeeze(axes) - mean
-        total = count + more
+        block_count = _count(block, axes)
+        block_mean = values.mean(axis=axes, keepdims=True)
+        values -= block_mean
+        shift = block_mean.squeeze(axes) - mean
+        total = count + block_count
         squares = squares + np.square(values, out=values).sum(axis=axes)
-        squares = squares + np.square(away) * (count * more / total)
-        mean = mean + away * (more / total)
+        squares = squares + np.square(shift) * (count * block_count / total)
+        mean = mean + shift * (block_count / total)
         count = total
     return squares / (count - ddof)
 
 
 def _count(block: Array, axes: tuple[int, ...]) -> int:
+    """Return how many elements of a block each reduced value covers."""
     return len(block) * (block.shape[1] if 1 in axes else 1)
 
 
 #: Attributes and methods of `numpy.ndarray` that are delegated to an array of all rows. Methods
 #: that modify an array in place are excluded: they would modify a copy.
-_OF_THE_ARRAY = frozenset(
+_DELEGATED = frozenset(
     {
         *("T", "all", "any", "argmax", "argmin", "argpartition", "argsort", "astype", "choose"),
         *("clip", "compress", "conj", "copy", "cumprod", "cumsum", "diagonal", "dot", "flat"),
@@ -221,14 +221,14 @@ class ArrayLike(ABC):
         return np.empty(0).__dlpack_device__()
 
     def __getattr__(self, name: str) -> Any:
-        if name in _OF_THE_ARRAY:
+        if name in _DELEGATED:
             return getattr(np.asarray(self), name)
         raise AttributeError(
             f"the rows of a trace have no attribute {name!r}: use np.asarray(rows)"
         )
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *_OF_THE_ARRAY})
+        return sorted({*super().__dir__(), *_DELEGATED})
 
     def __setitem__(self, key: Any, value: Any) -> None:
         raise ValueError("the rows of a trace are read-only: modify a copy, np.array(rows)")
@@ -296,6 +296,6 @@ class ArrayLike(ABC):
         return self._reduced("max", axis=axis, out=out, **options)
 
     def _reduced(self, name: str, **options: Any) -> Any:
-        found = reduce_blocks(name, self.shape, self.dtype, self._blocks, **options)
+        result = reduce_blocks(name, self.shape, self.dtype, self._blocks, **options)
         # Without rows, or with a rare option, NumPy reduces an array of all rows.
-        return getattr(np.asarray(self), name)(**options) if found is None else found
+        return getattr(np.asarray(self), name)(**options) if result is None else result

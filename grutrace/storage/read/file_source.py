@@ -47,25 +47,25 @@ class FileSource:
         with translate_read_errors(self._path):
             self._handle = SharedReadHandle(self._path)
             try:
-                self._begin()
+                self._read_header()
             except BaseException:
                 self._handle.close()
                 raise
 
-    def _begin(self) -> None:
+    def _read_header(self) -> None:
         with self._handle.acquire() as file:
             self.header = read_header(file)
             read_shard(self.header)
             self._specs = dataset_specs(self.header.modules)
             self._merged = VirtualColumns(self._path, self._handle, self.header, self._specs)
-            own = [dataset_path for dataset_path in self._specs if dataset_path not in self._merged]
             self._tables = TableReader(self._handle, self.header.modules)
             tables = self._merged.with_ranks(self._tables.read())
             # The counts are read before the datasets are opened, which are then long enough.
             counts = dataset_lengths(tables, self.header.modules)
-            for dataset_path in own:
-                dataset = self._handle.dataset(dataset_path, counts[dataset_path])
-                check_dataset(dataset, dataset_path, self._specs[dataset_path])
+            for dataset_path, spec in self._specs.items():
+                if dataset_path not in self._merged:
+                    dataset = self._handle.dataset(dataset_path, counts[dataset_path])
+                    check_dataset(dataset, dataset_path, spec)
             self._merged.require_lengths(counts)
 
     @property
@@ -93,8 +93,8 @@ class FileSource:
 
     def rows(self, module: int, suffix: str, quantity: str, count: int) -> Rows:
         """Return the first `count` rows, (count, H or I), which indexing reads."""
-        kind = self.header.modules[module]
-        return self._rows(quantity_path(kind, self._site(module, suffix), quantity), count)
+        info = self.header.modules[module]
+        return self._rows(quantity_path(info, self._site(module, suffix), quantity), count)
 
     def initial(self, module: int, suffix: str, count: int) -> Rows:
         """Return the initial states of the first `count` sequences, (count, H)."""
@@ -106,10 +106,10 @@ class FileSource:
 
     def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
         """Return one version of a site's weights."""
-        kind = self.header.modules[module]
+        info = self.header.modules[module]
         return {
-            name: self._items(site_path(kind, suffix, name), version, version + 1)[0]
-            for name in weight_shapes(kind, self._site(module, suffix))
+            name: self._items(site_path(info, suffix, name), version, version + 1)[0]
+            for name in weight_shapes(info, self._site(module, suffix))
         }
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import operator
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from typing import Any
 
 import h5py
@@ -81,14 +82,17 @@ class LazyRows(ArrayLike):
             np.broadcast_to(np.zeros((), bool), self.shape)[key]
             return self._slice(_ALL, _ALL)[key]
         rows, columns = split
-        read, rest = self._columns(columns)
+        columns_read, remaining_index = self._split_columns(columns)
         if isinstance(rows, slice):
-            return self._slice(rows, read)[:, rest]
+            return self._slice(rows, columns_read)[:, remaining_index]
         if np.ndim(rows) == 0:
             (row,) = self._indices([operator.index(rows)])
-            return self._read(slice(row, row + 1), read)[0, rest]
-        found = self._take(self._indices(rows), read)
-        return found[_ALL if _is_slice(rest) else np.arange(len(found)), rest]
+            return self._read(slice(row, row + 1), columns_read)[0, remaining_index]
+        array = self._take(self._indices(rows), columns_read)
+        if isinstance(remaining_index, slice):
+            return array[:, remaining_index]
+        # NumPy pairs the indices of rows and columns.
+        return array[np.arange(len(array)), remaining_index]
 
     def _blocks(self, size: int) -> Iterator[Array]:
         step = self._rows_per_block(size)
@@ -97,11 +101,11 @@ class LazyRows(ArrayLike):
 
     def _masked(self, mask: Array) -> Array:
         """Return the elements where a mask (N, W) is True, (n,)."""
-        found, start = [np.empty(0, self.dtype)], 0
+        elements, start = [np.empty(0, self.dtype)], 0
         for block in self._blocks(BLOCK):
-            found.append(block[mask[start : start + len(block)]])
+            elements.append(block[mask[start : start + len(block)]])
             start += len(block)
-        return np.concatenate(found, dtype=self.dtype)
+        return np.concatenate(elements, dtype=self.dtype)
 
     @abstractmethod
     def _read(self, rows: slice, columns: slice) -> Array:
@@ -112,17 +116,17 @@ class LazyRows(ArrayLike):
         """Read rows by their numbers, which are not negative, in any order."""
 
     def _slice(self, rows: slice, columns: slice) -> Array:
-        taken = range(len(self))[rows]
-        if taken.step > 0:
-            return self._read(slice(taken.start, taken.stop, taken.step), columns)
-        forward = taken[::-1]
+        numbers = range(len(self))[rows]
+        if numbers.step > 0:
+            return self._read(slice(numbers.start, numbers.stop, numbers.step), columns)
+        forward = numbers[::-1]
         return self._read(slice(forward.start, forward.stop, forward.step), columns)[::-1]
 
-    def _columns(self, columns: Any) -> tuple[slice, Any]:
+    def _split_columns(self, columns: Any) -> tuple[slice, Any]:
         """Split a column index into a slice to read and an index into the result."""
         if isinstance(columns, slice):
-            taken = range(self.shape[1])[columns]
-            return (columns, _ALL) if taken.step > 0 else (_ALL, columns)
+            is_forward = range(self.shape[1])[columns].step > 0
+            return (columns, _ALL) if is_forward else (_ALL, columns)
         if np.ndim(columns) == 0:
             column, width = operator.index(columns), self.shape[1]
             if not -width <= column < width:
@@ -190,22 +194,22 @@ class FileRows(LazyRows):
         order = np.argsort(rows, kind="stable")
         rising = rows[order]
         width = len(range(self.shape[1])[columns])
-        found = np.empty((len(rows), width), self.dtype)
+        array = np.empty((len(rows), width), self.dtype)
         for start, stop in self._spans(rising):
-            first = int(rising[start])
-            span = self._read(slice(first, int(rising[stop - 1]) + 1), columns)
-            found[order[start:stop]] = span[rising[start:stop] - first]
-        return found
+            first_row = int(rising[start])
+            span = self._read(slice(first_row, int(rising[stop - 1]) + 1), columns)
+            array[order[start:stop]] = span[rising[start:stop] - first_row]
+        return array
 
     def _spans(self, rising: Array) -> Iterator[tuple[int, int]]:
         """Split sorted row numbers at wide gaps, and where a span exceeds `BLOCK` bytes."""
-        wide = 1 + np.flatnonzero(np.diff(rising) > self._rows_per_block(GAP))
-        longest = self._rows_per_block(BLOCK)
-        for start, stop in zip([0, *wide.tolist()], [*wide.tolist(), len(rising)], strict=True):
+        gaps = 1 + np.flatnonzero(np.diff(rising) > self._rows_per_block(GAP))
+        max_rows = self._rows_per_block(BLOCK)
+        for start, stop in pairwise([0, *gaps.tolist(), len(rising)]):
             while start < stop:
-                end = int(np.searchsorted(rising[start:stop], rising[start] + longest)) + start
-                yield start, end
-                start = end
+                span = int(np.searchsorted(rising[start:stop], rising[start] + max_rows))
+                yield start, start + span
+                start += span
 
 
 class SelectedRows(LazyRows):
@@ -253,13 +257,13 @@ def as_rows(rows: Rows) -> LazyRows:
     return rows if isinstance(rows, LazyRows) else MemoryRows(np.asarray(rows))
 
 
-def _writable(found: Any) -> Any:
+def _writable(values: Any) -> Any:
     """Return a writable array with positive strides, which torch requires; copy if necessary."""
-    if isinstance(found, np.ndarray) and (
-        not found.flags.writeable or any(stride < 0 for stride in found.strides)
+    if isinstance(values, np.ndarray) and (
+        not values.flags.writeable or any(stride < 0 for stride in values.strides)
     ):
-        return found.copy()
-    return found
+        return values.copy()
+    return values
 
 
 def _is_mask(key: Any, shape: tuple[int, int]) -> bool:
@@ -269,18 +273,14 @@ def _is_mask(key: Any, shape: tuple[int, int]) -> bool:
     return isinstance(key, np.ndarray) and key.dtype == bool and key.shape == shape
 
 
-def _is_slice(index: Any) -> bool:
-    return isinstance(index, slice)
-
-
 def _split_index(key: Any) -> tuple[Any, Any] | None:
     """Split an index into those of rows and columns; None if it needs the whole array."""
     if not isinstance(key, tuple):
         key = (key,)
-    if any(part is Ellipsis for part in key):
-        position = next(position for position, part in enumerate(key) if part is Ellipsis)
-        missing = (_ALL,) * (3 - len(key))
-        key = (*key[:position], *missing, *key[position + 1 :])
+    ellipses = [position for position, index in enumerate(key) if index is Ellipsis]
+    if ellipses:
+        missing_axes = (_ALL,) * (3 - len(key))
+        key = (*key[: ellipses[0]], *missing_axes, *key[ellipses[0] + 1 :])
     if len(key) > 2 or not all(map(_is_basic_index, key)):
         return None
     return (*key, _ALL, _ALL)[:2]
@@ -299,41 +299,45 @@ class ConcatenatedRows(LazyRows):
     """The concatenation of several arrays, (N, W). Indexing reads from the arrays.
 
     Args:
-        parts: The arrays, (n, W) each, all of one width and type.
+        arrays: The arrays, (n, W) each, all of one width and type.
         shape: (N, W) of the concatenation.
         dtype: Type of the elements.
     """
 
     _location = "in several files: not read yet"
 
-    def __init__(self, parts: Sequence[Rows], shape: tuple[int, int], dtype: np.dtype[Any]) -> None:
+    def __init__(
+        self, arrays: Sequence[Rows], shape: tuple[int, int], dtype: np.dtype[Any]
+    ) -> None:
         super().__init__(shape, dtype)
-        self._parts = [part for part in parts if len(part)]
-        self._bounds = np.cumsum([0, *map(len, self._parts)])
+        self._arrays = [array for array in arrays if len(array)]
+        self._bounds = np.cumsum([0, *map(len, self._arrays)])
 
     def _read(self, rows: slice, columns: slice) -> Array:
-        taken = range(len(self))[rows]
-        first, last = np.searchsorted(self._bounds, [taken.start, taken.stop], side="right")
-        read = []
-        for part in range(first - 1, min(last, len(self._parts))) if len(taken) else ():
-            low, high = self._bounds[part : part + 2].tolist()
+        numbers = range(len(self))[rows]
+        owners = np.searchsorted(self._bounds, [numbers.start, numbers.stop], side="right") - 1
+        blocks = []
+        for owner in range(owners[0], min(owners[1] + 1, len(self._arrays))) if numbers else ():
+            low, high = self._bounds[owner : owner + 2].tolist()
             # The first requested row from `low` on.
-            start = taken.start + max(0, -(-(low - taken.start) // taken.step)) * taken.step
-            if start < min(high, taken.stop):
-                within = slice(start - low, min(high, taken.stop) - low, taken.step)
-                read.append(np.asarray(self._parts[part][within, columns]))
-        if len(read) == 1:
-            return read[0]
+            skipped = max(0, -(-(low - numbers.start) // numbers.step))
+            start, stop = numbers.start + skipped * numbers.step, min(high, numbers.stop)
+            if start < stop:
+                local_rows = slice(start - low, stop - low, numbers.step)
+                blocks.append(np.asarray(self._arrays[owner][local_rows, columns]))
+        if len(blocks) == 1:
+            return blocks[0]
         width = len(range(self.shape[1])[columns])
-        return np.concatenate([np.empty((0, width), self.dtype), *read], dtype=self.dtype)
+        return np.concatenate([np.empty((0, width), self.dtype), *blocks], dtype=self.dtype)
 
     def _take(self, rows: Array, columns: slice) -> Array:
-        found = np.empty((len(rows), len(range(self.shape[1])[columns])), self.dtype)
+        array = np.empty((len(rows), len(range(self.shape[1])[columns])), self.dtype)
         owners = np.searchsorted(self._bounds, rows, side="right") - 1
-        for part in np.unique(owners):
-            wanted = np.flatnonzero(owners == part)
-            found[wanted] = self._parts[part][rows[wanted] - self._bounds[part], columns]
-        return found
+        for owner in np.unique(owners):
+            positions = np.flatnonzero(owners == owner)
+            local_rows = rows[positions] - self._bounds[owner]
+            array[positions] = self._arrays[owner][local_rows, columns]
+        return array
 
 
 def items_per_block(block_bytes: int, item_bytes: int) -> int:
@@ -343,6 +347,6 @@ def items_per_block(block_bytes: int, item_bytes: int) -> int:
 
 def blocks(rows: Rows) -> Iterator[Array]:
     """Yield all rows in blocks of `BLOCK` bytes."""
-    each = items_per_block(BLOCK, rows.shape[1] * rows.dtype.itemsize)
-    for start in range(0, len(rows), each):
-        yield np.asarray(rows[start : start + each])
+    step = items_per_block(BLOCK, rows.shape[1] * rows.dtype.itemsize)
+    for start in range(0, len(rows), step):
+        yield np.asarray(rows[start : start + step])

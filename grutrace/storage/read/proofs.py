@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from grutrace.errors import ResidualWarning
 from grutrace.records import Array
-from grutrace.storage.read.sequence_index import Integers
+from grutrace.storage.read.sequence_index import Integers, ranges
 
 PROVEN, UNCHECKED, UNPROVEN = range(3)
 
@@ -38,10 +38,10 @@ MAX_TRIED = 8
 def marks(checks: Array) -> Array:
     """Return the mark of each check, (calls,), for checks of type `schema.CHECK`."""
     residual, tolerance = checks["residual"], checks["tolerance"]
-    found = np.full(len(checks), PROVEN, np.uint8)
-    found[np.isnan(residual) & np.isnan(tolerance)] = UNCHECKED
-    found[residual > tolerance] = UNPROVEN
-    return found
+    codes = np.full(len(checks), PROVEN, np.uint8)
+    codes[np.isnan(residual) & np.isnan(tolerance)] = UNCHECKED
+    codes[residual > tolerance] = UNPROVEN
+    return codes
 
 
 class StepData(NamedTuple):
@@ -102,13 +102,13 @@ class CallVersions:
         """
         calls = np.unique(calls)
         calls = calls[self.marks[calls] == UNCHECKED]
-        for some in self._group_calls(calls):
-            version = int(self.versions[some[0]])
-            fits = self._matches(some, version)
-            self.marks[some[fits]] = PROVEN
-            for call in some[~fits]:
-                self._try_others(int(call), version)
-            self.resolved += len(some)
+        for group in self._group_calls(calls):
+            version = int(self.versions[group[0]])
+            matches = self._matches(group, version)
+            self.marks[group[matches]] = PROVEN
+            for call in group[~matches]:
+                self._try_other_versions(int(call), version)
+            self.resolved += len(group)
 
     def _group_calls(self, calls: Integers) -> Iterator[Integers]:
         """Yield groups of calls with the same version and precision."""
@@ -116,11 +116,11 @@ class CallVersions:
         group: list[int] = []
         rows = 0
         for call in calls.tolist():
-            alike = group and (
+            fits = group and (
                 self.versions[call] == self.versions[group[0]]
                 and precisions[call] == precisions[group[0]]
             )
-            if group and (not alike or rows >= BLOCK):
+            if group and (not fits or rows >= BLOCK):
                 yield np.array(group)
                 group, rows = [], 0
             group.append(call)
@@ -128,9 +128,10 @@ class CallVersions:
         if group:
             yield np.array(group)
 
-    def _try_others(self, call: int, version: int) -> None:
-        others = sorted(range(self._count), key=lambda other: (abs(other - version), -other))
-        for other in others[1 : MAX_TRIED + 1]:
+    def _try_other_versions(self, call: int, version: int) -> None:
+        """Find the version that a call used, from the nearest one on; warn if there is none."""
+        nearest = sorted(range(self._count), key=lambda other: (abs(other - version), -other))
+        for other in nearest[1 : MAX_TRIED + 1]:
             if self._matches(np.array([call]), other)[0]:
                 self.versions[call], self.marks[call] = other, PROVEN
                 return
@@ -148,19 +149,18 @@ class CallVersions:
     def _matches(self, calls: Integers, version: int) -> Array:
         """Return whether a version reproduces the states of each of these calls, (calls,)."""
         # Imported here because it imports torch, which reading does not need otherwise.
-        from grutrace.gru.recompute import fit
+        from grutrace.gru.recompute import states_match
 
         weights = self._weights(version)
-        found = []
         precision = float(self._checks["precision"][calls[0]])
-        for call in calls.tolist():
-            found.append(np.arange(self._ends[call] - self._steps[call], self._ends[call]))
-        rows = np.concatenate(found)
+        rows = ranges(self._ends[calls] - self._steps[calls], self._steps[calls])
         owners = np.repeat(np.arange(len(calls)), self._steps[calls])
-        matching = np.ones(len(calls), bool)
-        for first in range(0, len(rows), BLOCK):
-            part = slice(first, first + BLOCK)
-            each: Any = self._step_data(rows[part])
-            off = ~fit(each.input, each.previous, each.hidden, weights, precision)
-            np.logical_and.at(matching, owners[part][off], False)
-        return matching
+        matches = np.ones(len(calls), bool)
+        for start in range(0, len(rows), BLOCK):
+            block = slice(start, start + BLOCK)
+            steps = self._step_data(rows[block])
+            row_matches = states_match(
+                steps.input, steps.previous, steps.hidden, weights, precision
+            )
+            np.logical_and.at(matches, owners[block], row_matches)
+        return matches

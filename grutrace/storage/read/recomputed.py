@@ -36,7 +36,7 @@ class GateInputs(NamedTuple):
     """The inputs of a block of consecutive requested rows that used the same weights.
 
     Attributes:
-        part: Position of the block within the requested rows.
+        block: Position of the block within the requested rows.
         rows: (n,) row numbers.
         calls: (n,) call of each row, counted within the module.
         input: (n, I) input of each row.
@@ -45,7 +45,7 @@ class GateInputs(NamedTuple):
         precision: Machine epsilon of the type in which the kernel computed.
     """
 
-    part: slice
+    block: slice
     rows: Integers
     calls: Integers
     input: Array
@@ -58,9 +58,9 @@ class SiteGateInputs:
     """Reads the inputs, previous states and weights from which the gates of a site follow.
 
     Args:
-        source: Reader of the trace.
+        reader: Reader of the trace.
         index: Index of the module's sequences.
-        extent: Counts of the module.
+        counts: Counts of the module.
         calls: Table of all calls.
         module: The module.
         number: Index of the module in the header.
@@ -69,15 +69,15 @@ class SiteGateInputs:
 
     def __init__(
         self,
-        source: SnapshotReader,
+        reader: SnapshotReader,
         index: SequenceIndex,
-        extent: ModuleCounts,
+        counts: ModuleCounts,
         calls: Array,
         module: ModuleInfo,
         number: int,
         site: Site,
     ) -> None:
-        self._source, self._index, self._extent = source, index, extent
+        self._reader, self._index, self._counts = reader, index, counts
         self._calls = calls[index.call_numbers]
         self._module, self._number, self._site = module, number, site
         self._latest: tuple[int, dict[str, Array]] = -1, {}
@@ -118,10 +118,10 @@ class SiteGateInputs:
             raise NotRecordedError(f"{self._site.name!r}: the input was not recorded")
         if self._input_sites == (self._site,):
             return np.asarray(self._stored(self._site, "input")[as_slice(rows), columns])
-        parts = [
-            np.asarray(self._stored(each, "hidden")[as_slice(rows)]) for each in self._input_sites
+        states = [
+            np.asarray(self._stored(site, "hidden")[as_slice(rows)]) for site in self._input_sites
         ]
-        return np.concatenate(parts, axis=1)[:, columns]
+        return np.concatenate(states, axis=1)[:, columns]
 
     def previous(self, rows: Integers) -> Array:
         """Return the previous state of each of these rows, (n, H), or (n, U) of selected units.
@@ -136,15 +136,15 @@ class SiteGateInputs:
         pieces = index.pieces_of(rows)
         starts = index.starts[pieces]
         if site.reverse:
-            outermost = rows == starts + index.steps[pieces] - 1
-            sources = np.where(outermost, -1, rows + 1)
+            is_last = rows == starts + index.steps[pieces] - 1
+            previous_rows = np.where(is_last, -1, rows + 1)
         else:
-            sources = np.where(rows == starts, index.last_rows_before[pieces], rows - 1)
+            previous_rows = np.where(rows == starts, index.last_rows_before[pieces], rows - 1)
         previous = np.empty((len(rows), hidden.shape[1]), hidden.dtype)
-        begins = sources < 0
-        previous[~begins] = hidden[as_slice(sources[~begins])]
-        initial = self._source.initial(self._number, site.suffix, index.segment_count)
-        previous[begins] = initial[index.segments[pieces[begins]]]
+        is_initial = previous_rows < 0
+        previous[~is_initial] = hidden[as_slice(previous_rows[~is_initial])]
+        initial = self._reader.initial(self._number, site.suffix, index.segment_count)
+        previous[is_initial] = initial[index.segments[pieces[is_initial]]]
         return previous
 
     def iter_blocks(self, rows: Integers) -> Iterator[GateInputs]:
@@ -165,18 +165,18 @@ class SiteGateInputs:
         changes = (versions[1:] != versions[:-1]) | (precisions[1:] != precisions[:-1])
         bounds = [0, *(np.flatnonzero(changes) + 1).tolist(), len(rows)]
         width = self._site.input_size + (2 + 3 * _ARRAYS) * self._module.hidden_size
-        block = max(1, BLOCK // (8 * width))
-        for first, last in pairwise(bounds):
-            for start in range(first, last, block):
-                part = slice(start, min(start + block, last))
+        step = max(1, BLOCK // (8 * width))
+        for group_start, group_stop in pairwise(bounds):
+            for start in range(group_start, group_stop, step):
+                block = slice(start, min(start + step, group_stop))
                 yield GateInputs(
-                    part,
-                    rows[part],
-                    calls[part],
-                    self.input(rows[part]),
-                    self.previous(rows[part]),
-                    self._weights(int(versions[first])),
-                    float(precisions[first]),
+                    block,
+                    rows[block],
+                    calls[block],
+                    self.input(rows[block]),
+                    self.previous(rows[block]),
+                    self._weights(int(versions[group_start])),
+                    float(precisions[group_start]),
                 )
 
     @cached_property
@@ -194,23 +194,23 @@ class SiteGateInputs:
                 np.asarray(self._stored(self._site, "hidden")[as_slice(rows)]),
             ),
             self._weights,
-            self._extent.versions,
+            self._counts.versions,
         )
 
     @cached_property
     def _checks(self) -> Array:
-        return self._source.checks(self._number, self._site.suffix, self._extent.calls)
+        return self._reader.checks(self._number, self._site.suffix, self._counts.calls)
 
     def _weights(self, version: int) -> dict[str, Array]:
         """Return one version of the weights. The last one is cached."""
         latest = self._latest
         if latest[0] != version:
-            latest = version, self._source.weights(self._number, self._site.suffix, version)
+            latest = version, self._reader.weights(self._number, self._site.suffix, version)
             self._latest = latest
         return latest[1]
 
     def _stored(self, site: Site, quantity: str) -> Any:
-        return self._source.rows(self._number, site.suffix, quantity, self._extent.rows)
+        return self._reader.rows(self._number, site.suffix, quantity, self._counts.rows)
 
 
 def layer_below(module: ModuleInfo, site: Site) -> tuple[Site, ...]:
@@ -218,10 +218,12 @@ def layer_below(module: ModuleInfo, site: Site) -> tuple[Site, ...]:
 
     Empty for the first layer, or if a site below was not recorded with all its units.
     """
-    below = tuple(each for each in module.sites if each.layer == site.layer - 1)
-    complete = len(below) == (2 if module.bidirectional else 1)
-    recorded = all("hidden" in each.quantities and each.units is None for each in below)
-    return below if complete and recorded else ()
+    sites_below = tuple(other for other in module.sites if other.layer == site.layer - 1)
+    has_all_directions = len(sites_below) == (2 if module.bidirectional else 1)
+    has_all_states = all(
+        "hidden" in other.quantities and other.units is None for other in sites_below
+    )
+    return sites_below if has_all_directions and has_all_states else ()
 
 
 _ALL = slice(None)
@@ -258,11 +260,11 @@ class RecomputedRows(LazyRows):
 
     def _take(self, rows: Array, columns: slice) -> Array:
         width = len(range(self.shape[1])[columns])
-        found = np.empty((len(rows), width), self.dtype)
-        for each, derivation in iter_recomputed(self._gate_inputs, rows, columns):
-            value = derivation.preactivation if self._preactivation else derivation.gate
-            found[each.part] = value(self._quantity)
-        return found
+        array = np.empty((len(rows), width), self.dtype)
+        for inputs, recomputation in iter_recomputed(self._gate_inputs, rows, columns):
+            values = recomputation.preactivation if self._preactivation else recomputation.gate
+            array[inputs.block] = values(self._quantity)
+        return array
 
 
 class LowerLayerInput(LazyRows):
@@ -299,8 +301,8 @@ def iter_recomputed(
     """
     from grutrace.gru.recompute import StepRecomputation
 
-    for each in gate_inputs.iter_blocks(rows):
-        yield (
-            each,
-            StepRecomputation(each.input, each.previous, each.weights, each.precision, units),
+    for inputs in gate_inputs.iter_blocks(rows):
+        recomputation = StepRecomputation(
+            inputs.input, inputs.previous, inputs.weights, inputs.precision, units
         )
+        yield inputs, recomputation

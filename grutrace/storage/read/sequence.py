@@ -128,8 +128,9 @@ class Sequence(QuantityAccess[Array]):
         initial, hidden = self.initial[np.newaxis], self.hidden
         if not len(hidden):
             return hidden
-        parts = [hidden[1:], initial] if self.site.reverse else [initial, hidden[:-1]]
-        return np.concatenate(parts)
+        if self.site.reverse:
+            return np.concatenate([hidden[1:], initial])
+        return np.concatenate([initial, hidden[:-1]])
 
     @property
     def tokens(self) -> list[str | float | None] | None:

@@ -13,9 +13,9 @@ from grutrace.errors import NotRecordedError
 from grutrace.records import Array, ModuleInfo, Site
 from grutrace.reprs import wrap_text
 from grutrace.storage.format.tables import ModuleCounts
+from grutrace.storage.read.annotations import LabelColumn, annotation_names, row_labels
 from grutrace.storage.read.lazy_rows import LazyRows, as_rows, items_per_block
 from grutrace.storage.read.recomputed import SiteGateInputs
-from grutrace.storage.read.row_labels import LabelColumn, annotation_names, row_labels
 from grutrace.storage.read.sequence import QuantityAccess, Sequence
 from grutrace.storage.read.sequence_index import Integers, SequenceIndex, ranges
 from grutrace.storage.read.snapshot import Restarts, TraceSnapshot
@@ -166,19 +166,17 @@ class SiteTrace(QuantityAccess[LazyRows]):
             NotRecordedError: The quantity was not recorded.
         """
         snapshot = self.snapshot
-        index, rows = (
-            snapshot.index(self._module_index),
-            snapshot.rows(self._module_index, self.site, quantity),
-        )
+        index = snapshot.index(self._module_index)
+        rows = snapshot.rows(self._module_index, self.site, quantity)
         lengths = index.lengths
         longest = int(lengths.max(initial=0))
         padded = np.zeros((len(index), longest, rows.shape[1]), rows.dtype)
         sequences = np.repeat(index.sequences, index.steps)
         steps = ranges(index.steps_before, index.steps)
-        block = items_per_block(BLOCK, rows.shape[1] * rows.dtype.itemsize)
-        for start in range(0, len(rows), block):
-            part = slice(start, start + block)
-            padded[sequences[part], steps[part]] = rows[part]
+        block_rows = items_per_block(BLOCK, rows.shape[1] * rows.dtype.itemsize)
+        for start in range(0, len(rows), block_rows):
+            block = slice(start, start + block_rows)
+            padded[sequences[block], steps[block]] = rows[block]
         return padded, lengths
 
     def previous(self, start: int = 0, stop: int | None = None) -> Array:
@@ -320,8 +318,9 @@ class SiteTrace(QuantityAccess[LazyRows]):
             raise NotRecordedError(
                 f"there is no version {version} of the weights of {self.name!r}, which has {count}"
             )
-        found = self.snapshot.source.weights(self._module_index, self.site.suffix, version % count)
-        return {name: np.array(array) for name, array in found.items()}
+        source = self.snapshot.source
+        weights = source.weights(self._module_index, self.site.suffix, version % count)
+        return {name: np.array(array) for name, array in weights.items()}
 
 
 def _return(snapshot: TraceSnapshot) -> TraceSnapshot:

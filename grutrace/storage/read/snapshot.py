@@ -22,11 +22,16 @@ from grutrace.storage.format.shard_stamp import read_shard
 from grutrace.storage.format.tables import ModuleCounts, Tables
 from grutrace.storage.interfaces import Rows, Source
 from grutrace.storage.memory import MemoryCopy, MemoryStore
+from grutrace.storage.read.annotations import AnnotationIndex
 from grutrace.storage.read.lazy_rows import SelectedRows
 from grutrace.storage.read.proofs import PROOFS, marks
 from grutrace.storage.read.recomputed import LowerLayerInput, RecomputedRows, SiteGateInputs
-from grutrace.storage.read.segments import JoinedSegments, join_segments
-from grutrace.storage.read.sequence_index import AnnotationIndex, Integers, SequenceIndex
+from grutrace.storage.read.sequence_index import (
+    Integers,
+    JoinedSegments,
+    SequenceIndex,
+    join_segments,
+)
 
 #: One row per call. Strings are Python objects, shared between rows.
 CALLS = np.dtype(
@@ -155,7 +160,7 @@ class TraceSnapshot:
         later = segments.later[bounds[0] : bounds[1]]
         count = self.stored.module_counts[module].sequences
         states = self.source.initial(module, site.suffix, count)[later]
-        return Restarts(segments.sequences[later], segments.before[later], np.asarray(states))
+        return Restarts(segments.sequences[later], segments.steps_before[later], np.asarray(states))
 
     def mark(self, module: int, sequence: int) -> str | None:
         """Return the mark of how a sequence began, or None."""
@@ -177,14 +182,14 @@ class TraceSnapshot:
         if quantity in site.quantities:
             return self.source.rows(module, site.suffix, quantity, count)
         if quantity not in site.derived:
-            found = ", ".join(site.available_quantities) or "nothing"
+            recorded = ", ".join(site.available_quantities) or "nothing"
             raise NotRecordedError(
-                f"{quantity!r} was not recorded at {site.name!r}; recorded: {found}"
+                f"{quantity!r} was not recorded at {site.name!r}; recorded: {recorded}"
             )
         if quantity == "input":
             dtype = np.dtype(self.header.modules[module].dtype)
             return LowerLayerInput(self.gate_inputs(module, site), (count, site.input_size), dtype)
-        return self._derived(module, site, quantity)
+        return self._recomputed_rows(module, site, quantity)
 
     def preactivation(self, module: int, site: Site, gate: str) -> Rows:
         """Return the pre-activations of a gate at a site, (N, H).
@@ -197,7 +202,7 @@ class TraceSnapshot:
             raise OptionError(f"gate: expected one of {', '.join(GATES)}; found {short_repr(gate)}")
         if missing_reason := self.gate_inputs(module, site).missing_reason:
             raise NotRecordedError(f"{site.name!r} has no pre-activations: {missing_reason}")
-        return self._derived(module, site, gate, preactivation=True)
+        return self._recomputed_rows(module, site, gate, preactivation=True)
 
     def gate_inputs(self, module: int, site: Site) -> SiteGateInputs:
         """Return the inputs from which the gates of a site are recomputed."""
@@ -214,11 +219,11 @@ class TraceSnapshot:
             )
         return self._gate_inputs[key]
 
-    def _derived(
+    def _recomputed_rows(
         self, module: int, site: Site, gate: str, *, preactivation: bool = False
     ) -> RecomputedRows:
-        kind = self.header.modules[module]
-        shape, dtype = (self.extent(module).rows, kind.hidden_size), np.dtype(kind.dtype)
+        info = self.header.modules[module]
+        shape, dtype = (self.extent(module).rows, info.hidden_size), np.dtype(info.dtype)
         gate_inputs = self.gate_inputs(module, site)
         return RecomputedRows(gate_inputs, gate, shape, dtype, preactivation=preactivation)
 
@@ -233,14 +238,14 @@ class TraceSnapshot:
         """(calls,) rank of the recording process of each call; 0 for a single process."""
         shards = self.tables.shards
         if shards:
-            return np.repeat([each.rank for each in shards], [each.calls for each in shards])
+            return np.repeat([shard.rank for shard in shards], [shard.calls for shard in shards])
         shard = read_shard(self.header)
         return np.full(len(self.tables.calls), shard.rank if shard else 0)
 
     @property
     def calls(self) -> Array:
         """(calls,) of type `CALLS`."""
-        resolved = sum(each.versions.resolved for each in tuple(self._gate_inputs.values()))
+        resolved = sum(site.versions.resolved for site in tuple(self._gate_inputs.values()))
         if self._calls is None or self._calls[0] != resolved:
             self._calls = resolved, self._call_rows()
         return self._calls[1]
@@ -252,28 +257,28 @@ class TraceSnapshot:
             calls[name] = tables.calls[name]
         calls["training"] = tables.calls["training"] > 0
         calls["tag"], calls["rank"] = self.tags, self.ranks
+        mark_names = np.array(PROOFS, object)
         for number, module in enumerate(self.header.modules):
             index = self.index(number)
-            of_module = index.call_numbers
-            calls["module"][of_module] = module.path
-            calls["steps"][of_module] = index.call_steps
-            calls["residual"][of_module] = self._residuals(number)
-            names = np.array(PROOFS, object)
-            calls["proof"][of_module] = names[self._marks(number)]
+            rows = index.call_numbers
+            calls["module"][rows] = module.path
+            calls["steps"][rows] = index.call_steps
+            calls["residual"][rows] = self._residuals(number)
+            calls["proof"][rows] = mark_names[self._marks(number)]
         calls.flags.writeable = False
         return calls
 
     def _marks(self, module: int) -> Array:
         """Return the worst mark of the module's sites for each call; see `proofs`."""
-        found = []
+        site_marks = []
         for site in self.header.modules[module].sites:
             gate_inputs = self._gate_inputs.get((module, site.suffix))
             if gate_inputs is None:
                 checks = self.source.checks(module, site.suffix, self.extent(module).calls)
-                found.append(marks(checks))
+                site_marks.append(marks(checks))
             else:
-                found.append(gate_inputs.versions.marks)
-        return np.asarray(np.max(found, axis=0))
+                site_marks.append(gate_inputs.versions.marks)
+        return np.asarray(np.max(site_marks, axis=0))
 
     def _residuals(self, module: int) -> Array:
         """Return the largest residual of the module's sites for each call."""
@@ -285,25 +290,25 @@ class TraceSnapshot:
     @cached_property
     def sequences(self) -> Array:
         """(sequences of all modules,) of type `SEQUENCES`, module by module."""
-        parts = [self._sequences(module) for module in range(len(self.header.modules))]
-        sequences = np.concatenate(parts) if parts else np.zeros(0, SEQUENCES)
+        arrays = [self._sequence_rows(module) for module in range(len(self.header.modules))]
+        sequences = np.concatenate(arrays) if arrays else np.zeros(0, SEQUENCES)
         sequences.flags.writeable = False
         return sequences
 
-    def _sequences(self, module: int) -> Array:
+    def _sequence_rows(self, module: int) -> Array:
         index = self.index(module)
-        first = index.first_pieces
+        first_pieces = index.first_pieces
         sequences = np.zeros(len(index), SEQUENCES)
         sequences["module"] = self.header.modules[module].path
         sequences["sequence"] = np.arange(len(index))
-        sequences["call"] = index.calls[first]
-        sequences["place"] = index.batch_indices[first]
+        sequences["call"] = index.calls[first_pieces]
+        sequences["place"] = index.batch_indices[first_pieces]
         sequences["steps"] = index.lengths
         sequences["pieces"] = np.diff(index.bounds)
         sequences["parent"], sequences["parent_steps"] = index.parents
         sequences["origin"] = np.where(index.parents[0] < 0, "new", "fork")
-        for (of_module, sequence), mark in self._joined.marks.items():
-            if of_module == module:
+        for (mark_module, sequence), mark in self._joined.marks.items():
+            if mark_module == module:
                 sequences["origin"][sequence] = mark
         sequences["tag"] = self.tags[sequences["call"]]
         sequences["rank"] = self.ranks[sequences["call"]]
@@ -322,12 +327,12 @@ def select_sites(
     Raises:
         OptionError: `globs` is neither a string nor a list of strings.
     """
-    asked = None if globs is None else string_list("sites", globs, GLOBS)
+    globs = None if globs is None else string_list("sites", globs, GLOBS)
     return {
         site.name: (number, site)
         for number, module in enumerate(snapshot.header.modules)
         for site in module.sites
-        if asked is None or any(fnmatchcase(site.name, glob) for glob in asked)
+        if globs is None or any(fnmatchcase(site.name, glob) for glob in globs)
     }
 
 
@@ -339,11 +344,11 @@ def select_quantities(record: str | Sequence[str] | None) -> tuple[str, ...]:
     """
     if record is None:
         return QUANTITIES
-    asked = string_list("record", record, f"some of {', '.join(QUANTITIES)}")
-    for name in asked:
+    names = string_list("record", record, f"some of {', '.join(QUANTITIES)}")
+    for name in names:
         if name not in QUANTITIES:
             raise OptionError(
                 f"record: expected some of {', '.join(QUANTITIES)}; found {short_repr(name)}"
                 f"{suggest_name(name, QUANTITIES)}"
             )
-    return tuple(name for name in QUANTITIES if name in asked)
+    return tuple(name for name in QUANTITIES if name in names)

@@ -79,9 +79,9 @@ class Trace:
     def _find_site(self, name: str) -> tuple[int, Site]:
         if name not in self._sites_by_name:
             suggestion = suggest_name(name, self.sites) if isinstance(name, str) else ""
-            found = join_names(repr(site) for site in self.sites)
+            sites = join_names(repr(site) for site in self.sites)
             raise NotRecordedError(
-                f"site {short_repr(name)} was not recorded{suggestion}; recorded sites: {found}"
+                f"site {short_repr(name)} was not recorded{suggestion}; recorded sites: {sites}"
             )
         return self._sites_by_name[name]
 
@@ -96,7 +96,7 @@ class Trace:
         # A sink of statistics stores no calls, and raises.
         with contextlib.suppress(NotRecordedError):
             tables = self._refresh_snapshot().tables
-            sequences = sum(extent.sequences for extent in tables.module_counts)
+            sequences = sum(module.sequences for module in tables.module_counts)
             counts += f", {len(tables.calls)} calls, {sequences} sequences"
         return wrap_text(f"<trace of {self.header.model} in {self._source.name}: {counts}>")
 
@@ -223,12 +223,20 @@ class Trace:
         self._require_memory("cleared").clear()
         self.refresh()
 
-    def _require_memory(self, done: str) -> InMemorySource:
+    def _require_memory(self, action: str) -> InMemorySource:
+        """Return the source in memory.
+
+        Args:
+            action: What needs it, for the message: "saved" or "cleared".
+
+        Raises:
+            StateError: The trace is not in memory.
+        """
         if self._memory is None:
-            where = ", ".join(map(str, self.files[:1])) or self._source.name
+            location = ", ".join(map(str, self.files[:1])) or self._source.name
             raise StateError(
-                f"only a trace in memory can be {done}; this one is in {where}"
-                + (": copy that file" if self.files and done == "saved" else "")
+                f"only a trace in memory can be {action}; this one is in {location}"
+                + (": copy that file" if self.files and action == "saved" else "")
             )
         return self._memory
 

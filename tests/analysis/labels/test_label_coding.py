@@ -12,7 +12,7 @@ from grutrace.analysis.labels.label_coding import (
     encode_classes,
 )
 from grutrace.errors import OptionError
-from grutrace.storage.read.row_labels import encode_labels
+from grutrace.storage.read.annotations import encode_labels
 
 
 def test_each_value_is_a_class() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grutrace.storage.read.row_labels import encode_labels
+from grutrace.storage.read.annotations import encode_labels
 
 
 @pytest.mark.parametrize(
