@@ -9,10 +9,12 @@ With x the input of a step, h' the state before it and h the state after it:
 
 Source: the documentation of torch.nn.GRU. z = 1 *keeps* the old state, as in Cho et al. (2014);
 Chung et al. (2014) and many tutorials write z for what is 1 - z here. Unlike in both, r is applied
-after the product with W_hn. docs/equations.md says how to convert what can be converted.
+after the product with W_hn. docs/equations.md says which conventions can be converted, and how.
 
-A weight stacks its three parts along its first axis in the order reset, update, candidate.
-Leading axes ``...`` are free: every function treats each step on its own.
+A weight stacks the rows of reset, update and candidate, in this order, along its first axis.
+Every function treats each step on its own, so the leading axes ``...`` may have any shape.
+
+I input size, H hidden size, R rows of a weight, U units.
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-#: Products of MKL end in other digits where an operand lies at another address modulo this. Bytes.
-#: Intel's guide says so; seen on AMD processors modulo 16. torch's own memory begins on it.
+#: Alignment of operands in bytes. The last digits of an MKL product depend on the addresses of its
+#: operands modulo this number, says Intel's guide (on AMD processors we saw it modulo 16). Memory
+#: that torch allocates has this alignment.
 ALIGNMENT = 64
 
 
 class Products(NamedTuple):
-    """The two matrix products of a step, biases included: each (..., 3H), or of some rows only."""
+    """The two matrix products of a step, with biases: (..., 3H) each, or (..., R) of some rows."""
 
     input: Tensor
     hidden: Tensor
@@ -68,16 +71,16 @@ def products(
 def product(values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``W v + b`` of each step, (..., R), for any R rows of a weight.
 
-    On a CPU the bits follow from the values, their shape and the number of threads, wherever the
-    operands lie in memory: two replays of one call give the same.
+    On a CPU the result depends only on the values, their shape and the number of threads, not on
+    memory addresses or strides. So two replays of one call give the same bits.
     """
     if values.device.type == "cpu":
-        # As rows: of three axes, PyTorch makes one product of all rows or one per step, which end
-        # in other digits. It decides by the strides, which differ for (1, B, I) of a batch-first
-        # layer, and by whether the weight requires gradients.
+        # With three axes, PyTorch computes one product of all rows or one per step, which differ in
+        # the last digits. The choice depends on the strides, which differ for (1, B, I) of a
+        # batch-first layer, and on whether the weight requires gradients. So reshape to rows.
         rows = values.reshape(values.shape[:-1].numel(), values.shape[-1]).contiguous()
-        found = linear(_aligned(rows), _aligned(weight), bias)
-        return found.view(*values.shape[:-1], weight.shape[0])
+        result = linear(_aligned(rows), _aligned(weight), bias)
+        return result.view(*values.shape[:-1], weight.shape[0])
     return linear(values, weight, bias)
 
 
@@ -89,9 +92,9 @@ def products_of_calls(
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
 ) -> Products:
-    """Return the products of several calls of one step, each the same bits as by `products`.
+    """Return the products of several calls of one step, with the same bits as from `products`.
 
-    Each call has a product of its own, since one product of more rows ends in other digits. Only
+    Each call has a product of its own, because the last digits depend on the number of rows. Only
     the memory is shared.
 
     Args:
@@ -112,52 +115,54 @@ def products_of_calls(
 
 
 def _products_of_calls(values: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.stack([product(each, weight, bias) for each in values])
+    return torch.stack([product(call_values, weight, bias) for call_values in values])
 
 
 def _aligned(values: Tensor) -> Tensor:
-    """Return the values at an address at which every product with them is computed alike."""
+    """Return the values at an aligned address; copied if necessary."""
     return values.clone() if values.data_ptr() % ALIGNMENT else values
 
 
 def preactivations(products: Products) -> Gates:
-    """Return what the sigmoids and the tanh are applied to; the last one holds the reset gate."""
-    parts = (each.chunk(3, -1) for each in products)
-    reset, update, candidate = (Products(*of_gate) for of_gate in zip(*parts, strict=True))
-    before = _gate_preactivation(reset)
+    """Return the arguments of the sigmoids and the tanh. The last one includes the reset gate."""
+    input, hidden = (product.chunk(3, -1) for product in products)
+    reset, update, candidate = (Products(*pair) for pair in zip(input, hidden, strict=True))
+    reset_preactivation = _gate_preactivation(reset)
     return Gates(
-        before, _gate_preactivation(update), _candidate_preactivation(candidate, before.sigmoid())
+        reset_preactivation,
+        _gate_preactivation(update),
+        _candidate_preactivation(candidate, reset_preactivation.sigmoid()),
     )
 
 
 def partial_gates(products: Mapping[str, Products]) -> dict[str, Tensor]:
-    """Return those gates whose products are there, each (..., U) as its products are.
+    """Return some of the gates, (..., U) each, from their columns of the products.
 
     Args:
-        products: By the gate that they lead to. The candidate needs the reset gate of its units.
+        products: By gate name. The candidate needs the reset gate of the same units.
     """
-    found = {
+    gates = {
         name: _gate_preactivation(products[name]).sigmoid()
         for name in ("reset", "update")
         if name in products
     }
     if "candidate" in products:
-        found["candidate"] = _candidate_preactivation(products["candidate"], found["reset"]).tanh()
-    return found
+        gates["candidate"] = _candidate_preactivation(products["candidate"], gates["reset"]).tanh()
+    return gates
 
 
 def _gate_preactivation(products: Products) -> Tensor:
-    """What the sigmoid of the reset or of the update gate is applied to."""
+    """Return the argument of the sigmoid of the reset or the update gate."""
     return products.input + products.hidden
 
 
 def _candidate_preactivation(products: Products, reset: Tensor) -> Tensor:
-    """What the tanh of the candidate is applied to."""
+    """Return the argument of the tanh of the candidate."""
     return products.input + reset * products.hidden
 
 
 def activate(preactivations: Gates) -> Gates:
-    """Return the gates that these pre-activations lead to."""
+    """Return the gates from their pre-activations."""
     reset, update, candidate = preactivations
     return Gates(reset.sigmoid(), update.sigmoid(), candidate.tanh())
 
@@ -168,23 +173,23 @@ def gates(products: Products) -> Gates:
 
 
 def gates_in_place(products: Products) -> Gates:
-    """Return the same in the memory of the products, which are gone then.
+    """Return reset, update and candidate, computed in the memory of the products.
 
-    The operations are those of `gates`, in the same order, with fewer passes through memory. Where
-    a row ends, torch's sigmoid can end in another last digit.
+    The products are overwritten. The operations are those of `gates`, in the same order, with fewer
+    passes through memory. At the end of a row, torch's sigmoid may differ in the last digit.
     """
     size = products.hidden.shape[-1] // 3
-    openings = products.input[..., : 2 * size]
-    openings.add_(products.hidden[..., : 2 * size]).sigmoid_()
-    reset, update = openings.chunk(2, -1)
+    reset_update = products.input[..., : 2 * size]
+    reset_update.add_(products.hidden[..., : 2 * size]).sigmoid_()
+    reset, update = reset_update.chunk(2, -1)
     candidate = products.input[..., 2 * size :]
     candidate.add_(products.hidden[..., 2 * size :].mul_(reset)).tanh_()
     return Gates(reset, update, candidate)
 
 
 def step(gates: Gates, previous: Tensor) -> Tensor:
-    """Return the state after each step, (..., H), from its gates and the state before it.
+    """Return the state after each step, (..., H), from its gates and the previous state.
 
-    The order of the operations is that of PyTorch's CPU kernel.
+    The operations have the order of PyTorch's CPU kernel, so the bits are the same.
     """
     return (previous - gates.candidate).mul_(gates.update).add_(gates.candidate)

@@ -6,8 +6,8 @@ for a single operation, the addition of two tensors; all other operations fall t
 enabled for one thread, and `observe_additions` enables it only while it runs a function. Operations
 of other threads do not reach it.
 
-The key is below autograd and autocast, so it sees additions in the same form whatever these do, and
-nothing that it does enters a graph.
+The key is below autograd and autocast. So additions have the same form with and without them, and
+nothing that the function does enters a graph.
 """
 
 from __future__ import annotations
@@ -33,10 +33,12 @@ _lock = threading.Lock()
 
 
 class _ThreadState(threading.local):
+    """The listener of the current thread."""
+
     listener: AddCallback | None = None
 
 
-_here = _ThreadState()
+_local = _ThreadState()
 
 
 def observe_additions(listener: AddCallback, run: Callable[[], Result]) -> Result:
@@ -46,17 +48,17 @@ def observe_additions(listener: AddCallback, run: Callable[[], Result]) -> Resul
         listener: The callback. It must not raise an error, and must not add tensors.
         run: The function. It uses CPU tensors only.
     """
-    before, _here.listener = _here.listener, listener
+    previous, _local.listener = _local.listener, listener
     try:
         with torch._C._IncludeDispatchKeyGuard(torch._C._dispatch_key_parse(_KEY)):
             return run()
     finally:
-        _here.listener = before
+        _local.listener = previous
 
 
 @cache
 def is_available() -> bool:
-    """Whether this PyTorch version can observe additions. Registers the kernel on first use."""
+    """Return whether this PyTorch can observe additions. Registers the kernel on first use."""
     with _lock:
         return bool(_libraries) or _register()
 
@@ -66,25 +68,25 @@ def _register() -> bool:
         if torch._C._dispatch_has_backend_fallback(torch._C._dispatch_key_parse(_KEY)):
             return False
         library: Any = torch.library.Library
-        everything, additions = (library(each, "IMPL", _KEY) for each in ("_", "aten"))
-        everything.fallback(torch.library.fallthrough_kernel)
+        fallback, additions = (library(namespace, "IMPL", _KEY) for namespace in ("_", "aten"))
+        fallback.fallback(torch.library.fallthrough_kernel)
         additions.impl("add.Tensor", _make_impl(torch.ops.aten.add.Tensor))
     except Exception:
         # Any error means that this PyTorch version lacks the key.
         return False
-    _libraries.extend((everything, additions))
+    _libraries.extend((fallback, additions))
     return True
 
 
 def _make_impl(operation: Any) -> Callable[..., Tensor]:
     add = operation.redispatch
-    beneath = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    cpu_keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
-    def answer(one: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor:
-        total: Tensor = add(beneath, one, other, alpha=alpha)
-        listener = _here.listener
+    def add_and_notify(augend: Tensor, addend: Tensor, *, alpha: float = 1) -> Tensor:
+        total: Tensor = add(cpu_keys, augend, addend, alpha=alpha)
+        listener = _local.listener
         if listener is not None:
-            listener(one, other, total)
+            listener(augend, addend, total)
         return total
 
-    return answer
+    return add_and_notify

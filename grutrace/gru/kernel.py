@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from grutrace.gru import kernel_gates
-from grutrace.gru.kernel_gates import CallShape, GateRequest, KernelGates, UnitsByGate
+from grutrace.gru.gate_requests import GateRequest, UnitsByGate
+from grutrace.gru.kernel_gates import CallShape, KernelGates
 
 Result = TypeVar("Result")
 
@@ -73,8 +74,8 @@ class KernelCall(NamedTuple):
     def of_gru(cls, *args: Any) -> KernelCall:
         """Read the positional arguments of torch.gru, with a padded or a packed input."""
         if isinstance(args[2], Tensor):
-            data, batch_sizes, initial, *rest = args
-            return cls(data, batch_sizes, initial, *rest)
+            # Packed: the fields of this class, in the same order.
+            return cls(*args)
         input, initial, weights, *options, batch_first = args
         input = input.transpose(0, 1) if batch_first else input
         return cls(input, None, initial, weights, *options)
@@ -91,12 +92,12 @@ class KernelCall(NamedTuple):
 
     def cell_weights(self, layer: int, reverse: bool) -> CellWeights:
         """Return the weights of one direction of one layer."""
-        each = 4 if self.bias else 2
-        first = (layer * self.directions + reverse) * each
-        return CellWeights(*self.weights[first : first + each])
+        count = 4 if self.bias else 2
+        start = (layer * self.directions + reverse) * count
+        return CellWeights(*self.weights[start : start + count])
 
     def cell_initial(self, layer: int, reverse: bool) -> Tensor:
-        """Return (B, H), the state that one direction of one layer starts from."""
+        """Return the initial state of one direction of one layer, (B, H)."""
         return self.initial[layer * self.directions + reverse]
 
     @property
@@ -108,14 +109,14 @@ class KernelCall(NamedTuple):
         """Run one layer, both directions, through the fused kernel.
 
         Args:
-            layer: Its number.
+            layer: Number of the layer.
             input: (T, B, I) or packed (N, I)
 
         Returns:
             The input and output of the layer, and its final states (D, B, H).
         """
-        each = self.directions * (4 if self.bias else 2)
-        weights = self.weights[layer * each : (layer + 1) * each]
+        count = self.directions * (4 if self.bias else 2)
+        weights = self.weights[layer * count : (layer + 1) * count]
         initial = self.initial[layer * self.directions : (layer + 1) * self.directions]
         options = (self.bias, 1, 0.0, self.training, self.bidirectional)
         # torch._VF instead of torch.gru, so that the user's function modes do not see the call.
@@ -126,7 +127,7 @@ class KernelCall(NamedTuple):
         return Layer(input, output), final
 
     def should_copy_kernel_gates(self, request: GateRequest) -> bool:
-        """Whether the gates of all layers can be copied, at a lower cost than by a replay."""
+        """Return whether the gates of all layers can be copied, at a lower cost than a replay."""
         width, (_, _, size) = self.input.shape[-1], self.initial.shape
         batch = self.input.numel() / max(1, self.num_steps * width)
         widths = [width, *[self.directions * size] * (self.num_layers - 1)]
@@ -144,21 +145,22 @@ class KernelCall(NamedTuple):
             columns: Units to copy from each direction of each layer, by gate name.
 
         Returns:
-            The result of the function, and the gates by layer and direction; None if not found.
+            The result of the function, and the gates by layer and direction; None if the kernel
+            computed them in an unexpected way.
         """
         _, batch, size = self.initial.shape
         sizes = self.batch_sizes
         rows = [batch] * self.num_steps if sizes is None else sizes.tolist()
-        result, found = kernel_gates.copy_kernel_gates(
+        result, copied = kernel_gates.copy_kernel_gates(
             run,
             CallShape(rows, sizes is None, size, self.input.dtype),
-            [bool(d) for _ in range(self.num_layers) for d in range(self.directions)],
+            [bool(direction) for direction in range(self.directions)] * self.num_layers,
             columns,
         )
-        if found is None:
+        if copied is None:
             return result, None
-        each = self.directions
-        return result, [found[n * each : (n + 1) * each] for n in range(self.num_layers)]
+        starts = range(0, len(copied), self.directions)
+        return result, [copied[start : start + self.directions] for start in starts]
 
     def between_layers(self, output: Tensor) -> Tensor:
         """Return the input of the next layer: the output of this layer, with dropout."""
@@ -183,7 +185,7 @@ def run_layerwise(call: KernelCall) -> tuple[Tensor, Tensor, list[Layer]]:
         layer, final = call.run_layer(number, input)
         layers.append(layer)
         finals.append(final)
-    # A single one is returned as it is, because torch.cat would change its strides.
+    # torch.cat would change the strides of a single tensor.
     return layers[-1].output, finals[0] if len(finals) == 1 else torch.cat(finals), layers
 
 
@@ -198,27 +200,27 @@ def rerun_lower_layers(
     Args:
         call: The call.
         output: Its output, (T, B, D * H) or (N, D * H).
-        generator_state: The CPU generator's state from before the call, needed where the call
-            used dropout; the state from after the call is restored.
+        generator_state: RNG state of the CPU before the call, if the call used dropout. The
+            present RNG state is restored at the end.
 
     Returns:
         Input and output of each layer.
     """
     if generator_state is None:
         return _rerun(call, output)
-    after = torch.get_rng_state()
+    present_state = torch.get_rng_state()
     torch.set_rng_state(generator_state)
     try:
         return _rerun(call, output)
     finally:
-        torch.set_rng_state(after)
+        torch.set_rng_state(present_state)
 
 
 def _rerun(call: KernelCall, output: Tensor) -> list[Layer]:
     layers: list[Layer] = []
     input = call.input
     for number in range(call.num_layers - 1):
-        below, _ = call.run_layer(number, input)
-        layers.append(below)
-        input = call.between_layers(below.output)
+        layer, _ = call.run_layer(number, input)
+        layers.append(layer)
+        input = call.between_layers(layer.output)
     return [*layers, Layer(input, output)]

@@ -19,83 +19,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from types import MappingProxyType
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from grutrace.gru import cell, dispatcher
+from grutrace.gru.gate_requests import GateRequest, UnitsByGate
 from grutrace.gru.layout import PackedLayout, numpy_type
 from grutrace.records import GATES
-
-#: Number of units whose states check a call if not all gates are computed.
-CHECK_UNITS = 8
-
-#: Units to copy, by gate name.
-UnitsByGate: TypeAlias = Mapping[str, range]
-
-
-class GateRequest(NamedTuple):
-    """A request for the kernel's own gates.
-
-    Attributes:
-        columns: Units to copy, by gate name.
-        max_cost_ratio: Maximum cost of copying, relative to the cost of a replay.
-    """
-
-    columns: UnitsByGate
-    max_cost_ratio: float = 1.0
-
-
-NO_GATES = GateRequest(MappingProxyType({}))
-
-
-class GateCopyPlan(NamedTuple):
-    """The columns to copy from a layer: the requested gates, and those that check them.
-
-    Attributes:
-        columns: Units to copy, by gate name.
-        check_units: Units whose states are compared with the states that the gates lead to.
-    """
-
-    columns: UnitsByGate
-    check_units: range
-
-    @classmethod
-    def of(cls, gates: Sequence[str], units: Sequence[int]) -> GateCopyPlan | None:
-        """Return the plan for some gates of some units; None if they cannot be copied.
-
-        Args:
-            gates: Names of the gates.
-            units: Indices of the units. They must be evenly spaced.
-        """
-        request = range(units[0], units[-1] + 1, units[1] - units[0] if len(units) > 1 else 1)
-        if list(request) != list(units):
-            return None
-        few = request[:: max(1, len(request) // CHECK_UNITS)][:CHECK_UNITS]
-        check_units = request if {"update", "candidate"} <= set(gates) else few
-        columns = {name: request for name in GATES if name in gates}
-        return cls({"update": check_units, "candidate": check_units} | columns, check_units)
-
-
-def merge_requests(requests: Sequence[GateRequest], hidden_size: int) -> GateRequest:
-    """Return a request that covers several. If the columns of a gate differ, it has all units.
-
-    Args:
-        requests: Requests for one layer.
-        hidden_size: H
-    """
-    found: dict[str, range] = {}
-    for request in requests:
-        for name, columns in request.columns.items():
-            found[name] = columns if found.get(name, columns) == columns else range(hidden_size)
-    return GateRequest(
-        found, min((request.max_cost_ratio for request in requests if request.columns), default=1.0)
-    )
 
 
 class CallShape(NamedTuple):
@@ -119,13 +54,13 @@ class GateBuffer(NamedTuple):
 
     Attributes:
         names: Names of the gates.
-        buffer: (gates, T, B, U) or (gates, N, U), the memory to copy to.
+        memory: (gates, T, B, U) or (gates, N, U), the memory to copy to.
         strides: Strides in the kernel's memory, for (gates, b, U) at each time.
         offset: Storage offset in the kernel's memory.
     """
 
     names: tuple[str, ...]
-    buffer: Tensor
+    memory: Tensor
     strides: tuple[int, int, int]
     offset: int
 
@@ -144,18 +79,19 @@ class GateBuffers:
 
     def __init__(self, layout: CallShape, columns: UnitsByGate) -> None:
         self._layout, size = layout, layout.hidden_size
-        opened = tuple(name for name in ("reset", "update") if name in columns)
-        alike = len({columns[name] for name in opened}) == 1
-        groups = [opened] if alike else [(name,) for name in opened]
-        self.product = [self._part(names, columns[names[0]], 3 * size) for names in groups]
-        closed = [name for name in ("candidate",) if name in columns]
-        self.candidate = [self._part((name,), columns[name], size) for name in closed]
+        names = tuple(name for name in ("reset", "update") if name in columns)
+        has_same_columns = len({columns[name] for name in names}) == 1
+        groups = [names] if has_same_columns else [(name,) for name in names]
+        self.product = [self._make_buffer(group, columns[group[0]], 3 * size) for group in groups]
+        self.candidate = []
+        if "candidate" in columns:
+            self.candidate = [self._make_buffer(("candidate",), columns["candidate"], size)]
 
-    def _part(self, names: tuple[str, ...], columns: range, width: int) -> GateBuffer:
+    def _make_buffer(self, names: tuple[str, ...], columns: range, width: int) -> GateBuffer:
         size = self._layout.hidden_size
         offset = columns.start + size * (names[0] == "update")
-        buffer = self._empty(len(names), len(columns))
-        return GateBuffer(names, buffer, (size, width, columns.step), offset)
+        memory = self._empty(len(names), len(columns))
+        return GateBuffer(names, memory, (size, width, columns.step), offset)
 
     def _empty(self, gates: int, units: int) -> Tensor:
         # NumPy memory of the type of the rows, so that rows need no further copy.
@@ -163,22 +99,23 @@ class GateBuffers:
         if not self._layout.padded:
             return torch.from_numpy(np.empty((gates, sum(rows), units), dtype))
         # The rows of a sequence are adjacent, as in the trace.
-        buffer = np.empty((gates, rows[0] if rows else 0, len(rows), units), dtype)
-        return torch.from_numpy(buffer).transpose(1, 2)
+        memory = np.empty((gates, rows[0] if rows else 0, len(rows), units), dtype)
+        return torch.from_numpy(memory).transpose(1, 2)
 
     @property
     def gates(self) -> dict[str, Tensor]:
         """The gates by name, in the kernel's order: (T, B, U) or (N, U)."""
-        parts = (*self.product, *self.candidate)
         return {
-            name: gate for part in parts for name, gate in zip(part.names, part.buffer, strict=True)
+            name: gate
+            for buffer in (*self.product, *self.candidate)
+            for name, gate in zip(buffer.names, buffer.memory, strict=True)
         }
 
-    def by_time(self, part: GateBuffer) -> Sequence[Tensor]:
+    def by_time(self, buffer: GateBuffer) -> Sequence[Tensor]:
         """Return the memory of a buffer for each time, (gates, b, U)."""
         if self._layout.padded:
-            return part.buffer.unbind(1)
-        views: tuple[Tensor, ...] = torch.split(part.buffer, self._layout.rows, 1)
+            return buffer.memory.unbind(1)
+        views: tuple[Tensor, ...] = torch.split(buffer.memory, self._layout.rows, 1)
         return views
 
 
@@ -237,61 +174,81 @@ def copy_kernel_gates(
         product_copies = _in_order(buffers, directions, "product")
         candidate_copies = _in_order(buffers, directions, "candidate")
     size = layout.hidden_size
-    strides, offset = (3 * size, 1), 2 * size
+    product_strides, product_offset = (3 * size, 1), 2 * size
     rows = [row for reverse in directions for row in layout.rows[:: -1 if reverse else 1]]
-    step, last = 0, None
+    step, last_sum = 0, None
 
     def on_addition(_: Tensor, product: Tensor, total: Tensor) -> None:
-        nonlocal step, last
-        if last is not None:
-            # By now the sum was replaced by the candidate, in place.
-            for views, part_strides, first in candidate_copies:
-                views[step - 1].copy_(last.as_strided(views[step - 1].shape, part_strides, first))
-        last = None
+        nonlocal step, last_sum
+        if last_sum is not None:
+            # By now the kernel has replaced the sum by the candidate, in place.
+            for copy in candidate_copies:
+                copy.run(step - 1, last_sum)
+        last_sum = None
         if (
             not 0 <= step < len(rows)
-            or product.stride() != strides
-            or product.storage_offset() != offset
+            or product.stride() != product_strides
+            or product.storage_offset() != product_offset
             or product.shape != (rows[step], size)
             or total.stride() != (size, 1)
         ):
             step = -1
             return
         # Copied at once, because the kernel's next step reuses the memory.
-        for views, part_strides, first in product_copies:
-            views[step].copy_(product.as_strided(views[step].shape, part_strides, first))
+        for copy in product_copies:
+            copy.run(step, product)
         step += 1
-        last = total
+        last_sum = total
 
     result = dispatcher.observe_additions(on_addition, kernel)
-    if last is None or step < len(rows):
+    if last_sum is None or step < len(rows):
         return result, None
     with torch.no_grad():
-        for views, part_strides, first in candidate_copies:
-            views[-1].copy_(last.as_strided(views[-1].shape, part_strides, first))
-    return result, [KernelGates(buffer.gates, columns, last.dtype) for buffer in buffers]
+        for copy in candidate_copies:
+            copy.run(-1, last_sum)
+    return result, [KernelGates(buffer.gates, columns, last_sum.dtype) for buffer in buffers]
+
+
+class _GateCopy(NamedTuple):
+    """Copies some gates of each step from the kernel's memory.
+
+    Attributes:
+        views: Memory to copy to for each step, (gates, b, U), in the order of execution.
+        strides: Strides in the kernel's memory.
+        offset: Storage offset in the kernel's memory.
+    """
+
+    views: list[Tensor]
+    strides: tuple[int, int, int]
+    offset: int
+
+    def run(self, step: int, source: Tensor) -> None:
+        """Copy one step. `source` is a tensor in the kernel's memory."""
+        view = self.views[step]
+        view.copy_(source.as_strided(view.shape, self.strides, self.offset))
 
 
 def _in_order(
     buffers: Sequence[GateBuffers], directions: Sequence[bool], source: str
-) -> list[tuple[list[Tensor], tuple[int, int, int], int]]:
-    """Return each buffer's memory in order of execution, and the kernel's strides and offset."""
-    by_room = [getattr(buffer, source) for buffer in buffers]
-    found = []
-    for parts in zip(*by_room, strict=True):
+) -> list[_GateCopy]:
+    """Return the copies from one kernel tensor ("product" or "candidate")."""
+    copies = []
+    for same_gates in zip(*(getattr(buffer, source) for buffer in buffers), strict=True):
         views = [
             view
-            for buffer, part, reverse in zip(buffers, parts, directions, strict=True)
-            for view in buffer.by_time(part)[:: -1 if reverse else 1]
+            for direction_buffers, buffer, reverse in zip(
+                buffers, same_gates, directions, strict=True
+            )
+            for view in direction_buffers.by_time(buffer)[:: -1 if reverse else 1]
         ]
-        found.append((views, parts[0].strides, parts[0].offset))
-    return found
+        copies.append(_GateCopy(views, same_gates[0].strides, same_gates[0].offset))
+    return copies
 
 
 def is_cheaper(
     num_steps: int, batch: float, input_size: float, hidden_size: int, request: GateRequest
 ) -> bool:
-    """Whether copying the gates of a call is expected to cost less than a replay.
+    """Return whether copying the gates of a call is expected to cost less than a replay.
 
     A replay repeats the matrix products of the layer for the requested units. Copying has a fixed
     cost per step, and a cost per element.
@@ -304,27 +261,31 @@ def is_cheaper(
         request: Units to copy, and the maximum relative cost.
     """
     columns = request.columns
-    taken = sum(map(len, columns.values()))
-    rows = taken if "reset" in columns else taken + len(columns.get("candidate", ()))
-    weights = rows * (input_size + hidden_size)
-    step = 2 * batch * weights / (OPERATIONS_PER_SECOND * torch.get_num_threads())
-    replayed = num_steps * (step + ELEMENT_REPLAY_COST * batch * rows)
-    # In the background, weights are read once for many calls.
-    replayed = (
-        request.max_cost_ratio * replayed
-        if request.max_cost_ratio < 1
-        else replayed + WEIGHT_REPLAY_COST * weights
+    copied_units = sum(map(len, columns.values()))
+    # The candidate needs the reset gate.
+    replayed_units = copied_units
+    if "reset" not in columns:
+        replayed_units += len(columns.get("candidate", ()))
+    weights = replayed_units * (input_size + hidden_size)
+    product_cost = 2 * batch * weights / (OPERATIONS_PER_SECOND * torch.get_num_threads())
+    replay_cost = num_steps * (product_cost + ELEMENT_REPLAY_COST * batch * replayed_units)
+    if request.max_cost_ratio < 1:
+        # In the background, weights are read once for many calls.
+        replay_cost *= request.max_cost_ratio
+    else:
+        replay_cost += WEIGHT_REPLAY_COST * weights
+    step_cost = (
+        STEP_COPY_COST
+        + ELEMENT_COPY_COST * batch * copied_units
+        + WEIGHT_COPY_COST * 3 * hidden_size**2
     )
-    step = (
-        STEP_COPY_COST + ELEMENT_COPY_COST * batch * taken + WEIGHT_COPY_COST * 3 * hidden_size**2
-    )
-    return replayed > CALL_COPY_COST + num_steps * step
+    return replay_cost > CALL_COPY_COST + num_steps * step_cost
 
 
 def can_intercept(input: Tensor) -> bool:
-    """Whether the gates of a call with this input can be copied without side effects.
+    """Return whether the gates of a call with this input can be copied without side effects.
 
-    Not under a dispatch mode, which would see the copies, nor within a transform of torch.func.
+    They cannot under a dispatch mode, which would see the copies, nor in a torch.func transform.
     """
     return (
         input.device.type == "cpu"
@@ -336,29 +297,34 @@ def can_intercept(input: Tensor) -> bool:
 
 @cache
 def kernel_supported() -> bool:
-    """Whether gates copied from small layers are as expected. Tested once per process."""
-    found = dispatcher.is_available() and all(
+    """Return whether gates copied from small layers are as expected. Tested once per process."""
+    supported = dispatcher.is_available() and all(
         _is_recognized(bias, grad, sizes)
         for bias in (True, False)
         for grad in (True, False)
         for sizes in ([2, 2, 2], [2, 1, 1])
     )
-    if not found:
+    if not supported:
         logging.getLogger(__name__).debug(
-            "torch %s makes other additions in a GRU than expected: gates are replayed, not "
-            "harvested",
+            "torch %s makes other additions in a GRU than expected: gates are replayed, not copied",
             torch.__version__,
         )
-    return found
+    return supported
 
 
 @torch.inference_mode(False)
 def _is_recognized(bias: bool, grad: bool, sizes: list[int]) -> bool:
-    """Whether a harvest gives the gates of a layer of two directions, with these batch sizes."""
+    """Copy the gates of a small layer of two directions. Return whether they are correct.
+
+    Args:
+        bias: Whether the layer has biases.
+        grad: Whether gradients are enabled.
+        sizes: (T,) batch sizes of a packed batch; of a padded one if they are equal.
+    """
     batch_sizes = torch.tensor(sizes, device="cpu")
-    input, initial = _numbers(sum(sizes), 3), _numbers(2, sizes[0], 2)
+    input, initial = _distinct_values(sum(sizes), 3), _distinct_values(2, sizes[0], 2)
     shapes = [(6, 3), (6, 2), *[(6,), (6,)] * bias] * 2
-    weights = [_numbers(*shape) + index / 10 for index, shape in enumerate(shapes)]
+    weights = [_distinct_values(*shape) + index / 10 for index, shape in enumerate(shapes)]
     packed = batch_sizes if sizes[-1] < sizes[0] else None
 
     def kernel() -> Tensor:
@@ -372,26 +338,27 @@ def _is_recognized(bias: bool, grad: bool, sizes: list[int]) -> bool:
 
     try:
         layout = CallShape(sizes, packed is None, 2, input.dtype)
-        everything = dict.fromkeys(GATES, range(2))
-        output, harvests = copy_kernel_gates(kernel, layout, [False, True], everything)
+        columns = dict.fromkeys(GATES, range(2))
+        output, copied = copy_kernel_gates(kernel, layout, [False, True], columns)
     except Exception:
-        # Whatever it is, it is no harvest.
+        # Any error means that this PyTorch version computes its gates differently.
         return False
     steps = PackedLayout(batch_sizes, None)
-    for d, found in enumerate(harvests or ()):
-        states = output.reshape(-1, 2, 2)[:, d]
-        previous = steps.previous(states, initial[d], reverse=d == 1)
-        own = weights[d * len(weights) // 2 :][: len(weights) // 2]
-        expected = cell.gates(cell.products(input, previous, *own))
-        if not all(map(_close, found.gates.values(), expected)):
+    for direction, kernel_gates in enumerate(copied or ()):
+        states = output.reshape(-1, 2, 2)[:, direction]
+        previous = steps.previous(states, initial[direction], reverse=direction == 1)
+        count = len(weights) // 2
+        direction_weights = weights[direction * count : (direction + 1) * count]
+        expected = cell.gates(cell.products(input, previous, *direction_weights))
+        if not all(map(_is_close, kernel_gates.gates.values(), expected)):
             return False
-    return harvests is not None
+    return copied is not None
 
 
-def _numbers(*shape: int) -> Tensor:
-    """Numbers between -1 and 1 that tell each other apart."""
+def _distinct_values(*shape: int) -> Tensor:
+    """Return different values between -1 and 1."""
     return torch.arange(1.0, 1 + math.prod(shape), device="cpu").sin().reshape(shape)
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    return torch.allclose(found.reshape(expected.shape), expected, atol=1e-6)
+def _is_close(gate: Tensor, expected: Tensor) -> bool:
+    return torch.allclose(gate.reshape(expected.shape), expected, atol=1e-6)

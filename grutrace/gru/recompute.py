@@ -30,7 +30,7 @@ from grutrace.records import GATES, WEIGHTS, Array
 
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-#: The floating-point type that has this spacing at 1.
+#: Floating-point types by machine epsilon.
 _BY_PRECISION = {machine_epsilon(dtype): dtype for dtype in _TYPES}
 
 #: Machine epsilon of float64, in which checks are computed.
@@ -100,18 +100,18 @@ class StepRecomputation:
     def product_maxima(self) -> tuple[Array, Array]:
         """(n,) largest finite element of each step's products, and (n,) of the recurrent one.
 
-        They are what `tolerances` asks for.
+        They are arguments of `tolerances`.
         """
-        input, hidden = (_finite_sizes(product) for product in self._products)
+        input, hidden = (_finite_magnitudes(product) for product in self._products)
         recurrent = hidden.chunk(3, -1)[2]
         return _largest(torch.cat([input, hidden], -1)), _largest(recurrent)
 
     @cached_property
     @isolated_context()
     def abs_sum_bounds(self) -> Array:
-        """(n,) at least the sum of the sizes of the terms of each step's products.
+        """(n,) a bound on the sums of the absolute terms of each step's products.
 
-        It is what `tolerances` asks for where rows are kept in a smaller type.
+        It is an argument of `tolerances`, used if rows are stored in a smaller type.
         """
         array: Array = abs_sum_bounds(*self._factors).double().numpy()
         return array
@@ -127,37 +127,39 @@ def tolerances(
     states: Array,
     products: Array,
     recurrents: Array,
-    kept: np.dtype[Any],
+    stored: np.dtype[Any],
     abs_sum_bounds: Array,
 ) -> Array:
-    """Return (calls,) the tolerance of each call; see `grutrace.gru.tolerance.tolerance`.
+    """Return the tolerance of each call, (calls,); see `grutrace.gru.tolerance.tolerance`.
 
     Args:
-        precisions: (calls,) spacing at 1 of the type in which the kernel computed.
-        terms: I + H
-        states: (calls,) largest ``|h|`` from which a step started.
-        products: (calls,) largest element of the products.
-        recurrents: (calls,) the same of the one that the reset gate is applied to.
-        kept: The type in which the rows are kept.
-        abs_sum_bounds: (calls,) largest sum of the sizes of the terms of the products.
+        precisions: (calls,) machine epsilon of the type in which the kernel computed.
+        terms: Number of terms of the sums: I + H.
+        states: (calls,) largest ``|h|`` before a step.
+        products: (calls,) largest element, in absolute value, of the products.
+        recurrents: (calls,) largest element of the product that the reset gate is applied to.
+        stored: The type in which the rows are stored.
+        abs_sum_bounds: (calls,) a bound on the sums of the absolute terms of the products.
     """
-    stored: torch.dtype = getattr(torch, kept.name)
+    stored_dtype: torch.dtype = getattr(torch, stored.name)
     columns = (
         array.tolist() for array in (precisions, states, products, recurrents, abs_sum_bounds)
     )
     allowed = np.zeros(len(precisions))
-    for call, (precision, state, product, recurrent, sum_) in enumerate(zip(*columns, strict=True)):
+    for call, (precision, state, product, recurrent, bound) in enumerate(
+        zip(*columns, strict=True)
+    ):
         if precision not in _BY_PRECISION:
             continue
-        size = max(1.0, state)
-        allowed[call] = tolerance(_BY_PRECISION[precision], terms, size, product, recurrent)
-        if machine_epsilon(stored) > precision:
-            allowed[call] += storage_rounding(stored, size, sum_, recurrent)
+        max_state = max(1.0, state)
+        allowed[call] = tolerance(_BY_PRECISION[precision], terms, max_state, product, recurrent)
+        if machine_epsilon(stored_dtype) > precision:
+            allowed[call] += storage_rounding(stored_dtype, max_state, bound, recurrent)
     return allowed
 
 
 def _of_units(weight: Array, units: slice) -> Array:
-    """The rows of a stacked weight that belong to these units, (3U, ...) of (3H, ...)."""
+    """Return the rows of a stacked weight that belong to these units, (3U, ...) of (3H, ...)."""
     if units == slice(None):
         return weight
     by_gate = weight.reshape(3, -1, *weight.shape[1:])[:, units]
@@ -165,7 +167,7 @@ def _of_units(weight: Array, units: slice) -> Array:
 
 
 def _tensor(array: Array) -> Tensor:
-    # torch takes no array that cannot be written to, though nothing here does.
+    # torch requires writable arrays, although nothing here writes to them.
     return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
@@ -174,7 +176,7 @@ def _array(tensor: Tensor) -> Array:
     return array
 
 
-def _finite_sizes(product: Tensor) -> Tensor:
+def _finite_magnitudes(product: Tensor) -> Tensor:
     wide = torch.promote_types(product.dtype, torch.float32)
     return product.to(wide).abs().nan_to_num_(nan=0.0, posinf=0.0)
 
@@ -192,7 +194,7 @@ class RecomputedGates(NamedTuple):
         residual: (N,) largest ``|h from the gates - recorded h|`` of each row; infinite if one of
             the two is NaN.
         product: (N,) largest element, in absolute value, of each row's products; 0 if not finite.
-        recurrent: (N,) the same of what the reset gate is applied to.
+        recurrent: (N,) largest element of the hidden product that the reset gate is applied to.
         abs_sum_bounds: (N,) a bound on the sums of the absolute terms of both products; 0 unless
             the rows are stored in a smaller type than the kernel computed in.
     """
@@ -218,33 +220,36 @@ def recompute(
     Args:
         input: (N, I)
         previous: (N, H) the state before each step.
-        hidden: (N, H) the state after it, as the kernel returned it.
-        weights: By name in `WEIGHTS`, of one version: what all these rows used.
-        precision: Spacing at 1 of the type in which the kernel computed, which is computed in.
+        hidden: (N, H) the state after each step, as the kernel returned it.
+        weights: The weights that all these rows used, by name in `WEIGHTS`.
+        precision: Machine epsilon of the type in which the kernel computed. The gates are
+            computed in the same type.
         dtype: NumPy type of the gates.
     """
-    x, before, after = (torch.from_numpy(each) for each in (input, previous, hidden))
-    computed = dtype_from_eps(precision, before.dtype)
-    own = [torch.from_numpy(weights[name]).to(computed) for name in WEIGHTS if name in weights]
+    x, h_before, h_after = map(torch.from_numpy, (input, previous, hidden))
+    kernel_dtype = dtype_from_eps(precision, h_before.dtype)
+    tensors = [
+        torch.from_numpy(weights[name]).to(kernel_dtype) for name in WEIGHTS if name in weights
+    ]
     count, size = hidden.shape
     gates = {name: np.empty((count, size), dtype) for name in GATES}
-    rooms = {name: torch.from_numpy(rows) for name, rows in gates.items()}
-    found = torch.empty((3, count), dtype=torch.promote_types(after.dtype, torch.float32))
+    buffers = {name: torch.from_numpy(rows) for name, rows in gates.items()}
+    dtype_of_checks = torch.promote_types(h_after.dtype, torch.float32)
+    residual, product, recurrent = (torch.empty(count, dtype=dtype_of_checks) for _ in range(3))
     rows = max(SMALLEST_BLOCK, BLOCK // (6 * size))
     for start in range(0, count, rows):
-        part = slice(start, start + rows)
-        states = before[part].to(computed)
-        products = cell.products(x[part].to(computed), states, *own)
-        found[1, part], found[2, part] = _product_maxima(products)
-        made = cell.gates_in_place(products)
-        for name, room in rooms.items():
-            copy_cast(room[part], getattr(made, name))
-        found[0, part] = _residual_per_row(cell.step(made, states), after[part])
+        block = slice(start, start + rows)
+        states = h_before[block].to(kernel_dtype)
+        products = cell.products(x[block].to(kernel_dtype), states, *tensors)
+        product[block], recurrent[block] = _product_maxima(products)
+        block_gates = cell.gates_in_place(products)
+        for name, buffer in buffers.items():
+            copy_cast(buffer[block], getattr(block_gates, name))
+        residual[block] = _residual_per_row(cell.step(block_gates, states), h_after[block])
     bounds = np.zeros(count)
     if float(np.finfo(dtype).eps) > precision:
-        bounds = abs_sum_bounds(x, before, *own[:2]).double().numpy()
-    residual, product, recurrent = found.numpy()
-    return RecomputedGates(gates, residual, product, recurrent, bounds)
+        bounds = abs_sum_bounds(x, h_before, *tensors[:2]).double().numpy()
+    return RecomputedGates(gates, residual.numpy(), product.numpy(), recurrent.numpy(), bounds)
 
 
 def states_match(
@@ -254,59 +259,60 @@ def states_match(
     weights: Mapping[str, Array],
     precision: float,
 ) -> Array:
-    """Return (N,) whether the weights lead to the recorded state of each row, up to rounding.
+    """Return whether the weights lead to the recorded state of each row, up to rounding, (N,).
 
     Args:
         input: (N, I)
         previous: (N, H) the state before each step.
-        hidden: (N, H) the state after it.
-        weights: By name in `WEIGHTS`.
-        precision: Spacing at 1 of the type in which the kernel computed.
+        hidden: (N, H) the state after each step.
+        weights: Weights by name in `WEIGHTS`.
+        precision: Machine epsilon of the type in which the kernel computed.
     """
-    x, before, after = (_as_writable(each) for each in (input, previous, hidden))
-    own = {name: _as_writable(each) for name, each in weights.items()}
-    found = recompute(x, before, after, own, precision, hidden.dtype)
+    x, h_before, h_after = map(_as_writable, (input, previous, hidden))
+    arrays = {name: _as_writable(array) for name, array in weights.items()}
+    recomputed = recompute(x, h_before, h_after, arrays, precision, hidden.dtype)
     states = np.nan_to_num(np.abs(previous), nan=0.0, posinf=0.0).max(1, initial=0.0)
     count, terms = len(hidden), input.shape[1] + hidden.shape[1]
     allowed = tolerances(
         np.full(count, precision),
         terms,
         states,
-        found.product,
-        found.recurrent,
+        recomputed.product,
+        recomputed.recurrent,
         hidden.dtype,
-        found.abs_sum_bounds,
+        recomputed.abs_sum_bounds,
     )
-    return np.asarray(found.residual <= allowed)
+    return np.asarray(recomputed.residual <= allowed)
 
 
 @isolated_context()
 def row_residuals(update: Array, candidate: Array, previous: Array, hidden: Array) -> Array:
-    """Return (N,) the residual of each row; see `RecomputedGates.residual`.
+    """Return the residual of each row, (N,); see `RecomputedGates.residual`.
 
     Args:
         update: (N, U)
         candidate: (N, U)
         previous: (N, U) the state before each step.
-        hidden: (N, U) the state after it, as the kernel returned it.
+        hidden: (N, U) the state after each step, as the kernel returned it.
     """
-    z, n, before, after = map(torch.from_numpy, (update, candidate, previous, hidden))
+    z, n, h_before, h_after = map(torch.from_numpy, (update, candidate, previous, hidden))
     count, size = hidden.shape
-    residual = torch.empty(count, dtype=torch.promote_types(after.dtype, torch.float32))
+    residual = torch.empty(count, dtype=torch.promote_types(h_after.dtype, torch.float32))
     rows = max(SMALLEST_BLOCK, BLOCK // (6 * max(1, size)))
     for start in range(0, count, rows):
-        part = slice(start, start + rows)
-        made = cell.step(cell.Gates(z[part], z[part], n[part]), before[part])
-        residual[part] = _residual_per_row(made, after[part])
+        block = slice(start, start + rows)
+        # `step` does not use the reset gate, so the update gate stands in for it.
+        expected = cell.step(cell.Gates(z[block], z[block], n[block]), h_before[block])
+        residual[block] = _residual_per_row(expected, h_after[block])
     array: Array = residual.numpy()
     return array
 
 
 def _product_maxima(products: cell.Products) -> tuple[Tensor, Tensor]:
-    """(n,) largest element of each row's products, and (n,) of the candidate's recurrent one."""
+    """Return the largest element of each row's products, (n,), and of the recurrent one, (n,)."""
     size = products.hidden.shape[-1] // 3
-    openings, candidate = products.hidden[:, : 2 * size], products.hidden[:, 2 * size :]
-    maxima = [_max_abs_per_row(each) for each in (products.input, openings, candidate)]
+    gates, candidate = products.hidden[:, : 2 * size], products.hidden[:, 2 * size :]
+    maxima = [_max_abs_per_row(product) for product in (products.input, gates, candidate)]
     return torch.stack(maxima).amax(0), maxima[2]
 
 
@@ -320,10 +326,10 @@ def _residual_per_row(expected: Tensor, hidden: Tensor) -> Tensor:
     residual = differences.amax(-1)
     if bool(residual.isfinite().all()):
         return residual
-    same = (expected == hidden) | (expected.isnan() & hidden.isnan())
-    return differences.masked_fill_(same, 0.0).nan_to_num_(nan=torch.inf).amax(-1)
+    is_same = (expected == hidden) | (expected.isnan() & hidden.isnan())
+    return differences.masked_fill_(is_same, 0.0).nan_to_num_(nan=torch.inf).amax(-1)
 
 
 def _as_writable(array: Array) -> Array:
-    # torch takes no array that cannot be written to, though nothing here does.
+    # torch requires writable arrays, although nothing here writes to them.
     return np.require(array, requirements=["C", "W"])

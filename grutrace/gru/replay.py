@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from grutrace.gru import cell
 from grutrace.gru.cell import Products
+from grutrace.gru.gate_requests import CHECK_UNITS
 from grutrace.gru.kernel import CellWeights
-from grutrace.gru.kernel_gates import CHECK_UNITS
 from grutrace.gru.layout import OutputBuffer, SequenceLayout, copy_cast, numpy_type
 from grutrace.gru.residual import ResidualCheck, check_residual
 from grutrace.gru.tolerance import (
@@ -49,10 +49,10 @@ class ReplayResult:
     """The gates of a call at one site, with the check of its states.
 
     Attributes:
-        gates: By name, each in the kernel's order and shape, (T, B, H) or (N, H); of a partial
-            replay (T, B, U) or (N, U).
-        residual: Largest ``|replayed h - kernel's h|``, of a partial replay that of the checked
-            units; see `grutrace.gru.tolerance.ReplayError`.
+        gates: By name, in the kernel's order and shape: (T, B, H) or (N, H); for a partial replay,
+            (T, B, U) or (N, U).
+        residual: Largest ``|replayed h - kernel's h|``, for a partial replay of the checked units
+            only; see `grutrace.gru.tolerance.ReplayError`.
         tolerance: The largest residual that rounding can explain.
         precision: Machine epsilon of the least precise data type that the kernel used.
     """
@@ -98,10 +98,10 @@ class GateReplay:
             raise ValueError("expected weights, or a module that still exists")
         if isinstance(module, nn.GRUCell):
             return CellWeights(module.weight_ih, module.weight_hh, module.bias_ih, module.bias_hh)
-        each = 4 if module.bias else 2
+        count = 4 if module.bias else 2
         index = self._layer * (2 if module.bidirectional else 1) + self._reverse
-        flat = cast("list[Tensor]", module._flat_weights)
-        return CellWeights(*flat[index * each : (index + 1) * each])
+        flat_weights = cast("list[Tensor]", module._flat_weights)
+        return CellWeights(*flat_weights[index * count : (index + 1) * count])
 
     @torch.no_grad()
     def replay(
@@ -115,45 +115,45 @@ class GateReplay:
     ) -> ReplayResult:
         """Recompute the gates of a call, all steps at once, in the kernel's own precision.
 
-        The precision is that of the input and weights, or of autocast: call it in the same autocast
-        context as the kernel. The gates are the kernel's to rounding in that type; in half
-        precision, a replay in float32 would differ from them by thousandths. On a CPU two replays
-        of the same call, with as many threads, are the same bits: see `cell.product`.
+        That is the precision of the input and weights, or of autocast. So call it in the same
+        autocast context as the kernel. The gates equal the kernel's up to rounding in this type. (A
+        replay in float32 would differ from a half-precision kernel by thousandths.) On a CPU, two
+        replays of a call with the same number of threads give the same bits; see `cell.product`.
 
         Args:
             input: (T, B, I) or (N, I), the input of the layer.
             hidden: (T, B, H) or (N, H), the kernel's output for this direction.
             initial: (B, H), in the kernel's batch order.
-            steps: The layout of the two above.
-            weights: What the kernel used, if not the module's present weights.
-            buffers: By name of the gate, where to write those that are wanted; new memory if None.
+            steps: Layout of the call.
+            weights: The weights that the kernel used; by default the module's present weights.
+            buffers: Memory to write to, by gate name. Gates without a buffer are not returned. By
+                default, new memory for all gates.
         """
         weights = self.weights if weights is None else weights
         if buffers is None:
-            kept = numpy_type(hidden.dtype)
-            buffers = {name: steps.allocate(hidden.shape[-1], kept) for name in GATES}
+            stored = numpy_type(hidden.dtype)
+            buffers = {name: steps.allocate(hidden.shape[-1], stored) for name in GATES}
         size = max(SMALLEST_BLOCK, BLOCK // (6 * hidden.shape[-1]))
-        extremes, product = [], input.dtype
+        extremes, product_dtype = [], input.dtype
         blocks = steps.blocks(hidden, initial, size, reverse=self._reverse)
-        for part, previous in blocks if hidden.numel() else ():
-            products = cell.products(input[part], previous, *weights)
+        for block, previous in blocks if hidden.numel() else ():
+            products = cell.products(input[block], previous, *weights)
             bounds = product_maxima(products)
             gates = cell.gates_in_place(products)
             for name, buffer in buffers.items():
-                copy_cast(buffer.values[part], getattr(gates, name))
-            off = torch.aminmax(cell.step(gates, previous).sub_(hidden[part]))
-            extremes.append(to_floats((*off, *bounds)))
-            product = products.input.dtype
-        found = summarize(extremes)
-        if found is None:
+                copy_cast(buffer.values[block], getattr(gates, name))
+            difference = torch.aminmax(cell.step(gates, previous).sub_(hidden[block]))
+            extremes.append(to_floats((*difference, *bounds)))
+            product_dtype = products.input.dtype
+        error = summarize(extremes)
+        if error is None:
             previous = steps.previous(hidden, initial, reverse=self._reverse)
             products = cell.products(input, previous, *weights)
-            found = compare(cell.step(cell.gates(products), previous), hidden, products)
-        written = {name: buffer.values for name, buffer in buffers.items()}
-        dtype = lowest_precision(hidden.dtype, product)
-        return ReplayResult(
-            written, *check_residual(found, dtype, input, hidden, initial, weights, self._stored)
-        )
+            error = compare(cell.step(cell.gates(products), previous), hidden, products)
+        gate_values = {name: buffer.values for name, buffer in buffers.items()}
+        dtype = lowest_precision(hidden.dtype, product_dtype)
+        check = check_residual(error, dtype, input, hidden, initial, weights, self._stored)
+        return ReplayResult(gate_values, *check)
 
 
 class ColumnSelector:
@@ -161,12 +161,13 @@ class ColumnSelector:
 
     def __init__(self, indices: Sequence[int]) -> None:
         step = indices[1] - indices[0] if len(indices) > 1 else 1
-        even = range(indices[0], indices[0] + step * len(indices), step) if step > 0 else range(0)
-        self._slice = slice(even.start, even.stop, step) if list(even) == list(indices) else None
+        stop = indices[0] + step * len(indices)
+        is_evenly_spaced = step > 0 and list(range(indices[0], stop, step)) == list(indices)
+        self._slice = slice(indices[0], stop, step) if is_evenly_spaced else None
         self._indices = torch.tensor(indices)
 
     def of(self, values: Tensor) -> Tensor:
-        """(..., U) of (..., H). May share memory."""
+        """Return (..., U) from (..., H). May share memory."""
         if self._slice is not None:
             return values[..., self._slice]
         return values.index_select(-1, self._indices.to(values.device))
@@ -193,27 +194,33 @@ class PartialReplay:
     ) -> None:
         self._gates, self._reverse, self._stored = tuple(gates), reverse, stored
         self._computed = required_gates(gates)
-        self._whole = whole = self._computed == set(GATES)
-        indices = range(len(units)) if whole else evenly_spaced(len(units), CHECK_UNITS)
-        self._proof_units = ColumnSelector([units[place] for place in indices])
-        # Where among the columns of its products a gate has those of the proof.
-        self._proof_columns = {
+        self._has_all_gates = self._computed == set(GATES)
+        indices: Sequence[int] = range(len(units))
+        if not self._has_all_gates:
+            indices = evenly_spaced(len(units), CHECK_UNITS)
+        check_units = [units[index] for index in indices]
+        self._check_units = ColumnSelector(check_units)
+        # By gate, the checked units among the columns of its products.
+        self._check_columns = {
             name: ColumnSelector(indices if name in self._computed else range(len(indices)))
             for name in GATES
         }
-        rows = {
-            name: units if name in self._computed else [units[place] for place in indices]
-            for name in GATES
-        }
-        self._widths = [len(rows[name]) for name in GATES]
+        # A gate that was not requested is computed for the checked units only.
+        units_of_gate = {name: units if name in self._computed else check_units for name in GATES}
+        self._widths = [len(units_of_gate[name]) for name in GATES]
         self._rows = torch.tensor(
-            [gate * hidden_size + unit for gate, name in enumerate(GATES) for unit in rows[name]]
+            [
+                gate * hidden_size + unit
+                for gate, name in enumerate(GATES)
+                for unit in units_of_gate[name]
+            ]
         )
 
     def rows(self, weights: CellWeights) -> CellWeights:
-        """Return copies of the R rows of each weight that it needs."""
-        present = (each.detach() for each in weights if each is not None)
-        return CellWeights(*(each.index_select(0, self._rows.to(each.device)) for each in present))
+        """Return copies of the R rows of each weight that the replay needs."""
+        tensors = [weight.detach() for weight in weights if weight is not None]
+        rows = self._rows
+        return CellWeights(*(tensor.index_select(0, rows.to(tensor.device)) for tensor in tensors))
 
     @torch.no_grad()
     def replay(
@@ -224,14 +231,14 @@ class PartialReplay:
         steps: SequenceLayout,
         rows: CellWeights,
     ) -> ReplayResult:
-        """Recompute the gates of a call, all steps at once. For the rest see `GateReplay.replay`.
+        """Recompute the gates of a call, all steps at once, like `GateReplay.replay`.
 
         Args:
             input: (T, B, I) or (N, I), the input of the layer.
             hidden: (T, B, H) or (N, H), the kernel's output for this direction.
             initial: (B, H), in the kernel's batch order.
-            steps: The layout of the two above.
-            rows: As `rows` gave them.
+            steps: Layout of the call.
+            rows: Rows of the weights, from `rows`.
         """
         products = Products(
             cell.product(input, rows.weight_ih, rows.bias_ih),
@@ -242,37 +249,38 @@ class PartialReplay:
                 reverse=self._reverse,
             ),
         )
-        of_gates = self._by_gate(products)
+        by_gate = self._split_by_gate(products)
         gates = cell.partial_gates(
-            {name: of_gates[name] for name in GATES if name in self._computed}
+            {name: by_gate[name] for name in GATES if name in self._computed}
         )
-        proof = gates if self._whole else cell.partial_gates(self._of_proof(of_gates))
-        units = self._proof_units
-        proven = units.of(hidden)
-        previous = steps.previous(proven, units.of(initial), reverse=self._reverse)
-        found = compare(
-            cell.step(cell.Gates(**proof), previous),
-            proven,
+        check_gates = gates
+        if not self._has_all_gates:
+            check_gates = cell.partial_gates(self._select_check_columns(by_gate))
+        units = self._check_units
+        check_states = units.of(hidden)
+        previous = steps.previous(check_states, units.of(initial), reverse=self._reverse)
+        error = compare(
+            cell.step(cell.Gates(**check_gates), previous),
+            check_states,
             products,
-            of_gates["candidate"].hidden,
+            by_gate["candidate"].hidden,
         )
         dtype = lowest_precision(hidden.dtype, products.input.dtype, products.hidden.dtype)
-        return ReplayResult(
-            {name: gates[name] for name in self._gates},
-            *check_residual(found, dtype, input, hidden, initial, rows, self._stored),
-        )
+        check = check_residual(error, dtype, input, hidden, initial, rows, self._stored)
+        return ReplayResult({name: gates[name] for name in self._gates}, *check)
 
-    def _of_proof(self, products: dict[str, Products]) -> dict[str, Products]:
-        """The columns of each gate that belong to the units that prove the call."""
+    def _select_check_columns(self, by_gate: dict[str, Products]) -> dict[str, Products]:
+        """Return the columns of each gate that belong to the checked units."""
         return {
-            name: Products(*(self._proof_columns[name].of(each) for each in product))
-            for name, product in products.items()
+            name: Products(*(self._check_columns[name].of(product) for product in products))
+            for name, products in by_gate.items()
         }
 
-    def _by_gate(self, products: Products) -> dict[str, Products]:
-        """The columns of each gate."""
-        parts = zip(*(torch.split(each, self._widths, -1) for each in products), strict=True)
-        return {name: Products(*part) for name, part in zip(GATES, parts, strict=True)}
+    def _split_by_gate(self, products: Products) -> dict[str, Products]:
+        """Return the columns of each gate."""
+        input, hidden = (torch.split(product, self._widths, -1) for product in products)
+        pairs = zip(input, hidden, strict=True)
+        return {name: Products(*pair) for name, pair in zip(GATES, pairs, strict=True)}
 
 
 def required_gates(gates: Sequence[str]) -> set[str]:
@@ -280,7 +288,7 @@ def required_gates(gates: Sequence[str]) -> set[str]:
     return {*gates, "reset"} if "candidate" in gates else set(gates)
 
 
-def evenly_spaced(count: int, most: int) -> list[int]:
-    """Return at most `most` of the numbers below `count`, evenly spaced."""
-    few = min(count, most)
-    return [place * count // few for place in range(few)]
+def evenly_spaced(count: int, maximum: int) -> list[int]:
+    """Return at most `maximum` of the numbers below `count`, evenly spaced."""
+    size = min(count, maximum)
+    return [index * count // size for index in range(size)]

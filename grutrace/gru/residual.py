@@ -47,7 +47,7 @@ class ResidualCheck(NamedTuple):
 
 
 def check_residual(
-    found: ReplayError,
+    error: ReplayError,
     dtype: torch.dtype,
     input: Tensor,
     hidden: Tensor,
@@ -58,7 +58,7 @@ def check_residual(
     """Return the residual with its tolerance.
 
     Args:
-        found: The result of comparing the states.
+        error: The residual, and the magnitudes that its tolerance depends on.
         dtype: The least precise data type that the kernel used.
         input: (T, B, I) or (N, I), the input of the layer.
         hidden: (T, B, H) or (N, H), the kernel's output for one direction.
@@ -68,13 +68,13 @@ def check_residual(
     """
     state = max(1.0, max_abs(initial))
     terms = input.shape[-1] + hidden.shape[-1]
-    allowed = tolerance(dtype, terms, state, found.product, found.recurrent)
+    allowed = tolerance(dtype, terms, state, error.product, error.recurrent)
     if stored is not None and machine_epsilon(stored) > machine_epsilon(dtype):
-        # The states before the steps are among these.
+        # The previous states of all steps are among the states and initial states.
         sums = abs_sum_bound([input], weights.weight_ih)
         sums += abs_sum_bound([hidden, initial], weights.weight_hh)
-        allowed += storage_rounding(stored, state, sums, found.recurrent)
-    return ResidualCheck(found.residual, allowed, machine_epsilon(dtype))
+        allowed += storage_rounding(stored, state, sums, error.recurrent)
+    return ResidualCheck(error.residual, allowed, machine_epsilon(dtype))
 
 
 def max_residual(
@@ -96,7 +96,7 @@ def max_residual(
         candidate: (N, H)
         hidden: (N, H)
         initial: (B, H) the initial state of each sequence.
-        lengths: (B,) steps of each; N in all.
+        lengths: (B,) number of steps of each sequence, N together.
         reverse: Whether the layer reads from the last step to the first. Rows are in time order.
     """
     z, n, h = (torch.from_numpy(rows) for rows in (update, candidate, hidden))
@@ -104,20 +104,23 @@ def max_residual(
         return 0.0
     if len(h) == len(initial):
         return _difference(z, n, h, initial.to(h))
-    ends = np.cumsum(lengths)
-    begins = torch.from_numpy((ends - 1 if reverse else ends - lengths)[lengths > 0])
-    first = initial[torch.from_numpy(lengths > 0)].to(h)
-    found = _difference(z[begins], n[begins], h[begins], first)
-    # Adjacent rows of one sequence are one step apart; rows of two sequences are unrelated.
-    first_made, shift = (0, 1) if reverse else (1, -1)
+    stops = np.cumsum(lengths)
+    is_empty = lengths == 0
+    # The row of each sequence that is computed first, from its initial state.
+    first_rows = torch.from_numpy((stops - 1 if reverse else stops - lengths)[~is_empty])
+    previous = initial[torch.from_numpy(~is_empty)].to(h)
+    residual = _difference(z[first_rows], n[first_rows], h[first_rows], previous)
+    # All other rows: the previous state of a row is in the adjacent row. First rows are skipped,
+    # because their adjacent row belongs to another sequence.
+    offset, shift = (0, 1) if reverse else (1, -1)
     size = max(1, BLOCK // h.shape[1])
-    for start in range(first_made, first_made + len(h) - 1, size):
-        made = slice(start, min(start + size, first_made + len(h) - 1))
-        bounds = torch.searchsorted(begins, torch.tensor([made.start, made.stop]))
-        others = begins[bounds[0] : bounds[1]] - made.start
-        previous = h[made.start + shift : made.stop + shift]
-        found = max(found, _difference(z[made], n[made], h[made], previous, others))
-    return found
+    for start in range(offset, offset + len(h) - 1, size):
+        block = slice(start, min(start + size, offset + len(h) - 1))
+        bounds = torch.searchsorted(first_rows, torch.tensor([block.start, block.stop]))
+        skipped = first_rows[bounds[0] : bounds[1]] - block.start
+        previous = h[block.start + shift : block.stop + shift]
+        residual = max(residual, _difference(z[block], n[block], h[block], previous, skipped))
+    return residual
 
 
 def _difference(
@@ -125,19 +128,28 @@ def _difference(
     candidate: Tensor,
     hidden: Tensor,
     previous: Tensor,
-    except_for: Tensor | None = None,
+    skipped: Tensor | None = None,
 ) -> float:
+    """Return the largest difference of the states that the gates lead to.
+
+    Args:
+        update: (n, H)
+        candidate: (n, H)
+        hidden: (n, H)
+        previous: (n, H)
+        skipped: Indices of rows that are not compared.
+    """
     expected = step(Gates(update, update, candidate), previous)
-    if except_for is not None and len(except_for):
-        expected[except_for] = hidden[except_for]
+    if skipped is not None and len(skipped):
+        expected[skipped] = hidden[skipped]
     # The kernel's own gates give exactly its own states.
     if torch.equal(expected, hidden):
         return 0.0
     differences = (expected - hidden).abs_()
     if math.isfinite(differences.sum().item()):
         return differences.max().item()
-    same = (expected == hidden) | (expected.isnan() & hidden.isnan())
-    return differences.masked_fill_(same, 0.0).nan_to_num_(nan=math.inf).max().item()
+    is_same = (expected == hidden) | (expected.isnan() & hidden.isnan())
+    return differences.masked_fill_(is_same, 0.0).nan_to_num_(nan=math.inf).max().item()
 
 
 class ResidualViolation(NamedTuple):
@@ -158,9 +170,9 @@ class ResidualViolation(NamedTuple):
     @property
     def message(self) -> str:
         """One line for a warning or an error."""
-        which = "a call" if self.call is None else f"call {self.call}"
+        call = "a call" if self.call is None else f"call {self.call}"
         return (
-            f"{self.site.name}: the gates of {which} are unproven: the replayed states differ from "
+            f"{self.site.name}: the gates of {call} are unproven: the replayed states differ from "
             f"the kernel's by up to {self.residual:.2g}, where rounding explains "
             f"{self.tolerance:.2g}. The model used other weights than the trace knows (did they "
             "change while it ran?). weights='exact' compares them at each call"
@@ -168,10 +180,16 @@ class ResidualViolation(NamedTuple):
 
 
 def find_violations(
-    module: ModuleInfo, block: CallRecord, call: int | None = None
+    module: ModuleInfo, record: CallRecord, call: int | None = None
 ) -> Iterator[ResidualViolation]:
-    """Yield the sites of a call whose residual exceeds the tolerance."""
+    """Yield the sites of a call whose residual exceeds the tolerance.
+
+    Args:
+        module: The module of the call.
+        record: The call.
+        call: Index of the call in the trace, if it is known.
+    """
     for site in module.sites:
-        rows = block.sites[site.suffix]
+        rows = record.sites[site.suffix]
         if rows.residual > rows.tolerance:
             yield ResidualViolation(site, rows.residual, rows.tolerance, call)

@@ -3,10 +3,10 @@
 Two correct computations of the same step sum the same products in different orders. For K terms
 the difference of two such sums is, with random rounding, of the order of sqrt(K) units in the
 last place of the largest partial sum (Higham & Mary 2019, "A new approach to probabilistic
-rounding error analysis"). It reaches the reset gate through a slope of at most 1/4, and from there
-the candidate, multiplied by the hidden product that the gate is applied to. The candidate differs
-most among the gates, and the state is a mean of it and of the state before: so one tolerance holds
-for gates and states. docs/equations.md has the measurements.
+rounding error analysis"). The sigmoid of the reset gate passes on at most 1/4 of this difference.
+The candidate gets it multiplied by the hidden product that the gate is applied to. Of all gates the
+candidate differs most, and the state is a mean of the candidate and the previous state. So one
+tolerance holds for gates and states. docs/equations.md has the measurements.
 
 T steps, B sequences in a batch, I input size, H hidden size.
 """
@@ -24,11 +24,11 @@ from torch.nn.functional import linear
 
 from grutrace.gru.cell import Products
 
-#: Units in the last place for a state of size 1: the few operations that make it from its gates.
+#: Units in the last place for a state of size 1: the few operations from the gates to the state.
 _STATE_ULPS = 2.0
 
-#: Units in the last place for a sum of K terms of size 1: the first, and this times sqrt(K). The
-#: largest difference seen in a search over sizes and scales is 0.36 of what this allows.
+#: Units in the last place for a sum of K terms of size 1: one, plus this number times sqrt(K). In a
+#: search over sizes and scales, the largest difference was 0.36 of the tolerance.
 _SUM_ULPS = 0.5
 
 
@@ -39,7 +39,8 @@ class ReplayError(NamedTuple):
         residual: Largest ``|replayed h - kernel's h|``. Equal infinities, and NaN in
             both, count as no difference; NaN in one counts as infinite.
         product: Largest finite element, in absolute value, of the matrix products.
-        recurrent: The same of the hidden product that the reset gate is applied to.
+        recurrent: Largest finite element, in absolute value, of the hidden product that the reset
+            gate is applied to.
     """
 
     residual: float
@@ -53,40 +54,41 @@ def tolerance(
     """Return the largest difference between two computations of a gate that rounding can explain.
 
     Args:
-        dtype: The type of the coarser computation. Sums of half types are made in float32.
-        terms: Terms of the sums: I + H.
+        dtype: The less precise type of the two computations. Sums of half types are in float32.
+        terms: Number of terms of the sums: I + H.
         state: Largest ``|h|`` that can occur: 1, or the largest initial state if that is larger.
         product: Largest element, in absolute value, of the two matrix products.
-        recurrent: The same of the hidden product that the reset gate is applied to.
+        recurrent: Largest element of the hidden product that the reset gate is applied to.
     """
     eps = torch.finfo(dtype).eps
-    eps_of_sums = min(eps, torch.finfo(torch.float32).eps)
-    sums = (eps + eps_of_sums * _SUM_ULPS * math.sqrt(terms)) * product
+    sum_eps = min(eps, torch.finfo(torch.float32).eps)
+    sums = (eps + sum_eps * _SUM_ULPS * math.sqrt(terms)) * product
     return eps * _STATE_ULPS * state + sums * (1 + recurrent / 4)
 
 
-def storage_rounding(kept: torch.dtype, state: float, sums: float, recurrent: float) -> float:
+def storage_rounding(stored: torch.dtype, state: float, sums: float, recurrent: float) -> float:
     """Return a bound on the change of a gate or state if all its inputs are rounded for storage.
 
-    It is added to `tolerance` if rows are stored in a less precise type than the kernel used. It is
-    a bound, to first order, whatever the rounding: eps / 2 for each factor of each term of a sum,
-    through slopes of at most 1/4 for the gates, and of what the new state is made of.
+    It is added to `tolerance` if rows are stored in a less precise type than the kernel used. To
+    first order it bounds every rounding: eps / 2 for each factor of each term of a sum, multiplied
+    by a slope of at most 1/4 for the gates, and eps / 2 for the terms of the new state.
 
     Args:
-        kept: The type in which the rows are kept.
+        stored: The type in which the rows are stored.
         state: As for `tolerance`.
-        sums: Largest sum of the sizes of the terms of both products together, or more.
+        sums: A bound on the sums of the absolute terms of both products together.
         recurrent: As for `tolerance`.
     """
-    eps = torch.finfo(kept).eps
+    eps = torch.finfo(stored).eps
     return eps * sums * (1 + recurrent / 4 + (state + 1) / 4) + eps * (state + 1)
 
 
 def abs_sum_bounds(input: Tensor, previous: Tensor, weight_ih: Tensor, weight_hh: Tensor) -> Tensor:
-    """Return, for each step, a bound on the sums of the sizes of the terms of its two products.
+    """Return a bound on the sums of the absolute terms of both products, for each step, (...).
 
-    By Cauchy and Schwarz: the norm of what is multiplied, times the largest norm of a row of the
-    weight. It takes no product of matrices. The biases add little, and are not rounded.
+    The bound is the inequality of Cauchy and Schwarz: the norm of the input or state, times the
+    largest norm of a row of the weight. It needs no matrix product. The biases are left out: they
+    add little, and are not rounded.
 
     Args:
         input: (..., I)
@@ -98,8 +100,8 @@ def abs_sum_bounds(input: Tensor, previous: Tensor, weight_ih: Tensor, weight_hh
 
 
 def abs_sum_bound(values: Sequence[Tensor], weight: Tensor) -> float:
-    """Return the same bound for the products of one weight, over all steps of these values."""
-    return max(max_abs(_row_abs_sums(each, weight)) for each in values)
+    """Return the bound of `abs_sum_bounds` for one weight, over all steps of some tensors."""
+    return max(max_abs(_row_abs_sums(tensor, weight)) for tensor in values)
 
 
 def _row_abs_sums(values: Tensor, weight: Tensor) -> Tensor:
@@ -131,7 +133,7 @@ def compute_eps(input: Tensor, hidden: Tensor, weight: Tensor) -> float:
 
     Args:
         input: (..., I)
-        hidden: What the kernel returned.
+        hidden: (..., H), the states that the kernel returned.
         weight: (3H, I)
     """
     if torch.is_autocast_enabled(weight.device.type):
@@ -157,20 +159,20 @@ def to_floats(values: Sequence[Tensor]) -> list[float]:
     """Return one-element tensors as floats, with a single transfer from a device."""
     if values[0].device.type == "cpu":
         return [value.item() for value in values]
-    found: list[float] = torch.stack(list(values)).tolist()
-    return found
+    floats: list[float] = torch.stack(list(values)).tolist()
+    return floats
 
 
 def summarize(extremes: Sequence[Sequence[float]]) -> ReplayError | None:
-    """Return what is found in blocks of a call; None where something in them is not finite.
+    """Return the error of a call from those of its blocks; None if a value is not finite.
 
     Args:
-        extremes: Of each block, the smallest and largest ``replayed h - kernel's h``,
-            then `product_maxima`.
+        extremes: For each block, the smallest and largest ``replayed h - kernel's h``, then
+            `product_maxima`.
     """
     if not extremes:
         return ReplayError(0.0, 0.0, 0.0)
-    if not all(map(math.isfinite, (each for found in extremes for each in found))):
+    if not all(map(math.isfinite, (value for block in extremes for value in block))):
         return None
     maxima = [max(map(abs, column)) for column in zip(*extremes, strict=True)]
     return ReplayError(max(maxima[:2]), max(maxima[2:]), max(maxima[6:]))
@@ -179,31 +181,31 @@ def summarize(extremes: Sequence[Sequence[float]]) -> ReplayError | None:
 def compare(
     replayed: Tensor, hidden: Tensor, products: Products, recurrent: Tensor | None = None
 ) -> ReplayError:
-    """Compare replayed states with the kernel's, both (..., H) or of some units only.
+    """Compare replayed states with the kernel's, both (..., H), or (..., U) of some units.
 
     Args:
         replayed: The states that the gates lead to.
-        hidden: The kernel's.
-        products: All that were made.
-        recurrent: Those of the hidden products that the reset gate is applied to, if they are not
-            the last third.
+        hidden: The kernel's states.
+        products: All products of the replay.
+        recurrent: The hidden products that the reset gate is applied to; by default, the last
+            third of the hidden products.
     """
     if not replayed.numel():
         return ReplayError(0.0, 0.0, 0.0)
     difference = (replayed - hidden).abs_()
     recurrent = products.hidden.chunk(3, -1)[2] if recurrent is None else recurrent
-    extremes = [torch.aminmax(each) for each in (*products, recurrent)]
-    maxima = torch.stack([difference.max(), *(each for pair in extremes for each in pair)]).tolist()
+    extremes = [value for tensor in (*products, recurrent) for value in torch.aminmax(tensor)]
+    maxima = torch.stack([difference.max(), *extremes]).tolist()
     if all(map(math.isfinite, maxima)):
         residual, *bounds = maxima
         return ReplayError(residual, max(map(abs, bounds)), max(map(abs, bounds[4:])))
-    same = (replayed == hidden) | (replayed.isnan() & hidden.isnan())
-    residual = difference.masked_fill_(same, 0.0).nan_to_num_(nan=math.inf).max().item()
+    is_same = (replayed == hidden) | (replayed.isnan() & hidden.isnan())
+    residual = difference.masked_fill_(is_same, 0.0).nan_to_num_(nan=math.inf).max().item()
     return ReplayError(residual, max(map(max_abs, products)), max_abs(recurrent))
 
 
 def max_abs(values: Tensor) -> float:
-    """Return the largest finite ``|value|``, 0 where there is none."""
+    """Return the largest finite ``|value|``; 0 if there is none."""
     if not values.numel():
         return 0.0
     least, most = to_floats(torch.aminmax(values))

@@ -113,13 +113,13 @@ def test_the_lattice_of_parts(grad: bool, case: Case, data: st.DataObject) -> No
 
 def test_control_a_wrong_part_does_not_prove_itself(harvesting) -> None:
     """The update gate of the units next to those that are asked for."""
-    kept = kernel_gates.GateBuffers._part
+    make_buffer = kernel_gates.GateBuffers._make_buffer
 
-    def beside(room, names, columns, width):
-        part = kept(room, names, columns, width)
-        return part._replace(offset=part.offset + ("update" in names))
+    def make_shifted(buffers, names, columns, width):
+        buffer = make_buffer(buffers, names, columns, width)
+        return buffer._replace(offset=buffer.offset + ("update" in names))
 
-    harvesting.setattr(kernel_gates.GateBuffers, "_part", beside)
+    harvesting.setattr(kernel_gates.GateBuffers, "_make_buffer", make_shifted)
     layer = nn.GRU(5, 40)
     with (
         pytest.raises(grutrace.ResidualError),
@@ -328,7 +328,7 @@ def test_an_interruption_within_a_step_leaves_nothing_behind(harvesting, monkeyp
             with pytest.raises(KeyboardInterrupt):
                 layer(x)
         assert torch.equal(x + x, 2 * x)
-        assert dispatcher._here.listener is None
+        assert dispatcher._local.listener is None
         layer(x)
     assert len(trace.calls) == 1
 
@@ -399,7 +399,7 @@ def test_an_unknown_kernel_is_replayed_and_said_once(unknown_pytorch, caplog) ->
             assert trace["l1"].update.shape == (12, 7)
     (record,) = caplog.records
     assert record.levelno == logging.DEBUG
-    assert "gates are replayed, not harvested" in record.message
+    assert "gates are replayed, not copied" in record.message
 
 
 def check_replayed(grad: bool) -> None:

@@ -24,8 +24,9 @@ from grutrace.capture.recording.tensor_copy import CopyBuffer, RowConverter, to_
 from grutrace.capture.recording.weight_versions import MAX_VERSIONS, Version, WeightVersionTracker
 from grutrace.capture.selection import SelectedModule, defer_gates
 from grutrace.errors import UnsupportedError
+from grutrace.gru.gate_requests import NO_GATES, merge_requests
 from grutrace.gru.joint_replay import calls_at_once
-from grutrace.gru.kernel_gates import NO_GATES, kernel_supported, merge_requests
+from grutrace.gru.kernel_gates import kernel_supported
 from grutrace.gru.layout import has_dtype
 from grutrace.gru.residual import ResidualCheck, ResidualViolation, find_violations
 from grutrace.gru.tolerance import machine_epsilon

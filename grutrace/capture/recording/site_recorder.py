@@ -19,9 +19,10 @@ from grutrace.capture.recording.sequence_tracking import SequenceAssignment
 from grutrace.capture.recording.tensor_copy import RowConverter
 from grutrace.capture.selection import SelectedModule, make_partial_replay
 from grutrace.errors import UnsupportedError
+from grutrace.gru.gate_requests import NO_GATES, GateCopyPlan, GateRequest
 from grutrace.gru.joint_replay import OneStep, replay_calls
 from grutrace.gru.kernel import CellWeights, Layer
-from grutrace.gru.kernel_gates import NO_GATES, GateCopyPlan, GateRequest, KernelGates
+from grutrace.gru.kernel_gates import KernelGates
 from grutrace.gru.layout import SequenceLayout, copy_cast
 from grutrace.gru.replay import ColumnSelector, GateReplay
 from grutrace.gru.residual import ResidualCheck, max_residual

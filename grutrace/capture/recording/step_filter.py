@@ -18,7 +18,7 @@ import torch
 from grutrace.capture.kernel_calls.observation import Observation
 from grutrace.capture.recording.sequence_tracking import SequenceAssignment, SequenceTracker
 from grutrace.gru.kernel import Layer
-from grutrace.gru.layout import make_window
+from grutrace.gru.step_window import make_window
 from grutrace.records import Fork, Origin
 
 Integers = npt.NDArray[np.int64]

@@ -185,7 +185,9 @@ def test_control_a_wrong_first_state_does_not_verify(monkeypatch) -> None:
     layer, x = nn.GRU(2, 3), torch.randn(6, 2, 2)
     for options in ({}, {"gates": "deferred"}):
         with monkeypatch.context() as patch:
-            patch.setattr("grutrace.gru.layout._TimeWindow.initial", lambda *states, **_: states[2])
+            patch.setattr(
+                "grutrace.gru.step_window._TimeWindow.initial", lambda *states, **_: states[2]
+            )
             with grutrace.trace(
                 layer, record=EVERYTHING, steps=slice(2, 4), check="off", **options
             ) as trace:
