@@ -113,7 +113,9 @@ def test_a_decoders_step_has_one_id_a_sequence() -> None:
         with tracer.recording(tokens=ids):
             state = cell(torch.randn(2, 2), state)
     assert [each.tokens for each in tracer["cell"]] == [[5, 7], [6, 8]]
-    with pytest.raises(grutrace.OptionError, match="2 sequences with up to 1 values fits no batch"):
+    with pytest.raises(
+        grutrace.OptionError, match="got 2 lists of up to 1 token; the recorded batch"
+    ):
         record(tokens=torch.tensor([5, 6]))
 
 
@@ -134,9 +136,9 @@ def test_a_decoders_step_has_one_id_a_sequence() -> None:
             {"labels": {"x": [2**53 + 1, 2]}},
             r"x: .* up to 2\*\*53, .* found 9007199254740993: give it as a text",
         ),
-        ({"tokens": np.zeros((2, 4), int)}, r"2 sequences with up to 4 values fits no batch"),
-        ({"tokens": torch.zeros(3, 3)}, r"3 sequences with up to 3 values fits no batch"),
-        ({"tokens": [[5, 6, 7], [8, 0, 0]]}, r"2 sequences with up to 3 values fits no batch"),
+        ({"tokens": np.zeros((2, 4), int)}, r"got 2 lists of up to 4 tokens; the recorded batch"),
+        ({"tokens": torch.zeros(3, 3)}, r"got 3 lists of up to 3 tokens; the recorded batch"),
+        ({"tokens": [[5, 6, 7], [8, 0, 0]]}, r"got 2 lists of up to 3 tokens; the recorded batch"),
     ],
 )
 def test_what_is_no_value_is_one_clear_error(given: Any, message: str) -> None:
@@ -210,9 +212,13 @@ def test_values_by_module_are_left_out_where_that_was() -> None:
     ("options", "given", "message"),
     [
         # All that was called was recorded, and none of it is so.
-        ({"every": 2}, {"tokens": [["a"], ["b"], ["c"]]}, "3 sequences .* fits no batch"),
-        ({"max_calls": 9}, {"tokens": [["a"], ["b"], ["c"]]}, "3 sequences .* fits no batch"),
-        ({"steps": slice(1, 2)}, {"tokens": [["a"], ["b"], ["c"]]}, "3 sequences .* fits no"),
+        ({"every": 2}, {"tokens": [["a"], ["b"], ["c"]]}, "got 3 lists .* the recorded batch"),
+        ({"max_calls": 9}, {"tokens": [["a"], ["b"], ["c"]]}, "got 3 lists .* the recorded batch"),
+        (
+            {"steps": slice(1, 2)},
+            {"tokens": [["a"], ["b"], ["c"]]},
+            "got 3 lists .* the recorded batch",
+        ),
         # What is no value at all, and a name that no module has, are mistakes whatever was called.
         ({"max_calls": 1}, {"tokens": [["a", 3]]}, "tokens: expected one list"),
         ({"max_calls": 1}, {"labels": {"x": 3}}, "x: expected one list"),

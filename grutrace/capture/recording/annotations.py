@@ -199,9 +199,8 @@ class RecordedBatches:
             if self._modules_with_skips:
                 return []
             raise OptionError(
-                f"{name}: {_describe_values(values)} fits no batch of this recording exactly: "
-                f"{self._describe_batches()}. To give values to a module whose sequences are "
-                f"longer, name it: {{path: values}}"
+                f"{name}: got {_describe_values(name, values)}; {self._describe_batches()}. "
+                "Values for a module with longer sequences need its path: {path: values}"
             )
         return [
             annotation
@@ -220,12 +219,12 @@ class RecordedBatches:
         matching = [each for each in self._all() if fnmatchcase(self._modules[each[0]].path, glob)]
         if not matching and not left_out:
             raise OptionError(
-                f"{name}: {glob!r} matches no recorded module: {self._describe_batches()}"
+                f"{name}: {glob!r} matches no recorded module; {self._describe_batches()}"
             )
         fitting = [(module, batch) for module, batch in matching if _fits(values, batch)]
         if not fitting and not left_out:
             raise OptionError(
-                f"{name}: {_describe_values(values)} does not fit {glob!r}: "
+                f"{name}: got {_describe_values(name, values)} for {glob!r}; "
                 f"{self._describe_batches()}"
             )
         for module, batch in fitting:
@@ -253,14 +252,15 @@ class RecordedBatches:
             warnings.warn(f"{name}: {message}", GrutraceWarning, stacklevel=5)
 
     def _describe_batches(self) -> str:
-        counts = {
-            f"{self._modules[module].path or 'the model'} {len(batch.steps)} sequences of up to "
-            f"{batch.steps.max(initial=0)} steps"
+        batches = {
+            f"the recorded batch of {self._modules[module].path or 'the model'} has "
+            f"{_count(len(batch.steps), 'sequence')} of up to "
+            f"{_count(int(batch.steps.max(initial=0)), 'step')}"
             for module, batch in self._all()
         }
         dropped = self._dropped()
-        found = [*sorted(counts), *([dropped] if dropped else [])]
-        return "; ".join(found) or "nothing was recorded"
+        parts = [*sorted(batches), *([dropped] if dropped else [])]
+        return "; ".join(parts) or "nothing was recorded"
 
 
 def _fits(values: ParsedValues, batch: _Batch) -> bool:
@@ -309,6 +309,14 @@ def _clip_values(
     return max(0, first - start), values[max(0, start - first) : end]
 
 
-def _describe_values(values: ParsedValues) -> str:
-    longest = "" if values.longest is None else f" with up to {values.longest} values"
-    return f"{len(values.lists)} sequences{longest}"
+def _describe_values(name: str, values: ParsedValues) -> str:
+    if values.longest is None:
+        return _count(len(values.lists), "value")
+    lists = _count(len(values.lists), "list")
+    noun = "token" if name == "tokens" else "value"
+    return f"{lists} of up to {_count(values.longest, noun)}"
+
+
+def _count(number: int, noun: str) -> str:
+    """A number and its noun, in the singular or the plural."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -95,8 +95,8 @@ def test_a_shrinking_batch_keeps_its_places() -> None:
     [
         (
             {"tokens": [["a"], ["b"], ["c"]]},
-            r"3 sequences with up to 1 values fits no batch.*"
-            r"encoder 2 sequences of up to 3 steps",
+            r"^tokens: got 3 lists of up to 1 token; .*"
+            r"the recorded batch of encoder has 2 sequences of up to 3 steps",
         ),
         ({"tokens": [[1, 2, "x"], [4]]}, "tokens: expected one list of texts, or of token ids"),
         ({"labels": {"pos": [["NN", 2, 3], [4]]}}, "pos: expected one list of numbers, or"),
@@ -104,7 +104,10 @@ def test_a_shrinking_batch_keeps_its_places() -> None:
             {"labels": {"pos": {"encodr": [[1], [2]]}}},
             "'encodr' matches no traced module: encoder, decoder",
         ),
-        ({"labels": {"pos": {"encoder": [[1, 2, 3, 4], [2]]}}}, "does not fit 'encoder'"),
+        (
+            {"labels": {"pos": {"encoder": [[1, 2, 3, 4], [2]]}}},
+            "pos: got 2 lists of up to 4 values for 'encoder'; the recorded batch of",
+        ),
     ],
 )
 def test_values_that_fit_nothing_are_one_clear_error(model, batch, given, message) -> None:

@@ -217,7 +217,8 @@ def test_what_can_still_be_annotated_is_said(gru, monkeypatch) -> None:
         with pytest.warns(grutrace.GrutraceWarning, match="the 2 oldest batches.*no longer kept"):
             recording.annotate(tokens=[["a"] * 4, ["b"] * 4])
         with pytest.raises(
-            grutrace.OptionError, match=r"fits no batch.*2 oldest batches.*no longer"
+            grutrace.OptionError,
+            match=r"got 2 lists of up to 2 tokens; the recorded batch.*2 oldest batches.*no longer",
         ):
             recording.annotate(tokens=[["a"] * 2, ["b"] * 2])
         recording.annotate(labels={"n": [1, 2]})

@@ -239,7 +239,9 @@ def test_tokens_of_a_decoder_whose_first_steps_are_left_out() -> None:
         with trace.recording(tokens=["ab", "vw"]):
             decoder(torch.randn(1, 2, 4), state + 1, steps=2)
         with (
-            pytest.raises(grutrace.OptionError, match="fits no batch"),
+            pytest.raises(
+                grutrace.OptionError, match="got 2 lists of up to 3 tokens; the recorded batch of"
+            ),
             trace.recording(tokens=["abc", "vwx"]),
         ):
             decoder(torch.randn(1, 2, 4), state + 2, steps=2)

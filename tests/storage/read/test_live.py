@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -16,61 +17,65 @@ from grutrace.storage.write.file_sink import FileSink
 from tests.plain_reader import PlainTrace
 from tests.storage import coded
 
-#: How long a file is followed, and how much longer where the machine is busy.
+#: Seconds that a file is followed, and the extra seconds that a busy machine gets.
 SECONDS, PATIENCE = 1.5, 60
 
 
 def follow(path, seconds):
-    """Refresh and check for so long, and until it grew twice; gives the numbers of calls seen."""
-    seen = []
+    """Refresh and check a file for some seconds, and until it grew twice.
+
+    Returns:
+        The number of calls after each refresh.
+    """
+    counts = []
     until = time.monotonic() + seconds
     with open_trace(path) as trace:
-        while (now := time.monotonic()) < until or (len(set(seen)) < 3 and now < until + PATIENCE):
-            seen.append(coded.check_trace(trace))
+        while (now := time.monotonic()) < until or (
+            len(set(counts)) < 3 and now < until + PATIENCE
+        ):
+            counts.append(coded.check_trace(trace))
             trace.refresh()
-    assert seen == sorted(seen)
-    return seen
+    assert counts == sorted(counts)
+    return counts
+
+
+@contextmanager
+def writing(path, shape):
+    """Another process appends calls to the file until the block ends."""
+    command = [sys.executable, "-m", "tests.storage.coded", str(path), shape]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        drain = threading.Thread(target=process.stdout.read)
+        try:
+            process.stdout.readline()
+            drain.start()
+            yield
+        finally:
+            process.kill()
+            drain.join()
 
 
 @pytest.mark.parametrize("shape", coded.SHAPES)
 def test_following_another_process(shape, tmp_path):
     path = tmp_path / "run.h5"
-    command = [sys.executable, "-m", "tests.storage.coded", str(path), shape]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            process.stdout.readline()
-            drain = threading.Thread(target=process.stdout.read)
-            drain.start()
-            seen = follow(path, SECONDS)
-            coded.check_plain(PlainTrace(path))
-        finally:
-            process.kill()
-            drain.join()
-    assert len(set(seen)) > 2
+    with writing(path, shape):
+        counts = follow(path, SECONDS)
+        coded.check_plain(PlainTrace(path))
+    assert len(set(counts)) > 2
 
 
 @pytest.mark.parametrize("shape", coded.SHAPES)
 def test_two_that_follow_do_not_disturb_each_other(shape, tmp_path):
     """HDF5 gives both one file, and reads wrong values where one refreshes what both have open."""
     path = tmp_path / "run.h5"
-    command = [sys.executable, "-m", "tests.storage.coded", str(path), shape]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            process.stdout.readline()
-            drain = threading.Thread(target=process.stdout.read)
-            drain.start()
-            until = time.monotonic() + SECONDS
-            seen = 0
-            with open_trace(path) as first, open_trace(path) as second:
-                while (now := time.monotonic()) < until or (seen < 3 and now < until + PATIENCE):
-                    for trace, other in ((first, second), (second, first)):
-                        trace.refresh()
-                        seen = coded.check_trace(trace)
-                        coded.check_trace(other)
-        finally:
-            process.kill()
-            drain.join()
-    assert seen > 2
+    with writing(path, shape), open_trace(path) as first, open_trace(path) as second:
+        until = time.monotonic() + SECONDS
+        calls = 0
+        while (now := time.monotonic()) < until or (calls < 3 and now < until + PATIENCE):
+            for trace, other in ((first, second), (second, first)):
+                trace.refresh()
+                calls = coded.check_trace(trace)
+                coded.check_trace(other)
+    assert calls > 2
 
 
 def test_one_file_opened_twice_is_read_right(tmp_path):
@@ -86,11 +91,11 @@ def test_following_in_the_same_process(shape, tmp_path):
     path = tmp_path / "run.h5"
     sink = FileSink(path, coded.HEADER)
     sink.append(coded.weights())
-    enough = threading.Event()
+    stopped = threading.Event()
 
     def write():
         for call in itertools.count():
-            if enough.is_set():
+            if stopped.is_set():
                 return
             sink.append(coded.block(call, shape))
             time.sleep(coded.PAUSES[shape])
@@ -100,12 +105,12 @@ def test_following_in_the_same_process(shape, tmp_path):
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        seen = follow(path, SECONDS)
+        counts = follow(path, SECONDS)
     finally:
-        enough.set()
+        stopped.set()
         writer.join()
         sink.close()
-    assert len(set(seen)) > 2
+    assert len(set(counts)) > 2
 
 
 @pytest.mark.parametrize("shape", coded.SHAPES)
