@@ -1,29 +1,32 @@
 #!/usr/bin/env bash
-# Checks that take too long for .ci/run: some hours on two cores.
+# Checks that take too long for .ci/run: several hours on two cores.
 #
 #     bash tools/nightly.sh [STEP ...]
 #
-# Without a STEP, all of them. The steps run in a fresh virtual environment. A step that fails does not
-# stop the others; the exit code is 1 if any failed. The benchmark writes to ./benchmark.
+# Without a STEP, all steps run, in a fresh virtual environment. A step that fails does not stop the
+# others; the exit code is 1 if any failed. The benchmark writes to ./benchmark. These variables make a
+# run shorter, for a test of the script itself:
+#
+#     SOAK_TRIES=20 HOSTILE_CASES=1000 bash tools/nightly.sh soak hostile
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 steps=(memory soak hostile benchmark)
 
-# Freed memory is overwritten, so that a tensor or array that outlives its buffer shows wrong values.
+# Tests with freed memory overwritten: a tensor or array that outlives its buffer has wrong values.
 step_memory() {
     MALLOC_PERTURB_=165 MALLOC_CHECK_=3 PYTHONMALLOC=debug python -m pytest -q \
         tests/gru tests/capture tests/storage tests/integration
 }
 
-# Killed processes, failing disks, power loss, readers of growing files.
+# Killed processes, failing disks, power loss, and readers of growing files.
 step_soak() {
-    python -m tools.soak --tries 2000
+    python -m tools.soak --tries "${SOAK_TRIES:-2000}"
 }
 
-# Hostile files, of another seed each day.
+# Hostile files, with a new seed each day.
 step_hostile() {
-    python -m tools.hostile --cases 20000 --seed "$(date +%Y%m%d)"
+    python -m tools.hostile --cases "${HOSTILE_CASES:-20000}" --seed "$(date +%Y%m%d)"
 }
 
 # The full benchmark, with the other packages.

@@ -10,6 +10,7 @@ import os
 import sys
 
 import cloudpickle
+import dask
 import dask.array
 import numpy as np
 from distributed import Client, LocalCluster
@@ -45,10 +46,14 @@ def main(path: str, *wanted: str) -> None:
         processes: set[int] = set()
         for site, quantity in zip(wanted[::2], wanted[1::2], strict=True):
             array = trace.to_dask(site, quantity)
-            of_workers = array.map_blocks(worker_of, chunks=(1, 1), dtype=int).compute()
+            # One pass over the rows for both.
+            of_workers, total = dask.compute(
+                array.map_blocks(worker_of, chunks=(1, 1), dtype=int),
+                dask.array.sum(array, axis=0, dtype=float),
+            )
             processes |= set(of_workers.ravel().tolist())
             found[f"{site} {quantity}"] = {
-                "sum": dask.array.sum(array, axis=0, dtype=float).compute().tolist(),
+                "sum": total.tolist(),
                 "chunks": len(array.chunks[0]),
                 "bytes": len(cloudpickle.dumps(dict(array.dask))),
             }

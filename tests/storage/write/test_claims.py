@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import h5py
 import numpy as np
@@ -110,11 +112,20 @@ def test_nothing_is_overwritten_that_grutrace_did_not_write(path, foreign, write
 
 def killed(path):
     """A trace whose writer was killed."""
+    path.write_bytes(killed_trace())
+
+
+@cache
+def killed_trace():
+    """The bytes of a trace whose writer was killed."""
     code = (
         "import os, sys; from tests.storage.write.test_claims import begin; "
         "begin(sys.argv[1]); os._exit(0)"
     )
-    subprocess.run([sys.executable, "-c", code, path], check=True)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "run.h5"
+        subprocess.run([sys.executable, "-c", code, path], check=True)
+        return path.read_bytes()
 
 
 def cut_short(path):
@@ -513,33 +524,43 @@ NO_LOCKS = """
 int flock(int file, int operation) { errno = atoi(getenv("LOCK_ERROR")); return -1; }
 """
 
+#: A program that writes, reads, overwrites and merges files. Its arguments are the path of a file
+#: in a folder of its own, and errors of flock(), one after another.
 USES = """
-import sys
+import os, sys
 import torch, grutrace
-path, layer = sys.argv[1], torch.nn.GRU(3, 4)
-for mode in ("w", "overwrite", "a"):
-    with grutrace.trace(layer, path, mode=mode) as tracer:
-        layer(torch.randn(5, 2, 3))
-        tracer.flush()
-        assert tracer["l0"].hidden.shape == (20 if mode == "a" else 10, 4)
-        with grutrace.open(path) as trace:
-            assert len(trace.calls) == 1 + (mode == "a")
-        try:
-            grutrace.Tracer(layer, path, mode="overwrite")
-        except grutrace.TraceFileError as error:
-            assert "of this process" in str(error)
-        else:
-            raise AssertionError
-    statistics = grutrace.Statistics(path + ".stats", mode=mode)
-    with grutrace.trace(layer, sink=statistics):
-        layer(torch.randn(5, 2, 3))
-for rank in range(2):
-    with grutrace.trace(layer, path, shard=(rank, 2), mode="overwrite"):
-        layer(torch.randn(5, 2, 3))
 from grutrace.storage.shards.merge import merge_shards
-merge_shards(path.replace(".h5", ".rank*.h5"), path + ".merged")
-with grutrace.open(path + ".merged") as trace:
-    assert len(trace.calls) == 2
+
+def use(path):
+    layer = torch.nn.GRU(3, 4)
+    for mode in ("w", "overwrite", "a"):
+        with grutrace.trace(layer, path, mode=mode) as tracer:
+            layer(torch.randn(5, 2, 3))
+            tracer.flush()
+            assert tracer["l0"].hidden.shape == (20 if mode == "a" else 10, 4)
+            with grutrace.open(path) as trace:
+                assert len(trace.calls) == 1 + (mode == "a")
+            try:
+                grutrace.Tracer(layer, path, mode="overwrite")
+            except grutrace.TraceFileError as error:
+                assert "of this process" in str(error)
+            else:
+                raise AssertionError
+        statistics = grutrace.Statistics(path + ".stats", mode=mode)
+        with grutrace.trace(layer, sink=statistics):
+            layer(torch.randn(5, 2, 3))
+    for rank in range(2):
+        with grutrace.trace(layer, path, shard=(rank, 2), mode="overwrite"):
+            layer(torch.randn(5, 2, 3))
+    merge_shards(path.replace(".h5", ".rank*.h5"), path + ".merged")
+    with grutrace.open(path + ".merged") as trace:
+        assert len(trace.calls) == 2
+
+for error in sys.argv[2:]:
+    os.environ["LOCK_ERROR"] = error
+    folder = os.path.join(os.path.dirname(sys.argv[1]), error)
+    os.mkdir(folder)
+    use(os.path.join(folder, os.path.basename(sys.argv[1])))
 """
 
 
@@ -556,10 +577,10 @@ def no_locks(tmp_path_factory):
     return library
 
 
-def run_without_locks(library, error, path, **environment):
-    preload = {"LD_PRELOAD": str(library), "LOCK_ERROR": str(error)}
+def run_without_locks(library, errors, path, **environment):
+    preload = {"LD_PRELOAD": str(library), "LOCK_ERROR": str(errors[0])}
     return subprocess.run(
-        [sys.executable, "-c", USES, path],
+        [sys.executable, "-c", USES, path, *map(str, errors)],
         env=os.environ | preload | environment,
         capture_output=True,
         text=True,
@@ -567,18 +588,20 @@ def run_without_locks(library, error, path, **environment):
     )
 
 
-@pytest.mark.parametrize("error", sorted(locks.NO_LOCKS))
-def test_a_file_system_without_locks(tmp_path, no_locks, error):
-    done = run_without_locks(no_locks, error, tmp_path / "run.h5")
+def test_a_file_system_without_locks(tmp_path, no_locks):
+    errors = sorted(locks.NO_LOCKS)
+    done = run_without_locks(no_locks, errors, tmp_path / "run.h5")
     assert done.returncode == 0, done.stderr
-    # Of the traces it is known that they were closed, of the statistics that nothing is.
-    assert "run.h5: no file locks" not in done.stderr
-    assert "run.h5.stats: no file locks are available, so another process may be" in done.stderr
+    for error in errors:
+        # It is known that the traces were closed, but not that the statistics were.
+        assert f"{error}/run.h5: no file locks" not in done.stderr
+        warning = f"{error}/run.h5.stats: no file locks are available, so another process may be"
+        assert warning in done.stderr
 
 
 def test_control_an_environment_that_asks_for_locks_is_named(tmp_path, no_locks):
     variable = {"HDF5_USE_FILE_LOCKING": "TRUE"}
-    done = run_without_locks(no_locks, 37, tmp_path / "run.h5", **variable)
+    done = run_without_locks(no_locks, [37], tmp_path / "run.h5", **variable)
     assert done.returncode
     assert "set HDF5_USE_FILE_LOCKING=FALSE" in done.stderr.splitlines()[-1]
 
@@ -594,7 +617,7 @@ def test_a_python_without_fcntl(tmp_path, missing):
         # What the standard library itself asks for at import.
         before = "import random, threading, logging, concurrent.futures.thread, torch\n" + before
     done = subprocess.run(
-        [sys.executable, "-c", before + USES, tmp_path / "run.h5"],
+        [sys.executable, "-c", before + USES, tmp_path / "run.h5", "0"],
         capture_output=True,
         text=True,
         check=False,
