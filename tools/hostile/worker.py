@@ -31,7 +31,7 @@ MEMORY = 384 * 1024 * 1024
 #: Commands that are run on every so many cases. `verify` starts a process, which takes long.
 COMMANDS = ((3, ("info",)), (11, ("stats", "info --json")), (31, ("verify", "stats --json")))
 
-#: Cases that one forked process judges, unless it dies before. A fork copies pages, which takes long.
+#: Cases that one forked process judges, unless it dies before. Each fork copies pages, which is slow.
 BATCH = 100
 
 #: Time for one case. Seconds.
