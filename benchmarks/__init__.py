@@ -1,1 +1,1 @@
-"""Measures what tracing costs: ``python -m benchmarks``."""
+"""Benchmarks of the cost of tracing: ``python -m benchmarks``."""

@@ -1,4 +1,4 @@
-"""Measure what tracing costs, beside what others cost, and write Markdown and JSON.
+"""Measure the cost of tracing and of other tools, and write Markdown and JSON.
 
 python -m benchmarks [--output FOLDER] [--only TEXT ...] [--budget SECONDS]
     [--limit SECONDS] [--threads N] [--long]

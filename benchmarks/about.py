@@ -1,4 +1,4 @@
-"""Where and with what figures were taken: a figure without that says little."""
+"""The machine, versions and settings of a measurement."""
 
 from __future__ import annotations
 

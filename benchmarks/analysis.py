@@ -1,4 +1,4 @@
-"""What analyses of a file cost beside reading it, and their memory, however long it is.
+"""The time and memory of analyses of a file, compared with reading it.
 
 It was written a moment before, so it lies in the operating system's cache: what is compared is
 work, not the disk. Memory is the peak of a process of its own, torch included where it is loaded.

@@ -1,4 +1,4 @@
-"""Harvest or replay: what each costs, and which of them the tracer takes."""
+"""The cost of copied and of recomputed gates, and the tracer's choice between them."""
 
 from __future__ import annotations
 

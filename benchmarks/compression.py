@@ -1,4 +1,4 @@
-"""What compression does to the gates of a trained network: room, and time of one processor.
+"""The size and CPU time of compressed gates of a trained network.
 
     python -m benchmarks.compression
 

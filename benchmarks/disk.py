@@ -1,4 +1,4 @@
-"""Until everything is on disk: the model's wait is only a part of what streaming costs.
+"""The time until all rows are on disk. The model's own delay is only a part of it.
 
 The writer's thread works on after the model's call has returned. Here some runs in a row are timed
 together with the `flush` after them, which returns once all rows are committed to the file (that

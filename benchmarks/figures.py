@@ -1,4 +1,4 @@
-"""A figure beside its target."""
+"""A measured figure and its target."""
 
 from __future__ import annotations
 

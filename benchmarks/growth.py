@@ -1,4 +1,4 @@
-"""Time against the number of steps: a straight line, so that twice as long costs twice as much."""
+"""Time against the number of steps. It must grow linearly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trace files of any length, made of records without a model."""
+"""Trace files of any length, written from records without a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A workload traced in each way, until everything is on disk, and beside its peers."""
+"""Measure a workload with each kind of tracing and with each peer."""
 
 from __future__ import annotations
 

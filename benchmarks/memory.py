@@ -1,4 +1,4 @@
-"""Memory of a traced run above the same run untraced: the same however long it is.
+"""The memory of a traced run, above that of the untraced run. It must not grow with the run.
 
 Each run is a process of its own, which says its own peak.
 """

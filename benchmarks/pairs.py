@@ -1,4 +1,4 @@
-"""How a cost is measured: two things in turn in one process, and the ratio pair by pair.
+"""Measure a cost: run two functions alternately in one process, and take the ratio of each pair.
 
 Machines are shared and noisy, so single times mean little. A B A B ... and the median of B / A
 holds when the machine's speed drifts.

@@ -1,4 +1,4 @@
-"""Everything that was measured, as Markdown and JSON."""
+"""Write all measurements as Markdown and JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the index grows: a million calls, a million sequences, a thousand sites.
+"""Files with a million calls, a million sequences or a thousand sites.
 
 The files were written a moment before, as in `storage`.
 """

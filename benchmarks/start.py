@@ -1,4 +1,4 @@
-"""What it takes to begin: imports, and the first answer of a command."""
+"""Start-up time: imports, and the first output of a command."""
 
 from __future__ import annotations
 

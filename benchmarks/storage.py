@@ -1,4 +1,4 @@
-"""What the file costs beside bare h5py: writing, reading, one sequence, and statistics.
+"""The cost of the file, compared with plain h5py: writing, reading, one sequence, statistics.
 
 The files were written a moment before they are read, so they lie in the operating system's cache:
 what is compared is work, not the disk.

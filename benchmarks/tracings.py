@@ -1,4 +1,4 @@
-"""What is measured: a workload traced in some way, against the same workload untraced."""
+"""The kinds of tracing that are measured, each against the untraced workload."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is run: single layers of many shapes, an encoder and stepwise decoder, a training step."""
+"""The workloads: layers of many shapes, an encoder-decoder, a training step."""
 
 from __future__ import annotations
 

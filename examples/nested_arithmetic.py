@@ -1,4 +1,4 @@
-"""How does a GRU work out nested arithmetic? Diagnostic classifiers on a trace, after a paper.
+"""How does a GRU compute nested arithmetic? Diagnostic classifiers on a trace, as in a paper.
 
 Hupkes, Veldhoen and Zuidema (2018, https://arxiv.org/abs/1711.10203, JAIR 61) train a GRU to read
 an expression such as ( 5 - ( 2 + 3 ) ) word by word and to say what it comes to. Two strategies

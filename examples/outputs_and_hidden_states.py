@@ -1,4 +1,4 @@
-"""Are nn.GRU's outputs solely hidden states? An answer that runs.
+"""Are nn.GRU's outputs solely hidden states? The script computes the answer.
 
     python examples/outputs_and_hidden_states.py
 

@@ -1,4 +1,4 @@
-"""Everything that must hold of a traced call, in one place."""
+"""Check everything that must hold for a traced call."""
 
 from __future__ import annotations
 

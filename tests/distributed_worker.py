@@ -1,4 +1,4 @@
-"""What each process of tests/test_distributed.py does. Run by torchrun.
+"""The program of each process of tests/test_distributed.py, started by torchrun.
 
 torchrun --nproc-per-node 3 -m tests.distributed_worker FOLDER train|killed|early
 """

@@ -1,4 +1,4 @@
-"""What a test may leave behind by mistake: listeners, modes, threads and open files."""
+"""Find what a test leaves behind: hooks, modes, threads and open files."""
 
 from __future__ import annotations
 

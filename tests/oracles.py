@@ -1,4 +1,4 @@
-"""What the numbers must be, worked out without grutrace.
+"""Expected values, computed without grutrace.
 
 - A float64 NumPy GRU, written from the equations in torch.nn.GRU's documentation, with a rigorous
   bound on how far a computation in a smaller type may be from it.

@@ -1,4 +1,4 @@
-"""Stands for a processor on which a product of matrices ends in other digits.
+"""A pytest plugin that simulates a processor whose matrix products round differently.
 
     python -m pytest -p tests.other_processor tests/...
 

@@ -1,4 +1,4 @@
-"""A reader written from docs/format.md alone, with plain h5py. It imports nothing of grutrace.
+"""A reader of trace files, written from docs/format.md with plain h5py, without grutrace.
 
 Slow and simple on purpose: loops over pieces, no cleverness, so that it can be checked by reading
 it beside the specification.

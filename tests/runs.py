@@ -1,4 +1,4 @@
-"""Everything that must hold of a model that is traced while it runs, whatever it does inside.
+"""Check everything that must hold for a model that is traced while it runs.
 
 The model is run four times from the same seed: left alone; left alone with its kernel calls noted
 by a spy; traced in memory; traced to a file. All four must agree bit for bit, the trace must hold

@@ -1,4 +1,4 @@
-"""The lattice of every constructor option and every kind of input of nn.GRU and nn.GRUCell."""
+"""Strategies for every constructor option and every kind of input of nn.GRU and nn.GRUCell."""
 
 from __future__ import annotations
 

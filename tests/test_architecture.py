@@ -1,4 +1,4 @@
-"""Imports go one way, folder by folder, as docs/architecture.md draws it."""
+"""The imports follow the rules of docs/architecture.md."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def faults(part: str, source: str, file: str = "") -> set[str]:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_go_one_way(path: Path) -> None:
+def test_imports_follow_the_rules(path: Path) -> None:
     file = path.relative_to(PACKAGE).as_posix()
     assert faults(part_of(path), path.read_text(encoding="utf-8"), file) == set()
 
@@ -219,11 +219,11 @@ def test_writing_and_reading_share_only_the_format_and_hdf5() -> None:
         ("errors", "def f():\n    import grutrace.records"),
     ],
 )
-def test_control_a_wrong_import_is_noticed(part: str, source: str) -> None:
+def test_control_a_wrong_import_is_detected(part: str, source: str) -> None:
     assert faults(part, source)
 
 
-def test_control_a_late_import_is_allowed_only_inside_a_function() -> None:
+def test_control_late_imports_are_allowed_only_inside_functions() -> None:
     file, source = "storage/read/trace.py", "from grutrace.arrays import dask_arrays"
     assert not faults("storage/read", f"def f():\n    {source}", file)
     assert faults("storage/read", source, file)
@@ -255,5 +255,5 @@ def test_there_is_no_cycle_between_files() -> None:
     assert cycles(graph) == set()
 
 
-def test_control_a_cycle_is_noticed() -> None:
+def test_control_a_cycle_is_detected() -> None:
     assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": set()}) == {"a", "b", "c"}

@@ -1,4 +1,4 @@
-"""One run goes to memory and to a file, and everything that can be read is compared.
+"""One run goes to memory and to a file, and everything readable is compared.
 
 Gates that are replayed with each call are the same bits in both. In the background those of several
 calls are computed at once: see `tests/capture/recording/test_background.py`.
@@ -121,7 +121,7 @@ def test_memory_and_file_hold_the_same(model, tmp_path) -> None:
         assert opened["decoder.cell"].sequence(7).labels["kind"] == ["article", "article"]
 
 
-def test_control_another_run_is_not_the_same(model, tmp_path) -> None:
+def test_control_another_run_differs(model, tmp_path) -> None:
     with grutrace.trace(model, record=EVERYTHING) as first:
         run(model, first)
     with grutrace.trace(model, record=EVERYTHING) as second:
@@ -130,7 +130,7 @@ def test_control_another_run_is_not_the_same(model, tmp_path) -> None:
         assert_same(first, second)
 
 
-def test_appending_goes_on_where_the_file_ended(model, tmp_path) -> None:
+def test_appending_continues_where_the_file_ended(model, tmp_path) -> None:
     path = tmp_path / "run.h5"
     with grutrace.trace(model, record=EVERYTHING, gates="inline") as memory:
         for mode in ("w", "a"):
@@ -144,7 +144,7 @@ def test_appending_goes_on_where_the_file_ended(model, tmp_path) -> None:
     assert file["encoder.l0"].sequence(-2).tokens == ["t", "h", "e"]
 
 
-def test_a_path_that_exists_is_refused_and_left_alone(model, tmp_path) -> None:
+def test_an_existing_path_is_refused_and_unchanged(model, tmp_path) -> None:
     path = tmp_path / "run.h5"
     path.write_bytes(b"somebody's only copy")
     with pytest.raises(grutrace.TraceFileError, match=r"run\.h5.*exists"):

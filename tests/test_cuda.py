@@ -1,4 +1,4 @@
-"""The same on a GPU, where there is one. Nobody has run these yet: see docs/support.md."""
+"""Tests on a CUDA device, skipped without one. Not run yet: see docs/support.md."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def test_a_traced_call_is_untouched_and_verifies(kind, dtype, gates, tmp_path) -
     assert all(each.holds and each.worst is not None for each in found)
 
 
-def test_what_changes_right_after_the_call_is_kept_as_it_was(tmp_path) -> None:
-    """Copies are made beside the model's stream, which goes on with the same memory at once."""
+def test_values_changed_right_after_the_call_are_recorded_unchanged(tmp_path) -> None:
+    """Copies run beside the model's stream, which may reuse the memory at once."""
     torch.manual_seed(0)
     layer, x = nn.GRU(64, 256).cuda(), torch.randn(200, 64, 64, device="cuda")
     layer.register_forward_hook(lambda *given: given[-1][0].zero_() and None)

@@ -1,4 +1,4 @@
-"""Several processes trace one training: a shard each, read and merged as one trace."""
+"""Several processes trace one training run. Each writes a shard; the shards read as one trace."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_each_rank_writes_its_own_shard(folder) -> None:
     assert "shard" not in PlainTrace(folder / "alone.h5").options
 
 
-def test_the_trace_of_all_ranks_is_what_each_saw_in_memory(folder) -> None:
+def test_the_trace_of_all_ranks_equals_their_traces_in_memory(folder) -> None:
     with grutrace.open(folder / "run.rank*.h5") as trace:
         for name in trace.sites:
             memory = [np.load(folder / f"memory{rank}.npz") for rank in range(RANKS)]
@@ -115,12 +115,12 @@ def check_against_the_oracle(trace, folder) -> None:
     assert [next(each, None) for each in sequences.values()] == [None] * 3
 
 
-def test_every_gate_is_that_of_the_oracle(folder) -> None:
+def test_every_gate_equals_the_oracle(folder) -> None:
     with grutrace.open(folder / "run.rank*.h5") as trace:
         check_against_the_oracle(trace, folder)
 
 
-def test_control_another_order_of_the_ranks_is_noticed(folder) -> None:
+def test_control_another_order_of_the_ranks_is_detected(folder) -> None:
     with grutrace.open(folder / "run.rank*.h5") as trace:
         reads = trace.snapshot.source
         reads._parts = [parts[::-1] for parts in reads._parts]
@@ -128,7 +128,7 @@ def test_control_another_order_of_the_ranks_is_noticed(folder) -> None:
             check_against_the_oracle(trace, folder)
 
 
-def test_the_commands_take_shards_and_what_is_merged_of_them(folder, tmp_path, capsys) -> None:
+def test_the_commands_accept_shards_and_merged_files(folder, tmp_path, capsys) -> None:
     """However the shell gives them."""
     pattern = str(folder / "run.rank*.h5")
     paths = [str(folder / f"run.rank{rank:04}.h5") for rank in range(RANKS)]
@@ -201,7 +201,7 @@ def killed(tmp_path_factory):
     return folder
 
 
-def test_what_a_killed_rank_had_acknowledged_is_there(killed) -> None:
+def test_acknowledged_calls_of_a_killed_rank_are_read(killed) -> None:
     with grutrace.open(killed / "run.rank*.h5") as trace:
         shards = trace.snapshot.tables.shards
         assert [each.rank for each in shards] == list(range(RANKS))
@@ -213,7 +213,7 @@ def test_what_a_killed_rank_had_acknowledged_is_there(killed) -> None:
         assert all(found.holds and found.check == "gates" for found in verify(trace))
 
 
-def test_what_is_left_by_a_killed_rank_is_merged(killed, capsys) -> None:
+def test_shards_of_a_killed_rank_are_merged(killed, capsys) -> None:
     pattern, merged = str(killed / "run.rank*.h5"), killed / "run.h5"
     assert main(["info", pattern]) == 0
     assert re.search(rf"not closed by rank .*\b{KILLED}\b", capsys.readouterr().out)
@@ -309,7 +309,7 @@ def in_processes(count, folder, work) -> None:
     assert codes == [0] * count
 
 
-def test_a_rank_that_does_not_trace_holds_up_nobody(tmp_path) -> None:
+def test_a_rank_without_a_tracer_blocks_no_other(tmp_path) -> None:
     def work(rank: int) -> None:
         if rank != 1:
             with grutrace.Tracer(nn.GRU(2, 3), tmp_path / "run.h5", recording=False):
@@ -322,7 +322,7 @@ def test_a_rank_that_does_not_trace_holds_up_nobody(tmp_path) -> None:
         assert len(trace.options["shards"]["id"]) == 32
 
 
-def test_runs_have_ids_of_their_own(tmp_path) -> None:
+def test_each_run_has_its_own_id(tmp_path) -> None:
     def work(rank: int) -> None:
         with grutrace.Tracer(nn.GRU(2, 3), path, recording=False):
             pass
@@ -336,7 +336,7 @@ def test_runs_have_ids_of_their_own(tmp_path) -> None:
         grutrace.open(tmp_path / "two" / "run.rank*.h5")
 
 
-def test_a_launcher_that_torch_does_not_know(tmp_path) -> None:
+def test_an_unknown_launcher(tmp_path) -> None:
     layer = nn.GRU(2, 3)
     for rank in range(2):
         with grutrace.Tracer(layer, tmp_path / "run.h5", shard=(rank, 2), recording=False):
@@ -386,7 +386,7 @@ def test_deferred_shards_are_derived_into_one_file(tmp_path, capsys) -> None:
 
 
 @pytest.mark.parametrize("option", [None, 1, "0", (2, 2), (-1, 2), (0, 1, 2), (0.5, 2), ("0", 2)])
-def test_an_option_that_is_none(option, tmp_path) -> None:
+def test_an_invalid_shard_option(option, tmp_path) -> None:
     with pytest.raises(OptionError, match=r"shard: expected True, False, or \(rank, world size\)"):
         grutrace.Tracer(nn.GRU(2, 3), tmp_path / "run.h5", shard=option)
     assert not list(tmp_path.iterdir())
@@ -404,7 +404,7 @@ def test_an_option_that_is_none(option, tmp_path) -> None:
         ({"TORCHELASTIC_RUN_ID": "none"}, None),
     ],
 )
-def test_before_there_is_a_group_torchrun_is_believed(environment, expected) -> None:
+def test_without_a_process_group_torchruns_variables_count(environment, expected) -> None:
     assert distributed._shard_from_torchrun(environment) == expected
 
 
@@ -417,7 +417,7 @@ def test_one_process_alone_writes_no_shard(tmp_path) -> None:
     assert (tmp_path / "run.h5").exists()
 
 
-def test_a_trace_in_memory_is_of_one_process(tmp_path) -> None:
+def test_a_trace_in_memory_has_no_shard(tmp_path) -> None:
     def work(rank: int) -> None:
         with grutrace.Tracer(nn.GRU(2, 3), recording=False) as tracer:
             assert "shard" not in tracer.options

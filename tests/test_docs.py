@@ -1,4 +1,4 @@
-"""Every Python block of the documentation runs: each page top to bottom, in one namespace."""
+"""Every Python block of the documentation runs, page by page."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ def test_a_session_prints_what_the_page_says(page: Path, tmp_path: Path) -> None
     assert all((tmp_path / picture).exists() for picture in shown), "not drawn by the page"
 
 
-def test_control_a_session_that_prints_something_else_is_noticed(tmp_path: Path) -> None:
+def test_control_other_output_of_a_session_is_detected(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("```pycon\n>>> 1 + 1\n3\n\n```\n", encoding="utf-8")
     assert run_session(page, tmp_path).returncode == 1
 
 
-def test_control_a_block_that_fails_is_noticed(tmp_path: Path) -> None:
+def test_control_a_failing_block_is_detected(tmp_path: Path) -> None:
     assert run("import grutrace\nassert not grutrace", tmp_path).returncode == 1
 
 
@@ -85,7 +85,7 @@ def test_there_are_blocks_to_run() -> None:
     assert {page.stem for page in PAGES if blocks(page)} >= {"README", "index", "equations"}
 
 
-def test_links_between_pages_lead_somewhere() -> None:
+def test_links_between_pages_exist() -> None:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         pictures = re.findall(r'src="([^":]+)"', text)
@@ -121,7 +121,7 @@ def test_the_architecture_page_has_the_import_rules() -> None:
         assert set(re.findall(r"`([^`]+)`", cell)) == ALLOWED[part], part
 
 
-def test_control_a_tree_is_read_folder_by_folder() -> None:
+def test_control_a_tree_is_parsed_by_folder() -> None:
     tree = "    a/\n      b.py   x\n      c/    y\n        d.py   z\n      e.py\n"
     assert files_of_a_tree(tree) == {"a/b.py", "a/c/d.py", "a/e.py"}
 
@@ -180,7 +180,7 @@ def documented(page: str) -> list[tuple[str, list[str]]]:
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs/api").glob("*.md")), ids=lambda p: p.stem)
-def test_the_reference_names_what_there_is(page: Path) -> None:
+def test_the_reference_names_existing_objects(page: Path) -> None:
     found = documented(page.read_text(encoding="utf-8"))
     assert found
     for name, members in found:

@@ -1,4 +1,4 @@
-"""Examples in docstrings run, and what docstrings list exists."""
+"""Examples in docstrings run, and the arguments and attributes in docstrings exist."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_public_name_has_an_example(name: str, member: str) -> None:
     assert "Example:\n" in (found.__doc__ or "")
 
 
-def test_control_a_wrong_example_is_noticed(
+def test_control_a_wrong_example_is_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = types.ModuleType("wrong", "Example:\n    >>> 1 + 1\n    3\n")
@@ -130,7 +130,7 @@ def test_arguments_and_attributes_in_docstrings_exist(path: Path) -> None:
     assert stale(path.read_text(encoding="utf-8")) == []
 
 
-def test_control_a_renamed_argument_or_attribute_is_noticed() -> None:
+def test_control_a_renamed_argument_or_attribute_is_detected() -> None:
     text = '''
 def f(a, *b):
     """Do.

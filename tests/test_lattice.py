@@ -1,4 +1,4 @@
-"""nn.GRU and nn.GRUCell themselves are the oracle, over every option and every kind of input."""
+"""Traced calls equal nn.GRU and nn.GRUCell, over every option and every kind of input."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.strategies import Case, cases
 
 @settings(max_examples=300, deadline=None)
 @given(cases())
-def test_a_traced_call_is_untouched_and_every_gate_is_right(case: Case) -> None:
+def test_a_traced_call_is_unchanged_and_every_gate_is_right(case: Case) -> None:
     check_untouched_and_exact(case)
 
 
 @settings(max_examples=150, deadline=None)
 @given(cases())
-def test_the_same_when_the_lower_layers_are_run_again(case: Case) -> None:
+def test_the_lattice_with_rerun_layers(case: Case) -> None:
     check_untouched_and_exact(case, stacks="rerun")
 
 
@@ -36,7 +36,7 @@ def test_the_same_without_gradients(case: Case) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(cases(dtypes=(torch.float16, torch.bfloat16)))
-def test_half_types_are_untouched_and_the_gates_are_the_kernels(case: Case) -> None:
+def test_half_types_are_unchanged_and_gates_equal_the_kernels(case: Case) -> None:
     check_against_kernel(case, *check_untouched(case))
 
 

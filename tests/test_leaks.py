@@ -1,4 +1,4 @@
-"""The fixture that fails a test which leaves something behind: each kind is found."""
+"""Tests of the fixture that fails a test which leaves something behind."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def watch(monkeypatch) -> Watch:
     return Watch()
 
 
-def test_nothing_is_found_where_nothing_is_left(watch, tmp_path) -> None:
+def test_a_clean_test_has_no_leaks(watch, tmp_path) -> None:
     with grutrace.trace(model := nn.GRU(2, 3), tmp_path / "run.h5"):
         model(torch.randn(4, 2))
     assert watch.leaks() == []
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_a_tracer_that_still_listens_is_found(watch, layers) -> None:
+def test_a_recording_tracer_is_found(watch, layers) -> None:
     model = nn.GRU(2, 3, layers)
     tracer = grutrace.Tracer(model)
     tracer.start()
@@ -41,8 +41,8 @@ def test_a_tracer_that_still_listens_is_found(watch, layers) -> None:
 @pytest.mark.parametrize("gates", ["inline", "background", "deferred"])
 @pytest.mark.parametrize("to_file", [False, True])
 @pytest.mark.parametrize("looked_at", [False, True])
-def test_a_trace_that_is_forgotten_is_gone_at_once(gates, to_file, looked_at, tmp_path) -> None:
-    """And its rows with it: Python may look for cycles only after many more of them."""
+def test_an_unreferenced_trace_is_freed_at_once(gates, to_file, looked_at, tmp_path) -> None:
+    """Its rows are freed without a garbage collection, which Python may run much later."""
     model = nn.Sequential(nn.GRU(2, 3))
     gc.disable()
     try:

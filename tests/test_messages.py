@@ -1,4 +1,4 @@
-"""An error is one line that shows what was found, and never the elements of a tensor."""
+"""An error is one line that shows the value found, and never the elements of a tensor."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_said_in_one_line(case: str) -> None:
+def test_errors_are_one_line(case: str) -> None:
     act, message = WRONG[case]
     with pytest.raises(grutrace.OptionError, match=message) as caught:
         act()
@@ -128,25 +128,25 @@ def test_values_are_shown_briefly(value: object, shown: str) -> None:
     ["x" * 10_000, "x\n" * 100, list(range(10_000)), [BIG] * 100, nn.Sequential(*[nn.ReLU()] * 99)],
     ids=["text", "lines", "numbers", "tensors", "model"],
 )
-def test_whatever_is_long_is_cut_to_one_line(value: object) -> None:
+def test_long_values_are_cut_to_one_line(value: object) -> None:
     # The control: Python's own text of it is no such line.
     assert len(repr(value)) > MAX_VALUE_CHARS
     assert len(short_repr(value)) <= MAX_VALUE_CHARS
     assert "\n" not in short_repr(value)
 
 
-def test_many_names_are_the_first_of_them() -> None:
+def test_long_lists_of_names_are_shortened() -> None:
     assert join_names([]) == "none"
     assert join_names(["a", "b"]) == "a, b"
     assert join_names(map(str, range(100))).endswith(" and 88 more")
 
 
-def test_only_what_is_like_it_is_suggested() -> None:
+def test_only_similar_names_are_suggested() -> None:
     assert "'deferred'" in suggest_name("defered", ["inline", "deferred"])
     assert suggest_name("nonsense", ["inline", "deferred"]) == ""
 
 
-def test_signatures_stay_those_of_the_functions() -> None:
+def test_decorated_functions_keep_their_signatures() -> None:
     @reject_unknown_options
     def function(first: int, *, second: int = 2) -> int:
         return first + second
@@ -159,8 +159,8 @@ def test_signatures_stay_those_of_the_functions() -> None:
         function(1, secnd=2)
 
 
-def test_an_extra_that_is_missing_is_named_by_what_pip_can_find(monkeypatch: Any) -> None:
-    """From a checkout pip finds no package grutrace, but what its extras ask for it does."""
+def test_a_missing_extra_is_named_by_its_packages(monkeypatch: Any) -> None:
+    """From a checkout, pip finds no package grutrace, but it finds the packages of the extra."""
     monkeypatch.setitem(sys.modules, "h5netcdf", None)
     with pytest.raises(MissingExtraError) as caught, require_extra("an export", "export"):
         import h5netcdf  # noqa: F401
@@ -172,7 +172,7 @@ def test_an_extra_that_is_missing_is_named_by_what_pip_can_find(monkeypatch: Any
     assert "grutrace" not in said
 
 
-def test_without_metadata_the_library_itself_is_named(monkeypatch: Any) -> None:
+def test_without_metadata_the_library_is_named(monkeypatch: Any) -> None:
     from importlib import metadata
 
     def absent(name: str) -> None:

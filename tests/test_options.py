@@ -1,4 +1,4 @@
-"""The options of a tracer have one description: the docstring and the command line agree."""
+"""The docstring and the command line describe the tracer's options alike."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ def test_every_parameter_is_described_in_order() -> None:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_the_defaults_are_the_parameters_own(name: str) -> None:
+def test_the_defaults_equal_those_of_the_parameters(name: str) -> None:
     assert PARAMETERS[name].default == OPTIONS[name].default

@@ -46,7 +46,7 @@ def test_reading_a_file_loads_no_torch(tmp_path: Path) -> None:
     assert not loads_torch(read)
 
 
-def test_every_name_is_there() -> None:
+def test_every_public_name_exists() -> None:
     assert sorted(grutrace.__all__) == grutrace.__all__
     assert dir(grutrace) == grutrace.__all__
     for name in grutrace.__all__:
@@ -55,7 +55,7 @@ def test_every_name_is_there() -> None:
         _ = grutrace.tracer_of_bullets
 
 
-def test_all_names_exactly_the_public_objects() -> None:
+def test_dunder_all_lists_exactly_the_public_objects() -> None:
     for name in grutrace.__all__:
         getattr(grutrace, name)  # Names that are imported when first used are there afterwards.
     public = {

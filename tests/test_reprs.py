@@ -1,4 +1,4 @@
-"""What is printed of traces, statistics and results fits a screen: 80 columns, few lines."""
+"""The repr of traces, statistics and results fits 80 columns and few lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checks of tests/runs.py notice what they are there to notice."""
+"""Tests of the checks in tests/runs.py: each detects its kind of error."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def trace(model: nn.GRU, packed: PackedSequence, calls: list[KernelCall]) -> Any
     return trace
 
 
-def test_the_spy_notes_what_the_kernel_was_given_and_made(
+def test_the_spy_records_the_kernels_inputs_and_outputs(
     model: nn.GRU, packed: PackedSequence, calls: list[KernelCall]
 ) -> None:
     output, _ = model(packed)
@@ -80,7 +80,7 @@ WRONG: dict[str, Callable[[list[KernelCall]], list[KernelCall]]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG)
-def test_control_wrong_calls_are_noticed(wrong: str, trace: Any, calls: list[KernelCall]) -> None:
+def test_control_wrong_calls_are_detected(wrong: str, trace: Any, calls: list[KernelCall]) -> None:
     with pytest.raises(AssertionError):
         check_calls(trace, WRONG[wrong](calls))
 
@@ -109,7 +109,7 @@ class Peeking(nn.Module):
 
 
 @pytest.mark.parametrize("changes", ["output", "generator", "gradient", "state"])
-def test_control_a_model_that_is_not_left_alone_is_noticed(changes: str, tmp_path: Path) -> None:
+def test_control_a_changed_model_is_detected(changes: str, tmp_path: Path) -> None:
     input = torch.randn(5, 3, 4)
 
     def run(model: Peeking) -> Tensor:
@@ -122,7 +122,7 @@ def test_control_a_model_that_is_not_left_alone_is_noticed(changes: str, tmp_pat
     check_run(Peeking("nothing"), run, tmp_path)
 
 
-def test_control_another_seed_is_another_outcome() -> None:
+def test_control_another_seed_gives_other_results() -> None:
     model = nn.Dropout(0.5)
     with pytest.raises(AssertionError):
         run_once(model, lambda model: model(torch.ones(50))).assert_same(

@@ -1,4 +1,4 @@
-"""Every row of docs/support.md names tests, and they exist."""
+"""Every row of docs/support.md names tests that exist."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def functions_in(path: Path) -> set[str]:
     return {each.name for each in body if isinstance(each, ast.FunctionDef)}
 
 
-def test_every_test_that_is_named_exists() -> None:
+def test_every_named_test_exists() -> None:
     assert missing(PAGE.read_text(encoding="utf-8")) == []
 
 
-def test_control_a_test_that_does_not_exist_is_noticed() -> None:
+def test_control_a_missing_test_is_detected() -> None:
     text = "[test_nothing](../tests/test_support.py), [test_lost](../tests/lost.py)"
     assert missing(text) == ["tests/lost.py::test_lost", "tests/test_support.py::test_nothing"]
 
 
-def test_every_row_has_four_cells_the_last_of_them_tests() -> None:
+def test_every_row_has_four_cells_and_ends_with_tests() -> None:
     found = rows(PAGE.read_text(encoding="utf-8"))
     assert len(found) > 40
     for row in found:

@@ -1,1 +1,1 @@
-"""Programs for those who develop grutrace. None of them is installed."""
+"""Programs for developers of grutrace. They are not installed."""

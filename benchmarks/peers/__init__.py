@@ -1,4 +1,4 @@
-"""What else shows something of a running GRU, in the order of the table."""
+"""Other tools that show values of a running GRU, in the order of the table."""
 
 from __future__ import annotations
 

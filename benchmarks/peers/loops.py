@@ -1,4 +1,4 @@
-"""The GRU written as a loop over time: what people write today to see its gates.
+"""The GRU as a Python loop over time, which is the common way to see its gates today.
 
 The order of operations is the CPU kernel's own, so that the states are the layer's, and the product
 with the input is made for all steps at once. A loop over nn.GRUCell does neither, and is slower.

@@ -1,4 +1,4 @@
-"""What a peer is: another way to see something of a single layer while it runs."""
+"""The interface of a peer: another tool that shows values of a single layer while it runs."""
 
 from __future__ import annotations
 

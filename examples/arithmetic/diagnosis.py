@@ -1,4 +1,4 @@
-"""Diagnostic classifiers: linear models that read from recorded steps what a strategy holds."""
+"""Diagnostic classifiers: linear models that predict a strategy's values from recorded steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The picture: what is read by length, word by word, and what the update gate does meanwhile."""
+"""The figure: accuracy by length, predictions word by word, and the update gate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the two strategies hold after each word of an expression.
+"""The values that each of the two strategies holds after each word of an expression.
 
 They are those of Hupkes, Veldhoen and Zuidema (2018), and agree with their code.
 """

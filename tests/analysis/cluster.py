@@ -1,4 +1,4 @@
-"""Two worker processes analyse a trace; what they found is compared with what is found here.
+"""Run analyses in two worker processes and compare the results with those of this process.
 
 python -m tests.analysis.cluster STORED DEFERRED
 

@@ -1,4 +1,4 @@
-"""The same answer of an analysis wherever its site is, and in whatever blocks it is read."""
+"""Check that an analysis gives one result for every kind of site and every block size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Traces that an analysis must treat alike: in memory or a file, inline or deferred."""
+"""Traces of one run that an analysis must treat alike: memory or file, inline or deferred."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every public analysis, and `grutrace.Statistics`, has an example in its docstring that runs."""
+"""The docstring example of every public analysis and of `grutrace.Statistics` runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The names that `grutrace.analysis` gives, and what importing them loads."""
+"""Tests of the names in `grutrace.analysis`, and of the modules that importing them loads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def loaded(code: str) -> list[str]:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
 
-def test_every_name_is_there() -> None:
+def test_every_public_name_exists() -> None:
     assert sorted(analysis.__all__) == analysis.__all__
     assert dir(analysis) == analysis.__all__
     for name in analysis.__all__:

@@ -1,4 +1,4 @@
-"""Two worker processes compute on a trace; what they found is printed as JSON.
+"""Compute on a trace in two worker processes, and print the results as JSON.
 
 python -m tests.arrays.cluster PATH SITE QUANTITY [SITE QUANTITY ...]
 """

@@ -1,4 +1,4 @@
-"""`Trace.to_dask`: on threads, on a cluster, of files, of memory and of gates that are derived."""
+"""Tests of `Trace.to_dask`: threads, a cluster, files, memory and recomputed gates."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_gates_that_are_derived(suffix, path, monkeypatch):
         np.testing.assert_allclose(whole, other, atol=1e-2)
 
 
-def test_a_trace_in_memory_becomes_arrays_on_its_way(path, monkeypatch):
+def test_a_trace_in_memory_is_sent_as_arrays(path, monkeypatch):
     monkeypatch.setattr(dask_arrays, "aligned_rows", lambda _: 300)
     trace = deferred()
     deferred(path)
@@ -142,7 +142,7 @@ def test_a_trace_in_memory_becomes_arrays_on_its_way(path, monkeypatch):
         np.testing.assert_array_equal(found.compute(), array.compute())
 
 
-def test_nothing_in_memory_is_copied_beforehand():
+def test_rows_in_memory_are_not_copied_in_advance():
     trace = in_memory(long_stream())
     snapshot = trace.snapshot
     rows = snapshot.rows(0, snapshot.header.modules[0].sites[0], "update")
@@ -156,7 +156,7 @@ def test_nothing_in_memory_is_copied_beforehand():
     assert not copied.map_blocks(shares, chunks=(1, 1), dtype=bool).compute().any()
 
 
-def test_rows_are_those_of_the_moment(path):
+def test_rows_are_those_of_the_snapshot(path):
     model = EncoderDecoder().eval()
     with grutrace.Tracer(model, path) as tracer:
         model(torch.randn(4, 7, 5))
@@ -171,7 +171,7 @@ def test_rows_are_those_of_the_moment(path):
     np.testing.assert_array_equal(array.compute(), before)
 
 
-def test_it_outlives_the_trace_but_not_the_file(path, tmp_path):
+def test_an_array_outlives_the_trace_but_not_the_file(path, tmp_path):
     write(path, long_stream())
     with grutrace.open(path) as trace:
         array = trace.to_dask("rnn.l0", "update")
@@ -190,7 +190,7 @@ def test_it_outlives_the_trace_but_not_the_file(path, tmp_path):
             each.compute()
 
 
-def test_no_file_stays_open_and_few_are_remembered(tmp_path):
+def test_no_file_stays_open_and_the_cache_is_bounded(tmp_path):
     sent = []
     for number in range(reopen.CACHE_SIZE + 3):
         write(tmp_path / f"{number}.h5", long_stream(calls=1, steps=10 + number))
@@ -215,7 +215,7 @@ def test_parts_of_a_run(path, small_chunks):
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(array)).compute(), exact)
 
 
-def test_what_is_missing_is_said(monkeypatch):
+def test_missing_sites_and_extras_are_named(monkeypatch):
     trace = in_memory(long_stream(calls=1))
     with pytest.raises(NotRecordedError, match=r"recorded sites: 'rnn\.l0'"):
         trace.to_dask("rnn.l1", "update")

@@ -1,4 +1,4 @@
-"""`Trace.to_xarray` against the records themselves, through loops over pieces."""
+"""Tests of `Trace.to_xarray`, against the records."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def check_padded(dataset, expected, module, site):
             same(dataset[name].values[number], values + [None] * (longest - length))
 
 
-def test_everything_that_the_format_can_hold(tmp_path):
+def test_full_streams_are_read_back(tmp_path):
     stream = full_stream()
     write(tmp_path / "run.h5", stream)
     with open_trace(tmp_path / "run.h5") as trace:
@@ -127,7 +127,7 @@ def test_everything_that_the_format_can_hold(tmp_path):
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(stream=drawn_streams())
-def test_whatever_is_drawn(stream, tmp_path_factory):
+def test_drawn_streams(stream, tmp_path_factory):
     path = tmp_path_factory.mktemp("drawn") / "run.h5"
     write(path, stream)
     with open_trace(path) as trace:
@@ -146,7 +146,7 @@ def test_control_a_step_of_another_sequence_is_noticed(tmp_path, monkeypatch):
         check(trace, stream)
 
 
-def test_without_dask_it_is_read_when_somebody_looks(tmp_path, monkeypatch):
+def test_without_dask_rows_are_read_on_access(tmp_path, monkeypatch):
     monkeypatch.setattr(xarray_dataset, "find_spec", lambda _: None)
     stream = full_stream()
     write(tmp_path / "run.h5", stream)
@@ -187,7 +187,7 @@ def test_nothing_is_read_until_it_is_computed(tmp_path, monkeypatch):
                 mean.compute()
 
 
-def test_what_people_do_with_it(tmp_path):
+def test_common_operations(tmp_path):
     stream = full_stream()
     write(tmp_path / "run.h5", stream)
     expected = Expected(stream.header, stream.records)
@@ -210,8 +210,8 @@ def test_what_people_do_with_it(tmp_path):
         assert "keeps" in dataset.attrs["equations"] or "z * h'" in dataset.attrs["equations"]
 
 
-def test_it_is_a_ragged_array_of_the_cf_conventions(tmp_path):
-    """Contiguous where steps of a sequence are neighbours, indexed where they are not."""
+def test_datasets_are_ragged_arrays_of_the_cf_conventions(tmp_path):
+    """Contiguous if the steps of a sequence are adjacent, indexed otherwise."""
     write(tmp_path / "run.h5", full_stream())
     with open_trace(tmp_path / "run.h5") as trace:
         contiguous = trace.to_xarray("encoder.rnn.l0")
@@ -228,7 +228,7 @@ def test_it_is_a_ragged_array_of_the_cf_conventions(tmp_path):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_it_can_be_written_to_netcdf(padded, tmp_path):
+def test_datasets_can_be_written_to_netcdf(padded, tmp_path):
     stream = full_stream()
     write(tmp_path / "run.h5", stream)
     with open_trace(tmp_path / "run.h5") as trace:
@@ -243,7 +243,7 @@ def test_it_can_be_written_to_netcdf(padded, tmp_path):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_it_can_be_pickled(padded, tmp_path):
+def test_datasets_can_be_pickled(padded, tmp_path):
     stream = full_stream()
     write(tmp_path / "run.h5", stream)
     with open_trace(tmp_path / "run.h5") as trace:
@@ -252,7 +252,7 @@ def test_it_can_be_pickled(padded, tmp_path):
         xarray.testing.assert_identical(again.compute(), dataset.compute())
 
 
-def test_units_that_were_asked_for_bear_their_numbers(tmp_path):
+def test_selected_units_keep_their_numbers(tmp_path):
     import torch
 
     model = torch.nn.GRU(3, 8)
@@ -263,7 +263,7 @@ def test_units_that_were_asked_for_bear_their_numbers(tmp_path):
     np.testing.assert_array_equal(dataset.hidden.sel(unit=2), trace["l0"].hidden[:, 1])
 
 
-def test_what_is_missing_is_said(tmp_path, monkeypatch):
+def test_missing_sites_and_extras_are_named(tmp_path, monkeypatch):
     trace = in_memory(full_stream())
     with pytest.raises(NotRecordedError, match=r"recorded sites: 'encoder\.rnn\.l0'"):
         trace.to_xarray("encoder.rnn.l9")
@@ -272,7 +272,7 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
         trace.to_xarray("encoder.rnn.l0")
 
 
-def test_what_is_missing_is_said_at_the_first_import(monkeypatch):
+def test_a_missing_extra_is_named_at_the_first_import(monkeypatch):
     monkeypatch.delitem(sys.modules, "grutrace.arrays.xarray_dataset")
     for name in [name for name in sys.modules if name.partition(".")[0] == "xarray"]:
         monkeypatch.setitem(sys.modules, name, None)

@@ -1,4 +1,4 @@
-"""The benchmark for CUDA devices, run on the CPU with a small layer."""
+"""Tests of the CUDA benchmark, run on the CPU with a small layer."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def test_each_way_to_trace_has_a_row(monkeypatch, tmp_path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_device_it_is_one_error(capsys) -> None:
+def test_a_missing_device_is_one_error(capsys) -> None:
     assert cuda.main([]) == 2
     assert capsys.readouterr().err.count("\n") == 1

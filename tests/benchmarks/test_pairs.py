@@ -1,4 +1,4 @@
-"""The arithmetic of a ratio, by a clock that runs only when it is told to."""
+"""Tests of the arithmetic of ratios, with a fake clock."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def test_the_ratio_is_that_of_the_other_to_the_base() -> None:
     assert found == Ratio(median=1.5, low=1.5, high=1.5, count=11, base=2.0)
 
 
-def test_warming_up_counts_for_nothing() -> None:
+def test_warm_up_is_not_measured() -> None:
     assert measured((0.01, 0.9, 0.2), (0.05, 0.01, 0.3)).median == pytest.approx(1.5)
 
 
-def test_of_what_takes_long_a_warm_up_and_five_pairs_are_enough() -> None:
+def test_slow_functions_get_a_warm_up_and_five_pairs() -> None:
     found = measured((9.0, 2.0), (1.0, 3.0), limit=6.0)
     assert (found.median, found.count) == (1.5, 5)
     assert measured((9.0, 0.25), (1.0, 0.5), limit=6.0).count == 8
@@ -61,7 +61,7 @@ def test_ratios_are_taken_pair_by_pair() -> None:
     assert measured(base, tuple(2 * each for each in base)) == Ratio(2.0, 2.0, 2.0, 11, 8 / 1024)
 
 
-def test_the_spread_leaves_a_tenth_out_at_either_end() -> None:
+def test_the_spread_omits_a_tenth_at_each_end() -> None:
     found = spread([1.0, 9.0, *[5.0] * 7, 4.0, 6.0])
     assert (found.median, found.low, found.high, found.count) == (5.0, 4.0, 6.0, 11)
 

@@ -1,4 +1,4 @@
-"""The other parts of the benchmark, on as little as they take. No time is asserted."""
+"""Tests of the other parts of the benchmark, with the smallest sizes. No time is asserted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_the_slope_of_a_power_is_its_exponent(power: float) -> None:
     assert growth.slope(steps, [3e-6 * n**power for n in steps]) == pytest.approx(power)
 
 
-def test_speed_is_the_other_way_round() -> None:
+def test_speed_is_the_inverse_ratio() -> None:
     found = speed(ratio_of([(1.0, 2.0), (1.0, 4.0), (1.0, 5.0)]))
     assert (found.median, found.low, found.high) == (0.25, 0.2, 0.5)
 

@@ -1,4 +1,4 @@
-"""Peers that claim gates give those of the trace; one that is missing is named."""
+"""Tests of the peers: their gates equal those of the trace; a missing peer is named."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_peer_gives_what_it_claims(peer: Peer, layer: nn.GRU, input: Tensor) -
         assert (off <= expected.bounds[name]).all(), name
 
 
-def test_a_peer_that_gives_something_else_is_found_out(layer: nn.GRU, input: Tensor) -> None:
+def test_a_peer_with_wrong_values_is_detected(layer: nn.GRU, input: Tensor) -> None:
     loop = LOOPS[1]
     found = values(loop, layer, input)
     expected = traced_values(layer, input)
@@ -82,13 +82,13 @@ def test_a_peer_that_gives_something_else_is_found_out(layer: nn.GRU, input: Ten
     assert disagreement(replace(loop, gates=False), {"output": found["output"]}, expected) == ""
 
 
-def test_what_is_not_installed_is_named() -> None:
+def test_a_missing_package_is_named() -> None:
     with pytest.raises(Absent, match="absent: no-such-package is not installed"):
         need("no-such-package")
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_nothing_of_torch_is_left_wrapped(layer: nn.GRU, input: Tensor) -> None:
+def test_torch_is_unwrapped_afterwards(layer: nn.GRU, input: Tensor) -> None:
     before = torch.sigmoid, torch.nn.functional.linear, torch.Tensor.__add__
     peer = next(peer for peer in PEERS if peer.name == "TorchLens on the layer")
     values(peer, layer, input)

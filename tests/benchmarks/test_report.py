@@ -1,4 +1,4 @@
-"""What is written of figures: targets that are missed, peers that are ahead or absent."""
+"""Tests of the report: missed targets, faster peers, missing peers."""
 
 from __future__ import annotations
 
@@ -87,12 +87,12 @@ def test_json_holds_what_the_tables_hold() -> None:
     assert found["start"][0]["unit"] == "s"
 
 
-def test_what_is_no_number_meets_no_target() -> None:
+def test_nan_misses_every_target() -> None:
     assert not Target(1.0).met(nan)
     assert not Target(1.0, at_least=True).met(nan)
 
 
-def test_a_bar_in_a_cell_does_not_end_it() -> None:
+def test_a_vertical_bar_in_a_cell_is_escaped() -> None:
     assert table([["a"], ["|n|"]]).splitlines()[-1] == "| \\|n\\| |"
 
 
@@ -121,7 +121,7 @@ def test_targets_follow_the_workload() -> None:
     assert read.target_for("other", 1.25) is None
 
 
-def test_the_dearer_choice_is_bold() -> None:
+def test_the_more_expensive_choice_is_bold() -> None:
     assert verdict("harvested", 1.2, 1.5) == "harvested"
     assert verdict("replayed", 1.55, 1.5) == "replayed (about the same)"
     assert verdict("replayed", 1.8, 1.5) == "**replayed**"

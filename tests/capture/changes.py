@@ -1,4 +1,4 @@
-"""Ways in which weights change under a recorded call."""
+"""Ways to change weights during a recording."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small models with the habits of real ones."""
+"""Small models that call GRUs as real models do."""
 
 from __future__ import annotations
 

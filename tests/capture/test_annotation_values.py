@@ -1,4 +1,4 @@
-"""Tokens and labels in every form that users have them in."""
+"""Tests of tokens and labels: every form that users pass."""
 
 from __future__ import annotations
 
@@ -99,14 +99,14 @@ def test_labels_in_any_form(form: str) -> None:
     np.testing.assert_array_equal(site.sequence(1).labels["x"], [2])
 
 
-def test_truth_is_a_number() -> None:
+def test_booleans_become_numbers() -> None:
     site = record(labels={"x": [np.array([True, False, True]), torch.tensor(True)]})
     np.testing.assert_array_equal(site.sequence(0).labels["x"], [1, 0, 1])
     np.testing.assert_array_equal(site.sequence(1).labels["x"], [1])
 
 
-def test_a_decoders_step_has_one_id_a_sequence() -> None:
-    """The argmax of a step, (B,), goes to that step; it is no value for all steps."""
+def test_a_decoder_step_has_one_id_per_sequence() -> None:
+    """The argmax of a step, (B,), is for that step only."""
     cell, state = nn.GRUCell(2, 3), torch.randn(2, 3)
     tracer = grutrace.Tracer(cell)
     for ids in torch.tensor([[5, 6], [7, 8]]):
@@ -141,15 +141,15 @@ def test_a_decoders_step_has_one_id_a_sequence() -> None:
         ({"tokens": [[5, 6, 7], [8, 0, 0]]}, r"got 2 lists of up to 3 tokens; the recorded batch"),
     ],
 )
-def test_what_is_no_value_is_one_clear_error(given: Any, message: str) -> None:
-    """Only the rows of an array are padding: a list that is too long is a mistake."""
+def test_invalid_values_are_one_clear_error(given: Any, message: str) -> None:
+    """Only the rows of an array are padded: a list that is too long is an error."""
     with pytest.raises(grutrace.OptionError, match=message) as caught:
         record(**given)
     assert "\n" not in str(caught.value)
     assert "tensor(" not in str(caught.value)
 
 
-def test_control_two_to_the_53_is_kept() -> None:
+def test_control_two_to_the_53_is_stored_exactly() -> None:
     site = record(labels={"x": [2**53, -(2**53)]})
     assert site.sequence(0).labels["x"].tolist() == [float(2**53)] * 3
 
@@ -179,15 +179,15 @@ def decode(**options: Any) -> Any:
         ({"steps": slice(1, 3), "max_calls": 1}, None),
     ],
 )
-def test_values_of_what_was_not_recorded_are_left_out(options, tokens, gates) -> None:
+def test_values_of_unrecorded_steps_are_dropped(options, tokens, gates) -> None:
     tracer = decode(**options, gates=gates)
     found = [each.tokens for each in tracer["rnn.l0"]]
     assert found == ([tokens] if tokens else [None] * len(found))
 
 
 @pytest.mark.parametrize("options", [{"every": 2}, {"max_calls": 3}, {"steps": slice(1, None)}])
-def test_labels_of_each_batch_go_to_those_that_are_recorded(options) -> None:
-    """As in a training loop: a block and its labels for each batch."""
+def test_labels_go_to_the_recorded_batches(options) -> None:
+    """As in a training loop: one block with labels for each batch."""
     layer = nn.GRU(2, 3, batch_first=True)
     tracer = grutrace.Tracer(layer, **options)
     for number in range(5):
@@ -198,7 +198,7 @@ def test_labels_of_each_batch_go_to_those_that_are_recorded(options) -> None:
     assert found == [number for number in recorded for _ in range(2)]
 
 
-def test_values_by_module_are_left_out_where_that_was() -> None:
+def test_values_of_an_unrecorded_module_are_dropped() -> None:
     model = EncoderDecoder()
     tracer = grutrace.Tracer(model, max_calls=1)
     tokens = {"encoder": ["the", "a"], "decoder": ["xyz", "uvw"]}
@@ -225,7 +225,7 @@ def test_values_by_module_are_left_out_where_that_was() -> None:
         ({"max_calls": 1}, {"tokens": {"rnm": [["a"]]}}, "'rnm' matches no traced module"),
     ],
 )
-def test_values_that_fit_nothing_that_was_called_stay_an_error(options, given, message) -> None:
+def test_values_that_fit_no_call_are_an_error(options, given, message) -> None:
     layer = nn.GRU(2, 3)
     tracer = grutrace.Tracer(layer, **options)
     with pytest.raises(grutrace.OptionError, match=message), tracer.recording(**given):

@@ -1,4 +1,4 @@
-"""Every floating-point type, and autocast: what is recorded is what the kernel used."""
+"""Tests of every floating-point type and of autocast: the kernel's values are recorded."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_control_wrong_weights_exceed_the_tolerance_in_every_type(dtype) -> None
         layer(x)
 
 
-def test_half_precision_rows_are_exact_in_what_they_are_kept_in() -> None:
+def test_half_precision_rows_are_stored_exactly() -> None:
     layer, x = nn.GRU(5, 16).bfloat16(), torch.randn(6, 30, 5).bfloat16()
     with grutrace.trace(layer, record=EVERYTHING) as trace:
         output, _ = layer(x)
@@ -114,7 +114,7 @@ def test_half_precision_rows_are_exact_in_what_they_are_kept_in() -> None:
     assert torch.equal(update.bfloat16().float(), update)
 
 
-def test_a_module_that_is_made_smaller_while_attached() -> None:
+def test_a_module_converted_to_a_smaller_type_while_attached() -> None:
     layer, x = nn.GRU(5, 16), torch.randn(6, 30, 5)
     with grutrace.trace(layer, record=EVERYTHING, check="raise") as trace:
         layer(x)
@@ -124,7 +124,7 @@ def test_a_module_that_is_made_smaller_while_attached() -> None:
     assert all(found.holds for found in verify(trace))
 
 
-def test_a_module_that_is_made_larger_while_attached_is_rounded_and_says_so() -> None:
+def test_a_module_converted_to_a_larger_type_warns_of_rounding() -> None:
     layer, x = nn.GRU(5, 16), torch.randn(6, 30, 5)
     with grutrace.trace(layer, record=EVERYTHING, check="raise") as trace:
         layer.double()

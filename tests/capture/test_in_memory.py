@@ -1,4 +1,4 @@
-"""A tracer without a path: saved, pickled, emptied, and warned of when it grows large."""
+"""Tests of a tracer without a path: save, pickle, clear, and the warning for a large trace."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def model() -> EncoderDecoder:
 
 
 @pytest.mark.parametrize("gates", ["inline", "background", "deferred"])
-def test_a_saved_run_is_the_run_and_verifies(gates: Any, model, tmp_path: Path) -> None:
+def test_a_saved_trace_equals_the_run_and_verifies(gates: Any, model, tmp_path: Path) -> None:
     options: Any = {"gates": gates}
     if gates != "deferred":
         options["record"] = EVERYTHING
@@ -67,7 +67,7 @@ def assert_same_stored(a: Any, b: Any) -> None:
         np.testing.assert_array_equal(a[name].initial, b[name].initial)
 
 
-def test_control_a_saved_file_that_is_spoilt_does_not_verify(model, tmp_path: Path) -> None:
+def test_control_a_damaged_saved_file_fails_verification(model, tmp_path: Path) -> None:
     import h5py
 
     with grutrace.trace(model) as trace:
@@ -79,7 +79,7 @@ def test_control_a_saved_file_that_is_spoilt_does_not_verify(model, tmp_path: Pa
         assert not all(each.holds for each in verify(stored))
 
 
-def test_a_tracer_that_records_pickles_what_it_has_and_none_of_its_hooks(model) -> None:
+def test_a_recording_tracer_is_pickled_without_its_hooks(model) -> None:
     with grutrace.trace(model, record=EVERYTHING) as trace:
         run(model, trace)
         copies = [pickle.loads(pickle.dumps(trace)), copy.deepcopy(trace)]
@@ -130,7 +130,7 @@ def test_a_model_that_holds_its_tracer_copies_and_saves(model, tmp_path: Path) -
         assert len(trace.calls) == 4
 
 
-def test_after_clearing_a_run_is_numbered_as_of_a_new_tracer(model) -> None:
+def test_numbers_restart_after_clearing(model) -> None:
     with grutrace.trace(model, record=EVERYTHING) as cleared:
         model(torch.randn(3, 4, 5))
         site = cleared["encoder.l0"]
@@ -146,7 +146,7 @@ def test_after_clearing_a_run_is_numbered_as_of_a_new_tracer(model) -> None:
     assert len(site) == len(fresh["encoder.l0"])
 
 
-def test_a_sequence_under_way_begins_anew_from_the_state_it_had_reached() -> None:
+def test_a_sequence_restarts_from_its_last_state_after_clearing() -> None:
     torch.manual_seed(0)
     decoder = StepwiseDecoder().eval()
     with grutrace.trace(decoder, record=EVERYTHING) as trace, torch.no_grad():
@@ -166,7 +166,7 @@ def test_a_sequence_under_way_begins_anew_from_the_state_it_had_reached() -> Non
     check_gates(trace)
 
 
-def test_annotations_after_clearing_go_to_what_came_after(model) -> None:
+def test_annotations_after_clearing_go_to_later_calls(model) -> None:
     words = [["a", "b", "c"], ["d", "e", "f"]]
     with grutrace.trace(model) as trace:
         with trace.recording() as outer:
@@ -184,7 +184,7 @@ def test_annotations_after_clearing_go_to_what_came_after(model) -> None:
         assert trace["encoder.l0"][0].tokens is None
 
 
-def test_limits_count_anew_after_clearing(model) -> None:
+def test_limits_restart_after_clearing(model) -> None:
     batch = torch.randn(2, 3, 5)
     with grutrace.trace(model, sites="encoder.*", max_calls=2) as trace:
         for _ in range(3):
@@ -244,9 +244,7 @@ def test_clearing_while_another_thread_runs_the_model() -> None:
 
 
 @pytest.mark.parametrize("gates", ["inline", "background"])
-def test_a_trace_that_grows_large_is_warned_of_once(
-    gates: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_large_trace_in_memory_warns_once(gates: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.GRU(4, 8)
     batch = torch.randn(50, 4, 4)
     monkeypatch.setattr(tracer_module, "LARGE_TRACE_BYTES", 3 * 50 * 4 * 8 * 4 * 4)
@@ -268,7 +266,7 @@ def test_a_trace_that_grows_large_is_warned_of_once(
     assert trace.nbytes > tracer_module.LARGE_TRACE_BYTES
 
 
-def test_a_file_grows_without_that_warning(monkeypatch, tmp_path: Path) -> None:
+def test_a_large_file_does_not_warn(monkeypatch, tmp_path: Path) -> None:
     layer = nn.GRU(4, 8)
     monkeypatch.setattr(tracer_module, "LARGE_TRACE_BYTES", 100)
     with grutrace.trace(layer, tmp_path / "run.h5") as trace:

@@ -1,4 +1,4 @@
-"""The tracer as users meet it: attaching, recording on demand, detaching, reading."""
+"""Tests of the tracer's interface: attach, record on demand, detach, read."""
 
 from __future__ import annotations
 
@@ -104,17 +104,17 @@ def test_a_wrong_option_is_one_clear_error(model, tmp_path, options, message) ->
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_model_without_grus_says_so_at_once() -> None:
+def test_a_model_without_grus_is_an_error() -> None:
     with pytest.raises(grutrace.UnsupportedError, match=r"nn\.GRU.*none in Sequential"):
         grutrace.trace(nn.Sequential(nn.Linear(2, 2), nn.LSTM(2, 2)))
 
 
-def test_what_is_no_model_is_one_clear_error() -> None:
+def test_an_object_that_is_no_model_is_one_clear_error() -> None:
     with pytest.raises(grutrace.OptionError, match=r"model: expected an nn\.Module, found 'model'"):
         grutrace.trace("model")
 
 
-def test_idle_attachment_puts_nothing_on_the_model(model, batch) -> None:
+def test_attaching_adds_nothing_to_the_model(model, batch) -> None:
     tracer = grutrace.Tracer(model, recording=False)
     with tracer:
         assert not is_observing()
@@ -150,7 +150,7 @@ def test_recording_blocks_and_tags(model, batch) -> None:
 
 
 @pytest.mark.parametrize("path", [None, "run.h5"])
-def test_a_tag_that_is_no_text_loses_nothing(path, model, batch, tmp_path) -> None:
+def test_a_tag_that_is_no_text_is_an_error_and_loses_no_rows(path, model, batch, tmp_path) -> None:
     with grutrace.trace(model, path and tmp_path / path) as tracer:
         model(batch)
         with pytest.raises(grutrace.OptionError, match="tag: expected a str or None, found 5"):
@@ -165,7 +165,7 @@ def test_a_tag_that_is_no_text_loses_nothing(path, model, batch, tmp_path) -> No
     assert set(tracer.calls["tag"]) == {None}
 
 
-def test_a_recording_within_a_recording_gives_back_the_tag(model, batch) -> None:
+def test_a_nested_recording_restores_the_tag(model, batch) -> None:
     with grutrace.trace(model, sites="encoder.*") as tracer:
         model(batch)
         with tracer.recording(tag="inner"):
@@ -202,7 +202,7 @@ def test_a_live_tracer_reads_like_a_trace(path, model, batch, tmp_path) -> None:
     assert tracer.calls["training"].tolist() == [True] * 4 + [False] * 8
 
 
-def test_decoder_cells_become_one_sequence_a_row(model, batch) -> None:
+def test_decoder_cells_give_one_sequence_per_row(model, batch) -> None:
     with grutrace.trace(model) as trace:
         model(batch, steps=5)
         model(batch, steps=2)
@@ -215,7 +215,7 @@ def test_decoder_cells_become_one_sequence_a_row(model, batch) -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_gru_called_once_a_token_becomes_one_sequence_a_row(layers) -> None:
+def test_a_gru_called_per_token_gives_one_sequence_per_row(layers) -> None:
     decoder = StepwiseDecoder(layers)
     state = torch.randn(layers, 4, 6)
     with grutrace.trace(decoder, record=("update", "hidden", "input")) as trace:
@@ -228,7 +228,7 @@ def test_gru_called_once_a_token_becomes_one_sequence_a_row(layers) -> None:
     np.testing.assert_array_equal(trace["rnn.l0"].initial, state[0].numpy())
 
 
-def test_a_batch_that_shrinks_while_it_is_decoded() -> None:
+def test_a_batch_that_shrinks_during_decoding() -> None:
     cell = nn.GRUCell(2, 3)
     state = torch.randn(4, 3)
     with grutrace.trace(cell) as trace:
@@ -251,7 +251,7 @@ def test_beams_keep_their_parents() -> None:
     np.testing.assert_array_equal(trace["cell"].sequence(2).initial, state[1].detach().numpy())
 
 
-def test_a_changed_state_begins_anew() -> None:
+def test_a_changed_state_begins_a_new_sequence() -> None:
     cell = nn.GRUCell(2, 3)
     with grutrace.trace(cell) as trace:
         state = cell(torch.randn(2, 2))
@@ -288,8 +288,8 @@ def test_bidirectional_calls_never_continue() -> None:
 @pytest.mark.parametrize(("steps", "batch"), [(4, 2), (1, 2), (4, 1), (1, 1)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["gru", "packed", "reverse", "cell"])
-def test_what_is_changed_in_place_right_after_the_call(kind, dtype, steps, batch, gates) -> None:
-    """The model may reuse its input, its output and its states as soon as it has them."""
+def test_values_changed_in_place_right_after_the_call(kind, dtype, steps, batch, gates) -> None:
+    """The model may overwrite its input, output and states as soon as it has them."""
     layer = nn.GRUCell(2, 3) if kind == "cell" else nn.GRU(2, 3, bidirectional=kind == "reverse")
     layer.to(dtype)
     x = torch.randn((batch, 2) if kind == "cell" else (steps, batch, 2)).to(dtype)
@@ -314,7 +314,8 @@ def test_what_is_changed_in_place_right_after_the_call(kind, dtype, steps, batch
         np.testing.assert_array_equal(trace[site].initial, again[site].initial)
 
 
-def test_other_hooks_see_the_model_as_ever_and_ours_sees_the_kernel() -> None:
+def test_other_hooks_on_the_module_are_unaffected() -> None:
+    """The trace has the kernel's input and output, not those that the hooks return."""
     layer = nn.GRU(2, 3)
     layer.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
     layer.register_forward_hook(lambda *given: (given[-1][0] * 0, given[-1][1]))
@@ -361,7 +362,7 @@ class Interruption(KeyboardInterrupt):
 
 @pytest.mark.parametrize("error", [ValueError, Interruption])
 @pytest.mark.parametrize("layers", [1, 2])
-def test_any_exit_takes_the_hooks_off(error, layers, tmp_path) -> None:
+def test_every_exit_removes_the_hooks(error, layers, tmp_path) -> None:
     layer = nn.GRU(2, 3, layers)
 
     def fail(*_: object) -> None:
@@ -432,8 +433,8 @@ def test_a_subclass_that_packs_inside() -> None:
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_layers_that_run_again_give_the_kernels_bits(bias, batch_first, grad) -> None:
-    """The lowest layer alone is the truth. Beneath autograd, products would end otherwise."""
+def test_rerun_layers_equal_the_kernel_bit_for_bit(bias, batch_first, grad) -> None:
+    """The lowest layer alone is the reference. With autograd, products may round differently."""
     torch.manual_seed(1)
     options = {"bias": bias, "batch_first": batch_first}
     stack, alone = nn.GRU(5, 5, num_layers=2, **options), nn.GRU(5, 5, **options)
@@ -473,7 +474,7 @@ def test_copies_of_an_attached_model_are_not_traced(model, batch) -> None:
     assert all(b"grutrace" not in pickle.dumps(each) for each in copies)
 
 
-def test_threads_that_run_the_model_at_once() -> None:
+def test_threads_that_run_the_model_concurrently() -> None:
     torch.manual_seed(0)
     layer = StepwiseDecoder(2)
     inputs = [(torch.randn(1, 2, 4), torch.randn(2, 2, 6)) for _ in range(4)]
@@ -490,7 +491,7 @@ def test_threads_that_run_the_model_at_once() -> None:
     assert found == {row.tobytes() for each in expected for row in each}
 
 
-def test_what_was_never_called_is_named(model, batch) -> None:
+def test_a_module_that_was_never_called_is_reported(model, batch) -> None:
     with (
         pytest.warns(grutrace.GrutraceWarning, match="nothing was recorded of decoder: no call"),
         grutrace.trace(model),
@@ -510,8 +511,8 @@ def test_empty_batch_and_inference_mode(path, tmp_path) -> None:
     assert len(trace["l1"]) == 2
 
 
-def test_weights_that_change_while_the_kernel_runs_are_caught() -> None:
-    """The control of the residual: the kernel ran with other weights than the replay."""
+def test_weights_changed_during_the_kernel_are_detected() -> None:
+    """Control of the residual: the kernel and the replay had different weights."""
     layer, x = nn.GRU(3, 4), torch.randn(4, 2, 3)
 
     def disturb() -> None:

@@ -1,4 +1,4 @@
-"""GRUs that cannot be traced are named, with what to do instead; no trace is empty in silence."""
+"""Tests of GRUs that cannot be traced: a message names each and an alternative."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_alone_it_is_refused_by_name(kind: str) -> None:
+def test_a_model_with_only_unsupported_grus_is_an_error(kind: str) -> None:
     build, what = KINDS[kind]
     with pytest.raises(grutrace.UnsupportedError, match=f"; rnn is {what}.*: "):
         grutrace.trace(build())
@@ -110,7 +110,7 @@ def test_alone_it_is_refused_by_name(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
-def test_beside_others_it_is_named_and_left_alone(kind: str) -> None:
+def test_unsupported_grus_beside_others_are_reported(kind: str) -> None:
     build, what = KINDS[kind]
     torch.manual_seed(0)
     model = nn.ModuleDict({"ours": Tagger(), "theirs": build()})
@@ -131,21 +131,21 @@ def test_beside_others_it_is_named_and_left_alone(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_not_asked_for_it_is_not_named(kind: str) -> None:
+def test_unselected_unsupported_grus_are_not_reported(kind: str) -> None:
     model = nn.ModuleDict({"ours": Tagger(), "theirs": KINDS[kind][0]()})
     with grutrace.trace(model, sites="ours.*") as trace:
         model["ours"](example())
     assert trace.sites == ("ours.rnn.l0",)
 
 
-def test_a_name_does_not_make_a_gru() -> None:
-    """Warnings are errors here: nothing is said of a class that is merely called so."""
+def test_a_class_named_gru_is_not_reported() -> None:
+    """Warnings are errors here."""
     model = nn.ModuleDict({"ours": Tagger(), "theirs": GRUOfMyOwn(), "other": nn.LSTM(2, 2)})
     with grutrace.trace(model) as trace:
         model["ours"](example())
     assert trace.sites == ("ours.rnn.l0",)
 
 
-def test_a_model_without_any() -> None:
+def test_a_model_without_any_gru() -> None:
     with pytest.raises(grutrace.UnsupportedError, match=r"found none in LSTM$"):
         grutrace.trace(nn.LSTM(2, 2))

@@ -1,4 +1,4 @@
-"""The commands as a user runs them: output, JSON, exit codes, one-line errors."""
+"""Tests of the commands: output, JSON, exit codes, one-line errors."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def labelled(tmp_path):
         ("change", ["--paired"], "update effect"),
     ],
 )
-def test_stats_that_say_what_gates_mean(labelled, capsys, name, options, says) -> None:
+def test_stats_of_the_gates(labelled, capsys, name, options, says) -> None:
     if name == "change":
         options = [*options, "--against", str(labelled[1])]
     command = ["stats", str(labelled[0]), name, *options]
@@ -141,7 +141,7 @@ def test_stats_that_say_what_gates_mean(labelled, capsys, name, options, says) -
     assert [each["site"] for each in found] == list(SITES)
 
 
-def test_the_class_that_units_tell_best_has_a_row(labelled, capsys) -> None:
+def test_the_best_separated_class_has_a_row(labelled, capsys) -> None:
     command = ["stats", str(labelled[0]), "selectivity", "--label", "kind", "--site", "encoder.l1"]
     assert main([*command, "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
@@ -153,14 +153,14 @@ def test_the_class_that_units_tell_best_has_a_row(labelled, capsys) -> None:
     assert sum(counts.values()) == len(found["units"])
 
 
-def test_only_the_commonest_of_many_values_are_shown() -> None:
+def test_only_the_most_common_values_are_shown() -> None:
     column = np.array([*["a"] * 5, *["b"] * 4, *["c"] * 3, *["d"] * 2, "e", "f", "g"], object)
     cells = [cell for cell in _quantile_cells(column) if cell]
     assert cells == ["a: 5", "b: 4", "c: 3", "d: 2", "others: 3"]
     assert _quantile_cells(np.array([2.0, 2.0, 1.0], object))[:3] == ["2: 2", "1: 1", ""]
 
 
-def test_stats_takes_what_belongs_to_it(labelled, capsys) -> None:
+def test_stats_accepts_only_options_of_the_analysis(labelled, capsys) -> None:
     before, after = map(str, labelled)
     for command, message in (
         (["selectivity"], "selectivity needs --label"),
@@ -174,7 +174,7 @@ def test_stats_takes_what_belongs_to_it(labelled, capsys) -> None:
         assert message in capsys.readouterr().err
 
 
-def test_stats_of_what_there_is_not(path, capsys) -> None:
+def test_stats_of_missing_quantities(path, capsys) -> None:
     assert main(["stats", str(path), "happiness"]) == 2
     assert "expected one of saturation" in capsys.readouterr().err
     assert main(["stats", str(path), "saturation", "--site", "tower.*"]) == 2
@@ -195,8 +195,8 @@ def test_verify(path, capsys) -> None:
 
 
 @pytest.mark.parametrize(("off", "code", "of_tolerance"), [(0.0, 0, "0"), (0.5, 1, "inf")])
-def test_verify_of_a_file_that_allows_nothing(off, code, of_tolerance, tmp_path, capsys) -> None:
-    """A damaged file can say so: what is exact holds, and nothing else."""
+def test_verify_with_a_tolerance_of_zero(off, code, of_tolerance, tmp_path, capsys) -> None:
+    """A damaged file can state it. Exact values pass, and no others."""
     layer, path = torch.nn.GRU(2, 3), tmp_path / "run.h5"
     for weights in layer.parameters():
         torch.nn.init.zeros_(weights)
@@ -211,7 +211,7 @@ def test_verify_of_a_file_that_allows_nothing(off, code, of_tolerance, tmp_path,
     assert row.split()[-1] == of_tolerance
 
 
-def test_verify_has_no_answer_where_nothing_can_be_checked(tmp_path, capsys) -> None:
+def test_verify_exits_with_2_if_nothing_can_be_checked(tmp_path, capsys) -> None:
     layer, path = torch.nn.GRU(2, 3), tmp_path / "run.h5"
     with grutrace.trace(layer, path, record="update"):
         layer(torch.randn(4, 2))
@@ -230,7 +230,7 @@ def test_an_empty_trace(tmp_path, capsys) -> None:
 
 @pytest.mark.parametrize("command", ["info", "stats", "verify"])
 @pytest.mark.parametrize("content", [None, b"", b"not an HDF5 file", "folder"])
-def test_what_is_no_trace_is_one_line(command, content, tmp_path, capsys) -> None:
+def test_a_file_that_is_no_trace_is_a_one_line_error(command, content, tmp_path, capsys) -> None:
     path = tmp_path / "some.h5"
     if content == "folder":
         path.mkdir()
@@ -259,7 +259,7 @@ def test_as_a_program(path) -> None:
     assert "encoder.l0" in done.stdout
 
 
-def test_without_the_extra_it_says_which(path) -> None:
+def test_a_missing_extra_is_named(path) -> None:
     code = (
         "import sys; sys.modules['typer'] = None; from grutrace.__main__ import main;"
         f"sys.exit(main(['info', {str(path)!r}]))"
@@ -312,7 +312,7 @@ def test_derive(deferred, tmp_path, capsys) -> None:
     assert main(["derive", str(deferred)]) == 2
 
 
-def test_damage_to_a_deferred_file_is_found(deferred, capsys) -> None:
+def test_damage_to_a_deferred_file_is_detected(deferred, capsys) -> None:
     with h5py.File(deferred, "r+") as file:
         file["modules/encoder/l1/hidden"][23, 2] += 0.25
     assert main(["verify", str(deferred)]) == 1

@@ -1,4 +1,4 @@
-"""Tables are printed a row a line, and long names are cut in the middle."""
+"""Tests of printed tables: one line a row, long names shortened in the middle."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def filled(rows, name="rnn{}[/red]\x1b[2J"):
 
 
 @pytest.mark.parametrize("rows", [0, 1, 30, 300])
-def test_each_row_is_a_line(rows, capsys):
+def test_each_row_is_one_line(rows, capsys):
     print_table(filled(rows))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + rows
@@ -30,7 +30,7 @@ def test_each_row_is_a_line(rows, capsys):
 
 
 @pytest.mark.parametrize("columns", [40, 80, 200])
-def test_what_is_too_wide_for_the_terminal_is_cut(columns, monkeypatch, capsys):
+def test_wide_tables_are_cut_to_the_terminal(columns, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(columns))
     name = "encoder.layers.{}." + "block." * 20 + "rnn.l0_reverse"
     print_table(filled(12, name))
@@ -54,7 +54,7 @@ def test_wide_letters_take_two_columns(capsys):
     assert len(lines[1]) < len(lines[2])
 
 
-def test_both_ends_of_a_name_stay() -> None:
+def test_both_ends_of_a_long_name_are_shown() -> None:
     assert shorten("encoder.l0", 10) == "encoder.l0"
     assert shorten("encoder.rnn.l0_reverse", 15) == "encode..." + "everse"
     assert len(shorten("x" * 100, 16)) == 16

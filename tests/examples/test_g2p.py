@@ -1,4 +1,4 @@
-"""The grapheme-to-phoneme example against the NumPy code that g2p-en itself runs.
+"""Tests of the grapheme-to-phoneme example, against the NumPy code of g2p-en.
 
 g2p-en cannot be imported: that downloads corpora. Its class is taken from its source instead.
 """
@@ -105,8 +105,8 @@ def test_phonemes_are_those_of_g2p_en(recorded, words, numpy_g2p):
         assert spoken(phonemes) == numpy_g2p.predict(word), word
 
 
-def test_other_weights_give_other_phonemes(g2p_example, words, numpy_g2p):
-    """Control: the comparison above can fail."""
+def test_control_other_weights_give_other_phonemes(g2p_example, words, numpy_g2p):
+    """The comparison above can fail."""
     model = g2p_example.load_model()
     with torch.no_grad():
         for parameter in model.decoder.parameters():
@@ -226,21 +226,21 @@ def test_every_gate_and_state_is_that_of_g2p_en(rows, weights, words, disagreein
     assert disagreeing(rows, weights) == []
 
 
-def test_swapped_gates_are_noticed(rows, weights, disagreeing):
-    """Control: with reset and update exchanged, nothing agrees."""
+def test_control_swapped_gates_are_detected(rows, weights, disagreeing):
+    """With reset and update exchanged, nothing agrees."""
     exchanged = [swapped(weight) for weight in weights]
     assert disagreeing(rows, exchanged) == list(GATES_AND_STATE)
 
 
-def test_a_state_too_late_is_noticed(rows, weights, disagreeing):
-    """Control: with the states shifted by one step, nothing agrees."""
+def test_control_shifted_states_are_detected(rows, weights, disagreeing):
+    """With the states shifted by one step, nothing agrees."""
     late = replace(rows, previous=np.roll(rows.previous, 1, axis=0))
     assert disagreeing(late, weights) == list(GATES_AND_STATE)
 
 
 @pytest.mark.parametrize("name", GATES_AND_STATE)
-def test_one_wrong_value_is_noticed(rows, weights, name, tolerance, disagreeing):
-    """Control: one value of one quantity, off by little, and that quantity alone disagrees."""
+def test_control_one_wrong_value_is_detected(rows, weights, name, tolerance, disagreeing):
+    """One value of one quantity is slightly off, and only that quantity disagrees."""
     wrong = rows.recorded[name].copy()
     wrong[len(wrong) // 2, 7] += 3 * tolerance
     changed = replace(rows, recorded={**rows.recorded, name: wrong})
@@ -260,7 +260,7 @@ def test_sequences_are_the_words(recorded, words, g2p_example):
         assert len(decoder.sequence(i).hidden) == len(phonemes)
 
 
-def test_the_decoder_goes_on_from_the_encoder(recorded, words):
+def test_the_decoder_starts_from_the_encoders_state(recorded, words):
     encoder, decoder = (recorded.trace[site] for site in SITES)
     for i in range(len(words)):
         read, wrote = encoder.sequence(i), decoder.sequence(i)
@@ -306,7 +306,7 @@ def test_words_give_phonemes_statistics_trace_and_picture(g2p_example, numpy_g2p
     assert {path.name for path in tmp_path.iterdir()} == {"words.h5", "update_gate_hello.png"}
 
 
-def test_a_blank_picture_is_noticed(tmp_path):
+def test_control_a_blank_picture_is_detected(tmp_path):
     """Control."""
     plt.imsave(tmp_path / "blank.png", np.ones((800, 800, 3)))
     assert not is_picture(tmp_path / "blank.png")
@@ -337,7 +337,7 @@ def test_an_unknown_character_is_one_clear_error(g2p_example, word, found, tmp_p
     assert list(tmp_path.iterdir()) == [output]
 
 
-def test_without_g2p_en_it_says_what_to_install(g2p_example, monkeypatch, tmp_path, capsys):
+def test_missing_g2p_en_is_named(g2p_example, monkeypatch, tmp_path, capsys):
     def missing(name):
         raise PackageNotFoundError(name)
 

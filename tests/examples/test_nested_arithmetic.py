@@ -76,8 +76,8 @@ def test_no_tested_expression_is_trained_on(parts):
     assert parts.language.SHOWN not in seen
 
 
-def test_without_withholding_they_would_be(parts):
-    """Control: L2 is so small that tested expressions come up again by chance."""
+def test_control_without_withholding_they_are_trained_on(parts):
+    """L2 is so small that tested expressions are drawn again by chance."""
     tested = parts.language.to_test(300, random.Random(2))
     trained = parts.language.to_train(2000, {}, random.Random(3))
     texts = {" ".join(words) for words in tested["L2"]}
@@ -146,8 +146,8 @@ def test_the_result_of_the_innermost_bracket_is_that_of_eval(expressions, parts)
             assert parts.strategies.recursive(words) == by_eval(words)[2], words
 
 
-def test_both_end_at_the_outcome_and_differ_before(expressions, parts):
-    """Nested on the left, both hold the same all the time; nested on the right they do not."""
+def test_both_strategies_end_at_the_result(expressions, parts):
+    """Nested on the left, both hold equal values at each step. Nested on the right, they differ."""
     same = {}
     for name, drawn in expressions.items():
         for words in drawn:
@@ -211,7 +211,7 @@ def holding(steps, *targets):
 @pytest.mark.parametrize(
     ("held", "other"), [("cumulative", "recursive"), ("recursive", "cumulative")]
 )
-def test_a_state_that_holds_one_strategy_is_told_from_the_other(labelled, parts, held, other):
+def test_a_state_with_one_strategy_is_distinguished(labelled, parts, held, other):
     fitted, tested = (holding(steps, steps.targets[held]) for steps in labelled)
     right = parts.diagnosis.diagnose(fitted, tested, held)
     wrong = parts.diagnosis.diagnose(fitted, tested, other)
@@ -225,13 +225,13 @@ def test_a_state_that_holds_one_strategy_is_told_from_the_other(labelled, parts,
     assert wrong["L9L"].r == pytest.approx(1, abs=0.02)
 
 
-def test_a_state_that_holds_the_mode_gives_it(labelled, parts):
+def test_a_state_with_the_mode_is_decoded(labelled, parts):
     signs = [np.where(steps.targets["mode"] == "add", 1.0, -1.0) * 100 for steps in labelled]
     fitted, tested = (holding(steps, sign) for steps, sign in zip(labelled, signs, strict=True))
     assert min(parts.diagnosis.diagnose_mode(fitted, tested).values()) > 0.99
 
 
-def test_a_state_that_holds_nothing_gives_nothing(labelled, parts):
+def test_a_random_state_is_not_decoded(labelled, parts):
     together = [parts.diagnosis.together(steps) for steps in labelled]
     for strategy in ("cumulative", "recursive"):
         assert abs(parts.diagnosis.diagnose(*together, strategy)["all"].r) < 0.1
@@ -240,7 +240,7 @@ def test_a_state_that_holds_nothing_gives_nothing(labelled, parts):
     assert mode == pytest.approx(parts.diagnosis.most_frequent(together[1])["all"], abs=0.03)
 
 
-def test_shuffled_targets_give_nothing(labelled, parts):
+def test_shuffled_targets_are_not_decoded(labelled, parts):
     fitted, tested = (
         parts.diagnosis.shuffled(
             parts.diagnosis.together(holding(steps, steps.targets["cumulative"]))
@@ -250,8 +250,8 @@ def test_shuffled_targets_give_nothing(labelled, parts):
     assert abs(parts.diagnosis.diagnose(fitted, tested, "cumulative")["all"].r) < 0.1
 
 
-def test_a_state_that_holds_the_word_solves_the_control_task(labelled, parts):
-    """Whatever number a word is given can be read from states that are the words, one each."""
+def test_a_state_with_the_word_solves_the_control_task(labelled, parts):
+    """One-hot states of words decode any number that is assigned to a word."""
     numbers = [[parts.language.NUMBERS[word] for word in steps.words] for steps in labelled]
     fitted, tested = (
         replace(steps, quantities={"hidden": np.eye(25)[words]})
@@ -317,7 +317,7 @@ def test_training_is_the_same_from_the_same_seed(run, parts):
     assert not torch.equal(states[0], states[2])
 
 
-def test_shorter_expressions_are_filled_up_without_effect(run, parts):
+def test_padding_of_shorter_expressions_has_no_effect(run, parts):
     short, long = (run.corpora[f"fit {name}"][:20] for name in ("L2", "L5"))
     filled = [words + ["("] * 12 for words in short]
     with torch.no_grad():
@@ -328,7 +328,7 @@ def test_shorter_expressions_are_filled_up_without_effect(run, parts):
     torch.testing.assert_close(together[:20], alone)
 
 
-def test_training_leaves_the_number_of_threads(run, parts, capsys):
+def test_training_restores_the_number_of_threads(run, parts, capsys):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -376,7 +376,7 @@ def test_steps_are_those_of_the_expressions_in_order(run, steps, parts):
 # The finding
 
 
-def test_the_cumulative_strategy_is_read_better(steps, parts):
+def test_the_cumulative_strategy_is_decoded_better(steps, parts):
     found = {
         strategy: parts.diagnosis.diagnose(*steps["trained"], strategy)
         for strategy in ("cumulative", "recursive")
@@ -388,15 +388,15 @@ def test_the_cumulative_strategy_is_read_better(steps, parts):
         assert found["cumulative"][name].r > control[name] + 0.1, name
 
 
-def test_neither_is_read_from_the_network_before_training(steps, parts):
-    """Control: the classifiers do not compute the strategies themselves."""
+def test_control_an_untrained_network_holds_neither_strategy(steps, parts):
+    """The classifiers do not compute the strategies themselves."""
     for strategy in ("cumulative", "recursive"):
         found = parts.diagnosis.diagnose(*steps["untrained"], strategy)
         for name in ("L5", "L6", "L7", "L8", "L9", "L9R"):
             assert abs(found[name].r) < 0.25, (strategy, name)
 
 
-def test_nothing_is_read_of_shuffled_targets(steps, parts):
+def test_shuffled_targets_are_not_decoded_from_the_network(steps, parts):
     fitted, tested = (
         parts.diagnosis.shuffled(parts.diagnosis.together(each)) for each in steps["trained"]
     )
@@ -431,7 +431,7 @@ def test_it_runs_as_a_script_without_warnings(arithmetic_example, tmp_path):
     assert is_picture(tmp_path / "arithmetic.png")
 
 
-def test_without_its_extras_it_says_what_to_install(arithmetic_example, tmp_path):
+def test_missing_extras_are_named(arithmetic_example, tmp_path):
     (tmp_path / "sklearn.py").write_text("raise ImportError('sklearn')")
     command = [sys.executable, arithmetic_example.__file__, *QUICK]
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
@@ -455,7 +455,7 @@ def test_a_trace_that_cannot_be_written_is_one_clear_error(arithmetic_example, t
 
 @pytest.mark.parametrize("option", ["--steps", "--train", "--fit", "--test"])
 @pytest.mark.parametrize("found", ["0", "few"])
-def test_a_number_that_makes_no_sense_is_one_clear_error(arithmetic_example, option, found, capsys):
+def test_an_invalid_number_is_one_clear_error(arithmetic_example, option, found, capsys):
     with pytest.raises(SystemExit) as stopped:
         arithmetic_example.main([option, found])
     assert stopped.value.code == 2

@@ -1,4 +1,4 @@
-"""The example checks its own claims; these tests check that it does."""
+"""Tests of the example's own checks: each fails when its claim is wrong."""
 
 import pytest
 
@@ -12,12 +12,12 @@ def test_every_claim_holds(hidden_states_example, capsys):
         assert f"grutrace: {quantity} follows PyTorch's equation" in printed
 
 
-def test_a_claim_that_does_not_hold_stops_it(hidden_states_example):
+def test_a_false_claim_stops_the_script(hidden_states_example):
     with pytest.raises(AssertionError, match="two is three"):
         hidden_states_example.claim("two is three", False)
 
 
-def test_wrong_equations_are_noticed(hidden_states_example, monkeypatch):
+def test_wrong_equations_are_detected(hidden_states_example, monkeypatch):
     right = hidden_states_example.equations
 
     def overwriting(gru, x, previous):
@@ -29,7 +29,7 @@ def test_wrong_equations_are_noticed(hidden_states_example, monkeypatch):
         hidden_states_example.main()
 
 
-def test_a_wrong_conversion_is_noticed(hidden_states_example, monkeypatch):
+def test_a_wrong_conversion_is_detected(hidden_states_example, monkeypatch):
     monkeypatch.setattr(hidden_states_example, "with_negated_update", lambda gru: gru)
     with pytest.raises(AssertionError, match="update rows negated"):
         hidden_states_example.main()

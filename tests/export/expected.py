@@ -1,4 +1,4 @@
-"""What must be found in an exported file: from a plain reading of the trace, by loops."""
+"""The expected content of an exported file, computed with a plain reader and loops."""
 
 from __future__ import annotations
 

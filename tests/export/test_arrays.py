@@ -1,4 +1,4 @@
-"""npz, NetCDF and Zarr, each read by a reader of its own, and compared with a plain reading."""
+"""Tests of npz, NetCDF and Zarr: an independent reader sees the values of a plain reader."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def exported(full: Any, tmp_path: Any, to: str, **options: Any) -> Any:
     return path
 
 
-def test_everything_is_there(full, tmp_path, to) -> None:
+def test_everything_is_exported(full, tmp_path, to) -> None:
     path, expected = exported(full, tmp_path, to), Expected(full)
     with ExitStack() as stack:
         read = reader(to, path, stack)
@@ -83,7 +83,7 @@ def test_types_are_kept_where_the_format_has_them(full, tmp_path, to) -> None:
     trace.close()
 
 
-def test_what_is_known_of_it_goes_along(full, tmp_path, to) -> None:
+def test_attributes_are_exported(full, tmp_path, to) -> None:
     path, group = exported(full, tmp_path, to), "encoder.rnn.l1_reverse"
     with ExitStack() as stack:
         if to == "npz":
@@ -128,8 +128,8 @@ def test_xarray_opens_a_site(full, tmp_path, to) -> None:
             )
 
 
-def test_netcdf_is_read_by_the_c_library_without_a_mask(full, tmp_path) -> None:
-    """Its readers take some values for missing ones, unless they are told that none are."""
+def test_the_netcdf_c_library_masks_no_value(full, tmp_path) -> None:
+    """Readers treat some values as missing unless a fill value says otherwise."""
     path = exported(full, tmp_path, "netcdf")
     with netCDF4.Dataset(path) as file:
         for group in file.groups.values():
@@ -137,7 +137,7 @@ def test_netcdf_is_read_by_the_c_library_without_a_mask(full, tmp_path) -> None:
                 assert not np.ma.is_masked(variable[:])
 
 
-def test_only_what_is_asked_for(full, tmp_path, to) -> None:
+def test_only_requested_quantities(full, tmp_path, to) -> None:
     path = exported(full, tmp_path, to, sites="encoder*l0*", record=["hidden", "update"])
     with ExitStack() as stack:
         read = reader(to, path, stack)

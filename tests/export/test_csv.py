@@ -1,4 +1,4 @@
-"""The tables, read by Python's csv module, and by pandas as a user would."""
+"""Tests of the CSV tables, read with Python's csv module and with pandas."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def rows_of(values: Any) -> Any:
     return values["length"]
 
 
-def test_everything_is_there(folder, full) -> None:
+def test_everything_is_exported(folder, full) -> None:
     expected = Expected(full)
     for group, values in expected.groups.items():
         if group != "calls":
@@ -107,8 +107,8 @@ def test_control_a_wrong_value_is_noticed(folder, full) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_numbers_come_back_as_they_were(tmp_path, dtype) -> None:
-    """Of all sizes, and those that are none."""
+def test_numbers_are_read_back_exactly(tmp_path, dtype) -> None:
+    """Numbers of all sizes, NaN and infinity."""
     from grutrace.export.csv_files import DIGITS
 
     bits = np.random.default_rng(0).bytes(20_000 * np.dtype(dtype).itemsize)
@@ -119,7 +119,7 @@ def test_numbers_come_back_as_they_were(tmp_path, dtype) -> None:
     assert (np.array(list(map(float, fewer))).astype(dtype) != values).sum() > 100
 
 
-def test_odd_texts_come_back(tmp_path) -> None:
+def test_odd_texts_are_read_back(tmp_path) -> None:
     import torch
 
     words = [["a,b", 'say "x"', "two\nlines\r", " ", "ключ"]]

@@ -1,4 +1,4 @@
-"""What all formats have in common: names, places, errors, memory; and the command."""
+"""Tests of all export formats: names, paths, errors, memory, and the command."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ def test_nothing_is_overwritten(trace, tmp_path, to, there) -> None:
     assert there != "file" or path.read_bytes() == b"mine"
 
 
-def test_where_nothing_can_be_made(trace, tmp_path, to) -> None:
+def test_a_path_that_cannot_be_written(trace, tmp_path, to) -> None:
     with pytest.raises(grutrace.TraceFileError, match="no folder"):
         export_trace(trace, tmp_path / "nowhere" / "out", to)
 
 
-def test_half_an_export_is_not_left_behind(trace, tmp_path, to) -> None:
+def test_a_failed_export_leaves_no_partial_file(trace, tmp_path, to) -> None:
     def interrupt(done: int, total: int) -> None:
         if done > total / 2:
             raise KeyboardInterrupt
@@ -92,7 +92,7 @@ for to in sys.argv[3:]:
 """
 
 
-def test_a_disk_that_is_really_full(tmp_path) -> None:
+def test_a_full_disk_in_a_subprocess(tmp_path) -> None:
     """HDF5 cannot close a file that it could not write, and may abort the process."""
     layer, path = torch.nn.GRU(2, 64), tmp_path / "run.h5"
     with grutrace.trace(layer, path):
@@ -108,13 +108,13 @@ def test_a_disk_that_is_really_full(tmp_path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["run.h5"]
 
 
-def test_progress_ends_where_it_should(trace, tmp_path, to) -> None:
+def test_progress_ends_at_its_total(trace, tmp_path, to) -> None:
     seen = []
     export_trace(trace, tmp_path / "out", to, progress=lambda *both: seen.append(both))
     assert seen[-1] == (4 * 8, 4 * 8)
 
 
-def test_what_is_not_there_is_refused(trace, tmp_path) -> None:
+def test_missing_quantities_are_an_error(trace, tmp_path) -> None:
     for wrong, error, message in (
         ({"to": "xlsx"}, grutrace.OptionError, "expected one of npz, .* found 'xlsx'"),
         ({"record": "gates"}, grutrace.OptionError, "found 'gates'"),
@@ -166,7 +166,7 @@ def test_memory_is_bounded(tmp_path, to, monkeypatch) -> None:
 @pytest.mark.parametrize("gathered", [1, 60, 10**9])
 @pytest.mark.parametrize("block", [1, 40, 10**9])
 def test_blocks_of_any_size(full, tmp_path, monkeypatch, block, gathered) -> None:
-    """Sequences that took one call are read as they lie, others are gathered."""
+    """Sequences of one call are read as they are stored, others are gathered."""
     monkeypatch.setattr(variables, "BLOCK", block)
     monkeypatch.setattr(variables, "GATHER_BYTES", gathered)
     with grutrace.open(full) as trace:
@@ -193,7 +193,7 @@ def test_parts_of_a_run_are_one_trace(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(("to", "library"), [("netcdf", "h5netcdf"), ("zarr", "zarr")])
-def test_without_the_extra_it_says_which(trace, tmp_path, monkeypatch, to, library) -> None:
+def test_a_missing_extra_is_named(trace, tmp_path, monkeypatch, to, library) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(
         grutrace.GrutraceError, match=rf'needs {library}, .*pip install .*"{library}>='
@@ -202,7 +202,7 @@ def test_without_the_extra_it_says_which(trace, tmp_path, monkeypatch, to, libra
     assert not list(tmp_path.iterdir())
 
 
-def test_loading_it_loads_no_library_of_a_format() -> None:
+def test_importing_the_package_loads_no_export_library() -> None:
     code = (
         "import sys, grutrace.export.formats;"
         "sys.exit(any(name in sys.modules for name in ('torch', 'zarr', 'h5netcdf', 'xarray')))"

@@ -1,4 +1,4 @@
-"""What LSTMVis's server would load, by a loader that follows how the server loads it.
+"""Tests of the LSTMVis export, with a loader that follows LSTMVis's server.
 
 From HendrikStrobelt/LSTMVis, lstm_server.py and lstmdata/data_handler.py (version 2.1): it walks
 its data folder for `lstm.yml`; opens files that end with .h5 or .hdf5; reads dictionaries line by
@@ -119,7 +119,7 @@ def folder(full, tmp_path) -> Any:
     return tmp_path / "out"
 
 
-def test_the_server_would_load_everything(folder, full) -> None:
+def test_the_lstmvis_loader_reads_everything(folder, full) -> None:
     expected, found = Expected(full), projects(folder)
     assert sorted(found) == ["decoder_step", "deferred", "encoder.rnn", "model"]
     for module in expected.trace.modules:
@@ -191,8 +191,8 @@ def nn_gru() -> Any:
     return torch.nn.GRU(2, 3)
 
 
-def test_small_numbers_are_numbers_to_yaml(tmp_path) -> None:
-    """1e-05 without a point is a text."""
+def test_small_numbers_are_numbers_in_yaml(tmp_path) -> None:
+    """YAML reads 1e-05 without a decimal point as a text."""
     labels = {"rate": [1e-05, 1e16]}
     tracer = traced(nn_gru(), torch.randn(2, 1, 2), labels=given(labels))
     export_trace(tracer, tmp_path / "out", "lstmvis")
@@ -201,7 +201,7 @@ def test_small_numbers_are_numbers_to_yaml(tmp_path) -> None:
     assert yaml.safe_load("1e-05") == "1e-05"
 
 
-def test_what_it_cannot_show_is_noted(tmp_path) -> None:
+def test_what_lstmvis_cannot_show_is_listed(tmp_path) -> None:
     layer, input = nn_gru(), torch.randn(4, 1, 2)
     input[2] = np.nan
     with grutrace.trace(layer, check="off") as tracer:

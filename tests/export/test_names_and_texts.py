@@ -1,4 +1,4 @@
-"""Names that differ only in case, and texts with NUL, are kept by every format or refused."""
+"""Tests of names that differ only in case, and of texts with NUL: exported or refused."""
 
 from __future__ import annotations
 
@@ -72,16 +72,14 @@ def test_names_that_differ_only_in_case_are_kept(trace, tmp_path, to) -> None:
                 np.testing.assert_array_equal(found, values)
 
 
-def test_control_without_the_order_of_its_metadata_zarr_finds_half(
-    trace, tmp_path, monkeypatch
-) -> None:
+def test_control_without_ordered_metadata_zarr_finds_half(trace, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(zarr_store, "_sort_metadata", lambda _: None)
     export_trace(trace, tmp_path / "out", "zarr")
     store = zarr.open(tmp_path / "out")
     assert not all("hidden" in store[site] for site in trace.sites)
 
 
-def test_files_of_csv_and_lstmvis_are_told_apart_without_case(trace, tmp_path) -> None:
+def test_csv_and_lstmvis_files_differ_without_case(trace, tmp_path) -> None:
     for to in ("csv", "lstmvis"):
         export_trace(trace, tmp_path / to, to)
         names = [str(each.relative_to(tmp_path)) for each in (tmp_path / to).rglob("*")]
@@ -117,7 +115,7 @@ def test_a_file_system_that_ignores_case_is_refused_by_zarr(trace, tmp_path, mon
     export_trace(trace, tmp_path / "one", "csv", sites="A.l0")
 
 
-def test_whether_case_is_ignored_is_asked_of_the_file_system(tmp_path) -> None:
+def test_the_file_system_is_checked_for_case(tmp_path) -> None:
     (tmp_path / ".zgroup").write_text("{}")
     assert not ignores_case(tmp_path, ".zgroup")
     # As on a file system that ignores case: the other spelling is there as well.
@@ -178,7 +176,7 @@ def test_a_path_with_nul_is_refused_by_netcdf(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("to", ["netcdf", "zarr"])
-def test_what_calls_have_is_described_as_theirs(trace, tmp_path, to) -> None:
+def test_attributes_of_calls_are_described(trace, tmp_path, to) -> None:
     """The time of a call is not that of a step."""
     path = tmp_path / "out"
     export_trace(trace, path, to)

@@ -1,4 +1,4 @@
-"""What a run did, worked out without grutrace: PyTorch's own states, and gates by the equations.
+"""The values of a run, computed without grutrace: PyTorch's states, gates by the equations.
 
 A spy notes what the kernels of a model that nobody traces were given and made. The states of the
 layers below the top are those of PyTorch's layers of one layer each over the same weights; gates

@@ -1,4 +1,4 @@
-"""The script that made the golden files, kept to show how. It is not to be run over them again.
+"""The script that wrote the golden files. Do not run it over them again.
 
     python -m tests.golden.make FOLDER
 

@@ -1,4 +1,4 @@
-"""The runs whose files are kept: models, what is done with them, and what is recorded of that.
+"""The runs of the golden files: models, calls and options.
 
 Each is run three times: traced, when a file was made; left alone, for what must be in it; and
 traced again, when a test appends to the file. So nothing here may depend on chance but the inputs,

@@ -1,4 +1,4 @@
-"""Files of every version of the format that was ever written are read, and appended to.
+"""Files of every released format version can be read and appended to.
 
 What must be in them was worked out without grutrace when they were made: see `make.py`.
 """
@@ -207,8 +207,8 @@ def test_a_golden_file_is_read(kept, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in GOLDENS if name != "killed"])
-def test_a_golden_file_is_appended_to(kept, name, tmp_path):
-    """What was there stays; what is new is what PyTorch makes of the same run on this processor."""
+def test_a_golden_file_can_be_appended_to(kept, name, tmp_path):
+    """The old content stays. The new content equals PyTorch's results on this processor."""
     again = tmp_path / "again"
     again.mkdir()
     path, golden = unpack(kept, name, tmp_path), GOLDENS[name]
@@ -253,8 +253,8 @@ def test_a_golden_run_of_parts_is_one_trace(kept, tmp_path):
         check_plain(path, *expected(kept, name))
 
 
-def test_a_writer_that_was_killed_leaves_more_than_counts(kept, tmp_path):
-    """Control: there is something in the file that must not be read."""
+def test_control_a_killed_writer_leaves_uncommitted_rows(kept, tmp_path):
+    """The file contains rows that must not be read."""
     path = unpack(kept, "killed", tmp_path)
     with h5py.File(path, "r", swmr=True) as file:
         counted = int(file["committed"][()]["calls"])
@@ -262,8 +262,8 @@ def test_a_writer_that_was_killed_leaves_more_than_counts(kept, tmp_path):
         assert len(file["calls"]) > counted
 
 
-def test_golden_statistics_are_read(kept, tmp_path):
-    """Against NumPy over what PyTorch and the equations gave when the file was made."""
+def test_golden_statistics_can_be_read(kept, tmp_path):
+    """Against NumPy over the values of PyTorch and the equations from when the file was written."""
     path = unpack(kept, "statistics", tmp_path)
     said, arrays = expected(kept, "decoder")
     ((name, of_site),) = sites_of(arrays).items()
@@ -297,7 +297,7 @@ def test_golden_statistics_are_read(kept, tmp_path):
     assert grutrace.Statistics.load(path).steps == 2 * steps
 
 
-def test_control_one_bit_is_noticed(kept, tmp_path):
+def test_control_one_bit_is_detected(kept, tmp_path):
     path = unpack(kept, "inline", tmp_path)
     said, arrays = expected(kept, "inline")
     with h5py.File(path, "r+") as file:
@@ -309,7 +309,7 @@ def test_control_one_bit_is_noticed(kept, tmp_path):
         check_plain(path, said, arrays)
 
 
-def test_control_a_gate_that_is_off_is_noticed(kept, tmp_path):
+def test_control_a_wrong_gate_is_detected(kept, tmp_path):
     path = unpack(kept, "deferred", tmp_path)
     said, arrays = expected(kept, "deferred")
     arrays["rnn.l1_reverse/update"][0, 0] += 1e-4
@@ -359,7 +359,7 @@ def test_a_newer_major_version_is_refused_by_name(kept, tmp_path, version, capsy
 
 
 @pytest.mark.parametrize("version", [(0, 9), (-1, 0)])
-def test_a_version_that_never_was_is_refused(kept, tmp_path, version):
+def test_an_unknown_version_is_refused(kept, tmp_path, version):
     path = unpack(kept, "inline", tmp_path)
     set_version(path, *version)
     with pytest.raises(grutrace.TraceFileError, match="format_version"):

@@ -1,4 +1,4 @@
-"""The equations against float64 NumPy, nn.GRUCell, and conventions of other texts."""
+"""Tests of the equations, against float64 NumPy, nn.GRUCell and other conventions."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def test_gates_equal_the_equations(drawn) -> None:
         assert (off <= expected.bounds[name]).all()
 
 
-def test_step_equals_pytorchs_cell_to_rounding(drawn) -> None:
+def test_a_step_equals_pytorchs_cell_within_rounding(drawn) -> None:
     layer, x, h = drawn
     off = (cell.step(cell.gates(products(*drawn)), h) - layer(x, h)).abs().max()
     assert off <= 8 * torch.finfo(torch.float64).eps
 
 
-def test_preactivations_are_what_the_functions_are_applied_to(drawn) -> None:
+def test_preactivations_are_the_arguments_of_the_activations(drawn) -> None:
     found, before = cell.gates(products(*drawn)), cell.preactivations(products(*drawn))
     assert torch.equal(found.reset, before.reset.sigmoid())
     assert torch.equal(found.update, before.update.sigmoid())
@@ -52,7 +52,7 @@ def test_an_update_gate_of_one_keeps_the_state(drawn) -> None:
 
 
 @pytest.mark.parametrize("swap", [(0, 1), (0, 2), (1, 2)])
-def test_control_swapped_parts_are_not_the_equations(drawn, swap) -> None:
+def test_control_swapped_gates_do_not_fit_the_equations(drawn, swap) -> None:
     layer, x, h = drawn
     parts = list(layer.weight_ih.chunk(3))
     parts[swap[0]], parts[swap[1]] = parts[swap[1]], parts[swap[0]]

@@ -1,4 +1,4 @@
-"""The layouts against plain loops over sequences and steps."""
+"""Tests of the layouts, against loops over sequences and steps."""
 
 from __future__ import annotations
 

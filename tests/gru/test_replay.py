@@ -1,4 +1,4 @@
-"""The shadow replays a call from the live weights, and its residual catches what is wrong."""
+"""Tests of the gate replay: it uses the current weights, and its residual detects errors."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ def call(request) -> Call:
     return Call(request.param)
 
 
-def test_an_honest_replay_is_within_its_tolerance(call) -> None:
+def test_a_correct_replay_is_within_its_tolerance(call) -> None:
     found = call.replay()
     assert found.residual <= found.tolerance
     assert found.tolerance < 200 * torch.finfo(call.input.dtype).eps
 
 
-def test_the_kernels_own_gates(call) -> None:
+def test_replayed_gates_equal_the_kernels(call) -> None:
     output, _ = call.layer(call.input, call.initial)
     (kernel,) = oracles.harvest_layers(output.grad_fn, 2 * H)
     for name, value in call.replay().gates.items():
         assert (value - kernel[name][..., :H]).abs().max() <= call.replay().tolerance
 
 
-def test_it_holds_no_copy_of_the_weights(call) -> None:
+def test_the_replay_holds_no_copy_of_the_weights(call) -> None:
     shadow = GateReplay(call.layer, reverse=True)
     assert shadow.weights.weight_hh is call.layer.weight_hh_l0_reverse
     before = call.replay().gates["update"]
@@ -99,12 +99,12 @@ CONTROLS = {
 
 
 @pytest.mark.parametrize("control", CONTROLS)
-def test_control_what_is_wrong_exceeds_the_tolerance(call, control) -> None:
+def test_control_wrong_values_exceed_the_tolerance(call, control) -> None:
     found = CONTROLS[control](call)
     assert found.residual > 10 * found.tolerance
 
 
-def test_no_number_in_both_is_no_difference_and_in_one_is_infinite(call) -> None:
+def test_nan_in_both_is_equal_and_in_one_is_infinite(call) -> None:
     call.input[3, 1, 2] = math.nan
     call.hidden = call.layer(call.input, call.initial)[0].detach()[..., :H]
     assert call.hidden.isnan().any()
@@ -129,7 +129,7 @@ def replay_elsewhere(call: Call, offset: int) -> ReplayResult:
 
 
 @pytest.mark.parametrize("here", [True, False], ids=["this processor", "another"])
-def test_two_replays_are_the_same_bits_wherever_tensors_lie(call, here, monkeypatch) -> None:
+def test_replays_are_bit_identical_for_any_address(call, here, monkeypatch) -> None:
     if not here:
         other_processor.install(monkeypatch)
     expected = call.replay()
@@ -140,7 +140,7 @@ def test_two_replays_are_the_same_bits_wherever_tensors_lie(call, here, monkeypa
         assert found.residual == expected.residual
 
 
-def test_control_on_another_processor_the_address_shows(call, monkeypatch) -> None:
+def test_control_on_another_processor_the_address_matters(call, monkeypatch) -> None:
     other_processor.install(monkeypatch)
     monkeypatch.setattr(cell, "_aligned", lambda values: values)
     expected, found = call.replay(), replay_elsewhere(call, 1)
@@ -149,7 +149,7 @@ def test_control_on_another_processor_the_address_shows(call, monkeypatch) -> No
 
 
 def test_the_tolerance_covers_gates_of_fewer_rows(call, monkeypatch) -> None:
-    """On another processor a replay of some steps ends in other digits than that of all."""
+    """On another processor, a replay of some steps may round differently from one of all."""
     other_processor.install(monkeypatch)
     whole = call.replay()
     for count in range(1, T):
@@ -193,7 +193,7 @@ def test_the_tolerance_covers_float32_against_float64() -> None:
                 assert off <= 0.5 * narrow.tolerance
 
 
-def test_the_tolerance_grows_with_what_it_depends_on() -> None:
+def test_the_tolerance_grows_with_sizes_and_scales() -> None:
     sizes = {"terms": 100, "state": 1.0, "product": 3.0, "recurrent": 2.0}
     plain = tolerance(torch.float32, **sizes)
     for name, size in sizes.items():

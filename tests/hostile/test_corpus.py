@@ -1,4 +1,4 @@
-"""Hostile files by the thousand: a clear error or a correct read each time, and nothing else.
+"""Thousands of hostile files: each gives a clear error or is read correctly.
 
 `python -m tools.hostile` judges more of them.
 """
@@ -43,7 +43,7 @@ def test_the_corpus():
 
 
 def test_each_change_can_be_made(tmp_path):
-    """What h5py would not do is no case."""
+    """h5py makes each change in some file."""
     os.mkfifo(tmp_path / "pipe")
     for kind, changes in ((h5py.Dataset, datasets.CHANGES), (h5py.Group, groups.CHANGES)):
         for name, change in changes.items():
@@ -60,7 +60,7 @@ def test_each_change_can_be_made(tmp_path):
             assert made, name
 
 
-def test_a_case_is_the_same_each_time(tmp_path):
+def test_a_case_is_reproducible(tmp_path):
     contents = []
     for number in (8, 10, 13, 15):
         for turn in "ab":
@@ -80,7 +80,7 @@ def test_cut_at_every_page(name, tmp_path):
             load(path)
 
 
-def test_the_checksum_is_hdf5s(tmp_path):
+def test_the_checksum_equals_hdf5s(tmp_path):
     # The author's own example.
     assert lookup3(b"Four score and seven years ago") == 0x17770551
     path = tmp_path / "run.h5"
@@ -107,8 +107,8 @@ def test_the_checksum_is_hdf5s(tmp_path):
     assert sum(refused[True]) < sum(refused[False]) // 2
 
 
-def test_control_the_pipe_is_a_trap(tmp_path):
-    """Whoever follows a link out of the file does not come back."""
+def test_control_the_pipe_blocks_a_reader(tmp_path):
+    """A reader that follows a link out of the file never returns."""
     os.mkfifo(tmp_path / "pipe")
     path = seeds.put("decoder", tmp_path / "run.h5")
     with h5py.File(path, "r+", libver=("v110", "v110")) as file:
@@ -126,7 +126,7 @@ def judged(folder, *commands):
     return judge.judge(folder, lambda _: None, commands)
 
 
-def test_control_the_judge_finds_what_is_wrong(tmp_path, monkeypatch, capsys):
+def test_control_the_judge_detects_faults(tmp_path, monkeypatch, capsys):
     assert judged(tmp_path, "info").outcome == "read"
 
     def spoilt(trace):

@@ -1,4 +1,4 @@
-"""Single things that a file of others may try, each with a control where one is needed."""
+"""Single attacks by a hostile file, with a control where the attack must be shown to work."""
 
 from __future__ import annotations
 
@@ -87,15 +87,15 @@ def fork(file, steps):
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_does_not_hold_together_is_refused(path, what):
+def test_inconsistent_files_are_refused(path, what):
     change, match = REFUSED[what]
     with changed(path) as file:
         change(file)
     refused(path, match)
 
 
-def test_a_name_with_a_slash_is_no_path(path):
-    """A group can hold one, which HDF5 would never write, and read would follow."""
+def test_a_name_with_a_slash_is_not_a_path(path):
+    """A damaged group can contain such a name. HDF5 never writes one, but would follow it."""
     os.mkfifo(path.parent / "pipe")
     with changed(path) as file:
         file.create_group("modules/x_y")
@@ -120,8 +120,8 @@ def test_a_name_with_a_slash_is_no_path(path):
     refused(path, "ExternalLink")
 
 
-def test_many_tables_that_are_one_are_not_all_read(path):
-    """Each is as large as the file allows, and all are the same bytes."""
+def test_tables_that_share_their_bytes_are_not_all_read(path):
+    """Each table is as large as the file allows, and all share the same bytes."""
     with changed(path) as file:
         pieces = file["modules/rnn/pieces"]
         many = 8 * path.stat().st_size // pieces.dtype.itemsize
@@ -145,7 +145,7 @@ def test_many_tables_that_are_one_are_not_all_read(path):
 
 
 @pytest.mark.parametrize("options", [{"compression": "gzip"}, {"compression": "lzf"}])
-def test_what_another_program_has_packed_is_read(path, options):
+def test_files_compressed_by_another_program_are_read(path, options):
     before = PlainTrace(path)
     with changed(path) as file:
         for place in ("calls", "modules/rnn/pieces", f"{SITE}/update", f"{SITE}/weight_hh"):
@@ -161,7 +161,7 @@ def test_what_another_program_has_packed_is_read(path, options):
             np.testing.assert_array_equal(sequence.update, exact)
 
 
-def test_what_is_packed_tighter_than_can_be_is_refused(path):
+def test_an_impossible_compression_ratio_is_refused(path):
     with changed(path) as file:
         dtype = file["calls"].dtype
         del file["calls"]
@@ -219,7 +219,7 @@ def test_no_filter_is_loaded_for_a_dataset(path, tmp_path):
         subprocess.run([sys.executable, "-c", naive], env=environment, timeout=4)
 
 
-def test_commands_load_no_plugin_at_all(path):
+def test_commands_load_no_plugin(path):
     import ctypes
 
     from grutrace.storage.hdf5.safe_open import _hdf5, disable_plugins
@@ -239,7 +239,7 @@ def test_commands_load_no_plugin_at_all(path):
 # What else is in the folder.
 
 
-def test_no_code_beside_the_file_is_run(path, monkeypatch):
+def test_no_code_in_the_files_folder_is_run(path, monkeypatch):
     mark = path.parent / "ran"
     for name in ("h5py", "numpy", "grutrace", "resource", "json"):
         (path.parent / f"{name}.py").write_text(f"open({str(mark)!r}, 'w')\n")
@@ -251,7 +251,7 @@ def test_no_code_beside_the_file_is_run(path, monkeypatch):
     assert mark.exists()
 
 
-def test_a_part_that_is_a_link_out_of_the_folder_is_refused(tmp_path):
+def test_a_part_that_links_out_of_the_folder_is_refused(tmp_path):
     folder, outside = tmp_path / "run", tmp_path / "outside"
     folder.mkdir()
     outside.mkdir()
@@ -299,7 +299,7 @@ def test_nothing_is_appended_through_a_link(path):
         (b" " * 512 + b"\x89HDF\r\n\x1a\n", "an HDF5 file with a user block"),
     ],
 )
-def test_what_is_no_hdf5_is_named(tmp_path, content, found, capsys):
+def test_files_of_other_kinds_are_named(tmp_path, content, found, capsys):
     path = tmp_path / "run.h5"
     path.write_bytes(content)
     refused(path, rf"is not a grutrace trace \(it is {found}\)$")
@@ -312,7 +312,7 @@ def test_what_is_no_hdf5_is_named(tmp_path, content, found, capsys):
         assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_checkpoint_of_this_torch_is_told(tmp_path):
+def test_a_checkpoint_of_this_torch_is_named(tmp_path):
     import torch
 
     torch.save({"weight": torch.zeros(3)}, tmp_path / "run.h5")
@@ -320,7 +320,7 @@ def test_a_checkpoint_of_this_torch_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["[/red]", "[bold]x", "\x1b[2J", "a\nb", "\u202ex", ":smile:"])
-def test_a_name_does_nothing_to_a_terminal(path, name, capsys):
+def test_a_name_cannot_control_the_terminal(path, name, capsys):
     with changed(path) as file:
         file.attrs["model"] = name
         file[SITE].attrs["name"] = name
@@ -342,7 +342,7 @@ def test_a_message_is_one_line(path, capsys):
     assert "two\\nlines\\x1b[2J" in capsys.readouterr().err
 
 
-def test_a_tolerance_that_is_no_number_lets_nothing_pass(path):
+def test_a_nan_tolerance_fails_every_check(path):
     with grutrace.open(path) as trace:
         assert all(each.holds for each in verify(trace))
     with changed(path) as file:
@@ -356,7 +356,7 @@ def test_a_tolerance_that_is_no_number_lets_nothing_pass(path):
 # The look from outside.
 
 
-def test_a_sound_file_is_looked_at(path):
+def test_an_intact_file_passes_the_preflight(path):
     preflight.check_in_subprocess(path)
 
 
@@ -370,7 +370,7 @@ def test_a_sound_file_is_looked_at(path):
         ("import no_such_module", "could not be checked in a subprocess"),
     ],
 )
-def test_what_the_other_process_does_is_said(path, code, said, monkeypatch, capsys):
+def test_the_end_of_the_subprocess_is_reported(path, code, said, monkeypatch, capsys):
     monkeypatch.setattr(preflight, "_SCRIPT", code)
     with pytest.raises(grutrace.TraceFileError, match=said):
         preflight.check_in_subprocess(path, limit=1)
@@ -381,8 +381,8 @@ def test_what_the_other_process_does_is_said(path, code, said, monkeypatch, caps
         assert not path.with_name("out.h5").exists()
 
 
-def test_the_other_process_has_a_limit(path, monkeypatch):
-    """Memory that a file of this size cannot ask for is not given."""
+def test_the_subprocess_has_a_memory_limit(path, monkeypatch):
+    """The limit is far above the needs of a file of this size."""
     code = preflight._SCRIPT.replace(
         "from {module} import {function}", "from grutrace.storage.recovery import preflight"
     )
@@ -395,8 +395,8 @@ def test_the_other_process_has_a_limit(path, monkeypatch):
         preflight.check_in_subprocess(path)
 
 
-def test_damage_in_a_file_that_is_being_written_is_not_waited_for(tmp_path):
-    """HDF5 left alone tries a hundred times, and waits twice as long each time: for years."""
+def test_damage_in_a_growing_file_is_reported_at_once(tmp_path):
+    """HDF5 itself retries a hundred times with doubled waits, which takes years."""
     path = tmp_path / "run.h5"
     content = bytearray(seeds.content("killed"))
     content[200] ^= 4

@@ -1,4 +1,4 @@
-"""The model and the batch of most of these tests."""
+"""The model and the batch of most integration tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model with everything that is listened to differently, and how its traces are compared."""
+"""A model with every kind of traced layer, and the comparison of its traces."""
 
 from __future__ import annotations
 

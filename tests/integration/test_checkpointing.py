@@ -1,4 +1,4 @@
-"""Activation checkpointing runs a forward again inside backward: it is recorded once."""
+"""With activation checkpointing, the recomputed forward is not recorded again."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_recomputation_is_not_recorded_again(reentrant, stacks, model, batch) 
 def test_recording_may_start_or_end_between_forward_and_backward(
     starts, reentrant, model, batch
 ) -> None:
-    """PyTorch compares what the recomputation saves with what the forward saved."""
+    """PyTorch compares the saved tensors of the recomputation with those of the forward."""
     expected = step(model, batch, reentrant)
     model.zero_grad()
     torch.manual_seed(2)
@@ -65,7 +65,7 @@ def test_recording_may_start_or_end_between_forward_and_backward(
     assert all(map(torch.equal, expected, found))
 
 
-def test_a_call_within_backward_that_repeats_nothing_is_recorded(batch) -> None:
+def test_a_new_call_within_backward_is_recorded(batch) -> None:
     cell = nn.GRUCell(3, 3)
 
     class InBackward(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""torch.compile: a traced call stays out of the graphs, and is recorded as ever."""
+"""With torch.compile, a traced call stays outside the graphs and is recorded."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def as_function(cell, fullgraph):
 
 @pytest.mark.parametrize("fullgraph", [False, True])
 @pytest.mark.parametrize("way", [as_module, as_function])
-def test_a_graph_with_a_cell_in_it_is_recorded_whole(way, fullgraph, cell) -> None:
+def test_every_call_of_a_graph_with_a_cell_is_recorded(way, fullgraph, cell) -> None:
     compiled, x = way(cell, fullgraph), torch.randn(2, 3)
     expected = compiled(x)
     with words() as said, trace(cell) as found:
@@ -121,7 +121,7 @@ def test_a_graph_with_a_cell_in_it_is_recorded_whole(way, fullgraph, cell) -> No
     assert "Pass compiled='eager'" in said[0]
 
 
-def test_a_cell_that_is_compiled_while_it_is_recorded_is_named(cell) -> None:
+def test_a_cell_compiled_during_a_recording_is_reported(cell) -> None:
     x = torch.randn(2, 3)
     with words() as said, trace(cell) as found:
         as_module(cell, True)(x)
@@ -137,7 +137,7 @@ def test_a_cell_that_is_compiled_while_it_is_recorded_is_named(cell) -> None:
     assert not said
 
 
-def test_a_neighbour_is_compiled_whole_while_something_is_recorded(cell) -> None:
+def test_another_model_is_compiled_whole_during_a_recording(cell) -> None:
     other, x = nn.Sequential(nn.GRUCell(3, 3)), torch.randn(2, 3)
     with words(), trace(cell) as found:
         for fullgraph in (True, False):
@@ -148,7 +148,7 @@ def test_a_neighbour_is_compiled_whole_while_something_is_recorded(cell) -> None
     assert len(found.calls) == 1
 
 
-def test_the_users_own_stance_is_put_back(cell) -> None:
+def test_the_users_own_stance_is_restored(cell) -> None:
     with torch.compiler.set_stance("eager_on_recompile"), trace(cell, compiled="eager"):
         assert torch._dynamo.eval_frame._stance.stance == "force_eager"
         with trace(cell, compiled="eager"):
@@ -158,7 +158,7 @@ def test_the_users_own_stance_is_put_back(cell) -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_a_gru_that_the_compiler_is_told_to_compile(layers) -> None:
+def test_a_gru_compiled_with_allow_rnn_is_reported(layers) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.GRU(3, 3, layers))
     x = torch.randn(4, 3)
     _, eager = eagerly(model, lambda: model(x))
@@ -189,7 +189,7 @@ assert compiled(x)[0].equal(model(x)[0]) or "{backend}" == "inductor"
 
 
 @pytest.mark.parametrize(("layers", "backend"), [(1, "eager"), (2, "inductor")])
-def test_the_compiler_comes_after_the_hooks(layers, backend) -> None:
+def test_compiling_after_attaching(layers, backend) -> None:
     script = SCRIPT.format(layers=layers, backend=backend)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

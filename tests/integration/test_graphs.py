@@ -1,4 +1,4 @@
-"""Turning an attached model into a graph: the same graph as ever, and a word on what is missed."""
+"""An attached model gives the same graph as before; a warning names the missed calls."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def turned(model, batch) -> str:
 
 
 @pytest.mark.parametrize("way", [exported, turned])
-def test_the_graph_is_the_same_and_every_module_is_named_once(way, model, batch) -> None:
+def test_graphs_are_unchanged_and_missed_modules_are_named_once(way, model, batch) -> None:
     expected = way(model, batch)
     with words() as said, trace(model) as found:
         assert way(model, batch) == expected
@@ -46,7 +46,7 @@ def test_the_graph_is_the_same_and_every_module_is_named_once(way, model, batch)
     assert way(nn.Sequential(model, nn.ReLU()), batch) != expected
 
 
-def test_a_model_is_recorded_as_ever_after_its_export(model, batch) -> None:
+def test_a_model_is_recorded_after_its_export(model, batch) -> None:
     _, eager = eagerly(model, lambda: model(batch))
     with trace(model) as found:
         with words():
@@ -55,7 +55,7 @@ def test_a_model_is_recorded_as_ever_after_its_export(model, batch) -> None:
     assert_same(eager, found)
 
 
-def test_strict_export_while_recording_is_the_same(model, batch) -> None:
+def test_strict_export_while_recording_is_unchanged(model, batch) -> None:
     expected = str(torch.export.export(model, (batch,), strict=True).graph)
     with words(), trace(model) as found:
         assert str(torch.export.export(model, (batch,), strict=True).graph) == expected
@@ -63,7 +63,7 @@ def test_strict_export_while_recording_is_the_same(model, batch) -> None:
     assert found.calls["module"].tolist() == CALLS
 
 
-def test_fx_takes_grus_as_they_are_so_the_graph_is_recorded(model, batch) -> None:
+def test_an_fx_graph_keeps_its_grus_and_is_recorded(model, batch) -> None:
     code = torch.fx.symbolic_trace(model).code
     _, eager = eagerly(model, lambda: model(batch))
     with trace(model) as found:
@@ -93,7 +93,7 @@ def test_jit_trace_of_an_attached_model(model, batch) -> None:
     torch.testing.assert_close(traced(batch), model(batch))
 
 
-def test_jit_script_of_a_traced_model_is_that_of_the_model() -> None:
+def test_jit_script_of_a_traced_model_is_unchanged() -> None:
     model, x = nn.Sequential(nn.GRU(3, 4, 2)), torch.randn(5, 2, 3)
     expected = torch.jit.script(model)
     with trace(model) as found:

@@ -1,4 +1,4 @@
-"""An exception or Ctrl-C at any point of a recorded call: nothing stays behind, all goes on."""
+"""An exception or Ctrl-C at any point of a recorded call leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -107,7 +107,9 @@ AMBIGUOUS = pytest.mark.filterwarnings("ignore:cannot tell which sequence a call
 @pytest.mark.parametrize("stacks", ["split", "rerun"])
 @pytest.mark.parametrize("error", [Fault, Interruption])
 @pytest.mark.parametrize("kind", [AtFunction, AtLine])
-def test_an_error_anywhere_in_a_recorded_call(kind, error, stacks, model, batch, tmp_path) -> None:
+def test_an_error_at_any_point_of_a_recorded_call(
+    kind, error, stacks, model, batch, tmp_path
+) -> None:
     expected = model(batch)
     with trace(model, stacks=stacks) as found:
         model(batch)
@@ -167,7 +169,7 @@ def test_an_error_that_ends_the_recording(kind, error, model, batch, tmp_path) -
             assert all(found[site].residual < 1e-5 for site in found.sites)
 
 
-def test_control_the_injectors_raise_where_they_should(model, batch) -> None:
+def test_control_the_injectors_raise(model, batch) -> None:
     with pytest.raises(Fault), AtFunction(1, Fault):
         model(batch)
     with trace(model):
@@ -217,7 +219,7 @@ def test_a_sink_that_fails_at_any_record(place, model, batch) -> None:
     assert tracer["stack.l0"].residual < 1e-5
 
 
-def test_an_interruption_leaves_other_models_alone(batch) -> None:
+def test_an_interruption_does_not_affect_other_models(batch) -> None:
     class Interrupted(nn.GRU):
         def forward(self, *_):
             raise Interruption("on purpose")

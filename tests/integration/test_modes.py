@@ -1,4 +1,4 @@
-"""What others put around a model, or on it, notices nothing; what they take away is noticed."""
+"""Modes and hooks of other code see no difference; a removed hook is reported."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_mode_of_the_user_does_not_see_the_replay(kind, stacks, model, batch) 
 
 
 @pytest.mark.parametrize("stacks", ["split", "rerun"])
-def test_a_counter_of_operations_counts_the_models_own(stacks, model, batch) -> None:
+def test_an_operation_counter_counts_only_the_models_operations(stacks, model, batch) -> None:
     counted = []
     for found in (None, trace(model, stacks=stacks)):
         if found is not None:
@@ -79,7 +79,7 @@ def test_a_default_device_or_type_changes_nothing(model, batch) -> None:
 
 
 @pytest.mark.parametrize("path", ["stack", "layer", "cell"])
-def test_hooks_that_somebody_clears_are_not_needed(path, model, batch) -> None:
+def test_tracing_survives_cleared_hooks(path, model, batch) -> None:
     module = model.get_submodule(path)
     with words() as said, trace(model) as found:
         model(batch)
@@ -91,7 +91,7 @@ def test_hooks_that_somebody_clears_are_not_needed(path, model, batch) -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-def test_other_peoples_handles_work_on(layers) -> None:
+def test_other_hook_handles_still_work(layers) -> None:
     layer = nn.GRU(2, 3, layers)
     called = []
     handles = [layer.register_forward_hook(lambda *_: called.append(1))]
@@ -124,8 +124,8 @@ def test_full_backward_hooks_of_the_user(batch) -> None:
         )
 
 
-def test_a_model_and_a_tracer_that_are_forgotten_while_attached(tmp_path, batch) -> None:
-    """Nothing of ours keeps them alive, and the file is closed."""
+def test_an_attached_model_and_tracer_are_garbage_collected(tmp_path, batch) -> None:
+    """No reference of grutrace keeps them alive, and the file is closed."""
     model = Mixed()
     tracer = trace(model, path=tmp_path / "run.h5")
     tracer.start()
@@ -143,7 +143,7 @@ def test_a_model_and_a_tracer_that_are_forgotten_while_attached(tmp_path, batch)
 
 
 @pytest.mark.parametrize("with_block", [True, False])
-def test_what_was_never_called_is_named(with_block, model, batch) -> None:
+def test_a_module_that_was_never_called_is_reported(with_block, model, batch) -> None:
     with words() as said:
         tracer = trace(model)
         if with_block:
@@ -160,7 +160,7 @@ def test_what_was_never_called_is_named(with_block, model, batch) -> None:
     )
 
 
-def test_a_tracer_that_never_recorded_or_failed_names_nothing(model, batch) -> None:
+def test_a_tracer_that_never_recorded_or_failed_reports_nothing(model, batch) -> None:
     with words() as said:
         trace(model, recording=False).close()
         with pytest.raises(ValueError, match="on purpose"), trace(model):
@@ -168,8 +168,8 @@ def test_a_tracer_that_never_recorded_or_failed_names_nothing(model, batch) -> N
     assert said == []
 
 
-def test_dropout_masks_that_cannot_be_known_are_said_and_left_alone(monkeypatch) -> None:
-    """On other devices than a CPU; which device it is, is all that the test makes up."""
+def test_unknown_dropout_masks_are_reported(monkeypatch) -> None:
+    """On devices other than a CPU. The test only fakes the device."""
     monkeypatch.setattr("grutrace.capture.kernel_calls.observation._on_cpu", lambda _: False)
     layer, x = nn.GRU(3, 4, 2, dropout=0.5), torch.randn(5, 2, 3)
     torch.manual_seed(1)

@@ -1,4 +1,4 @@
-"""What else runs in the process while a model is recorded: the same as without."""
+"""Other code of the process runs as without a recording."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize("place", ["same thread", "another thread"])
 @pytest.mark.parametrize("neighbour", NEIGHBOURS)
-def test_a_neighbour_is_left_alone(neighbour, place, batch) -> None:
+def test_other_code_is_unaffected(neighbour, place, batch) -> None:
     torch.manual_seed(0)
     recorded, other = Mixed(dropout=0.0), Mixed(dropout=0.0)
     expected = neighbour(other, batch)
@@ -103,8 +103,8 @@ def test_a_neighbour_is_left_alone(neighbour, place, batch) -> None:
         assert not same(neighbour(Mixed(dropout=0.0), batch), expected)
 
 
-def test_a_neighbour_in_a_busy_thread_is_never_disturbed(batch) -> None:
-    """Recording starts and stops all the while."""
+def test_other_code_in_a_busy_thread_is_unaffected(batch) -> None:
+    """Recording starts and stops all the time."""
     torch.manual_seed(0)
     recorded, other = Mixed(dropout=0.0), Mixed(dropout=0.0)
     expected, end, wrong = other(batch), threading.Event(), []

@@ -1,4 +1,4 @@
-"""Forked children leave the parent's trace alone; each rank of a distributed run has its own."""
+"""Forked children do not change the parent's trace; each distributed rank has its own trace."""
 
 from __future__ import annotations
 
@@ -59,9 +59,7 @@ def test_workers_of_a_data_loader_are_forked_while_a_file_is_written(path, model
 
 @forks
 @pytest.mark.parametrize("path", [None, "run.h5"])
-def test_a_child_that_runs_the_model_records_nothing_and_says_so_once(
-    path, model, tmp_path
-) -> None:
+def test_a_child_that_runs_the_model_warns_once_and_records_nothing(path, model, tmp_path) -> None:
     loader = DataLoader(
         Batches(model), batch_size=None, num_workers=1, multiprocessing_context="fork"
     )

@@ -1,4 +1,4 @@
-"""Threads that run one model, and tracers that come and go, nested or not, while it runs."""
+"""Tests of threads that run one model while tracers start and stop."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_control_an_error_in_a_thread_is_seen() -> None:
 
 @pytest.mark.parametrize("first", ["split", "rerun"])
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_tracers_that_end_in_any_order(order, first, model, batch) -> None:
+def test_tracers_may_end_in_any_order(order, first, model, batch) -> None:
     expected, eager = eagerly(model, lambda: model(batch))
     tracers = [trace(model, stacks=each) for each in (first, "auto", "split")]
     for each in tracers:
@@ -110,8 +110,8 @@ def test_tracers_that_end_in_any_order(order, first, model, batch) -> None:
     assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
 
 
-def test_a_tracer_within_the_forward_of_a_traced_model(model, batch) -> None:
-    """Tracing within tracing: of a part, from inside the whole."""
+def test_a_tracer_within_a_traced_forward(model, batch) -> None:
+    """A part of the model is traced from inside the traced model."""
     _, eager = eagerly(model, lambda: model(batch))
     inner = []
 

@@ -1,4 +1,4 @@
-"""Training with and without a tracer ends in the same weights, and each version is kept apart."""
+"""Training gives the same weights with and without a tracer; each version is stored."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ CHANGES = [
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_each_version_of_the_weights_is_kept_apart(change, model, batch, tmp_path) -> None:
+def test_each_version_of_the_weights_is_stored(change, model, batch, tmp_path) -> None:
     model.eval()
     versions = []
     path = tmp_path / "run.h5"
@@ -183,7 +183,7 @@ def test_each_version_of_the_weights_is_kept_apart(change, model, batch, tmp_pat
                     check_sequence(sequence, weights, sequence.previous)
 
 
-def test_a_model_that_is_halved_while_it_is_attached(model, batch) -> None:
+def test_a_model_converted_to_half_while_attached(model, batch) -> None:
     model.eval()
     with trace(model) as found:
         model(batch)
@@ -197,9 +197,7 @@ def test_a_model_that_is_halved_while_it_is_attached(model, batch) -> None:
 
 @pytest.mark.parametrize("attached", [torch.inference_mode, torch.no_grad, torch.enable_grad])
 @pytest.mark.parametrize("called", [torch.inference_mode, torch.no_grad, torch.enable_grad])
-def test_attached_in_one_mode_of_gradients_and_called_in_another(
-    attached, called, model, batch
-) -> None:
+def test_attached_with_and_called_without_gradients(attached, called, model, batch) -> None:
     model.eval()
     with called():
         expected = model(batch)

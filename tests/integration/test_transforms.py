@@ -1,4 +1,4 @@
-"""torch.func and forward-mode differentiation: recorded where values can be had."""
+"""Calls under torch.func and forward-mode differentiation are recorded where values exist."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def test_functional_call_is_recorded_with_its_weights(model, batch) -> None:
             np.testing.assert_array_equal(stored, given[name].detach())
 
 
-def test_vmap_runs_a_cell_sample_by_sample_and_each_is_recorded(model) -> None:
-    """PyTorch has no rule for a cell under vmap, and none for nn.GRU, which raises."""
+def test_vmap_records_a_cell_sample_by_sample(model) -> None:
+    """PyTorch has no batching rule for a cell under vmap, and nn.GRU raises."""
     rows = torch.randn(3, 2, 8)
     expected = torch.vmap(model.cell)(rows)
     with words() as said, trace(model, sites="cell.*") as found:

@@ -1,4 +1,4 @@
-"""Every test builds the same model each time."""
+"""A fixed seed for every test, so that each builds the same model."""
 
 from __future__ import annotations
 

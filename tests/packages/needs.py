@@ -1,4 +1,4 @@
-"""Packages that build on nn.GRU or nn.GRUCell: present in CI, may be missing elsewhere."""
+"""Packages that use nn.GRU or nn.GRUCell: required in CI, optional elsewhere."""
 
 from __future__ import annotations
 

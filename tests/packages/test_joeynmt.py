@@ -1,4 +1,4 @@
-"""Translation: a packed bidirectional encoder, and a decoder that is called once a token."""
+"""Translation: a packed bidirectional encoder, and a decoder with one call per token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Trained weights: consensus of nanopore reads, a bidirectional stack over hundreds of steps."""
+"""Nanopore consensus: trained weights, a bidirectional stack over hundreds of steps."""
 
 from __future__ import annotations
 

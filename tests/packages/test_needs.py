@@ -1,4 +1,4 @@
-"""A missing package is skipped with a reason, except where CI requires it."""
+"""A test of a missing package is skipped with a reason, except where CI requires it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def test_a_missing_package_is_skipped_with_a_reason(monkeypatch: pytest.MonkeyPa
         needs(MISSING)
 
 
-def test_where_it_is_required_a_missing_package_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_required_package_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(REQUIRED, "1")
     with pytest.raises(ModuleNotFoundError, match=MISSING):
         needs(MISSING)
 
 
-def test_what_is_there_is_imported() -> None:
+def test_an_installed_package_is_imported() -> None:
     assert needs("json").loads("1") == 1

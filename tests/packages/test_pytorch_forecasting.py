@@ -1,4 +1,4 @@
-"""A subclass whose own forward takes a padded batch with lengths, and packs inside."""
+"""A subclass whose forward packs a padded batch with lengths."""
 
 from __future__ import annotations
 

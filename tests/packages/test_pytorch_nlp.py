@@ -1,4 +1,4 @@
-"""Weight drop: weight_hh is a fresh tensor in every call, no parameter of its own name."""
+"""Weight drop: weight_hh is a new tensor in every call, and no parameter."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_weight_drop_around_a_cell(training: bool, tmp_path: Path) -> None:
     assert trace["cell.cell"].extent.versions == (5 if training else 1)
 
 
-def test_a_wrapper_that_goes_round_the_module_is_heard(tmp_path: Path) -> None:
+def test_a_wrapper_that_bypasses_call_is_recorded(tmp_path: Path) -> None:
     """It calls `module.forward(...)`, where PyTorch calls no hooks."""
     model, input = WrappedCells(), torch.randn(5, 4, 8)
     expected = run_once(rebuilt(WrappedCells)(model), lambda model: model(input))

@@ -1,4 +1,4 @@
-"""Graph networks: nn.GRUCell over the nodes of a graph, its output changed in place."""
+"""Graph networks: nn.GRUCell over the nodes of a graph, with its output changed in place."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def graph() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def test_attentive_fp_changes_the_cells_output_in_place(graph, tmp_path: Path) -> None:
-    """`gru(h, x).relu_()`: what is recorded is what the kernel made, not what became of it."""
+    """`gru(h, x).relu_()`: the kernel's output is recorded, not the changed tensor."""
     model = AttentiveFP(FEATURES, HIDDEN, 2, edge_dim=3, num_layers=3, num_timesteps=2, dropout=0.2)
 
     def train(model: AttentiveFP) -> Tensor:
@@ -49,7 +49,7 @@ def test_attentive_fp_changes_the_cells_output_in_place(graph, tmp_path: Path) -
     assert all((trace[site].hidden[:] < 0).any() for site in trace.sites)
 
 
-def test_gated_graph_convolution_is_one_sequence_a_node(graph, tmp_path: Path) -> None:
+def test_gated_graph_convolution_gives_one_sequence_per_node(graph, tmp_path: Path) -> None:
     nodes, edges, _, _ = graph
     model = GatedGraphConv(HIDDEN, num_layers=5, bias=False).eval()
     trace = check_run(model, lambda model: model(nodes, edges), tmp_path)
@@ -94,7 +94,7 @@ def test_gru_aggregation_pads_each_neighbourhood(layers: int, tmp_path: Path) ->
     assert trace["gru.l0"].lengths.tolist() == [6] * 4
 
 
-def test_tree_aggregation_calls_one_cell_for_fewer_and_fewer_rows(tmp_path: Path) -> None:
+def test_tree_aggregation_calls_a_cell_with_fewer_rows_each_time(tmp_path: Path) -> None:
     model = LCMAggregation(FEATURES, HIDDEN).eval()
     neighbours, index = torch.randn(14, FEATURES), torch.arange(14) // 7
     trace = check_run(model, lambda model: model(neighbours, index), tmp_path)

@@ -1,4 +1,4 @@
-"""Recommenders: padded histories of clicks, packed out of order, some of them empty."""
+"""Recommenders: padded click histories, packed in another order, some of them empty."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def test_gru4rec_runs_over_the_padding(history: Tensor, tmp_path: Path) -> None:
     assert set(trace["gru.l1"].weights()) == {"weight_ih", "weight_hh"}
 
 
-def test_dien_leaves_out_users_without_a_past(history: Tensor, tmp_path: Path) -> None:
-    """Two histories a user; its AUGRU is a look-alike in Python, and is left alone."""
+def test_dien_skips_users_without_a_history(history: Tensor, tmp_path: Path) -> None:
+    """Two histories per user. Its AUGRU is written in Python and is not traced."""
     history[2] = 0
     item = SparseFeature("item", ITEMS, 8, initializer=RandomNormal(0, 1.0))
     shop = SparseFeature("shop", ITEMS, 8, initializer=RandomNormal(0, 1.0))

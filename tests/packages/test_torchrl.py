@@ -1,4 +1,4 @@
-"""Reinforcement learning: a policy's memory, and GRUs written in Python."""
+"""Reinforcement learning: the memory of a policy, and GRUs written in Python."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def test_acting_step_by_step_is_one_sequence(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("look_alike", [GRU(4, 6), GRUCell(4, 6)])
-def test_look_alikes_in_python_are_named_and_left_alone(look_alike: nn.Module) -> None:
-    """Their gates are Python's own; there is nothing of nn.GRU in them to trace."""
+def test_grus_written_in_python_are_reported(look_alike: nn.Module) -> None:
+    """They do not use nn.GRU's kernel, so there is nothing to trace."""
     name = f"torchrl.modules.tensordict_module.rnn.{type(look_alike).__name__}"
     with pytest.raises(
         grutrace.UnsupportedError, match=f"the model is a GRU implementation of its own .{name}"

@@ -1,4 +1,4 @@
-"""The same options for `grutrace run`, and what `grutrace info` says of them."""
+"""Tests of the recording options of `grutrace run`, and of `grutrace info` on its files."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_compression(tmp_path, monkeypatch, capsys) -> None:
 
 
 @pytest.mark.parametrize("calls", [3, 5, 7])
-def test_max_calls_is_of_the_whole_run(calls, tmp_path) -> None:
+def test_max_calls_counts_the_whole_run(calls, tmp_path) -> None:
     program = write(tmp_path, TWO_MODELS)
     found = run("--max-calls", str(calls), program, folder=tmp_path)
     assert (found.returncode, found.stdout) == (0, "done\n"), found.stderr
@@ -94,7 +94,7 @@ def test_steps(tmp_path) -> None:
     assert main(["verify", str(tmp_path / "run.h5")]) == 0
 
 
-def test_a_layer_without_such_a_unit_is_named_and_the_script_goes_on(tmp_path) -> None:
+def test_a_layer_without_a_requested_unit_is_reported(tmp_path) -> None:
     program = write(tmp_path, TWO_MODELS)
     found = run("--units", "7", program, folder=tmp_path)
     assert (found.returncode, found.stdout) == (0, "done\n")
@@ -142,7 +142,7 @@ def test_sizes(text, expected) -> None:
     assert parsing.parse_size(text) == expected
 
 
-def test_info_says_what_was_left_out(tmp_path, capsys) -> None:
+def test_info_shows_what_was_not_recorded(tmp_path, capsys) -> None:
     path = tmp_path / "run.h5"
     layer = nn.GRU(2, 3)
     with grutrace.trace(layer, path, every=3, dtype="float16", max_calls=9):

@@ -1,4 +1,4 @@
-"""`grutrace run`: a script runs as if it were run without, and its GRUs are traced."""
+"""Tests of `grutrace run`: the script behaves as without it, and its GRUs are traced."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def without_addresses(text):
         (("-u", "-O", "-W", "error", "-X", "dev"), ["error"]),
     ],
 )
-def test_a_script_is_as_without(interpreter, arguments, tmp_path) -> None:
+def test_a_script_behaves_as_without_grutrace(interpreter, arguments, tmp_path) -> None:
     write(tmp_path, ENDS, "folder/script.py")
     program = ["folder/script.py", *arguments]
     expected = python(*interpreter, *program, folder=tmp_path)
@@ -129,7 +129,7 @@ def test_a_script_is_as_without(interpreter, arguments, tmp_path) -> None:
     assert not list(tmp_path.glob("*.h5"))
 
 
-def test_a_module_is_as_without(tmp_path) -> None:
+def test_a_module_behaves_as_without_grutrace(tmp_path) -> None:
     write(tmp_path, ENDS, "package/inner.py")
     expected = python("-m", "package.inner", "-m", "error", folder=tmp_path)
     assert expected.stdout.count("package.inner")
@@ -138,7 +138,7 @@ def test_a_module_is_as_without(tmp_path) -> None:
     assert (found.returncode, found.stderr) == (expected.returncode, expected.stderr)
 
 
-def test_a_python_path_and_a_sitecustomize_of_the_user_stay(tmp_path) -> None:
+def test_the_users_python_path_and_sitecustomize_are_kept(tmp_path) -> None:
     write(tmp_path, "print('theirs', __name__)", "own/sitecustomize.py")
     write(tmp_path, ENDS)
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "own")}
@@ -151,8 +151,8 @@ def test_a_python_path_and_a_sitecustomize_of_the_user_stay(tmp_path) -> None:
     )
 
 
-def test_control_a_difference_shows(tmp_path) -> None:
-    """The comparison above would see what `runpy` does to a script's surroundings."""
+def test_control_a_difference_is_detected(tmp_path) -> None:
+    """The comparison above detects how `runpy` changes a script's environment."""
     write(tmp_path, ENDS)
     write(tmp_path, "import runpy; runpy.run_path('script.py', run_name='__main__')", "other.py")
     expected = python("script.py", "error", folder=tmp_path)
@@ -161,7 +161,7 @@ def test_control_a_difference_shows(tmp_path) -> None:
     assert found.stderr != expected.stderr
 
 
-def test_no_gru_and_torch_late(tmp_path) -> None:
+def test_a_script_without_grus_that_imports_torch_late(tmp_path) -> None:
     code = """
 import os, sys
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -180,8 +180,8 @@ assert not {"h5py", "grutrace.capture.tracer"} & set(sys.modules), sys.modules.k
     assert not list(tmp_path.glob("*.h5"))
 
 
-def test_the_trace_is_that_of_an_explicit_tracer(tmp_path) -> None:
-    """And an uncaught exception leaves it closed in order, and its traceback the script's own."""
+def test_the_trace_equals_that_of_an_explicit_tracer(tmp_path) -> None:
+    """An uncaught exception closes the trace, and the traceback is the script's own."""
     write(tmp_path, MODEL + "def f():\n    raise ValueError('own')\nf()\n")
     expected = python("script.py", folder=tmp_path)
     found = run("-o", "x.h5", "--record", "hidden,update", "script.py", folder=tmp_path)
@@ -287,7 +287,7 @@ print(torch.get_rng_state().sum().item(), sorted(os.listdir()) == sys.argv)
 """
 
 
-def test_whatever_is_called_is_found(tmp_path) -> None:
+def test_every_called_gru_is_found(tmp_path) -> None:
     expected = python(write(tmp_path, MANY), folder=tmp_path)
     assert expected.returncode == 0, expected.stderr
     (tmp_path / "own.h5").unlink()
@@ -347,7 +347,7 @@ torch.export.export(Model(), (x,))
 """
 
 
-def test_torch_compile_finds_nothing_new(tmp_path) -> None:
+def test_torch_compile_is_unaffected(tmp_path) -> None:
     found = run(write(tmp_path, COMPILED), folder=tmp_path)
     assert found.returncode == 0, found.stderr
     missed, last = found.stderr.splitlines()
@@ -460,7 +460,7 @@ print("done")
 """
 
 
-def test_what_is_found_when_a_script_ends_is_said_and_nothing_is_lost(tmp_path) -> None:
+def test_warnings_at_the_end_of_a_script_lose_no_rows(tmp_path) -> None:
     script = write(tmp_path, TURNS_WARNINGS_INTO_ERRORS)
     found = run("--dtype", "float16", "--record", "update,input", script, folder=tmp_path)
     assert (found.returncode, found.stdout) == (0, "done\n")
@@ -496,7 +496,7 @@ def test_a_full_disk_stops_a_script_that_asks_for_it(tmp_path) -> None:
         assert trace.options["fsync"] is True
 
 
-def test_what_cannot_be_is_refused_before_the_script_runs(tmp_path, capsys) -> None:
+def test_invalid_options_are_refused_before_the_script_runs(tmp_path, capsys) -> None:
     script = str(tmp_path / write(tmp_path, "raise SystemExit(5)"))
     for options in (
         ["-o", str(tmp_path / "none" / "run.h5")],
@@ -521,7 +521,7 @@ def test_what_cannot_be_is_refused_before_the_script_runs(tmp_path, capsys) -> N
     assert not list(tmp_path.glob("*.h5"))
 
 
-def test_the_defaults_of_the_options_are_those_of_the_tracer_and_the_command() -> None:
+def test_the_defaults_equal_those_of_the_tracer_and_the_command() -> None:
     def defaults(function) -> dict[str, object]:
         return {name: each.default for name, each in signature(function).parameters.items()}
 
@@ -551,7 +551,7 @@ for epoch in range(3):
 
 @pytest.mark.parametrize("quiet", [[], ["--quiet"]])
 def test_sites_that_match_nothing_end_the_script_at_its_first_call(quiet, tmp_path) -> None:
-    """Not after hours of training, of which there is then no trace."""
+    """The error comes before hours of untraced training."""
     write(tmp_path, MODEL + "print('trained')\n")
     options = [*quiet, "--sites", "encodr.*", "--sites", "*.l7"]
     found = run(*options, "script.py", folder=tmp_path)
@@ -574,8 +574,8 @@ def test_control_sites_that_match_let_the_script_run(tmp_path) -> None:
     ]
 
 
-def test_sites_of_a_model_that_is_called_later_are_waited_for(tmp_path) -> None:
-    """The script calls an encoder first, and the decoder that is asked for exists already."""
+def test_sites_of_a_model_that_is_called_later_are_recorded(tmp_path) -> None:
+    """The script calls an encoder first. The requested decoder exists already."""
     write(tmp_path, TWO)
     found = run("--sites", "cell", "script.py", folder=tmp_path)
     assert (found.returncode, found.stdout.count("epoch")) == (0, 3), found.stderr
@@ -584,7 +584,7 @@ def test_sites_of_a_model_that_is_called_later_are_waited_for(tmp_path) -> None:
         assert len(trace.calls) == 3
 
 
-def test_a_model_that_is_made_later_is_not_known_at_the_first_call(tmp_path) -> None:
+def test_a_model_created_later_is_unknown_at_the_first_call(tmp_path) -> None:
     write(tmp_path, TWO)
     found = run("--sites", "cell", "script.py", "later", folder=tmp_path)
     assert found.returncode == 2
@@ -616,7 +616,7 @@ with torch.no_grad():
 """
 
 
-def test_cells_made_anew_in_each_call_are_one_site(tmp_path) -> None:
+def test_cells_created_in_each_call_are_one_site(tmp_path) -> None:
     options = ("--weights", "exact", "--compiled", "keep", "--state-memory", "1MiB")
     done = run("-o", "run.h5", *options, write(tmp_path, ANEW), folder=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""A short soak, and that it would notice: see docs/reliability.md for the long one."""
+"""A short soak, and controls that show that it detects faults."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def soak(folder: Path, *arguments: str) -> dict:
 @pytest.mark.slow
 @pytest.mark.measures
 @pytest.mark.skipif(disk.COMPILER is None, reason="a C compiler makes the disk that fails")
-def test_nothing_acknowledged_is_lost(tmp_path) -> None:
-    """Kills; disks that are full or that fail; losses of power; followers."""
+def test_no_acknowledged_call_is_lost(tmp_path) -> None:
+    """Kills, full and failing disks, power losses, concurrent readers."""
     kills = soak(tmp_path, "kills", "--tries", str(KILLS))["kills"]
     assert Counter(each["kind"] for each in kills) == dict.fromkeys(KINDS, KILLS // len(KINDS))
     assert sum(each["acknowledged"] > 0 for each in kills) > KILLS // 2
@@ -69,7 +69,7 @@ def test_nothing_acknowledged_is_lost(tmp_path) -> None:
     assert all(each["changes"] > 2 and each["checked"] > 0 for each in live)
 
 
-def test_control_what_goes_wrong_is_said() -> None:
+def test_control_faults_are_reported() -> None:
     sound = {"acknowledged": 5, "calls": 5, "wrong": 0, "killed": True, "same": True}
     assert wrong("kills", sound) == []
     for change in ({"calls": 4}, {"wrong": 1}, {"killed": False}, {"same": False}, {"error": "x"}):
@@ -102,7 +102,7 @@ def path(tmp_path) -> Path:
     return path
 
 
-def test_control_a_torn_row_is_found(path) -> None:
+def test_control_an_incomplete_row_is_detected(path) -> None:
     calls, wrong_values = torn_rows(path)
     assert (calls, wrong_values) == (9, 0)
     for place in ("update", "hidden", "input", "candidate"):
@@ -114,7 +114,7 @@ def test_control_a_torn_row_is_found(path) -> None:
         assert torn_rows(torn)[1] > 0
 
 
-def test_control_counts_that_run_ahead_are_found(path) -> None:
+def test_control_counts_beyond_the_rows_are_detected(path) -> None:
     with h5py.File(path, "r+") as file:
         dataset = file["modules/encoder/l0/update"]
         dataset.resize(len(dataset) - 1, 0)

@@ -1,4 +1,4 @@
-"""The same figures from whole arrays, with NumPy's own functions in float64."""
+"""The same statistics from whole arrays, with NumPy functions in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures of a quantity against NumPy on all its values at once, however they are split."""
+"""Tests of accumulated statistics, against NumPy on all values, for any split."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def test_equals_all_values_at_once(quantity, shape, dtype) -> None:
 numbers = st.floats(width=32, allow_nan=True, allow_infinity=True)
 
 
-def test_the_variance_of_merged_parts_that_hardly_differ() -> None:
+def test_the_variance_of_merged_parts_with_nearly_equal_means() -> None:
     values = np.array([[1.0], [1.0], [1.0], [1.0000001]], "f4")
     assert_figures(figures("hidden", np.split(values, [1])), values)
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.data())
-def test_equals_all_values_at_once_over_any_splits(data) -> None:
-    """Whatever the values: not numbers, infinities, values at edges and far outside of them."""
+def test_equals_all_values_at_once_for_any_split(data) -> None:
+    """Values may be NaN, infinite, at bin edges or far outside."""
     quantity = data.draw(st.sampled_from(QUANTITIES))
     width = data.draw(st.integers(1, 3))
     some = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.1, 0.9, 0.5, 1 / 32, 1.0000001, np.nan, np.inf])
@@ -62,7 +62,7 @@ def test_equals_all_values_at_once_over_any_splits(data) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 400), min_size=1, max_size=5), st.integers(1, 80))
-def test_merged_parts_are_the_whole(sizes, width) -> None:
+def test_merged_parts_equal_the_whole(sizes, width) -> None:
     parts = [gates(np.random.default_rng(size), size, width) for size in sizes]
     merged = QuantityAccumulator("update", width, 32)
     for part in parts:
@@ -72,8 +72,8 @@ def test_merged_parts_are_the_whole(sizes, width) -> None:
     assert_figures(_unit_statistics("update", merged, 32), np.concatenate(parts))
 
 
-def test_a_gate_that_hardly_moves_keeps_its_variance() -> None:
-    """A gate at 1 - 1e-7: a mean of squares less a squared mean has nothing left of it."""
+def test_a_nearly_constant_gate_keeps_its_variance() -> None:
+    """For a gate at 1 - 1e-7, a mean of squares minus a squared mean loses all digits."""
     rng = np.random.default_rng(0)
     values = (1 - 1e-7 * rng.random((200_000, 2))).astype("f8")
     assert_figures(figures("update", np.split(values, 50)), values)
@@ -81,7 +81,7 @@ def test_a_gate_that_hardly_moves_keeps_its_variance() -> None:
     assert (np.abs(naive / values.var(axis=0) - 1) > 1e-3).all(), "the control"
 
 
-def test_what_is_not_finite_poisons_nothing() -> None:
+def test_values_that_are_not_finite_change_no_other_unit() -> None:
     values = gates(np.random.default_rng(0), 500, 5)
     values[3, 0] = values[400:, 1] = np.nan
     values[7, 2], values[8, 2] = np.inf, -np.inf
@@ -93,7 +93,7 @@ def test_what_is_not_finite_poisons_nothing() -> None:
     assert np.isnan(found.below[3])
 
 
-def test_values_at_the_edges_are_where_numpy_puts_them() -> None:
+def test_values_at_bin_edges_are_counted_as_in_numpy() -> None:
     of_bins = quantity_bins("update", 32)
     at = of_bins.edges.astype("f4")
     values = np.concatenate([at, np.nextafter(at, np.float32(-1)), np.nextafter(at, np.float32(2))])
@@ -101,7 +101,7 @@ def test_values_at_the_edges_are_where_numpy_puts_them() -> None:
     assert figures("update", [np.ones((4, 1), "f4")]).histogram[0, -1] == 4
 
 
-def test_hidden_states_may_lie_outside_of_all_bins() -> None:
+def test_hidden_states_may_lie_outside_all_bins() -> None:
     values = np.array([[-3.0], [-1.0], [0.0], [1.0], [1.5], [70000.0]], "f4")
     found = figures("hidden", [values])
     assert (found.underflow.tolist(), found.overflow.tolist()) == ([1], [2])
@@ -109,14 +109,14 @@ def test_hidden_states_may_lie_outside_of_all_bins() -> None:
     assert_figures(found, values)
 
 
-def test_rows_that_are_not_contiguous_count_alike() -> None:
+def test_rows_that_are_not_contiguous_count_equally() -> None:
     values = gates(np.random.default_rng(0), 300, 40)
     assert_figures(figures("update", [values[:, ::2]]), values[:, ::2])
     assert_figures(figures("update", [np.asfortranarray(values)]), values)
 
 
 @pytest.mark.parametrize("together", [1, 7, 10**9])
-def test_any_size_of_block_counts_alike(together) -> None:
+def test_every_block_size_counts_equally(together) -> None:
     values = gates(np.random.default_rng(0), 200, 5)
     tally = QuantityAccumulator("update", 5, 32, block_elements=together)
     tally.add(values)
@@ -126,8 +126,8 @@ def test_any_size_of_block_counts_alike(together) -> None:
 @pytest.mark.parametrize("width", [33, 70, 300])
 @pytest.mark.parametrize("quantity", ["update", "candidate"])
 @pytest.mark.parametrize("bins", [256, 1024])
-def test_bins_of_some_units_are_counted_together(quantity, bins, width) -> None:
-    """More units than are counted together, and some left over."""
+def test_bins_of_several_units_are_counted_together(quantity, bins, width) -> None:
+    """More units than one group holds, with a remainder."""
     values = gates(np.random.default_rng(0), 90, width)
     values[:3] = np.array([[1.0], [0.0], [0.5]])
     if quantity == "candidate":
@@ -173,7 +173,7 @@ def control_missing(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("broken", [control_join, control_bins, control_missing])
-def test_control_what_is_broken_is_noticed(broken, monkeypatch) -> None:
+def test_control_errors_are_detected(broken, monkeypatch) -> None:
     values = gates(np.random.default_rng(0), 200, 5)
     values[100:] **= 3
     values[3, 2] = np.nan

@@ -1,4 +1,4 @@
-"""The file of statistics: read as docs/format.md has it, kept current, and never trusted."""
+"""Tests of the statistics file: it follows docs/format.md, stays current, and is validated."""
 
 from __future__ import annotations
 
@@ -69,14 +69,14 @@ def counted(layer, *given, calls=2, **options):
     return statistics
 
 
-def test_a_file_holds_what_was_counted(layer, path) -> None:
+def test_a_file_holds_the_statistics(layer, path) -> None:
     statistics = counted(layer, path)
     assert_same(grutrace.Statistics.load(path), statistics, exactly=True)
     assert os.listdir(path.parent) == ["stats.h5"]
 
 
-def test_the_format_is_as_documented(layer, path) -> None:
-    """Against NumPy on a full trace, read by code that knows the specification only."""
+def test_the_format_follows_the_specification(layer, path) -> None:
+    """Against NumPy on a full trace, read by code written from the specification."""
     statistics = grutrace.Statistics(path, bins=16)
     with grutrace.trace(layer, sink=statistics), grutrace.trace(layer, gates="inline") as full:
         layer(torch.randn(11, 3, 5))
@@ -101,7 +101,7 @@ def test_the_format_is_as_documented(layer, path) -> None:
             assert (units["below"] == (np.abs(values) < np.float32(0.1)).sum(axis=0)).all()
 
 
-def test_it_is_current_after_a_flush_and_now_and_then(layer, path) -> None:
+def test_the_file_is_current_after_a_flush_and_periodically(layer, path) -> None:
     statistics = grutrace.Statistics(path, save_seconds=0.2)
     running = count(layer, statistics, calls=1)
     assert not path.exists()
@@ -128,7 +128,7 @@ with grutrace.trace(layer, sink=statistics) as tracer:
 """
 
 
-def test_a_run_that_is_killed_leaves_the_last_state(path) -> None:
+def test_a_killed_run_leaves_the_last_saved_state(path) -> None:
     victim = subprocess.Popen(
         [sys.executable, "-c", KILLED], cwd=path.parent, stdout=subprocess.PIPE, text=True
     )
@@ -166,7 +166,7 @@ def test_modes(layer, path) -> None:
     assert_same(grutrace.Statistics.load(path.with_name("new.h5")), new, exactly=True)
 
 
-def test_what_is_there_is_left_alone(layer, path) -> None:
+def test_an_existing_file_is_unchanged(layer, path) -> None:
     path.write_text("precious")
     with pytest.raises(grutrace.TraceFileError, match="exists"):
         grutrace.Statistics(path)
@@ -182,7 +182,7 @@ def test_what_is_there_is_left_alone(layer, path) -> None:
     assert os.listdir(path.parent) == ["stats.h5"]
 
 
-def test_a_disk_that_is_full_leaves_the_last_state(layer, path, monkeypatch) -> None:
+def test_a_full_disk_leaves_the_last_saved_state(layer, path, monkeypatch) -> None:
     statistics = grutrace.Statistics(path)
     with grutrace.trace(layer, sink=statistics) as tracer:
         layer(torch.randn(11, 3, 5))
@@ -214,7 +214,7 @@ def test_saving(layer, path) -> None:
         grutrace.Statistics().save(path.with_name("none.h5"))
 
 
-def test_a_file_of_statistics_is_no_trace(layer, path, capsys) -> None:
+def test_a_statistics_file_is_not_a_trace(layer, path, capsys) -> None:
     counted(layer, path)
     said = r"stats\.h5.*a statistics file: use grutrace\.Statistics\.load or `grutrace stats`"
     with pytest.raises(grutrace.TraceFileError, match=said):
@@ -228,7 +228,7 @@ def test_a_file_of_statistics_is_no_trace(layer, path, capsys) -> None:
         assert "grutrace stats" in error
 
 
-def test_the_table_is_that_of_the_trace(layer, tmp_path, capsys) -> None:
+def test_the_table_equals_that_of_the_trace(layer, tmp_path, capsys) -> None:
     statistics = grutrace.Statistics(tmp_path / "stats.h5")
     with grutrace.trace(layer, sink=statistics), grutrace.trace(layer, tmp_path / "run.h5"):
         layer(torch.randn(40, 3, 5))
@@ -247,7 +247,7 @@ def test_the_table_is_that_of_the_trace(layer, tmp_path, capsys) -> None:
     assert "does not exist" in capsys.readouterr().err
 
 
-def test_a_trace_is_no_file_of_statistics(layer, path) -> None:
+def test_a_trace_is_not_a_statistics_file(layer, path) -> None:
     with grutrace.trace(layer, path):
         layer(torch.randn(11, 3, 5))
     with pytest.raises(grutrace.TraceFileError, match=r"is a trace: open it with grutrace\.open"):
@@ -340,8 +340,8 @@ def test_damage_is_one_clear_error(damage, layer, path) -> None:
         grutrace.Statistics.load(path)
 
 
-def test_a_file_that_is_cut_short_or_scrambled(layer, path) -> None:
-    """Either it is refused, or what is read is of the right shape: never another error."""
+def test_a_truncated_or_scrambled_file(layer, path) -> None:
+    """It is refused, or the arrays have the right shapes. There is no other error."""
     counted(layer, path)
     whole = path.read_bytes()
     numbers = random.Random(0)
@@ -363,7 +363,7 @@ def test_a_file_that_is_cut_short_or_scrambled(layer, path) -> None:
     assert 50 <= refused < 150
 
 
-def test_figures_that_were_loaded(layer, path) -> None:
+def test_loaded_statistics(layer, path) -> None:
     with grutrace.trace(layer, gates="inline") as full:
         counted(layer, path)
     found = grutrace.Statistics.load(path)

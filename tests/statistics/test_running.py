@@ -1,4 +1,4 @@
-"""What a tracer counts while a model runs, against a full trace of the same run.
+"""Tests of running statistics, against a full trace of the same run.
 
 The full trace replays its gates with each call, as counting does: so both have the same bits.
 """
@@ -51,7 +51,7 @@ def recorded(model, path=None, gates="inline", **options):
     return statistics, full
 
 
-def test_running_statistics_are_those_of_the_full_trace(model) -> None:
+def test_running_statistics_equal_those_of_the_full_trace(model) -> None:
     statistics, full = recorded(model)
     assert_same(statistics, grutrace.Statistics.of(full))
     assert statistics.sites == full.sites
@@ -67,7 +67,7 @@ def test_running_statistics_are_those_of_the_full_trace(model) -> None:
         assert statistics[name].versions == full[name].extent.versions
 
 
-def test_statistics_of_a_file_are_those_of_memory(model, tmp_path) -> None:
+def test_statistics_of_a_file_equal_those_of_memory(model, tmp_path) -> None:
     statistics, full = recorded(model, tmp_path / "run.h5")
     with grutrace.open(tmp_path / "run.h5") as opened:
         assert_same(statistics, grutrace.Statistics.of(opened))
@@ -81,7 +81,7 @@ def test_control_statistics_of_another_run_differ(model) -> None:
         assert_same(statistics, grutrace.Statistics.of(full))
 
 
-def test_control_a_part_of_the_rows_is_noticed(model, monkeypatch) -> None:
+def test_control_missing_rows_are_detected(model, monkeypatch) -> None:
     add = QuantityAccumulator.add
     monkeypatch.setattr(QuantityAccumulator, "add", lambda tally, rows: add(tally, rows[1:]))
     statistics, full = recorded(model)
@@ -90,8 +90,8 @@ def test_control_a_part_of_the_rows_is_noticed(model, monkeypatch) -> None:
         assert_same(statistics, grutrace.Statistics.of(full))
 
 
-def test_statistics_of_a_trace_that_derives_its_gates() -> None:
-    """Derived gates are the kernel's but for the order of sums, so only what counts is the same."""
+def test_statistics_of_a_deferred_trace() -> None:
+    """Derived gates differ from the kernel's only by rounding, so only the counts are equal."""
     torch.manual_seed(0)
     layer = nn.GRU(3, 5, 2, bidirectional=True)
     with grutrace.trace(layer) as full, grutrace.trace(layer, gates="deferred") as deferred:
@@ -108,7 +108,7 @@ def test_statistics_of_a_trace_that_derives_its_gates() -> None:
     assert np.isnan(found.residual)
 
 
-def test_it_can_be_read_while_it_counts(model) -> None:
+def test_statistics_can_be_read_while_counting(model) -> None:
     model.eval()
     statistics = grutrace.Statistics()
     assert (statistics.sites, statistics.calls, statistics.nbytes) == ((), 0, 0)
@@ -125,7 +125,7 @@ def test_it_can_be_read_while_it_counts(model) -> None:
     assert "3 sites, 16 calls" in repr(statistics)
 
 
-def test_a_trace_of_a_statistics_sink_says_what_it_is(model) -> None:
+def test_a_trace_of_a_statistics_sink_says_that_it_has_no_rows(model) -> None:
     statistics = grutrace.Statistics()
     with grutrace.trace(model, sink=statistics) as trace:
         model(torch.randn(2, 3, 5))
@@ -151,7 +151,7 @@ def test_a_trace_of_a_statistics_sink_says_what_it_is(model) -> None:
             _ = trace["other"]
 
 
-def test_what_was_not_counted_is_refused(model) -> None:
+def test_quantities_that_were_not_counted_are_an_error(model) -> None:
     statistics = grutrace.Statistics()
     with pytest.raises(grutrace.NotRecordedError, match="counted sites: none"):
         _ = statistics["encoder.l0"]
@@ -171,15 +171,15 @@ def test_what_was_not_counted_is_refused(model) -> None:
         ({"sink": 3}, "sink: expected a grutrace.Statistics, found 3"),
     ],
 )
-def test_options_that_do_not_go_together(options, said, model, tmp_path, monkeypatch) -> None:
+def test_incompatible_options(options, said, model, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(grutrace.OptionError, match=said):
         grutrace.Tracer(model, **{"sink": grutrace.Statistics(), **options})
     assert not list(tmp_path.iterdir())
 
 
-def test_tracing_goes_on_as_ever(model) -> None:
-    """Tags, stretches of recording, checks of residuals."""
+def test_tracing_works_as_with_another_sink(model) -> None:
+    """Tags, recording blocks, residual checks."""
     statistics = grutrace.Statistics()
     tracer = grutrace.Tracer(model, sites="encoder.*", sink=statistics, recording=False)
     batch = torch.randn(2, 3, 5)
@@ -198,7 +198,7 @@ def test_tracing_goes_on_as_ever(model) -> None:
         tracer.start()
 
 
-def test_a_wrong_residual_is_warned_of(monkeypatch) -> None:
+def test_a_large_residual_warns(monkeypatch) -> None:
     layer = nn.GRU(2, 3)
     statistics = grutrace.Statistics()
     replay = site_recorder.GateReplay.replay
@@ -215,7 +215,7 @@ def test_a_wrong_residual_is_warned_of(monkeypatch) -> None:
     assert (statistics.residual, statistics["l0"].residual_call) == (0.5, 0)
 
 
-def test_a_model_that_has_gone_astray(model) -> None:
+def test_a_model_with_nan(model) -> None:
     layer = nn.GRU(2, 3)
     statistics = grutrace.Statistics()
     with (
@@ -318,7 +318,7 @@ def test_memory_does_not_grow_with_the_run() -> None:
 
 
 @pytest.mark.measures
-def test_a_long_stretch_of_recording_keeps_no_calls() -> None:
+def test_a_long_recording_keeps_no_calls() -> None:
     torch.manual_seed(0)
     layer, batch = nn.GRUCell(8, 32), torch.randn(16, 8)
     held = []
@@ -354,7 +354,7 @@ def test_an_error_in_the_thread_reaches_the_next_call(monkeypatch) -> None:
     assert statistics["l0"].update.count.tolist() == [4] * 3
 
 
-def test_a_forgotten_tracer_ends_its_thread() -> None:
+def test_an_unreferenced_tracer_ends_its_thread() -> None:
     layer = nn.GRU(2, 3)
     statistics = grutrace.Statistics()
     tracer = grutrace.Tracer(layer, sink=statistics)
@@ -371,7 +371,7 @@ def test_a_forgotten_tracer_ends_its_thread() -> None:
     assert statistics["l0"].steps == 4
 
 
-def test_a_queue_that_is_full_makes_the_model_wait(monkeypatch) -> None:
+def test_a_full_queue_makes_the_model_wait(monkeypatch) -> None:
     monkeypatch.setattr(feed, "QUEUE_BYTES", 1)
     monkeypatch.setattr(feed, "BATCH_BYTES", 1)
     monkeypatch.setattr(journal, "MAX_BYTES", 1)
@@ -410,7 +410,7 @@ for _ in range(5):
 """
 
 
-def test_what_is_still_open_when_python_ends_is_saved(tmp_path) -> None:
+def test_open_statistics_are_saved_at_exit(tmp_path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", FORGOTTEN],
         cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True,
@@ -434,7 +434,7 @@ def _in_a_child(statistics, layer, answers) -> None:
 @pytest.mark.skipif(
     "fork" not in multiprocessing.get_all_start_methods(), reason="this system does not fork"
 )
-def test_a_forked_child_leaves_the_statistics_alone(tmp_path) -> None:
+def test_a_forked_child_does_not_change_the_statistics(tmp_path) -> None:
     layer, path = nn.GRU(2, 3), tmp_path / "stats.h5"
     statistics = grutrace.Statistics(path)
     context = multiprocessing.get_context("fork")

@@ -1,4 +1,4 @@
-"""Rows whose values say which call and row they are of; and a program that streams them for ever.
+"""Rows whose values encode their call and row, and a program that streams them without end.
 
 ``python -m tests.storage.coded PATH SHAPE [COMPRESSION]`` prints, after each flush, how many calls
 count.

@@ -1,4 +1,4 @@
-"""What a trace must show, computed from the records by plain loops."""
+"""The expected content of a trace, computed from the records with loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shards of one run: streams of the same modules, and the records of one process instead."""
+"""Record streams of the shards of one run, and the equal stream of a single process."""
 
 from __future__ import annotations
 

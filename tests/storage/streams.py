@@ -1,4 +1,4 @@
-"""Streams of records whose every number says where it belongs, hand-made and drawn."""
+"""Streams of records, written by hand or drawn, with values that encode their position."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One stream of records goes to memory and to a file, and everything read back is compared."""
+"""A stream of records goes to memory and to a file, and everything read back is compared."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def path_for(kind, folder):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("parts", [1, 3, 20])
-def test_everything_comes_back(kind, parts, tmp_path):
+def test_everything_is_read_back(kind, parts, tmp_path):
     stream = full_stream()
     sink = open_sink(path_for(kind, tmp_path), stream.header)
     with Trace(open_source(sink)) as live:
@@ -44,7 +44,7 @@ def test_everything_comes_back(kind, parts, tmp_path):
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(stream=drawn_streams(), parts=st.integers(1, 4))
 @pytest.mark.parametrize("kind", KINDS)
-def test_whatever_is_drawn_comes_back(kind, stream, parts, tmp_path_factory):
+def test_drawn_streams_are_read_back(kind, stream, parts, tmp_path_factory):
     path = path_for(kind, tmp_path_factory.mktemp("drawn"))
     sink = open_sink(path, stream.header)
     for part in batches(stream.records, parts):
@@ -80,7 +80,7 @@ def _shift_rows(record):
         lambda block: dataclasses.replace(block, training=not block.training),
     ],
 )
-def test_control_the_comparison_sees_a_difference(kind, spoil, tmp_path):
+def test_control_the_comparison_detects_a_difference(kind, spoil, tmp_path):
     stream = full_stream()
     sink = open_sink(path_for(kind, tmp_path), stream.header)
     for index, record in enumerate(stream.records):

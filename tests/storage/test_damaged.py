@@ -1,4 +1,4 @@
-"""Files that are no trace, or a damaged or hostile one: each is one clear error."""
+"""A file that is no trace, or a damaged or hostile one, gives one clear error."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_file_is_one_error_that_names_file_and_place(path, damage):
+def test_a_damaged_file_is_one_error_with_path_and_location(path, damage):
     spoil, message = DAMAGES[damage]
     with h5py.File(path, "r+", libver=("v110", "v110")) as file:
         spoil(file)
@@ -233,7 +233,7 @@ def test_control_the_undamaged_file_opens(path):
         check_trace(trace, stream.header, stream.records)
 
 
-def test_what_a_newer_minor_version_adds_is_left_alone(path):
+def test_additions_of_a_newer_minor_version_are_ignored(path):
     stream = full_stream()
     with h5py.File(path, "r+", libver=("v110", "v110")) as file:
         file.attrs["format_version"] = np.array([1, 7])
@@ -246,14 +246,14 @@ def test_what_a_newer_minor_version_adds_is_left_alone(path):
 
 
 @pytest.mark.parametrize("content", [b"", b"plain text", bytes(10_000)])
-def test_what_is_not_hdf5(tmp_path, content):
+def test_files_that_are_not_hdf5(tmp_path, content):
     path = tmp_path / "run.h5"
     path.write_bytes(content)
     with pytest.raises(TraceFileError, match=r"run\.h5"):
         open_trace(path)
 
 
-def test_what_is_not_there_or_no_file(tmp_path):
+def test_missing_files_and_folders(tmp_path):
     with pytest.raises(TraceFileError, match=r"run\.h5 does not exist"):
         open_trace(tmp_path / "run.h5")
     with pytest.raises(TraceFileError, match="not a file"):
@@ -279,7 +279,7 @@ def test_a_truncated_file(path, part):
 
 
 def test_flipped_bytes_never_hang(path, tmp_path):
-    """HDF5 sees by checksums that its own structures changed; rows have none."""
+    """Checksums protect HDF5's own structures, but not rows."""
     chance = random.Random(5)
     sound = path.read_bytes()
     refused = 0
@@ -296,8 +296,8 @@ def test_flipped_bytes_never_hang(path, tmp_path):
 
 
 @pytest.mark.measures
-def test_damage_allocates_nothing(path):
-    """Whatever a file counts, no more memory is asked for than the file could fill."""
+def test_damage_allocates_no_memory(path):
+    """No more memory is allocated than the file could fill, whatever its counts say."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with h5py.File(path, "r+", libver=("v110", "v110")) as file:
         huge_without_data(file)
@@ -306,7 +306,7 @@ def test_damage_allocates_nothing(path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
 
 
-def test_a_closed_trace_says_so(path):
+def test_a_closed_trace_is_an_error(path):
     trace = open_trace(path)
     site, rows = trace["encoder.rnn.l0"], trace["encoder.rnn.l0"].update
     trace.close()
@@ -316,7 +316,7 @@ def test_a_closed_trace_says_so(path):
             use()
 
 
-def test_what_was_not_recorded_is_named_with_what_was(path):
+def test_an_unrecorded_quantity_is_named_with_those_recorded(path):
     with open_trace(path) as trace:
         with pytest.raises(NotRecordedError, match=r"'encoder\.\*'.*'encoder\.rnn\.l0'"):
             trace["encoder.*"]

@@ -1,4 +1,4 @@
-"""A trace in memory that is saved is the file that a tracer with that path would have written."""
+"""A saved trace equals the file of a tracer with that path."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def contents(path: Path) -> dict[str, Any]:
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(stream=drawn_streams())
-def test_the_file_is_that_of_a_tracer_bit_for_bit(stream, tmp_path_factory) -> None:
+def test_a_saved_file_equals_that_of_a_tracer_bit_for_bit(stream, tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("saved")
     in_memory(stream).save(folder / "saved.h5")
     streamed(stream, folder / "streamed.h5")
@@ -99,7 +99,7 @@ def test_a_saved_trace_can_be_appended_to(tmp_path) -> None:
         assert len(trace.calls) == 2 * blocks
 
 
-def test_a_path_that_exists_is_refused_and_left_alone(tmp_path) -> None:
+def test_an_existing_path_is_refused_and_unchanged(tmp_path) -> None:
     stream = full_stream()
     trace = in_memory(stream)
     path = tmp_path / "run.h5"
@@ -126,7 +126,7 @@ def test_a_path_that_exists_is_refused_and_left_alone(tmp_path) -> None:
 
 @pytest.mark.parametrize("mode", ["w", "overwrite"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_file_that_cannot_be_written_leaves_nothing(mode, error, tmp_path, monkeypatch) -> None:
+def test_a_failed_save_leaves_no_file(mode, error, tmp_path, monkeypatch) -> None:
     trace = in_memory(full_stream())
     path = tmp_path / "run.h5"
     if mode == "overwrite":
@@ -166,7 +166,7 @@ def test_a_pickled_trace_reads_the_same(stream) -> None:
     check_trace(copy.deepcopy(trace), stream.header, stream.records)
 
 
-def test_a_pickled_trace_stays_as_it_was(tmp_path) -> None:
+def test_a_pickled_trace_does_not_change(tmp_path) -> None:
     stream = full_stream()
     sink = MemorySink(stream.header)
     for record in stream.records[:5]:
@@ -218,7 +218,7 @@ def test_parts_of_a_trace_are_pickled_with_it(tmp_path) -> None:
             np.testing.assert_array_equal(other, each[name].hidden)
 
 
-def test_an_emptied_trace_counts_from_nothing() -> None:
+def test_numbers_restart_in_a_cleared_trace() -> None:
     stream = full_stream()
     sink = MemorySink(stream.header)
     trace = Trace(sink)

@@ -1,4 +1,4 @@
-"""What grows with a trace, counted. No time is asserted: see `benchmarks --only scale`."""
+"""The number of operations that grow with a trace. `benchmarks --only scale` measures times."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def objects(path):
 
 @pytest.mark.parametrize("modules", [1, 12])
 def test_each_object_is_opened_about_once(tmp_path, counted, modules):
-    """So a thousand sites take a thousand times what one takes, and nothing is looked up twice."""
+    """The cost of opening grows linearly with the number of sites."""
     path = tmp_path / "run.h5"
     scale.write_many_sites(path, modules)
     count = objects(path)
@@ -100,14 +100,14 @@ def test_hundreds_of_sites_are_written(tmp_path):
 
 
 @pytest.mark.skipif(h5py.version.hdf5_version != "2.0.0", reason="seen with this HDF5")
-def test_control_hdf5_left_alone_does_not_write_them(tmp_path):
+def test_control_hdf5_with_its_defaults_fails(tmp_path):
     done = in_another_process(tmp_path / "run.h5", "left alone")
     assert "flush dependency" in done.stderr
     assert done.returncode
 
 
 @pytest.mark.parametrize("calls", [10, 2000])
-def test_a_sequence_is_found_by_an_index_that_is_made_once(tmp_path, counted, calls):
+def test_the_sequence_index_is_built_once(tmp_path, counted, calls):
     path = tmp_path / "run.h5"
     long_traces.write(path, make_module("rnn", hidden=4, record=("hidden",)), 2, 3, calls)
     with grutrace.open(path) as trace:

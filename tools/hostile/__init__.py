@@ -1,1 +1,1 @@
-"""Makes hostile trace files and judges how grutrace reads them: ``python -m tools.hostile``."""
+"""Make hostile trace files and judge how grutrace reads them: ``python -m tools.hostile``."""

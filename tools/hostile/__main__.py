@@ -1,4 +1,4 @@
-"""Judge a corpus of hostile files: docs/untrusted-files.md says what it shows.
+"""Judge a corpus of hostile files. docs/untrusted-files.md describes the results.
 
     python -m tools.hostile [--cases 20000] [--seed 1] [--first 0] [--jobs 2]
 

@@ -1,4 +1,4 @@
-"""The corpus: every case is made from its number and a seed, and is the same each time."""
+"""The corpus. Each case depends only on its number and a seed."""
 
 from __future__ import annotations
 

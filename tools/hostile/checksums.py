@@ -1,4 +1,4 @@
-"""HDF5's metadata checksum put right after a change, so that the change is believed.
+"""Correct HDF5's metadata checksum after a change, so that HDF5 accepts the change.
 
 Without it HDF5 refuses a changed structure before it looks into it, and its own decoding is never
 tried. The checksum is Bob Jenkins' lookup3 (hashlittle), as the HDF5 file format has it.

@@ -1,4 +1,4 @@
-"""All cases of the corpus judged, in processes that may die, and what came of it."""
+"""Judge all cases in processes that may crash, and collect the outcomes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be done to a dataset so that HDF5 still takes it for sound."""
+"""Changes to a dataset that HDF5 still accepts."""
 
 from __future__ import annotations
 

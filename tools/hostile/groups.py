@@ -1,4 +1,4 @@
-"""What can be done to a group and its attributes so that HDF5 still takes it for sound."""
+"""Changes to a group and its attributes that HDF5 still accepts."""
 
 from __future__ import annotations
 

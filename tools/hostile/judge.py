@@ -1,4 +1,4 @@
-"""What becomes of a case: refused with one clear error, or read as the plain reader reads it.
+"""Judge a case: refused with one clear error, or read as the plain reader reads it.
 
 Everything that can be read is: every row, sequence, call, weight, token. And every command is run.
 """

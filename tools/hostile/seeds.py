@@ -1,4 +1,4 @@
-"""The sound files that hostile ones are made of."""
+"""The intact files that hostile files are made from."""
 
 from __future__ import annotations
 

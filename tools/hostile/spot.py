@@ -1,4 +1,4 @@
-"""One place of a sound file that is about to be changed, and what is used for that."""
+"""A location in an intact file that is about to be changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Judge some cases, in forked processes that may not survive them.
+"""Judge cases in forked processes, which may crash.
 
     python -m tools.hostile.worker FOLDER SEED FIRST STOP
 
@@ -31,7 +31,7 @@ MEMORY = 384 * 1024 * 1024
 #: Commands that are run on every so many cases. `verify` starts a process, which takes long.
 COMMANDS = ((3, ("info",)), (11, ("stats", "info --json")), (31, ("verify", "stats --json")))
 
-#: Cases that one forked process judges, unless it dies before. Each fork copies pages, which is slow.
+#: Cases that one forked process judges, unless it dies before. A fork is slow: it copies pages.
 BATCH = 100
 
 #: Time for one case. Seconds.

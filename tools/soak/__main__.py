@@ -1,4 +1,4 @@
-"""Kill runs, fail their disks, cut their power, follow them; and say what was lost.
+"""Kill runs, fail their disks, cut their power, read growing files; report what was lost.
 
     python -m tools.soak [kills] [faults] [power] [fsync] [live]
         [--tries N] [--seconds S] [--seed N] [--folder FOLDER] [--json FILE]

@@ -1,4 +1,4 @@
-"""What fsync costs: a flush after each run of a model, and runs without any."""
+"""Measure the cost of fsync: a flush after each call of a model, with and without it."""
 
 from __future__ import annotations
 

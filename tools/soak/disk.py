@@ -1,4 +1,4 @@
-"""A disk that fails when it is told to: see disk.c, which is put before libc in a new process."""
+"""A disk that fails on command: preloads disk.c before libc in a new process."""
 
 from __future__ import annotations
 

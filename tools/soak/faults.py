@@ -1,4 +1,4 @@
-"""A disk that fails in mid-write: the model's result is intact, and so is what was committed."""
+"""A disk fails during a write. The model's result and the committed rows must be intact."""
 
 from __future__ import annotations
 

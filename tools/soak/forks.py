@@ -1,4 +1,4 @@
-"""Many tries in one process that has loaded torch once: each in a fork, some at a time."""
+"""Run many tries as forks of one process that has loaded torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SIGKILL at a random moment: every acknowledged call is there, none torn, the file opens."""
+"""SIGKILL at a random moment. Every acknowledged call must be present and complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Following a file while it is written: never an error, never a torn row, for minutes, under load.
+"""Read a file while it is written, under load. There must be no error and no incomplete row.
 
 All pairs of a writer and a follower run at once, more than there are cores.
 """

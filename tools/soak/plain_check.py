@@ -1,4 +1,4 @@
-"""Whether a trace holds together, by NumPy in float64 and plain h5py, from docs/format.md alone."""
+"""Check a trace with NumPy in float64 and plain h5py, written from docs/format.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The power goes: what fsync promised is there, and of the rest some pages are and some are not.
+"""Simulate a power loss: fsynced pages are kept, and other pages may be lost.
 
 Between two fsyncs the system writes the pages of a file to the disk when and in which order it
 likes. So a run's writes are logged, with its fsyncs and what it acknowledged; the log is cut at a

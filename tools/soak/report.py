@@ -1,4 +1,4 @@
-"""What a soak found, as tables of Markdown and as a list of what went wrong."""
+"""Report a soak: Markdown tables and a list of faults."""
 
 from __future__ import annotations
 

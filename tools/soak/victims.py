@@ -1,4 +1,4 @@
-"""Runs that trace for ever, and say what was acknowledged: to be killed."""
+"""Runs that trace without end and print what was acknowledged, to be killed."""
 
 from __future__ import annotations
 

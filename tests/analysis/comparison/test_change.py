@@ -1,4 +1,4 @@
-"""What moved is what was moved, by as much; errors are those of sequences."""
+"""Tests of changes between traces: size and direction of a change, and its standard error."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def slow(random, units=3, sequences=40) -> np.ndarray:
     return (means + 0.1 * random.normal(size=(sequences, 25, units))).reshape(-1, units)
 
 
-def test_effects_are_cohens() -> None:
+def test_effect_sizes_equal_cohens_d() -> None:
     random = np.random.default_rng(0)
     one, other = random.normal(0, 1, (5000, 3)), random.normal([0, 0.5, -2], [1, 1, 3], (5000, 3))
     found = change(SiteArrays(update=one, name="a"), SiteArrays(update=other, name="b"))
@@ -37,8 +37,8 @@ def test_effects_are_cohens() -> None:
 
 
 @pytest.mark.parametrize("paired", [False, True])
-def test_errors_are_what_repeating_it_shows(paired) -> None:
-    """Over 300 repetitions the difference varies as the error says, and steps alone do not."""
+def test_standard_errors_match_repetitions(paired) -> None:
+    """Over 300 repetitions, the spread of the difference matches the stated error."""
     moved, errors, alone = [], [], []
     for seed in range(300):
         random = np.random.default_rng(seed)
@@ -57,7 +57,7 @@ def test_errors_are_what_repeating_it_shows(paired) -> None:
     assert np.mean(alone) < np.std(moved) / 2
 
 
-def test_paired_steps_are_compared_one_by_one() -> None:
+def test_paired_steps_are_compared_pairwise() -> None:
     random = np.random.default_rng(0)
     one = random.normal(size=(200, 4))
     noise = random.normal(size=(200, 4))
@@ -85,7 +85,7 @@ def trained(tmp_path, decay: float):
     return [grutrace.open(tmp_path / f"{name}.h5") for name in ("before", "after")]
 
 
-def test_the_unit_that_was_changed_is_the_one_that_moved(tmp_path) -> None:
+def test_the_changed_unit_is_found(tmp_path) -> None:
     before, after = trained(tmp_path, 4.0)
     with before, after:
         for name in before.sites:
@@ -102,7 +102,7 @@ def test_the_unit_that_was_changed_is_the_one_that_moved(tmp_path) -> None:
             assert found.weights["update"][2] == pytest.approx(4 / norm)
 
 
-def test_nothing_moved(tmp_path) -> None:
+def test_equal_traces_have_no_change(tmp_path) -> None:
     before, after = trained(tmp_path, 0.0)
     with before, after:
         found = change(before["l0"], after["l0"], paired=True)
@@ -128,8 +128,8 @@ def test_units_are_aligned_by_their_numbers() -> None:
         change(traces[0]["l0"], trace["l0"])
 
 
-def test_rows_that_lie_in_another_order_are_aligned() -> None:
-    """A decoder step by step, whose rows of one sequence lie apart, and one that is not."""
+def test_rows_in_another_order_are_aligned() -> None:
+    """A trace of a stepwise decoder and one of a full call have rows in different orders."""
     site = sites.in_memory()["decoder.rnn.l0"]
     assert not isinstance(site.rows_between(0, len(site)), slice)
     same = change(site, as_arrays(site), paired=True)
@@ -142,7 +142,7 @@ def test_rows_that_lie_in_another_order_are_aligned() -> None:
     assert change(site, wrong, paired=True).rmse["hidden"].any()
 
 
-def test_a_unit_that_never_varies() -> None:
+def test_a_constant_unit() -> None:
     still = np.full((6, 3), 0.5)
     other = still + [0, 0.1, 0]
     found = change(SiteArrays(update=still), SiteArrays(update=other), paired=True)
@@ -151,7 +151,7 @@ def test_a_unit_that_never_varies() -> None:
     assert np.isnan(found.error["update"]).all()
 
 
-def test_what_is_no_number_makes_none() -> None:
+def test_nan_gives_nan() -> None:
     one = np.random.default_rng(0).normal(size=(9, 2))
     broken = one.copy()
     broken[4, 0] = np.nan
@@ -162,7 +162,7 @@ def test_what_is_no_number_makes_none() -> None:
     assert np.isnan(change(empty, empty, paired=True).rmse["update"]).all()
 
 
-def test_what_does_not_fit() -> None:
+def test_wrong_input_is_an_error() -> None:
     one, other = SiteArrays(update=np.zeros((4, 2))), SiteArrays(hidden=np.zeros((4, 2)))
     with pytest.raises(NotRecordedError, match="nothing in common"):
         change(one, other)
@@ -175,7 +175,7 @@ def test_what_does_not_fit() -> None:
 
 
 @pytest.mark.parametrize("paired", [False, True])
-def test_the_same_everywhere(tmp_path, monkeypatch, paired) -> None:
+def test_every_kind_of_site_gives_the_same(tmp_path, monkeypatch, paired) -> None:
     trace = sites.in_memory()
 
     def analyse(site):

@@ -1,4 +1,4 @@
-"""Two traces are the same, or differ just where something was planted: against a plain reader."""
+"""Tests of trace comparison: planted differences are found, as by a plain reader."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def site_by_loops(a: Any, b: Any, quantity: str, tolerance: float) -> Any:
 
 
 @pytest.mark.parametrize("block", [1, 100, 10**9])
-def test_against_loops_over_a_plain_reading(tmp_path, block, monkeypatch) -> None:
-    """All that a file can hold, once with every tenth value moved, and fewer calls of it."""
+def test_differences_equal_those_of_a_plain_reader(tmp_path, block, monkeypatch) -> None:
+    """For a full trace, a trace with every tenth value changed, and one with fewer calls."""
     monkeypatch.setattr(alignment, "BLOCK_BYTES", block)
     stream = full_stream()
     stream.header = make_header(*(m for m in stream.header.modules if m.path != "deferred"))
@@ -112,8 +112,8 @@ def test_against_loops_over_a_plain_reading(tmp_path, block, monkeypatch) -> Non
     assert found.largest.largest.difference == max(each[3] or 0 for each in expected.values())
 
 
-def test_a_run_and_the_same_run_are_the_same(tmp_path) -> None:
-    """In memory, in a file, and whichever way round."""
+def test_repeated_runs_are_equal(tmp_path) -> None:
+    """In memory, in a file, and in both orders."""
     memory, file = whole_run(), whole_run(tmp_path / "run.h5")
     for a, b in itertools.product((memory, file), repeat=2):
         found = compare(a, b, exact=True)
@@ -125,8 +125,8 @@ def test_a_run_and_the_same_run_are_the_same(tmp_path) -> None:
     file.close()
 
 
-def test_derived_gates_are_the_same_to_rounding(tmp_path, monkeypatch) -> None:
-    """Where they are derived, products end in other digits: by chance they may not differ here."""
+def test_derived_gates_are_equal_within_rounding(tmp_path, monkeypatch) -> None:
+    """Recomputed products may differ in their last digits."""
     inline, deferred = whole_run(), whole_run(tmp_path / "run.h5", gates="deferred")
     other_processor.install(monkeypatch)
     found = compare(inline, deferred)
@@ -139,7 +139,7 @@ def test_derived_gates_are_the_same_to_rounding(tmp_path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("quantity", EVERYTHING)
-def test_one_value_that_was_changed_is_found(tmp_path, quantity, reverse) -> None:
+def test_one_changed_value_is_found(tmp_path, quantity, reverse) -> None:
     torch.manual_seed(0)
     layer, path = nn.GRU(2, 3, bidirectional=True), tmp_path / "run.h5"
     with grutrace.trace(layer, path, record=EVERYTHING), torch.no_grad():
@@ -175,7 +175,7 @@ def test_one_value_that_was_changed_is_found(tmp_path, quantity, reverse) -> Non
     assert f"sequence 3, step {int(reverse)}, unit 1" in str(found)
 
 
-def test_batches_do_not_matter() -> None:
+def test_batch_sizes_do_not_matter() -> None:
     torch.manual_seed(0)
     model = EncoderDecoder().eval().requires_grad_(False)
     batch = torch.randn(8, 6, 5)
@@ -235,7 +235,7 @@ def test_the_tolerance_follows_the_types(layer, input) -> None:
     assert not compare(single, half, tolerance=1e-6).same
 
 
-def test_large_values_are_compared_by_their_size(tmp_path) -> None:
+def test_large_values_are_compared_relatively(tmp_path) -> None:
     traces = []
     for number, value in enumerate((1e6, 1e6 + 10)):
         stream = Stream(make_header(make_module("rnn", record=("input",))))
@@ -249,7 +249,7 @@ def test_large_values_are_compared_by_their_size(tmp_path) -> None:
         trace.close()
 
 
-def test_what_is_no_number(layer, input) -> None:
+def test_nan_and_infinity(layer, input) -> None:
     traces = {}
     for value in (0.5, np.nan, np.inf, -np.inf):
         given = input.clone()
@@ -265,7 +265,7 @@ def test_what_is_no_number(layer, input) -> None:
             assert not compare(a, b, tolerance=1e300).same
 
 
-def test_what_only_one_of_them_has(layer, input) -> None:
+def test_content_of_only_one_trace(layer, input) -> None:
     model = nn.ModuleDict({"x": layer, "y": nn.GRU(2, 3)})
     with grutrace.trace(model) as a:
         layer(input)
@@ -309,7 +309,7 @@ def test_units_correspond_by_number(layer, input) -> None:
     assert (update.first.sequence, update.first.step, update.first.unit) == (0, 0, 2)
 
 
-def test_other_sizes_are_said_and_not_compared(input) -> None:
+def test_different_sizes_are_reported(input) -> None:
     a = trace_of(nn.GRU(2, 3), input)
     found = compare(a, trace_of(nn.GRU(2, 4), input))
     assert [str(each) for each in found.mismatches] == ["l0: hidden size: 3 and 4"]
@@ -378,7 +378,7 @@ def test_the_likely_cause(layer, input) -> None:
     assert found.cause.endswith("not: calls in training mode: none and all")
 
 
-def test_weights_count_only_if_asked(layer, input) -> None:
+def test_weights_are_compared_on_request(layer, input) -> None:
     """A weight of an input that is always 0 has no effect."""
     input[..., 1] = 0
     other = copy.deepcopy(layer)

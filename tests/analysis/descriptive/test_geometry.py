@@ -1,4 +1,4 @@
-"""Components against NumPy's own covariance, and spaces whose dimension is known."""
+"""Tests of principal components, against NumPy's covariance and spaces of known dimension."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def test_known_dimensions() -> None:
     np.testing.assert_allclose(projected @ flat.directions[:2] + flat.mean, plane, atol=1e-6)
 
 
-def test_far_from_zero_nothing_is_lost() -> None:
+def test_a_large_mean_loses_no_precision() -> None:
     random = np.random.default_rng(0)
     states = random.normal(size=(4_000, 3)) * [1e-6, 1e-7, 1e-8] + 0.999
     found = geometry(SiteArrays(hidden=states))
     np.testing.assert_allclose(np.sqrt(found.variance), [1e-6, 1e-7, 1e-8], rtol=0.05)
 
 
-def test_what_is_not_finite_is_left_out() -> None:
+def test_values_that_are_not_finite_are_skipped() -> None:
     states = np.random.default_rng(0).normal(size=(50, 4))
     broken = np.insert(states, [10, 30], [[np.nan, 0, 0, 0], [0, np.inf, 0, 0]], axis=0)
     found, whole = geometry(SiteArrays(hidden=broken)), geometry(SiteArrays(hidden=states))
@@ -62,7 +62,7 @@ def test_what_is_not_finite_is_left_out() -> None:
     np.testing.assert_allclose(found.variance, whole.variance)
 
 
-def test_nothing_that_moves() -> None:
+def test_constant_states() -> None:
     for states in (np.zeros((0, 3)), np.ones((1, 3)), np.ones((9, 3))):
         found = geometry(SiteArrays(hidden=states))
         assert np.isnan(found.participation_ratio)
@@ -71,10 +71,10 @@ def test_nothing_that_moves() -> None:
         geometry(SiteArrays(update=np.zeros((3, 2))))
 
 
-def test_the_mean_is_of_units_and_no_column() -> None:
+def test_the_mean_has_one_value_per_unit() -> None:
     found = geometry(SiteArrays(hidden=np.random.default_rng(0).normal(size=(9, 3))))
     assert list(found.columns()) == ["component", "variance", "share"]
 
 
-def test_the_same_everywhere(tmp_path, monkeypatch) -> None:
+def test_every_kind_of_site_gives_the_same(tmp_path, monkeypatch) -> None:
     check_everywhere(geometry, tmp_path, monkeypatch)

@@ -1,4 +1,4 @@
-"""Moments against plain float64 NumPy over all steps at once, and distributions that are known."""
+"""Tests of moments, against float64 NumPy over all steps and known distributions."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_equals_all_steps_at_once() -> None:
                 )
 
 
-def test_the_same_everywhere(tmp_path, monkeypatch) -> None:
+def test_every_kind_of_site_gives_the_same(tmp_path, monkeypatch) -> None:
     check_everywhere(moments, tmp_path, monkeypatch)
     site = sites.in_memory()["encoder.l1_reverse"]
     assert_same(moments(as_arrays(site)), moments(site), 1e-11)
@@ -70,8 +70,8 @@ def test_known_distributions(block, monkeypatch) -> None:
         np.testing.assert_allclose(getattr(found, figure)["update"], expected, 1e-9, 1e-9)
 
 
-def test_a_gate_that_hardly_moves_keeps_its_spread() -> None:
-    """As raw sums of powers would not, which is the control."""
+def test_a_nearly_constant_gate_keeps_its_spread() -> None:
+    """Control: raw sums of powers lose it."""
     random = np.random.default_rng(1)
     values = np.stack([1 - 1e-7 * random.uniform(size=10_000), np.full(10_000, 0.1)], axis=1)
     found = moments(SiteArrays(update=values))
@@ -84,7 +84,7 @@ def test_a_gate_that_hardly_moves_keeps_its_spread() -> None:
     assert abs(np.sqrt(abs(raw)) / expected["std"][0] - 1) > 0.01
 
 
-def test_values_that_are_no_number_are_counted_apart() -> None:
+def test_nan_values_are_counted_separately() -> None:
     values = np.array([[0.25], [np.nan], [0.75], [np.inf]], np.float32)
     found = moments(SiteArrays(update=values, hidden=values * 1e30))
     assert (found.mean["update"], found.std["update"]) == (0.5, 0.25)
@@ -92,7 +92,7 @@ def test_values_that_are_no_number_are_counted_apart() -> None:
     assert found.columns()["update_not_finite"].tolist() == [2]
 
 
-def test_powers_too_large_for_float64_are_no_wrong_number() -> None:
+def test_powers_too_large_for_float64_are_not_finite() -> None:
     found = moments(SiteArrays(hidden=np.array([[1e200], [-1e200], [3e200]])))
     assert not np.isfinite(found.kurtosis["hidden"]).any()
     assert found.maximum["hidden"] == 3e200

@@ -1,4 +1,4 @@
-"""Quantiles within their stated error of those of sorted values, and histograms exactly NumPy's."""
+"""Tests of quantiles, against sorted values within the stated error, and of histograms."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_within_the_stated_error_of_sorting() -> None:
 
 
 @pytest.mark.parametrize("kind", ["uniform", "two values", "close to 1", "steps of a bin"])
-def test_whatever_the_distribution(kind) -> None:
+def test_any_distribution(kind) -> None:
     random = np.random.default_rng(0)
     values = {
         "uniform": random.uniform(size=(5000, 3)),
@@ -51,14 +51,14 @@ def test_whatever_the_distribution(kind) -> None:
         np.testing.assert_array_equal(found.histogram["update"][unit], expected)
 
 
-def test_control_few_bins_are_further_off_than_many_say() -> None:
+def test_control_few_bins_exceed_the_error_of_many() -> None:
     values = np.random.default_rng(0).beta(2, 30, (5000, 4))
     found = quantiles(SiteArrays(update=values), bins=2)
     off = np.abs(found.median["update"] - np.median(values, axis=0)).max()
     assert 1 / 1024 < off <= found.error["update"] == 0.5
 
 
-def test_the_same_everywhere(tmp_path, monkeypatch) -> None:
+def test_every_kind_of_site_gives_the_same(tmp_path, monkeypatch) -> None:
     def derived(found, expected) -> None:
         for quantity, error in expected.error.items():
             off = np.abs(found.median[quantity] - expected.median[quantity])
@@ -69,7 +69,7 @@ def test_the_same_everywhere(tmp_path, monkeypatch) -> None:
     assert_same(quantiles(as_arrays(site)), quantiles(site), 0)
 
 
-def test_counts_are_those_of_numpy_with_states_beyond_the_edges() -> None:
+def test_counts_equal_numpy_with_states_beyond_the_edges() -> None:
     states = np.array([[-3.0], [-1.0], [0.0], [1.0], [1.5], [np.nan], [7.0]])
     found = quantiles(SiteArrays(hidden=states), bins=4)
     assert found.histogram["hidden"].tolist() == [[1, 0, 1, 1]]
@@ -85,7 +85,7 @@ def test_many_units_in_groups() -> None:
     assert (np.abs(found.q25["reset"] - sorted_out(values, 0.25)) <= 1 / 1024).all()
 
 
-def test_what_cannot_be() -> None:
+def test_wrong_options_are_errors() -> None:
     empty = quantiles(SiteArrays(update=np.zeros((0, 3)), lengths=[]))
     assert np.isnan(empty.median["update"]).all()
     assert "histogram" not in empty.to_dict()

@@ -1,4 +1,4 @@
-"""What float16 does to gates and states, against the values before they were rounded."""
+"""Tests of the float16 error of gates and states, against the values before rounding."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def traces(dtype: str = "float16", scale: float = 1.0, **options):
 
 
 @pytest.mark.parametrize("scale", [0.05, 1.0, 8.0])
-def test_no_value_is_off_by_more_and_most_by_as_much_as_it_says(scale) -> None:
-    """Gates near 0.5 only; all over the place; saturated."""
+def test_errors_stay_within_the_stated_bound(scale) -> None:
+    """For gates near 0.5, of all sizes, and saturated."""
     whole, half = traces(scale=scale)
     for name in whole.sites:
         found = quantization(half[name])
@@ -59,7 +59,7 @@ def test_no_value_is_off_by_more_and_most_by_as_much_as_it_says(scale) -> None:
             assert not found.infinite[quantity].any()
 
 
-def test_control_a_value_that_is_off_by_more_is_seen() -> None:
+def test_control_a_larger_error_is_detected() -> None:
     whole, half = traces()
     name = whole.sites[0]
     spoilt = np.array(half[name].update)
@@ -69,7 +69,7 @@ def test_control_a_value_that_is_off_by_more_is_seen() -> None:
     assert (errors.max(axis=0) > bound).tolist() == [unit == 3 for unit in range(16)]
 
 
-def test_a_type_that_holds_everything_rounds_nothing() -> None:
+def test_an_exact_type_has_no_error() -> None:
     for dtype in ("float32", "float64"):
         _, part = traces(dtype)
         found = quantization(part[part.sites[0]])
@@ -79,7 +79,7 @@ def test_a_type_that_holds_everything_rounds_nothing() -> None:
             assert not found.typical[quantity].any()
 
 
-def test_values_that_are_too_large_are_counted() -> None:
+def test_overflowing_values_are_counted() -> None:
     rows = np.array([[1.0, 7e4], [-8e4, 9e4], [0.0, 2.0], [0.25, 3.0]])
     with np.errstate(over="ignore"):
         found = quantization(SiteArrays(hidden=rows.astype(np.float16)))
@@ -88,7 +88,7 @@ def test_values_that_are_too_large_are_counted() -> None:
     assert found.largest["hidden"].tolist() == [2.0**-11, 2.0**-10]
 
 
-def test_derived_gates_are_left_out() -> None:
+def test_derived_gates_are_skipped() -> None:
     torch.manual_seed(0)
     layer = nn.GRU(3, 4)
     with grutrace.trace(layer, gates="deferred", dtype="float16") as trace:
@@ -98,7 +98,7 @@ def test_derived_gates_are_left_out() -> None:
         quantization(SiteArrays(input=np.zeros((3, 2))))
 
 
-def test_the_same_wherever_it_is_computed(tmp_path, monkeypatch, capsys) -> None:
+def test_every_way_of_computing_gives_the_same(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("grutrace.analysis.engine.map_reduce.PART_BYTES", 1)
     torch.manual_seed(0)
     layer = nn.GRU(3, 4)

@@ -1,4 +1,4 @@
-"""Saturation against NumPy over all steps at once, and against units whose gates are known."""
+"""Tests of saturation, against NumPy over all steps and units with known gates."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def known(units: int = 4) -> nn.GRU:
     return layer
 
 
-def test_units_that_are_known() -> None:
+def test_known_units() -> None:
     layer = known()
     with torch.no_grad():
         # One unit of the four is alive: its state follows the first feature of the input.
@@ -64,7 +64,7 @@ def test_only_some_units_and_gates_recorded() -> None:
     assert found.constant is None
 
 
-def test_values_that_are_no_number_are_left_out() -> None:
+def test_nan_values_are_skipped() -> None:
     update = np.array([[0.05], [np.nan], [0.95], [np.inf]])
     found = saturation(SiteArrays(update=update))
     assert (found.left["update"], found.right["update"]) == (0.5, 0.5)

@@ -1,4 +1,4 @@
-"""The summary of a site against NumPy over all values at once, and against known gates."""
+"""Tests of a site's summary, against NumPy over all values and known gates."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_equals_all_values_at_once(trace, block, monkeypatch) -> None:
             assert 0 < of_gate.below + of_gate.above < 1
 
 
-def test_gates_that_are_known() -> None:
+def test_known_gates() -> None:
     """Biases alone decide where the weights are zero: z = sigmoid(5) is open, r = sigmoid(-5)."""
     layer = nn.GRU(2, 4)
     with torch.no_grad():
@@ -62,14 +62,14 @@ def test_gates_that_are_known() -> None:
     assert gates["candidate"].mean == 0
 
 
-def test_nothing_recorded_is_no_number() -> None:
+def test_an_empty_site_gives_nan() -> None:
     with grutrace.Tracer(nn.GRU(2, 4), recording=False) as trace:
         pass
     for found in summarize_site(trace["l0"]).gates.values():
         assert np.isnan([found.mean, found.below, found.above]).all()
 
 
-def test_only_what_was_recorded() -> None:
+def test_only_recorded_quantities() -> None:
     layer = nn.GRU(2, 4)
     with grutrace.trace(layer, record=("update", "hidden")) as trace:
         layer(torch.randn(6, 2))

@@ -1,4 +1,4 @@
-"""Fixed points that theory gives; the map and its Jacobian against nn.GRUCell."""
+"""Tests of fixed points, against theory; the map and its Jacobian against nn.GRUCell."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def arrays_of(cell: nn.Module, states: np.ndarray) -> SiteArrays:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_map_and_its_jacobian_are_those_of_a_cell(bias) -> None:
+def test_the_map_and_its_jacobian_equal_those_of_grucell(bias) -> None:
     torch.manual_seed(0)
     cell = nn.GRUCell(3, 5, bias=bias).double()
     x, states = torch.randn(3).double(), torch.randn(4, 5).double()
@@ -90,7 +90,7 @@ def test_saddles_of_several_units() -> None:
     assert sorted(found.unstable.tolist()) == [0, 0, 0, 0, 1, 1, 1, 1, 2]
 
 
-def test_a_line_of_fixed_points_shows() -> None:
+def test_a_line_of_fixed_points_is_found() -> None:
     cell = cell_of(3)
     with torch.no_grad():
         # The first unit keeps whatever it has (z = 1); the others forget by half a step.
@@ -109,7 +109,7 @@ def test_a_line_of_fixed_points_shows() -> None:
     assert np.isinf(found.timescale).all()
 
 
-def test_a_slow_point_is_told_from_a_fixed_one() -> None:
+def test_a_slow_point_is_not_a_fixed_point() -> None:
     cell = bistable()
     with torch.no_grad():
         # Past the fold the two upper points are gone, and a ghost of them is left.
@@ -127,7 +127,7 @@ def test_a_slow_point_is_told_from_a_fixed_one() -> None:
     assert len(fixed_points(arrays_of(cell, states), slow=FIXED_Q).points) == 1
 
 
-def test_a_trained_kind_of_network() -> None:
+def test_weights_like_those_of_a_trained_network() -> None:
     torch.manual_seed(3)
     layer = nn.GRU(2, 24)
     with torch.no_grad():
@@ -159,7 +159,7 @@ def test_the_version_of_the_weights() -> None:
     np.testing.assert_array_equal(fixed_points(site, version=2).states, last.states)
 
 
-def test_states_that_are_no_numbers_are_left_out() -> None:
+def test_states_with_nan_are_skipped() -> None:
     states = np.random.default_rng(0).uniform(-1, 1, (10, 1))
     states[3] = np.nan
     assert fixed_points(arrays_of(bistable(), states)).starts == 9
@@ -169,7 +169,7 @@ def test_states_that_are_no_numbers_are_left_out() -> None:
         fixed_points(arrays_of(bistable(), np.zeros((0, 1))))
 
 
-def test_what_does_not_fit() -> None:
+def test_wrong_input_is_an_error() -> None:
     arrays = arrays_of(bistable(2), np.zeros((3, 2)))
     with pytest.raises(OptionError, match=r"input: expected shape \(1,\), found \(2,\)"):
         fixed_points(arrays, np.zeros(2))
@@ -195,7 +195,7 @@ def test_the_input_is_no_column() -> None:
     assert next(iter(found.columns())) == "point"
 
 
-def test_the_same_everywhere(tmp_path, monkeypatch) -> None:
+def test_every_kind_of_site_gives_the_same(tmp_path, monkeypatch) -> None:
     # States of one's own, since as arrays a site may have its rows in another order.
     def analyse(site):
         states = np.random.default_rng(0).uniform(-1, 1, (3, len(as_site_data(site).units)))
@@ -214,8 +214,8 @@ def test_a_slow_point_has_an_eigenvalue_of_one() -> None:
     assert found.radius[0] == pytest.approx(1, abs=1e-4)
 
 
-def test_points_lie_where_the_network_can_be() -> None:
-    """Far out, z is near 1 and everything looks slow: a search that is let go runs there."""
+def test_points_lie_within_the_reachable_states() -> None:
+    """Far out, z is near 1 and every point looks slow: an unbounded search would go there."""
     torch.manual_seed(0)
     cell = nn.GRUCell(1, 24).double()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Jacobians against those that automatic differentiation finds of nn.GRUCell itself."""
+"""Tests of Jacobians, against automatic differentiation of nn.GRUCell."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check_all_steps(site, tolerance: float) -> int:
 
 
 def test_equals_automatic_differentiation(tmp_path) -> None:
-    """With weights that change, sequences that go on, both directions. Gates are in float32."""
+    """With changing weights, continued sequences and both directions. Gates are in float32."""
     trace = sites.in_memory()
     for name in ("encoder.l1_reverse", "decoder.rnn.l1"):
         assert check_all_steps(trace[name], 1e-4) == trace[name].extent.rows > 50
@@ -69,7 +69,7 @@ def test_of_any_weights_in_float64(bias, scale) -> None:
         assert check_all_steps(trace[name], 1e-10 * scale) == 10
 
 
-def test_control_a_term_left_out_would_show() -> None:
+def test_control_a_missing_term_is_detected() -> None:
     site = sites.in_memory()["encoder.l0"]
     sequence = site.sequence(0)
     gates = {name: sequence.rows(name) for name in ("reset", "update", "candidate")}
@@ -100,13 +100,13 @@ def test_steps_of_a_site() -> None:
     assert list(found.columns()) == ["step", "sequences", "radius", "norm", "shrinking"]
 
 
-def test_the_same_everywhere(tmp_path, monkeypatch) -> None:
+def test_every_kind_of_site_gives_the_same(tmp_path, monkeypatch) -> None:
     check_everywhere(lambda site: step_jacobians(site, 10), tmp_path, monkeypatch)
     site = sites.in_memory()["encoder.l1_reverse"]
     np.testing.assert_array_equal(jacobian(as_arrays(site, 0), 0, -1), jacobian(site, 0, -1))
 
 
-def test_what_cannot_be() -> None:
+def test_wrong_options_are_errors() -> None:
     torch.manual_seed(0)
     layer = nn.GRU(2, 4)
     with grutrace.trace(layer, units=[0, 2], gates="inline") as some:
@@ -127,7 +127,7 @@ def test_what_cannot_be() -> None:
         step_jacobians(trace["l0"], 0)
 
 
-def test_nothing_and_no_numbers() -> None:
+def test_empty_input_and_nan() -> None:
     nothing = {name: np.zeros((0, 2)) for name in ("reset", "update", "candidate", "hidden")}
     assert len(step_jacobians(SiteArrays(**nothing, lengths=[])).radius) == 0
     rows = {name: np.full((2, 2), np.nan) for name in nothing}

@@ -1,4 +1,4 @@
-"""Lyapunov exponents against determinants, eigenvalues, growing differences, and known spectra."""
+"""Tests of Lyapunov exponents, against determinants, eigenvalues and known spectra."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def run(layer: nn.GRU, steps: int, batch: int = 1, initial: float = 0.5) -> grut
     return trace
 
 
-def test_all_exponents_add_up_to_the_logarithm_of_the_determinants() -> None:
-    """Whatever the directions. With weights that change, both directions, sequences that go on."""
+def test_the_exponents_add_up_to_the_log_determinants() -> None:
+    """With changing weights, continued sequences and both directions."""
     trace = sites.in_memory()
     for name in trace.sites:
         site = trace[name]
@@ -56,8 +56,8 @@ def test_all_exponents_add_up_to_the_logarithm_of_the_determinants() -> None:
         assert (np.diff(found.exponents) <= 0).all()
 
 
-def test_a_linearisable_network_has_the_eigenvalues_of_its_jacobian() -> None:
-    """At h = 0 without input, J = z + (1 - z) r W_hn stays what it is."""
+def test_a_linear_network_has_the_eigenvalues_of_its_jacobian() -> None:
+    """At h = 0 without input, J = z + (1 - z) r W_hn is constant."""
     units = 12
     layer = random_layer(units, 1.0)
     with torch.no_grad():
@@ -119,8 +119,8 @@ def test_small_weights_forget_and_large_ones_are_chaotic(gain, chaotic) -> None:
         assert found.horizon == np.inf
 
 
-def test_errors_are_those_of_independent_steps() -> None:
-    """Without recurrent weights J = diag(z), and z is drawn anew at each step."""
+def test_errors_match_independent_steps() -> None:
+    """Without recurrent weights J = diag(z), and z is drawn at each step."""
     layer, drawn = random_layer(1, 0.0), []
     with torch.no_grad():
         layer.weight_ih_l0[1] = 1.0
@@ -155,7 +155,7 @@ def test_sequences_together_or_one_by_one(together, monkeypatch) -> None:
     assert expected.steps == 8 + 27 + 0 + 15 + 27
 
 
-def test_the_same_everywhere(tmp_path, monkeypatch) -> None:
+def test_every_kind_of_site_gives_the_same(tmp_path, monkeypatch) -> None:
     check_everywhere(lambda site: lyapunov(site, count=3), tmp_path, monkeypatch)
 
 
@@ -168,7 +168,7 @@ def test_known_spectra() -> None:
     assert kaplan_yorke(np.array([0.5, -np.inf]), 2) == 1
 
 
-def test_no_wrong_number() -> None:
+def test_invalid_input_gives_nan() -> None:
     rows = {name: np.zeros((40, 2)) for name in ("reset", "update", "candidate", "hidden")}
     weights = {"weight_hh": np.zeros((6, 2))}
     lost = lyapunov(SiteArrays(**rows, weights=weights))
@@ -182,7 +182,7 @@ def test_no_wrong_number() -> None:
     assert np.isnan(lyapunov(SiteArrays(**nothing, lengths=[])).exponents).all()
 
 
-def test_what_cannot_be() -> None:
+def test_wrong_options_are_errors() -> None:
     layer = nn.GRU(2, 4)
     with grutrace.trace(layer, units=[0, 2], gates="inline") as trace:
         layer(torch.randn(3, 2))
@@ -194,7 +194,7 @@ def test_what_cannot_be() -> None:
         lyapunov(trace["l0"], skip=-1)
 
 
-def test_short_sequences_say_nothing_of_for_ever() -> None:
+def test_short_sequences_give_no_exponents() -> None:
     """A network that forgets everything makes differences larger for a step or two.
 
     At h = 0 without input its Jacobian is constant and not normal: eigenvalues of 0.5, and a

@@ -1,4 +1,4 @@
-"""A fold sees every row once, whatever the parts and wherever they are computed."""
+"""Tests of map-reduce: every row is processed once, for any parts and any scheduler."""
 
 from __future__ import annotations
 
@@ -92,20 +92,20 @@ def test_a_cluster_of_two_processes_finds_the_same(tmp_path) -> None:
     assert refusal.startswith("'l0' is in memory, which other processes cannot read")
 
 
-def test_whoever_watches_is_told() -> None:
+def test_progress_is_reported() -> None:
     of, told = as_site_data(sites.in_memory()["encoder.l0"]), []
     of.advance = lambda done, total: told.append((done, total))
     reduce_rows(of, ("update", "hidden"), Rows)
     assert told == [(1, 1)]
 
 
-def test_nothing_to_go_through() -> None:
+def test_empty_input() -> None:
     empty = as_site_data(SiteArrays(update=np.zeros((0, 3)), hidden=np.zeros((0, 3)), lengths=[]))
     assert reduce_rows(empty, ("update", "hidden"), Rows).seen == []
     assert reduce_sequences(empty, ("update",), Sequences).seen == []
 
 
-def test_what_is_not_there_is_said_before_anything_is_read() -> None:
+def test_a_missing_quantity_is_an_error_before_any_read() -> None:
     of = as_site_data(SiteArrays(update=np.zeros((3, 2))))
     with pytest.raises(NotRecordedError, match="no 'hidden'"):
         reduce_rows(of, ("update", "hidden"), Rows)

@@ -1,4 +1,4 @@
-"""What an analysis needs of memory does not grow with the file, however its steps are divided."""
+"""The memory of an analysis does not grow with the file."""
 
 from __future__ import annotations
 

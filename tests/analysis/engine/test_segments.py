@@ -1,4 +1,4 @@
-"""Stretches put together are the sequences, in the order in which they were made."""
+"""Tests of segments: together they are the sequences, in order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def trace(request, tmp_path):
 
 
 @pytest.mark.parametrize("block", [1, 700, 10**9])
-def test_stretches_are_the_sequences(trace, block, monkeypatch) -> None:
+def test_segments_are_the_sequences(trace, block, monkeypatch) -> None:
     monkeypatch.setattr(module, "BLOCK_BYTES", block)
     for name in trace.sites:
         site = trace[name]
@@ -83,7 +83,7 @@ def test_some_sequences(trace) -> None:
     assert sorted({each.sequence for each in found}) == [2, 3, 4]
 
 
-def test_a_sequence_without_steps_does_not_come() -> None:
+def test_a_sequence_without_steps_has_no_segment() -> None:
     arrays = SiteArrays(update=np.arange(6.0).reshape(3, 2), lengths=[0, 2, 0, 1])
     found = list(iter_segments(as_site_data(arrays), ("update",)))
     assert [(each.sequence, len(each)) for each in found] == [(1, 2), (3, 1)]
@@ -111,6 +111,6 @@ def test_what_was_not_recorded() -> None:
         ("update", "expected a site of a trace"),
     ],
 )
-def test_material_that_does_not_fit_together(arrays, message) -> None:
+def test_arrays_that_do_not_fit_together(arrays, message) -> None:
     with pytest.raises(OptionError, match=message):
         as_site_data(arrays)

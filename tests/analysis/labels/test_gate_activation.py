@@ -1,4 +1,4 @@
-"""The signal against NumPy, and boundaries that were planted."""
+"""Tests of the gate activation signal, against NumPy and planted boundaries."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_network_at_rest_has_no_boundaries() -> None:
     assert gate_activation(SiteArrays(update=jitter), threshold=1e-8).boundaries > 0
 
 
-def test_the_way_of_a_layer_that_reads_backwards() -> None:
+def test_a_reverse_layer() -> None:
     gate = np.array([0.2, 0.2, 0.8, 0.8, 0.8])[:, np.newaxis]
     forward = gate_activation(SiteArrays(update=gate), threshold=0.1)
     assert np.flatnonzero(forward.boundary).tolist() == [2]
@@ -106,14 +106,14 @@ def test_label_boundaries() -> None:
     assert np.flatnonzero(label_boundaries(arrays, "x")).tolist() == [2, 5]
 
 
-def test_what_is_no_number_is_no_boundary() -> None:
+def test_nan_is_no_boundary() -> None:
     gate = np.array([0.1, np.nan, 0.9, 0.1, 0.8])[:, np.newaxis]
     found = gate_activation(SiteArrays(update=gate), threshold=0.1)
     assert np.isnan(found.signal).tolist() == [False, True, False, False, False]
     assert np.flatnonzero(found.boundary).tolist() == [4]
 
 
-def test_nothing_recorded_and_what_there_is_not() -> None:
+def test_empty_and_missing_quantities() -> None:
     empty = gate_activation(SiteArrays(update=np.zeros((0, 3)), lengths=[]))
     assert (empty.steps, empty.boundaries, len(empty.signal)) == (0, 0, 0)
     arrays = SiteArrays(update=np.zeros((2, 1)))
@@ -127,7 +127,7 @@ def test_nothing_recorded_and_what_there_is_not() -> None:
         gate_activation(arrays, label="x")
 
 
-def test_the_same_everywhere(tmp_path, monkeypatch) -> None:
+def test_every_kind_of_site_gives_the_same(tmp_path, monkeypatch) -> None:
     def analyse(site):
         return gate_activation(site, threshold=0.02, label="word")
 

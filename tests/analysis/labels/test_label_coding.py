@@ -1,4 +1,4 @@
-"""Labels as classes: each value one, or groups of many."""
+"""Tests of labels as classes: one class a value, or groups of many values."""
 
 from __future__ import annotations
 
@@ -57,6 +57,6 @@ def test_equal_numbers_stay_together() -> None:
 
 
 @pytest.mark.parametrize("values", [["a", "a"], [None, None], []])
-def test_one_value_tells_nothing_apart(values) -> None:
+def test_a_single_value_is_an_error(values) -> None:
     with pytest.raises(OptionError, match="at least two values; 'x' has"):
         encode_classes(encode_labels("x", values))

@@ -1,4 +1,4 @@
-"""What is moved is moved within sequences, or between them, and all of it."""
+"""Tests of label permutations: labels move within sequences, or between them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_labels_are_rotated_within_their_sequence() -> None:
     assert len({by for number, by in shifts if number == 3}) > 20
 
 
-def test_sequences_are_rotated_each_by_a_number_of_its_own() -> None:
+def test_each_sequence_is_rotated_by_its_own_offset() -> None:
     codes = PLACES.copy()
     # The first steps of two sequences.
     moved = moved_by(permutations(codes, 2000), np.array([0, 6]), range(2000)).T
@@ -47,7 +47,7 @@ def test_sequences_are_rotated_each_by_a_number_of_its_own() -> None:
     np.testing.assert_allclose(moved.mean(1), [2, 19.5], rtol=0.05)
 
 
-def test_sequences_of_one_length_get_each_others_labels() -> None:
+def test_sequences_of_equal_length_swap_labels() -> None:
     lengths = np.array([4] * 12 + [9] * 3)
     sequences = np.repeat(np.arange(15), lengths)
     places = np.concatenate([np.arange(length) for length in lengths])
@@ -77,7 +77,7 @@ def test_steps_without_a_label_keep_none() -> None:
             assert sorted(own[of]) == sorted(codes[rows][of])
 
 
-def test_a_label_that_never_changes_goes_to_other_sequences() -> None:
+def test_constant_labels_move_to_other_sequences() -> None:
     codes = np.array([3, 1, 4, 1, 5])[SEQUENCES]
     found = permutations(codes)
     assert found.kind == "swapped"
@@ -93,7 +93,7 @@ def test_a_label_that_never_changes_goes_to_other_sequences() -> None:
     assert len(seen) > 9
 
 
-def test_asked_in_parts_and_in_another_order_they_are_the_same() -> None:
+def test_parts_in_any_order_give_the_same() -> None:
     codes = np.random.default_rng(0).integers(0, 9, 53)
     whole = moved_by(permutations(codes), np.arange(53), range(50))
     part = moved_by(permutations(codes), np.array([50, 7, 8]), range(10, 20))

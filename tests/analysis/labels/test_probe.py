@@ -1,4 +1,4 @@
-"""Labels that can be read are, chance is chance, and what is learned by heart shows."""
+"""Tests of probes: a decodable label is decoded, and others are at chance level."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def arrays(states, **labels) -> SiteArrays:
     return SiteArrays(hidden=states.astype(np.float32), lengths=LENGTHS, labels=labels)
 
 
-def test_a_label_that_is_there_is_read_and_one_that_is_not_is_not() -> None:
+def test_only_an_encoded_label_is_decoded() -> None:
     random = np.random.default_rng(0)
     states = random.normal(size=(1200, 16))
     label = np.where(states[:, 3] > 0.3, "up", "down")
@@ -40,8 +40,8 @@ def test_a_label_that_is_there_is_read_and_one_that_is_not_is_not() -> None:
     assert found.control == ""
 
 
-def test_what_can_be_learned_by_heart_shows_in_the_control() -> None:
-    """States that name the token: any label of tokens is read, and so is a drawn one."""
+def test_memorised_labels_show_in_the_control_task() -> None:
+    """The states encode the token, so a probe decodes any label of tokens, also a random one."""
     random = np.random.default_rng(0)
     kinds = random.integers(0, 40, 1200)
     tokens = [f"t{kind:02}" for kind in kinds]
@@ -91,8 +91,8 @@ def test_sequences_are_not_split() -> None:
     assert (np.count_nonzero(few & for_test), np.count_nonzero(few & ~for_test)) == (30, 30)
 
 
-def test_control_split_by_step_a_sequence_would_give_itself_away() -> None:
-    """Why sequences are whole: states that name their sequence tell its label by heart."""
+def test_control_a_split_by_step_leaks_the_sequence() -> None:
+    """States that encode their sequence reveal its label."""
     random = np.random.default_rng(0)
     names = np.repeat(np.eye(60), 20, axis=0) + random.normal(0, 0.02, (1200, 60))
     label = np.repeat(random.integers(0, 2, 60), 20)
@@ -102,7 +102,7 @@ def test_control_split_by_step_a_sequence_would_give_itself_away() -> None:
     assert probe(each, "x").score > 0.98
 
 
-def test_what_began_from_a_sequence_stays_with_it() -> None:
+def test_forks_stay_with_their_parent() -> None:
     parents = np.array([-1, 0, 1, -1, 3, 2])
     assert _root_sequences(parents).tolist() == [0, 0, 0, 3, 3, 0]
     cell, state = nn.GRUCell(2, 3), torch.randn(2, 3)
@@ -124,8 +124,8 @@ def test_what_began_from_a_sequence_stays_with_it() -> None:
     assert together.all() or not together.any()
 
 
-def test_the_error_is_that_of_sequences() -> None:
-    """Where all steps of a sequence are right or wrong together, it counts once."""
+def test_the_error_counts_sequences() -> None:
+    """If all steps of a sequence are right or wrong together, it counts once."""
     right = np.repeat(np.random.default_rng(0).integers(0, 2, 50), 20).astype(bool)
     error = probes._clustered_error(right, np.repeat(np.arange(50), 20))
     share = right.mean()
@@ -143,7 +143,7 @@ def test_rows_that_are_not_finite_are_left_out() -> None:
     assert found.score > 0.9
 
 
-def test_what_there_is_not(monkeypatch) -> None:
+def test_missing_labels_are_errors(monkeypatch) -> None:
     states = np.random.default_rng(0).normal(size=(1200, 3))
     one = SiteArrays(hidden=states, labels={"x": np.arange(1200) % 2})
     with pytest.raises(OptionError, match=r"in at least two sequences.*found it in 1"):
@@ -159,7 +159,7 @@ def test_what_there_is_not(monkeypatch) -> None:
         probe(one, "x")
 
 
-def test_the_same_everywhere(tmp_path, monkeypatch) -> None:
+def test_every_kind_of_site_gives_the_same(tmp_path, monkeypatch) -> None:
     def analyse(site):
         return probe(site, "word", control="speaker", test=0.4)
 

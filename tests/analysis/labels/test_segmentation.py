@@ -1,4 +1,4 @@
-"""Boundaries scored against loops that follow the paper, and against scores that are known."""
+"""Tests of boundary scores, against loops that follow the paper and known scores."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_all_and_none() -> None:
     assert none.r_value == pytest.approx(1 - (100 + 100 / math.sqrt(2)) / 200)
 
 
-def test_a_boundary_at_every_step_scores_badly_though_it_hits_all() -> None:
+def test_a_boundary_at_every_step_scores_badly() -> None:
     every = score(range(1, 100), [10, 30, 60])
     assert every.recall == 1
     assert every.over_segmentation == pytest.approx(99 / 3 - 1)
@@ -81,7 +81,7 @@ def test_pairs_stay_within_a_sequence() -> None:
     assert score_boundaries(same, same, many).hits == 40
 
 
-def test_nothing_to_divide_by_is_no_number() -> None:
+def test_a_zero_denominator_gives_nan() -> None:
     nothing = score([], [])
     assert math.isnan(nothing.precision)
     assert math.isnan(nothing.recall)

@@ -1,4 +1,4 @@
-"""Planted units are found and shuffled labels find none; areas are scikit-learn's."""
+"""Tests of selectivity: planted units are found, and areas equal scikit-learn's."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def test_a_planted_unit_is_found_first() -> None:
     assert selectivity(arrays(states, shuffled), "x").selective == 0
 
 
-def test_chance_finds_some_unit_as_often_as_it_says() -> None:
-    """At the bound 0.05, once in 20: binomial, 120 traces, 6 expected."""
+def test_false_positives_match_the_stated_level() -> None:
+    """At level 0.05, once in 20: binomial, 120 traces, 6 expected."""
     hits = 0
     for seed in range(120):
         random = np.random.default_rng(seed)
@@ -66,8 +66,8 @@ def test_chance_finds_some_unit_as_often_as_it_says() -> None:
     assert hits <= 12
 
 
-def test_control_shuffling_steps_one_by_one_would_find_what_is_not_there() -> None:
-    """Why labels are rotated: of slow states and slow labels, single steps say too much."""
+def test_control_shuffled_steps_give_false_positives() -> None:
+    """Labels are rotated because slow states and slow labels correlate by chance."""
     hits = 0
     for seed in range(20):
         random = np.random.default_rng(seed)
@@ -93,7 +93,7 @@ def test_a_label_of_whole_sequences() -> None:
     assert selectivity(arrays(np.delete(states, 3, 1), others), "x").selective == 0
 
 
-def test_areas_and_information_are_scikit_learns() -> None:
+def test_areas_and_information_equal_scikit_learn() -> None:
     random = np.random.default_rng(0)
     labels = slow_labels(random)
     states = (slow_states(random, 5) + 0.1 * labels[:, np.newaxis]).astype(np.float32)
@@ -120,8 +120,8 @@ def test_areas_and_information_are_scikit_learns() -> None:
     assert np.isnan(found.p).all()
 
 
-def test_what_chance_gives_is_what_miller_and_madow_say() -> None:
-    """Of independent steps: (levels - 1) (classes - 1) / (2 N ln 2) bits."""
+def test_the_null_information_equals_miller_madow() -> None:
+    """For independent steps: (levels - 1) (classes - 1) / (2 N ln 2) bits."""
     random = np.random.default_rng(0)
     labels = random.integers(0, 3, 4000).astype(float)
     states = random.uniform(size=(4000, 3))
@@ -131,7 +131,7 @@ def test_what_chance_gives_is_what_miller_and_madow_say() -> None:
     np.testing.assert_allclose(found.null_mean, expected, rtol=0.15)
 
 
-def test_values_that_are_not_finite_and_units_that_are_never() -> None:
+def test_values_and_units_that_are_not_finite() -> None:
     random = np.random.default_rng(0)
     states, labels = slow_states(random, 4), slow_labels(random, 2)
     states[5, 0], states[9, 0], states[:, 1], states[:, 2] = np.nan, np.inf, np.nan, 0.5
@@ -147,7 +147,7 @@ def test_values_that_are_not_finite_and_units_that_are_never() -> None:
     assert found.auc[0] == pytest.approx(exact, abs=found.auc_error[0] + 1e-9)
 
 
-def test_little_memory_means_more_passes_and_the_same_chance(monkeypatch) -> None:
+def test_less_memory_gives_the_same_null_distribution(monkeypatch) -> None:
     random = np.random.default_rng(0)
     one = arrays(slow_states(random, 4), slow_labels(random))
     monkeypatch.setattr(counting, "MIN_BINS", 1024)
@@ -159,7 +159,7 @@ def test_little_memory_means_more_passes_and_the_same_chance(monkeypatch) -> Non
     np.testing.assert_array_equal(parts.p, whole.p)
 
 
-def test_what_there_is_not() -> None:
+def test_missing_labels_are_errors() -> None:
     with pytest.raises(NotRecordedError, match="no label 'y'; there are: x"):
         selectivity(arrays(np.zeros((1200, 2)), np.zeros(1200)), "y")
     with pytest.raises(OptionError, match=r"at least two values; 'x' has 0\.0"):
@@ -173,7 +173,7 @@ def test_what_there_is_not() -> None:
 
 
 @pytest.mark.parametrize("label", ["word", "speaker"])
-def test_the_same_everywhere(tmp_path, monkeypatch, label) -> None:
+def test_every_kind_of_site_gives_the_same(tmp_path, monkeypatch, label) -> None:
     check_everywhere(lambda site: selectivity(site, label, permutations=5), tmp_path, monkeypatch)
 
 

@@ -1,4 +1,4 @@
-"""The age of what states hold against weights that are written out, and gates that are known."""
+"""Tests of the mean age of a state's information, against explicit weights and known gates."""
 
 from __future__ import annotations
 
@@ -60,20 +60,20 @@ def test_a_constant_gate() -> None:
 
 
 @pytest.mark.parametrize("together", [1, 10**9])
-def test_the_same_everywhere(together, tmp_path, monkeypatch) -> None:
+def test_every_kind_of_site_gives_the_same(together, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(module, "BATCH_BYTES", together)
     check_everywhere(state_age, tmp_path, monkeypatch)
     site = sites.in_memory()["encoder.l1_reverse"]
     assert_same(state_age(as_arrays(site)), state_age(site), 1e-11)
 
 
-def test_control_the_other_direction_is_another_age() -> None:
+def test_control_the_other_direction_has_another_age() -> None:
     update = np.linspace(0, 0.9, 50)[:, np.newaxis]
     ages = [state_age(SiteArrays(update=update, reverse=way)).age_at_end for way in (False, True)]
     assert ages[0] > 3 * ages[1]
 
 
-def test_no_wrong_number() -> None:
+def test_invalid_input_gives_nan() -> None:
     update = np.full((10, 2), 0.5)
     update[3, 0] = np.nan
     found = state_age(SiteArrays(update=update, lengths=[5, 0, 5]))

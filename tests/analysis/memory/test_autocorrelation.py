@@ -1,4 +1,4 @@
-"""Autocorrelations against sums over pairs by their definition, and processes that are known."""
+"""Tests of autocorrelation, against its definition and known processes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_equals_the_definition(lengths, block, monkeypatch) -> None:
             assert found.steps == pairs[0]
 
 
-def test_control_pairs_of_other_sequences_would_show() -> None:
+def test_control_pairs_across_sequences_are_detected() -> None:
     states = np.random.default_rng(0).normal(size=(400, 2)).cumsum(axis=0)
     apart = autocorrelation(SiteArrays(hidden=states, lengths=[20] * 20), 10)
     assert np.abs(apart.correlation - by_definition([states], 10)).max() > 0.01
@@ -79,7 +79,7 @@ def test_a_known_process() -> None:
     assert np.isnan(trend.integrated).all()
 
 
-def test_exact_exponentials_give_their_time_back() -> None:
+def test_exact_exponentials_give_their_time_constant() -> None:
     factors = np.array([0.2, 0.9, 0.999])
     correlation = factors ** np.arange(2000)[:, np.newaxis]
     np.testing.assert_allclose(efolding_time(correlation), -1 / np.log(factors))
@@ -94,14 +94,14 @@ def test_pairs() -> None:
 
 
 @pytest.mark.parametrize("together", [1, 10**9])
-def test_the_same_everywhere(together, tmp_path, monkeypatch) -> None:
+def test_every_kind_of_site_gives_the_same(together, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(module, "BATCH_BYTES", together)
     check_everywhere(lambda site: autocorrelation(site, 20), tmp_path, monkeypatch)
     site = sites.in_memory()["encoder.l1_reverse"]
     assert_same(autocorrelation(as_arrays(site)), autocorrelation(site), 1e-11)
 
 
-def test_no_wrong_number() -> None:
+def test_invalid_input_gives_nan() -> None:
     states = np.random.default_rng(0).normal(size=(50, 4))
     states[:, 1] = 0.1  # Whose mean is rounded.
     states[7, 2], states[8, 3] = np.nan, np.inf
@@ -112,7 +112,7 @@ def test_no_wrong_number() -> None:
     assert np.isnan(found.integrated[1:]).all()
 
 
-def test_what_cannot_be() -> None:
+def test_wrong_options_are_errors() -> None:
     empty = autocorrelation(SiteArrays(hidden=np.zeros((0, 3)), lengths=[]))
     assert (empty.steps, empty.lags) == (0, 0)
     assert np.isnan(empty.efolding).all()

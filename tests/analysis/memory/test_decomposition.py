@@ -1,4 +1,4 @@
-"""What past steps wrote adds up to the state: on the whole lattice, and in exact arithmetic."""
+"""Tests of the decomposition: the contributions of past steps add up to the state."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_equals_exact_arithmetic() -> None:
 
 @pytest.mark.parametrize("block", [1, 1000, 10**9])
 def test_long_sequences_in_blocks(block, monkeypatch) -> None:
-    """20000 steps: products far below the least number, and a unit that keeps for ever."""
+    """20000 steps: products below the smallest float, and a unit that never changes."""
     monkeypatch.setattr(module, "BLOCK_BYTES", block * 32)
     steps = 3000 if block == 1 else 20_000
     random = np.random.default_rng(0)
@@ -124,7 +124,7 @@ def test_long_sequences_in_blocks(block, monkeypatch) -> None:
     )
 
 
-def test_maps_are_the_states_one_by_one(tmp_path, monkeypatch) -> None:
+def test_maps_equal_the_states_step_by_step(tmp_path, monkeypatch) -> None:
     trace = sites.in_memory()
     for name in ("encoder.l1", "encoder.l1_reverse", "decoder.rnn.l1"):
         for back in (None, 3):
@@ -153,7 +153,7 @@ def check_map(site: Any, back: int | None) -> None:
 
 
 def test_a_planted_memory_is_found() -> None:
-    """z is 1 but at step 20, where it is 0: all later states are what that step wrote."""
+    """z is 1 except at step 20, where it is 0: step 20 alone wrote all later states."""
     update = np.ones((50, 2))
     update[20] = 0
     candidate = np.random.default_rng(0).uniform(0.1, 1, (50, 2))
@@ -186,7 +186,7 @@ def test_some_units() -> None:
     assert_same(decompose(as_arrays(site), 2), decompose(site, 2), 1e-12)
 
 
-def test_what_cannot_be() -> None:
+def test_wrong_options_are_errors() -> None:
     rows = {name: np.zeros((3, 2)) for name in ("update", "candidate", "hidden")}
     site = SiteArrays(**rows, lengths=[3, 0])
     assert np.isnan(decompose(site, 0).share).all()

@@ -1,4 +1,4 @@
-"""Timescales of gates that are known: constant, drawn for chrono initialisation, inverse gamma."""
+"""Tests of timescales, for known gates: constant, chrono initialisation, inverse gamma."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def with_biases(biases: np.ndarray, steps: int = 50) -> grutrace.Trace:
     return trace
 
 
-def test_a_constant_gate_has_the_timescale_of_theory() -> None:
+def test_a_constant_gate_has_its_theoretical_timescale() -> None:
     taus = np.array([0.3, 1.0, 7.0, 100.0, 1e5])
     kept = np.exp(-1 / taus)
     found = timescales(with_biases(np.log(kept / (1 - kept)))["l0"])
@@ -36,8 +36,8 @@ def test_a_constant_gate_has_the_timescale_of_theory() -> None:
     np.testing.assert_allclose(found.tau_of_mean, taus, rtol=1e-8)
 
 
-def test_the_states_of_a_constant_gate_fade_as_fast() -> None:
-    """h = z h' + (1 - z) noise is a process whose autocorrelation is z^k."""
+def test_states_of_a_constant_gate_decay_at_its_timescale() -> None:
+    """h = z h' + (1 - z) noise is a process with autocorrelation z^k."""
     random, kept = np.random.default_rng(0), np.array([0.5, 0.9, 0.95])
     noise, states = random.normal(size=(50_000, 3)), np.zeros((50_000, 3))
     before = np.zeros(3)
@@ -59,7 +59,7 @@ def test_geometric_and_arithmetic_mean() -> None:
     assert np.exp(-100 / found.tau_of_mean) > 100 * np.prod(update)
 
 
-def test_chrono_initialisation_gives_its_range_back() -> None:
+def test_chrono_initialisation_gives_its_range() -> None:
     """Tallec and Ollivier (2018): bias log(u), u uniform from 1 to T - 1. tau is u + 1/2."""
     random, longest = np.random.default_rng(0), 200
     drawn = random.uniform(1, longest - 1, 500)
@@ -80,7 +80,7 @@ def test_chrono_initialisation_gives_its_range_back() -> None:
     assert found.fit_p < 0.01
 
 
-def test_inverse_gamma_initialisation_gives_its_parameters_back() -> None:
+def test_inverse_gamma_initialisation_gives_its_parameters() -> None:
     """As Mahto et al. (2021) initialise: shape 0.56, scale 1."""
     drawn = 1 / np.random.default_rng(2).gamma(0.56, 1.0, 400)
     # exp(-1 / T) as a sigmoid of a bias.
@@ -91,7 +91,7 @@ def test_inverse_gamma_initialisation_gives_its_parameters_back() -> None:
     assert found.fit_p > 0.05
 
 
-def test_the_errors_of_the_fit_are_its_errors(monkeypatch) -> None:
+def test_the_standard_errors_of_the_fit_are_right(monkeypatch) -> None:
     monkeypatch.setattr(inverse_gamma, "SAMPLES", 99)
     random = np.random.default_rng(0)
     fits = [fit_inverse_gamma(1 / random.gamma(2.0, 1 / 5.0, 200)) for _ in range(200)]
@@ -103,7 +103,7 @@ def test_the_errors_of_the_fit_are_its_errors(monkeypatch) -> None:
     assert 0.01 < rejected < 0.12
 
 
-def test_the_fit_is_that_of_scipy() -> None:
+def test_the_fit_equals_scipy() -> None:
     stats = pytest.importorskip("scipy.stats")
     timescales_ = 1 / np.random.default_rng(5).gamma(0.8, 2.0, 300)
     fit = fit_inverse_gamma(timescales_)
@@ -113,7 +113,7 @@ def test_the_fit_is_that_of_scipy() -> None:
     assert fit.distance == pytest.approx(distance, rel=1e-9)
 
 
-def test_gates_that_are_0_or_1_exactly_or_no_gates() -> None:
+def test_gates_of_exactly_0_or_1_and_nan() -> None:
     update = np.full((10, 4), 0.5)
     update[3, 0], update[:, 1] = 0.0, 1.0
     update[4, 2], update[5, 2], update[6, 2] = np.nan, 1.5, -np.inf
@@ -126,7 +126,7 @@ def test_gates_that_are_0_or_1_exactly_or_no_gates() -> None:
     assert np.isnan(found.shape)
 
 
-def test_the_same_everywhere(tmp_path, monkeypatch) -> None:
+def test_every_kind_of_site_gives_the_same(tmp_path, monkeypatch) -> None:
     def derived(found, expected) -> None:
         np.testing.assert_allclose(found.tau, expected.tau, 1e-4)
         np.testing.assert_allclose(found.tau_of_states, expected.tau_of_states, 1e-4)

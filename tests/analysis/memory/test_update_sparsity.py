@@ -1,4 +1,4 @@
-"""Writes against NumPy, and gates for which their share is known."""
+"""Tests of update sparsity, against NumPy and gates with a known share."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_equals_numpy_sequence_by_sequence() -> None:
         assert 0 < found.near_zero < 1
 
 
-def test_a_gate_that_keeps_writes_nothing() -> None:
+def test_a_closed_gate_has_no_updates() -> None:
     layer = nn.GRU(2, 3)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -50,7 +50,7 @@ def test_a_large_threshold_counts_all() -> None:
     assert update_sparsity(SiteArrays(hidden=states), 1e-9).near_zero == 0
 
 
-def test_what_is_not_finite_is_left_out() -> None:
+def test_values_that_are_not_finite_are_skipped() -> None:
     states = np.array([[0.0], [0.5], [np.nan], [0.5], [0.505]])
     found = update_sparsity(SiteArrays(hidden=states))
     # From the nan and to it no size is known.
@@ -58,7 +58,7 @@ def test_what_is_not_finite_is_left_out() -> None:
     np.testing.assert_allclose([found.share[0], found.size[0]], [2 / 3, 0.505 / 3])
 
 
-def test_nothing_recorded_and_what_there_is_not() -> None:
+def test_empty_and_missing_quantities() -> None:
     empty = update_sparsity(SiteArrays(hidden=np.zeros((0, 3)), lengths=[]))
     assert np.isnan(empty.near_zero)
     assert np.isnan(empty.share).all()
@@ -68,5 +68,5 @@ def test_nothing_recorded_and_what_there_is_not() -> None:
         update_sparsity(SiteArrays(hidden=np.zeros((3, 2))), 0)
 
 
-def test_the_same_everywhere(tmp_path, monkeypatch) -> None:
+def test_every_kind_of_site_gives_the_same(tmp_path, monkeypatch) -> None:
     check_everywhere(update_sparsity, tmp_path, monkeypatch)

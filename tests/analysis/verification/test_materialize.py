@@ -1,4 +1,4 @@
-"""A derived file is what an inline trace of the same run would have been."""
+"""Tests of derived files: they equal an inline trace of the same run."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_the_file_is_one_by_the_specification(traces, tmp_path) -> None:
                     )
 
 
-def test_all_parts_of_a_run_become_one_file(tmp_path, monkeypatch) -> None:
+def test_the_files_of_a_run_become_one_file(tmp_path, monkeypatch) -> None:
     torch.manual_seed(0)
     models, traces = [nn.GRU(2, 3), nn.GRU(2, 4)], []
     for part, model in enumerate(models, 1):
@@ -158,7 +158,7 @@ def test_all_parts_of_a_run_become_one_file(tmp_path, monkeypatch) -> None:
             np.testing.assert_allclose(full[name].update, inline["l0"].update, atol=1e-6)
 
 
-def test_what_cannot_be_derived_is_refused(traces, tmp_path) -> None:
+def test_gates_that_cannot_be_derived_are_an_error(traces, tmp_path) -> None:
     path, inline = traces
     before = path.read_bytes()
     with grutrace.open(path) as trace:
@@ -172,7 +172,7 @@ def test_what_cannot_be_derived_is_refused(traces, tmp_path) -> None:
     assert not (tmp_path / "full.h5").exists()
 
 
-def test_half_a_file_is_not_left_behind(traces, tmp_path) -> None:
+def test_a_failure_leaves_no_partial_file(traces, tmp_path) -> None:
     path, _ = traces
 
     def interrupt(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""Verification holds on every honest trace, and each kind of damage is caught."""
+"""Tests of verification: it accepts every correct trace and detects each kind of damage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.strategies import Case, cases
 
 @settings(max_examples=150, deadline=None)
 @given(cases())
-def test_every_honest_trace_holds(case: Case) -> None:
+def test_every_correct_trace_passes(case: Case) -> None:
     for record, check in ((EVERYTHING, "gates"), (EVERYTHING[:4], None)):
         with grutrace.trace(case.layer, record=record) as trace:
             case.run()
@@ -44,7 +44,7 @@ def checked(path) -> dict[str, verification.SiteVerification]:
         return {found.site: found for found in verify(trace)}
 
 
-def test_what_can_be_checked_depends_on_what_was_recorded(tmp_path) -> None:
+def test_the_checks_depend_on_the_recorded_quantities(tmp_path) -> None:
     expected = {
         EVERYTHING: ["gates", "gates"],
         ("reset", "update", "candidate", "hidden"): ["states", "gates"],
@@ -70,7 +70,7 @@ def test_states_and_inputs_are_enough(tmp_path, gates) -> None:
     assert [each.holds for each in checked(path).values()] == [True, True, False, True]
 
 
-def test_dropped_out_states_are_not_taken_for_the_input(tmp_path) -> None:
+def test_states_before_dropout_are_not_used_as_input(tmp_path) -> None:
     two_layers(tmp_path / "run.h5", EVERYTHING[:4], training=True)
     assert checked(tmp_path / "run.h5")["l1"].check == "states"
     two_layers(tmp_path / "input.h5", EVERYTHING, training=True)
@@ -169,7 +169,7 @@ def test_control_each_kind_of_damage_to_a_deferred_file_is_caught(
     assert found["l0"].holds
 
 
-def test_the_worst_place_of_a_deferred_file_is_named(tmp_path) -> None:
+def test_the_largest_error_of_a_deferred_file_is_located(tmp_path) -> None:
     path = tmp_path / "run.h5"
     two_layers(path, gates="deferred", training=True)
     # Row 139 of sequences of 20 steps each: the last step, from which no other starts.
@@ -191,7 +191,7 @@ def test_the_states_alone_show_a_wrong_gate(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 10**9])
-def test_the_worst_place_is_named(tmp_path, block, monkeypatch) -> None:
+def test_the_largest_error_is_located(tmp_path, block, monkeypatch) -> None:
     monkeypatch.setattr(verification, "BLOCK_BYTES", block)
     path = tmp_path / "run.h5"
     two_layers(path)
@@ -203,8 +203,8 @@ def test_the_worst_place_is_named(tmp_path, block, monkeypatch) -> None:
     assert worst.difference == pytest.approx(0.5, abs=1e-5)
 
 
-def test_pieces_of_one_sequence_hang_together(tmp_path) -> None:
-    """Stepwise decoding: each piece's previous state lies in the call before."""
+def test_pieces_of_one_sequence_are_connected(tmp_path) -> None:
+    """In stepwise decoding, the previous state of a piece is in an earlier call."""
     torch.manual_seed(0)
     cell, state = nn.GRUCell(2, 3), torch.randn(4, 3)
     with torch.no_grad(), grutrace.trace(cell, tmp_path / "run.h5", record=EVERYTHING):

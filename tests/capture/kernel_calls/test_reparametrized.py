@@ -1,4 +1,4 @@
-"""Weights that are no plain parameters: what is recorded is what the kernel was given."""
+"""Tests of computed weights: the weights that the kernel received are recorded."""
 
 from __future__ import annotations
 
@@ -135,8 +135,10 @@ LAYERS: dict[str, tuple[Callable[[], Layer], list[str]]] = {
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("habit", HABITS)
-def test_recorded_as_it_ran(habit: str, layer: str, training: bool, tmp_path: Path) -> None:
-    """Two calls, and in training two steps of an optimizer; outputs, oracle and controls."""
+def test_the_weights_of_the_call_are_recorded(
+    habit: str, layer: str, training: bool, tmp_path: Path
+) -> None:
+    """Two calls, and two training steps: outputs, oracle and controls."""
 
     def build() -> nn.Module:
         torch.manual_seed(0)
@@ -165,8 +167,8 @@ def test_recorded_as_it_ran(habit: str, layer: str, training: bool, tmp_path: Pa
     assert trace[trace.sites[0]].extent.versions == (2 if training else 1)
 
 
-def test_weights_of_two_layers_that_are_one(tmp_path: Path) -> None:
-    """Tied weights: each layer's are its own in the trace, and change together."""
+def test_tied_weights(tmp_path: Path) -> None:
+    """Each layer has its own copy in the trace, and both change together."""
 
     def build() -> nn.Module:
         torch.manual_seed(0)
@@ -194,8 +196,8 @@ def test_weights_of_two_layers_that_are_one(tmp_path: Path) -> None:
     assert (first.weights(0)["weight_hh"] != first.weights(1)["weight_hh"]).any()
 
 
-def test_a_forward_of_the_modules_own(tmp_path: Path) -> None:
-    """A forward that was put on one module, as some wrappers do: the kernel's input counts."""
+def test_a_forward_set_on_one_module(tmp_path: Path) -> None:
+    """The kernel's input is recorded, whatever forward changes."""
 
     def build() -> nn.Module:
         torch.manual_seed(0)
@@ -212,8 +214,8 @@ def test_a_forward_of_the_modules_own(tmp_path: Path) -> None:
     assert (trace["l0"].sequence(1).input == 2 * input[:, 1].numpy()).all()
 
 
-def test_control_reading_a_parametrized_weight_computes_it_anew() -> None:
-    """Why a parametrized module is heard from inside: to look at it would change it."""
+def test_control_reading_a_parametrized_weight_recomputes_it() -> None:
+    """Reading it from outside would change it, so the kernel's weights are recorded."""
     cell = nn.GRUCell(INPUT, HIDDEN)
     parametrize.register_parametrization(cell, "weight_hh", RandomDrop())
     assert not torch.equal(cell.weight_hh, cell.weight_hh)
@@ -223,7 +225,7 @@ def test_control_reading_a_parametrized_weight_computes_it_anew() -> None:
     assert any(not torch.equal(before[name], value) for name, value in norm.state_dict().items())
 
 
-def test_a_wrapper_that_calls_forward_is_heard() -> None:
+def test_a_wrapper_that_calls_forward_is_recorded() -> None:
     """The first AWD-LSTM calls `module.forward(...)`, where PyTorch calls no hooks."""
 
     class GoingRound(WeightDrop):

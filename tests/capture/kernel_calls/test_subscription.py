@@ -1,4 +1,4 @@
-"""What the kernel was given and gave is recorded, and nothing is put on the model."""
+"""Tests of observed kernel calls: inputs and outputs are recorded, the model is unchanged."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class Listener:
 
 @pytest.mark.parametrize("gates", GATES)
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_comes_around_the_layer_while_it_is_recorded(change, gates) -> None:
+def test_wrappers_added_during_a_recording(change, gates) -> None:
     torch.manual_seed(0)
     layer, x = nn.GRU(3, 4).requires_grad_(False), torch.randn(5, 2, 3)
     untouched = copy.deepcopy(layer)
@@ -196,7 +196,7 @@ class Net(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-def test_a_copy_of_a_recorded_model_has_nothing_of_ours() -> None:
+def test_a_copy_of_a_recorded_model_is_clean() -> None:
     net, x, buffer = Net().eval(), torch.randn(5, 2, 3), io.BytesIO()
     expected = torch.jit.script(copy.deepcopy(net))(x)
     with grutrace.trace(net) as trace:
@@ -289,7 +289,7 @@ def test_fast_paths_in_the_same_forward_are_taken(make) -> None:
 
 
 @pytest.mark.parametrize("gates", GATES)
-def test_a_helper_that_is_compiled_whole(gates) -> None:
+def test_a_helper_compiled_with_fullgraph(gates) -> None:
     class Post(nn.GRU):
         @torch.compile(fullgraph=True, backend="eager")
         def post(self, y):
@@ -317,7 +317,7 @@ class Growing(nn.Module):
         return self.top(self.rnn(x)[0])[0]
 
 
-def test_a_layer_that_is_exchanged_is_recorded_in_its_place() -> None:
+def test_a_replaced_layer_is_recorded_under_its_path() -> None:
     net, x = Growing(), torch.randn(5, 2, 3)
     with grutrace.trace(net, check="raise") as trace:
         net(x)
@@ -329,7 +329,7 @@ def test_a_layer_that_is_exchanged_is_recorded_in_its_place() -> None:
     np.testing.assert_array_equal(trace["rnn.l0"].sequence(4).hidden, expected[:, 0].detach())
 
 
-def test_a_layer_of_another_shape_or_a_new_one_is_named() -> None:
+def test_a_new_layer_or_another_shape_is_reported() -> None:
     net, x = Growing(), torch.randn(5, 2, 3)
     with grutrace.trace(net, sites="rnn.*") as trace:
         net(x)
@@ -344,7 +344,7 @@ def test_a_layer_of_another_shape_or_a_new_one_is_named() -> None:
     assert len(trace.calls) == 1
 
 
-def test_a_layer_that_is_exchanged_for_something_else_is_named_at_the_end() -> None:
+def test_a_layer_replaced_by_another_module_is_reported() -> None:
     net, x = Growing(), torch.randn(5, 2, 3)
     trace = grutrace.trace(net)
     trace.start()
@@ -356,7 +356,7 @@ def test_a_layer_that_is_exchanged_for_something_else_is_named_at_the_end() -> N
     assert trace.calls["module"].tolist() == ["rnn", "top", "top"]
 
 
-def test_cells_made_anew_in_each_call_are_named_once() -> None:
+def test_cells_created_in_each_call_are_reported_once() -> None:
     class Vocoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -381,7 +381,7 @@ def test_cells_made_anew_in_each_call_are_named_once() -> None:
         model.generate(x[0])
 
 
-def test_a_subclass_that_never_calls_the_kernel_is_named_with_that_reason() -> None:
+def test_a_subclass_that_never_calls_the_kernel_is_reported() -> None:
     class NormedCell(nn.GRUCell):
         def forward(self, x, h):
             return torch.tanh(nn.functional.linear(x, self.weight_ih)[:, :4] + h)
@@ -444,7 +444,7 @@ def test_a_pre_hook_that_pads_a_nested_tensor() -> None:
     np.testing.assert_array_equal(trace["l0"].sequence(1).hidden, expected[1].detach())
 
 
-def test_a_cell_of_no_inputs() -> None:
+def test_a_cell_with_input_size_0() -> None:
     cell, x = nn.GRUCell(0, 4), torch.randn(2, 0)
     expected = cell(x, torch.ones(2, 4))
     with grutrace.trace(cell, check="raise") as trace:
@@ -453,8 +453,8 @@ def test_a_cell_of_no_inputs() -> None:
     assert trace.calls["residual"][0] < 1e-6
 
 
-def test_a_tracer_whose_name_is_bound_anew_is_closed(tmp_path) -> None:
-    """A notebook cell that is run again and again."""
+def test_a_rebound_tracer_is_closed(tmp_path) -> None:
+    """As in a notebook cell that runs again."""
     layer, x = nn.GRU(3, 4), torch.randn(5, 2, 3)
     for number in range(3):
         path = tmp_path / f"{number}.h5"
@@ -473,7 +473,7 @@ def test_a_tracer_whose_name_is_bound_anew_is_closed(tmp_path) -> None:
     assert not is_observing()
 
 
-def test_two_tracers_that_are_both_held_are_allowed() -> None:
+def test_two_tracers_may_be_open() -> None:
     layer, x = nn.GRU(3, 4), torch.randn(5, 2, 3)
     held = [grutrace.Tracer(layer) for _ in range(2)]
     for each in held:
@@ -484,8 +484,8 @@ def test_two_tracers_that_are_both_held_are_allowed() -> None:
         each.close()
 
 
-def test_kernels_come_and_go_while_other_threads_run_the_model(monkeypatch) -> None:
-    """A kernel that is removed is kept while a thread may be on its way into it."""
+def test_kernels_are_registered_and_removed_while_threads_run(monkeypatch) -> None:
+    """A removed kernel is kept while a thread may be about to call it."""
     cell, x, h = nn.GRUCell(4, 8), torch.randn(2, 4), torch.zeros(2, 8)
     expected, end, errors, calls = cell(x, h), threading.Event(), [], [0] * 3
 
@@ -541,7 +541,7 @@ assert len(trace.calls) == len(again.calls) == 1
 """
 
 
-def test_kernels_stay_where_pytorch_cannot_keep_them() -> None:
+def test_a_kernel_stays_while_threads_may_call_it() -> None:
     """Without a handle to a removed kernel, it is removed once no other thread runs Python.
 
     In a process of its own: a test runner may have threads.

@@ -1,4 +1,4 @@
-"""The axes of a closed trace by name, in tools that know nothing of grutrace."""
+"""Other tools read the axes of a closed trace by name."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_units_that_were_asked_for(path):
         np.testing.assert_array_equal(dataset.hidden.sel(unit=2), column)
 
 
-def test_a_run_that_goes_on_makes_the_scales_longer(path):
+def test_appending_extends_the_scales(path):
     for calls in (2, 3):
         stream = Stream(make_header(make_module()), seed=calls)
         for _ in range(calls):
@@ -177,8 +177,8 @@ def test_a_run_that_goes_on_makes_the_scales_longer(path):
         }  # fmt: skip
 
 
-def test_a_file_of_version_1_0_is_read_and_goes_on(path, monkeypatch):
-    """It has no scales, and gets none: they cannot be added to what another process may read."""
+def test_a_file_of_version_1_0_is_read_and_appended_to(path, monkeypatch):
+    """It has no scales and gets none: they cannot be added while other processes may read."""
     with monkeypatch.context() as older:
         older.setattr(create, "create_scales", lambda *_: None)
         older.setattr("grutrace.storage.format.header.FORMAT_VERSION", (1, 0))
@@ -197,7 +197,7 @@ def test_a_file_of_version_1_0_is_read_and_goes_on(path, monkeypatch):
         assert file.attrs["format_version"].tolist() == [1, 0]
 
 
-def test_small_traces_stay_small(path):
-    """What the scales of one module take, beside a file that holds next to nothing."""
+def test_scales_of_a_small_trace_are_small(path):
+    """The size of one module's scales, compared with a nearly empty file."""
     write(path, Stream(make_header(make_module(hidden=64, width=64))))
     assert path.stat().st_size < 32_000

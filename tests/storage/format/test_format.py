@@ -1,4 +1,4 @@
-"""The file against docs/format.md, through a reader that was written from that page alone."""
+"""Trace files follow docs/format.md, as a reader written from that page shows."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_the_plain_reader_sees_the_same(tmp_path):
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(stream=drawn_streams(), parts=st.integers(1, 4))
-def test_the_plain_reader_sees_whatever_is_drawn(stream, parts, tmp_path_factory):
+def test_the_plain_reader_sees_drawn_streams(stream, parts, tmp_path_factory):
     path = tmp_path_factory.mktemp("drawn") / "run.h5"
     write(path, stream, parts)
     check_plain(PlainTrace(path), stream.header, stream.records)
@@ -113,7 +113,7 @@ def test_control_the_plain_reader_sees_a_shift(tmp_path):
         check_plain(PlainTrace(tmp_path / "run.h5"), stream.header, stream.records)
 
 
-def test_a_closed_file_opens_without_swmr_and_has_the_layout_of_the_page(tmp_path):
+def test_a_closed_file_opens_without_swmr_and_has_the_specified_layout(tmp_path):
     stream = full_stream()
     write(tmp_path / "run.h5", stream)
     with h5py.File(tmp_path / "run.h5", "r") as file:
@@ -154,11 +154,11 @@ def test_a_closed_file_opens_without_swmr_and_has_the_layout_of_the_page(tmp_pat
         ("a b\n", "a%20b%0A"),
     ],
 )
-def test_group_names_are_those_of_the_page(path, name):
+def test_group_names_follow_the_specification(path, name):
     assert schema.group_name(path) == name
 
 
-def test_odd_paths_have_a_group_each_and_come_back(tmp_path):
+def test_odd_paths_have_a_group_each_and_are_read_back(tmp_path):
     stream = Stream(make_header(*(make_module(path) for path in ODD_PATHS)))
     for module in range(len(ODD_PATHS)):
         stream.call([module + 1], module=module)
@@ -177,8 +177,8 @@ def test_text_is_stored_once(tmp_path):
     assert sorted(PlainTrace(tmp_path / "run.h5").strings) == ["a tag", "tokens", "word"]
 
 
-def test_the_index_takes_little_beside_the_rows(tmp_path):
-    """At H = 64 and T = 1, all that is no row takes at most 5 % of the rows."""
+def test_the_index_is_small_beside_the_rows(tmp_path):
+    """At H = 64 and T = 1, everything except rows takes at most 5 % of their size."""
     stream = Stream(make_header(make_module(hidden=64)))
     for _ in range(1000):
         stream.call([1] * 16, go_on=range(16) if stream.begun[0] else None)
@@ -191,7 +191,7 @@ def test_the_index_takes_little_beside_the_rows(tmp_path):
 
 
 @pytest.mark.parametrize("hidden", [1, 7, 64, 600, 100_000])
-def test_no_chunk_is_too_large_and_rows_fill_theirs(hidden):
+def test_no_chunk_is_too_large_and_rows_fill_chunks(hidden):
     module = make_module(hidden=hidden, width=hidden)
     for dataset_path, column in schema.dataset_specs([module]).items():
         size = np.prod(column.chunks, dtype=float) * column.dtype.itemsize

@@ -1,4 +1,4 @@
-"""What HDF5 and the system say, in plain words, and about the file that the user named."""
+"""Errors of HDF5 and the system become plain messages that name the user's file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_file_that_was_cut_says_how_much_is_there(run: Path) -> None:
+def test_a_truncated_file_reports_its_size(run: Path) -> None:
     size = run.stat().st_size
     os.truncate(run, size // 2)
     # The control: what HDF5 itself says of it.
@@ -50,7 +50,7 @@ def test_a_file_that_was_cut_says_how_much_is_there(run: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.3, 0.5, 0.8])
-def test_a_file_that_is_damaged_anywhere(run: Path, share: float) -> None:
+def test_a_file_damaged_anywhere(run: Path, share: float) -> None:
     data = bytearray(run.read_bytes())
     first = max(12, int(share * len(data)))
     data[first : first + 4096] = os.urandom(min(4096, len(data) - first))
@@ -77,8 +77,8 @@ def test_a_name_with_nul_is_refused_in_plain_words(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("to", FORMATS)
-def test_an_export_that_fails_names_the_file_that_was_asked_for(run, tmp_path, to, monkeypatch):
-    """And not the one that would have taken its place."""
+def test_a_failed_export_names_the_requested_file(run, tmp_path, to, monkeypatch):
+    """The message does not name the temporary file."""
 
     def denying(function: Any) -> Any:
         def denied(path: Any, *rest: Any, **options: Any) -> Any:
@@ -96,7 +96,7 @@ def test_an_export_that_fails_names_the_file_that_was_asked_for(run, tmp_path, t
     assert str(caught.value) == f"{tmp_path / 'out'} cannot be written: Permission denied"
 
 
-def test_a_file_that_cannot_take_its_place_is_named_by_its_place(tmp_path, monkeypatch) -> None:
+def test_a_file_that_cannot_be_renamed_is_named_by_its_target(tmp_path, monkeypatch) -> None:
     def denied(path: Path, target: Path) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path), None, str(target))
 
@@ -139,5 +139,5 @@ def test_a_file_that_cannot_take_its_place_is_named_by_its_place(tmp_path, monke
         (ValueError("two\nlines"), "two lines"),
     ],
 )
-def test_words_of_hdf5_become_plain(error: Exception, said: str) -> None:
+def test_messages_of_hdf5_become_plain(error: Exception, said: str) -> None:
     assert short_message(error) == said

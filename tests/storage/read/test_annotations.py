@@ -1,4 +1,4 @@
-"""Labels of rows from plain values; those of a trace are held by the conformance suite."""
+"""Tests of row labels from plain values. The conformance suite tests those of a trace."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows behave as a NumPy array does, alike in memory, in a file, in several and derived."""
+"""Rows behave as NumPy arrays: in memory, in one or several files, and recomputed."""
 
 from __future__ import annotations
 
@@ -120,19 +120,19 @@ def assert_alike(found: Any, exact: Any) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("expression", EXPRESSIONS)
-def test_an_expression_gives_what_an_array_gives(expression: str, kind: str) -> None:
+def test_an_expression_equals_that_of_an_array(expression: str, kind: str) -> None:
     evaluate = EXPRESSIONS[expression]
     assert_alike(evaluate(KINDS[kind](DATA)), evaluate(DATA.copy()))
 
 
-def test_control_other_rows_give_something_else() -> None:
+def test_control_other_rows_give_other_results() -> None:
     for name in ("slice", "keeps", "share above", "extremes", "a tensor"):
         with pytest.raises(AssertionError):
             assert_alike(EXPRESSIONS[name](in_memory(DATA)), EXPRESSIONS[name](DATA[::-1] * 0.5))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_blocks_make_a_difference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_block_sizes_make_no_difference(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(array_like, "BLOCK", 4 * DATA.itemsize * 3)
     monkeypatch.setattr(rows_module, "BLOCK", 4 * DATA.itemsize * 3)
     for name in ("extremes", "iteration", "mask", "mask in a tuple", "kept axes"):
@@ -170,7 +170,7 @@ REDUCTIONS = ("sum", "mean", "var", "std", "min", "max")
     seed=st.integers(0, 99),
 )
 @example("var", 0, False, "float64", (40, 2), 1, 30.0, 0)
-def test_a_reduction_is_that_of_all_rows_to_rounding(
+def test_a_reduction_equals_that_of_all_rows_within_rounding(
     name, axis, keepdims, dtype, shape, block, offset, seed
 ):
     data = (np.random.default_rng(seed).standard_normal(shape) + offset).astype(dtype)
@@ -187,8 +187,8 @@ def test_a_reduction_is_that_of_all_rows_to_rounding(
         np.testing.assert_array_equal(each, found[0])
 
 
-def test_control_sums_of_float32_are_further_off() -> None:
-    """What NumPy's own mean along the steps loses, which blocks in float64 do not."""
+def test_control_float32_sums_are_less_accurate() -> None:
+    """NumPy's own mean along the steps loses digits that blocks in float64 keep."""
     data = np.full((1_000_000, 1), 0.1, np.float32)
     exact = data.astype(np.float64).mean()
     off = abs(float(MemoryRows(data).mean(axis=0)[0]) - exact)
@@ -233,7 +233,7 @@ def test_numpys_functions_call_the_methods(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_handed_out_may_be_written_to_and_changes_nothing(kind: str) -> None:
+def test_returned_arrays_are_writable_copies(kind: str) -> None:
     data = DATA.copy()
     rows = KINDS[kind](data)
     with warnings.catch_warnings():
@@ -253,7 +253,7 @@ def test_what_is_handed_out_may_be_written_to_and_changes_nothing(kind: str) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_an_array_refuses_is_refused(kind: str) -> None:
+def test_errors_are_those_of_an_array(kind: str) -> None:
     rows = KINDS[kind](DATA)
     for key in [(0, 0, 0), 23, -24, (0, 3), np.zeros(22, bool), np.zeros((23, 2), bool), "a",
                 1.5, [0.5], [23], (slice(None), [3]), np.zeros((2, 2))]:  # fmt: skip
@@ -269,14 +269,14 @@ def test_what_an_array_refuses_is_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_copied_and_pickled_it_is_an_array(kind: str) -> None:
+def test_copies_and_pickles_are_arrays(kind: str) -> None:
     rows = KINDS[kind](DATA)
     for other in (copy.copy(rows), copy.deepcopy(rows), pickle.loads(pickle.dumps(rows))):
         assert_alike(other, DATA)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_look_at_it_fits_a_screen(kind: str) -> None:
+def test_the_repr_fits_a_screen(kind: str) -> None:
     for data in (DATA, np.full((10**5, 512), -1.23456789e-7, np.float32), ROWS_OF_NOTHING):
         lines = repr(KINDS[kind](data)).splitlines()
         assert len(lines) < 10
@@ -338,8 +338,8 @@ def test_code_runs_unchanged_in_memory_and_from_a_file(traces) -> None:
                     np.testing.assert_allclose(value, exact, rtol=2e-5, atol=2e-6)
 
 
-def test_gates_that_are_derived_are_the_same_kind_of_object(traces) -> None:
-    """What they are derived together with may change the last digit: no more than that."""
+def test_derived_gates_are_the_same_kind_of_object(traces) -> None:
+    """The block that they are computed in may change the last digit, and no more."""
     for trace in (traces["derived"], traces["derived, file"]):
         for name in trace.sites:
             for rows in (trace[name].update, trace[name].preactivation("update")):

@@ -1,4 +1,4 @@
-"""Rows in a file are indexed as NumPy indexes an array, and read in few pieces."""
+"""Rows in a file are indexed as in NumPy, with few reads."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ def test_an_index_gives_what_numpy_gives(rows, columns):
 
 
 @pytest.mark.parametrize("key", [(0, 0, 0), (None, 0, 0, 0), "a", 1.5, np.zeros((2, 2))])
-def test_what_is_no_index_is_refused(key):
+def test_an_invalid_index_is_an_error(key):
     with pytest.raises((IndexError, TypeError)):
         file_rows(DATA)[0][key]
 
 
-def test_rows_are_an_array_to_numpy():
+def test_numpy_accepts_rows_as_an_array():
     found, _ = file_rows(DATA)
     assert (found.shape, found.ndim, found.dtype, len(found)) == ((20, 3), 2, np.float32, 20)
     np.testing.assert_array_equal(np.asarray(found), DATA)

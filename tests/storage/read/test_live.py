@@ -64,8 +64,8 @@ def test_following_another_process(shape, tmp_path):
 
 
 @pytest.mark.parametrize("shape", coded.SHAPES)
-def test_two_that_follow_do_not_disturb_each_other(shape, tmp_path):
-    """HDF5 gives both one file, and reads wrong values where one refreshes what both have open."""
+def test_two_readers_of_a_growing_file_are_independent(shape, tmp_path):
+    """HDF5 shares one open file between them, and reads wrong values when one refreshes it."""
     path = tmp_path / "run.h5"
     with writing(path, shape), open_trace(path) as first, open_trace(path) as second:
         until = time.monotonic() + SECONDS
@@ -78,7 +78,7 @@ def test_two_that_follow_do_not_disturb_each_other(shape, tmp_path):
     assert calls > 2
 
 
-def test_one_file_opened_twice_is_read_right(tmp_path):
+def test_a_file_opened_twice_is_read_correctly(tmp_path):
     path = tmp_path / "run.h5"
     coded.write(path, "big", calls=5)
     with open_trace(path) as first, open_trace(path) as second:
@@ -125,8 +125,8 @@ def test_a_sink_shows_what_was_appended_at_once(shape, tmp_path):
         assert coded.check_trace(trace) == 10
 
 
-def test_other_programs_can_open_the_file_once_it_is_closed(tmp_path):
-    """Though a reader of this process still has it open, which HDF5 would leave marked."""
+def test_other_programs_can_open_the_file_after_closing(tmp_path):
+    """A reader of this process still has it open. HDF5 would leave it marked as being written."""
     path = tmp_path / "run.h5"
     sink = FileSink(path, coded.HEADER)
     code = "import h5py, sys; print(len(h5py.File(sys.argv[1], 'r')['calls']))"
@@ -143,7 +143,7 @@ def test_other_programs_can_open_the_file_once_it_is_closed(tmp_path):
         assert coded.check_trace(trace) == 1
 
 
-def test_what_a_reader_has_does_not_change_until_it_refreshes(tmp_path):
+def test_a_snapshot_does_not_change_until_refresh(tmp_path):
     path = tmp_path / "run.h5"
     sink = FileSink(path, coded.HEADER)
     sink.append(coded.weights())
@@ -162,8 +162,8 @@ def test_what_a_reader_has_does_not_change_until_it_refreshes(tmp_path):
     sink.close()
 
 
-def test_a_trace_commits_by_itself(tmp_path, monkeypatch):
-    """Nobody flushes, and nothing more comes: it counts half a second later."""
+def test_a_trace_commits_without_a_flush(tmp_path, monkeypatch):
+    """Records are committed after half a second without a new one."""
     path = tmp_path / "run.h5"
     sink = FileSink(path, coded.HEADER)
     sink.append(coded.weights())

@@ -1,4 +1,4 @@
-"""Deferred gates: what is derived when a trace is read is what would have been stored."""
+"""Tests of deferred gates: recomputed values equal the values that inline gates store."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def assert_equal_to_rounding(inline: Any, deferred: Any, quantities=EVERYTHING) 
         np.testing.assert_array_equal(one.initial, other.initial)
 
 
-def test_the_forward_replays_nothing(monkeypatch) -> None:
+def test_the_forward_computes_no_gates(monkeypatch) -> None:
     monkeypatch.setattr(GateReplay, "replay", None)
     layer = nn.GRU(2, 3, 2)
     with grutrace.trace(layer, gates="deferred") as trace:
@@ -95,7 +95,7 @@ def test_the_lattice_inline_and_deferred(case: Case) -> None:
 
 @pytest.mark.parametrize("bidirectional", [False, True])
 def test_a_chaotic_network(tmp_path, bidirectional) -> None:
-    """The control, a free run from the first state, ends elsewhere, in any precision."""
+    """Recomputed gates are right. Control: a free run from the first state diverges."""
     torch.manual_seed(0)
     layer = nn.GRU(8, 64, 2, bidirectional=bidirectional).requires_grad_(False)
     for name, parameter in layer.named_parameters():
@@ -179,7 +179,7 @@ def test_part_of_the_sites(globs) -> None:
     assert_equal_to_rounding(inline, deferred)
 
 
-def test_what_was_not_asked_for_is_refused() -> None:
+def test_unrecorded_quantities_are_an_error() -> None:
     layer = nn.GRU(2, 3)
     with grutrace.trace(layer, gates="deferred", record="update") as trace:
         layer(torch.randn(4, 2))
@@ -220,7 +220,7 @@ def test_a_training_run_inline_and_deferred(tmp_path) -> None:
         assert all(found.check == "derived" and found.holds for found in verify(opened))
 
 
-def test_control_what_a_layer_read_after_dropout_must_be_recorded(monkeypatch) -> None:
+def test_control_the_input_after_dropout_must_be_recorded(monkeypatch) -> None:
     monkeypatch.setattr("grutrace.capture.selection._input_is_recorded", lambda *_: True)
     torch.manual_seed(0)
     layer = nn.GRU(3, 4, 2, dropout=0.5)
@@ -231,7 +231,7 @@ def test_control_what_a_layer_read_after_dropout_must_be_recorded(monkeypatch) -
         layer(torch.randn(6, 2, 3))
 
 
-def test_dropout_that_comes_after_attaching_is_named() -> None:
+def test_dropout_enabled_after_attaching_is_reported() -> None:
     layer = nn.GRU(3, 4, 2)
     with grutrace.trace(layer, gates="deferred") as trace:
         layer(torch.randn(6, 2, 3))
@@ -308,7 +308,7 @@ def test_reading_while_it_grows() -> None:
 )
 @pytest.mark.parametrize("kind", ["stack", "cell"])
 def test_every_type_and_autocast(kind, dtype, cast, tmp_path) -> None:
-    """Derived in the type in which the kernel computed, whatever the rows are kept as."""
+    """Gates are derived in the kernel's type, whatever type stores the rows."""
     torch.manual_seed(0)
     layer = nn.GRUCell(5, 16) if kind == "cell" else nn.GRU(5, 16, 3, bidirectional=True)
     x = torch.randn(6, 5) if kind == "cell" else torch.randn(6, 4, 5)
@@ -356,7 +356,7 @@ class Refusing(TorchFunctionMode):
         raise AssertionError(function)
 
 
-def test_what_surrounds_the_reader_changes_nothing() -> None:
+def test_torch_modes_around_the_reader_change_nothing() -> None:
     layer = nn.GRU(5, 16)
     with grutrace.trace(layer, gates="deferred") as trace:
         layer(torch.randn(6, 3, 5))
@@ -436,7 +436,7 @@ def padded(tmp_path) -> Path:
     return path
 
 
-def test_only_what_is_asked_for_is_derived(padded, counted) -> None:
+def test_only_requested_gates_are_derived(padded, counted) -> None:
     with grutrace.open(padded) as trace:
         site = trace["l1"]
         assert (site.update.shape, site.update.ndim, len(site.reset)) == ((73, 4), 2, 73)
@@ -467,7 +467,7 @@ def test_every_kind_of_index(padded) -> None:
 
 
 @pytest.mark.parametrize("block", [1, 5000])
-def test_blocks_do_not_show(padded, block, monkeypatch) -> None:
+def test_block_sizes_do_not_matter(padded, block, monkeypatch) -> None:
     with grutrace.open(padded) as trace:
         whole = {name: trace[name].reset[:] for name in trace.sites}
         monkeypatch.setattr("grutrace.storage.read.recomputed.BLOCK", block)
@@ -487,7 +487,7 @@ def test_the_weights_are_read_once(padded, monkeypatch) -> None:
         assert versions == [0]
 
 
-def test_only_deriving_needs_torch(padded) -> None:
+def test_torch_is_imported_only_for_derived_gates(padded) -> None:
     code = (
         f"import sys, grutrace; site = grutrace.open({str(padded)!r})['l1'];"
         "site.hidden[:], site.input[:], site.sequence(2).previous, site.update, site.residual;"
@@ -500,7 +500,7 @@ def test_only_deriving_needs_torch(padded) -> None:
 # -- the specification ------------------------------------------------------------------------
 
 
-def test_a_reader_written_from_the_specification_derives_the_same(padded) -> None:
+def test_a_plain_reader_derives_the_same_gates(padded) -> None:
     plain = PlainTrace(padded)
     with grutrace.open(padded) as trace:
         for suffix, site in plain.modules[0].sites.items():

@@ -1,4 +1,4 @@
-"""From a file that was left behind, cut short or damaged to one that any HDF5 tool opens."""
+"""Tests of recovery: an abandoned, truncated or damaged file becomes a file for any HDF5 tool."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def opens_anywhere(path):
     return int(subprocess.check_output([sys.executable, "-c", code, path]))
 
 
-def test_all_that_was_committed_and_nothing_else(path, output):
+def test_exactly_the_committed_rows_are_recovered(path, output):
     stream = full_stream()
     half = len(stream.records) - 4
     left_behind(path, stream.records[:half], stream.header, stream.records[half:])
@@ -109,7 +109,7 @@ def test_tools_that_read_netcdf_open_it(engine, path, output):
         np.testing.assert_array_equal(found["update"], rows + 1)
 
 
-def test_a_file_that_is_sound(path, output):
+def test_an_intact_file(path, output):
     stream = full_stream()
     writer = Writer(path, stream.header)
     for record in stream.records:
@@ -156,7 +156,7 @@ def test_a_compressed_file_stays_compressed(compression, tmp_path, output):
 
 @pytest.mark.parametrize("closed", [True, False])
 @pytest.mark.parametrize("shape", ["big", "stepwise"])
-def test_a_file_that_was_cut_short(shape, closed, path, output):
+def test_a_truncated_file_is_recovered(shape, closed, path, output):
     coded_file(path, shape, {"big": 30, "stepwise": 1500}[shape], closed)
     whole = path.read_bytes()
     chance, kept = random.Random(shape), []
@@ -179,8 +179,8 @@ def test_a_file_that_was_cut_short(shape, closed, path, output):
     assert kept[-1] > 2 * kept[0]
 
 
-def test_rows_that_a_bad_disk_does_not_give_back(path, output, monkeypatch):
-    """They lie within the file, and reading them fails: what is before them is kept."""
+def test_rows_that_a_bad_disk_cannot_read(path, output, monkeypatch):
+    """Reading them fails although they lie within the file. The rows before them are kept."""
     coded_file(path, calls=1500)
     with h5py.File(path) as file:
         bad = file[ROWS].id.get_chunk_info(7).byte_offset
@@ -199,7 +199,7 @@ def test_rows_that_a_bad_disk_does_not_give_back(path, output, monkeypatch):
         assert coded.check_trace(trace) == found.calls
 
 
-def test_counts_that_run_ahead(path, output):
+def test_counts_beyond_the_rows(path, output):
     coded_file(path, calls=100)
     with h5py.File(path, "r+") as file:
         file["modules/rnn/l0/hidden"].resize(50 * 8, 0)
@@ -210,7 +210,7 @@ def test_counts_that_run_ahead(path, output):
         assert coded.check_trace(trace) == 50
 
 
-def test_what_belongs_to_lost_calls_is_lost_with_them(path, output):
+def test_data_of_lost_calls_is_dropped(path, output):
     stream = Stream(make_header(make_module(hidden=16)))
     for call in range(300):
         stream.call([9, 9], tag=f"tag {call}")
@@ -234,8 +234,8 @@ def _header_of(file, dataset_path):
     return h5py.h5o.get_info(file[dataset_path].id).addr
 
 
-def test_a_header_that_was_half_written(path, output):
-    """As after a loss of power: its length is new, and its checksum still old."""
+def test_a_half_written_header(path, output):
+    """After a power loss, its length is new and its checksum is old."""
     coded_file(path, calls=100)
     before = path.read_bytes()
     with h5py.File(path, "r+") as file:
@@ -293,7 +293,7 @@ def test_nothing_is_overwritten(path, output):
     assert sorted(os.listdir(path.parent)) == ["clean.h5", "run.h5"]
 
 
-def test_a_file_that_changes_meanwhile_is_refused(path, output):
+def test_a_file_that_changes_during_recovery_is_refused(path, output):
     coded_file(path, calls=500, closed=False)
 
     def write(done, total):
@@ -377,8 +377,8 @@ recover_file({str(path)!r}, {str(output)!r})
     assert os.listdir(path.parent) == ["run.h5"]
 
 
-def test_the_checksum_is_that_of_hdf5(path):
-    """A superblock that HDF5 wrote is accepted, and one that was changed is taken by HDF5."""
+def test_the_checksum_equals_hdf5s(path):
+    """A superblock written by HDF5 is accepted, and HDF5 accepts a changed one."""
     coded_file(path, calls=3, closed=False)
     with RepairedFile(path) as file, open_repaired(file, 0) as hdf5:
         assert len(hdf5["calls"]) == 3
@@ -408,5 +408,5 @@ def test_the_command(path, output, capsys):
     assert capsys.readouterr().err.count("\n") == 2
 
 
-def test_the_limit_used_above_is_there():
+def test_file_sizes_are_unlimited_by_default():
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY

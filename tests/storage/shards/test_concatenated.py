@@ -1,4 +1,4 @@
-"""Shards read as one trace: what one process that made all their calls would have shown."""
+"""Shards read as one trace equal the trace of a single process."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def check_as_one(trace, streams):
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_shards_show_what_one_process_would_have(count):
+def test_shards_equal_the_trace_of_one_process(count):
     streams = full_shards()[:count]
     with Trace(source_of(streams)) as trace:
         check_as_one(trace, streams)
@@ -77,13 +77,13 @@ def drawn_shards(draw):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(streams=drawn_shards())
-def test_whatever_is_drawn_shows_what_one_process_would_have(streams):
+def test_drawn_shards_equal_the_trace_of_one_process(streams):
     with Trace(source_of(streams)) as trace:
         check_as_one(trace, streams)
 
 
 @pytest.mark.parametrize("wrong", ["texts", "sequences", "versions", "letters"])
-def test_control_the_comparison_sees_what_is_not_moved(wrong, monkeypatch):
+def test_control_the_comparison_detects_unshifted_numbers(wrong, monkeypatch):
     if wrong == "texts":
         monkeypatch.setattr(joined_tables, "annotation_values", lambda tables, _: tables.values)
     else:
@@ -100,7 +100,7 @@ def test_control_the_comparison_sees_what_is_not_moved(wrong, monkeypatch):
         check_as_one(trace, streams)
 
 
-def test_control_rows_in_another_order_are_seen():
+def test_control_rows_in_another_order_are_detected():
     streams = full_shards()
     source = source_of(streams)
     with Trace(source) as trace:
@@ -110,8 +110,8 @@ def test_control_rows_in_another_order_are_seen():
             check_as_one(trace, streams)
 
 
-def test_a_rank_without_some_modules_adds_none(tmp_path):
-    """As in pipeline parallelism: each process has a part of the model."""
+def test_a_rank_without_some_modules(tmp_path):
+    """In pipeline parallelism, each process has a part of the model."""
     first = Stream(make_header(make_module("a"), make_module("b", hidden=4)))
     first.call([2, 1], module=0)
     first.call([3], module=1)
@@ -153,7 +153,7 @@ def test_a_module_that_differs_is_an_error(change, message):
         source_of(streams)
 
 
-def test_shards_in_files_grow_and_what_was_looked_at_stays(tmp_path):
+def test_growing_shards_keep_a_snapshot_unchanged(tmp_path):
     streams = full_shards()[:2]
     sinks = [
         FileSink(tmp_path / f"{rank}.h5", shard_header(stream, rank, 2))
@@ -193,8 +193,8 @@ def test_shards_in_files_grow_and_what_was_looked_at_stays(tmp_path):
         check_as_one(trace, streams)
 
 
-def test_control_a_look_that_is_not_fixed_moves(tmp_path):
-    """Without `as_of`, rows that were looked at earlier would be others after a refresh."""
+def test_control_without_as_of_rows_move(tmp_path):
+    """Without `as_of`, a refresh would change the rows at an index."""
     streams = small_shards(2)
     sinks = in_memory(streams)
     source = ConcatenatedSource("all", [Shard(rank, 2, RUN) for rank in range(2)], sinks)
@@ -229,7 +229,7 @@ def test_stacked_rows_are_indexed_like_one_array(data):
     np.testing.assert_array_equal(np.asarray(stacked), whole)
 
 
-def test_one_part_is_read_alone(tmp_path, monkeypatch):
+def test_a_sequence_reads_only_its_own_file(tmp_path, monkeypatch):
     """A sequence of one rank does not read the files of others."""
     paths = write_shards(tmp_path / "run.h5", small_shards(3))
     shards = [Shard(rank, 3, RUN) for rank in range(3)]
@@ -242,7 +242,7 @@ def test_one_part_is_read_alone(tmp_path, monkeypatch):
         assert len(read) == 1
 
 
-def test_texts_are_those_of_each_shard():
+def test_texts_come_from_each_shard():
     streams = small_shards(3)
     with Trace(source_of(streams)) as trace:
         expected = [f"rank {rank}" for rank in range(3) for _ in range(2)]
@@ -250,7 +250,7 @@ def test_texts_are_those_of_each_shard():
         assert trace.sequences["tag"].tolist() == expected
 
 
-def test_shards_in_files_show_what_one_process_would_have(tmp_path):
+def test_shards_in_files_equal_the_trace_of_one_process(tmp_path):
     streams = full_shards()
     paths = write_shards(tmp_path / "run.h5", streams)
     shards = [Shard(rank, 3, RUN) for rank in range(3)]

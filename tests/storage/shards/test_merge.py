@@ -1,4 +1,4 @@
-"""One file over several shards: any HDF5 tool reads it, and it says what the shards say."""
+"""A merged file gives any HDF5 tool the content of its shards."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ def virtual_datasets(path):
     return found
 
 
-def test_nothing_is_copied(path, monkeypatch):
-    """Nothing but tables: rows are read by nobody meanwhile."""
+def test_merging_copies_no_rows(path, monkeypatch):
+    """Only tables are read."""
     streams = full_shards()
     paths = write_shards(path, streams)
     before = [each.read_bytes() for each in paths]
@@ -120,7 +120,7 @@ def test_nothing_is_copied(path, monkeypatch):
 
 
 @pytest.mark.parametrize("copy", [False, True])
-def test_h5py_alone_finds_in_it_what_it_finds_in_the_shards(path, copy):
+def test_plain_h5py_reads_the_rows_of_the_shards(path, copy):
     """Nothing of grutrace reads here."""
     paths = write_shards(path, full_shards())
     merge_shards(paths, path, copy=copy)
@@ -152,7 +152,7 @@ def test_h5py_alone_finds_in_it_what_it_finds_in_the_shards(path, copy):
     assert sequences > 50
 
 
-def test_it_is_read_from_anywhere_and_moved_with_its_shards(path, tmp_path):
+def test_a_merged_file_can_be_moved_with_its_shards(path, tmp_path):
     streams = small_shards(3)
     paths = write_shards(path, streams)
     merge_shards(paths, path)
@@ -189,7 +189,7 @@ def test_a_copy_needs_no_shards(path):
     check_merged(path, streams, [{}] * 3)
 
 
-def test_a_copy_may_lie_elsewhere_and_a_virtual_file_may_not(path, tmp_path):
+def test_only_a_copy_may_be_in_another_folder(path, tmp_path):
     streams = small_shards(2)
     paths = write_shards(path, streams)
     other = tmp_path / "other"
@@ -205,8 +205,8 @@ def test_a_copy_may_lie_elsewhere_and_a_virtual_file_may_not(path, tmp_path):
         merge_shards(paths, path)
 
 
-def test_a_shard_that_was_not_closed_is_copied(path):
-    """HDF5 would not open it for a virtual dataset; nothing of it is changed."""
+def test_an_unclosed_shard_is_copied(path):
+    """HDF5 would not open it for a virtual dataset. The shard itself is not changed."""
     streams = full_shards()
     write_shards(path, streams[:2], world_size=3)
     sink = FileSink(Shard(2, 3, RUN).path(path), shard_header(streams[2], 2, 3))
@@ -227,7 +227,7 @@ def test_a_shard_that_was_not_closed_is_copied(path):
         assert list(file["copied"]) == ["rank0002"]
 
 
-def test_control_an_unclosed_shard_that_is_linked_cannot_be_read(path, monkeypatch):
+def test_control_a_virtual_dataset_cannot_read_an_unclosed_shard(path, monkeypatch):
     streams = small_shards(2)
     write_shards(path, streams[:1], world_size=2)
     sink = FileSink(Shard(1, 2, RUN).path(path), shard_header(streams[1], 1, 2))
@@ -245,8 +245,8 @@ def test_control_an_unclosed_shard_that_is_linked_cannot_be_read(path, monkeypat
     sink.close()
 
 
-def test_a_shard_that_goes_on_afterwards_changes_nothing(path):
-    """What was merged is the beginning of it."""
+def test_appending_to_a_shard_does_not_change_the_merged_file(path):
+    """The merged file refers to its first rows."""
     streams = small_shards(2)
     paths = write_shards(path, streams)
     merge_shards(paths, path)
@@ -292,7 +292,7 @@ def test_an_empty_rank_and_empty_shards(path):
         assert len(trace.calls) == 0
 
 
-def test_a_missing_rank_is_said_at_every_step(path):
+def test_a_missing_rank_is_reported_at_every_step(path):
     paths = write_shards(path, small_shards(3))
     with pytest.warns(GrutraceWarning, match="of 3 ranks there is no file of 1") as given:
         merge_shards([paths[0], paths[2]], path)
@@ -301,7 +301,7 @@ def test_a_missing_rank_is_said_at_every_step(path):
         open_trace(path).close()
 
 
-def test_what_is_in_the_way_or_does_not_fit_is_an_error(path):
+def test_existing_files_and_other_shards_are_errors(path):
     paths = write_shards(path, small_shards(2))
     with pytest.raises(TraceFileError, match=r"rank0000\.h5 is one file: expected several shards"):
         merge_shards(paths[0], path)
@@ -321,7 +321,7 @@ def test_what_is_in_the_way_or_does_not_fit_is_an_error(path):
         FileSink(path, small_shards(1)[0].header, "a")
 
 
-def test_half_a_file_is_not_left_behind(path, monkeypatch):
+def test_a_failure_leaves_no_partial_file(path, monkeypatch):
     paths = write_shards(path, small_shards(2))
 
     def interrupted(*_):
@@ -333,8 +333,8 @@ def test_half_a_file_is_not_left_behind(path, monkeypatch):
     assert sorted(path.parent.iterdir()) == paths
 
 
-def test_other_tools_see_no_numbers_where_a_shard_is_gone(path):
-    """HDF5 says nothing of it."""
+def test_other_tools_see_nan_for_a_missing_shard(path):
+    """HDF5 gives no error."""
     paths = write_shards(path, small_shards(2))
     merge_shards(paths, path)
     paths[1].unlink()
@@ -348,7 +348,7 @@ def test_other_tools_see_no_numbers_where_a_shard_is_gone(path):
 
 
 @pytest.mark.parametrize("missing", [True, False])
-def test_a_shard_that_is_gone_or_another_is_an_error_by_name(path, missing):
+def test_a_missing_or_replaced_shard_is_named(path, missing):
     streams = small_shards(2)
     paths = write_shards(path, streams)
     merge_shards(paths, path)
@@ -366,8 +366,8 @@ def test_a_shard_that_is_gone_or_another_is_an_error_by_name(path, missing):
         trace["rnn.l0"].update[:]
 
 
-def test_a_writer_in_this_process_can_close_a_shard_that_is_read(path):
-    """Its readers give way, also those that a merged file has."""
+def test_a_writer_can_close_a_shard_with_open_readers(path):
+    """Its readers close their handles, also those of a merged file."""
     streams = small_shards(2)
     paths = write_shards(path, streams)
     merge_shards(paths, path)
@@ -596,8 +596,8 @@ def sound(tmp_path_factory):
 
 
 @pytest.mark.parametrize("hostility", HOSTILE)
-def test_a_hostile_merged_file_is_one_error_that_hangs_nowhere(sound, tmp_path, hostility):
-    """Opening and reading all of it. A pipe that was opened would be waited for."""
+def test_a_hostile_merged_file_is_one_error(sound, tmp_path, hostility):
+    """Opening and reading it does not hang. A pipe would block a reader that opens it."""
     spoil, message = HOSTILE[hostility]
     for each in sound.iterdir():
         shutil.copy(each, tmp_path / each.name)
@@ -619,7 +619,7 @@ def read_all(path):
             site.weights()
 
 
-def test_control_a_mapping_made_by_hand_as_it_should_be_is_read(sound, tmp_path):
+def test_control_a_correct_mapping_is_read(sound, tmp_path):
     for each in sound.iterdir():
         shutil.copy(each, tmp_path / each.name)
     relink(tmp_path / "run.h5", first(RANK_0), second())
@@ -631,8 +631,8 @@ def test_control_a_mapping_made_by_hand_as_it_should_be_is_read(sound, tmp_path)
                 np.testing.assert_array_equal(np.asarray(found[name].rows(quantity)), rows)
 
 
-def test_control_hdf5_itself_follows_what_we_refuse(sound, tmp_path):
-    """Asked by plain h5py, it opens a file that lies elsewhere."""
+def test_control_hdf5_follows_the_refused_mappings(sound, tmp_path):
+    """Plain h5py opens a file in another folder."""
     folder = tmp_path / "folder"
     folder.mkdir()
     for each in sound.iterdir():

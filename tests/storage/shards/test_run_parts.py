@@ -1,4 +1,4 @@
-"""A run in several files: found, named, refused; and each file a trace of its own."""
+"""Tests of the files of one run: found, named, refused, and readable one by one."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def path(tmp_path):
     return tmp_path / "run.h5"
 
 
-def test_a_run_is_opened_whole(path):
+def test_opening_a_run_opens_all_its_files(path):
     stream = write_run(path)
     assert parts_of(path) == [path, *(path.with_name(f"run.part000{n}.h5") for n in (2, 3))]
     with open_trace(path) as trace:
@@ -57,7 +57,7 @@ def test_a_run_is_opened_whole(path):
         assert trace.closed
 
 
-def test_each_part_is_a_trace_of_its_own(path):
+def test_each_part_is_a_trace(path):
     stream = write_run(path)
     for number, (header, records) in enumerate(split(stream, [1, 3]), 1):
         plain = PlainTrace(part_path(path, number))
@@ -70,7 +70,7 @@ def test_each_part_is_a_trace_of_its_own(path):
                 check_trace(trace, dataclasses.replace(header, options=options), records)
 
 
-def test_parts_that_come_later_are_found_when_refreshed(path):
+def test_a_refresh_finds_later_parts(path):
     stream = full_stream()
     (first, early), (second, late) = split(stream, [2])
     sink = part_sink(path, 1, first)
@@ -96,7 +96,7 @@ def test_parts_that_come_later_are_found_when_refreshed(path):
         assert len(site) == len(trace[site.name])
 
 
-def test_a_file_that_is_no_part_of_the_run_is_left_out(path):
+def test_a_file_that_is_no_part_of_the_run_is_ignored(path):
     stream = write_run(path)
     write_run(other := path.with_name("other.h5"), run="two")
     shutil.copy(part_path(other, 2), part_path(path, 4))
@@ -123,7 +123,7 @@ def test_a_damaged_part_is_an_error_that_names_it(path):
         open_trace(path)
 
 
-def test_a_part_in_the_place_of_another_is_an_error(path):
+def test_a_part_with_the_name_of_another_is_an_error(path):
     write_run(path)
     shutil.copy(part_path(path, 3), part_path(path, 2))
     with pytest.raises(TraceFileError, match=r"run.part0002.h5 is part 3"):
@@ -133,7 +133,7 @@ def test_a_part_in_the_place_of_another_is_an_error(path):
 @pytest.mark.parametrize(
     "stamp", ["one", {}, {"id": 1, "part": 1}, {"id": "one", "part": True}, {"id": "", "part": 0}]
 )
-def test_a_stamp_that_is_none_is_an_error(path, stamp):
+def test_an_invalid_run_attribute_is_an_error(path, stamp):
     header = full_stream().header
     FileSink(path, dataclasses.replace(header, options={"run": stamp})).close()
     with pytest.raises(TraceFileError, match=r"run.h5 is damaged.*options.*run"):
@@ -150,7 +150,7 @@ def test_a_stamp_that_is_none_is_an_error(path, stamp):
         ("a.part0002.h5", None),
     ],
 )
-def test_which_files_are_called_like_parts(path, name, number):
+def test_names_of_part_files(path, name, number):
     path.with_name(name).touch()
     assert list(part_files(path)) == ([] if number is None else [number])
 
@@ -159,7 +159,7 @@ def test_the_name_of_a_part():
     assert part_path(parts_module.Path("a/trace"), 12).name == "trace.part0012"
 
 
-def test_room_for_a_run(path):
+def test_existing_files_at_the_path_of_a_run(path):
     check_writable(path, "w")
     assert not list(path.parent.iterdir())
     write_run(path)
@@ -181,7 +181,7 @@ def test_room_for_a_run(path):
         check_writable(path.parent, "overwrite")
 
 
-def test_what_no_run_made_cannot_be_appended_to(path):
+def test_only_files_of_a_run_can_be_appended_to(path):
     FileSink(path, full_stream().header).close()
     with pytest.raises(TraceFileError, match="grutrace run did not make it"):
         check_writable(path, "a")

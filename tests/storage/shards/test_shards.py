@@ -1,4 +1,4 @@
-"""The shards of a run in files: named, found, told from others; and each a trace by itself."""
+"""Tests of shard files: named by rank, found by glob, and readable one by one."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_file_whose_name_is_a_glob_comes_first(tmp_path):
         assert set(trace.calls["rank"]) == {1}
 
 
-def test_a_missing_rank_is_said_and_the_rest_is_read(path):
+def test_a_missing_rank_warns_and_the_others_are_read(path):
     streams = small_shards(3)
     paths = write_shards(path, streams)
     paths[1].unlink()
@@ -113,8 +113,8 @@ def test_a_missing_rank_is_said_and_the_rest_is_read(path):
         open_trace(pattern).close()
 
 
-def test_a_killed_rank_reads_like_any_other(path):
-    """Its file is marked as being written; what it had committed is there."""
+def test_a_shard_of_a_killed_rank_is_read(path):
+    """The file is marked as being written. Its committed rows are read."""
     streams = small_shards(3)
     paths = write_shards(path, streams[:2], world_size=3)
     child = os.fork()
@@ -181,7 +181,7 @@ def other_model(path, paths):
         ),
     ],
 )
-def test_what_does_not_belong_together_is_an_error_by_name(path, spoil, message):
+def test_shards_of_different_runs_are_an_error(path, spoil, message):
     paths = write_shards(path, small_shards(3))
     paths[0].unlink()
     spoil(path, paths)
@@ -190,8 +190,8 @@ def test_what_does_not_belong_together_is_an_error_by_name(path, spoil, message)
             open_trace(opened)
 
 
-def test_shards_without_an_id_are_taken_for_those_of_one_run(path):
-    """Launchers that torch does not know give none."""
+def test_shards_without_an_id_count_as_one_run(path):
+    """Launchers that torch does not know give no id."""
     streams = small_shards(2)
     write_shards(path, streams, run=None)
     with open_trace(path.with_name("run.rank*.h5")) as trace:
@@ -212,14 +212,14 @@ def test_shards_without_an_id_are_taken_for_those_of_one_run(path):
         {"rank": 0, "world_size": 2**70, "id": ""},
     ],
 )
-def test_a_stamp_that_is_none_is_an_error(path, stamp):
+def test_an_invalid_run_attribute_is_an_error(path, stamp):
     header = small_shards(1)[0].header
     FileSink(path, dataclasses.replace(header, options={"shard": stamp})).close()
     with pytest.raises(TraceFileError, match="options', shard: expected integers 'rank'"):
         open_trace(path)
 
 
-def test_no_paths_and_no_match(tmp_path):
+def test_an_empty_list_and_a_glob_without_a_match(tmp_path):
     with pytest.raises(OptionError, match="found none"):
         open_trace([])
     with pytest.raises(TraceFileError, match=r"run\*\.h5 does not exist, and no file matches it"):
@@ -288,7 +288,7 @@ def test_only_its_own_rank_appends_to_a_shard(path):
         assert trace.options["shard"]["id"] == RUN
 
 
-def test_handles_are_let_go_of(path):
+def test_handles_are_released(path):
     write_shards(path, small_shards(2))
     trace = grutrace.open(path.with_name("run.rank*.h5"))
     trace.close()
@@ -297,8 +297,8 @@ def test_handles_are_let_go_of(path):
         trace["rnn.l0"].update[0]
 
 
-def test_a_look_at_shards_can_go_to_another_process(path):
-    """As tasks of dask do; unless they may grow, since that would move rows."""
+def test_a_snapshot_of_shards_can_be_pickled(path):
+    """As dask tasks do. Growing shards cannot, because their rows would move."""
     streams = full_shards()
     paths = write_shards(path, streams)
     with open_trace(path.with_name("run.rank*.h5")) as trace:

@@ -1,4 +1,4 @@
-"""Several sources read as one trace: what one sink with all modules would have shown."""
+"""Several sources read as one trace equal the trace of one sink with all modules."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def in_memory(stream, bounds):
 
 
 @pytest.mark.parametrize("bounds", [[], [1], [2], [1, 2, 3]])
-def test_parts_in_memory_show_what_one_trace_shows(bounds):
+def test_parts_in_memory_equal_one_trace(bounds):
     stream = full_stream()
     with Trace(UnionSource("all", in_memory(stream, bounds))) as trace:
         check_trace(trace, stream.header, stream.records)
@@ -53,14 +53,14 @@ def test_parts_in_memory_show_what_one_trace_shows(bounds):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(stream=drawn_streams(), data=st.data())
-def test_whatever_is_drawn_shows_what_one_trace_shows(stream, data):
+def test_drawn_parts_equal_one_trace(stream, data):
     places = st.integers(1, max(1, len(stream.header.modules) - 1))
     bounds = sorted(data.draw(st.sets(places, max_size=len(stream.header.modules) - 1)))
     with Trace(UnionSource("all", in_memory(stream, bounds))) as trace:
         check_trace(trace, stream.header, stream.records)
 
 
-def test_parts_in_files_grow_and_show_what_one_trace_shows(tmp_path):
+def test_growing_parts_in_files_equal_one_trace(tmp_path):
     stream = full_stream()
     parts = list(split(stream, [1, 3]))
     sinks = [
@@ -89,7 +89,7 @@ def test_parts_in_files_grow_and_show_what_one_trace_shows(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", ["texts", "time", "modules"])
-def test_control_the_comparison_sees_what_is_not_moved(wrong, monkeypatch):
+def test_control_the_comparison_detects_unshifted_numbers(wrong, monkeypatch):
     stream = full_stream()
     if wrong == "texts":
         monkeypatch.setattr(joined_tables, "annotation_values", lambda tables, _: tables.values)
@@ -106,7 +106,7 @@ def test_control_the_comparison_sees_what_is_not_moved(wrong, monkeypatch):
         check_trace(trace, stream.header, stream.records)
 
 
-def test_calls_of_a_part_keep_their_order_when_the_clock_is_put_back():
+def test_calls_keep_their_order_if_the_clock_is_set_back():
     stream = Stream(make_header(make_module("a"), make_module("b")))
     for module, steps in ((0, 1), (0, 2), (1, 3), (0, 4)):
         stream.call([steps], module=module)

@@ -1,4 +1,4 @@
-"""Appending to an existing trace: one file that reads as if one run had written it."""
+"""A trace that was appended to reads as if one run had written it."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def moved(record, sequences, versions):
     )
 
 
-def test_numbers_go_on_from_those_in_the_file(tmp_path):
+def test_numbers_continue_from_those_in_the_file(tmp_path):
     path = tmp_path / "run.h5"
     stream = full_stream()
     run(path, stream, "a")
@@ -75,7 +75,7 @@ def test_numbers_go_on_from_those_in_the_file(tmp_path):
     check_plain(PlainTrace(path), stream.header, expected)
 
 
-def test_a_live_trace_shows_what_was_there_before(tmp_path):
+def test_a_live_trace_shows_earlier_calls(tmp_path):
     path = tmp_path / "run.h5"
     coded.write(path, "big", calls=2)
     with open_trace(path) as reader:
@@ -93,7 +93,7 @@ def test_a_live_trace_shows_what_was_there_before(tmp_path):
         sink.close()
 
 
-def test_appending_to_nothing_begins(tmp_path):
+def test_appending_creates_a_missing_file(tmp_path):
     run(tmp_path / "run.h5", full_stream(), "a")
     with open_trace(tmp_path / "run.h5") as trace:
         check_trace(trace, full_stream().header, full_stream().records)
@@ -128,7 +128,7 @@ MODULE = make_module("rnn", layers=2)
         ),
     ],
 )
-def test_a_trace_of_something_else_is_refused_and_says_what_differs(tmp_path, other, message):
+def test_appending_to_another_models_trace_is_an_error(tmp_path, other, message):
     path = tmp_path / "run.h5"
     open_sink(path, make_header(MODULE), "w").close()
     before = path.read_bytes()
@@ -146,7 +146,7 @@ def test_a_file_that_is_no_trace_is_refused(tmp_path):
     assert path.read_text() == "not HDF5"
 
 
-def test_rows_beyond_what_counts_are_written_over(tmp_path):
+def test_uncommitted_rows_are_overwritten(tmp_path):
     """A run that was killed and recovered may have left some."""
     import h5py
 

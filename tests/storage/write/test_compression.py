@@ -1,4 +1,4 @@
-"""Compressed rows: the same values, less room, and the same survival."""
+"""Compressed rows have the same values, a smaller size, and survive a killed writer."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def write(path, header, records, mode="w", commits=()):
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
-def test_everything_that_the_format_can_hold(compression, path):
+def test_full_streams_are_read_back(compression, path):
     header, records = compressed(full_stream(), compression)
     write(path, header, records, commits=range(0, 99, 3))
     with open_trace(path) as trace:
@@ -62,7 +62,7 @@ def test_everything_that_the_format_can_hold(compression, path):
 
 
 @pytest.mark.parametrize("compression", COMPRESSIONS)
-def test_rows_and_nothing_else_are_packed(compression, path):
+def test_only_rows_are_compressed(compression, path):
     header, records = compressed(full_stream(), compression)
     write(path, header, records)
     with h5py.File(path) as file:
@@ -83,8 +83,8 @@ def test_rows_and_nothing_else_are_packed(compression, path):
 
 
 @pytest.mark.parametrize("steps", [1, 40, 109, 250])
-def test_whatever_fills_a_chunk_or_not(steps, path):
-    """A chunk has 109 rows of 600 units; commits come at any place in one."""
+def test_partial_and_full_chunks(steps, path):
+    """A chunk has 109 rows of 600 units, and commits come at any row of it."""
     stream = Stream(make_header(make_module(hidden=600)))
     for _ in range(7):
         stream.call([steps])
@@ -94,8 +94,8 @@ def test_whatever_fills_a_chunk_or_not(steps, path):
         check_trace(trace, header, records)
 
 
-def test_what_does_not_fill_a_chunk_waits_for_the_next_commit(path, monkeypatch):
-    """Each time that a chunk is packed it takes new room: so it is packed when it is whole."""
+def test_partial_chunks_wait_for_the_next_commit(path, monkeypatch):
+    """A rewritten chunk takes new space in the file, so it is compressed when it is full."""
     # More than twice the four chunks that can be held back, of 256 KiB.
     monkeypatch.setattr(dataset_writer, "BUFFER_BYTES", 2_500_000)
     stream = Stream(make_header(make_module(hidden=600)))
@@ -114,7 +114,7 @@ def test_what_does_not_fill_a_chunk_waits_for_the_next_commit(path, monkeypatch)
     assert sizes["eager"] > 3 * sizes["packed"]  # control: where every call is committed
 
 
-def test_many_sites_do_not_hold_back_much(path, monkeypatch):
+def test_many_sites_buffer_little(path, monkeypatch):
     monkeypatch.setattr(dataset_writer, "BUFFER_BYTES", 64 * 1024)
     header = make_header(
         *(make_module(f"m{number}", hidden=32) for number in range(20)),
@@ -135,8 +135,8 @@ def test_many_sites_do_not_hold_back_much(path, monkeypatch):
         assert trace["m7.l0"].update.shape == (600, 32)
 
 
-def test_a_run_goes_on_in_a_compressed_file(path):
-    """It stays compressed as it was, whatever the second run asks for."""
+def test_appending_keeps_the_compression(path):
+    """The file keeps its filter, whatever the second run requests."""
     parts = []
     for asked in ("zstd", None, "blosc2"):
         stream = Stream(make_header(make_module(hidden=32)), seed=len(parts))
@@ -222,7 +222,7 @@ def test_compressed_shards_are_merged(copy, tmp_path):
         assert made.get_nfilters() == copy
 
 
-def test_what_cannot_be_is_said(path, monkeypatch):
+def test_wrong_options_and_missing_extras_are_errors(path, monkeypatch):
     model = torch.nn.GRU(2, 3)
     with pytest.raises(OptionError, match="compression: expected one of blosc2, zstd; found 'gz'"):
         grutrace.Tracer(model, path, compression="gz")

@@ -1,4 +1,4 @@
-"""A writer that is killed at any moment: every acknowledged row is there, and none is torn."""
+"""After a writer is killed, every acknowledged row is present and complete."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_acknowledged_rows_survive_the_writer(shape, tmp_path):
     assert most > 0
 
 
-def test_control_a_torn_row_is_seen(tmp_path):
+def test_control_an_incomplete_row_is_detected(tmp_path):
     path = tmp_path / "run.h5"
     coded.write(path, "stepwise", calls=20)
     with open_trace(path) as trace:
@@ -61,8 +61,8 @@ def test_control_a_torn_row_is_seen(tmp_path):
         coded.check_plain(PlainTrace(path))
 
 
-def test_control_counts_that_run_ahead_are_seen(tmp_path):
-    """What a commit in the wrong order would leave behind."""
+def test_control_counts_beyond_the_rows_are_detected(tmp_path):
+    """A commit in the wrong order would leave such a file."""
     path = tmp_path / "run.h5"
     coded.write(path, "stepwise", calls=20)
     with h5py.File(path, "r+") as file:
@@ -73,6 +73,6 @@ def test_control_counts_that_run_ahead_are_seen(tmp_path):
         PlainTrace(path)
 
 
-def test_rows_are_coded_by_call_and_row():
+def test_coded_rows_are_unique():
     first, second = coded.rows(7, 4), coded.rows(8, 4)
     assert len(np.unique(np.concatenate([first, second]))) == 8 * coded.HIDDEN

@@ -1,4 +1,4 @@
-"""The sink that writes from a thread: its bound, its errors, its end."""
+"""Tests of the file sink's thread: its queue, its errors, its end."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_an_error_in_the_thread_reaches_the_next_call(path, monkeypatch, at_clos
         assert not trace._source.refresh().closed
 
 
-def test_an_error_wakes_whoever_waits_for_room(path, monkeypatch):
+def test_an_error_wakes_waiting_threads(path, monkeypatch):
     failing = threading.Event()
 
     def fail(writer, record):
@@ -195,7 +195,7 @@ def test_an_error_wakes_whoever_waits_for_room(path, monkeypatch):
     sink.close()
 
 
-def test_a_trace_of_a_failed_sink_shows_what_was_committed(path, monkeypatch):
+def test_a_trace_of_a_failed_sink_shows_the_committed_rows(path, monkeypatch):
     sink = FileSink(path, coded.HEADER)
     with Trace(open_source(sink)) as trace:
         sink.append(coded.weights())
@@ -234,8 +234,8 @@ print(flushed)
 
 @pytest.mark.parametrize("limit", [3_000_000, 4_567_891, 6_000_000])
 @pytest.mark.parametrize("shape", coded.SHAPES)
-def test_what_was_committed_survives_a_disk_that_is_really_full(path, shape, limit):
-    """The system itself refuses to make the file longer, and HDF5 fails wherever it happens to."""
+def test_committed_rows_survive_a_full_disk(path, shape, limit):
+    """The system limits the file's size, and HDF5 fails at any write."""
     limit = limit * 5 if shape == "big" else limit
     command = [sys.executable, "-c", DISK_FULL, path, str(limit), shape]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -262,8 +262,8 @@ quarantine._open_null = unlimited
 """
 
 
-def test_a_disk_that_is_really_full_while_the_same_process_reads(path):
-    """HDF5 has a file open once for all; so closing the reader fails, too."""
+def test_a_full_disk_with_a_reader_in_the_same_process(path):
+    """HDF5 opens a file once per process, so closing the reader fails too."""
     code = DISK_FULL.replace("flushed = 0\n", f"flushed = 0\n{READER}", 1)
     code += "assert coded.check_trace(trace) >= flushed\n"
     command = [sys.executable, "-c", code, path, "4567891", "stepwise"]
@@ -274,7 +274,7 @@ def test_a_disk_that_is_really_full_while_the_same_process_reads(path):
         assert coded.check_trace(trace) >= int(done.stdout) > 0
 
 
-def test_a_file_is_there_only_once_it_can_be_read(path, monkeypatch):
+def test_a_file_appears_when_it_can_be_read(path, monkeypatch):
     start, seen = Writer._start, []
 
     def spy(writer, *arguments):
@@ -291,7 +291,7 @@ def test_a_file_is_there_only_once_it_can_be_read(path, monkeypatch):
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_a_file_that_comes_meanwhile_is_not_replaced(path, links, monkeypatch):
+def test_a_file_created_by_another_program_is_not_replaced(path, links, monkeypatch):
     start = Writer._start
 
     def slow(writer, *arguments):
@@ -312,7 +312,7 @@ def test_a_file_that_comes_meanwhile_is_not_replaced(path, links, monkeypatch):
     assert [file.name for file in path.parent.iterdir()] == ["run.h5"]
 
 
-def test_closing_twice_does_nothing_and_then_nothing_more_is_taken(path):
+def test_a_closed_sink_can_be_closed_again_but_not_appended_to(path):
     stream = full_stream()
     sink = FileSink(path, stream.header)
     for record in stream.records:
@@ -327,7 +327,7 @@ def test_closing_twice_does_nothing_and_then_nothing_more_is_taken(path):
 
 
 @pytest.mark.parametrize("mode", ["x", "r", None])
-def test_an_unknown_mode_names_those_that_there_are(path, mode):
+def test_an_unknown_mode_is_an_error_that_lists_the_modes(path, mode):
     with pytest.raises(OptionError, match="w, overwrite, a"):
         open_sink(path, coded.HEADER, mode)
     assert not path.exists()
@@ -349,7 +349,7 @@ def test_a_folder_that_is_missing_or_cannot_be_written_is_refused_at_once(path):
         FileSink(path.parent, coded.HEADER, "overwrite")
 
 
-def test_overwrite_replaces_and_gives_back_the_old_file_if_it_cannot(path, monkeypatch):
+def test_overwrite_restores_the_old_file_on_failure(path, monkeypatch):
     coded.write(path, "big", calls=1)
     precious = path.read_bytes()
     with monkeypatch.context() as patch:
@@ -364,7 +364,7 @@ def test_overwrite_replaces_and_gives_back_the_old_file_if_it_cannot(path, monke
     open_trace(path).close()
 
 
-def test_a_forgotten_sink_is_closed_in_order(path):
+def test_an_unreferenced_sink_is_closed(path):
     sink = FileSink(path, coded.HEADER)
     sink.append(coded.weights())
     sink.append(coded.block(0, "big"))
@@ -387,7 +387,7 @@ for call in range(20):
 """
 
 
-def test_a_sink_that_is_still_open_when_python_ends_is_closed_in_order(path):
+def test_an_open_sink_is_closed_at_exit(path):
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", FORGOTTEN, path],
         capture_output=True, text=True, timeout=60, check=True,
@@ -398,7 +398,7 @@ def test_a_sink_that_is_still_open_when_python_ends_is_closed_in_order(path):
         assert trace._source.refresh().closed
 
 
-def test_an_error_at_the_end_of_python_is_not_silent(path, monkeypatch):
+def test_an_error_at_exit_is_reported(path, monkeypatch):
     monkeypatch.setattr(DatasetAppender, "_write_items", lambda *_: 1 / 0)
     sink = FileSink(path, coded.HEADER)
     sink.append(coded.weights())
@@ -408,7 +408,7 @@ def test_an_error_at_the_end_of_python_is_not_silent(path, monkeypatch):
 
 
 @pytest.mark.parametrize("waits_in", ["append", "flush", "close"])
-def test_an_interrupt_while_waiting_leaves_things_sound(path, monkeypatch, waits_in):
+def test_an_interrupt_while_waiting_loses_no_rows(path, monkeypatch, waits_in):
     gate = Gate(monkeypatch)
     sink = FileSink(path, coded.HEADER, queue_bytes=1)
     sink.append(coded.weights())
@@ -475,7 +475,7 @@ class Child:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_cannot_append_and_says_so(path):
+def test_a_forked_child_cannot_append(path):
     sink = FileSink(path, coded.HEADER)
     sink.append(coded.weights())
     sink.append(coded.block(0, "big"))
@@ -529,6 +529,6 @@ def test_children_that_end_do_not_write_into_the_parents_file(path):
         assert trace._source.refresh().closed
 
 
-def test_the_limit_used_above_is_there():
-    """Without it the tests of a full disk would test nothing."""
+def test_file_sizes_are_unlimited_by_default():
+    """The tests of a full disk set a limit of their own, so there must be none before."""
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY

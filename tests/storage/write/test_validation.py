@@ -1,4 +1,4 @@
-"""What does not fit is refused with a word on what was expected, alike in memory and in a file."""
+"""Invalid records are refused with a message that says what was expected, by both sinks."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class WriterSink(Writer):
 
 @pytest.mark.parametrize("kind", ["memory", "file"])
 @pytest.mark.parametrize("what", SPOILT)
-def test_what_does_not_fit_is_refused_and_leaves_no_trace(kind, what, tmp_path):
+def test_invalid_records_are_refused_and_not_stored(kind, what, tmp_path):
     make, message = SPOILT[what]
     sink = MemorySink(HEADER) if kind == "memory" else WriterSink(tmp_path / "run.h5", HEADER)
     stream = sound_stream()
@@ -116,7 +116,7 @@ def test_what_does_not_fit_is_refused_and_leaves_no_trace(kind, what, tmp_path):
         check_trace(Trace(sink), HEADER, [*stream.records, block(), second_weights()])
 
 
-def test_control_the_unspoilt_records_are_taken():
+def test_control_valid_records_are_accepted():
     sink = MemorySink(HEADER)
     for record in [*sound_stream().records, block(), second_weights()]:
         sink.append(record)
