@@ -66,22 +66,22 @@ def run(
             workload = make()
             if texts and not any(text in workload.name for text in texts):
                 continue
-            found = list(_printed(f"{name}, {workload.name}", figures(workload)))
-            if found:
-                table[workload.name] = found
+            result = list(_printed(f"{name}, {workload.name}", figures(workload)))
+            if result:
+                table[workload.name] = result
                 save()
 
 
 def _printed(where: str, figures: Iterable[Figure]) -> Iterator[Figure]:
     """Print each figure when it is there, and how long it took."""
     began = time.perf_counter()
-    for each in figures:
-        text = each.absent if each.value is None else f"{each.value:.4g} {each.unit}"
-        missed = " (missed)" if each.met is False else ""
+    for figure in figures:
+        text = figure.absent if figure.value is None else f"{figure.value:.4g} {figure.unit}"
+        missed = " (missed)" if figure.met is False else ""
         took = time.perf_counter() - began
-        print(f"[{took:5.1f} s] {where}: {each.name}: {text.strip()}{missed}", flush=True)
+        print(f"[{took:5.1f} s] {where}: {figure.name}: {text.strip()}{missed}", flush=True)
         began = time.perf_counter()
-        yield each
+        yield figure
 
 
 def main() -> None:

@@ -80,8 +80,8 @@ def times_reading(of: str, site: SiteTrace) -> Figure:
             for start in range(0, len(rows), step):
                 rows[start : start + step]
 
-    found = ratio(read, lambda: analyse(site), 0.0, pairs=PAIRS, warm_up=1)
-    return measured(f"{of}, over reading", found, Target(TIMES))
+    result = ratio(read, lambda: analyse(site), 0.0, pairs=PAIRS, warm_up=1)
+    return measured(f"{of}, over reading", result, Target(TIMES))
 
 
 def peak(of: str, path: Path) -> Figure:

@@ -24,18 +24,18 @@ def figures(workload: Workload, budget: float, limit: float) -> Iterator[Figure]
 
     Of single layers under `no_grad`, and the training step, which has a graph.
     """
-    inline = next(each for each in TRACINGS if each.name == IN_MEMORY)
+    inline = next(tracing for tracing in TRACINGS if tracing.name == IN_MEMORY)
     layer = workload.model
     if not isinstance(layer, torch.nn.GRU):
         return
-    found = {}
+    results = {}
     for name, pays in (("harvested", True), ("replayed", False)):
         with (
             mock.patch.object(kernel_gates, "is_cheaper", lambda *_, pays=pays, **__: pays),
             traced(workload, inline, Path()) as run,
         ):
-            found[name] = ratio(workload.run, run.call, budget, limit=limit)
-        yield measured(name, found[name])
+            results[name] = ratio(workload.run, run.call, budget, limit=limit)
+        yield measured(name, results[name])
     asked: list[bool] = []
     rule = kernel_gates.is_cheaper
 
@@ -50,7 +50,9 @@ def figures(workload: Workload, budget: float, limit: float) -> Iterator[Figure]
         run.call()
     taken = "harvested" if asked[-1] else "replayed"
     other = "replayed" if asked[-1] else "harvested"
-    yield not_measured("the rule takes", verdict(taken, found[taken].median, found[other].median))
+    yield not_measured(
+        "the rule takes", verdict(taken, results[taken].median, results[other].median)
+    )
 
 
 def verdict(taken: str, cost: float, other: float) -> str:

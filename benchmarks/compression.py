@@ -40,9 +40,9 @@ def words() -> list[str]:
     """Words of the documentation and the code, in no order."""
     files = [*(ROOT / "docs").glob("*.md"), *ROOT.glob("**/*.py")]
     text = " ".join(file.read_text(encoding="utf-8", errors="ignore") for file in files)
-    found = sorted(set(re.findall(r"\b[a-z]{3,14}\b", text)))
-    random.Random(0).shuffle(found)
-    return found[:WORDS]
+    result = sorted(set(re.findall(r"\b[a-z]{3,14}\b", text)))
+    random.Random(0).shuffle(result)
+    return result[:WORDS]
 
 
 def gates() -> dict[str, Array]:

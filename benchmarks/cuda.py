@@ -95,9 +95,9 @@ def measure(workload: Workload, pairs: int) -> Iterator[Row]:
             tempfile.TemporaryDirectory() as folder,
             traced(workload, tracing, Path(folder)) as run,
         ):
-            found = ratio(workload.run, run.call, 0.0, pairs=pairs, settle=run.settle)
+            result = ratio(workload.run, run.call, 0.0, pairs=pairs, settle=run.settle)
         yield Row(
-            workload.name, tracing.name, found.median, found.low, found.high, 1e3 * found.base
+            workload.name, tracing.name, result.median, result.low, result.high, 1e3 * result.base
         )
 
 

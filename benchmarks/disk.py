@@ -46,7 +46,7 @@ def until_on_disk(workload: Workload, tracing: Tracing, folder: Path) -> tuple[R
             tracer.stop()
             tracer.flush()
 
-        found = ratio(untraced, traced, 0.0, pairs=PAIRS, warm_up=1)
+        result = ratio(untraced, traced, 0.0, pairs=PAIRS, warm_up=1)
     if path is not None:
         path.unlink()
-    return found, runs
+    return result, runs

@@ -27,19 +27,19 @@ def tracing(workload: Workload, budget: float, limit: float) -> Iterator[Figure]
     in_memory = None
     for each in TRACINGS:
         with tempfile.TemporaryDirectory() as folder, traced(workload, each, Path(folder)) as run:
-            found = ratio(workload.run, run.call, budget, limit=limit, settle=run.settle)
+            result = ratio(workload.run, run.call, budget, limit=limit, settle=run.settle)
         if each.name == IN_MEMORY:
-            in_memory = found.median
-        yield measured(each.name, found, each.target_for(workload.kind, in_memory))
+            in_memory = result.median
+        yield measured(each.name, result, each.target_for(workload.kind, in_memory))
 
 
 def disk(workload: Workload) -> Iterator[Figure]:
     """Yield for each tracing with a thread its ratio to the untraced run, until `flush` returns."""
-    for each in TRACINGS:
-        if each.to_file or each.lasting:
+    for tracing in TRACINGS:
+        if tracing.to_file or tracing.lasting:
             with tempfile.TemporaryDirectory() as folder:
-                found, runs = until_on_disk(workload, each, Path(folder))
-            yield measured(each.name, found, runs=runs)
+                result, runs = until_on_disk(workload, tracing, Path(folder))
+            yield measured(tracing.name, result, runs=runs)
 
 
 def peers(workload: Workload, budget: float, limit: float) -> Iterator[Figure]:
@@ -81,7 +81,7 @@ def _peer(workload: Workload, peer: Peer, expected: Values, budget: float, limit
                     kept.append(made)
 
         few = peer.only_small
-        found = ratio(
+        result = ratio(
             workload.run,
             run,
             0.0 if few else budget,
@@ -89,4 +89,4 @@ def _peer(workload: Workload, peer: Peer, expected: Values, budget: float, limit
             pairs=FEW if few else PAIRS,
             warm_up=1 if few else WARM_UP,
         )
-    return measured(peer.name, found, gives=peer.gives)
+    return measured(peer.name, result, gives=peer.gives)

@@ -99,10 +99,10 @@ def ratio(
         return clock() - began
 
     def timed_other() -> float:
-        found = timed(other)
+        result = timed(other)
         if settle is not None:
             settle()
-        return found
+        return result
 
     began = clock()
     for number in range(warm_up):
@@ -124,8 +124,8 @@ def ratio(
 
 def ratio_of(times: Sequence[tuple[float, float]]) -> Ratio:
     """Summarize pairs of times that were measured elsewhere: A's and B's."""
-    found = spread([b / a for a, b in times])
-    return Ratio(**asdict(found), base=statistics.median(a for a, _ in times))
+    result = spread([b / a for a, b in times])
+    return Ratio(**asdict(result), base=statistics.median(a for a, _ in times))
 
 
 def speed(found: Ratio) -> Spread:

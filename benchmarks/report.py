@@ -102,7 +102,7 @@ class Report:
         for name in OURS:
             figures = [ours[workload].get(name) for workload in self.peers]
             if any(figures):
-                cells = ["" if each is None else _plain(each) for each in figures]
+                cells = ["" if figure is None else _plain(figure) for figure in figures]
                 rows.append([f"grutrace: {name}", "output, all gates", *cells])
         for name in dict.fromkeys(each.name for row in self.peers.values() for each in row):
             cells = []
@@ -143,13 +143,13 @@ def _wide(corner: str, found: Table) -> str:
 def _long(figures: Sequence[Figure]) -> str:
     """A row a figure."""
     rows = [["", "figure", "10th to 90th percentile", "target"]]
-    for each in figures:
-        if each.value is None:
-            rows.append([each.name, each.absent, "", ""])
+    for figure in figures:
+        if figure.value is None:
+            rows.append([figure.name, figure.absent, "", ""])
             continue
-        value = f"{number(each.value)} {each.unit}".strip()
-        value = f"**{value}**" if each.met is False else value
-        rows.append([each.name, value, _spread(each), _target(each)])
+        value = f"{number(figure.value)} {figure.unit}".strip()
+        value = f"**{value}**" if figure.met is False else value
+        rows.append([figure.name, value, _spread(figure), _target(figure)])
     return table(rows)
 
 

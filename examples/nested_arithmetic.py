@@ -63,9 +63,9 @@ def print_network(said: dict[str, list[float]], corpora: dict[str, list[Expressi
     print(f"  {'':5}{'trained on':>12}{'network':>10}{'mean':>9}{'r':>8}")
     for name in LANGUAGES:
         expected = np.array(outcomes(corpora[f"test {name}"]))
-        found = agreement(np.array(said[f"test {name}"]), expected)
+        result = agreement(np.array(said[f"test {name}"]), expected)
         known = "yes" if name in TRAINED else ""
-        print(f"  {name:5}{known:>12}{found.error:10.2f}{expected.var():9.1f}{found.r:8.3f}")
+        print(f"  {name:5}{known:>12}{result.error:10.2f}{expected.var():9.1f}{result.r:8.3f}")
 
 
 def print_findings(found: Findings) -> None:
@@ -131,26 +131,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         record(model, corpora, untrained_output)
         print(f"Training on {arguments.train} expressions of each of {', '.join(TRAINED)}")
         train(model, trained, arguments.steps)
-        said = record(model, corpora, output)
+        message = record(model, corpora, output)
     except grutrace.GrutraceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
-    print_network(said, corpora)
+    print_network(message, corpora)
     with grutrace.open(untrained_output) as trace:
         before = read(trace)
     with grutrace.open(output) as trace:
         steps = read(trace)
     untrained = findings(before["fit"], before["test"])
-    found = findings(steps["fit"], steps["test"])
+    result = findings(steps["fit"], steps["test"])
     print("\nWhat linear classifiers read from its hidden states after every word")
-    print_findings(found)
+    print_findings(result)
     print("\nFrom those of the network before training")
     print_findings(untrained)
     print("\nFrom the gates of the trained network, all languages together")
     print_quantities(steps["fit"], steps["test"])
     picture = output.with_suffix(".png")
-    draw(picture, found, untrained, steps["fit"], steps["test"], steps["show"])
+    draw(picture, result, untrained, steps["fit"], steps["test"], steps["show"])
     print(f"\ntraces: {output}, {untrained_output}\npicture: {picture}")
     return 0
 

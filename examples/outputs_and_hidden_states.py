@@ -151,8 +151,8 @@ def padded_and_packed() -> None:
 
     with grutrace.trace(gru) as trace:
         gru(packed)
-    found = [len(trace["l0"].sequence(row).hidden) for row in range(B)]
-    claim("grutrace: a packed sequence has its own length", found == lengths.tolist())
+    results = [len(trace["l0"].sequence(row).hidden) for row in range(B)]
+    claim("grutrace: a packed sequence has its own length", results == lengths.tolist())
 
 
 def equations(

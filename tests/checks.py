@@ -20,7 +20,7 @@ def tensors(value: Any) -> list[Tensor]:
     """All tensors of a layer's result, in order."""
     if isinstance(value, Tensor):
         return [value]
-    return [each for part in value if part is not None for each in tensors(part)]
+    return [tensor for part in value if part is not None for tensor in tensors(part)]
 
 
 def rounding(*sites: Any) -> np.ndarray:
@@ -29,8 +29,8 @@ def rounding(*sites: Any) -> np.ndarray:
     It is the largest of the tolerances that the traces keep with the call of each row: a harvested
     call has none for products, and a deferred one has none at all.
     """
-    found = [site.row_checks()["tolerance"] for site in sites]
-    return np.asarray(np.fmax.reduce(found)[:, np.newaxis])
+    results = [site.row_checks()["tolerance"] for site in sites]
+    return np.asarray(np.fmax.reduce(results)[:, np.newaxis])
 
 
 def same_result(a: Any, b: Any) -> bool:
@@ -158,7 +158,7 @@ def _initial_states(case: Case, batch: int, states: int) -> np.ndarray:
 def _below(trace: Any, layer: int, directions: int, sequence: int) -> np.ndarray:
     """What the layer below made of a sequence, forward direction first."""
     suffixes = [f"l{layer - 1}", f"l{layer - 1}_reverse"][:directions]
-    return np.concatenate([trace[each].sequence(sequence).hidden for each in suffixes], axis=1)
+    return np.concatenate([trace[suffix].sequence(sequence).hidden for suffix in suffixes], axis=1)
 
 
 def _check_input_of_layer(input: np.ndarray, below: np.ndarray, dropout: float) -> None:

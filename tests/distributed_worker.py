@@ -88,12 +88,12 @@ def train(folder: Path, rank: int) -> None:
     for one, other in zip(untraced, traced, strict=True):
         assert one.keys() == other.keys()
         assert all(np.array_equal(one[name], other[name]) for name in one), "tracing changed it"
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name in memory.sites:
         site = memory[name]
-        found |= {f"{name}/{q}": site.rows(q) for q in EVERYTHING}
-        found |= {f"{name}/initial": site.initial, f"{name}/lengths": site.lengths}
-    np.savez(folder / f"memory{rank}.npz", **found)
+        results |= {f"{name}/{q}": site.rows(q) for q in EVERYTHING}
+        results |= {f"{name}/initial": site.initial, f"{name}/lengths": site.lengths}
+    np.savez(folder / f"memory{rank}.npz", **results)
     for step, arrays in enumerate(untraced):
         np.savez(folder / f"untraced{rank}.{step}.npz", **arrays)
 

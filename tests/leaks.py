@@ -37,12 +37,12 @@ class Watch:
 
     def leaks(self) -> list[str]:
         """What was left behind, in words."""
-        found = self._look()
-        if found:
+        result = self._look()
+        if result:
             # A model, a tracer or a file in a cycle is gone once it is collected.
             gc.collect()
-            found = self._look()
-        return found
+            result = self._look()
+        return result
 
     def _look(self) -> list[str]:
         modes = len(_get_current_function_mode_stack()) - self._modes
@@ -57,13 +57,13 @@ class Watch:
 
 def open_files() -> set[tuple[str, str]]:
     """Descriptors and paths of the files that this process has open; none where it cannot know."""
-    found = set()
+    result = set()
     for number in os.listdir(OPEN_FILES) if OPEN_FILES.exists() else ():
         with contextlib.suppress(OSError):
-            found.add((number, os.readlink(OPEN_FILES / number)))
+            result.add((number, os.readlink(OPEN_FILES / number)))
     return {
         each
-        for each in found
+        for each in result
         if each[1].startswith("/")
         and "/proc/" not in each[1]
         and not Path(each[1]).is_relative_to(KEPT_BY_LIBRARIES)

@@ -74,8 +74,8 @@ def weights_of(layer: nn.GRU | nn.GRUCell, suffix: str) -> Weights:
     """The weights of one site, by name, from the module's parameters."""
     ending = "" if suffix == "cell" else f"_{suffix}"
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    found = {name: getattr(layer, name + ending, None) for name in names}
-    return {name: w.detach().numpy() for name, w in found.items() if w is not None}
+    results = {name: getattr(layer, name + ending, None) for name in names}
+    return {name: w.detach().numpy() for name, w in results.items() if w is not None}
 
 
 def previous_states(hidden: np.ndarray, initial: np.ndarray, reverse: bool) -> np.ndarray:
@@ -115,15 +115,15 @@ def harvest_layers(node: Any, width: int) -> list[dict[str, Tensor]]:
         ((node, _),) = node.next_functions
     if (cell := _harvest_step(node)) is not None:
         return [cell]
-    found, seen, waiting = [], {node}, [node]
+    result, seen, waiting = [], {node}, [node]
     while waiting:
         node = waiting.pop(0)
         if (gates := harvest(node)) is not None and gates["update"].shape[-1] == width:
-            found.append(gates)
+            result.append(gates)
         following = [each for each, _ in node.next_functions if each not in {None, *seen}]
         seen.update(following)
         waiting.extend(following)
-    return found[::-1]
+    return result[::-1]
 
 
 def harvest(node: Any) -> dict[str, Tensor] | None:

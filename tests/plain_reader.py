@@ -75,7 +75,7 @@ class PlainModule:
 
     def _list_pieces(self, pieces):
         """By sequence: (call, place in the batch, first row, steps) of its pieces in order."""
-        found = {number: [] for number in range(self.count)}
+        results = {number: [] for number in range(self.count)}
         row, place, calls = 0, 0, iter(self.calls)
         call, batch = None, 0
         for piece in pieces:
@@ -83,21 +83,21 @@ class PlainModule:
                 call = next(calls)
                 batch, place = int(self.trace.calls["batch"][call]), 0
             steps = int(piece["steps"])
-            found[int(piece["sequence"])].append((int(call), place, row, steps))
+            results[int(piece["sequence"])].append((int(call), place, row, steps))
             row, place = row + steps, place + 1
-        return found
+        return results
 
     def annotated(self, sequence):
         """By name, {step: value}; what comes later holds."""
-        found, start = {}, 0
+        result, start = {}, 0
         for entry in self.trace.annotations:
             values = self.trace.values[start : start + int(entry["count"])]
             start += int(entry["count"])
             if (entry["module"], entry["sequence"]) == (self.index, sequence):
-                steps = found.setdefault(self.trace.strings[entry["name"] - 1], {})
+                steps = result.setdefault(self.trace.strings[entry["name"] - 1], {})
                 for step, value in enumerate(values, int(entry["first"])):
                     steps[step] = self.trace.strings[int(value)] if entry["text"] else float(value)
-        return found
+        return result
 
 
 class PlainSite:

@@ -69,7 +69,7 @@ def _numpy(value: Any) -> Any:
 
 def _cell(given: list[Any], output: np.ndarray) -> KernelCall:
     input, initial, *weights = given
-    weights = [each for each in weights if each is not None]
+    weights = [weight for weight in weights if weight is not None]
     rows = [row[np.newaxis] for row in input], [row[np.newaxis] for row in output]
     return KernelCall(*rows, initial[np.newaxis], weights)
 
@@ -124,8 +124,8 @@ def _assert_same_tensors(
 
 def _hooks(model: nn.Module) -> list[tuple[list[Any], list[Any]]]:
     return [
-        (list(each._forward_hooks.values()), list(each._forward_pre_hooks.values()))
-        for each in model.modules()
+        (list(module._forward_hooks.values()), list(module._forward_pre_hooks.values()))
+        for module in model.modules()
     ]
 
 
@@ -179,9 +179,9 @@ def check_run(
         expected.assert_same(run_once(copies[2], run))
     with grutrace.open(path) as stored:
         assert_same(trace, stored)
-        found = verify(stored)
-    assert [each.site for each in found] == list(trace.sites)
-    assert all(each.holds and each.check == "gates" for each in found)
+        result = verify(stored)
+    assert [each.site for each in result] == list(trace.sites)
+    assert all(each.holds and each.check == "gates" for each in result)
 
     check_calls(trace, spy.calls)
     check_gates(trace)
@@ -208,14 +208,14 @@ def check_calls(trace: Any, calls: list[KernelCall]) -> None:
 
 def _check_rows_of_call(sites: list[Any], number: int, call: KernelCall) -> None:
     """Each recorded sequence is one of the kernel's: same input, states and initial states."""
-    directions = 2 if any(each.site.reverse for each in sites) else 1
+    directions = 2 if any(site.site.reverse for site in sites) else 1
     recorded = [pieces_of_call(site, number) for site in sites]
     top = recorded[-directions:]
     expected = sorted(
         (input.tobytes(), output.tobytes(), call.initial[:, b].tobytes())
         for b, (input, output) in enumerate(zip(call.inputs, call.outputs, strict=True))
     )
-    found = sorted(
+    result = sorted(
         (
             recorded[0][b].input.tobytes(),
             np.concatenate([each[b].hidden for each in top], 1).tobytes(),
@@ -223,7 +223,7 @@ def _check_rows_of_call(sites: list[Any], number: int, call: KernelCall) -> None
         )
         for b in range(len(recorded[0]))
     )
-    assert found == expected
+    assert result == expected
 
 
 @dataclass(frozen=True)

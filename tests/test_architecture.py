@@ -141,14 +141,14 @@ PARTS = {
 def imports(source: str, *, late: bool = True) -> set[str]:
     """Names that a source imports; only those at its top level unless `late`."""
     tree = ast.parse(source)
-    found = set()
+    result = set()
     for node in ast.walk(tree) if late else tree.body:
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            result |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative import"
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found
+            result |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return result
 
 
 def faults(part: str, source: str, file: str = "") -> set[str]:

@@ -85,7 +85,7 @@ def run(model: EncoderDecoder, *tracers: grutrace.Tracer) -> None:
     model.eval()
     words = [list("the"), list("a")]
     labels = {"position": [[0, 1, 2], [0]], "kind": ["article", "article"]}
-    blocks = [each.recording("valid", tokens=words, labels=labels) for each in tracers]
+    blocks = [tracer.recording("valid", tokens=words, labels=labels) for tracer in tracers]
     for block in blocks:
         block.__enter__()
     model(torch.randn(2, 3, 5), steps=2)

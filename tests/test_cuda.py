@@ -36,9 +36,9 @@ def test_a_traced_call_is_untouched_and_verifies(kind, dtype, gates, tmp_path) -
     path = tmp_path / "run.h5"
     with grutrace.trace(layer, path, record=EVERYTHING, gates=gates, check="raise") as trace:
         assert same_result(expected, layer(x))
-    found = verify(trace)
-    assert found
-    assert all(each.holds and each.worst is not None for each in found)
+    result = verify(trace)
+    assert result
+    assert all(each.holds and each.worst is not None for each in result)
 
 
 def test_values_changed_right_after_the_call_are_recorded_unchanged(tmp_path) -> None:

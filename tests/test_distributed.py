@@ -54,9 +54,9 @@ def folder(tmp_path_factory):
 
 
 def test_each_rank_writes_its_own_shard(folder) -> None:
-    found = sorted(path.name for path in folder.glob("*.h5"))
+    result = sorted(path.name for path in folder.glob("*.h5"))
     names = [f"{what}.rank{r:04}.h5" for what in ("early", "run", "stats") for r in range(RANKS)]
-    assert found == ["alone.h5", *names]
+    assert result == ["alone.h5", *names]
     ids = set()
     for rank in range(RANKS):
         stamp = PlainTrace(folder / f"run.rank{rank:04}.h5").options["shard"]
@@ -112,7 +112,7 @@ def check_against_the_oracle(trace, folder) -> None:
                     for gate in oracles.GATES:
                         off = np.abs(sequence.rows(gate) - expected.values[gate])
                         assert (off <= expected.bounds[gate]).all(), (name, gate)
-    assert [next(each, None) for each in sequences.values()] == [None] * 3
+    assert [next(sequence, None) for sequence in sequences.values()] == [None] * 3
 
 
 def test_every_gate_equals_the_oracle(folder) -> None:
@@ -181,10 +181,14 @@ def test_statistics_of_each_rank_are_merged(folder, tmp_path, capsys) -> None:
     capsys.readouterr()
     with grutrace.open(folder / "run.rank*.h5") as trace:
         expected = grutrace.Statistics.of(trace)
-    found = grutrace.Statistics.load(output)
-    assert (found.calls, found.sequences, found.steps) == (36, expected.sequences, expected.steps)
+    result = grutrace.Statistics.load(output)
+    assert (result.calls, result.sequences, result.steps) == (
+        36,
+        expected.sequences,
+        expected.steps,
+    )
     for name in expected:
-        counts = [each[name].update.histogram for each in (found, expected)]
+        counts = [each[name].update.histogram for each in (result, expected)]
         np.testing.assert_array_equal(*counts)
     assert main(["stats", *map(str, paths), "--json"]) == 0
     together = capsys.readouterr().out
@@ -204,7 +208,7 @@ def killed(tmp_path_factory):
 def test_acknowledged_calls_of_a_killed_rank_are_read(killed) -> None:
     with grutrace.open(killed / "run.rank*.h5") as trace:
         shards = trace.snapshot.tables.shards
-        assert [each.rank for each in shards] == list(range(RANKS))
+        assert [shard.rank for shard in shards] == list(range(RANKS))
         assert not shards[KILLED].closed
         acknowledged = [int((killed / f"{rank}.calls").read_text()) for rank in range(RANKS)]
         assert acknowledged[KILLED] == 5 * 4 * STEPS
@@ -251,10 +255,10 @@ def test_a_script_that_torchrun_starts_is_traced_unchanged(tmp_path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trained ['--mine'] __main__") == 2
     for rank in range(2):
-        said = (
+        message = (
             f"grutrace: recorded 13 calls of 4 sites in run.rank{rank:04}.h5 and 1 file beside it"
         )
-        assert said in done.stderr
+        assert message in done.stderr
     files = ["run.rank0000.h5", "run.rank0000.part0002.h5"]
     files += [name.replace("rank0000", "rank0001") for name in files]
     assert sorted(path.name for path in tmp_path.glob("*.h5")) == sorted(files)

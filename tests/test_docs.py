@@ -96,14 +96,14 @@ def test_links_between_pages_exist() -> None:
 def files_of_a_tree(page: str) -> set[str]:
     """The files that an indented tree lists, by their paths."""
     folders: list[tuple[int, str]] = []
-    found = set()
+    result = set()
     for indent, name in re.findall(r"^    ( *)([a-z0-9_]+/|[a-z0-9_]+\.py)(?: |$)", page, re.M):
         folders = [(depth, folder) for depth, folder in folders if depth < len(indent)]
         if name.endswith("/"):
             folders.append((len(indent), name))
         else:
-            found.add("".join(folder for _, folder in folders) + name)
-    return found
+            result.add("".join(folder for _, folder in folders) + name)
+    return result
 
 
 def test_the_architecture_page_lists_every_file() -> None:
@@ -181,9 +181,9 @@ def documented(page: str) -> list[tuple[str, list[str]]]:
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs/api").glob("*.md")), ids=lambda p: p.stem)
 def test_the_reference_names_existing_objects(page: Path) -> None:
-    found = documented(page.read_text(encoding="utf-8"))
-    assert found
-    for name, members in found:
+    result = documented(page.read_text(encoding="utf-8"))
+    assert result
+    for name, members in result:
         module, _, attribute = name.rpartition(".")
         target = getattr(import_module(module), attribute)
         assert target.__doc__, name

@@ -19,9 +19,9 @@ import grutrace
 NOT_IMPORTED = ("grutrace.__main__", "grutrace.run.boot")
 
 MODULES = sorted(
-    each.name
-    for each in pkgutil.walk_packages(grutrace.__path__, "grutrace.")
-    if not each.name.startswith(NOT_IMPORTED)
+    module.name
+    for module in pkgutil.walk_packages(grutrace.__path__, "grutrace.")
+    if not module.name.startswith(NOT_IMPORTED)
 )
 
 #: Public classes and functions, by module. Each has an example, in its docstring or in those of
@@ -65,10 +65,10 @@ def test_the_examples_of_a_module_run(
     ("name", "member"), [(name, member) for name, members in PUBLIC.items() for member in members]
 )
 def test_a_public_name_has_an_example(name: str, member: str) -> None:
-    found = importlib.import_module(name)
+    result = importlib.import_module(name)
     for part in member.split("."):
-        found = getattr(found, part)
-    assert "Example:\n" in (found.__doc__ or "")
+        result = getattr(result, part)
+    assert "Example:\n" in (result.__doc__ or "")
 
 
 def test_control_a_wrong_example_is_detected(
@@ -80,8 +80,8 @@ def test_control_a_wrong_example_is_detected(
 
 def listed(docstring: str, section: str) -> list[str]:
     """Return the names that a section of a docstring lists."""
-    found = re.search(rf"^{section}:\n((?: .*\n|\n)+)", docstring + "\n", re.M)
-    entries = re.findall(r"^ {4}(\*{0,2}\w[\w, ]*):", found[1], re.M) if found else []
+    result = re.search(rf"^{section}:\n((?: .*\n|\n)+)", docstring + "\n", re.M)
+    entries = re.findall(r"^ {4}(\*{0,2}\w[\w, ]*):", result[1], re.M) if result else []
     return [name.strip(" *") for entry in entries for name in entry.split(",")]
 
 
@@ -94,7 +94,7 @@ def parameters(function: ast.FunctionDef) -> set[str]:
 
 def stale(source: str) -> list[str]:
     """Return what docstrings of a source list as arguments or attributes that do not exist."""
-    found = []
+    results = []
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             continue
@@ -105,21 +105,23 @@ def stale(source: str) -> list[str]:
             own = [each for each in node.body if isinstance(each, ast.AnnAssign)]
             attributes = {ast.unparse(each.target) for each in own}
             methods = [each for each in node.body if isinstance(each, ast.FunctionDef)]
-            starts = [each for each in methods if each.name == "__init__"]
+            starts = [method for method in methods if method.name == "__init__"]
             known = parameters(starts[0]) if starts else attributes
-            attributes = attributes | {each.name for each in methods}
+            attributes = attributes | {method.name for method in methods}
             for each in ast.walk(node):
                 if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store):
                     attributes.add(each.attr)
                 elif isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store):
                     attributes.add(each.id)
-        found += [f"{node.name}: {name}" for name in listed(docstring, "Args") if name not in known]
-        found += [
+        results += [
+            f"{node.name}: {name}" for name in listed(docstring, "Args") if name not in known
+        ]
+        results += [
             f"{node.name}: {name}"
             for name in listed(docstring, "Attributes")
             if name not in attributes
         ]
-    return found
+    return results
 
 
 SOURCES = sorted(Path(grutrace.__file__).parent.rglob("*.py"))

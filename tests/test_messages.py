@@ -164,12 +164,12 @@ def test_a_missing_extra_is_named_by_its_packages(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "h5netcdf", None)
     with pytest.raises(MissingExtraError) as caught, require_extra("an export", "export"):
         import h5netcdf  # noqa: F401
-    said = str(caught.value)
-    assert said.startswith("an export needs h5netcdf, which is not installed: pip install ")
-    asked = re.findall(r'"([^"]+)"', said)
+    message = str(caught.value)
+    assert message.startswith("an export needs h5netcdf, which is not installed: pip install ")
+    asked = re.findall(r'"([^"]+)"', message)
     assert asked == extra_requirements("export")
     assert {re.split(r"[<>=]", each)[0] for each in asked} == {"h5netcdf", "zarr"}
-    assert "grutrace" not in said
+    assert "grutrace" not in message
 
 
 def test_without_metadata_the_library_is_named(monkeypatch: Any) -> None:

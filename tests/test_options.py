@@ -16,8 +16,8 @@ PARAMETERS = inspect.signature(Tracer.__init__).parameters
 def described() -> dict[str, str]:
     """The first sentence of each argument in the tracer's docstring."""
     arguments = inspect.getdoc(Tracer).split("\nArgs:\n")[1].split("\nRaises:\n")[0]
-    found = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", arguments, re.M | re.S)
-    return {name: re.match(r".*?\.(?=\s|$)", " ".join(text.split()))[0] for name, text in found}
+    result = re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", arguments, re.M | re.S)
+    return {name: re.match(r".*?\.(?=\s|$)", " ".join(text.split()))[0] for name, text in result}
 
 
 @pytest.mark.parametrize("name", OPTIONS)

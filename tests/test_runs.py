@@ -54,7 +54,7 @@ def test_the_spy_records_the_kernels_inputs_and_outputs(
     assert [len(each) for each in calls[0].inputs] == [5, 3, 2]
     rows = [each[0] for each in calls[0].inputs]
     np.testing.assert_array_equal(rows, packed.data[:3].numpy())
-    rows = [each[-1] for each in calls[0].outputs]
+    rows = [output[-1] for output in calls[0].outputs]
     ends = output.data[[9, 7, 5]].detach().numpy()
     np.testing.assert_array_equal(rows, ends)
     for used, weight in zip(calls[0].weights, model.parameters(), strict=True):

@@ -47,9 +47,9 @@ def test_control_a_missing_test_is_detected() -> None:
 
 
 def test_every_row_has_four_cells_and_ends_with_tests() -> None:
-    found = rows(PAGE.read_text(encoding="utf-8"))
-    assert len(found) > 40
-    for row in found:
+    result = rows(PAGE.read_text(encoding="utf-8"))
+    assert len(result) > 40
+    for row in result:
         cells = [cell.strip() for cell in row.strip("|").split("|")]
         assert len(cells) == 4, row
         assert LINK.fullmatch(cells[3].split(", ")[0]), row

@@ -84,9 +84,9 @@ def diagnose(
 ) -> dict[str, Agreement]:
     """By language, how well least squares on one set of steps reads a strategy in the other."""
     classifier = LinearRegression().fit(fitted.quantities[quantity], fitted.targets[strategy])
-    found = classifier.predict(tested.quantities[quantity])
+    result = classifier.predict(tested.quantities[quantity])
     return {
-        name: agreement(found[chosen], tested.targets[strategy][chosen])
+        name: agreement(result[chosen], tested.targets[strategy][chosen])
         for name in dict.fromkeys(tested.languages)
         for chosen in [tested.languages == name]
     }
@@ -117,7 +117,7 @@ def control_task(fitted: Steps, tested: Steps, repeats: int = 20) -> dict[str, f
     this kind can read from these states of something that no strategy needs.
     """
     draw = np.random.default_rng(0)
-    found: dict[str, list[float]] = {}
+    results: dict[str, list[float]] = {}
     for _ in range(repeats):
         values = draw.normal(size=len(WORDS))
         with_control = [
@@ -125,8 +125,8 @@ def control_task(fitted: Steps, tested: Steps, repeats: int = 20) -> dict[str, f
             for steps in (fitted, tested)
         ]
         for name, each in diagnose(*with_control, "control").items():
-            found.setdefault(name, []).append(each.r)
-    return {name: float(np.mean(each)) for name, each in found.items()}
+            results.setdefault(name, []).append(each.r)
+    return {name: float(np.mean(each)) for name, each in results.items()}
 
 
 def shuffled(steps: Steps) -> Steps:

@@ -49,11 +49,11 @@ def to_test(count: int, draw: random.Random) -> dict[str, list[Expression]]:
     for name, (numerals, nesting) in LANGUAGES.items():
         if numerals > 1:
             most = min(count, len(NUMERALS) ** numerals * 2 ** (numerals - 1) // 4)
-            found: dict[str, Expression] = {}
-            while len(found) < most:
+            results: dict[str, Expression] = {}
+            while len(results) < most:
                 words = expression(numerals, draw, nesting)
-                found[" ".join(words)] = words
-            tested[name] = list(found.values())
+                results[" ".join(words)] = words
+            tested[name] = list(results.values())
     return tested
 
 

@@ -78,8 +78,8 @@ def train(
     errors: list[float] = []
     for step in range(1, steps + 1):
         chosen = torch.randint(len(expressions), (batch_size,))
-        found = model(inputs[chosen], lengths[chosen] - 1)
-        error = nn.functional.mse_loss(found, targets[chosen])
+        result = model(inputs[chosen], lengths[chosen] - 1)
+        error = nn.functional.mse_loss(result, targets[chosen])
         optimizer.zero_grad()
         error.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 10.0)
@@ -104,7 +104,7 @@ def record(
     Returns:
         By corpus, what the model says that its expressions come to.
     """
-    said = {}
+    message = {}
     record = ("reset", "update", "candidate", "hidden", "input")
     with grutrace.Tracer(model, path, record=record, mode="overwrite", recording=False) as tracer:
         for tag, expressions in corpora.items():
@@ -119,5 +119,5 @@ def record(
             }
             recording = tracer.recording(tag, tokens=expressions, labels=labels)
             with recording, torch.inference_mode():
-                said[tag] = model(encoded(expressions)).tolist()
-    return said
+                message[tag] = model(encoded(expressions)).tolist()
+    return message

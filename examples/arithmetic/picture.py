@@ -22,18 +22,18 @@ COLOURS = {"cumulative": "tab:blue", "recursive": "tab:orange"}
 def kinds(steps: Steps) -> dict[str, Array]:
     """By the kind of word that was read, which steps read one, (N,)."""
     numeral = np.isin(steps.words, NUMERALS)
-    found = {word: steps.words == word for word in "()+-"}
+    results = {word: steps.words == word for word in "()+-"}
     for mode in ("add", "subtract"):
-        found[f"{mode} a\nnumeral"] = numeral & (steps.targets["mode"] == mode)
-    return found
+        results[f"{mode} a\nnumeral"] = numeral & (steps.targets["mode"] == mode)
+    return results
 
 
 def draw_correlations(axes: Any, trained: Findings, untrained: Findings) -> None:
     names = list(LANGUAGES)
     nested = [name for name in names if LANGUAGES[name][1]]
-    for found, label, style in ((trained, "", "-o"), (untrained, ", untrained", ":.")):
+    for item, label, style in ((trained, "", "-o"), (untrained, ", untrained", ":.")):
         for strategy in STRATEGIES:
-            r = {name: found.strategies[strategy][name].r for name in names}
+            r = {name: item.strategies[strategy][name].r for name in names}
             drawn = {name: np.nan if name in nested else r[name] for name in names}
             colour = COLOURS[strategy]
             axes.plot(names, list(drawn.values()), style, color=colour, label=strategy + label)
@@ -56,10 +56,10 @@ def draw_reading(axes: Any, fitted: Steps, shown: Steps, strategy: str) -> None:
     """One expression, word by word: what the strategy holds, and what is read of it."""
     classifier = LinearRegression().fit(fitted.quantities["hidden"], fitted.targets[strategy])
     steps = np.arange(len(shown.words))
-    held, found = shown.targets[strategy], classifier.predict(shown.quantities["hidden"])
+    held, result = shown.targets[strategy], classifier.predict(shown.quantities["hidden"])
     axes.step(steps, held, where="mid", color="0.4", label=f"held by the {strategy} strategy")
-    axes.plot(steps, found, "o", color=COLOURS[strategy], label="read from the hidden state")
-    axes.vlines(steps, held, found, color=COLOURS[strategy], linewidth=1)
+    axes.plot(steps, result, "o", color=COLOURS[strategy], label="read from the hidden state")
+    axes.vlines(steps, held, result, color=COLOURS[strategy], linewidth=1)
     axes.set_xticks(steps, shown.words)
     axes.legend(loc="upper left", ncols=2, frameon=False)
     low, high = axes.get_ylim()

@@ -54,11 +54,11 @@ def check_everywhere(
             assert_same(analyse(trace[name]), of_site, 0)
     with sites.in_a_file(folder / "deferred.h5", "deferred") as trace:
         for name, of_site in expected.items():
-            found = analyse(trace[name])
+            result = analyse(trace[name])
             if derived is None:
-                assert_same(found, of_site, DERIVED)
+                assert_same(result, of_site, DERIVED)
             else:
-                derived(found, of_site)
+                derived(result, of_site)
     # Parts of one sequence or a few, blocks of one row or a few.
     for part, block in ((1, 1), (700, 200)):
         with monkeypatch.context() as patch:

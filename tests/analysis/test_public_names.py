@@ -45,9 +45,9 @@ def test_every_registered_analysis_has_its_name_here(name: str) -> None:
 
 def test_no_sub_package_has_the_name_of_an_analysis() -> None:
     folder = Path(analysis.__file__).parent
-    found = {path.stem for path in folder.iterdir() if path.is_dir() or path.suffix == ".py"}
-    assert found >= {"registry", "descriptive", "memory"}
-    assert not found & set(analysis.__all__)
+    results = {path.stem for path in folder.iterdir() if path.is_dir() or path.suffix == ".py"}
+    assert results >= {"registry", "descriptive", "memory"}
+    assert not results & set(analysis.__all__)
 
 
 def test_importing_the_names_of_analyses_loads_no_large_library() -> None:

@@ -25,17 +25,17 @@ def worker_of(block: np.ndarray) -> np.ndarray:
 
 def open_files() -> list[str]:
     folder = "/proc/self/fd"
-    found = []
+    results = []
     for number in os.listdir(folder):
         try:
-            found.append(os.readlink(f"{folder}/{number}"))
+            results.append(os.readlink(f"{folder}/{number}"))
         except OSError:
             continue
-    return found
+    return results
 
 
 def main(path: str, *wanted: str) -> None:
-    found: dict[str, object] = {}
+    results: dict[str, object] = {}
     with (
         LocalCluster(
             n_workers=2, threads_per_worker=2, processes=True, dashboard_address=None
@@ -52,19 +52,19 @@ def main(path: str, *wanted: str) -> None:
                 dask.array.sum(array, axis=0, dtype=float),
             )
             processes |= set(of_workers.ravel().tolist())
-            found[f"{site} {quantity}"] = {
+            results[f"{site} {quantity}"] = {
                 "sum": total.tolist(),
                 "chunks": len(array.chunks[0]),
                 "bytes": len(cloudpickle.dumps(dict(array.dask))),
             }
             dataset = trace.to_xarray(site)
             means = dataset[quantity].groupby("sequence").mean().compute()
-            found[f"{site} {quantity}"]["means"] = means.values.tolist()  # type: ignore[index]
-        found["processes"] = sorted(processes)
-        found["client"] = os.getpid()
+            results[f"{site} {quantity}"]["means"] = means.values.tolist()  # type: ignore[index]
+        results["processes"] = sorted(processes)
+        results["client"] = os.getpid()
         held = client.run(open_files)
-        found["left open"] = [name for files in held.values() for name in files if path in name]
-    print(json.dumps(found))
+        results["left open"] = [name for files in held.values() for name in files if path in name]
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -138,8 +138,8 @@ def test_a_trace_in_memory_is_sent_as_arrays(path, monkeypatch):
         sent = cloudpickle.dumps(dict(array.dask))
         assert len(sent) > exact.nbytes
         graph = pickle.loads(sent)
-        found = dask.array.Array(graph, array.name, array.chunks, meta=array._meta)
-        np.testing.assert_array_equal(found.compute(), array.compute())
+        result = dask.array.Array(graph, array.name, array.chunks, meta=array._meta)
+        np.testing.assert_array_equal(result.compute(), array.compute())
 
 
 def test_rows_in_memory_are_not_copied_in_advance():
@@ -239,10 +239,10 @@ def test_a_cluster_of_two_processes(path):
         command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert len(found["processes"]) == 2
-    assert found["client"] not in found["processes"]
-    assert found["left open"] == []
+    result = json.loads(done.stdout)
+    assert len(result["processes"]) == 2
+    assert result["client"] not in result["processes"]
+    assert result["left open"] == []
     plain = PlainTrace(path).modules[0]
     hidden = plain.sites["l0"].rows["hidden"].astype(float)
     with grutrace.open(path) as trace:
@@ -254,7 +254,7 @@ def test_a_cluster_of_two_processes(path):
     h = weights["weight_hh"] @ initial + weights["bias_hh"]
     np.testing.assert_allclose(update[0], 1 / (1 + np.exp(-(i + h)[64:128])), atol=1e-6)
     for name, rows in (("hidden", hidden), ("update", update)):
-        told = found[f"l0 {name}"]
+        told = result[f"l0 {name}"]
         assert told["chunks"] >= 6
         assert told["bytes"] < 2_000 * told["chunks"]
         np.testing.assert_allclose(told["sum"], rows.sum(axis=0), rtol=1e-6, atol=1e-3)

@@ -106,10 +106,10 @@ def check_padded(dataset, expected, module, site):
         assert expected.blocks[int(dataset.call[number])] is pieces[0][0]
         for quantity in site.quantities:
             exact = expected.rows(module, site.suffix, quantity, number)
-            found = dataset[quantity].values[number]
-            assert found.dtype == exact.dtype
-            np.testing.assert_array_equal(found[: len(exact)], exact)
-            assert np.isnan(found[len(exact) :]).all()
+            result = dataset[quantity].values[number]
+            assert result.dtype == exact.dtype
+            np.testing.assert_array_equal(result[: len(exact)], exact)
+            assert np.isnan(result[len(exact) :]).all()
         if "tag" in dataset.coords:
             assert dataset.tag.values[number] == pieces[0][0].tag
         length = lengths[number]

@@ -15,7 +15,7 @@ def test_each_way_to_trace_has_a_row(monkeypatch, tmp_path) -> None:
     report = tmp_path / "benchmark.md"
     assert cuda.main(["--device", "cpu", "--pairs", "1", "--output", str(report)]) == 0
     rows = [line for line in report.read_text().splitlines() if line.startswith("| T2 ")]
-    ways = [each.name for each in TRACINGS if not each.read]
+    ways = [tracing.name for tracing in TRACINGS if not tracing.read]
     assert [row.split("|")[2].strip() for row in rows] == 2 * ways
     assert all(float(row.split("|")[3]) > 0 for row in rows)
 

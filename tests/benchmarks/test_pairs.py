@@ -41,8 +41,8 @@ def measured(
 
 
 def test_the_ratio_is_that_of_the_other_to_the_base() -> None:
-    found = measured((2.0,), (3.0,))
-    assert found == Ratio(median=1.5, low=1.5, high=1.5, count=11, base=2.0)
+    result = measured((2.0,), (3.0,))
+    assert result == Ratio(median=1.5, low=1.5, high=1.5, count=11, base=2.0)
 
 
 def test_warm_up_is_not_measured() -> None:
@@ -50,20 +50,20 @@ def test_warm_up_is_not_measured() -> None:
 
 
 def test_slow_functions_get_a_warm_up_and_five_pairs() -> None:
-    found = measured((9.0, 2.0), (1.0, 3.0), limit=6.0)
-    assert (found.median, found.count) == (1.5, 5)
+    result = measured((9.0, 2.0), (1.0, 3.0), limit=6.0)
+    assert (result.median, result.count) == (1.5, 5)
     assert measured((9.0, 0.25), (1.0, 0.5), limit=6.0).count == 8
 
 
 def test_ratios_are_taken_pair_by_pair() -> None:
     # A machine that grows slower: the ratio of the medians would be right, too, but not its spread.
-    base = tuple(each / 1024 for each in range(1, 14))
+    base = tuple(index / 1024 for index in range(1, 14))
     assert measured(base, tuple(2 * each for each in base)) == Ratio(2.0, 2.0, 2.0, 11, 8 / 1024)
 
 
 def test_the_spread_omits_a_tenth_at_each_end() -> None:
-    found = spread([1.0, 9.0, *[5.0] * 7, 4.0, 6.0])
-    assert (found.median, found.low, found.high, found.count) == (5.0, 4.0, 6.0, 11)
+    result = spread([1.0, 9.0, *[5.0] * 7, 4.0, 6.0])
+    assert (result.median, result.low, result.high, result.count) == (5.0, 4.0, 6.0, 11)
 
 
 def test_short_calls_are_measured_until_the_budget_is_spent() -> None:

@@ -31,8 +31,8 @@ def test_the_slope_of_a_power_is_its_exponent(power: float) -> None:
 
 
 def test_speed_is_the_inverse_ratio() -> None:
-    found = speed(ratio_of([(1.0, 2.0), (1.0, 4.0), (1.0, 5.0)]))
-    assert (found.median, found.low, found.high) == (0.25, 0.2, 0.5)
+    result = speed(ratio_of([(1.0, 2.0), (1.0, 4.0), (1.0, 5.0)]))
+    assert (result.median, result.low, result.high) == (0.25, 0.2, 0.5)
 
 
 def test_long_traces_are_traces(tmp_path: Path) -> None:
@@ -62,10 +62,10 @@ def test_a_peer_that_gives_wrong_gates_is_refused_and_an_absent_one_named(
     broken = Peer("broken", "all", _with(right, wrong))
     missing = Peer("missing", "all", _needing("no-such-package"))
     monkeypatch.setattr(measure, "PEERS", (right, other, broken, missing))
-    found = {each.name: each for each in measure.peers(single_layer(3, 2, 4, 4), 0.0, 1.0)}
-    assert found[right.name].value is not None
-    assert found["broken"].absent.startswith("refused: update differs by ")
-    assert found["missing"].absent.startswith("absent: no-such-package is not installed")
+    results = {peer.name: peer for peer in measure.peers(single_layer(3, 2, 4, 4), 0.0, 1.0)}
+    assert results[right.name].value is not None
+    assert results["broken"].absent.startswith("refused: update differs by ")
+    assert results["missing"].absent.startswith("absent: no-such-package is not installed")
 
 
 def _with(peer: Peer, read: Callable[[Any], Values]) -> Any:

@@ -54,32 +54,32 @@ def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 # What the packages warn about is theirs.
 @pytest.mark.filterwarnings("ignore")
 def test_a_peer_gives_what_it_claims(peer: Peer, layer: nn.GRU, input: Tensor) -> None:
-    found = values(peer, layer, input)
-    assert set(found) == {"output", *(GATES if peer.gates else ())}
+    result = values(peer, layer, input)
+    assert set(result) == {"output", *(GATES if peer.gates else ())}
     with torch.no_grad():
-        assert disagreement(peer, found, traced_values(layer, input)) == ""
+        assert disagreement(peer, result, traced_values(layer, input)) == ""
     if not peer.gates:
         return
-    states = found["output"].numpy()
+    states = result["output"].numpy()
     previous = np.concatenate([np.zeros((1, 3, 6), np.float32), states[:-1]])
     weights = oracles.weights_of(layer, "l0")
     rows = input.numpy().reshape(-1, 6)
     expected = oracles.gates(weights, rows, previous.reshape(-1, 6), EPS)
     for name in GATES:
-        off = np.abs(found[name].numpy().reshape(-1, 6) - expected.values[name])
+        off = np.abs(result[name].numpy().reshape(-1, 6) - expected.values[name])
         assert (off <= expected.bounds[name]).all(), name
 
 
 def test_a_peer_with_wrong_values_is_detected(layer: nn.GRU, input: Tensor) -> None:
     loop = LOOPS[1]
-    found = values(loop, layer, input)
+    result = values(loop, layer, input)
     expected = traced_values(layer, input)
-    assert disagreement(loop, found, expected) == ""
-    swapped = found | {"reset": found["update"], "update": found["reset"]}
+    assert disagreement(loop, result, expected) == ""
+    swapped = result | {"reset": result["update"], "update": result["reset"]}
     assert disagreement(loop, swapped, expected).startswith("reset differs by ")
-    assert disagreement(loop, found | {"update": found["update"] * torch.nan}, expected)
-    assert disagreement(loop, {"output": found["output"]}, expected) == "gives no reset"
-    assert disagreement(replace(loop, gates=False), {"output": found["output"]}, expected) == ""
+    assert disagreement(loop, result | {"update": result["update"] * torch.nan}, expected)
+    assert disagreement(loop, {"output": result["output"]}, expected) == "gives no reset"
+    assert disagreement(replace(loop, gates=False), {"output": result["output"]}, expected) == ""
 
 
 def test_a_missing_package_is_named() -> None:

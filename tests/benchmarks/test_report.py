@@ -78,13 +78,13 @@ def test_other_figures_have_their_unit_and_bound() -> None:
 def test_json_holds_what_the_tables_hold() -> None:
     row = [measured("missed", ratio(1.3), Target(1.1), runs=7), not_measured("x", "why")]
     report = Report({"threads": "2"}, {WORKLOAD: row}, others={"start": [Figure("y", 1.0, "s")]})
-    found = json.loads(json.dumps(report.as_json()))
-    first = found["tracing"][WORKLOAD]["missed"]
+    result = json.loads(json.dumps(report.as_json()))
+    first = result["tracing"][WORKLOAD]["missed"]
     assert (first["value"], first["met"], first["details"]) == (1.3, False, {"runs": 7})
     assert (first["spread"]["count"], first["spread"]["base"]) == (11, 1e-3)
-    assert found["tracing"][WORKLOAD]["x"]["absent"] == "why"
-    assert found["about"] == {"threads": "2"}
-    assert found["start"][0]["unit"] == "s"
+    assert result["tracing"][WORKLOAD]["x"]["absent"] == "why"
+    assert result["about"] == {"threads": "2"}
+    assert result["start"][0]["unit"] == "s"
 
 
 def test_nan_misses_every_target() -> None:
@@ -104,7 +104,7 @@ def test_figures_have_three_digits(value: float, text: str) -> None:
 
 
 def test_targets_follow_the_workload() -> None:
-    by_name = {each.name: each for each in TRACINGS}
+    by_name = {tracing.name: tracing for tracing in TRACINGS}
     deferred = by_name["deferred, to a file"]
     kinds: dict[Kind, float] = {
         "other": 1.1,

@@ -58,9 +58,9 @@ TOKENS = {
 def test_token_ids_in_any_form(form: str) -> None:
     given = TOKENS[form]
     site = record(tokens=iter(map(list, IDS)) if form == "an iterator" else given)
-    found = [each.tokens for each in site]
-    assert found == [[5, 6, 7], [8]]
-    assert all(type(token) is int for each in found for token in each)
+    results = [each.tokens for each in site]
+    assert results == [[5, 6, 7], [8]]
+    assert all(type(token) is int for each in results for token in each)
     assert site.row_labels("tokens").to_array().tolist() == [5, 6, 7, 8]
 
 
@@ -76,9 +76,9 @@ TEXTS = {
 
 @pytest.mark.parametrize("form", TEXTS)
 def test_texts_in_any_form(form: str) -> None:
-    found = [each.tokens for each in record(tokens=TEXTS[form])]
-    assert found == [["t", "h", "e"], ["a"]]
-    assert all(type(token) is str for each in found for token in each)
+    results = [each.tokens for each in record(tokens=TEXTS[form])]
+    assert results == [["t", "h", "e"], ["a"]]
+    assert all(type(token) is str for each in results for token in each)
 
 
 LABELS = {
@@ -112,7 +112,7 @@ def test_a_decoder_step_has_one_id_per_sequence() -> None:
     for ids in torch.tensor([[5, 6], [7, 8]]):
         with tracer.recording(tokens=ids):
             state = cell(torch.randn(2, 2), state)
-    assert [each.tokens for each in tracer["cell"]] == [[5, 7], [6, 8]]
+    assert [sequence.tokens for sequence in tracer["cell"]] == [[5, 7], [6, 8]]
     with pytest.raises(
         grutrace.OptionError, match="got 2 lists of up to 1 token; the recorded batch"
     ):
@@ -181,8 +181,8 @@ def decode(**options: Any) -> Any:
 )
 def test_values_of_unrecorded_steps_are_dropped(options, tokens, gates) -> None:
     tracer = decode(**options, gates=gates)
-    found = [each.tokens for each in tracer["rnn.l0"]]
-    assert found == ([tokens] if tokens else [None] * len(found))
+    results = [sequence.tokens for sequence in tracer["rnn.l0"]]
+    assert results == ([tokens] if tokens else [None] * len(results))
 
 
 @pytest.mark.parametrize("options", [{"every": 2}, {"max_calls": 3}, {"steps": slice(1, None)}])
@@ -194,8 +194,8 @@ def test_labels_go_to_the_recorded_batches(options) -> None:
         with tracer.recording(labels={"batch": [number, number]}):
             layer(torch.randn(2, 3, 2))
     recorded = {"every": [0, 2, 4], "max_calls": [0, 1, 2], "steps": range(5)}[next(iter(options))]
-    found = [each.labels["batch"][0] for each in tracer["l0"]]
-    assert found == [number for number in recorded for _ in range(2)]
+    results = [sequence.labels["batch"][0] for sequence in tracer["l0"]]
+    assert results == [number for number in recorded for _ in range(2)]
 
 
 def test_values_of_an_unrecorded_module_are_dropped() -> None:
@@ -204,7 +204,10 @@ def test_values_of_an_unrecorded_module_are_dropped() -> None:
     tokens = {"encoder": ["the", "a"], "decoder": ["xyz", "uvw"]}
     with tracer.recording(tokens=tokens):
         model(torch.randn(2, 3, 5), steps=3)
-    assert [each.tokens for each in tracer["encoder.l0"]] == [["t", "h", "e"], ["a", None, None]]
+    assert [sequence.tokens for sequence in tracer["encoder.l0"]] == [
+        ["t", "h", "e"],
+        ["a", None, None],
+    ]
     assert len(tracer["decoder.cell"]) == 0
 
 

@@ -57,7 +57,7 @@ def check(case: Case, cast: torch.dtype | None = None, path: Any = None) -> Any:
         for quantity, used in kernel[number].items():
             width = directions * case.layer.hidden_size
             sequences = oracles.as_sequences(layout, used.detach().double(), width)
-            own = [np.split(each, directions, axis=1)[reverse] for each in sequences]
+            own = [np.split(sequence, directions, axis=1)[reverse] for sequence in sequences]
             recorded = np.asarray(trace[name].rows(quantity), np.float64)
             allowed = trace[name].checks["tolerance"].max()
             assert np.abs(recorded - np.concatenate(own)).max() <= allowed

@@ -49,7 +49,7 @@ def test_a_saved_trace_equals_the_run_and_verifies(gates: Any, model, tmp_path: 
         )  # fmt: skip
         assert_same_stored(trace, stored)
         np.testing.assert_array_equal(stored.calls["time"], trace.calls["time"])
-        assert all(each.holds for each in verify(stored))
+        assert all(check.holds for check in verify(stored))
         if gates != "deferred":
             assert_same(trace, stored)
             check_gates(stored)
@@ -76,7 +76,7 @@ def test_control_a_damaged_saved_file_fails_verification(model, tmp_path: Path) 
     with h5py.File(tmp_path / "run.h5", "r+") as file:
         file["modules/encoder/l0/hidden"][0, 0] += 0.5
     with grutrace.open(tmp_path / "run.h5") as stored:
-        assert not all(each.holds for each in verify(stored))
+        assert not all(check.holds for check in verify(stored))
 
 
 def test_a_recording_tracer_is_pickled_without_its_hooks(model) -> None:
@@ -174,7 +174,7 @@ def test_annotations_after_clearing_go_to_later_calls(model) -> None:
             trace.clear()
             model(torch.randn(2, 3, 5), steps=2)
             outer.annotate(tokens=words, module="encoder")
-        assert [each.tokens for each in trace["encoder.l0"]] == words
+        assert [sequence.tokens for sequence in trace["encoder.l0"]] == words
         trace.clear()
         with pytest.raises(OptionError, match="nothing was recorded"):
             outer.annotate(tokens=words)
@@ -253,13 +253,13 @@ def test_a_large_trace_in_memory_warns_once(gates: Any, monkeypatch: pytest.Monk
             warnings.simplefilter("error")
             layer(batch)
             assert trace["l0"].update.shape == (200, 8)
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as messages:
             warnings.simplefilter("always")
             for _ in range(6):
                 layer(batch)
                 assert trace["l0"].update.shape[1] == 8
-    assert [each.category for each in said] == [GrutraceWarning]
-    message = str(said[0].message)
+    assert [each.category for each in messages] == [GrutraceWarning]
+    message = str(messages[0].message)
     assert "2 GiB" in message
     ways = ("path", "gates='deferred'", "units", "every", "max_bytes", "Statistics", "clear()")
     assert all(way in message for way in ways)

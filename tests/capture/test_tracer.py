@@ -451,8 +451,8 @@ def test_two_tracers_on_one_stack_split_it_once() -> None:
     layer, x = nn.GRU(2, 3, 3, bidirectional=True), torch.randn(4, 2, 2)
     expected = layer(x)
     with grutrace.trace(layer) as outer, grutrace.trace(layer, sites="l1*") as inner:
-        found = layer(x)
-    assert all(map(torch.equal, expected, found))
+        result = layer(x)
+    assert all(map(torch.equal, expected, result))
     assert len(outer.calls) == len(inner.calls) == 1
     np.testing.assert_array_equal(outer["l1"].update, inner["l1"].update)
 
@@ -471,7 +471,7 @@ def test_copies_of_an_attached_model_are_not_traced(model, batch) -> None:
             each(batch)
         assert len(trace.calls) == 0
         model(batch)
-    assert all(b"grutrace" not in pickle.dumps(each) for each in copies)
+    assert all(b"grutrace" not in pickle.dumps(copy) for copy in copies)
 
 
 def test_threads_that_run_the_model_concurrently() -> None:
@@ -485,10 +485,10 @@ def test_threads_that_run_the_model_concurrently() -> None:
         for thread in threads:
             thread.join()
     assert trace["rnn.l1"].lengths.tolist() == [8] * 8
-    found = {each.tobytes() for each in trace["rnn.l1"].padded("hidden")[0]}
+    results = {each.tobytes() for each in trace["rnn.l1"].padded("hidden")[0]}
     with torch.no_grad():
         expected = [layer(*each, 8).transpose(0, 1).numpy() for each in inputs]
-    assert found == {row.tobytes() for each in expected for row in each}
+    assert results == {row.tobytes() for each in expected for row in each}
 
 
 def test_a_module_that_was_never_called_is_reported(model, batch) -> None:

@@ -120,12 +120,12 @@ def test_unsupported_grus_beside_others_are_reported(kind: str) -> None:
 
     expected = run_once(model, run)
     with (
-        pytest.warns(grutrace.GrutraceWarning, match=f"^theirs.rnn is {what}.*: ") as found,
+        pytest.warns(grutrace.GrutraceWarning, match=f"^theirs.rnn is {what}.*: ") as file,
         grutrace.trace(model, check="raise") as trace,
     ):
         expected.assert_same(run_once(model, run))
-    assert len(found) == 1
-    assert found[0].filename == __file__
+    assert len(file) == 1
+    assert file[0].filename == __file__
     assert trace.sites == ("ours.rnn.l0",)
     assert len(trace["ours.rnn.l0"]) == 3
 

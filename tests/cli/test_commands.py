@@ -72,11 +72,11 @@ def test_stats(path, capsys) -> None:
     assert all(name in out for name in (*SITES, "reset", "update", "candidate"))
     assert main(["stats", str(path), "--json"]) == 0
     with grutrace.open(path) as trace:
-        for found in json.loads(capsys.readouterr().out):
-            update = np.asarray(trace[found["site"]].update)
-            assert found["gates"]["update"]["mean"] == pytest.approx(update.mean())
-            assert found["gates"]["update"]["above"] == (update > np.float32(0.9)).mean()
-            assert found["steps"] == len(update)
+        for item in json.loads(capsys.readouterr().out):
+            update = np.asarray(trace[item["site"]].update)
+            assert item["gates"]["update"]["mean"] == pytest.approx(update.mean())
+            assert item["gates"]["update"]["above"] == (update > np.float32(0.9)).mean()
+            assert item["steps"] == len(update)
 
 
 def test_stats_by_name(path, capsys) -> None:
@@ -88,11 +88,11 @@ def test_stats_by_name(path, capsys) -> None:
     assert main(["stats", str(path), "saturation", "--site", "decoder.cell", "--each"]) == 0
     assert len(capsys.readouterr().out.splitlines()) >= 1 + 6
     assert main(["stats", str(path), "saturation", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [each["site"] for each in found] == list(SITES)
+    result = json.loads(capsys.readouterr().out)
+    assert [each["site"] for each in result] == list(SITES)
     with grutrace.open(path) as trace:
         update = np.asarray(trace["encoder.l0"].update)
-    assert found[0]["left"]["update"] == (update < np.float32(0.1)).mean(0).tolist()
+    assert result[0]["left"]["update"] == (update < np.float32(0.1)).mean(0).tolist()
 
 
 @pytest.fixture
@@ -137,20 +137,20 @@ def test_stats_of_the_gates(labelled, capsys, name, options, says) -> None:
     assert main([*command, "--each"]) == 0
     assert len(capsys.readouterr().out.splitlines()) > 3
     assert main([*command, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [each["site"] for each in found] == list(SITES)
+    result = json.loads(capsys.readouterr().out)
+    assert [each["site"] for each in result] == list(SITES)
 
 
 def test_the_best_separated_class_has_a_row(labelled, capsys) -> None:
     command = ["stats", str(labelled[0]), "selectivity", "--label", "kind", "--site", "encoder.l1"]
     assert main([*command, "--json"]) == 0
-    (found,) = json.loads(capsys.readouterr().out)
+    (result,) = json.loads(capsys.readouterr().out)
     assert main(command) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("best "))
     cells = dict(cell.split(": ") for cell in row.removeprefix("best").split("  ") if cell.strip())
     counts = {name.strip(): int(count) for name, count in cells.items()}
-    assert counts == {name: found["best"].count(name) for name in set(found["best"])}
-    assert sum(counts.values()) == len(found["units"])
+    assert counts == {name: result["best"].count(name) for name in set(result["best"])}
+    assert sum(counts.values()) == len(result["units"])
 
 
 def test_only_the_most_common_values_are_shown() -> None:
@@ -190,8 +190,8 @@ def test_verify(path, capsys) -> None:
     out = capsys.readouterr().out
     assert "encoder.l1: sequence 2, step 1, unit 2: update is" in out
     assert main(["verify", str(path), "--json"]) == 1
-    found = {each["site"]: each for each in json.loads(capsys.readouterr().out)}
-    assert [found[name]["holds"] for name in SITES] == [True, False, True]
+    results = {row["site"]: row for row in json.loads(capsys.readouterr().out)}
+    assert [results[name]["holds"] for name in SITES] == [True, False, True]
 
 
 @pytest.mark.parametrize(("off", "code", "of_tolerance"), [(0.0, 0, "0"), (0.5, 1, "inf")])
@@ -344,17 +344,20 @@ def test_diff(path, changed, capsys) -> None:
 
 def test_diff_as_json(path, changed, capsys) -> None:
     assert main(["diff", str(changed), str(path), "--json"]) == 1
-    found = json.loads(capsys.readouterr().out)
-    assert (found["same"], found["first"]) == (False, {"site": "encoder.l1", "quantity": "update"})
-    (differing,) = (each for each in found["values"] if each["beyond"])
+    result = json.loads(capsys.readouterr().out)
+    assert (result["same"], result["first"]) == (
+        False,
+        {"site": "encoder.l1", "quantity": "update"},
+    )
+    (differing,) = (sequence for sequence in result["values"] if sequence["beyond"])
     assert (differing["values"], differing["unequal"]) == (24 * 6, 1)
     assert differing["largest"]["difference"] == pytest.approx(0.25, abs=1e-6)
     assert differing["first"] == differing["largest"]
     with h5py.File(changed, "r+") as file:
         file["modules/encoder/l1/update"][13, 2] = np.nan
     assert main(["diff", str(changed), str(path), "--json"]) == 1
-    found = json.loads(capsys.readouterr().out)
-    (differing,) = (each for each in found["values"] if each["beyond"])
+    result = json.loads(capsys.readouterr().out)
+    (differing,) = (sequence for sequence in result["values"] if sequence["beyond"])
     assert (differing["first"]["a"], differing["first"]["difference"]) == (None, "inf")
 
 

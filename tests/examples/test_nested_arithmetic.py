@@ -257,15 +257,15 @@ def test_a_state_with_the_word_solves_the_control_task(labelled, parts):
         replace(steps, quantities={"hidden": np.eye(25)[words]})
         for steps, words in zip(labelled, numbers, strict=True)
     )
-    found = parts.diagnosis.control_task(fitted, tested)
-    assert min(found.values()) == pytest.approx(1)
+    result = parts.diagnosis.control_task(fitted, tested)
+    assert min(result.values()) == pytest.approx(1)
     assert parts.diagnosis.diagnose(fitted, tested, "cumulative")["L9"].r < 0.5
 
 
 def test_a_strategy_that_never_changes_has_no_correlation(parts):
-    found = parts.diagnosis.agreement(np.array([0.0, 1.0]), np.array([2.0, 2.0]))
-    assert found.error == 2.5
-    assert np.isnan(found.r)
+    result = parts.diagnosis.agreement(np.array([0.0, 1.0]), np.array([2.0, 2.0]))
+    assert result.error == 2.5
+    assert np.isnan(result.r)
 
 
 # A network, and its trace
@@ -283,27 +283,27 @@ def run(parts, tmp_path_factory):
     model = parts.network.Arithmetic()
     parts.network.record(model, corpora, folder / "untrained.h5")
     parts.network.train(model, trained, 1500)
-    said = parts.network.record(model, corpora, folder / "trained.h5")
-    return SimpleNamespace(folder=folder, corpora=corpora, model=model, said=said)
+    message = parts.network.record(model, corpora, folder / "trained.h5")
+    return SimpleNamespace(folder=folder, corpora=corpora, model=model, said=message)
 
 
 @pytest.fixture(scope="module")
 def steps(run, parts):
     """By network, the steps that the classifiers are fitted to, and those they are tested on."""
-    found = {}
+    results = {}
     for name in ("trained", "untrained"):
         with grutrace.open(run.folder / f"{name}.h5") as trace:
             read = parts.diagnosis.read(trace)
-            found[name] = [read["fit"], read["test"]]
-    return found
+            results[name] = [read["fit"], read["test"]]
+    return results
 
 
 def test_the_network_learns(run, parts):
     for name in ("L1", "L2", "L3", "L4", "L5"):
         expected = np.array([value(words) for words in run.corpora[f"test {name}"]])
-        found = parts.diagnosis.agreement(np.array(run.said[f"test {name}"]), expected)
-        assert found.error < expected.var() / 2, name
-        assert found.r > 0.7, name
+        result = parts.diagnosis.agreement(np.array(run.said[f"test {name}"]), expected)
+        assert result.error < expected.var() / 2, name
+        assert result.r > 0.7, name
 
 
 def test_training_is_the_same_from_the_same_seed(run, parts):
@@ -347,13 +347,13 @@ def test_the_file_holds_words_labels_and_every_gate(run):
     for number in range(0, module.count, 37):
         names = ("tokens", "cumulative", "mode", "recursive")
         expected = zip(names, (expressions[number], *by_eval(expressions[number])), strict=True)
-        found = module.annotated(number)
+        result = module.annotated(number)
         for name, values in expected:
-            assert found[name] == dict(enumerate(values))
+            assert result[name] == dict(enumerate(values))
     with grutrace.open(run.folder / "trained.h5") as trace:
-        (found,) = verify(trace)
-    assert found.holds
-    assert found.check == "gates"
+        (result,) = verify(trace)
+    assert result.holds
+    assert result.check == "gates"
 
 
 def test_steps_are_those_of_the_expressions_in_order(run, steps, parts):
@@ -377,28 +377,28 @@ def test_steps_are_those_of_the_expressions_in_order(run, steps, parts):
 
 
 def test_the_cumulative_strategy_is_decoded_better(steps, parts):
-    found = {
+    results = {
         strategy: parts.diagnosis.diagnose(*steps["trained"], strategy)
         for strategy in ("cumulative", "recursive")
     }
     for name in ("L5", "L6", "L7", "L8", "L9", "L9R"):
-        assert found["cumulative"][name].r > found["recursive"][name].r + 0.1, name
+        assert results["cumulative"][name].r > results["recursive"][name].r + 0.1, name
     control = parts.diagnosis.control_task(*steps["trained"])
     for name in ("L4", "L5", "L6", "L7"):
-        assert found["cumulative"][name].r > control[name] + 0.1, name
+        assert results["cumulative"][name].r > control[name] + 0.1, name
 
 
 def test_control_an_untrained_network_holds_neither_strategy(steps, parts):
     """The classifiers do not compute the strategies themselves."""
     for strategy in ("cumulative", "recursive"):
-        found = parts.diagnosis.diagnose(*steps["untrained"], strategy)
+        result = parts.diagnosis.diagnose(*steps["untrained"], strategy)
         for name in ("L5", "L6", "L7", "L8", "L9", "L9R"):
-            assert abs(found[name].r) < 0.25, (strategy, name)
+            assert abs(result[name].r) < 0.25, (strategy, name)
 
 
 def test_shuffled_targets_are_not_decoded_from_the_network(steps, parts):
     fitted, tested = (
-        parts.diagnosis.shuffled(parts.diagnosis.together(each)) for each in steps["trained"]
+        parts.diagnosis.shuffled(parts.diagnosis.together(step)) for step in steps["trained"]
     )
     for strategy in ("cumulative", "recursive"):
         assert abs(parts.diagnosis.diagnose(fitted, tested, strategy)["all"].r) < 0.05

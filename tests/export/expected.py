@@ -45,42 +45,42 @@ class Expected:
 
     def _site(self, module: Any, site: Any) -> dict[str, Any]:
         every = range(module.count)
-        found: dict[str, Any] = {"initial": site.initial, "unit": np.array(site.units)}
+        results: dict[str, Any] = {"initial": site.initial, "unit": np.array(site.units)}
         for name in QUANTITIES:
             if name in site.rows or name in site.derived:
                 parts = [site.derive(number, name) for number in every]
                 width = site.input_size if name == "input" else len(site.units)
                 empty = np.empty((0, width), np.float16)
-                found[name] = np.concatenate([empty, *(e.reshape(-1, width) for e in parts)])
+                results[name] = np.concatenate([empty, *(e.reshape(-1, width) for e in parts)])
             if name in site.derived:
                 self.derived.add((group_of(site), name))
         lengths = [sum(steps for *_, steps in module.pieces[number]) for number in every]
-        found["length"] = np.array(lengths)
-        found["sequence"] = np.repeat(np.arange(module.count), lengths)
-        found["time"] = np.concatenate([np.arange(0), *map(np.arange, lengths)])
+        results["length"] = np.array(lengths)
+        results["sequence"] = np.repeat(np.arange(module.count), lengths)
+        results["time"] = np.concatenate([np.arange(0), *map(np.arange, lengths)])
         firsts = [module.pieces[number][0] for number in every]
-        found["first_call"] = np.array([call for call, *_ in firsts], np.int64)
-        found["place"] = np.array([place for _, place, *_ in firsts], np.int64)
+        results["first_call"] = np.array([call for call, *_ in firsts], np.int64)
+        results["place"] = np.array([place for _, place, *_ in firsts], np.int64)
         calls = [
             call
             for number in every
             for call, _, _, steps in module.pieces[number]
             for _ in range(steps)
         ]
-        found["call"] = np.array(calls, np.int64)
+        results["call"] = np.array(calls, np.int64)
         tags = [self.trace.tag(self.trace.calls[call]) for call in calls]
         if any(self.trace.tag(self.trace.calls[call]) is not None for call in module.calls):
-            found["tag"] = [tag or "" for tag in tags]
+            results["tag"] = [tag or "" for tag in tags]
         forks = {
             int(fork["sequence"]): (int(fork["parent"]), int(fork["steps"]))
             for fork in self.trace.forks
             if fork["module"] == module.index
         }
-        found["parent"] = np.array([forks.get(number, (-1, -1))[0] for number in every], np.int64)
-        found["parent_steps"] = np.array([forks.get(n, (-1, -1))[1] for n in every], np.int64)
+        results["parent"] = np.array([forks.get(number, (-1, -1))[0] for number in every], np.int64)
+        results["parent_steps"] = np.array([forks.get(n, (-1, -1))[1] for n in every], np.int64)
         for name, values in self._annotations(module, lengths).items():
-            found["token" if name == "tokens" else f"label_{quote(name, safe='')}"] = values
-        return found
+            results["token" if name == "tokens" else f"label_{quote(name, safe='')}"] = values
+        return results
 
     def _annotations(self, module: Any, lengths: list[int]) -> dict[str, Any]:
         """By name, one value a step of all sequences: texts, or numbers with nan for none."""
@@ -106,13 +106,13 @@ def assert_as_expected(expected: Expected, read: Read) -> int:
     compared = 0
     for group, variables in expected.groups.items():
         for name, values in variables.items():
-            found = read(group, name)
+            result = read(group, name)
             if isinstance(values, list):
-                assert list(found) == values, (group, name)
+                assert list(result) == values, (group, name)
             elif (group, name) in expected.derived:
-                np.testing.assert_allclose(found, values, atol=1e-6, err_msg=f"{group}/{name}")
+                np.testing.assert_allclose(result, values, atol=1e-6, err_msg=f"{group}/{name}")
             else:
-                np.testing.assert_array_equal(found, values, err_msg=f"{group}/{name}")
+                np.testing.assert_array_equal(result, values, err_msg=f"{group}/{name}")
             compared += 1
     return compared
 

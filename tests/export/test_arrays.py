@@ -55,9 +55,9 @@ def test_control_any_wrong_value_is_noticed(full, tmp_path, to) -> None:
     with ExitStack() as stack:
         read = reader(to, path, stack)
         names = [(group, name) for group, each in expected.groups.items() for name in each]
-        found = {place: np.array(read(*place)) for place in names}
+        results = {place: np.array(read(*place)) for place in names}
     wrong = 0
-    for place, values in found.items():
+    for place, values in results.items():
         if values.size:
             planted = values.copy()
             last = planted.reshape(-1)[-1:]
@@ -66,7 +66,7 @@ def test_control_any_wrong_value_is_noticed(full, tmp_path, to) -> None:
                 planted = np.array([*values[:-1], f"{values[-1]}x"], object)
             with pytest.raises(AssertionError):
                 assert_as_expected(
-                    expected, lambda *asked, v=planted, p=place: v if asked == p else found[asked]
+                    expected, lambda *asked, v=planted, p=place: v if asked == p else results[asked]
                 )
             wrong += 1
     assert wrong > 80
@@ -78,8 +78,8 @@ def test_types_are_kept_where_the_format_has_them(full, tmp_path, to) -> None:
         read = reader(to, path, stack)
         for name in trace.sites:
             kept = np.dtype(trace[name].module.dtype)
-            found = read(name.replace("/", "%2F"), "initial").dtype
-            assert found == (np.float32 if to == "netcdf" and kept == np.float16 else kept)
+            result = read(name.replace("/", "%2F"), "initial").dtype
+            assert result == (np.float32 if to == "netcdf" and kept == np.float16 else kept)
     trace.close()
 
 

@@ -39,21 +39,21 @@ def check_site(folder: Any, group: str, values: Any, derived: Any) -> None:
     """Every table of a site against what is expected of it."""
     names = [name for name in QUANTITIES if name in values]
     for name in (*names, "initial"):
-        found = table(folder / f"{group}.{name}.csv")
+        result = table(folder / f"{group}.{name}.csv")
         kind = "feature" if name == "input" else "unit"
         if kind == "unit":
-            units = [column for column in found if column.startswith("unit_")]
+            units = [column for column in result if column.startswith("unit_")]
             assert units == [f"unit_{number}" for number in values["unit"]]
         if len(values[name]):
-            rows = numbers(found, kind, values[name].dtype)
+            rows = numbers(result, kind, values[name].dtype)
             if (group, name) in derived:
                 np.testing.assert_allclose(rows, values[name], atol=1e-6)
             else:
                 np.testing.assert_array_equal(rows, values[name])
         if name == "initial":
-            assert found["sequence"] == [str(number) for number in range(len(rows_of(values)))]
+            assert result["sequence"] == [str(number) for number in range(len(rows_of(values)))]
             continue
-        for column, texts in found.items():
+        for column, texts in result.items():
             if column in ("sequence", "time", "call"):
                 assert [int(text) for text in texts] == values[column].tolist()
             elif not column.startswith(f"{kind}_"):
@@ -128,9 +128,9 @@ def test_odd_texts_are_read_back(tmp_path) -> None:
     with tracer, tracer.recording(tokens=words, labels={"n": [[1.0, np.nan, 2.5, -0.0, 1e300]]}):
         layer(torch.randn(5, 1, 2))
     export_trace(tracer, tmp_path / "out", "csv", record="update")
-    found = table(tmp_path / "out" / "l0.update.csv")
-    assert found["token"] == words[0]
-    assert found["label_n"] == ["1", "", "2.5", "-0", "1.0000000000000001e+300"]
+    result = table(tmp_path / "out" / "l0.update.csv")
+    assert result["token"] == words[0]
+    assert result["label_n"] == ["1", "", "2.5", "-0", "1.0000000000000001e+300"]
     frame = pandas.read_csv(tmp_path / "out" / "l0.update.csv", keep_default_na=False)
     assert list(frame["token"]) == words[0]
 

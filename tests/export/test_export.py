@@ -40,7 +40,7 @@ def test_formats_make_files_or_folders(trace, tmp_path, to) -> None:
     done = export_trace(trace, tmp_path / "out", to)
     assert (done.path, done.format, done.sites) == (tmp_path / "out", to, ("rnn.l0",))
     assert (tmp_path / "out").is_dir() == (to in FOLDERS)
-    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("there", ["file", "folder", "link"])
@@ -54,7 +54,7 @@ def test_nothing_is_overwritten(trace, tmp_path, to, there) -> None:
         path.symlink_to(tmp_path / "nowhere")
     with pytest.raises(grutrace.TraceFileError, match="out exists: choose another"):
         export_trace(trace, path, to)
-    assert [each.name for each in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert there != "file" or path.read_bytes() == b"mine"
 
 
@@ -105,7 +105,7 @@ def test_a_full_disk_in_a_subprocess(tmp_path) -> None:
     lines = done.stderr.splitlines()
     assert len(lines) == len(FORMATS)
     assert all("out cannot be written: File too large" in line for line in lines)
-    assert [each.name for each in tmp_path.iterdir()] == ["run.h5"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run.h5"]
 
 
 def test_progress_ends_at_its_total(trace, tmp_path, to) -> None:
@@ -224,4 +224,4 @@ def test_the_command(full, tmp_path, capsys) -> None:
         assert "Traceback" not in capsys.readouterr().err
     assert main(["export", str(full), "--to", "lstmvis", "-o", str(tmp_path / "vis")]) == 0
     assert "no tokens" in capsys.readouterr().err
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["out.nc", "vis"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.nc", "vis"]

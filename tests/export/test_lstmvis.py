@@ -69,7 +69,7 @@ class Project:
 
 
 def read_dictionary(path: Path) -> dict[int, str]:
-    found = {}
+    results = {}
     with path.open(encoding="utf-8") as file:
         lines = list(file)
     for line in lines:
@@ -79,8 +79,8 @@ def read_dictionary(path: Path) -> dict[int, str]:
             # The server leaves out any other line without a word.
             assert line[0] == " "
             word, number = " ", line.strip()
-        found[int(number)] = word
-    return found
+        results[int(number)] = word
+    return results
 
 
 def projects(folder: Path) -> dict[str, Project]:
@@ -99,8 +99,8 @@ def check_project(project: Project, module: Any, expected: Expected) -> None:
         for quantity in QUANTITIES[:4]:
             if quantity in values:
                 kind = quantity + " reverse" * site.reverse
-                found = project.states[kind, site.layer + 1]
-                np.testing.assert_allclose(found, values[quantity], rtol=0, atol=1e-6)
+                result = project.states[kind, site.layer + 1]
+                np.testing.assert_allclose(result, values[quantity], rtol=0, atol=1e-6)
                 compared += 1
     assert compared == len(project.states)
     words = as_texts(values.get("token", values["time"]))
@@ -120,14 +120,14 @@ def folder(full, tmp_path) -> Any:
 
 
 def test_the_lstmvis_loader_reads_everything(folder, full) -> None:
-    expected, found = Expected(full), projects(folder)
-    assert sorted(found) == ["decoder_step", "deferred", "encoder.rnn", "model"]
+    expected, result = Expected(full), projects(folder)
+    assert sorted(result) == ["decoder_step", "deferred", "encoder.rnn", "model"]
     for module in expected.trace.modules:
         # Of one module, nothing but the input was recorded, and nothing called it.
         if module.path != "idle":
             name = module.path.replace("/", "_") or "model"
-            check_project(found[name], module, expected)
-    assert found["encoder.rnn"].meta("sequence").count(2) == 4
+            check_project(result[name], module, expected)
+    assert result["encoder.rnn"].meta("sequence").count(2) == 4
 
 
 def test_control_a_wrong_value_is_noticed(folder, full) -> None:
@@ -177,9 +177,9 @@ def test_odd_words_and_labels(tmp_path) -> None:
     assert all(re.fullmatch(r"[\w.-]+", name) for name in project.config["meta"])
     by_length = sorted(project.config["meta"], key=len)
     assert project.meta("pos") == list(range(10))
-    found = [project.meta(name) for name in by_length]
-    assert ["0.5", *["<none>"] * 9] in found
-    assert list("0123456789") in found
+    results = [project.meta(name) for name in by_length]
+    assert ["0.5", *["<none>"] * 9] in results
+    assert list("0123456789") in results
 
 
 def given(labels: dict[str, Any]) -> dict[str, Any]:
@@ -216,13 +216,13 @@ def test_what_lstmvis_cannot_show_is_listed(tmp_path) -> None:
 
 
 def test_gates_are_unsigned_and_searched_by_letter(folder, tmp_path) -> None:
-    found = projects(folder)["encoder.rnn"]
-    unsigned = {each["path"]: each["unsigned"] for each in found.config["states"]["types"]}
+    result = projects(folder)["encoder.rnn"]
+    unsigned = {each["path"]: each["unsigned"] for each in result.config["states"]["types"]}
     assert unsigned["reset_l0"] is True
     assert unsigned["hidden_l1_reverse"] is False
-    assert {each["transform"] for each in found.config["states"]["types"]} == {"none"}
+    assert {each["transform"] for each in result.config["states"]["types"]} == {"none"}
     # Its search puts the first letters of all words together.
-    assert found.config["etc"]["regex_search"] is False
+    assert result.config["etc"]["regex_search"] is False
     tracer = traced(nn_gru(), torch.randn(3, 1, 2), tokens=[list("a b")])
     export_trace(tracer, tmp_path / "letters", "lstmvis")
     (letters,) = projects(tmp_path / "letters").values()

@@ -63,13 +63,13 @@ def test_names_that_differ_only_in_case_are_kept(trace, tmp_path, to) -> None:
         for site in trace.sites:
             expected = {"hidden": trace[site].hidden, "label_Pos": [1, 2, 3, 4]}
             for name, values in (expected | {"label_pos": [5, 6, 7, 8]}).items():
-                found = {
+                result = {
                     "npz": lambda s=site, n=name: archive[f"{s}/{n}"],
                     "netcdf": lambda s=site, n=name: file[s][n][:],
                     "zarr": lambda s=site, n=name: zarr.open(path)[s][n][:],
                     "xarray": lambda s=site, n=name: in_xarray(path, s)[n].values,
                 }[to]()
-                np.testing.assert_array_equal(found, values)
+                np.testing.assert_array_equal(result, values)
 
 
 def test_control_without_ordered_metadata_zarr_finds_half(trace, tmp_path, monkeypatch) -> None:
@@ -82,29 +82,31 @@ def test_control_without_ordered_metadata_zarr_finds_half(trace, tmp_path, monke
 def test_csv_and_lstmvis_files_differ_without_case(trace, tmp_path) -> None:
     for to in ("csv", "lstmvis"):
         export_trace(trace, tmp_path / to, to)
-        names = [str(each.relative_to(tmp_path)) for each in (tmp_path / to).rglob("*")]
+        names = [str(path.relative_to(tmp_path)) for path in (tmp_path / to).rglob("*")]
         assert len({name.casefold() for name in names}) == len(names)
-    found = {}
+    results = {}
     for file in (tmp_path / "csv").glob("*.hidden.csv"):
         rows = list(csv.DictReader(file.read_text().splitlines()))
-        found[unquote(file.name.removesuffix(".hidden.csv"))] = [
+        results[unquote(file.name.removesuffix(".hidden.csv"))] = [
             [np.float32(row[f"unit_{unit}"]) for unit in range(4)] for row in rows
         ]
-    assert set(found) == set(trace.sites)
+    assert set(results) == set(trace.sites)
     for site in trace.sites:
-        np.testing.assert_array_equal(found[site], trace[site].hidden)
+        np.testing.assert_array_equal(results[site], trace[site].hidden)
     projects = (tmp_path / "lstmvis").rglob("lstm.yml")
-    assert {yaml.safe_load(each.read_text())["name"].split()[-1] for each in projects} == set(PATHS)
+    assert {yaml.safe_load(project.read_text())["name"].split()[-1] for project in projects} == set(
+        PATHS
+    )
 
 
 def test_only_names_that_clash_are_escaped() -> None:
     names = ["A.l0", "a.l0", "Encoder.l0", "%4E.aB", "%4E.Ab", "%4E.AB"]
-    found = file_names(names)
-    assert found["A.l0"] == "%41.l0"
-    assert (found["a.l0"], found["Encoder.l0"]) == ("a.l0", "Encoder.l0")
-    assert found["%4E.aB"] == "%4E.a%42"
-    assert len({each.casefold() for each in found.values()}) == len(names)
-    assert [unquote(found[name]) for name in names] == [unquote(name) for name in names]
+    result = file_names(names)
+    assert result["A.l0"] == "%41.l0"
+    assert (result["a.l0"], result["Encoder.l0"]) == ("a.l0", "Encoder.l0")
+    assert result["%4E.aB"] == "%4E.a%42"
+    assert len({each.casefold() for each in result.values()}) == len(names)
+    assert [unquote(result[name]) for name in names] == [unquote(name) for name in names]
 
 
 def test_a_file_system_that_ignores_case_is_refused_by_zarr(trace, tmp_path, monkeypatch) -> None:

@@ -89,12 +89,12 @@ def _rows(
                 if name.startswith(f"weights/{version}/")
             }
             steps = previous[first : first + len(states)]
-            found = oracles.gates(used, read, steps, eps)
-            off = np.abs(states - found.values["hidden"])
-            assert (off <= found.bounds["hidden"]).all(), "the oracle and PyTorch disagree"
+            result = oracles.gates(used, read, steps, eps)
+            off = np.abs(states - result.values["hidden"])
+            assert (off <= result.bounds["hidden"]).all(), "the oracle and PyTorch disagree"
             rows = {"input": read, "hidden": states}
             for name in oracles.GATES:
-                rows |= {name: found.values[name], f"{name}_bound": found.bounds[name]}
+                rows |= {name: result.values[name], f"{name}_bound": result.bounds[name]}
             for name, array in rows.items():
                 columns.setdefault(name, []).append(array)
             first += len(states)

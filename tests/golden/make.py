@@ -90,26 +90,26 @@ def run_in_parts(path: Path) -> None:
 def about(golden: Golden) -> tuple[happened.Arrays, dict[str, Any]]:
     """What the file of a run must hold, from a model that nobody traces."""
     model = golden.build()
-    found = happened.happened(lambda: golden.run(model, runs.unrecorded), golden.calls)
-    said = {
-        "calls": happened.account(golden.calls, found),
+    result = happened.happened(lambda: golden.run(model, runs.unrecorded), golden.calls)
+    message = {
+        "calls": happened.account(golden.calls, result),
         "forks": golden.forks,
         "annotations": [[*key, named] for key, named in golden.annotations.items()],
         "units": golden.options.get("units"),
     }
-    return happened.expected(model, found), said
+    return happened.expected(model, result), message
 
 
 def about_parts() -> dict[int, tuple[happened.Arrays, dict[str, Any]]]:
     """The same of each part."""
     encoder, speaker = runs.built(runs.Encoder, 4), runs.built(runs.Speaker, 5)
     calls = [call for pair in zip(*runs.PART_CALLS.values(), strict=True) for call in pair]
-    found = happened.happened(lambda: runs.run_parts(encoder, speaker), calls)
+    result = happened.happened(lambda: runs.run_parts(encoder, speaker), calls)
     parts = {}
     for part, model in ((1, encoder), (2, speaker)):
-        own = found[part - 1 :: 2]
-        said = {"calls": happened.account([call for call, _ in own], own)}
-        parts[part] = happened.expected(model, own), said
+        own = result[part - 1 :: 2]
+        message = {"calls": happened.account([call for call, _ in own], own)}
+        parts[part] = happened.expected(model, own), message
     return parts
 
 
@@ -138,8 +138,8 @@ def main(folder: Path) -> None:
             if name != "killed":
                 keep_expected(folder, name, *about(golden))
         run_in_parts(traces / "run.h5")
-        for part, (arrays, said) in about_parts().items():
-            keep_expected(folder, f"run.part{part:04}", arrays, said)
+        for part, (arrays, message) in about_parts().items():
+            keep_expected(folder, f"run.part{part:04}", arrays, message)
         counted(GOLDENS["decoder"], traces / "statistics.h5")
         for path in sorted(traces.iterdir()):
             keep(folder, path)

@@ -154,8 +154,8 @@ def check_ours(trace, said, arrays):
     for path, number, named in said.get("annotations", []):
         sequence = trace[next(s for s in sites if s.startswith(path))].sequence(number)
         labels = {name: nones(values) for name, values in sequence.labels.items()}
-        found = labels | ({"tokens": sequence.tokens} if sequence.tokens else {})
-        assert found == named
+        result = labels | ({"tokens": sequence.tokens} if sequence.tokens else {})
+        assert result == named
 
 
 def nones(values):
@@ -167,10 +167,10 @@ def nones(values):
 def check_plain(path, said, arrays):
     """Everything that a reader written from the specification reads."""
     plain, sites = PlainTrace(path), sites_of(arrays)
-    found = {site.name: site for module in plain.modules for site in module.sites.values()}
-    assert set(found) == set(sites)
+    results = {site.name: site for module in plain.modules for site in module.sites.values()}
+    assert set(results) == set(sites)
     for name, of_site in sites.items():
-        check_site(of_site, said.get("units"), Plain(found[name]))
+        check_site(of_site, said.get("units"), Plain(results[name]))
     paths = {module.index: module.path for module in plain.modules}
     for call, row in zip(said["calls"], plain.calls, strict=False):
         assert (paths[row["module"]], plain.tag(row)) == (call["module"], call["tag"])
@@ -182,7 +182,7 @@ def check_plain(path, said, arrays):
         exact = [list(fork) for fork in said.get("forks", {}).get(module.path, [])]
         assert listed[: len(exact)] == exact
     for path_, number, named in said.get("annotations", []):
-        (module,) = (each for each in plain.modules if each.path == path_)
+        (module,) = (module for module in plain.modules if module.path == path_)
         steps = module.annotated(number)
         assert {
             name: [steps[name].get(step) for step in range(len(values))]
@@ -194,13 +194,13 @@ def check_plain(path, said, arrays):
 @pytest.mark.parametrize("name", GOLDENS)
 def test_a_golden_file_is_read(kept, name, tmp_path):
     path = unpack(kept, name, tmp_path)
-    said, arrays = expected(kept, name)
+    message, arrays = expected(kept, name)
     with grutrace.open(path) as trace:
-        check_ours(trace, said, arrays)
-        assert len(trace.calls) == len(said["calls"])
+        check_ours(trace, message, arrays)
+        assert len(trace.calls) == len(message["calls"])
         assert trace.closed is (name != "killed")
-        assert all(each.holds and each.check for each in verify(trace))
-    plain = check_plain(path, said, arrays)
+        assert all(check.holds and check.check for check in verify(trace))
+    plain = check_plain(path, message, arrays)
     assert plain.closed is (name != "killed")
     for command in ("info", "stats", "verify"):
         assert main([command, str(path), "--json"]) == 0
@@ -212,13 +212,13 @@ def test_a_golden_file_can_be_appended_to(kept, name, tmp_path):
     again = tmp_path / "again"
     again.mkdir()
     path, golden = unpack(kept, name, tmp_path), GOLDENS[name]
-    said, arrays = expected(kept, name)
+    message, arrays = expected(kept, name)
     model = golden.build()
     with grutrace.Tracer(model, path, mode="a", recording=False, **golden.options) as tracer:
         golden.run(model, tracer.recording)
     now = sites_of(make.about(golden)[0])
     with grutrace.open(path) as trace, grutrace.open(unpack(kept, name, again)) as old:
-        check_ours(trace, said, arrays)
+        check_ours(trace, message, arrays)
         for site in trace.sites:
             before = len(old[site])
             # The weights that the file ended with are not stored again.
@@ -226,28 +226,28 @@ def test_a_golden_file_can_be_appended_to(kept, name, tmp_path):
             versions = trace[site].extent.versions - len(made)
             assert versions in (old[site].extent.versions, old[site].extent.versions - 1)
             assert len(trace[site]) == 2 * before
-            check_site(now[site], said.get("units"), Appended(trace[site], before, versions))
+            check_site(now[site], message.get("units"), Appended(trace[site], before, versions))
             for first, second in zip(old[site], list(trace[site])[before:], strict=True):
                 assert len(first) == len(second)
                 assert (first.tokens, first.tag) == (second.tokens, second.tag)
-        assert all(each.holds for each in verify(trace))
-    check_plain(path, said, arrays)
+        assert all(check.holds for check in verify(trace))
+    check_plain(path, message, arrays)
 
 
 def test_a_golden_run_of_parts_is_one_trace(kept, tmp_path):
     first = unpack(kept, "run", tmp_path)
     unpack(kept, "run.part0002", tmp_path)
-    said, arrays = [], {}
+    message, arrays = [], {}
     for name, prefix in PARTS.values():
         of_part, own = expected(kept, name)
-        said.append(of_part["calls"])
+        message.append(of_part["calls"])
         arrays |= {f"{prefix}{key}": array for key, array in own.items()}
     with grutrace.open(first) as trace:
         check_ours(trace, {"calls": []}, arrays)
         # The two models were called in turn.
         assert trace.calls["module"].tolist() == ["rnn", "Speaker.rnn"] * 2
-        assert trace.calls["steps"][::2].tolist() == [call["steps"] for call in said[0]]
-        assert trace.calls["steps"][1::2].tolist() == [call["steps"] for call in said[1]]
+        assert trace.calls["steps"][::2].tolist() == [call["steps"] for call in message[0]]
+        assert trace.calls["steps"][1::2].tolist() == [call["steps"] for call in message[1]]
     for part, (name, _) in PARTS.items():
         path = first if part == 1 else tmp_path / f"run.part{part:04}.h5"
         check_plain(path, *expected(kept, name))
@@ -265,17 +265,17 @@ def test_control_a_killed_writer_leaves_uncommitted_rows(kept, tmp_path):
 def test_golden_statistics_can_be_read(kept, tmp_path):
     """Against NumPy over the values of PyTorch and the equations from when the file was written."""
     path = unpack(kept, "statistics", tmp_path)
-    said, arrays = expected(kept, "decoder")
+    message, arrays = expected(kept, "decoder")
     ((name, of_site),) = sites_of(arrays).items()
     figures, counted = plain_read(path)
     loaded = grutrace.Statistics.load(path)
     bins = int(counted["bins"])
     module, _, quantities = figures[name]
     steps = int(of_site["lengths"].sum())
-    assert module.item() == (len(said["calls"]), len(of_site["lengths"]), steps, 1)
-    assert (loaded.calls, loaded.steps) == (len(said["calls"]), steps)
+    assert module.item() == (len(message["calls"]), len(of_site["lengths"]), steps, 1)
+    assert (loaded.calls, loaded.steps) == (len(message["calls"]), steps)
     for quantity, (units, histogram) in quantities.items():
-        values = of_site[quantity][:, said["units"]].astype("f8")
+        values = of_site[quantity][:, message["units"]].astype("f8")
         off = of_site.get(f"{quantity}_bound", np.zeros(1)).max()
         low = 0.0 if quantity in ("reset", "update") else -1.0
         # No value is so near an edge that rounding could put it into either bin.
@@ -299,24 +299,24 @@ def test_golden_statistics_can_be_read(kept, tmp_path):
 
 def test_control_one_bit_is_detected(kept, tmp_path):
     path = unpack(kept, "inline", tmp_path)
-    said, arrays = expected(kept, "inline")
+    message, arrays = expected(kept, "inline")
     with h5py.File(path, "r+") as file:
         rows = file["modules/both/l0/hidden"]
         rows[2, 1] = np.nextafter(rows[2, 1], np.float32(2))
     with grutrace.open(path) as trace, pytest.raises(AssertionError):
-        check_ours(trace, said, arrays)
+        check_ours(trace, message, arrays)
     with pytest.raises(AssertionError):
-        check_plain(path, said, arrays)
+        check_plain(path, message, arrays)
 
 
 def test_control_a_wrong_gate_is_detected(kept, tmp_path):
     path = unpack(kept, "deferred", tmp_path)
-    said, arrays = expected(kept, "deferred")
+    message, arrays = expected(kept, "deferred")
     arrays["rnn.l1_reverse/update"][0, 0] += 1e-4
     with grutrace.open(path) as trace, pytest.raises(AssertionError):
-        check_ours(trace, said, arrays)
+        check_ours(trace, message, arrays)
     with pytest.raises(AssertionError):
-        check_plain(path, said, arrays)
+        check_plain(path, message, arrays)
 
 
 def set_version(path, major, minor):
@@ -340,7 +340,7 @@ def test_a_newer_major_version_is_refused_by_name(kept, tmp_path, version, capsy
     path, statistics = unpack(kept, "inline", tmp_path), unpack(kept, "statistics", tmp_path)
     major, minor = version
     golden = GOLDENS["inline"]
-    said = rf"format version {major}\.{minor}.*reads versions up to 1.*upgrade grutrace"
+    message = rf"format version {major}\.{minor}.*reads versions up to 1.*upgrade grutrace"
     for each, use in (
         (path, lambda: grutrace.open(path)),
         (path, lambda: grutrace.Tracer(golden.build(), path, mode="a", **golden.options)),
@@ -349,7 +349,7 @@ def test_a_newer_major_version_is_refused_by_name(kept, tmp_path, version, capsy
     ):
         set_version(each, major, minor)
         before = each.read_bytes()
-        with pytest.raises(grutrace.TraceFileError, match=said) as caught:
+        with pytest.raises(grutrace.TraceFileError, match=message) as caught:
             use()
         assert str(each) in str(caught.value)
         assert "damaged" not in str(caught.value)

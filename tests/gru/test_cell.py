@@ -24,8 +24,8 @@ def products(layer: nn.GRUCell, x: torch.Tensor, h: torch.Tensor) -> cell.Produc
 def test_gates_equal_the_equations(drawn) -> None:
     layer, x, h = drawn
     expected = oracles.gates(oracles.weights_of(layer, "cell"), x.numpy(), h.numpy(), 2.3e-16)
-    found = cell.gates(products(*drawn))
-    for name, value in found._asdict().items():
+    result = cell.gates(products(*drawn))
+    for name, value in result._asdict().items():
         off = np.abs(value.detach().numpy() - expected.values[name])
         assert (off <= expected.bounds[name]).all()
 
@@ -37,10 +37,10 @@ def test_a_step_equals_pytorchs_cell_within_rounding(drawn) -> None:
 
 
 def test_preactivations_are_the_arguments_of_the_activations(drawn) -> None:
-    found, before = cell.gates(products(*drawn)), cell.preactivations(products(*drawn))
-    assert torch.equal(found.reset, before.reset.sigmoid())
-    assert torch.equal(found.update, before.update.sigmoid())
-    assert torch.equal(found.candidate, before.candidate.tanh())
+    result, before = cell.gates(products(*drawn)), cell.preactivations(products(*drawn))
+    assert torch.equal(result.reset, before.reset.sigmoid())
+    assert torch.equal(result.update, before.update.sigmoid())
+    assert torch.equal(result.candidate, before.candidate.tanh())
 
 
 def test_an_update_gate_of_one_keeps_the_state(drawn) -> None:

@@ -103,12 +103,12 @@ def test_the_lattice_of_parts(grad: bool, case: Case, data: st.DataObject) -> No
     for trace in (alone, beside):
         for name in trace.sites:
             for quantity in {*record} - {"input"}:
-                found, kernel = trace[name].rows(quantity), whole[name].rows(quantity)
+                result, kernel = trace[name].rows(quantity), whole[name].rows(quantity)
                 if numbers == sorted(numbers):
-                    np.testing.assert_array_equal(found, kernel[:, numbers])
+                    np.testing.assert_array_equal(result, kernel[:, numbers])
                 else:
                     allowed = whole[name].checks["tolerance"].max() + 1e-5
-                    np.testing.assert_allclose(found, kernel[:, numbers], atol=allowed)
+                    np.testing.assert_allclose(result, kernel[:, numbers], atol=allowed)
 
 
 def test_control_a_wrong_part_does_not_prove_itself(harvesting) -> None:

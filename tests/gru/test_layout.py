@@ -42,7 +42,7 @@ def test_packed_steps(lengths: list[int], reverse: bool) -> None:
         np.testing.assert_array_equal(padded[b, : lengths[b]].numpy(), expected)
 
     final = steps.final(packed.data, reverse=reverse)
-    ends = torch.stack([each[0] if reverse else each[-1] for each in sequences])
+    ends = torch.stack([sequence[0] if reverse else sequence[-1] for sequence in sequences])
     assert torch.equal(final, ends)
 
 

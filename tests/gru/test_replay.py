@@ -40,9 +40,9 @@ def call(request) -> Call:
 
 
 def test_a_correct_replay_is_within_its_tolerance(call) -> None:
-    found = call.replay()
-    assert found.residual <= found.tolerance
-    assert found.tolerance < 200 * torch.finfo(call.input.dtype).eps
+    result = call.replay()
+    assert result.residual <= result.tolerance
+    assert result.tolerance < 200 * torch.finfo(call.input.dtype).eps
 
 
 def test_replayed_gates_equal_the_kernels(call) -> None:
@@ -100,8 +100,8 @@ CONTROLS = {
 
 @pytest.mark.parametrize("control", CONTROLS)
 def test_control_wrong_values_exceed_the_tolerance(call, control) -> None:
-    found = CONTROLS[control](call)
-    assert found.residual > 10 * found.tolerance
+    result = CONTROLS[control](call)
+    assert result.residual > 10 * result.tolerance
 
 
 def test_nan_in_both_is_equal_and_in_one_is_infinite(call) -> None:
@@ -123,7 +123,7 @@ def elsewhere(values: Tensor, offset: int) -> Tensor:
 
 def replay_elsewhere(call: Call, offset: int) -> ReplayResult:
     given = {"input": call.input, "hidden": call.hidden, "initial": call.initial[0]}
-    weights = CellWeights(*(elsewhere(each, offset) for each in GateReplay(call.layer).weights))
+    weights = CellWeights(*(elsewhere(weight, offset) for weight in GateReplay(call.layer).weights))
     moved = {name: elsewhere(each, offset) for name, each in given.items()}
     return call.replay(weights=weights, **moved)
 
@@ -134,17 +134,17 @@ def test_replays_are_bit_identical_for_any_address(call, here, monkeypatch) -> N
         other_processor.install(monkeypatch)
     expected = call.replay()
     for offset in range(1, cell.ALIGNMENT // call.input.itemsize):
-        found = replay_elsewhere(call, offset)
+        result = replay_elsewhere(call, offset)
         for name, gate in expected.gates.items():
-            assert torch.equal(found.gates[name], gate), (name, offset)
-        assert found.residual == expected.residual
+            assert torch.equal(result.gates[name], gate), (name, offset)
+        assert result.residual == expected.residual
 
 
 def test_control_on_another_processor_the_address_matters(call, monkeypatch) -> None:
     other_processor.install(monkeypatch)
     monkeypatch.setattr(cell, "_aligned", lambda values: values)
-    expected, found = call.replay(), replay_elsewhere(call, 1)
-    off = (expected.gates["update"] - found.gates["update"]).abs().max().item()
+    expected, result = call.replay(), replay_elsewhere(call, 1)
+    off = (expected.gates["update"] - result.gates["update"]).abs().max().item()
     assert 0 < off <= expected.tolerance
 
 
@@ -165,11 +165,11 @@ def test_the_tolerance_covers_gates_of_fewer_rows(call, monkeypatch) -> None:
 
 def test_an_empty_batch(call) -> None:
     steps = PaddedLayout(T, 0)
-    found = GateReplay(call.layer).replay(
+    result = GateReplay(call.layer).replay(
         call.input[:, :0], call.hidden[:, :0], call.initial[0, :0], steps
     )
-    assert found.residual == 0
-    assert found.gates["update"].shape == (T, 0, H)
+    assert result.residual == 0
+    assert result.gates["update"].shape == (T, 0, H)
 
 
 def test_the_tolerance_covers_float32_against_float64() -> None:

@@ -27,15 +27,15 @@ SEED = 1
 @pytest.mark.slow
 @pytest.mark.measures
 def test_the_corpus():
-    found = list(all_outcomes(SEED, 0, CASES, jobs=2))
-    number = counts(found)
-    assert [each for each in found if each.outcome == "fault"] == []
+    result = list(all_outcomes(SEED, 0, CASES, jobs=2))
+    number = counts(result)
+    assert [each for each in result if each.outcome == "fault"] == []
     # Where HDF5 itself crashes or hangs, the look from outside says so; or it did while it was made
     # to write the file, or in the plain reader, in what grutrace does not read.
-    for each in found:
+    for each in result:
         if each.outcome in ("crash", "hang") and not each.detail.startswith("plain"):
             assert "HDF5" in said_from_outside(SEED, each.number), each
-    settled = {each.number for each in found if each.outcome != "late"}
+    settled = {each.number for each in result if each.outcome != "late"}
     assert settled == set(range(CASES))
     assert number["refused"] > CASES // 2
     assert number["read"] > CASES // 10
@@ -130,9 +130,9 @@ def test_control_the_judge_detects_faults(tmp_path, monkeypatch, capsys):
     assert judged(tmp_path, "info").outcome == "read"
 
     def spoilt(trace):
-        found = everything(trace)
-        found["sites"]["rnn.l0"]["rows"]["update"][3, 1] += 1e-3
-        return found
+        result = everything(trace)
+        result["sites"]["rnn.l0"]["rows"]["update"][3, 1] += 1e-3
+        return result
 
     everything = judge.everything
     monkeypatch.setattr(judge, "everything", spoilt)

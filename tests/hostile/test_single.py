@@ -225,9 +225,9 @@ def test_commands_load_no_plugin(path):
     from grutrace.storage.hdf5.safe_open import _hdf5, disable_plugins
 
     def state():
-        found = ctypes.c_uint(7)
-        _hdf5().H5PLget_loading_state(ctypes.byref(found))
-        return found.value
+        result = ctypes.c_uint(7)
+        _hdf5().H5PLget_loading_state(ctypes.byref(result))
+        return result.value
 
     before = state()
     assert before
@@ -344,13 +344,13 @@ def test_a_message_is_one_line(path, capsys):
 
 def test_a_nan_tolerance_fails_every_check(path):
     with grutrace.open(path) as trace:
-        assert all(each.holds for each in verify(trace))
+        assert all(check.holds for check in verify(trace))
     with changed(path) as file:
         checks = file[f"{SITE}/checks"][:]
         checks["tolerance"] = np.nan
         file[f"{SITE}/checks"][:] = checks
     with grutrace.open(path) as trace:
-        assert not any(each.holds for each in verify(trace))
+        assert not any(check.holds for check in verify(trace))
 
 
 # The look from outside.

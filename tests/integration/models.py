@@ -69,13 +69,13 @@ def assert_same(a: Any, b: Any) -> None:
 @contextmanager
 def words() -> Iterator[list[str]]:
     """Collect what grutrace warns of; any other warning passes as ever."""
-    said: list[str] = []
+    messages: list[str] = []
     with warnings.catch_warnings(record=True) as recorded:
         warnings.simplefilter("always", grutrace.GrutraceWarning)
-        yield said
+        yield messages
     for each in recorded:
         if issubclass(each.category, grutrace.GrutraceWarning):
-            said.append(str(each.message))
+            messages.append(str(each.message))
         else:
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 

@@ -26,7 +26,7 @@ def step(model: nn.Module, batch: torch.Tensor, reentrant: bool) -> list[torch.T
     torch.manual_seed(2)
     loss = checkpoint(model, batch, use_reentrant=reentrant).square().sum()
     loss.backward()
-    return [loss, *(each.grad.clone() for each in model.parameters())]
+    return [loss, *(parameter.grad.clone() for parameter in model.parameters())]
 
 
 @pytest.mark.parametrize("stacks", ["split", "rerun"])
@@ -37,10 +37,10 @@ def test_a_recomputation_is_not_recorded_again(reentrant, stacks, model, batch) 
     expected = step(model, batch, reentrant)
     assert len(forwards) == 4, "the control: there is a recomputation"
     _, eager = eagerly(model, lambda: model(batch), seed=2)
-    with trace(model, stacks=stacks) as found:
+    with trace(model, stacks=stacks) as tracer:
         assert all(map(torch.equal, expected, step(model, batch, reentrant)))
-        assert len(found.calls) == len(CALLS)
-    assert_same(eager, found)
+        assert len(tracer.calls) == len(CALLS)
+    assert_same(eager, tracer)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -61,8 +61,8 @@ def test_recording_may_start_or_end_between_forward_and_backward(
         model(batch)
         tracer.start()
         model(batch)
-    found = [loss, *(each.grad for each in model.parameters())]
-    assert all(map(torch.equal, expected, found))
+    results = [loss, *(parameter.grad for parameter in model.parameters())]
+    assert all(map(torch.equal, expected, results))
 
 
 def test_a_new_call_within_backward_is_recorded(batch) -> None:
@@ -78,6 +78,6 @@ def test_a_new_call_within_backward_is_recorded(batch) -> None:
             return cell(grad)
 
     x = torch.randn(2, 3, requires_grad=True)
-    with trace(cell) as found:
+    with trace(cell) as tracer:
         InBackward.apply(x).sum().backward()
-    assert len(found.calls) == 1
+    assert len(tracer.calls) == 1

@@ -48,23 +48,23 @@ def test_compiled_before_attaching(way, warm, backend, model, batch, caplog) -> 
     compiled, attach = way(model, backend)
     if warm:
         compiled(batch)
-    with attach() as found:
+    with attach() as file:
         result = compiled(batch)
-    assert [each.removeprefix("_orig_mod.") for each in found.calls["module"]] == CALLS
+    assert [call.removeprefix("_orig_mod.") for call in file.calls["module"]] == CALLS
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
     if way is not trace_the_compiled:
-        assert_same(eager, found)
+        assert_same(eager, file)
     assert torch.equal(compiled(batch), result)
-    assert not [each for each in caplog.records if each.levelno >= logging.WARNING]
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_while_attached(backend, model, batch) -> None:
     _, eager = eagerly(model, lambda: model(batch))
-    with trace(model) as found:
+    with trace(model) as tracer:
         compiled = torch.compile(model, backend=backend)
         compiled(batch)
-    assert_same(eager, found)
+    assert_same(eager, tracer)
     with trace(model) as again:
         compiled(batch)
     assert_same(eager, again)
@@ -77,13 +77,13 @@ def test_a_compiled_training_step(model, batch) -> None:
         model.zero_grad()
         torch.manual_seed(3)
         compiled(batch).square().sum().backward()
-        return [each.grad.clone() for each in model.parameters()]
+        return [parameter.grad.clone() for parameter in model.parameters()]
 
     compiled = torch.compile(model, backend="aot_eager")
     untraced = gradients()
-    with trace(model) as found:
+    with trace(model) as tracer:
         traced = gradients()
-    assert found.calls["module"].tolist() == CALLS
+    assert tracer.calls["module"].tolist() == CALLS
     for a, b in zip(untraced, traced, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
@@ -106,46 +106,46 @@ def as_function(cell, fullgraph):
 def test_every_call_of_a_graph_with_a_cell_is_recorded(way, fullgraph, cell) -> None:
     compiled, x = way(cell, fullgraph), torch.randn(2, 3)
     expected = compiled(x)
-    with words() as said, trace(cell) as found:
+    with words() as messages, trace(cell) as tracer:
         torch.testing.assert_close(compiled(x), expected)
         cell(x)
         compiled(x)
-    assert not said
-    assert len(found.calls) == 3
+    assert not messages
+    assert len(tracer.calls) == 3
     # The compiled code is what runs again, and the control: nothing is heard of it.
-    with words() as said, trace(cell, compiled="keep") as lost:
+    with words() as messages, trace(cell, compiled="keep") as lost:
         assert torch.equal(compiled(x), expected)
         cell(x)
     assert len(lost.calls) == 1
-    assert len(said) == 1
-    assert "Pass compiled='eager'" in said[0]
+    assert len(messages) == 1
+    assert "Pass compiled='eager'" in messages[0]
 
 
 def test_a_cell_compiled_during_a_recording_is_reported(cell) -> None:
     x = torch.randn(2, 3)
-    with words() as said, trace(cell) as found:
+    with words() as messages, trace(cell) as tracer:
         as_module(cell, True)(x)
         cell(x)
-    assert len(found.calls) == 1
-    assert len(said) == 1
-    assert "if it belongs to this model" in said[0]
-    assert "Pass compiled='eager'" in said[0]
+    assert len(tracer.calls) == 1
+    assert len(messages) == 1
+    assert "if it belongs to this model" in messages[0]
+    assert "Pass compiled='eager'" in messages[0]
     torch.compiler.reset()
-    with words() as said, trace(cell, compiled="eager") as found:
+    with words() as messages, trace(cell, compiled="eager") as tracer:
         as_module(cell, True)(x)
-    assert len(found.calls) == 1
-    assert not said
+    assert len(tracer.calls) == 1
+    assert not messages
 
 
 def test_another_model_is_compiled_whole_during_a_recording(cell) -> None:
     other, x = nn.Sequential(nn.GRUCell(3, 3)), torch.randn(2, 3)
-    with words(), trace(cell) as found:
+    with words(), trace(cell) as tracer:
         for fullgraph in (True, False):
             torch.compiler.reset()
             compiled = as_module(other, fullgraph)
             torch.testing.assert_close(compiled(x), other(x))
         cell(x)
-    assert len(found.calls) == 1
+    assert len(tracer.calls) == 1
 
 
 def test_the_users_own_stance_is_restored(cell) -> None:
@@ -162,12 +162,12 @@ def test_a_gru_compiled_with_allow_rnn_is_reported(layers) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.GRU(3, 3, layers))
     x = torch.randn(4, 3)
     _, eager = eagerly(model, lambda: model(x))
-    with torch._dynamo.config.patch(allow_rnn=True), words() as said, trace(model) as found:
+    with torch._dynamo.config.patch(allow_rnn=True), words() as messages, trace(model) as tracer:
         torch.compile(model, backend="eager")(x)
     # This graph does run the kernel as it is, which others do not.
-    assert len(said) == 1
-    assert "if it belongs to this model" in said[0]
-    assert_same(eager, found)
+    assert len(messages) == 1
+    assert "if it belongs to this model" in messages[0]
+    assert_same(eager, tracer)
 
 
 SCRIPT = """

@@ -111,11 +111,11 @@ def test_an_error_at_any_point_of_a_recorded_call(
     kind, error, stacks, model, batch, tmp_path
 ) -> None:
     expected = model(batch)
-    with trace(model, stacks=stacks) as found:
+    with trace(model, stacks=stacks) as recorded:
         model(batch)
         count = places(kind, lambda: model(batch))
     assert count > 10
-    hidden = found["cell.cell"].sequence(0).hidden
+    hidden = recorded["cell.cell"].sequence(0).hidden
     stride = STRIDES[kind]
     tracer = trace(model, stacks=stacks)
     with tracer:
@@ -132,13 +132,13 @@ def test_an_error_at_any_point_of_a_recorded_call(
             assert len(tracer.calls) == between + 4
             np.testing.assert_allclose(
                 tracer["cell.cell"].sequence(-1).hidden[-1],
-                found["cell.cell"].sequence(-1).hidden[-1],
+                recorded["cell.cell"].sequence(-1).hidden[-1],
                 rtol=0,
                 atol=1e-6,
             )
             assert not _get_current_function_mode_stack()
     assert hidden.size
-    assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert torch.equal(model(batch), expected)
 
 
@@ -161,7 +161,9 @@ def test_an_error_that_ends_the_recording(kind, error, model, batch, tmp_path) -
         except error:
             raised = True
         assert raised or place > 0.8 * count
-        assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
+        assert not any(
+            module._forward_hooks or module._forward_pre_hooks for module in model.modules()
+        )
         assert not _get_current_function_mode_stack()
         with grutrace.open(path) as found:
             assert 4 <= len(found.calls) <= 8
@@ -211,7 +213,7 @@ def test_a_sink_that_fails_at_any_record(place, model, batch) -> None:
             except grutrace.SinkError:
                 failures += 1
         assert failures == 1
-    assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     # Another tracer of the same model does not suffer from it.
     modules = healthy.calls["module"].tolist()
     assert modules.count("stack") == 3

@@ -45,9 +45,9 @@ class Operations(TorchDispatchMode):
 def test_a_mode_of_the_user_does_not_see_the_replay(kind, stacks, model, batch) -> None:
     with kind() as untraced:
         model(batch)
-    with trace(model, stacks=stacks) as found, kind() as traced:
+    with trace(model, stacks=stacks) as tracer, kind() as traced:
         model(batch)
-    assert len(found.calls) == len(CALLS)
+    assert len(tracer.calls) == len(CALLS)
     before, after = (list(filter(COMPUTE.search, mode.seen)) for mode in (untraced, traced))
     assert len(before) > 3
     assert after == before
@@ -56,14 +56,14 @@ def test_a_mode_of_the_user_does_not_see_the_replay(kind, stacks, model, batch) 
 @pytest.mark.parametrize("stacks", ["split", "rerun"])
 def test_an_operation_counter_counts_only_the_models_operations(stacks, model, batch) -> None:
     counted = []
-    for found in (None, trace(model, stacks=stacks)):
-        if found is not None:
-            found.start()
+    for item in (None, trace(model, stacks=stacks)):
+        if item is not None:
+            item.start()
         with FlopCounterMode(display=False) as counter:
             model(batch)
         counted.append(counter.get_total_flops())
-        if found is not None:
-            found.close()
+        if item is not None:
+            item.close()
     assert counted[0] == counted[1] > 0
 
 
@@ -71,23 +71,23 @@ def test_a_default_device_or_type_changes_nothing(model, batch) -> None:
     _, eager = eagerly(model, lambda: model(batch))
     torch.set_default_dtype(torch.float64)
     try:
-        with trace(model) as found:
+        with trace(model) as tracer:
             model(batch)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert found["cell.cell"].hidden.dtype == eager["cell.cell"].hidden.dtype
+    assert tracer["cell.cell"].hidden.dtype == eager["cell.cell"].hidden.dtype
 
 
 @pytest.mark.parametrize("path", ["stack", "layer", "cell"])
 def test_tracing_survives_cleared_hooks(path, model, batch) -> None:
     module = model.get_submodule(path)
-    with words() as said, trace(model) as found:
+    with words() as messages, trace(model) as tracer:
         model(batch)
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
         model(batch)
-    assert not said
-    assert found.calls["module"].tolist() == CALLS * 2
+    assert not messages
+    assert tracer.calls["module"].tolist() == CALLS * 2
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -114,9 +114,9 @@ def test_full_backward_hooks_of_the_user(batch) -> None:
         each.register_full_backward_hook(lambda _, i, o: seen.append([*i, *o]))
     model(batch).sum().backward()
     expected, seen = seen, []
-    with trace(model) as found:
+    with trace(model) as tracer:
         model(batch).sum().backward()
-    assert len(found.calls) == len(CALLS)
+    assert len(tracer.calls) == len(CALLS)
     assert len(seen) == len(expected) > 0
     for a, b in zip(expected, seen, strict=True):
         assert all(
@@ -131,11 +131,11 @@ def test_an_attached_model_and_tracer_are_garbage_collected(tmp_path, batch) -> 
     tracer.start()
     model(batch)
     gone = weakref.ref(model.cell), weakref.ref(tracer)
-    with words() as said:
+    with words() as messages:
         del model, tracer
         gc.collect()
-    assert len(said) == 1
-    assert "a tracer was garbage-collected while recording" in said[0]
+    assert len(messages) == 1
+    assert "a tracer was garbage-collected while recording" in messages[0]
     assert [each() for each in gone] == [None, None]
     with grutrace.open(tmp_path / "run.h5") as found:
         assert found.closed
@@ -144,7 +144,7 @@ def test_an_attached_model_and_tracer_are_garbage_collected(tmp_path, batch) -> 
 
 @pytest.mark.parametrize("with_block", [True, False])
 def test_a_module_that_was_never_called_is_reported(with_block, model, batch) -> None:
-    with words() as said:
+    with words() as messages:
         tracer = trace(model)
         if with_block:
             with tracer:
@@ -154,18 +154,18 @@ def test_a_module_that_was_never_called_is_reported(with_block, model, batch) ->
             model.layer(batch.repeat(1, 1, 2)[..., :4])
             tracer.close()
             tracer.close()
-    assert len(said) == 1
-    assert said[0].startswith(
+    assert len(messages) == 1
+    assert messages[0].startswith(
         "nothing was recorded of stack, cell: no call of PyTorch's GRU kernel"
     )
 
 
 def test_a_tracer_that_never_recorded_or_failed_reports_nothing(model, batch) -> None:
-    with words() as said:
+    with words() as messages:
         trace(model, recording=False).close()
         with pytest.raises(ValueError, match="on purpose"), trace(model):
             raise ValueError("on purpose")
-    assert said == []
+    assert messages == []
 
 
 def test_unknown_dropout_masks_are_reported(monkeypatch) -> None:
@@ -179,8 +179,8 @@ def test_unknown_dropout_masks_are_reported(monkeypatch) -> None:
         pytest.warns(grutrace.GrutraceWarning, match=r"pass stacks='split'"),
         grutrace.trace(layer) as trace,
     ):
-        found = layer(x)
-    assert all(map(torch.equal, expected, found))
+        result = layer(x)
+    assert all(map(torch.equal, expected, result))
     assert len(trace.calls) == 0
     with grutrace.trace(layer, stacks="split") as trace:
         layer(x)

@@ -31,9 +31,9 @@ def compiled_whole(model: nn.Module, x: torch.Tensor) -> Any:
     cell = nn.Sequential(nn.Linear(3, 8), model.cell)
     nn.init.constant_(cell[0].weight, 0.1)
     nn.init.zeros_(cell[0].bias)
-    found = torch.compile(cell, backend="aot_eager", fullgraph=True)(x[:, 0])
+    result = torch.compile(cell, backend="aot_eager", fullgraph=True)(x[:, 0])
     torch.compiler.reset()
-    return found
+    return result
 
 
 def exported(model: nn.Module, x: torch.Tensor) -> Any:
@@ -57,26 +57,26 @@ def attention(model: nn.Module, x: torch.Tensor) -> Any:
     torch.manual_seed(1)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     with torch.no_grad(), torch.profiler.profile() as profile:
-        found = layer(x.repeat(1, 1, 3)[..., :8])
-    assert "aten::_transformer_encoder_layer_fwd" in {each.key for each in profile.key_averages()}
-    return found
+        result = layer(x.repeat(1, 1, 3)[..., :8])
+    assert "aten::_transformer_encoder_layer_fwd" in {event.key for event in profile.key_averages()}
+    return result
 
 
 def trained(model: nn.Module, x: torch.Tensor) -> Any:
     model.zero_grad()
     model(x).square().sum().backward()
-    return [each.grad.clone() for each in model.parameters()]
+    return [parameter.grad.clone() for parameter in model.parameters()]
 
 
 NEIGHBOURS = [scripted, compiled_whole, exported, gradients, swapped_weights, attention, trained]
 
 
 def in_a_thread(run: Callable[[], Any]) -> Any:
-    found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(run()))
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(run()))
     thread.start()
     thread.join()
-    return found[0]
+    return results[0]
 
 
 def same(a: Any, b: Any) -> bool:
@@ -90,14 +90,14 @@ def test_other_code_is_unaffected(neighbour, place, batch) -> None:
     torch.manual_seed(0)
     recorded, other = Mixed(dropout=0.0), Mixed(dropout=0.0)
     expected = neighbour(other, batch)
-    with trace(recorded) as found:
+    with trace(recorded) as tracer:
         recorded(batch)
         run = in_a_thread if place == "another thread" else lambda run: run()
         again = run(lambda: neighbour(other, batch))
         recorded(batch)
     assert same(again, expected)
     # Nothing of it is in the trace, and what is recorded went on being recorded.
-    assert len(found.calls) == 8
+    assert len(tracer.calls) == 8
     # The control: a neighbour with other weights gives something else.
     if neighbour is not attention:
         assert not same(neighbour(Mixed(dropout=0.0), batch), expected)

@@ -36,24 +36,24 @@ class Batches(Dataset):
         batch = torch.full((2, 5, 3), index / 6)
         if self.model is None:
             return batch
-        with torch.no_grad(), warnings.catch_warnings(record=True) as said:
+        with torch.no_grad(), warnings.catch_warnings(record=True) as messages:
             warnings.simplefilter("always")
             self.model(batch)
             self.model(batch)
-        return torch.tensor([sum("forked child" in str(each.message) for each in said)])
+        return torch.tensor([sum("forked child" in str(each.message) for each in messages)])
 
 
 @forks
 @pytest.mark.parametrize("path", [None, "run.h5"])
 def test_workers_of_a_data_loader_are_forked_while_a_file_is_written(path, model, tmp_path) -> None:
     loader = DataLoader(Batches(), batch_size=None, num_workers=2, multiprocessing_context="fork")
-    with trace(model, path=path and tmp_path / path) as found, torch.no_grad():
+    with trace(model, path=path and tmp_path / path) as tracer, torch.no_grad():
         model(torch.zeros(2, 5, 3))
         for _ in range(2):
             for batch in loader:
                 model(batch)
-    assert found.calls["module"].tolist() == 13 * CALLS
-    inputs = [each.input[0, 0] for each in found["stack.l0"]]
+    assert tracer.calls["module"].tolist() == 13 * CALLS
+    inputs = [sequence.input[0, 0] for sequence in tracer["stack.l0"]]
     assert len(set(inputs)) == 6
 
 
@@ -63,12 +63,12 @@ def test_a_child_that_runs_the_model_warns_once_and_records_nothing(path, model,
     loader = DataLoader(
         Batches(model), batch_size=None, num_workers=1, multiprocessing_context="fork"
     )
-    with trace(model, path=path and tmp_path / path) as found, torch.no_grad():
+    with trace(model, path=path and tmp_path / path) as tracer, torch.no_grad():
         model(torch.zeros(2, 5, 3))
         told = [int(each) for each in loader]
         model(torch.zeros(2, 5, 3))
     assert told == [1, 0, 0, 0, 0, 0]
-    assert found.calls["module"].tolist() == 2 * CALLS
+    assert tracer.calls["module"].tolist() == 2 * CALLS
     if path:
         with grutrace.open(tmp_path / path) as again:
             assert again.closed

@@ -23,11 +23,11 @@ def in_threads(*functions) -> list[BaseException]:
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=run, args=(each,)) for each in functions]
+    threads = [threading.Thread(target=run, args=(function,)) for function in functions]
     for each in threads:
         each.start()
-    for each in threads:
-        each.join()
+    for thread in threads:
+        thread.join()
     return errors
 
 
@@ -41,13 +41,13 @@ def test_threads_that_run_one_model(path, model, tmp_path) -> None:
         with torch.no_grad():
             results.extend(model(each).numpy().tobytes() for each in own)
 
-    with trace(model, path=path and tmp_path / path) as found:
+    with trace(model, path=path and tmp_path / path) as tracer:
         assert not in_threads(*(lambda own=own: run(own) for own in batches))
     assert set(results) == expected
     assert len(results) == len(expected) == 40
-    assert len(found.calls) == 40 * len(CALLS)
-    assert found["cell.cell"].lengths.tolist() == [2] * 80
-    inputs = {each.input.tobytes() for each in found["stack.l0"]}
+    assert len(tracer.calls) == 40 * len(CALLS)
+    assert tracer["cell.cell"].lengths.tolist() == [2] * 80
+    inputs = {sequence.input.tobytes() for sequence in tracer["stack.l0"]}
     assert inputs == {(2 * each).numpy().tobytes() for each in batches.flatten(0, 2)}
 
 
@@ -76,7 +76,7 @@ def test_recording_starts_and_stops_while_other_threads_run_the_model(model, bat
 
     assert not in_threads(run, run, switch)
     assert modes == [0, 0]
-    assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     tracer.close()
     assert len(tracer.calls) >= rounds * len(CALLS)
 
@@ -87,7 +87,7 @@ def test_started_in_one_thread_and_closed_in_another(model, batch) -> None:
     model(batch)
     assert not in_threads(tracer.close)
     assert tracer.calls["module"].tolist() == CALLS
-    assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_control_an_error_in_a_thread_is_seen() -> None:
@@ -105,9 +105,9 @@ def test_tracers_may_end_in_any_order(order, first, model, batch) -> None:
         assert torch.equal(model(batch), expected)
         tracers[number].close()
     assert torch.equal(model(batch), expected)
-    assert sorted(len(each.calls) for each in tracers) == [4, 8, 12]
+    assert sorted(len(tracer.calls) for tracer in tracers) == [4, 8, 12]
     assert_same(eager, tracers[order[0]])
-    assert not any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_a_tracer_within_a_traced_forward(model, batch) -> None:
@@ -123,13 +123,13 @@ def test_a_tracer_within_a_traced_forward(model, batch) -> None:
         model.stack.register_forward_pre_hook(before),
         model.stack.register_forward_hook(lambda *_: inner[-1].close(), prepend=False),
     ]
-    with trace(model) as found:
+    with trace(model) as tracer:
         model(batch)
-    for each in handles:
-        each.remove()
-    assert_same(eager, found)
+    for handle in handles:
+        handle.remove()
+    assert_same(eager, tracer)
     assert len(inner[0].calls) == 1
-    np.testing.assert_array_equal(inner[0]["l1"].update, found["stack.l1"].update)
+    np.testing.assert_array_equal(inner[0]["l1"].update, tracer["stack.l1"].update)
 
 
 def test_a_traced_model_within_a_traced_model(batch) -> None:

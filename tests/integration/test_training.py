@@ -86,41 +86,41 @@ def through_its_state(model):
 @pytest.mark.parametrize("way", [copy.deepcopy, through_pickle, through_a_file, through_its_state])
 def test_copies_of_an_attached_model_work_and_are_not_traced(way, model, batch) -> None:
     keys = list(model.state_dict())
-    with trace(model) as found:
+    with trace(model) as tracer:
         assert list(model.state_dict()) == keys
         twin = way(model)
         model.eval()
         twin.eval()
         assert torch.equal(twin(batch), model(batch))
-        assert len(found.calls) == len(CALLS)
+        assert len(tracer.calls) == len(CALLS)
     with trace(twin) as again:
         twin(batch)
     assert len(again.calls) == len(CALLS)
 
 
 def test_an_averaged_copy_of_an_attached_model(model, batch) -> None:
-    with trace(model) as found:
+    with trace(model) as tracer:
         average = torch.optim.swa_utils.AveragedModel(model)
         average.update_parameters(model)
         average(batch)
-        assert len(found.calls) == 0
+        assert len(tracer.calls) == 0
         model(batch)
 
 
 def test_switching_between_training_and_evaluation(model, batch) -> None:
     expected = []
-    for found in (None, trace(model)):
-        if found is not None:
-            found.start()
+    for item in (None, trace(model)):
+        if item is not None:
+            item.start()
         torch.manual_seed(4)
         for training in (True, False, True):
             model.train(training)
             expected.append(model(batch))
-        if found is not None:
-            found.close()
+        if item is not None:
+            item.close()
     assert all(map(torch.equal, expected[:3], expected[3:]))
     assert not torch.equal(expected[0], expected[1])
-    assert found.calls["training"].tolist() == [True] * 4 + [False] * 4 + [True] * 4
+    assert item.calls["training"].tolist() == [True] * 4 + [False] * 4 + [True] * 4
 
 
 def load_other_weights(model):
@@ -129,14 +129,14 @@ def load_other_weights(model):
 
 def take_a_step(model):
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    for each in model.parameters():
-        each.grad = torch.ones_like(each)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
     optimizer.step()
 
 
 def write_through_data(model):
-    for each in model.parameters():
-        each.data.mul_(1.5)
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)
 
 
 def replace_the_parameters(model):
@@ -185,13 +185,13 @@ def test_each_version_of_the_weights_is_stored(change, model, batch, tmp_path) -
 
 def test_a_model_converted_to_half_while_attached(model, batch) -> None:
     model.eval()
-    with trace(model) as found:
+    with trace(model) as tracer:
         model(batch)
         model.half()
         output = model(batch.half())
     assert output.dtype == torch.float16
-    assert found.calls["weights"].tolist() == [0] * 4 + [1] * 4
-    stored = found["stack.l0"].weights(1)["weight_ih"]
+    assert tracer.calls["weights"].tolist() == [0] * 4 + [1] * 4
+    stored = tracer["stack.l0"].weights(1)["weight_ih"]
     np.testing.assert_array_equal(stored, model.stack.weight_ih_l0.detach().float().numpy())
 
 
@@ -202,29 +202,29 @@ def test_attached_with_and_called_without_gradients(attached, called, model, bat
     with called():
         expected = model(batch)
     with attached():
-        found = trace(model)
-        found.start()
+        result = trace(model)
+        result.start()
     with called():
         output = model(batch)
     with attached():
-        found.close()
+        result.close()
     assert torch.equal(output, expected)
     assert output.requires_grad == expected.requires_grad
     assert output.is_inference() == expected.is_inference()
-    assert found.calls["module"].tolist() == CALLS
+    assert result.calls["module"].tolist() == CALLS
 
 
 def test_weights_made_in_inference_mode(batch) -> None:
     with torch.inference_mode():
         model = Mixed().eval()
-        with trace(model) as found:
+        with trace(model) as tracer:
             model(batch)
             model.cell.weight_hh.mul_(2)
             model(batch)
-    assert found.calls["weights"].tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
+    assert tracer.calls["weights"].tolist() == [0, 0, 0, 0, 0, 0, 1, 1]
 
 
 def test_anomaly_detection(model, batch) -> None:
-    with trace(model) as found, torch.autograd.set_detect_anomaly(True, check_nan=True):
+    with trace(model) as tracer, torch.autograd.set_detect_anomaly(True, check_nan=True):
         model(batch).sum().backward()
-    assert len(found.calls) == len(CALLS)
+    assert len(tracer.calls) == len(CALLS)

@@ -51,36 +51,36 @@ def test_transforms_of_gradients_are_recorded(name, stacks, model, batch) -> Non
     transform = TRANSFORMS[name]
     expected = tree_leaves(transform(model, batch))
     _, eager = eagerly(model, lambda: model(batch))
-    with trace(model, stacks=stacks) as found:
+    with trace(model, stacks=stacks) as tracer:
         result = tree_leaves(transform(model, batch))
     assert all(map(torch.equal, expected, result))
-    assert_same(eager, found)
+    assert_same(eager, tracer)
 
 
 @pytest.mark.parametrize("stacks", ["split", "rerun"])
 def test_gradients_of_swapped_weights_are_recorded_with_the_weights(stacks, model, batch) -> None:
     weights = doubled(model)
     expected = torch.func.grad(lambda w: loss(model, w, batch))(weights)
-    with trace(model, stacks=stacks) as found:
+    with trace(model, stacks=stacks) as tracer:
         result = torch.func.grad(lambda w: loss(model, w, batch))(weights)
     assert all(torch.equal(expected[name], result[name]) for name in expected)
-    stored = found["stack.l1"].weights(0)["weight_hh"]
+    stored = tracer["stack.l1"].weights(0)["weight_hh"]
     np.testing.assert_array_equal(stored, weights["stack.weight_hh_l1"])
 
 
 def test_functional_call_is_recorded_with_its_weights(model, batch) -> None:
     weights = doubled(model)
     expected = functional_call(model, weights, (batch,))
-    with trace(model) as found:
+    with trace(model) as tracer:
         model(batch)
         assert torch.equal(functional_call(model, weights, (batch,)), expected)
         model(batch)
-    assert found.calls["module"].tolist() == 3 * CALLS
-    versions = found.calls["weights"][found.calls["module"] == "layer"]
+    assert tracer.calls["module"].tolist() == 3 * CALLS
+    versions = tracer.calls["weights"][tracer.calls["module"] == "layer"]
     assert versions[0] != versions[1]
     for version, given in ((0, dict(model.named_parameters())), (1, weights)):
         for site, name in (("layer.l0", "layer.weight_ih_l0"), ("cell.cell", "cell.weight_ih")):
-            stored = found[site].weights(version)["weight_ih"]
+            stored = tracer[site].weights(version)["weight_ih"]
             np.testing.assert_array_equal(stored, given[name].detach())
 
 
@@ -88,17 +88,17 @@ def test_vmap_records_a_cell_sample_by_sample(model) -> None:
     """PyTorch has no batching rule for a cell under vmap, and nn.GRU raises."""
     rows = torch.randn(3, 2, 8)
     expected = torch.vmap(model.cell)(rows)
-    with words() as said, trace(model, sites="cell.*") as found:
+    with words() as messages, trace(model, sites="cell.*") as tracer:
         assert torch.equal(torch.vmap(model.cell)(rows), expected)
-    assert not said
-    assert len(found.calls) == 3
-    hidden = np.concatenate([each.hidden for each in found["cell.cell"]])
+    assert not messages
+    assert len(tracer.calls) == 3
+    hidden = np.concatenate([sequence.hidden for sequence in tracer["cell.cell"]])
     np.testing.assert_array_equal(hidden, expected.reshape(6, -1).detach().numpy())
 
 
 def test_functionalize_is_recorded(model, batch) -> None:
     expected, eager = eagerly(model, lambda: model(batch))
-    with words() as said, trace(model) as found:
+    with words() as messages, trace(model) as tracer:
         assert torch.equal(torch.func.functionalize(model)(batch), expected)
-    assert not said
-    assert_same(eager, found)
+    assert not messages
+    assert_same(eager, tracer)

@@ -83,8 +83,8 @@ def translate(model: Model, batch: Batch, beam: int) -> list[Tensor]:
     hypotheses, scores, attention = search(
         model, batch, max_output_length=8, beam_size=beam, beam_alpha=1.0, return_prob="hyp"
     )
-    found: list[Any] = [hypotheses, scores, attention]
-    return [torch.as_tensor(each) for each in found if each is not None]
+    results: list[Any] = [hypotheses, scores, attention]
+    return [torch.as_tensor(each) for each in results if each is not None]
 
 
 def test_greedy_decoding(model: Model, batch: Batch, tmp_path: Path) -> None:

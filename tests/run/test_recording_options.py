@@ -31,8 +31,8 @@ print("done")
 
 def test_every_and_dtype(tmp_path) -> None:
     program = write(tmp_path, TWO_MODELS)
-    found = run("--every", "2", "--dtype", "float16", program, folder=tmp_path)
-    assert (found.returncode, found.stdout) == (0, "done\n"), found.stderr
+    result = run("--every", "2", "--dtype", "float16", program, folder=tmp_path)
+    assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
     with grutrace.open(tmp_path / "run.h5") as trace:
         assert trace.calls["module"].tolist() == [""] * 3 + ["GRU#2"] * 3
         assert trace["l0"].update.dtype == "float16"
@@ -41,8 +41,8 @@ def test_every_and_dtype(tmp_path) -> None:
 
 def test_compression(tmp_path, monkeypatch, capsys) -> None:
     program = write(tmp_path, TWO_MODELS)
-    found = run("--compression", "blosc2", program, folder=tmp_path)
-    assert (found.returncode, found.stdout) == (0, "done\n"), found.stderr
+    result = run("--compression", "blosc2", program, folder=tmp_path)
+    assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
     assert main(["info", str(tmp_path / "run.h5")]) == 0
     assert "compressed with blosc2" in capsys.readouterr().out
     with h5py.File(tmp_path / "run.part0002.h5") as file:
@@ -57,9 +57,9 @@ def test_compression(tmp_path, monkeypatch, capsys) -> None:
 @pytest.mark.parametrize("calls", [3, 5, 7])
 def test_max_calls_counts_the_whole_run(calls, tmp_path) -> None:
     program = write(tmp_path, TWO_MODELS)
-    found = run("--max-calls", str(calls), program, folder=tmp_path)
-    assert (found.returncode, found.stdout) == (0, "done\n"), found.stderr
-    assert f"recorded {calls} calls" in found.stderr
+    result = run("--max-calls", str(calls), program, folder=tmp_path)
+    assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
+    assert f"recorded {calls} calls" in result.stderr
     with grutrace.open(tmp_path / "run.h5") as trace:
         assert len(trace.calls) == calls
         assert len(trace.sites) == (1 if calls <= 5 else 3)
@@ -67,8 +67,8 @@ def test_max_calls_counts_the_whole_run(calls, tmp_path) -> None:
 
 def test_max_bytes(tmp_path) -> None:
     program = write(tmp_path, TWO_MODELS)
-    found = run("--max-bytes", "10kB", program, folder=tmp_path)
-    assert (found.returncode, found.stdout) == (0, "done\n"), found.stderr
+    result = run("--max-bytes", "10kB", program, folder=tmp_path)
+    assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
     with grutrace.open(tmp_path / "run.h5") as trace:
         # A call: 14 steps of 4 quantities and 2 states, of 8 units. And the weights, once.
         assert len(trace.calls) == (10_000 - 4 * 24 * (3 + 8 + 2)) // (4 * 8 * (14 * 4 + 2)) == 4
@@ -78,8 +78,8 @@ def test_max_bytes(tmp_path) -> None:
 def test_units(tmp_path) -> None:
     program = write(tmp_path, TWO_MODELS)
     for asked, expected in (("1,-2", [(1, 6), (1, 4)]), (":4:2", [(0, 2), (0, 2)])):
-        found = run("--units", asked, "--mode", "overwrite", program, folder=tmp_path)
-        assert (found.returncode, found.stdout) == (0, "done\n"), found.stderr
+        result = run("--units", asked, "--mode", "overwrite", program, folder=tmp_path)
+        assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
         with grutrace.open(tmp_path / "run.h5") as trace:
             assert [trace[name].units for name in ("l0", "GRU#2.l1")] == expected
             assert trace["l0"].update.shape == (70, 2)
@@ -87,8 +87,8 @@ def test_units(tmp_path) -> None:
 
 def test_steps(tmp_path) -> None:
     program = write(tmp_path, TWO_MODELS)
-    found = run("--steps", "2:5", program, folder=tmp_path)
-    assert (found.returncode, found.stdout) == (0, "done\n"), found.stderr
+    result = run("--steps", "2:5", program, folder=tmp_path)
+    assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
     with grutrace.open(tmp_path / "run.h5") as trace:
         assert set(trace["l0"].lengths) == set(trace["GRU#2.l1"].lengths) == {3}
     assert main(["verify", str(tmp_path / "run.h5")]) == 0
@@ -96,9 +96,9 @@ def test_steps(tmp_path) -> None:
 
 def test_a_layer_without_a_requested_unit_is_reported(tmp_path) -> None:
     program = write(tmp_path, TWO_MODELS)
-    found = run("--units", "7", program, folder=tmp_path)
-    assert (found.returncode, found.stdout) == (0, "done\n")
-    assert "units of l0, which has 6: found 7" in found.stderr
+    result = run("--units", "7", program, folder=tmp_path)
+    assert (result.returncode, result.stdout) == (0, "done\n")
+    assert "units of l0, which has 6: found 7" in result.stderr
     with grutrace.open(tmp_path / "run.h5") as trace:
         assert trace.sites == ("l0",)
 
@@ -121,10 +121,10 @@ def test_a_layer_without_a_requested_unit_is_reported(tmp_path) -> None:
 )
 def test_a_wrong_option_is_one_line_before_the_script_starts(options, message, tmp_path) -> None:
     program = write(tmp_path, TWO_MODELS)
-    found = run(*options, program, folder=tmp_path)
-    assert (found.returncode, found.stdout) == (2, "")
-    assert message in found.stderr
-    assert found.stderr.count("\n") == 1
+    result = run(*options, program, folder=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(

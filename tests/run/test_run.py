@@ -123,9 +123,9 @@ def test_a_script_behaves_as_without_grutrace(interpreter, arguments, tmp_path) 
     write(tmp_path, ENDS, "folder/script.py")
     program = ["folder/script.py", *arguments]
     expected = python(*interpreter, *program, folder=tmp_path)
-    found = run("-q", *program, folder=tmp_path, interpreter=interpreter)
-    assert without_addresses(found.stdout) == without_addresses(expected.stdout)
-    assert (found.returncode, found.stderr) == (expected.returncode, expected.stderr)
+    result = run("-q", *program, folder=tmp_path, interpreter=interpreter)
+    assert without_addresses(result.stdout) == without_addresses(expected.stdout)
+    assert (result.returncode, result.stderr) == (expected.returncode, expected.stderr)
     assert not list(tmp_path.glob("*.h5"))
 
 
@@ -133,9 +133,9 @@ def test_a_module_behaves_as_without_grutrace(tmp_path) -> None:
     write(tmp_path, ENDS, "package/inner.py")
     expected = python("-m", "package.inner", "-m", "error", folder=tmp_path)
     assert expected.stdout.count("package.inner")
-    found = run("-q", "-m", "package.inner", "-m", "error", folder=tmp_path)
-    assert without_addresses(found.stdout) == without_addresses(expected.stdout)
-    assert (found.returncode, found.stderr) == (expected.returncode, expected.stderr)
+    result = run("-q", "-m", "package.inner", "-m", "error", folder=tmp_path)
+    assert without_addresses(result.stdout) == without_addresses(expected.stdout)
+    assert (result.returncode, result.stderr) == (expected.returncode, expected.stderr)
 
 
 def test_the_users_python_path_and_sitecustomize_are_kept(tmp_path) -> None:
@@ -144,9 +144,9 @@ def test_the_users_python_path_and_sitecustomize_are_kept(tmp_path) -> None:
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "own")}
     expected = python("script.py", folder=tmp_path, env=environment)
     assert expected.stdout.startswith("theirs sitecustomize\n")
-    found = run("-q", "script.py", folder=tmp_path, env=environment)
+    result = run("-q", "script.py", folder=tmp_path, env=environment)
     # The command's own Python has loaded it, too.
-    assert without_addresses(found.stdout) == (
+    assert without_addresses(result.stdout) == (
         "theirs sitecustomize\n" + without_addresses(expected.stdout)
     )
 
@@ -156,9 +156,9 @@ def test_control_a_difference_is_detected(tmp_path) -> None:
     write(tmp_path, ENDS)
     write(tmp_path, "import runpy; runpy.run_path('script.py', run_name='__main__')", "other.py")
     expected = python("script.py", "error", folder=tmp_path)
-    found = python("other.py", "error", folder=tmp_path)
-    assert without_addresses(found.stdout) != without_addresses(expected.stdout)
-    assert found.stderr != expected.stderr
+    result = python("other.py", "error", folder=tmp_path)
+    assert without_addresses(result.stdout) != without_addresses(expected.stdout)
+    assert result.stderr != expected.stderr
 
 
 def test_a_script_without_grus_that_imports_torch_late(tmp_path) -> None:
@@ -173,10 +173,10 @@ assert "exec_module" not in vars(torch.__loader__)
 print(bool(torch.nn.Linear(2, 2)(torch.zeros(1, 2)).sum() > 9))
 assert not {"h5py", "grutrace.capture.tracer"} & set(sys.modules), sys.modules.keys()
 """
-    found = run(write(tmp_path, code), folder=tmp_path)
-    assert found.returncode == 0, found.stderr
-    assert found.stdout == "1 SourceFileLoader\nFalse\n"
-    assert found.stderr == "grutrace: no nn.GRU or nn.GRUCell was called: run.h5 was not written\n"
+    result = run(write(tmp_path, code), folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "1 SourceFileLoader\nFalse\n"
+    assert result.stderr == "grutrace: no nn.GRU or nn.GRUCell was called: run.h5 was not written\n"
     assert not list(tmp_path.glob("*.h5"))
 
 
@@ -184,10 +184,10 @@ def test_the_trace_equals_that_of_an_explicit_tracer(tmp_path) -> None:
     """An uncaught exception closes the trace, and the traceback is the script's own."""
     write(tmp_path, MODEL + "def f():\n    raise ValueError('own')\nf()\n")
     expected = python("script.py", folder=tmp_path)
-    found = run("-o", "x.h5", "--record", "hidden,update", "script.py", folder=tmp_path)
-    assert (found.returncode, found.stdout) == (1, expected.stdout)
-    said = "grutrace: recorded 4 calls of 3 sites in x.h5\n"
-    assert found.stderr == expected.stderr + said
+    result = run("-o", "x.h5", "--record", "hidden,update", "script.py", folder=tmp_path)
+    assert (result.returncode, result.stdout) == (1, expected.stdout)
+    message = "grutrace: recorded 4 calls of 3 sites in x.h5\n"
+    assert result.stderr == expected.stderr + message
     torch.manual_seed(0)
     model = EncoderDecoder(layers=2)
     with grutrace.trace(model, record=["update", "hidden"], gates="inline") as memory:
@@ -219,8 +219,8 @@ def test_deferred_gates(tmp_path) -> None:
         assert deferred.options["gates"] == "deferred"
         for name in inline.sites:
             assert deferred[name].site.derived == ("reset", "update", "candidate")
-            found, expected = deferred[name].update[:], inline[name].update[:]
-            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+            result, expected = deferred[name].update[:], inline[name].update[:]
+            np.testing.assert_allclose(result, expected, rtol=0, atol=1e-6)
     assert main(["verify", str(tmp_path / "deferred.h5")]) == 0
 
 
@@ -291,10 +291,10 @@ def test_every_called_gru_is_found(tmp_path) -> None:
     expected = python(write(tmp_path, MANY), folder=tmp_path)
     assert expected.returncode == 0, expected.stderr
     (tmp_path / "own.h5").unlink()
-    found = run("script.py", folder=tmp_path)
-    assert (found.returncode, found.stdout) == (0, expected.stdout), found.stderr
+    result = run("script.py", folder=tmp_path)
+    assert (result.returncode, result.stdout) == (0, expected.stdout), result.stderr
     assert (
-        found.stderr == "grutrace: recorded 16 calls of 12 sites in run.h5 and 8 files beside it\n"
+        result.stderr == "grutrace: recorded 16 calls of 12 sites in run.h5 and 8 files beside it\n"
     )
     with grutrace.open(tmp_path / "run.h5") as trace:
         assert trace.closed
@@ -302,7 +302,7 @@ def test_every_called_gru_is_found(tmp_path) -> None:
             name: int((trace.calls["module"] == trace[name].module.path).sum())
             for name in trace.sites
         }
-        assert all(each.holds for each in verify(trace))
+        assert all(check.holds for check in verify(trace))
         assert (np.diff(trace.calls["time"]) >= 0).all()
     assert calls == {
         "rnn.l0": 4,
@@ -348,9 +348,9 @@ torch.export.export(Model(), (x,))
 
 
 def test_torch_compile_is_unaffected(tmp_path) -> None:
-    found = run(write(tmp_path, COMPILED), folder=tmp_path)
-    assert found.returncode == 0, found.stderr
-    missed, last = found.stderr.splitlines()
+    result = run(write(tmp_path, COMPILED), folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    missed, last = result.stderr.splitlines()
     assert missed.startswith("grutrace: a call of GRU was not recorded: it was being captured in")
     assert last == "grutrace: recorded 3 calls of 2 sites in run.h5 and 1 file beside it"
     with grutrace.open(tmp_path / "run.h5") as trace:
@@ -403,10 +403,10 @@ def test_a_killed_run_can_be_read(how, tmp_path) -> None:
         assert trace.closed == (how == signal.SIGINT)
         assert len(trace.calls) >= 4 * 12 + 11
         assert trace.sites == ("encoder.l0", "encoder.l1", "decoder.cell", "l0")
-        assert all(each.holds for each in verify(trace))
+        assert all(check.holds for check in verify(trace))
     for number in (1, 2):
         assert len(PlainTrace(part_path(tmp_path / "run.h5", number)).calls) >= 11
-    assert {each.name for each in tmp_path.glob("*.h5*")} == {"run.h5", "run.part0002.h5"}
+    assert {path.name for path in tmp_path.glob("*.h5*")} == {"run.h5", "run.part0002.h5"}
 
 
 def test_modes(tmp_path, capsys) -> None:
@@ -429,12 +429,14 @@ def test_modes(tmp_path, capsys) -> None:
     assert main(["info", str(path), "--json"]) == 0
     about = json.loads(capsys.readouterr().out)
     assert about["parts"] == [str(part_path(path, number)) for number in (1, 2, 3)]
-    assert about["bytes"] == sum(each.stat().st_size for each in tmp_path.glob("*.h5"))
-    found = run("--mode", "overwrite", "--sites", "enc*.l1", "script.py", "3", "4", folder=tmp_path)
-    assert found.stderr == "grutrace: recorded 1 call of 1 site in run.h5\n"
+    assert about["bytes"] == sum(path.stat().st_size for path in tmp_path.glob("*.h5"))
+    result = run(
+        "--mode", "overwrite", "--sites", "enc*.l1", "script.py", "3", "4", folder=tmp_path
+    )
+    assert result.stderr == "grutrace: recorded 1 call of 1 site in run.h5\n"
     with grutrace.open(path) as trace:
         assert trace.sites == ("encoder.l1",)
-    assert [each.name for each in tmp_path.glob("*.h5*")] == ["run.h5"]
+    assert [path.name for path in tmp_path.glob("*.h5*")] == ["run.h5"]
 
 
 FILLS_UP = """
@@ -462,24 +464,24 @@ print("done")
 
 def test_warnings_at_the_end_of_a_script_lose_no_rows(tmp_path) -> None:
     script = write(tmp_path, TURNS_WARNINGS_INTO_ERRORS)
-    found = run("--dtype", "float16", "--record", "update,input", script, folder=tmp_path)
-    assert (found.returncode, found.stdout) == (0, "done\n")
-    said, last = found.stderr.splitlines()
-    assert said.startswith("grutrace: the model has values up to 1e+06, and float16 holds")
+    result = run("--dtype", "float16", "--record", "update,input", script, folder=tmp_path)
+    assert (result.returncode, result.stdout) == (0, "done\n")
+    message, last = result.stderr.splitlines()
+    assert message.startswith("grutrace: the model has values up to 1e+06, and float16 holds")
     assert last == "grutrace: recorded 3 calls of 1 site in run.h5"
     with grutrace.open(tmp_path / "run.h5") as trace:
         assert len(trace.calls) == 3
 
 
 def test_a_full_disk_stops_the_recording_and_not_the_script(tmp_path) -> None:
-    found = run(write(tmp_path, MODEL + FILLS_UP), folder=tmp_path)
-    assert found.returncode == 0
-    assert len(found.stdout.splitlines()) == 2
-    said, last = found.stderr.splitlines()
-    assert said.startswith(
+    result = run(write(tmp_path, MODEL + FILLS_UP), folder=tmp_path)
+    assert result.returncode == 0
+    assert len(result.stdout.splitlines()) == 2
+    message, last = result.stderr.splitlines()
+    assert message.startswith(
         "grutrace: recording has stopped, and the model continues untraced: " + str(tmp_path)
     )
-    assert said.endswith("No space left on device")
+    assert message.endswith("No space left on device")
     assert last == "grutrace: recorded 4 calls of 3 sites in run.h5; 8 are lost, as said above"
     with grutrace.open(tmp_path / "run.h5") as trace:
         assert len(trace["encoder.l0"]) == 4
@@ -487,10 +489,10 @@ def test_a_full_disk_stops_the_recording_and_not_the_script(tmp_path) -> None:
 
 def test_a_full_disk_stops_a_script_that_asks_for_it(tmp_path) -> None:
     script = write(tmp_path, MODEL + FILLS_UP)
-    found = run("--on-error", "raise", "--fsync", script, folder=tmp_path)
-    assert found.returncode == 1
-    assert len(found.stdout.splitlines()) == 1
-    assert re.search(r"SinkError: .*run\.h5.*No space left on device", found.stderr)
+    result = run("--on-error", "raise", "--fsync", script, folder=tmp_path)
+    assert result.returncode == 1
+    assert len(result.stdout.splitlines()) == 1
+    assert re.search(r"SinkError: .*run\.h5.*No space left on device", result.stderr)
     with grutrace.open(tmp_path / "run.h5") as trace:
         assert len(trace.calls) == 4
         assert trace.options["fsync"] is True
@@ -515,9 +517,9 @@ def test_invalid_options_are_refused_before_the_script_runs(tmp_path, capsys) ->
     assert main(["run"]) == 2
     assert main(["run", "--nonsense", script]) == 2
     path = str(tmp_path / "run.h5")
-    found = run("-o", path, script, folder=tmp_path, interpreter=["-I"])
-    assert found.returncode == 2
-    assert "start Python without -I, -E and -S" in found.stderr
+    result = run("-o", path, script, folder=tmp_path, interpreter=["-I"])
+    assert result.returncode == 2
+    assert "start Python without -I, -E and -S" in result.stderr
     assert not list(tmp_path.glob("*.h5"))
 
 
@@ -554,9 +556,9 @@ def test_sites_that_match_nothing_end_the_script_at_its_first_call(quiet, tmp_pa
     """The error comes before hours of untraced training."""
     write(tmp_path, MODEL + "print('trained')\n")
     options = [*quiet, "--sites", "encodr.*", "--sites", "*.l7"]
-    found = run(*options, "script.py", folder=tmp_path)
-    assert (found.returncode, found.stdout) == (2, "")
-    assert found.stderr == (
+    result = run(*options, "script.py", folder=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
         "grutrace: sites: 'encodr.*', '*.l7' matches none of the sites of EncoderDecoder "
         "(did you mean 'encoder.l1'?): encoder.l0, encoder.l1, decoder.cell\n"
     )
@@ -565,10 +567,10 @@ def test_sites_that_match_nothing_end_the_script_at_its_first_call(quiet, tmp_pa
 
 def test_control_sites_that_match_let_the_script_run(tmp_path) -> None:
     write(tmp_path, MODEL + "print('trained')\n")
-    found = run("--sites", "encodr.*", "--sites", "encoder.l0", "script.py", folder=tmp_path)
-    assert found.returncode == 0
-    assert found.stdout.endswith("trained\n")
-    assert found.stderr.splitlines() == [
+    result = run("--sites", "encodr.*", "--sites", "encoder.l0", "script.py", folder=tmp_path)
+    assert result.returncode == 0
+    assert result.stdout.endswith("trained\n")
+    assert result.stderr.splitlines() == [
         "grutrace: sites: 'encodr.*' matched no site of any model that was called",
         "grutrace: recorded 1 call of 1 site in run.h5",
     ]
@@ -577,8 +579,8 @@ def test_control_sites_that_match_let_the_script_run(tmp_path) -> None:
 def test_sites_of_a_model_that_is_called_later_are_recorded(tmp_path) -> None:
     """The script calls an encoder first. The requested decoder exists already."""
     write(tmp_path, TWO)
-    found = run("--sites", "cell", "script.py", folder=tmp_path)
-    assert (found.returncode, found.stdout.count("epoch")) == (0, 3), found.stderr
+    result = run("--sites", "cell", "script.py", folder=tmp_path)
+    assert (result.returncode, result.stdout.count("epoch")) == (0, 3), result.stderr
     with grutrace.open(tmp_path / "run.h5") as trace:
         assert trace.sites == ("cell",)
         assert len(trace.calls) == 3
@@ -586,12 +588,12 @@ def test_sites_of_a_model_that_is_called_later_are_recorded(tmp_path) -> None:
 
 def test_a_model_created_later_is_unknown_at_the_first_call(tmp_path) -> None:
     write(tmp_path, TWO)
-    found = run("--sites", "cell", "script.py", "later", folder=tmp_path)
-    assert found.returncode == 2
-    assert "'cell' matches none of the sites of GRU: l0" in found.stderr
+    result = run("--sites", "cell", "script.py", "later", folder=tmp_path)
+    assert result.returncode == 2
+    assert "'cell' matches none of the sites of GRU: l0" in result.stderr
     # Together with a site that is there it is waited for.
-    found = run("--sites", "cell", "--sites", "l0", "script.py", "later", folder=tmp_path)
-    assert found.returncode == 0, found.stderr
+    result = run("--sites", "cell", "--sites", "l0", "script.py", "later", folder=tmp_path)
+    assert result.returncode == 0, result.stderr
     with grutrace.open(tmp_path / "run.h5") as trace:
         assert sorted(trace.sites)[-1] == "l0"
 
@@ -620,10 +622,10 @@ def test_cells_created_in_each_call_are_one_site(tmp_path) -> None:
     options = ("--weights", "exact", "--compiled", "keep", "--state-memory", "1MiB")
     done = run("-o", "run.h5", *options, write(tmp_path, ANEW), folder=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert sorted(each.name for each in tmp_path.glob("*.h5")) == ["run.h5"]
+    assert sorted(path.name for path in tmp_path.glob("*.h5")) == ["run.h5"]
     with grutrace.open(tmp_path / "run.h5") as trace:
         assert trace.sites == ("cell",)
         assert len(trace.calls) == 30
         assert set(trace.calls["proof"]) == {"proven"}
-        found = {name: trace.options[name] for name in ("weights", "compiled", "state_memory")}
-        assert found == {"weights": "exact", "compiled": "keep", "state_memory": 2**20}
+        results = {name: trace.options[name] for name in ("weights", "compiled", "state_memory")}
+        assert results == {"weights": "exact", "compiled": "keep", "state_memory": 2**20}

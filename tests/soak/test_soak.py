@@ -45,15 +45,15 @@ def soak(folder: Path, *arguments: str) -> dict:
 def test_no_acknowledged_call_is_lost(tmp_path) -> None:
     """Kills, full and failing disks, power losses, concurrent readers."""
     kills = soak(tmp_path, "kills", "--tries", str(KILLS))["kills"]
-    assert Counter(each["kind"] for each in kills) == dict.fromkeys(KINDS, KILLS // len(KINDS))
-    assert sum(each["acknowledged"] > 0 for each in kills) > KILLS // 2
-    assert all(each["killed"] and each["calls"] >= each["acknowledged"] for each in kills)
-    assert not any(each["wrong"] for each in kills)
+    assert Counter(kill["kind"] for kill in kills) == dict.fromkeys(KINDS, KILLS // len(KINDS))
+    assert sum(kill["acknowledged"] > 0 for kill in kills) > KILLS // 2
+    assert all(kill["killed"] and kill["calls"] >= kill["acknowledged"] for kill in kills)
+    assert not any(kill["wrong"] for kill in kills)
 
     faults = soak(tmp_path, "faults", "--tries", "40")["faults"]
-    assert {each["fault"] for each in faults if each["failed"]} == set(FAULTS)
-    assert sum(each["failed"] > 0 for each in faults) > 20
-    assert not [text for each in faults for text in faulty(each)]
+    assert {fault["fault"] for fault in faults if fault["failed"]} == set(FAULTS)
+    assert sum(fault["failed"] > 0 for fault in faults) > 20
+    assert not [text for fault in faults for text in faulty(fault)]
 
     power = soak(tmp_path, "power", "--tries", "20")["power"]
     promised = [each for each in power if each["fsync"]]
@@ -62,7 +62,7 @@ def test_no_acknowledged_call_is_lost(tmp_path) -> None:
     assert not any(each["wrong"] for each in power)
     # The control: without fsync there is no promise, and the model of a loss shows it.
     others = [each for each in power if not each["fsync"]]
-    assert any(each["calls"] < each["acknowledged"] for each in others)
+    assert any(other["calls"] < other["acknowledged"] for other in others)
 
     live = soak(tmp_path, "live", "--seconds", "10")["live"]
     assert len(live) == 2 * len(CODED) + len(MODELS)

@@ -86,11 +86,11 @@ def test_values_that_are_not_finite_change_no_other_unit() -> None:
     values[3, 0] = values[400:, 1] = np.nan
     values[7, 2], values[8, 2] = np.inf, -np.inf
     values[:, 3] = np.nan
-    found = figures("update", [values[:250], values[250:]])
-    assert_figures(found, values)
-    assert found.nan.tolist() == [1, 100, 0, 500, 0]
-    assert found.infinite.tolist() == [0, 0, 2, 0, 0]
-    assert np.isnan(found.below[3])
+    result = figures("update", [values[:250], values[250:]])
+    assert_figures(result, values)
+    assert result.nan.tolist() == [1, 100, 0, 500, 0]
+    assert result.infinite.tolist() == [0, 0, 2, 0, 0]
+    assert np.isnan(result.below[3])
 
 
 def test_values_at_bin_edges_are_counted_as_in_numpy() -> None:
@@ -103,10 +103,10 @@ def test_values_at_bin_edges_are_counted_as_in_numpy() -> None:
 
 def test_hidden_states_may_lie_outside_all_bins() -> None:
     values = np.array([[-3.0], [-1.0], [0.0], [1.0], [1.5], [70000.0]], "f4")
-    found = figures("hidden", [values])
-    assert (found.underflow.tolist(), found.overflow.tolist()) == ([1], [2])
-    assert found.histogram.sum() == 3
-    assert_figures(found, values)
+    result = figures("hidden", [values])
+    assert (result.underflow.tolist(), result.overflow.tolist()) == ([1], [2])
+    assert result.histogram.sum() == 3
+    assert_figures(result, values)
 
 
 def test_rows_that_are_not_contiguous_count_equally() -> None:
@@ -166,8 +166,8 @@ def control_missing(monkeypatch) -> None:
     right = moments.summarize_block
 
     def wrong(values, **which):
-        found, filled, missing = right(values, **which)
-        return found, filled, 0 * missing
+        result, filled, missing = right(values, **which)
+        return result, filled, 0 * missing
 
     monkeypatch.setattr(tally_module, "summarize_block", wrong)
 

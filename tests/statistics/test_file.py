@@ -26,7 +26,7 @@ from tests.statistics.oracle import assert_figures, assert_same
 
 def plain_read(path):
     """Everything in a file, written from docs/format.md with plain h5py: by site and quantity."""
-    found = {}
+    results = {}
     with h5py.File(path, "r") as file:
         assert file.attrs["format"] == "grutrace statistics"
         assert file.attrs["format_version"].tolist() == [1, 0]
@@ -39,9 +39,9 @@ def plain_read(path):
                 for name in ("reset", "update", "candidate", "hidden")
                 if name in site
             }
-            found[site.attrs["name"]] = (modules[about["module"]], about, figures)
+            results[site.attrs["name"]] = (modules[about["module"]], about, figures)
         counted = file["counted"][()]
-    return found, counted
+    return results, counted
 
 
 @pytest.fixture
@@ -81,11 +81,11 @@ def test_the_format_follows_the_specification(layer, path) -> None:
     with grutrace.trace(layer, sink=statistics), grutrace.trace(layer, gates="inline") as full:
         layer(torch.randn(11, 3, 5))
         layer(torch.randn(4, 3, 5))
-    found, about = plain_read(path)
+    result, about = plain_read(path)
     assert about["bins"] == 16
     assert about["created"] <= about["saved"] <= time.time()
-    assert tuple(found) == full.sites
-    for name, (module, site, figures) in found.items():
+    assert tuple(result) == full.sites
+    for name, (module, site, figures) in result.items():
         assert module.item() == (2, 6, 45, 1)
         assert site["residual"] == np.float32(full[name].residual)
         assert site["unchecked"] == 0
@@ -132,13 +132,13 @@ def test_a_killed_run_leaves_the_last_saved_state(path) -> None:
     victim = subprocess.Popen(
         [sys.executable, "-c", KILLED], cwd=path.parent, stdout=subprocess.PIPE, text=True
     )
-    said = [int(victim.stdout.readline()) for _ in range(40)]
+    messages = [int(victim.stdout.readline()) for _ in range(40)]
     victim.send_signal(signal.SIGKILL)
     rest, _ = victim.communicate()
-    flushed = [*said, *(int(line) for line in rest.splitlines())][-1]
-    found = grutrace.Statistics.load(path)
-    assert found.calls >= flushed
-    assert found["l0"].update.count.tolist() == [33 * found.calls] * 7
+    flushed = [*messages, *(int(line) for line in rest.splitlines())][-1]
+    result = grutrace.Statistics.load(path)
+    assert result.calls >= flushed
+    assert result["l0"].update.count.tolist() == [33 * result.calls] * 7
 
 
 def test_modes(layer, path) -> None:
@@ -216,10 +216,10 @@ def test_saving(layer, path) -> None:
 
 def test_a_statistics_file_is_not_a_trace(layer, path, capsys) -> None:
     counted(layer, path)
-    said = r"stats\.h5.*a statistics file: use grutrace\.Statistics\.load or `grutrace stats`"
-    with pytest.raises(grutrace.TraceFileError, match=said):
+    message = r"stats\.h5.*a statistics file: use grutrace\.Statistics\.load or `grutrace stats`"
+    with pytest.raises(grutrace.TraceFileError, match=message):
         grutrace.open(path)
-    with pytest.raises(grutrace.TraceFileError, match=said):
+    with pytest.raises(grutrace.TraceFileError, match=message):
         grutrace.Tracer(layer, path, mode="a")
     for command in ("info", "verify"):
         assert main([command, str(path)]) == 2
@@ -355,9 +355,9 @@ def test_a_truncated_or_scrambled_file(layer, path) -> None:
                 data[numbers.randrange(len(data))] = numbers.randrange(256)
         path.write_bytes(data)
         try:
-            found = grutrace.Statistics.load(path)
-            for name in found.sites:
-                assert found[name].steps >= 0
+            result = grutrace.Statistics.load(path)
+            for name in result.sites:
+                assert result[name].steps >= 0
         except grutrace.TraceFileError:
             refused += 1
     assert 50 <= refused < 150
@@ -366,6 +366,6 @@ def test_a_truncated_or_scrambled_file(layer, path) -> None:
 def test_loaded_statistics(layer, path) -> None:
     with grutrace.trace(layer, gates="inline") as full:
         counted(layer, path)
-    found = grutrace.Statistics.load(path)
+    result = grutrace.Statistics.load(path)
     for name in full.sites:
-        assert_figures(found[name].update, np.asarray(full[name].update))
+        assert_figures(result[name].update, np.asarray(full[name].update))

@@ -96,16 +96,16 @@ def test_statistics_of_a_deferred_trace() -> None:
     layer = nn.GRU(3, 5, 2, bidirectional=True)
     with grutrace.trace(layer) as full, grutrace.trace(layer, gates="deferred") as deferred:
         layer(torch.randn(40, 7, 3))
-    found, expected = grutrace.Statistics.of(deferred), grutrace.Statistics.of(full)
+    result, expected = grutrace.Statistics.of(deferred), grutrace.Statistics.of(full)
     for name in full.sites:
         for quantity in ("reset", "update", "candidate", "hidden"):
-            assert_figures(found[name][quantity], np.asarray(deferred[name].rows(quantity)))
+            assert_figures(result[name][quantity], np.asarray(deferred[name].rows(quantity)))
             np.testing.assert_allclose(
-                found[name][quantity].mean, expected[name][quantity].mean, atol=1e-6
+                result[name][quantity].mean, expected[name][quantity].mean, atol=1e-6
             )
-        assert np.isnan(found[name].residual)
-        assert found[name].residual_call == -1
-    assert np.isnan(found.residual)
+        assert np.isnan(result[name].residual)
+        assert result[name].residual_call == -1
+    assert np.isnan(result.residual)
 
 
 def test_statistics_can_be_read_while_counting(model) -> None:
@@ -422,13 +422,13 @@ def test_open_statistics_are_saved_at_exit(tmp_path) -> None:
 def _in_a_child(statistics, layer, answers) -> None:
     import warnings
 
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as messages:
         warnings.simplefilter("always")
         layer(torch.zeros(4, 2))
     try:
         statistics["l0"]
     except grutrace.StateError as error:
-        answers.put((len(said), str(error)))
+        answers.put((len(messages), str(error)))
 
 
 @pytest.mark.skipif(
@@ -443,11 +443,11 @@ def test_a_forked_child_does_not_change_the_statistics(tmp_path) -> None:
         layer(torch.randn(4, 2))
         child = context.Process(target=_in_a_child, args=(statistics, layer, answers))
         child.start()
-        warned, said = answers.get()
+        warned, message = answers.get()
         child.join()
         layer(torch.randn(4, 2))
     assert warned == 1
-    assert "forked child" in said
+    assert "forked child" in message
     assert statistics.calls == 2
     assert grutrace.Statistics.load(path).calls == 2
 

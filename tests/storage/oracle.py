@@ -23,15 +23,15 @@ class Expected:
 
     def sequences(self, module):
         """By sequence: its pieces as (block, place, first row of the block, steps)."""
-        found = {}
+        results = {}
         for block in self.of(module):
             row = 0
             for batch_index, (steps, number) in enumerate(
                 zip(block.steps.tolist(), block.sequences.tolist(), strict=True)
             ):
-                found.setdefault(number, []).append((block, batch_index, row, steps))
+                results.setdefault(number, []).append((block, batch_index, row, steps))
                 row += steps
-        return found
+        return results
 
     def rows(self, module, suffix, quantity, number):
         pieces = self.sequences(module)[number]
@@ -59,14 +59,14 @@ class Expected:
 
     def annotated(self, module, number, length):
         """By name, the value of each step, None where there is none."""
-        found = {}
-        for each in self.annotations:
-            if (each.module, each.sequence) == (module, number):
-                values = found.setdefault(each.name, [None] * length)
-                for step, value in enumerate(each.values, each.first):
+        results = {}
+        for annotation in self.annotations:
+            if (annotation.module, annotation.sequence) == (module, number):
+                values = results.setdefault(annotation.name, [None] * length)
+                for step, value in enumerate(annotation.values, annotation.first):
                     if step < length:
                         values[step] = value
-        return found
+        return results
 
 
 def check_trace(trace, header, records):
@@ -140,10 +140,10 @@ def _check_site(site, expected, module, description):
     used = 1 + max((block.weights for block in blocks), default=-1)
     for record in expected.weights:
         if record.module == module and record.version < used:
-            found = site.weights(record.version)
-            assert list(found) == list(record.sites[suffix])
+            result = site.weights(record.version)
+            assert list(result) == list(record.sites[suffix])
             for name, array in record.sites[suffix].items():
-                np.testing.assert_array_equal(found[name], array)
+                np.testing.assert_array_equal(result[name], array)
     for number, sequence in enumerate(site):
         _check_sequence(sequence, expected, module, description, number)
     _check_labels(site, expected, module)
@@ -151,21 +151,21 @@ def _check_site(site, expected, module, description):
 
 def _check_labels(site, expected, module):
     """Labels of all rows at once are those that were given to each step."""
-    given = {each.name for each in expected.annotations if each.module == module}
+    given = {annotation.name for annotation in expected.annotations if annotation.module == module}
     assert set(site.label_names) == given
     for name in given:
-        found, seen = site.row_labels(name), []
-        assert (found.name, len(found)) == (name, len(expected.all_rows_made(module)))
-        values = np.array([*found.values, None], object)[found.codes]
+        result, seen = site.row_labels(name), []
+        assert (result.name, len(result)) == (name, len(expected.all_rows_made(module)))
+        values = np.array([*result.values, None], object)[result.codes]
         for number in range(len(site)):
             length = len(site.sequence(number))
             exact = expected.annotated(module, number, length).get(name, [None] * length)
             assert values[site.rows_between(number, number + 1)].tolist() == exact
             seen += exact
-        assert set(found.values) == set(seen) - {None}
-        numbers = [value for value in found.values if not isinstance(value, str)]
-        texts = found.values[len(numbers) :]
-        assert found.values == (*sorted(numbers), *sorted(texts))
+        assert set(result.values) == set(seen) - {None}
+        numbers = [value for value in result.values if not isinstance(value, str)]
+        texts = result.values[len(numbers) :]
+        assert result.values == (*sorted(numbers), *sorted(texts))
     with pytest.raises(NotRecordedError, match="no label 'mood'"):
         site.row_labels("mood")
 
@@ -194,9 +194,9 @@ def _check_sequence(sequence, expected, module, site, number):
     assert sequence.tokens == annotated.pop("tokens", None)
     assert set(sequence.labels) == set(annotated)
     for name, values in annotated.items():
-        found = sequence.labels[name]
-        if isinstance(found, np.ndarray):
+        result = sequence.labels[name]
+        if isinstance(result, np.ndarray):
             values = [np.nan if value is None else value for value in values]
-            np.testing.assert_array_equal(found, values)
+            np.testing.assert_array_equal(result, values)
         else:
-            assert found == values
+            assert result == values

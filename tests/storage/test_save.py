@@ -48,7 +48,7 @@ def streamed(stream: Any, path: Path) -> None:
 
 def contents(path: Path) -> dict[str, Any]:
     """By its name, the attributes, the shape and the bytes of each dataset, as h5py reads them."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with h5py.File(path) as file:
         names = ["/"]
         file.visit(names.append)
@@ -61,10 +61,10 @@ def contents(path: Path) -> dict[str, Any]:
             }
             if isinstance(item, h5py.Dataset):
                 data = item[()]
-                found[name] = attributes, data.dtype, data.shape, data.tobytes()
+                results[name] = attributes, data.dtype, data.shape, data.tobytes()
             else:
-                found[name] = attributes
-    return found
+                results[name] = attributes
+    return results
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
@@ -195,11 +195,11 @@ def test_a_trace_is_unpickled_in_another_process_without_torch(tmp_path) -> None
         "print(len(trace.calls), trace.sites[0], float(trace[trace.sites[0]].hidden.sum()))\n"
         "assert 'torch' not in sys.modules"
     )
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", script, path], cwd=ROOT, capture_output=True, text=True, check=True
     )
     site = trace.sites[0]
-    assert found.stdout.split() == [
+    assert result.stdout.split() == [
         str(len(trace.calls)), site, str(float(trace[site].hidden.sum()))
     ]  # fmt: skip
 

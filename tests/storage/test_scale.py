@@ -38,10 +38,10 @@ def counted(monkeypatch):
 
 def objects(path):
     """Groups and datasets of a file."""
-    found = []
+    results = []
     with h5py.File(path) as file:
-        file.visit(found.append)
-    return len(found)
+        file.visit(results.append)
+    return len(results)
 
 
 @pytest.mark.parametrize("modules", [1, 12])

@@ -24,19 +24,25 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     arguments = parser.parse_args()
-    began, found = time.perf_counter(), []
+    began, result = time.perf_counter(), []
     stop = arguments.first + arguments.cases
-    for each in all_outcomes(arguments.seed, arguments.first, stop, arguments.jobs):
-        found.append(each)
-        if each.outcome not in ("read", "refused"):
-            print(f"{each.number}: {each.outcome}: {each.name}\n    {each.detail}", flush=True)
-        if each.outcome in ("crash", "hang"):
-            print(f"    from outside: {said_from_outside(arguments.seed, each.number)}", flush=True)
-        if len(found) % 500 == 0:
-            print(f"{len(found)} cases: {dict(counts(found))}", file=sys.stderr, flush=True)
-    print(f"HDF5 {h5py.version.hdf5_version}: {len(found)} cases: {dict(counts(found))}")
+    for outcome in all_outcomes(arguments.seed, arguments.first, stop, arguments.jobs):
+        result.append(outcome)
+        if outcome.outcome not in ("read", "refused"):
+            print(
+                f"{outcome.number}: {outcome.outcome}: {outcome.name}\n    {outcome.detail}",
+                flush=True,
+            )
+        if outcome.outcome in ("crash", "hang"):
+            print(
+                f"    from outside: {said_from_outside(arguments.seed, outcome.number)}",
+                flush=True,
+            )
+        if len(result) % 500 == 0:
+            print(f"{len(result)} cases: {dict(counts(result))}", file=sys.stderr, flush=True)
+    print(f"HDF5 {h5py.version.hdf5_version}: {len(result)} cases: {dict(counts(result))}")
     print(f"in {time.perf_counter() - began:.0f} s")
-    return 1 if any(each.outcome == "fault" for each in found) else 0
+    return 1 if any(each.outcome == "fault" for each in result) else 0
 
 
 if __name__ == "__main__":

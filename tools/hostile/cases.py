@@ -64,9 +64,9 @@ def _change(file: h5py.File, chance: random.Random, pipe: Path) -> str:
 
 
 def _places(file: h5py.File, kind: type) -> list[str]:
-    found: list[str] = []
-    file.visititems(lambda name, each: found.append(name) if isinstance(each, kind) else None)
-    return found or ["/"]
+    results: list[str] = []
+    file.visititems(lambda name, each: results.append(name) if isinstance(each, kind) else None)
+    return results or ["/"]
 
 
 def _unmark(content: bytearray) -> None:
@@ -101,10 +101,10 @@ def _believed(chance: random.Random, folder: Path) -> str:
     """A few bytes of one of HDF5's own structures changed, and its checksum put right."""
     name = chance.choice(seeds.TRACES)
     content = bytearray(seeds.content(name))
-    found = _structures(name)
+    result = _structures(name)
     changed = []
     for _ in range(chance.choice([1, 1, 1, 2])):
-        start, end = chance.choice(found)
+        start, end = chance.choice(result)
         for _ in range(chance.choice([1, 1, 2, 4])):
             place = chance.randrange(start + 4, end)
             content[place] = chance.choice(

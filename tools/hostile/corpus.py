@@ -44,15 +44,15 @@ class Outcome:
 
 def all_outcomes(seed: int, first: int, stop: int, jobs: int) -> Iterator[Outcome]:
     """Judge cases in so many processes at once, and yield what came of each, in any order."""
-    found: queue.Queue[Outcome | BaseException | None] = queue.Queue()
+    result: queue.Queue[Outcome | BaseException | None] = queue.Queue()
 
     def work(part: range) -> None:
         try:
-            for each in outcomes(seed, part.start, part.stop):
-                found.put(each)
+            for outcome in outcomes(seed, part.start, part.stop):
+                result.put(outcome)
         except BaseException as error:
-            found.put(error)
-        found.put(None)
+            result.put(error)
+        result.put(None)
 
     bounds = [first + (stop - first) * job // jobs for job in range(jobs + 1)]
     threads = [
@@ -62,7 +62,7 @@ def all_outcomes(seed: int, first: int, stop: int, jobs: int) -> Iterator[Outcom
         thread.start()
     working = len(threads)
     while working:
-        each = found.get()
+        each = result.get()
         if isinstance(each, BaseException):
             raise each
         if each is None:
@@ -82,14 +82,16 @@ def outcomes(seed: int, first: int, stop: int) -> Iterator[Outcome]:
             assert worker.stdout is not None
             name, doing = "", ""
             for line in worker.stdout:
-                said = json.loads(line)
-                name, before, doing = said.get("name", name), doing, said["doing"]
+                message = json.loads(line)
+                name, before, doing = message.get("name", name), doing, message["doing"]
                 if doing == "again":
-                    yield Outcome(said["case"], name, "late", f"{before}; it is judged by itself")
+                    yield Outcome(
+                        message["case"], name, "late", f"{before}; it is judged by itself"
+                    )
                 if doing == "done":
-                    yield Outcome(said["case"], name, said["outcome"], said["detail"])
+                    yield Outcome(message["case"], name, message["outcome"], message["detail"])
                 elif doing == "died":
-                    yield _death(said["case"], name, before, said["signal"])
+                    yield _death(message["case"], name, before, message["signal"])
         if worker.returncode:
             raise RuntimeError(f"the worker ended with {worker.returncode}")
 

@@ -66,7 +66,7 @@ def _refused(error: Exception, path: Path) -> Verdict:
 def _judge_trace(path: Path, note: Callable[[str], None]) -> Verdict:
     try:
         with grutrace.open(path) as trace:
-            found = everything(trace)
+            result = everything(trace)
             note("verify")
             verify(trace)
     except grutrace.GrutraceError as error:
@@ -76,7 +76,7 @@ def _judge_trace(path: Path, note: Callable[[str], None]) -> Verdict:
     note("plain")
     # What the axes are called is an attribute that grutrace does not read.
     plain = PlainTrace(path, labels=False)
-    _compare(found, plain)
+    _compare(result, plain)
     return Verdict("read", f"{len(plain.calls)} calls")
 
 
@@ -86,14 +86,16 @@ def everything(trace: Any) -> dict[str, Any]:
     for name in trace.sites:
         site = trace[name]
         sites[name] = {
-            "rows": {each: np.asarray(site.rows(each)) for each in site.site.quantities},
+            "rows": {
+                quantity: np.asarray(site.rows(quantity)) for quantity in site.site.quantities
+            },
             "derived": [np.asarray(site.rows(each)) for each in site.site.derived],
             "initial": np.asarray(site.initial),
             "checks": site.checks,
             "weights": [site.weights(number) for number in range(site.extent.versions)],
             "sequences": [
                 (
-                    {each: one.rows(each) for each in site.site.quantities},
+                    {quantity: one.rows(quantity) for quantity in site.site.quantities},
                     {"tokens": one.tokens, **one.labels},
                     (one.initial, one.calls.tolist(), one.place, one.tag, one.parent),
                 )
@@ -193,10 +195,10 @@ def _judge_commands(path: Path, commands: Sequence[str]) -> str:
         out, error = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
             code = main([*command.split(), str(path)])
-        said = out.getvalue() + error.getvalue()
+        message = out.getvalue() + error.getvalue()
         if code not in (0, 1, 2) or error.getvalue().count("\n") > 1:
             return f"{command} ends with {code}: {error.getvalue()}"
-        if any(not each.isprintable() and each != "\n" for each in said):
-            return f"{command} prints what does something to a terminal: {said!r}"
-        said.encode("utf-8")
+        if any(not each.isprintable() and each != "\n" for each in message):
+            return f"{command} prints what does something to a terminal: {message!r}"
+        message.encode("utf-8")
     return ""

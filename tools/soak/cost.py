@@ -17,11 +17,11 @@ RUNS = 60
 
 def fsync_cost(folder: Path, asked: argparse.Namespace) -> list[Outcome]:
     """Time flushes and runs with fsync and without, in turn."""
-    found = []
+    results = []
     for kind in ("background", "stepwise"):
         for fsync in (False, True) * 2:
-            found.append(_time(folder / f"cost-{kind}-{len(found)}.h5", kind, fsync=fsync))
-    return found
+            results.append(_time(folder / f"cost-{kind}-{len(results)}.h5", kind, fsync=fsync))
+    return results
 
 
 def _time(path: Path, kind: str, *, fsync: bool) -> Outcome:

@@ -50,12 +50,12 @@ def fault_one(folder: Path, kind: str, fault: str, on_error: str, seed: int) -> 
     run_of.go()
     failed = disk.failures()
     disk.fail(path, 0)
-    found = {"calls": 0, "wrong": 0, "opened": None}
+    results = {"calls": 0, "wrong": 0, "opened": None}
     if path.exists():
         # Here, where HDF5 may still hold it, and where nothing is known of it.
-        found = look(kind, path)
+        results = look(kind, path)
         elsewhere = outcomes([partial(look, kind, path)], lanes=1)[0]
-        found["elsewhere"] = "error" not in elsewhere and elsewhere["calls"] == found["calls"]
+        results["elsewhere"] = "error" not in elsewhere and elsewhere["calls"] == results["calls"]
     return {
         "kind": kind,
         "fault": fault,
@@ -68,10 +68,11 @@ def fault_one(folder: Path, kind: str, fault: str, on_error: str, seed: int) -> 
         "warnings": run_of.warnings,
         "intact": run_of.intact and _is_intact(model, run, run_of.expected),
         "hooks": sum(
-            len(each._forward_hooks) + len(each._forward_pre_hooks) for each in model.modules()
+            len(module._forward_hooks) + len(module._forward_pre_hooks)
+            for module in model.modules()
         ),
         "beside": sorted(each.name for each in path.parent.iterdir() if each != path),
-        **found,
+        **results,
     }
 
 
@@ -127,8 +128,8 @@ class _Run:
 
     def _once(self, number: int, tracer: grutrace.Tracer) -> None:
         self.runs += 1
-        found = _seeded(self._run, number)
-        self.intact &= torch.equal(found, self.expected[number])
+        result = _seeded(self._run, number)
+        self.intact &= torch.equal(result, self.expected[number])
         if number % 3 == 0:
             tracer.flush()
             if tracer._guarded_sink.error is None:
@@ -156,7 +157,7 @@ def faulty(outcome: Outcome) -> list[str]:
     """What is not as it should be of one try."""
     if "error" in outcome:
         return [outcome["error"]]
-    said, failed = [*outcome["errors"], *outcome["warnings"]], outcome["failed"] > 0
+    message, failed = [*outcome["errors"], *outcome["warnings"]], outcome["failed"] > 0
     wrong = []
     if outcome["calls"] < outcome["acknowledged"]:
         wrong.append(f"{outcome['acknowledged'] - outcome['calls']} acknowledged calls are lost")
@@ -166,12 +167,12 @@ def faulty(outcome: Outcome) -> list[str]:
         wrong.append("the model is not as it was")
     if outcome["beside"]:
         wrong.append(f"{outcome['beside']} was left behind")
-    if any("\n" in text or os.sep not in text for text in said):
-        wrong.append(f"not one clear line: {said}")
-    if failed != bool(said):
-        wrong.append(f"{outcome['failed']} failures, and it was said: {said}")
-    if outcome["on_error"] == "raise" and len(said) > 1:
-        wrong.append(f"more than one error: {said}")
+    if any("\n" in text or os.sep not in text for text in message):
+        wrong.append(f"not one clear line: {message}")
+    if failed != bool(message):
+        wrong.append(f"{outcome['failed']} failures, and it was said: {message}")
+    if outcome["on_error"] == "raise" and len(message) > 1:
+        wrong.append(f"more than one error: {message}")
     if outcome["on_error"] == "warn" and failed:
         wrong += _faulty_warnings(outcome)
     return wrong

@@ -31,15 +31,15 @@ def outcomes(
 
     One that raises, or that does not end in time, says so as "error".
     """
-    found: list[Outcome] = []
+    results: list[Outcome] = []
     running: list[_Running] = []
     for each in tries:
         while len(running) >= lanes:
-            _wait(running, found, limit)
+            _wait(running, results, limit)
         running.append(_begin(each))
     while running:
-        _wait(running, found, limit)
-    return found
+        _wait(running, results, limit)
+    return results
 
 
 def _begin(work: Callable[[], Outcome]) -> _Running:
@@ -61,9 +61,9 @@ def _wait(running: list[_Running], found: list[Outcome], limit: float) -> None:
     ready, _, _ = select.select([each.reader for each in running], [], [], 0.1)
     for each in list(running):
         if each.reader in ready:
-            said = os.read(each.reader, 1 << 16)
-            each.said += said
-            if not said:
+            message = os.read(each.reader, 1 << 16)
+            each.said += message
+            if not message:
                 _end(each, running, found)
         elif time.monotonic() - each.begun > limit:
             os.kill(each.process, signal.SIGKILL)

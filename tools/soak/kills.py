@@ -51,11 +51,11 @@ def kill_one(folder: Path, kind: str, seed: int, *, fsync: bool = False) -> Outc
         os.kill(victim, signal.SIGKILL)
         killed = os.waitstatus_to_exitcode(os.waitpid(victim, 0)[1]) == -signal.SIGKILL
         acknowledged = int.from_bytes(os.pread(told.fileno(), 8, 0), "little")
-    found = {"kind": kind, "seed": seed, "killed": killed, "acknowledged": acknowledged}
+    results = {"kind": kind, "seed": seed, "killed": killed, "acknowledged": acknowledged}
     if not path.exists():
         # Killed before there was a file.
-        return found | {"calls": 0, "wrong": 0, "opened": None}
-    return found | look(kind, path)
+        return results | {"calls": 0, "wrong": 0, "opened": None}
+    return results | look(kind, path)
 
 
 def _wait(chance: random.Random, told: int) -> None:

@@ -73,11 +73,11 @@ def follow_process(
     try:
         while not path.exists():
             time.sleep(0.01)
-        found = _follow(path, seconds, check, seed)
+        result = _follow(path, seconds, check, seed)
     finally:
         os.kill(writer, signal.SIGKILL)
         found_dead = os.waitstatus_to_exitcode(os.waitpid(writer, 0)[1])
-    return {"kind": f"{what}; another process", "writer": found_dead, **found}
+    return {"kind": f"{what}; another process", "writer": found_dead, **result}
 
 
 def follow_thread(folder: Path, shape: str, seconds: float, seed: int) -> Outcome:
@@ -96,13 +96,13 @@ def follow_thread(folder: Path, shape: str, seconds: float, seed: int) -> Outcom
     writer = threading.Thread(target=write)
     writer.start()
     try:
-        found = _follow(path, seconds, partial(check_coded, shape), seed)
+        result = _follow(path, seconds, partial(check_coded, shape), seed)
     finally:
         ended.set()
         writer.join()
         sink.close()
     what = f"rows that say where they belong, {shape}; the same process"
-    return {"kind": what, "writer": -signal.SIGKILL, **found}
+    return {"kind": what, "writer": -signal.SIGKILL, **result}
 
 
 def _write_coded(shape: str, path: Path) -> None:
@@ -157,8 +157,8 @@ def check_coded(shape: str, trace: Any, seen: int, chance: random.Random) -> int
             continue
         expected = np.concatenate([coded.rows(call, each) for call in range(first, last)])
         for place, name in enumerate(DEFAULT_RECORD):
-            found = site.rows(name)[first * each : last * each]
-            assert np.array_equal(found, expected + place), f"{name} of calls {first} to {last}"
+            result = site.rows(name)[first * each : last * each]
+            assert np.array_equal(result, expected + place), f"{name} of calls {first} to {last}"
         assert calls["time"][first:last].tolist() == list(range(first, last))
         tags = [f"tag {call // 100}" for call in range(first, last)]
         assert calls["tag"][first:last].tolist() == tags
@@ -191,8 +191,8 @@ def _check_sequence(sequence: Any, weights: Any) -> int:
     g = np.split(h @ w["weight_hh"].T + w["bias_hh"], 3, axis=1)
     r, z = 1 / (1 + np.exp(-i[0] - g[0])), 1 / (1 + np.exp(-i[1] - g[1]))
     n = np.tanh(i[2] + r * g[2])
-    found = {"reset": r, "update": z, "candidate": n, "hidden": (1 - z) * n + z * h}
-    for name, expected in found.items():
+    results = {"reset": r, "update": z, "candidate": n, "hidden": (1 - z) * n + z * h}
+    for name, expected in results.items():
         off = np.abs(getattr(sequence, name) - expected).max(initial=0)
         assert off <= TOLERANCE, f"{name} is off by {off}"
     return len(x)

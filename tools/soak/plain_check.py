@@ -37,14 +37,14 @@ def _wrong(site: PlainSite, number: int) -> int:
     )
     stored = {name: site.sequence(number, name).astype("f8") for name in site.rows}
     x, previous = site.read(number).astype("f8"), site.previous(number).astype("f8")
-    found = {name: np.full(previous.shape, np.nan) for name in (*site.QUANTITIES[:3], "hidden")}
+    results = {name: np.full(previous.shape, np.nan) for name in (*site.QUANTITIES[:3], "hidden")}
     for version in np.unique(versions):
         rows = versions == version
         for name, values in _step(site, int(version), x[rows], previous[rows]).items():
-            found[name][rows] = values
+            results[name][rows] = values
     return sum(
         int((~(np.abs(values - stored[name]) <= TOLERANCE)).sum())
-        for name, values in found.items()
+        for name, values in results.items()
         if name in stored
     )
 

@@ -36,8 +36,8 @@ _FSYNC, _ACKNOWLEDGED = -1, -2
 
 def power(folder: Path, tries: int, seed: int = 0) -> list[Outcome]:
     """Cut the power this many times."""
-    found = outcomes(_tries(folder, tries, seed))
-    return [each for outcome in found for each in outcome.get("cuts", [outcome])]
+    result = outcomes(_tries(folder, tries, seed))
+    return [each for outcome in result for each in outcome.get("cuts", [outcome])]
 
 
 def _tries(folder: Path, tries: int, seed: int) -> Iterator[Callable[[], Outcome]]:
@@ -141,14 +141,14 @@ def _content(events: list[_Event], page: int, chance: random.Random) -> bytearra
 
 def _look(path: Path, left: _Left) -> Outcome:
     path.write_bytes(left.content)
-    found = {"acknowledged": left.acknowledged, "calls": 0, "wrong": 0, "opened": None}
+    results = {"acknowledged": left.acknowledged, "calls": 0, "wrong": 0, "opened": None}
     # As it is, where HDF5 may wait for ever for a writer that is not there.
     as_it_is = outcomes([partial(look, "", path)], lanes=1, limit=2.0)[0]
-    found["as_it_is"] = "error" not in as_it_is and as_it_is["calls"] >= left.acknowledged
+    results["as_it_is"] = "error" not in as_it_is and as_it_is["calls"] >= left.acknowledged
     recovered = path.with_suffix(".recovered.h5")
     try:
         recover_file(path, recovered, timeout=5.0)
     except TraceFileError as error:
         # Without fsync HDF5 may be given anything; it is stopped where it does not come to an end.
-        return found | {"refused": str(error)}
-    return found | look("", recovered)
+        return results | {"refused": str(error)}
+    return results | look("", recovered)

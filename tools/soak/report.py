@@ -33,18 +33,18 @@ def wrong(name: str, outcome: Outcome) -> list[str]:
     if name == "live":
         followed = outcome["changes"] > 2 and outcome["writer"] == -9
         return [] if followed else ["there was nothing to follow"]
-    found = []
+    results = []
     lost = outcome["acknowledged"] - outcome["calls"]
     # Without fsync nothing is promised when the power goes.
     if lost > 0 and outcome.get("fsync", True):
-        found.append(f"{lost} acknowledged calls are lost: {outcome.get('refused', '')}")
+        results.append(f"{lost} acknowledged calls are lost: {outcome.get('refused', '')}")
     if outcome["wrong"]:
-        found.append(f"{outcome['wrong']} values are torn")
+        results.append(f"{outcome['wrong']} values are torn")
     if not outcome.get("same", True):
-        found.append("plain h5py finds another number of calls")
+        results.append("plain h5py finds another number of calls")
     if not outcome.get("killed", True):
-        found.append("it ended before it was killed")
-    return found
+        results.append("it ended before it was killed")
+    return results
 
 
 def report(name: str, outcomes: Sequence[Outcome]) -> list[str]:
@@ -55,7 +55,11 @@ def report(name: str, outcomes: Sequence[Outcome]) -> list[str]:
         groups.setdefault(_group(name, each), []).append(each)
     rows = {"live": _live_rows, "fsync": _cost_rows}.get(name)
     _print_table(rows(groups) if rows else _rows(name, groups))
-    return [f"{name}: {_about(each)}: {text}" for each in outcomes for text in wrong(name, each)]
+    return [
+        f"{name}: {_about(outcome)}: {text}"
+        for outcome in outcomes
+        for text in wrong(name, outcome)
+    ]
 
 
 def _group(name: str, outcome: Outcome) -> str:
@@ -76,7 +80,7 @@ def _rows(name: str, groups: dict[str, list[Outcome]]) -> Iterable[list[str]]:
     yield ["", "tries", "had something to lose", "lost acknowledged calls", "torn", *extra,
            "slowest to open, ms"]  # fmt: skip
     for group, outcomes in sorted(groups.items()):
-        sound = [each for each in outcomes if "error" not in each]
+        sound = [outcome for outcome in outcomes if "error" not in outcome]
         opened = [each["opened"] for each in sound if each.get("opened")]
         row = [
             len(outcomes),
@@ -103,9 +107,9 @@ def _live_rows(groups: dict[str, list[Outcome]]) -> Iterable[list[str]]:
 def _cost_rows(groups: dict[str, list[Outcome]]) -> Iterable[list[str]]:
     yield ["", "fsync", "a run of the model, ms", "a flush, ms", "the slowest 5 %, ms"]
     for group, outcomes in groups.items():
-        for each in outcomes:
-            times = (f"{1000 * each[name]:.1f}" for name in ("run", "flush", "slow"))
-            yield [group, "yes" if each["fsync"] else "no", *times]
+        for outcome in outcomes:
+            times = (f"{1000 * outcome[name]:.1f}" for name in ("run", "flush", "slow"))
+            yield [group, "yes" if outcome["fsync"] else "no", *times]
 
 
 def _print_table(rows: Iterable[list[str]]) -> None:

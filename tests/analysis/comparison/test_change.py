@@ -25,15 +25,15 @@ def slow(random, units=3, sequences=40) -> np.ndarray:
 def test_effect_sizes_equal_cohens_d() -> None:
     random = np.random.default_rng(0)
     one, other = random.normal(0, 1, (5000, 3)), random.normal([0, 0.5, -2], [1, 1, 3], (5000, 3))
-    found = change(SiteArrays(update=one, name="a"), SiteArrays(update=other, name="b"))
-    assert (found.site, found.other, found.paired) == ("a", "b", False)
+    result = change(SiteArrays(update=one, name="a"), SiteArrays(update=other, name="b"))
+    assert (result.site, result.other, result.paired) == ("a", "b", False)
     moved = other.mean(0) - one.mean(0)
-    np.testing.assert_allclose(found.moved["update"], moved)
+    np.testing.assert_allclose(result.moved["update"], moved)
     pooled = np.sqrt((one.var(0) + other.var(0)) / 2)
-    np.testing.assert_allclose(found.effect["update"], moved / pooled, rtol=1e-9)
-    np.testing.assert_allclose(found.effect["update"], [0, 0.5, -2 / np.sqrt(5)], atol=0.05)
-    assert found.rmse == found.correlation == {}
-    assert list(found.columns())[:3] == ["unit", "update_before", "update_after"]
+    np.testing.assert_allclose(result.effect["update"], moved / pooled, rtol=1e-9)
+    np.testing.assert_allclose(result.effect["update"], [0, 0.5, -2 / np.sqrt(5)], atol=0.05)
+    assert result.rmse == result.correlation == {}
+    assert list(result.columns())[:3] == ["unit", "update_before", "update_after"]
 
 
 @pytest.mark.parametrize("paired", [False, True])
@@ -45,13 +45,13 @@ def test_standard_errors_match_repetitions(paired) -> None:
         one = slow(random, 1)
         other = one + slow(random, 1) if paired else slow(random, 1)
         lengths = np.full(40, 25)
-        found = change(
+        result = change(
             SiteArrays(hidden=one, lengths=lengths),
             SiteArrays(hidden=other, lengths=lengths),
             paired=paired,
         )
-        moved.append(found.moved["hidden"][0])
-        errors.append(found.error["hidden"][0])
+        moved.append(result.moved["hidden"][0])
+        errors.append(result.error["hidden"][0])
         alone.append(np.sqrt((one.var() + other.var()) / 1000))
     assert np.mean(errors) == pytest.approx(np.std(moved), rel=0.1)
     assert np.mean(alone) < np.std(moved) / 2
@@ -62,14 +62,14 @@ def test_paired_steps_are_compared_pairwise() -> None:
     one = random.normal(size=(200, 4))
     noise = random.normal(size=(200, 4))
     other = np.stack([one[:, 0], -one[:, 1], one[:, 2] + noise[:, 2], noise[:, 3]], axis=1) + 7
-    found = change(SiteArrays(hidden=one), SiteArrays(hidden=other), paired=True)
+    result = change(SiteArrays(hidden=one), SiteArrays(hidden=other), paired=True)
     for unit in range(4):
         expected = np.corrcoef(one[:, unit], other[:, unit])[0, 1]
-        assert found.correlation["hidden"][unit] == pytest.approx(expected)
-    np.testing.assert_allclose(found.correlation["hidden"][:2], [1, -1])
+        assert result.correlation["hidden"][unit] == pytest.approx(expected)
+    np.testing.assert_allclose(result.correlation["hidden"][:2], [1, -1])
     root = np.sqrt(np.square(other - one).mean(0))
-    np.testing.assert_allclose(found.rmse["hidden"], root)
-    assert found.rmse["hidden"][0] == pytest.approx(7)
+    np.testing.assert_allclose(result.rmse["hidden"], root)
+    assert result.rmse["hidden"][0] == pytest.approx(7)
 
 
 def trained(tmp_path, decay: float):
@@ -89,26 +89,26 @@ def test_the_changed_unit_is_found(tmp_path) -> None:
     before, after = trained(tmp_path, 4.0)
     with before, after:
         for name in before.sites:
-            found = change(before[name], after[name], paired=True)
+            result = change(before[name], after[name], paired=True)
             # The gate of that unit alone has other weights.
-            assert np.flatnonzero(found.weights["update"]).tolist() == [2]
-            assert not found.weights["reset"].any()
-            size = np.abs(found.effect["update"])
+            assert np.flatnonzero(result.weights["update"]).tolist() == [2]
+            assert not result.weights["reset"].any()
+            size = np.abs(result.effect["update"])
             assert size.argmax() == 2
             assert size[2] > 5
             assert np.delete(size, 2).max() < 1
             rows = before[name].weights()
-            norm = np.sqrt(sum(np.square(rows[each][6 + 2].astype(float)).sum() for each in rows))
-            assert found.weights["update"][2] == pytest.approx(4 / norm)
+            norm = np.sqrt(sum(np.square(rows[row][6 + 2].astype(float)).sum() for row in rows))
+            assert result.weights["update"][2] == pytest.approx(4 / norm)
 
 
 def test_equal_traces_have_no_change(tmp_path) -> None:
     before, after = trained(tmp_path, 0.0)
     with before, after:
-        found = change(before["l0"], after["l0"], paired=True)
-        for mapping in (found.moved, found.effect, found.rmse, found.weights):
+        result = change(before["l0"], after["l0"], paired=True)
+        for mapping in (result.moved, result.effect, result.rmse, result.weights):
             assert all(not values.any() for values in mapping.values())
-        np.testing.assert_allclose(found.correlation["hidden"], 1)
+        np.testing.assert_allclose(result.correlation["hidden"], 1)
 
 
 def test_units_are_aligned_by_their_numbers() -> None:
@@ -119,9 +119,9 @@ def test_units_are_aligned_by_their_numbers() -> None:
         with grutrace.trace(layer, record=("update", "hidden"), units=units) as trace:
             layer(batch)
         traces.append(trace)
-    found = change(traces[0]["l0"], traces[1]["l0"], paired=True)
-    assert found.units.tolist() == [3, 4]
-    assert all(np.abs(values).max() < 1e-6 for values in found.rmse.values())
+    result = change(traces[0]["l0"], traces[1]["l0"], paired=True)
+    assert result.units.tolist() == [3, 4]
+    assert all(np.abs(values).max() < 1e-6 for values in result.rmse.values())
     with grutrace.trace(layer, record=("update",), units=[5]) as trace:
         layer(batch)
     with pytest.raises(NotRecordedError, match="no unit was recorded in both"):
@@ -145,18 +145,18 @@ def test_rows_in_another_order_are_aligned() -> None:
 def test_a_constant_unit() -> None:
     still = np.full((6, 3), 0.5)
     other = still + [0, 0.1, 0]
-    found = change(SiteArrays(update=still), SiteArrays(update=other), paired=True)
-    assert found.effect["update"].tolist() == [0, np.inf, 0]
-    assert np.isnan(found.correlation["update"]).all()
-    assert np.isnan(found.error["update"]).all()
+    result = change(SiteArrays(update=still), SiteArrays(update=other), paired=True)
+    assert result.effect["update"].tolist() == [0, np.inf, 0]
+    assert np.isnan(result.correlation["update"]).all()
+    assert np.isnan(result.error["update"]).all()
 
 
 def test_nan_gives_nan() -> None:
     one = np.random.default_rng(0).normal(size=(9, 2))
     broken = one.copy()
     broken[4, 0] = np.nan
-    found = change(SiteArrays(update=one), SiteArrays(update=broken))
-    assert np.isnan(found.moved["update"]).tolist() == [True, False]
+    result = change(SiteArrays(update=one), SiteArrays(update=broken))
+    assert np.isnan(result.moved["update"]).tolist() == [True, False]
     empty = SiteArrays(update=np.zeros((0, 2)), lengths=[])
     assert np.isnan(change(empty, SiteArrays(update=one)).moved["update"]).all()
     assert np.isnan(change(empty, empty, paired=True).rmse["update"]).all()

@@ -46,15 +46,15 @@ def whole_run(path: Any = None, gates: Any = "inline", **options: Any) -> Any:
 
 def by_loops(a: Any, b: Any, tolerance: float) -> dict[Any, Any]:
     """By site and quantity, from a plain reading of both files: counts, the largest, the first."""
-    found: dict[Any, Any] = {}
+    results: dict[Any, Any] = {}
     for one, other in zip(PlainTrace(a).modules, PlainTrace(b).modules, strict=True):
         for suffix, site in one.sites.items():
             for quantity in QUANTITIES:
                 if quantity in site.rows or quantity == "initial":
-                    found[site.name, quantity] = site_by_loops(
+                    results[site.name, quantity] = site_by_loops(
                         site, other.sites[suffix], quantity, tolerance
                     )
-    return found
+    return results
 
 
 def site_by_loops(a: Any, b: Any, quantity: str, tolerance: float) -> Any:
@@ -85,7 +85,7 @@ def test_differences_equal_those_of_a_plain_reader(tmp_path, block, monkeypatch)
     monkeypatch.setattr(alignment, "BLOCK_BYTES", block)
     stream = full_stream()
     stream.header = make_header(*(m for m in stream.header.modules if m.path != "deferred"))
-    records = [each for each in stream.records if each.module < 4]
+    records = [record for record in stream.records if record.module < 4]
     written(tmp_path / "a.h5", copy.deepcopy(records), stream.header).close()
     random = np.random.default_rng(0)
     for record in records:
@@ -95,33 +95,33 @@ def test_differences_equal_those_of_a_plain_reader(tmp_path, block, monkeypatch)
                     array += random.choice([0, 0, 0, 0, 0, 0, 1e-3, 0.5], array.shape)
     written(tmp_path / "b.h5", records[:-3], stream.header).close()
     with grutrace.open(tmp_path / "a.h5") as a, grutrace.open(tmp_path / "b.h5") as b:
-        found = compare(a, b, tolerance=0.1)
+        result = compare(a, b, tolerance=0.1)
     expected = by_loops(tmp_path / "a.h5", tmp_path / "b.h5", 0.1)
-    assert {(each.site, each.quantity) for each in found.values} == set(expected)
-    assert sum(each.beyond for each in found.values) > 20
-    for each in found.values:
-        place = each.first
+    assert {(value.site, value.quantity) for value in result.values} == set(expected)
+    assert sum(value.beyond for value in result.values) > 20
+    for value in result.values:
+        place = value.first
         assert (
-            each.values,
-            each.unequal,
-            each.beyond,
-            each.largest and each.largest.difference,
+            value.values,
+            value.unequal,
+            value.beyond,
+            value.largest and value.largest.difference,
             place and (place.sequence, place.step, place.unit, place.a, place.b),
-        ) == expected[each.site, each.quantity]
-    assert not found.same
-    assert found.largest.largest.difference == max(each[3] or 0 for each in expected.values())
+        ) == expected[value.site, value.quantity]
+    assert not result.same
+    assert result.largest.largest.difference == max(each[3] or 0 for each in expected.values())
 
 
 def test_repeated_runs_are_equal(tmp_path) -> None:
     """In memory, in a file, and in both orders."""
     memory, file = whole_run(), whole_run(tmp_path / "run.h5")
     for a, b in itertools.product((memory, file), repeat=2):
-        found = compare(a, b, exact=True)
-        assert found.same
-        assert str(found) == "the traces are the same within the tolerance"
-        assert not any(each.unequal for each in found.values)
-        assert len(found.values) == 3 * 6
-        assert (found.largest, found.first, found.cause, found.weights) == (None, None, "", ())
+        result = compare(a, b, exact=True)
+        assert result.same
+        assert str(result) == "the traces are the same within the tolerance"
+        assert not any(value.unequal for value in result.values)
+        assert len(result.values) == 3 * 6
+        assert (result.largest, result.first, result.cause, result.weights) == (None, None, "", ())
     file.close()
 
 
@@ -129,11 +129,11 @@ def test_derived_gates_are_equal_within_rounding(tmp_path, monkeypatch) -> None:
     """Recomputed products may differ in their last digits."""
     inline, deferred = whole_run(), whole_run(tmp_path / "run.h5", gates="deferred")
     other_processor.install(monkeypatch)
-    found = compare(inline, deferred)
+    result = compare(inline, deferred)
     allowed = max(inline[name].checks["tolerance"].max() for name in inline.sites)
-    assert found.same
-    assert 0 < found.largest.largest.difference <= allowed
-    assert [each.what for each in found.context] == ["option gates"]
+    assert result.same
+    assert 0 < result.largest.largest.difference <= allowed
+    assert [each.what for each in result.context] == ["option gates"]
     deferred.close()
 
 
@@ -155,12 +155,12 @@ def test_one_changed_value_is_found(tmp_path, quantity, reverse) -> None:
         after = float(rows[13, 1]), float(rows[14, 1])
     with grutrace.open(path) as a, grutrace.open(changed) as b:
         assert compare(a, a).same
-        found = compare(a, b)
+        result = compare(a, b)
     # Both directions read the same input, which is stored once.
-    assert [(each.site, each.quantity) for each in found.values if each.beyond] == (
+    assert [(value.site, value.quantity) for value in result.values if value.beyond] == (
         [("l0", "input"), ("l0_reverse", "input")] if quantity == "input" else [(site, quantity)]
     )
-    differing = next(each for each in found.values if each.site == site and each.beyond)
+    differing = next(value for value in result.values if value.site == site and value.beyond)
     first = differing.first
     assert (first.sequence, first.step, first.unit) == (3, int(reverse), 1)
     assert (differing.values, differing.unequal, differing.beyond) == (
@@ -171,8 +171,8 @@ def test_one_changed_value_is_found(tmp_path, quantity, reverse) -> None:
     if not reverse:
         assert (first.a, first.b) == (before, after[0])
     assert (differing.largest.step, differing.largest.b) == (1, after[1])
-    assert not found.same
-    assert f"sequence 3, step {int(reverse)}, unit 1" in str(found)
+    assert not result.same
+    assert f"sequence 3, step {int(reverse)}, unit 1" in str(result)
 
 
 def test_batch_sizes_do_not_matter() -> None:
@@ -184,10 +184,10 @@ def test_batch_sizes_do_not_matter() -> None:
     with grutrace.trace(model, record=EVERYTHING) as b:
         for part in batch.split([1, 4, 3]):
             model(part)
-    found = compare(a, b)
-    assert found.same
-    assert found.largest is None or found.largest.largest.difference < 1e-6
-    about = {each.what: (each.a, each.b) for each in found.context}
+    result = compare(a, b)
+    assert result.same
+    assert result.largest is None or result.largest.largest.difference < 1e-6
+    about = {each.what: (each.a, each.b) for each in result.context}
     assert about["encoder: batches"] == ("1 call of 8", "3 calls of 1 to 4")
     with grutrace.trace(model, record=EVERYTHING) as shuffled:
         model(batch.flip(0))
@@ -214,9 +214,9 @@ def input() -> torch.Tensor:
 
 def test_the_tolerance_follows_the_types(layer, input) -> None:
     def tolerance(a: Any, b: Any, quantity: str = "hidden") -> float:
-        found = compare(a, b, record=quantity)
-        assert found.same
-        return next(each for each in found.values if each.quantity == quantity).tolerance
+        result = compare(a, b, record=quantity)
+        assert result.same
+        return next(value for value in result.values if value.quantity == quantity).tolerance
 
     single = trace_of(layer, input)
     double = trace_of(copy.deepcopy(layer).double(), input.double())
@@ -243,8 +243,8 @@ def test_large_values_are_compared_relatively(tmp_path) -> None:
         stream.records[-1].sites["l0"].rows["input"][1] = value
         traces.append(written(tmp_path / f"{number}.h5", stream.records, stream.header))
     assert compare(*traces).same
-    found = compare(*traces, tolerance=9e-6)
-    assert found.first.first.difference == pytest.approx(10 / (1e6 + 10))
+    result = compare(*traces, tolerance=9e-6)
+    assert result.first.first.difference == pytest.approx(10 / (1e6 + 10))
     for trace in traces:
         trace.close()
 
@@ -256,10 +256,10 @@ def test_nan_and_infinity(layer, input) -> None:
         given[3, 2, 1] = value
         traces[value] = trace_of(layer, given, check="off", record="input")
     for (x, a), (y, b) in itertools.product(traces.items(), repeat=2):
-        found = compare(a, b)
-        assert found.same == (x == y or (x != x and y != y))
-        if not found.same:
-            (place,) = (each.largest for each in found.values if each.beyond)
+        result = compare(a, b)
+        assert result.same == (x == y or (x != x and y != y))
+        if not result.same:
+            (place,) = (value.largest for value in result.values if value.beyond)
             assert (place.sequence, place.step, place.unit) == (2, 3, 1)
             assert place.difference == np.inf
             assert not compare(a, b, tolerance=1e300).same
@@ -273,31 +273,31 @@ def test_content_of_only_one_trace(layer, input) -> None:
     with grutrace.trace(model, sites="x.*", record=("update", "hidden")) as b:
         layer(input[:4])
         layer(input[:2])
-    found = compare(a, b)
-    assert [str(each) for each in found.mismatches] == [
+    result = compare(a, b)
+    assert [str(mismatch) for mismatch in result.mismatches] == [
         "y.l0: site: only in a",
         "x: sequences: 4 and 8",
         "x: steps of sequence 0: 6 and 4 (the first of 4)",
         "x.l0: reset: only in a",
         "x.l0: candidate: only in a",
     ]
-    assert not found.same
-    assert {each.quantity: each.values for each in found.values} == {
+    assert not result.same
+    assert {value.quantity: value.values for value in result.values} == {
         "initial": 12,
         "update": 4 * 4 * 3,
         "hidden": 4 * 4 * 3,
     }
     narrowed = compare(a, b, sites="x.*", record="update")
     assert len(narrowed.mismatches) == 2
-    assert [each.quantity for each in narrowed.values] == ["update"]
+    assert [value.quantity for value in narrowed.values] == ["update"]
 
 
 def test_units_correspond_by_number(layer, input) -> None:
     a = trace_of(layer, input, units=[2, 0], record="update")
     b = trace_of(layer, input, units=slice(1, None), record="update")
-    found = compare(a, b, record="update")
-    assert [str(each) for each in found.mismatches] == ["l0: units: 2, 0 and 1, 2"]
-    (update,) = found.values
+    result = compare(a, b, record="update")
+    assert [str(mismatch) for mismatch in result.mismatches] == ["l0: units: 2, 0 and 1, 2"]
+    (update,) = result.values
     assert (update.values, update.beyond) == (24, 0)
     whole = trace_of(layer, input, record="update")
     (update,) = compare(whole, a, record="update").values
@@ -311,14 +311,14 @@ def test_units_correspond_by_number(layer, input) -> None:
 
 def test_different_sizes_are_reported(input) -> None:
     a = trace_of(nn.GRU(2, 3), input)
-    found = compare(a, trace_of(nn.GRU(2, 4), input))
-    assert [str(each) for each in found.mismatches] == ["l0: hidden size: 3 and 4"]
-    assert found.values == ()
-    found = compare(a, trace_of(nn.GRU(5, 3), torch.randn(6, 4, 5)))
-    assert [str(each) for each in found.mismatches] == ["l0: input size: 2 and 5"]
-    assert "input" not in {each.quantity for each in found.values}
-    found = compare(a, trace_of(nn.GRU(2, 3, bias=False), input))
-    assert [str(each) for each in found.mismatches] == ["bias: True and False"]
+    result = compare(a, trace_of(nn.GRU(2, 4), input))
+    assert [str(mismatch) for mismatch in result.mismatches] == ["l0: hidden size: 3 and 4"]
+    assert result.values == ()
+    result = compare(a, trace_of(nn.GRU(5, 3), torch.randn(6, 4, 5)))
+    assert [str(mismatch) for mismatch in result.mismatches] == ["l0: input size: 2 and 5"]
+    assert "input" not in {value.quantity for value in result.values}
+    result = compare(a, trace_of(nn.GRU(2, 3, bias=False), input))
+    assert [str(mismatch) for mismatch in result.mismatches] == ["bias: True and False"]
 
 
 def annotated(layer: Any, input: Any, **given: Any) -> Any:
@@ -338,15 +338,15 @@ def test_tokens_and_labels(layer, input) -> None:
     b = annotated(
         layer, input, tokens=other, labels={"pos": [[1, 2, 3, 4, 5, 6]] * 4, "new": words}
     )
-    found = compare(a, b)
-    assert [str(each) for each in found.mismatches] == [
+    result = compare(a, b)
+    assert [str(mismatch) for mismatch in result.mismatches] == [
         "label pos of sequence 0, step 1: none and 2.0 (the first of 4)",
         "label new of sequence 0: only in b (the first of 4)",
         "tokens of sequence 2, step 4: 'E' and '?' (the first of 2)",
     ]
-    assert found.cause == ""
-    assert not found.same
-    assert not any(each.unequal for each in found.values)
+    assert result.cause == ""
+    assert not result.same
+    assert not any(value.unequal for value in result.values)
 
 
 def test_the_likely_cause(layer, input) -> None:
@@ -354,28 +354,28 @@ def test_the_likely_cause(layer, input) -> None:
     other = copy.deepcopy(layer)
     with torch.no_grad():
         other.weight_hh_l0[4, 1] += 0.125
-    found = compare(a, trace_of(other, input))
-    (weights,) = found.weights
+    result = compare(a, trace_of(other, input))
+    (weights,) = result.weights
     assert (weights.name, weights.version, weights.versions) == ("weight_hh", 0, 1)
     assert weights.largest == pytest.approx(0.125)
-    assert found.cause == "the weights differ: l0: weight_hh of version 0 by 0.12"
+    assert result.cause == "the weights differ: l0: weight_hh of version 0 by 0.12"
     moved = input.clone()
     moved[2, 1] += 1
-    found = compare(a, trace_of(layer, moved))
-    assert found.first.quantity == "input"
-    assert (found.first.first.sequence, found.first.first.step) == (1, 2)
-    assert found.cause == "the weights are equal; what l0 read differs"
+    result = compare(a, trace_of(layer, moved))
+    assert result.first.quantity == "input"
+    assert (result.first.first.sequence, result.first.first.step) == (1, 2)
+    assert result.cause == "the weights are equal; what l0 read differs"
     with torch.no_grad(), grutrace.trace(layer, record=EVERYTHING) as trace:
         layer(input, torch.ones(1, 4, 3))
-    found = compare(a, trace)
-    assert found.first.first.step is None
-    assert found.cause == "the weights are equal; the states that l0 began from differ"
+    result = compare(a, trace)
+    assert result.first.first.step is None
+    assert result.cause == "the weights are equal; the states that l0 began from differ"
     unknown = compare(trace_of(layer, input, record="hidden"), trace_of(layer, moved))
     assert unknown.cause == "the weights are equal; what l0 read was not recorded in both"
     torch.manual_seed(0)
     stack = nn.GRU(2, 3, 2, dropout=0.5)
-    found = compare(trace_of(stack.eval(), input), trace_of(stack.train(), input))
-    assert found.cause.endswith("not: calls in training mode: none and all")
+    result = compare(trace_of(stack.eval(), input), trace_of(stack.train(), input))
+    assert result.cause.endswith("not: calls in training mode: none and all")
 
 
 def test_weights_are_compared_on_request(layer, input) -> None:
@@ -385,13 +385,13 @@ def test_weights_are_compared_on_request(layer, input) -> None:
     with torch.no_grad():
         other.weight_ih_l0[4, 1] += 1
     a, b = trace_of(layer, input), trace_of(other, input)
-    found = compare(a, b)
-    assert found.same
-    assert len(found.weights) == 1
-    assert found.largest is None
+    result = compare(a, b)
+    assert result.same
+    assert len(result.weights) == 1
+    assert result.largest is None
     exact = compare(a, b, exact=True)
     assert not exact.same
-    assert [each.what for each in exact.mismatches] == ["weight_ih of version 0"]
+    assert [mismatch.what for mismatch in exact.mismatches] == ["weight_ih of version 0"]
 
 
 def test_versions_of_the_weights(tmp_path) -> None:
@@ -404,10 +404,10 @@ def test_versions_of_the_weights(tmp_path) -> None:
             if number and version in (1, 3):
                 stream.records[-2].sites["l0"]["bias_ih"][7] += version
         traces.append(written(tmp_path / f"{number}.h5", stream.records, stream.header))
-    (found,) = compare(*traces).weights
-    assert (found.version, found.versions, found.name) == (1, 2, "bias_ih")
-    assert found.largest == pytest.approx(1)
-    assert "and 1 more version" in str(found)
+    (result,) = compare(*traces).weights
+    assert (result.version, result.versions, result.name) == (1, 2, "bias_ih")
+    assert result.largest == pytest.approx(1)
+    assert "and 1 more version" in str(result)
     for trace in traces:
         trace.close()
 
@@ -444,9 +444,9 @@ def test_memory_is_bounded(tmp_path, monkeypatch) -> None:
         file["modules/rnn/l0/hidden"][...] += np.float32(1e-6)
     with grutrace.open(paths[0]) as a, grutrace.open(paths[1]) as b:
         tracemalloc.start()
-        found = compare(a, b)
+        result = compare(a, b)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
-    assert found.same
-    assert found.values[1].unequal > 65536 * 32 / 2
+    assert result.same
+    assert result.values[1].unequal > 65536 * 32 / 2
     assert peak < 2e6

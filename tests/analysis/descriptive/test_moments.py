@@ -31,11 +31,11 @@ def plain(values: np.ndarray) -> dict[str, np.ndarray]:
 def test_equals_all_steps_at_once() -> None:
     trace = sites.in_memory()
     for name in trace.sites:
-        found = moments(trace[name])
+        result = moments(trace[name])
         for quantity in ("reset", "update", "candidate", "hidden"):
             for figure, expected in plain(np.asarray(trace[name].rows(quantity))).items():
                 np.testing.assert_allclose(
-                    getattr(found, figure)[quantity], expected, 1e-9, 1e-9, err_msg=figure
+                    getattr(result, figure)[quantity], expected, 1e-9, 1e-9, err_msg=figure
                 )
 
 
@@ -60,47 +60,47 @@ def test_known_distributions(block, monkeypatch) -> None:
         axis=1,
     )
     # Sorted, so that no part of it is like the whole.
-    found = moments(SiteArrays(update=np.sort(values, axis=0)))
+    result = moments(SiteArrays(update=np.sort(values, axis=0)))
     # Of a Beta(2, 5): variance 10/392, skewness 0.5963, excess kurtosis -0.12.
     expected_std = [np.sqrt(1 / 12), 0.5, np.sqrt(10 / 392), 0.1]
-    np.testing.assert_allclose(found.std["update"], expected_std, rtol=0.01)
-    np.testing.assert_allclose(found.skewness["update"], [0, 0, 0.5963, 0], atol=0.02)
-    np.testing.assert_allclose(found.kurtosis["update"], [-1.2, -2, -0.12, 0], atol=0.04)
+    np.testing.assert_allclose(result.std["update"], expected_std, rtol=0.01)
+    np.testing.assert_allclose(result.skewness["update"], [0, 0, 0.5963, 0], atol=0.02)
+    np.testing.assert_allclose(result.kurtosis["update"], [-1.2, -2, -0.12, 0], atol=0.04)
     for figure, expected in plain(values).items():
-        np.testing.assert_allclose(getattr(found, figure)["update"], expected, 1e-9, 1e-9)
+        np.testing.assert_allclose(getattr(result, figure)["update"], expected, 1e-9, 1e-9)
 
 
 def test_a_nearly_constant_gate_keeps_its_spread() -> None:
     """Control: raw sums of powers lose it."""
     random = np.random.default_rng(1)
     values = np.stack([1 - 1e-7 * random.uniform(size=10_000), np.full(10_000, 0.1)], axis=1)
-    found = moments(SiteArrays(update=values))
+    result = moments(SiteArrays(update=values))
     expected = plain(values[:, :1] - 1)
-    np.testing.assert_allclose(found.std["update"][0], expected["std"][0], rtol=1e-6)
-    np.testing.assert_allclose(found.kurtosis["update"][0], expected["kurtosis"][0], rtol=1e-3)
-    assert found.std["update"][1] == 0
-    assert np.isnan(found.skewness["update"][1])
+    np.testing.assert_allclose(result.std["update"][0], expected["std"][0], rtol=1e-6)
+    np.testing.assert_allclose(result.kurtosis["update"][0], expected["kurtosis"][0], rtol=1e-3)
+    assert result.std["update"][1] == 0
+    assert np.isnan(result.skewness["update"][1])
     raw = (values[:, 0] ** 2).mean() - values[:, 0].mean() ** 2
     assert abs(np.sqrt(abs(raw)) / expected["std"][0] - 1) > 0.01
 
 
 def test_nan_values_are_counted_separately() -> None:
     values = np.array([[0.25], [np.nan], [0.75], [np.inf]], np.float32)
-    found = moments(SiteArrays(update=values, hidden=values * 1e30))
-    assert (found.mean["update"], found.std["update"]) == (0.5, 0.25)
-    assert found.not_finite["update"].tolist() == [2]
-    assert found.columns()["update_not_finite"].tolist() == [2]
+    result = moments(SiteArrays(update=values, hidden=values * 1e30))
+    assert (result.mean["update"], result.std["update"]) == (0.5, 0.25)
+    assert result.not_finite["update"].tolist() == [2]
+    assert result.columns()["update_not_finite"].tolist() == [2]
 
 
 def test_powers_too_large_for_float64_are_not_finite() -> None:
-    found = moments(SiteArrays(hidden=np.array([[1e200], [-1e200], [3e200]])))
-    assert not np.isfinite(found.kurtosis["hidden"]).any()
-    assert found.maximum["hidden"] == 3e200
+    result = moments(SiteArrays(hidden=np.array([[1e200], [-1e200], [3e200]])))
+    assert not np.isfinite(result.kurtosis["hidden"]).any()
+    assert result.maximum["hidden"] == 3e200
 
 
 def test_nothing_recorded() -> None:
-    found = moments(SiteArrays(update=np.zeros((0, 3)), lengths=[]))
-    assert np.isnan(found.mean["update"]).all()
-    assert np.isnan(found.minimum["update"]).all()
+    result = moments(SiteArrays(update=np.zeros((0, 3)), lengths=[]))
+    assert np.isnan(result.mean["update"]).all()
+    assert np.isnan(result.minimum["update"]).all()
     with pytest.raises(NotRecordedError, match="neither gates nor states; it has input"):
         moments(SiteArrays(input=np.zeros((2, 3))))

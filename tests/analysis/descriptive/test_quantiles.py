@@ -21,16 +21,16 @@ def sorted_out(values: np.ndarray, share: float) -> np.ndarray:
 def test_within_the_stated_error_of_sorting() -> None:
     trace = sites.in_memory()
     for name in trace.sites:
-        found = quantiles(trace[name])
+        result = quantiles(trace[name])
         for quantity in ("reset", "update", "candidate", "hidden"):
             values = np.asarray(trace[name].rows(quantity))
             inside = (np.abs(values) <= 1).all(axis=0)
             for share in SHARES:
-                off = np.abs(found.quantile(quantity, share) - sorted_out(values, share))
-                assert (off <= found.error[quantity])[inside].all()
-            assert found.median[quantity].tolist() == found.quantile(quantity, 0.5).tolist()
-            np.testing.assert_array_equal(found.minimum[quantity], values.min(0))
-            np.testing.assert_array_equal(found.maximum[quantity], values.max(0))
+                off = np.abs(result.quantile(quantity, share) - sorted_out(values, share))
+                assert (off <= result.error[quantity])[inside].all()
+            assert result.median[quantity].tolist() == result.quantile(quantity, 0.5).tolist()
+            np.testing.assert_array_equal(result.minimum[quantity], values.min(0))
+            np.testing.assert_array_equal(result.maximum[quantity], values.max(0))
 
 
 @pytest.mark.parametrize("kind", ["uniform", "two values", "close to 1", "steps of a bin"])
@@ -42,20 +42,20 @@ def test_any_distribution(kind) -> None:
         "close to 1": 1 - 1e-5 * random.uniform(size=(5000, 3)) ** 4,
         "steps of a bin": random.integers(0, 1025, (5000, 3)) / 1024,
     }[kind]
-    found = quantiles(SiteArrays(update=values))
+    result = quantiles(SiteArrays(update=values))
     for share in SHARES:
-        off = np.abs(found.quantile("update", share) - sorted_out(values, share)).max()
-        assert off <= found.error["update"] == 1 / 1024
+        off = np.abs(result.quantile("update", share) - sorted_out(values, share)).max()
+        assert off <= result.error["update"] == 1 / 1024
     for unit in range(3):
-        expected = np.histogram(values[:, unit], found.edges["update"])[0]
-        np.testing.assert_array_equal(found.histogram["update"][unit], expected)
+        expected = np.histogram(values[:, unit], result.edges["update"])[0]
+        np.testing.assert_array_equal(result.histogram["update"][unit], expected)
 
 
 def test_control_few_bins_exceed_the_error_of_many() -> None:
     values = np.random.default_rng(0).beta(2, 30, (5000, 4))
-    found = quantiles(SiteArrays(update=values), bins=2)
-    off = np.abs(found.median["update"] - np.median(values, axis=0)).max()
-    assert 1 / 1024 < off <= found.error["update"] == 0.5
+    result = quantiles(SiteArrays(update=values), bins=2)
+    off = np.abs(result.median["update"] - np.median(values, axis=0)).max()
+    assert 1 / 1024 < off <= result.error["update"] == 0.5
 
 
 def test_every_kind_of_site_gives_the_same(tmp_path, monkeypatch) -> None:
@@ -71,18 +71,18 @@ def test_every_kind_of_site_gives_the_same(tmp_path, monkeypatch) -> None:
 
 def test_counts_equal_numpy_with_states_beyond_the_edges() -> None:
     states = np.array([[-3.0], [-1.0], [0.0], [1.0], [1.5], [np.nan], [7.0]])
-    found = quantiles(SiteArrays(hidden=states), bins=4)
-    assert found.histogram["hidden"].tolist() == [[1, 0, 1, 1]]
-    assert (found.underflow["hidden"], found.overflow["hidden"]) == (1, 2)
-    assert (found.minimum["hidden"], found.maximum["hidden"]) == (-3, 7)
-    assert 0 <= found.median["hidden"] <= 0.5
+    result = quantiles(SiteArrays(hidden=states), bins=4)
+    assert result.histogram["hidden"].tolist() == [[1, 0, 1, 1]]
+    assert (result.underflow["hidden"], result.overflow["hidden"]) == (1, 2)
+    assert (result.minimum["hidden"], result.maximum["hidden"]) == (-3, 7)
+    assert 0 <= result.median["hidden"] <= 0.5
 
 
 def test_many_units_in_groups() -> None:
     values = np.random.default_rng(0).uniform(size=(50, 150)).astype(np.float16)
-    found = quantiles(SiteArrays(reset=values))
-    assert (found.histogram["reset"].sum(axis=1) == 50).all()
-    assert (np.abs(found.q25["reset"] - sorted_out(values, 0.25)) <= 1 / 1024).all()
+    result = quantiles(SiteArrays(reset=values))
+    assert (result.histogram["reset"].sum(axis=1) == 50).all()
+    assert (np.abs(result.q25["reset"] - sorted_out(values, 0.25)) <= 1 / 1024).all()
 
 
 def test_wrong_options_are_errors() -> None:

@@ -40,23 +40,23 @@ def test_errors_stay_within_the_stated_bound(scale) -> None:
     """For gates near 0.5, of all sizes, and saturated."""
     whole, half = traces(scale=scale)
     for name in whole.sites:
-        found = quantization(half[name])
-        assert (found.site, found.kept, found.steps) == (name, "float16", 4000)
+        result = quantization(half[name])
+        assert (result.site, result.kept, result.steps) == (name, "float16", 4000)
         for quantity in DEFAULT_RECORD:
             exact = np.asarray(whole[name].rows(quantity), np.float64)
             errors = np.abs(np.asarray(half[name].rows(quantity), np.float64) - exact)
-            assert (errors.max(axis=0) <= found.largest[quantity]).all()
+            assert (errors.max(axis=0) <= result.largest[quantity]).all()
             # A state that is 1 now may have been a little more, as far as anybody can tell.
             share = 0.45 if quantity == "hidden" else 0.9
-            assert (errors.max(axis=0) > share * found.largest[quantity]).any()
-            assert (found.largest[quantity] <= 2.0 ** (-11 if quantity == "hidden" else -12)).all()
+            assert (errors.max(axis=0) > share * result.largest[quantity]).any()
+            assert (result.largest[quantity] <= 2.0 ** (-11 if quantity == "hidden" else -12)).all()
             # Of all units together: that of one unit is a sample of 4,000. What is saturated lies
             # nearer to 1 than anywhere between two neighbours.
             typical = np.sqrt(np.square(errors).mean())
-            told = np.sqrt(np.square(found.typical[quantity]).mean())
+            told = np.sqrt(np.square(result.typical[quantity]).mean())
             assert typical < 1.05 * told
             assert scale > 1 or typical > 0.95 * told
-            assert not found.infinite[quantity].any()
+            assert not result.infinite[quantity].any()
 
 
 def test_control_a_larger_error_is_detected() -> None:
@@ -72,20 +72,20 @@ def test_control_a_larger_error_is_detected() -> None:
 def test_an_exact_type_has_no_error() -> None:
     for dtype in ("float32", "float64"):
         _, part = traces(dtype)
-        found = quantization(part[part.sites[0]])
-        assert found.kept == dtype
+        result = quantization(part[part.sites[0]])
+        assert result.kept == dtype
         for quantity in DEFAULT_RECORD:
-            assert not found.largest[quantity].any()
-            assert not found.typical[quantity].any()
+            assert not result.largest[quantity].any()
+            assert not result.typical[quantity].any()
 
 
 def test_overflowing_values_are_counted() -> None:
     rows = np.array([[1.0, 7e4], [-8e4, 9e4], [0.0, 2.0], [0.25, 3.0]])
     with np.errstate(over="ignore"):
-        found = quantization(SiteArrays(hidden=rows.astype(np.float16)))
-    assert found.infinite["hidden"].tolist() == [1, 2]
+        result = quantization(SiteArrays(hidden=rows.astype(np.float16)))
+    assert result.infinite["hidden"].tolist() == [1, 2]
     # Half the spacing at 1, and at 3.
-    assert found.largest["hidden"].tolist() == [2.0**-11, 2.0**-10]
+    assert result.largest["hidden"].tolist() == [2.0**-11, 2.0**-10]
 
 
 def test_derived_gates_are_skipped() -> None:

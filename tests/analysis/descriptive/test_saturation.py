@@ -17,13 +17,13 @@ from tests.analysis import sites
 def test_equals_all_steps_at_once() -> None:
     trace = sites.in_memory()
     for name in trace.sites:
-        site, found = trace[name], saturation(trace[name])
-        assert (found.site, found.steps) == (name, len(site.update))
+        site, result = trace[name], saturation(trace[name])
+        assert (result.site, result.steps) == (name, len(site.update))
         for gate in ("reset", "update", "candidate"):
             sizes = np.abs(site.rows(gate))
-            np.testing.assert_array_equal(found.left[gate], (sizes < np.float32(0.1)).mean(0))
-            np.testing.assert_array_equal(found.right[gate], (sizes > np.float32(0.9)).mean(0))
-        assert 0 < found.right["candidate"].mean() < 1
+            np.testing.assert_array_equal(result.left[gate], (sizes < np.float32(0.1)).mean(0))
+            np.testing.assert_array_equal(result.right[gate], (sizes > np.float32(0.9)).mean(0))
+        assert 0 < result.right["candidate"].mean() < 1
 
 
 def known(units: int = 4) -> nn.GRU:
@@ -45,34 +45,34 @@ def test_known_units() -> None:
         layer.weight_ih_l0[8, 0] = 1
     with grutrace.trace(layer) as trace:
         layer(torch.randn(60, 2))
-    found = saturation(trace["l0"])
-    assert found.stuck["reset"].tolist() == [-1, -1, -1, -1]
-    assert found.stuck["update"].tolist() == [0, 1, 1, 1]
-    assert found.constant.tolist() == [False, True, True, True]
-    assert found.columns()["update_right"].tolist() == [0, 1, 1, 1]
-    assert next(iter(found.columns())) == "unit"
-    assert found.scalars() == {"steps": 60}
+    result = saturation(trace["l0"])
+    assert result.stuck["reset"].tolist() == [-1, -1, -1, -1]
+    assert result.stuck["update"].tolist() == [0, 1, 1, 1]
+    assert result.constant.tolist() == [False, True, True, True]
+    assert result.columns()["update_right"].tolist() == [0, 1, 1, 1]
+    assert next(iter(result.columns())) == "unit"
+    assert result.scalars() == {"steps": 60}
 
 
 def test_only_some_units_and_gates_recorded() -> None:
     layer = nn.GRU(3, 8)
     with grutrace.trace(layer, record=("update",), units=[5, 2], gates="inline") as trace:
         layer(torch.randn(10, 3) * 4)
-    found = saturation(trace["l0"])
-    assert found.units.tolist() == [5, 2]
-    assert list(found.left) == ["update"]
-    assert found.constant is None
+    result = saturation(trace["l0"])
+    assert result.units.tolist() == [5, 2]
+    assert list(result.left) == ["update"]
+    assert result.constant is None
 
 
 def test_nan_values_are_skipped() -> None:
     update = np.array([[0.05], [np.nan], [0.95], [np.inf]])
-    found = saturation(SiteArrays(update=update))
-    assert (found.left["update"], found.right["update"]) == (0.5, 0.5)
+    result = saturation(SiteArrays(update=update))
+    assert (result.left["update"], result.right["update"]) == (0.5, 0.5)
 
 
 def test_nothing_recorded() -> None:
-    found = saturation(SiteArrays(update=np.zeros((0, 3)), hidden=np.zeros((0, 3)), lengths=[]))
-    assert np.isnan(found.left["update"]).all()
-    assert not found.constant.any()
+    result = saturation(SiteArrays(update=np.zeros((0, 3)), hidden=np.zeros((0, 3)), lengths=[]))
+    assert np.isnan(result.left["update"]).all()
+    assert not result.constant.any()
     with pytest.raises(NotRecordedError, match="has no gates; it has hidden"):
         saturation(SiteArrays(hidden=np.zeros((2, 3))))

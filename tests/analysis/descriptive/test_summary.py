@@ -34,10 +34,10 @@ def test_equals_all_values_at_once(trace, block, monkeypatch) -> None:
     monkeypatch.setattr(map_reduce, "BLOCK_BYTES", block)
     monkeypatch.setattr(map_reduce, "PART_BYTES", 3 * block)
     for name in trace.sites:
-        found = summarize_site(trace[name])
-        assert (found.site, found.sequences, found.steps) == (name, 8, 282)
-        assert found.residual == trace[name].residual
-        for gate, of_gate in found.gates.items():
+        result = summarize_site(trace[name])
+        assert (result.site, result.sequences, result.steps) == (name, 8, 282)
+        assert result.residual == trace[name].residual
+        for gate, of_gate in result.gates.items():
             values = np.asarray(trace[name].rows(gate)).astype(np.float64)
             assert of_gate.mean == pytest.approx(values.mean(), abs=1e-9)
             assert of_gate.below == (np.abs(values) < np.float32(0.1)).mean()
@@ -65,8 +65,8 @@ def test_known_gates() -> None:
 def test_an_empty_site_gives_nan() -> None:
     with grutrace.Tracer(nn.GRU(2, 4), recording=False) as trace:
         pass
-    for found in summarize_site(trace["l0"]).gates.values():
-        assert np.isnan([found.mean, found.below, found.above]).all()
+    for item in summarize_site(trace["l0"]).gates.values():
+        assert np.isnan([item.mean, item.below, item.above]).all()
 
 
 def test_only_recorded_quantities() -> None:

@@ -66,28 +66,28 @@ def test_known_points_and_their_eigenvalues() -> None:
         low, high = (middle, high) if np.tanh(2 * middle) > middle else (low, middle)
     assert low == pytest.approx(UPPER, abs=1e-6)
     states = np.random.default_rng(0).uniform(-1, 1, (60, 1))
-    found = fixed_points(arrays_of(bistable(), states))
-    assert found.fixed.all()
-    assert sorted(np.round(found.states[:, 0], 6)) == pytest.approx([-UPPER, 0, UPPER], abs=2e-6)
-    assert found.reached.sum() == found.starts == 60
-    by_state = dict(zip(np.round(found.states[:, 0], 3) + 0.0, found.points, strict=True))
+    result = fixed_points(arrays_of(bistable(), states))
+    assert result.fixed.all()
+    assert sorted(np.round(result.states[:, 0], 6)) == pytest.approx([-UPPER, 0, UPPER], abs=2e-6)
+    assert result.reached.sum() == result.starts == 60
+    by_state = dict(zip(np.round(result.states[:, 0], 3) + 0.0, result.points, strict=True))
     # dF/dh = 1/2 + 1/2 * 2 (1 - n^2).
     upper = by_state[0.958]
-    assert found.radius[by_state[0.0]] == pytest.approx(1.5)
-    assert found.radius[upper] == pytest.approx(0.5 + 1 - UPPER**2, abs=1e-5)
-    assert found.unstable[by_state[0.0]] == 1
-    assert not found.stable[by_state[0.0]]
-    assert found.stable[upper]
-    assert found.timescale[upper] == pytest.approx(-1 / np.log(found.radius[upper]))
-    assert (found.fixed_points, found.stable_points) == (3, 2)
-    assert found.nearest.max() < 0.1
+    assert result.radius[by_state[0.0]] == pytest.approx(1.5)
+    assert result.radius[upper] == pytest.approx(0.5 + 1 - UPPER**2, abs=1e-5)
+    assert result.unstable[by_state[0.0]] == 1
+    assert not result.stable[by_state[0.0]]
+    assert result.stable[upper]
+    assert result.timescale[upper] == pytest.approx(-1 / np.log(result.radius[upper]))
+    assert (result.fixed_points, result.stable_points) == (3, 2)
+    assert result.nearest.max() < 0.1
 
 
 def test_saddles_of_several_units() -> None:
     states = np.random.default_rng(0).uniform(-1, 1, (400, 2))
-    found = fixed_points(arrays_of(bistable(2), states), starts=400)
-    assert len(found.points) == 9
-    assert sorted(found.unstable.tolist()) == [0, 0, 0, 0, 1, 1, 1, 1, 2]
+    result = fixed_points(arrays_of(bistable(2), states), starts=400)
+    assert len(result.points) == 9
+    assert sorted(result.unstable.tolist()) == [0, 0, 0, 0, 1, 1, 1, 1, 2]
 
 
 def test_a_line_of_fixed_points_is_found() -> None:
@@ -96,17 +96,17 @@ def test_a_line_of_fixed_points_is_found() -> None:
         # The first unit keeps whatever it has (z = 1); the others forget by half a step.
         cell.bias_ih[3] = 800
     states = np.random.default_rng(0).uniform(-1, 1, (40, 3))
-    found = fixed_points(arrays_of(cell, states))
-    assert found.fixed.all()
+    result = fixed_points(arrays_of(cell, states))
+    assert result.fixed.all()
     # Each state ends at its own place on the line, and nowhere off it.
-    assert len(found.points) > 30
-    np.testing.assert_allclose(found.states[:, 1:], 0, atol=1e-7)
-    assert set(np.round(found.states[:, 0], 6)) <= set(np.round(states[:, 0], 6))
-    assert (found.marginal == 1).all()
-    assert (found.unstable == 0).all()
-    assert not found.stable.any()
-    np.testing.assert_allclose(found.eigenvalues, np.tile([1, 0.5, 0.5], (len(found.points), 1)))
-    assert np.isinf(found.timescale).all()
+    assert len(result.points) > 30
+    np.testing.assert_allclose(result.states[:, 1:], 0, atol=1e-7)
+    assert set(np.round(result.states[:, 0], 6)) <= set(np.round(states[:, 0], 6))
+    assert (result.marginal == 1).all()
+    assert (result.unstable == 0).all()
+    assert not result.stable.any()
+    np.testing.assert_allclose(result.eigenvalues, np.tile([1, 0.5, 0.5], (len(result.points), 1)))
+    assert np.isinf(result.timescale).all()
 
 
 def test_a_slow_point_is_not_a_fixed_point() -> None:
@@ -115,14 +115,14 @@ def test_a_slow_point_is_not_a_fixed_point() -> None:
         # Past the fold the two upper points are gone, and a ghost of them is left.
         cell.bias_ih[2] = 0.55
     states = np.linspace(-1, 1, 41)[:, np.newaxis]
-    found = fixed_points(arrays_of(cell, states), slow=1e-2)
-    assert found.fixed.tolist() == [True, False]
-    assert found.q[0] <= FIXED_Q < found.q[1]
-    ghost = found.states[1, 0]
+    result = fixed_points(arrays_of(cell, states), slow=1e-2)
+    assert result.fixed.tolist() == [True, False]
+    assert result.q[0] <= FIXED_Q < result.q[1]
+    ghost = result.states[1, 0]
     fine = np.linspace(-1, 0, 100_001)
     speed = np.abs(np.tanh(0.55 + 2 * fine) - fine) / 2
     assert ghost == pytest.approx(fine[speed.argmin()], abs=1e-3)
-    assert found.speed[1] == pytest.approx(speed.min(), rel=1e-6)
+    assert result.speed[1] == pytest.approx(speed.min(), rel=1e-6)
     # The control: asked for fixed points alone, it is none.
     assert len(fixed_points(arrays_of(cell, states), slow=FIXED_Q).points) == 1
 
@@ -134,22 +134,22 @@ def test_weights_like_those_of_a_trained_network() -> None:
         layer.weight_hh_l0 *= 4
     with grutrace.trace(layer, record=("hidden", "input")) as trace:
         layer(torch.randn(200, 4, 2) + 0.5)
-    found = fixed_points(trace["l0"], "mean", starts=40)
+    result = fixed_points(trace["l0"], "mean", starts=40)
     mean = np.asarray(trace["l0"].input).mean(0)
-    np.testing.assert_allclose(found.input, mean, rtol=1e-5)
-    assert found.fixed_points > 0
+    np.testing.assert_allclose(result.input, mean, rtol=1e-5)
+    assert result.fixed_points > 0
     cell = nn.GRUCell(2, 24).double()
     cell.load_state_dict({k.removesuffix("_l0"): v for k, v in layer.state_dict().items()})
-    x = torch.tensor(found.input)[None]
-    for point in np.flatnonzero(found.fixed)[:5]:
-        state = torch.tensor(found.states[point])
+    x = torch.tensor(result.input)[None]
+    for point in np.flatnonzero(result.fixed)[:5]:
+        state = torch.tensor(result.states[point])
         with torch.no_grad():
             moved = (cell(x, state[None])[0] - state).norm().item()
-        assert moved == pytest.approx(found.speed[point], abs=1e-12)
+        assert moved == pytest.approx(result.speed[point], abs=1e-12)
         assert moved < 1e-7
         jacobian = torch.func.jacrev(lambda h: cell(x, h[None])[0])(state).detach()
         expected = np.sort(np.abs(np.linalg.eigvals(jacobian.numpy())))[::-1]
-        np.testing.assert_allclose(np.abs(found.eigenvalues[point]), expected, rtol=1e-6)
+        np.testing.assert_allclose(np.abs(result.eigenvalues[point]), expected, rtol=1e-6)
 
 
 def test_the_version_of_the_weights() -> None:
@@ -190,9 +190,9 @@ def test_wrong_input_is_an_error() -> None:
 
 
 def test_the_input_is_no_column() -> None:
-    found = fixed_points(arrays_of(bistable(), np.zeros((1, 1))))
-    assert "input" not in found.columns()
-    assert next(iter(found.columns())) == "point"
+    result = fixed_points(arrays_of(bistable(), np.zeros((1, 1))))
+    assert "input" not in result.columns()
+    assert next(iter(result.columns())) == "point"
 
 
 def test_every_kind_of_site_gives_the_same(tmp_path, monkeypatch) -> None:
@@ -209,9 +209,9 @@ def test_a_slow_point_has_an_eigenvalue_of_one() -> None:
     cell = bistable()
     with torch.no_grad():
         cell.bias_ih[2] = 0.55
-    found = fixed_points(arrays_of(cell, np.full((1, 1), -0.5)), slow=1e-2)
-    assert not found.fixed[0]
-    assert found.radius[0] == pytest.approx(1, abs=1e-4)
+    result = fixed_points(arrays_of(cell, np.full((1, 1), -0.5)), slow=1e-2)
+    assert not result.fixed[0]
+    assert result.radius[0] == pytest.approx(1, abs=1e-4)
 
 
 def test_points_lie_within_the_reachable_states() -> None:
@@ -221,9 +221,9 @@ def test_points_lie_within_the_reachable_states() -> None:
     with torch.no_grad():
         cell.weight_hh.mul_(12)
     states = np.random.default_rng(0).uniform(-1, 1, (32, 24))
-    found = fixed_points(arrays_of(cell, states), starts=states, slow=1.0)
-    assert len(found.states)
-    assert np.abs(found.states).max() <= 1
+    result = fixed_points(arrays_of(cell, states), starts=states, slow=1.0)
+    assert len(result.states)
+    assert np.abs(result.states).max() <= 1
     # Control: without the walls it does.
     let_go = minimise(GRUMap(weights_of(cell), np.zeros(1)), states, limit=np.inf)
     assert np.abs(let_go).max() > 2

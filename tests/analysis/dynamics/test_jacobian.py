@@ -39,8 +39,8 @@ def check_all_steps(site, tolerance: float) -> int:
         for step in range(len(sequence)):
             cell = cell_of(site.weights(int(versions[rows[step]])))
             expected = differentiated(cell, sequence.input[step], sequence.previous[step])
-            found = jacobian(site, number, step)
-            np.testing.assert_allclose(found, expected, atol=tolerance)
+            result = jacobian(site, number, step)
+            np.testing.assert_allclose(result, expected, atol=tolerance)
             count += 1
     return count
 
@@ -83,21 +83,21 @@ def test_control_a_missing_term_is_detected() -> None:
 
 def test_steps_of_a_site() -> None:
     site = sites.in_memory()["encoder.l1_reverse"]
-    found = step_jacobians(site, 20)
+    result = step_jacobians(site, 20)
     lengths = site.lengths
-    assert len(found.steps) == 20
-    rows = (np.cumsum(lengths) - lengths)[found.sequences] + found.steps
+    assert len(result.steps) == 20
+    rows = (np.cumsum(lengths) - lengths)[result.sequences] + result.steps
     assert np.ptp(np.diff(rows)) <= 1
     assert rows[0] < 4
     assert lengths.sum() - rows[-1] < 5
-    for number, (sequence, step) in enumerate(zip(found.sequences, found.steps, strict=True)):
+    for number, (sequence, step) in enumerate(zip(result.sequences, result.steps, strict=True)):
         expected = jacobian(site, int(sequence), int(step))
-        assert found.radius[number] == pytest.approx(np.abs(np.linalg.eigvals(expected)).max())
-        assert found.norm[number] == pytest.approx(np.linalg.norm(expected, 2))
+        assert result.radius[number] == pytest.approx(np.abs(np.linalg.eigvals(expected)).max())
+        assert result.norm[number] == pytest.approx(np.linalg.norm(expected, 2))
         shrinking = np.linalg.slogdet(expected).logabsdet / 5
-        assert found.shrinking[number] == pytest.approx(shrinking)
+        assert result.shrinking[number] == pytest.approx(shrinking)
     assert len(step_jacobians(site, 10**6).steps) == lengths.sum()
-    assert list(found.columns()) == ["step", "sequences", "radius", "norm", "shrinking"]
+    assert list(result.columns()) == ["step", "sequences", "radius", "norm", "shrinking"]
 
 
 def test_every_kind_of_site_gives_the_same(tmp_path, monkeypatch) -> None:
@@ -132,9 +132,9 @@ def test_empty_input_and_nan() -> None:
     assert len(step_jacobians(SiteArrays(**nothing, lengths=[])).radius) == 0
     rows = {name: np.full((2, 2), np.nan) for name in nothing}
     weights = {"weight_hh": np.ones((6, 2))}
-    found = step_jacobians(SiteArrays(**rows, weights=weights))
-    assert np.isnan(found.radius).all()
+    result = step_jacobians(SiteArrays(**rows, weights=weights))
+    assert np.isnan(result.radius).all()
     zeros = {name: np.zeros((1, 2)) for name in nothing}
     # z = 0, n = 0, r = 0: nothing is kept and nothing is passed on.
-    found = step_jacobians(SiteArrays(**zeros, weights=weights))
-    assert (found.radius, found.norm, found.shrinking) == (0, 0, -np.inf)
+    result = step_jacobians(SiteArrays(**zeros, weights=weights))
+    assert (result.radius, result.norm, result.shrinking) == (0, 0, -np.inf)

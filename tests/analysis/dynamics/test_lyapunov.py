@@ -49,11 +49,11 @@ def test_the_exponents_add_up_to_the_log_determinants() -> None:
             for number in range(len(site))
             for step in range(len(site.sequence(number)))
         ]
-        found = lyapunov(site, count=100, skip=0)
-        assert found.steps == len(logs)
-        assert len(found.exponents) == found.units
-        np.testing.assert_allclose(found.exponents.sum(), np.mean(logs), rtol=1e-9)
-        assert (np.diff(found.exponents) <= 0).all()
+        result = lyapunov(site, count=100, skip=0)
+        assert result.steps == len(logs)
+        assert len(result.exponents) == result.units
+        np.testing.assert_allclose(result.exponents.sum(), np.mean(logs), rtol=1e-9)
+        assert (np.diff(result.exponents) <= 0).all()
 
 
 def test_a_linear_network_has_the_eigenvalues_of_its_jacobian() -> None:
@@ -70,12 +70,12 @@ def test_a_linear_network_has_the_eigenvalues_of_its_jacobian() -> None:
     z, r = 1 / (1 + np.exp(0.4)), 1 / (1 + np.exp(-0.7))
     step = z * np.eye(units) + (1 - z) * r * weight.detach().numpy()
     expected = np.sort(np.log(np.abs(np.linalg.eigvalsh(step))))[::-1]
-    found = lyapunov(trace["l0"], count=units)
-    np.testing.assert_allclose(found.exponents, expected, atol=2e-3)
-    assert found.largest == found.exponents[0]
+    result = lyapunov(trace["l0"], count=units)
+    np.testing.assert_allclose(result.exponents, expected, atol=2e-3)
+    assert result.largest == result.exponents[0]
     # Control: of another z they are others.
     other = np.sort(np.log(np.abs(np.linalg.eigvalsh(step + 0.05 * np.eye(units)))))[::-1]
-    assert np.abs(found.exponents - other).max() > 0.02
+    assert np.abs(result.exponents - other).max() > 0.02
 
 
 def growth(layer: nn.GRU, steps: int) -> float:
@@ -99,12 +99,12 @@ def growth(layer: nn.GRU, steps: int) -> float:
 @pytest.mark.parametrize(("gain", "chaotic"), [(0.3, False), (6.0, True)])
 def test_small_weights_forget_and_large_ones_are_chaotic(gain, chaotic) -> None:
     layer = random_layer(64, gain)
-    found = lyapunov(run(layer, 1500)["l0"], count=64)
-    assert found.chaotic is chaotic
-    assert (found.largest > 0) is chaotic
-    assert (found.dimension > 0) is (found.entropy_rate > 0) is chaotic
+    result = lyapunov(run(layer, 1500)["l0"], count=64)
+    assert result.chaotic is chaotic
+    assert (result.largest > 0) is chaotic
+    assert (result.dimension > 0) is (result.entropy_rate > 0) is chaotic
     # As the two runs say. Both are means over the same steps.
-    assert found.largest == pytest.approx(growth(layer, 1500), abs=0.1 * abs(found.largest))
+    assert result.largest == pytest.approx(growth(layer, 1500), abs=0.1 * abs(result.largest))
     if chaotic:
         # After so many steps a difference of one rounding is as large as the states.
         torch.manual_seed(1)
@@ -113,10 +113,10 @@ def test_small_weights_forget_and_large_ones_are_chaotic(gain, chaotic) -> None:
         with torch.no_grad():
             apart = layer(inputs, start)[0] - layer(inputs, start * (1 + 2.0**-52))[0]
         sizes = apart.norm(dim=-1).squeeze() / 8
-        assert sizes[: int(0.5 * found.horizon)].max() < 1e-5
-        assert sizes[int(2 * found.horizon) :].max() > 0.1
+        assert sizes[: int(0.5 * result.horizon)].max() < 1e-5
+        assert sizes[int(2 * result.horizon) :].max() > 0.1
     else:
-        assert found.horizon == np.inf
+        assert result.horizon == np.inf
 
 
 def test_errors_match_independent_steps() -> None:
@@ -128,10 +128,10 @@ def test_errors_match_independent_steps() -> None:
         torch.manual_seed(seed)
         with torch.no_grad(), grutrace.trace(layer, record=EVERYTHING) as trace:
             layer(torch.randn(200, 4, 1, dtype=torch.float64))
-        found = lyapunov(trace["l0"], skip=0)
+        result = lyapunov(trace["l0"], skip=0)
         logs = np.log(np.asarray(trace["l0"].update))
-        assert found.largest == pytest.approx(logs.mean())
-        drawn.append((found.largest, found.largest_error))
+        assert result.largest == pytest.approx(logs.mean())
+        drawn.append((result.largest, result.largest_error))
     means, errors = np.array(drawn).T
     assert errors.mean() == pytest.approx(means.std(ddof=1), rel=0.4)
 
@@ -205,16 +205,16 @@ def test_short_sequences_give_no_exponents() -> None:
     with torch.no_grad():
         layer.bias_ih_l0[2:4] = np.log(keep / (1 - keep))
         layer.weight_hh_l0[4:] = torch.from_numpy((step - keep * np.eye(2)) / (1 - keep))
-    found = {}
+    results = {}
     for length in (2, 3000):
         with torch.no_grad(), grutrace.trace(layer) as trace:
             layer(torch.zeros(length, 50, 1, dtype=torch.float64))
-        found[length] = lyapunov(trace["l0"], skip=0)
-    assert found[2].largest > 0.1
-    assert found[2].length == 2
-    assert found[2].chaotic is None
-    assert np.isnan(found[2].horizon)
+        results[length] = lyapunov(trace["l0"], skip=0)
+    assert results[2].largest > 0.1
+    assert results[2].length == 2
+    assert results[2].chaotic is None
+    assert np.isnan(results[2].horizon)
     # That of many steps is the larger eigenvalue's; a double one is neared as log(n) / n.
-    assert found[3000].largest == pytest.approx(np.log(0.5), abs=np.log(3000 * 8) / 3000)
-    assert found[3000].chaotic is False
-    assert found[3000].horizon == np.inf
+    assert results[3000].largest == pytest.approx(np.log(0.5), abs=np.log(3000 * 8) / 3000)
+    assert results[3000].chaotic is False
+    assert results[3000].horizon == np.inf

@@ -62,8 +62,8 @@ def test_all_rows(where) -> None:
     trace = sites.in_memory()
     for name in trace.sites:
         site = trace[name]
-        found = np.concatenate(reduce_rows(where(site), ("update", "hidden"), Rows).seen)
-        np.testing.assert_array_equal(found, np.concatenate([site.update, site.hidden], axis=1))
+        result = np.concatenate(reduce_rows(where(site), ("update", "hidden"), Rows).seen)
+        np.testing.assert_array_equal(result, np.concatenate([site.update, site.hidden], axis=1))
 
 
 @pytest.mark.usefixtures("part")

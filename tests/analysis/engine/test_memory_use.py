@@ -67,11 +67,11 @@ def peak(analyse: Callable[[Any], object], path: Path) -> int:
 def files(request, tmp_path_factory) -> dict[int, Path]:
     """By their steps."""
     folder = tmp_path_factory.mktemp("files")
-    found = {}
+    results = {}
     for steps in (STEPS // 4, STEPS, 4 * STEPS):
-        found[steps] = folder / f"{steps}.h5"
-        write(found[steps], steps, 64 if request.param == "many sequences" else steps)
-    return found
+        results[steps] = folder / f"{steps}.h5"
+        write(results[steps], steps, 64 if request.param == "many sequences" else steps)
+    return results
 
 
 #: Those that need nothing but a site, and do not give a number for each of its steps.

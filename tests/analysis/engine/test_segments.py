@@ -31,11 +31,11 @@ def test_segments_are_the_sequences(trace, block, monkeypatch) -> None:
     monkeypatch.setattr(module, "BLOCK_BYTES", block)
     for name in trace.sites:
         site = trace[name]
-        found = list(iter_segments(as_site_data(site), ASKED))
-        assert [each.sequence for each in found] == sorted(each.sequence for each in found)
-        assert {each.sequence for each in found} == set(range(len(site)))
+        result = list(iter_segments(as_site_data(site), ASKED))
+        assert [each.sequence for each in result] == sorted(each.sequence for each in result)
+        assert {each.sequence for each in result} == set(range(len(site)))
         for number in range(len(site)):
-            own = [each for each in found if each.sequence == number]
+            own = [each for each in result if each.sequence == number]
             check_sequence(site, site.sequence(number), own)
 
 
@@ -72,21 +72,21 @@ def recomputed(segment) -> np.ndarray:
 
 def test_control_other_weights_do_not_give_the_states(trace) -> None:
     for name in trace.sites:
-        found = list(iter_segments(as_site_data(trace[name]), ASKED))
-        first, last = found[0], found[-1]
+        result = list(iter_segments(as_site_data(trace[name]), ASKED))
+        first, last = result[0], result[-1]
         crossed = module.SequenceSegment(0, 0, len(last), last.values, last.previous, first.weights)
         assert np.abs(recomputed(crossed) - last.values["hidden"]).max() > 1e-3
 
 
 def test_some_sequences(trace) -> None:
-    found = iter_segments(as_site_data(trace["encoder.l1_reverse"]), ("update",), 2, 5)
-    assert sorted({each.sequence for each in found}) == [2, 3, 4]
+    result = iter_segments(as_site_data(trace["encoder.l1_reverse"]), ("update",), 2, 5)
+    assert sorted({each.sequence for each in result}) == [2, 3, 4]
 
 
 def test_a_sequence_without_steps_has_no_segment() -> None:
     arrays = SiteArrays(update=np.arange(6.0).reshape(3, 2), lengths=[0, 2, 0, 1])
-    found = list(iter_segments(as_site_data(arrays), ("update",)))
-    assert [(each.sequence, len(each)) for each in found] == [(1, 2), (3, 1)]
+    result = list(iter_segments(as_site_data(arrays), ("update",)))
+    assert [(each.sequence, len(each)) for each in result] == [(1, 2), (3, 1)]
 
 
 def test_what_was_not_recorded() -> None:

@@ -22,23 +22,23 @@ from tests.analysis.everywhere import check_everywhere
 @pytest.mark.parametrize("name", ["encoder.l0", "encoder.l1_reverse", "decoder.rnn.l0"])
 def test_equals_numpy_sequence_by_sequence(name) -> None:
     site = sites.in_memory()[name]
-    found = gate_activation(site, "reset", direction="both", threshold=0.01)
+    result = gate_activation(site, "reset", direction="both", threshold=0.01)
     ends = np.cumsum(site.lengths)
     for sequence, end in zip(site, ends, strict=True):
         own = slice(end - len(sequence), end)
         signal = sequence.reset.astype(np.float64).mean(1)
-        np.testing.assert_allclose(found.signal[own], signal, rtol=1e-12)
+        np.testing.assert_allclose(result.signal[own], signal, rtol=1e-12)
         way = -1 if site.site.reverse else 1
         np.testing.assert_allclose(
-            found.difference[own], [np.nan, *np.diff(signal) * way], rtol=1e-7, atol=1e-12
+            result.difference[own], [np.nan, *np.diff(signal) * way], rtol=1e-7, atol=1e-12
         )
         size = [0, *np.abs(np.diff(signal)), 0]
         peaked = [
             size[step] > 0.01 and size[step] > size[step - 1] and size[step] >= size[step + 1]
             for step in range(1, len(sequence))
         ]
-        assert found.boundary[own].tolist() == [False, *peaked]
-    assert found.boundaries == found.boundary.sum() > 0
+        assert result.boundary[own].tolist() == [False, *peaked]
+    assert result.boundaries == result.boundary.sum() > 0
 
 
 def segments(random, count=60) -> tuple[np.ndarray, list[int]]:
@@ -53,12 +53,12 @@ def segments(random, count=60) -> tuple[np.ndarray, list[int]]:
 def test_planted_boundaries_are_found() -> None:
     gate, labels = segments(np.random.default_rng(0))
     arrays = SiteArrays(update=gate, lengths=[300, len(gate) - 300], labels={"phone": labels})
-    found = gate_activation(arrays, label="phone", tolerance=0)
-    assert found.recall == 1
-    assert found.precision > 0.95
-    assert found.r_value > 0.95
+    result = gate_activation(arrays, label="phone", tolerance=0)
+    assert result.recall == 1
+    assert result.precision > 0.95
+    assert result.r_value > 0.95
     # As many boundaries elsewhere are not: the score is not one that anything gets.
-    elsewhere = np.random.default_rng(1).permutation(found.boundary)
+    elsewhere = np.random.default_rng(1).permutation(result.boundary)
     reference = label_boundaries(arrays, "phone")
     assert score_boundaries(elsewhere, reference, arrays.lengths, 0).r_value < 0.4
 
@@ -90,12 +90,12 @@ def test_a_reverse_layer() -> None:
 
 
 def test_columns_number_rows_sequences_and_steps() -> None:
-    found = gate_activation(SiteArrays(update=np.zeros((3, 3)), lengths=[1, 0, 2]))
-    columns = found.columns()
+    result = gate_activation(SiteArrays(update=np.zeros((3, 3)), lengths=[1, 0, 2]))
+    columns = result.columns()
     assert list(columns) == ["row", "sequence", "step", "signal", "difference", "boundary"]
     assert columns["sequence"].tolist() == [0, 2, 2]
     assert columns["step"].tolist() == [0, 0, 1]
-    assert found.to_frame().index.tolist() == [0, 1, 2]
+    assert result.to_frame().index.tolist() == [0, 1, 2]
     # As many sequences as steps make no column of the lengths.
     assert "lengths" not in gate_activation(SiteArrays(update=np.zeros((1, 1)))).columns()
 
@@ -108,9 +108,9 @@ def test_label_boundaries() -> None:
 
 def test_nan_is_no_boundary() -> None:
     gate = np.array([0.1, np.nan, 0.9, 0.1, 0.8])[:, np.newaxis]
-    found = gate_activation(SiteArrays(update=gate), threshold=0.1)
-    assert np.isnan(found.signal).tolist() == [False, True, False, False, False]
-    assert np.flatnonzero(found.boundary).tolist() == [4]
+    result = gate_activation(SiteArrays(update=gate), threshold=0.1)
+    assert np.isnan(result.signal).tolist() == [False, True, False, False, False]
+    assert np.flatnonzero(result.boundary).tolist() == [4]
 
 
 def test_empty_and_missing_quantities() -> None:

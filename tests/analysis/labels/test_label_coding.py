@@ -16,44 +16,44 @@ from grutrace.storage.read.annotations import encode_labels
 
 
 def test_each_value_is_a_class() -> None:
-    found = encode_classes(encode_labels("x", ["b", None, "a", 1.5, "b"]))
-    assert found.names == (1.5, "a", "b")
-    assert found.codes.tolist() == [2, -1, 1, 0, 2]
-    assert found.counts.tolist() == [1, 1, 2]
+    result = encode_classes(encode_labels("x", ["b", None, "a", 1.5, "b"]))
+    assert result.names == (1.5, "a", "b")
+    assert result.codes.tolist() == [2, -1, 1, 0, 2]
+    assert result.counts.tolist() == [1, 1, 2]
 
 
 def test_rare_texts_are_one_class() -> None:
     random = np.random.default_rng(0)
     words = [f"w{number:02}" for number in random.geometric(0.1, 3000)]
-    found = encode_classes(encode_labels("x", words))
-    assert len(found.names) == MAX_CLASSES
-    assert found.names[-1] == OTHERS_NAME
+    result = encode_classes(encode_labels("x", words))
+    assert len(result.names) == MAX_CLASSES
+    assert result.names[-1] == OTHERS_NAME
     counts = {word: words.count(word) for word in set(words)}
     frequent = sorted(counts.values(), reverse=True)[: MAX_CLASSES - 1]
-    assert sorted(found.counts[:-1].tolist(), reverse=True) == frequent
-    assert found.counts.sum() == 3000
-    for word, code in zip(words, found.codes.tolist(), strict=True):
-        assert found.names[code] == (word if word in found.names else OTHERS_NAME)
+    assert sorted(result.counts[:-1].tolist(), reverse=True) == frequent
+    assert result.counts.sum() == 3000
+    for word, code in zip(words, result.codes.tolist(), strict=True):
+        assert result.names[code] == (word if word in result.names else OTHERS_NAME)
 
 
 def test_many_numbers_are_groups_of_equal_size() -> None:
     values = np.random.default_rng(0).normal(size=4000)
     values[:10] = np.nan
-    found = encode_classes(encode_labels("x", values))
-    assert len(found.names) == NUMERIC_GROUPS
-    assert found.codes[:10].tolist() == [-1] * 10
-    np.testing.assert_allclose(found.counts, 3990 / NUMERIC_GROUPS, atol=1)
-    means = [values[found.codes == group].mean() for group in range(NUMERIC_GROUPS)]
+    result = encode_classes(encode_labels("x", values))
+    assert len(result.names) == NUMERIC_GROUPS
+    assert result.codes[:10].tolist() == [-1] * 10
+    np.testing.assert_allclose(result.counts, 3990 / NUMERIC_GROUPS, atol=1)
+    means = [values[result.codes == group].mean() for group in range(NUMERIC_GROUPS)]
     assert means == sorted(means)
-    largest, least = values[found.codes == 0].max(), values[found.codes == 1].min()
+    largest, least = values[result.codes == 0].max(), values[result.codes == 1].min()
     assert largest < least
 
 
 def test_equal_numbers_stay_together() -> None:
     values = np.concatenate([np.zeros(1000), np.arange(1, 31)])
-    found = encode_classes(encode_labels("x", values))
-    assert len(set(found.codes[:1000].tolist())) == 1
-    assert (found.counts > 0).all()
+    result = encode_classes(encode_labels("x", values))
+    assert len(set(result.codes[:1000].tolist())) == 1
+    assert (result.counts > 0).all()
 
 
 @pytest.mark.parametrize("values", [["a", "a"], [None, None], []])

@@ -24,9 +24,9 @@ def moved_by(found: LabelPermutations, rows, numbers) -> np.ndarray:
 
 def test_labels_are_rotated_within_their_sequence() -> None:
     codes = np.random.default_rng(0).integers(0, 1000, 53)
-    found = permutations(codes)
-    assert found.kind == "rotated"
-    moved = moved_by(found, np.arange(53), range(50))
+    result = permutations(codes)
+    assert result.kind == "rotated"
+    moved = moved_by(result, np.arange(53), range(50))
     shifts = set()
     for own in moved:
         for number in (0, 3, 4):
@@ -52,26 +52,26 @@ def test_sequences_of_equal_length_swap_labels() -> None:
     sequences = np.repeat(np.arange(15), lengths)
     places = np.concatenate([np.arange(length) for length in lengths])
     codes = np.random.default_rng(0).integers(0, 1000, len(places))
-    found = LabelPermutations(codes, sequences, places, 15, 50, 0)
-    assert found.kind == "both"
+    result = LabelPermutations(codes, sequences, places, 15, 50, 0)
+    assert result.kind == "both"
     given = codes[:48].reshape(12, 4).tolist()
-    for own in moved_by(found, np.arange(len(codes)), range(50)):
+    for own in moved_by(result, np.arange(len(codes)), range(50)):
         rows = own[:48].reshape(12, 4).tolist()
         assert sorted(rows) == sorted(given)
         for number in (12, 13, 14):
             of = sequences == number
             assert own[of].tolist() in [np.roll(codes[of], by).tolist() for by in range(9)]
-    first = moved_by(found, np.arange(4), range(50)).tolist()
+    first = moved_by(result, np.arange(4), range(50)).tolist()
     assert len({tuple(row) for row in first}) > 9
 
 
 def test_steps_without_a_label_keep_none() -> None:
     codes = np.arange(53)
     codes[::3] = -1
-    found = permutations(codes)
-    assert found.labelled(np.arange(53)).tolist() == (codes >= 0).tolist()
+    result = permutations(codes)
+    assert result.labelled(np.arange(53)).tolist() == (codes >= 0).tolist()
     rows = np.flatnonzero(codes >= 0)
-    for own in moved_by(found, rows, range(50)):
+    for own in moved_by(result, rows, range(50)):
         for number in range(5):
             of = SEQUENCES[rows] == number
             assert sorted(own[of]) == sorted(codes[rows][of])
@@ -79,9 +79,9 @@ def test_steps_without_a_label_keep_none() -> None:
 
 def test_constant_labels_move_to_other_sequences() -> None:
     codes = np.array([3, 1, 4, 1, 5])[SEQUENCES]
-    found = permutations(codes)
-    assert found.kind == "swapped"
-    moved = moved_by(found, np.arange(53), range(50))
+    result = permutations(codes)
+    assert result.kind == "swapped"
+    moved = moved_by(result, np.arange(53), range(50))
     seen = set()
     for own in moved:
         each = [set(own[number == SEQUENCES].tolist()) for number in (0, 1, 3, 4)]

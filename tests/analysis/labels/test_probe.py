@@ -28,16 +28,16 @@ def test_only_an_encoded_label_is_decoded() -> None:
     random = np.random.default_rng(0)
     states = random.normal(size=(1200, 16))
     label = np.where(states[:, 3] > 0.3, "up", "down")
-    found = probe(arrays(states, x=label), "x")
-    assert found.score > 0.95
-    assert found.kind == "classes"
-    assert found.classes == ("down", "up")
-    assert found.weight.argmax() == 3
-    assert found.converged
+    result = probe(arrays(states, x=label), "x")
+    assert result.score > 0.95
+    assert result.kind == "classes"
+    assert result.classes == ("down", "up")
+    assert result.weight.argmax() == 3
+    assert result.converged
     other = probe(arrays(states, x=random.permutation(label)), "x")
     assert abs(other.score - other.baseline) < 4 * other.error + 0.05
-    assert np.isnan(found.control_score)
-    assert found.control == ""
+    assert np.isnan(result.control_score)
+    assert result.control == ""
 
 
 def test_memorised_labels_show_in_the_control_task() -> None:
@@ -64,14 +64,14 @@ def test_numbers_are_read_as_numbers() -> None:
     random = np.random.default_rng(0)
     states = random.normal(size=(1200, 8))
     noise = random.normal(size=1200)
-    found = probe(arrays(states, x=states[:, 1] * 2 + noise), "x", steps=10_000)
-    assert found.kind == "numbers"
+    result = probe(arrays(states, x=states[:, 1] * 2 + noise), "x", steps=10_000)
+    assert result.kind == "numbers"
     # Of the variance 5, 4 can be known.
-    assert found.score == pytest.approx(0.8, abs=0.05)
-    assert found.weight.argmax() == 1
+    assert result.score == pytest.approx(0.8, abs=0.05)
+    assert result.weight.argmax() == 1
     nothing = probe(arrays(states, x=noise), "x")
     assert nothing.score == pytest.approx(0, abs=0.1)
-    assert len(found.recall) == 0
+    assert len(result.recall) == 0
 
 
 def test_sequences_are_not_split() -> None:
@@ -138,9 +138,9 @@ def test_rows_that_are_not_finite_are_left_out() -> None:
     states = random.normal(size=(1200, 4))
     label = (states[:, 0] > 0).astype(float)
     states[::10, 2] = np.nan
-    found = probe(arrays(states, x=label), "x")
-    assert found.train_steps + found.test_steps == 1200 - 120
-    assert found.score > 0.9
+    result = probe(arrays(states, x=label), "x")
+    assert result.train_steps + result.test_steps == 1200 - 120
+    assert result.score > 0.9
 
 
 def test_missing_labels_are_errors(monkeypatch) -> None:
@@ -167,6 +167,6 @@ def test_every_kind_of_site_gives_the_same(tmp_path, monkeypatch) -> None:
 
 
 def test_of_a_trace() -> None:
-    found = probe(sites.in_memory()["encoder.l1"], "word")
-    assert found.train_steps + found.test_steps == 4 * 3 + 4 * 9
-    assert found.train_sequences + found.test_sequences == 8
+    result = probe(sites.in_memory()["encoder.l1"], "word")
+    assert result.train_steps + result.test_steps == 4 * 3 + 4 * 9
+    assert result.train_sequences + result.test_sequences == 8

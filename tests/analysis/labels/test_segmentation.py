@@ -12,9 +12,9 @@ from grutrace.errors import OptionError
 
 
 def marks(places, length) -> np.ndarray:
-    found = np.zeros(length, bool)
-    found[list(places)] = True
-    return found
+    result = np.zeros(length, bool)
+    result[list(places)] = True
+    return result
 
 
 def score(found, reference, length=100, tolerance=2):
@@ -64,18 +64,18 @@ def most_pairs(found, reference, tolerance) -> int:
 def test_no_pairing_has_more_hits() -> None:
     random = np.random.default_rng(0)
     for _ in range(200):
-        found, reference = (
+        result, reference = (
             sorted(random.choice(20, random.integers(0, 6), replace=False).tolist())
             for _ in range(2)
         )
-        expected = most_pairs(found, reference, 2)
-        assert score(found, reference, 20).hits == expected
+        expected = most_pairs(result, reference, 2)
+        assert score(result, reference, 20).hits == expected
 
 
 def test_pairs_stay_within_a_sequence() -> None:
-    found, reference = marks([9], 20), marks([10], 20)
-    assert score_boundaries(found, reference, [20]).hits == 1
-    assert score_boundaries(found, reference, [10, 10]).hits == 0
+    result, reference = marks([9], 20), marks([10], 20)
+    assert score_boundaries(result, reference, [20]).hits == 1
+    assert score_boundaries(result, reference, [10, 10]).hits == 0
     many = np.full(40, 1)
     same = marks(range(40), 40)
     assert score_boundaries(same, same, many).hits == 40
@@ -96,8 +96,8 @@ def test_shapes_must_fit() -> None:
 
 def test_peaks() -> None:
     values = np.array([0, 3, 0, 2, 2, 0, np.nan, 1, 0.5, 4, 5])
-    found = np.flatnonzero(peaks(values, [11], 0.6))
-    assert found.tolist() == [1, 3, 7, 10]
+    result = np.flatnonzero(peaks(values, [11], 0.6))
+    assert result.tolist() == [1, 3, 7, 10]
     # Neighbours in another sequence are none.
     assert np.flatnonzero(peaks(np.array([1.0, 2, 3, 2]), [2, 2], 0)).tolist() == [1, 2]
     assert not peaks(np.zeros(5), [5], 0).any()

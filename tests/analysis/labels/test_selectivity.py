@@ -43,13 +43,13 @@ def test_a_planted_unit_is_found_first() -> None:
     random = np.random.default_rng(0)
     states, labels = slow_states(random), slow_labels(random)
     states[:, 7] = np.tanh(labels - 1 + random.normal(0, 0.3, len(labels)))
-    found = selectivity(arrays(states, labels), "x")
-    assert found.ranking[0] == 7
-    assert found.p[7] == pytest.approx(1 / 101)
-    assert found.selective == 1
-    assert found.best[7] in (0.0, 2.0)
-    assert max(found.auc[7], 1 - found.auc[7]) > 0.95
-    assert found.null == "swapped"
+    result = selectivity(arrays(states, labels), "x")
+    assert result.ranking[0] == 7
+    assert result.p[7] == pytest.approx(1 / 101)
+    assert result.selective == 1
+    assert result.best[7] in (0.0, 2.0)
+    assert max(result.auc[7], 1 - result.auc[7]) > 0.95
+    assert result.null == "swapped"
     # Shuffled, the same labels find none.
     shuffled = np.concatenate(random.permutation(np.split(labels, 30)))
     assert selectivity(arrays(states, shuffled), "x").selective == 0
@@ -85,10 +85,10 @@ def test_a_label_of_whole_sequences() -> None:
     speaker = random.permutation(np.repeat([0, 1], 15))
     states[:, 3] = np.clip(states[:, 3] * 0.3 + np.repeat(speaker - 0.5, 40), -1, 1)
     names = np.array(["ann", "bob"])[np.repeat(speaker, 40)]
-    found = selectivity(arrays(states, names), "x")
-    assert (found.null, found.ranking[0], found.selective) == ("swapped", 3, 1)
-    assert (found.best[3], found.classes) == ("bob", ("ann", "bob"))
-    assert found.auc[3] > 0.9
+    result = selectivity(arrays(states, names), "x")
+    assert (result.null, result.ranking[0], result.selective) == ("swapped", 3, 1)
+    assert (result.best[3], result.classes) == ("bob", ("ann", "bob"))
+    assert result.auc[3] > 0.9
     others = np.array(["ann", "bob"])[np.repeat(random.permutation(speaker), 40)]
     assert selectivity(arrays(np.delete(states, 3, 1), others), "x").selective == 0
 
@@ -99,25 +99,25 @@ def test_areas_and_information_equal_scikit_learn() -> None:
     states = (slow_states(random, 5) + 0.1 * labels[:, np.newaxis]).astype(np.float32)
     states[:, 4] = np.round(states[:, 4], 1)
     codes = np.where(random.uniform(size=1200) < 0.1, np.nan, labels)
-    found = selectivity(arrays(states, codes), "x", permutations=0)
+    result = selectivity(arrays(states, codes), "x", permutations=0)
     some = ~np.isnan(codes)
-    assert found.steps == some.sum()
-    assert found.auc_error.max() < 0.05
-    assert found.auc_error[:4].max() < 2e-3
+    assert result.steps == some.sum()
+    assert result.auc_error.max() < 0.05
+    assert result.auc_error[:4].max() < 2e-3
     for code in range(3):
         for unit in range(5):
             exact = roc_auc_score(codes[some] == code, states[some, unit])
             # Rounded values all lie in bins of their own, so nothing is lost by bins.
-            bound = found.auc_error[unit] if unit < 4 else 1e-12
-            assert abs(found.aucs[code, unit] - exact) <= bound + 1e-12
+            bound = result.auc_error[unit] if unit < 4 else 1e-12
+            assert abs(result.aucs[code, unit] - exact) <= bound + 1e-12
     for unit in range(4):
         levels = np.searchsorted(
             np.quantile(states[some, unit], np.arange(1, 8) / 8), states[some, unit]
         )
         bits = mutual_info_score(levels, codes[some]) / math.log(2)
         # The borders of levels are those of bins.
-        assert found.information[unit] == pytest.approx(bits, abs=0.01)
-    assert np.isnan(found.p).all()
+        assert result.information[unit] == pytest.approx(bits, abs=0.01)
+    assert np.isnan(result.p).all()
 
 
 def test_the_null_information_equals_miller_madow() -> None:
@@ -126,9 +126,9 @@ def test_the_null_information_equals_miller_madow() -> None:
     labels = random.integers(0, 3, 4000).astype(float)
     states = random.uniform(size=(4000, 3))
     one = SiteArrays(hidden=states, labels={"x": labels})
-    found = selectivity(one, "x")
+    result = selectivity(one, "x")
     expected = 7 * 2 / (2 * 4000 * math.log(2))
-    np.testing.assert_allclose(found.null_mean, expected, rtol=0.15)
+    np.testing.assert_allclose(result.null_mean, expected, rtol=0.15)
 
 
 def test_values_and_units_that_are_not_finite() -> None:
@@ -136,15 +136,15 @@ def test_values_and_units_that_are_not_finite() -> None:
     states, labels = slow_states(random, 4), slow_labels(random, 2)
     states[5, 0], states[9, 0], states[:, 1], states[:, 2] = np.nan, np.inf, np.nan, 0.5
     states[:, 3] = labels
-    found = selectivity(arrays(states, labels), "x")
-    assert found.not_finite.tolist() == [2, 1200, 0, 0]
-    assert np.isnan([found.auc[1], found.information[1], found.p[1]]).all()
+    result = selectivity(arrays(states, labels), "x")
+    assert result.not_finite.tolist() == [2, 1200, 0, 0]
+    assert np.isnan([result.auc[1], result.information[1], result.p[1]]).all()
     # A unit that never moves says nothing.
-    assert (found.auc[2], found.information[2], found.p[2]) == (0.5, 0, 1)
-    assert (found.auc[3], found.selective) == (1, 1)
+    assert (result.auc[2], result.information[2], result.p[2]) == (0.5, 0, 1)
+    assert (result.auc[3], result.selective) == (1, 1)
     keep = np.delete(np.arange(1200), [5, 9])
     exact = roc_auc_score(labels[keep], states[keep, 0])
-    assert found.auc[0] == pytest.approx(exact, abs=found.auc_error[0] + 1e-9)
+    assert result.auc[0] == pytest.approx(exact, abs=result.auc_error[0] + 1e-9)
 
 
 def test_less_memory_gives_the_same_null_distribution(monkeypatch) -> None:
@@ -178,7 +178,7 @@ def test_every_kind_of_site_gives_the_same(tmp_path, monkeypatch, label) -> None
 
 
 def test_tokens_of_a_trace() -> None:
-    found = selectivity(sites.in_memory()["encoder.l0"], "word", permutations=0)
-    assert found.classes == ("w0", "w1", "w2")
+    result = selectivity(sites.in_memory()["encoder.l0"], "word", permutations=0)
+    assert result.classes == ("w0", "w1", "w2")
     # Those of the last call have none.
-    assert found.steps == 4 * 3 + 4 * 9
+    assert result.steps == 4 * 3 + 4 * 9

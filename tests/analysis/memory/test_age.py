@@ -37,26 +37,26 @@ def test_equals_the_weights_written_out(chunk, monkeypatch) -> None:
     for name in trace.sites:
         site, ages, ends, left = trace[name], [], [], []
         for sequence in site:
-            found, beginning = written_out(sequence.update[:: -1 if site.site.reverse else 1])
-            ages.append(found)
-            ends.append(found[-1])
+            result, beginning = written_out(sequence.update[:: -1 if site.site.reverse else 1])
+            ages.append(result)
+            ends.append(result[-1])
             left.append(beginning)
-        found = state_age(site)
-        np.testing.assert_allclose(found.age, np.concatenate(ages).mean(0))
-        np.testing.assert_allclose(found.age_at_end, np.mean(ends, axis=0))
-        np.testing.assert_allclose(found.initial_left, np.mean(left, axis=0))
+        result = state_age(site)
+        np.testing.assert_allclose(result.age, np.concatenate(ages).mean(0))
+        np.testing.assert_allclose(result.age_at_end, np.mean(ends, axis=0))
+        np.testing.assert_allclose(result.initial_left, np.mean(left, axis=0))
 
 
 def test_a_constant_gate() -> None:
     kept = np.array([0.0, 0.5, 0.9, 0.99, 1.0])
-    found = state_age(SiteArrays(update=np.tile(kept, (5000, 1))))
-    np.testing.assert_allclose(found.age_at_end[:4], kept[:4] / (1 - kept[:4]))
-    assert found.age_at_end[4] == 5000
+    result = state_age(SiteArrays(update=np.tile(kept, (5000, 1))))
+    np.testing.assert_allclose(result.age_at_end[:4], kept[:4] / (1 - kept[:4]))
+    assert result.age_at_end[4] == 5000
     # The second is smaller than any number.
     expected = [0, 0, kept[2] ** 5000, kept[3] ** 5000, 1]
-    np.testing.assert_allclose(found.initial_left, expected, rtol=1e-11)
+    np.testing.assert_allclose(result.initial_left, expected, rtol=1e-11)
     # Half a step less than the timescale, or nearly so.
-    assert found.age_at_end[3] == pytest.approx(-1 / np.log(0.99) - 0.5, rel=1e-3)
+    assert result.age_at_end[3] == pytest.approx(-1 / np.log(0.99) - 0.5, rel=1e-3)
 
 
 @pytest.mark.parametrize("together", [1, 10**9])
@@ -76,10 +76,10 @@ def test_control_the_other_direction_has_another_age() -> None:
 def test_invalid_input_gives_nan() -> None:
     update = np.full((10, 2), 0.5)
     update[3, 0] = np.nan
-    found = state_age(SiteArrays(update=update, lengths=[5, 0, 5]))
-    assert np.isnan(found.age[0])
-    assert np.isfinite(found.age[1])
-    assert found.sequences == 2
+    result = state_age(SiteArrays(update=update, lengths=[5, 0, 5]))
+    assert np.isnan(result.age[0])
+    assert np.isfinite(result.age[1])
+    assert result.sequences == 2
     nothing = state_age(SiteArrays(update=np.zeros((0, 2)), lengths=[]))
     assert np.isnan(nothing.age_at_end).all()
     with pytest.raises(NotRecordedError, match="no 'update'"):

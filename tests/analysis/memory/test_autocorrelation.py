@@ -43,12 +43,12 @@ def test_equals_the_definition(lengths, block, monkeypatch) -> None:
     for skip in (0, 7):
         parts = [states[e - n + min(skip, n) : e] for e, n in zip(ends, lengths, strict=True)]
         for lags in (0, 3, 40, 300):
-            found = autocorrelation(SiteArrays(hidden=states, lengths=lengths), lags, skip)
-            expected = by_definition(parts, found.lags)
-            np.testing.assert_allclose(found.correlation, expected, atol=1e-9)
-            pairs = [sum(max(0, len(part) - k) for part in parts) for k in range(found.lags + 1)]
-            assert found.pairs.tolist() == pairs
-            assert found.steps == pairs[0]
+            result = autocorrelation(SiteArrays(hidden=states, lengths=lengths), lags, skip)
+            expected = by_definition(parts, result.lags)
+            np.testing.assert_allclose(result.correlation, expected, atol=1e-9)
+            pairs = [sum(max(0, len(part) - k) for part in parts) for k in range(result.lags + 1)]
+            assert result.pairs.tolist() == pairs
+            assert result.steps == pairs[0]
 
 
 def test_control_pairs_across_sequences_are_detected() -> None:
@@ -65,15 +65,15 @@ def test_a_known_process() -> None:
     before = np.zeros(5)
     for step in range(steps):
         states[step] = before = factors * before + noise[step]
-    found = autocorrelation(SiteArrays(hidden=states, lengths=lengths), skip=100)
+    result = autocorrelation(SiteArrays(hidden=states, lengths=lengths), skip=100)
     # The standard error of an integrated time is about tau sqrt(2 (2 window + 1) / steps): 8 %.
     integrated = (1 + factors) / (1 - factors)
-    np.testing.assert_allclose(found.integrated, integrated, rtol=0.2)
+    np.testing.assert_allclose(result.integrated, integrated, rtol=0.2)
     with np.errstate(divide="ignore"):
         efolding = -1 / np.log(factors)
-    np.testing.assert_allclose(found.efolding[1:], efolding[1:], rtol=0.15)
-    assert found.efolding[0] < 1
-    np.testing.assert_allclose(found.independent, found.steps / found.integrated)
+    np.testing.assert_allclose(result.efolding[1:], efolding[1:], rtol=0.15)
+    assert result.efolding[0] < 1
+    np.testing.assert_allclose(result.independent, result.steps / result.integrated)
     # Control: without leaving out where they began nothing much changes, but a trend does.
     trend = autocorrelation(SiteArrays(hidden=states + np.linspace(0, 50, steps)[:, np.newaxis]))
     assert np.isnan(trend.integrated).all()
@@ -105,11 +105,11 @@ def test_invalid_input_gives_nan() -> None:
     states = np.random.default_rng(0).normal(size=(50, 4))
     states[:, 1] = 0.1  # Whose mean is rounded.
     states[7, 2], states[8, 3] = np.nan, np.inf
-    found = autocorrelation(SiteArrays(hidden=states))
-    assert np.isfinite(found.correlation[:, 0]).all()
-    assert np.isnan(found.correlation[:, 1:]).all()
-    assert np.isnan(found.efolding[1:]).all()
-    assert np.isnan(found.integrated[1:]).all()
+    result = autocorrelation(SiteArrays(hidden=states))
+    assert np.isfinite(result.correlation[:, 0]).all()
+    assert np.isnan(result.correlation[:, 1:]).all()
+    assert np.isnan(result.efolding[1:]).all()
+    assert np.isnan(result.integrated[1:]).all()
 
 
 def test_wrong_options_are_errors() -> None:

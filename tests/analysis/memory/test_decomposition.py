@@ -52,11 +52,11 @@ def test_adds_up_on_every_network(case: Case) -> None:
         eps = float(site.checks["precision"][0]) if len(site.checks) else 0.0
         for number in range(len(site)):
             for step in {0, len(site.sequence(number)) - 1}:
-                found = decompose(site, number, step)
-                off = np.abs(found.written.sum(0) + found.before - found.hidden)
+                result = decompose(site, number, step)
+                off = np.abs(result.written.sum(0) + result.before - result.hidden)
                 assert (off <= allowed(site, number, step, eps)).all()
-                assert found.difference == pytest.approx(off.max(), abs=1e-14)
-                ones = found.weights.sum(0) + found.before_weight
+                assert result.difference == pytest.approx(off.max(), abs=1e-14)
+                ones = result.weights.sum(0) + result.before_weight
                 np.testing.assert_allclose(ones, 1, atol=1e-12)
 
 
@@ -78,13 +78,13 @@ def test_equals_exact_arithmetic() -> None:
     arrays = SiteArrays(
         update=update, candidate=candidate, hidden=np.array(states), initial=initial
     )
-    found = decompose(arrays, 0)
+    result = decompose(arrays, 0)
     expected = np.array([[float(x) for x in exact[past]] for past in range(30)])
-    np.testing.assert_allclose(found.written, expected, rtol=1e-14)
-    np.testing.assert_allclose(found.before, [float(x) for x in before], rtol=1e-13)
-    assert (found.written[:10, 0] == 0).all()
-    assert found.difference < 1e-9
-    assert found.share.sum() + found.before_share == pytest.approx(1, abs=1e-12)
+    np.testing.assert_allclose(result.written, expected, rtol=1e-14)
+    np.testing.assert_allclose(result.before, [float(x) for x in before], rtol=1e-13)
+    assert (result.written[:10, 0] == 0).all()
+    assert result.difference < 1e-9
+    assert result.share.sum() + result.before_share == pytest.approx(1, abs=1e-12)
     # Control: sums of logarithms, or quotients of products from the left, fail at a gate of 0.
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.cumsum(np.log(update), axis=0)
@@ -112,15 +112,15 @@ def test_long_sequences_in_blocks(block, monkeypatch) -> None:
     site = SiteArrays(
         update=update, candidate=candidate, hidden=states, initial=initial[np.newaxis]
     )
-    found = decompose(site, 0)
-    assert found.difference < 1e-12 * steps
-    assert found.before[2] == 7
-    assert found.before_weight[3] == pytest.approx((1 - 1e-6) ** steps, rel=1e-9)
-    assert (found.written[:1000, 0] == 0).all()
+    result = decompose(site, 0)
+    assert result.difference < 1e-12 * steps
+    assert result.before[2] == 7
+    assert result.before_weight[3] == pytest.approx((1 - 1e-6) ** steps, rel=1e-9)
+    assert (result.written[:1000, 0] == 0).all()
     recent = decompose(site, 0, back=500)
-    np.testing.assert_array_equal(recent.written, found.written[-500:])
+    np.testing.assert_array_equal(recent.written, result.written[-500:])
     np.testing.assert_allclose(
-        recent.before, found.written[:-500].sum(0) + found.before, 1e-9, 1e-15
+        recent.before, result.written[:-500].sum(0) + result.before, 1e-9, 1e-15
     )
 
 
@@ -136,19 +136,19 @@ def test_maps_equal_the_states_step_by_step(tmp_path, monkeypatch) -> None:
 
 
 def check_map(site: Any, back: int | None) -> None:
-    found = memory_map(site, -1, first=1, back=back)
+    result = memory_map(site, -1, first=1, back=back)
     length = len(site.sequence(-1))
-    assert found.steps.tolist() == list(range(1, length))
-    for number, step in enumerate(found.steps):
+    assert result.steps.tolist() == list(range(1, length))
+    for number, step in enumerate(result.steps):
         one = decompose(site, -1, int(step), back=back)
         # From the step that made it, backwards.
         way = slice(None, None, 1 if site.site.reverse else -1)
         past = len(one.steps)
-        np.testing.assert_allclose(found.share[number, :past], one.share[way], atol=1e-6)
-        np.testing.assert_allclose(found.size[number, :past], one.size[way], atol=1e-6)
-        assert (found.share[number, past:] == 0).all()
-        assert found.before_share[number] == pytest.approx(one.before_share, abs=1e-6)
-    whole = found.share.sum(axis=1) + found.before_share
+        np.testing.assert_allclose(result.share[number, :past], one.share[way], atol=1e-6)
+        np.testing.assert_allclose(result.size[number, :past], one.size[way], atol=1e-6)
+        assert (result.share[number, past:] == 0).all()
+        assert result.before_share[number] == pytest.approx(one.before_share, abs=1e-6)
+    whole = result.share.sum(axis=1) + result.before_share
     np.testing.assert_allclose(whole, 1, atol=1e-5)
 
 
@@ -159,10 +159,10 @@ def test_a_planted_memory_is_found() -> None:
     candidate = np.random.default_rng(0).uniform(0.1, 1, (50, 2))
     hidden = np.concatenate([np.zeros((20, 2)), np.tile(candidate[20], (30, 1))])
     site = SiteArrays(update=update, candidate=candidate, hidden=hidden)
-    found = decompose(site, 0)
-    assert found.steps[np.argmax(found.share)] == 20
-    assert found.share[20] == pytest.approx(1)
-    np.testing.assert_array_equal(found.written[20], hidden[-1])
+    result = decompose(site, 0)
+    assert result.steps[np.argmax(result.share)] == 20
+    assert result.share[20] == pytest.approx(1)
+    np.testing.assert_array_equal(result.written[20], hidden[-1])
     shares = memory_map(site, 0, first=20).share
     np.testing.assert_allclose(shares[np.arange(30), np.arange(30)], 1)
     backwards = SiteArrays(
@@ -177,11 +177,11 @@ def test_some_units() -> None:
     layer = nn.GRU(2, 6)
     with grutrace.trace(layer, units=[4, 1, 5], gates="inline") as trace:
         layer(torch.randn(20, 2))
-    found = decompose(trace["l0"], 0, units=[2, 0])
-    assert found.units.tolist() == [5, 4]
-    assert found.difference < 1e-6
-    assert found.columns().keys() == {"step", "share", "size"}
-    assert "written" not in found.to_dict()
+    result = decompose(trace["l0"], 0, units=[2, 0])
+    assert result.units.tolist() == [5, 4]
+    assert result.difference < 1e-6
+    assert result.columns().keys() == {"step", "share", "size"}
+    assert "written" not in result.to_dict()
     site = sites.in_memory()["encoder.l1_reverse"]
     assert_same(decompose(as_arrays(site), 2), decompose(site, 2), 1e-12)
 

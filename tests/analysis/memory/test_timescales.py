@@ -31,9 +31,9 @@ def with_biases(biases: np.ndarray, steps: int = 50) -> grutrace.Trace:
 def test_a_constant_gate_has_its_theoretical_timescale() -> None:
     taus = np.array([0.3, 1.0, 7.0, 100.0, 1e5])
     kept = np.exp(-1 / taus)
-    found = timescales(with_biases(np.log(kept / (1 - kept)))["l0"])
-    np.testing.assert_allclose(found.tau, taus, rtol=1e-8)
-    np.testing.assert_allclose(found.tau_of_mean, taus, rtol=1e-8)
+    result = timescales(with_biases(np.log(kept / (1 - kept)))["l0"])
+    np.testing.assert_allclose(result.tau, taus, rtol=1e-8)
+    np.testing.assert_allclose(result.tau_of_mean, taus, rtol=1e-8)
 
 
 def test_states_of_a_constant_gate_decay_at_its_timescale() -> None:
@@ -44,31 +44,31 @@ def test_states_of_a_constant_gate_decay_at_its_timescale() -> None:
     for step in range(len(states)):
         states[step] = before = kept * before + (1 - kept) * noise[step]
     update = np.broadcast_to(kept, states.shape)
-    found = timescales(SiteArrays(update=update, hidden=states))
-    np.testing.assert_allclose(found.tau_of_states, -1 / np.log(kept), rtol=0.1)
-    np.testing.assert_allclose(found.tau, -1 / np.log(kept), rtol=1e-12)
+    result = timescales(SiteArrays(update=update, hidden=states))
+    np.testing.assert_allclose(result.tau_of_states, -1 / np.log(kept), rtol=0.1)
+    np.testing.assert_allclose(result.tau, -1 / np.log(kept), rtol=1e-12)
 
 
 def test_geometric_and_arithmetic_mean() -> None:
     update = np.tile([[0.99], [0.5]], (50, 1))
-    found = timescales(SiteArrays(update=update))
-    assert found.tau == pytest.approx(-2 / (np.log(0.99) + np.log(0.5)))
-    assert found.tau_of_mean == pytest.approx(-1 / np.log(0.745))
+    result = timescales(SiteArrays(update=update))
+    assert result.tau == pytest.approx(-2 / (np.log(0.99) + np.log(0.5)))
+    assert result.tau_of_mean == pytest.approx(-1 / np.log(0.745))
     # What is left after all steps is what the first says, and the second does not.
-    assert np.exp(-100 / found.tau) == pytest.approx(np.prod(update), rel=1e-9)
-    assert np.exp(-100 / found.tau_of_mean) > 100 * np.prod(update)
+    assert np.exp(-100 / result.tau) == pytest.approx(np.prod(update), rel=1e-9)
+    assert np.exp(-100 / result.tau_of_mean) > 100 * np.prod(update)
 
 
 def test_chrono_initialisation_gives_its_range() -> None:
     """Tallec and Ollivier (2018): bias log(u), u uniform from 1 to T - 1. tau is u + 1/2."""
     random, longest = np.random.default_rng(0), 200
     drawn = random.uniform(1, longest - 1, 500)
-    found = timescales(with_biases(np.log(drawn), 3)["l0"])
-    assert found.tau.min() >= 1 / np.log(2)
-    assert found.tau.max() <= longest - 0.5
-    np.testing.assert_allclose(found.tau, drawn + 0.5, atol=0.06)
+    result = timescales(with_biases(np.log(drawn), 3)["l0"])
+    assert result.tau.min() >= 1 / np.log(2)
+    assert result.tau.max() <= longest - 0.5
+    np.testing.assert_allclose(result.tau, drawn + 0.5, atol=0.06)
     # As even as it was drawn: the greatest distance of 500 uniform values is above 0.073 in 1 %.
-    ordered = np.sort(found.tau - 0.5)
+    ordered = np.sort(result.tau - 0.5)
     assert np.abs((ordered - 1) / (longest - 2) - np.arange(500) / 500).max() < 0.073
     # Control: PyTorch's own initialisation remembers two steps or so.
     torch.manual_seed(0)
@@ -77,18 +77,18 @@ def test_chrono_initialisation_gives_its_range() -> None:
         layer(torch.zeros(3, 1))
     assert timescales(trace["l0"]).tau.max() < 3
     # An even distribution is none of those that are fitted.
-    assert found.fit_p < 0.01
+    assert result.fit_p < 0.01
 
 
 def test_inverse_gamma_initialisation_gives_its_parameters() -> None:
     """As Mahto et al. (2021) initialise: shape 0.56, scale 1."""
     drawn = 1 / np.random.default_rng(2).gamma(0.56, 1.0, 400)
     # exp(-1 / T) as a sigmoid of a bias.
-    found = timescales(with_biases(-np.log(np.expm1(1 / drawn)), 3)["l0"])
-    assert found.fitted == 400
-    assert abs(found.shape - 0.56) < 3 * found.shape_error < 0.15
-    assert abs(found.scale - 1) < 3 * found.scale_error < 0.4
-    assert found.fit_p > 0.05
+    result = timescales(with_biases(-np.log(np.expm1(1 / drawn)), 3)["l0"])
+    assert result.fitted == 400
+    assert abs(result.shape - 0.56) < 3 * result.shape_error < 0.15
+    assert abs(result.scale - 1) < 3 * result.scale_error < 0.4
+    assert result.fit_p > 0.05
 
 
 def test_the_standard_errors_of_the_fit_are_right(monkeypatch) -> None:
@@ -117,13 +117,13 @@ def test_gates_of_exactly_0_or_1_and_nan() -> None:
     update = np.full((10, 4), 0.5)
     update[3, 0], update[:, 1] = 0.0, 1.0
     update[4, 2], update[5, 2], update[6, 2] = np.nan, 1.5, -np.inf
-    found = timescales(SiteArrays(update=update))
-    assert found.tau[0] == 0
-    assert found.tau[1] == found.tau_of_mean[1] == np.inf
-    assert found.tau[2] == pytest.approx(found.tau[3])
-    assert found.invalid_steps.tolist() == [0, 0, 3, 0]
-    assert found.fitted == 2
-    assert np.isnan(found.shape)
+    result = timescales(SiteArrays(update=update))
+    assert result.tau[0] == 0
+    assert result.tau[1] == result.tau_of_mean[1] == np.inf
+    assert result.tau[2] == pytest.approx(result.tau[3])
+    assert result.invalid_steps.tolist() == [0, 0, 3, 0]
+    assert result.fitted == 2
+    assert np.isnan(result.shape)
 
 
 def test_every_kind_of_site_gives_the_same(tmp_path, monkeypatch) -> None:
@@ -137,8 +137,8 @@ def test_every_kind_of_site_gives_the_same(tmp_path, monkeypatch) -> None:
 
 
 def test_nothing_recorded() -> None:
-    found = timescales(SiteArrays(update=np.zeros((0, 3)), lengths=[]))
-    assert np.isnan(found.tau).all()
-    assert np.isnan(found.tau_of_states).all()
+    result = timescales(SiteArrays(update=np.zeros((0, 3)), lengths=[]))
+    assert np.isnan(result.tau).all()
+    assert np.isnan(result.tau_of_states).all()
     with pytest.raises(NotRecordedError, match="no 'update'"):
         timescales(SiteArrays(hidden=np.zeros((2, 1))))

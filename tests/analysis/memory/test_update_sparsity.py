@@ -18,13 +18,13 @@ from tests.analysis.everywhere import check_everywhere
 def test_equals_numpy_sequence_by_sequence() -> None:
     trace = sites.in_memory()
     for name in trace.sites:
-        found = update_sparsity(trace[name], 0.1)
+        result = update_sparsity(trace[name], 0.1)
         each = [np.abs(sequence.hidden - sequence.previous) for sequence in trace[name]]
         sizes = np.concatenate(each)
-        np.testing.assert_allclose(found.share, (sizes < 0.1).mean(0))
-        np.testing.assert_allclose(found.size, sizes.mean(0), rtol=1e-5)
-        assert found.near_zero == pytest.approx((sizes < 0.1).mean())
-        assert 0 < found.near_zero < 1
+        np.testing.assert_allclose(result.share, (sizes < 0.1).mean(0))
+        np.testing.assert_allclose(result.size, sizes.mean(0), rtol=1e-5)
+        assert result.near_zero == pytest.approx((sizes < 0.1).mean())
+        assert 0 < result.near_zero < 1
 
 
 def test_a_closed_gate_has_no_updates() -> None:
@@ -37,11 +37,11 @@ def test_a_closed_gate_has_no_updates() -> None:
         layer.weight_ih_l0[6:, 0] = 1.0
     with grutrace.trace(layer) as trace:
         layer(torch.tensor([[5.0, 0.0], [-5.0, 0.0]]).repeat(20, 1))
-    found = update_sparsity(trace["l0"])
-    assert found.share[:2].tolist() == [1, 0]
+    result = update_sparsity(trace["l0"])
+    assert result.share[:2].tolist() == [1, 0]
     # From 0 to tanh(5), then back and forth between that and its opposite.
-    assert found.size[1] == pytest.approx(np.tanh(5) * (1 + 2 * 39) / 40)
-    assert found.size[0] == 0
+    assert result.size[1] == pytest.approx(np.tanh(5) * (1 + 2 * 39) / 40)
+    assert result.size[0] == 0
 
 
 def test_a_large_threshold_counts_all() -> None:
@@ -52,10 +52,10 @@ def test_a_large_threshold_counts_all() -> None:
 
 def test_values_that_are_not_finite_are_skipped() -> None:
     states = np.array([[0.0], [0.5], [np.nan], [0.5], [0.505]])
-    found = update_sparsity(SiteArrays(hidden=states))
+    result = update_sparsity(SiteArrays(hidden=states))
     # From the nan and to it no size is known.
-    assert found.not_finite.tolist() == [2]
-    np.testing.assert_allclose([found.share[0], found.size[0]], [2 / 3, 0.505 / 3])
+    assert result.not_finite.tolist() == [2]
+    np.testing.assert_allclose([result.share[0], result.size[0]], [2 / 3, 0.505 / 3])
 
 
 def test_empty_and_missing_quantities() -> None:

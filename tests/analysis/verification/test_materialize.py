@@ -36,8 +36,8 @@ def assert_as_inline(derived: Any, inline: Any) -> None:
         assert (other.checks["residual"] <= other.checks["tolerance"]).all()
         allowed = one.row_checks()["tolerance"][:, np.newaxis]
         for quantity in one.site.quantities:
-            stored, found = np.asarray(one.rows(quantity)), np.asarray(other.rows(quantity))
-            assert (np.abs(stored.astype(float) - found) <= allowed * (quantity in GATES)).all()
+            stored, result = np.asarray(one.rows(quantity)), np.asarray(other.rows(quantity))
+            assert (np.abs(stored.astype(float) - result) <= allowed * (quantity in GATES)).all()
         np.testing.assert_array_equal(other.initial, one.initial)
         for version in range(one.extent.versions):
             for which, array in one.weights(version).items():
@@ -180,4 +180,4 @@ def test_a_failure_leaves_no_partial_file(traces, tmp_path) -> None:
 
     with grutrace.open(path) as trace, pytest.raises(KeyboardInterrupt):
         materialize_file(trace, tmp_path / "full.h5", interrupt)
-    assert [each.name for each in tmp_path.iterdir()] == ["deferred.h5"]
+    assert [path.name for path in tmp_path.iterdir()] == ["deferred.h5"]

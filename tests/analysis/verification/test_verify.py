@@ -22,11 +22,11 @@ def test_every_correct_trace_passes(case: Case) -> None:
     for record, check in ((EVERYTHING, "gates"), (EVERYTHING[:4], None)):
         with grutrace.trace(case.layer, record=record) as trace:
             case.run()
-        for found in verify(trace):
-            assert found.holds, found
-            assert found.check == check or check is None
-            if found.steps and check:
-                assert found.worst is not None
+        for item in verify(trace):
+            assert item.holds, item
+            assert item.check == check or check is None
+            if item.steps and check:
+                assert item.worst is not None
 
 
 def two_layers(path, record=EVERYTHING, training=False, steps=20, gates="inline") -> nn.GRU:
@@ -54,10 +54,10 @@ def test_the_checks_depend_on_the_recorded_quantities(tmp_path) -> None:
     for number, (record, checks) in enumerate(expected.items()):
         path = tmp_path / f"{number}.h5"
         two_layers(path, record)
-        found = checked(path)
-        assert [found["l0"].check, found["l1_reverse"].check] == checks
-        assert all(each.holds for each in found.values())
-        assert all(bool(each.reason) == (each.check != "gates") for each in found.values())
+        result = checked(path)
+        assert [result["l0"].check, result["l1_reverse"].check] == checks
+        assert all(each.holds for each in result.values())
+        assert all(bool(each.reason) == (each.check != "gates") for each in result.values())
 
 
 @pytest.mark.parametrize("gates", ["inline", "deferred"])
@@ -74,9 +74,9 @@ def test_states_before_dropout_are_not_used_as_input(tmp_path) -> None:
     two_layers(tmp_path / "run.h5", EVERYTHING[:4], training=True)
     assert checked(tmp_path / "run.h5")["l1"].check == "states"
     two_layers(tmp_path / "input.h5", EVERYTHING, training=True)
-    found = checked(tmp_path / "input.h5")["l1"]
-    assert found.check == "gates"
-    assert found.holds
+    result = checked(tmp_path / "input.h5")["l1"]
+    assert result.check == "gates"
+    assert result.holds
 
 
 def damage_weights(group: h5py.Group) -> None:
@@ -125,9 +125,9 @@ def test_control_each_kind_of_damage_is_caught(tmp_path, damage) -> None:
     assert checked(path)["l1"].holds
     with h5py.File(path, "r+") as file:
         damage(file["modules/%/l1"])
-    found = checked(path)
-    assert not found["l1"].holds
-    assert found["l0"].holds
+    result = checked(path)
+    assert not result["l1"].holds
+    assert result["l0"].holds
 
 
 def damage_one_input(group: h5py.Group) -> None:
@@ -160,13 +160,13 @@ def test_control_each_kind_of_damage_to_a_deferred_file_is_caught(
     monkeypatch.setattr(verification, "BLOCK_BYTES", block * 4096)
     path = tmp_path / "run.h5"
     two_layers(path, gates="deferred", training=True)
-    found = checked(path)
-    assert all(each.holds and each.check == "derived" for each in found.values())
+    result = checked(path)
+    assert all(each.holds and each.check == "derived" for each in result.values())
     with h5py.File(path, "r+") as file:
         damage(file["modules/%/l1"])
-    found = checked(path)
-    assert not found["l1"].holds
-    assert found["l0"].holds
+    result = checked(path)
+    assert not result["l1"].holds
+    assert result["l0"].holds
 
 
 def test_the_largest_error_of_a_deferred_file_is_located(tmp_path) -> None:
@@ -185,9 +185,9 @@ def test_the_states_alone_show_a_wrong_gate(tmp_path) -> None:
     two_layers(path, EVERYTHING[:4])
     with h5py.File(path, "r+") as file:
         file["modules/%/l0/update"][137, 2] += 1e-3
-    found = checked(path)["l0"]
-    assert found.check == "states"
-    assert not found.holds
+    result = checked(path)["l0"]
+    assert result.check == "states"
+    assert not result.holds
 
 
 @pytest.mark.parametrize("block", [1, 10**9])

@@ -115,8 +115,8 @@ def test_wrappers_added_during_a_recording(change, gates) -> None:
     assert not others
     with grutrace.trace(layer, gates=gates, record=("update", "hidden", "input")) as trace:
         change(layer)
-        found = layer(x)
-    assert all(map(torch.equal, found, expected))
+        result = layer(x)
+    assert all(map(torch.equal, result, expected))
     weights = dict(zip(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), arguments[2], strict=True))
     weights = {name: weight.numpy() for name, weight in weights.items()}
     for b in range(2):
@@ -206,10 +206,10 @@ def test_a_copy_of_a_recorded_model_is_clean() -> None:
         averaged = torch.optim.swa_utils.AveragedModel(net)
     buffer.seek(0)
     twins += [torch.load(buffer, weights_only=False), averaged.module, net]
-    for each in twins:
-        assert not any(m._forward_hooks or m._forward_pre_hooks for m in each.modules())
-        assert b"grutrace" not in pickle.dumps(each)
-        assert torch.equal(torch.jit.script(each)(x), expected)
+    for twin in twins:
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in twin.modules())
+        assert b"grutrace" not in pickle.dumps(twin)
+        assert torch.equal(torch.jit.script(twin)(x), expected)
     assert len(trace.calls) == 1
 
 
@@ -274,7 +274,7 @@ def test_fast_paths_in_the_same_forward_are_taken(make) -> None:
     def is_fast() -> bool:
         with torch.profiler.profile() as profile:
             model(x)
-        return any(each.key in FAST_PATHS for each in profile.key_averages())
+        return any(event.key in FAST_PATHS for event in profile.key_averages())
 
     with torch.no_grad():
         plain = model(x)[0]
@@ -458,14 +458,14 @@ def test_a_rebound_tracer_is_closed(tmp_path) -> None:
     layer, x = nn.GRU(3, 4), torch.randn(5, 2, 3)
     for number in range(3):
         path = tmp_path / f"{number}.h5"
-        with warnings.catch_warnings(record=True) as said:
+        with warnings.catch_warnings(record=True) as messages:
             warnings.simplefilter("always")
             tracer = grutrace.Tracer(layer, path)
-        assert len(said) == bool(number), said
+        assert len(messages) == bool(number), messages
         tracer.start()
         layer(x)
         if number:
-            assert "a tracer was garbage-collected while recording" in str(said[0].message)
+            assert "a tracer was garbage-collected while recording" in str(messages[0].message)
             with grutrace.open(tmp_path / f"{number - 1}.h5") as before:
                 assert before.closed
                 assert len(before.calls) == 1
@@ -509,8 +509,8 @@ def test_kernels_are_registered_and_removed_while_threads_run(monkeypatch) -> No
             subscription.stop()
     finally:
         end.set()
-        for each in threads:
-            each.join()
+        for thread in threads:
+            thread.join()
     assert not errors
     assert all(calls)
     assert not is_observing()

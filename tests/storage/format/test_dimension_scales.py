@@ -125,13 +125,13 @@ def test_netcdf_c_opens_the_whole_file(path):
         [sys.executable, "-c", NETCDF, path], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    result = json.loads(done.stdout)
     for group, site in site_groups(PlainTrace(path)):
         for name, array in arrays(site).items():
-            dimensions, shape, total = found[f"{group}/{name}"]
+            dimensions, shape, total = result[f"{group}/{name}"]
             assert (tuple(dimensions), tuple(shape)) == (AXES[name], array.shape)
             assert total == pytest.approx(array.sum(), rel=1e-4, abs=1e-4)
-    assert found["calls"][:2] == [["call"], [3]]
+    assert result["calls"][:2] == [["call"], [3]]
 
 
 def test_h5py_shows_the_scales(path):

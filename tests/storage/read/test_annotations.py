@@ -22,8 +22,8 @@ from grutrace.storage.read.annotations import encode_labels
     ],
 )
 def test_plain_values(given, values, codes) -> None:
-    found = encode_labels("mine", given)
-    assert (found.name, found.values, found.codes.tolist()) == ("mine", values, codes)
+    result = encode_labels("mine", given)
+    assert (result.name, result.values, result.codes.tolist()) == ("mine", values, codes)
 
 
 def test_back_to_an_array() -> None:

@@ -176,15 +176,15 @@ def test_a_reduction_equals_that_of_all_rows_within_rounding(
     data = (np.random.default_rng(seed).standard_normal(shape) + offset).astype(dtype)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(array_like, "BLOCK", block)
-        found = [getattr(KINDS[kind](data), name)(axis=axis, keepdims=keepdims) for kind in KINDS]
+        results = [getattr(KINDS[kind](data), name)(axis=axis, keepdims=keepdims) for kind in KINDS]
     exact = getattr(data.astype(np.float64), name)(axis=axis, keepdims=keepdims)
     # The sum is made in float64; what is left is the rounding to the type, half a unit.
     bound = np.abs(exact) * np.finfo(dtype).eps + np.abs(data).max() ** 2 * shape[0] * 1e-15
-    for each in found:
+    for each in results:
         assert each.dtype == dtype
         assert np.shape(each) == np.shape(exact)
         assert (np.abs(each.astype(np.float64) - exact) <= bound).all()
-        np.testing.assert_array_equal(each, found[0])
+        np.testing.assert_array_equal(each, results[0])
 
 
 def test_control_float32_sums_are_less_accurate() -> None:
@@ -218,8 +218,8 @@ def test_reductions_with_rare_options_are_numpys_own(kind: str) -> None:
     spoilt = DATA.copy()
     spoilt[4, 1] = np.nan
     for name in REDUCTIONS:
-        found = getattr(KINDS[kind](spoilt), name)(axis=0)
-        assert np.isnan(found).tolist() == [False, True, False]
+        result = getattr(KINDS[kind](spoilt), name)(axis=0)
+        assert np.isnan(result).tolist() == [False, True, False]
 
 
 def test_numpys_functions_call_the_methods(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -344,7 +344,7 @@ def test_derived_gates_are_the_same_kind_of_object(traces) -> None:
         for name in trace.sites:
             for rows in (trace[name].update, trace[name].preactivation("update")):
                 whole = np.asarray(rows)
-                for found, exact in (
+                for item, exact in (
                     (rows[1::3, ::2], whole[1::3, ::2]),
                     (rows[[3, 1]], whole[[3, 1]]),
                     (1 - rows, 1 - whole),
@@ -352,8 +352,8 @@ def test_derived_gates_are_the_same_kind_of_object(traces) -> None:
                     (rows.max(), whole.max()),
                     (rows[..., 2], whole[..., 2]),
                 ):
-                    assert found.dtype == exact.dtype
-                    np.testing.assert_allclose(found, exact, rtol=1e-6, atol=1e-7)
+                    assert item.dtype == exact.dtype
+                    np.testing.assert_allclose(item, exact, rtol=1e-6, atol=1e-7)
 
 
 def test_arrays_of_a_trace_may_be_written_to(traces) -> None:

@@ -36,9 +36,9 @@ class Counting:
     def __getitem__(self, key):
         self.reads += 1
         # A copy, as h5py gives.
-        found = np.array(self.data[key])
-        self.elements += found.size
-        return found
+        result = np.array(self.data[key])
+        self.elements += result.size
+        return result
 
 
 def file_rows(data):
@@ -66,15 +66,15 @@ def index(length):
 @example(rows=Ellipsis, columns=None)
 def test_an_index_gives_what_numpy_gives(rows, columns):
     key = rows if columns is None else (rows, columns)
-    found = file_rows(DATA)[0]
+    result = file_rows(DATA)[0]
     try:
         exact = DATA[key]
     except IndexError:
         with pytest.raises(IndexError):
-            found[key]
+            result[key]
         return
-    np.testing.assert_array_equal(found[key], exact)
-    assert np.shape(found[key]) == np.shape(exact)
+    np.testing.assert_array_equal(result[key], exact)
+    assert np.shape(result[key]) == np.shape(exact)
 
 
 @pytest.mark.parametrize("key", [(0, 0, 0), (None, 0, 0, 0), "a", 1.5, np.zeros((2, 2))])
@@ -84,31 +84,31 @@ def test_an_invalid_index_is_an_error(key):
 
 
 def test_numpy_accepts_rows_as_an_array():
-    found, _ = file_rows(DATA)
-    assert (found.shape, found.ndim, found.dtype, len(found)) == ((20, 3), 2, np.float32, 20)
-    np.testing.assert_array_equal(np.asarray(found), DATA)
-    np.testing.assert_array_equal(np.asarray(found, np.float64), DATA)
-    np.testing.assert_array_equal(np.stack(list(found)), DATA)
-    assert np.mean(found) == DATA.mean()
+    result, _ = file_rows(DATA)
+    assert (result.shape, result.ndim, result.dtype, len(result)) == ((20, 3), 2, np.float32, 20)
+    np.testing.assert_array_equal(np.asarray(result), DATA)
+    np.testing.assert_array_equal(np.asarray(result, np.float64), DATA)
+    np.testing.assert_array_equal(np.stack(list(result)), DATA)
+    assert np.mean(result) == DATA.mean()
     with pytest.raises(ValueError, match="copy"):
-        np.array(found, copy=False)
-    assert "not read yet" in repr(found)
+        np.array(result, copy=False)
+    assert "not read yet" in repr(result)
 
 
 def test_picked_rows_are_read_in_few_spans_of_bounded_size(monkeypatch):
     data = np.arange(300_000, dtype=np.float64).reshape(100_000, 3)
-    found, counting = file_rows(data)
+    result, counting = file_rows(data)
     picked = np.arange(0, 100_000, 16)
-    np.testing.assert_array_equal(found[picked], data[picked])
+    np.testing.assert_array_equal(result[picked], data[picked])
     assert counting.reads == 1
-    found, counting = file_rows(data)
+    result, counting = file_rows(data)
     apart = np.array([0, 99_999, 5])
-    np.testing.assert_array_equal(found[apart], data[apart])
+    np.testing.assert_array_equal(result[apart], data[apart])
     assert counting.reads == 2
     assert counting.elements < 100
     monkeypatch.setattr(rows_module, "BLOCK", 24 * 1000)
-    found, counting = file_rows(data)
-    np.testing.assert_array_equal(found[picked], data[picked])
+    result, counting = file_rows(data)
+    np.testing.assert_array_equal(result[picked], data[picked])
     assert 100 <= counting.reads <= 110
     assert counting.elements <= data.size
 

@@ -73,8 +73,8 @@ def test_the_lattice_in_a_file(tmp_path: Path, case: Case) -> None:
     path = tmp_path / "run.h5"
     check_untouched_and_exact(case, gates="deferred", path=path, mode="overwrite")
     with grutrace.open(path) as trace:
-        for found in verify(trace):
-            assert (found.check, found.holds) == ("derived", True), found
+        for item in verify(trace):
+            assert (item.check, item.holds) == ("derived", True), item
 
 
 @settings(max_examples=100, deadline=None)
@@ -86,8 +86,8 @@ def test_the_lattice_inline_and_deferred(case: Case) -> None:
     ):
         case.run()
     assert_equal_to_rounding(inline, deferred)
-    for found in verify(deferred):
-        assert (found.check, found.holds) == ("derived", True), found
+    for item in verify(deferred):
+        assert (item.check, item.holds) == ("derived", True), item
 
 
 # -- chaos ------------------------------------------------------------------------------------

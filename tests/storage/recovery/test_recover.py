@@ -76,22 +76,22 @@ def test_exactly_the_committed_rows_are_recovered(path, output):
     with pytest.raises(OSError, match="already open for write"):
         h5py.File(path)
     before = path.read_bytes()
-    (found,) = recover_file(path, output)
+    (report,) = recover_file(path, output)
     assert path.read_bytes() == before
     with open_trace(output) as trace:
         check_trace(trace, stream.header, stream.records[:half])
         assert trace.closed
-        assert found.calls == len(trace.calls) == opens_anywhere(output)
-    assert (found.closed, found.lost, found.reason, found.repaired) == (False, {}, "", 0)
+        assert report.calls == len(trace.calls) == opens_anywhere(output)
+    assert (report.closed, report.lost, report.reason, report.repaired) == (False, {}, "", 0)
     with h5py.File(path, "r", swmr=True) as old, h5py.File(output) as new:
         gone = {
             dataset_path: len(old[dataset_path]) - len(new[dataset_path])
-            for dataset_path in found.dropped
+            for dataset_path in report.dropped
         }
-        assert found.dropped == gone
+        assert report.dropped == gone
         assert sum(gone.values()) > 0
         # Nothing but what counts, not even hidden in the last chunk.
-        assert len(new["calls"]) == new["committed"]["calls"] == found.calls
+        assert len(new["calls"]) == new["committed"]["calls"] == report.calls
     assert sorted(os.listdir(path.parent)) == ["clean.h5", "run.h5"]
 
 
@@ -103,10 +103,10 @@ def test_tools_that_read_netcdf_open_it(engine, path, output):
     with pytest.raises(OSError):  # noqa: PT011 - each tool has words of its own.
         xarray.open_dataset(path, **options)
     recover_file(path, output)
-    with xarray.open_dataset(output, **options) as found:
-        assert dict(found.sizes) | {"step": 160, "sequence": 8} == dict(found.sizes)
+    with xarray.open_dataset(output, **options) as dataset:
+        assert dict(dataset.sizes) | {"step": 160, "sequence": 8} == dict(dataset.sizes)
         rows = np.concatenate([coded.rows(call, 8) for call in range(20)])
-        np.testing.assert_array_equal(found["update"], rows + 1)
+        np.testing.assert_array_equal(dataset["update"], rows + 1)
 
 
 def test_an_intact_file(path, output):
@@ -115,16 +115,16 @@ def test_an_intact_file(path, output):
     for record in stream.records:
         writer.write(record)
     writer.close()
-    (found,) = recover_file(path, output)
-    assert (found.closed, found.lost, found.dropped) == (True, {}, {})
+    (report,) = recover_file(path, output)
+    assert (report.closed, report.lost, report.dropped) == (True, {}, {})
     with open_trace(output) as trace:
         check_trace(trace, stream.header, stream.records)
 
 
 def test_a_file_without_a_call(path, output):
     left_behind(path, [], coded.HEADER)
-    (found,) = recover_file(path, output)
-    assert (found.calls, found.lost, found.dropped) == (0, {}, {})
+    (report,) = recover_file(path, output)
+    assert (report.calls, report.lost, report.dropped) == (0, {}, {})
     with open_trace(output) as trace:
         assert len(trace.calls) == 0
 
@@ -147,8 +147,8 @@ def test_a_compressed_file_stays_compressed(compression, tmp_path, output):
         assert new[dataset_path].dims[0][0].shape == (160_000,), "its dimension scale"
     cut = tmp_path / "cut.h5"
     cut.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-    (found,) = recover_file(cut, tmp_path / "cut-clean.h5")
-    assert 0 < found.calls < 20
+    (report,) = recover_file(cut, tmp_path / "cut-clean.h5")
+    assert 0 < report.calls < 20
     with open_trace(path) as whole, open_trace(tmp_path / "cut-clean.h5") as part:
         rows = len(part["l0"].update)
         np.testing.assert_array_equal(part["l0"].update, whole["l0"].update[:rows])
@@ -165,15 +165,15 @@ def test_a_truncated_file_is_recovered(shape, closed, path, output):
         if closed:
             with pytest.raises(OSError, match="truncated file"):
                 h5py.File(path)
-        (found,) = recover_file(path, output)
+        (report,) = recover_file(path, output)
         with open_trace(output) as trace:
-            assert coded.check_trace(trace) == found.calls
+            assert coded.check_trace(trace) == report.calls
         plain = PlainTrace(output)
         coded.check_plain(plain)
         assert plain.closed
-        assert found.lost["calls"] + found.calls == {"big": 30, "stepwise": 1500}[shape]
-        assert "item" in found.reason
-        kept.append(found.calls)
+        assert report.lost["calls"] + report.calls == {"big": 30, "stepwise": 1500}[shape]
+        assert "item" in report.reason
+        kept.append(report.calls)
         output.unlink()
     assert kept == sorted(kept)
     assert kept[-1] > 2 * kept[0]
@@ -192,20 +192,20 @@ def test_rows_that_a_bad_disk_cannot_read(path, output, monkeypatch):
         return read(descriptor, buffers, offset)
 
     monkeypatch.setattr("os.preadv", preadv)
-    (found,) = recover_file(path, output)
-    assert found.reason == f"{ROWS}: item 7168 cannot be read"
-    assert found.calls == 7168 // 8
+    (report,) = recover_file(path, output)
+    assert report.reason == f"{ROWS}: item 7168 cannot be read"
+    assert report.calls == 7168 // 8
     with open_trace(output) as trace:
-        assert coded.check_trace(trace) == found.calls
+        assert coded.check_trace(trace) == report.calls
 
 
 def test_counts_beyond_the_rows(path, output):
     coded_file(path, calls=100)
     with h5py.File(path, "r+") as file:
         file["modules/rnn/l0/hidden"].resize(50 * 8, 0)
-    (found,) = recover_file(path, output)
-    assert (found.calls, found.lost) == (50, {"calls": 50})
-    assert found.reason == "modules/rnn/l0/hidden: item 400 is missing"
+    (report,) = recover_file(path, output)
+    assert (report.calls, report.lost) == (50, {"calls": 50})
+    assert report.reason == "modules/rnn/l0/hidden: item 400 is missing"
     with open_trace(output) as trace:
         assert coded.check_trace(trace) == 50
 
@@ -221,12 +221,12 @@ def test_data_of_lost_calls_is_dropped(path, output):
     writer.close()
     with h5py.File(path, "r+") as file:
         file["modules/rnn/l0/reset"].resize(100 * 18, 0)
-    (found,) = recover_file(path, output)
-    assert found.calls == 100
+    (report,) = recover_file(path, output)
+    assert report.calls == 100
     with open_trace(output) as trace:
         assert trace.calls["tag"].tolist() == [f"tag {call}" for call in range(100)]
         assert trace["rnn.l0"].sequence(198).tokens[:2] == ["a", "b99"]
-        assert found.lost["annotations"] == 200
+        assert report.lost["annotations"] == 200
 
 
 def _header_of(file, dataset_path):
@@ -248,8 +248,8 @@ def test_a_half_written_header(path, output):
     path.write_bytes(bytes(after[: length + 8]) + before[length + 8 : len(before)])
     with h5py.File(path) as file, pytest.raises(KeyError, match="checksum"):
         file[ROWS]
-    (found,) = recover_file(path, output)
-    assert (found.calls, found.lost, found.repaired) == (100, {}, 1)
+    (report,) = recover_file(path, output)
+    assert (report.calls, report.lost, report.repaired) == (100, {}, 1)
     with open_trace(output) as trace:
         assert coded.check_trace(trace) == 100
 
@@ -314,9 +314,9 @@ def test_the_parts_of_a_run(path, output):
         left_behind(part_path(path, number), stream.records, stream.header)
     with grutrace.open(path) as trace:
         expected = trace.sites, trace.calls["steps"].tolist()
-    found = recover_file(path, output)
-    assert [each.path for each in found] == [part_path(output, number) for number in (1, 2, 3)]
-    assert [each.calls for each in found] == [1, 2, 3]
+    report = recover_file(path, output)
+    assert [each.path for each in report] == [part_path(output, number) for number in (1, 2, 3)]
+    assert [each.calls for each in report] == [1, 2, 3]
     with grutrace.open(output) as trace:
         assert (trace.sites, trace.calls["steps"].tolist()) == expected
         assert trace.closed

@@ -223,9 +223,9 @@ def test_stacked_rows_are_indexed_like_one_array(data):
         rows |= st.lists(st.booleans(), min_size=len(whole), max_size=len(whole)).map(np.array)
     columns = st.builds(slice, bound, bound, step) | st.integers(-3, 2)
     key = data.draw(rows), data.draw(columns)
-    found = stacked[key]
-    assert found.dtype == whole.dtype
-    np.testing.assert_array_equal(found, whole[key])
+    result = stacked[key]
+    assert result.dtype == whole.dtype
+    np.testing.assert_array_equal(result, whole[key])
     np.testing.assert_array_equal(np.asarray(stacked), whole)
 
 

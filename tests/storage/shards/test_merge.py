@@ -91,27 +91,27 @@ def path(tmp_path):
 
 
 def virtual_datasets(path):
-    found = []
+    results = []
 
     def visit(name, item):
         if isinstance(item, h5py.Dataset) and item.is_virtual:
-            found.append(name)
+            results.append(name)
 
     with h5py.File(path, "r") as file:
         file.visititems(visit)
-    return found
+    return results
 
 
 def test_merging_copies_no_rows(path, monkeypatch):
     """Only tables are read."""
     streams = full_shards()
     paths = write_shards(path, streams)
-    before = [each.read_bytes() for each in paths]
+    before = [path.read_bytes() for path in paths]
     monkeypatch.setattr(merge._Merge, "_copy_rows", None)
     report = merge_shards(path.with_name(PATTERN), path)
     assert (report.copied, report.unclosed) == (0, ())
     assert [shard.rank for shard in report.shards] == [0, 1, 2]
-    assert [each.read_bytes() for each in paths] == before
+    assert [path.read_bytes() for path in paths] == before
     check_merged(path, streams, in_place(3))
     virtual = virtual_datasets(path)
     assert all(f"modules/encoder.rnn/{place}" in virtual for place in ("l0/update", "l1/weight_hh"))
@@ -124,7 +124,7 @@ def test_plain_h5py_reads_the_rows_of_the_shards(path, copy):
     """Nothing of grutrace reads here."""
     paths = write_shards(path, full_shards())
     merge_shards(paths, path, copy=copy)
-    merged, shards = PlainTrace(path, swmr=False), [PlainTrace(each) for each in paths]
+    merged, shards = PlainTrace(path, swmr=False), [PlainTrace(path) for path in paths]
     assert len(merged.calls) == sum(len(shard.calls) for shard in shards)
     sequences = 0
     for number, module in enumerate(merged.modules):
@@ -133,20 +133,20 @@ def test_plain_h5py_reads_the_rows_of_the_shards(path, copy):
         for suffix, site in module.sites.items():
             sites = [each.sites[suffix] for each in own]
             for name in ("rows", "weights"):
-                for key, found in getattr(site, name).items():
-                    parts = [getattr(each, name)[key] for each in sites]
-                    np.testing.assert_array_equal(found, np.concatenate(parts))
-                    assert found.dtype == parts[0].dtype
+                for key, item in getattr(site, name).items():
+                    parts = [getattr(site, name)[key] for site in sites]
+                    np.testing.assert_array_equal(item, np.concatenate(parts))
+                    assert item.dtype == parts[0].dtype
             for name in ("initial", "checks"):
-                parts = [getattr(each, name) for each in sites]
+                parts = [getattr(site, name) for site in sites]
                 np.testing.assert_array_equal(getattr(site, name), np.concatenate(parts))
             assert site.labels == sites[0].labels
             places = [(each, number) for each in own for number in range(each.count)]
             for place, (each, number) in enumerate(places):
                 of = each.sites[suffix]
                 for quantity in site.rows:
-                    found = site.sequence(place, quantity)
-                    np.testing.assert_array_equal(found, of.sequence(number, quantity))
+                    item = site.sequence(place, quantity)
+                    np.testing.assert_array_equal(item, of.sequence(number, quantity))
                 assert module.annotated(place) == each.annotated(number)
                 sequences += 1
     assert sequences > 50
@@ -178,11 +178,11 @@ def test_a_merged_file_can_be_moved_with_its_shards(path, tmp_path):
 def test_a_copy_needs_no_shards(path):
     streams = full_shards()
     paths = write_shards(path, streams)
-    said = []
+    messages = []
     report = merge_shards(
-        paths, path, copy=True, progress=lambda done, total: said.append((done, total))
+        paths, path, copy=True, progress=lambda done, total: messages.append((done, total))
     )
-    assert said[-1] == (report.copied, report.copied)
+    assert messages[-1] == (report.copied, report.copied)
     for each in paths:
         each.unlink()
     assert virtual_datasets(path) == []
@@ -620,23 +620,23 @@ def read_all(path):
 
 
 def test_control_a_correct_mapping_is_read(sound, tmp_path):
-    for each in sound.iterdir():
-        shutil.copy(each, tmp_path / each.name)
+    for path in sound.iterdir():
+        shutil.copy(path, tmp_path / path.name)
     relink(tmp_path / "run.h5", first(RANK_0), second())
     read_all(tmp_path / "run.h5")
-    with open_trace(tmp_path / "run.h5") as found, open_trace(sound / "run.h5") as expected:
+    with open_trace(tmp_path / "run.h5") as trace, open_trace(sound / "run.h5") as expected:
         for name in expected.sites:
             for quantity in expected[name].site.quantities:
                 rows = np.asarray(expected[name].rows(quantity))
-                np.testing.assert_array_equal(np.asarray(found[name].rows(quantity)), rows)
+                np.testing.assert_array_equal(np.asarray(trace[name].rows(quantity)), rows)
 
 
 def test_control_hdf5_follows_the_refused_mappings(sound, tmp_path):
     """Plain h5py opens a file in another folder."""
     folder = tmp_path / "folder"
     folder.mkdir()
-    for each in sound.iterdir():
-        shutil.copy(each, folder / each.name)
+    for path in sound.iterdir():
+        shutil.copy(path, folder / path.name)
     shutil.move(folder / RANK_0, tmp_path / "secret.h5")
     relink(folder / "run.h5", first("../secret.h5"), second())
     with h5py.File(folder / "run.h5") as file, h5py.File(tmp_path / "secret.h5") as secret:

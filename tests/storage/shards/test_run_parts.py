@@ -61,7 +61,9 @@ def test_each_part_is_a_trace(path):
     stream = write_run(path)
     for number, (header, records) in enumerate(split(stream, [1, 3]), 1):
         plain = PlainTrace(part_path(path, number))
-        assert [module.path for module in plain.modules] == [each.path for each in header.modules]
+        assert [module.path for module in plain.modules] == [
+            module.path for module in header.modules
+        ]
         assert plain.options["run"] == {"id": "one", "part": number}
         assert len(plain.calls) == sum(hasattr(record, "steps") for record in records)
         if number > 1:
@@ -79,7 +81,7 @@ def test_a_refresh_finds_later_parts(path):
     sink.flush()
     with open_trace(path) as trace:
         site = trace[trace.sites[0]]
-        assert trace.sites == tuple(each.name for m in first.modules for each in m.sites)
+        assert trace.sites == tuple(site.name for m in first.modules for site in m.sites)
         other = part_sink(path, 2, second)
         snapshot = trace._refresh_snapshot()
         for record in late:

@@ -48,7 +48,7 @@ def test_a_shard_is_named_by_its_rank():
 def test_a_glob_opens_all_shards_as_one_trace(path):
     streams = full_shards()
     paths = write_shards(path, streams)
-    assert [each.name for each in paths] == [f"run.rank000{rank}.h5" for rank in range(3)]
+    assert [path.name for path in paths] == [f"run.rank000{rank}.h5" for rank in range(3)]
     with open_trace(path.with_name("run.rank*.h5")) as trace:
         check_as_one(trace, streams)
         assert trace.files == tuple(paths)
@@ -263,9 +263,9 @@ def test_the_parts_of_each_rank_belong_to_it(path):
     write_shards(flat / "run.h5", streams)
     with open_trace(flat / "run.rank*.h5") as trace:
         assert trace.sites == sites
-        for name, found in rows.items():
+        for name, item in rows.items():
             quantity = trace[name].site.quantities[0]
-            np.testing.assert_array_equal(found, trace[name].rows(quantity))
+            np.testing.assert_array_equal(item, trace[name].rows(quantity))
     part_path(Shard(1, 3).path(path), 1).unlink()
     with pytest.raises(
         TraceFileError, match=r"rank0001\.part0002\.h5 is part of a run whose first"
@@ -336,8 +336,8 @@ def test_dask_and_xarray_read_shards_and_merged_files(path):
             open_trace(opened) as trace,
         ):
             site = trace["encoder.rnn.l0"]
-            found = trace.to_dask("encoder.rnn.l0", "update").compute()
-            np.testing.assert_array_equal(found, site.update)
+            result = trace.to_dask("encoder.rnn.l0", "update").compute()
+            np.testing.assert_array_equal(result, site.update)
             dataset = trace.to_xarray("encoder.rnn.l0")
             np.testing.assert_array_equal(dataset["hidden"].values, site.hidden)
             sequences = np.repeat(np.arange(len(site)), site.lengths)

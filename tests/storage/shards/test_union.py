@@ -112,8 +112,8 @@ def test_calls_keep_their_order_if_the_clock_is_set_back():
         stream.call([steps], module=module)
     times = iter([10.0, 5.0, 7.0, 6.0])
     stream.records = [
-        dataclasses.replace(each, time=next(times)) if hasattr(each, "time") else each
-        for each in stream.records
+        dataclasses.replace(record, time=next(times)) if hasattr(record, "time") else record
+        for record in stream.records
     ]
     with Trace(UnionSource("all", in_memory(stream, [1]))) as trace:
         assert trace.calls["steps"].tolist() == [3, 1, 2, 4]
@@ -122,11 +122,11 @@ def test_calls_keep_their_order_if_the_clock_is_set_back():
 
 def paths(*parts, labels):
     modules = [[make_module(path) for path in part] for part in parts]
-    found = distinct_modules(modules, labels)
-    for module in found:
+    result = distinct_modules(modules, labels)
+    for module in result:
         dot = "." if module.path else ""
         assert [site.name for site in module.sites] == [f"{module.path}{dot}l0"]
-    return [module.path for module in found]
+    return [module.path for module in result]
 
 
 @pytest.mark.parametrize(

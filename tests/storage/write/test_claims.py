@@ -507,7 +507,10 @@ def test_a_glob_of_folders_with_brackets(tmp_path):
             (tmp_path / folder / file).touch()
 
     def found(pattern):
-        return [os.path.relpath(each, tmp_path) for each in matching_files(f"{tmp_path}/{pattern}")]
+        return [
+            os.path.relpath(matching_file, tmp_path)
+            for matching_file in matching_files(f"{tmp_path}/{pattern}")
+        ]
 
     assert found("a[1]/x*.h5") == ["a[1]/x1.h5", "a[1]/x[1].h5"]
     assert found("[ab]1/x[1].h5") == ["a1/x[1].h5", "b1/x[1].h5"]

@@ -43,7 +43,7 @@ def record(layer, path, calls=1, **options):
 
 
 def weight_bytes(layer):
-    return sum(each.nbytes for each in layer.parameters())
+    return sum(parameter.nbytes for parameter in layer.parameters())
 
 
 def versions(path):

@@ -128,7 +128,8 @@ def test_many_sites_buffer_little(path, monkeypatch):
             file.write(record)
         stream.records.clear()
         assert (
-            sum(each.buffered_bytes for each in file._datasets._appenders.values()) < 2 * 64 * 1024
+            sum(appender.buffered_bytes for appender in file._datasets._appenders.values())
+            < 2 * 64 * 1024
         )
     file.close()
     with open_trace(path) as trace:
@@ -161,9 +162,9 @@ def test_acknowledged_rows_survive_the_writer(shape, tmp_path):
         path = tmp_path / f"{attempt}.h5"
         acknowledged = run_until_killed(path, shape, chance.uniform(0, 0.6), "blosc2")
         with open_trace(path) as trace:
-            found = coded.check_trace(trace)
+            result = coded.check_trace(trace)
         coded.check_plain(PlainTrace(path))
-        assert found >= acknowledged
+        assert result >= acknowledged
         most = max(most, acknowledged)
     assert most > 0
 
@@ -188,17 +189,17 @@ def test_a_tracer_compresses(path):
     model = torch.nn.GRU(8, 64)
     batch = torch.randn(600, 4, 8)
     batch[100:] = 0  # then the states settle, and a compressor has something to find
-    found = {}
+    results = {}
     for compression in (None, *COMPRESSIONS):
         file = path.with_name(f"{compression}.h5")
         with grutrace.trace(model, file, compression=compression):
             model(batch)
         with grutrace.open(file) as trace:
-            found[compression] = np.asarray(trace["l0"].update), file.stat().st_size
+            results[compression] = np.asarray(trace["l0"].update), file.stat().st_size
             assert trace.options.get("compression") == compression
     for compression in COMPRESSIONS:
-        np.testing.assert_array_equal(found[compression][0], found[None][0])
-        assert found[compression][1] < 0.75 * found[None][1]
+        np.testing.assert_array_equal(results[compression][0], results[None][0])
+        assert results[compression][1] < 0.75 * results[None][1]
 
 
 @pytest.mark.parametrize("copy", [False, True])

@@ -38,11 +38,11 @@ def test_acknowledged_rows_survive_the_writer(shape, tmp_path):
         path = tmp_path / f"{attempt}.h5"
         acknowledged = run_until_killed(path, shape, chance.uniform(0, 0.4))
         with open_trace(path) as trace:
-            found = coded.check_trace(trace)
+            result = coded.check_trace(trace)
         plain = PlainTrace(path)
         coded.check_plain(plain)
         assert not plain.closed
-        assert found == len(plain.calls) >= acknowledged
+        assert result == len(plain.calls) >= acknowledged
         most = max(most, acknowledged)
         path.unlink()
     assert most > 0
