@@ -35,14 +35,14 @@ OTHERS: dict[str, Callable[[], Iterable[Figure]]] = {
     "analysis": analysis.figures,
 }
 
-#: Of these, what is measured only if it is named: together they take four minutes.
+#: Sections that are measured only if they are named. Together they take four minutes.
 ASIDE = ("scale", "analysis")
 
 
 def run(
     report: Report, only: list[str], budget: float, limit: float, save: Callable[[], None]
 ) -> None:
-    """Fill the report, and save it whenever a part is done."""
+    """Fill the report, and save it after each part."""
     sections = (*OF_WORKLOADS, *OTHERS)
     asked = [name for name in sections if name in only]
     texts = [text for text in only if text not in sections]
@@ -73,7 +73,7 @@ def run(
 
 
 def _printed(where: str, figures: Iterable[Figure]) -> Iterator[Figure]:
-    """Print each figure when it is there, and how long it took."""
+    """Print each figure as soon as it is measured, with the time that it took."""
     began = time.perf_counter()
     for figure in figures:
         text = figure.absent if figure.value is None else f"{figure.value:.4g} {figure.unit}"

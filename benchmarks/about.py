@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.peers import PEERS
 
-#: Linux says here what the processor is.
+#: Linux describes the processor in this file.
 PROCESSOR = Path("/proc/cpuinfo")
 
 
@@ -30,7 +30,7 @@ def about() -> dict[str, str]:
 
 
 def processor() -> str:
-    """The processor's name as far as the system tells it."""
+    """The processor's name, if the system gives it."""
     if PROCESSOR.exists():
         for line in PROCESSOR.read_text(encoding="utf-8").splitlines():
             name, _, value = line.partition(":")
@@ -40,7 +40,7 @@ def processor() -> str:
 
 
 def installed(package: str) -> str:
-    """The version of a package, or that it is absent."""
+    """The version of a package, or "absent"."""
     try:
         return version(package)
     except PackageNotFoundError:

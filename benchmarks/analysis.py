@@ -26,25 +26,25 @@ from grutrace.records import DEFAULT_RECORD
 from grutrace.storage.read.lazy_rows import BLOCK
 from grutrace.storage.read.site import SiteTrace
 
-#: What is read and analysed in turn. Bytes.
+#: Size of the file that is read and analysed alternately. Bytes.
 SIZE = 512 * 1024**2
 
-#: The large file, and what is made instead where there is no room for it. Bytes.
+#: Size of the large file, and of the one made instead if the disk is too small. Bytes.
 LARGE, LESS = 4 * 1024**3, 1024**3
 
-#: Pairs of so many bytes, each of which takes a second or some.
+#: Number of pairs. Each takes a second or more.
 PAIRS = 5
 
-#: Analyses that count values, and how many times reading they may take.
+#: Analyses that count values, and their time limit as a multiple of reading.
 COUNTING, TIMES = ("saturation", "moments", "quantiles"), 3.0
 
-#: What an analysis may need of memory. MiB.
+#: The memory limit of an analysis. MiB.
 ALLOWED = 512
 
-#: Takes minutes of the large file; of the other one it needs as much memory.
+#: Takes minutes on the large file. On the smaller one it needs the same memory.
 LONG = ("lyapunov",)
 
-#: What analyses of labels are of.
+#: The label that analyses of labels use.
 LABEL = "label"
 
 

@@ -15,7 +15,7 @@ from benchmarks.tracings import IN_MEMORY, TRACINGS, traced
 from benchmarks.workloads import Workload
 from grutrace.gru import kernel_gates
 
-#: Two that differ by less count as the same: that is how far the same figure moves between runs.
+#: Ratios that differ by less count as equal: repeated runs differ as much.
 ALIKE = 0.1
 
 
@@ -56,7 +56,7 @@ def figures(workload: Workload, budget: float, limit: float) -> Iterator[Figure]
 
 
 def verdict(taken: str, cost: float, other: float) -> str:
-    """Say what is taken, and whether it is the cheaper one."""
+    """Return the tracer's choice, and whether it is the cheaper one."""
     if cost <= other:
         return taken
     return f"{taken} (about the same)" if cost <= other * (1 + ALIKE) else f"**{taken}**"

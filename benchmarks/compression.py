@@ -29,15 +29,15 @@ from tests.storage.streams import Stream, make_header, make_module
 
 ROOT = Path(__file__).parents[1]
 
-#: Words, and those of them that are in a batch.
+#: Number of words, and words in a batch.
 WORDS, BATCH = 3000, 64
 
-#: Rows of a record, and how often all rows are written, to measure more than an instant.
+#: Rows of a record, and how often all rows are written, for a measurable time.
 ROWS, TIMES = 512, 3
 
 
 def words() -> list[str]:
-    """Words of the documentation and the code, in no order."""
+    """Words of the documentation and the code, shuffled."""
     files = [*(ROOT / "docs").glob("*.md"), *ROOT.glob("**/*.py")]
     text = " ".join(file.read_text(encoding="utf-8", errors="ignore") for file in files)
     result = sorted(set(re.findall(r"\b[a-z]{3,14}\b", text)))
@@ -59,7 +59,7 @@ def gates() -> dict[str, Array]:
 
 
 def measure(rows: dict[str, Array], compression: str | None, path: Path) -> tuple[float, ...]:
-    """How many times smaller; bytes written, and read, in a second of the processor."""
+    """The compression ratio, and the bytes written and read per second of CPU time."""
     count, width = rows["update"].shape
     dtype = rows["update"].dtype.name
     options = {"compression": compression} if compression else {}

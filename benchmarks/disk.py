@@ -15,7 +15,7 @@ from benchmarks.pairs import Ratio, ratio
 from benchmarks.tracings import Tracing
 from benchmarks.workloads import Workload
 
-#: How long the runs take together without tracing. Seconds.
+#: Total time of the untraced runs. Seconds.
 LONG = 0.1
 
 #: Pairs of such runs.

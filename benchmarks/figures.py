@@ -11,33 +11,33 @@ from benchmarks.pairs import Spread
 
 @dataclass(frozen=True)
 class Target:
-    """What we aim at: a bound from above, or else from below.
+    """A target: an upper or a lower bound.
 
     Attributes:
         bound: In the unit of the figure.
-        at_least: Whether it bounds from below.
+        at_least: Whether it is a lower bound.
     """
 
     bound: float
     at_least: bool = False
 
     def met(self, value: float) -> bool:
-        """Whether a figure is within it. One that is no number is not."""
+        """Whether a figure meets the target. NaN does not."""
         return value >= self.bound if self.at_least else value <= self.bound
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured thing, or why it was not measured.
+    """One measurement, or the reason why there is none.
 
     Attributes:
         name: What was measured.
         value: The figure; None if there is none.
         unit: Of the figure and its target; empty for a ratio.
-        target: What we aim at, if anything.
+        target: The target, if there is one.
         spread: The measurements that the figure is the median of, if it is one.
-        absent: Why there is no figure, as the table has it.
-        details: Whatever else belongs to it, for the JSON.
+        absent: The reason for a missing figure, as printed in the table.
+        details: More data for the JSON.
     """
 
     name: str

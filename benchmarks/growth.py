@@ -15,10 +15,10 @@ import torch
 import grutrace
 from benchmarks.figures import Figure, Target
 
-#: Steps of a run, and how often each is measured.
+#: Numbers of steps, and the repetitions of each.
 STEPS = {10_000: 5, 100_000: 5, 1_000_000: 3, 10_000_000: 1}
 
-#: Measured on demand: it takes minutes, and 13 GB of disk.
+#: Measured on demand: takes minutes and 13 GB of disk.
 LONGEST = 100_000_000
 
 #: A call: steps of each sequence, sequences, input size, units.
@@ -47,7 +47,7 @@ def slope(steps: Sequence[float], seconds: Sequence[float]) -> float:
 
 
 def duration(steps: int, count: int, options: dict[str, Any]) -> float:
-    """Median time of so many steps with everything on disk, in seconds."""
+    """Median time until all steps are on disk, in seconds."""
     length, batch, input_size, hidden_size = SHAPE
     torch.manual_seed(0)
     layer, input = torch.nn.GRU(input_size, hidden_size), torch.randn(length, batch, input_size)
@@ -58,7 +58,7 @@ def duration(steps: int, count: int, options: dict[str, Any]) -> float:
             grutrace.Tracer(layer, Path(folder) / "run.h5", **options) as tracer,
             torch.no_grad(),
         ):
-            # The first call makes things that the others find.
+            # The first call initialises caches.
             layer(input)
             tracer.flush()
             began = time.perf_counter()

@@ -39,16 +39,16 @@ def call_bytes() -> int:
 
 @cache
 def _numbers(shape: tuple[int, int], seed: int) -> Array:
-    """Uniform between 0 and 1 as gates are, and as hard to compress. Made once: they are given."""
+    """Uniform values between 0 and 1, as hard to compress as gates. Cached."""
     return np.random.default_rng(seed).random(shape, np.float32)
 
 
 def records(
     module: ModuleInfo, steps: int, batch: int, calls: int, label: str | None = None
 ) -> Iterator[Record]:
-    """Yield calls that each begin sequences of so many steps; all hold the same numbers.
+    """Yield calls that begin new sequences. All hold the same values.
 
-    With the name of a label, each sequence has one, which changes every 16 steps.
+    If a label's name is given, each sequence has that label, with a new value every 16 steps.
     """
     (site,) = module.sites
     shapes = weight_shapes(module, site)
@@ -70,7 +70,7 @@ def records(
 def write(
     path: Path, module: ModuleInfo, steps: int, batch: int, calls: int, label: str | None = None
 ) -> None:
-    """Write such a trace, and close it."""
+    """Write a trace of such calls, and close it."""
     writer = Writer(path, make_header(module), "overwrite")
     for record in records(module, steps, batch, calls, label):
         writer.write(record)

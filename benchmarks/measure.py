@@ -18,7 +18,7 @@ from benchmarks.peers.peer import Absent, Peer, Values, disagreement, traced_val
 from benchmarks.tracings import HELD, IN_MEMORY, TRACINGS, traced
 from benchmarks.workloads import SMALL, Workload
 
-#: Pairs of what takes hundreds of times the layer's time.
+#: Number of pairs for peers that take hundreds of times the layer's time.
 FEW = 3
 
 
@@ -63,7 +63,7 @@ def _peer(workload: Workload, peer: Peer, expected: Values, budget: float, limit
     if peer.most_steps is not None and len(input) > peer.most_steps:
         raise Absent(f"left out: over {peer.most_steps} steps")
     with peer.prepare(layer, input) as running:
-        # Of the second call: one that gives again what it found at first is found out, too.
+        # The second call is compared, so that a peer with stale values is detected.
         running.call()
         wrong = disagreement(peer, running.read(running.call()), expected)
         if wrong:
@@ -74,7 +74,7 @@ def _peer(workload: Workload, peer: Peer, expected: Values, budget: float, limit
         def run() -> None:
             for _ in range(workload.calls):
                 made = running.call()
-                # As a trace keeps it: memory that is used again costs less than other memory.
+                # Kept, as a trace keeps it: reused memory costs less than new memory.
                 if peer.gates:
                     if len(kept) >= most:
                         kept.clear()

@@ -21,17 +21,16 @@ from grutrace.storage.write.writer_thread import QUEUE_BYTES
 
 MIB = 1024**2
 
-#: Runs of the shorter: with everything stored, more than the queue holds.
+#: Calls of the shorter run. Their rows are more than the queue holds.
 RUNS = 500
 
-#: What may lie in memory beside the queue. MiB.
+#: Memory allowed beside the queue. MiB.
 ALLOWED = 64 + QUEUE_BYTES // MIB
 
-#: By how much the peaks of runs that need the same memory differ, as the allocator will have it.
-#: Seen between untraced runs. MiB.
+#: The difference of peaks that counts as none. Untraced runs differ as much, by the allocator. MiB.
 SAME = 16
 
-#: The options by what the table calls them; None traces nothing.
+#: The options, by their name in the table. None traces nothing.
 KINDS: dict[str, dict[str, Any] | None] = {
     "untraced": None,
     "everything inline, to a file": {"gates": "inline"},
@@ -39,8 +38,7 @@ KINDS: dict[str, dict[str, Any] | None] = {
     "deferred, to a file": {"gates": "deferred"},
 }
 
-#: Linux says here what the peak of this process is. What `resource` says there also counts the
-#: process that started it, in the moment when it did.
+#: Linux gives the peak of this process here. The peak from `resource` may be the parent's.
 STATUS = Path("/proc/self/status")
 
 
@@ -59,7 +57,7 @@ def figures() -> Iterator[Figure]:
 
 
 def peak(kind: str, runs: int) -> float:
-    """Run it in a process of its own, and return its peak in MiB."""
+    """Run it in its own process, and return the peak in MiB."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", __name__, kind, str(runs), folder]
         # One thread: memory hardly depends on them, and two wait for each other on a busy machine.

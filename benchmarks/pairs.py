@@ -12,28 +12,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-#: The least number of pairs that a figure rests on, where nothing is said about it.
+#: The minimum number of pairs of a figure, unless the table says otherwise.
 PAIRS = 11
 
-#: Pairs go on until this much time was spent, so that short calls are measured more often. Seconds.
+#: Pairs are measured for at least this time, so short calls are measured more often. Seconds.
 BUDGET = 0.3
 
-#: But not for ever.
+#: The maximum number of pairs.
 MOST_PAIRS = 400
 
-#: After this much time fewer pairs do, so that all of it ends in ten minutes. Seconds.
+#: After this time, fewer pairs are enough, so that everything ends in ten minutes. Seconds.
 LIMIT = 2.0
 
-#: But no fewer than these. A table says where there are fewer than `PAIRS`.
+#: The minimum after that time. A table says where there are fewer than `PAIRS`.
 FEWEST = 5
 
-#: Runs of both before the first pair, and after how many seconds one is enough.
+#: Warm-up runs before the first pair, and the time after which one is enough. Seconds.
 WARM_UP, WARM = 2, 1.0
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Some measurements of one thing.
+    """Repeated measurements of one quantity.
 
     Attributes:
         median: Their median.
@@ -53,7 +53,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class Ratio(Spread):
-    """What B costs beside A, over the pairs.
+    """The cost of B relative to A, over the pairs.
 
     Attributes:
         base: Median time of A, in seconds.
@@ -129,5 +129,5 @@ def ratio_of(times: Sequence[tuple[float, float]]) -> Ratio:
 
 
 def speed(found: Ratio) -> Spread:
-    """How fast B is beside A, where a ratio says how long it takes."""
+    """The speed of B relative to A: the inverse of the ratio of times."""
     return Spread(1 / found.median, 1 / found.high, 1 / found.low, found.count)

@@ -32,7 +32,7 @@ PEERS_LEGEND = """\
 Ratios to the untraced nn.GRU, as above. **Bold**: gives all gates for less than our everything
 inline, in memory, on this workload."""
 
-#: Our own ways to trace that are shown among the peers.
+#: The tracings of grutrace that are shown among the peers.
 OURS = (
     IN_MEMORY,
     "the default, in memory",
@@ -44,7 +44,7 @@ OURS = (
 
 @dataclass
 class Report:
-    """What was measured so far.
+    """The measurements so far.
 
     Attributes:
         about: Machine, versions and threads.
@@ -91,7 +91,7 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
     def _peers(self) -> str:
-        """A row a peer, since there are many with long names; a column a workload."""
+        """One row per peer, one column per workload."""
         gives = {peer.name: peer.gives for peer in PEERS}
         gates = {peer.name for peer in PEERS if peer.gates}
         ours = {
@@ -131,7 +131,7 @@ def number(value: float) -> str:
 
 
 def _wide(corner: str, found: Table) -> str:
-    """A row a workload, a column a tracing, the target in each cell, since it varies."""
+    """One row per workload, one column per tracing, with the target in each cell."""
     columns = list(dict.fromkeys(each.name for row in found.values() for each in row))
     rows = [[corner, *columns]]
     for workload, row in found.items():
@@ -141,7 +141,7 @@ def _wide(corner: str, found: Table) -> str:
 
 
 def _long(figures: Sequence[Figure]) -> str:
-    """A row a figure."""
+    """One row per figure."""
     rows = [["", "figure", "10th to 90th percentile", "target"]]
     for figure in figures:
         if figure.value is None:

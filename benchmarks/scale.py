@@ -28,12 +28,12 @@ MILLION = 1_000_000
 #: Modules of two sites each.
 MODULES = 500
 
-#: Times that a thing is done, of which the median is taken.
+#: Repetitions, of which the median is taken.
 RUNS = 5
 
 
 def figures() -> Iterator[Figure]:
-    """Yield all of them, and leave no file behind."""
+    """Yield all figures, and remove the files."""
     narrow = make_module("rnn", hidden=4, record=("update", "hidden"))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.h5"
@@ -53,7 +53,7 @@ def figures() -> Iterator[Figure]:
 
 
 def of_file(path: Path, what: str, info: Target | None = None) -> Iterator[Figure]:
-    """What it takes to get at something in a file."""
+    """The time to read parts of a file."""
     yield measured(f"{what}: grutrace.open", _seconds(lambda: _open(path)), unit="s")
     yield measured(f"{what}: the first sequence, opening included", _first(path), unit="s")
     yield measured(

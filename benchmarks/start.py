@@ -25,10 +25,10 @@ OPENING = "import grutrace; grutrace.open"
 
 
 def figures() -> Iterator[Figure]:
-    """Yield all of them."""
+    """Yield all figures."""
     importing = over_h5py("import grutrace")
     yield measured("import grutrace, over import h5py", importing, Target(1.3))
-    # What the first use of a trace loads then. The target is for the import alone.
+    # The time of the first use of a trace. The target is for the import alone.
     yield measured("import grutrace and grutrace.open, over import h5py", over_h5py(OPENING))
     name = "modules of torch that import grutrace and grutrace.open import"
     yield Figure(name, float(timed(OPENING)[1]), target=Target(0.0))
@@ -40,7 +40,7 @@ def figures() -> Iterator[Figure]:
 
 
 def over_h5py(statement: str) -> Ratio:
-    """How long a statement takes beside importing h5py, each in a process of its own, in turn."""
+    """The time of a statement relative to importing h5py, each in its own process, alternately."""
     pairs = [(timed("import h5py")[0], timed(statement)[0]) for _ in range(1 + PAIRS)]
     return ratio_of(pairs[1:])
 

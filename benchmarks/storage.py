@@ -27,13 +27,13 @@ from grutrace.storage.read.lazy_rows import BLOCK
 from grutrace.storage.read.site import SiteTrace
 from tests.storage.streams import make_module
 
-#: What is read in turn. Bytes.
+#: Size of the file that is read alternately. Bytes.
 SIZE = 512 * 1024**2
 
-#: What is written in turn: enough that creating a file, some 18 ms, is little of it. Bytes.
+#: Size that is written alternately. Creating a file takes 18 ms, a small part of it. Bytes.
 WRITTEN = 1024**3
 
-#: The large file, and what is made instead where there is no room for it. Bytes.
+#: Size of the large file, and of the one made instead if the disk is too small. Bytes.
 LARGE, LESS = 4 * 1024**3, 1024**3
 
 #: Pairs of so many bytes, each of which takes a second.
@@ -42,12 +42,12 @@ PAIRS = 5
 #: Sequences that are read from the large file.
 READINGS = 200
 
-#: Calls of the file that `info` is asked about.
+#: Calls of the file for `info`.
 CALLS = 1_000_000
 
 
 def figures() -> Iterator[Figure]:
-    """Yield all of them, and leave no file behind."""
+    """Yield all figures, and remove the files."""
     with tempfile.TemporaryDirectory() as folder:
         yield measured(
             "bytes a second of the writer, over bare write_direct_chunk",
@@ -79,7 +79,7 @@ def figures() -> Iterator[Figure]:
 
 
 def writing(folder: Path) -> Spread:
-    """How fast the writer is beside a loop that hands the same bytes to HDF5 chunk by chunk."""
+    """The writer's speed relative to a loop that writes the same bytes with h5py by chunks."""
     module, calls = long_traces.wide_module(), WRITTEN // long_traces.call_bytes()
     (site,) = module.sites
     columns = dataset_specs([module])
@@ -113,7 +113,7 @@ def writing(folder: Path) -> Spread:
 
 
 def reading_and_summarizing(path: Path) -> tuple[Spread, Spread]:
-    """How fast reading all gates is beside bare h5py, and how long summarizing them takes."""
+    """The speed of reading all gates relative to plain h5py, and the time to summarize them."""
     with grutrace.open(path) as trace:
         (name,) = trace.sites
         site = trace[name]
@@ -143,11 +143,11 @@ def _read(site: SiteTrace, step: int) -> None:
 
 
 def random_sequences(path: Path) -> Spread:
-    """How long it takes to read a gate of one sequence, in milliseconds."""
+    """The time to read a gate of one sequence, in milliseconds."""
     with grutrace.open(path) as trace:
         site = trace[trace.sites[-1]]
         numbers = np.random.default_rng(0).integers(len(site), size=1 + READINGS)
-        # The first reading makes the index of all sequences, once.
+        # The first read builds the index of all sequences.
         np.asarray(site.sequence(int(numbers[0])).update)
         times = []
         for number in numbers[1:]:
@@ -158,7 +158,7 @@ def random_sequences(path: Path) -> Spread:
 
 
 def wall_time(command: list[str], runs: int = PAIRS) -> Spread:
-    """How long a command takes from start to end, in seconds, after it ran once."""
+    """The wall time of a command in seconds, after a first run."""
     times = []
     for _ in range(1 + runs):
         began = time.perf_counter()

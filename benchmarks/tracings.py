@@ -12,16 +12,16 @@ import grutrace
 from benchmarks.figures import Target
 from benchmarks.workloads import Kind, Workload
 
-#: What others are compared with.
+#: The tracing that others are compared with.
 IN_MEMORY = "everything inline, in memory"
 
-#: How much a trace in memory may hold before another takes its place. Bytes.
+#: Size at which a trace in memory is replaced by a new one. Bytes.
 HELD = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class Tracing:
-    """One way to trace.
+    """A kind of tracing.
 
     Attributes:
         name: What the table calls it.

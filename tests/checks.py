@@ -46,13 +46,13 @@ def same_result(a: Any, b: Any) -> bool:
 
 
 def check_untouched_and_exact(case: Case, **options: Any) -> None:
-    """Trace a call; the result is the untouched one, and every gate is the oracle's."""
+    """Trace a call; the result is unchanged, and every gate equals the oracle's."""
     expected, trace = check_untouched(case, **options)
     check_gates(case, expected, trace)
 
 
 def check_untouched(case: Case, **options: Any) -> tuple[Any, Any]:
-    """Trace a call; return the untouched result, which is the traced one too, and the trace."""
+    """Trace a call; check that its result is unchanged, and return the result and the trace."""
     untouched = case.untouched()
     expected = case.run(untouched)
     generator = torch.get_rng_state()
@@ -114,7 +114,7 @@ def check_sequence(sequence: Any, weights: oracles.Weights, previous: np.ndarray
 
 
 def check_against_kernel(case: Case, result: Any, trace: Any) -> None:
-    """Compare every gate with the one that the kernel used in the untouched run."""
+    """Compare every gate with the one that the kernel used in the untraced run."""
     layer = case.layer
     output = result if isinstance(layer, nn.GRUCell) else result[0]
     data = output.data if isinstance(output, PackedSequence) else output
@@ -148,7 +148,7 @@ def check_against_kernel(case: Case, result: Any, trace: Any) -> None:
 
 
 def _initial_states(case: Case, batch: int, states: int) -> np.ndarray:
-    """(L * D, B, H): what was given as hx, or zeros."""
+    """(L * D, B, H): the hx of the call, or zeros."""
     if case.initial is None:
         dtype = next(case.layer.parameters()).dtype
         return torch.zeros(states, batch, case.layer.hidden_size, dtype=dtype).numpy()
@@ -156,13 +156,13 @@ def _initial_states(case: Case, batch: int, states: int) -> np.ndarray:
 
 
 def _below(trace: Any, layer: int, directions: int, sequence: int) -> np.ndarray:
-    """What the layer below made of a sequence, forward direction first."""
+    """The output of the layer below for a sequence, forward direction first."""
     suffixes = [f"l{layer - 1}", f"l{layer - 1}_reverse"][:directions]
     return np.concatenate([trace[suffix].sequence(sequence).hidden for suffix in suffixes], axis=1)
 
 
 def _check_input_of_layer(input: np.ndarray, below: np.ndarray, dropout: float) -> None:
-    """Check that a layer read what the one below made, dropped out element by element."""
+    """Check that a layer's input is the output of the one below, after dropout."""
     if not dropout:
         np.testing.assert_array_equal(input, below)
         return

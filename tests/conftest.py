@@ -11,8 +11,8 @@ from tests.leaks import Watch
 
 pytest_plugins = ["pytester"]
 
-# A shell's background jobs ignore Ctrl-C, and so do their children: tests that interrupt a process
-# would wait for it in vain.
+# A shell's background jobs ignore Ctrl-C, and their children too. Tests that interrupt a process
+# would wait forever.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -25,7 +25,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With --dist loadgroup, run the tests that measure something in one worker, in turn."""
+    """With --dist loadgroup, run the tests that measure something in one worker, one by one."""
     for item in items:
         if item.get_closest_marker("measures"):
             item.add_marker(pytest.mark.xdist_group("measures"))

@@ -45,7 +45,7 @@ class Tagger(nn.Module):
 
 
 def steps(model: nn.Module, rank: int) -> list[dict[str, np.ndarray]]:
-    """Train, each rank on data of its own; return what went in and came out, and the weights."""
+    """Train, each rank on its own data; return inputs, outputs and weights."""
     torch.manual_seed(100 + rank)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     seen = []
@@ -69,7 +69,7 @@ def parallel(model: nn.Module) -> nn.Module:
 
 
 def train(folder: Path, rank: int) -> None:
-    """The same training untraced and traced; what was seen of the first is the oracle's."""
+    """Run the same training untraced and traced. The untraced run is the oracle."""
     torch.manual_seed(0)
     model = Tagger()
     untraced = steps(parallel(copy.deepcopy(model)), rank)
@@ -99,7 +99,7 @@ def train(folder: Path, rank: int) -> None:
 
 
 def killed(folder: Path, rank: int) -> None:
-    """Train until one rank is killed by itself; what was flushed before is noted."""
+    """Train until one rank kills itself, and note the calls flushed before."""
     model = Tagger()
     tracer = grutrace.Tracer(model, folder / "run.h5", record=EVERYTHING)
     tracer.start()
@@ -107,12 +107,12 @@ def killed(folder: Path, rank: int) -> None:
         steps(parallel(model) if number == 0 else model, rank)
         if number % 2 == 0:
             tracer.flush()
-            # Other ranks are ended at any moment: half a note must not be found.
+            # Other ranks end at any moment, so the note must be written atomically.
             note = folder / f"{rank}.calls"
             note.with_suffix(".new").write_text(str(len(tracer.calls)))
             note.with_suffix(".new").replace(note)
         if rank == KILLED and number == 4:
-            # Rows that wait to be written go with it.
+            # Rows in the queue are lost with it.
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(0.02)
 

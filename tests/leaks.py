@@ -16,18 +16,18 @@ from grutrace.capture.kernel_calls import subscription
 #: Linux lists the open files of a process here.
 OPEN_FILES = Path("/proc/self/fd")
 
-#: What other libraries load once and keep: fonts, compiled code.
+#: Files below this folder are kept open by other libraries: fonts, compiled code.
 KEPT_BY_LIBRARIES = Path(torch.__file__).parents[1]
 
-#: Whose threads count: a library may keep one of a class of its own for good (tqdm does).
+#: Modules whose threads count. Other libraries may keep threads (tqdm does).
 THREADS = ("threading", "grutrace.", "tests.")
 
-#: How long a thread may take to end once nobody needs it any more. Seconds.
+#: The time that an unreferenced thread may take to end. Seconds.
 PATIENCE = 5.0
 
 
 class Watch:
-    """Knows what was there when it began, and finds what has come since and was left behind."""
+    """Compare open files, threads and modes with those at the start of a test."""
 
     def __init__(self) -> None:
         self._threads = set(threading.enumerate())
@@ -36,10 +36,10 @@ class Watch:
         self._gradients = torch.is_grad_enabled()
 
     def leaks(self) -> list[str]:
-        """What was left behind, in words."""
+        """Describe what was left behind."""
         result = self._look()
         if result:
-            # A model, a tracer or a file in a cycle is gone once it is collected.
+            # A reference cycle may still hold a model, a tracer or a file.
             gc.collect()
             result = self._look()
         return result
@@ -56,7 +56,7 @@ class Watch:
 
 
 def open_files() -> set[tuple[str, str]]:
-    """Descriptors and paths of the files that this process has open; none where it cannot know."""
+    """Descriptors and paths of the open files of this process; empty if unknown."""
     result = set()
     for number in os.listdir(OPEN_FILES) if OPEN_FILES.exists() else ():
         with contextlib.suppress(OSError):

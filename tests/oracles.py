@@ -22,7 +22,7 @@ GATES = ("reset", "update", "candidate")
 
 @dataclass(frozen=True)
 class Expected:
-    """Values in float64, and how far off a computation with unit roundoff ``eps`` can be."""
+    """Values in float64, and the error bound of a computation with unit roundoff ``eps``."""
 
     values: dict[str, np.ndarray]
     bounds: dict[str, np.ndarray]

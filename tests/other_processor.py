@@ -34,7 +34,7 @@ def moved(made: Tensor, operands: tuple[Tensor, ...]) -> Tensor:
 
 
 def install(patch: pytest.MonkeyPatch) -> None:
-    """Have this process compute as such a processor does, until the patch is undone."""
+    """Make this process compute as such a processor, until the patch is undone."""
     plain = cell.linear
 
     def linear(values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -44,7 +44,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Install it for all tests."""
+    """Install the simulation for all tests."""
     patch = pytest.MonkeyPatch()
     install(patch)
     config.add_cleanup(patch.undo)

@@ -13,14 +13,14 @@ import numpy as np
 
 
 class PlainTrace:
-    """Everything in a trace file, read at once; what its axes are called unless asked not to."""
+    """Everything in a trace file, read at once; with the names of its axes if ``labels``."""
 
     def __init__(self, path, labels=True, swmr=True):
         self.has_labels = labels
         with h5py.File(path, "r", swmr=swmr) as file:
             assert file.attrs["format"] == "grutrace"
             assert file.attrs["format_version"][0] == 1
-            # The counts first: everything else may have grown by the time it is read.
+            # Read the counts first: everything else may grow in the meantime.
             committed = file["committed"][()]
             self.closed = bool(committed["closed"])
             self.model = file.attrs["model"]
@@ -88,7 +88,7 @@ class PlainModule:
         return results
 
     def annotated(self, sequence):
-        """By name, {step: value}; what comes later holds."""
+        """By name, {step: value}; a later value replaces an earlier one."""
         result, start = {}, 0
         for entry in self.trace.annotations:
             values = self.trace.values[start : start + int(entry["count"])]

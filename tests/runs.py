@@ -30,7 +30,7 @@ Run = Callable[[Any], Any]
 
 @dataclass(frozen=True)
 class KernelCall:
-    """What one call of torch.gru or torch.gru_cell was given and made, as NumPy.
+    """Inputs and outputs of one call of torch.gru or torch.gru_cell, as NumPy arrays.
 
     Attributes:
         inputs: The bottom layer's input, one (T, I) array a sequence, in the kernel's order.
@@ -46,7 +46,7 @@ class KernelCall:
 
 
 class Spy(TorchFunctionMode):
-    """Notes every kernel call, and changes none. Written from torch.gru's signature."""
+    """Records every kernel call without changing it. Written from torch.gru's signature."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def _unpack(data: np.ndarray, batch_sizes: np.ndarray) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run made and left behind."""
+    """Results of a run, and the state of the process afterwards."""
 
     result: list[Tensor]
     gradients: dict[str, Tensor | None]
@@ -156,7 +156,7 @@ def rebuilt(build: Callable[[], nn.Module]) -> Callable[[nn.Module], nn.Module]:
 def check_run(
     model: nn.Module, run: Run, folder: Path, duplicate: Callable[[Any], Any] = copy.deepcopy
 ) -> grutrace.Tracer:
-    """Hold a model to everything above, and return the trace in memory.
+    """Check a model in all ways above, and return the trace in memory.
 
     Args:
         model: The model.
@@ -190,7 +190,7 @@ def check_run(
 
 
 def check_calls(trace: Any, calls: list[KernelCall]) -> None:
-    """Compare what was recorded of each call with what the kernel was given and made."""
+    """Compare each recorded call with the kernel's inputs and outputs."""
     assert len(trace.calls) == len(calls) > 0
     modules = {module.path: module for module in trace.modules}
     for number, (row, call) in enumerate(zip(trace.calls, calls, strict=True)):
@@ -243,7 +243,7 @@ class Piece:
 
 
 def pieces_of_call(site: Any, number: int) -> list[Piece]:
-    """What a call recorded at a site, one piece a sequence, in the order of the batch."""
+    """The rows of a call at a site, one piece per sequence, in the order of the batch."""
     rows = np.flatnonzero(site.row_calls() == number)
     places = [site.locate(int(row))[0] for row in rows]
     splits = np.flatnonzero(np.diff(places)) + 1
@@ -288,7 +288,7 @@ def check_piece(piece: Piece, weights: oracles.Weights) -> None:
 
 
 def check_that_it_can_fail(trace: Any) -> None:
-    """Controls: what is wrong by little is noticed at every site, in one sequence at least."""
+    """Controls: a small error is detected at every site, in at least one sequence."""
     unnoticed = {(name, control) for name in trace.sites for control in CONTROLS}
     for name, weights, piece in every_piece(trace):
         for control, spoil in CONTROLS.items():

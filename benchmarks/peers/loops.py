@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 
 from benchmarks.peers.peer import GATES, Absent, Peer, Running, Values
 
-#: What torch.compile makes code with.
+#: The backend of torch.compile.
 BACKEND = "inductor"
 
 #: States and gates, (T, B, H) each: hidden, reset, update, candidate.
@@ -85,7 +85,7 @@ def first_state(layer: nn.GRU, input: Tensor) -> Tensor:
 
 @contextmanager
 def beside(layer: nn.GRU, input: Tensor) -> Iterator[Running]:
-    """The layer, and the loop after it: the model stays what it was."""
+    """The layer, and the loop after it. The model is unchanged."""
     hidden = first_state(layer, input)
 
     def call() -> Results:
@@ -97,7 +97,7 @@ def beside(layer: nn.GRU, input: Tensor) -> Iterator[Running]:
 
 
 def instead(function: Callable[[], Callable[..., Results]]) -> Any:
-    """The loop in the layer's place, as ``function`` makes it."""
+    """The loop instead of the layer, as ``function`` makes it."""
 
     @contextmanager
     def prepare(layer: nn.GRU, input: Tensor) -> Iterator[Running]:
@@ -110,7 +110,7 @@ def instead(function: Callable[[], Callable[..., Results]]) -> Any:
 @cache
 def scripted() -> Callable[..., Results]:
     with warnings.catch_warnings():
-        # torch.jit.script is deprecated, and still what many use.
+        # torch.jit.script is deprecated, but still widely used.
         warnings.simplefilter("ignore", DeprecationWarning)
         return torch.jit.script(loop)
 
@@ -148,12 +148,12 @@ def _compiled(function: Callable[..., Results]) -> Iterator[Callable[..., Result
         try:
             yield torch.compile(function, backend=BACKEND, dynamic=False)
         finally:
-            # Each shape is compiled anew, and nobody pays for looking through those before it.
+            # Each shape is compiled from an empty cache, so no time goes to searching it.
             torch.compiler.reset()
 
 
 def _tried(call: Callable[[], Results]) -> Running:
-    """Compile, which happens in the first call. Without a C++ compiler it fails."""
+    """Compile, in the first call. This fails without a C++ compiler."""
     try:
         call()
     except Exception as error:

@@ -15,7 +15,7 @@ from benchmarks.peers.peer import Peer, Running, need
 
 
 class Model(nn.Module):
-    """A model with the layer inside, since nnsight names modules by their place in a model."""
+    """A model that contains the layer, because nnsight names modules by their path in a model."""
 
     def __init__(self, layer: nn.GRU) -> None:
         super().__init__()

@@ -31,7 +31,7 @@ class Absent(Exception):
 
 @dataclass(frozen=True)
 class Running:
-    """A peer made ready for one layer and input.
+    """A peer that is prepared for one layer and input.
 
     Attributes:
         call: What is timed: one pass over the input.
@@ -44,7 +44,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Peer:
-    """Another way to see something of a single layer.
+    """Another tool that shows values of a single layer.
 
     Attributes:
         name: What the table calls it.
@@ -53,8 +53,8 @@ class Peer:
             raises `Absent` where it cannot.
         gates: Whether it gives all gates. They are then compared with the trace's.
         package: What it needs, by the name under which it is installed.
-        only_small: It takes so long that it is measured on the two small shapes, and seldom.
-        most_steps: It is not measured over more steps than this.
+        only_small: Whether it is slow, and so measured on the two small shapes and seldom.
+        most_steps: The maximum number of steps that it is measured with.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Peer:
 def need(package: str) -> Any:
     """Import a package that a peer builds on.
 
-    What the packages warn about when they are imported is theirs.
+    Warnings of the package's import are ignored.
 
     Raises:
         Absent: It is not installed, or cannot be imported.
@@ -87,7 +87,7 @@ def need(package: str) -> Any:
 
 
 def traced_values(layer: nn.GRU, input: Tensor) -> Values:
-    """Return what our trace says of one call, (T, B, H) each."""
+    """Return the values in grutrace's trace of one call, (T, B, H) each."""
     with grutrace.trace(layer) as trace:
         output = layer(input)[0]
     site = trace["l0"]
@@ -98,7 +98,7 @@ def traced_values(layer: nn.GRU, input: Tensor) -> Values:
 
 
 def disagreement(peer: Peer, found: Values, expected: Values) -> str:
-    """Say where a peer gives something else than the trace; nothing if it does not."""
+    """Describe where a peer's values differ from the trace's; empty if they agree."""
     for name in ("output", *GATES) if peer.gates else ("output",):
         if name not in found:
             return f"gives no {name}"

@@ -42,7 +42,7 @@ def model_of(layer: nn.GRU) -> Any:
 
 @contextmanager
 def plain(layer: nn.GRU, input: Tensor) -> Iterator[Running]:
-    """The model as it is: only its states."""
+    """The plain model: only its states."""
     model, batch_first = model_of(layer), input.transpose(0, 1)
     yield Running(
         lambda: model(inputs_embeds=batch_first)[0],

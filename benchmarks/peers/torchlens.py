@@ -29,7 +29,7 @@ class Loop(nn.Module):
 
 @contextmanager
 def logging(model: nn.Module, input: Tensor) -> Iterator[Any]:
-    """Give a call that logs a forward, and take TorchLens' wrappers off torch again afterwards."""
+    """Yield a call that logs a forward, and remove TorchLens' wrappers from torch afterwards."""
     torchlens = need("torchlens")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -31,7 +31,7 @@ from tests.checks import rounding
 
 
 class Workers:
-    """Which processes the rows were given to."""
+    """The processes that receive rows."""
 
     def __init__(self) -> None:
         self.seen: set[int] = set()

@@ -21,7 +21,7 @@ from grutrace.analysis.engine.site_data import SiteArrays
 from tests.analysis import sites
 from tests.checks import EVERYTHING
 
-#: What float64 sums of some thousand terms differ by in another order.
+#: The difference of float64 sums of a thousand terms in another order.
 ORDER = 1e-11
 
 #: What gates in float32 differ by if they are derived from states: a few roundings of sums of terms
@@ -74,13 +74,13 @@ def check_everywhere(
 
 @contextmanager
 def on_threads() -> Iterator[None]:
-    """dask's threads, which end with the block."""
+    """A pool of threads for dask, which ends with the block."""
     with ThreadPoolExecutor(2) as pool, dask.config.set(scheduler="threads", pool=pool):
         yield
 
 
 def as_arrays(site: Any, version: int = -1) -> SiteArrays:
-    """The same site as arrays: each sequence read on its own, one after another."""
+    """The same site as arrays, read sequence by sequence."""
     rows = site.rows_between(0, len(site))
     return SiteArrays(
         lengths=[len(sequence) for sequence in site],
@@ -97,7 +97,7 @@ def as_arrays(site: Any, version: int = -1) -> SiteArrays:
 
 
 def assert_same(found: Result, expected: Result, tolerance: float) -> None:
-    """Every field of both."""
+    """Compare every field of two results."""
     assert type(found) is type(expected)
     _assert_same(dataclasses.asdict(found), dataclasses.asdict(expected), tolerance)
 

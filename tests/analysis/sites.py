@@ -15,7 +15,7 @@ from tests.checks import EVERYTHING
 
 
 class Everything(nn.Module):
-    """Both directions of a stack, and a decoder whose rows of one sequence lie apart."""
+    """A bidirectional stack, and a decoder whose sequences have rows that are not adjacent."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from tests.plain_reader import PlainTrace
 
 QUANTITIES = ("reset", "update", "candidate", "hidden", "input")
 
-#: By group and name, what an independent reader found.
+#: Arrays of an independent reader, by group and name.
 Read = Callable[[str, str], Any]
 
 
@@ -21,7 +21,7 @@ def group_of(site: Any) -> str:
 
 
 class Expected:
-    """All that a format with arrays should hold, group by group."""
+    """Everything that a format with arrays must hold, by group."""
 
     def __init__(self, path: Any) -> None:
         self.trace = PlainTrace(path)

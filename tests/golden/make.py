@@ -29,7 +29,7 @@ from grutrace.storage.write.dataset_writer import DatasetWriter
 from tests.golden import happened, runs
 from tests.golden.runs import GOLDENS, Golden
 
-#: A file should say nothing of the machine that made it.
+#: A file must not describe the machine that made it.
 PLATFORM = "Linux"
 
 #: The script of the run that has parts.
@@ -88,7 +88,7 @@ def run_in_parts(path: Path) -> None:
 
 
 def about(golden: Golden) -> tuple[happened.Arrays, dict[str, Any]]:
-    """What the file of a run must hold, from a model that nobody traces."""
+    """The expected content of a run's file, from an untraced model."""
     model = golden.build()
     result = happened.happened(lambda: golden.run(model, runs.unrecorded), golden.calls)
     message = {
@@ -114,19 +114,19 @@ def about_parts() -> dict[int, tuple[happened.Arrays, dict[str, Any]]]:
 
 
 def keep(folder: Path, path: Path) -> None:
-    """Put a file into the folder, packed: most of it is empty."""
+    """Put a file into the folder, compressed: most of it is empty."""
     with lzma.open(folder / f"{path.name}.xz", "xb", preset=9 | lzma.PRESET_EXTREME) as file:
         file.write(path.read_bytes())
 
 
 def keep_expected(folder: Path, name: str, arrays: happened.Arrays, said: dict[str, Any]) -> None:
-    """Put what a file must hold into the folder."""
+    """Put the expected content of a file into the folder."""
     text = np.array(json.dumps(said, ensure_ascii=False))
     np.savez_compressed(folder / f"{name}.npz", said=text, **arrays)
 
 
 def main(folder: Path) -> None:
-    """Make everything that is not there."""
+    """Make every file that is missing."""
     platform.platform = lambda *_: PLATFORM
     torch.set_num_threads(1)
     folder.mkdir(parents=True)

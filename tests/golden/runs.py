@@ -23,13 +23,13 @@ Recording = Callable[..., AbstractContextManager[Any]]
 
 
 def unrecorded(**_: Any) -> AbstractContextManager[Any]:
-    """The same stretch of the run, recorded by nobody."""
+    """The same part of the run, without recording."""
     return nullcontext()
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a call is by the run's own account.
+    """The expected record of a call, as the run states it.
 
     Attributes:
         module: Path of the module.
@@ -48,7 +48,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Golden:
-    """A run, and by its own account what a trace of it must say.
+    """A run, and the expected content of its trace.
 
     Attributes:
         build: Makes the model.

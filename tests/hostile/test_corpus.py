@@ -15,7 +15,7 @@ import pytest
 
 import grutrace
 from tools.hostile import datasets, groups, judge, seeds
-from tools.hostile.cases import _REFUSED, _places, make
+from tools.hostile.cases import _REFUSED, _paths, make
 from tools.hostile.checksums import lookup3, put_right, structures
 from tools.hostile.corpus import all_outcomes, counts, said_from_outside
 from tools.hostile.spot import Spot
@@ -47,13 +47,13 @@ def test_each_change_can_be_made(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for kind, changes in ((h5py.Dataset, datasets.CHANGES), (h5py.Group, groups.CHANGES)):
         for name, change in changes.items():
-            chance, made = random.Random(name), False
+            rng, made = random.Random(name), False
             for _ in range(20):
                 path = seeds.put("decoder", tmp_path / "run.h5")
                 with h5py.File(path, "r+", libver=("v110", "v110")) as file:
-                    place = chance.choice(_places(file, kind))
+                    target = rng.choice(_paths(file, kind))
                     try:
-                        change(Spot(file, place, chance, tmp_path / "pipe"))
+                        change(Spot(file, target, rng, tmp_path / "pipe"))
                         made = True
                     except _REFUSED:
                         pass
@@ -112,8 +112,8 @@ def test_control_the_pipe_blocks_a_reader(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     path = seeds.put("decoder", tmp_path / "run.h5")
     with h5py.File(path, "r+", libver=("v110", "v110")) as file:
-        chance = random.Random(0)
-        datasets.CHANGES["an external link"](Spot(file, "calls", chance, tmp_path / "pipe"))
+        rng = random.Random(0)
+        datasets.CHANGES["an external link"](Spot(file, "calls", rng, tmp_path / "pipe"))
     follow = f"import h5py; h5py.File({str(path)!r})['calls']"
     with pytest.raises(subprocess.TimeoutExpired):
         subprocess.run([sys.executable, "-c", follow], timeout=4)

@@ -16,7 +16,7 @@ from tests.checks import EVERYTHING
 
 
 class Mixed(nn.Module):
-    """A stack with dropout (heard by a tap), one layer and a cell (heard by hooks)."""
+    """A stack with dropout, a single layer and a cell."""
 
     def __init__(self, dropout: float = 0.3) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ def trace(model: nn.Module, **options: Any) -> grutrace.Tracer:
 
 
 def eagerly(model: nn.Module, run: Callable[[], Any], seed: int = 0) -> tuple[Any, grutrace.Trace]:
-    """What a run gives untraced, and the trace of the same run by itself."""
+    """The result of an untraced run, and the trace of the same run."""
     torch.manual_seed(seed)
     expected = run()
     torch.manual_seed(seed)
@@ -50,7 +50,7 @@ def eagerly(model: nn.Module, run: Callable[[], Any], seed: int = 0) -> tuple[An
 
 
 def assert_same(a: Any, b: Any) -> None:
-    """Compare two traces of the same computation: exactly, but for the last bits of the values.
+    """Compare two traces of one computation: exactly, except for the last bits of values.
 
     The kernel and the replay may differ there from run to run, with the addresses of their tensors.
     """
@@ -68,7 +68,7 @@ def assert_same(a: Any, b: Any) -> None:
 
 @contextmanager
 def words() -> Iterator[list[str]]:
-    """Collect what grutrace warns of; any other warning passes as ever."""
+    """Collect grutrace's warnings; other warnings pass."""
     messages: list[str] = []
     with warnings.catch_warnings(record=True) as recorded:
         warnings.simplefilter("always", grutrace.GrutraceWarning)
@@ -81,5 +81,5 @@ def words() -> Iterator[list[str]]:
 
 
 def about(said: list[str]) -> list[str]:
-    """What each of the warnings of missed calls is about."""
+    """The subject of each warning of a missed call."""
     return [each.partition(" was not recorded: ")[0].removeprefix("a call of ") for each in said]

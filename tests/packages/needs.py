@@ -9,14 +9,14 @@ from types import ModuleType
 
 import pytest
 
-#: Set in CI: a package that is missing is then an error, so that no green run has skipped it.
+#: Set in CI, so that a missing package is an error and not a skipped test.
 REQUIRED = "GRUTRACE_REQUIRE_PACKAGES"
 
 
 def needs(name: str) -> ModuleType:
     """Import a package, or skip the test module that asks for it.
 
-    What the packages warn about when they are imported is theirs, not ours.
+    Warnings of the package's import are ignored.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -19,11 +19,11 @@ from tests.storage.streams import make_header, make_module
 
 HIDDEN = 32
 
-#: Rows in the batch, steps of each, and whether sequences go on from call to call.
+#: Rows in the batch, steps of each, and whether sequences continue from call to call.
 SHAPES = {"big": (16, 64, False), "stepwise": (8, 1, True), "small": (2, 3, False)}
 
-#: How long a program that streams for ever rests between two calls, so that it does not fill the
-#: disk while it is followed. Seconds.
+#: The pause of a program that streams without end between two calls, so that it does not fill the
+#: disk. Seconds.
 PAUSES = {"big": 0.01, "stepwise": 0.0005, "small": 0.0005}
 
 HEADER = make_header(make_module(hidden=HIDDEN, width=1, dtype="float64"))
@@ -34,7 +34,7 @@ def header(compression=None):
 
 
 def rows(call, count):
-    """(count, HIDDEN), no number twice in any two calls."""
+    """(count, HIDDEN), all numbers distinct, also between calls."""
     numbers = np.arange(count * HIDDEN, dtype=np.float64)
     return (call * 1e7 + numbers).reshape(count, HIDDEN)
 
@@ -82,7 +82,7 @@ def write(path, shape, calls=None, flush_every=3, report=lambda _: None, compres
 
 
 def check_trace(trace):
-    """Every number that the trace shows is the one that was written; gives the calls there are."""
+    """Check every number of a trace against the written one; return the number of calls."""
     calls = trace.calls
     if not len(calls):
         return 0

@@ -150,7 +150,7 @@ def _check_site(site, expected, module, description):
 
 
 def _check_labels(site, expected, module):
-    """Labels of all rows at once are those that were given to each step."""
+    """Check that the labels of all rows are those of each step."""
     given = {annotation.name for annotation in expected.annotations if annotation.module == module}
     assert set(site.label_names) == given
     for name in given:

@@ -72,7 +72,7 @@ def make_header(*modules, **changes):
 
 
 class Stream:
-    """Makes records that fit one another, and keeps them."""
+    """Builds a consistent list of records."""
 
     def __init__(self, header: TraceHeader, seed: int = 0) -> None:
         self.header = header
@@ -100,7 +100,7 @@ class Stream:
         return self._keep(record)
 
     def call(self, steps, *, module=0, go_on=None, tag=None, forks=(), weights=-1, training=False):
-        """One call: `go_on` names the sequence that each batch row goes on with; None begins."""
+        """Add a call. `go_on` has the sequence that each batch row continues; None begins one."""
         if not self.versions[module]:
             self.weights(module)
         kind = self.header.modules[module]
@@ -149,7 +149,7 @@ ODD_PATHS = ("", "a/b", "100%", ".", "..", "x.y", "ключ", "a b\n", "%2E", "A
 
 
 def full_stream() -> Stream:
-    """Everything that the format can hold, by hand."""
+    """A stream with everything that the format can hold."""
     modules = [
         make_module("encoder.rnn", layers=2, directions=(False, True), record=QUANTITIES),
         make_module("decoder/step", kind="GRUCell", dtype="float64", bias=False),
@@ -245,6 +245,6 @@ def _draw_annotation(draw, stream, module):
 
 
 def batches(records: list[Record], count: int) -> Iterator[list[Record]]:
-    """The records in so many parts."""
+    """Split the records into this many parts."""
     for part in np.array_split(np.arange(len(records)), count):
         yield [records[index] for index in part]

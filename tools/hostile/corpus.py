@@ -19,13 +19,13 @@ from grutrace.errors import TraceFileError
 from grutrace.storage.recovery.preflight import check_in_subprocess
 from tools.hostile.cases import make
 
-#: Seconds after which the look from outside gives up on a case.
+#: Time limit of the preflight check of a case. Seconds.
 PATIENCE = 20
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a case.
+    """The outcome of a case.
 
     Attributes:
         number: Of the case.
@@ -43,7 +43,7 @@ class Outcome:
 
 
 def all_outcomes(seed: int, first: int, stop: int, jobs: int) -> Iterator[Outcome]:
-    """Judge cases in so many processes at once, and yield what came of each, in any order."""
+    """Judge cases in several processes at once, and yield their outcomes, in any order."""
     result: queue.Queue[Outcome | BaseException | None] = queue.Queue()
 
     def work(part: range) -> None:
@@ -74,7 +74,7 @@ def all_outcomes(seed: int, first: int, stop: int, jobs: int) -> Iterator[Outcom
 
 
 def outcomes(seed: int, first: int, stop: int) -> Iterator[Outcome]:
-    """Judge cases, and yield what came of each."""
+    """Judge cases, and yield their outcomes."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "tools.hostile.worker", folder]
         numbers = map(str, (seed, first, stop))
@@ -107,7 +107,7 @@ def _death(number: int, name: str, doing: str, signal_number: int) -> Outcome:
 
 
 def said_from_outside(seed: int, number: int) -> str:
-    """What is said of a case by the look from outside; empty if it finds nothing."""
+    """The message of the preflight check of a case; empty if the file passes."""
     with tempfile.TemporaryDirectory() as folder:
         make(seed, number, Path(folder))
         try:
@@ -118,5 +118,5 @@ def said_from_outside(seed: int, number: int) -> str:
 
 
 def counts(found: list[Outcome]) -> Counter[str]:
-    """How many cases there are of each outcome."""
+    """The number of cases of each outcome."""
     return Counter(each.outcome for each in found)

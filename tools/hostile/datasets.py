@@ -11,26 +11,26 @@ from h5py import ExternalLink, SoftLink
 
 from tools.hostile.spot import EDGES, FLOATS, Change, Spot
 
-#: Filters that no HDF5 has.
+#: Numbers of filters that do not exist.
 UNKNOWN = (307, 32001, 32767, 65535)
 
-#: What a dataset is made with, in the place of the one that is given.
+#: Returns the arguments of create_dataset() for the dataset that replaces the given one.
 Made = Callable[[h5py.Dataset], dict[str, Any]]
 
 
 def _made(options: Made) -> Change:
-    """Put another dataset into the place of one."""
+    """Replace a dataset by another."""
 
     def change(spot: Spot) -> None:
-        given = options(spot.here)
+        given = options(spot.object)
         spot.remove()
-        spot.file.create_dataset(spot.place, **given)
-        # A table that counts goes up to what is there now.
+        spot.file.create_dataset(spot.path, **given)
+        # The committed count of a table becomes its new length.
         counted = spot.file.get("committed")
-        shape = spot.file[spot.place].shape
-        if counted is not None and shape and spot.place in (counted.dtype.names or ()):
+        shape = spot.file[spot.path].shape
+        if counted is not None and shape and spot.path in (counted.dtype.names or ()):
             counts = counted[()]
-            counts[spot.place] = shape[0]
+            counts[spot.path] = shape[0]
             counted[()] = counts
 
     return change
@@ -41,17 +41,17 @@ def _shape(dataset: h5py.Dataset) -> tuple[int, ...]:
 
 
 def _as(dtype: Any) -> Change:
-    """The same shape, of another type."""
+    """Replace it by one of another type, with the same shape."""
     return _made(lambda old: {"shape": _shape(old), "dtype": dtype})
 
 
 def _same(**options: Any) -> Change:
-    """The same items, stored otherwise."""
+    """Store the same items with other options."""
     return _made(lambda old: {"data": np.atleast_1d(old[()]), **options})
 
 
 def _rows(count: int, **options: Any) -> Change:
-    """So many items of the same type and width, and no data."""
+    """Replace it by one with this many items of the same type and width, without data."""
     return _made(lambda old: {"shape": (count, *old.shape[1:]), "dtype": old.dtype, **options})
 
 
@@ -72,74 +72,74 @@ def _large_chunks(old: h5py.Dataset) -> dict[str, Any]:
 
 
 def _data_elsewhere(spot: Spot) -> None:
-    shape, dtype = _shape(spot.here), spot.here.dtype
-    size = spot.chance.choice([h5py.h5f.UNLIMITED, max(1, int(np.prod(shape)) * dtype.itemsize)])
+    shape, dtype = _shape(spot.object), spot.object.dtype
+    size = spot.rng.choice([h5py.h5f.UNLIMITED, max(1, int(np.prod(shape)) * dtype.itemsize)])
     spot.remove()
-    spot.file.create_dataset(spot.place, shape, dtype, external=[(str(spot.pipe), 0, size)])
+    spot.file.create_dataset(spot.path, shape, dtype, external=[(str(spot.pipe), 0, size)])
 
 
 def _virtual(spot: Spot) -> None:
-    shape, dtype = _shape(spot.here), spot.here.dtype
-    source = spot.chance.choice([str(spot.pipe), "pipe", ".", "run.h5"])
+    shape, dtype = _shape(spot.object), spot.object.dtype
+    source = spot.rng.choice([str(spot.pipe), "pipe", ".", "run.h5"])
     spot.remove()
-    if spot.chance.random() < 0.5:
+    if spot.rng.random() < 0.5:
         layout = h5py.VirtualLayout(shape, dtype)
-        layout[...] = h5py.VirtualSource(source, spot.place, shape=shape)
+        layout[...] = h5py.VirtualSource(source, spot.path, shape=shape)
     else:
         # The length of this one is asked of its sources.
         longest = (None, *shape[1:])
         layout = h5py.VirtualLayout(shape, dtype, maxshape=longest)
-        of = h5py.VirtualSource(source, spot.place, shape=shape, maxshape=longest)
+        of = h5py.VirtualSource(source, spot.path, shape=shape, maxshape=longest)
         every = (slice(0, h5py.h5s.UNLIMITED), *(slice(0, size) for size in shape[1:]))
         layout[every] = of[every]
-    spot.file.create_virtual_dataset(spot.place, layout)
+    spot.file.create_virtual_dataset(spot.path, layout)
 
 
 def _unknown_filter(spot: Spot) -> None:
-    shape, kind = _shape(spot.here), spot.here.id.get_type()
-    group, name = spot.here.parent, spot.place.rpartition("/")[2]
+    shape, kind = _shape(spot.object), spot.object.id.get_type()
+    group, name = spot.object.parent, spot.path.rpartition("/")[2]
     spot.remove()
     made = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     made.set_chunk(tuple(max(1, size) for size in shape))
     # HDF5 lets one be named that it has not got, as long as it may do without.
-    made.set_filter(spot.chance.choice(UNKNOWN), h5py.h5z.FLAG_OPTIONAL)
+    made.set_filter(spot.rng.choice(UNKNOWN), h5py.h5z.FLAG_OPTIONAL)
     h5py.h5d.create(group.id, name.encode(), kind, h5py.h5s.create_simple(shape), dcpl=made)
 
 
 def _group(spot: Spot) -> None:
     spot.remove()
-    spot.file.create_group(spot.place)
+    spot.file.create_group(spot.path)
 
 
 def another_number(spot: Spot) -> None:
-    """Set one number, of one field, to one at the edge of its type."""
-    values = np.array(spot.here[()])
+    """Set one number of one field to a limit of its type."""
+    values = np.array(spot.object[()])
     if not values.size:
         raise ValueError("there is no number to change")
     flat = values.reshape(-1)
-    row = spot.chance.randrange(len(flat))
+    row = spot.rng.randrange(len(flat))
     names = values.dtype.names
-    column = flat[spot.chance.choice(names)] if names else flat
+    column = flat[spot.rng.choice(names)] if names else flat
     if column.dtype.kind == "f":
         with np.errstate(all="ignore"):
-            column[row] = np.float64(spot.chance.choice(FLOATS)).astype(column.dtype)
+            column[row] = np.float64(spot.rng.choice(FLOATS)).astype(column.dtype)
     else:
         size = column.dtype.itemsize
-        number = spot.chance.choice(EDGES) % 2 ** (8 * size)
+        number = spot.rng.choice(EDGES) % 2 ** (8 * size)
         column[row] = np.frombuffer(number.to_bytes(size, "little"), column.dtype)[0]
-    spot.here[...] = values
+    spot.object[...] = values
 
 
 CHANGES: dict[str, Change] = {
     "removed": Spot.remove,
-    "a soft link to itself": lambda spot: spot.link(SoftLink(f"/{spot.place}")),
+    "a soft link to itself": lambda spot: spot.link(SoftLink(f"/{spot.path}")),
     "a soft link to the root": lambda spot: spot.link(SoftLink("/")),
     "a soft link to nowhere": lambda spot: spot.link(SoftLink("/no/where")),
-    "an external link": lambda spot: spot.link(ExternalLink(str(spot.pipe), spot.place)),
-    "an external link beside": lambda spot: spot.link(ExternalLink("pipe", spot.place)),
-    "an external link to itself": lambda spot: spot.link(ExternalLink("run.h5", spot.place)),
+    "an external link": lambda spot: spot.link(ExternalLink(str(spot.pipe), spot.path)),
+    "an external link beside": lambda spot: spot.link(ExternalLink("pipe", spot.path)),
+    "an external link to itself": lambda spot: spot.link(ExternalLink("run.h5", spot.path)),
     "a hard link to the root": lambda spot: spot.link(spot.file["/"]),
-    "a hard link to its group": lambda spot: spot.link(spot.here.parent),
+    "a hard link to its group": lambda spot: spot.link(spot.object.parent),
     "another dataset": lambda spot: spot.link(spot.file["modules"]),
     "a group": _group,
     "a type": lambda spot: spot.link(np.dtype("<f4")),

@@ -11,7 +11,7 @@ from h5py import ExternalLink, SoftLink
 
 from tools.hostile.spot import EDGES, FLOATS, Change, Spot
 
-#: Texts that are no trace's: JSON of every kind, other names, and what a terminal obeys.
+#: Texts that no trace has: JSON of every kind, other names, terminal control sequences.
 TEXTS = (
     "",
     "1e999",
@@ -40,30 +40,30 @@ TEXTS = (
 
 NAMES = ("..", " ", "é", "\x1b[2J", "a\nb", "%", "%2E", "x" * 5000)
 
-#: Attributes that are not on every group.
+#: Attributes that only some groups have.
 OPTIONAL = ("units", "derived", "format_version", "options")
 
 _WHOLE = EDGES[:-2]
 
 
 def _attribute(make: Callable[[Spot], Any]) -> Change:
-    """Set one of the attributes, or one that could be there."""
+    """Set an attribute that the group has or could have."""
 
     def change(spot: Spot) -> None:
-        names = sorted(spot.here.attrs)
-        often = names if names and spot.chance.random() < 0.8 else OPTIONAL
-        spot.here.attrs[spot.chance.choice(often)] = make(spot)
+        names = sorted(spot.object.attrs)
+        often = names if names and spot.rng.random() < 0.8 else OPTIONAL
+        spot.object.attrs[spot.rng.choice(often)] = make(spot)
 
     return change
 
 
 def _no_attribute(spot: Spot) -> None:
-    del spot.here.attrs[spot.chance.choice(sorted(spot.here.attrs))]
+    del spot.object.attrs[spot.rng.choice(sorted(spot.object.attrs))]
 
 
 def _no_utf_8(spot: Spot) -> None:
-    name = spot.chance.choice(sorted(spot.here.attrs))
-    spot.here.attrs.create(name, b"\xff\xfe\x80", dtype=h5py.string_dtype("utf-8"))
+    name = spot.rng.choice(sorted(spot.object.attrs))
+    spot.object.attrs.create(name, b"\xff\xfe\x80", dtype=h5py.string_dtype("utf-8"))
 
 
 def _table(spot: Spot) -> h5py.Dataset:
@@ -71,37 +71,37 @@ def _table(spot: Spot) -> h5py.Dataset:
 
 
 def _inside(target: Callable[[Spot], Any], *names: str) -> Change:
-    """Have something more in the group."""
+    """Add an object to the group."""
 
     def change(spot: Spot) -> None:
-        spot.here[spot.chance.choice(names)] = target(spot)
+        spot.object[spot.rng.choice(names)] = target(spot)
 
     return change
 
 
 def _dataset(spot: Spot) -> None:
     spot.remove()
-    spot.file[spot.place] = [1, 2]
+    spot.file[spot.path] = [1, 2]
 
 
 def _many_groups(spot: Spot) -> None:
     for number in range(300):
-        spot.here.create_group(f"g{number}")
+        spot.object.create_group(f"g{number}")
 
 
 CHANGES: dict[str, Change] = {
     "no attribute": _no_attribute,
-    "a number": _attribute(lambda spot: spot.chance.choice([*_WHOLE, -1, -(2**63)])),
-    "a large number": _attribute(lambda spot: np.uint64(spot.chance.choice(EDGES[-2:]))),
-    "a float": _attribute(lambda spot: spot.chance.choice(FLOATS)),
-    "a truth": _attribute(lambda spot: spot.chance.random() < 0.5),
-    "a text": _attribute(lambda spot: spot.chance.choice(TEXTS)),
-    "bytes": _attribute(lambda spot: np.bytes_(bytes([spot.chance.randrange(1, 256)] * 9))),
+    "a number": _attribute(lambda spot: spot.rng.choice([*_WHOLE, -1, -(2**63)])),
+    "a large number": _attribute(lambda spot: np.uint64(spot.rng.choice(EDGES[-2:]))),
+    "a float": _attribute(lambda spot: spot.rng.choice(FLOATS)),
+    "a truth": _attribute(lambda spot: spot.rng.random() < 0.5),
+    "a text": _attribute(lambda spot: spot.rng.choice(TEXTS)),
+    "bytes": _attribute(lambda spot: np.bytes_(bytes([spot.rng.randrange(1, 256)] * 9))),
     "no UTF-8": _no_utf_8,
     "raw bytes": _attribute(lambda _: np.void(b"\0" * 17)),
     "nothing": _attribute(lambda _: h5py.Empty("<f8")),
-    "an array": _attribute(lambda spot: np.array([spot.chance.choice(_WHOLE)] * 2)),
-    "many numbers": _attribute(lambda spot: np.arange(spot.chance.choice([3, 5000, 10**6]))),
+    "an array": _attribute(lambda spot: np.array([spot.rng.choice(_WHOLE)] * 2)),
+    "many numbers": _attribute(lambda spot: np.arange(spot.rng.choice([3, 5000, 10**6]))),
     "texts": _attribute(lambda _: ["a", "b"]),
     "a reference": _attribute(lambda spot: spot.file.ref),
     "a region": _attribute(lambda spot: _table(spot).regionref[:1]),
@@ -110,14 +110,14 @@ CHANGES: dict[str, Change] = {
     "replaced by a dataset": _dataset,
     "replaced by an external link": lambda spot: spot.link(ExternalLink(str(spot.pipe), "/")),
     "replaced by a soft link": lambda spot: spot.link(SoftLink("/modules")),
-    "has itself inside": _inside(lambda spot: spot.here, "l7", "cell"),
+    "has itself inside": _inside(lambda spot: spot.object, "l7", "cell"),
     "has the root inside": _inside(lambda spot: spot.file["/"], "l7", "cell"),
     "has an external link inside": _inside(
         lambda spot: ExternalLink(str(spot.pipe), "/"), "l7", "reset", "input", "zz"
     ),
     "has a soft link inside": _inside(
-        lambda spot: SoftLink(spot.chance.choice(["/", ".", "l7", "/modules", "/x/../y"])), "l7"
+        lambda spot: SoftLink(spot.rng.choice(["/", ".", "l7", "/modules", "/x/../y"])), "l7"
     ),
     "has many groups inside": _many_groups,
-    "has a strange name inside": _inside(lambda spot: spot.here, *NAMES),
+    "has a strange name inside": _inside(lambda spot: spot.object, *NAMES),
 }

@@ -36,12 +36,12 @@ class Verdict:
 
 
 def judge(folder: Path, note: Callable[[str], None], commands: Sequence[str]) -> Verdict:
-    """Read a case, and say how that went.
+    """Read a case, and return a verdict.
 
     Args:
         folder: Where its file `run.h5` is.
         commands: Commands to run on it, too; the first only, if the file is refused.
-        note: Is told what is about to be done, in case the process does not survive it.
+        note: Called with the name of each step before it starts, in case the process crashes.
     """
     path = folder / "run.h5"
     try:
@@ -74,14 +74,14 @@ def _judge_trace(path: Path, note: Callable[[str], None]) -> Verdict:
     if path.with_name("run.part0002.h5").exists() or path.with_name("run.part0003.h5").exists():
         return Verdict("read", "parts")
     note("plain")
-    # What the axes are called is an attribute that grutrace does not read.
+    # grutrace does not read the names of the axes.
     plain = PlainTrace(path, labels=False)
     _compare(result, plain)
     return Verdict("read", f"{len(plain.calls)} calls")
 
 
 def everything(trace: Any) -> dict[str, Any]:
-    """All that a trace shows."""
+    """Everything that a trace shows."""
     sites = {}
     for name in trace.sites:
         site = trace[name]
@@ -127,7 +127,7 @@ def _compare(found: dict[str, Any], plain: PlainTrace) -> None:
 def _same(ours: Any, theirs: Any) -> None:
     ours, theirs = np.asarray(ours), np.asarray(theirs)
     assert ours.shape == theirs.shape
-    # Bit for bit, so that what is no number is compared, too.
+    # Bit for bit, so that NaN is compared too.
     assert np.ascontiguousarray(ours).tobytes() == np.ascontiguousarray(theirs).tobytes()
 
 
@@ -190,7 +190,7 @@ def _judge_statistics(path: Path) -> Verdict:
 
 
 def _judge_commands(path: Path, commands: Sequence[str]) -> str:
-    """What is wrong with how commands end: text, or nothing."""
+    """Describe a wrong output or exit code of a command; empty if there is none."""
     for command in commands:
         out, error = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):

@@ -11,7 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-#: Numbers at the edges of what the types hold.
+#: Numbers at the limits of the types.
 EDGES = (0, 1, 2, 3, 255, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**63, 2**64 - 1)
 
 FLOATS = (*map(float, EDGES), -1.0, 0.5, 1e300, -1e300, np.nan, np.inf, -np.inf)
@@ -19,36 +19,36 @@ FLOATS = (*map(float, EDGES), -1.0, 0.5, 1e300, -1e300, np.nan, np.inf, -np.inf)
 
 @dataclass(frozen=True)
 class Spot:
-    """A place.
+    """A group or dataset that is about to be changed.
 
     Attributes:
-        file: Open for writing.
-        place: Of a group or a dataset in it.
-        chance: What to choose by.
-        pipe: A pipe that nobody writes to. Whoever opens it waits for ever, and is found out.
+        file: The file, open for writing.
+        path: The path of the group or dataset.
+        rng: The source of random choices.
+        pipe: A pipe without a writer. A reader that opens it blocks, and so is detected.
     """
 
     file: h5py.File
-    place: str
-    chance: random.Random
+    path: str
+    rng: random.Random
     pipe: Path
 
     @property
-    def here(self) -> Any:
-        """What is there now."""
-        return self.file[self.place]
+    def object(self) -> Any:
+        """The object at this location."""
+        return self.file[self.path]
 
     def remove(self) -> None:
-        """Take it away, which cannot be done to the root."""
-        if self.place == "/":
+        """Remove the object. The root cannot be removed."""
+        if self.path == "/":
             raise ValueError("the root cannot be removed")
-        del self.file[self.place]
+        del self.file[self.path]
 
     def link(self, target: Any) -> None:
-        """Put a link, another object or a type into its place."""
+        """Replace the object by a link, another object or a type."""
         self.remove()
-        self.file[self.place] = target
+        self.file[self.path] = target
 
 
-#: Something that can be done.
+#: A change that can be made.
 Change = Callable[[Spot], object]

@@ -25,10 +25,10 @@ from tools.hostile import seeds
 from tools.hostile.cases import make
 from tools.hostile.judge import judge
 
-#: Memory beyond what is taken before the first case. No sound file needs near as much. Bytes.
+#: Memory limit of a case. No intact file needs nearly as much. Bytes.
 MEMORY = 384 * 1024 * 1024
 
-#: Commands that are run on every so many cases. `verify` starts a process, which takes long.
+#: Commands, and how many cases apart they run. `verify` is slow: it starts a process.
 COMMANDS = ((3, ("info",)), (11, ("stats", "info --json")), (31, ("verify", "stats --json")))
 
 #: Cases that one forked process judges, unless it dies before. A fork is slow: it copies pages.
@@ -40,9 +40,9 @@ LIMIT = 10
 
 def main(folder: Path, seed: int, first: int, stop: int) -> None:
     faulthandler.disable()
-    # Each of them would be a line that nobody asked for.
+    # A warning would be an unexpected line of output.
     warnings.simplefilter("error")
-    # That damaged states do not follow from the weights has to be said.
+    # Damaged states do not follow from the weights, so this warning is expected.
     warnings.simplefilter("ignore", grutrace.ResidualWarning)
     torch.set_num_threads(1)
     for name in (*seeds.TRACES, seeds.STATISTICS, "run", "run.part0002"):
@@ -59,7 +59,7 @@ def main(folder: Path, seed: int, first: int, stop: int) -> None:
 
 
 def _judge_some(folder: Path, seed: int, first: int, stop: int) -> int:
-    """Judge cases, or those up to one that is not survived; return which is next."""
+    """Judge cases up to the first that crashes the process; return the next case."""
     ours, theirs = os.pipe()
     child = os.fork()
     if not child:
@@ -75,7 +75,7 @@ def _judge_some(folder: Path, seed: int, first: int, stop: int) -> int:
         return stop
     shutil.rmtree(folder / str(begun[-1]), ignore_errors=True)
     if len(begun) > 1 and os.WTERMSIG(status) != signal.SIGALRM:
-        # By itself: it may be one of those before that had HDF5 write where it should not.
+        # Judge it alone: an earlier case may have corrupted the memory of this process.
         _note(begun[-1], "again")
         return _judge_some(folder, seed, begun[-1], begun[-1] + 1)
     _note(begun[-1], "died", signal=os.WTERMSIG(status))
@@ -96,12 +96,12 @@ def _judge_one(place: Path, seed: int, number: int) -> None:
 
 
 def _note(number: int, doing: str, **about: str | int) -> None:
-    # Not with print: what a buffer holds when the process dies is lost.
+    # print() would lose the lines in its buffer when the process dies.
     os.write(1, (json.dumps({"case": number, "doing": doing, **about}) + "\n").encode())
 
 
 def _warm_up(folder: Path) -> None:
-    """Load what is loaded when it is first used, before memory is limited."""
+    """Load libraries that are loaded on first use, before the memory is limited."""
     for number, name in enumerate((*seeds.TRACES, seeds.STATISTICS)):
         place = folder / f"sound{number}"
         place.mkdir(parents=True)

@@ -25,10 +25,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.soak", description=__doc__)
     parser.add_argument("what", nargs="*", choices=[[], *NAMES])
     parser.add_argument("--tries", type=int, default=200)
-    parser.add_argument("--seconds", type=float, default=180.0, help="Of following.")
+    parser.add_argument("--seconds", type=float, default=180.0, help="Duration of `live`.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="Where files are made.")
-    parser.add_argument("--json", type=Path, help="Where all outcomes are written.")
+    parser.add_argument("--folder", type=Path, help="Folder for the files.")
+    parser.add_argument("--json", type=Path, help="File for all outcomes.")
     asked = parser.parse_args()
     if not disk.is_under_us():
         disk.start_again(Path(tempfile.mkdtemp(prefix="soak-", dir=asked.folder)))

@@ -16,7 +16,7 @@ RUNS = 60
 
 
 def fsync_cost(folder: Path, asked: argparse.Namespace) -> list[Outcome]:
-    """Time flushes and runs with fsync and without, in turn."""
+    """Time flushes and runs with and without fsync, alternately."""
     results = []
     for kind in ("background", "stepwise"):
         for fsync in (False, True) * 2:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("disk.c")
 
-#: How the compiler is called.
+#: The compiler command.
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 
 
@@ -22,7 +22,7 @@ def is_under_us() -> bool:
 
 
 def build(folder: Path) -> Path:
-    """Compile it."""
+    """Compile disk.c."""
     assert COMPILER is not None, "a C compiler is needed"
     library = folder / "disk.so"
     command = [COMPILER, "-shared", "-fPIC", "-O1", "-o", library, SOURCE, "-ldl"]
@@ -31,13 +31,13 @@ def build(folder: Path) -> Path:
 
 
 def start_again(folder: Path) -> None:
-    """Become the same Python program, with the disk that can fail under it."""
+    """Restart this Python program with the preloaded library."""
     environment = os.environ | {"LD_PRELOAD": str(build(folder))}
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def folder() -> Path:
-    """Where it was compiled, in a program that was started again."""
+    """The folder of the compiled library, in a restarted program."""
     return Path(os.environ["LD_PRELOAD"]).parent
 
 
@@ -55,23 +55,23 @@ def _library() -> ctypes.CDLL:
 def fail(
     prefix: Path, error: int, *, writes: int = 0, size: int = -1, at_fsync: bool = False
 ) -> None:
-    """Have writes to files fail whose path begins so.
+    """Make writes fail for files whose path begins with this text.
 
     Args:
-        prefix: Of the paths.
+        prefix: The beginning of the paths.
         error: The errno.
-        writes: How many writes, or fsyncs, succeed before.
-        size: Instead, how long a file may become: what is longer is written up to there.
-        at_fsync: Whether it is the fsyncs that fail.
+        writes: The number of writes, or fsyncs, that succeed first.
+        size: Instead, the maximum size of a file. Writes beyond it are cut.
+        at_fsync: Whether fsyncs fail instead of writes.
     """
     _library().disk_fail(os.fsencode(prefix), error, writes, size, at_fsync)
 
 
 def failures() -> int:
-    """How often something has failed."""
+    """The number of failures so far."""
     return int(_library().disk_failures())
 
 
 def log(prefix: Path, descriptor: int) -> None:
-    """Keep every write and fsync of files whose path begins so: see `power.py`."""
+    """Log every write and fsync of files whose path begins with this text: see `power.py`."""
     _library().disk_log(os.fsencode(prefix), descriptor)

@@ -19,7 +19,7 @@ from tools.soak.forks import Outcome, outcomes
 from tools.soak.kills import look
 from tools.soak.victims import KINDS, make, tracing
 
-#: What fails, and how.
+#: The operations that fail, and their errors.
 FAULTS = ("full", "input/output error", "file too large", "fsync")
 
 #: Runs of the model in a try.
@@ -27,20 +27,20 @@ RUNS = 12
 
 
 def faults(folder: Path, tries: int, seed: int = 0) -> list[Outcome]:
-    """Let the disk fail this many runs."""
+    """Make the disk fail in this many runs."""
     return outcomes(_tries(folder, tries, seed))
 
 
 def _tries(folder: Path, tries: int, seed: int) -> Iterator[Callable[[], Outcome]]:
     for number in range(tries):
-        # A kind of run, a fault and what it does to the run: no two of them in step.
+        # All combinations of a kind of run, a fault and `on_error` occur.
         kind, rest = KINDS[number % len(KINDS)], number // len(KINDS)
         fault, on_error = FAULTS[rest % len(FAULTS)], ("raise", "warn")[rest // len(FAULTS) % 2]
         yield partial(fault_one, folder, kind, fault, on_error, seed * 1_000_000 + number)
 
 
 def fault_one(folder: Path, kind: str, fault: str, on_error: str, seed: int) -> Outcome:
-    """Let the disk fail one run, and look at what became of it and of its file."""
+    """Make the disk fail in one run, and check the run and its file."""
     path = folder / f"fault-{seed}" / "run.h5"
     path.parent.mkdir()
     torch.manual_seed(seed)
@@ -52,7 +52,7 @@ def fault_one(folder: Path, kind: str, fault: str, on_error: str, seed: int) -> 
     disk.fail(path, 0)
     results = {"calls": 0, "wrong": 0, "opened": None}
     if path.exists():
-        # Here, where HDF5 may still hold it, and where nothing is known of it.
+        # Check it here, where HDF5 may still have it open, and in another process.
         results = look(kind, path)
         elsewhere = outcomes([partial(look, kind, path)], lanes=1)[0]
         results["elsewhere"] = "error" not in elsewhere and elsewhere["calls"] == results["calls"]
@@ -76,20 +76,20 @@ def fault_one(folder: Path, kind: str, fault: str, on_error: str, seed: int) -> 
     }
 
 
-def _fail(fault: str, path: Path, chance: random.Random) -> None:
+def _fail(fault: str, path: Path, rng: random.Random) -> None:
     prefix = path.parent
     error = {"full": errno.ENOSPC, "file too large": errno.EFBIG}.get(fault, errno.EIO)
     if fault == "fsync":
-        disk.fail(prefix, error, writes=chance.randrange(20), at_fsync=True)
-    elif fault != "input/output error" and chance.random() < 0.4:
+        disk.fail(prefix, error, writes=rng.randrange(20), at_fsync=True)
+    elif fault != "input/output error" and rng.random() < 0.4:
         # Before the first chunk of rows is whole, or before the second; in the middle of a write.
-        disk.fail(prefix, error, size=int(10 ** chance.uniform(3, 7)))
+        disk.fail(prefix, error, size=int(10 ** rng.uniform(3, 7)))
     else:
-        disk.fail(prefix, error, writes=int(10 ** chance.uniform(0, 2.6)))
+        disk.fail(prefix, error, writes=int(10 ** rng.uniform(0, 2.6)))
 
 
 class _Run:
-    """Some runs of a model that is traced to a disk that fails."""
+    """Runs of a model that is traced to a failing disk."""
 
     def __init__(
         self,
@@ -147,14 +147,14 @@ def _seeded(run: Callable[[], torch.Tensor], number: int) -> torch.Tensor:
 def _is_intact(
     model: torch.nn.Module, run: Callable[[], torch.Tensor], expected: list[torch.Tensor]
 ) -> bool:
-    """Whether the model, after all that, still does what it did before."""
+    """Whether the model still computes the same afterwards."""
     with contextlib.suppress(RuntimeError):
         return all(torch.equal(_seeded(run, n), each) for n, each in enumerate(expected))
     return False
 
 
 def faulty(outcome: Outcome) -> list[str]:
-    """What is not as it should be of one try."""
+    """The faults of one try, in words."""
     if "error" in outcome:
         return [outcome["error"]]
     message, failed = [*outcome["errors"], *outcome["warnings"]], outcome["failed"] > 0

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-#: What a try says of itself: JSON.
+#: The outcome of a try, as JSON.
 Outcome = dict[str, Any]
 
 
@@ -27,9 +27,9 @@ class _Running:
 def outcomes(
     tries: Iterable[Callable[[], Outcome]], lanes: int = 2, limit: float = 60.0
 ) -> list[Outcome]:
-    """Make tries, each in a process of its own; what each says, in the order in which they end.
+    """Run tries, each in its own process, and return the outcomes in the order in which they end.
 
-    One that raises, or that does not end in time, says so as "error".
+    The outcome of a try that raises or does not end in time is "error".
     """
     results: list[Outcome] = []
     running: list[_Running] = []

@@ -15,8 +15,8 @@ from tools.soak import plain_check
 from tools.soak.forks import Outcome, outcomes
 from tools.soak.victims import KINDS, run_for_ever
 
-#: How long a run lives at most after so many acknowledgements that it is left to make; about as
-#: long as it takes to the next one. Seconds.
+#: A run is killed after up to `ACKNOWLEDGEMENTS`, and at most this much later: about the time from
+#: one acknowledgement to the next. Seconds.
 LIFE = 0.1
 ACKNOWLEDGEMENTS = 5
 
@@ -33,7 +33,7 @@ def _tries(folder: Path, tries: int, seed: int, fsync: bool) -> Iterator[Callabl
 
 
 def kill_one(folder: Path, kind: str, seed: int, *, fsync: bool = False) -> Outcome:
-    """Kill one run, and look at what it has left behind."""
+    """Kill one run, and check its file."""
     path = folder / f"{kind}-{seed}.h5"
     with (folder / f"{kind}-{seed}.calls").open("w+b", buffering=0) as told:
         os.pwrite(told.fileno(), bytes(8), 0)
@@ -53,23 +53,23 @@ def kill_one(folder: Path, kind: str, seed: int, *, fsync: bool = False) -> Outc
         acknowledged = int.from_bytes(os.pread(told.fileno(), 8, 0), "little")
     results = {"kind": kind, "seed": seed, "killed": killed, "acknowledged": acknowledged}
     if not path.exists():
-        # Killed before there was a file.
+        # Killed before the file existed.
         return results | {"calls": 0, "wrong": 0, "opened": None}
     return results | look(kind, path)
 
 
-def _wait(chance: random.Random, told: int) -> None:
-    """Until a random moment. By what the run has done, since machines differ in speed."""
-    left, last = chance.randint(0, ACKNOWLEDGEMENTS), 0
+def _wait(rng: random.Random, told: int) -> None:
+    """Wait until a random moment, measured by the run's progress, not by time."""
+    left, last = rng.randint(0, ACKNOWLEDGEMENTS), 0
     while left:
         time.sleep(0.001)
         calls = int.from_bytes(os.pread(told, 8, 0), "little")
         left, last = left - (calls != last), calls
-    time.sleep(chance.uniform(0, LIFE))
+    time.sleep(rng.uniform(0, LIFE))
 
 
 def look(kind: str, path: Path) -> Outcome:
-    """What a run has left behind: how many calls, how many wrong values, how fast it opens."""
+    """Check a killed run's file: its calls, its wrong values, and the time to open it."""
     begun = time.monotonic()
     if kind == "statistics":
         calls = grutrace.Statistics.load(path).calls

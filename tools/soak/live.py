@@ -25,21 +25,21 @@ from tests.storage import coded
 from tools.soak.forks import Outcome, outcomes
 from tools.soak.victims import run_for_ever
 
-#: How long a writer of rows that say where they belong rests between two calls. Seconds.
+#: The pause of a writer of coded rows between two calls. Seconds.
 CODED = {"big": 0.2, "stepwise": 0.002}
 
-#: Runs of real models, whose gates follow from states and weights.
+#: Kinds of runs with real models. Their gates follow from states and weights.
 MODELS = ("inline", "background", "deferred", "stepwise")
 
-#: Earlier rows that are looked at again each time; sequences of a model each time.
+#: Earlier rows that are read again at each refresh, and sequences of a model.
 AGAIN, SEQUENCES = 3, 6
 
-#: How far a gate may be from NumPy in float64.
+#: The tolerance of a gate against NumPy in float64.
 TOLERANCE = 2e-5
 
 
 def live(folder: Path, seconds: float, seed: int = 0) -> list[Outcome]:
-    """Follow all writers for so long."""
+    """Follow all writers for the given seconds."""
     tries = list(_tries(folder, seconds, seed))
     return outcomes(tries, lanes=len(tries), limit=seconds + 120)
 
@@ -120,7 +120,7 @@ def _write_model(kind: str, path: Path) -> None:
 
 
 def _follow(path: Path, seconds: float, check: Callable[..., int], seed: int) -> Outcome:
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     until = time.monotonic() + seconds
     calls = refreshes = changes = checked = 0
     slowest = 0.0
@@ -131,7 +131,7 @@ def _follow(path: Path, seconds: float, check: Callable[..., int], seed: int) ->
             slowest = max(slowest, time.monotonic() - begun)
             now = len(trace.calls)
             assert now >= calls, f"{now} calls, and {calls} before"
-            checked += check(trace, calls, chance)
+            checked += check(trace, calls, rng)
             refreshes, changes, calls = refreshes + 1, changes + (now > calls), now
     return {
         "refreshes": refreshes,
@@ -143,13 +143,13 @@ def _follow(path: Path, seconds: float, check: Callable[..., int], seed: int) ->
     }
 
 
-def check_coded(shape: str, trace: Any, seen: int, chance: random.Random) -> int:
-    """Check all rows that are new, and some that are not; how many."""
+def check_coded(shape: str, trace: Any, seen: int, rng: random.Random) -> int:
+    """Check all new rows and a sample of earlier ones; return their number."""
     calls, site = trace.calls, trace["rnn.l0"]
     batch, steps, goes_on = coded.SHAPES[shape]
     ranges = [(seen, len(calls))]
     for _ in range(AGAIN if seen else 0):
-        first = chance.randrange(seen)
+        first = rng.randrange(seen)
         ranges.append((first, min(seen, first + 2)))
     each, checked = batch * steps, 0
     for first, last in ranges:
@@ -169,14 +169,14 @@ def check_coded(shape: str, trace: Any, seen: int, chance: random.Random) -> int
     return checked
 
 
-def check_model(trace: Any, seen: int, chance: random.Random) -> int:
-    """Check some sequences, among them the last, against the equations in NumPy; how many rows."""
+def check_model(trace: Any, seen: int, rng: random.Random) -> int:
+    """Check the last and other sequences against the equations in NumPy; return the rows."""
     checked = 0
     for name in trace.sites:
         site = trace[name]
         if not len(site):
             continue
-        some = {chance.randrange(len(site)) for _ in range(SEQUENCES)} | {len(site) - 1}
+        some = {rng.randrange(len(site)) for _ in range(SEQUENCES)} | {len(site) - 1}
         own = trace.sequences[trace.sequences["module"] == site.module.path]
         for number in some:
             version = int(trace.calls["weights"][own["call"][number]])

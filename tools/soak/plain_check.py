@@ -16,7 +16,7 @@ TOLERANCE = 2e-5
 
 
 def torn_rows(path: Path) -> tuple[int, int]:
-    """How many calls a trace has, and how many values of its rows do not follow from the rest."""
+    """Return the number of calls of a trace, and of values that the equations contradict."""
     # A tracer of this process may have it open: HDF5 wants it to be opened alike.
     with path.open("rb") as file:
         marked = bool(file.read(12)[11] & 0b101)
@@ -59,7 +59,7 @@ def _step(site: PlainSite, version: int, x: Any, h: Any) -> dict[str, Any]:
 
 
 def wrong_figures(path: Path) -> tuple[int, int]:
-    """How many calls a file of statistics counts, and how many units do not add up."""
+    """Return the number of calls of a statistics file, and of units with wrong counts."""
     wrong = 0
     with h5py.File(path, "r") as file:
         modules = file["modules"][()]

@@ -22,20 +22,20 @@ from tools.soak.forks import Outcome, outcomes
 from tools.soak.kills import look
 from tools.soak.victims import run_for_ever
 
-#: What a disk writes as a whole. Bytes.
+#: The unit that a disk writes atomically. Bytes.
 PAGES = {"pages of 4096 bytes": 4096, "sectors of 512 bytes": 512}
 
-#: Kinds of runs that write a trace.
+#: The kinds of runs that write a trace.
 KINDS = ("inline", "background", "deferred", "stepwise")
 
-#: Losses that are made of one run.
+#: Simulated power losses per run.
 CUTS = 5
 
 _FSYNC, _ACKNOWLEDGED = -1, -2
 
 
 def power(folder: Path, tries: int, seed: int = 0) -> list[Outcome]:
-    """Cut the power this many times."""
+    """Simulate this many power losses."""
     result = outcomes(_tries(folder, tries, seed))
     return [each for outcome in result for each in outcome.get("cuts", [outcome])]
 
@@ -44,13 +44,13 @@ def _tries(folder: Path, tries: int, seed: int) -> Iterator[Callable[[], Outcome
     for number in range(-(-tries // CUTS)):
         kind = KINDS[(number + number // len(KINDS)) % len(KINDS)]
         page = list(PAGES)[number % 2]
-        # Without fsync, as a control: then there is something to lose.
+        # Control: without fsync, rows are lost.
         fsync = number % 4 != 3
         yield partial(cut_some, folder, kind, page, fsync, seed * 1_000_000 + number)
 
 
 def cut_some(folder: Path, kind: str, page: str, fsync: bool, seed: int) -> Outcome:
-    """Log a run, and cut its power at several moments."""
+    """Log the writes of a run, and simulate power losses at several moments."""
     place = folder / f"power-{seed}"
     place.mkdir()
     log = place / "log"
@@ -65,11 +65,11 @@ def cut_some(folder: Path, kind: str, page: str, fsync: bool, seed: int) -> Outc
         disk.log(Path("/nowhere"), -1)
     events = list(_events(log.read_bytes()))
     log.unlink()
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     cuts = []
     for number in range(CUTS):
         about = {"kind": kind, "page": page, "fsync": fsync, "seed": seed, "cut": number}
-        left = _left(events, chance.randrange(len(events)), PAGES[page], chance, fsync=fsync)
+        left = _left(events, rng.randrange(len(events)), PAGES[page], rng, fsync=fsync)
         cuts.append(about | _look(place / f"cut-{number}.h5", left))
     return {"cuts": cuts}
 
@@ -89,7 +89,7 @@ def _events(log: bytes) -> Iterator[_Event]:
 
 @dataclass
 class _Left:
-    """What a loss of power leaves.
+    """The files after a power loss.
 
     Attributes:
         content: Of the file.
@@ -100,9 +100,7 @@ class _Left:
     acknowledged: int = 0
 
 
-def _left(
-    events: list[_Event], cut: int, page: int, chance: random.Random, *, fsync: bool
-) -> _Left:
+def _left(events: list[_Event], cut: int, page: int, rng: random.Random, *, fsync: bool) -> _Left:
     """What is there of the file and, where a smaller copy is about to take its place, of either."""
     before = events[:cut]
     acknowledged = [offset for offset, length, _, _ in before if length == _ACKNOWLEDGED]
@@ -111,13 +109,13 @@ def _left(
     # A copy takes the place once the disk has it; and the disk may not know of that yet.
     synced = {inode for _, length, inode, _ in before if length == _FSYNC}
     there = [inode for inode in inodes[1:] if inode in synced or not fsync]
-    chosen = chance.choice([*inodes[:1], *there]) if inodes else 0
+    chosen = rng.choice([*inodes[:1], *there]) if inodes else 0
     own = [event for event in before if event[2] == chosen]
-    return _Left(_content(own, page, chance), max(acknowledged, default=0))
+    return _Left(_content(own, page, rng), max(acknowledged, default=0))
 
 
-def _content(events: list[_Event], page: int, chance: random.Random) -> bytearray:
-    """What a loss of power leaves of one file."""
+def _content(events: list[_Event], page: int, rng: random.Random) -> bytearray:
+    """The content of one file after a power loss."""
     last = max((n for n, event in enumerate(events) if event[1] == _FSYNC), default=-1)
     content, now = bytearray(), bytearray()
     states: dict[int, list[bytes]] = {}
@@ -132,7 +130,7 @@ def _content(events: list[_Event], page: int, chance: random.Random) -> bytearra
             content = bytearray(now)
     for first, those in states.items():
         before = bytes(content[first : first + page])
-        kept = chance.choice([before, *those])
+        kept = rng.choice([before, *those])
         if kept:
             content.extend(bytes(max(0, first + len(kept) - len(content))))
             content[first : first + len(kept)] = kept

@@ -23,7 +23,7 @@ SECTIONS: dict[str, Callable[[Path, argparse.Namespace], list[Outcome]]] = {
 
 
 def wrong(name: str, outcome: Outcome) -> list[str]:
-    """What is not as it should be of one try."""
+    """The faults of one try, in words."""
     if "error" in outcome:
         return [outcome["error"]]
     if name == "faults":
@@ -35,7 +35,7 @@ def wrong(name: str, outcome: Outcome) -> list[str]:
         return [] if followed else ["there was nothing to follow"]
     results = []
     lost = outcome["acknowledged"] - outcome["calls"]
-    # Without fsync nothing is promised when the power goes.
+    # Without fsync, nothing is promised after a power loss.
     if lost > 0 and outcome.get("fsync", True):
         results.append(f"{lost} acknowledged calls are lost: {outcome.get('refused', '')}")
     if outcome["wrong"]:
@@ -48,7 +48,7 @@ def wrong(name: str, outcome: Outcome) -> list[str]:
 
 
 def report(name: str, outcomes: Sequence[Outcome]) -> list[str]:
-    """Print a table; what went wrong, in words."""
+    """Print a table; return the faults, in words."""
     print(f"\n{name}\n")
     groups: dict[str, list[Outcome]] = {}
     for each in outcomes:

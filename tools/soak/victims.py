@@ -14,7 +14,7 @@ import grutrace
 from tests.capture.models import EncoderDecoder, StepwiseDecoder
 from tests.checks import EVERYTHING
 
-#: Ways to record: three ways to gates, a decoder that calls its GRU once a token, and figures.
+#: Kinds of recordings: three kinds of gates, a decoder with one call per token, statistics.
 KINDS = ("inline", "background", "deferred", "stepwise", "statistics")
 
 #: Calls of a decoder in one run of its model.
@@ -22,7 +22,7 @@ TOKENS = 40
 
 
 def make(kind: str) -> tuple[nn.Module, Callable[[], torch.Tensor], int]:
-    """A model, what runs it once, and how many calls of GRUs that is."""
+    """Return a model, a function that runs it once, and the number of GRU calls in a run."""
     if kind == "stepwise":
         decoder = StepwiseDecoder(layers=2)
 
@@ -36,7 +36,7 @@ def make(kind: str) -> tuple[nn.Module, Callable[[], torch.Tensor], int]:
 
 
 def warm_up() -> None:
-    """Load and compile what only the first run would, before the forks."""
+    """Load and compile everything that the first run needs, before the forks."""
     torch.set_num_threads(1)
     for kind in KINDS:
         model, run, _ = make(kind)
@@ -53,7 +53,7 @@ def warm_up() -> None:
 def tracing(
     kind: str, model: nn.Module, path: Path, *, fsync: bool = False, **options: object
 ) -> Iterator[grutrace.Tracer]:
-    """Trace a model in this way to a path."""
+    """Trace a model to a path, as this kind of recording."""
     if kind == "statistics":
         sink = grutrace.Statistics(path, save_seconds=0.02, fsync=fsync)
         tracer = grutrace.Tracer(model, sink=sink, record=EVERYTHING, **options)
@@ -75,10 +75,10 @@ def run_for_ever(
     fsync: bool = False,
     runs: int | None = None,
 ) -> None:
-    """Trace, now and then train and flush, and say how many calls were flushed."""
+    """Trace, train and flush at times, and print the number of flushed calls."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)
-    chance = random.Random(seed)
+    rng = random.Random(seed)
     model, run, calls_a_run = make(kind)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     calls = 0
@@ -86,9 +86,9 @@ def run_for_ever(
         while runs is None or calls < runs * calls_a_run:
             result = run()
             calls += calls_a_run
-            if result.requires_grad and chance.random() < 0.3:
+            if result.requires_grad and rng.random() < 0.3:
                 result.square().mean().backward()
                 optimizer.step()
-            if chance.random() < 0.3:
+            if rng.random() < 0.3:
                 tracer.flush()
                 acknowledge(calls)
