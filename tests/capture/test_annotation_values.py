@@ -60,7 +60,7 @@ def test_token_ids_in_any_form(form: str) -> None:
     site = record(tokens=iter(map(list, IDS)) if form == "an iterator" else given)
     results = [each.tokens for each in site]
     assert results == [[5, 6, 7], [8]]
-    assert all(type(token) is int for each in results for token in each)
+    assert all(type(token) is int for result in results for token in result)
     assert site.row_labels("tokens").to_array().tolist() == [5, 6, 7, 8]
 
 
@@ -78,7 +78,7 @@ TEXTS = {
 def test_texts_in_any_form(form: str) -> None:
     results = [each.tokens for each in record(tokens=TEXTS[form])]
     assert results == [["t", "h", "e"], ["a"]]
-    assert all(type(token) is str for each in results for token in each)
+    assert all(type(token) is str for result in results for token in result)
 
 
 LABELS = {

@@ -258,7 +258,7 @@ def test_a_large_trace_in_memory_warns_once(gates: Any, monkeypatch: pytest.Monk
             for _ in range(6):
                 layer(batch)
                 assert trace["l0"].update.shape[1] == 8
-    assert [each.category for each in messages] == [GrutraceWarning]
+    assert [message.category for message in messages] == [GrutraceWarning]
     message = str(messages[0].message)
     assert "2 GiB" in message
     ways = ("path", "gates='deferred'", "units", "every", "max_bytes", "Statistics", "clear()")

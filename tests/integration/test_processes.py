@@ -40,7 +40,7 @@ class Batches(Dataset):
             warnings.simplefilter("always")
             self.model(batch)
             self.model(batch)
-        return torch.tensor([sum("forked child" in str(each.message) for each in messages)])
+        return torch.tensor([sum("forked child" in str(message.message) for message in messages)])
 
 
 @forks

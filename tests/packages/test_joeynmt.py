@@ -84,7 +84,7 @@ def translate(model: Model, batch: Batch, beam: int) -> list[Tensor]:
         model, batch, max_output_length=8, beam_size=beam, beam_alpha=1.0, return_prob="hyp"
     )
     results: list[Any] = [hypotheses, scores, attention]
-    return [torch.as_tensor(each) for each in results if each is not None]
+    return [torch.as_tensor(result) for result in results if result is not None]
 
 
 def test_greedy_decoding(model: Model, batch: Batch, tmp_path: Path) -> None:

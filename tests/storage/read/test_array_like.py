@@ -180,11 +180,11 @@ def test_a_reduction_equals_that_of_all_rows_within_rounding(
     exact = getattr(data.astype(np.float64), name)(axis=axis, keepdims=keepdims)
     # The sum is made in float64; what is left is the rounding to the type, half a unit.
     bound = np.abs(exact) * np.finfo(dtype).eps + np.abs(data).max() ** 2 * shape[0] * 1e-15
-    for each in results:
-        assert each.dtype == dtype
-        assert np.shape(each) == np.shape(exact)
-        assert (np.abs(each.astype(np.float64) - exact) <= bound).all()
-        np.testing.assert_array_equal(each, results[0])
+    for result in results:
+        assert result.dtype == dtype
+        assert np.shape(result) == np.shape(exact)
+        assert (np.abs(result.astype(np.float64) - exact) <= bound).all()
+        np.testing.assert_array_equal(result, results[0])
 
 
 def test_control_float32_sums_are_less_accurate() -> None:

@@ -99,7 +99,7 @@ def counted(*given, **options):
 
 @pytest.mark.parametrize("foreign", FOREIGN)
 @pytest.mark.parametrize("writer", WRITERS)
-def test_nothing_is_overwritten_that_grutrace_did_not_write(path, foreign, writer):
+def test_foreign_files_are_never_overwritten(path, foreign, writer):
     FOREIGN[foreign](path)
     before = path.read_bytes()
     with pytest.raises(
@@ -152,7 +152,7 @@ OURS = {
 
 @pytest.mark.parametrize("ours", OURS)
 @pytest.mark.parametrize("writer", WRITERS)
-def test_what_grutrace_wrote_is_overwritten(path, ours, writer):
+def test_files_of_grutrace_are_overwritten(path, ours, writer):
     OURS[ours](path)
     made = WRITERS[writer](path)
     if isinstance(made, FileSink):
@@ -162,8 +162,8 @@ def test_what_grutrace_wrote_is_overwritten(path, ours, writer):
     assert os.listdir(path.parent) == ["run.h5"]
 
 
-def test_what_a_link_leads_to_counts(path):
-    """The file behind a symbolic link is overwritten, and the link stays; so does a hard link."""
+def test_links_are_followed(path):
+    """The file behind a symbolic link is overwritten and the link stays, also a hard link."""
     target, link, second = (path.with_name(name) for name in ("a.h5", "b.h5", "c.h5"))
     coded.write(target, "big", calls=2)
     link.symlink_to(target)
@@ -183,7 +183,7 @@ def test_what_a_link_leads_to_counts(path):
     assert target.is_file()
 
 
-def test_a_file_that_comes_while_another_is_made_is_not_replaced(path, monkeypatch):
+def test_a_file_created_meanwhile_is_not_replaced(path, monkeypatch):
     coded.write(path, "big", calls=1)
 
     def create(*given):
@@ -268,7 +268,7 @@ def test_statistics_have_one_writer_of_this_process(path):
     assert counted(path, mode="a").calls == 3
 
 
-def test_statistics_that_came_later_are_not_replaced(path):
+def test_later_statistics_are_not_replaced(path):
     layer, earlier = nn.GRU(3, 4), counted(path)
     later = counted(path, mode="overwrite")
     before = path.read_bytes()
@@ -278,8 +278,8 @@ def test_statistics_that_came_later_are_not_replaced(path):
     assert later.calls == 1
 
 
-def test_a_writer_that_is_closing_is_waited_for(path):
-    """What a notebook's cell does that is run twice."""
+def test_a_new_writer_waits_for_one_that_is_closing(path):
+    """As in a notebook cell that runs twice."""
     sink = FileSink(path, coded.HEADER)
     sink.append(coded.weights())
     for call in range(30):
@@ -357,7 +357,7 @@ def test_a_forked_child_neither_writes_nor_unlocks(path):
 
 
 @pytest.mark.parametrize("found", [None, True, False])
-def test_where_there_are_no_locks_it_is_said_that_it_cannot_be_known(path, monkeypatch, found):
+def test_without_file_locks_overwriting_warns(path, monkeypatch, found):
     killed(path)
     monkeypatch.setattr("grutrace.storage.write.overwrite.is_locked", lambda _: found)
     if found is None:
@@ -400,7 +400,7 @@ def left(path):
 
 @pytest.mark.parametrize("news", [True, False])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_file_that_is_gone_is_an_error_at_the_next_flush(path, loss, news):
+def test_a_lost_file_is_an_error_at_the_next_flush(path, loss, news):
     sink = begin(path)
     LOSSES[loss](path)
     there = left(path)
@@ -420,7 +420,7 @@ def test_a_file_that_is_gone_is_an_error_at_the_next_flush(path, loss, news):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_file_that_is_gone_is_an_error_when_it_is_closed(path, loss):
+def test_a_lost_file_is_an_error_when_it_is_closed(path, loss):
     sink = begin(path)
     sink.append(coded.block(1, "big"))
     LOSSES[loss](path)
@@ -434,7 +434,7 @@ def test_a_file_that_is_gone_is_an_error_when_it_is_closed(path, loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_statistics_whose_file_is_gone(path, loss):
+def test_a_lost_statistics_file_is_an_error(path, loss):
     layer = nn.GRU(3, 4)
     tracer = grutrace.Tracer(layer, sink=grutrace.Statistics(path))
     tracer.start()
@@ -450,7 +450,7 @@ def test_statistics_whose_file_is_gone(path, loss):
     assert left(path) == there
 
 
-def test_the_model_goes_on_without_its_file_if_that_is_asked_for(path):
+def test_with_on_error_warn_the_model_continues_without_its_file(path):
     layer = nn.GRU(3, 4)
     tracer = grutrace.Tracer(layer, path, on_error="warn")
     tracer.start()
@@ -498,7 +498,7 @@ def test_folders_and_files_with_brackets(tmp_path, name):
 
 
 def test_a_glob_of_folders_with_brackets(tmp_path):
-    """What a glob means elsewhere it means beside them."""
+    """Brackets in names match themselves, and the rest of the glob still works."""
     from grutrace.storage.shards.open_files import matching_files
 
     for folder in ("a1", "a[1]", "b1"):
@@ -602,7 +602,7 @@ def test_a_file_system_without_locks(tmp_path, no_locks):
         assert warning in done.stderr
 
 
-def test_control_an_environment_that_asks_for_locks_is_named(tmp_path, no_locks):
+def test_control_an_environment_that_requires_locks_is_named(tmp_path, no_locks):
     variable = {"HDF5_USE_FILE_LOCKING": "TRUE"}
     done = run_without_locks(no_locks, [37], tmp_path / "run.h5", **variable)
     assert done.returncode
@@ -629,7 +629,7 @@ def test_a_python_without_fcntl(tmp_path, missing):
     assert "another process may be writing" in done.stderr
 
 
-def test_errors_are_of_the_tree(path):
+def test_errors_are_grutrace_errors(path):
     path.write_text("precious")
     with pytest.raises(GrutraceError):
         begin(path, "overwrite")

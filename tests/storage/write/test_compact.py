@@ -78,7 +78,7 @@ def test_a_short_trace_is_small(path, hidden, options):
     assert os.listdir(path.parent) == ["run.h5"]
 
 
-def test_control_one_that_is_written_is_not_small_yet(path):
+def test_control_an_open_trace_is_not_compact(path):
     layer = nn.GRU(3, 4)
     with grutrace.trace(layer, path) as tracer:
         layer(torch.randn(5, 2, 3))
@@ -87,8 +87,8 @@ def test_control_one_that_is_written_is_not_small_yet(path):
     assert path.stat().st_size < SMALL
 
 
-def test_everything_is_still_there(path):
-    """As plain h5py reads it; and the scales are those of a long file."""
+def test_a_compact_file_holds_everything(path):
+    """Read with plain h5py; the dimension scales equal those of a long file."""
     stream = full_stream()
     run(path, stream, "w")
     long = path.with_name("long.h5")
@@ -130,7 +130,7 @@ def test_a_long_trace_keeps_its_chunks(path):
     assert path.stat().st_ino == inode
 
 
-def test_what_goes_on_from_a_small_file_has_the_chunks_of_a_long_one(path):
+def test_appending_to_a_compact_file_restores_large_chunks(path):
     def chunks():
         with h5py.File(path) as file:
             return file["modules/rnn/l0/update"].chunks[0], file["calls"].chunks[0]
@@ -148,7 +148,7 @@ def test_what_goes_on_from_a_small_file_has_the_chunks_of_a_long_one(path):
 
 
 @pytest.mark.parametrize("change", ["none", "values", "not a number", "the sign of a zero"])
-def test_weights_are_stored_once_a_version(path, change):
+def test_weights_are_stored_once_per_version(path, change):
     layer = nn.GRU(3, 4)
     with torch.no_grad():
         layer.weight_hh_l0[0, 0] = float("nan") if change == "not a number" else 0.0
@@ -182,7 +182,7 @@ def test_weights_that_change_later_are_new_versions(path):
         assert trace.calls["weights"].tolist() == [0, 0, 1, 1]
 
 
-def test_weights_of_each_module_by_itself(path):
+def test_versions_are_counted_per_module(path):
     model = nn.ModuleList([nn.GRU(3, 4), nn.GRU(3, 4)])
 
     def call(mode):
@@ -232,7 +232,7 @@ with grutrace.open(sys.argv[1]) as trace:
 """
 
 
-def test_a_reader_of_another_process_reads_on(path):
+def test_a_reader_of_another_process_continues(path):
     sink = FileSink(path, coded.HEADER)
     sink.append(coded.weights())
     sink.append(block(0))
@@ -253,7 +253,7 @@ def test_a_reader_of_another_process_reads_on(path):
         reader.stdin.close()
 
 
-def test_what_others_put_into_a_file_stays(path):
+def test_additions_of_other_programs_stay(path):
     append_blocks(path, 0, 1, "w")
     with h5py.File(path, "r+") as file:
         file["mine"] = np.arange(3)
@@ -267,7 +267,7 @@ def test_what_others_put_into_a_file_stays(path):
 
 
 @pytest.mark.parametrize("where", ["attribute", "label", "filter", "group"])
-def test_whatever_others_changed_stays(path, where):
+def test_changes_of_other_programs_stay(path, where):
     append_blocks(path, 0, 1, "w")
     with h5py.File(path, "r+") as file:
         if where == "attribute":
@@ -316,7 +316,7 @@ def test_permissions_and_links_stay(path):
 
 
 @pytest.mark.parametrize("step", ["_copy_image", "_copy_permissions", "fsync_file"])
-def test_a_copy_that_cannot_be_made_leaves_the_file_as_it_is(path, monkeypatch, step):
+def test_a_failed_copy_leaves_the_file_unchanged(path, monkeypatch, step):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -344,7 +344,7 @@ def test_a_copy_that_cannot_be_made_leaves_the_file_as_it_is(path, monkeypatch, 
 
 
 @pytest.mark.parametrize("reason", ["owner", "size"])
-def test_a_small_file_that_cannot_be_copied_is_appended_to_where_it_is(path, monkeypatch, reason):
+def test_a_compact_file_that_cannot_be_copied_is_appended_to_in_place(path, monkeypatch, reason):
     append_blocks(path, 0, 1, "w")
     if reason == "owner":
         monkeypatch.setattr(compact, "_copy_permissions", lambda *_: False)
@@ -376,7 +376,7 @@ append_blocks(path, 1 if mode == "a" else 0, 2, mode)
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("mode", ["w", "a"])
-def test_a_writer_that_is_killed_meanwhile_leaves_a_whole_file(path, mode, when):
+def test_a_writer_killed_during_the_copy_leaves_a_complete_file(path, mode, when):
     if mode == "a":
         append_blocks(path, 0, 1, "w")
     done = subprocess.run([sys.executable, "-c", DIES, path, mode, when], check=False)
@@ -387,7 +387,7 @@ def test_a_writer_that_is_killed_meanwhile_leaves_a_whole_file(path, mode, when)
         assert trace.closed == (when == "after" if mode == "w" else when == "before")
 
 
-def test_a_file_that_is_recovered_is_small(path):
+def test_a_recovered_file_is_compact(path):
     sink = FileSink(path, coded.HEADER)
     sink.append(coded.weights())
     sink.append(coded.block(0, "stepwise"))
@@ -403,7 +403,7 @@ def test_a_file_that_is_recovered_is_small(path):
     append_blocks(clean, 1, 2, "a")
 
 
-def test_what_is_worth_a_copy():
+def test_sizes_that_are_made_compact():
     header = make_header(make_module(hidden=64, width=64))
     columns = compact.dataset_specs(header.modules)
 
