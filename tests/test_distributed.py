@@ -123,7 +123,7 @@ def test_every_gate_equals_the_oracle(folder) -> None:
 def test_control_another_order_of_the_ranks_is_detected(folder) -> None:
     with grutrace.open(folder / "run.rank*.h5") as trace:
         reads = trace.snapshot.source
-        reads._parts = [parts[::-1] for parts in reads._parts]
+        reads._module_rows = [rows[::-1] for rows in reads._module_rows]
         with pytest.raises(AssertionError):
             check_against_the_oracle(trace, folder)
 
