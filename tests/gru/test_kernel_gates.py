@@ -1,4 +1,4 @@
-"""The kernel's own gates: bit for bit what it used, wherever they can be had, and nothing else."""
+"""Tests of gates copied from the kernel: they are bit for bit those that it used."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_lattice_with_a_graph(stacks: str, case: Case) -> None:
 @settings(max_examples=200, deadline=None)
 @given(cases())
 def test_the_lattice_without_a_graph(case: Case) -> None:
-    """The kernel's own gates under no_grad: those of its graph, had it recorded gradients."""
+    """Under no_grad, copied gates equal those of the autograd graph."""
     if not has_steps(case):
         return
     with_graph = case.run(case.untouched())
@@ -80,8 +80,8 @@ def test_the_lattice_without_a_graph(case: Case) -> None:
 @settings(max_examples=200, deadline=None)
 @given(cases(), st.data())
 @pytest.mark.parametrize("grad", [True, False])
-def test_the_lattice_of_parts(grad: bool, case: Case, data: st.DataObject) -> None:
-    """Some gates of some units, and two tracers that ask for other ones: the kernel's own each."""
+def test_the_lattice_of_partial_gates(grad: bool, case: Case, data: st.DataObject) -> None:
+    """Two tracers request different gates and units, and each gets the kernel's values."""
     if not has_steps(case):
         return
     size = case.layer.hidden_size
@@ -111,8 +111,8 @@ def test_the_lattice_of_parts(grad: bool, case: Case, data: st.DataObject) -> No
                     np.testing.assert_allclose(result, kernel[:, numbers], atol=allowed)
 
 
-def test_control_a_wrong_part_does_not_prove_itself(harvesting) -> None:
-    """The update gate of the units next to those that are asked for."""
+def test_control_a_wrong_part_has_a_residual(harvesting) -> None:
+    """The update gate of the units beside the requested ones."""
     make_buffer = kernel_gates.GateBuffers._make_buffer
 
     def make_shifted(buffers, names, columns, width):
@@ -190,7 +190,7 @@ def test_a_training_run_is_the_same(harvesting) -> None:
     assert all(map(torch.equal, traced, train(lambda _: nullcontext())))
 
 
-def test_a_graph_that_is_freed_or_changed_afterwards(harvesting) -> None:
+def test_a_graph_freed_or_changed_afterwards(harvesting) -> None:
     layer = nn.GRU(3, 4, batch_first=True)
     x = torch.randn(2, 5, 3)
     with grutrace.trace(layer) as trace:
@@ -227,7 +227,7 @@ def run_within(surrounding, layer, x) -> tuple[torch.Tensor, torch.Tensor, grutr
 )
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
-def test_autograd_and_autocast_may_be_as_they_like(harvesting, surrounding, grad) -> None:
+def test_every_state_of_autograd_and_autocast(harvesting, surrounding, grad) -> None:
     torch.manual_seed(0)
     layer, x = nn.GRU(5, 7, 2), torch.randn(4, 3, 5)
     with torch.set_grad_enabled(grad):
@@ -254,8 +254,8 @@ def test_autocast_has_the_gates_of_its_graph(harvesting) -> None:
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_under_a_dispatch_mode_gates_are_replayed(monkeypatch, grad) -> None:
-    """It could see the copies."""
+def test_gates_are_replayed_under_a_dispatch_mode(monkeypatch, grad) -> None:
+    """The mode could see the copies."""
     monkeypatch.setattr(kernel_gates, "is_cheaper", lambda *_, **__: True)
     monkeypatch.setattr(kernel_gates, "copy_kernel_gates", None)
     torch.manual_seed(0)
@@ -267,8 +267,8 @@ def test_under_a_dispatch_mode_gates_are_replayed(monkeypatch, grad) -> None:
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_additions_elsewhere_are_not_heard(harvesting, grad) -> None:
-    """Those of other threads, and of this one before and after a call."""
+def test_additions_outside_the_call_are_not_observed(harvesting, grad) -> None:
+    """Additions of other threads, and of this thread before and after a call."""
     layer, x, told = nn.GRU(64, 64), torch.randn(200, 8, 64), []
     stop = threading.Event()
 
@@ -293,7 +293,7 @@ def test_additions_elsewhere_are_not_heard(harvesting, grad) -> None:
 @pytest.mark.parametrize("make", [nn.GRU, nn.GRUCell])
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3, 4), (2, 2, 3, 4)])
 @pytest.mark.parametrize("harvested", [True, False])
-def test_what_a_module_does_not_take_it_says_itself(make, shape, harvested, monkeypatch) -> None:
+def test_wrong_input_gives_pytorchs_own_error(make, shape, harvested, monkeypatch) -> None:
     monkeypatch.setattr(kernel_gates, "is_cheaper", lambda *_, **__: harvested)
     layer, x = make(4, 6), torch.randn(shape)
 
@@ -333,7 +333,7 @@ def test_an_interruption_within_a_step_leaves_nothing_behind(harvesting, monkeyp
     assert len(trace.calls) == 1
 
 
-def test_verification_and_residual_of_a_harvest(harvesting, tmp_path) -> None:
+def test_verification_and_residual_of_copied_gates(harvesting, tmp_path) -> None:
     torch.manual_seed(0)
     layer = nn.GRU(5, 40, 2, bidirectional=True).requires_grad_(False)
     for parameter in layer.parameters():
@@ -346,8 +346,8 @@ def test_verification_and_residual_of_a_harvest(harvesting, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_control_wrong_gates_do_not_prove_themselves(harvesting, grad) -> None:
-    """The residual sees it if the gates are not those that made the states."""
+def test_control_wrong_gates_have_a_residual(harvesting, grad) -> None:
+    """The residual shows that the gates do not lead to the states."""
     assert kernel_gates.kernel_supported()
     right = kernel_gates.GateBuffers.gates
 
@@ -390,7 +390,7 @@ def unknown_pytorch(unknown_kernel):
     assert kernel_gates.kernel_supported()
 
 
-def test_an_unknown_kernel_is_replayed_and_said_once(unknown_pytorch, caplog) -> None:
+def test_an_unknown_kernel_is_replayed_and_warns_once(unknown_pytorch, caplog) -> None:
     layer = nn.GRU(5, 7, 2)
     with caplog.at_level(logging.DEBUG, "grutrace"):
         for grad in (True, False):
@@ -413,8 +413,8 @@ def check_replayed(grad: bool) -> None:
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_a_kernel_that_is_unknown_only_in_one_call(grad, request) -> None:
-    """Recognized when the tracer attached, and yet other than expected: replayed."""
+def test_a_kernel_that_differs_in_one_call(grad, request) -> None:
+    """It is recognised when the tracer attaches, but a later call differs and is replayed."""
     assert kernel_gates.kernel_supported()
     request.getfixturevalue("unknown_kernel")
     check_replayed(grad)
@@ -442,7 +442,7 @@ def test_a_kernel_of_more_or_fewer_additions_is_replayed(monkeypatch, grad, more
     check_replayed(grad)
 
 
-def test_where_the_layer_of_the_dispatcher_is_taken_nothing_is_harvested() -> None:
+def test_gates_are_replayed_if_the_dispatch_key_is_in_use() -> None:
     program = """
         import torch
         from torch.library import Library, fallthrough_kernel
@@ -467,7 +467,7 @@ def test_half_types(harvesting) -> None:
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_a_chaotic_network(harvesting, grad) -> None:
-    """Harvested, replayed and derived gates are the same; a free run's have nothing in common."""
+    """Copied, replayed and recomputed gates are equal. A free run diverges."""
     torch.manual_seed(0)
     layer = nn.GRU(8, 64)
     with torch.no_grad():
@@ -495,7 +495,7 @@ def test_a_chaotic_network(harvesting, grad) -> None:
     assert output.shape == (500, 1, 64)
 
 
-def test_the_rule_prefers_the_replay_where_steps_are_small() -> None:
+def test_replay_is_chosen_for_small_steps() -> None:
     all_of = {
         size: kernel_gates.GateRequest(dict.fromkeys(GATES, range(size))) for size in (64, 1024)
     }
