@@ -28,7 +28,9 @@ ALLOWED = {
     "storage/format": {"storage/hdf5"},
     "storage/interfaces": {"storage/format"},
     "storage/write": {"storage/hdf5", "storage/format"},
-    "storage/save": {"storage/hdf5", "storage/format", "storage/write"},
+    "storage/save": {
+        *("storage/hdf5", "storage/format", "storage/interfaces", "storage/write"),
+    },
     "storage/memory": {"storage/format", "storage/write"},
     "storage/read": {
         *("storage/hdf5", "storage/format", "storage/interfaces"),
@@ -63,7 +65,7 @@ ALLOWED = {
     "analysis/engine": {"storage/interfaces", "storage/read", "arrays"},
     "analysis/registry": {"analysis/engine"},
     "analysis/verification": {
-        *("gru", "storage/format", "storage/interfaces", "storage/read", "storage/open"),
+        *("gru", "storage/format", "storage/interfaces", "storage/save", "storage/read"),
     },
     "analysis/descriptive": {"storage/read", "statistics", "analysis/engine"},
     "analysis/memory": {"storage/read", "analysis/engine"},

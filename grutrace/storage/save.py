@@ -1,9 +1,10 @@
-"""Write a trace in memory to a file, with the content that a tracer would have written."""
+"""Write a complete trace to a new file, with the content that a tracer would have written."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from grutrace.storage.hdf5.atomic_write import (
 )
 from grutrace.storage.hdf5.errors import translate_write_errors
 from grutrace.storage.hdf5.quarantine import close_or_quarantine, discard_writes, file_identity
+from grutrace.storage.interfaces import Rows
 from grutrace.storage.write.appender import DatasetAppender
 from grutrace.storage.write.claims import Claim
 from grutrace.storage.write.create import create_file
@@ -34,15 +36,22 @@ MODES = ("w", "overwrite")
 
 
 def save_trace(
-    path: str | os.PathLike[str], header: TraceHeader, items: Mapping[str, Array], mode: str
+    path: str | os.PathLike[str],
+    header: TraceHeader,
+    counts: Mapping[str, int],
+    items: Iterable[tuple[str, Array]],
+    mode: str,
+    advance: Callable[[int], None] | None = None,
 ) -> None:
     """Write a complete, closed trace file under a temporary name, then rename it.
 
     Args:
         path: Path of the file.
         header: Header of the trace.
-        items: All items of each dataset, by path.
+        counts: Number of items of each dataset, by path.
+        items: The next items of a dataset, by path; see `array_items`.
         mode: "w" raises an error if the file exists, "overwrite" replaces a trace.
+        advance: Called with the number of bytes written so far.
 
     Raises:
         OptionError: `path` is not a path, or `mode` is unknown.
@@ -55,27 +64,27 @@ def save_trace(
     target = Path(os.path.realpath(path))
     committed = np.zeros((), COMMITTED)
     for name in TABLES:
-        committed[name] = len(items[name])
+        committed[name] = counts[name]
     committed["closed"] = True
-    counts = {dataset_path: len(array) for dataset_path, array in items.items()}
-
-    def blocks(dataset_path: str, count: int) -> Iterator[Array]:
-        array = items[dataset_path]
-        step = max(1, BLOCK // max(1, array[:1].nbytes))
-        return (array[start : start + step] for start in range(0, count, step))
-
     claim = Claim(target)
     try:
         if mode == "overwrite":
             require_replaceable(target)
         temporary = temporary_path(target, mode)
         with unlink_on_error(temporary):
-            write_datasets(target, temporary, header, counts, committed, blocks)
+            write_datasets(target, temporary, header, counts, committed, items, advance)
             publish(temporary, target, mode)
         with translate_write_errors(target, "created"):
             fsync_directory(target)
     finally:
         claim.release()
+
+
+def array_items(dataset_path: str, array: Array | Rows) -> Iterator[tuple[str, Array]]:
+    """Yield the items of a dataset in blocks of bounded size, each with the path."""
+    step = max(1, BLOCK // max(1, math.prod(array.shape[1:]) * array.dtype.itemsize))
+    for start in range(0, len(array), step):
+        yield dataset_path, np.asarray(array[start : start + step])
 
 
 def write_datasets(
@@ -84,7 +93,7 @@ def write_datasets(
     header: TraceHeader,
     counts: Mapping[str, int],
     committed: Array,
-    blocks: Callable[[str, int], Iterator[Array]],
+    items: Iterable[tuple[str, Array]],
     advance: Callable[[int], None] | None = None,
 ) -> None:
     """Write a complete file and fsync it.
@@ -95,7 +104,7 @@ def write_datasets(
         header: Header of the trace.
         counts: Number of items of each dataset, by path.
         committed: The committed counts, see `schema.COMMITTED`.
-        blocks: Yields the first items of a dataset in blocks.
+        items: The next items of a dataset, by path.
         advance: Called with the number of bytes written so far.
 
     Raises:
@@ -105,15 +114,16 @@ def write_datasets(
     descriptor, identity = file.id.get_vfd_handle(), file_identity(file)
     try:
         done = 0
-        for dataset_path, count in counts.items():
-            appender = DatasetAppender(file[dataset_path], 0)
-            for items in blocks(dataset_path, count):
-                with translate_write_errors(path, "written"):
-                    appender.append(items)
-                    appender.write()
-                done += items.nbytes
-                if advance is not None:
-                    advance(done)
+        appenders: dict[str, DatasetAppender] = {}
+        for dataset_path, block in items:
+            if dataset_path not in appenders:
+                appenders[dataset_path] = DatasetAppender(file[dataset_path], 0)
+            with translate_write_errors(path, "written"):
+                appenders[dataset_path].append(block)
+                appenders[dataset_path].write()
+            done += block.nbytes
+            if advance is not None:
+                advance(done)
         with translate_write_errors(path, "written"):
             extend_scales(file, header.modules, counts)
             file["committed"][()] = committed

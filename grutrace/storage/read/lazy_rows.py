@@ -345,6 +345,12 @@ def items_per_block(block_bytes: int, item_bytes: int) -> int:
     return max(1, block_bytes // max(1, item_bytes))
 
 
+def block_slices(count: int, block_bytes: int, item_bytes: int) -> Iterator[slice]:
+    """Yield slices of `count` items, each of at most this many bytes, or of one item."""
+    step = items_per_block(block_bytes, item_bytes)
+    return (slice(start, min(start + step, count)) for start in range(0, count, step))
+
+
 def blocks(rows: Rows) -> Iterator[Array]:
     """Yield all rows in blocks of `BLOCK` bytes."""
     step = items_per_block(BLOCK, rows.shape[1] * rows.dtype.itemsize)

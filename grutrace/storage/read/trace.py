@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,7 +25,7 @@ from grutrace.storage.interfaces import InMemorySource, Source
 from grutrace.storage.memory import MemoryCopy
 from grutrace.storage.read.site import SiteTrace
 from grutrace.storage.read.snapshot import TraceSnapshot
-from grutrace.storage.save import save_trace
+from grutrace.storage.save import array_items, save_trace
 
 if TYPE_CHECKING:
     import dask.array
@@ -209,7 +210,9 @@ class Trace:
         """
         snapshot, memory = self._refresh_snapshot(), self._require_memory("saved")
         items = memory.as_of(snapshot.tables).all_items(snapshot.tables)
-        save_trace(path, self.header, items, mode)
+        counts = {dataset_path: len(array) for dataset_path, array in items.items()}
+        blocks = chain.from_iterable(map(array_items, items, items.values()))
+        save_trace(path, self.header, counts, blocks, mode)
 
     def clear(self) -> None:
         """Delete all records of a trace in memory.

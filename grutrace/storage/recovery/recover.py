@@ -212,12 +212,13 @@ def _copy(
 ) -> None:
     """Copy the intact prefix of a file to a temporary path."""
     with open_damaged(source, repair=plan.repair) as (_, file):
-
-        def blocks(dataset_path: str, count: int) -> Iterator[Array]:
-            return _blocks(get_dataset(file, dataset_path), dataset_path, count)
-
         header, prefix = read_header(file), plan.prefix
-        write_datasets(path, temporary, header, prefix.counts, prefix.committed, blocks, advance)
+        items = (
+            (dataset_path, block)
+            for dataset_path, count in prefix.counts.items()
+            for block in _blocks(get_dataset(file, dataset_path), dataset_path, count)
+        )
+        write_datasets(path, temporary, header, prefix.counts, prefix.committed, items, advance)
 
 
 class _UnreadableItem(Exception):
