@@ -156,8 +156,8 @@ class Accumulator:
     @property
     def nbytes(self) -> int:
         """Size of all arrays in bytes."""
-        accumulators = [tally for site in self.accumulators for tally in site.values()]
-        inside = sum(tally.units.nbytes + tally.histogram.nbytes for tally in accumulators)
+        accumulators = [counts for site in self.accumulators for counts in site.values()]
+        inside = sum(counts.units.nbytes + counts.histogram.nbytes for counts in accumulators)
         return inside + self.modules.nbytes + self.checked.nbytes
 
     def count_calls(self, module: int, calls: int, sequences: int, steps: int) -> None:
@@ -192,8 +192,8 @@ class Accumulator:
         self.annotations += other.annotations
         self.created = min(self.created, other.created)
         for ours, theirs in zip(self.accumulators, other.accumulators, strict=True):
-            for name, tally in ours.items():
-                tally.merge(theirs[name])
+            for name, counts in ours.items():
+                counts.merge(theirs[name])
 
     def require_same(self, layout: Sequence[SiteLayout], bins: int | None = None) -> None:
         """Check that a layout and a number of bins are the same.
@@ -201,9 +201,9 @@ class Accumulator:
         Raises:
             OptionError: They differ; the message says what was expected, found, and where.
         """
-        for where, expected, found in self._differences(layout, bins):
+        for where, expected, actual in self._differences(layout, bins):
             raise OptionError(
-                f"statistics do not match: {where}: expected {expected}, found {found}"
+                f"statistics do not match: {where}: expected {expected}, found {actual}"
             )
 
     def _differences(
@@ -234,33 +234,33 @@ class Accumulator:
             residual=float("nan") if has_none else float(checked["residual"]),
             residual_call=int(checked["call"]),
             quantities={
-                name: _unit_statistics(name, tally, self.bins)
-                for name, tally in self.accumulators[number].items()
+                name: _unit_statistics(name, counts, self.bins)
+                for name, counts in self.accumulators[number].items()
             },
         )
 
 
-def _unit_statistics(quantity: str, tally: QuantityAccumulator, bins: int) -> UnitStatistics:
-    units, of_bins = tally.units, quantity_bins(quantity, bins)
-    some = units["count"] > 0
+def _unit_statistics(quantity: str, counts: QuantityAccumulator, bins: int) -> UnitStatistics:
+    units, of_bins = counts.units, quantity_bins(quantity, bins)
+    count = np.maximum(units["count"], 1)
 
-    def where_some(values: Array) -> Array:
-        return np.where(some, values, np.nan)
+    def where_counted(values: Array) -> Array:
+        return np.where(units["count"] > 0, values, np.nan)
 
     def share(name: str) -> Array | None:
-        return where_some(units[name] / np.maximum(units["count"], 1)) if of_bins else None
+        return where_counted(units[name] / count) if of_bins else None
 
     values: dict[str, Array | None] = {
         "count": units["count"].copy(),
         "nan": units["nan"].copy(),
         "infinite": units["infinite"].copy(),
-        "mean": where_some(units["mean"]),
-        "variance": where_some(units["squares"] / np.maximum(units["count"], 1)),
-        "minimum": where_some(units["minimum"]),
-        "maximum": where_some(units["maximum"]),
+        "mean": where_counted(units["mean"]),
+        "variance": where_counted(units["squares"] / count),
+        "minimum": where_counted(units["minimum"]),
+        "maximum": where_counted(units["maximum"]),
         "below": share("below"),
         "above": share("above"),
-        "histogram": tally.histogram.copy() if of_bins else None,
+        "histogram": counts.histogram.copy() if of_bins else None,
         "edges": of_bins.edges if of_bins else None,
         "underflow": units["underflow"].copy() if of_bins else None,
         "overflow": units["overflow"].copy() if of_bins else None,

@@ -155,7 +155,7 @@ class StatisticsFile:
         if self._expected_status is None:
             return
         try:
-            found = _status(self.path)
+            status = _status(self.path)
         except FileNotFoundError:
             raise TraceFileError(
                 f"{self.path} was deleted or moved while it was written: nothing more can be "
@@ -163,7 +163,7 @@ class StatisticsFile:
             ) from None
         except OSError:
             return
-        if found != self._expected_status:
+        if status != self._expected_status:
             raise TraceFileError(
                 f"{self.path} was replaced by another file while it was written: nothing more can "
                 "be written to it"
@@ -192,8 +192,8 @@ _Status: TypeAlias = tuple[int, int, int, int]
 
 
 def _status(path: Path) -> _Status:
-    found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _image(accumulator: Accumulator, new: Path) -> bytes:
@@ -219,11 +219,11 @@ def _write(file: h5py.File, accumulator: Accumulator) -> None:
         group = sites.create_group(str(number))
         group.attrs["name"] = site.name
         group["site"] = np.array((site.module, *accumulator.checked[number].item()), SITE_DTYPE)
-        for quantity, tally in accumulator.accumulators[number].items():
+        for quantity, counts in accumulator.accumulators[number].items():
             location = group.create_group(quantity)
-            location["units"] = tally.units
-            if tally.histogram.shape[1]:
-                location["histogram"] = tally.histogram
+            location["units"] = counts.units
+            if counts.histogram.shape[1]:
+                location["histogram"] = counts.histogram
 
 
 def is_statistics(path: str | os.PathLike[str]) -> bool:
@@ -282,8 +282,8 @@ class _Reader:
             for name in CHECK_DTYPE.names or ():
                 accumulator.checked[number][name] = checked[name]
             for quantity, (units, histogram) in accumulators.items():
-                tally = accumulator.accumulators[number][quantity]
-                tally.units, tally.histogram = units, histogram
+                counts = accumulator.accumulators[number][quantity]
+                counts.units, counts.histogram = units, histogram
         return accumulator
 
     def _site(
@@ -293,14 +293,14 @@ class _Reader:
         module = int(site["module"])
         require(0 <= module < modules, f"{group.name}/site", f"a module below {modules}", module)
         accumulators = {
-            quantity: self._tally(get_member(group, quantity, h5py.Group), bins)
+            quantity: self._counts(get_member(group, quantity, h5py.Group), bins)
             for quantity in QUANTITIES
             if has_member(group, quantity)
         }
         widths = tuple((quantity, len(units)) for quantity, (units, _) in accumulators.items())
         return SiteLayout(_text(group, "name"), module, widths), site, accumulators
 
-    def _tally(self, group: h5py.Group, bins: int) -> tuple[Array, Array]:
+    def _counts(self, group: h5py.Group, bins: int) -> tuple[Array, Array]:
         units = self._array(group, "units", UNIT_DTYPE, (None,))
         location = f"{group.name}/units"
         _check_counts(units, location)
@@ -322,16 +322,16 @@ class _Reader:
         dataset = get_member(group, name, h5py.Dataset)
         location = f"{group.name.rstrip('/')}/{name}"
         require_local_data(dataset, location)
-        found = dataset.shape
+        actual = dataset.shape
         require(dataset.dtype == dtype, location, dtype, dataset.dtype)
-        fits = found is not None and len(found) == len(shape)
-        fits = fits and all(want in (None, has) for want, has in zip(shape, found, strict=True))
-        require(fits, location, f"shape {shape}", found)
+        fits = actual is not None and len(actual) == len(shape)
+        fits = fits and all(want in (None, has) for want, has in zip(shape, actual, strict=True))
+        require(fits, location, f"shape {shape}", actual)
         filters = dataset.id.get_create_plist().get_nfilters()
         require(
             not filters and dataset.chunks is None, location, "uncompressed data", "compressed data"
         )
-        size = math.prod(found) * dtype.itemsize
+        size = math.prod(actual) * dtype.itemsize
         self._left -= size
         require(self._left >= 0, location, "data that the file can hold", f"{size} bytes")
         return np.asarray(dataset[()])

@@ -102,8 +102,8 @@ class Bins:
         firsts = np.arange(width) * self.count - int(self.low * self._scale)
         add_to_rows(positions, firsts.astype(np.uint16))
         positions = positions.reshape(groups, -1)
-        found = [np.bincount(some, minlength=width * self.count) for some in positions]
-        return np.concatenate(found).reshape(-1, self.count)
+        counts = [np.bincount(some, minlength=width * self.count) for some in positions]
+        return np.concatenate(counts).reshape(-1, self.count)
 
 
 def quantity_bins(quantity: str, count: int) -> Bins | None:

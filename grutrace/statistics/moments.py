@@ -11,6 +11,7 @@ n rows, H units.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -63,8 +64,8 @@ def count_true(hits: Array) -> Array:
     counts = np.zeros(hits.shape[1], np.int64)
     step = _LARGEST * max(1, LINE_ELEMENTS // max(1, hits.shape[1]))
     for start in range(0, len(hits), step):
-        some = hits[start : start + step].view(np.uint8)
-        counts += reduce_axis0(np.add, some, np.uint8).astype(np.int64)
+        block = hits[start : start + step].view(np.uint8)
+        counts += reduce_axis0(np.add, block, np.uint8).astype(np.int64)
     return counts
 
 
@@ -141,6 +142,15 @@ def summarize_block(
     if moments:
         units["mean"], units["squares"] = _moments(values, finite, units["count"])
     return units, values, missing
+
+
+def unit_stats(rows: Mapping[str, Array], *, shares: bool = True, moments: bool = True) -> Array:
+    """Return the statistics of a block of one quantity, by its name: (H,) of type `UNIT_DTYPE`.
+
+    The other arguments are those of `summarize_block`.
+    """
+    (block,) = rows.values()
+    return summarize_block(np.ascontiguousarray(block), shares=shares, moments=moments)[0]
 
 
 def _moments(values: Array, finite: Array | None, count: Array) -> tuple[Array, Array]:

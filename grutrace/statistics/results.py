@@ -95,8 +95,8 @@ class SiteStatistics:
             NotRecordedError: It was not counted.
         """
         if quantity not in self.quantities:
-            found = ", ".join(self.quantities) or "nothing"
-            raise NotRecordedError(f"{quantity!r} was not counted at {self.site!r}: only {found}")
+            names = ", ".join(self.quantities) or "nothing"
+            raise NotRecordedError(f"{quantity!r} was not counted at {self.site!r}: only {names}")
         return self.quantities[quantity]
 
     @property

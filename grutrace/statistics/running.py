@@ -160,17 +160,17 @@ class Statistics:
         )
         accumulator.annotations = len(trace.snapshot.tables.annotations)
         for number, site in enumerate(accumulator.layout):
-            seen = trace[site.name]
-            extent = seen.extent
+            site_trace = trace[site.name]
+            extent = site_trace.extent
             accumulator.modules[site.module] = (
                 extent.calls, extent.sequences, extent.rows, extent.versions
             )  # fmt: skip
             calls = trace.snapshot.index(site.module).call_numbers
-            for call, residual in zip(calls, seen.checks["residual"], strict=True):
+            for call, residual in zip(calls, site_trace.checks["residual"], strict=True):
                 accumulator.check(number, float(residual), int(call))
-            for quantity, tally in accumulator.accumulators[number].items():
-                for block in blocks(seen.rows(quantity)):
-                    tally.add(block)
+            for quantity, counts in accumulator.accumulators[number].items():
+                for block in blocks(site_trace.rows(quantity)):
+                    counts.add(block)
         return cls._from_accumulator(accumulator)
 
     @classmethod
@@ -230,9 +230,9 @@ class Statistics:
         """
         if name not in self.sites:
             near = suggest_name(name, self.sites) if isinstance(name, str) else ""
-            found = join_names(map(repr, self.sites))
+            names = join_names(map(repr, self.sites))
             raise NotRecordedError(
-                f"site {short_repr(name)} was not counted{near}; counted sites: {found}"
+                f"site {short_repr(name)} was not counted{near}; counted sites: {names}"
             )
         with self._reading() as accumulator:
             return accumulator.site(self.sites.index(name))

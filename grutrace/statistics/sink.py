@@ -7,7 +7,6 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,11 +14,12 @@ from typing import Any, NoReturn
 import numpy as np
 
 from grutrace.errors import NotRecordedError, SinkError, TraceFileError
-from grutrace.records import Array, CallRecord, Collect, Record, TraceHeader, WeightsRecord
+from grutrace.records import CallRecord, Record, TraceHeader, WeightsRecord
 from grutrace.statistics.accumulator import Accumulator
 from grutrace.statistics.file import StatisticsFile
 from grutrace.storage.format.tables import Tables
 from grutrace.storage.interfaces import SnapshotReader
+from grutrace.storage.write.file_sink import ThreadedSink
 from grutrace.storage.write.validation import RecordValidator
 from grutrace.storage.write.writer_thread import WriterThread
 
@@ -83,7 +83,7 @@ QUEUE_BYTES = 64 * 1024 * 1024
 BATCH_BYTES = 2 * 1024 * 1024
 
 
-class StatisticsSink(StatisticsOnlySource):
+class StatisticsSink(ThreadedSink, StatisticsOnlySource):
     """A sink that counts; as a source it has no rows.
 
     A record is counted within `seconds`, and at once on `flush`. A sink that is not closed is
@@ -108,45 +108,25 @@ class StatisticsSink(StatisticsOnlySource):
         file: SinkFile | None,
         seconds: float,
     ) -> None:
-        super().__init__(header)
+        StatisticsOnlySource.__init__(self, header)
         self._file = file
         if file is not None:
             self.name = file.name
             # Written at once, so that an error is raised before the run.
             file.open()
         self._counter = _CountingConsumer(header, accumulator, lock, file)
-        self.thread = WriterThread(
+        thread = WriterThread(
             self._counter, QUEUE_BYTES, commit_seconds=seconds, commit_bytes=math.inf
         )
+        ThreadedSink.__init__(self, thread)
+        self.thread = thread
         # Without waiting: the thread of the garbage collector may hold the lock.
-        weakref.finalize(self, self.thread.finish).atexit = False
+        weakref.finalize(self, thread.finish).atexit = False
 
     @property
     def counted_calls(self) -> int:
         """Number of calls counted, and saved if there is a file."""
         return self._counter.stored
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether counting or saving failed."""
-        return self.thread.has_failed
-
-    def collect_from(self, collect: Collect) -> None:
-        """Have the thread call this before each commit, and whenever it has waited as long."""
-        self.thread.collect_from(collect)
-
-    def gather(self) -> AbstractContextManager[None]:
-        """Return a context in which the thread leaves what is appended until its end."""
-        return self.thread.gather()
-
-    def append(self, record: Record) -> None:
-        """Queue a record; wait while the queue is full.
-
-        Raises:
-            SinkError: An earlier record could not be counted, the sink is closed, or this process
-                is a forked child of the one that opened it.
-        """
-        self.thread.submit(record)
 
     def flush(self) -> None:
         """Wait until all appended records are counted, and saved if there is a file.
@@ -155,20 +135,12 @@ class StatisticsSink(StatisticsOnlySource):
             SinkError: Counting or saving failed, the file was deleted or replaced, or this process
                 is a forked child.
         """
-        self.thread.flush()
+        super().flush()
         if self._file is not None and not self.thread.ended:
             try:
                 self._file.require_in_place()
             except TraceFileError as error:
                 raise SinkError(str(error)) from error
-
-    def close(self) -> None:
-        """Count the pending records and end the thread. Closing twice does nothing.
-
-        Raises:
-            SinkError: Counting or saving failed, and no earlier call raised it.
-        """
-        self.thread.close()
 
 
 class SinkFile:
@@ -268,29 +240,25 @@ class _CountingConsumer:
             self._file.close()
 
     def _count(self) -> None:
-        gathered, self._batch, self._bytes = self._batch, [], 0
-        if not gathered:
+        batch, self._batch, self._bytes = self._batch, [], 0
+        if not batch:
             return
         with self._lock:
-            self._counted += len(gathered)
-            for block in gathered:
-                self._count_call(block)
+            self._counted += len(batch)
+            for record in batch:
+                self._count_call(record)
             for module, sites in enumerate(self._sites):
-                blocks = [block for block in gathered if block.module == module]
-                for number, suffix in sites if blocks else ():
-                    for quantity, tally in self._accumulator.accumulators[number].items():
-                        rows = [block.sites[suffix].rows[quantity] for block in blocks]
-                        tally.add(_joined(rows))
+                records = [record for record in batch if record.module == module]
+                for number, suffix in sites if records else ():
+                    for quantity, accumulator in self._accumulator.accumulators[number].items():
+                        rows = [record.sites[suffix].rows[quantity] for record in records]
+                        accumulator.add(rows[0] if len(rows) == 1 else np.concatenate(rows))
 
-    def _count_call(self, block: CallRecord) -> None:
-        call, sites = self._accumulator.calls, self._sites[block.module]
+    def _count_call(self, record: CallRecord) -> None:
+        call, sites = self._accumulator.calls, self._sites[record.module]
         # A continued segment does not begin a sequence.
-        segments = sum(origin.mark == "continued" for origin in block.origins)
-        begun = len(block.sites[sites[0][1]].initial) - segments
+        segments = sum(origin.mark == "continued" for origin in record.origins)
+        sequences = len(record.sites[sites[0][1]].initial) - segments
         for number, suffix in sites:
-            self._accumulator.check(number, block.sites[suffix].residual, call)
-        self._accumulator.count_calls(block.module, 1, begun, int(block.steps.sum()))
-
-
-def _joined(rows: list[Array]) -> Array:
-    return rows[0] if len(rows) == 1 else np.concatenate(rows)
+            self._accumulator.check(number, record.sites[suffix].residual, call)
+        self._accumulator.count_calls(record.module, 1, sequences, int(record.steps.sum()))

@@ -69,7 +69,56 @@ class TransformingConsumer:
             self._consumer.write(record)
 
 
-class FileSink:
+class ThreadedSink:
+    """A sink whose records are taken in by a thread of its own.
+
+    Args:
+        thread: The thread.
+    """
+
+    def __init__(self, thread: WriterThread) -> None:
+        self._thread = thread
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether taking in a record, or a commit, failed."""
+        return self._thread.has_failed
+
+    def collect_from(self, collect: Collect) -> None:
+        """Call a function on the thread before each commit, and at least as often."""
+        self._thread.collect_from(collect)
+
+    def gather(self) -> AbstractContextManager[None]:
+        """Return a context in which the thread lets records accumulate."""
+        return self._thread.gather()
+
+    def append(self, record: Record) -> None:
+        """Queue a record; wait while the queue is full.
+
+        Raises:
+            SinkError: An earlier record could not be taken in, the sink is closed, or this process
+                is a forked child of the process that opened it.
+        """
+        self._thread.submit(record)
+
+    def flush(self) -> None:
+        """Return once everything appended so far is taken in and committed.
+
+        Raises:
+            SinkError: That failed, or this process is a forked child.
+        """
+        self._thread.flush()
+
+    def close(self) -> None:
+        """Take in all queued records and end the thread. Closing twice does nothing.
+
+        Raises:
+            SinkError: That failed, and no earlier call raised the error.
+        """
+        self._thread.close()
+
+
+class FileSink(ThreadedSink):
     """A sink that writes records to a file from its own thread.
 
     A record is committed within half a second, or at `flush`. A sink that is not closed is closed
@@ -101,7 +150,7 @@ class FileSink:
         writer = Writer(path, header, mode, fsync=fsync)
         self._writer, self.path = writer, writer.path
         consumer = TransformingConsumer(writer, transform) if transform else writer
-        self._thread = WriterThread(consumer, queue_bytes, commit_seconds=writer.commit_seconds)
+        super().__init__(WriterThread(consumer, queue_bytes, commit_seconds=writer.commit_seconds))
         # Do not wait: the thread that runs the garbage collector may hold the lock of HDF5.
         weakref.finalize(self, _finish, self._thread, writer.claim).atexit = False
 
@@ -115,28 +164,6 @@ class FileSink:
         """Whether the file is closed, in order or after an error."""
         return self._thread.ended
 
-    @property
-    def has_failed(self) -> bool:
-        """Whether writing has failed."""
-        return self._thread.has_failed
-
-    def collect_from(self, collect: Collect) -> None:
-        """Call a function on the writer thread before each commit, and at least as often."""
-        self._thread.collect_from(collect)
-
-    def gather(self) -> AbstractContextManager[None]:
-        """Return a context in which the writer thread lets records accumulate."""
-        return self._thread.gather()
-
-    def append(self, record: Record) -> None:
-        """Queue a record; wait while the queue is full.
-
-        Raises:
-            SinkError: An earlier record could not be written, the sink is closed, or this process
-                is a forked child of the process that opened it.
-        """
-        self._thread.submit(record)
-
     def flush(self) -> None:
         """Return once everything appended so far is committed to the file.
 
@@ -144,16 +171,8 @@ class FileSink:
             SinkError: Writing failed, the file was deleted, moved or replaced, or this process is
                 a forked child.
         """
-        self._thread.flush()
+        super().flush()
         self._writer.require_in_place()
-
-    def close(self) -> None:
-        """Write all queued records and close the file. Closing twice does nothing.
-
-        Raises:
-            SinkError: Writing failed, and no earlier call raised the error.
-        """
-        self._thread.close()
 
 
 def _finish(thread: WriterThread, claim: Claim) -> None:
