@@ -121,11 +121,11 @@ def export_trace(
     """
     require_one_of("to", to, tuple(FORMATS))
     snapshot, format = trace.snapshot, FORMATS[to]
-    chosen = _chosen(snapshot, sites, record, format.record)
-    total = sum(snapshot.extent(number).rows * len(names) for number, _, names in chosen)
+    selected = _select(snapshot, sites, record, format.record)
+    total = sum(snapshot.extent(number).rows * len(names) for number, _, names in selected)
     advance = _advance(total, progress)
     content = ExportContent(
-        tuple(SiteContent(snapshot, *each, advance) for each in chosen),
+        tuple(SiteContent(snapshot, *site, advance) for site in selected),
         calls_group(snapshot),
         _attributes(snapshot),
     )
@@ -136,7 +136,7 @@ def export_trace(
     return ExportResult(path, to, names, tuple(notes))
 
 
-def _chosen(
+def _select(
     snapshot: TraceSnapshot,
     sites: str | Sequence[str] | None,
     record: str | Sequence[str] | None,
@@ -151,16 +151,16 @@ def _chosen(
             if sites
             else "the trace has no sites"
         )
-    asked = select_quantities(default if record is None else record)
-    found = [
-        (number, site, tuple(name for name in asked if name in site.available_quantities))
+    quantities = select_quantities(default if record is None else record)
+    selected = [
+        (number, site, tuple(name for name in quantities if name in site.available_quantities))
         for number, site in matching
     ]
-    there = {name for _, _, names in found for name in names}
-    missing = [name for name in asked if name not in there]
-    if missing and (record is not None or not there):
+    available = {name for _, _, names in selected for name in names}
+    missing = [name for name in quantities if name not in available]
+    if missing and (record is not None or not available):
         raise NotRecordedError(f"{missing[0]!r} was not recorded at any of the selected sites")
-    return [each for each in found if each[2]]
+    return [(number, site, names) for number, site, names in selected if names]
 
 
 def _attributes(snapshot: TraceSnapshot) -> dict[str, str | int | float]:

@@ -87,8 +87,7 @@ class _Project:
             # LSTMVis searches the first letter of each word.
             "etc": {"regex_search": single},
         }
-        text = "".join(f"{line}\n" for line in yaml_lines(config))
-        (self._folder / "lstm.yml").write_text(text, encoding="utf-8")
+        (self._folder / "lstm.yml").write_text(f"{to_yaml(config)}\n", encoding="utf-8")
         return self._notes
 
     def _write_states(self) -> list[dict[str, Any]]:
@@ -99,9 +98,9 @@ class _Project:
                 for rows in site.rows():
                     path = f"{rows.name}_{site.site.suffix}"
                     # Not all readers support half precision.
-                    made = file.create_dataset(path, rows.shape, _at_least_single(rows.dtype))
+                    dataset = file.create_dataset(path, rows.shape, _at_least_single(rows.dtype))
                     for part, block in rows.blocks():
-                        made[part] = block
+                        dataset[part] = block
                         raw.check()
                         finite = finite and bool(np.isfinite(block).all())
                     types.append(
@@ -130,9 +129,9 @@ class _Project:
     ) -> Iterable[str]:
         """Write words as numbers in order of appearance, and their dictionary. Return the words."""
         numbers: dict[str, int] = {}
-        made = file.create_dataset(name, column.shape, np.int64)
+        dataset = file.create_dataset(name, column.shape, np.int64)
         for part, block in column.blocks():
-            made[part] = [
+            dataset[part] = [
                 numbers.setdefault(word, len(numbers) + 1) for word in map(word_of, block.tolist())
             ]
         with dictionary.open("w", encoding="utf-8", newline="\n") as lines:
@@ -162,9 +161,9 @@ class _Project:
                 )
                 continue
             low, high = np.inf, -np.inf
-            made = file.create_dataset(name, column.shape, column.dtype)
+            dataset = file.create_dataset(name, column.shape, column.dtype)
             for part, block in column.blocks():
-                made[part] = block
+                dataset[part] = block
                 low, high = min(low, float(block.min())), max(high, float(block.max()))
             vis = {"type": "scalar", "range": [low, high if high > low else low + 1]}
             yield name, {"file": "meta", "path": name, "vis": vis}
@@ -218,25 +217,8 @@ class _Names:
         return name
 
 
-def yaml_lines(values: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    """Yield the YAML lines of nested mappings of strings, numbers and lists."""
-    for name, value in values.items():
-        key = f"{indent}{_flow(name)}:"
-        if isinstance(value, Mapping) and value:
-            yield key
-            yield from yaml_lines(value, indent + "  ")
-        elif isinstance(value, list) and value and isinstance(value[0], Mapping):
-            yield key
-            yield from (f"{indent}  - {_flow(each)}" for each in value)
-        else:
-            yield f"{key} {_flow(value)}"
-
-
-def _flow(value: Any) -> str:
-    """Return a value in YAML flow style: JSON, except that YAML reads 1e-05 as a string."""
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{_flow(name)}: {_flow(each)}' for name, each in value.items())}}}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_flow, value))}]"
-    text = json.dumps(value, ensure_ascii=False)
-    return text.replace("e", ".0e") if isinstance(value, float) and "." not in text else text
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """Return values as YAML: as JSON, except that YAML reads 1e-05 as a string."""
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    without_point = r'("(?:[^"\\]|\\.)*")|(?<![.\d])(\d+)e'
+    return re.sub(without_point, lambda match: match[1] or f"{match[2]}.0e", text)

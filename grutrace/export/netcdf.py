@@ -39,13 +39,13 @@ def write_netcdf(content: ExportContent, path: Path) -> list[str]:
 
 
 def _write_group(target: Any, group: Group, raw: DeferredErrorFile) -> None:
-    attributes = [each for each in group.attributes.values() if isinstance(each, str)]
+    attributes = [value for value in group.attributes.values() if isinstance(value, str)]
     _require_no_nul(f"the attributes of {group.name}", 0, np.array(attributes, object))
     target.attrs.update(group.attributes)
     target.dimensions = group.axes
     for variable in group.variables:
-        made = _write_variable(target, group, variable, raw)
-        made.attrs.update(group.variable_attributes(variable))
+        dataset = _write_variable(target, group, variable, raw)
+        dataset.attrs.update(group.variable_attributes(variable))
 
 
 def _write_variable(target: Any, group: Group, variable: Variable, raw: DeferredErrorFile) -> Any:
@@ -53,13 +53,13 @@ def _write_variable(target: Any, group: Group, variable: Variable, raw: Deferred
     chunks = None
     if len(variable.shape) == 2 and all(variable.shape):
         chunks = min(variable.items_per_block(CHUNK), variable.shape[0]), variable.shape[1]
-    made = target.create_variable(variable.name, variable.axes, dtype, chunks=chunks)
+    dataset = target.create_variable(variable.name, variable.axes, dtype, chunks=chunks)
     for part, block in variable.blocks():
         if variable.is_text:
             _require_no_nul(f"{group.name}/{variable.name}", part.start, block)
-        made[part] = block if variable.is_text else block.astype(dtype, copy=False)
+        dataset[part] = block if variable.is_text else block.astype(dtype, copy=False)
         raw.check()
-    return made
+    return dataset
 
 
 def _require_no_nul(where: str, start: int, texts: Array) -> None:

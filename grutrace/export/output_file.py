@@ -21,7 +21,7 @@ from grutrace.storage.hdf5.atomic_write import publish, temporary_path
 from grutrace.storage.hdf5.errors import short_message
 
 
-class DeferredErrorFile(io.RawIOBase):
+class DeferredErrorFile(io.FileIO):
     """A new file for HDF5 that stores write errors instead of raising them.
 
     Args:
@@ -29,8 +29,7 @@ class DeferredErrorFile(io.RawIOBase):
     """
 
     def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._file = path.open("x+b", buffering=0)
+        super().__init__(path, "x+")
         self._error: OSError | None = None
 
     def check(self) -> None:
@@ -44,7 +43,7 @@ class DeferredErrorFile(io.RawIOBase):
         size = len(rest)
         try:
             while len(rest) and self._error is None:
-                rest = rest[self._file.write(rest) :]
+                rest = rest[super().write(rest) :]
         except OSError as error:
             self._error = error
         return size
@@ -52,7 +51,7 @@ class DeferredErrorFile(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         """Read data. Bytes after the end of the file are zeros."""
         target = memoryview(buffer).cast("B")
-        count = self._file.readinto(target) or 0
+        count = super().readinto(target) or 0
         target[count:] = bytes(len(target) - count)
         return len(target)
 
@@ -60,35 +59,10 @@ class DeferredErrorFile(io.RawIOBase):
         """Set the size. After an error, do nothing."""
         try:
             if self._error is None:
-                return self._file.truncate(size)
+                return super().truncate(size)
         except OSError as error:
             self._error = error
-        return self._file.tell() if size is None else size
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Set the position."""
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        """Return the position."""
-        return self._file.tell()
-
-    def readable(self) -> bool:
-        """Return True."""
-        return True
-
-    def writable(self) -> bool:
-        """Return True."""
-        return True
-
-    def seekable(self) -> bool:
-        """Return True."""
-        return True
-
-    def close(self) -> None:
-        """Close the file. Closing twice has no effect."""
-        self._file.close()
-        super().close()
+        return self.tell() if size is None else size
 
 
 @contextmanager

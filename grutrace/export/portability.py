@@ -5,6 +5,7 @@ These are names that differ only in case, and strings with NUL.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -45,15 +46,8 @@ def file_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def _escape_capitals(name: str) -> str:
-    escaped, rest = "", name
-    while rest:
-        if rest.startswith("%"):
-            # The hexadecimal digits of an escape are not escaped again.
-            escaped, rest = escaped + rest[:3], rest[3:]
-        else:
-            letter, rest = rest[0], rest[1:]
-            escaped += f"%{ord(letter):02X}" if letter.isupper() else letter
-    return escaped
+    # The hexadecimal digits of an escape are not escaped again.
+    return re.sub("(%..)|[A-Z]", lambda match: match[1] or f"%{ord(match[0]):02X}", name)
 
 
 def ignores_case(folder: Path, file: str) -> bool:

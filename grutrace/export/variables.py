@@ -50,7 +50,7 @@ class AnnotationColumn:
         """Return the values of these steps, (stop - start,)."""
         index = self._index
         text = self.dtype is str
-        found = np.full(stop - start, "" if text else np.nan, object if text else np.float64)
+        column = np.full(stop - start, "" if text else np.nan, object if text else np.float64)
         first = int(np.searchsorted(index.first_positions, start, side="right")) - 1
         for sequence in range(max(0, first), len(index)):
             begin, length = int(index.first_positions[sequence]), int(index.lengths[sequence])
@@ -61,8 +61,8 @@ class AnnotationColumn:
                 continue
             low, high = max(begin, start), min(begin + length, stop)
             part = values[low - begin : high - begin]
-            found[low - start : high - start] = [as_text(each) for each in part] if text else part
-        return found
+            column[low - start : high - start] = list(map(as_text, part)) if text else part
+        return column
 
 
 def as_text(value: str | float | None) -> str:
@@ -203,13 +203,13 @@ class Group:
 
     def variable_attributes(self, variable: Variable) -> dict[str, str]:
         """Return the attributes of a variable, after the CF conventions."""
-        found = {"long_name": variable.long_name}
+        attributes = {"long_name": variable.long_name}
         if variable.name == "length":
-            found["sample_dimension"] = "step"
+            attributes["sample_dimension"] = "step"
         if variable.axes[0] == "step" and len(variable.axes) > 1:
             per_step = [each.name for each in self.variables if each.axes == ("step",)]
-            found["coordinates"] = " ".join(per_step)
-        return found
+            attributes["coordinates"] = " ".join(per_step)
+        return attributes
 
     def __getitem__(self, name: str) -> Variable:
         return next(each for each in self.variables if each.name == name)

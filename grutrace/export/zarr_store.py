@@ -37,10 +37,10 @@ def write_zarr(content: ExportContent, path: Path) -> list[str]:
     _require_distinct_folders(path, groups)
     root.attrs.update(dict(content.attributes))
     for group in groups:
-        made = root.create_group(group.name)
-        made.attrs.update(dict(group.attributes))
+        target = root.create_group(group.name)
+        target.attrs.update(dict(group.attributes))
         for variable in group.variables:
-            array = _write_array(made, variable)
+            array = _write_array(target, variable)
             axes = {"_ARRAY_DIMENSIONS": list(variable.axes)}
             array.attrs.update(axes | group.variable_attributes(variable))
     zarr.consolidate_metadata(path, zarr_format=2)
@@ -50,12 +50,12 @@ def write_zarr(content: ExportContent, path: Path) -> list[str]:
 
 def _require_distinct_folders(path: Path, groups: Sequence[Group]) -> None:
     """Check that no two names are the same folder on a case-insensitive file system."""
-    names = [f"{group.name}/{each.name}" for group in groups for each in group.variables]
-    clashes = case_collisions([*(group.name for group in groups), *names])
+    paths = [f"{group.name}/{each.name}" for group in groups for each in group.variables]
+    clashes = case_collisions([*(group.name for group in groups), *paths])
     if clashes and ignores_case(path, GROUP):
-        found = " and ".join(map(repr, clashes[0]))
+        names = " and ".join(map(repr, clashes[0]))
         raise TraceFileError(
-            f"the file system of {path.parent} ignores case, and cannot store {found}, which "
+            f"the file system of {path.parent} ignores case, and cannot store {names}, which "
             "differ only in case: export to csv, npz or netcdf, or export each separately with "
             "sites="
         )
@@ -74,7 +74,7 @@ def _sort_metadata(path: Path) -> None:
 
 def _write_array(target: Any, variable: Variable) -> Any:
     items = min(variable.items_per_block(CHUNK), max(1, variable.shape[0]))
-    made = target.create_array(
+    array = target.create_array(
         variable.name,
         shape=variable.shape,
         dtype=str if variable.is_text else variable.dtype,
@@ -85,5 +85,5 @@ def _write_array(target: Any, variable: Variable) -> Any:
         fill_value=None,
     )
     for part, block in variable.blocks(items):
-        made[part] = block
-    return made
+        array[part] = block
+    return array
