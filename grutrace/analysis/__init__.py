@@ -17,59 +17,32 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grutrace.analysis.comparison.change import change
-    from grutrace.analysis.comparison.trace_diff import compare
-    from grutrace.analysis.descriptive.distribution import moments, quantiles
-    from grutrace.analysis.descriptive.geometry import geometry
-    from grutrace.analysis.descriptive.quantization import quantization
-    from grutrace.analysis.descriptive.saturation import saturation
-    from grutrace.analysis.dynamics.fixed_points import fixed_points
-    from grutrace.analysis.dynamics.jacobian import jacobian, step_jacobians
-    from grutrace.analysis.dynamics.lyapunov import lyapunov
-    from grutrace.analysis.engine.map_reduce import with_dask
-    from grutrace.analysis.engine.site_data import SiteArrays
-    from grutrace.analysis.labels.probe import probe
-    from grutrace.analysis.labels.segmentation import (
-        gate_activation,
-        label_boundaries,
-        score_boundaries,
-    )
-    from grutrace.analysis.labels.selectivity import selectivity
-    from grutrace.analysis.memory.age import state_age
-    from grutrace.analysis.memory.autocorrelation import autocorrelation
-    from grutrace.analysis.memory.decomposition import decompose, memory_map
-    from grutrace.analysis.memory.timescales import fit_inverse_gamma, timescales
-    from grutrace.analysis.memory.update_sparsity import update_sparsity
-    from grutrace.analysis.verification.verify import verify
-
-__all__ = [
-    "SiteArrays",
-    "autocorrelation",
-    "change",
-    "compare",
-    "decompose",
-    "fit_inverse_gamma",
-    "fixed_points",
-    "gate_activation",
-    "geometry",
-    "jacobian",
-    "label_boundaries",
-    "lyapunov",
-    "memory_map",
-    "moments",
-    "probe",
-    "quantiles",
-    "quantization",
-    "saturation",
-    "score_boundaries",
-    "selectivity",
-    "state_age",
-    "step_jacobians",
-    "timescales",
-    "update_sparsity",
-    "verify",
-    "with_dask",
-]
+    from grutrace.analysis.comparison.change import change as change
+    from grutrace.analysis.comparison.trace_diff import compare as compare
+    from grutrace.analysis.descriptive.geometry import geometry as geometry
+    from grutrace.analysis.descriptive.moments import moments as moments
+    from grutrace.analysis.descriptive.quantiles import quantiles as quantiles
+    from grutrace.analysis.descriptive.quantization import quantization as quantization
+    from grutrace.analysis.descriptive.saturation import saturation as saturation
+    from grutrace.analysis.dynamics.fixed_points import fixed_points as fixed_points
+    from grutrace.analysis.dynamics.jacobian import jacobian as jacobian
+    from grutrace.analysis.dynamics.jacobian import step_jacobians as step_jacobians
+    from grutrace.analysis.dynamics.lyapunov import lyapunov as lyapunov
+    from grutrace.analysis.engine.map_reduce import with_dask as with_dask
+    from grutrace.analysis.engine.site_data import SiteArrays as SiteArrays
+    from grutrace.analysis.labels.probe import probe as probe
+    from grutrace.analysis.labels.segmentation import gate_activation as gate_activation
+    from grutrace.analysis.labels.segmentation import label_boundaries as label_boundaries
+    from grutrace.analysis.labels.segmentation import score_boundaries as score_boundaries
+    from grutrace.analysis.labels.selectivity import selectivity as selectivity
+    from grutrace.analysis.memory.age import state_age as state_age
+    from grutrace.analysis.memory.autocorrelation import autocorrelation as autocorrelation
+    from grutrace.analysis.memory.decomposition import decompose as decompose
+    from grutrace.analysis.memory.decomposition import memory_map as memory_map
+    from grutrace.analysis.memory.timescales import fit_inverse_gamma as fit_inverse_gamma
+    from grutrace.analysis.memory.timescales import timescales as timescales
+    from grutrace.analysis.memory.update_sparsity import update_sparsity as update_sparsity
+    from grutrace.analysis.verification.verify import verify as verify
 
 #: The module of each name, relative to this package.
 _MODULES = {
@@ -86,9 +59,9 @@ _MODULES = {
     "label_boundaries": "labels.segmentation",
     "lyapunov": "dynamics.lyapunov",
     "memory_map": "memory.decomposition",
-    "moments": "descriptive.distribution",
+    "moments": "descriptive.moments",
     "probe": "labels.probe",
-    "quantiles": "descriptive.distribution",
+    "quantiles": "descriptive.quantiles",
     "quantization": "descriptive.quantization",
     "saturation": "descriptive.saturation",
     "score_boundaries": "labels.segmentation",
@@ -100,6 +73,8 @@ _MODULES = {
     "verify": "verification.verify",
     "with_dask": "engine.map_reduce",
 }
+
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:

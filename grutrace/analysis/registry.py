@@ -12,18 +12,16 @@ from grutrace.errors import OptionError, short_repr
 
 @dataclass(frozen=True)
 class AnalysisSpec:
-    """Where the analysis of one site is defined, and which options the command line passes.
+    """An analysis of one site, and the options that the command line passes to it.
 
     Attributes:
-        module: Module that defines the function, relative to `grutrace.analysis`.
-        function: Name of the function in that module.
+        name: Name of the function in `grutrace.analysis`.
         summary: One line for help texts.
         options: Names of the optional arguments that the command line can pass.
         required: Those of `options` that the analysis cannot run without.
     """
 
-    module: str
-    function: str
+    name: str
     summary: str
     options: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
@@ -36,69 +34,42 @@ class AnalysisSpec:
         """
         for name in given:
             if name not in self.options:
-                raise OptionError(f"{self.function} takes no --{name}")
+                raise OptionError(f"{self.name} takes no --{name}")
         for name in self.required:
             if name not in given:
-                raise OptionError(f"{self.function} needs --{name}")
+                raise OptionError(f"{self.name} needs --{name}")
 
     def load(self) -> Callable[..., Result]:
-        """Import the module and return the function."""
-        function: Callable[..., Result]
-        function = getattr(import_module(f"grutrace.analysis.{self.module}"), self.function)
+        """Import the module of the function and return the function."""
+        function: Callable[..., Result] = getattr(import_module("grutrace.analysis"), self.name)
         return function
 
 
 ANALYSES = {
-    "saturation": AnalysisSpec(
-        "descriptive.saturation", "saturation", "share of steps with each gate near 0 or 1"
-    ),
-    "quantization": AnalysisSpec(
-        "descriptive.quantization", "quantization", "rounding error of a smaller storage type"
-    ),
-    "moments": AnalysisSpec(
-        "descriptive.distribution", "moments", "mean, spread, skewness and kurtosis of each unit"
-    ),
-    "quantiles": AnalysisSpec(
-        "descriptive.distribution", "quantiles", "quantiles and histogram of each unit"
-    ),
-    "timescales": AnalysisSpec(
-        "memory.timescales", "timescales", "number of steps that each unit keeps its state"
-    ),
-    "autocorrelation": AnalysisSpec(
-        "memory.autocorrelation", "autocorrelation", "correlation time of each unit's state"
-    ),
-    "state_age": AnalysisSpec(
-        "memory.age", "state_age", "mean age of the information in each state"
-    ),
-    "step_jacobians": AnalysisSpec(
-        "dynamics.jacobian", "step_jacobians", "spectral radius and norm of step Jacobians"
-    ),
-    "lyapunov": AnalysisSpec("dynamics.lyapunov", "lyapunov", "Lyapunov exponents"),
-    "fixed_points": AnalysisSpec(
-        "dynamics.fixed_points", "fixed_points", "fixed and slow points at a constant input"
-    ),
-    "gate_activation": AnalysisSpec(
-        "labels.segmentation", "gate_activation", "boundaries where a gate changes", ("label",)
-    ),
-    "selectivity": AnalysisSpec(
-        "labels.selectivity", "selectivity", "units that follow a label", ("label",), ("label",)
-    ),
-    "probe": AnalysisSpec(
-        "labels.probe", "probe", "linear probe of the states for a label", ("label",), ("label",)
-    ),
-    "geometry": AnalysisSpec(
-        "descriptive.geometry", "geometry", "principal components and dimension of the states"
-    ),
-    "update_sparsity": AnalysisSpec(
-        "memory.update_sparsity", "update_sparsity", "share of steps that hardly change a unit"
-    ),
-    "change": AnalysisSpec(
-        "comparison.change",
-        "change",
-        "differences between two traces, unit by unit",
-        ("against", "paired"),
-        ("against",),
-    ),
+    spec.name: spec
+    for spec in (
+        AnalysisSpec("saturation", "share of steps with each gate near 0 or 1"),
+        AnalysisSpec("quantization", "rounding error of a smaller storage type"),
+        AnalysisSpec("moments", "mean, spread, skewness and kurtosis of each unit"),
+        AnalysisSpec("quantiles", "quantiles and histogram of each unit"),
+        AnalysisSpec("timescales", "number of steps that each unit keeps its state"),
+        AnalysisSpec("autocorrelation", "correlation time of each unit's state"),
+        AnalysisSpec("state_age", "mean age of the information in each state"),
+        AnalysisSpec("step_jacobians", "spectral radius and norm of step Jacobians"),
+        AnalysisSpec("lyapunov", "Lyapunov exponents"),
+        AnalysisSpec("fixed_points", "fixed and slow points at a constant input"),
+        AnalysisSpec("gate_activation", "boundaries where a gate changes", ("label",)),
+        AnalysisSpec("selectivity", "units that follow a label", ("label",), ("label",)),
+        AnalysisSpec("probe", "linear probe of the states for a label", ("label",), ("label",)),
+        AnalysisSpec("geometry", "principal components and dimension of the states"),
+        AnalysisSpec("update_sparsity", "share of steps that hardly change a unit"),
+        AnalysisSpec(
+            "change",
+            "differences between two traces, unit by unit",
+            ("against", "paired"),
+            ("against",),
+        ),
+    )
 }
 
 

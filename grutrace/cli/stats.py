@@ -133,7 +133,7 @@ def run_analysis(
     analyse = chosen.load()
     for name in sites:
         told = {key: each[name] if isinstance(each, Trace) else each for key, each in given.items()}
-        with progress_bar(f"{chosen.function} of {name}") as advance:
+        with progress_bar(f"{chosen.name} of {name}") as advance:
             of = as_site_data(trace[name])
             of.advance = advance
             found = analyse(of, **told)

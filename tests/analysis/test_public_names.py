@@ -38,7 +38,7 @@ def test_every_public_name_exists() -> None:
 @pytest.mark.parametrize("name", ANALYSES)
 def test_every_registered_analysis_has_its_name_here(name: str) -> None:
     spec = ANALYSES[name]
-    assert spec.function == name
+    assert spec.name == name
     assert name in analysis.__all__
     assert getattr(analysis, name) is spec.load()
 
