@@ -14,6 +14,7 @@ import numpy as np
 
 from grutrace.records import Array, ModuleInfo, Site
 from grutrace.storage.interfaces import Rows
+from grutrace.storage.read.lazy_rows import block_slices
 from grutrace.storage.read.sequence_index import Integers, SequenceIndex, as_slice
 from grutrace.storage.read.site import SiteTrace
 from grutrace.storage.read.snapshot import TraceSnapshot
@@ -96,23 +97,23 @@ class Pair:
         lengths = self.b.index.lengths[: self.sequences]
         firsts = self.b.index.first_positions
         index = self.a.index
-        for start, stop in _blocks(a, b):
-            rows = np.arange(start, stop)
+        for part in _blocks(a, b, len(a)):
+            rows = np.arange(part.start, part.stop)
             pieces = index.pieces_of(rows)
             sequences = index.sequences[pieces]
             steps = index.steps_before[pieces] + rows - index.starts[pieces]
-            there = sequences < self.sequences
-            there[there] = steps[there] < lengths[sequences[there]]
-            rows, sequences, steps = rows[there], sequences[there], steps[there]
+            common = sequences < self.sequences
+            common[common] = steps[common] < lengths[sequences[common]]
+            rows, sequences, steps = rows[common], sequences[common], steps[common]
             of_b = self.b.index.sequential_rows(firsts[sequences] + steps)
             yield self._block(quantity, sequences, steps, a[as_slice(rows)], b[as_slice(of_b)])
 
     def initial(self) -> Iterator[Block]:
         """Yield the corresponding initial states in blocks."""
         a, b = self.a.trace.initial, self.b.trace.initial
-        for start, stop in _blocks(a, b, self.sequences):
-            sequences, part = np.arange(start, stop), slice(start, stop)
-            steps = np.full(stop - start, -1)
+        for part in _blocks(a, b, self.sequences):
+            sequences = np.arange(part.start, part.stop)
+            steps = np.full(len(sequences), -1)
             yield self._block("initial", sequences, steps, a[part], b[part])
 
     def _block(
@@ -123,9 +124,6 @@ class Pair:
         return Block(sequences, steps, np.asarray(a), np.asarray(b))
 
 
-def _blocks(a: Rows, b: Rows, count: int | None = None) -> Iterator[tuple[int, int]]:
-    count = len(a) if count is None else count
-    width = max(rows.shape[1] * rows.dtype.itemsize for rows in (a, b))
-    each = max(1, BLOCK_BYTES // max(1, width))
-    for start in range(0, count, each):
-        yield start, min(start + each, count)
+def _blocks(a: Rows, b: Rows, count: int) -> Iterator[slice]:
+    row_bytes = max(rows.shape[1] * rows.dtype.itemsize for rows in (a, b))
+    return block_slices(count, BLOCK_BYTES, row_bytes)

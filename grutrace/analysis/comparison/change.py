@@ -24,17 +24,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
 from grutrace.analysis.engine.map_reduce import reduce_sequences
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.segments import SequenceSegment
-from grutrace.analysis.engine.site_data import SiteData, SiteLike, WithColumns, as_site_data
+from grutrace.analysis.engine.site_data import SiteData, SiteLike, as_site_data, with_columns
 from grutrace.errors import NotRecordedError, OptionError
 from grutrace.records import GATES, QUANTITIES, Array
-from grutrace.storage.interfaces import Rows
+from grutrace.storage.read.lazy_rows import SelectedRows
 from grutrace.storage.read.sequence_index import Integers
 
 
@@ -208,22 +208,25 @@ def change(before: SiteLike, against: SiteLike, *, paired: bool = False) -> Chan
     units, ours, theirs = np.intersect1d(first.units, second.units, return_indices=True)
     if not len(units):
         raise NotRecordedError(f"{first.name!r}: no unit was recorded in both")
-    one = [(name, ours) for name in names]
+    columns_before = [(name, ours) for name in names]
     if paired:
         site = _beside(first, second, names)
-        both = _sums(site, one, [(_OTHER + name, theirs) for name in names])
-        found = both.before, both.after
+        both = _sums(site, columns_before, [(_OTHER + name, theirs) for name in names])
+        sums = both.before, both.after
         error, rmse, correlation = both.difference.error, both.rmse, both.correlation
     else:
-        found = _sums(first, one).before, _sums(second, [(name, theirs) for name in names]).before
-        error, rmse, correlation = np.hypot(found[0].error, found[1].error), None, None
+        sums = (
+            _sums(first, columns_before).before,
+            _sums(second, [(name, theirs) for name in names]).before,
+        )
+        error, rmse, correlation = np.hypot(sums[0].error, sums[1].error), None, None
 
     def by_name(values: Array | None) -> dict[str, Array]:
         if values is None:
             return {}
         return dict(zip(names, np.split(values, len(names)), strict=True))
 
-    before_it, after_it = found
+    before_it, after_it = sums
     return Change(
         site=first.name,
         other=second.name,
@@ -273,7 +276,7 @@ def _weights(before: SiteData, after: SiteData, units: Integers) -> dict[str, Ar
     }
 
 
-def _beside(first: SiteData, second: SiteData, names: Sequence[str]) -> WithColumns:
+def _beside(first: SiteData, second: SiteData, names: Sequence[str]) -> SiteData:
     """The first site, with the rows of the second beside its own."""
     if not np.array_equal(first.lengths, second.lengths):
         raise OptionError(
@@ -285,34 +288,21 @@ def _beside(first: SiteData, second: SiteData, names: Sequence[str]) -> WithColu
         raise OptionError(f"paired: {first.name!r} and {second.name!r} go in opposite directions")
     ours, theirs = (of.rows_between(0, len(of.lengths)) for of in (first, second))
     if isinstance(ours, slice) and isinstance(theirs, slice):
-        return WithColumns(first, {_OTHER + name: second.rows(name) for name in names})
+        return with_columns(first, {_OTHER + name: second.rows(name) for name in names})
     numbers = np.arange(first.steps)
     order = np.empty(first.steps, np.int64)
     order[ours] = numbers[theirs]
-    return WithColumns(first, {_OTHER + name: _InOrder(second.rows(name), order) for name in names})
+    reordered = {_OTHER + name: SelectedRows(second.rows(name), order) for name in names}
+    return with_columns(first, reordered)
 
 
-class _InOrder:
-    """Rows in another order, read when indexed."""
-
-    def __init__(self, rows: Rows, order: Integers) -> None:
-        self._rows, self._order = rows, order
-        self.shape, self.dtype, self.ndim = rows.shape, rows.dtype, 2
-
-    def __len__(self) -> int:
-        return len(self._order)
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._rows[self._order[key]]
-
-
-def _sums(of: SiteData, before: Columns, after: Columns = ()) -> _PairedSums:
+def _sums(site: SiteData, before: Columns, after: Columns = ()) -> _PairedSums:
     quantities = [name for name, _ in (*before, *after)]
     origins = [
         np.concatenate(
             [
-                np.asarray(of.rows(name)[:1], np.float64)[0, columns]
-                if of.steps
+                np.asarray(site.rows(name)[:1], np.float64)[0, columns]
+                if site.steps
                 else np.zeros(len(columns))
                 for name, columns in side
             ]
@@ -320,7 +310,7 @@ def _sums(of: SiteData, before: Columns, after: Columns = ()) -> _PairedSums:
         for side in (before, after)
         if side
     ]
-    return reduce_sequences(of, quantities, partial(_PairedSums, before, after, origins))
+    return reduce_sequences(site, quantities, partial(_PairedSums, before, after, origins))
 
 
 class _PairedSums:
@@ -363,19 +353,19 @@ class _PairedSums:
         count = self.before.count or np.nan
         covariance = self._products / count - self.before.shift * self.after.shift
         scale = np.sqrt(self.before.variance * self.after.variance)
-        found = np.full(len(scale), np.nan)
-        np.divide(covariance, scale, out=found, where=scale > 0)
-        return np.asarray(np.clip(found, -1.0, 1.0))
+        correlation_of_units = np.full(len(scale), np.nan)
+        np.divide(covariance, scale, out=correlation_of_units, where=scale > 0)
+        return np.asarray(np.clip(correlation_of_units, -1.0, 1.0))
 
 
 def _distances(segment: SequenceSegment, side: Columns, origin: Array) -> Array:
     """Subtract the origin from the values of all quantities: (n, columns) float64."""
-    found = np.empty((len(segment), len(origin)))
+    distances = np.empty((len(segment), len(origin)))
     start = 0
     for name, columns in side:
         values, part = segment.values[name], slice(start, start + len(columns))
         if len(columns) < values.shape[1] or np.any(np.diff(columns) != 1):
             values = values[:, columns]
-        np.subtract(values, origin[part], out=found[:, part])
+        np.subtract(values, origin[part], out=distances[:, part])
         start += len(columns)
-    return found
+    return distances

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from grutrace.analysis.comparison.report import (
     presence,
 )
 from grutrace.analysis.verification.distance import abs_difference, scaled_difference
-from grutrace.records import GATES, Array
+from grutrace.records import GATES, Array, TraceHeader
 from grutrace.storage.read.annotations import AnnotationIndex
 from grutrace.storage.read.snapshot import TraceSnapshot
 
@@ -66,9 +66,9 @@ class Comparison:
     def tolerance(self) -> float:
         """Return the default tolerance; see `grutrace.analysis.comparison.trace_diff`."""
         sides = self.pair.a, self.pair.b
-        kept = sum(_spacing(side) / 2 for side in sides)
+        storage_rounding = sum(_spacing(side) / 2 for side in sides)
         spacing = max(self._computed(side) for side in sides)
-        return min(TOLERANCE_EPS * spacing, math.sqrt(spacing)) + kept
+        return min(TOLERANCE_EPS * spacing, math.sqrt(spacing)) + storage_rounding
 
     def _computed(self, side: Side) -> float:
         """Return the epsilon of the least precise type that these values were computed in."""
@@ -155,10 +155,9 @@ def site_mismatches(pair: Pair, quantities: Sequence[str]) -> Iterator[Mismatch]
     a, b = pair.a, pair.b
     name = a.site.name
     if a.module.hidden_size != b.module.hidden_size:
-        yield Mismatch(name, "hidden size", *_texts(a.module.hidden_size, b.module.hidden_size))
+        yield from _unequal(name, "hidden size", a.module.hidden_size, b.module.hidden_size)
         return
-    if a.site.input_size != b.site.input_size:
-        yield Mismatch(name, "input size", *_texts(a.site.input_size, b.site.input_size))
+    yield from _unequal(name, "input size", a.site.input_size, b.site.input_size)
     if set(a.units()) != set(b.units()):
         yield Mismatch(name, "units", _units(a), _units(b))
     for quantity in quantities:
@@ -175,10 +174,8 @@ def module_mismatches(a: Side, b: Side) -> Iterator[Mismatch]:
         b: The same site in the second trace.
     """
     path, count = a.module.path, min(len(a.index), len(b.index))
-    if a.module.bias != b.module.bias:
-        yield Mismatch(path, "bias", *_texts(a.module.bias, b.module.bias))
-    if len(a.index) != len(b.index):
-        yield Mismatch(path, "sequences", *_texts(len(a.index), len(b.index)))
+    yield from _unequal(path, "bias", a.module.bias, b.module.bias)
+    yield from _unequal(path, "sequences", len(a.index), len(b.index))
     lengths = [side.index.lengths[:count] for side in (a, b)]
     yield from _where_unequal(path, "steps", *lengths)
     for what, of_a, of_b in zip(
@@ -196,8 +193,9 @@ def _units(side: Side) -> str:
     return ", ".join(map(str, side.site.units[:8])) + more
 
 
-def _texts(a: Any, b: Any) -> tuple[str, str]:
-    return str(a), str(b)
+def _unequal(where: str, what: str, a: object, b: object) -> Iterator[Mismatch]:
+    if a != b:
+        yield Mismatch(where, what, str(a), str(b))
 
 
 def _where_unequal(path: str, what: str, a: Array, b: Array) -> Iterator[Mismatch]:
@@ -219,16 +217,19 @@ def _same_annotations(a: Side, b: Side) -> bool:
 
 
 def _annotation_mismatches(a: Side, b: Side, lengths: list[int]) -> Iterator[Mismatch]:
-    found: dict[tuple[str, str], Mismatch] = {}
-    of_a, of_b = (side.snapshot.annotations(side.number) for side in (a, b))
+    first: dict[tuple[str, bool, bool], Mismatch] = {}
+    indices = [side.snapshot.annotations(side.number) for side in (a, b)]
     for sequence, length in enumerate(lengths):
-        named = [_values(index, sequence, length) for index in (of_a, of_b)]
-        for name in dict.fromkeys([*named[0], *named[1]]):
-            mismatch = _of_sequence(a.module.path, name, sequence, *(n.get(name) for n in named))
+        in_a, in_b = (_values(index, sequence, length) for index in indices)
+        for name in dict.fromkeys([*in_a, *in_b]):
+            mismatch = _annotation_mismatch(
+                a.module.path, name, sequence, in_a.get(name), in_b.get(name)
+            )
             if mismatch:
-                key = name, str([mismatch.a is None, mismatch.b is None])
-                found[key] = _added(found.get(key), mismatch)
-    yield from found.values()
+                key = name, mismatch.a is None, mismatch.b is None
+                count = mismatch.count + (first[key].count if key in first else 0)
+                first[key] = replace(first.get(key, mismatch), count=count)
+    yield from first.values()
 
 
 def _values(index: AnnotationIndex, sequence: int, length: int) -> dict[str, list[Any]]:
@@ -242,7 +243,7 @@ def _values(index: AnnotationIndex, sequence: int, length: int) -> dict[str, lis
     }
 
 
-def _of_sequence(
+def _annotation_mismatch(
     path: str, name: str, sequence: int, a: list[Any] | None, b: list[Any] | None
 ) -> Mismatch | None:
     what = name if name == "tokens" else f"label {name}"
@@ -254,12 +255,6 @@ def _of_sequence(
     step = unequal[0]
     of_a, of_b = ("none" if each is None else repr(each) for each in (a[step], b[step]))
     return Mismatch(path, what, of_a, of_b, len(unequal), sequence, step)
-
-
-def _added(first: Mismatch | None, more: Mismatch) -> Mismatch:
-    if first is None:
-        return more
-    return replace(first, count=first.count + more.count)
 
 
 #: Floating-point types by their epsilon, as stored in the file.
@@ -277,73 +272,83 @@ def weights_difference(pair: Pair) -> WeightsDifference | None:
     first: WeightsDifference | None = None
     versions = 0
     for version in range(min(a.extent.versions, b.extent.versions)):
-        found = _differing(a.name, version, a.weights(version), b.weights(version))
-        versions += found is not None
-        first = first or found
+        difference = _largest_difference(a.name, version, a.weights(version), b.weights(version))
+        versions += difference is not None
+        first = first or difference
     return first and replace(first, versions=versions)
 
 
-def _differing(
+def _largest_difference(
     site: str, version: int, a: Mapping[str, Array], b: Mapping[str, Array]
 ) -> WeightsDifference | None:
     """Find the largest difference between common weights; None if all are equal."""
-    found: tuple[float, WeightsDifference | None] = 0.0, None
+    largest: WeightsDifference | None = None
     for name in (each for each in a if each in b):
         difference = abs_difference(a[name].astype(np.float64), b[name].astype(np.float64))
         if not difference.size:
             continue
         position = np.unravel_index(int(difference.argmax()), difference.shape)
-        if difference[position] > found[0]:
+        if difference[position] > (largest.largest if largest else 0.0):
             values = float(a[name][position]), float(b[name][position])
-            found = float(difference[position]), WeightsDifference(site, version, 1, name, *values)
-    return found[1]
+            largest = WeightsDifference(site, version, 1, name, *values)
+    return largest
 
 
 def trace_context(a: TraceSnapshot, b: TraceSnapshot) -> Iterator[ContextDifference]:
     """Yield differences between the headers of the traces."""
-    yield from _unequal("model", a.header.model, b.header.model)
-    for name in dict.fromkeys([*a.header.versions, *b.header.versions]):
-        texts = (each.header.versions.get(name, _MISSING) for each in (a, b))
-        yield from _unequal(name, *texts)
-    for name in dict.fromkeys([*a.header.options, *b.header.options]):
-        # Each run has its own id.
-        if name != "run":
-            yield from _unequal(f"option {name}", *(_option(each, name) for each in (a, b)))
+    headers = a.header, b.header
+    yield from _differences(*({"model": each.model, **each.versions} for each in headers))
+    yield from _differences(*map(_options, headers))
 
 
-def _option(snapshot: TraceSnapshot, name: str) -> str:
-    options: Mapping[str, Any] = snapshot.header.options
-    return json.dumps(options[name]) if name in options else _MISSING
+def _options(header: TraceHeader) -> dict[str, str]:
+    # Each run has its own id.
+    options = {name: value for name, value in header.options.items() if name != "run"}
+    return {f"option {name}": json.dumps(value) for name, value in options.items()}
 
 
 def module_context(a: Side, b: Side) -> Iterator[ContextDifference]:
     """Yield differences between the calls of a module, given one of its sites in both traces."""
     path = f"{a.module.path}: " if a.module.path else ""
-    yield from _unequal(f"{path}class", a.module.type, b.module.type)
-    yield from _unequal(f"{path}dropout", str(a.module.dropout), str(b.module.dropout))
-    yield from _unequal(f"{path}calls in training mode", *map(_training, (a, b)))
-    yield from _unequal(f"{path}batches", *map(_batches, (a, b)), same=_same_batches(a, b))
-    versions = (str(side.snapshot.extent(side.number).versions) for side in (a, b))
-    yield from _unequal(f"{path}versions of the weights", *versions)
-    yield from _unequal(f"{path}tags", *map(_tags, (a, b)))
+    same_batches = np.array_equal(_batch_sizes(a), _batch_sizes(b))
+    unequal = () if same_batches else ("batches",)
+    for difference in _differences(_module_texts(a), _module_texts(b), unequal):
+        yield replace(difference, what=f"{path}{difference.what}")
+
+
+def _module_texts(side: Side) -> dict[str, str]:
+    return {
+        "class": side.module.type,
+        "dropout": str(side.module.dropout),
+        "calls in training mode": _training(side),
+        "batches": _batches(side),
+        "versions of the weights": str(side.snapshot.extent(side.number).versions),
+        "tags": _tags(side),
+    }
 
 
 def site_context(pair: Pair) -> Iterator[ContextDifference]:
     """Yield differences in the types of a site, and in whether its input was recorded."""
-    name = pair.a.site.name
-    yield from _unequal(f"{name}: computed in", *map(_precisions, (pair.a, pair.b)))
-    kept = (side.module.dtype for side in (pair.a, pair.b))
-    yield from _unequal(f"{name}: kept as", *kept)
-    yield from _unequal(f"{name}: input", *map(_input, (pair.a, pair.b)))
+    return _differences(*map(_site_texts, (pair.a, pair.b)))
 
 
-def _input(side: Side) -> str:
-    return "recorded" if "input" in side.site.available_quantities else "not recorded"
+def _site_texts(side: Side) -> dict[str, str]:
+    name, has_input = side.site.name, "input" in side.site.available_quantities
+    return {
+        f"{name}: computed in": _precisions(side),
+        f"{name}: kept as": side.module.dtype,
+        f"{name}: input": "recorded" if has_input else "not recorded",
+    }
 
 
-def _unequal(what: str, a: str, b: str, *, same: bool | None = None) -> Iterator[ContextDifference]:
-    if not (a == b if same is None else same):
-        yield ContextDifference(what, a, b)
+def _differences(
+    a: Mapping[str, str], b: Mapping[str, str], unequal: Collection[str] = ()
+) -> Iterator[ContextDifference]:
+    """Yield the entries that differ, and those named as unequal although their texts are equal."""
+    for what in dict.fromkeys([*a, *b]):
+        texts = a.get(what, _MISSING), b.get(what, _MISSING)
+        if texts[0] != texts[1] or what in unequal:
+            yield ContextDifference(what, *texts)
 
 
 def _training(side: Side) -> str:
@@ -353,16 +358,12 @@ def _training(side: Side) -> str:
     return "all" if training.all() else f"{training.sum()} of {len(training)}"
 
 
-def _sizes(side: Side) -> Array:
+def _batch_sizes(side: Side) -> Array:
     return np.asarray(side.snapshot.tables.calls["batch"][side.index.call_numbers])
 
 
-def _same_batches(a: Side, b: Side) -> bool:
-    return np.array_equal(_sizes(a), _sizes(b))
-
-
 def _batches(side: Side) -> str:
-    sizes = _sizes(side)
+    sizes = _batch_sizes(side)
     if not len(sizes):
         return "no calls"
     size = str(sizes[0]) if (sizes == sizes[0]).all() else f"{sizes.min()} to {sizes.max()}"
@@ -375,5 +376,5 @@ def _tags(side: Side) -> str:
 
 
 def _precisions(side: Side) -> str:
-    found = np.unique(side.trace.checks["precision"]).tolist()
-    return ", ".join(_TYPES.get(each, f"a spacing of {each:g}") for each in found)
+    spacings = np.unique(side.trace.checks["precision"]).tolist()
+    return ", ".join(_TYPES.get(spacing, f"a spacing of {spacing:g}") for spacing in spacings)

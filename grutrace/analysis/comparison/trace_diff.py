@@ -164,28 +164,28 @@ def compare(
         raise OptionError(
             f"exact and tolerance: expected one of the two, found {short_repr(tolerance)}"
         )
-    moments = a.snapshot, b.snapshot
-    sides = tuple(_sides(snapshot, sites) for snapshot in moments)
+    snapshots = a.snapshot, b.snapshot
+    sides = tuple(_sides(snapshot, sites) for snapshot in snapshots)
     _require(sides, sites, None if record is None else quantities)
     pairs = [Pair(side, sides[1][name]) for name, side in sides[0].items() if name in sides[1]]
     modules = {(pair.a.number, pair.b.number): pair for pair in reversed(pairs)}
 
     mismatches = [*_only_in_one(*sides)]
-    about = [*checks.trace_context(*moments)]
+    context = [*checks.trace_context(*snapshots)]
     for pair in reversed(modules.values()):
         mismatches += module_mismatches(pair.a, pair.b)
-        about += checks.module_context(pair.a, pair.b)
+        context += checks.module_context(pair.a, pair.b)
     for pair in pairs:
         # A deferred trace records inputs to derive its gates, so they are not missed in the other
         # trace unless requested.
         mismatches += site_mismatches(pair, DEFAULT_RECORD if record is None else quantities)
-        about += checks.site_context(pair)
+        context += checks.site_context(pair)
     comparisons = [each for pair in pairs for each in _comparisons(pair, quantities)]
     values = _compare_values(comparisons, 0.0 if exact else tolerance, progress)
     weights = [each for pair in pairs if (each := _weights(pair))]
     if exact:
         mismatches += _exactly(pairs, weights)
-    return TraceDifference(tuple(values), tuple(mismatches), tuple(weights), tuple(about))
+    return TraceDifference(tuple(values), tuple(mismatches), tuple(weights), tuple(context))
 
 
 def _sides(snapshot: TraceSnapshot, sites: str | Sequence[str] | None) -> dict[str, Side]:
@@ -204,13 +204,13 @@ def _require(
     """Check that at least one trace has what was requested."""
     if sites is not None and not any(sides):
         raise NotRecordedError(f"neither trace has a site that matches {short_repr(sites)}")
-    found = {
+    recorded = {
         name for each in sides for side in each.values() for name in side.site.available_quantities
     }
     for name in quantities or ():
-        if name not in found:
-            held = ", ".join(each for each in QUANTITIES if each in found) or "nothing"
-            raise NotRecordedError(f"neither trace has {name!r} at these sites; recorded: {held}")
+        if name not in recorded:
+            names = ", ".join(each for each in QUANTITIES if each in recorded) or "nothing"
+            raise NotRecordedError(f"neither trace has {name!r} at these sites; recorded: {names}")
 
 
 def _only_in_one(a: dict[str, Side], b: dict[str, Side]) -> Iterator[Mismatch]:

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import numpy as np
 
-from grutrace.analysis.engine.map_reduce import reduce_rows
+from grutrace.analysis.engine.map_reduce import summarize_rows
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import SiteLike, as_site_data
 from grutrace.errors import OptionError
@@ -98,36 +97,34 @@ def geometry(site: SiteLike, quantity: str = "hidden") -> Geometry:
     width = data.rows(quantity).shape[1]
     if not width:
         raise OptionError(f"{data.name!r}: expected at least one unit, found none")
-    found = reduce_rows(data, (quantity,), partial(Comoments, width))
-    some = found.count > 1
-    covariance = found.products / max(1, found.count - 1)
+    sums = summarize_rows(data, (quantity,), comoments, Comoments.merge)
+    has_variance = sums.count > 1
+    covariance = sums.products / max(1, sums.count - 1)
     variance, directions = np.linalg.eigh(covariance)
     variance = np.maximum(variance[::-1], 0.0)
     directions = directions.T[::-1]
     largest = np.abs(directions).argmax(1)[:, np.newaxis]
     directions = directions * np.sign(np.take_along_axis(directions, largest, 1))
     total = float(variance.sum())
-    moves = some and total > 0
-    share = variance / total if moves else np.full(width, np.nan)
+    varies = has_variance and total > 0
+    share = variance / total if varies else np.full(width, np.nan)
     return Geometry(
         site=data.name,
-        steps=found.count,
-        not_finite=found.not_finite,
-        participation_ratio=total**2 / float(variance @ variance) if moves else np.nan,
-        dimensions=1 + int(np.searchsorted(np.cumsum(share), 0.9)) if moves else 0,
+        steps=sums.count,
+        not_finite=sums.not_finite,
+        participation_ratio=total**2 / float(variance @ variance) if varies else np.nan,
+        dimensions=1 + int(np.searchsorted(np.cumsum(share), 0.9)) if varies else 0,
         components=np.arange(width),
-        variance=variance if some else np.full(width, np.nan),
+        variance=variance if has_variance else np.full(width, np.nan),
         share=share,
-        mean=found.mean if found.count else np.full(width, np.nan),
+        mean=sums.mean if sums.count else np.full(width, np.nan),
         directions=directions,
     )
 
 
+@dataclass
 class Comoments:
     """Mean and sum of products of deviations, merged as by Chan, Golub and LeVeque (1983).
-
-    Args:
-        width: H.
 
     Attributes:
         count: Number of finite rows.
@@ -136,34 +133,32 @@ class Comoments:
         products: (H, H) float64, sum over rows of the outer product of the deviations.
     """
 
-    def __init__(self, width: int) -> None:
-        self.count = self.not_finite = 0
-        self.mean, self.products = np.zeros(width), np.zeros((width, width))
-
-    def add(self, rows: Mapping[str, Array]) -> None:
-        """Add a block, (n, H)."""
-        (block,) = rows.values()
-        exact = block.astype(np.float64)
-        with np.errstate(invalid="ignore"):
-            total = exact.sum(0)
-        if not np.isfinite(total).all():
-            finite = np.isfinite(exact).all(1)
-            self.not_finite += int(np.count_nonzero(~finite))
-            exact = exact[finite]
-            total = exact.sum(0)
-        if len(exact):
-            mean = total / len(exact)
-            exact -= mean
-            self._join(len(exact), mean, exact.T @ exact)
+    count: int
+    not_finite: int
+    mean: Array
+    products: Array
 
     def merge(self, later: Comoments) -> None:
         """Add later rows."""
         self.not_finite += later.not_finite
+        total = self.count + later.count
         if later.count:
-            self._join(later.count, later.mean, later.products)
+            delta = later.mean - self.mean
+            self.products += later.products
+            self.products += np.outer(delta, delta) * (self.count * later.count / total)
+            self.mean += delta * (later.count / total)
+            self.count = total
 
-    def _join(self, count: int, mean: Array, products: Array) -> None:
-        delta, total = mean - self.mean, self.count + count
-        self.products += products + np.outer(delta, delta) * (self.count * count / total)
-        self.mean += delta * (count / total)
-        self.count = total
+
+def comoments(rows: Mapping[str, Array]) -> Comoments:
+    """Compute the comoments of a block, (n, H)."""
+    (block,) = rows.values()
+    exact = block.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        total = exact.sum(0)
+    if not np.isfinite(total).all():
+        exact = exact[np.isfinite(exact).all(1)]
+        total = exact.sum(0)
+    mean = total / max(1, len(exact))
+    exact -= mean
+    return Comoments(len(exact), len(block) - len(exact), mean, exact.T @ exact)

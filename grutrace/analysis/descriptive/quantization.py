@@ -10,13 +10,13 @@ N steps, H units.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from grutrace.analysis.engine.map_reduce import reduce_rows
+from grutrace.analysis.engine.map_reduce import summarize_rows
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import SiteLike, as_site_data
 from grutrace.errors import NotRecordedError
@@ -73,58 +73,55 @@ def quantization(site: SiteLike) -> Quantization:
         array([1.])
     """
     data = as_site_data(site)
-    requested = [name for name in DEFAULT_RECORD if name in data.stored]
-    if not requested:
+    quantities = [name for name in DEFAULT_RECORD if name in data.stored]
+    if not quantities:
         raise NotRecordedError(f"{data.name!r} stores no gates and no states")
-    kept = data.rows(requested[0]).dtype
-    counted = reduce_rows(data, requested, partial(_SpacingSums, tuple(requested), len(data.units)))
+    storage_dtype = data.rows(quantities[0]).dtype
+    sums = {
+        name: summarize_rows(data, (name,), partial(_spacing_sums, bounded=name in GATES))
+        for name in quantities
+    }
     # A type at least as precise as the computation stores values exactly.
-    share = 0.0 if np.finfo(kept).eps <= data.precision else 1.0
+    share = 0.0 if np.finfo(storage_dtype).eps <= data.precision else 1.0
+
+    def where_finite(name: str, values: Array) -> Array:
+        return np.where(sums[name]["finite"] > 0, share * values, np.nan)
+
     return Quantization(
         site=data.name,
-        kept=kept.name,
+        kept=storage_dtype.name,
         steps=data.steps,
         units=data.units,
-        largest={name: share * counted.largest[name] / 2 for name in requested},
-        typical={name: share * counted.root_mean_square(name) / 12**0.5 for name in requested},
-        infinite=counted.infinite,
+        largest={name: where_finite(name, each["maximum"] / 2) for name, each in sums.items()},
+        typical={name: where_finite(name, _typical(each)) for name, each in sums.items()},
+        infinite={name: each["infinite"] for name, each in sums.items()},
     )
 
 
-class _SpacingSums:
-    """Spacings of the values of each unit, by quantity."""
+def _spacing_sums(rows: Mapping[str, Array], bounded: bool) -> dict[str, Array]:
+    """Compute the spacings of the values of each unit: their maximum, and the sum of their squares.
 
-    def __init__(self, quantities: Sequence[str], width: int) -> None:
-        self.largest = {name: np.full(width, np.nan) for name in quantities}
-        self.infinite = {name: np.zeros(width, np.int64) for name in quantities}
+    Args:
+        rows: The values of one quantity, (n, H).
+        bounded: Whether the values are gates. Sigmoid and tanh never exceed 1, so a stored 1 was
+            rounded up.
+    """
+    (block,) = rows.values()
+    finite = np.isfinite(block)
+    sizes = np.abs(np.where(finite, block, 0))
+    if bounded:
+        sizes = np.minimum(sizes, np.nextafter(sizes.dtype.type(1), sizes.dtype.type(0)))
+    spacings = np.where(finite, np.spacing(sizes), 0).astype(np.float64)
+    return {
+        "maximum": spacings.max(axis=0, initial=0.0),
         # Squares of powers of two are summed without rounding.
-        self._squares = {name: np.zeros(width) for name in quantities}
-        self._finite = {name: np.zeros(width, np.int64) for name in quantities}
+        "squares": np.square(spacings).sum(axis=0),
+        "finite": finite.sum(axis=0),
+        "infinite": np.isinf(block).sum(axis=0),
+    }
 
-    def add(self, rows: Mapping[str, Array]) -> None:
-        for name, block in rows.items():
-            finite = np.isfinite(block)
-            sizes = np.abs(np.where(finite, block, 0))
-            if name in GATES:
-                # Sigmoid and tanh never exceed 1, so a stored 1 was rounded up.
-                sizes = np.minimum(sizes, np.nextafter(sizes.dtype.type(1), sizes.dtype.type(0)))
-            spacings = np.where(finite, np.spacing(sizes), 0).astype(np.float64)
-            if len(block):
-                largest = np.where(finite.any(axis=0), spacings.max(axis=0), np.nan)
-                self.largest[name] = np.fmax(self.largest[name], largest)
-            self.infinite[name] += np.isinf(block).sum(axis=0)
-            self._squares[name] += np.square(spacings).sum(axis=0)
-            self._finite[name] += finite.sum(axis=0)
 
-    def merge(self, later: _SpacingSums) -> None:
-        for name in self.largest:
-            self.largest[name] = np.fmax(self.largest[name], later.largest[name])
-            self.infinite[name] += later.infinite[name]
-            self._squares[name] += later._squares[name]
-            self._finite[name] += later._finite[name]
-
-    def root_mean_square(self, name: str) -> Array:
-        """Root mean square of the spacings: (H,), NaN where there are no values."""
-        squares, count = self._squares[name], self._finite[name]
-        means = np.full(len(squares), np.nan)
-        return np.asarray(np.sqrt(np.divide(squares, count, out=means, where=count > 0)))
+def _typical(sums: Mapping[str, Array]) -> Array:
+    """Expected root mean square error, from the root mean square of the spacings: (H,)."""
+    mean = sums["squares"] / np.maximum(sums["finite"], 1)
+    return np.asarray(np.sqrt(mean) / 12**0.5)

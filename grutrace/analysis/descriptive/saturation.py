@@ -12,19 +12,19 @@ N steps, H units.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
-from grutrace.analysis.engine.map_reduce import reduce_rows
+from grutrace.analysis.engine.map_reduce import summarize_rows
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import SiteLike, as_site_data
 from grutrace.errors import NotRecordedError
 from grutrace.records import GATES, Array
 from grutrace.reprs import fields_repr
-from grutrace.statistics.moments import HIGH, LOW, empty_stats, merge_stats, summarize_block
+from grutrace.statistics.moments import HIGH, LOW, merge_stats, unit_stats
 from grutrace.statistics.results import UnitStatistics
 from grutrace.statistics.running import Statistics
 from grutrace.storage.read.sequence_index import Integers
@@ -87,9 +87,10 @@ def saturation(site: SiteLike) -> Saturation:
     if not gates:
         raise NotRecordedError(f"{data.name!r} has no gates; it has {', '.join(data.quantities)}")
     requested = [*gates, *(["hidden"] if "hidden" in data.quantities else [])]
-    counted = reduce_rows(data, requested, partial(_UnitCounts, tuple(requested), len(data.units)))
-    left = {gate: _share(counted.units[gate], "below") for gate in gates}
-    right = {gate: _share(counted.units[gate], "above") for gate in gates}
+    stats_of = partial(unit_stats, moments=False)
+    units = {name: summarize_rows(data, (name,), stats_of, merge_stats) for name in requested}
+    left = {gate: _share(units[gate], "below") for gate in gates}
+    right = {gate: _share(units[gate], "above") for gate in gates}
     return Saturation(
         site=data.name,
         steps=data.steps,
@@ -99,27 +100,8 @@ def saturation(site: SiteLike) -> Saturation:
         stuck={
             gate: (right[gate] >= STUCK).astype(np.int8) - (left[gate] >= STUCK) for gate in gates
         },
-        constant=_is_constant(counted.units["hidden"]) if "hidden" in requested else None,
+        constant=_is_constant(units["hidden"]) if "hidden" in requested else None,
     )
-
-
-class _UnitCounts:
-    """Statistics of each unit, by quantity; see `statistics.moments`."""
-
-    def __init__(self, quantities: Sequence[str], width: int) -> None:
-        self.units = {name: empty_stats(width) for name in quantities}
-
-    def add(self, rows: Mapping[str, Array]) -> None:
-        for name, block in rows.items():
-            with np.errstate(over="ignore", invalid="ignore"):
-                merge_stats(
-                    self.units[name], summarize_block(np.ascontiguousarray(block), moments=False)[0]
-                )
-
-    def merge(self, later: _UnitCounts) -> None:
-        for name, units in later.units.items():
-            with np.errstate(over="ignore", invalid="ignore"):
-                merge_stats(self.units[name], units)
 
 
 def _share(units: Array, name: str) -> Array:
@@ -181,42 +163,28 @@ def summarize_site(site: SiteTrace) -> SiteSummary:
         steps=data.steps,
         residual=site.residual,
         gates={
-            name: reduce_rows(data, (name,), _GateCounts).summary()
+            name: _gate_summary(summarize_rows(data, (name,), _gate_counts))
             for name in GATES
             if name in data.quantities
         },
     )
 
 
-class _GateCounts:
-    """Counts of one gate, over all units."""
+def _gate_counts(rows: Mapping[str, Array]) -> dict[str, float]:
+    """Count the values of a gate over all units."""
+    (block,) = rows.values()
+    sizes = np.abs(block)
+    return {
+        "values": block.size,
+        "sum": float(block.sum(dtype=np.float64)),
+        "below": int(np.count_nonzero(sizes < LOW)),
+        "above": int(np.count_nonzero(sizes > HIGH)),
+    }
 
-    def __init__(self) -> None:
-        self._values = self._below = self._above = 0
-        self._sum = 0.0
 
-    def add(self, rows: Mapping[str, Array]) -> None:
-        """Add the (n, H) values of a gate."""
-        (block,) = rows.values()
-        self._values += block.size
-        self._sum += float(block.sum(dtype=np.float64))
-        size = np.abs(block)
-        self._below += int(np.count_nonzero(size < LOW))
-        self._above += int(np.count_nonzero(size > HIGH))
-
-    def merge(self, later: _GateCounts) -> None:
-        """Add the counts of later rows."""
-        self._values += later._values
-        self._sum += later._sum
-        self._below += later._below
-        self._above += later._above
-
-    def summary(self) -> GateSummary:
-        """Return the mean and the shares."""
-        if not self._values:
-            return GateSummary(np.nan, np.nan, np.nan)
-        shares = (each / self._values for each in (self._sum, self._below, self._above))
-        return GateSummary(*shares)
+def _gate_summary(counts: Mapping[str, float]) -> GateSummary:
+    values = counts["values"] or np.nan
+    return GateSummary(*(counts[name] / values for name in ("sum", "below", "above")))
 
 
 def summarize_statistics(statistics: Statistics) -> list[SiteSummary]:
@@ -236,9 +204,9 @@ def summarize_statistics(statistics: Statistics) -> list[SiteSummary]:
 
 def _gate(units: UnitStatistics) -> GateSummary:
     """Average over units, each weighted by its number of values."""
-    some = units.count > 0
-    weights = units.count[some] / max(1, units.count.sum())
-    if not some.any() or units.below is None or units.above is None:
+    has_values = units.count > 0
+    weights = units.count[has_values] / max(1, units.count.sum())
+    if not has_values.any() or units.below is None or units.above is None:
         return GateSummary(np.nan, np.nan, np.nan)
-    each = (units.mean, units.below, units.above)
-    return GateSummary(*(float(weights @ values[some]) for values in each))
+    columns = (units.mean, units.below, units.above)
+    return GateSummary(*(float(weights @ values[has_values]) for values in columns))

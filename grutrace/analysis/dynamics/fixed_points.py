@@ -17,20 +17,19 @@ K initial states, P points, H units, I input size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar
 
 import numpy as np
 
 from grutrace.analysis.dynamics.jacobian import GRUMap
-from grutrace.analysis.engine.map_reduce import reduce_rows
+from grutrace.analysis.engine.map_reduce import summarize_rows
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import SiteData, SiteLike, as_site_data
 from grutrace.errors import NotRecordedError, OptionError, short_repr
 from grutrace.records import Array
-from grutrace.statistics.moments import empty_stats, merge_stats, summarize_block
+from grutrace.statistics.moments import merge_stats, unit_stats
+from grutrace.storage.read.lazy_rows import block_slices
 from grutrace.storage.read.sequence_index import Integers
 
 #: Largest q of a fixed point: no unit moves by more than 1.5e-8 a step, the square root of the
@@ -153,18 +152,17 @@ def fixed_points(
     weights = data.weights(version)
     width = weights["weight_hh"].shape[1]
     constant = _input(data, input, weights["weight_ih"].shape[1])
-    begun = _starts(data, starts, width, seed)
+    initial = _starts(data, starts, width, seed)
     step = GRUMap(weights, constant)
-    usual = float(np.median(np.linalg.norm(step(begun) - begun, axis=1)))
-    each = max(1, BLOCK_BYTES // (8 * width**2))
-    found = np.empty_like(begun)
-    for low in range(0, len(begun), each):
-        found[low : low + each] = minimise(step, begun[low : low + each])
+    usual = float(np.median(np.linalg.norm(step(initial) - initial, axis=1)))
+    minima = np.empty_like(initial)
+    for part in block_slices(len(initial), BLOCK_BYTES, 8 * width**2):
+        minima[part] = minimise(step, initial[part])
         if data.advance is not None:
-            data.advance(min(low + each, len(begun)), len(begun))
+            data.advance(part.stop, len(initial))
     bound = max(FIXED_Q, (usual / 10) ** 2 / 2) if slow is None else slow
-    states, reached = _distinct(step, found, bound)
-    return _describe_points(data, step, constant, begun, usual, states, reached)
+    states, reached = _distinct(step, minima, bound)
+    return _describe_points(data, step, constant, initial, usual, states, reached)
 
 
 def minimise(step: GRUMap, states: Array, limit: float | None = None) -> Array:
@@ -211,7 +209,7 @@ def _input(data: SiteData, given: Array | str | None, size: int) -> Array:
     if isinstance(given, str):
         if given != "mean":
             raise OptionError(f"input: expected values, 'mean' or None; found {short_repr(given)}")
-        units = reduce_rows(data, ("input",), partial(_Units, size)).units
+        units = summarize_rows(data, ("input",), unit_stats, merge_stats)
         if not units["count"].all():
             raise OptionError(f"input: {data.name!r} has no inputs to take the mean of")
         return np.asarray(units["mean"])
@@ -219,20 +217,6 @@ def _input(data: SiteData, given: Array | str | None, size: int) -> Array:
     if constant.shape != (size,):
         raise OptionError(f"input: expected shape ({size},), found {constant.shape}")
     return constant
-
-
-class _Units:
-    """Moments of each feature; see `statistics.moments`. Non-finite values are skipped."""
-
-    def __init__(self, width: int) -> None:
-        self.units = empty_stats(width)
-
-    def add(self, rows: Mapping[str, Array]) -> None:
-        (block,) = rows.values()
-        merge_stats(self.units, summarize_block(np.ascontiguousarray(block))[0])
-
-    def merge(self, later: _Units) -> None:
-        merge_stats(self.units, later.units)
 
 
 def _starts(data: SiteData, starts: int | Array, width: int, seed: int) -> Array:
@@ -255,11 +239,11 @@ def _starts(data: SiteData, starts: int | Array, width: int, seed: int) -> Array
     return states
 
 
-def _distinct(step: GRUMap, found: Array, bound: float) -> tuple[Array, Integers]:
+def _distinct(step: GRUMap, minima: Array, bound: float) -> tuple[Array, Integers]:
     """Merge equal points, keeping the best of each, by increasing q; count the members of each."""
-    q = 0.5 * np.square(step(found) - found).sum(1)
+    q = 0.5 * np.square(step(minima) - minima).sum(1)
     order = np.argsort(q, kind="stable")
-    left = found[order[q[order] <= bound]]
+    left = minima[order[q[order] <= bound]]
     points: list[Array] = []
     reached: list[int] = []
     while len(left):
@@ -267,14 +251,14 @@ def _distinct(step: GRUMap, found: Array, bound: float) -> tuple[Array, Integers
         points.append(left[0])
         reached.append(int(np.count_nonzero(same)))
         left = left[~same]
-    return np.array(points).reshape(-1, found.shape[1]), np.array(reached, np.int64)
+    return np.array(points).reshape(-1, minima.shape[1]), np.array(reached, np.int64)
 
 
 def _describe_points(
     data: SiteData,
     step: GRUMap,
     constant: Array,
-    begun: Array,
+    initial: Array,
     usual: float,
     states: Array,
     reached: Integers,
@@ -289,7 +273,7 @@ def _describe_points(
     fixed, stable = speed**2 / 2 <= FIXED_Q, (size < 1 - MARGIN).all(1)
     return FixedPoints(
         site=data.name,
-        starts=len(begun),
+        starts=len(initial),
         usual_speed=usual,
         fixed_points=int(np.count_nonzero(fixed)),
         stable_points=int(np.count_nonzero(fixed & stable)),
@@ -305,11 +289,11 @@ def _describe_points(
         radius=radius,
         timescale=timescale,
         reached=reached,
-        nearest=np.array([np.abs(begun - state).max(1).min() for state in states]),
+        nearest=np.array([np.abs(initial - state).max(1).min() for state in states]),
         eigenvalues=eigenvalues,
     )
 
 
 def _eigenvalues(step: GRUMap, state: Array) -> Array:
-    found = np.linalg.eigvals(step.jacobian(state[np.newaxis])[0])
-    return np.asarray(found[np.argsort(-np.abs(found), kind="stable")])
+    eigenvalues = np.linalg.eigvals(step.jacobian(state[np.newaxis])[0])
+    return np.asarray(eigenvalues[np.argsort(-np.abs(eigenvalues), kind="stable")])

@@ -28,6 +28,7 @@ import numpy as np
 from grutrace.analysis.engine.map_reduce import run_tasks
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import SiteData, SiteLike, as_site_data
+from grutrace.analysis.engine.steps import locate_step, read_steps, row_numbers, state_before
 from grutrace.errors import NotRecordedError, OptionError, short_repr
 from grutrace.records import GATES, Array
 from grutrace.storage.read.sequence_index import Integers
@@ -78,11 +79,11 @@ def jacobians(data: Factors, weights: Mapping[str, Array]) -> Array:
     """Compute the Jacobians of some steps: (n, H, H). Row i has the derivatives of unit i."""
     size = data.keep.shape[-1]
     by_gate = np.asarray(weights["weight_hh"], np.float64).reshape(3, size, size)
-    found = np.einsum("nh,hk->nhk", data.reset, by_gate[0])
-    found += data.update[:, :, np.newaxis] * by_gate[1]
-    found += data.candidate[:, :, np.newaxis] * by_gate[2]
-    found[:, np.arange(size), np.arange(size)] += data.keep
-    return np.asarray(found)
+    matrices = np.einsum("nh,hk->nhk", data.reset, by_gate[0])
+    matrices += data.update[:, :, np.newaxis] * by_gate[1]
+    matrices += data.candidate[:, :, np.newaxis] * by_gate[2]
+    matrices[:, np.arange(size), np.arange(size)] += data.keep
+    return np.asarray(matrices)
 
 
 def jacobian(site: SiteLike, sequence: int, step: int) -> Array:
@@ -115,15 +116,7 @@ def jacobian(site: SiteLike, sequence: int, step: int) -> Array:
     """
     data = as_site_data(site)
     require_all_units(data)
-    count, length = len(data.lengths), 0
-    if -count <= sequence < count:
-        length = int(data.lengths[sequence])
-    if not -length <= step < length:
-        raise NotRecordedError(
-            f"{data.name!r} has no step {step} of sequence {sequence}; it has {count} sequences"
-            + (f", and this one has {length} steps" if length else "")
-        )
-    return _at(data, sequence % count, step % length)
+    return _at(data, *locate_step(data, sequence, step))
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,18 +180,19 @@ def step_jacobians(site: SiteLike, most: int = STEPS) -> StepJacobians:
     ends = np.cumsum(data.lengths)
     sequences = np.searchsorted(ends, numbers, "right")
     steps = numbers - (ends - data.lengths)[sequences]
-    positions = zip(sequences.tolist(), steps.tolist(), strict=True)
-    found = np.array(
-        list(run_tasks(data, [partial(_spectrum, data, *place) for place in positions]))
-    ).reshape(count, 3)
+    tasks = [
+        partial(_spectrum, data, *locate_step(data, *position))
+        for position in zip(sequences.tolist(), steps.tolist(), strict=True)
+    ]
+    radius, norm, shrinking = np.array(list(run_tasks(data, tasks))).reshape(count, 3).T
     return StepJacobians(
         site=data.name,
         units=len(data.units),
         steps=steps,
         sequences=sequences,
-        radius=found[:, 0],
-        norm=found[:, 1],
-        shrinking=found[:, 2],
+        radius=radius,
+        norm=norm,
+        shrinking=shrinking,
     )
 
 
@@ -218,35 +212,20 @@ def require_all_units(site: SiteData) -> None:
 
 
 def _at(site: SiteData, sequence: int, step: int) -> Array:
-    rows = site.rows_between(sequence, sequence + 1)
-
-    def row(quantity: str, at: int) -> Array:
-        number = rows.start + at if isinstance(rows, slice) else int(rows[at])
-        return np.asarray(site.rows(quantity)[number : number + 1])
-
-    before = step + 1 if site.reverse else step - 1
-    inside = 0 <= before < site.lengths[sequence]
-    previous = row("hidden", before) if inside else site.initial(sequence, sequence + 1)
-    restarts = site.restarts(sequence, sequence + 1)
-    if step in restarts.steps:
-        # The last restart, if segments in between have no steps.
-        previous = restarts.states[restarts.steps == step][-1:]
-    part = (
-        slice(rows.start + step, rows.start + step + 1)
-        if isinstance(rows, slice)
-        else rows[step : step + 1]
-    )
-    weights = site.weights(int(site.versions(part)[0]))
-    data = factors({gate: row(gate, step) for gate in GATES}, previous, weights)
-    return np.asarray(jacobians(data, weights)[0])
+    """Compute the Jacobian of a step, numbered in the order of computation."""
+    gates = {name: read_steps(site, name, sequence, step, step + 1) for name in GATES}
+    previous = state_before(site, sequence, step)[np.newaxis]
+    version = site.versions(row_numbers(site, sequence, step, step + 1))[0]
+    weights = site.weights(int(version))
+    return np.asarray(jacobians(factors(gates, previous, weights), weights)[0])
 
 
 def _spectrum(site: SiteData, sequence: int, step: int) -> tuple[float, float, float]:
-    found = _at(site, sequence, step)
-    if not np.isfinite(found).all():
+    matrix = _at(site, sequence, step)
+    if not np.isfinite(matrix).all():
         return np.nan, np.nan, np.nan
-    radius = float(np.abs(np.linalg.eigvals(found)).max())
-    sizes = np.linalg.svd(found, compute_uv=False)
+    radius = float(np.abs(np.linalg.eigvals(matrix)).max())
+    sizes = np.linalg.svd(matrix, compute_uv=False)
     with np.errstate(divide="ignore"):
         return radius, float(sizes[0]), float(np.log(sizes).mean())
 

@@ -135,34 +135,34 @@ def lyapunov(site: SiteLike, count: int = EXPONENTS, skip: int | None = None) ->
         )
     if skip is not None and (not isinstance(skip, int) or skip < 0):
         raise OptionError(f"skip: expected a number of steps, 0 or more; found {short_repr(skip)}")
-    of = as_site_data(site)
-    require_all_units(of)
-    size = len(of.units)
-    skipped = np.ceil(of.lengths * TRANSIENT).astype(np.int64) if skip is None else skip
-    skipped = np.minimum(of.lengths, skipped)
-    counted = of.lengths - skipped
+    data = as_site_data(site)
+    require_all_units(data)
+    size = len(data.units)
+    skipped = np.ceil(data.lengths * TRANSIENT).astype(np.int64) if skip is None else skip
+    skipped = np.minimum(data.lengths, skipped)
+    counted = data.lengths - skipped
     total = int(counted.sum())
     blocks = max(1, min(BLOCKS, total // MIN_BLOCK_STEPS))
     # Position of each sequence's first step among the counted steps of all, as if none were
     # skipped.
     starts = np.cumsum(counted) - counted - skipped
     make_reducer = partial(_GrowthSums, size, min(count, size), skipped, starts, blocks, total)
-    found = reduce_sequences(of, (*REQUIRED, PREVIOUS, WEIGHTS, RESTARTS), make_reducer)
+    growth = reduce_sequences(data, (*REQUIRED, PREVIOUS, WEIGHTS, RESTARTS), make_reducer)
     with np.errstate(invalid="ignore", divide="ignore"):
-        exponents = found.logs.sum(axis=0) / total
-        errors = _errors(found.logs / found.steps[:, np.newaxis])
+        exponents = growth.logs.sum(axis=0) / total
+        errors = _errors(growth.logs / growth.steps[:, np.newaxis])
     # QR returns them in this order, except for those closer than their errors.
     order = np.argsort(-exponents, kind="stable")
     exponents, errors = exponents[order], errors[order]
     largest, error = float(exponents[0]), float(errors[0])
     length = float(np.square(counted, dtype=np.float64).sum() / total) if total else np.nan
     chaotic = largest > (0.0 if np.isnan(error) else 2 * error)
-    horizon = _horizon(largest, float(np.finfo(of.rows("hidden").dtype).eps))
+    horizon = _horizon(largest, float(np.finfo(data.rows("hidden").dtype).eps))
     known = length >= MIN_LENGTH
     return Lyapunov(
-        site=of.name,
+        site=data.name,
         units=size,
-        sequences=len(of.lengths),
+        sequences=len(data.lengths),
         steps=total,
         numbers=np.arange(1, len(exponents) + 1),
         exponents=exponents,
@@ -197,12 +197,12 @@ def kaplan_yorke(exponents: Array, size: int) -> float:
     """
     if np.isnan(exponents).any():
         return float("nan")
-    upto = np.cumsum(exponents)
-    count = int(np.count_nonzero(np.minimum.accumulate(upto) >= 0))
+    sums = np.cumsum(exponents)
+    count = int(np.count_nonzero(np.minimum.accumulate(sums) >= 0))
     if count == len(exponents):
         return float(size) if count == size else float("nan")
-    left = upto[count - 1] if count else 0.0
-    return float(count + left / -exponents[count])
+    remainder = sums[count - 1] if count else 0.0
+    return float(count + remainder / -exponents[count])
 
 
 def _entropy_rate(exponents: Array, size: int) -> float:
@@ -267,26 +267,26 @@ class _GrowthSums:
         assert weights is not None
         lengths = np.array([len(each) for each in segments])
         sequences = np.array([each.sequence for each in segments])
-        made = np.array([each.start for each in segments])
+        starts = np.array([each.start for each in segments])
         size, _, count = directions.shape
         recurrent = np.asarray(weights["weight_hh"], np.float64)
-        of = _padded(segments, weights, size)
-        going = len(segments)
+        step_factors = _padded(segments, weights, size)
+        active = len(segments)
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             for step in range(lengths[0]):
-                going = int(np.count_nonzero(lengths > step))
-                before = directions[:, :going]
-                product = recurrent @ before.reshape(size, going * count)
-                product = product.reshape(3, size, going, count)
-                keep, *by_gate = (each[step, :, :going, np.newaxis] for each in of)
+                active = int(np.count_nonzero(lengths > step))
+                before = directions[:, :active]
+                product = recurrent @ before.reshape(size, active * count)
+                product = product.reshape(3, size, active, count)
+                keep, *by_gate = (each[step, :, :active, np.newaxis] for each in step_factors)
                 after = keep * before
                 for factor, part in zip(by_gate, product, strict=True):
                     after += factor * part
                 orthonormal, upper = np.linalg.qr(after.transpose(1, 0, 2))
                 directions = np.ascontiguousarray(orthonormal.transpose(1, 0, 2))
                 self._count(
-                    sequences[:going],
-                    made[:going] + step,
+                    sequences[:active],
+                    starts[:active] + step,
                     np.log(np.abs(np.diagonal(upper, axis1=1, axis2=2))),
                 )
         return directions
@@ -306,6 +306,8 @@ def _padded(
     padded = Factors(*(np.zeros(shape) for _ in Factors._fields))
     for number, each in enumerate(segments):
         assert each.previous is not None
-        for place, found in zip(padded, factors(each.values, each.previous, weights), strict=True):
-            place[: len(each), :, number] = found
+        for target, factor in zip(
+            padded, factors(each.values, each.previous, weights), strict=True
+        ):
+            target[: len(each), :, number] = factor
     return padded

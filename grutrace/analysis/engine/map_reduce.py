@@ -12,19 +12,19 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
 from grutrace.analysis.engine.segments import (
     DERIVED_INPUTS,
     PREVIOUS,
-    SequenceSegment,
     iter_segments,
 )
-from grutrace.analysis.engine.site_data import SiteData, SiteLike, as_site_data
+from grutrace.analysis.engine.site_data import SiteData, SiteLike, as_site_data, row_bytes
 from grutrace.errors import OptionError, require_extra
 from grutrace.records import Array
+from grutrace.storage.read.lazy_rows import block_slices, items_per_block
 
 #: Largest number of threads. Each holds a block of rows, and they share the reading.
 MAX_THREADS = 4
@@ -57,9 +57,9 @@ def with_dask(site: SiteLike) -> SiteData:
     """
     with require_extra("computing on dask", "dask"):
         import dask  # noqa: F401
-    found = as_site_data(site)
-    found.dask = True
-    return found
+    data = as_site_data(site)
+    data.dask = True
+    return data
 
 
 def run_on_dask(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
@@ -68,8 +68,9 @@ def run_on_dask(tasks: Sequence[Callable[[], Any]]) -> Iterator[Any]:
     from dask.delayed import delayed
 
     for start in range(0, len(tasks), MAX_PENDING):
-        some = [delayed(task, pure=False)() for task in tasks[start : start + MAX_PENDING]]
-        yield from compute(*some)
+        yield from compute(
+            *(delayed(task, pure=False)() for task in tasks[start : start + MAX_PENDING])
+        )
 
 
 def uses_other_processes() -> bool:
@@ -117,39 +118,90 @@ PART_BYTES = 64 * 1024 * 1024
 BLOCK_BYTES = 8 * 1024 * 1024
 
 
-class _Mergeable(Protocol):
-    def merge(self, later: Any) -> None: ...
+class Reducer(Protocol):
+    """Accumulates blocks of rows in storage order, or sequences in the order of computation."""
+
+    def add(self, block: Any) -> None:
+        """Add the next block: by quantity, (n, H); or the next `SequenceSegment`."""
+
+    def merge(self, later: Self) -> None:
+        """Add the result of later rows or sequences."""
 
 
-class RowReducer(Protocol):
-    """Accumulates rows, in the order in which they are stored."""
+ReducerT = TypeVar("ReducerT", bound=Reducer)
+ResultT = TypeVar("ResultT")
+SummaryT = TypeVar("SummaryT")
+
+#: Totals that are merged by an extreme instead of a sum.
+EXTREMES = {"minimum": np.minimum, "maximum": np.maximum}
+
+
+def summarize_rows(
+    site: SiteData,
+    quantities: Sequence[str],
+    summarize: Callable[[Mapping[str, Array]], SummaryT],
+    merge: Callable[[SummaryT, SummaryT], None] | None = None,
+) -> SummaryT:
+    """Summarize all rows of some quantities: each block by itself, then all blocks together.
+
+    Args:
+        site: The site.
+        quantities: Names of the quantities; each block has all of them, for the same rows.
+        summarize: Returns the summary of a block: by quantity, (n, H), n may be 0. Must be
+            picklable for a cluster: a function of a module or a `partial` of one.
+        merge: Merges the summary of later rows, its second argument, into the first. Default:
+            `merge_totals`, for dictionaries.
+
+    Raises:
+        NotRecordedError: A quantity was not recorded.
+    """
+    make_reducer = partial(_BlockSummaries, summarize, merge or merge_totals)
+    summary = reduce_rows(site, quantities, make_reducer).summary
+    if summary is not None:
+        return summary
+    return summarize({name: np.asarray(site.rows(name)[:0]) for name in quantities})
+
+
+def merge_totals(totals: Any, later: Any) -> None:
+    """Add the totals of later rows, by name: arrays, numbers or lists.
+
+    ``minimum`` and ``maximum`` become the extremes of both.
+    """
+    for name, value in later.items():
+        if name in EXTREMES:
+            totals[name] = EXTREMES[name](totals[name], value)
+        else:
+            totals[name] += value
+
+
+class _BlockSummaries(Generic[SummaryT]):
+    """The merged summary of some blocks; None before the first."""
+
+    def __init__(
+        self,
+        summarize: Callable[[Mapping[str, Array]], SummaryT],
+        merge: Callable[[SummaryT, SummaryT], None],
+    ) -> None:
+        self._summarize, self._merge_into = summarize, merge
+        self.summary: SummaryT | None = None
 
     def add(self, rows: Mapping[str, Array]) -> None:
-        """Add a block: by quantity, (n, H)."""
+        self._take(self._summarize(rows))
 
-    def merge(self, later: Self) -> None:
-        """Add the result of later rows."""
+    def merge(self, later: _BlockSummaries[SummaryT]) -> None:
+        if later.summary is not None:
+            self._take(later.summary)
 
-
-class SequenceReducer(Protocol):
-    """Accumulates sequences, each in the order of computation."""
-
-    def add(self, segment: SequenceSegment) -> None:
-        """Add the next segment."""
-
-    def merge(self, later: Self) -> None:
-        """Add the result of later sequences."""
-
-
-RowReducerT = TypeVar("RowReducerT", bound=RowReducer)
-SequenceReducerT = TypeVar("SequenceReducerT", bound=SequenceReducer)
-MergeableT = TypeVar("MergeableT", bound="_Mergeable")
-ResultT = TypeVar("ResultT")
+    def _take(self, summary: SummaryT) -> None:
+        if self.summary is None:
+            self.summary = summary
+        else:
+            self._merge_into(self.summary, summary)
 
 
 def reduce_rows(
-    site: SiteData, quantities: Sequence[str], make_reducer: Callable[[], RowReducerT]
-) -> RowReducerT:
+    site: SiteData, quantities: Sequence[str], make_reducer: Callable[[], ReducerT]
+) -> ReducerT:
     """Reduce all rows of some quantities.
 
     Args:
@@ -162,19 +214,16 @@ def reduce_rows(
         NotRecordedError: A quantity was not recorded.
     """
     site.require(*quantities)
-    step = max(1, PART_BYTES // _row_bytes(site, quantities))
-    tasks = [
-        partial(
-            _reduce_row_range, site, quantities, make_reducer, start, min(start + step, site.steps)
-        )
-        for start in range(0, site.steps, step)
+    parts = [
+        partial(_iter_blocks, site, quantities, part.start, part.stop)
+        for part in block_slices(site.steps, PART_BYTES, row_bytes(site, quantities))
     ]
-    return _run_and_merge(site, tasks, make_reducer)
+    return _reduce_parts(site, parts, make_reducer)
 
 
 def reduce_sequences(
-    site: SiteData, quantities: Sequence[str], make_reducer: Callable[[], SequenceReducerT]
-) -> SequenceReducerT:
+    site: SiteData, quantities: Sequence[str], make_reducer: Callable[[], ReducerT]
+) -> ReducerT:
     """Reduce all sequences, each in the order of computation.
 
     Args:
@@ -190,43 +239,24 @@ def reduce_sequences(
     stored = [name for name in quantities if name not in DERIVED_INPUTS]
     stored += ["hidden"] if PREVIOUS in quantities and "hidden" not in stored else []
     site.require(*stored)
-    each = max(1, PART_BYTES // _row_bytes(site, stored))
-    ends, first, tasks = np.cumsum(site.lengths), 0, []
+    step = items_per_block(PART_BYTES, row_bytes(site, stored))
+    ends, first, parts = np.cumsum(site.lengths), 0, []
     while first < len(ends):
         before = int(ends[first - 1]) if first else 0
-        last = max(first + 1, int(np.searchsorted(ends, before + each, "right")))
-        tasks.append(partial(_reduce_sequence_range, site, quantities, make_reducer, first, last))
+        last = max(first + 1, int(np.searchsorted(ends, before + step, "right")))
+        parts.append(partial(iter_segments, site, quantities, first, last))
         first = last
-    return _run_and_merge(site, tasks, make_reducer)
+    return _reduce_parts(site, parts, make_reducer)
 
 
-def _reduce_row_range(
-    site: SiteData,
-    quantities: Sequence[str],
-    make_reducer: Callable[[], RowReducerT],
-    start: int,
-    stop: int,
-) -> RowReducerT:
-    reducer = make_reducer()
-    step = max(1, BLOCK_BYTES // _row_bytes(site, quantities))
+def _iter_blocks(
+    site: SiteData, quantities: Sequence[str], start: int, stop: int
+) -> Iterator[dict[str, Array]]:
+    """Yield rows `start` to `stop` - 1 in blocks of bounded size."""
     sources = {name: site.rows(name) for name in quantities}
-    for low in range(start, stop, step):
-        part = slice(low, min(low + step, stop))
-        reducer.add({name: np.asarray(rows[part]) for name, rows in sources.items()})
-    return reducer
-
-
-def _reduce_sequence_range(
-    site: SiteData,
-    quantities: Sequence[str],
-    make_reducer: Callable[[], SequenceReducerT],
-    first: int,
-    last: int,
-) -> SequenceReducerT:
-    reducer = make_reducer()
-    for segment in iter_segments(site, quantities, first, last):
-        reducer.add(segment)
-    return reducer
+    for block in block_slices(stop - start, BLOCK_BYTES, row_bytes(site, quantities)):
+        part = slice(start + block.start, start + block.stop)
+        yield {name: np.asarray(rows[part]) for name, rows in sources.items()}
 
 
 def run_tasks(site: SiteData, tasks: Sequence[Callable[[], ResultT]]) -> Iterator[ResultT]:
@@ -240,24 +270,29 @@ def run_tasks(site: SiteData, tasks: Sequence[Callable[[], ResultT]]) -> Iterato
             f"{site.name!r} is in memory, which other processes cannot read: trace to a file to "
             "analyse it on a cluster, or use dask's threads"
         )
-    found = run_on_dask(tasks) if site.dask else run_on_threads(tasks)
-    for done, each in enumerate(found, 1):
-        yield each
+    results = run_on_dask(tasks) if site.dask else run_on_threads(tasks)
+    for done, result in enumerate(results, 1):
+        yield result
         if site.advance is not None:
             site.advance(done, len(tasks))
 
 
-def _run_and_merge(
+def _reduce_parts(
     site: SiteData,
-    tasks: Sequence[Callable[[], MergeableT]],
-    make_reducer: Callable[[], MergeableT],
-) -> MergeableT:
-    joined = make_reducer()
-    for reducer in run_tasks(site, tasks):
-        joined.merge(reducer)
-    return joined
+    parts: Sequence[Callable[[], Iterator[Any]]],
+    make_reducer: Callable[[], ReducerT],
+) -> ReducerT:
+    """Reduce the blocks of each part by itself, and merge the results in order."""
+    merged = make_reducer()
+    for reducer in run_tasks(site, [partial(_reduce, make_reducer, part) for part in parts]):
+        merged.merge(reducer)
+    return merged
 
 
-def _row_bytes(site: SiteData, quantities: Sequence[str]) -> int:
-    rows = [site.rows(name) for name in quantities]
-    return max(1, sum(each.shape[1] * each.dtype.itemsize for each in rows))
+def _reduce(
+    make_reducer: Callable[[], ReducerT], iter_blocks: Callable[[], Iterator[Any]]
+) -> ReducerT:
+    reducer = make_reducer()
+    for block in iter_blocks():
+        reducer.add(block)
+    return reducer

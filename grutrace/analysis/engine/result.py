@@ -51,14 +51,14 @@ class Result:
         one column for each key: ``update_left``.
         """
         numbers = getattr(self, self.index_field)
-        found = {self.index_field.removesuffix("s"): np.asarray(numbers)}
-        but = (self.index_field, *self.excluded_columns)
+        columns = {self.index_field.removesuffix("s"): np.asarray(numbers)}
+        excluded = (self.index_field, *self.excluded_columns)
         for name, value in self._fields():
             of_field = value.items() if isinstance(value, dict) else [("", value)]
             for key, array in of_field:
-                if name not in but and np.shape(array) == (len(numbers),):
-                    found[f"{key}_{name}" if key else name] = np.asarray(array)
-        return found
+                if name not in excluded and np.shape(array) == (len(numbers),):
+                    columns[f"{key}_{name}" if key else name] = np.asarray(array)
+        return columns
 
     def scalars(self) -> dict[str, Any]:
         """Return the fields that are a single number or text, by name; None where unknown."""

@@ -11,8 +11,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from grutrace.analysis.engine.site_data import SiteData
+from grutrace.analysis.engine.site_data import SiteData, row_bytes
+from grutrace.analysis.engine.steps import row_numbers
 from grutrace.records import Array
+from grutrace.storage.read.lazy_rows import items_per_block
 from grutrace.storage.read.sequence_index import Integers
 from grutrace.storage.read.snapshot import Restarts
 
@@ -86,8 +88,7 @@ def iter_segments(
     if PREVIOUS in quantities and "hidden" not in stored:
         stored.append("hidden")
     site.require(*stored)
-    each = sum(site.rows(name).shape[1] * site.rows(name).dtype.itemsize for name in stored)
-    rows_per_block = max(1, BLOCK_BYTES // max(1, each))
+    rows_per_block = items_per_block(BLOCK_BYTES, row_bytes(site, stored))
     ends = np.cumsum(site.lengths[first:last])
     start = first
     while start < last:
@@ -132,21 +133,16 @@ def _read_in_blocks(
     rows_per_block: int,
 ) -> Iterator[SequenceSegment]:
     """Yield the segments of one sequence that exceeds one block."""
-    rows, length = site.rows_between(number, number + 1), int(site.lengths[number])
+    length = int(site.lengths[number])
     before = site.initial(number, number + 1)[0] if PREVIOUS in requested else None
     restarts = _restarts_in(_restarts(site, requested, number, number + 1), number)
-    for made in range(0, length, rows_per_block):
-        count = min(rows_per_block, length - made)
-        low = length - made - count if site.reverse else made
-        part = (
-            slice(rows.start + low, rows.start + low + count)
-            if isinstance(rows, slice)
-            else rows[low : low + count]
-        )
+    for start in range(0, length, rows_per_block):
+        count = min(rows_per_block, length - start)
+        part = row_numbers(site, number, start, start + count)
         values = {name: np.asarray(site.rows(name)[part]) for name in stored}
         versions = site.versions(part) if WEIGHTS in requested else None
         for segment in _split_segments(
-            site, number, made, length, values, before, versions, restarts, requested
+            site, number, start, length, values, before, versions, restarts, requested
         ):
             yield segment
         if before is not None:

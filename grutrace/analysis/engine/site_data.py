@@ -6,22 +6,22 @@ N rows (steps of all sequences), S sequences, H units, I input size.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, TypeAlias
+from types import MappingProxyType
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
 from grutrace.arrays.reopen import SnapshotHandle
 from grutrace.errors import NotRecordedError, OptionError, StateError
-from grutrace.records import QUANTITIES, Array, Site
+from grutrace.records import DEFAULT_RECORD, QUANTITIES, Array, Site
 from grutrace.reprs import fields_repr
 from grutrace.storage.interfaces import Rows
 from grutrace.storage.read.annotations import LabelColumn, encode_labels
 from grutrace.storage.read.sequence_index import Integers
 from grutrace.storage.read.site import SiteTrace
-from grutrace.storage.read.snapshot import Restarts, TraceSnapshot
+from grutrace.storage.read.snapshot import Restarts
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +76,11 @@ class SiteData(ABC):
         reverse: Whether its sequences are read from the last step to the first.
         lengths: (S,) number of steps of each sequence.
         units: (H,) number of the unit in each column.
+        quantities: Names of the quantities that can be read.
+        stored: Names of those that are stored as recorded, not derived.
+        label_names: Names of the labels that some rows have, including ``tokens``.
+        can_read_in_other_process: Whether other processes can read the site.
+        columns: Extra columns of each row, by name; see `with_columns`.
         dask: Whether analyses run on dask; see `map_reduce.with_dask`.
         advance: Progress callback: number of finished parts, number of all parts.
     """
@@ -84,36 +89,29 @@ class SiteData(ABC):
     reverse: bool
     lengths: Integers
     units: Integers
+    quantities: tuple[str, ...]
+    stored: tuple[str, ...]
+    label_names: tuple[str, ...]
+    can_read_in_other_process: bool = True
+    columns: Mapping[str, Rows] = MappingProxyType({})
     dask: bool = False
     advance: Callable[[int, int], None] | None = None
-
-    @property
-    def can_read_in_other_process(self) -> bool:
-        """Whether other processes can read the site."""
-        return True
-
-    @property
-    @abstractmethod
-    def quantities(self) -> tuple[str, ...]:
-        """Names of the quantities that can be read."""
-
-    @property
-    def stored(self) -> tuple[str, ...]:
-        """Names of the quantities that are stored as recorded, not derived."""
-        return self.quantities
 
     @property
     def precision(self) -> float:
         """Machine epsilon of the most precise type the kernel computed in; 0 if unknown."""
         return 0.0
 
-    @abstractmethod
     def rows(self, quantity: str) -> Rows:
-        """Return all rows of a quantity, (N, H) or (N, I), in storage order.
+        """Return all rows of a quantity, (N, H) or (N, I), or extra columns, in storage order.
 
         Raises:
             NotRecordedError: The quantity was not recorded.
         """
+        return self.columns[quantity] if quantity in self.columns else self._rows(quantity)
+
+    @abstractmethod
+    def _rows(self, quantity: str) -> Rows: ...
 
     @abstractmethod
     def rows_between(self, first: int, last: int) -> slice | Integers:
@@ -134,11 +132,6 @@ class SiteData(ABC):
         Raises:
             NotRecordedError: The weights were not recorded.
         """
-
-    @property
-    @abstractmethod
-    def label_names(self) -> tuple[str, ...]:
-        """Names of the labels that some rows have, including ``tokens``."""
 
     @abstractmethod
     def labels(self, name: str) -> LabelColumn:
@@ -165,10 +158,11 @@ class SiteData(ABC):
             NotRecordedError: A quantity was not recorded; the message lists those that were.
         """
         for quantity in quantities:
-            if quantity not in self.quantities:
-                found = ", ".join(self.quantities) or "nothing"
+            if quantity not in self.quantities and quantity not in self.columns:
+                recorded = ", ".join(self.quantities) or "nothing"
                 raise NotRecordedError(
-                    f"{self.name!r} has no {quantity!r}, which this analysis needs; it has {found}"
+                    f"{self.name!r} has no {quantity!r}, which this analysis needs; "
+                    f"it has {recorded}"
                 )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -188,39 +182,25 @@ class _TraceSiteData(SiteData):
         self._site = site.frozen()
         self.name, self.reverse = site.name, site.site.reverse
         self.lengths = self._site.lengths
+        self.quantities, self.stored = site.site.available_quantities, site.site.quantities
+        self.label_names = self._site.label_names
+        self.can_read_in_other_process = not SnapshotHandle(self._site.snapshot).in_memory
         units = range(site.module.hidden_size) if site.units is None else site.units
         self.units = np.array(units, np.int64)
         self._latest: tuple[int, Mapping[str, Array]] | None = None
-
-    @property
-    def can_read_in_other_process(self) -> bool:
-        return not SnapshotHandle(self._site.snapshot).in_memory
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle how to open the file again, for a worker in another process."""
         number, snapshot = self._site.module_index, self._site.snapshot
         calls = snapshot.extent(number).calls
-        return _reopen_site_data, (
-            SnapshotHandle(snapshot),
-            number,
-            self._site.site,
-            calls,
-            self.dask,
-        )
-
-    @property
-    def quantities(self) -> tuple[str, ...]:
-        return self._site.site.available_quantities
-
-    @property
-    def stored(self) -> tuple[str, ...]:
-        return self._site.site.quantities
+        arguments = SnapshotHandle(snapshot), number, self._site.site, calls
+        return _reopen_site_data, arguments, {"dask": self.dask, "columns": dict(self.columns)}
 
     @property
     def precision(self) -> float:
         return float(self._site.checks["precision"].min(initial=np.inf))
 
-    def rows(self, quantity: str) -> Rows:
+    def _rows(self, quantity: str) -> Rows:
         return self._site.rows(quantity)
 
     def rows_between(self, first: int, last: int) -> slice | Integers:
@@ -242,10 +222,6 @@ class _TraceSiteData(SiteData):
             latest = self._latest = version, self._site.weights(version)
         return latest[1]
 
-    @property
-    def label_names(self) -> tuple[str, ...]:
-        return self._site.label_names
-
     def labels(self, name: str) -> LabelColumn:
         return self._site.row_labels(name)
 
@@ -255,22 +231,16 @@ class _TraceSiteData(SiteData):
 
 
 def _reopen_site_data(
-    look: SnapshotHandle, number: int, site: Site, calls: int, dask: bool
+    handle: SnapshotHandle, number: int, site: Site, calls: int
 ) -> _TraceSiteData:
-    with look.snapshot(number, calls) as snapshot:
-        found = snapshot.extent(number).calls
-        if found != calls:
+    with handle.snapshot(number, calls) as snapshot:
+        present = snapshot.extent(number).calls
+        if present != calls:
             raise StateError(
-                f"the trace of {site.name} has grown from {calls} to {found} calls while it was "
+                f"the trace of {site.name} has grown from {calls} to {present} calls while it was "
                 "analysed in another process: close it first, or analyse it in this process"
             )
-        of = _TraceSiteData(SiteTrace(partial(_return_snapshot, snapshot), number, site))
-    of.dask = dask
-    return of
-
-
-def _return_snapshot(snapshot: TraceSnapshot) -> TraceSnapshot:
-    return snapshot
+        return _TraceSiteData(SiteTrace(lambda: snapshot, number, site))
 
 
 class _ArraySiteData(SiteData):
@@ -285,6 +255,7 @@ class _ArraySiteData(SiteData):
         if not self._arrays:
             raise OptionError(f"SiteArrays: expected one of {', '.join(QUANTITIES)}; found none")
         self.name, self.reverse = arrays.name, arrays.reverse
+        self.quantities = self.stored = tuple(self._arrays)
         counts = {name: rows.shape[0] for name, rows in self._arrays.items()}
         total = next(iter(counts.values()))
         lengths = np.array([total] if arrays.lengths is None else arrays.lengths, np.int64)
@@ -308,6 +279,7 @@ class _ArraySiteData(SiteData):
             )
         self._weights = dict(arrays.weights)
         self._labels = dict(arrays.labels)
+        self.label_names = tuple(self._labels)
         for name, values in self._labels.items():
             if len(values) != total:
                 raise OptionError(
@@ -315,11 +287,7 @@ class _ArraySiteData(SiteData):
                     f"found {len(values)}"
                 )
 
-    @property
-    def quantities(self) -> tuple[str, ...]:
-        return tuple(name for name in QUANTITIES if name in self._arrays)
-
-    def rows(self, quantity: str) -> Rows:
+    def _rows(self, quantity: str) -> Rows:
         self.require(quantity)
         rows: Rows = self._arrays[quantity]
         return rows
@@ -339,14 +307,10 @@ class _ArraySiteData(SiteData):
             raise NotRecordedError(f"{self.name!r} has no weights of version {version}")
         return self._weights
 
-    @property
-    def label_names(self) -> tuple[str, ...]:
-        return tuple(self._labels)
-
     def labels(self, name: str) -> LabelColumn:
         if name not in self._labels:
-            found = ", ".join(self._labels) or "none"
-            raise NotRecordedError(f"there is no label {name!r}; there are: {found}")
+            names = ", ".join(self._labels) or "none"
+            raise NotRecordedError(f"there is no label {name!r}; there are: {names}")
         return encode_labels(name, self._labels[name])
 
     @property
@@ -383,85 +347,64 @@ def as_site_data(site: SiteLike) -> SiteData:
     )
 
 
-class WithColumns(SiteData):
-    """A site with extra columns for each of its rows.
+SiteDataT = TypeVar("SiteDataT", bound=SiteData)
+
+
+def with_columns(site: SiteDataT, columns: Mapping[str, Rows]) -> SiteDataT:
+    """Return the same site with extra columns for each of its rows.
 
     Args:
         site: The site.
         columns: By a name that is not a quantity of the site, (N, any width), in storage order.
     """
+    for name, rows in columns.items():
+        if rows.shape[0] != site.steps:
+            raise OptionError(f"{name}: expected {site.steps} rows, found {rows.shape[0]}")
+    extended = object.__new__(type(site))
+    extended.__dict__.update(site.__dict__, columns=dict(columns))
+    return extended
 
-    def __init__(self, site: SiteData, columns: Mapping[str, Rows]) -> None:
-        self._site, self._columns = site, dict(columns)
-        self.name, self.reverse, self.lengths = site.name, site.reverse, site.lengths
-        self.units, self.dask, self.advance = site.units, site.dask, site.advance
-        for name, rows in self._columns.items():
-            if rows.shape[0] != site.steps:
-                raise OptionError(f"{name}: expected {site.steps} rows, found {rows.shape[0]}")
 
-    @property
-    def can_read_in_other_process(self) -> bool:
-        """Whether other processes can read the site."""
-        return self._site.can_read_in_other_process
+def row_bytes(site: SiteData, quantities: Sequence[str]) -> int:
+    """Return the size of one row of some quantities, in bytes."""
+    rows = [site.rows(name) for name in quantities]
+    return sum(array.shape[1] * array.dtype.itemsize for array in rows)
 
-    @property
-    def quantities(self) -> tuple[str, ...]:
-        """Names of the quantities and of the extra columns."""
-        return (*self._site.quantities, *self._columns)
 
-    def rows(self, quantity: str) -> Rows:
-        """Return all rows of a quantity or of extra columns."""
-        return self._columns[quantity] if quantity in self._columns else self._site.rows(quantity)
+def unit_quantities(site: SiteData) -> tuple[str, ...]:
+    """Return the quantities of a site that have one column a unit.
 
-    def rows_between(self, first: int, last: int) -> slice | Integers:
-        """As the site's."""
-        return self._site.rows_between(first, last)
-
-    def initial(self, first: int, last: int) -> Array:
-        """As the site's."""
-        return self._site.initial(first, last)
-
-    def restarts(self, first: int, last: int) -> Restarts:
-        """As the site's."""
-        return self._site.restarts(first, last)
-
-    def versions(self, rows: slice | Integers) -> Integers:
-        """As the site's."""
-        return self._site.versions(rows)
-
-    def weights(self, version: int) -> Mapping[str, Array]:
-        """As the site's."""
-        return self._site.weights(version)
-
-    @property
-    def label_names(self) -> tuple[str, ...]:
-        """As the site's."""
-        return self._site.label_names
-
-    def labels(self, name: str) -> LabelColumn:
-        """As the site's."""
-        return self._site.labels(name)
-
-    @property
-    def parents(self) -> Integers:
-        """As the site's."""
-        return self._site.parents
+    Raises:
+        NotRecordedError: There are none.
+    """
+    names = tuple(name for name in DEFAULT_RECORD if name in site.quantities)
+    if not names:
+        raise NotRecordedError(
+            f"{site.name!r} has neither gates nor states; it has {', '.join(site.quantities)}"
+        )
+    return names
 
 
 def sequence_ids(site: SiteData) -> Integers:
     """Return the sequence of each row, in the smallest integer type: (N,)."""
     count = len(site.lengths)
-    found = np.empty(site.steps, np.min_scalar_type(-max(1, count)))
-    found[site.rows_between(0, count)] = np.repeat(
-        np.arange(count, dtype=found.dtype), site.lengths
-    )
-    return found
+    numbers = np.arange(count, dtype=np.min_scalar_type(-max(1, count)))
+    return _in_storage_order(site, np.repeat(numbers, site.lengths))
 
 
 def step_ids(site: SiteData) -> Integers:
     """Return the step of each row within its sequence, in time order: (N,)."""
-    found = np.empty(site.steps, np.int64)
-    starts = np.cumsum(site.lengths) - site.lengths
-    in_order = np.arange(site.steps) - np.repeat(starts, site.lengths)
-    found[site.rows_between(0, len(starts))] = in_order
-    return found
+    return _in_storage_order(site, steps_of_sequences(site.lengths))
+
+
+def steps_of_sequences(lengths: Integers) -> Integers:
+    """Return the steps 0, 1, ... of each sequence, one sequence after another: (N,)."""
+    starts = np.cumsum(lengths) - lengths
+    return np.arange(int(lengths.sum())) - np.repeat(starts, lengths)
+
+
+def _in_storage_order(site: SiteData, values: Array) -> Array:
+    """Reorder (N,) values of consecutive sequences as the rows are stored."""
+    stored = np.empty_like(values)
+    stored[site.rows_between(0, len(site.lengths))] = values
+    return stored

@@ -72,10 +72,10 @@ def encode_classes(labels: LabelColumn, max_classes: int = MAX_CLASSES) -> Label
         return LabelClasses(values, codes)
     counts = np.bincount(codes[codes >= 0], minlength=len(values))
     if any(isinstance(value, str) for value in values):
-        kept = np.sort(np.argsort(-counts, kind="stable")[: max_classes - 1])
-        names = (*(values[group] for group in kept.tolist()), OTHERS_NAME)
+        frequent = np.sort(np.argsort(-counts, kind="stable")[: max_classes - 1])
+        names = (*(values[group] for group in frequent.tolist()), OTHERS_NAME)
         to = np.full(len(values), max_classes - 1)
-        to[kept] = np.arange(max_classes - 1)
+        to[frequent] = np.arange(max_classes - 1)
     else:
         # By the middle rank of each value, so that equal values stay together.
         middle = np.cumsum(counts) - counts / 2
@@ -122,8 +122,8 @@ class LabelPermutations:
         self, codes: Array, sequences: Integers, steps: Integers, total: int, count: int, seed: int
     ) -> None:
         self.count, self.total, self._seed = count, total, seed
-        some = np.flatnonzero(codes >= 0)
-        order = some[np.lexsort((steps[some], sequences[some]))]
+        labelled = np.flatnonzero(codes >= 0)
+        order = labelled[np.lexsort((steps[labelled], sequences[labelled]))]
         # Only labelled steps, sequence after sequence.
         self._in_order = codes[order]
         self._own = np.bincount(sequences[order], minlength=total)
@@ -134,12 +134,12 @@ class LabelPermutations:
         changes = self._in_order[1:] != self._in_order[:-1]
         same_sequence = sequences[order][1:] == sequences[order][:-1]
         self._constant = not np.any(changes & same_sequence)
-        having = np.flatnonzero(self._own)
-        alike = np.zeros_like(having) if self._constant else self._own[having]
-        _, group, size = np.unique(alike, return_inverse=True, return_counts=True)
-        enough = (size >= MIN_EXCHANGEABLE)[group] | self._constant
-        self._swapped, self._group = having[enough], group[enough]
-        rotated = bool(len(self._swapped) < len(having))
+        with_labels = np.flatnonzero(self._own)
+        lengths = np.zeros_like(with_labels) if self._constant else self._own[with_labels]
+        _, group, size = np.unique(lengths, return_inverse=True, return_counts=True)
+        exchangeable = (size >= MIN_EXCHANGEABLE)[group] | self._constant
+        self._swapped, self._group = with_labels[exchangeable], group[exchangeable]
+        rotated = bool(len(self._swapped) < len(with_labels))
         self.kind = "both" if rotated and len(self._swapped) else _KINDS[rotated]
 
     def labelled(self, rows: Integers) -> npt.NDArray[np.bool_]:
@@ -152,14 +152,14 @@ class LabelPermutations:
         Args:
             numbers: Numbers of the permutations.
         """
-        found = np.tile(np.arange(self.total, dtype=np.int32), (len(numbers), 1))
-        for own, number in zip(found, numbers, strict=True):
+        sources = np.tile(np.arange(self.total, dtype=np.int32), (len(numbers), 1))
+        for own, number in zip(sources, numbers, strict=True):
             drawn = _hash_uniform(self._seed, number, self._swapped)
             # Both sides are sorted by group, the right one randomly within it.
             own[self._swapped[np.argsort(self._group, kind="stable")]] = self._swapped[
                 np.lexsort((drawn, self._group))
             ]
-        return found
+        return sources
 
     def codes(self, rows: Integers, numbers: range, sources: npt.NDArray[np.int32]) -> Integers:
         """Return the permuted labels: (permutations, rows).
@@ -172,8 +172,8 @@ class LabelPermutations:
         here, group = np.unique(self._sequences[rows], return_inverse=True)
         step = self._at[rows] - self._begin[here][group]
         rotated = ~np.isin(here, self._swapped)
-        found = np.empty((len(numbers), len(rows)), np.int64)
-        for own, number, source in zip(found, numbers, sources, strict=True):
+        permuted = np.empty((len(numbers), len(rows)), np.int64)
+        for own, number, source in zip(permuted, numbers, sources, strict=True):
             begin = self._begin[source[here]]
             if self._constant:
                 own[:] = self._in_order[begin][group]
@@ -184,7 +184,7 @@ class LabelPermutations:
                 by = (_hash_uniform(self._seed, number, here) * length).astype(np.int64) * rotated
                 moved = (step + by[group]) % length[group]
             own[:] = self._in_order[begin[group] + moved]
-        return found
+        return permuted
 
 
 _KINDS = {True: "rotated", False: "swapped"}

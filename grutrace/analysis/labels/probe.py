@@ -16,19 +16,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from grutrace.analysis.engine.map_reduce import reduce_rows
+from grutrace.analysis.engine.map_reduce import summarize_rows
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import (
     SiteData,
     SiteLike,
-    WithColumns,
     as_site_data,
     sequence_ids,
+    with_columns,
 )
 from grutrace.analysis.labels.label_coding import encode_classes
 from grutrace.errors import OptionError, require_extra, short_repr
@@ -67,16 +67,18 @@ def split_rows(
     families = _root_sequences(data.parents).astype(sequences.dtype)[sequences]
     labelled = labels.codes >= 0
     counts = np.bincount(families, labelled, len(data.lengths)).astype(np.int64)
-    having = random.permutation(np.flatnonzero(counts))
-    if len(having) < 2:
+    labelled_families = random.permutation(np.flatnonzero(counts))
+    if len(labelled_families) < 2:
         raise OptionError(
             f"label: expected {labels.name!r} in at least two sequences, one to train on and one "
-            f"to test on; found it in {len(having)}"
+            f"to test on; found it in {len(labelled_families)}"
         )
-    ends = np.cumsum(counts[having])
+    ends = np.cumsum(counts[labelled_families])
     # At least one sequence for training and one for testing.
-    some = int(np.clip(1 + np.searchsorted(ends, test * ends[-1]), 1, len(having) - 1))
-    for_test = np.isin(families, having[:some])
+    test_families = int(
+        np.clip(1 + np.searchsorted(ends, test * ends[-1]), 1, len(labelled_families) - 1)
+    )
+    for_test = np.isin(families, labelled_families[:test_families])
     used = np.zeros(len(labelled), bool)
     for rows in (np.flatnonzero(labelled & for_test), np.flatnonzero(labelled & ~for_test)):
         used[rows if len(rows) <= steps else random.choice(rows, steps, replace=False)] = True
@@ -95,28 +97,16 @@ def collect_rows(
     data: SiteData, quantity: str, used: npt.NDArray[np.bool_]
 ) -> tuple[Array, Integers]:
     """Read the used rows that are finite, (n, H), and their numbers, (n,)."""
-    found = reduce_rows(
-        WithColumns(data, {"used": used[:, np.newaxis]}), (quantity, "used"), _RowCollector
-    )
-    kept = data.rows(quantity)
-    states = np.concatenate([np.empty((0, kept.shape[1]), kept.dtype), *found.states])
+    marked = with_columns(data, {"used": used[:, np.newaxis]})
+    states = np.concatenate(summarize_rows(marked, (quantity, "used"), _used_rows)["states"])
     rows = np.flatnonzero(used)
     finite = np.isfinite(states).all(1)
     return (states, rows) if finite.all() else (states[finite], rows[finite])
 
 
-class _RowCollector:
-    """Collects the used rows."""
-
-    def __init__(self) -> None:
-        self.states: list[Array] = []
-
-    def add(self, rows: Mapping[str, Array]) -> None:
-        (values,) = (block for name, block in rows.items() if name != "used")
-        self.states.append(values[rows["used"][:, 0]])
-
-    def merge(self, later: _RowCollector) -> None:
-        self.states += later.states
+def _used_rows(rows: Mapping[str, Array]) -> dict[str, list[Array]]:
+    values, used = rows.values()
+    return {"states": [values[used[:, 0]]]}
 
 
 #: Largest number of iterations of the solver.
@@ -218,7 +208,7 @@ def probe(
         >>> result.score > 0.9 > result.baseline, int(result.weight.argmax())
         (True, 1)
     """
-    estimators = _Estimators()
+    sklearn = _import_sklearn()  # Before the rows are read.
     data = as_site_data(site)
     data.require(quantity)
     if not 0 < test < 1:
@@ -234,22 +224,23 @@ def probe(
     train, tested = rows[~testing], rows[testing]
     if not len(train) or not len(tested):
         raise OptionError(f"label: no step with finite {quantity} is left for {label!r}")
-    inputs = estimators.standardize(states, testing)
+    # By the mean and the deviation of the training rows.
+    scaler = sklearn.preprocessing.StandardScaler()
+    train_inputs = scaler.fit_transform(states[~testing].astype(np.float64))
+    test_inputs = scaler.transform(states[testing].astype(np.float64))
     del states
-    fitted = estimators.fit(inputs[0], target[train], bool(classes), penalty)
-    predicted = fitted.predict(inputs[1])
-    score = _score(predicted, target[train], target[tested], bool(classes))
+    prediction = _fit(train_inputs, target[train], test_inputs, bool(classes), penalty)
+    score = _score(prediction.values, target[train], target[tested], bool(classes))
     baseline = 0.0
     if classes:
-        baseline = _mean(estimators.baseline(target[train]).predict(inputs[1]) == target[tested])
-    converged, control_score = fitted.converged, np.nan
+        baseline = _mean(target[tested] == np.bincount(target[train]).argmax())
+    converged, control_score = prediction.converged, np.nan
     if control:
         drawn = _control_targets(data.labels(control), target, labels.codes >= 0, random)
-        control_model = estimators.fit(inputs[0], drawn[train], bool(classes), penalty)
-        control_predicted = control_model.predict(inputs[1])
-        control_score = _score(control_predicted, drawn[train], drawn[tested], bool(classes))
-        converged = converged and control_model.converged
-    right = predicted == target[tested]
+        controlled = _fit(train_inputs, drawn[train], test_inputs, bool(classes), penalty)
+        control_score = _score(controlled.values, drawn[train], drawn[tested], bool(classes))
+        converged = converged and controlled.converged
+    right = prediction.values == target[tested]
     return Probe(
         site=data.name,
         label=label,
@@ -268,8 +259,8 @@ def probe(
         converged=converged,
         classes=classes,
         recall=np.array([_mean(right[target[tested] == code]) for code in range(len(classes))]),
-        units=data.units if quantity != "input" else np.arange(len(fitted.weight)),
-        weight=fitted.weight,
+        units=data.units if quantity != "input" else np.arange(len(prediction.weight)),
+        weight=prediction.weight,
     )
 
 
@@ -289,65 +280,49 @@ def _control_targets(
     return np.asarray(drawn[types.codes])
 
 
-@dataclass(frozen=True, eq=False)
-class _FittedModel:
-    """A scikit-learn model with its training result.
+class _Prediction(NamedTuple):
+    """What a model predicts for the test rows.
 
     Attributes:
-        model: The fitted estimator.
+        values: The predicted targets, (tested rows,).
         converged: Whether the solver converged.
         weight: (H,) length of the coefficients of each unit.
     """
 
-    model: Any
+    values: Array
     converged: bool
     weight: Array
 
-    def predict(self, inputs: Array) -> Array:
-        return np.asarray(self.model.predict(inputs))
 
-
-class _Estimators:
-    """The scikit-learn estimators of a probe; scikit-learn is imported when one is made.
+def _import_sklearn() -> Any:
+    """Import scikit-learn with the modules that a probe needs.
 
     Raises:
         MissingExtraError: scikit-learn is not installed.
     """
+    with require_extra("a probe", "analysis"):
+        import sklearn.exceptions
+        import sklearn.linear_model
+        import sklearn.preprocessing
+    return sklearn
 
-    def __init__(self) -> None:
-        with require_extra("a probe", "analysis"):
-            from sklearn.dummy import DummyClassifier
-            from sklearn.exceptions import ConvergenceWarning
-            from sklearn.linear_model import LogisticRegression, Ridge
-            from sklearn.preprocessing import StandardScaler
-        self._dummy, self._logistic, self._ridge = DummyClassifier, LogisticRegression, Ridge
-        self._scaler, self._convergence_warning = StandardScaler, ConvergenceWarning
 
-    def standardize(self, states: Array, testing: npt.NDArray[np.bool_]) -> tuple[Array, Array]:
-        """Scale the training and the test rows by the mean and deviation of the training rows."""
-        train, test = (states[rows].astype(np.float64) for rows in (~testing, testing))
-        scaler = self._scaler().fit(train)
-        return np.asarray(scaler.transform(train)), np.asarray(scaler.transform(test))
-
-    def fit(self, inputs: Array, target: Array, classes: bool, penalty: float) -> _FittedModel:
-        """Fit a ridge regression, or a logistic regression where the target is classes."""
-        if not classes:
-            model = self._ridge(alpha=penalty).fit(inputs, target)
-            return _FittedModel(model, True, np.abs(model.coef_))
-        if len(np.unique(target)) < 2:
-            # LogisticRegression refuses a single class.
-            return _FittedModel(self.baseline(target), True, np.zeros(inputs.shape[1]))
-        model = self._logistic(C=1 / penalty, max_iter=ITERATIONS)
-        with warnings.catch_warnings():
-            # The field `converged` reports it.
-            warnings.simplefilter("ignore", self._convergence_warning)
-            model.fit(inputs, target)
-        converged = bool((model.n_iter_ < ITERATIONS).all())
-        return _FittedModel(model, converged, np.linalg.norm(model.coef_, axis=0))
-
-    def baseline(self, target: Array) -> Any:
-        """The classifier that always predicts the most frequent class of the training rows."""
-        return self._dummy(strategy="most_frequent").fit(np.zeros((len(target), 1)), target)
+def _fit(train: Array, target: Array, test: Array, classes: bool, penalty: float) -> _Prediction:
+    """Fit a ridge regression, or a logistic regression where the target is classes."""
+    sklearn = _import_sklearn()
+    if not classes:
+        model = sklearn.linear_model.Ridge(alpha=penalty).fit(train, target)
+        return _Prediction(model.predict(test), True, np.abs(model.coef_))
+    if len(np.unique(target)) < 2:
+        # LogisticRegression refuses a single class.
+        return _Prediction(np.full(len(test), target[0]), True, np.zeros(train.shape[1]))
+    model = sklearn.linear_model.LogisticRegression(C=1 / penalty, max_iter=ITERATIONS)
+    with warnings.catch_warnings():
+        # The field `converged` reports it.
+        warnings.simplefilter("ignore", sklearn.exceptions.ConvergenceWarning)
+        model.fit(train, target)
+    converged = bool((model.n_iter_ < ITERATIONS).all())
+    return _Prediction(model.predict(test), converged, np.linalg.norm(model.coef_, axis=0))
 
 
 def _r_squared(predicted: Array, trained: Array, tested: Array) -> float:

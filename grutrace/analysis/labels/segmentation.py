@@ -17,14 +17,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from grutrace.analysis.engine.map_reduce import reduce_rows
+from grutrace.analysis.engine.map_reduce import summarize_rows
 from grutrace.analysis.engine.result import Result
-from grutrace.analysis.engine.site_data import SiteData, SiteLike, as_site_data
+from grutrace.analysis.engine.site_data import (
+    SiteData,
+    SiteLike,
+    as_site_data,
+    steps_of_sequences,
+)
 from grutrace.errors import OptionError, short_repr
 from grutrace.records import GATES, Array
 from grutrace.storage.read.sequence_index import Integers
@@ -216,7 +221,8 @@ class GateActivation(Result):
         number, *rest = super().columns().items()
         ends = np.cumsum(self.lengths)
         sequence = np.repeat(np.arange(len(ends)), self.lengths)
-        return dict([number, ("sequence", sequence), ("step", _step_ids(self.lengths)), *rest])
+        step = steps_of_sequences(self.lengths)
+        return dict([number, ("sequence", sequence), ("step", step), *rest])
 
 
 def gate_activation(
@@ -263,10 +269,10 @@ def gate_activation(
         raise OptionError(f"direction: expected one of {expected}; found {short_repr(direction)}")
     data = as_site_data(site)
     lengths = data.lengths
-    means = reduce_rows(data, (gate,), _Means).means
-    signal = np.concatenate([np.empty(0), *means])[data.rows_between(0, len(lengths))]
+    means = summarize_rows(data, (gate,), _row_means)["means"]
+    signal = np.concatenate(means)[data.rows_between(0, len(lengths))]
     difference = np.full(data.steps, np.nan)
-    inner = np.flatnonzero(_step_ids(lengths))
+    inner = np.flatnonzero(steps_of_sequences(lengths))
     way = -1 if data.reverse else 1
     difference[inner] = (signal[inner] - signal[inner - 1]) * way
     sign = DIRECTIONS[direction]
@@ -287,18 +293,10 @@ def gate_activation(
     )
 
 
-class _Means:
-    """Mean of each row over units."""
-
-    def __init__(self) -> None:
-        self.means: list[Array] = []
-
-    def add(self, rows: Mapping[str, Array]) -> None:
-        (values,) = rows.values()
-        self.means.append(values.mean(1, dtype=np.float64))
-
-    def merge(self, later: _Means) -> None:
-        self.means += later.means
+def _row_means(rows: Mapping[str, Array]) -> dict[str, Any]:
+    """Compute the mean of each row over units."""
+    (gate,) = rows.values()
+    return {"means": [gate.mean(1, dtype=np.float64)]}
 
 
 def label_boundaries(site: SiteLike, label: str) -> Array:
@@ -327,7 +325,7 @@ def label_boundaries(site: SiteLike, label: str) -> Array:
     codes = data.labels(label).codes[data.rows_between(0, len(data.lengths))]
     changes = np.zeros(data.steps, bool)
     changes[1:] = codes[1:] != codes[:-1]
-    return changes & (_step_ids(data.lengths) > 0)
+    return changes & (steps_of_sequences(data.lengths) > 0)
 
 
 def _score(data: SiteData, label: str, boundary: Array, tolerance: int) -> BoundaryScore:
@@ -342,8 +340,3 @@ def _scores(score: BoundaryScore | None) -> dict[str, float]:
 def _threshold(turned: Array) -> float:
     known = turned[np.isfinite(turned)]
     return max(LEAST, float(known.mean() + known.std())) if len(known) else LEAST
-
-
-def _step_ids(lengths: Integers) -> Integers:
-    """Return the step of each row within its sequence: (N,)."""
-    return np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)

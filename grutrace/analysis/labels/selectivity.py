@@ -23,19 +23,19 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from grutrace.analysis.engine.map_reduce import reduce_rows
+from grutrace.analysis.engine.map_reduce import reduce_rows, summarize_rows
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import (
     SiteData,
     SiteLike,
-    WithColumns,
     as_site_data,
     sequence_ids,
     step_ids,
+    with_columns,
 )
 from grutrace.analysis.labels.label_coding import LabelPermutations, encode_classes
 from grutrace.records import Array
-from grutrace.statistics.moments import reduce_axis0
+from grutrace.statistics.moments import merge_stats, summarize_block
 from grutrace.storage.read.sequence_index import Integers
 
 #: Number of levels of a unit for the mutual information.
@@ -51,59 +51,37 @@ COUNT_BYTES = 32 * 1024 * 1024
 PRODUCT_BYTES = 16 * 1024 * 1024
 
 
-class FiniteRange:
-    """Minimum and maximum of each unit at labelled steps.
+def labelled_range(rows: Mapping[str, Array]) -> Array:
+    """Return the extremes of each unit at labelled steps, (H,) of type `moments.UNIT_DTYPE`.
 
-    Attributes:
-        least, largest: (H,) of finite values; infinity and minus infinity where there are none.
-        not_finite: (H,) number of values that are not finite.
+    Args:
+        rows: The values of one quantity, (n, H), and ``code``.
     """
-
-    def __init__(self, width: int) -> None:
-        self.least, self.largest = np.full(width, np.inf), np.full(width, -np.inf)
-        self.not_finite = np.zeros(width, np.int64)
-
-    def add(self, rows: Mapping[str, Array]) -> None:
-        """Add a block: ``code``, and the values."""
-        values, _ = _labelled(rows)
-        if not len(values):
-            return
-        least, largest = reduce_axis0(np.minimum, values), reduce_axis0(np.maximum, values)
-        if not (np.isfinite(least).all() and np.isfinite(largest).all()):
-            finite = np.isfinite(values)
-            self.not_finite += np.count_nonzero(~finite, axis=0)
-            least = np.where(finite, values, np.inf).min(0)
-            largest = np.where(finite, values, -np.inf).max(0)
-        np.minimum(self.least, least, out=self.least)
-        np.maximum(self.largest, largest, out=self.largest)
-
-    def merge(self, later: FiniteRange) -> None:
-        """Add the range of later rows."""
-        np.minimum(self.least, later.least, out=self.least)
-        np.maximum(self.largest, later.largest, out=self.largest)
-        self.not_finite += later.not_finite
+    values, _ = _labelled(rows)
+    return summarize_block(np.ascontiguousarray(values), shares=False, moments=False)[0]
 
 
 class Bins:
     """Equal bins between the minimum and the maximum of each unit.
 
     Args:
-        ranges: The extremes.
+        ranges: (H,) of type `moments.UNIT_DTYPE`.
         classes: C.
 
     Attributes:
         count: B, the same for all units.
     """
 
-    def __init__(self, ranges: FiniteRange, classes: int) -> None:
-        width = len(ranges.least)
+    def __init__(self, ranges: Array, classes: int) -> None:
+        minimum, maximum = ranges["minimum"], ranges["maximum"]
+        width = len(minimum)
         self.count = int(np.clip(COUNT_BYTES // (8 * classes * max(1, width)), MIN_BINS, MAX_BINS))
-        some = ranges.least <= ranges.largest
-        self.low = np.where(some, ranges.least, 0.0)
+        some = minimum <= maximum
+        self.low = np.where(some, minimum, 0.0)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            scale = self.count / np.where(some, ranges.largest - ranges.least, 0.0)
+            scale = self.count / np.where(some, maximum - minimum, 0.0)
         self._scale = np.where(np.isfinite(scale), scale, 0.0)
-        self._finite = not ranges.not_finite.any()
+        self._finite = not (ranges["nan"] + ranges["infinite"]).any()
 
     def __len__(self) -> int:
         return len(self.low)
@@ -138,8 +116,8 @@ class ClassHistogram:
         positions = self._bins(values)
         positions += np.arange(width) * (count + 1)
         for code in np.unique(codes).tolist():
-            found = np.bincount(positions[codes == code].ravel(), minlength=width * (count + 1))
-            self.counts[code] += found.reshape(width, count + 1)[:, :count]
+            counts = np.bincount(positions[codes == code].ravel(), minlength=width * (count + 1))
+            self.counts[code] += counts.reshape(width, count + 1)[:, :count]
 
     def merge(self, later: ClassHistogram) -> None:
         """Add the counts of later rows."""
@@ -213,8 +191,8 @@ def _labelled(rows: Mapping[str, Array]) -> tuple[Array, Integers]:
     """Return the rows that have a label, and its code."""
     codes = rows["code"][:, 0]
     (values,) = (block for name, block in rows.items() if name != "code")
-    some = codes >= 0
-    return (values, codes) if some.all() else (values[some], codes[some])
+    labelled = codes >= 0
+    return (values, codes) if labelled.all() else (values[labelled], codes[labelled])
 
 
 @dataclass(frozen=True, eq=False)
@@ -314,10 +292,10 @@ def selectivity(
     data.require(quantity)
     classes = encode_classes(data.labels(label))
     codes = classes.codes.astype(np.int32)
-    with_label = WithColumns(data, {"code": codes[:, np.newaxis]})
+    with_label = with_columns(data, {"code": codes[:, np.newaxis]})
     width, count = data.rows(quantity).shape[1], len(classes.names)
     quantities = (quantity, "code")
-    ranges = reduce_rows(with_label, quantities, partial(FiniteRange, width))
+    ranges = summarize_rows(with_label, quantities, labelled_range, merge_stats)
     bins = Bins(ranges, count)
     counts = reduce_rows(with_label, quantities, partial(ClassHistogram, bins, count)).counts
     aucs, errors = _auc(counts)
@@ -351,7 +329,7 @@ def selectivity(
         null_mean=null.mean(0) if permutations else np.full(width, np.nan),
         p=np.where(known & (permutations > 0), p, np.nan),
         aucs=aucs,
-        not_finite=ranges.not_finite,
+        not_finite=ranges["nan"] + ranges["infinite"],
     )
 
 
@@ -392,8 +370,8 @@ def _information(joint: Array) -> Array:
     count = np.maximum(joint.sum((0, 2)), 1)[np.newaxis, :, np.newaxis]
     share = joint / count
     of_class, of_level = share.sum(2, keepdims=True), share.sum(0, keepdims=True)
-    some = share > 0
-    ratio = np.divide(share, of_class * of_level, out=np.ones_like(share), where=some)
+    occurs = share > 0
+    ratio = np.divide(share, of_class * of_level, out=np.ones_like(share), where=occurs)
     return np.asarray((share * np.log2(ratio)).sum((0, 2)))
 
 
@@ -408,15 +386,17 @@ def _null_information(
     """Compute the information for permuted labels: (permutations, H)."""
     classes, width, _ = counts.shape
     total = _bins_to_levels(counts, levels).sum(0)
-    each = 8 * classes * width * LEVELS + 4 * label_permutations.total
-    together = max(1, COUNT_BYTES // each)
+    permutation_bytes = 8 * classes * width * LEVELS + 4 * label_permutations.total
+    together = max(1, COUNT_BYTES // permutation_bytes)
     rows = np.arange(data.steps, dtype=np.int64)[:, np.newaxis]
-    with_row = WithColumns(data, {"row": rows})
-    found = np.empty((label_permutations.count, width))
+    with_row = with_columns(data, {"row": rows})
+    information = np.empty((label_permutations.count, width))
     for first in range(0, label_permutations.count, together):
-        some = range(first, min(first + together, label_permutations.count))
-        make_reducer = partial(PermutedHistogram, label_permutations, some, bins, levels, classes)
+        numbers = range(first, min(first + together, label_permutations.count))
+        make_reducer = partial(
+            PermutedHistogram, label_permutations, numbers, bins, levels, classes
+        )
         joint = reduce_rows(with_row, (quantity, "row"), make_reducer).counts(total)
-        for position, number in enumerate(some):
-            found[number] = _information(joint[position])
-    return found
+        for position, number in enumerate(numbers):
+            information[number] = _information(joint[position])
+    return information

@@ -88,16 +88,16 @@ def state_age(site: SiteLike) -> StateAge:
         array([1., 9.])
     """
     data = as_site_data(site)
-    found = reduce_sequences(data, ("update", RESTARTS), partial(_AgeSums, len(data.units)))
+    sums = reduce_sequences(data, ("update", RESTARTS), partial(_AgeSums, len(data.units)))
     with np.errstate(invalid="ignore", divide="ignore"):
         return StateAge(
             site=data.name,
             steps=data.steps,
-            sequences=found.sequences,
+            sequences=sums.sequences,
             units=data.units,
-            age=found.ages / (found.steps or np.nan),
-            age_at_end=found.last_ages / (found.sequences or np.nan),
-            initial_left=found.left / (found.sequences or np.nan),
+            age=sums.ages / (sums.steps or np.nan),
+            age_at_end=sums.last_ages / (sums.sequences or np.nan),
+            initial_left=sums.left / (sums.sequences or np.nan),
         )
 
 
@@ -135,9 +135,9 @@ class _AgeSums:
         is_first = np.array([each.is_first for each in waiting])
         last = np.array([each.ends for each in waiting])
         update = np.concatenate([each.values["update"] for each in waiting], dtype=np.float64)
-        kept = update.copy()
-        kept[starts[is_first]] = 0.0
-        ages = _linear_recurrence(kept, update, self._age)
+        factor = update.copy()
+        factor[starts[is_first]] = 0.0
+        ages = _linear_recurrence(factor, update, self._age)
         # The product of gates may underflow to 0.
         starts_segment = is_first.copy()
         starts_segment[0] = True
@@ -160,16 +160,16 @@ def _linear_recurrence(factor: Array, more: Array, before: Array) -> Array:
     """
     steps, width = factor.shape
     chunks = -(-steps // CHUNK_STEPS)
-    found, kept = np.zeros((2, chunks * CHUNK_STEPS, width))
-    found[:steps], kept[:steps] = more, factor
-    by_chunk, left = (
-        found.reshape(chunks, CHUNK_STEPS, width),
-        kept.reshape(chunks, CHUNK_STEPS, width),
+    values, products = np.zeros((2, chunks * CHUNK_STEPS, width))
+    values[:steps], products[:steps] = more, factor
+    values_by_chunk, products_by_chunk = (
+        values.reshape(chunks, CHUNK_STEPS, width),
+        products.reshape(chunks, CHUNK_STEPS, width),
     )
     for step in range(1, CHUNK_STEPS):
-        by_chunk[:, step] += left[:, step] * by_chunk[:, step - 1]
-        left[:, step] *= left[:, step - 1]
+        values_by_chunk[:, step] += products_by_chunk[:, step] * values_by_chunk[:, step - 1]
+        products_by_chunk[:, step] *= products_by_chunk[:, step - 1]
     for chunk in range(chunks):
-        by_chunk[chunk] += left[chunk] * before
-        before = by_chunk[chunk, -1]
-    return np.asarray(found[:steps])
+        values_by_chunk[chunk] += products_by_chunk[chunk] * before
+        before = values_by_chunk[chunk, -1]
+    return np.asarray(values[:steps])

@@ -28,6 +28,7 @@ from grutrace.analysis.engine.segments import SequenceSegment
 from grutrace.analysis.engine.site_data import SiteLike, as_site_data
 from grutrace.errors import OptionError, short_repr
 from grutrace.records import Array
+from grutrace.storage.read.lazy_rows import block_slices
 from grutrace.storage.read.sequence_index import Integers
 
 #: Default largest lag, in steps.
@@ -165,8 +166,8 @@ def integrated_time(correlation: Array) -> Array:
     time = 2 * np.cumsum(correlation, axis=0) - 1
     enough = np.arange(len(time))[:, np.newaxis] >= SOKAL_WINDOW * time
     lag = np.argmax(enough, axis=0)
-    found = time[lag, np.arange(time.shape[1])]
-    return np.where(enough.any(axis=0) & (found > 0), found, np.nan)
+    time_at_window = time[lag, np.arange(time.shape[1])]
+    return np.where(enough.any(axis=0) & (time_at_window > 0), time_at_window, np.nan)
 
 
 class _MeanAndRange:
@@ -206,7 +207,8 @@ class _LaggedProducts:
         self._mean, self._lags, self._skip = mean, lags, skip
         self._largest = _power_of_two(max(MIN_TRANSFORM, 4 * lags))
         self._spectra: dict[int, Array] = {}
-        self._waiting: dict[int, list[Array]] = {}
+        # By length of the transform: steps, and how many of them precede the chunk.
+        self._waiting: dict[int, list[tuple[Array, int]]] = {}
         self._parts: list[Array] = []
         self._before = np.zeros((0, len(mean)))
 
@@ -222,9 +224,11 @@ class _LaggedProducts:
             if not self._parts:
                 return
             if segment.length - self._skip > self._largest - self._lags:
-                self._add_long(segment.ends)
+                self._add_chunks(segment.ends)
             elif segment.ends:
-                self._add_short(np.concatenate(self._parts))
+                rows = np.concatenate(self._parts)
+                length = _power_of_two(len(rows) + min(self._lags, len(rows) - 1))
+                self._add_steps(length, rows, 0)
 
     def merge(self, later: _LaggedProducts) -> None:
         later.transform()
@@ -239,47 +243,44 @@ class _LaggedProducts:
     def lagged(self) -> Array:
         """(L + 1, H) the sums."""
         self.transform()
-        found = np.zeros((self._lags + 1, len(self._mean)))
+        sums = np.zeros((self._lags + 1, len(self._mean)))
         for length, spectrum in self._spectra.items():
             products = np.fft.irfft(spectrum, length, axis=1)
             # What is beyond the half is, of sequences of at most half the length, the negative
             # lags.
             count = min(self._lags, length // 2) + 1
-            found[:count] += products[:, :count].T
-        return found
+            sums[:count] += products[:, :count].T
+        return sums
 
-    def _add_short(self, rows: Array) -> None:
-        length = _power_of_two(len(rows) + min(self._lags, len(rows) - 1))
+    def _add_chunks(self, ends: bool) -> None:
+        """Add the whole chunks of a long sequence; all its steps if it ends."""
+        lags = self._lags
+        chunk, rows = self._largest - lags, np.concatenate(self._parts)
+        while len(rows) >= chunk or (ends and len(rows)):
+            together = np.concatenate([self._before, rows[:chunk]])
+            self._add_steps(self._largest, together, len(self._before))
+            rows, self._before = rows[chunk:], together[max(0, len(together) - lags) :]
+        self._parts = [rows]
+
+    def _add_steps(self, length: int, rows: Array, before: int) -> None:
+        """Add the products of steps with the steps from number `before` on."""
         waiting = self._waiting.setdefault(length, [])
-        waiting.append(rows)
+        waiting.append((rows, before))
         if len(waiting) * length * rows.shape[1] * rows.itemsize >= BATCH_BYTES:
             self._transform(length)
 
     def _transform(self, length: int) -> None:
         waiting = self._waiting.pop(length)
-        padded = np.zeros((len(waiting), len(self._mean), length))
-        for position, rows in zip(padded, waiting, strict=True):
-            position[:, : len(rows)] = rows.T
-        for units in self._units(padded[:, 0].size):
-            spectrum = np.fft.rfft(padded[:, units])
-            self._add_spectrum(length, units, (spectrum.conj() * spectrum).sum(axis=0))
-
-    def _add_long(self, ends: bool) -> None:
-        """Take in what there is for whole chunks; all of it at the end of a sequence."""
-        length, lags = self._largest, self._lags
-        chunk, rows = length - lags, np.concatenate(self._parts)
-        while len(rows) >= chunk or (ends and len(rows)):
-            some, rows = rows[:chunk], rows[chunk:]
-            together = np.concatenate([self._before, some])
-            self._before = together[max(0, len(together) - lags) :]
-            for units in self._units(length):
-                padded = np.zeros((units.stop - units.start, length))
-                padded[:, : len(together)] = together[:, units].T
-                all_of_them = np.fft.rfft(padded)
-                padded[:, : len(together) - len(some)] = 0.0
+        for units in self._units(len(waiting) * length):
+            padded = np.zeros((len(waiting), units.stop - units.start, length))
+            for target, (rows, _) in zip(padded, waiting, strict=True):
+                target[:, : len(rows)] = rows[:, units].T
+            spectrum = later = np.fft.rfft(padded)
+            if any(before for _, before in waiting):
+                for target, (_, before) in zip(padded, waiting, strict=True):
+                    target[:, :before] = 0.0
                 later = np.fft.rfft(padded)
-                self._add_spectrum(length, units, all_of_them.conj() * later)
-        self._parts = [rows]
+            self._add_spectrum(length, units, (spectrum.conj() * later).sum(axis=0))
 
     def _add_spectrum(self, length: int, units: slice, spectrum: Array) -> None:
         if length not in self._spectra:
@@ -289,9 +290,7 @@ class _LaggedProducts:
 
     def _units(self, steps: int) -> Iterator[slice]:
         """Yield slices of units whose transforms of this many steps fit one batch."""
-        width = len(self._mean)
-        each = max(1, BATCH_BYTES // (8 * max(1, steps)))
-        yield from (slice(start, min(start + each, width)) for start in range(0, width, each))
+        return block_slices(len(self._mean), BATCH_BYTES, 8 * steps)
 
 
 def _power_of_two(least: int) -> int:

@@ -24,8 +24,10 @@ import numpy as np
 
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import SiteData, SiteLike, as_site_data
-from grutrace.errors import NotRecordedError, OptionError, short_repr
+from grutrace.analysis.engine.steps import locate_step, read_steps, state_before, to_time_order
+from grutrace.errors import OptionError, short_repr
 from grutrace.records import Array
+from grutrace.storage.read.lazy_rows import items_per_block
 from grutrace.storage.read.sequence_index import Integers
 
 #: Size of a block in memory, in bytes.
@@ -114,30 +116,30 @@ def decompose(
     """
     data = as_site_data(site)
     data.require(*_REQUIRED)
-    sequence, made = _locate(data, sequence, step)
+    sequence, last = locate_step(data, sequence, step)
     columns = _columns(data, units)
     first = max(
-        _first_steps(data, sequence, made, made + 1)[0], made + 1 - _max_steps(back, made + 1)
+        _first_steps(data, sequence, last, last + 1)[0], last + 1 - _max_steps(back, last + 1)
     )
-    count, width = made + 1 - first, len(data.units[columns])
+    count, width = last + 1 - first, len(data.units[columns])
     written, weights = np.empty((2, count, width))
-    kept = np.ones(width)
-    block = max(1, BLOCK_BYTES // (8 * max(1, len(data.units))))
-    for high in range(made + 1, first, -block):
+    remaining = np.ones(width)
+    block = items_per_block(BLOCK_BYTES, 8 * len(data.units))
+    for high in range(last + 1, first, -block):
         low = max(first, high - block)
         update, candidate = (
-            _rows_made(data, name, sequence, low, high)[:, columns]
+            read_steps(data, name, sequence, low, high)[:, columns]
             for name in ("update", "candidate")
         )
         # Product of the later gates, from the last step backwards.
-        later = np.concatenate([update[1:], kept[np.newaxis]])
-        left = np.multiply.accumulate(later[::-1], axis=0)[::-1]
+        later = np.concatenate([update[1:], remaining[np.newaxis]])
+        products = np.multiply.accumulate(later[::-1], axis=0)[::-1]
         part = slice(low - first, high - first)
-        np.multiply(1 - update, left, out=weights[part])
+        np.multiply(1 - update, products, out=weights[part])
         np.multiply(weights[part], candidate, out=written[part])
-        kept = left[0] * update[0]
-    hidden = _rows_made(data, "hidden", sequence, made, made + 1)[0, columns]
-    before = kept * _state_before(data, sequence, first)[columns]
+        remaining = products[0] * update[0]
+    hidden = read_steps(data, "hidden", sequence, last, last + 1)[0, columns]
+    before = remaining * state_before(data, sequence, first)[columns]
     square = hidden @ hidden
     with np.errstate(invalid="ignore", divide="ignore"):
         share, before_share = written @ hidden / square, float(before @ hidden / square)
@@ -146,13 +148,13 @@ def decompose(
     return Decomposition(
         site=data.name,
         sequence=sequence,
-        step=int(_in_time(data, sequence, np.array(made))),
+        step=int(to_time_order(data, sequence, np.array(last))),
         units=data.units[columns],
-        steps=_in_time(data, sequence, np.arange(first, made + 1))[way],
+        steps=to_time_order(data, sequence, np.arange(first, last + 1))[way],
         written=written[way],
         weights=weights[way],
         before=before,
-        before_weight=kept,
+        before_weight=remaining,
         hidden=hidden,
         share=share[way],
         size=np.abs(written).sum(axis=1)[way],
@@ -222,7 +224,7 @@ def memory_map(
     """
     data = as_site_data(site)
     data.require(*_REQUIRED)
-    sequence, _ = _locate(data, sequence, None)
+    sequence, _ = locate_step(data, sequence, None)
     length = int(data.lengths[sequence])
     steps = range(length)[first:last]
     lags = _max_steps(back, length)
@@ -233,7 +235,7 @@ def memory_map(
         )
     share, size = np.zeros((2, len(steps), lags))
     before_share = np.zeros(len(steps))
-    block = max(1, BLOCK_BYTES // (8 * max(1, len(data.units))))
+    block = items_per_block(BLOCK_BYTES, 8 * len(data.units))
     low, high = steps.start, steps.stop
     if data.reverse:
         low, high = length - high, length - low
@@ -259,53 +261,33 @@ def _map_block(
     """Fill the rows of the states made as `start` to `stop`; return the remaining share: (m,)."""
     lags = share.shape[1]
     low = max(0, start + 1 - lags)
-    update = _rows_made(site, "update", sequence, low, stop)
-    candidate = _rows_made(site, "candidate", sequence, low, stop)
-    hidden = _rows_made(site, "hidden", sequence, start, stop)
+    update = read_steps(site, "update", sequence, low, stop)
+    candidate = read_steps(site, "candidate", sequence, low, stop)
+    hidden = read_steps(site, "hidden", sequence, start, stop)
     with np.errstate(invalid="ignore", divide="ignore"):
         towards = hidden / np.einsum("mh,mh->m", hidden, hidden)[:, np.newaxis]
-    kept = np.ones_like(hidden)
+    remaining = np.ones_like(hidden)
     # Number of steps before each state.
     behind = np.arange(start, stop) + 1 - _first_steps(site, sequence, start, stop)
     for lag in range(min(lags, stop)):
         # States with at least this many steps before them.
-        some = slice(max(0, lag - start), None)
+        reached = slice(max(0, lag - start), None)
         past = slice(max(0, start - lag) - low, stop - lag - low)
-        there = (behind[some] > lag)[:, np.newaxis]
-        written = np.where(there, (1 - update[past]) * kept[some] * candidate[past], 0.0)
-        share[some, lag] = np.einsum("mh,mh->m", written, towards[some])
-        size[some, lag] = np.abs(written).sum(axis=1)
-        kept[some] *= np.where(there, update[past], 1.0)
+        exists = (behind[reached] > lag)[:, np.newaxis]
+        written = np.where(exists, (1 - update[past]) * remaining[reached] * candidate[past], 0.0)
+        share[reached, lag] = np.einsum("mh,mh->m", written, towards[reached])
+        size[reached, lag] = np.abs(written).sum(axis=1)
+        remaining[reached] *= np.where(exists, update[past], 1.0)
     before = np.empty_like(hidden)
     near_start = min(stop - start, max(0, lags - start))
     if near_start < stop - start:
-        before[near_start:] = _rows_made(
+        before[near_start:] = read_steps(
             site, "hidden", sequence, start + near_start - lags, stop - lags
         )
     first = np.arange(start, stop) + 1 - behind
     for step in np.unique(first[behind <= lags]).tolist():
-        before[(first == step) & (behind <= lags)] = _state_before(site, sequence, step)
-    return np.asarray(np.einsum("mh,mh->m", kept * before, towards))
-
-
-def _rows_made(site: SiteData, quantity: str, sequence: int, low: int, high: int) -> Array:
-    """Read the rows of the steps computed as `low` to `high` - 1: (high - low, H) float64."""
-    rows, length = site.rows_between(sequence, sequence + 1), int(site.lengths[sequence])
-    if site.reverse:
-        low, high = length - high, length - low
-    part = slice(rows.start + low, rows.start + high) if isinstance(rows, slice) else rows[low:high]
-    found = np.asarray(site.rows(quantity)[part], np.float64)
-    return np.asarray(found[:: -1 if site.reverse else 1])
-
-
-def _state_before(site: SiteData, sequence: int, made: int) -> Array:
-    """Return the state that the step computed as number `made` started from: (H,) float64."""
-    restarts = site.restarts(sequence, sequence + 1)
-    if made in restarts.steps:
-        return np.asarray(restarts.states[restarts.steps == made][-1], np.float64)
-    if made:
-        return np.asarray(_rows_made(site, "hidden", sequence, made - 1, made)[0])
-    return np.asarray(site.initial(sequence, sequence + 1)[0], np.float64)
+        before[(first == step) & (behind <= lags)] = state_before(site, sequence, step)
+    return np.asarray(np.einsum("mh,mh->m", remaining * before, towards))
 
 
 def _first_steps(site: SiteData, sequence: int, low: int, high: int) -> Integers:
@@ -316,27 +298,6 @@ def _first_steps(site: SiteData, sequence: int, low: int, high: int) -> Integers
     """
     begins = np.concatenate([[0], site.restarts(sequence, sequence + 1).steps])
     return np.asarray(begins[np.searchsorted(begins, np.arange(low, high), side="right") - 1])
-
-
-def _in_time(site: SiteData, sequence: int, made: Integers) -> Integers:
-    """Convert between time order and the order of computation, in either direction."""
-    return np.asarray(site.lengths[sequence] - 1 - made if site.reverse else made)
-
-
-def _locate(site: SiteData, sequence: int, step: int | None) -> tuple[int, int]:
-    """Return the number of a sequence, and the position of a step in the order of computation."""
-    count = len(site.lengths)
-    if not -count <= sequence < count:
-        raise NotRecordedError(f"{site.name!r} has no sequence {sequence}; it has {count}")
-    sequence %= count
-    length = int(site.lengths[sequence])
-    if step is None:
-        return sequence, 0
-    if not -length <= step < length:
-        raise NotRecordedError(
-            f"sequence {sequence} of {site.name!r} has no step {step}; it has {length}"
-        )
-    return sequence, int(_in_time(site, sequence, np.array(step % length)))
 
 
 def _max_steps(back: int | None, all_of_them: int) -> int:

@@ -29,12 +29,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from grutrace.analysis.engine.map_reduce import reduce_rows
+from grutrace.analysis.engine.map_reduce import summarize_rows
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import SiteLike, as_site_data
 from grutrace.analysis.memory.autocorrelation import autocorrelation
@@ -216,12 +215,12 @@ def timescales(site: SiteLike, lags: int | None = None) -> Timescales:
     """
     _import_scipy()  # Before the rows are read.
     data = as_site_data(site)
-    rates = reduce_rows(data, ("update",), partial(_RateSums, len(data.units)))
-    count = np.where(rates.count > 0, rates.count, np.nan)
+    sums = summarize_rows(data, ("update",), _rate_sums)
+    count = np.where(sums["count"] > 0, sums["count"], np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
         # log1p is accurate where the mean is close to 1.
-        tau_of_mean = -1 / np.log1p(-rates.written / count)
-        tau = -1 / (rates.logs / count)
+        tau_of_mean = -1 / np.log1p(-sums["written"] / count)
+        tau = -1 / (sums["logs"] / count)
     fit = fit_inverse_gamma(tau)
     states = np.full(len(data.units), np.nan)
     if "hidden" in data.quantities:
@@ -233,7 +232,7 @@ def timescales(site: SiteLike, lags: int | None = None) -> Timescales:
         tau=np.abs(tau),
         tau_of_mean=np.abs(tau_of_mean),
         tau_of_states=states,
-        invalid_steps=data.steps - rates.count,
+        invalid_steps=data.steps - sums["count"],
         fitted=fit.count,
         shape=fit.shape,
         shape_error=fit.shape_error,
@@ -244,25 +243,13 @@ def timescales(site: SiteLike, lags: int | None = None) -> Timescales:
     )
 
 
-class _RateSums:
-    """Sums over steps of log z and of 1 - z, for each unit."""
-
-    def __init__(self, width: int) -> None:
-        self.count = np.zeros(width, np.int64)
-        self.logs, self.written = np.zeros(width), np.zeros(width)
-
-    def add(self, rows: Mapping[str, Array]) -> None:
-        (block,) = rows.values()
-        update = block.astype(np.float64)
-        valid = (update >= 0) & (update <= 1)
-        if not valid.all():
-            update[~valid] = 1.0  # Which adds nothing to either.
-        self.count += np.count_nonzero(valid, axis=0)
-        with np.errstate(divide="ignore"):
-            self.logs += np.log(update).sum(axis=0)
-        self.written += (1 - update).sum(axis=0)
-
-    def merge(self, later: _RateSums) -> None:
-        self.count += later.count
-        self.logs += later.logs
-        self.written += later.written
+def _rate_sums(rows: Mapping[str, Array]) -> dict[str, Array]:
+    """Sum log z and 1 - z over steps, for each unit."""
+    (block,) = rows.values()
+    update = block.astype(np.float64)
+    valid = (update >= 0) & (update <= 1)
+    update[~valid] = 1.0  # Which adds nothing to either sum.
+    with np.errstate(divide="ignore"):
+        logs = np.log(update).sum(axis=0)
+    written = (1 - update).sum(axis=0)
+    return {"count": np.count_nonzero(valid, axis=0), "logs": logs, "written": written}

@@ -79,18 +79,18 @@ def update_sparsity(site: SiteLike, threshold: float = DEFAULT_THRESHOLD) -> Upd
     if not threshold > 0:
         raise OptionError(f"threshold: expected a number above 0, found {short_repr(threshold)}")
     data = as_site_data(site)
-    found = reduce_sequences(data, (PREVIOUS,), partial(_UpdateCounts, len(data.units), threshold))
-    count = data.steps - found.not_finite
+    sums = reduce_sequences(data, (PREVIOUS,), partial(_UpdateCounts, len(data.units), threshold))
+    count = data.steps - sums.not_finite
     known = np.where(count > 0, count, np.nan)
     return UpdateSparsity(
         site=data.name,
         steps=data.steps,
         threshold=threshold,
-        near_zero=float(found.small.sum() / count.sum()) if count.any() else np.nan,
+        near_zero=float(sums.small.sum() / count.sum()) if count.any() else np.nan,
         units=data.units,
-        share=found.small / known,
-        size=found.total / known,
-        not_finite=found.not_finite,
+        share=sums.small / known,
+        size=sums.total / known,
+        not_finite=sums.not_finite,
     )
 
 

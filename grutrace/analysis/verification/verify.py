@@ -28,6 +28,7 @@ from grutrace.gru.recompute import FLOAT64_EPS, StepRecomputation
 from grutrace.records import GATES, Array
 from grutrace.reprs import fields_repr
 from grutrace.storage.interfaces import Rows
+from grutrace.storage.read.lazy_rows import block_slices
 from grutrace.storage.read.recomputed import GateInputs
 from grutrace.storage.read.site import SiteTrace
 from grutrace.storage.read.trace import Trace
@@ -155,29 +156,30 @@ class _Comparison:
     tolerance: Array
 
 
-def _blocks(site: SiteTrace) -> Iterator[tuple[int, int]]:
+def _blocks(site: SiteTrace) -> Iterator[slice]:
     rows = site.rows("hidden")
     width = 3 * rows.shape[1] + site.site.input_size
-    each = max(1, BLOCK_BYTES // (8 * width))
-    for start in range(0, len(rows), each):
-        yield start, min(start + each, len(rows))
+    return block_slices(len(rows), BLOCK_BYTES, 8 * width)
+
+
+def _input_blocks(site: SiteTrace) -> Iterator[GateInputs]:
+    for part in _blocks(site):
+        yield from site.gate_inputs.iter_blocks(np.arange(part.start, part.stop))
 
 
 def _check_gates(site: SiteTrace) -> Iterator[_Comparison]:
     quantities = [name for name in (*GATES, "hidden") if name in site.site.quantities]
     # The recorded tolerance covers the products that the call computed. It is 0 where the gates are
     # the kernel's own.
-    worked_out = _call_residuals(site).tolerances(range(len(site.checks)))
-    tolerances = np.fmax(worked_out, site.checks["tolerance"].astype(np.float64))
-    for start, stop in _blocks(site):
-        for each in site.gate_inputs.iter_blocks(np.arange(start, stop)):
-            allowed = tolerances[each.calls]
-            derived = _in_double(each)
-            rows = slice(int(each.rows[0]), int(each.rows[-1]) + 1)
-            for name in quantities:
-                recorded = np.asarray(site.rows(name)[rows])
-                expected = derived.hidden if name == "hidden" else derived.gate(name)
-                yield _Comparison(name, rows.start, recorded, expected, allowed)
+    computed = _call_residuals(site).tolerances(range(len(site.checks)))
+    tolerances = np.fmax(computed, site.checks["tolerance"].astype(np.float64))
+    for inputs in _input_blocks(site):
+        derived = _in_double(inputs)
+        rows = slice(int(inputs.rows[0]), int(inputs.rows[-1]) + 1)
+        for name in quantities:
+            recorded = np.asarray(site.rows(name)[rows])
+            expected = derived.hidden if name == "hidden" else derived.gate(name)
+            yield _Comparison(name, rows.start, recorded, expected, tolerances[inputs.calls])
 
 
 def _worst_derived(site: SiteTrace) -> WorstValue | None:
@@ -189,44 +191,37 @@ def _worst_derived(site: SiteTrace) -> WorstValue | None:
     has_rows = residuals.worst_positions[:, 0] >= 0
     call = int(np.argmax(np.where(has_rows, _excess(residuals.residuals, allowed), -1)))
     row, unit = (int(number) for number in residuals.worst_positions[call])
-    (found,) = site.gate_inputs.iter_blocks(np.array([row]))
+    (inputs,) = site.gate_inputs.iter_blocks(np.array([row]))
     sequence, step = site.locate(row)
-    recorded, expected = float(hidden[row][unit]), float(_in_double(found).hidden[0, unit])
+    recorded, expected = float(hidden[row][unit]), float(_in_double(inputs).hidden[0, unit])
     return WorstValue("hidden", sequence, step, unit, recorded, expected, float(allowed[call]))
 
 
 def _call_residuals(site: SiteTrace) -> CallResiduals:
     """Derive all gates of a site and collect the residual of each call."""
     residuals, hidden = CallResiduals(site), site.rows("hidden")
-    for start, stop in _blocks(site):
-        for each in site.gate_inputs.iter_blocks(np.arange(start, stop)):
-            residuals.add(each, _in_double(each), hidden)
+    for inputs in _input_blocks(site):
+        residuals.add(inputs, _in_double(inputs), hidden)
     return residuals
 
 
-def _in_double(each: GateInputs) -> StepRecomputation:
-    weights = {name: _to_float64(array) for name, array in each.weights.items()}
+def _in_double(inputs: GateInputs) -> StepRecomputation:
+    weights = {name: _to_float64(array) for name, array in inputs.weights.items()}
     return StepRecomputation(
-        _to_float64(each.input), _to_float64(each.previous), weights, FLOAT64_EPS
+        _to_float64(inputs.input), _to_float64(inputs.previous), weights, FLOAT64_EPS
     )
 
 
 def _check_states(site: SiteTrace) -> Iterator[_Comparison]:
     # The stored gates are rounded too.
     stored = 4 * float(np.finfo(site.rows("update").dtype).eps)
-    for start, stop in _blocks(site):
-        update, candidate, hidden, previous = (
-            _to_float64(each)
-            for each in (
-                site.update[start:stop],
-                site.candidate[start:stop],
-                site.hidden[start:stop],
-                site.previous(start, stop),
-            )
-        )
+    for part in _blocks(site):
+        update, candidate = _to_float64(site.update[part]), _to_float64(site.candidate[part])
+        previous = _to_float64(site.previous(part.start, part.stop))
         expected = (1 - update) * candidate + update * previous
-        allowed = site.row_checks(start, stop)["tolerance"].astype(np.float64) + stored
-        yield _Comparison("hidden", start, hidden, expected, allowed)
+        checks = site.row_checks(part.start, part.stop)
+        allowed = checks["tolerance"].astype(np.float64) + stored
+        yield _Comparison("hidden", part.start, _to_float64(site.hidden[part]), expected, allowed)
 
 
 def _to_float64(values: Rows | Array) -> npt.NDArray[np.float64]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grutrace.analysis.descriptive import distribution as module
-from grutrace.analysis.descriptive.distribution import moments
+from grutrace.analysis.descriptive import moments as module
+from grutrace.analysis.descriptive.moments import moments
 from grutrace.analysis.engine.site_data import SiteArrays
 from grutrace.errors import NotRecordedError
 from tests.analysis import sites

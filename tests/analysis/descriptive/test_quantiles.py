@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grutrace.analysis.descriptive.distribution import quantiles
+from grutrace.analysis.descriptive.quantiles import quantiles
 from grutrace.analysis.engine.site_data import SiteArrays
 from grutrace.errors import NotRecordedError, OptionError
 from tests.analysis import sites

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import grutrace
+from grutrace.export import output_file
 from grutrace.export.formats import FORMATS, export_trace
 from grutrace.storage.hdf5 import atomic_write
 from grutrace.storage.hdf5.errors import short_message
@@ -91,6 +92,7 @@ def test_a_failed_export_names_the_requested_file(run, tmp_path, to, monkeypatch
     with grutrace.open(run) as trace, monkeypatch.context() as patch:
         patch.setattr(io, "open", denying(io.open))
         patch.setattr(Path, "mkdir", denying(Path.mkdir))
+        patch.setattr(output_file, "DeferredErrorFile", denying(output_file.DeferredErrorFile))
         with pytest.raises(grutrace.TraceFileError) as caught:
             export_trace(trace, tmp_path / "out", to)
     assert str(caught.value) == f"{tmp_path / 'out'} cannot be written: Permission denied"
