@@ -58,9 +58,23 @@ ALLOWED = {
         *("gru", "capture/options", "capture/annotation_values"),
         *("capture/kernel_calls", "capture/selection"),
     },
+    "capture/tracer_warnings": {
+        *("gru", "capture/kernel_calls", "capture/selection", "capture/recording"),
+    },
+    "capture/attachment": {
+        *("gru", "capture/kernel_calls", "capture/selection", "capture/tracer_warnings"),
+    },
+    "capture/trace_output": {
+        *("storage/interfaces", "storage/open", "capture/options"),
+        *("capture/selection", "capture/recording"),
+    },
+    "capture/model_recorder": {
+        *("capture/options", "capture/kernel_calls", "capture/selection", "capture/recording"),
+        *("capture/tracer_warnings", "capture/attachment", "capture/trace_output"),
+    },
     "capture/tracer": {
-        *("gru", "storage/read", "storage/open", "capture/options"),
-        *("capture/kernel_calls", "capture/selection", "capture/recording"),
+        *("storage/read", "storage/open", "capture/options", "capture/selection"),
+        *("capture/recording", "capture/trace_output", "capture/model_recorder"),
     },
     "analysis/engine": {"storage/interfaces", "storage/read", "arrays"},
     "analysis/registry": {"analysis/engine"},
@@ -76,8 +90,9 @@ ALLOWED = {
     },
     "export": {"storage/hdf5", "storage/format", "storage/interfaces", "storage/read"},
     "run": {
-        *("storage/hdf5", "storage/shards", "capture/kernel_calls", "capture/selection"),
-        *("capture/recording", "capture/tracer"),
+        *("storage/hdf5", "storage/shards", "capture/options", "capture/kernel_calls"),
+        *("capture/selection", "capture/recording", "capture/tracer_warnings"),
+        *("capture/trace_output", "capture/model_recorder"),
     },
     "cli": {
         *("storage/hdf5", "storage/read", "storage/shards", "storage/recovery", "storage/open"),
@@ -212,6 +227,7 @@ def test_writing_and_reading_share_only_the_format_and_hdf5() -> None:
         ("arrays", "from grutrace.capture.tracer import Tracer"),
         ("capture/kernel_calls", "from grutrace.capture.recording import journal"),
         ("capture/options", "from grutrace.capture.selection import find_grus"),
+        ("capture/model_recorder", "from grutrace.capture.tracer import Tracer"),
         ("capture/tracer", "from grutrace.statistics.running import Statistics"),
         ("analysis/verification", "from grutrace.cli import app"),
         ("export", "from grutrace.analysis.descriptive import saturation"),

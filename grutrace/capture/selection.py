@@ -148,9 +148,9 @@ def select(
     missed = [each for each in unsupported if globs is None or _is_selected(each, globs)]
     selected = found if globs is None else _matching_sites(found, globs)
     if missed:
-        # The warning points to the line that creates the tracer: past Tracer._select,
-        # Tracer.__init__ and the check of its keywords.
-        warnings.warn(_describe_unsupported(missed), GrutraceWarning, stacklevel=5)
+        # The warning points to the line that creates the tracer: past Tracer.__init__ and the check
+        # of its keywords.
+        warnings.warn(_describe_unsupported(missed), GrutraceWarning, stacklevel=4)
     return selected
 
 

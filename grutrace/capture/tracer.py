@@ -3,55 +3,21 @@
 from __future__ import annotations
 
 import os
-import threading
-import time
-import warnings
-import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import count
-from types import FrameType, TracebackType
-from typing import Any, Self
+from types import TracebackType
+from typing import Self
 
 from torch import nn
 
-from grutrace.capture.kernel_calls import compiled_graphs
-from grutrace.capture.kernel_calls.model_changes import locate_module
-from grutrace.capture.kernel_calls.observation import GRUModule, KernelRun
-from grutrace.capture.kernel_calls.subscription import Subscription, UnknownModuleWatch
-from grutrace.capture.kernel_calls.torch_context import SkippedCall, dynamo_loaded
-from grutrace.capture.options import (
-    DTypeLike,
-    Options,
-    Units,
-    collect_versions,
-)
-from grutrace.capture.recording.annotations import AnnotationValues, RecordedBatches
-from grutrace.capture.recording.background import BackgroundReplay
-from grutrace.capture.recording.guarded_sink import GuardedSink, LimitExceeded, RecordingLimits
-from grutrace.capture.recording.journal import Journal, MarkedSequences, SkippedCallNotice
-from grutrace.capture.recording.module_recorder import ModuleRecorder
-from grutrace.capture.recording.recording_block import (
-    Recording,
-    RecordingBlock,
-    SequenceNames,
-    SequenceNamesLike,
-)
-from grutrace.capture.selection import SelectedModule, apply_options, find_grus, select
-from grutrace.distributed import ShardOption, resolve_shard, shard_path
-from grutrace.errors import (
-    GrutraceWarning,
-    OptionError,
-    ResidualError,
-    ResidualWarning,
-    SinkError,
-    StateError,
-    TraceFileError,
-    as_path,
-    reject_unknown_options,
-    short_repr,
-)
-from grutrace.gru.residual import ResidualViolation
+from grutrace.capture.model_recorder import ModelRecorder
+from grutrace.capture.options import DTypeLike, Options, Units
+from grutrace.capture.recording.annotations import AnnotationValues
+from grutrace.capture.recording.recording_block import Recording, SequenceNamesLike
+from grutrace.capture.selection import apply_options, select
+from grutrace.capture.trace_output import TraceOutput
+from grutrace.distributed import ShardOption
+from grutrace.errors import SinkError, reject_unknown_options
 from grutrace.options import (
     DEFAULT_STATE_MEMORY,
     Check,
@@ -63,44 +29,10 @@ from grutrace.options import (
     Stacks,
     WeightChecks,
 )
-from grutrace.records import DEFAULT_RECORD, Origin, TraceHeader
-from grutrace.storage.open import (
-    SinkFactory,
-    open_sink,
-    open_source,
-    recorded_calls,
-)
+from grutrace.records import DEFAULT_RECORD
+from grutrace.storage.open import SinkFactory
 from grutrace.storage.read.snapshot import TraceSnapshot
 from grutrace.storage.read.trace import Trace
-
-_FORKED_CHILD_WARNING = (
-    "a traced model was called in a forked child process: its calls are not recorded. Create a "
-    "tracer in the child process"
-)
-
-
-_LARGE_TRACE_WARNING = (
-    "the trace in memory has grown past 2 GiB. To use less memory, give the tracer a path "
-    "(grutrace.trace(model, 'run.h5')), gates='deferred', units=, every= or max_bytes=, or "
-    "sink=grutrace.Statistics(); or call trace.clear() once you have read it"
-)
-
-#: A trace in memory that exceeds this size causes one warning. Bytes.
-LARGE_TRACE_BYTES = 2 * 1024**3
-
-#: Warnings, by the mark of the sequence that they are about.
-_ORIGIN_WARNINGS = {
-    "ambiguous": (
-        "cannot tell which sequence a call of {} continues: several sequences ended with the state "
-        "that it starts from. It starts a new sequence, with the origin 'ambiguous'. Name the "
-        "sequences: with tracer.recording(sequences=...)"
-    ),
-    "dropped": (
-        "a call of {} continues a sequence whose final state is no longer in memory. It starts a "
-        "new sequence, with the origin 'dropped'. Pass state_memory='64 MiB', or more, "
-        "to the tracer"
-    ),
-}
 
 
 class Tracer(Trace):
@@ -201,9 +133,6 @@ class Tracer(Trace):
         MissingExtraError: `compression` is set and hdf5plugin is not installed.
     """
 
-    #: Further entries for the options of the trace.
-    _extra_options: Mapping[str, object] = {}
-
     @reject_unknown_options
     def __init__(
         self,
@@ -251,78 +180,13 @@ class Tracer(Trace):
             compiled=compiled,
             state_memory=state_memory,
         )
-        own = resolve_shard(shard) if path is not None or sink is not None else None
-        path = None if path is None else shard_path(as_path(path), own)
-        self._selections = apply_options(self._select(model, sites, record), options)
-        header = TraceHeader(
-            model=f"{type(model).__module__}.{type(model).__qualname__}",
-            created=time.time(),
-            versions=collect_versions(),
-            options={**options.as_json(), **self._extra_options, **(own.options if own else {})},
-            modules=tuple(each.description for each in self._selections),
-        )
-        self._background = None
-        if options.gates == "background":
-            self._background = BackgroundReplay(header.modules, own_thread=path is not None)
-        self._guarded_sink = GuardedSink(
-            open_sink(path, header, mode, sink, self._background, fsync=fsync)
-        )
-        super().__init__(open_source(self._guarded_sink.sink))
-        self._before = recorded_calls(self._source)
-        if self._background is not None:
-            self._background.calls = self._before
-        self._seen = 0
-        self._limits = self._limit(options)
-        self._recorders = [
-            ModuleRecorder(
-                index,
-                selection,
-                self._guarded_sink.append,
-                options,
-                self._limits,
-                options.state_memory // len(self._selections),
-            )
-            for index, selection in enumerate(self._selections)
-        ]
-        # Limits and check="raise" must take effect during the call itself.
-        counts = options.max_calls is not None or options.max_bytes is not None
-        can_wait = not (counts or options.check == "raise")
-        self._journal = Journal(self._recorders, self._guarded_sink, can_wait=can_wait)
-        self._model = weakref.ref(model)
-        self._grus = {path: weakref.ref(module) for path, module in find_grus(model)}
-        self._call_counters = [count() for _ in self._selections]
-        self._record_on_enter, self._options = recording, options
-        self._tag: str | None = None
-        # Identifies this tracer in the recording blocks of a thread without keeping it alive.
-        self._owner = object()
-        self._started = False
-        self._blocks: set[RecordingBlock] = set()
-        # Batches that can still be annotated: `clear` empties them, too.
-        self._all_batches: weakref.WeakSet[RecordedBatches] = weakref.WeakSet()
-        self._subscriptions: list[Subscription | compiled_graphs.EagerCode] = []
-        self._watch = UnknownModuleWatch(_WeakMethod(self, Tracer._on_unknown_module))
-        self._lock = threading.RLock()
-        self._called: set[int] = set()
-        self._warned: set[str] = set()
-        self._has_recorded = self._closed = False
-        self._process = os.getpid()
-        self._closing = weakref.finalize(
-            self,
-            _close_dropped,
-            weakref.ref(self),
-            self._subscriptions,
-            self._journal,
-            self._guarded_sink,
-            self._process,
-        )
-
-    def _select(
-        self, model: nn.Module, sites: str | Sequence[str] | None, record: str | Sequence[str]
-    ) -> list[SelectedModule]:
-        return select(model, sites, record)
-
-    def _limit(self, options: Options) -> RecordingLimits:
-        return RecordingLimits(options.max_calls, options.max_bytes)
+        selections = apply_options(select(model, sites, record), options)
+        output = TraceOutput(model, selections, options, path, mode, sink, shard)
+        super().__init__(output.source)
+        self._recorder = ModelRecorder(model, selections, options, output)
+        self._journal, self._guarded_sink = self._recorder.journal, output.guarded_sink
+        self._records_on_enter = recording
+        self._shown_records = 0
 
     @property
     def is_recording(self) -> bool:
@@ -331,11 +195,7 @@ class Tracer(Trace):
         False once ``max_calls`` or ``max_bytes`` is reached, and while the run continues after the
         sink has failed.
         """
-        return (
-            bool(self._subscriptions)
-            and not self._limits.reached
-            and self._guarded_sink.error is None
-        )
+        return self._recorder.is_recording
 
     def start(self, tag: str | None = None) -> None:
         """Start recording. Does nothing once ``max_calls`` or ``max_bytes`` is reached.
@@ -359,125 +219,11 @@ class Tracer(Trace):
             OptionError: The tag is not a text.
             StateError: The tracer is closed.
         """
-        _require_tag(tag)
-        with self._lock:
-            self._require_open()
-            block = RecordingBlock.current(self._owner)
-            if block is None:
-                self._tag = tag
-            else:
-                block.tag = tag
-            self._started = True
-            self._subscribe_all()
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise StateError("the tracer is closed: create a new one to record again")
-
-    def _subscribe_all(self) -> None:
-        """Subscribe to the calls of all recorded modules, whose weights may have changed."""
-        with self._lock:
-            self._drain()
-            self._expect_changes()
-            # Reaching the limit never stops the user's run.
-            if self._subscriptions or self._limits.reached:
-                return
-            self._has_recorded = True
-            try:
-                self._handle_compiled_code()
-                for index, selection in enumerate(self._selections):
-                    self._subscribe(index, selection.module)
-                self._watch.start()
-            except BaseException:
-                self.stop()
-                raise
-
-    def _handle_compiled_code(self) -> None:
-        """Make compiled code run as Python code if the options say so; else warn of its graphs."""
-        compiled = self._options.compiled
-        if compiled == "eager" or (compiled == "auto" and compiled_graphs.any_with_gru_kernel()):
-            code = compiled_graphs.EagerCode()
-            self._subscriptions.append(code)
-            code.start()
-        else:
-            self._warn_of_graphs()
-
-    def _warn_of_graphs(self) -> None:
-        """Warn of compiled graphs that contain a GRU kernel, whose calls are not recorded."""
-        is_eager = any(isinstance(e, compiled_graphs.EagerCode) for e in self._subscriptions)
-        if not is_eager and compiled_graphs.any_with_gru_kernel():
-            self._warn_once(
-                "compiled",
-                "torch.compile has made a graph that contains a GRU kernel: if it belongs to this "
-                "model, its calls are not recorded. Pass compiled='eager', which runs compiled "
-                "code as Python code while recording",
-            )
-
-    def _warn_of_replaced_layers(self) -> None:
-        """Warn of recorded layers that the model has replaced by a module of another kind."""
-        model = self._model()
-        present = {} if model is None else dict(model.named_modules())
-        for each in self._selections:
-            path = each.description.path
-            there = present.get(path)
-            # A new GRU was handled at its first call.
-            if there is not None and not isinstance(there, (nn.GRU, nn.GRUCell)):
-                self._warn_once(
-                    f"exchanged {path}",
-                    f"{path} was replaced by a {type(there).__qualname__} after the tracer was "
-                    "created: calls of the replacement are not recorded",
-                )
-
-    def _subscribe(self, index: int, module: GRUModule | None) -> None:
-        """Record the calls of a module as those of the recorded module with this index."""
-        if module is None:
-            return
-        gone = [e for e in self._subscriptions if isinstance(e, Subscription) and e.is_gone]
-        for each in gone:
-            each.stop()
-            self._subscriptions.remove(each)
-        subscription = Subscription(
-            module,
-            _WeakMethod(self, Tracer._receive, index),
-            self._options.stacks,
-            _WeakMethod(self, Tracer._should_record, index),
-            self._recorders[index].requested_gates,
-        )
-        # Stored before it starts: an interruption must not leave it active.
-        self._subscriptions.append(subscription)
-        subscription.start()
+        self._recorder.start(tag)
 
     def stop(self) -> None:
         """Stop recording, in all recording blocks. The trace stays open."""
-        with self._lock:
-            self._started = False
-            self._blocks.clear()
-            self._watch.stop()
-            while self._subscriptions:
-                self._subscriptions[-1].stop()
-                self._subscriptions.pop()
-            # A sink error is reported on flushing or closing.
-            with suppress(SinkError):
-                self._drain()
-
-    def _drain(self) -> None:
-        """Record the calls that wait in the journal. `_report_findings` reports the findings.
-
-        Raises:
-            SinkError: The sink cannot store them, and ``on_error`` is ``raise``.
-        """
-        while len(self._journal) and os.getpid() == self._process:
-            try:
-                self._journal.drain()
-            except LimitExceeded:
-                self.stop()
-            except SinkError as error:
-                if not self._continue_untraced(error):
-                    raise
-
-    def _expect_changes(self) -> None:
-        for recorder in self._recorders:
-            recorder.expect_changes()
+        self._recorder.stop()
 
     @reject_unknown_options
     @contextmanager
@@ -527,36 +273,8 @@ class Tracer(Trace):
                 fit no recorded batch.
             StateError: The tracer is closed.
         """
-        _require_tag(tag)
-        modules = [each.description for each in self._selections]
-        names = None if sequences is None else SequenceNames(sequences, modules)
-        # Annotations go to all batches that they fit, when the block ends.
-        batches = RecordedBatches(modules, keep_all=tokens is not None or bool(labels))
-        recording = Recording(self._annotate, batches)
-        self._all_batches.add(batches)
-        block = RecordingBlock(self._owner, tag, batches, names)
-        with self._lock:
-            self._require_open()
-            self._blocks.add(block)
-        try:
-            self._subscribe_all()
-            with block.activate():
-                yield recording
-                recording.annotate(tokens=tokens, labels=labels)
-            if names is not None and (unused := names.unused_message()):
-                self._warn_once("unused names", unused)
-        finally:
-            with self._lock:
-                was_open = block in self._blocks
-                self._blocks.discard(block)
-                if was_open and not self._blocks and not self._started:
-                    self.stop()
-                else:
-                    with suppress(SinkError):
-                        self._drain()
-                    self._expect_changes()
-        # Last, because warnings may be configured to raise.
-        self._report_findings()
+        with self._recorder.record_block(tag, tokens, labels, sequences) as recording:
+            yield recording
 
     def flush(self) -> None:
         """Wait until every recorded row is in the trace and, with a file, committed to it.
@@ -564,13 +282,8 @@ class Tracer(Trace):
         Raises:
             SinkError: The rows could not be stored, and ``on_error`` is ``raise``.
         """
-        try:
-            self._drain()
-            self._guarded_sink.sink.flush()
-        except SinkError as error:
-            if not self._continue_untraced(error):
-                raise
-        self._report_findings()
+        self._recorder.flush()
+        self._recorder.report_findings()
 
     def clear(self) -> None:
         """Remove all rows of a trace in memory. Recording continues.
@@ -585,15 +298,7 @@ class Tracer(Trace):
             StateError: The trace is in a file, or its sink stores no rows.
         """
         self._require_memory("cleared")
-        with self._lock, self._journal.lock:
-            self._journal.clear()
-            super().clear()
-            self._before = -self._guarded_sink.call_records
-            if self._background is not None:
-                self._background.reset()
-            for batches in self._all_batches:
-                batches.clear()
-            self._limits.clear()
+        self._recorder.clear(super().clear)
 
     def refresh(self) -> None:
         """Show the rows recorded since the last refresh; if the sink failed, those that it stored.
@@ -605,7 +310,7 @@ class Tracer(Trace):
         try:
             super().refresh()
         except SinkError as error:
-            if not self._continue_untraced(error):
+            if not self._recorder.continue_untraced(error):
                 raise
             super().refresh()
 
@@ -615,31 +320,13 @@ class Tracer(Trace):
         Raises:
             SinkError: Rows could not be stored, and ``on_error`` is ``raise``.
         """
-        if self._finish():
-            self._warn_uncalled()
-            self._report_findings()
-
-    def _finish(self) -> bool:
-        """Stop recording and close the trace. Return whether it was open."""
-        if self._subscriptions:
-            self._warn_of_graphs()
-            self._warn_of_replaced_layers()
-        self.stop()
-        was_open, self._closed = not self._closed, True
-        if was_open:
-            self._closing.detach()
-            try:
-                self._guarded_sink.sink.close()
-            except SinkError as error:
-                if not self._continue_untraced(error):
-                    raise
-            if self._guarded_sink.error is not None:
-                self._report_losses(*self._count_losses())
-        return was_open
+        if self._recorder.close():
+            self._recorder.warn_of_uncalled_modules()
+            self._recorder.report_findings()
 
     def __enter__(self) -> Self:
-        self._require_open()
-        if self._record_on_enter:
+        self._recorder.require_open()
+        if self._records_on_enter:
             self.start()
         return self
 
@@ -649,260 +336,23 @@ class Tracer(Trace):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._finish() and kind is None:
-            self._warn_uncalled()
-            self._report_findings()
-
-    def _continue_untraced(self, error: SinkError) -> bool:
-        """Return whether the run continues although the sink has failed. Warns the first time."""
-        if self._options.on_error == "raise":
-            return False
-        if self._guarded_sink.mark_failed(error):
-            with suppress(SinkError):
-                self._guarded_sink.sink.close()
-            message = f"recording has stopped, and the model continues untraced: {error}"
-            self._warn_once(message, message)
-        return True
-
-    def _count_losses(self) -> tuple[int, int]:
-        """Return the numbers of stored and lost calls. In an unreadable file all are lost."""
-        stored = 0
-        with suppress(TraceFileError):
-            stored = recorded_calls(self._source) - self._before
-        return stored, self._guarded_sink.calls - stored
-
-    def _report_losses(self, stored: int, lost: int) -> None:
-        message = (
-            f"{self._source.name} holds {stored} calls of this recording, and {lost} more are "
-            "lost, because they could not be written"
-        )
-        self._warn_once(message, message)
+        if self._recorder.close() and kind is None:
+            self._recorder.warn_of_uncalled_modules()
+            self._recorder.report_findings()
 
     def _refresh_snapshot(self) -> TraceSnapshot:
         """Refresh the snapshot, so that reading shows every recorded row."""
         if len(self._journal):
             with suppress(SinkError):
-                self._drain()
-        appended = self._guarded_sink.records
-        if appended != self._seen:
+                self._recorder.drain()
+        records = self._guarded_sink.records
+        if records != self._shown_records:
             self.refresh()
-            self._seen = appended
+            self._shown_records = records
             # Includes the memory of gates that were computed just now.
-            if self.nbytes > LARGE_TRACE_BYTES:
-                self._warn_once(_LARGE_TRACE_WARNING, _LARGE_TRACE_WARNING)
-        self._report_findings()
+            self._recorder.warn_if_large()
+        self._recorder.report_findings()
         return super()._refresh_snapshot()
-
-    def _should_record(self, index: int) -> bool:
-        """Whether to record the current call of a module. Called once per call."""
-        if not self._limits.reached:
-            wanted = next(self._call_counters[index]) % self._options.every == 0
-            if not wanted:
-                self._note_skipped(index)
-            if wanted and self._guarded_sink.error is not None and os.getpid() == self._process:
-                self._guarded_sink.count_call()
-                return False
-            return wanted
-        # Another thread, or another part of the run, reached the limit. In a forked child no thread
-        # may be left to release the lock.
-        if os.getpid() == self._process:
-            self.stop()
-        return False
-
-    def _receive(self, index: int, run: KernelRun | SkippedCall) -> None:
-        if os.getpid() != self._process:
-            self._warn_once("", _FORKED_CHILD_WARNING)
-            return
-        self._called.add(index)
-        if isinstance(run, SkippedCall):
-            self._report_skipped_call(index, run.reason)
-            self._note_skipped(index)
-            return
-        block = RecordingBlock.current(self._owner)
-        tag, names, batches = self._tag, None, None
-        if block is not None:
-            tag, batches = block.tag, block.batches
-            if block.names is not None:
-                names = self._names(block.names, index, run.batch)
-        if not self._journal.add(index, run, tag, names, batches):
-            return
-        self._drain()
-        if self._limits.reached:
-            self.stop()
-        self._report_findings()
-        if self.nbytes > LARGE_TRACE_BYTES:
-            self._warn_once(_LARGE_TRACE_WARNING, _LARGE_TRACE_WARNING)
-
-    def _on_unknown_module(self, module: GRUModule, frame: FrameType) -> None:
-        """Record a GRU that replaced a recorded module, or warn that its calls are not recorded."""
-        model = self._model()
-        if model is None or any(each() is module for each in self._grus.values()):
-            return
-        described = {each.description.path: each.description for each in self._selections}
-        found = locate_module(module, model, described, frame)
-        if found.replaces is not None:
-            index = list(described).index(found.replaces)
-            with self._lock:
-                if self._subscriptions:
-                    self._grus[found.replaces] = weakref.ref(module)
-                    self._subscribe(index, module)
-        elif found.reason is not None and found.path not in self._grus:
-            self._warn_once(found.reason, found.reason)
-
-    def _note_skipped(self, index: int) -> None:
-        """Note that the current call of a module is not recorded, for tokens and labels."""
-        # Without the lock: in a forked child no thread may be left to release it.
-        block = RecordingBlock.current(self._owner)
-        if block is not None and block.batches is not None:
-            block.batches.note_skipped_call(index)
-
-    def _names(self, names: SequenceNames, index: int, batch: int) -> tuple[Hashable, ...] | None:
-        """Return the names of the sequences of a call. Warns if the given names do not fit."""
-        found = names.names_for(index, batch)
-        if found is None and (message := names.mismatch_message(index, batch)):
-            self._warn_once(f"names of {self._path(index)}", message)
-        return found
-
-    def _report_skipped_call(self, index: int, reason: str) -> None:
-        path = self._path(index)
-        self._warn_once(path, f"a call of {path} was not recorded: {reason}")
-
-    def _report_origins(self, index: int, origins: Iterable[Origin]) -> None:
-        """Warn, once per module, of sequences that are ambiguous or whose state was dropped."""
-        for origin in origins:
-            if origin.mark in _ORIGIN_WARNINGS:
-                path = self._path(index)
-                self._warn_once(
-                    f"{origin.mark} in {path}", _ORIGIN_WARNINGS[origin.mark].format(path)
-                )
-
-    def _report_findings(self) -> None:
-        """Report the findings since the last report: warnings, or a `ResidualError`."""
-        findings = self._journal.findings
-        while findings:
-            found = findings.popleft()
-            if isinstance(found, SkippedCallNotice):
-                self._report_skipped_call(found.module, found.reason)
-            elif isinstance(found, str):
-                self._warn_once(found, found)
-            elif isinstance(found, MarkedSequences):
-                self._report_origins(found.module, found.origins)
-            else:
-                number = None if found.call is None else self._before + found.call
-                self._report_violations([found._replace(call=number)])
-        if self._background is not None:
-            self._report_violations(self._background.pop_violations())
-
-    def _report_violations(self, violations: Iterable[ResidualViolation]) -> None:
-        for doubt in violations if self._options.check != "off" else ():
-            if self._options.check == "raise":
-                raise ResidualError(doubt.message)
-            self._warn_once(doubt.site.name, doubt.message, ResidualWarning)
-
-    def _warn_once(
-        self, about: str, message: str, category: type[GrutraceWarning] = GrutraceWarning
-    ) -> None:
-        # Without the lock: in a forked child no thread may be left to release it.
-        if about not in self._warned:
-            self._warned.add(about)
-            warnings.warn(message, category, stacklevel=3)
-
-    def _annotate(
-        self, batches: RecordedBatches, name: str, given: AnnotationValues, module: str | None
-    ) -> None:
-        if self._limits.reached or self._guarded_sink.error is not None:
-            # Calls since then were not observed.
-            for index in range(len(self._recorders)):
-                batches.note_skipped_call(index)
-        try:
-            self._drain()
-            # All under the lock, so that `clear` cannot come between.
-            with self._journal.lock:
-                for annotation in batches.annotations(name, given, module):
-                    self._guarded_sink.append(annotation)
-        except SinkError as error:
-            if not self._continue_untraced(error):
-                raise
-
-    def _warn_uncalled(self) -> None:
-        indices = range(len(self._recorders))
-        uncalled = [self._path(index) for index in indices if index not in self._called]
-        stopped = self._limits.reached or self._guarded_sink.error is not None
-        if self._has_recorded and uncalled and not stopped:
-            compiled = (
-                "; or it was called inside a graph of torch.compile, which is not observed "
-                "(compiled='eager' runs compiled code as Python code while recording)"
-                if dynamo_loaded()
-                else ""
-            )
-            own = [each for each in uncalled if self._has_own_forward(each)]
-            python = (
-                f"; or the forward of {', '.join(own)} computes the GRU itself, without the kernel"
-                if own
-                else ""
-            )
-            warnings.warn(
-                f"nothing was recorded of {', '.join(uncalled)}: no call of PyTorch's GRU kernel "
-                f"while recording{python}{compiled}",
-                GrutraceWarning,
-                stacklevel=3,
-            )
-
-    def _has_own_forward(self, path: str) -> bool:
-        modules = (
-            each.module
-            for each in self._selections
-            if (each.description.path or "the model") == path
-        )
-        return any(
-            module is not None and type(module).forward not in (nn.GRU.forward, nn.GRUCell.forward)
-            for module in modules
-        )
-
-    def _path(self, index: int, unnamed: str = "the model") -> str:
-        return self._selections[index].description.path or unnamed
-
-
-class _WeakMethod:
-    """Calls a method of a tracer that it does not keep alive."""
-
-    def __init__(self, tracer: Tracer, method: Callable[..., Any], *first: object) -> None:
-        # By name: a subclass may override the method.
-        self._tracer, self._name, self._first = weakref.ref(tracer), method.__name__, first
-
-    def __call__(self, *args: Any) -> Any:
-        tracer = self._tracer()
-        return None if tracer is None else getattr(tracer, self._name)(*self._first, *args)
-
-
-def _close_dropped(
-    tracer: weakref.ref[Tracer],
-    subscriptions: list[Subscription | compiled_graphs.EagerCode],
-    journal: Journal,
-    guarded_sink: GuardedSink,
-    process: int,
-) -> None:
-    """Close a tracer that was garbage-collected, or that is open when the process ends."""
-    if os.getpid() != process:
-        return
-    was_recording = bool(subscriptions)
-    for subscription in subscriptions:
-        subscription.stop()
-    journal.collect(wait=True)
-    with suppress(SinkError):
-        guarded_sink.sink.close()
-    if tracer() is None and was_recording:
-        warnings.warn(
-            "a tracer was garbage-collected while recording: it is closed, and its trace is "
-            "complete. Keep the tracer in a variable, and close it",
-            GrutraceWarning,
-            stacklevel=2,
-        )
-
-
-def _require_tag(tag: object) -> None:
-    if not isinstance(tag, str | None):
-        raise OptionError(f"tag: expected a str or None, found {short_repr(tag)}")
 
 
 #: `Tracer` under the name that reads well in ``with grutrace.trace(model) as trace:``.

@@ -20,12 +20,15 @@ from torch import nn
 
 from grutrace.capture.kernel_calls.observation import GRUModule, KernelRun
 from grutrace.capture.kernel_calls.torch_context import SkippedCall
+from grutrace.capture.model_recorder import ModelRecorder
+from grutrace.capture.options import Options
 from grutrace.capture.recording.guarded_sink import RecordingLimits
-from grutrace.capture.selection import SelectedModule, select
-from grutrace.capture.tracer import Tracer
+from grutrace.capture.selection import SelectedModule, apply_options, select
+from grutrace.capture.trace_output import TraceOutput
+from grutrace.capture.tracer_warnings import TracerWarnings
 from grutrace.distributed import detect_shard, shard_path
 from grutrace.errors import GrutraceError, GrutraceWarning, ResidualError, SinkError, TraceFileError
-from grutrace.options import DEFAULT_STATE_MEMORY, Mode
+from grutrace.options import DEFAULT_STATE_MEMORY, Check, Mode
 from grutrace.run import parsing
 from grutrace.run.matching import require_match
 from grutrace.run.report import PartStats, Report
@@ -58,7 +61,7 @@ def select_layers(
     return [each for each in select(model, matching, settings.record) if id(each.module) in wanted]
 
 
-class PartTracer(Tracer):
+class PartTracer(ModelRecorder):
     """Records selected layers of one model, and starts at once.
 
     An error is printed once, and the script continues untraced, unless `check` or `on_error` is
@@ -89,13 +92,7 @@ class PartTracer(Tracer):
         report: Report,
         limits: RecordingLimits,
     ) -> None:
-        self._selected, self._extra_options, self._report = selections, stamp, report
-        self._run_limits = limits
-        super().__init__(
-            model,
-            path,
-            mode=mode,
-            shard=False,
+        options = Options(
             stacks=settings.stacks,  # type: ignore[arg-type]
             check=settings.check,  # type: ignore[arg-type]
             gates=settings.gates,  # type: ignore[arg-type]
@@ -105,6 +102,7 @@ class PartTracer(Tracer):
             dtype=settings.dtype,
             steps=None if settings.steps is None else parsing.parse_steps(settings.steps),
             units=None if settings.units is None else parsing.parse_units(settings.units),
+            to_file=True,
             on_error=settings.on_error,  # type: ignore[arg-type]
             fsync=settings.fsync,
             compression=settings.compression,  # type: ignore[arg-type]
@@ -114,7 +112,16 @@ class PartTracer(Tracer):
             if settings.state_memory is None
             else settings.state_memory,
         )
-        self.stats = PartStats(path, len(self.sites))
+        selections = apply_options(selections, options)
+        output = TraceOutput(
+            model, selections, options, path, mode, shard=False, extra_options=stamp
+        )
+        self._sites = [
+            site.name for selection in selections for site in selection.description.sites
+        ]
+        self._report, self.stats = report, PartStats(path, len(self._sites))
+        warnings = PartWarnings(selections, options.check, report, self.stats)
+        super().__init__(model, selections, options, output, limits, warnings)
         self.start()
 
     def finish(self) -> None:
@@ -123,61 +130,74 @@ class PartTracer(Tracer):
         Raises:
             SinkError: Rows could not be stored, and `on_error` is "raise".
         """
-        self._finish()
+        self.close()
         try:
-            self._report_findings()
+            self.report_findings()
         except ResidualError as error:
             # No call of the script is left that could raise it.
             self._report.log(str(error))
 
     def replace_layer(self, layer: GRUModule) -> None:
         """Record another layer as the only site, whose layer is freed."""
-        self._subscribe(0, layer)
+        with self._lock:
+            self._attachment.subscribe(0, layer)
 
-    def _select(self, *_: object) -> list[SelectedModule]:
-        return self._selected
-
-    def _limit(self, *_: object) -> RecordingLimits:
-        return self._run_limits
-
-    def _receive(self, index: int, run: KernelRun | SkippedCall) -> None:
+    def receive(self, index: int, run: KernelRun | SkippedCall) -> None:
+        """Record a call. An error ends the recording, and the script continues."""
         if self.stats.failed or os.getpid() != self._process:
             return
         try:
-            super()._receive(index, run)
+            super().receive(index, run)
         except (ResidualError, SinkError):
             # Raised only if `check` or `on_error` is "raise".
             raise
         except Exception as error:
             self._stop_after_error(error)
 
-    def _drain(self) -> None:
+    def drain(self) -> None:
+        """Record all waiting calls, and count them."""
         try:
-            super()._drain()
+            super().drain()
         except SinkError:
             raise
         except Exception as error:
             self._stop_after_error(error)
-        self.stats.calls = self._guarded_sink.call_records
+        self.stats.calls = self.output.guarded_sink.call_records
 
     def _stop_after_error(self, error: Exception) -> None:
         """Stop recording, and print the reason once."""
         if not self.stats.failed:
             self.stats.failed = True
-            self._report.log(f"recording of {', '.join(self.sites)} stopped: {error}")
+            self._report.log(f"recording of {', '.join(self._sites)} stopped: {error}")
 
-    def _report_losses(self, stored: int, lost: int) -> None:
-        self.stats.calls, self.stats.lost = stored, lost
 
-    def _warn_once(
+class PartWarnings(TracerWarnings):
+    """Prints warnings as lines of the report, and counts lost calls.
+
+    Args:
+        selections: The recorded layers.
+        check: What to do when a residual exceeds the tolerance.
+        report: Prints the warnings.
+        stats: Counts the lost calls.
+    """
+
+    def __init__(
         self,
-        about: str,
-        message: str,
-        category: type[GrutraceWarning] = GrutraceWarning,  # noqa: ARG002
+        selections: Sequence[SelectedModule],
+        check: Check,
+        report: Report,
+        stats: PartStats,
     ) -> None:
-        if about not in self._warned:
-            self._warned.add(about)
-            self._report.log(message)
+        super().__init__(selections, check)
+        self._report, self._stats = report, stats
+
+    def show(self, message: str, category: type[GrutraceWarning]) -> None:  # noqa: ARG002
+        """Print a warning."""
+        self._report.log(message)
+
+    def lost_calls(self, trace: str, stored: int, lost: int) -> None:  # noqa: ARG002
+        """Count the lost calls. The report names them at the end of the run."""
+        self._stats.calls, self._stats.lost = stored, lost
 
 
 class PartManager:

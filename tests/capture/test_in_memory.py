@@ -18,7 +18,7 @@ from torch import nn
 
 import grutrace
 from grutrace.analysis.verification.verify import verify
-from grutrace.capture import tracer as tracer_module
+from grutrace.capture import model_recorder
 from grutrace.errors import GrutraceWarning, OptionError, StateError
 from tests.capture.models import EncoderDecoder, StepwiseDecoder
 from tests.checks import EVERYTHING
@@ -247,7 +247,7 @@ def test_clearing_while_another_thread_runs_the_model() -> None:
 def test_a_large_trace_in_memory_warns_once(gates: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = nn.GRU(4, 8)
     batch = torch.randn(50, 4, 4)
-    monkeypatch.setattr(tracer_module, "LARGE_TRACE_BYTES", 3 * 50 * 4 * 8 * 4 * 4)
+    monkeypatch.setattr(model_recorder, "LARGE_TRACE_BYTES", 3 * 50 * 4 * 8 * 4 * 4)
     with grutrace.trace(layer, gates=gates) as trace:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -263,12 +263,12 @@ def test_a_large_trace_in_memory_warns_once(gates: Any, monkeypatch: pytest.Monk
     assert "2 GiB" in message
     ways = ("path", "gates='deferred'", "units", "every", "max_bytes", "Statistics", "clear()")
     assert all(way in message for way in ways)
-    assert trace.nbytes > tracer_module.LARGE_TRACE_BYTES
+    assert trace.nbytes > model_recorder.LARGE_TRACE_BYTES
 
 
 def test_a_large_file_does_not_warn(monkeypatch, tmp_path: Path) -> None:
     layer = nn.GRU(4, 8)
-    monkeypatch.setattr(tracer_module, "LARGE_TRACE_BYTES", 100)
+    monkeypatch.setattr(model_recorder, "LARGE_TRACE_BYTES", 100)
     with grutrace.trace(layer, tmp_path / "run.h5") as trace:
         layer(torch.randn(50, 4, 4))
         assert trace.nbytes == 0

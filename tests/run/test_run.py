@@ -171,7 +171,7 @@ import torch
 print(torch.get_num_threads(), type(torch.__loader__).__name__)
 assert "exec_module" not in vars(torch.__loader__)
 print(bool(torch.nn.Linear(2, 2)(torch.zeros(1, 2)).sum() > 9))
-assert not {"h5py", "grutrace.capture.tracer"} & set(sys.modules), sys.modules.keys()
+assert not {"h5py", "grutrace.capture.model_recorder"} & set(sys.modules), sys.modules.keys()
 """
     result = run(write(tmp_path, code), folder=tmp_path)
     assert result.returncode == 0, result.stderr

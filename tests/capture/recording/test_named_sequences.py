@@ -331,7 +331,7 @@ def test_names_are_bounded_and_one_that_was_dropped_is_said() -> None:
         call(199)
         with pytest.warns(grutrace.GrutraceWarning, match="no longer in memory"):
             call(0)
-        assert len(trace._recorders[0]._tracker._names._ends) < 100
+        assert len(trace._recorder.module_recorders[0]._tracker._names._ends) < 100
     assert trace["cell"].lengths.tolist() == [1] * 199 + [2, 1]
     assert trace.sequences["origin"].tolist() == ["new"] * 200 + ["dropped"]
 

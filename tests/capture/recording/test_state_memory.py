@@ -230,7 +230,7 @@ def test_nothing_is_kept_of_a_graph(kind) -> None:
         state = torch.randn(1, 2, 4) if kind == "GRU" else torch.randn(2, 4)
         module(torch.randn(1, 2, 3) if kind == "GRU" else torch.randn(2, 3), state)
         trace.flush()
-        last = trace._recorders[0]._tracker._memory.last
+        last = trace._recorder.module_recorders[0]._tracker._memory.last
     assert last is not None
     assert not last.states.requires_grad
 
@@ -272,7 +272,7 @@ def test_the_users_tensors_stay_resizable(cell) -> None:
 )
 def test_bytes_as_a_number_or_a_text(given, expected, cell) -> None:
     tracer = grutrace.Tracer(cell, state_memory=given)
-    assert tracer._options.state_memory == expected
+    assert tracer._recorder._options.state_memory == expected
     assert ("state_memory" in tracer.header.options) == (expected != 4 * 1024**2)
 
 
