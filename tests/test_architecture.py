@@ -53,7 +53,8 @@ ALLOWED = {
     "capture/annotation_values": set[str](),
     "capture/options": set[str](),
     "capture/kernel_calls": {"gru"},
-    "capture/selection": {"gru", "capture/options"},
+    "capture/unsupported_grus": set[str](),
+    "capture/selection": {"gru", "capture/options", "capture/unsupported_grus"},
     "capture/recording": {
         *("gru", "capture/options", "capture/annotation_values"),
         *("capture/kernel_calls", "capture/selection"),

@@ -1,6 +1,6 @@
-"""Tokens and labels as users have them: texts, numbers and token ids, of Python, NumPy and torch.
+"""Parse tokens and labels: texts, numbers and token ids of Python, NumPy, pandas and torch.
 
-They become lists of Python's own texts or numbers, one a sequence. B sequences in a batch, T steps.
+They become lists of Python texts or numbers, one per sequence. B sequences in a batch, T steps.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import numpy as np
 
 from grutrace.errors import OptionError, short_repr
 
-#: Texts, numbers, or arrays and tensors of them: one a step, or one for all steps, of each sequence
-#: of a batch.
+#: Texts, numbers, or arrays and tensors of them, for each sequence of a batch: one value per step,
+#: or one value for all steps.
 Values: TypeAlias = Iterable[Any]
 
-#: Whole numbers up to this size are kept exactly: values are stored as float64.
+#: Values are stored as float64, which is exact for whole numbers up to this size.
 MAX_EXACT_INTEGER = 2**53
 
 
@@ -24,10 +24,10 @@ class ParsedValues(NamedTuple):
     """Values of a batch.
 
     Attributes:
-        lists: (B,) for each sequence a list with one value a step, or one value for all its steps.
-            All are texts, or all are numbers.
-        padded: Whether they are the rows of an array, where all are as long as the longest sequence
-            and what lies beyond a sequence's own steps is padding.
+        lists: (B,) for each sequence a list with one value per step, or one value for all its
+            steps. All values are texts, or all are numbers.
+        padded: Whether the lists are the rows of an array. All are then as long as the longest
+            sequence, and values beyond the end of a shorter sequence are padding.
     """
 
     lists: list[Any]
@@ -35,70 +35,71 @@ class ParsedValues(NamedTuple):
 
     @property
     def longest(self) -> int | None:
-        """Values of the longest list; None if there is no list."""
+        """Number of values of the longest list; None if there is no list."""
         return max((len(each) for each in self.lists if isinstance(each, list)), default=None)
 
 
-def parse(name: str, given: Values) -> ParsedValues:
-    """Take values in any form that users have.
+def parse(name: str, values: Values) -> ParsedValues:
+    """Parse the tokens or labels of a batch.
 
     Args:
-        name: ``tokens``, whose value for a sequence is a list, or a text of one letter a step; or a
-            label's name, which may have one value for all steps of a sequence.
-        given: Lists, tuples, arrays or tensors, in each other; (B, T) if it is one array. Values
-            are texts, or numbers: Python's, NumPy's, or arrays and tensors with one element.
+        name: ``tokens``, or the name of a label. The tokens of a sequence are a list, or a text
+            with one letter per step. A label may have one value for all steps of a sequence.
+        values: Nested lists, tuples, arrays or tensors; (B, T) if it is one array. The elements are
+            texts, or numbers of Python or NumPy, or arrays and tensors with one element.
 
     Raises:
-        OptionError: It is something else.
+        OptionError: The values have another form or type, or are too large to be stored exactly.
     """
     expected = (
         "one list of texts, or of token ids, a sequence"
         if name == "tokens"
         else "one list of numbers, or one of texts, a sequence, or one value a sequence"
     )
-    plain = _plain(given)
-    if not isinstance(plain, list):
-        raise OptionError(f"{name}: expected {expected}; found {short_repr(given)}")
-    lists = [_sequence(name, each) for each in plain]
-    flat = [value for each in lists for value in (each if isinstance(each, list) else [each])]
+    rows = _to_python(values)
+    if not isinstance(rows, list):
+        raise OptionError(f"{name}: expected {expected}; found {short_repr(values)}")
+    lists = [_parse_sequence(name, row) for row in rows]
+    flat = [value for row in lists for value in (row if isinstance(row, list) else [row])]
     is_text = all(isinstance(value, str) for value in flat)
     if not is_text and not all(isinstance(value, (int, float)) for value in flat):
-        raise OptionError(f"{name}: expected {expected}; found {short_repr(given)}")
+        raise OptionError(f"{name}: expected {expected}; found {short_repr(values)}")
     for value in () if is_text else flat:
         if isinstance(value, int) and abs(value) > MAX_EXACT_INTEGER:
             raise OptionError(
                 f"{name}: expected whole numbers up to 2**53, which are kept exactly; found "
                 f"{value}: give it as a text, str({value})"
             )
-    return ParsedValues(lists, padded=len(getattr(given, "shape", ())) == 2)
+    return ParsedValues(lists, padded=len(getattr(values, "shape", ())) == 2)
 
 
-def _sequence(name: str, value: Any) -> Any:
-    """The values of one sequence: a list, or one for all its steps."""
+def _parse_sequence(name: str, value: Any) -> Any:
+    """Return the values of one sequence as a list, or one value for all its steps."""
     if isinstance(value, list) or name != "tokens":
         return value
-    # A word is its letters. A single id belongs to a single step.
+    # A word stands for its letters, a single id for the token of a single step.
     return list(value) if isinstance(value, str) else [value]
 
 
-def _plain(value: Any) -> Any:
-    """Arrays, tensors and their scalars as Python's own, and what can be iterated over as a list.
+def _to_python(value: Any) -> Any:
+    """Return arrays, tensors and their scalars as Python values, and other iterables as lists.
 
-    Texts, and what has no order, stay what they are.
+    Texts, mappings and sets are returned unchanged.
     """
     if getattr(value, "is_nested", False):
         value = value.unbind()
     elif hasattr(value, "tolist"):
-        # Of an array without axes it gives the element itself.
+        # An array without axes becomes its element.
         value = value.tolist()
     elif hasattr(value, "to_numpy"):
-        # A pandas DataFrame, whose iteration would give the names of its columns.
+        # Iterating over a pandas DataFrame would give the names of its columns.
         value = value.to_numpy().tolist()
     if isinstance(value, np.floating):
-        # Extended precision, which NumPy has no number of Python's for.
+        # Extended precision: `tolist` has no Python type for it.
         return float(value)
     if isinstance(value, str):
+        # A NumPy text becomes a Python text.
         return str(value)
     if isinstance(value, (bytes, bytearray, Mapping, Set)) or not isinstance(value, Iterable):
         return value
-    return [_plain(each) for each in value]
+    return [_to_python(each) for each in value]

@@ -101,7 +101,7 @@ class Attachment:
         """
         if module is None:
             return
-        unused = [e for e in self._subscriptions if isinstance(e, Subscription) and e.is_gone]
+        unused = [e for e in self._subscriptions if isinstance(e, Subscription) and e.is_stale]
         for subscription in unused:
             subscription.stop()
             self._subscriptions.remove(subscription)

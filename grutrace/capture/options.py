@@ -45,7 +45,7 @@ class Options:
         to_file: Whether the trace is written to a file.
         dtype: Name of the data type of stored rows; None for the type of each module.
         steps: Steps of each sequence, as a slice with an explicit start; None for all.
-        units: Units as the user gave them; None for all.
+        units: Units as the user gave them, as a slice or as numbers; None for all.
         state_memory: Maximum bytes of final states, for all modules together.
 
     Raises:
@@ -82,10 +82,10 @@ class Options:
         require_one_of("check", check, get_args(Check))
         if gates == "auto":
             # Inline if nothing is stored, if a residual must stop the model, or if the copies do
-            # not suffice (units). For a file, a thread that computes gates would slow the model as
-            # much.
-            at_once = counted or check == "raise" or units is not None or to_file
-            gates = "inline" if at_once else "background"
+            # not suffice (units). With a file, a thread that computes gates would slow the model
+            # just as much.
+            is_inline = counted or check == "raise" or units is not None or to_file
+            gates = "inline" if is_inline else "background"
         self.gates, self.stacks, self.check = gates, stacks, check
         self.to_file = to_file
         require_one_of("on_error", on_error, get_args(OnError))
@@ -103,9 +103,9 @@ class Options:
                     f"compression: expected None without a path, because there is no file; found "
                     f"{compression!r}"
                 )
-        self.every = _count("every", every)
-        self.max_calls = None if max_calls is None else _count("max_calls", max_calls)
-        self.max_bytes = None if max_bytes is None else _count("max_bytes", max_bytes)
+        self.every = _positive_integer("every", every)
+        self.max_calls = None if max_calls is None else _positive_integer("max_calls", max_calls)
+        self.max_bytes = None if max_bytes is None else _positive_integer("max_bytes", max_bytes)
         self.state_memory = byte_count("state_memory", state_memory)
         self.dtype = None if dtype is None else _storage_dtype(dtype)
         self.units = None if units is None else _units(units)
@@ -113,24 +113,24 @@ class Options:
         if units is not None and gates != "inline":
             raise OptionError(
                 f"units: expected None with gates={gates!r}, because the gate of one unit depends "
-                f"on the states of all units; found {_format_numbers(self.units)}. Record them "
+                f"on the states of all units; found {_format_indices(self.units)}. Record them "
                 "with gates='inline', or all units, and read those wanted: site.update[:, units]"
             )
 
     def as_json(self) -> dict[str, object]:
         """Return the options as stored in the trace. Some are left out at their default value."""
-        always: dict[str, object] = {
+        required: dict[str, object] = {
             "gates": self.gates,
             "stacks": self.stacks,
             "check": self.check,
         }
-        others = {
+        optional = {
             "every": self.every if self.every > 1 else None,
             "max_calls": self.max_calls,
             "max_bytes": self.max_bytes,
             "dtype": self.dtype,
-            "units": None if self.units is None else _format_numbers(self.units),
-            "steps": None if self.steps is None else _format_numbers(self.steps),
+            "units": None if self.units is None else _format_indices(self.units),
+            "steps": None if self.steps is None else _format_indices(self.steps),
             "fsync": self.fsync or None,
             "compression": self.compression,
             "weights": self.weights if self.weights != "auto" else None,
@@ -139,7 +139,7 @@ class Options:
             if self.state_memory != byte_count("", DEFAULT_STATE_MEMORY)
             else None,
         }
-        return always | {name: value for name, value in others.items() if value is not None}
+        return required | {name: value for name, value in optional.items() if value is not None}
 
 
 def _flag(option: str, value: object) -> bool:
@@ -162,7 +162,7 @@ def integer(option: str, value: object, expected: str) -> int:
         raise OptionError(f"{option}: expected {expected}, found {short_repr(value)}") from None
 
 
-def _count(option: str, value: object) -> int:
+def _positive_integer(option: str, value: object) -> int:
     expected = "a whole number from 1"
     number = integer(option, value, expected)
     if number < 1:
@@ -208,15 +208,15 @@ def _units(units: Units) -> slice | tuple[int, ...]:
     expected = "a slice, or the numbers of units"
     if isinstance(units, slice):
         bounds = (units.start, units.stop, units.step)
-        for each in bounds:
-            if each is not None:
-                integer("units", each, "a slice of whole numbers")
+        for bound in bounds:
+            if bound is not None:
+                integer("units", bound, "a slice of whole numbers")
         if units.step == 0:
             raise OptionError("units: expected a slice with a step, found a step of 0")
         return units
     if isinstance(units, (str, bytes)) or not isinstance(units, Iterable):
         raise OptionError(f"units: expected {expected}, found {short_repr(units)}")
-    numbers = tuple(integer("units", each, expected) for each in units)
+    numbers = tuple(integer("units", unit, expected) for unit in units)
     if not numbers:
         raise OptionError(f"units: expected {expected}, found none")
     return numbers
@@ -227,8 +227,8 @@ def _steps(steps: slice) -> slice | None:
     if not isinstance(steps, slice):
         raise OptionError(f"steps: expected {expected}, found {short_repr(steps)}")
     start, stop, step = (
-        None if each is None else integer("steps", each, expected)
-        for each in (steps.start, steps.stop, steps.step)
+        None if bound is None else integer("steps", bound, expected)
+        for bound in (steps.start, steps.stop, steps.step)
     )
     start = start or 0
     if start < 0 or step not in (None, 1) or (stop is not None and stop <= start):
@@ -238,11 +238,11 @@ def _steps(steps: slice) -> slice | None:
     return None if start == 0 and stop is None else slice(start, stop)
 
 
-def _format_numbers(numbers: slice | tuple[int, ...] | None) -> str:
-    """Return indices in the form of the command line: 0,3,7 or 0:32."""
+def _format_indices(numbers: slice | tuple[int, ...] | None) -> str:
+    """Return units or steps in the form of the command line: 0,3,7 or 0:32."""
     if isinstance(numbers, slice):
         parts = [numbers.start, numbers.stop, *([numbers.step] if numbers.step else [])]
-        return ":".join("" if each is None else str(each) for each in parts)
+        return ":".join("" if part is None else str(part) for part in parts)
     return ",".join(map(str, numbers or ()))
 
 

@@ -7,25 +7,25 @@ Python code (``torch.compiler.set_stance("force_eager")``). This affects the who
 
 from __future__ import annotations
 
-import sys
 import threading
 from types import CodeType
 from typing import Any
 
 import torch
 
+from grutrace.capture.kernel_calls.torch_context import dynamo_loaded
 from grutrace.errors import UnsupportedError
 
 
 def any_with_gru_kernel() -> bool:
     """Whether torch.compile has made a graph that contains a GRU kernel."""
-    if "torch._dynamo" not in sys.modules:
+    if not dynamo_loaded():
         return False
     try:
         from torch._dynamo import convert_frame
 
         codes = [reference() for reference in tuple(convert_frame.input_codes.seen)]
-        return any(_has_kernel(code) for code in codes if code is not None)
+        return any(_has_gru_kernel(code) for code in codes if code is not None)
     except (ImportError, AttributeError):
         # Other PyTorch versions store this elsewhere.
         return False
@@ -35,15 +35,15 @@ def any_with_gru_kernel() -> bool:
 _known: dict[CodeType, tuple[int, bool]] = {}
 
 
-def _has_kernel(code: CodeType) -> bool:
+def _has_gru_kernel(code: CodeType) -> bool:
     entries = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code)
     if not entries:
         return False
     known = _known.get(code)
     if known is None or known[0] != len(entries):
         # The guards name every function in the graph.
-        found = any("gru" in str(entry.guard_manager).lower() for entry in entries)
-        known = _known[code] = len(entries), found
+        has_kernel = any("gru" in str(entry.guard_manager).lower() for entry in entries)
+        known = _known[code] = len(entries), has_kernel
     return known[1]
 
 
@@ -51,7 +51,7 @@ class EagerCode:
     """Runs compiled code as the original Python code between `start` and `stop`."""
 
     def __init__(self) -> None:
-        self._is_on = False
+        self._is_active = False
 
     def start(self) -> None:
         """Run compiled code as Python code from now on, in the whole process.
@@ -64,14 +64,14 @@ class EagerCode:
                 "compiled='eager' needs PyTorch 2.6 or newer; found "
                 f"{torch.__version__}. Call the model itself instead of the compiled one"
             )
-        if not self._is_on:
-            self._is_on = True
+        if not self._is_active:
+            self._is_active = True
             _stance.acquire()
 
     def stop(self) -> None:
-        """Run compiled code again, unless another tracer needs it stopped. Idempotent."""
-        if self._is_on:
-            self._is_on = False
+        """Run compiled code again, unless another tracer prevents it. Stopping twice is safe."""
+        if self._is_active:
+            self._is_active = False
             _stance.release()
 
 
@@ -80,14 +80,14 @@ class _Stance:
 
     def __init__(self) -> None:
         self._users = 0
-        self._before: Any = None
+        self._context: Any = None
         self._lock = threading.Lock()
 
     def acquire(self) -> None:
         with self._lock:
             if not self._users:
                 set_stance: Any = torch.compiler.set_stance
-                self._before = set_stance("force_eager")
+                self._context = set_stance("force_eager")
             self._users += 1
 
     def release(self) -> None:
@@ -95,7 +95,7 @@ class _Stance:
             self._users -= 1
             if not self._users:
                 # The context manager's exit restores the previous stance.
-                self._before.__exit__(None, None, None)
+                self._context.__exit__(None, None, None)
 
 
 _stance = _Stance()

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from torch import nn
 
+from grutrace.capture.kernel_calls.caller import is_called_within
 from grutrace.capture.kernel_calls.observation import GRUModule
-from grutrace.capture.kernel_calls.subscription import method_owner
 from grutrace.records import ModuleInfo
 
 
@@ -54,7 +54,7 @@ def locate_module(
             reason=f"{path} was added after the tracer was created: its calls are not recorded. "
             "Create a new tracer",
         )
-    if not _is_called_within(model, frame):
+    if not is_called_within(model, frame):
         return ModuleLocation(None)
     return ModuleLocation(
         None,
@@ -65,12 +65,13 @@ def locate_module(
 
 
 def _has_sites_of(described: ModuleInfo, module: GRUModule) -> bool:
+    """Whether a module has the sites and shapes of a recorded module."""
     if isinstance(module, nn.GRUCell):
         layers, bidirectional, kind = 1, False, "GRUCell"
     else:
         layers, bidirectional, kind = module.num_layers, module.bidirectional, "GRU"
-    found = (kind, module.input_size, module.hidden_size, layers, bidirectional, bool(module.bias))
-    return found == (
+    actual = (kind, module.input_size, module.hidden_size, layers, bidirectional, bool(module.bias))
+    return actual == (
         described.kind,
         described.input_size,
         described.hidden_size,
@@ -78,14 +79,3 @@ def _has_sites_of(described: ModuleInfo, module: GRUModule) -> bool:
         described.bidirectional,
         described.bias,
     )
-
-
-def _is_called_within(model: nn.Module, frame: FrameType) -> bool:
-    """Whether a method of one of the model's modules is on the call stack."""
-    modules = set(map(id, model.modules()))
-    above: FrameType | None = frame
-    while above is not None:
-        if id(method_owner(above)) in modules:
-            return True
-        above = above.f_back
-    return False

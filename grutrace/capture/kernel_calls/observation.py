@@ -13,12 +13,12 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from grutrace.capture.kernel_calls.registration import GRUKernel as Kernel
+from grutrace.capture.kernel_calls.registration import GRUKernel
 from grutrace.capture.kernel_calls.torch_context import (
     SkippedCall,
     is_wrapped,
     isolated_context,
-    plain,
+    unwrap_functorch,
 )
 from grutrace.gru import kernel_gates
 from grutrace.gru.gate_requests import GateRequest
@@ -56,11 +56,11 @@ def first_weight(module: nn.Module) -> Tensor | None:
     Reading a parametrized weight would compute it again.
     """
     name = "weight_ih" if isinstance(module, nn.GRUCell) else "weight_ih_l0"
-    found = module._parameters.get(name)
-    return vars(module).get(name) if found is None else found
+    weight = module._parameters.get(name)
+    return vars(module).get(name) if weight is None else weight
 
 
-def is_own_call(module: GRUModule, kernel: Kernel, arguments: tuple[Any, ...]) -> bool:
+def is_own_call(module: GRUModule, kernel: GRUKernel, arguments: tuple[Any, ...]) -> bool:
     """Whether a kernel call inside a module's forward is made by the module itself.
 
     If the weights do not fit the module, another layer inside the forward makes the call.
@@ -83,7 +83,7 @@ class KernelRun:
     Args:
         kernel: The kernel.
         arguments: Its positional arguments.
-        answer: The result that the model gets.
+        result: The result that the model gets.
         layers: Input and output of each layer; empty for a single layer, where the arguments and
             the result hold them.
         gates: By layer and direction, the kernel's own gates; None if they were not copied.
@@ -93,22 +93,22 @@ class KernelRun:
     """
 
     __slots__ = (
-        *("answer", "arguments", "gates", "is_kept", "kernel", "layers", "seconds", "steps"),
+        *("arguments", "gates", "is_kept", "kernel", "layers", "result", "seconds", "steps"),
         "training",
     )
 
     def __init__(
         self,
-        kernel: Kernel,
+        kernel: GRUKernel,
         arguments: tuple[Any, ...],
-        answer: Any,
+        result: Any,
         layers: list[Layer],
         gates: list[list[KernelGates]] | None,
         steps: SequenceLayout | None,
         training: bool,
         seconds: float,
     ) -> None:
-        self.kernel, self.arguments, self.answer = kernel, arguments, answer
+        self.kernel, self.arguments, self.result = kernel, arguments, result
         self.layers, self.gates, self.steps = layers, gates, steps
         self.training, self.seconds = training, seconds
         self.is_kept = False
@@ -122,7 +122,7 @@ class KernelRun:
     @property
     def output(self) -> Tensor:
         """The output of each step: (T, B, D * H), (B, T, D * H), (N, D * H) or (B, H)."""
-        output: Tensor = self.answer if self.kernel.is_cell else self.answer[0]
+        output: Tensor = self.result if self.kernel.is_cell else self.result[0]
         return output
 
     @property
@@ -139,8 +139,8 @@ class KernelRun:
     @property
     def device(self) -> str:
         """The device type that it ran on."""
-        kind: str = self.arguments[0].device.type
-        return kind
+        device: str = self.arguments[0].device.type
+        return device
 
     @property
     def nbytes(self) -> int:
@@ -155,7 +155,7 @@ class KernelRun:
 
     def with_weights(self, weights: list[Tensor]) -> KernelRun:
         """Return the same call with these weights."""
-        return self._with(self.arguments, self.answer, self.layers, weights)
+        return self._replace(self.arguments, self.result, self.layers, weights)
 
     def kept(
         self,
@@ -172,37 +172,46 @@ class KernelRun:
             copy_input: Copies the input.
             copy_output: Copies the output.
         """
-        arguments, place = list(self.arguments), self.kernel.state_index
-        arguments[0], arguments[place] = copy_input(arguments[0]), copy(arguments[place])
-        answer = self.answer
-        answer = copy_output(answer) if self.kernel.is_cell else (copy_output(answer[0]),)
+        arguments, state_index = list(self.arguments), self.kernel.state_index
+        arguments[0] = copy_input(arguments[0])
+        arguments[state_index] = copy(arguments[state_index])
+        result = self.result
+        result = copy_output(result) if self.kernel.is_cell else (copy_output(result[0]),)
         # The model cannot access tensors between the layers.
         layers = [Layer(each.input.detach(), each.output.detach()) for each in self.layers]
         if layers:
             input = _to_kernel_call(self.kernel, tuple(arguments)).input
             layers[0] = layers[0]._replace(input=input)
-            output = _output(self.kernel, self.arguments, answer)
+            output = _time_major_output(self.kernel, self.arguments, result)
             layers[-1] = layers[-1]._replace(output=output)
-        run = self._with(tuple(arguments), answer, layers, weights)
+        run = self._replace(tuple(arguments), result, layers, weights)
         run.is_kept = True
         return run
 
-    def _with(
-        self, arguments: tuple[Any, ...], answer: Any, layers: list[Layer], weights: list[Tensor]
+    def _replace(
+        self, arguments: tuple[Any, ...], result: Any, layers: list[Layer], weights: list[Tensor]
     ) -> KernelRun:
-        kernel = self.kernel
-        given = kernel.with_weights(arguments, weights)
-        of_call = self.steps, self.training, self.seconds
-        return KernelRun(kernel, given, answer, layers, self.gates, *of_call)
+        """Return the same call with these tensors."""
+        return KernelRun(
+            self.kernel,
+            self.kernel.with_weights(arguments, weights),
+            result,
+            layers,
+            self.gates,
+            self.steps,
+            self.training,
+            self.seconds,
+        )
 
     def observation(self) -> Observation:
         """Return the call in one form for all kernels."""
         call, layers = _to_kernel_call(self.kernel, self.arguments), self.layers
         if not layers:
-            layers = [Layer(call.input, _output(self.kernel, self.arguments, self.answer))]
+            output = _time_major_output(self.kernel, self.arguments, self.result)
+            layers = [Layer(call.input, output)]
         if self.gates is not None:
             layers = [
-                each._replace(gates=own) for each, own in zip(layers, self.gates, strict=True)
+                layer._replace(gates=gates) for layer, gates in zip(layers, self.gates, strict=True)
             ]
         steps = self.steps or PaddedLayout(*layers[-1].output.shape[:2])
         return Observation(call, steps, layers, self.training, self.seconds, self.is_kept)
@@ -214,7 +223,7 @@ Observe: TypeAlias = Callable[[], KernelRun | SkippedCall]
 
 def run_kernel(
     module: GRUModule,
-    kernel: Kernel,
+    kernel: GRUKernel,
     arguments: tuple[Any, ...],
     find_sorted_indices: Callable[[Tensor], Tensor | None],
     stacks: Stacks,
@@ -237,65 +246,78 @@ def run_kernel(
     Returns:
         The result for the model, and a function that observes the call.
     """
-    call, harvests, state = None, False, None
+    call, copies_gates, rng_state = None, False, None
     if request.columns and kernel_gates.can_intercept(arguments[0]):
         call = _to_kernel_call(kernel, arguments)
-        harvests = call.should_copy_kernel_gates(request)
+        copies_gates = call.should_copy_kernel_gates(request)
     is_stack = not kernel.is_cell and kernel.options(arguments)[1] > 1
     if is_stack:
         call = call or _to_kernel_call(kernel, arguments)
-        if call.has_dropout and not _splits(call, stacks):
+        if call.has_dropout and not _should_split(call, stacks):
             if not _on_cpu(call):
                 return kernel(*arguments), partial(_dropout_mask_unknown, call)
-            state = torch.get_rng_state()
-    splits = call is not None and is_stack and _splits(call, stacks)
-    began = time.perf_counter()
+            # Running the lower layers again draws the same dropout masks from it.
+            rng_state = torch.get_rng_state()
+    should_split = call is not None and is_stack and _should_split(call, stacks)
+    start = time.perf_counter()
     gates: list[list[KernelGates]] | None = None
-    if call is not None and harvests:
-        run = partial(_run, kernel, arguments, call, splits)
-        (answer, layers), gates = call.copy_kernel_gates(run, request.columns)
-    elif call is not None and splits:
-        answer, layers = _split(call, arguments)
+    if call is not None and copies_gates:
+        run = partial(_run, kernel, arguments, call, should_split)
+        (result, layers), gates = call.copy_kernel_gates(run, request.columns)
+    elif call is not None and should_split:
+        result, layers = _run_split(call, arguments)
     else:
-        answer, layers = kernel(*arguments), []
-    seconds = time.perf_counter() - began
+        result, layers = kernel(*arguments), []
+    seconds = time.perf_counter() - start
 
     def observe() -> KernelRun:
-        own, returned, found = arguments, answer, layers
+        run_arguments, run_result, run_layers = arguments, result, layers
         if is_transformed:
-            own, returned = _unwrapped(arguments), _unwrapped(answer)
-            found = [Layer(plain(each.input), plain(each.output)) for each in layers]
-        if is_stack and not found:
+            run_arguments, run_result = _unwrap_all(arguments), _unwrap_all(result)
+            run_layers = [
+                Layer(unwrap_functorch(layer.input), unwrap_functorch(layer.output))
+                for layer in layers
+            ]
+        if is_stack and not run_layers:
             with isolated_context():
-                made = _to_kernel_call(kernel, own)
-                found = rerun_lower_layers(made, _output(kernel, own, returned), state)
+                output = _time_major_output(kernel, run_arguments, run_result)
+                run_layers = rerun_lower_layers(
+                    _to_kernel_call(kernel, run_arguments), output, rng_state
+                )
         steps = None
         if kernel.name == "gru.data":
             with isolated_context():
-                steps = PackedLayout(own[1], find_sorted_indices(arguments[1]))
-        return KernelRun(kernel, own, returned, found, gates, steps, module.training, seconds)
+                # The frames of the call hold the batch sizes as they were passed: not unwrapped.
+                steps = PackedLayout(run_arguments[1], find_sorted_indices(arguments[1]))
+        return KernelRun(
+            kernel, run_arguments, run_result, run_layers, gates, steps, module.training, seconds
+        )
 
-    return answer, observe
+    return result, observe
 
 
 def _run(
-    kernel: Kernel, arguments: tuple[Any, ...], call: KernelCall, splits: bool
+    kernel: GRUKernel, arguments: tuple[Any, ...], call: KernelCall, should_split: bool
 ) -> tuple[Any, list[Layer]]:
-    return _split(call, arguments) if splits else (kernel(*arguments), [])
+    """Run the kernel, or the layers one by one. Return the model's result and observed layers."""
+    return _run_split(call, arguments) if should_split else (kernel(*arguments), [])
 
 
-def _split(call: KernelCall, arguments: tuple[Any, ...]) -> tuple[Any, list[Layer]]:
-    """Run a call layer by layer."""
+def _run_split(call: KernelCall, arguments: tuple[Any, ...]) -> tuple[Any, list[Layer]]:
+    """Run the layers one by one."""
     output, final, layers = run_layerwise(call)
+    # The last argument of a padded call is batch_first.
     batch_first = call.batch_sizes is None and bool(arguments[-1])
     return (output.transpose(0, 1) if batch_first else output, final), layers
 
 
-def _splits(call: KernelCall, stacks: Stacks) -> bool:
+def _should_split(call: KernelCall, stacks: Stacks) -> bool:
+    """Whether the call of a stack is replaced with one call per layer."""
     return stacks == "split" or (stacks == "auto" and _on_cpu(call))
 
 
-def _to_kernel_call(kernel: Kernel, arguments: tuple[Any, ...]) -> KernelCall:
+def _to_kernel_call(kernel: GRUKernel, arguments: tuple[Any, ...]) -> KernelCall:
+    """Return the arguments of any kernel in one form. A cell is a layer with one step."""
     if not kernel.is_cell:
         return KernelCall.of_gru(*arguments)
     input, initial = arguments[:2]
@@ -303,15 +325,15 @@ def _to_kernel_call(kernel: Kernel, arguments: tuple[Any, ...]) -> KernelCall:
     return KernelCall(input.unsqueeze(0), None, initial.unsqueeze(0), weights, len(weights) == 4)
 
 
-def _output(kernel: Kernel, arguments: tuple[Any, ...], answer: Any) -> Tensor:
-    """Return the kernel's output as (T, B, D * H) or (N, D * H)."""
+def _time_major_output(kernel: GRUKernel, arguments: tuple[Any, ...], result: Any) -> Tensor:
+    """Return the kernel's output as (T, B, D * H), or as (N, D * H) if it is packed."""
     output: Tensor
     if kernel.is_cell:
-        output = answer.unsqueeze(0)
+        output = result.unsqueeze(0)
     elif kernel.name == "gru.input" and arguments[-1]:
-        output = answer[0].transpose(0, 1)
+        output = result[0].transpose(0, 1)
     else:
-        output = answer[0]
+        output = result[0]
     return output
 
 
@@ -327,10 +349,10 @@ def _dropout_mask_unknown(call: KernelCall) -> SkippedCall:
     )
 
 
-def _unwrapped(values: Any) -> Any:
+def _unwrap_all(values: Any) -> Any:
     """Return the values with the tensors inside torch.func's wrappers."""
     if isinstance(values, Tensor):
-        return plain(values) if is_wrapped(values) else values
+        return unwrap_functorch(values) if is_wrapped(values) else values
     if isinstance(values, (list, tuple)):
-        return type(values)(map(_unwrapped, values))
+        return type(values)(map(_unwrap_all, values))
     return values

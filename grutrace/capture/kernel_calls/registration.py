@@ -4,7 +4,7 @@ PyTorch looks up the kernel of an operation by *dispatch key*: there is one key 
 and each feature, such as autograd. The GRU operations have a single composite kernel for all keys,
 made of other operations. A kernel registered for a specific key takes precedence over it.
 
-Two problems, both seen with PyTorch 2.13, make this less simple:
+Two problems complicate this, both observed with PyTorch 2.13:
 
 - A kernel registered for ``CPU`` alone would hide the composite kernel from autograd, and no
   gradient would flow. So kernels are registered for the autograd key of each device and for the
@@ -47,15 +47,15 @@ class GRUKernel:
     Attributes:
         name: ``gru.input``, ``gru.data`` or ``gru_cell``.
         is_cell: Whether it runs one step of a cell.
+        state_index: Index of the initial state among its arguments.
     """
 
     def __init__(self, name: str) -> None:
         self.name, self.is_cell = name, name == "gru_cell"
         packet, _, overload = name.partition(".")
         self._run: Any = getattr(getattr(torch.ops.aten, packet), overload or "default")._op_dk
-        self._weights = OPERATIONS[name]
-        #: Index of the initial state among its arguments.
-        self.state_index = self._weights - 1
+        self._weights_index = OPERATIONS[name]
+        self.state_index = self._weights_index - 1
 
     def __call__(self, *arguments: Any) -> Any:
         """Run the kernel. Function modes of the user see the same calls as without grutrace."""
@@ -66,47 +66,54 @@ class GRUKernel:
 
     def options(self, arguments: tuple[Any, ...]) -> tuple[int, int, float, bool, bool]:
         """Return has_biases, num_layers, dropout, train and bidirectional from its arguments."""
-        found: Any = arguments[self._weights + 1 : self._weights + 6]
-        return tuple(found)
+        options: Any = arguments[self._weights_index + 1 : self._weights_index + 6]
+        return tuple(options)
 
     def weights(self, arguments: tuple[Any, ...]) -> Any:
         """Return the weights from its arguments: a flat list, as in nn.GRU."""
         if self.is_cell:
-            return [each for each in arguments[self._weights :] if each is not None]
-        return arguments[self._weights]
+            return [each for each in arguments[self._weights_index :] if each is not None]
+        return arguments[self._weights_index]
 
     def with_weights(self, arguments: tuple[Any, ...], weights: Any) -> tuple[Any, ...]:
         """Return the same arguments with other weights, given as a flat list."""
-        place = self._weights
+        index = self._weights_index
         if self.is_cell:
-            return (*arguments[:place], *weights)
-        return (*arguments[:place], weights, *arguments[place + 1 :])
+            return (*arguments[:index], *weights)
+        return (*arguments[:index], weights, *arguments[index + 1 :])
 
 
-#: Function called instead of the kernel, with the original kernel and the arguments.
-Answer: TypeAlias = Callable[[GRUKernel, tuple[Any, ...]], Any]
+#: Function that is called instead of a kernel, with PyTorch's kernel and the arguments.
+KernelOverride: TypeAlias = Callable[[GRUKernel, tuple[Any, ...]], Any]
 
 
-class _Removed(NamedTuple):
-    when: float
-    kernels: list[Any]
+class _RemovedKernels(NamedTuple):
+    """Kernels that a thread may still be about to enter.
+
+    Attributes:
+        time: When they were removed, by the monotonic clock. Seconds.
+        handles: Keep them alive.
+    """
+
+    time: float
+    handles: list[Any]
 
 
 class KernelRegistration:
     """Overrides the kernels of the GRU operations while it is acquired.
 
     Args:
-        answer: Called instead of the kernel, with PyTorch's kernel and the arguments of the call.
+        override: Called instead of each kernel.
     """
 
-    def __init__(self, answer: Answer) -> None:
-        self._dispatch = answer
+    def __init__(self, override: KernelOverride) -> None:
+        self._override = override
         self._users = 0
         self._libraries: dict[str, Any] = {}
         self._handles: list[Any] = []
-        self._removed: deque[_Removed] = deque()
+        self._removed: deque[_RemovedKernels] = deque()
         self._lock = threading.RLock()
-        if hasattr(os, "register_at_fork"):  # There is none on Windows.
+        if hasattr(os, "register_at_fork"):  # Not on Windows.
             os.register_at_fork(after_in_child=self._reset_lock_after_fork)
 
     def _reset_lock_after_fork(self) -> None:
@@ -146,40 +153,41 @@ class KernelRegistration:
             if self._users or not self._libraries:
                 return
             if not self._handles and len(sys._current_frames()) > 1:
+                # Without handles, the kernels can be freed only while no other thread runs Python.
                 return
             for library in self._libraries.values():
                 library._destroy()
             self._libraries.clear()
-            self._removed.append(_Removed(time.monotonic(), self._handles))
+            self._removed.append(_RemovedKernels(time.monotonic(), self._handles))
             self._handles = []
 
     def _register(self, key: str) -> None:
-        make: Any = torch.library.Library
-        library = make("aten", "IMPL", key)
+        create_library: Any = torch.library.Library
+        library = create_library("aten", "IMPL", key)
         for name in OPERATIONS:
-            library.impl(name, self._kernel(GRUKernel(name)))
+            library.impl(name, self._make_kernel(GRUKernel(name)))
             handle = _kernel_handle(f"aten::{name}", key)
             if handle is not None:
                 self._handles.append(handle)
         self._libraries[key] = library
 
-    def _kernel(self, kernel: GRUKernel) -> Callable[..., Any]:
-        answer = self._dispatch
+    def _make_kernel(self, kernel: GRUKernel) -> Callable[..., Any]:
+        override = self._override
 
         def call(*arguments: Any) -> Any:
             # torch.compile would compile every Python function that runs within a compiled one.
-            before = _frames.set_eval_frame(None)
+            previous = _frames.set_eval_frame(None)
             try:
-                return answer(kernel, arguments)
+                return override(kernel, arguments)
             finally:
-                _frames.set_eval_frame(before)
+                _frames.set_eval_frame(previous)
 
         _exclude_from_compiler(call)
         return call
 
     def _drop_expired(self) -> None:
         oldest = time.monotonic() - REMOVAL_DELAY_SECONDS
-        while self._removed and self._removed[0].when < oldest:
+        while self._removed and self._removed[0].time < oldest:
             self._removed.popleft()
 
 
@@ -196,5 +204,5 @@ def _exclude_from_compiler(function: Callable[..., Any]) -> None:
 
 def _kernel_handle(operation: str, key: str) -> Any:
     """Return a handle that keeps the current kernel of an operation alive; None without one."""
-    find = getattr(torch._C, "_dispatch_get_computed_kernel_for_dispatch_key", None)
-    return None if find is None else find(operation, getattr(DispatchKey, key))
+    get_kernel = getattr(torch._C, "_dispatch_get_computed_kernel_for_dispatch_key", None)
+    return None if get_kernel is None else get_kernel(operation, getattr(DispatchKey, key))

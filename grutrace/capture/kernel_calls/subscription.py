@@ -1,4 +1,4 @@
-"""Observe every call of PyTorch's GRU kernels, in any surroundings of the layer.
+"""Observe the calls that a module makes of PyTorch's GRU kernels.
 
 nn.GRU and nn.GRUCell call one of three PyTorch operations: ``aten::gru.input``, ``aten::gru.data``
 (packed input) and ``aten::gru_cell``. While anything records, these operations have kernels of
@@ -6,9 +6,9 @@ grutrace, which call PyTorch's own and record input and output. Nothing is added
 hook, no mode, no replaced forward. So nothing of grutrace is copied, saved, scripted or compiled
 with the model, and code that checks a model's hooks takes no slower path.
 
-The calling module is found from the Python frame that called the kernel: the ``forward`` of nn.GRU
-or nn.GRUCell, with the module as ``self``. Without such a frame (TorchScript, a compiled graph) it
-is found from the weights, which are the module's own tensors.
+`registration` registers the kernels, `caller` finds the calling module, and `observation` runs
+PyTorch's kernel and collects its data. This module connects them: each module that is to be
+observed has subscriptions.
 
 docs/design.md explains why kernels are registered and removed in this way.
 
@@ -24,14 +24,14 @@ import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import FrameType
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
-from torch.nn.utils.rnn import PackedSequence
 
 from grutrace.capture.kernel_calls import observation
+from grutrace.capture.kernel_calls.caller import KernelCaller, find_caller, find_sorted_indices
 from grutrace.capture.kernel_calls.observation import GRUModule, KernelRun
 from grutrace.capture.kernel_calls.registration import GRUKernel, KernelRegistration
 from grutrace.capture.kernel_calls.torch_context import (
@@ -87,32 +87,32 @@ class Subscription:
     ) -> None:
         self.module, self.callback = weakref.ref(module), callback
         self.stacks, self.should_record, self.request = stacks, should_record, request
-        self._is_on = False
+        self._is_active = False
         # Replaced as a whole, never changed, because other threads read it.
-        self._known: list[weakref.ref[Tensor]] = []
+        self._known_weights: list[weakref.ref[Tensor]] = []
 
     def remember_weights(self, weights: list[Tensor]) -> None:
         """Remember weights that belong to the module and can be recorded."""
-        self._known = [weakref.ref(each) for each in weights]
+        self._known_weights = [weakref.ref(weight) for weight in weights]
 
     def recognizes(self, weights: list[Tensor]) -> bool:
         """Whether `remember_weights` was given these very weights last."""
-        known = self._known
+        known = self._known_weights
         return len(known) == len(weights) and all(
-            [own() is each for own, each in zip(known, weights, strict=True)]
+            [reference() is weight for reference, weight in zip(known, weights, strict=True)]
         )
 
     @property
-    def is_gone(self) -> bool:
-        """Whether the module is gone."""
+    def is_stale(self) -> bool:
+        """Whether the module was garbage-collected."""
         return self.module() is None
 
     def start(self) -> None:
         """Start observing."""
         module = self.module()
-        if module is not None and not self._is_on:
+        if module is not None and not self._is_active:
             _registration.acquire(_devices(module))
-            self._is_on = True
+            self._is_active = True
             _subscriptions.add(module, self)
             # A subscription that is garbage-collected restores the kernels, too.
             self._release = weakref.finalize(self, _registration.release)
@@ -120,32 +120,38 @@ class Subscription:
 
     def stop(self) -> None:
         """Stop observing. Stopping twice does nothing."""
-        if self._is_on:
-            self._is_on = False
+        if self._is_active:
+            self._is_active = False
             _subscriptions.discard(self)
             self._release()
 
 
 class UnknownModuleWatch:
-    """Calls ``found`` once for each GRU that is called without a subscription.
+    """Calls ``callback`` once for each GRU that is called without a subscription.
 
     The creator must keep a reference to the watch.
 
     Args:
-        found: Called with the module and the frame that called the kernel, before the call.
+        callback: Called with the module and the frame that called the kernel, before the call.
     """
 
-    def __init__(self, found: UnknownModuleCallback) -> None:
-        self.found = found
-        self.seen: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+    def __init__(self, callback: UnknownModuleCallback) -> None:
+        self._callback = callback
+        self._known_modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def start(self) -> None:
-        """Start watching. Calls are seen only while any subscription is active."""
+        """Start watching. Calls are noticed only while any subscription is active."""
         _watches.add(self)
 
     def stop(self) -> None:
         """Stop watching. Stopping twice does nothing."""
         _watches.discard(self)
+
+    def notify(self, module: GRUModule, frame: FrameType) -> None:
+        """Call the callback, unless it was called with this module before."""
+        if module not in self._known_modules:
+            self._known_modules.add(module)
+            self._callback(module, frame)
 
 
 class _Subscriptions:
@@ -159,54 +165,58 @@ class _Subscriptions:
     def __init__(self) -> None:
         self.by_module: dict[int, tuple[weakref.ref[Subscription], ...]] = {}
         self._lock = threading.RLock()
-        # Another thread of the parent may hold it.
-        if hasattr(os, "register_at_fork"):  # There is none on Windows.
+        if hasattr(os, "register_at_fork"):  # Not on Windows.
             os.register_at_fork(after_in_child=self._reset_lock_after_fork)
 
     def _reset_lock_after_fork(self) -> None:
+        # A thread of the parent process may hold the lock.
         self._lock = threading.RLock()
 
     def add(self, module: nn.Module, subscription: Subscription) -> None:
         with self._lock:
-            others = tuple(
-                each for each in self.by_module.get(id(module), ()) if each() is not None
-            )
-            mine = weakref.ref(subscription, self._forget)
-            self.by_module = {**self.by_module, id(module): (*others, mine)}
+            existing = self.by_module.get(id(module), ())
+            alive = tuple(reference for reference in existing if reference() is not None)
+            added = weakref.ref(subscription, self._discard_collected)
+            self.by_module = {**self.by_module, id(module): (*alive, added)}
 
     def discard(self, subscription: Subscription | None) -> None:
         """Remove a subscription, and all that were garbage-collected."""
         with self._lock:
-            left = {
-                number: tuple(each for each in found if each() not in (None, subscription))
-                for number, found in self.by_module.items()
+            remaining = {
+                module_id: tuple(each for each in references if each() not in (None, subscription))
+                for module_id, references in self.by_module.items()
             }
-            self.by_module = {number: found for number, found in left.items() if found}
+            self.by_module = {
+                key: references for key, references in remaining.items() if references
+            }
 
-    def _forget(self, _: object) -> None:
+    def _discard_collected(self, _: object) -> None:
         self.discard(None)
 
-    def of(self, module: nn.Module) -> list[Subscription]:
+    def to_module(self, module: nn.Module) -> list[Subscription]:
         """Return the subscriptions to a module, in the order in which they were started."""
-        found = self.by_module.get(id(module))
-        if found is None:
+        references = self.by_module.get(id(module))
+        if references is None:
             return []
-        alive = [each() for each in found]
-        return [each for each in alive if each is not None and each.module() is module]
+        subscriptions = [reference() for reference in references]
+        # An id may belong to an earlier module that was garbage-collected.
+        return [each for each in subscriptions if each is not None and each.module() is module]
 
     def modules(self) -> Iterator[nn.Module]:
         """Yield the modules that have subscriptions."""
-        for found in tuple(self.by_module.values()):
-            first = found[0]()
+        for references in tuple(self.by_module.values()):
+            first = references[0]()
             module = None if first is None else first.module()
             if module is not None:
                 yield module
 
 
-class _Inside(threading.local):
-    """The frame that observes a call in this thread, if there is one.
+class _CurrentCall(threading.local):
+    """The call that is being observed in this thread: a call within it is not observed as well.
 
-    A frame instead of a flag, because an interruption could prevent a flag from being reset.
+    Attributes:
+        frame: The frame that observes it; None without one. A flag would not do, because an
+            interruption could prevent it from being reset.
     """
 
     frame: FrameType | None = None
@@ -215,31 +225,17 @@ class _Inside(threading.local):
         """Whether a call is being observed in this thread."""
         if self.frame is None:
             return False
-        above: FrameType | None = sys._getframe(1)
-        while above is not None:
-            if above is self.frame:
+        outer: FrameType | None = sys._getframe(1)
+        while outer is not None:
+            if outer is self.frame:
                 return True
-            above = above.f_back
+            outer = outer.f_back
         return False
-
-
-class KernelCaller(NamedTuple):
-    """The caller of a kernel.
-
-    Attributes:
-        module: The GRU whose forward makes the call; None if no module makes it.
-        frame: The frame of the function that called the kernel.
-        own: The frame in which the module is the first argument; None without one.
-    """
-
-    module: GRUModule | None
-    frame: FrameType
-    own: FrameType | None
 
 
 _subscriptions = _Subscriptions()
 _watches: weakref.WeakSet[UnknownModuleWatch] = weakref.WeakSet()
-_inside = _Inside()
+_current_call = _CurrentCall()
 
 
 def is_observing() -> bool:
@@ -249,165 +245,114 @@ def is_observing() -> bool:
 
 def _dispatch(kernel: GRUKernel, arguments: tuple[Any, ...]) -> Any:
     """Run PyTorch's own kernel, and notify the subscriptions to the calling module."""
-    if not _subscriptions.by_module or _inside.is_running():
+    if not _subscriptions.by_module or _current_call.is_running():
         return kernel(*arguments)
-    caller = _find_caller(sys._getframe(2), kernel, arguments)
+    caller = find_caller(sys._getframe(2), kernel, arguments, _subscriptions.modules)
     module = caller.module
     if module is None:
         return kernel(*arguments)
-    subscribed = _subscriptions.of(module)
-    if not subscribed:
-        if not _watches or caller.own is None:
+    subscriptions = _subscriptions.to_module(module)
+    if not subscriptions:
+        if not _watches or caller.module_frame is None:
             return kernel(*arguments)
-        _notify_watches(module, caller.own)
-        subscribed = _subscriptions.of(module)
-    if not subscribed:
+        for watch in tuple(_watches):
+            watch.notify(module, caller.module_frame)
+        # A watch may have subscribed to the module.
+        subscriptions = _subscriptions.to_module(module)
+    if not subscriptions:
         return kernel(*arguments)
     weights = kernel.weights(arguments)
-    is_known = subscribed[0].recognizes(weights)
+    is_known = subscriptions[0].recognizes(weights)
     if not is_known and not observation.is_own_call(module, kernel, arguments):
         return kernel(*arguments)
-    _inside.frame = sys._getframe()
+    _current_call.frame = sys._getframe()
     try:
-        return _observe(caller, module, subscribed, kernel, arguments, weights, is_known)
+        return _observe(caller, module, subscriptions, kernel, arguments, weights, is_known)
     finally:
-        _inside.frame = None
+        _current_call.frame = None
 
 
 def _observe(
     caller: KernelCaller,
     module: GRUModule,
-    subscribed: list[Subscription],
+    subscriptions: list[Subscription],
     kernel: GRUKernel,
     arguments: tuple[Any, ...],
     weights: list[Tensor],
     is_known: bool,
 ) -> Any:
-    repeats = is_checkpoint_recompute()
+    """Run PyTorch's own kernel, and notify the subscriptions that record this call.
+
+    Args:
+        caller: The caller of the kernel.
+        module: The module that makes the call.
+        subscriptions: The subscriptions to the module.
+        kernel: The kernel.
+        arguments: Its positional arguments.
+        weights: The weights among them.
+        is_known: Whether an earlier call had the same weights and could be observed.
+    """
+    is_recompute = is_checkpoint_recompute()
     # Called exactly once per call, because it counts calls.
-    listening = [] if repeats else [each for each in subscribed if each.should_record()]
-    if not (repeats or listening):
+    to_notify = [] if is_recompute else [each for each in subscriptions if each.should_record()]
+    # A recomputation runs like the call that it repeats, so that its values are the same.
+    if not (is_recompute or to_notify):
         return kernel(*arguments)
-    missed = unsupported_reason(arguments[: kernel.state_index + 1] if is_known else arguments)
-    if missed is not None:
-        _notify(listening, missed)
+    skipped = unsupported_reason(arguments[: kernel.state_index + 1] if is_known else arguments)
+    if skipped is not None:
+        _notify(to_notify, skipped)
         return kernel(*arguments)
     is_transformed = peek_interpreter_stack() is not None or is_wrapped(arguments[0])
     if not (is_known or is_transformed):
-        subscribed[0].remember_weights(weights)
+        subscriptions[0].remember_weights(weights)
     with torch._C.DisableTorchFunction():
-        answer, observed = observation.run_kernel(
+        result, observe = observation.run_kernel(
             module,
             kernel,
             arguments,
-            partial(_sorted_indices, caller),
-            _merged_stack_mode(subscribed),
-            _merged_request(subscribed, module.hidden_size),
+            partial(find_sorted_indices, caller),
+            _merged_stack_mode(subscriptions),
+            _merged_request(subscriptions, module.hidden_size),
             is_transformed=is_transformed,
         )
-        if listening:
-            _notify(listening, observed())
-    return answer
+        if to_notify:
+            _notify(to_notify, observe())
+    return result
 
 
-def _merged_stack_mode(subscribed: list[Subscription]) -> Stacks:
-    if len(subscribed) == 1:
-        return subscribed[0].stacks
-    request = {each.stacks for each in subscribed}
-    return next(each for each in STACK_MODES if each in request)
+def _merged_stack_mode(subscriptions: list[Subscription]) -> Stacks:
+    """Return the first of `STACK_MODES` that a subscription asks for."""
+    if len(subscriptions) == 1:
+        return subscriptions[0].stacks
+    requested = {each.stacks for each in subscriptions}
+    return next(mode for mode in STACK_MODES if mode in requested)
 
 
-def _merged_request(subscribed: list[Subscription], hidden_size: int) -> GateRequest:
-    if len(subscribed) == 1:
-        return subscribed[0].request
-    return merge_requests([each.request for each in subscribed], hidden_size)
+def _merged_request(subscriptions: list[Subscription], hidden_size: int) -> GateRequest:
+    if len(subscriptions) == 1:
+        return subscriptions[0].request
+    return merge_requests([each.request for each in subscriptions], hidden_size)
 
 
-def _notify(listening: list[Subscription], run: KernelRun | SkippedCall) -> None:
+def _notify(subscriptions: list[Subscription], run: KernelRun | SkippedCall) -> None:
     """Call all callbacks, even if one of them raises an error."""
-    if len(listening) == 1:
-        listening[0].callback(run)
+    if len(subscriptions) == 1:
+        subscriptions[0].callback(run)
         return
     errors = []
-    for each in listening:
+    for subscription in subscriptions:
         try:
-            each.callback(run)
+            subscription.callback(run)
         except Exception as error:
             errors.append(error)
     if errors:
         raise errors[0]
 
 
-def _notify_watches(module: GRUModule, frame: FrameType) -> None:
-    for watch in tuple(_watches):
-        if module not in watch.seen:
-            watch.seen.add(module)
-            watch.found(module, frame)
-
-
-def _find_caller(frame: FrameType, kernel: GRUKernel, arguments: tuple[Any, ...]) -> KernelCaller:
-    """Find the caller of a kernel, from the frame that called it."""
-    own = method_owner(frame)
-    if isinstance(own, (nn.GRU, nn.GRUCell)):
-        return KernelCaller(own, frame, frame)
-    weight = kernel.weights(arguments)[0]
-    for module in _subscriptions.modules():
-        if weight is observation.first_weight(module):
-            return KernelCaller(module, frame, _frame_of(frame, module))  # type: ignore[arg-type]
-    above: FrameType | None = frame.f_back
-    while above is not None:
-        own = method_owner(above)
-        if isinstance(own, (nn.GRU, nn.GRUCell)):
-            return KernelCaller(own, frame, above)
-        above = above.f_back
-    return KernelCaller(None, frame, None)
-
-
-def _frame_of(frame: FrameType, module: nn.Module) -> FrameType | None:
-    above: FrameType | None = frame
-    while above is not None and method_owner(above) is not module:
-        above = above.f_back
-    return above
-
-
-def method_owner(frame: FrameType) -> Any:
-    """Return the object whose method a frame runs; None if it runs no method."""
-    code = frame.f_code
-    if not code.co_argcount:
-        return None
-    own = frame.f_locals.get(code.co_varnames[0])
-    if code.co_varnames[0] == "self" or own is None:
-        return own
-    # The argument has another name than self: check that its class has the method.
-    methods = (vars(kind).get(code.co_name) for kind in type(own).__mro__)
-    return own if any(getattr(each, "__code__", None) is code for each in methods) else None
-
-
-def _sorted_indices(caller: KernelCaller, batch_sizes: Tensor) -> Tensor | None:
-    """Return the user's batch index of each of the kernel's sequences; None if they are equal.
-
-    The kernel's arguments do not contain them. They are local variables of a forward with packed
-    input: in a PackedSequence with the same batch sizes object or, in nn.GRU's own forward, under
-    this name.
-    """
-    frame: FrameType | None = caller.frame
-    while frame is not None:
-        values = frame.f_locals
-        if values.get("batch_sizes") is batch_sizes and "sorted_indices" in values:
-            found = values["sorted_indices"]
-            return found if isinstance(found, Tensor) else None
-        for value in tuple(values.values()):
-            if isinstance(value, PackedSequence) and value.batch_sizes is batch_sizes:
-                return value.sorted_indices
-        if frame is caller.own:
-            break
-        frame = frame.f_back
-    return None
-
-
 def _devices(module: nn.Module) -> set[str]:
-    found = {each.device.type for each in (*module.parameters(), *module.buffers())}
-    return found | ({"cuda"} if torch.cuda.is_available() else set())
+    """Return the device types on which a module may be called."""
+    devices = {each.device.type for each in (*module.parameters(), *module.buffers())}
+    return devices | ({"cuda"} if torch.cuda.is_available() else set())
 
 
 _registration = KernelRegistration(_dispatch)

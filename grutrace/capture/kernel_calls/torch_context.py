@@ -2,7 +2,7 @@
 
 A model can be called where its tensors hold no data: while it is exported to a graph, on the meta
 device, under vmap. Such a call is skipped. In every other context the data is available, but the
-computations of a recording must not show in the context: not in operation counters, gradients or
+computations of a recording must have no effect on the context: on operation counters, gradients or
 compiled graphs.
 """
 
@@ -49,9 +49,10 @@ def unsupported_reason(values: Iterable[Any]) -> SkippedCall | None:
     ):
         return _no_data("it was being captured in a graph")
     for value in _flatten(values):
-        kind = type(value)
+        value_type = type(value)
+        # First the common case, because this runs in every call.
         if (
-            (kind is Tensor or kind is Parameter)
+            (value_type is Tensor or value_type is Parameter)
             and not (value.is_meta or value.is_complex())
             and not is_wrapped(value)
         ):
@@ -72,7 +73,7 @@ def unsupported_reason(values: Iterable[Any]) -> SkippedCall | None:
     return None
 
 
-def plain(value: Tensor) -> Tensor:
+def unwrap_functorch(value: Tensor) -> Tensor:
     """Return the tensor inside the wrappers of torch.func's gradient transforms."""
     return _unwrap(value)[1]
 
@@ -85,7 +86,7 @@ def is_wrapped(value: Tensor) -> bool:
 
 def is_checkpoint_recompute() -> bool:
     """Whether activation checkpointing repeats an earlier call for the backward pass."""
-    return torch._C._current_graph_task_id() != -1 and _within(checkpoint.__file__)
+    return torch._C._current_graph_task_id() != -1 and _is_called_from(checkpoint.__file__)
 
 
 @contextmanager
@@ -136,20 +137,22 @@ def disable_compile(function: Callable[..., Any]) -> Callable[..., Any]:
         "grutrace records this call, which breaks the graph: remove fullgraph=True, or stop "
         "recording first"
     )
-    named = "reason" in inspect.signature(torch.compiler.disable).parameters
     disable: Any = torch.compiler.disable
-    disabled: Callable[..., Any] = disable(function, **({"reason": reason} if named else {}))
+    # Older versions of PyTorch take no reason.
+    takes_reason = "reason" in inspect.signature(disable).parameters
+    disabled: Callable[..., Any] = disable(function, **({"reason": reason} if takes_reason else {}))
     return disabled
 
 
-def _no_data(what: str) -> SkippedCall:
+def _no_data(event: str) -> SkippedCall:
     return SkippedCall(
-        f"{what}, where tensors hold no data (torch.export, torch.fx, meta device): "
+        f"{event}, where tensors hold no data (torch.export, torch.fx, meta device): "
         "call the model itself with real tensors to record it"
     )
 
 
 def _flatten(values: Iterable[Any]) -> list[Any]:
+    """Return the values in nested lists, without None and numbers."""
     flat = []
     for value in values:
         if isinstance(value, (list, tuple)):
@@ -170,7 +173,7 @@ def _unwrap(value: Tensor) -> tuple[bool, Tensor]:
     return batched, value
 
 
-def _within(file: str) -> bool:
+def _is_called_from(file: str) -> bool:
     """Whether code of a file is on the call stack of this thread."""
     frame = sys._getframe()
     while frame is not None:
