@@ -22,7 +22,7 @@ from grutrace.errors import OptionError, short_repr
 ShardOption: TypeAlias = bool | tuple[int, int]
 
 #: Key in the store of the process group for the run's id, which all ranks share.
-_KEY = "grutrace/run"
+_STORE_KEY = "grutrace/run"
 
 _EXPECTED = "True, False, or (rank, world size) with 0 <= rank < world size"
 
@@ -48,8 +48,8 @@ class Shard:
 
     def path(self, path: str | os.PathLike[str]) -> Path:
         """Return the path of this shard, from the path that a single process would write."""
-        whole = Path(path)
-        return whole.with_name(f"{whole.stem}.rank{self.rank:04}{whole.suffix}")
+        base = Path(path)
+        return base.with_name(f"{base.stem}.rank{self.rank:04}{base.suffix}")
 
 
 def shard_path(path: Path, shard: Shard | None) -> Path:
@@ -68,7 +68,7 @@ def resolve_shard(option: ShardOption = True) -> Shard | None:
     if option is False:
         return None
     try:
-        rank, world_size = (operator.index(each) for each in option)
+        rank, world_size = map(operator.index, option)
     except (TypeError, ValueError):
         raise OptionError(f"shard: expected {_EXPECTED}; found {short_repr(option)}") from None
     if not 0 <= rank < world_size:
@@ -96,8 +96,9 @@ def _shared_run_id(distributed: Any) -> str | None:
     """
     with contextlib.suppress(Exception):
         store = distributed.distributed_c10d._get_default_store()
-        found = store.compare_set(_KEY, "", uuid.uuid4().hex)
-        return str(found.decode("ascii"))
+        # Stores the id if there is none, and returns the stored one.
+        run_id = store.compare_set(_STORE_KEY, "", uuid.uuid4().hex)
+        return str(run_id.decode("ascii"))
     return None
 
 

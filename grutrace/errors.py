@@ -96,19 +96,19 @@ def missing_library_message(what: str, library: str, extra: str) -> str:
         library: The import name of the library.
         extra: The extra of grutrace that includes the library.
     """
-    asked = " ".join(f'"{each}"' for each in extra_requirements(extra)) or library
-    return f"{what} needs {library}, which is not installed: pip install {asked}"
+    packages = " ".join(f'"{each}"' for each in extra_requirements(extra)) or library
+    return f"{what} needs {library}, which is not installed: pip install {packages}"
 
 
 def extra_requirements(extra: str) -> list[str]:
     """Return the requirements of an extra, for pip. Empty if grutrace itself is not installed."""
     try:
-        found = requires("grutrace") or []
+        requirements = requires("grutrace") or []
     except PackageNotFoundError:
         return []
-    marked = re.compile(rf"""extra\s*==\s*["']{re.escape(extra)}["']""")
-    split = (each.partition(";") for each in found)
-    return [requirement.strip() for requirement, _, marker in split if marked.search(marker)]
+    extra_marker = re.compile(rf"""extra\s*==\s*["']{re.escape(extra)}["']""")
+    parts = (each.partition(";") for each in requirements)
+    return [package.strip() for package, _, marker in parts if extra_marker.search(marker)]
 
 
 class _ShortRepr(reprlib.Repr):
@@ -142,9 +142,9 @@ def short_repr(value: object) -> str:
 
 def join_names(names: Iterable[str]) -> str:
     """Return names, separated by commas: the first ones, and the number of the others."""
-    given = list(names)
-    more = f" and {len(given) - MAX_LISTED_NAMES} more" if len(given) > MAX_LISTED_NAMES else ""
-    return (", ".join(given[:MAX_LISTED_NAMES]) + more) or "none"
+    listed = list(names)
+    more = f" and {len(listed) - MAX_LISTED_NAMES} more" if len(listed) > MAX_LISTED_NAMES else ""
+    return (", ".join(listed[:MAX_LISTED_NAMES]) + more) or "none"
 
 
 def suggest_name(name: str, allowed: Iterable[str]) -> str:

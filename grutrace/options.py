@@ -114,5 +114,5 @@ _MULTIPLES = {
 
 def parse_bytes(text: str) -> int | None:
     """Parse a number of bytes such as 500000, 10GB or 1.5 GiB; None if it has another form."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", text.strip().upper())
-    return None if found is None else int(float(found[1]) * _MULTIPLES[found[2] or ""])
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", text.strip().upper())
+    return None if match is None else int(float(match[1]) * _MULTIPLES[match[2] or ""])

@@ -47,7 +47,7 @@ class Watch:
     def _look(self) -> list[str]:
         modes = len(_get_current_function_mode_stack()) - self._modes
         return [
-            *(["GRU kernels that are still heard"] if subscription.is_observing() else []),
+            *(["GRU kernels that are still overridden"] if subscription.is_observing() else []),
             *([f"{modes} TorchFunctionModes"] if modes else []),
             *([] if torch.is_grad_enabled() == self._gradients else ["the mode of gradients"]),
             *(f"{each}" for each in set(threading.enumerate()) - self._threads if _lives(each)),

@@ -33,7 +33,7 @@ def test_a_recording_tracer_is_found(watch, layers) -> None:
     model = nn.GRU(2, 3, layers)
     tracer = grutrace.Tracer(model)
     tracer.start()
-    assert watch.leaks() == ["GRU kernels that are still heard"]
+    assert watch.leaks() == ["GRU kernels that are still overridden"]
     tracer.stop()
     assert watch.leaks() == []
 
@@ -109,4 +109,4 @@ def test_the_fixture_fails_a_test_that_leaks(pytester) -> None:
     )
     result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
     result.assert_outcomes(passed=2, errors=1)
-    result.stdout.fnmatch_lines(["*GRU kernels that are still heard*"])
+    result.stdout.fnmatch_lines(["*GRU kernels that are still overridden*"])

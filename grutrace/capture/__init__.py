@@ -1,1 +1,1 @@
-"""Watching a live model: finding its GRUs, listening to their calls, recording what they did."""
+"""Find the GRUs of a live model, observe their calls and record them."""

@@ -171,7 +171,7 @@ def _positive_integer(option: str, value: object) -> int:
 
 
 def byte_count(option: str, value: object) -> int:
-    """Return a number of bytes, given as one or as a text such as ``64 MiB``.
+    """Return a number of bytes, from a number or a text such as ``64 MiB``.
 
     Raises:
         OptionError: The value is neither.

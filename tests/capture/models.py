@@ -42,3 +42,8 @@ class StepwiseDecoder(nn.Module):
             outputs.append(token)
             token = token[..., :4]
         return torch.cat(outputs)
+
+
+def hooks(model: nn.Module) -> int:
+    """The number of forward hooks in a model."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

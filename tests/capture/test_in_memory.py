@@ -1,4 +1,4 @@
-"""Tests of a tracer without a path: save, pickle, clear, and the warning for a large trace."""
+"""A tracer without a path: saved, pickled and cleared."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import gc
 import pickle
 import threading
-import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,7 @@ from torch import nn
 
 import grutrace
 from grutrace.analysis.verification.verify import verify
-from grutrace.capture import model_recorder
-from grutrace.errors import GrutraceWarning, OptionError, StateError
+from grutrace.errors import OptionError, StateError
 from tests.capture.models import EncoderDecoder, StepwiseDecoder
 from tests.checks import EVERYTHING
 from tests.runs import check_gates
@@ -241,34 +239,3 @@ def test_clearing_while_another_thread_runs_the_model() -> None:
         assert (trace.calls["weights"] == 0).all()
         assert len(trace["l0"]) == 2 * len(trace.calls)
         check_gates(trace)
-
-
-@pytest.mark.parametrize("gates", ["inline", "background"])
-def test_a_large_trace_in_memory_warns_once(gates: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = nn.GRU(4, 8)
-    batch = torch.randn(50, 4, 4)
-    monkeypatch.setattr(model_recorder, "LARGE_TRACE_BYTES", 3 * 50 * 4 * 8 * 4 * 4)
-    with grutrace.trace(layer, gates=gates) as trace:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            layer(batch)
-            assert trace["l0"].update.shape == (200, 8)
-        with warnings.catch_warnings(record=True) as messages:
-            warnings.simplefilter("always")
-            for _ in range(6):
-                layer(batch)
-                assert trace["l0"].update.shape[1] == 8
-    assert [message.category for message in messages] == [GrutraceWarning]
-    message = str(messages[0].message)
-    assert "2 GiB" in message
-    ways = ("path", "gates='deferred'", "units", "every", "max_bytes", "Statistics", "clear()")
-    assert all(way in message for way in ways)
-    assert trace.nbytes > model_recorder.LARGE_TRACE_BYTES
-
-
-def test_a_large_file_does_not_warn(monkeypatch, tmp_path: Path) -> None:
-    layer = nn.GRU(4, 8)
-    monkeypatch.setattr(model_recorder, "LARGE_TRACE_BYTES", 100)
-    with grutrace.trace(layer, tmp_path / "run.h5") as trace:
-        layer(torch.randn(50, 4, 4))
-        assert trace.nbytes == 0

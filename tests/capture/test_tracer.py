@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import io
-import pickle
 import threading
 import warnings
 from typing import Any
@@ -16,14 +13,9 @@ from torch import nn
 from torch.nn.utils.rnn import pack_sequence
 
 import grutrace
-from grutrace.capture.kernel_calls.subscription import is_observing
 from tests.capture.changes import while_the_kernel_runs
-from tests.capture.models import EncoderDecoder, StepwiseDecoder
+from tests.capture.models import EncoderDecoder, StepwiseDecoder, hooks
 from tests.checks import EVERYTHING, tensors
-
-
-def hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 @pytest.fixture
@@ -47,41 +39,6 @@ def test_every_site_of_every_gru(model, batch) -> None:
     assert hooks(model) == 0
 
 
-def test_a_model_that_is_the_layer() -> None:
-    with grutrace.trace(layer := nn.GRU(3, 4, bidirectional=True)) as trace:
-        layer(torch.randn(5, 3))
-    assert trace.sites == ("l0", "l0_reverse")
-    with grutrace.trace(cell := nn.GRUCell(3, 4)) as trace:
-        cell(torch.randn(3))
-    assert trace.sites == ("cell",)
-
-
-def test_containers_and_a_module_under_two_names() -> None:
-    shared = nn.GRU(2, 2)
-    model = nn.Module()
-    model.rnns = nn.ModuleDict({"a": shared, "b/c": nn.GRU(2, 2)})
-    model.cells = nn.ModuleList([nn.GRUCell(2, 2)])
-    model.again = shared
-    with grutrace.trace(model) as trace:
-        model.again(torch.randn(4, 2))
-        model.rnns["b/c"](torch.randn(4, 2))
-        model.cells[0](torch.randn(2))
-    assert trace.sites == ("rnns.a.l0", "rnns.b/c.l0", "cells.0.cell")
-    assert len(trace["rnns.a.l0"]) == 1
-
-
-def test_globs_choose_sites(model, batch) -> None:
-    with grutrace.trace(model, sites="encoder.*") as trace:
-        model(batch)
-    assert trace.sites == ("encoder.l0", "encoder.l1")
-    with grutrace.trace(model, sites=["*.l1", "*.cell"], record="update") as trace:
-        model(batch)
-    assert trace.sites == ("encoder.l1", "decoder.cell")
-    assert trace["encoder.l1"].update.shape == (21, 6)
-    with pytest.raises(grutrace.NotRecordedError, match=r"'reset' was not recorded.*update"):
-        _ = trace["encoder.l1"].reset
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -102,40 +59,6 @@ def test_a_wrong_option_is_one_clear_error(model, tmp_path, options, message) ->
         grutrace.trace(model, tmp_path / "run.h5", **options)
     assert hooks(model) == 0
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_model_without_grus_is_an_error() -> None:
-    with pytest.raises(grutrace.UnsupportedError, match=r"nn\.GRU.*none in Sequential"):
-        grutrace.trace(nn.Sequential(nn.Linear(2, 2), nn.LSTM(2, 2)))
-
-
-def test_an_object_that_is_no_model_is_one_clear_error() -> None:
-    with pytest.raises(grutrace.OptionError, match=r"model: expected an nn\.Module, found 'model'"):
-        grutrace.trace("model")
-
-
-def test_attaching_adds_nothing_to_the_model(model, batch) -> None:
-    tracer = grutrace.Tracer(model, recording=False)
-    with tracer:
-        assert not is_observing()
-        model(batch)
-        assert len(trace_calls := tracer.calls) == 0
-        tracer.start("later")
-        assert is_observing()
-        assert hooks(model) == 0
-        model(batch)
-        tracer.stop()
-        assert not is_observing()
-        model(batch)
-    assert len(trace_calls) == 0
-    assert len(tracer.calls) == 1 + 3
-    assert set(tracer.calls["tag"]) == {"later"}
-
-
-def test_the_constructor_attaches_nothing(model) -> None:
-    tracer = grutrace.Tracer(model)
-    assert hooks(model) == 0
-    tracer.close()
 
 
 def test_recording_blocks_and_tags(model, batch) -> None:
@@ -356,80 +279,6 @@ def test_gradients_are_untouched(model, batch) -> None:
         assert not all(map(torch.equal, expected, gradients(seed=6)))
 
 
-class Interruption(KeyboardInterrupt):
-    pass
-
-
-@pytest.mark.parametrize("error", [ValueError, Interruption])
-@pytest.mark.parametrize("layers", [1, 2])
-def test_every_exit_removes_the_hooks(error, layers, tmp_path) -> None:
-    layer = nn.GRU(2, 3, layers)
-
-    def fail(*_: object) -> None:
-        raise error("on purpose")
-
-    handle = layer.register_forward_hook(fail)
-    path = tmp_path / "run.h5"
-    with pytest.raises(error, match="on purpose"), grutrace.trace(layer, path):
-        layer(torch.randn(4, 2, 2))
-    handle.remove()
-    assert hooks(layer) == 0
-    assert torch.overrides._get_current_function_mode() is None
-    with grutrace.open(path) as trace:
-        assert len(trace["l0"]) == 2
-
-
-@pytest.mark.parametrize("error", [ValueError, Interruption])
-def test_an_exception_inside_a_stacked_forward(error) -> None:
-    class Failing(nn.GRU):
-        def forward(self, *args):
-            super().forward(*args)
-            if self.fails:
-                raise error("on purpose")
-
-    layer = Failing(2, 3, 2)
-    with grutrace.trace(layer) as trace:
-        layer.fails = True
-        with pytest.raises(error, match="on purpose"):
-            layer(torch.randn(4, 2, 2))
-        layer.fails = False
-        layer(torch.randn(4, 2, 2))
-        assert len(trace["l1"]) == 4
-    assert hooks(layer) == 0
-    assert torch.overrides._get_current_function_mode() is None
-
-
-def test_stopping_within_a_forward_leaves_nothing() -> None:
-    class Stopping(nn.GRU):
-        def forward(self, *args):
-            tracer.stop()
-            return super().forward(*args)
-
-    layer = Stopping(2, 3, 2)
-    tracer = grutrace.Tracer(layer)
-    tracer.start()
-    layer(torch.randn(4, 2, 2))
-    assert hooks(layer) == 0
-    assert torch.overrides._get_current_function_mode() is None
-    with pytest.warns(grutrace.GrutraceWarning, match="nothing was recorded of the model"):
-        tracer.close()
-
-
-def test_a_subclass_that_packs_inside() -> None:
-    class Packing(nn.GRU):
-        def forward(self, padded, lengths):
-            packed = nn.utils.rnn.pack_padded_sequence(padded, lengths)
-            output, final = super().forward(packed)
-            return nn.utils.rnn.pad_packed_sequence(output)[0], final
-
-    layer = Packing(2, 3)
-    with grutrace.trace(layer, check="raise") as trace:
-        output, _ = layer(torch.randn(5, 3, 2), torch.tensor([5, 3, 1]))
-    assert trace["l0"].lengths.tolist() == [5, 3, 1]
-    padded, _ = trace["l0"].padded("hidden")
-    np.testing.assert_array_equal(padded, output.detach().transpose(0, 1).numpy())
-
-
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
@@ -447,33 +296,6 @@ def test_rerun_layers_equal_the_kernel_bit_for_bit(bias, batch_first, grad) -> N
     np.testing.assert_array_equal(trace["l0"].hidden, rows.reshape(-1, 5).numpy())
 
 
-def test_two_tracers_on_one_stack_split_it_once() -> None:
-    layer, x = nn.GRU(2, 3, 3, bidirectional=True), torch.randn(4, 2, 2)
-    expected = layer(x)
-    with grutrace.trace(layer) as outer, grutrace.trace(layer, sites="l1*") as inner:
-        result = layer(x)
-    assert all(map(torch.equal, expected, result))
-    assert len(outer.calls) == len(inner.calls) == 1
-    np.testing.assert_array_equal(outer["l1"].update, inner["l1"].update)
-
-
-def test_copies_of_an_attached_model_are_not_traced(model, batch) -> None:
-    with grutrace.trace(model) as trace:
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        copies = [
-            copy.deepcopy(model),
-            pickle.loads(pickle.dumps(model)),
-            torch.load(buffer, weights_only=False),
-        ]
-        for each in copies:
-            each(batch)
-        assert len(trace.calls) == 0
-        model(batch)
-    assert all(b"grutrace" not in pickle.dumps(copy) for copy in copies)
-
-
 def test_threads_that_run_the_model_concurrently() -> None:
     torch.manual_seed(0)
     layer = StepwiseDecoder(2)
@@ -489,14 +311,6 @@ def test_threads_that_run_the_model_concurrently() -> None:
     with torch.no_grad():
         expected = [layer(*each, 8).transpose(0, 1).numpy() for each in inputs]
     assert results == {row.tobytes() for each in expected for row in each}
-
-
-def test_a_module_that_was_never_called_is_reported(model, batch) -> None:
-    with (
-        pytest.warns(grutrace.GrutraceWarning, match="nothing was recorded of decoder: no call"),
-        grutrace.trace(model),
-    ):
-        model.encoder(batch)
 
 
 @pytest.mark.parametrize("path", [None, "run.h5"])

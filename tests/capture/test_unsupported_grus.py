@@ -149,3 +149,14 @@ def test_a_class_named_gru_is_not_reported() -> None:
 def test_a_model_without_any_gru() -> None:
     with pytest.raises(grutrace.UnsupportedError, match=r"found none in LSTM$"):
         grutrace.trace(nn.LSTM(2, 2))
+
+
+def test_complex_layers_are_refused_by_name() -> None:
+    layer = nn.GRU(3, 4, dtype=torch.complex64)
+    with pytest.raises(grutrace.UnsupportedError, match="complex"):
+        grutrace.trace(layer)
+    model = nn.ModuleList([layer, nn.GRU(3, 4)])
+    with pytest.warns(grutrace.GrutraceWarning, match="^0 is complex"):
+        trace = grutrace.trace(model)
+    assert trace.sites == ("1.l0",)
+    trace.close()

@@ -112,7 +112,7 @@ def test_every_call_of_a_graph_with_a_cell_is_recorded(way, fullgraph, cell) -> 
         compiled(x)
     assert not messages
     assert len(tracer.calls) == 3
-    # The compiled code is what runs again, and the control: nothing is heard of it.
+    # The compiled code is what runs again, and the control: nothing of it is observed.
     with words() as messages, trace(cell, compiled="keep") as lost:
         assert torch.equal(compiled(x), expected)
         cell(x)

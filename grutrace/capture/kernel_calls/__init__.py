@@ -1,1 +1,1 @@
-"""Calls of the GRU kernels: how they are heard, and what is observed of each."""
+"""Observe the calls of PyTorch's GRU kernels."""

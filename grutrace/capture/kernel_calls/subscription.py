@@ -11,8 +11,6 @@ PyTorch's kernel and collects its data. This module connects them: each module t
 observed has subscriptions.
 
 docs/design.md explains why kernels are registered and removed in this way.
-
-T steps, B sequences in a batch, I input size, H hidden size, L layers, D directions.
 """
 
 from __future__ import annotations
@@ -63,7 +61,7 @@ class Subscription:
     Calls that activation checkpointing repeats for the backward pass are left out.
 
     The creator must keep a reference to the subscription. Nothing else does, so that an owner that
-    is garbage-collected gets no more calls. The module is not kept alive either.
+    is garbage-collected gets no more calls. A subscription does not keep its module alive.
 
     Args:
         module: The layer.
@@ -96,7 +94,7 @@ class Subscription:
         self._known_weights = [weakref.ref(weight) for weight in weights]
 
     def recognizes(self, weights: list[Tensor]) -> bool:
-        """Whether `remember_weights` was given these very weights last."""
+        """Whether the weights remembered last are these very tensors."""
         known = self._known_weights
         return len(known) == len(weights) and all(
             [reference() is weight for reference, weight in zip(known, weights, strict=True)]

@@ -7,7 +7,6 @@ import io
 import pickle
 import subprocess
 import sys
-import threading
 import warnings
 
 import numpy as np
@@ -15,12 +14,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.overrides import BaseTorchFunctionMode
 
 import grutrace
-from grutrace.capture.kernel_calls import subscription as kernel_calls
-from grutrace.capture.kernel_calls.subscription import is_observing
 from tests import oracles
 
 GATES = ["inline", "background", "deferred"]
@@ -81,11 +77,11 @@ CHANGES = [
 ]
 
 
-class Listener:
-    """Hears what the kernel is given and gives, in PyTorch's own words."""
+class KernelSpy:
+    """Keeps the arguments and the result of each call of the kernel."""
 
     def __init__(self) -> None:
-        self.heard = []
+        self.calls = []
 
     def __enter__(self):
         self._own, torch._VF.gru = torch._VF.gru, self._gru
@@ -95,7 +91,7 @@ class Listener:
         result = self._own(*args)
         given = [each.clone() if isinstance(each, torch.Tensor) else each for each in args]
         given[2] = [weight.detach().clone() for weight in args[2]]
-        self.heard.append((given, result))
+        self.calls.append((given, result))
         return result
 
     def __exit__(self, *_):
@@ -109,9 +105,9 @@ def test_wrappers_added_during_a_recording(change, gates) -> None:
     layer, x = nn.GRU(3, 4).requires_grad_(False), torch.randn(5, 2, 3)
     untouched = copy.deepcopy(layer)
     change(untouched)
-    with Listener() as kernel:
+    with KernelSpy() as kernel:
         expected = untouched(x)
-    (arguments, (output, _)), *others = kernel.heard
+    (arguments, (output, _)), *others = kernel.calls
     assert not others
     with grutrace.trace(layer, gates=gates, record=("update", "hidden", "input")) as trace:
         change(layer)
@@ -126,64 +122,6 @@ def test_wrappers_added_during_a_recording(change, gates) -> None:
         previous = np.concatenate([np.zeros((1, 4)), sequence.hidden[:-1]])
         own = oracles.gates(weights, sequence.input, previous, 2**-20).values["update"]
         np.testing.assert_allclose(sequence.update, own, rtol=0, atol=1e-6)
-
-
-def test_a_direct_call_of_forward_is_recorded() -> None:
-    layer, x = nn.GRU(3, 4, 2), torch.randn(5, 2, 3)
-    expected = layer.forward(x)
-    with grutrace.trace(layer) as trace:
-        assert all(map(torch.equal, layer.forward(x), expected))
-    assert len(trace.calls) == 1
-
-
-class Packing(nn.GRU):
-    def forward(self, x, lengths):
-        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        output, last = super().forward(packed)
-        return pad_packed_sequence(output, batch_first=True)[0], last
-
-
-class PackingByHand(nn.GRU):
-    """Calls the kernel itself."""
-
-    def forward(self, x, lengths):
-        bundle = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        zeros = x.new_zeros(1, len(x), self.hidden_size)
-        output, last = torch.gru(
-            bundle.data, bundle.batch_sizes, zeros, self._flat_weights, True, 1, 0.0, False, False
-        )
-        return pad_packed_sequence(bundle._replace(data=output), batch_first=True)[0], last
-
-
-class Nested(nn.Module):
-    """Packs in a module around the layer."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__()
-        self.rnn = nn.GRU(*args, **kwargs)
-
-    def forward(self, x, lengths):
-        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
-        output, last = self.rnn(packed)
-        return pad_packed_sequence(output, batch_first=True)[0], last
-
-
-@pytest.mark.parametrize("kind", [Packing, PackingByHand, Nested])
-@pytest.mark.parametrize("gates", GATES)
-def test_sequences_are_in_the_order_of_the_batch(kind, gates) -> None:
-    torch.manual_seed(0)
-    layer = kind(3, 4, batch_first=True).requires_grad_(False)
-    x, lengths = torch.randn(3, 5, 3), torch.tensor([2, 5, 3])
-    with (
-        grutrace.trace(layer, gates=gates) as trace,
-        trace.recording(labels={"speaker": ["ann", "bob", "eve"]}),
-    ):
-        output, _ = layer(x, lengths)
-    site = trace[trace.sites[0]]
-    for row, speaker in enumerate(("ann", "bob", "eve")):
-        sequence = site.sequence(row)
-        np.testing.assert_array_equal(sequence.hidden, output[row, : lengths[row]].numpy())
-        assert set(sequence.labels["speaker"]) == {speaker}
 
 
 class Net(nn.Module):
@@ -308,104 +246,6 @@ def test_a_helper_compiled_with_fullgraph(gates) -> None:
     assert len(trace.calls) == 1
 
 
-class Growing(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.rnn, self.top = nn.GRU(3, 4), nn.GRU(4, 4)
-
-    def forward(self, x):
-        return self.top(self.rnn(x)[0])[0]
-
-
-def test_a_replaced_layer_is_recorded_under_its_path() -> None:
-    net, x = Growing(), torch.randn(5, 2, 3)
-    with grutrace.trace(net, check="raise") as trace:
-        net(x)
-        net.rnn = nn.GRU(3, 4)
-        net(x)
-        expected = net.rnn(x)[0]
-    assert trace.calls["module"].tolist() == ["rnn", "top", "rnn", "top", "rnn"]
-    assert trace.calls["weights"].tolist() == [0, 0, 1, 0, 1]
-    np.testing.assert_array_equal(trace["rnn.l0"].sequence(4).hidden, expected[:, 0].detach())
-
-
-def test_a_new_layer_or_another_shape_is_reported() -> None:
-    net, x = Growing(), torch.randn(5, 2, 3)
-    with grutrace.trace(net, sites="rnn.*") as trace:
-        net(x)
-        net.rnn = nn.GRU(3, 4, bidirectional=True)
-        with pytest.warns(grutrace.GrutraceWarning, match="rnn was replaced by a layer of an"):
-            net.rnn(x)
-        net.head = nn.GRUCell(3, 3)
-        with pytest.warns(grutrace.GrutraceWarning, match="head was added after the tracer"):
-            net.head(x[0])
-        # What was left out on purpose is not named.
-        net.top(torch.randn(5, 2, 4))
-    assert len(trace.calls) == 1
-
-
-def test_a_layer_replaced_by_another_module_is_reported() -> None:
-    net, x = Growing(), torch.randn(5, 2, 3)
-    trace = grutrace.trace(net)
-    trace.start()
-    net(x)
-    net.rnn = nn.RNN(3, 4)
-    net(x)
-    with pytest.warns(grutrace.GrutraceWarning, match="^rnn was replaced by a RNN after"):
-        trace.close()
-    assert trace.calls["module"].tolist() == ["rnn", "top", "top"]
-
-
-def test_cells_created_in_each_call_are_reported_once() -> None:
-    class Vocoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rnn = nn.GRU(3, 4)
-
-        def forward(self, x):
-            return self.rnn(x)[0]
-
-        def generate(self, x):
-            cell = nn.GRUCell(3, 4)
-            cell.weight_ih.data, cell.weight_hh.data = self.rnn.weight_ih_l0, self.rnn.weight_hh_l0
-            return cell(x)
-
-    model, x = Vocoder(), torch.randn(5, 2, 3)
-    neighbour = nn.GRUCell(3, 4)
-    with grutrace.trace(model):
-        model(x)
-        neighbour(x[0])
-        with pytest.warns(grutrace.GrutraceWarning, match="a GRUCell that is not part"):
-            model.generate(x[0])
-        # Once: any other warning is an error.
-        model.generate(x[0])
-
-
-def test_a_subclass_that_never_calls_the_kernel_is_reported() -> None:
-    class NormedCell(nn.GRUCell):
-        def forward(self, x, h):
-            return torch.tanh(nn.functional.linear(x, self.weight_ih)[:, :4] + h)
-
-    model = nn.ModuleDict({"cell": NormedCell(3, 4), "gru": nn.GRU(3, 4)})
-    trace = grutrace.trace(model)
-    trace.start()
-    model["gru"](torch.randn(5, 2, 3))
-    model["cell"](torch.randn(2, 3), torch.zeros(2, 4))
-    with pytest.warns(grutrace.GrutraceWarning, match=r"of cell.*without the kernel"):
-        trace.close()
-
-
-def test_complex_layers_are_refused_by_name() -> None:
-    layer = nn.GRU(3, 4, dtype=torch.complex64)
-    with pytest.raises(grutrace.UnsupportedError, match="complex"):
-        grutrace.trace(layer)
-    model = nn.ModuleList([layer, nn.GRU(3, 4)])
-    with pytest.warns(grutrace.GrutraceWarning, match="^0 is complex"):
-        trace = grutrace.trace(model)
-    assert trace.sites == ("1.l0",)
-    trace.close()
-
-
 def said_by(layer: nn.Module, *given) -> str:
     try:
         layer(*given)
@@ -451,102 +291,6 @@ def test_a_cell_with_input_size_0() -> None:
         assert torch.equal(cell(x, torch.ones(2, 4)), expected)
     np.testing.assert_array_equal(trace["cell"].hidden[:], expected.detach())
     assert trace.calls["residual"][0] < 1e-6
-
-
-def test_a_rebound_tracer_is_closed(tmp_path) -> None:
-    """As in a notebook cell that runs again."""
-    layer, x = nn.GRU(3, 4), torch.randn(5, 2, 3)
-    for number in range(3):
-        path = tmp_path / f"{number}.h5"
-        with warnings.catch_warnings(record=True) as messages:
-            warnings.simplefilter("always")
-            tracer = grutrace.Tracer(layer, path)
-        assert len(messages) == bool(number), messages
-        tracer.start()
-        layer(x)
-        if number:
-            assert "a tracer was garbage-collected while recording" in str(messages[0].message)
-            with grutrace.open(tmp_path / f"{number - 1}.h5") as before:
-                assert before.closed
-                assert len(before.calls) == 1
-    tracer.close()
-    assert not is_observing()
-
-
-def test_two_tracers_may_be_open() -> None:
-    layer, x = nn.GRU(3, 4), torch.randn(5, 2, 3)
-    held = [grutrace.Tracer(layer) for _ in range(2)]
-    for each in held:
-        each.start()
-    layer(x)
-    assert [len(each.calls) for each in held] == [1, 1]
-    for each in held:
-        each.close()
-
-
-def test_kernels_are_registered_and_removed_while_threads_run(monkeypatch) -> None:
-    """A removed kernel is kept while a thread may be about to call it."""
-    cell, x, h = nn.GRUCell(4, 8), torch.randn(2, 4), torch.zeros(2, 8)
-    expected, end, errors, calls = cell(x, h), threading.Event(), [], [0] * 3
-
-    def run(number: int) -> None:
-        with torch.no_grad():
-            while not end.is_set():
-                try:
-                    assert torch.equal(cell(x, h), expected)
-                    calls[number] += 1
-                except BaseException as error:
-                    errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
-    for each in threads:
-        each.start()
-    heard = []
-    try:
-        for _ in range(200):
-            subscription = kernel_calls.Subscription(cell, heard.append)
-            subscription.start()
-            subscription.stop()
-    finally:
-        end.set()
-        for thread in threads:
-            thread.join()
-    assert not errors
-    assert all(calls)
-    assert not is_observing()
-
-
-STAYING = """
-import threading
-import grutrace, torch
-from torch import nn
-from grutrace.capture.kernel_calls import registration
-from grutrace.capture.kernel_calls.subscription import is_observing
-
-registration._kernel_handle = lambda *_: None
-layer, x = nn.GRU(3, 4), torch.randn(5, 2, 3)
-end = threading.Event()
-other = threading.Thread(target=end.wait)
-other.start()
-with grutrace.trace(layer) as trace:
-    layer(x)
-assert is_observing()
-expected = layer(x)
-end.set()
-other.join()
-with grutrace.trace(layer) as again:
-    assert all(map(torch.equal, layer(x), expected))
-assert not is_observing()
-assert len(trace.calls) == len(again.calls) == 1
-"""
-
-
-def test_a_kernel_stays_while_threads_may_call_it() -> None:
-    """Without a handle to a removed kernel, it is removed once no other thread runs Python.
-
-    In a process of its own: a test runner may have threads.
-    """
-    subprocess.run([sys.executable, "-c", STAYING], check=True)
 
 
 FSDP = """

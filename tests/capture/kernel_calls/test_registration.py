@@ -1,0 +1,78 @@
+"""Tests of kernels that are registered and removed while other threads run the model."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+
+import torch
+from torch import nn
+
+from grutrace.capture.kernel_calls import subscription as kernel_calls
+from grutrace.capture.kernel_calls.subscription import is_observing
+
+
+def test_kernels_are_registered_and_removed_while_threads_run(monkeypatch) -> None:
+    """A removed kernel is kept while a thread may be about to call it."""
+    cell, x, h = nn.GRUCell(4, 8), torch.randn(2, 4), torch.zeros(2, 8)
+    expected, end, errors, calls = cell(x, h), threading.Event(), [], [0] * 3
+
+    def run(number: int) -> None:
+        with torch.no_grad():
+            while not end.is_set():
+                try:
+                    assert torch.equal(cell(x, h), expected)
+                    calls[number] += 1
+                except BaseException as error:
+                    errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+    for each in threads:
+        each.start()
+    received = []
+    try:
+        for _ in range(200):
+            subscription = kernel_calls.Subscription(cell, received.append)
+            subscription.start()
+            subscription.stop()
+    finally:
+        end.set()
+        for thread in threads:
+            thread.join()
+    assert not errors
+    assert all(calls)
+    assert not is_observing()
+
+
+STAYING = """
+import threading
+import grutrace, torch
+from torch import nn
+from grutrace.capture.kernel_calls import registration
+from grutrace.capture.kernel_calls.subscription import is_observing
+
+registration._kernel_handle = lambda *_: None
+layer, x = nn.GRU(3, 4), torch.randn(5, 2, 3)
+end = threading.Event()
+other = threading.Thread(target=end.wait)
+other.start()
+with grutrace.trace(layer) as trace:
+    layer(x)
+assert is_observing()
+expected = layer(x)
+end.set()
+other.join()
+with grutrace.trace(layer) as again:
+    assert all(map(torch.equal, layer(x), expected))
+assert not is_observing()
+assert len(trace.calls) == len(again.calls) == 1
+"""
+
+
+def test_a_kernel_stays_while_threads_may_call_it() -> None:
+    """Without a handle to a removed kernel, it is removed once no other thread runs Python.
+
+    In a process of its own: a test runner may have threads.
+    """
+    subprocess.run([sys.executable, "-c", STAYING], check=True)
