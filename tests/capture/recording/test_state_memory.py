@@ -216,7 +216,9 @@ def test_what_is_remembered_is_bounded() -> None:
         for _ in range(3):
             for _ in range(120):
                 gru(torch.randn(1, 64, 2))
-            found.append(sum(each.states.nbytes for each in t._recorders[0]._tracker._memory))
+            found.append(
+                sum(each.states.nbytes for each in t._recorder.module_recorders[0]._tracker._memory)
+            )
     assert found[0] < 8 * 1024**2
     assert found[1] < 8 * 1024**2
     assert found[2] > 3 * 1024**2
