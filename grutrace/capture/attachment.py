@@ -73,15 +73,14 @@ class Attachment:
         return bool(self._subscriptions)
 
     def start(self) -> None:
-        """Subscribe to all recorded modules. The caller must hold `lock`."""
-        try:
-            self._handle_compiled_code()
-            for index, selection in enumerate(self._selections):
-                self.subscribe(index, selection.module)
-            self._watch.start()
-        except BaseException:
-            self.stop()
-            raise
+        """Subscribe to all recorded modules.
+
+        The caller must hold `lock`, and must call `stop` if this raises an exception.
+        """
+        self._handle_compiled_code()
+        for index, selection in enumerate(self._selections):
+            self.subscribe(index, selection.module)
+        self._watch.start()
 
     def stop(self) -> None:
         """Remove all subscriptions. Stopping twice does nothing.

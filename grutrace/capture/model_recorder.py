@@ -31,11 +31,12 @@ from grutrace.capture.recording.recording_block import (
 )
 from grutrace.capture.selection import SelectedModule
 from grutrace.capture.trace_output import TraceOutput
-from grutrace.capture.tracer_warnings import TracerWarnings, warn_of_garbage_collection
+from grutrace.capture.tracer_warnings import (
+    LARGE_TRACE_BYTES,
+    TracerWarnings,
+    warn_of_garbage_collection,
+)
 from grutrace.errors import OptionError, SinkError, StateError, short_repr
-
-#: A trace in memory that exceeds this size causes one warning. Bytes.
-LARGE_TRACE_BYTES = 2 * 1024**3
 
 
 class ModelRecorder:
@@ -363,13 +364,15 @@ class ModelRecorder:
         Raises:
             ResidualError: A residual exceeds the tolerance, and ``check`` is ``raise``.
         """
-        self._warnings.report_findings(self.journal.findings, self.output.calls_before)
+        if self.journal.findings:
+            self._warnings.report_findings(self.journal.findings, self.output.calls_before)
         if self.output.background is not None:
             self._warnings.report_violations(self.output.background.pop_violations())
 
     def warn_if_large(self) -> None:
         """Warn if the trace in memory has become large."""
-        if self.output.nbytes > LARGE_TRACE_BYTES:
+        memory = self.output.memory
+        if memory is not None and memory.nbytes > LARGE_TRACE_BYTES:
             self._warnings.large_trace()
 
     def warn_of_uncalled_modules(self) -> None:

@@ -40,9 +40,14 @@ Units: TypeAlias = slice | Iterable[int]
 class Options:
     """The checked options of a tracer, except for its model, path, sites and quantities.
 
+    Args:
+        has_sink: Whether the user gave a sink, which counts rows instead of storing them.
+        to_file: Whether the trace is written to a file.
+
+        The other arguments are options of `Tracer`.
+
     Attributes:
         gates: When gates are computed; ``auto`` is resolved.
-        to_file: Whether the trace is written to a file.
         dtype: Name of the data type of stored rows; None for the type of each module.
         steps: Steps of each sequence, as a slice with an explicit start; None for all.
         units: Units as the user gave them, as a slice or as numbers; None for all.
@@ -64,7 +69,7 @@ class Options:
         dtype: DTypeLike | None = None,
         units: Units | None = None,
         steps: slice | None = None,
-        counted: bool = False,
+        has_sink: bool = False,
         to_file: bool = False,
         on_error: OnError = "raise",
         fsync: bool = False,
@@ -84,12 +89,12 @@ class Options:
             # Inline if nothing is stored, if a residual must stop the model, or if the copies do
             # not suffice (units). With a file, a thread that computes gates would slow the model
             # just as much.
-            is_inline = counted or check == "raise" or units is not None or to_file
+            is_inline = has_sink or check == "raise" or units is not None or to_file
             gates = "inline" if is_inline else "background"
         self.gates, self.stacks, self.check = gates, stacks, check
         self.to_file = to_file
         require_one_of("on_error", on_error, get_args(OnError))
-        self.on_error, self.fsync = on_error, _flag("fsync", fsync)
+        self.on_error, self.fsync = on_error, _boolean("fsync", fsync)
         if fsync and not to_file:
             raise OptionError(
                 "fsync: expected False without a path, because there is no file; found True. "
@@ -142,7 +147,7 @@ class Options:
         return required | {name: value for name, value in optional.items() if value is not None}
 
 
-def _flag(option: str, value: object) -> bool:
+def _boolean(option: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise OptionError(f"{option}: expected True or False, found {short_repr(value)}")
     return value

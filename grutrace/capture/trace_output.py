@@ -37,6 +37,7 @@ class TraceOutput:
     Attributes:
         guarded_sink: The sink.
         source: Reads the trace.
+        memory: The same source if the trace is in memory, else None.
         background: Computes gates from copies, outside the model's call; None if it is not used.
         calls_before: Number of calls that the trace had before this recording. Negative once rows
             were cleared.
@@ -81,15 +82,10 @@ class TraceOutput:
             open_sink(path, header, mode, factory, self.background, fsync=options.fsync)
         )
         self.source = open_source(self.guarded_sink.sink)
-        self._memory = self.source if isinstance(self.source, InMemorySource) else None
+        self.memory = self.source if isinstance(self.source, InMemorySource) else None
         self.calls_before = recorded_calls(self.source)
         if self.background is not None:
             self.background.calls = self.calls_before
-
-    @property
-    def nbytes(self) -> int:
-        """Approximate size in memory, in bytes. 0 for a file."""
-        return 0 if self._memory is None else self._memory.nbytes
 
     def count_calls(self) -> tuple[int, int]:
         """Return the numbers of stored and of lost calls. In an unreadable file all are lost."""

@@ -171,7 +171,7 @@ class Tracer(Trace):
             dtype=dtype,
             units=units,
             steps=steps,
-            counted=sink is not None,
+            has_sink=sink is not None,
             to_file=path is not None,
             on_error=on_error,
             fsync=fsync,

@@ -20,6 +20,9 @@ from grutrace.gru.residual import ResidualViolation
 from grutrace.options import Check
 from grutrace.records import Origin
 
+#: A trace in memory that exceeds this size causes one warning. Bytes.
+LARGE_TRACE_BYTES = 2 * 1024**3
+
 _FORKED_CHILD = (
     "a traced model was called in a forked child process: its calls are not recorded. Create a "
     "tracer in the child process"
