@@ -196,9 +196,12 @@ class _Subscriptions:
         references = self.by_module.get(id(module))
         if references is None:
             return []
-        subscriptions = [reference() for reference in references]
         # An id may belong to an earlier module that was garbage-collected.
-        return [each for each in subscriptions if each is not None and each.module() is module]
+        return [
+            subscription
+            for reference in references
+            if (subscription := reference()) is not None and subscription.module() is module
+        ]
 
     def modules(self) -> Iterator[nn.Module]:
         """Yield the modules that have subscriptions."""
@@ -220,9 +223,7 @@ class _CurrentCall(threading.local):
     frame: FrameType | None = None
 
     def is_running(self) -> bool:
-        """Whether a call is being observed in this thread."""
-        if self.frame is None:
-            return False
+        """Whether the frame is on the call stack of this thread."""
         outer: FrameType | None = sys._getframe(1)
         while outer is not None:
             if outer is self.frame:
@@ -243,7 +244,9 @@ def is_observing() -> bool:
 
 def _dispatch(kernel: GRUKernel, arguments: tuple[Any, ...]) -> Any:
     """Run PyTorch's own kernel, and notify the subscriptions to the calling module."""
-    if not _subscriptions.by_module or _current_call.is_running():
+    if not _subscriptions.by_module:
+        return kernel(*arguments)
+    if _current_call.frame is not None and _current_call.is_running():
         return kernel(*arguments)
     caller = find_caller(sys._getframe(2), kernel, arguments, _subscriptions.modules)
     module = caller.module
