@@ -38,14 +38,14 @@ def named_repr(name: str, values: Iterable[tuple[str, Any]]) -> str:
         >>> named_repr("Result", [("mean", 0.25), ("gates", ("reset", "update"))])
         "Result(mean=0.25, gates=('reset', 'update'))"
     """
-    parts = [f"{key}={_summarize(value)}" for key, value in values]
+    fields = [f"{key}={_summarize(value)}" for key, value in values]
     lines, line = [], f"{name}("
-    for number, part in enumerate(parts):
-        part += ")" if number == len(parts) - 1 else ", "
-        if len(line) + len(part.rstrip()) > WIDTH and line.strip():
+    for number, field in enumerate(fields):
+        field += ")" if number == len(fields) - 1 else ", "
+        if len(line) + len(field.rstrip()) > WIDTH and line.strip():
             lines.append(line.rstrip())
             line = _INDENT
-        line += part
+        line += field
     return "\n".join([*lines, line])
 
 

@@ -38,9 +38,9 @@ Record = Annotated[
 ]
 
 
-def split_names(given: list[str] | None) -> list[str] | None:
+def split_names(values: list[str] | None) -> list[str] | None:
     """Split the values of an option that takes names separated by commas."""
-    return None if given is None else [name for each in given for name in each.split(",")]
+    return None if values is None else [name for value in values for name in value.split(",")]
 
 
 @contextmanager
@@ -62,13 +62,13 @@ def open_traces(files: Sequence[Path]) -> Iterator[Trace]:
 @contextmanager
 def warnings_as_lines() -> Iterator[None]:
     """Print warnings as lines on standard error."""
-    with warnings.catch_warnings(record=True) as given:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
-    for each in given:
-        echo(f"grutrace: {each.message}", stderr=True)
+    for warning in caught:
+        echo(f"grutrace: {warning.message}", stderr=True)
 
 
 def display_name(files: Sequence[Path]) -> str:
-    """The name of the files in the output."""
+    """Return the name of the files in the output."""
     return str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"

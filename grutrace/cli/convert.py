@@ -49,8 +49,8 @@ def export(
     Exit codes: 0 success, 2 if the output exists, or if nothing matches.
     """
     with open_trace(file) as trace, progress_bar("exporting") as advance:
-        done = export_trace(
+        report = export_trace(
             trace, output, to, sites=site, record=split_names(record), progress=advance
         )
-    for note in done.notes:
+    for note in report.notes:
         echo(f"grutrace: {note}", stderr=True)

@@ -36,10 +36,14 @@ def diff(
 
     Prints where they differ, and the likely cause. Exit codes: 0 the same, 1 different, 2 error.
     """
-    with open_traces([a]) as one, open_traces([b]) as other, progress_bar("comparing") as advance:
-        found = compare(
-            one,
-            other,
+    with (
+        open_traces([a]) as trace_a,
+        open_traces([b]) as trace_b,
+        progress_bar("comparing") as advance,
+    ):
+        difference = compare(
+            trace_a,
+            trace_b,
             sites=site,
             record=split_names(record),
             tolerance=tolerance,
@@ -47,56 +51,56 @@ def diff(
             progress=advance,
         )
     if as_json:
-        print_json({"a": str(a), "b": str(b), **_to_json(found)})
+        print_json({"a": str(a), "b": str(b), **_to_json(difference)})
     else:
-        print_difference(found)
-    if not found.same:
+        print_difference(difference)
+    if not difference.same:
         raise typer.Exit(EXIT_NO)
 
 
-def print_difference(found: TraceDifference) -> None:
+def print_difference(difference: TraceDifference) -> None:
     """Print the compared values, the other differences, the likely cause and the answer."""
     table = new_table("site", "compared")
     for name in ("values", "largest difference", "tolerance", "beyond it"):
         table.add_column(name, justify="right")
     site = None
-    for each in found.values:
-        largest = f"{each.largest.difference:.1e}" if each.largest else "none"
-        row = [str(each.values), largest, f"{each.tolerance:.1e}", str(each.beyond)]
-        table.add_row("" if each.site == site else each.site, each.quantity, *row)
-        site = each.site
-    if found.values:
+    for value in difference.values:
+        largest = f"{value.largest.difference:.1e}" if value.largest else "none"
+        row = [str(value.values), largest, f"{value.tolerance:.1e}", str(value.beyond)]
+        table.add_row("" if value.site == site else value.site, value.quantity, *row)
+        site = value.site
+    if difference.values:
         print_table(table)
-    for mismatch in found.mismatches:
+    for mismatch in difference.mismatches:
         echo(str(mismatch))
-    for each in found.values:
-        if each.beyond:
-            echo(f"{each.site}: {each.quantity}, first at {each.first}")
-            echo(f"{each.site}: {each.quantity}, most at {each.largest}")
-    for difference in found.context:
-        echo(f"({difference})")
+    for value in difference.values:
+        if value.beyond:
+            echo(f"{value.site}: {value.quantity}, first at {value.first}")
+            echo(f"{value.site}: {value.quantity}, most at {value.largest}")
+    for context in difference.context:
+        echo(f"({context})")
     # If values differ, the first one is the likely cause, which is printed below.
-    for weights in found.weights[bool(found.cause) :]:
+    for weights in difference.weights[bool(difference.cause) :]:
         echo(f"(weights of {weights})")
-    if found.cause:
-        echo(f"Likely cause: {found.cause}")
-    print("The traces are the same." if found.same else "The traces differ.")
+    if difference.cause:
+        echo(f"Likely cause: {difference.cause}")
+    print("The traces are the same." if difference.same else "The traces differ.")
 
 
-def _to_json(found: TraceDifference) -> dict[str, Any]:
-    """The result as JSON values, with the derived properties."""
+def _to_json(difference: TraceDifference) -> dict[str, Any]:
+    """Return the result as JSON values, with the derived properties."""
     values = [
-        dataclasses.asdict(each)
-        | {"largest": _pair_to_json(each.largest), "first": _pair_to_json(each.first)}
-        for each in found.values
+        dataclasses.asdict(value)
+        | {"largest": _pair_to_json(value.largest), "first": _pair_to_json(value.first)}
+        for value in difference.values
     ]
-    first: ValueDifference | None = found.first
-    about = {
-        "same": found.same,
-        "cause": found.cause,
+    first: ValueDifference | None = difference.first
+    properties = {
+        "same": difference.same,
+        "cause": difference.cause,
         "first": {"site": first.site, "quantity": first.quantity} if first else None,
     }
-    return about | dataclasses.asdict(found) | {"values": values}
+    return properties | dataclasses.asdict(difference) | {"values": values}
 
 
 def _pair_to_json(pair: ValuePair | None) -> dict[str, Any] | None:

@@ -69,37 +69,42 @@ def site_info(trace: Trace, name: str) -> dict[str, Any]:
 
 def print_info(trace: Trace, name: str) -> None:
     """Print the description of a trace."""
-    about = describe(trace, name)
-    state = (
-        "closed" if about["closed"] else "not closed: still being written, or its writer was killed"
-    )
-    parts = f" in {len(about['parts'])} files" if len(about["parts"]) > 1 else ""
-    echo(f"{name}: trace of {about['model']}, {about['bytes'] / 1e6:.1f} MB{parts}, {state}")
+    description = describe(trace, name)
+    state = "closed"
+    if not description["closed"]:
+        state = "not closed: still being written, or its writer was killed"
+    parts = f" in {len(description['parts'])} files" if len(description["parts"]) > 1 else ""
+    size = f"{description['bytes'] / 1e6:.1f} MB"
+    echo(f"{name}: trace of {description['model']}, {size}{parts}, {state}")
     versions = [
-        f"{each} {about['versions'][each]}" for each in about["versions"] if each != _PLATFORM_KEY
+        f"{library} {version}"
+        for library, version in description["versions"].items()
+        if library != _PLATFORM_KEY
     ]
-    echo(f"recorded {about['created']} with {', '.join(versions)}")
-    for line in rank_lines(about):
+    echo(f"recorded {description['created']} with {', '.join(versions)}")
+    for line in rank_lines(description):
         echo(line)
-    narrowing = [f"{name} {value}" for name, value in restricting_options(about["options"])]
-    if narrowing:
-        echo(f"recorded only in part: {', '.join(narrowing)}")
-    if about["options"].get("dtype") in ROUNDING_ERROR:
-        dtype = about["options"]["dtype"]
+    restrictions = [
+        f"{option} {value}" for option, value in restricting_options(description["options"])
+    ]
+    if restrictions:
+        echo(f"recorded only in part: {', '.join(restrictions)}")
+    if description["options"].get("dtype") in ROUNDING_ERROR:
+        dtype = description["options"]["dtype"]
         echo(
             f"rows are rounded to {dtype}: values up to 1 are off by "
             f"{ROUNDING_ERROR[dtype]:.3g} at most; `grutrace stats FILE quantization` says more"
         )
-    if "compression" in about["options"]:
-        echo(f"rows are compressed with {about['options']['compression']}")
-    for line in quantity_lines(about):
+    if "compression" in description["options"]:
+        echo(f"rows are compressed with {description['options']['compression']}")
+    for line in quantity_lines(description):
         echo(line)
-    for line in proof_lines(about["proofs"]):
+    for line in proof_lines(description["proofs"]):
         echo(line)
     table = new_table("site", "layer")
     for name in ("calls", "sequences", "steps", "weights"):
         table.add_column(name, justify="right")
-    for module in about["modules"]:
+    for module in description["modules"]:
         kind = f"{module['kind']}({module['input_size']}, {module['hidden_size']})"
         counts = [module[name] for name in ("calls", "sequences", "rows", "versions")]
         for site in module["sites"]:
@@ -125,28 +130,28 @@ def proof_lines(proofs: Mapping[str, Any]) -> Iterator[str]:
         )
     if proofs["unproven"]:
         numbers = ", ".join(map(str, proofs["unproven_calls"]))
-        more = ", ..." if proofs["unproven"] > MAX_LISTED else ""
+        ellipsis = ", ..." if proofs["unproven"] > MAX_LISTED else ""
         yield (
             f"unproven: {proofs['unproven']} calls, whose gates do not lead to the model's states "
-            f"({numbers}{more})"
+            f"({numbers}{ellipsis})"
         )
 
 
-def quantity_lines(about: Mapping[str, Any]) -> Iterator[str]:
+def quantity_lines(description: Mapping[str, Any]) -> Iterator[str]:
     """Yield lines with the recorded quantities: one for each group of sites that have the same."""
     groups: dict[str, list[str]] = {}
-    sites = [site for module in about["modules"] for site in module["sites"]]
+    sites = [site for module in description["modules"] for site in module["sites"]]
     for site in sites:
         derived = f"; derived: {', '.join(site['derived'])}" if site["derived"] else ""
         groups.setdefault(", ".join(site["quantities"]) + derived, []).append(site["name"])
-    for what, names in groups.items():
-        of = "" if len(groups) == 1 else f" (of {join_names(names)})"
-        yield f"recorded: {what}{of}"
+    for quantities, names in groups.items():
+        suffix = "" if len(groups) == 1 else f" (of {join_names(names)})"
+        yield f"recorded: {quantities}{suffix}"
 
 
-def rank_lines(about: Mapping[str, Any]) -> Iterator[str]:
+def rank_lines(description: Mapping[str, Any]) -> Iterator[str]:
     """Yield lines about the ranks of a distributed run; none for a single process."""
-    options, shards = about["options"], about["shards"]
+    options, shards = description["options"], description["shards"]
     if "shard" in options:
         yield f"rank {options['shard']['rank']} of {options['shard']['world_size']}"
     if shards:

@@ -73,10 +73,10 @@ class PlainTable:
         """
         rows = [[column.header for column in self.columns], *self.rows]
         widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
-        others = sum(widths[1:]) + len(COLUMN_GAP) * (len(widths) - 1)
-        widths[0] = min(widths[0], max(MIN_FIRST_COLUMN, width - others))
-        for first, *rest in rows:
-            cells = [shorten(first, widths[0]), *rest]
+        other_widths = sum(widths[1:]) + len(COLUMN_GAP) * (len(widths) - 1)
+        widths[0] = min(widths[0], max(MIN_FIRST_COLUMN, width - other_widths))
+        for name, *values in rows:
+            cells = [shorten(name, widths[0]), *values]
             padded = (
                 " " * (size - cell_len(cell)) + cell
                 if column.justify == "right"
@@ -90,8 +90,9 @@ def shorten(text: str, width: int) -> str:
     """Shorten a text to `width` terminal columns by removing its middle."""
     if cell_len(text) <= width:
         return text
-    kept = width - len(ELLIPSIS)
-    return f"{set_cell_size(text, kept // 2)}{ELLIPSIS}{text[-(kept - kept // 2) :]}"
+    remaining = width - len(ELLIPSIS)
+    end = text[-(remaining - remaining // 2) :]
+    return f"{set_cell_size(text, remaining // 2)}{ELLIPSIS}{end}"
 
 
 def print_table(table: PlainTable) -> None:
@@ -165,13 +166,13 @@ def print_json(value: Any) -> None:
 
 def _to_json_value(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _to_json_value(each) for key, each in value.items()}
+        return {key: _to_json_value(item) for key, item in value.items()}
     if isinstance(value, (np.ndarray, np.generic)):
         value = value.tolist()
     if isinstance(value, complex):
         value = [value.real, value.imag]
     if isinstance(value, (list, tuple)):
-        return [_to_json_value(each) for each in value]
+        return [_to_json_value(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
     return value
@@ -184,46 +185,47 @@ MAX_TEXT_WIDTH = 16
 QUANTILES = {"least": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "most": 1.0}
 
 
-def print_result(result: Result, each: bool) -> None:
+def print_result(result: Result, all_values: bool) -> None:
     """Print the scalars of a result, then its columns: their quantiles, or all their values."""
-    scalars = [f"{name} {_format_scalar(found)}" for name, found in result.scalars().items()]
+    scalars = [f"{name} {_format_scalar(value)}" for name, value in result.scalars().items()]
     echo(f"{result.site}: {', '.join(scalars)}")
     columns = result.columns()
-    numbers, *others = columns
-    if each:
-        table = new_table(numbers)
-        for name in others:
+    index_name, *names = columns
+    if all_values:
+        table = new_table(index_name)
+        for name in names:
             table.add_column(name.replace("_", " "), justify="right")
         for row in zip(*columns.values(), strict=True):
             table.add_row(*map(format_value, row))
     else:
-        table = new_table(f"over {numbers}s")
+        table = new_table(f"over {index_name}s")
         for label in QUANTILES:
             table.add_column(label, justify="right")
-        for name in (other for other in others if other not in result.index_columns):
-            table.add_row(name.replace("_", " "), *_quantile_cells(columns[name]))
-    if others:
+        for name in names:
+            if name not in result.index_columns:
+                table.add_row(name.replace("_", " "), *_quantile_cells(columns[name]))
+    if names:
         print_table(table)
 
 
-def format_value(found: Any) -> str:
+def format_value(value: Any) -> str:
     """Format a value with three significant digits. NaN and False are empty."""
-    if isinstance(found, (bool, np.bool_)):
-        return "yes" if found else ""
-    if isinstance(found, (float, np.floating)):
-        return "" if np.isnan(found) else f"{found:.3g}"
-    return str(found)
+    if isinstance(value, (bool, np.bool_)):
+        return "yes" if value else ""
+    if isinstance(value, (float, np.floating)):
+        return "" if np.isnan(value) else f"{value:.3g}"
+    return str(value)
 
 
-def _format_scalar(found: Any) -> str:
+def _format_scalar(value: Any) -> str:
     """Format a single figure: unlike a cell, it is never empty."""
-    if found is None or (isinstance(found, float) and np.isnan(found)):
+    if value is None or (isinstance(value, float) and np.isnan(value)):
         return "unknown"
-    return format_value(found) or "no"
+    return format_value(value) or "no"
 
 
 def _quantile_cells(column: Array) -> list[str]:
-    """The quantiles of a column, without NaN.
+    """Return the quantiles of a column, without NaN.
 
     For booleans, the number of true values. For other values, such as texts, the most common ones
     with their counts.
@@ -240,10 +242,10 @@ def _quantile_cells(column: Array) -> list[str]:
 
 def _most_common_cells(column: Array) -> list[str]:
     counts = Counter(map(format_value, column.tolist())).most_common()
-    room = len(QUANTILES)
-    if len(counts) > room:
+    cell_count = len(QUANTILES)
+    if len(counts) > cell_count:
         # The last cell counts the values that do not fit.
-        rest = sum(count for _, count in counts[room - 1 :])
-        counts = [*counts[: room - 1], ("others", rest)]
+        other_count = sum(count for _, count in counts[cell_count - 1 :])
+        counts = [*counts[: cell_count - 1], ("others", other_count)]
     cells = [f"{shorten(name, MAX_TEXT_WIDTH)}: {count}" for name, count in counts]
-    return [*cells, *[""] * (room - len(cells))]
+    return [*cells, *[""] * (cell_count - len(cells))]

@@ -27,44 +27,44 @@ def recover(
     is lost, 2 nothing can be recovered.
     """
     with progress_bar("recovering") as advance:
-        found = recover_file(file, output, advance)
+        reports = recover_file(file, output, advance)
     if as_json:
-        print_json([_as_json(each) for each in found])
+        print_json([_to_json(report) for report in reports])
     else:
-        for each in found:
-            print_recovery(each)
-    if any(each.lost for each in found):
+        for report in reports:
+            print_recovery(report)
+    if any(report.lost for report in reports):
         raise typer.Exit(EXIT_NO)
 
 
-def _as_json(recovery: RecoveryReport) -> dict[str, object]:
-    paths = {"source": str(recovery.source), "path": str(recovery.path)}
-    return dataclasses.asdict(recovery) | paths
+def _to_json(report: RecoveryReport) -> dict[str, object]:
+    paths = {"source": str(report.source), "path": str(report.path)}
+    return dataclasses.asdict(report) | paths
 
 
-def print_recovery(recovery: RecoveryReport) -> None:
+def print_recovery(report: RecoveryReport) -> None:
     """Print the recovered calls, and the lost and the dropped items."""
-    print(f"{recovery.path}: {recovery.calls} calls of {recovery.source}, {_state(recovery)}")
-    if recovery.lost:
-        lost = ", ".join(f"{count} {name}" for name, count in recovery.lost.items())
-        print(f"lost of what was committed: {lost}; {recovery.reason}")
-    if recovery.repaired:
+    print(f"{report.path}: {report.calls} calls of {report.source}, {_state(report)}")
+    if report.lost:
+        lost = ", ".join(f"{count} {name}" for name, count in report.lost.items())
+        print(f"lost of what was committed: {lost}; {report.reason}")
+    if report.repaired:
         print(
-            f"{recovery.repaired} HDF5 structures were incomplete, as after a power loss, and were "
-            f"repaired: check the result with grutrace verify {recovery.path}"
+            f"{report.repaired} HDF5 structures were incomplete, as after a power loss, and were "
+            f"repaired: check the result with grutrace verify {report.path}"
         )
-    if not recovery.dropped:
+    if not report.dropped:
         print("nothing was dropped")
         return
     table = new_table("dropped from")
     table.add_column("items", justify="right")
-    for place, count in recovery.dropped.items():
-        table.add_row(place, str(count))
+    for dataset_path, count in report.dropped.items():
+        table.add_row(dataset_path, str(count))
     print_table(table)
-    reasons = ["were not committed"] + ["belong to what is lost"] * bool(recovery.lost)
+    reasons = ["were not committed"] + ["belong to what is lost"] * bool(report.lost)
     print(f"These {' or '.join(reasons)}.")
 
 
-def _state(recovery: RecoveryReport) -> str:
-    closed = "closed in order" if recovery.closed else "left behind by its writer"
+def _state(report: RecoveryReport) -> str:
+    closed = "closed in order" if report.closed else "left behind by its writer"
     return f"which was {closed}"

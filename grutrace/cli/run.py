@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from grutrace.cli.common import split_names
 from grutrace.options import OPTIONS
 from grutrace.records import DEFAULT_RECORD
 from grutrace.run.launch import launch
@@ -64,11 +65,10 @@ def run(
 
     Exit code: that of the script; 2 if grutrace cannot start it.
     """
-    asked = [name for names in record or [",".join(DEFAULT_RECORD)] for name in names.split(",")]
     settings = Settings(
         str(output),
         tuple(sites or ()),
-        tuple(asked),
+        tuple(split_names(record) or DEFAULT_RECORD),
         mode,
         stacks,
         check,

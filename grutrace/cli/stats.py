@@ -67,30 +67,30 @@ def stats(
     FILE is a trace or a statistics file. With ANALYSIS, run this analysis on every site.
     """
     files, name = split_arguments(arguments)
-    told = {"label": label, "against": against, "paired": paired or None}
-    given: dict[str, Any] = {option: value for option, value in told.items() if value is not None}
+    values = {"label": label, "against": against, "paired": paired or None}
+    options: dict[str, Any] = {key: value for key, value in values.items() if value is not None}
     if name is not None:
-        chosen = get_analysis(name)
-        chosen.require(given)
-        with ExitStack() as open_now:
-            trace = open_now.enter_context(open_traces(files))
+        analysis = get_analysis(name)
+        analysis.require(options)
+        with ExitStack() as stack:
+            trace = stack.enter_context(open_traces(files))
             if against is not None:
-                given["against"] = open_now.enter_context(open_traces([against]))
-            print_results(
-                run_analysis(trace, chosen, matching_sites(trace, site), given), each, as_json
-            )
+                options["against"] = stack.enter_context(open_traces([against]))
+            results = run_analysis(trace, analysis, matching_sites(trace, site), options)
+            print_results(results, each, as_json)
         return
-    if given:
-        raise OptionError(f"--{next(iter(given))} needs an ANALYSIS: one of {', '.join(ANALYSES)}")
+    if options:
+        option = next(iter(options))
+        raise OptionError(f"--{option} needs an ANALYSIS: one of {', '.join(ANALYSES)}")
     if all(map(is_statistics, files)):
-        found = summarize_statistics(reduce(Statistics.merge, map(Statistics.load, files)))
+        summaries = summarize_statistics(reduce(Statistics.merge, map(Statistics.load, files)))
     else:
         with open_traces(files) as trace:
-            found = summarize_sites(trace, matching_sites(trace, site))
+            summaries = summarize_sites(trace, matching_sites(trace, site))
     if as_json:
-        print_json([dataclasses.asdict(each) for each in found])
+        print_json([dataclasses.asdict(summary) for summary in summaries])
     else:
-        print_summaries(found)
+        print_summaries(summaries)
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[Path], str | None]:
@@ -109,44 +109,47 @@ def matching_sites(trace: Trace, globs: Sequence[str] | None) -> tuple[str, ...]
     """
     for glob in globs or ():
         if not any(fnmatchcase(name, glob) for name in trace.sites):
-            found = ", ".join(trace.sites) or "none"
-            raise OptionError(f"site: {glob!r} matches none of the sites: {found}")
+            sites = ", ".join(trace.sites) or "none"
+            raise OptionError(f"site: {glob!r} matches none of the sites: {sites}")
     return tuple(
         name for name in trace.sites if not globs or any(fnmatchcase(name, glob) for glob in globs)
     )
 
 
 def run_analysis(
-    trace: Trace, chosen: AnalysisSpec, sites: Sequence[str], given: Mapping[str, Any]
+    trace: Trace, analysis: AnalysisSpec, sites: Sequence[str], options: Mapping[str, Any]
 ) -> Iterator[Result]:
     """Run an analysis on each site, with a progress bar on a terminal.
 
     Args:
         trace: The trace.
-        chosen: The analysis.
+        analysis: The analysis.
         sites: Names of the sites.
-        given: Options of the analysis by name. A trace stands for its site of the same name.
+        options: Options of the analysis by name. A trace stands for its site of the same name.
 
     Yields:
         The result for each site.
     """
-    analyse = chosen.load()
+    analyse = analysis.load()
     for name in sites:
-        told = {key: each[name] if isinstance(each, Trace) else each for key, each in given.items()}
-        with progress_bar(f"{chosen.name} of {name}") as advance:
-            of = as_site_data(trace[name])
-            of.advance = advance
-            found = analyse(of, **told)
-        yield found
+        site_options = {
+            key: value[name] if isinstance(value, Trace) else value
+            for key, value in options.items()
+        }
+        with progress_bar(f"{analysis.name} of {name}") as advance:
+            site_data = as_site_data(trace[name])
+            site_data.advance = advance
+            result = analyse(site_data, **site_options)
+        yield result
 
 
-def print_results(found: Iterable[Result], each: bool, as_json: bool) -> None:
+def print_results(results: Iterable[Result], all_values: bool, as_json: bool) -> None:
     """Print results as text, one after another, or as one JSON array."""
     if as_json:
-        print_json([result.to_dict() for result in found])
+        print_json([result.to_dict() for result in results])
         return
-    for result in found:
-        print_result(result, each)
+    for result in results:
+        print_result(result, all_values)
 
 
 def summarize_sites(trace: Trace, sites: Sequence[str] | None = None) -> list[SiteSummary]:
@@ -155,7 +158,7 @@ def summarize_sites(trace: Trace, sites: Sequence[str] | None = None) -> list[Si
     return [summarize_site(trace[name]) for name in with_progress(names, "reading")]
 
 
-def print_summaries(found: Sequence[SiteSummary]) -> None:
+def print_summaries(summaries: Sequence[SiteSummary]) -> None:
     """Print a table of sequences, steps, residual and gate activation for every site."""
     table = new_table("site")
     for name in ("sequences", "steps", "residual"):
@@ -163,11 +166,13 @@ def print_summaries(found: Sequence[SiteSummary]) -> None:
     table.add_column("")
     for name in ("mean", f"< {LOW}", f"> {HIGH}"):
         table.add_column(name, justify="right")
-    for each in found:
-        about = [each.site, str(each.sequences), str(each.steps), f"{each.residual:.1e}"]
-        for name, gate in each.gates.items() or [("", None)]:
+    for summary in summaries:
+        counts = [str(summary.sequences), str(summary.steps)]
+        site_cells = [summary.site, *counts, f"{summary.residual:.1e}"]
+        for name, gate in summary.gates.items() or [("", None)]:
             shares = [f"{gate.mean:.3f}", percent(gate.below), percent(gate.above)] if gate else []
-            table.add_row(*about, name, *shares)
-            about = [""] * len(about)
+            table.add_row(*site_cells, name, *shares)
+            # Further gates of the site leave these cells empty.
+            site_cells = [""] * len(site_cells)
     print_table(table)
     print("Shares are over all steps and units; for the candidate they are of its magnitude, |n|.")

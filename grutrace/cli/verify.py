@@ -28,12 +28,12 @@ def verify(files: Files, as_json: AsJSON = False) -> None:
     with open_traces(files) as trace:
         results = [verify_site(trace, name) for name in with_progress(trace.sites, "verifying")]
     if as_json:
-        print_json([dataclasses.asdict(each) | {"holds": each.holds} for each in results])
+        print_json([dataclasses.asdict(result) | {"holds": result.holds} for result in results])
     else:
         print_verification(results)
-    if not all(each.holds for each in results):
+    if not all(result.holds for result in results):
         raise typer.Exit(EXIT_NO)
-    if not any(each.check for each in results):
+    if not any(result.check for result in results):
         raise typer.Exit(EXIT_ERROR)
 
 
@@ -43,20 +43,20 @@ def print_verification(results: Sequence[SiteVerification]) -> None:
     table.add_column("steps", justify="right")
     table.add_column("worst difference", justify="right")
     table.add_column("of tolerance", justify="right")
-    for each in results:
-        verdict = ("holds" if each.holds else "DOES NOT HOLD") if each.check else ""
-        row = [each.site, each.check or "nothing", verdict, str(each.steps)]
-        if each.worst:
-            row += [f"{each.worst.difference:.1e}", f"{each.worst.of_tolerance:.2g}"]
+    for result in results:
+        verdict = ("holds" if result.holds else "DOES NOT HOLD") if result.check else ""
+        row = [result.site, result.check or "nothing", verdict, str(result.steps)]
+        if result.worst:
+            row += [f"{result.worst.difference:.1e}", f"{result.worst.of_tolerance:.2g}"]
         table.add_row(*row)
     print_table(table)
-    for each in results:
-        if each.reason:
-            echo(f"{each.site}: {each.reason}")
-        if each.worst and not each.holds:
-            worst = each.worst
+    for result in results:
+        if result.reason:
+            echo(f"{result.site}: {result.reason}")
+        if result.worst and not result.holds:
+            worst = result.worst
             echo(
-                f"{each.site}: sequence {worst.sequence}, step {worst.step}, unit {worst.unit}: "
+                f"{result.site}: sequence {worst.sequence}, step {worst.step}, unit {worst.unit}: "
                 f"{worst.quantity} is {worst.recorded:.7g}, expected {worst.expected:.7g} "
                 f"within {worst.tolerance:.1e}"
             )

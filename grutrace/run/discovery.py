@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 GRU_CLASSES = (nn.GRU, nn.GRUCell)
 
-_OWN_FOLDER, _TORCH_FOLDER = (str(Path(each.__file__ or "").parent) for each in (run, torch))
+_OWN_FOLDER, _TORCH_FOLDER = (str(Path(package.__file__ or "").parent) for package in (run, torch))
+
 #: Exit code of a script that is stopped because no site matches --sites.
 EXIT_ERROR = 2
 
@@ -80,11 +81,11 @@ class Discovery:
     ) -> None:
         if layer in self._known_layers:
             return
-        missed = unsupported_reason((*args, *kwargs.values()))
-        if missed is not None:
+        skipped = unsupported_reason((*args, *kwargs.values()))
+        if skipped is not None:
             # A model that is being exported or scripted may be a copy with other module paths.
             self._report.log(
-                f"a call of {type(layer).__qualname__} was not recorded: {missed.reason}"
+                f"a call of {type(layer).__qualname__} was not recorded: {skipped.reason}"
             )
             return
         with self._lock:
@@ -98,14 +99,14 @@ class Discovery:
             if model is layer and self._replaces_freed_layer(layer):
                 self._known_layers.add(layer)
                 return
-            new: list[nn.Module] = [
-                each
-                for each in model.modules()
-                if isinstance(each, GRU_CLASSES) and each not in self._known_layers
+            new_layers: list[nn.Module] = [
+                module
+                for module in model.modules()
+                if isinstance(module, GRU_CLASSES) and module not in self._known_layers
             ]
             self._report.called = True
             try:
-                self._record_layers(model, new)
+                self._record_layers(model, new_layers)
             except NoMatchingSite as error:
                 self._report.stop(str(error))
                 raise SystemExit(EXIT_ERROR) from None
@@ -114,7 +115,7 @@ class Discovery:
                 self._report.log(
                     f"the GRUs of {type(model).__qualname__} are not recorded: {error}"
                 )
-            self._known_layers.update(new)
+            self._known_layers.update(new_layers)
 
     def _replaces_freed_layer(self, layer: Any) -> bool:
         """Record a layer as the site of an earlier layer of the same line, which is freed.
@@ -122,8 +123,8 @@ class Discovery:
         Some models (vocoders, for example) make a new cell in each call. All these cells are one
         site.
         """
-        before, part = self._standalone.get(_call_site(layer), (None, None))
-        if part is None or before is None or before() is not None:
+        reference, part = self._standalone.get(_call_site(layer), (None, None))
+        if part is None or reference is None or reference() is not None:
             return False
         part.replace_layer(layer)
         self._standalone[_call_site(layer)] = weakref.ref(layer), part
@@ -146,9 +147,9 @@ def _call_site(layer: nn.Module) -> tuple[object, ...]:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith((_OWN_FOLDER, _TORCH_FOLDER)):
         frame = frame.f_back
-    place = (frame.f_code, frame.f_lineno) if frame is not None else ()
+    line = (frame.f_code, frame.f_lineno) if frame is not None else ()
     names = ("input_size", "hidden_size", "num_layers", "bidirectional", "bias")
-    return (*place, type(layer), *(getattr(layer, name, None) for name in names))
+    return (*line, type(layer), *(getattr(layer, name, None) for name in names))
 
 
 def _make_call(kind: type[nn.Module], on_first_call: FirstCallCallback) -> Callable[..., Any]:
@@ -166,19 +167,19 @@ def outermost_module(layer: nn.Module) -> nn.Module:
     Any method counts, not only ``forward``: decoders are often called through another one, and
     trainers call ``training_step``.
     """
-    found: Any = layer
+    outermost: Any = layer
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_argcount and code.co_varnames[0] == "self":
             owner = frame.f_locals.get("self")
-            if owner is not found and _contains(owner, layer):
-                found = owner
+            if owner is not outermost and _contains(owner, layer):
+                outermost = owner
         frame = frame.f_back
     # The wrapper of torch.compile is not part of the model's paths.
-    model: nn.Module = getattr(found, "_orig_mod", found)
+    model: nn.Module = getattr(outermost, "_orig_mod", outermost)
     return model
 
 
 def _contains(owner: Any, layer: nn.Module) -> bool:
-    return issubclass(type(owner), nn.Module) and any(each is layer for each in owner.modules())
+    return issubclass(type(owner), nn.Module) and any(module is layer for module in owner.modules())

@@ -44,9 +44,9 @@ def launch(settings: Settings, program: Sequence[str], *, module: bool = False) 
     # Before the script starts, only the environment of torchrun tells the rank.
     check_writable(shard_path(Path(settings.output), detect_shard()), settings.mode)
     command = [*_interpreter(), *(["-m"] if module else []), *program]
-    before = os.environ.get("PYTHONPATH")
-    settings = replace(settings, output=os.path.realpath(settings.output), python_path=before)
-    python_path = os.pathsep.join([str(_BOOT), *([before] if before else [])])
+    user_path = os.environ.get("PYTHONPATH")
+    settings = replace(settings, output=os.path.realpath(settings.output), python_path=user_path)
+    python_path = os.pathsep.join([str(_BOOT), *([user_path] if user_path else [])])
     environment = os.environ | {"PYTHONPATH": python_path, ENVIRONMENT_VARIABLE: settings.to_text()}
     sys.stdout.flush()
     sys.stderr.flush()
@@ -92,6 +92,6 @@ def _check_values(option: str, values: Sequence[str]) -> None:
 
 def _interpreter() -> list[str]:
     """Return this Python and its own options, such as -u, -O, -W and -X."""
-    own = len(sys.orig_argv) - len(sys.argv) + 1
-    options = sys.orig_argv[1 : own - 1]
+    option_count = len(sys.orig_argv) - len(sys.argv) - 1
+    options = sys.orig_argv[1 : 1 + option_count]
     return [sys.executable, *(options[:-1] if options[-1:] in (["-m"], ["-c"]) else options)]

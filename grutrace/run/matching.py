@@ -1,4 +1,4 @@
-"""Check at the first call of a GRU whether `--sites` matches any site: not after hours."""
+"""Check at the first call of a GRU whether `--sites` matches any site, before a long run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ class NoMatchingSite(OptionError):
 
 
 def require_match(
-    model: nn.Module, layers: Sequence[nn.Module], known: Container[nn.Module], globs: Sequence[str]
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    known_layers: Container[nn.Module],
+    globs: Sequence[str],
 ) -> None:
     """Raise if no model in memory has a site that matches a glob.
 
@@ -27,29 +30,32 @@ def require_match(
     Args:
         model: The model that is called now.
         layers: Its layers. None of them matches.
-        known: Layers that were seen before.
+        known_layers: Layers that were seen before.
         globs: The globs of ``--sites``, at least one.
 
     Raises:
         NoMatchingSite: There is no such site.
     """
-    own = set(map(id, layers))
-    for other in _root_modules():
-        for path, layer in find_grus(other):
-            if id(layer) not in own and layer not in known and _can_match(path, layer, globs):
+    layer_ids = set(map(id, layers))
+    for root in _root_modules():
+        for path, layer in find_grus(root):
+            is_new = id(layer) not in layer_ids and layer not in known_layers
+            if is_new and _can_match(path, layer, globs):
                 return
     names = [name for path, layer in find_grus(model) for name in _names(path, layer)]
-    asked = join_names(map(repr, globs))
     raise NoMatchingSite(
-        f"sites: {asked} matches none of the sites of {type(model).__qualname__}"
-        f"{suggest_name(globs[0], names)}: {join_names(names)}"
+        f"sites: {join_names(map(repr, globs))} matches none of the sites of "
+        f"{type(model).__qualname__}{suggest_name(globs[0], names)}: {join_names(names)}"
     )
 
 
 def _can_match(path: str, layer: nn.GRU | nn.GRUCell, globs: Sequence[str]) -> bool:
-    """Whether a glob matches a possible name of the layer: the script may call any submodule."""
+    """Return whether a glob matches a possible name of the layer.
+
+    The script may call any submodule, which makes the path of the layer shorter.
+    """
     parts = path.split(".")
-    tails = (".".join(parts[first:]) for first in range(len(parts) + 1))
+    tails = (".".join(parts[start:]) for start in range(len(parts) + 1))
     names = (name for tail in tails for name in _names(tail, layer))
     return any(fnmatchcase(name, glob) for name in names for glob in globs)
 
@@ -62,6 +68,9 @@ def _names(path: str, layer: nn.GRU | nn.GRUCell) -> Iterator[str]:
 def _root_modules() -> list[nn.Module]:
     """Return the modules in memory that are not inside another module."""
     # By type(): __class__ of a proxy object may run code.
-    modules = [each for each in gc.get_objects() if issubclass(type(each), nn.Module)]
-    inner = {id(child) for each in modules for child in vars(each).get("_modules", {}).values()}
-    return [each for each in modules if id(each) not in inner and "_modules" in vars(each)]
+    modules = [value for value in gc.get_objects() if issubclass(type(value), nn.Module)]
+    children = (vars(module).get("_modules", {}).values() for module in modules)
+    child_ids = {id(child) for group in children for child in group}
+    return [
+        module for module in modules if id(module) not in child_ids and "_modules" in vars(module)
+    ]

@@ -15,7 +15,7 @@ def parse_units(text: str) -> slice | tuple[int, ...]:
     expected = "numbers separated by commas, or a range such as 0:32"
     if ":" in text:
         return _range("units", text, expected)
-    return tuple(_number("units", each, text, expected) for each in text.split(","))
+    return tuple(_number("units", number, text, expected) for number in text.split(","))
 
 
 def parse_steps(text: str) -> slice:
@@ -25,23 +25,26 @@ def parse_steps(text: str) -> slice:
         OptionError: The text has another form, or the range is empty.
     """
     expected = "a range such as 5:20, from 0 on"
-    found = _range("steps", text, expected) if text.count(":") == 1 else None
-    start = 0 if found is None or found.start is None else found.start
-    if found is None or start < 0 or (found.stop is not None and found.stop <= start):
+    steps = _range("steps", text, expected) if text.count(":") == 1 else None
+    start = 0 if steps is None or steps.start is None else steps.start
+    if steps is None or start < 0 or (steps.stop is not None and steps.stop <= start):
         raise OptionError(f"steps: expected {expected}, found {text!r}")
-    return found
+    return steps
 
 
 def _range(option: str, text: str, expected: str) -> slice:
-    parts = text.split(":")
-    if len(parts) > 3:
+    numbers = text.split(":")
+    if len(numbers) > 3:
         raise OptionError(f"{option}: expected {expected}, found {text!r}")
-    return slice(*(_number(option, each, text, expected) if each else None for each in parts))
+    return slice(
+        *(_number(option, number, text, expected) if number else None for number in numbers)
+    )
 
 
-def _number(option: str, part: str, text: str, expected: str) -> int:
+def _number(option: str, number: str, text: str, expected: str) -> int:
+    """Parse one number of an option. `text` is the whole value, for the message."""
     try:
-        return int(part)
+        return int(number)
     except ValueError:
         raise OptionError(f"{option}: expected {expected}, found {text!r}") from None
 

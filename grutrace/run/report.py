@@ -76,13 +76,13 @@ class Report:
         """Print the number of recorded calls and sites, and the files."""
         path = os.path.relpath(self.output)
         if not self.part_stats:
-            what = "nothing was recorded" if self.called else "no nn.GRU or nn.GRUCell was called"
-            self.log(f"{what}: {path} was not written")
+            reason = "nothing was recorded" if self.called else "no nn.GRU or nn.GRUCell was called"
+            self.log(f"{reason}: {path} was not written")
             return
         calls = sum(stats.calls for stats in self.part_stats)
         sites = sum(stats.sites for stats in self.part_stats)
-        others = len(self.part_stats) - 1
-        files = path if not others else f"{path} and {others} file{'s' * (others > 1)} beside it"
+        later = len(self.part_stats) - 1
+        files = path if not later else f"{path} and {later} file{'s' * (later > 1)} beside it"
         lost = self._lost()
         self.log(
             f"recorded {calls} call{'s' * (calls != 1)} of {sites} site{'s' * (sites != 1)} "
@@ -93,4 +93,8 @@ class Report:
         lost = sum(stats.lost for stats in self.part_stats)
         if lost:
             return f"; {lost} are lost, as said above"
-        return "; some are lost, as said above" if any(t.failed for t in self.part_stats) else ""
+        return (
+            "; some are lost, as said above"
+            if any(stats.failed for stats in self.part_stats)
+            else ""
+        )

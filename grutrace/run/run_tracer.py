@@ -51,14 +51,26 @@ def select_layers(
     Raises:
         GrutraceError: The layers cannot be recorded.
     """
-    wanted = {id(layer) for layer in layers}
-    found = [each for each in select(model, record=settings.record) if id(each.module) in wanted]
+    layer_ids = {id(layer) for layer in layers}
+    candidates = [
+        selected
+        for selected in select(model, record=settings.record)
+        if id(selected.module) in layer_ids
+    ]
     globs = settings.sites or ("*",)
-    names = [site.name for each in found for site in each.description.sites]
+    names = _site_names(candidates)
     matching = [glob for glob in globs if any(fnmatchcase(name, glob) for name in names)]
     if not matching:
         return []
-    return [each for each in select(model, matching, settings.record) if id(each.module) in wanted]
+    return [
+        selected
+        for selected in select(model, matching, settings.record)
+        if id(selected.module) in layer_ids
+    ]
+
+
+def _site_names(selections: Sequence[SelectedModule]) -> list[str]:
+    return [site.name for selected in selections for site in selected.description.sites]
 
 
 class PartTracer(ModelRecorder):
@@ -237,7 +249,7 @@ class PartManager:
         self,
         model: nn.Module,
         layers: list[nn.Module],
-        known: Container[nn.Module] = (),
+        known_layers: Container[nn.Module] = (),
         *,
         is_temporary: bool = False,
     ) -> PartTracer | None:
@@ -246,7 +258,7 @@ class PartManager:
         Args:
             model: The model.
             layers: Some of its layers.
-            known: Layers that were seen before.
+            known_layers: Layers that were seen before.
             is_temporary: Whether the part stays open when the model is freed, for a later layer.
 
         Returns:
@@ -262,17 +274,17 @@ class PartManager:
             # An unused model in a reference cycle would keep its file open.
             gc.collect()
         # Ignore the filters of the script, which may turn warnings into errors.
-        with warnings.catch_warnings(record=True) as given:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             selections = select_layers(model, layers, self._settings)
-        for each in given:
-            self._report.log(str(each.message))
-        names = [site.name for each in selections for site in each.description.sites]
+        for warning in caught:
+            self._report.log(str(warning.message))
+        names = _site_names(selections)
         self._unmatched = [
             glob for glob in self._unmatched if not any(fnmatchcase(name, glob) for name in names)
         ]
         if not selections and not self._report.part_stats and self._settings.sites:
-            require_match(model, layers, known, self._settings.sites)
+            require_match(model, layers, known_layers, self._settings.sites)
         if not selections:
             return None
         part = self._resume_part(model, selections) or self._new_part(model, selections)

@@ -220,7 +220,7 @@ class MemorySink(_MemorySource):
 
     def _join_tables(self) -> Tables:
         while self._pending:
-            for record in self._next():
+            for record in self._pop_records():
                 for path, items in self._encoder.encode(record):
                     self._store.append(path, items)
         self._pending_bytes = 0
@@ -229,18 +229,18 @@ class MemorySink(_MemorySource):
         self._store.append("characters", characters)
         return self._store.tables()
 
-    def _next(self) -> list[Record]:
-        """Remove some pending records and return them completed."""
+    def _pop_records(self) -> list[Record]:
+        """Remove some pending records, complete them and return them."""
         if self._transform is None:
             return [self._pending.popleft()]
         records, size = list[Record](), 0
         while self._pending and size < BATCH_BYTES:
             records.append(self._pending.popleft())
             size += records[-1].nbytes
-        finished = self._transform(records)
-        for record in finished:
+        completed = self._transform(records)
+        for record in completed:
             self._validator.validate(record)
-        return finished
+        return completed
 
 
 class MemoryCopy(_MemorySource):

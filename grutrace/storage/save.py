@@ -113,7 +113,7 @@ def write_datasets(
     file = create_file(path, temporary, header, counts)
     descriptor, identity = file.id.get_vfd_handle(), file_identity(file)
     try:
-        done = 0
+        written_bytes = 0
         appenders: dict[str, DatasetAppender] = {}
         for dataset_path, block in items:
             if dataset_path not in appenders:
@@ -121,9 +121,9 @@ def write_datasets(
             with translate_write_errors(path, "written"):
                 appenders[dataset_path].append(block)
                 appenders[dataset_path].write()
-            done += block.nbytes
+            written_bytes += block.nbytes
             if advance is not None:
-                advance(done)
+                advance(written_bytes)
         with translate_write_errors(path, "written"):
             extend_scales(file, header.modules, counts)
             file["committed"][()] = committed

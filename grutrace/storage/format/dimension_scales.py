@@ -74,9 +74,9 @@ def _scale_links(modules: Sequence[ModuleInfo]) -> Iterator[tuple[str, str]]:
     for module in modules:
         for site in module.sites:
             for axis in SITE_AXES:
-                own, path = site_path(module, site.suffix, axis), scale_path(module, site, axis)
-                if own != path:
-                    yield own, path
+                link, path = site_path(module, site.suffix, axis), scale_path(module, site, axis)
+                if link != path:
+                    yield link, path
 
 
 def _create_unit_scale(file: h5py.File, path: str, numbers: Sequence[int]) -> h5d.DatasetID:

@@ -50,14 +50,14 @@ def read_shard(header: TraceHeader) -> Shard | None:
     Raises:
         FormatError: The entry is damaged.
     """
-    found = header.options.get("shard")
-    if found is None:
+    entry = header.options.get("shard")
+    if entry is None:
         return None
-    if isinstance(found, dict):
-        rank, world_size, run = found.get("rank"), found.get("world_size"), found.get("id")
+    if isinstance(entry, dict):
+        rank, world_size, run = entry.get("rank"), entry.get("world_size"), entry.get("id")
         if _is_count(rank) and _is_count(world_size) and rank < world_size and _is_id(run):
             return Shard(rank, world_size, run)
-    raise FormatError(_SHARD, "integers 'rank' < 'world_size', and an 'id'", found)
+    raise FormatError(_SHARD, "integers 'rank' < 'world_size', and an 'id'", entry)
 
 
 def read_merged_shards(header: TraceHeader) -> tuple[MergedShard, ...]:
@@ -66,19 +66,19 @@ def read_merged_shards(header: TraceHeader) -> tuple[MergedShard, ...]:
     Raises:
         FormatError: The entry is damaged.
     """
-    found = header.options.get("shards")
-    if found is None:
+    entry = header.options.get("shards")
+    if entry is None:
         return ()
-    if isinstance(found, dict) and isinstance(found.get("of"), list):
-        shards = [_read_merged_shard(each) for each in found["of"]]
+    if isinstance(entry, dict) and isinstance(entry.get("of"), list):
+        shards = [_read_merged_shard(shard) for shard in entry["of"]]
         ranks = [shard.rank for shard in shards]
-        size = found.get("world_size")
+        size = entry.get("world_size")
         if shards and _is_count(size) and ranks == sorted(set(ranks)) and ranks[-1] < size:
             return tuple(shards)
     raise FormatError(
         _SHARDS,
         "an integer 'world_size', and a list 'of' of shards with increasing ranks below it",
-        found,
+        entry,
     )
 
 
@@ -86,25 +86,25 @@ def merged_options(options: Mapping[str, Any], shards: Sequence[MergedShard]) ->
     """Return the options of a merged trace, with the entries of its shards."""
     if not shards:
         return dict(options)
-    about = {**options["shards"], "of": [shard.as_json() for shard in shards]}
-    return {**options, "shards": about}
+    entry = {**options["shards"], "of": [shard.as_json() for shard in shards]}
+    return {**options, "shards": entry}
 
 
-def _read_merged_shard(found: Any) -> MergedShard:
-    if isinstance(found, dict) and isinstance(found.get("files"), dict):
-        rank, calls, files = found.get("rank"), found.get("calls"), found["files"]
+def _read_merged_shard(entry: Any) -> MergedShard:
+    if isinstance(entry, dict) and isinstance(entry.get("files"), dict):
+        rank, calls, files = entry.get("rank"), entry.get("calls"), entry["files"]
         if _is_count(rank) and _is_count(calls) and all(map(_is_time, files.values())):
-            return MergedShard(rank, calls, found.get("closed") is True, files)
-    raise FormatError(_SHARDS, "shards with 'rank', 'calls', and times of 'files'", found)
+            return MergedShard(rank, calls, entry.get("closed") is True, files)
+    raise FormatError(_SHARDS, "shards with 'rank', 'calls', and times of 'files'", entry)
 
 
-def _is_count(found: Any) -> TypeGuard[int]:
-    return type(found) is int and 0 <= found < 2**32
+def _is_count(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < 2**32
 
 
-def _is_time(found: Any) -> bool:
-    return type(found) is float
+def _is_time(value: Any) -> bool:
+    return type(value) is float
 
 
-def _is_id(found: Any) -> bool:
-    return found is None or isinstance(found, str)
+def _is_id(value: Any) -> bool:
+    return value is None or isinstance(value, str)

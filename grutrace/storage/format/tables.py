@@ -112,14 +112,17 @@ def count_module(calls: Array, pieces: Array) -> ModuleCounts:
 def dataset_lengths(tables: Tables, modules: Sequence[ModuleInfo]) -> dict[str, int]:
     """Return the number of items of each growing dataset, by its path in the file."""
     counts = {name: len(getattr(tables, name)) for name in TABLES}
-    for module, pieces, of in zip(modules, tables.pieces, tables.module_counts, strict=True):
+    for module, pieces, module_counts in zip(
+        modules, tables.pieces, tables.module_counts, strict=True
+    ):
         counts[pieces_path(module)] = len(pieces)
         for site in module.sites:
             for quantity in site.quantities:
-                counts[quantity_path(module, site, quantity)] = of.rows
-            names = dict.fromkeys(weight_shapes(module, site), of.versions)
-            for name, count in {**names, "initial": of.sequences, "checks": of.calls}.items():
-                counts[site_path(module, site.suffix, name)] = count
+                counts[quantity_path(module, site, quantity)] = module_counts.rows
+            counts[site_path(module, site.suffix, "initial")] = module_counts.sequences
+            counts[site_path(module, site.suffix, "checks")] = module_counts.calls
+            for name in weight_shapes(module, site):
+                counts[site_path(module, site.suffix, name)] = module_counts.versions
     return counts
 
 
@@ -154,16 +157,16 @@ def _check_references(tables: Tables, modules: int) -> None:
     for name in ("calls", "forks", "annotations"):
         _require_below(getattr(tables, name)["module"], modules, f"{name}.module")
     _require_below(tables.forks["steps"], 1 << 63, "forks.steps")
-    begun = np.array([counts.sequences for counts in tables.module_counts], np.uint64)
+    sequences = np.array([counts.sequences for counts in tables.module_counts], np.uint64)
     for name, fields in (("forks", ("sequence", "parent")), ("annotations", ("sequence",))):
         table = getattr(tables, name)
         for field in fields:
-            outside = table[field] >= begun[table["module"]]
+            is_invalid = table[field] >= sequences[table["module"]]
             require(
-                not outside.any(),
+                not is_invalid.any(),
                 f"{name}.{field}",
                 "a sequence that has begun",
-                table[field][outside][:1],
+                table[field][is_invalid][:1],
             )
 
 
@@ -173,25 +176,27 @@ def _check_values(tables: Tables) -> None:
     _require_below(counts, 1 + len(values), "annotations.count")
     total = int(counts.sum(dtype=np.float64))
     require(total <= len(values), "annotations.count", f"at most {len(values)} values", total)
-    texts = values[:total][np.repeat(tables.annotations["text"] > 0, counts.astype(np.int64))]
-    known = (texts >= 0) & (texts < len(tables.strings)) & (texts == np.floor(texts))
-    require(known.all(), "values", "the number of a string", texts[~known][:1])
+    is_text = np.repeat(tables.annotations["text"] > 0, counts.astype(np.int64))
+    numbers = values[:total][is_text]
+    is_valid = (numbers >= 0) & (numbers < len(tables.strings)) & (numbers == np.floor(numbers))
+    require(is_valid.all(), "values", "the number of a string", numbers[~is_valid][:1])
 
 
-def _check_pieces(pieces: Array, where: str) -> None:
+def _check_pieces(pieces: Array, path: str) -> None:
     """Check that each sequence begins with the next unused number, so that none is skipped."""
     numbers = pieces["sequence"]
     if not len(numbers):
         return
-    unused = np.maximum.accumulate(numbers) + np.uint64(1)
-    require(numbers[0] == 0, f"{where}.sequence", 0, numbers[0])
-    skips = numbers[1:] > unused[:-1]
-    require(not skips.any(), f"{where}.sequence", "no skipped number", f"{numbers[1:][skips][:1]}")
+    next_numbers = np.maximum.accumulate(numbers) + np.uint64(1)
+    require(numbers[0] == 0, f"{path}.sequence", 0, numbers[0])
+    is_skip = numbers[1:] > next_numbers[:-1]
+    found = f"{numbers[1:][is_skip][:1]}"
+    require(not is_skip.any(), f"{path}.sequence", "no skipped number", found)
 
 
 def _require_below(numbers: Array, bound: int, where: str) -> None:
-    wrong = numbers >= bound
-    require(not wrong.any(), where, f"below {bound}", numbers[wrong][:1])
+    is_invalid = numbers >= bound
+    require(not is_invalid.any(), where, f"below {bound}", numbers[is_invalid][:1])
 
 
 #: The highest compression ratio of gzip.
@@ -210,7 +215,7 @@ class TableReader:
         self._handle = handle
         self._modules = modules
         self._counts: Any = None
-        self._left = 0
+        self._available_bytes = 0
         self._tables: Tables | None = None
 
     def read(self) -> Tables:
@@ -227,45 +232,54 @@ class TableReader:
     def _stable_counts(self) -> Any:
         # A writer may be writing the counts at this moment. Accept counts that are read twice.
         counts = self._handle.scalar("committed", COMMITTED)[()]
-        while (again := self._handle.scalar("committed", COMMITTED)[()]) != counts:
-            counts = again
+        while (new_counts := self._handle.scalar("committed", COMMITTED)[()]) != counts:
+            counts = new_counts
         return counts
 
     def _read_up_to(self, counts: Any) -> Tables:
-        known = self._tables
+        previous = self._tables
         # Each table fits into the file, but a damaged file could store many at the same address.
-        self._left = self._handle.size
+        self._available_bytes = self._handle.size
         tables: dict[str, Any] = {
-            name: self._read_table(name, int(counts[name]), dtype, getattr(known, name, None))
+            name: self._read_table(name, int(counts[name]), dtype, getattr(previous, name, None))
             for name, dtype in TABLES.items()
         }
         calls = tables["calls"]
         pieces, module_counts = [], []
         for index, module in enumerate(self._modules):
-            own = calls[calls["module"] == index]
-            count = int(own["batch"].sum(dtype=np.uint64))
-            before = known.pieces[index] if known else None
-            pieces.append(self._read_table(pieces_path(module), count, PIECE, before))
-            module_counts.append(count_module(own, pieces[-1]))
-        found = Tables(
+            module_calls = calls[calls["module"] == index]
+            count = int(module_calls["batch"].sum(dtype=np.uint64))
+            previous_pieces = previous.pieces[index] if previous else None
+            pieces.append(self._read_table(pieces_path(module), count, PIECE, previous_pieces))
+            module_counts.append(count_module(module_calls, pieces[-1]))
+        result = Tables(
             **tables,
             pieces=tuple(pieces),
             module_counts=tuple(module_counts),
             closed=bool(counts["closed"]),
         )
-        check_tables(found, self._modules)
-        return found
+        check_tables(result, self._modules)
+        return result
 
-    def _read_table(self, where: str, count: int, dtype: Any, known: Array | None) -> Array:
-        start = 0 if known is None else len(known)
-        if known is not None and start == count:
-            return known
-        dataset = self._handle.dataset(where, count)
-        check_dataset(dataset, where, DatasetSpec(dtype))
-        packed = dataset.id.get_create_plist().get_nfilters()
-        self._left -= count * dtype.itemsize // (MAX_GZIP_RATIO if packed else 1)
-        require(self._left >= 0, where, "tables that fit into the file together", f"{count} items")
+    def _read_table(self, path: str, count: int, dtype: Any, previous: Array | None) -> Array:
+        """Read the first items of a table.
+
+        Args:
+            path: Path of the table.
+            count: Number of items.
+            dtype: Type of an item.
+            previous: The items of the last read, which are not read again.
+        """
+        start = 0 if previous is None else len(previous)
+        if previous is not None and start == count:
+            return previous
+        dataset = self._handle.dataset(path, count)
+        check_dataset(dataset, path, DatasetSpec(dtype))
+        compressed = dataset.id.get_create_plist().get_nfilters()
+        self._available_bytes -= count * dtype.itemsize // (MAX_GZIP_RATIO if compressed else 1)
+        fits = self._available_bytes >= 0
+        require(fits, path, "tables that fit into the file together", f"{count} items")
         items = np.asarray(dataset[start:count], dtype)
-        joined = items if known is None else np.concatenate([known, items])
-        joined.flags.writeable = False
-        return joined
+        table = items if previous is None else np.concatenate([previous, items])
+        table.flags.writeable = False
+        return table

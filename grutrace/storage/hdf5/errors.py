@@ -126,14 +126,14 @@ def short_message(error: BaseException) -> str:
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     if _LOCKED.search(text):
         return "another program has the file open for writing"
-    if found := _SYSTEM.search(text):
-        return found[1]
+    if match := _SYSTEM.search(text):
+        return match[1]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    if found := _TRUNCATED.search(text):
-        return f"the file is truncated to {found[1]} of {found[2]} bytes"
+    if match := _TRUNCATED.search(text):
+        return f"the file is truncated to {match[1]} of {match[2]} bytes"
     if "embedded NULLs" in text:
         return "a name contains a NUL character, which HDF5 cannot store"
-    if found := _HDF5.match(text):
-        return f"HDF5 reports {' '.join(found[1].split())!r}"
+    if match := _HDF5.match(text):
+        return f"HDF5 reports {' '.join(match[1].split())!r}"
     return " ".join(text.split()) or type(error).__name__

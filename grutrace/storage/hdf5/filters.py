@@ -28,8 +28,8 @@ PLUGINS = {32008: "bitshuffle", 32015: "zstd", 32026: "blosc2"}
 
 def compression_of(header: TraceHeader) -> str | None:
     """Return the compression that the options of a new trace ask for."""
-    found = header.options.get("compression")
-    return found if found in COMPRESSIONS else None
+    compression = header.options.get("compression")
+    return compression if compression in COMPRESSIONS else None
 
 
 def filter_options(compression: str | None) -> Mapping[str, Any]:
@@ -60,14 +60,14 @@ def is_compressed(dataset: h5py.Dataset) -> bool:
     return bool(codes)
 
 
-def load_plugin(what: str) -> Any:
+def load_plugin(feature: str) -> Any:
     """Import hdf5plugin.
 
     Args:
-        what: Feature that needs hdf5plugin, for the message.
+        feature: Feature that needs hdf5plugin, for the message.
 
     Raises:
         MissingExtraError: hdf5plugin is not installed.
     """
-    with require_extra(what, "compress"):
+    with require_extra(feature, "compress"):
         return import_module("hdf5plugin")

@@ -102,20 +102,20 @@ class SharedReadHandle:
         Raises:
             FormatError: The dataset has fewer items, or the file is too small to hold them.
         """
-        opened = self._datasets.get(path)
-        if opened is None:
-            opened = self._datasets[path] = self._open_dataset(path)
-            if opened.dataset.shape and len(opened.dataset) < count:
+        entry = self._datasets.get(path)
+        if entry is None:
+            entry = self._datasets[path] = self._open_dataset(path)
+            if entry.dataset.shape and len(entry.dataset) < count:
                 # HDF5 cached the length when the group was listed, before the counts were read.
-                _refresh(opened.dataset)
-        elif count > opened.count:
+                _refresh(entry.dataset)
+        elif count > entry.count:
             # Needed even if the dataset is long enough: HDF5 may have cached a chunk from before
             # these items were written.
-            _refresh(opened.dataset)
-        if count > opened.count:
-            self._require_data(opened, path, count)
-            opened.count = count
-        return opened.dataset
+            _refresh(entry.dataset)
+        if count > entry.count:
+            self._require_data(entry, path, count)
+            entry.count = count
+        return entry.dataset
 
     def dataset_id(self, path: str) -> h5d.DatasetID:
         """Return the id of a dataset that may be virtual. Call while the file is acquired.
@@ -132,14 +132,15 @@ class SharedReadHandle:
         Raises:
             FormatError: The dataset is not a scalar of this type.
         """
-        opened = self._datasets.get(path)
-        if opened is None:
-            opened = self._datasets[path] = self._open_dataset(path)
-            found = opened.dataset.dtype, opened.dataset.shape
-            require(found == (dtype, ()), path, dtype, f"{found[0]} of shape {found[1]}")
+        entry = self._datasets.get(path)
+        if entry is None:
+            entry = self._datasets[path] = self._open_dataset(path)
+            actual_dtype, shape = entry.dataset.dtype, entry.dataset.shape
+            matches = (actual_dtype, shape) == (dtype, ())
+            require(matches, path, dtype, f"{actual_dtype} of shape {shape}")
         else:
-            _refresh(opened.dataset)
-        return np.asarray(opened.dataset[()])
+            _refresh(entry.dataset)
+        return np.asarray(entry.dataset[()])
 
     def _open_dataset(self, path: str) -> _OpenDataset:
         parent, _, name = path.rpartition("/")
@@ -165,14 +166,14 @@ class SharedReadHandle:
             return self._path.stat().st_size
         return os.fstat(self._file.id.get_vfd_handle()).st_size
 
-    def _require_data(self, opened: _OpenDataset, path: str, count: int) -> None:
+    def _require_data(self, entry: _OpenDataset, path: str, count: int) -> None:
         """Refuse a dataset that claims more items than the file can hold."""
-        shape = opened.dataset.shape
+        shape = entry.dataset.shape
         require(shape, path, "an array", "a scalar or nothing")
         if shape[0] < count:
             raise FormatError(path, f"at least {count} items", shape[0])
-        size, available = count * opened.item_bytes, self.size
-        if size > available * (MAX_COMPRESSION_RATIO if opened.compressed else 1):
+        size, available = count * entry.item_bytes, self.size
+        if size > available * (MAX_COMPRESSION_RATIO if entry.compressed else 1):
             raise FormatError(path, f"{size} bytes of items", f"a file of {available}")
 
     def release(self) -> None:
@@ -221,7 +222,7 @@ class SharedReadHandle:
         have open, both read wrong values afterwards.
 
         Args:
-            path: The path that is about to be opened.
+            path: The path that is about to be entry.
             flagged: Whether the file at the path has the flag of a writer.
         """
         if self._file is None or _is_writable(self._file):
@@ -266,12 +267,12 @@ def release_on_exit() -> Iterator[None]:
     For long-running processes: HDF5 locks an open file, so no other process could append to it.
     """
     tracked: set[SharedReadHandle] = set()
-    outer = getattr(_tracked, "handles", ())
-    _tracked.handles = (*outer, tracked)
+    previous = getattr(_tracked, "handles", ())
+    _tracked.handles = (*previous, tracked)
     try:
         yield
     finally:
-        _tracked.handles = outer
+        _tracked.handles = previous
         for handle in tracked:
             handle.release()
 
@@ -299,8 +300,8 @@ def _read_created(file: h5py.File) -> float | None:
     if name not in file.attrs:
         return None
     attribute = file.attrs.get_id(name)
-    plain = attribute.shape == () and attribute.dtype == np.float64
-    return float(file.attrs[name]) if plain else None
+    is_float = attribute.shape == () and attribute.dtype == np.float64
+    return float(file.attrs[name]) if is_float else None
 
 
 def _is_writable(file: h5py.File) -> bool:

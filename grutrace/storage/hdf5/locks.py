@@ -67,8 +67,8 @@ class HeldFile:
             FileNotFoundError: No file exists at the path.
             OSError: The path cannot be examined.
         """
-        held = self._status if self._descriptor is None else os.fstat(self._descriptor)
-        return os.path.samestat(path.stat(), held)
+        status = self._status if self._descriptor is None else os.fstat(self._descriptor)
+        return os.path.samestat(path.stat(), status)
 
     def close(self) -> None:
         """Close the file. Closing twice does nothing."""

@@ -60,12 +60,12 @@ def get_member(group: h5py.Group, name: str, kind: type) -> Any:
     Raises:
         FormatError: The member is missing, has another kind, or is a soft or external link.
     """
-    found = _open_member(group, name, _KIND_NAMES[kind])
-    if not isinstance(found, kind):
+    member = _open_member(group, name, _KIND_NAMES[kind])
+    if not isinstance(member, kind):
         raise FormatError(
-            _member_path(group, name), _KIND_NAMES[kind], type(found).__name__.lower()
+            _member_path(group, name), _KIND_NAMES[kind], type(member).__name__.lower()
         )
-    return found
+    return member
 
 
 def get_dataset(file: h5py.File, path: str) -> h5py.Dataset:
@@ -76,8 +76,8 @@ def get_dataset(file: h5py.File, path: str) -> h5py.Dataset:
     """
     *groups, name = path.split("/")
     group = file
-    for part in groups:
-        group = get_member(group, part, h5py.Group)
+    for group_name in groups:
+        group = get_member(group, group_name, h5py.Group)
     dataset = get_member(group, name, h5py.Dataset)
     require_local_data(dataset, path)
     return dataset
@@ -131,9 +131,9 @@ def _open_member(group: h5py.Group, name: str, expected: str) -> Any:
             "no soft or external link",
             _LINK_NAMES.get(link, "another link"),
         )
-    found = h5o.open(group.id, _encode(name))
-    wrapper = _KINDS.get(type(found))
-    return wrapper(found) if wrapper else found
+    member = h5o.open(group.id, _encode(name))
+    wrapper = _KINDS.get(type(member))
+    return wrapper(member) if wrapper else member
 
 
 def _member_path(group: h5py.Group, name: str) -> str:

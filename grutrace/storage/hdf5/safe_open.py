@@ -114,8 +114,8 @@ def open_locked(path: Path, flags: int, access: h5p.PropFAID) -> h5f.FileID:
 
 
 def _has_no_locks(error: OSError) -> bool:
-    found = re.search(r"unable to lock file, errno = (\d+)", str(error))
-    return found is not None and int(found[1]) in NO_LOCKS
+    match = re.search(r"unable to lock file, errno = (\d+)", str(error))
+    return match is not None and int(match[1]) in NO_LOCKS
 
 
 def has_writer_flag(path: Path) -> bool:
@@ -139,15 +139,15 @@ def disable_plugins() -> Iterator[None]:
     For a process that only reads a file. The names in a group can be compressed, too, and HDF5
     gives no way to see that before it reads them.
     """
-    before = ctypes.c_uint(0)
+    previous_state = ctypes.c_uint(0)
     with contextlib.suppress(OSError, AttributeError), phil:
-        _hdf5().H5PLget_loading_state(ctypes.byref(before))
+        _hdf5().H5PLget_loading_state(ctypes.byref(previous_state))
         _hdf5().H5PLset_loading_state(ctypes.c_uint(0))
     try:
         yield
     finally:
         with contextlib.suppress(OSError, AttributeError), phil:
-            _hdf5().H5PLset_loading_state(before)
+            _hdf5().H5PLset_loading_state(previous_state)
 
 
 @cache

@@ -113,21 +113,21 @@ class RepairedFile(io.RawIOBase):
             OSError: The read starts after the end of the file, or fails.
         """
         view = memoryview(buffer).cast("B")  # type: ignore[arg-type]
-        start, done = self._position, 0
+        start, filled = self._position, 0
         if start >= self.size:
             raise OSError(f"read at byte {start} of a file of {self.size} bytes")
-        while done < len(view):
-            read = self._read(view[done:], start + done)
-            if not read:
+        while filled < len(view):
+            count = self._read(view[filled:], start + filled)
+            if not count:
                 if bytes(view[:4]) == _GLOBAL_HEAP:
                     # HDF5 2.0 loops forever in a global heap that ends with zeros.
-                    raise OSError(f"read at byte {start + done} of a file of {self.size} bytes")
-                view[done:] = bytes(len(view) - done)
+                    raise OSError(f"read at byte {start + filled} of a file of {self.size} bytes")
+                view[filled:] = bytes(len(view) - filled)
                 break
-            done += read
+            filled += count
         if start < _SUPERBLOCK_BYTES:
-            own = self._head[start : start + len(view)]
-            view[: len(own)] = own
+            head = self._head[start : start + len(view)]
+            view[: len(head)] = head
         elif self._repair and _repair(view, self.full_size):
             self.repaired.add(start)
         self._position += len(view)

@@ -48,33 +48,36 @@ def run_part_of(options: Mapping[str, Any]) -> RunPart | None:
     Raises:
         FormatError: The option is malformed.
     """
-    found = options.get("run")
-    if found is None:
+    entry = options.get("run")
+    if entry is None:
         return None
-    if isinstance(found, dict):
-        run, part = found.get("id"), found.get("part")
+    if isinstance(entry, dict):
+        run, part = entry.get("id"), entry.get("part")
         if isinstance(run, str) and type(part) is int and part > 0:
             return RunPart(run, part)
-    raise FormatError("attribute 'options', run", "a text 'id' and a number 'part' from 1", found)
+    raise FormatError("attribute 'options', run", "a text 'id' and a number 'part' from 1", entry)
 
 
-def part_path(first: Path, number: int) -> Path:
+def part_path(first_path: Path, number: int) -> Path:
     """Return the path of a part, numbered from 1, from the path of the first part."""
-    return first if number == 1 else first.with_name(f"{first.stem}.part{number:04}{first.suffix}")
+    if number == 1:
+        return first_path
+    return first_path.with_name(f"{first_path.stem}.part{number:04}{first_path.suffix}")
 
 
 def part_files(path: str | os.PathLike[str]) -> dict[int, Path]:
     """Return the existing files with names of later parts of this file, by number."""
-    first = Path(os.path.realpath(path))
+    first_path = Path(os.path.realpath(path))
     name = re.compile(
-        re.escape(f"{first.stem}.part") + r"([0-9]{4,9})" + re.escape(first.suffix), re.ASCII
+        re.escape(f"{first_path.stem}.part") + r"([0-9]{4,9})" + re.escape(first_path.suffix),
+        re.ASCII,
     )
-    found = {}
-    for file in first.parent.iterdir() if first.parent.is_dir() else ():
+    files = {}
+    for file in first_path.parent.iterdir() if first_path.parent.is_dir() else ():
         match = name.fullmatch(file.name)
-        if match and part_path(first, int(match[1])) == file and int(match[1]) > 1:
-            found[int(match[1])] = file
-    return dict(sorted(found.items()))
+        if match and part_path(first_path, int(match[1])) == file and int(match[1]) > 1:
+            files[int(match[1])] = file
+    return dict(sorted(files.items()))
 
 
 def read_run_part(path: Path) -> RunPart | None:
@@ -93,34 +96,36 @@ def parts_of(path: str | os.PathLike[str]) -> list[Path]:
     Raises:
         TraceFileError: A part cannot be read, or a part before the last is missing.
     """
-    first = Path(os.path.realpath(path))
-    run_part = read_run_part(first)
+    first_path = Path(os.path.realpath(path))
+    run_part = read_run_part(first_path)
     if run_part is None or run_part.part != 1:
-        return [first]
-    numbers = [number for number, _ in _iter_run_parts(first, run_part.run)]
+        return [first_path]
+    numbers = [number for number, _ in _iter_run_parts(first_path, run_part.run)]
     for expected, number in enumerate(numbers, 2):
         if number != expected:
             raise TraceFileError(
-                f"{path} is incomplete: {part_path(first, expected)} is missing, and "
-                f"{part_path(first, number).name} exists. Each part can be opened separately"
+                f"{path} is incomplete: {part_path(first_path, expected)} is missing, and "
+                f"{part_path(first_path, number).name} exists. Each part can be opened separately"
             )
-    return [part_path(first, number) for number in (1, *numbers)]
+    return [part_path(first_path, number) for number in (1, *numbers)]
 
 
-def require_same_folder(first: Path, file: Path) -> None:
+def require_same_folder(first_path: Path, file: Path) -> None:
     """Check that a part is not a link to another folder, which could point to any file.
 
     Raises:
         TraceFileError: The part is a link to another folder.
     """
     real = Path(os.path.realpath(file))
-    if real.parent != first.parent:
-        raise TraceFileError(f"{file} is a link to {real}, which is not in the folder of {first}")
+    if real.parent != first_path.parent:
+        raise TraceFileError(
+            f"{file} is a link to {real}, which is not in the folder of {first_path}"
+        )
 
 
-def _iter_run_parts(first: Path, run: str) -> Iterator[tuple[int, Path]]:
-    for number, file in part_files(first).items():
-        require_same_folder(first, file)
+def _iter_run_parts(first_path: Path, run: str) -> Iterator[tuple[int, Path]]:
+    for number, file in part_files(first_path).items():
+        require_same_folder(first_path, file)
         run_part = read_run_part(file)
         if run_part is not None and run_part.run == run:
             if run_part.part != number:
@@ -138,25 +143,25 @@ def check_writable(path: str | os.PathLike[str], mode: str) -> None:
         TraceFileError: A file exists or cannot be created; with "a", the file is not the first
             part of a run; with "overwrite", the file is not a trace, or a part is being written.
     """
-    first = Path(os.path.realpath(path))
-    run_part = read_run_part(first) if first.exists() and mode == "a" else None
-    if first.exists() and mode == "w":
+    first_path = Path(os.path.realpath(path))
+    run_part = read_run_part(first_path) if first_path.exists() and mode == "a" else None
+    if first_path.exists() and mode == "w":
         raise TraceFileError(f"{path} exists: mode 'overwrite' replaces it, mode 'a' appends to it")
-    if first.exists() and not first.is_file():
+    if first_path.exists() and not first_path.is_file():
         raise TraceFileError(f"{path} cannot be replaced: it is not a file")
-    if first.exists() and mode == "a" and (run_part is None or run_part.part != 1):
+    if first_path.exists() and mode == "a" and (run_part is None or run_part.part != 1):
         raise TraceFileError(f"{path} cannot be appended to: grutrace run did not make it")
-    own = _own_parts(first) if mode in ("a", "overwrite") else []
+    later_parts = _later_parts(first_path) if mode in ("a", "overwrite") else []
     if mode == "overwrite":
-        for file in (first, *own):
+        for file in (first_path, *later_parts):
             require_unclaimed(file)
             require_replaceable(file)
-    for file in part_files(first).values():
-        if file not in own:
+    for file in part_files(first_path).values():
+        if file not in later_parts:
             raise TraceFileError(
                 f"{file} is in the way: it is not a part of {path}. Move or delete it"
             )
-    _try_to_create(first)
+    _try_to_create(first_path)
 
 
 def remove_parts(paths: list[Path]) -> None:
@@ -171,33 +176,33 @@ def replaceable_parts(path: str | os.PathLike[str]) -> list[Path]:
     Raises:
         TraceFileError: A part is being written.
     """
-    found = _own_parts(Path(os.path.realpath(path)))
-    for file in found:
+    files = _later_parts(Path(os.path.realpath(path)))
+    for file in files:
         require_unclaimed(file)
         require_replaceable(file)
-    return found
+    return files
 
 
-def _own_parts(first: Path) -> list[Path]:
+def _later_parts(first_path: Path) -> list[Path]:
     """Return the later parts of the run of a file; none if they cannot be read."""
     try:
-        run_part = read_run_part(first)
-        return (
-            [] if run_part is None else [file for _, file in _iter_run_parts(first, run_part.run)]
-        )
+        run_part = read_run_part(first_path)
+        if run_part is None:
+            return []
+        return [file for _, file in _iter_run_parts(first_path, run_part.run)]
     except TraceFileError:
         return []
 
 
-def _try_to_create(first: Path) -> None:
-    if not first.parent.is_dir():
-        raise TraceFileError(f"{first} cannot be created: there is no folder {first.parent}")
-    trial = first.with_name(f"{first.name}.trial-{os.getpid()}")
+def _try_to_create(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise TraceFileError(f"{path} cannot be created: there is no folder {path.parent}")
+    trial = path.with_name(f"{path.name}.trial-{os.getpid()}")
     try:
         trial.touch(exist_ok=False)
         trial.unlink()
     except OSError as error:
-        raise TraceFileError(f"{first} cannot be created: {error.strerror}") from error
+        raise TraceFileError(f"{path} cannot be created: {error.strerror}") from error
 
 
 class RunSource(UnionSource):
@@ -213,20 +218,20 @@ class RunSource(UnionSource):
     """
 
     def __init__(self, path: str | os.PathLike[str], first: FileSource, run_part: RunPart) -> None:
-        self._first, self._run_part = Path(os.path.realpath(path)), run_part
+        self._first_path, self._run_part = Path(os.path.realpath(path)), run_part
         self._next = 2
         parts_of(path)
         super().__init__(str(path), [first])
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle the path of the first part."""
-        return open_run, (str(self._first),)
+        return open_run, (str(self._first_path),)
 
     def refresh(self) -> Tables:
         """Return the tables of all present parts."""
-        while (part_path(self._first, self._next)).exists():
-            path = part_path(self._first, self._next)
-            require_same_folder(self._first, path)
+        while (part_path(self._first_path, self._next)).exists():
+            path = part_path(self._first_path, self._next)
+            require_same_folder(self._first_path, path)
             source = FileSource(path)
             with translate_read_errors(path):
                 run_part = run_part_of(source.header.options)

@@ -54,12 +54,13 @@ class DatasetAppender:
         buffer = self._buffer
         # Without a dtype, NumPy computes a common type, which is slow for compound types.
         items = np.concatenate(buffer, dtype=self._dtype) if len(buffer) > 1 else buffer[0]
-        left = min(len(items), (self.position + len(items)) % self._chunk) if whole_chunks else 0
-        written = items[: len(items) - left]
-        if len(written):
-            self._write_items(np.ascontiguousarray(written, self._dtype))
-        self.position += len(written)
-        self._buffer = [items[len(items) - left :]] if left else []
+        count = len(items)
+        if whole_chunks:
+            count -= min(count, (self.position + count) % self._chunk)
+        if count:
+            self._write_items(np.ascontiguousarray(items[:count], self._dtype))
+        self.position += count
+        self._buffer = [items[count:]] if count < len(items) else []
 
     def _write_items(self, items: Array) -> None:
         # Low-level calls take 30 microseconds a write; Dataset.resize and slicing take 70.

@@ -143,10 +143,11 @@ def load_for_append(path: Path, header: TraceHeader) -> tuple[TraceHeader, Table
         handle = SharedReadHandle(path)
         try:
             with handle.acquire() as file:
-                before = read_header(file)
-                merged, shard = read_merged_shards(before), read_shard(before)
+                stored_header = read_header(file)
+                is_merged = bool(read_merged_shards(stored_header))
+                stored_shard = read_shard(stored_header)
                 # Writing to the virtual datasets of a merged file would change its shards.
-                tables = None if merged else _checked_tables(handle, before)
+                tables = None if is_merged else _checked_tables(handle, stored_header)
         finally:
             handle.close()
     if tables is None:
@@ -161,18 +162,22 @@ def load_for_append(path: Path, header: TraceHeader) -> tuple[TraceHeader, Table
             f"cannot append to {path}, which was not closed in order and can only be read with "
             f"grutrace.open: {writer}"
         )
-    own = read_shard(header)
-    if shard and own and (shard.rank, shard.world_size) != (own.rank, own.world_size):
-        recorded, current = (f"{each.rank} of {each.world_size}" for each in (shard, own))
-        found = describe_difference("rank", recorded, current, ("the file", "this process"))
+    shard = read_shard(header)
+    if stored_shard and shard:
+        stored_rank = f"{stored_shard.rank} of {stored_shard.world_size}"
+        rank = f"{shard.rank} of {shard.world_size}"
+        if rank != stored_rank:
+            difference = describe_difference(
+                "rank", stored_rank, rank, ("the file", "this process")
+            )
+            raise TraceFileError(
+                f"cannot append to {path}: it was recorded by another process: {difference}"
+            )
+    for difference in _differences(stored_header.modules, header.modules):
         raise TraceFileError(
-            f"cannot append to {path}: it was recorded by another process: {found}"
+            f"cannot append to {path}: it was recorded from a different model: {difference}"
         )
-    for found in _differences(before.modules, header.modules):
-        raise TraceFileError(
-            f"cannot append to {path}: it was recorded from a different model: {found}"
-        )
-    return before, tables
+    return stored_header, tables
 
 
 def _checked_tables(handle: SharedReadHandle, header: TraceHeader) -> Tables:
@@ -183,11 +188,12 @@ def _checked_tables(handle: SharedReadHandle, header: TraceHeader) -> Tables:
     return tables
 
 
-def _differences(recorded: Sequence[ModuleInfo], modules: Sequence[ModuleInfo]) -> Iterator[str]:
+def _differences(stored: Sequence[ModuleInfo], modules: Sequence[ModuleInfo]) -> Iterator[str]:
     """Describe how the modules of a file differ from those of the model."""
     owners = "the file", "the model"
-    paths, model_paths = ([module.path for module in each] for each in (recorded, modules))
-    if paths != model_paths:
-        yield describe_difference("modules", paths, model_paths, owners)
-    for module, other in zip(recorded, modules, strict=False):
-        yield from module_differences(module, other, owners)
+    stored_paths = [module.path for module in stored]
+    paths = [module.path for module in modules]
+    if stored_paths != paths:
+        yield describe_difference("modules", stored_paths, paths, owners)
+    for stored_module, module in zip(stored, modules, strict=False):
+        yield from module_differences(stored_module, module, owners)

@@ -7,6 +7,7 @@ The memory sink and the file sink both use this encoder, so they store the same 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
@@ -40,13 +41,13 @@ class StringTable:
     """Maps strings to numbers, and collects the new strings until `pop_new`.
 
     Args:
-        known: Strings that already have the numbers 0, 1, ...
+        strings: Strings that already have the numbers 0, 1, ...
         characters: UTF-8 bytes that they take in the file.
     """
 
-    def __init__(self, known: Sequence[str] = (), characters: int = 0) -> None:
-        self._numbers: dict[str, int] = {text: number for number, text in enumerate(known)}
-        self._count = len(known)
+    def __init__(self, strings: Sequence[str] = (), characters: int = 0) -> None:
+        self._numbers: dict[str, int] = {text: number for number, text in enumerate(strings)}
+        self._count = len(strings)
         self._characters = characters
         self._new: list[bytes] = []
 
@@ -65,10 +66,10 @@ class StringTable:
         """Return the strings added since the last call: their ends, (strings,), and UTF-8 bytes."""
         lengths = np.fromiter(map(len, self._new), np.uint64, len(self._new))
         ends = np.uint64(self._characters) + np.cumsum(lengths, dtype=np.uint64)
-        joined = b"".join(self._new)
-        self._characters += len(joined)
+        characters = b"".join(self._new)
+        self._characters += len(characters)
         self._new = []
-        return ends, np.frombuffer(joined, np.uint8)
+        return ends, np.frombuffer(characters, np.uint8)
 
     def _add(self, text: str) -> int:
         if len(self._numbers) >= MAX_INTERNED:
@@ -80,7 +81,8 @@ class StringTable:
         return number
 
 
-Entry = tuple[str, Array]
+#: Path of a dataset, and items to append to it.
+Entry: TypeAlias = tuple[str, Array]
 
 
 class _DatasetPaths:
@@ -141,7 +143,8 @@ class RecordEncoder:
             yield from self._encode_annotation(record)
 
     def _encode_call(self, call: CallRecord) -> Iterator[Entry]:
-        paths, first = self._paths[call.module], self._sequences[call.module]
+        # Records count sequences from 0, the file from its last sequence on.
+        paths, offset = self._paths[call.module], self._sequences[call.module]
         for suffix, quantities, initial, checks in paths.sites:
             site = call.sites[suffix]
             for quantity, path in quantities:
@@ -150,13 +153,13 @@ class RecordEncoder:
             yield checks, np.array([(site.residual, site.tolerance, site.precision)], CHECK)
         pieces = np.empty(len(call.steps), PIECE)
         pieces["sequence"] = call.sequences
-        pieces["sequence"] += np.uint64(first)
+        pieces["sequence"] += np.uint64(offset)
         pieces["steps"] = call.steps
         yield paths.pieces, pieces
         yield "calls", self._encode_call_entry(call)
         if call.forks:
             forks = [
-                (call.module, first + fork.sequence, first + fork.parent, fork.steps)
+                (call.module, offset + fork.sequence, offset + fork.parent, fork.steps)
                 for fork in call.forks
             ]
             yield "forks", np.array(forks, FORK)
@@ -165,7 +168,7 @@ class RecordEncoder:
                 (
                     call.module,
                     self._strings.intern_optional(MARK_PREFIX + origin.mark),
-                    first + origin.sequence,
+                    offset + origin.sequence,
                     *(0, 0, False),
                 )
                 for origin in call.origins

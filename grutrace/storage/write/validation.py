@@ -80,7 +80,7 @@ def _widths(module: ModuleInfo, site: Site) -> tuple[tuple[str, int], ...]:
 
 
 def _validate_call(checks: _ModuleChecks, call: CallRecord) -> None:
-    begun = _count_begun(checks, call)
+    new_sequences = _count_new_sequences(checks, call)
     if not 0 <= call.weights < checks.versions:
         raise _error(
             _describe_call(checks),
@@ -94,27 +94,27 @@ def _validate_call(checks: _ModuleChecks, call: CallRecord) -> None:
             raise _error(_describe_call(checks), f"site {suffix!r}", list(call.sites))
         for quantity, columns in quantities:
             _require_array(checks, suffix, quantity, site.rows.get(quantity), (rows, columns))
-        _require_array(checks, suffix, "initial", site.initial, (begun, units))
+        _require_array(checks, suffix, "initial", site.initial, (new_sequences, units))
     for fork in call.forks:
-        last = checks.sequences + begun
-        if not (checks.sequences <= fork.sequence < last and 0 <= fork.parent < fork.sequence):
+        start, stop = checks.sequences, checks.sequences + new_sequences
+        if not (start <= fork.sequence < stop and 0 <= fork.parent < fork.sequence):
             raise _error(
                 _describe_call(checks),
-                f"a fork of sequence {checks.sequences} to {last - 1} from an earlier sequence",
+                f"a fork of sequence {start} to {stop - 1} from an earlier sequence",
                 fork,
             )
     for origin in call.origins:
-        begins = checks.sequences <= origin.sequence < checks.sequences + begun
-        if not begins or origin.mark not in MARKS:
+        is_new = 0 <= origin.sequence - checks.sequences < new_sequences
+        if not is_new or origin.mark not in MARKS:
             raise _error(
                 _describe_call(checks),
                 f"a mark ({', '.join(MARKS)}) of a sequence that begins in this call",
                 origin,
             )
-    checks.sequences += begun
+    checks.sequences += new_sequences
 
 
-def _count_begun(checks: _ModuleChecks, call: CallRecord) -> int:
+def _count_new_sequences(checks: _ModuleChecks, call: CallRecord) -> int:
     """Check the steps and sequences of a call, and return the number of sequences it begins."""
     steps, sequences = call.steps, call.sequences
     if steps.ndim != 1 or steps.shape != sequences.shape:
@@ -124,14 +124,14 @@ def _count_begun(checks: _ModuleChecks, call: CallRecord) -> int:
             (steps.shape, sequences.shape),
         )
     numbers: list[int] = sequences.tolist()
-    unused = checks.sequences
+    next_number = checks.sequences
     for number in numbers:
-        if number == unused:
-            unused += 1
-        elif number > unused:
-            raise _error(_describe_call(checks), f"{unused} as the next new sequence", number)
-    begun = unused - checks.sequences
-    if begun < len(numbers):
+        if number == next_number:
+            next_number += 1
+        elif number > next_number:
+            raise _error(_describe_call(checks), f"{next_number} as the next new sequence", number)
+    new_sequences = next_number - checks.sequences
+    if new_sequences < len(numbers):
         if checks.never_continues:
             raise _error(
                 _describe_call(checks),
@@ -140,7 +140,7 @@ def _count_begun(checks: _ModuleChecks, call: CallRecord) -> int:
             )
         if len(set(numbers)) < len(numbers):
             raise _error(_describe_call(checks), "each sequence once", numbers)
-    return begun
+    return new_sequences
 
 
 def _require_array(
@@ -162,10 +162,8 @@ def _validate_weights(checks: _ModuleChecks, weights: WeightsRecord) -> None:
         raise _error(where, f"version {checks.versions}", weights.version)
     for site in checks.module.sites:
         shapes = weight_shapes(checks.module, site)
-        found = {
-            name: array.shape
-            for name, array in _site_weights(weights.sites, site.suffix, where).items()
-        }
+        arrays = _site_weights(weights.sites, site.suffix, where)
+        found = {name: array.shape for name, array in arrays.items()}
         if found != shapes:
             raise _error(f"{where}, {site.suffix}", shapes, found)
     checks.versions += 1

@@ -88,8 +88,8 @@ class WriterThread:
         self._changed = threading.Condition()
         # `_changed` guards all attributes below.
         self._queue: deque[tuple[Record, int]] = deque()
-        self._waiting = 0  # bytes in the queue
-        self._held = 0  # bytes in the queue or being written
+        self._queued = 0  # bytes in the queue
+        self._unwritten = 0  # bytes in the queue or being written
         self._uncommitted = 0  # bytes written since the last commit
         self._appended = 0  # records
         self._committed = 0  # records
@@ -169,14 +169,19 @@ class WriterThread:
         size = _size(record)
         with self._changed:
             waits = threading.current_thread() is not self._thread
-            while waits and self._held and self._held + size > self._limit and not self._ended:
+            while (
+                waits
+                and self._unwritten
+                and self._unwritten + size > self._limit
+                and not self._ended
+            ):
                 self._space_wanted = True
                 self._changed.notify_all()
                 self._changed.wait()
             self._require_running()
             self._queue.append((record, size))
-            self._waiting += size
-            self._held += size
+            self._queued += size
+            self._unwritten += size
             self._appended += 1
             if self._deadline is None:
                 self._deadline = time.monotonic() + self._commit_seconds
@@ -242,7 +247,7 @@ class WriterThread:
         finally:
             with self._changed:
                 self._queue.clear()
-                self._waiting = self._held = 0
+                self._queued = self._unwritten = 0
                 self._ended = True
                 self._changed.notify_all()
             _running.discard(self)
@@ -255,42 +260,42 @@ class WriterThread:
                 if self._queue:
                     # Collected records were pending for a while, so commit them now.
                     self._deadline = time.monotonic()
-        records, last, finishing = self._pop_queue()
+        records, number, finishing = self._pop_queue()
         while records:
             record, size = records.popleft()
             self._writer.write(record)
             del record
             with self._changed:
-                self._held -= size
+                self._unwritten -= size
                 self._uncommitted += size
                 self._changed.notify_all()
         if self._commit_due():
             self._writer.commit()
-            self._note_commit(last)
+            self._note_commit(number)
         return not finishing
 
     def _wait(self) -> bool:
         """Wait until there is work. Return whether to collect pending records first."""
         with self._changed:
-            asked = time.monotonic() + self._commit_seconds
+            collect_time = time.monotonic() + self._commit_seconds
             while not (self._should_wake() or self._space_wanted or self._commit_due()):
-                until = asked if self._deadline is None else self._deadline
+                deadline = collect_time if self._deadline is None else self._deadline
                 if self._collect is None and self._deadline is None:
                     self._changed.wait()
-                elif (left := until - time.monotonic()) > 0:
-                    self._changed.wait(left)
+                elif (seconds := deadline - time.monotonic()) > 0:
+                    self._changed.wait(seconds)
                 else:
                     return True
             return self._deadline is not None and time.monotonic() >= self._deadline
 
     def _should_wake(self) -> bool:
-        return self._waiting >= WAKE_BYTES and not self._gathering
+        return self._queued >= WAKE_BYTES and not self._gathering
 
     def _pop_queue(self) -> tuple[deque[tuple[Record, int]], int, bool]:
         """Return the queued records, the number of the last one, and whether to finish."""
         with self._changed:
             records, self._queue = self._queue, deque()
-            self._waiting = 0
+            self._queued = 0
             self._space_wanted = False
             return records, self._appended, self._finishing
 
@@ -302,9 +307,10 @@ class WriterThread:
             or (self._deadline is not None and time.monotonic() >= self._deadline)
         )
 
-    def _note_commit(self, last: int) -> None:
+    def _note_commit(self, number: int) -> None:
+        """Note that the records up to this number are committed."""
         with self._changed:
-            self._committed = last
+            self._committed = number
             self._uncommitted = 0
             self._deadline = time.monotonic() + self._commit_seconds if self._queue else None
             self._changed.notify_all()
