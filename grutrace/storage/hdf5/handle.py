@@ -222,7 +222,7 @@ class SharedReadHandle:
         have open, both read wrong values afterwards.
 
         Args:
-            path: The path that is about to be entry.
+            path: The path that is about to be opened.
             flagged: Whether the file at the path has the flag of a writer.
         """
         if self._file is None or _is_writable(self._file):
