@@ -4,7 +4,7 @@
 `open` reads a file. `Statistics` counts while a model runs, without storing rows. Analyses are in
 `grutrace.analysis`. Reading a trace does not import torch.
 
-Example:
+Examples:
     Record a call in memory; a model that is itself a GRU has the sites ``l0``, ``l1``, ...
 
     >>> import torch

@@ -34,7 +34,7 @@ def fields_repr(result: Any) -> str:
 def named_repr(name: str, values: Iterable[tuple[str, Any]]) -> str:
     """Return a repr of the form ``name(key=value, ...)``, wrapped to `WIDTH` columns.
 
-    Example:
+    Examples:
         >>> named_repr("Result", [("mean", 0.25), ("gates", ("reset", "update"))])
         "Result(mean=0.25, gates=('reset', 'update'))"
     """

@@ -68,13 +68,13 @@ def test_a_public_name_has_an_example(name: str, member: str) -> None:
     result = importlib.import_module(name)
     for part in member.split("."):
         result = getattr(result, part)
-    assert "Example:\n" in (result.__doc__ or "")
+    assert re.search(r"^ *Examples?:$", result.__doc__ or "", re.M)
 
 
 def test_control_a_wrong_example_is_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = types.ModuleType("wrong", "Example:\n    >>> 1 + 1\n    3\n")
+    module = types.ModuleType("wrong", "Examples:\n    >>> 1 + 1\n    3\n")
     assert failed_examples(module, tmp_path, monkeypatch) == ["wrong"]
 
 

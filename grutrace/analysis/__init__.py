@@ -4,7 +4,7 @@ Every analysis takes a site of a trace, `trace["l0"]`, or a `SiteArrays`, and re
 dataclass. Nothing is imported until it is first used, so torch, SciPy and scikit-learn are loaded
 only by the analyses that need them.
 
-Example:
+Examples:
     >>> import numpy as np
     >>> from grutrace.analysis import SiteArrays, saturation
     >>> update = np.array([[0.05, 0.5], [0.95, 0.5], [0.95, 0.5], [0.95, 0.5]])

@@ -43,7 +43,7 @@ class Tracer(Trace):
     GRU kernels. As a context manager it starts recording on entering and closes on leaving. A
     tracer that is garbage-collected without having been closed is closed then, with a warning.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import grutrace
         >>> model = torch.nn.GRU(4, 3)
@@ -200,7 +200,7 @@ class Tracer(Trace):
     def start(self, tag: str | None = None) -> None:
         """Start recording. Does nothing once ``max_calls`` or ``max_bytes`` is reached.
 
-        Example:
+        Examples:
             >>> import torch
             >>> import grutrace
             >>> model = torch.nn.GRUCell(4, 3)
@@ -243,7 +243,7 @@ class Tracer(Trace):
         ``pool.submit(contextvars.copy_context().run, model, batch)``. Blocks may overlap. Recording
         stops with the last block, unless `start` was called.
 
-        Example:
+        Examples:
             >>> import torch
             >>> import grutrace
             >>> model = torch.nn.GRU(4, 3)

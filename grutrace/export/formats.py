@@ -105,7 +105,7 @@ def export_trace(
         TraceFileError: The path exists or cannot be written.
         MissingExtraError: The format needs a library that is not installed.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> import torch
         >>> import grutrace

@@ -35,7 +35,7 @@ def file_names(names: Iterable[str]) -> dict[str, str]:
         File names by name. If names differ only in case, their capital letters are percent-escaped:
         ``%41.l0`` for ``A.l0``. `urllib.parse.unquote` reverts all escapes.
 
-    Example:
+    Examples:
         >>> from grutrace.export.portability import file_names
         >>> file_names(["A.l0", "a.l0", "b.l0"])
         {'A.l0': '%41.l0', 'a.l0': 'a.l0', 'b.l0': 'b.l0'}

@@ -63,7 +63,7 @@ class Statistics:
         OptionError: An option has an invalid value.
         TraceFileError: The file exists, cannot be continued, or cannot be written.
 
-    Example:
+    Examples:
         >>> import torch, grutrace
         >>> layer, statistics = torch.nn.GRU(2, 3), grutrace.Statistics()
         >>> with grutrace.trace(layer, sink=statistics):
@@ -125,7 +125,7 @@ class Statistics:
         Raises:
             TraceFileError: It is missing, not a statistics file, of a newer format, or damaged.
 
-        Example:
+        Examples:
             >>> import torch, grutrace
             >>> layer, path = torch.nn.GRU(2, 3), "statistics.h5"
             >>> with grutrace.trace(layer, sink=grutrace.Statistics(path)):
@@ -146,7 +146,7 @@ class Statistics:
         Raises:
             TraceFileError: The file is damaged.
 
-        Example:
+        Examples:
             >>> import torch, grutrace
             >>> layer = torch.nn.GRU(2, 3)
             >>> with grutrace.trace(layer) as trace:
@@ -298,7 +298,7 @@ class Statistics:
         Raises:
             OptionError: The other has other sites, sizes or bins; the message says where.
 
-        Example:
+        Examples:
             >>> import torch, grutrace
             >>> layer = torch.nn.GRU(2, 3)
             >>> first, second = grutrace.Statistics(), grutrace.Statistics()
@@ -333,7 +333,7 @@ class Statistics:
             StateError: Nothing was counted yet.
             TraceFileError: The file exists, or cannot be written.
 
-        Example:
+        Examples:
             >>> import torch, grutrace
             >>> layer, statistics = torch.nn.GRU(2, 3), grutrace.Statistics()
             >>> with grutrace.trace(layer, sink=statistics):

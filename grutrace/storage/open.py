@@ -102,7 +102,7 @@ def open_trace(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) 
     Warns:
         GrutraceWarning: The file of a rank is missing.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import grutrace
         >>> gru = torch.nn.GRU(2, 3)

@@ -185,7 +185,7 @@ def change(before: SiteLike, against: SiteLike, *, paired: bool = False) -> Chan
         NotRecordedError: The sites have no quantity or no unit in common.
         OptionError: `paired` is set and the sequences differ in length or direction.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from grutrace.analysis import SiteArrays, change
         >>> before = SiteArrays(update=np.array([[0.1], [0.3], [0.1], [0.3]]), lengths=[2, 2])

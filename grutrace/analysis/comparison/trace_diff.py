@@ -148,7 +148,7 @@ def compare(
         OptionError: An option has an invalid value.
         NotRecordedError: Neither trace has a requested site or quantity.
 
-    Example:
+    Examples:
         >>> import torch, grutrace
         >>> from grutrace.analysis import compare
         >>> layer, inputs = torch.nn.GRU(2, 3), torch.randn(4, 1, 2)

@@ -82,7 +82,7 @@ def geometry(site: SiteLike, quantity: str = "hidden") -> Geometry:
         NotRecordedError: The quantity was not recorded.
         OptionError: The site has no units.
 
-    Example:
+    Examples:
         Two units that always move together have one direction of variance.
 
         >>> import numpy as np

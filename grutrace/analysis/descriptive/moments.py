@@ -72,7 +72,7 @@ def moments(site: SiteLike) -> Moments:
     Raises:
         NotRecordedError: Neither gates nor states were recorded.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from grutrace.analysis import SiteArrays, moments
         >>> result = moments(SiteArrays(hidden=np.array([[-0.5], [0.5], [-0.5], [0.5]])))

@@ -121,7 +121,7 @@ def quantiles(site: SiteLike, bins: int = DEFAULT_BINS) -> Quantiles:
         NotRecordedError: Neither gates nor states were recorded.
         OptionError: `bins` is not one of the allowed numbers.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from grutrace.analysis import SiteArrays, quantiles
         >>> result = quantiles(SiteArrays(update=np.linspace(0, 1, 101)[:, np.newaxis]), bins=1024)

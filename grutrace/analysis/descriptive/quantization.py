@@ -63,7 +63,7 @@ def quantization(site: SiteLike) -> Quantization:
     Raises:
         NotRecordedError: The site stores none of them.
 
-    Example:
+    Examples:
         Half the spacing of float16 between 0.5 and 1 is 2^-12.
 
         >>> import numpy as np

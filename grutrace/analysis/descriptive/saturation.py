@@ -74,7 +74,7 @@ def saturation(site: SiteLike) -> Saturation:
     Raises:
         NotRecordedError: No gate was recorded.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from grutrace.analysis import SiteArrays, saturation
         >>> update = np.array([[0.05, 0.5], [0.95, 0.5], [0.95, 0.5], [0.95, 0.5]])

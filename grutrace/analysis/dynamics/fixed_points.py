@@ -134,7 +134,7 @@ def fixed_points(
         NotRecordedError: The states, the weights or the inputs are missing, or not of all units.
         OptionError: The input or the states have another shape, or there is no finite state.
 
-    Example:
+    Examples:
         Without weights and biases, the candidate is 0 and the state decays to 0.
 
         >>> import torch, grutrace

@@ -100,7 +100,7 @@ def jacobian(site: SiteLike, sequence: int, step: int) -> Array:
     Raises:
         NotRecordedError: A required quantity was not recorded, or there is no such step.
 
-    Example:
+    Examples:
         It is the derivative that PyTorch computes.
 
         >>> import torch, grutrace
@@ -161,7 +161,7 @@ def step_jacobians(site: SiteLike, most: int = STEPS) -> StepJacobians:
         NotRecordedError: A required quantity was not recorded.
         OptionError: `most` is not an integer of 1 or more.
 
-    Example:
+    Examples:
         >>> import torch, grutrace
         >>> from grutrace.analysis import step_jacobians
         >>> layer = torch.nn.GRU(2, 3)

@@ -116,7 +116,7 @@ def lyapunov(site: SiteLike, count: int = EXPONENTS, skip: int | None = None) ->
         NotRecordedError: A required quantity was not recorded.
         OptionError: `count` or `skip` is not such a number.
 
-    Example:
+    Examples:
         A layer with PyTorch's initialization forgets its initial state.
 
         >>> import torch, grutrace

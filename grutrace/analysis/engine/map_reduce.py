@@ -48,7 +48,7 @@ def with_dask(site: SiteLike) -> SiteData:
         MissingExtraError: dask is not installed.
         OptionError: As for `as_site_data`.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from grutrace.analysis import SiteArrays, saturation, with_dask
         >>> site = SiteArrays(update=np.full((100, 2), 0.95))

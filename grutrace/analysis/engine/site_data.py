@@ -45,7 +45,7 @@ class SiteArrays:
         reverse: Whether the layer reads its sequences from the last step to the first.
         name: Name of the site in results.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from grutrace.analysis import SiteArrays, moments
         >>> two_sequences = SiteArrays(hidden=np.zeros((50, 16)), lengths=[20, 30])

@@ -199,7 +199,7 @@ def probe(
         NotRecordedError: The quantity was not recorded, or there is no such label.
         OptionError: The label has fewer than two values, or occurs in fewer than two sequences.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from grutrace.analysis import SiteArrays, probe
         >>> states = np.random.default_rng(0).uniform(-1, 1, (400, 3))

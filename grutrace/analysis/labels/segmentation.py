@@ -88,7 +88,7 @@ def score_boundaries(
     Raises:
         OptionError: The shapes do not match.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from grutrace.analysis import score_boundaries
         >>> found, reference = np.zeros((2, 20), bool)
@@ -255,7 +255,7 @@ def gate_activation(
         OptionError: There is no such gate or direction.
         NotRecordedError: The gate was not recorded, or there is no such label.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from grutrace.analysis import SiteArrays, gate_activation
         >>> update = np.array([[0.2], [0.2], [0.9], [0.8], [0.2]])
@@ -314,7 +314,7 @@ def label_boundaries(site: SiteLike, label: str) -> Array:
     Raises:
         NotRecordedError: There is no such label.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from grutrace.analysis import SiteArrays, label_boundaries
         >>> site = SiteArrays(hidden=np.zeros((5, 2)), labels={"word": ["a", "a", "b", "b", "a"]})

@@ -278,7 +278,7 @@ def selectivity(
         NotRecordedError: The quantity was not recorded, or there is no such label.
         OptionError: The label has fewer than two values.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from grutrace.analysis import SiteArrays, selectivity
         >>> states = np.random.default_rng(0).uniform(-1, 1, (400, 3))

@@ -78,7 +78,7 @@ def state_age(site: SiteLike) -> StateAge:
     Raises:
         NotRecordedError: The update gate was not recorded.
 
-    Example:
+    Examples:
         A constant gate z gives the age z / (1 - z) after enough steps.
 
         >>> import numpy as np

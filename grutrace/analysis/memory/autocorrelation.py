@@ -96,7 +96,7 @@ def autocorrelation(site: SiteLike, lags: int | None = None, skip: int = 0) -> A
         NotRecordedError: The hidden states were not recorded.
         OptionError: `lags` or `skip` is not an integer of 0 or more.
 
-    Example:
+    Examples:
         A state that alternates between 1 and -1 is anticorrelated at odd lags.
 
         >>> import numpy as np

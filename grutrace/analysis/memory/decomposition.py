@@ -102,7 +102,7 @@ def decompose(
         NotRecordedError: A required quantity was not recorded, or there is no such step.
         OptionError: `back` is not an integer of 1 or more, or there are no such units.
 
-    Example:
+    Examples:
         >>> import torch, grutrace
         >>> from grutrace.analysis import decompose
         >>> layer = torch.nn.GRU(3, 4, dtype=torch.float64)
@@ -213,7 +213,7 @@ def memory_map(
         OptionError: `back` is not an integer of 1 or more, or the map would have more than 2^27
             numbers.
 
-    Example:
+    Examples:
         >>> import torch, grutrace
         >>> from grutrace.analysis import memory_map
         >>> layer = torch.nn.GRU(3, 4)

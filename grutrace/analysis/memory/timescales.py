@@ -92,7 +92,7 @@ def fit_inverse_gamma(timescales: Array, seed: int = 0) -> InverseGamma:
     Raises:
         MissingExtraError: SciPy is not installed.
 
-    Example:
+    Examples:
         >>> import numpy as np
         >>> from grutrace.analysis import fit_inverse_gamma
         >>> random = np.random.default_rng(0)
@@ -205,7 +205,7 @@ def timescales(site: SiteLike, lags: int | None = None) -> Timescales:
         NotRecordedError: The update gate was not recorded.
         OptionError: `lags` is not an integer of 0 or more.
 
-    Example:
+    Examples:
         A constant gate z has the timescale -1 / log z.
 
         >>> import numpy as np

@@ -67,7 +67,7 @@ def update_sparsity(site: SiteLike, threshold: float = DEFAULT_THRESHOLD) -> Upd
         NotRecordedError: The hidden states were not recorded.
         OptionError: The threshold is not above 0.
 
-    Example:
+    Examples:
         The initial state is 0, so the first step is a change too.
 
         >>> import numpy as np

@@ -110,7 +110,7 @@ def verify(trace: Trace) -> list[SiteVerification]:
     Returns:
         One result for each site, in the model's order. The checks are those of the module.
 
-    Example:
+    Examples:
         >>> import torch, grutrace
         >>> from grutrace.analysis import verify
         >>> layer = torch.nn.GRU(2, 3)

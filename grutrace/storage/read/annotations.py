@@ -27,7 +27,7 @@ class LabelColumn:
         values: The distinct values: numbers, then strings, each sorted.
         codes: (N,) index of each row's value in `values`; -1 for a missing label.
 
-    Example:
+    Examples:
         >>> from grutrace.storage.read.annotations import encode_labels
         >>> column = encode_labels("pos", ["noun", "verb", None, "noun"])
         >>> column.values, column.codes

@@ -38,7 +38,7 @@ class LazyRows(ArrayLike):
     It supports the indexing, operators and methods of NumPy arrays. Indexing reads only the
     requested rows. The resulting NumPy arrays are writable copies.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import grutrace
         >>> gru = torch.nn.GRU(2, 3)

@@ -62,7 +62,7 @@ class Sequence(QuantityAccess[Array]):
         number: Number of the sequence within the module.
         site: The site.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import grutrace
         >>> gru = torch.nn.GRU(2, 3)

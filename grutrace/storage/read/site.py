@@ -35,7 +35,7 @@ class SiteTrace(QuantityAccess[LazyRows]):
         site: Name, layer, direction and quantities of the site.
         module: The module that the site belongs to.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import grutrace
         >>> gru = torch.nn.GRU(input_size=2, hidden_size=3)
@@ -202,7 +202,7 @@ class SiteTrace(QuantityAccess[LazyRows]):
             OptionError: The gate is unknown.
             NotRecordedError: The hidden states or the input were not recorded.
 
-        Example:
+        Examples:
             >>> import numpy as np
             >>> import torch
             >>> import grutrace

@@ -41,7 +41,7 @@ class Trace:
     Args:
         source: The source to read from.
 
-    Example:
+    Examples:
         >>> import torch
         >>> import grutrace
         >>> gru = torch.nn.GRU(input_size=2, hidden_size=3)
@@ -197,7 +197,7 @@ class Trace:
             StateError: The trace is already in a file, or has no rows.
             TraceFileError: The file exists, or cannot be written. No partial file remains.
 
-        Example:
+        Examples:
             >>> import torch
             >>> import grutrace
             >>> gru = torch.nn.GRU(2, 3)
@@ -272,7 +272,7 @@ class Trace:
             NotRecordedError: The site or the quantity was not recorded.
             MissingExtraError: dask is not installed.
 
-        Example:
+        Examples:
             >>> import torch
             >>> import grutrace
             >>> gru = torch.nn.GRU(2, 3)
@@ -315,7 +315,7 @@ class Trace:
             NotRecordedError: The site was not recorded.
             MissingExtraError: xarray is not installed.
 
-        Example:
+        Examples:
             >>> import torch
             >>> import grutrace
             >>> gru = torch.nn.GRU(2, 3)
@@ -338,7 +338,7 @@ class Trace:
         Raises:
             TraceFileError: The file is damaged.
 
-        Example:
+        Examples:
             >>> import torch
             >>> import grutrace
             >>> cell = torch.nn.GRUCell(2, 3)
