@@ -36,6 +36,7 @@ INSTALL = 'this example needs its extra: pip install ".[demo]" in the checkout o
 
 try:
     import matplotlib
+    import matplotlib.pyplot as plt
 
     from grutrace.cli.stats import print_summaries, summarize_sites
 except ImportError:
@@ -43,9 +44,6 @@ except ImportError:
         raise
     print(INSTALL, file=sys.stderr)
     sys.exit(2)
-
-matplotlib.use("Agg")  # a file is written, no window is opened
-import matplotlib.pyplot as plt  # noqa: E402
 
 WORDS = ("grapheme", "phoneme", "thought", "through", "knight", "colonel", "rhythm", "queue")
 
@@ -258,6 +256,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
+    matplotlib.use("Agg")  # a file is written, no window is opened
     try:
         model = load_model()
         words = [checked(word, model.graphemes) for word in arguments.words]

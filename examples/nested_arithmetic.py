@@ -12,7 +12,7 @@ apart: diagnostic classifiers.
 
 trains the network (a minute or two), traces it, prints the tables, and leaves the traces of the
 trained and of the untrained network in arithmetic.h5 and arithmetic_untrained.h5, and a picture in
-arithmetic.png. What comes out, and what of it the paper has: docs/nested-arithmetic.md.
+arithmetic.png. What comes out, and what of it the paper has: docs/nested-arithmetic.ipynb.
 
 In the traces a step bears the word that it read, and as labels what either strategy holds after it.
 """
@@ -37,6 +37,8 @@ INSTALL = (
 )
 
 try:
+    import matplotlib
+
     from arithmetic.diagnosis import (
         QUANTITIES,
         STRATEGIES,
@@ -116,6 +118,7 @@ def positive(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
+    matplotlib.use("Agg")  # a file is written, no window is opened
     chance = random.Random(arguments.seed)
     torch.manual_seed(arguments.seed)
     tested = to_test(arguments.test, chance)

@@ -3,7 +3,7 @@
     python examples/outputs_and_hidden_states.py
 
 Every line that it prints with an ok was checked in that moment; a claim that does not hold stops
-it. The same answer in prose: docs/outputs-and-hidden-states.md.
+it. The same answer in prose: docs/outputs-and-hidden-states.ipynb.
 
 Letters in the shapes: T steps, B sequences, I input size, H hidden size, L layers, D directions.
 """

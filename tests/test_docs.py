@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import os
+import json
 import re
 import subprocess
 import sys
@@ -22,6 +22,16 @@ from tests.test_architecture import ALLOWED
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "docs").rglob("*.ipynb"))
+
+
+def text_of(page: Path) -> str:
+    """The text of a page; of a notebook, its Markdown cells."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix != ".ipynb":
+        return text
+    cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells)
 
 
 def blocks(page: Path) -> list[str]:
@@ -47,36 +57,6 @@ def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
         assert done.stdout == "".join(shown)
 
 
-SESSIONS = [page for page in PAGES if "```pycon" in page.read_text(encoding="utf-8")]
-
-
-def run_session(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run what a page has as an interactive session, and compare what it prints."""
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-m", "doctest", str(page)],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "examples"), "MPLBACKEND": "Agg"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-@pytest.mark.parametrize("page", SESSIONS, ids=lambda p: p.stem)
-def test_a_session_prints_what_the_page_says(page: Path, tmp_path: Path) -> None:
-    done = run_session(page, tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    shown = re.findall(r"\]\(pictures/([^)]+)\)", page.read_text(encoding="utf-8"))
-    assert shown
-    assert all((tmp_path / picture).exists() for picture in shown), "not drawn by the page"
-
-
-def test_control_other_output_of_a_session_is_detected(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
-    page.write_text("```pycon\n>>> 1 + 1\n3\n\n```\n", encoding="utf-8")
-    assert run_session(page, tmp_path).returncode == 1
-
-
 def test_control_a_failing_block_is_detected(tmp_path: Path) -> None:
     assert run("import grutrace\nassert not grutrace", tmp_path).returncode == 1
 
@@ -86,8 +66,8 @@ def test_there_are_blocks_to_run() -> None:
 
 
 def test_links_between_pages_exist() -> None:
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
+    for page in [*PAGES, *NOTEBOOKS]:
+        text = text_of(page)
         pictures = re.findall(r'src="([^":]+)"', text)
         for target in [*pictures, *re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)]:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
@@ -210,16 +190,17 @@ def test_the_reference_has_every_analysis() -> None:
 
 def test_every_page_is_in_the_menu_of_the_site() -> None:
     menu = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
-    entries = re.findall(r"[\w/-]+\.md", str(menu))
-    pages = {p.relative_to(ROOT / "docs").as_posix() for p in PAGES if p.name != "README.md"}
+    entries = re.findall(r"[\w/-]+\.(?:md|ipynb)", str(menu))
+    found = [*(page for page in PAGES if page.name != "README.md"), *NOTEBOOKS]
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in found}
     assert set(entries) == pages
     assert len(entries) == len(pages)
 
 
 def test_every_file_that_a_page_names_exists() -> None:
     named = r"`((?:tests|examples|grutrace|docs)/[\w./-]*\w(?:/|\.py|\.md)?)`"
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md"]:
-        for path in re.findall(named, page.read_text(encoding="utf-8")):
+    for page in [*PAGES, *NOTEBOOKS, ROOT / "CONTRIBUTING.md"]:
+        for path in re.findall(named, text_of(page)):
             assert (ROOT / path).exists(), f"{page.name}: {path}"
 
 

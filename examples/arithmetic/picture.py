@@ -5,16 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 from sklearn.linear_model import LinearRegression
 
 from arithmetic.diagnosis import STRATEGIES, Findings, Steps
 from arithmetic.language import LANGUAGES, NUMERALS, TRAINED
 from grutrace.records import Array
-
-matplotlib.use("Agg")  # a file is written, no window is opened
-import matplotlib.pyplot as plt
 
 COLOURS = {"cumulative": "tab:blue", "recursive": "tab:orange"}
 
@@ -66,6 +63,28 @@ def draw_reading(axes: Any, fitted: Steps, shown: Steps, strategy: str) -> None:
     axes.set_ylim(low, high + 0.35 * (high - low))  # room for the legend
 
 
+def draw_update_gate(kinds_axes: Any, words_axes: Any, tested: Steps, shown: Steps) -> None:
+    """The update gate of each unit: its mean by the kind of word, and in one expression."""
+    means = {
+        kind: tested.quantities["update"][chosen].mean(axis=0)
+        for kind, chosen in kinds(tested).items()
+    }
+    columns = list(means.values())
+    # Units that tell adding from subtracting are at the top and at the bottom.
+    order = np.argsort(columns[-2] - columns[-1])
+    drawn = ((kinds_axes, np.stack(columns, axis=1)), (words_axes, shown.quantities["update"].T))
+    for axes, values in drawn:
+        image = axes.imshow(values[order], aspect="auto", cmap="magma", vmin=0, vmax=1)
+        axes.set_yticks(range(len(order)), order, fontsize=7)
+    kinds_axes.set_xticks(range(len(means)), list(means))
+    kinds_axes.set_title("Mean update gate, by what is read")
+    kinds_axes.set_ylabel("unit (top: keeps more to subtract)")
+    words_axes.set_xticks(range(len(shown.words)), shown.words)
+    words_axes.set_title("Update gate, word by word")
+    bar = words_axes.figure.colorbar(image, ax=words_axes, aspect=25)
+    bar.set_ticks([0, 0.5, 1], labels=["0: overwrites", "0.5", "1: keeps"])
+
+
 def draw(
     path: Path, trained: Findings, untrained: Findings, fitted: Steps, tested: Steps, shown: Steps
 ) -> None:
@@ -82,25 +101,6 @@ def draw(
         draw_reading(axes[strategy], fitted, shown, strategy)
         axes[strategy].set_xlim(-0.5, len(shown.words) - 0.5)
     axes["cumulative"].set_title("One expression, of a length not trained on, word by word")
-
-    means = {
-        kind: tested.quantities["update"][chosen].mean(axis=0)
-        for kind, chosen in kinds(tested).items()
-    }
-    columns = list(means.values())
-    order = np.argsort(
-        columns[-2] - columns[-1]
-    )  # units that tell adding from subtracting, outside
-    drawn = {"kinds": np.stack(columns, axis=1), "update": shown.quantities["update"].T}
-    for name, values in drawn.items():
-        image = axes[name].imshow(values[order], aspect="auto", cmap="magma", vmin=0, vmax=1)
-        axes[name].set_yticks(range(len(order)), order, fontsize=7)
-    axes["kinds"].set_xticks(range(len(means)), list(means))
-    axes["kinds"].set_title("Mean update gate, by what is read")
-    axes["kinds"].set_ylabel("unit (top: keeps more to subtract)")
-    axes["update"].set_xticks(range(len(shown.words)), shown.words)
-    axes["update"].set_title("Update gate in the expression above")
-    bar = figure.colorbar(image, ax=axes["update"], aspect=25)
-    bar.set_ticks([0, 0.5, 1], labels=["0: overwrites", "0.5", "1: keeps"])
+    draw_update_gate(axes["kinds"], axes["update"], tested, shown)
     figure.savefig(path, dpi=100)
     plt.close(figure)

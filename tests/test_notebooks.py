@@ -1,0 +1,209 @@
+"""The notebooks of the documentation: their cells run, and compute the figures in their text."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_docs import NOTEBOOKS, ROOT, text_of
+
+#: Runs the cells of a notebook, and prints the last expression of each, as Jupyter does.
+RUNNER = """
+import ast, json, sys
+for cell in json.load(open(sys.argv[1], encoding="utf-8"))["cells"]:
+    if cell["cell_type"] == "code":
+        source = "".join(cell["source"])
+        body = ast.parse(source).body
+        shown = isinstance(body[-1], ast.Expr) and not source.rstrip().endswith(";")
+        last = ast.Interactive([body.pop()] if shown else [])
+        exec(compile(ast.Module(body, []), "cell", "exec"))
+        exec(compile(last, "cell", "single"))
+"""
+
+#: What letters-to-phonemes.ipynb prints.
+LETTERS = """\
+absent ['AE1', 'B', 'S', 'AH0', 'N', 'T', '</s>']
+<site encoder.l0: 371 sequences, 3304 steps of reset, update, candidate, hidden,
+    input>
+<site decoder.cell: 371 sequences, 3008 steps of reset, update, candidate, hidden,
+    input>
+encoder: 0.30 nearly closed, 0.36 nearly open, 0 units stuck
+decoder: 0.44 nearly closed, 0.28 nearly open, 0 units stuck
+['30 %', '17 %', '12 %', '9 %', '9 %', '8 %']
+4 %
+['84 %', '10 %', '3 %']
+['70 %', '54 %', '41 %', '29 %', '19 %', '12 %', '7 %', '4 %']
+unit 82: 37 steps, median 1.1
+array([-0.89, -0.89, -0.89, -0.89, -0.89, -0.89, -0.89], dtype=float32)
+unit 69: 0.98, the next 0.88
+a 0.98, e 0.99, i 0.97, o 0.99, u 0.97, b 0.89, c -0.98, d -0.51, g -0.69, \
+s -0.87, t -0.95, n -0.84, y -0.97
+score 1.00, control 0.99
+most frequent kind 0.57
+"""
+
+
+def cells_of(notebook: Path) -> list[dict[str, Any]]:
+    cells: list[dict[str, Any]] = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return cells
+
+
+def run(notebook: Path, folder: Path = ROOT / "docs") -> subprocess.CompletedProcess[str]:
+    """Run a notebook in its folder, without Jupyter. A warning is an error."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", RUNNER, str(notebook)],
+        cwd=folder,
+        env=os.environ | {"MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_and_leaves_no_file(notebook: Path) -> None:
+    before = set((ROOT / "docs").rglob("*"))
+    done = run(notebook)
+    assert done.returncode == 0, done.stderr
+    assert set((ROOT / "docs").rglob("*")) == before
+    if notebook.stem == "letters-to-phonemes":
+        assert done.stdout == LETTERS
+    if notebook.stem == "nested-arithmetic":
+        assert "residual below 1e-5: True" in done.stdout
+        rows = re.findall(r"^(L\w+) +(\S+) +(\S+) +(\S+) +(\S+)$", done.stdout, re.M)
+        found = {name: [float(value) for value in values] for name, *values in rows}
+        for name in ("L5", "L6", "L7", "L8", "L9", "L9R"):
+            cumulative, recursive, _, _ = found[name]
+            assert cumulative > recursive + 0.1, name
+
+
+def test_the_text_has_the_figures_that_the_spelling_model_gives() -> None:
+    text = " ".join(text_of(ROOT / "docs" / "letters-to-phonemes.ipynb").split())
+    for sentence in (
+        "30 % of the values of the update gate are below 0.1 (nearly closed) and 36 % above 0.9",
+        "In the decoder it is 44 % and 28 %",
+        "30 % of it was written at the end mark, 17 % at the last letter, 12 % at the letter "
+        "before",
+        "Of the first letter of a word 4 % is left",
+        "84 % of its state was written at the last step",
+        "70 % of the state of the decoder after the first phoneme comes from it, 54 % after the "
+        "second, 29 % after the fourth",
+        "It is unit 82: its timescale is 37 steps, and the median of all units is 1.1",
+        "With a probability of 0.98, unit 69 is larger at a vowel",
+    ):
+        assert sentence in text
+        figures = re.findall(r"\d+(?:\.\d+)?", sentence)
+        for figure in set(figures) - {"0.1", "0.9"}:
+            assert figure in LETTERS or f"0.{figure}" in LETTERS, figure
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_has_no_outputs_and_describes_its_pictures(notebook: Path) -> None:
+    for cell in cells_of(notebook):
+        if cell["cell_type"] == "code":
+            assert (cell["outputs"], cell["execution_count"]) == ([], None)
+            assert ("alt" in cell["metadata"]) == ("plt.subplots(" in "".join(cell["source"]))
+
+
+def write_notebook(path: Path, *cells: tuple[str, str]) -> Path:
+    """A notebook of cells, each given by its type and source."""
+    code = {"outputs": [], "execution_count": None}
+    path.write_text(
+        json.dumps(
+            {
+                "nbformat": 4,
+                "nbformat_minor": 5,
+                "metadata": {},
+                "cells": [
+                    {"id": f"cell-{number}", "cell_type": kind, "metadata": {}, "source": source}
+                    | (code if kind == "code" else {})
+                    for number, (kind, source) in enumerate(cells)
+                ],
+            }
+        ),
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.mark.parametrize("source", ["1 / 0", "import warnings\nwarnings.warn('old')"])
+def test_control_a_cell_that_fails_is_noticed(tmp_path: Path, source: str) -> None:
+    notebook = write_notebook(tmp_path / "page.ipynb", ("code", "x = 1"), ("code", source))
+    assert run(notebook, tmp_path).returncode == 1
+
+
+def test_control_what_cells_show_is_read(tmp_path: Path) -> None:
+    notebook = write_notebook(
+        tmp_path / "page.ipynb", ("code", "print(1)\n'a'"), ("markdown", "b"), ("code", "'c';")
+    )
+    assert run(notebook, tmp_path).stdout == "1\n'a'\n"
+
+
+def build(folder: Path, *cells: tuple[str, str]) -> subprocess.CompletedProcess[str]:
+    """Build a site of one notebook and one other page, with the hook of the documentation."""
+    (folder / "docs").mkdir()
+    (folder / "docs" / "index.md").write_text("# Start\n[page](page.ipynb#part)", encoding="utf-8")
+    write_notebook(folder / "docs" / "page.ipynb", *cells)
+    (folder / "mkdocs.yml").write_text(
+        f"site_name: site\nhooks: ['{(ROOT / 'docs/hooks/notebooks.py').as_posix()}']\n"
+        "nav: [index.md, page.ipynb]\nvalidation: {anchors: warn}\nplugins: []\n",
+        encoding="utf-8",
+    )
+    return subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict"],
+        cwd=folder,
+        env={name: value for name, value in os.environ.items() if name != "MPLBACKEND"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def site_tools() -> None:
+    """The tests of the build are skipped where the extra docs is not installed."""
+    for name in ("mkdocs", "nbclient", "ipykernel"):
+        pytest.importorskip(name)
+
+
+@pytest.mark.usefixtures("site_tools")
+def test_the_site_shows_what_the_cells_show(tmp_path: Path) -> None:
+    done = build(
+        tmp_path,
+        ("markdown", "# Page\n\n## Part\n\n[start](index.md)"),
+        ("code", "print('printed', 6 * 7, flush=True)\nprint('more')\n{1: 2}"),
+    )
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "site" / "page" / "index.html").read_text(encoding="utf-8")
+    for part in (
+        "printed 42\nmore",
+        "{1: 2}",
+        '<h2 id="part">Part</h2>',
+        '<a href="../">start</a>',
+    ):
+        assert part in page
+
+
+@pytest.mark.usefixtures("site_tools")
+@pytest.mark.parametrize(
+    ("kind", "source", "message"),
+    [
+        ("code", "1 / 0", "ZeroDivisionError"),
+        ("code", "import warnings\nwarnings.warn('old')", "wrote to stderr"),
+        ("markdown", "[nowhere](nowhere.md)", "nowhere.md"),
+    ],
+)
+def test_control_a_notebook_that_fails_fails_the_build(
+    tmp_path: Path, kind: str, source: str, message: str
+) -> None:
+    done = build(tmp_path, ("markdown", "# Page\n\n## Part"), (kind, source))
+    assert done.returncode != 0
+    assert "page.ipynb" in done.stderr
+    assert message in done.stderr
