@@ -10,7 +10,7 @@ weights run as an ordinary PyTorch module, and grutrace records every gate of bo
 prints the phonemes and the statistics of the gates, and leaves the trace in g2p.h5 and a picture
 of the encoder's update gate in update_gate_hello.png.
 
-Tokens in the trace: a step of the encoder bears the letter that it read, a step of the decoder
+Tokens in the trace: a step of the encoder has the letter that it read, a step of the decoder
 the phoneme that it produced. The last token of both is the end mark, </s>.
 """
 

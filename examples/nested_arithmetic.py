@@ -14,7 +14,7 @@ trains the network (a minute or two), traces it, prints the tables, and leaves t
 trained and of the untrained network in arithmetic.h5 and arithmetic_untrained.h5, and a picture in
 arithmetic.png. What comes out, and what of it the paper has: docs/nested-arithmetic.ipynb.
 
-In the traces a step bears the word that it read, and as labels what either strategy holds after it.
+In the traces, each step has the word that it read, and what each strategy holds after it as labels.
 """
 
 from __future__ import annotations

@@ -63,7 +63,7 @@ class Site:
 
     @property
     def available_quantities(self) -> tuple[str, ...]:
-        """Quantities that can be read, stored or derived, in the order of `QUANTITIES`."""
+        """Quantities that can be read, stored or deferred, in the order of `QUANTITIES`."""
         return tuple(name for name in QUANTITIES if name in (*self.quantities, *self.derived))
 
 

@@ -36,7 +36,7 @@ def logging(model: nn.Module, input: Tensor) -> Iterator[Any]:
         try:
             yield lambda: torchlens.trace(model, input)
         finally:
-            # They stay after a call otherwise, and whatever is measured next would pay for them.
+            # Otherwise they stay after a call, and slow down the next measurement.
             options = torchlens.options.CaptureOptions(unwrap_when_done=True)
             torchlens.trace(nn.Identity(), torch.zeros(1), capture=options)
 

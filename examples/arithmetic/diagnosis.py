@@ -66,7 +66,7 @@ class Agreement:
 
     Attributes:
         error: Mean squared error.
-        r: Pearson's correlation; not a number where one of the two never changes.
+        r: Pearson's correlation; NaN if one of the two never changes.
     """
 
     error: float

@@ -178,7 +178,7 @@ def _to_json_value(value: Any) -> Any:
     return value
 
 
-#: Largest width of a value that is not a number. Terminal columns.
+#: Largest width of a value that is text. Terminal columns.
 MAX_TEXT_WIDTH = 16
 
 #: Quantiles that summarize a column, by heading.

@@ -72,7 +72,7 @@ class SiteStatistics:
         steps: Number of steps of all sequences.
         versions: Number of versions of the module's weights.
         residual: Largest ``|replayed h - kernel's h|``; 0 before the first call, and NaN where
-            gates were derived when read.
+            gates are deferred.
         residual_call: Its call: a row of `Trace.calls` of the same run. -1 for none.
         quantities: Statistics by quantity.
     """

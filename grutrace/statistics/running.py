@@ -140,7 +140,7 @@ class Statistics:
         """Compute the same statistics from the rows of a trace, read in blocks.
 
         Args:
-            trace: A trace, in memory or in a file; deferred gates are derived.
+            trace: A trace, in memory or in a file; deferred gates are recomputed.
             bins: As for `Statistics`.
 
         Raises:

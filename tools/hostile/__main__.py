@@ -2,7 +2,7 @@
 
     python -m tools.hostile [--cases 20000] [--seed 1] [--first 0] [--jobs 2]
 
-It prints whatever is not as it should be, and exits with 1 if that is grutrace's fault.
+It prints each failure, and exits with 1 if that is grutrace's fault.
 """
 
 from __future__ import annotations

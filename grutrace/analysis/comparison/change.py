@@ -2,7 +2,7 @@
 
 The traces may be of before and after training, or of other inputs.
 
-Sites are compared by unit and quantity. The difference of two means is given as it is, and as
+Sites are compared by unit and quantity. The difference of two means is given unscaled, and as
 Cohen's d: divided by the pooled standard deviation, the root of the mean of both variances (Cohen
 1988, "Statistical power analysis for the behavioral sciences", chapter 2; 0.2 is small, 0.8 large).
 

@@ -1,8 +1,9 @@
 """Comparison of two traces: sites, sequences, gates, states, tokens and labels.
 
 Every common value is compared with that of the same site, sequence, step and unit, in blocks,
-whatever the batches of the calls, and whether gates are stored or derived. Weights, options and
-versions are compared too: they are not part of the answer, but they explain differences of values.
+regardless of the batches of the calls, and of whether gates are stored or deferred. Weights,
+options and versions are compared too: they are not part of the answer, but they explain differences
+of values.
 
 Default tolerance. Two correct computations of a step differ by rounding, in proportion to the
 machine epsilon of the type they are made in, and a state passes its difference on to the next step.

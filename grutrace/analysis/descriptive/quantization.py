@@ -51,8 +51,8 @@ class Quantization(Result):
 def quantization(site: SiteLike) -> Quantization:
     """Bound the rounding error of gates and states that are stored in a smaller type.
 
-    The bound covers the storage of computed values. It does not cover gates that are derived from
-    rounded states.
+    The bound covers the storage of computed values. It does not cover gates that are recomputed
+    from rounded states.
 
     Args:
         site: A site that stores at least one of reset, update, candidate and hidden.

@@ -140,7 +140,7 @@ class SiteSummary:
         site: Name of the site.
         sequences: Number of sequences.
         steps: Number of steps of all sequences.
-        residual: Largest ``|replayed h - kernel's h|``; NaN where gates are derived.
+        residual: Largest ``|replayed h - kernel's h|``; NaN if gates are deferred.
         gates: By recorded gate. Reset and update are in (0, 1); the candidate is in (-1, 1), so a
             large magnitude is a saturated tanh.
     """

@@ -38,7 +38,7 @@ def with_dask(site: SiteLike) -> SiteData:
 
     It runs on dask's threads, or on the cluster of the active `dask.distributed.Client`. The
     results are bit for bit those without dask, because the same blocks are merged in the same
-    order. Gates that are derived when read agree to rounding in a process where torch has another
+    order. Deferred gates agree to rounding in a process where torch has another
     number of threads.
 
     Args:

@@ -1,7 +1,7 @@
 """Autocorrelation of every unit's state, and two correlation times.
 
 With m the mean of a unit over all steps, and the sums over all pairs of steps of one sequence that
-lie k apart, of which there are N(k):
+are k apart, of which there are N(k):
 
     C(k) = 1/N(k) sum (h(t) - m) (h(t + k) - m)          rho(k) = C(k) / C(0)
 

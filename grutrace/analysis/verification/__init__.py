@@ -1,1 +1,1 @@
-"""Verify recorded gates against the equations, and store derived ones."""
+"""Verify recorded gates against the equations, and store deferred ones."""

@@ -1,4 +1,4 @@
-"""Residuals of derived gates: the states they lead to, compared with the recorded states, by call.
+"""Residuals of recomputed gates, by call: their states compared with the recorded states.
 
 n rows, H hidden size.
 """
@@ -43,7 +43,7 @@ class CallResiduals:
 
         Args:
             each: The rows.
-            derived: What was derived of them.
+            derived: The steps recomputed from them.
             hidden: The recorded states of all rows.
         """
         rows = slice(int(each.rows[0]), int(each.rows[-1]) + 1)

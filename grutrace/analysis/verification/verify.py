@@ -5,7 +5,7 @@ Three checks, in float64, of every row, within the rounding tolerance of its cal
 - *gates*: reset, update and candidate are recomputed from the stored weights, input and states, and
   compared with the recorded gates. Needs the hidden states and the input. Above the first layer the
   input is the states of the layer below, if no dropout was applied and both were recorded.
-- *derived*: where no gates are stored, they are derived, and the states that they lead to are
+- *derived*: if no gates are stored, they are recomputed, and the states that they lead to are
   compared with the stored states.
 - *states*: h = (1 - z) n + z h', from the recorded update, candidate and hidden states. It needs no
   other units, so it works where only some were recorded.
@@ -81,7 +81,7 @@ class SiteVerification:
 
     Attributes:
         site: Name of the site.
-        check: ``gates``, ``derived``, ``states``, or None where nothing could be checked.
+        check: ``gates``, ``derived``, ``states``, or None if nothing could be checked.
         reason: Why not everything was checked; empty if it was.
         steps: Number of checked rows.
         worst: The value with the largest relative difference; None if there was nothing to check.

@@ -209,7 +209,7 @@ class SharedReadHandle:
                     self.release()
 
     def close(self) -> None:
-        """Close the file for good."""
+        """Close the file permanently."""
         with _lock:
             self.release()
             self._closed = True

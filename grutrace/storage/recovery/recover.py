@@ -179,7 +179,7 @@ def _recover_file(
                 _copy(source, path, temporary, plan, advance)
             break
         except _UnreadableItem as error:
-            # The item lies within the file, but reading it fails.
+            # The item is within the file, but reading it fails.
             limits = {**plan.limits, error.dataset_path: error.items}
             plan = make_plan(source, repair=plan.repair, limits=limits)
     if _size_and_time(source) != signature:

@@ -1,7 +1,7 @@
 """Find out which calls of a damaged trace are complete.
 
 `ModuleExtents` counts the items that the calls of a module refer to. `ChunkScanner` counts the
-leading items of a dataset that lie within the file.
+leading items of a dataset that are within the file.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def count_leading_true(mask: Array) -> int:
 
 
 class ChunkScanner:
-    """Counts the leading items of a dataset whose chunks lie within the file.
+    """Counts the leading items of a dataset whose chunks are within the file.
 
     Args:
         dataset: A dataset of a file without writer flag.
