@@ -17,7 +17,9 @@ from tests.test_docs import NOTEBOOKS, ROOT, text_of
 #: Runs the cells of a notebook, and prints the last expression of each, as Jupyter does.
 RUNNER = """
 import ast, json, sys
-for cell in json.load(open(sys.argv[1], encoding="utf-8"))["cells"]:
+with open(sys.argv[1], encoding="utf-8") as file:
+    notebook = json.load(file)
+for cell in notebook["cells"]:
     if cell["cell_type"] == "code":
         source = "".join(cell["source"])
         body = ast.parse(source).body
@@ -32,8 +34,8 @@ LETTERS = """\
 absent ['AE1', 'B', 'S', 'AH0', 'N', 'T', '</s>']
 <site encoder.l0: 371 sequences, 3304 steps of reset, update, candidate, hidden,
     input>
-<site decoder.cell: 371 sequences, 3008 steps of reset, update, candidate, hidden,
-    input>
+<site decoder.cell: 371 sequences, 3008 steps of reset, update, candidate,
+    hidden, input>
 encoder: 0.30 nearly closed, 0.36 nearly open, 0 units stuck
 decoder: 0.44 nearly closed, 0.28 nearly open, 0 units stuck
 ['30 %', '17 %', '12 %', '9 %', '9 %', '8 %']
@@ -43,8 +45,9 @@ decoder: 0.44 nearly closed, 0.28 nearly open, 0 units stuck
 unit 82: 37 steps, median 1.1
 array([-0.89, -0.89, -0.89, -0.89, -0.89, -0.89, -0.89], dtype=float32)
 unit 69: 0.98, the next 0.88
-a 0.98, e 0.99, i 0.97, o 0.99, u 0.97, b 0.89, c -0.98, d -0.51, g -0.69, \
-s -0.87, t -0.95, n -0.84, y -0.97
+a 0.98, e 0.99, i 0.97, o 0.99, u 0.97
+b 0.89, c -0.98, d -0.51, g -0.69, s -0.87
+t -0.95, n -0.84, y -0.97
 score 1.00, control 0.99
 most frequent kind 0.57
 """
@@ -159,7 +162,7 @@ def build(folder: Path, *cells: tuple[str, str]) -> subprocess.CompletedProcess[
     return subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict"],
         cwd=folder,
-        env={name: value for name, value in os.environ.items() if name != "MPLBACKEND"},
+        env=os.environ | {"MPLBACKEND": "Agg"},
         capture_output=True,
         text=True,
         check=False,

@@ -1,13 +1,15 @@
-"""Hook for MkDocs: execute each notebook of docs/ and show it, with its outputs, as a page.
+"""Hook for MkDocs: execute each notebook of docs/ and show it as a page.
 
-A notebook becomes Markdown, so MkDocs checks its links as it checks those of other pages. The build
-fails if a cell raises an exception or writes to stderr (a warning does). A cell that draws has the
+A notebook becomes Markdown with the outputs of its cells, so MkDocs checks
+its links as it checks those of other pages. The build fails if a cell raises
+an exception or writes to stderr (a warning does). A cell that draws has the
 alternative text of its picture in its metadata, as ``alt``.
 """
 
 from __future__ import annotations
 
 import base64
+import os
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,10 +37,14 @@ def on_files(files: Files, *, config: Any) -> Files:
         files.remove(file)
         if file.inclusion.is_included():
             path = Path(file.abs_src_path or "")
-            markdown, pictures = converted(path, path.read_text(encoding="utf-8"))
-            files.append(NotebookPage.generated(config, file.src_uri, content=markdown))
+            source = path.read_text(encoding="utf-8")
+            markdown, pictures = converted(path, source)
+            uri = file.src_uri
+            files.append(
+                NotebookPage.generated(config, uri, content=markdown)
+            )
             for name, content in pictures.items():
-                uri = (Path(file.src_uri).parent / name).as_posix()
+                uri = Path(file.src_uri).with_name(name).as_posix()
                 files.append(File.generated(config, uri, content=content))
     return files
 
@@ -59,28 +65,33 @@ def converted(path: Path, text: str) -> tuple[str, dict[str, bytes]]:
         timeout=TIMEOUT,
         coalesce_streams=True,  # one block for all that a cell prints
         resources={"metadata": {"path": str(path.parent)}},
-        extra_arguments=[
-            "--log-level=ERROR"
-        ],  # a warning that TCP on this machine is not encrypted
+        # No warning that messages within this machine are not encrypted.
+        extra_arguments=["--log-level=ERROR"],
     )
+    inline = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     try:
-        client.execute()
+        client.execute(env=os.environ | inline)
     except CellExecutionError as error:
         raise PluginError(f"{path.name}: {error}") from error
     parts: list[str] = []
     pictures: dict[str, bytes] = {}
     for cell in notebook.cells:
-        parts.append(cell.source if cell.cell_type == "markdown" else fenced(cell.source, "python"))
+        is_code = cell.cell_type == "code"
+        parts.append(
+            fenced(cell.source, "python") if is_code else cell.source
+        )
         for output in cell.get("outputs", ()):
             if output.get("name") == "stderr":
-                raise PluginError(f"{path.name}: a cell wrote to stderr: {output.text}")
+                message = f"a cell wrote to stderr: {output.text}"
+                raise PluginError(f"{path.name}: {message}")
             data = output.get("data", {})
             if "image/png" in data:
                 name = f"{path.stem}_{len(pictures) + 1}.png"
                 pictures[name] = base64.b64decode(data["image/png"])
                 parts.append(f"![{cell.metadata['alt']}]({name})")
             else:
-                parts.append(fenced(output.get("text") or data["text/plain"], "text"))
+                text = output.get("text") or data["text/plain"]
+                parts.append(fenced(text, "{ .text .no-copy }"))
     return "\n\n".join(parts), pictures
 
 

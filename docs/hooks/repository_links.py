@@ -1,7 +1,8 @@
-"""Hook for MkDocs: show links to files outside docs/ as text, since the site has no such files.
+"""Hook for MkDocs: show links to files outside docs/ as text.
 
-Links such as ``[test_name](../tests/test_file.py)`` work in a checkout, where most readers follow
-them. tests/test_docs.py checks that their targets exist.
+The site has no such files. Links such as
+``[test_name](../tests/test_file.py)`` work in a checkout, where most readers
+follow them. tests/test_docs.py checks that their targets exist.
 """
 
 from __future__ import annotations

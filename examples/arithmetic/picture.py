@@ -36,15 +36,15 @@ def draw_correlations(axes: Any, trained: Findings, untrained: Findings) -> None
             axes.plot(names, list(drawn.values()), style, color=colour, label=strategy + label)
             axes.plot(nested, [r[name] for name in nested], style[-1], color=colour)
     axes.plot(
-        names, list(trained.control.values()), "x", color="0.5", label="a random number a word"
+        names, list(trained.control.values()), "x", color="0.5", label="random number per word"
     )
     for place, name in enumerate(names):
         if name in TRAINED:
             axes.axvspan(place - 0.5, place + 0.5, color="0.94", zorder=0)
     axes.set_ylim(-0.4, 1.05)  # room for the legend
     axes.set_xlim(-0.5, len(names) - 0.5)
-    axes.set_ylabel("r of what is read with what is held")
-    axes.set_title("Read from the hidden state (grey: lengths trained on)")
+    axes.set_ylabel("correlation with the values of the strategy")
+    axes.set_title("Classifiers of the hidden state (grey: trained lengths)")
     axes.set_yticks(np.arange(0, 1.1, 0.2))
     axes.legend(loc="lower center", ncols=2, frameon=False)
 
@@ -54,7 +54,7 @@ def draw_reading(axes: Any, fitted: Steps, shown: Steps, strategy: str) -> None:
     classifier = LinearRegression().fit(fitted.quantities["hidden"], fitted.targets[strategy])
     steps = np.arange(len(shown.words))
     held, result = shown.targets[strategy], classifier.predict(shown.quantities["hidden"])
-    axes.step(steps, held, where="mid", color="0.4", label=f"held by the {strategy} strategy")
+    axes.step(steps, held, where="mid", color="0.4", label=f"{strategy} strategy")
     axes.plot(steps, result, "o", color=COLOURS[strategy], label="read from the hidden state")
     axes.vlines(steps, held, result, color=COLOURS[strategy], linewidth=1)
     axes.set_xticks(steps, shown.words)
@@ -77,8 +77,8 @@ def draw_update_gate(kinds_axes: Any, words_axes: Any, tested: Steps, shown: Ste
         image = axes.imshow(values[order], aspect="auto", cmap="magma", vmin=0, vmax=1)
         axes.set_yticks(range(len(order)), order, fontsize=7)
     kinds_axes.set_xticks(range(len(means)), list(means))
-    kinds_axes.set_title("Mean update gate, by what is read")
-    kinds_axes.set_ylabel("unit (top: keeps more to subtract)")
+    kinds_axes.set_title("Mean update gate, by the word that is read")
+    kinds_axes.set_ylabel("unit (top: keeps more when subtracting)")
     words_axes.set_xticks(range(len(shown.words)), shown.words)
     words_axes.set_title("Update gate, word by word")
     bar = words_axes.figure.colorbar(image, ax=words_axes, aspect=25)
