@@ -226,6 +226,120 @@ class CallRecord:
 
 
 @dataclass(frozen=True)
+class SeriesRows:
+    """The rows of several calls of one step at one site.
+
+    Attributes:
+        rows: By quantity, (n * B, H or U or I), call by call, each in batch order.
+        initial: (sequences that start in these calls, H or U) their initial states.
+        residuals: (n,) as `SiteRows.residual` of each call.
+        tolerances: (n,) as `SiteRows.tolerance` of each call.
+        precision: As `SiteRows.precision` of every call.
+    """
+
+    rows: Mapping[str, Array]
+    initial: Array
+    residuals: npt.NDArray[np.float64]
+    tolerances: npt.NDArray[np.float64]
+    precision: float
+
+
+@dataclass(frozen=True)
+class CallSeries:
+    """Several calls of one module that are alike: n calls with one step of B sequences each.
+
+    It says the same as n records of type `CallRecord`, in arrays.
+
+    Attributes:
+        module: Index of the module in the header.
+        times: (n,) seconds since the epoch.
+        tag: The user's name for this part of the run; None without one.
+        training: Whether the module was in training mode.
+        weights: Version of the weights that the calls used. Its `WeightsRecord` comes before.
+        sequences: (n, B) number of the sequence that each batch row belongs to.
+        begun: (n,) number of sequences that start in each call.
+        sites: Rows by site suffix, for every recorded site of the module.
+        forks: By index of the call, its forks, if it has any.
+        origins: By index of the call, the marks of its sequences, if it has any.
+    """
+
+    module: int
+    times: npt.NDArray[np.float64]
+    tag: str | None
+    training: bool
+    weights: int
+    sequences: npt.NDArray[np.uint64]
+    begun: npt.NDArray[np.int64]
+    sites: Mapping[str, SeriesRows]
+    forks: Mapping[int, tuple[Fork, ...]] = field(default_factory=dict)
+    origins: Mapping[int, tuple[Origin, ...]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.times)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows and initial states."""
+        return sum(
+            array.nbytes
+            for site in self.sites.values()
+            for array in (*site.rows.values(), site.initial)
+        )
+
+    def calls(self) -> list[CallRecord]:
+        """Return the calls as single records, which share the memory of the rows."""
+        batch = self.sequences.shape[1]
+        ends = np.cumsum(self.begun)
+        steps = np.ones(batch, np.uint32)
+        calls = []
+        for call, (time, sequences) in enumerate(
+            zip(self.times.tolist(), self.sequences, strict=True)
+        ):
+            rows = slice(call * batch, (call + 1) * batch)
+            begun = slice(int(ends[call] - self.begun[call]), int(ends[call]))
+            sites = {
+                suffix: SiteRows(
+                    {quantity: values[rows] for quantity, values in site.rows.items()},
+                    site.initial[begun],
+                    float(site.residuals[call]),
+                    float(site.tolerances[call]),
+                    site.precision,
+                )
+                for suffix, site in self.sites.items()
+            }
+            common = self.module, time, self.tag, self.training, self.weights, steps, sequences
+            of_call = self.forks.get(call, ()), self.origins.get(call, ())
+            calls.append(CallRecord(*common, sites, *of_call))
+        return calls
+
+
+@dataclass(frozen=True)
+class CallBatch:
+    """Series of calls of one or more modules, appended at once.
+
+    Attributes:
+        series: One per module.
+        order: (calls,) index of the series of each call, in the order of the calls.
+    """
+
+    series: tuple[CallSeries, ...]
+    order: npt.NDArray[np.intp]
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows and initial states."""
+        return sum(series.nbytes for series in self.series)
+
+    def calls(self) -> list[CallRecord]:
+        """Return the calls as single records, in their order."""
+        iterators = [iter(series.calls()) for series in self.series]
+        return [next(iterators[index]) for index in self.order.tolist()]
+
+
+@dataclass(frozen=True)
 class WeightsRecord:
     """One version of a module's weights. It is appended before the first call that used it.
 
@@ -271,7 +385,7 @@ class AnnotationRecord:
 
 
 #: A record that a sink stores.
-Record: TypeAlias = CallRecord | WeightsRecord | AnnotationRecord
+Record: TypeAlias = CallRecord | CallBatch | WeightsRecord | AnnotationRecord
 
 
 #: Appends waiting records to the sink. Called with False, it returns at once if another thread is
@@ -281,6 +395,10 @@ Collect: TypeAlias = Callable[[bool], None]
 
 class Sink(Protocol):
     """Destination of records. `append` may be called from any thread."""
+
+    @property
+    def appended(self) -> int:
+        """Number of records appended so far."""
 
     @property
     def has_failed(self) -> bool:

@@ -236,7 +236,7 @@ class ModelRecorder:
             if not is_chosen:
                 self._note_skipped_call(index)
             elif self._guarded_sink.error is not None and os.getpid() == self._process:
-                self._guarded_sink.count_call()
+                self._guarded_sink.count_calls(1)
                 return False
             return is_chosen
         # Another thread, or another part of the run, reached the limit. In a forked child no thread

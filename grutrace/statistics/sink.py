@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from grutrace.errors import NotRecordedError, SinkError, TraceFileError
-from grutrace.records import CallRecord, Record, TraceHeader, WeightsRecord
+from grutrace.records import CallBatch, CallRecord, Record, TraceHeader, WeightsRecord
 from grutrace.statistics.accumulator import Accumulator
 from grutrace.statistics.file import StatisticsFile
 from grutrace.storage.format.tables import Tables
@@ -205,8 +205,8 @@ class _CountingConsumer:
         """Accept a record."""
         self._validator.validate(record)
         self._unsaved = True
-        if isinstance(record, CallRecord):
-            self._batch.append(record)
+        if isinstance(record, CallRecord | CallBatch):
+            self._batch += record.calls() if isinstance(record, CallBatch) else (record,)
             self._bytes += record.nbytes
             if self._bytes >= BATCH_BYTES:
                 self._count()

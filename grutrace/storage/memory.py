@@ -158,6 +158,7 @@ class MemorySink(_MemorySource):
     def __init__(self, header: TraceHeader, transform: RecordTransform | None = None) -> None:
         self.header, self._transform = header, transform
         self._lock = threading.Lock()
+        self._appended = 0
         self._reset()
 
     def _reset(self) -> None:
@@ -178,6 +179,11 @@ class MemorySink(_MemorySource):
         """Approximate size in memory, in bytes."""
         return self._store.nbytes + self._pending_bytes
 
+    @property
+    def appended(self) -> int:
+        """Number of records appended so far."""
+        return self._appended
+
     has_failed = False
 
     def collect_from(self, collect: Collect) -> None:
@@ -197,6 +203,7 @@ class MemorySink(_MemorySource):
             if self._transform is None:
                 self._validator.validate(record)
             self._pending.append(record)
+            self._appended += 1
             self._pending_bytes += record.nbytes
             self._tables = None
 

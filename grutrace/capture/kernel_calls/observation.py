@@ -137,6 +137,11 @@ class KernelRun:
         return size
 
     @property
+    def options(self) -> tuple[Any, ...]:
+        """The arguments that are not tensors."""
+        return () if self.kernel.is_cell else self.arguments[self.kernel.state_index + 2 :]
+
+    @property
     def device(self) -> str:
         """The device type that it ran on."""
         device: str = self.arguments[0].device.type
@@ -156,6 +161,20 @@ class KernelRun:
     def with_weights(self, weights: list[Tensor]) -> KernelRun:
         """Return the same call with these weights."""
         return self._replace(self.arguments, self.result, self.layers, weights)
+
+    def without_values(self) -> KernelRun:
+        """Return the same call without input, initial state and output, for `replaced`."""
+        nothing: Any = None
+        return self.replaced(nothing, nothing, nothing)
+
+    def replaced(self, input: Tensor, initial: Tensor, output: Tensor) -> KernelRun:
+        """Return a call of one layer with these copies in place of its tensors."""
+        arguments = list(self.arguments)
+        arguments[0], arguments[self.kernel.state_index] = input, initial
+        result = output if self.kernel.is_cell else (output,)
+        run = self._replace(tuple(arguments), result, [], self.weights)
+        run.is_kept = True
+        return run
 
     def kept(
         self,

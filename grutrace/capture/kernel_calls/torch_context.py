@@ -48,15 +48,8 @@ def unsupported_reason(values: Iterable[Any]) -> SkippedCall | None:
         torch._C._get_dispatch_mode(mode) is not None for mode in _GRAPH_MODES
     ):
         return _no_data("it was being captured in a graph")
-    for value in _flatten(values):
-        value_type = type(value)
-        # First the common case, because this runs in every call.
-        if (
-            (value_type is Tensor or value_type is Parameter)
-            and not (value.is_meta or value.is_complex())
-            and not is_wrapped(value)
-        ):
-            continue
+    # First the common case, because this runs in every call.
+    for value in _flatten([value for value in values if not _is_ordinary(value)]):
         if not isinstance(value, Tensor):
             return _no_data(f"it was called with a {type(value).__name__}")
         batched, inner = _unwrap(value)
@@ -71,6 +64,15 @@ def unsupported_reason(values: Iterable[Any]) -> SkippedCall | None:
         if inner.is_complex():
             return SkippedCall("it is complex: only real layers can be traced")
     return None
+
+
+def _is_ordinary(value: Any) -> bool:
+    """Whether a value is a real tensor with data, without a subclass or wrapper."""
+    return (
+        (type(value) is Tensor or type(value) is Parameter)
+        and not (value.is_meta or value.is_complex())
+        and not is_wrapped(value)
+    )
 
 
 def unwrap_functorch(value: Tensor) -> Tensor:

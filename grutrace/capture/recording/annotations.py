@@ -12,14 +12,15 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from grutrace.capture.annotation_values import ParsedValues, Values, parse
-from grutrace.capture.recording.module_recorder import RecordedCall
+from grutrace.capture.recording.sequence_tracking import SequenceAssignment
 from grutrace.errors import GrutraceWarning, OptionError, join_names, short_repr
+from grutrace.gru.residual import ResidualViolation
 from grutrace.records import MARK_PREFIX, AnnotationRecord, ModuleInfo
 
 #: Values, or values by the path of the module that they belong to, which may be a glob.
@@ -28,6 +29,36 @@ AnnotationValues: TypeAlias = Values | Mapping[str, Values]
 
 #: Maximum number of sequences and batches per module that a recording block keeps.
 MAX_SEQUENCES, MAX_BATCHES = 4096, 256
+
+
+class RecordedCall(NamedTuple):
+    """An observed call, and its numbers in the trace.
+
+    Attributes:
+        module: Index of the module in the header.
+        assignment: Its sequences, as they were told, and where they stood before it.
+        lengths: (B,) all steps that it made of each.
+        numbers: (B,) the number that each sequence began under in the trace; -1 for none.
+        start: The first step of every sequence that is kept.
+        stop: The first one after those; None for no end.
+        violations: Sites whose residual exceeds the tolerance.
+        precision_losses: Precision that the data type of the rows has lost, a sentence each.
+    """
+
+    module: int
+    assignment: SequenceAssignment
+    lengths: npt.NDArray[np.int64]
+    numbers: npt.NDArray[np.int64]
+    start: int = 0
+    stop: int | None = None
+    violations: Sequence[ResidualViolation] = ()
+    precision_losses: Sequence[str] = ()
+
+
+def recorded_call(module: int, assignment: SequenceAssignment) -> RecordedCall:
+    """Return a call of one step that is recorded as it ran."""
+    lengths = np.ones(len(assignment.sequences), np.int64)
+    return RecordedCall(module, assignment, lengths, assignment.roots.view(np.int64))
 
 
 @dataclass(eq=False)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from grutrace.errors import SinkError
-from grutrace.records import CallRecord, Record, Sink, WeightsRecord
+from grutrace.records import CallBatch, CallRecord, Record, Sink, WeightsRecord
 
 
 class GuardedSink:
@@ -36,31 +36,32 @@ class GuardedSink:
         """Append a record to the sink.
 
         Returns:
-            For a call, the number of calls before it.
+            For a call or a batch of calls, the number of calls before it.
 
         Raises:
             SinkError: The sink cannot store the record.
         """
+        calls = 1 if isinstance(record, CallRecord) else 0
+        if isinstance(record, CallBatch):
+            calls = len(record)
         # Counted first: an interruption after the append must not leave the call uncounted.
-        is_call = isinstance(record, CallRecord)
-        if is_call:
-            self.count_call()
+        self.count_calls(calls)
         try:
             self.sink.append(record)
         except SinkError:
             if isinstance(record, WeightsRecord):
                 # The call that needs these weights is not appended.
-                self.count_call()
+                self.count_calls(1)
             raise
         with self._lock:
             self.records += 1
-            self.call_records += is_call
-            return self.call_records - 1 if is_call else None
+            self.call_records += calls
+            return self.call_records - calls if calls else None
 
-    def count_call(self) -> None:
-        """Count a call."""
+    def count_calls(self, calls: int) -> None:
+        """Count calls that were to be stored."""
         with self._lock:
-            self.calls += 1
+            self.calls += calls
 
     def mark_failed(self, error: SinkError) -> bool:
         """Note that the sink has failed. Return whether this is its first failure."""
@@ -90,6 +91,11 @@ class RecordingLimits:
         self._calls = self._bytes = 0
         self._lock = threading.Lock()
         self.reached = False
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether there is a limit."""
+        return not (self._max_calls is None and self._max_bytes is None)
 
     def clear(self) -> None:
         """Count from 0 again."""

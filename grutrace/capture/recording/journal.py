@@ -20,22 +20,38 @@ from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 
 from grutrace.capture.kernel_calls.observation import KernelRun
 from grutrace.capture.kernel_calls.torch_context import isolated_context, isolated_copy_context
-from grutrace.capture.recording.annotations import RecordedBatches
+from grutrace.capture.recording.annotations import RecordedBatches, recorded_call
 from grutrace.capture.recording.guarded_sink import GuardedSink
-from grutrace.capture.recording.module_recorder import JournalEntry, ModuleRecorder
+from grutrace.capture.recording.module_recorder import (
+    CheckedWeights,
+    JournalEntry,
+    ModuleRecorder,
+)
+from grutrace.capture.recording.series_buffer import (
+    PreparedBatch,
+    SeriesBuffer,
+    SeriesGroup,
+    Streak,
+    can_join_series,
+)
 from grutrace.capture.recording.tensor_copy import CopyBuffer
 from grutrace.errors import UnsupportedError
 from grutrace.gru.residual import ResidualViolation
-from grutrace.records import Origin
+from grutrace.records import CallBatch, Origin
 
 logger = logging.getLogger(__name__)
 
 #: Limits at which the model's thread drains the journal: bytes, and seconds since the first call.
 MAX_BYTES, MAX_SECONDS = 8 * 1024 * 1024, 0.3
+
+#: Unused memory that is kept for copies: as much as a drain of the journal and the queue of a
+#: writer thread use at a time. Bytes.
+SPARE_BYTES = 3 * MAX_BYTES
 
 #: After this time without a drain, the model is busy with other work, and the writer thread drains
 #: the journal. Earlier, the two threads would compete for the GIL, which slows the model. Seconds.
@@ -73,6 +89,10 @@ class MarkedSequences(NamedTuple):
 Finding: TypeAlias = SkippedCallNotice | MarkedSequences | ResidualViolation | str
 
 
+#: A call, with the batches of its recording block.
+_Entry: TypeAlias = tuple[JournalEntry, RecordedBatches | None]
+
+
 class Journal:
     """Observed calls that are not recorded yet. Safe to use from any thread.
 
@@ -101,17 +121,25 @@ class Journal:
         self._recorders, self._guarded_sink, self._can_wait = recorders, guarded_sink, can_wait
         # A call that does not wait is copied only if its weights are not known yet.
         self._largest = LARGE_CALL if can_wait else -1
-        self._buffer = CopyBuffer(MAX_BYTES)
+        self._buffer = CopyBuffer(SPARE_BYTES)
         guarded_sink.sink.collect_from(self.collect)
         # Each call, with the batches of its recording block.
-        self._entries: deque[tuple[JournalEntry, RecordedBatches | None]] = deque()
+        self._entries: deque[_Entry | SeriesGroup] = deque()
+        # Held while a call is added. The group takes more calls; of each module, the streak says
+        # how many are alike.
+        self._adding = threading.RLock()
+        self._group: SeriesGroup | None = None
+        self._streaks = [Streak() for _ in recorders]
         self._bytes = 0
         self._since = 0.0
         # Whether it is being drained outside the model's forward.
         self._is_outside = False
 
     def __len__(self) -> int:
-        return len(self._entries)
+        """Number of waiting calls."""
+        return sum(
+            len(each) if isinstance(each, SeriesGroup) else 1 for each in tuple(self._entries)
+        )
 
     @property
     def nbytes(self) -> int:
@@ -138,20 +166,66 @@ class Journal:
         Returns:
             Whether the journal must be drained now.
         """
-        with isolated_copy_context():
-            entry = self._recorders[module].observe(run, self._buffer, self._largest)
-        entry.tag, entry.names = tag, names
-        entry.time = now = time.time()
-        kind = run.device
+        recorder, kind, now = self._recorders[module], run.device, time.time()
+        waits = run.nbytes <= self._largest
+        autocast = None
         if torch.is_autocast_enabled(kind):
-            entry.autocast = kind, torch.get_autocast_dtype(kind)
+            autocast = kind, torch.get_autocast_dtype(kind)
         if not self._entries:
             self._since = now
-        self._entries.append((entry, batches))
-        self._bytes += entry.nbytes
-        if not (self._can_wait and entry.is_copied) or self._guarded_sink.sink.has_failed:
+        with isolated_copy_context():
+            checked = recorder.check_weights(run, waits=waits)
+            is_alike = waits and names is None and autocast is None and recorder.joins_series
+            if not (is_alike and self._add_to_series(module, run, checked, tag, batches, now)):
+                entry = recorder.copy(run, checked, self._buffer, waits=waits)
+                entry.tag, entry.names, entry.time, entry.autocast = tag, names, now, autocast
+                with self._adding:
+                    self._close_group()
+                    self._entries.append((entry, batches))
+                    self._bytes += entry.nbytes
+                waits = waits and entry.is_copied
+        if not (self._can_wait and waits) or self._guarded_sink.sink.has_failed:
             return True
         return self._bytes > MAX_BYTES or not 0 <= now - self._since <= MAX_SECONDS
+
+    def _add_to_series(
+        self,
+        module: int,
+        run: KernelRun,
+        checked: CheckedWeights,
+        tag: str | None,
+        batches: RecordedBatches | None,
+        now: float,
+    ) -> bool:
+        """Add a call to those like it. Return whether there are any, or it can be the first."""
+        with self._adding:
+            group = self._group or SeriesGroup()
+            series = group.series.get(module)
+            if series is None or not series.takes(run, checked.version, tag, batches):
+                if not can_join_series(run):
+                    return False
+                if series is not None:
+                    self._close_group()
+                    group = SeriesGroup()
+                capacity = self._streaks[module].capacity(run)
+                if not capacity:
+                    return False
+                given = run, checked, tag, batches, capacity, self._buffer
+                series = self._recorders[module].new_series(*given)
+                group.series[module] = series
+                if group is not self._group:
+                    self._group = group
+                    self._entries.append(group)
+            group.add(series, run, now, is_certain=checked.is_certain)
+            self._bytes += series.call_nbytes
+            return True
+
+    def _close_group(self) -> None:
+        """Let no more calls join the present group. The caller holds `_adding`."""
+        group, self._group = self._group, None
+        if group is not None:
+            for module, series in group.series.items():
+                self._streaks[module].end(series)
 
     def drain(self) -> None:
         """Record all waiting calls, and append them to the sink.
@@ -161,21 +235,123 @@ class Journal:
             SinkError: The sink cannot store a call, which is lost. Later calls still wait.
         """
         with self.lock:
-            # A snapshot, because other threads go on adding calls.
-            waiting = tuple(self._entries)
+            with self._adding:
+                # A snapshot, because other threads go on adding calls.
+                self._close_group()
+                waiting = tuple(self._entries)
             if not waiting:
                 return
-            uncertain = {each.module for each, _ in waiting if not each.is_certain}
+            singles = [each[0] for each in waiting if not isinstance(each, SeriesGroup)]
+            uncertain = {each.module for each in singles if not each.is_certain}
+            for group in waiting:
+                if isinstance(group, SeriesGroup):
+                    uncertain |= group.uncertain_modules()
             with isolated_context(), self._guarded_sink.sink.gather():
                 for module in uncertain:
                     self._recorders[module].recheck()
                 by_module = defaultdict[int, list[JournalEntry]](list)
-                for entry, _ in waiting:
+                for entry in singles:
                     by_module[entry.module].append(entry)
                 for module, entries in by_module.items():
                     self._recorders[module].gather(entries)
-                for _ in waiting:
-                    self._record_entry(*self._entries.popleft())
+                left = len(waiting)
+                while left:
+                    left += self._record_first() - 1
+
+    def _record_first(self) -> int:
+        """Record the calls of the first entry, or replace it by more; return by how many."""
+        first = self._entries.popleft()
+        if not isinstance(first, SeriesGroup):
+            self._record_entry(*first)
+            return 0
+        if self._record_group(first):
+            return 0
+        entries = [self._single(series, call) for series, call in first.calls()]
+        self._entries.extendleft(reversed(entries))
+        return len(entries)
+
+    def _single(
+        self, series: SeriesBuffer, call: int
+    ) -> tuple[JournalEntry, RecordedBatches | None]:
+        """Return a call of a series as an entry of its own."""
+        is_certain = series.are_certain[call]
+        checked = CheckedWeights(series.versions, series.version, is_certain, False)
+        entry = JournalEntry(series.module, series.single_run(call), checked)
+        entry.tag, entry.time = series.tag, series.times[call]
+        entry.is_copied, entry.nbytes = True, series.call_nbytes
+        return entry, series.batches
+
+    def _record_group(self, group: SeriesGroup) -> bool:
+        """Record the calls of a group at once. Return False if they must be recorded singly."""
+        size, count = group.nbytes, len(group)
+        counted = self._guarded_sink.calls
+        self._bytes = self._bytes - size if self._entries else 0
+        try:
+            if group.prepared is None:
+                group.prepared = self._prepare(group)
+            if group.prepared is None:
+                self._bytes += size
+                return False
+            number = self._append_group(group, group.prepared.record)
+        except BaseException as error:
+            # An interruption does not concern the calls.
+            is_about_them = isinstance(error, Exception) and not self._is_outside
+            if is_about_them:
+                # Calls whose weights could not be stored are not counted yet.
+                self._guarded_sink.count_calls(max(0, counted + count - self._guarded_sink.calls))
+            elif not group.commitment.is_done:
+                self._entries.appendleft(group)
+                self._bytes += size
+            raise
+        self._report(group, group.prepared, number)
+        return True
+
+    def _prepare(self, group: SeriesGroup) -> PreparedBatch | None:
+        """Work out the rows and sequences of a group; None if it must be recorded singly."""
+        found = []
+        for module, series in group.series.items():
+            recorder = self._recorders[module]
+            rows = recorder.series_rows(series) if recorder.can_record_series(series) else None
+            if rows is None:
+                return None
+            found.append((recorder, series, rows))
+        parts = [
+            recorder.assign_series(series, rows, group.commitment)
+            for recorder, series, rows in found
+        ]
+        places = {series: place for place, series in enumerate(group.series.values())}
+        order = np.array([places[series] for series, _ in group.calls()])
+        record = CallBatch(tuple(series for series, _ in parts), order)
+        return PreparedBatch(record, [assignment for _, assignment in parts])
+
+    def _append_group(self, group: SeriesGroup, record: CallBatch) -> int:
+        for series in record.series:
+            self._recorders[series.module].append_weights(series)
+        sink = self._guarded_sink.sink
+        before = sink.appended
+        try:
+            number = self._guarded_sink.append(record)
+        finally:
+            # An interruption can come before or after the sink takes the record.
+            group.commitment.is_done = sink.appended > before
+        assert number is not None
+        return number
+
+    def _report(self, group: SeriesGroup, prepared: PreparedBatch, first: int) -> None:
+        """Note what is to be told of calls that are appended."""
+        record = prepared.record
+        for index, (series, waited, assignment) in enumerate(
+            zip(record.series, group.series.values(), prepared.assignments, strict=True)
+        ):
+            recorder = self._recorders[series.module]
+            if waited.batches is not None:
+                for call in range(len(series)):
+                    waited.batches.add(recorded_call(series.module, assignment[call]))
+            for origins in series.origins.values():
+                self.findings.append(MarkedSequences(series.module, origins))
+            numbers = (first + np.flatnonzero(record.order == index)).tolist()
+            self.findings.extend(recorder.pop_precision_losses())
+            self.findings.extend(recorder.series_violations(series, numbers))
 
     def collect(self, wait: bool) -> None:
         """Drain the journal outside the model's forward, up to the first error.
@@ -224,8 +400,10 @@ class Journal:
 
     def clear(self) -> None:
         """Drop all calls. The caller must hold `lock`."""
-        self._entries.clear()
-        self._bytes = 0
+        with self._adding:
+            self._close_group()
+            self._entries.clear()
+            self._bytes = 0
         for recorder in self._recorders:
             recorder.reset()
 

@@ -9,16 +9,22 @@ from functools import cached_property, partial
 from typing import NamedTuple, TypeAlias, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from grutrace.capture.kernel_calls.observation import KernelRun, Observation
 from grutrace.capture.options import Options
+from grutrace.capture.recording.annotations import RecordedBatches, RecordedCall
 from grutrace.capture.recording.background import PendingCall, choose_version
 from grutrace.capture.recording.guarded_sink import RecordingLimits
-from grutrace.capture.recording.sequence_tracking import SequenceAssignment, SequenceTracker
-from grutrace.capture.recording.site_recorder import Replayed, SiteRecorder
+from grutrace.capture.recording.sequence_tracking import (
+    Commitment,
+    SequenceAssignment,
+    SequenceTracker,
+    SeriesAssignment,
+)
+from grutrace.capture.recording.series_buffer import SeriesBuffer
+from grutrace.capture.recording.site_recorder import Replayed, SeriesResult, SiteRecorder
 from grutrace.capture.recording.step_filter import StepFilter, slice_observation
 from grutrace.capture.recording.tensor_copy import CopyBuffer, RowConverter, to_numpy
 from grutrace.capture.recording.weight_versions import MAX_VERSIONS, Version, WeightVersionTracker
@@ -35,8 +41,10 @@ from grutrace.records import (
     WEIGHTS,
     Array,
     CallRecord,
+    CallSeries,
     ModuleInfo,
     Record,
+    SeriesRows,
     Site,
     SiteRows,
     WeightsRecord,
@@ -49,28 +57,20 @@ CopyFunction: TypeAlias = Callable[[Tensor], Tensor]
 SiteResults: TypeAlias = dict[str, tuple[dict[str, Array], ResidualCheck]]
 
 
-class RecordedCall(NamedTuple):
-    """An observed call, and its numbers in the trace.
+class CheckedWeights(NamedTuple):
+    """What is known of the weights of a call.
 
     Attributes:
-        module: Index of the module in the header.
-        assignment: Its sequences, as they were told, and where they stood before it.
-        lengths: (B,) all steps that it made of each.
-        numbers: (B,) the number that each sequence began under in the trace; -1 for none.
-        start: The first step of every sequence that is kept.
-        stop: The first one after those; None for no end.
-        violations: Sites whose residual exceeds the tolerance.
-        precision_losses: Precision that the data type of the rows has lost, a sentence each.
+        versions: What numbered the version.
+        version: The version that is present now.
+        is_certain: Whether every byte was compared, so that the call used this version.
+        is_new: Whether the version was first seen at this call.
     """
 
-    module: int
-    assignment: SequenceAssignment
-    lengths: npt.NDArray[np.int64]
-    numbers: npt.NDArray[np.int64]
-    start: int = 0
-    stop: int | None = None
-    violations: Sequence[ResidualViolation] = ()
-    precision_losses: Sequence[str] = ()
+    versions: WeightVersionTracker
+    version: Version
+    is_certain: bool
+    is_new: bool
 
 
 class JournalEntry:
@@ -97,11 +97,9 @@ class JournalEntry:
         *("replays", "run", "tag", "time", "version", "versions"),
     )
 
-    def __init__(
-        self, module: int, run: KernelRun, versions: WeightVersionTracker, *, is_certain: bool
-    ) -> None:
+    def __init__(self, module: int, run: KernelRun, checked: CheckedWeights) -> None:
         self.module, self.run = module, run
-        self.versions, self.version, self.is_certain = versions, versions.present, is_certain
+        self.versions, self.version, self.is_certain, _ = checked
         self.is_copied = self.is_appended = False
         self.nbytes = 0
         self.tag: str | None = None
@@ -148,6 +146,7 @@ class ModuleRecorder:
     Attributes:
         description: What is recorded of the module.
         requested_gates: Which of the kernel's own gates are wanted, where they can be had.
+        joins_series: Whether alike calls of one step can be recorded as a series.
     """
 
     def __init__(
@@ -191,6 +190,12 @@ class ModuleRecorder:
             and all(each.replays_whole for each in self._sites)
             and machine_epsilon(stored) <= machine_epsilon(computed)
         )
+        self.joins_series = (
+            not (self.description.bidirectional or self._copying or limits.is_limited)
+            and self.description.num_layers == 1
+            and self._step_filter is None
+            and (options.gates == "deferred" or self._gathers)
+        )
         self.requested_gates = NO_GATES
         if wanted and kernel_supported():
             self.requested_gates = merge_requests(requests, self.description.hidden_size)
@@ -209,37 +214,71 @@ class ModuleRecorder:
             self._versions = WeightVersionTracker("exact" if is_exact else "auto")
         self._records: dict[int, WeightsRecord] = {}
 
-    def observe(self, run: KernelRun, buffer: CopyBuffer, largest: int) -> JournalEntry:
-        """Look at the weights of a call that has just run, and copy what it read and made.
+    def check_weights(self, run: KernelRun, *, waits: bool) -> CheckedWeights:
+        """Look at the weights of a call that has just run.
 
         Args:
             run: The call.
-            buffer: Where copies lie.
-            largest: If more bytes than these would be copied, nothing is copied: it is to be worked
-                out at once. To compare the weights costs less than such copies, but on a device
-                it waits for the model, and the call is copied.
+            waits: Whether it waits in the journal. To compare the weights costs less than to copy
+                a call that does not, but on a device it waits for the model, and the call is
+                copied.
         """
-        size = run.nbytes
-        waits = size <= largest
         with self._lock:
             versions = self._versions
             known = len(versions.new_versions)
             exact = not waits and run.device == "cpu"
             is_certain = versions.check(run.weights, run.seconds, exact=exact)
-            entry = JournalEntry(self._index, run, versions, is_certain=is_certain)
             is_new = len(versions.new_versions) > known
-        weights = entry.version.weights
-        entry.nbytes = size
-        if waits or not is_certain:
+            return CheckedWeights(versions, versions.present, is_certain, is_new)
+
+    def copy(
+        self, run: KernelRun, checked: CheckedWeights, buffer: CopyBuffer, *, waits: bool
+    ) -> JournalEntry:
+        """Copy what a call read and made, if it waits or its weights may be others.
+
+        Args:
+            run: The call.
+            checked: Its weights.
+            buffer: Where copies lie.
+            waits: Whether it waits in the journal.
+        """
+        entry = JournalEntry(self._index, run, checked)
+        weights = checked.version.weights
+        entry.nbytes = run.nbytes
+        if waits or not checked.is_certain:
             entry.is_copied = True
             input, output = self._copies(run, buffer)
             entry.run = run.kept(weights, buffer.copy, input, output)
         else:
             entry.run = run.with_weights(weights)
-        if is_new:
+        if checked.is_new:
             # Copies of these wait with the call.
             entry.nbytes += sum(each.nbytes for each in weights)
         return entry
+
+    def new_series(
+        self,
+        run: KernelRun,
+        checked: CheckedWeights,
+        tag: str | None,
+        batches: RecordedBatches | None,
+        capacity: int,
+        buffer: CopyBuffer,
+    ) -> SeriesBuffer:
+        """Return memory for calls that are like this one."""
+        shares_input, shares_output = self._shares_input, self._shares_output
+        return SeriesBuffer(
+            self._index,
+            run,
+            checked.version,
+            checked.versions,
+            tag,
+            batches,
+            capacity,
+            buffer,
+            shares_input=shares_input and has_dtype(run.output, self._rows.dtype),
+            shares_output=shares_output and has_dtype(run.output, self._rows.dtype),
+        )
 
     def _copies(self, run: KernelRun, buffer: CopyBuffer) -> tuple[CopyFunction, CopyFunction]:
         """What is to copy the input and the output of a call: as rows, where they can stay so."""
@@ -308,6 +347,88 @@ class ModuleRecorder:
             recorded = self._with_findings(recorded, block, number)
         self._step_filter.commit(kept, self._tracker)
         return recorded
+
+    def can_record_series(self, series: SeriesBuffer) -> bool:
+        """Whether the calls of a series can be recorded at once."""
+        is_known = all(series.are_certain[: series.count]) or (
+            series.version is self._versions.present
+        )
+        return series.versions is self._versions and (is_known or not self._has_gates)
+
+    def series_rows(self, series: SeriesBuffer) -> dict[str, SeriesResult] | None:
+        """Return the rows of a series, by suffix; None if its calls are to be recorded singly."""
+        inputs: dict[int, Array] = {}
+        found = {}
+        for site in self._sites:
+            result = site.compute_series_rows(series, inputs)
+            if result is None:
+                return None
+            found[site.site.suffix] = result
+        return found
+
+    def assign_series(
+        self,
+        series: SeriesBuffer,
+        rows: Mapping[str, SeriesResult],
+        commitment: Commitment,
+    ) -> tuple[CallSeries, SeriesAssignment]:
+        """Return a series as it is stored, and its sequences.
+
+        Args:
+            series: The calls.
+            rows: What `series_rows` returned.
+            commitment: Says later whether the calls are appended.
+        """
+        assignment = self._tracker.assign_series(series, commitment)
+        count = series.count
+        sites = {}
+        for site in self._sites:
+            result = rows[site.site.suffix]
+            sites[site.site.suffix] = SeriesRows(
+                result.rows,
+                site.series_initial_states(series, assignment.begun),
+                result.residuals,
+                result.tolerances,
+                result.precision,
+            )
+        record = CallSeries(
+            self._index,
+            np.array(series.times[:count]),
+            series.tag,
+            series.training,
+            series.version.number,
+            assignment.sequences(),
+            assignment.begun.sum(1),
+            sites,
+            assignment.forks,
+            assignment.origins,
+        )
+        return record, assignment
+
+    def append_weights(self, series: CallSeries) -> None:
+        """Announce the weights of a series, if they are new."""
+        self._append_new_weights(series.weights)
+
+    def series_violations(
+        self, series: CallSeries, numbers: Sequence[int]
+    ) -> list[ResidualViolation]:
+        """Return the sites whose residual exceeds the tolerance, call by call.
+
+        Args:
+            series: The calls.
+            numbers: Their numbers in the trace.
+        """
+        if not any((site.residuals > site.tolerances).any() for site in series.sites.values()):
+            return []
+        return [
+            violation
+            for call, number in zip(series.calls(), numbers, strict=True)
+            for violation in find_violations(self.description, call, number)
+        ]
+
+    def pop_precision_losses(self) -> list[str]:
+        """Return what copying has lost that was not taken from here yet, a sentence each."""
+        return self._rows.pop_precision_losses()
 
     def gather(self, entries: Sequence[JournalEntry]) -> None:
         """Have the gates of calls of one step replayed at once, as far as that is the same.

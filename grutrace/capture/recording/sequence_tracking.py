@@ -25,10 +25,12 @@ B sequences in a batch, W width of a state: all layers of a module side by side.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from enum import IntEnum
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +38,7 @@ import torch
 from torch import Tensor
 
 from grutrace.capture.recording.state_memory import (
+    CallEnds,
     Digests,
     FinalStates,
     Integers,
@@ -72,6 +75,85 @@ class SequenceAssignment(NamedTuple):
     steps_before: Integers
     roots: Numbers
     origins: tuple[Origin, ...] = ()
+
+
+class InitialState(IntEnum):
+    """What is known of the states that a call of a series started from."""
+
+    COPIED = 0
+    ZEROS = 1
+    #: They are, bit for bit, the states that the call before in the series ended with.
+    CHAINED = 2
+
+
+class SeriesStates(Protocol):
+    """The states of n calls of one step, of the same sequences or of others, (B, W) each."""
+
+    @property
+    def final(self) -> Tensor:
+        """(n, B, W) the states that the calls ended with, which no other code can change."""
+
+    @property
+    def kinds(self) -> Sequence[InitialState]:
+        """(n,) what is known of the states that they started from."""
+
+    def initial(self, call: int) -> Tensor:
+        """Return (B, W), the states that a call started from."""
+
+
+class Commitment:
+    """Whether the calls that were assigned together are appended.
+
+    Attributes:
+        is_done: Whether they are.
+    """
+
+    def __init__(self) -> None:
+        self.is_done = False
+
+
+class SeriesAssignment:
+    """The sequences of several calls of one step.
+
+    Attributes:
+        begun: (n, B) whether each sequence starts in the call.
+        forks: By index of the call, as in `SequenceAssignment`.
+        origins: Likewise.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.begun = np.zeros(size, bool)
+        self.forks: dict[int, tuple[Fork, ...]] = {}
+        self.origins: dict[int, tuple[Origin, ...]] = {}
+        self._ends: list[CallEnds] = []
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def add(self, ends: Sequence[CallEnds], *, begun: bool) -> None:
+        """Add calls whose sequences all begin, or all continue those of the call before."""
+        self.begun[len(self._ends) : len(self._ends) + len(ends)] = begun
+        self._ends += ends
+
+    def add_call(self, assignment: SequenceAssignment, offsets: Integers | None) -> None:
+        """Add one call."""
+        number = len(self._ends)
+        self.begun[number] = assignment.begun
+        if assignment.forks:
+            self.forks[number] = assignment.forks
+        if assignment.origins:
+            self.origins[number] = assignment.origins
+        steps = assignment.steps_before + 1
+        self._ends.append(CallEnds(assignment.sequences, assignment.roots, steps, offsets))
+
+    def sequences(self) -> Numbers:
+        """Return (n, B), the number of each sequence, or of its last segment."""
+        return np.array([ends.sequences for ends in self._ends])
+
+    def __getitem__(self, call: int) -> SequenceAssignment:
+        sequences, roots, steps, _ = self._ends[call]
+        forks, origins = self.forks.get(call, ()), self.origins.get(call, ())
+        return SequenceAssignment(sequences, self.begun[call], forks, steps - 1, roots, origins)
 
 
 @dataclass
@@ -112,6 +194,8 @@ class SequenceTracker:
         self._next: _PendingAssignment | None = None
         # Whether a call was counted and not remembered.
         self._is_behind = False
+        # The count before a series whose calls may not be appended yet.
+        self._unsettled: tuple[int, Commitment] | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -138,9 +222,19 @@ class SequenceTracker:
             names: (B,) the user's names, no two equal; None to go by the states.
             is_owned: Whether no other code can change these states.
         """
-        if self._is_behind:
-            # An interruption came while the last call was being remembered.
-            self._forget()
+        self._settle()
+        self._next = self._assign(initial, final, lengths, names, is_owned=is_owned)
+        return self._next.assignment
+
+    def _assign(
+        self,
+        initial: Tensor | None,
+        final: Tensor | None,
+        lengths: Integers,
+        names: Sequence[Hashable] | None = None,
+        *,
+        is_owned: bool = False,
+    ) -> _PendingAssignment:
         last = self._memory.last
         if not len(lengths) or final is None or not final.shape[1]:
             found = self._begin_all(len(lengths))
@@ -156,8 +250,82 @@ class SequenceTracker:
             found = self._match(initial)
         found.final, found.is_owned = final, is_owned
         found.steps = found.assignment.steps_before + lengths
-        self._next = found
-        return found.assignment
+        return found
+
+    def _settle(self) -> None:
+        if self._unsettled is not None:
+            count, commitment = self._unsettled
+            if not commitment.is_done:
+                # The series was never appended. Its numbers are not used up.
+                self._count, self._is_behind = count, True
+            self._unsettled = None
+        if self._is_behind:
+            # An interruption came while the last call was being remembered.
+            self._forget()
+
+    def assign_series(self, states: SeriesStates, commitment: Commitment) -> SeriesAssignment:
+        """Assign several calls of one step, as `assign` and `commit` would one by one.
+
+        Args:
+            states: Their states.
+            commitment: Says later whether the calls are appended. If they are not when the next
+                call is assigned, their numbers are not used up.
+        """
+        self._settle()
+        final, kinds = states.final, states.kinds
+        calls, batch, _ = final.shape
+        found = SeriesAssignment((calls, batch))
+        self._unsettled = self._count, commitment
+        while (start := len(found)) < calls:
+            kind, stop = kinds[start], start + 1
+            while kind is not InitialState.COPIED and stop < calls and kinds[stop] is kind:
+                stop += 1
+            if kind is InitialState.ZEROS:
+                found.add(self._begin_run(final[start:stop]), begun=True)
+            elif kind is InitialState.CHAINED and start and self._is_plain(final[start - 1 : stop]):
+                found.add(self._continue_run(final[start:stop]), begun=False)
+            else:
+                lengths = np.ones(batch, np.int64)
+                for call in range(start, stop):
+                    accepted = self._assign(
+                        states.initial(call), final[call], lengths, is_owned=True
+                    )
+                    found.add_call(accepted.assignment, accepted.offsets)
+                    self._count += int(np.count_nonzero(accepted.assignment.begun))
+                    self._remember(accepted)
+        return found
+
+    def _is_plain(self, states: Tensor) -> bool:
+        """Whether n - 1 calls continue the call before each as a whole, and nothing else.
+
+        Args:
+            states: (n, B, W) the final states of the n calls.
+        """
+        last = self._memory.last
+        if last is None or last.names is not None:
+            return False
+        # NaN is equal to nothing, and no sequence continues from it.
+        return not math.isnan(states.sum().item()) and self._memory.are_only(states[:-1])
+
+    def _begin_run(self, final: Tensor) -> list[CallEnds]:
+        calls, batch = final.shape[:2]
+        count = self._count + calls * batch
+        numbers = np.arange(self._count, count, dtype=np.uint64).reshape(calls, batch)
+        steps = np.ones(batch, np.int64)
+        ends = [CallEnds(sequences, sequences, steps, None) for sequences in numbers]
+        self._memory.add_run(final, ends, are_open=True)
+        self._count = count
+        return ends
+
+    def _continue_run(self, final: Tensor) -> list[CallEnds]:
+        last = self._memory.last
+        assert last is not None
+        sequences, roots, offsets = last.sequences, last.roots, last.offsets
+        steps = last.steps + np.arange(1, 1 + len(final))[:, np.newaxis]
+        ends = [CallEnds(sequences, roots, each, offsets) for each in steps]
+        self._memory.close(last)
+        self._memory.add_run(final, ends, are_open=False)
+        return ends
 
     def commit(self, append: Callable[[], Result]) -> Result:
         """Append the call that was assigned last, and remember its final states.

@@ -10,17 +10,19 @@ from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from grutrace.capture.kernel_calls.observation import Observation
 from grutrace.capture.options import Options
 from grutrace.capture.recording.sequence_tracking import SequenceAssignment
+from grutrace.capture.recording.series_buffer import SeriesBuffer
 from grutrace.capture.recording.tensor_copy import RowConverter
 from grutrace.capture.selection import SelectedModule, make_partial_replay
 from grutrace.errors import UnsupportedError
 from grutrace.gru.gate_requests import NO_GATES, GateCopyPlan, GateRequest
-from grutrace.gru.joint_replay import OneStep, replay_calls
+from grutrace.gru.joint_replay import OneStep, calls_at_once, replay_calls
 from grutrace.gru.kernel import CellWeights, Layer
 from grutrace.gru.kernel_gates import KernelGates
 from grutrace.gru.layout import SequenceLayout, copy_cast
@@ -52,6 +54,22 @@ class Replayed(NamedTuple):
 
     rows: dict[str, Array]
     check: ResidualCheck
+
+
+class SeriesResult(NamedTuple):
+    """The rows of n calls of one step at a site.
+
+    Attributes:
+        rows: By quantity, (n * B, H or U or I), call by call.
+        residuals: (n,) as in `ResidualCheck`.
+        tolerances: Likewise.
+        precision: That of every call.
+    """
+
+    rows: dict[str, Array]
+    residuals: npt.NDArray[np.float64]
+    tolerances: npt.NDArray[np.float64]
+    precision: float
 
 
 class _CachedWeightRows:
@@ -198,6 +216,83 @@ class SiteRecorder:
             else Replayed({name: each[number] for name, each in rows.items()}, check)
             for number, check in enumerate(checks)
         ]
+
+    def compute_series_rows(
+        self, series: SeriesBuffer, inputs: dict[int, Array]
+    ) -> SeriesResult | None:
+        """Return the rows of several calls of one step, and what a check of each needs.
+
+        Args:
+            series: The calls, of a single layer of which all units are recorded.
+            inputs: As for `compute_rows`.
+
+        Returns:
+            None if the calls have to be recorded one by one.
+        """
+        site, count = self.site, series.count
+        input, hidden = series.inputs, series.final
+        weights = CellWeights(*series.version.weights)
+        if self._inline:
+            result = self._replay_series(series, weights)
+            if result is None:
+                return None
+        else:
+            certain = np.array(series.are_certain[:count])
+            result = SeriesResult(
+                {},
+                np.full(count, math.nan),
+                np.where(certain, 0.0, math.nan),
+                compute_eps(input, hidden, weights.weight_ih),
+            )
+        if "hidden" in site.quantities:
+            result.rows["hidden"] = self._rows.convert_series(hidden)
+        if "input" in site.quantities:
+            if site.layer not in inputs:
+                inputs[site.layer] = self._rows.convert_series(input)
+            result.rows["input"] = inputs[site.layer]
+        return result
+
+    def _replay_series(self, series: SeriesBuffer, weights: CellWeights) -> SeriesResult | None:
+        count, (batch, size) = series.count, series.final.shape[1:]
+        at_once = calls_at_once(batch, size)
+        if at_once < 2:
+            return None
+        rows = {
+            name: np.empty((count * batch, size), self._rows.dtype)
+            for name in GATES
+            if name in self.site.quantities
+        }
+        checks: list[ResidualCheck] = []
+        for first in range(0, count, at_once):
+            numbers = range(first, min(first + at_once, count))
+            calls = [
+                OneStep(series.inputs[call], series.final[call], series.initial(call))
+                for call in numbers
+            ]
+            gates, found = replay_calls(calls, weights)
+            if any(check is None for check in found):
+                return None
+            checks += [check for check in found if check is not None]
+            for name, values in rows.items():
+                of_calls = torch.from_numpy(values[first * batch : numbers.stop * batch])
+                copy_cast(of_calls, getattr(gates, name).flatten(0, 1))
+        residuals, tolerances, precisions = zip(*checks, strict=True)
+        return SeriesResult(rows, np.array(residuals), np.array(tolerances), precisions[0])
+
+    def series_initial_states(self, series: SeriesBuffer, begun: npt.NDArray[np.bool_]) -> Array:
+        """Return the state that each sequence that begins in a series started from.
+
+        Args:
+            series: The calls.
+            begun: (n, B) whether each sequence begins in the call.
+        """
+        if begun.all() and series.starts_from_zeros:
+            return np.zeros((begun.size, self._no_states.shape[1]), self._no_states.dtype)
+        states = []
+        for call in np.flatnonzero(begun.any(1)).tolist():
+            initial = series.initial(call)
+            states.append(initial if begun[call].all() else initial[torch.from_numpy(begun[call])])
+        return self._rows.of(torch.cat(states)) if states else self._no_states
 
     @property
     def replays_whole(self) -> bool:

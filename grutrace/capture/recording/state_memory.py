@@ -31,8 +31,11 @@ RECENT_FRACTION = 1 / 10
 #: The part of the bytes that holds digests of the states that were dropped.
 DIGEST_FRACTION = 1 / 8
 
+#: The part of a ring buffer's bytes that a block of calls may take, at least.
+MIN_BLOCK_FRACTION = 1 / 4
+
 #: Values of a state that its digest is made of, spread over all units.
-DIGEST_COLUMNS = 32
+DIGEST_COLUMNS = 16
 
 #: Of so many states, at least, it is asked whether the column of their keys tells them apart: it
 #: does not where a key is that of so many states, as of a unit that never changes.
@@ -179,6 +182,61 @@ class FinalStates:
         self.is_open, self._column, self._keys = False, -1, _NO_KEYS
 
 
+class CallEnds(NamedTuple):
+    """Where the sequences of a call have ended, as in `FinalStates`, (B,) each."""
+
+    sequences: Numbers
+    roots: Numbers
+    steps: Integers
+    offsets: Integers | None
+
+
+class FinalStatesBlock:
+    """The final states of several calls in a row, as one until a state is looked up among them.
+
+    Args:
+        states: (n, B, W) the states.
+        ends: (n,) where the sequences of each call have ended.
+        is_open: Whether nothing has continued from them so far.
+    """
+
+    __slots__ = (
+        *("_calls", "_ends", "is_counted", "is_dropped", "is_open", "ring", "start", "states"),
+    )
+
+    def __init__(self, states: Tensor, ends: Sequence[CallEnds], *, is_open: bool) -> None:
+        self.states, self._ends, self.is_open = states, ends, is_open
+        self.is_dropped = self.is_counted = False
+        self.ring: RingBuffer | None = None
+        self.start = 0
+        self._calls: list[FinalStates] | None = None
+
+    def __len__(self) -> int:
+        return self.states.shape[0] * self.states.shape[1]
+
+    def calls(self) -> list[FinalStates]:
+        """Return the calls that are still where the block is."""
+        if self._calls is None:
+            self._calls = []
+            for states, ends in zip(self.states, self._ends, strict=True):
+                call = FinalStates(states, *ends)
+                call.is_open, call.is_counted = self.is_open, self.is_counted
+                call.ring, call.start = self.ring, self.start
+                call.compress()
+                self._calls.append(call)
+        return [call for call in self._calls if call.ring is self.ring and call.start == self.start]
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the calls have been asked for: they are what counts from then on."""
+        return self._calls is not None
+
+    def drop(self) -> None:
+        """Free all data."""
+        self.is_dropped, self.ring, self._ends = True, None, ()
+        self.states = _NO_STATES
+
+
 #: A state: the call that it came out of, and its row there.
 StateRow: TypeAlias = tuple[FinalStates, int]
 
@@ -195,25 +253,38 @@ class RingBuffer:
         drop: Is told of calls that have to go, while their states are still there.
     """
 
-    def __init__(self, limit: int, freed: float, drop: Callable[[list[FinalStates]], None]) -> None:
+    def __init__(
+        self,
+        limit: int,
+        freed: float,
+        drop: Callable[[list[FinalStates | FinalStatesBlock]], None],
+    ) -> None:
         self._limit, self._freed, self._drop = limit, freed, drop
         self._room: Tensor | None = None
         self._next = 0
         # Where each begins, and the call. One that was moved since lies elsewhere by now.
-        self._calls: deque[tuple[int, FinalStates]] = deque()
+        self._calls: deque[tuple[int, FinalStates | FinalStatesBlock]] = deque()
 
     def __iter__(self) -> Iterator[FinalStates]:
         """All calls that lie here, the oldest first."""
-        return (call for start, call in self._calls if self._has(start, call))
+        for start, call in self._calls:
+            if self._has(start, call):
+                yield from call.calls() if isinstance(call, FinalStatesBlock) else (call,)
 
-    def put(self, call: FinalStates, states: Tensor) -> bool:
+    def calls_per_block(self, states: Tensor) -> int:
+        """Return how many calls with states like these, (B, W), may be put here as one block."""
+        overhead = ROW_OVERHEAD * states.shape[0] + CALL_OVERHEAD
+        return int(self._limit * max(self._freed, MIN_BLOCK_FRACTION)) // (states.nbytes + overhead)
+
+    def put(self, call: FinalStates | FinalStatesBlock, states: Tensor) -> bool:
         """Copy the states of a call to here, where the oldest make room; whether they fit at all.
 
         Args:
-            call: The call.
-            states: (B, W) its states, which do not lie here.
+            call: The call, or a block of calls.
+            states: (B, W) its states, which do not lie here; (n, B, W) of a block.
         """
-        overhead = ROW_OVERHEAD * states.shape[0] + CALL_OVERHEAD
+        calls = len(states) if isinstance(call, FinalStatesBlock) else 1
+        overhead = ROW_OVERHEAD * len(call) + CALL_OVERHEAD * calls
         size = states.numel() + overhead // states.element_size()
         capacity = self._limit // states.element_size()
         if size > capacity:
@@ -233,7 +304,8 @@ class RingBuffer:
             # Some more at once: it costs less than one by one.
             self._clear(self._next + max(size, capacity * self._freed))
         call.ring, call.start = self, self._next
-        call.states = room.as_strided(states.shape, (states.shape[1], 1), self._next)
+        strides = (states[0].numel(), states.shape[-1], 1)[-states.dim() :]
+        call.states = room.as_strided(states.shape, strides, self._next)
         call.states.copy_(states)
         self._calls.append((self._next, call))
         self._next += size
@@ -249,7 +321,7 @@ class RingBuffer:
         if dropped:
             self._drop(dropped)
 
-    def _has(self, start: int, call: FinalStates) -> bool:
+    def _has(self, start: int, call: FinalStates | FinalStatesBlock) -> bool:
         return call.ring is self and call.start == start
 
 
@@ -277,8 +349,8 @@ class StateMemory:
         self.last: FinalStates | None = None
         self._rows = 0
         # What `is_only` and `find` have not looked at yet: most calls are never looked for.
-        self._uncounted: list[FinalStates] = []
-        self._unindexed: list[FinalStates] = []
+        self._uncounted: list[FinalStates | FinalStatesBlock] = []
+        self._unindexed: list[FinalStates | FinalStatesBlock] = []
         # How many open states of other calls than the last have a key.
         self._open_keys: dict[float, int] = {}
         self._index: dict[float, StateRow | list[StateRow]] = {}
@@ -306,6 +378,44 @@ class StateMemory:
             call.states = call.states.clone()
         self._unindexed.append(call)
         self._rows += len(call)
+
+    def add_run(self, states: Tensor, ends: Sequence[CallEnds], *, are_open: bool) -> None:
+        """Remember several calls in a row, of which the last becomes the last.
+
+        The same as `add` for each call and, if the next call continues it, `close`.
+
+        Args:
+            states: (n, B, W) their states, which no other code can change.
+            ends: (n,) where their sequences have ended.
+            are_open: Whether no call continues the one before it.
+        """
+        ring = self._waiting if are_open else self._recent
+        size, others = ring.calls_per_block(states[0]), len(states) - 1
+        if not size:
+            for number, (of_call, end) in enumerate(zip(states, ends, strict=True)):
+                call = FinalStates(of_call, *end)
+                self.add(call, is_owned=True)
+                if number < others and not are_open:
+                    call.close()
+            return
+        before, self.last = self.last, FinalStates(states[-1], *ends[-1])
+        if before is not None:
+            self._displace(before)
+        first = 0
+        if not are_open and others > size:
+            # The next ones would displace these at once.
+            first = others - size
+            self._digests.add([states[:first].flatten(0, 1)])
+        for start in range(first, others, size):
+            of_block = slice(start, min(start + size, others))
+            block = FinalStatesBlock(states[of_block], ends[of_block], is_open=are_open)
+            ring.put(block, block.states)
+            self._unindexed.append(block)
+            if are_open:
+                self._uncounted.append(block)
+            self._rows += len(block)
+        self._unindexed.append(self.last)
+        self._rows += len(self.last)
 
     def _displace(self, call: FinalStates) -> None:
         """Move the last call to where it waits, or to where it is soon dropped.
@@ -350,12 +460,18 @@ class StateMemory:
 
         It may be so even if the answer is no.
         """
+        return self._are_only(call.keys(self._column), call.states)
+
+    def are_only(self, states: Tensor) -> bool:
+        """Return the same of several calls in a row, (n, B, W), which continue one another."""
+        return self._are_only(states[..., self._column].flatten().tolist(), states)
+
+    def _are_only(self, keys: list[float], states: Tensor) -> bool:
         if self._uncounted:
             for each in self._uncounted:
                 self._count(each)
             self._uncounted.clear()
-        keys = call.keys(self._column)
-        if 0.0 in keys and not call.states.any(1).all():
+        if 0.0 in keys and not states.any(-1).all():
             return False
         return not self._open_keys or self._open_keys.keys().isdisjoint(keys)
 
@@ -386,24 +502,35 @@ class StateMemory:
         """The numbers of all sequences of which a state is remembered."""
         return {number for call in self for number in call.numbers()}
 
-    def _drop(self, calls: list[FinalStates]) -> None:
-        self._digests.add([call.states for call in calls])
-        for call in calls:
+    def _drop(self, calls: list[FinalStates | FinalStatesBlock]) -> None:
+        whole = [each for call in calls for each in _parts(call)]
+        self._digests.add([call.states.flatten(0, -2) for call in whole])
+        for call in whole:
             self._rows -= len(call)
             if call.is_counted:
-                for index in call.open_rows():
-                    self._uncount(call.keys(self._column)[index])
+                for key in self._open_keys_of(call):
+                    self._uncount(key)
+        for call in (*whole, *calls):
             call.drop()
         self._uncounted = [call for call in self._uncounted if not call.is_dropped]
         self._unindexed = [call for call in self._unindexed if not call.is_dropped]
 
-    def _count(self, call: FinalStates) -> None:
-        call.is_counted = True
-        keys = call.keys(self._column)
-        for key in [keys[index] for index in call.open_rows()]:
-            # A state with NaN equals nothing, and NaN would never be found again.
-            if key == key:
-                self._open_keys[key] = self._open_keys.get(key, 0) + 1
+    def _count(self, counted: FinalStates | FinalStatesBlock) -> None:
+        for call in _parts(counted):
+            call.is_counted = True
+            for key in self._open_keys_of(call):
+                # A state with NaN equals nothing, and NaN would never be found again.
+                if key == key:
+                    self._open_keys[key] = self._open_keys.get(key, 0) + 1
+
+    def _open_keys_of(self, call: FinalStates | FinalStatesBlock) -> list[float]:
+        if isinstance(call, FinalStates):
+            keys = call.keys(self._column)
+            return [keys[index] for index in call.open_rows()]
+        of_block: list[float] = []
+        if call.is_open:
+            of_block = call.states[..., self._column].flatten().tolist()
+        return of_block
 
     def _uncount(self, key: float) -> None:
         left = self._open_keys.get(key, 0) - 1
@@ -416,7 +543,14 @@ class StateMemory:
         if self._indexed > 2 * self._rows + MIN_STATES_TO_CHECK:
             # Half of the entries are of calls that were dropped since.
             self._start_index()
-        for call in self._unindexed:
+        unindexed = [
+            call
+            for each in self._unindexed
+            for call in (each.calls() if isinstance(each, FinalStatesBlock) else (each,))
+        ]
+        if len(unindexed) > len(self._unindexed):
+            self._uncounted = [call for each in self._uncounted for call in _parts(each)]
+        for call in unindexed:
             self._indexed += len(call)
             for index, key in enumerate(call.keys(self._column)):
                 known = self._index.setdefault(key, (call, index))
@@ -494,6 +628,15 @@ class Digests:
 
     def _slots(self, found: Hashes) -> Hashes:
         return (found * np.uint64(_MIXER)) >> np.uint64(64 - self._bits)
+
+
+def _parts(
+    call: FinalStates | FinalStatesBlock,
+) -> Sequence[FinalStates | FinalStatesBlock]:
+    """Return what is counted on its own: the calls of a block that was split."""
+    if isinstance(call, FinalStatesBlock) and call.is_split:
+        return call.calls()
+    return (call,)
 
 
 def _latest(rows: list[StateRow]) -> list[StateRow]:

@@ -12,19 +12,21 @@ must provide first: a call of 0.8 ms (T1 B32 H512) would take 0.1 ms longer.
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import os
 import threading
 import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from grutrace.gru.cell import ALIGNMENT
-from grutrace.gru.layout import SequenceLayout, copy_cast, numpy_type
+from grutrace.gru.layout import SequenceLayout, copy_cast, has_dtype, numpy_type
 from grutrace.records import Array, ModuleInfo
 
 
@@ -113,6 +115,18 @@ class RowConverter:
             self._note_precision_loss(values, rows)
         return rows
 
+    def convert_series(self, values: Tensor) -> Array:
+        """Return values of a series, (n, B, width), as (n * B, width).
+
+        They are copied only if the type differs or they are not contiguous.
+        """
+        if values.is_contiguous() and has_dtype(values, self.dtype):
+            rows: Array = values.flatten(0, 1).numpy()
+            if values.dtype != self.stored:
+                self._note_precision_loss(values, rows)
+            return rows
+        return self.of(values.flatten(0, 1))
+
     def of(self, values: Tensor) -> Array:
         """Copy values of any shape."""
         if self._side is not None and self._side.takes(values):
@@ -180,6 +194,28 @@ def to_numpy(values: Tensor) -> Array:
     return array
 
 
+def _load_memory_functions() -> tuple[_CompareMemory, _CompareMemory, _CopyMemory]:
+    """Return memcmp of the C library, which lets other threads run, and the same without."""
+    name = None if os.name == "posix" else "msvcrt"
+    free, held = ctypes.CDLL(name), ctypes.PyDLL(name)
+    comparisons: Any = free.memcmp, held.memcmp
+    for function in comparisons:
+        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+        function.restype = ctypes.c_int
+    move: Any = held.memmove
+    move.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    move.restype = None
+    return (*comparisons, move)
+
+
+_CompareMemory: TypeAlias = Callable[[int, int, int], int]
+_CopyMemory: TypeAlias = Callable[[int, int, int], None]
+
+#: ``compare(a, b, n)`` is 0 if n bytes at two addresses are equal. ``copy_small(a, b, n)`` copies n
+#: bytes from b to a. The small ones keep the GIL: to give it away takes longer than the work.
+compare, compare_small, copy_small = _load_memory_functions()
+
+
 #: Size of the segments of memory in which copies lie end to end. Bytes.
 SEGMENT_BYTES = 1024 * 1024
 
@@ -188,24 +224,32 @@ class CopyBuffer:
     """Copies tensors into memory that is used again. Safe to use from any thread.
 
     Args:
-        size: Maximum bytes of unused memory that are kept.
+        size: Maximum bytes of unused memory that are kept, of each kind.
+
+    Attributes:
+        lasting: Memory of rows of the trace.
+        passing: Memory of temporary copies.
     """
 
     def __init__(self, size: int) -> None:
         # Apart: rows of a trace in memory stay, and would keep the segments of temporary copies.
-        self._lasting, self._passing = _SegmentPool(size), _SegmentPool(size)
+        self.lasting, self.passing = SegmentPool(size), SegmentPool(size)
 
     def copy(self, values: Tensor) -> Tensor:
         """Return a temporary copy."""
-        return self._passing.copy(values)
+        return self.passing.copy(values)
 
     def copy_lasting(self, values: Tensor) -> Tensor:
         """Return a copy that may be part of the trace."""
-        return self._lasting.copy(values)
+        return self.lasting.copy(values)
 
 
-class _SegmentPool:
-    """Segments of memory. Each is used again when no tensor or array lies in it any more."""
+class SegmentPool:
+    """Segments of memory. Each is used again when no tensor or array lies in it any more.
+
+    Args:
+        size: Maximum bytes of unused memory that are kept.
+    """
 
     def __init__(self, size: int) -> None:
         self._spare = size // SEGMENT_BYTES
@@ -223,17 +267,23 @@ class _SegmentPool:
         size = values.nbytes
         if values.device.type != "cpu" or size > SEGMENT_BYTES:
             return values.clone()
+        return self.allocate(values.numel(), values.dtype).view(values.shape).copy_(values)
+
+    def allocate(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Return memory on the CPU for so many values, at most a segment, not initialized."""
+        size = count * dtype.itemsize
+        if size > SEGMENT_BYTES:
+            return torch.empty(count, dtype=dtype, device="cpu")
         with self._lock:
             start = self._next
             if self._current is None or start + size > SEGMENT_BYTES:
                 self._take()
                 start = 0
             self._next = start + -(-size // ALIGNMENT) * ALIGNMENT
-            memory = self._typed.get(values.dtype)
+            memory = self._typed.get(dtype)
             if memory is None:
-                memory = self._of_type(values.dtype)
-        copied = memory.narrow(0, start // values.element_size(), values.numel())
-        return copied.view(values.shape).copy_(values)
+                memory = self._of_type(dtype)
+        return memory.narrow(0, start // dtype.itemsize, count)
 
     def _take(self) -> None:
         """Make another segment the current one."""

@@ -26,13 +26,13 @@ import math
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from grutrace.capture.recording.tensor_copy import compare
 from grutrace.options import WeightChecks
 
 #: What part of the calls' own time comparisons may take.
@@ -46,21 +46,6 @@ MAX_VERSIONS = 3
 
 #: Elements of each weight that are looked at in one call.
 SAMPLE_SIZE = 64
-
-
-def _load_memcmp() -> Callable[[int, int, int], int]:
-    try:
-        library = ctypes.CDLL(None)
-        function = library.memcmp
-    except (OSError, TypeError, AttributeError):
-        function = ctypes.CDLL("msvcrt").memcmp
-    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-    function.restype = ctypes.c_int
-    found: Callable[[int, int, int], int] = function
-    return found
-
-
-_memcmp = _load_memcmp()
 
 
 class Version(NamedTuple):
@@ -115,7 +100,7 @@ class _WeightFingerprint:
                 (kept.data_ptr(), weight.data_ptr(), kept.numel() * kept.element_size())
                 for kept, weight in pairs
             ]
-        return not any(_memcmp(*each) for each in self._ranges)
+        return not any(compare(*each) for each in self._ranges)
 
 
 class _Sample:
@@ -262,7 +247,7 @@ def _is_same(kept: Tensor, weight: Tensor) -> bool:
         return False
     if _is_alike(kept, weight):
         size = kept.numel() * kept.element_size()
-        return _memcmp(kept.data_ptr(), weight.data_ptr(), size) == 0
+        return compare(kept.data_ptr(), weight.data_ptr(), size) == 0
     weight = weight.detach()
     # Equal numbers first: it is the faster question. Then bytes, for NaN is equal to nothing.
     return torch.equal(kept, weight) or torch.equal(

@@ -10,6 +10,10 @@ import numpy as np
 from grutrace.records import Array
 from grutrace.storage.hdf5.filters import is_compressed
 
+#: Items from this size on are written as they are. Smaller ones are joined first: a write costs as
+#: much as copying so many bytes. Bytes.
+LARGE_BYTES = 256 * 1024
+
 
 class DatasetAppender:
     """Buffers items for a dataset and appends them to it.
@@ -51,7 +55,11 @@ class DatasetAppender:
         """
         if not self._buffer:
             return
+        if not self.compressed:
+            self._write_large()
         buffer = self._buffer
+        if not buffer:
+            return
         # Without a dtype, NumPy computes a common type, which is slow for compound types.
         items = np.concatenate(buffer, dtype=self._dtype) if len(buffer) > 1 else buffer[0]
         count = len(items)
@@ -61,6 +69,15 @@ class DatasetAppender:
             self._write_items(np.ascontiguousarray(items[:count], self._dtype))
         self.position += count
         self._buffer = [items[count:]] if count < len(items) else []
+
+    def _write_large(self) -> None:
+        """Write items that are large on their own without copying them, if all are."""
+        if all(items.nbytes >= LARGE_BYTES for items in self._buffer):
+            while self._buffer:
+                items = np.ascontiguousarray(self._buffer[0], self._dtype)
+                self._write_items(items)
+                self.position += len(items)
+                del self._buffer[0]
 
     def _write_items(self, items: Array) -> None:
         # Low-level calls take 30 microseconds a write; Dataset.resize and slicing take 70.

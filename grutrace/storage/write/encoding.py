@@ -15,8 +15,12 @@ from grutrace.records import (
     MARK_PREFIX,
     AnnotationRecord,
     Array,
+    CallBatch,
     CallRecord,
+    CallSeries,
+    Fork,
     ModuleInfo,
+    Origin,
     Record,
     WeightsRecord,
 )
@@ -137,6 +141,8 @@ class RecordEncoder:
         """Yield the items that a record adds, except new strings, which stay in the table."""
         if isinstance(record, CallRecord):
             yield from self._encode_call(record)
+        elif isinstance(record, CallBatch):
+            yield from self._encode_batch(record)
         elif isinstance(record, WeightsRecord):
             yield from self._encode_weights(record)
         else:
@@ -156,30 +162,70 @@ class RecordEncoder:
         pieces["sequence"] += np.uint64(offset)
         pieces["steps"] = call.steps
         yield paths.pieces, pieces
-        yield "calls", self._encode_call_entry(call)
-        if call.forks:
-            forks = [
-                (call.module, offset + fork.sequence, offset + fork.parent, fork.steps)
-                for fork in call.forks
+        weights, tag = self._weights_and_tag(call)
+        entry = (call.time, call.module, tag, weights, len(call.steps), call.training)
+        yield "calls", np.array([entry], CALL)
+        yield from self._encode_starts(call.module, call.forks, call.origins)
+
+    def _encode_batch(self, batch: CallBatch) -> Iterator[Entry]:
+        calls = np.empty(len(batch), CALL)
+        for index, series in enumerate(batch.series):
+            yield from self._encode_series(series)
+            entries = np.empty(len(series), CALL)
+            entries["time"], entries["module"] = series.times, series.module
+            entries["weights"], entries["tag"] = self._weights_and_tag(series)
+            entries["batch"] = series.sequences.shape[1]
+            entries["training"] = series.training
+            calls[batch.order == index] = entries
+        yield "calls", calls
+        for series in batch.series:
+            for call in sorted({*series.forks, *series.origins}):
+                of_call = series.forks.get(call, ()), series.origins.get(call, ())
+                yield from self._encode_starts(series.module, *of_call)
+
+    def _encode_series(self, series: CallSeries) -> Iterator[Entry]:
+        paths, offset = self._paths[series.module], self._sequences[series.module]
+        for suffix, quantities, initial, checks in paths.sites:
+            site = series.sites[suffix]
+            for quantity, path in quantities:
+                yield path, site.rows[quantity]
+            yield initial, site.initial
+            of_calls = np.empty(len(series), CHECK)
+            of_calls["residual"], of_calls["tolerance"] = site.residuals, site.tolerances
+            of_calls["precision"] = site.precision
+            yield checks, of_calls
+        pieces = np.empty(series.sequences.size, PIECE)
+        pieces["sequence"] = series.sequences.ravel()
+        pieces["sequence"] += np.uint64(offset)
+        pieces["steps"] = 1
+        yield paths.pieces, pieces
+
+    def _weights_and_tag(self, calls: CallRecord | CallSeries) -> tuple[int, int]:
+        """Return the number of the version of the weights, and of the tag."""
+        version = self._versions[calls.module] + calls.weights
+        return version, self._strings.intern_optional(calls.tag)
+
+    def _encode_starts(
+        self, module: int, forks: Sequence[Fork], origins: Sequence[Origin]
+    ) -> Iterator[Entry]:
+        """Yield the forks and the marks of the sequences that start in one call."""
+        offset = self._sequences[module]
+        if forks:
+            entries = [
+                (module, offset + fork.sequence, offset + fork.parent, fork.steps) for fork in forks
             ]
-            yield "forks", np.array(forks, FORK)
-        if call.origins:
+            yield "forks", np.array(entries, FORK)
+        if origins:
             marks = [
                 (
-                    call.module,
+                    module,
                     self._strings.intern_optional(MARK_PREFIX + origin.mark),
                     offset + origin.sequence,
                     *(0, 0, False),
                 )
-                for origin in call.origins
+                for origin in origins
             ]
             yield "annotations", np.array(marks, ANNOTATION)
-
-    def _encode_call_entry(self, call: CallRecord) -> Array:
-        weights = self._versions[call.module] + call.weights
-        tag = self._strings.intern_optional(call.tag)
-        entry = (call.time, call.module, tag, weights, len(call.steps), call.training)
-        return np.array([entry], CALL)
 
     def _encode_weights(self, weights: WeightsRecord) -> Iterator[Entry]:
         module = self._modules[weights.module]

@@ -80,6 +80,11 @@ class ThreadedSink:
         self._thread = thread
 
     @property
+    def appended(self) -> int:
+        """Number of records appended so far."""
+        return self._thread.appended
+
+    @property
     def has_failed(self) -> bool:
         """Whether taking in a record, or a commit, failed."""
         return self._thread.has_failed
@@ -153,11 +158,6 @@ class FileSink(ThreadedSink):
         super().__init__(WriterThread(consumer, queue_bytes, commit_seconds=writer.commit_seconds))
         # Do not wait: the thread that runs the garbage collector may hold the lock of HDF5.
         weakref.finalize(self, _finish, self._thread, writer.claim).atexit = False
-
-    @property
-    def appended(self) -> int:
-        """Number of records appended so far."""
-        return self._thread.appended
 
     @property
     def ended(self) -> bool:

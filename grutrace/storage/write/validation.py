@@ -7,14 +7,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from grutrace.errors import SinkError
 from grutrace.records import (
     MARKS,
     AnnotationRecord,
     Array,
+    CallBatch,
     CallRecord,
+    CallSeries,
+    Fork,
     ModuleInfo,
+    Origin,
     Record,
     Site,
     WeightsRecord,
@@ -53,15 +58,40 @@ class RecordValidator:
             SinkError: The record is inconsistent, and is not counted. The message names the
                 record, the expected value and the found value.
         """
-        if not 0 <= record.module < len(self._checks):
-            raise _error("a record", f"a module below {len(self._checks)}", record.module)
-        checks = self._checks[record.module]
+        if isinstance(record, CallBatch):
+            self._validate_batch(record)
+            return
+        checks = self._checks_of(record.module)
         if isinstance(record, CallRecord):
             _validate_call(checks, record)
         elif isinstance(record, WeightsRecord):
             _validate_weights(checks, record)
         else:
             _validate_annotation(checks, record)
+
+    def _checks_of(self, module: int) -> _ModuleChecks:
+        if not 0 <= module < len(self._checks):
+            raise _error("a record", f"a module below {len(self._checks)}", module)
+        return self._checks[module]
+
+    def _validate_batch(self, batch: CallBatch) -> None:
+        modules = [series.module for series in batch.series]
+        counts = np.bincount(batch.order, minlength=len(modules)).tolist()
+        lengths = [len(series) for series in batch.series]
+        if len(set(modules)) < len(modules) or counts != lengths:
+            raise _error(
+                "a batch of calls",
+                f"one series per module, with {counts} calls",
+                f"modules {modules} with {lengths} calls",
+            )
+        before = [self._checks_of(module).sequences for module in modules]
+        try:
+            for series in batch.series:
+                _validate_series(self._checks[series.module], series)
+        except SinkError:
+            for module, sequences in zip(modules, before, strict=True):
+                self._checks[module].sequences = sequences
+            raise
 
 
 def _module_checks(module: ModuleInfo) -> _ModuleChecks:
@@ -80,13 +110,8 @@ def _widths(module: ModuleInfo, site: Site) -> tuple[tuple[str, int], ...]:
 
 
 def _validate_call(checks: _ModuleChecks, call: CallRecord) -> None:
-    new_sequences = _count_new_sequences(checks, call)
-    if not 0 <= call.weights < checks.versions:
-        raise _error(
-            _describe_call(checks),
-            f"a version of the weights below {checks.versions}",
-            call.weights,
-        )
+    begun = _count_new_sequences(checks, call)
+    _require_version(checks, call.weights)
     rows = int(call.steps.sum())
     for suffix, units, quantities in checks.sites:
         site = call.sites.get(suffix)
@@ -94,24 +119,100 @@ def _validate_call(checks: _ModuleChecks, call: CallRecord) -> None:
             raise _error(_describe_call(checks), f"site {suffix!r}", list(call.sites))
         for quantity, columns in quantities:
             _require_array(checks, suffix, quantity, site.rows.get(quantity), (rows, columns))
-        _require_array(checks, suffix, "initial", site.initial, (new_sequences, units))
-    for fork in call.forks:
-        start, stop = checks.sequences, checks.sequences + new_sequences
-        if not (start <= fork.sequence < stop and 0 <= fork.parent < fork.sequence):
+        _require_array(checks, suffix, "initial", site.initial, (begun, units))
+    _require_starts(checks, checks.sequences, begun, call.forks, call.origins)
+    checks.sequences += begun
+
+
+def _validate_series(checks: _ModuleChecks, series: CallSeries) -> None:
+    if series.sequences.ndim != 2 or len(series.sequences) != len(series):
+        raise _error(
+            _describe_call(checks), f"sequences ({len(series)}, B)", series.sequences.shape
+        )
+    begun = _count_begun_in_series(checks, series.sequences)
+    if begun.tolist() != series.begun.tolist():
+        raise _error(
+            _describe_call(checks), f"{begun.tolist()} sequences begun", series.begun.tolist()
+        )
+    _require_version(checks, series.weights)
+    calls, rows, starts = len(series), series.sequences.size, int(begun.sum())
+    for suffix, units, quantities in checks.sites:
+        site = series.sites.get(suffix)
+        if site is None:
+            raise _error(_describe_call(checks), f"site {suffix!r}", list(series.sites))
+        for quantity, columns in quantities:
+            _require_array(checks, suffix, quantity, site.rows.get(quantity), (rows, columns))
+        _require_array(checks, suffix, "initial", site.initial, (starts, units))
+        found = site.residuals.shape, site.tolerances.shape
+        if found != ((calls,), (calls,)):
+            raise _error(_describe_call(checks), f"checks of {calls} calls", found)
+    for call in sorted({*series.forks, *series.origins}):
+        first = checks.sequences + int(begun[:call].sum())
+        of_call = series.forks.get(call, ()), series.origins.get(call, ())
+        _require_starts(checks, first, int(begun[call]), *of_call)
+    checks.sequences += starts
+
+
+def _require_version(checks: _ModuleChecks, version: int) -> None:
+    if not 0 <= version < checks.versions:
+        raise _error(
+            _describe_call(checks), f"a version of the weights below {checks.versions}", version
+        )
+
+
+def _require_starts(
+    checks: _ModuleChecks,
+    first: int,
+    begun: int,
+    forks: Sequence[Fork],
+    origins: Sequence[Origin],
+) -> None:
+    """Check the forks and marks of the sequences that a call begins, the first with this number."""
+    last = first + begun
+    for fork in forks:
+        if not (first <= fork.sequence < last and 0 <= fork.parent < fork.sequence):
             raise _error(
                 _describe_call(checks),
-                f"a fork of sequence {start} to {stop - 1} from an earlier sequence",
+                f"a fork of sequence {first} to {last - 1} from an earlier sequence",
                 fork,
             )
-    for origin in call.origins:
-        is_new = 0 <= origin.sequence - checks.sequences < new_sequences
-        if not is_new or origin.mark not in MARKS:
+    for origin in origins:
+        if not first <= origin.sequence < last or origin.mark not in MARKS:
             raise _error(
                 _describe_call(checks),
                 f"a mark ({', '.join(MARKS)}) of a sequence that begins in this call",
                 origin,
             )
-    checks.sequences += new_sequences
+
+
+def _count_begun_in_series(checks: _ModuleChecks, sequences: Array) -> npt.NDArray[np.int64]:
+    """Check (n, B) sequences of n calls of one step; return how many each call begins."""
+    calls, batch = sequences.shape
+    numbers = sequences.ravel()
+    is_new = numbers >= checks.sequences
+    if not is_new.any():
+        new, call_of = numbers[:0], np.empty(0, np.int64)
+    else:
+        new, where = np.unique(numbers[is_new], return_index=True)
+        call_of = np.flatnonzero(is_new)[where] // batch
+        expected = np.arange(checks.sequences, checks.sequences + len(new), dtype=np.uint64)
+        if (new != expected).any() or (np.diff(where) < 0).any():
+            raise _error(
+                _describe_call(checks), f"{checks.sequences} as the next new sequence", numbers
+            )
+    begun = np.bincount(call_of, minlength=calls)
+    continuing = sequences[begun < batch]
+    if len(continuing) and checks.never_continues:
+        raise _error(
+            _describe_call(checks),
+            "only new sequences, because the module has a reverse direction",
+            continuing[0].tolist(),
+        )
+    # A decoder's calls have the same sequences.
+    rows = continuing[:1] if (continuing == continuing[:1]).all() else continuing
+    if (np.diff(np.sort(rows, axis=1), axis=1) == 0).any():
+        raise _error(_describe_call(checks), "each sequence once", rows.tolist())
+    return begun
 
 
 def _count_new_sequences(checks: _ModuleChecks, call: CallRecord) -> int:

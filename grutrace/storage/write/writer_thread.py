@@ -19,7 +19,7 @@ from typing import Protocol
 import h5py  # noqa: F401
 
 from grutrace.errors import GrutraceWarning, SinkError
-from grutrace.records import CallRecord, Collect, Record
+from grutrace.records import CallBatch, CallRecord, CallSeries, Collect, Record
 
 #: Bytes of queued records above which the model waits: some hundredths of a second for a disk, and
 #: little memory for a machine that runs models.
@@ -343,8 +343,9 @@ class WriterThread:
 
 
 def _size(record: Record) -> int:
-    sites = len(record.sites) if isinstance(record, CallRecord) else 0
-    return record.nbytes + RECORD_OVERHEAD * (1 + sites)
+    parts = record.series if isinstance(record, CallBatch) else (record,)
+    sites = sum(len(part.sites) for part in parts if isinstance(part, CallRecord | CallSeries))
+    return record.nbytes + RECORD_OVERHEAD * (len(parts) + sites)
 
 
 def _close_all() -> None:

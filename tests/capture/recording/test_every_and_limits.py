@@ -199,7 +199,7 @@ def test_tokens_of_what_lies_beyond_the_limit() -> None:
         assert len(trace.calls) == 3
     with (
         grutrace.trace(decoder) as trace,
-        pytest.raises(grutrace.OptionError, match="fits no"),
+        pytest.raises(grutrace.OptionError, match="rnn has 1 sequence of up to 3 steps"),
         trace.recording(tokens=[list("abcd")]),
     ):
         decoder(torch.randn(1, 1, 4), torch.randn(1, 1, 6), steps=3)
