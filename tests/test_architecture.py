@@ -55,9 +55,10 @@ ALLOWED = {
     "capture/kernel_calls": {"gru"},
     "capture/unsupported_grus": set[str](),
     "capture/selection": {"gru", "capture/options", "capture/unsupported_grus"},
+    "capture/sequences": set[str](),
     "capture/recording": {
         *("gru", "capture/options", "capture/annotation_values"),
-        *("capture/kernel_calls", "capture/selection"),
+        *("capture/kernel_calls", "capture/selection", "capture/sequences"),
     },
     "capture/tracer_warnings": {
         *("gru", "capture/kernel_calls", "capture/selection", "capture/recording"),

@@ -68,7 +68,7 @@ def test_a_public_name_has_an_example(name: str, member: str) -> None:
     result = importlib.import_module(name)
     for part in member.split("."):
         result = getattr(result, part)
-    assert re.search(r"^ *Examples?:$", result.__doc__ or "", re.M)
+    assert re.search(r"^ *Examples:$", result.__doc__ or "", re.M)
 
 
 def test_control_a_wrong_example_is_detected(

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from grutrace.capture.annotation_values import ParsedValues, Values, parse
-from grutrace.capture.recording.sequence_tracking import SequenceAssignment
+from grutrace.capture.sequences.assignment import SequenceAssignment
 from grutrace.errors import GrutraceWarning, OptionError, join_names, short_repr
 from grutrace.gru.residual import ResidualViolation
 from grutrace.records import MARK_PREFIX, AnnotationRecord, ModuleInfo

@@ -27,11 +27,8 @@ from grutrace.capture.kernel_calls.observation import KernelRun
 from grutrace.capture.kernel_calls.torch_context import isolated_context, isolated_copy_context
 from grutrace.capture.recording.annotations import RecordedBatches, recorded_call
 from grutrace.capture.recording.guarded_sink import GuardedSink
-from grutrace.capture.recording.module_recorder import (
-    CheckedWeights,
-    JournalEntry,
-    ModuleRecorder,
-)
+from grutrace.capture.recording.journal_entry import CheckedWeights, JournalEntry
+from grutrace.capture.recording.module_recorder import ModuleRecorder
 from grutrace.capture.recording.series_buffer import (
     PreparedBatch,
     SeriesBuffer,

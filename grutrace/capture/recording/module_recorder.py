@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import replace
-from functools import cached_property, partial
-from typing import NamedTuple, TypeAlias, cast
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeAlias, cast
 
 import numpy as np
 import torch
@@ -15,21 +14,22 @@ from torch import Tensor
 from grutrace.capture.kernel_calls.observation import KernelRun, Observation
 from grutrace.capture.options import Options
 from grutrace.capture.recording.annotations import RecordedBatches, RecordedCall
-from grutrace.capture.recording.background import PendingCall, choose_version
+from grutrace.capture.recording.background import PendingCall
 from grutrace.capture.recording.guarded_sink import RecordingLimits
-from grutrace.capture.recording.sequence_tracking import (
-    Commitment,
-    SequenceAssignment,
-    SequenceTracker,
-    SeriesAssignment,
-)
+from grutrace.capture.recording.journal_entry import CheckedWeights, JournalEntry, ReplayGroup
 from grutrace.capture.recording.series_buffer import SeriesBuffer
 from grutrace.capture.recording.site_recorder import Replayed, SeriesResult, SiteRecorder
 from grutrace.capture.recording.step_filter import StepFilter, slice_observation
 from grutrace.capture.recording.tensor_copy import CopyBuffer, RowConverter, to_numpy
+from grutrace.capture.recording.version_choice import VersionChooser
 from grutrace.capture.recording.weight_versions import MAX_VERSIONS, Version, WeightVersionTracker
 from grutrace.capture.selection import SelectedModule, defer_gates
-from grutrace.errors import UnsupportedError
+from grutrace.capture.sequences.assignment import (
+    Commitment,
+    SequenceAssignment,
+    SeriesAssignment,
+)
+from grutrace.capture.sequences.tracker import SequenceTracker
 from grutrace.gru.gate_requests import NO_GATES, merge_requests
 from grutrace.gru.joint_replay import calls_at_once
 from grutrace.gru.kernel_gates import kernel_supported
@@ -42,10 +42,8 @@ from grutrace.records import (
     Array,
     CallRecord,
     CallSeries,
-    ModuleInfo,
     Record,
     SeriesRows,
-    Site,
     SiteRows,
     WeightsRecord,
 )
@@ -55,80 +53,6 @@ CopyFunction: TypeAlias = Callable[[Tensor], Tensor]
 
 #: By suffix, the rows of a call and what a check of them needs.
 SiteResults: TypeAlias = dict[str, tuple[dict[str, Array], ResidualCheck]]
-
-
-class CheckedWeights(NamedTuple):
-    """What is known of the weights of a call.
-
-    Attributes:
-        versions: What numbered the version.
-        version: The version that is present now.
-        is_certain: Whether every byte was compared, so that the call used this version.
-        is_new: Whether the version was first seen at this call.
-    """
-
-    versions: WeightVersionTracker
-    version: Version
-    is_certain: bool
-    is_new: bool
-
-
-class JournalEntry:
-    """An observed call that waits in the journal.
-
-    Attributes:
-        module: Index of its module in the header.
-        run: The call, with the weights that it is thought to have used.
-        is_copied: Whether `run` holds copies, so that the call can wait.
-        nbytes: Bytes that it takes.
-        version: The version of the weights that was known when it ran.
-        versions: What numbered that version: another one than now, if the trace was emptied since.
-        is_certain: Whether every byte of the weights was compared.
-        tag: The user's name for this part of the run.
-        names: (B,) the user's names of the sequences; None to go by the states.
-        time: When it ran, in seconds since 1970.
-        autocast: The type of device and the precision of autocast, where that was on.
-        is_appended: Whether the sink has it.
-        replays: The calls that it is replayed together with; None if it is replayed on its own.
-    """
-
-    __slots__ = (
-        *("autocast", "is_certain", "is_copied", "is_appended", "module", "names", "nbytes"),
-        *("replays", "run", "tag", "time", "version", "versions"),
-    )
-
-    def __init__(self, module: int, run: KernelRun, checked: CheckedWeights) -> None:
-        self.module, self.run = module, run
-        self.versions, self.version, self.is_certain, _ = checked
-        self.is_copied = self.is_appended = False
-        self.nbytes = 0
-        self.tag: str | None = None
-        self.names: Sequence[Hashable] | None = None
-        self.time = 0.0
-        self.autocast: tuple[str, torch.dtype] | None = None
-        self.replays: _CallGroup | None = None
-
-
-class _CallGroup:
-    """Calls of one step whose gates are replayed at once, when the first of them is worked out."""
-
-    def __init__(self, entries: Sequence[JournalEntry], sites: Sequence[SiteRecorder]) -> None:
-        self._entries, self._sites = entries, sites
-        self._found: dict[tuple[JournalEntry, str], Replayed | None] | None = None
-
-    def of(self, entry: JournalEntry) -> Mapping[str, Replayed | None]:
-        """Return the gates of a call, by the suffix of the site."""
-        if self._found is None:
-            observations = [each.run.observation() for each in self._entries]
-            self._found = {
-                (each, site.site.suffix): replayed
-                for site in self._sites
-                for each, replayed in zip(
-                    self._entries, site.replay_together(observations), strict=True
-                )
-            }
-        suffixes = [site.site.suffix for site in self._sites]
-        return {suffix: self._found.pop((entry, suffix), None) for suffix in suffixes}
 
 
 class ModuleRecorder:
@@ -172,6 +96,7 @@ class ModuleRecorder:
         self._sites = [SiteRecorder(selection, site, options, self._rows) for site in copied.sites]
         # Of these, what each sequence started a call from is copied as well.
         self._copying = self._sites if background else []
+        self._version_chooser = VersionChooser(selection, options, self._sites)
         self._steps = options.steps
         # Held while the weights are looked at.
         self._lock = threading.RLock()
@@ -446,7 +371,7 @@ class ModuleRecorder:
             most = calls_at_once(cast("int", batch), self.description.hidden_size)
             # An empty batch has no largest elements, and nothing to replay.
             for first in range(0, len(each) if batch and most > 1 else 0, most):
-                group = _CallGroup(each[first : first + most], self._sites)
+                group = ReplayGroup(each[first : first + most], self._sites)
                 for entry in each[first : first + most]:
                     entry.replays = group
 
@@ -468,11 +393,14 @@ class ModuleRecorder:
         taken = self._compute_rows(observation, entry.is_certain, replayed or {})
         block = self._block(entry, observation, assignment, taken)
         is_known = entry.is_certain or entry.version is self._versions.present
-        if not is_known and self._has_gates:
-            evidence = self._replay_inputs(observation, block)
-            if evidence is not None:
-                return self._choose_weights(entry.version, block, evidence)
-        return block
+        if is_known or not self._has_gates:
+            return block
+        # Its own version first: of two that fit, the weights differ where nothing depends on it.
+        versions = {
+            version.number: self._record_of(version)
+            for version in (entry.version, *self._versions.known)
+        }
+        return self._version_chooser.choose(observation, block, list(versions.values()))
 
     def _append_call(self, entry: JournalEntry, block: CallRecord) -> int | None:
         """Hand a call on, its weights having been announced if they are new."""
@@ -492,87 +420,12 @@ class ModuleRecorder:
             violations=violations, precision_losses=self._rows.pop_precision_losses()
         )
 
-    def _choose_weights(
-        self, version: Version, block: CallRecord, evidence: PendingCall
-    ) -> CallRecord:
-        """Return a call with the weights that lead to its states, and with what was found."""
-        versions = {each.number: self._record_of(each) for each in self._versions.known}
-        # Its own version first: of two that fit, the weights differ where nothing depends on it.
-        own = {version.number: self._record_of(version)}
-        module = defer_gates(replace(self.description, sites=_all_units(self.description)))
-        chosen = choose_version(module, evidence, list({**own, **versions}.values()))
-        if isinstance(block, PendingCall):
-            return replace(
-                block,
-                weights=chosen.weights.version,
-                weights_record=chosen.weights,
-                ambiguity=chosen.ambiguity,
-            )
-        sites = {
-            suffix: replace(
-                rows,
-                residual=max(chosen.checks[suffix][0], chosen.ambiguity),
-                tolerance=chosen.checks[suffix][1],
-            )
-            for suffix, rows in block.sites.items()
-        }
-        return replace(block, weights=chosen.weights.version, sites=sites)
-
     def _append_new_weights(self, number: int) -> None:
         """Hand on the versions of the weights up to this one that were not handed on yet."""
         made = self._versions.new_versions
         while made and made[0].number <= number:
             self._append(self._record_of(made[0]))
             made.popleft()
-
-    def _replay_inputs(self, observation: Observation, block: CallRecord) -> PendingCall | None:
-        """Return what the gates of a call follow from, for all units; None if it cannot be had."""
-        has_gates = any({*GATES} & {*each.rows} for each in block.sites.values())
-        if isinstance(block, PendingCall) and not has_gates:
-            return block
-        try:
-            if self._options.gates == "deferred":
-                # It has everything but the states that its sequences started from.
-                starts = {each.site.suffix: each.start_states(observation) for each in self._sites}
-                return self._as_copied(block, block.sites, starts)
-            return self._copied(observation, block)
-        except UnsupportedError:
-            return None
-
-    def _copied(self, observation: Observation, block: CallRecord) -> PendingCall:
-        inputs: dict[int, Array] = {}
-        sites, starts = {}, {}
-        for each in self._replay_input_sites:
-            rows, check = each.compute_rows(observation, inputs, False)
-            starts[each.site.suffix] = each.start_states(observation)
-            sites[each.site.suffix] = SiteRows(rows, starts[each.site.suffix][:0], *check)
-        return self._as_copied(block, sites, starts)
-
-    def _as_copied(
-        self, block: CallRecord, sites: Mapping[str, SiteRows], starts: Mapping[str, Array]
-    ) -> PendingCall:
-        return PendingCall(
-            block.module,
-            block.time,
-            block.tag,
-            block.training,
-            block.weights,
-            block.steps,
-            block.sequences,
-            sites,
-            block.forks,
-            block.origins,
-            starts,
-        )
-
-    @cached_property
-    def _replay_input_sites(self) -> list[SiteRecorder]:
-        whole = replace(self.description, sites=_all_units(self.description))
-        module = defer_gates(whole)
-        rows = RowConverter(module, chosen=True, copied=True)
-        selection = replace(self._selection, description=whole)
-        options = Options(gates="deferred")
-        return [SiteRecorder(selection, site, options, rows) for site in module.sites]
 
     def _block(
         self,
@@ -668,14 +521,6 @@ def _one_step(entry: JournalEntry) -> tuple[object, ...] | None:
     if not input.dtype == output.dtype == weights.dtype:
         return None
     return run.batch, input.shape, input.dtype
-
-
-def _all_units(module: ModuleInfo) -> tuple[Site, ...]:
-    """The sites of a module with all of their units and gates."""
-    return tuple(
-        replace(site, units=None, quantities=GATES + ("hidden",), derived=())
-        for site in module.sites
-    )
 
 
 def _by_sequence(buffer: CopyBuffer, values: Tensor) -> Tensor:

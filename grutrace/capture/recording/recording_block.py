@@ -52,7 +52,7 @@ class Recording:
         Values of calls that the options leave out (``every``, ``max_calls``, ``max_bytes``,
         ``steps``) are left out as well.
 
-        Example:
+        Examples:
             >>> import torch
             >>> import grutrace
             >>> model = torch.nn.GRU(4, 3)

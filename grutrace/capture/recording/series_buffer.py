@@ -20,11 +20,6 @@ from torch import Tensor
 
 from grutrace.capture.kernel_calls.observation import KernelRun
 from grutrace.capture.recording.annotations import RecordedBatches
-from grutrace.capture.recording.sequence_tracking import (
-    Commitment,
-    InitialState,
-    SeriesAssignment,
-)
 from grutrace.capture.recording.tensor_copy import (
     SEGMENT_BYTES,
     CopyBuffer,
@@ -32,6 +27,11 @@ from grutrace.capture.recording.tensor_copy import (
     copy_small,
 )
 from grutrace.capture.recording.weight_versions import Version, WeightVersionTracker
+from grutrace.capture.sequences.assignment import (
+    Commitment,
+    InitialState,
+    SeriesAssignment,
+)
 from grutrace.records import CallBatch
 
 #: Maximum number of calls of one series.

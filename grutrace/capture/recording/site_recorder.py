@@ -16,10 +16,10 @@ from torch import Tensor
 
 from grutrace.capture.kernel_calls.observation import Observation
 from grutrace.capture.options import Options
-from grutrace.capture.recording.sequence_tracking import SequenceAssignment
 from grutrace.capture.recording.series_buffer import SeriesBuffer
 from grutrace.capture.recording.tensor_copy import RowConverter
 from grutrace.capture.selection import SelectedModule, make_partial_replay
+from grutrace.capture.sequences.assignment import SequenceAssignment
 from grutrace.errors import UnsupportedError
 from grutrace.gru.gate_requests import NO_GATES, GateCopyPlan, GateRequest
 from grutrace.gru.joint_replay import OneStep, calls_at_once, replay_calls

@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 
 from grutrace.capture.kernel_calls.observation import Observation
-from grutrace.capture.recording.sequence_tracking import SequenceAssignment, SequenceTracker
+from grutrace.capture.sequences.assignment import SequenceAssignment
+from grutrace.capture.sequences.tracker import SequenceTracker
 from grutrace.gru.kernel import Layer
 from grutrace.gru.step_window import make_window
 from grutrace.records import Fork, Origin

@@ -13,6 +13,7 @@ from torch import nn
 import grutrace
 from grutrace.capture.recording import (
     journal,
+    journal_entry,
     module_recorder,
     site_recorder,
     tensor_copy,
@@ -398,7 +399,7 @@ def test_a_call_that_comes_while_the_journal_is_drained(monkeypatch) -> None:
         with torch.no_grad():
             cell(x)
 
-    class Entry(module_recorder.JournalEntry):
+    class Entry(journal_entry.JournalEntry):
         @property
         def is_certain(self):
             if trace._journal.lock._is_owned() and len(others) < 3:

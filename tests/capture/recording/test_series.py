@@ -13,12 +13,12 @@ from torch import nn
 
 import grutrace
 from grutrace.capture.recording import journal, series_buffer, tensor_copy
-from grutrace.capture.recording.sequence_tracking import (
+from grutrace.capture.recording.series_buffer import SeriesBuffer, SeriesGroup
+from grutrace.capture.sequences.assignment import (
     Commitment,
     InitialState,
-    SequenceTracker,
 )
-from grutrace.capture.recording.series_buffer import SeriesBuffer, SeriesGroup
+from grutrace.capture.sequences.tracker import SequenceTracker
 from grutrace.records import CallBatch, Record
 from grutrace.storage.memory import MemorySink
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.capture.recording import state_memory as states
-from grutrace.capture.recording.state_memory import FinalStates, StateMemory
+from grutrace.capture.sequences import state_memory as states
+from grutrace.capture.sequences.state_memory import FinalStates, StateMemory
 
 BOTH = pytest.mark.parametrize("path", [None, "run.h5"])
 

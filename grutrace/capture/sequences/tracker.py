@@ -26,159 +26,35 @@ B sequences in a batch, W width of a state: all layers of a module side by side.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-from enum import IntEnum
-from typing import NamedTuple, Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from grutrace.capture.recording.state_memory import (
+from grutrace.capture.sequences.assignment import (
+    AssignmentBuilder,
+    Commitment,
+    InitialState,
+    PendingAssignment,
+    SequenceAssignment,
+    SeriesAssignment,
+    SeriesStates,
+)
+from grutrace.capture.sequences.final_states import (
     CallEnds,
-    Digests,
     FinalStates,
     Integers,
-    Numbers,
-    SequenceEnd,
-    StateMemory,
     StateRow,
-    equal,
-    equal_rows,
 )
-from grutrace.records import Fork, Origin
+from grutrace.capture.sequences.named_sequences import NamedEnd, NamedSequences, same_as_ended
+from grutrace.capture.sequences.state_memory import StateMemory, equal
 
-#: Fraction of the memory for names, and estimated bytes of one name.
-NAMES_FRACTION, NAME_BYTES = 1 / 8, 512
+#: Fraction of the memory for names.
+NAMES_FRACTION = 1 / 8
 
 Result = TypeVar("Result")
-
-
-class SequenceAssignment(NamedTuple):
-    """The sequences of one call, in the order of the user's batch.
-
-    Attributes:
-        sequences: (B,) number of each sequence, or of its last segment.
-        begun: (B,) whether the sequence starts in this call.
-        forks: New sequences that start inside another, or continue another.
-        steps_before: (B,) number of steps of each before this call, in all its segments.
-        roots: (B,) number of the first segment of each sequence.
-        origins: Marks of the new sequences, if they have one.
-    """
-
-    sequences: Numbers
-    begun: npt.NDArray[np.bool_]
-    forks: tuple[Fork, ...]
-    steps_before: Integers
-    roots: Numbers
-    origins: tuple[Origin, ...] = ()
-
-
-class InitialState(IntEnum):
-    """What is known of the states that a call of a series started from."""
-
-    COPIED = 0
-    ZEROS = 1
-    #: They are, bit for bit, the states that the call before in the series ended with.
-    CHAINED = 2
-
-
-class SeriesStates(Protocol):
-    """The states of n calls of one step, of the same sequences or of others, (B, W) each."""
-
-    @property
-    def final(self) -> Tensor:
-        """(n, B, W) the states that the calls ended with, which no other code can change."""
-
-    @property
-    def kinds(self) -> Sequence[InitialState]:
-        """(n,) what is known of the states that they started from."""
-
-    def initial(self, call: int) -> Tensor:
-        """Return (B, W), the states that a call started from."""
-
-
-class Commitment:
-    """Whether the calls that were assigned together are appended.
-
-    Attributes:
-        is_done: Whether they are.
-    """
-
-    def __init__(self) -> None:
-        self.is_done = False
-
-
-class SeriesAssignment:
-    """The sequences of several calls of one step.
-
-    Attributes:
-        begun: (n, B) whether each sequence starts in the call.
-        forks: By index of the call, as in `SequenceAssignment`.
-        origins: Likewise.
-    """
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        self.begun = np.zeros(size, bool)
-        self.forks: dict[int, tuple[Fork, ...]] = {}
-        self.origins: dict[int, tuple[Origin, ...]] = {}
-        self._ends: list[CallEnds] = []
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def add(self, ends: Sequence[CallEnds], *, begun: bool) -> None:
-        """Add calls whose sequences all begin, or all continue those of the call before."""
-        self.begun[len(self._ends) : len(self._ends) + len(ends)] = begun
-        self._ends += ends
-
-    def add_call(self, assignment: SequenceAssignment, offsets: Integers | None) -> None:
-        """Add one call."""
-        number = len(self._ends)
-        self.begun[number] = assignment.begun
-        if assignment.forks:
-            self.forks[number] = assignment.forks
-        if assignment.origins:
-            self.origins[number] = assignment.origins
-        steps = assignment.steps_before + 1
-        self._ends.append(CallEnds(assignment.sequences, assignment.roots, steps, offsets))
-
-    def sequences(self) -> Numbers:
-        """Return (n, B), the number of each sequence, or of its last segment."""
-        return np.array([ends.sequences for ends in self._ends])
-
-    def __getitem__(self, call: int) -> SequenceAssignment:
-        sequences, roots, steps, _ = self._ends[call]
-        forks, origins = self.forks.get(call, ()), self.origins.get(call, ())
-        return SequenceAssignment(sequences, self.begun[call], forks, steps - 1, roots, origins)
-
-
-@dataclass
-class _PendingAssignment:
-    """An assignment that is not committed yet, with the final states of its call.
-
-    Attributes:
-        assignment: Its sequences.
-        final: (B, W) the states that it ended with; None if nothing can continue from them.
-        steps: (B,) steps of each sequence after it.
-        offsets: (B,) steps that each had before its segment; None if none had any.
-        names: (B,) of the sequences, None for none; None if none has a name.
-        whole: The call that it continues as a whole, if it does.
-        used: The states that it continues or forks from, otherwise.
-        is_owned: Whether no other code can change `final`.
-    """
-
-    assignment: SequenceAssignment
-    final: Tensor | None
-    steps: Integers
-    offsets: Integers | None
-    names: tuple[Hashable, ...] | None = None
-    whole: FinalStates | None = None
-    used: tuple[StateRow, ...] = ()
-    is_owned: bool = False
 
 
 class SequenceTracker:
@@ -191,7 +67,7 @@ class SequenceTracker:
     def __init__(self, memory: int) -> None:
         self._bytes = memory
         self._count = 0
-        self._next: _PendingAssignment | None = None
+        self._next: PendingAssignment | None = None
         # Whether a call was counted and not remembered.
         self._is_behind = False
         # The count before a series whose calls may not be appended yet.
@@ -200,7 +76,7 @@ class SequenceTracker:
 
     def _forget(self) -> None:
         self._memory = StateMemory(int(self._bytes * (1 - NAMES_FRACTION)))
-        self._names = _NamedSequences(int(self._bytes * NAMES_FRACTION))
+        self._names = NamedSequences(int(self._bytes * NAMES_FRACTION))
         self._is_behind = False
 
     def assign(
@@ -234,7 +110,7 @@ class SequenceTracker:
         names: Sequence[Hashable] | None = None,
         *,
         is_owned: bool = False,
-    ) -> _PendingAssignment:
+    ) -> PendingAssignment:
         last = self._memory.last
         if not len(lengths) or final is None or not final.shape[1]:
             found = self._begin_all(len(lengths))
@@ -345,7 +221,7 @@ class SequenceTracker:
         self._next, self._is_behind = None, False
         return result
 
-    def _remember(self, accepted: _PendingAssignment) -> None:
+    def _remember(self, accepted: PendingAssignment) -> None:
         assignment = accepted.assignment
         if accepted.whole is not None:
             self._memory.close(accepted.whole)
@@ -371,25 +247,23 @@ class SequenceTracker:
         """Return the numbers of all sequences that can be continued."""
         return self._memory.sequences() | self._names.sequences()
 
-    def _begin_all(self, batch: int) -> _PendingAssignment:
+    def _begin_all(self, batch: int) -> PendingAssignment:
         sequences = np.arange(self._count, self._count + batch, dtype=np.uint64)
         before = np.zeros(batch, np.int64)
         begun = np.ones(batch, bool)
-        return _PendingAssignment(
+        return PendingAssignment(
             SequenceAssignment(sequences, begun, (), before, sequences), None, before, None
         )
 
-    def _continue_all(self, last: FinalStates) -> _PendingAssignment:
+    def _continue_all(self, last: FinalStates) -> PendingAssignment:
         begun = np.zeros(len(last.sequences), bool)
         assignment = SequenceAssignment(last.sequences, begun, (), last.steps, last.roots)
-        return _PendingAssignment(
-            assignment, None, last.steps, last.offsets, last.names, whole=last
-        )
+        return PendingAssignment(assignment, None, last.steps, last.offsets, last.names, whole=last)
 
-    def _match(self, initial: Tensor) -> _PendingAssignment:
+    def _match(self, initial: Tensor) -> PendingAssignment:
         """Match each row of a call to the remembered states."""
         found = self._memory.find(initial)
-        rows = _AssignmentBuilder(len(found), self._count)
+        rows = AssignmentBuilder(len(found), self._count)
         fresh = [not nonzero for nonzero in initial.any(1).tolist()]
         wanted: dict[StateRow, int] = {}
         for is_fresh, states in zip(fresh, found, strict=True):
@@ -425,7 +299,7 @@ class SequenceTracker:
         return rows.finish()
 
     @staticmethod
-    def _fork_from_earlier(rows: _AssignmentBuilder, row: int, states: Sequence[StateRow]) -> None:
+    def _fork_from_earlier(rows: AssignmentBuilder, row: int, states: Sequence[StateRow]) -> None:
         if len({call for call, _ in states}) == 1:
             # Equal rows of one batch, as of a prompt that is repeated: each from its own.
             rows.fork(row, next((each for each in states if each[1] == row), states[0]))
@@ -437,11 +311,11 @@ class SequenceTracker:
 
     def _assign_named(
         self, initial: Tensor | None, names: tuple[Hashable, ...]
-    ) -> _PendingAssignment:
+    ) -> PendingAssignment:
         ends = [self._names.get(name) for name in names]
-        same = _same_as_ended(initial, ends)
+        same = same_as_ended(initial, ends)
         known = self._first_states(initial, ends)
-        rows = _AssignmentBuilder(len(names), self._count)
+        rows = AssignmentBuilder(len(names), self._count)
         for row, (end, is_same) in enumerate(zip(ends, same, strict=True)):
             if end is None:
                 self._begin_new_name(rows, row, names[row], known.get(row))
@@ -472,7 +346,7 @@ class SequenceTracker:
         }
 
     def _begin_new_name(
-        self, rows: _AssignmentBuilder, row: int, name: Hashable, state: StateRow | None
+        self, rows: AssignmentBuilder, row: int, name: Hashable, state: StateRow | None
     ) -> None:
         """A new name goes on where a sequence without one has ended, or forks, or begins."""
         if self._names.was_dropped(name):
@@ -493,156 +367,3 @@ def _all_zero(states: Tensor, is_owned: bool) -> bool:
     if is_owned and states.device.type == "cpu" and states.dtype is not torch.bfloat16:
         return not states.numpy().any()
     return not states.any()
-
-
-class _AssignmentBuilder:
-    """Builds the assignment of a call, row by row.
-
-    Args:
-        batch: How many there are, B.
-        count: How many sequences have begun before.
-    """
-
-    def __init__(self, batch: int, count: int) -> None:
-        self._count = count
-        self._sequences, self._roots = np.empty((2, batch), np.uint64)
-        self._steps, self._offsets = np.zeros((2, batch), np.int64)
-        self._begun = np.ones(batch, bool)
-        self._forks: list[Fork] = []
-        self._origins: list[Origin] = []
-        self._used: list[StateRow] = []
-        self._names: list[Hashable] = [None] * batch
-
-    def begin(self, row: int, mark: str | None = None) -> None:
-        """Begin a sequence."""
-        self._sequences[row] = self._roots[row] = self._count
-        self._count += 1
-        if mark is not None:
-            self.mark(row, mark)
-
-    def mark(self, row: int, mark: str) -> None:
-        """Mark how a sequence began."""
-        self._origins.append(Origin(int(self._sequences[row]), mark))
-
-    def continue_from(self, row: int, state: StateRow) -> None:
-        """Continue a sequence from the state that it ended with."""
-        call, index = state
-        self._begun[row] = False
-        end = call.end(index)
-        self._sequences[row], self._roots[row] = end.sequence, end.root
-        self._steps[row], self._offsets[row] = end.steps, end.offset
-        self._names[row] = None if call.names is None else call.names[index]
-        self._used.append(state)
-
-    def fork(self, row: int, state: StateRow) -> None:
-        """Begin a sequence inside another one."""
-        self.begin(row)
-        self._used.append(state)
-        self._add_fork(row, state[0].end(state[1]))
-
-    def begin_segment(self, row: int, named: NamedEnd) -> None:
-        """Continue a sequence with a new segment."""
-        self.begin(row, "continued")
-        end = named.end
-        self._roots[row] = end.root
-        self._steps[row] = self._offsets[row] = end.steps
-        self._add_fork(row, end)
-        if not named.call.is_dropped:
-            self._used.append((named.call, named.row))
-
-    def _add_fork(self, row: int, end: SequenceEnd) -> None:
-        fork = Fork(int(self._sequences[row]), end.sequence, end.steps - end.offset)
-        self._forks.append(fork)
-
-    def is_used(self, state: StateRow) -> bool:
-        """Whether a row goes on from this state already."""
-        return state in self._used
-
-    def finish(self) -> _PendingAssignment:
-        """Return what there is."""
-        assignment = SequenceAssignment(
-            self._sequences,
-            self._begun,
-            tuple(self._forks),
-            self._steps,
-            self._roots if (self._roots != self._sequences).any() else self._sequences,
-            tuple(self._origins),
-        )
-        names = tuple(self._names) if any(name is not None for name in self._names) else None
-        offsets = self._offsets if self._offsets.any() else None
-        return _PendingAssignment(
-            assignment, None, self._steps, offsets, names, used=tuple(self._used)
-        )
-
-
-class NamedEnd(NamedTuple):
-    """The end of a named sequence.
-
-    Attributes:
-        call: The call that ended there. Its state may be dropped: the sequence goes on even so.
-        row: Its row in that call.
-        end: Its numbers.
-    """
-
-    call: FinalStates
-    row: int
-    end: SequenceEnd
-
-
-class _NamedSequences:
-    """The ends of the named sequences.
-
-    Args:
-        limit: Bytes that it may take.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self._most = max(1, int(limit * 7 / 8) // NAME_BYTES)
-        self._dropped = Digests(int(limit / 8))
-        # Ordered by when they were last used.
-        self._ends: OrderedDict[Hashable, NamedEnd] = OrderedDict()
-
-    def get(self, name: Hashable) -> NamedEnd | None:
-        """Where a sequence has ended; None if it has not begun."""
-        return self._ends.get(name)
-
-    def was_dropped(self, name: Hashable) -> bool:
-        """Whether it has begun, and was dropped."""
-        return self._dropped.hold_hashes(_hashes([name]))[0]
-
-    def add(self, call: FinalStates) -> None:
-        """Note where the named sequences of a call have ended."""
-        for index, name in enumerate(call.names or ()):
-            if name is not None:
-                self._ends[name] = NamedEnd(call, index, call.end(index))
-                self._ends.move_to_end(name)
-        too_many = len(self._ends) - max(self._most, len(call.names or ()))
-        if too_many > 0:
-            names = [self._ends.popitem(last=False)[0] for _ in range(too_many)]
-            self._dropped.add_hashes(_hashes(names))
-
-    def sequences(self) -> set[int]:
-        """The numbers of their last segments."""
-        return {named.end.sequence for named in self._ends.values()}
-
-
-def _hashes(names: Sequence[Hashable]) -> npt.NDArray[np.uint64]:
-    return np.array([hash(name) % (1 << 64) for name in names], np.uint64)
-
-
-def _same_as_ended(initial: Tensor | None, ends: Sequence[NamedEnd | None]) -> list[bool]:
-    """Whether each row of (B, W) states is the state that its sequence ended with."""
-    same = [False] * len(ends)
-    if initial is None:
-        return same
-    by_call: dict[FinalStates, tuple[list[int], list[int]]] = {}
-    for row, end in enumerate(ends):
-        if end is not None and not end.call.is_dropped:
-            rows, indices = by_call.setdefault(end.call, ([], []))
-            rows.append(row)
-            indices.append(end.row)
-    for call, (rows, indices) in by_call.items():
-        found = equal_rows(initial, rows, call.states, indices)
-        for row, is_equal in zip(rows, found, strict=True):
-            same[row] = is_equal
-    return same

@@ -7,7 +7,8 @@ import threading
 import numpy as np
 import torch
 
-from grutrace.capture.recording.sequence_tracking import SequenceAssignment, SequenceTracker
+from grutrace.capture.sequences.assignment import SequenceAssignment
+from grutrace.capture.sequences.tracker import SequenceTracker
 from grutrace.records import Fork
 
 

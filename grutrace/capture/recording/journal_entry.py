@@ -1,0 +1,86 @@
+"""A call that waits in the journal on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from grutrace.capture.kernel_calls.observation import KernelRun
+from grutrace.capture.recording.site_recorder import Replayed, SiteRecorder
+from grutrace.capture.recording.weight_versions import Version, WeightVersionTracker
+
+
+class CheckedWeights(NamedTuple):
+    """What is known of the weights of a call.
+
+    Attributes:
+        versions: What numbered the version.
+        version: The version that is present now.
+        is_certain: Whether every byte was compared, so that the call used this version.
+        is_new: Whether the version was first seen at this call.
+    """
+
+    versions: WeightVersionTracker
+    version: Version
+    is_certain: bool
+    is_new: bool
+
+
+class JournalEntry:
+    """An observed call that waits in the journal.
+
+    Attributes:
+        module: Index of its module in the header.
+        run: The call, with the weights that it is thought to have used.
+        is_copied: Whether `run` holds copies, so that the call can wait.
+        nbytes: Bytes that it takes.
+        version: The version of the weights that was known when it ran.
+        versions: What numbered that version: another one than now, if the trace was emptied since.
+        is_certain: Whether every byte of the weights was compared.
+        tag: The user's name for this part of the run.
+        names: (B,) the user's names of the sequences; None to go by the states.
+        time: When it ran, in seconds since 1970.
+        autocast: The type of device and the precision of autocast, where that was on.
+        is_appended: Whether the sink has it.
+        replays: The calls that it is replayed together with; None if it is replayed on its own.
+    """
+
+    __slots__ = (
+        *("autocast", "is_certain", "is_copied", "is_appended", "module", "names", "nbytes"),
+        *("replays", "run", "tag", "time", "version", "versions"),
+    )
+
+    def __init__(self, module: int, run: KernelRun, checked: CheckedWeights) -> None:
+        self.module, self.run = module, run
+        self.versions, self.version, self.is_certain, _ = checked
+        self.is_copied = self.is_appended = False
+        self.nbytes = 0
+        self.tag: str | None = None
+        self.names: Sequence[Hashable] | None = None
+        self.time = 0.0
+        self.autocast: tuple[str, torch.dtype] | None = None
+        self.replays: ReplayGroup | None = None
+
+
+class ReplayGroup:
+    """Calls of one step whose gates are replayed at once, when the first of them is worked out."""
+
+    def __init__(self, entries: Sequence[JournalEntry], sites: Sequence[SiteRecorder]) -> None:
+        self._entries, self._sites = entries, sites
+        self._replayed: dict[tuple[JournalEntry, str], Replayed | None] | None = None
+
+    def of(self, entry: JournalEntry) -> Mapping[str, Replayed | None]:
+        """Return the gates of a call, by the suffix of the site."""
+        if self._replayed is None:
+            observations = [waiting.run.observation() for waiting in self._entries]
+            self._replayed = {
+                (waiting, site.site.suffix): replayed
+                for site in self._sites
+                for waiting, replayed in zip(
+                    self._entries, site.replay_together(observations), strict=True
+                )
+            }
+        suffixes = [site.site.suffix for site in self._sites]
+        return {suffix: self._replayed.pop((entry, suffix), None) for suffix in suffixes}

@@ -1,0 +1,1 @@
+"""Which sequence each batch row of a call belongs to."""

@@ -1,0 +1,77 @@
+"""Digests of states and names that were dropped from memory, so that their return is noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+#: Values of a state that its digest is made of, spread over all units.
+DIGEST_COLUMNS = 16
+
+#: Odd constants of multiplicative hashing.
+_FACTOR, _MIXER = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93
+
+Hashes: TypeAlias = npt.NDArray[np.uint64]
+
+
+class Digests:
+    """64-bit digests of dropped states and names, in a table of fixed size.
+
+    A digest may replace an older one, so states that were dropped long ago may be missing.
+
+    Args:
+        limit: Bytes of the table.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._bits = max(4, (limit // 8).bit_length() - 1)
+        self._table: Hashes | None = None
+
+    def add(self, states: Sequence[Tensor]) -> None:
+        """Note states, (B, W) each."""
+        if states:
+            self.add_hashes(_digests(states))
+
+    def hold(self, states: Tensor) -> list[bool]:
+        """Whether each of (B, W) states was noted."""
+        if self._table is None:
+            return [False] * len(states)
+        return self.hold_hashes(_digests([states]))
+
+    def add_hashes(self, found: Hashes) -> None:
+        """Note (n,) numbers."""
+        # An empty place is 0.
+        found = found | np.uint64(1)
+        if self._table is None:
+            table = torch.zeros(1 << self._bits, dtype=torch.int64, device="cpu")
+            self._table = table.numpy().view(np.uint64)
+        self._table[self._slots(found)] = found
+
+    def hold_hashes(self, found: Hashes) -> list[bool]:
+        """Whether each of (n,) numbers was noted."""
+        if self._table is None:
+            return [False] * len(found)
+        found = found | np.uint64(1)
+        held: list[bool] = (self._table[self._slots(found)] == found).tolist()
+        return held
+
+    def _slots(self, found: Hashes) -> Hashes:
+        return (found * np.uint64(_MIXER)) >> np.uint64(64 - self._bits)
+
+
+def _digests(states: Sequence[Tensor]) -> Hashes:
+    """Return a digest of each of several batches of states, end to end."""
+    stride = max(1, -(-states[0].shape[1] // DIGEST_COLUMNS))
+    # A copy, as float64: that holds every value of any floating-point type.
+    columns = torch.cat([each[:, ::stride] for each in states]).to("cpu", torch.float64)
+    # Adding 0 makes -0 a 0, which it is equal to.
+    bits = (columns.numpy() + 0.0).view(np.uint64)
+    factors = np.arange(1, 1 + bits.shape[1], dtype=np.uint64) * np.uint64(_FACTOR)
+    bits = (bits ^ (bits >> np.uint64(29))) * (factors | np.uint64(1))
+    found: Hashes = (bits ^ (bits >> np.uint64(32))).sum(1, dtype=np.uint64)
+    return found
