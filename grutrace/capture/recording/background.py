@@ -30,7 +30,9 @@ from grutrace.gru.residual import ResidualViolation, find_violations
 from grutrace.records import (
     GATES,
     Array,
+    CallBatch,
     CallRecord,
+    CallSeries,
     ModuleInfo,
     Record,
     Site,
@@ -82,6 +84,36 @@ class PendingCall(CallRecord):
         return super().nbytes + sum(array.nbytes for array in self.starts.values())
 
 
+@dataclass(frozen=True)
+class PendingSeries(CallSeries):
+    """Alike calls whose states and input were copied, and whose gates are not computed yet.
+
+    Attributes:
+        starts: By suffix, (n,) as `PendingCall.starts` of each call.
+        weights_record: The version of the weights that the calls used.
+    """
+
+    starts: Mapping[str, Sequence[Array]] = field(default_factory=dict)
+    weights_record: WeightsRecord | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays."""
+        starts = (array for arrays in self.starts.values() for array in arrays)
+        return super().nbytes + sum(array.nbytes for array in starts)
+
+    def calls(self) -> list[CallRecord]:
+        """Return the calls as single records."""
+        return [
+            PendingCall(
+                **{name: getattr(call, name) for name in CallRecord.__dataclass_fields__},
+                starts={suffix: arrays[index] for suffix, arrays in self.starts.items()},
+                weights_record=self.weights_record,
+            )
+            for index, call in enumerate(super().calls())
+        ]
+
+
 class BackgroundReplay:
     """Completes pending calls with their gates. For one thread at a time.
 
@@ -102,9 +134,14 @@ class BackgroundReplay:
         self._lock = threading.Lock()
 
     def __call__(self, records: Sequence[Record]) -> list[Record]:
-        """Return the records as they are to be stored."""
+        """Return the records as they are to be stored: calls one by one, with their gates."""
         if self._own_thread:
             limit_torch_threads()
+        records = [
+            call
+            for record in records
+            for call in (record.calls() if isinstance(record, CallBatch) else (record,))
+        ]
         whole = list(records)
         waiting: dict[int, list[int]] = {}
         for place, record in enumerate(records):

@@ -31,7 +31,6 @@ from grutrace.capture.recording.journal_entry import CheckedWeights, JournalEntr
 from grutrace.capture.recording.module_recorder import ModuleRecorder
 from grutrace.capture.recording.series_buffer import (
     PreparedBatch,
-    SeriesBuffer,
     SeriesGroup,
     Streak,
     can_join_series,
@@ -199,7 +198,7 @@ class Journal:
             group = self._group or SeriesGroup()
             series = group.series.get(module)
             if series is None or not series.takes(run, checked.version, tag, batches):
-                if not can_join_series(run):
+                if checked.is_new or not can_join_series(run):
                     return False
                 if series is not None:
                     self._close_group()
@@ -256,49 +255,51 @@ class Journal:
                     left += self._record_first() - 1
 
     def _record_first(self) -> int:
-        """Record the calls of the first entry, or replace it by more; return by how many."""
-        first = self._entries.popleft()
+        """Record the calls of the first entry, or put more before it; return how many."""
+        first = self._entries[0]
         if not isinstance(first, SeriesGroup):
+            self._entries.popleft()
             self._record_entry(*first)
             return 0
-        if self._record_group(first):
-            return 0
-        entries = [self._single(series, call) for series, call in first.calls()]
-        self._entries.extendleft(reversed(entries))
-        return len(entries)
+        # An interruption can come at any time, so a group stays first until its calls are stored.
+        if not (first.is_divided or first.commitment.is_done or self._record_group(first)):
+            entries = self._divide(first)
+            self._entries.extendleft(reversed(entries))
+            first.is_divided = True
+            return 1 + len(entries)
+        self._entries.popleft()
+        self._bytes = self._bytes - first.nbytes if self._entries else 0
+        return 0
 
-    def _single(
-        self, series: SeriesBuffer, call: int
-    ) -> tuple[JournalEntry, RecordedBatches | None]:
-        """Return a call of a series as an entry of its own."""
-        is_certain = series.are_certain[call]
-        checked = CheckedWeights(series.versions, series.version, is_certain, False)
-        entry = JournalEntry(series.module, series.single_run(call), checked)
-        entry.tag, entry.time = series.tag, series.times[call]
-        entry.is_copied, entry.nbytes = True, series.call_nbytes
-        return entry, series.batches
+    def _divide(self, group: SeriesGroup) -> list[_Entry]:
+        """Return the calls of a group as entries of their own."""
+        entries = []
+        for series, call in group.calls():
+            is_certain = series.are_certain[call]
+            checked = CheckedWeights(series.versions, series.version, is_certain, False)
+            entry = JournalEntry(series.module, series.single_run(call), checked)
+            entry.tag, entry.time, entry.is_copied = series.tag, series.times[call], True
+            entries.append((entry, series.batches))
+        for module in group.series:
+            self._recorders[module].gather([each for each, _ in entries if each.module == module])
+        return entries
 
     def _record_group(self, group: SeriesGroup) -> bool:
         """Record the calls of a group at once. Return False if they must be recorded singly."""
-        size, count = group.nbytes, len(group)
-        counted = self._guarded_sink.calls
-        self._bytes = self._bytes - size if self._entries else 0
+        calls_before = self._guarded_sink.calls
         try:
             if group.prepared is None:
                 group.prepared = self._prepare(group)
             if group.prepared is None:
-                self._bytes += size
                 return False
             number = self._append_group(group, group.prepared.record)
-        except BaseException as error:
-            # An interruption does not concern the calls.
-            is_about_them = isinstance(error, Exception) and not self._is_outside
-            if is_about_them:
-                # Calls whose weights could not be stored are not counted yet.
-                self._guarded_sink.count_calls(max(0, counted + count - self._guarded_sink.calls))
-            elif not group.commitment.is_done:
-                self._entries.appendleft(group)
-                self._bytes += size
+        except Exception:
+            if not self._is_outside:
+                # The calls are lost. Those whose weights could not be stored are not counted yet.
+                self._entries.popleft()
+                self._bytes = self._bytes - group.nbytes if self._entries else 0
+                missing = calls_before + len(group) - self._guarded_sink.calls
+                self._guarded_sink.count_calls(max(0, missing))
             raise
         self._report(group, group.prepared, number)
         return True

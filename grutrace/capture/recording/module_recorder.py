@@ -14,7 +14,7 @@ from torch import Tensor
 from grutrace.capture.kernel_calls.observation import KernelRun, Observation
 from grutrace.capture.options import Options
 from grutrace.capture.recording.annotations import RecordedBatches, RecordedCall
-from grutrace.capture.recording.background import PendingCall
+from grutrace.capture.recording.background import PendingCall, PendingSeries
 from grutrace.capture.recording.guarded_sink import RecordingLimits
 from grutrace.capture.recording.journal_entry import CheckedWeights, JournalEntry, ReplayGroup
 from grutrace.capture.recording.series_buffer import SeriesBuffer
@@ -116,10 +116,10 @@ class ModuleRecorder:
             and machine_epsilon(stored) <= machine_epsilon(computed)
         )
         self.joins_series = (
-            not (self.description.bidirectional or self._copying or limits.is_limited)
+            not (self.description.bidirectional or limits.is_limited)
             and self.description.num_layers == 1
             and self._step_filter is None
-            and (options.gates == "deferred" or self._gathers)
+            and (options.gates != "inline" or self._gathers)
         )
         self.requested_gates = NO_GATES
         if wanted and kernel_supported():
@@ -316,7 +316,7 @@ class ModuleRecorder:
                 result.tolerances,
                 result.precision,
             )
-        record = CallSeries(
+        fields = (
             self._index,
             np.array(series.times[:count]),
             series.tag,
@@ -328,7 +328,11 @@ class ModuleRecorder:
             assignment.forks,
             assignment.origins,
         )
-        return record, assignment
+        if not self._copying:
+            return CallSeries(*fields), assignment
+        starts = {site.site.suffix: site.series_start_states(series) for site in self._copying}
+        weights = self._record_of(series.version)
+        return PendingSeries(*fields, starts, weights), assignment
 
     def append_weights(self, series: CallSeries) -> None:
         """Announce the weights of a series, if they are new."""

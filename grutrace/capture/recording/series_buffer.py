@@ -214,6 +214,7 @@ class SeriesGroup:
         order: The series of each call, in the order of the calls.
         commitment: Whether the calls are appended to the sink.
         prepared: What is to be appended, once it is worked out.
+        is_divided: Whether its calls are recorded one by one.
     """
 
     def __init__(self) -> None:
@@ -221,9 +222,10 @@ class SeriesGroup:
         self.order: list[SeriesBuffer] = []
         self.commitment = Commitment()
         self.prepared: PreparedBatch | None = None
+        self.is_divided = False
 
     def __len__(self) -> int:
-        return sum(series.count for series in self.series.values())
+        return 0 if self.is_divided else sum(series.count for series in self.series.values())
 
     @property
     def nbytes(self) -> int:

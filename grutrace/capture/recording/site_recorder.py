@@ -25,7 +25,7 @@ from grutrace.gru.gate_requests import NO_GATES, GateCopyPlan, GateRequest
 from grutrace.gru.joint_replay import OneStep, calls_at_once, replay_calls
 from grutrace.gru.kernel import CellWeights, Layer
 from grutrace.gru.kernel_gates import KernelGates
-from grutrace.gru.layout import SequenceLayout, copy_cast
+from grutrace.gru.layout import SequenceLayout, copy_cast, has_dtype
 from grutrace.gru.replay import ColumnSelector, GateReplay
 from grutrace.gru.residual import ResidualCheck, max_residual
 from grutrace.gru.tolerance import (
@@ -293,6 +293,13 @@ class SiteRecorder:
             initial = series.initial(call)
             states.append(initial if begun[call].all() else initial[torch.from_numpy(begun[call])])
         return self._rows.of(torch.cat(states)) if states else self._no_states
+
+    def series_start_states(self, series: SeriesBuffer) -> list[Array]:
+        """Return the state that each sequence of each call started from, (n,) of (B, H)."""
+        states = [series.initial(call) for call in range(series.count)]
+        if has_dtype(states[0], self._rows.dtype):
+            return [initial.numpy() for initial in states]
+        return [self._rows.of(initial) for initial in states]
 
     @property
     def replays_whole(self) -> bool:

@@ -16,7 +16,8 @@ from grutrace.storage.write.claims import Claim
 from grutrace.storage.write.writer import Writer
 from grutrace.storage.write.writer_thread import QUEUE_BYTES, Consumer, WriterThread
 
-#: Completes records before they are stored. Returns as many records, in the same order.
+#: Completes records before they are stored. Returns them in the same order; a batch of calls may
+#: become single calls.
 RecordTransform: TypeAlias = Callable[[Sequence[Record]], list[Record]]
 
 #: Bytes of records that are transformed together, so that many small calls share the overhead.

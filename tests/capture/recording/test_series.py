@@ -138,6 +138,8 @@ def assert_same(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> 
 OPTIONS = {
     "deferred": {"gates": "deferred"},
     "inline": {"gates": "inline"},
+    "background": {"gates": "background"},
+    "background, another type": {"gates": "background", "dtype": "float64"},
     "states only": {"gates": "deferred", "record": ("hidden",)},
     "another type": {"gates": "deferred", "dtype": "float16"},
     "little memory": {"gates": "deferred", "state_memory": 16 * 1024},
