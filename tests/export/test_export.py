@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tracemalloc
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 
 import grutrace
 from grutrace.__main__ import main
+from grutrace.capture.trace_output import TraceOutput
 from grutrace.export import variables
 from grutrace.export.formats import FORMATS, export_trace
 from grutrace.storage.open import open_sink
@@ -177,9 +179,9 @@ def test_blocks_of_any_size(full, tmp_path, monkeypatch, block, gathered) -> Non
 
 def test_parts_of_a_run_are_one_trace(tmp_path, monkeypatch) -> None:
     for part in (1, 2):
-        monkeypatch.setattr(
-            grutrace.Tracer, "_extra_options", {"run": {"id": "a" * 32, "part": part}}
-        )
+        stamp = {"run": {"id": "a" * 32, "part": part}}
+        output = partial(TraceOutput, extra_options=stamp)
+        monkeypatch.setattr("grutrace.capture.tracer.TraceOutput", output)
         model = torch.nn.ModuleDict({f"m{part}": torch.nn.GRU(2, 3)})
         path = tmp_path / ("run.h5" if part == 1 else "run.part0002.h5")
         with grutrace.trace(model, path):

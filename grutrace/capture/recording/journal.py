@@ -198,13 +198,13 @@ class Journal:
             group = self._group or SeriesGroup()
             series = group.series.get(module)
             if series is None or not series.takes(run, checked.version, tag, batches):
-                if checked.is_new or not can_join_series(run):
+                if not can_join_series(run):
                     return False
                 if series is not None:
                     self._close_group()
                     group = SeriesGroup()
                 capacity = self._streaks[module].capacity(run)
-                if not capacity:
+                if checked.is_new or not capacity:
                     return False
                 given = run, checked, tag, batches, capacity, self._buffer
                 series = self._recorders[module].new_series(*given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import grutrace
 from grutrace.analysis.verification import materialize
 from grutrace.analysis.verification.materialize import materialize_file
 from grutrace.analysis.verification.verify import verify
+from grutrace.capture.trace_output import TraceOutput
 from grutrace.records import GATES
 from tests.capture.models import EncoderDecoder
 from tests.checks import EVERYTHING
@@ -135,9 +137,9 @@ def test_the_files_of_a_run_become_one_file(tmp_path, monkeypatch) -> None:
     torch.manual_seed(0)
     models, traces = [nn.GRU(2, 3), nn.GRU(2, 4)], []
     for part, model in enumerate(models, 1):
-        monkeypatch.setattr(
-            grutrace.Tracer, "_extra_options", {"run": {"id": "a" * 32, "part": part}}
-        )
+        stamp = {"run": {"id": "a" * 32, "part": part}}
+        output = partial(TraceOutput, extra_options=stamp)
+        monkeypatch.setattr("grutrace.capture.tracer.TraceOutput", output)
         path = tmp_path / ("run.h5" if part == 1 else "run.part0002.h5")
         with (
             grutrace.trace(model, record=EVERYTHING) as inline,

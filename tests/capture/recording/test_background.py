@@ -597,6 +597,8 @@ class SlowDevice:
 @pytest.fixture
 def slow_device(monkeypatch) -> type[SlowDevice]:
     monkeypatch.setattr("grutrace.capture.recording.tensor_copy.SideStream", SlowDevice)
+    # As on a device, where calls form no series.
+    monkeypatch.setattr("grutrace.capture.recording.journal.can_join_series", lambda _: False)
     monkeypatch.setattr(SlowDevice, "waits", 0)
     return SlowDevice
 

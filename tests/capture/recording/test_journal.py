@@ -360,6 +360,8 @@ def test_an_interruption_loses_no_call_that_waits(monkeypatch, patient) -> None:
             raise KeyboardInterrupt
         return record(self, entry)
 
+    # Calls that wait one by one; those of a series are in test_series.py.
+    monkeypatch.setattr(journal, "can_join_series", lambda _: False)
     with torch.no_grad(), grutrace.trace(cell) as trace:
         state = None
         for _ in range(4):
