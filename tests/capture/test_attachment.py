@@ -14,18 +14,7 @@ from torch import nn
 
 import grutrace
 from grutrace.capture.kernel_calls.subscription import is_observing
-from tests.capture.models import EncoderDecoder, hooks
-
-
-@pytest.fixture
-def model() -> EncoderDecoder:
-    torch.manual_seed(0)
-    return EncoderDecoder(layers=2, dropout=0.2)
-
-
-@pytest.fixture
-def batch() -> torch.Tensor:
-    return torch.randn(3, 7, 5)
+from tests.capture.models import hooks
 
 
 def test_attaching_adds_nothing_to_the_model(model, batch) -> None:

@@ -7,18 +7,6 @@ import torch
 from torch import nn
 
 import grutrace
-from tests.capture.models import EncoderDecoder
-
-
-@pytest.fixture
-def model() -> EncoderDecoder:
-    torch.manual_seed(0)
-    return EncoderDecoder(layers=2, dropout=0.2)
-
-
-@pytest.fixture
-def batch() -> torch.Tensor:
-    return torch.randn(3, 7, 5)
 
 
 def test_a_model_that_is_the_layer() -> None:

@@ -14,19 +14,8 @@ from torch.nn.utils.rnn import pack_sequence
 
 import grutrace
 from tests.capture.changes import while_the_kernel_runs
-from tests.capture.models import EncoderDecoder, StepwiseDecoder, hooks
+from tests.capture.models import StepwiseDecoder, hooks
 from tests.checks import EVERYTHING, tensors
-
-
-@pytest.fixture
-def model() -> EncoderDecoder:
-    torch.manual_seed(0)
-    return EncoderDecoder(layers=2, dropout=0.2)
-
-
-@pytest.fixture
-def batch() -> torch.Tensor:
-    return torch.randn(3, 7, 5)
 
 
 def test_every_site_of_every_gru(model, batch) -> None:

@@ -13,18 +13,6 @@ from torch import nn
 import grutrace
 from grutrace.capture import model_recorder
 from grutrace.errors import GrutraceWarning
-from tests.capture.models import EncoderDecoder
-
-
-@pytest.fixture
-def model() -> EncoderDecoder:
-    torch.manual_seed(0)
-    return EncoderDecoder(layers=2, dropout=0.2)
-
-
-@pytest.fixture
-def batch() -> torch.Tensor:
-    return torch.randn(3, 7, 5)
 
 
 def test_a_module_that_was_never_called_is_reported(model, batch) -> None:

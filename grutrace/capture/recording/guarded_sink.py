@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from grutrace.capture.sequences.assignment import Commitment
 from grutrace.errors import SinkError
 from grutrace.records import CallBatch, CallRecord, Record, Sink, WeightsRecord
 
@@ -32,8 +33,12 @@ class GuardedSink:
         self.records = self.call_records = self.calls = 0
         self._lock = threading.Lock()
 
-    def append(self, record: Record) -> int | None:
+    def append(self, record: Record, commitment: Commitment | None = None) -> int | None:
         """Append a record to the sink.
+
+        Args:
+            record: The record.
+            commitment: Is done once the sink has the record, even if an interruption follows.
 
         Returns:
             For a call or a batch of calls, the number of calls before it.
@@ -44,19 +49,23 @@ class GuardedSink:
         calls = 1 if isinstance(record, CallRecord) else 0
         if isinstance(record, CallBatch):
             calls = len(record)
-        # Counted first: an interruption after the append must not leave the call uncounted.
-        self.count_calls(calls)
+        appended = self.sink.appended
         try:
             self.sink.append(record)
         except SinkError:
-            if isinstance(record, WeightsRecord):
-                # The call that needs these weights is not appended.
-                self.count_calls(1)
+            # The call that needs these weights is not appended.
+            self.count_calls(1 if isinstance(record, WeightsRecord) else calls)
             raise
-        with self._lock:
-            self.records += 1
-            self.call_records += calls
-            return self.call_records - calls if calls else None
+        finally:
+            # An interruption can come before or after the sink takes the record.
+            is_taken = self.sink.appended > appended
+            if commitment is not None:
+                commitment.is_done = is_taken
+            with self._lock:
+                self.records += is_taken
+                self.call_records += calls * is_taken
+                self.calls += calls * is_taken
+        return self.call_records - calls if calls else None
 
     def count_calls(self, calls: int) -> None:
         """Count calls that were to be stored."""

@@ -325,13 +325,7 @@ class Journal:
     def _append_group(self, group: SeriesGroup, record: CallBatch) -> int:
         for series in record.series:
             self._recorders[series.module].append_weights(series)
-        sink = self._guarded_sink.sink
-        before = sink.appended
-        try:
-            number = self._guarded_sink.append(record)
-        finally:
-            # An interruption can come before or after the sink takes the record.
-            group.commitment.is_done = sink.appended > before
+        number = self._guarded_sink.append(record, group.commitment)
         assert number is not None
         return number
 
@@ -384,7 +378,7 @@ class Journal:
         except BaseException as error:
             # An interruption does not concern the call.
             is_about_it = isinstance(error, Exception) and not self._is_outside
-            if not (is_about_it or entry.is_appended):
+            if not (is_about_it or entry.commitment.is_done):
                 self._entries.appendleft((entry, batches))
                 self._bytes += entry.nbytes
             raise

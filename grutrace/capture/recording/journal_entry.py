@@ -10,6 +10,7 @@ import torch
 from grutrace.capture.kernel_calls.observation import KernelRun
 from grutrace.capture.recording.site_recorder import Replayed, SiteRecorder
 from grutrace.capture.recording.weight_versions import Version, WeightVersionTracker
+from grutrace.capture.sequences.assignment import Commitment
 
 
 class CheckedWeights(NamedTuple):
@@ -43,19 +44,20 @@ class JournalEntry:
         names: (B,) the user's names of the sequences; None to go by the states.
         time: When it ran, in seconds since 1970.
         autocast: The type of device and the precision of autocast, where that was on.
-        is_appended: Whether the sink has it.
+        commitment: Whether the sink has it.
         replays: The calls that it is replayed together with; None if it is replayed on its own.
     """
 
     __slots__ = (
-        *("autocast", "is_certain", "is_copied", "is_appended", "module", "names", "nbytes"),
+        *("autocast", "commitment", "is_certain", "is_copied", "module", "names", "nbytes"),
         *("replays", "run", "tag", "time", "version", "versions"),
     )
 
     def __init__(self, module: int, run: KernelRun, checked: CheckedWeights) -> None:
         self.module, self.run = module, run
         self.versions, self.version, self.is_certain, _ = checked
-        self.is_copied = self.is_appended = False
+        self.commitment = Commitment()
+        self.is_copied = False
         self.nbytes = 0
         self.tag: str | None = None
         self.names: Sequence[Hashable] | None = None

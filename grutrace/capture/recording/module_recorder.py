@@ -51,6 +51,9 @@ from grutrace.records import (
 #: Copies a tensor.
 CopyFunction: TypeAlias = Callable[[Tensor], Tensor]
 
+#: Appends a record to the sink; returns the number of the call if it is one.
+AppendFunction: TypeAlias = Callable[[Record, Commitment | None], int | None]
+
 #: By suffix, the rows of a call and what a check of them needs.
 SiteResults: TypeAlias = dict[str, tuple[dict[str, Array], ResidualCheck]]
 
@@ -61,7 +64,7 @@ class ModuleRecorder:
     Args:
         index: Index of the module in the header.
         selection: The module, and what is recorded of it.
-        append: Takes a record for the sink; returns the number of the call if it is one.
+        append: Appends a record to the sink, as `GuardedSink.append` does.
         options: Of the tracer. Where gates are deferred, nothing is replayed but only copied.
         limits: How much the trace may become.
         state_memory: Bytes of states that are remembered, to tell which sequence a call goes on
@@ -77,7 +80,7 @@ class ModuleRecorder:
         self,
         index: int,
         selection: SelectedModule,
-        append: Callable[[Record], int | None],
+        append: AppendFunction,
         options: Options,
         limits: RecordingLimits,
         state_memory: int,
@@ -258,17 +261,17 @@ class ModuleRecorder:
             numbers = assignment.roots.view(np.int64)
             recorded = RecordedCall(self._index, assignment, lengths, numbers)
             block = self._make(entry, observation, assignment)
-            number = self._tracker.commit(partial(self._append_call, entry, block))
+            number = self._commit(entry, block)
             return self._with_findings(recorded, block, number)
         kept = self._step_filter.select(assignment, lengths)
         bounds = self._step_filter.start, self._step_filter.stop
         recorded = RecordedCall(self._index, assignment, lengths, kept.numbers, *bounds)
         if kept.assignment is None:
-            self._tracker.commit(tuple)
+            self._tracker.commit(tuple, Commitment(is_done=True))
         else:
             layers = [each.site.layer for each in self._sites]
             block = self._make(entry, slice_observation(observation, kept, layers), kept.assignment)
-            number = self._tracker.commit(partial(self._append_call, entry, block))
+            number = self._commit(entry, block)
             recorded = self._with_findings(recorded, block, number)
         self._step_filter.commit(kept, self._tracker)
         return recorded
@@ -406,12 +409,15 @@ class ModuleRecorder:
         }
         return self._version_chooser.choose(observation, block, list(versions.values()))
 
+    def _commit(self, entry: JournalEntry, block: CallRecord) -> int | None:
+        append = partial(self._append_call, entry, block)
+        return self._tracker.commit(append, entry.commitment)
+
     def _append_call(self, entry: JournalEntry, block: CallRecord) -> int | None:
         """Hand a call on, its weights having been announced if they are new."""
         self._limits.charge(partial(self._bytes, block))
         self._append_new_weights(block.weights)
-        entry.is_appended = True
-        return self._append(block)
+        return self._append(block, entry.commitment)
 
     def _with_findings(
         self, recorded: RecordedCall, block: CallRecord, number: int | None
@@ -428,7 +434,7 @@ class ModuleRecorder:
         """Hand on the versions of the weights up to this one that were not handed on yet."""
         made = self._versions.new_versions
         while made and made[0].number <= number:
-            self._append(self._record_of(made[0]))
+            self._append(self._record_of(made[0]), None)
             made.popleft()
 
     def _block(

@@ -6,7 +6,7 @@ T steps, B sequences in a batch, I input size, H hidden size, N rows of a call, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -203,19 +203,21 @@ class SiteRecorder:
                 hidden = hidden.chunk(2, -1)[int(site.reverse)]
             calls.append(OneStep(layer.input[0], hidden[0], initial))
         weights = observations[0].call.cell_weights(site.layer, site.reverse)
-        gates, checks = replay_calls(calls, weights)
-        rows = {}
-        for name in GATES:
-            if name in site.quantities:
-                values = getattr(gates, name)
-                rows[name] = np.empty(values.shape, self._rows.dtype)
-                copy_cast(torch.from_numpy(rows[name]), values)
+        rows = self._allocate_gates(len(calls), *calls[0].hidden.shape)
         return [
             None
             if check is None
-            else Replayed({name: each[number] for name, each in rows.items()}, check)
-            for number, check in enumerate(checks)
+            else Replayed({name: values[number] for name, values in rows.items()}, check)
+            for number, check in enumerate(_replay_steps(calls, weights, rows))
         ]
+
+    def _allocate_gates(self, calls: int, batch: int, size: int) -> dict[str, Array]:
+        """Return memory for the stored gates of some calls of one step, (calls, B, H) each."""
+        return {
+            name: np.empty((calls, batch, size), self._rows.dtype)
+            for name in GATES
+            if name in self.site.quantities
+        }
 
     def compute_series_rows(
         self, series: SeriesBuffer, inputs: dict[int, Array]
@@ -257,11 +259,7 @@ class SiteRecorder:
         at_once = calls_at_once(batch, size)
         if at_once < 2:
             return None
-        rows = {
-            name: np.empty((count * batch, size), self._rows.dtype)
-            for name in GATES
-            if name in self.site.quantities
-        }
+        rows = self._allocate_gates(count, batch, size)
         checks: list[ResidualCheck] = []
         for first in range(0, count, at_once):
             numbers = range(first, min(first + at_once, count))
@@ -269,15 +267,18 @@ class SiteRecorder:
                 OneStep(series.inputs[call], series.final[call], series.initial(call))
                 for call in numbers
             ]
-            gates, found = replay_calls(calls, weights)
-            if any(check is None for check in found):
-                return None
-            checks += [check for check in found if check is not None]
-            for name, values in rows.items():
-                of_calls = torch.from_numpy(values[first * batch : numbers.stop * batch])
-                copy_cast(of_calls, getattr(gates, name).flatten(0, 1))
+            part = {name: values[first : numbers.stop] for name, values in rows.items()}
+            for check in _replay_steps(calls, weights, part):
+                if check is None:
+                    return None
+                checks.append(check)
         residuals, tolerances, precisions = zip(*checks, strict=True)
-        return SeriesResult(rows, np.array(residuals), np.array(tolerances), precisions[0])
+        return SeriesResult(
+            {name: values.reshape(-1, size) for name, values in rows.items()},
+            np.array(residuals),
+            np.array(tolerances),
+            precisions[0],
+        )
 
     def series_initial_states(self, series: SeriesBuffer, begun: npt.NDArray[np.bool_]) -> Array:
         """Return the state that each sequence that begins in a series started from.
@@ -417,6 +418,22 @@ class SiteRecorder:
     def _of_units(self, values: Tensor) -> Tensor:
         """(..., U) of (..., H). May share memory."""
         return values if self._units is None else self._units.of(values)
+
+
+def _replay_steps(
+    calls: Sequence[OneStep], weights: CellWeights, rows: Mapping[str, Array]
+) -> list[ResidualCheck | None]:
+    """Replay calls of one step at once, and return the check of each, as `replay_calls` does.
+
+    Args:
+        calls: The calls.
+        weights: The weights that they used.
+        rows: Where the gates are written to, (calls, B, H) each.
+    """
+    gates, checks = replay_calls(calls, weights)
+    for name, values in rows.items():
+        copy_cast(torch.from_numpy(values), getattr(gates, name))
+    return checks
 
 
 def _select_columns(values: Values, there: range, requested_gates: range) -> Values:

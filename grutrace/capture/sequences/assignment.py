@@ -71,14 +71,14 @@ class SeriesStates(Protocol):
 
 
 class Commitment:
-    """Whether the calls that were assigned together are appended.
+    """Whether calls that were assigned to sequences are appended to the sink.
 
     Attributes:
         is_done: Whether they are.
     """
 
-    def __init__(self) -> None:
-        self.is_done = False
+    def __init__(self, *, is_done: bool = False) -> None:
+        self.is_done = is_done
 
 
 class SeriesAssignment:

@@ -203,11 +203,13 @@ class SequenceTracker:
         self._memory.add_run(final, ends, are_open=False)
         return ends
 
-    def commit(self, append: Callable[[], Result]) -> Result:
+    def commit(self, append: Callable[[], Result], commitment: Commitment) -> Result:
         """Append the call that was assigned last, and remember its final states.
 
         Args:
-            append: Appends the call. If it fails, the numbers of the call are not used up.
+            append: Appends the call.
+            commitment: Says whether the call is appended, even if an interruption follows. If it
+                is not, the numbers of the call are not used up.
 
         Returns:
             The result of `append`.
@@ -215,11 +217,13 @@ class SequenceTracker:
         accepted = self._next
         assert accepted is not None
         count = self._count + int(np.count_nonzero(accepted.assignment.begun))
-        # In one statement: no interruption comes between the two.
-        result, self._count, self._is_behind = append(), count, True
-        self._remember(accepted)
-        self._next, self._is_behind = None, False
-        return result
+        try:
+            return append()
+        finally:
+            if commitment.is_done:
+                self._count, self._is_behind = count, True
+                self._remember(accepted)
+                self._next, self._is_behind = None, False
 
     def _remember(self, accepted: PendingAssignment) -> None:
         assignment = accepted.assignment

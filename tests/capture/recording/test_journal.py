@@ -21,6 +21,7 @@ from grutrace.capture.recording import (
 )
 from grutrace.capture.recording.series_buffer import SeriesGroup
 from grutrace.capture.recording.tensor_copy import CopyBuffer
+from grutrace.storage.memory import MemorySink
 from tests import oracles
 
 
@@ -371,6 +372,33 @@ def test_an_interruption_loses_no_call_that_waits(monkeypatch, patient) -> None:
             trace.flush()
         assert len(trace._journal) == 3
     assert trace["cell"].lengths.tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("has_it", [False, True])
+def test_an_interruption_in_the_sink_loses_no_call(has_it, monkeypatch, patient) -> None:
+    cell, x = nn.GRUCell(3, 8), torch.randn(2, 3)
+    append, counts = MemorySink.append, iter(range(100))
+
+    def interrupted(self, record):
+        number = next(counts)
+        if has_it or number != 3:
+            append(self, record)
+        if number == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(journal, "can_join_series", lambda _: False)
+    with torch.no_grad(), grutrace.trace(cell) as trace:
+        for _ in range(6):
+            cell(x)
+        # The weights come first, then the calls.
+        monkeypatch.setattr(MemorySink, "append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            trace.flush()
+        monkeypatch.setattr(MemorySink, "append", append)
+        assert len(trace._journal) == (3 if has_it else 4)
+        trace.flush()
+        assert len(trace.calls) == trace._guarded_sink.calls == 6
+    assert len(trace["cell"]) == 12
 
 
 def test_calls_of_several_threads_are_all_there() -> None:

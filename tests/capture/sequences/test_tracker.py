@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import torch
 
-from grutrace.capture.sequences.assignment import SequenceAssignment
+from grutrace.capture.sequences.assignment import Commitment, SequenceAssignment
 from grutrace.capture.sequences.tracker import SequenceTracker
 from grutrace.records import Fork
 
@@ -25,7 +25,7 @@ class Followed(SequenceTracker):
 
     def assign(self, *args, **kwargs) -> SequenceAssignment:
         found = super().assign(*args, **kwargs)
-        self.commit(lambda: None)
+        self.commit(lambda: None, Commitment(is_done=True))
         return found
 
 
@@ -107,7 +107,7 @@ def test_a_call_that_is_not_recorded_leaves_nothing() -> None:
     continuity = SequenceTracker(1 << 20)
     for _ in range(2):
         assert continuity.assign(None, states(1, 2), ones(2)).sequences.tolist() == [0, 1]
-    continuity.commit(lambda: None)
+    continuity.commit(lambda: None, Commitment(is_done=True))
     for _ in range(2):
         found = continuity.assign(states(1, 2), states(3, 4), ones(2))
         assert found.sequences.tolist() == [0, 1]
