@@ -18,7 +18,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -223,67 +223,11 @@ class BackgroundReplay:
         return doubtful
 
 
-class ChosenVersion(NamedTuple):
-    """The version of the weights that a call used.
-
-    Attributes:
-        weights: The first that leads to its states, or the first one if none does.
-        checks: By suffix, the residual, and the residual that rounding explains.
-        ambiguity: The largest difference from the gates of another version that leads to the same
-            states; 0 if there is none.
-    """
-
-    weights: WeightsRecord
-    checks: dict[str, tuple[float, float]]
-    ambiguity: float = 0.0
-
-
-def choose_version(
-    module: ModuleInfo, block: PendingCall, versions: Sequence[WeightsRecord]
-) -> ChosenVersion:
-    """Find the version of the weights that leads to the states of a call.
-
-    Args:
-        module: The module, with gates derived and what they follow from stored, of all units.
-        block: The call.
-        versions: In the order in which they are tried.
-
-    Returns:
-        What was found. States can be the same where gates are not: from a state of zeros without a
-        bias, the reset gate has no influence.
-    """
-    joined = _CallBatch(module, [block])
-    first: ChosenVersion | None = None
-    matching: list[tuple[ChosenVersion, dict[str, RecomputedGates]]] = []
-    for weights in versions:
-        made = {
-            site.suffix: joined.recompute(site, weights.sites[site.suffix], np.dtype(module.dtype))
-            for site in module.sites
-        }
-        checks = {site.suffix: joined.checks(site, made[site.suffix])[0] for site in module.sites}
-        found = ChosenVersion(weights, checks)
-        first = first or found
-        if all(residual <= allowed for residual, allowed in checks.values()):
-            matching.append((found, made))
-    if not matching:
-        assert first is not None
-        return first
-    chosen, made = matching[0]
-    ambiguity = 0.0
-    for _, others in matching[1:]:
-        for suffix, (_, allowed) in chosen.checks.items():
-            pairs = zip(made[suffix].gates.values(), others[suffix].gates.values(), strict=True)
-            difference = max(float(np.abs(a - b).max(initial=0.0)) for a, b in pairs)
-            if difference > allowed:
-                ambiguity = max(ambiguity, difference)
-    return chosen._replace(ambiguity=ambiguity)
-
-
 def _replay_calls(
     module: ModuleInfo, blocks: Sequence[PendingCall], weights: WeightsRecord
 ) -> list[CallRecord]:
     """Return calls that used these weights with their gates."""
-    joined = _CallBatch(module, blocks)
+    joined = JoinedCalls(module, blocks)
     by_site = {
         site.suffix: _site_rows(module, site, joined, weights.sites[site.suffix])
         for site in module.sites
@@ -306,7 +250,7 @@ def _replay_calls(
 
 
 def _site_rows(
-    module: ModuleInfo, site: Site, joined: _CallBatch, weights: Mapping[str, Array]
+    module: ModuleInfo, site: Site, joined: JoinedCalls, weights: Mapping[str, Array]
 ) -> list[SiteRows]:
     """Return the rows of each call at a site."""
     copied = [block.sites[site.suffix] for block in joined.blocks]
@@ -333,7 +277,7 @@ def _site_rows(
     ]
 
 
-class _CallBatch:
+class JoinedCalls:
     """Calls of one module, end to end."""
 
     def __init__(self, module: ModuleInfo, blocks: Sequence[PendingCall]) -> None:

@@ -5,15 +5,34 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
 
 from grutrace.capture.kernel_calls.observation import Observation
 from grutrace.capture.options import Options
-from grutrace.capture.recording.background import PendingCall, choose_version
+from grutrace.capture.recording.background import JoinedCalls, PendingCall
 from grutrace.capture.recording.site_recorder import SiteRecorder
 from grutrace.capture.recording.tensor_copy import RowConverter
 from grutrace.capture.selection import SelectedModule, defer_gates
 from grutrace.errors import UnsupportedError
+from grutrace.gru.recompute import RecomputedGates
 from grutrace.records import GATES, Array, CallRecord, ModuleInfo, Site, SiteRows, WeightsRecord
+
+
+class _ChosenVersion(NamedTuple):
+    """The version of the weights that a call used.
+
+    Attributes:
+        weights: The first that leads to its states, or the first one if none does.
+        checks: By suffix, the residual, and the residual that rounding explains.
+        ambiguity: The largest difference from the gates of another version that leads to the same
+            states; 0 if there is none.
+    """
+
+    weights: WeightsRecord
+    checks: dict[str, tuple[float, float]]
+    ambiguity: float = 0.0
 
 
 class VersionChooser:
@@ -47,7 +66,7 @@ class VersionChooser:
         evidence = self._replay_inputs(observation, block)
         if evidence is None:
             return block
-        chosen = choose_version(self._module, evidence, versions)
+        chosen = _choose_version(self._module, evidence, versions)
         if isinstance(block, PendingCall):
             return replace(
                 block,
@@ -94,6 +113,47 @@ class VersionChooser:
         selection = replace(self._selection, description=self._whole)
         options = Options(gates="deferred")
         return [SiteRecorder(selection, site, options, rows) for site in self._module.sites]
+
+
+def _choose_version(
+    module: ModuleInfo, block: PendingCall, versions: Sequence[WeightsRecord]
+) -> _ChosenVersion:
+    """Find the version of the weights that leads to the states of a call.
+
+    Args:
+        module: The module, with gates derived and what they follow from stored, of all units.
+        block: The call.
+        versions: In the order in which they are tried.
+
+    Returns:
+        What was found. States can be the same where gates are not: from a state of zeros without a
+        bias, the reset gate has no influence.
+    """
+    joined = JoinedCalls(module, [block])
+    first: _ChosenVersion | None = None
+    matching: list[tuple[_ChosenVersion, dict[str, RecomputedGates]]] = []
+    for weights in versions:
+        made = {
+            site.suffix: joined.recompute(site, weights.sites[site.suffix], np.dtype(module.dtype))
+            for site in module.sites
+        }
+        checks = {site.suffix: joined.checks(site, made[site.suffix])[0] for site in module.sites}
+        found = _ChosenVersion(weights, checks)
+        first = first or found
+        if all(residual <= allowed for residual, allowed in checks.values()):
+            matching.append((found, made))
+    if not matching:
+        assert first is not None
+        return first
+    chosen, made = matching[0]
+    ambiguity = 0.0
+    for _, others in matching[1:]:
+        for suffix, (_, allowed) in chosen.checks.items():
+            pairs = zip(made[suffix].gates.values(), others[suffix].gates.values(), strict=True)
+            difference = max(float(np.abs(a - b).max(initial=0.0)) for a, b in pairs)
+            if difference > allowed:
+                ambiguity = max(ambiguity, difference)
+    return chosen._replace(ambiguity=ambiguity)
 
 
 def _as_copied(
