@@ -68,8 +68,8 @@ class SequenceTracker:
         self._bytes = memory
         self._count = 0
         self._next: PendingAssignment | None = None
-        # Whether a call was counted and not remembered.
-        self._is_behind = False
+        # What the count becomes if the call that is being appended is. It is still to be remembered.
+        self._appending: tuple[int, Commitment] | None = None
         # The count before a series whose calls may not be appended yet.
         self._unsettled: tuple[int, Commitment] | None = None
         self._forget()
@@ -77,7 +77,6 @@ class SequenceTracker:
     def _forget(self) -> None:
         self._memory = StateMemory(int(self._bytes * (1 - NAMES_FRACTION)))
         self._names = NamedSequences(int(self._bytes * NAMES_FRACTION))
-        self._is_behind = False
 
     def assign(
         self,
@@ -133,11 +132,16 @@ class SequenceTracker:
             count, commitment = self._unsettled
             if not commitment.is_done:
                 # The series was never appended. Its numbers are not used up.
-                self._count, self._is_behind = count, True
+                self._count = count
+                self._forget()
             self._unsettled = None
-        if self._is_behind:
-            # An interruption came while the last call was being remembered.
-            self._forget()
+        if self._appending is not None:
+            count, commitment = self._appending
+            if commitment.is_done:
+                # An interruption came before the last call was remembered as a whole.
+                self._count = count
+                self._forget()
+            self._appending = None
 
     def assign_series(self, states: SeriesStates, commitment: Commitment) -> SeriesAssignment:
         """Assign several calls of one step, as `assign` and `commit` would one by one.
@@ -217,13 +221,14 @@ class SequenceTracker:
         accepted = self._next
         assert accepted is not None
         count = self._count + int(np.count_nonzero(accepted.assignment.begun))
+        self._appending = count, commitment
         try:
             return append()
         finally:
             if commitment.is_done:
-                self._count, self._is_behind = count, True
                 self._remember(accepted)
-                self._next, self._is_behind = None, False
+                self._count, self._next = count, None
+            self._appending = None
 
     def _remember(self, accepted: PendingAssignment) -> None:
         assignment = accepted.assignment

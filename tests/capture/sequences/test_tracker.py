@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
 
+from grutrace.capture.sequences import tracker
 from grutrace.capture.sequences.assignment import Commitment, SequenceAssignment
 from grutrace.capture.sequences.tracker import SequenceTracker
 from grutrace.records import Fork
+
+TraceFunction = Callable[..., Any]
 
 
 def states(*rows: float) -> torch.Tensor:
@@ -123,3 +130,53 @@ def test_the_thread_does_not_matter() -> None:
     assert continuity.assign(states(1), states(2), ones(1)).sequences.tolist() == [0]
     assert continuity.assign(states(9), states(3), ones(1)).sequences.tolist() == [1]
     assert continuity.assign(states(2), states(4), ones(1)).sequences.tolist() == [0]
+
+
+class Interruption(KeyboardInterrupt):
+    pass
+
+
+class InterruptAt:
+    """Raises at the k-th line of the tracker's file."""
+
+    def __init__(self, place: int) -> None:
+        self.left = place
+
+    def __enter__(self) -> InterruptAt:
+        self.before = sys.gettrace()
+        sys.settrace(self.enter)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self.before)
+
+    def enter(self, frame: FrameType, _event: str, _arg: object) -> TraceFunction | None:
+        return self.line if frame.f_code.co_filename == tracker.__file__ else None
+
+    def line(self, frame: FrameType, event: str, _arg: object) -> TraceFunction:
+        self.left -= event == "line"
+        if event == "line" and self.left == 0:
+            raise Interruption("on purpose")
+        return self.line
+
+
+def test_an_interruption_at_any_line_uses_a_number_twice_for_no_two_calls() -> None:
+    places = 0
+    is_interrupted = True
+    while is_interrupted:
+        places += 1
+        sequences, commitment = SequenceTracker(1 << 20), Commitment()
+        sequences.assign(None, states(1, 2), ones(2))
+
+        def append(commitment: Commitment = commitment) -> None:
+            commitment.is_done = True
+
+        try:
+            with InterruptAt(places):
+                sequences.commit(append, commitment)
+            is_interrupted = False
+        except Interruption:
+            pass
+        following = sequences.assign(None, states(3, 4), ones(2)).sequences.tolist()
+        assert following == ([2, 3] if commitment.is_done else [0, 1])
+    assert places > 5
