@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import linecache
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,20 +10,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 import grutrace
 from tests.integration.models import trace
-
-#: Where a call is observed and replayed. What becomes of a record in a sink is for its own tests.
-#: Not between a sink's having a record and our knowing of it.
-OUTLET = str(Path(grutrace.__file__).parent / "capture/recording/guarded_sink.py")
-
-PACKAGE = tuple(str(Path(grutrace.__file__).parent / part) for part in ("capture", "gru"))
-
-
-class Fault(Exception):
-    pass
-
-
-class Interruption(KeyboardInterrupt):
-    pass
+from tests.interruptions import AtLine, Fault, Interruption
 
 
 class AtFunction(TorchFunctionMode):
@@ -42,35 +25,6 @@ class AtFunction(TorchFunctionMode):
         if self.left == 0:
             raise self.error("on purpose")
         return func(*args, **(kwargs or {}))
-
-
-class AtLine:
-    """Raises at the k-th line of grutrace's own code that this thread runs."""
-
-    def __init__(self, place: int, error: type[BaseException]) -> None:
-        self.left, self.error = place, error
-
-    def __enter__(self) -> AtLine:
-        self.before = sys.gettrace()
-        sys.settrace(self.enter)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(self.before)
-
-    def enter(self, frame, _event, _arg):
-        code = frame.f_code
-        ours = code.co_filename.startswith(PACKAGE) and code.co_filename != OUTLET
-        return self.line if ours and self.left > 0 else None
-
-    def line(self, frame, event, _arg):
-        text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
-        # Python itself lets a lock go unreleased if it is interrupted on leaving its `with`.
-        if event == "line" and not text.startswith("with "):
-            self.left -= 1
-            if self.left == 0:
-                raise self.error("on purpose")
-        return self.line
 
 
 def places(kind, run) -> int:

@@ -262,7 +262,8 @@ class Journal:
             self._record_entry(*first)
             return 0
         # An interruption can come at any time, so a group stays first until its calls are stored.
-        if not (first.is_divided or first.commitment.is_done or self._record_group(first)):
+        # It has none if one came while the first was being copied.
+        if len(first) and not (first.commitment.is_done or self._record_group(first)):
             entries = self._divide(first)
             self._entries.extendleft(reversed(entries))
             first.is_divided = True
@@ -307,8 +308,8 @@ class Journal:
     def _prepare(self, group: SeriesGroup) -> PreparedBatch | None:
         """Work out the rows and sequences of a group; None if it must be recorded singly."""
         found = []
-        for module, series in group.series.items():
-            recorder = self._recorders[module]
+        for series in group.filled():
+            recorder = self._recorders[series.module]
             rows = recorder.series_rows(series) if recorder.can_record_series(series) else None
             if rows is None:
                 return None
@@ -317,7 +318,7 @@ class Journal:
             recorder.assign_series(series, rows, group.commitment)
             for recorder, series, rows in found
         ]
-        places = {series: place for place, series in enumerate(group.series.values())}
+        places = {series: place for place, series in enumerate(group.filled())}
         order = np.array([places[series] for series, _ in group.calls()])
         record = CallBatch(tuple(series for series, _ in parts), order)
         return PreparedBatch(record, [assignment for _, assignment in parts])
@@ -333,7 +334,7 @@ class Journal:
         """Note what is to be told of calls that are appended."""
         record = prepared.record
         for index, (series, waited, assignment) in enumerate(
-            zip(record.series, group.series.values(), prepared.assignments, strict=True)
+            zip(record.series, group.filled(), prepared.assignments, strict=True)
         ):
             recorder = self._recorders[series.module]
             if waited.batches is not None:

@@ -225,7 +225,12 @@ class SeriesGroup:
         self.is_divided = False
 
     def __len__(self) -> int:
-        return 0 if self.is_divided else sum(series.count for series in self.series.values())
+        if self.is_divided:
+            return 0
+        count = 0
+        for series in self.series.values():
+            count += series.count
+        return count
 
     @property
     def nbytes(self) -> int:
@@ -234,9 +239,14 @@ class SeriesGroup:
 
     def add(self, series: SeriesBuffer, run: KernelRun, time: float, *, is_certain: bool) -> None:
         """Add a call to one of the series."""
-        # First: an interruption can leave a series of no call here, never a call without one.
+        # First: an interruption can leave an entry without a call here, never a call without one.
+        del self.order[len(self) :]
         self.order.append(series)
         series.add(run, time, is_certain=is_certain)
+
+    def filled(self) -> list[SeriesBuffer]:
+        """Return the series that have calls."""
+        return [series for series in self.series.values() if series.count]
 
     def uncertain_modules(self) -> set[int]:
         """Return the modules with calls whose weights were not compared."""
@@ -249,10 +259,9 @@ class SeriesGroup:
     def calls(self) -> Iterator[tuple[SeriesBuffer, int]]:
         """Yield each call in order: its series, and its index there."""
         counts = dict.fromkeys(self.series.values(), 0)
-        for series in self.order:
-            if counts[series] < series.count:
-                yield series, counts[series]
-                counts[series] += 1
+        for series in self.order[: len(self)]:
+            yield series, counts[series]
+            counts[series] += 1
 
 
 def can_join_series(run: KernelRun) -> bool:

@@ -68,7 +68,7 @@ class SequenceTracker:
         self._bytes = memory
         self._count = 0
         self._next: PendingAssignment | None = None
-        # What the count becomes if the call that is being appended is. It is still to be remembered.
+        # What the count becomes if the call that is being appended is. It is not remembered yet.
         self._appending: tuple[int, Commitment] | None = None
         # The count before a series whose calls may not be appended yet.
         self._unsettled: tuple[int, Commitment] | None = None

@@ -21,6 +21,7 @@ from grutrace.capture.sequences.assignment import (
 from grutrace.capture.sequences.tracker import SequenceTracker
 from grutrace.records import CallBatch, Record
 from grutrace.storage.memory import MemorySink
+from tests.interruptions import AtLine, Interruption
 
 
 @pytest.fixture
@@ -299,6 +300,46 @@ def test_an_interruption_loses_no_call_of_a_series(
     assert sorted(map(bytes, rows)) == sorted(map(bytes, torch.cat(expected).numpy()))
     if name != "_continue_run":
         assert trace["cell"].lengths.tolist() == [12, 12]
+
+
+class Turns(nn.Module):
+    """Two cells that take turns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.GRUCell(3, 4), nn.GRUCell(3, 4)
+
+    def forward(self, x: torch.Tensor) -> None:
+        a, b = torch.zeros(2, 4), torch.zeros(2, 4)
+        for step in x:
+            a, b = self.first(step, a), self.second(step, b)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_an_interruption_at_any_line_of_a_series(part, patient, batches) -> None:
+    torch.manual_seed(0)
+    model, x, another = Turns(), torch.randn(4, 2, 3), torch.randn(4, 2, 3)
+    is_interrupted, place, places = True, part + 1, 0
+    while is_interrupted:
+        with torch.no_grad(), grutrace.trace(model, gates="deferred") as trace:
+            try:
+                with AtLine(place, Interruption):
+                    model(x)
+                is_interrupted = False
+            except Interruption:
+                pass
+            model(another)
+            modules = trace.calls["module"].tolist()
+            times = trace.calls["time"].tolist()
+        # Those before the interruption, in the order in which they ran, and a whole run.
+        expected = ["first", "second"] * 8
+        assert modules[: len(modules) - 8] == expected[: len(modules) - 8]
+        assert modules[-8:] == expected[:8]
+        assert times == sorted(times)
+        assert trace["first.cell"].lengths.tolist()[-2:] == [4, 4]
+        place, places = place + 28, places + 1
+    assert places > 10
+    assert batches
 
 
 def test_an_interruption_after_the_sink_has_the_calls(patient, monkeypatch) -> None:

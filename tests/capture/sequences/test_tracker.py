@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-from collections.abc import Callable
-from types import FrameType
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +11,7 @@ from grutrace.capture.sequences import tracker
 from grutrace.capture.sequences.assignment import Commitment, SequenceAssignment
 from grutrace.capture.sequences.tracker import SequenceTracker
 from grutrace.records import Fork
-
-TraceFunction = Callable[..., Any]
+from tests.interruptions import AtLine, Interruption
 
 
 def states(*rows: float) -> torch.Tensor:
@@ -132,34 +127,6 @@ def test_the_thread_does_not_matter() -> None:
     assert continuity.assign(states(2), states(4), ones(1)).sequences.tolist() == [0]
 
 
-class Interruption(KeyboardInterrupt):
-    pass
-
-
-class InterruptAt:
-    """Raises at the k-th line of the tracker's file."""
-
-    def __init__(self, place: int) -> None:
-        self.left = place
-
-    def __enter__(self) -> InterruptAt:
-        self.before = sys.gettrace()
-        sys.settrace(self.enter)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(self.before)
-
-    def enter(self, frame: FrameType, _event: str, _arg: object) -> TraceFunction | None:
-        return self.line if frame.f_code.co_filename == tracker.__file__ else None
-
-    def line(self, frame: FrameType, event: str, _arg: object) -> TraceFunction:
-        self.left -= event == "line"
-        if event == "line" and self.left == 0:
-            raise Interruption("on purpose")
-        return self.line
-
-
 def test_an_interruption_at_any_line_uses_a_number_twice_for_no_two_calls() -> None:
     places = 0
     is_interrupted = True
@@ -172,7 +139,7 @@ def test_an_interruption_at_any_line_uses_a_number_twice_for_no_two_calls() -> N
             commitment.is_done = True
 
         try:
-            with InterruptAt(places):
+            with AtLine(places, Interruption, (tracker.__file__,)):
                 sequences.commit(append, commitment)
             is_interrupted = False
         except Interruption:
