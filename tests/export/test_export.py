@@ -18,6 +18,7 @@ from grutrace.capture.trace_output import TraceOutput
 from grutrace.export import variables
 from grutrace.export.formats import FORMATS, export_trace
 from grutrace.storage.open import open_sink
+from tests import forks
 from tests.export.expected import Expected, assert_as_expected
 from tests.storage.streams import Stream, make_header, make_module
 
@@ -100,9 +101,7 @@ def test_a_full_disk_in_a_subprocess(tmp_path) -> None:
     with grutrace.trace(layer, path):
         layer(torch.randn(300, 1, 2))
     arguments = [str(path), str(tmp_path / "out"), *FORMATS]
-    done = subprocess.run(
-        [sys.executable, "-c", FULL, *arguments], capture_output=True, text=True, check=False
-    )
+    done = forks.run("-c", FULL, *arguments)
     assert done.returncode == 0, done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == len(FORMATS)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch import nn
 
+from tests import forks
 from tests.integration.models import CALLS, assert_same, eagerly, trace, words
 
 # What PyTorch warns of itself, of any graph that is split.
@@ -191,6 +190,6 @@ assert compiled(x)[0].equal(model(x)[0]) or "{backend}" == "inductor"
 @pytest.mark.parametrize(("layers", "backend"), [(1, "eager"), (2, "inductor")])
 def test_compiling_after_attaching(layers, backend) -> None:
     script = SCRIPT.format(layers=layers, backend=backend)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = forks.run("-c", script)
     assert done.returncode == 0, done.stderr
     assert "grutrace" not in done.stderr

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import subprocess
-import sys
 import warnings
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -14,11 +13,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import grutrace
+from tests import forks
 from tests.integration.models import CALLS, Mixed, trace
 
-ROOT = Path(__file__).parents[2]
-
-forks = pytest.mark.skipif(
+needs_fork = pytest.mark.skipif(
     "fork" not in multiprocessing.get_all_start_methods(), reason="this system does not fork"
 )
 
@@ -43,7 +41,7 @@ class Batches(Dataset):
         return torch.tensor([sum("forked child" in str(message.message) for message in messages)])
 
 
-@forks
+@needs_fork
 @pytest.mark.parametrize("path", [None, "run.h5"])
 def test_workers_of_a_data_loader_are_forked_while_a_file_is_written(path, model, tmp_path) -> None:
     loader = DataLoader(Batches(), batch_size=None, num_workers=2, multiprocessing_context="fork")
@@ -57,7 +55,7 @@ def test_workers_of_a_data_loader_are_forked_while_a_file_is_written(path, model
     assert len(set(inputs)) == 6
 
 
-@forks
+@needs_fork
 @pytest.mark.parametrize("path", [None, "run.h5"])
 def test_a_child_that_runs_the_model_warns_once_and_records_nothing(path, model, tmp_path) -> None:
     loader = DataLoader(
@@ -124,14 +122,12 @@ assert all(map(torch.equal, expected, found))
     reason="this PyTorch has no gloo",
 )
 def test_two_ranks_each_with_its_own_file(tmp_path) -> None:
-    command = [sys.executable, "-W", "error::UserWarning", "-c", DISTRIBUTED]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, cwd=ROOT)
-        for rank in range(2)
-    ]
-    for each in ranks:
-        _, error = each.communicate(timeout=120)
-        assert each.returncode == 0, error.decode()
+    def of_rank(rank: int) -> subprocess.CompletedProcess[str]:
+        return forks.run("-W", "error::UserWarning", "-c", DISTRIBUTED, str(rank), tmp_path)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in pool.map(of_rank, range(2)):
+            assert done.returncode == 0, done.stderr
     inputs = []
     for rank in range(2):
         with grutrace.open(tmp_path / f"run.rank{rank:04}.h5") as found:

@@ -13,7 +13,8 @@ from torch import nn
 import grutrace
 from grutrace.__main__ import main
 from grutrace.run import parsing
-from tests.run.test_run import run, write
+from tests.run.test_run import run_in_fork as run
+from tests.run.test_run import write
 
 #: Two models, so that the run has two parts.
 TWO_MODELS = """

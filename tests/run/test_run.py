@@ -24,6 +24,7 @@ from grutrace.cli.run import run as command_run
 from grutrace.options import OPTIONS
 from grutrace.run.settings import Settings
 from grutrace.storage.shards.run_parts import part_path
+from tests import forks
 from tests.capture.models import EncoderDecoder
 from tests.plain_reader import PlainTrace
 
@@ -69,6 +70,7 @@ if __name__ == "__main__":
 MODEL = """
 import sys, torch
 sys.path.append({root!r})
+from tests import forks
 from tests.capture.models import EncoderDecoder
 torch.manual_seed(0)
 model = EncoderDecoder(layers=2)
@@ -91,6 +93,11 @@ def python(*arguments, folder, **options):
 
 def run(*arguments, folder, interpreter=(), **options):
     return python(*interpreter, "-m", "grutrace", "run", *arguments, folder=folder, **options)
+
+
+def run_in_fork(*arguments, folder):
+    """Without the start of Python and torch, of which the other tests of this file take care."""
+    return forks.run("-m", "grutrace", "run", *arguments, cwd=folder)
 
 
 def write(folder, code, name="script.py"):
@@ -211,7 +218,7 @@ def test_deferred_gates(tmp_path) -> None:
     write(tmp_path, MODEL)
     for gates in ("inline", "deferred"):
         options = ("-q", "-o", f"{gates}.h5", "--gates", gates)
-        assert run(*options, "script.py", folder=tmp_path).returncode == 0
+        assert run_in_fork(*options, "script.py", folder=tmp_path).returncode == 0
     with (
         grutrace.open(tmp_path / "inline.h5") as inline,
         grutrace.open(tmp_path / "deferred.h5") as deferred,
@@ -417,12 +424,12 @@ def test_modes(tmp_path, capsys) -> None:
         with grutrace.open(path) as trace:
             return trace.sites[3:], len(trace.calls)
 
-    assert run("script.py", "3", "4", folder=tmp_path).returncode == 0
+    assert run_in_fork("script.py", "3", "4", folder=tmp_path).returncode == 0
     assert sites_and_calls() == (("l0",), 5)
     # Refused before the script starts.
     assert main(["run", "-o", str(path), str(tmp_path / "script.py"), "3", "4"]) == 2
     assert "run.h5 exists" in capsys.readouterr().err
-    assert run("--mode", "a", "script.py", "3", "5", folder=tmp_path).returncode == 0
+    assert run_in_fork("--mode", "a", "script.py", "3", "5", folder=tmp_path).returncode == 0
     assert sites_and_calls() == (("l0", "GRU#2.l0"), 10)
     with grutrace.open(path) as trace:
         assert len(trace["encoder.l0"]) == 8
@@ -430,7 +437,7 @@ def test_modes(tmp_path, capsys) -> None:
     about = json.loads(capsys.readouterr().out)
     assert about["parts"] == [str(part_path(path, number)) for number in (1, 2, 3)]
     assert about["bytes"] == sum(path.stat().st_size for path in tmp_path.glob("*.h5"))
-    result = run(
+    result = run_in_fork(
         "--mode", "overwrite", "--sites", "enc*.l1", "script.py", "3", "4", folder=tmp_path
     )
     assert result.stderr == "grutrace: recorded 1 call of 1 site in run.h5\n"
@@ -464,7 +471,7 @@ print("done")
 
 def test_warnings_at_the_end_of_a_script_lose_no_rows(tmp_path) -> None:
     script = write(tmp_path, TURNS_WARNINGS_INTO_ERRORS)
-    result = run("--dtype", "float16", "--record", "update,input", script, folder=tmp_path)
+    result = run_in_fork("--dtype", "float16", "--record", "update,input", script, folder=tmp_path)
     assert (result.returncode, result.stdout) == (0, "done\n")
     message, last = result.stderr.splitlines()
     assert message.startswith("grutrace: the model has values up to 1e+06, and float16 holds")
@@ -474,7 +481,7 @@ def test_warnings_at_the_end_of_a_script_lose_no_rows(tmp_path) -> None:
 
 
 def test_a_full_disk_stops_the_recording_and_not_the_script(tmp_path) -> None:
-    result = run(write(tmp_path, MODEL + FILLS_UP), folder=tmp_path)
+    result = run_in_fork(write(tmp_path, MODEL + FILLS_UP), folder=tmp_path)
     assert result.returncode == 0
     assert len(result.stdout.splitlines()) == 2
     message, last = result.stderr.splitlines()
@@ -489,7 +496,7 @@ def test_a_full_disk_stops_the_recording_and_not_the_script(tmp_path) -> None:
 
 def test_a_full_disk_stops_a_script_that_asks_for_it(tmp_path) -> None:
     script = write(tmp_path, MODEL + FILLS_UP)
-    result = run("--on-error", "raise", "--fsync", script, folder=tmp_path)
+    result = run_in_fork("--on-error", "raise", "--fsync", script, folder=tmp_path)
     assert result.returncode == 1
     assert len(result.stdout.splitlines()) == 1
     assert re.search(r"SinkError: .*run\.h5.*No space left on device", result.stderr)
@@ -556,7 +563,7 @@ def test_sites_that_match_nothing_end_the_script_at_its_first_call(quiet, tmp_pa
     """The error comes before hours of untraced training."""
     write(tmp_path, MODEL + "print('trained')\n")
     options = [*quiet, "--sites", "encodr.*", "--sites", "*.l7"]
-    result = run(*options, "script.py", folder=tmp_path)
+    result = run_in_fork(*options, "script.py", folder=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (
         "grutrace: sites: 'encodr.*', '*.l7' matches none of the sites of EncoderDecoder "
@@ -567,7 +574,9 @@ def test_sites_that_match_nothing_end_the_script_at_its_first_call(quiet, tmp_pa
 
 def test_control_sites_that_match_let_the_script_run(tmp_path) -> None:
     write(tmp_path, MODEL + "print('trained')\n")
-    result = run("--sites", "encodr.*", "--sites", "encoder.l0", "script.py", folder=tmp_path)
+    result = run_in_fork(
+        "--sites", "encodr.*", "--sites", "encoder.l0", "script.py", folder=tmp_path
+    )
     assert result.returncode == 0
     assert result.stdout.endswith("trained\n")
     assert result.stderr.splitlines() == [
@@ -579,7 +588,7 @@ def test_control_sites_that_match_let_the_script_run(tmp_path) -> None:
 def test_sites_of_a_model_that_is_called_later_are_recorded(tmp_path) -> None:
     """The script calls an encoder first. The requested decoder exists already."""
     write(tmp_path, TWO)
-    result = run("--sites", "cell", "script.py", folder=tmp_path)
+    result = run_in_fork("--sites", "cell", "script.py", folder=tmp_path)
     assert (result.returncode, result.stdout.count("epoch")) == (0, 3), result.stderr
     with grutrace.open(tmp_path / "run.h5") as trace:
         assert trace.sites == ("cell",)
@@ -588,11 +597,11 @@ def test_sites_of_a_model_that_is_called_later_are_recorded(tmp_path) -> None:
 
 def test_a_model_created_later_is_unknown_at_the_first_call(tmp_path) -> None:
     write(tmp_path, TWO)
-    result = run("--sites", "cell", "script.py", "later", folder=tmp_path)
+    result = run_in_fork("--sites", "cell", "script.py", "later", folder=tmp_path)
     assert result.returncode == 2
     assert "'cell' matches none of the sites of GRU: l0" in result.stderr
     # Together with a site that is there it is waited for.
-    result = run("--sites", "cell", "--sites", "l0", "script.py", "later", folder=tmp_path)
+    result = run_in_fork("--sites", "cell", "--sites", "l0", "script.py", "later", folder=tmp_path)
     assert result.returncode == 0, result.stderr
     with grutrace.open(tmp_path / "run.h5") as trace:
         assert sorted(trace.sites)[-1] == "l0"
@@ -620,7 +629,7 @@ with torch.no_grad():
 
 def test_cells_created_in_each_call_are_one_site(tmp_path) -> None:
     options = ("--weights", "exact", "--compiled", "keep", "--state-memory", "1MiB")
-    done = run("-o", "run.h5", *options, write(tmp_path, ANEW), folder=tmp_path)
+    done = run_in_fork("-o", "run.h5", *options, write(tmp_path, ANEW), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.glob("*.h5")) == ["run.h5"]
     with grutrace.open(tmp_path / "run.h5") as trace:

@@ -6,9 +6,6 @@ import errno
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 
 import h5py
@@ -20,6 +17,7 @@ from torch import nn
 import grutrace
 from grutrace.__main__ import main
 from grutrace.statistics import file as file_module
+from tests import forks
 from tests.checks import EVERYTHING
 from tests.statistics.oracle import assert_figures, assert_same
 
@@ -129,12 +127,10 @@ with grutrace.trace(layer, sink=statistics) as tracer:
 
 
 def test_a_killed_run_leaves_the_last_saved_state(path) -> None:
-    victim = subprocess.Popen(
-        [sys.executable, "-c", KILLED], cwd=path.parent, stdout=subprocess.PIPE, text=True
-    )
-    messages = [int(victim.stdout.readline()) for _ in range(40)]
-    victim.send_signal(signal.SIGKILL)
-    rest, _ = victim.communicate()
+    with forks.start("-c", KILLED, cwd=path.parent) as victim:
+        messages = [int(victim.stdout.readline()) for _ in range(40)]
+        victim.kill()
+        rest = victim.stdout.read()
     flushed = [*messages, *(int(line) for line in rest.splitlines())][-1]
     result = grutrace.Statistics.load(path)
     assert result.calls >= flushed

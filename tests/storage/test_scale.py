@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import h5py
 import pytest
 
@@ -13,6 +10,7 @@ from benchmarks import long_traces, scale
 from grutrace.__main__ import main
 from grutrace.storage.hdf5 import safe_access, safe_open
 from grutrace.storage.read import sequence_index
+from tests import forks
 from tests.storage.streams import make_module
 
 
@@ -85,8 +83,7 @@ write_many_sites(Path(sys.argv[1]), 300)
 
 
 def in_another_process(path, how):
-    command = [sys.executable, "-c", MANY_SITES, str(path), how]
-    return subprocess.run(command, capture_output=True, text=True)
+    return forks.run("-c", MANY_SITES, path, how)
 
 
 def test_hundreds_of_sites_are_written(tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 
 import torch
@@ -11,6 +9,7 @@ from torch import nn
 
 from grutrace.capture.kernel_calls import subscription as kernel_calls
 from grutrace.capture.kernel_calls.subscription import is_observing
+from tests import forks
 
 
 def test_kernels_are_registered_and_removed_while_threads_run(monkeypatch) -> None:
@@ -51,6 +50,7 @@ import grutrace, torch
 from torch import nn
 from grutrace.capture.kernel_calls import registration
 from grutrace.capture.kernel_calls.subscription import is_observing
+from tests import forks
 
 registration._kernel_handle = lambda *_: None
 layer, x = nn.GRU(3, 4), torch.randn(5, 2, 3)
@@ -75,4 +75,5 @@ def test_a_kernel_stays_while_threads_may_call_it() -> None:
 
     In a process of its own: a test runner may have threads.
     """
-    subprocess.run([sys.executable, "-c", STAYING], check=True)
+    done = forks.run("-c", STAYING)
+    assert done.returncode == 0, done.stderr

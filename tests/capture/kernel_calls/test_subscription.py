@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -17,7 +15,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import BaseTorchFunctionMode
 
 import grutrace
-from tests import oracles
+from tests import forks, oracles
 
 GATES = ["inline", "background", "deferred"]
 
@@ -333,7 +331,5 @@ assert trace["rnn.l0"].update[:].shape == (20, 4)
 @pytest.mark.parametrize("gates", GATES)
 def test_weights_that_are_sharded_between_calls(gates) -> None:
     script = FSDP.format(gates=gates)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True
-    )
+    done = forks.run("-W", "ignore", "-c", script)
     assert done.returncode == 0, done.stderr

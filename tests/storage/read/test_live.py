@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -14,6 +12,7 @@ import pytest
 from grutrace.storage.open import open_source, open_trace
 from grutrace.storage.read.trace import Trace
 from grutrace.storage.write.file_sink import FileSink
+from tests import forks
 from tests.plain_reader import PlainTrace
 from tests.storage import coded
 
@@ -42,8 +41,7 @@ def follow(path, seconds):
 @contextmanager
 def writing(path, shape):
     """Another process appends calls to the file until the block ends."""
-    command = [sys.executable, "-m", "tests.storage.coded", str(path), shape]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with forks.start("-m", "tests.storage.coded", path, shape) as process:
         drain = threading.Thread(target=process.stdout.read)
         try:
             process.stdout.readline()
@@ -134,12 +132,10 @@ def test_other_programs_can_open_the_file_after_closing(tmp_path):
         sink.append(coded.weights())
         sink.append(coded.block(0, "big"))
         assert coded.check_trace(trace) == 1
-        being_written = subprocess.run(
-            [sys.executable, "-c", code, path], capture_output=True, check=False
-        )
+        being_written = forks.run("-c", code, path)
         assert being_written.returncode != 0
         sink.close()
-        assert subprocess.check_output([sys.executable, "-c", code, path]) == b"1\n"
+        assert forks.run("-c", code, path).stdout == "1\n"
         assert coded.check_trace(trace) == 1
 
 

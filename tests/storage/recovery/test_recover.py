@@ -22,6 +22,7 @@ from grutrace.storage.open import open_trace
 from grutrace.storage.recovery.recover import recover_file
 from grutrace.storage.shards.run_parts import RunPart, part_path
 from grutrace.storage.write.writer import Writer
+from tests import forks
 from tests.plain_reader import PlainTrace
 from tests.storage import coded
 from tests.storage.oracle import check_trace
@@ -66,7 +67,7 @@ def coded_file(path, shape="stepwise", calls=2000, closed=True):
 def opens_anywhere(path):
     """With HDF5's defaults, in another process."""
     code = "import h5py, sys; print(len(h5py.File(sys.argv[1])['calls']))"
-    return int(subprocess.check_output([sys.executable, "-c", code, path]))
+    return int(forks.run("-c", code, path, check=True).stdout)
 
 
 def test_exactly_the_committed_rows_are_recovered(path, output):
@@ -369,9 +370,7 @@ from grutrace.storage.recovery.recover import recover_file
 resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, resource.RLIM_INFINITY))
 recover_file({str(path)!r}, {str(output)!r})
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
-    )
+    done = forks.run("-c", code)
     assert "TraceFileError" in done.stderr
     assert "File too large" in done.stderr.splitlines()[-1]
     assert os.listdir(path.parent) == ["run.h5"]

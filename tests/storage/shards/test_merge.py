@@ -6,8 +6,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import h5py
 import numpy as np
@@ -20,6 +18,7 @@ from grutrace.storage.open import open_trace
 from grutrace.storage.shards import merge
 from grutrace.storage.shards.merge import merge_shards
 from grutrace.storage.write.file_sink import FileSink
+from tests import forks
 from tests.plain_reader import PlainTrace
 from tests.storage.oracle import check_trace
 from tests.storage.shard_streams import (
@@ -161,9 +160,7 @@ def test_a_merged_file_can_be_moved_with_its_shards(path, tmp_path):
     for each in (*paths, path):
         each.rename(folder / each.name)
     code = "import h5py; print(h5py.File('{}')['modules/rnn/l0/update'][()].sum())"
-    done = subprocess.check_output(
-        [sys.executable, "-c", code.format(folder / "run.h5")], cwd="/", text=True
-    )
+    done = forks.run("-c", code.format(folder / "run.h5"), cwd="/", check=True).stdout
     rows = [
         record.sites["l0"].rows["update"] for record in as_one(streams) if hasattr(record, "steps")
     ]
@@ -240,8 +237,7 @@ def test_control_a_virtual_dataset_cannot_read_an_unclosed_shard(path, monkeypat
     )
     merge_shards(path.with_name(PATTERN), path)
     code = f"import h5py; print(h5py.File({str(path)!r})['modules/rnn/l0/update'][()].sum())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    assert done.returncode != 0
+    assert forks.run("-c", code).returncode != 0
     sink.close()
 
 
@@ -377,7 +373,7 @@ def test_a_writer_can_close_a_shard_with_open_readers(path):
         np.testing.assert_array_equal(trace["rnn.l0"].update[:], before)
         sink.close()
         code = f"import h5py; h5py.File({str(paths[0])!r})"
-        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+        assert forks.run("-c", code).returncode == 0
     with pytest.raises(grutrace.StateError, match="closed"):
         trace["rnn.l0"].update[:]
 

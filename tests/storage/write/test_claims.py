@@ -23,6 +23,7 @@ from grutrace.storage.open import open_trace
 from grutrace.storage.shards.run_parts import RunPart, check_writable, part_path
 from grutrace.storage.write import writer_thread
 from grutrace.storage.write.file_sink import FileSink
+from tests import forks
 from tests.storage import coded
 from tests.storage.streams import make_header, make_module
 from tests.storage.write.test_file_sink import until
@@ -124,7 +125,7 @@ def killed_trace():
     )
     with TemporaryDirectory() as folder:
         path = Path(folder) / "run.h5"
-        subprocess.run([sys.executable, "-c", code, path], check=True)
+        forks.run("-c", code, path, check=True)
         return path.read_bytes()
 
 
@@ -311,9 +312,7 @@ sys.stdin.read()
 
 @pytest.mark.parametrize("what", ["trace", "statistics"])
 def test_a_path_has_one_writer_of_all_processes(path, what):
-    command = [sys.executable, "-c", WRITES, path, what]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as other:
+    with forks.start("-c", WRITES, path, what) as other:
         assert other.stdout.readline() == "written\n"
         before = path.read_bytes()
         for writer in WRITERS:
@@ -324,7 +323,6 @@ def test_a_path_has_one_writer_of_all_processes(path, what):
                 FileSink(path, coded.HEADER, "a")
         assert path.read_bytes() == before
         other.kill()
-        other.communicate()
     # Control: a writer that was killed holds nothing back.
     WRITERS["statistics"](path)
     if what == "trace":
@@ -336,13 +334,10 @@ def test_a_path_has_one_writer_of_all_processes(path, what):
 def test_a_reader_of_another_process_does_not_keep_a_writer_out(path):
     coded.write(path, "big", calls=1)
     code = "import h5py, sys; file = h5py.File(sys.argv[1]); print(1, flush=True); sys.stdin.read()"
-    command = [sys.executable, "-c", code, path]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as reader:
+    with forks.start("-c", code, path) as reader:
         assert reader.stdout.readline() == "1\n"
         assert locks.is_locked(path)
         begin(path, "overwrite").close()
-        reader.communicate()
 
 
 def test_a_forked_child_neither_writes_nor_unlocks(path):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import stat
-import subprocess
-import sys
 from dataclasses import replace
 
 import h5py
@@ -22,6 +20,7 @@ from grutrace.storage.read.trace import Trace
 from grutrace.storage.recovery.recover import recover_file
 from grutrace.storage.write import compact, writer
 from grutrace.storage.write.file_sink import FileSink
+from tests import forks
 from tests.plain_reader import PlainTrace
 from tests.storage import coded
 from tests.storage.streams import full_stream, make_header, make_module
@@ -237,8 +236,7 @@ def test_a_reader_of_another_process_continues(path):
     sink.append(coded.weights())
     sink.append(block(0))
     sink.flush()
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-    with subprocess.Popen([sys.executable, "-c", FOLLOWS, path], **pipes) as reader:
+    with forks.start("-c", FOLLOWS, path) as reader:
 
         def look():
             reader.stdin.write("\n")
@@ -379,7 +377,7 @@ append_blocks(path, 1 if mode == "a" else 0, 2, mode)
 def test_a_writer_killed_during_the_copy_leaves_a_complete_file(path, mode, when):
     if mode == "a":
         append_blocks(path, 0, 1, "w")
-    done = subprocess.run([sys.executable, "-c", DIES, path, mode, when], check=False)
+    done = forks.run("-c", DIES, path, mode, when)
     assert done.returncode == -signal.SIGKILL
     with open_trace(path) as trace:
         # Of a run that goes on, the copy comes before its first call.

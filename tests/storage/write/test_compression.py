@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import subprocess
 import sys
 import threading
 
@@ -20,6 +19,7 @@ from grutrace.storage.hdf5.filters import COMPRESSIONS
 from grutrace.storage.open import open_trace
 from grutrace.storage.shards.merge import merge_shards
 from grutrace.storage.write import dataset_writer, writer
+from tests import forks
 from tests.plain_reader import PlainTrace
 from tests.storage import coded
 from tests.storage.format.test_format import check_plain
@@ -171,8 +171,7 @@ def test_acknowledged_rows_survive_the_writer(shape, tmp_path):
 
 def test_following_another_process(tmp_path):
     path = tmp_path / "run.h5"
-    command = [sys.executable, "-m", "tests.storage.coded", str(path), "stepwise", "blosc2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with forks.start("-m", "tests.storage.coded", path, "stepwise", "blosc2") as process:
         try:
             process.stdout.readline()
             drain = threading.Thread(target=process.stdout.read)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import time
 
 import h5py
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 
 from grutrace.storage.open import open_trace
+from tests import forks
 from tests.plain_reader import PlainTrace
 from tests.storage import coded
 
@@ -20,8 +19,7 @@ TRIES = 10
 
 def run_until_killed(path, shape, seconds, *compression):
     """The number of calls that the writer had acknowledged when it was killed."""
-    command = [sys.executable, "-m", "tests.storage.coded", str(path), shape, *compression]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with forks.start("-m", "tests.storage.coded", path, shape, *compression) as process:
         assert process.stdout.readline() == "0\n"
         time.sleep(seconds)
         process.kill()

@@ -22,6 +22,7 @@ from grutrace.storage.write import writer_thread
 from grutrace.storage.write.appender import DatasetAppender
 from grutrace.storage.write.file_sink import FileSink
 from grutrace.storage.write.writer import Writer
+from tests import forks
 from tests.storage import coded
 from tests.storage.oracle import check_trace
 from tests.storage.streams import full_stream
@@ -237,8 +238,7 @@ print(flushed)
 def test_committed_rows_survive_a_full_disk(path, shape, limit):
     """The system limits the file's size, and HDF5 fails at any write."""
     limit = limit * 5 if shape == "big" else limit
-    command = [sys.executable, "-c", DISK_FULL, path, str(limit), shape]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = forks.run("-c", DISK_FULL, path, str(limit), shape)
     assert done.returncode == 0, done.stderr
     flushed = int(done.stdout)
     assert "run.h5" in done.stderr
@@ -266,8 +266,7 @@ def test_a_full_disk_with_a_reader_in_the_same_process(path):
     """HDF5 opens a file once per process, so closing the reader fails too."""
     code = DISK_FULL.replace("flushed = 0\n", f"flushed = 0\n{READER}", 1)
     code += "assert coded.check_trace(trace) >= flushed\n"
-    command = [sys.executable, "-c", code, path, "4567891", "stepwise"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = forks.run("-c", code, path, "4567891", "stepwise")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     with open_trace(path) as trace:
