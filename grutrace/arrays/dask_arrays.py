@@ -175,8 +175,7 @@ def aligned_rows(quantity: QuantityRef) -> int:
     """Return the rows of a dask chunk: about `CHUNK` bytes, in whole chunks of the file."""
     width = quantity.shape[1]
     of_file = row_chunks(quantity.dtype, width)[0]
-    size = max(1, width * quantity.dtype.itemsize)
-    return max(1, CHUNK // (size * of_file)) * of_file
+    return of_file * items_per_block(CHUNK, of_file * width * quantity.dtype.itemsize)
 
 
 def chunked_rows(quantity: QuantityRef, rows: int) -> dask.array.Array:
@@ -187,9 +186,10 @@ def chunked_rows(quantity: QuantityRef, rows: int) -> dask.array.Array:
 
 def chunked_sequences(padded: PaddedRows, handle: SnapshotHandle) -> dask.array.Array:
     """Return all padded sequences as a dask array with chunks of about `CHUNK` bytes."""
-    size = padded.shape[1] * padded.shape[2] * padded.dtype.itemsize
-    found: dask.array.Array = _chunked(padded, items_per_block(CHUNK, size), handle)
-    return found
+    sequence_bytes = padded.shape[1] * padded.shape[2] * padded.dtype.itemsize
+    length = items_per_block(CHUNK, sequence_bytes)
+    array: dask.array.Array = _chunked(padded, length, handle)
+    return array
 
 
 def _chunked(whole: Any, length: int, handle: SnapshotHandle) -> Any:

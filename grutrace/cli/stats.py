@@ -30,7 +30,7 @@ from grutrace.cli.output import (
     progress_bar,
     with_progress,
 )
-from grutrace.errors import OptionError
+from grutrace.errors import OptionError, join_names
 from grutrace.statistics.file import is_statistics
 from grutrace.statistics.moments import HIGH, LOW
 from grutrace.statistics.running import Statistics
@@ -109,8 +109,9 @@ def matching_sites(trace: Trace, globs: Sequence[str] | None) -> tuple[str, ...]
     """
     for glob in globs or ():
         if not any(fnmatchcase(name, glob) for name in trace.sites):
-            sites = ", ".join(trace.sites) or "none"
-            raise OptionError(f"site: {glob!r} matches none of the sites: {sites}")
+            raise OptionError(
+                f"site: {glob!r} matches none of the sites: {join_names(trace.sites)}"
+            )
     return tuple(
         name for name in trace.sites if not globs or any(fnmatchcase(name, glob) for glob in globs)
     )

@@ -21,7 +21,7 @@ import numpy as np
 from grutrace.records import Array, ModuleInfo, Site
 from grutrace.storage.format.schema import group_name
 from grutrace.storage.interfaces import Rows
-from grutrace.storage.read.lazy_rows import items_per_block
+from grutrace.storage.read.lazy_rows import item_bytes, items_per_block
 from grutrace.storage.read.sequence_index import SequenceIndex, as_slice
 from grutrace.storage.read.snapshot import TraceSnapshot
 
@@ -345,8 +345,7 @@ class _SequenceOrderedRows:
         if self._is_contiguous:
             return self._read(start, stop)
         if not self._buffer_start <= start <= stop <= self._buffer_start + len(self._buffer):
-            width = self._rows.shape[1] * self._rows.dtype.itemsize
-            items = max(stop - start, GATHER_BYTES // max(1, width))
+            items = max(stop - start, items_per_block(GATHER_BYTES, item_bytes(self._rows)))
             self._buffer_start = start
             self._buffer = self._read(start, min(start + items, len(self._rows)))
         return self._buffer[start - self._buffer_start : stop - self._buffer_start]

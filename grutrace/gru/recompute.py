@@ -24,8 +24,14 @@ from torch import Tensor
 
 from grutrace.gru import cell
 from grutrace.gru.layout import copy_cast
-from grutrace.gru.replay import BLOCK, SMALLEST_BLOCK
-from grutrace.gru.tolerance import abs_sum_bounds, machine_epsilon, storage_rounding, tolerance
+from grutrace.gru.replay import block_rows
+from grutrace.gru.tolerance import (
+    abs_sum_bounds,
+    machine_epsilon,
+    storage_rounding,
+    tolerance,
+    zero_where_equal,
+)
 from grutrace.records import GATES, WEIGHTS, Array
 
 _TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -236,7 +242,7 @@ def recompute(
     buffers = {name: torch.from_numpy(rows) for name, rows in gates.items()}
     dtype_of_checks = torch.promote_types(h_after.dtype, torch.float32)
     residual, product, recurrent = (torch.empty(count, dtype=dtype_of_checks) for _ in range(3))
-    rows = max(SMALLEST_BLOCK, BLOCK // (6 * size))
+    rows = block_rows(size)
     for start in range(0, count, rows):
         block = slice(start, start + rows)
         states = h_before[block].to(kernel_dtype)
@@ -298,7 +304,7 @@ def row_residuals(update: Array, candidate: Array, previous: Array, hidden: Arra
     z, n, h_before, h_after = map(torch.from_numpy, (update, candidate, previous, hidden))
     count, size = hidden.shape
     residual = torch.empty(count, dtype=torch.promote_types(h_after.dtype, torch.float32))
-    rows = max(SMALLEST_BLOCK, BLOCK // (6 * max(1, size)))
+    rows = block_rows(size)
     for start in range(0, count, rows):
         block = slice(start, start + rows)
         # `step` does not use the reset gate, so the update gate stands in for it.
@@ -326,8 +332,7 @@ def _residual_per_row(expected: Tensor, hidden: Tensor) -> Tensor:
     residual = differences.amax(-1)
     if bool(residual.isfinite().all()):
         return residual
-    is_same = (expected == hidden) | (expected.isnan() & hidden.isnan())
-    return differences.masked_fill_(is_same, 0.0).nan_to_num_(nan=torch.inf).amax(-1)
+    return zero_where_equal(differences, expected, hidden).amax(-1)
 
 
 def _as_writable(array: Array) -> Array:

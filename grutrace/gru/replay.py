@@ -44,6 +44,11 @@ from grutrace.records import GATES
 BLOCK, SMALLEST_BLOCK = 384 * 1024, 256
 
 
+def block_rows(size: int) -> int:
+    """Return the number of rows whose products are computed at once, for H = `size`."""
+    return max(SMALLEST_BLOCK, BLOCK // (6 * max(1, size)))
+
+
 @dataclass(frozen=True)
 class ReplayResult:
     """The gates of a call at one site, with the check of its states.
@@ -133,7 +138,7 @@ class GateReplay:
         if buffers is None:
             stored = numpy_type(hidden.dtype)
             buffers = {name: steps.allocate(hidden.shape[-1], stored) for name in GATES}
-        size = max(SMALLEST_BLOCK, BLOCK // (6 * hidden.shape[-1]))
+        size = block_rows(hidden.shape[-1])
         extremes, product_dtype = [], input.dtype
         blocks = steps.blocks(hidden, initial, size, reverse=self._reverse)
         for block, previous in blocks if hidden.numel() else ():

@@ -199,9 +199,14 @@ def compare(
     if all(map(math.isfinite, maxima)):
         residual, *bounds = maxima
         return ReplayError(residual, max(map(abs, bounds)), max(map(abs, bounds[4:])))
-    is_same = (replayed == hidden) | (replayed.isnan() & hidden.isnan())
-    residual = difference.masked_fill_(is_same, 0.0).nan_to_num_(nan=math.inf).max().item()
+    residual = zero_where_equal(difference, replayed, hidden).max().item()
     return ReplayError(residual, max(map(max_abs, products)), max_abs(recurrent))
+
+
+def zero_where_equal(difference: Tensor, replayed: Tensor, hidden: Tensor) -> Tensor:
+    """Correct ``|replayed - hidden|`` in place: 0 for equal values, infinity for one NaN."""
+    is_same = (replayed == hidden) | (replayed.isnan() & hidden.isnan())
+    return difference.masked_fill_(is_same, 0.0).nan_to_num_(nan=math.inf)
 
 
 def max_abs(values: Tensor) -> float:

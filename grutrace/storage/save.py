@@ -82,9 +82,14 @@ def save_trace(
 
 def array_items(dataset_path: str, array: Array | Rows) -> Iterator[tuple[str, Array]]:
     """Yield the items of a dataset in blocks of bounded size, each with the path."""
-    step = max(1, BLOCK // max(1, math.prod(array.shape[1:]) * array.dtype.itemsize))
+    step = items_per_block(array)
     for start in range(0, len(array), step):
         yield dataset_path, np.asarray(array[start : start + step])
+
+
+def items_per_block(array: Array | Rows) -> int:
+    """Return how many items of an array make a block of `BLOCK` bytes, at least one."""
+    return max(1, BLOCK // max(1, math.prod(array.shape[1:]) * array.dtype.itemsize))
 
 
 def write_datasets(

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 
 from grutrace.arrays.reopen import SnapshotHandle
-from grutrace.errors import NotRecordedError, OptionError, StateError
+from grutrace.errors import NotRecordedError, OptionError, StateError, join_names
 from grutrace.records import DEFAULT_RECORD, QUANTITIES, Array, Site
 from grutrace.reprs import fields_repr
 from grutrace.storage.interfaces import Rows
@@ -309,8 +309,9 @@ class _ArraySiteData(SiteData):
 
     def labels(self, name: str) -> LabelColumn:
         if name not in self._labels:
-            names = ", ".join(self._labels) or "none"
-            raise NotRecordedError(f"there is no label {name!r}; there are: {names}")
+            raise NotRecordedError(
+                f"there is no label {name!r}; there are: {join_names(self._labels)}"
+            )
         return encode_labels(name, self._labels[name])
 
     @property

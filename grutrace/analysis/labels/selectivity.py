@@ -36,6 +36,7 @@ from grutrace.analysis.engine.site_data import (
 from grutrace.analysis.labels.label_coding import LabelPermutations, encode_classes
 from grutrace.records import Array
 from grutrace.statistics.moments import merge_stats, summarize_block
+from grutrace.storage.read.lazy_rows import block_slices
 from grutrace.storage.read.sequence_index import Integers
 
 #: Number of levels of a unit for the mutual information.
@@ -167,16 +168,15 @@ class PermutedHistogram:
         permutations, others, width, _ = self._others.shape
         if self._sources is None:
             self._sources = self._label_permutations.sources(self._some)
-        step = max(1, PRODUCT_BYTES // (4 * (permutations * others + width * LEVELS)))
+        row_bytes = 4 * (permutations * others + width * LEVELS)
         classes, of_unit = np.arange(1, others + 1)[:, np.newaxis], np.arange(width)
-        for low in range(0, len(numbers), step):
-            part = slice(low, low + step)
+        for part in block_slices(len(numbers), PRODUCT_BYTES, row_bytes):
             level = self._levels[of_unit, self._bins(values[part])]
             levels = (level[..., np.newaxis] == np.arange(LEVELS)).astype(np.float32)
             codes = self._label_permutations.codes(numbers[part], self._some, self._sources)
             labels = (codes[:, np.newaxis] == classes).astype(np.float32)
-            found = labels.reshape(permutations * others, -1) @ levels.reshape(len(level), -1)
-            self._others += found.reshape(self._others.shape).astype(np.int64)
+            counts = labels.reshape(permutations * others, -1) @ levels.reshape(len(level), -1)
+            self._others += counts.reshape(self._others.shape).astype(np.int64)
 
     def merge(self, later: PermutedHistogram) -> None:
         """Add the counts of later rows."""
@@ -387,16 +387,15 @@ def _null_information(
     classes, width, _ = counts.shape
     total = _bins_to_levels(counts, levels).sum(0)
     permutation_bytes = 8 * classes * width * LEVELS + 4 * label_permutations.total
-    together = max(1, COUNT_BYTES // permutation_bytes)
     rows = np.arange(data.steps, dtype=np.int64)[:, np.newaxis]
     with_row = with_columns(data, {"row": rows})
     information = np.empty((label_permutations.count, width))
-    for first in range(0, label_permutations.count, together):
-        numbers = range(first, min(first + together, label_permutations.count))
+    for part in block_slices(label_permutations.count, COUNT_BYTES, permutation_bytes):
+        numbers = range(part.start, part.stop)
         make_reducer = partial(
             PermutedHistogram, label_permutations, numbers, bins, levels, classes
         )
         joint = reduce_rows(with_row, (quantity, "row"), make_reducer).counts(total)
-        for position, number in enumerate(numbers):
-            information[number] = _information(joint[position])
+        for number, permuted_counts in zip(numbers, joint, strict=True):
+            information[number] = _information(permuted_counts)
     return information

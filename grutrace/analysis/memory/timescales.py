@@ -106,38 +106,33 @@ def fit_inverse_gamma(timescales: Array, seed: int = 0) -> InverseGamma:
     if len(finite) < FEWEST or np.ptp(finite) <= SAME * finite.max():
         return InverseGamma(len(finite), *[float("nan")] * 6)
 
-    def fit(rates: Array) -> tuple[float, float]:
-        # Exact for a gamma distribution with a fixed location; for invgamma SciPy searches.
-        shape, _, inverse_rate = stats.gamma.fit(rates, floc=0)
-        return float(shape), 1 / float(inverse_rate)
+    class PositiveGamma(type(stats.gamma)):  # type: ignore[misc]
+        def rvs(self, *args: Any, **options: Any) -> Array:
+            # A small shape gives rates that underflow to 0, which no gamma distribution fits.
+            rates: Array = super().rvs(*args, **options)
+            return np.maximum(rates, np.finfo(np.float64).tiny)
 
-    def distance(rates: Array, shape: Array, scale: Array) -> Array:
-        """(m,) Kolmogorov-Smirnov distances of (m, n) values from m gamma distributions."""
-        count = rates.shape[1]
-        expected = special.gammainc(shape[:, None], np.sort(rates, axis=1) * scale[:, None])
-        above = np.arange(1, count + 1) / count - expected
-        below = expected - np.arange(count) / count
-        return np.asarray(np.maximum(above, below).max(axis=1))
-
-    rates = 1 / finite
-    shape, scale = fit(rates)
-    (observed,) = distance(rates[None], np.array([shape]), np.array([scale]))
-    samples = np.random.default_rng(seed).gamma(shape, 1 / scale, (SAMPLES, len(rates)))
-    # A small shape gives rates that underflow to 0.
-    samples = np.maximum(samples, np.finfo(np.float64).tiny)
-    simulated = distance(samples, *np.transpose([fit(sample) for sample in samples]))
-    p_value = (1 + np.count_nonzero(simulated >= observed)) / (1 + SAMPLES)
+    # With a fixed location the fit of gamma is exact; for invgamma SciPy searches.
+    test = stats.goodness_of_fit(
+        PositiveGamma(a=0.0, name="gamma"),
+        1 / finite,
+        known_params={"loc": 0},
+        statistic="ks",
+        n_mc_samples=SAMPLES,
+        rng=np.random.default_rng(seed),
+    )
+    shape, scale = float(test.fit_result.params.a), 1 / float(test.fit_result.params.scale)
     # The inverse of the Fisher information of n values.
     trigamma = float(special.polygamma(1, shape))
-    information = len(rates) * (shape * trigamma - 1)
+    information = len(finite) * (shape * trigamma - 1)
     return InverseGamma(
-        count=len(rates),
+        count=len(finite),
         shape=shape,
         shape_error=float(np.sqrt(shape / information)),
         scale=scale,
         scale_error=float(scale * np.sqrt(trigamma / information)),
-        distance=float(observed),
-        p_value=float(p_value),
+        distance=float(test.statistic),
+        p_value=float(test.pvalue),
     )
 
 

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from grutrace.capture.recording.annotations import AnnotationValues, RecordedBatches
-from grutrace.errors import OptionError, reject_unknown_options
+from grutrace.errors import OptionError, join_names, reject_unknown_options
 from grutrace.records import ModuleInfo
 
 Annotate: TypeAlias = Callable[[RecordedBatches, str, AnnotationValues, str | None], None]
@@ -108,7 +108,7 @@ class SequenceNames:
         for glob, names in given.items():
             matching = [n for n, path in enumerate(self._paths) if fnmatchcase(path, glob)]
             if not matching:
-                known = ", ".join(repr(path) for path in self._paths)
+                known = join_names(map(repr, self._paths))
                 raise OptionError(
                     f"sequences: {glob!r} matches no traced module; the modules are {known}"
                 )

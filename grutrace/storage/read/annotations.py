@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from grutrace.errors import NotRecordedError
+from grutrace.errors import NotRecordedError, join_names
 from grutrace.records import Array
 from grutrace.storage.format.tables import Tables
 from grutrace.storage.read.sequence_index import SequenceIndex, ranges
@@ -150,7 +150,7 @@ def row_labels(tables: Tables, module: int, index: SequenceIndex, name: str) -> 
     """
     mask = annotation_mask(tables, module, name)
     if not mask.any():
-        names = ", ".join(annotation_names(tables, module)) or "none"
+        names = join_names(annotation_names(tables, module))
         raise NotRecordedError(f"there is no label {name!r}; there are: {names}")
     counts = tables.annotations["count"].astype(np.int64)
     starts = (np.cumsum(counts) - counts)[mask]

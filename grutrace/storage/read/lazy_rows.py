@@ -7,6 +7,7 @@ Module contents: `LazyRows`, the base class; `FileRows`, `MemoryRows`, `Selected
 
 from __future__ import annotations
 
+import math
 import operator
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -95,9 +96,8 @@ class LazyRows(ArrayLike):
         return array[np.arange(len(array)), remaining_index]
 
     def _blocks(self, size: int) -> Iterator[Array]:
-        step = self._rows_per_block(size)
-        for start in range(0, len(self), step):
-            yield self._read(slice(start, min(start + step, len(self)), 1), _ALL)
+        for rows in block_slices(len(self), size, item_bytes(self)):
+            yield self._read(rows, _ALL)
 
     def _masked(self, mask: Array) -> Array:
         """Return the elements where a mask (N, W) is True, (n,)."""
@@ -153,10 +153,6 @@ class LazyRows(ArrayLike):
             raise IndexError(f"row index {rows} is out of bounds: there are {len(self)} rows")
         return np.where(indices < 0, indices + len(self), indices)
 
-    def _rows_per_block(self, size: int) -> int:
-        """Return how many rows fit in this many bytes, at least one."""
-        return items_per_block(size, self.shape[1] * self.dtype.itemsize)
-
 
 class FileRows(LazyRows):
     """The first rows of a dataset, (rows, width). Indexing reads, and gives NumPy arrays.
@@ -203,8 +199,8 @@ class FileRows(LazyRows):
 
     def _spans(self, rising: Array) -> Iterator[tuple[int, int]]:
         """Split sorted row numbers at wide gaps, and where a span exceeds `BLOCK` bytes."""
-        gaps = 1 + np.flatnonzero(np.diff(rising) > self._rows_per_block(GAP))
-        max_rows = self._rows_per_block(BLOCK)
+        gaps = 1 + np.flatnonzero(np.diff(rising) > items_per_block(GAP, item_bytes(self)))
+        max_rows = items_per_block(BLOCK, item_bytes(self))
         for start, stop in pairwise([0, *gaps.tolist(), len(rising)]):
             while start < stop:
                 span = int(np.searchsorted(rising[start:stop], rising[start] + max_rows))
@@ -340,6 +336,11 @@ class ConcatenatedRows(LazyRows):
         return array
 
 
+def item_bytes(array: Rows) -> int:
+    """Return the size of one item of an array with one or more axes, in bytes."""
+    return math.prod(array.shape[1:]) * array.dtype.itemsize
+
+
 def items_per_block(block_bytes: int, item_bytes: int) -> int:
     """Return how many items of this size fit in a block, at least one."""
     return max(1, block_bytes // max(1, item_bytes))
@@ -353,6 +354,5 @@ def block_slices(count: int, block_bytes: int, item_bytes: int) -> Iterator[slic
 
 def blocks(rows: Rows) -> Iterator[Array]:
     """Yield all rows in blocks of `BLOCK` bytes."""
-    step = items_per_block(BLOCK, rows.shape[1] * rows.dtype.itemsize)
-    for start in range(0, len(rows), step):
-        yield np.asarray(rows[start : start + step])
+    for part in block_slices(len(rows), BLOCK, item_bytes(rows)):
+        yield np.asarray(rows[part])

@@ -18,7 +18,7 @@ from grutrace.errors import NotRecordedError
 from grutrace.records import Array, ModuleInfo, Site
 from grutrace.storage.format.tables import ModuleCounts
 from grutrace.storage.interfaces import SnapshotReader
-from grutrace.storage.read.lazy_rows import LazyRows
+from grutrace.storage.read.lazy_rows import LazyRows, block_slices
 from grutrace.storage.read.proofs import CallVersions, StepData
 from grutrace.storage.read.sequence_index import Integers, SequenceIndex, as_slice
 
@@ -165,10 +165,9 @@ class SiteGateInputs:
         changes = (versions[1:] != versions[:-1]) | (precisions[1:] != precisions[:-1])
         bounds = [0, *(np.flatnonzero(changes) + 1).tolist(), len(rows)]
         width = self._site.input_size + (2 + 3 * _ARRAYS) * self._module.hidden_size
-        step = max(1, BLOCK // (8 * width))
         for group_start, group_stop in pairwise(bounds):
-            for start in range(group_start, group_stop, step):
-                block = slice(start, min(start + step, group_stop))
+            for part in block_slices(group_stop - group_start, BLOCK, 8 * width):
+                block = slice(group_start + part.start, group_start + part.stop)
                 yield GateInputs(
                     block,
                     rows[block],

@@ -14,7 +14,7 @@ from grutrace.records import Array, ModuleInfo, Site
 from grutrace.reprs import wrap_text
 from grutrace.storage.format.tables import ModuleCounts
 from grutrace.storage.read.annotations import LabelColumn, annotation_names, row_labels
-from grutrace.storage.read.lazy_rows import LazyRows, as_rows, items_per_block
+from grutrace.storage.read.lazy_rows import LazyRows, as_rows, block_slices, item_bytes
 from grutrace.storage.read.recomputed import SiteGateInputs
 from grutrace.storage.read.sequence import QuantityAccess, Sequence
 from grutrace.storage.read.sequence_index import Integers, SequenceIndex, ranges
@@ -173,9 +173,7 @@ class SiteTrace(QuantityAccess[LazyRows]):
         padded = np.zeros((len(index), longest, rows.shape[1]), rows.dtype)
         sequences = np.repeat(index.sequences, index.steps)
         steps = ranges(index.steps_before, index.steps)
-        block_rows = items_per_block(BLOCK, rows.shape[1] * rows.dtype.itemsize)
-        for start in range(0, len(rows), block_rows):
-            block = slice(start, start + block_rows)
+        for block in block_slices(len(rows), BLOCK, item_bytes(rows)):
             padded[sequences[block], steps[block]] = rows[block]
         return padded, lengths
 

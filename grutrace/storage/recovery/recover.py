@@ -7,7 +7,6 @@ copied in blocks, so memory is bounded.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,11 +28,8 @@ from grutrace.storage.hdf5.errors import H5PY_ERRORS
 from grutrace.storage.hdf5.safe_access import get_dataset
 from grutrace.storage.recovery.plan import RecoveryPlan, best_plan, make_plan, open_damaged
 from grutrace.storage.recovery.preflight import TIMEOUT, check_in_subprocess
-from grutrace.storage.save import write_datasets
+from grutrace.storage.save import items_per_block, write_datasets
 from grutrace.storage.shards.run_parts import RunPart, part_files, part_path, run_part_of
-
-#: Bytes that are read and written at a time.
-BLOCK = 8 * 1024 * 1024
 
 #: Bytes of a file that are scanned in a second, at least.
 MIN_SCAN_RATE = 1e9
@@ -231,8 +227,7 @@ class _UnreadableItem(Exception):
 
 def _blocks(dataset: h5py.Dataset, dataset_path: str, count: int) -> Iterator[Array]:
     """Yield the first items of a dataset in blocks."""
-    item_bytes = math.prod(dataset.shape[1:]) * dataset.dtype.itemsize
-    step = max(1, BLOCK // max(1, item_bytes))
+    step = items_per_block(dataset)
     for start in range(0, count, step):
         stop = min(count, start + step)
         try:

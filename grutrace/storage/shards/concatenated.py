@@ -6,10 +6,8 @@ and so on, as if one process had recorded them. `union.py` is for sources with d
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +20,7 @@ from grutrace.storage.format.schema import CHECK, width
 from grutrace.storage.format.tables import ModuleCounts, ShardCalls, Tables
 from grutrace.storage.interfaces import AppendOnlySource, Rows, SnapshotReader
 from grutrace.storage.read.lazy_rows import ConcatenatedRows
-from grutrace.storage.shards.joined_tables import ModuleIndices, concatenated_tables
+from grutrace.storage.shards.joined_tables import JoinedSource, ModuleIndices, concatenated_tables
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +30,7 @@ class ConcatenatedTables(Tables):
     reader: SnapshotReader | None = None
 
 
-class ConcatenatedSource:
+class ConcatenatedSource(JoinedSource):
     """Several shards as one `Source`.
 
     Calls, rows, sequences and weight versions are in the order of the ranks. While shards grow,
@@ -53,23 +51,16 @@ class ConcatenatedSource:
     def __init__(
         self, name: str, shards: Sequence[Shard], sources: Sequence[AppendOnlySource]
     ) -> None:
-        self.name = name
-        self._shards, self._sources = list(shards), list(sources)
+        super().__init__(name, sources)
+        self._shards = list(shards)
         self._modules: list[ModuleInfo] = []
         self._first_source: list[AppendOnlySource] = []
-        self._latest: tuple[Tables, ...] = ()
-        self._tables: ConcatenatedTables | None = None
         self._merge_headers()
 
     @property
     def shards(self) -> tuple[Shard, ...]:
         """The shards, in the order of their ranks."""
         return tuple(self._shards)
-
-    @property
-    def sources(self) -> tuple[AppendOnlySource, ...]:
-        """The source of each shard."""
-        return tuple(self._sources)
 
     @property
     def module_indices(self) -> tuple[ModuleIndices, ...]:
@@ -80,11 +71,6 @@ class ConcatenatedSource:
     def shard_tables(self) -> tuple[Tables, ...]:
         """The tables of each shard, as of the last refresh."""
         return self._latest
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """Files of all shards."""
-        return tuple(file for source in self._sources for file in source.files)
 
     def add(self, shard: Shard, source: AppendOnlySource) -> None:
         """Insert a shard, in the order of the ranks.
@@ -132,30 +118,19 @@ class ConcatenatedSource:
             modules=tuple(self._modules),
         )
 
-    def refresh(self) -> Tables:
-        """Return the present tables of all shards."""
-        latest = tuple(source.refresh() for source in self._sources)
+    def _join(self, tables: tuple[Tables, ...]) -> ConcatenatedTables:
         if any(
             len(module_indices) < len(source.header.modules)
             for module_indices, source in zip(self._module_indices, self._sources, strict=True)
         ):
             # `grutrace run` has found more modules.
             self._merge_headers()
-        unchanged = len(latest) == len(self._latest) and all(
-            map(operator.is_, latest, self._latest)
-        )
-        if self._tables is None or not unchanged:
-            self._tables = self._concatenate(latest)
-            self._latest = latest
-        return self._tables
-
-    def _concatenate(self, shard_tables: tuple[Tables, ...]) -> ConcatenatedTables:
-        concatenated = concatenated_tables(shard_tables, self._module_indices, len(self._modules))
+        concatenated = concatenated_tables(tables, self._module_indices, len(self._modules))
         shards = tuple(
-            ShardCalls(shard.rank, len(tables.calls), tables.closed)
-            for shard, tables in zip(self._shards, shard_tables, strict=True)
+            ShardCalls(shard.rank, len(shard_tables.calls), shard_tables.closed)
+            for shard, shard_tables in zip(self._shards, tables, strict=True)
         )
-        reader = _ConcatenatedReader(self, shard_tables)
+        reader = _ConcatenatedReader(self, tables)
         return ConcatenatedTables(**vars(concatenated) | {"shards": shards, "reader": reader})
 
     def as_of(self, tables: Tables) -> SnapshotReader:
@@ -164,11 +139,6 @@ class ConcatenatedSource:
         if reader is None:
             raise TypeError("expected tables that this source gave")
         return reader
-
-    def close(self) -> None:
-        """Close all sources. Closing twice has no effect."""
-        for source in self._sources:
-            source.close()
 
 
 class _ModuleRows(NamedTuple):

@@ -1,4 +1,4 @@
-"""Join the tables of several sources into the tables of one trace.
+"""`JoinedSource` reads several sources as one trace; here are the tables of that trace.
 
 `union_tables` is for sources with different modules: the parts of a run. `concatenated_tables` is
 for sources with the same modules: the ranks of a distributed run.
@@ -6,59 +6,74 @@ for sources with the same modules: the ranks of a distributed run.
 
 from __future__ import annotations
 
+import operator
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from pathlib import Path
 
 import numpy as np
 
 from grutrace.records import Array
 from grutrace.storage.format.schema import PIECE
 from grutrace.storage.format.tables import ModuleCounts, Tables
+from grutrace.storage.interfaces import AppendOnlySource
 
 #: Index of each module of a shard among the modules of all shards.
 ModuleIndices = tuple[int, ...]
 
 
-def union_tables(sources: Sequence[Tables]) -> Tables:
-    """Return the tables of one trace with the modules of all sources, and its calls by time."""
-    calls, forks, annotations, values = ([] for _ in range(4))
-    module_count = string_count = 0
-    for tables in sources:
-        calls.append(_shift_references(tables.calls, module_count, {"tag": string_count}))
-        forks.append(_shift_references(tables.forks, module_count, {}))
-        annotations.append(
-            _shift_references(tables.annotations, module_count, {"name": string_count})
-        )
-        values.append(annotation_values(tables, string_count))
-        module_count += len(tables.pieces)
-        string_count += len(tables.strings)
-    strings, characters = _concatenate_strings(sources)
-    return Tables(
-        calls=np.concatenate(calls)[_in_time_order(calls)],
-        forks=np.concatenate(forks),
-        annotations=np.concatenate(annotations),
-        values=np.concatenate(values),
-        strings=strings,
-        characters=characters,
-        pieces=tuple(pieces for tables in sources for pieces in tables.pieces),
-        module_counts=tuple(counts for tables in sources for counts in tables.module_counts),
-        closed=all(tables.closed for tables in sources),
-    )
-
-
-def _shift_references(table: Array, module_count: int, string_counts: dict[str, int]) -> Array:
-    """Return a copy of a table whose modules and strings follow those of other tables.
+class JoinedSource(ABC):
+    """Several sources as one `Source`. Closing it closes them.
 
     Args:
-        table: Calls, forks or annotations.
-        module_count: Number of modules of the other tables.
-        string_counts: Number of strings of the other tables, by field. Such a field holds the
-            number of the string + 1, or 0 for none.
+        name: Name of the trace, for messages.
+        sources: The sources, at least one.
     """
-    shifted = table.copy()
-    shifted["module"] += np.uint32(module_count)
-    for name, string_count in string_counts.items():
-        shifted[name][table[name] > 0] += np.uint32(string_count)
-    return shifted
+
+    def __init__(self, name: str, sources: Sequence[AppendOnlySource]) -> None:
+        self.name, self._sources = name, list(sources)
+        self._latest: tuple[Tables, ...] = ()
+        self._tables: Tables | None = None
+
+    @property
+    def sources(self) -> tuple[AppendOnlySource, ...]:
+        """The sources, in order."""
+        return tuple(self._sources)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Files of all sources."""
+        return tuple(file for source in self._sources for file in source.files)
+
+    def refresh(self) -> Tables:
+        """Return the present tables of all sources."""
+        latest = tuple(source.refresh() for source in self._sources)
+        unchanged = len(latest) == len(self._latest) and all(
+            map(operator.is_, latest, self._latest)
+        )
+        if self._tables is None or not unchanged:
+            self._tables, self._latest = self._join(latest), latest
+        return self._tables
+
+    @abstractmethod
+    def _join(self, tables: tuple[Tables, ...]) -> Tables:
+        """Return the tables of the trace, from those of each source."""
+
+    def close(self) -> None:
+        """Close all sources. Closing twice has no effect."""
+        for source in self._sources:
+            source.close()
+
+
+def union_tables(sources: Sequence[Tables]) -> Tables:
+    """Return the tables of one trace with the modules of all sources, and its calls by time."""
+    module_counts = [len(tables.pieces) for tables in sources]
+    starts = [0, *accumulate(module_counts)]
+    indices = [tuple(range(start, stop)) for start, stop in pairwise(starts)]
+    tables = concatenated_tables(sources, indices, starts[-1])
+    return replace(tables, calls=tables.calls[_in_time_order([each.calls for each in sources])])
 
 
 def _in_time_order(calls: Sequence[Array]) -> Array:

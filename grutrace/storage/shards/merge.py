@@ -47,7 +47,7 @@ from grutrace.storage.hdf5.atomic_write import publish, temporary_path, unlink_o
 from grutrace.storage.hdf5.errors import translate_write_errors
 from grutrace.storage.hdf5.filters import compression_of, filter_options
 from grutrace.storage.interfaces import AppendOnlySource, Rows, SnapshotReader
-from grutrace.storage.read.lazy_rows import BLOCK
+from grutrace.storage.read.lazy_rows import BLOCK, item_bytes, items_per_block
 from grutrace.storage.shards.concatenated import ConcatenatedSource
 from grutrace.storage.shards.joined_tables import ModuleIndices
 from grutrace.storage.shards.open_files import open_files
@@ -253,9 +253,9 @@ class _Merge:
 
     def _copy_rows(self, dataset: h5py.Dataset, rows: Rows | Array) -> None:
         _resize(dataset, len(rows))
-        item_bytes = max(1, math.prod(dataset.shape[1:]) * dataset.dtype.itemsize)
         # In whole chunks, so that no chunk is written twice.
-        step = max(1, BLOCK // item_bytes // dataset.chunks[0]) * dataset.chunks[0]
+        chunk = dataset.chunks[0]
+        step = chunk * items_per_block(BLOCK, chunk * item_bytes(dataset))
         for start in range(0, len(rows), step):
             block = np.asarray(rows[start : start + step])
             dataset[start : start + len(block)] = block
@@ -307,8 +307,7 @@ class _Shard:
             specs = dataset_specs([module])
             for dataset_path, name in _row_datasets(module):
                 spec = specs[dataset_path]
-                item_bytes = math.prod(spec.item_shape) * spec.dtype.itemsize
-                size += _count(counts, name) * item_bytes
+                size += _count(counts, name) * math.prod(spec.item_shape) * spec.dtype.itemsize
         return size
 
     def span(

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import count
-from pathlib import Path
 
 from grutrace.records import Array, ModuleInfo, TraceHeader
 from grutrace.storage.format.tables import Tables
 from grutrace.storage.interfaces import AppendOnlySource, Rows, SnapshotReader
-from grutrace.storage.shards.joined_tables import union_tables
+from grutrace.storage.shards.joined_tables import JoinedSource, union_tables
 
 
-class UnionSource:
+class UnionSource(JoinedSource):
     """Several sources as one `Source`.
 
     The modules of the sources are concatenated, and their calls are sorted by time. Each source
@@ -32,27 +30,14 @@ class UnionSource:
     def __init__(
         self, name: str, sources: Sequence[AppendOnlySource], labels: Sequence[str] | None = None
     ) -> None:
-        self.name = name
+        super().__init__(name, sources)
         self.live = any(source.live for source in sources)
-        self._sources = list(sources)
         self._labels = list(labels or map(_label, sources))
-        self._latest: tuple[Tables, ...] = ()
-        self._tables: Tables | None = None
         self._merge_headers()
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle the sources, without cached tables."""
         return UnionSource, (self.name, self._sources, self._labels)
-
-    @property
-    def sources(self) -> tuple[AppendOnlySource, ...]:
-        """The sources, in order."""
-        return tuple(self._sources)
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """Files of all sources."""
-        return tuple(file for source in self._sources for file in source.files)
 
     def locate(self, module: int) -> tuple[AppendOnlySource, int]:
         """Return the source of a module, and its index in that source."""
@@ -73,16 +58,8 @@ class UnionSource:
             for number in range(len(source.header.modules))
         ]
 
-    def refresh(self) -> Tables:
-        """Return the present tables of all sources."""
-        latest = tuple(source.refresh() for source in self._sources)
-        unchanged = len(latest) == len(self._latest) and all(
-            map(operator.is_, latest, self._latest)
-        )
-        if self._tables is None or not unchanged:
-            self._tables = latest[0] if len(latest) == 1 else union_tables(latest)
-            self._latest = latest
-        return self._tables
+    def _join(self, tables: tuple[Tables, ...]) -> Tables:
+        return tables[0] if len(tables) == 1 else union_tables(tables)
 
     def as_of(self, tables: Tables) -> SnapshotReader:  # noqa: ARG002
         """Return the source itself: rows are only appended."""
@@ -107,11 +84,6 @@ class UnionSource:
         """Return one version of a site's weights."""
         source, number = self._module_sources[module]
         return source.weights(number, suffix, version)
-
-    def close(self) -> None:
-        """Close all sources. Closing twice has no effect."""
-        for source in self._sources:
-            source.close()
 
 
 def union_header(headers: Sequence[TraceHeader], labels: Sequence[str]) -> TraceHeader:
