@@ -96,7 +96,7 @@ def missing_library_message(what: str, library: str, extra: str) -> str:
         library: The import name of the library.
         extra: The extra of grutrace that includes the library.
     """
-    packages = " ".join(f'"{each}"' for each in extra_requirements(extra)) or library
+    packages = " ".join(f'"{requirement}"' for requirement in extra_requirements(extra)) or library
     return f"{what} needs {library}, which is not installed: pip install {packages}"
 
 
@@ -107,7 +107,7 @@ def extra_requirements(extra: str) -> list[str]:
     except PackageNotFoundError:
         return []
     extra_marker = re.compile(rf"""extra\s*==\s*["']{re.escape(extra)}["']""")
-    parts = (each.partition(";") for each in requirements)
+    parts = (requirement.partition(";") for requirement in requirements)
     return [package.strip() for package, _, marker in parts if extra_marker.search(marker)]
 
 
@@ -182,7 +182,7 @@ def string_list(option: str, value: object, expected: str) -> list[str]:
         texts = [value]
     elif isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray)):
         texts = list(value)
-    if not texts or not all(isinstance(each, str) for each in texts):
+    if not texts or not all(isinstance(text, str) for text in texts):
         raise OptionError(f"{option}: expected {expected}; found {short_repr(value)}")
     return texts
 
@@ -210,14 +210,18 @@ def reject_unknown_options(function: Callable[P, R]) -> Callable[P, R]:
         OptionError: The function has no such option.
     """
     parameters = signature(function).parameters.values()
-    known = {each.name for each in parameters if each.kind is not Parameter.POSITIONAL_ONLY}
+    known = {
+        parameter.name
+        for parameter in parameters
+        if parameter.kind is not Parameter.POSITIONAL_ONLY
+    }
     known.discard("self")
 
     @wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         for name in kwargs:
             if name not in known:
-                ordered = [each.name for each in parameters if each.name in known]
+                ordered = [parameter.name for parameter in parameters if parameter.name in known]
                 near = suggest_name(name, ordered) or f"; the options are {', '.join(ordered)}"
                 raise OptionError(f"{name}: unknown option{near}")
         return function(*args, **kwargs)

@@ -26,17 +26,17 @@ class AnalysisSpec:
     options: tuple[str, ...] = ()
     required: tuple[str, ...] = ()
 
-    def require(self, given: Collection[str]) -> None:
+    def require(self, names: Collection[str]) -> None:
         """Check the names of the options that a user gave.
 
         Raises:
             OptionError: An option is not one of `options`, or one of `required` is missing.
         """
-        for name in given:
+        for name in names:
             if name not in self.options:
                 raise OptionError(f"{self.name} takes no --{name}")
         for name in self.required:
-            if name not in given:
+            if name not in names:
                 raise OptionError(f"{self.name} needs --{name}")
 
     def load(self) -> Callable[..., Result]:

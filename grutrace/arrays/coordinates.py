@@ -136,7 +136,7 @@ class PaddedColumn:
         """Return the values of slices or integers."""
         sequences, rest = normalize_slice(key[0], self.shape[0])
         nothing = None if self.dtype == _TEXT else np.nan
-        found = np.full((len(sequences), self.shape[1]), nothing, self.dtype)
+        values = np.full((len(sequences), self.shape[1]), nothing, self.dtype)
         of, steps, rows = padded_positions(self._index, sequences)
-        found[of, steps] = self._column.values_at(rows)
-        return np.asarray(found[(rest, *key[1:])])
+        values[of, steps] = self._column.values_at(rows)
+        return np.asarray(values[(rest, *key[1:])])

@@ -122,13 +122,13 @@ class PaddedRows:
         return np.asarray(self._read(sequences)[(rest, *key[1:])])
 
     def _read(self, sequences: range) -> Array:
-        found = np.full((len(sequences), *self.shape[1:]), np.nan, self.dtype)
+        padded = np.full((len(sequences), *self.shape[1:]), np.nan, self.dtype)
         with self._quantity.open() as (all_rows, snapshot):
             of, steps, rows = padded_positions(self._quantity.index(snapshot), sequences)
             # The sequences may have more steps than when this array was created.
             known = rows < self._quantity.shape[0]
-            found[of[known], steps[known]] = all_rows[as_slice(rows[known])]
-        return found
+            padded[of[known], steps[known]] = all_rows[as_slice(rows[known])]
+        return padded
 
     def __dask_tokenize__(self) -> tuple[object, ...]:
         return "padded", self._quantity.__dask_tokenize__(), self.shape
@@ -139,11 +139,11 @@ def normalize_slice(key: slice | int, size: int) -> tuple[range, slice | int]:
     if not isinstance(key, slice):
         number = range(size)[key]
         return range(number, number + 1), 0
-    taken = range(size)[key]
-    if not len(taken):
+    selected = range(size)[key]
+    if not len(selected):
         return range(0), slice(None)
-    low, high = sorted((taken[0], taken[-1]))
-    return range(low, high + 1), slice(None, None, taken.step)
+    low, high = sorted((selected[0], selected[-1]))
+    return range(low, high + 1), slice(None, None, selected.step)
 
 
 def padded_positions(index: SequenceIndex, sequences: range) -> tuple[Integers, Integers, Integers]:
@@ -167,8 +167,8 @@ def to_dask(snapshot: TraceSnapshot, module: int, site: Site, quantity: str) -> 
     """
     with require_extra("to_dask", "dask"):
         import dask.array  # noqa: F401
-    found = QuantityRef(SnapshotHandle(snapshot), snapshot, module, site, quantity)
-    return chunked_rows(found, aligned_rows(found))
+    reference = QuantityRef(SnapshotHandle(snapshot), snapshot, module, site, quantity)
+    return chunked_rows(reference, aligned_rows(reference))
 
 
 def aligned_rows(quantity: QuantityRef) -> int:
@@ -180,8 +180,8 @@ def aligned_rows(quantity: QuantityRef) -> int:
 
 def chunked_rows(quantity: QuantityRef, rows: int) -> dask.array.Array:
     """Return all rows as a dask array with this many rows per chunk."""
-    found: dask.array.Array = _chunked(QuantityRows(quantity), rows, quantity.handle)
-    return found
+    array: dask.array.Array = _chunked(QuantityRows(quantity), rows, quantity.handle)
+    return array
 
 
 def chunked_sequences(padded: PaddedRows, handle: SnapshotHandle) -> dask.array.Array:

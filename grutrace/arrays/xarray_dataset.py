@@ -152,8 +152,8 @@ class _DatasetBuilder:
     def annotations(self) -> Iterator[tuple[str, StepColumn]]:
         """Tokens and labels. The prefix of labels prevents conflicts with other names."""
         for name in annotation_names(self._snapshot.tables, self._module):
-            place = "token" if name == "tokens" else f"label_{name}"
-            yield place, AnnotationColumn(self._snapshot, self._module, name)
+            variable = "token" if name == "tokens" else f"label_{name}"
+            yield variable, AnnotationColumn(self._snapshot, self._module, name)
 
     @property
     def tags(self) -> Tags | None:
@@ -204,12 +204,12 @@ def _ragged(builder: _DatasetBuilder) -> tuple[_Variables, _Variables]:
     # The same chunks for all quantities: dask rechunks arrays with different chunks.
     rows = min(map(aligned_rows, quantities), default=1)
     variables = {
-        each.name: builder.rows(
-            each,
-            chunked_rows(each, rows) if builder.chunked else lazy_data(QuantityRows(each)),
+        quantity.name: builder.rows(
+            quantity,
+            chunked_rows(quantity, rows) if builder.chunked else lazy_data(QuantityRows(quantity)),
             "step",
         )
-        for each in quantities
+        for quantity in quantities
     }
     initial = lazy_data(QuantityRows(builder.quantity(INITIAL)))
     variables[INITIAL] = _variable(("instance", "unit"), initial, INITIAL)

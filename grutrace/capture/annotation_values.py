@@ -36,7 +36,7 @@ class ParsedValues(NamedTuple):
     @property
     def longest(self) -> int | None:
         """Number of values of the longest list; None if there is no list."""
-        return max((len(each) for each in self.lists if isinstance(each, list)), default=None)
+        return max((len(values) for values in self.lists if isinstance(values, list)), default=None)
 
 
 def parse(name: str, values: Values) -> ParsedValues:
@@ -102,4 +102,4 @@ def _to_python(value: Any) -> Any:
         return str(value)
     if isinstance(value, (bytes, bytearray, Mapping, Set)) or not isinstance(value, Iterable):
         return value
-    return [_to_python(each) for each in value]
+    return [_to_python(item) for item in value]

@@ -145,7 +145,9 @@ class Attachment:
         model = self._model()
         if model is None or any(known() is module for known in self._grus.values()):
             return
-        modules = {each.description.path: each.description for each in self._selections}
+        modules = {
+            selection.description.path: selection.description for selection in self._selections
+        }
         location = locate_module(module, model, modules, frame)
         if location.replaces is not None:
             index = list(modules).index(location.replaces)

@@ -92,7 +92,7 @@ def select(
     if sites is not None:
         globs = string_list("sites", sites, GLOBS)
         modules = _matching_sites(modules, globs)
-        unsupported = [each for each in unsupported if each.matches(globs)]
+        unsupported = [gru for gru in unsupported if gru.matches(globs)]
     if unsupported:
         # The warning points to the line that creates the tracer: past Tracer.__init__ and the check
         # of its keywords.
@@ -129,8 +129,8 @@ def _require_model(model: object) -> None:
     elif isinstance(model, Mapping):
         hint = ": trace nn.ModuleDict(models), or create one tracer per model"
     is_container = hint and not isinstance(model, type)
-    found = f"a {type(model).__name__}" if is_container else short_repr(model)
-    raise OptionError(f"model: expected an nn.Module, found {found}{hint}")
+    description = f"a {type(model).__name__}" if is_container else short_repr(model)
+    raise OptionError(f"model: expected an nn.Module, found {description}{hint}")
 
 
 def _quantities(record: str | Sequence[str]) -> tuple[str, ...]:
@@ -230,15 +230,15 @@ def _defer_site(module: ModuleInfo, site: Site) -> Site:
 
 def _input_is_recorded(module: ModuleInfo, site: Site) -> bool:
     """Whether the input of a site always equals the recorded states of the layer below."""
-    below = [each for each in module.sites if each.layer == site.layer - 1]
+    below = [lower_site for lower_site in module.sites if lower_site.layer == site.layer - 1]
     return len(below) == (2 if module.bidirectional else 1) and not module.dropout
 
 
 def apply_options(selections: Sequence[SelectedModule], options: Options) -> list[SelectedModule]:
     """Return the selected modules with the options applied to their descriptions."""
     return [
-        replace(each, description=_apply_to_module(each.description, options))
-        for each in selections
+        replace(selection, description=_apply_to_module(selection.description, options))
+        for selection in selections
     ]
 
 

@@ -57,7 +57,7 @@ def find_unsupported_grus(model: nn.Module) -> Iterator[UnsupportedGRU]:
 
 def describe_unsupported(unsupported: Iterable[UnsupportedGRU]) -> str:
     """Return a text with the reason for each module."""
-    return "; ".join(f"{each.path or 'the model'} {each.reason}" for each in unsupported)
+    return "; ".join(f"{gru.path or 'the model'} {gru.reason}" for gru in unsupported)
 
 
 def is_complex(module: nn.Module) -> bool:

@@ -53,20 +53,22 @@ def _write_rows(path: Path, group: Group, leading: Sequence[Variable], rows: Var
     digits = DIGITS[np.dtype(rows.dtype).name]
     pattern = ",".join([f"%.{digits}g"] * rows.shape[1])
     with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerow([*(each.name for each in leading), *names])
+        csv.writer(file, lineterminator="\n").writerow(
+            [*(variable.name for variable in leading), *names]
+        )
         for part, block in rows.blocks(rows.items_per_block(BLOCK)):
-            columns = [_cells(each.read(part.start, part.stop)) for each in leading]
+            columns = [_cells(variable.read(part.start, part.stop)) for variable in leading]
             for first, values in zip(_lines(columns), block.tolist(), strict=True):
                 file.write(f"{first},{pattern % tuple(values)}\n")
 
 
 def _write_table(path: Path, variables: Sequence[Variable]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerow([each.name for each in variables])
+        csv.writer(file, lineterminator="\n").writerow([variable.name for variable in variables])
         count = variables[0].shape[0]
         for start in range(0, count, 65536):
             stop = min(start + 65536, count)
-            for line in _lines([_cells(each.read(start, stop)) for each in variables]):
+            for line in _lines([_cells(variable.read(start, stop)) for variable in variables]):
                 file.write(f"{line}\n")
 
 
@@ -76,11 +78,11 @@ def _write_sequences(path: Path, sites: Sequence[SiteContent]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         for index, site in enumerate(modules.values()):
-            columns = [each for each in site.per_sequence() if each.name != "initial"]
+            columns = [variable for variable in site.per_sequence() if variable.name != "initial"]
             if not index:
-                writer.writerow(["module", "sequence", *(each.name for each in columns)])
+                writer.writerow(["module", "sequence", *(variable.name for variable in columns)])
             count = len(site.index)
-            cells = [_cells(each.read(0, count)) for each in columns]
+            cells = [_cells(variable.read(0, count)) for variable in columns]
             path_of = [site.module.path] * count
             for line in _lines([path_of, list(range(count)), *cells]):
                 file.write(f"{line}\n")
@@ -91,7 +93,7 @@ def _cells(values: Array) -> list[Any]:
     if values.dtype.kind != "f":
         return list(values.tolist())
     digits = DIGITS[values.dtype.name]
-    return ["" if each != each else f"%.{digits}g" % each for each in values.tolist()]
+    return ["" if value != value else f"%.{digits}g" % value for value in values.tolist()]
 
 
 def _lines(columns: Sequence[Sequence[Any]]) -> list[str]:

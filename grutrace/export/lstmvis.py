@@ -64,7 +64,7 @@ class _Project:
     def __init__(self, folder: Path, model: str, sites: list[SiteContent]) -> None:
         self._folder, self._model, self._sites = folder, model, sites
         self._module = sites[0].module
-        self._columns = {each.name: each for each in sites[0].per_step()}
+        self._columns = {variable.name: variable for variable in sites[0].per_step()}
         self._notes: list[str] = []
 
     def write(self) -> list[str]:

@@ -83,7 +83,7 @@ def annotation_columns(snapshot: TraceSnapshot, module: int) -> Iterator[Annotat
         name = tables.texts[number - 1]
         text = bool(entries["text"][entries["name"] == number].any())
         has_text[name] = has_text.get(name, False) or text
-    for name in sorted(has_text, key=lambda each: each != "tokens"):
+    for name in sorted(has_text, key=lambda name: name != "tokens"):
         yield AnnotationColumn(snapshot, module, name, text=has_text[name])
 
 
@@ -172,9 +172,9 @@ class Variable:
 
     def blocks(self, items: int | None = None) -> Iterator[tuple[slice, Array]]:
         """Yield all items in blocks, each with its position."""
-        each = items or self.items_per_block()
-        for start in range(0, self.shape[0], each):
-            stop = min(start + each, self.shape[0])
+        block_items = items or self.items_per_block()
+        for start in range(0, self.shape[0], block_items):
+            stop = min(start + block_items, self.shape[0])
             yield slice(start, stop), self.read(start, stop)
 
 
@@ -207,12 +207,12 @@ class Group:
         if variable.name == "length":
             attributes["sample_dimension"] = "step"
         if variable.axes[0] == "step" and len(variable.axes) > 1:
-            per_step = [each.name for each in self.variables if each.axes == ("step",)]
+            per_step = [variable.name for variable in self.variables if variable.axes == ("step",)]
             attributes["coordinates"] = " ".join(per_step)
         return attributes
 
     def __getitem__(self, name: str) -> Variable:
-        return next(each for each in self.variables if each.name == name)
+        return next(variable for variable in self.variables if variable.name == name)
 
 
 class SiteContent:
@@ -393,7 +393,7 @@ def calls_group(snapshot: TraceSnapshot) -> Group:
 
 def texts(values: Array) -> Array:
     """Return objects as strings, with an empty string for None."""
-    return np.array(["" if each is None else str(each) for each in values], object)
+    return np.array(["" if value is None else str(value) for value in values], object)
 
 
 def _in_memory_variable(name: str, axis: str, values: Array, description: str = "") -> Variable:

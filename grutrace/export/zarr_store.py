@@ -50,7 +50,7 @@ def write_zarr(content: ExportContent, path: Path) -> list[str]:
 
 def _require_distinct_folders(path: Path, groups: Sequence[Group]) -> None:
     """Check that no two names are the same folder on a case-insensitive file system."""
-    paths = [f"{group.name}/{each.name}" for group in groups for each in group.variables]
+    paths = [f"{group.name}/{variable.name}" for group in groups for variable in group.variables]
     clashes = case_collisions([*(group.name for group in groups), *paths])
     if clashes and ignores_case(path, GROUP):
         names = " and ".join(map(repr, clashes[0]))

@@ -69,7 +69,7 @@ def replay_calls(
     previous, size = torch.stack(initial), products.hidden.shape[-1] // 3
     parts = products.hidden[..., : 2 * size], products.hidden[..., 2 * size :]
     least, most = (
-        [extreme(each, (1, 2)) for each in (products.input, *parts, previous)]
+        [extreme(product, (1, 2)) for product in (products.input, *parts, previous)]
         for extreme in (torch.amin, torch.amax)
     )
     gates = cell.gates_in_place(products)

@@ -265,7 +265,7 @@ def _weights(before: SiteData, after: SiteData, units: Integers) -> dict[str, Ar
     size, moved = (np.zeros(len(one["weight_hh"])) for _ in range(2))
     for name in names:
         exact = [np.asarray(of[name], np.float64) for of in (one, other)]
-        rows = [each.reshape(len(each), -1) for each in exact]
+        rows = [values.reshape(len(values), -1) for values in exact]
         size += np.square(rows[0]).sum(1)
         moved += np.square(rows[1] - rows[0]).sum(1)
     with np.errstate(divide="ignore", invalid="ignore"):

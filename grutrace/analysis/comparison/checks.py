@@ -211,7 +211,7 @@ def _same_annotations(a: Side, b: Side) -> bool:
     """Return whether the annotation tables are equal. Unequal tables may mean the same."""
     tables = a.snapshot.tables, b.snapshot.tables
     return a.number == b.number and all(
-        np.array_equal(*(getattr(each, name) for each in tables))
+        np.array_equal(*(getattr(table, name) for table in tables))
         for name in ("annotations", "values", "strings", "characters")
     )
 
@@ -253,7 +253,7 @@ def _annotation_mismatch(
     if not unequal:
         return None
     step = unequal[0]
-    of_a, of_b = ("none" if each is None else repr(each) for each in (a[step], b[step]))
+    of_a, of_b = ("none" if name is None else repr(name) for name in (a[step], b[step]))
     return Mismatch(path, what, of_a, of_b, len(unequal), sequence, step)
 
 
@@ -283,7 +283,7 @@ def _largest_difference(
 ) -> WeightsDifference | None:
     """Find the largest difference between common weights; None if all are equal."""
     largest: WeightsDifference | None = None
-    for name in (each for each in a if each in b):
+    for name in [name for name in a if name in b]:
         difference = abs_difference(a[name].astype(np.float64), b[name].astype(np.float64))
         if not difference.size:
             continue
@@ -297,7 +297,7 @@ def _largest_difference(
 def trace_context(a: TraceSnapshot, b: TraceSnapshot) -> Iterator[ContextDifference]:
     """Yield differences between the headers of the traces."""
     headers = a.header, b.header
-    yield from _differences(*({"model": each.model, **each.versions} for each in headers))
+    yield from _differences(*({"model": header.model, **header.versions} for header in headers))
     yield from _differences(*map(_options, headers))
 
 

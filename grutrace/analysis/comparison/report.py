@@ -90,8 +90,8 @@ class Mismatch:
         position = "" if self.sequence is None else f" of sequence {self.sequence}"
         position += "" if self.step is None else f", step {self.step}"
         if self.a is None or self.b is None:
-            only, found = ("b", self.b) if self.a is None else ("a", self.a)
-            text = f"{self.what}{position}: only in {only}" + (f" ({found})" if found else "")
+            only, value = ("b", self.b) if self.a is None else ("a", self.a)
+            text = f"{self.what}{position}: only in {only}" + (f" ({value})" if value else "")
         else:
             text = f"{self.what}{position}: {self.a} and {self.b}"
         where = f"{self.where}: " if self.where else ""

@@ -66,21 +66,21 @@ class TraceDifference:
     @property
     def same(self) -> bool:
         """Whether no value differs beyond the tolerance and nothing is missing in one trace."""
-        return not self.mismatches and not any(each.beyond for each in self.values)
+        return not self.mismatches and not any(value.beyond for value in self.values)
 
     @property
     def first(self) -> ValueDifference | None:
         """The first quantity, in the model's order, with a value beyond the tolerance."""
-        return next((each for each in self.values if each.beyond), None)
+        return next((value for value in self.values if value.beyond), None)
 
     @property
     def largest(self) -> ValueDifference | None:
         """The quantity that differs most; None where all values are equal."""
-        found: tuple[float, ValueDifference | None] = 0.0, None
-        for each in self.values:
-            if each.largest and each.largest.difference > found[0]:
-                found = each.largest.difference, each
-        return found[1]
+        largest: tuple[float, ValueDifference | None] = 0.0, None
+        for value in self.values:
+            if value.largest and value.largest.difference > largest[0]:
+                largest = value.largest.difference, value
+        return largest[1]
 
     @property
     def cause(self) -> str:
@@ -90,35 +90,38 @@ class TraceDifference:
             return ""
         if self.weights:
             return f"the weights differ: {self.weights[0]}"
-        training = [each for each in self.context if each.what.endswith("in training mode")]
+        training = [
+            context for context in self.context if context.what.endswith("in training mode")
+        ]
         if training:
             return f"the weights are equal, the mode is not: {training[0]}"
         if first.quantity == "input":
             return f"the weights are equal; what {first.site} read differs"
         if first.quantity == "initial":
             return f"the weights are equal; the states that {first.site} began from differ"
-        if any((each.site, each.quantity) == (first.site, "input") for each in self.values):
-            computing = [each for each in self.context if _of_computing(each)]
+        if any((value.site, value.quantity) == (first.site, "input") for value in self.values):
+            computing = [context for context in self.context if _of_computing(context)]
             but = f"; what is not: {'; '.join(map(str, computing))}" if computing else ""
             return f"weights, input and initial states of {first.site} are equal{but}"
         return f"the weights are equal; what {first.site} read was not recorded in both"
 
     def __str__(self) -> str:
-        lines = [str(each) for each in self.mismatches]
+        lines = [str(mismatch) for mismatch in self.mismatches]
         lines += [
-            f"{each.site}: {each.quantity} differs beyond {each.tolerance:.1e} in {each.beyond} of "
-            f"{each.values} values, most at {each.largest}, first at {each.first}"
-            for each in self.values
-            if each.beyond
+            f"{value.site}: {value.quantity} differs beyond {value.tolerance:.1e} in "
+            f"{value.beyond} of {value.values} values, most at {value.largest}, first at "
+            f"{value.first}"
+            for value in self.values
+            if value.beyond
         ]
         if not lines:
             return "the traces are the same within the tolerance"
         return "\n".join([*lines, self.cause] if self.cause else lines)
 
 
-def _of_computing(each: ContextDifference) -> bool:
+def _of_computing(context: ContextDifference) -> bool:
     ways = ("torch", "platform", ": computed in", "batches")
-    return each.what.endswith(ways)
+    return context.what.endswith(ways)
 
 
 def compare(
@@ -181,9 +184,9 @@ def compare(
         # trace unless requested.
         mismatches += site_mismatches(pair, DEFAULT_RECORD if record is None else quantities)
         context += checks.site_context(pair)
-    comparisons = [each for pair in pairs for each in _comparisons(pair, quantities)]
+    comparisons = [comparison for pair in pairs for comparison in _comparisons(pair, quantities)]
     values = _compare_values(comparisons, 0.0 if exact else tolerance, progress)
-    weights = [each for pair in pairs if (each := _weights(pair))]
+    weights = [*filter(None, map(_weights, pairs))]
     if exact:
         mismatches += _exactly(pairs, weights)
     return TraceDifference(tuple(values), tuple(mismatches), tuple(weights), tuple(context))
@@ -206,11 +209,14 @@ def _require(
     if sites is not None and not any(sides):
         raise NotRecordedError(f"neither trace has a site that matches {short_repr(sites)}")
     recorded = {
-        name for each in sides for side in each.values() for name in side.site.available_quantities
+        name
+        for sites in sides
+        for side in sites.values()
+        for name in side.site.available_quantities
     }
     for name in quantities or ():
         if name not in recorded:
-            names = ", ".join(each for each in QUANTITIES if each in recorded) or "nothing"
+            names = ", ".join(sorted(recorded, key=QUANTITIES.index)) or "nothing"
             raise NotRecordedError(f"neither trace has {name!r} at these sites; recorded: {names}")
 
 
@@ -231,22 +237,23 @@ def _comparisons(pair: Pair, quantities: Sequence[str]) -> Iterator[Comparison]:
         requested = "hidden" if name == INITIAL else name
         if name == "input" and pair.a.site.input_size != pair.b.site.input_size:
             continue
-        if requested in quantities and all(name in each for each in available_quantities):
+        if requested in quantities and all(name in available for available in available_quantities):
             yield Comparison(pair, name)
 
 
 def _compare_values(
     comparisons: Sequence[Comparison], tolerance: float | None, progress: Progress | None
 ) -> Iterator[ValueDifference]:
-    total, done = sum(each.count for each in comparisons), 0
-    for each in comparisons:
-        comparison = ValueComparison(each, each.tolerance() if tolerance is None else tolerance)
-        for block in each.blocks():
-            comparison.add(block)
+    total, done = sum(comparison.count for comparison in comparisons), 0
+    for comparison in comparisons:
+        allowed = comparison.tolerance() if tolerance is None else tolerance
+        values = ValueComparison(comparison, allowed)
+        for block in comparison.blocks():
+            values.add(block)
             done += len(block.steps)
             if progress is not None:
                 progress(done, total)
-        yield comparison.result()
+        yield values.result()
 
 
 def _weights(pair: Pair) -> WeightsDifference | None:
@@ -263,6 +270,8 @@ def _exactly(pairs: Sequence[Pair], weights: Sequence[WeightsDifference]) -> Ite
         types = pair.a.module.dtype, pair.b.module.dtype
         if types[0] != types[1]:
             yield Mismatch(pair.a.site.name, "type", *types)
-    for each in weights:
-        what = f"{each.name} of version {each.version}"
-        yield Mismatch(each.site, what, repr(each.a), repr(each.b), count=each.versions)
+    for difference in weights:
+        what = f"{difference.name} of version {difference.version}"
+        yield Mismatch(
+            difference.site, what, repr(difference.a), repr(difference.b), count=difference.versions
+        )

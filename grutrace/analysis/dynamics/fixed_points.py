@@ -203,17 +203,17 @@ def minimise(step: GRUMap, states: Array, limit: float | None = None) -> Array:
     return states
 
 
-def _input(data: SiteData, given: Array | str | None, size: int) -> Array:
-    if given is None:
+def _input(data: SiteData, input: Array | str | None, size: int) -> Array:
+    if input is None:
         return np.zeros(size)
-    if isinstance(given, str):
-        if given != "mean":
-            raise OptionError(f"input: expected values, 'mean' or None; found {short_repr(given)}")
+    if isinstance(input, str):
+        if input != "mean":
+            raise OptionError(f"input: expected values, 'mean' or None; found {short_repr(input)}")
         units = summarize_rows(data, ("input",), unit_stats, merge_stats)
         if not units["count"].all():
             raise OptionError(f"input: {data.name!r} has no inputs to take the mean of")
         return np.asarray(units["mean"])
-    constant = np.asarray(given, np.float64)
+    constant = np.asarray(input, np.float64)
     if constant.shape != (size,):
         raise OptionError(f"input: expected shape ({size},), found {constant.shape}")
     return constant
@@ -243,14 +243,14 @@ def _distinct(step: GRUMap, minima: Array, bound: float) -> tuple[Array, Integer
     """Merge equal points, keeping the best of each, by increasing q; count the members of each."""
     q = 0.5 * np.square(step(minima) - minima).sum(1)
     order = np.argsort(q, kind="stable")
-    left = minima[order[q[order] <= bound]]
+    remaining = minima[order[q[order] <= bound]]
     points: list[Array] = []
     reached: list[int] = []
-    while len(left):
-        same = np.abs(left - left[0]).max(1) <= SAME_POINT
-        points.append(left[0])
+    while len(remaining):
+        same = np.abs(remaining - remaining[0]).max(1) <= SAME_POINT
+        points.append(remaining[0])
         reached.append(int(np.count_nonzero(same)))
-        left = left[~same]
+        remaining = remaining[~same]
     return np.array(points).reshape(-1, minima.shape[1]), np.array(reached, np.int64)
 
 

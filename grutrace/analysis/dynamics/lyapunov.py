@@ -265,9 +265,9 @@ class _GrowthSums:
         """Propagate directions, (H, B, k), along segments with the same weights, longest first."""
         weights = segments[0].weights
         assert weights is not None
-        lengths = np.array([len(each) for each in segments])
-        sequences = np.array([each.sequence for each in segments])
-        starts = np.array([each.start for each in segments])
+        lengths = np.array([len(segment) for segment in segments])
+        sequences = np.array([segment.sequence for segment in segments])
+        starts = np.array([segment.start for segment in segments])
         size, _, count = directions.shape
         recurrent = np.asarray(weights["weight_hh"], np.float64)
         step_factors = _padded(segments, weights, size)
@@ -278,7 +278,7 @@ class _GrowthSums:
                 before = directions[:, :active]
                 product = recurrent @ before.reshape(size, active * count)
                 product = product.reshape(3, size, active, count)
-                keep, *by_gate = (each[step, :, :active, np.newaxis] for each in step_factors)
+                keep, *by_gate = (factor[step, :, :active, np.newaxis] for factor in step_factors)
                 after = keep * before
                 for factor, part in zip(by_gate, product, strict=True):
                     after += factor * part
@@ -304,10 +304,10 @@ def _padded(
     """Return the factors of all steps, zero-padded: (T, H, B) each."""
     shape = len(segments[0]), size, len(segments)
     padded = Factors(*(np.zeros(shape) for _ in Factors._fields))
-    for number, each in enumerate(segments):
-        assert each.previous is not None
+    for number, segment in enumerate(segments):
+        assert segment.previous is not None
         for target, factor in zip(
-            padded, factors(each.values, each.previous, weights), strict=True
+            padded, factors(segment.values, segment.previous, weights), strict=True
         ):
-            target[: len(each), :, number] = factor
+            target[: len(segment), :, number] = factor
     return padded

@@ -208,4 +208,4 @@ def _restarts_in(restarts: Restarts | None, number: int) -> Restarts | None:
     if restarts is None:
         return None
     low, high = np.searchsorted(restarts.sequences, [number, number + 1])
-    return Restarts(*(each[low:high] for each in restarts)) if low < high else None
+    return Restarts(*(column[low:high] for column in restarts)) if low < high else None

@@ -266,7 +266,7 @@ def probe(
 
 def _target(labels: LabelColumn) -> tuple[Array, tuple[str | float, ...]]:
     """Return codes of classes (N,) and their names; or numbers, and no names."""
-    if len(labels.values) > NUMBERS and not any(isinstance(each, str) for each in labels.values):
+    if len(labels.values) > NUMBERS and not any(isinstance(value, str) for value in labels.values):
         return labels.to_array(), ()
     classes = encode_classes(labels)
     return classes.codes, classes.names

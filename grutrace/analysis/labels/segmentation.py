@@ -98,11 +98,11 @@ def score_boundaries(
         (1, 0.5, 0.5)
     """
     lengths = np.asarray(lengths, np.int64)
-    for name, given in (("found", found), ("reference", reference)):
-        if np.shape(given) != (int(lengths.sum()),):
+    for name, boundaries in (("found", found), ("reference", reference)):
+        if np.shape(boundaries) != (int(lengths.sum()),):
             raise OptionError(
                 f"{name}: expected shape ({lengths.sum()},), as the lengths add up to; "
-                f"found {np.shape(given)}"
+                f"found {np.shape(boundaries)}"
             )
     # Concatenate the sequences with gaps wider than the tolerance.
     delta = np.repeat(np.arange(len(lengths)) * (tolerance + 1), lengths)
@@ -113,9 +113,9 @@ def score_boundaries(
     return _score_boundaries(hits, int(np.count_nonzero(found)), int(np.count_nonzero(reference)))
 
 
-def _pairs(found: Integers, reference: Integers, tolerance: int) -> int:
+def _pairs(detected: Integers, reference: Integers, tolerance: int) -> int:
     """Count the pairs. Matching the earliest candidate gives the largest number."""
-    hits, position, ours, theirs = 0, 0, found.tolist(), reference.tolist()
+    hits, position, ours, theirs = 0, 0, detected.tolist(), reference.tolist()
     for boundary in ours:
         while position < len(theirs) and theirs[position] < boundary - tolerance:
             position += 1
@@ -124,24 +124,24 @@ def _pairs(found: Integers, reference: Integers, tolerance: int) -> int:
     return hits
 
 
-def _score_boundaries(hits: int, found: int, reference: int) -> BoundaryScore:
-    recall, over = _ratio(hits, reference), _ratio(found, reference) - 1
+def _score_boundaries(hits: int, detected: int, reference: int) -> BoundaryScore:
+    recall, over = _ratio(hits, reference), _ratio(detected, reference) - 1
     r1 = math.hypot(100 - 100 * recall, 100 * over)
     r2 = (100 * recall - 100 - 100 * over) / math.sqrt(2)
     return BoundaryScore(
         hits=hits,
-        found=found,
+        found=detected,
         reference=reference,
-        precision=_ratio(hits, found),
+        precision=_ratio(hits, detected),
         recall=recall,
-        f_score=_ratio(2 * hits, found + reference),
+        f_score=_ratio(2 * hits, detected + reference),
         over_segmentation=over,
         r_value=1 - (abs(r1) + abs(r2)) / 200,
     )
 
 
-def _ratio(some: int, data: int) -> float:
-    return some / data if data else math.nan
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else math.nan
 
 
 def peaks(

@@ -77,10 +77,10 @@ class Bins:
         minimum, maximum = ranges["minimum"], ranges["maximum"]
         width = len(minimum)
         self.count = int(np.clip(COUNT_BYTES // (8 * classes * max(1, width)), MIN_BINS, MAX_BINS))
-        some = minimum <= maximum
-        self.low = np.where(some, minimum, 0.0)
+        has_values = minimum <= maximum
+        self.low = np.where(has_values, minimum, 0.0)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            scale = self.count / np.where(some, maximum - minimum, 0.0)
+            scale = self.count / np.where(has_values, maximum - minimum, 0.0)
         self._scale = np.where(np.isfinite(scale), scale, 0.0)
         self._finite = not (ranges["nan"] + ranges["infinite"]).any()
 
@@ -134,7 +134,7 @@ class PermutedHistogram:
 
     Args:
         label_permutations: The permutations of the labels.
-        some: Numbers of the permutations to count.
+        numbers: Numbers of the permutations to count.
         bins: Bins of the units.
         levels: (H, B) the level of each bin.
         classes: C.
@@ -143,16 +143,16 @@ class PermutedHistogram:
     def __init__(
         self,
         label_permutations: LabelPermutations,
-        some: range,
+        numbers: range,
         bins: Bins,
         levels: Integers,
         classes: int,
     ) -> None:
-        self._label_permutations, self._some, self._bins = label_permutations, some, bins
+        self._label_permutations, self._numbers, self._bins = label_permutations, numbers, bins
         self._sources: Array | None = None
         # Non-finite values get a level that is not counted.
         self._levels = np.concatenate([levels, np.full((len(levels), 1), LEVELS)], axis=1)
-        self._others = np.zeros((len(some), classes - 1, len(levels), LEVELS), np.int64)
+        self._others = np.zeros((len(numbers), classes - 1, len(levels), LEVELS), np.int64)
 
     def counts(self, total: Integers) -> Integers:
         """Return (permutations, C, H, LEVELS), given (H, LEVELS) for all classes together."""
@@ -163,17 +163,17 @@ class PermutedHistogram:
         """Add a block: ``row``, the number of each row, and the values."""
         numbers = rows["row"][:, 0]
         (values,) = (block for name, block in rows.items() if name != "row")
-        some = self._label_permutations.labelled(numbers)
-        numbers, values = numbers[some], values[some]
+        is_labelled = self._label_permutations.labelled(numbers)
+        numbers, values = numbers[is_labelled], values[is_labelled]
         permutations, others, width, _ = self._others.shape
         if self._sources is None:
-            self._sources = self._label_permutations.sources(self._some)
+            self._sources = self._label_permutations.sources(self._numbers)
         row_bytes = 4 * (permutations * others + width * LEVELS)
         classes, of_unit = np.arange(1, others + 1)[:, np.newaxis], np.arange(width)
         for part in block_slices(len(numbers), PRODUCT_BYTES, row_bytes):
             level = self._levels[of_unit, self._bins(values[part])]
             levels = (level[..., np.newaxis] == np.arange(LEVELS)).astype(np.float32)
-            codes = self._label_permutations.codes(numbers[part], self._some, self._sources)
+            codes = self._label_permutations.codes(numbers[part], self._numbers, self._sources)
             labels = (codes[:, np.newaxis] == classes).astype(np.float32)
             counts = labels.reshape(permutations * others, -1) @ levels.reshape(len(level), -1)
             self._others += counts.reshape(self._others.shape).astype(np.int64)

@@ -130,26 +130,26 @@ class _AgeSums:
         waiting, self._waiting, self._rows = self._waiting, [], 0
         if not waiting:
             return
-        lengths = np.array([len(each) for each in waiting])
+        lengths = np.array([len(segment) for segment in waiting])
         ends, starts = np.cumsum(lengths) - 1, np.cumsum(lengths) - lengths
-        is_first = np.array([each.is_first for each in waiting])
-        last = np.array([each.ends for each in waiting])
-        update = np.concatenate([each.values["update"] for each in waiting], dtype=np.float64)
+        is_first = np.array([segment.is_first for segment in waiting])
+        last = np.array([segment.ends for segment in waiting])
+        update = np.concatenate([segment.values["update"] for segment in waiting], dtype=np.float64)
         factor = update.copy()
         factor[starts[is_first]] = 0.0
         ages = _linear_recurrence(factor, update, self._age)
         # The product of gates may underflow to 0.
         starts_segment = is_first.copy()
         starts_segment[0] = True
-        left = np.multiply.reduceat(update, starts[starts_segment], axis=0)
+        remaining = np.multiply.reduceat(update, starts[starts_segment], axis=0)
         if not is_first[0]:
-            left[0] *= self._left
+            remaining[0] *= self._left
         self.steps += len(update)
         self.sequences += int(np.count_nonzero(last))
         self.ages += ages.sum(axis=0)
         self.last_ages += ages[ends[last]].sum(axis=0)
-        self.left += left[np.cumsum(starts_segment)[last] - 1].sum(axis=0)
-        self._age, self._left = ages[-1].copy(), left[-1].copy()
+        self.left += remaining[np.cumsum(starts_segment)[last] - 1].sum(axis=0)
+        self._age, self._left = ages[-1].copy(), remaining[-1].copy()
 
 
 def _linear_recurrence(factor: Array, more: Array, before: Array) -> Array:

@@ -34,31 +34,31 @@ class CallResiduals:
         calls = len(self.checks)
         self._terms = site.site.input_size + site.module.hidden_size
         self._states, self._products, self._recurrents, self._sums = np.zeros((4, calls))
-        self._kept = np.dtype(site.module.dtype)
+        self._dtype = np.dtype(site.module.dtype)
         self.residuals = np.zeros(calls)
         self.worst_positions = np.full((calls, 2), -1, np.int64)
 
-    def add(self, each: GateInputs, derived: StepRecomputation, hidden: Rows) -> None:
+    def add(self, inputs: GateInputs, derived: StepRecomputation, hidden: Rows) -> None:
         """Take in some rows that follow one another.
 
         Args:
-            each: The rows.
+            inputs: The rows.
             derived: The steps recomputed from them.
             hidden: The recorded states of all rows.
         """
-        rows = slice(int(each.rows[0]), int(each.rows[-1]) + 1)
+        rows = slice(int(inputs.rows[0]), int(inputs.rows[-1]) + 1)
         difference = abs_difference(np.asarray(hidden[rows]).astype(np.float64), derived.hidden)
         units = difference.argmax(axis=1)
         largest = difference[np.arange(len(difference)), units]
         product, recurrent = derived.product_maxima
-        np.maximum.at(self._products, each.calls, product)
-        np.maximum.at(self._recurrents, each.calls, recurrent)
-        np.maximum.at(self._sums, each.calls, derived.abs_sum_bounds)
-        np.maximum.at(self._states, each.calls, _largest(each.previous))
-        np.maximum.at(self.residuals, each.calls, largest)
-        worst = largest == self.residuals[each.calls]
-        self.worst_positions[each.calls[worst], 0] = each.rows[worst]
-        self.worst_positions[each.calls[worst], 1] = units[worst]
+        np.maximum.at(self._products, inputs.calls, product)
+        np.maximum.at(self._recurrents, inputs.calls, recurrent)
+        np.maximum.at(self._sums, inputs.calls, derived.abs_sum_bounds)
+        np.maximum.at(self._states, inputs.calls, _largest(inputs.previous))
+        np.maximum.at(self.residuals, inputs.calls, largest)
+        worst = largest == self.residuals[inputs.calls]
+        self.worst_positions[inputs.calls[worst], 0] = inputs.rows[worst]
+        self.worst_positions[inputs.calls[worst], 1] = units[worst]
 
     def tolerances(self, calls: range) -> Array:
         """Return the residual that rounding explains in each of these calls: (n,)."""
@@ -69,7 +69,7 @@ class CallResiduals:
             self._states[part],
             self._products[part],
             self._recurrents[part],
-            self._kept,
+            self._dtype,
             self._sums[part],
         )
 

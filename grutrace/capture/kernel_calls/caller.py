@@ -91,7 +91,7 @@ def method_owner(frame: FrameType) -> Any:
         return owner
     # The argument has another name than self: check that its class has the method.
     methods = (vars(kind).get(code.co_name) for kind in type(owner).__mro__)
-    return owner if any(getattr(each, "__code__", None) is code for each in methods) else None
+    return owner if any(getattr(method, "__code__", None) is code for method in methods) else None
 
 
 def find_sorted_indices(caller: KernelCaller, batch_sizes: Tensor) -> Tensor | None:

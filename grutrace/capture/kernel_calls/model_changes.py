@@ -39,7 +39,7 @@ def locate_module(
         recorded: Descriptions of the recorded modules, by path.
         frame: The frame that calls the GRU.
     """
-    path = next((path for path, each in model.named_modules() if each is module), None)
+    path = next((path for path, submodule in model.named_modules() if submodule is module), None)
     if path is not None and path in recorded:
         if _has_sites_of(recorded[path], module):
             return ModuleLocation(path, replaces=path)

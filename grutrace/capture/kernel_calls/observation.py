@@ -155,7 +155,9 @@ class KernelRun:
         for layer in self.layers[:-1]:
             size += layer.output.nbytes
         for directions in self.gates or ():
-            size += sum(gate.nbytes for each in directions for gate in each.gates.values())
+            size += sum(
+                gate.nbytes for layer_gates in directions for gate in layer_gates.gates.values()
+            )
         return size
 
     def with_weights(self, weights: list[Tensor]) -> KernelRun:
@@ -197,7 +199,7 @@ class KernelRun:
         result = self.result
         result = copy_output(result) if self.kernel.is_cell else (copy_output(result[0]),)
         # The model cannot access tensors between the layers.
-        layers = [Layer(each.input.detach(), each.output.detach()) for each in self.layers]
+        layers = [Layer(layer.input.detach(), layer.output.detach()) for layer in self.layers]
         if layers:
             input = _to_kernel_call(self.kernel, tuple(arguments)).input
             layers[0] = layers[0]._replace(input=input)

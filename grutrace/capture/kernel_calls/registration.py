@@ -72,7 +72,7 @@ class GRUKernel:
     def weights(self, arguments: tuple[Any, ...]) -> Any:
         """Return the weights from its arguments: a flat list, as in nn.GRU."""
         if self.is_cell:
-            return [each for each in arguments[self._weights_index :] if each is not None]
+            return [weight for weight in arguments[self._weights_index :] if weight is not None]
         return arguments[self._weights_index]
 
     def with_weights(self, arguments: tuple[Any, ...], weights: Any) -> tuple[Any, ...]:

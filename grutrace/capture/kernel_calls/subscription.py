@@ -181,7 +181,9 @@ class _Subscriptions:
         """Remove a subscription, and all that were garbage-collected."""
         with self._lock:
             remaining = {
-                module_id: tuple(each for each in references if each() not in (None, subscription))
+                module_id: tuple(
+                    reference for reference in references if reference() not in (None, subscription)
+                )
                 for module_id, references in self.by_module.items()
             }
             self.by_module = {
@@ -295,7 +297,11 @@ def _observe(
     """
     is_recompute = is_checkpoint_recompute()
     # Called exactly once per call, because it counts calls.
-    to_notify = [] if is_recompute else [each for each in subscriptions if each.should_record()]
+    to_notify = (
+        []
+        if is_recompute
+        else [subscription for subscription in subscriptions if subscription.should_record()]
+    )
     # A recomputation runs like the call that it repeats, so that its values are the same.
     if not (is_recompute or to_notify):
         return kernel(*arguments)
@@ -325,14 +331,14 @@ def _merged_stack_mode(subscriptions: list[Subscription]) -> Stacks:
     """Return the first of `STACK_MODES` that a subscription asks for."""
     if len(subscriptions) == 1:
         return subscriptions[0].stacks
-    requested = {each.stacks for each in subscriptions}
+    requested = {subscription.stacks for subscription in subscriptions}
     return next(mode for mode in STACK_MODES if mode in requested)
 
 
 def _merged_request(subscriptions: list[Subscription], hidden_size: int) -> GateRequest:
     if len(subscriptions) == 1:
         return subscriptions[0].request
-    return merge_requests([each.request for each in subscriptions], hidden_size)
+    return merge_requests([subscription.request for subscription in subscriptions], hidden_size)
 
 
 def _notify(subscriptions: list[Subscription], run: KernelRun | SkippedCall) -> None:
@@ -352,7 +358,7 @@ def _notify(subscriptions: list[Subscription], run: KernelRun | SkippedCall) -> 
 
 def _devices(module: nn.Module) -> set[str]:
     """Return the device types on which a module may be called."""
-    devices = {each.device.type for each in (*module.parameters(), *module.buffers())}
+    devices = {tensor.device.type for tensor in (*module.parameters(), *module.buffers())}
     return devices | ({"cuda"} if torch.cuda.is_available() else set())
 
 

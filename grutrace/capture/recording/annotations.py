@@ -114,10 +114,10 @@ class _ModuleBatches:
             batch = self._unlisted.popleft()
             for row, number in enumerate(batch.sequences.tolist()):
                 self._by_sequence[number] = batch, row
-        found = [self._by_sequence.get(number) for number in sequences.tolist()]
-        for batch in dict.fromkeys(each[0] for each in found if each is not None):
+        positions = [self._by_sequence.get(number) for number in sequences.tolist()]
+        for batch in dict.fromkeys(position[0] for position in positions if position is not None):
             self.batches.move_to_end(batch)
-        return found
+        return positions
 
     def add(self, batch: _Batch) -> None:
         """Keep one more, and drop those that were used least recently if there are too many."""
@@ -180,10 +180,10 @@ class RecordedBatches:
             return
         is_known = False
         if not (assignment.begun.all() and assignment.roots is assignment.sequences):
-            for row, found in enumerate(batches.find(assignment.roots)):
-                if found is not None:
+            for row, position in enumerate(batches.find(assignment.roots)):
+                if position is not None:
                     is_known = True
-                    batch, index = found
+                    batch, index = position
                     batch.steps[index] += lengths[row]
                     batch.numbers[index] = max(batch.numbers[index], numbers[row])
         if not is_known and not assignment.forks:
@@ -199,13 +199,13 @@ class RecordedBatches:
             )
 
     def annotations(
-        self, name: str, given: AnnotationValues, module: str | None = None
+        self, name: str, values_by_module: AnnotationValues, module: str | None = None
     ) -> list[AnnotationRecord]:
         """Return the annotations that give the values to the steps they belong to.
 
         Args:
             name: ``tokens``, or the label's name.
-            given: The values, or values by module.
+            values_by_module: The values, or values by module.
             module: Path or glob of the modules that the values belong to.
 
         Raises:
@@ -219,13 +219,13 @@ class RecordedBatches:
                 f"{short_repr(name)}"
             )
         self._warn_of_dropped(name)
-        if isinstance(given, Mapping):
-            named = given.items()
-            return [each for glob, values in named for each in self._named(name, glob, values)]
+        if isinstance(values_by_module, Mapping):
+            named = values_by_module.items()
+            return [record for glob, values in named for record in self._named(name, glob, values)]
         if module is not None:
-            return list(self._named(name, module, given))
-        values = parse(name, given)
-        fitting = [each for each in self._all() if _fits_exactly(values, each[1])]
+            return list(self._named(name, module, values_by_module))
+        values = parse(name, values_by_module)
+        fitting = [batch for batch in self._all() if _fits_exactly(values, batch[1])]
         if not fitting:
             if self._modules_with_skips:
                 return []
@@ -245,9 +245,12 @@ class RecordedBatches:
             paths = join_names(module.path or "''" for module in self._modules)
             raise OptionError(f"{name}: {glob!r} matches no traced module: {paths}")
         left_out = any(
-            fnmatchcase(self._modules[each].path, glob) for each in tuple(self._modules_with_skips)
+            fnmatchcase(self._modules[index].path, glob)
+            for index in tuple(self._modules_with_skips)
         )
-        matching = [each for each in self._all() if fnmatchcase(self._modules[each[0]].path, glob)]
+        matching = [
+            batch for batch in self._all() if fnmatchcase(self._modules[batch[0]].path, glob)
+        ]
         if not matching and not left_out:
             raise OptionError(
                 f"{name}: {glob!r} matches no recorded module; {self._describe_batches()}"
@@ -298,8 +301,8 @@ def _fits(values: ParsedValues, batch: _Batch) -> bool:
     """Whether each sequence has as many steps as it has values, or more; padding aside."""
     longest = batch.steps.max(initial=0)
     return len(values.lists) == len(batch.steps) and all(
-        not isinstance(each, list) or len(each) <= (longest if values.padded else steps)
-        for each, steps in zip(values.lists, batch.steps, strict=True)
+        not isinstance(entry, list) or len(entry) <= (longest if values.padded else steps)
+        for entry, steps in zip(values.lists, batch.steps, strict=True)
     )
 
 
@@ -310,18 +313,18 @@ def _fits_exactly(values: ParsedValues, batch: _Batch) -> bool:
 def _align(
     name: str, module: int, values: ParsedValues, batch: _Batch
 ) -> Iterator[AnnotationRecord]:
-    for row, given in enumerate(values.lists):
+    for row, entry in enumerate(values.lists):
         steps = int(batch.steps[row])
-        repeated = given[:steps] if isinstance(given, list) else [given] * steps
-        first, kept = _clip_values(repeated, int(batch.first[row]), batch.start, batch.stop)
-        if kept and batch.numbers[row] >= 0:
-            is_text = isinstance(kept[0], str)
+        repeated = entry[:steps] if isinstance(entry, list) else [entry] * steps
+        first, clipped = _clip_values(repeated, int(batch.first[row]), batch.start, batch.stop)
+        if clipped and batch.numbers[row] >= 0:
+            is_text = isinstance(clipped[0], str)
             yield AnnotationRecord(
                 module=module,
                 sequence=int(batch.numbers[row]),
                 name=name,
                 first=first,
-                values=tuple(kept if is_text else map(float, kept)),
+                values=tuple(clipped if is_text else map(float, clipped)),
             )
 
 

@@ -144,7 +144,7 @@ class BackgroundReplay:
         ]
         whole = list(records)
         waiting: dict[int, list[int]] = {}
-        for place, record in enumerate(records):
+        for index, record in enumerate(records):
             if isinstance(record, WeightsRecord):
                 self._complete_records(whole, waiting.pop(record.module, []))
                 known = self._weights.setdefault(record.module, {})
@@ -153,9 +153,9 @@ class BackgroundReplay:
                 while len(known) > MAX_VERSIONS + 2:
                     del known[next(iter(known))]
             elif isinstance(record, PendingCall):
-                waiting.setdefault(record.module, []).append(place)
-        for places in waiting.values():
-            self._complete_records(whole, places)
+                waiting.setdefault(record.module, []).append(index)
+        for indices in waiting.values():
+            self._complete_records(whole, indices)
         self._note_violations(whole)
         return whole
 
@@ -179,23 +179,25 @@ class BackgroundReplay:
         if not self._violations:
             return []
         with self._lock:
-            found, self._violations = self._violations, []
-        return found
+            violations, self._violations = self._violations, []
+        return violations
 
-    def _complete_records(self, records: list[Record], places: Sequence[int]) -> None:
+    def _complete_records(self, records: list[Record], indices: Sequence[int]) -> None:
         """Replace the copied blocks in these places, which are of one module."""
         alike: dict[tuple[object, ...], list[int]] = {}
-        for place in places:
-            block = records[place]
+        for index in indices:
+            block = records[index]
             assert isinstance(block, PendingCall)
             key = (block.weights, *((s.precision, *s.rows) for s in block.sites.values()))
-            alike.setdefault(key, []).append(place)
+            alike.setdefault(key, []).append(index)
         for same in alike.values():
             blocks = [
-                each for each in map(records.__getitem__, same) if isinstance(each, PendingCall)
+                record
+                for record in map(records.__getitem__, same)
+                if isinstance(record, PendingCall)
             ]
-            for place, block in zip(same, self._complete(blocks), strict=True):
-                records[place] = block
+            for index, block in zip(same, self._complete(blocks), strict=True):
+                records[index] = block
 
     def _complete(self, blocks: Sequence[PendingCall]) -> list[CallRecord]:
         """Return calls that used the same weights with their gates."""
@@ -204,11 +206,11 @@ class BackgroundReplay:
                 block.wait_for_copies()
         module, known = self._modules[blocks[0].module], self._weights[blocks[0].module]
         weights = blocks[0].weights_record or known[blocks[0].weights]
-        found = _replay_calls(module, blocks, weights)
+        calls = _replay_calls(module, blocks, weights)
         # Weights can change and change back unnoticed: the states show which were used.
         return [
             whole if whole.is_proven else self._other_version(module, copied, whole)
-            for copied, whole in zip(blocks, found, strict=True)
+            for copied, whole in zip(blocks, calls, strict=True)
         ]
 
     def _other_version(
@@ -217,9 +219,9 @@ class BackgroundReplay:
         for number, weights in reversed(self._weights[copied.module].items()):
             if number != copied.weights:
                 other = replace(copied, weights=number, weights_record=weights)
-                (found,) = _replay_calls(module, [other], weights)
-                if found.is_proven:
-                    return found
+                (call,) = _replay_calls(module, [other], weights)
+                if call.is_proven:
+                    return call
         return doubtful
 
 
@@ -254,13 +256,13 @@ def _site_rows(
 ) -> list[SiteRows]:
     """Return the rows of each call at a site."""
     copied = [block.sites[site.suffix] for block in joined.blocks]
-    checks = [(each.residual, each.tolerance) for each in copied]
+    checks = [(site_copy.residual, site_copy.tolerance) for site_copy in copied]
     columns = {name: joined.rows_of(site, name) for name in ("hidden", *site.quantities)}
     dtype = np.dtype(module.dtype)
     if any(name in GATES for name in site.quantities):
-        found = joined.recompute(site, weights, dtype)
-        columns |= found.gates
-        checks = joined.checks(site, found)
+        gates = joined.recompute(site, weights, dtype)
+        columns |= gates.gates
+        checks = joined.checks(site, gates)
     checks = [
         (max(residual, block.ambiguity), allowed)
         for (residual, allowed), block in zip(checks, joined.blocks, strict=True)
@@ -269,11 +271,11 @@ def _site_rows(
     return [
         SiteRows(
             {name: rows[joined.rows(call)] for name, rows in stored.items()},
-            _as(dtype, each.initial),
+            _as(dtype, site_copy.initial),
             *checks[call],
-            each.precision,
+            site_copy.precision,
         )
-        for call, each in enumerate(copied)
+        for call, site_copy in enumerate(copied)
     ]
 
 
@@ -293,19 +295,19 @@ class JoinedCalls:
         """Where the rows of a call are."""
         return slice(int(self._begins[call]), int(self._ends[call]))
 
-    def checks(self, site: Site, found: RecomputedGates) -> list[tuple[float, float]]:
+    def checks(self, site: Site, gates: RecomputedGates) -> list[tuple[float, float]]:
         """Return residual and tolerance of each call."""
         module = self._module
         precisions = [block.sites[site.suffix].precision for block in self.blocks]
-        residuals = self.max_per_call(found.residual)
+        residuals = self.max_per_call(gates.residual)
         allowed = tolerances(
             np.array(precisions),
             site.input_size + module.hidden_size,
             self.max_start_state(site),
-            self.max_per_call(found.product),
-            self.max_per_call(found.recurrent),
+            self.max_per_call(gates.product),
+            self.max_per_call(gates.recurrent),
             np.dtype(module.dtype),
-            self.max_per_call(found.abs_sum_bounds),
+            self.max_per_call(gates.abs_sum_bounds),
         )
         return list(zip(residuals.tolist(), allowed.tolist(), strict=True))
 
@@ -337,10 +339,10 @@ class JoinedCalls:
 
     def max_per_call(self, values: Array) -> Array:
         """(calls,) the largest of the values (N,) of each call; 0 where it has no rows."""
-        found = np.zeros(len(self.blocks))
+        maxima = np.zeros(len(self.blocks))
         if len(self._filled):
-            found[self._filled] = np.maximum.reduceat(values, self._begins[self._filled])
-        return found
+            maxima[self._filled] = np.maximum.reduceat(values, self._begins[self._filled])
+        return maxima
 
     def max_start_state(self, site: Site) -> Array:
         """(calls,) the largest finite state that a sequence of each call started from."""
@@ -360,10 +362,12 @@ class JoinedCalls:
         """
         if quantity in self.blocks[0].sites[site.suffix].rows:
             return _concatenated([block.sites[site.suffix].rows[quantity] for block in self.blocks])
-        below = [each for each in self._module.sites if each.layer == site.layer - 1]
+        below = [
+            lower_site for lower_site in self._module.sites if lower_site.layer == site.layer - 1
+        ]
         if quantity != "input" or not below:
             return np.empty((0, 0))
-        return np.concatenate([self.rows_of(each, "hidden") for each in below], axis=1)
+        return np.concatenate([self.rows_of(lower_site, "hidden") for lower_site in below], axis=1)
 
     def _previous(self, site: Site, hidden: Array) -> Array:
         """(N, H) the state before each row, rows being in time order, sequence by sequence."""

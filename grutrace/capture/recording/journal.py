@@ -134,7 +134,7 @@ class Journal:
     def __len__(self) -> int:
         """Number of waiting calls."""
         return sum(
-            len(each) if isinstance(each, SeriesGroup) else 1 for each in tuple(self._entries)
+            len(entry) if isinstance(entry, SeriesGroup) else 1 for entry in tuple(self._entries)
         )
 
     @property
@@ -206,8 +206,8 @@ class Journal:
                 capacity = self._streaks[module].capacity(run)
                 if checked.is_new or not capacity:
                     return False
-                given = run, checked, tag, batches, capacity, self._buffer
-                series = self._recorders[module].new_series(*given)
+                arguments = run, checked, tag, batches, capacity, self._buffer
+                series = self._recorders[module].new_series(*arguments)
                 group.series[module] = series
                 if group is not self._group:
                     self._group = group
@@ -237,8 +237,8 @@ class Journal:
                 waiting = tuple(self._entries)
             if not waiting:
                 return
-            singles = [each[0] for each in waiting if not isinstance(each, SeriesGroup)]
-            uncertain = {each.module for each in singles if not each.is_certain}
+            singles = [entry[0] for entry in waiting if not isinstance(entry, SeriesGroup)]
+            uncertain = {entry.module for entry in singles if not entry.is_certain}
             for group in waiting:
                 if isinstance(group, SeriesGroup):
                     uncertain |= group.uncertain_modules()
@@ -250,9 +250,9 @@ class Journal:
                     by_module[entry.module].append(entry)
                 for module, entries in by_module.items():
                     self._recorders[module].gather(entries)
-                left = len(waiting)
-                while left:
-                    left += self._record_first() - 1
+                remaining = len(waiting)
+                while remaining:
+                    remaining += self._record_first() - 1
 
     def _record_first(self) -> int:
         """Record the calls of the first entry, or put more before it; return how many."""
@@ -282,7 +282,9 @@ class Journal:
             entry.tag, entry.time, entry.is_copied = series.tag, series.times[call], True
             entries.append((entry, series.batches))
         for module in group.series:
-            self._recorders[module].gather([each for each, _ in entries if each.module == module])
+            self._recorders[module].gather(
+                [entry for entry, _ in entries if entry.module == module]
+            )
         return entries
 
     def _record_group(self, group: SeriesGroup) -> bool:
@@ -307,19 +309,19 @@ class Journal:
 
     def _prepare(self, group: SeriesGroup) -> PreparedBatch | None:
         """Work out the rows and sequences of a group; None if it must be recorded singly."""
-        found = []
+        prepared = []
         for series in group.filled():
             recorder = self._recorders[series.module]
             rows = recorder.series_rows(series) if recorder.can_record_series(series) else None
             if rows is None:
                 return None
-            found.append((recorder, series, rows))
+            prepared.append((recorder, series, rows))
         parts = [
             recorder.assign_series(series, rows, group.commitment)
-            for recorder, series, rows in found
+            for recorder, series, rows in prepared
         ]
-        places = {series: place for place, series in enumerate(group.filled())}
-        order = np.array([places[series] for series, _ in group.calls()])
+        index_of = {series: index for index, series in enumerate(group.filled())}
+        order = np.array([index_of[series] for series, _ in group.calls()])
         record = CallBatch(tuple(series for series, _ in parts), order)
         return PreparedBatch(record, [assignment for _, assignment in parts])
 
@@ -403,9 +405,9 @@ class Journal:
 
 def _autocast_of(entry: JournalEntry) -> AbstractContextManager[object]:
     """Return a context with the autocast settings of the call."""
-    wanted = entry.autocast
+    recorded = entry.autocast
     kind = entry.run.device
-    if wanted is None and not torch.is_autocast_enabled(kind):
+    if recorded is None and not torch.is_autocast_enabled(kind):
         return nullcontext()
-    dtype = None if wanted is None else wanted[1]
-    return torch.autocast(kind, dtype, enabled=wanted is not None)
+    dtype = None if recorded is None else recorded[1]
+    return torch.autocast(kind, dtype, enabled=recorded is not None)

@@ -107,15 +107,15 @@ class ModuleRecorder:
         self.reset()
         self._shares_input, self._shares_output = self._shared()
         self._has_gates = any(
-            {*GATES} & {*each.available_quantities} for each in self.description.sites
+            {*GATES} & {*site.available_quantities} for site in self.description.sites
         )
         requests = [site.requested_gates for site in self._sites]
         # Of some steps the replay costs less than the whole call's harvest.
-        wanted = self._step_filter is None and all(each.columns for each in requests)
+        copies_gates = self._step_filter is None and all(request.columns for request in requests)
         stored, computed = self._rows.stored, getattr(torch, self.description.weights_dtype)
         self._gathers = (
             self._step_filter is None
-            and all(each.replays_whole for each in self._sites)
+            and all(recorder.replays_whole for recorder in self._sites)
             and machine_epsilon(stored) <= machine_epsilon(computed)
         )
         self.joins_series = (
@@ -125,7 +125,7 @@ class ModuleRecorder:
             and (options.gates != "inline" or self._gathers)
         )
         self.requested_gates = NO_GATES
-        if wanted and kernel_supported():
+        if copies_gates and kernel_supported():
             self.requested_gates = merge_requests(requests, self.description.hidden_size)
 
     def reset(self) -> None:
@@ -181,7 +181,7 @@ class ModuleRecorder:
             entry.run = run.with_weights(weights)
         if checked.is_new:
             # Copies of these wait with the call.
-            entry.nbytes += sum(each.nbytes for each in weights)
+            entry.nbytes += sum(weight.nbytes for weight in weights)
         return entry
 
     def new_series(
@@ -226,13 +226,13 @@ class ModuleRecorder:
         """Whether rows can be the copies of the input, and of the output, as they are."""
         if self._step_filter is not None or self.description.bidirectional:
             return False, False
-        sites = [each.site for each in self._sites]
+        sites = [recorder.site for recorder in self._sites]
         first, last = 0, self.description.num_layers - 1
         return (
-            any(each.layer == first and "input" in each.quantities for each in sites),
+            any(site.layer == first and "input" in site.quantities for site in sites),
             any(
-                each.layer == last and "hidden" in each.quantities and each.units is None
-                for each in sites
+                site.layer == last and "hidden" in site.quantities and site.units is None
+                for site in sites
             ),
         )
 
@@ -263,17 +263,19 @@ class ModuleRecorder:
             block = self._make(entry, observation, assignment)
             number = self._commit(entry, block)
             return self._with_findings(recorded, block, number)
-        kept = self._step_filter.select(assignment, lengths)
+        selection = self._step_filter.select(assignment, lengths)
         bounds = self._step_filter.start, self._step_filter.stop
-        recorded = RecordedCall(self._index, assignment, lengths, kept.numbers, *bounds)
-        if kept.assignment is None:
+        recorded = RecordedCall(self._index, assignment, lengths, selection.numbers, *bounds)
+        if selection.assignment is None:
             self._tracker.commit(tuple, Commitment(is_done=True))
         else:
-            layers = [each.site.layer for each in self._sites]
-            block = self._make(entry, slice_observation(observation, kept, layers), kept.assignment)
+            layers = [recorder.site.layer for recorder in self._sites]
+            block = self._make(
+                entry, slice_observation(observation, selection, layers), selection.assignment
+            )
             number = self._commit(entry, block)
             recorded = self._with_findings(recorded, block, number)
-        self._step_filter.commit(kept, self._tracker)
+        self._step_filter.commit(selection, self._tracker)
         return recorded
 
     def can_record_series(self, series: SeriesBuffer) -> bool:
@@ -286,13 +288,13 @@ class ModuleRecorder:
     def series_rows(self, series: SeriesBuffer) -> dict[str, SeriesResult] | None:
         """Return the rows of a series, by suffix; None if its calls are to be recorded singly."""
         inputs: dict[int, Array] = {}
-        found = {}
+        results = {}
         for site in self._sites:
             result = site.compute_series_rows(series, inputs)
             if result is None:
                 return None
-            found[site.site.suffix] = result
-        return found
+            results[site.site.suffix] = result
+        return results
 
     def assign_series(
         self,
@@ -374,12 +376,12 @@ class ModuleRecorder:
         for entry in entries:
             if (shape := _one_step(entry)) is not None:
                 alike.setdefault((id(entry.version), *shape), []).append(entry)
-        for (_, batch, *_), each in alike.items():
+        for (_, batch, *_), alike_entries in alike.items():
             most = calls_at_once(cast("int", batch), self.description.hidden_size)
             # An empty batch has no largest elements, and nothing to replay.
-            for first in range(0, len(each) if batch and most > 1 else 0, most):
-                group = ReplayGroup(each[first : first + most], self._sites)
-                for entry in each[first : first + most]:
+            for first in range(0, len(alike_entries) if batch and most > 1 else 0, most):
+                group = ReplayGroup(alike_entries[first : first + most], self._sites)
+                for entry in alike_entries[first : first + most]:
                     entry.replays = group
 
     def expect_changes(self) -> None:
@@ -397,8 +399,8 @@ class ModuleRecorder:
     ) -> CallRecord:
         """Make the block of a call."""
         replayed = None if entry.replays is None else entry.replays.of(entry)
-        taken = self._compute_rows(observation, entry.is_certain, replayed or {})
-        block = self._block(entry, observation, assignment, taken)
+        results = self._compute_rows(observation, entry.is_certain, replayed or {})
+        block = self._block(entry, observation, assignment, results)
         is_known = entry.is_certain or entry.version is self._versions.present
         if is_known or not self._has_gates:
             return block
@@ -442,14 +444,18 @@ class ModuleRecorder:
         entry: JournalEntry,
         observation: Observation,
         assignment: SequenceAssignment,
-        taken: SiteResults,
+        results: SiteResults,
     ) -> CallRecord:
-        starts = {each.site.suffix: each.start_states(observation) for each in self._copying}
+        starts = {
+            recorder.site.suffix: recorder.start_states(observation) for recorder in self._copying
+        }
         sites = {}
-        for each in self._sites:
-            rows, check = taken[each.site.suffix]
-            begun = each.new_initial_states(observation, assignment, starts.get(each.site.suffix))
-            sites[each.site.suffix] = SiteRows(rows, begun, *check)
+        for recorder in self._sites:
+            rows, check = results[recorder.site.suffix]
+            begun = recorder.new_initial_states(
+                observation, assignment, starts.get(recorder.site.suffix)
+            )
+            sites[recorder.site.suffix] = SiteRows(rows, begun, *check)
         fields = (
             self._index,
             entry.time,
@@ -476,9 +482,9 @@ class ModuleRecorder:
         )
         # Both directions of a layer share its input.
         inputs = {s.layer: s.input_size for s in module.sites if "input" in s.quantities}
-        begun = sum(each.initial.size for each in block.sites.values())
+        begun = sum(site_rows.initial.size for site_rows in block.sites.values())
         values = rows * (width + sum(inputs.values())) + begun
-        announced = sum(self._record_of(each).nbytes for each in self._versions.new_versions)
+        announced = sum(self._record_of(version).nbytes for version in self._versions.new_versions)
         return values * np.dtype(module.dtype).itemsize + announced
 
     def _compute_rows(
@@ -488,29 +494,31 @@ class ModuleRecorder:
         replayed: Mapping[str, Replayed | None],
     ) -> SiteResults:
         inputs: dict[int, Array] = {}
-        found = {}
-        for each in self._sites:
-            suffix = each.site.suffix
-            found[suffix] = each.compute_rows(observation, inputs, is_certain, replayed.get(suffix))
-        return found
+        results = {}
+        for recorder in self._sites:
+            suffix = recorder.site.suffix
+            results[suffix] = recorder.compute_rows(
+                observation, inputs, is_certain, replayed.get(suffix)
+            )
+        return results
 
     def _record_of(self, version: Version) -> WeightsRecord:
         """Return a version as it is stored: the weights of the recorded sites."""
-        found = self._records.get(version.number)
-        if found is None:
-            found = self._records[version.number] = self._made_record(version)
+        record = self._records.get(version.number)
+        if record is None:
+            record = self._records[version.number] = self._made_record(version)
             while len(self._records) > MAX_VERSIONS + 1:
                 del self._records[next(iter(self._records))]
-        return found
+        return record
 
     def _made_record(self, version: Version) -> WeightsRecord:
         dtype = self.description.weights_dtype
         directions = 2 if self.description.bidirectional else 1
-        each = 4 if self.description.bias else 2
+        weights_per_cell = 4 if self.description.bias else 2
         sites = {}
         for site in self.description.sites:
-            first = (site.layer * directions + site.reverse) * each
-            tensors = zip(WEIGHTS, version.weights[first : first + each], strict=False)
+            first = (site.layer * directions + site.reverse) * weights_per_cell
+            tensors = zip(WEIGHTS, version.weights[first : first + weights_per_cell], strict=False)
             sites[site.suffix] = {
                 name: to_numpy(tensor).astype(dtype, copy=False) for name, tensor in tensors
             }
@@ -546,7 +554,9 @@ def _boundary_states(observation: Observation) -> tuple[Tensor | None, Tensor | 
     call, steps = observation.call, observation.steps
     if call.bidirectional:
         return None, None
-    final = _concat_layers([steps.final(each.output, reverse=False) for each in observation.layers])
+    final = _concat_layers(
+        [steps.final(layer.output, reverse=False) for layer in observation.layers]
+    )
     return _concat_layers([steps.unsort_batch(state) for state in call.initial]), final
 
 

@@ -77,8 +77,8 @@ class Recording:
             OptionError: The values fit no batch, or only a batch that is no longer kept; or they
                 are neither texts nor numbers.
         """
-        given = {"tokens": tokens, **(labels or {})}
-        for name, values in given.items():
+        annotations = {"tokens": tokens, **(labels or {})}
+        for name, values in annotations.items():
             if values is not None:
                 self._annotate(self._batches, name, values, module)
 
@@ -87,25 +87,25 @@ class SequenceNames:
     """The names that a user gives to the sequences of a block.
 
     Args:
-        given: (B,) hashable and different names, for every module whose calls have B sequences; or
-            such names by the path, or glob, of a module.
+        sequences: (B,) hashable and different names, for every module whose calls have B
+            sequences; or such names by the path, or glob, of a module.
         modules: The traced modules.
 
     Raises:
         OptionError: The names are invalid, or a glob matches no module.
     """
 
-    def __init__(self, given: SequenceNamesLike, modules: Sequence[ModuleInfo]) -> None:
+    def __init__(self, sequences: SequenceNamesLike, modules: Sequence[ModuleInfo]) -> None:
         self._paths = [module.path for module in modules]
         self._names: list[tuple[Hashable, ...] | None] = [None] * len(modules)
         self._for_any_module: tuple[Hashable, ...] | None = None
         self._used = [False] * len(modules)
         # Batch sizes of calls that the names did not fit.
         self._other_sizes: set[int] = set()
-        if not isinstance(given, Mapping):
-            self._for_any_module = _checked_names(given)
+        if not isinstance(sequences, Mapping):
+            self._for_any_module = _checked_names(sequences)
             return
-        for glob, names in given.items():
+        for glob, names in sequences.items():
             matching = [n for n, path in enumerate(self._paths) if fnmatchcase(path, glob)]
             if not matching:
                 known = join_names(map(repr, self._paths))
@@ -157,17 +157,17 @@ class SequenceNames:
         )
 
 
-def _checked_names(given: Any) -> tuple[Hashable, ...]:
+def _checked_names(values: Any) -> tuple[Hashable, ...]:
     expected = "sequences: expected one hashable name per sequence of the batch"
-    if isinstance(given, (str, bytes)):
-        raise OptionError(f"{expected}, found the text {given!r:.80}")
+    if isinstance(values, (str, bytes)):
+        raise OptionError(f"{expected}, found the text {values!r:.80}")
     try:
         names = tuple(
-            each.tolist() if hasattr(each, "tolist") else each
-            for each in (given.tolist() if hasattr(given, "tolist") else given)
+            value.tolist() if hasattr(value, "tolist") else value
+            for value in (values.tolist() if hasattr(values, "tolist") else values)
         )
     except TypeError:
-        raise OptionError(f"{expected}, found {given!r:.80}") from None
+        raise OptionError(f"{expected}, found {values!r:.80}") from None
     seen: set[Hashable] = set()
     for name in names:
         try:
@@ -176,8 +176,8 @@ def _checked_names(given: Any) -> tuple[Hashable, ...]:
         except TypeError:
             raise OptionError(f"{expected}, found {name!r:.80}") from None
         if not is_new:
-            found = "None among them" if name is None else f"{name!r:.80} twice"
-            raise OptionError(f"{expected}, all different; found {found}")
+            problem = "None among them" if name is None else f"{name!r:.80} twice"
+            raise OptionError(f"{expected}, all different; found {problem}")
     return names
 
 
@@ -212,7 +212,7 @@ class RecordingBlock:
         finally:
             # A copy of the context, such as a task's, may outlive the block.
             self.batches = self.names = None
-            _blocks.set(tuple(each for each in _blocks.get() if not each.has_ended))
+            _blocks.set(tuple(block for block in _blocks.get() if not block.has_ended))
 
     @property
     def has_ended(self) -> bool:

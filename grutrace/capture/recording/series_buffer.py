@@ -293,9 +293,9 @@ class Streak:
         shape, self._shape = self._shape, run.arguments[0].shape
         if shape != self._shape:
             return 0
-        wanted = max(MIN_SERIES_CALLS, self._expected)
+        size = max(MIN_SERIES_CALLS, self._expected)
         most: int = SEGMENT_BYTES // max(run.arguments[0].nbytes, run.output.nbytes)
-        return min(wanted, MAX_SERIES_CALLS, most)
+        return min(size, MAX_SERIES_CALLS, most)
 
     def end(self, series: SeriesBuffer) -> None:
         """Note that a series takes no more calls."""

@@ -94,14 +94,17 @@ class StepFilter:
         count = np.maximum(stop - first, 0)
         sequences = assignment.sequences.tolist()
         if not count.any():
-            found = {each: self._known[each] for each in sequences if each in self._known}
+            tracked = {
+                sequence: self._known[sequence] for sequence in sequences if sequence in self._known
+            }
             numbers = np.array(
-                [found[each].root if each in found else -1 for each in sequences], np.int64
+                [tracked[sequence].root if sequence in tracked else -1 for sequence in sequences],
+                np.int64,
             )
-            return StepSelection(numbers, None, first, count, found, self._count)
+            return StepSelection(numbers, None, first, count, tracked, self._count)
         continued = self._continued(assignment)
         begun = np.zeros(len(sequences), bool)
-        found, total = {}, self._count
+        tracked, total = {}, self._count
         for row, sequence in enumerate(sequences):
             known = self._known.get(sequence)
             if known is None or (count[row] and not known.kept):
@@ -109,18 +112,18 @@ class StepFilter:
                 parent = continued.get(sequence)
                 known = _Known(total, total if parent is None else parent.root, 0)
                 total += 1
-            found[sequence] = known._replace(kept=known.kept + int(count[row]))
+            tracked[sequence] = known._replace(kept=known.kept + int(count[row]))
         numbers, roots = (
-            np.array([getattr(found[each], name) for each in sequences], np.int64)
+            np.array([getattr(tracked[sequence], name) for sequence in sequences], np.int64)
             for name in ("number", "root")
         )
-        forks = tuple(self._forks(assignment.forks, found, continued))
+        forks = tuple(self._forks(assignment.forks, tracked, continued))
         marked = tuple(
-            Origin(found[each.sequence].number, each.mark)
-            for each in assignment.origins
-            if each.mark != "continued" or each.sequence in continued
+            Origin(tracked[origin.sequence].number, origin.mark)
+            for origin in assignment.origins
+            if origin.mark != "continued" or origin.sequence in continued
         )
-        kept = SequenceAssignment(
+        kept_assignment = SequenceAssignment(
             numbers.astype(np.uint64),
             begun,
             forks,
@@ -128,15 +131,17 @@ class StepFilter:
             roots.astype(np.uint64),
             marked,
         )
-        return StepSelection(roots, kept, first, count, found, total)
+        return StepSelection(roots, kept_assignment, first, count, tracked, total)
 
-    def commit(self, kept: StepSelection, tracker: SequenceTracker) -> None:
+    def commit(self, selection: StepSelection, tracker: SequenceTracker) -> None:
         """Apply the selection of a recorded call, and drop sequences that cannot continue."""
-        self._known |= kept.known
-        self._count = kept.begun
+        self._known |= selection.known
+        self._count = selection.begun
         if len(self._known) > self._most:
             alive = tracker.sequences()
-            self._known = {each: known for each, known in self._known.items() if each in alive}
+            self._known = {
+                sequence: known for sequence, known in self._known.items() if sequence in alive
+            }
             self._most = max(MIN_REMEMBERED, 2 * len(self._known))
 
     def _continued(self, assignment: SequenceAssignment) -> dict[int, _Known]:
@@ -144,13 +149,17 @@ class StepFilter:
 
         A segment before which nothing is kept is a sequence by itself.
         """
-        segments = {each.sequence for each in assignment.origins if each.mark == "continued"}
+        segments = {origin.sequence for origin in assignment.origins if origin.mark == "continued"}
         parents = {
             fork.sequence: self._known.get(fork.parent)
             for fork in assignment.forks
             if fork.sequence in segments
         }
-        return {each: known for each, known in parents.items() if known is not None and known.kept}
+        return {
+            sequence: known
+            for sequence, known in parents.items()
+            if known is not None and known.kept
+        }
 
     def _forks(
         self, forks: Iterable[Fork], now: dict[int, _Known], continued: dict[int, _Known]
@@ -168,23 +177,23 @@ class StepFilter:
 
 
 def slice_observation(
-    observation: Observation, kept: StepSelection, layers: Iterable[int]
+    observation: Observation, selection: StepSelection, layers: Iterable[int]
 ) -> Observation:
     """Return a call as if it had made only the kept steps; of these layers, the others as it was.
 
     Raises:
         ValueError: None are kept.
     """
-    call, part = observation.call, make_window(observation.steps, kept.first, kept.count)
-    found, states = list(observation.layers), list(call.initial)
+    call, part = observation.call, make_window(observation.steps, selection.first, selection.count)
+    layers_of_part, states = list(observation.layers), list(call.initial)
     for number in set(layers):
         layer = observation.layers[number]
-        found[number] = Layer(part.rows(layer.input), part.rows(layer.output))
+        layers_of_part[number] = Layer(part.rows(layer.input), part.rows(layer.output))
         for reverse, hidden in enumerate(layer.output.chunk(call.directions, -1)):
             index = number * call.directions + reverse
             states[index] = part.initial(hidden, states[index], reverse=bool(reverse))
     return observation._replace(
-        call=call._replace(initial=torch.stack([each.to(states[0].dtype) for each in states])),
+        call=call._replace(initial=torch.stack([state.to(states[0].dtype) for state in states])),
         steps=part.steps,
-        layers=found,
+        layers=layers_of_part,
     )

@@ -52,8 +52,8 @@ class SideStream:
         if stream is None:
             beside: Any = torch.cuda.Stream
             stream = self._streams.setdefault(own.device, beside(own.device))
-        kept: torch.dtype = getattr(torch, dtype.name)
-        host = torch.empty(own.shape, dtype=kept, pin_memory=True)
+        stored: torch.dtype = getattr(torch, dtype.name)
+        host = torch.empty(own.shape, dtype=stored, pin_memory=True)
         stream.wait_stream(torch.cuda.current_stream(own.device))
         with torch.cuda.stream(stream):
             host.copy_(own, non_blocking=True)
@@ -150,25 +150,26 @@ class RowConverter:
         return rows
 
     def _note_precision_loss(self, values: Tensor, rows: Array) -> None:
-        computed, kept = numpy_type(values.dtype), np.dtype(self._module.dtype)
-        if np.can_cast(computed, kept):
+        computed, stored = numpy_type(values.dtype), np.dtype(self._module.dtype)
+        if np.can_cast(computed, stored):
             return
         if not self._chosen:
             self._note_loss(
                 "rounded",
-                f"computes in {computed} by now, and was in {kept} when it was attached: its "
-                f"rows are rounded to {kept}",
+                f"computes in {computed} by now, and was in {stored} when it was attached: its "
+                f"rows are rounded to {stored}",
             )
         with np.errstate(over="ignore"):
-            infinite = np.isinf(rows.astype(kept, copy=False)).any()
+            infinite = np.isinf(rows.astype(stored, copy=False)).any()
         if infinite:
             finite = values[values.isfinite()]
             largest = finite.abs().max().item() if finite.numel() else 0.0
-            if largest > float(np.finfo(kept).max):
+            if largest > float(np.finfo(stored).max):
                 self._note_loss(
                     "overflow",
-                    f"has values up to {largest:.3g}, and {kept} holds none above "
-                    f"{np.finfo(kept).max:.3g}: they are kept as infinity, and cannot be verified",
+                    f"has values up to {largest:.3g}, and {stored} holds none above "
+                    f"{np.finfo(stored).max:.3g}: they are kept as infinity, and cannot be "
+                    "verified",
                 )
 
     def pop_precision_losses(self) -> list[str]:
@@ -176,8 +177,8 @@ class RowConverter:
 
         Values are rounded without anybody having asked for it, or are too large.
         """
-        found, self._precision_losses = self._precision_losses, []
-        return found
+        losses, self._precision_losses = self._precision_losses, []
+        return losses
 
     def _note_loss(self, about: str, message: str) -> None:
         if about not in self._noted:

@@ -86,13 +86,16 @@ class VersionChooser:
 
     def _replay_inputs(self, observation: Observation, block: CallRecord) -> PendingCall | None:
         """Return what the gates of a call follow from, for all units; None if it cannot be had."""
-        has_gates = any({*GATES} & {*each.rows} for each in block.sites.values())
+        has_gates = any({*GATES} & {*site_rows.rows} for site_rows in block.sites.values())
         if isinstance(block, PendingCall) and not has_gates:
             return block
         try:
             if self._is_deferred:
                 # It has everything but the states that its sequences started from.
-                starts = {each.site.suffix: each.start_states(observation) for each in self._sites}
+                starts = {
+                    recorder.site.suffix: recorder.start_states(observation)
+                    for recorder in self._sites
+                }
                 return _as_copied(block, block.sites, starts)
             return self._copied(observation, block)
         except UnsupportedError:
@@ -101,10 +104,10 @@ class VersionChooser:
     def _copied(self, observation: Observation, block: CallRecord) -> PendingCall:
         inputs: dict[int, Array] = {}
         sites, starts = {}, {}
-        for each in self._all_sites:
-            rows, check = each.compute_rows(observation, inputs, False)
-            starts[each.site.suffix] = each.start_states(observation)
-            sites[each.site.suffix] = SiteRows(rows, starts[each.site.suffix][:0], *check)
+        for recorder in self._all_sites:
+            rows, check = recorder.compute_rows(observation, inputs, False)
+            starts[recorder.site.suffix] = recorder.start_states(observation)
+            sites[recorder.site.suffix] = SiteRows(rows, starts[recorder.site.suffix][:0], *check)
         return _as_copied(block, sites, starts)
 
     @cached_property
@@ -138,10 +141,10 @@ def _choose_version(
             for site in module.sites
         }
         checks = {site.suffix: joined.checks(site, made[site.suffix])[0] for site in module.sites}
-        found = _ChosenVersion(weights, checks)
-        first = first or found
+        choice = _ChosenVersion(weights, checks)
+        first = first or choice
         if all(residual <= allowed for residual, allowed in checks.values()):
-            matching.append((found, made))
+            matching.append((choice, made))
     if not matching:
         assert first is not None
         return first

@@ -64,12 +64,12 @@ class _WeightFingerprint:
     """The weights at the last comparison of every byte.
 
     Args:
-        kept: Copies of the weights.
+        copies: Copies of the weights.
         weights: The weights, which are not kept alive.
     """
 
-    def __init__(self, kept: list[Tensor], weights: list[Tensor]) -> None:
-        self._kept = kept
+    def __init__(self, copies: list[Tensor], weights: list[Tensor]) -> None:
+        self._copies = copies
         self._ids = _ids(weights)
         self._sample_index = 0
         self._samples: list[_Sample] | None = None
@@ -85,38 +85,38 @@ class _WeightFingerprint:
         Every time another part of the sample is looked at.
         """
         if self._samples is None:
-            pairs = zip(self._kept, weights, strict=True)
-            self._samples = [_Sample(*each) for each in pairs if _is_alike(*each) and len(each[0])]
+            pairs = zip(self._copies, weights, strict=True)
+            self._samples = [_Sample(*pair) for pair in pairs if _is_alike(*pair) and len(pair[0])]
         self._sample_index += 1
-        return all(each.matches(self._sample_index) for each in self._samples)
+        return all(sample.matches(self._sample_index) for sample in self._samples)
 
     def has_bytes_of(self, weights: list[Tensor]) -> bool:
         """Whether every byte is the same. To be asked where `has_ids_of` has just said yes."""
         if self._ranges is None:
-            pairs = list(zip(self._kept, weights, strict=True))
-            if not all(_is_alike(*each) for each in pairs):
-                return _are_same(self._kept, weights)
+            pairs = list(zip(self._copies, weights, strict=True))
+            if not all(_is_alike(*pair) for pair in pairs):
+                return _are_same(self._copies, weights)
             self._ranges = [
-                (kept.data_ptr(), weight.data_ptr(), kept.numel() * kept.element_size())
-                for kept, weight in pairs
+                (copy.data_ptr(), weight.data_ptr(), copy.numel() * copy.element_size())
+                for copy, weight in pairs
             ]
-        return not any(compare(*each) for each in self._ranges)
+        return not any(compare(*memory_range) for memory_range in self._ranges)
 
 
 class _Sample:
     """An element of each row and each column of a weight, and of its copy, read from memory."""
 
-    def __init__(self, kept: Tensor, weight: Tensor) -> None:
+    def __init__(self, copy: Tensor, weight: Tensor) -> None:
         self._step = _sample_step(weight)
-        self._kept, self._weight = _memory(kept), _memory(weight)
-        self._parts = math.ceil(len(self._kept) / self._step / SAMPLE_SIZE)
+        self._copy, self._weight = _memory(copy), _memory(weight)
+        self._parts = math.ceil(len(self._copy) / self._step / SAMPLE_SIZE)
 
     def matches(self, index: int) -> bool:
         """Whether a part of it is the same in both."""
         step = self._step
         first = index % self._parts * SAMPLE_SIZE * step
         part = slice(first, first + SAMPLE_SIZE * step, step)
-        return self._kept[part].tobytes() == self._weight[part].tobytes()
+        return self._copy[part].tobytes() == self._weight[part].tobytes()
 
 
 class WeightVersionTracker:
@@ -183,12 +183,12 @@ class WeightVersionTracker:
     def compare(self, weights: list[Tensor]) -> None:
         """Compare every byte with the known versions; `present` is that of the weights then."""
         known = self._known
-        same = next((each for each in known if _are_same(each.weights, weights)), None)
+        same = next((version for version in known if _are_same(version.weights, weights)), None)
         if same is None:
             same = Version(self._count, [_copy(weight) for weight in weights])
             self.new_versions.append(same)
             self._count += 1
-        others = tuple(each for each in known if each is not same)[: MAX_VERSIONS - 1]
+        others = tuple(version for version in known if version is not same)[: MAX_VERSIONS - 1]
         self._known = (same, *others)
         self._fingerprint = _WeightFingerprint(same.weights, weights)
         self._live = [weakref.ref(weight) for weight in weights]
@@ -206,7 +206,7 @@ class WeightVersionTracker:
         if not self._known:
             return True
         before, fingerprint = self._known[0], self._fingerprint
-        live = [weight for each in self._live if (weight := each()) is not None]
+        live = [weight for reference in self._live if (weight := reference()) is not None]
         if len(live) == len(before.weights) and not any(map(_is_freed, live)):
             if (
                 fingerprint is not None
@@ -237,30 +237,30 @@ def _is_freed(weight: Tensor) -> bool:
     return weight.is_meta or (weight.numel() > 0 and weight.untyped_storage().nbytes() == 0)
 
 
-def _are_same(kept: list[Tensor], weights: list[Tensor]) -> bool:
-    return len(kept) == len(weights) and all(map(_is_same, kept, weights))
+def _are_same(copies: list[Tensor], weights: list[Tensor]) -> bool:
+    return len(copies) == len(weights) and all(map(_is_same, copies, weights))
 
 
-def _is_same(kept: Tensor, weight: Tensor) -> bool:
+def _is_same(copy: Tensor, weight: Tensor) -> bool:
     """Whether two tensors hold the same bytes, NaN included."""
-    if kept.dtype != weight.dtype or kept.device != weight.device or kept.shape != weight.shape:
+    if copy.dtype != weight.dtype or copy.device != weight.device or copy.shape != weight.shape:
         return False
-    if _is_alike(kept, weight):
-        size = kept.numel() * kept.element_size()
-        return compare(kept.data_ptr(), weight.data_ptr(), size) == 0
+    if _is_alike(copy, weight):
+        size = copy.numel() * copy.element_size()
+        return compare(copy.data_ptr(), weight.data_ptr(), size) == 0
     weight = weight.detach()
     # Equal numbers first: it is the faster question. Then bytes, for NaN is equal to nothing.
-    return torch.equal(kept, weight) or torch.equal(
-        kept.contiguous().view(torch.uint8), weight.contiguous().view(torch.uint8)
+    return torch.equal(copy, weight) or torch.equal(
+        copy.contiguous().view(torch.uint8), weight.contiguous().view(torch.uint8)
     )
 
 
-def _is_alike(kept: Tensor, weight: Tensor) -> bool:
+def _is_alike(copy: Tensor, weight: Tensor) -> bool:
     """Whether both lie in the same way in the processor's memory, without gaps."""
     return (
         weight.device.type == "cpu"
-        and kept.stride() == weight.stride()
-        and (kept.is_contiguous() or (kept.dim() == 2 and kept.t().is_contiguous()))
+        and copy.stride() == weight.stride()
+        and (copy.is_contiguous() or (copy.dim() == 2 and copy.t().is_contiguous()))
     )
 
 

@@ -43,35 +43,35 @@ class Digests:
             return [False] * len(states)
         return self.hold_hashes(_digests([states]))
 
-    def add_hashes(self, found: Hashes) -> None:
+    def add_hashes(self, hashes: Hashes) -> None:
         """Note (n,) numbers."""
         # An empty place is 0.
-        found = found | np.uint64(1)
+        hashes = hashes | np.uint64(1)
         if self._table is None:
             table = torch.zeros(1 << self._bits, dtype=torch.int64, device="cpu")
             self._table = table.numpy().view(np.uint64)
-        self._table[self._slots(found)] = found
+        self._table[self._slots(hashes)] = hashes
 
-    def hold_hashes(self, found: Hashes) -> list[bool]:
+    def hold_hashes(self, hashes: Hashes) -> list[bool]:
         """Whether each of (n,) numbers was noted."""
         if self._table is None:
-            return [False] * len(found)
-        found = found | np.uint64(1)
-        held: list[bool] = (self._table[self._slots(found)] == found).tolist()
+            return [False] * len(hashes)
+        hashes = hashes | np.uint64(1)
+        held: list[bool] = (self._table[self._slots(hashes)] == hashes).tolist()
         return held
 
-    def _slots(self, found: Hashes) -> Hashes:
-        return (found * np.uint64(_MIXER)) >> np.uint64(64 - self._bits)
+    def _slots(self, hashes: Hashes) -> Hashes:
+        return (hashes * np.uint64(_MIXER)) >> np.uint64(64 - self._bits)
 
 
 def _digests(states: Sequence[Tensor]) -> Hashes:
     """Return a digest of each of several batches of states, end to end."""
     stride = max(1, -(-states[0].shape[1] // DIGEST_COLUMNS))
     # A copy, as float64: that holds every value of any floating-point type.
-    columns = torch.cat([each[:, ::stride] for each in states]).to("cpu", torch.float64)
+    columns = torch.cat([tensor[:, ::stride] for tensor in states]).to("cpu", torch.float64)
     # Adding 0 makes -0 a 0, which it is equal to.
     bits = (columns.numpy() + 0.0).view(np.uint64)
     factors = np.arange(1, 1 + bits.shape[1], dtype=np.uint64) * np.uint64(_FACTOR)
     bits = (bits ^ (bits >> np.uint64(29))) * (factors | np.uint64(1))
-    found: Hashes = (bits ^ (bits >> np.uint64(32))).sum(1, dtype=np.uint64)
-    return found
+    hashes: Hashes = (bits ^ (bits >> np.uint64(32))).sum(1, dtype=np.uint64)
+    return hashes

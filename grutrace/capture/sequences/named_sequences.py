@@ -85,7 +85,7 @@ def same_as_ended(initial: Tensor | None, ends: Sequence[NamedEnd | None]) -> li
             rows.append(row)
             indices.append(end.row)
     for call, (rows, indices) in by_call.items():
-        found = equal_rows(initial, rows, call.states, indices)
-        for row, is_equal in zip(rows, found, strict=True):
+        equal = equal_rows(initial, rows, call.states, indices)
+        for row, is_equal in zip(rows, equal, strict=True):
             same[row] = is_equal
     return same

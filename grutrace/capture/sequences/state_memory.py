@@ -184,8 +184,8 @@ class StateMemory:
 
     def _are_only(self, keys: list[float], states: Tensor) -> bool:
         if self._uncounted:
-            for each in self._uncounted:
-                self._count(each)
+            for call in self._uncounted:
+                self._count(call)
             self._uncounted.clear()
         if 0.0 in keys and not states.any(-1).all():
             return False
@@ -194,7 +194,7 @@ class StateMemory:
     def find(self, states: Tensor) -> list[list[StateRow]]:
         """Return, for each of (B, W) states, the remembered states that are equal."""
         self._index_all()
-        found: list[list[StateRow]] = [[] for _ in range(len(states))]
+        matches: list[list[StateRow]] = [[] for _ in range(len(states))]
         candidates: dict[FinalStates, tuple[list[int], list[int]]] = {}
         for row, key in enumerate(states[:, self._column].tolist()):
             known = self._index.get(key)
@@ -207,8 +207,8 @@ class StateMemory:
             equal = equal_rows(states, rows, call.states, indices)
             for row, index, is_equal in zip(rows, indices, equal, strict=True):
                 if is_equal:
-                    found[row].append((call, index))
-        return found
+                    matches[row].append((call, index))
+        return matches
 
     def were_dropped(self, states: Tensor) -> list[bool]:
         """Return whether each of (B, W) states was remembered and then dropped."""
@@ -219,7 +219,7 @@ class StateMemory:
         return {number for call in self for number in call.numbers()}
 
     def _drop(self, calls: list[FinalStates | FinalStatesBlock]) -> None:
-        whole = [each for call in calls for each in _parts(call)]
+        whole = [part for call in calls for part in _parts(call)]
         self._digests.add([call.states.flatten(0, -2) for call in whole])
         for call in whole:
             self._rows -= len(call)
@@ -249,9 +249,9 @@ class StateMemory:
         return of_block
 
     def _uncount(self, key: float) -> None:
-        left = self._open_keys.get(key, 0) - 1
-        if left > 0:
-            self._open_keys[key] = left
+        remaining = self._open_keys.get(key, 0) - 1
+        if remaining > 0:
+            self._open_keys[key] = remaining
         else:
             self._open_keys.pop(key, None)
 
@@ -261,11 +261,11 @@ class StateMemory:
             self._start_index()
         unindexed = [
             call
-            for each in self._unindexed
-            for call in (each.calls() if isinstance(each, FinalStatesBlock) else (each,))
+            for entry in self._unindexed
+            for call in (entry.calls() if isinstance(entry, FinalStatesBlock) else (entry,))
         ]
         if len(unindexed) > len(self._unindexed):
-            self._uncounted = [call for each in self._uncounted for call in _parts(each)]
+            self._uncounted = [call for entry in self._uncounted for call in _parts(entry)]
         for call in unindexed:
             self._indexed += len(call)
             for index, key in enumerate(call.keys(self._column)):
@@ -286,8 +286,8 @@ class StateMemory:
 
     def _choose_column(self) -> None:
         """Look states up by the column that tells most of them apart."""
-        some = list(islice(self, MIN_STATES_TO_CHECK))
-        values = torch.cat([call.states[:MIN_STATES_TO_CHECK].cpu() for call in some])
+        first_calls = list(islice(self, MIN_STATES_TO_CHECK))
+        values = torch.cat([call.states[:MIN_STATES_TO_CHECK].cpu() for call in first_calls])
         values = values[:MIN_STATES_TO_CHECK]
         distinct = [len(set(column)) for column in values.T.tolist()]
         best = distinct.index(max(distinct))
@@ -313,7 +313,7 @@ def _parts(
 def _latest(rows: list[StateRow]) -> list[StateRow]:
     """Return those of the latest calls, the latest last."""
     calls = {True: dict[FinalStates, None](), False: dict[FinalStates, None]()}
-    kept = []
+    rows_of_calls = []
     for call, index in reversed(rows):
         if call.is_dropped:
             continue
@@ -323,16 +323,16 @@ def _latest(rows: list[StateRow]) -> list[StateRow]:
             MAX_OPEN_CANDIDATES if is_open else MAX_CLOSED_CANDIDATES
         ):
             known[call] = None
-            kept.append((call, index))
-    return kept[::-1]
+            rows_of_calls.append((call, index))
+    return rows_of_calls[::-1]
 
 
 def equal_rows(a: Tensor, rows: list[int], b: Tensor, indices: list[int]) -> list[bool]:
     """Whether row ``rows[i]`` of (B, W) a is row ``places[i]`` of (C, W) b, for each i."""
     if not _same_type(a, b):
         return [False] * len(rows)
-    found: list[bool] = (a[rows] == b[indices]).all(1).tolist()
-    return found
+    equal: list[bool] = (a[rows] == b[indices]).all(1).tolist()
+    return equal
 
 
 def equal(a: Tensor, b: Tensor) -> bool:

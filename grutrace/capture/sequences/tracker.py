@@ -112,20 +112,20 @@ class SequenceTracker:
     ) -> PendingAssignment:
         last = self._memory.last
         if not len(lengths) or final is None or not final.shape[1]:
-            found = self._begin_all(len(lengths))
+            pending = self._begin_all(len(lengths))
         elif names is not None:
-            found = self._assign_named(initial, tuple(names))
+            pending = self._assign_named(initial, tuple(names))
         elif initial is None or last is None:
-            found = self._begin_all(len(lengths))
+            pending = self._begin_all(len(lengths))
         elif equal(initial, last.states) and self._memory.is_only(last):
-            found = self._continue_all(last)
+            pending = self._continue_all(last)
         elif _all_zero(initial, is_owned):
-            found = self._begin_all(len(lengths))
+            pending = self._begin_all(len(lengths))
         else:
-            found = self._match(initial)
-        found.final, found.is_owned = final, is_owned
-        found.steps = found.assignment.steps_before + lengths
-        return found
+            pending = self._match(initial)
+        pending.final, pending.is_owned = final, is_owned
+        pending.steps = pending.assignment.steps_before + lengths
+        return pending
 
     def _settle(self) -> None:
         if self._unsettled is not None:
@@ -154,26 +154,26 @@ class SequenceTracker:
         self._settle()
         final, kinds = states.final, states.kinds
         calls, batch, _ = final.shape
-        found = SeriesAssignment((calls, batch))
+        series = SeriesAssignment((calls, batch))
         self._unsettled = self._count, commitment
-        while (start := len(found)) < calls:
+        while (start := len(series)) < calls:
             kind, stop = kinds[start], start + 1
             while kind is not InitialState.COPIED and stop < calls and kinds[stop] is kind:
                 stop += 1
             if kind is InitialState.ZEROS:
-                found.add(self._begin_run(final[start:stop]), begun=True)
+                series.add(self._begin_run(final[start:stop]), begun=True)
             elif kind is InitialState.CHAINED and start and self._is_plain(final[start - 1 : stop]):
-                found.add(self._continue_run(final[start:stop]), begun=False)
+                series.add(self._continue_run(final[start:stop]), begun=False)
             else:
                 lengths = np.ones(batch, np.int64)
                 for call in range(start, stop):
                     accepted = self._assign(
                         states.initial(call), final[call], lengths, is_owned=True
                     )
-                    found.add_call(accepted.assignment, accepted.offsets)
+                    series.add_call(accepted.assignment, accepted.offsets)
                     self._count += int(np.count_nonzero(accepted.assignment.begun))
                     self._remember(accepted)
-        return found
+        return series
 
     def _is_plain(self, states: Tensor) -> bool:
         """Whether n - 1 calls continue the call before each as a whole, and nothing else.
@@ -202,7 +202,7 @@ class SequenceTracker:
         assert last is not None
         sequences, roots, offsets = last.sequences, last.roots, last.offsets
         steps = last.steps + np.arange(1, 1 + len(final))[:, np.newaxis]
-        ends = [CallEnds(sequences, roots, each, offsets) for each in steps]
+        ends = [CallEnds(sequences, roots, steps_after, offsets) for steps_after in steps]
         self._memory.close(last)
         self._memory.add_run(final, ends, are_open=False)
         return ends
@@ -271,16 +271,16 @@ class SequenceTracker:
 
     def _match(self, initial: Tensor) -> PendingAssignment:
         """Match each row of a call to the remembered states."""
-        found = self._memory.find(initial)
-        rows = AssignmentBuilder(len(found), self._count)
+        matches = self._memory.find(initial)
+        rows = AssignmentBuilder(len(matches), self._count)
         fresh = [not nonzero for nonzero in initial.any(1).tolist()]
-        wanted: dict[StateRow, int] = {}
-        for is_fresh, states in zip(fresh, found, strict=True):
+        claims: dict[StateRow, int] = {}
+        for is_fresh, states in zip(fresh, matches, strict=True):
             if states and not is_fresh:
-                wanted[states[0]] = wanted.get(states[0], 0) + 1
+                claims[states[0]] = claims.get(states[0], 0) + 1
         claimed: set[StateRow] = set()
         unknown = []
-        for row, states in enumerate(found):
+        for row, states in enumerate(matches):
             if fresh[row]:
                 rows.begin(row)
                 continue
@@ -288,10 +288,10 @@ class SequenceTracker:
                 unknown.append(row)
                 rows.begin(row)
                 continue
-            still_open = [each for each in states if each[0].is_open_at(each[1])]
-            unclaimed = [each for each in still_open if each not in claimed]
+            still_open = [state for state in states if state[0].is_open_at(state[1])]
+            unclaimed = [state for state in still_open if state not in claimed]
             calls = {call for call, _ in still_open}
-            if len(calls) > 1 or (unclaimed and wanted[states[0]] < len(still_open)):
+            if len(calls) > 1 or (unclaimed and claims[states[0]] < len(still_open)):
                 rows.begin(row, "ambiguous")
             elif unclaimed:
                 claimed.add(unclaimed[0])
@@ -311,7 +311,7 @@ class SequenceTracker:
     def _fork_from_earlier(rows: AssignmentBuilder, row: int, states: Sequence[StateRow]) -> None:
         if len({call for call, _ in states}) == 1:
             # Equal rows of one batch, as of a prompt that is repeated: each from its own.
-            rows.fork(row, next((each for each in states if each[1] == row), states[0]))
+            rows.fork(row, next((state for state in states if state[1] == row), states[0]))
         elif len({call.end(index).sequence for call, index in states}) == 1:
             # A state that does not change any more.
             rows.fork(row, max(states, key=lambda state: state[0].end(state[1]).steps))
@@ -332,9 +332,9 @@ class SequenceTracker:
                 rows.continue_from(row, (end.call, end.row))
             else:
                 rows.begin_segment(row, end)
-        found = rows.finish()
-        found.names = names
-        return found
+        pending = rows.finish()
+        pending.names = names
+        return pending
 
     def _first_states(
         self, initial: Tensor | None, ends: Sequence[NamedEnd | None]
@@ -347,10 +347,10 @@ class SequenceTracker:
         if initial is None or not new or self._memory.last is None:
             return {}
         fresh = (initial[new] == 0).all(1).tolist()
-        found = zip(new, self._memory.find(initial[new]), fresh, strict=True)
+        candidates = zip(new, self._memory.find(initial[new]), fresh, strict=True)
         return {
             row: states[0] if len(states) == 1 else None
-            for row, states, is_fresh in found
+            for row, states, is_fresh in candidates
             if states and not is_fresh
         }
 

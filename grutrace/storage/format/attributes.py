@@ -58,8 +58,8 @@ def check_version(file: h5py.File, newest: int) -> None:
     where, expected = "attribute 'format_version'", "two integers"
     require("format_version" in file.attrs, where, expected, "nothing")
     attribute = file.attrs.get_id("format_version")
-    found = f"{attribute.dtype} of shape {attribute.shape}"
-    require((attribute.shape, attribute.dtype.kind) == ((2,), "i"), where, expected, found)
+    actual = f"{attribute.dtype} of shape {attribute.shape}"
+    require((attribute.shape, attribute.dtype.kind) == ((2,), "i"), where, expected, actual)
     major, minor = (int(number) for number in file.attrs["format_version"])
     if major > newest:
         raise UnsupportedVersion(f"{major}.{minor}", newest)
@@ -74,8 +74,8 @@ def read_attribute(group: h5py.Group, name: str, kind: type) -> Any:
     """
     value = _scalar_value(group, name, kind)
     if type(value) is not kind:
-        found = _TYPE_NAMES.get(type(value), type(value).__name__)
-        raise FormatError(attribute_path(group, name), _TYPE_NAMES[kind], found)
+        actual = _TYPE_NAMES.get(type(value), type(value).__name__)
+        raise FormatError(attribute_path(group, name), _TYPE_NAMES[kind], actual)
     return value
 
 

@@ -190,8 +190,8 @@ def _check_pieces(pieces: Array, path: str) -> None:
     next_numbers = np.maximum.accumulate(numbers) + np.uint64(1)
     require(numbers[0] == 0, f"{path}.sequence", 0, numbers[0])
     is_skip = numbers[1:] > next_numbers[:-1]
-    found = f"{numbers[1:][is_skip][:1]}"
-    require(not is_skip.any(), f"{path}.sequence", "no skipped number", found)
+    skipped = f"{numbers[1:][is_skip][:1]}"
+    require(not is_skip.any(), f"{path}.sequence", "no skipped number", skipped)
 
 
 def _require_below(numbers: Array, bound: int, where: str) -> None:

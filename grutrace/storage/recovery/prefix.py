@@ -242,8 +242,8 @@ class PrefixScanner:
 
 def _read_committed(file: h5py.File, size: int) -> Any:
     dataset = get_dataset(file, "committed")
-    found = f"{dataset.dtype} of shape {dataset.shape}"
-    require((dataset.dtype, dataset.shape) == (COMMITTED, ()), "committed", COMMITTED, found)
+    actual = f"{dataset.dtype} of shape {dataset.shape}"
+    require((dataset.dtype, dataset.shape) == (COMMITTED, ()), "committed", COMMITTED, actual)
     offset = dataset.id.get_offset()
     require(
         offset is not None and offset + COMMITTED.itemsize <= size,

@@ -69,11 +69,11 @@ class JoinedSource(ABC):
 
 def union_tables(sources: Sequence[Tables]) -> Tables:
     """Return the tables of one trace with the modules of all sources, and its calls by time."""
-    module_counts = [len(tables.pieces) for tables in sources]
-    starts = [0, *accumulate(module_counts)]
+    starts = [0, *accumulate(len(source.pieces) for source in sources)]
     indices = [tuple(range(start, stop)) for start, stop in pairwise(starts)]
     tables = concatenated_tables(sources, indices, starts[-1])
-    return replace(tables, calls=tables.calls[_in_time_order([each.calls for each in sources])])
+    order = _in_time_order([source.calls for source in sources])
+    return replace(tables, calls=tables.calls[order])
 
 
 def _in_time_order(calls: Sequence[Array]) -> Array:

@@ -143,9 +143,9 @@ def _validate_series(checks: _ModuleChecks, series: CallSeries) -> None:
         for quantity, columns in quantities:
             _require_array(checks, suffix, quantity, site.rows.get(quantity), (rows, columns))
         _require_array(checks, suffix, "initial", site.initial, (starts, units))
-        found = site.residuals.shape, site.tolerances.shape
-        if found != ((calls,), (calls,)):
-            raise _error(_describe_call(checks), f"checks of {calls} calls", found)
+        shapes = site.residuals.shape, site.tolerances.shape
+        if shapes != ((calls,), (calls,)):
+            raise _error(_describe_call(checks), f"checks of {calls} calls", shapes)
     for call in sorted({*series.forks, *series.origins}):
         first = checks.sequences + int(begun[:call].sum())
         of_call = series.forks.get(call, ()), series.origins.get(call, ())
@@ -264,9 +264,9 @@ def _validate_weights(checks: _ModuleChecks, weights: WeightsRecord) -> None:
     for site in checks.module.sites:
         shapes = weight_shapes(checks.module, site)
         arrays = _site_weights(weights.sites, site.suffix, where)
-        found = {name: array.shape for name, array in arrays.items()}
-        if found != shapes:
-            raise _error(f"{where}, {site.suffix}", shapes, found)
+        actual = {name: array.shape for name, array in arrays.items()}
+        if actual != shapes:
+            raise _error(f"{where}, {site.suffix}", shapes, actual)
     checks.versions += 1
 
 
