@@ -39,8 +39,8 @@ def figures(workload: Workload, budget: float, limit: float) -> Iterator[Figure]
     asked: list[bool] = []
     rule = kernel_gates.is_cheaper
 
-    def heard(*given: Any) -> bool:
-        asked.append(rule(*given))
+    def heard(*arguments: Any) -> bool:
+        asked.append(rule(*arguments))
         return asked[-1]
 
     with (
@@ -48,15 +48,15 @@ def figures(workload: Workload, budget: float, limit: float) -> Iterator[Figure]
         traced(workload, inline, Path()) as run,
     ):
         run.call()
-    taken = "harvested" if asked[-1] else "replayed"
+    choice = "harvested" if asked[-1] else "replayed"
     other = "replayed" if asked[-1] else "harvested"
     yield not_measured(
-        "the rule takes", verdict(taken, results[taken].median, results[other].median)
+        "the rule takes", verdict(choice, results[choice].median, results[other].median)
     )
 
 
-def verdict(taken: str, cost: float, other: float) -> str:
+def verdict(choice: str, cost: float, other: float) -> str:
     """Return the tracer's choice, and whether it is the cheaper one."""
     if cost <= other:
-        return taken
-    return f"{taken} (about the same)" if cost <= other * (1 + ALIKE) else f"**{taken}**"
+        return choice
+    return f"{choice} (about the same)" if cost <= other * (1 + ALIKE) else f"**{choice}**"

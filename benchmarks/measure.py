@@ -25,12 +25,15 @@ FEW = 3
 def tracing(workload: Workload, budget: float, limit: float) -> Iterator[Figure]:
     """Yield for each tracing its ratio to the untraced run."""
     in_memory = None
-    for each in TRACINGS:
-        with tempfile.TemporaryDirectory() as folder, traced(workload, each, Path(folder)) as run:
+    for tracing in TRACINGS:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            traced(workload, tracing, Path(folder)) as run,
+        ):
             result = ratio(workload.run, run.call, budget, limit=limit, settle=run.settle)
-        if each.name == IN_MEMORY:
+        if tracing.name == IN_MEMORY:
             in_memory = result.median
-        yield measured(each.name, result, each.target_for(workload.kind, in_memory))
+        yield measured(tracing.name, result, tracing.target_for(workload.kind, in_memory))
 
 
 def disk(workload: Workload) -> Iterator[Figure]:
@@ -68,17 +71,17 @@ def _peer(workload: Workload, peer: Peer, expected: Values, budget: float, limit
         wrong = disagreement(peer, running.read(running.call()), expected)
         if wrong:
             raise Absent(f"refused: {wrong}")
-        most = HELD // sum(each.nbytes for each in expected.values())
-        kept: list[Any] = []
+        most = HELD // sum(tensor.nbytes for tensor in expected.values())
+        results_held: list[Any] = []
 
         def run() -> None:
             for _ in range(workload.calls):
                 made = running.call()
                 # Kept, as a trace keeps it: reused memory costs less than new memory.
                 if peer.gates:
-                    if len(kept) >= most:
-                        kept.clear()
-                    kept.append(made)
+                    if len(results_held) >= most:
+                        results_held.clear()
+                    results_held.append(made)
 
         few = peer.only_small
         result = ratio(

@@ -128,6 +128,6 @@ def ratio_of(times: Sequence[tuple[float, float]]) -> Ratio:
     return Ratio(**asdict(result), base=statistics.median(a for a, _ in times))
 
 
-def speed(found: Ratio) -> Spread:
+def speed(ratio: Ratio) -> Spread:
     """The speed of B relative to A: the inverse of the ratio of times."""
-    return Spread(1 / found.median, 1 / found.high, 1 / found.low, found.count)
+    return Spread(1 / ratio.median, 1 / ratio.high, 1 / ratio.low, ratio.count)

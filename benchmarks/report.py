@@ -72,7 +72,10 @@ class Report:
         return {
             "about": dict(self.about),
             **{name: _by_workload(table) for name, table in tables.items()},
-            **{name: [each.as_json() for each in found] for name, found in self.others.items()},
+            **{
+                name: [figure.as_json() for figure in figures]
+                for name, figures in self.others.items()
+            },
         }
 
     def markdown(self) -> str:
@@ -95,7 +98,7 @@ class Report:
         gives = {peer.name: peer.gives for peer in PEERS}
         gates = {peer.name for peer in PEERS if peer.gates}
         ours = {
-            workload: {each.name: each for each in self.tracing.get(workload, ())}
+            workload: {figure.name: figure for figure in self.tracing.get(workload, ())}
             for workload in self.peers
         }
         rows = [["", "gives", *self.peers]]
@@ -104,10 +107,10 @@ class Report:
             if any(figures):
                 cells = ["" if figure is None else _plain(figure) for figure in figures]
                 rows.append([f"grutrace: {name}", "output, all gates", *cells])
-        for name in dict.fromkeys(each.name for row in self.peers.values() for each in row):
+        for name in dict.fromkeys(figure.name for row in self.peers.values() for figure in row):
             cells = []
             for workload, row in self.peers.items():
-                figure = next((each for each in row if each.name == name), None)
+                figure = next((cell for cell in row if cell.name == name), None)
                 bound = ours[workload].get(IN_MEMORY) if name in gates else None
                 cells.append(_beside(figure, bound))
             rows.append([name, gives.get(name, ""), *cells])
@@ -130,12 +133,12 @@ def number(value: float) -> str:
     return f"{value:.{min(max(digits, 0), 4)}f}"
 
 
-def _wide(corner: str, found: Table) -> str:
+def _wide(corner: str, figures: Table) -> str:
     """One row per workload, one column per tracing, with the target in each cell."""
-    columns = list(dict.fromkeys(each.name for row in found.values() for each in row))
+    columns = list(dict.fromkeys(figure.name for row in figures.values() for figure in row))
     rows = [[corner, *columns]]
-    for workload, row in found.items():
-        by_name = {each.name: each for each in row}
+    for workload, row in figures.items():
+        by_name = {figure.name: figure for figure in row}
         rows.append([workload, *(_cell(by_name[c]) if c in by_name else "" for c in columns)])
     return table(rows)
 
@@ -192,7 +195,8 @@ def _target(figure: Figure) -> str:
     return f"{sign} {number(figure.target.bound)} {figure.unit}".strip()
 
 
-def _by_workload(found: Table) -> dict[str, dict[str, Any]]:
+def _by_workload(figures: Table) -> dict[str, dict[str, Any]]:
     return {
-        workload: {each.name: each.as_json() for each in row} for workload, row in found.items()
+        workload: {figure.name: figure.as_json() for figure in row}
+        for workload, row in figures.items()
     }

@@ -83,9 +83,9 @@ def writing(folder: Path) -> Spread:
     module, calls = long_traces.wide_module(), WRITTEN // long_traces.call_bytes()
     (site,) = module.sites
     columns = dataset_specs([module])
-    places = [quantity_path(module, site, name) for name in site.quantities]
+    paths = [quantity_path(module, site, name) for name in site.quantities]
     length = calls * long_traces.STEPS * long_traces.BATCH
-    chunk = columns[places[0]].chunks
+    chunk = columns[paths[0]].chunks
     *_, call = long_traces.records(module, long_traces.STEPS, long_traces.BATCH, 1)
     assert isinstance(call, CallRecord)
     arrays = list(call.sites[site.suffix].rows.values())
@@ -95,8 +95,10 @@ def writing(folder: Path) -> Spread:
         with h5py.File(path, "w", libver=LIBVER) as file:
             shape = (length, long_traces.HIDDEN)
             datasets = [
-                file.create_dataset(place, shape, np.float32, chunks=chunk, fill_time="never").id
-                for place in places
+                file.create_dataset(
+                    path_in_file, shape, np.float32, chunks=chunk, fill_time="never"
+                ).id
+                for path_in_file in paths
             ]
             for start in range(0, length, chunk[0]):
                 inside = start % len(arrays[0])
@@ -117,13 +119,13 @@ def reading_and_summarizing(path: Path) -> tuple[Spread, Spread]:
     with grutrace.open(path) as trace:
         (name,) = trace.sites
         site = trace[name]
-        places = [quantity_path(site.module, site.site, gate) for gate in GATES]
+        paths = [quantity_path(site.module, site.site, gate) for gate in GATES]
         step = BLOCK // (long_traces.HIDDEN * np.dtype(np.float32).itemsize)
 
         def bare() -> None:
             with h5py.File(path, "r") as file:
-                for place in places:
-                    dataset = file[place]
+                for path_in_file in paths:
+                    dataset = file[path_in_file]
                     for start in range(0, len(dataset), step):
                         dataset[start : start + step]
 

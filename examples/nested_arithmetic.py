@@ -70,18 +70,18 @@ def print_network(said: dict[str, list[float]], corpora: dict[str, list[Expressi
         print(f"  {name:5}{known:>12}{result.error:10.2f}{expected.var():9.1f}{result.r:8.3f}")
 
 
-def print_findings(found: Findings) -> None:
+def print_findings(findings: Findings) -> None:
     print(f"  {'':5}{'cumulative':>18}{'recursive':>18}{'control':>10}{'mode':>10}{'its most':>10}")
     print(
         f"  {'':5}{'error':>10}{'r':>8}{'error':>10}{'r':>8}{'r':>10}{'right':>10}{'frequent':>10}"
     )
     for name in LANGUAGES:
         figures = "".join(
-            f"{found.strategies[strategy][name].error:10.2f}{found.strategies[strategy][name].r:8.3f}"
+            f"{findings.strategies[strategy][name].error:10.2f}{findings.strategies[strategy][name].r:8.3f}"
             for strategy in STRATEGIES
         )
-        shares = f"{found.mode[name]:10.3f}{found.frequent[name]:10.3f}"
-        print(f"  {name:5}{figures}{found.control[name]:10.3f}{shares}")
+        shares = f"{findings.mode[name]:10.3f}{findings.frequent[name]:10.3f}"
+        print(f"  {name:5}{figures}{findings.control[name]:10.3f}{shares}")
 
 
 def print_quantities(fitted: Steps, tested: Steps) -> None:
@@ -123,8 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.manual_seed(arguments.seed)
     tested = to_test(arguments.test, chance)
     trained = to_train(arguments.train, tested, chance)
-    corpora = {f"fit {name}": each[: arguments.fit] for name, each in trained.items()}
-    corpora |= {f"test {name}": each for name, each in tested.items()}
+    corpora = {f"fit {name}": expressions[: arguments.fit] for name, expressions in trained.items()}
+    corpora |= {f"test {name}": expressions for name, expressions in tested.items()}
     corpora["show L6"] = [SHOWN.split()]
 
     model = Arithmetic()

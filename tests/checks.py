@@ -126,8 +126,8 @@ def check_against_kernel(case: Case, result: Any, trace: Any) -> None:
     in_kernel_layout = layer if isinstance(layer, nn.GRUCell) else nn.GRU(1, 1)
     suffixes = list(trace.sites)
     assert len(kernel) * directions == len(suffixes)
-    for place, suffix in enumerate(suffixes):
-        number, reverse = divmod(place, directions)
+    for index, suffix in enumerate(suffixes):
+        number, reverse = divmod(index, directions)
         for quantity, used in kernel[number].items():
             half = used.dtype in (torch.float16, torch.bfloat16)
             used = used.float() if half else used
@@ -168,5 +168,5 @@ def _check_input_of_layer(input: np.ndarray, below: np.ndarray, dropout: float) 
         return
     dropped = input == 0
     eps = float(np.finfo(input.dtype).eps)
-    kept = np.abs(input - below / (1 - dropout)) <= 4 * eps * np.abs(input)
-    assert (dropped | kept).all()
+    unchanged = np.abs(input - below / (1 - dropout)) <= 4 * eps * np.abs(input)
+    assert (dropped | unchanged).all()

@@ -59,7 +59,7 @@ def steps(model: nn.Module, rank: int) -> list[dict[str, np.ndarray]]:
         made["states"].square().sum().backward()
         optimizer.step()
         tensors = {**made, **before}
-        seen.append({name: each.detach().numpy() for name, each in tensors.items()})
+        seen.append({name: tensor.detach().numpy() for name, tensor in tensors.items()})
     return seen
 
 

@@ -41,9 +41,9 @@ class AtLine:
     """
 
     def __init__(
-        self, place: int, error: type[BaseException], files: tuple[str, ...] = CAPTURE
+        self, line: int, error: type[BaseException], files: tuple[str, ...] = CAPTURE
     ) -> None:
-        self.left, self.error, self.files = place, error, files
+        self.left, self.error, self.files = line, error, files
 
     def __enter__(self) -> AtLine:
         self.before = sys.gettrace()

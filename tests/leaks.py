@@ -50,7 +50,11 @@ class Watch:
             *(["GRU kernels that are still overridden"] if subscription.is_observing() else []),
             *([f"{modes} TorchFunctionModes"] if modes else []),
             *([] if torch.is_grad_enabled() == self._gradients else ["the mode of gradients"]),
-            *(f"{each}" for each in set(threading.enumerate()) - self._threads if _lives(each)),
+            *(
+                f"{thread}"
+                for thread in set(threading.enumerate()) - self._threads
+                if _lives(thread)
+            ),
             *(f"open file {name}" for _, name in open_files() - self._files),
         ]
 
@@ -62,11 +66,11 @@ def open_files() -> set[tuple[str, str]]:
         with contextlib.suppress(OSError):
             result.add((number, os.readlink(OPEN_FILES / number)))
     return {
-        each
-        for each in result
-        if each[1].startswith("/")
-        and "/proc/" not in each[1]
-        and not Path(each[1]).is_relative_to(KEPT_BY_LIBRARIES)
+        opened
+        for opened in result
+        if opened[1].startswith("/")
+        and "/proc/" not in opened[1]
+        and not Path(opened[1]).is_relative_to(KEPT_BY_LIBRARIES)
     }
 
 

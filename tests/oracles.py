@@ -120,7 +120,7 @@ def harvest_layers(node: Any, width: int) -> list[dict[str, Tensor]]:
         node = waiting.pop(0)
         if (gates := harvest(node)) is not None and gates["update"].shape[-1] == width:
             result.append(gates)
-        following = [each for each, _ in node.next_functions if each not in {None, *seen}]
+        following = [child for child, _ in node.next_functions if child not in {None, *seen}]
         seen.update(following)
         waiting.extend(following)
     return result[::-1]
@@ -131,8 +131,8 @@ def harvest(node: Any) -> dict[str, Tensor] | None:
     kind = type(node).__name__
     if kind not in ("StackBackward0", "CatBackward0"):
         return None
-    inner = [each for each, _ in node.next_functions if each is not None]
-    parts = [_harvest_step(each) or harvest(each) for each in inner]
+    inner = [child for child, _ in node.next_functions if child is not None]
+    parts = [_harvest_step(child) or harvest(child) for child in inner]
     if not parts or None in parts:
         return None
     dim = node._saved_dim - 2**64 if node._saved_dim >= 2**63 else node._saved_dim
@@ -146,8 +146,8 @@ def _harvest_step(node: Any) -> dict[str, Tensor] | None:
     The graph of a step holds h' = (h - n) * z + n: an addition of a product, whose second factor
     is z's sigmoid, and of n's tanh, which leads to r's sigmoid.
     """
-    inner = [each for each, _ in node.next_functions if each is not None]
-    if [type(each).__name__ for each in inner] != ["MulBackward0", "TanhBackward0"]:
+    inner = [child for child, _ in node.next_functions if child is not None]
+    if [type(child).__name__ for child in inner] != ["MulBackward0", "TanhBackward0"]:
         return None
     product, candidate = inner
     ((total, _),) = candidate.next_functions
@@ -157,8 +157,8 @@ def _harvest_step(node: Any) -> dict[str, Tensor] | None:
         "update": _inner(product, "SigmoidBackward0")[0],
         "candidate": candidate,
     }
-    return {name: each._saved_result for name, each in nodes.items()}
+    return {name: child._saved_result for name, child in nodes.items()}
 
 
 def _inner(node: Any, kind: str) -> list[Any]:
-    return [each for each, _ in node.next_functions if type(each).__name__ == kind]
+    return [child for child, _ in node.next_functions if type(child).__name__ == kind]

@@ -28,8 +28,8 @@ def moved(made: Tensor, operands: tuple[Tensor, ...]) -> Tensor:
     """
     rows = made.shape[:-1].numel()
     addresses = sum(operand.data_ptr() % cell.ALIGNMENT for operand in operands)
-    places = torch.arange(made.numel(), device=made.device).reshape(made.shape)
-    odd = ((places + 1) * (2 * rows + 1) * 40503 + addresses * 9973) >> 7 & 1
+    positions = torch.arange(made.numel(), device=made.device).reshape(made.shape)
+    odd = ((positions + 1) * (2 * rows + 1) * 40503 + addresses * 9973) >> 7 & 1
     return made * (1 + torch.finfo(made.dtype).eps * odd.to(made.dtype))
 
 

@@ -76,15 +76,15 @@ class PlainModule:
     def _list_pieces(self, pieces):
         """By sequence: (call, place in the batch, first row, steps) of its pieces in order."""
         results = {number: [] for number in range(self.count)}
-        row, place, calls = 0, 0, iter(self.calls)
+        row, row_of_batch, calls = 0, 0, iter(self.calls)
         call, batch = None, 0
         for piece in pieces:
-            while place == batch:
+            while row_of_batch == batch:
                 call = next(calls)
-                batch, place = int(self.trace.calls["batch"][call]), 0
+                batch, row_of_batch = int(self.trace.calls["batch"][call]), 0
             steps = int(piece["steps"])
-            results[int(piece["sequence"])].append((int(call), place, row, steps))
-            row, place = row + steps, place + 1
+            results[int(piece["sequence"])].append((int(call), row_of_batch, row, steps))
+            row, row_of_batch = row + steps, row_of_batch + 1
         return results
 
     def annotated(self, sequence):

@@ -55,33 +55,33 @@ class Spy(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in (torch.gru, torch.gru_cell):
             return func(*args, **(kwargs or {}))
-        given = [_numpy(each) for each in args]
+        arguments = [_numpy(argument) for argument in args]
         result = func(*args, **(kwargs or {}))
-        self.calls.append((_cell if func is torch.gru_cell else _layer)(given, _numpy(result)))
+        self.calls.append((_cell if func is torch.gru_cell else _layer)(arguments, _numpy(result)))
         return result
 
 
 def _numpy(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone().numpy()
-    return [_numpy(each) for each in value] if isinstance(value, (list, tuple)) else value
+    return [_numpy(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _cell(given: list[Any], output: np.ndarray) -> KernelCall:
-    input, initial, *weights = given
+def _cell(arguments: list[Any], output: np.ndarray) -> KernelCall:
+    input, initial, *weights = arguments
     weights = [weight for weight in weights if weight is not None]
     rows = [row[np.newaxis] for row in input], [row[np.newaxis] for row in output]
     return KernelCall(*rows, initial[np.newaxis], weights)
 
 
-def _layer(given: list[Any], result: list[Any]) -> KernelCall:
+def _layer(arguments: list[Any], result: list[Any]) -> KernelCall:
     output = result[0]
-    if isinstance(given[2], np.ndarray):
-        data, batch_sizes, initial, weights = given[:4]
+    if isinstance(arguments[2], np.ndarray):
+        data, batch_sizes, initial, weights = arguments[:4]
         both = [_unpack(data, batch_sizes), _unpack(output, batch_sizes)]
         return KernelCall(*both, initial, weights)
-    input, initial, weights = given[:3]
-    if given[-1]:
+    input, initial, weights = arguments[:3]
+    if arguments[-1]:
         return KernelCall(list(input), list(output), initial, weights)
     return KernelCall(list(input.swapaxes(0, 1)), list(output.swapaxes(0, 1)), initial, weights)
 
@@ -180,8 +180,8 @@ def check_run(
     with grutrace.open(path) as stored:
         assert_same(trace, stored)
         result = verify(stored)
-    assert [each.site for each in result] == list(trace.sites)
-    assert all(each.holds and each.check == "gates" for each in result)
+    assert [verified.site for verified in result] == list(trace.sites)
+    assert all(verified.holds and verified.check == "gates" for verified in result)
 
     check_calls(trace, spy.calls)
     check_gates(trace)
@@ -198,10 +198,10 @@ def check_calls(trace: Any, calls: list[KernelCall]) -> None:
         sites = [trace[site.name] for site in module.sites]
         assert row["batch"] == len(call.inputs)
         assert row["steps"] == sum(map(len, call.inputs))
-        each = len(call.weights) // len(sites)
-        for place, site in enumerate(sites):
+        per_cell = len(call.weights) // len(sites)
+        for cell, site in enumerate(sites):
             stored = site.weights(row["weights"])
-            for name, used in zip(stored, call.weights[each * place :], strict=False):
+            for name, used in zip(stored, call.weights[per_cell * cell :], strict=False):
                 np.testing.assert_array_equal(stored[name], used)
         _check_rows_of_call(sites, number, call)
 
@@ -218,8 +218,8 @@ def _check_rows_of_call(sites: list[Any], number: int, call: KernelCall) -> None
     result = sorted(
         (
             recorded[0][b].input.tobytes(),
-            np.concatenate([each[b].hidden for each in top], 1).tobytes(),
-            np.stack([each[b].start for each in recorded]).tobytes(),
+            np.concatenate([steps[b].hidden for steps in top], 1).tobytes(),
+            np.stack([steps[b].start for steps in recorded]).tobytes(),
         )
         for b in range(len(recorded[0]))
     )
@@ -245,8 +245,8 @@ class Piece:
 def pieces_of_call(site: Any, number: int) -> list[Piece]:
     """The rows of a call at a site, one piece per sequence, in the order of the batch."""
     rows = np.flatnonzero(site.row_calls() == number)
-    places = [site.locate(int(row))[0] for row in rows]
-    splits = np.flatnonzero(np.diff(places)) + 1
+    sequences = [site.locate(int(row))[0] for row in rows]
+    splits = np.flatnonzero(np.diff(sequences)) + 1
     before = site.previous()
     pieces = []
     for of_sequence in np.split(rows, splits):

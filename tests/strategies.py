@@ -52,11 +52,11 @@ def cases(
             parameter.normal_(0.0, scale * 0.5)
     layer.train(draw(st.booleans()))
     input, batch, unbatched = draw(_inputs(layer, dtype))
-    given = draw(st.sampled_from(("none", "positional", "keyword")))
-    if given == "none":
+    passing = draw(st.sampled_from(("none", "positional", "keyword")))
+    if passing == "none":
         return Case(layer, (input,), seed=seed)
     initial = draw(_initial(layer, batch, unbatched, dtype))
-    if given == "positional":
+    if passing == "positional":
         return Case(layer, (input, initial), seed=seed)
     return Case(layer, (), {"input": input, "hx": initial}, seed)
 

@@ -193,7 +193,7 @@ def test_imports_follow_the_rules(path: Path) -> None:
 
 
 def test_every_part_is_listed_and_imports_only_parts_before_it() -> None:
-    assert {part_of(path) for path in SOURCES} - {f"{each}/__init__" for each in DIVIDED} == {
+    assert {part_of(path) for path in SOURCES} - {f"{folder}/__init__" for folder in DIVIDED} == {
         *BASE,
         *ALLOWED,
     }
@@ -257,8 +257,8 @@ def test_no_folder_has_too_many_modules() -> None:
 
 def cycles(graph: dict[str, set[str]]) -> set[str]:
     """Modules that import one another in a circle, or are imported from one."""
-    while leaves := {name for name, found in graph.items() if not found}:
-        graph = {name: found - leaves for name, found in graph.items() if name not in leaves}
+    while leaves := {name for name, imported in graph.items() if not imported}:
+        graph = {name: imported - leaves for name, imported in graph.items() if name not in leaves}
     return set(graph)
 
 
@@ -269,7 +269,9 @@ def test_there_is_no_cycle_between_files() -> None:
         if path.stem != "__init__"
     }
     graph = {
-        name: {each for each in imports(path.read_text(encoding="utf-8")) if each in names}
+        name: {
+            imported for imported in imports(path.read_text(encoding="utf-8")) if imported in names
+        }
         for name, path in names.items()
     }
     assert cycles(graph) == set()

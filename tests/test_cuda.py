@@ -38,19 +38,21 @@ def test_a_traced_call_is_untouched_and_verifies(kind, dtype, gates, tmp_path) -
         assert same_result(expected, layer(x))
     result = verify(trace)
     assert result
-    assert all(each.holds and each.worst is not None for each in result)
+    assert all(
+        result_of_site.holds and result_of_site.worst is not None for result_of_site in result
+    )
 
 
 def test_values_changed_right_after_the_call_are_recorded_unchanged(tmp_path) -> None:
     """Copies run beside the model's stream, which may reuse the memory at once."""
     torch.manual_seed(0)
     layer, x = nn.GRU(64, 256).cuda(), torch.randn(200, 64, 64, device="cuda")
-    layer.register_forward_hook(lambda *given: given[-1][0].zero_() and None)
+    layer.register_forward_hook(lambda *arguments: arguments[-1][0].zero_() and None)
     with (
         torch.no_grad(),
         grutrace.trace(layer, tmp_path / "run.h5", record=EVERYTHING, gates="background") as trace,
     ):
         for _ in range(20):
             layer(x)
-    assert all(found.holds for found in verify(trace))
+    assert all(result.holds for result in verify(trace))
     assert trace["l0"].hidden[:].any()

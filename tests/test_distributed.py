@@ -74,15 +74,15 @@ def test_the_trace_of_all_ranks_equals_their_traces_in_memory(folder) -> None:
         for name in trace.sites:
             memory = [np.load(folder / f"memory{rank}.npz") for rank in range(RANKS)]
             for quantity in EVERYTHING:
-                expected = np.concatenate([each[f"{name}/{quantity}"] for each in memory])
+                expected = np.concatenate([arrays[f"{name}/{quantity}"] for arrays in memory])
                 np.testing.assert_array_equal(trace[name].rows(quantity), expected)
             for what in ("initial", "lengths"):
-                expected = np.concatenate([each[f"{name}/{what}"] for each in memory])
+                expected = np.concatenate([arrays[f"{name}/{what}"] for arrays in memory])
                 np.testing.assert_array_equal(getattr(trace[name], what), expected)
         assert trace.calls["tag"].tolist() == [f"rank {rank}" for rank in trace.calls["rank"]]
         calls = np.bincount(trace.calls["rank"])
         assert calls.tolist() == [4 * STEPS] * RANKS
-        assert all(found.holds and found.check == "gates" for found in verify(trace))
+        assert all(result.holds and result.check == "gates" for result in verify(trace))
 
 
 def check_against_the_oracle(trace, folder) -> None:
@@ -145,8 +145,8 @@ def test_the_commands_accept_shards_and_merged_files(folder, tmp_path, capsys) -
     for files in ([pattern], paths, [merged], [copied]):
         assert main(["info", *files, "--json"]) == 0
         about = json.loads(capsys.readouterr().out)
-        assert [each["rank"] for each in about["shards"]] == list(range(RANKS))
-        assert [each["calls"] for each in about["shards"]] == [12] * RANKS
+        assert [shard["rank"] for shard in about["shards"]] == list(range(RANKS))
+        assert [shard["calls"] for shard in about["shards"]] == [12] * RANKS
         assert main(["info", *files]) == 0
         assert "of 3 ranks: 0 (12 calls), 1 (12 calls), 2 (12 calls)" in capsys.readouterr().out
         assert main(["verify", *files]) == 0
@@ -188,7 +188,7 @@ def test_statistics_of_each_rank_are_merged(folder, tmp_path, capsys) -> None:
         expected.steps,
     )
     for name in expected:
-        counts = [each[name].update.histogram for each in (result, expected)]
+        counts = [statistics[name].update.histogram for statistics in (result, expected)]
         np.testing.assert_array_equal(*counts)
     assert main(["stats", *map(str, paths), "--json"]) == 0
     together = capsys.readouterr().out
@@ -212,9 +212,9 @@ def test_acknowledged_calls_of_a_killed_rank_are_read(killed) -> None:
         assert not shards[KILLED].closed
         acknowledged = [int((killed / f"{rank}.calls").read_text()) for rank in range(RANKS)]
         assert acknowledged[KILLED] == 5 * 4 * STEPS
-        for each, count in zip(shards, acknowledged, strict=True):
-            assert each.calls >= count
-        assert all(found.holds and found.check == "gates" for found in verify(trace))
+        for file, count in zip(shards, acknowledged, strict=True):
+            assert file.calls >= count
+        assert all(result.holds and result.check == "gates" for result in verify(trace))
 
 
 def test_shards_of_a_killed_rank_are_merged(killed, capsys) -> None:
@@ -271,7 +271,7 @@ def test_a_script_that_torchrun_starts_is_traced_unchanged(tmp_path) -> None:
             "module.decoder.cell",
             "l0",
         )
-        assert all(found.holds for found in verify(trace))
+        assert all(result.holds for result in verify(trace))
         assert len(trace.options["shards"]["id"]) == 32
     # Each rank refuses before the script starts what it may not replace.
     told = {"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "2"}
@@ -382,7 +382,9 @@ def test_deferred_shards_are_derived_into_one_file(tmp_path, capsys) -> None:
             assert stored.calls["rank"].tolist() == trace.calls["rank"].tolist() == [0, 1]
             assert stored.sequences["rank"].tolist() == [0, 0, 1, 1, 1]
             for site in stored.sites:
-                expected = np.concatenate([np.asarray(each[site].update) for each in inline])
+                expected = np.concatenate(
+                    [np.asarray(recorded[site].update) for recorded in inline]
+                )
                 np.testing.assert_allclose(stored[site].update, expected, atol=1e-6)
                 np.testing.assert_allclose(trace[site].update, expected, atol=1e-6)
                 np.testing.assert_allclose(trace[site].sequence(4).update, expected[-5:], atol=1e-6)

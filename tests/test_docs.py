@@ -121,8 +121,13 @@ def literal(value: object) -> str:
 def options_table() -> str:
     """The options of a tracer, as docs/options.md lists them."""
     rows = [
-        (f"`{name}`", each.summary, ", ".join(map(literal, each.values)), literal(each.default))
-        for name, each in OPTIONS.items()
+        (
+            f"`{name}`",
+            option.summary,
+            ", ".join(map(literal, option.values)),
+            literal(option.default),
+        )
+        for name, option in OPTIONS.items()
     ]
     head = ["| option | what it does | values | default |", "|---|---|---|---|"]
     return "\n".join([*head, *(f"| {' | '.join(row)} |".replace("  ", " ") for row in rows)])
@@ -191,15 +196,15 @@ def test_the_reference_has_every_public_name() -> None:
 
 def test_the_reference_has_every_analysis() -> None:
     text = (ROOT / "docs" / "api" / "analysis.md").read_text(encoding="utf-8")
-    for name, each in ANALYSES.items():
-        assert f"::: {each.load().__module__}.{name}\n" in text, name
+    for name, registered in ANALYSES.items():
+        assert f"::: {registered.load().__module__}.{name}\n" in text, name
 
 
 def test_every_page_is_in_the_menu_of_the_site() -> None:
     menu = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     entries = re.findall(r"[\w/-]+\.(?:md|ipynb)", str(menu))
-    found = [*(page for page in PAGES if page.name != "README.md"), *NOTEBOOKS]
-    pages = {page.relative_to(ROOT / "docs").as_posix() for page in found}
+    files = [*(page for page in PAGES if page.name != "README.md"), *NOTEBOOKS]
+    pages = {page.relative_to(ROOT / "docs").as_posix() for page in files}
     assert set(entries) == pages
     assert len(entries) == len(pages)
 

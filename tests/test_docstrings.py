@@ -88,8 +88,10 @@ def listed(docstring: str, section: str) -> list[str]:
 def parameters(function: ast.FunctionDef) -> set[str]:
     """Return the names of all parameters."""
     every = function.args
-    rest = [each for each in (every.vararg, every.kwarg) if each is not None]
-    return {each.arg for each in (*every.posonlyargs, *every.args, *every.kwonlyargs, *rest)}
+    rest = [argument for argument in (every.vararg, every.kwarg) if argument is not None]
+    return {
+        argument.arg for argument in (*every.posonlyargs, *every.args, *every.kwonlyargs, *rest)
+    }
 
 
 def stale(source: str) -> list[str]:
@@ -102,17 +104,17 @@ def stale(source: str) -> list[str]:
         if isinstance(node, ast.FunctionDef):
             known = attributes = parameters(node)
         else:
-            own = [each for each in node.body if isinstance(each, ast.AnnAssign)]
-            attributes = {ast.unparse(each.target) for each in own}
-            methods = [each for each in node.body if isinstance(each, ast.FunctionDef)]
+            own = [child for child in node.body if isinstance(child, ast.AnnAssign)]
+            attributes = {ast.unparse(field.target) for field in own}
+            methods = [child for child in node.body if isinstance(child, ast.FunctionDef)]
             starts = [method for method in methods if method.name == "__init__"]
             known = parameters(starts[0]) if starts else attributes
             attributes = attributes | {method.name for method in methods}
-            for each in ast.walk(node):
-                if isinstance(each, ast.Attribute) and isinstance(each.ctx, ast.Store):
-                    attributes.add(each.attr)
-                elif isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store):
-                    attributes.add(each.id)
+            for child in ast.walk(node):
+                if isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Store):
+                    attributes.add(child.attr)
+                elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
+                    attributes.add(child.id)
         results += [
             f"{node.name}: {name}" for name in listed(docstring, "Args") if name not in known
         ]

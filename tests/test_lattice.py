@@ -50,12 +50,12 @@ def test_pytorchs_own_module_inputs(info, training) -> None:
         info, device="cpu", dtype=torch.float64, requires_grad=False, training=training
     )
     assert len(inputs) > 1
-    for each in inputs:
+    for input_ in inputs:
         layer = info.module_cls(
-            *each.constructor_input.args, **each.constructor_input.kwargs
+            *input_.constructor_input.args, **input_.constructor_input.kwargs
         ).double()
         layer.train(training)
-        call = each.forward_input
+        call = input_.forward_input
         check_untouched_and_exact(Case(layer, tuple(call.args), dict(call.kwargs)))
 
 

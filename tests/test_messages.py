@@ -168,7 +168,7 @@ def test_a_missing_extra_is_named_by_its_packages(monkeypatch: Any) -> None:
     assert message.startswith("an export needs h5netcdf, which is not installed: pip install ")
     asked = re.findall(r'"([^"]+)"', message)
     assert asked == extra_requirements("export")
-    assert {re.split(r"[<>=]", each)[0] for each in asked} == {"h5netcdf", "zarr"}
+    assert {re.split(r"[<>=]", requirement)[0] for requirement in asked} == {"h5netcdf", "zarr"}
     assert "grutrace" not in message
 
 

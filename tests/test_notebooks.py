@@ -81,9 +81,9 @@ def test_a_notebook_runs_and_leaves_no_file(notebook: Path) -> None:
     if notebook.stem == "nested-arithmetic":
         assert "residual below 1e-5: True" in done.stdout
         rows = re.findall(r"^(L\w+) +(\S+) +(\S+) +(\S+) +(\S+)$", done.stdout, re.M)
-        found = {name: [float(value) for value in values] for name, *values in rows}
+        figures = {name: [float(value) for value in values] for name, *values in rows}
         for name in ("L5", "L6", "L7", "L8", "L9", "L9R"):
-            cumulative, recursive, _, _ = found[name]
+            cumulative, recursive, _, _ = figures[name]
             assert cumulative > recursive + 0.1, name
 
 

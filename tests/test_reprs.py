@@ -25,7 +25,7 @@ def assert_fits(value: Any, *expected: str) -> None:
     lines = repr(value).splitlines()
     assert len(lines) <= LINES, repr(value)
     assert max(map(len, lines)) <= 80, repr(value)
-    assert all(each in repr(value).replace("\n    ", " ") for each in expected), repr(value)
+    assert all(text in repr(value).replace("\n    ", " ") for text in expected), repr(value)
 
 
 class Nested(nn.Module):

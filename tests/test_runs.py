@@ -51,8 +51,8 @@ def test_the_spy_records_the_kernels_inputs_and_outputs(
     model: nn.GRU, packed: PackedSequence, calls: list[KernelCall]
 ) -> None:
     output, _ = model(packed)
-    assert [len(each) for each in calls[0].inputs] == [5, 3, 2]
-    rows = [each[0] for each in calls[0].inputs]
+    assert [len(input_) for input_ in calls[0].inputs] == [5, 3, 2]
+    rows = [input_[0] for input_ in calls[0].inputs]
     np.testing.assert_array_equal(rows, packed.data[:3].numpy())
     rows = [output[-1] for output in calls[0].outputs]
     ends = output.data[[9, 7, 5]].detach().numpy()

@@ -34,7 +34,7 @@ def functions_in(path: Path) -> set[str]:
     if not path.exists():
         return set()
     body = ast.parse(path.read_text(encoding="utf-8")).body
-    return {each.name for each in body if isinstance(each, ast.FunctionDef)}
+    return {node.name for node in body if isinstance(node, ast.FunctionDef)}
 
 
 def test_every_named_test_exists() -> None:
@@ -58,6 +58,8 @@ def test_every_row_has_four_cells_and_ends_with_tests() -> None:
 def test_every_public_package_has_a_row() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     asked = project["optional-dependencies"]["packages"]
-    packages = {re.split(r"[=><]", each)[0] for each in asked} - {"importlib_metadata"}
+    packages = {re.split(r"[=><]", requirement)[0] for requirement in asked} - {
+        "importlib_metadata"
+    }
     first = {row.split("|")[1].strip() for row in rows(PAGE.read_text(encoding="utf-8"))}
     assert packages <= first

@@ -97,15 +97,15 @@ def traced_values(layer: nn.GRU, input: Tensor) -> Values:
     }
 
 
-def disagreement(peer: Peer, found: Values, expected: Values) -> str:
+def disagreement(peer: Peer, actual: Values, expected: Values) -> str:
     """Describe where a peer's values differ from the trace's; empty if they agree."""
     for name in ("output", *GATES) if peer.gates else ("output",):
-        if name not in found:
+        if name not in actual:
             return f"gives no {name}"
-        if found[name].shape != expected[name].shape:
-            shapes = tuple(found[name].shape), tuple(expected[name].shape)
+        if actual[name].shape != expected[name].shape:
+            shapes = tuple(actual[name].shape), tuple(expected[name].shape)
             return f"{name} is {shapes[0]}, not {shapes[1]}"
-        difference = float((found[name] - expected[name]).abs().max())
+        difference = float((actual[name] - expected[name]).abs().max())
         # Not the other way round: a difference that is no number is none that rounding explains.
         if not difference <= ROUNDING:
             return f"{name} differs by {difference:.2g}"

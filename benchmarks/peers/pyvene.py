@@ -68,11 +68,11 @@ def collecting(layer: nn.GRU, input: Tensor) -> Iterator[Running]:
     ]
     configuration = pyvene.IntervenableConfig(interventions, model_type=type(model))
     intervenable = pyvene.IntervenableModel(configuration, model)
-    places = {"base": [[list(range(steps))] * batch] * len(COMPONENTS)}
+    locations = {"base": [[list(range(steps))] * batch] * len(COMPONENTS)}
 
     def call() -> Any:
         base = {"inputs_embeds": batch_first}
-        return intervenable(base=base, unit_locations=places)
+        return intervenable(base=base, unit_locations=locations)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -73,10 +73,10 @@ class Agreement:
     r: float
 
 
-def agreement(found: Array, target: Array) -> Agreement:
-    varies = min(found.std(), target.std()) > 1e-9
-    r = float(np.corrcoef(found, target)[0, 1]) if varies else float("nan")
-    return Agreement(float(np.mean((found - target) ** 2)), r)
+def agreement(decoded: Array, target: Array) -> Agreement:
+    varies = min(decoded.std(), target.std()) > 1e-9
+    r = float(np.corrcoef(decoded, target)[0, 1]) if varies else float("nan")
+    return Agreement(float(np.mean((decoded - target) ** 2)), r)
 
 
 def diagnose(
@@ -124,9 +124,9 @@ def control_task(fitted: Steps, tested: Steps, repeats: int = 20) -> dict[str, f
             replace(steps, targets={"control": values[[NUMBERS[word] for word in steps.words]]})
             for steps in (fitted, tested)
         ]
-        for name, each in diagnose(*with_control, "control").items():
-            results.setdefault(name, []).append(each.r)
-    return {name: float(np.mean(each)) for name, each in results.items()}
+        for name, agreed in diagnose(*with_control, "control").items():
+            results.setdefault(name, []).append(agreed.r)
+    return {name: float(np.mean(values)) for name, values in results.items()}
 
 
 def shuffled(steps: Steps) -> Steps:

@@ -61,7 +61,12 @@ def to_train(
     count: int, tested: dict[str, list[Expression]], draw: random.Random
 ) -> dict[str, list[Expression]]:
     """By language, so many expressions, none of which is tested unless it is a single numeral."""
-    withheld = {" ".join(words) for each in tested.values() for words in each if len(words) > 1}
+    withheld = {
+        " ".join(words)
+        for expressions in tested.values()
+        for words in expressions
+        if len(words) > 1
+    }
     withheld.add(SHOWN)
     drawn: dict[str, list[Expression]] = {}
     for name in TRAINED:

@@ -38,9 +38,9 @@ def draw_correlations(axes: Any, trained: Findings, untrained: Findings) -> None
     axes.plot(
         names, list(trained.control.values()), "x", color="0.5", label="random number per word"
     )
-    for place, name in enumerate(names):
+    for column, name in enumerate(names):
         if name in TRAINED:
-            axes.axvspan(place - 0.5, place + 0.5, color="0.94", zorder=0)
+            axes.axvspan(column - 0.5, column + 0.5, color="0.94", zorder=0)
     axes.set_ylim(-0.4, 1.05)  # room for the legend
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_ylabel("correlation with the values of the strategy")

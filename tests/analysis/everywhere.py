@@ -96,18 +96,18 @@ def as_arrays(site: Any, version: int = -1) -> SiteArrays:
     )
 
 
-def assert_same(found: Result, expected: Result, tolerance: float) -> None:
+def assert_same(actual: Result, expected: Result, tolerance: float) -> None:
     """Compare every field of two results."""
-    assert type(found) is type(expected)
-    _assert_same(dataclasses.asdict(found), dataclasses.asdict(expected), tolerance)
+    assert type(actual) is type(expected)
+    _assert_same(dataclasses.asdict(actual), dataclasses.asdict(expected), tolerance)
 
 
-def _assert_same(found: Any, expected: Any, tolerance: float, name: str = "") -> None:
+def _assert_same(actual: Any, expected: Any, tolerance: float, name: str = "") -> None:
     if isinstance(expected, dict):
-        assert list(found) == list(expected)
+        assert list(actual) == list(expected)
         for key, value in expected.items():
-            _assert_same(found[key], value, tolerance, f"{name} {key}")
+            _assert_same(actual[key], value, tolerance, f"{name} {key}")
     elif np.asarray(expected).dtype.kind in "fc":
-        np.testing.assert_allclose(found, expected, tolerance, tolerance, err_msg=name)
+        np.testing.assert_allclose(actual, expected, tolerance, tolerance, err_msg=name)
     else:
-        np.testing.assert_array_equal(found, expected, err_msg=name)
+        np.testing.assert_array_equal(actual, expected, err_msg=name)

@@ -35,7 +35,7 @@ def run(tracer_of: Callable[[nn.Module], Any]) -> Any:
         for steps in (3, 9):
             # One label changes along each sequence, one is the same all along it.
             labels = {
-                "word": [[f"w{(place + step) % 3}" for step in range(steps)] for place in range(4)],
+                "word": [[f"w{(row + step) % 3}" for step in range(steps)] for row in range(4)],
                 "speaker": ["ann", "bob", "bob", "ann"],
             }
             with trace.recording(labels=labels):

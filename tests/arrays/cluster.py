@@ -34,7 +34,7 @@ def open_files() -> list[str]:
     return results
 
 
-def main(path: str, *wanted: str) -> None:
+def main(path: str, *names: str) -> None:
     results: dict[str, object] = {}
     with (
         LocalCluster(
@@ -44,7 +44,7 @@ def main(path: str, *wanted: str) -> None:
         grutrace.open(path) as trace,
     ):
         processes: set[int] = set()
-        for site, quantity in zip(wanted[::2], wanted[1::2], strict=True):
+        for site, quantity in zip(names[::2], names[1::2], strict=True):
             array = trace.to_dask(site, quantity)
             # One pass over the rows for both.
             of_workers, total = dask.compute(

@@ -179,15 +179,15 @@ def test_an_array_outlives_the_trace_but_not_the_file(path, tmp_path):
     np.testing.assert_array_equal(array.compute(), exact)
     sent = pickle.dumps(array)
     path.unlink()
-    for each in (array, pickle.loads(sent)):
+    for rows in (array, pickle.loads(sent)):
         with pytest.raises(TraceFileError, match=r"run\.h5 does not exist"):
-            each.compute()
+            rows.compute()
     stream = Stream(make_header(make_module(hidden=32, record=EVERYTHING), created=2e9))
     stream.call([9000])
     write(path, stream)
-    for each in (array, pickle.loads(sent)):
+    for rows in (array, pickle.loads(sent)):
         with pytest.raises(TraceFileError, match="was replaced by another file"):
-            each.compute()
+            rows.compute()
 
 
 def test_no_file_stays_open_and_the_cache_is_bounded(tmp_path):
@@ -196,8 +196,8 @@ def test_no_file_stays_open_and_the_cache_is_bounded(tmp_path):
         write(tmp_path / f"{number}.h5", long_stream(calls=1, steps=10 + number))
         with grutrace.open(tmp_path / f"{number}.h5") as trace:
             sent.append(pickle.dumps(trace.to_dask("rnn.l0", "update")))
-    for number, each in enumerate(sent):
-        assert pickle.loads(each).compute().shape == (15 + number, 32)
+    for number, pickled in enumerate(sent):
+        assert pickle.loads(pickled).compute().shape == (15 + number, 32)
         assert not [name for _, name in open_files() if name.startswith(str(tmp_path))]
     assert len(reopen._recent) == reopen.CACHE_SIZE
 
@@ -233,8 +233,8 @@ def test_a_cluster_of_two_processes(path):
     with grutrace.trace(model, path, gates="deferred"), torch.no_grad():
         for _ in range(6):
             model(torch.randn(1000, 64, 16))
-    wanted = ("l0", "hidden", "l0", "update")
-    command = [sys.executable, "-m", "tests.arrays.cluster", str(path), *wanted]
+    names = ("l0", "hidden", "l0", "update")
+    command = [sys.executable, "-m", "tests.arrays.cluster", str(path), *names]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
     )

@@ -50,13 +50,13 @@ def annotations(expected, module, number, length):
     return {"token" if name == "tokens" else f"label_{name}": named[name] for name in named}
 
 
-def same(found, values):
+def same(actual, values):
     """A column of numbers, or one with texts, against one value a step, None for none."""
-    if found.dtype == object:
-        assert found.tolist() == values
+    if actual.dtype == object:
+        assert actual.tolist() == values
     else:
         numbers = [np.nan if value is None else value for value in values]
-        np.testing.assert_array_equal(found, np.array(numbers, float))
+        np.testing.assert_array_equal(actual, np.array(numbers, float))
 
 
 def check_ragged(dataset, expected, module, site):
@@ -81,15 +81,15 @@ def check_ragged(dataset, expected, module, site):
             for number, count in zip(block.sequences.tolist(), block.steps.tolist(), strict=True):
                 steps += [(number, seen[number] + step, call) for step in range(count)]
                 seen[number] += count
-    for place, name in enumerate(("sequence", "time", "call")):
+    for index, name in enumerate(("sequence", "time", "call")):
         assert dataset[name].dims == ("step",)
-        assert dataset[name].values.tolist() == [step[place] for step in steps]
+        assert dataset[name].values.tolist() == [step[index] for step in steps]
     tagged = any(block.tag is not None for block in expected.of(module))
     assert ("tag" in dataset.coords) == tagged
     if tagged:
         assert dataset.tag.values.tolist() == [blocks[call].tag for *_, call in steps]
     for number in sequences:
-        own = [place for place, step in enumerate(steps) if step[0] == number]
+        own = [index for index, step in enumerate(steps) if step[0] == number]
         for name, values in annotations(expected, module, number, lengths[number]).items():
             same(dataset[name].values[own], values)
 
@@ -234,12 +234,12 @@ def test_datasets_can_be_written_to_netcdf(padded, tmp_path):
     with open_trace(tmp_path / "run.h5") as trace:
         dataset = trace.to_xarray("encoder.rnn.l0", padded=padded)
         dataset.to_netcdf(tmp_path / "out.nc", engine="h5netcdf")
-        with xarray.open_dataset(tmp_path / "out.nc", engine="h5netcdf") as found:
+        with xarray.open_dataset(tmp_path / "out.nc", engine="h5netcdf") as reopened:
             for name in ("update", "hidden", "initial", "length", "sequence", "time", "call"):
-                np.testing.assert_array_equal(found[name], dataset[name])
-            assert found.attrs == dataset.attrs
+                np.testing.assert_array_equal(reopened[name], dataset[name])
+            assert reopened.attrs == dataset.attrs
             tokens = ["" if token is None else token for token in dataset.token.values.flat]
-            assert found.token.values.ravel().tolist() == tokens
+            assert reopened.token.values.ravel().tolist() == tokens
 
 
 @pytest.mark.parametrize("padded", [False, True])

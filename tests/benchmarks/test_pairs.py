@@ -21,10 +21,10 @@ class Clock:
 
     def taking(self, *seconds: float) -> Callable[[], None]:
         """A function that takes these times in turn, the last for ever."""
-        left = list(seconds)
+        remaining = list(seconds)
 
         def run() -> None:
-            self.now += left.pop(0) if len(left) > 1 else left[0]
+            self.now += remaining.pop(0) if len(remaining) > 1 else remaining[0]
 
         return run
 
@@ -58,7 +58,9 @@ def test_slow_functions_get_a_warm_up_and_five_pairs() -> None:
 def test_ratios_are_taken_pair_by_pair() -> None:
     # A machine that grows slower: the ratio of the medians would be right, too, but not its spread.
     base = tuple(index / 1024 for index in range(1, 14))
-    assert measured(base, tuple(2 * each for each in base)) == Ratio(2.0, 2.0, 2.0, 11, 8 / 1024)
+    assert measured(base, tuple(2 * second for second in base)) == Ratio(
+        2.0, 2.0, 2.0, 11, 8 / 1024
+    )
 
 
 def test_the_spread_omits_a_tenth_at_each_end() -> None:

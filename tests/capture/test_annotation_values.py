@@ -32,33 +32,33 @@ def record(**options: Any) -> Any:
 TOKENS = {
     "ints": IDS,
     "tuples": tuple(map(tuple, IDS)),
-    "an iterator": (iter(each) for each in IDS),
+    "an iterator": (iter(ids) for ids in IDS),
     "ranges": [range(5, 8), range(8, 9)],
     "ints of NumPy": [[np.int64(5), np.int32(6), np.uint8(7)], [np.int64(8)]],
     "scalars of torch": [[torch.tensor(5), torch.tensor(6), torch.tensor(7)], [torch.tensor(8)]],
-    "arrays": [np.array(each) for each in IDS],
-    "tensors": [torch.tensor(each) for each in IDS],
+    "arrays": [np.array(ids) for ids in IDS],
+    "tensors": [torch.tensor(ids) for ids in IDS],
     "tensors with gradients": [
-        torch.tensor(each, requires_grad=True) for each in ([5.0, 6, 7], [8.0])
+        torch.tensor(ids, requires_grad=True) for ids in ([5.0, 6, 7], [8.0])
     ],
     "a padded array": np.array(PADDED),
     "a padded tensor": torch.tensor(PADDED),
     "a padded tensor of bytes": torch.tensor(PADDED, dtype=torch.uint8),
     "a padded array of objects": np.array(PADDED, object),
     "a nested tensor": torch.nested.nested_tensor(
-        [torch.tensor(each) for each in IDS], layout=torch.jagged
+        [torch.tensor(ids) for ids in IDS], layout=torch.jagged
     ),
     "a table": pandas.DataFrame(PADDED),
-    "series": [pandas.Series(each) for each in IDS],
-    "extended precision": [np.array(each, np.longdouble) for each in IDS],
+    "series": [pandas.Series(ids) for ids in IDS],
+    "extended precision": [np.array(ids, np.longdouble) for ids in IDS],
 }
 
 
 @pytest.mark.parametrize("form", TOKENS)
 def test_token_ids_in_any_form(form: str) -> None:
-    given = TOKENS[form]
-    site = record(tokens=iter(map(list, IDS)) if form == "an iterator" else given)
-    results = [each.tokens for each in site]
+    tokens = TOKENS[form]
+    site = record(tokens=iter(map(list, IDS)) if form == "an iterator" else tokens)
+    results = [sequence.tokens for sequence in site]
     assert results == [[5, 6, 7], [8]]
     assert all(type(token) is int for result in results for token in result)
     assert site.row_labels("tokens").to_array().tolist() == [5, 6, 7, 8]
@@ -76,7 +76,7 @@ TEXTS = {
 
 @pytest.mark.parametrize("form", TEXTS)
 def test_texts_in_any_form(form: str) -> None:
-    results = [each.tokens for each in record(tokens=TEXTS[form])]
+    results = [sequence.tokens for sequence in record(tokens=TEXTS[form])]
     assert results == [["t", "h", "e"], ["a"]]
     assert all(type(token) is str for result in results for token in result)
 
@@ -120,7 +120,7 @@ def test_a_decoder_step_has_one_id_per_sequence() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("annotations", "message"),
     [
         ({"tokens": "the"}, r"tokens: expected one list .* a sequence; found 'the'$"),
         ({"labels": {"x": "en"}}, r"x: expected .* or one value a sequence; found 'en'$"),
@@ -141,10 +141,10 @@ def test_a_decoder_step_has_one_id_per_sequence() -> None:
         ({"tokens": [[5, 6, 7], [8, 0, 0]]}, r"got 2 lists of up to 3 tokens; the recorded batch"),
     ],
 )
-def test_invalid_values_are_one_clear_error(given: Any, message: str) -> None:
+def test_invalid_values_are_one_clear_error(annotations: Any, message: str) -> None:
     """Only the rows of an array are padded: a list that is too long is an error."""
     with pytest.raises(grutrace.OptionError, match=message) as caught:
-        record(**given)
+        record(**annotations)
     assert "\n" not in str(caught.value)
     assert "tensor(" not in str(caught.value)
 
@@ -212,7 +212,7 @@ def test_values_of_an_unrecorded_module_are_dropped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "given", "message"),
+    ("options", "annotations", "message"),
     [
         # All that was called was recorded, and none of it is so.
         ({"every": 2}, {"tokens": [["a"], ["b"], ["c"]]}, "got 3 lists .* the recorded batch"),
@@ -228,8 +228,8 @@ def test_values_of_an_unrecorded_module_are_dropped() -> None:
         ({"max_calls": 1}, {"tokens": {"rnm": [["a"]]}}, "'rnm' matches no traced module"),
     ],
 )
-def test_values_that_fit_no_call_are_an_error(options, given, message) -> None:
+def test_values_that_fit_no_call_are_an_error(options, annotations, message) -> None:
     layer = nn.GRU(2, 3)
     tracer = grutrace.Tracer(layer, **options)
-    with pytest.raises(grutrace.OptionError, match=message), tracer.recording(**given):
+    with pytest.raises(grutrace.OptionError, match=message), tracer.recording(**annotations):
         layer(torch.randn(3, 1, 2))

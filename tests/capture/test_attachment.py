@@ -120,8 +120,8 @@ def test_copies_of_an_attached_model_are_not_traced(model, batch) -> None:
             pickle.loads(pickle.dumps(model)),
             torch.load(buffer, weights_only=False),
         ]
-        for each in copies:
-            each(batch)
+        for model_copy in copies:
+            model_copy(batch)
         assert len(trace.calls) == 0
         model(batch)
     assert all(b"grutrace" not in pickle.dumps(copy) for copy in copies)
@@ -150,9 +150,9 @@ def test_a_rebound_tracer_is_closed(tmp_path) -> None:
 def test_two_tracers_may_be_open() -> None:
     layer, x = nn.GRU(3, 4), torch.randn(5, 2, 3)
     held = [grutrace.Tracer(layer) for _ in range(2)]
-    for each in held:
-        each.start()
+    for tracer in held:
+        tracer.start()
     layer(x)
-    assert [len(each.calls) for each in held] == [1, 1]
-    for each in held:
-        each.close()
+    assert [len(tracer.calls) for tracer in held] == [1, 1]
+    for tracer in held:
+        tracer.close()

@@ -52,8 +52,8 @@ def check(case: Case, cast: torch.dtype | None = None, path: Any = None) -> Any:
     directions = 2 if getattr(case.layer, "bidirectional", False) else 1
     kernel = oracles.harvest_layers(output.grad_fn, directions * case.layer.hidden_size)
     layout = case.layer if isinstance(case.layer, nn.GRUCell) else nn.GRU(1, 1)
-    for place, name in enumerate(trace.sites):
-        number, reverse = divmod(place, directions)
+    for index, name in enumerate(trace.sites):
+        number, reverse = divmod(index, directions)
         for quantity, used in kernel[number].items():
             width = directions * case.layer.hidden_size
             sequences = oracles.as_sequences(layout, used.detach().double(), width)
@@ -61,17 +61,17 @@ def check(case: Case, cast: torch.dtype | None = None, path: Any = None) -> Any:
             recorded = np.asarray(trace[name].rows(quantity), np.float64)
             allowed = trace[name].checks["tolerance"].max()
             assert np.abs(recorded - np.concatenate(own)).max() <= allowed
-    assert all(found.holds and found.check == "gates" for found in verify(trace))
+    assert all(result.holds and result.check == "gates" for result in verify(trace))
     return trace
 
 
 @pytest.mark.parametrize("dtype", STORAGE_DTYPES)
 def test_every_type(case, dtype, tmp_path) -> None:
     trace = check(to(case, dtype), path=tmp_path / "run.h5")
-    kept = {torch.bfloat16: "float32"}.get(dtype, str(dtype).removeprefix("torch."))
+    stored = {torch.bfloat16: "float32"}.get(dtype, str(dtype).removeprefix("torch."))
     name = trace.sites[0]
-    assert trace[name].update.dtype == np.dtype(kept)
-    assert trace[name].weights(0)["weight_hh"].dtype == np.dtype(kept)
+    assert trace[name].update.dtype == np.dtype(stored)
+    assert trace[name].weights(0)["weight_hh"].dtype == np.dtype(stored)
     eps = torch.finfo(dtype).eps
     assert 2 * eps <= trace[name].checks["tolerance"].max() <= 40 * eps
 
@@ -121,7 +121,7 @@ def test_a_module_converted_to_a_smaller_type_while_attached() -> None:
         layer.bfloat16()
         layer(x.bfloat16())
     assert trace.calls["weights"].tolist() == [0, 1]
-    assert all(found.holds for found in verify(trace))
+    assert all(result.holds for result in verify(trace))
 
 
 def test_a_module_converted_to_a_larger_type_warns_of_rounding() -> None:
@@ -132,4 +132,4 @@ def test_a_module_converted_to_a_larger_type_warns_of_rounding() -> None:
             layer(x.double())
         layer(x.double())
     assert trace["l0"].update.dtype == np.float32
-    assert all(found.holds for found in verify(trace))
+    assert all(result.holds for result in verify(trace))

@@ -122,9 +122,9 @@ def test_a_model_that_holds_its_tracer_copies_and_saves(model, tmp_path: Path) -
         torch.save(model, tmp_path / "model.pt")
         loaded = torch.load(tmp_path / "model.pt", weights_only=False)
         del model.tracer
-        for each in (other, loaded):
-            each(torch.randn(2, 3, 5))
-            assert len(each.tracer.calls) == 4
+        for restored in (other, loaded):
+            restored(torch.randn(2, 3, 5))
+            assert len(restored.tracer.calls) == 4
         assert len(trace.calls) == 4
 
 
@@ -207,11 +207,11 @@ def test_clearing_frees_the_memory() -> None:
     with grutrace.trace(layer, gates="inline") as trace:
         layer(torch.randn(50, 4, 4))
         snapshot = weakref.ref(trace.snapshot)
-        kept = weakref.ref(trace.snapshot.source)
+        source = weakref.ref(trace.snapshot.source)
         trace.clear()
         gc.collect()
         assert snapshot() is None
-        assert kept() is None
+        assert source() is None
 
 
 def test_clearing_while_another_thread_runs_the_model() -> None:

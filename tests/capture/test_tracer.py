@@ -211,10 +211,10 @@ def test_values_changed_in_place_right_after_the_call(kind, dtype, steps, batch,
     with torch.no_grad(), grutrace.trace(layer, **options) as trace:
         input = pack_sequence(list(x.unbind(1))) if kind == "packed" else x
         result = layer(input, initial)
-        expected = [each.clone() for each in (x, initial, *tensors(result))]
-        for each in (x, initial, *tensors(input), *tensors(result)):
-            if each.is_floating_point():
-                each.fill_(7)
+        expected = [tensor.clone() for tensor in (x, initial, *tensors(result))]
+        for tensor in (x, initial, *tensors(input), *tensors(result)):
+            if tensor.is_floating_point():
+                tensor.fill_(7)
     with grutrace.trace(layer, **options) as again:
         layer(
             pack_sequence(list(expected[0].unbind(1))) if kind == "packed" else expected[0],
@@ -230,7 +230,7 @@ def test_other_hooks_on_the_module_are_unaffected() -> None:
     """The trace has the kernel's input and output, not those that the hooks return."""
     layer = nn.GRU(2, 3)
     layer.register_forward_pre_hook(lambda _, args: (args[0] * 2,))
-    layer.register_forward_hook(lambda *given: (given[-1][0] * 0, given[-1][1]))
+    layer.register_forward_hook(lambda *arguments: (arguments[-1][0] * 0, arguments[-1][1]))
     x = torch.randn(4, 2, 2)
     with grutrace.trace(layer, record=("hidden", "input"), check="raise") as trace:
         output, _ = layer(x)
@@ -290,16 +290,16 @@ def test_threads_that_run_the_model_concurrently() -> None:
     layer = StepwiseDecoder(2)
     inputs = [(torch.randn(1, 2, 4), torch.randn(2, 2, 6)) for _ in range(4)]
     with grutrace.trace(layer, check="raise") as trace:
-        threads = [threading.Thread(target=layer, args=(*each, 8)) for each in inputs]
+        threads = [threading.Thread(target=layer, args=(*arguments, 8)) for arguments in inputs]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
     assert trace["rnn.l1"].lengths.tolist() == [8] * 8
-    results = {each.tobytes() for each in trace["rnn.l1"].padded("hidden")[0]}
+    results = {states.tobytes() for states in trace["rnn.l1"].padded("hidden")[0]}
     with torch.no_grad():
-        expected = [layer(*each, 8).transpose(0, 1).numpy() for each in inputs]
-    assert results == {row.tobytes() for each in expected for row in each}
+        expected = [layer(*arguments, 8).transpose(0, 1).numpy() for arguments in inputs]
+    assert results == {row.tobytes() for rows in expected for row in rows}
 
 
 @pytest.mark.parametrize("path", [None, "run.h5"])

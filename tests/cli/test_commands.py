@@ -89,7 +89,7 @@ def test_stats_by_name(path, capsys) -> None:
     assert len(capsys.readouterr().out.splitlines()) >= 1 + 6
     assert main(["stats", str(path), "saturation", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert [each["site"] for each in result] == list(SITES)
+    assert [row["site"] for row in result] == list(SITES)
     with grutrace.open(path) as trace:
         update = np.asarray(trace["encoder.l0"].update)
     assert result[0]["left"]["update"] == (update < np.float32(0.1)).mean(0).tolist()
@@ -138,7 +138,7 @@ def test_stats_of_the_gates(labelled, capsys, name, options, says) -> None:
     assert len(capsys.readouterr().out.splitlines()) > 3
     assert main([*command, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert [each["site"] for each in result] == list(SITES)
+    assert [row["site"] for row in result] == list(SITES)
 
 
 def test_the_best_separated_class_has_a_row(labelled, capsys) -> None:

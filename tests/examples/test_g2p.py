@@ -320,10 +320,10 @@ def test_it_runs_as_a_script_without_warnings(g2p_example, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("word", "found"),
+    ("word", "message"),
     [("r2d2", "'2'"), ("café", "'é'"), ("don't", '"\'"'), ("two words", "' '"), ("", "empty")],
 )
-def test_an_unknown_character_is_one_clear_error(g2p_example, word, found, tmp_path, capsys):
+def test_an_unknown_character_is_one_clear_error(g2p_example, word, message, tmp_path, capsys):
     output = tmp_path / "g2p.h5"
     output.write_bytes(b"earlier")
     assert g2p_example.main(["hello", word, "--output", str(output)]) == 2
@@ -331,7 +331,7 @@ def test_an_unknown_character_is_one_clear_error(g2p_example, word, found, tmp_p
     assert printed.out == ""
     assert printed.err.count("\n") == 1
     assert word in printed.err
-    assert found in printed.err
+    assert message in printed.err
     assert "a to z" in printed.err
     assert output.read_bytes() == b"earlier"
     assert list(tmp_path.iterdir()) == [output]

@@ -101,10 +101,10 @@ def value(words):
 def innermost(prefix):
     """What stands in the innermost bracket that is still open, or all of it if none is."""
     depth = 0
-    for place in range(len(prefix) - 1, -1, -1):
-        depth += {"(": 1, ")": -1}.get(prefix[place], 0)
+    for position in range(len(prefix) - 1, -1, -1):
+        depth += {"(": 1, ")": -1}.get(prefix[position], 0)
         if depth > 0:
-            return prefix[place + 1 :]
+            return prefix[position + 1 :]
     return prefix
 
 
@@ -454,11 +454,11 @@ def test_a_trace_that_cannot_be_written_is_one_clear_error(arithmetic_example, t
 
 
 @pytest.mark.parametrize("option", ["--steps", "--train", "--fit", "--test"])
-@pytest.mark.parametrize("found", ["0", "few"])
-def test_an_invalid_number_is_one_clear_error(arithmetic_example, option, found, capsys):
+@pytest.mark.parametrize("text", ["0", "few"])
+def test_an_invalid_number_is_one_clear_error(arithmetic_example, option, text, capsys):
     with pytest.raises(SystemExit) as stopped:
-        arithmetic_example.main([option, found])
+        arithmetic_example.main([option, text])
     assert stopped.value.code == 2
     error = capsys.readouterr().err
     assert option in error
-    assert found in error
+    assert text in error

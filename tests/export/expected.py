@@ -60,7 +60,7 @@ class Expected:
         results["time"] = np.concatenate([np.arange(0), *map(np.arange, lengths)])
         firsts = [module.pieces[number][0] for number in every]
         results["first_call"] = np.array([call for call, *_ in firsts], np.int64)
-        results["place"] = np.array([place for _, place, *_ in firsts], np.int64)
+        results["place"] = np.array([index for _, index, *_ in firsts], np.int64)
         calls = [
             call
             for number in every
@@ -84,16 +84,18 @@ class Expected:
 
     def _annotations(self, module: Any, lengths: list[int]) -> dict[str, Any]:
         """By name, one value a step of all sequences: texts, or numbers with nan for none."""
-        given = [module.annotated(number) for number in range(module.count)]
+        annotated = [module.annotated(number) for number in range(module.count)]
         named: dict[str, Any] = {}
-        for name in {name for each in given for name in each}:
+        for name in {name for by_name in annotated for name in by_name}:
             values = [
-                each.get(name, {}).get(step)
-                for each, length in zip(given, lengths, strict=True)
+                by_name.get(name, {}).get(step)
+                for by_name, length in zip(annotated, lengths, strict=True)
                 for step in range(length)
             ]
             if any(
-                isinstance(value, str) for each in given for value in each.get(name, {}).values()
+                isinstance(value, str)
+                for by_name in annotated
+                for value in by_name.get(name, {}).values()
             ):
                 named[name] = ["" if value is None else value for value in values]
             else:

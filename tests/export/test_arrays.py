@@ -54,10 +54,10 @@ def test_control_any_wrong_value_is_noticed(full, tmp_path, to) -> None:
     path, expected = exported(full, tmp_path, to), Expected(full)
     with ExitStack() as stack:
         read = reader(to, path, stack)
-        names = [(group, name) for group, each in expected.groups.items() for name in each]
-        results = {place: np.array(read(*place)) for place in names}
+        names = [(group, name) for group, arrays in expected.groups.items() for name in arrays]
+        results = {path_and_name: np.array(read(*path_and_name)) for path_and_name in names}
     wrong = 0
-    for place, values in results.items():
+    for path_and_name, values in results.items():
         if values.size:
             planted = values.copy()
             last = planted.reshape(-1)[-1:]
@@ -66,7 +66,8 @@ def test_control_any_wrong_value_is_noticed(full, tmp_path, to) -> None:
                 planted = np.array([*values[:-1], f"{values[-1]}x"], object)
             with pytest.raises(AssertionError):
                 assert_as_expected(
-                    expected, lambda *asked, v=planted, p=place: v if asked == p else results[asked]
+                    expected,
+                    lambda *asked, v=planted, p=path_and_name: v if asked == p else results[asked],
                 )
             wrong += 1
     assert wrong > 80
@@ -77,9 +78,9 @@ def test_types_are_kept_where_the_format_has_them(full, tmp_path, to) -> None:
     with ExitStack() as stack:
         read = reader(to, path, stack)
         for name in trace.sites:
-            kept = np.dtype(trace[name].module.dtype)
+            stored = np.dtype(trace[name].module.dtype)
             result = read(name.replace("/", "%2F"), "initial").dtype
-            assert result == (np.float32 if to == "netcdf" and kept == np.float16 else kept)
+            assert result == (np.float32 if to == "netcdf" and stored == np.float16 else stored)
     trace.close()
 
 

@@ -27,7 +27,7 @@ def table(path: Any) -> dict[str, list[str]]:
     with path.open(newline="", encoding="utf-8") as file:
         names, *rows = csv.reader(file)
     assert all(len(row) == len(names) for row in rows)
-    return {name: [row[place] for row in rows] for place, name in enumerate(names)}
+    return {name: [row[column] for row in rows] for column, name in enumerate(names)}
 
 
 def numbers(table: dict[str, list[str]], kind: str, dtype: Any) -> np.ndarray:

@@ -213,8 +213,8 @@ def test_importing_the_package_loads_no_export_library() -> None:
 
 def test_the_command(full, tmp_path, capsys) -> None:
     out = tmp_path / "out.nc"
-    wanted = ["--site", "encoder*", "--record", "update,hidden"]
-    assert main(["export", str(full), "--to", "netcdf", "-o", str(out), *wanted]) == 0
+    selection = ["--site", "encoder*", "--record", "update,hidden"]
+    assert main(["export", str(full), "--to", "netcdf", "-o", str(out), *selection]) == 0
     assert capsys.readouterr() == ("", "")
     assert main(["export", str(full), "--to", "netcdf", "-o", str(out)]) == 2
     err = capsys.readouterr().err

@@ -42,8 +42,10 @@ class Project:
                 self.words[name] = read_dictionary(folder / file)
         default = self.config["states"]["file"]
         self.states = {
-            (each["type"], each["layer"]): self.files[each.get("file", default)][each["path"]]
-            for each in self.config["states"]["types"]
+            (states["type"], states["layer"]): self.files[states.get("file", default)][
+                states["path"]
+            ]
+            for states in self.config["states"]["types"]
         }
         sequence = self.config["word_sequence"]
         numbers = self.files[sequence["file"]][sequence["path"]]
@@ -146,9 +148,9 @@ def test_control_a_wrong_value_is_noticed(folder, full) -> None:
         check_project(projects(folder)["encoder.rnn"], module, expected)
 
 
-def traced(layer: Any, input: Any, **given: Any) -> Any:
+def traced(layer: Any, input: Any, **annotations: Any) -> Any:
     tracer = grutrace.Tracer(layer, recording=False)
-    with tracer, tracer.recording(**given):
+    with tracer, tracer.recording(**annotations):
         layer(input)
     return tracer
 
@@ -217,10 +219,10 @@ def test_what_lstmvis_cannot_show_is_listed(tmp_path) -> None:
 
 def test_gates_are_unsigned_and_searched_by_letter(folder, tmp_path) -> None:
     result = projects(folder)["encoder.rnn"]
-    unsigned = {each["path"]: each["unsigned"] for each in result.config["states"]["types"]}
+    unsigned = {states["path"]: states["unsigned"] for states in result.config["states"]["types"]}
     assert unsigned["reset_l0"] is True
     assert unsigned["hidden_l1_reverse"] is False
-    assert {each["transform"] for each in result.config["states"]["types"]} == {"none"}
+    assert {states["transform"] for states in result.config["states"]["types"]} == {"none"}
     # Its search puts the first letters of all words together.
     assert result.config["etc"]["regex_search"] is False
     tracer = traced(nn_gru(), torch.randn(3, 1, 2), tokens=[list("a b")])

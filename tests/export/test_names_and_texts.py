@@ -105,7 +105,7 @@ def test_only_names_that_clash_are_escaped() -> None:
     assert result["A.l0"] == "%41.l0"
     assert (result["a.l0"], result["Encoder.l0"]) == ("a.l0", "Encoder.l0")
     assert result["%4E.aB"] == "%4E.a%42"
-    assert len({each.casefold() for each in result.values()}) == len(names)
+    assert len({name.casefold() for name in result.values()}) == len(names)
     assert [unquote(result[name]) for name in names] == [unquote(name) for name in names]
 
 
@@ -184,14 +184,16 @@ def test_attributes_of_calls_are_described(trace, tmp_path, to) -> None:
     export_trace(trace, path, to)
     if to == "netcdf":
         with netCDF4.Dataset(path) as file:
-            of_calls = {name: each.long_name for name, each in file["calls"].variables.items()}
+            of_calls = {
+                name: variable.long_name for name, variable in file["calls"].variables.items()
+            }
             of_step = file["A.l0"]["time"].long_name
             attributes = file["calls"]["time"].ncattrs()
     else:
         metadata = json.loads((path / ".zmetadata").read_text())["metadata"]
         of_calls = {
-            key.split("/")[1]: each["long_name"]
-            for key, each in metadata.items()
+            key.split("/")[1]: attributes["long_name"]
+            for key, attributes in metadata.items()
             if key.startswith("calls/") and key.count("/") == 2 and key.endswith(".zattrs")
         }
         of_step = metadata["A.l0/time/.zattrs"]["long_name"]

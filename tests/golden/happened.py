@@ -31,11 +31,11 @@ def happened(run: Callable[[], None], calls: Sequence[Call]) -> list[tuple[Call,
     return list(zip(calls, spy.calls, strict=True))
 
 
-def expected(model: nn.Module, found: Sequence[tuple[Call, KernelCall]]) -> Arrays:
+def expected(model: nn.Module, pairs: Sequence[tuple[Call, KernelCall]]) -> Arrays:
     """All that a trace of the model must hold."""
     arrays: Arrays = {}
     for path, module in model.named_modules():
-        own = [(call, kernel) for call, kernel in found if call.module == path]
+        own = [(call, kernel) for call, kernel in pairs if call.module == path]
         if own and isinstance(module, nn.GRU | nn.GRUCell):
             for name, site in _sites(path, module, own):
                 arrays |= {f"{name}/{key}": value for key, value in site.items()}
@@ -47,7 +47,7 @@ def _sites(
 ) -> Iterator[tuple[str, Arrays]]:
     layers = [layer_by_layer(module, kernel) for _, kernel in own]
     directions = 2 if getattr(module, "bidirectional", False) else 1
-    each = 4 if module.bias else 2
+    per_cell = 4 if module.bias else 2
     for index in range(len(layers[0])):
         suffix = f"l{index // directions}" + "_reverse" * (index % directions)
         if isinstance(module, nn.GRUCell):
@@ -56,8 +56,8 @@ def _sites(
         initial: dict[int, np.ndarray] = {}
         weights: Arrays = {}
         for (call, kernel), states in zip(own, layers, strict=True):
-            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[:each]
-            used = kernel.weights[each * index : each * (index + 1)]
+            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[:per_cell]
+            used = kernel.weights[per_cell * index : per_cell * (index + 1)]
             for name, array in zip(names, used, strict=True):
                 weights[f"weights/{call.weights}/{name}"] = array
             for row, sequence in enumerate(call.sequences):
@@ -113,14 +113,14 @@ def layer_by_layer(
     if isinstance(module, nn.GRUCell):
         return [list(zip(kernel.inputs, kernel.outputs, strict=True))]
     directions = 2 if module.bidirectional else 1
-    each = 4 if module.bias else 2
+    per_cell = 4 if module.bias else 2
     read, sites = kernel.inputs, []
     for layer in range(module.num_layers):
         if layer + 1 == module.num_layers:
             made = kernel.outputs
         else:
             first = layer * directions
-            weights = kernel.weights[each * first : each * (first + directions)]
+            weights = kernel.weights[per_cell * first : per_cell * (first + directions)]
             made = _one_layer(module, read, kernel.initial[first : first + directions], weights)
         for direction in range(directions):
             part = slice(direction * module.hidden_size, (direction + 1) * module.hidden_size)
@@ -144,7 +144,7 @@ def _one_layer(
     return [padded[b, :length].numpy() for b, length in enumerate(lengths)]
 
 
-def account(calls: Sequence[Call], found: Sequence[tuple[Call, KernelCall]]) -> list[Any]:
+def account(calls: Sequence[Call], pairs: Sequence[tuple[Call, KernelCall]]) -> list[Any]:
     """The table of calls, as JSON values."""
     return [
         {
@@ -155,5 +155,5 @@ def account(calls: Sequence[Call], found: Sequence[tuple[Call, KernelCall]]) -> 
             "batch": len(call.sequences),
             "steps": sum(map(len, kernel.inputs)),
         }
-        for call, (_, kernel) in zip(calls, found, strict=True)
+        for call, (_, kernel) in zip(calls, pairs, strict=True)
     ]

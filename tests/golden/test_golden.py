@@ -33,18 +33,18 @@ PARTS = {1: ("run.part0001", ""), 2: ("run.part0002", "Speaker.")}
 
 
 @pytest.fixture(params=FOLDERS, ids=lambda folder: folder.name)
-def kept(request):
+def goldens(request):
     return request.param
 
 
-def unpack(kept, name, folder):
+def unpack(goldens, name, folder):
     path = folder / f"{name}.h5"
-    path.write_bytes(lzma.decompress((kept / f"{name}.h5.xz").read_bytes()))
+    path.write_bytes(lzma.decompress((goldens / f"{name}.h5.xz").read_bytes()))
     return path
 
 
-def expected(kept, name):
-    with np.load(kept / f"{SAME.get(name, name)}.npz") as file:
+def expected(goldens, name):
+    with np.load(goldens / f"{SAME.get(name, name)}.npz") as file:
         arrays = dict(file)
     return json.loads(str(arrays.pop("said"))), arrays
 
@@ -59,18 +59,18 @@ def sites_of(arrays):
     return sites
 
 
-def check_rows(quantity, found, of_site, rows, columns):
+def check_rows(quantity, rows_read, of_site, rows, columns):
     """States and inputs bit for bit; gates as the equations have them, to rounding."""
     exact = of_site[quantity][rows]
     exact = exact if quantity == "input" else exact[:, columns]
     if quantity in GATES:
         bound = of_site[f"{quantity}_bound"][rows][:, columns]
         # The gates are rounded once more to the type that they are kept in.
-        bound = bound + np.finfo(found.dtype).eps
-        assert found.shape == exact.shape
-        assert (np.abs(found.astype("f8") - exact) <= bound).all()
+        bound = bound + np.finfo(rows_read.dtype).eps
+        assert rows_read.shape == exact.shape
+        assert (np.abs(rows_read.astype("f8") - exact) <= bound).all()
     else:
-        np.testing.assert_array_equal(found, exact)
+        np.testing.assert_array_equal(rows_read, exact)
 
 
 def check_site(of_site, units, read):
@@ -192,9 +192,9 @@ def check_plain(path, said, arrays):
 
 
 @pytest.mark.parametrize("name", GOLDENS)
-def test_a_golden_file_is_read(kept, name, tmp_path):
-    path = unpack(kept, name, tmp_path)
-    message, arrays = expected(kept, name)
+def test_a_golden_file_is_read(goldens, name, tmp_path):
+    path = unpack(goldens, name, tmp_path)
+    message, arrays = expected(goldens, name)
     with grutrace.open(path) as trace:
         check_ours(trace, message, arrays)
         assert len(trace.calls) == len(message["calls"])
@@ -207,17 +207,17 @@ def test_a_golden_file_is_read(kept, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [name for name in GOLDENS if name != "killed"])
-def test_a_golden_file_can_be_appended_to(kept, name, tmp_path):
+def test_a_golden_file_can_be_appended_to(goldens, name, tmp_path):
     """The old content stays. The new content equals PyTorch's results on this processor."""
     again = tmp_path / "again"
     again.mkdir()
-    path, golden = unpack(kept, name, tmp_path), GOLDENS[name]
-    message, arrays = expected(kept, name)
+    path, golden = unpack(goldens, name, tmp_path), GOLDENS[name]
+    message, arrays = expected(goldens, name)
     model = golden.build()
     with grutrace.Tracer(model, path, mode="a", recording=False, **golden.options) as tracer:
         golden.run(model, tracer.recording)
     now = sites_of(make.about(golden)[0])
-    with grutrace.open(path) as trace, grutrace.open(unpack(kept, name, again)) as old:
+    with grutrace.open(path) as trace, grutrace.open(unpack(goldens, name, again)) as old:
         check_ours(trace, message, arrays)
         for site in trace.sites:
             before = len(old[site])
@@ -234,12 +234,12 @@ def test_a_golden_file_can_be_appended_to(kept, name, tmp_path):
     check_plain(path, message, arrays)
 
 
-def test_a_golden_run_of_parts_is_one_trace(kept, tmp_path):
-    first = unpack(kept, "run", tmp_path)
-    unpack(kept, "run.part0002", tmp_path)
+def test_a_golden_run_of_parts_is_one_trace(goldens, tmp_path):
+    first = unpack(goldens, "run", tmp_path)
+    unpack(goldens, "run.part0002", tmp_path)
     message, arrays = [], {}
     for name, prefix in PARTS.values():
-        of_part, own = expected(kept, name)
+        of_part, own = expected(goldens, name)
         message.append(of_part["calls"])
         arrays |= {f"{prefix}{key}": array for key, array in own.items()}
     with grutrace.open(first) as trace:
@@ -250,22 +250,22 @@ def test_a_golden_run_of_parts_is_one_trace(kept, tmp_path):
         assert trace.calls["steps"][1::2].tolist() == [call["steps"] for call in message[1]]
     for part, (name, _) in PARTS.items():
         path = first if part == 1 else tmp_path / f"run.part{part:04}.h5"
-        check_plain(path, *expected(kept, name))
+        check_plain(path, *expected(goldens, name))
 
 
-def test_control_a_killed_writer_leaves_uncommitted_rows(kept, tmp_path):
+def test_control_a_killed_writer_leaves_uncommitted_rows(goldens, tmp_path):
     """The file contains rows that must not be read."""
-    path = unpack(kept, "killed", tmp_path)
+    path = unpack(goldens, "killed", tmp_path)
     with h5py.File(path, "r", swmr=True) as file:
         counted = int(file["committed"][()]["calls"])
-        assert counted == len(expected(kept, "killed")[0]["calls"])
+        assert counted == len(expected(goldens, "killed")[0]["calls"])
         assert len(file["calls"]) > counted
 
 
-def test_golden_statistics_can_be_read(kept, tmp_path):
+def test_golden_statistics_can_be_read(goldens, tmp_path):
     """Against NumPy over the values of PyTorch and the equations from when the file was written."""
-    path = unpack(kept, "statistics", tmp_path)
-    message, arrays = expected(kept, "decoder")
+    path = unpack(goldens, "statistics", tmp_path)
+    message, arrays = expected(goldens, "decoder")
     ((name, of_site),) = sites_of(arrays).items()
     figures, counted = plain_read(path)
     loaded = grutrace.Statistics.load(path)
@@ -297,9 +297,9 @@ def test_golden_statistics_can_be_read(kept, tmp_path):
     assert grutrace.Statistics.load(path).steps == 2 * steps
 
 
-def test_control_one_bit_is_detected(kept, tmp_path):
-    path = unpack(kept, "inline", tmp_path)
-    message, arrays = expected(kept, "inline")
+def test_control_one_bit_is_detected(goldens, tmp_path):
+    path = unpack(goldens, "inline", tmp_path)
+    message, arrays = expected(goldens, "inline")
     with h5py.File(path, "r+") as file:
         rows = file["modules/both/l0/hidden"]
         rows[2, 1] = np.nextafter(rows[2, 1], np.float32(2))
@@ -309,9 +309,9 @@ def test_control_one_bit_is_detected(kept, tmp_path):
         check_plain(path, message, arrays)
 
 
-def test_control_a_wrong_gate_is_detected(kept, tmp_path):
-    path = unpack(kept, "deferred", tmp_path)
-    message, arrays = expected(kept, "deferred")
+def test_control_a_wrong_gate_is_detected(goldens, tmp_path):
+    path = unpack(goldens, "deferred", tmp_path)
+    message, arrays = expected(goldens, "deferred")
     arrays["rnn.l1_reverse/update"][0, 0] += 1e-4
     with grutrace.open(path) as trace, pytest.raises(AssertionError):
         check_ours(trace, message, arrays)
@@ -324,43 +324,43 @@ def set_version(path, major, minor):
         file.attrs["format_version"] = np.array([major, minor])
 
 
-def test_a_newer_minor_version_is_read(kept, tmp_path):
-    path, statistics = unpack(kept, "inline", tmp_path), unpack(kept, "statistics", tmp_path)
-    for each in (path, statistics):
-        set_version(each, 1, 2**40)
-        with h5py.File(each, "r+") as file:
+def test_a_newer_minor_version_is_read(goldens, tmp_path):
+    path, statistics = unpack(goldens, "inline", tmp_path), unpack(goldens, "statistics", tmp_path)
+    for file_path in (path, statistics):
+        set_version(file_path, 1, 2**40)
+        with h5py.File(file_path, "r+") as file:
             file["something_new"] = [1, 2]
     with grutrace.open(path) as trace:
-        check_ours(trace, *expected(kept, "inline"))
+        check_ours(trace, *expected(goldens, "inline"))
     assert grutrace.Statistics.load(statistics).calls == 4
 
 
 @pytest.mark.parametrize("version", [(2, 0), (2**62, 3)])
-def test_a_newer_major_version_is_refused_by_name(kept, tmp_path, version, capsys):
-    path, statistics = unpack(kept, "inline", tmp_path), unpack(kept, "statistics", tmp_path)
+def test_a_newer_major_version_is_refused_by_name(goldens, tmp_path, version, capsys):
+    path, statistics = unpack(goldens, "inline", tmp_path), unpack(goldens, "statistics", tmp_path)
     major, minor = version
     golden = GOLDENS["inline"]
     message = rf"format version {major}\.{minor}.*reads versions up to 1.*upgrade grutrace"
-    for each, use in (
+    for file_path, use in (
         (path, lambda: grutrace.open(path)),
         (path, lambda: grutrace.Tracer(golden.build(), path, mode="a", **golden.options)),
         (statistics, lambda: grutrace.Statistics.load(statistics)),
         (statistics, lambda: grutrace.Statistics(statistics, mode="a")),
     ):
-        set_version(each, major, minor)
-        before = each.read_bytes()
+        set_version(file_path, major, minor)
+        before = file_path.read_bytes()
         with pytest.raises(grutrace.TraceFileError, match=message) as caught:
             use()
-        assert str(each) in str(caught.value)
+        assert str(file_path) in str(caught.value)
         assert "damaged" not in str(caught.value)
-        assert each.read_bytes() == before
+        assert file_path.read_bytes() == before
     assert main(["info", str(path)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("version", [(0, 9), (-1, 0)])
-def test_an_unknown_version_is_refused(kept, tmp_path, version):
-    path = unpack(kept, "inline", tmp_path)
+def test_an_unknown_version_is_refused(goldens, tmp_path, version):
+    path = unpack(goldens, "inline", tmp_path)
     set_version(path, *version)
     with pytest.raises(grutrace.TraceFileError, match="format_version"):
         grutrace.open(path)

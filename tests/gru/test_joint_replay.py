@@ -51,18 +51,18 @@ def test_the_strides_of_a_call_do_not_matter(bias, dtype) -> None:
         layer = nn.GRU(size, size, bias=bias).to(dtype)
         replay = GateReplay(layer)
         # Copies, as a trace has them: for weights with gradients PyTorch ignores the strides.
-        weights = CellWeights(*(each.detach() for each in replay.weights if each is not None))
+        weights = CellWeights(*(weight.detach() for weight in replay.weights if weight is not None))
         for batch in (2, 3, 5):
             x, initial = torch.randn(2, 1, batch, size, dtype=dtype)
             hidden = layer(x, initial)[0].detach()
-            by_batch = [each[0].unsqueeze(1).transpose(0, 1) for each in (x, hidden)]
+            by_batch = [tensor[0].unsqueeze(1).transpose(0, 1) for tensor in (x, hidden)]
             assert by_batch[0].is_contiguous()
             assert by_batch[0].stride() != x.stride()
-            found = replay.replay(*by_batch, initial[0], PaddedLayout(1, batch), weights)
+            actual = replay.replay(*by_batch, initial[0], PaddedLayout(1, batch), weights)
             expected = replay.replay(x, hidden, initial[0], PaddedLayout(1, batch), weights)
             for name, gate in expected.gates.items():
-                assert torch.equal(found.gates[name], gate)
-            assert found.check == expected.check
+                assert torch.equal(actual.gates[name], gate)
+            assert actual.check == expected.check
 
 
 def test_a_wrong_call_among_others_is_the_one_that_is_noticed() -> None:

@@ -85,7 +85,7 @@ def test_the_lattice_of_partial_gates(grad: bool, case: Case, data: st.DataObjec
     if not has_steps(case):
         return
     size = case.layer.hidden_size
-    units = data.draw(st.slices(size).filter(lambda each: range(size)[each]))
+    units = data.draw(st.slices(size).filter(lambda selected: range(size)[selected]))
     record = data.draw(st.lists(st.sampled_from(EVERYTHING), min_size=1, unique=True))
     part = {"record": record, "units": units, "gates": "inline", "check": "raise"}
     numbers = list(range(size))[units]
@@ -136,8 +136,8 @@ def assert_gates_of_graph(layer, result, trace) -> None:
     directions = 2 if not is_cell and layer.bidirectional else 1
     kernel = oracles.harvest_layers(data.grad_fn, directions * layer.hidden_size)
     plain = layer if is_cell else nn.GRU(1, 1)
-    for place, suffix in enumerate(trace.sites):
-        number, reverse = divmod(place, directions)
+    for index, suffix in enumerate(trace.sites):
+        number, reverse = divmod(index, directions)
         for name, used in kernel[number].items():
             whole = output._replace(data=used) if hasattr(output, "batch_sizes") else used
             width = directions * layer.hidden_size
@@ -155,7 +155,7 @@ def test_inference_mode(harvesting, layers, batch_first) -> None:
         expected = layer(inputs)
         with grutrace.trace(layer, check="raise") as trace:
             result = layer(inputs)
-    assert all(each.is_inference() for each in result)
+    assert all(tensor.is_inference() for tensor in result)
     assert same_result(expected, result)
     harvesting.undo()
     with grutrace.trace(layer) as replayed:
@@ -235,7 +235,7 @@ def test_every_state_of_autograd_and_autocast(harvesting, surrounding, grad) -> 
     assert same_result(expected, result)
     assert len(trace.calls) == 1
     harvesting.undo()
-    assert all(found.holds for found in verify(trace))
+    assert all(result.holds for result in verify(trace))
 
 
 def test_autocast_has_the_gates_of_its_graph(harvesting) -> None:
@@ -263,7 +263,7 @@ def test_gates_are_replayed_under_a_dispatch_mode(monkeypatch, grad) -> None:
     with torch.set_grad_enabled(grad):
         expected, result, trace = run_within(Counting, layer, x)
     assert same_result(expected, result)
-    assert all(found.holds for found in verify(trace))
+    assert all(result.holds for result in verify(trace))
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -317,7 +317,7 @@ def test_an_interruption_within_a_step_leaves_nothing_behind(harvesting, monkeyp
     heard = dispatcher.observe_additions
 
     def interrupted(listener, run):
-        def listen(*given):
+        def listen(*arguments):
             raise KeyboardInterrupt
 
         return heard(listen, run)
@@ -342,7 +342,7 @@ def test_verification_and_residual_of_copied_gates(harvesting, tmp_path) -> None
         layer(torch.randn(30, 3, 5))
     assert trace["l0"].residual == 0.0
     with grutrace.open(tmp_path / "run.h5") as opened:
-        assert all(found.check == "gates" and found.holds for found in verify(opened))
+        assert all(result.check == "gates" and result.holds for result in verify(opened))
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -409,7 +409,7 @@ def check_replayed(grad: bool) -> None:
         with grutrace.trace(layer, check="raise", record=EVERYTHING) as trace:
             assert same_result(expected, layer(x))
     assert trace["l0"].residual < 1e-6
-    assert all(found.holds for found in verify(trace))
+    assert all(result.holds for result in verify(trace))
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -429,11 +429,11 @@ def test_a_kernel_of_more_or_fewer_additions_is_replayed(monkeypatch, grad, more
     def of_another(listener, run):
         count = 0
 
-        def listen(*given):
+        def listen(*arguments):
             nonlocal count
             count += 1
             for _ in range(1 + more if count == 1 else 1):
-                listener(*given)
+                listener(*arguments)
 
         return heard(listen, run)
 

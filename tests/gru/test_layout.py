@@ -61,9 +61,9 @@ def test_padded_steps(length: int, batch: int, reverse: bool) -> None:
         expected = previous_states(sequence.numpy(), initial[b].numpy(), reverse)
         np.testing.assert_array_equal(previous[:, b].numpy(), expected)
 
-    kept = rows.copy()
+    before = rows.copy()
     padded.add_(1)
-    np.testing.assert_array_equal(rows, kept)
+    np.testing.assert_array_equal(rows, before)
 
 
 def test_control_the_other_direction_differs() -> None:

@@ -29,9 +29,9 @@ class Call:
         self.hidden = self.layer(self.input, self.initial)[0].detach()[..., :H]
 
     def replay(self, reverse: bool = False, **changed: Tensor | CellWeights) -> ReplayResult:
-        given = {"input": self.input, "hidden": self.hidden, "initial": self.initial[0]}
+        arguments = {"input": self.input, "hidden": self.hidden, "initial": self.initial[0]}
         shadow = GateReplay(self.layer, reverse=reverse)
-        return shadow.replay(steps=PaddedLayout(T, B), **(given | changed))
+        return shadow.replay(steps=PaddedLayout(T, B), **(arguments | changed))
 
 
 @pytest.fixture(params=[torch.float32, torch.float64])
@@ -122,9 +122,9 @@ def elsewhere(values: Tensor, offset: int) -> Tensor:
 
 
 def replay_elsewhere(call: Call, offset: int) -> ReplayResult:
-    given = {"input": call.input, "hidden": call.hidden, "initial": call.initial[0]}
+    arguments = {"input": call.input, "hidden": call.hidden, "initial": call.initial[0]}
     weights = CellWeights(*(elsewhere(weight, offset) for weight in GateReplay(call.layer).weights))
-    moved = {name: elsewhere(each, offset) for name, each in given.items()}
+    moved = {name: elsewhere(tensor, offset) for name, tensor in arguments.items()}
     return call.replay(weights=weights, **moved)
 
 

@@ -29,13 +29,13 @@ SEED = 1
 def test_the_corpus():
     result = list(all_outcomes(SEED, 0, CASES, jobs=2))
     number = counts(result)
-    assert [each for each in result if each.outcome == "fault"] == []
+    assert [outcome for outcome in result if outcome.outcome == "fault"] == []
     # Where HDF5 itself crashes or hangs, the look from outside says so; or it did while it was made
     # to write the file, or in the plain reader, in what grutrace does not read.
-    for each in result:
-        if each.outcome in ("crash", "hang") and not each.detail.startswith("plain"):
-            assert "HDF5" in said_from_outside(SEED, each.number), each
-    settled = {each.number for each in result if each.outcome != "late"}
+    for outcome in result:
+        if outcome.outcome in ("crash", "hang") and not outcome.detail.startswith("plain"):
+            assert "HDF5" in said_from_outside(SEED, outcome.number), outcome
+    settled = {outcome.number for outcome in result if outcome.outcome != "late"}
     assert settled == set(range(CASES))
     assert number["refused"] > CASES // 2
     assert number["read"] > CASES // 10

@@ -42,8 +42,8 @@ def refused(path, match):
     assert str(path) in str(caught.value)
 
 
-def attribute(place, name, value):
-    return lambda file: file[place].attrs.__setitem__(name, value)
+def attribute(path, name, value):
+    return lambda file: file[path].attrs.__setitem__(name, value)
 
 
 def second_site(file, **attributes):
@@ -106,8 +106,8 @@ def test_a_name_with_a_slash_is_not_a_path(path):
         for start, end in structures(bytes(content))
         if content.find(b"x_y", start, end) >= 0
     )
-    place = content.find(b"x_y", start, end)
-    content[place : place + 3] = b"x/y"
+    position = content.find(b"x_y", start, end)
+    content[position : position + 3] = b"x/y"
     put_right(content, start, end)
     path.write_bytes(content)
     with h5py.File(path) as file:
@@ -148,11 +148,11 @@ def test_tables_that_share_their_bytes_are_not_all_read(path):
 def test_files_compressed_by_another_program_are_read(path, options):
     before = PlainTrace(path)
     with changed(path) as file:
-        for place in ("calls", "modules/rnn/pieces", f"{SITE}/update", f"{SITE}/weight_hh"):
-            data, longest = file[place][()], file[place].maxshape
-            del file[place]
+        for dataset in ("calls", "modules/rnn/pieces", f"{SITE}/update", f"{SITE}/weight_hh"):
+            data, longest = file[dataset][()], file[dataset].maxshape
+            del file[dataset]
             file.create_dataset(
-                place, data=data, maxshape=longest, chunks=True, shuffle=True, **options
+                dataset, data=data, maxshape=longest, chunks=True, shuffle=True, **options
             )
     (site,) = before.modules[0].sites.values()
     with grutrace.open(path) as trace:
@@ -196,9 +196,9 @@ def test_no_filter_is_loaded_for_a_dataset(path, tmp_path):
     # A pipeline of one filter, gzip: its number, no name, not optional, one value.
     one = b"\x02\x01\x01\x00\x01\x00\x01\x00"
     for start, end in list(structures(bytes(content))):
-        place = content.find(one, start, end)
-        if place >= 0:
-            struct.pack_into("<HH", content, place + 2, 200, 0)
+        position = content.find(one, start, end)
+        if position >= 0:
+            struct.pack_into("<HH", content, position + 2, 200, 0)
             put_right(content, start, end)
             break
     else:
@@ -284,7 +284,7 @@ def test_nothing_is_appended_through_a_link(path):
 
 
 @pytest.mark.parametrize(
-    ("content", "found"),
+    ("content", "kind"),
     [
         (b"", "an empty file"),
         ("ein Satz äöü\n".encode() * 1000, "a text file"),
@@ -299,12 +299,12 @@ def test_nothing_is_appended_through_a_link(path):
         (b" " * 512 + b"\x89HDF\r\n\x1a\n", "an HDF5 file with a user block"),
     ],
 )
-def test_files_of_other_kinds_are_named(tmp_path, content, found, capsys):
+def test_files_of_other_kinds_are_named(tmp_path, content, kind, capsys):
     path = tmp_path / "run.h5"
     path.write_bytes(content)
-    refused(path, rf"is not a grutrace trace \(it is {found}\)$")
+    refused(path, rf"is not a grutrace trace \(it is {kind}\)$")
     with pytest.raises(
-        grutrace.TraceFileError, match=rf"is not a grutrace statistics file \(it is {found}\)$"
+        grutrace.TraceFileError, match=rf"is not a grutrace statistics file \(it is {kind}\)$"
     ):
         grutrace.Statistics.load(path)
     for command in ("info", "stats", "verify"):
@@ -328,7 +328,7 @@ def test_a_name_cannot_control_the_terminal(path, name, capsys):
     for command in ("info", "stats", "verify"):
         assert main([command, str(path)]) in (0, 1)
         out = capsys.readouterr().out
-        assert all(each.isprintable() or each == "\n" for each in out)
+        assert all(character.isprintable() or character == "\n" for character in out)
         assert name.translate({27: "\\x1b", 10: "\\n", 0x202E: "\\u202e"}) in out
     with pytest.raises(grutrace.NotRecordedError):
         grutrace.open(path)["rnn.l0"]

@@ -73,13 +73,17 @@ def words() -> Iterator[list[str]]:
     with warnings.catch_warnings(record=True) as recorded:
         warnings.simplefilter("always", grutrace.GrutraceWarning)
         yield messages
-    for each in recorded:
-        if issubclass(each.category, grutrace.GrutraceWarning):
-            messages.append(str(each.message))
+    for warning in recorded:
+        if issubclass(warning.category, grutrace.GrutraceWarning):
+            messages.append(str(warning.message))
         else:
-            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
 
 
 def about(said: list[str]) -> list[str]:
     """The subject of each warning of a missed call."""
-    return [each.partition(" was not recorded: ")[0].removeprefix("a call of ") for each in said]
+    return [
+        message.partition(" was not recorded: ")[0].removeprefix("a call of ") for message in said
+    ]

@@ -38,10 +38,10 @@ def test_graphs_are_unchanged_and_missed_modules_are_named_once(way, model, batc
     # PyTorch's exporter takes a cell apart before any kernel is called, and layers too unless
     # something else was made into a graph before: said at the end.
     ended = [re.match(r"nothing was recorded of ([\w, ]+):", message) for message in messages]
-    named = [each for each, end in zip(messages, ended, strict=True) if end is None]
+    named = [message for message, end in zip(messages, ended, strict=True) if end is None]
     apart = [name for end in ended if end is not None for name in end[1].split(", ")]
     assert sorted([*about(named), *apart]) == ["cell", "layer", "stack"]
-    assert all("call the model itself with real tensors" in each for each in named)
+    assert all("call the model itself with real tensors" in message for message in named)
     # The control: another model has another graph.
     assert way(nn.Sequential(model, nn.ReLU()), batch) != expected
 

@@ -16,9 +16,9 @@ from tests.interruptions import AtLine, Fault, Interruption
 class AtFunction(TorchFunctionMode):
     """Raises at the k-th function of torch's that the model calls."""
 
-    def __init__(self, place: int, error: type[BaseException]) -> None:
+    def __init__(self, line: int, error: type[BaseException]) -> None:
         super().__init__()
-        self.left, self.error = place, error
+        self.left, self.error = line, error
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         self.left -= 1
@@ -73,11 +73,11 @@ def test_an_error_at_any_point_of_a_recorded_call(
     stride = STRIDES[kind]
     tracer = trace(model, stacks=stacks)
     with tracer:
-        for place in range(1 + (stride // 2 if error is Fault else 0), count + 1, stride):
+        for line in range(1 + (stride // 2 if error is Fault else 0), count + 1, stride):
             calls = len(tracer.calls)
-            if not is_interrupted(kind(place, error), error, model, batch):
+            if not is_interrupted(kind(line, error), error, model, batch):
                 # How many places there are depends on whether weights are compared or sampled.
-                assert place > 0.8 * count
+                assert line > 0.8 * count
                 break
             # It can be used at once, and everything is recorded.
             between = len(tracer.calls)
@@ -103,26 +103,26 @@ def test_an_error_that_ends_the_recording(kind, error, model, batch, tmp_path) -
     with trace(model):
         model(batch)
         count = places(kind, lambda: model(batch))
-    for number, place in enumerate(range(1, count + 1, 61 if kind is AtLine else 5)):
+    for number, line in enumerate(range(1, count + 1, 61 if kind is AtLine else 5)):
         path = tmp_path / f"{number}.h5"
         tracer = trace(model, path=path)
         tracer.start()
         model(batch)
         raised = False
         try:
-            with tracer, kind(place, error):
+            with tracer, kind(line, error):
                 model(batch)
         except error:
             raised = True
-        assert raised or place > 0.8 * count
+        assert raised or line > 0.8 * count
         assert not any(
             module._forward_hooks or module._forward_pre_hooks for module in model.modules()
         )
         assert not _get_current_function_mode_stack()
-        with grutrace.open(path) as found:
-            assert 4 <= len(found.calls) <= 8
-            assert found.closed
-            assert all(found[site].residual < 1e-5 for site in found.sites)
+        with grutrace.open(path) as reopened:
+            assert 4 <= len(reopened.calls) <= 8
+            assert reopened.closed
+            assert all(reopened[site].residual < 1e-5 for site in reopened.sites)
 
 
 def test_control_the_injectors_raise(model, batch) -> None:
@@ -139,8 +139,8 @@ def test_control_the_injectors_raise(model, batch) -> None:
 class FailingSink:
     """Lets k records through and fails then, as a full disk does."""
 
-    def __init__(self, sink, left: int) -> None:
-        self._sink, self.left = sink, left
+    def __init__(self, sink, records_left: int) -> None:
+        self._sink, self.left = sink, records_left
 
     def __getattr__(self, name):
         return getattr(self._sink, name)
@@ -153,11 +153,11 @@ class FailingSink:
 
 
 @AMBIGUOUS
-@pytest.mark.parametrize("place", range(1, 12))
-def test_a_sink_that_fails_at_any_record(place, model, batch) -> None:
+@pytest.mark.parametrize("failing", range(1, 12))
+def test_a_sink_that_fails_at_any_record(failing, model, batch) -> None:
     expected = model(batch)
     tracer = trace(model)
-    tracer._guarded_sink.sink = FailingSink(tracer._guarded_sink.sink, place)
+    tracer._guarded_sink.sink = FailingSink(tracer._guarded_sink.sink, failing)
     healthy = trace(model)
     with healthy, tracer:
         failures = 0

@@ -110,8 +110,8 @@ def test_full_backward_hooks_of_the_user(batch) -> None:
     seen = []
     batch.requires_grad_()
     model = Mixed(dropout=0.0)
-    for each in (model.stack, model.layer, model.cell):
-        each.register_full_backward_hook(lambda _, i, o: seen.append([*i, *o]))
+    for module in (model.stack, model.layer, model.cell):
+        module.register_full_backward_hook(lambda _, i, o: seen.append([*i, *o]))
     model(batch).sum().backward()
     expected, seen = seen, []
     with trace(model) as tracer:
@@ -136,10 +136,10 @@ def test_an_attached_model_and_tracer_are_garbage_collected(tmp_path, batch) -> 
         gc.collect()
     assert len(messages) == 1
     assert "a tracer was garbage-collected while recording" in messages[0]
-    assert [each() for each in gone] == [None, None]
-    with grutrace.open(tmp_path / "run.h5") as found:
-        assert found.closed
-        assert found.calls["module"].tolist() == CALLS
+    assert [reference() for reference in gone] == [None, None]
+    with grutrace.open(tmp_path / "run.h5") as reopened:
+        assert reopened.closed
+        assert reopened.calls["module"].tolist() == CALLS
 
 
 @pytest.mark.parametrize("with_block", [True, False])

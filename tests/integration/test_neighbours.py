@@ -84,15 +84,15 @@ def same(a: Any, b: Any) -> bool:
     return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
 
 
-@pytest.mark.parametrize("place", ["same thread", "another thread"])
+@pytest.mark.parametrize("thread", ["same thread", "another thread"])
 @pytest.mark.parametrize("neighbour", NEIGHBOURS)
-def test_other_code_is_unaffected(neighbour, place, batch) -> None:
+def test_other_code_is_unaffected(neighbour, thread, batch) -> None:
     torch.manual_seed(0)
     recorded, other = Mixed(dropout=0.0), Mixed(dropout=0.0)
     expected = neighbour(other, batch)
     with trace(recorded) as tracer:
         recorded(batch)
-        run = in_a_thread if place == "another thread" else lambda run: run()
+        run = in_a_thread if thread == "another thread" else lambda run: run()
         again = run(lambda: neighbour(other, batch))
         recorded(batch)
     assert same(again, expected)

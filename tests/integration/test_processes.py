@@ -63,7 +63,7 @@ def test_a_child_that_runs_the_model_warns_once_and_records_nothing(path, model,
     )
     with trace(model, path=path and tmp_path / path) as tracer, torch.no_grad():
         model(torch.zeros(2, 5, 3))
-        told = [int(each) for each in loader]
+        told = [int(item) for item in loader]
         model(torch.zeros(2, 5, 3))
     assert told == [1, 0, 0, 0, 0, 0]
     assert tracer.calls["module"].tolist() == 2 * CALLS
@@ -130,9 +130,9 @@ def test_two_ranks_each_with_its_own_file(tmp_path) -> None:
             assert done.returncode == 0, done.stderr
     inputs = []
     for rank in range(2):
-        with grutrace.open(tmp_path / f"run.rank{rank:04}.h5") as found:
-            assert found.closed
-            assert found.sites == ("module.rnn.l0", "module.rnn.l1")
-            assert found.calls["weights"].tolist() == [0, 1, 2]
-            inputs.append(found["module.rnn.l1"].padded("hidden")[0])
+        with grutrace.open(tmp_path / f"run.rank{rank:04}.h5") as trace:
+            assert trace.closed
+            assert trace.sites == ("module.rnn.l0", "module.rnn.l1")
+            assert trace.calls["weights"].tolist() == [0, 1, 2]
+            inputs.append(trace["module.rnn.l1"].padded("hidden")[0])
     assert not np.array_equal(*inputs), "the control: each rank saw batches of its own"

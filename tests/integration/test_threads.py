@@ -24,8 +24,8 @@ def in_threads(*functions) -> list[BaseException]:
             errors.append(error)
 
     threads = [threading.Thread(target=run, args=(function,)) for function in functions]
-    for each in threads:
-        each.start()
+    for worker in threads:
+        worker.start()
     for thread in threads:
         thread.join()
     return errors
@@ -34,12 +34,12 @@ def in_threads(*functions) -> list[BaseException]:
 @pytest.mark.parametrize("path", [None, "run.h5"])
 def test_threads_that_run_one_model(path, model, tmp_path) -> None:
     batches = torch.randn(4, 10, 2, 5, 3)
-    expected = {model(each).detach().numpy().tobytes() for each in batches.flatten(0, 1)}
+    expected = {model(batch).detach().numpy().tobytes() for batch in batches.flatten(0, 1)}
     results: list[bytes] = []
 
     def run(own) -> None:
         with torch.no_grad():
-            results.extend(model(each).numpy().tobytes() for each in own)
+            results.extend(model(batch).numpy().tobytes() for batch in own)
 
     with trace(model, path=path and tmp_path / path) as tracer:
         assert not in_threads(*(lambda own=own: run(own) for own in batches))
@@ -48,7 +48,7 @@ def test_threads_that_run_one_model(path, model, tmp_path) -> None:
     assert len(tracer.calls) == 40 * len(CALLS)
     assert tracer["cell.cell"].lengths.tolist() == [2] * 80
     inputs = {sequence.input.tobytes() for sequence in tracer["stack.l0"]}
-    assert inputs == {(2 * each).numpy().tobytes() for each in batches.flatten(0, 2)}
+    assert inputs == {(2 * batch).numpy().tobytes() for batch in batches.flatten(0, 2)}
 
 
 # The threads run the very same batch, so their decoders are in the same states.
@@ -98,9 +98,9 @@ def test_control_an_error_in_a_thread_is_seen() -> None:
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_tracers_may_end_in_any_order(order, first, model, batch) -> None:
     expected, eager = eagerly(model, lambda: model(batch))
-    tracers = [trace(model, stacks=each) for each in (first, "auto", "split")]
-    for each in tracers:
-        each.start()
+    tracers = [trace(model, stacks=mode) for mode in (first, "auto", "split")]
+    for attached in tracers:
+        attached.start()
     for number in order:
         assert torch.equal(model(batch), expected)
         tracers[number].close()

@@ -169,17 +169,17 @@ def test_each_version_of_the_weights_is_stored(change, model, batch, tmp_path) -
             model(batch)
             versions.append(copy.deepcopy(model))
             change(model)
-    with grutrace.open(path) as found:
-        assert found.calls["weights"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    with grutrace.open(path) as reopened:
+        assert reopened.calls["weights"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
         for site in ("stack.l1", "layer.l0_reverse", "cell.cell"):
             module, _, suffix = site.rpartition(".")
-            per_version = len(found[site]) // 3
+            per_version = len(reopened[site]) // 3
             for version, then in enumerate(versions):
                 weights = weights_of(getattr(then, module), suffix)
-                stored = found[site].weights(version)
+                stored = reopened[site].weights(version)
                 for name, value in weights.items():
                     np.testing.assert_array_equal(stored[name], value)
-                for sequence in list(found[site])[version * per_version :][:per_version]:
+                for sequence in list(reopened[site])[version * per_version :][:per_version]:
                     check_sequence(sequence, weights, sequence.previous)
 
 

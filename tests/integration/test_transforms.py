@@ -78,10 +78,10 @@ def test_functional_call_is_recorded_with_its_weights(model, batch) -> None:
     assert tracer.calls["module"].tolist() == 3 * CALLS
     versions = tracer.calls["weights"][tracer.calls["module"] == "layer"]
     assert versions[0] != versions[1]
-    for version, given in ((0, dict(model.named_parameters())), (1, weights)):
+    for version, named in ((0, dict(model.named_parameters())), (1, weights)):
         for site, name in (("layer.l0", "layer.weight_ih_l0"), ("cell.cell", "cell.weight_ih")):
             stored = tracer[site].weights(version)["weight_ih"]
-            np.testing.assert_array_equal(stored, given[name].detach())
+            np.testing.assert_array_equal(stored, named[name].detach())
 
 
 def test_vmap_records_a_cell_sample_by_sample(model) -> None:

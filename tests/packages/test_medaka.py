@@ -30,9 +30,9 @@ def pileup(columns: int, reads: int = 2) -> torch.Tensor:
     base = generator.integers(4, size=(reads, columns))
     strands = generator.multinomial(30, [0.5, 0.5], (reads, columns))
     for strand in range(2):
-        place = (base + 5 * strand)[..., np.newaxis]
-        held = np.take_along_axis(counts, place, -1)
-        np.put_along_axis(counts, place, held + strands[..., strand : strand + 1], -1)
+        bases = (base + 5 * strand)[..., np.newaxis]
+        held = np.take_along_axis(counts, bases, -1)
+        np.put_along_axis(counts, bases, held + strands[..., strand : strand + 1], -1)
     return torch.tensor(counts / counts.sum(-1, keepdims=True))
 
 

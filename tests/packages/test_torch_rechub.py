@@ -100,6 +100,6 @@ def test_dien_skips_users_without_a_history(history: Tensor, tmp_path: Path) -> 
 
     trace = check_run(model, train, tmp_path)
     assert trace.sites == ("interest_extractor_layers.0.l0", "interest_extractor_layers.1.l0")
-    lengths = [length for place, length in enumerate(LENGTHS) if place != 2]
+    lengths = [length for row, length in enumerate(LENGTHS) if row != 2]
     assert trace[trace.sites[0]].lengths.tolist() == lengths
     assert trace[trace.sites[1]].lengths.tolist() == lengths[::-1]

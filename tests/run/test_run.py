@@ -532,7 +532,9 @@ def test_invalid_options_are_refused_before_the_script_runs(tmp_path, capsys) ->
 
 def test_the_defaults_equal_those_of_the_tracer_and_the_command() -> None:
     def defaults(function) -> dict[str, object]:
-        return {name: each.default for name, each in signature(function).parameters.items()}
+        return {
+            name: parameter.default for name, parameter in signature(function).parameters.items()
+        }
 
     tracer = {name: value for name, value in defaults(Tracer).items() if name in OPTIONS}
     assert tracer == {name: option.default for name, option in OPTIONS.items()}

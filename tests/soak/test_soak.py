@@ -56,17 +56,17 @@ def test_no_acknowledged_call_is_lost(tmp_path) -> None:
     assert not [text for fault in faults for text in faulty(fault)]
 
     power = soak(tmp_path, "power", "--tries", "20")["power"]
-    promised = [each for each in power if each["fsync"]]
-    assert sum(each["acknowledged"] > 0 for each in promised) > 3
-    assert all(each["calls"] >= each["acknowledged"] for each in promised)
-    assert not any(each["wrong"] for each in power)
+    promised = [outcome for outcome in power if outcome["fsync"]]
+    assert sum(outcome["acknowledged"] > 0 for outcome in promised) > 3
+    assert all(outcome["calls"] >= outcome["acknowledged"] for outcome in promised)
+    assert not any(outcome["wrong"] for outcome in power)
     # The control: without fsync there is no promise, and the model of a loss shows it.
-    others = [each for each in power if not each["fsync"]]
+    others = [outcome for outcome in power if not outcome["fsync"]]
     assert any(other["calls"] < other["acknowledged"] for other in others)
 
     live = soak(tmp_path, "live", "--seconds", "10")["live"]
     assert len(live) == 2 * len(CODED) + len(MODELS)
-    assert all(each["changes"] > 2 and each["checked"] > 0 for each in live)
+    assert all(outcome["changes"] > 2 and outcome["checked"] > 0 for outcome in live)
 
 
 def test_control_faults_are_reported() -> None:
@@ -105,11 +105,11 @@ def path(tmp_path) -> Path:
 def test_control_an_incomplete_row_is_detected(path) -> None:
     calls, wrong_values = torn_rows(path)
     assert (calls, wrong_values) == (9, 0)
-    for place in ("update", "hidden", "input", "candidate"):
-        torn = path.with_name(f"{place}.h5")
+    for quantity in ("update", "hidden", "input", "candidate"):
+        torn = path.with_name(f"{quantity}.h5")
         shutil.copy(path, torn)
         with h5py.File(torn, "r+") as file:
-            row = file[f"modules/decoder/cell/{place}"]
+            row = file[f"modules/decoder/cell/{quantity}"]
             row[12, 2:] = np.zeros(row.shape[1] - 2)
         assert torn_rows(torn)[1] > 0
 

@@ -15,22 +15,22 @@ def edges(quantity: str, bins: int) -> np.ndarray:
     return np.linspace(0.0 if quantity in ("reset", "update") else -1.0, 1.0, bins + 1)
 
 
-def assert_figures(found: Any, values: np.ndarray, bins: int = 32) -> None:
+def assert_figures(figures: Any, values: np.ndarray, bins: int = 32) -> None:
     """Compare the figures of one quantity with those of all its values, (N, H)."""
     finite = [column[np.isfinite(column)] for column in values.T]
     exact = [column.astype(np.float64) for column in finite]
-    assert found.count.tolist() == [len(column) for column in finite]
-    assert found.nan.tolist() == np.isnan(values).sum(axis=0).tolist()
-    assert found.infinite.tolist() == np.isinf(values).sum(axis=0).tolist()
+    assert figures.count.tolist() == [len(column) for column in finite]
+    assert figures.nan.tolist() == np.isnan(values).sum(axis=0).tolist()
+    assert figures.infinite.tolist() == np.isinf(values).sum(axis=0).tolist()
     for unit, column in enumerate(exact):
         if not len(column):
-            assert np.isnan([found.mean[unit], found.variance[unit], found.std[unit]]).all()
-            assert np.isnan([found.minimum[unit], found.maximum[unit]]).all()
+            assert np.isnan([figures.mean[unit], figures.variance[unit], figures.std[unit]]).all()
+            assert np.isnan([figures.minimum[unit], figures.maximum[unit]]).all()
             continue
         # No sum of n terms is off by more than n ulps of the largest (Higham 2002, section 4.2).
         off = len(column) * EPS
         mean = math.fsum(column) / len(column)
-        assert abs(found.mean[unit] - mean) <= off * np.abs(column).max()
+        assert abs(figures.mean[unit] - mean) <= off * np.abs(column).max()
         squares = math.fsum((column - mean) ** 2) / len(column)
         # Deviations are those from a mean that is itself off by so much. Where parts are merged
         # (Chan, Golub and LeVeque 1979), the square of the difference d of two means is added,
@@ -38,25 +38,25 @@ def assert_figures(found: Any, values: np.ndarray, bins: int = 32) -> None:
         # the weighted square of d is at most the variance.
         mean_off = off * np.abs(column).max()
         merged = 2 * mean_off * math.sqrt(squares)
-        assert abs(found.variance[unit] - squares) <= 2 * off * squares + mean_off**2 + merged
-        assert found.std[unit] == np.sqrt(found.variance[unit])
-        assert found.minimum[unit] == column.min()
-        assert found.maximum[unit] == column.max()
-    if found.quantity == "input":
-        assert (found.histogram, found.edges, found.below, found.above) == (None,) * 4
-        assert (found.underflow, found.overflow) == (None, None)
+        assert abs(figures.variance[unit] - squares) <= 2 * off * squares + mean_off**2 + merged
+        assert figures.std[unit] == np.sqrt(figures.variance[unit])
+        assert figures.minimum[unit] == column.min()
+        assert figures.maximum[unit] == column.max()
+    if figures.quantity == "input":
+        assert (figures.histogram, figures.edges, figures.below, figures.above) == (None,) * 4
+        assert (figures.underflow, figures.overflow) == (None, None)
         return
-    of_bins = edges(found.quantity, bins)
-    assert found.edges.tolist() == of_bins.tolist()
+    of_bins = edges(figures.quantity, bins)
+    assert figures.edges.tolist() == of_bins.tolist()
     for unit, (column, wide) in enumerate(zip(finite, exact, strict=True)):
         counts = np.histogram(wide, of_bins)[0]
-        assert found.histogram[unit].tolist() == counts.tolist()
-        assert found.underflow[unit] == (wide < of_bins[0]).sum()
-        assert found.overflow[unit] == (wide > of_bins[-1]).sum()
+        assert figures.histogram[unit].tolist() == counts.tolist()
+        assert figures.underflow[unit] == (wide < of_bins[0]).sum()
+        assert figures.overflow[unit] == (wide > of_bins[-1]).sum()
         if len(column):
             sizes = np.abs(column)
-            assert found.below[unit] == (sizes < column.dtype.type(0.1)).mean()
-            assert found.above[unit] == (sizes > column.dtype.type(0.9)).mean()
+            assert figures.below[unit] == (sizes < column.dtype.type(0.1)).mean()
+            assert figures.above[unit] == (sizes > column.dtype.type(0.9)).mean()
 
 
 def assert_same(a: Any, b: Any, *, exactly: bool = False) -> None:

@@ -60,8 +60,8 @@ def count(layer, statistics, calls=2, **options):
         yield tracer
 
 
-def counted(layer, *given, calls=2, **options):
-    statistics = grutrace.Statistics(*given, **options)
+def counted(layer, *arguments, calls=2, **options):
+    statistics = grutrace.Statistics(*arguments, **options)
     for _ in count(layer, statistics, calls):
         pass
     return statistics
@@ -254,19 +254,19 @@ def test_a_trace_is_not_a_statistics_file(layer, path) -> None:
         grutrace.Statistics.load(path.parent)
 
 
-def replaced(file, place, data, **options):
-    del file[place]
-    file.create_dataset(place, data=data, **options)
+def replaced(file, path_in_file, data, **options):
+    del file[path_in_file]
+    file.create_dataset(path_in_file, data=data, **options)
 
 
 UNITS = "sites/0/update/units"
 HISTOGRAM = "sites/0/update/histogram"
 
 
-def changed(file, place, field, value):
-    table = file[place][()]
+def changed(file, path_in_file, field, value):
+    table = file[path_in_file][()]
     table[field] = value
-    file[place][...] = table
+    file[path_in_file][...] = table
 
 
 def huge(file):

@@ -205,7 +205,7 @@ def test_a_large_residual_warns(monkeypatch) -> None:
     monkeypatch.setattr(
         site_recorder.GateReplay,
         "replay",
-        lambda *given: dataclasses.replace(replay(*given), residual=0.5),
+        lambda *arguments: dataclasses.replace(replay(*arguments), residual=0.5),
     )
     with grutrace.trace(layer, sink=statistics) as trace:
         layer(torch.randn(4, 2))

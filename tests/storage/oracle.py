@@ -151,9 +151,9 @@ def _check_site(site, expected, module, description):
 
 def _check_labels(site, expected, module):
     """Check that the labels of all rows are those of each step."""
-    given = {annotation.name for annotation in expected.annotations if annotation.module == module}
-    assert set(site.label_names) == given
-    for name in given:
+    names = {annotation.name for annotation in expected.annotations if annotation.module == module}
+    assert set(site.label_names) == names
+    for name in names:
         result, seen = site.row_labels(name), []
         assert (result.name, len(result)) == (name, len(expected.all_rows_made(module)))
         values = np.array([*result.values, None], object)[result.codes]

@@ -213,9 +213,9 @@ def test_parts_of_a_trace_are_pickled_with_it(tmp_path) -> None:
         np.testing.assert_array_equal(other.initial, part.initial)
     trace.save(tmp_path / "run.h5")
     with open_trace(tmp_path / "run.h5") as file:
-        for each in (trace, file):
-            other = pickle.loads(pickle.dumps(each[name].hidden))
-            np.testing.assert_array_equal(other, each[name].hidden)
+        for source in (trace, file):
+            other = pickle.loads(pickle.dumps(source[name].hidden))
+            np.testing.assert_array_equal(other, source[name].hidden)
 
 
 def test_numbers_restart_in_a_cleared_trace() -> None:

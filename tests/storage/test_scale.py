@@ -22,9 +22,9 @@ def counted(monkeypatch):
     def count(owner, name, key):
         original = getattr(owner, name)
 
-        def counting(*given, **named):
+        def counting(*arguments, **named):
             counts[key] += 1
-            return original(*given, **named)
+            return original(*arguments, **named)
 
         monkeypatch.setattr(owner, name, counting)
 

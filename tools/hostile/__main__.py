@@ -42,7 +42,7 @@ def main() -> int:
             print(f"{len(result)} cases: {dict(counts(result))}", file=sys.stderr, flush=True)
     print(f"HDF5 {h5py.version.hdf5_version}: {len(result)} cases: {dict(counts(result))}")
     print(f"in {time.perf_counter() - began:.0f} s")
-    return 1 if any(each.outcome == "fault" for each in result) else 0
+    return 1 if any(outcome.outcome == "fault" for outcome in result) else 0
 
 
 if __name__ == "__main__":

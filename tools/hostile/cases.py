@@ -65,7 +65,7 @@ def _change(file: h5py.File, rng: random.Random, pipe: Path) -> str:
 
 def _paths(file: h5py.File, kind: type) -> list[str]:
     results: list[str] = []
-    file.visititems(lambda name, each: results.append(name) if isinstance(each, kind) else None)
+    file.visititems(lambda name, member: results.append(name) if isinstance(member, kind) else None)
     return results or ["/"]
 
 

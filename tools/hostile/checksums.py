@@ -34,12 +34,12 @@ def _mixed(a: int, b: int, c: int) -> tuple[int, int, int]:
 def lookup3(data: bytes) -> int:
     """The checksum of some bytes."""
     a = b = c = (0xDEADBEEF + len(data)) & _MASK
-    place = 0
-    while len(data) - place > 12:
-        x, y, z = struct.unpack_from("<III", data, place)
+    offset = 0
+    while len(data) - offset > 12:
+        x, y, z = struct.unpack_from("<III", data, offset)
         a, b, c = _mixed((a + x) & _MASK, (b + y) & _MASK, (c + z) & _MASK)
-        place += 12
-    rest = data[place:]
+        offset += 12
+    rest = data[offset:]
     if not rest:
         return c
     x, y, z = struct.unpack("<III", rest.ljust(12, b"\0"))
@@ -86,9 +86,9 @@ def _ends(content: bytes, signature: bytes, start: int) -> Iterator[int]:
 
 def _end_of_header(content: bytes, start: int) -> int:
     flags = content[start + 5]
-    place = start + 6 + (16 if flags & 0x20 else 0) + (4 if flags & 0x10 else 0)
+    offset = start + 6 + (16 if flags & 0x20 else 0) + (4 if flags & 0x10 else 0)
     width = 1 << (flags & 3)
-    return place + width + int.from_bytes(content[place : place + width], "little")
+    return offset + width + int.from_bytes(content[offset : offset + width], "little")
 
 
 def put_right(content: bytearray, start: int, end: int) -> None:

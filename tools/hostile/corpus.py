@@ -62,13 +62,13 @@ def all_outcomes(seed: int, first: int, stop: int, jobs: int) -> Iterator[Outcom
         thread.start()
     working = len(threads)
     while working:
-        each = result.get()
-        if isinstance(each, BaseException):
-            raise each
-        if each is None:
+        item = result.get()
+        if isinstance(item, BaseException):
+            raise item
+        if item is None:
             working -= 1
         else:
-            yield each
+            yield item
     for thread in threads:
         thread.join()
 
@@ -117,6 +117,6 @@ def said_from_outside(seed: int, number: int) -> str:
     return ""
 
 
-def counts(found: list[Outcome]) -> Counter[str]:
+def counts(outcomes: list[Outcome]) -> Counter[str]:
     """The number of cases of each outcome."""
-    return Counter(each.outcome for each in found)
+    return Counter(outcome.outcome for outcome in outcomes)

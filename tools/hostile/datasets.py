@@ -22,9 +22,9 @@ def _made(options: Made) -> Change:
     """Replace a dataset by another."""
 
     def change(spot: Spot) -> None:
-        given = options(spot.object)
+        settings = options(spot.object)
         spot.remove()
-        spot.file.create_dataset(spot.path, **given)
+        spot.file.create_dataset(spot.path, **settings)
         # The committed count of a table becomes its new length.
         counted = spot.file.get("committed")
         shape = spot.file[spot.path].shape

@@ -89,7 +89,7 @@ def everything(trace: Any) -> dict[str, Any]:
             "rows": {
                 quantity: np.asarray(site.rows(quantity)) for quantity in site.site.quantities
             },
-            "derived": [np.asarray(site.rows(each)) for each in site.site.derived],
+            "derived": [np.asarray(site.rows(quantity)) for quantity in site.site.derived],
             "initial": np.asarray(site.initial),
             "checks": site.checks,
             "weights": [site.weights(number) for number in range(site.extent.versions)],
@@ -108,10 +108,10 @@ def everything(trace: Any) -> dict[str, Any]:
     return {"calls": trace.calls, "sequences": trace.sequences, "sites": sites}
 
 
-def _compare(found: dict[str, Any], plain: PlainTrace) -> None:
+def _compare(read: dict[str, Any], plain: PlainTrace) -> None:
     paths = {module.index: module.path for module in plain.modules}
-    assert len(found["calls"]) == len(plain.calls)
-    for ours, theirs in zip(found["calls"], plain.calls, strict=True):
+    assert len(read["calls"]) == len(plain.calls)
+    for ours, theirs in zip(read["calls"], plain.calls, strict=True):
         assert ours["module"] == paths[theirs["module"]]
         assert ours["tag"] == plain.tag(theirs)
         assert np.array_equal(ours["time"], theirs["time"], equal_nan=True)
@@ -119,9 +119,9 @@ def _compare(found: dict[str, Any], plain: PlainTrace) -> None:
             assert ours[name] == theirs[name]
         assert ours["training"] == bool(theirs["training"])
     sites = [site for module in plain.modules for site in module.sites.values()]
-    assert {site.name for site in sites} == set(found["sites"])
+    assert {site.name for site in sites} == set(read["sites"])
     for theirs in sites:
-        _compare_site(found["sites"][theirs.name], theirs)
+        _compare_site(read["sites"][theirs.name], theirs)
 
 
 def _same(ours: Any, theirs: Any) -> None:
@@ -143,13 +143,13 @@ def _compare_site(ours: dict[str, Any], theirs: Any) -> None:
             _same(array, theirs.weights[name][version])
     assert len(ours["sequences"]) == theirs.module.count
     for number, (rows, named, about) in enumerate(ours["sequences"]):
-        initial, calls, place, tag, parent = about
+        initial, calls, batch_index, tag, parent = about
         for name, values in rows.items():
             _same(values, theirs.sequence(number, name))
         _same(initial, theirs.initial[number])
         pieces = theirs.module.pieces[number]
         assert calls == [call for call, *_ in pieces]
-        assert place == pieces[0][1]
+        assert batch_index == pieces[0][1]
         assert tag == theirs.module.trace.tag(theirs.module.trace.calls[calls[0]])
         _compare_annotations(named, theirs, number, sum(steps for *_, steps in pieces))
         forks = theirs.module.trace.forks
@@ -198,7 +198,7 @@ def _judge_commands(path: Path, commands: Sequence[str]) -> str:
         message = out.getvalue() + error.getvalue()
         if code not in (0, 1, 2) or error.getvalue().count("\n") > 1:
             return f"{command} ends with {code}: {error.getvalue()}"
-        if any(not each.isprintable() and each != "\n" for each in message):
+        if any(not character.isprintable() and character != "\n" for character in message):
             return f"{command} prints what does something to a terminal: {message!r}"
         message.encode("utf-8")
     return ""

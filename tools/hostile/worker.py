@@ -69,7 +69,7 @@ def _judge_some(folder: Path, seed: int, first: int, stop: int) -> int:
         os._exit(0)
     os.close(theirs)
     _, status = os.waitpid(child, 0)
-    begun = [each for (each,) in struct.iter_unpack("<Q", os.read(ours, 8 * BATCH))]
+    begun = [number for (number,) in struct.iter_unpack("<Q", os.read(ours, 8 * BATCH))]
     os.close(ours)
     if not status:
         return stop
@@ -82,17 +82,19 @@ def _judge_some(folder: Path, seed: int, first: int, stop: int) -> int:
     return begun[-1] + 1
 
 
-def _judge_one(place: Path, seed: int, number: int) -> None:
-    place.mkdir(parents=True)
+def _judge_one(folder: Path, seed: int, number: int) -> None:
+    folder.mkdir(parents=True)
     _note(number, "making")
     signal.alarm(LIMIT)
-    name = make(seed, number, place)
+    name = make(seed, number, folder)
     _note(number, "judging", name=name)
-    commands = [each for turn, some in COMMANDS if number % turn == 0 for each in some]
-    verdict = judge(place, lambda doing: _note(number, doing), commands)
+    commands = [
+        command for turn, selected in COMMANDS if number % turn == 0 for command in selected
+    ]
+    verdict = judge(folder, lambda doing: _note(number, doing), commands)
     signal.alarm(0)
     _note(number, "done", outcome=verdict.outcome, detail=verdict.detail)
-    shutil.rmtree(place)
+    shutil.rmtree(folder)
 
 
 def _note(number: int, doing: str, **about: str | int) -> None:
@@ -103,12 +105,12 @@ def _note(number: int, doing: str, **about: str | int) -> None:
 def _warm_up(folder: Path) -> None:
     """Load libraries that are loaded on first use, before the memory is limited."""
     for number, name in enumerate((*seeds.TRACES, seeds.STATISTICS)):
-        place = folder / f"sound{number}"
-        place.mkdir(parents=True)
-        seeds.put(name, place / "run.h5")
-        verdict = judge(place, lambda _: None, ["info", "stats"])
+        case_folder = folder / f"sound{number}"
+        case_folder.mkdir(parents=True)
+        seeds.put(name, case_folder / "run.h5")
+        verdict = judge(case_folder, lambda _: None, ["info", "stats"])
         assert verdict.outcome == "read", verdict
-        shutil.rmtree(place)
+        shutil.rmtree(case_folder)
 
 
 if __name__ == "__main__":

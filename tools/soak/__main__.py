@@ -51,8 +51,8 @@ def _run(asked: argparse.Namespace, folder: Path) -> int:
         wrong += report(name, outcomes[name])
     if asked.json:
         asked.json.write_text(json.dumps(outcomes))
-    for each in wrong:
-        print(each, file=sys.stderr)
+    for message in wrong:
+        print(message, file=sys.stderr)
     return bool(wrong)
 
 

@@ -71,7 +71,7 @@ def fault_one(folder: Path, kind: str, fault: str, on_error: str, seed: int) -> 
             len(module._forward_hooks) + len(module._forward_pre_hooks)
             for module in model.modules()
         ),
-        "beside": sorted(each.name for each in path.parent.iterdir() if each != path),
+        "beside": sorted(file.name for file in path.parent.iterdir() if file != path),
         **results,
     }
 
@@ -110,7 +110,7 @@ class _Run:
         self.warnings: list[str] = []
 
     def go(self) -> None:
-        with warnings.catch_warnings(record=True) as given:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 with tracing(
@@ -124,7 +124,7 @@ class _Run:
                         self._once(number, tracer)
             except grutrace.GrutraceError as error:
                 self.errors.append(f"{type(error).__name__}: {error}")
-        self.warnings = [str(each.message) for each in given]
+        self.warnings = [str(warning.message) for warning in caught]
 
     def _once(self, number: int, tracer: grutrace.Tracer) -> None:
         self.runs += 1
@@ -149,7 +149,7 @@ def _is_intact(
 ) -> bool:
     """Whether the model still computes the same afterwards."""
     with contextlib.suppress(RuntimeError):
-        return all(torch.equal(_seeded(run, n), each) for n, each in enumerate(expected))
+        return all(torch.equal(_seeded(run, n), tensor) for n, tensor in enumerate(expected))
     return False
 
 

@@ -33,10 +33,10 @@ def outcomes(
     """
     results: list[Outcome] = []
     running: list[_Running] = []
-    for each in tries:
+    for one_try in tries:
         while len(running) >= lanes:
             _wait(running, results, limit)
-        running.append(_begin(each))
+        running.append(_begin(one_try))
     while running:
         _wait(running, results, limit)
     return results
@@ -57,25 +57,25 @@ def _begin(work: Callable[[], Outcome]) -> _Running:
     return _Running(process, reader, time.monotonic())
 
 
-def _wait(running: list[_Running], found: list[Outcome], limit: float) -> None:
-    ready, _, _ = select.select([each.reader for each in running], [], [], 0.1)
-    for each in list(running):
-        if each.reader in ready:
-            message = os.read(each.reader, 1 << 16)
-            each.said += message
+def _wait(running: list[_Running], outcomes: list[Outcome], limit: float) -> None:
+    ready, _, _ = select.select([child.reader for child in running], [], [], 0.1)
+    for child in list(running):
+        if child.reader in ready:
+            message = os.read(child.reader, 1 << 16)
+            child.said += message
             if not message:
-                _end(each, running, found)
-        elif time.monotonic() - each.begun > limit:
-            os.kill(each.process, signal.SIGKILL)
-            each.said = json.dumps({"error": f"no end within {limit} s"}).encode()
-            _end(each, running, found)
+                _end(child, running, outcomes)
+        elif time.monotonic() - child.begun > limit:
+            os.kill(child.process, signal.SIGKILL)
+            child.said = json.dumps({"error": f"no end within {limit} s"}).encode()
+            _end(child, running, outcomes)
 
 
-def _end(each: _Running, running: list[_Running], found: list[Outcome]) -> None:
-    os.close(each.reader)
-    status = os.waitstatus_to_exitcode(os.waitpid(each.process, 0)[1])
+def _end(child: _Running, running: list[_Running], outcomes: list[Outcome]) -> None:
+    os.close(child.reader)
+    status = os.waitstatus_to_exitcode(os.waitpid(child.process, 0)[1])
     try:
-        found.append(json.loads(each.said))
+        outcomes.append(json.loads(child.said))
     except ValueError:
-        found.append({"error": f"ended with {status} and said {each.said!r}"})
-    running.remove(each)
+        outcomes.append({"error": f"ended with {status} and said {child.said!r}"})
+    running.remove(child)

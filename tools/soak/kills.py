@@ -60,11 +60,11 @@ def kill_one(folder: Path, kind: str, seed: int, *, fsync: bool = False) -> Outc
 
 def _wait(rng: random.Random, told: int) -> None:
     """Wait until a random moment, measured by the run's progress, not by time."""
-    left, last = rng.randint(0, ACKNOWLEDGEMENTS), 0
-    while left:
+    remaining, last = rng.randint(0, ACKNOWLEDGEMENTS), 0
+    while remaining:
         time.sleep(0.001)
         calls = int.from_bytes(os.pread(told, 8, 0), "little")
-        left, last = left - (calls != last), calls
+        remaining, last = remaining - (calls != last), calls
     time.sleep(rng.uniform(0, LIFE))
 
 

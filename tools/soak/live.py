@@ -151,14 +151,14 @@ def check_coded(shape: str, trace: Any, seen: int, rng: random.Random) -> int:
     for _ in range(AGAIN if seen else 0):
         first = rng.randrange(seen)
         ranges.append((first, min(seen, first + 2)))
-    each, checked = batch * steps, 0
+    per_call, checked = batch * steps, 0
     for first, last in ranges:
         if first == last:
             continue
-        expected = np.concatenate([coded.rows(call, each) for call in range(first, last)])
-        for place, name in enumerate(DEFAULT_RECORD):
-            result = site.rows(name)[first * each : last * each]
-            assert np.array_equal(result, expected + place), f"{name} of calls {first} to {last}"
+        expected = np.concatenate([coded.rows(call, per_call) for call in range(first, last)])
+        for offset, name in enumerate(DEFAULT_RECORD):
+            result = site.rows(name)[first * per_call : last * per_call]
+            assert np.array_equal(result, expected + offset), f"{name} of calls {first} to {last}"
         assert calls["time"][first:last].tolist() == list(range(first, last))
         tags = [f"tag {call // 100}" for call in range(first, last)]
         assert calls["tag"][first:last].tolist() == tags
@@ -176,9 +176,9 @@ def check_model(trace: Any, seen: int, rng: random.Random) -> int:
         site = trace[name]
         if not len(site):
             continue
-        some = {rng.randrange(len(site)) for _ in range(SEQUENCES)} | {len(site) - 1}
+        checked_sequences = {rng.randrange(len(site)) for _ in range(SEQUENCES)} | {len(site) - 1}
         own = trace.sequences[trace.sequences["module"] == site.module.path]
-        for number in some:
+        for number in checked_sequences:
             version = int(trace.calls["weights"][own["call"][number]])
             checked += _check_sequence(site.sequence(number), site.weights(version))
     return checked

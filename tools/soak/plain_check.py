@@ -65,7 +65,7 @@ def wrong_figures(path: Path) -> tuple[int, int]:
         modules = file["modules"][()]
         for site in file["sites"].values():
             steps = modules["steps"][site["site"][()]["module"]]
-            for quantity in (each for each in site.values() if isinstance(each, h5py.Group)):
+            for quantity in (member for member in site.values() if isinstance(member, h5py.Group)):
                 units = quantity["units"][()]
                 total = units["count"] + units["nan"] + units["infinite"]
                 wrong += int((total != steps).sum())

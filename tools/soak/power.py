@@ -37,7 +37,7 @@ _FSYNC, _ACKNOWLEDGED = -1, -2
 def power(folder: Path, tries: int, seed: int = 0) -> list[Outcome]:
     """Simulate this many power losses."""
     result = outcomes(_tries(folder, tries, seed))
-    return [each for outcome in result for each in outcome.get("cuts", [outcome])]
+    return [cut for outcome in result for cut in outcome.get("cuts", [outcome])]
 
 
 def _tries(folder: Path, tries: int, seed: int) -> Iterator[Callable[[], Outcome]]:
@@ -51,17 +51,17 @@ def _tries(folder: Path, tries: int, seed: int) -> Iterator[Callable[[], Outcome
 
 def cut_some(folder: Path, kind: str, page: str, fsync: bool, seed: int) -> Outcome:
     """Log the writes of a run, and simulate power losses at several moments."""
-    place = folder / f"power-{seed}"
-    place.mkdir()
-    log = place / "log"
+    folder_of_seed = folder / f"power-{seed}"
+    folder_of_seed.mkdir()
+    log = folder_of_seed / "log"
     with log.open("ab", buffering=0) as journal:
         # By another name until it is renamed: so by the folder.
-        disk.log(place / "run", journal.fileno())
+        disk.log(folder_of_seed / "run", journal.fileno())
 
         def acknowledge(calls: int) -> None:
             journal.write(struct.pack("<qqq", calls, _ACKNOWLEDGED, 0))
 
-        run_for_ever(kind, place / "run.h5", acknowledge, seed, fsync=fsync, runs=12)
+        run_for_ever(kind, folder_of_seed / "run.h5", acknowledge, seed, fsync=fsync, runs=12)
         disk.log(Path("/nowhere"), -1)
     events = list(_events(log.read_bytes()))
     log.unlink()
@@ -69,8 +69,8 @@ def cut_some(folder: Path, kind: str, page: str, fsync: bool, seed: int) -> Outc
     cuts = []
     for number in range(CUTS):
         about = {"kind": kind, "page": page, "fsync": fsync, "seed": seed, "cut": number}
-        left = _left(events, rng.randrange(len(events)), PAGES[page], rng, fsync=fsync)
-        cuts.append(about | _look(place / f"cut-{number}.h5", left))
+        remains = _left(events, rng.randrange(len(events)), PAGES[page], rng, fsync=fsync)
+        cuts.append(about | _look(folder_of_seed / f"cut-{number}.h5", remains))
     return {"cuts": cuts}
 
 
@@ -79,12 +79,12 @@ _Event = tuple[int, int, int, bytes]
 
 
 def _events(log: bytes) -> Iterator[_Event]:
-    place = 0
-    while place < len(log):
-        offset, length, inode = struct.unpack_from("<qqq", log, place)
-        place += 24
-        yield offset, length, inode, log[place : place + max(0, length)]
-        place += max(0, length)
+    index = 0
+    while index < len(log):
+        offset, length, inode = struct.unpack_from("<qqq", log, index)
+        index += 24
+        yield offset, length, inode, log[index : index + max(0, length)]
+        index += max(0, length)
 
 
 @dataclass
@@ -130,19 +130,19 @@ def _content(events: list[_Event], page: int, rng: random.Random) -> bytearray:
             content = bytearray(now)
     for first, those in states.items():
         before = bytes(content[first : first + page])
-        kept = rng.choice([before, *those])
-        if kept:
-            content.extend(bytes(max(0, first + len(kept) - len(content))))
-            content[first : first + len(kept)] = kept
+        page_left = rng.choice([before, *those])
+        if page_left:
+            content.extend(bytes(max(0, first + len(page_left) - len(content))))
+            content[first : first + len(page_left)] = page_left
     return content
 
 
-def _look(path: Path, left: _Left) -> Outcome:
-    path.write_bytes(left.content)
-    results = {"acknowledged": left.acknowledged, "calls": 0, "wrong": 0, "opened": None}
+def _look(path: Path, remains: _Left) -> Outcome:
+    path.write_bytes(remains.content)
+    results = {"acknowledged": remains.acknowledged, "calls": 0, "wrong": 0, "opened": None}
     # As it is, where HDF5 may wait for ever for a writer that is not there.
     as_it_is = outcomes([partial(look, "", path)], lanes=1, limit=2.0)[0]
-    results["as_it_is"] = "error" not in as_it_is and as_it_is["calls"] >= left.acknowledged
+    results["as_it_is"] = "error" not in as_it_is and as_it_is["calls"] >= remains.acknowledged
     recovered = path.with_suffix(".recovered.h5")
     try:
         recover_file(path, recovered, timeout=5.0)

@@ -51,8 +51,8 @@ def report(name: str, outcomes: Sequence[Outcome]) -> list[str]:
     """Print a table; return the faults, in words."""
     print(f"\n{name}\n")
     groups: dict[str, list[Outcome]] = {}
-    for each in outcomes:
-        groups.setdefault(_group(name, each), []).append(each)
+    for outcome in outcomes:
+        groups.setdefault(_group(name, outcome), []).append(outcome)
     rows = {"live": _live_rows, "fsync": _cost_rows}.get(name)
     _print_table(rows(groups) if rows else _rows(name, groups))
     return [
@@ -81,27 +81,27 @@ def _rows(name: str, groups: dict[str, list[Outcome]]) -> Iterable[list[str]]:
            "slowest to open, ms"]  # fmt: skip
     for group, outcomes in sorted(groups.items()):
         sound = [outcome for outcome in outcomes if "error" not in outcome]
-        opened = [each["opened"] for each in sound if each.get("opened")]
+        opened = [outcome["opened"] for outcome in sound if outcome.get("opened")]
         row = [
             len(outcomes),
-            sum(each["acknowledged"] > 0 for each in sound),
-            sum(each["calls"] < each["acknowledged"] for each in sound),
-            sum(each["wrong"] > 0 for each in sound),
+            sum(outcome["acknowledged"] > 0 for outcome in sound),
+            sum(outcome["calls"] < outcome["acknowledged"] for outcome in sound),
+            sum(outcome["wrong"] > 0 for outcome in sound),
         ]
         if name == "faults":
-            row.append(sum(each["failed"] > 0 for each in sound))
+            row.append(sum(outcome["failed"] > 0 for outcome in sound))
         if name == "power":
-            row.append(sum(each["as_it_is"] for each in sound))
+            row.append(sum(outcome["as_it_is"] for outcome in sound))
         yield [group, *map(str, row), f"{1000 * max(opened, default=0):.0f}"]
 
 
 def _live_rows(groups: dict[str, list[Outcome]]) -> Iterable[list[str]]:
     yield ["", "refreshes", "with news", "calls", "rows checked", "MB", "slowest refresh, ms"]
     for group, outcomes in groups.items():
-        for each in (one for one in outcomes if "error" not in one):
-            numbers = (each[name] for name in ("refreshes", "changes", "calls", "checked"))
-            yield [group, *map(str, numbers), f"{each['bytes'] / 1e6:.1f}",
-                   f"{1000 * each['slowest']:.0f}"]  # fmt: skip
+        for outcome in (one for one in outcomes if "error" not in one):
+            numbers = (outcome[name] for name in ("refreshes", "changes", "calls", "checked"))
+            yield [group, *map(str, numbers), f"{outcome['bytes'] / 1e6:.1f}",
+                   f"{1000 * outcome['slowest']:.0f}"]  # fmt: skip
 
 
 def _cost_rows(groups: dict[str, list[Outcome]]) -> Iterable[list[str]]:

@@ -184,7 +184,7 @@ def test_every_kind_of_site_gives_the_same(tmp_path, monkeypatch, paired) -> Non
             update=np.square(other.update),
             hidden=np.square(other.hidden),
             lengths=other.lengths,
-            weights={name: 2 * each for name, each in other.weights.items()},
+            weights={name: 2 * weight for name, weight in other.weights.items()},
             reverse=other.reverse,
         )
         return change(site, shifted, paired=paired)

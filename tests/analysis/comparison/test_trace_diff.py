@@ -71,11 +71,11 @@ def site_by_loops(a: Any, b: Any, quantity: str, tolerance: float) -> Any:
             for unit, (x, y) in enumerate(zip(left.tolist(), right.tolist(), strict=True)):
                 values += 1
                 off = abs(x - y) / max(1, abs(x), abs(y))
-                place = sequence, step, unit, x, y
+                worst = sequence, step, unit, x, y
                 unequal += x != y
                 beyond += off > tolerance
-                first = place if off > tolerance and first is None else first
-                largest = (off, place) if off > (largest[0] if largest else 0) else largest
+                first = worst if off > tolerance and first is None else first
+                largest = (off, worst) if off > (largest[0] if largest else 0) else largest
     return values, unequal, beyond, largest and largest[0], first
 
 
@@ -100,16 +100,18 @@ def test_differences_equal_those_of_a_plain_reader(tmp_path, block, monkeypatch)
     assert {(value.site, value.quantity) for value in result.values} == set(expected)
     assert sum(value.beyond for value in result.values) > 20
     for value in result.values:
-        place = value.first
+        first = value.first
         assert (
             value.values,
             value.unequal,
             value.beyond,
             value.largest and value.largest.difference,
-            place and (place.sequence, place.step, place.unit, place.a, place.b),
+            first and (first.sequence, first.step, first.unit, first.a, first.b),
         ) == expected[value.site, value.quantity]
     assert not result.same
-    assert result.largest.largest.difference == max(each[3] or 0 for each in expected.values())
+    assert result.largest.largest.difference == max(
+        figures[3] or 0 for figures in expected.values()
+    )
 
 
 def test_repeated_runs_are_equal(tmp_path) -> None:
@@ -133,7 +135,7 @@ def test_derived_gates_are_equal_within_rounding(tmp_path, monkeypatch) -> None:
     allowed = max(inline[name].checks["tolerance"].max() for name in inline.sites)
     assert result.same
     assert 0 < result.largest.largest.difference <= allowed
-    assert [each.what for each in result.context] == ["option gates"]
+    assert [difference.what for difference in result.context] == ["option gates"]
     deferred.close()
 
 
@@ -187,7 +189,7 @@ def test_batch_sizes_do_not_matter() -> None:
     result = compare(a, b)
     assert result.same
     assert result.largest is None or result.largest.largest.difference < 1e-6
-    about = {each.what: (each.a, each.b) for each in result.context}
+    about = {difference.what: (difference.a, difference.b) for difference in result.context}
     assert about["encoder: batches"] == ("1 call of 8", "3 calls of 1 to 4")
     with grutrace.trace(model, record=EVERYTHING) as shuffled:
         model(batch.flip(0))
@@ -252,16 +254,16 @@ def test_large_values_are_compared_relatively(tmp_path) -> None:
 def test_nan_and_infinity(layer, input) -> None:
     traces = {}
     for value in (0.5, np.nan, np.inf, -np.inf):
-        given = input.clone()
-        given[3, 2, 1] = value
-        traces[value] = trace_of(layer, given, check="off", record="input")
+        changed = input.clone()
+        changed[3, 2, 1] = value
+        traces[value] = trace_of(layer, changed, check="off", record="input")
     for (x, a), (y, b) in itertools.product(traces.items(), repeat=2):
         result = compare(a, b)
         assert result.same == (x == y or (x != x and y != y))
         if not result.same:
-            (place,) = (value.largest for value in result.values if value.beyond)
-            assert (place.sequence, place.step, place.unit) == (2, 3, 1)
-            assert place.difference == np.inf
+            (largest,) = (value.largest for value in result.values if value.beyond)
+            assert (largest.sequence, largest.step, largest.unit) == (2, 3, 1)
+            assert largest.difference == np.inf
             assert not compare(a, b, tolerance=1e300).same
 
 
@@ -321,9 +323,9 @@ def test_different_sizes_are_reported(input) -> None:
     assert [str(mismatch) for mismatch in result.mismatches] == ["bias: True and False"]
 
 
-def annotated(layer: Any, input: Any, **given: Any) -> Any:
+def annotated(layer: Any, input: Any, **options: Any) -> Any:
     tracer = grutrace.Tracer(layer, recording=False)
-    with tracer, tracer.recording(**given):
+    with tracer, tracer.recording(**options):
         layer(input)
     return tracer
 

@@ -59,9 +59,9 @@ def test_control_few_bins_exceed_the_error_of_many() -> None:
 
 
 def test_every_kind_of_site_gives_the_same(tmp_path, monkeypatch) -> None:
-    def derived(found, expected) -> None:
+    def derived(actual, expected) -> None:
         for quantity, error in expected.error.items():
-            off = np.abs(found.median[quantity] - expected.median[quantity])
+            off = np.abs(actual.median[quantity] - expected.median[quantity])
             assert (off <= error).all()
 
     check_everywhere(quantiles, tmp_path, monkeypatch, derived=derived)

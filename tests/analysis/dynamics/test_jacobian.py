@@ -27,7 +27,7 @@ def cell_of(weights: dict[str, np.ndarray]) -> nn.GRUCell:
 
 
 def differentiated(cell: nn.GRUCell, x: np.ndarray, before: np.ndarray) -> np.ndarray:
-    x_, before_ = (torch.from_numpy(each.astype(np.float64)) for each in (x, before))
+    x_, before_ = (torch.from_numpy(values.astype(np.float64)) for values in (x, before))
     return torch.func.jacrev(lambda h: cell(x_, h))(before_).detach().numpy()
 
 
@@ -109,10 +109,10 @@ def test_every_kind_of_site_gives_the_same(tmp_path, monkeypatch) -> None:
 def test_wrong_options_are_errors() -> None:
     torch.manual_seed(0)
     layer = nn.GRU(2, 4)
-    with grutrace.trace(layer, units=[0, 2], gates="inline") as some:
+    with grutrace.trace(layer, units=[0, 2], gates="inline") as part:
         layer(torch.randn(3, 2))
     with pytest.raises(NotRecordedError, match="has 2 of 4 units, and this analysis needs all"):
-        jacobian(some["l0"], 0, 0)
+        jacobian(part["l0"], 0, 0)
     with grutrace.trace(layer, record=("update", "hidden")) as no_gates:
         layer(torch.randn(3, 2))
     with pytest.raises(NotRecordedError, match="no 'reset'"):

@@ -72,7 +72,7 @@ def test_all_sequences(where) -> None:
     for name in trace.sites:
         site = trace[name]
         seen = reduce_sequences(where(site), ("update",), Sequences).seen
-        assert [each[:2] for each in seen] == sorted(each[:2] for each in seen)
+        assert [entry[:2] for entry in seen] == sorted(entry[:2] for entry in seen)
         for number in range(len(site)):
             own = np.concatenate([values for of, _, values in seen if of == number])
             way = slice(None, None, -1 if site.site.reverse else 1)

@@ -45,10 +45,10 @@ def small_blocks(monkeypatch) -> None:
     monkeypatch.setattr(map_reduce, "MAX_THREADS", 1)
 
 
-def write(path: Path, steps: int, each: int) -> None:
+def write(path: Path, steps: int, steps_per_call: int) -> None:
     """So many steps, in sequences of each so many."""
     module = make_module("rnn", hidden=UNIT_DTYPE, width=UNIT_DTYPE)
-    long_traces.write(path, module, each, 1, steps // each)
+    long_traces.write(path, module, steps_per_call, 1, steps // steps_per_call)
 
 
 def peak(analyse: Callable[[Any], object], path: Path) -> int:

@@ -32,29 +32,34 @@ def test_segments_are_the_sequences(trace, block, monkeypatch) -> None:
     for name in trace.sites:
         site = trace[name]
         result = list(iter_segments(as_site_data(site), ASKED))
-        assert [each.sequence for each in result] == sorted(each.sequence for each in result)
-        assert {each.sequence for each in result} == set(range(len(site)))
+        assert [segment.sequence for segment in result] == sorted(
+            segment.sequence for segment in result
+        )
+        assert {segment.sequence for segment in result} == set(range(len(site)))
         for number in range(len(site)):
-            own = [each for each in result if each.sequence == number]
+            own = [segment for segment in result if segment.sequence == number]
             check_sequence(site, site.sequence(number), own)
 
 
 def check_sequence(site, sequence, own) -> None:
     way = slice(None, None, -1 if site.site.reverse else 1)
     for quantity in QUANTITIES:
-        together = np.concatenate([each.values[quantity] for each in own])[way]
+        together = np.concatenate([segment.values[quantity] for segment in own])[way]
         # The last bits of derived gates depend on which steps are derived together: sums of 16
         # terms of at most 5 or so, in another order.
         np.testing.assert_allclose(together, sequence.rows(quantity), rtol=0, atol=16 * 5 * 6e-8)
-    previous = np.concatenate([each.previous for each in own])[way]
+    previous = np.concatenate([segment.previous for segment in own])[way]
     np.testing.assert_array_equal(previous, sequence.previous)
-    assert [each.start for each in own] == [0, *np.cumsum([len(each) for each in own])[:-1]]
-    assert {each.length for each in own} == {len(sequence)}
-    assert [each.is_first for each in own] == [True] + [False] * (len(own) - 1)
-    assert [each.ends for each in own] == [False] * (len(own) - 1) + [True]
+    assert [segment.start for segment in own] == [
+        0,
+        *np.cumsum([len(segment) for segment in own])[:-1],
+    ]
+    assert {segment.length for segment in own} == {len(sequence)}
+    assert [segment.is_first for segment in own] == [True] + [False] * (len(own) - 1)
+    assert [segment.ends for segment in own] == [False] * (len(own) - 1) + [True]
     # These weights, and no other version's, give back the states.
-    for each in own:
-        assert recomputed(each) == pytest.approx(each.values["hidden"], abs=1e-5)
+    for segment in own:
+        assert recomputed(segment) == pytest.approx(segment.values["hidden"], abs=1e-5)
 
 
 def recomputed(segment) -> np.ndarray:
@@ -80,13 +85,13 @@ def test_control_other_weights_do_not_give_the_states(trace) -> None:
 
 def test_some_sequences(trace) -> None:
     result = iter_segments(as_site_data(trace["encoder.l1_reverse"]), ("update",), 2, 5)
-    assert sorted({each.sequence for each in result}) == [2, 3, 4]
+    assert sorted({segment.sequence for segment in result}) == [2, 3, 4]
 
 
 def test_a_sequence_without_steps_has_no_segment() -> None:
     arrays = SiteArrays(update=np.arange(6.0).reshape(3, 2), lengths=[0, 2, 0, 1])
     result = list(iter_segments(as_site_data(arrays), ("update",)))
-    assert [(each.sequence, len(each)) for each in result] == [(1, 2), (3, 1)]
+    assert [(segment.sequence, len(segment)) for segment in result] == [(1, 2), (3, 1)]
 
 
 def test_what_was_not_recorded() -> None:

@@ -18,8 +18,8 @@ def permutations(codes, count=50, seed=0, order=None) -> LabelPermutations:
     )
 
 
-def moved_by(found: LabelPermutations, rows, numbers) -> np.ndarray:
-    return found.codes(rows, numbers, found.sources(numbers))
+def moved_by(permutations: LabelPermutations, rows, numbers) -> np.ndarray:
+    return permutations.codes(rows, numbers, permutations.sources(numbers))
 
 
 def test_labels_are_rotated_within_their_sequence() -> None:
@@ -50,14 +50,14 @@ def test_each_sequence_is_rotated_by_its_own_offset() -> None:
 def test_sequences_of_equal_length_swap_labels() -> None:
     lengths = np.array([4] * 12 + [9] * 3)
     sequences = np.repeat(np.arange(15), lengths)
-    places = np.concatenate([np.arange(length) for length in lengths])
-    codes = np.random.default_rng(0).integers(0, 1000, len(places))
-    result = LabelPermutations(codes, sequences, places, 15, 50, 0)
+    steps = np.concatenate([np.arange(length) for length in lengths])
+    codes = np.random.default_rng(0).integers(0, 1000, len(steps))
+    result = LabelPermutations(codes, sequences, steps, 15, 50, 0)
     assert result.kind == "both"
-    given = codes[:48].reshape(12, 4).tolist()
+    originals = codes[:48].reshape(12, 4).tolist()
     for own in moved_by(result, np.arange(len(codes)), range(50)):
         rows = own[:48].reshape(12, 4).tolist()
-        assert sorted(rows) == sorted(given)
+        assert sorted(rows) == sorted(originals)
         for number in (12, 13, 14):
             of = sequences == number
             assert own[of].tolist() in [np.roll(codes[of], by).tolist() for by in range(9)]
@@ -84,11 +84,11 @@ def test_constant_labels_move_to_other_sequences() -> None:
     moved = moved_by(result, np.arange(53), range(50))
     seen = set()
     for own in moved:
-        each = [set(own[number == SEQUENCES].tolist()) for number in (0, 1, 3, 4)]
-        assert all(len(labels) == 1 for labels in each)
-        given = [labels.pop() for labels in each]
-        assert sorted(given) == [1, 1, 3, 5]
-        seen.add(tuple(given))
+        labels_per_length = [set(own[number == SEQUENCES].tolist()) for number in (0, 1, 3, 4)]
+        assert all(len(labels) == 1 for labels in labels_per_length)
+        assigned = [labels.pop() for labels in labels_per_length]
+        assert sorted(assigned) == [1, 1, 3, 5]
+        seen.add(tuple(assigned))
     # Of twelve orders.
     assert len(seen) > 9
 

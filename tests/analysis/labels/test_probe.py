@@ -98,8 +98,8 @@ def test_control_a_split_by_step_leaks_the_sequence() -> None:
     label = np.repeat(random.integers(0, 2, 60), 20)
     whole = probe(arrays(names, x=label), "x")
     assert whole.score < 0.75
-    each = SiteArrays(hidden=names, lengths=np.full(1200, 1), labels={"x": label})
-    assert probe(each, "x").score > 0.98
+    site = SiteArrays(hidden=names, lengths=np.full(1200, 1), labels={"x": label})
+    assert probe(site, "x").score > 0.98
 
 
 def test_forks_stay_with_their_parent() -> None:

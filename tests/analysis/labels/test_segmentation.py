@@ -11,14 +11,14 @@ from grutrace.analysis.labels.segmentation import peaks, score_boundaries
 from grutrace.errors import OptionError
 
 
-def marks(places, length) -> np.ndarray:
+def marks(boundaries, length) -> np.ndarray:
     result = np.zeros(length, bool)
-    result[list(places)] = True
+    result[list(boundaries)] = True
     return result
 
 
-def score(found, reference, length=100, tolerance=2):
-    return score_boundaries(marks(found, length), marks(reference, length), [length], tolerance)
+def score(detected, reference, length=100, tolerance=2):
+    return score_boundaries(marks(detected, length), marks(reference, length), [length], tolerance)
 
 
 def test_all_and_none() -> None:
@@ -48,16 +48,16 @@ def test_the_tolerance_and_one_hit_each() -> None:
     assert score([10, 13], [8, 12]).hits == 2
 
 
-def most_pairs(found, reference, tolerance) -> int:
+def most_pairs(detected, reference, tolerance) -> int:
     """By trying everything."""
-    if not found:
+    if not detected:
         return 0
-    first, *rest = found
+    first, *rest = detected
     best = most_pairs(rest, reference, tolerance)
-    for each in reference:
-        if abs(each - first) <= tolerance:
-            left = [other for other in reference if other != each]
-            best = max(best, 1 + most_pairs(rest, left, tolerance))
+    for boundary in reference:
+        if abs(boundary - first) <= tolerance:
+            remaining = [other for other in reference if other != boundary]
+            best = max(best, 1 + most_pairs(rest, remaining, tolerance))
     return best
 
 

@@ -100,21 +100,21 @@ def test_areas_and_information_equal_scikit_learn() -> None:
     states[:, 4] = np.round(states[:, 4], 1)
     codes = np.where(random.uniform(size=1200) < 0.1, np.nan, labels)
     result = selectivity(arrays(states, codes), "x", permutations=0)
-    some = ~np.isnan(codes)
-    assert result.steps == some.sum()
+    is_labelled = ~np.isnan(codes)
+    assert result.steps == is_labelled.sum()
     assert result.auc_error.max() < 0.05
     assert result.auc_error[:4].max() < 2e-3
     for code in range(3):
         for unit in range(5):
-            exact = roc_auc_score(codes[some] == code, states[some, unit])
+            exact = roc_auc_score(codes[is_labelled] == code, states[is_labelled, unit])
             # Rounded values all lie in bins of their own, so nothing is lost by bins.
             bound = result.auc_error[unit] if unit < 4 else 1e-12
             assert abs(result.aucs[code, unit] - exact) <= bound + 1e-12
     for unit in range(4):
         levels = np.searchsorted(
-            np.quantile(states[some, unit], np.arange(1, 8) / 8), states[some, unit]
+            np.quantile(states[is_labelled, unit], np.arange(1, 8) / 8), states[is_labelled, unit]
         )
-        bits = mutual_info_score(levels, codes[some]) / math.log(2)
+        bits = mutual_info_score(levels, codes[is_labelled]) / math.log(2)
         # The borders of levels are those of bins.
         assert result.information[unit] == pytest.approx(bits, abs=0.01)
     assert np.isnan(result.p).all()

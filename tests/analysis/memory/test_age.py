@@ -35,25 +35,25 @@ def test_equals_the_weights_written_out(chunk, monkeypatch) -> None:
     monkeypatch.setattr(module, "CHUNK_STEPS", chunk)
     trace = sites.in_memory()
     for name in trace.sites:
-        site, ages, ends, left = trace[name], [], [], []
+        site, ages, ends, remaining = trace[name], [], [], []
         for sequence in site:
             result, beginning = written_out(sequence.update[:: -1 if site.site.reverse else 1])
             ages.append(result)
             ends.append(result[-1])
-            left.append(beginning)
+            remaining.append(beginning)
         result = state_age(site)
         np.testing.assert_allclose(result.age, np.concatenate(ages).mean(0))
         np.testing.assert_allclose(result.age_at_end, np.mean(ends, axis=0))
-        np.testing.assert_allclose(result.initial_left, np.mean(left, axis=0))
+        np.testing.assert_allclose(result.initial_left, np.mean(remaining, axis=0))
 
 
 def test_a_constant_gate() -> None:
-    kept = np.array([0.0, 0.5, 0.9, 0.99, 1.0])
-    result = state_age(SiteArrays(update=np.tile(kept, (5000, 1))))
-    np.testing.assert_allclose(result.age_at_end[:4], kept[:4] / (1 - kept[:4]))
+    gate = np.array([0.0, 0.5, 0.9, 0.99, 1.0])
+    result = state_age(SiteArrays(update=np.tile(gate, (5000, 1))))
+    np.testing.assert_allclose(result.age_at_end[:4], gate[:4] / (1 - gate[:4]))
     assert result.age_at_end[4] == 5000
     # The second is smaller than any number.
-    expected = [0, 0, kept[2] ** 5000, kept[3] ** 5000, 1]
+    expected = [0, 0, gate[2] ** 5000, gate[3] ** 5000, 1]
     np.testing.assert_allclose(result.initial_left, expected, rtol=1e-11)
     # Half a step less than the timescale, or nearly so.
     assert result.age_at_end[3] == pytest.approx(-1 / np.log(0.99) - 0.5, rel=1e-3)

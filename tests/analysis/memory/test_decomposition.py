@@ -34,11 +34,11 @@ def allowed(site: Any, number: int, step: int, eps: float) -> np.ndarray:
     made = len(sequence) - 1 - step if site.site.reverse else step
     update = sequence.update[way][: made + 1].astype(np.float64)
     sizes = 1 + np.abs(sequence.previous[way][: made + 1])
-    kept = np.ones_like(update[0])
-    total = np.zeros_like(kept)
+    weight = np.ones_like(update[0])
+    total = np.zeros_like(weight)
     for past in range(made, -1, -1):
-        total += kept * (site.residual + 4 * eps * sizes[past])
-        kept = kept * update[past]
+        total += weight * (site.residual + 4 * eps * sizes[past])
+        weight = weight * update[past]
     return total
 
 
@@ -70,11 +70,11 @@ def test_equals_exact_arithmetic() -> None:
     for step in range(30):
         z, n = ([Fraction(x) for x in rows[step]] for rows in (update, candidate))
         exact = {
-            past: [w * k for w, k in zip(each, z, strict=True)] for past, each in exact.items()
+            past: [w * k for w, k in zip(terms, z, strict=True)] for past, terms in exact.items()
         }
         exact[step] = [(1 - k) * c for k, c in zip(z, n, strict=True)]
         before = [k * b for k, b in zip(z, before, strict=True)]
-        states.append([float(sum(each)) for each in zip(*exact.values(), before, strict=True)])
+        states.append([float(sum(terms)) for terms in zip(*exact.values(), before, strict=True)])
     arrays = SiteArrays(
         update=update, candidate=candidate, hidden=np.array(states), initial=initial
     )

@@ -30,23 +30,23 @@ def with_biases(biases: np.ndarray, steps: int = 50) -> grutrace.Trace:
 
 def test_a_constant_gate_has_its_theoretical_timescale() -> None:
     taus = np.array([0.3, 1.0, 7.0, 100.0, 1e5])
-    kept = np.exp(-1 / taus)
-    result = timescales(with_biases(np.log(kept / (1 - kept)))["l0"])
+    gate = np.exp(-1 / taus)
+    result = timescales(with_biases(np.log(gate / (1 - gate)))["l0"])
     np.testing.assert_allclose(result.tau, taus, rtol=1e-8)
     np.testing.assert_allclose(result.tau_of_mean, taus, rtol=1e-8)
 
 
 def test_states_of_a_constant_gate_decay_at_its_timescale() -> None:
     """h = z h' + (1 - z) noise is a process with autocorrelation z^k."""
-    random, kept = np.random.default_rng(0), np.array([0.5, 0.9, 0.95])
+    random, gate = np.random.default_rng(0), np.array([0.5, 0.9, 0.95])
     noise, states = random.normal(size=(50_000, 3)), np.zeros((50_000, 3))
     before = np.zeros(3)
     for step in range(len(states)):
-        states[step] = before = kept * before + (1 - kept) * noise[step]
-    update = np.broadcast_to(kept, states.shape)
+        states[step] = before = gate * before + (1 - gate) * noise[step]
+    update = np.broadcast_to(gate, states.shape)
     result = timescales(SiteArrays(update=update, hidden=states))
-    np.testing.assert_allclose(result.tau_of_states, -1 / np.log(kept), rtol=0.1)
-    np.testing.assert_allclose(result.tau, -1 / np.log(kept), rtol=1e-12)
+    np.testing.assert_allclose(result.tau_of_states, -1 / np.log(gate), rtol=0.1)
+    np.testing.assert_allclose(result.tau, -1 / np.log(gate), rtol=1e-12)
 
 
 def test_geometric_and_arithmetic_mean() -> None:
@@ -127,9 +127,9 @@ def test_gates_of_exactly_0_or_1_and_nan() -> None:
 
 
 def test_every_kind_of_site_gives_the_same(tmp_path, monkeypatch) -> None:
-    def derived(found, expected) -> None:
-        np.testing.assert_allclose(found.tau, expected.tau, 1e-4)
-        np.testing.assert_allclose(found.tau_of_states, expected.tau_of_states, 1e-4)
+    def derived(actual, expected) -> None:
+        np.testing.assert_allclose(actual.tau, expected.tau, 1e-4)
+        np.testing.assert_allclose(actual.tau_of_states, expected.tau_of_states, 1e-4)
 
     check_everywhere(timescales, tmp_path, monkeypatch, derived=derived)
     site = sites.in_memory()["encoder.l1_reverse"]

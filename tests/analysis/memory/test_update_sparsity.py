@@ -19,8 +19,8 @@ def test_equals_numpy_sequence_by_sequence() -> None:
     trace = sites.in_memory()
     for name in trace.sites:
         result = update_sparsity(trace[name], 0.1)
-        each = [np.abs(sequence.hidden - sequence.previous) for sequence in trace[name]]
-        sizes = np.concatenate(each)
+        updates = [np.abs(sequence.hidden - sequence.previous) for sequence in trace[name]]
+        sizes = np.concatenate(updates)
         np.testing.assert_allclose(result.share, (sizes < 0.1).mean(0))
         np.testing.assert_allclose(result.size, sizes.mean(0), rtol=1e-5)
         assert result.near_zero == pytest.approx((sizes < 0.1).mean())

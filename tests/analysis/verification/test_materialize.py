@@ -81,7 +81,7 @@ def test_a_whole_run(traces, tmp_path, block, monkeypatch) -> None:
         assert full.calls["time"].tolist() == times
         assert full.options["gates"] == "derived"
         assert_as_inline(full, inline)
-        assert all(found.holds and found.check == "gates" for found in verify(full))
+        assert all(result.holds and result.check == "gates" for result in verify(full))
 
 
 def test_forks_and_shrinking_batches(tmp_path) -> None:
@@ -150,7 +150,7 @@ def test_the_files_of_a_run_become_one_file(tmp_path, monkeypatch) -> None:
         traces.append(inline)
     with grutrace.open(tmp_path / "run.h5") as trace:
         assert len(trace.sites) == 2
-        assert all(found.holds and found.check == "derived" for found in verify(trace))
+        assert all(result.holds and result.check == "derived" for result in verify(trace))
         materialize_file(trace, tmp_path / "full.h5")
         sites, times = trace.sites, trace.calls["time"].tolist()
     for path in tmp_path.glob("run*"):

@@ -41,7 +41,7 @@ def two_layers(path, record=EVERYTHING, training=False, steps=20, gates="inline"
 
 def checked(path) -> dict[str, verification.SiteVerification]:
     with grutrace.open(path) as trace:
-        return {found.site: found for found in verify(trace)}
+        return {result.site: result for result in verify(trace)}
 
 
 def test_the_checks_depend_on_the_recorded_quantities(tmp_path) -> None:
@@ -56,18 +56,28 @@ def test_the_checks_depend_on_the_recorded_quantities(tmp_path) -> None:
         two_layers(path, record)
         result = checked(path)
         assert [result["l0"].check, result["l1_reverse"].check] == checks
-        assert all(each.holds for each in result.values())
-        assert all(bool(each.reason) == (each.check != "gates") for each in result.values())
+        assert all(result_of_site.holds for result_of_site in result.values())
+        assert all(
+            bool(result_of_site.reason) == (result_of_site.check != "gates")
+            for result_of_site in result.values()
+        )
 
 
 @pytest.mark.parametrize("gates", ["inline", "deferred"])
 def test_states_and_inputs_are_enough(tmp_path, gates) -> None:
     path = tmp_path / "run.h5"
     two_layers(path, ("hidden", "input"), gates=gates, training=True)
-    assert {(each.check, each.holds) for each in checked(path).values()} == {("derived", True)}
+    assert {
+        (result_of_site.check, result_of_site.holds) for result_of_site in checked(path).values()
+    } == {("derived", True)}
     with h5py.File(path, "r+") as file:
         damage_weights(file["modules/%/l1"])
-    assert [each.holds for each in checked(path).values()] == [True, True, False, True]
+    assert [result_of_site.holds for result_of_site in checked(path).values()] == [
+        True,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_states_before_dropout_are_not_used_as_input(tmp_path) -> None:
@@ -161,7 +171,10 @@ def test_control_each_kind_of_damage_to_a_deferred_file_is_caught(
     path = tmp_path / "run.h5"
     two_layers(path, gates="deferred", training=True)
     result = checked(path)
-    assert all(each.holds and each.check == "derived" for each in result.values())
+    assert all(
+        result_of_site.holds and result_of_site.check == "derived"
+        for result_of_site in result.values()
+    )
     with h5py.File(path, "r+") as file:
         damage(file["modules/%/l1"])
     result = checked(path)

@@ -27,8 +27,8 @@ def test_kernels_are_registered_and_removed_while_threads_run(monkeypatch) -> No
                     errors.append(error)
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
-    for each in threads:
-        each.start()
+    for worker in threads:
+        worker.start()
     received = []
     try:
         for _ in range(200):

@@ -154,8 +154,8 @@ def test_the_weights_of_the_call_are_recorded(
         optimizer = torch.optim.SGD(model.parameters(), 0.5)
         outputs = []
         for input in inputs:
-            given = (input, state) if layer == "cell" else (input,)
-            result = model(*given)
+            arguments = (input, state) if layer == "cell" else (input,)
+            result = model(*arguments)
             outputs.append(result if isinstance(result, Tensor) else result[0])
             if training:
                 outputs[-1].square().mean().backward()

@@ -22,11 +22,11 @@ GATES = ["inline", "background", "deferred"]
 
 def offload(layer: nn.GRU) -> None:
     """Weights are there only while the forward runs, as accelerate's cpu_offload has it."""
-    kept = {name: weight.detach().clone() for name, weight in layer.named_parameters()}
+    weights = {name: weight.detach().clone() for name, weight in layer.named_parameters()}
     inner = layer.forward
 
     def put(device: str) -> None:
-        for name, weight in kept.items():
+        for name, weight in weights.items():
             setattr(layer, name, nn.Parameter(weight.to(device), requires_grad=False))
 
     def forward(*args, **kwargs):
@@ -42,7 +42,7 @@ def offload(layer: nn.GRU) -> None:
 
 def scale(layer: nn.GRU) -> None:
     inner = layer.forward
-    layer.forward = lambda x, hx=None: tuple(each * 0.5 for each in inner(x * 2, hx))
+    layer.forward = lambda x, hx=None: tuple(tensor * 0.5 for tensor in inner(x * 2, hx))
 
 
 def parametrize_late(layer: nn.GRU) -> None:
@@ -54,11 +54,13 @@ def parametrize_late(layer: nn.GRU) -> None:
 
 
 def hook_the_output(layer: nn.GRU) -> None:
-    layer.register_forward_hook(lambda *given: tuple(each * 0.5 for each in given[-1]))
+    layer.register_forward_hook(lambda *arguments: tuple(tensor * 0.5 for tensor in arguments[-1]))
 
 
 def hook_the_output_first(layer: nn.GRU) -> None:
-    layer.register_forward_hook(lambda *given: tuple(e * 0.5 for e in given[-1]), prepend=True)
+    layer.register_forward_hook(
+        lambda *arguments: tuple(e * 0.5 for e in arguments[-1]), prepend=True
+    )
 
 
 def hook_the_input(layer: nn.GRU) -> None:
@@ -87,9 +89,12 @@ class KernelSpy:
 
     def _gru(self, *args):
         result = self._own(*args)
-        given = [each.clone() if isinstance(each, torch.Tensor) else each for each in args]
-        given[2] = [weight.detach().clone() for weight in args[2]]
-        self.calls.append((given, result))
+        arguments = [
+            argument.clone() if isinstance(argument, torch.Tensor) else argument
+            for argument in args
+        ]
+        arguments[2] = [weight.detach().clone() for weight in args[2]]
+        self.calls.append((arguments, result))
         return result
 
     def __exit__(self, *_):
@@ -244,9 +249,9 @@ def test_a_helper_compiled_with_fullgraph(gates) -> None:
     assert len(trace.calls) == 1
 
 
-def said_by(layer: nn.Module, *given) -> str:
+def said_by(layer: nn.Module, *arguments) -> str:
     try:
-        layer(*given)
+        layer(*arguments)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"

@@ -27,8 +27,11 @@ def test_tokens_go_where_they_fit_exactly(model, batch) -> None:
     tracer = grutrace.Tracer(model)
     with tracer.recording(tokens=WORDS):
         model(batch, steps=5)
-    assert [each.tokens for each in tracer["encoder.l0"]] == [["t", "h", "e"], ["a", None, None]]
-    assert [each.tokens for each in tracer["decoder.cell"]] == [None, None]
+    assert [sequence.tokens for sequence in tracer["encoder.l0"]] == [
+        ["t", "h", "e"],
+        ["a", None, None],
+    ]
+    assert [sequence.tokens for sequence in tracer["decoder.cell"]] == [None, None]
 
 
 def test_a_word_is_its_letters(model, batch) -> None:
@@ -86,12 +89,12 @@ def test_a_shrinking_batch_keeps_its_places() -> None:
         state = cell(torch.randn(2, 2), state[[0, 2]])
         cell(torch.randn(1, 2), state[[1]])
         recording.annotate(tokens=["ab", "x", "pqr"], module="")
-    found = [each.tokens for each in tracer["cell"]]
-    assert found == [["a", "b"], ["x"], ["p", "q", "r"]]
+    tokens = [sequence.tokens for sequence in tracer["cell"]]
+    assert tokens == [["a", "b"], ["x"], ["p", "q", "r"]]
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("options", "message"),
     [
         (
             {"tokens": [["a"], ["b"], ["c"]]},
@@ -110,9 +113,9 @@ def test_a_shrinking_batch_keeps_its_places() -> None:
         ),
     ],
 )
-def test_values_that_fit_nothing_are_one_clear_error(model, batch, given, message) -> None:
+def test_values_that_fit_nothing_are_one_clear_error(model, batch, options, message) -> None:
     tracer = grutrace.Tracer(model)
-    with pytest.raises(grutrace.OptionError, match=message), tracer.recording(**given):
+    with pytest.raises(grutrace.OptionError, match=message), tracer.recording(**options):
         model(batch)
     assert len(tracer["encoder.l0"]) == 2
     assert not tracer.is_recording

@@ -93,8 +93,8 @@ def test_the_lattice_in_a_file(tmp_path: Path, always: bool, case: Case) -> None
     with harvesting(always and has_steps(case)):
         check_untouched_and_exact(case, gates="background", path=path, mode="overwrite")
     with grutrace.open(path) as trace:
-        for found in verify(trace):
-            assert (found.check, found.holds) == ("gates", True), found
+        for result in verify(trace):
+            assert (result.check, result.holds) == ("gates", True), result
 
 
 @settings(max_examples=100, deadline=None)
@@ -131,7 +131,7 @@ def test_whole_runs(tmp_path, always) -> None:
     with grutrace.open(tmp_path / "run.h5") as opened:
         assert max(opened.calls["weights"]) > 0
         assert_same_as_inline(inline, opened)
-        assert all(found.holds for found in verify(opened))
+        assert all(result.holds for result in verify(opened))
 
 
 @both_ways
@@ -181,7 +181,7 @@ def test_what_was_asked_for_is_stored_and_nothing_else(record, always, tmp_path)
     assert (trace["l1"].checks["residual"] <= trace["l1"].checks["tolerance"]).all() or (
         record == "hidden"
     )
-    assert all(found.holds for found in verify(trace) if found.check == "gates")
+    assert all(result.holds for result in verify(trace) if result.check == "gates")
     asked = (record,) if isinstance(record, str) else record
     assert set(trace["l1"].site.quantities) == set(asked)
     assert all(trace["l1"].rows(name).shape[0] == 10 for name in asked)
@@ -212,7 +212,7 @@ def test_rows_in_a_smaller_type_are_those_of_an_inline_trace(always) -> None:
         else:
             np.testing.assert_array_equal(a, b)
     assert background["l0"].residual < 1e-6
-    assert all(found.holds for found in verify(background))
+    assert all(result.holds for result in verify(background))
 
 
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
@@ -397,10 +397,10 @@ def test_a_residual_beyond_rounding_is_said_when_it_is_known(tmp_path) -> None:
 
 @pytest.mark.parametrize("record", ["update", EVERYTHING])
 def test_control_harvested_gates_that_are_wrong_are_said(record, monkeypatch) -> None:
-    taken = kernel_gates.GateBuffers.gates.fget
+    gates_of = kernel_gates.GateBuffers.gates.fget
 
     def mixed_up(room):
-        return {name: 1 - gate for name, gate in taken(room).items()}
+        return {name: 1 - gate for name, gate in gates_of(room).items()}
 
     layer = nn.GRU(3, 40)
     with harvesting(True), grutrace.trace(layer, record=record) as trace:
@@ -467,7 +467,7 @@ def test_an_error_while_gates_are_made_loses_no_state_and_no_result(tmp_path, mo
     tracer.close()
     with grutrace.open(tmp_path / "a.h5") as trace:
         assert len(trace.calls) == 1
-        assert all(found.holds for found in verify(trace))
+        assert all(result.holds for result in verify(trace))
 
 
 def test_a_full_queue_slows_the_model_and_grows_no_memory(tmp_path, monkeypatch) -> None:
@@ -610,7 +610,7 @@ def changing(model: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
         for tensor in (*args, *(output if isinstance(output, tuple) else (output,))):
             getattr(tensor, "data", tensor).add_(1)
 
-    return [each.register_forward_hook(change) for each in model.children()]
+    return [module.register_forward_hook(change) for module in model.children()]
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -634,7 +634,7 @@ def test_what_is_copied_later_is_what_it_was_when_the_call_returned(
         background.flush()
         assert slow_device.waits == 6
     assert_same_as_inline(inline, background)
-    assert all(found.holds for found in verify(background))
+    assert all(result.holds for result in verify(background))
 
 
 def test_control_unless_somebody_waits_nothing_is_there(slow_device, monkeypatch, tmp_path) -> None:

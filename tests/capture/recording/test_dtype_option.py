@@ -24,9 +24,9 @@ def assert_rounded(part: Any, whole: Any, dtype: str) -> None:
     for name in whole.sites:
         for quantity in EVERYTHING:
             expected = np.asarray(whole[name].rows(quantity)).astype(dtype)
-            found = np.asarray(part[name].rows(quantity))
-            assert found.dtype == dtype
-            np.testing.assert_array_equal(found, expected)
+            actual = np.asarray(part[name].rows(quantity))
+            assert actual.dtype == dtype
+            np.testing.assert_array_equal(actual, expected)
         np.testing.assert_array_equal(part[name].initial, np.asarray(whole[name].initial, dtype))
         for key, weight in part[name].weights().items():
             np.testing.assert_array_equal(weight, whole[name].weights()[key])
@@ -49,8 +49,8 @@ def test_the_lattice_is_rounded_and_holds_together(case: Case) -> None:
             [inline[name].residual for name in inline.sites],
             [whole[name].residual for name in whole.sites],
         )
-        for found in (*verify(inline), *verify(later)):
-            assert (found.check is not None, found.holds) == (True, True), (dtype, found)
+        for result in (*verify(inline), *verify(later)):
+            assert (result.check is not None, result.holds) == (True, True), (dtype, result)
 
 
 @pytest.mark.parametrize("gates", ["inline", "background"])

@@ -29,10 +29,10 @@ def assert_same_call(part: Any, whole: Any, call: int, of: int, gates: Any) -> N
     """A sequence in one trace is a sequence in another; gates that are computed apart, nearly."""
     allowed = 0 if gates == "inline" else rounding(part)[0]
     for quantity in part.site.available_quantities:
-        found, expected = (
+        actual, expected = (
             site.sequence(n).rows(quantity) for site, n in ((part, call), (whole, of))
         )
-        off = np.abs(found - expected)
+        off = np.abs(actual - expected)
         assert (off <= (allowed if quantity in GATES else 0)).all(), (quantity, off.max())
     np.testing.assert_array_equal(part.sequence(call).initial, whole.sequence(of).initial)
 
@@ -60,13 +60,13 @@ def test_each_nth_call_of_a_module(every, gates, layer) -> None:
     ):
         for x in inputs:
             layer(x)
-    kept = range(0, 7, every)
-    assert len(part.calls) == len(kept)
-    each = len(whole[whole.sites[0]]) // 7
+    recorded_calls = range(0, 7, every)
+    assert len(part.calls) == len(recorded_calls)
+    steps = len(whole[whole.sites[0]]) // 7
     for name in part.sites:
-        for call, of in enumerate(kept):
-            assert_same_call(part[name], whole[name], call * each, of * each, gates)
-    assert all(found.holds for found in verify(part))
+        for call, of in enumerate(recorded_calls):
+            assert_same_call(part[name], whole[name], call * steps, of * steps, gates)
+    assert all(result.holds for result in verify(part))
 
 
 def test_modules_are_counted_each_on_its_own() -> None:
@@ -97,14 +97,14 @@ def test_a_call_that_is_left_out_is_left_alone(layer, monkeypatch) -> None:
     with grutrace.trace(layer, every=2) as trace:
         layer(x)
         with monkeypatch.context() as patch:
-            for place, name in [
+            for owner, name in [
                 (observation, "run_kernel"),
                 (kernel, "run_layerwise"),
                 (kernel, "rerun_lower_layers"),
                 (subscription, "unsupported_reason"),
                 (observation, "isolated_context"),
             ]:
-                patch.setattr(place, name, None)
+                patch.setattr(owner, name, None)
             assert same_result(expected, layer(x))
         # The control: the same patches are noticed by a call that is recorded.
         with monkeypatch.context() as patch:
@@ -151,7 +151,7 @@ def test_checkpointing(options, reentrant) -> None:
         layer.zero_grad()
         for _ in range(4):
             checkpoint(layer, x, use_reentrant=reentrant)[0].square().sum().backward()
-        return [each.grad.clone() for each in layer.parameters()]
+        return [parameter.grad.clone() for parameter in layer.parameters()]
 
     expected = gradients()
     with grutrace.trace(layer, **options) as trace:
@@ -212,12 +212,12 @@ def test_max_bytes_counts_rows_states_and_weights(gates, layer, tmp_path) -> Non
     def taken(trace: Any) -> int:
         sites = [trace[name] for name in trace.sites]
         rows = {
-            np.asarray(each.rows(name)).ctypes.data: np.asarray(each.rows(name)).nbytes
-            for each in sites
-            for name in each.site.quantities
+            np.asarray(site.rows(name)).ctypes.data: np.asarray(site.rows(name)).nbytes
+            for site in sites
+            for name in site.site.quantities
         }
-        weights = [w for each in sites for w in each.weights().values()]
-        initial = [np.asarray(each.initial) for each in sites]
+        weights = [w for site in sites for w in site.weights().values()]
+        initial = [np.asarray(site.initial) for site in sites]
         return sum(rows.values()) + sum(array.nbytes for array in (*weights, *initial))
 
     with grutrace.trace(layer, gates=gates) as two:

@@ -46,7 +46,9 @@ def disk(monkeypatch):
 
 
 def hooks(model) -> int:
-    return sum(len(each._forward_hooks) + len(each._forward_pre_hooks) for each in model.modules())
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()
+    )
 
 
 @pytest.mark.parametrize("gates", ["inline", "background", "deferred"])
@@ -54,7 +56,7 @@ def test_the_model_goes_on_and_the_loss_is_counted(gates, model, batch, disk, tm
     path = tmp_path / "run.h5"
     expected = model(batch)
     with (
-        pytest.warns(grutrace.GrutraceWarning) as given,
+        pytest.warns(grutrace.GrutraceWarning) as caught,
         grutrace.trace(model, path, gates=gates, on_error="warn") as tracer,
     ):
         assert torch.equal(model(batch), expected)
@@ -70,7 +72,7 @@ def test_the_model_goes_on_and_the_loss_is_counted(gates, model, batch, disk, tm
         disk.full = False
         assert torch.equal(model(batch), expected)
     assert hooks(model) == 0
-    first, last = (str(each.message) for each in given)
+    first, last = (str(warning.message) for warning in caught)
     assert first.startswith("recording has stopped, and the model continues untraced: ")
     assert first.endswith("No space left on device")
     # Seven runs of the model, four calls each.
@@ -117,17 +119,17 @@ def test_gradients_and_random_numbers_are_those_of_a_run_without(disk, tmp_path)
                 tracer.flush()
         if tracer:
             tracer.close()
-        return [*(each.detach() for each in model.parameters()), torch.get_rng_state()]
+        return [*(parameter.detach() for parameter in model.parameters()), torch.get_rng_state()]
 
     expected = train()
     with pytest.warns(grutrace.GrutraceWarning):
-        found = train(on_error="warn")
-    assert all(map(torch.equal, expected, found))
+        actual = train(on_error="warn")
+    assert all(map(torch.equal, expected, actual))
 
 
 def test_what_every_leaves_out_is_no_loss(model, batch, disk, tmp_path) -> None:
     with (
-        pytest.warns(grutrace.GrutraceWarning) as given,
+        pytest.warns(grutrace.GrutraceWarning) as caught,
         grutrace.trace(model, tmp_path / "run.h5", every=2, on_error="warn") as tracer,
     ):
         model(batch)  # one call of the encoder, two of the decoder's three
@@ -136,7 +138,7 @@ def test_what_every_leaves_out_is_no_loss(model, batch, disk, tmp_path) -> None:
         for _ in range(4):
             model(batch)
             tracer.flush()
-    assert "holds 3 calls of this recording, and 8 more are lost" in str(given[-1].message)
+    assert "holds 3 calls of this recording, and 8 more are lost" in str(caught[-1].message)
 
 
 def test_what_was_there_before_is_not_of_this_recording(model, batch, disk, tmp_path) -> None:
@@ -144,14 +146,14 @@ def test_what_was_there_before_is_not_of_this_recording(model, batch, disk, tmp_
     with grutrace.trace(model, path):
         model(batch)
     with (
-        pytest.warns(grutrace.GrutraceWarning) as given,
+        pytest.warns(grutrace.GrutraceWarning) as caught,
         grutrace.trace(model, path, mode="a", on_error="warn") as tracer,
     ):
         model(batch)
         tracer.flush()
         disk.full = True
         model(batch)
-    assert "holds 4 calls of this recording, and 4 more are lost" in str(given[-1].message)
+    assert "holds 4 calls of this recording, and 4 more are lost" in str(caught[-1].message)
     with grutrace.open(path) as trace:
         assert len(trace.calls) == 8
 
@@ -160,15 +162,15 @@ def test_a_layer_that_is_called_only_later_is_no_riddle(disk, tmp_path) -> None:
     """It is not said that it was never called: what is said is that nothing was recorded."""
     model = nn.ModuleDict({"one": nn.GRU(2, 3), "other": nn.GRU(2, 3)})
     with (
-        pytest.warns(grutrace.GrutraceWarning) as given,
+        pytest.warns(grutrace.GrutraceWarning) as caught,
         grutrace.trace(model, tmp_path / "run.h5", on_error="warn") as tracer,
     ):
         disk.full = True
         model["one"](torch.randn(4, 2))
         tracer.flush()
         model["other"](torch.randn(4, 2))
-    assert len(given) == 2
-    assert "holds 0 calls of this recording, and 2 more are lost" in str(given[-1].message)
+    assert len(caught) == 2
+    assert "holds 0 calls of this recording, and 2 more are lost" in str(caught[-1].message)
 
 
 def test_tokens_that_come_too_late(model, batch, disk, tmp_path) -> None:
@@ -235,7 +237,7 @@ def test_fsync_comes_before_the_counts_and_after_them(model, batch, tmp_path, mo
         assert seen[-1] is False, "the folder, which holds the file's name"
         model(batch)
         tracer.flush()
-    during = [each for each in seen[begun:] if isinstance(each, tuple)]
+    during = [event for event in seen[begun:] if isinstance(event, tuple)]
     assert during[:2] == [(0, 4), (4, 4)]
     seen.clear()
     with grutrace.trace(model, tmp_path / "other.h5") as tracer:

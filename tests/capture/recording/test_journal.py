@@ -51,8 +51,8 @@ def test_a_frozen_and_a_trained_cell(tokens, gates, to_file, dear, tmp_path) -> 
             weights = oracles.weights_of(model["trained"], "cell")
             previous, x = state.clone(), torch.randn(2, 3)
             model["trained"](x, state).square().sum().backward()
-            found = oracles.gates(weights, x.numpy(), previous.numpy(), 2**-20)
-            expected.append(found.values["update"])
+            step_gates = oracles.gates(weights, x.numpy(), previous.numpy(), 2**-20)
+            expected.append(step_gates.values["update"])
             optimizer.step()
             optimizer.zero_grad()
             if step == 7:
@@ -60,7 +60,7 @@ def test_a_frozen_and_a_trained_cell(tokens, gates, to_file, dear, tmp_path) -> 
         order = (["frozen"] * tokens + ["trained"]) * 12
         assert trace.calls["module"].tolist() == order
         assert trace.calls["weights"][tokens :: tokens + 1].tolist() == list(range(12))
-        update = np.concatenate([each.update for each in trace["trained.cell"]])
+        update = np.concatenate([sequence.update for sequence in trace["trained.cell"]])
     np.testing.assert_allclose(update, np.concatenate(expected), rtol=0, atol=1e-5)
     assert "unproven" not in trace.calls["proof"]
 
@@ -129,18 +129,18 @@ def test_a_trace_that_was_emptied_knows_no_weights_of_before(dear) -> None:
     torch.manual_seed(0)
     cell, x = nn.GRUCell(3, 8).requires_grad_(False), torch.randn(2, 3)
     other = torch.randn(24, 8)
-    kept = cell.weight_hh.detach().clone()
+    weight = cell.weight_hh.detach().clone()
     with grutrace.trace(cell, gates="background", check="off") as trace:
         cell(x, torch.ones(2, 8))
         cell.weight_hh.copy_(other)
         cell(x, torch.ones(2, 8))
         assert trace["cell"].update.shape == (4, 8)
-        cell.weight_hh.copy_(kept)
+        cell.weight_hh.copy_(weight)
         trace.clear()
         cell(x, torch.ones(2, 8))
         cell.weight_hh.data.copy_(other)
         cell(x, torch.ones(2, 8))
-        cell.weight_hh.data.copy_(kept)
+        cell.weight_hh.data.copy_(weight)
         cell(x, torch.ones(2, 8))
         assert trace["cell"].update.shape == (6, 8)
     assert trace.calls["weights"].tolist() == [0, 0, 0]
@@ -188,12 +188,12 @@ def test_what_the_user_changes_after_a_call_is_not_recorded(call, gates, patient
     with torch.no_grad(), grutrace.trace(layer, record=everything, gates=gates) as trace:
         changed = run()
         assert len(trace._journal) == 1
-        for each in changed:
-            each.fill_(7.0)
+        for tensor in changed:
+            tensor.fill_(7.0)
     for name in trace.sites:
         for quantity in everything:
-            found, kept = getattr(trace[name], quantity), getattr(expected[name], quantity)
-            np.testing.assert_allclose(np.asarray(found), np.asarray(kept), rtol=0, atol=1e-5)
+            actual, exact = getattr(trace[name], quantity), getattr(expected[name], quantity)
+            np.testing.assert_allclose(np.asarray(actual), np.asarray(exact), rtol=0, atol=1e-5)
         np.testing.assert_array_equal(trace[name][0].initial, expected[name][0].initial)
     assert trace.calls["proof"].tolist() == ["proven"]
 
@@ -201,43 +201,43 @@ def test_what_the_user_changes_after_a_call_is_not_recorded(call, gates, patient
 def test_copies_lie_in_memory_that_is_used_again(patient, monkeypatch) -> None:
     monkeypatch.setattr(tensor_copy, "SEGMENT_BYTES", 256)
     cell, x = nn.GRUCell(3, 8), torch.randn(2, 3)
-    found = []
+    addresses = []
     with torch.no_grad(), grutrace.trace(cell, gates="deferred") as trace:
         for _ in range(50):
             for _ in range(3):
                 cell(x)
             first = trace._journal._entries[0]
-            found.append(
+            addresses.append(
                 first.series[0].initial(0).data_ptr()
                 if isinstance(first, SeriesGroup)
                 else first[0].run.arguments[1].data_ptr()
             )
             assert len(trace.calls) % 3 == 0
-    assert len({*found}) < 10
+    assert len({*addresses}) < 10
 
 
 def test_memory_is_used_again_once_nothing_lies_in_it(monkeypatch) -> None:
     monkeypatch.setattr(tensor_copy, "SEGMENT_BYTES", 256)
     buffer, values = CopyBuffer(1024), torch.arange(8.0)
     copies = [buffer.copy(values + n) for n in range(6)]
-    kept = [each.numpy()[2:] for each in copies[:4]]
-    places = [each.data_ptr() for each in copies]
-    assert all(place % 64 == 0 for place in places)
-    assert all(torch.equal(each, values + n) for n, each in enumerate(copies))
+    views = [copy.numpy()[2:] for copy in copies[:4]]
+    addresses = [copy.data_ptr() for copy in copies]
+    assert all(address % 64 == 0 for address in addresses)
+    assert all(torch.equal(copy, values + n) for n, copy in enumerate(copies))
     # The first four fill a piece. An array still lies there, and the second is not full yet.
     copies.clear()
     later = [buffer.copy(values - n) for n in range(5)]
-    assert places[0] not in {each.data_ptr() for each in later}
-    for n, each in enumerate(kept):
-        np.testing.assert_array_equal(each, np.arange(2.0, 8.0) + n)
+    assert addresses[0] not in {copy.data_ptr() for copy in later}
+    for n, view in enumerate(views):
+        np.testing.assert_array_equal(view, np.arange(2.0, 8.0) + n)
     # The control: nothing lies in either now.
-    kept.clear()
-    del each
+    views.clear()
+    del view
     later.clear()
     held = [buffer.copy(values) for _ in range(12)]
-    assert places[0] in {each.data_ptr() for each in held}
+    assert addresses[0] in {copy.data_ptr() for copy in held}
     # Each lasts as long as it is held, on its own.
-    assert buffer.copy_lasting(values).data_ptr() not in places
+    assert buffer.copy_lasting(values).data_ptr() not in addresses
     assert torch.equal(buffer.copy(values.double()), values.double())
     assert torch.equal(buffer.copy(torch.ones(2, 0, 3)), torch.ones(2, 0, 3))
     assert torch.equal(buffer.copy(torch.ones(9, 9).T), torch.ones(9, 9))
@@ -254,16 +254,16 @@ def test_rows_that_are_the_copies_are_not_written_over(form, gates, patient, mon
     with torch.no_grad(), grutrace.trace(model, gates=gates, record=["hidden", "input"]) as trace:
         for _ in range(50):
             x = torch.randn(2, steps, 3)
-            given = {"batch_first": x, "cell": x[:, 0]}.get(form, x.transpose(0, 1))
-            made = model(given)
+            argument = {"batch_first": x, "cell": x[:, 0]}.get(form, x.transpose(0, 1))
+            made = model(argument)
             made = made if form == "cell" else made[0]
             rows = made if form in ("cell", "batch_first") else made.transpose(0, 1)
             outputs.append(rows.clone().reshape(-1, 8))
             inputs.append(x.reshape(-1, 3).clone())
-            given.fill_(9)
+            argument.fill_(9)
             made.fill_(9)
             x.fill_(9)
-            del given, made, rows
+            del argument, made, rows
     site = trace["cell" if form == "cell" else "l0"]
     np.testing.assert_array_equal(site.hidden, torch.cat(outputs))
     np.testing.assert_array_equal(site.input, torch.cat(inputs))
@@ -413,9 +413,9 @@ def test_calls_of_several_threads_are_all_there() -> None:
                     state = cell(torch.randn(2, 3), state)
 
         threads = [threading.Thread(target=run) for _ in range(3)]
-        for each in threads:
-            each.start()
-        while any(each.is_alive() for each in threads):
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
             trace.flush()
     assert trace["cell"].lengths.tolist() == [200] * 6
     assert "unproven" not in trace.calls["proof"]
@@ -476,22 +476,22 @@ def test_calls_that_wait_are_replayed_together_bit_for_bit(form, patient, monkey
         with torch.no_grad(), grutrace.trace(model, gates="inline", **options) as trace:
             state = None
             for x in inputs:
-                given = x if form == "cell" else x[:, None] if form == "batch_first" else x[None]
-                made = model(given, state)
+                x_given = x if form == "cell" else x[:, None] if form == "batch_first" else x[None]
+                made = model(x_given, state)
                 state = made if form == "cell" else made[1]
         return trace
 
-    found = traced()
+    actual = traced()
     sites = {"two layers": 2, "bidirectional": 2}.get(form, 1)
     assert together == 40 * sites
     # With a limit each call is worked out on its own: the control is that none is counted.
     expected = traced(max_calls=1000)
     assert together == 40 * sites
-    for name in found.sites:
+    for name in actual.sites:
         for quantity in ("reset", "update", "candidate", "hidden"):
-            values = np.asarray(getattr(found[name], quantity))
+            values = np.asarray(getattr(actual[name], quantity))
             np.testing.assert_array_equal(values, np.asarray(getattr(expected[name], quantity)))
-        assert found[name].residual == expected[name].residual
+        assert actual[name].residual == expected[name].residual
 
 
 @pytest.mark.parametrize("shape", [(0, 1), (2, 0)])

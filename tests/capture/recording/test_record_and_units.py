@@ -37,7 +37,7 @@ def parts(draw: st.DrawFn, hidden_size: int) -> tuple[Any, list[int]]:
     """Units as they can be asked for, and their numbers."""
     every = list(range(hidden_size))
     if draw(st.booleans()):
-        asked = draw(st.slices(hidden_size).filter(lambda each: every[each]))
+        asked = draw(st.slices(hidden_size).filter(lambda units: every[units]))
         return asked, every[asked]
     numbers = draw(st.lists(st.sampled_from(every), min_size=1, unique=True))
     signs = draw(st.lists(st.booleans(), min_size=len(numbers), max_size=len(numbers)))
@@ -56,15 +56,15 @@ def assert_part(part: Any, whole: Any, units: list[int]) -> None:
         one, other = part[name], whole[name]
         allowed = rounding(one, other)
         for quantity in one.site.available_quantities:
-            found, expected = np.asarray(one.rows(quantity)), np.asarray(other.rows(quantity))
+            actual, expected = np.asarray(one.rows(quantity)), np.asarray(other.rows(quantity))
             expected = expected if quantity == "input" else expected[:, units]
-            assert found.dtype == expected.dtype
+            assert actual.dtype == expected.dtype
             if quantity in GATES:
-                assert found.shape == expected.shape
-                np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
-                assert (np.abs(found.astype(float) - expected) <= allowed).all(), (name, quantity)
+                assert actual.shape == expected.shape
+                np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
+                assert (np.abs(actual.astype(float) - expected) <= allowed).all(), (name, quantity)
             else:
-                np.testing.assert_array_equal(found, expected)
+                np.testing.assert_array_equal(actual, expected)
         np.testing.assert_array_equal(one.initial, np.asarray(other.initial)[:, units])
         assert one.units == (None if units == list(range(one.module.hidden_size)) else tuple(units))
         assert one.residual <= one.checks["tolerance"].max(initial=0)
@@ -84,8 +84,8 @@ def test_the_lattice(data: st.DataObject, case: Case, record: list[str]) -> None
     ):
         assert same_result(expected, case.run())
     assert_part(part, whole, units)
-    for found in verify(part):
-        assert found.holds, found
+    for result in verify(part):
+        assert result.holds, result
 
 
 @settings(max_examples=60, deadline=None)
@@ -107,8 +107,8 @@ def test_with_fewer_digits_too(data: st.DataObject, case: Case, dtype: str) -> N
     options: Any = {"units": asked, "dtype": dtype, "check": "raise"}
     with grutrace.trace(case.layer, record=EVERYTHING, **options) as trace:
         case.run()
-    for found in verify(trace):
-        assert found.holds, found
+    for result in verify(trace):
+        assert result.holds, result
 
 
 @settings(
@@ -172,7 +172,7 @@ def test_a_training_run_to_memory_and_file(tmp_path) -> None:
     assert max(whole.calls["weights"]) > 0
     assert_part(memory, whole, [4, 0, 1])
     assert_part(file, whole, [4, 0, 1])
-    assert [(found.check, found.holds) for found in verify(file)] == [("states", True)] * 3
+    assert [(result.check, result.holds) for result in verify(file)] == [("states", True)] * 3
 
 
 def test_weights_that_change_behind_the_version_counter() -> None:
@@ -200,19 +200,19 @@ def test_inference_tensors_which_have_no_counter() -> None:
 
 
 def test_rows_of_the_weights_are_taken_once_a_version(monkeypatch) -> None:
-    taken = []
+    copies = []
     rows = PartialReplay.rows
-    monkeypatch.setattr(PartialReplay, "rows", lambda *args: taken.append(1) or rows(*args))
+    monkeypatch.setattr(PartialReplay, "rows", lambda *args: copies.append(1) or rows(*args))
     layer, x = nn.GRU(3, 4).requires_grad_(False), torch.randn(5, 2, 3)
     with grutrace.trace(layer, units=[1]) as trace:
         layer(x)
         layer(x)
         trace.flush()
-        assert len(taken) == 1
+        assert len(copies) == 1
         layer.bias_hh_l0 += 1
         layer(x)
         layer(x)
-    assert len(taken) == 2
+    assert len(copies) == 2
 
 
 # -- the arithmetic ---------------------------------------------------------------------------
@@ -303,15 +303,15 @@ def test_control_what_is_wrong_exceeds_the_tolerance(record) -> None:
     gates = [name for name in record if name in GATES]
     shadow = PartialReplay(16, gates, units, False, torch.float32)
     good = shadow.rows(GateReplay(layer).weights)
-    given: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "input": x,
         "hidden": hidden,
         "initial": initial[0],
         "steps": PaddedLayout(T, B),
         "rows": good,
     }
-    found = shadow.replay(**given)
-    assert found.residual <= found.tolerance < 1e-5
+    replayed = shadow.replay(**arguments)
+    assert replayed.residual <= replayed.tolerance < 1e-5
     wrong: dict[str, dict[str, Any]] = {
         "weights": {"rows": good._replace(weight_hh=good.weight_hh.roll(1, 0))},
         "one bias": {"rows": good._replace(bias_ih=good.bias_ih + 0.01)},
@@ -321,11 +321,11 @@ def test_control_what_is_wrong_exceeds_the_tolerance(record) -> None:
         "batch": {"input": x.flip(1)},
     }
     for what, changed in wrong.items():
-        found = shadow.replay(**(given | changed))
-        assert found.residual > 10 * found.tolerance, what
+        replayed = shadow.replay(**(arguments | changed))
+        assert replayed.residual > 10 * replayed.tolerance, what
     backward = PartialReplay(16, gates, units, True, torch.float32)
-    found = backward.replay(**given)
-    assert found.residual > 10 * found.tolerance
+    replayed = backward.replay(**arguments)
+    assert replayed.residual > 10 * replayed.tolerance
 
 
 def test_control_a_changed_state_does_not_verify() -> None:
@@ -337,9 +337,9 @@ def test_control_a_changed_state_does_not_verify() -> None:
     rows = trace._guarded_sink.sink._store._arrays["modules/%/l0/hidden"]
     rows.array()
     rows._array[8, 2] += 1e-4
-    (found,) = verify(trace)
-    assert not found.holds
-    assert (found.worst.sequence, found.worst.step, found.worst.unit) == (1, 2, 9)
+    (result,) = verify(trace)
+    assert not result.holds
+    assert (result.worst.sequence, result.worst.step, result.worst.unit) == (1, 2, 9)
 
 
 def test_few_gates_and_the_input_verify_against_all_units() -> None:
@@ -355,9 +355,9 @@ def test_few_gates_and_the_input_verify_against_all_units() -> None:
             weight[64 * gate : 64 * (gate + 1)] *= 30
     with grutrace.trace(layer, record=("update", "hidden", "input"), gates="inline") as trace:
         layer(torch.randn(50, 4, 8))
-    (found,) = verify(trace)
-    assert (found.check, found.holds) == ("gates", True)
-    assert found.worst.tolerance > trace["l0"].checks["tolerance"][0]
+    (result,) = verify(trace)
+    assert (result.check, result.holds) == ("gates", True)
+    assert result.worst.tolerance > trace["l0"].checks["tolerance"][0]
 
 
 def test_which_units_prove() -> None:
@@ -367,10 +367,10 @@ def test_which_units_prove() -> None:
     assert evenly_spaced(15, 8)[-1] > 10
 
 
-@pytest.mark.parametrize("places", [[0], [3], [0, 1, 2], [1, 4, 7], [2, 0], [0, 1, 3], [5, 5]])
-def test_columns(places) -> None:
+@pytest.mark.parametrize("columns", [[0], [3], [0, 1, 2], [1, 4, 7], [2, 0], [0, 1, 3], [5, 5]])
+def test_columns(columns) -> None:
     values = torch.arange(24.0).reshape(3, 8)
-    assert torch.equal(ColumnSelector(places).of(values), values[:, places])
+    assert torch.equal(ColumnSelector(columns).of(values), values[:, columns])
 
 
 # -- what can be read -------------------------------------------------------------------------
@@ -389,9 +389,9 @@ def test_what_follows_from_all_units_is_refused() -> None:
         grutrace.NotRecordedError, match="2 of 8 units were recorded, and recomputing a gate"
     ):
         site.preactivation("update")
-    (found, _) = verify(trace)
-    assert (found.check, found.holds) == ("states", True)
-    assert "2 of 8 units" in found.reason
+    (result, _) = verify(trace)
+    assert (result.check, result.holds) == ("states", True)
+    assert "2 of 8 units" in result.reason
 
 
 def test_the_states_of_some_units_below_are_no_input_above() -> None:
@@ -482,8 +482,8 @@ def test_what_is_changed_in_place_right_after_the_call(kind, units, batch, steps
                 results = [layer(torch.randn(1, batch, 4), state, steps), state]
             else:
                 results = [x, layer(x)]
-            for each in results if spoilt else []:
-                for tensor in each if isinstance(each, tuple) else (each,):
+            for value in results if spoilt else []:
+                for tensor in value if isinstance(value, tuple) else (value,):
                     tensor.fill_(7)
         traces.append(trace)
     for name in traces[0].sites:

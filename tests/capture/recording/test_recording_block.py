@@ -57,13 +57,13 @@ def test_blocks_of_two_threads_overlap(path, gru, tmp_path) -> None:
 
     with grutrace.Tracer(gru, path and tmp_path / path, recording=False) as tracer:
         with ThreadPoolExecutor(2) as pool:
-            for each in [pool.submit(first), pool.submit(second)]:
-                each.result()
+            for future in [pool.submit(first), pool.submit(second)]:
+                future.result()
         assert not tracer.is_recording
         assert tags(tracer) == {1: "first", 2: "second", 3: "second"}
-        tokens = {len(each): each.tokens for each in tracer["l0"]}
+        tokens = {len(sequence): sequence.tokens for sequence in tracer["l0"]}
         assert tokens == {1: ["a"], 2: None, 3: ["b"] * 3}
-        assert [list(each.labels) for each in tracer["l0"] if len(each) == 1] == [["n"]]
+        assert [list(sequence.labels) for sequence in tracer["l0"] if len(sequence) == 1] == [["n"]]
 
 
 @pytest.mark.parametrize("inner_first", [True, False])
@@ -82,11 +82,11 @@ def test_tasks_have_their_own_tags(inner_first, gru) -> None:
 
     asyncio.run(serve())
     assert not tracer.is_recording
-    found = tags(tracer)
-    assert {steps: "a" if steps < 10 else "b" for steps in found} == found
-    assert len(found) == 6
-    for each in tracer["l0"]:
-        assert each.labels["who"] == ["a" if len(each) < 10 else "b"] * len(each)
+    tags_by_steps = tags(tracer)
+    assert {steps: "a" if steps < 10 else "b" for steps in tags_by_steps} == tags_by_steps
+    assert len(tags_by_steps) == 6
+    for sequence in tracer["l0"]:
+        assert sequence.labels["who"] == ["a" if len(sequence) < 10 else "b"] * len(sequence)
 
 
 def test_a_task_that_is_made_in_a_block_is_in_it_until_its_end(gru) -> None:
@@ -187,8 +187,8 @@ def test_a_context_that_outlives_a_block_keeps_nothing_alive(gru) -> None:
 
 
 @pytest.mark.measures
-@pytest.mark.parametrize("given", [{}, {"labels": {}}])
-def test_a_long_block_keeps_nothing_for_each_call(given, gru) -> None:
+@pytest.mark.parametrize("annotations", [{}, {"labels": {}}])
+def test_a_long_block_keeps_nothing_for_each_call(annotations, gru) -> None:
     def grown(calls: int) -> int:
         before = tracemalloc.get_traced_memory()[0]
         for _ in range(calls):
@@ -200,7 +200,7 @@ def test_a_long_block_keeps_nothing_for_each_call(given, gru) -> None:
     tracer = grutrace.Tracer(
         gru, sink=grutrace.Statistics(), recording=False, state_memory="256 KiB"
     )
-    with tracer, tracer.recording(tag="train", **given):
+    with tracer, tracer.recording(tag="train", **annotations):
         tracemalloc.start()
         try:
             grown(300)
@@ -222,9 +222,9 @@ def test_what_can_still_be_annotated_is_said(gru, monkeypatch) -> None:
         ):
             recording.annotate(tokens=[["a"] * 2, ["b"] * 2])
         recording.annotate(labels={"n": [1, 2]})
-    tokens = {len(each): each.tokens for each in tracer["l0"] if each.tokens}
+    tokens = {len(sequence): sequence.tokens for sequence in tracer["l0"] if sequence.tokens}
     assert tokens == {4: ["b"] * 4}
-    labelled = sorted(len(each) for each in tracer["l0"] if each.labels)
+    labelled = sorted(len(sequence) for sequence in tracer["l0"] if sequence.labels)
     assert labelled == [3, 3, 4, 4, 5, 5]
 
 
@@ -235,7 +235,8 @@ def test_what_was_given_goes_to_all_batches_however_many(gru, monkeypatch) -> No
         for steps in range(1, 10):
             call(gru, steps, batch=2)
     assert all(
-        each.labels["n"].tolist() == [1 + each.number % 2] * len(each) for each in tracer["l0"]
+        sequence.labels["n"].tolist() == [1 + sequence.number % 2] * len(sequence)
+        for sequence in tracer["l0"]
     )
 
 
@@ -258,12 +259,12 @@ def test_a_batch_that_goes_on_is_kept(monkeypatch) -> None:
 def test_beams_in_a_block_take_time_in_proportion(monkeypatch) -> None:
     """Counted in how many batches are looked through, and not in time."""
     cell, looked = nn.GRUCell(4, 8), 0
-    places = annotations._ModuleBatches.find
+    find = annotations._ModuleBatches.find
 
     def counting(self, sequences):
         nonlocal looked
         looked += len(self._unlisted) + 1
-        return places(self, sequences)
+        return find(self, sequences)
 
     monkeypatch.setattr(annotations._ModuleBatches, "find", counting)
 

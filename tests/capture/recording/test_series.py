@@ -34,16 +34,16 @@ def patient(monkeypatch) -> None:
 @pytest.fixture
 def batches(monkeypatch) -> list[CallBatch]:
     """The batches of calls that a sink in memory gets."""
-    found: list[CallBatch] = []
+    batches: list[CallBatch] = []
     append = MemorySink.append
 
     def spy(sink: Any, record: Record) -> None:
         if isinstance(record, CallBatch):
-            found.append(record)
+            batches.append(record)
         append(sink, record)
 
     monkeypatch.setattr(MemorySink, "append", spy)
-    return found
+    return batches
 
 
 class Decoder(nn.Module):
@@ -112,10 +112,10 @@ class Decoder(nn.Module):
 
 def items(trace: Any) -> dict[str, np.ndarray]:
     """Everything in a trace but the times."""
-    found = dict(trace._source._store.all_items(trace._source.refresh()))
-    found["calls"] = found["calls"].copy()
-    found["calls"]["time"] = 0
-    return found
+    by_path = dict(trace._source._store.all_items(trace._source.refresh()))
+    by_path["calls"] = by_path["calls"].copy()
+    by_path["calls"]["time"] = 0
+    return by_path
 
 
 def recorded(seed: int, *, tracer_options: dict[str, Any], steps: int = 150) -> Any:
@@ -152,7 +152,7 @@ OPTIONS = {
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("options", OPTIONS, ids=list(OPTIONS))
 def test_series_give_what_single_calls_give(options, seed, patient, batches, monkeypatch) -> None:
-    found = items(recorded(seed, tracer_options=OPTIONS[options]))
+    actual = items(recorded(seed, tracer_options=OPTIONS[options]))
     assert sum(map(len, batches)) > 30
     assert max(map(len, batches)) > 5
     batches.clear()
@@ -161,11 +161,11 @@ def test_series_give_what_single_calls_give(options, seed, patient, batches, mon
     assert not batches
     if "memory" in options:
         # Which states are forgotten first depends on how many are dropped at once.
-        found, expected = (
-            {path: values for path, values in each.items() if path.endswith(("hidden", "input"))}
-            for each in (found, expected)
+        actual, expected = (
+            {path: values for path, values in by_path.items() if path.endswith(("hidden", "input"))}
+            for by_path in (actual, expected)
         )
-    assert_same(found, expected)
+    assert_same(actual, expected)
 
 
 @pytest.mark.filterwarnings("ignore::grutrace.GrutraceWarning")
@@ -173,16 +173,16 @@ def test_control_states_that_are_taken_for_chained_are_noticed(patient, monkeypa
     expected = items(recorded(0, tracer_options={"gates": "deferred"}))
     monkeypatch.setattr(series_buffer, "compare_small", lambda *_: 0)
     monkeypatch.setattr(series_buffer, "_are_zero", lambda *_: False)
-    found = items(recorded(0, tracer_options={"gates": "deferred"}))
+    actual = items(recorded(0, tracer_options={"gates": "deferred"}))
     with pytest.raises(AssertionError):
-        assert_same(found, expected)
+        assert_same(actual, expected)
 
 
 @pytest.mark.filterwarnings("ignore::grutrace.GrutraceWarning")
 @pytest.mark.parametrize("gates", ["deferred", "inline"])
 def test_a_file_holds_what_memory_holds(gates, patient, tmp_path) -> None:
     expected = recorded(1, tracer_options={"gates": gates})
-    found = recorded(1, tracer_options={"gates": gates, "path": tmp_path / "a.h5"})
+    actual = recorded(1, tracer_options={"gates": gates, "path": tmp_path / "a.h5"})
     with grutrace.open(tmp_path / "a.h5") as trace:
         for site in expected.sites:
             assert trace[site].lengths.tolist() == expected[site].lengths.tolist()
@@ -192,7 +192,7 @@ def test_a_file_holds_what_memory_holds(gates, patient, tmp_path) -> None:
                     np.asarray(getattr(expected[site], quantity)),
                 )
         assert trace.calls["module"].tolist() == expected.calls["module"].tolist()
-    assert len(found.calls) == len(expected.calls)
+    assert len(actual.calls) == len(expected.calls)
 
 
 def test_calls_of_cells_that_take_turns_keep_their_order(patient, batches) -> None:
@@ -220,10 +220,10 @@ def test_annotations_reach_the_calls_of_a_series(form, patient, batches) -> None
             with trace.recording(tokens=[list(word), list(word.upper())]):
                 state = None
                 for _ in word:
-                    found = model(torch.randn(shape), state)
-                    state = found if form == "cell" else found[1]
+                    output = model(torch.randn(shape), state)
+                    state = output if form == "cell" else output[1]
     site = trace[trace.sites[0]]
-    assert ["".join(each.tokens) for each in site] == [
+    assert ["".join(sequence.tokens) for sequence in site] == [
         "abcdefgh",
         "ABCDEFGH",
         "ijklmnop",
@@ -261,11 +261,11 @@ def test_a_tensor_that_is_negated_when_it_is_read(patient, batches) -> None:
 
 def interrupted(what: type, name: str, after: int, monkeypatch) -> None:
     """Raise KeyboardInterrupt in a call of a method, once."""
-    method, left = getattr(what, name), [after]
+    method, remaining = getattr(what, name), [after]
 
     def stopped(*args: Any, **kwargs: Any) -> Any:
-        left[0] -= 1
-        if left[0] == 0:
+        remaining[0] -= 1
+        if remaining[0] == 0:
             raise KeyboardInterrupt
         return method(*args, **kwargs)
 
@@ -319,11 +319,11 @@ class Turns(nn.Module):
 def test_an_interruption_at_any_line_of_a_series(part, patient, batches) -> None:
     torch.manual_seed(0)
     model, x, another = Turns(), torch.randn(4, 2, 3), torch.randn(4, 2, 3)
-    is_interrupted, place, places = True, part + 1, 0
+    is_interrupted, line, lines = True, part + 1, 0
     while is_interrupted:
         with torch.no_grad(), grutrace.trace(model, gates="deferred") as trace:
             try:
-                with AtLine(place, Interruption):
+                with AtLine(line, Interruption):
                     model(x)
                 is_interrupted = False
             except Interruption:
@@ -337,8 +337,8 @@ def test_an_interruption_at_any_line_of_a_series(part, patient, batches) -> None
         assert modules[-8:] == expected[:8]
         assert times == sorted(times)
         assert trace["first.cell"].lengths.tolist()[-2:] == [4, 4]
-        place, places = place + 28, places + 1
-    assert places > 10
+        line, lines = line + 28, lines + 1
+    assert lines > 10
     assert batches
 
 
@@ -407,11 +407,11 @@ def test_calls_that_differ_are_of_different_series(change, patient, batches) -> 
 
 def test_memory_of_series_is_bounded(monkeypatch, batches) -> None:
     """A decoder whose batch shrinks with each call fills no series."""
-    taken: list[int] = []
+    sizes: list[int] = []
     allocate = tensor_copy.SegmentPool.allocate
 
     def counted(pool: Any, count: int, dtype: torch.dtype) -> torch.Tensor:
-        taken.append(count * dtype.itemsize)
+        sizes.append(count * dtype.itemsize)
         return allocate(pool, count, dtype)
 
     monkeypatch.setattr(tensor_copy.SegmentPool, "allocate", counted)
@@ -420,7 +420,7 @@ def test_memory_of_series_is_bounded(monkeypatch, batches) -> None:
         for batch in range(64, 0, -1):
             cell(torch.randn(batch, 16))
     needed = sum(3 * 64 * batch for batch in range(1, 65))
-    assert sum(taken) < 2 * needed
+    assert sum(sizes) < 2 * needed
 
 
 def test_no_user_tensor_is_kept_alive(patient) -> None:
@@ -428,12 +428,12 @@ def test_no_user_tensor_is_kept_alive(patient) -> None:
     with torch.no_grad(), grutrace.trace(cell, gates="deferred") as trace:
         x, state = torch.randn(2, 3), torch.zeros(2, 8)
         cell(x.clone(), state.clone())
-        kept = [x, state]
-        kept.append(cell(x, state))
-        dead = [weakref.ref(each) for each in kept]
+        tensors = [x, state]
+        tensors.append(cell(x, state))
+        dead = [weakref.ref(tensor) for tensor in tensors]
         assert isinstance(trace._recorder.journal._entries[-1], SeriesGroup)
-        del x, state, kept
-        assert [each() for each in dead] == [None] * 3
+        del x, state, tensors
+        assert [reference() for reference in dead] == [None] * 3
 
 
 def test_a_series_has_room_for_as_many_calls_as_were_alike(patient, monkeypatch) -> None:

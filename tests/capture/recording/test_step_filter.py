@@ -24,11 +24,11 @@ from tests.strategies import Case, cases
 
 ranges = st.tuples(st.integers(0, 6), st.one_of(st.none(), st.integers(1, 8))).filter(
     # All steps are no part; and then a call of an empty batch is recorded like any other.
-    lambda each: each != (0, None) and (each[1] is None or each[1] > each[0])
+    lambda bounds: bounds != (0, None) and (bounds[1] is None or bounds[1] > bounds[0])
 )
 
 
-def assert_range(part: Any, whole: Any, kept: slice, pairs: list[tuple[int, int]]) -> None:
+def assert_range(part: Any, whole: Any, selected: slice, pairs: list[tuple[int, int]]) -> None:
     """Compare sequences of a part with those of the whole that they are of."""
     assert part.sites == whole.sites
     for name in part.sites:
@@ -38,36 +38,36 @@ def assert_range(part: Any, whole: Any, kept: slice, pairs: list[tuple[int, int]
         for number, of in pairs:
             left, right = one.sequence(number), other.sequence(of)
             for quantity in EVERYTHING:
-                found, expected = left.rows(quantity), right.rows(quantity)[kept]
-                assert found.shape == expected.shape
+                actual, expected = left.rows(quantity), right.rows(quantity)[selected]
+                assert actual.shape == expected.shape
                 if quantity in GATES:
-                    np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
-                    assert (np.abs(found.astype(float) - expected) <= allowed).all()
+                    np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
+                    assert (np.abs(actual.astype(float) - expected) <= allowed).all()
                 else:
-                    np.testing.assert_array_equal(found, expected)
-            np.testing.assert_array_equal(left.previous, right.previous[kept])
+                    np.testing.assert_array_equal(actual, expected)
+            np.testing.assert_array_equal(left.previous, right.previous[selected])
             if len(left):
                 first = -1 if one.site.reverse else 0
-                np.testing.assert_array_equal(left.initial, right.previous[kept][first])
+                np.testing.assert_array_equal(left.initial, right.previous[selected][first])
 
 
 @settings(max_examples=200, deadline=None)
 @given(cases(), ranges, st.sampled_from(("inline", "deferred")))
 def test_the_lattice(case: Case, bounds: tuple[int, int | None], gates: Any) -> None:
-    expected, kept = case.run(case.untouched()), slice(*bounds)
+    expected, selected = case.run(case.untouched()), slice(*bounds)
     with (
         grutrace.trace(case.layer, record=EVERYTHING) as whole,
         grutrace.trace(
-            case.layer, record=EVERYTHING, steps=kept, check="raise", gates=gates
+            case.layer, record=EVERYTHING, steps=selected, check="raise", gates=gates
         ) as part,
     ):
         assert same_result(expected, case.run())
     site = whole[whole.sites[0]]
-    any_left = any(len(range(length)[kept]) for length in site.lengths.tolist())
+    any_left = any(len(range(length)[selected]) for length in site.lengths.tolist())
     assert len(part.calls) == int(any_left)
-    assert_range(part, whole, kept, [(n, n) for n in range(len(site))] if any_left else [])
-    for found in verify(part):
-        assert (found.check, found.holds) == ("gates" if gates == "inline" else "derived", True)
+    assert_range(part, whole, selected, [(n, n) for n in range(len(site))] if any_left else [])
+    for result in verify(part):
+        assert (result.check, result.holds) == ("gates" if gates == "inline" else "derived", True)
 
 
 @settings(max_examples=100, deadline=None)
@@ -110,12 +110,12 @@ def test_a_plain_reader(tmp_path, case: Case, bounds: tuple[int, int | None]) ->
 def test_decoding_in_which_rows_come_go_and_fork(data, bounds, gates) -> None:
     """Each batch row at its own step of its own sequence, several steps a call."""
     torch.manual_seed(data.draw(st.integers(0, 99)))
-    layer, kept = nn.GRU(2, 3, 2), slice(*bounds)
+    layer, selected = nn.GRU(2, 3, 2), slice(*bounds)
     options: Any = {"record": EVERYTHING, "check": "raise"}
     with (
         torch.no_grad(),
         grutrace.trace(layer, **options) as whole,
-        grutrace.trace(layer, **options, steps=kept, gates=gates) as part,
+        grutrace.trace(layer, **options, steps=selected, gates=gates) as part,
     ):
         state = torch.randn(2, 3, 3)
         for _ in range(data.draw(st.integers(1, 7))):
@@ -124,25 +124,29 @@ def test_decoding_in_which_rows_come_go_and_fork(data, bounds, gates) -> None:
             # A row beyond the last is a sequence that begins.
             state = torch.cat((state, torch.randn(2, 1, 3)), 1)[:, rows]
             _, state = layer(torch.randn(data.draw(st.integers(1, 3)), len(rows), 2), state)
-    left = [n for n, length in enumerate(whole["l0"].lengths.tolist()) if range(length)[kept]]
-    by_rows = {whole["l1"].sequence(n).hidden[kept].tobytes(): n for n in left}
-    assert len(by_rows) == len(left), "the control: no two of them are the same"
+    sequences = [
+        n for n, length in enumerate(whole["l0"].lengths.tolist()) if range(length)[selected]
+    ]
+    by_rows = {whole["l1"].sequence(n).hidden[selected].tobytes(): n for n in sequences}
+    assert len(by_rows) == len(sequences), "the control: no two of them are the same"
     filled = [n for n, length in enumerate(part["l0"].lengths.tolist()) if length]
     pairs = {by_rows[part["l1"].sequence(n).hidden.tobytes()]: n for n in filled}
-    assert set(pairs) == set(left)
-    assert len(filled) == len(left)
+    assert set(pairs) == set(sequences)
+    assert len(filled) == len(sequences)
     for name in part.sites:
         for of, number in pairs.items():
-            found, expected = part[name].sequence(number), whole[name].sequence(of)
-            np.testing.assert_array_equal(found.previous, expected.previous[kept])
-            np.testing.assert_array_equal(found.initial, expected.previous[kept][0])
-            np.testing.assert_array_equal(found.input, expected.input[kept])
-            np.testing.assert_allclose(found.update, expected.update[kept], atol=1e-6)
-            if found.parent is not None:
-                parent = part[name].sequence(found.parent)
-                np.testing.assert_array_equal(parent.hidden[found.parent_steps - 1], found.initial)
-                assert pairs[expected.parent] == found.parent
-    assert all(found.holds for found in verify(part))
+            actual, expected = part[name].sequence(number), whole[name].sequence(of)
+            np.testing.assert_array_equal(actual.previous, expected.previous[selected])
+            np.testing.assert_array_equal(actual.initial, expected.previous[selected][0])
+            np.testing.assert_array_equal(actual.input, expected.input[selected])
+            np.testing.assert_allclose(actual.update, expected.update[selected], atol=1e-6)
+            if actual.parent is not None:
+                parent = part[name].sequence(actual.parent)
+                np.testing.assert_array_equal(
+                    parent.hidden[actual.parent_steps - 1], actual.initial
+                )
+                assert pairs[expected.parent] == actual.parent
+    assert all(result.holds for result in verify(part))
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -158,7 +162,7 @@ def test_a_decoder_counts_the_steps_of_all_its_calls(layers) -> None:
     assert len(part.calls) == 3 + 2
     assert part["rnn.l0"].lengths.tolist() == [3, 3, 2, 2]
     assert_range(part, whole, slice(3, 6), [(n, n) for n in range(4)])
-    assert all(found.holds for found in verify(part))
+    assert all(result.holds for result in verify(part))
 
 
 def test_packed_sequences_that_are_too_short_are_there_without_steps() -> None:
@@ -177,7 +181,7 @@ def test_packed_sequences_that_are_too_short_are_there_without_steps() -> None:
     assert part["l0"].padded("update")[0].shape == (4, 3, 3)
     empty = part["l0"].sequence(0)
     assert (empty.update.shape, empty.previous.shape) == ((0, 3), (0, 3))
-    assert all(found.holds for found in verify(part))
+    assert all(result.holds for result in verify(part))
 
 
 def test_control_a_wrong_first_state_does_not_verify(monkeypatch) -> None:
@@ -192,9 +196,9 @@ def test_control_a_wrong_first_state_does_not_verify(monkeypatch) -> None:
                 layer, record=EVERYTHING, steps=slice(2, 4), check="off", **options
             ) as trace:
                 layer(x)
-        (found,) = verify(trace)
+        (result,) = verify(trace)
         if options:
-            assert not found.holds
+            assert not result.holds
         else:
             assert trace["l0"].residual > 10 * trace["l0"].checks["tolerance"][0]
 
@@ -219,13 +223,13 @@ def test_tokens_are_of_all_steps_and_go_to_those_that_are_kept() -> None:
     layer = nn.GRU(2, 3)
     x = pack_sequence([torch.randn(n, 2) for n in (2, 6, 4)], enforce_sorted=False)
     words = ["ab", "cdefgh", "ijkl"]
-    labels = {"n": [list(range(each)) for each in (2, 6, 4)], "b": ["x", "y", "z"]}
+    labels = {"n": [list(range(length)) for length in (2, 6, 4)], "b": ["x", "y", "z"]}
     with (
         grutrace.trace(layer, steps=slice(2, 5)) as trace,
         trace.recording(tokens=words, labels=labels),
     ):
         layer(x)
-    assert [each.tokens for each in trace["l0"]] == [None, ["e", "f", "g"], ["k", "l"]]
+    assert [sequence.tokens for sequence in trace["l0"]] == [None, ["e", "f", "g"], ["k", "l"]]
     assert trace["l0"].sequence(1).labels["n"].tolist() == [2, 3, 4]
     assert trace["l0"].sequence(2).labels["b"] == ["z", "z"]
 
@@ -245,7 +249,7 @@ def test_tokens_of_a_decoder_whose_first_steps_are_left_out() -> None:
             trace.recording(tokens=["abc", "vwx"]),
         ):
             decoder(torch.randn(1, 2, 4), state + 2, steps=2)
-    assert [each.tokens for each in trace["rnn.l0"]] == [["c", "d"], ["x", "y"]]
+    assert [sequence.tokens for sequence in trace["rnn.l0"]] == [["c", "d"], ["x", "y"]]
 
 
 @pytest.mark.parametrize(

@@ -70,11 +70,11 @@ def test_a_change_is_a_new_version(layer: nn.GRU, change) -> None:
     assert versions.present.number == 0
     change(layer)
     assert look(versions, layer) == [True]
-    assert [each.number for each in versions.known] == [1, 0]
+    assert [version.number for version in versions.known] == [1, 0]
     for copy, weight in zip(versions.present.weights, layer._flat_weights, strict=True):
         assert torch.equal(copy, weight)
         assert copy.data_ptr() != weight.data_ptr()
-    assert [each.number for each in versions.new_versions] == [0, 1]
+    assert [version.number for version in versions.new_versions] == [0, 1]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -90,8 +90,8 @@ def test_a_sample_finds_whole_rows_and_columns(layer, change, layout, only_marks
     assert look(versions, layer, 4) == [True, False, False, False]
     change(layer)
     # A part of the sample a call; slices have none, and are compared when rows are handed on.
-    found = look(versions, layer, 4)
-    assert any(found) or (layout == "sliced" and change not in (optimizer_step, load, to_double))
+    actual = look(versions, layer, 4)
+    assert any(actual) or (layout == "sliced" and change not in (optimizer_step, load, to_double))
     versions.recheck()
     assert versions.present.number == 1
 
@@ -156,7 +156,7 @@ def test_weights_are_left_as_they_are(layer: nn.GRU) -> None:
     versions, weights = WeightVersionTracker(), list(layer.parameters())
     look(versions, layer, 3)
     versions.recheck()
-    assert all(each.untyped_storage().resizable() for each in weights)
+    assert all(weight.untyped_storage().resizable() for weight in weights)
     layer.weight_hh_l0.untyped_storage().resize_(0)
     # Taken away between calls, as FSDP does: nothing is read, and nothing changes.
     assert versions.recheck()
@@ -168,7 +168,7 @@ def test_weights_are_left_as_they_are(layer: nn.GRU) -> None:
 def test_nothing_keeps_the_weights_alive(layer: nn.GRU) -> None:
     versions, weights = (
         WeightVersionTracker(),
-        [each.detach().clone() for each in layer._flat_weights],
+        [flat_weight.detach().clone() for flat_weight in layer._flat_weights],
     )
     versions.check(weights, 0.0)
     del weights

@@ -76,7 +76,7 @@ def used(layer: nn.GRU) -> oracles.Weights:
 
 def assert_gates(site, sequence: int, weights: oracles.Weights, x: torch.Tensor) -> None:
     """The rows of a sequence are those that these weights lead to, x being (T, I)."""
-    found = site.sequence(sequence)
+    actual = site.sequence(sequence)
     columns = slice(None) if site.units is None else list(site.units)
     hidden, rows = np.zeros((1, weights["weight_hh"].shape[1])), x.numpy()
     for t, row in enumerate(rows):
@@ -84,7 +84,7 @@ def assert_gates(site, sequence: int, weights: oracles.Weights, x: torch.Tensor)
         hidden = expected.values["hidden"]
         for quantity in ("reset", "update", "candidate", "hidden"):
             value = expected.values[quantity][0, columns]
-            np.testing.assert_allclose(getattr(found, quantity)[t], value, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(getattr(actual, quantity)[t], value, rtol=0, atol=1e-5)
 
 
 @contextmanager
@@ -124,7 +124,7 @@ def test_the_usual_lesion_study(options, comparisons) -> None:
     torch.manual_seed(0)
     layer, x = nn.GRU(8, 64).requires_grad_(False), torch.randn(6, 2, 8)
     intact = used(layer)
-    kept = layer.weight_hh_l0.detach().clone()
+    weight = layer.weight_hh_l0.detach().clone()
     with grutrace.Tracer(layer, recording=False, **options) as tracer:
         with tracer.recording(tag="intact"):
             layer(x)
@@ -134,7 +134,7 @@ def test_the_usual_lesion_study(options, comparisons) -> None:
                 lesioned = used(layer)
                 layer(x)
                 layer(x)
-                layer.weight_hh_l0.data.copy_(kept)
+                layer.weight_hh_l0.data.copy_(weight)
             assert_gates(tracer["l0"], -1, lesioned, x[:, 1])
             assert_gates(tracer["l0"], -3, lesioned, x[:, 1])
         with tracer.recording(tag="intact"):
@@ -154,13 +154,13 @@ def test_a_change_that_is_undone_before_anybody_looks(gates, monkeypatch, tmp_pa
     monkeypatch.setattr(weight_versions, "SAMPLE_SECONDS", -1.0)
     monkeypatch.setattr(weight_versions._WeightFingerprint, "has_sample_of", lambda *_: True)
     layer, x = nn.GRU(8, 64).requires_grad_(False), torch.randn(6, 2, 8)
-    kept = layer.weight_hh_l0.detach().clone()
+    weight = layer.weight_hh_l0.detach().clone()
     tracer = grutrace.trace(layer, gates=gates)
     with tracer:
         layer(x)
         layer.weight_hh_l0.data.mul_(-1)
         layer(x)
-        layer.weight_hh_l0.data.copy_(kept)
+        layer.weight_hh_l0.data.copy_(weight)
         layer(x)
         if gates == "deferred":
             assert tracer.calls["proof"].tolist() == ["proven", "unchecked", "unchecked"]
@@ -173,7 +173,7 @@ def test_a_change_that_is_undone_before_anybody_looks(gates, monkeypatch, tmp_pa
         layer(x)
         layer.weight_hh_l0.data.mul_(-1)
         layer(x)
-        layer.weight_hh_l0.data.copy_(kept)
+        layer.weight_hh_l0.data.copy_(weight)
         layer(x)
     assert exact.calls["weights"].tolist() == [0, 1, 0]
     assert exact.calls["proof"].tolist() == ["proven"] * 3
@@ -200,7 +200,7 @@ def test_a_file_is_marked_and_its_reader_finds_out(monkeypatch, tmp_path, capsys
         assert trace.calls["proof"].tolist().count("unchecked") == 1
         assert trace.calls["weights"].tolist() == [0, 0, 1, 1]
         assert_gates(trace["l0"], -1, after, x[:, 1])
-        assert all(each.holds for each in verify(trace))
+        assert all(result.holds for result in verify(trace))
         assert trace["l0"].update[:].shape == (48, 64)
         assert trace.calls["proof"].tolist() == ["proven"] * 4
 
@@ -223,28 +223,28 @@ def test_weights_that_change_while_the_kernel_runs(gates) -> None:
         assert proofs[1] == ("proven" if gates == "deferred" else "unproven")
         assert proofs[0] == proofs[2] == "proven"
     if gates == "deferred":
-        assert not all(each.holds for each in verify(tracer))
+        assert not all(result.holds for result in verify(tracer))
 
 
 def test_threads_with_weights_of_their_own_versions() -> None:
     torch.manual_seed(0)
     layer, x = nn.GRU(8, 64).requires_grad_(False), torch.randn(6, 2, 8)
     copies = [copy.deepcopy(layer) for _ in range(2)]
-    for each in copies[1:]:
-        each.weight_hh_l0.mul_(-1)
+    for thread in copies[1:]:
+        thread.weight_hh_l0.mul_(-1)
     model = nn.ModuleList(copies)
 
-    def run(each: nn.GRU) -> None:
+    def run(copied: nn.GRU) -> None:
         with torch.no_grad():
             for _ in range(20):
-                each(x)
+                copied(x)
 
     with grutrace.trace(model, gates="inline") as tracer:
-        threads = [threading.Thread(target=run, args=(each,)) for each in copies]
-        for each in threads:
-            each.start()
-        for each in threads:
-            each.join()
+        threads = [threading.Thread(target=run, args=(copied,)) for copied in copies]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     assert set(tracer.calls["proof"]) == {"proven"}
     for number in range(2):
         assert_gates(tracer[f"{number}.l0"], 7, used(copies[number]), x[:, 1])
@@ -262,7 +262,7 @@ def test_nothing_is_done_to_the_users_tensors() -> None:
             layer(x)
             cell(x[0])
             assert trace["0.l0"].update.shape == (28, 4)
-    assert all(each.untyped_storage().resizable() for each in watched)
+    assert all(weight.untyped_storage().resizable() for weight in watched)
     # The control: this is what must not happen.
     x.numpy()
     assert not x.untyped_storage().resizable()

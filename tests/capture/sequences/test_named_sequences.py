@@ -79,7 +79,7 @@ class Loop:
         assert site.lengths.tolist() == [T] * B
         for row, sequence in enumerate(site):
             previous, hidden = (
-                torch.stack(each)[:, row].numpy() for each in (self.previous, self.made)
+                torch.stack(states)[:, row].numpy() for states in (self.previous, self.made)
             )
             np.testing.assert_array_equal(sequence.previous, previous)
             np.testing.assert_array_equal(sequence.initial, previous[0])
@@ -102,11 +102,11 @@ def test_a_changed_state_stays_one_sequence(change, mode, path, tmp_path) -> Non
         loop.check(tracer["cell"])
     for trace in [tracer, *([grutrace.open(path)] if path else [])]:
         loop.check(trace["cell"])
-        assert all(each.tokens == list("uvwxyz") for each in trace["cell"])
+        assert all(sequence.tokens == list("uvwxyz") for sequence in trace["cell"])
         assert trace["cell"].label_names == ("tokens",)
         assert trace.sequences["origin"].tolist() == ["new"] * B
         assert trace.sequences["parent"].tolist() == [-1] * B
-        assert all(each.holds for each in verify(trace))
+        assert all(result.holds for result in verify(trace))
         padded, _ = trace["cell"].padded("hidden")
         np.testing.assert_array_equal(padded, torch.stack(loop.made, 1).numpy())
         np.testing.assert_array_equal(trace["cell"].previous(), torch.cat(loop.previous).numpy())
@@ -138,10 +138,10 @@ def test_a_reader_that_knows_no_names_sees_right_sequences(change, tmp_path) -> 
     ):
         loop.run()
     (module,) = PlainTrace(path).modules
-    previous, found = torch.stack(loop.previous), []
+    previous, states = torch.stack(loop.previous), []
     for sequence in range(module.count):
-        found.extend(each.tobytes() for each in module.sites["cell"].previous(sequence))
-    assert sorted(found) == sorted(each.tobytes() for each in previous.flatten(0, 1).numpy())
+        states.extend(state.tobytes() for state in module.sites["cell"].previous(sequence))
+    assert sorted(states) == sorted(state.tobytes() for state in previous.flatten(0, 1).numpy())
 
 
 def test_what_the_file_says(tmp_path) -> None:
@@ -164,23 +164,25 @@ def test_what_the_file_says(tmp_path) -> None:
     assert set(forks["steps"]) == {1}
 
 
-@pytest.mark.parametrize("kept", [slice(0, 4), slice(2, None), slice(2, 4), slice(1, 2)])
+@pytest.mark.parametrize("selected", [slice(0, 4), slice(2, None), slice(2, 4), slice(1, 2)])
 @pytest.mark.parametrize("change", CHANGES)
-def test_of_some_steps(kept, change) -> None:
+def test_of_some_steps(selected, change) -> None:
     loop = Loop(change)
     with (
-        grutrace.trace(loop.cell, steps=kept, record=EVERYTHING) as trace,
+        grutrace.trace(loop.cell, steps=selected, record=EVERYTHING) as trace,
         trace.recording(sequences=range(B), tokens={"": [list("uvwxyz")] * B}),
     ):
         loop.run()
     trace.close()
-    filled = [each for each in trace["cell"] if len(each)]
+    filled = [sequence for sequence in trace["cell"] if len(sequence)]
     assert len(filled) == B
     for row, sequence in enumerate(filled):
-        expected = [torch.stack(each)[kept, row].numpy() for each in (loop.made, loop.previous)]
+        expected = [
+            torch.stack(states)[selected, row].numpy() for states in (loop.made, loop.previous)
+        ]
         np.testing.assert_array_equal(sequence.hidden, expected[0])
         np.testing.assert_array_equal(sequence.previous, expected[1])
-        assert sequence.tokens == list("uvwxyz")[kept]
+        assert sequence.tokens == list("uvwxyz")[selected]
 
 
 @pytest.mark.parametrize("path", [None, "run.h5"])
@@ -251,7 +253,7 @@ def test_a_call_without_names_goes_on_with_a_named_sequence() -> None:
             state = cell(torch.randn(2, INPUT), 0.5 * state)
     assert trace["cell"].lengths.tolist() == [4, 4]
     last = trace["cell"].hidden[-2:]
-    assert [each.hidden[-1].tolist() for each in trace["cell"]] == last.tolist()
+    assert [sequence.hidden[-1].tolist() for sequence in trace["cell"]] == last.tolist()
 
 
 def test_names_by_module() -> None:
@@ -301,7 +303,7 @@ def test_layers_and_packed_batches_in_the_users_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "found"),
+    ("names", "message"),
     [
         ("abc", "found the text 'abc'"),
         ([1, 1, 2], "found 1 twice"),
@@ -311,10 +313,10 @@ def test_layers_and_packed_batches_in_the_users_order() -> None:
         ({"nowhere": [1, 2]}, "'nowhere' matches no traced module"),
     ],
 )
-def test_wrong_names_are_one_clear_error(given, found) -> None:
+def test_wrong_names_are_one_clear_error(names, message) -> None:
     tracer = grutrace.Tracer(nn.GRUCell(INPUT, H), recording=False)
-    with pytest.raises(grutrace.OptionError, match=f"sequences: .*{found}"):
-        tracer.recording(sequences=given).__enter__()
+    with pytest.raises(grutrace.OptionError, match=f"sequences: .*{message}"):
+        tracer.recording(sequences=names).__enter__()
     assert not tracer.is_recording
 
 
@@ -353,12 +355,12 @@ def test_a_name_outlives_its_state() -> None:
 
 
 def test_running_statistics_count_sequences_and_not_segments() -> None:
-    counted, kept = grutrace.Statistics(), Loop()
+    counted, recorded_loop = grutrace.Statistics(), Loop()
     with (
-        grutrace.Tracer(kept.cell, sink=counted, recording=False) as tracer,
+        grutrace.Tracer(recorded_loop.cell, sink=counted, recording=False) as tracer,
         tracer.recording(sequences=range(B)),
     ):
-        kept.run()
+        recorded_loop.run()
     loop = Loop()
     with grutrace.trace(loop.cell) as trace, trace.recording(sequences=range(B)):
         loop.run()
@@ -399,12 +401,12 @@ def test_analyses_of_time_start_anew_where_the_state_was_changed(change) -> None
                 begin = step
             age = update[step] * (age + 1) if step != begin else update[step]
             ages, steps = ages + age, steps + 1
-            found = decompose(site, row, step)
-            assert found.steps.tolist() == list(range(begin, step + 1))
-            assert found.difference < 1e-6
-            left = np.prod(update[begin : step + 1], axis=0)
+            result = decompose(site, row, step)
+            assert result.steps.tolist() == list(range(begin, step + 1))
+            assert result.difference < 1e-6
+            weight = np.prod(update[begin : step + 1], axis=0)
             np.testing.assert_allclose(
-                found.before, left * loop.previous[begin][row].numpy(), rtol=1e-5, atol=1e-9
+                result.before, weight * loop.previous[begin][row].numpy(), rtol=1e-5, atol=1e-9
             )
             # The share of a step, and of what was there before, from the equations.
             hidden = loop.made[step][row].numpy().astype(np.float64)
@@ -433,8 +435,8 @@ def test_the_jacobian_of_a_step_from_a_changed_state() -> None:
             lambda state, step=step: loop.cell(loop.x[step, :1], state)[0],
             loop.previous[step][:1],
         )[:, 0]
-        found = jacobian(trace["cell"], 0, step)
-        np.testing.assert_allclose(found, expected.numpy(), atol=1e-6)
+        actual = jacobian(trace["cell"], 0, step)
+        np.testing.assert_allclose(actual, expected.numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize("copy", [False, True])
@@ -452,9 +454,9 @@ def test_shards_and_merged_files(copy, tmp_path) -> None:
             assert trace["cell"].lengths.tolist() == [T] * (2 * B)
             for number, sequence in enumerate(trace["cell"]):
                 loop, row = loops[number // B], number % B
-                for found, expected in (
+                for actual, expected in (
                     (sequence.hidden, loop.made),
                     (sequence.previous, loop.previous),
                 ):
-                    np.testing.assert_array_equal(found, torch.stack(expected)[:, row].numpy())
+                    np.testing.assert_array_equal(actual, torch.stack(expected)[:, row].numpy())
                 assert sequence.labels["rank"].tolist() == [number // B] * T

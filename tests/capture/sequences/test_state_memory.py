@@ -38,7 +38,7 @@ def rows_of(streams: list[list[torch.Tensor]]) -> list[bytes]:
 
 
 def recorded(trace) -> list[bytes]:
-    return sorted(each.hidden.tobytes() for each in trace["cell"])
+    return sorted(sequence.hidden.tobytes() for sequence in trace["cell"])
 
 
 @BOTH
@@ -51,8 +51,8 @@ def test_agents_with_shared_parameters(path, layers, cell, tmp_path) -> None:
             for states in finals:
                 states.append(gru(torch.randn(1, states[-1].shape[1], 3), states[-1])[1])
     for layer in range(layers):
-        found = sorted(each.hidden.tobytes() for each in trace[f"l{layer}"])
-        assert found == rows_of([[each[layer] for each in states[1:]] for states in finals])
+        actual = sorted(sequence.hidden.tobytes() for sequence in trace[f"l{layer}"])
+        assert actual == rows_of([[state[layer] for state in states[1:]] for states in finals])
     assert set(trace.sequences["origin"]) == {"new"}
 
 
@@ -101,11 +101,11 @@ def test_one_stream_over_a_pool_of_threads(cell) -> None:
 
 @pytest.mark.parametrize("options", [{}, {"steps": slice(1, 4)}, {"gates": "deferred"}])
 def test_a_stateful_batch_with_a_short_one_between(options) -> None:
-    gru, kept = nn.GRU(3, 4), torch.randn(1, 8, 4)
+    gru, state = nn.GRU(3, 4), torch.randn(1, 8, 4)
     with torch.no_grad(), grutrace.trace(gru, **options) as trace:
         for rows in (8, 5, 8):
-            _, last = gru(torch.randn(2, rows, 3), kept[:, :rows].clone())
-            kept[:, :rows] = last
+            _, last = gru(torch.randn(2, rows, 3), state[:, :rows].clone())
+            state[:, :rows] = last
     expected = [4] * 3 + [6] * 5
     if "steps" in options:
         expected = [3] * 8
@@ -154,9 +154,9 @@ def test_streams_in_the_same_state_are_never_guessed(path, cell, tmp_path) -> No
     assert len(warned) == 1
     assert trace["cell"].lengths.tolist() == [1, 1, 3, 3]
     assert trace.sequences["origin"].tolist() == ["new", "new", "ambiguous", "ambiguous"]
-    assert [each.origin for each in trace["cell"]] == trace.sequences["origin"].tolist()
+    assert [sequence.origin for sequence in trace["cell"]] == trace.sequences["origin"].tolist()
     assert trace["cell"].label_names == ()
-    assert all(each.labels == {} and each.tokens is None for each in trace["cell"])
+    assert all(sequence.labels == {} and sequence.tokens is None for sequence in trace["cell"])
 
 
 def test_control_streams_in_different_states_are_told_apart(cell) -> None:
@@ -207,7 +207,7 @@ def test_a_state_that_is_used_is_not_dropped(cell) -> None:
 
 
 def test_what_is_remembered_is_bounded() -> None:
-    gru, found = nn.GRU(2, 256), []
+    gru, sizes = nn.GRU(2, 256), []
     with (
         torch.no_grad(),
         grutrace.Tracer(gru, sink=grutrace.Statistics(), state_memory="8 MiB") as t,
@@ -216,12 +216,15 @@ def test_what_is_remembered_is_bounded() -> None:
         for _ in range(3):
             for _ in range(120):
                 gru(torch.randn(1, 64, 2))
-            found.append(
-                sum(each.states.nbytes for each in t._recorder.module_recorders[0]._tracker._memory)
+            sizes.append(
+                sum(
+                    states_of_call.states.nbytes
+                    for states_of_call in t._recorder.module_recorders[0]._tracker._memory
+                )
             )
-    assert found[0] < 8 * 1024**2
-    assert found[1] < 8 * 1024**2
-    assert found[2] > 3 * 1024**2
+    assert sizes[0] < 8 * 1024**2
+    assert sizes[1] < 8 * 1024**2
+    assert sizes[2] > 3 * 1024**2
 
 
 @pytest.mark.parametrize("kind", ["GRU", "GRUCell"])
@@ -265,23 +268,23 @@ def test_the_users_tensors_stay_resizable(cell) -> None:
         a, b = torch.randn(2, 4), torch.randn(1, 4)
         for _ in range(3):
             a, b = step(cell, a), step(cell, b)
-    assert all(each.untyped_storage().resizable() for each in (a, b))
+    assert all(tensor.untyped_storage().resizable() for tensor in (a, b))
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("limit", "expected"),
     [(0, 0), (1000, 1000), ("4 MiB", 4 * 1024**2), ("1.5kB", 1500), ("2 GB", 2 * 10**9)],
 )
-def test_bytes_as_a_number_or_a_text(given, expected, cell) -> None:
-    tracer = grutrace.Tracer(cell, state_memory=given)
+def test_bytes_as_a_number_or_a_text(limit, expected, cell) -> None:
+    tracer = grutrace.Tracer(cell, state_memory=limit)
     assert tracer._recorder._options.state_memory == expected
     assert ("state_memory" in tracer.header.options) == (expected != 4 * 1024**2)
 
 
-@pytest.mark.parametrize("given", [-1, "16 apples", "", 1.5, None, True])
-def test_wrong_bytes_are_one_clear_error(given, cell) -> None:
+@pytest.mark.parametrize("limit", [-1, "16 apples", "", 1.5, None, True])
+def test_wrong_bytes_are_one_clear_error(limit, cell) -> None:
     with pytest.raises(grutrace.OptionError, match="state_memory: expected a number of bytes"):
-        grutrace.Tracer(cell, state_memory=given)
+        grutrace.Tracer(cell, state_memory=limit)
 
 
 @pytest.mark.filterwarnings("error")
@@ -304,10 +307,10 @@ def test_units_that_never_change_do_not_hide_the_others() -> None:
     torch.manual_seed(0)
     states = torch.randn(40, 16, 6)
     states[..., 0] = 0.5
-    for number, each in enumerate(states):
-        memory.add(remembered(each, 16 * number))
-    found = memory.find(states[3])
-    assert [[call.end(place).sequence for call, place in each] for each in found] == [
+    for number, state in enumerate(states):
+        memory.add(remembered(state, 16 * number))
+    found_rows = memory.find(states[3])
+    assert [[call.end(row).sequence for call, row in matches] for matches in found_rows] == [
         [48 + row] for row in range(16)
     ]
     assert memory._column != 0
@@ -318,8 +321,8 @@ def test_digests_tell_what_was_dropped() -> None:
     memory = StateMemory(1 << 17)
     torch.manual_seed(0)
     states = torch.randn(64, 8, 300)
-    for each in states:
-        memory.add(remembered(each))
+    for state in states:
+        memory.add(remembered(state))
     # A digest may have replaced another one.
     assert sum(memory.were_dropped(states[0])) > 4
     assert not any(memory.were_dropped(states[-1]))

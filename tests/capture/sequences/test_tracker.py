@@ -26,9 +26,9 @@ class Followed(SequenceTracker):
         super().__init__(memory)
 
     def assign(self, *args, **kwargs) -> SequenceAssignment:
-        found = super().assign(*args, **kwargs)
+        assignment = super().assign(*args, **kwargs)
         self.commit(lambda: None, Commitment(is_done=True))
-        return found
+        return assignment
 
 
 def ones(batch: int) -> np.ndarray:
@@ -50,27 +50,27 @@ def test_the_state_that_came_out_continues_row_by_row() -> None:
 def test_a_shrunk_and_reordered_batch_stays_whole() -> None:
     continuity = Followed()
     continuity.assign(None, states(1, 2, 3), ones(3))
-    found = continuity.assign(states(3, 1), states(4, 5), ones(2))
-    assert found.sequences.tolist() == [2, 0]
-    assert not found.begun.any()
-    assert found.forks == ()
+    assignment = continuity.assign(states(3, 1), states(4, 5), ones(2))
+    assert assignment.sequences.tolist() == [2, 0]
+    assert not assignment.begun.any()
+    assert assignment.forks == ()
 
 
 def test_a_beam_forks() -> None:
     continuity = Followed()
     continuity.assign(None, states(1, 2), 3 * ones(2))
-    found = continuity.assign(states(2, 2, 7), states(4, 5, 6), ones(3))
-    assert found.sequences.tolist() == [1, 2, 3]
-    assert found.begun.tolist() == [False, True, True]
-    assert found.forks == (Fork(sequence=2, parent=1, steps=3),)
+    assignment = continuity.assign(states(2, 2, 7), states(4, 5, 6), ones(3))
+    assert assignment.sequences.tolist() == [1, 2, 3]
+    assert assignment.begun.tolist() == [False, True, True]
+    assert assignment.forks == (Fork(sequence=2, parent=1, steps=3),)
 
 
 def test_rows_that_are_the_same_continue_each_its_own() -> None:
     continuity = Followed()
     continuity.assign(None, states(1, 1, 2), ones(3))
-    found = continuity.assign(states(1, 1), states(3, 3), ones(2))
-    assert found.sequences.tolist() == [0, 1]
-    assert found.forks == ()
+    assignment = continuity.assign(states(1, 1), states(3, 3), ones(2))
+    assert assignment.sequences.tolist() == [0, 1]
+    assert assignment.forks == ()
 
 
 def test_anything_else_begins() -> None:
@@ -100,8 +100,8 @@ def test_what_came_out_may_be_changed_in_place_afterwards() -> None:
 
 def test_an_empty_batch() -> None:
     continuity = Followed()
-    found = continuity.assign(None, states(), ones(0))
-    assert found.sequences.shape == (0,)
+    assignment = continuity.assign(None, states(), ones(0))
+    assert assignment.sequences.shape == (0,)
     assert continuity.assign(states(), states(), ones(0)).begun.shape == (0,)
 
 
@@ -111,9 +111,9 @@ def test_a_call_that_is_not_recorded_leaves_nothing() -> None:
         assert continuity.assign(None, states(1, 2), ones(2)).sequences.tolist() == [0, 1]
     continuity.commit(lambda: None, Commitment(is_done=True))
     for _ in range(2):
-        found = continuity.assign(states(1, 2), states(3, 4), ones(2))
-        assert found.sequences.tolist() == [0, 1]
-        assert found.steps_before.tolist() == [1, 1]
+        assignment = continuity.assign(states(1, 2), states(3, 4), ones(2))
+        assert assignment.sequences.tolist() == [0, 1]
+        assert assignment.steps_before.tolist() == [1, 1]
 
 
 def test_the_thread_does_not_matter() -> None:
@@ -128,10 +128,10 @@ def test_the_thread_does_not_matter() -> None:
 
 
 def test_an_interruption_at_any_line_uses_a_number_twice_for_no_two_calls() -> None:
-    places = 0
+    line = 0
     is_interrupted = True
     while is_interrupted:
-        places += 1
+        line += 1
         sequences, commitment = SequenceTracker(1 << 20), Commitment()
         sequences.assign(None, states(1, 2), ones(2))
 
@@ -139,11 +139,11 @@ def test_an_interruption_at_any_line_uses_a_number_twice_for_no_two_calls() -> N
             commitment.is_done = True
 
         try:
-            with AtLine(places, Interruption, (tracker.__file__,)):
+            with AtLine(line, Interruption, (tracker.__file__,)):
                 sequences.commit(append, commitment)
             is_interrupted = False
         except Interruption:
             pass
         following = sequences.assign(None, states(3, 4), ones(2)).sequences.tolist()
         assert following == ([2, 3] if commitment.is_done else [0, 1])
-    assert places > 5
+    assert line > 5

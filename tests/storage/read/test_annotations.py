@@ -9,7 +9,7 @@ from grutrace.storage.read.annotations import encode_labels
 
 
 @pytest.mark.parametrize(
-    ("given", "values", "codes"),
+    ("annotation", "values", "codes"),
     [
         ([2.0, None, 1.0, 2.0], (1.0, 2.0), [1, -1, 0, 1]),
         (np.array([2, 5, 2]), (2.0, 5.0), [0, 1, 0]),
@@ -21,8 +21,8 @@ from grutrace.storage.read.annotations import encode_labels
         ([], (), []),
     ],
 )
-def test_plain_values(given, values, codes) -> None:
-    result = encode_labels("mine", given)
+def test_plain_values(annotation, values, codes) -> None:
+    result = encode_labels("mine", annotation)
     assert (result.name, result.values, result.codes.tolist()) == ("mine", values, codes)
 
 

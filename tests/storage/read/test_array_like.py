@@ -106,16 +106,16 @@ EXPRESSIONS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def assert_alike(found: Any, exact: Any) -> None:
+def assert_alike(actual: Any, exact: Any) -> None:
     if isinstance(exact, (tuple, list)):
-        assert type(found) is type(exact)
-        for left, right in zip(found, exact, strict=True):
+        assert type(actual) is type(exact)
+        for left, right in zip(actual, exact, strict=True):
             assert_alike(left, right)
         return
-    assert type(found) is type(exact)
-    np.testing.assert_array_equal(found, exact)
-    assert getattr(found, "dtype", None) == getattr(exact, "dtype", None)
-    assert np.shape(found) == np.shape(exact)
+    assert type(actual) is type(exact)
+    np.testing.assert_array_equal(actual, exact)
+    assert getattr(actual, "dtype", None) == getattr(exact, "dtype", None)
+    assert np.shape(actual) == np.shape(exact)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -360,7 +360,7 @@ def test_arrays_of_a_trace_may_be_written_to(traces) -> None:
     for trace in traces.values():
         site = trace[trace.sites[0]]
         sequence = site[1]
-        before = [np.array(each) for each in (site.update, site.initial, trace.calls["steps"])]
+        before = [np.array(values) for values in (site.update, site.initial, trace.calls["steps"])]
         handed = [
             site.update[:], site.initial[:], site.initial[0], site.lengths, site.parents,
             site.checks["residual"], site.padded("update")[0], site.previous(),

@@ -105,7 +105,7 @@ def test_a_chaotic_network(tmp_path, bidirectional) -> None:
     with grutrace.trace(layer, path, gates="deferred"):
         layer(x)
     with grutrace.open(path) as trace:
-        assert all(found.holds for found in verify(trace))
+        assert all(result.holds for result in verify(trace))
         for name in trace.sites:
             site = trace[name]
             sequence, weights = site.sequence(1), site.weights()
@@ -133,9 +133,9 @@ def free_run(weights, x, initial, reverse, dtype) -> dict[str, np.ndarray]:
 
 def numpy_step(weights, x, previous) -> dict[str, np.ndarray]:
     read = np.split(x @ weights["weight_ih"].T + weights["bias_ih"], 3, axis=1)
-    kept = np.split(previous @ weights["weight_hh"].T + weights["bias_hh"], 3, axis=1)
-    reset, update = (oracles.sigmoid(a + b) for a, b in zip(read[:2], kept[:2], strict=True))
-    candidate = np.tanh(read[2] + reset * kept[2])
+    recurrent = np.split(previous @ weights["weight_hh"].T + weights["bias_hh"], 3, axis=1)
+    reset, update = (oracles.sigmoid(a + b) for a, b in zip(read[:2], recurrent[:2], strict=True))
+    candidate = np.tanh(read[2] + reset * recurrent[2])
     hidden = (1 - update) * candidate + update * previous
     return {"reset": reset, "update": update, "candidate": candidate, "hidden": hidden}
 
@@ -217,7 +217,7 @@ def test_a_training_run_inline_and_deferred(tmp_path) -> None:
             expected, same = inline[name].padded("candidate")
             np.testing.assert_allclose(padded, expected, atol=1e-6)
             np.testing.assert_array_equal(lengths, same)
-        assert all(found.check == "derived" and found.holds for found in verify(opened))
+        assert all(result.check == "derived" and result.holds for result in verify(opened))
 
 
 def test_control_the_input_after_dropout_must_be_recorded(monkeypatch) -> None:
@@ -241,7 +241,7 @@ def test_dropout_enabled_after_attaching_is_reported() -> None:
             trace.flush()
         layer.eval()(torch.randn(6, 2, 3))
     assert len(trace.calls) == 2
-    assert all(found.holds for found in verify(trace))
+    assert all(result.holds for result in verify(trace))
 
 
 def test_stepwise_decoding_with_a_shrinking_batch(tmp_path) -> None:
@@ -264,7 +264,7 @@ def test_stepwise_decoding_with_a_shrinking_batch(tmp_path) -> None:
             np.testing.assert_allclose(
                 sequence.candidate, inline[name].sequence(number).candidate, atol=1e-6
             )
-    assert all(found.holds for found in verify(deferred))
+    assert all(result.holds for result in verify(deferred))
 
 
 def test_appending(tmp_path) -> None:
@@ -279,7 +279,7 @@ def test_appending(tmp_path) -> None:
             with torch.no_grad():
                 layer.weight_hh_l0 += 1
     assert_equal_to_rounding(inline, file)
-    assert all(found.holds for found in verify(file))
+    assert all(result.holds for result in verify(file))
     with pytest.raises(grutrace.TraceFileError, match=r"quantities of site 'l0'"):
         grutrace.Tracer(layer, path, mode="a", record=EVERYTHING)
 
@@ -330,7 +330,7 @@ def test_every_type_and_autocast(kind, dtype, cast, tmp_path) -> None:
             # What was computed in a half type is a number of that type.
             update = torch.from_numpy(np.asarray(deferred[name].update))
             assert torch.equal(update, update.to(cast or dtype).to(update.dtype))
-    assert all(found.holds for found in verify(deferred))
+    assert all(result.holds for result in verify(deferred))
 
 
 def test_a_module_that_changes_its_type_while_attached() -> None:
@@ -346,7 +346,7 @@ def test_a_module_that_changes_its_type_while_attached() -> None:
     assert trace["l0"].checks["precision"].tolist() == [2.0**-23, 2.0**-7, 2.0**-52]
     half = torch.from_numpy(trace["l0"].update[18:36])
     assert torch.equal(half.bfloat16().float(), half)
-    assert all(found.holds for found in verify(trace))
+    assert all(result.holds for result in verify(trace))
 
 
 class Refusing(TorchFunctionMode):
@@ -361,8 +361,13 @@ def test_torch_modes_around_the_reader_change_nothing() -> None:
     with grutrace.trace(layer, gates="deferred") as trace:
         layer(torch.randn(6, 3, 5))
     values = trace["l0"].update[:]
-    for each in (torch.device("meta"), torch.inference_mode(), torch.autocast("cpu"), Refusing()):
-        with each:
+    for context in (
+        torch.device("meta"),
+        torch.inference_mode(),
+        torch.autocast("cpu"),
+        Refusing(),
+    ):
+        with context:
             np.testing.assert_array_equal(trace["l0"].update, values)
             assert trace["l0"].preactivation("reset").shape == (18, 16)
     torch.set_default_dtype(torch.float64)

@@ -160,7 +160,7 @@ def test_a_compressed_file_stays_compressed(compression, tmp_path, output):
 def test_a_truncated_file_is_recovered(shape, closed, path, output):
     coded_file(path, shape, {"big": 30, "stepwise": 1500}[shape], closed)
     whole = path.read_bytes()
-    chance, kept = random.Random(shape), []
+    chance, recovered = random.Random(shape), []
     for size in sorted(chance.randrange(len(whole) // 5, len(whole)) for _ in range(6)):
         path.write_bytes(whole[:size])
         if closed:
@@ -174,10 +174,10 @@ def test_a_truncated_file_is_recovered(shape, closed, path, output):
         assert plain.closed
         assert report.lost["calls"] + report.calls == {"big": 30, "stepwise": 1500}[shape]
         assert "item" in report.reason
-        kept.append(report.calls)
+        recovered.append(report.calls)
         output.unlink()
-    assert kept == sorted(kept)
-    assert kept[-1] > 2 * kept[0]
+    assert recovered == sorted(recovered)
+    assert recovered[-1] > 2 * recovered[0]
 
 
 def test_rows_that_a_bad_disk_cannot_read(path, output, monkeypatch):
@@ -316,8 +316,8 @@ def test_the_parts_of_a_run(path, output):
     with grutrace.open(path) as trace:
         expected = trace.sites, trace.calls["steps"].tolist()
     report = recover_file(path, output)
-    assert [each.path for each in report] == [part_path(output, number) for number in (1, 2, 3)]
-    assert [each.calls for each in report] == [1, 2, 3]
+    assert [part.path for part in report] == [part_path(output, number) for number in (1, 2, 3)]
+    assert [part.calls for part in report] == [1, 2, 3]
     with grutrace.open(output) as trace:
         assert (trace.sites, trace.calls["steps"].tolist()) == expected
         assert trace.closed

@@ -148,7 +148,7 @@ def test_a_rank_without_some_modules(tmp_path):
     ],
 )
 def test_a_module_that_differs_is_an_error(change, message):
-    streams = [Stream(make_header(make_module("rnn", **each))) for each in ({}, change)]
+    streams = [Stream(make_header(make_module("rnn", **changes))) for changes in ({}, change)]
     with pytest.raises(TraceFileError, match=message):
         source_of(streams)
 
@@ -219,7 +219,9 @@ def test_stacked_rows_are_indexed_like_one_array(data):
     rows = st.builds(slice, bound, bound, step)
     if len(whole):
         inside = st.integers(-len(whole), len(whole) - 1)
-        rows |= inside | st.lists(inside, max_size=6).map(lambda each: np.array(each, np.int64))
+        rows |= inside | st.lists(inside, max_size=6).map(
+            lambda numbers: np.array(numbers, np.int64)
+        )
         rows |= st.lists(st.booleans(), min_size=len(whole), max_size=len(whole)).map(np.array)
     columns = st.builds(slice, bound, bound, step) | st.integers(-3, 2)
     key = data.draw(rows), data.draw(columns)

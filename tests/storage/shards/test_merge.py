@@ -57,7 +57,7 @@ def check_merged(path, streams, created, closed=None):
     with open_trace(path) as trace:
         check_trace(trace, merged_header(streams, created, closed), as_one(streams))
         assert trace.closed
-        calls = [each["calls"] for each in trace.options["shards"]["of"]]
+        calls = [rank["calls"] for rank in trace.options["shards"]["of"]]
         assert trace.calls["rank"].tolist() == np.repeat(np.arange(len(calls)), calls).tolist()
         check_plain(path, trace)
 
@@ -113,7 +113,10 @@ def test_merging_copies_no_rows(path, monkeypatch):
     assert [path.read_bytes() for path in paths] == before
     check_merged(path, streams, in_place(3))
     virtual = virtual_datasets(path)
-    assert all(f"modules/encoder.rnn/{place}" in virtual for place in ("l0/update", "l1/weight_hh"))
+    assert all(
+        f"modules/encoder.rnn/{path_in_module}" in virtual
+        for path_in_module in ("l0/update", "l1/weight_hh")
+    )
     assert "modules/%/l0/initial" in virtual
     assert not any("pieces" in name or name == "calls" for name in virtual)
 
@@ -128,9 +131,9 @@ def test_plain_h5py_reads_the_rows_of_the_shards(path, copy):
     sequences = 0
     for number, module in enumerate(merged.modules):
         own = [shard.modules[number] for shard in shards]
-        assert module.count == sum(each.count for each in own)
+        assert module.count == sum(shard_module.count for shard_module in own)
         for suffix, site in module.sites.items():
-            sites = [each.sites[suffix] for each in own]
+            sites = [shard_module.sites[suffix] for shard_module in own]
             for name in ("rows", "weights"):
                 for key, item in getattr(site, name).items():
                     parts = [getattr(site, name)[key] for site in sites]
@@ -140,13 +143,17 @@ def test_plain_h5py_reads_the_rows_of_the_shards(path, copy):
                 parts = [getattr(site, name) for site in sites]
                 np.testing.assert_array_equal(getattr(site, name), np.concatenate(parts))
             assert site.labels == sites[0].labels
-            places = [(each, number) for each in own for number in range(each.count)]
-            for place, (each, number) in enumerate(places):
-                of = each.sites[suffix]
+            merged_sequences = [
+                (shard_module, number)
+                for shard_module in own
+                for number in range(shard_module.count)
+            ]
+            for sequence, (shard_module, number) in enumerate(merged_sequences):
+                of = shard_module.sites[suffix]
                 for quantity in site.rows:
-                    item = site.sequence(place, quantity)
+                    item = site.sequence(sequence, quantity)
                     np.testing.assert_array_equal(item, of.sequence(number, quantity))
-                assert module.annotated(place) == each.annotated(number)
+                assert module.annotated(sequence) == shard_module.annotated(number)
                 sequences += 1
     assert sequences > 50
 
@@ -157,8 +164,8 @@ def test_a_merged_file_can_be_moved_with_its_shards(path, tmp_path):
     merge_shards(paths, path)
     folder = tmp_path / "elsewhere"
     folder.mkdir()
-    for each in (*paths, path):
-        each.rename(folder / each.name)
+    for file in (*paths, path):
+        file.rename(folder / file.name)
     code = "import h5py; print(h5py.File('{}')['modules/rnn/l0/update'][()].sum())"
     done = forks.run("-c", code.format(folder / "run.h5"), cwd="/", check=True).stdout
     rows = [
@@ -180,8 +187,8 @@ def test_a_copy_needs_no_shards(path):
         paths, path, copy=True, progress=lambda done, total: messages.append((done, total))
     )
     assert messages[-1] == (report.copied, report.copied)
-    for each in paths:
-        each.unlink()
+    for shard_path in paths:
+        shard_path.unlink()
     assert virtual_datasets(path) == []
     check_merged(path, streams, [{}] * 3)
 
@@ -290,9 +297,9 @@ def test_an_empty_rank_and_empty_shards(path):
 
 def test_a_missing_rank_is_reported_at_every_step(path):
     paths = write_shards(path, small_shards(3))
-    with pytest.warns(GrutraceWarning, match="of 3 ranks there is no file of 1") as given:
+    with pytest.warns(GrutraceWarning, match="of 3 ranks there is no file of 1") as caught:
         merge_shards([paths[0], paths[2]], path)
-    assert given[0].filename == __file__
+    assert caught[0].filename == __file__
     with pytest.warns(GrutraceWarning, match=r"run\.h5: of 3 ranks there is nothing of 1"):
         open_trace(path).close()
 
@@ -381,23 +388,23 @@ def test_a_writer_can_close_a_shard_with_open_readers(path):
 SITE = "modules/rnn/l0"
 
 
-def relink(path, *spans, place=f"{SITE}/update", shape=(8, 3), dtype="<f4", width=3):
+def relink(path, *spans, path_in_file=f"{SITE}/update", shape=(8, 3), dtype="<f4", width=3):
     """Put a virtual dataset of these (rows, file, place, selection) in the place of another."""
     with h5py.File(path, "r+", libver=("v110", "v110")) as file:
-        del file[place]
+        del file[path_in_file]
         layout = h5py.VirtualLayout((shape[0], width, *shape[2:]), dtype)
         for rows, name, source, length, selection in spans:
             whole = h5py.VirtualSource(name, source, (length, width), "<f4", (None, width))
             layout[rows] = whole if selection is None else whole[selection]
-        file.create_virtual_dataset(place, layout)
+        file.create_virtual_dataset(path_in_file, layout)
 
 
-def first(name, source=f"{SITE}/update", rows=slice(0, 4), taken=slice(0, 4), length=9):
-    return rows, name, source, length, taken
+def first(name, source=f"{SITE}/update", rows=slice(0, 4), source_rows=slice(0, 4), length=9):
+    return rows, name, source, length, source_rows
 
 
-def second(name="run.rank0001.h5", source=f"{SITE}/update", taken=slice(0, 4), length=9):
-    return slice(4, 8), name, source, length, taken
+def second(name="run.rank0001.h5", source=f"{SITE}/update", source_rows=slice(0, 4), length=9):
+    return slice(4, 8), name, source, length, source_rows
 
 
 def fifo(path):
@@ -513,7 +520,7 @@ HOSTILE = {
         "from 4 on",
     ),
     "a gap": (
-        lambda p: relink(p, first(RANK_0, rows=slice(0, 3), taken=slice(0, 3)), second()),
+        lambda p: relink(p, first(RANK_0, rows=slice(0, 3), source_rows=slice(0, 3)), second()),
         "from 3 on",
     ),
     "not to the end": (lambda p: relink(p, first(RANK_0)), "8 items in its sources"),
@@ -523,21 +530,21 @@ HOSTILE = {
             p,
             first(RANK_0),
             second(),
-            (slice(8, 10), *second(taken=slice(4, 6))[1:]),
+            (slice(8, 10), *second(source_rows=slice(4, 6))[1:]),
             shape=(10, 3),
         ),
         "first of their source",
     ),
     "not the first rows": (
-        lambda p: relink(p, first(RANK_0, taken=slice(1, 5)), second()),
+        lambda p: relink(p, first(RANK_0, source_rows=slice(1, 5)), second()),
         "first of their source",
     ),
     "every other row": (
-        lambda p: relink(p, first(RANK_0, taken=slice(0, 8, 2)), second()),
+        lambda p: relink(p, first(RANK_0, source_rows=slice(0, 8, 2)), second()),
         "one block",
     ),
     "all of a source": (
-        lambda p: relink(p, first(RANK_0, taken=None, length=4), second()),
+        lambda p: relink(p, first(RANK_0, source_rows=None, length=4), second()),
         "mapping of blocks",
     ),
     "another width": (
@@ -595,8 +602,8 @@ def sound(tmp_path_factory):
 def test_a_hostile_merged_file_is_one_error(sound, tmp_path, hostility):
     """Opening and reading it does not hang. A pipe would block a reader that opens it."""
     spoil, message = HOSTILE[hostility]
-    for each in sound.iterdir():
-        shutil.copy(each, tmp_path / each.name)
+    for file in sound.iterdir():
+        shutil.copy(file, tmp_path / file.name)
     path = tmp_path / "run.h5"
     spoil(path)
     with pytest.raises(TraceFileError, match=message) as caught:

@@ -97,9 +97,9 @@ def test_a_missing_rank_warns_and_the_others_are_read(path):
     paths = write_shards(path, streams)
     paths[1].unlink()
     pattern = path.with_name("run.rank*.h5")
-    with pytest.warns(GrutraceWarning, match=r"of 3 ranks there is no file of 1$") as given:
+    with pytest.warns(GrutraceWarning, match=r"of 3 ranks there is no file of 1$") as caught:
         trace = open_trace(pattern)
-    assert given[0].filename == __file__
+    assert caught[0].filename == __file__
     with trace:
         assert set(trace.calls["rank"]) == {0, 2}
         # It comes late, as may be while a run begins: then it takes its place.

@@ -54,8 +54,8 @@ def test_parts_in_memory_equal_one_trace(bounds):
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(stream=drawn_streams(), data=st.data())
 def test_drawn_parts_equal_one_trace(stream, data):
-    places = st.integers(1, max(1, len(stream.header.modules) - 1))
-    bounds = sorted(data.draw(st.sets(places, max_size=len(stream.header.modules) - 1)))
+    boundaries = st.integers(1, max(1, len(stream.header.modules) - 1))
+    bounds = sorted(data.draw(st.sets(boundaries, max_size=len(stream.header.modules) - 1)))
     with Trace(UnionSource("all", in_memory(stream, bounds))) as trace:
         check_trace(trace, stream.header, stream.records)
 
@@ -70,10 +70,10 @@ def test_growing_parts_in_files_equal_one_trace(tmp_path):
     bounds = np.array([1, 3])
     with Trace(source) as trace:
         for seen, record in enumerate(stream.records, 1):
-            place = int(np.searchsorted(bounds, record.module, side="right"))
-            start = [0, 1, 3][place]
-            sinks[place].append(dataclasses.replace(record, module=record.module - start))
-            sinks[place].flush()
+            part = int(np.searchsorted(bounds, record.module, side="right"))
+            start = [0, 1, 3][part]
+            sinks[part].append(dataclasses.replace(record, module=record.module - start))
+            sinks[part].flush()
             trace.refresh()
             if seen % 6 == 0:
                 check_trace(trace, stream.header, stream.records[:seen])

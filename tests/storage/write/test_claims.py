@@ -90,8 +90,8 @@ WRITERS = {
 }
 
 
-def counted(*given, **options):
-    statistics = grutrace.Statistics(*given, **options)
+def counted(*arguments, **options):
+    statistics = grutrace.Statistics(*arguments, **options)
     layer = nn.GRU(3, 4)
     with grutrace.trace(layer, sink=statistics):
         layer(torch.randn(5, 2, 3))
@@ -171,8 +171,8 @@ def test_links_are_followed(path):
     os.link(target, second)
     begin(link, "overwrite").close()
     assert link.is_symlink()
-    for each, calls in ((target, 1), (link, 1), (second, 2)):
-        with open_trace(each) as trace:
+    for opened, calls in ((target, 1), (link, 1), (second, 2)):
+        with open_trace(opened) as trace:
             assert coded.check_trace(trace) == calls
     target.write_text("precious")
     with pytest.raises(TraceFileError, match="found a text file"):
@@ -187,10 +187,10 @@ def test_links_are_followed(path):
 def test_a_file_created_meanwhile_is_not_replaced(path, monkeypatch):
     coded.write(path, "big", calls=1)
 
-    def create(*given):
+    def create(*arguments):
         path.unlink()
         path.write_text("precious")
-        return created(*given)
+        return created(*arguments)
 
     from grutrace.storage.write import writer
 
@@ -351,20 +351,20 @@ def test_a_forked_child_neither_writes_nor_unlocks(path):
     assert locks.is_locked(path) is False
 
 
-@pytest.mark.parametrize("found", [None, True, False])
-def test_without_file_locks_overwriting_warns(path, monkeypatch, found):
+@pytest.mark.parametrize("locked", [None, True, False])
+def test_without_file_locks_overwriting_warns(path, monkeypatch, locked):
     killed(path)
-    monkeypatch.setattr("grutrace.storage.write.overwrite.is_locked", lambda _: found)
-    if found is None:
-        with pytest.warns(grutrace.GrutraceWarning, match="no file locks") as given:
+    monkeypatch.setattr("grutrace.storage.write.overwrite.is_locked", lambda _: locked)
+    if locked is None:
+        with pytest.warns(grutrace.GrutraceWarning, match="no file locks") as caught:
             begin(path, "overwrite").close()
-        assert len(given) == 1
-    elif found:
+        assert len(caught) == 1
+    elif locked:
         with pytest.raises(TraceFileError, match=ELSEWHERE):
             begin(path, "overwrite")
     else:
         begin(path, "overwrite").close()
-    if not found:
+    if not locked:
         # Of a trace that was closed it is known.
         begin(path, "overwrite").close()
 

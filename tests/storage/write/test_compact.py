@@ -211,9 +211,9 @@ def test_readers_see_the_copy_and_what_is_appended_to_it(path):
         assert trace.closed
         assert coded.check_trace(other) == 1
         append_blocks(path, 1, 3, "a")
-        for each in (trace, other):
-            each.refresh()
-            assert coded.check_trace(each) == 3
+        for reader in (trace, other):
+            reader.refresh()
+            assert coded.check_trace(reader) == 3
         # Another trace is not followed: what was open is read on, or its end is said.
         append_blocks(path, 0, 1, "overwrite")
         assert len(other.calls) == 3
@@ -390,12 +390,12 @@ def test_a_recovered_file_is_compact(path):
     sink.append(coded.weights())
     sink.append(coded.block(0, "stepwise"))
     sink.flush()
-    left = path.with_name("left.h5")
-    left.write_bytes(path.read_bytes())
+    copied = path.with_name("left.h5")
+    copied.write_bytes(path.read_bytes())
     sink.close()
     clean = path.with_name("clean.h5")
-    recover_file(left, clean)
-    assert clean.stat().st_size < SMALL + coded.weights().nbytes < left.stat().st_size
+    recover_file(copied, clean)
+    assert clean.stat().st_size < SMALL + coded.weights().nbytes < copied.stat().st_size
     with open_trace(clean) as trace:
         assert coded.check_trace(trace) == 1
     append_blocks(clean, 1, 2, "a")

@@ -69,9 +69,9 @@ def test_only_rows_are_compressed(compression, path):
         rows = {"reset", "update", "candidate", "hidden", "input"}
         filters = {}
 
-        def note(name, found):
-            if isinstance(found, h5py.Dataset):
-                made = found.id.get_create_plist()
+        def note(name, member):
+            if isinstance(member, h5py.Dataset):
+                made = member.id.get_create_plist()
                 codes = [made.get_filter(number)[0] for number in range(made.get_nfilters())]
                 filters[name] = codes
 
