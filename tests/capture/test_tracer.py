@@ -167,11 +167,9 @@ def test_a_changed_state_begins_a_new_sequence() -> None:
     cell = nn.GRUCell(2, 3)
     with grutrace.trace(cell) as trace:
         state = cell(torch.randn(2, 2))
-        cell(torch.randn(2, 2), state.relu())
+        cell(torch.randn(2, 2), 2 * state)
     assert trace["cell"].lengths.tolist() == [1, 1, 1, 1]
-    np.testing.assert_array_equal(
-        trace["cell"].sequence(2).initial, state[0].relu().detach().numpy()
-    )
+    np.testing.assert_array_equal(trace["cell"].sequence(2).initial, 2 * state[0].detach().numpy())
 
 
 def test_chunks_of_a_long_sequence_are_one_sequence() -> None:
