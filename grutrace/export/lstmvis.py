@@ -204,16 +204,16 @@ class _Names:
     """Generates unique names that are valid in file names and URLs."""
 
     def __init__(self) -> None:
-        self._taken: set[str] = set()
+        self._used: set[str] = set()
 
     def new(self, wish: str) -> str:
         """Return a new name that resembles `wish`."""
         plain = re.sub(r"[^A-Za-z0-9_.-]", "_", wish).strip(".") or "_"
         name, number = plain, 1
-        while name.lower() in self._taken:
+        while name.lower() in self._used:
             number += 1
             name = f"{plain}_{number}"
-        self._taken.add(name.lower())
+        self._used.add(name.lower())
         return name
 
 

@@ -261,8 +261,7 @@ def selectivity(
     """Find the units that follow a label.
 
     The rows are read three times, or more often if H, C and the permutations are many: for the
-        range of
-    each unit, for the counts, and for the permutations, which take longest.
+    range of each unit, for the counts, and for the permutations, which take longest.
 
     Args:
         site: A site with the quantity, and labels or tokens.

@@ -97,7 +97,7 @@ def state_age(site: SiteLike) -> StateAge:
             units=data.units,
             age=sums.ages / (sums.steps or np.nan),
             age_at_end=sums.last_ages / (sums.sequences or np.nan),
-            initial_left=sums.left / (sums.sequences or np.nan),
+            initial_left=sums.initial_weight / (sums.sequences or np.nan),
         )
 
 
@@ -106,9 +106,9 @@ class _AgeSums:
 
     def __init__(self, width: int) -> None:
         self.steps = self.sequences = 0
-        self.ages, self.last_ages, self.left = np.zeros((3, width))
+        self.ages, self.last_ages, self.initial_weight = np.zeros((3, width))
         # Age and remaining initial state of the current sequence, after its last segment.
-        self._age, self._left = np.zeros(width), np.ones(width)
+        self._age, self._initial_weight = np.zeros(width), np.ones(width)
         self._waiting: list[SequenceSegment] = []
         self._rows = 0
 
@@ -124,7 +124,7 @@ class _AgeSums:
         self.sequences += later.sequences
         self.ages += later.ages
         self.last_ages += later.last_ages
-        self.left += later.left
+        self.initial_weight += later.initial_weight
 
     def _process(self) -> None:
         waiting, self._waiting, self._rows = self._waiting, [], 0
@@ -143,13 +143,13 @@ class _AgeSums:
         starts_segment[0] = True
         remaining = np.multiply.reduceat(update, starts[starts_segment], axis=0)
         if not is_first[0]:
-            remaining[0] *= self._left
+            remaining[0] *= self._initial_weight
         self.steps += len(update)
         self.sequences += int(np.count_nonzero(last))
         self.ages += ages.sum(axis=0)
         self.last_ages += ages[ends[last]].sum(axis=0)
-        self.left += remaining[np.cumsum(starts_segment)[last] - 1].sum(axis=0)
-        self._age, self._left = ages[-1].copy(), remaining[-1].copy()
+        self.initial_weight += remaining[np.cumsum(starts_segment)[last] - 1].sum(axis=0)
+        self._age, self._initial_weight = ages[-1].copy(), remaining[-1].copy()
 
 
 def _linear_recurrence(factor: Array, more: Array, before: Array) -> Array:

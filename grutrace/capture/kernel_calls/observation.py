@@ -178,7 +178,7 @@ class KernelRun:
         run.is_kept = True
         return run
 
-    def kept(
+    def copied(
         self,
         weights: list[Tensor],
         copy: Callable[[Tensor], Tensor],

@@ -239,8 +239,8 @@ class RecordedBatches:
             for annotation in _align(name, number, values, batch)
         ]
 
-    def _named(self, name: str, glob: str, given: Values) -> Iterator[AnnotationRecord]:
-        values = parse(name, given)
+    def _named(self, name: str, glob: str, unparsed: Values) -> Iterator[AnnotationRecord]:
+        values = parse(name, unparsed)
         if not any(fnmatchcase(module.path, glob) for module in self._modules):
             paths = join_names(module.path or "''" for module in self._modules)
             raise OptionError(f"{name}: {glob!r} matches no traced module: {paths}")

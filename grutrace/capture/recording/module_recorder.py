@@ -176,7 +176,7 @@ class ModuleRecorder:
         if waits or not checked.is_certain:
             entry.is_copied = True
             input, output = self._copies(run, buffer)
-            entry.run = run.kept(weights, buffer.copy, input, output)
+            entry.run = run.copied(weights, buffer.copy, input, output)
         else:
             entry.run = run.with_weights(weights)
         if checked.is_new:

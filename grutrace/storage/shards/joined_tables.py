@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -110,7 +110,8 @@ def concatenated_tables(
             module_pieces = tables.pieces[local_index].copy()
             module_pieces["sequence"] += np.uint64(counts[index].sequences)
             pieces[index].append(module_pieces)
-            counts[index] = _add_counts(counts[index], tables.module_counts[local_index])
+            both = astuple(counts[index]), astuple(tables.module_counts[local_index])
+            counts[index] = ModuleCounts(*map(operator.add, *both))
         string_count += len(tables.strings)
     strings, characters = _concatenate_strings(shards)
     return Tables(
@@ -157,15 +158,6 @@ class _Offsets:
             elif field in ("tag", "name"):
                 shifted[field][table[field] > 0] += self._string_count
         return shifted
-
-
-def _add_counts(first: ModuleCounts, second: ModuleCounts) -> ModuleCounts:
-    return ModuleCounts(
-        first.calls + second.calls,
-        first.rows + second.rows,
-        first.sequences + second.sequences,
-        first.versions + second.versions,
-    )
 
 
 def _concatenate_strings(sources: Sequence[Tables]) -> tuple[Array, Array]:
