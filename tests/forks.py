@@ -1,7 +1,7 @@
 """Run Python programs as forks of one process that has loaded torch, so that each starts at once.
 
-Not for tests of how a program starts or ends, of what it imports, or of its memory: a fork has the
-modules of `PRELOADED` and the memory of the process that it comes from.
+Not for tests of how a program starts or ends, or of what it imports: a fork has the modules of
+`PRELOADED`, and the memory, of the process that it comes from.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from typing import Any, NoReturn
 PRELOADED = ("torch", "h5py", "grutrace.capture.tracer", "grutrace.storage.open", __name__)
 
 CAN_FORK = "forkserver" in multiprocessing.get_all_start_methods()
+
+#: Variables with which the workers of a cluster are such forks, too.
+DASK = {"DASK_DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD": "forkserver"} if CAN_FORK else {}
 
 Argument = str | os.PathLike[str]
 
@@ -60,22 +63,26 @@ def run(
     return done
 
 
-def start(*arguments: Argument, cwd: Argument | None = None) -> Program | subprocess.Popen[str]:
+def start(
+    *arguments: Argument, cwd: Argument | None = None, env: Mapping[str, str] | None = None
+) -> Program | subprocess.Popen[str]:
     """Start ``python ARGUMENTS``, with pipes to its standard input and from its output."""
     if not CAN_FORK:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         command = [sys.executable, *map(os.fspath, arguments)]
-        return subprocess.Popen(command, cwd=cwd, bufsize=1, **pipes)
-    return Program(list(map(os.fspath, arguments)), cwd)
+        return subprocess.Popen(command, cwd=cwd, env=env, bufsize=1, **pipes)
+    return Program(list(map(os.fspath, arguments)), cwd, env)
 
 
 class Program:
     """A running fork, with those attributes of `subprocess.Popen` that tests use."""
 
-    def __init__(self, arguments: Sequence[str], cwd: Argument | None) -> None:
+    def __init__(
+        self, arguments: Sequence[str], cwd: Argument | None, env: Mapping[str, str] | None
+    ) -> None:
         their_input, our_input = multiprocessing.Pipe(duplex=False)
         our_output, their_output = multiprocessing.Pipe(duplex=False)
-        self._process = _start(arguments, cwd, None, {0: their_input, 1: their_output})
+        self._process = _start(arguments, cwd, env, {0: their_input, 1: their_output})
         for each in (their_input, their_output):
             each.close()
         self.stdin = os.fdopen(os.dup(our_input.fileno()), "w", buffering=1)
@@ -92,6 +99,9 @@ class Program:
 
     def kill(self) -> None:
         self._process.kill()
+
+    def terminate(self) -> None:
+        self._process.terminate()
 
     def __enter__(self) -> Program:
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -54,15 +55,24 @@ class AtLine:
         sys.settrace(self.before)
 
     def enter(self, frame: FrameType, _event: str, _arg: object) -> TraceFunction | None:
-        path = frame.f_code.co_filename
-        is_counted = path.startswith(self.files) and path != GUARDED_SINK
+        is_counted = _is_counted(frame.f_code.co_filename, self.files)
         return self.line if is_counted and self.left > 0 else None
 
     def line(self, frame: FrameType, event: str, _arg: object) -> TraceFunction:
-        text = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
         # Python itself lets a lock go unreleased if it is interrupted on leaving its `with`.
-        if event == "line" and not text.startswith("with "):
+        if event == "line" and not _begins_with(frame.f_code.co_filename, frame.f_lineno):
             self.left -= 1
             if self.left == 0:
                 raise self.error("on purpose")
         return self.line
+
+
+@cache
+def _is_counted(path: str, files: tuple[str, ...]) -> bool:
+    return path.startswith(files) and path != GUARDED_SINK
+
+
+@cache
+def _begins_with(path: str, line: int) -> bool:
+    """Whether a line of the source begins a `with` block."""
+    return linecache.getline(path, line).strip().startswith("with ")

@@ -17,7 +17,7 @@ from grutrace.capture.kernel_calls import subscription
 OPEN_FILES = Path("/proc/self/fd")
 
 #: Files below this folder are kept open by other libraries: fonts, compiled code.
-KEPT_BY_LIBRARIES = Path(torch.__file__).parents[1]
+KEPT_BY_LIBRARIES = f"{Path(torch.__file__).parents[1]}{os.sep}"
 
 #: Modules whose threads count. Other libraries may keep threads (tqdm does).
 THREADS = ("threading", "grutrace.", "tests.")
@@ -70,7 +70,7 @@ def open_files() -> set[tuple[str, str]]:
         for opened in result
         if opened[1].startswith("/")
         and "/proc/" not in opened[1]
-        and not Path(opened[1]).is_relative_to(KEPT_BY_LIBRARIES)
+        and not opened[1].startswith(KEPT_BY_LIBRARIES)
     }
 
 

@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
 import traceback
@@ -22,10 +24,13 @@ from grutrace import distributed
 from grutrace.__main__ import main
 from grutrace.analysis.verification.verify import verify
 from grutrace.errors import OptionError
-from tests import oracles
+from tests import forks, oracles
 from tests.checks import EVERYTHING
 from tests.distributed_worker import KILLED, STEPS
 from tests.plain_reader import PlainTrace
+
+#: The trained files are made once, not once per worker.
+pytestmark = pytest.mark.xdist_group("distributed")
 
 ROOT = Path(__file__).parents[1]
 RANKS = 3
@@ -45,11 +50,27 @@ def torchrun(processes, *arguments, folder=ROOT):
     )
 
 
+@contextlib.contextmanager
+def ranks(*arguments):
+    """Forks with the environment of torchrun's processes. A test below runs torchrun itself."""
+    with socket.create_server(("localhost", 0)) as server:
+        port = server.getsockname()[1]
+    shared = {"TORCHELASTIC_RUN_ID": "none", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    with contextlib.ExitStack() as running:
+        programs = []
+        for rank in range(RANKS):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS)}
+            program = forks.start(*arguments, env=os.environ | shared | own)
+            programs.append(running.enter_context(program))
+            running.callback(program.kill)
+        yield programs
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    done = torchrun(RANKS, "-m", "tests.distributed_worker", str(folder), "train")
-    assert done.returncode == 0, done.stderr
+    with ranks("-m", "tests.distributed_worker", folder, "train") as programs:
+        assert [program.wait(120) for program in programs] == [0] * RANKS
     return folder
 
 
@@ -199,9 +220,11 @@ def test_statistics_of_each_rank_are_merged(folder, tmp_path, capsys) -> None:
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("killed")
-    done = torchrun(RANKS, "-m", "tests.distributed_worker", str(folder), "killed")
-    assert done.returncode != 0
-    assert "SIGKILL" in done.stderr
+    with ranks("-m", "tests.distributed_worker", folder, "killed") as programs:
+        assert programs[KILLED].wait(120) == -signal.SIGKILL
+        # So torchrun ends the others.
+        for program in programs:
+            program.terminate()
     return folder
 
 

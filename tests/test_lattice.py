@@ -10,6 +10,9 @@ from torch.testing._internal.common_modules import module_db
 from tests.checks import check_against_kernel, check_untouched, check_untouched_and_exact
 from tests.strategies import Case, cases
 
+#: xdist starts groups first; these tests take long, and alone they would come last.
+pytestmark = pytest.mark.xdist_group("lattice")
+
 
 @settings(max_examples=300, deadline=None)
 @given(cases())

@@ -14,6 +14,9 @@ import pytest
 
 from tests.test_docs import NOTEBOOKS, ROOT, text_of
 
+#: xdist starts groups first; these tests take long, and alone they would come last.
+pytestmark = pytest.mark.xdist_group("notebooks")
+
 #: Runs the cells of a notebook, and prints the last expression of each, as Jupyter does.
 RUNNER = """
 import ast, json, sys

@@ -24,9 +24,10 @@ step_soak() {
     python -m tools.soak --tries "${SOAK_TRIES:-2000}"
 }
 
-# Hostile files, with a new seed each day.
+# Hostile files: those of the tests and more of their seed, and those of a new seed each day.
 step_hostile() {
-    python -m tools.hostile --cases "${HOSTILE_CASES:-20000}" --seed "$(date +%Y%m%d)"
+    python -m tools.hostile --cases 2000 --seed 1 &&
+        python -m tools.hostile --cases "${HOSTILE_CASES:-20000}" --seed "$(date +%Y%m%d)"
 }
 
 # The full benchmark, with the other packages.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import metadata
 from typing import Annotated
 
@@ -65,6 +66,12 @@ app.command()(merge)
 app.command()(recover)
 
 
+@cache
+def _command() -> Callable[..., object]:
+    """Return the parser of all commands. Making it takes longer than most commands."""
+    return typer.main.get_command(app)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -79,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # NaN and infinity in a file cause no NumPy warnings.
         with disable_plugins(), np.errstate(all="ignore"):
-            app(None if argv is None else list(argv), prog_name="grutrace")
+            _command()(None if argv is None else list(argv), prog_name="grutrace")
     except GrutraceError as error:
         echo(f"grutrace: {error}", stderr=True)
         return EXIT_ERROR

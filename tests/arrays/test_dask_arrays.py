@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 import grutrace
 from grutrace.arrays import dask_arrays, reopen
 from grutrace.errors import MissingExtraError, NotRecordedError, TraceFileError
+from tests import forks
 from tests.arrays.test_xarray_dataset import in_memory, write
 from tests.capture.models import EncoderDecoder
 from tests.checks import EVERYTHING
@@ -234,10 +235,7 @@ def test_a_cluster_of_two_processes(path):
         for _ in range(6):
             model(torch.randn(1000, 64, 16))
     names = ("l0", "hidden", "l0", "update")
-    command = [sys.executable, "-m", "tests.arrays.cluster", str(path), *names]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
-    )
+    done = forks.run("-m", "tests.arrays.cluster", path, *names, env=os.environ | forks.DASK)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert len(result["processes"]) == 2

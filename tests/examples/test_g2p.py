@@ -20,6 +20,9 @@ from matplotlib import pyplot as plt
 
 import grutrace
 
+#: The trace of all words is made once, not once per worker.
+pytestmark = pytest.mark.xdist_group("g2p")
+
 GATES_AND_STATE = ("reset", "update", "candidate", "hidden")
 
 #: The types that the model is run in, and the unit roundoff of each.

@@ -19,6 +19,9 @@ import grutrace
 from grutrace.analysis.verification.verify import verify
 from tests.plain_reader import PlainTrace
 
+#: The network is trained once, not once per worker.
+pytestmark = pytest.mark.xdist_group("nested arithmetic")
+
 # The languages
 
 

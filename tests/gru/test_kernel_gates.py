@@ -24,7 +24,7 @@ from grutrace.analysis.verification.verify import verify
 from grutrace.gru import dispatcher, kernel_gates
 from grutrace.gru.replay import GateReplay, PartialReplay
 from grutrace.records import GATES
-from tests import oracles
+from tests import forks, oracles
 from tests.checks import EVERYTHING, check_untouched, check_untouched_and_exact, same_result
 from tests.strategies import Case, cases
 
@@ -544,8 +544,7 @@ ROWS, MARGIN = 4 * 256 * 64 * 512 * 4 // 1024, 16 * 1024
 
 
 def peaks(*ways: str) -> dict[str, int]:
-    command = [sys.executable, "-c", textwrap.dedent(PEAK), *ways]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = forks.run("-c", textwrap.dedent(PEAK), *ways, check=True)
     return dict(zip(ways, map(int, done.stdout.split()), strict=True))
 
 

@@ -12,6 +12,9 @@ import grutrace
 from tests.integration.models import trace
 from tests.interruptions import AtLine, Fault, Interruption
 
+#: xdist starts groups first; these tests take long, and alone they would come last.
+pytestmark = pytest.mark.xdist_group("interruptions")
+
 
 class AtFunction(TorchFunctionMode):
     """Raises at the k-th function of torch's that the model calls."""

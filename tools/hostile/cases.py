@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import h5py
+import numpy as np
 
 from tools.hostile import datasets, groups, seeds
 from tools.hostile.checksums import put_right, structures
@@ -210,7 +211,7 @@ _believable: dict[str, list[tuple[int, int]]] = {}
 
 def _used(name: str) -> list[int]:
     if name not in _known:
-        _known[name] = [offset for offset, byte in enumerate(seeds.content(name)) if byte]
+        _known[name] = np.flatnonzero(np.frombuffer(seeds.content(name), np.uint8)).tolist()
     return _known[name]
 
 

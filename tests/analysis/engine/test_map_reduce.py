@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,6 +12,7 @@ from grutrace.analysis.engine import map_reduce, segments
 from grutrace.analysis.engine.map_reduce import reduce_rows, reduce_sequences, with_dask
 from grutrace.analysis.engine.site_data import SiteArrays, as_site_data
 from grutrace.errors import NotRecordedError
+from tests import forks
 from tests.analysis import sites
 
 
@@ -84,8 +84,7 @@ def test_a_cluster_of_two_processes_finds_the_same(tmp_path) -> None:
     pytest.importorskip("distributed")
     paths = tmp_path / "stored.h5", tmp_path / "deferred.h5"
     with sites.in_a_file(paths[0]), sites.in_a_file(paths[1], "deferred"):
-        command = [sys.executable, "-m", "tests.analysis.cluster", *map(str, paths)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = forks.run("-m", "tests.analysis.cluster", *paths, env=os.environ | forks.DASK)
     assert done.returncode == 0, done.stderr
     same, refusal = done.stdout.splitlines()
     assert same == "the same"
