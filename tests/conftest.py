@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from grutrace.native import library
+from tests.instruction_sets import INSTRUCTION_SETS
 from tests.leaks import Watch
 
 pytest_plugins = ["pytester"]
@@ -37,3 +39,16 @@ def nothing_leaks() -> Iterator[None]:
     watch = Watch()
     yield
     assert watch.leaks() == []
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[str]:
+    """Run the test with each instruction set of this processor, and without the compiled part."""
+    monkeypatch.setenv(library.VARIABLE, request.param)
+    library.load.cache_clear()
+    assert library.instruction_set() == request.param
+    yield request.param
+    monkeypatch.undo()
+    library.load.cache_clear()

@@ -23,7 +23,8 @@ BASE = {
 
 #: What each part may import beside the base, from the lowest to the highest.
 ALLOWED = {
-    "gru": set[str](),
+    "native": set[str](),
+    "gru": {"native"},
     "storage/hdf5": set[str](),
     "storage/format": {"storage/hdf5"},
     "storage/interfaces": {"storage/format"},
@@ -47,11 +48,11 @@ ALLOWED = {
     },
     "arrays": {"storage/hdf5", "storage/format", "storage/interfaces", "storage/read"},
     "statistics": {
-        *("storage/hdf5", "storage/format", "storage/interfaces"),
+        *("native", "storage/hdf5", "storage/format", "storage/interfaces"),
         *("storage/write", "storage/read"),
     },
     "capture/annotation_values": set[str](),
-    "capture/options": set[str](),
+    "capture/options": {"native"},
     "capture/kernel_calls": {"gru"},
     "capture/unsupported_grus": set[str](),
     "capture/selection": {"gru", "capture/options", "capture/unsupported_grus"},
@@ -97,7 +98,14 @@ ALLOWED = {
         *("capture/trace_output", "capture/model_recorder"),
     },
     "cli": {
-        *("storage/hdf5", "storage/read", "storage/shards", "storage/recovery", "storage/open"),
+        *(
+            "native",
+            "storage/hdf5",
+            "storage/read",
+            "storage/shards",
+            "storage/recovery",
+            "storage/open",
+        ),
         *("statistics", "analysis/engine", "analysis/registry", "analysis/verification"),
         *("analysis/descriptive", "analysis/comparison", "export", "run"),
     },

@@ -20,7 +20,7 @@ from grutrace.capture.kernel_calls.subscription import Subscription, UnknownModu
 from grutrace.capture.kernel_calls.torch_context import SkippedCall
 from grutrace.capture.selection import SelectedModule, find_grus
 from grutrace.capture.tracer_warnings import TracerWarnings
-from grutrace.gru.gate_requests import GateRequest
+from grutrace.gru.gate_copies import GateRequest
 from grutrace.options import CompiledCode, Stacks
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from grutrace.errors import OptionError, require_one_of, short_repr
+from grutrace.native.library import instruction_set
 from grutrace.options import (
     DEFAULT_STATE_MEMORY,
     STACK_MODES,
@@ -253,11 +254,15 @@ def _format_indices(numbers: slice | tuple[int, ...] | None) -> str:
 
 @cache
 def collect_versions() -> Mapping[str, str]:
-    """Return the versions of the software that makes the trace, by name."""
+    """Return the versions of the software that makes the trace, by name.
+
+    ``compiled`` is the instruction set of the compiled library; ``none`` without it.
+    """
     return {
         "grutrace": version("grutrace"),
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "python": platform.python_version(),
+        "compiled": instruction_set(),
         "platform": platform.platform(),
     }

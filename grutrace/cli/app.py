@@ -21,6 +21,7 @@ from grutrace.cli.run import run
 from grutrace.cli.stats import stats
 from grutrace.cli.verify import verify
 from grutrace.errors import GrutraceError
+from grutrace.native.library import instruction_set
 from grutrace.storage.hdf5.safe_open import disable_plugins
 
 app = typer.Typer(
@@ -34,7 +35,7 @@ app = typer.Typer(
 
 def _print_version(requested: bool) -> None:
     if requested:
-        echo(f"grutrace {metadata.version('grutrace')}")
+        echo(f"grutrace {metadata.version('grutrace')} (compiled: {instruction_set()})")
         raise typer.Exit
 
 
@@ -44,7 +45,7 @@ def _global_options(
         bool,
         typer.Option(
             "--version",
-            help="Print the version and exit.",
+            help="Print the version, and the instruction set of the compiled part, and exit.",
             callback=_print_version,
             is_eager=True,
         ),

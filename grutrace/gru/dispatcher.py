@@ -50,10 +50,15 @@ def observe_additions(listener: AddCallback, run: Callable[[], Result]) -> Resul
     """
     previous, _local.listener = _local.listener, listener
     try:
-        with torch._C._IncludeDispatchKeyGuard(torch._C._dispatch_key_parse(_KEY)):
+        with torch._C._IncludeDispatchKeyGuard(_dispatch_key()):
             return run()
     finally:
         _local.listener = previous
+
+
+@cache
+def _dispatch_key() -> Any:
+    return torch._C._dispatch_key_parse(_KEY)
 
 
 @cache
@@ -65,7 +70,7 @@ def is_available() -> bool:
 
 def _register() -> bool:
     try:
-        if torch._C._dispatch_has_backend_fallback(torch._C._dispatch_key_parse(_KEY)):
+        if torch._C._dispatch_has_backend_fallback(_dispatch_key()):
             return False
         library: Any = torch.library.Library
         fallback, additions = (library(namespace, "IMPL", _KEY) for namespace in ("_", "aten"))

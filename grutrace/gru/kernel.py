@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from grutrace.gru import kernel_gates
-from grutrace.gru.gate_requests import GateRequest, UnitsByGate
-from grutrace.gru.kernel_gates import CallShape, KernelGates
+from grutrace.gru.gate_copies import CallShape, GateRequest, UnitsByGate
+from grutrace.gru.kernel_gates import KernelGates
 
 Result = TypeVar("Result")
 

@@ -23,101 +23,14 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from grutrace.gru import cell, dispatcher
-from grutrace.gru.gate_requests import GateRequest, UnitsByGate
-from grutrace.gru.layout import PackedLayout, numpy_type
+from grutrace.gru.gate_copies import CallShape, GateBuffers, GateRequest, UnitsByGate, make_copies
+from grutrace.gru.layout import PackedLayout
+from grutrace.native.library import load
 from grutrace.records import GATES
-
-
-class CallShape(NamedTuple):
-    """The shape of a call.
-
-    Attributes:
-        rows: (T,) number of sequences at each time.
-        padded: Whether all sequences have all times.
-        hidden_size: H
-        dtype: Data type of the input.
-    """
-
-    rows: list[int]
-    padded: bool
-    hidden_size: int
-    dtype: torch.dtype
-
-
-class GateBuffer(NamedTuple):
-    """A buffer for gates with the same columns that are adjacent in the kernel's memory.
-
-    Attributes:
-        names: Names of the gates.
-        memory: (gates, T, B, U) or (gates, N, U), the memory to copy to.
-        strides: Strides in the kernel's memory, for (gates, b, U) at each time.
-        offset: Storage offset in the kernel's memory.
-    """
-
-    names: tuple[str, ...]
-    memory: Tensor
-    strides: tuple[int, int, int]
-    offset: int
-
-
-class GateBuffers:
-    """Buffers for the gates of one direction of a layer in one call.
-
-    Args:
-        layout: Shape of the call.
-        columns: Units to copy, by gate name.
-
-    Attributes:
-        product: Buffers for the hidden product (b, 3 H), which holds reset and update.
-        candidate: Buffers for the candidate (b, H).
-    """
-
-    def __init__(self, layout: CallShape, columns: UnitsByGate) -> None:
-        self._layout, size = layout, layout.hidden_size
-        names = tuple(name for name in ("reset", "update") if name in columns)
-        has_same_columns = len({columns[name] for name in names}) == 1
-        groups = [names] if has_same_columns else [(name,) for name in names]
-        self.product = [self._make_buffer(group, columns[group[0]], 3 * size) for group in groups]
-        self.candidate = []
-        if "candidate" in columns:
-            self.candidate = [self._make_buffer(("candidate",), columns["candidate"], size)]
-
-    def _make_buffer(self, names: tuple[str, ...], columns: range, width: int) -> GateBuffer:
-        size = self._layout.hidden_size
-        offset = columns.start + size * (names[0] == "update")
-        memory = self._empty(len(names), len(columns))
-        return GateBuffer(names, memory, (size, width, columns.step), offset)
-
-    def _empty(self, gates: int, units: int) -> Tensor:
-        # NumPy memory of the type of the rows, so that rows need no further copy.
-        rows, dtype = self._layout.rows, numpy_type(self._layout.dtype)
-        if not self._layout.padded:
-            return torch.from_numpy(np.empty((gates, sum(rows), units), dtype))
-        # The rows of a sequence are adjacent, as in the trace.
-        memory = np.empty((gates, rows[0] if rows else 0, len(rows), units), dtype)
-        return torch.from_numpy(memory).transpose(1, 2)
-
-    @property
-    def gates(self) -> dict[str, Tensor]:
-        """The gates by name, in the kernel's order: (T, B, U) or (N, U)."""
-        return {
-            name: gate
-            for buffer in (*self.product, *self.candidate)
-            for name, gate in zip(buffer.names, buffer.memory, strict=True)
-        }
-
-    def by_time(self, buffer: GateBuffer) -> Sequence[Tensor]:
-        """Return the memory of a buffer for each time, (gates, b, U)."""
-        if self._layout.padded:
-            return buffer.memory.unbind(1)
-        views: tuple[Tensor, ...] = torch.split(buffer.memory, self._layout.rows, 1)
-        return views
-
 
 Result = TypeVar("Result")
 
@@ -130,8 +43,17 @@ OPERATIONS_PER_SECOND = 110e9
 #: call. Seconds.
 ELEMENT_REPLAY_COST, WEIGHT_REPLAY_COST = 1.7e-9, 250e-12
 
-#: Cost of copying gates: per call, per step, and per element of a gate. Seconds.
-CALL_COPY_COST, STEP_COPY_COST, ELEMENT_COPY_COST = 150e-6, 11e-6, 2.2e-9
+
+class CopyCosts(NamedTuple):
+    """Costs of copying gates, in seconds: per call, per step, and per element of a gate."""
+
+    call: float
+    step: float
+    element: float
+
+
+#: With the compiled library, and with PyTorch operations.
+COMPILED_COSTS, TORCH_COSTS = CopyCosts(100e-6, 8.5e-6, 0.6e-9), CopyCosts(150e-6, 11e-6, 2.2e-9)
 
 #: Further cost per recurrent weight and step: each step reads all recurrent weights, and copying
 #: between two steps evicts them from the cache. Seconds.
@@ -171,20 +93,13 @@ def copy_kernel_gates(
     """
     with torch.inference_mode(False):
         buffers = [GateBuffers(layout, columns) for _ in directions]
-        product_copies = _in_order(buffers, directions, "product")
-        candidate_copies = _in_order(buffers, directions, "candidate")
     size = layout.hidden_size
     product_strides, product_offset = (3 * size, 1), 2 * size
     rows = [row for reverse in directions for row in layout.rows[:: -1 if reverse else 1]]
-    step, last_sum = 0, None
+    step, copies = 0, None
 
     def on_addition(_: Tensor, product: Tensor, total: Tensor) -> None:
-        nonlocal step, last_sum
-        if last_sum is not None:
-            # By now the kernel has replaced the sum by the candidate, in place.
-            for copy in candidate_copies:
-                copy.run(step - 1, last_sum)
-        last_sum = None
+        nonlocal step, copies
         if (
             not 0 <= step < len(rows)
             or product.stride() != product_strides
@@ -192,57 +107,18 @@ def copy_kernel_gates(
             or product.shape != (rows[step], size)
             or total.stride() != (size, 1)
         ):
-            step = -1
+            step, copies = -1, None
             return
-        # Copied at once, because the kernel's next step reuses the memory.
-        for copy in product_copies:
-            copy.run(step, product)
+        if copies is None:
+            copies = make_copies(buffers, directions, layout, total.dtype)
+        copies.take(step, product, total)
         step += 1
-        last_sum = total
 
     result = dispatcher.observe_additions(on_addition, kernel)
-    if last_sum is None or step < len(rows):
+    if copies is None or step < len(rows):
         return result, None
-    with torch.no_grad():
-        for copy in candidate_copies:
-            copy.run(-1, last_sum)
-    return result, [KernelGates(buffer.gates, columns, last_sum.dtype) for buffer in buffers]
-
-
-class _GateCopy(NamedTuple):
-    """Copies some gates of each step from the kernel's memory.
-
-    Attributes:
-        views: Memory to copy to for each step, (gates, b, U), in the order of execution.
-        strides: Strides in the kernel's memory.
-        offset: Storage offset in the kernel's memory.
-    """
-
-    views: list[Tensor]
-    strides: tuple[int, int, int]
-    offset: int
-
-    def run(self, step: int, source: Tensor) -> None:
-        """Copy one step. `source` is a tensor in the kernel's memory."""
-        view = self.views[step]
-        view.copy_(source.as_strided(view.shape, self.strides, self.offset))
-
-
-def _in_order(
-    buffers: Sequence[GateBuffers], directions: Sequence[bool], source: str
-) -> list[_GateCopy]:
-    """Return the copies from one kernel tensor ("product" or "candidate")."""
-    copies = []
-    for same_gates in zip(*(getattr(buffer, source) for buffer in buffers), strict=True):
-        views = [
-            view
-            for direction_buffers, buffer, reverse in zip(
-                buffers, same_gates, directions, strict=True
-            )
-            for view in direction_buffers.by_time(buffer)[:: -1 if reverse else 1]
-        ]
-        copies.append(_GateCopy(views, same_gates[0].strides, same_gates[0].offset))
-    return copies
+    copies.finish(step)
+    return result, [KernelGates(buffer.gates, columns, copies.dtype) for buffer in buffers]
 
 
 def is_cheaper(
@@ -274,12 +150,11 @@ def is_cheaper(
         replay_cost *= request.max_cost_ratio
     else:
         replay_cost += WEIGHT_REPLAY_COST * weights
+    costs = TORCH_COSTS if load() is None else COMPILED_COSTS
     step_cost = (
-        STEP_COPY_COST
-        + ELEMENT_COPY_COST * batch * copied_units
-        + WEIGHT_COPY_COST * 3 * hidden_size**2
+        costs.step + costs.element * batch * copied_units + WEIGHT_COPY_COST * 3 * hidden_size**2
     )
-    return replay_cost > CALL_COPY_COST + num_steps * step_cost
+    return replay_cost > costs.call + num_steps * step_cost
 
 
 def can_intercept(input: Tensor) -> bool:

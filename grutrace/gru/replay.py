@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from grutrace.gru import cell
 from grutrace.gru.cell import Products
-from grutrace.gru.gate_requests import CHECK_UNITS
+from grutrace.gru.compiled_replay import Grouping, replay_products
+from grutrace.gru.gate_copies import CHECK_UNITS
 from grutrace.gru.kernel import CellWeights
 from grutrace.gru.layout import OutputBuffer, SequenceLayout, copy_cast, numpy_type
 from grutrace.gru.residual import ResidualCheck, check_residual
@@ -143,13 +144,19 @@ class GateReplay:
         blocks = steps.blocks(hidden, initial, size, reverse=self._reverse)
         for block, previous in blocks if hidden.numel() else ():
             products = cell.products(input[block], previous, *weights)
+            product_dtype = products.input.dtype
+            targets = {name: buffer.values[block] for name, buffer in buffers.items()}
+            checks = replay_products(products, previous, hidden[block], targets, Grouping.ALL)
+            if checks is not None:
+                residual, product, recurrent = (float(column[0]) for column in checks)
+                extremes.append([residual] * 2 + [product] * 4 + [recurrent] * 2)
+                continue
             bounds = product_maxima(products)
             gates = cell.gates_in_place(products)
-            for name, buffer in buffers.items():
-                copy_cast(buffer.values[block], getattr(gates, name))
+            for name, target in targets.items():
+                copy_cast(target, getattr(gates, name))
             difference = torch.aminmax(cell.step(gates, previous).sub_(hidden[block]))
             extremes.append(to_floats((*difference, *bounds)))
-            product_dtype = products.input.dtype
         error = summarize(extremes)
         if error is None:
             previous = steps.previous(hidden, initial, reverse=self._reverse)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from grutrace.gru.cell import Gates, step
 from grutrace.gru.kernel import CellWeights
+from grutrace.gru.layout import has_dtype
 from grutrace.gru.tolerance import (
     ReplayError,
     abs_sum_bound,
@@ -26,6 +27,7 @@ from grutrace.gru.tolerance import (
     storage_rounding,
     tolerance,
 )
+from grutrace.native.library import load
 from grutrace.records import Array, CallRecord, ModuleInfo, Site
 
 #: Elements that are compared at once, so that they stay in the processor's cache.
@@ -75,6 +77,55 @@ def check_residual(
         sums += abs_sum_bound([hidden, initial], weights.weight_hh)
         allowed += storage_rounding(stored, state, sums, error.recurrent)
     return ResidualCheck(error.residual, allowed, machine_epsilon(dtype))
+
+
+def copy_states(
+    update: Array,
+    candidate: Array,
+    hidden: Tensor,
+    initial: Tensor,
+    rows: Array,
+    *,
+    reverse: bool,
+) -> float | None:
+    """Copy the states of a padded call to rows, and compare them with its gates, in one pass.
+
+    Args:
+        update: (B * T, H), sequence by sequence.
+        candidate: (B * T, H)
+        hidden: (T, B, H) the kernel's output.
+        initial: (B, H) the initial state of each sequence.
+        rows: (B * T, H), to which the states are copied.
+        reverse: Whether the layer reads from the last step to the first.
+
+    Returns:
+        The residual, as from `max_residual`; None if nothing was copied, because there is no
+        compiled library for it, or if a state is not finite, when the states were copied.
+    """
+    library = load()
+    compare = None if library is None else library.states.get(rows.dtype.name)
+    is_alike = has_dtype(hidden, rows.dtype) and initial.dtype == hidden.dtype
+    if compare is None or not is_alike or hidden.stride(-1) != 1:
+        return None
+    arrays = update, candidate, rows
+    if not all(each.flags.c_contiguous and each.dtype == rows.dtype for each in arrays):
+        return None
+    initial = initial.contiguous()
+    steps, batch, units = hidden.shape
+    residual = compare(
+        update.ctypes.data,
+        candidate.ctypes.data,
+        hidden.data_ptr(),
+        hidden.stride(0),
+        hidden.stride(1),
+        initial.data_ptr(),
+        rows.ctypes.data,
+        steps,
+        batch,
+        units,
+        reverse,
+    )
+    return None if math.isnan(residual) else residual
 
 
 def max_residual(

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from grutrace.errors import OptionError
+from grutrace.native.counting import count_rows
 from grutrace.records import Array, TraceHeader
 from grutrace.statistics.histogram import quantity_bins
-from grutrace.statistics.moments import empty_stats, merge_stats, summarize_block
+from grutrace.statistics.moments import HIGH, LOW, empty_stats, merge_stats, summarize_block
 from grutrace.statistics.results import SiteStatistics, UnitStatistics
 from grutrace.storage.format.schema import width
 
@@ -57,11 +58,22 @@ class QuantityAccumulator:
 
     def add(self, rows: Array) -> None:
         """Add (n, width) rows."""
+        rows = np.ascontiguousarray(rows)
+        if count_rows(
+            rows,
+            self.units,
+            self.histogram,
+            self.bins,
+            (LOW, HIGH),
+            shares=self._shares,
+            moments=self._moments,
+        ):
+            return
         step = max(1, self._block_elements // max(1, self.width))
         # In a diverged model a gate can have any value, and its squares overflow.
         with np.errstate(over="ignore", invalid="ignore"):
             for start in range(0, len(rows), step):
-                self._add(np.ascontiguousarray(rows[start : start + step]))
+                self._add(rows[start : start + step])
 
     def _add(self, block: Array) -> None:
         units, values, missing = summarize_block(block, shares=self._shares, moments=self._moments)
@@ -169,11 +181,20 @@ class Accumulator:
 
     def check(self, site: int, residual: float, call: int) -> None:
         """Record the residual of the call with this number at a site."""
-        entry = self.checked[site]
+        entry, residual = self.checked[site], float(np.float32(residual))
         if np.isnan(residual):
             entry["unchecked"] += 1
         elif entry["call"] < 0 or residual > entry["residual"]:
             entry["residual"], entry["call"] = residual, call
+
+    def check_calls(self, site: int, residuals: Array, calls: Array) -> None:
+        """Record the residuals of several calls, (n,), with these numbers, (n,), at a site."""
+        is_known = ~np.isnan(residuals)
+        self.checked[site]["unchecked"] += np.count_nonzero(~is_known)
+        if is_known.any():
+            # In the type in which they are kept, so that the first of equal ones is found.
+            largest = int(np.argmax(np.where(is_known, residuals, -1).astype(np.float32)))
+            self.check(site, float(residuals[largest]), int(calls[largest]))
 
     def merge(self, other: Accumulator) -> None:
         """Add the statistics of another accumulator, whose calls follow these.

@@ -6,7 +6,7 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,7 +14,15 @@ from typing import Any, NoReturn
 import numpy as np
 
 from grutrace.errors import NotRecordedError, SinkError, TraceFileError
-from grutrace.records import CallBatch, CallRecord, Record, TraceHeader, WeightsRecord
+from grutrace.records import (
+    Array,
+    CallBatch,
+    CallRecord,
+    Origin,
+    Record,
+    TraceHeader,
+    WeightsRecord,
+)
 from grutrace.statistics.accumulator import Accumulator
 from grutrace.statistics.file import StatisticsFile
 from grutrace.storage.format.tables import Tables
@@ -81,6 +89,9 @@ QUEUE_BYTES = 64 * 1024 * 1024
 #: Size of a batch of calls that are counted together, in bytes. The calls of a stepwise decoder are
 #: too small for NumPy.
 BATCH_BYTES = 2 * 1024 * 1024
+
+#: Size of a block of rows that is counted without joining it with others, in bytes.
+LARGE_BYTES = 256 * 1024
 
 
 class StatisticsSink(ThreadedSink, StatisticsOnlySource):
@@ -196,7 +207,7 @@ class _CountingConsumer:
         suffixes = (site.suffix for module in header.modules for site in module.sites)
         for number, (site, suffix) in enumerate(zip(accumulator.layout, suffixes, strict=True)):
             self._sites[site.module].append((number, suffix))
-        self._batch: list[CallRecord] = []
+        self._batch: list[CallRecord | CallBatch] = []
         self._bytes = 0
         self._unsaved = False
         self._counted = self.stored = 0
@@ -206,7 +217,7 @@ class _CountingConsumer:
         self._validator.validate(record)
         self._unsaved = True
         if isinstance(record, CallRecord | CallBatch):
-            self._batch += record.calls() if isinstance(record, CallBatch) else (record,)
+            self._batch.append(record)
             self._bytes += record.nbytes
             if self._bytes >= BATCH_BYTES:
                 self._count()
@@ -244,21 +255,58 @@ class _CountingConsumer:
         if not batch:
             return
         with self._lock:
-            self._counted += len(batch)
+            # By module: the rows of its sites, by suffix, record by record.
+            rows: list[list[Mapping[str, Mapping[str, Array]]]] = [[] for _ in self._sites]
             for record in batch:
-                self._count_call(record)
-            for module, sites in enumerate(self._sites):
-                records = [record for record in batch if record.module == module]
-                for number, suffix in sites if records else ():
+                calls = record.series if isinstance(record, CallBatch) else (record,)
+                for call in calls:
+                    rows[call.module].append(
+                        {suffix: site.rows for suffix, site in call.sites.items()}
+                    )
+                if isinstance(record, CallBatch):
+                    self._count_batch(record)
+                else:
+                    self._count_call(record)
+            for sites, blocks in zip(self._sites, rows, strict=True):
+                for number, suffix in sites if blocks else ():
                     for quantity, accumulator in self._accumulator.accumulators[number].items():
-                        rows = [record.sites[suffix].rows[quantity] for record in records]
-                        accumulator.add(rows[0] if len(rows) == 1 else np.concatenate(rows))
+                        for block in _join_small([rows[suffix][quantity] for rows in blocks]):
+                            accumulator.add(block)
 
     def _count_call(self, record: CallRecord) -> None:
         call, sites = self._accumulator.calls, self._sites[record.module]
-        # A continued segment does not begin a sequence.
-        segments = sum(origin.mark == "continued" for origin in record.origins)
-        sequences = len(record.sites[sites[0][1]].initial) - segments
+        sequences = len(record.sites[sites[0][1]].initial) - _count_segments(record.origins)
         for number, suffix in sites:
             self._accumulator.check(number, record.sites[suffix].residual, call)
         self._accumulator.count_calls(record.module, 1, sequences, int(record.steps.sum()))
+        self._counted += 1
+
+    def _count_batch(self, batch: CallBatch) -> None:
+        first = self._accumulator.calls
+        for index, series in enumerate(batch.series):
+            sites, calls = self._sites[series.module], first + np.flatnonzero(batch.order == index)
+            segments = sum(map(_count_segments, series.origins.values()))
+            sequences = len(series.sites[sites[0][1]].initial) - segments
+            for number, suffix in sites:
+                self._accumulator.check_calls(number, series.sites[suffix].residuals, calls)
+            self._accumulator.count_calls(
+                series.module, len(series), sequences, series.sequences.size
+            )
+        self._counted += len(batch)
+
+
+def _count_segments(origins: Sequence[Origin]) -> int:
+    """Count continued segments, which do not begin a sequence."""
+    return sum(origin.mark == "continued" for origin in origins)
+
+
+def _join_small(blocks: Sequence[Array]) -> Iterator[Array]:
+    """Yield the same rows in blocks that are large enough to be counted at once."""
+    small: list[Array] = []
+    for block in blocks:
+        small.append(block)
+        if sum(part.nbytes for part in small) >= LARGE_BYTES:
+            yield small[0] if len(small) == 1 else np.concatenate(small)
+            small = []
+    if small:
+        yield small[0] if len(small) == 1 else np.concatenate(small)

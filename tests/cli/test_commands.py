@@ -14,6 +14,7 @@ import torch
 import grutrace
 from grutrace.__main__ import main
 from grutrace.cli.output import _quantile_cells
+from grutrace.native import library
 from tests.capture.models import EncoderDecoder
 from tests.checks import EVERYTHING
 
@@ -376,4 +377,5 @@ def test_diff_without_an_answer(path, tmp_path, capsys) -> None:
 
 def test_the_version_is_that_of_the_package(capsys) -> None:
     assert main(["--version"]) == 0
-    assert capsys.readouterr().out == f"grutrace {grutrace.__version__}\n"
+    compiled = library.instruction_set()
+    assert capsys.readouterr().out == f"grutrace {grutrace.__version__} (compiled: {compiled})\n"

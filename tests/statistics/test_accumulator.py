@@ -14,6 +14,12 @@ from grutrace.statistics.accumulator import QuantityAccumulator, _unit_statistic
 from grutrace.statistics.histogram import Bins, quantity_bins, require_bins
 from tests.statistics.oracle import assert_figures
 
+# hypothesis draws many examples for one set.
+pytestmark = [
+    pytest.mark.usefixtures("instruction_set"),
+    pytest.mark.filterwarnings("ignore:.*function-scoped fixture"),
+]
+
 QUANTITIES = ("reset", "update", "candidate", "hidden", "input")
 
 
@@ -172,6 +178,7 @@ def control_missing(monkeypatch) -> None:
     monkeypatch.setattr(tally_module, "summarize_block", wrong)
 
 
+@pytest.mark.parametrize("instruction_set", ["none"], indirect=True)
 @pytest.mark.parametrize("broken", [control_join, control_bins, control_missing])
 def test_control_errors_are_detected(broken, monkeypatch) -> None:
     values = gates(np.random.default_rng(0), 200, 5)

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from grutrace.analysis.engine.map_reduce import summarize_rows
+from grutrace.analysis.engine.map_reduce import reduce_rows
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import SiteLike, as_site_data, unit_quantities
 from grutrace.errors import OptionError, short_repr
@@ -132,7 +132,9 @@ def quantiles(site: SiteLike, bins: int = DEFAULT_BINS) -> Quantiles:
     names = unit_quantities(data)
     require_bins(bins)
     counted = {
-        name: summarize_rows(data, (name,), partial(_count, name, bins), QuantityAccumulator.merge)
+        name: reduce_rows(
+            data, (name,), partial(_QuantileCounts, name, len(data.units), bins)
+        ).counts
         for name in names
     }
     histogram = {name: each.histogram for name, each in counted.items()}
@@ -175,14 +177,28 @@ def quantiles(site: SiteLike, bins: int = DEFAULT_BINS) -> Quantiles:
     )
 
 
-def _count(quantity: str, bins: int, rows: Mapping[str, Array]) -> QuantityAccumulator:
-    """Count the values of a block."""
-    (block,) = rows.values()
-    accumulator = QuantityAccumulator(
-        quantity, block.shape[1], bins, shares=False, moments=False, block_elements=BATCH_BYTES
-    )
-    accumulator.add(block)
-    return accumulator
+class _QuantileCounts:
+    """Counts the values of one quantity, block by block.
+
+    Args:
+        quantity: Name of the quantity.
+        width: Number of units.
+        bins: Number of bins.
+    """
+
+    def __init__(self, quantity: str, width: int, bins: int) -> None:
+        self._quantity = quantity
+        self.counts = QuantityAccumulator(
+            quantity, width, bins, shares=False, moments=False, block_elements=BATCH_BYTES
+        )
+
+    def add(self, block: Mapping[str, Array]) -> None:
+        """Count a block."""
+        self.counts.add(block[self._quantity])
+
+    def merge(self, later: _QuantileCounts) -> None:
+        """Add the counts of later rows."""
+        self.counts.merge(later.counts)
 
 
 def _quantile(

@@ -21,7 +21,7 @@ from grutrace.capture.kernel_calls.torch_context import (
     unwrap_functorch,
 )
 from grutrace.gru import kernel_gates
-from grutrace.gru.gate_requests import GateRequest
+from grutrace.gru.gate_copies import GateRequest
 from grutrace.gru.kernel import KernelCall, Layer, rerun_lower_layers, run_layerwise
 from grutrace.gru.kernel_gates import KernelGates
 from grutrace.gru.layout import PackedLayout, PaddedLayout, SequenceLayout

@@ -38,7 +38,7 @@ from grutrace.capture.kernel_calls.torch_context import (
     is_wrapped,
     unsupported_reason,
 )
-from grutrace.gru.gate_requests import NO_GATES, GateRequest, merge_requests
+from grutrace.gru.gate_copies import NO_GATES, GateRequest, merge_requests
 from grutrace.options import STACK_MODES, Stacks
 
 CallCallback: TypeAlias = Callable[[KernelRun | SkippedCall], None]

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from grutrace.capture.recording.weight_versions import MAX_VERSIONS
-from grutrace.gru.gate_requests import GateCopyPlan
+from grutrace.gru.gate_copies import GateCopyPlan
 from grutrace.gru.recompute import RecomputedGates, recompute, row_residuals, tolerances
 from grutrace.gru.residual import ResidualViolation, find_violations
 from grutrace.records import (

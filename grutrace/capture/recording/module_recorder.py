@@ -30,7 +30,7 @@ from grutrace.capture.sequences.assignment import (
     SeriesAssignment,
 )
 from grutrace.capture.sequences.tracker import SequenceTracker
-from grutrace.gru.gate_requests import NO_GATES, merge_requests
+from grutrace.gru.gate_copies import NO_GATES, merge_requests
 from grutrace.gru.joint_replay import calls_at_once
 from grutrace.gru.kernel_gates import kernel_supported
 from grutrace.gru.layout import has_dtype
@@ -372,12 +372,14 @@ class ModuleRecorder:
         """
         if not self._gathers:
             return
-        alike: dict[tuple[object, ...], list[JournalEntry]] = {}
+        alike: dict[tuple[object, object, object, object], list[JournalEntry]] = {}
         for entry in entries:
             if (shape := _one_step(entry)) is not None:
                 alike.setdefault((id(entry.version), *shape), []).append(entry)
-        for (_, batch, *_), alike_entries in alike.items():
-            most = calls_at_once(cast("int", batch), self.description.hidden_size)
+        for (_, batch, _, dtype), alike_entries in alike.items():
+            most = calls_at_once(
+                cast("int", batch), self.description.hidden_size, cast("torch.dtype", dtype)
+            )
             # An empty batch has no largest elements, and nothing to replay.
             for first in range(0, len(alike_entries) if batch and most > 1 else 0, most):
                 group = ReplayGroup(alike_entries[first : first + most], self._sites)
@@ -525,7 +527,7 @@ class ModuleRecorder:
         return WeightsRecord(self._index, version.number, sites)
 
 
-def _one_step(entry: JournalEntry) -> tuple[object, ...] | None:
+def _one_step(entry: JournalEntry) -> tuple[object, object, object] | None:
     """What calls must have in common to be replayed at once; None if this call cannot be."""
     run = entry.run
     if not entry.is_copied or entry.autocast is not None or run.gates is not None:

@@ -21,13 +21,13 @@ from grutrace.capture.recording.tensor_copy import RowConverter
 from grutrace.capture.selection import SelectedModule, make_partial_replay
 from grutrace.capture.sequences.assignment import SequenceAssignment
 from grutrace.errors import UnsupportedError
-from grutrace.gru.gate_requests import NO_GATES, GateCopyPlan, GateRequest
+from grutrace.gru.gate_copies import NO_GATES, GateCopyPlan, GateRequest
 from grutrace.gru.joint_replay import OneStep, calls_at_once, replay_calls
 from grutrace.gru.kernel import CellWeights, Layer
 from grutrace.gru.kernel_gates import KernelGates
-from grutrace.gru.layout import SequenceLayout, copy_cast, has_dtype
+from grutrace.gru.layout import PaddedLayout, SequenceLayout, copy_cast, has_dtype
 from grutrace.gru.replay import ColumnSelector, GateReplay
-from grutrace.gru.residual import ResidualCheck, max_residual
+from grutrace.gru.residual import ResidualCheck, copy_states, max_residual
 from grutrace.gru.tolerance import (
     compute_eps,
     lowest_precision,
@@ -256,8 +256,8 @@ class SiteRecorder:
 
     def _replay_series(self, series: SeriesBuffer, weights: CellWeights) -> SeriesResult | None:
         count, (batch, size) = series.count, series.final.shape[1:]
-        at_once = calls_at_once(batch, size)
-        if at_once < 2:
+        at_once = calls_at_once(batch, size, series.final.dtype)
+        if not at_once:
             return None
         rows = self._allocate_gates(count, batch, size)
         checks: list[ResidualCheck] = []
@@ -365,24 +365,29 @@ class SiteRecorder:
         steps, site = observation.steps, self.site
         found = self._gate_rows(kernel_gates, steps)
         initial = observation.call.cell_initial(site.layer, site.reverse)
-        states = self._rows.convert_steps(steps, self._of_units(hidden))
         check_units = self._check_units
-        units = slice(check_units.start, check_units.stop, check_units.step)
-        check_states = states
-        if len(check_units) < states.shape[-1]:
-            check_states = self._rows.convert_steps(steps, hidden[..., units])
         update, candidate = (
             _select_columns(found[name], self.requested_gates.columns[name], check_units)
             for name in ("update", "candidate")
         )
-        residual = max_residual(
-            update,
-            candidate,
-            check_states,
-            steps.unsort_batch(initial[..., units]),
-            steps.lengths,
-            reverse=site.reverse,
-        )
+        states = np.empty(update.shape, self._rows.dtype)
+        residual = None
+        if isinstance(steps, PaddedLayout) and len(check_units) == hidden.shape[-1]:
+            residual = copy_states(update, candidate, hidden, initial, states, reverse=site.reverse)
+        if residual is None:
+            states = self._rows.convert_steps(steps, self._of_units(hidden))
+            units = slice(check_units.start, check_units.stop, check_units.step)
+            check_states = states
+            if len(check_units) < states.shape[-1]:
+                check_states = self._rows.convert_steps(steps, hidden[..., units])
+            residual = max_residual(
+                update,
+                candidate,
+                check_states,
+                steps.unsort_batch(initial[..., units]),
+                steps.lengths,
+                reverse=site.reverse,
+            )
         kept = {name: found[name] for name in GATES if name in site.quantities}
         if "hidden" in site.quantities:
             kept["hidden"] = states

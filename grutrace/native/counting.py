@@ -1,0 +1,70 @@
+"""Count values unit by unit, compiled.
+
+n rows, H units.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Protocol
+
+from grutrace.native.library import CountOptions, load
+from grutrace.records import Array
+
+
+class BinEdges(Protocol):
+    """Equal bins, as in `grutrace.statistics.histogram.Bins`."""
+
+    @property
+    def low(self) -> float:
+        """First edge."""
+
+    @property
+    def high(self) -> float:
+        """Last edge."""
+
+
+def count_rows(
+    rows: Array,
+    units: Array,
+    histogram: Array,
+    bins: BinEdges | None,
+    bounds: tuple[float, float],
+    *,
+    shares: bool,
+    moments: bool,
+) -> bool:
+    """Add rows to the statistics of their units, in place.
+
+    Counts, extremes, shares and histograms have the same bits as those of
+    `grutrace.statistics.moments`; the moments agree to rounding.
+
+    Args:
+        rows: (n, H), C-contiguous.
+        units: (H,) of type `grutrace.statistics.moments.UNIT_DTYPE`.
+        histogram: (H, bins) int64; unused without bins.
+        bins: Bins of the histogram; None for none.
+        bounds: A value whose magnitude is below the first or above the second is counted for the
+            shares.
+        shares: Whether to count shares.
+        moments: Whether to compute the mean and the squares.
+
+    Returns:
+        Whether they were added: False without a compiled library, or for another floating-point
+        type.
+    """
+    library = load()
+    count = None if library is None else library.count.get(rows.dtype.name)
+    if count is None:
+        return False
+    low, high = (0.0, 0.0) if bins is None else (bins.low, bins.high)
+    number = 0 if bins is None else histogram.shape[1]
+    options = CountOptions(number, low, high, *bounds, shares, moments)
+    count(
+        rows.ctypes.data,
+        *rows.shape,
+        units.ctypes.data,
+        histogram.ctypes.data,
+        ctypes.addressof(options),
+    )
+    return True

@@ -1,0 +1,235 @@
+/* Loops over the bytes of a call: copy the kernel's gates, prove them, count them.
+ *
+ * Plain C without headers of Python or torch. The functions are called by address (see library.py),
+ * so one library serves every version of Python. `kernels_simd.h` is compiled once per instruction
+ * set, and `grutrace_select` chooses one when the library is loaded.
+ *
+ * No operation is contracted (-ffp-contract=off), and no element depends on its position. So the
+ * result of each element has the same bits with every instruction set.
+ */
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+
+/* Statistics of one unit: grutrace.statistics.moments.UNIT_DTYPE. */
+typedef struct {
+    int64_t count, nan, infinite;
+    double mean, squares, minimum, maximum;
+    int64_t below, above, underflow, overflow;
+} unit_stats;
+
+/* How values are counted. */
+typedef struct {
+    /* Bins: a power of two, or 0 for no histogram. Edges: exact. */
+    int64_t bins;
+    double low, high;
+    /* Bounds of the shares. */
+    double below, above;
+    int64_t shares, moments;
+} count_options;
+
+/* Where one gate is in the kernel's memory, and where it goes. Lengths are in elements. */
+typedef struct {
+    /* In the kernel's memory: from one row to the next; first unit, from the address that a step is
+     * given; from one unit to the next; number of units; bytes of an element. */
+    int64_t row_stride, offset, unit_step, units, itemsize;
+    /* In the copy: the first row of the first step; from one row of a step to the next. */
+    char *target;
+    int64_t target_row_stride;
+    /* From one step to the next. Of a packed batch, the offset of each step instead. */
+    int64_t target_step_stride;
+    const int64_t *target_offsets;
+} gate_copy;
+
+/* The copies of a call. Of each direction, in the order of execution, there are `product_count` and
+ * `candidate_count` copies. */
+typedef struct {
+    const gate_copy *product, *candidate;
+    int64_t product_count, candidate_count;
+    /* Number of rows of each step of a direction. */
+    const int64_t *rows;
+    int64_t steps;
+    /* Number of steps that have begun, of all directions. */
+    int64_t step;
+    /* The sum of the step before, which the kernel has replaced by the candidate by now. */
+    const char *sum;
+} copy_plan;
+
+/* Steps whose gates are worked out from their products: `steps` by `batch` rows. */
+typedef struct {
+    /* (steps, batch, 3 * units): of the input, and of the state before. Reset, update, candidate. */
+    const float *input, *product;
+    /* The states before and after, with their strides over steps and batch in elements. */
+    const float *previous, *states;
+    int64_t previous_strides[2], state_strides[2];
+    /* Reset, update and candidate are written here; NULL for one that is not wanted. */
+    float *gates[3];
+    int64_t gate_strides[2];
+    int64_t steps, batch, units;
+    /* Rows that have a check together: 0 all, 1 those of a step, 2 each on its own. */
+    int64_t grouping;
+    /* (groups, 3): the largest difference of the states that the gates lead to, NaN if a value is not
+     * finite; the largest element of the products; of the recurrent product of the candidate. */
+    double *checks;
+} replay_block;
+
+typedef struct {
+    void (*copy_rows)(char *, int64_t, const char *, int64_t, int64_t, int64_t);
+    double (*states_f32)(const float *, const float *, const float *, int64_t, int64_t,
+                         const float *, float *, int64_t, int64_t, int64_t, int64_t);
+    double (*states_f64)(const double *, const double *, const double *, int64_t, int64_t,
+                         const double *, double *, int64_t, int64_t, int64_t, int64_t);
+    void (*count_f32)(const float *, int64_t, int64_t, unit_stats *, int64_t *,
+                      const count_options *);
+    void (*count_f64)(const double *, int64_t, int64_t, unit_stats *, int64_t *,
+                      const count_options *);
+    int (*replay)(const replay_block *);
+} function_table;
+
+#define CONCATENATE_(a, b) a##_##b
+#define CONCATENATE(a, b) CONCATENATE_(a, b)
+#define WITH_ISA(name) CONCATENATE(name, ISA)
+
+#define ISA portable
+#define LANES 4
+#include "kernels_simd.h"
+#undef ISA
+#undef LANES
+
+#if defined(__x86_64__)
+#define ISA avx2
+#define LANES 8
+#pragma GCC push_options
+#pragma GCC target("avx2")
+#include "kernels_simd.h"
+#pragma GCC pop_options
+#undef ISA
+#undef LANES
+
+#define ISA avx512
+#define LANES 16
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#include "kernels_simd.h"
+#pragma GCC pop_options
+#undef ISA
+#undef LANES
+#endif
+
+static const function_table *functions = &table_portable;
+
+/* Choose an instruction set by its name; NULL for the best that this processor has. Returns the name
+ * of the one in use, or NULL if this processor or this build lacks the one that was asked for. */
+EXPORT const char *grutrace_select(const char *name) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    int has_avx2 = __builtin_cpu_supports("avx2") != 0;
+    int has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    if (has_avx512 && (name == NULL || strcmp(name, "avx512") == 0)) {
+        functions = &table_avx512;
+        return "avx512";
+    }
+    if (has_avx2 && (name == NULL || strcmp(name, "avx2") == 0)) {
+        functions = &table_avx2;
+        return "avx2";
+    }
+#endif
+    if (name == NULL || strcmp(name, "portable") == 0) {
+        functions = &table_portable;
+#if defined(__aarch64__)
+        return "neon";
+#else
+        return "portable";
+#endif
+    }
+    return NULL;
+}
+
+static void copy_gates(const gate_copy *copies, int64_t count, const char *source, int64_t step,
+                       int64_t rows) {
+    for (const gate_copy *c = copies; c < copies + count; c++) {
+        int64_t start = c->target_offsets ? c->target_offsets[step] : step * c->target_step_stride;
+        int64_t size = c->itemsize;
+        char *target = c->target + start * size;
+        const char *from = source + c->offset * size;
+        if (c->unit_step == 1) {
+            functions->copy_rows(target, c->target_row_stride * size, from, c->row_stride * size,
+                                 rows, c->units * size);
+            continue;
+        }
+        for (int64_t row = 0; row < rows; row++) {
+            for (int64_t unit = 0; unit < c->units; unit++) {
+                memcpy(target + (row * c->target_row_stride + unit) * size,
+                       from + (row * c->row_stride + unit * c->unit_step) * size, (size_t)size);
+            }
+        }
+    }
+}
+
+/* Copy the candidate of the step before, and reset and update of this one. `product` is NULL after the
+ * last step. */
+EXPORT void grutrace_copy_step(copy_plan *plan, const char *product, const char *sum) {
+    if (plan->sum != NULL) {
+        int64_t direction = (plan->step - 1) / plan->steps, step = (plan->step - 1) % plan->steps;
+        copy_gates(plan->candidate + direction * plan->candidate_count, plan->candidate_count,
+                   plan->sum, step, plan->rows[direction * plan->steps + step]);
+    }
+    if (product != NULL) {
+        int64_t direction = plan->step / plan->steps, step = plan->step % plan->steps;
+        copy_gates(plan->product + direction * plan->product_count, plan->product_count, product,
+                   step, plan->rows[direction * plan->steps + step]);
+        plan->step += 1;
+    }
+    plan->sum = sum;
+#if defined(__x86_64__)
+    /* Other threads read the rows. */
+    if (product == NULL) {
+        _mm_sfence();
+    }
+#endif
+}
+
+/* Copy the states of a padded call to the rows of a trace, if `rows` is not NULL, and return the
+ * largest difference from the states that the gates lead to; NaN if a value is not finite.
+ *
+ * update, candidate, rows: (batch, steps, units). hidden: `steps` by `batch` rows of `units`, with the
+ * given strides in elements. initial: (batch, units). */
+EXPORT double grutrace_states_f32(const float *update, const float *candidate, const float *hidden,
+                                  int64_t step_stride, int64_t batch_stride, const float *initial,
+                                  float *rows, int64_t steps, int64_t batch, int64_t units,
+                                  int64_t reverse) {
+    return functions->states_f32(update, candidate, hidden, step_stride, batch_stride, initial,
+                                 rows, steps, batch, units, reverse);
+}
+
+EXPORT double grutrace_states_f64(const double *update, const double *candidate,
+                                  const double *hidden, int64_t step_stride, int64_t batch_stride,
+                                  const double *initial, double *rows, int64_t steps,
+                                  int64_t batch, int64_t units, int64_t reverse) {
+    return functions->states_f64(update, candidate, hidden, step_stride, batch_stride, initial,
+                                 rows, steps, batch, units, reverse);
+}
+
+/* Count `rows` by `width` contiguous values into the statistics of `width` units, and into
+ * (width, bins) histograms. */
+EXPORT void grutrace_count_f32(const float *values, int64_t rows, int64_t width, unit_stats *units,
+                               int64_t *histogram, const count_options *options) {
+    functions->count_f32(values, rows, width, units, histogram, options);
+}
+
+EXPORT void grutrace_count_f64(const double *values, int64_t rows, int64_t width,
+                               unit_stats *units, int64_t *histogram,
+                               const count_options *options) {
+    functions->count_f64(values, rows, width, units, histogram, options);
+}
+
+/* Work out gates and checks from products. Returns whether all values are finite. */
+EXPORT int64_t grutrace_replay(const replay_block *block) { return functions->replay(block); }

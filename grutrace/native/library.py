@@ -1,0 +1,183 @@
+"""Load the compiled library, and describe its functions to ctypes.
+
+The library is optional: without a C compiler at installation, or on a processor or system that it
+does not know, grutrace computes the same with NumPy and torch. What is copied or counted has the
+same bits either way; sums differ by rounding.
+
+Every caller asks `load` and has its own way if that returns None. ctypes releases the interpreter's
+lock during a call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+#: Environment variable: the instruction set to use, ``none`` for none, or empty for the best.
+VARIABLE = "GRUTRACE_COMPILED"
+
+#: What is in use when nothing compiled is.
+NONE = "none"
+
+_SUFFIXES = {"win32": ".dll", "darwin": ".dylib"}
+
+_address, _integer = ctypes.c_void_p, ctypes.c_int64
+
+
+class CountOptions(ctypes.Structure):
+    """How values are counted; `count_options` in kernels.c."""
+
+    _fields_ = [
+        ("bins", _integer),
+        ("low", ctypes.c_double),
+        ("high", ctypes.c_double),
+        ("below", ctypes.c_double),
+        ("above", ctypes.c_double),
+        ("shares", _integer),
+        ("moments", _integer),
+    ]
+
+
+class GateCopy(ctypes.Structure):
+    """Where a gate is in the kernel's memory, and where it goes; `gate_copy` in kernels.c."""
+
+    _fields_ = [
+        ("row_stride", _integer),
+        ("offset", _integer),
+        ("unit_step", _integer),
+        ("units", _integer),
+        ("itemsize", _integer),
+        # A number, so that it can be added to.
+        ("target", ctypes.c_size_t),
+        ("target_row_stride", _integer),
+        ("target_step_stride", _integer),
+        ("target_offsets", _address),
+    ]
+
+
+#: Two strides, and the addresses of three gates.
+Integers2, ReplayTargets = _integer * 2, _address * 3
+
+
+class ReplayBlock(ctypes.Structure):
+    """Steps whose gates are worked out from their products; `replay_block` in kernels.c."""
+
+    _fields_ = [
+        ("input", _address),
+        ("product", _address),
+        ("previous", _address),
+        ("states", _address),
+        ("previous_strides", Integers2),
+        ("state_strides", Integers2),
+        ("gates", ReplayTargets),
+        ("gate_strides", Integers2),
+        ("steps", _integer),
+        ("batch", _integer),
+        ("units", _integer),
+        ("grouping", _integer),
+        ("checks", _address),
+    ]
+
+
+class CopyPlan(ctypes.Structure):
+    """The copies of a call; `copy_plan` in kernels.c."""
+
+    _fields_ = [
+        ("product", ctypes.POINTER(GateCopy)),
+        ("candidate", ctypes.POINTER(GateCopy)),
+        ("product_count", _integer),
+        ("candidate_count", _integer),
+        ("rows", _address),
+        ("steps", _integer),
+        ("step", _integer),
+        ("sum", _address),
+    ]
+
+
+@dataclass(frozen=True)
+class Library:
+    """The functions of the compiled library. kernels.c describes their arguments.
+
+    Attributes:
+        instruction_set: Its name: ``avx512``, ``avx2``, ``neon`` or ``portable``.
+        copy_step: Copies the gates of one step, as a `CopyPlan` says.
+        states: By NumPy type: copies the states of a call, and compares them with the gates.
+        count: By NumPy type: counts values unit by unit.
+        replay: Works out gates and checks from products in float32, as a `ReplayBlock` says.
+    """
+
+    instruction_set: str
+    copy_step: Callable[..., None]
+    states: dict[str, Callable[..., float]]
+    count: dict[str, Callable[..., None]]
+    replay: Callable[..., int]
+
+
+@cache
+def load() -> Library | None:
+    """Return the compiled library; None if there is none, or the environment says so."""
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted == NONE:
+        return None
+    path = Path(__file__).with_name("kernels" + _SUFFIXES.get(sys.platform, ".so"))
+    try:
+        library = ctypes.CDLL(str(path))
+        return _describe(library, wanted)
+    except (OSError, AttributeError) as error:
+        logger.debug("no compiled library: %s", error)
+        return None
+
+
+def instruction_set() -> str:
+    """Return the name of the instruction set in use; ``none`` without a compiled library."""
+    library = load()
+    return NONE if library is None else library.instruction_set
+
+
+def _describe(library: ctypes.CDLL, wanted: str) -> Library | None:
+    select = library.grutrace_select
+    select.argtypes, select.restype = [ctypes.c_char_p], ctypes.c_char_p
+    name = select(wanted.encode() or None)
+    if name is None:
+        logger.warning(
+            "%s: expected the name of an instruction set of this processor, found %r; nothing "
+            "compiled is used",
+            VARIABLE,
+            wanted,
+        )
+        return None
+    states = [_address, _address, _address, _integer, _integer, _address, _address]
+    return Library(
+        name.decode(),
+        _function(library.grutrace_copy_step, [_address, _address, _address]),
+        {
+            dtype: _function(
+                getattr(library, f"grutrace_states_{suffix}"),
+                [*states, *[_integer] * 4],
+                ctypes.c_double,
+            )
+            for dtype, suffix in (("float32", "f32"), ("float64", "f64"))
+        },
+        {
+            dtype: _function(
+                getattr(library, f"grutrace_count_{suffix}"),
+                [_address, _integer, _integer, _address, _address, _address],
+            )
+            for dtype, suffix in (("float32", "f32"), ("float64", "f64"))
+        },
+        _function(library.grutrace_replay, [_address], _integer),
+    )
+
+
+def _function(function: Any, arguments: list[Any], result: Any = None) -> Any:
+    function.argtypes, function.restype = arguments, result
+    return function

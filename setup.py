@@ -1,0 +1,55 @@
+"""Build the compiled part of grutrace: one C library, called by address, without Python's headers.
+
+Where there is no C compiler, or the library does not build, grutrace is installed without it.
+Everything else about the package stands in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+
+class BuildLibrary(build_ext):
+    """Builds a plain C library, with a file name without a version of Python."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Return the path of the library in the package, as `grutrace.native.library` expects it."""
+        suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
+        return os.path.join(*fullname.split(".")) + suffix
+
+    def get_export_symbols(self, ext: Extension) -> list[str]:
+        """Return the symbols to export: those that the C file marks, and no module of Python's."""
+        return list(ext.export_symbols)
+
+
+class AnyPythonWheel(bdist_wheel):
+    """Makes one wheel for a platform, which every Python 3 takes."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Return the tags of the wheel: Python, its binary interface, and the platform."""
+        return ("py3", "none", super().get_tag()[2])
+
+
+library: Any = Extension(
+    "grutrace.native.kernels",
+    ["grutrace/native/kernels.c"],
+    depends=["grutrace/native/kernels_simd.h", "grutrace/native/kernels_typed.h"],
+    # Without contraction every instruction set gives the same bits.
+    extra_compile_args=[
+        "-O3",
+        "-std=c11",
+        "-ffp-contract=off",
+        "-fvisibility=hidden",
+        "-Wno-psabi",
+    ],
+    libraries=[] if sys.platform == "win32" else ["m"],
+    optional=True,
+)
+
+setup(ext_modules=[library], cmdclass={"build_ext": BuildLibrary, "bdist_wheel": AnyPythonWheel})

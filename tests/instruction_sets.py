@@ -1,0 +1,25 @@
+"""The instruction sets that the compiled part can use on this processor."""
+
+from __future__ import annotations
+
+import os
+
+from grutrace.native import library
+
+
+def _available() -> tuple[str, ...]:
+    """Return their names; at least ``none``, which stands for NumPy and torch."""
+    before, names = os.environ.get(library.VARIABLE), [library.NONE]
+    for name in ("portable", "avx2", "avx512"):
+        os.environ[library.VARIABLE] = name
+        library.load.cache_clear()
+        if library.instruction_set() not in names:
+            names.append(library.instruction_set())
+    os.environ.pop(library.VARIABLE)
+    if before is not None:
+        os.environ[library.VARIABLE] = before
+    library.load.cache_clear()
+    return tuple(names)
+
+
+INSTRUCTION_SETS = _available()
