@@ -19,9 +19,14 @@ class BuildLibrary(build_ext):
     """Builds a plain C library, with a file name without a version of Python."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """Return the path of the library in the package, as `grutrace.native.library` expects it."""
+        """Return the path of the library, as `grutrace.native.library` expects it."""
         suffix = {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
         return os.path.join(*fullname.split(".")) + suffix
+
+    def copy_extensions_to_source(self) -> None:
+        """Copy the library into a checkout that is installed as editable."""
+        os.makedirs(os.path.join("grutrace", "native", "lib"), exist_ok=True)
+        super().copy_extensions_to_source()
 
     def get_export_symbols(self, ext: Extension) -> list[str]:
         """Return the symbols to export: those that the C file marks, and no module of Python's."""
@@ -37,7 +42,7 @@ class AnyPythonWheel(bdist_wheel):
 
 
 library: Any = Extension(
-    "grutrace.native.kernels",
+    "grutrace.native.lib.kernels",
     ["grutrace/native/kernels.c"],
     depends=["grutrace/native/kernels_simd.h", "grutrace/native/kernels_typed.h"],
     # Without contraction every instruction set gives the same bits.

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.peers import PEERS
+from grutrace.native.library import instruction_set
 
 #: Linux describes the processor in this file.
 PROCESSOR = Path("/proc/cpuinfo")
@@ -26,6 +27,7 @@ def about() -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
+        "compiled": instruction_set(),
     } | {package: installed(package) for package in packages}
 
 

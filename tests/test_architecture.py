@@ -84,7 +84,7 @@ ALLOWED = {
     "analysis/verification": {
         *("gru", "storage/format", "storage/interfaces", "storage/save", "storage/read"),
     },
-    "analysis/descriptive": {"storage/read", "statistics", "analysis/engine"},
+    "analysis/descriptive": {"native", "storage/read", "statistics", "analysis/engine"},
     "analysis/memory": {"storage/read", "analysis/engine"},
     "analysis/dynamics": {"storage/read", "statistics", "analysis/engine"},
     "analysis/labels": {"storage/read", "statistics", "analysis/engine"},

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 from typing import Protocol
 
+import numpy as np
+
 from grutrace.native.library import CountOptions, load
 from grutrace.records import Array
 
@@ -68,3 +70,22 @@ def count_rows(
         ctypes.addressof(options),
     )
     return True
+
+
+def sum_powers(rows: Array, means: Array) -> Array | None:
+    """Return the sums of second, third and fourth powers about a mean, of finite values: (3, H).
+
+    Args:
+        rows: (n, H), C-contiguous.
+        means: (H,) float64.
+
+    Returns:
+        The sums; None without a compiled library, or for another floating-point type.
+    """
+    library = load()
+    add_powers = None if library is None else library.add_powers.get(rows.dtype.name)
+    if add_powers is None:
+        return None
+    means, sums = np.ascontiguousarray(means), np.zeros((3, rows.shape[1]))
+    add_powers(rows.ctypes.data, *rows.shape, means.ctypes.data, sums.ctypes.data)
+    return sums

@@ -90,6 +90,8 @@ typedef struct {
                       const count_options *);
     void (*count_f64)(const double *, int64_t, int64_t, unit_stats *, int64_t *,
                       const count_options *);
+    void (*add_powers_f32)(const float *, int64_t, int64_t, const double *, double *);
+    void (*add_powers_f64)(const double *, int64_t, int64_t, const double *, double *);
     int (*replay)(const replay_block *);
 } function_table;
 
@@ -229,6 +231,18 @@ EXPORT void grutrace_count_f64(const double *values, int64_t rows, int64_t width
                                unit_stats *units, int64_t *histogram,
                                const count_options *options) {
     functions->count_f64(values, rows, width, units, histogram, options);
+}
+
+/* Add powers of the finite ones of `rows` by `width` values about `means`, (width,), to `sums`,
+ * (3, width): squares, cubes and fourth powers. */
+EXPORT void grutrace_add_powers_f32(const float *values, int64_t rows, int64_t width,
+                                    const double *means, double *sums) {
+    functions->add_powers_f32(values, rows, width, means, sums);
+}
+
+EXPORT void grutrace_add_powers_f64(const double *values, int64_t rows, int64_t width,
+                                    const double *means, double *sums) {
+    functions->add_powers_f64(values, rows, width, means, sums);
 }
 
 /* Work out gates and checks from products. Returns whether all values are finite. */

@@ -7,6 +7,7 @@ typedef REAL TYPED(reals) __attribute__((vector_size(LANES * sizeof(REAL))));
 typedef INTEGER TYPED(integers) __attribute__((vector_size(LANES * sizeof(INTEGER))));
 typedef REAL TYPED(half) __attribute__((vector_size(LANES / 2 * sizeof(REAL))));
 typedef double TYPED(doubles) __attribute__((vector_size(LANES / 2 * sizeof(double))));
+typedef int64_t TYPED(longs) __attribute__((vector_size(LANES / 2 * sizeof(int64_t))));
 
 static inline TYPED(reals) TYPED(load)(const REAL *from) {
     TYPED(reals) values;
@@ -254,5 +255,48 @@ static void TYPED(count)(const REAL *values, int64_t rows, int64_t width, unit_s
         }
         TYPED(count_slowly)(first + whole, count, width, width - whole, units + whole,
                             histogram + whole * options->bins, options);
+    }
+}
+
+/* Add the second, third and fourth powers of the finite values about the mean of their unit to `sums`,
+ * (3, width). */
+static void TYPED(add_powers)(const REAL *values, int64_t rows, int64_t width, const double *means,
+                              double *sums) {
+    enum { HALF = LANES / 2 };
+    int64_t block = 192 * 1024 / ((int64_t)sizeof(REAL) * (width > 0 ? width : 1));
+    block = block < 16 ? 16 : block;
+    int64_t whole = width - width % HALF;
+    for (int64_t start = 0; start < rows; start += block) {
+        int64_t stop = rows - start < block ? rows : start + block;
+        for (int64_t unit = 0; unit < whole; unit += HALF) {
+            TYPED(doubles) mean, powers[3];
+            memcpy(&mean, means + unit, sizeof mean);
+            for (int power = 0; power < 3; power++) {
+                memcpy(powers + power, sums + power * width + unit, sizeof mean);
+            }
+            for (int64_t row = start; row < stop; row++) {
+                TYPED(doubles) value = TYPED(load_doubles)(values + row * width + unit);
+                TYPED(longs) is_finite = value - value == 0;
+                TYPED(doubles) off = (TYPED(doubles))((TYPED(longs))(value - mean) & is_finite);
+                TYPED(doubles) square = off * off;
+                powers[0] += square;
+                powers[1] += square * off;
+                powers[2] += square * square;
+            }
+            for (int power = 0; power < 3; power++) {
+                memcpy(sums + power * width + unit, powers + power, sizeof mean);
+            }
+        }
+        for (int64_t unit = whole; unit < width; unit++) {
+            for (int64_t row = start; row < stop; row++) {
+                double off = (double)values[row * width + unit] - means[unit];
+                double square = off * off;
+                if (isfinite(values[row * width + unit])) {
+                    sums[unit] += square;
+                    sums[width + unit] += square * off;
+                    sums[2 * width + unit] += square * square;
+                }
+            }
+        }
     }
 }

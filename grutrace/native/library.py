@@ -112,6 +112,7 @@ class Library:
         copy_step: Copies the gates of one step, as a `CopyPlan` says.
         states: By NumPy type: copies the states of a call, and compares them with the gates.
         count: By NumPy type: counts values unit by unit.
+        add_powers: By NumPy type: adds up powers about the mean, unit by unit.
         replay: Works out gates and checks from products in float32, as a `ReplayBlock` says.
     """
 
@@ -119,6 +120,7 @@ class Library:
     copy_step: Callable[..., None]
     states: dict[str, Callable[..., float]]
     count: dict[str, Callable[..., None]]
+    add_powers: dict[str, Callable[..., None]]
     replay: Callable[..., int]
 
 
@@ -128,7 +130,8 @@ def load() -> Library | None:
     wanted = os.environ.get(VARIABLE, "")
     if wanted == NONE:
         return None
-    path = Path(__file__).with_name("kernels" + _SUFFIXES.get(sys.platform, ".so"))
+    # In a folder of its own, where Python does not take it for a module.
+    path = Path(__file__).parent / "lib" / ("kernels" + _SUFFIXES.get(sys.platform, ".so"))
     try:
         library = ctypes.CDLL(str(path))
         return _describe(library, wanted)
@@ -155,25 +158,21 @@ def _describe(library: ctypes.CDLL, wanted: str) -> Library | None:
             wanted,
         )
         return None
-    states = [_address, _address, _address, _integer, _integer, _address, _address]
+    states = [_address, _address, _address, _integer, _integer, _address, _address, *[_integer] * 4]
+    count = [_address, _integer, _integer, _address, _address, _address]
+
+    def by_type(name: str, arguments: list[Any], result: Any = None) -> dict[str, Any]:
+        return {
+            dtype: _function(getattr(library, f"grutrace_{name}_{suffix}"), arguments, result)
+            for dtype, suffix in (("float32", "f32"), ("float64", "f64"))
+        }
+
     return Library(
         name.decode(),
         _function(library.grutrace_copy_step, [_address, _address, _address]),
-        {
-            dtype: _function(
-                getattr(library, f"grutrace_states_{suffix}"),
-                [*states, *[_integer] * 4],
-                ctypes.c_double,
-            )
-            for dtype, suffix in (("float32", "f32"), ("float64", "f64"))
-        },
-        {
-            dtype: _function(
-                getattr(library, f"grutrace_count_{suffix}"),
-                [_address, _integer, _integer, _address, _address, _address],
-            )
-            for dtype, suffix in (("float32", "f32"), ("float64", "f64"))
-        },
+        by_type("states", states, ctypes.c_double),
+        by_type("count", count),
+        by_type("add_powers", [_address, _integer, _integer, _address, _address]),
         _function(library.grutrace_replay, [_address], _integer),
     )
 

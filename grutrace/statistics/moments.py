@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from grutrace.native.counting import count_rows
 from grutrace.records import Array
 
 #: Number of elements of a long row. NumPy is slow on short rows, so several are viewed as one long
@@ -150,7 +151,11 @@ def unit_stats(rows: Mapping[str, Array], *, shares: bool = True, moments: bool 
     The other arguments are those of `summarize_block`.
     """
     (block,) = rows.values()
-    return summarize_block(np.ascontiguousarray(block), shares=shares, moments=moments)[0]
+    block = np.ascontiguousarray(block)
+    units, histogram = empty_stats(block.shape[1]), np.empty((block.shape[1], 0), np.int64)
+    if count_rows(block, units, histogram, None, (LOW, HIGH), shares=shares, moments=moments):
+        return units
+    return summarize_block(block, shares=shares, moments=moments)[0]
 
 
 def _moments(values: Array, finite: Array | None, count: Array) -> tuple[Array, Array]:

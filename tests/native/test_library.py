@@ -49,8 +49,9 @@ def test_an_unknown_instruction_set_is_one_warning(monkeypatch, caplog) -> None:
 def test_a_library_that_does_not_load_is_not_used(content, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
     if content is not None:
+        (tmp_path / "lib").mkdir()
         for suffix in ("so", "dll", "dylib"):
-            (tmp_path / f"kernels.{suffix}").write_bytes(content)
+            (tmp_path / "lib" / f"kernels.{suffix}").write_bytes(content)
     monkeypatch.delenv(library.VARIABLE, raising=False)
     library.load.cache_clear()
     assert library.load() is None

@@ -28,6 +28,7 @@ def plain(values: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
+@pytest.mark.usefixtures("instruction_set")
 def test_equals_all_steps_at_once() -> None:
     trace = sites.in_memory()
     for name in trace.sites:
@@ -70,6 +71,7 @@ def test_known_distributions(block, monkeypatch) -> None:
         np.testing.assert_allclose(getattr(result, figure)["update"], expected, 1e-9, 1e-9)
 
 
+@pytest.mark.usefixtures("instruction_set")
 def test_a_nearly_constant_gate_keeps_its_spread() -> None:
     """Control: raw sums of powers lose it."""
     random = np.random.default_rng(1)
@@ -84,6 +86,7 @@ def test_a_nearly_constant_gate_keeps_its_spread() -> None:
     assert abs(np.sqrt(abs(raw)) / expected["std"][0] - 1) > 0.01
 
 
+@pytest.mark.usefixtures("instruction_set")
 def test_nan_values_are_counted_separately() -> None:
     values = np.array([[0.25], [np.nan], [0.75], [np.inf]], np.float32)
     result = moments(SiteArrays(update=values, hidden=values * 1e30))
@@ -92,6 +95,7 @@ def test_nan_values_are_counted_separately() -> None:
     assert result.columns()["update_not_finite"].tolist() == [2]
 
 
+@pytest.mark.usefixtures("instruction_set")
 def test_powers_too_large_for_float64_are_not_finite() -> None:
     result = moments(SiteArrays(hidden=np.array([[1e200], [-1e200], [3e200]])))
     assert not np.isfinite(result.kurtosis["hidden"]).any()
