@@ -26,6 +26,7 @@ from grutrace.gru.tolerance import (
     max_abs,
     storage_rounding,
     tolerance,
+    zero_where_equal,
 )
 from grutrace.native.library import load
 from grutrace.records import Array, CallRecord, ModuleInfo, Site
@@ -199,8 +200,7 @@ def _difference(
     differences = (expected - hidden).abs_()
     if math.isfinite(differences.sum().item()):
         return differences.max().item()
-    is_same = (expected == hidden) | (expected.isnan() & hidden.isnan())
-    return differences.masked_fill_(is_same, 0.0).nan_to_num_(nan=math.inf).max().item()
+    return zero_where_equal(differences, expected, hidden).max().item()
 
 
 class ResidualViolation(NamedTuple):

@@ -58,8 +58,10 @@ def test_equals_all_values_at_once_for_any_split(data) -> None:
     """Values may be NaN, infinite, at bin edges or far outside."""
     quantity = data.draw(st.sampled_from(QUANTITIES))
     width = data.draw(st.integers(1, 3))
-    some = st.sampled_from([0.0, -0.0, 1.0, -1.0, 0.1, 0.9, 0.5, 1 / 32, 1.0000001, np.nan, np.inf])
-    rows = data.draw(st.lists(st.lists(some | numbers, min_size=width, max_size=width)))
+    special = st.sampled_from(
+        [0.0, -0.0, 1.0, -1.0, 0.1, 0.9, 0.5, 1 / 32, 1.0000001, np.nan, np.inf]
+    )
+    rows = data.draw(st.lists(st.lists(special | numbers, min_size=width, max_size=width)))
     values = np.array(rows, "f4").reshape(-1, width)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(values)), max_size=4)))
     bins = data.draw(st.sampled_from([2, 8, 32]))

@@ -109,7 +109,7 @@ class SiteRecorder:
         self._inline = options.gates == "inline"
         # What is stored in the end; of gates in the background, `site` says what they follow from.
         stored = next(e for e in selection.description.sites if e.suffix == site.suffix)
-        self._wanted = {"hidden", *stored.quantities}
+        self._stored = {"hidden", *stored.quantities}
         gates = [name for name in GATES if name in (*stored.quantities, *stored.derived)]
         every = range(selection.description.hidden_size)
         plan = GateCopyPlan.of(gates, site.units or every)
@@ -162,7 +162,7 @@ class SiteRecorder:
                 # Whoever stores them proves them.
                 rows = self._gate_rows(kernel_gates, steps)
                 known = machine_epsilon(lowest_precision(hidden.dtype, kernel_gates.dtype))
-                check, quantities = ResidualCheck(math.nan, math.nan, known), self._wanted
+                check, quantities = ResidualCheck(math.nan, math.nan, known), self._stored
         elif not self._inline:
             rows, check = dict[str, Array](), self._copy(observation, layer, hidden, is_certain)
         elif replayed is not None:
@@ -176,8 +176,10 @@ class SiteRecorder:
             )
         if "input" in quantities:
             if site.layer not in inputs:
-                kept = observation.is_kept
-                inputs[site.layer] = self._rows.convert_steps(steps, layer.input, is_owned=kept)
+                is_copied = observation.is_kept
+                inputs[site.layer] = self._rows.convert_steps(
+                    steps, layer.input, is_owned=is_copied
+                )
             rows["input"] = inputs[site.layer]
         return rows, check
 
@@ -193,13 +195,13 @@ class SiteRecorder:
             its own.
         """
         site, calls = self.site, []
-        for each in observations:
+        for observation in observations:
             layer, initial = (
-                each.layers[site.layer],
-                each.call.cell_initial(site.layer, site.reverse),
+                observation.layers[site.layer],
+                observation.call.cell_initial(site.layer, site.reverse),
             )
             hidden = layer.output
-            if each.call.directions > 1:
+            if observation.call.directions > 1:
                 hidden = hidden.chunk(2, -1)[int(site.reverse)]
             calls.append(OneStep(layer.input[0], hidden[0], initial))
         weights = observations[0].call.cell_weights(site.layer, site.reverse)
@@ -363,11 +365,11 @@ class SiteRecorder:
         self, observation: Observation, kernel_gates: KernelGates, hidden: Tensor
     ) -> tuple[dict[str, Array], ResidualCheck]:
         steps, site = observation.steps, self.site
-        found = self._gate_rows(kernel_gates, steps)
+        gates = self._gate_rows(kernel_gates, steps)
         initial = observation.call.cell_initial(site.layer, site.reverse)
         check_units = self._check_units
         update, candidate = (
-            _select_columns(found[name], self.requested_gates.columns[name], check_units)
+            _select_columns(gates[name], self.requested_gates.columns[name], check_units)
             for name in ("update", "candidate")
         )
         states = np.empty(update.shape, self._rows.dtype)
@@ -388,9 +390,9 @@ class SiteRecorder:
                 steps.lengths,
                 reverse=site.reverse,
             )
-        kept = {name: found[name] for name in GATES if name in site.quantities}
+        recorded = {name: gates[name] for name in GATES if name in site.quantities}
         if "hidden" in site.quantities:
-            kept["hidden"] = states
+            recorded["hidden"] = states
         # The gates being the kernel's own, there are no products that were made in another order.
         size = max(1.0, max_abs(initial))
         computed, stored = (
@@ -400,7 +402,7 @@ class SiteRecorder:
         allowed = tolerance(computed, 0, size, 0.0, 0.0)
         if machine_epsilon(stored) > machine_epsilon(computed):
             allowed += storage_rounding(stored, size, 0.0, 0.0)
-        return kept, ResidualCheck(residual, allowed, machine_epsilon(computed))
+        return recorded, ResidualCheck(residual, allowed, machine_epsilon(computed))
 
     def _replay(
         self, observation: Observation, layer: Layer, hidden: Tensor
@@ -408,16 +410,16 @@ class SiteRecorder:
         call, site, steps = observation.call, self.site, observation.steps
         weights = call.cell_weights(site.layer, site.reverse)
         initial = call.cell_initial(site.layer, site.reverse)
-        given = layer.input, hidden, initial, steps
+        arguments = layer.input, hidden, initial, steps
         if self._partial_replay is not None and self._weight_rows is not None:
-            part = self._partial_replay.replay(*given, self._weight_rows.of(weights))
+            part = self._partial_replay.replay(*arguments, self._weight_rows.of(weights))
             check = part.check
             return {
                 name: self._rows.convert_steps(steps, gate) for name, gate in part.gates.items()
             }, check
         size, dtype = hidden.shape[-1], self._rows.dtype
         buffers = {name: steps.allocate(size, dtype) for name in GATES if name in site.quantities}
-        whole = self._replay_all.replay(*given, weights, buffers)
+        whole = self._replay_all.replay(*arguments, weights, buffers)
         return {name: buffer.rows() for name, buffer in buffers.items()}, whole.check
 
     def _of_units(self, values: Tensor) -> Tensor:
@@ -445,5 +447,5 @@ def _select_columns(values: Values, there: range, requested_gates: range) -> Val
     """(..., asked) of (..., there), of which they are a part."""
     if there == requested_gates:
         return values
-    places = [there.index(requested_gates[0]), there.index(requested_gates[-1])]
-    return values[..., places[0] : places[1] + 1 : max(1, requested_gates.step // there.step)]
+    bounds = [there.index(requested_gates[0]), there.index(requested_gates[-1])]
+    return values[..., bounds[0] : bounds[1] + 1 : max(1, requested_gates.step // there.step)]
