@@ -26,6 +26,8 @@ def pytest_configure() -> None:
         torch.set_num_threads(1)
 
 
+# First, because pytest-xdist reads the groups in the same hook.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With --dist loadgroup, run the tests that measure something in one worker, one by one."""
     for item in items:
