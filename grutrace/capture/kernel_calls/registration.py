@@ -108,9 +108,10 @@ class KernelRegistration:
 
     def __init__(self, override: KernelOverride) -> None:
         self._override = override
-        self._users = 0
+        self._users: set[object] = set()
         self._libraries: dict[str, Any] = {}
         self._handles: list[Any] = []
+        self._is_removing = False
         self._removed: deque[_RemovedKernels] = deque()
         self._lock = threading.RLock()
         if hasattr(os, "register_at_fork"):  # Not on Windows.
@@ -125,10 +126,11 @@ class KernelRegistration:
         """Whether the kernels are overridden."""
         return bool(self._libraries)
 
-    def acquire(self, devices: Iterable[str]) -> None:
-        """Override the kernels until `release` has been called as often as `acquire`.
+    def acquire(self, user: object, devices: Iterable[str]) -> None:
+        """Override the kernels until every user has released them.
 
         Args:
+            user: The user, a hashable object.
             devices: Device types on which calls are expected.
         """
         keys = set(_ALWAYS)
@@ -137,29 +139,40 @@ class KernelRegistration:
                 key = torch._C._dispatch_key_for_device(device)
                 keys |= {key, f"Autograd{key}"}
         with self._lock:
-            self._users += 1
             try:
+                self._users.add(user)
                 self._drop_expired()
+                if self._is_removing:
+                    # An interruption came while the kernels were being removed.
+                    self._remove()
+                # Those of autograd first, here and on removal last: without them, a kernel of a
+                # device would have no gradients.
                 for key in sorted(keys - set(self._libraries)):
                     self._register(key)
             except BaseException:
-                self.release()
+                self.release(user)
                 raise
 
-    def release(self) -> None:
-        """Restore the kernels, unless another user has acquired them."""
+    def release(self, user: object) -> None:
+        """Restore the kernels, unless another user has acquired them. May be repeated."""
         with self._lock:
-            self._users -= 1
+            self._users.discard(user)
             if self._users or not self._libraries:
                 return
             if not self._handles and len(sys._current_frames()) > 1:
                 # Without handles, the kernels can be freed only while no other thread runs Python.
                 return
-            for library in self._libraries.values():
-                library._destroy()
-            self._libraries.clear()
-            self._removed.append(_RemovedKernels(time.monotonic(), self._handles))
-            self._handles = []
+            self._remove()
+
+    def _remove(self) -> None:
+        """Restore PyTorch's kernels. May be repeated after an interruption."""
+        self._is_removing = True
+        for library in reversed(list(self._libraries.values())):
+            library._destroy()
+        self._removed.append(_RemovedKernels(time.monotonic(), self._handles))
+        self._handles = []
+        self._libraries.clear()
+        self._is_removing = False
 
     def _register(self, key: str) -> None:
         create_library: Any = torch.library.Library

@@ -86,6 +86,9 @@ class Subscription:
         self.module, self.callback = weakref.ref(module), callback
         self.stacks, self.should_record, self.request = stacks, should_record, request
         self._is_active = False
+        # A subscription that is garbage-collected restores the kernels, too.
+        self._user = object()
+        weakref.finalize(self, _registration.release, self._user).atexit = False
         # Replaced as a whole, never changed, because other threads read it.
         self._known_weights: list[weakref.ref[Tensor]] = []
 
@@ -109,19 +112,16 @@ class Subscription:
         """Start observing."""
         module = self.module()
         if module is not None and not self._is_active:
-            _registration.acquire(_devices(module))
+            _registration.acquire(self._user, _devices(module))
             self._is_active = True
             _subscriptions.add(module, self)
-            # A subscription that is garbage-collected restores the kernels, too.
-            self._release = weakref.finalize(self, _registration.release)
-            self._release.atexit = False
 
     def stop(self) -> None:
-        """Stop observing. Stopping twice does nothing."""
+        """Stop observing. Stopping twice does nothing; after an interruption it goes on."""
         if self._is_active:
-            self._is_active = False
             _subscriptions.discard(self)
-            self._release()
+            _registration.release(self._user)
+            self._is_active = False
 
 
 class UnknownModuleWatch:

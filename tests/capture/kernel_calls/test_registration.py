@@ -7,9 +7,11 @@ import threading
 import torch
 from torch import nn
 
+from grutrace.capture.kernel_calls import registration
 from grutrace.capture.kernel_calls import subscription as kernel_calls
 from grutrace.capture.kernel_calls.subscription import is_observing
 from tests import forks
+from tests.interruptions import AtLine, Interruption
 
 
 def test_kernels_are_registered_and_removed_while_threads_run(monkeypatch) -> None:
@@ -41,6 +43,37 @@ def test_kernels_are_registered_and_removed_while_threads_run(monkeypatch) -> No
             thread.join()
     assert not errors
     assert all(calls)
+    assert not is_observing()
+
+
+def test_an_interruption_of_the_removal_leaves_gradients_and_is_made_up_for() -> None:
+    cell, x = nn.GRUCell(4, 8), torch.randn(2, 4)
+    cell(x).sum().backward()
+    expected = cell.weight_ih.grad.clone()
+    places, is_interrupted = 0, True
+    while is_interrupted:
+        places += 1
+        received: list[object] = []
+        subscription = kernel_calls.Subscription(cell, received.append)
+        subscription.start()
+        try:
+            with AtLine(places, Interruption, (registration.__file__,)):
+                subscription.stop()
+            is_interrupted = False
+        except Interruption:
+            pass
+        # PyTorch warns of a kernel without gradients, and warnings are errors.
+        cell.zero_grad()
+        cell(x).sum().backward()
+        assert torch.equal(cell.weight_ih.grad, expected)
+        assert not received
+        subscription.stop()
+        again = kernel_calls.Subscription(cell, received.append)
+        again.start()
+        cell(x).sum().backward()
+        again.stop()
+        assert len(received) == 1
+    assert places > 15
     assert not is_observing()
 
 
