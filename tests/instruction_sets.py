@@ -10,11 +10,11 @@ from grutrace.native import library
 def _available() -> tuple[str, ...]:
     """Return their names; at least ``none``, which stands for NumPy and torch."""
     before, names = os.environ.get(library.VARIABLE), [library.NONE]
-    for name in ("portable", "avx2", "avx512"):
+    for name in ("portable", "neon", "avx2", "avx512"):
         os.environ[library.VARIABLE] = name
         library.load.cache_clear()
-        if library.instruction_set() not in names:
-            names.append(library.instruction_set())
+        if library.instruction_set() == name:
+            names.append(name)
     os.environ.pop(library.VARIABLE)
     if before is not None:
         os.environ[library.VARIABLE] = before

@@ -11,12 +11,17 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-steps=(memory soak hostile benchmark)
+steps=(memory uncompiled soak hostile benchmark)
 
 # Tests with freed memory overwritten: a tensor or array that outlives its buffer has wrong values.
 step_memory() {
     MALLOC_PERTURB_=165 MALLOC_CHECK_=3 PYTHONMALLOC=debug python -m pytest -q \
         tests/gru tests/capture tests/storage tests/integration
+}
+
+# All tests without the compiled library.
+step_uncompiled() {
+    GRUTRACE_COMPILED=none python -m pytest -q -n auto --dist loadgroup
 }
 
 # Killed processes, failing disks, power loss, and readers of growing files.

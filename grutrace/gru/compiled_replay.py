@@ -110,7 +110,7 @@ def _is_plain(values: Tensor) -> bool:
     return (
         values.dtype == torch.float32
         and values.device.type == "cpu"
-        and values.stride(-1) == 1
+        and (values.stride(-1) == 1 or values.shape[-1] == 1)
         and not (values.is_neg() or values._is_zerotensor())
     )
 

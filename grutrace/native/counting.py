@@ -53,11 +53,11 @@ def count_rows(
 
     Returns:
         Whether they were added: False without a compiled library, or for another floating-point
-        type.
+        type or byte order.
     """
     library = load()
     count = None if library is None else library.count.get(rows.dtype.name)
-    if count is None:
+    if count is None or not all(map(_is_plain, (rows, units, histogram))):
         return False
     low, high = (0.0, 0.0) if bins is None else (bins.low, bins.high)
     number = 0 if bins is None else histogram.shape[1]
@@ -80,12 +80,17 @@ def sum_powers(rows: Array, means: Array) -> Array | None:
         means: (H,) float64.
 
     Returns:
-        The sums; None without a compiled library, or for another floating-point type.
+        The sums; None without a compiled library, or for another floating-point type or byte order.
     """
     library = load()
     add_powers = None if library is None else library.add_powers.get(rows.dtype.name)
-    if add_powers is None:
+    if add_powers is None or not _is_plain(rows):
         return None
     means, sums = np.ascontiguousarray(means), np.zeros((3, rows.shape[1]))
     add_powers(rows.ctypes.data, *rows.shape, means.ctypes.data, sums.ctypes.data)
     return sums
+
+
+def _is_plain(array: Array) -> bool:
+    """Whether the library can read or write the elements by their address, one after another."""
+    return array.flags.c_contiguous and array.dtype.isnative

@@ -144,13 +144,15 @@ EXPORT const char *grutrace_select(const char *name) {
         return "avx2";
     }
 #endif
-    if (name == NULL || strcmp(name, "portable") == 0) {
-        functions = &table_portable;
 #if defined(__aarch64__)
-        return "neon";
+    /* Every processor of this kind has it, so the compiler uses it without being asked. */
+    const char *common = "neon";
 #else
-        return "portable";
+    const char *common = "portable";
 #endif
+    if (name == NULL || strcmp(name, common) == 0) {
+        functions = &table_portable;
+        return common;
     }
     return NULL;
 }

@@ -123,6 +123,11 @@ def test_rows_that_are_not_contiguous_count_equally() -> None:
     assert_figures(figures("update", [np.asfortranarray(values)]), values)
 
 
+def test_rows_of_another_byte_order_count_equally() -> None:
+    values = gates(np.random.default_rng(0), 300, 20)
+    assert_figures(figures("update", [values.astype(">f4"), values]), np.concatenate([values] * 2))
+
+
 @pytest.mark.parametrize("together", [1, 7, 10**9])
 def test_every_block_size_counts_equally(together) -> None:
     values = gates(np.random.default_rng(0), 200, 5)
