@@ -18,7 +18,9 @@ pytestmark = pytest.mark.usefixtures("instruction_set")
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 7, 3), (3, 17, 5), (5, 100, 7), (16, 128, 64)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (1, 7, 3), (3, 17, 5), (5, 100, 7), (1, 16, 3), (16, 128, 64)]
+)
 def test_calls_of_one_step_are_the_same_bits_together(shape, bias, dtype) -> None:
     batch, size, inputs = shape
     torch.manual_seed(0)
