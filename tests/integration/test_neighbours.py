@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._C import DispatchKey
 from torch.utils._pytree import tree_leaves
 
 import grutrace
@@ -82,6 +83,17 @@ def in_a_thread(run: Callable[[], Any]) -> Any:
 def same(a: Any, b: Any) -> bool:
     pairs = list(zip(tree_leaves(a), tree_leaves(b), strict=True))
     return all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+
+
+def test_what_torch_resolves_while_recording_is_not_used_afterwards(batch) -> None:
+    """Compilers dispatch in Python, and keep which key's kernel an operation has."""
+    recorded, other = Mixed(dropout=0.0), Mixed(dropout=0.0)
+    expected = compiled_whole(other, batch)
+    operation = torch.ops.aten.gru_cell.default
+    with trace(recorded):
+        recorded(batch)
+        assert operation._get_dispatch(DispatchKey.AutogradCPU) is DispatchKey.AutogradCPU
+    assert same(compiled_whole(other, batch), expected)
 
 
 @pytest.mark.parametrize("thread", ["same thread", "another thread"])

@@ -52,8 +52,7 @@ class GRUKernel:
 
     def __init__(self, name: str) -> None:
         self.name, self.is_cell = name, name == "gru_cell"
-        packet, _, overload = name.partition(".")
-        self._run: Any = getattr(getattr(torch.ops.aten, packet), overload or "default")._op_dk
+        self._run: Any = _overload(name)._op_dk
         self._weights_index = OPERATIONS[name]
         self.state_index = self._weights_index - 1
 
@@ -171,6 +170,7 @@ class KernelRegistration:
             library._destroy()
         self._removed.append(_RemovedKernels(time.monotonic(), self._handles))
         self._handles = []
+        _forget_resolved_keys()
         self._libraries.clear()
         self._is_removing = False
 
@@ -183,6 +183,7 @@ class KernelRegistration:
             if handle is not None:
                 self._handles.append(handle)
         self._libraries[key] = library
+        _forget_resolved_keys()
 
     def _make_kernel(self, kernel: GRUKernel) -> Callable[..., Any]:
         override = self._override
@@ -213,6 +214,22 @@ def _exclude_from_compiler(function: Callable[..., Any]) -> None:
     else:
         # Before PyTorch 2.7.
         _frames.skip_code(function.__code__)
+
+
+def _forget_resolved_keys() -> None:
+    """Make torch resolve the kernels of the operations anew where it dispatches in Python.
+
+    Compilers do, and torch keeps which key's kernel an operation has. What was resolved with our
+    kernels would be wrong without them: the operation would have no gradients.
+    """
+    for name in OPERATIONS:
+        getattr(_overload(name), "_dispatch_cache", {}).clear()
+
+
+def _overload(name: str) -> Any:
+    """Return torch's object for an operation."""
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet), overload or "default")
 
 
 def _kernel_handle(operation: str, key: str) -> Any:
