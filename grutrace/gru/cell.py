@@ -115,19 +115,7 @@ def products_of_calls(
 
 
 def _products_of_calls(values: Sequence[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows, width = len(values[0]), weight.shape[0]
-    if rows * width * weight.element_size() % ALIGNMENT:
-        return torch.stack([product(call_values, weight, bias) for call_values in values])
-    # What `linear` computes, at addresses that are aligned as those of its results.
-    products = torch.empty((len(values), rows, width), dtype=weight.dtype, device=weight.device)
-    transposed = _aligned(weight).t()
-    for call_values, call_product in zip(values, products, strict=True):
-        operand = _aligned(call_values.contiguous())
-        if bias is None:
-            torch.mm(operand, transposed, out=call_product)
-        else:
-            torch.addmm(bias, operand, transposed, out=call_product)
-    return products
+    return torch.stack([product(call_values, weight, bias) for call_values in values])
 
 
 def _aligned(values: Tensor) -> Tensor:
