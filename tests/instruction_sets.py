@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 
 from grutrace.native import library
 
@@ -10,7 +11,8 @@ from grutrace.native import library
 def _available() -> tuple[str, ...]:
     """Return their names; at least ``none``, which stands for NumPy and torch."""
     before, names = os.environ.get(library.VARIABLE), [library.NONE]
-    for name in ("portable", "neon", "avx2", "avx512"):
+    is_arm = platform.machine() in ("aarch64", "arm64")
+    for name in ("neon",) if is_arm else ("portable", "avx2", "avx512"):
         os.environ[library.VARIABLE] = name
         library.load.cache_clear()
         if library.instruction_set() == name:
