@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from types import MappingProxyType
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from grutrace.gru.layout import numpy_type
+from grutrace.native.copy_template import GateStrides, make_template
 from grutrace.native.library import CopyPlan, GateCopy, Library, load
 from grutrace.records import GATES, Array
 
@@ -189,20 +189,6 @@ def _empty_aligned(shape: tuple[int, ...], dtype: str) -> Array:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-class GateStrides(NamedTuple):
-    """Where a gate of a step is in the kernel's memory, in elements.
-
-    Attributes:
-        row: From one row to the next.
-        unit: From one unit to the next.
-        offset: The first unit.
-    """
-
-    row: int
-    unit: int
-    offset: int
-
-
 class GateCopies(Protocol):
     """Copies the gates of a call while it runs.
 
@@ -212,17 +198,16 @@ class GateCopies(Protocol):
 
     dtype: torch.dtype
 
-    def take(self, step: int, product: Tensor, total: Tensor) -> None:
-        """Copy reset and update of a step, and the candidate of the step before.
+    def take(self, product: Tensor, total: Tensor) -> None:
+        """Copy reset and update of the next step, and the candidate of the step before.
 
         Args:
-            step: Number of the step in the order of execution, over all directions.
             product: (b, H), the last third of the hidden product, in the kernel's memory.
             total: (b, H), which the kernel replaces by the candidate before the next step.
         """
 
-    def finish(self, step: int) -> None:
-        """Copy the candidate of the last step. `step` is the number of steps."""
+    def finish(self) -> None:
+        """Copy the candidate of the last step."""
 
 
 def make_copies(
@@ -246,85 +231,6 @@ def make_copies(
     return TorchCopies(buffers, directions, dtype)
 
 
-class _CopyTemplate(NamedTuple):
-    """The copies of every call of one shape.
-
-    Attributes:
-        product: The copies of reset and update, direction by direction. The target of each is the
-            offset from its gate's first element, in bytes.
-        candidate: Those of the candidate.
-        rows: Number of rows of each step of all directions, in the order of execution.
-        arrays: What the copies refer to by address.
-    """
-
-    product: ctypes.Array[GateCopy]
-    candidate: ctypes.Array[GateCopy]
-    rows: Array
-    arrays: list[Array]
-
-
-@lru_cache(maxsize=64)
-def _make_template(
-    rows: tuple[int, ...],
-    padded: bool,
-    hidden_size: int,
-    product: tuple[tuple[int, GateStrides], ...],
-    candidate: tuple[tuple[int, GateStrides], ...],
-    directions: tuple[bool, ...],
-    itemsize: int,
-) -> _CopyTemplate:
-    """Return the copies of calls of one shape.
-
-    Args:
-        rows: (T,) number of sequences at each time.
-        padded: Whether all sequences have all times.
-        hidden_size: H
-        product: Of each copy of reset or update: U, and the strides in the kernel's memory.
-        candidate: Likewise.
-        directions: For each direction, in the order of execution, whether it is the reverse one.
-        itemsize: Bytes of an element.
-    """
-    counts = np.array(rows, np.int64)
-    starts = np.cumsum(counts) - counts
-    orders = [slice(None, None, -1 if reverse else 1) for reverse in directions]
-    arrays: list[Array] = []
-
-    def copies(gates: tuple[tuple[int, GateStrides], ...], origin: int) -> ctypes.Array[GateCopy]:
-        copies = []
-        for reverse, order in zip(directions, orders, strict=True):
-            for units, strides in gates:
-                target, step_stride, row_stride, offsets = 0, units, units * len(rows), None
-                if padded and reverse:
-                    target, step_stride = itemsize * units * (len(rows) - 1), -units
-                elif not padded:
-                    step_stride, row_stride = 0, units
-                    arrays.append(starts[order] * units)
-                    offsets = arrays[-1].ctypes.data
-                row, unit, offset = strides
-                copies.append(
-                    GateCopy(
-                        row,
-                        offset - origin,
-                        unit,
-                        units,
-                        itemsize,
-                        target,
-                        row_stride,
-                        step_stride,
-                        offsets,
-                    )
-                )
-        return (GateCopy * len(copies))(*copies)
-
-    # A step's product is given by the address of its last third.
-    return _CopyTemplate(
-        copies(product, 2 * hidden_size),
-        copies(candidate, 0),
-        np.concatenate([counts[order] for order in orders]),
-        arrays,
-    )
-
-
 class CompiledCopies:
     """Copies gates in C. The arguments are those of `make_copies`."""
 
@@ -339,7 +245,7 @@ class CompiledCopies:
         self.dtype, self._copy_step = dtype, library.copy_step
         first = buffers[0]
         # The plan holds addresses in the template.
-        self._template = template = _make_template(
+        self._template = template = make_template(
             tuple(layout.rows),
             layout.padded,
             layout.hidden_size,
@@ -361,13 +267,13 @@ class CompiledCopies:
         self._address = ctypes.addressof(self._plan)
         self._total: Tensor | None = None
 
-    def take(self, step: int, product: Tensor, total: Tensor) -> None:  # noqa: ARG002
-        """Copy reset and update of a step, and the candidate of the step before."""
+    def take(self, product: Tensor, total: Tensor) -> None:
+        """Copy reset and update of the next step, and the candidate of the step before."""
         self._copy_step(self._address, product.data_ptr(), total.data_ptr())
         # Its memory is read at the next step.
         self._total = total
 
-    def finish(self, step: int) -> None:  # noqa: ARG002
+    def finish(self) -> None:
         """Copy the candidate of the last step."""
         self._copy_step(self._address, None, None)
         self._total = None
@@ -411,25 +317,26 @@ class TorchCopies:
         self.dtype = dtype
         self._product = _in_order(buffers, directions, "product")
         self._candidate = _in_order(buffers, directions, "candidate")
+        self._step = 0
         self._total: Tensor | None = None
 
-    def take(self, step: int, product: Tensor, total: Tensor) -> None:
-        """Copy reset and update of a step, and the candidate of the step before."""
-        self._copy_candidate(step)
+    def take(self, product: Tensor, total: Tensor) -> None:
+        """Copy reset and update of the next step, and the candidate of the step before."""
+        self._copy_candidate()
         for copy in self._product:
-            copy.run(step, product)
-        self._total = total
+            copy.run(self._step, product)
+        self._step, self._total = self._step + 1, total
 
-    def finish(self, step: int) -> None:
+    def finish(self) -> None:
         """Copy the candidate of the last step."""
         with torch.no_grad():
-            self._copy_candidate(step)
+            self._copy_candidate()
         self._total = None
 
-    def _copy_candidate(self, step: int) -> None:
+    def _copy_candidate(self) -> None:
         if self._total is not None:
             for copy in self._candidate:
-                copy.run(step - 1, self._total)
+                copy.run(self._step - 1, self._total)
 
 
 class _GateCopy(NamedTuple):

@@ -111,13 +111,13 @@ def copy_kernel_gates(
             return
         if copies is None:
             copies = make_copies(buffers, directions, layout, total.dtype)
-        copies.take(step, product, total)
+        copies.take(product, total)
         step += 1
 
     result = dispatcher.observe_additions(on_addition, kernel)
     if copies is None or step < len(rows):
         return result, None
-    copies.finish(step)
+    copies.finish()
     return result, [KernelGates(buffer.gates, columns, copies.dtype) for buffer in buffers]
 
 

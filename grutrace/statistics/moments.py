@@ -152,10 +152,19 @@ def unit_stats(rows: Mapping[str, Array], *, shares: bool = True, moments: bool 
     """
     (block,) = rows.values()
     block = np.ascontiguousarray(block)
+    units = compiled_stats(block, shares=shares, moments=moments)
+    if units is None:
+        units, _, _ = summarize_block(block, shares=shares, moments=moments)
+    return units
+
+
+def compiled_stats(block: Array, *, shares: bool, moments: bool) -> Array | None:
+    """Return what `summarize_block` does, without the values; None if that is not compiled."""
     units, histogram = empty_stats(block.shape[1]), np.empty((block.shape[1], 0), np.int64)
-    if count_rows(block, units, histogram, None, (LOW, HIGH), shares=shares, moments=moments):
-        return units
-    return summarize_block(block, shares=shares, moments=moments)[0]
+    is_counted = count_rows(
+        block, units, histogram, None, (LOW, HIGH), shares=shares, moments=moments
+    )
+    return units if is_counted else None
 
 
 def _moments(values: Array, finite: Array | None, count: Array) -> tuple[Array, Array]:

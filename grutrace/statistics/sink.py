@@ -303,10 +303,12 @@ def _count_segments(origins: Sequence[Origin]) -> int:
 def _join_small(blocks: Sequence[Array]) -> Iterator[Array]:
     """Yield the same rows in blocks that are large enough to be counted at once."""
     small: list[Array] = []
+    size = 0
     for block in blocks:
         small.append(block)
-        if sum(part.nbytes for part in small) >= LARGE_BYTES:
+        size += block.nbytes
+        if size >= LARGE_BYTES:
             yield small[0] if len(small) == 1 else np.concatenate(small)
-            small = []
+            small, size = [], 0
     if small:
         yield small[0] if len(small) == 1 else np.concatenate(small)

@@ -19,13 +19,11 @@ import numpy as np
 from grutrace.analysis.engine.map_reduce import summarize_rows
 from grutrace.analysis.engine.result import Result
 from grutrace.analysis.engine.site_data import SiteLike, as_site_data, unit_quantities
-from grutrace.native.counting import count_rows, sum_powers
+from grutrace.native.counting import sum_powers
 from grutrace.records import Array
 from grutrace.statistics.accumulator import BLOCK_ELEMENTS
 from grutrace.statistics.moments import (
-    HIGH,
-    LOW,
-    empty_stats,
+    compiled_stats,
     merge_stats,
     reduce_axis0,
     summarize_block,
@@ -158,10 +156,9 @@ def power_sums(rows: Mapping[str, Array]) -> PowerSums:
     """Compute the sums of one block of one quantity, (n, H): the mean first, then the powers."""
     (block,) = rows.values()
     block = np.ascontiguousarray(block)
-    counted, histogram = empty_stats(block.shape[1]), np.empty((block.shape[1], 0), np.int64)
-    if count_rows(block, counted, histogram, None, (LOW, HIGH), shares=False, moments=True):
-        sums = sum_powers(block, counted["mean"])
-        assert sums is not None
+    counted = compiled_stats(block, shares=False, moments=True)
+    sums = None if counted is None else sum_powers(block, counted["mean"])
+    if counted is not None and sums is not None:
         counted["squares"] = sums[0]
         return PowerSums(counted, sums[1], sums[2])
     units, values, missing = summarize_block(block, shares=False, moments=False)
