@@ -58,7 +58,7 @@ ALLOWED = {
     "capture/selection": {"gru", "capture/options", "capture/unsupported_grus"},
     "capture/sequences": set[str](),
     "capture/recording": {
-        *("gru", "capture/options", "capture/annotation_values"),
+        *("native", "gru", "capture/options", "capture/annotation_values"),
         *("capture/kernel_calls", "capture/selection", "capture/sequences"),
     },
     "capture/tracer_warnings": {

@@ -40,10 +40,13 @@ class GateRequest(NamedTuple):
     Attributes:
         columns: Units to copy, by gate name.
         max_cost_ratio: Maximum cost of copying, relative to the cost of a replay.
+        keeps_steps: Whether to keep the gates of calls of one step in the kernel's memory, until
+            the call is copied. That costs less than any replay.
     """
 
     columns: UnitsByGate
     max_cost_ratio: float = 1.0
+    keeps_steps: bool = False
 
 
 #: A request for no gate.

@@ -74,6 +74,75 @@ class KernelGates(NamedTuple):
     dtype: torch.dtype
 
 
+class StepGates(NamedTuple):
+    """The kernel's gates of a call of one step of one direction, in the kernel's own memory.
+
+    Attributes:
+        product: (B, H), the last third of the hidden product. Reset and update are in the first two
+            thirds.
+        candidate: (B, H)
+        columns: Units to copy, all of them, by gate name.
+    """
+
+    product: Tensor
+    candidate: Tensor
+    columns: UnitsByGate
+
+    def copied(self) -> KernelGates:
+        """Return copies of the gates, (1, B, H) each."""
+        candidate = self.candidate
+        batch, size = candidate.shape
+        places = {"reset": 0, "update": size}
+        with torch.no_grad():
+            gates = {
+                name: (
+                    candidate
+                    if name == "candidate"
+                    else self.product.as_strided((batch, size), (3 * size, 1), places[name])
+                )
+                .clone()
+                .unsqueeze(0)
+                for name in self.columns
+            }
+        return KernelGates(gates, self.columns, candidate.dtype)
+
+
+def keep_step_gates(
+    kernel: Callable[[], Result],
+    batch: int,
+    hidden_size: int,
+    dtype: torch.dtype,
+    columns: UnitsByGate,
+) -> tuple[Result, StepGates | None]:
+    """Run a kernel call of one step of one direction, and keep the memory that its gates are in.
+
+    Args:
+        kernel: Makes the call.
+        batch: B
+        hidden_size: H
+        dtype: Data type of the input.
+        columns: Units to copy, by gate name: all units.
+
+    Returns:
+        The kernel's result, and the gates; None if they were not found in memory.
+    """
+    operands: list[tuple[Tensor, Tensor]] = []
+    result = dispatcher.observe_additions(
+        lambda _, product, total: operands.append((product, total)), kernel
+    )
+    if len(operands) != 1:
+        return result, None
+    product, total = operands[0]
+    is_expected = (
+        product.shape == total.shape == (batch, hidden_size)
+        and product.stride() == (3 * hidden_size, 1)
+        and product.storage_offset() == 2 * hidden_size
+        and total.is_contiguous()
+        and total.dtype is product.dtype is dtype
+    )
+    return result, StepGates(product, total, columns) if is_expected else None
+
+
 def copy_kernel_gates(
     kernel: Callable[[], Result],
     layout: CallShape,

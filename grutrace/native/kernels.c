@@ -80,6 +80,21 @@ typedef struct {
     double *checks;
 } replay_block;
 
+/* Memory for alike calls of one step, one after another. Sizes are in bytes. */
+typedef struct {
+    /* Of each call, (batch, its width): the input, the states before and after, and reset, update and
+     * candidate. A gate that is not wanted is NULL; update and candidate are wanted together. */
+    char *input, *initial, *final, *gates[3];
+    int64_t input_size, state_size, batch, units, itemsize;
+    /* Of each call, the largest difference of the states that the gates lead to; NaN if a value is not
+     * finite. */
+    double *residuals;
+} call_series;
+
+/* What a call of a series started from: memory of its own, zeros, the final states of the call before;
+ * grutrace.capture.sequences.assignment.InitialState. */
+enum { OWN_STATE = 0, ZERO_STATE = 1, CHAINED_STATE = 2 };
+
 typedef struct {
     void (*copy_rows)(char *, int64_t, const char *, int64_t, int64_t, int64_t);
     double (*states_f32)(const float *, const float *, const float *, int64_t, int64_t,
@@ -220,6 +235,68 @@ EXPORT double grutrace_states_f64(const double *update, const double *candidate,
                                   int64_t batch, int64_t units, int64_t reverse) {
     return functions->states_f64(update, candidate, hidden, step_stride, batch_stride, initial,
                                  rows, steps, batch, units, reverse);
+}
+
+static int is_zero(const char *bytes, int64_t size) {
+    return size == 0 || (bytes[0] == 0 && memcmp(bytes, bytes + 1, (size_t)size - 1) == 0);
+}
+
+/* Copy a call of one step to its place in a series, and return what it started from.
+ *
+ * `input`, `state` and `output` are contiguous; NULL for one that is in its place already. `product` is
+ * the last third of the kernel's hidden product, whose first two thirds hold reset and update; `candidate`
+ * is contiguous. Both are NULL if no gate is wanted. */
+EXPORT int64_t grutrace_add_call(const call_series *series, int64_t number, const char *input,
+                                 const char *state, const char *output, const char *product,
+                                 const char *candidate) {
+    size_t state_size = (size_t)series->state_size;
+    char *initial = series->initial + number * series->state_size;
+    char *final = series->final + number * series->state_size;
+    const char *before = initial;
+    int64_t kind = OWN_STATE;
+    if (input != NULL) {
+        memcpy(series->input + number * series->input_size, input, (size_t)series->input_size);
+    }
+    if (output != NULL) {
+        memcpy(final, output, state_size);
+    }
+    if (state != NULL) {
+        before = state;
+        if (number > 0 && memcmp(state, final - state_size, state_size) == 0) {
+            kind = CHAINED_STATE;
+        } else if (is_zero(state, series->state_size)) {
+            kind = ZERO_STATE;
+        } else {
+            memcpy(initial, state, state_size);
+        }
+    }
+    if (product == NULL) {
+        return kind;
+    }
+    int64_t row = series->units * series->itemsize, offset = number * series->state_size;
+    for (int gate = 0; gate < 3; gate++) {
+        char *target = series->gates[gate];
+        if (target == NULL) {
+            continue;
+        }
+        target += offset;
+        if (gate == 2) {
+            memcpy(target, candidate, state_size);
+            continue;
+        }
+        const char *source = product + (gate - 2) * row;
+        for (int64_t b = 0; b < series->batch; b++) {
+            memcpy(target + b * row, source + b * 3 * row, (size_t)row);
+        }
+    }
+    const void *update = series->gates[1] + offset, *own = series->gates[2] + offset;
+    series->residuals[number] =
+        series->itemsize == 8
+            ? functions->states_f64(update, own, (double *)final, 0, series->units,
+                                    (const double *)before, NULL, 1, series->batch, series->units, 0)
+            : functions->states_f32(update, own, (float *)final, 0, series->units,
+                                    (const float *)before, NULL, 1, series->batch, series->units, 0);
+    return kind;
 }
 
 /* Count `rows` by `width` contiguous values into the statistics of `width` units, and into

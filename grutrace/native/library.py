@@ -5,7 +5,7 @@ does not know, grutrace computes the same with NumPy and torch. What is copied o
 same bits either way; sums differ by rounding.
 
 Every caller asks `load` and has its own way if that returns None. ctypes releases the interpreter's
-lock during a call.
+lock during a call, unless a function says otherwise.
 """
 
 from __future__ import annotations
@@ -103,6 +103,23 @@ class CopyPlan(ctypes.Structure):
     ]
 
 
+class CallSeries(ctypes.Structure):
+    """Memory for alike calls of one step; `call_series` in kernels.c."""
+
+    _fields_ = [
+        ("input", _address),
+        ("initial", _address),
+        ("final", _address),
+        ("gates", ReplayTargets),
+        ("input_size", _integer),
+        ("state_size", _integer),
+        ("batch", _integer),
+        ("units", _integer),
+        ("itemsize", _integer),
+        ("residuals", _address),
+    ]
+
+
 @dataclass(frozen=True)
 class Library:
     """The functions of the compiled library. kernels.c describes their arguments.
@@ -114,6 +131,8 @@ class Library:
         count: By NumPy type: counts values unit by unit.
         add_powers: By NumPy type: adds up powers about the mean, unit by unit.
         replay: Works out gates and checks from products in float32, as a `ReplayBlock` says.
+        add_call: Copies a call of one step to a `CallSeries`. Keeps the GIL, since to give it away
+            takes longer than the work.
     """
 
     instruction_set: str
@@ -122,6 +141,7 @@ class Library:
     count: dict[str, Callable[..., None]]
     add_powers: dict[str, Callable[..., None]]
     replay: Callable[..., int]
+    add_call: Callable[..., int]
 
 
 @cache
@@ -133,8 +153,7 @@ def load() -> Library | None:
     # In a folder of its own, where Python does not take it for a module.
     path = Path(__file__).parent / "lib" / ("kernels" + _SUFFIXES.get(sys.platform, ".so"))
     try:
-        library = ctypes.CDLL(str(path))
-        return _describe(library, wanted)
+        return _describe(ctypes.CDLL(str(path)), ctypes.PyDLL(str(path)), wanted)
     except (OSError, AttributeError) as error:
         logger.debug("no compiled library: %s", error)
         return None
@@ -146,7 +165,7 @@ def instruction_set() -> str:
     return NONE if library is None else library.instruction_set
 
 
-def _describe(library: ctypes.CDLL, wanted: str) -> Library | None:
+def _describe(library: ctypes.CDLL, held: ctypes.PyDLL, wanted: str) -> Library | None:
     select = library.grutrace_select
     select.argtypes, select.restype = [ctypes.c_char_p], ctypes.c_char_p
     name = select(wanted.encode() or None)
@@ -174,6 +193,7 @@ def _describe(library: ctypes.CDLL, wanted: str) -> Library | None:
         by_type("count", count),
         by_type("add_powers", [_address, _integer, _integer, _address, _address]),
         _function(library.grutrace_replay, [_address], _integer),
+        _function(held.grutrace_add_call, [_address, _integer, *[_address] * 5], _integer),
     )
 
 

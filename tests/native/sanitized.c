@@ -115,6 +115,37 @@ static void run_copies(int64_t steps, int64_t batch, int64_t size, int64_t unit_
     free(copies), free(rows), free(product), free(sums[0]), free(sums[1]);
 }
 
+static void run_calls(int64_t batch, int64_t width, int64_t units, int64_t gates) {
+    for (int wide = 0; wide < 2; wide++) {
+        int64_t size = wide ? 8 : 4, calls = 3, state_size = batch * units * size;
+        char *input = filled(calls * batch * width, (size_t)size, 0);
+        char *initial = filled(calls * batch * units, (size_t)size, 0);
+        char *final = filled(calls * batch * units, (size_t)size, 0), *targets[3] = {NULL};
+        double *residuals = filled(calls, 8, 0);
+        for (int64_t gate = gates == 2; gates && gate < 3; gate++) {
+            targets[gate] = filled(calls * batch * units, (size_t)size, 0);
+        }
+        call_series series = {input, initial, final, {targets[0], targets[1], targets[2]},
+                              batch * width * size, state_size, batch, units, size, residuals};
+        char *x = filled(batch * width, (size_t)size, 1), *h = filled(batch * units, (size_t)size, 1);
+        char *zeros = calloc((size_t)state_size + 1, 1);
+        char *product = filled(3 * batch * units, (size_t)size, 1);
+        char *candidate = filled(batch * units, (size_t)size, 1);
+        const char *third = gates ? product + 2 * units * size : NULL;
+        int64_t kinds[3] = {
+            grutrace_add_call(&series, 0, x, h, h, third, gates ? candidate : NULL),
+            grutrace_add_call(&series, 1, x, h, h, third, gates ? candidate : NULL),
+            grutrace_add_call(&series, 2, NULL, zeros, NULL, third, gates ? candidate : NULL),
+        };
+        if (kinds[0] != OWN_STATE || kinds[1] != CHAINED_STATE || kinds[2] != ZERO_STATE) {
+            printf("wrong states\n");
+            exit(1);
+        }
+        free(input), free(initial), free(final), free(residuals), free(x), free(h), free(zeros);
+        free(product), free(candidate), free(targets[0]), free(targets[1]), free(targets[2]);
+    }
+}
+
 int main(int count, char **arguments) {
     const char *names[] = {"portable", "avx2", "avx512"};
     int64_t sizes[] = {1, 3, 8, 16, 17, 37, 64};
@@ -136,6 +167,7 @@ int main(int count, char **arguments) {
             for (int64_t steps = 1; steps < 6; steps += 2) {
                 run_states(steps, 3, sizes[i], steps % 3 == 0);
                 run_copies(steps, 3, sizes[i], 1 + steps % 3);
+                run_calls(steps, 2, sizes[i], steps % 3);
                 for (int64_t grouping = 0; grouping < 3; grouping++) {
                     run_replay(steps, 3, sizes[i], grouping);
                 }

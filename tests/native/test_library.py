@@ -86,6 +86,7 @@ def test_structures_have_the_sizes_of_c(tmp_path) -> None:
         "gate_copy": library.GateCopy,
         "copy_plan": library.CopyPlan,
         "replay_block": library.ReplayBlock,
+        "call_series": library.CallSeries,
     }
     prints = "".join(f'printf("%zu\\n", sizeof({name}));' for name in names)
     (tmp_path / "sizes.c").write_text(

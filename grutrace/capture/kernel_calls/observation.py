@@ -23,7 +23,7 @@ from grutrace.capture.kernel_calls.torch_context import (
 from grutrace.gru import kernel_gates
 from grutrace.gru.gate_copies import GateRequest
 from grutrace.gru.kernel import KernelCall, Layer, rerun_lower_layers, run_layerwise
-from grutrace.gru.kernel_gates import KernelGates
+from grutrace.gru.kernel_gates import KernelGates, StepGates
 from grutrace.gru.layout import PackedLayout, PaddedLayout, SequenceLayout
 from grutrace.options import Stacks
 
@@ -90,11 +90,14 @@ class KernelRun:
         steps: The layout of a packed call's steps; None for a padded call.
         training: Whether the module was in training mode.
         seconds: How long the kernel ran.
+
+    Attributes:
+        step_gates: The kernel's own gates of a call of one step, if they were kept in its memory.
     """
 
     __slots__ = (
         *("arguments", "gates", "is_kept", "kernel", "layers", "result", "seconds", "steps"),
-        "training",
+        *("step_gates", "training"),
     )
 
     def __init__(
@@ -112,6 +115,12 @@ class KernelRun:
         self.layers, self.gates, self.steps = layers, gates, steps
         self.training, self.seconds = training, seconds
         self.is_kept = False
+        self.step_gates: StepGates | None = None
+
+    def copy_step_gates(self) -> None:
+        """Copy gates that were kept in the kernel's memory."""
+        if self.step_gates is not None:
+            self.gates, self.step_gates = [[self.step_gates.copied()]], None
 
     @property
     def weights(self) -> list[Tensor]:
@@ -268,7 +277,12 @@ def run_kernel(
         The result for the model, and a function that observes the call.
     """
     call, copies_gates, rng_state = None, False, None
-    if request.columns and kernel_gates.can_intercept(arguments[0]):
+    keeps_step = (
+        request.keeps_steps
+        and _is_one_step(kernel, arguments)
+        and kernel_gates.can_intercept(arguments[0])
+    )
+    if request.columns and not keeps_step and kernel_gates.can_intercept(arguments[0]):
         call = _to_kernel_call(kernel, arguments)
         copies_gates = call.should_copy_kernel_gates(request)
     is_stack = not kernel.is_cell and kernel.options(arguments)[1] > 1
@@ -282,13 +296,21 @@ def run_kernel(
     should_split = call is not None and is_stack and _should_split(call, stacks)
     start = time.perf_counter()
     gates: list[list[KernelGates]] | None = None
-    if call is not None and copies_gates:
+    step_gates: StepGates | None = None
+    layers: list[Layer] = []
+    if keeps_step:
+        (batch, size), dtype = arguments[kernel.state_index].shape[-2:], arguments[0].dtype
+        run_step = partial(kernel, *arguments)
+        result, step_gates = kernel_gates.keep_step_gates(
+            run_step, batch, size, dtype, request.columns
+        )
+    elif call is not None and copies_gates:
         run = partial(_run, kernel, arguments, call, should_split)
         (result, layers), gates = call.copy_kernel_gates(run, request.columns)
     elif call is not None and should_split:
         result, layers = _run_split(call, arguments)
     else:
-        result, layers = kernel(*arguments), []
+        result = kernel(*arguments)
     seconds = time.perf_counter() - start
 
     def observe() -> KernelRun:
@@ -310,11 +332,24 @@ def run_kernel(
             with isolated_context():
                 # The frames of the call hold the batch sizes as they were passed: not unwrapped.
                 steps = PackedLayout(run_arguments[1], find_sorted_indices(arguments[1]))
-        return KernelRun(
+        observed = KernelRun(
             kernel, run_arguments, run_result, run_layers, gates, steps, module.training, seconds
         )
+        observed.step_gates = step_gates
+        return observed
 
     return result, observe
+
+
+def _is_one_step(kernel: GRUKernel, arguments: tuple[Any, ...]) -> bool:
+    """Whether a call is one step of one direction of one layer."""
+    if kernel.is_cell:
+        return True
+    if kernel.name != "gru.input":
+        return False
+    _, layers, _, _, bidirectional = kernel.options(arguments)
+    is_time_major = not arguments[-1]
+    return layers == 1 and not bidirectional and arguments[0].shape[0 if is_time_major else 1] == 1
 
 
 def _run(

@@ -36,6 +36,7 @@ from grutrace.gru.kernel_gates import kernel_supported
 from grutrace.gru.layout import has_dtype
 from grutrace.gru.residual import ResidualCheck, ResidualViolation, find_violations
 from grutrace.gru.tolerance import machine_epsilon
+from grutrace.native.library import load
 from grutrace.records import (
     GATES,
     WEIGHTS,
@@ -126,7 +127,17 @@ class ModuleRecorder:
         )
         self.requested_gates = NO_GATES
         if copies_gates and kernel_supported():
-            self.requested_gates = merge_requests(requests, self.description.hidden_size)
+            request = merge_requests(requests, self.description.hidden_size)
+            keeps_steps = (
+                options.gates == "inline"
+                and stored is computed
+                and computed in (torch.float32, torch.float64)
+                and load() is not None
+                and all(
+                    len(units) == self.description.hidden_size for units in request.columns.values()
+                )
+            )
+            self.requested_gates = request._replace(keeps_steps=keeps_steps)
 
     def reset(self) -> None:
         """Number the next call as the first, once the trace is empty.
@@ -136,10 +147,8 @@ class ModuleRecorder:
         self._tracker = SequenceTracker(self._state_memory)
         steps = self._steps
         self._step_filter = None if steps is None else StepFilter(steps.start, steps.stop)
-        # What is replayed with the call reads all weights anyway, and has to read the right ones.
-        is_exact = self._options.weights == "exact" or self._options.gates == "inline"
         with self._lock:
-            self._versions = WeightVersionTracker("exact" if is_exact else "auto")
+            self._versions = WeightVersionTracker(self._options.weights)
         self._records: dict[int, WeightsRecord] = {}
 
     def check_weights(self, run: KernelRun, *, waits: bool) -> CheckedWeights:
@@ -154,7 +163,9 @@ class ModuleRecorder:
         with self._lock:
             versions = self._versions
             known = len(versions.new_versions)
-            exact = not waits and run.device == "cpu"
+            # A replay reads all weights anyway, and has to read the right ones.
+            replays = self._options.gates == "inline" and run.step_gates is None
+            exact = replays or (not waits and run.device == "cpu")
             is_certain = versions.check(run.weights, run.seconds, exact=exact)
             is_new = len(versions.new_versions) > known
             return CheckedWeights(versions, versions.present, is_certain, is_new)
@@ -170,6 +181,7 @@ class ModuleRecorder:
             buffer: Where copies lie.
             waits: Whether it waits in the journal.
         """
+        run.copy_step_gates()
         entry = JournalEntry(self._index, run, checked)
         weights = checked.version.weights
         entry.nbytes = run.nbytes
@@ -206,6 +218,7 @@ class ModuleRecorder:
             buffer,
             shares_input=shares_input and has_dtype(run.output, self._rows.dtype),
             shares_output=shares_output and has_dtype(run.output, self._rows.dtype),
+            shares_gates=has_dtype(run.output, self._rows.dtype),
         )
 
     def _copies(self, run: KernelRun, buffer: CopyBuffer) -> tuple[CopyFunction, CopyFunction]:

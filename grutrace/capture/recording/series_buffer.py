@@ -10,11 +10,13 @@ B sequences in a batch, I input size, H hidden size.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -32,7 +34,9 @@ from grutrace.capture.sequences.assignment import (
     InitialState,
     SeriesAssignment,
 )
-from grutrace.records import CallBatch
+from grutrace.gru.kernel_gates import KernelGates
+from grutrace.native.library import CallSeries, ReplayTargets, load
+from grutrace.records import GATES, CallBatch
 
 #: Maximum number of calls of one series.
 MAX_SERIES_CALLS = 256
@@ -43,6 +47,9 @@ MIN_SERIES_CALLS = 4
 # Initial states are compared with these.
 _ZEROS = np.zeros(4096, np.uint8)
 _ZEROS_ADDRESS = _ZEROS.ctypes.data
+
+#: By number, as the compiled library returns it.
+_KINDS = tuple(InitialState)
 
 
 class SeriesBuffer:
@@ -59,9 +66,14 @@ class SeriesBuffer:
         buffer: Where the copies lie.
         shares_input: Whether the copies of the input can be rows of the trace.
         shares_output: Whether the copies of the output can be rows of the trace.
+        shares_gates: Whether the copies of the gates can.
 
     Attributes:
         count: Number of calls in it.
+        gates: By name, the kernel's own gates of each call, (capacity, B, H); None if they were
+            not kept.
+        residuals: (capacity,) of each call with gates, the largest difference of the states that
+            they lead to from the kernel's; NaN if a value is not finite.
         kinds: What is known of the initial states of each call.
         times: When each ran, in seconds since 1970.
         are_certain: Of each, whether every byte of the weights was compared.
@@ -81,6 +93,7 @@ class SeriesBuffer:
         *,
         shares_input: bool,
         shares_output: bool,
+        shares_gates: bool,
     ) -> None:
         self.module, self.version, self.versions = module, version, versions
         self.tag, self.batches, self.training = tag, batches, run.training
@@ -93,7 +106,9 @@ class SeriesBuffer:
         self._shapes = arguments[0].shape, state.shape, output.shape
         self._dtype = output.dtype
         self._sizes = arguments[0].nbytes, output.nbytes
-        self.call_nbytes: int = arguments[0].nbytes + 2 * output.nbytes
+        gates = run.step_gates
+        names = () if gates is None else gates.columns
+        self.call_nbytes: int = arguments[0].nbytes + (2 + len(names)) * output.nbytes
         inputs, states = (
             (capacity, run.batch, values.shape[-1]) for values in (arguments[0], output)
         )
@@ -101,6 +116,12 @@ class SeriesBuffer:
         self._inputs = _allocate(buffer, inputs, dtype, is_shared=shares_input)
         self._final = _allocate(buffer, states, dtype, is_shared=shares_output)
         self._initial = _allocate(buffer, states, dtype, is_shared=False)
+        self.gates: dict[str, Tensor] | None = None
+        if gates is not None:
+            self.gates = {
+                name: _allocate(buffer, states, dtype, is_shared=shares_gates) for name in names
+            }
+        self.residuals = np.empty(capacity)
         self._addresses = (
             self._inputs.data_ptr(),
             self._initial.data_ptr(),
@@ -108,6 +129,20 @@ class SeriesBuffer:
         )
         self.kinds: list[InitialState] = [InitialState.COPIED] * capacity
         self.times, self.are_certain = [0.0] * capacity, [False] * capacity
+        library = load()
+        self._add_compiled = None if library is None else library.add_call
+        of_gate = self.gates or {}
+        # The addresses in it are those of the tensors above.
+        self._compiled = CallSeries(
+            *self._addresses,
+            ReplayTargets(*(of_gate[n].data_ptr() if n in of_gate else None for n in GATES)),
+            *self._sizes,
+            run.batch,
+            output.shape[-1],
+            dtype.itemsize,
+            self.residuals.ctypes.data,
+        )
+        self._compiled_address = ctypes.addressof(self._compiled)
 
     @property
     def nbytes(self) -> int:
@@ -142,11 +177,40 @@ class SeriesBuffer:
             and batches is self.batches
             and run.training is self.training
             and run.options == self._options
+            and (run.step_gates is None) is (self.gates is None)
         )
 
     def add(self, run: KernelRun, time: float, *, is_certain: bool) -> None:
         """Copy a call that `takes` has just accepted."""
-        number, (size, width) = self.count, self._sizes
+        copy = self._copy_call if self._add_compiled is None else self._copy_compiled
+        number = self.count
+        self.kinds[number], self.times[number] = copy(run, number), time
+        # Last: an interruption before this leaves the call out.
+        self.are_certain[number], self.count = is_certain, number + 1
+
+    def _copy_compiled(self, run: KernelRun, number: int) -> InitialState:
+        input, state, output = run.arguments[0], run.arguments[run.kernel.state_index], run.output
+        addresses: list[int | None] = [None] * 5
+        if _is_plain(input):
+            addresses[0] = input.data_ptr()
+        else:
+            self._inputs[number].copy_(input.reshape(self._inputs.shape[1:]))
+        if _is_plain(state):
+            addresses[1] = state.data_ptr()
+        else:
+            self._initial[number].copy_(state.reshape(self._initial.shape[1:]))
+        if output.is_contiguous():
+            addresses[2] = output.data_ptr()
+        else:
+            self._final[number].copy_(output.reshape(self._final.shape[1:]))
+        gates = run.step_gates
+        if gates is not None:
+            addresses[3:] = gates.product.data_ptr(), gates.candidate.data_ptr()
+        assert self._add_compiled is not None
+        return _KINDS[self._add_compiled(self._compiled_address, number, *addresses)]
+
+    def _copy_call(self, run: KernelRun, number: int) -> InitialState:
+        size, width = self._sizes
         input, state, output = run.arguments[0], run.arguments[run.kernel.state_index], run.output
         inputs, initial, final = self._addresses
         at_input, at_state = number * size, number * width
@@ -169,9 +233,7 @@ class SeriesBuffer:
                 kind = InitialState.ZEROS
             else:
                 copy_small(initial + at_state, address, width)
-        self.kinds[number], self.times[number] = kind, time
-        # Last: an interruption before this leaves the call out.
-        self.are_certain[number], self.count = is_certain, number + 1
+        return kind
 
     @property
     def starts_from_zeros(self) -> bool:
@@ -185,13 +247,32 @@ class SeriesBuffer:
             return self._final[call - 1]
         return self._initial[call].zero_() if kind is InitialState.ZEROS else self._initial[call]
 
+    def state_sizes(self) -> npt.NDArray[np.float64]:
+        """Return (n,), the largest ``|h|`` that each call started from; 1 if that is larger."""
+        sizes = np.ones(self.count)
+        kinds = np.array(self.kinds[: self.count])
+        for values, calls in (
+            (self._initial, np.flatnonzero(kinds == InitialState.COPIED)),
+            (self._final, np.flatnonzero(kinds == InitialState.CHAINED) - 1),
+        ):
+            if len(calls):
+                at = calls + (values is self._final)
+                found = values[torch.from_numpy(calls)].abs().amax((1, 2))
+                sizes[at] = np.maximum(1.0, found.double().numpy())
+        return sizes
+
     def single_run(self, call: int) -> KernelRun:
         """Return one of the calls, with the copies in place of the model's tensors."""
         input, state, output = self._shapes
         initial = self.initial(call).reshape(state)
-        return self._template.replaced(
+        run = self._template.replaced(
             self._inputs[call].reshape(input), initial, self._final[call].reshape(output)
         )
+        if self.gates is not None:
+            gates = {name: values[call : call + 1] for name, values in self.gates.items()}
+            columns = dict.fromkeys(gates, range(self._shapes[2][-1]))
+            run.gates = [[KernelGates(gates, columns, self._dtype)]]
+        return run
 
 
 class PreparedBatch(NamedTuple):

@@ -237,7 +237,8 @@ class SiteRecorder:
         input, hidden = series.inputs, series.final
         weights = CellWeights(*series.version.weights)
         if self._inline:
-            result = self._replay_series(series, weights)
+            kept = series.gates is not None
+            result = self._kept_series(series) if kept else self._replay_series(series, weights)
             if result is None:
                 return None
         else:
@@ -255,6 +256,27 @@ class SiteRecorder:
                 inputs[site.layer] = self._rows.convert_series(input)
             result.rows["input"] = inputs[site.layer]
         return result
+
+    def _kept_series(self, series: SeriesBuffer) -> SeriesResult | None:
+        """Return the kernel's own gates; None if a value is not finite."""
+        count, gates = series.count, series.gates
+        assert gates is not None
+        residuals, sizes = series.residuals[:count].copy(), series.state_sizes()
+        if not (np.isfinite(residuals).all() and np.isfinite(sizes).all()):
+            return None
+        dtype = series.final.dtype
+        # As in `_gates_from_kernel`.
+        allowed = {size: tolerance(dtype, 0, size, 0.0, 0.0) for size in {*sizes.tolist()}}
+        return SeriesResult(
+            {
+                name: self._rows.convert_series(gates[name][:count])
+                for name in GATES
+                if name in self.site.quantities
+            },
+            residuals,
+            np.array([allowed[size] for size in sizes.tolist()]),
+            machine_epsilon(dtype),
+        )
 
     def _replay_series(self, series: SeriesBuffer, weights: CellWeights) -> SeriesResult | None:
         count, (batch, size) = series.count, series.final.shape[1:]

@@ -66,7 +66,8 @@ class VersionChooser:
         evidence = self._replay_inputs(observation, block)
         if evidence is None:
             return block
-        chosen = _choose_version(self._module, evidence, versions)
+        gates = {suffix: self._kernel_gates(rows) for suffix, rows in block.sites.items()}
+        chosen = _choose_version(self._module, evidence, versions, gates)
         if isinstance(block, PendingCall):
             return replace(
                 block,
@@ -83,6 +84,15 @@ class VersionChooser:
             for suffix, rows in block.sites.items()
         }
         return replace(block, weights=chosen.weights.version, sites=sites)
+
+    def _kernel_gates(self, rows: SiteRows) -> dict[str, Array]:
+        """Return the gates of all units that were copied from the kernel, by name."""
+        size = self._module.hidden_size
+        return {
+            name: values
+            for name, values in rows.rows.items()
+            if name in GATES and values.shape[-1] == size
+        }
 
     def _replay_inputs(self, observation: Observation, block: CallRecord) -> PendingCall | None:
         """Return what the gates of a call follow from, for all units; None if it cannot be had."""
@@ -119,14 +129,18 @@ class VersionChooser:
 
 
 def _choose_version(
-    module: ModuleInfo, block: PendingCall, versions: Sequence[WeightsRecord]
+    module: ModuleInfo,
+    block: PendingCall,
+    versions: Sequence[WeightsRecord],
+    kernel_gates: Mapping[str, Mapping[str, Array]],
 ) -> _ChosenVersion:
-    """Find the version of the weights that leads to the states of a call.
+    """Find the version of the weights that leads to the states of a call, and to its known gates.
 
     Args:
         module: The module, with gates derived and what they follow from stored, of all units.
         block: The call.
         versions: In the order in which they are tried.
+        kernel_gates: By suffix and name, gates that were copied from the kernel.
 
     Returns:
         What was found. States can be the same where gates are not: from a state of zeros without a
@@ -143,7 +157,12 @@ def _choose_version(
         checks = {site.suffix: joined.checks(site, made[site.suffix])[0] for site in module.sites}
         choice = _ChosenVersion(weights, checks)
         first = first or choice
-        if all(residual <= allowed for residual, allowed in checks.values()):
+        is_match = all(residual <= allowed for residual, allowed in checks.values()) and all(
+            _max_difference(made[suffix].gates[name], values) <= checks[suffix][1]
+            for suffix, gates in kernel_gates.items()
+            for name, values in gates.items()
+        )
+        if is_match:
             matching.append((choice, made))
     if not matching:
         assert first is not None
@@ -153,10 +172,18 @@ def _choose_version(
     for _, others in matching[1:]:
         for suffix, (_, allowed) in chosen.checks.items():
             pairs = zip(made[suffix].gates.values(), others[suffix].gates.values(), strict=True)
-            difference = max(float(np.abs(a - b).max(initial=0.0)) for a, b in pairs)
+            difference = max(_max_difference(a, b) for a, b in pairs)
             if difference > allowed:
                 ambiguity = max(ambiguity, difference)
     return chosen._replace(ambiguity=ambiguity)
+
+
+def _max_difference(first: Array, second: Array) -> float:
+    """Return the largest difference, NaN if a value is NaN in one of the two only."""
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(first - second)
+    difference[np.isnan(first) & np.isnan(second)] = 0
+    return float(difference.max(initial=0.0))
 
 
 def _as_copied(

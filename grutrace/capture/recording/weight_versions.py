@@ -86,7 +86,9 @@ class _WeightFingerprint:
         """
         if self._samples is None:
             pairs = zip(self._copies, weights, strict=True)
-            self._samples = [_Sample(*pair) for pair in pairs if _is_alike(*pair) and len(pair[0])]
+            self._samples = [
+                _Sample(*pair) for pair in pairs if _is_alike(*pair) and pair[0].numel()
+            ]
         self._sample_index += 1
         return all(sample.matches(self._sample_index) for sample in self._samples)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 import grutrace
 from grutrace.analysis.verification.verify import verify
+from grutrace.capture.recording import module_recorder
 from tests.checks import EVERYTHING
 from tests.plain_reader import PlainTrace
 from tests.strategies import Case, cases
@@ -33,6 +35,8 @@ def assert_rounded(part: Any, whole: Any, dtype: str) -> None:
             assert weight.dtype == whole[name].weights()[key].dtype
 
 
+# Everything is replayed, as it is for rows of another type. So residuals are the same bits.
+@patch.object(module_recorder, "load", lambda: None)
 @settings(max_examples=100, deadline=None)
 @given(cases(dtypes=(torch.float64, torch.float32, torch.float16, torch.bfloat16)))
 def test_the_lattice_is_rounded_and_holds_together(case: Case) -> None:

@@ -19,6 +19,7 @@ from grutrace.capture.sequences.assignment import (
     InitialState,
 )
 from grutrace.capture.sequences.tracker import SequenceTracker
+from grutrace.native.library import load
 from grutrace.records import CallBatch, Record
 from grutrace.storage.memory import MemorySink
 from tests.interruptions import AtLine, Interruption
@@ -169,8 +170,17 @@ def test_series_give_what_single_calls_give(options, seed, patient, batches, mon
 
 
 @pytest.mark.filterwarnings("ignore::grutrace.GrutraceWarning")
-def test_control_states_that_are_taken_for_chained_are_noticed(patient, monkeypatch) -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_control_states_that_are_taken_for_chained_are_noticed(
+    compiled, patient, monkeypatch
+) -> None:
+    if compiled and load() is None:
+        pytest.skip("there is no compiled library")
     expected = items(recorded(0, tracer_options={"gates": "deferred"}))
+    if compiled:
+        monkeypatch.setattr(series_buffer, "_KINDS", (InitialState.CHAINED,) * 3)
+    else:
+        monkeypatch.setattr(series_buffer, "load", lambda: None)
     monkeypatch.setattr(series_buffer, "compare_small", lambda *_: 0)
     monkeypatch.setattr(series_buffer, "_are_zero", lambda *_: False)
     actual = items(recorded(0, tracer_options={"gates": "deferred"}))
