@@ -49,6 +49,8 @@ from grutrace.errors import (
 
 if TYPE_CHECKING:
     from grutrace.capture.tracer import Tracer, trace
+    from grutrace.intervention.effects import effects
+    from grutrace.intervention.intervene import intervene
     from grutrace.statistics.running import Statistics
     from grutrace.storage.open import open_trace as open
     from grutrace.storage.read.trace import Trace
@@ -68,6 +70,8 @@ __all__ = [
     "Tracer",
     "UnsupportedError",
     "__version__",
+    "effects",
+    "intervene",
     "open",
     "trace",
 ]
@@ -80,6 +84,8 @@ _LAZY = {
     "open": ("grutrace.storage.open", "open_trace"),
     "Tracer": ("grutrace.capture.tracer", "Tracer"),
     "trace": ("grutrace.capture.tracer", "trace"),
+    "effects": ("grutrace.intervention.effects", "effects"),
+    "intervene": ("grutrace.intervention.intervene", "intervene"),
 }
 
 

@@ -164,6 +164,9 @@ MARKS = ("continued", "ambiguous", "dropped")
 #: Reserved prefix of label names; see docs/format.md.
 MARK_PREFIX = "grutrace:"
 
+#: Prefix of the label, with the suffix of a site, that says what an intervention has set at a step.
+SET_PREFIX = f"{MARK_PREFIX}set:"
+
 
 @dataclass(frozen=True)
 class Origin:

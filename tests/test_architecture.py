@@ -79,6 +79,10 @@ ALLOWED = {
         *("storage/read", "storage/open", "capture/options", "capture/selection"),
         *("capture/recording", "capture/trace_output", "capture/model_recorder"),
     },
+    "intervention": {
+        *("storage/read", "gru", "capture/options", "capture/kernel_calls"),
+        "capture/selection",
+    },
     "analysis/engine": {"storage/interfaces", "storage/read", "arrays"},
     "analysis/registry": {"analysis/engine"},
     "analysis/verification": {
@@ -110,7 +114,7 @@ ALLOWED = {
         *("analysis/descriptive", "analysis/comparison", "export", "run"),
     },
     "__main__": {"cli"},
-    "__init__": {"storage/read", "storage/open", "statistics", "capture/tracer"},
+    "__init__": {"storage/read", "storage/open", "statistics", "capture/tracer", "intervention"},
 }
 
 #: Imports inside functions, which keep torch or an extra out of a path that does not need it: gates
@@ -128,7 +132,7 @@ LATE = {
 
 #: Libraries that only these parts may import.
 ONLY = {
-    "torch": {"gru", "capture", "analysis", "run"},
+    "torch": {"gru", "capture", "intervention", "analysis", "run"},
     "h5py": {"storage", "statistics", "export"},
     "h5netcdf": {"export"},
     "zarr": {"export"},

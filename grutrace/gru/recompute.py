@@ -85,6 +85,16 @@ class StepRecomputation:
         self._factors = tensors[:4]
         self._products = cell.products(*tensors)
         self._preactivations = cell.preactivations(self._products)
+        self._set: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def set_gates(self, values: Mapping[str, tuple[Array, Array]]) -> None:
+        """Replace gates by others. To be called before gates or states are read.
+
+        Args:
+            values: By gate, which of its values to replace, and the values, (n, U) each.
+        """
+        for name, (mask, gate) in values.items():
+            self._set[name] = torch.from_numpy(mask), _tensor(gate)
 
     @isolated_context()
     def preactivation(self, name: str) -> Array:
@@ -125,7 +135,19 @@ class StepRecomputation:
 
     @cached_property
     def _gates(self) -> cell.Gates:
-        return cell.activate(self._preactivations)
+        if not self._set:
+            return cell.activate(self._preactivations)
+        reset, update, _ = cell.activate(self._preactivations)
+        reset, update = self._as_set("reset", reset), self._as_set("update", update)
+        input, hidden = (product.chunk(3, -1)[2] for product in self._products)
+        candidate = self._as_set("candidate", (input + reset * hidden).tanh())
+        return cell.Gates(reset, update, candidate)
+
+    def _as_set(self, name: str, gate: Tensor) -> Tensor:
+        if name not in self._set:
+            return gate
+        mask, values = self._set[name]
+        return torch.where(mask, values.to(gate.dtype), gate)
 
 
 def tolerances(

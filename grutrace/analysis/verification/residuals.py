@@ -38,16 +38,26 @@ class CallResiduals:
         self.residuals = np.zeros(calls)
         self.worst_positions = np.full((calls, 2), -1, np.int64)
 
-    def add(self, inputs: GateInputs, derived: StepRecomputation, hidden: Rows) -> None:
+    def add(
+        self,
+        inputs: GateInputs,
+        derived: StepRecomputation,
+        hidden: Rows,
+        unknown: Array | None = None,
+    ) -> None:
         """Take in some rows that follow one another.
 
         Args:
             inputs: The rows.
             derived: The steps recomputed from them.
             hidden: The recorded states of all rows.
+            unknown: (n, H) states that do not follow from the steps, because a gate or the state
+                was set.
         """
         rows = slice(int(inputs.rows[0]), int(inputs.rows[-1]) + 1)
         difference = abs_difference(np.asarray(hidden[rows]).astype(np.float64), derived.hidden)
+        if unknown is not None:
+            difference[unknown] = 0.0
         units = difference.argmax(axis=1)
         largest = difference[np.arange(len(difference)), units]
         product, recurrent = derived.product_maxima

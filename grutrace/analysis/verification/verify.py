@@ -24,6 +24,7 @@ import numpy.typing as npt
 
 from grutrace.analysis.verification.distance import abs_difference
 from grutrace.analysis.verification.residuals import CallResiduals
+from grutrace.analysis.verification.set_values import SetValues
 from grutrace.gru.recompute import FLOAT64_EPS, StepRecomputation
 from grutrace.records import GATES, Array
 from grutrace.reprs import fields_repr
@@ -173,13 +174,45 @@ def _check_gates(site: SiteTrace) -> Iterator[_Comparison]:
     # the kernel's own.
     computed = _call_residuals(site).tolerances(range(len(site.checks)))
     tolerances = np.fmax(computed, site.checks["tolerance"].astype(np.float64))
+    set_values = SetValues(site)
     for inputs in _input_blocks(site):
         derived = _in_double(inputs)
         rows = slice(int(inputs.rows[0]), int(inputs.rows[-1]) + 1)
+        if set_values:
+            _use_set_gates(derived, site, set_values, rows)
         for name in quantities:
             recorded = np.asarray(site.rows(name)[rows])
             expected = derived.hidden if name == "hidden" else derived.gate(name)
+            if set_values:
+                unknown = _unknown(site, set_values, name, rows)
+                expected = np.where(unknown, recorded, expected)
             yield _Comparison(name, rows.start, recorded, expected, tolerances[inputs.calls])
+
+
+def _use_set_gates(
+    derived: StepRecomputation, site: SiteTrace, set_values: SetValues, rows: slice
+) -> None:
+    """Replace gates that an intervention has set with the recorded ones."""
+    values = {}
+    for name in GATES:
+        mask = set_values.mask(name, rows)
+        if name in site.site.quantities and mask.any():
+            values[name] = mask, _to_float64(site.rows(name)[rows])
+    derived.set_gates(values)
+
+
+def _unknown(site: SiteTrace, set_values: SetValues, name: str, rows: slice) -> Array:
+    """Return which values follow from nothing that is recorded, (n, U)."""
+    if name != "hidden":
+        mask = set_values.mask(name, rows)
+        if name == "candidate" and "reset" not in site.site.quantities:
+            mask = mask | set_values.mask("reset", rows)
+        return mask
+    mask = set_values.mask("hidden", rows)
+    for gate in GATES:
+        if gate not in site.site.quantities:
+            mask = mask | set_values.mask(gate, rows)
+    return mask
 
 
 def _worst_derived(site: SiteTrace) -> WorstValue | None:
@@ -194,14 +227,20 @@ def _worst_derived(site: SiteTrace) -> WorstValue | None:
     (inputs,) = site.gate_inputs.iter_blocks(np.array([row]))
     sequence, step = site.locate(row)
     recorded, expected = float(hidden[row][unit]), float(_in_double(inputs).hidden[0, unit])
+    set_values = SetValues(site)
+    if set_values and set_values.any(slice(row, row + 1))[0, unit]:
+        # All differences are 0: it is one of the states that are not checked.
+        expected = recorded
     return WorstValue("hidden", sequence, step, unit, recorded, expected, float(allowed[call]))
 
 
 def _call_residuals(site: SiteTrace) -> CallResiduals:
     """Derive all gates of a site and collect the residual of each call."""
-    residuals, hidden = CallResiduals(site), site.rows("hidden")
+    residuals, hidden, set_values = CallResiduals(site), site.rows("hidden"), SetValues(site)
     for inputs in _input_blocks(site):
-        residuals.add(inputs, _in_double(inputs), hidden)
+        rows = slice(int(inputs.rows[0]), int(inputs.rows[-1]) + 1)
+        unknown = set_values.any(rows) if set_values else None
+        residuals.add(inputs, _in_double(inputs), hidden, unknown)
     return residuals
 
 
@@ -214,11 +253,13 @@ def _in_double(inputs: GateInputs) -> StepRecomputation:
 
 def _check_states(site: SiteTrace) -> Iterator[_Comparison]:
     # The stored gates are rounded too.
-    stored = 4 * float(np.finfo(site.rows("update").dtype).eps)
+    stored, set_values = 4 * float(np.finfo(site.rows("update").dtype).eps), SetValues(site)
     for part in _blocks(site):
         update, candidate = _to_float64(site.update[part]), _to_float64(site.candidate[part])
         previous = _to_float64(site.previous(part.start, part.stop))
         expected = (1 - update) * candidate + update * previous
+        if set_values:
+            expected = np.where(set_values.mask("hidden", part), site.hidden[part], expected)
         checks = site.row_checks(part.start, part.stop)
         allowed = checks["tolerance"].astype(np.float64) + stored
         yield _Comparison("hidden", part.start, _to_float64(site.hidden[part]), expected, allowed)

@@ -6,7 +6,7 @@ T steps, B sequences in a batch, I input size, H hidden size, L layers, D direct
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from grutrace.capture.kernel_calls.registration import GRUKernel
+from grutrace.capture.kernel_calls.replacement import GatesAsSet, PreparedCall
 from grutrace.capture.kernel_calls.torch_context import (
     SkippedCall,
     is_wrapped,
@@ -40,6 +41,8 @@ class Observation(NamedTuple):
         training: Whether the module was in training mode.
         seconds: How long the kernel ran.
         is_kept: Whether input and output are copies that will not change.
+        gates_as_set: By layer and direction, the gates that an intervention has set; None if none
+            did, also for a layer.
     """
 
     call: KernelCall
@@ -48,6 +51,7 @@ class Observation(NamedTuple):
     training: bool
     seconds: float = 0.0
     is_kept: bool = False
+    gates_as_set: Sequence[list[GatesAsSet] | None] | None = None
 
 
 def first_weight(module: nn.Module) -> Tensor | None:
@@ -90,14 +94,15 @@ class KernelRun:
         steps: The layout of a packed call's steps; None for a padded call.
         training: Whether the module was in training mode.
         seconds: How long the kernel ran.
+        gates_as_set: By layer and direction, the gates that an intervention has set.
 
     Attributes:
         step_gates: The kernel's own gates of a call of one step, if they were kept in its memory.
     """
 
     __slots__ = (
-        *("arguments", "gates", "is_kept", "kernel", "layers", "result", "seconds", "steps"),
-        *("step_gates", "training"),
+        *("arguments", "gates", "gates_as_set", "is_kept", "kernel", "layers", "result"),
+        *("seconds", "step_gates", "steps", "training"),
     )
 
     def __init__(
@@ -110,10 +115,12 @@ class KernelRun:
         steps: SequenceLayout | None,
         training: bool,
         seconds: float,
+        gates_as_set: Sequence[list[GatesAsSet] | None] | None = None,
     ) -> None:
         self.kernel, self.arguments, self.result = kernel, arguments, result
         self.layers, self.gates, self.steps = layers, gates, steps
         self.training, self.seconds = training, seconds
+        self.gates_as_set = gates_as_set
         self.is_kept = False
         self.step_gates: StepGates | None = None
 
@@ -167,6 +174,8 @@ class KernelRun:
             size += sum(
                 gate.nbytes for layer_gates in directions for gate in layer_gates.gates.values()
             )
+        for set_gates in self.gates_as_set or ():
+            size += sum(direction.nbytes for direction in set_gates or ())
         return size
 
     def with_weights(self, weights: list[Tensor]) -> KernelRun:
@@ -231,6 +240,7 @@ class KernelRun:
             self.steps,
             self.training,
             self.seconds,
+            self.gates_as_set,
         )
 
     def observation(self) -> Observation:
@@ -244,8 +254,16 @@ class KernelRun:
                 layer._replace(gates=gates) for layer, gates in zip(layers, self.gates, strict=True)
             ]
         steps = self.steps or PaddedLayout(*layers[-1].output.shape[:2])
-        return Observation(call, steps, layers, self.training, self.seconds, self.is_kept)
+        return Observation(
+            call, steps, layers, self.training, self.seconds, self.is_kept, self.gates_as_set
+        )
 
+
+#: Runs PyTorch's kernel for one layer, given its number and its input.
+RunLayer: TypeAlias = Callable[[int, Tensor], tuple[Layer, Tensor]]
+
+#: Prepares a call whose output may be replaced.
+Prepare: TypeAlias = Callable[[KernelCall, SequenceLayout, RunLayer], PreparedCall]
 
 #: Returns the data of a kernel call, or why it is skipped. Must be called right after the call.
 Observe: TypeAlias = Callable[[], KernelRun | SkippedCall]
@@ -260,6 +278,7 @@ def run_kernel(
     request: GateRequest,
     *,
     is_transformed: bool,
+    replace: Prepare | None = None,
 ) -> tuple[Any, Observe]:
     """Run a kernel call so that it can be observed.
 
@@ -272,23 +291,29 @@ def run_kernel(
         stacks: How to observe the lower layers of a stack.
         request: The gates to copy from the kernel, if that is possible and cheaper.
         is_transformed: Whether a transform of torch.func may hold one of the arguments.
+        replace: Prepares the call if its output may be replaced.
 
     Returns:
         The result for the model, and a function that observes the call.
     """
     call, copies_gates, rng_state = None, False, None
-    keeps_step = (
-        request.keeps_steps
-        and _is_one_step(kernel, arguments)
-        and kernel_gates.can_intercept(arguments[0])
-    )
-    if request.columns and not keeps_step and kernel_gates.can_intercept(arguments[0]):
+    prepared: PreparedCall | None = None
+    if replace is not None:
+        call = _to_kernel_call(kernel, arguments)
+        layout = _layout(kernel, arguments, call, find_sorted_indices)
+        prepared = replace(call, layout, _layer_runner(kernel, arguments, call))
+        if not prepared.is_changed:
+            call = None
+    is_replaced = prepared is not None and prepared.is_changed
+    copies = bool(request.columns) and not is_replaced and kernel_gates.can_intercept(arguments[0])
+    keeps_step = request.keeps_steps and copies and _is_one_step(kernel, arguments)
+    if copies and not keeps_step:
         call = _to_kernel_call(kernel, arguments)
         copies_gates = call.should_copy_kernel_gates(request)
     is_stack = not kernel.is_cell and kernel.options(arguments)[1] > 1
     if is_stack:
         call = call or _to_kernel_call(kernel, arguments)
-        if call.has_dropout and not _should_split(call, stacks):
+        if call.has_dropout and not is_replaced and not _should_split(call, stacks):
             if not _on_cpu(call):
                 return kernel(*arguments), partial(_dropout_mask_unknown, call)
             # Running the lower layers again draws the same dropout masks from it.
@@ -296,9 +321,15 @@ def run_kernel(
     should_split = call is not None and is_stack and _should_split(call, stacks)
     start = time.perf_counter()
     gates: list[list[KernelGates]] | None = None
+    gates_as_set = None
     step_gates: StepGates | None = None
     layers: list[Layer] = []
-    if keeps_step:
+    if prepared is not None and is_replaced:
+        replaced = prepared.run()
+        result = _to_result(kernel, arguments, replaced.output, replaced.final)
+        layers = replaced.layers if is_stack else []
+        gates_as_set = replaced.gates
+    elif keeps_step:
         (batch, size), dtype = arguments[kernel.state_index].shape[-2:], arguments[0].dtype
         run_step = partial(kernel, *arguments)
         result, step_gates = kernel_gates.keep_step_gates(
@@ -312,6 +343,8 @@ def run_kernel(
     else:
         result = kernel(*arguments)
     seconds = time.perf_counter() - start
+    if prepared is not None:
+        prepared.finish(_final_states(kernel, result))
 
     def observe() -> KernelRun:
         run_arguments, run_result, run_layers = arguments, result, layers
@@ -333,7 +366,15 @@ def run_kernel(
                 # The frames of the call hold the batch sizes as they were passed: not unwrapped.
                 steps = PackedLayout(run_arguments[1], find_sorted_indices(arguments[1]))
         observed = KernelRun(
-            kernel, run_arguments, run_result, run_layers, gates, steps, module.training, seconds
+            kernel,
+            run_arguments,
+            run_result,
+            run_layers,
+            gates,
+            steps,
+            module.training,
+            seconds,
+            gates_as_set,
         )
         observed.step_gates = step_gates
         return observed
@@ -365,6 +406,46 @@ def _run_split(call: KernelCall, arguments: tuple[Any, ...]) -> tuple[Any, list[
     # The last argument of a padded call is batch_first.
     batch_first = call.batch_sizes is None and bool(arguments[-1])
     return (output.transpose(0, 1) if batch_first else output, final), layers
+
+
+def _to_result(kernel: GRUKernel, arguments: tuple[Any, ...], output: Tensor, final: Tensor) -> Any:
+    """Return the output (T, B, D * H) or (N, D * H) in the kernel's own form."""
+    if kernel.is_cell:
+        return output[0]
+    batch_first = kernel.name == "gru.input" and bool(arguments[-1])
+    return (output.transpose(0, 1) if batch_first else output, final)
+
+
+def _final_states(kernel: GRUKernel, result: Any) -> Tensor:
+    """Return the final states of a call, (L * D, B, H), in the kernel's batch order."""
+    final: Tensor = result.unsqueeze(0) if kernel.is_cell else result[1]
+    return final
+
+
+def _layout(
+    kernel: GRUKernel,
+    arguments: tuple[Any, ...],
+    call: KernelCall,
+    find_sorted_indices: Callable[[Tensor], Tensor | None],
+) -> SequenceLayout:
+    """Return the layout of the steps of a call that has not run yet."""
+    if kernel.name != "gru.data":
+        return PaddedLayout(*call.input.shape[:2])
+    batch_sizes = arguments[1]
+    with isolated_context():
+        return PackedLayout(_unwrap_all(batch_sizes), find_sorted_indices(batch_sizes))
+
+
+def _layer_runner(kernel: GRUKernel, arguments: tuple[Any, ...], call: KernelCall) -> RunLayer:
+    """Return a function that runs one layer as the call itself does."""
+    if not kernel.is_cell:
+        return call.run_layer
+
+    def run_cell(_: int, input: Tensor) -> tuple[Layer, Tensor]:
+        state = kernel(*arguments)
+        return Layer(input, state.unsqueeze(0)), state.unsqueeze(0)
+
+    return run_cell
 
 
 def _should_split(call: KernelCall, stacks: Stacks) -> bool:

@@ -32,6 +32,7 @@ from grutrace.capture.kernel_calls import observation
 from grutrace.capture.kernel_calls.caller import KernelCaller, find_caller, find_sorted_indices
 from grutrace.capture.kernel_calls.observation import GRUModule, KernelRun
 from grutrace.capture.kernel_calls.registration import GRUKernel, KernelRegistration
+from grutrace.capture.kernel_calls.replacement import InterceptedCall, PreparedCall, Replacement
 from grutrace.capture.kernel_calls.torch_context import (
     SkippedCall,
     is_checkpoint_recompute,
@@ -39,6 +40,8 @@ from grutrace.capture.kernel_calls.torch_context import (
     unsupported_reason,
 )
 from grutrace.gru.gate_copies import NO_GATES, GateRequest, merge_requests
+from grutrace.gru.kernel import KernelCall
+from grutrace.gru.layout import SequenceLayout
 from grutrace.options import STACK_MODES, Stacks
 
 CallCallback: TypeAlias = Callable[[KernelRun | SkippedCall], None]
@@ -73,6 +76,10 @@ class Subscription:
         should_record: Asked once per call, whether to observe it. If no subscription to a module
             does, the call costs next to nothing.
         request: The kernel's own gates that the callback needs, if they can be copied.
+        replacement: Replaces the output of the calls. Such a subscription observes nothing: the
+            callback is called only with calls whose output cannot be replaced.
+        replaced_error: The error to raise if the output of a call is replaced, because it could not
+            be recorded; None if it can.
     """
 
     def __init__(
@@ -82,9 +89,12 @@ class Subscription:
         stacks: Stacks = "auto",
         should_record: ShouldRecord = always_record,
         request: GateRequest = NO_GATES,
+        replacement: Replacement | None = None,
+        replaced_error: Exception | None = None,
     ) -> None:
         self.module, self.callback = weakref.ref(module), callback
         self.stacks, self.should_record, self.request = stacks, should_record, request
+        self.replacement, self.replaced_error = replacement, replaced_error
         self._is_active = False
         # A subscription that is garbage-collected restores the kernels, too.
         self._user = object()
@@ -296,18 +306,20 @@ def _observe(
         is_known: Whether an earlier call had the same weights and could be observed.
     """
     is_recompute = is_checkpoint_recompute()
+    replacing = [s for s in subscriptions if s.replacement is not None]
+    observers = [s for s in subscriptions if s.replacement is None] if replacing else subscriptions
     # Called exactly once per call, because it counts calls.
     to_notify = (
         []
         if is_recompute
-        else [subscription for subscription in subscriptions if subscription.should_record()]
+        else [subscription for subscription in observers if subscription.should_record()]
     )
     # A recomputation runs like the call that it repeats, so that its values are the same.
-    if not (is_recompute or to_notify):
+    if not (is_recompute or to_notify or replacing):
         return kernel(*arguments)
     skipped = unsupported_reason(arguments[: kernel.state_index + 1] if is_known else arguments)
     if skipped is not None:
-        _notify(to_notify, skipped)
+        _notify([*replacing, *to_notify], skipped)
         return kernel(*arguments)
     is_transformed = peek_interpreter_stack() is not None or is_wrapped(arguments[0])
     if not (is_known or is_transformed):
@@ -318,13 +330,43 @@ def _observe(
             kernel,
             arguments,
             partial(find_sorted_indices, caller),
-            _merged_stack_mode(subscriptions),
-            _merged_request(subscriptions, module.hidden_size),
+            _merged_stack_mode(observers or subscriptions),
+            _merged_request(observers or subscriptions, module.hidden_size),
             is_transformed=is_transformed,
+            replace=_replace(
+                replacing, to_notify, is_recompute=is_recompute, is_cell=kernel.is_cell
+            )
+            if replacing
+            else None,
         )
         if to_notify:
             _notify(to_notify, observe())
     return result
+
+
+def _replace(
+    replacing: list[Subscription],
+    to_notify: list[Subscription],
+    *,
+    is_recompute: bool,
+    is_cell: bool,
+) -> observation.Prepare:
+    """Return a function that prepares a call whose output may be replaced."""
+
+    def prepare(
+        call: KernelCall, layout: SequenceLayout, run_layer: observation.RunLayer
+    ) -> PreparedCall:
+        active = [s.replacement for s in replacing if s.replacement is not None]
+        needs_gates = bool(to_notify)
+        prepared = active[0].prepare(
+            active, InterceptedCall(call, layout, run_layer, needs_gates, is_recompute, is_cell)
+        )
+        errors = [s.replaced_error for s in to_notify if s.replaced_error is not None]
+        if prepared.is_changed and errors:
+            raise errors[0]
+        return prepared
+
+    return prepare
 
 
 def _merged_stack_mode(subscriptions: list[Subscription]) -> Stacks:

@@ -297,6 +297,38 @@ class RecordedBatches:
         return "; ".join(parts) or "nothing was recorded"
 
 
+def set_labels(
+    recorded: RecordedCall,
+    name: str,
+    codes: npt.NDArray[np.int64],
+    texts: Sequence[str],
+    lengths: npt.NDArray[np.int64],
+) -> Iterator[AnnotationRecord]:
+    """Yield labels that say what an intervention has set.
+
+    Args:
+        recorded: The call.
+        name: Name of the label.
+        codes: (N,) of each kept row, the number of its text plus 1; 0 for no text.
+        texts: The texts.
+        lengths: (B,) kept steps of each sequence.
+    """
+    before = np.maximum(recorded.assignment.steps_before - recorded.start, 0)
+    ends = np.cumsum(lengths)
+    for row, (number, end) in enumerate(zip(recorded.numbers.tolist(), ends.tolist(), strict=True)):
+        own = codes[end - int(lengths[row]) : end]
+        bounds = np.flatnonzero(np.diff(own != 0, prepend=False, append=False))
+        for start, stop in bounds.reshape(-1, 2).tolist():
+            if number >= 0:
+                yield AnnotationRecord(
+                    module=recorded.module,
+                    sequence=number,
+                    name=name,
+                    first=int(before[row]) + start,
+                    values=tuple(texts[code - 1] for code in own[start:stop].tolist()),
+                )
+
+
 def _fits(values: ParsedValues, batch: _Batch) -> bool:
     """Whether each sequence has as many steps as it has values, or more; padding aside."""
     longest = batch.steps.max(initial=0)

@@ -172,6 +172,7 @@ class Journal:
         with isolated_copy_context():
             checked = recorder.check_weights(run, waits=waits)
             is_alike = waits and names is None and autocast is None and recorder.joins_series
+            is_alike = is_alike and run.gates_as_set is None
             if not (is_alike and self._add_to_series(module, run, checked, tag, batches, now)):
                 entry = recorder.copy(run, checked, self._buffer, waits=waits)
                 entry.tag, entry.names, entry.time, entry.autocast = tag, names, now, autocast

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from functools import partial
 from typing import TypeAlias, cast
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from grutrace.capture.kernel_calls.observation import KernelRun, Observation
 from grutrace.capture.options import Options
-from grutrace.capture.recording.annotations import RecordedBatches, RecordedCall
+from grutrace.capture.recording.annotations import RecordedBatches, RecordedCall, set_labels
 from grutrace.capture.recording.background import PendingCall, PendingSeries
 from grutrace.capture.recording.guarded_sink import RecordingLimits
 from grutrace.capture.recording.journal_entry import CheckedWeights, JournalEntry, ReplayGroup
@@ -39,6 +40,7 @@ from grutrace.gru.tolerance import machine_epsilon
 from grutrace.native.library import load
 from grutrace.records import (
     GATES,
+    SET_PREFIX,
     WEIGHTS,
     Array,
     CallRecord,
@@ -100,8 +102,10 @@ class ModuleRecorder:
         self._sites = [SiteRecorder(selection, site, options, self._rows) for site in copied.sites]
         # Of these, what each sequence started a call from is copied as well.
         self._copying = self._sites if background else []
+        self._set_sites: list[SiteRecorder] = []
         self._version_chooser = VersionChooser(selection, options, self._sites)
         self._steps = options.steps
+        self._options = options
         # Held while the weights are looked at.
         self._lock = threading.RLock()
         self._state_memory = state_memory
@@ -275,6 +279,7 @@ class ModuleRecorder:
             recorded = RecordedCall(self._index, assignment, lengths, numbers)
             block = self._make(entry, observation, assignment)
             number = self._commit(entry, block)
+            self._append_set_steps(recorded, observation)
             return self._with_findings(recorded, block, number)
         selection = self._step_filter.select(assignment, lengths)
         bounds = self._step_filter.start, self._step_filter.stop
@@ -283,10 +288,10 @@ class ModuleRecorder:
             self._tracker.commit(tuple, Commitment(is_done=True))
         else:
             layers = [recorder.site.layer for recorder in self._sites]
-            block = self._make(
-                entry, slice_observation(observation, selection, layers), selection.assignment
-            )
+            kept = slice_observation(observation, selection, layers)
+            block = self._make(entry, kept, selection.assignment)
             number = self._commit(entry, block)
+            self._append_set_steps(recorded, kept)
             recorded = self._with_findings(recorded, block, number)
         self._step_filter.commit(selection, self._tracker)
         return recorded
@@ -413,6 +418,11 @@ class ModuleRecorder:
         self, entry: JournalEntry, observation: Observation, assignment: SequenceAssignment
     ) -> CallRecord:
         """Make the block of a call."""
+        if observation.gates_as_set is not None:
+            # Its gates are as they were set, so no other weights lead to its states.
+            sites = self._recorders_of_set_gates()
+            results = self._compute_rows(observation, entry.is_certain, {}, sites)
+            return self._block(entry, observation, assignment, results, sites)
         replayed = None if entry.replays is None else entry.replays.of(entry)
         results = self._compute_rows(observation, entry.is_certain, replayed or {})
         block = self._block(entry, observation, assignment, results)
@@ -425,6 +435,33 @@ class ModuleRecorder:
             for version in (entry.version, *self._versions.known)
         }
         return self._version_chooser.choose(observation, block, list(versions.values()))
+
+    def _recorders_of_set_gates(self) -> list[SiteRecorder]:
+        """Return recorders that make whole rows at once, also if gates are computed later."""
+        if self._options.gates == "inline":
+            return self._sites
+        if not self._set_sites:
+            options = copy(self._options)
+            options.gates = "inline"
+            rows = RowConverter(self.description, chosen=options.dtype is not None)
+            self._set_sites = [
+                SiteRecorder(self._selection, site, options, rows)
+                for site in self.description.sites
+            ]
+        return self._set_sites
+
+    def _append_set_steps(self, recorded: RecordedCall, observation: Observation) -> None:
+        """Append which steps of a call an intervention has set, as labels."""
+        for site in self.description.sites:
+            gates = (observation.gates_as_set or [None] * (site.layer + 1))[site.layer]
+            if gates is not None:
+                own = gates[int(site.reverse)]
+                codes = observation.steps.to_rows(own.codes, "int64")[:, 0]
+                name = f"{SET_PREFIX}{site.suffix}"
+                for label in set_labels(
+                    recorded, name, codes, own.texts, observation.steps.lengths
+                ):
+                    self._append(label, None)
 
     def _commit(self, entry: JournalEntry, block: CallRecord) -> int | None:
         append = partial(self._append_call, entry, block)
@@ -460,12 +497,12 @@ class ModuleRecorder:
         observation: Observation,
         assignment: SequenceAssignment,
         results: SiteResults,
+        recorders: Sequence[SiteRecorder] | None = None,
     ) -> CallRecord:
-        starts = {
-            recorder.site.suffix: recorder.start_states(observation) for recorder in self._copying
-        }
+        copying = self._copying if recorders is None else []
+        starts = {recorder.site.suffix: recorder.start_states(observation) for recorder in copying}
         sites = {}
-        for recorder in self._sites:
+        for recorder in self._sites if recorders is None else recorders:
             rows, check = results[recorder.site.suffix]
             begun = recorder.new_initial_states(
                 observation, assignment, starts.get(recorder.site.suffix)
@@ -483,7 +520,7 @@ class ModuleRecorder:
             assignment.forks,
             assignment.origins,
         )
-        if not self._copying:
+        if not copying:
             return CallRecord(*fields)
         weights = self._record_of(entry.version)
         return PendingCall(*fields, starts, self._rows.pop_sync(), weights)
@@ -507,10 +544,11 @@ class ModuleRecorder:
         observation: Observation,
         is_certain: bool,
         replayed: Mapping[str, Replayed | None],
+        recorders: Sequence[SiteRecorder] | None = None,
     ) -> SiteResults:
         inputs: dict[int, Array] = {}
         results = {}
-        for recorder in self._sites:
+        for recorder in self._sites if recorders is None else recorders:
             suffix = recorder.site.suffix
             results[suffix] = recorder.compute_rows(
                 observation, inputs, is_certain, replayed.get(suffix)
@@ -543,7 +581,9 @@ class ModuleRecorder:
 def _one_step(entry: JournalEntry) -> tuple[object, object, object] | None:
     """What calls must have in common to be replayed at once; None if this call cannot be."""
     run = entry.run
-    if not entry.is_copied or entry.autocast is not None or run.gates is not None:
+    if not entry.is_copied or entry.autocast is not None:
+        return None
+    if run.gates is not None or run.gates_as_set is not None:
         return None
     input, output = run.arguments[0], run.output
     if run.steps is not None or run.device != "cpu" or not output.numel():

@@ -351,6 +351,8 @@ def can_join_series(run: KernelRun) -> bool:
     state = run.arguments[run.kernel.state_index]
     if run.steps is not None or run.layers or run.gates is not None or run.device != "cpu":
         return False
+    if run.gates_as_set is not None:
+        return False
     if output.dim() == 3 and output.shape[0 if run.is_time_major else 1] != 1:
         return False
     # An empty batch has no values to compare.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from grutrace.capture.kernel_calls.observation import Observation
+from grutrace.capture.kernel_calls.replacement import GatesAsSet
 from grutrace.capture.options import Options
 from grutrace.capture.recording.series_buffer import SeriesBuffer
 from grutrace.capture.recording.tensor_copy import RowConverter
@@ -27,7 +28,7 @@ from grutrace.gru.kernel import CellWeights, Layer
 from grutrace.gru.kernel_gates import KernelGates
 from grutrace.gru.layout import PaddedLayout, SequenceLayout, copy_cast, has_dtype
 from grutrace.gru.replay import ColumnSelector, GateReplay
-from grutrace.gru.residual import ResidualCheck, copy_states, max_residual
+from grutrace.gru.residual import ResidualCheck, check_residual, copy_states, max_residual
 from grutrace.gru.tolerance import (
     compute_eps,
     lowest_precision,
@@ -154,7 +155,10 @@ class SiteRecorder:
         hidden = layer.output
         if observation.call.directions > 1:
             hidden = hidden.chunk(2, -1)[int(site.reverse)]
-        if self.requested_gates.columns and layer.gates is not None:
+        gates_as_set = observation.gates_as_set
+        if gates_as_set is not None and (directions := gates_as_set[site.layer]) is not None:
+            rows, check = self._rows_as_set(observation, directions[int(site.reverse)], hidden)
+        elif self.requested_gates.columns and layer.gates is not None:
             kernel_gates = layer.gates[int(site.reverse)]
             if self._inline:
                 rows, check = self._gates_from_kernel(observation, kernel_gates, hidden)
@@ -443,6 +447,26 @@ class SiteRecorder:
         buffers = {name: steps.allocate(size, dtype) for name in GATES if name in site.quantities}
         whole = self._replay_all.replay(*arguments, weights, buffers)
         return {name: buffer.rows() for name, buffer in buffers.items()}, whole.check
+
+    def _rows_as_set(
+        self, observation: Observation, gates: GatesAsSet, hidden: Tensor
+    ) -> tuple[dict[str, Array], ResidualCheck]:
+        """Return the gates of all units as an intervention has set them, and the check."""
+        call, site, steps = observation.call, self.site, observation.steps
+        rows = {
+            name: self._rows.convert_steps(steps, self._of_units(gates.gates[name]))
+            for name in GATES
+            if name in site.quantities
+        }
+        return rows, check_residual(
+            gates.error,
+            lowest_precision(hidden.dtype, gates.dtype),
+            observation.layers[site.layer].input,
+            hidden,
+            call.cell_initial(site.layer, site.reverse),
+            call.cell_weights(site.layer, site.reverse),
+            self._rows.stored,
+        )
 
     def _of_units(self, values: Tensor) -> Tensor:
         """(..., U) of (..., H). May share memory."""

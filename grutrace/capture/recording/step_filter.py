@@ -16,10 +16,11 @@ import numpy.typing as npt
 import torch
 
 from grutrace.capture.kernel_calls.observation import Observation
+from grutrace.capture.kernel_calls.replacement import GatesAsSet
 from grutrace.capture.sequences.assignment import SequenceAssignment
 from grutrace.capture.sequences.tracker import SequenceTracker
 from grutrace.gru.kernel import Layer
-from grutrace.gru.step_window import make_window
+from grutrace.gru.step_window import StepWindow, make_window
 from grutrace.records import Fork, Origin
 
 Integers = npt.NDArray[np.int64]
@@ -192,8 +193,21 @@ def slice_observation(
         for reverse, hidden in enumerate(layer.output.chunk(call.directions, -1)):
             index = number * call.directions + reverse
             states[index] = part.initial(hidden, states[index], reverse=bool(reverse))
+    gates_as_set = observation.gates_as_set
+    if gates_as_set is not None:
+        gates_as_set = [
+            directions and [_slice_gates(direction, part) for direction in directions]
+            for directions in gates_as_set
+        ]
     return observation._replace(
         call=call._replace(initial=torch.stack([state.to(states[0].dtype) for state in states])),
         steps=part.steps,
         layers=layers_of_part,
+        gates_as_set=gates_as_set,
     )
+
+
+def _slice_gates(direction: GatesAsSet, part: StepWindow) -> GatesAsSet:
+    """Return the gates of the kept steps."""
+    gates = {name: part.rows(gate) for name, gate in direction.gates.items()}
+    return direction._replace(gates=gates, codes=part.rows(direction.codes))

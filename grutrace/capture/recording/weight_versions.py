@@ -187,9 +187,12 @@ class WeightVersionTracker:
         known = self._known
         same = next((version for version in known if _are_same(version.weights, weights)), None)
         if same is None:
-            same = Version(self._count, [_copy(weight) for weight in weights])
+            # An interruption can come between the two lines that note a new version.
+            latest = max((version.number for version in self.new_versions), default=-1)
+            number = max(self._count, latest + 1)
+            same = Version(number, [_copy(weight) for weight in weights])
             self.new_versions.append(same)
-            self._count += 1
+            self._count = number + 1
         others = tuple(version for version in known if version is not same)[: MAX_VERSIONS - 1]
         self._known = (same, *others)
         self._fingerprint = _WeightFingerprint(same.weights, weights)

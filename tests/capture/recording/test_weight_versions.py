@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+
 import numpy as np
 import pytest
 import torch
@@ -173,3 +175,20 @@ def test_nothing_keeps_the_weights_alive(layer: nn.GRU) -> None:
     versions.check(weights, 0.0)
     del weights
     assert versions.recheck()
+
+
+def test_an_interruption_after_a_new_version_leaves_its_number_used() -> None:
+    class Interrupted(deque):  # type: ignore[type-arg]
+        def append(self, value: object) -> None:
+            super().append(value)
+            raise KeyboardInterrupt
+
+    tracker = WeightVersionTracker("exact")
+    weights = [torch.ones(2)]
+    versions, tracker.new_versions = tracker.new_versions, Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        tracker.compare(weights)
+    versions.extend(tracker.new_versions)
+    tracker.new_versions = versions
+    tracker.compare(weights)
+    assert [version.number for version in versions] == [0, 1]

@@ -1,0 +1,1 @@
+"""Interventions: hold or change gates and states while a model runs."""
