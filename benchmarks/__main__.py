@@ -53,10 +53,10 @@ def run(
             report.others[name] = list(_printed(name, OTHERS[name]()))
             save()
     by_section: dict[str, tuple[Table, Callable[[Workload], Iterator[Figure]]]] = {
-        "tracing": (report.tracing, partial(measure.tracing, budget=budget, limit=limit)),
+        "tracing": (report.tracing, partial(measure.tracing, budget=budget, seconds=limit)),
         "choice": (report.choice, partial(choice.figures, budget=budget, limit=limit)),
         "disk": (report.disk, measure.disk),
-        "peers": (report.peers, partial(measure.peers, budget=budget, limit=limit)),
+        "peers": (report.peers, partial(measure.peers, budget=budget, seconds=limit)),
     }
     for name, (table, figures) in by_section.items():
         if name not in asked:

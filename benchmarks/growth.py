@@ -26,7 +26,6 @@ SHAPE = (100, 100, 1, 8)
 
 KINDS: dict[str, dict[str, Any]] = {
     "everything inline, to a file": {"gates": "inline"},
-    "in the background, to a file": {"gates": "background"},
     "deferred, to a file": {"gates": "deferred"},
 }
 

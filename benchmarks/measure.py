@@ -4,48 +4,66 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from benchmarks import targets
 from benchmarks.disk import until_on_disk
 from benchmarks.figures import Figure, measured, not_measured
-from benchmarks.pairs import PAIRS, WARM_UP, ratio
+from benchmarks.limit import limit
+from benchmarks.pairs import PAIRS, WARM_UP, Ratio, ratio
 from benchmarks.peers import PEERS
 from benchmarks.peers.peer import Absent, Peer, Values, disagreement, traced_values
-from benchmarks.tracings import HELD, IN_MEMORY, TRACINGS, traced
+from benchmarks.tracings import HELD, TRACINGS, Tracing, traced
 from benchmarks.workloads import SMALL, Workload
 
 #: Number of pairs for peers that take hundreds of times the layer's time.
 FEW = 3
 
 
-def tracing(workload: Workload, budget: float, limit: float) -> Iterator[Figure]:
+def tracing(workload: Workload, budget: float, seconds: float) -> Iterator[Figure]:
     """Yield for each tracing its ratio to the untraced run."""
-    in_memory = None
-    for tracing in TRACINGS:
+    for tracing in _tracings_of(workload):
         with (
             tempfile.TemporaryDirectory() as folder,
             traced(workload, tracing, Path(folder)) as run,
         ):
-            result = ratio(workload.run, run.call, budget, limit=limit, settle=run.settle)
-        if tracing.name == IN_MEMORY:
-            in_memory = result.median
-        yield measured(tracing.name, result, tracing.target_for(workload.kind, in_memory))
+            result = ratio(workload.run, run.call, budget, limit=seconds, settle=run.settle)
+        yield _figure(workload, tracing, result, targets.TRACING)
 
 
 def disk(workload: Workload) -> Iterator[Figure]:
     """Yield for each tracing with a thread its ratio to the untraced run, until `flush` returns."""
-    for tracing in TRACINGS:
+    for tracing in _tracings_of(workload):
         if tracing.to_file or tracing.lasting:
             with tempfile.TemporaryDirectory() as folder:
                 result, runs = until_on_disk(workload, tracing, Path(folder))
-            yield measured(tracing.name, result, runs=runs)
+            once = replace(result, base=result.base / runs)
+            yield _figure(workload, tracing, once, targets.DISK, runs=runs)
 
 
-def peers(workload: Workload, budget: float, limit: float) -> Iterator[Figure]:
+def _tracings_of(workload: Workload) -> list[Tracing]:
+    return [each for each in TRACINGS if not each.kinds or workload.kind in each.kinds]
+
+
+def _figure(
+    workload: Workload,
+    tracing: Tracing,
+    result: Ratio,
+    bounds: dict[str, tuple[float | None, ...]],
+    **details: object,
+) -> Figure:
+    """Return a ratio, with its target and the limit."""
+    aim = targets.target(bounds, tracing.name, workload.name)
+    least = limit(workload, tracing, result.base)
+    return measured(tracing.name, result, aim, limit=least, **details)
+
+
+def peers(workload: Workload, budget: float, seconds: float) -> Iterator[Figure]:
     """Yield for each peer its ratio to the untraced layer, or why there is none."""
     if workload.input is None:
         return
@@ -53,12 +71,14 @@ def peers(workload: Workload, budget: float, limit: float) -> Iterator[Figure]:
         expected = traced_values(cast(nn.GRU, workload.model), workload.input)
         for peer in PEERS:
             try:
-                yield _peer(workload, peer, expected, budget, limit)
+                yield _peer(workload, peer, expected, budget, seconds)
             except Absent as absent:
                 yield not_measured(peer.name, str(absent))
 
 
-def _peer(workload: Workload, peer: Peer, expected: Values, budget: float, limit: float) -> Figure:
+def _peer(
+    workload: Workload, peer: Peer, expected: Values, budget: float, seconds: float
+) -> Figure:
     layer, input = cast(nn.GRU, workload.model), workload.input
     assert input is not None
     if peer.only_small and (*input.shape, layer.hidden_size) not in SMALL:
@@ -88,7 +108,7 @@ def _peer(workload: Workload, peer: Peer, expected: Values, budget: float, limit
             workload.run,
             run,
             0.0 if few else budget,
-            limit=limit,
+            limit=seconds,
             pairs=FEW if few else PAIRS,
             warm_up=1 if few else WARM_UP,
         )

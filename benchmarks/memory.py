@@ -34,7 +34,6 @@ SAME = 16
 KINDS: dict[str, dict[str, Any] | None] = {
     "untraced": None,
     "everything inline, to a file": {"gates": "inline"},
-    "in the background, to a file": {"gates": "background"},
     "deferred, to a file": {"gates": "deferred"},
 }
 

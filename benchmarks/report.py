@@ -18,7 +18,8 @@ Table = dict[str, list[Figure]]
 LEGEND = """\
 T steps, B sequences, I input size, H hidden size; float32; one layer, where not said otherwise.
 Ratios to the untraced run: the median over the pairs (10th to 90th percentile; of how many, where
-there are fewer than 11). A target that is missed is printed **bold**."""
+there are fewer than 11). A target that is missed is printed **bold**. In brackets: the limit,
+which is the ratio if the kept bytes were copied once and nothing else were done."""
 
 CHOICE = """\
 Everything inline, in memory, with all gates harvested and with all gates replayed, and which of the
@@ -164,7 +165,9 @@ def _cell(figure: Figure) -> str:
         sign = "≤" if figure.met else ">"
         compared = f"{compared} {sign} {figure.target.bound:.2f}"
     spread = f" ({_spread(figure)})" if figure.spread else ""
-    return (f"**{compared}**" if figure.met is False else compared) + spread
+    least = figure.details.get("limit")
+    beside = "" if least is None else f" [{least:.2f}]"
+    return (f"**{compared}**" if figure.met is False else compared) + spread + beside
 
 
 def _plain(figure: Figure) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import grutrace
-from benchmarks.figures import Target
 from benchmarks.workloads import Kind, Workload
 
 #: The tracing that others are compared with.
@@ -25,9 +24,7 @@ class Tracing:
 
     Attributes:
         name: What the table calls it.
-        target: The ratio to the untraced run that we aim at.
-        targets: Other ones for some kinds of workloads.
-        above_memory: Instead of a target: how far above everything in memory it may be.
+        kinds: The kinds of workloads that it is measured on; empty for all.
         options: Makes the options of the tracer, for each trace.
         to_file: Whether it streams to a file.
         lasting: Whether one trace takes all runs, as a file does. In memory a new one takes the
@@ -37,68 +34,30 @@ class Tracing:
     """
 
     name: str
-    target: float | None = None
-    targets: Mapping[Kind, float] = field(default_factory=dict)
-    above_memory: float | None = None
+    kinds: tuple[Kind, ...] = ()
     options: Callable[[], dict[str, Any]] = dict
     to_file: bool = False
     lasting: bool = False
     read: bool = False
     idle: bool = False
 
-    def target_for(self, kind: Kind, in_memory: float | None) -> Target | None:
-        """What we aim at on such a workload.
-
-        Args:
-            kind: Of the workload.
-            in_memory: The ratio found with everything in memory, if it was measured.
-        """
-        bound = self.targets.get(kind, self.target)
-        if in_memory is not None and self.above_memory is not None:
-            bound = in_memory + self.above_memory
-        return None if bound is None else Target(bound)
-
 
 TRACINGS = (
-    Tracing("attached, not recording", 1.02, options=lambda: {"recording": False}, idle=True),
-    Tracing(
-        "update only, in memory", 1.35, options=lambda: {"record": "update", "gates": "inline"}
-    ),
-    Tracing(IN_MEMORY, 1.25, {"compute bound": 1.10}, options=lambda: {"gates": "inline"}),
-    Tracing(
-        "32 units, in memory",
-        1.10,
-        {"one step": 1.30},
-        options=lambda: {"units": range(32)},
-    ),
-    Tracing("the default, in memory", 1.10, {"one step": 1.30}),
+    Tracing("attached, not recording", options=lambda: {"recording": False}, idle=True),
+    Tracing("update only, in memory", options=lambda: {"record": "update", "gates": "inline"}),
+    Tracing(IN_MEMORY, options=lambda: {"gates": "inline"}),
+    Tracing("32 units, in memory", options=lambda: {"units": range(32)}),
+    Tracing("the default, in memory"),
     Tracing("the default, in memory, made and read", read=True),
+    Tracing("everything inline, to a file", options=lambda: {"gates": "inline"}, to_file=True),
+    Tracing("deferred, to a file", options=lambda: {"gates": "deferred"}, to_file=True),
     Tracing(
-        "everything inline, to a file",
-        above_memory=0.15,
-        options=lambda: {"gates": "inline"},
+        "deferred, every tenth call, to a file",
+        ("training",),
+        options=lambda: {"gates": "deferred", "every": 10},
         to_file=True,
     ),
-    Tracing(
-        "in the background, to a file",
-        1.10,
-        {"one step": 1.30},
-        options=lambda: {"gates": "background"},
-        to_file=True,
-    ),
-    Tracing(
-        "deferred, to a file",
-        1.10,
-        {"one step": 1.30, "training": 1.05},
-        options=lambda: {"gates": "deferred"},
-        to_file=True,
-    ),
-    Tracing(
-        "statistics only",
-        above_memory=0.1,
-        options=lambda: {"sink": grutrace.Statistics()},
-        lasting=True,
-    ),
+    Tracing("statistics only", options=lambda: {"sink": grutrace.Statistics()}, lasting=True),
 )
 
 

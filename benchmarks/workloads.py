@@ -115,7 +115,37 @@ def training_step() -> Workload:
     return Workload("training step T128 B32 I256 H256", layer, run, kind="training")
 
 
+class TokenDecoder(nn.Module):
+    """A 2-layer encoder, and a decoder that calls its cell once a token."""
+
+    def __init__(self, size: int = 128) -> None:
+        super().__init__()
+        self.encoder, self.cell = nn.GRU(size, size, 2), nn.GRUCell(size, size)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        state = self.encoder(input)[1][-1]
+        outputs = []
+        for token in target:
+            state = self.cell(token, state)
+            outputs.append(state)
+        return torch.stack(outputs)
+
+
+def training_encoder_decoder() -> Workload:
+    """Forward, backward and Adam, so that every step has new weights."""
+    model = TokenDecoder()
+    input, target = torch.randn(20, 32, 128), torch.randn(20, 32, 128)
+    optimizer = torch.optim.Adam(model.parameters())
+
+    def run() -> None:
+        optimizer.zero_grad()
+        model(input, target).square().mean().backward()
+        optimizer.step()
+
+    return Workload("training encoder-decoder B32 T20/20 H128", model, run, kind="training")
+
+
 def all_workloads() -> list[Callable[[], Workload]]:
     """Return what makes each of them."""
     layers = [partial(single_layer, *shape) for shape in SHAPES]
-    return [*layers, encoder_decoder, training_step]
+    return [*layers, encoder_decoder, training_step, training_encoder_decoder]

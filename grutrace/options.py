@@ -11,8 +11,9 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from grutrace.records import DEFAULT_RECORD, QUANTITIES
 
-#: When gates are computed: during the call, after it but before they are stored, or when they are
-#: read. "auto" is "background" in memory and "inline" for a file (docs/performance.md).
+#: When gates are computed: during the call, after it but before they are stored (to a file, on CUDA
+#: only), or when they are read. "auto" is "background" in memory and "inline" for a file
+#: (docs/performance.md).
 Gates: TypeAlias = Literal["auto", "inline", "background", "deferred"]
 
 #: How the layers below the top of a stack are observed. If several tracers observe one module, the

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from grutrace.capture import selection
 from grutrace.native import library
 from tests.instruction_sets import INSTRUCTION_SETS
 from tests.leaks import Watch
@@ -41,6 +42,12 @@ def nothing_leaks() -> Iterator[None]:
     watch = Watch()
     yield
     assert watch.leaks() == []
+
+
+@pytest.fixture(autouse=True)
+def background_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the thread that writes compute gates on a CPU, so that it is tested without a device."""
+    monkeypatch.setattr(selection, "BACKGROUND_ON_CPU", True)
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)

@@ -93,7 +93,7 @@ class Options:
             is_inline = has_sink or check == "raise" or units is not None or to_file
             gates = "inline" if is_inline else "background"
         self.gates, self.stacks, self.check = gates, stacks, check
-        self.to_file = to_file
+        self.to_file, self.has_thread = to_file, to_file or has_sink
         require_one_of("on_error", on_error, get_args(OnError))
         self.on_error, self.fsync = on_error, _boolean("fsync", fsync)
         if fsync and not to_file:

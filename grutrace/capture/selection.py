@@ -37,6 +37,10 @@ from grutrace.gru.layout import numpy_type
 from grutrace.gru.replay import PartialReplay, required_gates
 from grutrace.records import DEFAULT_RECORD, GATES, QUANTITIES, ModuleInfo, Site
 
+#: Whether the thread that writes may compute gates on a CPU. There it slows the model more than
+#: gates="inline" does (docs/performance.md). Tests of the thread allow it, so they need no device.
+BACKGROUND_ON_CPU = False
+
 
 @dataclass(frozen=True)
 class SelectedModule:
@@ -235,11 +239,30 @@ def _input_is_recorded(module: ModuleInfo, site: Site) -> bool:
 
 
 def apply_options(selections: Sequence[SelectedModule], options: Options) -> list[SelectedModule]:
-    """Return the selected modules with the options applied to their descriptions."""
+    """Return the selected modules with the options applied to their descriptions.
+
+    Raises:
+        OptionError: A unit is not in a site, or a thread would compute gates on a CPU.
+    """
+    if options.gates == "background" and options.has_thread:
+        _require_device(selections)
     return [
         replace(selection, description=_apply_to_module(selection.description, options))
         for selection in selections
     ]
+
+
+def _require_device(selections: Sequence[SelectedModule]) -> None:
+    """Require that a layer is not on the CPU, so that a thread may compute gates."""
+    modules = [item.module for item in selections]
+    devices = {w.device.type for module in modules if module for w in module.parameters()}
+    if devices <= {"cpu"} and not BACKGROUND_ON_CPU:
+        raise OptionError(
+            "gates: expected 'inline' or 'deferred' for layers on a CPU, found 'background': the "
+            "thread that writes would compute the gates on the processors that the model uses, "
+            "which takes longer than gates='inline'. (Without a path, 'background' means that "
+            "gates are computed when they are read)"
+        )
 
 
 def _apply_to_module(module: ModuleInfo, options: Options) -> ModuleInfo:

@@ -7,12 +7,14 @@ from math import nan
 
 import pytest
 
+from benchmarks import targets
 from benchmarks.choice import verdict
 from benchmarks.figures import Figure, Target, measured, not_measured
+from benchmarks.limit import limit
 from benchmarks.pairs import Ratio, Spread
 from benchmarks.report import Report, number, table
 from benchmarks.tracings import IN_MEMORY, TRACINGS
-from benchmarks.workloads import Kind
+from benchmarks.workloads import all_workloads, single_layer
 
 WORKLOAD = "T5 B3 I6 H6"
 
@@ -104,21 +106,32 @@ def test_figures_have_three_digits(value: float, text: str) -> None:
 
 
 def test_targets_follow_the_workload() -> None:
+    tracing, disk = "deferred, to a file", targets.DISK
+    assert targets.target(disk, tracing, "T1 B32 I512 H512") == Target(1.2)
+    assert targets.target(disk, tracing, "T100 B32 I1024 H1024") == Target(1.05)
+    assert targets.target(disk, tracing, "T1000 B1 I64 H64") == Target(1.05)
+    assert targets.target(disk, tracing, "training step T128 B32 I256 H256") == Target(1.08)
+    assert targets.target(disk, tracing, "training encoder-decoder B32 T20/20 H128") == Target(1.1)
+    assert targets.target(disk, tracing, "encoder-decoder B16 T50/20 H128") == Target(1.25)
+    assert targets.target(disk, "update only, in memory", "T1 B32 I512 H512") is None
+    assert targets.target(disk, tracing, "another") is None
+
+
+def test_every_workload_has_targets() -> None:
+    for make in all_workloads():
+        for tracing in ("everything inline, in memory", "deferred, to a file"):
+            assert targets.target(targets.TRACING, tracing, make().name) is not None
+
+
+def test_the_limit_counts_the_kept_bytes() -> None:
     by_name = {tracing.name: tracing for tracing in TRACINGS}
-    deferred = by_name["deferred, to a file"]
-    kinds: dict[Kind, float] = {
-        "other": 1.1,
-        "compute bound": 1.1,
-        "one step": 1.3,
-        "training": 1.05,
-    }
-    for kind, bound in kinds.items():
-        assert deferred.target_for(kind, None) == Target(bound)
-    to_file = by_name["everything inline, to a file"]
-    assert to_file.target_for("other", 1.25) == Target(1.4)
-    assert to_file.target_for("other", None) is None
-    read = by_name["the default, in memory, made and read"]
-    assert read.target_for("other", 1.25) is None
+    workload = single_layer(30, 20, 64, 64)
+    inline = limit(workload, by_name["everything inline, in memory"], 1e-6)
+    update = limit(workload, by_name["update only, in memory"], 1e-6)
+    assert 1 < update < inline
+    assert limit(workload, by_name["everything inline, in memory"], 1e9) == pytest.approx(1)
+    assert limit(workload, by_name["statistics only"], 1e-6) == 1
+    assert limit(workload, by_name["attached, not recording"], 1e-6) == 1
 
 
 def test_the_more_expensive_choice_is_bold() -> None:

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import grutrace
+from grutrace.capture import selection
+from grutrace.capture.options import Options
 
 
 def test_a_model_that_is_the_layer() -> None:
@@ -52,3 +54,17 @@ def test_a_model_without_grus_is_an_error() -> None:
 def test_an_object_that_is_no_model_is_one_clear_error() -> None:
     with pytest.raises(grutrace.OptionError, match=r"model: expected an nn\.Module, found 'model'"):
         grutrace.trace("model")
+
+
+@pytest.mark.parametrize("target", ["file", "statistics"])
+def test_a_thread_that_computes_gates_on_a_cpu_is_refused(target, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(selection, "BACKGROUND_ON_CPU", False)
+    options = {"path": tmp_path / "a.h5"} if target == "file" else {"sink": grutrace.Statistics()}
+    with pytest.raises(grutrace.OptionError, match="expected 'inline' or 'deferred' for layers on"):
+        grutrace.Tracer(nn.GRU(2, 3), gates="background", **options)
+    assert not (tmp_path / "a.h5").exists()
+    # In memory the reader computes them; and of layers on a device, the thread may.
+    grutrace.Tracer(nn.GRU(2, 3), gates="background", recording=False).close()
+    device = nn.GRU(2, 3, device="meta")
+    options_of_device = Options(gates="background", to_file=True)
+    assert selection.apply_options(selection.select(device), options_of_device)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import grutrace
+from grutrace.capture import selection
 from tests.capture.models import EncoderDecoder, StepwiseDecoder
 from tests.checks import EVERYTHING
 
@@ -59,6 +60,8 @@ def tracing(
         tracer = grutrace.Tracer(model, sink=sink, record=EVERYTHING, **options)
     else:
         gates = "background" if kind == "stepwise" else kind
+        # Otherwise its thread computes gates for a device only.
+        selection.BACKGROUND_ON_CPU = True
         tracer = grutrace.Tracer(
             model, path, gates=gates, record=EVERYTHING, fsync=fsync, **options
         )
