@@ -45,6 +45,9 @@ STORAGE_DTYPES = ("float16", "float32", "float64")
 #: sequences that can continue, and 360 states from which a sequence can fork.
 DEFAULT_STATE_MEMORY = "4 MiB"
 
+#: Default memory for calls that wait to be stored.
+DEFAULT_BUFFER = "8 MiB"
+
 STACK_MODES: tuple[Stacks, ...] = get_args(Stacks)
 
 
@@ -103,6 +106,7 @@ OPTIONS: dict[str, Option] = {
         "Memory for final states, used to find the sequence that a call continues.",
         DEFAULT_STATE_MEMORY,
     ),
+    "buffer": Option("Memory for recorded calls that wait to be stored.", DEFAULT_BUFFER),
 }
 
 #: Decimal and binary multiples of a byte.

@@ -86,7 +86,9 @@ class ModelRecorder:
         # Limits and check="raise" must take effect during the call itself.
         is_limited = options.max_calls is not None or options.max_bytes is not None
         can_wait = not (is_limited or options.check == "raise")
-        self.journal = Journal(self.module_recorders, self._guarded_sink, can_wait=can_wait)
+        self.journal = Journal(
+            self.module_recorders, self._guarded_sink, options.buffer, can_wait=can_wait
+        )
         self._call_counters = [count() for _ in selections]
         self._tag: str | None = None
         # Identifies this recorder in the recording blocks of a thread without keeping it alive.

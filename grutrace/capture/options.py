@@ -18,6 +18,7 @@ import torch
 from grutrace.errors import OptionError, require_one_of, short_repr
 from grutrace.native.library import instruction_set
 from grutrace.options import (
+    DEFAULT_BUFFER,
     DEFAULT_STATE_MEMORY,
     STACK_MODES,
     STORAGE_DTYPES,
@@ -53,6 +54,7 @@ class Options:
         steps: Steps of each sequence, as a slice with an explicit start; None for all.
         units: Units as the user gave them, as a slice or as numbers; None for all.
         state_memory: Maximum bytes of final states, for all modules together.
+        buffer: Maximum bytes of calls that wait to be recorded.
 
     Raises:
         OptionError: An option has an invalid value.
@@ -78,6 +80,7 @@ class Options:
         weights: WeightChecks = "auto",
         compiled: CompiledCode = "auto",
         state_memory: int | str = DEFAULT_STATE_MEMORY,
+        buffer: int | str = DEFAULT_BUFFER,
     ) -> None:
         require_one_of("compiled", compiled, get_args(CompiledCode))
         self.compiled: CompiledCode = compiled
@@ -113,6 +116,7 @@ class Options:
         self.max_calls = None if max_calls is None else _positive_integer("max_calls", max_calls)
         self.max_bytes = None if max_bytes is None else _positive_integer("max_bytes", max_bytes)
         self.state_memory = byte_count("state_memory", state_memory)
+        self.buffer = byte_count("buffer", buffer)
         self.dtype = None if dtype is None else _storage_dtype(dtype)
         self.units = None if units is None else _units(units)
         self.steps = None if steps is None else _steps(steps)
@@ -144,6 +148,7 @@ class Options:
             "state_memory": self.state_memory
             if self.state_memory != byte_count("", DEFAULT_STATE_MEMORY)
             else None,
+            "buffer": self.buffer if self.buffer != byte_count("", DEFAULT_BUFFER) else None,
         }
         return required | {name: value for name, value in optional.items() if value is not None}
 

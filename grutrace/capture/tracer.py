@@ -19,6 +19,7 @@ from grutrace.capture.trace_output import TraceOutput
 from grutrace.distributed import ShardOption
 from grutrace.errors import SinkError, reject_unknown_options
 from grutrace.options import (
+    DEFAULT_BUFFER,
     DEFAULT_STATE_MEMORY,
     Check,
     CompiledCode,
@@ -123,6 +124,10 @@ class Tracer(Trace):
             number of bytes, or a text such as ``64 MiB``, for all modules together. If the final
             state of a sequence was dropped, its next call starts a new sequence, marked
             ``dropped``, and the tracer warns once.
+        buffer: Memory for recorded calls that wait to be stored. A number of bytes, or a text such
+            as ``64 MiB``. While the model runs, short calls are only copied; their sequences and
+            gates are worked out for many calls at once, at the latest when they hold so many bytes
+            or have waited for 0.3 seconds.
 
     Raises:
         OptionError: An option has an invalid value, a glob matches no site, or options exclude each
@@ -160,6 +165,7 @@ class Tracer(Trace):
         weights: WeightChecks = "auto",
         compiled: CompiledCode = "auto",
         state_memory: int | str = DEFAULT_STATE_MEMORY,
+        buffer: int | str = DEFAULT_BUFFER,
     ) -> None:
         options = Options(
             gates=gates,
@@ -179,6 +185,7 @@ class Tracer(Trace):
             weights=weights,
             compiled=compiled,
             state_memory=state_memory,
+            buffer=buffer,
         )
         selections = apply_options(select(model, sites, record), options)
         output = TraceOutput(model, selections, options, path, mode, sink, shard)

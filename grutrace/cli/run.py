@@ -57,6 +57,9 @@ def run(
     state_memory: Annotated[
         str | None, typer.Option(help=f"{OPTIONS['state_memory'].help} For example 64MiB.")
     ] = None,
+    buffer: Annotated[
+        str | None, typer.Option(help=f"{OPTIONS['buffer'].help} For example 64MiB.")
+    ] = None,
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print no messages of grutrace.")
     ] = False,
@@ -85,6 +88,7 @@ def run(
         weights=weights,
         compiled=compiled,
         state_memory=None if state_memory is None else parse_size(state_memory, "state_memory"),
+        buffer=None if buffer is None else parse_size(buffer, "buffer"),
         quiet=quiet,
     )
     launch(settings, program, module=module)

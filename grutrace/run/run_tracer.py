@@ -28,7 +28,7 @@ from grutrace.capture.trace_output import TraceOutput
 from grutrace.capture.tracer_warnings import TracerWarnings
 from grutrace.distributed import detect_shard, shard_path
 from grutrace.errors import GrutraceError, GrutraceWarning, ResidualError, SinkError, TraceFileError
-from grutrace.options import DEFAULT_STATE_MEMORY, Check, Mode
+from grutrace.options import DEFAULT_BUFFER, DEFAULT_STATE_MEMORY, Check, Mode
 from grutrace.run import parsing
 from grutrace.run.matching import require_match
 from grutrace.run.report import PartStats, Report
@@ -123,6 +123,7 @@ class PartTracer(ModelRecorder):
             state_memory=DEFAULT_STATE_MEMORY
             if settings.state_memory is None
             else settings.state_memory,
+            buffer=DEFAULT_BUFFER if settings.buffer is None else settings.buffer,
         )
         selections = apply_options(selections, options)
         output = TraceOutput(

@@ -45,6 +45,7 @@ class Settings:
     weights: str = "auto"
     compiled: str = "auto"
     state_memory: int | None = None
+    buffer: int | None = None
     quiet: bool = False
     python_path: str | None = None
 

@@ -540,7 +540,8 @@ def test_the_defaults_equal_those_of_the_tracer_and_the_command() -> None:
     assert tracer == {name: option.default for name, option in OPTIONS.items()}
     command = {name: value for name, value in defaults(command_run).items() if name in OPTIONS}
     # A script goes on by itself; None stands for the tracer's own.
-    others = {"on_error": "warn", "sites": None, "record": None, "state_memory": None}
+    others = {"on_error": "warn", "sites": None, "record": None}
+    others |= {"state_memory": None, "buffer": None}
     assert command == {name: OPTIONS[name].default for name in command} | others
     assert set(Settings.__dataclass_fields__) & OPTIONS.keys() == set(command)
 
@@ -631,6 +632,7 @@ with torch.no_grad():
 
 def test_cells_created_in_each_call_are_one_site(tmp_path) -> None:
     options = ("--weights", "exact", "--compiled", "keep", "--state-memory", "1MiB")
+    options += ("--buffer", "2MiB")
     done = run_in_fork("-o", "run.h5", *options, write(tmp_path, ANEW), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.glob("*.h5")) == ["run.h5"]
@@ -640,3 +642,4 @@ def test_cells_created_in_each_call_are_one_site(tmp_path) -> None:
         assert set(trace.calls["proof"]) == {"proven"}
         results = {name: trace.options[name] for name in ("weights", "compiled", "state_memory")}
         assert results == {"weights": "exact", "compiled": "keep", "state_memory": 2**20}
+        assert trace.options["buffer"] == 2**21

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.capture.recording import journal, site_recorder
+from grutrace.capture.recording import site_recorder
 from grutrace.statistics import sink as feed
 from grutrace.statistics.accumulator import QuantityAccumulator
 from grutrace.storage.open import open_sink
@@ -374,7 +374,6 @@ def test_an_unreferenced_tracer_ends_its_thread() -> None:
 def test_a_full_queue_makes_the_model_wait(monkeypatch) -> None:
     monkeypatch.setattr(feed, "QUEUE_BYTES", 1)
     monkeypatch.setattr(feed, "BATCH_BYTES", 1)
-    monkeypatch.setattr(journal, "MAX_BYTES", 1)
     add, opened = QuantityAccumulator.add, threading.Event()
 
     def held(tally, rows):
@@ -390,7 +389,7 @@ def test_a_full_queue_makes_the_model_wait(monkeypatch) -> None:
             layer(torch.randn(4, 2))
             done.append(1)
 
-    with grutrace.trace(layer, sink=statistics):
+    with grutrace.trace(layer, sink=statistics, buffer=1):
         thread = threading.Thread(target=work)
         thread.start()
         time.sleep(0.3)

@@ -42,12 +42,12 @@ from grutrace.records import CallBatch, Origin
 
 logger = logging.getLogger(__name__)
 
-#: Limits at which the model's thread drains the journal: bytes, and seconds since the first call.
-MAX_BYTES, MAX_SECONDS = 8 * 1024 * 1024, 0.3
+#: Seconds since the first waiting call after which the model's thread drains the journal.
+MAX_SECONDS = 0.3
 
-#: Unused memory that is kept for copies: as much as a drain of the journal and the queue of a
-#: writer thread use at a time. Bytes.
-SPARE_BYTES = 3 * MAX_BYTES
+#: Unused memory that is kept for copies, in relation to the largest journal: as much as a drain of
+#: it and the queue of a writer thread use at a time.
+SPARE = 3
 
 #: After this time without a drain, the model is busy with other work, and the writer thread drains
 #: the journal. Earlier, the two threads would compete for the GIL, which slows the model. Seconds.
@@ -98,6 +98,7 @@ class Journal:
     Args:
         recorders: The recorders of the modules.
         guarded_sink: The sink to which they append records.
+        max_bytes: At so many bytes the model's thread drains the journal.
         can_wait: Whether calls may wait.
 
     Attributes:
@@ -109,6 +110,7 @@ class Journal:
         self,
         recorders: Sequence[ModuleRecorder],
         guarded_sink: GuardedSink,
+        max_bytes: int,
         *,
         can_wait: bool = True,
     ) -> None:
@@ -117,7 +119,7 @@ class Journal:
         self._recorders, self._guarded_sink, self._can_wait = recorders, guarded_sink, can_wait
         # A call that does not wait is copied only if its weights are not known yet.
         self._largest = LARGE_CALL if can_wait else -1
-        self._buffer = CopyBuffer(SPARE_BYTES)
+        self._max_bytes, self._buffer = max_bytes, CopyBuffer(SPARE * max_bytes)
         guarded_sink.sink.collect_from(self.collect)
         # Each call, with the batches of its recording block.
         self._entries: deque[_Entry | SeriesGroup] = deque()
@@ -183,7 +185,7 @@ class Journal:
                 waits = waits and entry.is_copied
         if not (self._can_wait and waits) or self._guarded_sink.sink.has_failed:
             return True
-        return self._bytes > MAX_BYTES or not 0 <= now - self._since <= MAX_SECONDS
+        return self._bytes > self._max_bytes or not 0 <= now - self._since <= MAX_SECONDS
 
     def _add_to_series(
         self,

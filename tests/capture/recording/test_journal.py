@@ -99,17 +99,35 @@ def test_inline_gates_are_those_of_the_weights_whatever_the_states_tell(dear) ->
     assert trace.calls["weights"].tolist() == [0, 1]
 
 
-def test_what_waits_behind_a_call_is_bounded(dear, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(journal, "MAX_BYTES", 64 * 1024)
+def test_what_waits_behind_a_call_is_bounded(dear, tmp_path) -> None:
     model = nn.ModuleDict({"cell": nn.GRUCell(3, 8), "layer": nn.GRU(3, 64)})
     x = torch.randn(20, 4, 3)
-    with torch.no_grad(), grutrace.trace(model, tmp_path / "a.h5", gates="deferred") as trace:
+    options = {"gates": "deferred", "buffer": "64 KiB"}
+    with torch.no_grad(), grutrace.trace(model, tmp_path / "a.h5", **options) as trace:
         for call in range(30):
             if call < 3:
                 model["cell"](x[0])
             model["layer"](x)
             assert trace._journal.nbytes <= 64 * 1024 + 2 * 20 * 4 * (64 + 3) * 4
     assert len(trace.calls) == 33
+
+
+@pytest.mark.parametrize("gates", ["inline", "deferred"])
+def test_a_decoder_that_does_not_stop_is_bounded(gates, patient) -> None:
+    cell, state = nn.GRUCell(3, 8), torch.zeros(4, 8)
+    found = set()
+    with torch.no_grad(), grutrace.trace(cell, gates=gates, buffer="16 KiB") as trace:
+        for _ in range(500):
+            state = cell(torch.zeros(4, 3), state)
+            found.add(trace._journal.nbytes)
+        assert len(trace.calls) == 500
+    assert 8 * 1024 < max(found) <= 16 * 1024
+
+
+@pytest.mark.parametrize("buffer", [-1, "much", None, 2.5])
+def test_a_wrong_buffer_is_one_error(buffer) -> None:
+    with pytest.raises(grutrace.OptionError, match="buffer: expected a number of bytes, or a text"):
+        grutrace.Tracer(nn.GRU(2, 3), buffer=buffer)
 
 
 def test_nothing_waits_for_long(dear, monkeypatch) -> None:
