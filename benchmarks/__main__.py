@@ -15,7 +15,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import analysis, choice, growth, measure, memory, scale, start, storage
+from benchmarks import (
+    analysis,
+    choice,
+    growth,
+    interventions,
+    measure,
+    memory,
+    scale,
+    start,
+    storage,
+)
 from benchmarks.about import about
 from benchmarks.figures import Figure
 from benchmarks.pairs import BUDGET, FEWEST, LIMIT, PAIRS
@@ -33,10 +43,11 @@ OTHERS: dict[str, Callable[[], Iterable[Figure]]] = {
     "memory": memory.figures,
     "growth": growth.figures,
     "analysis": analysis.figures,
+    "interventions": interventions.figures,
 }
 
-#: Sections that are measured only if they are named. Together they take four minutes.
-ASIDE = ("scale", "analysis")
+#: Sections that are measured only if they are named. Together they take five minutes.
+ASIDE = ("scale", "analysis", "interventions")
 
 
 def run(

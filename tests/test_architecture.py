@@ -80,7 +80,7 @@ ALLOWED = {
         *("capture/recording", "capture/trace_output", "capture/model_recorder"),
     },
     "intervention": {
-        *("storage/read", "gru", "capture/options", "capture/kernel_calls"),
+        *("native", "storage/read", "gru", "capture/options", "capture/kernel_calls"),
         "capture/selection",
     },
     "analysis/engine": {"storage/interfaces", "storage/read", "arrays"},

@@ -51,6 +51,11 @@ class BoundSetting:
             if is_uniform and bool((positions[1:] > positions[:-1]).all()):
                 self._first, self._positions = int(steps[0]), tuple(positions.tolist())
 
+    @property
+    def is_for_all_sequences(self) -> bool:
+        """Whether it applies to all sequences wherever it applies to one."""
+        return self._progress is None or self._first is not None
+
     def covers_all(self, time: int) -> bool:
         """Whether it applies to all sequences at a time."""
         if self._progress is None:

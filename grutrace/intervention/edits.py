@@ -14,7 +14,7 @@ from torch import Tensor
 from grutrace.errors import OptionError
 from grutrace.intervention.bound import BoundSetting, Rows
 from grutrace.intervention.settings import Setting
-from grutrace.intervention.values import Constant, Context, Values, is_nan
+from grutrace.intervention.values import Constant, Context, Function
 
 
 class Changes:
@@ -22,28 +22,33 @@ class Changes:
 
     Attributes:
         any: Whether one returned other values than those it was given, or may have.
-        nans: Of each result of a function, whether it has a NaN, and the setting and step.
+        results: What functions returned, with the setting and the step.
     """
 
     def __init__(self) -> None:
         self.any = False
-        self.nans: list[tuple[Tensor, Setting, int]] = []
+        self.results: list[tuple[Tensor, Setting, int]] = []
 
-    def require_numbers(self) -> None:
-        """Require that no value is NaN.
+    def require_numbers(self, output: Tensor, read: Sequence[Tensor | None]) -> None:
+        """Require that no function has made the states NaN.
+
+        Args:
+            output: The states.
+            read: What the layer read.
 
         Raises:
-            OptionError: One is.
+            OptionError: One has.
         """
-        if not self.nans:
+        if not self.results or not output.detach().isnan().any():
             return
-        flags = torch.stack([flag for flag, _, _ in self.nans]).tolist()
-        if any(flags):
-            _, setting, step = self.nans[flags.index(True)]
-            raise OptionError(
-                f"{setting.what}: expected a function that returns numbers, found NaN at step "
-                f"{step}"
-            )
+        if any(bool(values.detach().isnan().any()) for values in read if values is not None):
+            return
+        for result, setting, step in self.results:
+            if result.detach().isnan().any():
+                raise OptionError(
+                    f"{setting.what}: expected a function that returns numbers, found NaN at step "
+                    f"{step}"
+                )
 
 
 class Edit:
@@ -69,7 +74,10 @@ class Edit:
     def __call__(self, values: Tensor) -> Tensor:
         """Return the values, (b, H), with those that are set."""
         if self._number is None:
-            return self._set(values)
+            changed = self._set(values)
+            # A copy, because the user may change it later.
+            is_whole = self._rows.rows is None and self._setting.units is None
+            return changed.clone() if is_whole and changed is not values else changed
         self._changes.any = True
         if self.total is not None:
             return torch.full_like(values, self._number)
@@ -127,12 +135,12 @@ class Edit:
         if result is given:
             return values
         self._changes.any = True
-        if not isinstance(setting.value, Values):
-            self._changes.nans.append((is_nan(result, given), setting, rows.step))
-        result = result.expand(given.shape)
+        if isinstance(setting.value, Function):
+            self._changes.results.append((result, setting, rows.step))
+        if result.shape != given.shape:
+            result = result.expand(given.shape)
         if row_index is None and unit_index is None:
-            # The caller changes it in place.
-            return result.clone()
+            return result
         all_rows = torch.arange(len(values), device=device) if row_index is None else row_index
         all_units = (
             torch.arange(values.shape[1], device=device) if unit_index is None else unit_index
@@ -159,14 +167,14 @@ class EditsByTime:
     """
 
     def __init__(self, bound: Sequence[BoundSetting], changes: Changes) -> None:
-        self._bound, self._changes = bound, changes
+        self.bound, self.changes = bound, changes
 
     def __call__(self, time: int) -> Edits:
         """Return what is set at a time, by quantity."""
         edits: dict[str, list[Edit]] = {}
-        for one in self._bound:
+        for one in self.bound:
             for rows in one.rows(time):
-                edit = Edit(one.setting, rows, self._changes)
+                edit = Edit(one.setting, rows, self.changes)
                 edits.setdefault(one.setting.quantity, []).append(edit)
         return edits or NO_EDITS
 

@@ -17,11 +17,8 @@ from grutrace.gru.kernel import Layer
 from grutrace.intervention.bound import BoundSetting, Rows
 from grutrace.intervention.edits import Changes, EditsByTime
 from grutrace.intervention.recorded_gates import gates_as_set
-from grutrace.intervention.shadow import (
-    StepGates,
-    StepOrder,
-    run_direction,
-)
+from grutrace.intervention.shadow import run_direction
+from grutrace.intervention.steps import StepGates, StepOrder
 
 
 class PreparedIntervention:
@@ -157,7 +154,8 @@ class PreparedIntervention:
             self._call.needs_gates,
             self._call.is_cell,
         )
-        changes.require_numbers()
+        read = input, call.cell_initial(number, reverse), *call.cell_weights(number, reverse)
+        changes.require_numbers(result.output, read)
         output, final = result.output, result.final
         if kernel is not None and changes.any:
             output, final = self._with_untouched(bound, order, kernel, output, final)

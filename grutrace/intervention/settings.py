@@ -41,6 +41,7 @@ class Setting:
         sequences: The sequences; None for all.
         tokens: Tokens of the sequences, for functions.
         masks: Masks of the units and rows, which `edits` makes.
+        held: What is held with other settings, which `held_steps` makes.
     """
 
     site: str
@@ -54,6 +55,7 @@ class Setting:
     sequences: tuple[int, ...] | None
     tokens: Tokens | None
     masks: dict[Any, Tensor] = field(default_factory=dict)
+    held: dict[tuple[bool, ...], Any] = field(default_factory=dict)
 
     @property
     def what(self) -> str:

@@ -9,8 +9,7 @@ T steps, B sequences in a batch, I input size, H hidden size, N rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,16 +17,9 @@ from torch.autograd import forward_ad
 from torch.nn.functional import linear, pad
 
 from grutrace.gru.kernel import CellWeights
-from grutrace.intervention.edits import Edits
-
-
-class StepGates(NamedTuple):
-    """The gates of one step as they were set, and the state before it was set, (b, H) each."""
-
-    reset: Tensor
-    update: Tensor
-    candidate: Tensor
-    computed_hidden: Tensor
+from grutrace.intervention.edits import Edits, EditsByTime
+from grutrace.intervention.held_steps import can_hold, run_held_steps
+from grutrace.intervention.steps import DirectionResult, StepGates, StepOrder, input_product
 
 
 def run_step(
@@ -77,42 +69,12 @@ def _apply(values: Tensor, edits: Edits, quantity: str) -> Tensor:
     return values
 
 
-class StepOrder(NamedTuple):
-    """The steps of one direction of a call, in the order in which it makes them.
-
-    Attributes:
-        times: The time of each.
-        sizes: (T,) by time, the number of sequences that have it.
-        reverse: Whether it is the reverse direction.
-        padded: Whether all sequences have all times.
-    """
-
-    times: range
-    sizes: Sequence[int]
-    reverse: bool
-    padded: bool
-
-
-class DirectionResult(NamedTuple):
-    """States of one direction of a layer.
-
-    Attributes:
-        output: (T, B, H) or (N, H).
-        final: (B, H)
-        gates: By time, the gates of the steps that were run.
-    """
-
-    output: Tensor
-    final: Tensor
-    gates: dict[int, StepGates]
-
-
 def run_direction(
     input: Tensor,
     initial: Tensor,
     weights: CellWeights,
     order: StepOrder,
-    edits: Callable[[int], Edits],
+    edits: EditsByTime,
     kernel: tuple[Tensor, Tensor] | None,
     start: int,
     keep_gates: bool,
@@ -132,6 +94,19 @@ def run_direction(
         is_cell: Whether the kernel is that of a cell.
     """
     if _can_run_in_place(input, initial, weights):
+        if can_hold(edits.bound, input, initial):
+            edits.changes.any = True
+            return run_held_steps(
+                input,
+                initial,
+                weights,
+                order,
+                edits.bound,
+                kernel,
+                start,
+                keep_gates=keep_gates,
+                is_cell=is_cell,
+            )
         return run_in_place(
             input,
             initial,
@@ -143,11 +118,8 @@ def run_direction(
             keep_gates=keep_gates,
             is_cell=is_cell,
         )
-    if is_cell:
-        products: Sequence[Tensor] = [linear(input[0], weights.weight_ih, weights.bias_ih)]
-    else:
-        product = linear(input, weights.weight_ih, weights.bias_ih)
-        products = product.unbind(0) if order.padded else torch.split(product, list(order.sizes))
+    product = input_product(input, weights, is_cell=is_cell)
+    products = product.unbind(0) if order.padded else torch.split(product, list(order.sizes))
     outputs: list[Tensor] = []
     gates: dict[int, StepGates] = {}
     ended: list[Tensor] = []
@@ -188,7 +160,7 @@ def run_in_place(
     initial: Tensor,
     weights: CellWeights,
     order: StepOrder,
-    edits: Callable[[int], Edits],
+    edits: EditsByTime,
     kernel: tuple[Tensor, Tensor] | None,
     start: int,
     *,
@@ -210,8 +182,7 @@ def run_in_place(
     """
     size = initial.shape[-1]
     sizes = list(order.sizes)
-    product = linear(input[0] if is_cell else input, weights.weight_ih, weights.bias_ih)
-    product = product.view(*input.shape[:-1], 3 * size)
+    product = input_product(input, weights, is_cell=is_cell)
     output = input.new_empty((*input.shape[:-1], size))
     parts = product.chunk(3, -1)
     if order.padded:

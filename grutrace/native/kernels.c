@@ -80,6 +80,19 @@ typedef struct {
     double *checks;
 } replay_block;
 
+/* Steps of a layer whose gates are held at some units: memory that they use again. */
+typedef struct {
+    /* (batch, 3 * units): the product of the state before, which reset, update and candidate replace. */
+    float *product;
+    /* (batch, units): the state before, which the state after replaces. */
+    float *state;
+    /* Of reset, update, candidate and state, (units,): all bits are set where it is held, and the value.
+     * NULL for one that is not held. */
+    const int32_t *masks[4];
+    const float *values[4];
+    int64_t batch, units;
+} held_step;
+
 /* Memory for alike calls of one step, one after another. Sizes are in bytes. */
 typedef struct {
     /* Of each call, (batch, its width): the input, the states before and after, and reset, update and
@@ -108,6 +121,7 @@ typedef struct {
     void (*add_powers_f32)(const float *, int64_t, int64_t, const double *, double *);
     void (*add_powers_f64)(const double *, int64_t, int64_t, const double *, double *);
     int (*replay)(const replay_block *);
+    void (*held_step)(const held_step *, const float *, float *);
 } function_table;
 
 #define CONCATENATE_(a, b) a##_##b
@@ -326,3 +340,9 @@ EXPORT void grutrace_add_powers_f64(const double *values, int64_t rows, int64_t 
 
 /* Work out gates and checks from products. Returns whether all values are finite. */
 EXPORT int64_t grutrace_replay(const replay_block *block) { return functions->replay(block); }
+
+/* Make one step from its products: that of the input, (batch, 3 * units), and that in `step`. The state
+ * is also copied to `output`, (batch, units). */
+EXPORT void grutrace_held_step(const held_step *step, const float *input, float *output) {
+    functions->held_step(step, input, output);
+}

@@ -104,6 +104,88 @@ static inline REALS WITH_ISA(tanh)(REALS x) {
     return SELECT(size < 0.625f, near, far);
 }
 
+/* LANES units of one row of a held step, from their places in the memory of the row. */
+static inline void WITH_ISA(held_lanes)(const float *input, float *product, const float *before,
+                                        float *state, int64_t units, const int32_t *const *masks,
+                                        const float *const *values) {
+    REALS gates[4], previous = LOAD(before);
+    for (int gate = 0; gate < 4; gate++) {
+        REALS value;
+        if (gate < 2) {
+            value = WITH_ISA(sigmoid)(LOAD(input + gate * units) + LOAD(product + gate * units));
+        } else if (gate == 2) {
+            REALS recurrent = LOAD(product + 2 * units) * gates[0];
+            value = WITH_ISA(tanh)(LOAD(input + 2 * units) + recurrent);
+        } else {
+            value = (previous - gates[2]) * gates[1] + gates[2];
+        }
+        if (masks[gate] != NULL) {
+            INTEGERS mask;
+            memcpy(&mask, masks[gate], sizeof mask);
+            value = SELECT(mask, LOAD(values[gate]), value);
+        }
+        gates[gate] = value;
+    }
+    for (int gate = 0; gate < 3; gate++) {
+        memcpy(product + gate * units, gates + gate, sizeof(REALS));
+    }
+    memcpy(state, gates + 3, sizeof(REALS));
+}
+
+/* The last `lanes` units of a row, fewer than LANES. */
+static void WITH_ISA(held_rest)(const float *input, float *product, const float *before,
+                                float *state, int64_t units, const int32_t *const *masks,
+                                const float *const *values, int64_t lanes) {
+    float products[2][3 * LANES] = {{0}}, states[2][LANES] = {{0}}, own_values[4][LANES] = {{0}};
+    int32_t own_masks[4][LANES] = {{0}};
+    const int32_t *mask_rows[4];
+    const float *value_rows[4];
+    size_t size = (size_t)lanes * sizeof(float);
+    for (int64_t gate = 0; gate < 3; gate++) {
+        memcpy(products[0] + gate * LANES, input + gate * units, size);
+        memcpy(products[1] + gate * LANES, product + gate * units, size);
+    }
+    for (int gate = 0; gate < 4; gate++) {
+        mask_rows[gate] = masks[gate] == NULL ? NULL : own_masks[gate];
+        value_rows[gate] = own_values[gate];
+        if (masks[gate] != NULL) {
+            memcpy(own_masks[gate], masks[gate], size);
+            memcpy(own_values[gate], values[gate], size);
+        }
+    }
+    memcpy(states[0], before, size);
+    WITH_ISA(held_lanes)(products[0], products[1], states[0], states[1], LANES, mask_rows, value_rows);
+    for (int64_t gate = 0; gate < 3; gate++) {
+        memcpy(product + gate * units, products[1] + gate * LANES, size);
+    }
+    memcpy(state, states[1], size);
+}
+
+static void WITH_ISA(held_step)(const held_step *step, const float *input, float *output) {
+    int64_t units = step->units;
+    for (int64_t row = 0; row < step->batch; row++) {
+        const float *own_input = input + row * 3 * units;
+        float *product = step->product + row * 3 * units;
+        float *state = step->state + row * units;
+        for (int64_t u = 0; u < units; u += LANES) {
+            const int32_t *masks[4];
+            const float *values[4];
+            for (int gate = 0; gate < 4; gate++) {
+                masks[gate] = step->masks[gate] == NULL ? NULL : step->masks[gate] + u;
+                values[gate] = step->values[gate] == NULL ? NULL : step->values[gate] + u;
+            }
+            if (u + LANES <= units) {
+                WITH_ISA(held_lanes)(own_input + u, product + u, state + u, state + u, units, masks,
+                                     values);
+            } else {
+                WITH_ISA(held_rest)(own_input + u, product + u, state + u, state + u, units, masks,
+                                    values, units - u);
+            }
+        }
+        memcpy(output + row * units, state, (size_t)units * sizeof(float));
+    }
+}
+
 /* Everything that is worked out of LANES units of one step. */
 typedef struct {
     REALS off, products, recurrent, sum;
@@ -223,4 +305,5 @@ static const function_table WITH_ISA(table) = {
     CONCATENATE(add_powers_f32, ISA),
     CONCATENATE(add_powers_f64, ISA),
     WITH_ISA(replay),
+    WITH_ISA(held_step),
 };

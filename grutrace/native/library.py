@@ -88,6 +88,19 @@ class ReplayBlock(ctypes.Structure):
     ]
 
 
+class HeldStep(ctypes.Structure):
+    """Steps whose gates are held at some units; `held_step` in kernels.c."""
+
+    _fields_ = [
+        ("product", _address),
+        ("state", _address),
+        ("masks", _address * 4),
+        ("values", _address * 4),
+        ("batch", _integer),
+        ("units", _integer),
+    ]
+
+
 class CopyPlan(ctypes.Structure):
     """The copies of a call; `copy_plan` in kernels.c."""
 
@@ -131,6 +144,7 @@ class Library:
         count: By NumPy type: counts values unit by unit.
         add_powers: By NumPy type: adds up powers about the mean, unit by unit.
         replay: Works out gates and checks from products in float32, as a `ReplayBlock` says.
+        held_step: Makes a step whose gates are held at some units in float32, as a `HeldStep` says.
         add_call: Copies a call of one step to a `CallSeries`. Keeps the GIL, since to give it away
             takes longer than the work.
     """
@@ -141,6 +155,7 @@ class Library:
     count: dict[str, Callable[..., None]]
     add_powers: dict[str, Callable[..., None]]
     replay: Callable[..., int]
+    held_step: Callable[..., None]
     add_call: Callable[..., int]
 
 
@@ -193,6 +208,7 @@ def _describe(library: ctypes.CDLL, held: ctypes.PyDLL, wanted: str) -> Library 
         by_type("count", count),
         by_type("add_powers", [_address, _integer, _integer, _address, _address]),
         _function(library.grutrace_replay, [_address], _integer),
+        _function(library.grutrace_held_step, [_address, _address, _address]),
         _function(held.grutrace_add_call, [_address, _integer, *[_address] * 5], _integer),
     )
 

@@ -146,6 +146,28 @@ static void run_calls(int64_t batch, int64_t width, int64_t units, int64_t gates
     }
 }
 
+static void run_held(int64_t batch, int64_t units, int held) {
+    float *product = filled(3 * batch * units, 4, 1), *state = filled(batch * units, 4, 1);
+    float *input = filled(3 * batch * units, 4, 1), *output = filled(batch * units, 4, 0);
+    float *values = filled(units, 4, 1);
+    int32_t *masks = malloc((size_t)units * sizeof *masks);
+    for (int64_t unit = 0; unit < units; unit++) {
+        masks[unit] = unit % 2 ? -1 : 0;
+    }
+    held_step step = {product, state, {NULL}, {NULL}, batch, units};
+    for (int gate = 0; gate < held; gate++) {
+        step.masks[gate] = masks;
+        step.values[gate] = values;
+    }
+    grutrace_held_step(&step, input, output);
+    if (memcmp(state, output, (size_t)(batch * units) * sizeof *state) != 0 ||
+        (held == 4 && units > 1 && state[1] != values[1])) {
+        printf("wrong states of a held step\n");
+        exit(1);
+    }
+    free(product), free(state), free(input), free(output), free(values), free(masks);
+}
+
 int main(int count, char **arguments) {
     const char *names[] = {"portable", "avx2", "avx512"};
     int64_t sizes[] = {1, 3, 8, 16, 17, 37, 64};
@@ -168,6 +190,8 @@ int main(int count, char **arguments) {
                 run_states(steps, 3, sizes[i], steps % 3 == 0);
                 run_copies(steps, 3, sizes[i], 1 + steps % 3);
                 run_calls(steps, 2, sizes[i], steps % 3);
+                run_held(steps, sizes[i], 0);
+                run_held(steps, sizes[i], 4);
                 for (int64_t grouping = 0; grouping < 3; grouping++) {
                     run_replay(steps, 3, sizes[i], grouping);
                 }

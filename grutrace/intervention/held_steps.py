@@ -1,0 +1,223 @@
+"""Steps with gates that are held at constants, in the compiled library.
+
+Per step there is one matrix product and one call of the library. The sigmoids and tanh differ from
+those of PyTorch in the last digits.
+
+T steps, B sequences in a batch, I input size, H hidden size, N rows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grutrace.gru.kernel import CellWeights
+from grutrace.intervention.bound import BoundSetting
+from grutrace.intervention.steps import DirectionResult, StepGates, StepOrder, input_product
+from grutrace.intervention.values import Constant
+from grutrace.native.library import HeldStep, load
+from grutrace.records import DEFAULT_RECORD
+
+
+class _Held(NamedTuple):
+    """What is held at some steps.
+
+    Attributes:
+        masks: Of reset, update, candidate and hidden, (H,): -1 where it is held, else 0; None for
+            one that is not held.
+        values: The values, likewise.
+    """
+
+    masks: list[Tensor | None]
+    values: list[Tensor | None]
+
+
+def can_hold(bound: Sequence[BoundSetting], input: Tensor, initial: Tensor) -> bool:
+    """Whether the library can run the steps of a direction without gradients.
+
+    Args:
+        bound: The settings of the direction.
+        input: Of the layer.
+        initial: Of the direction.
+    """
+    return (
+        load() is not None
+        and input.device.type == "cpu"
+        and input.dtype == initial.dtype == torch.float32
+        and initial.numel() > 0
+        and all(
+            isinstance(one.setting.value, Constant)
+            and one.setting.quantity in DEFAULT_RECORD
+            and one.is_for_all_sequences
+            for one in bound
+        )
+    )
+
+
+def run_held_steps(
+    input: Tensor,
+    initial: Tensor,
+    weights: CellWeights,
+    order: StepOrder,
+    bound: Sequence[BoundSetting],
+    kernel: tuple[Tensor, Tensor] | None,
+    start: int,
+    *,
+    keep_gates: bool,
+    is_cell: bool,
+) -> DirectionResult:
+    """Run the steps from the first one that is set, as `grutrace.intervention.shadow` does.
+
+    Args:
+        input: (T, B, I) or (N, I)
+        initial: (B, H)
+        weights: Of the direction.
+        order: The steps.
+        bound: The settings of the direction, for which `can_hold` is True.
+        kernel: The kernel's output and final states of this direction; None if `start` is 0.
+        start: Index, in this order, of the first step to run.
+        keep_gates: Whether the gates are returned.
+        is_cell: Whether the kernel is that of a cell.
+    """
+    library = load()
+    assert library is not None
+    size, sizes = initial.shape[-1], list(order.sizes)
+    inputs = input_product(input, weights, is_cell=is_cell).contiguous()
+    output = torch.empty((*input.shape[:-1], size))
+    state, product = torch.empty_like(initial), torch.empty(len(initial), 3 * size)
+    starts = _row_starts(sizes)
+    _begin(state, initial, order, kernel, start, starts)
+    if start:
+        assert kernel is not None
+        _copy_untouched(output, kernel[0], order, start, starts)
+    weight, bias = weights.weight_hh.t(), weights.bias_hh
+    block = HeldStep(product.data_ptr(), state.data_ptr())
+    block.units = size
+    address = ctypes.addressof(block)
+    input_address, output_address, row_bytes = inputs.data_ptr(), output.data_ptr(), 4 * size
+    gates: dict[int, StepGates] = {}
+    held: dict[tuple[bool, ...], _Held] = {}
+    present: tuple[bool, ...] | None = None
+    state_rows, product_rows = state, product
+    block.batch = len(state)
+    varies = any(one.setting.steps is not None for one in bound)
+    applied = (True,) * len(bound)
+    for time in order.times[start:]:
+        if sizes[time] != len(state_rows):
+            state_rows, product_rows = state[: sizes[time]], product[: sizes[time]]
+            block.batch = sizes[time]
+        if varies:
+            applied = tuple([bool(one.rows(time)) for one in bound])
+        if applied != present:
+            present = applied
+            if applied not in held:
+                held[applied] = _held_at(bound, applied, size)
+            _point_to(block, held[applied])
+        if bias is None:
+            torch.mm(state_rows, weight, out=product_rows)
+        else:
+            torch.addmm(bias, state_rows, weight, out=product_rows)
+        previous = state_rows.clone() if keep_gates else None
+        row = starts[time]
+        library.held_step(
+            address, input_address + 3 * row * row_bytes, output_address + row * row_bytes
+        )
+        if previous is not None:
+            gates[time] = _step_gates(product_rows, previous)
+    return DirectionResult(output, state, gates)
+
+
+def _row_starts(sizes: Sequence[int]) -> list[int]:
+    """Return the row of each time's first sequence."""
+    starts, row = [], 0
+    for size in sizes:
+        starts.append(row)
+        row += size
+    return starts
+
+
+def _begin(
+    state: Tensor,
+    initial: Tensor,
+    order: StepOrder,
+    kernel: tuple[Tensor, Tensor] | None,
+    start: int,
+    starts: Sequence[int],
+) -> None:
+    """Fill in the states before the first step that is run.
+
+    Sequences that are over have their final states, and those that begin later their initial ones.
+    """
+    state.copy_(initial)
+    if not start:
+        return
+    assert kernel is not None
+    if not order.reverse:
+        state.copy_(kernel[1])
+    time = order.times[start - 1]
+    rows = order.sizes[time]
+    before = kernel[0][time] if order.padded else kernel[0][starts[time] : starts[time] + rows]
+    state[:rows] = before
+
+
+def _copy_untouched(
+    output: Tensor, kernel: Tensor, order: StepOrder, start: int, starts: Sequence[int]
+) -> None:
+    """Copy the kernel's output of the steps before the first one that is run."""
+    first = order.times[start]
+    boundary = first + order.reverse
+    if not order.padded:
+        boundary = starts[first] + order.sizes[first] * order.reverse
+    untouched = slice(boundary, None) if order.reverse else slice(0, boundary)
+    output[untouched] = kernel[untouched]
+
+
+def _held_at(bound: Sequence[BoundSetting], applied: tuple[bool, ...], size: int) -> _Held:
+    """Return what is held where these settings apply. It is kept for the next call."""
+    settings = [one.setting for one in bound]
+    kept = settings[0].held.get(applied)
+    if kept is not None and _are_same(kept[0], settings):
+        held: _Held = kept[1]
+        return held
+    made = _hold(bound, applied, size)
+    settings[0].held[applied] = settings, made
+    return made
+
+
+def _are_same(first: Sequence[object], second: Sequence[object]) -> bool:
+    return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))
+
+
+def _hold(bound: Sequence[BoundSetting], applied: Sequence[bool], size: int) -> _Held:
+    """Return what is held where these settings apply, the last one taking effect."""
+    masks: list[Tensor | None] = [None] * len(DEFAULT_RECORD)
+    values: list[Tensor | None] = [None] * len(DEFAULT_RECORD)
+    for one, is_applied in zip(bound, applied, strict=True):
+        value = one.setting.value
+        if not is_applied or not isinstance(value, Constant):
+            continue
+        index = DEFAULT_RECORD.index(one.setting.quantity)
+        mask, own = masks[index], values[index]
+        if mask is None or own is None:
+            mask, own = torch.zeros(size, dtype=torch.int32), torch.zeros(size)
+        units = list(one.setting.unit_numbers)
+        mask[units], own[units] = -1, value.number
+        masks[index], values[index] = mask, own
+    return _Held(masks, values)
+
+
+def _point_to(block: HeldStep, held: _Held) -> None:
+    for index, (mask, values) in enumerate(zip(*held, strict=True)):
+        block.masks[index] = None if mask is None else mask.data_ptr()
+        block.values[index] = None if values is None else values.data_ptr()
+
+
+def _step_gates(product: Tensor, previous: Tensor) -> StepGates:
+    """Return copies of the gates of a step, and the state that they lead to."""
+    reset, update, candidate = (gate.clone() for gate in product.chunk(3, 1))
+    computed = (previous - candidate).mul_(update).add_(candidate)
+    return StepGates(reset, update, candidate, computed)
