@@ -46,7 +46,7 @@ class BoundSetting:
         self._first: int | None = None
         self._positions: tuple[int, ...] = ()
         if progress is not None and len(progress.steps) and setting.sequences is None:
-            steps, positions = progress
+            steps, positions = progress.steps, progress.positions
             is_uniform = bool((steps == steps[0]).all())
             if is_uniform and bool((positions[1:] > positions[:-1]).all()):
                 self._first, self._positions = int(steps[0]), tuple(positions.tolist())

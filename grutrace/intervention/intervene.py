@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,7 +16,12 @@ from grutrace.capture.kernel_calls import compiled_graphs
 from grutrace.capture.kernel_calls.observation import KernelRun
 from grutrace.capture.kernel_calls.replacement import InterceptedCall, PreparedCall, Replacement
 from grutrace.capture.kernel_calls.subscription import Subscription
-from grutrace.capture.kernel_calls.torch_context import SkippedCall
+from grutrace.capture.kernel_calls.torch_context import (
+    SkippedCall,
+    is_wrapped,
+    isolated_context,
+    unwrap_functorch,
+)
 from grutrace.capture.selection import SelectedModule
 from grutrace.errors import GrutraceWarning, StateError, UnsupportedError, join_names
 from grutrace.intervention.bound import BoundSetting
@@ -24,6 +30,7 @@ from grutrace.intervention.selection import Numbers, Steps
 from grutrace.intervention.settings import Setting, make_settings
 from grutrace.intervention.step_counter import Progress, StepCounter
 from grutrace.intervention.values import Align, Tokens, Values
+from grutrace.reprs import wrap_text
 
 
 class ModuleIntervention:
@@ -67,8 +74,9 @@ class ModuleIntervention:
                 return
             for intervention, progress in noted:
                 if progress is not None:
-                    with intervention._lock:
-                        intervention._counter.add(final, progress, lengths[columns])
+                    with intervention._lock, _context_of(final):
+                        own = unwrap_functorch(final)
+                        intervention._counter.add(own, progress, lengths[columns])
 
         prepared = PreparedIntervention(call, settings, finish)
         for intervention, _ in noted:
@@ -81,8 +89,22 @@ class ModuleIntervention:
             return None
         if call.call.bidirectional:
             return Progress(np.zeros(len(columns), np.int64), columns)
-        with self._lock:
-            return self._counter.before(call.call.initial, columns)
+        initial = call.call.initial
+        with self._lock, _context_of(initial):
+            progress = self._counter.before(unwrap_functorch(initial), columns)
+        if call.is_recompute and call.call.num_steps == 1 and not progress.is_known:
+            # Counting from 0 could set other steps than the forward pass did.
+            raise UnsupportedError(
+                "activation checkpointing recomputes one step of a decoder, and the state that it "
+                "starts from is no longer known: set gates at all steps, by a number or an array "
+                "without steps, or do not checkpoint single steps"
+            )
+        return progress
+
+
+def _context_of(states: Tensor) -> AbstractContextManager[None]:
+    """Return a context in which states inside a transform of torch.func can be read."""
+    return isolated_context() if is_wrapped(states) else nullcontext()
 
 
 def _sizes(call: InterceptedCall) -> list[int]:
@@ -104,6 +126,10 @@ class Intervention:
         self._by_module = by_module
         self._modules: list[ModuleIntervention] = []
         self._subscriptions: list[Subscription | compiled_graphs.EagerCode] = []
+
+    def __repr__(self) -> str:
+        settings = [setting.what for _, settings in self._by_module for setting in settings]
+        return wrap_text(f"<intervention: {join_names(settings)}>")
 
     def __enter__(self) -> Self:
         if self._subscriptions:

@@ -25,6 +25,10 @@ from grutrace.records import GATES
 SETTABLE = (*(f"{gate}_preactivation" for gate in GATES), *GATES, "hidden")
 
 
+#: Options of `intervene`.
+OPTIONS = ("units", "steps", "sequences", "tokens", "align")
+
+
 @dataclass(frozen=True, eq=False)
 class Setting:
     """One quantity of one site, and the value that it is set to.
@@ -162,9 +166,10 @@ def _by_glob(
             raise OptionError(f"{glob}: expected a value of one of {allowed}; found none")
         for quantity in values:
             if quantity not in SETTABLE:
-                near = suggest_name(str(quantity), SETTABLE)
+                near = suggest_name(str(quantity), (*SETTABLE, *OPTIONS))
                 raise OptionError(
-                    f"{quantity}: unknown quantity{near}; those that can be set are {allowed}"
+                    f"{quantity}: unknown quantity or option{near}; the quantities are {allowed}, "
+                    f"and the options {', '.join(OPTIONS)}"
                 )
         yield glob, values
     if not pairs:

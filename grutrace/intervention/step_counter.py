@@ -29,10 +29,12 @@ class Progress(NamedTuple):
     Attributes:
         steps: (B,) steps of each before the call.
         positions: (B,) position of each in the batch in which it started.
+        is_known: Whether each sequence continues one, or starts from zeros.
     """
 
     steps: Integers
     positions: Integers
+    is_known: bool = True
 
 
 class _Ended(NamedTuple):
@@ -63,8 +65,6 @@ class StepCounter:
             positions: (B,) the user's batch index of each of the kernel's sequences.
         """
         new = Progress(np.zeros(len(positions), np.int64), positions)
-        if not self._ended:
-            return new
         for ended in reversed(self._ended):
             if _is_same(initial, ended) and len(ended.progress.steps) == len(positions):
                 return ended.progress
@@ -91,7 +91,7 @@ class StepCounter:
                     steps[row] = ended.progress.steps[source]
                     positions[row] = ended.progress.positions[source]
                     del remaining[row]
-        return Progress(steps, positions)
+        return Progress(steps, positions, not remaining)
 
     def add(self, final: Tensor, progress: Progress, lengths: Integers) -> None:
         """Remember the end of a call.

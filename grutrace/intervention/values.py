@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from numbers import Real
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -94,7 +95,7 @@ class Values:
     """
 
     def __init__(self, values: Tensor, what: str) -> None:
-        self._what = what
+        self._what, self._given = what, tuple(values.shape)
         self._values = values.reshape((1,) * (3 - values.dim()) + tuple(values.shape))
         self.shape = tuple(self._values.shape)
         self.used_steps = 0
@@ -123,7 +124,8 @@ class Values:
                 known += f"{'B' if sequences is None else sequences}, {units}"
                 raise OptionError(
                     f"{self._what}: expected an array that broadcasts to ({known}), (steps, "
-                    f"sequences, units); found {self.shape}, with {size} {name}"
+                    f"sequences, units); found {self._given}, with {size} {name}. One value for "
+                    "each step and unit has the shape (steps, 1, units)"
                 )
 
     def at(self, gate: Tensor, context: Context, index: int, positions: Sequence[int], /) -> Any:
@@ -288,13 +290,28 @@ def make_value(
     if isinstance(value, (bool, str, bytes)) or not (isinstance(value, Real) or callable(value)):
         raise OptionError(
             f"{what}: expected a number, an array, a function of the gate and its context, or a "
-            f"recorded site or sequence; found {short_repr(value)}"
+            "recorded site or sequence, such as trace[site] or trace[site].sequence(0); found "
+            f"{short_repr(value)}"
         )
     if callable(value):
+        _require_two_arguments(value, what)
         return Function(value, what)
     number = float(value)
     _require_finite(torch.tensor(number), quantity, what, str(number))
     return Constant(number)
+
+
+def _require_two_arguments(function: Any, what: str) -> None:
+    try:
+        signature(function).bind(None, None)
+    except TypeError:
+        raise OptionError(
+            f"{what}: expected a function of two arguments, the gate and its context; found "
+            f"{short_repr(function)}"
+        ) from None
+    except ValueError:
+        # Functions in C have no signature.
+        return
 
 
 def _array(value: Any, quantity: str, what: str) -> Values:

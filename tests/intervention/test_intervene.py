@@ -543,6 +543,16 @@ def test_other_contexts(mode: str) -> None:
         assert not torch.equal(run_in_mode(), expected)
 
 
+def test_a_decoder_under_torch_func_counts_its_steps() -> None:
+    model, x = Decoder("cell"), torch.randn(6, 2, 3, dtype=torch.float64)
+    intervention = grutrace.intervene(model, "rnn.cell", update=0.3, steps=slice(2, 4))
+    with intervention:
+        inputs = x.clone().requires_grad_()
+        (expected,) = torch.autograd.grad(model(inputs).sin().sum(), inputs)
+        found = torch.func.grad(lambda x: model(x).sin().sum())(x)
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
+
+
 def test_checkpointing_repeats_the_setting() -> None:
     from torch.utils.checkpoint import checkpoint
 
@@ -552,6 +562,37 @@ def test_checkpointing_repeats_the_setting() -> None:
         output = checkpoint(lambda x: layer(x)[0], x, use_reentrant=False)
         (found,) = torch.autograd.grad(output.sin().sum(), x)
     assert torch.equal(found, expected)
+
+
+def test_checkpointing_single_steps_of_a_decoder_is_exact_or_refused() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    model, x = Decoder("cell"), torch.randn(30, 2, 3, dtype=torch.float64)
+
+    def run(steps: int, cell: Any) -> Tensor:
+        state = torch.ones(2, 5, dtype=torch.float64)
+        for step in x[:steps]:
+            state = cell(step, state)
+        gradients: Tensor = torch.autograd.grad(state.sin().sum(), model.rnn.weight_hh)[0]
+        return gradients
+
+    def checkpointed(step: Tensor, state: Tensor) -> Any:
+        return checkpoint(model.rnn, step, state, use_reentrant=False)
+
+    with grutrace.intervene(model, "rnn.cell", update=0.3, steps=slice(2, None)):
+        expected = run(8, model.rnn)
+    intervention = grutrace.intervene(model, "rnn.cell", update=0.3, steps=slice(2, None))
+    with pytest.raises(grutrace.UnsupportedError, match="no longer known"), intervention:
+        run(30, checkpointed)
+    with grutrace.intervene(model, "rnn.cell", update=0.3):
+        everywhere = run(30, model.rnn)
+        assert torch.equal(run(30, checkpointed), everywhere)
+    assert not torch.equal(expected, everywhere)
+
+
+def test_the_repr() -> None:
+    intervention = grutrace.intervene(LAYER, "*", update=0.0)
+    assert repr(intervention) == "<intervention: update of l0, update of l1>"
 
 
 def test_dropout_between_the_layers_draws_the_same_masks() -> None:
@@ -592,7 +633,9 @@ LAYER = nn.GRU(2, 3, 2)
     [
         ("l7", {"update": 0.0}, r"'l7' matches no site of the model.*l0, l1"),
         ("l0", {}, "expected a value of one of reset_preactivation"),
-        ("l0", {"updat": 0.0}, "unknown quantity .did you mean 'update'"),
+        ("l0", {"updat": 0.0}, "unknown quantity or option .did you mean 'update'"),
+        ("l0", {"update": 0.0, "unit": 3}, "unknown quantity or option .did you mean 'units'"),
+        ("l0", {"update": lambda gate: gate}, "a function of two arguments"),
         ("l0", {"update": "x"}, "update of l0: expected a number, an array, a function"),
         ("l0", {"update": float("nan")}, "update of l0: expected finite numbers, found NaN"),
         ("l0", {"update": np.array([0.0, np.inf, 1])}, "found an infinite value"),

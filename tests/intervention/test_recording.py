@@ -22,7 +22,7 @@ from tests.intervention.loops import initial_states, run_loop, suffixes
 from tests.strategies import Case, cases
 
 EVERYTHING = ("reset", "update", "candidate", "hidden", "input")
-SINKS = [("inline", False), ("background", False), ("inline", True), ("background", True)]
+SINKS = [("inline", False), ("background", False), ("inline", True)]
 
 
 def path_of(tmp_path: Path, to_file: bool) -> Path | None:
