@@ -53,6 +53,12 @@ b 0.89, c -0.98, d -0.51, g -0.69, s -0.87
 t -0.95, n -0.84, y -0.97
 score 1.00, control 0.99
 most frequent kind 0.57
+25 of 371 words change
+closer K L OW1 Z ER0 -> K L OW1 S ER0
+commune K AH0 M Y UW1 N -> K AA1 M Y UW0 N
+compounds K AH0 M P AW1 N D Z -> K AA1 M P AW2 N D Z
+7 %, the median of the others 6 %
+16 of 32 change as many words
 """
 
 
