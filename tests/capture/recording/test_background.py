@@ -325,6 +325,9 @@ TEAMS = """
     import torch, grutrace
     from grutrace.capture.recording import background
     from torch import nn
+    from grutrace.capture import selection
+
+    selection.BACKGROUND_ON_CPU = True
 
     torch.set_num_threads(4)
     if sys.argv[1] == "control":
@@ -520,6 +523,9 @@ PEAK = """
     import torch
     from torch import nn
     import grutrace
+    from grutrace.capture import selection
+
+    selection.BACKGROUND_ON_CPU = True
 
     def peak():
         with open("/proc/self/status") as status:
