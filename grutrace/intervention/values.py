@@ -137,7 +137,9 @@ class Values:
         key = gate.dtype, gate.device
         values = self._converted.get(key)
         if values is None or values.requires_grad:
-            values = self._values.to(device=gate.device, dtype=gate.dtype)
+            # Kept for calls that need gradients, too.
+            with torch.inference_mode(False):
+                values = self._values.to(device=gate.device, dtype=gate.dtype)
             self._converted = {key: values}
         steps, sequences, _ = self.shape
         if steps > 1:

@@ -501,6 +501,17 @@ def test_gradients_flow_as_in_a_loop_of_cells() -> None:
     assert found[1].abs().min() > 0
 
 
+def test_an_array_that_was_used_without_gradients_is_used_with_them() -> None:
+    layer, x = gru(2, 3), torch.randn(4, 2, 2, dtype=torch.float64)
+    with grutrace.intervene(layer, "l0", update=np.float32([0.2, 0.4, 0.6])):
+        with torch.inference_mode():
+            expected = layer(x)[0]
+        output = layer(x)[0]
+        output.sum().backward()
+    assert torch.allclose(output, expected, rtol=0, atol=1e-12)
+    assert layer.weight_hh_l0.grad is not None
+
+
 def test_gradcheck() -> None:
     layer, x = gru(2, 3, 2, bidirectional=True), torch.randn(4, 2, 2, dtype=torch.float64)
 
