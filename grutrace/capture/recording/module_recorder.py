@@ -170,7 +170,7 @@ class ModuleRecorder:
             # A replay reads all weights anyway, and has to read the right ones.
             replays = self._options.gates == "inline" and run.step_gates is None
             exact = replays or (not waits and run.device == "cpu")
-            is_certain = versions.check(run.weights, run.seconds, exact=exact)
+            is_certain = versions.check(run.weights, exact=exact)
             is_new = len(versions.new_versions) > known
             return CheckedWeights(versions, versions.present, is_certain, is_new)
 

@@ -8,7 +8,7 @@ Three things are looked at, from cheap to sure:
    NumPy view and an averaged copy swapped in move no counter, but seldom leave all of these alone.
 3. Every byte, compared with the copy that was kept. That is sure, and reads the weights once more.
 
-The first is done at every call. The third is done when it is cheap compared with the calls since
+The first is done at every call. The third is done when it is cheap compared with the time since
 the last time (see `MAX_COMPARE_FRACTION`), at the first call after a recording begins or a tag
 changes, and before records are appended to the sink. The second is done where the third is not. A
 call between two comparisons is *uncertain*: it gets the version that was known then, and the code
@@ -35,8 +35,12 @@ from torch import Tensor
 from grutrace.capture.recording.tensor_copy import compare
 from grutrace.options import WeightChecks
 
-#: What part of the calls' own time comparisons may take.
+#: What part of the time that passes comparisons may take. In training, most of it passes between
+#: the calls, in backward and the optimizer.
 MAX_COMPARE_FRACTION = 0.05
+
+#: Time that comparisons may take at once, after a pause. Seconds.
+MAX_ALLOWANCE_SECONDS = 0.02
 
 #: What it costs to look at a sample: where comparing every byte takes no longer, that is done.
 SAMPLE_SECONDS = 5e-6
@@ -139,7 +143,8 @@ class WeightVersionTracker:
         self._fingerprint: _WeightFingerprint | None = None
         self._live: list[weakref.ref[Tensor]] = []
         self._due = True
-        self._spent = self._cost = 0.0
+        # Seconds that comparisons may take, when that was worked out, and what one takes.
+        self._allowance, self._time, self._cost = 0.0, time.perf_counter(), 0.0
 
     @property
     def known(self) -> tuple[Version, ...]:
@@ -155,30 +160,31 @@ class WeightVersionTracker:
         """Compare every byte at the next call."""
         self._due = True
 
-    def check(self, weights: list[Tensor], seconds: float, *, exact: bool = False) -> bool:
+    def check(self, weights: list[Tensor], *, exact: bool = False) -> bool:
         """Look at the weights of a call that has just run. Then `present` is its version.
 
         Args:
             weights: What the kernel was given.
-            seconds: How long it ran.
             exact: Whether to compare every byte whatever that costs.
 
         Returns:
             Whether every byte was compared. If not, the call may have used another version.
         """
-        self._spent += seconds
+        began = time.perf_counter()
+        gained = MAX_COMPARE_FRACTION * (began - self._time)
+        self._allowance = min(self._allowance + gained, MAX_ALLOWANCE_SECONDS)
+        self._time = began
         fingerprint = self._fingerprint
         if fingerprint is not None and fingerprint.has_ids_of(weights):
-            budget = max(SAMPLE_SECONDS, MAX_COMPARE_FRACTION * self._spent)
-            if not (exact or self._exact or self._due or self._cost <= budget):
+            is_cheap = self._cost <= max(SAMPLE_SECONDS, self._allowance)
+            if not (exact or self._exact or self._due or is_cheap):
                 if fingerprint.has_sample_of(weights):
                     return False
-            else:
-                began = time.perf_counter()
-                if fingerprint.has_bytes_of(weights):
-                    self._cost = time.perf_counter() - began
-                    self._due, self._spent = False, 0.0
-                    return True
+            elif fingerprint.has_bytes_of(weights):
+                self._cost = time.perf_counter() - began
+                self._allowance = max(0.0, self._allowance - self._cost)
+                self._due = False
+                return True
         self.compare(weights)
         return True
 
@@ -197,7 +203,7 @@ class WeightVersionTracker:
         self._known = (same, *others)
         self._fingerprint = _WeightFingerprint(same.weights, weights)
         self._live = [weakref.ref(weight) for weight in weights]
-        self._due, self._spent = False, 0.0
+        self._due = False
 
     def recheck(self) -> bool:
         """Compare every byte of the weights of the last call as they are now.
@@ -218,7 +224,7 @@ class WeightVersionTracker:
                 and fingerprint.has_ids_of(live)
                 and fingerprint.has_bytes_of(live)
             ):
-                self._due, self._spent = False, 0.0
+                self._due = False
             else:
                 self.compare(live)
         return self._known[0] is before

@@ -19,8 +19,14 @@ def layer() -> nn.GRU:
     return nn.GRU(3, 40)
 
 
+@pytest.fixture(autouse=True)
+def cheap(monkeypatch) -> None:
+    """Every byte is compared at each call."""
+    monkeypatch.setattr(module, "SAMPLE_SECONDS", 1.0)
+
+
 @pytest.fixture
-def only_marks(monkeypatch) -> None:
+def only_marks(monkeypatch, cheap) -> None:
     """Every byte is compared only when it has to be."""
     monkeypatch.setattr(module, "MAX_COMPARE_FRACTION", -1.0)
     monkeypatch.setattr(module, "SAMPLE_SECONDS", -1.0)
@@ -62,7 +68,7 @@ CHANGES = [
 
 
 def look(versions: WeightVersionTracker, layer: nn.GRU, times: int = 1) -> list[bool]:
-    return [versions.check(layer._flat_weights, 1.0) for _ in range(times)]
+    return [versions.check(layer._flat_weights) for _ in range(times)]
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -131,7 +137,7 @@ def test_the_same_values_elsewhere_are_the_same_version(layer: nn.GRU) -> None:
     versions = WeightVersionTracker()
     look(versions, layer)
     layer.load_state_dict(layer.state_dict())
-    versions.check([weight.clone() for weight in layer._flat_weights], 0.0)
+    versions.check([weight.clone() for weight in layer._flat_weights])
     assert versions.present.number == 0
 
 
@@ -139,7 +145,7 @@ def test_numbers_that_are_not_equal_to_themselves_are_no_change(layer: nn.GRU) -
     layer.weight_hh_l0.data[0, 0] = np.nan
     versions = WeightVersionTracker()
     look(versions, layer)
-    versions.check([weight.clone() for weight in layer._flat_weights], 0.0)
+    versions.check([weight.clone() for weight in layer._flat_weights])
     assert versions.present.number == 0
 
 
@@ -147,10 +153,10 @@ def test_tensors_without_a_version_counter() -> None:
     with torch.inference_mode():
         weights = [weight.clone() for weight in nn.GRU(2, 3)._flat_weights]
         versions = WeightVersionTracker()
-        assert versions.check(weights, 0.0)
-        assert versions.check(weights, 0.0)
+        assert versions.check(weights)
+        assert versions.check(weights)
         weights[0][0, 0] += 1
-        assert versions.check(weights, 0.0)
+        assert versions.check(weights)
         assert versions.present.number == 1
 
 
@@ -172,7 +178,7 @@ def test_nothing_keeps_the_weights_alive(layer: nn.GRU) -> None:
         WeightVersionTracker(),
         [flat_weight.detach().clone() for flat_weight in layer._flat_weights],
     )
-    versions.check(weights, 0.0)
+    versions.check(weights)
     del weights
     assert versions.recheck()
 
@@ -192,3 +198,33 @@ def test_an_interruption_after_a_new_version_leaves_its_number_used() -> None:
     tracker.new_versions = versions
     tracker.compare(weights)
     assert [version.number for version in versions] == [0, 1]
+
+
+def test_comparisons_take_a_twentieth_of_the_time(layer: nn.GRU, monkeypatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(module, "SAMPLE_SECONDS", 0.0)
+    versions = WeightVersionTracker()
+    assert look(versions, layer) == [True]
+    # A comparison takes a millisecond.
+    plain = module._WeightFingerprint.has_bytes_of
+
+    def dear(self, weights) -> bool:
+        nonlocal now
+        now += 1e-3
+        return plain(self, weights)
+
+    monkeypatch.setattr(module._WeightFingerprint, "has_bytes_of", dear)
+    compared = 0
+    for _ in range(1000):
+        now += 1e-3
+        compared += look(versions, layer)[0]
+    # Of 1,000 ms and what the comparisons took themselves.
+    assert compared == pytest.approx(1000 * 0.05, rel=0.15)
+    # Where the calls are far apart, as in training, each is compared.
+    for _ in range(10):
+        now += 30e-3
+        assert look(versions, layer) == [True]
+    # A pause does not pay for more than `MAX_ALLOWANCE_SECONDS`.
+    now += 3600
+    assert sum(look(versions, layer, 100)) <= 22
