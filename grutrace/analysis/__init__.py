@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from grutrace.analysis.dynamics.jacobian import jacobian as jacobian
     from grutrace.analysis.dynamics.jacobian import step_jacobians as step_jacobians
     from grutrace.analysis.dynamics.lyapunov import lyapunov as lyapunov
+    from grutrace.analysis.dynamics.modes import modes as modes
     from grutrace.analysis.engine.map_reduce import with_dask as with_dask
     from grutrace.analysis.engine.site_data import SiteArrays as SiteArrays
     from grutrace.analysis.labels.probe import probe as probe
@@ -59,6 +60,7 @@ _MODULES = {
     "label_boundaries": "labels.segmentation",
     "lyapunov": "dynamics.lyapunov",
     "memory_map": "memory.decomposition",
+    "modes": "dynamics.modes",
     "moments": "descriptive.moments",
     "probe": "labels.probe",
     "quantiles": "descriptive.quantiles",

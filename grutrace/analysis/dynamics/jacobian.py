@@ -10,10 +10,7 @@ for a fixed input. (Can, Krishnamurthy and Schwab 2020, "Gating creates slow mod
 phase-space complexity in GRUs and LSTMs", give it for a GRU whose reset gate is applied before the
 recurrent product.)
 
-`GRUMap` is the map from a state to the next at a constant input, with its Jacobian. Its equations
-are PyTorch's (docs/equations.md).
-
-H units, n steps, K states, I input size. All in float64.
+H units, n steps. All in float64.
 """
 
 from __future__ import annotations
@@ -228,43 +225,3 @@ def _spectrum(site: SiteData, sequence: int, step: int) -> tuple[float, float, f
     sizes = np.linalg.svd(matrix, compute_uv=False)
     with np.errstate(divide="ignore"):
         return radius, float(sizes[0]), float(np.log(sizes).mean())
-
-
-class GRUMap:
-    """The map F from a state to the next at a constant input, (K, H) to (K, H).
-
-    Args:
-        weights: By PyTorch's names without suffix.
-        input: (I,) the constant input.
-    """
-
-    def __init__(self, weights: Mapping[str, Array], input: Array) -> None:
-        self._weights = {name: np.asarray(array, np.float64) for name, array in weights.items()}
-        self._from_input = self._weights["weight_ih"] @ input + self._weights.get("bias_ih", 0.0)
-
-    def __call__(self, states: Array) -> Array:
-        """Return the states after one step: (K, H)."""
-        gates = self._gates(states)
-        update, candidate = gates["update"], gates["candidate"]
-        return np.asarray((states - candidate) * update + candidate)
-
-    def jacobian(self, states: Array) -> Array:
-        """Return the Jacobians at these states: (K, H, H), one next unit a row."""
-        return jacobians(factors(self._gates(states), states, self._weights), self._weights)
-
-    def _gates(self, states: Array) -> dict[str, Array]:
-        """(K, H) each."""
-        from_h = states @ self._weights["weight_hh"].T + self._weights.get("bias_hh", 0.0)
-        parts = np.split(from_h, 3, axis=1)
-        x = np.split(self._from_input, 3)
-        reset = _sigmoid(x[0] + parts[0])
-        return {
-            "reset": reset,
-            "update": _sigmoid(x[1] + parts[1]),
-            "candidate": np.tanh(x[2] + reset * parts[2]),
-        }
-
-
-def _sigmoid(values: Array) -> Array:
-    # tanh never overflows.
-    return np.asarray(0.5 + 0.5 * np.tanh(0.5 * values))

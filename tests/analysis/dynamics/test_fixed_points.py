@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import grutrace
-from grutrace.analysis.dynamics.fixed_points import FIXED_Q, fixed_points, minimise
-from grutrace.analysis.dynamics.jacobian import GRUMap
+from grutrace.analysis.dynamics.fixed_points import FIXED_Q, fixed_points
+from grutrace.analysis.dynamics.gru_map import GRUMap
+from grutrace.analysis.dynamics.slow_points import minimise
 from grutrace.analysis.engine.site_data import SiteArrays, as_site_data
 from grutrace.errors import NotRecordedError, OptionError
 from tests.analysis import sites
@@ -227,3 +228,41 @@ def test_points_lie_within_the_reachable_states() -> None:
     # Control: without the walls it does.
     let_go = minimise(GRUMap(weights_of(cell), np.zeros(1)), states, limit=np.inf)
     assert np.abs(let_go).max() > 2
+
+
+def ring() -> nn.GRUCell:
+    """z = 0 and r = 1: each unit passes tanh(2 h) to the next of three."""
+    cell = cell_of(3)
+    with torch.no_grad():
+        cell.bias_ih[:3] = 800
+        cell.bias_ih[3:6] = -800
+        cell.weight_hh[6:] = 2 * torch.eye(3).roll(1, 0)
+    return cell
+
+
+def test_cycles_of_three_steps() -> None:
+    """F^3 maps each unit to itself by f(f(f(h))), so each is at 0 or at plus or minus UPPER."""
+    # Cubed, so that some start near 0, where few of the others do.
+    states = np.random.default_rng(0).uniform(-1, 1, (600, 3)) ** 3
+    result = fixed_points(arrays_of(ring(), states), starts=states, period=3, slow=FIXED_Q)
+    np.testing.assert_allclose(np.abs(result.states[np.abs(result.states) > 0.5]), UPPER, atol=1e-5)
+    # Of the 27 points of F^3, 3 have equal units and are fixed; the others are 8 cycles.
+    assert sorted(result.periods.tolist()) == [1] * 3 + [3] * 8
+    assert result.reached.sum() == 600
+    assert (result.period, result.fixed_points) == (3, 11)
+    # The Jacobian of F^3 is diagonal: each value passes the same slope three times.
+    slopes = 2 * (1 - np.tanh(2 * result.states) ** 2)
+    np.testing.assert_allclose(result.radius, (slopes**3).max(1), rtol=1e-4)
+    np.testing.assert_allclose(result.timescale, 3 / np.abs(np.log(result.radius)))
+    # Control: one step maps only three states to themselves.
+    assert len(fixed_points(arrays_of(ring(), states), starts=states, slow=FIXED_Q).points) == 3
+    with pytest.raises(OptionError, match="period: expected a number of steps, 1 or more; found 0"):
+        fixed_points(arrays_of(ring(), states), period=0)
+
+
+def test_thousands_of_starts() -> None:
+    states = np.random.default_rng(0).uniform(-1, 1, (5000, 4))
+    result = fixed_points(arrays_of(bistable(4), states), starts=states)
+    assert len(result.points) == 3**4
+    assert result.reached.sum() == 5000
+    assert np.bincount(result.unstable).tolist() == [16, 32, 24, 8, 1]
