@@ -41,6 +41,9 @@ FIXED_Q = 1e-16
 #: Eigenvalues whose magnitude is this close to 1 count as marginal.
 MARGIN = 1e-3
 
+#: Number of initial states that are read at a time.
+READ = 16
+
 #: Points are equal if no unit differs by more than this.
 SAME_POINT = 1e-3
 
@@ -225,8 +228,11 @@ def _starts(data: SiteData, starts: int | Array, width: int, seed: int) -> Array
                 f"{data.name!r} has the states of {len(data.units)} of {width} units; fixed "
                 f"points need all: pass complete states, starts=(K, {width})"
             )
-        drawn = np.random.default_rng(seed).permutation(data.steps)[:starts]
-        states = np.asarray(data.rows("hidden")[np.sort(drawn)], np.float64)
+        drawn = np.sort(np.random.default_rng(seed).permutation(data.steps)[:starts])
+        rows = data.rows("hidden")
+        # A few at a time: the rows between them may be read, too.
+        parts = [np.asarray(rows[drawn[at : at + READ]]) for at in range(0, len(drawn), READ)]
+        states = np.concatenate([np.empty((0, width)), *parts])
     else:
         states = np.asarray(starts, np.float64)
         if states.ndim != 2 or states.shape[1] != width:
@@ -234,7 +240,7 @@ def _starts(data: SiteData, starts: int | Array, width: int, seed: int) -> Array
     states = states[np.isfinite(states).all(1)]
     if not len(states):
         raise OptionError(f"starts: {data.name!r} has no finite state to begin from")
-    return states
+    return np.asarray(states)
 
 
 def _distinct(step: GRUMap, minima: Array, bound: float, period: int) -> tuple[Array, Integers]:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -128,6 +128,14 @@ class Reducer(Protocol):
         """Add the result of later rows or sequences."""
 
 
+@runtime_checkable
+class BufferingReducer(Protocol):
+    """A reducer that keeps what was added to process it together."""
+
+    def finish(self) -> None:
+        """Process what was kept, on the thread that added it."""
+
+
 ReducerT = TypeVar("ReducerT", bound=Reducer)
 ResultT = TypeVar("ResultT")
 SummaryT = TypeVar("SummaryT")
@@ -222,7 +230,10 @@ def reduce_rows(
 
 
 def reduce_sequences(
-    site: SiteData, quantities: Sequence[str], make_reducer: Callable[[], ReducerT]
+    site: SiteData,
+    quantities: Sequence[str],
+    make_reducer: Callable[[], ReducerT],
+    part_bytes: int = PART_BYTES,
 ) -> ReducerT:
     """Reduce all sequences, each in the order of computation.
 
@@ -232,6 +243,7 @@ def reduce_sequences(
             `iter_segments`.
         make_reducer: Makes an empty reducer. Must be picklable for a cluster: a class or a
             `partial`.
+        part_bytes: Approximate size of the rows of one task; fewer where a row takes much work.
 
     Raises:
         NotRecordedError: A quantity was not recorded.
@@ -239,7 +251,7 @@ def reduce_sequences(
     stored = [name for name in quantities if name not in DERIVED_INPUTS]
     stored += ["hidden"] if PREVIOUS in quantities and "hidden" not in stored else []
     site.require(*stored)
-    step = items_per_block(PART_BYTES, row_bytes(site, stored))
+    step = items_per_block(part_bytes, row_bytes(site, stored))
     ends, first, parts = np.cumsum(site.lengths), 0, []
     while first < len(ends):
         before = int(ends[first - 1]) if first else 0
@@ -295,4 +307,6 @@ def _reduce(
     reducer = make_reducer()
     for block in iter_blocks():
         reducer.add(block)
+    if isinstance(reducer, BufferingReducer):
+        reducer.finish()
     return reducer

@@ -192,6 +192,8 @@ def test_wrong_options_are_errors() -> None:
         lyapunov(trace["l0"], count=0)
     with pytest.raises(OptionError, match="skip: expected"):
         lyapunov(trace["l0"], skip=-1)
+    with pytest.raises(OptionError, match="interval: expected a number of steps"):
+        lyapunov(trace["l0"], interval=0)
 
 
 def test_short_sequences_give_no_exponents() -> None:
@@ -218,3 +220,65 @@ def test_short_sequences_give_no_exponents() -> None:
     assert results[3000].largest == pytest.approx(np.log(0.5), abs=np.log(3000 * 8) / 3000)
     assert results[3000].chaotic is False
     assert results[3000].horizon == np.inf
+
+
+def count_qrs(monkeypatch, site, **options) -> tuple[module.Lyapunov, int]:
+    """Exponents, and the number of QRs of the batches that they took."""
+    calls = 0
+    qr = np.linalg.qr
+
+    def counting(matrices):
+        nonlocal calls
+        calls += matrices.ndim == 3
+        return qr(matrices)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np.linalg, "qr", counting)
+        return lyapunov(site, **options), calls
+
+
+@pytest.mark.parametrize("gain", [0.5, 6.0])
+def test_the_interval_does_not_matter(gain, monkeypatch) -> None:
+    """A QR at every step, at chosen steps, and after too many."""
+    site = run(random_layer(24, gain), 400, batch=3)["l0"]
+    for count in (4, 24):
+        expected, all_steps = count_qrs(monkeypatch, site, count=count, interval=1)
+        found, qrs = count_qrs(monkeypatch, site, count=count)
+        assert all_steps == 400
+        assert qrs < all_steps
+        for name in ("exponents", "errors", "drift"):
+            np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-10)
+    if gain > 1:
+        # Control: after so many steps the smallest directions have lost their digits.
+        lost = lyapunov(site, count=24, interval=200)
+        assert np.abs(lost.exponents - expected.exponents).max() > 1e-9
+
+
+def test_steps_that_lost_digits_are_repeated(monkeypatch) -> None:
+    site = run(random_layer(24, 6.0), 400)["l0"]
+    expected = lyapunov(site, count=24, interval=1)
+    # It always tries the longest interval.
+    monkeypatch.setattr(module, "SPREAD", np.inf)
+    found = lyapunov(site, count=24)
+    np.testing.assert_allclose(found.exponents, expected.exponents, atol=1e-10)
+    # Control: it takes what it gets.
+    monkeypatch.setattr(module, "MAX_SPREAD", np.inf)
+    assert np.abs(lyapunov(site, count=24).exponents - expected.exponents).max() > 1e-7
+
+
+def test_the_drift_is_that_between_the_halves() -> None:
+    """Without recurrent weights the exponents are the means of log z."""
+    update = np.full((400, 1), 0.9)
+    update[200:] = 0.1
+    rows = {name: np.zeros((400, 1)) for name in ("reset", "candidate", "hidden")}
+    site = SiteArrays(**rows, update=update, weights={"weight_hh": np.zeros((3, 1))})
+    result = lyapunov(site, skip=0)
+    assert result.drift == pytest.approx(np.log(0.1 / 0.9))
+    assert result.exponents == pytest.approx(np.log(update).mean())
+
+
+def test_sequences_on_several_threads(monkeypatch) -> None:
+    site = run(random_layer(16, 4.0), 60, batch=7)["l0"]
+    expected = lyapunov(site, count=5)
+    monkeypatch.setattr(module, "PART_VALUES", 1000)
+    assert_same(lyapunov(site, count=5), expected, ORDER)
