@@ -18,6 +18,7 @@ import torch
 from benchmarks import (
     analysis,
     choice,
+    dynamics,
     growth,
     interventions,
     measure,
@@ -43,11 +44,12 @@ OTHERS: dict[str, Callable[[], Iterable[Figure]]] = {
     "memory": memory.figures,
     "growth": growth.figures,
     "analysis": analysis.figures,
+    "dynamics": dynamics.figures,
     "interventions": interventions.figures,
 }
 
-#: Sections that are measured only if they are named. Together they take five minutes.
-ASIDE = ("scale", "analysis", "interventions")
+#: Sections that are measured only if they are named. Together they take seven minutes.
+ASIDE = ("scale", "analysis", "dynamics", "interventions")
 
 
 def run(
