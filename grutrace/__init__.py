@@ -48,6 +48,7 @@ from grutrace.errors import (
 )
 
 if TYPE_CHECKING:
+    from grutrace.capture.differentiable.trace import DifferentiableTrace
     from grutrace.capture.tracer import Tracer, trace
     from grutrace.intervention.effects import effects
     from grutrace.intervention.intervene import intervene
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from grutrace.storage.read.trace import Trace
 
 __all__ = [
+    "DifferentiableTrace",
     "GrutraceError",
     "GrutraceWarning",
     "NotRecordedError",
@@ -79,6 +81,7 @@ __all__ = [
 #: Module and name of the objects that are imported when first used, so that reading a trace does
 #: not import torch.
 _LAZY = {
+    "DifferentiableTrace": ("grutrace.capture.differentiable.trace", "DifferentiableTrace"),
     "Statistics": ("grutrace.statistics.running", "Statistics"),
     "Trace": ("grutrace.storage.read.trace", "Trace"),
     "open": ("grutrace.storage.open", "open_trace"),

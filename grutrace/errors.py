@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -201,6 +202,14 @@ def as_path(value: object, option: str = "path") -> Path:
             f"{option}: expected the path of a file, as a str or pathlib.Path; "
             f"found {short_repr(value)}"
         ) from None
+
+
+def user_stacklevel() -> int:
+    """Return the ``stacklevel`` with which `warnings.warn` names the line that called grutrace."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("grutrace."):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def reject_unknown_options(function: Callable[P, R]) -> Callable[P, R]:

@@ -25,8 +25,13 @@ GATES = ("reset", "update", "candidate")
 #: Quantities that are recorded by default.
 DEFAULT_RECORD = (*GATES, "hidden")
 
-#: All quantities that can be recorded. Each has one row per step.
-QUANTITIES = (*DEFAULT_RECORD, "input")
+#: Quantities that a forward pass makes.
+FORWARD_QUANTITIES = (*DEFAULT_RECORD, "input")
+
+#: All quantities that can be recorded. Each has one row per step. The gradient is the one that
+#: arrives at each state from outside the recurrence: at the layer's output and, at the last step,
+#: at the final state.
+QUANTITIES = (*FORWARD_QUANTITIES, "gradient")
 
 #: PyTorch's weight names without the layer suffix.
 WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")

@@ -103,7 +103,7 @@ class PlainModule:
 class PlainSite:
     """One site's group."""
 
-    QUANTITIES = ("reset", "update", "candidate", "hidden", "input")
+    QUANTITIES = ("reset", "update", "candidate", "hidden", "input", "gradient")
     WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
     def __init__(self, group, module, rows):

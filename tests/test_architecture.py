@@ -25,6 +25,7 @@ BASE = {
 ALLOWED = {
     "native": set[str](),
     "gru": {"native"},
+    "gradients": {"gru"},
     "storage/hdf5": set[str](),
     "storage/format": {"storage/hdf5"},
     "storage/interfaces": {"storage/format"},
@@ -67,6 +68,11 @@ ALLOWED = {
     "capture/attachment": {
         *("gru", "capture/kernel_calls", "capture/selection", "capture/tracer_warnings"),
     },
+    "capture/differentiable": {
+        *("gru", "gradients", "storage/read", "capture/options", "capture/kernel_calls"),
+        *("capture/selection", "capture/sequences", "capture/tracer_warnings"),
+        "capture/attachment",
+    },
     "capture/trace_output": {
         *("storage/interfaces", "storage/open", "capture/options"),
         *("capture/selection", "capture/recording"),
@@ -77,7 +83,8 @@ ALLOWED = {
     },
     "capture/tracer": {
         *("storage/read", "storage/open", "capture/options", "capture/selection"),
-        *("capture/recording", "capture/trace_output", "capture/model_recorder"),
+        *("capture/recording", "capture/differentiable"),
+        *("capture/trace_output", "capture/model_recorder"),
     },
     "intervention": {
         *("native", "storage/read", "gru", "capture/options", "capture/kernel_calls"),
@@ -114,7 +121,10 @@ ALLOWED = {
         *("analysis/descriptive", "analysis/comparison", "export", "run"),
     },
     "__main__": {"cli"},
-    "__init__": {"storage/read", "storage/open", "statistics", "capture/tracer", "intervention"},
+    "__init__": {
+        *("storage/read", "storage/open", "statistics"),
+        *("capture/differentiable", "capture/tracer", "intervention"),
+    },
 }
 
 #: Imports inside functions, which keep torch or an extra out of a path that does not need it: gates
@@ -127,12 +137,13 @@ LATE = {
     },
     "storage/read/recomputed.py": {"gru"},
     "storage/read/proofs.py": {"gru"},
+    "storage/read/gradients.py": {"gradients"},
     "storage/read/trace.py": {"arrays"},
 }
 
 #: Libraries that only these parts may import.
 ONLY = {
-    "torch": {"gru", "capture", "intervention", "analysis", "run"},
+    "torch": {"gru", "gradients", "capture", "intervention", "analysis", "run"},
     "h5py": {"storage", "statistics", "export"},
     "h5netcdf": {"export"},
     "zarr": {"export"},

@@ -27,6 +27,9 @@ MODULES = sorted(
 #: Public classes and functions, by module. Each has an example, in its docstring or in those of
 #: its methods.
 PUBLIC = {
+    "grutrace.capture.differentiable.site": ["DifferentiableSite"],
+    "grutrace.capture.differentiable.trace": ["DifferentiableTrace"],
+    "grutrace.capture.tracer": ["trace"],
     "grutrace.export.formats": ["export_trace"],
     "grutrace.storage.open": ["open_trace"],
     "grutrace.storage.read.lazy_rows": ["LazyRows"],

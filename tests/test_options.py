@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from grutrace.capture.tracer import Tracer
+from grutrace.capture.tracer import DIFFERENTIABLE_OPTIONS, Tracer, TracerOptions
 from grutrace.options import OPTIONS
 
 PARAMETERS = inspect.signature(Tracer.__init__).parameters
@@ -28,6 +28,11 @@ def test_the_docstring_begins_with_the_summary(name: str) -> None:
 def test_every_parameter_is_described_in_order() -> None:
     assert list(described()) == [name for name in PARAMETERS if name != "self"]
     assert list(OPTIONS) == [name for name in described() if name not in ("model", "path")]
+
+
+def test_the_types_for_checkers_have_every_option() -> None:
+    assert list(TracerOptions.__annotations__) == list(OPTIONS)
+    assert set(DIFFERENTIABLE_OPTIONS) - set(OPTIONS) == {"keep"}
 
 
 @pytest.mark.parametrize("name", OPTIONS)

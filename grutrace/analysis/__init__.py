@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from grutrace.analysis.memory.autocorrelation import autocorrelation as autocorrelation
     from grutrace.analysis.memory.decomposition import decompose as decompose
     from grutrace.analysis.memory.decomposition import memory_map as memory_map
+    from grutrace.analysis.memory.gradients import gradients as gradients
     from grutrace.analysis.memory.timescales import fit_inverse_gamma as fit_inverse_gamma
     from grutrace.analysis.memory.timescales import timescales as timescales
     from grutrace.analysis.memory.update_sparsity import update_sparsity as update_sparsity
@@ -56,6 +57,7 @@ _MODULES = {
     "fixed_points": "dynamics.fixed_points",
     "gate_activation": "labels.segmentation",
     "geometry": "descriptive.geometry",
+    "gradients": "memory.gradients",
     "jacobian": "dynamics.jacobian",
     "label_boundaries": "labels.segmentation",
     "lyapunov": "dynamics.lyapunov",

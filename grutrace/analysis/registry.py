@@ -55,6 +55,7 @@ ANALYSES = {
         AnalysisSpec("timescales", "number of steps that each unit keeps its state"),
         AnalysisSpec("autocorrelation", "correlation time of each unit's state"),
         AnalysisSpec("state_age", "mean age of the information in each state"),
+        AnalysisSpec("gradients", "how fast the gradient of a loss vanishes through time"),
         AnalysisSpec("step_jacobians", "spectral radius and norm of step Jacobians"),
         AnalysisSpec("lyapunov", "Lyapunov exponents"),
         AnalysisSpec("fixed_points", "fixed and slow points at a constant input"),

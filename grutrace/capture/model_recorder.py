@@ -171,7 +171,7 @@ class ModelRecorder:
             self._attachment.stop()
             # A sink error is reported on flushing or closing.
             with suppress(SinkError):
-                self.drain()
+                self.drain(keep_waiting=True)
 
     @contextmanager
     def record_block(
@@ -209,14 +209,14 @@ class ModelRecorder:
                     self.stop()
                 else:
                     with suppress(SinkError):
-                        self.drain()
+                        self.drain(keep_waiting=True)
                     self._expect_changes()
         # Last, because warnings may be configured to raise.
         self.report_findings()
 
     def _attach(self) -> None:
         """Subscribe to the calls of all recorded modules, whose weights may have changed."""
-        self.drain()
+        self.drain(keep_waiting=True)
         self._expect_changes()
         # Reaching the limit never stops the user's run.
         if self._attachment.is_active or self._limits.reached:
@@ -266,7 +266,7 @@ class ModelRecorder:
                 names = self._sequence_names(block.names, index, run.batch)
         if not self.journal.add(index, run, tag, names, batches):
             return
-        self.drain()
+        self.drain(keep_waiting=True)
         if self._limits.reached:
             self.stop()
         self.report_findings()
@@ -288,15 +288,18 @@ class ModelRecorder:
             self._warnings.sequence_names(index, message)
         return fitting
 
-    def drain(self) -> None:
+    def drain(self, *, keep_waiting: bool = False) -> None:
         """Record the calls that wait in the journal. `report_findings` reports the findings.
+
+        Args:
+            keep_waiting: Leave out calls that wait for a backward pass, and those after them.
 
         Raises:
             SinkError: The sink cannot store them, and ``on_error`` is ``raise``.
         """
-        while len(self.journal) and os.getpid() == self._process:
+        while self.journal.is_due(keep_waiting=keep_waiting) and os.getpid() == self._process:
             try:
-                self.journal.drain()
+                self.journal.drain(keep_waiting=keep_waiting)
             except LimitExceeded:
                 self.stop()
             except SinkError as error:
@@ -342,6 +345,10 @@ class ModelRecorder:
         was_open, self._is_closed = not self._is_closed, True
         if was_open:
             self._finalizer.detach()
+            if self.output.memory is None:
+                # In memory, calls may wait for their gradients until they are read.
+                with suppress(SinkError):
+                    self.drain()
             try:
                 self._guarded_sink.sink.close()
             except SinkError as error:

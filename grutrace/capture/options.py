@@ -45,6 +45,7 @@ class Options:
     Args:
         has_sink: Whether the user gave a sink, which counts rows instead of storing them.
         to_file: Whether the trace is written to a file.
+        records_gradient: Whether the gradient is among the quantities.
 
         The other arguments are options of `Tracer`.
 
@@ -81,6 +82,7 @@ class Options:
         compiled: CompiledCode = "auto",
         state_memory: int | str = DEFAULT_STATE_MEMORY,
         buffer: int | str = DEFAULT_BUFFER,
+        records_gradient: bool = False,
     ) -> None:
         require_one_of("compiled", compiled, get_args(CompiledCode))
         self.compiled: CompiledCode = compiled
@@ -89,6 +91,9 @@ class Options:
         require_one_of("gates", gates, get_args(Gates))
         require_one_of("stacks", stacks, STACK_MODES)
         require_one_of("check", check, get_args(Check))
+        if gates == "auto" and records_gradient:
+            # Gradients are read long after the call, with the weights: so are gates.
+            gates = "deferred"
         if gates == "auto":
             # Inline if nothing is stored, if a residual must stop the model, or if the copies do
             # not suffice (units). With a file, a thread that computes gates would slow the model
@@ -126,6 +131,28 @@ class Options:
                 f"on the states of all units; found {_format_indices(self.units)}. Record them "
                 "with gates='inline', or all units, and read those wanted: site.update[:, units]"
             )
+        if records_gradient:
+            self._require_gradient_options(has_sink=has_sink)
+
+    def _require_gradient_options(self, *, has_sink: bool) -> None:
+        """Refuse options that do not go together with recorded gradients.
+
+        Raises:
+            OptionError: An option has such a value.
+        """
+        reasons = {
+            "gates": (self.gates == "background", "its calls wait for their gradients"),
+            "stacks": (self.stacks == "rerun", "no gradient arrives at layers that run again"),
+            "check": (self.check == "raise", "its calls wait for their gradients"),
+            "max_calls": (self.max_calls is not None, "its calls wait for their gradients"),
+            "max_bytes": (self.max_bytes is not None, "its calls wait for their gradients"),
+            "units": (self.units is not None, "a gradient flows through all units"),
+            "steps": (self.steps is not None, "a gradient flows through all steps"),
+            "sink": (has_sink, "the gradients of gates follow from rows"),
+        }
+        for name, (is_refused, reason) in reasons.items():
+            if is_refused:
+                raise OptionError(f"{name}: not possible with record='gradient': {reason}")
 
     def as_json(self) -> dict[str, object]:
         """Return the options as stored in the trace. Some are left out at their default value."""

@@ -32,6 +32,7 @@ from grutrace.errors import (
     short_repr,
     string_list,
     suggest_name,
+    user_stacklevel,
 )
 from grutrace.gru.layout import numpy_type
 from grutrace.gru.replay import PartialReplay, required_gates
@@ -98,10 +99,19 @@ def select(
         modules = _matching_sites(modules, globs)
         unsupported = [gru for gru in unsupported if gru.matches(globs)]
     if unsupported:
-        # The warning points to the line that creates the tracer: past Tracer.__init__ and the check
-        # of its keywords.
-        warnings.warn(describe_unsupported(unsupported), GrutraceWarning, stacklevel=4)
+        warnings.warn(
+            describe_unsupported(unsupported), GrutraceWarning, stacklevel=user_stacklevel()
+        )
     return modules
+
+
+def records_gradient(selections: Sequence[SelectedModule]) -> bool:
+    """Whether the gradient is among the recorded quantities."""
+    return any(
+        "gradient" in site.quantities
+        for selection in selections
+        for site in selection.description.sites
+    )
 
 
 def find_grus(model: nn.Module) -> Iterator[tuple[str, nn.GRU | nn.GRUCell]]:
@@ -146,6 +156,9 @@ def _quantities(record: str | Sequence[str]) -> tuple[str, ...]:
             f"record: expected {expected}; found {join_names(map(repr, unknown))}"
             f"{suggest_name(unknown[0], QUANTITIES)}"
         )
+    if "gradient" in requested:
+        # Total gradients, and those of gates, follow from it with these.
+        requested += ["hidden", "input"]
     return tuple(name for name in QUANTITIES if name in requested)
 
 
@@ -222,9 +235,10 @@ def defer_gates(module: ModuleInfo) -> ModuleInfo:
 
 
 def _defer_site(module: ModuleInfo, site: Site) -> Site:
-    if not set(GATES) & set(site.quantities):
+    if not {*GATES, "gradient"} & set(site.quantities):
         return site
     stored = {"hidden"} if _input_is_recorded(module, site) else {"hidden", "input"}
+    stored |= {"gradient"} & set(site.quantities)
     return replace(
         site,
         quantities=tuple(name for name in QUANTITIES if name in stored),

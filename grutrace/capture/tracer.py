@@ -5,22 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from inspect import signature
 from types import TracebackType
-from typing import Self
+from typing import Any, Literal, Self, TypedDict, Unpack, overload
 
 from torch import nn
 
+from grutrace.capture.differentiable.trace import DifferentiableTrace, Keep
 from grutrace.capture.model_recorder import ModelRecorder
 from grutrace.capture.options import DTypeLike, Options, Units
 from grutrace.capture.recording.annotations import AnnotationValues
 from grutrace.capture.recording.recording_block import Recording, SequenceNamesLike
-from grutrace.capture.selection import apply_options, select
+from grutrace.capture.selection import apply_options, records_gradient, select
 from grutrace.capture.trace_output import TraceOutput
 from grutrace.distributed import ShardOption
-from grutrace.errors import SinkError, reject_unknown_options
+from grutrace.errors import OptionError, SinkError, reject_unknown_options, short_repr
 from grutrace.options import (
     DEFAULT_BUFFER,
     DEFAULT_STATE_MEMORY,
+    OPTIONS,
     Check,
     CompiledCode,
     Compression,
@@ -62,7 +65,9 @@ class Tracer(Trace):
         model: A model that contains nn.GRU or nn.GRUCell modules, or such a module.
         path: The file to write to. None keeps the trace in memory.
         sites: Glob, or list of globs, for the names of the sites to record. None records all sites.
-        record: Quantities to record. They are reset, update, candidate, hidden and input.
+        record: Quantities to record. They are reset, update, candidate, hidden, input and
+            gradient: the gradient that arrives at each state in the backward pass. It includes
+            hidden and input.
         gates: When gates are computed. ``inline``: during the call. ``background``: the call copies
             the layer's input and states; the gates are computed from them later, by the writer
             thread of the file or, in memory, when the trace is read. If copying the kernel's own
@@ -167,6 +172,7 @@ class Tracer(Trace):
         state_memory: int | str = DEFAULT_STATE_MEMORY,
         buffer: int | str = DEFAULT_BUFFER,
     ) -> None:
+        selections = select(model, sites, record)
         options = Options(
             gates=gates,
             stacks=stacks,
@@ -186,8 +192,9 @@ class Tracer(Trace):
             compiled=compiled,
             state_memory=state_memory,
             buffer=buffer,
+            records_gradient=records_gradient(selections),
         )
-        selections = apply_options(select(model, sites, record), options)
+        selections = apply_options(selections, options)
         output = TraceOutput(model, selections, options, path, mode, sink, shard)
         super().__init__(output.source)
         self._recorder = ModelRecorder(model, selections, options, output)
@@ -362,5 +369,117 @@ class Tracer(Trace):
         return super()._refresh_snapshot()
 
 
-#: `Tracer` under the name that reads well in ``with grutrace.trace(model) as trace:``.
-trace = Tracer
+class TracerOptions(TypedDict, total=False):
+    """The options of `Tracer`, for type checkers."""
+
+    sites: str | Sequence[str] | None
+    record: str | Sequence[str]
+    gates: Gates
+    recording: bool
+    mode: Mode
+    stacks: Stacks
+    check: Check
+    every: int
+    max_calls: int | None
+    max_bytes: int | None
+    dtype: DTypeLike | None
+    units: Units | None
+    steps: slice | None
+    shard: ShardOption
+    sink: SinkFactory | None
+    on_error: OnError
+    fsync: bool
+    compression: Compression | None
+    weights: WeightChecks
+    compiled: CompiledCode
+    state_memory: int | str
+    buffer: int | str
+
+
+@overload
+def trace(
+    model: nn.Module,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    differentiable: Literal[False] = False,
+    **options: Unpack[TracerOptions],
+) -> Tracer: ...
+
+
+@overload
+def trace(
+    model: nn.Module,
+    path: None = None,
+    *,
+    differentiable: Literal[True],
+    sites: str | Sequence[str] | None = None,
+    keep: Keep = "all",
+    recording: bool = True,
+    stacks: Stacks = "auto",
+    check: Check = "warn",
+    compiled: CompiledCode = "auto",
+    state_memory: int | str = DEFAULT_STATE_MEMORY,
+) -> DifferentiableTrace: ...
+
+
+def trace(
+    model: nn.Module,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    differentiable: bool = False,
+    **options: Any,
+) -> Tracer | DifferentiableTrace:
+    """Trace the GRUs of a model: ``with grutrace.trace(model) as trace:``.
+
+    Args:
+        model: A model that contains nn.GRU or nn.GRUCell modules, or such a module.
+        path: The file to write to. None keeps the trace in memory.
+        differentiable: Whether the gates are tensors in the graph of the model's forward, for a
+            loss on gates and for the gradients of gates. They are in memory only.
+        options: Options of `Tracer` or, if differentiable, of `DifferentiableTrace`.
+
+    Returns:
+        A `Tracer` or, if differentiable, a `DifferentiableTrace`.
+
+    Raises:
+        OptionError: An option is unknown or has an invalid value, or does not go together with
+            ``differentiable=True``.
+        UnsupportedError: The model contains no GRU.
+        TraceFileError: The file exists, or cannot be written.
+
+    Examples:
+        >>> import torch
+        >>> import grutrace
+        >>> model = torch.nn.GRU(4, 3)
+        >>> with grutrace.trace(model) as trace:
+        ...     output, final = model(torch.randn(5, 2, 4))
+        >>> trace["l0"].update.shape
+        (10, 3)
+        >>> with grutrace.trace(model, differentiable=True) as trace:
+        ...     output, final = model(torch.randn(5, 2, 4))
+        >>> trace["l0"].update.requires_grad
+        True
+    """
+    if not isinstance(differentiable, bool):
+        raise OptionError(
+            f"differentiable: expected True or False, found {short_repr(differentiable)}"
+        )
+    if not differentiable:
+        return Tracer(model, path, **options)
+    if path is not None:
+        raise OptionError(
+            "path: expected None with differentiable=True, because its tensors belong to the "
+            f"model's graph and go to no file; found {short_repr(path)}. To store gates or "
+            "gradients, use a second grutrace.trace(model, path)"
+        )
+    for name in options:
+        if name in OPTIONS and name not in DIFFERENTIABLE_OPTIONS:
+            raise OptionError(
+                f"{name}: not an option with differentiable=True, whose gates are computed when "
+                f"they are read; the options are {', '.join(DIFFERENTIABLE_OPTIONS)}"
+            )
+    return DifferentiableTrace(model, **options)
+
+
+#: Names of the options of `DifferentiableTrace`.
+DIFFERENTIABLE_OPTIONS = tuple(signature(DifferentiableTrace).parameters)[1:]

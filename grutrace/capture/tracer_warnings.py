@@ -15,7 +15,13 @@ from torch import nn
 from grutrace.capture.kernel_calls.torch_context import dynamo_loaded
 from grutrace.capture.recording.journal import Finding, MarkedSequences, SkippedCallNotice
 from grutrace.capture.selection import SelectedModule
-from grutrace.errors import GrutraceWarning, ResidualError, ResidualWarning, SinkError
+from grutrace.errors import (
+    GrutraceWarning,
+    ResidualError,
+    ResidualWarning,
+    SinkError,
+    user_stacklevel,
+)
 from grutrace.gru.residual import ResidualViolation
 from grutrace.options import Check
 from grutrace.records import Origin
@@ -146,12 +152,11 @@ class TracerWarnings:
             if dynamo_loaded()
             else ""
         )
-        # The warning points to the line that closes the tracer: past ModelRecorder and Tracer.
         warnings.warn(
             f"nothing was recorded of {', '.join(map(self.path, indices))}: no call of PyTorch's "
             f"GRU kernel while recording{python}{compiled}",
             GrutraceWarning,
-            stacklevel=4,
+            stacklevel=user_stacklevel(),
         )
 
     def report_findings(self, findings: deque[Finding], calls_before: int) -> None:

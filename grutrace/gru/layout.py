@@ -152,6 +152,12 @@ class SequenceLayout(Protocol):
     def unsort_batch(self, values: Tensor) -> Tensor:
         """Return (B, width) in the user's batch order, from the kernel's. May be a view."""
 
+    def from_kernel_rows(self, values: Tensor) -> Tensor:
+        """Return (N, width) in the kernel's order in the kernel's shape."""
+
+    def final_rows(self, *, reverse: bool) -> Integers:
+        """Return the row, in the kernel's order, of the final state of each sequence, (B,)."""
+
     def final(self, hidden: Tensor, *, reverse: bool) -> Tensor:
         """Return the final state of each sequence, (B, H), in the user's batch order.
 
@@ -249,6 +255,14 @@ class PaddedLayout:
     def unsort_batch(self, values: Tensor) -> Tensor:
         """Return the values as they are: the kernel keeps a padded batch in the user's order."""
         return values
+
+    def from_kernel_rows(self, values: Tensor) -> Tensor:
+        """Return (T * B, width) as (T, B, width)."""
+        return values.reshape(self._length, self._batch, values.shape[-1])
+
+    def final_rows(self, *, reverse: bool) -> Integers:
+        """Return the rows of the last step, or of the first for the reverse direction."""
+        return np.arange(self._batch) + (0 if reverse else (self._length - 1) * self._batch)
 
     def final(self, hidden: Tensor, *, reverse: bool) -> Tensor:
         """Return the states at the last step, or at the first for the reverse direction."""
@@ -390,6 +404,15 @@ class PackedLayout:
 
     def final(self, hidden: Tensor, *, reverse: bool) -> Tensor:
         """Gather the final state of each sequence."""
+        rows = torch.from_numpy(self.final_rows(reverse=reverse)).to(hidden.device)
+        return self.unsort_batch(hidden.index_select(0, rows))
+
+    def from_kernel_rows(self, values: Tensor) -> Tensor:
+        """Return the values: they have the kernel's shape."""
+        return values
+
+    def final_rows(self, *, reverse: bool) -> Integers:
+        """Return the row of each sequence's last step, or first for the reverse direction."""
         times = np.zeros_like(self._sorted_lengths) if reverse else self._sorted_lengths - 1
-        rows = self._starts[times] + np.arange(len(times))
-        return self.unsort_batch(hidden.index_select(0, torch.from_numpy(rows).to(hidden.device)))
+        rows: Integers = self._starts[times] + np.arange(len(times))
+        return rows

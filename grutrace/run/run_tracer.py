@@ -23,7 +23,7 @@ from grutrace.capture.kernel_calls.torch_context import SkippedCall
 from grutrace.capture.model_recorder import ModelRecorder
 from grutrace.capture.options import Options
 from grutrace.capture.recording.guarded_sink import RecordingLimits
-from grutrace.capture.selection import SelectedModule, apply_options, select
+from grutrace.capture.selection import SelectedModule, apply_options, records_gradient, select
 from grutrace.capture.trace_output import TraceOutput
 from grutrace.capture.tracer_warnings import TracerWarnings
 from grutrace.distributed import detect_shard, shard_path
@@ -124,6 +124,7 @@ class PartTracer(ModelRecorder):
             if settings.state_memory is None
             else settings.state_memory,
             buffer=DEFAULT_BUFFER if settings.buffer is None else settings.buffer,
+            records_gradient=records_gradient(selections),
         )
         selections = apply_options(selections, options)
         output = TraceOutput(
@@ -167,10 +168,10 @@ class PartTracer(ModelRecorder):
         except Exception as error:
             self._stop_after_error(error)
 
-    def drain(self) -> None:
-        """Record all waiting calls, and count them."""
+    def drain(self, *, keep_waiting: bool = False) -> None:
+        """Record the calls of the journal, and count them."""
         try:
-            super().drain()
+            super().drain(keep_waiting=keep_waiting)
         except SinkError:
             raise
         except Exception as error:

@@ -183,7 +183,7 @@ def _check_sequence(sequence, expected, module, site, number):
     np.testing.assert_array_equal(sequence.initial, initial)
     for quantity in site.quantities:
         exact = expected.rows(module, site.suffix, quantity, number)
-        np.testing.assert_array_equal(getattr(sequence, quantity), exact)
+        np.testing.assert_array_equal(sequence.rows(quantity), exact)
     if "hidden" in site.quantities:
         hidden = expected.rows(module, site.suffix, "hidden", number)
         for step in range(length):

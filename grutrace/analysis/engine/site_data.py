@@ -38,6 +38,7 @@ class SiteArrays:
         candidate: (N, H) candidate state.
         hidden: (N, H) hidden state.
         input: (N, I) input of the layer.
+        gradient: (N, H) total gradient of a loss with respect to the hidden state.
         initial: (S, H) initial state of each sequence; None for zeros.
         labels: By name, (N,) or a list: a number or a text for each row; None or NaN for no label.
         weights: By PyTorch's names without suffix: weight_ih (3H, I), weight_hh (3H, H), bias_ih
@@ -59,6 +60,7 @@ class SiteArrays:
     candidate: Any = None
     hidden: Any = None
     input: Any = None
+    gradient: Any = None
     initial: Any = None
     labels: Mapping[str, Any] = field(default_factory=dict)
     weights: Mapping[str, Array] = field(default_factory=dict)
@@ -112,6 +114,14 @@ class SiteData(ABC):
 
     @abstractmethod
     def _rows(self, quantity: str) -> Rows: ...
+
+    def total_gradient(self) -> Rows:
+        """Return the total gradient of the state of each row, (N, H), in storage order.
+
+        Raises:
+            NotRecordedError: The gradient was not recorded.
+        """
+        return self.rows("gradient")
 
     @abstractmethod
     def rows_between(self, first: int, last: int) -> slice | Integers:
@@ -202,6 +212,9 @@ class _TraceSiteData(SiteData):
 
     def _rows(self, quantity: str) -> Rows:
         return self._site.rows(quantity)
+
+    def total_gradient(self) -> Rows:
+        return self._site.gradient("hidden")
 
     def rows_between(self, first: int, last: int) -> slice | Integers:
         return self._site.rows_between(first, last)

@@ -91,6 +91,16 @@ def is_checkpoint_recompute() -> bool:
     return torch._C._current_graph_task_id() != -1 and _is_called_from(checkpoint.__file__)
 
 
+def is_checkpoint_forward() -> bool:
+    """Whether activation checkpointing runs this call."""
+    return _is_called_from(checkpoint.__file__)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is active."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 @contextmanager
 def isolated_context() -> Iterator[None]:
     """Run tensor code without autograd, function modes, dispatch modes and functorch levels.

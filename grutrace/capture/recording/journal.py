@@ -18,13 +18,19 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 
+from grutrace.capture.kernel_calls.arriving_gradients import ArrivingGradients
 from grutrace.capture.kernel_calls.observation import KernelRun
-from grutrace.capture.kernel_calls.torch_context import isolated_context, isolated_copy_context
+from grutrace.capture.kernel_calls.torch_context import (
+    is_checkpoint_forward,
+    isolated_context,
+    isolated_copy_context,
+)
 from grutrace.capture.recording.annotations import RecordedBatches, recorded_call
 from grutrace.capture.recording.guarded_sink import GuardedSink
 from grutrace.capture.recording.journal_entry import CheckedWeights, JournalEntry
@@ -45,6 +51,9 @@ logger = logging.getLogger(__name__)
 #: Seconds since the first waiting call after which the model's thread drains the journal.
 MAX_SECONDS = 0.3
 
+#: Bytes of calls that may wait for a backward pass. Beyond, they are stored without gradients.
+MAX_WAITING_BYTES = 256 * 1024 * 1024
+
 #: Unused memory that is kept for copies, in relation to the largest journal: as much as a drain of
 #: it and the queue of a writer thread use at a time.
 SPARE = 3
@@ -55,6 +64,24 @@ IDLE_SECONDS = 0.4
 
 #: A call with more bytes to copy is recorded at once.
 LARGE_CALL = 1024 * 1024
+
+
+_LATE = (
+    "gradients arrived at a call of {} that was already stored, and are not recorded: read, flush "
+    "and close the trace after backward(). (Tokens of a recording block are stored at its end)"
+)
+_NOT_IN_GRAPH = (
+    "no gradients are recorded of the lower layers of {}: they ran apart from the model's forward. "
+    "Pass stacks='split', and give other tracers of this model no stacks='rerun'"
+)
+_SET = (
+    "no gradients are recorded of a call of {} whose gates an intervention set: the backward pass "
+    "of a GRU does not hold for them"
+)
+_CHECKPOINTED = (
+    "no gradients are recorded of a call of {} in a reentrant activation checkpoint, whose forward "
+    "has no graph: pass use_reentrant=False to torch.utils.checkpoint.checkpoint"
+)
 
 
 class SkippedCallNotice(NamedTuple):
@@ -165,7 +192,8 @@ class Journal:
             Whether the journal must be drained now.
         """
         recorder, kind, now = self._recorders[module], run.device, time.time()
-        waits = run.nbytes <= self._largest
+        gradients = self._arriving_gradients(recorder, run)
+        waits = gradients is not None or run.nbytes <= self._largest
         autocast = None
         if torch.is_autocast_enabled(kind):
             autocast = kind, torch.get_autocast_dtype(kind)
@@ -178,6 +206,9 @@ class Journal:
             if not (is_alike and self._add_to_series(module, run, checked, tag, batches, now)):
                 entry = recorder.copy(run, checked, self._buffer, waits=waits)
                 entry.tag, entry.names, entry.time, entry.autocast = tag, names, now, autocast
+                if gradients is not None:
+                    entry.gradients = gradients
+                    entry.nbytes += gradients.nbytes
                 with self._adding:
                     self._close_group()
                     self._entries.append((entry, batches))
@@ -186,6 +217,26 @@ class Journal:
         if not (self._can_wait and waits) or self._guarded_sink.sink.has_failed:
             return True
         return self._bytes > self._max_bytes or not 0 <= now - self._since <= MAX_SECONDS
+
+    def _arriving_gradients(
+        self, recorder: ModuleRecorder, run: KernelRun
+    ) -> ArrivingGradients | None:
+        """Collect the gradients that will arrive at a call, if they are recorded."""
+        if not recorder.records_gradients:
+            return None
+        path = recorder.description.path or "the model"
+        findings = self.findings
+        if any(run.gates_as_set or ()):
+            findings.append(_SET.format(path))
+            gradients = ArrivingGradients(run, lambda: None)
+            gradients.store()
+            return gradients
+        gradients = ArrivingGradients(run, partial(findings.append, _LATE.format(path)))
+        if not gradients.is_complete:
+            findings.append(_NOT_IN_GRAPH.format(path))
+        elif not torch.is_grad_enabled() and is_checkpoint_forward():
+            findings.append(_CHECKPOINTED.format(path))
+        return gradients
 
     def _add_to_series(
         self,
@@ -226,8 +277,39 @@ class Journal:
             for module, series in group.series.items():
                 self._streaks[module].end(series)
 
-    def drain(self) -> None:
-        """Record all waiting calls, and append them to the sink.
+    def is_due(self, *, keep_waiting: bool) -> bool:
+        """Whether there are calls to record.
+
+        Args:
+            keep_waiting: Leave out calls that wait for a backward pass, and those after them.
+        """
+        if not self._entries:
+            return False
+        return bool(self._due_entries(keep_waiting=keep_waiting))
+
+    def _due_entries(self, *, keep_waiting: bool) -> tuple[_Entry | SeriesGroup, ...]:
+        entries = tuple(self._entries)
+        if not keep_waiting:
+            return entries
+        waiting = (
+            number
+            for number, entry in enumerate(entries)
+            if not isinstance(entry, SeriesGroup) and entry[0].is_waiting
+        )
+        first = next(waiting, len(entries))
+        # The oldest calls go first, as many as make room.
+        excess = self._bytes - MAX_WAITING_BYTES
+        while first < len(entries) and excess > 0:
+            entry = entries[first]
+            excess -= entry.nbytes if isinstance(entry, SeriesGroup) else entry[0].nbytes
+            first += 1
+        return entries[:first]
+
+    def drain(self, *, keep_waiting: bool = False) -> None:
+        """Record the calls of the journal, and append them to the sink.
+
+        Args:
+            keep_waiting: As for `is_due`.
 
         Raises:
             LimitExceeded: A call exceeds the limits of the recording.
@@ -237,7 +319,7 @@ class Journal:
             with self._adding:
                 # A snapshot, because other threads go on adding calls.
                 self._close_group()
-                waiting = tuple(self._entries)
+                waiting = self._due_entries(keep_waiting=keep_waiting)
             if not waiting:
                 return
             singles = [entry[0] for entry in waiting if not isinstance(entry, SeriesGroup)]
@@ -364,7 +446,7 @@ class Journal:
         if self._entries and is_due and self.lock.acquire(blocking=wait):
             try:
                 self._is_outside = True
-                self.drain()
+                self.drain(keep_waiting=not wait)
             except Exception:
                 logger.debug("waiting calls are left to the model's thread", exc_info=True)
             finally:
@@ -388,6 +470,8 @@ class Journal:
                 self._entries.appendleft((entry, batches))
                 self._bytes += entry.nbytes
             raise
+        if entry.gradients is not None:
+            entry.gradients.store()
         if recorded is None:
             return
         if batches is not None:

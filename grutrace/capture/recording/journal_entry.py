@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from grutrace.capture.kernel_calls.arriving_gradients import ArrivingGradients
 from grutrace.capture.kernel_calls.observation import KernelRun
 from grutrace.capture.recording.site_recorder import Replayed, SiteRecorder
 from grutrace.capture.recording.weight_versions import Version, WeightVersionTracker
@@ -45,11 +46,13 @@ class JournalEntry:
         time: When it ran, in seconds since 1970.
         autocast: The type of device and the precision of autocast, where that was on.
         commitment: Whether the sink has it.
+        gradients: The gradients that arrive at it; None if they are not recorded.
         replays: The calls that it is replayed together with; None if it is replayed on its own.
     """
 
     __slots__ = (
-        *("autocast", "commitment", "is_certain", "is_copied", "module", "names", "nbytes"),
+        *("autocast", "commitment", "gradients", "is_certain", "is_copied", "module", "names"),
+        "nbytes",
         *("replays", "run", "tag", "time", "version", "versions"),
     )
 
@@ -63,7 +66,13 @@ class JournalEntry:
         self.names: Sequence[Hashable] | None = None
         self.time = 0.0
         self.autocast: tuple[str, torch.dtype] | None = None
+        self.gradients: ArrivingGradients | None = None
         self.replays: ReplayGroup | None = None
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether it waits for a backward pass."""
+        return self.gradients is not None and self.gradients.is_waiting
 
 
 class ReplayGroup:

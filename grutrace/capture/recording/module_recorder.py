@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from grutrace.capture.kernel_calls.arriving_gradients import ArrivingGradients
 from grutrace.capture.kernel_calls.observation import KernelRun, Observation
 from grutrace.capture.options import Options
 from grutrace.capture.recording.annotations import RecordedBatches, RecordedCall, set_labels
@@ -24,7 +25,7 @@ from grutrace.capture.recording.step_filter import StepFilter, slice_observation
 from grutrace.capture.recording.tensor_copy import CopyBuffer, RowConverter, to_numpy
 from grutrace.capture.recording.version_choice import VersionChooser
 from grutrace.capture.recording.weight_versions import MAX_VERSIONS, Version, WeightVersionTracker
-from grutrace.capture.selection import SelectedModule, defer_gates
+from grutrace.capture.selection import SelectedModule, defer_gates, records_gradient
 from grutrace.capture.sequences.assignment import (
     Commitment,
     SequenceAssignment,
@@ -76,6 +77,7 @@ class ModuleRecorder:
     Attributes:
         description: What is recorded of the module.
         requested_gates: Which of the kernel's own gates are wanted, where they can be had.
+        records_gradients: Whether the gradients that arrive at each call are recorded.
         joins_series: Whether alike calls of one step can be recorded as a series.
     """
 
@@ -123,8 +125,10 @@ class ModuleRecorder:
             and all(recorder.replays_whole for recorder in self._sites)
             and machine_epsilon(stored) <= machine_epsilon(computed)
         )
+        self.records_gradients = records_gradient([selection])
         self.joins_series = (
-            not (self.description.bidirectional or limits.is_limited)
+            not self.records_gradients
+            and not (self.description.bidirectional or limits.is_limited)
             and self.description.num_layers == 1
             and self._step_filter is None
             and (options.gates != "inline" or self._gathers)
@@ -421,10 +425,10 @@ class ModuleRecorder:
         if observation.gates_as_set is not None:
             # Its gates are as they were set, so no other weights lead to its states.
             sites = self._recorders_of_set_gates()
-            results = self._compute_rows(observation, entry.is_certain, {}, sites)
+            results = self._compute_rows(observation, entry.is_certain, {}, entry.gradients, sites)
             return self._block(entry, observation, assignment, results, sites)
         replayed = None if entry.replays is None else entry.replays.of(entry)
-        results = self._compute_rows(observation, entry.is_certain, replayed or {})
+        results = self._compute_rows(observation, entry.is_certain, replayed or {}, entry.gradients)
         block = self._block(entry, observation, assignment, results)
         is_known = entry.is_certain or entry.version is self._versions.present
         if is_known or not self._has_gates:
@@ -544,6 +548,7 @@ class ModuleRecorder:
         observation: Observation,
         is_certain: bool,
         replayed: Mapping[str, Replayed | None],
+        gradients: ArrivingGradients | None = None,
         recorders: Sequence[SiteRecorder] | None = None,
     ) -> SiteResults:
         inputs: dict[int, Array] = {}
@@ -551,7 +556,7 @@ class ModuleRecorder:
         for recorder in self._sites if recorders is None else recorders:
             suffix = recorder.site.suffix
             results[suffix] = recorder.compute_rows(
-                observation, inputs, is_certain, replayed.get(suffix)
+                observation, inputs, is_certain, replayed.get(suffix), gradients
             )
         return results
 

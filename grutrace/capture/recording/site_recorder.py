@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from grutrace.capture.kernel_calls.arriving_gradients import ArrivingGradients
 from grutrace.capture.kernel_calls.observation import Observation
 from grutrace.capture.kernel_calls.replacement import GatesAsSet
 from grutrace.capture.options import Options
@@ -136,6 +137,7 @@ class SiteRecorder:
         inputs: dict[int, Array],
         is_certain: bool,
         replayed: Replayed | None = None,
+        gradients: ArrivingGradients | None = None,
     ) -> tuple[dict[str, Array], ResidualCheck]:
         """Return the rows of a call, by quantity, and what a check needs.
 
@@ -145,6 +147,7 @@ class SiteRecorder:
                 both directions of a layer read the same.
             is_certain: Whether the weights are known to be those that the kernel used.
             replayed: The gates, where they were replayed together with those of other calls.
+            gradients: The gradients that arrived at the call, where they are recorded.
 
         Raises:
             UnsupportedError: What the layer read is not recorded, and can no longer be told.
@@ -185,6 +188,9 @@ class SiteRecorder:
                     steps, layer.input, is_owned=is_copied
                 )
             rows["input"] = inputs[site.layer]
+        if gradients is not None and "gradient" in quantities:
+            arrived = gradients.at_states(site.layer, site.reverse, steps)
+            rows["gradient"] = self._rows.convert_steps(steps, arrived)
         return rows, check
 
     def replay_together(self, observations: Sequence[Observation]) -> list[Replayed | None]:

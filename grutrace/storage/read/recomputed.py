@@ -200,6 +200,15 @@ class SiteGateInputs:
     def _checks(self) -> Array:
         return self._reader.checks(self._number, self._site.suffix, self._counts.calls)
 
+    def weights_of_call(self, call: int) -> dict[str, Array]:
+        """Return the weights that a call of the module used, by name.
+
+        Args:
+            call: Number of the call within the module.
+        """
+        self.versions.resolve(np.array([call]))
+        return self._weights(int(self.versions.versions[call]))
+
     def _weights(self, version: int) -> dict[str, Array]:
         """Return one version of the weights. The last one is cached."""
         latest = self._latest

@@ -105,6 +105,13 @@ class Sequence(QuantityAccess[Array]):
         rows = self._snapshot.preactivation(self._module, self.site, gate)
         return np.array(rows[self._index.rows(self.number)])
 
+    def gradient(self, quantity: str, *, preactivation: bool = False) -> Array:
+        """Return the gradient of a quantity, (T, H) or (T, I); see `SiteTrace.gradient`."""
+        rows = self._snapshot.gradient(
+            self._module, self.site, quantity, preactivation=preactivation
+        )
+        return np.array(rows[self._index.rows(self.number)])
+
     @property
     def initial(self) -> Array:
         """(H,) initial state: before the first step, or before the last in a reverse direction."""

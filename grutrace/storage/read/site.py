@@ -214,6 +214,41 @@ class SiteTrace(QuantityAccess[LazyRows]):
         """
         return as_rows(self.snapshot.preactivation(self._module_index, self.site, gate))
 
+    def gradient(self, quantity: str, *, preactivation: bool = False) -> LazyRows:
+        """Return the gradient of the loss with respect to a quantity, (N, H), or (N, I).
+
+        Needs ``record="gradient"``. Indexing computes the gradients, call by call, from those that
+        arrived at the states in the backward pass. The gradient of ``hidden`` is the total one,
+        through the output of its step and through all later steps of the call; that of a gate goes
+        through the state of its step. (``site["gradient"]`` is what arrived.) Rows of calls that no
+        backward pass reached are NaN.
+
+        Args:
+            quantity: reset, update, candidate, hidden or input.
+            preactivation: Return the gradient of the gate's pre-activation instead.
+
+        Raises:
+            OptionError: The quantity is unknown.
+            NotRecordedError: The gradient was not recorded.
+
+        Examples:
+            >>> import torch
+            >>> import grutrace
+            >>> gru = torch.nn.GRU(2, 3)
+            >>> with grutrace.trace(gru, record=("update", "gradient")) as trace:
+            ...     output, state = gru(torch.randn(5, 4, 2))
+            ...     state.square().sum().backward()
+            >>> trace["l0"].gradient("update").shape
+            (20, 3)
+            >>> first = trace["l0"].sequence(0).gradient("hidden")
+            >>> bool((abs(first[-1] - 2 * state[0, 0].detach().numpy()) < 1e-6).all())
+            True
+        """
+        rows = self.snapshot.gradient(
+            self._module_index, self.site, quantity, preactivation=preactivation
+        )
+        return as_rows(rows)
+
     @property
     def gate_inputs(self) -> SiteGateInputs:
         """Inputs, previous states and weights, from which gates are recomputed."""

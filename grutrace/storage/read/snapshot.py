@@ -13,16 +13,18 @@ from grutrace.errors import (
     GLOBS,
     NotRecordedError,
     OptionError,
+    require_one_of,
     short_repr,
     string_list,
     suggest_name,
 )
-from grutrace.records import GATES, QUANTITIES, Array, Site
+from grutrace.records import FORWARD_QUANTITIES, GATES, QUANTITIES, Array, Site
 from grutrace.storage.format.shard_stamp import read_shard
 from grutrace.storage.format.tables import ModuleCounts, Tables
 from grutrace.storage.interfaces import Rows, Source
 from grutrace.storage.memory import MemoryCopy, MemoryStore
 from grutrace.storage.read.annotations import AnnotationIndex
+from grutrace.storage.read.gradients import GradientRows
 from grutrace.storage.read.lazy_rows import SelectedRows
 from grutrace.storage.read.proofs import PROOFS, marks
 from grutrace.storage.read.recomputed import LowerLayerInput, RecomputedRows, SiteGateInputs
@@ -203,6 +205,28 @@ class TraceSnapshot:
         if missing_reason := self.gate_inputs(module, site).missing_reason:
             raise NotRecordedError(f"{site.name!r} has no pre-activations: {missing_reason}")
         return self._recomputed_rows(module, site, gate, preactivation=True)
+
+    def gradient(self, module: int, site: Site, quantity: str, *, preactivation: bool) -> Rows:
+        """Return the gradients of a quantity at a site, (N, H), or (N, I) for the input.
+
+        Raises:
+            OptionError: The quantity is unknown.
+            NotRecordedError: The gradient was not recorded.
+        """
+        if preactivation:
+            require_one_of("gradient: quantity of a pre-activation", quantity, GATES)
+        require_one_of("gradient: quantity", quantity, FORWARD_QUANTITIES)
+        arriving = self.rows(module, site, "gradient")
+        width = site.input_size if quantity == "input" else arriving.shape[1]
+        return GradientRows(
+            arriving,
+            self.gate_inputs(module, site),
+            self.index(module),
+            quantity,
+            width,
+            reverse=site.reverse,
+            preactivation=preactivation,
+        )
 
     def gate_inputs(self, module: int, site: Site) -> SiteGateInputs:
         """Return the inputs from which the gates of a site are recomputed."""

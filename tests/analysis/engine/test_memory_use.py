@@ -74,8 +74,13 @@ def files(request, tmp_path_factory) -> dict[int, Path]:
     return results
 
 
-#: Those that need nothing but a site, and do not give a number for each of its steps.
-ALONE = [name for name, of in ANALYSES.items() if not of.required and name != "gate_activation"]
+#: Those that need gates and states only, and do not give a number for each step. The gradients of a
+#: call are computed all together.
+ALONE = [
+    name
+    for name, of in ANALYSES.items()
+    if not of.required and name not in ("gate_activation", "gradients")
+]
 
 
 @pytest.mark.measures

@@ -9,7 +9,7 @@ from grutrace.analysis.engine import segments as module
 from grutrace.analysis.engine.segments import iter_segments
 from grutrace.analysis.engine.site_data import SiteArrays, as_site_data
 from grutrace.errors import NotRecordedError, OptionError
-from grutrace.records import QUANTITIES
+from grutrace.records import FORWARD_QUANTITIES as QUANTITIES
 from tests.analysis import sites
 
 ASKED = (*QUANTITIES, "previous", "weights")

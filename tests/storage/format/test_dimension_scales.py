@@ -12,7 +12,7 @@ import pytest
 import xarray
 
 import grutrace
-from grutrace.records import QUANTITIES
+from grutrace.records import FORWARD_QUANTITIES as QUANTITIES
 from grutrace.storage.open import open_trace
 from grutrace.storage.write import create, writer
 from tests.plain_reader import PlainTrace
@@ -21,7 +21,7 @@ from tests.storage.streams import Stream, full_stream, make_header, make_module
 
 #: What each axis of a dataset of a site must be called.
 AXES = {
-    **dict.fromkeys(("reset", "update", "candidate", "hidden"), ("step", "unit")),
+    **dict.fromkeys(("reset", "update", "candidate", "hidden", "gradient"), ("step", "unit")),
     "input": ("step", "feature"),
     "initial": ("sequence", "unit"),
     "checks": ("module_call",),

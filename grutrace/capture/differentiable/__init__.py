@@ -1,0 +1,1 @@
+"""Gates as tensors in the graph of the model's own forward, and gradients through them."""

@@ -1,0 +1,102 @@
+"""The gradients that arrive at one call in the backward pass, however much later that is.
+
+Hooks on nodes of the autograd graph copy them. A hook on the output tensor would not do: a loss
+that uses only the final states never calls it, and the model may change the output in place.
+
+A call waits in the journal until gradients have arrived (`journal`). Then they are stored with its
+other rows. Gradients of a later backward pass through the same call are added as long as it waits.
+
+B sequences in a batch, H hidden size, N rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from grutrace.capture.kernel_calls.gradient_edges import GradientEdges
+from grutrace.capture.kernel_calls.observation import KernelRun
+from grutrace.gru.layout import SequenceLayout
+
+#: Key of the gradient of the final states, beside the numbers of the layers.
+_FINAL = -1
+
+
+class ArrivingGradients:
+    """Collects the gradients that arrive at a call.
+
+    Args:
+        run: The call, which has just run.
+        on_late: Called once if gradients arrive after the call was stored.
+
+    Attributes:
+        is_complete: False if no gradient can arrive at the lower layers, because they ran apart.
+        is_waiting: Whether a backward pass may still reach the call, and none has done so.
+        nbytes: Bytes of the gradients that may arrive.
+    """
+
+    def __init__(self, run: KernelRun, on_late: Callable[[], None]) -> None:
+        observation = run.observation()
+        self._edges = GradientEdges(run, observation)
+        self.is_complete = self._edges.is_complete
+        self._found: dict[int, Tensor] = {}
+        self._is_stored = self._is_called_back = False
+        self._on_late = on_late
+        edges = [*enumerate(self._edges.outputs), (_FINAL, self._edges.final)]
+        for key, edge in edges:
+            if edge is not None:
+                edge.node.register_prehook(partial(self._receive, key, edge.output_nr))
+        self.is_waiting = any(edge is not None for _, edge in edges)
+        # The graph holds the hooks. If they held the graph, neither would ever be freed.
+        self._edges.forget()
+        self.nbytes = 0
+        if self.is_waiting:
+            self.nbytes = sum(layer.output.nbytes for layer in observation.layers)
+
+    def _receive(self, key: int, output: int, gradients: tuple[Tensor | None, ...]) -> None:
+        """Copy the gradient that arrives at one output of a node."""
+        gradient = gradients[output]
+        if gradient is None:
+            return
+        if self._is_stored:
+            self._on_late()
+            return
+        gradient = gradient.detach()
+        earlier = self._found.get(key)
+        self._found[key] = gradient.clone() if earlier is None else earlier + gradient
+        if self.is_waiting and not self._is_called_back:
+            # Other gradients of this backward pass are still to come.
+            self._is_called_back = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+
+    def _finish(self) -> None:
+        self.is_waiting = self._is_called_back = False
+
+    def store(self) -> None:
+        """Take no more gradients."""
+        self._is_stored, self.is_waiting = True, False
+        self._found = {}
+
+    def at_states(self, layer: int, reverse: bool, steps: SequenceLayout) -> Tensor:
+        """Return the gradient that arrived at each state, in the kernel's order and shape.
+
+        That of a final state belongs to the last step of its sequence, whose state it is. NaN if no
+        gradient arrived at the call.
+
+        Args:
+            layer: Number of the layer.
+            reverse: Whether it is the reverse direction.
+            steps: The layout of the call.
+        """
+        states, final = self._edges.at_states(
+            layer, reverse, self._found.get(layer), self._found.get(_FINAL)
+        )
+        if not self._found:
+            states = torch.full_like(states, torch.nan, memory_format=torch.contiguous_format)
+        elif _FINAL in self._found and states.numel():
+            rows = torch.from_numpy(steps.final_rows(reverse=reverse)).to(states.device)
+            states = states.index_add(0, rows, final.to(states.dtype))
+        return steps.from_kernel_rows(states)

@@ -1,0 +1,1 @@
+"""Gradients through time: of states, gates, pre-activations and inputs."""
