@@ -87,6 +87,8 @@ def test_a_notebook_runs_and_leaves_no_file(notebook: Path) -> None:
     assert set((ROOT / "docs").rglob("*")) == before
     if notebook.stem == "letters-to-phonemes":
         assert done.stdout == LETTERS
+    if notebook.stem == "chrono-initialization":
+        check_half_lives(done.stdout)
     if notebook.stem == "nested-arithmetic":
         assert "residual below 1e-5: True" in done.stdout
         rows = re.findall(r"^(L\w+) +(\S+) +(\S+) +(\S+) +(\S+)$", done.stdout, re.M)
@@ -94,6 +96,19 @@ def test_a_notebook_runs_and_leaves_no_file(notebook: Path) -> None:
         for name in ("L5", "L6", "L7", "L8", "L9", "L9R"):
             cumulative, recursive, _, _ = figures[name]
             assert cumulative > recursive + 0.1, name
+
+
+def check_half_lives(printed: str) -> None:
+    """What the text says: predictions near the half-lives, and which of the networks learns."""
+    number = r"(\d+\.\d+)"
+    rows = re.findall(rf"^(default|chrono) +{number} +{number} +{number}$", printed, re.M)
+    figures = {name: [float(value) for value in values] for name, *values in rows}
+    for half_life, predicted, _ in figures.values():
+        assert 0.9 < half_life / predicted < 1.4
+    (short, _, chance), (long, _, accuracy) = figures["default"], figures["chrono"]
+    assert long > 10 * short
+    assert chance < 0.25
+    assert accuracy > 0.6
 
 
 def test_the_text_has_the_figures_that_the_spelling_model_gives() -> None:
