@@ -36,7 +36,10 @@ def test_every_site_of_every_gru(model, batch) -> None:
             r"matches no site of the model .*: encoder.l0, encoder.l1, dec",
         ),
         ({"sites": []}, r"sites: expected a glob .*; found \[\]"),
-        ({"record": ("update", "forget")}, "reset, update, candidate, hidden, input, gradient; found 'forg"),
+        (
+            {"record": ("update", "forget")},
+            "reset, update, candidate, hidden, input, gradient; found 'forg",
+        ),
         ({"record": ()}, r"record: expected names .*; found \(\)"),
         ({"stacks": "loop"}, "stacks: expected one of rerun, auto, split; found 'loop'"),
         ({"check": True}, "check: expected one of warn, raise, off; found True"),
