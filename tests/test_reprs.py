@@ -80,6 +80,10 @@ def test_statistics(trace) -> None:
 @pytest.mark.parametrize("name", [name for name in ANALYSES if name not in ("change", "probe")])
 def test_results_of_analyses(name: str, trace) -> None:
     analysis = ANALYSES[name]
+    if name == "gradients":
+        model = Nested()
+        with grutrace.trace(model, record=("hidden", "gradient")) as trace:
+            model(torch.randn(40, 3, 6))[0].sum().backward()
     site = trace[trace.sites[0]]
     options = {"label": "kind"} if "label" in analysis.required else {}
     result = analysis.load()(site, **options)

@@ -48,9 +48,13 @@ def observe_additions(listener: AddCallback, run: Callable[[], Result]) -> Resul
         listener: The callback. It must not raise an error, and must not add tensors.
         run: The function. It uses CPU tensors only.
     """
-    previous, _local.listener = _local.listener, listener
+    key = _dispatch_key()
+    # An interruption can leave a listener behind, which nothing calls any more.
+    is_nested = torch._C._dispatch_tls_is_dispatch_key_included(key)
+    previous = _local.listener if is_nested else None
     try:
-        with torch._C._IncludeDispatchKeyGuard(_dispatch_key()):
+        _local.listener = listener
+        with torch._C._IncludeDispatchKeyGuard(key):
             return run()
     finally:
         _local.listener = previous

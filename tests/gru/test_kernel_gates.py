@@ -556,3 +556,13 @@ def test_inline_gates_need_little_memory_beyond_their_rows() -> None:
         assert kilobytes[way] - kilobytes["untraced"] < ROWS + MARGIN, way
     # Control: autograd keeps more of the same call.
     assert kilobytes["graph"] - kilobytes["untraced"] > ROWS + MARGIN
+
+
+def test_a_listener_that_an_interruption_left_behind_goes_with_the_next_call() -> None:
+    dispatcher._local.listener = lambda *_: pytest.fail("it was called")
+    heard = []
+    dispatcher.observe_additions(
+        lambda *operands: heard.append(operands), lambda: torch.ones(2) + torch.ones(2)
+    )
+    assert len(heard) == 1
+    assert dispatcher._local.listener is None

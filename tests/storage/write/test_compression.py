@@ -66,7 +66,7 @@ def test_only_rows_are_compressed(compression, path):
     header, records = compressed(full_stream(), compression)
     write(path, header, records)
     with h5py.File(path) as file:
-        rows = {"reset", "update", "candidate", "hidden", "input"}
+        rows = {"reset", "update", "candidate", "hidden", "input", "gradient"}
         filters = {}
 
         def note(name, member):
