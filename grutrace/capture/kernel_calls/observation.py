@@ -5,7 +5,6 @@ T steps, B sequences in a batch, I input size, H hidden size, L layers, D direct
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias
@@ -39,7 +38,6 @@ class Observation(NamedTuple):
         steps: The layout of the call's steps.
         layers: Input and output of each layer, from the lowest to the top.
         training: Whether the module was in training mode.
-        seconds: How long the kernel ran.
         is_kept: Whether input and output are copies that will not change.
         gates_as_set: By layer and direction, the gates that an intervention has set; None if none
             did, also for a layer.
@@ -49,7 +47,6 @@ class Observation(NamedTuple):
     steps: SequenceLayout
     layers: list[Layer]
     training: bool
-    seconds: float = 0.0
     is_kept: bool = False
     gates_as_set: Sequence[list[GatesAsSet] | None] | None = None
 
@@ -93,7 +90,6 @@ class KernelRun:
         gates: By layer and direction, the kernel's own gates; None if they were not copied.
         steps: The layout of a packed call's steps; None for a padded call.
         training: Whether the module was in training mode.
-        seconds: How long the kernel ran.
         gates_as_set: By layer and direction, the gates that an intervention has set.
 
     Attributes:
@@ -102,7 +98,7 @@ class KernelRun:
 
     __slots__ = (
         *("arguments", "gates", "gates_as_set", "is_kept", "kernel", "layers", "result"),
-        *("seconds", "step_gates", "steps", "training"),
+        *("step_gates", "steps", "training"),
     )
 
     def __init__(
@@ -114,12 +110,11 @@ class KernelRun:
         gates: list[list[KernelGates]] | None,
         steps: SequenceLayout | None,
         training: bool,
-        seconds: float,
         gates_as_set: Sequence[list[GatesAsSet] | None] | None = None,
     ) -> None:
         self.kernel, self.arguments, self.result = kernel, arguments, result
         self.layers, self.gates, self.steps = layers, gates, steps
-        self.training, self.seconds = training, seconds
+        self.training = training
         self.gates_as_set = gates_as_set
         self.is_kept = False
         self.step_gates: StepGates | None = None
@@ -239,7 +234,6 @@ class KernelRun:
             self.gates,
             self.steps,
             self.training,
-            self.seconds,
             self.gates_as_set,
         )
 
@@ -254,9 +248,7 @@ class KernelRun:
                 layer._replace(gates=gates) for layer, gates in zip(layers, self.gates, strict=True)
             ]
         steps = self.steps or PaddedLayout(*layers[-1].output.shape[:2])
-        return Observation(
-            call, steps, layers, self.training, self.seconds, self.is_kept, self.gates_as_set
-        )
+        return Observation(call, steps, layers, self.training, self.is_kept, self.gates_as_set)
 
 
 #: Runs PyTorch's kernel for one layer, given its number and its input.
@@ -319,7 +311,6 @@ def run_kernel(
             # Running the lower layers again draws the same dropout masks from it.
             rng_state = torch.get_rng_state()
     should_split = call is not None and is_stack and _should_split(call, stacks)
-    start = time.perf_counter()
     gates: list[list[KernelGates]] | None = None
     gates_as_set = None
     step_gates: StepGates | None = None
@@ -342,7 +333,6 @@ def run_kernel(
         result, layers = _run_split(call, arguments)
     else:
         result = kernel(*arguments)
-    seconds = time.perf_counter() - start
     if prepared is not None:
         prepared.finish(_final_states(kernel, result))
 
@@ -373,7 +363,6 @@ def run_kernel(
             gates,
             steps,
             module.training,
-            seconds,
             gates_as_set,
         )
         observed.step_gates = step_gates
