@@ -24,7 +24,7 @@ from grutrace.analysis.engine.site_data import SiteLike, as_site_data
 from grutrace.errors import NotRecordedError
 from grutrace.records import GATES, Array
 from grutrace.reprs import fields_repr
-from grutrace.statistics.moments import HIGH, LOW, merge_stats, unit_stats
+from grutrace.statistics.moments import merge_stats, unit_stats
 from grutrace.statistics.results import UnitStatistics
 from grutrace.statistics.running import Statistics
 from grutrace.storage.read.sequence_index import Integers
@@ -122,9 +122,9 @@ class GateSummary:
     """Summary of one gate over all steps and units. NaN where there are none.
 
     Attributes:
-        mean: Mean of the values.
-        below: Share of the values with a magnitude below `LOW`.
-        above: Share of the values with a magnitude above `HIGH`.
+        mean: Mean of the values; NaN if one is not finite.
+        below: Share of the values with a magnitude below 0.1.
+        above: Share of the values with a magnitude above 0.9.
     """
 
     mean: float
@@ -163,28 +163,22 @@ def summarize_site(site: SiteTrace) -> SiteSummary:
         steps=data.steps,
         residual=site.residual,
         gates={
-            name: _gate_summary(summarize_rows(data, (name,), _gate_counts))
+            name: _gate_summary(summarize_rows(data, (name,), unit_stats, merge_stats))
             for name in GATES
             if name in data.quantities
         },
     )
 
 
-def _gate_counts(rows: Mapping[str, Array]) -> dict[str, float]:
-    """Count the values of a gate over all units."""
-    (block,) = rows.values()
-    sizes = np.abs(block)
-    return {
-        "values": block.size,
-        "sum": float(block.sum(dtype=np.float64)),
-        "below": int(np.count_nonzero(sizes < LOW)),
-        "above": int(np.count_nonzero(sizes > HIGH)),
-    }
-
-
-def _gate_summary(counts: Mapping[str, float]) -> GateSummary:
-    values = counts["values"] or np.nan
-    return GateSummary(*(counts[name] / values for name in ("sum", "below", "above")))
+def _gate_summary(units: Array) -> GateSummary:
+    """Summarize the statistics of all units, (H,) of type `UNIT_DTYPE`."""
+    values = sum(int(units[name].sum()) for name in ("count", "nan", "infinite"))
+    if not values:
+        return GateSummary(np.nan, np.nan, np.nan)
+    # The means leave out values that are not finite.
+    is_finite = values == units["count"].sum()
+    mean = float(units["mean"] @ units["count"]) / values if is_finite else np.nan
+    return GateSummary(mean, *(int(units[name].sum()) / values for name in ("below", "above")))
 
 
 def summarize_statistics(statistics: Statistics) -> list[SiteSummary]:

@@ -69,6 +69,19 @@ def test_an_empty_site_gives_nan() -> None:
         assert np.isnan([item.mean, item.below, item.above]).all()
 
 
+def test_a_value_that_is_not_finite_shows_in_the_mean() -> None:
+    layer = nn.GRU(2, 4)
+    finite, overflowing = torch.ones(6, 2), torch.ones(6, 2)
+    overflowing[3, 1] = torch.nan
+    means = []
+    for input in (finite, overflowing):
+        with grutrace.trace(layer) as trace:
+            layer(input)
+        means.append([gate.mean for gate in summarize_site(trace["l0"]).gates.values()])
+    assert np.isfinite(means[0]).all()
+    assert np.isnan(means[1]).all()
+
+
 def test_only_recorded_quantities() -> None:
     layer = nn.GRU(2, 4)
     with grutrace.trace(layer, record=("update", "hidden")) as trace:
