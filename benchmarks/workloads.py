@@ -49,6 +49,10 @@ SHAPES = (
 #: Their time goes into matrix products, which tracing would have to make anew.
 COMPUTE_BOUND = {(128, 32, 256, 256), (256, 64, 512, 512), (100, 32, 1024, 1024)}
 
+#: Short calls are timed together, some 15 to 20 milliseconds of them: a single one is short beside
+#: the clock, and beside the 0.3 milliseconds that starting and stopping a tracer take.
+CALLS = {(64, 1, 128, 128): 15, (50, 16, 64, 64): 15, (1, 32, 512, 512): 20}
+
 #: On these what takes hundreds of times the layer's time is measured, too.
 SMALL = {(64, 1, 128, 128), (50, 16, 64, 64)}
 
@@ -57,9 +61,8 @@ def single_layer(steps: int, batch: int, input_size: int, hidden_size: int) -> W
     """One fused layer under no_grad."""
     layer = nn.GRU(input_size, hidden_size)
     input = torch.randn(steps, batch, input_size)
-    # A call at T = 1 is short beside the clock, so several are timed together.
-    calls = 20 if steps == 1 else 1
     shape = (steps, batch, input_size, hidden_size)
+    calls = CALLS.get(shape, 1)
     kind: Kind = "other"
     if steps == 1:
         kind = "one step"
