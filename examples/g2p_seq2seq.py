@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 
 import grutrace
-from grutrace.records import Array
+from grutrace.storage.read.site import SiteTrace
 
 INSTALL = 'this example needs its extra: pip install ".[demo]" in the checkout of grutrace'
 
@@ -186,49 +186,16 @@ def record(model: GraphemeToPhoneme, words: Sequence[str], path: Path) -> list[l
     return phonemes
 
 
-def last_written(update: Array) -> Array:
-    """(H,) the last step of (T, H) at which each unit wrote more than it kept; -1 if at none."""
-    wrote = update < 0.5
-    return np.where(wrote.any(axis=0), len(wrote) - 1 - wrote[::-1].argmax(axis=0), -1)
-
-
-def plot_update_gate(update: Array, letters: Sequence[str], title: str, path: Path) -> None:
-    """Draw the update gate (T, H) of one word, its letters along the x axis.
+def plot_update_gate(site: SiteTrace, title: str, path: Path) -> None:
+    """Draw the update gate of the first word at a site of the trace.
 
     Units are sorted by the letter at which they last wrote. Right of that letter they only keep,
     so the bright area is what the encoder remembers, and its steps say which letter it is from.
     """
-    last = last_written(update)
-    units = len(last)
-    order = np.lexsort((update[last, np.arange(units)], last))
-    width = max(8.0, 3 + 0.7 * len(letters))  # inches; a letter needs 0.7 for its label
-    figure, (above, below) = plt.subplots(
-        2, 1, sharex=True, figsize=(width, 7.5), height_ratios=(1, 5), layout="constrained"
-    )
-    figure.suptitle(title, fontsize=18)
-
-    counts = [int((last == step).sum()) for step in range(len(letters))]
-    above.bar_label(above.bar(range(len(letters)), counts, width=0.9, color="0.7"), fontsize=12)
-    above.set_title("units that wrote here for the last time (z < 0.5)", fontsize=12)
-    above.set_yticks([])
-    above.tick_params(axis="x", length=0)
-    above.spines[["left", "top", "right"]].set_visible(False)
-    above.margins(y=0.25)
-
-    image = below.imshow(
-        update.T[order], aspect="auto", interpolation="nearest", cmap="magma", vmin=0, vmax=1
-    )
-    below.set_xticks(range(len(letters)), letters, fontsize=18)
-    below.tick_params(axis="x", length=0)
-    below.set_yticks([])
-    below.set_ylabel(f"{units} units, sorted by the letter of their last write", fontsize=12)
-
-    bar = figure.colorbar(image, ax=below, aspect=30)
-    bar.set_ticks([0, 0.5, 1], labels=["z = 0\noverwrites", "z = 0.5", "z = 1\nkeeps"], fontsize=12)
-    bar.ax.tick_params(length=0)
-    bar.set_label("update gate of the encoder", fontsize=12)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    axes = site.plot.heatmap("update", sequence=0, order="last write")
+    axes.figure.suptitle(title, fontsize=16)
+    axes.figure.savefig(path, dpi=150)
+    plt.close(axes.figure)
 
 
 def checked(word: str, graphemes: Sequence[str]) -> str:
@@ -277,8 +244,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     picture = arguments.output.with_name(f"update_gate_{words[0]}.png")
     with grutrace.open(arguments.output) as trace:
         print_summaries(summarize_sites(trace))
-        sequence = trace["encoder.l0"].sequence(0)
-        plot_update_gate(sequence.update, letters_of(words[0]), f"{words[0]}\n{spoken[0]}", picture)
+        plot_update_gate(trace["encoder.l0"], f"{words[0]}\n{spoken[0]}", picture)
     print(f"\ntrace: {arguments.output}\npicture: {picture}")
     return 0
 

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from grutrace.accessors import register_accessor as _register_accessor
 from grutrace.errors import (
     GrutraceError,
     GrutraceWarning,
@@ -90,6 +91,8 @@ _LAZY = {
     "effects": ("grutrace.intervention.effects", "effects"),
     "intervene": ("grutrace.intervention.intervene", "intervene"),
 }
+
+_register_accessor("plot", "grutrace.view.site_plots", "SitePlots")
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "grutrace"
 
 #: Folders whose sub-folders, and whose own files, are parts of their own.
-DIVIDED = {"storage", "capture", "analysis"}
+DIVIDED = {"storage", "capture", "analysis", "view"}
 
 #: The shared vocabulary: what each of these files may import; every part may import all of them.
 BASE = {
@@ -19,6 +19,13 @@ BASE = {
     "records": set[str](),
     "options": {"records"},
     "distributed": {"errors"},
+    "accessors": set[str](),
+}
+
+#: The folders of analyses.
+ANALYSES = {
+    *("analysis/engine", "analysis/descriptive", "analysis/memory", "analysis/dynamics"),
+    *("analysis/labels", "analysis/comparison"),
 }
 
 #: What each part may import beside the base, from the lowest to the highest.
@@ -103,6 +110,10 @@ ALLOWED = {
         *("storage/interfaces", "storage/read", "analysis/engine", "analysis/verification"),
     },
     "export": {"storage/hdf5", "storage/format", "storage/interfaces", "storage/read"},
+    "view/plots": {"storage/read", "statistics", *ANALYSES},
+    "view/site_plots": {"storage/read", "analysis/engine"},
+    "view/plot_specs": set[str](),
+    "view/picture_files": {"storage/hdf5", "storage/read", "view/site_plots"},
     "run": {
         *("storage/hdf5", "storage/shards", "capture/options", "capture/kernel_calls"),
         *("capture/selection", "capture/recording", "capture/tracer_warnings"),
@@ -119,6 +130,7 @@ ALLOWED = {
         ),
         *("statistics", "analysis/engine", "analysis/registry", "analysis/verification"),
         *("analysis/descriptive", "analysis/comparison", "export", "run"),
+        *("view/plot_specs", "view/picture_files"),
     },
     "__main__": {"cli"},
     "__init__": {
@@ -139,6 +151,7 @@ LATE = {
     "storage/read/proofs.py": {"gru"},
     "storage/read/gradients.py": {"gradients"},
     "storage/read/trace.py": {"arrays"},
+    "view/site_plots.py": {"view/plots"},
 }
 
 #: Libraries that only these parts may import.
@@ -152,6 +165,7 @@ ONLY = {
     "sklearn": {"analysis"},
     "scipy": {"analysis"},
     "xarray": {"arrays"},
+    "matplotlib": {"view"},
 }
 
 #: For the type checker only.
@@ -257,6 +271,8 @@ def test_writing_and_reading_share_only_the_format_and_hdf5() -> None:
         ("analysis/verification", "from grutrace.cli import app"),
         ("export", "from grutrace.analysis.descriptive import saturation"),
         ("cli", "import zarr"),
+        ("storage/read", "from grutrace.view import site_plots"),
+        ("analysis/labels", "import matplotlib"),
         ("distributed", "import torch.distributed"),
         ("distributed", "from grutrace.records import Header"),
         ("errors", "def f():\n    import grutrace.records"),

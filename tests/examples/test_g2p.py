@@ -357,11 +357,3 @@ def test_a_trace_that_cannot_be_written_is_one_clear_error(g2p_example, tmp_path
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert str(output) in error
-
-
-# The picture's order
-
-
-def test_last_written_is_the_last_step_below_one_half(g2p_example):
-    update = np.array([[0.1, 0.9, 0.2], [0.9, 0.9, 0.4], [0.6, 0.9, 0.5]])
-    np.testing.assert_array_equal(g2p_example.last_written(update), [0, -1, 1])

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from grutrace.accessors import Accessor
 from grutrace.errors import NotRecordedError
 from grutrace.records import Array, ModuleInfo, Site
 from grutrace.reprs import wrap_text
@@ -34,6 +35,7 @@ class SiteTrace(QuantityAccess[LazyRows]):
     Attributes:
         site: Name, layer, direction and quantities of the site.
         module: The module that the site belongs to.
+        plot: Pictures of the site, see `grutrace.view.site_plots.SitePlots`.
 
     Examples:
         >>> import torch
@@ -54,6 +56,8 @@ class SiteTrace(QuantityAccess[LazyRows]):
         >>> list(site.weights())
         ['weight_ih', 'weight_hh', 'bias_ih', 'bias_hh']
     """
+
+    plot = Accessor()
 
     def __init__(
         self, get_snapshot: Callable[[], TraceSnapshot], module_index: int, site: Site

@@ -1,0 +1,1 @@
+"""Traces and results of analyses as pictures and pages."""
