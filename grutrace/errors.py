@@ -35,35 +35,127 @@ _NAMES = {"Tensor": "a tensor", "Parameter": "a parameter", "ndarray": "an array
 
 
 class GrutraceError(Exception):
-    """Base class of all exceptions that grutrace raises."""
+    """Base class of all exceptions that grutrace raises.
+
+    Examples:
+        >>> import grutrace
+        >>> try:
+        ...     trace = grutrace.open("missing.h5")
+        ... except grutrace.GrutraceError as error:
+        ...     print(type(error).__name__)
+        TraceFileError
+    """
 
 
 class OptionError(GrutraceError, ValueError):
-    """An option or argument has an invalid value."""
+    """An option or argument has an invalid value.
+
+    Examples:
+        >>> import torch
+        >>> import grutrace
+        >>> try:
+        ...     tracer = grutrace.trace(torch.nn.GRU(4, 3), every=0)
+        ... except grutrace.OptionError as error:
+        ...     print(error)
+        every: expected a whole number from 1, found 0
+    """
 
 
 class StateError(GrutraceError, RuntimeError):
-    """The object's state does not allow the call: for example, entering a closed tracer."""
+    """The object's state does not allow the call: for example, entering a closed tracer.
+
+    Examples:
+        >>> import torch
+        >>> import grutrace
+        >>> model = torch.nn.GRU(4, 3)
+        >>> with grutrace.trace(model) as tracer:
+        ...     output, final = model(torch.randn(5, 2, 4))
+        >>> try:
+        ...     tracer.start()
+        ... except grutrace.StateError as error:
+        ...     print(error)
+        the tracer is closed: create a new one to record again
+    """
 
 
 class UnsupportedError(GrutraceError, TypeError):
-    """A module or call cannot be traced. The message names it and says what to do instead."""
+    """A module or call cannot be traced. The message names it and says what to do instead.
+
+    Examples:
+        >>> import torch
+        >>> import grutrace
+        >>> try:
+        ...     tracer = grutrace.trace(torch.nn.LSTM(4, 3))
+        ... except grutrace.UnsupportedError as error:
+        ...     print(error)
+        expected a model with an nn.GRU or nn.GRUCell inside; found none in LSTM
+    """
 
 
 class NotRecordedError(GrutraceError, LookupError):
-    """The trace does not contain this site, sequence or quantity."""
+    """The trace does not contain this site, sequence or quantity.
+
+    Examples:
+        >>> import torch
+        >>> import grutrace
+        >>> layer = torch.nn.GRU(4, 3)
+        >>> with grutrace.trace(layer, record="update") as trace:
+        ...     output, final = layer(torch.randn(5, 2, 4))
+        >>> try:
+        ...     trace["l0"][0].reset
+        ... except grutrace.NotRecordedError as error:
+        ...     print(error)
+        'reset' was not recorded at 'l0'; recorded: update
+    """
 
 
 class ResidualError(GrutraceError, ArithmeticError):
-    """The replayed states differ from the kernel's states by more than the rounding tolerance."""
+    """The replayed states differ from the kernel's states by more than the rounding tolerance.
+
+    Examples:
+        >>> import torch
+        >>> import grutrace
+        >>> layer = torch.nn.GRU(4, 3)
+        >>> try:
+        ...     with grutrace.trace(layer, check="raise") as trace:
+        ...         output, final = layer(torch.randn(5, 2, 4))
+        ... except grutrace.ResidualError as error:
+        ...     print(error)
+        ... else:
+        ...     print("proven")
+        proven
+    """
 
 
 class SinkError(GrutraceError, OSError):
-    """Recorded rows cannot be stored."""
+    """Recorded rows cannot be stored.
+
+    Examples:
+        >>> import torch
+        >>> import grutrace
+        >>> layer = torch.nn.GRU(4, 3)
+        >>> try:
+        ...     with grutrace.trace(layer, "run.h5", on_error="raise") as trace:
+        ...         output, final = layer(torch.randn(5, 2, 4))
+        ... except grutrace.SinkError as error:
+        ...     print("the disk is full, or failed:", error)
+        ... else:
+        ...     print("stored")
+        stored
+    """
 
 
 class TraceFileError(GrutraceError, OSError):
-    """A trace file cannot be opened, read or written."""
+    """A trace file cannot be opened, read or written.
+
+    Examples:
+        >>> import grutrace
+        >>> try:
+        ...     trace = grutrace.open("missing.h5")
+        ... except grutrace.TraceFileError as error:
+        ...     print(error)
+        missing.h5 does not exist
+    """
 
 
 class MissingExtraError(GrutraceError, ImportError):
@@ -239,8 +331,33 @@ def reject_unknown_options(function: Callable[P, R]) -> Callable[P, R]:
 
 
 class GrutraceWarning(UserWarning):
-    """Base class of all warnings that grutrace issues."""
+    """Base class of all warnings that grutrace issues.
+
+    Examples:
+        >>> import warnings
+        >>> import torch
+        >>> import grutrace
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always", grutrace.GrutraceWarning)
+        ...     with grutrace.trace(torch.nn.GRU(4, 3)) as trace:
+        ...         pass
+        >>> print(caught[0].message)
+        nothing was recorded of the model: ...
+    """
 
 
 class ResidualWarning(GrutraceWarning):
-    """The replayed states differ from the kernel's states by more than the rounding tolerance."""
+    """The replayed states differ from the kernel's states by more than the rounding tolerance.
+
+    Examples:
+        >>> import warnings
+        >>> import torch
+        >>> import grutrace
+        >>> layer = torch.nn.GRU(4, 3)
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("error", grutrace.ResidualWarning)
+        ...     with grutrace.trace(layer) as trace:
+        ...         output, final = layer(torch.randn(5, 2, 4))
+        >>> trace["l0"].residual < 1e-6
+        True
+    """

@@ -74,6 +74,17 @@ def test_a_public_name_has_an_example(name: str, member: str) -> None:
     assert re.search(r"^ *Examples:$", result.__doc__ or "", re.M)
 
 
+@pytest.mark.parametrize("package", ["grutrace", "grutrace.analysis"])
+def test_every_public_function_and_class_has_an_example(package: str) -> None:
+    module = importlib.import_module(package)
+    members = {name: getattr(module, name) for name in module.__all__}
+    documented = {
+        name: ">>> " in (value.__doc__ or "") for name, value in members.items() if callable(value)
+    }
+    assert len(documented) > 10
+    assert all(documented.values()), documented
+
+
 def test_control_a_wrong_example_is_detected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
