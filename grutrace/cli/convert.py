@@ -9,6 +9,7 @@ import typer
 
 from grutrace.cli.common import File, Files, Record, Sites, open_traces, split_names
 from grutrace.cli.output import echo, progress_bar
+from grutrace.cli.selection import EVERYTHING, Selection, with_selection
 from grutrace.export.formats import FORMATS, export_trace
 from grutrace.storage.open import open_trace
 from grutrace.storage.recovery.preflight import check_in_subprocess
@@ -32,6 +33,7 @@ def derive(
         materialize_file(trace, output, advance)
 
 
+@with_selection
 def export(
     file: File,
     to: Annotated[
@@ -43,6 +45,7 @@ def export(
     ],
     site: Sites = None,
     record: Record = None,
+    selection: Selection = EVERYTHING,
 ) -> None:
     """Write a trace as npz, netcdf, zarr, csv (a folder) or for LSTMVis (a folder).
 
@@ -50,7 +53,12 @@ def export(
     """
     with open_trace(file) as trace, progress_bar("exporting") as advance:
         report = export_trace(
-            trace, output, to, sites=site, record=split_names(record), progress=advance
+            selection.apply(trace),
+            output,
+            to,
+            sites=site,
+            record=split_names(record),
+            progress=advance,
         )
     for note in report.notes:
         echo(f"grutrace: {note}", stderr=True)

@@ -11,6 +11,7 @@ import numpy as np
 
 from grutrace.cli.common import AsJSON, Files, display_name, open_traces
 from grutrace.cli.output import echo, new_table, print_json, print_table
+from grutrace.cli.selection import EVERYTHING, Selection, with_selection
 from grutrace.errors import join_names
 from grutrace.storage.read.proofs import PROOFS, UNPROVEN
 from grutrace.storage.read.trace import Trace
@@ -25,10 +26,11 @@ MAX_LISTED = 8
 ROUNDING_ERROR = {"float16": 2.0**-12, "float32": 2.0**-25}
 
 
-def info(files: Files, as_json: AsJSON = False) -> None:
+@with_selection
+def info(files: Files, as_json: AsJSON = False, selection: Selection = EVERYTHING) -> None:
     """Describe a trace: model, options, layers, and counts of calls, sequences and steps."""
-    with open_traces(files) as trace:
-        name = display_name(files)
+    with open_traces(files) as whole:
+        trace, name = selection.apply(whole), display_name(files)
         print_json(describe(trace, name)) if as_json else print_info(trace, name)
 
 
@@ -39,6 +41,7 @@ def describe(trace: Trace, name: str) -> dict[str, Any]:
         "file": name,
         "parts": [str(file) for file in trace.files],
         "bytes": sum(file.stat().st_size for file in trace.files),
+        "selection": trace.selection,
         "shards": [dataclasses.asdict(shard) for shard in trace.snapshot.tables.shards],
         "model": header.model,
         "created": datetime.fromtimestamp(header.created, UTC).isoformat(timespec="seconds"),
@@ -82,6 +85,8 @@ def print_info(trace: Trace, name: str) -> None:
         if library != _PLATFORM_KEY
     ]
     echo(f"recorded {description['created']} with {', '.join(versions)}")
+    if description["selection"]:
+        echo(f"only the sequences with {description['selection']}")
     for line in rank_lines(description):
         echo(line)
     restrictions = [

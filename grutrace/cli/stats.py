@@ -30,6 +30,7 @@ from grutrace.cli.output import (
     progress_bar,
     with_progress,
 )
+from grutrace.cli.selection import EVERYTHING, Selection, with_selection
 from grutrace.errors import OptionError, join_names
 from grutrace.statistics.file import is_statistics
 from grutrace.statistics.moments import HIGH, LOW
@@ -37,6 +38,7 @@ from grutrace.statistics.running import Statistics
 from grutrace.storage.read.trace import Trace
 
 
+@with_selection
 def stats(
     arguments: Annotated[
         list[str],
@@ -61,6 +63,7 @@ def stats(
     ] = False,
     each: Annotated[bool, typer.Option("--each", help="Print a line for each unit.")] = False,
     as_json: AsJSON = False,
+    selection: Selection = EVERYTHING,
 ) -> None:
     """Summarize every site: sequences, steps, residual and gate activation.
 
@@ -73,9 +76,9 @@ def stats(
         analysis = get_analysis(name)
         analysis.require(options)
         with ExitStack() as stack:
-            trace = stack.enter_context(open_traces(files))
+            trace = selection.apply(stack.enter_context(open_traces(files)))
             if against is not None:
-                options["against"] = stack.enter_context(open_traces([against]))
+                options["against"] = selection.apply(stack.enter_context(open_traces([against])))
             results = run_analysis(trace, analysis, matching_sites(trace, site), options)
             print_results(results, each, as_json)
         return
@@ -83,9 +86,11 @@ def stats(
         option = next(iter(options))
         raise OptionError(f"--{option} needs an ANALYSIS: one of {', '.join(ANALYSES)}")
     if all(map(is_statistics, files)):
+        selection.require_empty("a statistics file has no sequences to select")
         summaries = summarize_statistics(reduce(Statistics.merge, map(Statistics.load, files)))
     else:
-        with open_traces(files) as trace:
+        with open_traces(files) as whole:
+            trace = selection.apply(whole)
             summaries = summarize_sites(trace, matching_sites(trace, site))
     if as_json:
         print_json([dataclasses.asdict(summary) for summary in summaries])

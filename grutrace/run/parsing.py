@@ -1,4 +1,4 @@
-"""Parse options of the command line: units, steps and sizes."""
+"""Parse options of the command line: numbers, units, steps and sizes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,23 @@ def parse_units(text: str) -> slice | tuple[int, ...]:
     Raises:
         OptionError: The text has another form.
     """
+    return parse_numbers("units", text)
+
+
+def parse_numbers(option: str, text: str) -> slice | tuple[int, ...]:
+    """Parse numbers such as 0,3,7 or a range such as 0:32.
+
+    Args:
+        option: Name of the option that they are given for.
+        text: The numbers.
+
+    Raises:
+        OptionError: The text has another form.
+    """
     expected = "numbers separated by commas, or a range such as 0:32"
     if ":" in text:
-        return _range("units", text, expected)
-    return tuple(_number("units", number, text, expected) for number in text.split(","))
+        return _range(option, text, expected)
+    return tuple(_number(option, number, text, expected) for number in text.split(","))
 
 
 def parse_steps(text: str) -> slice:

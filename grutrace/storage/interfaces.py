@@ -88,6 +88,7 @@ class AppendOnlySource(Source, SnapshotReader, Protocol):
     """A source that only appends rows, so it is its own reader at any time."""
 
 
+@runtime_checkable
 class InMemoryReader(SnapshotReader, Protocol):
     """A reader that can return the whole trace at once."""
 

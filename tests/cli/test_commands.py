@@ -379,3 +379,80 @@ def test_the_version_is_that_of_the_package(capsys) -> None:
     assert main(["--version"]) == 0
     compiled = library.instruction_set()
     assert capsys.readouterr().out == f"grutrace {grutrace.__version__} (compiled: {compiled})\n"
+
+
+@pytest.fixture
+def tagged(tmp_path):
+    torch.manual_seed(0)
+    model = torch.nn.GRU(2, 3)
+    path = tmp_path / "tagged.h5"
+    with grutrace.trace(model, path) as tracer:
+        for number in range(3):
+            words = [["the", "ant"], ["a", "bee"]]
+            labels = {"pos": [[0, number], [7, 8]]}
+            with tracer.recording(tag=f"t{number}", tokens=words, labels=labels):
+                model(torch.randn(2, 2, 2))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "sequences"),
+    [
+        ([], [0, 1, 2, 3, 4, 5]),
+        (["--tag", "t1"], [2, 3]),
+        (["--tag", "t1", "--tag", "t[2]"], [2, 3, 4, 5]),
+        (["--labelled", "pos=2"], [4]),
+        (["--labelled", "pos=2", "--labelled", "pos=[78]"], [1, 3, 4, 5]),
+        (["--labelled", "pos", "--calls", "-1:"], [4, 5]),
+        (["--tokens", "the a*", "--calls", "0:2"], [0, 2]),
+        (["--sequences", "0,3,-1", "--length", "2:"], [0, 3, 5]),
+    ],
+)
+def test_the_same_selection_on_the_command_line_and_in_python(
+    tagged, options, sequences, tmp_path, capsys
+) -> None:
+    with grutrace.open(tagged) as trace:
+        selected = trace.select(sequences=sequences)
+        expected = np.asarray(selected["l0"].update)
+    assert main(["info", str(tagged), "--json", *options]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["modules"][0]["sequences"] == len(sequences)
+    assert main(["stats", str(tagged), "--json", *options]) == 0
+    (summary,) = json.loads(capsys.readouterr().out)
+    assert summary["gates"]["update"]["mean"] == pytest.approx(expected.mean(), abs=1e-6)
+    assert main(["stats", str(tagged), "moments", "--json", *options]) == 0
+    (moments,) = json.loads(capsys.readouterr().out)
+    assert moments["steps"] == 2 * len(sequences)
+    out = tmp_path / "out.npz"
+    assert main(["export", str(tagged), "--to", "npz", "-o", str(out), *options]) == 0
+    with np.load(out) as arrays:
+        assert (arrays["l0/update"] == expected).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tag", "t9"], "no sequence has tag=t9"),
+        (["--labelled", "ps=x"], "there is no label 'ps' (did you mean 'pos'?)"),
+        (["--length", "x"], "length: expected numbers separated by commas, or a range"),
+        (["--calls", "1:2:3:4"], "calls: expected numbers separated by commas"),
+        (["--tokens", ""], "tokens: expected globs for consecutive tokens"),
+    ],
+)
+@pytest.mark.parametrize("command", ["info", "stats"])
+def test_a_selection_that_cannot_be_made_is_one_line(
+    tagged, command, options, message, capsys
+) -> None:
+    assert main([command, str(tagged), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_statistics_have_no_sequences_to_select(tmp_path, capsys) -> None:
+    statistics = grutrace.Statistics(tmp_path / "statistics.h5")
+    model = torch.nn.GRU(2, 3)
+    with grutrace.trace(model, sink=statistics):
+        model(torch.randn(2, 2, 2))
+    assert main(["stats", str(tmp_path / "statistics.h5"), "--tag", "x"]) == 2
+    assert "tag: a statistics file has no sequences to select" in capsys.readouterr().err

@@ -62,6 +62,19 @@ class ShardCalls:
     closed: bool
 
 
+@dataclass(frozen=True, eq=False)
+class SelectedSequences:
+    """What the tables of a selection no longer tell of its sequences, for one module.
+
+    Attributes:
+        numbers: (sequences,) their numbers in the trace that they were selected from.
+        is_fork: (sequences,) whether they began inside another sequence, selected or not.
+    """
+
+    numbers: Array
+    is_fork: Array
+
+
 @dataclass(frozen=True)
 class Tables:
     """A consistent prefix of a trace, without its rows. Types are those of `schema`.
@@ -78,6 +91,7 @@ class Tables:
         closed: Whether the trace is complete.
         shards: The processes that made the calls, in the order of `calls`. Empty for the trace of
             a single process.
+        selected: By module, the sequences of a selection. Empty for a whole trace.
     """
 
     calls: Array
@@ -90,6 +104,7 @@ class Tables:
     module_counts: tuple[ModuleCounts, ...]
     closed: bool
     shards: tuple[ShardCalls, ...] = ()
+    selected: tuple[SelectedSequences, ...] = ()
 
     @cached_property
     def texts(self) -> tuple[str, ...]:

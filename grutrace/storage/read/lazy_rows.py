@@ -22,6 +22,7 @@ from grutrace.records import Array
 from grutrace.storage.hdf5.filters import is_compressed
 from grutrace.storage.interfaces import Rows
 from grutrace.storage.read.array_like import ArrayLike
+from grutrace.storage.read.sequence_index import as_slice
 
 #: Two requested rows with at most this many bytes between them are read together: a second read
 #: takes as long.
@@ -221,10 +222,10 @@ class SelectedRows(LazyRows):
         self._rows, self._numbers = rows, numbers
 
     def _read(self, rows: slice, columns: slice) -> Array:
-        return np.asarray(self._rows[self._numbers[rows], columns])
+        return np.asarray(self._rows[as_slice(self._numbers[rows]), columns])
 
     def _take(self, rows: Array, columns: slice) -> Array:
-        return np.asarray(self._rows[self._numbers[rows], columns])
+        return np.asarray(self._rows[as_slice(self._numbers[rows]), columns])
 
 
 class MemoryRows(LazyRows):

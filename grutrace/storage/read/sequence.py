@@ -161,6 +161,11 @@ class Sequence(QuantityAccess[Array]):
         return labels
 
     @property
+    def original(self) -> int:
+        """Number of the sequence in the trace from which it was selected; else `number`."""
+        return int(self._snapshot.original_numbers(self._module)[self.number])
+
+    @property
     def calls(self) -> Array:
         """The calls with steps of this sequence, as rows of `Trace.calls`."""
         return np.array(self._index.calls[self._index.pieces(self.number)])
@@ -178,7 +183,7 @@ class Sequence(QuantityAccess[Array]):
 
     @property
     def parent(self) -> int | None:
-        """The sequence that this one was forked from, or None."""
+        """The sequence that this one was forked from. None for none, or if it is not selected."""
         parent = int(self._index.parents[0][self.number])
         return None if parent < 0 else parent
 
@@ -196,7 +201,8 @@ class Sequence(QuantityAccess[Array]):
         initial state or its name was no longer stored in the tracer's state memory.
         """
         mark = self._snapshot.mark(self._module, self.number)
-        return mark or ("new" if self.parent is None else "fork")
+        is_fork = self._snapshot.is_fork(self._module)[self.number]
+        return mark or ("fork" if is_fork else "new")
 
     def _annotations(self) -> dict[str, Array | list[str | float | None]]:
         return self._snapshot.annotations(self._module).values(self.number, len(self))

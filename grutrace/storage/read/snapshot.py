@@ -21,8 +21,8 @@ from grutrace.errors import (
 from grutrace.records import FORWARD_QUANTITIES, GATES, QUANTITIES, Array, Site
 from grutrace.storage.format.shard_stamp import read_shard
 from grutrace.storage.format.tables import ModuleCounts, Tables
-from grutrace.storage.interfaces import Rows, Source
-from grutrace.storage.memory import MemoryCopy, MemoryStore
+from grutrace.storage.interfaces import InMemoryReader, Rows, Source
+from grutrace.storage.memory import MemoryCopy
 from grutrace.storage.read.annotations import AnnotationIndex
 from grutrace.storage.read.gradients import GradientRows
 from grutrace.storage.read.lazy_rows import SelectedRows
@@ -56,6 +56,7 @@ SEQUENCES = np.dtype(
     [
         ("module", object),
         ("sequence", np.int64),
+        ("original", np.int64),
         ("call", np.int64),
         ("place", np.int64),
         ("steps", np.int64),
@@ -107,7 +108,7 @@ class TraceSnapshot:
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         """Pickle the rows too if the trace is in memory."""
-        if isinstance(self.source, MemoryStore):
+        if isinstance(self.source, InMemoryReader):
             source = MemoryCopy(self.header, self.source.all_items(self.stored))
             return TraceSnapshot, (source, self.stored)
         return super().__reduce_ex__(protocol)
@@ -167,6 +168,19 @@ class TraceSnapshot:
     def mark(self, module: int, sequence: int) -> str | None:
         """Return the mark of how a sequence began, or None."""
         return self._joined.marks.get((module, sequence))
+
+    def is_fork(self, module: int) -> Array:
+        """Return which sequences of a module began inside another one, (sequences,)."""
+        is_fork = self.index(module).parents[0] >= 0
+        if self.tables.selected:
+            is_fork |= self.tables.selected[module].is_fork
+        return np.asarray(is_fork)
+
+    def original_numbers(self, module: int) -> Integers:
+        """Return the numbers of a module's sequences in the trace without selection."""
+        if self.tables.selected:
+            return np.asarray(self.tables.selected[module].numbers)
+        return np.arange(len(self.index(module)))
 
     def annotations(self, module: int) -> AnnotationIndex:
         """Return the index of a module's annotations."""
@@ -325,12 +339,13 @@ class TraceSnapshot:
         sequences = np.zeros(len(index), SEQUENCES)
         sequences["module"] = self.header.modules[module].path
         sequences["sequence"] = np.arange(len(index))
+        sequences["original"] = self.original_numbers(module)
         sequences["call"] = index.calls[first_pieces]
         sequences["place"] = index.batch_indices[first_pieces]
         sequences["steps"] = index.lengths
         sequences["pieces"] = np.diff(index.bounds)
         sequences["parent"], sequences["parent_steps"] = index.parents
-        sequences["origin"] = np.where(index.parents[0] < 0, "new", "fork")
+        sequences["origin"] = np.where(self.is_fork(module), "fork", "new")
         for (mark_module, sequence), mark in self._joined.marks.items():
             if mark_module == module:
                 sequences["origin"][sequence] = mark

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Mapping
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, starmap
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,15 +14,18 @@ from grutrace.errors import (
     NotRecordedError,
     StateError,
     join_names,
+    reject_unknown_options,
     require_extra,
     short_repr,
     suggest_name,
 )
 from grutrace.records import Array, ModuleInfo, Site, TraceHeader
 from grutrace.reprs import wrap_text
-from grutrace.storage.format.tables import Tables
-from grutrace.storage.interfaces import InMemorySource, Source
+from grutrace.storage.format.tables import Tables, dataset_lengths
+from grutrace.storage.interfaces import InMemorySource, Rows, Source
 from grutrace.storage.memory import MemoryCopy
+from grutrace.storage.read.selection.criteria import Criteria
+from grutrace.storage.read.selection.selected_source import SelectedSource, selected_source
 from grutrace.storage.read.site import SiteTrace
 from grutrace.storage.read.snapshot import TraceSnapshot
 from grutrace.storage.save import array_items, save_trace
@@ -133,6 +136,7 @@ class Trace:
 
         - module: Path of the module.
         - sequence: Number of the sequence within the module.
+        - original: In a selection (`select`), its number in the whole trace; else as ``sequence``.
         - call: First call of the sequence, a row of `calls`.
         - place: Batch index of the sequence in that call.
         - steps: Number of steps.
@@ -144,6 +148,72 @@ class Trace:
         - rank: Rank of the recording process; 0 for a single process.
         """
         return self._refresh_snapshot().sequences.copy()
+
+    @reject_unknown_options
+    def select(
+        self,
+        *,
+        tag: str | Iterable[str] | None = None,
+        label: str | Mapping[str, Any] | None = None,
+        length: int | slice | Iterable[int] | None = None,
+        calls: int | slice | Iterable[int] | None = None,
+        tokens: str | Sequence[str | float] | None = None,
+        sequences: int | slice | Iterable[int] | None = None,
+    ) -> Trace:
+        """Return the sequences that meet all conditions, as a trace of their own.
+
+        The result has the interface of a trace: sites, sequences, tables, arrays, analyses and
+        exports. It copies no rows, and follows this trace when the result is refreshed. Its
+        sequences and calls are numbered anew, from 0, as if nothing else had been recorded;
+        ``trace.sequences["original"]`` and `Sequence.original` give the numbers of before. Calls
+        without a selected sequence are left out.
+
+        A glob is one of `fnmatch`, in which case matters: ``*`` matches any text, ``?`` one
+        character, ``[ab]`` one of these, ``[!ab]`` one of the others. Numbers match by their text:
+        ``3`` and ``0.5``.
+
+        Args:
+            tag: Glob, or list of globs, for the tag of the call in which a sequence began.
+            label: Name of a label that one of the steps has; or, by name, a glob or a number, or
+                a list of them, that matches the label of one of the steps.
+            length: Number of steps; a slice, ``slice(10, None)`` for 10 or more; or a list.
+            calls: Rows of `calls`: a number, a slice or a list. A sequence belongs to the call in
+                which it began.
+            tokens: Globs for consecutive tokens, separated by spaces, or in a list: ``"the a*"``
+                selects the sequences in which a token that begins with "a" follows "the". The
+                first may be ``^``, for the start of the sequence, and the last ``$``, for its end.
+                A step without a token matches no glob.
+            sequences: Numbers of sequences within their module: a number, a slice or a list.
+
+        Raises:
+            OptionError: A condition is unknown or has an invalid value.
+            NotRecordedError: No step has such a label, or a token.
+
+        Examples:
+            >>> import torch
+            >>> import grutrace
+            >>> gru = torch.nn.GRU(2, 3)
+            >>> with grutrace.trace(gru) as trace:
+            ...     with trace.recording(tag="valid", tokens=[["the", "ant"], ["the", "bee"]]):
+            ...         output, state = gru(torch.randn(2, 2, 2))
+            >>> ants = trace.select(tag="valid", tokens="the a*")
+            >>> len(ants["l0"]), ants["l0"].sequence(0).tokens
+            (1, ['the', 'ant'])
+            >>> trace.select(sequences=-1).sequences["original"]
+            array([1])
+        """
+        criteria = Criteria.parse(
+            tag=tag, label=label, length=length, calls=calls, tokens=tokens, sequences=sequences
+        )
+        snapshot = self._refresh_snapshot()
+        criteria.require_recorded(snapshot)
+        present = self._refresh_snapshot if self._source.live else None
+        return Trace(selected_source(self._source, criteria, snapshot, present))
+
+    @property
+    def selection(self) -> str | None:
+        """What the sequences of a selection have in common, in words. None for a whole trace."""
+        return str(self._source) if isinstance(self._source, SelectedSource) else None
 
     @property
     def header(self) -> TraceHeader:
@@ -181,7 +251,7 @@ class Trace:
         return 0 if self._memory is None else self._memory.nbytes
 
     def save(self, path: str | os.PathLike[str], *, mode: Literal["w", "overwrite"] = "w") -> None:
-        """Write a trace in memory to a file, with the content that a tracer would have written.
+        """Write a trace in memory, or a selection, to a file, as a tracer would have written it.
 
         The file has the same rows bit for bit, and the same calls, sequences, weights, tokens,
         labels and options. It is written under a temporary name and renamed when it is complete.
@@ -194,7 +264,7 @@ class Trace:
 
         Raises:
             OptionError: `path` is not a path, or `mode` is unknown.
-            StateError: The trace is already in a file, or has no rows.
+            StateError: The trace is already in a file and is no selection, or has no rows.
             TraceFileError: The file exists, or cannot be written. No partial file remains.
 
         Examples:
@@ -208,11 +278,16 @@ class Trace:
             ...     print((trace["l0"].hidden == tracer["l0"].hidden).all())
             True
         """
-        snapshot, memory = self._refresh_snapshot(), self._require_memory("saved")
-        items = memory.as_of(snapshot.tables).all_items(snapshot.tables)
-        counts = {dataset_path: len(array) for dataset_path, array in items.items()}
-        blocks = chain.from_iterable(map(array_items, items, items.values()))
-        save_trace(path, self.header, counts, blocks, mode)
+        snapshot, header = self._refresh_snapshot(), self.header
+        items: Iterable[tuple[str, Rows | Array]]
+        if isinstance(self._source, SelectedSource):
+            items, header = self._source.datasets(snapshot.stored), self._source.saved_header
+        else:
+            reader = self._require_memory("saved").as_of(snapshot.stored)
+            items = reader.all_items(snapshot.stored).items()
+        counts = dataset_lengths(snapshot.stored, header.modules)
+        blocks = chain.from_iterable(starmap(array_items, items))
+        save_trace(path, header, counts, blocks, mode)
 
     def clear(self) -> None:
         """Delete all records of a trace in memory.
@@ -251,7 +326,7 @@ class Trace:
         snapshot = self._refresh_snapshot()
         if self._memory is None:
             return Trace, (self._source,)
-        items = self._memory.as_of(snapshot.tables).all_items(snapshot.tables)
+        items = self._memory.as_of(snapshot.stored).all_items(snapshot.stored)
         return Trace, (MemoryCopy(self.header, items),)
 
     def to_dask(self, site: str, quantity: str) -> dask.array.Array:

@@ -1,0 +1,1 @@
+"""Selections: some sequences of a trace, as a trace of their own."""
