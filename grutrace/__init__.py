@@ -51,6 +51,7 @@ from grutrace.errors import (
 if TYPE_CHECKING:
     from grutrace.capture.differentiable.trace import DifferentiableTrace
     from grutrace.capture.tracer import Tracer, trace
+    from grutrace.conversion.convert import convert
     from grutrace.intervention.effects import effects
     from grutrace.intervention.intervene import intervene
     from grutrace.statistics.running import Statistics
@@ -73,6 +74,7 @@ __all__ = [
     "Tracer",
     "UnsupportedError",
     "__version__",
+    "convert",
     "effects",
     "intervene",
     "open",
@@ -88,6 +90,7 @@ _LAZY = {
     "open": ("grutrace.storage.open", "open_trace"),
     "Tracer": ("grutrace.capture.tracer", "Tracer"),
     "trace": ("grutrace.capture.tracer", "trace"),
+    "convert": ("grutrace.conversion.convert", "convert"),
     "effects": ("grutrace.intervention.effects", "effects"),
     "intervene": ("grutrace.intervention.intervene", "intervene"),
 }

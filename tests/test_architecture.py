@@ -32,6 +32,7 @@ ANALYSES = {
 ALLOWED = {
     "native": set[str](),
     "gru": {"native"},
+    "conversion": set[str](),
     "gradients": {"gru"},
     "storage/hdf5": set[str](),
     "storage/format": {"storage/hdf5"},
@@ -135,7 +136,7 @@ ALLOWED = {
     "__main__": {"cli"},
     "__init__": {
         *("storage/read", "storage/open", "statistics"),
-        *("capture/differentiable", "capture/tracer", "intervention"),
+        *("capture/differentiable", "capture/tracer", "intervention", "conversion"),
     },
 }
 
@@ -156,7 +157,7 @@ LATE = {
 
 #: Libraries that only these parts may import.
 ONLY = {
-    "torch": {"gru", "gradients", "capture", "intervention", "analysis", "run"},
+    "torch": {"gru", "conversion", "gradients", "capture", "intervention", "analysis", "run"},
     "h5py": {"storage", "statistics", "export"},
     "h5netcdf": {"export"},
     "zarr": {"export"},

@@ -11,7 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-steps=(memory uncompiled soak hostile benchmark)
+steps=(memory uncompiled soak hostile benchmark frameworks)
 
 # Tests with freed memory overwritten: a tensor or array that outlives its buffer has wrong values.
 step_memory() {
@@ -22,6 +22,11 @@ step_memory() {
 # All tests without the compiled library.
 step_uncompiled() {
     GRUTRACE_COMPILED=none python -m pytest -q -n auto --dist loadgroup
+}
+
+# Conversions of weights against the other libraries themselves.
+step_frameworks() {
+    pip install --quiet -e ".[test,frameworks]" && GRUTRACE_REQUIRE_PACKAGES=1 python -m pytest -q tests/conversion
 }
 
 # Killed processes, failing disks, power loss, and readers of growing files.

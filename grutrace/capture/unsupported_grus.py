@@ -1,7 +1,7 @@
 """GRUs of a model that cannot be traced, why, and what to do instead.
 
-These are TorchScript, quantized and complex layers, and GRUs written in Python. They are recognized
-by type, not by class name, because any class may be called GRU.
+These are TorchScript, quantized and complex layers, GRUs of Keras, and GRUs written in Python. They
+are recognized by type, not by class name, because any class may be called GRU.
 """
 
 from __future__ import annotations
@@ -19,13 +19,22 @@ _KINDS = ("GRU", "GRUCell")
 _QUANTIZED_MODULE = "torch.ao.nn.quantized"
 
 _SCRIPTED = (
-    "is a GRU inside TorchScript: trace the model before torch.jit.script or torch.jit.trace"
+    "is a GRU inside TorchScript: trace the model before torch.jit.script or torch.jit.trace, or "
+    'the nn.GRU of grutrace.convert(gru.state_dict(), "pytorch")'
 )
-_QUANTIZED = "is a quantized GRU: trace the original float model"
+_QUANTIZED = (
+    "is a quantized GRU: trace the original float model, or, to its rounding, the nn.GRU of "
+    'grutrace.convert({**gru.get_weight(), **gru.get_bias()}, "pytorch")'
+)
 _COMPLEX = "is complex: its gates are not numbers from 0 to 1, so only real layers can be traced"
 _CUSTOM = (
     "is a GRU implementation of its own ({}), which does not call PyTorch's kernel: read the gates "
-    "in its code, or replace it with nn.GRU"
+    "in its code, or, if its equations are PyTorch's, replace it with the nn.GRU of "
+    'grutrace.convert(gru.state_dict(), "pytorch")'
+)
+_KERAS = (
+    "is a Keras GRU, which does not call PyTorch's kernel: replace it with the nn.GRU of "
+    'grutrace.convert(layer.get_weights(), "keras")'
 )
 
 
@@ -49,10 +58,14 @@ class UnsupportedGRU:
 
 def find_unsupported_grus(model: nn.Module) -> Iterator[UnsupportedGRU]:
     """Yield the GRUs of a model that cannot be traced."""
+    inside: tuple[str, ...] = ()
     for path, module in model.named_modules():
-        reason = _unsupported_reason(module)
+        reason = None if path.startswith(inside) else _unsupported_reason(module)
         if reason is not None:
             yield UnsupportedGRU(path, reason)
+        if reason is _KERAS:
+            # The layer has a cell inside.
+            inside += (f"{path}." if path else "",)
 
 
 def describe_unsupported(unsupported: Iterable[UnsupportedGRU]) -> str:
@@ -74,8 +87,14 @@ def _unsupported_reason(module: nn.Module) -> str | None:
     kind = type(module)
     if kind.__module__.startswith(_QUANTIZED_MODULE) and kind.__name__ in _KINDS:
         return _QUANTIZED
+    if any(_is_keras(parent) for parent in kind.__mro__):
+        return _KERAS
     is_custom_gru = isinstance(module, nn.RNNBase) and module.mode == "GRU"
     is_custom_cell = isinstance(module, nn.RNNCellBase) and kind.__name__ == "GRUCell"
     if is_custom_gru or is_custom_cell:
         return _CUSTOM.format(f"{kind.__module__}.{kind.__qualname__}")
     return None
+
+
+def _is_keras(kind: type) -> bool:
+    return kind.__module__.startswith("keras.") and kind.__name__ in _KINDS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 
@@ -106,6 +107,25 @@ def test_a_model_with_only_unsupported_grus_is_an_error(kind: str) -> None:
     build, what = KINDS[kind]
     with pytest.raises(grutrace.UnsupportedError, match=f"; rnn is {what}.*: "):
         grutrace.trace(build())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_function_that_the_message_names_makes_a_layer_of_its_weights(kind: str) -> None:
+    """What is quantized agrees to the rounding of 8 bits, everything else to that of float32."""
+    torch.manual_seed(0)
+    theirs = KINDS[kind][0]()
+    with pytest.raises(grutrace.UnsupportedError) as caught:
+        grutrace.trace(theirs)
+    (call,) = re.findall(r"grutrace\.(convert\(.*?\))(?:;|$)", str(caught.value))
+    convert = eval(call, {"convert": grutrace.convert, "gru": theirs.rnn})
+    found = convert(example())
+    output = theirs(example())
+    final = output if output.shape == found[1][0].shape else output[-1]
+    allowed = 0.05 if "quantized" in kind else 1e-6
+    assert (found[1][0] - final).abs().max() < allowed
+    with grutrace.trace(convert) as trace:
+        convert(example())
+    assert trace.sites == ("l0",)
 
 
 @pytest.mark.parametrize("kind", KINDS)

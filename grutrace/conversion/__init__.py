@@ -1,0 +1,1 @@
+"""nn.GRU layers from the weights of other libraries."""
