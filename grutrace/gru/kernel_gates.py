@@ -215,6 +215,9 @@ def is_cheaper(
     product_cost = 2 * batch * weights / (OPERATIONS_PER_SECOND * torch.get_num_threads())
     replay_cost = num_steps * (product_cost + ELEMENT_REPLAY_COST * batch * replayed_units)
     if request.max_cost_ratio < 1:
+        if num_steps == 1:
+            # Alike calls of one step wait as a series, which costs less than copying their gates.
+            return False
         # In the background, weights are read once for many calls.
         replay_cost *= request.max_cost_ratio
     else:

@@ -506,6 +506,14 @@ def test_replay_is_chosen_for_small_steps() -> None:
     assert not kernel_gates.is_cheaper(10, 1, 1024, 1024, few)
 
 
+def test_one_step_is_not_copied_in_the_background() -> None:
+    inline = kernel_gates.GateRequest(dict.fromkeys(GATES, range(1024)))
+    background = inline._replace(max_cost_ratio=1 / 3)
+    for steps, expected in (1, False), (10, True):
+        assert kernel_gates.is_cheaper(steps, 64, 1024, 1024, background) is expected
+        assert kernel_gates.is_cheaper(steps, 64, 1024, 1024, inline)
+
+
 #: Prints the peak memory of each way to compute gates, in KiB. Each runs in a fork of its own.
 PEAK = """
     import os, sys
