@@ -55,9 +55,9 @@ def _summarize(value: Any) -> str:
     if isinstance(value, (float, np.floating)):
         return f"{value:.6g}"
     if isinstance(value, (str, bool, int, np.generic)) or value is None:
-        return _shorten(repr(value) if not isinstance(value, np.generic) else str(value))
+        return shorten(repr(value) if not isinstance(value, np.generic) else str(value))
     if isinstance(value, Mapping):
-        return _shorten("{" + ", ".join(map(str, value)) + "}")
+        return shorten("{" + ", ".join(map(str, value)) + "}")
     if isinstance(value, (list, tuple)):
         text = repr(value)
         return text if len(text) <= MAX_VALUE_CHARS else f"<{type(value).__name__} of {len(value)}>"
@@ -80,7 +80,13 @@ def _summarize_array(array: np.ndarray[Any, Any]) -> str:
     return f"{text} {low:.4g} to {high:.4g}" if low != high else f"{text} all {low:.4g}"
 
 
-def _shorten(text: str) -> str:
-    if len(text) <= MAX_VALUE_CHARS:
+def shorten(text: str, chars: int = MAX_VALUE_CHARS) -> str:
+    """Return a text of at most this many characters: its beginning and its end.
+
+    Examples:
+        >>> shorten("encoder.a_long_name.rnn.l0", 16)
+        'encoder....nn.l0'
+    """
+    if len(text) <= chars:
         return text
-    return f"{text[: MAX_VALUE_CHARS // 2]}...{text[-(MAX_VALUE_CHARS // 2 - 3) :]}"
+    return f"{text[: chars // 2]}...{text[-(chars // 2 - 3) :]}"

@@ -36,7 +36,8 @@ for cell in notebook["cells"]:
 LETTERS = """\
 absent ['AE1', 'B', 'S', 'AH0', 'N', 'T', '</s>']
 <site encoder.l0: 371 sequences, 3304 steps of reset, update, candidate, hidden,
-    input>
+    input
+    labels: tokens, kind>
 <site decoder.cell: 371 sequences, 3008 steps of reset, update, candidate,
     hidden, input>
 encoder: 0.30 nearly closed, 0.36 nearly open, 0 units stuck

@@ -110,7 +110,8 @@ def open_trace(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) 
         ...     output, state = gru(torch.randn(5, 4, 2))
         >>> with grutrace.open("run.h5") as trace:
         ...     print(trace)
-        <trace of torch.nn.modules.rnn.GRU in run.h5: 1 sites, 1 calls, 4 sequences>
+        <trace of torch.nn.modules.rnn.GRU in run.h5: 1 site, 1 call, 4 sequences
+            l0: 4 sequences, 20 steps of reset, update, candidate, hidden>
     """
     source = open_files(path)
     try:

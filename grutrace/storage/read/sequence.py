@@ -11,7 +11,8 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from grutrace.records import Array, Site
-from grutrace.reprs import wrap_text
+from grutrace.storage.read.display.html_reprs import sequence_html
+from grutrace.storage.read.display.text_reprs import sequence_repr
 from grutrace.storage.read.snapshot import TraceSnapshot
 
 R = TypeVar("R", covariant=True)
@@ -88,7 +89,19 @@ class Sequence(QuantityAccess[Array]):
         return int(self._index.lengths[self.number])
 
     def __repr__(self) -> str:
-        return wrap_text(f"<sequence {self.number} of {self.site.name}: {len(self)} steps>")
+        return sequence_repr(self.number, self.site, len(self), self.tag, self.tokens)
+
+    def _repr_html_(self) -> str:
+        """Return a small table for notebooks."""
+        return sequence_html(
+            self._snapshot,
+            self._module,
+            self.site,
+            self.number,
+            self.tag,
+            self.origin,
+            self.tokens,
+        )
 
     def rows(self, quantity: str) -> Array:
         """Return the rows of a quantity, (T, H), or (T, I) for the input.

@@ -12,9 +12,10 @@ import numpy as np
 from grutrace.accessors import Accessor
 from grutrace.errors import NotRecordedError
 from grutrace.records import Array, ModuleInfo, Site
-from grutrace.reprs import wrap_text
 from grutrace.storage.format.tables import ModuleCounts
 from grutrace.storage.read.annotations import LabelColumn, annotation_names, row_labels
+from grutrace.storage.read.display.html_reprs import site_html
+from grutrace.storage.read.display.text_reprs import site_repr
 from grutrace.storage.read.lazy_rows import LazyRows, as_rows, block_slices, item_bytes
 from grutrace.storage.read.recomputed import SiteGateInputs
 from grutrace.storage.read.sequence import QuantityAccess, Sequence
@@ -85,9 +86,11 @@ class SiteTrace(QuantityAccess[LazyRows]):
         return self.snapshot.extent(self._module_index).sequences
 
     def __repr__(self) -> str:
-        rows = self.snapshot.extent(self._module_index).rows
-        recorded = ", ".join(self.site.available_quantities)
-        return wrap_text(f"<site {self.name}: {len(self)} sequences, {rows} steps of {recorded}>")
+        return site_repr(self.snapshot, self._module_index, self.site)
+
+    def _repr_html_(self) -> str:
+        """Return a small table for notebooks."""
+        return site_html(self.snapshot, self._module_index, self.site, self.residual)
 
     def __iter__(self) -> Iterator[Sequence]:
         snapshot = self.snapshot

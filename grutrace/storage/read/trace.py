@@ -24,6 +24,8 @@ from grutrace.reprs import wrap_text
 from grutrace.storage.format.tables import Tables, dataset_lengths
 from grutrace.storage.interfaces import InMemorySource, Rows, Source
 from grutrace.storage.memory import MemoryCopy
+from grutrace.storage.read.display.html_reprs import trace_html
+from grutrace.storage.read.display.text_reprs import trace_repr
 from grutrace.storage.read.selection.criteria import Criteria
 from grutrace.storage.read.selection.selected_source import SelectedSource, selected_source
 from grutrace.storage.read.site import SiteTrace
@@ -96,13 +98,18 @@ class Trace:
         return name in self._sites_by_name
 
     def __repr__(self) -> str:
-        counts = f"{len(self.sites)} sites"
         # A sink of statistics stores no calls, and raises.
         with contextlib.suppress(NotRecordedError):
-            tables = self._refresh_snapshot().tables
-            sequences = sum(module.sequences for module in tables.module_counts)
-            counts += f", {len(tables.calls)} calls, {sequences} sequences"
-        return wrap_text(f"<trace of {self.header.model} in {self._source.name}: {counts}>")
+            return trace_repr(self._refresh_snapshot(), self._source.name, self.selection)
+        return wrap_text(
+            f"<trace of {self.header.model} in {self._source.name}: {len(self.sites)} sites>"
+        )
+
+    def _repr_html_(self) -> str | None:
+        """Return a small table for notebooks. None, for `repr`, if the sink stores no rows."""
+        with contextlib.suppress(NotRecordedError):
+            return trace_html(self._refresh_snapshot(), self._source.name, self.selection)
+        return None
 
     @property
     def calls(self) -> Array:
