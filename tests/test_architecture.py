@@ -115,6 +115,7 @@ ALLOWED = {
     "view/site_plots": {"storage/read", "analysis/engine"},
     "view/plot_specs": set[str](),
     "view/picture_files": {"storage/hdf5", "storage/read", "view/site_plots"},
+    "view/live": {"storage/interfaces", "storage/read", "storage/shards", "storage/open"},
     "run": {
         *("storage/hdf5", "storage/shards", "capture/options", "capture/kernel_calls"),
         *("capture/selection", "capture/recording", "capture/tracer_warnings"),
@@ -167,6 +168,8 @@ ONLY = {
     "scipy": {"analysis"},
     "xarray": {"arrays"},
     "matplotlib": {"view"},
+    "bokeh": {"view"},
+    "tornado": {"view"},
 }
 
 #: For the type checker only.
@@ -274,6 +277,8 @@ def test_writing_and_reading_share_only_the_format_and_hdf5() -> None:
         ("cli", "import zarr"),
         ("storage/read", "from grutrace.view import site_plots"),
         ("analysis/labels", "import matplotlib"),
+        ("storage/read", "from grutrace.view.live import window"),
+        ("cli", "import bokeh"),
         ("distributed", "import torch.distributed"),
         ("distributed", "from grutrace.records import Header"),
         ("errors", "def f():\n    import grutrace.records"),
