@@ -21,28 +21,47 @@ static long writes;          /* how many more succeed */
 static int64_t size;         /* how long a file may become; negative for no bound */
 static int syncs_fail;       /* whether it is the fsyncs that fail, and not the writes */
 static long failures;        /* how often anything failed */
+static long own_failures;    /* without files that take another's place later, or whose place was taken */
 static int journal = -1;     /* where writes are logged */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 void disk_fail(const char *path, int number, long after, int64_t longest, int at_sync) {
     snprintf(prefix, sizeof prefix, "%s", path);
-    error = number, writes = after, size = longest, syncs_fail = at_sync, failures = 0;
+    error = number, writes = after, size = longest, syncs_fail = at_sync;
+    failures = own_failures = 0;
 }
 
 long disk_failures(void) { return failures; }
+
+long disk_own_failures(void) { return own_failures; }
 
 void disk_log(const char *path, int descriptor) {
     snprintf(prefix, sizeof prefix, "%s", path);
     journal = descriptor;
 }
 
-static int is_ours(int descriptor) {
-    char link[64], path[PATH_MAX];
-    if (!*prefix) return 0;
+static int find_path(int descriptor, char *path) {
+    char link[64];
     snprintf(link, sizeof link, "/proc/self/fd/%d", descriptor);
-    ssize_t length = readlink(link, path, sizeof path - 1);
+    ssize_t length = readlink(link, path, PATH_MAX - 1);
     if (length > 0) path[length] = 0;
-    return length > 0 && !strncmp(path, prefix, strlen(prefix));
+    return length > 0;
+}
+
+static int is_ours(int descriptor) {
+    char path[PATH_MAX];
+    return *prefix && find_path(descriptor, path) && !strncmp(path, prefix, strlen(prefix));
+}
+
+static void count_failure(int descriptor) {
+    char path[PATH_MAX];
+    struct stat status;
+    failures++;
+    if (!fstat(descriptor, &status) && !status.st_nlink) return; /* another has taken its place */
+    /* A file that has taken its place has lost its first name: Linux adds "(deleted)" to that. */
+    if (!find_path(descriptor, path) || !strstr(path, ".new-") || strstr(path, " (deleted)")) {
+        own_failures++;
+    }
 }
 
 /* offset, length (-1 for an fsync), inode, bytes */
@@ -64,12 +83,12 @@ static ssize_t allowed(int descriptor, size_t count, off_t offset) {
     if (!error || syncs_fail) return count;
     if (size >= 0) {
         if (offset + (off_t)count <= size) return count;
-        failures++;
+        count_failure(descriptor);
         if (offset < size) return size - offset;
     } else if (writes-- > 0) {
         return count;
     } else {
-        failures++;
+        count_failure(descriptor);
     }
     errno = error;
     return -1;
@@ -107,7 +126,7 @@ int fsync(int descriptor) {
     if (!next) next = dlsym(RTLD_NEXT, "fsync");
     if (is_ours(descriptor)) {
         if (error && syncs_fail && writes-- <= 0) {
-            failures++;
+            count_failure(descriptor);
             errno = error;
             return -1;
         }

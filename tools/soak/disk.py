@@ -49,6 +49,7 @@ def _library() -> ctypes.CDLL:
         ctypes.c_char_p, ctypes.c_int, ctypes.c_long, longest, ctypes.c_int
     ]  # fmt: skip
     library.disk_failures.restype = ctypes.c_long
+    library.disk_own_failures.restype = ctypes.c_long
     return library
 
 
@@ -70,6 +71,11 @@ def fail(
 def failures() -> int:
     """The number of failures so far."""
     return int(_library().disk_failures())
+
+
+def own_failures() -> int:
+    """The number of failures so far, without those of copies and of files that a copy replaced."""
+    return int(_library().disk_own_failures())
 
 
 def log(prefix: Path, descriptor: int) -> None:

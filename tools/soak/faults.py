@@ -48,7 +48,7 @@ def fault_one(folder: Path, kind: str, fault: str, on_error: str, seed: int) -> 
     _fail(fault, path, random.Random(seed))
     run_of = _Run(kind, model, run, path, on_error, fsync=fault == "fsync")
     run_of.go()
-    failed = disk.failures()
+    failed, failed_itself = disk.failures(), disk.own_failures()
     disk.fail(path, 0)
     results = {"calls": 0, "wrong": 0, "opened": None}
     if path.exists():
@@ -62,6 +62,7 @@ def fault_one(folder: Path, kind: str, fault: str, on_error: str, seed: int) -> 
         "on_error": on_error,
         "seed": seed,
         "failed": failed,
+        "failed_itself": failed_itself,
         "acknowledged": run_of.acknowledged,
         "made": run_of.runs * calls_a_run,
         "errors": run_of.errors,
@@ -124,7 +125,9 @@ class _Run:
                         self._once(number, tracer)
             except grutrace.GrutraceError as error:
                 self.errors.append(f"{type(error).__name__}: {error}")
-        self.warnings = [str(warning.message) for warning in caught]
+        messages = [str(warning.message) for warning in caught]
+        # Some of these small decoders come to rest, several sequences in one state.
+        self.warnings = [text for text in messages if not text.startswith("cannot tell which")]
 
     def _once(self, number: int, tracer: grutrace.Tracer) -> None:
         self.runs += 1
@@ -158,6 +161,9 @@ def faulty(outcome: Outcome) -> list[str]:
     if "error" in outcome:
         return [outcome["error"]]
     message, failed = [*outcome["errors"], *outcome["warnings"]], outcome["failed"] > 0
+    if failed and not message and not outcome["failed_itself"]:
+        # A closed file is replaced by a smaller copy: one of the two failed, the other is whole.
+        failed = outcome["calls"] < outcome["made"]
     wrong = []
     if outcome["calls"] < outcome["acknowledged"]:
         wrong.append(f"{outcome['acknowledged'] - outcome['calls']} acknowledged calls are lost")
