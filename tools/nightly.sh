@@ -11,7 +11,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-steps=(memory uncompiled soak hostile benchmark frameworks)
+steps=(memory uncompiled soak hostile literature benchmark frameworks)
 
 # Tests with freed memory overwritten: a tensor or array that outlives its buffer has wrong values.
 step_memory() {
@@ -38,6 +38,14 @@ step_soak() {
 step_hostile() {
     python -m tools.hostile --cases 2000 --seed 1 &&
         python -m tools.hostile --cases "${HOSTILE_CASES:-20000}" --seed "$(date +%Y%m%d)"
+}
+
+# The examples that repeat published results, in full size.
+step_literature() {
+    local example
+    for example in random_grus two_units sentiment chrono; do
+        python "examples/literature/$example.py" || return 1
+    done
 }
 
 # The full benchmark, with the other packages.
