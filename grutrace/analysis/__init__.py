@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grutrace.analysis.comparison.change import change as change
+    from grutrace.analysis.comparison.stages import stages as stages
     from grutrace.analysis.comparison.trace_diff import compare as compare
     from grutrace.analysis.descriptive.geometry import geometry as geometry
     from grutrace.analysis.descriptive.moments import moments as moments
@@ -70,6 +71,7 @@ _MODULES = {
     "saturation": "descriptive.saturation",
     "score_boundaries": "labels.segmentation",
     "selectivity": "labels.selectivity",
+    "stages": "comparison.stages",
     "state_age": "memory.age",
     "step_jacobians": "dynamics.jacobian",
     "timescales": "memory.timescales",

@@ -64,6 +64,7 @@ ANALYSES = {
         AnalysisSpec("probe", "linear probe of the states for a label", ("label",), ("label",)),
         AnalysisSpec("geometry", "principal components and dimension of the states"),
         AnalysisSpec("update_sparsity", "share of steps that hardly change a unit"),
+        AnalysisSpec("stages", "how the units changed over the course of the recording"),
         AnalysisSpec(
             "change",
             "differences between two traces, unit by unit",

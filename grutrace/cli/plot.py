@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,29 +44,55 @@ def plot(
         ),
     ] = None,
     label: Annotated[str | None, typer.Option(metavar="NAME", help="A label, or tokens.")] = None,
+    gate: Annotated[str | None, typer.Option(help="reset, update or candidate.")] = None,
+    step: Annotated[int | None, typer.Option(help="The step whose state is decomposed.")] = None,
+    sequences: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="The sequences of trajectories.")
+    ] = None,
+    points: Annotated[
+        bool, typer.Option("--points", help="Search for fixed points and draw them.")
+    ] = False,
+    lags: Annotated[int | None, typer.Option(help="Largest lag.")] = None,
+    count: Annotated[int | None, typer.Option(help="Number of stages.")] = None,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A later trace. May be repeated for checkpoints."),
+    ] = None,
+    paired: Annotated[
+        bool, typer.Option("--paired", help="Both traces have the same inputs, step by step.")
+    ] = False,
 ) -> None:
     """Draw a picture of a site. An existing picture is replaced.
 
     Exit codes: 0 success, 2 error.
     """
     require_format(output)
-    values = {
+    options: dict[str, Any] = {
         "quantity": quantity,
         "sequence": sequence,
-        "steps": steps,
-        "units": units,
+        "steps": None if steps is None else parse_steps(steps),
+        "units": None if units is None else parse_units(units),
         "order": order,
         "label": label,
+        "gate": gate,
+        "step": step,
+        "sequences": None if sequences is None else parse_numbers(sequences),
+        "points": points or None,
+        "lags": lags,
+        "count": count,
+        "paired": paired or None,
+        "against": against or None,
     }
-    given = {name: value for name, value in values.items() if value is not None}
-    get_plot(kind).require(given)
-    options: dict[str, Any] = dict(given)
-    if steps is not None:
-        options["steps"] = parse_steps(steps)
-    if units is not None:
-        options["units"] = parse_units(units)
-    with open_traces([file]) as trace:
-        save_plot(choose_site(trace, site), kind, output, options)
+    options = {name: value for name, value in options.items() if value is not None}
+    spec = get_plot(kind)
+    spec.require(options)
+    later = options.pop("against", [])
+    if kind == "change" and len(later) > 1:
+        raise OptionError(f"--against: expected one file for change, found {len(later)}")
+    with ExitStack() as stack:
+        chosen = choose_site(stack.enter_context(open_traces([file])), site)
+        others = [stack.enter_context(open_traces([path]))[chosen.name] for path in later]
+        save_plot(chosen, kind, output, others, options)
 
 
 def choose_site(trace: Trace, name: str | None) -> SiteTrace:
@@ -78,3 +105,17 @@ def choose_site(trace: Trace, name: str | None) -> SiteTrace:
     if name is None and len(trace.sites) != 1:
         raise OptionError(f"choose one of the sites with --site: {join_names(trace.sites)}")
     return trace[trace.sites[0] if name is None else name]
+
+
+def parse_numbers(text: str) -> list[int]:
+    """Parse numbers of sequences, separated by commas.
+
+    Raises:
+        OptionError: One is not a number.
+    """
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise OptionError(
+            f"sequences: expected numbers separated by commas, found {text!r}"
+        ) from None

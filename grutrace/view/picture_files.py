@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,13 +71,20 @@ def write_file(path: Path, content: bytes) -> None:
         publish(temporary, path, "overwrite")
 
 
-def save_plot(site: SiteTrace, kind: str, path: Path, options: Mapping[str, Any]) -> None:
+def save_plot(
+    site: SiteTrace,
+    kind: str,
+    path: Path,
+    others: Sequence[SiteTrace],
+    options: Mapping[str, Any],
+) -> None:
     """Draw a picture of a site to a PNG, SVG or PDF file. An existing file is replaced.
 
     Args:
         site: The site.
         kind: Name of a method of `SitePlots`.
         path: Path of the file.
+        others: The site in other traces, the first arguments of the method.
         options: Arguments of the method, by name.
 
     Raises:
@@ -90,5 +97,5 @@ def save_plot(site: SiteTrace, kind: str, path: Path, options: Mapping[str, Any]
         from matplotlib.figure import Figure
     # Not a figure of pyplot, which may look for a screen.
     figure = Figure(figsize=FIGURE_SIZE, layout="constrained")
-    getattr(SitePlots(site), kind)(ax=figure.subplots(), **options)
+    getattr(SitePlots(site), kind)(*others, ax=figure.subplots(), **options)
     write_file(path, picture_bytes(figure, ending))

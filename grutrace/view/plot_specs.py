@@ -16,7 +16,8 @@ class PlotSpec:
         name: Name of the method of `SitePlots`.
         summary: One line for help texts.
         options: Names of the arguments that the command line can pass.
-        required: Those of `options` that the picture cannot be drawn without.
+        required: Those of `options` that the picture cannot be drawn without. ``against`` are
+            other traces, which are passed first.
     """
 
     name: str
@@ -50,6 +51,31 @@ PLOTS = {
             (*_OF_A_SEQUENCE, "order", "label"),
         ),
         PlotSpec("lines", "a quantity of some units of one sequence", _OF_A_SEQUENCE),
+        PlotSpec("saturation", "share of steps with a gate near 0 and near 1", ("gate",)),
+        PlotSpec("timescales", "how long units keep their state, and the fit"),
+        PlotSpec("autocorrelation", "how long the hidden states stay the same", ("lags",)),
+        PlotSpec("decompose", "what each past step wrote into a state", ("sequence", "step")),
+        PlotSpec("memory_map", "what each past step wrote into every state", ("sequence",)),
+        PlotSpec(
+            "trajectories",
+            "hidden states in principal components, with fixed points",
+            ("sequences", "points", "label"),
+        ),
+        PlotSpec("selectivity", "units that follow a label", ("label", "quantity"), ("label",)),
+        PlotSpec("gradients", "gradient norms by distance from the loss"),
+        PlotSpec("stages", "mean of each unit over the recording", ("quantity", "count")),
+        PlotSpec(
+            "change",
+            "what moved between two traces",
+            ("against", "quantity", "paired"),
+            ("against",),
+        ),
+        PlotSpec(
+            "checkpoints",
+            "mean of each unit in several traces",
+            ("against", "quantity"),
+            ("against",),
+        ),
     )
 }
 

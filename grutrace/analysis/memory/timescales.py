@@ -184,6 +184,22 @@ class Timescales(Result):
     fit_distance: float
     fit_p: float
 
+    def fitted_share(self, times: Array) -> Array:
+        """Share of units that the fitted distribution gives a timescale of at least each time.
+
+        Args:
+            times: (n,) in steps, above 0.
+
+        Returns:
+            (n,) shares; NaN where there is no fit.
+
+        Raises:
+            MissingExtraError: SciPy is not installed.
+        """
+        _, special = _import_scipy()
+        rates = self.scale / np.asarray(times, np.float64)
+        return np.asarray(special.gammainc(self.shape, rates))
+
 
 def timescales(site: SiteLike, lags: int | None = None) -> Timescales:
     """Compute the number of steps over which each unit keeps its state.

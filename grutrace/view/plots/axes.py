@@ -150,3 +150,16 @@ def label_steps(ax: Axes, steps: Array, texts: Sequence[Sequence[str]], names: s
     for tick in ax.get_xticklabels():
         plain(tick)
     ax.tick_params(axis="x", length=0 if every == 1 else 3)
+
+
+#: Largest number of points that have their unit beside them.
+MAX_NUMBERED_POINTS = 12
+
+
+def number_points(ax: Axes, units: Array, x: Array, y: Array) -> None:
+    """Write the numbers of units beside their points, of the first ones if they are many."""
+    for unit, across, up in list(zip(units, x, y, strict=True))[:MAX_NUMBERED_POINTS]:
+        if np.isfinite([across, up]).all():
+            ax.annotate(
+                str(unit), (across, up), xytext=(4, 3), textcoords="offset points", fontsize=7
+            )

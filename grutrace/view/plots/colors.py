@@ -79,6 +79,18 @@ def color_scale(quantity: str, values: Array) -> ColorScale:
     return ColorScale("RdBu_r", -limit, limit, name, ticks)
 
 
+def change_scale(quantity: str, values: Array) -> ColorScale:
+    """Return the colours of the change of a quantity, centred at no change."""
+    limit = largest_magnitude(values)
+    less, more = {
+        "update": ("\noverwrites more", "\nkeeps more"),
+        "reset": ("\nignores h more", "\nuses h more"),
+    }.get(quantity, ("", ""))
+    ticks = {-limit: f"{-limit:.2g}{less}", 0.0: "0", limit: f"+{limit:.2g}{more}"}
+    name = f"change of the {QUANTITY_NAMES.get(quantity, quantity)}"
+    return ColorScale("RdBu_r", -limit, limit, name, ticks)
+
+
 def largest_magnitude(values: Array) -> float:
     """Return the largest finite magnitude; 1 where all values are 0 or not finite."""
     finite = np.abs(values[np.isfinite(values)])
