@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from grutrace.analysis.descriptive.quantiles import quantiles as quantiles
     from grutrace.analysis.descriptive.quantization import quantization as quantization
     from grutrace.analysis.descriptive.saturation import saturation as saturation
+    from grutrace.analysis.descriptive.stuck_units import stuck_units as stuck_units
     from grutrace.analysis.dynamics.fixed_points import fixed_points as fixed_points
     from grutrace.analysis.dynamics.jacobian import jacobian as jacobian
     from grutrace.analysis.dynamics.jacobian import step_jacobians as step_jacobians
@@ -74,6 +75,7 @@ _MODULES = {
     "stages": "comparison.stages",
     "state_age": "memory.age",
     "step_jacobians": "dynamics.jacobian",
+    "stuck_units": "descriptive.stuck_units",
     "timescales": "memory.timescales",
     "update_sparsity": "memory.update_sparsity",
     "verify": "verification.verify",

@@ -49,6 +49,7 @@ ANALYSES = {
     spec.name: spec
     for spec in (
         AnalysisSpec("saturation", "share of steps with each gate near 0 or 1"),
+        AnalysisSpec("stuck_units", "units that are stuck or constant in most sequences"),
         AnalysisSpec("quantization", "rounding error of a smaller storage type"),
         AnalysisSpec("moments", "mean, spread, skewness and kurtosis of each unit"),
         AnalysisSpec("quantiles", "quantiles and histogram of each unit"),

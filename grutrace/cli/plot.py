@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from grutrace.cli.common import File, open_traces
+from grutrace.cli.selection import EVERYTHING, Selection, with_selection
 from grutrace.errors import OptionError, join_names
 from grutrace.run.parsing import parse_steps, parse_units
 from grutrace.storage.read.site import SiteTrace
@@ -17,6 +18,7 @@ from grutrace.view.picture_files import require_format, save_plot
 from grutrace.view.plot_specs import PLOTS, get_plot
 
 
+@with_selection
 def plot(
     file: File,
     kind: Annotated[str, typer.Argument(help=f"One of {', '.join(PLOTS)}.", show_default=False)],
@@ -46,9 +48,6 @@ def plot(
     label: Annotated[str | None, typer.Option(metavar="NAME", help="A label, or tokens.")] = None,
     gate: Annotated[str | None, typer.Option(help="reset, update or candidate.")] = None,
     step: Annotated[int | None, typer.Option(help="The step whose state is decomposed.")] = None,
-    sequences: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="The sequences of trajectories.")
-    ] = None,
     points: Annotated[
         bool, typer.Option("--points", help="Search for fixed points and draw them.")
     ] = False,
@@ -61,6 +60,7 @@ def plot(
     paired: Annotated[
         bool, typer.Option("--paired", help="Both traces have the same inputs, step by step.")
     ] = False,
+    selection: Selection = EVERYTHING,
 ) -> None:
     """Draw a picture of a site. An existing picture is replaced.
 
@@ -76,7 +76,6 @@ def plot(
         "label": label,
         "gate": gate,
         "step": step,
-        "sequences": None if sequences is None else parse_numbers(sequences),
         "points": points or None,
         "lags": lags,
         "count": count,
@@ -90,8 +89,11 @@ def plot(
     if kind == "change" and len(later) > 1:
         raise OptionError(f"--against: expected one file for change, found {len(later)}")
     with ExitStack() as stack:
-        chosen = choose_site(stack.enter_context(open_traces([file])), site)
-        others = [stack.enter_context(open_traces([path]))[chosen.name] for path in later]
+        trace, *traces = (
+            selection.apply(stack.enter_context(open_traces([path]))) for path in (file, *later)
+        )
+        chosen = choose_site(trace, site)
+        others = [other[chosen.name] for other in traces]
         save_plot(chosen, kind, output, others, options)
 
 
@@ -105,17 +107,3 @@ def choose_site(trace: Trace, name: str | None) -> SiteTrace:
     if name is None and len(trace.sites) != 1:
         raise OptionError(f"choose one of the sites with --site: {join_names(trace.sites)}")
     return trace[trace.sites[0] if name is None else name]
-
-
-def parse_numbers(text: str) -> list[int]:
-    """Parse numbers of sequences, separated by commas.
-
-    Raises:
-        OptionError: One is not a number.
-    """
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise OptionError(
-            f"sequences: expected numbers separated by commas, found {text!r}"
-        ) from None

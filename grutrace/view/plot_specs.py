@@ -59,7 +59,7 @@ PLOTS = {
         PlotSpec(
             "trajectories",
             "hidden states in principal components, with fixed points",
-            ("sequences", "points", "label"),
+            ("points", "label"),
         ),
         PlotSpec("selectivity", "units that follow a label", ("label", "quantity"), ("label",)),
         PlotSpec("gradients", "gradient norms by distance from the loss"),

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+import torch
 from matplotlib import pyplot
 
+import grutrace
 from grutrace.__main__ import main
+from grutrace.view.plot_specs import PLOTS
 from tests.view.conftest import record
 
 
@@ -61,3 +66,33 @@ def test_errors_are_one_line_and_leave_no_file(
     assert error.count("\n") == 1
     assert [each.name for each in tmp_path.iterdir()] == ["run.h5"]
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("kind", sorted(PLOTS))
+def test_every_kind_is_drawn(kind, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    quantities = ("reset", "update", "candidate", "hidden", "input", "gradient")
+    for name in ("a.h5", "b.h5"):
+        layer = torch.nn.GRU(3, 9, batch_first=True)
+        labels = {"late": [[0, 0, 0, 1, 1, 1]] * 5}
+        with (
+            grutrace.trace(layer, name, record=quantities) as trace,
+            trace.recording(labels=labels),
+        ):
+            output, _ = layer(torch.randn(5, 6, 3))
+            output[:, -1].sum().backward()
+    spec = PLOTS[kind]
+    values = {"label": ["--label", "late"], "against": ["--against", "b.h5"]}
+    options = [part for name in spec.required for part in values[name]]
+    assert main(["plot", "a.h5", kind, *options, "--sequences", "1:", "-o", "a.png"]) == 0
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_selection_is_drawn(path, tmp_path, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(
+        "grutrace.cli.plot.save_plot", lambda site, *args: drawn.append((len(site), *args))
+    )
+    command = ["plot", str(path), "lines", "--tokens", "^ t1", "-o", "a.png"]
+    assert main([*command, "--sequence", "1"]) == 0
+    assert drawn == [(2, "lines", Path("a.png"), [], {"sequence": 1})]

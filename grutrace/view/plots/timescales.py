@@ -9,6 +9,9 @@ from grutrace.analysis.memory.autocorrelation import Autocorrelation
 from grutrace.analysis.memory.timescales import Timescales
 from grutrace.view.plots.axes import COLORS, GREY, make_axes, set_title, strip_spines
 
+#: Lags are drawn that have at least this share of the pairs of lag 0.
+MIN_PAIRS = 0.1
+
 #: Fits with a p-value below this do not describe the units.
 REJECTED = 0.05
 
@@ -64,9 +67,11 @@ def plot_autocorrelation(found: Autocorrelation, ax: Axes | None = None) -> Axes
         ax: The axes to draw in.
     """
     ax = make_axes(ax)
-    lags = np.arange(found.lags + 1)
-    known = found.correlation[:, np.isfinite(found.correlation).all(axis=0)]
-    numbers = found.units[np.isfinite(found.correlation).all(axis=0)]
+    # At the last lags there are few pairs of steps.
+    lags = np.flatnonzero(found.pairs >= MIN_PAIRS * found.pairs[0])
+    correlation = found.correlation[lags]
+    is_known = np.isfinite(correlation).all(axis=0)
+    known, numbers = correlation[:, is_known], found.units[is_known]
     if known.shape[1]:
         low, median, high = np.quantile(known, [0.1, 0.5, 0.9], axis=1)
         ax.fill_between(
@@ -82,7 +87,8 @@ def plot_autocorrelation(found: Autocorrelation, ax: Axes | None = None) -> Axes
     ax.set_ylabel("autocorrelation of h")
     ax.set_ylim(min(-0.2, ax.get_ylim()[0]), 1.05)
     strip_spines(ax)
-    ax.legend(frameon=False, fontsize=8)
+    if len(numbers):
+        ax.legend(frameon=False, fontsize=8)
     left_out = len(found.units) - len(numbers)
     set_title(
         ax,

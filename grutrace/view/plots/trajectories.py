@@ -95,7 +95,7 @@ def plot_trajectories(
         ax,
         site.name,
         f"hidden states of {len(numbers)} sequences",
-        ("filled squares: initial states; open squares: last states", point_text),
+        ("squares: first states (filled) and last", point_text),
     )
     return ax
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from grutrace.analysis import SiteArrays, stages, with_dask
+from grutrace.analysis import SiteArrays, stages
 from grutrace.analysis.comparison import stages as module
 from grutrace.errors import NotRecordedError, OptionError
-from tests.analysis import sites
+from tests.analysis.everywhere import check_everywhere
 
 
 def arrays(random, drift=(), sequences=40, units=8, correlated=False):
@@ -88,16 +88,8 @@ def test_many_sequences_are_grouped(monkeypatch) -> None:
     assert np.flatnonzero(found.p["hidden"] < 0.05).tolist() == [5]
 
 
-def test_memory_file_and_dask_agree(tmp_path) -> None:
-    in_memory = sites.in_memory()
-    with sites.in_a_file(tmp_path / "run.h5") as trace:
-        for name in trace.sites:
-            expected = stages(in_memory[name])
-            for site in (trace[name], with_dask(trace[name])):
-                found = stages(site)
-                for quantity, means in expected.mean.items():
-                    np.testing.assert_array_equal(found.mean[quantity], means)
-                    np.testing.assert_array_equal(found.p[quantity], expected.p[quantity])
+def test_memory_file_and_dask_agree(tmp_path, monkeypatch) -> None:
+    check_everywhere(stages, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("arguments", [{"count": 0}, {"count": 1.5}, {"permutations": 0}])
