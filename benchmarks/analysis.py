@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from subprocess import PIPE
 
@@ -35,72 +35,103 @@ LARGE, LESS = 4 * 1024**3, 1024**3
 #: Number of pairs. Each takes a second or more.
 PAIRS = 5
 
-#: Analyses that count values, and their time limit as a multiple of reading.
-COUNTING, TIMES = ("saturation", "moments", "quantiles"), 3.0
+#: The quantities that each analysis reads.
+READS: dict[str, tuple[str, ...]] = {
+    "saturation": DEFAULT_RECORD,
+    "stuck_units": DEFAULT_RECORD,
+    "quantization": DEFAULT_RECORD,
+    "moments": DEFAULT_RECORD,
+    "quantiles": DEFAULT_RECORD,
+    "timescales": ("update", "hidden"),
+    "autocorrelation": ("hidden",),
+    "state_age": ("update",),
+    "gradients": ("hidden", "input", "gradient"),
+    "step_jacobians": DEFAULT_RECORD,
+    "lyapunov": DEFAULT_RECORD,
+    "fixed_points": ("hidden",),
+    "gate_activation": ("update",),
+    "selectivity": ("hidden",),
+    "probe": ("hidden",),
+    "geometry": ("hidden",),
+    "update_sparsity": ("hidden",),
+    "stages": DEFAULT_RECORD,
+    "change": DEFAULT_RECORD,
+}
+
+#: Largest time as a multiple of that of reading the same rows: of counting, and of linear algebra.
+TIMES = {"saturation": 1.1, "moments": 1.3, "quantiles": 1.5, "geometry": 5.0, "probe": 5.0}
 
 #: The memory limit of an analysis. MiB.
 ALLOWED = 512
 
-#: Takes minutes on the large file. On the smaller one it needs the same memory.
-LONG = ("lyapunov",)
+#: Takes minutes on the large file. On the smaller one it needs the same memory. Its time is
+#: measured on a still smaller one.
+LONG, SHORT_SIZE = ("lyapunov", "selectivity"), 64 * 1024**2
 
 #: The label that analyses of labels use.
 LABEL = "label"
 
 
-def figures() -> Iterator[Figure]:
-    """Yield the time of each counting analysis over that of reading, then each one's memory."""
+def figures(names: Iterable[str] = tuple(ANALYSES)) -> Iterator[Figure]:
+    """Yield the time of each analysis over that of reading, then each one's memory."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "run.h5"
-        long_traces.write_wide(path, SIZE)
-        with grutrace.open(path) as trace:
-            (name,) = trace.sites
-            site = trace[name]
-            for of in COUNTING:
-                yield times_reading(of, site)
-        for of in LONG:
-            yield peak(of, path)
+        for of in names:
+            yield times_reading(of, trace_of(of, Path(folder), SHORT_SIZE if of in LONG else SIZE))
     with tempfile.TemporaryDirectory() as folder:
-        size = LARGE if shutil.disk_usage(folder).free > 2 * LARGE else LESS
-        path = Path(folder) / "run.h5"
-        long_traces.write_wide(path, size, LABEL)
-        for of in ANALYSES:
-            if of not in LONG and not ANALYSES[of].required:
-                yield peak(of, path)
+        large = LARGE if shutil.disk_usage(folder).free > 2 * LARGE else LESS
+        for of in names:
+            yield peak(of, trace_of(of, Path(folder), SIZE if of in LONG else large))
 
 
-def times_reading(of: str, site: SiteTrace) -> Figure:
-    """The time of an analysis over that of reading the rows of all gates and states in order."""
-    analyse = get_analysis(of).load()
+def trace_of(of: str, folder: Path, size: int) -> Path:
+    """A trace of about this many bytes, for an analysis and others that read the same."""
+    record = READS[of] if of == "gradients" else DEFAULT_RECORD
+    path = folder / f"{'_'.join(record)}_{size}.h5"
+    if not path.exists():
+        long_traces.write_wide(path, size, LABEL, record)
+    return path
+
+
+def run_analysis(of: str, site: SiteTrace) -> object:
+    """Analyse a site; where two are compared, with itself."""
+    chosen = get_analysis(of)
+    needed = {"label": LABEL, "against": site}
+    return chosen.load()(site, **{option: needed[option] for option in chosen.required})
+
+
+def times_reading(of: str, path: Path) -> Figure:
+    """The time of an analysis over that of reading the rows that it needs, in order."""
     step = BLOCK // (long_traces.HIDDEN * np.dtype(np.float32).itemsize)
+    # The second trace of a comparison is read, too.
+    times = 2 if "against" in get_analysis(of).required else 1
+    with grutrace.open(path) as trace:
+        (name,) = trace.sites
+        site = trace[name]
 
-    def read() -> None:
-        for quantity in DEFAULT_RECORD:
-            rows = site.rows(quantity)
-            for start in range(0, len(rows), step):
-                rows[start : start + step]
+        def read() -> None:
+            for quantity in READS[of] * times:
+                rows = site.rows(quantity)
+                for start in range(0, len(rows), step):
+                    rows[start : start + step]
 
-    result = ratio(read, lambda: analyse(site), 0.0, pairs=PAIRS, warm_up=1)
-    return measured(f"{of}, over reading", result, Target(TIMES))
+        result = ratio(read, lambda: run_analysis(of, site), 0.0, pairs=PAIRS, warm_up=1)
+    target = Target(TIMES[of]) if of in TIMES else None
+    return measured(f"{of}, over reading", result, target)
 
 
 def peak(of: str, path: Path) -> Figure:
     """The peak of a process that analyses a file, in MiB."""
     command = [sys.executable, "-m", __name__, of, str(path)]
     done = subprocess.run(command, check=True, stdout=PIPE, text=True)
-    size = path.stat().st_size / 1024**3
-    name = f"peak of {of}, of {size:.1f} GiB"
+    name = f"peak of {of}, of {path.stat().st_size / 1024**3:.1f} GiB"
     return Figure(name, float(done.stdout), "MiB", Target(ALLOWED))
 
 
 def run(of: str, path: Path) -> None:
-    """Analyse every site of a file, and print the peak; where two are compared, with itself."""
-    chosen = get_analysis(of)
-    analyse = chosen.load()
+    """Analyse every site of a file, and print the peak."""
     with grutrace.open(path) as trace:
         for name in trace.sites:
-            needed = {"label": LABEL, "against": trace[name]}
-            analyse(trace[name], **{option: needed[option] for option in chosen.required})
+            run_analysis(of, trace[name])
     print(own_peak())
 
 

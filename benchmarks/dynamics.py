@@ -32,6 +32,16 @@ EARLY = 10
 #: Largest time of the search as a share of that of the other, and largest median q likewise.
 SEARCH, MEDIAN = 0.1, 1.0
 
+#: The flip-flop: bits, units, steps of a sequence, sequences, probability of an input to a bit at a
+#: step, and steps of training. Those of the example of FixedPointFinder, except the training.
+BITS, FLIP_UNITS, FLIP_STEPS, FLIP_BATCH, FLIP_CHANCE, TRAINING = 3, 16, 64, 64, 0.2, 600
+
+#: Starts of the search in the flip-flop.
+FLIP_STARTS = 512
+
+#: Points are equal if no unit differs by more than this.
+SAME = 0.01
+
 #: Shapes of Lyapunov spectra: units, exponents, sequences, steps.
 SHAPES = ((128, 16, 8, 1000), (128, 16, 64, 200), (32, 8, 8, 1000))
 
@@ -49,6 +59,8 @@ def figures() -> Iterator[Figure]:
     """Yield the time and the median q of the search, and the times of Lyapunov spectra."""
     for gain in GAINS:
         yield from search(gain)
+    cell, states = flip_flop()
+    yield from compare("fixed points of a flip-flop", cell, states)
     for shape in SHAPES:
         yield spectrum(*shape)
 
@@ -70,6 +82,13 @@ def search(
     states = 2 * torch.rand(starts, units).double() - 1
     for _ in range(EARLY):
         states = cell(torch.zeros(starts, 1).double(), states)
+    yield from compare(f"fixed points at gain {gain:g}", cell, states, steps)
+
+
+def compare(
+    name: str, cell: nn.GRUCell, states: Tensor, steps: int | None = None
+) -> Iterator[Figure]:
+    """Yield figures of our search and of Adam's from the same states."""
     site = SiteArrays(
         hidden=states.numpy(),
         weights={name: value.numpy() for name, value in cell.named_parameters()},
@@ -82,7 +101,6 @@ def search(
         points = find()
         times.append(time.perf_counter() - began)
     ours, median = float(np.median(times)), float(np.median(np.repeat(points.q, points.reached)))
-    name = f"fixed points at gain {gain:g}"
     yield Figure(name, ours, "s")
     yield Figure(f"{name}: median q", median)
     for kind, (rate, schedule, most) in SCHEDULES.items():
@@ -95,6 +113,52 @@ def search(
         # Both are rounding where every start ends at a fixed point.
         share = median / q if q > 1e-12 else float(median > 1e-12)
         yield Figure(f"{name}: median q, over Adam's, {kind}", share, "", Target(MEDIAN))
+        # Adam ends near a point, so its ends are refined. Points between these do not count.
+        refined = fixed_points(site, starts=theirs.numpy())
+        found = points.states[points.fixed]
+        others = refined.states[refined.fixed & (refined.reached > 0)]
+        details = {"ours": len(found), "theirs": len(others)}
+        missed = float(np.count_nonzero(~among(others, found)))
+        yield Figure(
+            f"{name}: points of Adam only, {kind}", missed, "", Target(0.0), details=details
+        )
+
+
+def among(states: Array, others: Array) -> Array:
+    """Which of (P, H) states are among (Q, H) others: (P,)."""
+    distance = np.abs(states[:, np.newaxis] - others).max(axis=2)
+    return np.asarray((distance <= SAME).any(axis=1))
+
+
+def flip_flop() -> tuple[nn.GRUCell, Tensor]:
+    """Train a GRU to remember the last input of each bit; return it, and states that it visits."""
+    torch.manual_seed(0)
+    layer, readout = nn.GRU(BITS, FLIP_UNITS, batch_first=True), nn.Linear(FLIP_UNITS, BITS)
+    optimizer = torch.optim.Adam([*layer.parameters(), *readout.parameters()], 0.01)
+    for _ in range(TRAINING):
+        inputs, targets = draw_flips()
+        loss = nn.functional.mse_loss(readout(layer(inputs)[0]), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    cell = nn.GRUCell(BITS, FLIP_UNITS).double().requires_grad_(False)
+    with torch.no_grad():
+        for name, value in cell.named_parameters():
+            value.copy_(getattr(layer, f"{name}_l0"))
+        states = layer(draw_flips()[0])[0].reshape(-1, FLIP_UNITS)
+    return cell, states[torch.randperm(len(states))[:FLIP_STARTS]].double()
+
+
+def draw_flips() -> tuple[Tensor, Tensor]:
+    """Inputs of -1, 0 or 1, and the last that was not 0, (B, T, BITS) each."""
+    shape = (FLIP_BATCH, FLIP_STEPS, BITS)
+    inputs = (torch.rand(shape) < FLIP_CHANCE) * (torch.randint(2, shape) * 2.0 - 1)
+    inputs[:, 0] = torch.randint(2, shape[::2]) * 2.0 - 1
+    targets = inputs.clone()
+    for step in range(1, FLIP_STEPS):
+        kept = targets[:, step] == 0
+        targets[:, step][kept] = targets[:, step - 1][kept]
+    return inputs, targets
 
 
 #: Adam's first learning rate, its schedule and its number of steps: those of
@@ -115,7 +179,8 @@ SCHEDULES: dict[str, tuple[float, Schedule, int]] = {
 
 def speeds(cell: nn.GRUCell, states: Tensor) -> Tensor:
     """q of each state, at an input of zero."""
-    return 0.5 * (cell(torch.zeros(len(states), 1).double(), states) - states).square().sum(1)
+    inputs = torch.zeros(len(states), cell.input_size).double()
+    return 0.5 * (cell(inputs, states) - states).square().sum(1)
 
 
 def minimize_with_adam(

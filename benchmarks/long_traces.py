@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from grutrace.records import (
+    DEFAULT_RECORD,
     AnnotationRecord,
     Array,
     CallRecord,
@@ -27,14 +28,14 @@ from tests.storage.streams import make_header, make_module
 STEPS, BATCH, HIDDEN = 128, 32, 256
 
 
-def wide_module() -> ModuleInfo:
-    """One layer with all gates and states."""
-    return make_module("rnn", hidden=HIDDEN, width=HIDDEN)
+def wide_module(record: tuple[str, ...] = DEFAULT_RECORD) -> ModuleInfo:
+    """One layer with these quantities, by default all gates and states."""
+    return make_module("rnn", hidden=HIDDEN, width=HIDDEN, record=record)
 
 
-def call_bytes() -> int:
+def call_bytes(record: tuple[str, ...] = DEFAULT_RECORD) -> int:
     """Bytes of the rows of a call."""
-    return 4 * STEPS * BATCH * HIDDEN * np.dtype(np.float32).itemsize
+    return len(record) * STEPS * BATCH * HIDDEN * np.dtype(np.float32).itemsize
 
 
 @cache
@@ -77,9 +78,15 @@ def write(
     writer.close()
 
 
-def write_wide(path: Path, size: int, label: str | None = None) -> None:
-    """Write a trace of about this many bytes, with all quantities of one layer."""
-    write(path, wide_module(), STEPS, BATCH, math.ceil(size / call_bytes()), label)
+def write_wide(
+    path: Path,
+    size: int,
+    label: str | None = None,
+    record: tuple[str, ...] = DEFAULT_RECORD,
+) -> None:
+    """Write a trace of about this many bytes, with these quantities of one layer."""
+    calls = math.ceil(size / call_bytes(record))
+    write(path, wide_module(record), STEPS, BATCH, calls, label)
 
 
 def command(*arguments: str) -> list[str]:

@@ -90,6 +90,8 @@ def test_a_notebook_runs_and_leaves_no_file(notebook: Path) -> None:
         assert done.stdout == LETTERS
     if notebook.stem == "chrono-initialization":
         check_half_lives(done.stdout)
+    if notebook.stem == "fixed-points-of-a-memory":
+        check_memory(done.stdout)
     if notebook.stem == "nested-arithmetic":
         assert "residual below 1e-5: True" in done.stdout
         rows = re.findall(r"^(L\w+) +(\S+) +(\S+) +(\S+) +(\S+)$", done.stdout, re.M)
@@ -110,6 +112,26 @@ def check_half_lives(printed: str) -> None:
     assert long > 10 * short
     assert chance < 0.25
     assert accuracy > 0.6
+
+
+def check_memory(printed: str) -> None:
+    """What the text says: the points, which inputs move which bit, and where pulses lead."""
+    number = r" *(-?\d+\.\d+)"
+    points = re.findall(rf"^{number}{number} +(\d) +(\d+)$", printed, re.M)
+    assert [int(unstable) for *_, unstable, _ in points] == [0] * 4 + [1] * 4 + [2]
+    memories = {(round(float(first)), round(float(second))) for first, second, *_ in points[:4]}
+    assert memories == {(-1, -1), (-1, 1), (1, -1), (1, 1)}
+    assert sum(int(reached) == 0 for *_, reached in points) >= 3
+    rows = re.findall(rf"^{number * 6}$", printed, re.M)
+    modes = [[abs(float(cell)) for cell in row] for row in rows]
+    assert len(modes) == 3
+    bits = [0 if mode[1] > mode[2] else 1 for mode in modes[:2]]
+    assert sorted(bits) == [0, 1]
+    for bit, (_, _, _, *pulses) in zip(bits, modes[:2], strict=True):
+        assert max(pulses) == pulses[bit]
+    assert max(mode[5] for mode in modes) < 0.1
+    ends = re.findall(r"^pulse on channel \d: the memory (-?1) (-?1)$", printed, re.M)
+    assert ends == [("-1", "1"), ("1", "-1"), ("1", "1")]
 
 
 def test_the_text_has_the_figures_that_the_spelling_model_gives() -> None:

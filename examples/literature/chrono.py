@@ -48,10 +48,10 @@ class Size:
     """
 
     units: int = 64
-    copy_gap: int = 60
+    copy_gap: int = 150
     adding_length: int = 150
-    steps: int = 2000
-    batch: int = 32
+    steps: int = 2500
+    batch: int = 20
 
 
 SMALL = Size(units=16, copy_gap=20, adding_length=30, steps=20)

@@ -35,7 +35,7 @@ from report import Cell, run, show
 from torch import nn
 
 import grutrace
-from grutrace.analysis import SiteArrays, fixed_points, lyapunov
+from grutrace.analysis import SiteArrays, fixed_points, lyapunov, modes
 
 
 @dataclass(frozen=True)
@@ -114,13 +114,14 @@ def portrait(layer: nn.GRU, side: int) -> Portrait:
     for value in half_open.values():
         value[2:4] = 0
     found = fixed_points(SiteArrays(hidden=grid, weights=half_open), starts=grid, slow=1e-8)
-    states = found.states[found.fixed]
-    points = fixed_points(SiteArrays(hidden=states, weights=weights), starts=states)
-    growing = (points.eigenvalues.real > 1).sum(axis=1)
+    site = SiteArrays(hidden=grid, weights=weights)
+    near = [modes(site, state).eigenvalues for state in found.states[found.fixed]]
+    growing = [int((values.real > 1).sum()) for values in near]
+    stable = [bool((np.abs(values) < 1).all()) for values in near]
     return Portrait(
-        Structure(*(int(np.count_nonzero(growing == number)) for number in range(3))),
-        int(points.stable.sum()),
-        int(np.count_nonzero((growing == 0) & (points.unstable > 0))),
+        Structure(*(growing.count(number) for number in range(3))),
+        sum(stable),
+        sum(not each for number, each in zip(growing, stable, strict=True) if number == 0),
     )
 
 

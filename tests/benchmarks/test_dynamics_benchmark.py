@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,14 +12,58 @@ from torch import nn
 
 import grutrace
 from benchmarks import dynamics
-from grutrace.analysis import lyapunov
+from grutrace.analysis import fixed_points, lyapunov
 from grutrace.records import DEFAULT_RECORD
 
 
 def test_figures_of_a_search() -> None:
     names = [figure.name for figure in dynamics.search(1.0, units=8, starts=4, steps=3)]
-    assert len(names) == len(set(names)) == 6
+    assert len(names) == len(set(names)) == 8
     assert names[0] == "fixed points at gain 1"
+
+
+@pytest.fixture
+def flip_flop() -> tuple[nn.GRUCell, torch.Tensor]:
+    """What the benchmark trains to, without the training: each unit keeps one of three bits."""
+    cell = nn.GRUCell(3, 3).double().requires_grad_(False)
+    for parameter in cell.parameters():
+        parameter.zero_()
+    cell.weight_hh[6:] = 4 * torch.eye(3)
+    torch.manual_seed(0)
+    return cell, 2 * torch.rand(200, 3).double() - 1
+
+
+def test_every_point_that_adam_finds_in_a_flip_flop_is_found(
+    flip_flop: tuple[nn.GRUCell, torch.Tensor],
+) -> None:
+    figures = [figure for figure in dynamics.compare("bits", *flip_flop) if "only" in figure.name]
+    assert [figure.value for figure in figures] == [0, 0]
+    for figure in figures:
+        assert figure.details["ours"] == 27
+        assert 8 <= figure.details["theirs"] <= 27
+
+
+def test_control_a_search_that_finds_less_is_noticed(
+    flip_flop: tuple[nn.GRUCell, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first_only(*arguments: Any, **options: Any) -> Any:
+        points = fixed_points(*arguments, **options)
+        if "slow" not in options:  # the refinement of Adam's ends
+            return points
+        return replace(points, fixed=points.fixed & (points.points == 0))
+
+    monkeypatch.setattr(dynamics, "fixed_points", first_only)
+    figures = [f for f in dynamics.compare("bits", *flip_flop, steps=300) if "only" in f.name]
+    assert all(figure.value for figure in figures)
+
+
+def test_flips_are_remembered() -> None:
+    torch.manual_seed(0)
+    inputs, targets = dynamics.draw_flips()
+    last = torch.zeros(inputs.shape[0], inputs.shape[2])
+    for step in range(inputs.shape[1]):
+        last = torch.where(inputs[:, step] == 0, last, inputs[:, step])
+        assert (targets[:, step] == last).all()
 
 
 @pytest.mark.parametrize("kind", dynamics.SCHEDULES)

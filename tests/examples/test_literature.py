@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from grutrace.analysis.dynamics import fixed_points as search
 from tests.examples.conftest import EXAMPLES
 
 FOLDER = EXAMPLES / "literature"
@@ -106,10 +107,11 @@ def test_networks_of_two_units(printed: Callable[[str], Tables]) -> None:
         assert exponent == pytest.approx(min(0.0, np.log(size)), abs=0.002)
 
 
-def test_control_a_search_from_too_few_states_breaks_the_index(
-    example: Callable[[str], ModuleType],
+def test_control_a_search_that_misses_points_breaks_the_index(
+    example: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two_units = example("two_units")
+    monkeypatch.setattr(search, "ROUNDS", 0)
     assert two_units.portrait(two_units.switches(4.0), 2).structure.index != 1
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import grutrace
+from grutrace.analysis.dynamics import fixed_points as module
 from grutrace.analysis.dynamics.fixed_points import FIXED_Q, fixed_points
 from grutrace.analysis.dynamics.gru_map import GRUMap
 from grutrace.analysis.dynamics.slow_points import minimise
@@ -89,6 +90,38 @@ def test_saddles_of_several_units() -> None:
     result = fixed_points(arrays_of(bistable(2), states), starts=400)
     assert len(result.points) == 9
     assert sorted(result.unstable.tolist()) == [0, 0, 0, 0, 1, 1, 1, 1, 2]
+
+
+#: A start in the basin of each stable point of three units.
+CORNERS = 0.5 * np.array(np.meshgrid(*3 * [[-1.0, 1.0]])).reshape(3, -1).T
+
+
+def test_saddles_between_stable_points_are_found_from_starts_at_these_alone() -> None:
+    """Each unit is at 0, where it is unstable, or at one of two stable places."""
+    points = fixed_points(arrays_of(bistable(3), CORNERS), starts=CORNERS)
+    assert (points.fixed_points, points.stable_points) == (27, 8)
+    assert np.bincount(points.unstable).tolist() == [8, 12, 6, 1]
+    np.testing.assert_array_equal((np.abs(points.states) < 1e-6).sum(1), points.unstable)
+    assert points.reached.sum() == 8
+    assert (points.reached[points.unstable > 0] == 0).all()
+
+
+def test_control_without_midpoints_there_are_no_saddles(monkeypatch) -> None:
+    monkeypatch.setattr(module, "ROUNDS", 0)
+    points = fixed_points(arrays_of(bistable(3), CORNERS), starts=CORNERS)
+    assert (points.fixed_points, points.stable_points) == (8, 8)
+
+
+def test_no_midpoints_of_a_line_are_searched(monkeypatch) -> None:
+    """A line of points would grow from each search to the next."""
+    cell = cell_of(2)
+    with torch.no_grad():
+        cell.weight_hh[5, 1] = 4.0
+        cell.bias_hh[2] = 60.0  # the first unit keeps its state
+    starts = np.array([[-0.5, 0.5], [0.5, -0.5], [0.2, 0.4]])
+    points = fixed_points(arrays_of(cell, starts), starts=starts)
+    assert (points.marginal == 1).all()
+    assert (points.reached > 0).all()
 
 
 def test_a_line_of_fixed_points_is_found() -> None:
