@@ -125,14 +125,14 @@ class Options:
         self.dtype = None if dtype is None else _storage_dtype(dtype)
         self.units = None if units is None else _units(units)
         self.steps = None if steps is None else _steps(steps)
+        if records_gradient:
+            self._require_gradient_options(has_sink=has_sink)
         if units is not None and gates != "inline":
             raise OptionError(
                 f"units: expected None with gates={gates!r}, because the gate of one unit depends "
                 f"on the states of all units; found {_format_indices(self.units)}. Record them "
                 "with gates='inline', or all units, and read those wanted: site.update[:, units]"
             )
-        if records_gradient:
-            self._require_gradient_options(has_sink=has_sink)
 
     def _require_gradient_options(self, *, has_sink: bool) -> None:
         """Refuse options that do not go together with recorded gradients.
@@ -140,19 +140,42 @@ class Options:
         Raises:
             OptionError: An option has such a value.
         """
-        reasons = {
-            "gates": (self.gates == "background", "its calls wait for their gradients"),
-            "stacks": (self.stacks == "rerun", "no gradient arrives at layers that run again"),
-            "check": (self.check == "raise", "its calls wait for their gradients"),
-            "max_calls": (self.max_calls is not None, "its calls wait for their gradients"),
-            "max_bytes": (self.max_bytes is not None, "its calls wait for their gradients"),
-            "units": (self.units is not None, "a gradient flows through all units"),
-            "steps": (self.steps is not None, "a gradient flows through all steps"),
-            "sink": (has_sink, "the gradients of gates follow from rows"),
+        waits = "because its calls wait for their gradients"
+        fewer = "Record fewer calls: trace.stop(), or every="
+        refused = {
+            "gates": (self.gates == "background", f"'deferred' or 'inline', {waits}", ""),
+            "stacks": (
+                self.stacks == "rerun",
+                "'split' or 'auto', because no gradient arrives at layers that run again",
+                "",
+            ),
+            "check": (self.check == "raise", f"'warn' or 'off', {waits}", ""),
+            "max_calls": (self.max_calls is not None, f"None, {waits}", fewer),
+            "max_bytes": (self.max_bytes is not None, f"None, {waits}", fewer),
+            "units": (
+                self.units is not None,
+                "None, because a gradient flows through all units",
+                "Read those wanted: site.gradient('update')[:, units]",
+            ),
+            "steps": (
+                self.steps is not None,
+                "None, because a gradient flows through all steps",
+                "Read those wanted: sequence.gradient('update')[steps]",
+            ),
+            "sink": (
+                has_sink,
+                "no sink, because the gradients of gates follow from rows",
+                "Count afterwards: grutrace.Statistics.of(trace)",
+            ),
         }
-        for name, (is_refused, reason) in reasons.items():
+        for name, (is_refused, expected, instead) in refused.items():
             if is_refused:
-                raise OptionError(f"{name}: not possible with record='gradient': {reason}")
+                value = getattr(self, name, "one")
+                found = value if name == "sink" else short_repr(value)
+                raise OptionError(
+                    f"{name}: with record='gradient' expected {expected}; found {found}"
+                    f"{instead and f'. {instead}'}"
+                )
 
     def as_json(self) -> dict[str, object]:
         """Return the options as stored in the trace. Some are left out at their default value."""

@@ -252,6 +252,10 @@ class _Experiment:
         """Return the metric of each sequence, (n,), and the values of the quantity."""
         pool = _Pool(keep=keep)
         metrics = self._measure(self._intervene(site, quantity, pool.note, None))
+        if not pool.count:
+            raise OptionError(
+                f"steps: expected steps that {site} makes, found {short_repr(self._steps)}"
+            )
         if not np.isfinite(metrics).all():
             raise OptionError(
                 "metric: expected finite numbers from the untouched model, found "

@@ -18,6 +18,7 @@ from grutrace.capture.kernel_calls.replacement import InterceptedCall, PreparedC
 from grutrace.capture.kernel_calls.subscription import Subscription
 from grutrace.capture.kernel_calls.torch_context import (
     SkippedCall,
+    is_checkpoint_forward,
     is_wrapped,
     isolated_context,
     unwrap_functorch,
@@ -42,6 +43,8 @@ class ModuleIntervention:
     Attributes:
         was_called: Whether the module was called.
         applied: The settings that applied to a step.
+        to_recompute: Number of calls that a setting applied to and that activation checkpointing
+            has not repeated yet.
     """
 
     def __init__(self, settings: Sequence[Setting]) -> None:
@@ -51,6 +54,7 @@ class ModuleIntervention:
         self._counts = any(setting.depends_on_step for setting in settings)
         self.was_called = False
         self.applied: set[Setting] = set()
+        self.to_recompute = 0
 
     def prepare(self, active: Sequence[Replacement], call: InterceptedCall) -> PreparedCall:
         """Prepare a call with the settings of all blocks."""
@@ -79,8 +83,13 @@ class ModuleIntervention:
                         intervention._counter.add(own, progress, lengths[columns])
 
         prepared = PreparedIntervention(call, settings, finish)
+        repeats = 0
+        if prepared.is_changed:
+            repeats = -1 if call.is_recompute else int(_is_checkpointed(call))
         for intervention, _ in noted:
             intervention.applied |= prepared.applied & set(intervention._settings)
+            with intervention._lock:
+                intervention.to_recompute += repeats
         return prepared
 
     def _progress(self, call: InterceptedCall, columns: np.ndarray) -> Progress | None:
@@ -105,6 +114,13 @@ class ModuleIntervention:
 def _context_of(states: Tensor) -> AbstractContextManager[None]:
     """Return a context in which states inside a transform of torch.func can be read."""
     return isolated_context() if is_wrapped(states) else nullcontext()
+
+
+def _is_checkpointed(call: InterceptedCall) -> bool:
+    """Whether activation checkpointing will repeat a call for the backward pass."""
+    # A reentrant checkpoint runs its forward without gradients.
+    tensors = call.call.input, call.call.initial, *call.call.weights
+    return is_checkpoint_forward() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _sizes(call: InterceptedCall) -> list[int]:
@@ -171,7 +187,7 @@ class Intervention:
             self._subscriptions.pop()
 
     def _report(self) -> None:
-        """Report settings that had no effect.
+        """Report settings that had no effect, or will be missing in the backward pass.
 
         Raises:
             StateError: A module was not called.
@@ -181,6 +197,14 @@ class Intervention:
             if not module.was_called:
                 raise StateError(
                     f"intervene: expected the model to call {names} within the block; found no call"
+                )
+            if module.to_recompute > 0:
+                warnings.warn(
+                    f"intervene: {module.to_recompute} calls of {names} ran in activation "
+                    "checkpoints, which run them again in the backward pass, without the settings: "
+                    "call backward() within the block",
+                    GrutraceWarning,
+                    stacklevel=3,
                 )
             for setting in settings:
                 message = None

@@ -298,7 +298,10 @@ def make_value(
     if callable(value):
         _require_two_arguments(value, what)
         return Function(value, what)
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise OptionError(f"{what}: expected a number that fits a float, found {value}") from None
     _require_finite(torch.tensor(number), quantity, what, str(number))
     return Constant(number)
 

@@ -227,6 +227,12 @@ def test_copies_that_are_none_or_depend_on_one_another() -> None:
         grutrace.effects(Memory(), lambda model: model(x), lambda out: out, batched=3)
 
 
+@pytest.mark.filterwarnings("ignore:intervene. update of rnn.l0 was not set")
+def test_steps_that_no_call_makes() -> None:
+    with pytest.raises(grutrace.OptionError, match=r"steps that rnn.l0 makes, found \[99\]"):
+        measure(steps=[99])
+
+
 def test_a_site_that_is_not_called() -> None:
     model = nn.ModuleDict({"used": nn.GRU(2, 3), "unused": nn.GRU(2, 3)})
     x = torch.randn(4, 2, 2)

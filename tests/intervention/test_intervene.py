@@ -575,6 +575,27 @@ def test_checkpointing_repeats_the_setting() -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_backward_pass_of_a_checkpoint_after_the_block_is_said(reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    layer, x = gru(3, 5), torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True)
+
+    def run() -> Tensor:
+        return checkpoint(lambda x: layer(x)[0], x, use_reentrant=reentrant).sin().sum()
+
+    with (
+        pytest.warns(grutrace.GrutraceWarning, match=r"1 calls of l0 .* within the block"),
+        grutrace.intervene(layer, "l0", update=0.3),
+    ):
+        run()
+    # Without a warning: the backward pass is within, or there is none.
+    with grutrace.intervene(layer, "l0", update=0.3):
+        run().backward()
+    with torch.no_grad(), grutrace.intervene(layer.requires_grad_(False), "l0", update=0.3):
+        checkpoint(lambda x: layer(x)[0], x.detach(), use_reentrant=False)
+
+
 def test_checkpointing_single_steps_of_a_decoder_is_exact_or_refused() -> None:
     from torch.utils.checkpoint import checkpoint
 
@@ -648,6 +669,7 @@ LAYER = nn.GRU(2, 3, 2)
         ("l0", {"update": 0.0, "unit": 3}, "unknown quantity or option .did you mean 'units'"),
         ("l0", {"update": lambda gate: gate}, "a function of two arguments"),
         ("l0", {"update": "x"}, "update of l0: expected a number, an array, a function"),
+        ("l0", {"update": 10**400}, "update of l0: expected a number that fits a float"),
         ("l0", {"update": float("nan")}, "update of l0: expected finite numbers, found NaN"),
         ("l0", {"update": np.array([0.0, np.inf, 1])}, "found an infinite value"),
         ("l0", {"update": [0.0, 1.0]}, r"broadcasts to \(T, B, 3\).*2 units"),
@@ -714,6 +736,22 @@ def test_a_site_that_is_never_called_is_named() -> None:
     intervention = grutrace.intervene(model, "*", update=0.0)
     with pytest.raises(grutrace.StateError, match=r"to call unused\.l0 within"), intervention:
         model["used"](torch.randn(4, 2, 2))
+
+
+def test_an_exception_in_an_inner_block_leaves_the_outer_one() -> None:
+    layer, x = gru(3, 5), torch.randn(4, 2, 3, dtype=torch.float64)
+    untouched = layer(x)[0]
+
+    def fail(gate: Tensor, at: Any) -> Tensor:
+        if at.step == 2:
+            raise ZeroDivisionError
+        return gate
+
+    with grutrace.intervene(layer, "l0", update=1.0):
+        with pytest.raises(ZeroDivisionError), grutrace.intervene(layer, "l0", reset=fail):
+            layer(x)
+        assert not layer(x)[0].any()
+    assert torch.equal(layer(x)[0], untouched)
 
 
 def test_an_exception_ends_the_intervention() -> None:

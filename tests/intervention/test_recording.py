@@ -76,6 +76,7 @@ def test_the_gates_are_recorded_as_they_were_set(
     assert trace["l0_reverse"].sequence(6).labels[label] == expected_label
     assert label not in trace["l0"].sequence(0).labels
     assert label not in trace["l0"].sequence(5).labels
+    assert trace.calls["set"].tolist() == [None, f"l0_reverse: {text}"]
     assert all(result.holds and result.check == "gates" for result in verify(trace))
 
 
@@ -155,6 +156,8 @@ def test_a_decoder(gates: Any) -> None:
     assert (sequence.update[20:, 0] < 1.0).all()
     label = sequence.labels["grutrace:set:cell"]
     assert label == [None] * 10 + ["update[0]"] * 10 + [None] * 10
+    of_calls = trace.calls["set"].tolist()
+    assert of_calls == [None] * 10 + ["cell: update[0]"] * 10 + [None] * 10
     assert verify(trace)[0].holds
 
 

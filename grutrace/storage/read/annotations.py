@@ -5,7 +5,7 @@ N rows, T steps of a sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 from grutrace.errors import NotRecordedError, join_names
 from grutrace.records import Array
 from grutrace.storage.format.tables import Tables
-from grutrace.storage.read.sequence_index import SequenceIndex, ranges
+from grutrace.storage.read.sequence_index import Integers, SequenceIndex, ranges
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +170,41 @@ def row_labels(tables: Tables, module: int, index: SequenceIndex, name: str) -> 
     if not isinstance(rows, slice):
         numbers[rows], text[rows] = numbers.copy(), text.copy()
     return _encode(name, numbers, text, tables.texts)
+
+
+def labelled_calls(
+    tables: Tables, module: int, index: SequenceIndex, prefix: str
+) -> Iterator[tuple[str, Integers, list[str]]]:
+    """Yield the labels of a module whose names begin with a prefix, and the calls that have them.
+
+    Args:
+        tables: Tables of the trace.
+        module: Index of the module in the header.
+        index: The module's sequences.
+        prefix: Beginning of the names.
+
+    Yields:
+        For each name: the rest of the name; (k,) calls, numbered among all calls; and (k,) texts. A
+        call has one entry for each different text.
+    """
+    entries = tables.annotations
+    counts = entries["count"].astype(np.int64)
+    starts = np.cumsum(counts) - counts
+    is_own = (entries["module"] == module) & (entries["text"] > 0)
+    for number in np.unique(entries["name"][is_own]).tolist():
+        name = tables.texts[number - 1]
+        if not name.startswith(prefix):
+            continue
+        chosen = np.flatnonzero(is_own & (entries["name"] == number))
+        sequences = entries["sequence"][chosen].astype(np.int64)
+        is_made = entries["first"][chosen] < index.lengths[sequences].astype(np.uint64)
+        chosen, sequences = chosen[is_made], sequences[is_made]
+        first = entries["first"][chosen].astype(np.int64)
+        rows = index.sequential_rows(index.first_positions[sequences] + first)
+        calls = np.repeat(index.calls[index.pieces_of(rows)], counts[chosen])
+        texts = tables.values[ranges(starts[chosen], counts[chosen])].astype(np.int64)
+        pairs = np.unique(np.stack([calls, texts]), axis=1)
+        yield name.removeprefix(prefix), pairs[0], [tables.texts[text] for text in pairs[1]]
 
 
 def _encode(

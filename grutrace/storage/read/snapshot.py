@@ -18,12 +18,19 @@ from grutrace.errors import (
     string_list,
     suggest_name,
 )
-from grutrace.records import FORWARD_QUANTITIES, GATES, QUANTITIES, Array, Site
+from grutrace.records import (
+    FORWARD_QUANTITIES,
+    GATES,
+    QUANTITIES,
+    SET_PREFIX,
+    Array,
+    Site,
+)
 from grutrace.storage.format.shard_stamp import read_shard
 from grutrace.storage.format.tables import ModuleCounts, Tables
 from grutrace.storage.interfaces import InMemoryReader, Rows, Source
 from grutrace.storage.memory import MemoryCopy
-from grutrace.storage.read.annotations import AnnotationIndex
+from grutrace.storage.read.annotations import AnnotationIndex, labelled_calls
 from grutrace.storage.read.gradients import GradientRows
 from grutrace.storage.read.lazy_rows import SelectedRows
 from grutrace.storage.read.proofs import PROOFS, marks
@@ -47,6 +54,7 @@ CALLS = np.dtype(
         ("time", np.float64),
         ("residual", np.float32),
         ("proof", object),
+        ("set", object),
         ("rank", np.int64),
     ]
 )
@@ -295,6 +303,7 @@ class TraceSnapshot:
             calls[name] = tables.calls[name]
         calls["training"] = tables.calls["training"] > 0
         calls["tag"], calls["rank"] = self.tags, self.ranks
+        calls["set"] = None
         mark_names = np.array(PROOFS, object)
         for number, module in enumerate(self.header.modules):
             index = self.index(number)
@@ -303,8 +312,17 @@ class TraceSnapshot:
             calls["steps"][rows] = index.call_steps
             calls["residual"][rows] = self._residuals(number)
             calls["proof"][rows] = mark_names[self._marks(number)]
+            self._add_set_values(calls["set"], number)
         calls.flags.writeable = False
         return calls
+
+    def _add_set_values(self, column: Array, module: int) -> None:
+        """Write to each call of a module what an intervention has set in it, if any has."""
+        index = self.index(module)
+        for suffix, calls, texts in labelled_calls(self.tables, module, index, SET_PREFIX):
+            for call, text in zip(calls.tolist(), texts, strict=True):
+                found = f"{suffix}: {text}"
+                column[call] = found if column[call] is None else f"{column[call]}; {found}"
 
     def _marks(self, module: int) -> Array:
         """Return the worst mark of the module's sites for each call; see `proofs`."""

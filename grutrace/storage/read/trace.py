@@ -130,6 +130,8 @@ class Trace:
           "unchecked" if the gates are recomputed when they are read, and the weights were not
           compared during the call. "unproven" if no recorded version of the weights reproduces
           the states.
+        - set: What `grutrace.intervene` has set in the call, such as ``l0: update[3,7]``; None if
+          nothing. The label ``grutrace:set:l0`` says at which steps.
         - rank: Rank of the recording process; 0 for a single process.
         """
         # The snapshot's array is shared and read-only.

@@ -334,21 +334,24 @@ def test_gradients_of_layers_that_run_again_are_said() -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "instead"),
     [
-        {"gates": "background"},
-        {"stacks": "rerun"},
-        {"check": "raise"},
-        {"max_calls": 3},
-        {"max_bytes": 300_000},
-        {"units": [0], "gates": "inline"},
-        {"steps": slice(2)},
-        {"sink": grutrace.Statistics()},
+        ({"gates": "background"}, "'deferred' or 'inline', .*; found 'background'$"),
+        ({"stacks": "rerun"}, "'split' or 'auto', .*; found 'rerun'$"),
+        ({"check": "raise"}, "'warn' or 'off', .*; found 'raise'$"),
+        ({"max_calls": 3}, "found 3. Record fewer calls"),
+        ({"max_bytes": 300_000}, "found 300000. Record fewer calls"),
+        ({"units": [0]}, r"site.gradient\('update'\)\[:, units\]"),
+        ({"units": [0], "gates": "inline"}, r"site.gradient\('update'\)\[:, units\]"),
+        ({"steps": slice(2)}, r"sequence.gradient\('update'\)\[steps\]"),
+        ({"sink": grutrace.Statistics()}, r"grutrace.Statistics.of\(trace\)"),
     ],
     ids=str,
 )
-def test_options_that_do_not_fit_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(OptionError, match="not possible with record='gradient'"):
+def test_options_that_do_not_fit_are_refused_with_an_alternative(
+    options: dict[str, Any], instead: str
+) -> None:
+    with pytest.raises(OptionError, match=f"with record='gradient' expected .*{instead}"):
         grutrace.trace(nn.GRU(3, 4), record=RECORD, **options)
 
 
