@@ -107,6 +107,7 @@ OPTIONS: dict[str, Option] = {
         DEFAULT_STATE_MEMORY,
     ),
     "buffer": Option("Memory for recorded calls that wait to be stored.", DEFAULT_BUFFER),
+    "grad_scaler": Option("The GradScaler whose scale recorded gradients are divided by.", None),
 }
 
 #: Decimal and binary multiples of a byte.

@@ -137,6 +137,9 @@ class SiteRows:
             of the weights was compared when the call ran, else NaN.
         precision: Machine epsilon of the least precise data type that the kernel used. Rows may be
             stored in another type.
+        is_attached: If gradients are recorded, whether they flow from the call to the states that
+            it started from.
+        loss_scale: If gradients are recorded, the factor of the loss; 0 if it is not known.
     """
 
     rows: Mapping[str, Array]
@@ -144,6 +147,8 @@ class SiteRows:
     residual: float
     tolerance: float
     precision: float
+    is_attached: bool = False
+    loss_scale: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,10 @@ class PlainSite:
             self.labels = {name: [d.label for d in group[name].dims] for name in self.rows}
         self.initial = group["initial"][: module.count]
         self.checks = group["checks"][: len(module.calls)]
+        self.backward = None
+        if "gradient" in self.rows:
+            self.backward = group["backward"][: len(module.calls)]
+            assert len(self.backward) == len(module.calls)
         self.weights = {
             name: group[name][: module.weight_versions] for name in self.WEIGHTS if name in group
         }

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import torch
+from torch.amp import GradScaler
 
 from grutrace.errors import OptionError, require_one_of, short_repr
 from grutrace.native.library import instruction_set
@@ -56,6 +57,7 @@ class Options:
         units: Units as the user gave them, as a slice or as numbers; None for all.
         state_memory: Maximum bytes of final states, for all modules together.
         buffer: Maximum bytes of calls that wait to be recorded.
+        grad_scaler: Scales the loss; None if nothing is known to do so.
 
     Raises:
         OptionError: An option has an invalid value.
@@ -82,6 +84,7 @@ class Options:
         compiled: CompiledCode = "auto",
         state_memory: int | str = DEFAULT_STATE_MEMORY,
         buffer: int | str = DEFAULT_BUFFER,
+        grad_scaler: GradScaler | None = None,
         records_gradient: bool = False,
     ) -> None:
         require_one_of("compiled", compiled, get_args(CompiledCode))
@@ -125,6 +128,17 @@ class Options:
         self.dtype = None if dtype is None else _storage_dtype(dtype)
         self.units = None if units is None else _units(units)
         self.steps = None if steps is None else _steps(steps)
+        if grad_scaler is not None:
+            expected = ""
+            if not records_gradient:
+                expected = "None without record='gradient'"
+            elif not callable(getattr(grad_scaler, "get_scale", None)):
+                expected = "a torch.amp.GradScaler"
+            if expected:
+                raise OptionError(
+                    f"grad_scaler: expected {expected}; found {short_repr(grad_scaler)}"
+                )
+        self.grad_scaler = grad_scaler
         if records_gradient:
             self._require_gradient_options(has_sink=has_sink)
         if units is not None and gates != "inline":

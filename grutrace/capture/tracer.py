@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypedDict, Unpack, overload
 
 from torch import nn
+from torch.amp import GradScaler
 
 from grutrace.capture.differentiable.trace import DifferentiableTrace, Keep
 from grutrace.capture.model_recorder import ModelRecorder
@@ -133,6 +134,9 @@ class Tracer(Trace):
             as ``64 MiB``. While the model runs, short calls are only copied; their sequences and
             gates are worked out for many calls at once, at the latest when they hold so many bytes
             or have waited for 0.3 seconds.
+        grad_scaler: The GradScaler whose scale recorded gradients are divided by. Its scale is
+            stored with each call when gradients arrive, and ``site.gradient`` divides by it. The
+            rows of ``gradient`` stay as they arrived. None stores no scale.
 
     Raises:
         OptionError: An option has an invalid value, a glob matches no site, or options exclude each
@@ -171,6 +175,7 @@ class Tracer(Trace):
         compiled: CompiledCode = "auto",
         state_memory: int | str = DEFAULT_STATE_MEMORY,
         buffer: int | str = DEFAULT_BUFFER,
+        grad_scaler: GradScaler | None = None,
     ) -> None:
         selections = select(model, sites, record)
         options = Options(
@@ -192,6 +197,7 @@ class Tracer(Trace):
             compiled=compiled,
             state_memory=state_memory,
             buffer=buffer,
+            grad_scaler=grad_scaler,
             records_gradient=records_gradient(selections),
         )
         selections = apply_options(selections, options)
@@ -394,6 +400,7 @@ class TracerOptions(TypedDict, total=False):
     compiled: CompiledCode
     state_memory: int | str
     buffer: int | str
+    grad_scaler: GradScaler | None
 
 
 @overload

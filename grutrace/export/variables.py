@@ -119,6 +119,8 @@ CALL_LONG_NAMES = {
     "steps": "total number of steps of all sequences of the call",
     "residual": "largest |replayed h - kernel's h| of the call, NaN if unknown",
     "proof": "whether the gates of the call are proven, unchecked or unproven",
+    "attached": "1 if gradients flow on to the states that the call started from",
+    "scale": "factor of the loss whose gradients were recorded, 0 if unknown",
     "set": "what an intervention has set in the call, empty for nothing",
     "rank": "rank of the recording process",
 }

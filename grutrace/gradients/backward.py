@@ -142,11 +142,14 @@ def state_gradients(
     for time in times if reverse else reversed(times):
         rows, sequences = slice(starts[time], starts[time + 1]), slice(batch_sizes[time])
         total[rows] += carried[sequences]
-        carried[sequences] = previous_gradient(total[rows], _select(derivatives, rows), weight_hh)
+        carried[sequences] = previous_gradient(
+            total[rows], select_steps(derivatives, rows), weight_hh
+        )
     return total, carried
 
 
-def _select(derivatives: StepDerivatives, rows: slice) -> StepDerivatives:
+def select_steps(derivatives: StepDerivatives, rows: slice) -> StepDerivatives:
+    """Return the derivatives of some rows."""
     return StepDerivatives(
         Gates(*(part[rows] for part in derivatives.gates)),
         Gates(*(part[rows] for part in derivatives.preactivations)),

@@ -68,7 +68,7 @@ class StatisticsOnlySource:
     def _refuse(self, *_arguments: Any, **_named: Any) -> NoReturn:
         raise NotRecordedError(_REFUSAL)
 
-    rows = initial = checks = weights = _refuse
+    rows = initial = checks = backward = weights = _refuse
 
 
 class _NoTables(Tables):

@@ -44,6 +44,9 @@ class SnapshotReader(Protocol):
     def checks(self, module: int, suffix: str, count: int) -> Array:
         """Return the checks of the module's first `count` calls, (count,), type `schema.CHECK`."""
 
+    def backward(self, module: int, suffix: str, count: int) -> Array:
+        """Return facts about the backward passes of these calls, (count,), `schema.BACKWARD`."""
+
     def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
         """Return one version of the weights: (3H, I), (3H, H) and two biases (3H,), if any."""
 

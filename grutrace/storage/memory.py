@@ -91,6 +91,10 @@ class MemoryStore:
         """Return the checks of the module's first `count` calls, (count,), type `schema.CHECK`."""
         return self.items(site_path(self.header.modules[module], suffix, "checks"), count)
 
+    def backward(self, module: int, suffix: str, count: int) -> Array:
+        """Return facts about the backward passes of these calls, (count,), `schema.BACKWARD`."""
+        return self.items(site_path(self.header.modules[module], suffix, "backward"), count)
+
     def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
         """Return one version of a site's weights."""
         info = self.header.modules[module]
@@ -134,6 +138,10 @@ class _MemorySource:
     def checks(self, module: int, suffix: str, count: int) -> Array:
         """Return the checks of the module's first `count` calls, (count,), type `schema.CHECK`."""
         return self._store.checks(module, suffix, count)
+
+    def backward(self, module: int, suffix: str, count: int) -> Array:
+        """Return facts about the backward passes of these calls, (count,), `schema.BACKWARD`."""
+        return self._store.backward(module, suffix, count)
 
     def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
         """Return one version of a site's weights."""

@@ -123,6 +123,13 @@ class SiteData(ABC):
         """
         return self.rows("gradient")
 
+    def detached_steps(self) -> Mapping[int, Integers]:
+        """Return by sequence the steps, after the first, to whose previous state no gradient flows.
+
+        Sequences without such steps are left out.
+        """
+        return {}
+
     @abstractmethod
     def rows_between(self, first: int, last: int) -> slice | Integers:
         """Return the row numbers of sequences `first` to `last` - 1, each in time order."""
@@ -215,6 +222,18 @@ class _TraceSiteData(SiteData):
 
     def total_gradient(self) -> Rows:
         return self._site.gradient("hidden")
+
+    def detached_steps(self) -> Mapping[int, Integers]:
+        module, snapshot = self._site.module_index, self._site.snapshot
+        index = snapshot.index(module)
+        attached = snapshot.backward(module, self._site.site)["attached"] > 0
+        calls = np.searchsorted(index.call_numbers, index.calls)
+        pieces = np.flatnonzero(~attached[calls] & (index.steps > 0) & (index.steps_before > 0))
+        # By sequence; the pieces of each are in time order.
+        pieces = pieces[np.argsort(index.sequences[pieces], kind="stable")]
+        sequences, first = np.unique(index.sequences[pieces], return_index=True)
+        steps = np.split(index.steps_before[pieces], first[1:])
+        return dict(zip(sequences.tolist(), steps, strict=False))
 
     def rows_between(self, first: int, last: int) -> slice | Integers:
         return self._site.rows_between(first, last)

@@ -88,7 +88,9 @@ def gradients(site: SiteLike) -> Gradients:
     """Measure how fast the gradient of a loss vanishes or explodes through time.
 
     The loss should depend on the end of the sequences: on the final state, or on one late step. A
-    loss of every step adds a gradient at every step, and the norm says little about time.
+    loss of every step adds a gradient at every step, and the norm says little about time. Where the
+    state of a sequence was detached between two calls, the steps before are measured from the last
+    one that has a gradient, like a sequence of their own.
 
     Args:
         site: A site of a trace with ``record="gradient"``, or `SiteArrays` with `gradient`, the
@@ -154,7 +156,7 @@ def _add_sequences(
     data: SiteData, sums: npt.NDArray[np.float64], counts: npt.NDArray[np.int64]
 ) -> int:
     """Add the squares of all sequences by stage and distance; return how many have a gradient."""
-    rows = data.total_gradient()
+    rows, detached = data.total_gradient(), data.detached_steps()
     lengths, count = data.lengths, len(data.lengths)
     at_once = items_per_block(BLOCK_BYTES, 8 * max(1, len(data.units)))
     ends, found, first = np.cumsum(lengths), 0, 0
@@ -166,31 +168,31 @@ def _add_sequences(
         for sequence in range(first, last):
             values = block[start : start + lengths[sequence]]
             start += int(lengths[sequence])
-            found += _add_sequence(values, data.reverse, sums, counts, sequence, count)
+            stage = sequence * len(sums) // count
+            # A list: all parts are added.
+            parts = np.split(values, detached.get(sequence, ()))
+            found += any([_add_part(p, data.reverse, sums[stage], counts[stage]) for p in parts])
         first = last
         if data.advance is not None:
             data.advance(first, count)
     return found
 
 
-def _add_sequence(
-    values: Array,
-    reverse: bool,
-    sums: npt.NDArray[np.float64],
-    counts: npt.NDArray[np.int64],
-    sequence: int,
-    count: int,
+def _add_part(
+    values: Array, reverse: bool, sums: npt.NDArray[np.float64], counts: npt.NDArray[np.int64]
 ) -> bool:
-    """Add the squares of one sequence, (T, H); return whether it has a gradient."""
+    """Add the squares of a part of a sequence, (n, H), by distance, (D, H) and (D,).
+
+    Gradients flow through all of it. Returns whether it has a gradient.
+    """
     # From the end of the computation to its beginning.
     values = values if reverse else values[::-1]
     reached = np.flatnonzero(values.any(axis=1))
     if not len(reached) or np.isnan(values).any():
         return False
-    values = values[reached[0] :][: sums.shape[1]]
-    stage = sequence * len(sums) // count
-    sums[stage, : len(values)] += values * values
-    counts[stage, : len(values)] += 1
+    values = values[reached[0] :][: len(sums)]
+    sums[: len(values)] += values * values
+    counts[: len(values)] += 1
     return True
 
 

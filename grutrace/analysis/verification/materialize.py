@@ -132,6 +132,9 @@ def _site_items(
         checks["tolerance"] = residuals.tolerances(range(len(checks)))
     yield site_path(module, suffix, "checks"), checks
     counts = snapshot.stored.module_counts[number]
+    if "gradient" in site.quantities:
+        backward = snapshot.source.backward(number, suffix, counts.calls)
+        yield site_path(module, suffix, "backward"), backward
     initial = snapshot.source.initial(number, suffix, counts.sequences)
     yield from array_items(site_path(module, suffix, "initial"), initial)
     for version in range(counts.versions):

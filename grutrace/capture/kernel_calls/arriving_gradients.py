@@ -16,6 +16,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 
 from grutrace.capture.kernel_calls.gradient_edges import GradientEdges
 from grutrace.capture.kernel_calls.observation import KernelRun
@@ -31,17 +32,23 @@ class ArrivingGradients:
     Args:
         run: The call, which has just run.
         on_late: Called once if gradients arrive after the call was stored.
+        scaler: What scales the loss; None if nothing is known to do so.
 
     Attributes:
+        is_attached: Whether gradients flow on to states that were computed before the call.
+        scale: The factor of the loss when gradients arrived; 0 if it is not known, or differed.
         is_complete: False if no gradient can arrive at the lower layers, because they ran apart.
         is_waiting: Whether a backward pass may still reach the call, and none has done so.
         nbytes: Bytes of the gradients that may arrive.
     """
 
-    def __init__(self, run: KernelRun, on_late: Callable[[], None]) -> None:
+    def __init__(
+        self, run: KernelRun, on_late: Callable[[], None], scaler: GradScaler | None = None
+    ) -> None:
         observation = run.observation()
         self._edges = GradientEdges(run, observation)
-        self.is_complete = self._edges.is_complete
+        self.is_complete, self.is_attached = self._edges.is_complete, self._edges.is_attached
+        self.scale, self._scaler = 0.0, scaler
         self._found: dict[int, Tensor] = {}
         self._is_stored = self._is_called_back = False
         self._on_late = on_late
@@ -64,6 +71,9 @@ class ArrivingGradients:
         if self._is_stored:
             self._on_late()
             return
+        if self._scaler is not None:
+            scale = self._scaler.get_scale()
+            self.scale = scale if not self._found or scale == self.scale else 0.0
         gradient = gradient.detach()
         earlier = self._found.get(key)
         self._found[key] = gradient.clone() if earlier is None else earlier + gradient

@@ -29,6 +29,7 @@ class GradientEdges:
         outputs: For each layer, where gradients arrive at its output, as time-major or packed
             values; None if it needs no gradients.
         final: Where gradients arrive at the final states; None for a cell, whose output they are.
+        is_attached: Whether gradients flow on to the states that the call started from.
         is_complete: False if the lower layers ran apart from the model's forward, so that no
             gradient arrives at them.
     """
@@ -44,6 +45,7 @@ class GradientEdges:
             top, self._is_transposed = base, False
         self.outputs = [_edge(layer.output) for layer in layers[:-1]] + [_edge(top)]
         self.final = None if run.kernel.is_cell else _edge(run.result[1])
+        self.is_attached = _is_computed(call.initial)
         self.is_complete = _is_complete(run, layers)
         _, self._batch, self._size = call.initial.shape
         self._directions, self._layers = call.directions, call.num_layers
@@ -80,6 +82,20 @@ class GradientEdges:
 
 def _edge(tensor: Tensor) -> GradientEdge | None:
     return get_gradient_edge(tensor) if tensor.requires_grad else None
+
+
+def _is_computed(states: Tensor) -> bool:
+    """Whether states were computed in the graph, and are not a leaf of it or a view of a leaf."""
+    node = states.grad_fn
+    while node is not None:
+        # The module may have put a leaf into another form: a view, or other rows.
+        inputs = [before for before, _ in node.next_functions if before is not None]
+        if len(inputs) != 1:
+            return bool(inputs)
+        node = inputs[0]
+        if not node.next_functions:
+            return False
+    return False
 
 
 def _is_complete(run: KernelRun, layers: Sequence[Layer]) -> bool:

@@ -231,7 +231,9 @@ class Journal:
             gradients = ArrivingGradients(run, lambda: None)
             gradients.store()
             return gradients
-        gradients = ArrivingGradients(run, partial(findings.append, _LATE.format(path)))
+        gradients = ArrivingGradients(
+            run, partial(findings.append, _LATE.format(path)), recorder.grad_scaler
+        )
         if not gradients.is_complete:
             findings.append(_NOT_IN_GRAPH.format(path))
         elif not torch.is_grad_enabled() and is_checkpoint_forward():

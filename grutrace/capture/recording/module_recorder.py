@@ -78,6 +78,7 @@ class ModuleRecorder:
         description: What is recorded of the module.
         requested_gates: Which of the kernel's own gates are wanted, where they can be had.
         records_gradients: Whether the gradients that arrive at each call are recorded.
+        grad_scaler: Scales the loss; None if nothing is known to do so.
         joins_series: Whether alike calls of one step can be recorded as a series.
     """
 
@@ -126,6 +127,7 @@ class ModuleRecorder:
             and machine_epsilon(stored) <= machine_epsilon(computed)
         )
         self.records_gradients = records_gradient([selection])
+        self.grad_scaler = options.grad_scaler
         self.joins_series = (
             not self.records_gradients
             and not (self.description.bidirectional or limits.is_limited)
@@ -505,13 +507,14 @@ class ModuleRecorder:
     ) -> CallRecord:
         copying = self._copying if recorders is None else []
         starts = {recorder.site.suffix: recorder.start_states(observation) for recorder in copying}
-        sites = {}
+        gradients, sites = entry.gradients, {}
+        backward = () if gradients is None else (gradients.is_attached, gradients.scale)
         for recorder in self._sites if recorders is None else recorders:
             rows, check = results[recorder.site.suffix]
             begun = recorder.new_initial_states(
                 observation, assignment, starts.get(recorder.site.suffix)
             )
-            sites[recorder.site.suffix] = SiteRows(rows, begun, *check)
+            sites[recorder.site.suffix] = SiteRows(rows, begun, *check, *backward)
         fields = (
             self._index,
             entry.time,

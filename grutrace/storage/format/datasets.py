@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 from h5py import h5d, h5p, h5s, h5t
 
-from grutrace.records import ModuleInfo
+from grutrace.records import Array, ModuleInfo
 from grutrace.storage.format.schema import COMMITTED, DatasetSpec, dataset_specs, shared_inputs
 from grutrace.storage.hdf5.errors import require
 
@@ -102,6 +102,17 @@ class SourceSpan:
     count: int
 
 
+def _fill_value(dtype: np.dtype[Any]) -> Array:
+    """Return NaN, in each field that is a float; 0 in others."""
+    if dtype.names is None:
+        return np.full((), np.nan, dtype)
+    value = np.zeros((), dtype)
+    for name in dtype.names:
+        if dtype[name].kind == "f":
+            value[name] = np.nan
+    return value
+
+
 def create_virtual_dataset(
     spans: Mapping[str, Sequence[SourceSpan]],
     file: h5py.File,
@@ -114,7 +125,7 @@ def create_virtual_dataset(
     total = sum(span.count for span in spans[dataset_path])
     properties, start = h5p.create(h5p.DATASET_CREATE), 0
     # HDF5 silently returns fill values for a missing shard. Zeros could be mistaken for values.
-    properties.set_fill_value(np.full((), np.nan, spec.dtype))
+    properties.set_fill_value(_fill_value(spec.dtype))
     corner = (0,) * len(spec.item_shape)
     for span in spans[dataset_path]:
         # A fixed selection: "all" would grow with the shard.

@@ -74,6 +74,7 @@ ANNOTATION = np.dtype(
 )
 PIECE = np.dtype([("sequence", "<u8"), ("steps", "<u4")])
 CHECK = np.dtype([("residual", "<f4"), ("tolerance", "<f4"), ("precision", "<f4")])
+BACKWARD = np.dtype([("attached", "u1"), ("scale", "<f8")])
 
 #: The tables of the whole trace. `committed` has a count for each table, under the same name.
 TABLES = {
@@ -198,6 +199,11 @@ def weight_shapes(module: ModuleInfo, site: Site) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def call_tables(site: Site) -> dict[str, np.dtype[Any]]:
+    """Return the type of each dataset of a site that has one item for each call of the module."""
+    return {"checks": CHECK} | ({"backward": BACKWARD} if "gradient" in site.quantities else {})
+
+
 def row_axes(quantity: str) -> tuple[str, str]:
     """Return the axes of the rows of a quantity."""
     return "step", "feature" if quantity == "input" else "unit"
@@ -230,8 +236,9 @@ def _site_specs(module: ModuleInfo, site: Site) -> Iterator[tuple[str, DatasetSp
         yield path, DatasetSpec(stored, item, axes, ROW_CHUNK, scales(*axes))
     initial, axes = site_path(module, site.suffix, "initial"), ("sequence", "unit")
     yield initial, DatasetSpec(stored, (module.unit_count(site),), axes, scales=scales(*axes))
-    checks = site_path(module, site.suffix, "checks")
-    yield checks, DatasetSpec(CHECK, scales=scales("module_call"))
+    for name, dtype in call_tables(site).items():
+        path = site_path(module, site.suffix, name)
+        yield path, DatasetSpec(dtype, scales=scales("module_call"))
     weights = np.dtype(module.weights_dtype).newbyteorder("<")
     # Weights are always complete, even if only some units are recorded.
     last_axes = {"weight_ih": "feature", "weight_hh": "previous_unit" if site.units else "unit"}

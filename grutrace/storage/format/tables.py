@@ -20,6 +20,7 @@ from grutrace.storage.format.schema import (
     PIECE,
     TABLES,
     DatasetSpec,
+    call_tables,
     check_dataset,
     pieces_path,
     quantity_path,
@@ -135,7 +136,8 @@ def dataset_lengths(tables: Tables, modules: Sequence[ModuleInfo]) -> dict[str, 
             for quantity in site.quantities:
                 counts[quantity_path(module, site, quantity)] = module_counts.rows
             counts[site_path(module, site.suffix, "initial")] = module_counts.sequences
-            counts[site_path(module, site.suffix, "checks")] = module_counts.calls
+            for name in call_tables(site):
+                counts[site_path(module, site.suffix, name)] = module_counts.calls
             for name in weight_shapes(module, site):
                 counts[site_path(module, site.suffix, name)] = module_counts.versions
     return counts

@@ -104,6 +104,10 @@ class FileSource:
         """Return the checks of the module's first `count` calls, (count,), type `schema.CHECK`."""
         return self._items(site_path(self.header.modules[module], suffix, "checks"), 0, count)
 
+    def backward(self, module: int, suffix: str, count: int) -> Array:
+        """Return facts about the backward passes of these calls, (count,), `schema.BACKWARD`."""
+        return self._items(site_path(self.header.modules[module], suffix, "backward"), 0, count)
+
     def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
         """Return one version of a site's weights."""
         info = self.header.modules[module]

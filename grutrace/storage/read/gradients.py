@@ -23,6 +23,11 @@ from grutrace.storage.read.recomputed import SiteGateInputs
 from grutrace.storage.read.sequence_index import Integers, SequenceIndex
 
 
+def unscaled(gradients: Array, scale: float) -> Array:
+    """Return gradients divided by the factor of their loss, if it is known."""
+    return gradients / gradients.dtype.type(scale) if scale > 0 else gradients
+
+
 class GradientRows(LazyRows):
     """Gradients of a quantity for the rows of a site, (N, H) or (N, I). Indexing computes them.
 
@@ -31,6 +36,7 @@ class GradientRows(LazyRows):
     Args:
         arriving: (N, H) the recorded gradients.
         gate_inputs: Inputs, previous states and weights of the site.
+        scales: (calls,) factor of the loss of each call of the module; 0 if it is not known.
         index: Index of the module's sequences.
         quantity: Name of the quantity.
         width: Number of columns.
@@ -44,6 +50,7 @@ class GradientRows(LazyRows):
         self,
         arriving: Rows,
         gate_inputs: SiteGateInputs,
+        scales: Array,
         index: SequenceIndex,
         quantity: str,
         width: int,
@@ -54,6 +61,7 @@ class GradientRows(LazyRows):
         dtype = np.promote_types(arriving.dtype, np.float32)
         super().__init__((arriving.shape[0], width), dtype)
         self._arriving, self._gate_inputs, self._index = arriving, gate_inputs, index
+        self._scales = scales
         self._quantity, self._reverse = quantity, reverse
         self._preactivation = preactivation
 
@@ -90,4 +98,53 @@ class GradientRows(LazyRows):
             reverse=self._reverse,
             preactivation=self._preactivation,
         )
-        return first, values
+        return first, unscaled(values, self._scales[number])
+
+
+def gradient_sources(
+    arriving: Rows,
+    gate_inputs: SiteGateInputs,
+    backward: Array,
+    index: SequenceIndex,
+    sequence: int,
+    step: int,
+    *,
+    reverse: bool,
+) -> Array:
+    """Return the parts of the total gradient of a state, by the step at which each arrived, (T, H).
+
+    Args:
+        arriving: (N, H) the recorded gradients.
+        gate_inputs: Inputs, previous states and weights of the site.
+        backward: (calls,) facts about the backward pass of each call of the module.
+        index: Index of the module's sequences.
+        sequence: Number of the sequence.
+        step: The step whose state it is, from 0.
+        reverse: Whether the layer reads from the last step to the first.
+    """
+    from grutrace.gradients.recorded import SequencePart, source_gradients
+
+    pieces = index.pieces(sequence)
+    pieces = pieces[index.steps[pieces] > 0]
+    ends = np.cumsum(index.steps[pieces])
+    first = int(np.searchsorted(ends, step, side="right"))
+    before = int(ends[first] - index.steps[pieces[first]])
+    parts: list[SequencePart] = []
+    scale = 0.0
+    for piece in pieces[first:].tolist():
+        call = int(np.searchsorted(index.call_numbers, index.calls[piece]))
+        rows = np.arange(index.starts[piece], index.starts[piece] + index.steps[piece])
+        values = np.asarray(arriving[int(rows[0]) : int(rows[-1]) + 1])
+        goes_on = index.segments[piece] == index.segments[pieces[first]]
+        if parts and not (goes_on and backward["attached"][call] and np.isfinite(values).all()):
+            break
+        scale = scale if parts else backward["scale"][call]
+        part = (
+            *(gate_inputs.input(rows), gate_inputs.previous(rows)),
+            gate_inputs.weights_of_call(call),
+        )
+        parts.append(SequencePart(*part, values))
+    found = unscaled(source_gradients(parts, step - before, reverse=reverse), scale)
+    result = np.zeros((int(ends[-1]), found.shape[1]), found.dtype)
+    result[before : before + len(found)] = found
+    return result

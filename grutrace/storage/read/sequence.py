@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from typing import Generic, TypeVar
 
 import numpy as np
 
+from grutrace.errors import NotRecordedError
 from grutrace.records import Array, Site
 from grutrace.storage.read.display.html_reprs import sequence_html
 from grutrace.storage.read.display.text_reprs import sequence_repr
@@ -124,6 +126,45 @@ class Sequence(QuantityAccess[Array]):
             self._module, self.site, quantity, preactivation=preactivation
         )
         return np.array(rows[self._index.rows(self.number)])
+
+    def gradient_sources(self, step: int) -> Array:
+        """Return how much of the gradient of a state came from which step, (T, H).
+
+        Row s is the part of dL/dh(`step`) that arrived at the state of step s from outside the
+        layer's recurrence: from the loss, or through the layer above. Its sum over the steps is
+        ``gradient("hidden")[step]``. Rows of steps that the state does not influence are 0: those
+        before it and, in a decoder, those after a state was detached. (If a state was changed
+        between two calls, or a call had no backward pass, what came through it belongs to the step
+        before.)
+
+        Args:
+            step: The step whose state it is; negative numbers count from the last.
+
+        Raises:
+            NotRecordedError: The gradient was not recorded, or there is no such step.
+
+        Examples:
+            >>> import torch
+            >>> import grutrace
+            >>> gru = torch.nn.GRU(2, 3)
+            >>> with grutrace.trace(gru, record=("hidden", "gradient")) as trace:
+            ...     output, state = gru(torch.randn(5, 4, 2))
+            ...     output[[1, 4]].square().sum().backward()
+            >>> sequence = trace["l0"].sequence(0)
+            >>> sources = sequence.gradient_sources(1)
+            >>> abs(sources).sum(axis=1) > 0             # the loss was computed at two steps
+            array([False,  True, False, False,  True])
+            >>> np.allclose(sources.sum(axis=0), sequence.gradient("hidden")[1])
+            True
+        """
+        try:
+            step = range(len(self))[operator.index(step)]
+        except IndexError:
+            raise NotRecordedError(
+                f"sequence {self.number} of {self.site.name!r} has no step {step}: it has "
+                f"{len(self)} steps"
+            ) from None
+        return self._snapshot.gradient_sources(self._module, self.site, self.number, step)
 
     @property
     def initial(self) -> Array:

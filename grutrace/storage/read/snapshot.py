@@ -31,7 +31,7 @@ from grutrace.storage.format.tables import ModuleCounts, Tables
 from grutrace.storage.interfaces import InMemoryReader, Rows, Source
 from grutrace.storage.memory import MemoryCopy
 from grutrace.storage.read.annotations import AnnotationIndex, labelled_calls
-from grutrace.storage.read.gradients import GradientRows
+from grutrace.storage.read.gradients import GradientRows, gradient_sources
 from grutrace.storage.read.lazy_rows import SelectedRows
 from grutrace.storage.read.proofs import PROOFS, marks
 from grutrace.storage.read.recomputed import LowerLayerInput, RecomputedRows, SiteGateInputs
@@ -55,6 +55,8 @@ CALLS = np.dtype(
         ("residual", np.float32),
         ("proof", object),
         ("set", object),
+        ("attached", np.bool_),
+        ("scale", np.float64),
         ("rank", np.int64),
     ]
 )
@@ -243,12 +245,33 @@ class TraceSnapshot:
         return GradientRows(
             arriving,
             self.gate_inputs(module, site),
+            self.backward(module, site)["scale"],
             self.index(module),
             quantity,
             width,
             reverse=site.reverse,
             preactivation=preactivation,
         )
+
+    def gradient_sources(self, module: int, site: Site, sequence: int, step: int) -> Array:
+        """Return the parts of the total gradient of a state; see `Sequence.gradient_sources`.
+
+        Raises:
+            NotRecordedError: The gradient was not recorded.
+        """
+        return gradient_sources(
+            self.rows(module, site, "gradient"),
+            self.gate_inputs(module, site),
+            self.backward(module, site),
+            self.index(module),
+            sequence,
+            step,
+            reverse=site.reverse,
+        )
+
+    def backward(self, module: int, site: Site) -> Array:
+        """Return facts about the backward pass of each call, (calls,), `schema.BACKWARD`."""
+        return self.source.backward(module, site.suffix, self.extent(module).calls)
 
     def gate_inputs(self, module: int, site: Site) -> SiteGateInputs:
         """Return the inputs from which the gates of a site are recomputed."""
@@ -313,6 +336,11 @@ class TraceSnapshot:
             calls["residual"][rows] = self._residuals(number)
             calls["proof"][rows] = mark_names[self._marks(number)]
             self._add_set_values(calls["set"], number)
+            recorded = [site for site in module.sites if "gradient" in site.quantities]
+            if recorded:
+                backward = self.backward(number, recorded[0])
+                calls["attached"][rows] = backward["attached"] > 0
+                calls["scale"][rows] = backward["scale"]
         calls.flags.writeable = False
         return calls
 

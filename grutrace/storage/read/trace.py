@@ -132,6 +132,9 @@ class Trace:
           the states.
         - set: What `grutrace.intervene` has set in the call, such as ``l0: update[3,7]``; None if
           nothing. The label ``grutrace:set:l0`` says at which steps.
+        - attached: If gradients were recorded, whether they flow on to the states that the call
+          started from. False for states that were detached, given as a leaf, or zeros.
+        - scale: The factor of the loss, if a `grad_scaler` was given; else 0.
         - rank: Rank of the recording process; 0 for a single process.
         """
         # The snapshot's array is shared and read-only.

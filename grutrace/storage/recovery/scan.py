@@ -15,7 +15,13 @@ import h5py
 import numpy as np
 
 from grutrace.records import Array, ModuleInfo
-from grutrace.storage.format.schema import pieces_path, quantity_path, site_path, weight_shapes
+from grutrace.storage.format.schema import (
+    call_tables,
+    pieces_path,
+    quantity_path,
+    site_path,
+    weight_shapes,
+)
 from grutrace.storage.hdf5.errors import H5PY_ERRORS, short_message
 
 
@@ -116,7 +122,8 @@ class ModuleExtents:
             for quantity in site.quantities:
                 columns[quantity_path(self.module, site, quantity)] = 2
             columns[site_path(self.module, site.suffix, "initial")] = 3
-            columns[site_path(self.module, site.suffix, "checks")] = 0
+            for name in call_tables(site):
+                columns[site_path(self.module, site.suffix, name)] = 0
             for name in weight_shapes(self.module, site):
                 columns[site_path(self.module, site.suffix, name)] = 4
         return columns

@@ -16,7 +16,7 @@ from grutrace.distributed import Shard
 from grutrace.errors import TraceFileError
 from grutrace.records import Array, ModuleInfo, TraceHeader
 from grutrace.storage.format.header import module_differences
-from grutrace.storage.format.schema import CHECK, width
+from grutrace.storage.format.schema import BACKWARD, CHECK, width
 from grutrace.storage.format.tables import ModuleCounts, ShardCalls, Tables
 from grutrace.storage.interfaces import AppendOnlySource, Rows, SnapshotReader
 from grutrace.storage.read.lazy_rows import ConcatenatedRows
@@ -206,6 +206,14 @@ class _ConcatenatedReader:
             for shard in self._module_rows[module]
         ]
         return np.concatenate([np.empty(0, CHECK), *arrays])[:count]
+
+    def backward(self, module: int, suffix: str, count: int) -> Array:
+        """Return facts about the backward passes of these calls, (count,), `schema.BACKWARD`."""
+        arrays = [
+            shard.source.backward(shard.module, suffix, shard.counts.calls)
+            for shard in self._module_rows[module]
+        ]
+        return np.concatenate([np.empty(0, BACKWARD), *arrays])[:count]
 
     def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
         """Return one version of a site's weights."""

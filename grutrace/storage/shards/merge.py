@@ -34,6 +34,7 @@ from grutrace.storage.format.schema import (
     COMMITTED,
     LIBVER,
     TABLES,
+    call_tables,
     dataset_specs,
     input_owner,
     module_path,
@@ -240,9 +241,9 @@ class _Merge:
                     self._copy_rows(file[dataset_path(quantity)], rows)
             initial = source.initial(index, site.suffix, counts.sequences)
             self._copy_rows(file[dataset_path("initial")], initial)
-            self._copy_rows(
-                file[dataset_path("checks")], source.checks(index, site.suffix, counts.calls)
-            )
+            for name in call_tables(site):
+                items = getattr(source, name)(index, site.suffix, counts.calls)
+                self._copy_rows(file[dataset_path(name)], items)
             for name in weight_shapes(module, site):
                 _resize(file[dataset_path(name)], counts.versions)
             for version in range(counts.versions):
@@ -343,7 +344,8 @@ def _count(counts: ModuleCounts, name: str) -> int:
     """Return the number of items of a dataset."""
     if name in QUANTITIES:
         return counts.rows
-    return {"initial": counts.sequences, "checks": counts.calls}.get(name, counts.versions)
+    lengths = {"initial": counts.sequences, "checks": counts.calls, "backward": counts.calls}
+    return lengths.get(name, counts.versions)
 
 
 def _fill(dataset: h5py.Dataset, items: Array) -> None:

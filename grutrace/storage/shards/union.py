@@ -80,6 +80,11 @@ class UnionSource(JoinedSource):
         source, number = self._module_sources[module]
         return source.checks(number, suffix, count)
 
+    def backward(self, module: int, suffix: str, count: int) -> Array:
+        """Return facts about the backward passes of these calls, (count,), `schema.BACKWARD`."""
+        source, number = self._module_sources[module]
+        return source.backward(number, suffix, count)
+
     def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
         """Return one version of a site's weights."""
         source, number = self._module_sources[module]

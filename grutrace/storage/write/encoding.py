@@ -26,10 +26,12 @@ from grutrace.records import (
 )
 from grutrace.storage.format.schema import (
     ANNOTATION,
+    BACKWARD,
     CALL,
     CHECK,
     FORK,
     PIECE,
+    call_tables,
     input_owner,
     pieces_path,
     quantity_path,
@@ -103,7 +105,7 @@ class _DatasetPaths:
                     if quantity != "input" or input_owner(module, site) is site
                 ],
                 site_path(module, site.suffix, "initial"),
-                site_path(module, site.suffix, "checks"),
+                {name: site_path(module, site.suffix, name) for name in call_tables(site)},
             )
             for site in module.sites
         ]
@@ -151,12 +153,16 @@ class RecordEncoder:
     def _encode_call(self, call: CallRecord) -> Iterator[Entry]:
         # Records count sequences from 0, the file from its last sequence on.
         paths, offset = self._paths[call.module], self._sequences[call.module]
-        for suffix, quantities, initial, checks in paths.sites:
+        for suffix, quantities, initial, of_calls in paths.sites:
             site = call.sites[suffix]
             for quantity, path in quantities:
                 yield path, site.rows[quantity]
             yield initial, site.initial
-            yield checks, np.array([(site.residual, site.tolerance, site.precision)], CHECK)
+            check = site.residual, site.tolerance, site.precision
+            yield of_calls["checks"], np.array([check], CHECK)
+            if "backward" in of_calls:
+                backward = site.is_attached, site.loss_scale
+                yield of_calls["backward"], np.array([backward], BACKWARD)
         pieces = np.empty(len(call.steps), PIECE)
         pieces["sequence"] = call.sequences
         pieces["sequence"] += np.uint64(offset)
@@ -185,15 +191,17 @@ class RecordEncoder:
 
     def _encode_series(self, series: CallSeries) -> Iterator[Entry]:
         paths, offset = self._paths[series.module], self._sequences[series.module]
-        for suffix, quantities, initial, checks in paths.sites:
+        for suffix, quantities, initial, of_calls in paths.sites:
             site = series.sites[suffix]
             for quantity, path in quantities:
                 yield path, site.rows[quantity]
             yield initial, site.initial
-            of_calls = np.empty(len(series), CHECK)
-            of_calls["residual"], of_calls["tolerance"] = site.residuals, site.tolerances
-            of_calls["precision"] = site.precision
-            yield checks, of_calls
+            checks = np.empty(len(series), CHECK)
+            checks["residual"], checks["tolerance"] = site.residuals, site.tolerances
+            checks["precision"] = site.precision
+            yield of_calls["checks"], checks
+            if "backward" in of_calls:
+                yield of_calls["backward"], np.zeros(len(series), BACKWARD)
         pieces = np.empty(series.sequences.size, PIECE)
         pieces["sequence"] = series.sequences.ravel()
         pieces["sequence"] += np.uint64(offset)

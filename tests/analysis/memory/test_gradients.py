@@ -81,6 +81,25 @@ def test_sequences_without_a_gradient_are_left_out() -> None:
     assert found.norms.tolist() == pytest.approx([np.sqrt(2)] * 5)
 
 
+def test_truncated_backpropagation_is_measured_between_detached_states() -> None:
+    layer, x = leaky_layer(0.8), torch.randn(2, 12, 2, dtype=torch.float64)
+    found = {}
+    for cuts in ((), (4, 8)):
+        with grutrace.trace(layer, record=("hidden", "gradient")) as trace:
+            state, losses = torch.tensor([[[1.0], [2.0]]], dtype=torch.float64), []
+            for step in range(12):
+                state = state.detach() if step in cuts else state
+                _, state = layer(x[:, step : step + 1], state)
+                if step + 1 in (*cuts, 12):
+                    losses.append(state.sum())
+            torch.stack(losses).sum().backward()
+        found[cuts] = gradients(trace["l0"])
+    assert found[4, 8].factor == pytest.approx(0.8)
+    assert found[4, 8].counts.tolist() == [6] * 4 + [0] * 8
+    # Control: attached, the same losses add up along the way.
+    assert found[()].counts.tolist() == [2] * 12
+
+
 def test_stages_follow_the_order_of_the_run() -> None:
     factors = np.linspace(0.5, 0.95, 10)
     rows = np.concatenate([factor ** np.arange(12)[::-1] for factor in factors])[:, np.newaxis]
