@@ -3,8 +3,9 @@
     python -m tests.golden.make FOLDER
 
 The files in `tests/golden/v1.0` were made with grutrace 0.1.0 when it wrote version 1.0 of the
-format, torch 2.13.0, NumPy 2.4.6 and h5py 3.16.0 with HDF5 2.0.0. For another version of the format
-make another folder, from the same runs.
+format, torch 2.13.0, NumPy 2.4.6 and h5py 3.16.0 with HDF5 2.0.0; those in `v1.3` when it wrote
+version 1.3, with the same packages. For another version of the format make another folder, from the
+same runs.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 import grutrace
 from grutrace.storage.write.dataset_writer import DatasetWriter
 from tests.golden import happened, runs
+from tests.golden.acted import ACTED
 from tests.golden.runs import GOLDENS, Golden
 
 #: A file must not describe the machine that made it.
@@ -137,6 +139,9 @@ def main(folder: Path) -> None:
             makers.get(name, traced)(golden, traces / f"{name}.h5")
             if name != "killed":
                 keep_expected(folder, name, *about(golden))
+        for name, (trace, expected) in ACTED.items():
+            trace(traces / f"{name}.h5")
+            np.savez_compressed(folder / f"{name}.npz", **expected())
         run_in_parts(traces / "run.h5")
         for part, (arrays, message) in about_parts().items():
             keep_expected(folder, f"run.part{part:04}", arrays, message)

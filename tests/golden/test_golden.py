@@ -18,6 +18,7 @@ import grutrace
 from grutrace.__main__ import main
 from grutrace.analysis.verification.verify import verify
 from tests.golden import make
+from tests.golden.acted import ACTED, SCALE, STEPS, layer, train
 from tests.golden.runs import EVERYTHING, GOLDENS
 from tests.oracles import GATES
 from tests.plain_reader import PlainTrace
@@ -372,3 +373,72 @@ def test_there_are_golden_files():
         assert {path.name for path in folder.glob("*.xz")} >= {
             f"{name}.h5.xz" for name in (*GOLDENS, "run", "run.part0002", "statistics")
         }
+
+
+@pytest.fixture(params=[folder for folder in FOLDERS if (folder / "set.h5.xz").exists()])
+def acted(request):
+    """A folder with files of gradients and of set gates."""
+    return request.param
+
+
+def unpack_acted(folder, name, tmp_path):
+    with np.load(folder / f"{name}.npz") as file:
+        return unpack(folder, name, tmp_path), dict(file)
+
+
+def test_golden_gradients_can_be_read(acted, tmp_path):
+    path, exact = unpack_acted(acted, "gradients", tmp_path)
+    plain = PlainTrace(path).modules[0].sites["l0"]
+    for found in (grutrace.open(path)["l0"]["gradient"][:], plain.rows["gradient"]):
+        np.testing.assert_allclose(found, exact["gradient"], rtol=1e-6, atol=1e-6)
+    assert plain.backward["attached"].astype(bool).tolist() == exact["attached"].tolist()
+    assert plain.backward["scale"].tolist() == exact["scale"].tolist()
+    with grutrace.open(path) as trace:
+        for name in ("attached", "scale"):
+            assert trace.calls[name].tolist() == exact[name].tolist()
+        sequence, rows = trace["l0"].sequence(0), exact["gradient"] / SCALE
+        # The states of the first call: what arrived at its end came from the call after it, too.
+        np.testing.assert_allclose(sequence.gradient("hidden")[2], rows[2], rtol=1e-5)
+        sources = sequence.gradient_sources(2)
+        np.testing.assert_allclose(sources[2:4].sum(0), rows[2], rtol=1e-5)
+        assert not sources[4:].any()
+        assert all(check.holds for check in verify(trace))
+
+
+def test_golden_set_gates_can_be_read(acted, tmp_path):
+    path, exact = unpack_acted(acted, "set", tmp_path)
+    (module,) = PlainTrace(path).modules
+    assert set(exact) == {*GATES, "hidden"}
+    with grutrace.open(path) as trace:
+        for name, values in exact.items():
+            for rows in (trace["l0"][name][8:], module.sites["l0"].rows[name][8:]):
+                np.testing.assert_allclose(rows, values, rtol=0, atol=1e-5)
+        assert trace.calls["set"].tolist() == [None, "l0: update[1,3]"]
+        label = [None, "update[1,3]", "update[1,3]", None]
+        assert trace["l0"].sequence(2).labels["grutrace:set:l0"] == label
+        steps = module.annotated(3)["grutrace:set:l0"]
+        assert steps == {step: "update[1,3]" for step in STEPS}
+        assert all(check.holds and check.check == "gates" for check in verify(trace))
+
+
+@pytest.mark.parametrize("name", ACTED)
+def test_golden_files_of_acting_can_be_appended_to(acted, name, tmp_path):
+    path, _ = unpack_acted(acted, name, tmp_path)
+    before = grutrace.open(path)
+    old = {quantity: before["l0"].rows(quantity)[:] for quantity in before["l0"].site.quantities}
+    calls = before.calls
+    before.close()
+    record = ("update", "gradient") if name == "gradients" else EVERYTHING
+    model = layer()
+    with grutrace.trace(model, path, mode="a", record=record):
+        train(model)
+    with grutrace.open(path) as trace:
+        count = len(calls)
+        for column in calls.dtype.names:
+            np.testing.assert_array_equal(trace.calls[column][:count], calls[column])
+        assert len(trace.calls) == count + 4
+        for quantity, rows in old.items():
+            np.testing.assert_array_equal(trace["l0"][quantity][: len(rows)], rows)
+        if name == "gradients":
+            appended = trace["l0"]["gradient"][len(rows) :]
+            np.testing.assert_allclose(appended, rows, rtol=1e-5, atol=1e-5)
