@@ -15,7 +15,7 @@ from grutrace.gru import cell
 from grutrace.gru.kernel import CellWeights
 from grutrace.gru.tolerance import compare
 from grutrace.intervention.bound import BoundSetting
-from grutrace.intervention.steps import StepGates, StepOrder
+from grutrace.intervention.recurrence.steps import StepGates, StepOrder
 from grutrace.records import GATES
 
 

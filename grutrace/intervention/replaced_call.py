@@ -15,10 +15,10 @@ from grutrace.capture.kernel_calls.replacement import GatesAsSet, InterceptedCal
 from grutrace.capture.kernel_calls.torch_context import isolated_context
 from grutrace.gru.kernel import Layer
 from grutrace.intervention.bound import BoundSetting, Rows
-from grutrace.intervention.edits import Changes, EditsByTime
 from grutrace.intervention.recorded_gates import gates_as_set
-from grutrace.intervention.shadow import run_direction
-from grutrace.intervention.steps import StepGates, StepOrder
+from grutrace.intervention.recurrence.edits import Changes, EditsByTime
+from grutrace.intervention.recurrence.shadow import run_direction
+from grutrace.intervention.recurrence.steps import DirectionRun, StepGates, StepOrder
 
 
 class PreparedIntervention:
@@ -143,7 +143,7 @@ class PreparedIntervention:
         call, order = self._call.call, self._orders[reverse]
         bound = self._settings[number, reverse]
         changes = Changes()
-        result = run_direction(
+        run = DirectionRun(
             input,
             call.cell_initial(number, reverse),
             call.cell_weights(number, reverse),
@@ -154,7 +154,8 @@ class PreparedIntervention:
             self._call.needs_gates,
             self._call.is_cell,
         )
-        read = input, call.cell_initial(number, reverse), *call.cell_weights(number, reverse)
+        result = run_direction(run)
+        read = run.input, run.initial, *run.weights
         changes.require_numbers(result.output, read)
         output, final = result.output, result.final
         if kernel is not None and changes.any:

@@ -17,9 +17,9 @@ from torch.autograd import forward_ad
 from torch.nn.functional import linear, pad
 
 from grutrace.gru.kernel import CellWeights
-from grutrace.intervention.edits import Edits, EditsByTime
-from grutrace.intervention.held_steps import can_hold, run_held_steps
-from grutrace.intervention.steps import DirectionResult, StepGates, StepOrder, input_product
+from grutrace.intervention.recurrence.edits import Edits
+from grutrace.intervention.recurrence.held_steps import can_hold, run_held_steps
+from grutrace.intervention.recurrence.steps import DirectionResult, DirectionRun, StepGates
 
 
 def run_step(
@@ -69,121 +69,58 @@ def _apply(values: Tensor, edits: Edits, quantity: str) -> Tensor:
     return values
 
 
-def run_direction(
-    input: Tensor,
-    initial: Tensor,
-    weights: CellWeights,
-    order: StepOrder,
-    edits: EditsByTime,
-    kernel: tuple[Tensor, Tensor] | None,
-    start: int,
-    keep_gates: bool,
-    is_cell: bool,
-) -> DirectionResult:
-    """Run the steps from the first one that is set.
-
-    Args:
-        input: (T, B, I) or (N, I)
-        initial: (B, H)
-        weights: Of the direction.
-        order: The steps.
-        edits: Returns what is set at a time.
-        kernel: The kernel's output and final states of this direction; None if `start` is 0.
-        start: Index, in this order, of the first step to run.
-        keep_gates: Whether the gates are returned.
-        is_cell: Whether the kernel is that of a cell.
-    """
-    if _can_run_in_place(input, initial, weights):
-        if can_hold(edits.bound, input, initial):
-            edits.changes.any = True
-            return run_held_steps(
-                input,
-                initial,
-                weights,
-                order,
-                edits.bound,
-                kernel,
-                start,
-                keep_gates=keep_gates,
-                is_cell=is_cell,
-            )
-        return run_in_place(
-            input,
-            initial,
-            weights,
-            order,
-            edits,
-            kernel,
-            start,
-            keep_gates=keep_gates,
-            is_cell=is_cell,
-        )
-    product = input_product(input, weights, is_cell=is_cell)
+def run_direction(run: DirectionRun) -> DirectionResult:
+    """Run the steps from the first one that is set."""
+    if _can_run_in_place(run):
+        if can_hold(run):
+            run.edits.changes.any = True
+            return run_held_steps(run)
+        return run_in_place(run)
+    order, product = run.order, run.input_product()
     products = product.unbind(0) if order.padded else torch.split(product, list(order.sizes))
     outputs: list[Tensor] = []
     gates: dict[int, StepGates] = {}
     ended: list[Tensor] = []
-    times = order.times[start:]
-    state = _state_before(initial, order, kernel, start)
-    for time in times:
-        state = _resize(state, initial, order.sizes[time], order.reverse, ended)
-        state, step_gates = run_step(products[time], state, weights, edits(time))
+    state = _state_before(run)
+    for time in order.times[run.start :]:
+        state = _resize(state, run, order.sizes[time], ended)
+        state, step_gates = run_step(products[time], state, run.weights, run.edits(time))
         outputs.append(state)
-        if keep_gates:
+        if run.keep_gates:
             gates[time] = step_gates
     ended.append(state)
     ended.reverse()
     final = ended[0] if order.padded or order.reverse else torch.cat(ended)
     if order.reverse:
         outputs.reverse()
-    output = _join(outputs, order, kernel, start)
-    if kernel is not None and len(final) < len(initial):
+    output = torch.stack(outputs) if order.padded else torch.cat(outputs)
+    if run.start:
+        untouched = run.kernel_states[0][run.untouched()]
+        output = torch.cat((output, untouched) if order.reverse else (untouched, output))
+    if run.kernel is not None and len(final) < len(run.initial):
         # Sequences that had ended before the first step that is set.
-        final = torch.cat((final, kernel[1][len(final) :]))
+        final = torch.cat((final, run.kernel[1][len(final) :]))
     return DirectionResult(output, final, gates)
 
 
-def _can_run_in_place(input: Tensor, initial: Tensor, weights: CellWeights) -> bool:
+def _can_run_in_place(run: DirectionRun) -> bool:
     """Whether no gradients can flow, and all tensors have the same type."""
-    is_same = input.dtype == initial.dtype == weights.weight_hh.dtype
+    is_same = run.input.dtype == run.initial.dtype == run.weights.weight_hh.dtype
     return (
         is_same
         and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled(input.device.type)
+        and not torch.is_autocast_enabled(run.input.device.type)
         and forward_ad._current_level < 0
         and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 
-def run_in_place(
-    input: Tensor,
-    initial: Tensor,
-    weights: CellWeights,
-    order: StepOrder,
-    edits: EditsByTime,
-    kernel: tuple[Tensor, Tensor] | None,
-    start: int,
-    *,
-    keep_gates: bool,
-    is_cell: bool,
-) -> DirectionResult:
-    """Run the steps in memory that is used again, without gradients. The bits are the same.
-
-    Args:
-        input: As for `run_direction`, and so on.
-        initial: (B, H)
-        weights: Of the direction.
-        order: The steps.
-        edits: Returns what is set at a time.
-        kernel: The kernel's output and final states.
-        start: Index of the first step to run.
-        keep_gates: Whether the gates are returned.
-        is_cell: Whether the kernel is that of a cell.
-    """
-    size = initial.shape[-1]
-    sizes = list(order.sizes)
-    product = input_product(input, weights, is_cell=is_cell)
-    output = input.new_empty((*input.shape[:-1], size))
+def run_in_place(run: DirectionRun) -> DirectionResult:
+    """Run the steps in memory that is used again, without gradients. The bits are the same."""
+    order, initial, weights = run.order, run.initial, run.weights
+    size, sizes = initial.shape[-1], list(order.sizes)
+    product = run.input_product()
+    output = run.input.new_empty((*run.input.shape[:-1], size))
     parts = product.chunk(3, -1)
     if order.padded:
         inputs = [part.unbind(0) for part in parts]
@@ -192,19 +129,19 @@ def run_in_place(
         inputs = [torch.split(part, sizes) for part in parts]
         states = torch.split(output, sizes)
     weight = weights.weight_hh.t()
-    final = initial.clone() if kernel is None else kernel[1].clone()
+    final = initial.clone() if run.kernel is None else run.kernel[1].clone()
     ended: list[Tensor] = []
     gates: dict[int, StepGates] = {}
-    state = _state_before(initial, order, kernel, start)
+    state = _state_before(run)
     buffers = _StepBuffers(state, size)
-    for time in order.times[start:]:
-        state = _resize(state, initial, sizes[time], order.reverse, ended)
+    for time in order.times[run.start :]:
+        state = _resize(state, run, sizes[time], ended)
         buffers.resize(sizes[time])
         if weights.bias_hh is None:
             torch.mm(state, weight, out=buffers.product)
         else:
             torch.addmm(weights.bias_hh, state, weight, out=buffers.product)
-        at_time = edits(time)
+        at_time = run.edits(time)
         input_r, input_z, input_n = (part[time] for part in inputs)
         reset, update, candidate = buffers.reset, buffers.update, buffers.candidate
         _gate_in_place(reset, input_r, at_time, "reset")
@@ -217,7 +154,7 @@ def run_in_place(
         buffers.states.reverse()
         torch.sub(previous, candidate, out=state)
         state.mul_(update).add_(candidate)
-        if keep_gates:
+        if run.keep_gates:
             own = (reset.clone(), update.clone(), candidate.clone(), state.clone())
             gates[time] = StepGates(*own)
         _set_in_place(state, at_time, "hidden")
@@ -226,14 +163,9 @@ def run_in_place(
     ended.reverse()
     reached = ended[0] if order.padded or order.reverse else torch.cat(ended)
     final[: len(reached)] = reached
-    if start:
-        assert kernel is not None
-        first = order.times[start]
-        boundary = first if order.padded else sum(sizes[: first + order.reverse])
-        if order.padded:
-            boundary += order.reverse
-        untouched = slice(boundary, None) if order.reverse else slice(0, boundary)
-        output[untouched] = kernel[0][untouched]
+    if run.start:
+        untouched = run.untouched()
+        output[untouched] = run.kernel_states[0][untouched]
     return DirectionResult(output, final, gates)
 
 
@@ -281,49 +213,24 @@ def _set_in_place(values: Tensor, edits: Edits, quantity: str) -> None:
         edit.in_place(values)
 
 
-def _state_before(
-    initial: Tensor, order: StepOrder, kernel: tuple[Tensor, Tensor] | None, start: int
-) -> Tensor:
-    """Return the state before a step of the order, from the kernel's output."""
-    if not start:
+def _state_before(run: DirectionRun) -> Tensor:
+    """Return the state before the first step to run, from the kernel's output."""
+    order, initial = run.order, run.initial
+    if not run.start:
         return initial[: order.sizes[order.times[0]]] if order.reverse else initial
-    assert kernel is not None
-    time = order.times[start - 1]
+    output, time = run.kernel_states[0], order.times[run.start - 1]
     # Copied, because the last digits of a product depend on the address of the state.
     if order.padded:
-        return kernel[0][time].clone()
-    first = sum(order.sizes[:time])
-    return kernel[0].narrow(0, first, order.sizes[time]).clone()
+        return output[time].clone()
+    return output.narrow(0, sum(order.sizes[:time]), order.sizes[time]).clone()
 
 
-def _resize(
-    state: Tensor, initial: Tensor, size: int, reverse: bool, ended: list[Tensor]
-) -> Tensor:
+def _resize(state: Tensor, run: DirectionRun, size: int, ended: list[Tensor]) -> Tensor:
     """Return the states of the sequences that have a step, as the kernel's packed layers do."""
     if size < len(state):
         ended.append(state.narrow(0, size, len(state) - size))
         return state.narrow(0, 0, size)
     if size > len(state):
-        assert reverse
-        return torch.cat((state, initial.narrow(0, len(state), size - len(state))))
+        assert run.order.reverse
+        return torch.cat((state, run.initial.narrow(0, len(state), size - len(state))))
     return state
-
-
-def _join(
-    outputs: list[Tensor],
-    order: StepOrder,
-    kernel: tuple[Tensor, Tensor] | None,
-    start: int,
-) -> Tensor:
-    """Return the output of all steps: those before `start` are the kernel's."""
-    joined = torch.stack(outputs) if order.padded else torch.cat(outputs)
-    if not start:
-        return joined
-    assert kernel is not None
-    first = order.times[start]
-    if order.padded:
-        parts = (joined, kernel[0][first + 1 :]) if order.reverse else (kernel[0][:first], joined)
-    else:
-        row = sum(order.sizes[: first + order.reverse])
-        parts = (joined, kernel[0][row:]) if order.reverse else (kernel[0][:row], joined)
-    return torch.cat(parts)

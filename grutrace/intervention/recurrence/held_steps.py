@@ -15,9 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grutrace.gru.kernel import CellWeights
 from grutrace.intervention.bound import BoundSetting
-from grutrace.intervention.steps import DirectionResult, StepGates, StepOrder, input_product
+from grutrace.intervention.recurrence.steps import DirectionResult, DirectionRun, StepGates
 from grutrace.intervention.values import Constant
 from grutrace.native.library import HeldStep, load
 from grutrace.records import DEFAULT_RECORD
@@ -36,65 +35,41 @@ class _Held(NamedTuple):
     values: list[Tensor | None]
 
 
-def can_hold(bound: Sequence[BoundSetting], input: Tensor, initial: Tensor) -> bool:
-    """Whether the library can run the steps of a direction without gradients.
-
-    Args:
-        bound: The settings of the direction.
-        input: Of the layer.
-        initial: Of the direction.
-    """
+def can_hold(run: DirectionRun) -> bool:
+    """Whether the library can run the steps of a direction without gradients."""
     return (
         load() is not None
-        and input.device.type == "cpu"
-        and input.dtype == initial.dtype == torch.float32
-        and initial.numel() > 0
+        and run.input.device.type == "cpu"
+        and run.input.dtype == run.initial.dtype == torch.float32
+        and run.initial.numel() > 0
         and all(
             isinstance(one.setting.value, Constant)
             and one.setting.quantity in DEFAULT_RECORD
             and one.is_for_all_sequences
-            for one in bound
+            for one in run.edits.bound
         )
     )
 
 
-def run_held_steps(
-    input: Tensor,
-    initial: Tensor,
-    weights: CellWeights,
-    order: StepOrder,
-    bound: Sequence[BoundSetting],
-    kernel: tuple[Tensor, Tensor] | None,
-    start: int,
-    *,
-    keep_gates: bool,
-    is_cell: bool,
-) -> DirectionResult:
-    """Run the steps from the first one that is set, as `grutrace.intervention.shadow` does.
+def run_held_steps(run: DirectionRun) -> DirectionResult:
+    """Run the steps from the first one that is set, as `shadow.run_direction` does.
 
     Args:
-        input: (T, B, I) or (N, I)
-        initial: (B, H)
-        weights: Of the direction.
-        order: The steps.
-        bound: The settings of the direction, for which `can_hold` is True.
-        kernel: The kernel's output and final states of this direction; None if `start` is 0.
-        start: Index, in this order, of the first step to run.
-        keep_gates: Whether the gates are returned.
-        is_cell: Whether the kernel is that of a cell.
+        run: The steps, for which `can_hold` is True.
     """
     library = load()
     assert library is not None
+    order, initial, bound = run.order, run.initial, run.edits.bound
     size, sizes = initial.shape[-1], list(order.sizes)
-    inputs = input_product(input, weights, is_cell=is_cell).contiguous()
-    output = torch.empty((*input.shape[:-1], size))
+    inputs = run.input_product().contiguous()
+    output = torch.empty((*run.input.shape[:-1], size))
     state, product = torch.empty_like(initial), torch.empty(len(initial), 3 * size)
     starts = _row_starts(sizes)
-    _begin(state, initial, order, kernel, start, starts)
-    if start:
-        assert kernel is not None
-        _copy_untouched(output, kernel[0], order, start, starts)
-    weight, bias = weights.weight_hh.t(), weights.bias_hh
+    _begin(state, run, starts)
+    if run.start:
+        untouched = run.untouched()
+        output[untouched] = run.kernel_states[0][untouched]
+    weight, bias = run.weights.weight_hh.t(), run.weights.bias_hh
     block = HeldStep(product.data_ptr(), state.data_ptr())
     block.units = size
     address = ctypes.addressof(block)
@@ -106,7 +81,7 @@ def run_held_steps(
     block.batch = len(state)
     varies = any(one.setting.steps is not None for one in bound)
     applied = (True,) * len(bound)
-    for time in order.times[start:]:
+    for time in order.times[run.start :]:
         if sizes[time] != len(state_rows):
             state_rows, product_rows = state[: sizes[time]], product[: sizes[time]]
             block.batch = sizes[time]
@@ -121,7 +96,7 @@ def run_held_steps(
             torch.mm(state_rows, weight, out=product_rows)
         else:
             torch.addmm(bias, state_rows, weight, out=product_rows)
-        previous = state_rows.clone() if keep_gates else None
+        previous = state_rows.clone() if run.keep_gates else None
         row = starts[time]
         library.held_step(
             address, input_address + 3 * row * row_bytes, output_address + row * row_bytes
@@ -140,40 +115,20 @@ def _row_starts(sizes: Sequence[int]) -> list[int]:
     return starts
 
 
-def _begin(
-    state: Tensor,
-    initial: Tensor,
-    order: StepOrder,
-    kernel: tuple[Tensor, Tensor] | None,
-    start: int,
-    starts: Sequence[int],
-) -> None:
+def _begin(state: Tensor, run: DirectionRun, starts: Sequence[int]) -> None:
     """Fill in the states before the first step that is run.
 
     Sequences that are over have their final states, and those that begin later their initial ones.
     """
-    state.copy_(initial)
-    if not start:
+    state.copy_(run.initial)
+    if not run.start:
         return
-    assert kernel is not None
+    order, (output, final) = run.order, run.kernel_states
     if not order.reverse:
-        state.copy_(kernel[1])
-    time = order.times[start - 1]
+        state.copy_(final)
+    time = order.times[run.start - 1]
     rows = order.sizes[time]
-    before = kernel[0][time] if order.padded else kernel[0][starts[time] : starts[time] + rows]
-    state[:rows] = before
-
-
-def _copy_untouched(
-    output: Tensor, kernel: Tensor, order: StepOrder, start: int, starts: Sequence[int]
-) -> None:
-    """Copy the kernel's output of the steps before the first one that is run."""
-    first = order.times[start]
-    boundary = first + order.reverse
-    if not order.padded:
-        boundary = starts[first] + order.sizes[first] * order.reverse
-    untouched = slice(boundary, None) if order.reverse else slice(0, boundary)
-    output[untouched] = kernel[untouched]
+    state[:rows] = output[time] if order.padded else output[starts[time] : starts[time] + rows]
 
 
 def _held_at(bound: Sequence[BoundSetting], applied: tuple[bool, ...], size: int) -> _Held:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import grutrace
-from grutrace.intervention import held_steps, shadow
+from grutrace.intervention.recurrence import held_steps, shadow
 from tests.intervention.loops import run_loop
 
 
