@@ -19,6 +19,7 @@ from benchmarks import (
     analysis,
     choice,
     dynamics,
+    gradients,
     growth,
     interventions,
     measure,
@@ -46,10 +47,11 @@ OTHERS: dict[str, Callable[[], Iterable[Figure]]] = {
     "analysis": analysis.figures,
     "dynamics": dynamics.figures,
     "interventions": interventions.figures,
+    "gradients": gradients.figures,
 }
 
 #: Sections that are measured only if they are named. Together they take seven minutes.
-ASIDE = ("scale", "analysis", "dynamics", "interventions")
+ASIDE = ("scale", "analysis", "dynamics", "interventions", "gradients")
 
 
 def run(
