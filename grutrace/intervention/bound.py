@@ -62,6 +62,12 @@ class BoundSetting:
             return True
         return sum(len(rows.positions) for rows in self.rows(time)) == self._sizes[time]
 
+    def first(self, times: range) -> int | None:
+        """Return the index of the first of these times at which it applies; None without one."""
+        if self._progress is None:
+            return 0 if times else None
+        return next((index for index, time in enumerate(times) if self.rows(time)), None)
+
     def rows(self, time: int) -> list[Rows]:
         """Return the rows at a time that it applies to, by step."""
         rows = self._rows.get(time)

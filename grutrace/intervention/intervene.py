@@ -60,11 +60,12 @@ class ModuleIntervention:
         """Prepare a call with the settings of all blocks."""
         settings: dict[tuple[int, bool], list[BoundSetting]] = {}
         noted = []
-        lengths = call.layout.lengths
-        columns = np.argsort(call.layout.columns)
         sizes = _sizes(call)
-        for intervention in active:
-            assert isinstance(intervention, ModuleIntervention)
+        interventions = [each for each in active if isinstance(each, ModuleIntervention)]
+        # Sorting takes as long as a small step.
+        counts = any([intervention._counts for intervention in interventions])
+        columns = np.argsort(call.layout.columns) if counts else np.empty(0, np.int64)
+        for intervention in interventions:
             intervention.was_called = True
             progress = intervention._progress(call, columns)
             noted.append((intervention, progress))
@@ -80,7 +81,7 @@ class ModuleIntervention:
                 if progress is not None:
                     with intervention._lock, _context_of(final):
                         own = unwrap_functorch(final)
-                        intervention._counter.add(own, progress, lengths[columns])
+                        intervention._counter.add(own, progress, call.layout.lengths[columns])
 
         prepared = PreparedIntervention(call, settings, finish)
         repeats = 0

@@ -19,6 +19,7 @@ from grutrace.intervention.recorded_gates import gates_as_set
 from grutrace.intervention.recurrence.edits import Changes, EditsByTime
 from grutrace.intervention.recurrence.shadow import run_direction
 from grutrace.intervention.recurrence.steps import DirectionRun, StepGates, StepOrder
+from grutrace.intervention.settings import Setting
 
 
 class PreparedIntervention:
@@ -46,21 +47,17 @@ class PreparedIntervention:
         }
         self._starts: dict[tuple[int, bool], int] = {}
         self._settings: dict[tuple[int, bool], list[BoundSetting]] = {}
+        self.applied: set[Setting] = set()
         for key, bound in settings.items():
+            starts = []
             for one in bound:
                 one.check()
-            order = self._orders[key[1]]
-            start = next(
-                (i for i, time in enumerate(order.times) if any(b.rows(time) for b in bound)), None
-            )
-            if start is not None:
-                self._starts[key], self._settings[key] = start, bound
-        self.applied = {
-            one.setting
-            for key, bound in self._settings.items()
-            for one in bound
-            if any(one.rows(time) for time in self._orders[key[1]].times)
-        }
+                start = one.first(self._orders[key[1]].times)
+                if start is not None:
+                    starts.append(start)
+                    self.applied.add(one.setting)
+            if starts:
+                self._starts[key], self._settings[key] = min(starts), bound
 
     @property
     def is_changed(self) -> bool:
@@ -117,9 +114,12 @@ class PreparedIntervention:
             gates.append(result[2])
         if not changed and kernel is not None:
             return *kernel, None
-        output = torch.cat(outputs, -1) if call.bidirectional else outputs[0]
+        if call.bidirectional:
+            output, final = torch.cat(outputs, -1), torch.stack(finals)
+        else:
+            output, final = outputs[0], finals[0].unsqueeze(0)
         layer = Layer(input, output)
-        return layer, torch.stack(finals), self._gates_as_set(number, input, output, gates)
+        return layer, final, self._gates_as_set(number, input, output, gates)
 
     def _is_whole(self, number: int, reverse: bool) -> bool:
         """Whether a direction sets something for every sequence from its first step on."""
