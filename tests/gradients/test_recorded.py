@@ -274,3 +274,9 @@ def test_every_copy_of_a_file_says_the_same(tmp_path: Path) -> None:
             assert calls["attached"].tolist() == [False, True, False]
             assert calls["scale"].tolist() == [4.0] * 3
             np.testing.assert_array_equal(found_sources(trace["l0"].sequence(1)), expected)
+    with grutrace.open(first) as trace:
+        selected = trace.select(sequences=1)
+        selected.save(tmp_path / "selected.h5")
+        for one in (selected, grutrace.open(tmp_path / "selected.h5")):
+            assert one.calls["attached"].tolist() == [False, True, False]
+            np.testing.assert_array_equal(found_sources(one["l0"].sequence(0)), expected)

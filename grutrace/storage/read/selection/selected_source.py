@@ -21,6 +21,7 @@ from grutrace.errors import StateError
 from grutrace.records import Array, TraceHeader
 from grutrace.storage.format.schema import (
     TABLES,
+    call_tables,
     dataset_specs,
     pieces_path,
     quantity_path,
@@ -213,6 +214,11 @@ class SelectedReader:
         selection = self._modules[module]
         return self._base.checks(module, suffix, selection.counts.calls)[selection.calls]
 
+    def backward(self, module: int, suffix: str, count: int) -> Array:  # noqa: ARG002
+        """Return facts about the backward passes of these calls, (calls,)."""
+        selection = self._modules[module]
+        return self._base.backward(module, suffix, selection.counts.calls)[selection.calls]
+
     def weights(self, module: int, suffix: str, version: int) -> dict[str, Array]:
         """Return one version of a site's weights."""
         return self._base.weights(module, suffix, version)
@@ -236,8 +242,9 @@ class SelectedReader:
                         paths.add(path)
                 initial = self.initial(number, site.suffix, counts.sequences)
                 yield site_path(module, site.suffix, "initial"), initial
-                checks = self.checks(number, site.suffix, counts.calls)
-                yield site_path(module, site.suffix, "checks"), checks
+                for name in call_tables(site):
+                    items = getattr(self, name)(number, site.suffix, counts.calls)
+                    yield site_path(module, site.suffix, name), items
                 for version in range(counts.versions):
                     weights = self.weights(number, site.suffix, version)
                     for name in weight_shapes(module, site):
