@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from grutrace.statistics.running import Statistics
     from grutrace.storage.open import open_trace as open
     from grutrace.storage.read.trace import Trace
+    from grutrace.view.report.report import report
 
 __all__ = [
     "DifferentiableTrace",
@@ -78,6 +79,7 @@ __all__ = [
     "effects",
     "intervene",
     "open",
+    "report",
     "trace",
 ]
 
@@ -88,6 +90,7 @@ _LAZY = {
     "Statistics": ("grutrace.statistics.running", "Statistics"),
     "Trace": ("grutrace.storage.read.trace", "Trace"),
     "open": ("grutrace.storage.open", "open_trace"),
+    "report": ("grutrace.view.report.report", "report"),
     "Tracer": ("grutrace.capture.tracer", "Tracer"),
     "trace": ("grutrace.capture.tracer", "trace"),
     "convert": ("grutrace.conversion.convert", "convert"),

@@ -115,6 +115,9 @@ ALLOWED = {
     "view/site_plots": {"storage/read", *ANALYSES},
     "view/plot_specs": set[str](),
     "view/picture_files": {"storage/hdf5", "storage/read", "view/site_plots"},
+    "view/report": {
+        *("storage/read", "storage/open", "view/plots", "view/picture_files", *ANALYSES),
+    },
     "view/live": {"storage/interfaces", "storage/read", "storage/shards", "storage/open"},
     "run": {
         *("storage/hdf5", "storage/shards", "capture/options", "capture/kernel_calls"),
@@ -132,12 +135,13 @@ ALLOWED = {
         ),
         *("statistics", "analysis/engine", "analysis/registry", "analysis/verification"),
         *("analysis/descriptive", "analysis/comparison", "export", "run"),
-        *("view/plot_specs", "view/picture_files"),
+        *("view/plot_specs", "view/picture_files", "view/report"),
     },
     "__main__": {"cli"},
     "__init__": {
         *("storage/read", "storage/open", "statistics"),
         *("capture/differentiable", "capture/tracer", "intervention", "conversion"),
+        "view/report",
     },
 }
 

@@ -35,6 +35,8 @@ PUBLIC = {
     "grutrace.storage.read.lazy_rows": ["LazyRows"],
     "grutrace.storage.read.sequence": ["Sequence"],
     "grutrace.storage.read.site": ["SiteTrace"],
+    "grutrace.view.report.report": ["report"],
+    "grutrace.view.site_plots": ["SitePlots"],
     "grutrace.storage.read.trace": ["Trace", "Trace.to_dask", "Trace.to_xarray"],
 }
 

@@ -16,7 +16,7 @@ from grutrace.cli.diff import diff
 from grutrace.cli.info import info
 from grutrace.cli.merge import merge
 from grutrace.cli.output import echo
-from grutrace.cli.plot import plot
+from grutrace.cli.plot import plot, report
 from grutrace.cli.recover import recover
 from grutrace.cli.run import run
 from grutrace.cli.stats import stats
@@ -61,6 +61,7 @@ app.command(context_settings={"allow_interspersed_args": False})(run)
 app.command()(info)
 app.command()(stats)
 app.command()(plot)
+app.command()(report)
 app.command()(verify)
 app.command()(diff)
 app.command()(derive)

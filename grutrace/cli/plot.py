@@ -1,4 +1,4 @@
-"""`grutrace plot`: draw a picture of a site."""
+"""`grutrace plot` draws a picture of a site; `grutrace report` writes a page about a trace."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from grutrace.cli.common import File, open_traces
+from grutrace.cli.common import File, Files, open_traces
+from grutrace.cli.output import progress_bar
 from grutrace.cli.selection import EVERYTHING, Selection, with_selection
 from grutrace.errors import OptionError, join_names
 from grutrace.run.parsing import parse_steps, parse_units
@@ -16,6 +17,7 @@ from grutrace.storage.read.site import SiteTrace
 from grutrace.storage.read.trace import Trace
 from grutrace.view.picture_files import require_format, save_plot
 from grutrace.view.plot_specs import PLOTS, get_plot
+from grutrace.view.report.report import report as write_report
 
 
 @with_selection
@@ -95,6 +97,23 @@ def plot(
         chosen = choose_site(trace, site)
         others = [other[chosen.name] for other in traces]
         save_plot(chosen, kind, output, others, options)
+
+
+@with_selection
+def report(
+    files: Files,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The page: an .html file.", show_default=False)
+    ],
+    selection: Selection = EVERYTHING,
+) -> None:
+    """Write one HTML file with findings in words, their tests and pictures.
+
+    It covers proofs, stuck units, labels, timescales, chaos, gradients and training. An existing
+    file is replaced. Exit codes: 0 success, 2 error.
+    """
+    with open_traces(files) as trace, progress_bar("reporting") as advance:
+        write_report(selection.apply(trace), output, progress=advance)
 
 
 def choose_site(trace: Trace, name: str | None) -> SiteTrace:

@@ -39,12 +39,13 @@ def require_format(path: Path, formats: tuple[str, ...] = FORMATS) -> str:
     return ending
 
 
-def picture_bytes(figure: Figure, kind: str) -> bytes:
+def picture_bytes(figure: Figure, kind: str, dpi: int = DPI) -> bytes:
     """Return a figure as the content of a file.
 
     Args:
         figure: The figure.
         kind: One of `FORMATS`.
+        dpi: Dots per inch of PNG.
     """
     buffer = io.BytesIO()
     # Creation dates would make two pictures of one trace differ.
@@ -52,7 +53,7 @@ def picture_bytes(figure: Figure, kind: str) -> bytes:
     with warnings.catch_warnings():
         # A token can have characters that no font has. They are drawn as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
-        figure.savefig(buffer, format=kind, dpi=DPI, metadata=undated.get(kind))
+        figure.savefig(buffer, format=kind, dpi=dpi, metadata=undated.get(kind))
     return buffer.getvalue()
 
 

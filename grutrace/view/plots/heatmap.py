@@ -15,7 +15,7 @@ from grutrace.storage.read.site import SiteTrace
 from grutrace.view.plots.axes import label_steps, make_axes, set_title, step_texts
 from grutrace.view.plots.colors import add_color_bar, color_scale
 from grutrace.view.plots.unit_order import UnitOrder, order_units
-from grutrace.view.plots.windows import as_columns, step_window
+from grutrace.view.plots.windows import as_columns, read_window, step_window
 
 #: Largest number of columns of pixels. Longer sequences are averaged.
 MAX_COLUMNS = 2000
@@ -39,7 +39,7 @@ def plot_heatmap(
     """Draw a heatmap; see `SitePlots.heatmap`."""
     shown = site.sequence(sequence)
     window = step_window(steps, len(shown), shown)
-    values = shown.rows(quantity)[window.start : window.stop]
+    values = read_window(site, shown.number, quantity, window)
     is_input = quantity == "input"
     if is_input:
         name, numbers = "feature", np.arange(values.shape[1])
@@ -48,7 +48,7 @@ def plot_heatmap(
         name, columns = "unit", as_columns(site, units)
         values, update = values[:, columns], None
         if "update" in site.site.available_quantities:
-            update = shown.update[window.start : window.stop, columns]
+            update = read_window(site, shown.number, "update", window)[:, columns]
         sorted_units = order_units(site, quantity, columns, values, update, order, label)
         numbers = columns if site.units is None else np.array(site.units)[columns]
     values = values[:, sorted_units.positions]

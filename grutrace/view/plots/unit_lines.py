@@ -20,7 +20,7 @@ from grutrace.view.plots.axes import (
     strip_spines,
 )
 from grutrace.view.plots.colors import color_scale
-from grutrace.view.plots.windows import as_columns, step_window
+from grutrace.view.plots.windows import as_columns, read_window, step_window
 
 #: Number of units that are drawn by default.
 DEFAULT_UNITS = 6
@@ -39,7 +39,7 @@ def plot_lines(
     """Draw lines; see `SitePlots.lines`."""
     shown = site.sequence(sequence)
     window = step_window(steps, len(shown), shown)
-    every = shown.rows(quantity)[window.start : window.stop]
+    every = read_window(site, shown.number, quantity, window)
     is_input = quantity == "input"
     columns = np.arange(every.shape[1]) if is_input else as_columns(site, units)
     text = ""

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from grutrace.errors import NotRecordedError, OptionError, short_repr
+from grutrace.records import Array
 from grutrace.storage.read.sequence import Sequence as TraceSequence
 from grutrace.storage.read.sequence_index import Integers
 from grutrace.storage.read.site import SiteTrace
@@ -32,6 +33,17 @@ def step_window(steps: slice | None, length: int, sequence: TraceSequence) -> ra
             "nothing to draw"
         )
     return window
+
+
+def read_window(site: SiteTrace, sequence: int, quantity: str, window: range) -> Array:
+    """Read some steps of a sequence, (n, H) or (n, I), without its other steps."""
+    rows = site.rows_between(sequence, sequence + 1)
+    first, last = window.start, window.stop
+    if isinstance(rows, slice):
+        part: slice | Integers = slice(rows.start + first, rows.start + last)
+    else:
+        part = rows[first:last]
+    return np.asarray(site.rows(quantity)[part])
 
 
 def as_columns(site: SiteTrace, units: Sequence[int] | slice | None) -> Integers:

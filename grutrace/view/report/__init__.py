@@ -1,0 +1,1 @@
+"""The report: findings in words, each with its test, its picture and its command."""
