@@ -36,13 +36,13 @@ class RecordedCall(NamedTuple):
 
     Attributes:
         module: Index of the module in the header.
-        assignment: Its sequences, as they were told, and where they stood before it.
-        lengths: (B,) all steps that it made of each.
-        numbers: (B,) the number that each sequence began under in the trace; -1 for none.
-        start: The first step of every sequence that is kept.
-        stop: The first one after those; None for no end.
+        assignment: The sequences of the call, as the tracker assigned them.
+        lengths: (B,) number of steps of each sequence in the call, recorded or not.
+        numbers: (B,) number in the trace of each sequence's first segment; -1 for none.
+        start: The first recorded step of every sequence.
+        stop: The step after the last recorded step; None for no end.
         violations: Sites whose residual exceeds the tolerance.
-        precision_losses: Precision that the data type of the rows has lost, a sentence each.
+        precision_losses: One sentence for each loss of precision in the rows.
     """
 
     module: int
@@ -56,7 +56,7 @@ class RecordedCall(NamedTuple):
 
 
 def recorded_call(module: int, assignment: SequenceAssignment) -> RecordedCall:
-    """Return a call of one step that is recorded as it ran."""
+    """Return the result of a call of one step whose steps are all recorded."""
     lengths = np.ones(len(assignment.sequences), np.int64)
     return RecordedCall(module, assignment, lengths, assignment.roots.view(np.int64))
 
@@ -66,12 +66,12 @@ class _Batch:
     """The sequences of one batch, (B,) each.
 
     Attributes:
-        sequences: The numbers that they began under, as they were told.
-        first: Their first step here.
-        steps: How many they have made since.
-        numbers: As the trace has them; -1 for none.
-        start: The first step that the trace keeps.
-        stop: The first one after those; None for no end.
+        sequences: Numbers of the first segments, as the tracker assigned them.
+        first: The first step of each sequence in this batch.
+        steps: Number of steps of each sequence since then.
+        numbers: Numbers of the sequences in the trace; -1 for none.
+        start: The first recorded step.
+        stop: The step after the last recorded step; None for no end.
     """
 
     sequences: npt.NDArray[np.uint64]
@@ -83,33 +83,33 @@ class _Batch:
 
 
 class _ModuleBatches:
-    """The batches of one module, and where each sequence is among them.
+    """The batches of one module, with the batch and row of each sequence.
 
     Attributes:
-        batches: Those that are kept, the one that was used last at the end.
-        dropped: How many are not kept any more.
+        batches: The batches that are kept, the most recently used last.
+        dropped: Number of batches that were dropped.
     """
 
     def __init__(self, *, keep_all: bool) -> None:
         self.batches: OrderedDict[_Batch, None] = OrderedDict()
         self.dropped = 0
         self._keep_all, self._count = keep_all, 0
-        # By the identity of the array of sequences, which the batch keeps alive: a decoder's calls
-        # have the very same one.
+        # Keys are the ids of the arrays of sequences. A batch keeps its array alive, and all calls
+        # of a decoder share one array.
         self._by_array: dict[int, _Batch] = {}
-        # Filled when it is asked: most calls continue nothing, or a batch as a whole.
+        # Filled on demand: most calls continue no batch, or a whole one.
         self._by_sequence: dict[int, tuple[_Batch, int]] = {}
         self._unlisted: deque[_Batch] = deque()
 
     def with_array(self, sequences: npt.NDArray[np.uint64]) -> _Batch | None:
-        """The batch of just these sequences."""
+        """Return the batch with this array of sequences; None if there is none."""
         batch = self._by_array.get(id(sequences))
         if batch is not None:
             self.batches.move_to_end(batch)
         return batch
 
     def find(self, sequences: npt.NDArray[np.uint64]) -> list[tuple[_Batch, int] | None]:
-        """The batch of each of these sequences, and its place there."""
+        """Return the batch and the row of each sequence; None for a sequence without a batch."""
         while self._unlisted:
             batch = self._unlisted.popleft()
             for row, number in enumerate(batch.sequences.tolist()):
@@ -120,7 +120,7 @@ class _ModuleBatches:
         return positions
 
     def add(self, batch: _Batch) -> None:
-        """Keep one more, and drop those that were used least recently if there are too many."""
+        """Add a batch, and drop the least recently used batches if there are too many."""
         self.batches[batch] = None
         self._by_array[id(batch.sequences)] = batch
         self._unlisted.append(batch)
@@ -147,7 +147,7 @@ class RecordedBatches:
 
     Args:
         modules: The traced modules.
-        keep_all: Whether to keep them all; the latest of each module otherwise.
+        keep_all: Whether to keep all batches. If False, only the latest of each module are kept.
     """
 
     def __init__(self, modules: Sequence[ModuleInfo], *, keep_all: bool = False) -> None:
@@ -160,7 +160,7 @@ class RecordedBatches:
     def note_skipped_call(self, module: int) -> None:
         """Note that a call of a module was not recorded, so that its values fit no batch.
 
-        Such a call is not looked at, so it is not known how many sequences it had.
+        The number of sequences of a skipped call is unknown, because the call is not inspected.
         """
         self._modules_with_skips.add(module)
 
@@ -169,10 +169,11 @@ class RecordedBatches:
         self._batches = [_ModuleBatches(keep_all=self._keep_all) for _ in self._modules]
 
     def add(self, recorded: RecordedCall) -> None:
-        """Add a call: it continues known batches, or adds a new one."""
+        """Add a call. It extends known batches, or starts a new batch."""
         assignment, lengths, numbers = recorded.assignment, recorded.lengths, recorded.numbers
         batches = self._batches[recorded.module]
-        # A sequence that had no number gets one, and one that had no steps another, never a lower.
+        # Numbers only grow: a sequence without a number gets one, and a sequence without recorded
+        # steps gets a new one.
         batch = batches.with_array(assignment.roots)
         if batch is not None:
             batch.steps += lengths
@@ -270,7 +271,7 @@ class RecordedBatches:
                 yield module, batch
 
     def _dropped(self) -> str:
-        """What to say of the batches that are not kept any more; empty if there are none."""
+        """Return a sentence about dropped batches; an empty text if no batch was dropped."""
         dropped = sum(batches.dropped for batches in self._batches)
         if not dropped:
             return ""
@@ -304,14 +305,14 @@ def set_labels(
     texts: Sequence[str],
     lengths: npt.NDArray[np.int64],
 ) -> Iterator[AnnotationRecord]:
-    """Yield labels that say what an intervention has set.
+    """Yield labels that name the values set by an intervention.
 
     Args:
         recorded: The call.
         name: Name of the label.
-        codes: (N,) of each kept row, the number of its text plus 1; 0 for no text.
+        codes: (N,) index of each recorded row's text plus 1; 0 for no text.
         texts: The texts.
-        lengths: (B,) kept steps of each sequence.
+        lengths: (B,) number of recorded steps of each sequence.
     """
     before = np.maximum(recorded.assignment.steps_before - recorded.start, 0)
     ends = np.cumsum(lengths)
@@ -330,7 +331,7 @@ def set_labels(
 
 
 def _fits(values: ParsedValues, batch: _Batch) -> bool:
-    """Whether each sequence has as many steps as it has values, or more; padding aside."""
+    """Whether each sequence has at least as many steps as values, not counting padding."""
     longest = batch.steps.max(initial=0)
     return len(values.lists) == len(batch.steps) and all(
         not isinstance(entry, list) or len(entry) <= (longest if values.padded else steps)
@@ -363,13 +364,13 @@ def _align(
 def _clip_values(
     values: Sequence[Any], first: int, start: int, stop: int | None
 ) -> tuple[int, Sequence[Any]]:
-    """Return which kept step the first value is of, and the values of the kept steps.
+    """Return the recorded step of the first value, and the values of the recorded steps.
 
     Args:
-        values: One a step.
-        first: The step that the first of them is of.
-        start: The first step that is kept.
-        stop: The first one after those; None for no end.
+        values: One per step.
+        first: The step that the first value belongs to.
+        start: The first recorded step.
+        stop: The step after the last recorded step; None for no end.
     """
     end = None if stop is None else max(0, stop - first)
     return max(0, first - start), values[max(0, start - first) : end]
@@ -384,5 +385,5 @@ def _describe_values(name: str, values: ParsedValues) -> str:
 
 
 def _count(number: int, noun: str) -> str:
-    """A number and its noun, in the singular or the plural."""
+    """Return a number and its noun, in the singular or the plural."""
     return f"{number} {noun}{'' if number == 1 else 's'}"

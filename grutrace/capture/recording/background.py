@@ -1,9 +1,9 @@
 """Compute gates in the background, from copies, for many calls at once.
 
-The model's call only copies states and input, as with deferred gates. (If it costs much less than a
-replay, the kernel's own gates are copied, and only their check is left to do.) The records are
-completed when they are needed: on the thread that writes a file, or when a trace in memory is read.
-Calls with the same weights are computed together.
+The model's call only copies states and input, as with deferred gates. (The kernel's own gates are
+copied if that costs much less than a replay. Then only their check remains.) The records are
+completed on the thread that writes a file, or when a trace in memory is read. Calls with the same
+weights are computed together.
 
 `limit_torch_threads` restricts torch to one thread in the writer thread. torch creates a pool of
 OpenMP threads for each thread that calls it. With more threads than cores, OpenMP threads sleep
@@ -54,7 +54,7 @@ def limit_torch_threads() -> None:
         return
     number = torch.get_num_threads()
     torch.set_num_threads(1)
-    # It also is what threads get that are new to torch from now on: they get what they would have.
+    # The call above also changes the default for threads that use torch later. This restores it.
     again = threading.Thread(target=torch.set_num_threads, args=(number,))
     again.start()
     again.join()
@@ -66,8 +66,8 @@ class PendingCall(CallRecord):
     """A call whose states and input were copied, and whose gates are not computed yet.
 
     Attributes:
-        starts: By suffix, (B, H), the state that each batch row started the call from.
-        wait_for_copies: Waits until the copies are whole; None if they are.
+        starts: By suffix, (B, H), the initial state of each batch row.
+        wait_for_copies: Waits until the copies are complete; None if they are complete.
         weights_record: The version of the weights that the call used.
         ambiguity: The largest difference from the gates of another version that leads to the same
             states; 0 if there is none.
@@ -86,10 +86,10 @@ class PendingCall(CallRecord):
 
 @dataclass(frozen=True)
 class PendingSeries(CallSeries):
-    """Alike calls whose states and input were copied, and whose gates are not computed yet.
+    """Similar calls whose states and input were copied, and whose gates are not computed yet.
 
     Attributes:
-        starts: By suffix, (n,) as `PendingCall.starts` of each call.
+        starts: By suffix, a list (n,) with `PendingCall.starts` of each call.
         weights_record: The version of the weights that the calls used.
     """
 
@@ -115,7 +115,7 @@ class PendingSeries(CallSeries):
 
 
 class BackgroundReplay:
-    """Completes pending calls with their gates. For one thread at a time.
+    """Completes pending calls with their gates. Only one thread may use it at a time.
 
     Args:
         modules: The modules of the trace.
@@ -127,14 +127,14 @@ class BackgroundReplay:
 
     def __init__(self, modules: Sequence[ModuleInfo], *, own_thread: bool = False) -> None:
         self._modules, self._own_thread = modules, own_thread
-        # By module, then by version: the last ones.
+        # The latest versions, by module and number.
         self._weights: dict[int, dict[int, WeightsRecord]] = {}
         self._violations: list[ResidualViolation] = []
         self.calls = 0
         self._lock = threading.Lock()
 
     def __call__(self, records: Sequence[Record]) -> list[Record]:
-        """Return the records as they are to be stored: calls one by one, with their gates."""
+        """Return the records to store: single calls with their gates."""
         if self._own_thread:
             limit_torch_threads()
         records = [
@@ -149,7 +149,7 @@ class BackgroundReplay:
                 self._complete_records(whole, waiting.pop(record.module, []))
                 known = self._weights.setdefault(record.module, {})
                 known[record.version] = record
-                # Some more than a recorder keeps, which can come back to an earlier one.
+                # More than a recorder keeps, because a recorder can return to an earlier version.
                 while len(known) > MAX_VERSIONS + 2:
                     del known[next(iter(known))]
             elif isinstance(record, PendingCall):
@@ -183,7 +183,7 @@ class BackgroundReplay:
         return violations
 
     def _complete_records(self, records: list[Record], indices: Sequence[int]) -> None:
-        """Replace the copied blocks in these places, which are of one module."""
+        """Replace the pending calls at these indices, which belong to one module."""
         alike: dict[tuple[object, ...], list[int]] = {}
         for index in indices:
             block = records[index]
@@ -200,14 +200,15 @@ class BackgroundReplay:
                 records[index] = block
 
     def _complete(self, blocks: Sequence[PendingCall]) -> list[CallRecord]:
-        """Return calls that used the same weights with their gates."""
+        """Add the gates to calls that used the same weights."""
         for block in blocks:
             if block.wait_for_copies is not None:
                 block.wait_for_copies()
         module, known = self._modules[blocks[0].module], self._weights[blocks[0].module]
         weights = blocks[0].weights_record or known[blocks[0].weights]
         calls = _replay_calls(module, blocks, weights)
-        # Weights can change and change back unnoticed: the states show which were used.
+        # Weights can change and change back between two comparisons. The states show which
+        # version the call used.
         return [
             whole if whole.is_proven else self._other_version(module, copied, whole)
             for copied, whole in zip(blocks, calls, strict=True)
@@ -228,7 +229,7 @@ class BackgroundReplay:
 def _replay_calls(
     module: ModuleInfo, blocks: Sequence[PendingCall], weights: WeightsRecord
 ) -> list[CallRecord]:
-    """Return calls that used these weights with their gates."""
+    """Add the gates to calls that used these weights."""
     joined = JoinedCalls(module, blocks)
     by_site = {
         site.suffix: _site_rows(module, site, joined, weights.sites[site.suffix])
@@ -280,7 +281,7 @@ def _site_rows(
 
 
 class JoinedCalls:
-    """Calls of one module, end to end."""
+    """The concatenated rows of several calls of one module."""
 
     def __init__(self, module: ModuleInfo, blocks: Sequence[PendingCall]) -> None:
         self.blocks = blocks
@@ -292,7 +293,7 @@ class JoinedCalls:
         self._filled = np.flatnonzero(counts)
 
     def rows(self, call: int) -> slice:
-        """Where the rows of a call are."""
+        """Return the range of a call's rows."""
         return slice(int(self._begins[call]), int(self._ends[call]))
 
     def checks(self, site: Site, gates: RecomputedGates) -> list[tuple[float, float]]:
@@ -314,7 +315,7 @@ class JoinedCalls:
     def recompute(
         self, site: Site, weights: Mapping[str, Array], dtype: np.dtype[Any]
     ) -> RecomputedGates:
-        """The gates of all calls at a site; of harvested ones just the proof."""
+        """Return the gates of all calls at a site. Copied gates are only checked."""
         hidden, input = self.rows_of(site, "hidden"), self.rows_of(site, "input")
         if set(GATES) & set(self.blocks[0].sites[site.suffix].rows):
             return self._prove(site, hidden)
@@ -333,19 +334,19 @@ class JoinedCalls:
         residual = row_residuals(
             update, candidate, self._previous(site, hidden)[:, units], hidden[:, units]
         )
-        # The gates being the kernel's own, there are no products that were made in another order.
+        # The gates are the kernel's own, so no product was summed in another order.
         nothing = np.zeros(len(residual))
         return RecomputedGates({}, residual, nothing, nothing, nothing)
 
     def max_per_call(self, values: Array) -> Array:
-        """(calls,) the largest of the values (N,) of each call; 0 where it has no rows."""
+        """Return (calls,), the largest of each call's values (N,); 0 for a call without rows."""
         maxima = np.zeros(len(self.blocks))
         if len(self._filled):
             maxima[self._filled] = np.maximum.reduceat(values, self._begins[self._filled])
         return maxima
 
     def max_start_state(self, site: Site) -> Array:
-        """(calls,) the largest finite state that a sequence of each call started from."""
+        """Return (calls,), the largest finite initial state of each call."""
         return np.array(
             [
                 np.nan_to_num(np.abs(block.starts[site.suffix]), nan=0.0, posinf=0.0).max(
@@ -356,9 +357,9 @@ class JoinedCalls:
         )
 
     def rows_of(self, site: Site, quantity: str) -> Array:
-        """(N, H) or (N, I) of all calls; an input may be the states of the layer below.
+        """Return (N, H) or (N, I) of all calls. An input may be the states of the layer below.
 
-        Empty for what was not copied.
+        The array is empty if the quantity was not copied.
         """
         if quantity in self.blocks[0].sites[site.suffix].rows:
             return _concatenated([block.sites[site.suffix].rows[quantity] for block in self.blocks])
@@ -370,7 +371,7 @@ class JoinedCalls:
         return np.concatenate([self.rows_of(lower_site, "hidden") for lower_site in below], axis=1)
 
     def _previous(self, site: Site, hidden: Array) -> Array:
-        """(N, H) the state before each row, rows being in time order, sequence by sequence."""
+        """Return (N, H), the state before each row. Rows are sorted by sequence, then by step."""
         previous = np.empty_like(hidden)
         if site.reverse:
             previous[:-1] = hidden[1:]
@@ -385,7 +386,7 @@ class JoinedCalls:
 
 
 def _as(dtype: np.dtype[Any], rows: Array) -> Array:
-    # What does not fit was said when it was copied.
+    # Overflow was reported when the values were copied.
     with np.errstate(over="ignore"):
         return rows.astype(dtype, copy=False)
 

@@ -24,7 +24,7 @@ class GuardedSink:
         error: The error with which the sink failed; None if it has not failed.
         records: Number of records that the sink has stored.
         call_records: Number of these records that are calls.
-        calls: Number of calls that were to be stored, with those after the failure.
+        calls: Number of calls to store, including the calls after a failure.
     """
 
     def __init__(self, sink: Sink) -> None:
@@ -38,7 +38,8 @@ class GuardedSink:
 
         Args:
             record: The record.
-            commitment: Is done once the sink has the record, even if an interruption follows.
+            commitment: Is marked as done once the sink has the record, even if an interruption
+                follows.
 
         Returns:
             For a call or a batch of calls, the number of calls before it.
@@ -68,7 +69,7 @@ class GuardedSink:
         return self.call_records - calls if calls else None
 
     def count_calls(self, calls: int) -> None:
-        """Count calls that were to be stored."""
+        """Count calls to store."""
         with self._lock:
             self.calls += calls
 
@@ -85,7 +86,7 @@ class LimitExceeded(Exception):
 
 
 class RecordingLimits:
-    """The limits of a recording, and what counts towards them. Safe to use from any thread.
+    """The limits of a recording, with its calls and bytes so far. Safe to use from any thread.
 
     Args:
         max_calls: Maximum number of calls of all modules together; None for no limit.
@@ -116,10 +117,10 @@ class RecordingLimits:
         """Count a call.
 
         Args:
-            size: Returns the bytes of the call, with those of new weights that come with it.
+            size: Returns the bytes of the call and of the new weights stored with it.
 
         Raises:
-            LimitReached: It goes beyond. Then nothing more may come, be it smaller.
+            LimitExceeded: The call exceeds a limit. No later call is accepted, even a smaller one.
         """
         nbytes = 0
         if self._max_bytes is not None:

@@ -1,9 +1,9 @@
-"""The journal: observed calls that wait to be recorded, many at a time.
+"""The journal: observed calls that wait to be recorded in batches.
 
-During the model's call only the work is done that cannot wait: input and output are copied, and the
-weights are compared. The rest (sequences, numbers, rows, records, gates) is done when the journal
-is drained: when it holds much data or the first call has waited for long, when a recording block
-ends or annotations are given, and at once when the trace is read or flushed.
+During the model's call, only input and output are copied and the weights are compared. All other
+work (sequences, numbers, rows, records, gates) is done when the journal is drained. That happens
+when the journal is full, when its first call has waited for `MAX_SECONDS`, when a recording block
+ends, when annotations are added, and when the trace is read or flushed.
 
 Calls are recorded in order. A call between two comparisons of its weights (see `weight_versions`)
 used the version that was known then, if that is still the current version when the journal is
@@ -51,15 +51,16 @@ logger = logging.getLogger(__name__)
 #: Seconds since the first waiting call after which the model's thread drains the journal.
 MAX_SECONDS = 0.3
 
-#: Bytes of calls that may wait for a backward pass. Beyond, they are stored without gradients.
+#: Maximum bytes of calls that wait for a backward pass. The oldest calls beyond it are stored
+#: without gradients.
 MAX_WAITING_BYTES = 256 * 1024 * 1024
 
-#: Unused memory that is kept for copies, in relation to the largest journal: as much as a drain of
-#: it and the queue of a writer thread use at a time.
+#: Unused memory kept for copies, as a multiple of the largest journal. A drain and the queue of a
+#: writer thread use this much at a time.
 SPARE = 3
 
-#: After this time without a drain, the model is busy with other work, and the writer thread drains
-#: the journal. Earlier, the two threads would compete for the GIL, which slows the model. Seconds.
+#: Seconds without a drain after which the writer thread drains the journal, because the model is
+#: busy with other work. Earlier, the two threads would compete for the GIL and slow the model.
 IDLE_SECONDS = 0.4
 
 #: A call with more bytes to copy is recorded at once.
@@ -125,7 +126,7 @@ class Journal:
     Args:
         recorders: The recorders of the modules.
         guarded_sink: The sink to which they append records.
-        max_bytes: At so many bytes the model's thread drains the journal.
+        max_bytes: Bytes above which the model's thread drains the journal.
         can_wait: Whether calls may wait.
 
     Attributes:
@@ -150,14 +151,14 @@ class Journal:
         guarded_sink.sink.collect_from(self.collect)
         # Each call, with the batches of its recording block.
         self._entries: deque[_Entry | SeriesGroup] = deque()
-        # Held while a call is added. The group takes more calls; of each module, the streak says
-        # how many are alike.
+        # Held while a call is added. New calls join the group. The streak of each module counts
+        # similar calls in a row.
         self._adding = threading.RLock()
         self._group: SeriesGroup | None = None
         self._streaks = [Streak() for _ in recorders]
         self._bytes = 0
         self._since = 0.0
-        # Whether it is being drained outside the model's forward.
+        # Whether the journal is being drained outside the model's forward.
         self._is_outside = False
 
     def __len__(self) -> int:
@@ -249,7 +250,7 @@ class Journal:
         batches: RecordedBatches | None,
         now: float,
     ) -> bool:
-        """Add a call to those like it. Return whether there are any, or it can be the first."""
+        """Add a call to a series, or start one with it. Return False if neither is possible."""
         with self._adding:
             group = self._group or SeriesGroup()
             series = group.series.get(module)
@@ -273,7 +274,7 @@ class Journal:
             return True
 
     def _close_group(self) -> None:
-        """Let no more calls join the present group. The caller holds `_adding`."""
+        """Close the current group to further calls. The caller must hold `_adding`."""
         group, self._group = self._group, None
         if group is not None:
             for module, series in group.series.items():
@@ -283,7 +284,8 @@ class Journal:
         """Whether there are calls to record.
 
         Args:
-            keep_waiting: Leave out calls that wait for a backward pass, and those after them.
+            keep_waiting: Whether to leave out calls that wait for a backward pass, and all calls
+                after the first of them.
         """
         if not self._entries:
             return False
@@ -299,7 +301,7 @@ class Journal:
             if not isinstance(entry, SeriesGroup) and entry[0].is_waiting
         )
         first = next(waiting, len(entries))
-        # The oldest calls go first, as many as make room.
+        # Record the oldest waiting calls until the others fit.
         excess = self._bytes - MAX_WAITING_BYTES
         while first < len(entries) and excess > 0:
             entry = entries[first]
@@ -315,11 +317,11 @@ class Journal:
 
         Raises:
             LimitExceeded: A call exceeds the limits of the recording.
-            SinkError: The sink cannot store a call, which is lost. Later calls still wait.
+            SinkError: The sink cannot store a call. This call is lost; later calls still wait.
         """
         with self.lock:
             with self._adding:
-                # A snapshot, because other threads go on adding calls.
+                # A snapshot, because other threads keep adding calls.
                 self._close_group()
                 waiting = self._due_entries(keep_waiting=keep_waiting)
             if not waiting:
@@ -342,14 +344,18 @@ class Journal:
                     remaining += self._record_first() - 1
 
     def _record_first(self) -> int:
-        """Record the calls of the first entry, or put more before it; return how many."""
+        """Record the first entry, or split it into single calls.
+
+        Returns:
+            Number of entries that replace it: 0 if it is recorded.
+        """
         first = self._entries[0]
         if not isinstance(first, SeriesGroup):
             self._entries.popleft()
             self._record_entry(*first)
             return 0
         # An interruption can come at any time, so a group stays first until its calls are stored.
-        # It has none if one came while the first was being copied.
+        # The group is empty if an interruption came while its first call was being copied.
         if len(first) and not (first.commitment.is_done or self._record_group(first)):
             entries = self._divide(first)
             self._entries.extendleft(reversed(entries))
@@ -385,7 +391,7 @@ class Journal:
             number = self._append_group(group, group.prepared.record)
         except Exception:
             if not self._is_outside:
-                # The calls are lost. Those whose weights could not be stored are not counted yet.
+                # The calls are lost. Calls whose weights could not be stored are not counted yet.
                 self._entries.popleft()
                 self._bytes = self._bytes - group.nbytes if self._entries else 0
                 missing = calls_before + len(group) - self._guarded_sink.calls
@@ -395,7 +401,7 @@ class Journal:
         return True
 
     def _prepare(self, group: SeriesGroup) -> PreparedBatch | None:
-        """Work out the rows and sequences of a group; None if it must be recorded singly."""
+        """Return the rows and sequences of a group; None if it must be recorded call by call."""
         prepared = []
         for series in group.filled():
             recorder = self._recorders[series.module]
@@ -420,7 +426,7 @@ class Journal:
         return number
 
     def _report(self, group: SeriesGroup, prepared: PreparedBatch, first: int) -> None:
-        """Note what is to be told of calls that are appended."""
+        """Add the findings about appended calls."""
         record = prepared.record
         for index, (series, waited, assignment) in enumerate(
             zip(record.series, group.filled(), prepared.assignments, strict=True)

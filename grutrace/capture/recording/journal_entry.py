@@ -1,4 +1,4 @@
-"""A call that waits in the journal on its own."""
+"""A single call that waits in the journal."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from grutrace.capture.sequences.assignment import Commitment
 
 
 class CheckedWeights(NamedTuple):
-    """What is known of the weights of a call.
+    """The weights of a call, and how they were checked.
 
     Attributes:
-        versions: What numbered the version.
-        version: The version that is present now.
+        versions: The tracker that numbered the version.
+        version: The current version.
         is_certain: Whether every byte was compared, so that the call used this version.
         is_new: Whether the version was first seen at this call.
     """
@@ -35,19 +35,19 @@ class JournalEntry:
 
     Attributes:
         module: Index of its module in the header.
-        run: The call, with the weights that it is thought to have used.
+        run: The call, with the weights that it presumably used.
         is_copied: Whether `run` holds copies, so that the call can wait.
-        nbytes: Bytes that it takes.
-        version: The version of the weights that was known when it ran.
-        versions: What numbered that version: another one than now, if the trace was emptied since.
+        nbytes: Bytes of the copies.
+        version: The current version of the weights when the call ran.
+        versions: The tracker that numbered this version. Clearing the trace replaces the tracker.
         is_certain: Whether every byte of the weights was compared.
         tag: The user's name for this part of the run.
-        names: (B,) the user's names of the sequences; None to go by the states.
-        time: When it ran, in seconds since 1970.
-        autocast: The type of device and the precision of autocast, where that was on.
-        commitment: Whether the sink has it.
-        gradients: The gradients that arrive at it; None if they are not recorded.
-        replays: The calls that it is replayed together with; None if it is replayed on its own.
+        names: (B,) the user's names of the sequences; None to identify them by their states.
+        time: Time of the call, in seconds since 1970.
+        autocast: Device type and data type of autocast; None if autocast was off.
+        commitment: Whether the sink has the call.
+        gradients: The gradients that arrive at the call; None if they are not recorded.
+        replays: The calls that are replayed together with this call; None if there are none.
     """
 
     __slots__ = (
@@ -71,12 +71,12 @@ class JournalEntry:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether it waits for a backward pass."""
+        """Whether the call waits for a backward pass."""
         return self.gradients is not None and self.gradients.is_waiting
 
 
 class ReplayGroup:
-    """Calls of one step whose gates are replayed at once, when the first of them is worked out."""
+    """Calls of one step that are replayed together when the first of them is recorded."""
 
     def __init__(self, entries: Sequence[JournalEntry], sites: Sequence[SiteRecorder]) -> None:
         self._entries, self._sites = entries, sites

@@ -58,28 +58,27 @@ CopyFunction: TypeAlias = Callable[[Tensor], Tensor]
 #: Appends a record to the sink; returns the number of the call if it is one.
 AppendFunction: TypeAlias = Callable[[Record, Commitment | None], int | None]
 
-#: By suffix, the rows of a call and what a check of them needs.
+#: By suffix, the rows of a call and their check.
 SiteResults: TypeAlias = dict[str, tuple[dict[str, Array], ResidualCheck]]
 
 
 class ModuleRecorder:
-    """Turns the observed calls of one module into records, with its versions of the weights.
+    """Turns the observed calls of one module into records, and tracks its weights.
 
     Args:
         index: Index of the module in the header.
-        selection: The module, and what is recorded of it.
+        selection: The module, with the quantities to record.
         append: Appends a record to the sink, as `GuardedSink.append` does.
-        options: Of the tracer. Where gates are deferred, nothing is replayed but only copied.
-        limits: How much the trace may become.
-        state_memory: Bytes of states that are remembered, to tell which sequence a call goes on
-            with.
+        options: The tracer's options. If gates are deferred, calls are only copied.
+        limits: The limits of the recording.
+        state_memory: Bytes of final states that are remembered to identify the sequences.
 
     Attributes:
-        description: What is recorded of the module.
-        requested_gates: Which of the kernel's own gates are wanted, where they can be had.
+        description: The module's entry in the header.
+        requested_gates: The kernel's own gates to copy, if that is possible.
         records_gradients: Whether the gradients that arrive at each call are recorded.
-        grad_scaler: Scales the loss; None if nothing is known to do so.
-        joins_series: Whether alike calls of one step can be recorded as a series.
+        grad_scaler: Scales the loss; None if the loss is not known to be scaled.
+        joins_series: Whether similar calls of one step can be recorded as a series.
     """
 
     def __init__(
@@ -100,16 +99,16 @@ class ModuleRecorder:
             copied,
             chosen=options.dtype is not None,
             copied=background,
-            beside=options.to_file,
+            uses_side_stream=options.to_file,
         )
         self._sites = [SiteRecorder(selection, site, options, self._rows) for site in copied.sites]
-        # Of these, what each sequence started a call from is copied as well.
+        # The recorders of these sites also copy the initial states of every call.
         self._copying = self._sites if background else []
         self._set_sites: list[SiteRecorder] = []
         self._version_chooser = VersionChooser(selection, options, self._sites)
         self._steps = options.steps
         self._options = options
-        # Held while the weights are looked at.
+        # Held while the weights are compared.
         self._lock = threading.RLock()
         self._state_memory = state_memory
         self.reset()
@@ -118,7 +117,7 @@ class ModuleRecorder:
             {*GATES} & {*site.available_quantities} for site in self.description.sites
         )
         requests = [site.requested_gates for site in self._sites]
-        # Of some steps the replay costs less than the whole call's harvest.
+        # Replaying some steps costs less than copying the gates of the whole call.
         copies_gates = self._step_filter is None and all(request.columns for request in requests)
         stored, computed = self._rows.stored, getattr(torch, self.description.weights_dtype)
         self._gathers = (
@@ -150,9 +149,9 @@ class ModuleRecorder:
             self.requested_gates = request._replace(keeps_steps=keeps_steps)
 
     def reset(self) -> None:
-        """Number the next call as the first, once the trace is empty.
+        """Start again with an empty trace.
 
-        Its sequences begin anew, from the states that it is given, and its weights are announced.
+        The next call gets number 0, starts new sequences and stores its weights.
         """
         self._tracker = SequenceTracker(self._state_memory)
         steps = self._steps
@@ -162,18 +161,18 @@ class ModuleRecorder:
         self._records: dict[int, WeightsRecord] = {}
 
     def check_weights(self, run: KernelRun, *, waits: bool) -> CheckedWeights:
-        """Look at the weights of a call that has just run.
+        """Compare the weights of a call that has just run.
 
         Args:
             run: The call.
-            waits: Whether it waits in the journal. To compare the weights costs less than to copy
-                a call that does not, but on a device it waits for the model, and the call is
-                copied.
+            waits: Whether the call waits in the journal. If it does not, every byte is compared on
+                a CPU, which costs less than copying the call. On a device, the comparison would
+                wait for the model, so the call is copied instead.
         """
         with self._lock:
             versions = self._versions
             known = len(versions.new_versions)
-            # A replay reads all weights anyway, and has to read the right ones.
+            # A replay reads all weights anyway, and needs the version that the call used.
             replays = self._options.gates == "inline" and run.step_gates is None
             exact = replays or (not waits and run.device == "cpu")
             is_certain = versions.check(run.weights, exact=exact)
@@ -183,13 +182,13 @@ class ModuleRecorder:
     def copy(
         self, run: KernelRun, checked: CheckedWeights, buffer: CopyBuffer, *, waits: bool
     ) -> JournalEntry:
-        """Copy what a call read and made, if it waits or its weights may be others.
+        """Copy the input and output of a call if it waits, or if its weights are uncertain.
 
         Args:
             run: The call.
-            checked: Its weights.
-            buffer: Where copies lie.
-            waits: Whether it waits in the journal.
+            checked: The weights of the call.
+            buffer: Memory for the copies.
+            waits: Whether the call waits in the journal.
         """
         run.copy_step_gates()
         entry = JournalEntry(self._index, run, checked)
@@ -202,7 +201,7 @@ class ModuleRecorder:
         else:
             entry.run = run.with_weights(weights)
         if checked.is_new:
-            # Copies of these wait with the call.
+            # The call keeps copies of these weights.
             entry.nbytes += sum(weight.nbytes for weight in weights)
         return entry
 
@@ -215,7 +214,7 @@ class ModuleRecorder:
         capacity: int,
         buffer: CopyBuffer,
     ) -> SeriesBuffer:
-        """Return memory for calls that are like this one."""
+        """Return memory for a series of calls similar to this one."""
         shares_input, shares_output = self._shares_input, self._shares_output
         return SeriesBuffer(
             self._index,
@@ -232,9 +231,12 @@ class ModuleRecorder:
         )
 
     def _copies(self, run: KernelRun, buffer: CopyBuffer) -> tuple[CopyFunction, CopyFunction]:
-        """What is to copy the input and the output of a call: as rows, where they can stay so."""
+        """Return the functions that copy the input and the output of a call.
+
+        Copies that can be rows of the trace lie in lasting memory.
+        """
         output, shares = run.output, run.steps is None
-        # Replayed gates are the same bits only where values lie as the kernel had them.
+        # Replayed gates have the same bits only if the values keep the kernel's memory layout.
         if run.is_time_major and self._options.gates == "inline" and output.shape[0] > 1:
             shares = False
         if not (shares and has_dtype(output, self._rows.dtype)):
@@ -246,7 +248,7 @@ class ModuleRecorder:
         )
 
     def _shared(self) -> tuple[bool, bool]:
-        """Whether rows can be the copies of the input, and of the output, as they are."""
+        """Whether the copies of the input, and of the output, can be rows without a conversion."""
         if self._step_filter is not None or self.description.bidirectional:
             return False, False
         sites = [recorder.site for recorder in self._sites]
@@ -260,18 +262,18 @@ class ModuleRecorder:
         )
 
     def record(self, entry: JournalEntry) -> RecordedCall | None:
-        """Record a call: harvested, replayed or, where gates come later, copied.
+        """Record a call: its gates are copied from the kernel, replayed or left for later.
 
         Args:
             entry: The call.
 
         Returns:
-            What was recorded; None if the trace was emptied since.
+            The recorded call; None if the trace was cleared since the call.
 
         Raises:
-            UnsupportedError: What a layer read is not recorded, and can no longer be told.
-            LimitReached: It goes beyond what the trace may become. Nothing was recorded.
-            SinkError: The sink cannot take it.
+            UnsupportedError: The input of a layer is not recorded, and can no longer be computed.
+            LimitExceeded: The call exceeds the limits of the recording. Nothing was recorded.
+            SinkError: The sink cannot store the call.
         """
         if entry.versions is not self._versions:
             return None
@@ -310,7 +312,7 @@ class ModuleRecorder:
         return series.versions is self._versions and (is_known or not self._has_gates)
 
     def series_rows(self, series: SeriesBuffer) -> dict[str, SeriesResult] | None:
-        """Return the rows of a series, by suffix; None if its calls are to be recorded singly."""
+        """Return the rows of a series, by suffix; None if it must be recorded call by call."""
         inputs: dict[int, Array] = {}
         results = {}
         for site in self._sites:
@@ -326,12 +328,12 @@ class ModuleRecorder:
         rows: Mapping[str, SeriesResult],
         commitment: Commitment,
     ) -> tuple[CallSeries, SeriesAssignment]:
-        """Return a series as it is stored, and its sequences.
+        """Assign a series to sequences. Return its record and its sequences.
 
         Args:
             series: The calls.
             rows: What `series_rows` returned.
-            commitment: Says later whether the calls are appended.
+            commitment: Marked as done once the calls are appended.
         """
         assignment = self._tracker.assign_series(series, commitment)
         count = series.count
@@ -364,7 +366,7 @@ class ModuleRecorder:
         return PendingSeries(*fields, starts, weights), assignment
 
     def append_weights(self, series: CallSeries) -> None:
-        """Announce the weights of a series, if they are new."""
+        """Append the weights of a series, if they are new."""
         self._append_new_weights(series.weights)
 
     def series_violations(
@@ -385,14 +387,14 @@ class ModuleRecorder:
         ]
 
     def pop_precision_losses(self) -> list[str]:
-        """Return what copying has lost that was not taken from here yet, a sentence each."""
+        """Return a sentence for each loss of precision since the last call of this method."""
         return self._rows.pop_precision_losses()
 
     def gather(self, entries: Sequence[JournalEntry]) -> None:
-        """Have the gates of calls of one step replayed at once, as far as that is the same.
+        """Prepare calls of one step to be replayed together, if that gives the same bits.
 
         Args:
-            entries: Calls of this module that wait.
+            entries: Waiting calls of this module.
         """
         if not self._gathers:
             return
@@ -404,28 +406,28 @@ class ModuleRecorder:
             most = calls_at_once(
                 cast("int", batch), self.description.hidden_size, cast("torch.dtype", dtype)
             )
-            # An empty batch has no largest elements, and nothing to replay.
+            # An empty batch has no rows to replay.
             for first in range(0, len(alike_entries) if batch and most > 1 else 0, most):
                 group = ReplayGroup(alike_entries[first : first + most], self._sites)
                 for entry in alike_entries[first : first + most]:
                     entry.replays = group
 
     def expect_changes(self) -> None:
-        """Compare the weights at the next call, whatever that costs."""
+        """Compare every byte of the weights at the next call."""
         with self._lock:
             self._versions.expect_changes()
 
     def recheck(self) -> None:
-        """Compare every byte of the weights as they are now."""
+        """Compare every byte of the current weights."""
         with self._lock:
             self._versions.recheck()
 
     def _make(
         self, entry: JournalEntry, observation: Observation, assignment: SequenceAssignment
     ) -> CallRecord:
-        """Make the block of a call."""
+        """Return the record of a call."""
         if observation.gates_as_set is not None:
-            # Its gates are as they were set, so no other weights lead to its states.
+            # An intervention set the gates, so the weights do not explain the states.
             sites = self._recorders_of_set_gates()
             results = self._compute_rows(observation, entry.is_certain, {}, entry.gradients, sites)
             return self._block(entry, observation, assignment, results, sites)
@@ -435,7 +437,8 @@ class ModuleRecorder:
         is_known = entry.is_certain or entry.version is self._versions.present
         if is_known or not self._has_gates:
             return block
-        # Its own version first: of two that fit, the weights differ where nothing depends on it.
+        # The call's own version first. If two versions fit, the states do not depend on the
+        # weights that differ.
         versions = {
             version.number: self._record_of(version)
             for version in (entry.version, *self._versions.known)
@@ -443,7 +446,7 @@ class ModuleRecorder:
         return self._version_chooser.choose(observation, block, list(versions.values()))
 
     def _recorders_of_set_gates(self) -> list[SiteRecorder]:
-        """Return recorders that make whole rows at once, also if gates are computed later."""
+        """Return recorders that compute all rows now, even if other gates are computed later."""
         if self._options.gates == "inline":
             return self._sites
         if not self._set_sites:
@@ -457,7 +460,7 @@ class ModuleRecorder:
         return self._set_sites
 
     def _append_set_steps(self, recorded: RecordedCall, observation: Observation) -> None:
-        """Append which steps of a call an intervention has set, as labels."""
+        """Append labels for the steps that an intervention has set."""
         for site in self.description.sites:
             gates = (observation.gates_as_set or [None] * (site.layer + 1))[site.layer]
             if gates is not None:
@@ -474,7 +477,7 @@ class ModuleRecorder:
         return self._tracker.commit(append, entry.commitment)
 
     def _append_call(self, entry: JournalEntry, block: CallRecord) -> int | None:
-        """Hand a call on, its weights having been announced if they are new."""
+        """Append a call, after its weights if they are new."""
         self._limits.charge(partial(self._bytes, block))
         self._append_new_weights(block.weights)
         return self._append(block, entry.commitment)
@@ -482,7 +485,7 @@ class ModuleRecorder:
     def _with_findings(
         self, recorded: RecordedCall, block: CallRecord, number: int | None
     ) -> RecordedCall:
-        # Gates in the background are looked at when they are there.
+        # Gates in the background are checked when they are computed.
         violations = (
             () if self._copying else tuple(find_violations(self.description, block, number))
         )
@@ -491,7 +494,7 @@ class ModuleRecorder:
         )
 
     def _append_new_weights(self, number: int) -> None:
-        """Hand on the versions of the weights up to this one that were not handed on yet."""
+        """Append the versions of the weights up to this number that are not appended yet."""
         made = self._versions.new_versions
         while made and made[0].number <= number:
             self._append(self._record_of(made[0]), None)
@@ -533,7 +536,7 @@ class ModuleRecorder:
         return PendingCall(*fields, starts, self._rows.pop_sync(), weights)
 
     def _bytes(self, block: CallRecord) -> int:
-        """Bytes of what is stored of a call in the end, with the weights that it announces."""
+        """Return the bytes of a stored call, with the new weights that it needs."""
         module, rows = self.description, int(block.steps.sum())
         width = sum(
             module.unit_count(site) * len([name for name in site.quantities if name != "input"])
@@ -564,7 +567,7 @@ class ModuleRecorder:
         return results
 
     def _record_of(self, version: Version) -> WeightsRecord:
-        """Return a version as it is stored: the weights of the recorded sites."""
+        """Return the record of a version: the weights of the recorded sites."""
         record = self._records.get(version.number)
         if record is None:
             record = self._records[version.number] = self._made_record(version)
@@ -587,7 +590,7 @@ class ModuleRecorder:
 
 
 def _one_step(entry: JournalEntry) -> tuple[object, object, object] | None:
-    """What calls must have in common to be replayed at once; None if this call cannot be."""
+    """Return a key shared by calls that can be replayed together; None if this call cannot."""
     run = entry.run
     if not entry.is_copied or entry.autocast is not None:
         return None
@@ -610,9 +613,9 @@ def _by_sequence(buffer: CopyBuffer, values: Tensor) -> Tensor:
 
 
 def _boundary_states(observation: Observation) -> tuple[Tensor | None, Tensor | None]:
-    """Return the states before and after a call, (B, L * H), where one can lead to the other.
+    """Return the states before and after a call, (B, L * H); None for a bidirectional module.
 
-    The reverse direction ends at a sequence's first step, so nothing goes on from there.
+    The reverse direction ends at a sequence's first step, so no call can continue it.
     """
     call, steps = observation.call, observation.steps
     if call.bidirectional:

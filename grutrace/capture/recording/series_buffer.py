@@ -1,9 +1,9 @@
-"""Collect alike calls of one step in shared memory, so that they are recorded together.
+"""Collect similar calls of one step in shared memory, so that they are recorded together.
 
-A decoder calls its layer once per token. To handle such a call on its own takes longer than to run
-it. So calls that differ in nothing but their values are copied one after another into the same
-arrays, and are recorded from there as one series. A call that is not like the one before it is
-copied on its own (see `journal`).
+A decoder calls its layer once per token. Recording each call separately takes longer than running
+it. So calls that differ only in their values are copied one after another into the same arrays, and
+are recorded as one series. A call that differs from the previous one in other ways is copied
+separately (see `journal`).
 
 B sequences in a batch, I input size, H hidden size.
 """
@@ -41,42 +41,42 @@ from grutrace.records import GATES, CallBatch
 #: Maximum number of calls of one series.
 MAX_SERIES_CALLS = 256
 
-#: Number of calls that the first series of alike calls has room for. Later ones grow.
+#: Capacity of the first series of similar calls. Later series are larger.
 MIN_SERIES_CALLS = 4
 
 # Initial states are compared with these.
 _ZEROS = np.zeros(4096, np.uint8)
 _ZEROS_ADDRESS = _ZEROS.ctypes.data
 
-#: By number, as the compiled library returns it.
+#: Kinds of initial states, indexed by the number that the compiled library returns.
 _KINDS = tuple(InitialState)
 
 
 class SeriesBuffer:
-    """Memory for calls of one module that are alike.
+    """Memory for similar calls of one module.
 
     Args:
         module: Index of the module in the header.
         run: The first call.
-        version: The version of the weights that was known when they ran.
-        versions: The tracker that numbered it.
+        version: The current version of the weights when the calls ran.
+        versions: The tracker that numbered this version.
         tag: The user's name for this part of the run.
-        batches: The batches of their recording block; None without one.
+        batches: The batches of the calls' recording block; None without one.
         capacity: Maximum number of calls.
-        buffer: Where the copies lie.
+        buffer: Memory for the copies.
         shares_input: Whether the copies of the input can be rows of the trace.
         shares_output: Whether the copies of the output can be rows of the trace.
-        shares_gates: Whether the copies of the gates can.
+        shares_gates: Whether the copies of the gates can be rows of the trace.
 
     Attributes:
-        count: Number of calls in it.
-        gates: By name, the kernel's own gates of each call, (capacity, B, H); None if they were
-            not kept.
-        residuals: (capacity,) of each call with gates, the largest difference of the states that
-            they lead to from the kernel's; NaN if a value is not finite.
-        kinds: What is known of the initial states of each call.
-        times: When each ran, in seconds since 1970.
-        are_certain: Of each, whether every byte of the weights was compared.
+        count: Number of calls in the buffer.
+        gates: By name, the kernel's own gates of each call, (capacity, B, H); None if the gates
+            are not copied.
+        residuals: (capacity,) for each call with gates, the largest difference between the states
+            computed from the gates and the kernel's states; NaN if a value is not finite.
+        kinds: The kind of each call's initial states.
+        times: Time of each call, in seconds since 1970.
+        are_certain: For each call, whether every byte of the weights was compared.
         call_nbytes: Bytes of one call.
     """
 
@@ -132,7 +132,7 @@ class SeriesBuffer:
         library = load()
         self._add_compiled = None if library is None else library.add_call
         of_gate = self.gates or {}
-        # The addresses in it are those of the tensors above.
+        # It holds the addresses of the tensors above.
         self._compiled = CallSeries(
             *self._addresses,
             ReplayTargets(*(of_gate[n].data_ptr() if n in of_gate else None for n in GATES)),
@@ -151,19 +151,19 @@ class SeriesBuffer:
 
     @property
     def inputs(self) -> Tensor:
-        """(n, B, I), the input of each call."""
+        """The input of each call, (n, B, I)."""
         return self._inputs[: self.count]
 
     @property
     def final(self) -> Tensor:
-        """(n, B, H), the output of each call."""
+        """The output of each call, (n, B, H)."""
         return self._final[: self.count]
 
     def takes(
         self, run: KernelRun, version: Version, tag: str | None, batches: RecordedBatches | None
     ) -> bool:
-        """Whether a call is like those in it, and there is room."""
-        # The output has the shape and the type that follow from these.
+        """Whether a call is similar to the calls in the buffer, and the buffer is not full."""
+        # These determine the shape and type of the output.
         input, initial, _ = self._shapes
         arguments = run.arguments
         state = arguments[run.kernel.state_index]
@@ -181,11 +181,11 @@ class SeriesBuffer:
         )
 
     def add(self, run: KernelRun, time: float, *, is_certain: bool) -> None:
-        """Copy a call that `takes` has just accepted."""
+        """Copy a call for which `takes` has just returned True."""
         copy = self._copy_call if self._add_compiled is None else self._copy_compiled
         number = self.count
         self.kinds[number], self.times[number] = copy(run, number), time
-        # Last: an interruption before this leaves the call out.
+        # The count changes last, so that an interruption before it leaves the call out.
         self.are_certain[number], self.count = is_certain, number + 1
 
     def _copy_compiled(self, run: KernelRun, number: int) -> InitialState:
@@ -241,14 +241,14 @@ class SeriesBuffer:
         return all(kind is InitialState.ZEROS for kind in self.kinds[: self.count])
 
     def initial(self, call: int) -> Tensor:
-        """Return (B, H), the states that a call started from."""
+        """Return the initial states of a call, (B, H)."""
         kind = self.kinds[call]
         if kind is InitialState.CHAINED:
             return self._final[call - 1]
         return self._initial[call].zero_() if kind is InitialState.ZEROS else self._initial[call]
 
     def state_sizes(self) -> npt.NDArray[np.float64]:
-        """Return (n,), the largest ``|h|`` that each call started from; 1 if that is larger."""
+        """Return the largest ``|h|`` of each call's initial states, and at least 1, (n,)."""
         sizes = np.ones(self.count)
         kinds = np.array(self.kinds[: self.count])
         for values, calls in (
@@ -262,7 +262,7 @@ class SeriesBuffer:
         return sizes
 
     def single_run(self, call: int) -> KernelRun:
-        """Return one of the calls, with the copies in place of the model's tensors."""
+        """Return one of the calls, with the copies instead of the model's tensors."""
         input, state, output = self._shapes
         initial = self.initial(call).reshape(state)
         run = self._template.replaced(
@@ -276,7 +276,7 @@ class SeriesBuffer:
 
 
 class PreparedBatch(NamedTuple):
-    """Calls that are worked out, and not appended yet.
+    """A batch of calls that is computed and not appended yet.
 
     Attributes:
         record: The calls.
@@ -288,14 +288,14 @@ class PreparedBatch(NamedTuple):
 
 
 class SeriesGroup:
-    """Series of several modules whose calls take turns, such as the cells of a decoder.
+    """Series of several modules whose calls alternate, such as the cells of a decoder.
 
     Attributes:
         series: One per module, by its index in the header.
         order: The series of each call, in the order of the calls.
         commitment: Whether the calls are appended to the sink.
-        prepared: What is to be appended, once it is worked out.
-        is_divided: Whether its calls are recorded one by one.
+        prepared: The batch to append; None before it is computed.
+        is_divided: Whether the calls are recorded one by one.
     """
 
     def __init__(self) -> None:
@@ -320,7 +320,7 @@ class SeriesGroup:
 
     def add(self, series: SeriesBuffer, run: KernelRun, time: float, *, is_certain: bool) -> None:
         """Add a call to one of the series."""
-        # First: an interruption can leave an entry without a call here, never a call without one.
+        # An interruption can leave an entry of `order` without a call. Remove it first.
         del self.order[len(self) :]
         self.order.append(series)
         series.add(run, time, is_certain=is_certain)
@@ -362,9 +362,9 @@ def can_join_series(run: KernelRun) -> bool:
 
 
 class Streak:
-    """How many calls of a module were alike, and so for how many the next series has room.
+    """Counts similar calls of a module in a row, and chooses the capacity of the next series.
 
-    Of calls that differ from one another, each is copied on its own.
+    Calls that differ from each other are copied separately.
     """
 
     def __init__(self) -> None:
@@ -372,7 +372,7 @@ class Streak:
         self._shape: torch.Size | None = None
 
     def capacity(self, run: KernelRun) -> int:
-        """Return for how many calls a series that begins with this one has room; 0 for none."""
+        """Return the capacity of a series that starts with this call; 0 for no series."""
         shape, self._shape = self._shape, run.arguments[0].shape
         if shape != self._shape:
             return 0
@@ -396,7 +396,7 @@ def _allocate(
 
 
 def _are_zero(address: int, size: int) -> bool:
-    """Whether all bytes are 0: the first ones, and then each the one before it."""
+    """Whether all bytes are 0: the first are, and each later byte equals an earlier one."""
     first = min(size, len(_ZEROS))
     return not compare_small(address, _ZEROS_ADDRESS, first) and not compare_small(
         address, address + first, size - first
@@ -404,5 +404,5 @@ def _are_zero(address: int, size: int) -> bool:
 
 
 def _is_plain(values: Tensor) -> bool:
-    """Whether the bytes in memory are the values, in order."""
+    """Whether the bytes in memory are the values in order."""
     return values.is_contiguous() and not (values.is_neg() or values._is_zerotensor())

@@ -1,4 +1,7 @@
-"""Compute the rows of one call at one site: copied from the kernel, replayed, or only copied.
+"""Compute the rows of a call at one site.
+
+The gates are copied from the kernel or replayed. If they are computed later, only the states and
+the input are copied.
 
 T steps, B sequences in a batch, I input size, H hidden size, N rows of a call, U recorded units.
 """
@@ -40,18 +43,19 @@ from grutrace.gru.tolerance import (
 )
 from grutrace.records import GATES, Array, Site
 
-#: What part of a replay's cost a harvest may be, if the replay would be another thread's.
+#: Maximum cost of copying the kernel's gates in the model's thread, relative to the cost of a
+#: replay in another thread.
 MAX_COPY_COST = 1 / 3
 
 Values = TypeVar("Values", Tensor, Array)
 
 
 class Replayed(NamedTuple):
-    """Gates of a call that were replayed together with those of others.
+    """The gates of a call that was replayed together with other calls.
 
     Attributes:
-        rows: By name, (B, H).
-        check: What a check of them needs.
+        rows: The gates by name, (B, H).
+        check: The residual check of the gates.
     """
 
     rows: dict[str, Array]
@@ -63,9 +67,9 @@ class SeriesResult(NamedTuple):
 
     Attributes:
         rows: By quantity, (n * B, H or U or I), call by call.
-        residuals: (n,) as in `ResidualCheck`.
-        tolerances: Likewise.
-        precision: That of every call.
+        residuals: (n,) the residual of each call, as in `ResidualCheck`.
+        tolerances: (n,) the tolerance of each call.
+        precision: The precision of all calls, as in `ResidualCheck`.
     """
 
     rows: dict[str, Array]
@@ -75,15 +79,15 @@ class SeriesResult(NamedTuple):
 
 
 class _CachedWeightRows:
-    """Caches some rows of the weights until the version of the weights changes."""
+    """Caches selected rows of the weights until the version of the weights changes."""
 
     def __init__(self, compute_rows: Callable[[CellWeights], CellWeights]) -> None:
         self._compute_rows = compute_rows
-        # In one, so that another thread never sees rows of other weights.
+        # One attribute, so that another thread never combines rows with the wrong weights.
         self._latest: tuple[Tensor, CellWeights] | None = None
 
     def of(self, weights: CellWeights) -> CellWeights:
-        """Return the rows of these weights, which nobody changes."""
+        """Return the selected rows of these weights, which must not change."""
         latest = self._latest
         if latest is None or latest[0] is not weights.weight_ih:
             latest = weights.weight_ih, self._compute_rows(weights)
@@ -95,10 +99,10 @@ class SiteRecorder:
     """Computes the rows of one site.
 
     Args:
-        selection: The module, and what is recorded of it.
-        site: Which of its sites.
-        options: Of the tracer.
-        rows: The type of the rows.
+        selection: The module, with the quantities to record.
+        site: The site.
+        options: The tracer's options.
+        rows: Converts tensors to rows.
 
     Attributes:
         requested_gates: The kernel's own gates to copy, if that is possible.
@@ -109,7 +113,8 @@ class SiteRecorder:
     ) -> None:
         self.site, self._rows = site, rows
         self._inline = options.gates == "inline"
-        # What is stored in the end; of gates in the background, `site` says what they follow from.
+        # The quantities stored in the end. If gates are computed in the background, `site` lists
+        # the quantities to copy instead.
         stored = next(e for e in selection.description.sites if e.suffix == site.suffix)
         self._stored = {"hidden", *stored.quantities}
         gates = [name for name in GATES if name in (*stored.quantities, *stored.derived)]
@@ -139,18 +144,18 @@ class SiteRecorder:
         replayed: Replayed | None = None,
         gradients: ArrivingGradients | None = None,
     ) -> tuple[dict[str, Array], ResidualCheck]:
-        """Return the rows of a call, by quantity, and what a check needs.
+        """Return the rows of a call, by quantity, and their residual check.
 
         Args:
             observation: The call.
-            inputs: Rows that were made of the layers' inputs; what is made of one is added, since
-                both directions of a layer read the same.
-            is_certain: Whether the weights are known to be those that the kernel used.
-            replayed: The gates, where they were replayed together with those of other calls.
-            gradients: The gradients that arrived at the call, where they are recorded.
+            inputs: Rows of the layers' inputs so far, by layer. This method adds the rows that it
+                makes, because both directions of a layer have the same input.
+            is_certain: Whether the kernel is known to have used the current weights.
+            replayed: The gates, if the call was replayed together with other calls.
+            gradients: The gradients that arrived at the call; None if they are not recorded.
 
         Raises:
-            UnsupportedError: What the layer read is not recorded, and can no longer be told.
+            UnsupportedError: The input of the layer is not recorded, and can no longer be computed.
         """
         steps, site = observation.steps, self.site
         quantities: Collection[str] = site.quantities
@@ -166,7 +171,7 @@ class SiteRecorder:
             if self._inline:
                 rows, check = self._gates_from_kernel(observation, kernel_gates, hidden)
             else:
-                # Whoever stores them proves them.
+                # They are checked when the background work completes the record.
                 rows = self._gate_rows(kernel_gates, steps)
                 known = machine_epsilon(lowest_precision(hidden.dtype, kernel_gates.dtype))
                 check, quantities = ResidualCheck(math.nan, math.nan, known), self._stored
@@ -194,15 +199,15 @@ class SiteRecorder:
         return rows, check
 
     def replay_together(self, observations: Sequence[Observation]) -> list[Replayed | None]:
-        """Replay several calls of one step at once: each gives the same bits as on its own.
+        """Replay several calls of one step together. The bits are those of single replays.
 
         Args:
-            observations: Calls with the same weights, of the same shapes and types, not more than
-                `grutrace.gru.joint_replay.calls_at_once`, without gates copied from the kernel.
+            observations: At most `grutrace.gru.joint_replay.calls_at_once` calls with the same
+                weights, shapes and types, without gates copied from the kernel.
 
         Returns:
-            Of each call, what `compute_rows` is to be given; None where it has to be replayed on
-            its own.
+            For each call, the argument `replayed` of `compute_rows`; None if the call must be
+            replayed separately.
         """
         site, calls = self.site, []
         for observation in observations:
@@ -224,7 +229,7 @@ class SiteRecorder:
         ]
 
     def _allocate_gates(self, calls: int, batch: int, size: int) -> dict[str, Array]:
-        """Return memory for the stored gates of some calls of one step, (calls, B, H) each."""
+        """Return memory for the stored gates of calls of one step, (calls, B, H) each."""
         return {
             name: np.empty((calls, batch, size), self._rows.dtype)
             for name in GATES
@@ -234,14 +239,14 @@ class SiteRecorder:
     def compute_series_rows(
         self, series: SeriesBuffer, inputs: dict[int, Array]
     ) -> SeriesResult | None:
-        """Return the rows of several calls of one step, and what a check of each needs.
+        """Return the rows of a series of calls, and the check of each call.
 
         Args:
-            series: The calls, of a single layer of which all units are recorded.
+            series: Calls of a single layer. All its units are recorded.
             inputs: As for `compute_rows`.
 
         Returns:
-            None if the calls have to be recorded one by one.
+            The rows and checks; None if the calls must be recorded one by one.
         """
         site, count = self.site, series.count
         input, hidden = series.inputs, series.final
@@ -315,11 +320,11 @@ class SiteRecorder:
         )
 
     def series_initial_states(self, series: SeriesBuffer, begun: npt.NDArray[np.bool_]) -> Array:
-        """Return the state that each sequence that begins in a series started from.
+        """Return the initial state of each sequence that starts in a series.
 
         Args:
             series: The calls.
-            begun: (n, B) whether each sequence begins in the call.
+            begun: (n, B) whether each sequence starts in the call.
         """
         if begun.all() and series.starts_from_zeros:
             return np.zeros((begun.size, self._no_states.shape[1]), self._no_states.dtype)
@@ -330,7 +335,7 @@ class SiteRecorder:
         return self._rows.of(torch.cat(states)) if states else self._no_states
 
     def series_start_states(self, series: SeriesBuffer) -> list[Array]:
-        """Return the state that each sequence of each call started from, (n,) of (B, H)."""
+        """Return the initial states of each call, a list (n,) of (B, H)."""
         states = [series.initial(call) for call in range(series.count)]
         if has_dtype(states[0], self._rows.dtype):
             return [initial.numpy() for initial in states]
@@ -338,18 +343,19 @@ class SiteRecorder:
 
     @property
     def replays_whole(self) -> bool:
-        """Whether the gates of all units are replayed with the call, if they are not harvested."""
+        """Whether all gates are replayed during the call, unless they are copied."""
         return self._inline and self._partial_replay is None
 
     def new_initial_states(
         self, observation: Observation, assignment: SequenceAssignment, copied: Array | None = None
     ) -> Array:
-        """Return the state that each sequence that a call began started from, (begun, U).
+        """Return the initial state of each sequence that starts in a call, (started, U).
 
         Args:
             observation: The call.
             assignment: Its sequences.
-            copied: What `start_states` returned, if called: used where all sequences are new.
+            copied: The result of `start_states`, if it was called. It is returned if all sequences
+                are new.
         """
         count = np.count_nonzero(assignment.begun)
         if not count:
@@ -362,7 +368,7 @@ class SiteRecorder:
         )
 
     def start_states(self, observation: Observation) -> Array:
-        """Return the state that each sequence of a call started from, (B, U), in its order."""
+        """Return the initial state of each sequence of a call, (B, U), in batch order."""
         return self._rows.of(self._start_states(observation))
 
     def _start_states(self, observation: Observation) -> Tensor:
@@ -379,12 +385,12 @@ class SiteRecorder:
                 "it reads is not kept, so its gates could not be derived. Make a new tracer"
             )
         weight = call.cell_weights(site.layer, site.reverse).weight_ih
-        # See docs/format.md: nothing was computed, but the weights were compared.
+        # Nothing was computed, but the weights were compared. See docs/format.md.
         allowed = 0.0 if is_certain else math.nan
         return ResidualCheck(math.nan, allowed, compute_eps(layer.input, hidden, weight))
 
     def _gate_rows(self, kernel_gates: KernelGates, steps: SequenceLayout) -> dict[str, Array]:
-        """Return what was taken of each gate, (N, U)."""
+        """Return the copied units of each gate, (N, U)."""
         return {
             name: steps.as_rows(
                 _select_columns(kernel_gates.gates[name], kernel_gates.columns[name], columns),
@@ -425,7 +431,7 @@ class SiteRecorder:
         recorded = {name: gates[name] for name in GATES if name in site.quantities}
         if "hidden" in site.quantities:
             recorded["hidden"] = states
-        # The gates being the kernel's own, there are no products that were made in another order.
+        # The gates are the kernel's own, so no product was summed in another order.
         size = max(1.0, max_abs(initial))
         computed, stored = (
             lowest_precision(hidden.dtype, kernel_gates.dtype),
@@ -457,7 +463,7 @@ class SiteRecorder:
     def _rows_as_set(
         self, observation: Observation, gates: GatesAsSet, hidden: Tensor
     ) -> tuple[dict[str, Array], ResidualCheck]:
-        """Return the gates of all units as an intervention has set them, and the check."""
+        """Return the gates of all units as an intervention has set them, and their check."""
         call, site, steps = observation.call, self.site, observation.steps
         rows = {
             name: self._rows.convert_steps(steps, self._of_units(gates.gates[name]))
@@ -475,19 +481,19 @@ class SiteRecorder:
         )
 
     def _of_units(self, values: Tensor) -> Tensor:
-        """(..., U) of (..., H). May share memory."""
+        """Return the recorded units, (..., U) of (..., H). The result may share memory."""
         return values if self._units is None else self._units.of(values)
 
 
 def _replay_steps(
     calls: Sequence[OneStep], weights: CellWeights, rows: Mapping[str, Array]
 ) -> list[ResidualCheck | None]:
-    """Replay calls of one step at once, and return the check of each, as `replay_calls` does.
+    """Replay calls of one step together, and return the check of each, as `replay_calls` does.
 
     Args:
         calls: The calls.
         weights: The weights that they used.
-        rows: Where the gates are written to, (calls, B, H) each.
+        rows: Memory for the gates, (calls, B, H) each.
     """
     gates, checks = replay_calls(calls, weights)
     for name, values in rows.items():
@@ -496,7 +502,7 @@ def _replay_steps(
 
 
 def _select_columns(values: Values, there: range, requested_gates: range) -> Values:
-    """(..., asked) of (..., there), of which they are a part."""
+    """Return the requested columns of (..., available columns)."""
     if there == requested_gates:
         return values
     bounds = [there.index(requested_gates[0]), there.index(requested_gates[-1])]

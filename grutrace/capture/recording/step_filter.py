@@ -25,17 +25,17 @@ from grutrace.records import Fork, Origin
 
 Integers = npt.NDArray[np.int64]
 
-#: Sequences that are numbered, at least, before it is asked which of them may still go on.
+#: Minimum number of sequences before finished sequences are dropped from the table.
 MIN_REMEMBERED = 4096
 
 
 class _Known(NamedTuple):
-    """What the trace has of a sequence, or of one segment of it.
+    """A sequence in the trace, or one segment of a sequence.
 
     Attributes:
-        number: Its number in the trace.
-        root: The number in the trace of its first segment.
-        kept: How many of its steps are kept.
+        number: Number of the segment in the trace.
+        root: Number in the trace of the sequence's first segment.
+        kept: Number of recorded steps.
     """
 
     number: int
@@ -48,12 +48,13 @@ class StepSelection:
     """The recorded steps of one call.
 
     Attributes:
-        numbers: (B,) the number that each sequence began under in the trace; -1 for none so far.
-        assignment: As of a call of just the kept steps, numbered so; None if there are none.
-        first: (B,) the first kept step of each sequence, within the call.
-        count: (B,) how many of each are kept.
-        known: What the trace has of the call's sequences after it.
-        begun: How many sequences the trace has after it.
+        numbers: (B,) number in the trace of each sequence's first segment; -1 for none so far.
+        assignment: The assignment of the recorded steps, with numbers of the trace; None if no
+            step is recorded.
+        first: (B,) the first recorded step of each sequence, within the call.
+        count: (B,) number of recorded steps of each sequence.
+        known: The call's sequences in the trace after the call.
+        begun: Number of sequences in the trace after the call.
     """
 
     numbers: Integers
@@ -67,13 +68,13 @@ class StepSelection:
 class StepFilter:
     """Selects steps of the sequences of one module, and numbers the sequences.
 
-    Every batch row of a call that is recorded has a piece, be it of no steps, so that places in
-    the batch stay what they were. A sequence that had only such pieces begins anew, under another
-    number, with its first kept step: its initial state is the one before that.
+    Every batch row of a recorded call gets a part of a sequence, perhaps without steps, so that
+    batch indices do not change. A sequence without recorded steps starts again under a new number
+    at its first recorded step. Its initial state is the state before this step.
 
     Args:
-        start: The first step that is kept.
-        stop: The first one after them that is not; None for all.
+        start: The first recorded step.
+        stop: The step after the last recorded step; None for no end.
     """
 
     def __init__(self, start: int, stop: int | None) -> None:
@@ -86,8 +87,8 @@ class StepFilter:
         """Select the recorded steps of a call. The selection takes effect with `commit`.
 
         Args:
-            assignment: Its sequences, as `SequenceTracker` has told them.
-            lengths: (B,) steps of each.
+            assignment: The sequences of the call, as `SequenceTracker` assigned them.
+            lengths: (B,) number of steps of each sequence.
         """
         before = assignment.steps_before
         first = np.clip(self.start - before, 0, lengths)
@@ -146,9 +147,9 @@ class StepFilter:
             self._most = max(MIN_REMEMBERED, 2 * len(self._known))
 
     def _continued(self, assignment: SequenceAssignment) -> dict[int, _Known]:
-        """By sequence that is a segment of another: what the trace has of the segment before.
+        """Return the previous segment in the trace, for each sequence that continues one.
 
-        A segment before which nothing is kept is a sequence by itself.
+        A segment without recorded steps before it is a sequence of its own.
         """
         segments = {origin.sequence for origin in assignment.origins if origin.mark == "continued"}
         parents = {
@@ -165,7 +166,7 @@ class StepFilter:
     def _forks(
         self, forks: Iterable[Fork], now: dict[int, _Known], continued: dict[int, _Known]
     ) -> Iterable[Fork]:
-        """Those that began from a state that is in the trace."""
+        """Return the forks that started from a state in the trace."""
         for fork in forks:
             number = now[fork.sequence].number
             if fork.sequence in continued:
@@ -180,10 +181,10 @@ class StepFilter:
 def slice_observation(
     observation: Observation, selection: StepSelection, layers: Iterable[int]
 ) -> Observation:
-    """Return a call as if it had made only the kept steps; of these layers, the others as it was.
+    """Return a call with the recorded steps only, in these layers. Other layers do not change.
 
     Raises:
-        ValueError: None are kept.
+        ValueError: No step is recorded.
     """
     call, part = observation.call, make_window(observation.steps, selection.first, selection.count)
     layers_of_part, states = list(observation.layers), list(call.initial)
@@ -208,6 +209,6 @@ def slice_observation(
 
 
 def _slice_gates(direction: GatesAsSet, part: StepWindow) -> GatesAsSet:
-    """Return the gates of the kept steps."""
+    """Return the gates of the recorded steps."""
     gates = {name: part.rows(gate) for name, gate in direction.gates.items()}
     return direction._replace(gates=gates, codes=part.rows(direction.codes))

@@ -1,13 +1,13 @@
 """Copy tensors into rows of the module's data type, on the CPU and from CUDA devices.
 
 On a CUDA device, values are first copied on the model's own stream into separate memory, so that
-the model cannot change them. A side stream copies them from there into pinned host memory, and the
-model does not wait for it. A reader of the pinned memory waits for the side stream first. The
-project's checks with a CUDA device are in tests/test_cuda.py.
+the model cannot change them. A side stream copies this memory into pinned host memory. The model
+does not wait for the side stream; a reader of the pinned memory does. The project's checks with a
+CUDA device are in tests/test_cuda.py.
 
-On a CPU, copies lie in reused memory. If they were allocated one by one, between the model's own
-allocations, the model's memory would lie at other addresses in each call, in pages that the system
-must provide first: a call of 0.8 ms (T1 B32 H512) would take 0.1 ms longer.
+On a CPU, copies lie in reused memory. Separate allocations between the model's own allocations
+would move the model's memory to new addresses in each call, and so to pages that the system must
+provide first. A call of 0.8 ms (T1 B32 H512) would take 0.1 ms longer.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class SideStream:
 
         Args:
             own: Values that will not change.
-            dtype: Of the array.
+            dtype: Data type of the array.
         """
         stream = self._streams.get(own.device)
         if stream is None:
-            beside: Any = torch.cuda.Stream
-            stream = self._streams.setdefault(own.device, beside(own.device))
+            stream_type: Any = torch.cuda.Stream
+            stream = self._streams.setdefault(own.device, stream_type(own.device))
         stored: torch.dtype = getattr(torch, dtype.name)
         host = torch.empty(own.shape, dtype=stored, pin_memory=True)
         stream.wait_stream(torch.cuda.current_stream(own.device))
@@ -73,14 +73,14 @@ class _PendingSync(threading.local):
 
 
 class RowConverter:
-    """Copies tensors of one module into rows, and notes losses of precision once.
+    """Copies tensors of one module into rows, and notes each kind of precision loss once.
 
     Args:
         module: The module.
-        chosen: Whether the user chose the type. Then only overflow is noted.
-        copied: Whether rows have the type of the weights now, and are converted later.
-        beside: Whether copies from a device may use a side stream. They are in pinned memory, so
-            only if they are freed soon.
+        chosen: Whether the user chose the stored type. If so, only overflow is noted.
+        copied: Whether rows keep the type of the weights for now, and are converted later.
+        uses_side_stream: Whether copies from a device use a side stream. They occupy pinned
+            memory, so they must be freed soon. Needs `copied`.
 
     Attributes:
         dtype: NumPy data type of the rows.
@@ -88,12 +88,17 @@ class RowConverter:
     """
 
     def __init__(
-        self, module: ModuleInfo, *, chosen: bool, copied: bool = False, beside: bool = False
+        self,
+        module: ModuleInfo,
+        *,
+        chosen: bool,
+        copied: bool = False,
+        uses_side_stream: bool = False,
     ) -> None:
         self._module = module
         self.dtype = np.dtype(module.weights_dtype if copied else module.dtype)
         self.stored: torch.dtype = getattr(torch, module.dtype)
-        self._side = SideStream() if copied and beside else None
+        self._side = SideStream() if copied and uses_side_stream else None
         self._chosen = chosen
         self._noted: set[str] = set()
         self._precision_losses: list[str] = []
@@ -101,12 +106,12 @@ class RowConverter:
     def convert_steps(
         self, steps: SequenceLayout, values: Tensor, *, is_owned: bool = False
     ) -> Array:
-        """Return values, one a step in the kernel's order, as (N, width), sequence by sequence.
+        """Return the values of all steps as rows, (N, width), sequence by sequence.
 
         Args:
-            steps: Of the call.
-            values: To be copied.
-            is_owned: Whether no other code can change them, so that they need not be copied.
+            steps: The layout of the call's steps.
+            values: One value per step, in the kernel's order and shape.
+            is_owned: Whether no other code can change the values, so that a copy is unnecessary.
         """
         if self._side is not None and self._side.takes(values):
             return self._copy_async(values, steps.to_device_rows(values))
@@ -116,9 +121,9 @@ class RowConverter:
         return rows
 
     def convert_series(self, values: Tensor) -> Array:
-        """Return values of a series, (n, B, width), as (n * B, width).
+        """Return the values of a series, (n, B, width), as (n * B, width).
 
-        They are copied only if the type differs or they are not contiguous.
+        The values are copied only if the type differs or they are not contiguous.
         """
         if values.is_contiguous() and has_dtype(values, self.dtype):
             rows: Array = values.flatten(0, 1).numpy()
@@ -173,9 +178,9 @@ class RowConverter:
                 )
 
     def pop_precision_losses(self) -> list[str]:
-        """Return what copying has lost that was not taken from here yet, a sentence each.
+        """Return a sentence for each precision loss since the last call of this method.
 
-        Values are rounded without anybody having asked for it, or are too large.
+        Values are rounded although the user did not choose the type, or overflow it.
         """
         losses, self._precision_losses = self._precision_losses, []
         return losses
@@ -187,7 +192,7 @@ class RowConverter:
 
 
 def to_numpy(values: Tensor) -> Array:
-    """Return the values as an array: in their own type, or the one that holds all its values."""
+    """Return the values as an array of the same type, or of a type that holds all its values."""
     values = values.detach().cpu()
     if str(values.dtype).removeprefix("torch.") != numpy_type(values.dtype):
         values = values.float()
@@ -196,7 +201,7 @@ def to_numpy(values: Tensor) -> Array:
 
 
 def _load_memory_functions() -> tuple[_CompareMemory, _CompareMemory, _CopyMemory]:
-    """Return memcmp of the C library, which lets other threads run, and the same without."""
+    """Return memcmp without the GIL, and memcmp and memmove with the GIL."""
     name = None if os.name == "posix" else "msvcrt"
     free, held = ctypes.CDLL(name), ctypes.PyDLL(name)
     comparisons: Any = free.memcmp, held.memcmp
@@ -213,27 +218,28 @@ _CompareMemory: TypeAlias = Callable[[int, int, int], int]
 _CopyMemory: TypeAlias = Callable[[int, int, int], None]
 
 #: ``compare(a, b, n)`` is 0 if n bytes at two addresses are equal. ``copy_small(a, b, n)`` copies n
-#: bytes from b to a. The small ones keep the GIL: to give it away takes longer than the work.
+#: bytes from b to a. The small variants keep the GIL, because releasing it takes longer than the
+#: work.
 compare, compare_small, copy_small = _load_memory_functions()
 
 
-#: Size of the segments of memory in which copies lie end to end. Bytes.
+#: Size of a memory segment, which holds several copies. Bytes.
 SEGMENT_BYTES = 1024 * 1024
 
 
 class CopyBuffer:
-    """Copies tensors into memory that is used again. Safe to use from any thread.
+    """Copies tensors into reused memory. Safe to use from any thread.
 
     Args:
-        size: Maximum bytes of unused memory that are kept, of each kind.
+        size: Maximum bytes of unused memory of each kind.
 
     Attributes:
-        lasting: Memory of rows of the trace.
-        passing: Memory of temporary copies.
+        lasting: Memory for rows of the trace.
+        passing: Memory for temporary copies.
     """
 
     def __init__(self, size: int) -> None:
-        # Apart: rows of a trace in memory stay, and would keep the segments of temporary copies.
+        # Two pools, because the rows of a trace in memory keep their segments alive.
         self.lasting, self.passing = SegmentPool(size), SegmentPool(size)
 
     def copy(self, values: Tensor) -> Tensor:
@@ -246,16 +252,16 @@ class CopyBuffer:
 
 
 class SegmentPool:
-    """Segments of memory. Each is used again when no tensor or array lies in it any more.
+    """Memory segments. A segment is reused when no tensor or array uses it.
 
     Args:
-        size: Maximum bytes of unused memory that are kept.
+        size: Maximum bytes of unused memory.
     """
 
     def __init__(self, size: int) -> None:
         self._spare = size // SEGMENT_BYTES
         self._free: list[Tensor] = []
-        # Segments in use, each with the reference that reports when it is unused.
+        # Segments in use, each with a weak reference whose callback marks it as unused.
         self._in_use: dict[int, tuple[Tensor, weakref.ref[Array]]] = {}
         self._numbers = itertools.count()
         self._current: Array | None = None
@@ -264,14 +270,14 @@ class SegmentPool:
         self._lock = threading.Lock()
 
     def copy(self, values: Tensor) -> Tensor:
-        """Return a copy. A large one, or one on a device, has memory of its own."""
+        """Return a copy. Large tensors and tensors on a device get memory of their own."""
         size = values.nbytes
         if values.device.type != "cpu" or size > SEGMENT_BYTES:
             return values.clone()
         return self.allocate(values.numel(), values.dtype).view(values.shape).copy_(values)
 
     def allocate(self, count: int, dtype: torch.dtype) -> Tensor:
-        """Return memory on the CPU for so many values, at most a segment, not initialized."""
+        """Return uninitialized memory on the CPU for `count` values."""
         size = count * dtype.itemsize
         if size > SEGMENT_BYTES:
             return torch.empty(count, dtype=dtype, device="cpu")
@@ -290,7 +296,7 @@ class SegmentPool:
         """Make another segment the current one."""
         self._typed.clear()
         memory = self._free.pop() if self._free else _new_segment()
-        # Everything in the segment keeps this view of it alive.
+        # All copies in the segment keep this array alive.
         self._current = memory.numpy()
         number = next(self._numbers)
         self._in_use[number] = memory, weakref.ref(self._current, partial(self._returned, number))
@@ -302,7 +308,7 @@ class SegmentPool:
             self._free.append(memory)
 
     def _of_type(self, dtype: torch.dtype) -> Tensor:
-        # Copies are written in any mode in which the model is called, inference_mode or not.
+        # An inference tensor could not be written to outside inference_mode.
         with torch.inference_mode(False):
             memory = torch.from_numpy(self._current).view(dtype)
         self._typed[dtype] = memory

@@ -24,8 +24,8 @@ class _ChosenVersion(NamedTuple):
     """The version of the weights that a call used.
 
     Attributes:
-        weights: The first that leads to its states, or the first one if none does.
-        checks: By suffix, the residual, and the residual that rounding explains.
+        weights: The first version that leads to the call's states; the first of all if none does.
+        checks: By suffix, the residual and the tolerance.
         ambiguity: The largest difference from the gates of another version that leads to the same
             states; 0 if there is none.
     """
@@ -39,9 +39,9 @@ class VersionChooser:
     """Finds the version of one module's weights that leads to the states of a call.
 
     Args:
-        selection: The module, and what is recorded of it.
-        options: Of the tracer.
-        sites: The recorders of its sites.
+        selection: The module, with the quantities to record.
+        options: The tracer's options.
+        sites: The recorders of the module's sites.
     """
 
     def __init__(
@@ -60,8 +60,8 @@ class VersionChooser:
 
         Args:
             observation: The call.
-            block: Its record.
-            versions: In the order in which they are tried.
+            block: The record of the call.
+            versions: The versions, in the order in which they are tried.
         """
         evidence = self._replay_inputs(observation, block)
         if evidence is None:
@@ -95,13 +95,13 @@ class VersionChooser:
         }
 
     def _replay_inputs(self, observation: Observation, block: CallRecord) -> PendingCall | None:
-        """Return what the gates of a call follow from, for all units; None if it cannot be had."""
+        """Return a call with the inputs of its gates, for all units; None if they are unknown."""
         has_gates = any({*GATES} & {*site_rows.rows} for site_rows in block.sites.values())
         if isinstance(block, PendingCall) and not has_gates:
             return block
         try:
             if self._is_deferred:
-                # It has everything but the states that its sequences started from.
+                # The record lacks only the initial states of the sequences.
                 starts = {
                     recorder.site.suffix: recorder.start_states(observation)
                     for recorder in self._sites
@@ -134,17 +134,17 @@ def _choose_version(
     versions: Sequence[WeightsRecord],
     kernel_gates: Mapping[str, Mapping[str, Array]],
 ) -> _ChosenVersion:
-    """Find the version of the weights that leads to the states of a call, and to its known gates.
+    """Find the version of the weights that leads to the states and the copied gates of a call.
 
     Args:
-        module: The module, with gates derived and what they follow from stored, of all units.
+        module: The module, with the inputs of all gates stored, for all units.
         block: The call.
-        versions: In the order in which they are tried.
+        versions: The versions, in the order in which they are tried.
         kernel_gates: By suffix and name, gates that were copied from the kernel.
 
     Returns:
-        What was found. States can be the same where gates are not: from a state of zeros without a
-        bias, the reset gate has no influence.
+        The version. Two versions can lead to the same states with different gates: the reset gate
+        has no effect if the state before the step is zero and there is no bias.
     """
     joined = JoinedCalls(module, [block])
     first: _ChosenVersion | None = None
@@ -179,7 +179,7 @@ def _choose_version(
 
 
 def _max_difference(first: Array, second: Array) -> float:
-    """Return the largest difference, NaN if a value is NaN in one of the two only."""
+    """Return the largest difference; NaN if a value is NaN in only one of the two arrays."""
     with np.errstate(invalid="ignore"):
         difference = np.abs(first - second)
     difference[np.isnan(first) & np.isnan(second)] = 0
@@ -205,7 +205,7 @@ def _as_copied(
 
 
 def _all_units(module: ModuleInfo) -> tuple[Site, ...]:
-    """The sites of a module with all of their units and gates."""
+    """Return the sites of a module with all units and gates."""
     return tuple(
         replace(site, units=None, quantities=GATES + ("hidden",), derived=())
         for site in module.sites

@@ -1,22 +1,23 @@
 """Detect new versions of a module's weights, however they change.
 
-Three things are looked at, from cheap to sure:
+There are three checks, from the cheapest to the most reliable:
 
-1. Address and version counter of each weight. Every operation of PyTorch's on the weight itself
-   moves the counter.
-2. A sample: an element of each row and of each column of every weight. ``weight.data[...] = 0``, a
-   NumPy view and an averaged copy swapped in move no counter, but seldom leave all of these alone.
-3. Every byte, compared with the copy that was kept. That is sure, and reads the weights once more.
+1. The address and the version counter of each weight. Every PyTorch operation on the weight itself
+   increments the counter.
+2. A sample of elements from each row and each column of every weight. ``weight.data[...] = 0``, a
+   write through a NumPy view and an averaged copy that is swapped in do not increment the counter,
+   but rarely leave all these elements unchanged.
+3. A comparison of every byte with a copy. It is exact, and reads the weights once more.
 
-The first is done at every call. The third is done when it is cheap compared with the time since
-the last time (see `MAX_COMPARE_FRACTION`), at the first call after a recording begins or a tag
-changes, and before records are appended to the sink. The second is done where the third is not. A
-call between two comparisons is *uncertain*: it gets the version that was known then, and the code
-that computes its gates decides by the states that they lead to. (See docs/design.md, Versions of
-the weights.)
+The first check runs at every call. The third check runs when it is cheap compared with the time
+since its last run (see `MAX_COMPARE_FRACTION`), at the first call after a recording begins or a tag
+changes, and before records are appended to the sink. The second check runs when the third does not.
+A call between two full comparisons is *uncertain*: it gets the version that was current when it
+ran. The code that computes its gates then checks whether this version leads to the recorded states.
+(See docs/design.md, Versions of the weights.)
 
-Nothing is done to the user's tensors. Their memory is read through its address, since a view of
-NumPy's makes a tensor's storage unresizable for good.
+The user's tensors do not change. Their memory is read by its address, because a NumPy view would
+make a tensor's storage permanently unresizable.
 """
 
 from __future__ import annotations
@@ -35,20 +36,21 @@ from torch import Tensor
 from grutrace.capture.recording.tensor_copy import compare
 from grutrace.options import WeightChecks
 
-#: What part of the time that passes comparisons may take. In training, most of it passes between
-#: the calls, in backward and the optimizer.
+#: Maximum fraction of the elapsed time that comparisons take. In training, most time passes between
+#: the calls, in the backward pass and the optimizer.
 MAX_COMPARE_FRACTION = 0.05
 
-#: Time that comparisons may take at once, after a pause. Seconds.
+#: Maximum time that one comparison takes after a pause. Seconds.
 MAX_ALLOWANCE_SECONDS = 0.02
 
-#: What it costs to look at a sample: where comparing every byte takes no longer, that is done.
+#: Cost of checking a sample. If comparing every byte takes no longer, every byte is compared.
+#: Seconds.
 SAMPLE_SECONDS = 5e-6
 
-#: Versions that are kept, to find out later which one a call used.
+#: Number of versions that are kept, to find later the version that a call used.
 MAX_VERSIONS = 3
 
-#: Elements of each weight that are looked at in one call.
+#: Number of elements of each weight that are compared in one call.
 SAMPLE_SIZE = 64
 
 
@@ -57,7 +59,7 @@ class Version(NamedTuple):
 
     Attributes:
         number: Counted from 0 for each module.
-        weights: Copies, flat, as the kernel takes them, in the memory layout of the originals.
+        weights: Copies in a flat list, as the kernel takes them, with the strides of the originals.
     """
 
     number: int
@@ -84,9 +86,9 @@ class _WeightFingerprint:
         return self._ids is not None and self._ids == _ids(weights)
 
     def has_sample_of(self, weights: list[Tensor]) -> bool:
-        """Whether a sample is the same. To be asked where `has_ids_of` has just said yes.
+        """Whether a sample is the same. Call it only if `has_ids_of` has just returned True.
 
-        Every time another part of the sample is looked at.
+        Each call compares another part of the sample.
         """
         if self._samples is None:
             pairs = zip(self._copies, weights, strict=True)
@@ -97,7 +99,7 @@ class _WeightFingerprint:
         return all(sample.matches(self._sample_index) for sample in self._samples)
 
     def has_bytes_of(self, weights: list[Tensor]) -> bool:
-        """Whether every byte is the same. To be asked where `has_ids_of` has just said yes."""
+        """Whether every byte is the same. Call it only if `has_ids_of` has just returned True."""
         if self._ranges is None:
             pairs = list(zip(self._copies, weights, strict=True))
             if not all(_is_alike(*pair) for pair in pairs):
@@ -118,7 +120,7 @@ class _Sample:
         self._parts = math.ceil(len(self._copy) / self._step / SAMPLE_SIZE)
 
     def matches(self, index: int) -> bool:
-        """Whether a part of it is the same in both."""
+        """Whether a part of the sample is the same in both."""
         step = self._step
         first = index % self._parts * SAMPLE_SIZE * step
         part = slice(first, first + SAMPLE_SIZE * step, step)
@@ -126,7 +128,7 @@ class _Sample:
 
 
 class WeightVersionTracker:
-    """Numbers the versions of one module's weights. For one thread at a time.
+    """Numbers the versions of one module's weights. Only one thread may use it at a time.
 
     Args:
         checks: ``exact`` to compare every byte at every call.
@@ -143,17 +145,17 @@ class WeightVersionTracker:
         self._fingerprint: _WeightFingerprint | None = None
         self._live: list[weakref.ref[Tensor]] = []
         self._due = True
-        # Seconds that comparisons may take, when that was worked out, and what one takes.
+        # Seconds available for comparisons, the time of that figure, and the cost of a comparison.
         self._allowance, self._time, self._cost = 0.0, time.perf_counter(), 0.0
 
     @property
     def known(self) -> tuple[Version, ...]:
-        """The versions of which copies are kept, the present one first."""
+        """The versions whose copies are kept, the current one first."""
         return self._known
 
     @property
     def present(self) -> Version:
-        """The version that was found last."""
+        """The current version: the one found by the last check."""
         return self._known[0]
 
     def expect_changes(self) -> None:
@@ -161,11 +163,11 @@ class WeightVersionTracker:
         self._due = True
 
     def check(self, weights: list[Tensor], *, exact: bool = False) -> bool:
-        """Look at the weights of a call that has just run. Then `present` is its version.
+        """Check the weights of a call that has just run. `present` is then their version.
 
         Args:
-            weights: What the kernel was given.
-            exact: Whether to compare every byte whatever that costs.
+            weights: The weights that were passed to the kernel.
+            exact: Whether to compare every byte at any cost.
 
         Returns:
             Whether every byte was compared. If not, the call may have used another version.
@@ -189,11 +191,11 @@ class WeightVersionTracker:
         return True
 
     def compare(self, weights: list[Tensor]) -> None:
-        """Compare every byte with the known versions; `present` is that of the weights then."""
+        """Compare every byte with the known versions. `present` is then the weights' version."""
         known = self._known
         same = next((version for version in known if _are_same(version.weights, weights)), None)
         if same is None:
-            # An interruption can come between the two lines that note a new version.
+            # An interruption can come between the two statements that add a new version.
             latest = max((version.number for version in self.new_versions), default=-1)
             number = max(self._count, latest + 1)
             same = Version(number, [_copy(weight) for weight in weights])
@@ -206,13 +208,13 @@ class WeightVersionTracker:
         self._due = False
 
     def recheck(self) -> bool:
-        """Compare every byte of the weights of the last call as they are now.
+        """Compare every byte of the last call's weights again, with their current values.
 
-        Weights that are gone, or whose memory is taken away between calls (FSDP, offloaders), are
-        left as they are known.
+        Nothing changes if weights were garbage-collected, or if their memory is freed between calls
+        (FSDP, offloaders).
 
         Returns:
-            Whether they are the version that was present before.
+            Whether the current version is the same as before.
         """
         if not self._known:
             return True
@@ -239,12 +241,12 @@ def _ids(weights: list[Tensor]) -> list[tuple[int, int]] | None:
 
 
 def _copy(weight: Tensor) -> Tensor:
-    # Dense weights keep their strides: a product with a copy is made as with the original.
+    # Dense weights keep their strides, so a product with the copy has the same bits.
     return weight.detach().clone()
 
 
 def _is_freed(weight: Tensor) -> bool:
-    """Whether a weight has no memory at present: FSDP and offloaders take it away between calls."""
+    """Whether a weight has no memory now. FSDP and offloaders free it between calls."""
     return weight.is_meta or (weight.numel() > 0 and weight.untyped_storage().nbytes() == 0)
 
 
@@ -260,14 +262,14 @@ def _is_same(copy: Tensor, weight: Tensor) -> bool:
         size = copy.numel() * copy.element_size()
         return compare(copy.data_ptr(), weight.data_ptr(), size) == 0
     weight = weight.detach()
-    # Equal numbers first: it is the faster question. Then bytes, for NaN is equal to nothing.
+    # The comparison of numbers is faster. Bytes are compared next, because NaN is not equal to NaN.
     return torch.equal(copy, weight) or torch.equal(
         copy.contiguous().view(torch.uint8), weight.contiguous().view(torch.uint8)
     )
 
 
 def _is_alike(copy: Tensor, weight: Tensor) -> bool:
-    """Whether both lie in the same way in the processor's memory, without gaps."""
+    """Whether both are in CPU memory with the same strides and without gaps."""
     return (
         weight.device.type == "cpu"
         and copy.stride() == weight.stride()
@@ -276,22 +278,22 @@ def _is_alike(copy: Tensor, weight: Tensor) -> bool:
 
 
 def _sample_step(weight: Tensor) -> int:
-    """Return a step through the memory of a weight that comes to every row and every column."""
+    """Return a step through the memory of a weight that reaches every row and every column."""
     if weight.dim() < 2:
         return 1
     outer, inner = weight.shape
     if weight.stride(0) == 1:
         outer, inner = inner, outer
-    # Not longer than a row, so that none is left out; as many steps as there are columns at least;
-    # and without a common divisor, so that each comes to another column.
+    # The step is at most a row, so that no row is left out. There are at least as many steps as
+    # columns. The step has no common divisor with the row length, so each reaches another column.
     longest = max(1, min(inner, weight.numel() // max(outer, inner)))
     return next(step for step in range(longest, 0, -1) if math.gcd(step, inner) == 1)
 
 
 def _memory(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """Return the memory of a tensor without gaps as an array (elements,), to be read only.
+    """Return the memory of a tensor without gaps as an array (elements,), for reading only.
 
-    Unlike Tensor.numpy(), this leaves the tensor's storage as it is. It does not keep it alive.
+    Unlike Tensor.numpy(), this does not change the tensor's storage, and does not keep it alive.
     """
     count, size = tensor.numel(), tensor.element_size()
     memory: Any = (ctypes.c_char * (count * size)).from_address(tensor.data_ptr())
