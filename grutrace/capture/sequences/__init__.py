@@ -1,1 +1,1 @@
-"""Which sequence each batch row of a call belongs to."""
+"""Find the sequence that each batch row of a call belongs to."""

@@ -33,7 +33,7 @@ class SequenceAssignment(NamedTuple):
         sequences: (B,) number of each sequence, or of its last segment.
         begun: (B,) whether the sequence starts in this call.
         forks: New sequences that start inside another, or continue another.
-        steps_before: (B,) number of steps of each before this call, in all its segments.
+        steps_before: (B,) number of steps of each sequence before this call, in all segments.
         roots: (B,) number of the first segment of each sequence.
         origins: Marks of the new sequences, if they have one.
     """
@@ -47,34 +47,34 @@ class SequenceAssignment(NamedTuple):
 
 
 class InitialState(IntEnum):
-    """What is known of the states that a call of a series started from."""
+    """The kind of initial states of a call in a series."""
 
     COPIED = 0
     ZEROS = 1
-    #: They are, bit for bit, the states that the call before in the series ended with.
+    #: They equal, bit for bit, the final states of the previous call in the series.
     CHAINED = 2
 
 
 class SeriesStates(Protocol):
-    """The states of n calls of one step, of the same sequences or of others, (B, W) each."""
+    """The states of n calls of one step, (B, W) each. The calls may have different sequences."""
 
     @property
     def final(self) -> Tensor:
-        """(n, B, W) the states that the calls ended with, which no other code can change."""
+        """(n, B, W) the final states of the calls, which no other code can change."""
 
     @property
     def kinds(self) -> Sequence[InitialState]:
-        """(n,) what is known of the states that they started from."""
+        """(n,) the kinds of the calls' initial states."""
 
     def initial(self, call: int) -> Tensor:
-        """Return (B, W), the states that a call started from."""
+        """Return the initial states of a call, (B, W)."""
 
 
 class Commitment:
     """Whether calls that were assigned to sequences are appended to the sink.
 
     Attributes:
-        is_done: Whether they are.
+        is_done: Whether the calls are appended.
     """
 
     def __init__(self, *, is_done: bool = False) -> None:
@@ -86,8 +86,8 @@ class SeriesAssignment:
 
     Attributes:
         begun: (n, B) whether each sequence starts in the call.
-        forks: By index of the call, as in `SequenceAssignment`.
-        origins: Likewise.
+        forks: Forks by index of the call, as in `SequenceAssignment`.
+        origins: Marks by index of the call, as in `SequenceAssignment`.
     """
 
     def __init__(self, size: tuple[int, int]) -> None:
@@ -100,7 +100,7 @@ class SeriesAssignment:
         return len(self._ends)
 
     def add(self, ends: Sequence[CallEnds], *, begun: bool) -> None:
-        """Add calls whose sequences all begin, or all continue those of the call before."""
+        """Add calls whose sequences all start, or all continue those of the previous call."""
         self.begun[len(self._ends) : len(self._ends) + len(ends)] = begun
         self._ends += ends
 
@@ -130,13 +130,14 @@ class PendingAssignment:
     """An assignment that is not committed yet, with the final states of its call.
 
     Attributes:
-        assignment: Its sequences.
-        final: (B, W) the states that it ended with; None if nothing can continue from them.
-        steps: (B,) steps of each sequence after it.
-        offsets: (B,) steps that each had before its segment; None if none had any.
-        names: (B,) of the sequences, None for none; None if none has a name.
-        whole: The call that it continues as a whole, if it does.
-        used: The states that it continues or forks from, otherwise.
+        assignment: The sequences of the call.
+        final: (B, W) the final states of the call; None if no call can continue from them.
+        steps: (B,) number of steps of each sequence after the call.
+        offsets: (B,) number of steps of each sequence before its segment; None if all are 0.
+        names: (B,) the user's name of each sequence, None for a sequence without one; None if no
+            sequence has a name.
+        whole: The call that this call continues as a whole; None if there is none.
+        used: The states that this call continues or forks from, if `whole` is None.
         is_owned: Whether no other code can change `final`.
     """
 
@@ -154,8 +155,8 @@ class AssignmentBuilder:
     """Builds the assignment of a call, row by row.
 
     Args:
-        batch: How many there are, B.
-        count: How many sequences have begun before.
+        batch: Number of rows, B.
+        count: Number of sequences that started earlier.
     """
 
     def __init__(self, batch: int, count: int) -> None:
@@ -169,18 +170,18 @@ class AssignmentBuilder:
         self._names: list[Hashable] = [None] * batch
 
     def begin(self, row: int, mark: str | None = None) -> None:
-        """Begin a sequence."""
+        """Start a sequence."""
         self._sequences[row] = self._roots[row] = self._count
         self._count += 1
         if mark is not None:
             self.mark(row, mark)
 
     def mark(self, row: int, mark: str) -> None:
-        """Mark how a sequence began."""
+        """Mark how a sequence started."""
         self._origins.append(Origin(int(self._sequences[row]), mark))
 
     def continue_from(self, row: int, state: StateRow) -> None:
-        """Continue a sequence from the state that it ended with."""
+        """Continue a sequence from its final state."""
         call, index = state
         self._begun[row] = False
         end = call.end(index)
@@ -190,7 +191,7 @@ class AssignmentBuilder:
         self._used.append(state)
 
     def fork(self, row: int, state: StateRow) -> None:
-        """Begin a sequence inside another one."""
+        """Start a sequence inside another one."""
         self.begin(row)
         self._used.append(state)
         self._add_fork(row, state[0].end(state[1]))
@@ -210,11 +211,11 @@ class AssignmentBuilder:
         self._forks.append(fork)
 
     def is_used(self, state: StateRow) -> bool:
-        """Whether a row goes on from this state already."""
+        """Whether a row already continues from this state."""
         return state in self._used
 
     def finish(self) -> PendingAssignment:
-        """Return what there is."""
+        """Return the assignment of all rows."""
         assignment = SequenceAssignment(
             self._sequences,
             self._begun,

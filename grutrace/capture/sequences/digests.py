@@ -1,4 +1,4 @@
-"""Digests of states and names that were dropped from memory, so that their return is noticed."""
+"""Digests of states and names that were dropped from memory, to recognize them later."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-#: Values of a state that its digest is made of, spread over all units.
+#: Number of values of a state in its digest, spread over all units.
 DIGEST_COLUMNS = 16
 
 #: Odd constants of multiplicative hashing.
@@ -33,19 +33,19 @@ class Digests:
         self._table: Hashes | None = None
 
     def add(self, states: Sequence[Tensor]) -> None:
-        """Note states, (B, W) each."""
+        """Add states, (B, W) each."""
         if states:
             self.add_hashes(_digests(states))
 
     def hold(self, states: Tensor) -> list[bool]:
-        """Whether each of (B, W) states was noted."""
+        """Whether each of (B, W) states was added."""
         if self._table is None:
             return [False] * len(states)
         return self.hold_hashes(_digests([states]))
 
     def add_hashes(self, hashes: Hashes) -> None:
-        """Note (n,) numbers."""
-        # An empty place is 0.
+        """Add (n,) hashes."""
+        # An empty slot is 0.
         hashes = hashes | np.uint64(1)
         if self._table is None:
             table = torch.zeros(1 << self._bits, dtype=torch.int64, device="cpu")
@@ -53,7 +53,7 @@ class Digests:
         self._table[self._slots(hashes)] = hashes
 
     def hold_hashes(self, hashes: Hashes) -> list[bool]:
-        """Whether each of (n,) numbers was noted."""
+        """Whether each of (n,) hashes was added."""
         if self._table is None:
             return [False] * len(hashes)
         hashes = hashes | np.uint64(1)
@@ -65,11 +65,11 @@ class Digests:
 
 
 def _digests(states: Sequence[Tensor]) -> Hashes:
-    """Return a digest of each of several batches of states, end to end."""
+    """Return the digests of the states of several batches, concatenated."""
     stride = max(1, -(-states[0].shape[1] // DIGEST_COLUMNS))
-    # A copy, as float64: that holds every value of any floating-point type.
+    # A copy in float64, which holds every value of any floating-point type.
     columns = torch.cat([tensor[:, ::stride] for tensor in states]).to("cpu", torch.float64)
-    # Adding 0 makes -0 a 0, which it is equal to.
+    # Adding 0 turns -0 into 0, because the two are equal.
     bits = (columns.numpy() + 0.0).view(np.uint64)
     factors = np.arange(1, 1 + bits.shape[1], dtype=np.uint64) * np.uint64(_FACTOR)
     bits = (bits ^ (bits >> np.uint64(29))) * (factors | np.uint64(1))

@@ -16,7 +16,7 @@ from torch import Tensor
 Integers: TypeAlias = npt.NDArray[np.int64]
 Numbers: TypeAlias = npt.NDArray[np.uint64]
 
-# What a call has that has nothing any more.
+# Empty values for calls whose data was freed.
 _NO_KEYS: list[float] = []
 _NO_NUMBERS, _NO_STEPS = np.empty(0, np.uint64), np.empty(0, np.int64)
 _NO_STATES = torch.empty((0, 0))
@@ -26,10 +26,10 @@ class SequenceEnd(NamedTuple):
     """The end of one sequence of a call.
 
     Attributes:
-        sequence: Its number; of a sequence with several segments, the last one's.
-        root: The number that it began under.
-        steps: How many it has so far, in all segments.
-        offset: How many it had before its last segment.
+        sequence: Number of the sequence, or of its last segment.
+        root: Number of its first segment.
+        steps: Number of its steps so far, in all segments.
+        offset: Number of its steps before its last segment.
     """
 
     sequence: int
@@ -42,19 +42,20 @@ class FinalStates:
     """The final states of one call, and the sequences that they belong to.
 
     Attributes:
-        states: (B, W) the states; a copy, once they are remembered.
+        states: (B, W) the states. `StateMemory` replaces them with a copy.
         sequences: (B,) the number of each sequence, or of its last segment.
-        roots: (B,) the number that each sequence began under. The same array as `sequences` where
-            no sequence has several segments.
-        steps: (B,) steps of each sequence so far.
-        offsets: (B,) steps that each had before its last segment; None if none had any.
-        names: The user's name of each sequence, None if it has none; None if none has one.
-        is_open: (B,) whether nothing has continued from the state so far; one answer if it is the
-            same for all.
-        is_dropped: Whether the state is no longer in memory.
-        is_counted: Whether its open states are among those that the memory has counted.
-        ring: Where the states lie; None if in memory of their own.
-        start: At which place there.
+        roots: (B,) number of each sequence's first segment. The same array as `sequences` if no
+            sequence has several segments.
+        steps: (B,) number of steps of each sequence so far.
+        offsets: (B,) number of steps of each sequence before its last segment; None if all are 0.
+        names: The user's name of each sequence, None for a sequence without one; None if no
+            sequence has a name.
+        is_open: (B,) whether no call has continued from the state so far; a single value if it is
+            the same for all.
+        is_dropped: Whether the states are no longer in memory.
+        is_counted: Whether the memory has counted the open states.
+        ring: The ring buffer that holds the states; None if they have memory of their own.
+        start: Position of the states in the ring buffer.
     """
 
     __slots__ = (
@@ -84,7 +85,7 @@ class FinalStates:
         return self._size
 
     def compress(self) -> None:
-        """Keep less of a call that is not the last any more, and began neighbouring sequences."""
+        """Use less memory for an earlier call whose sequences have consecutive numbers."""
         if self.roots is not self.sequences or self.offsets is not None:
             return
         first, steps = int(self.sequences[0]), int(self.steps[0])
@@ -95,7 +96,7 @@ class FinalStates:
             self.sequences, self.roots, self.steps = _NO_NUMBERS, _NO_NUMBERS, _NO_STEPS
 
     def end(self, index: int) -> SequenceEnd:
-        """Where the sequence in a row has ended."""
+        """Return the end of the sequence in a row."""
         if self._range is not None:
             sequences, steps = self._range
             return SequenceEnd(sequences[index], sequences[index], steps, 0)
@@ -118,35 +119,35 @@ class FinalStates:
         self.offsets, self.is_open = None, False
 
     def keys(self, column: int) -> list[float]:
-        """(B,) the value of each state in this column, read once."""
+        """Return the value of each state in this column, (B,). The values are cached."""
         if column != self._column:
             self._column, self._keys = column, self.states[:, column].tolist()
         return self._keys
 
     def open_rows(self) -> list[int]:
-        """The rows that nothing has continued from."""
+        """Return the rows that no call has continued."""
         if isinstance(self.is_open, bool):
             return list(range(len(self))) if self.is_open else []
         indices: list[int] = np.flatnonzero(self.is_open).tolist()
         return indices
 
     def is_open_at(self, index: int) -> bool:
-        """Whether nothing has continued from the state in this row."""
+        """Whether no call has continued from the state in this row."""
         return self.is_open if isinstance(self.is_open, bool) else bool(self.is_open[index])
 
     def close_row(self, index: int) -> None:
-        """Note that the state in this row was continued from."""
+        """Mark the state in this row as continued."""
         if isinstance(self.is_open, bool):
             self.is_open = np.full(len(self), self.is_open)
         self.is_open[index] = False
 
     def close(self) -> None:
-        """Note that all were continued from. What can be had again is not kept."""
+        """Mark all states as continued, and free the cached keys."""
         self.is_open, self._column, self._keys = False, -1, _NO_KEYS
 
 
 class CallEnds(NamedTuple):
-    """Where the sequences of a call have ended, as in `FinalStates`, (B,) each."""
+    """The ends of a call's sequences, (B,) each; see `FinalStates`."""
 
     sequences: Numbers
     roots: Numbers
@@ -155,12 +156,12 @@ class CallEnds(NamedTuple):
 
 
 class FinalStatesBlock:
-    """The final states of several calls in a row, as one until a state is looked up among them.
+    """The final states of consecutive calls, kept together until one of the states is looked up.
 
     Args:
         states: (n, B, W) the states.
-        ends: (n,) where the sequences of each call have ended.
-        is_open: Whether nothing has continued from them so far.
+        ends: (n,) the ends of each call's sequences.
+        is_open: Whether no call has continued from the states so far.
     """
 
     __slots__ = (
@@ -178,7 +179,7 @@ class FinalStatesBlock:
         return self.states.shape[0] * self.states.shape[1]
 
     def calls(self) -> list[FinalStates]:
-        """Return the calls that are still where the block is."""
+        """Return the calls that are still in the block's memory."""
         if self._calls is None:
             self._calls = []
             for states, ends in zip(self.states, self._ends, strict=True):
@@ -191,7 +192,7 @@ class FinalStatesBlock:
 
     @property
     def is_split(self) -> bool:
-        """Whether the calls have been asked for: they are what counts from then on."""
+        """Whether `calls` was called. From then on, the single calls replace the block."""
         return self._calls is not None
 
     def drop(self) -> None:
@@ -200,5 +201,5 @@ class FinalStatesBlock:
         self.states = _NO_STATES
 
 
-#: A state: the call that it came out of, and its row there.
+#: A state: the call that ended with it, and its row in that call.
 StateRow: TypeAlias = tuple[FinalStates, int]

@@ -22,9 +22,10 @@ class NamedEnd(NamedTuple):
     """The end of a named sequence.
 
     Attributes:
-        call: The call that ended there. Its state may be dropped: the sequence goes on even so.
-        row: Its row in that call.
-        end: Its numbers.
+        call: The last call of the sequence. Its states may be dropped; the sequence can still be
+            continued.
+        row: The row of the sequence in that call.
+        end: The end of the sequence.
     """
 
     call: FinalStates
@@ -36,25 +37,25 @@ class NamedSequences:
     """The ends of the named sequences.
 
     Args:
-        limit: Bytes that it may take.
+        limit: Maximum bytes.
     """
 
     def __init__(self, limit: int) -> None:
         self._most = max(1, int(limit * 7 / 8) // NAME_BYTES)
         self._dropped = Digests(int(limit / 8))
-        # Ordered by when they were last used.
+        # The least recently used name is first.
         self._ends: OrderedDict[Hashable, NamedEnd] = OrderedDict()
 
     def get(self, name: Hashable) -> NamedEnd | None:
-        """Where a sequence has ended; None if it has not begun."""
+        """Return the end of a sequence; None if it is unknown."""
         return self._ends.get(name)
 
     def was_dropped(self, name: Hashable) -> bool:
-        """Whether it has begun, and was dropped."""
+        """Whether the sequence was known and then dropped."""
         return self._dropped.hold_hashes(_hashes([name]))[0]
 
     def add(self, call: FinalStates) -> None:
-        """Note where the named sequences of a call have ended."""
+        """Add the ends of the named sequences of a call."""
         for index, name in enumerate(call.names or ()):
             if name is not None:
                 self._ends[name] = NamedEnd(call, index, call.end(index))
@@ -65,7 +66,7 @@ class NamedSequences:
             self._dropped.add_hashes(_hashes(names))
 
     def sequences(self) -> set[int]:
-        """The numbers of their last segments."""
+        """Return the numbers of the last segments of all named sequences."""
         return {named.end.sequence for named in self._ends.values()}
 
 
@@ -74,7 +75,7 @@ def _hashes(names: Sequence[Hashable]) -> npt.NDArray[np.uint64]:
 
 
 def same_as_ended(initial: Tensor | None, ends: Sequence[NamedEnd | None]) -> list[bool]:
-    """Whether each row of (B, W) states is the state that its sequence ended with."""
+    """Whether each row of (B, W) states equals the final state of its sequence."""
     same = [False] * len(ends)
     if initial is None:
         return same

@@ -1,4 +1,4 @@
-"""Memory of a fixed size for the states of calls, where the oldest make room for the newest."""
+"""Memory of a fixed size for the states of calls. New states replace the oldest."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from grutrace.capture.sequences.final_states import FinalStates, FinalStatesBloc
 #: Estimated Python overhead of each call, and of each of its states. Bytes.
 CALL_OVERHEAD, ROW_OVERHEAD = 1024, 256
 
-#: The part of a ring buffer's bytes that a block of calls may take, at least.
+#: Minimum fraction of a ring buffer's bytes that a block of calls may take.
 MIN_BLOCK_FRACTION = 1 / 4
 
 
 class RingBuffer:
-    """Memory of a fixed size that calls' states lie in, one call after another.
+    """Memory of a fixed size for the states of calls, one call after another.
 
-    Allocated one by one, between what the model allocates and frees, states would fragment the heap
-    by much more than they take themselves.
+    Separate allocations, between those of the model, would fragment the heap by much more than the
+    size of the states.
 
     Args:
-        limit: Bytes, with what is estimated beside the states.
-        freed: The part of them that is freed at once.
-        drop: Is told of calls that have to go, while their states are still there.
+        limit: Maximum bytes, with the estimated overhead of Python objects.
+        freed: Fraction of the bytes that is freed at a time.
+        drop: Called with the calls that are about to be overwritten.
     """
 
     def __init__(
@@ -39,26 +39,29 @@ class RingBuffer:
         self._limit, self._freed, self._drop = limit, freed, drop
         self._room: Tensor | None = None
         self._next = 0
-        # Where each begins, and the call. One that was moved since lies elsewhere by now.
+        # The position of each call, and the call. A call may have moved to other memory since.
         self._calls: deque[tuple[int, FinalStates | FinalStatesBlock]] = deque()
 
     def __iter__(self) -> Iterator[FinalStates]:
-        """All calls that lie here, the oldest first."""
+        """Iterate over all calls in this memory, the oldest first."""
         for start, call in self._calls:
             if self._has(start, call):
                 yield from call.calls() if isinstance(call, FinalStatesBlock) else (call,)
 
     def calls_per_block(self, states: Tensor) -> int:
-        """Return how many calls with states like these, (B, W), may be put here as one block."""
+        """Return how many calls with states like these, (B, W), one block may contain."""
         overhead = ROW_OVERHEAD * states.shape[0] + CALL_OVERHEAD
         return int(self._limit * max(self._freed, MIN_BLOCK_FRACTION)) // (states.nbytes + overhead)
 
     def put(self, call: FinalStates | FinalStatesBlock, states: Tensor) -> bool:
-        """Copy the states of a call to here, where the oldest make room; whether they fit at all.
+        """Copy the states of a call into this memory, in place of the oldest calls.
 
         Args:
             call: The call, or a block of calls.
-            states: (B, W) its states, which do not lie here; (n, B, W) of a block.
+            states: (B, W) its states, which are in other memory; (n, B, W) of a block.
+
+        Returns:
+            Whether the states are small enough.
         """
         calls = len(states) if isinstance(call, FinalStatesBlock) else 1
         overhead = ROW_OVERHEAD * len(call) + CALL_OVERHEAD * calls
@@ -70,7 +73,7 @@ class RingBuffer:
         if room is None or room.dtype is not states.dtype or room.device != states.device:
             self._next = 0
             self._clear(math.inf)
-            # It is written to in any mode that the model is called in.
+            # An inference tensor could not be written to outside inference_mode.
             with torch.inference_mode(False):
                 room = torch.empty(capacity, dtype=states.dtype, device=states.device)
             self._room = room
@@ -78,7 +81,7 @@ class RingBuffer:
             self._clear(math.inf)
             self._next = 0
         if self._calls and self._next <= self._calls[0][0] < self._next + size:
-            # Some more at once: it costs less than one by one.
+            # Free more than needed: freeing many calls together costs less.
             self._clear(self._next + max(size, capacity * self._freed))
         call.ring, call.start = self, self._next
         strides = (states[0].numel(), states.shape[-1], 1)[-states.dim() :]
@@ -89,7 +92,7 @@ class RingBuffer:
         return True
 
     def _clear(self, stop: float) -> None:
-        """Have the oldest calls go that lie from the present place to this one."""
+        """Drop the oldest calls, between the current position and this one."""
         dropped = []
         while self._calls and self._next <= self._calls[0][0] < stop:
             start, call = self._calls.popleft()

@@ -20,24 +20,23 @@ from grutrace.capture.sequences.final_states import (
 )
 from grutrace.capture.sequences.ring_buffer import RingBuffer
 
-#: Where the bytes are used up, so much of them is freed at once: of states that something is still
-#: to continue from, and of others, which a decoder leaves behind with each step.
+#: Fraction of the memory that is freed at a time when it is full: of the memory for states that
+#: wait to be continued, and of the memory for continued states.
 WAITING_FREE_FRACTION, RECENT_FREE_FRACTION = 1 / 8, 1 / 2
 
-#: The part of the bytes that states may take which something has continued from: a decoder leaves
-#: them behind with each step, and they are needed only if a sequence is to fork there. The smaller,
-#: the more of what is written to is in the processor's cache.
+#: Fraction of the memory for continued states. A decoder leaves such states behind with each step,
+#: and they are needed only for forks. A small fraction stays in the processor's cache.
 RECENT_FRACTION = 1 / 10
 
-#: The part of the bytes that holds digests of the states that were dropped.
+#: Fraction of the memory for digests of dropped states.
 DIGEST_FRACTION = 1 / 8
 
-#: Of so many states, at least, it is asked whether the column of their keys tells them apart: it
-#: does not where a key is that of so many states, as of a unit that never changes.
+#: The column of keys is checked once there are this many states. Another column is chosen if a key
+#: has more than this many states on average, for example because the unit never changes.
 MIN_STATES_TO_CHECK, MAX_SHARED_KEYS = 256, 8
 
-#: Of so many calls the states with one key are compared: those that something may go on from, and
-#: others. A network that has come to rest has one state for ever.
+#: Maximum number of calls whose states with the same key are compared: of open states, and of
+#: continued states. A network at a fixed point repeats the same state.
 MAX_OPEN_CANDIDATES, MAX_CLOSED_CANDIDATES = 64, 8
 
 
@@ -45,12 +44,11 @@ class StateMemory:
     """Remembers the final states of calls.
 
     A state is looked up by its value in one column. The states of the last call are always
-    remembered. Others are dropped, the oldest first, when newer ones need their room: on one side
-    those that were all continued from, on the other those of which some were not when another call
-    came.
+    remembered. Older states are dropped, the oldest first, when newer states need the memory. Calls
+    whose states were all continued share one part of the memory, all other calls the other part.
 
     Args:
-        limit: Bytes that may be remembered.
+        limit: Maximum bytes.
 
     Attributes:
         last: The last call; None before the first.
@@ -64,16 +62,16 @@ class StateMemory:
         self._digests = Digests(int(limit * DIGEST_FRACTION))
         self.last: FinalStates | None = None
         self._rows = 0
-        # What `is_only` and `find` have not looked at yet: most calls are never looked for.
+        # Calls that `is_only` and `find` have not processed yet. Most calls are never looked up.
         self._uncounted: list[FinalStates | FinalStatesBlock] = []
         self._unindexed: list[FinalStates | FinalStatesBlock] = []
-        # How many open states of other calls than the last have a key.
+        # For each key, the number of open states with it in all calls but the last.
         self._open_keys: dict[float, int] = {}
         self._index: dict[float, StateRow | list[StateRow]] = {}
         self._indexed, self._column, self._retry = 0, 0, MIN_STATES_TO_CHECK
 
     def __iter__(self) -> Iterator[FinalStates]:
-        """All calls that are remembered."""
+        """Iterate over all remembered calls."""
         yield from self._recent
         yield from self._waiting
         if self.last is not None and self.last.ring is None:
@@ -96,14 +94,14 @@ class StateMemory:
         self._rows += len(call)
 
     def add_run(self, states: Tensor, ends: Sequence[CallEnds], *, are_open: bool) -> None:
-        """Remember several calls in a row, of which the last becomes the last.
+        """Remember several consecutive calls. The last of them becomes the last call.
 
         The same as `add` for each call and, if the next call continues it, `close`.
 
         Args:
             states: (n, B, W) their states, which no other code can change.
-            ends: (n,) where their sequences have ended.
-            are_open: Whether no call continues the one before it.
+            ends: (n,) the ends of their sequences.
+            are_open: Whether no call continues the previous one.
         """
         ring = self._waiting if are_open else self._recent
         size, others = ring.calls_per_block(states[0]), len(states) - 1
@@ -119,7 +117,7 @@ class StateMemory:
             self._displace(before)
         first = 0
         if not are_open and others > size:
-            # The next ones would displace these at once.
+            # The next calls would replace these immediately.
             first = others - size
             self._digests.add([states[:first].flatten(0, 1)])
         for start in range(first, others, size):
@@ -134,10 +132,7 @@ class StateMemory:
         self._rows += len(self.last)
 
     def _displace(self, call: FinalStates) -> None:
-        """Move the last call to where it waits, or to where it is soon dropped.
-
-        It waits if something is still to continue from it.
-        """
+        """Move the last call to the memory for open or for continued states."""
         if call.is_open is True or call.open_rows():
             call.compress()
             if self._waiting.put(call, call.states):
@@ -150,11 +145,11 @@ class StateMemory:
             self._drop([call])
 
     def close(self, call: FinalStates) -> None:
-        """Note that every state of the last call was continued from."""
+        """Mark every state of the last call as continued."""
         call.close()
 
     def close_rows(self, rows: Iterable[StateRow]) -> None:
-        """Note that these states were continued or forked from."""
+        """Mark these states as continued or forked."""
         forked = dict[FinalStates, None]()
         for call, index in rows:
             if call.is_open_at(index):
@@ -164,7 +159,7 @@ class StateMemory:
             elif call is not self.last:
                 forked[call] = None
         for call in forked:
-            # There may be more forks from there: it is as good as new.
+            # More forks may follow, so the call counts as new.
             ring = self._waiting if call.ring is self._waiting else self._recent
             if call.ring is not None:
                 call.ring = None
@@ -172,14 +167,15 @@ class StateMemory:
                 ring.put(call, states)
 
     def is_only(self, call: FinalStates) -> bool:
-        """Whether no open state of another call may equal one of the last call, nor is any zero.
+        """Whether surely no open state of another call equals a state of the last call.
 
-        It may be so even if the answer is no.
+        False if one of the states is zero. The result may also be False if no states are equal,
+        because only the keys are compared.
         """
         return self._are_only(call.keys(self._column), call.states)
 
     def are_only(self, states: Tensor) -> bool:
-        """Return the same of several calls in a row, (n, B, W), which continue one another."""
+        """Return the same for consecutive calls, (n, B, W). Each continues the previous one."""
         return self._are_only(states[..., self._column].flatten().tolist(), states)
 
     def _are_only(self, keys: list[float], states: Tensor) -> bool:
@@ -215,7 +211,7 @@ class StateMemory:
         return self._digests.hold(states)
 
     def sequences(self) -> set[int]:
-        """The numbers of all sequences of which a state is remembered."""
+        """Return the numbers of all sequences with a remembered state."""
         return {number for call in self for number in call.numbers()}
 
     def _drop(self, calls: list[FinalStates | FinalStatesBlock]) -> None:
@@ -235,7 +231,7 @@ class StateMemory:
         for call in _parts(counted):
             call.is_counted = True
             for key in self._open_keys_of(call):
-                # A state with NaN equals nothing, and NaN would never be found again.
+                # NaN is not equal to itself, so it would never be found.
                 if key == key:
                     self._open_keys[key] = self._open_keys.get(key, 0) + 1
 
@@ -257,7 +253,7 @@ class StateMemory:
 
     def _index_all(self) -> None:
         if self._indexed > 2 * self._rows + MIN_STATES_TO_CHECK:
-            # Half of the entries are of calls that were dropped since.
+            # Half of the entries belong to dropped calls.
             self._start_index()
         unindexed = [
             call
@@ -285,7 +281,7 @@ class StateMemory:
         self._index, self._indexed, self._unindexed = {}, 0, list(self)
 
     def _choose_column(self) -> None:
-        """Look states up by the column that tells most of them apart."""
+        """Choose the column with the most distinct values for looking up states."""
         first_calls = list(islice(self, MIN_STATES_TO_CHECK))
         values = torch.cat([call.states[:MIN_STATES_TO_CHECK].cpu() for call in first_calls])
         values = values[:MIN_STATES_TO_CHECK]
@@ -304,14 +300,14 @@ class StateMemory:
 def _parts(
     call: FinalStates | FinalStatesBlock,
 ) -> Sequence[FinalStates | FinalStatesBlock]:
-    """Return what is counted on its own: the calls of a block that was split."""
+    """Return the calls of a block that was split, or the call or block itself."""
     if isinstance(call, FinalStatesBlock) and call.is_split:
         return call.calls()
     return (call,)
 
 
 def _latest(rows: list[StateRow]) -> list[StateRow]:
-    """Return those of the latest calls, the latest last."""
+    """Return the rows of the latest calls, the latest last."""
     calls = {True: dict[FinalStates, None](), False: dict[FinalStates, None]()}
     rows_of_calls = []
     for call, index in reversed(rows):
@@ -328,7 +324,7 @@ def _latest(rows: list[StateRow]) -> list[StateRow]:
 
 
 def equal_rows(a: Tensor, rows: list[int], b: Tensor, indices: list[int]) -> list[bool]:
-    """Whether row ``rows[i]`` of (B, W) a is row ``places[i]`` of (C, W) b, for each i."""
+    """Whether row ``rows[i]`` of (B, W) a equals row ``indices[i]`` of (C, W) b, for each i."""
     if not _same_type(a, b):
         return [False] * len(rows)
     equal: list[bool] = (a[rows] == b[indices]).all(1).tolist()

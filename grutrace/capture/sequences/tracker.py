@@ -58,7 +58,7 @@ Result = TypeVar("Result")
 
 
 class SequenceTracker:
-    """Assigns the calls of one module to sequences. For one thread at a time.
+    """Assigns the calls of one module to sequences. Only one thread may use it at a time.
 
     Args:
         memory: Maximum bytes of remembered states and names.
@@ -68,7 +68,7 @@ class SequenceTracker:
         self._bytes = memory
         self._count = 0
         self._next: PendingAssignment | None = None
-        # What the count becomes if the call that is being appended is. It is not remembered yet.
+        # The next count, and the commitment of the call that is being appended.
         self._appending: tuple[int, Commitment] | None = None
         # The count before a series whose calls may not be appended yet.
         self._unsettled: tuple[int, Commitment] | None = None
@@ -90,11 +90,11 @@ class SequenceTracker:
         """Assign a call to sequences. The assignment takes effect with `commit`.
 
         Args:
-            initial: (B, W) what each sequence started from; None if the call was given no states,
-                or can continue nothing.
-            final: (B, W) what each ended with; None if nothing can continue it.
-            lengths: (B,) steps of each.
-            names: (B,) the user's names, no two equal; None to go by the states.
+            initial: (B, W) the initial states; None if the call got no states, or cannot continue
+                a sequence.
+            final: (B, W) the final states; None if no call can continue them.
+            lengths: (B,) number of steps of each sequence.
+            names: (B,) the user's names, all different; None to identify sequences by states.
             is_owned: Whether no other code can change these states.
         """
         self._settle()
@@ -131,7 +131,7 @@ class SequenceTracker:
         if self._unsettled is not None:
             count, commitment = self._unsettled
             if not commitment.is_done:
-                # The series was never appended. Its numbers are not used up.
+                # The series was never appended, so its numbers are free.
                 self._count = count
                 self._forget()
             self._unsettled = None
@@ -148,8 +148,8 @@ class SequenceTracker:
 
         Args:
             states: Their states.
-            commitment: Says later whether the calls are appended. If they are not when the next
-                call is assigned, their numbers are not used up.
+            commitment: Marked as done once the calls are appended. If it is not done when the next
+                call is assigned, the numbers of these calls are used again.
         """
         self._settle()
         final, kinds = states.final, states.kinds
@@ -176,7 +176,7 @@ class SequenceTracker:
         return series
 
     def _is_plain(self, states: Tensor) -> bool:
-        """Whether n - 1 calls continue the call before each as a whole, and nothing else.
+        """Whether each of n - 1 calls continues exactly the whole previous call.
 
         Args:
             states: (n, B, W) the final states of the n calls.
@@ -184,7 +184,7 @@ class SequenceTracker:
         last = self._memory.last
         if last is None or last.names is not None:
             return False
-        # NaN is equal to nothing, and no sequence continues from it.
+        # NaN is not equal to NaN, so no sequence continues from it.
         return not math.isnan(states.sum().item()) and self._memory.are_only(states[:-1])
 
     def _begin_run(self, final: Tensor) -> list[CallEnds]:
@@ -212,8 +212,8 @@ class SequenceTracker:
 
         Args:
             append: Appends the call.
-            commitment: Says whether the call is appended, even if an interruption follows. If it
-                is not, the numbers of the call are not used up.
+            commitment: Marked as done once the call is appended, even if an interruption follows.
+                If it is not done, the numbers of the call are used again.
 
         Returns:
             The result of `append`.
@@ -240,7 +240,7 @@ class SequenceTracker:
             return
         final = accepted.final
         call = FinalStates(
-            # It may be remembered long, so without a graph.
+            # The states may be remembered for long, so their graph is dropped.
             final.detach() if final.requires_grad else final,
             assignment.sequences,
             assignment.roots,
@@ -310,10 +310,10 @@ class SequenceTracker:
     @staticmethod
     def _fork_from_earlier(rows: AssignmentBuilder, row: int, states: Sequence[StateRow]) -> None:
         if len({call for call, _ in states}) == 1:
-            # Equal rows of one batch, as of a prompt that is repeated: each from its own.
+            # Equal rows of one batch, as for a repeated prompt: each forks from its own row.
             rows.fork(row, next((state for state in states if state[1] == row), states[0]))
         elif len({call.end(index).sequence for call, index in states}) == 1:
-            # A state that does not change any more.
+            # The state of one sequence repeats: fork at its latest step.
             rows.fork(row, max(states, key=lambda state: state[0].end(state[1]).steps))
         else:
             rows.begin(row, "ambiguous")
@@ -339,9 +339,10 @@ class SequenceTracker:
     def _first_states(
         self, initial: Tensor | None, ends: Sequence[NamedEnd | None]
     ) -> dict[int, StateRow | None]:
-        """The remembered state, if it is one alone, that each sequence of a new name starts from.
+        """Return the remembered initial state of each sequence with a new name, by row.
 
-        Rows that start from nothing but zeros, or from what is not remembered, are left out.
+        The state is None if several remembered states are equal to it. Rows whose initial state is
+        all zeros or not remembered are left out.
         """
         new = [row for row, end in enumerate(ends) if end is None]
         if initial is None or not new or self._memory.last is None:
@@ -357,7 +358,7 @@ class SequenceTracker:
     def _begin_new_name(
         self, rows: AssignmentBuilder, row: int, name: Hashable, state: StateRow | None
     ) -> None:
-        """A new name goes on where a sequence without one has ended, or forks, or begins."""
+        """Let a new name continue a sequence without a name, fork a sequence, or start one."""
         if self._names.was_dropped(name):
             rows.begin(row, "dropped")
         elif state is None:
@@ -372,7 +373,7 @@ class SequenceTracker:
 
 
 def _all_zero(states: Tensor, is_owned: bool) -> bool:
-    # NumPy asks in a third of the time; of a user's tensor it would make the storage unresizable.
+    # NumPy takes a third of the time, but would make the storage of a user's tensor unresizable.
     if is_owned and states.device.type == "cpu" and states.dtype is not torch.bfloat16:
         return not states.numpy().any()
     return not states.any()
