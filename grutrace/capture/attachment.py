@@ -90,8 +90,8 @@ class Attachment:
     def stop(self) -> None:
         """Remove all subscriptions. Stopping twice does nothing.
 
-        The caller holds `lock`, except when the owner is gone: nothing else uses the attachment
-        then, and waiting for a lock while garbage is collected could block for ever.
+        The caller must hold `lock`, unless the owner was garbage-collected. Then no other code uses
+        the attachment, and waiting for a lock during garbage collection could deadlock.
         """
         self._watch.stop()
         while self._subscriptions:

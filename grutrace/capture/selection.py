@@ -1,9 +1,9 @@
 """Find the GRUs of a model, name their sites, and select the sites to record.
 
-`defer_gates` describes what to store if gates are computed on reading. A gate follows from the
-weights, the layer's input and the state before the step. The states of all layers are stored. The
-input of a layer above the first equals the states of the layer below, so it is stored only if they
-differ: if dropout may be applied between, or if a direction of the layer below is not recorded.
+`defer_gates` selects the quantities to store if gates are computed on reading. A gate is a function
+of the weights, the layer's input and the state before the step. The states of all layers are
+stored. The input of a layer above the first equals the states of the layer below. So it is stored
+only if the two may differ because of dropout, or if a direction of the layer below is not recorded.
 """
 
 from __future__ import annotations

@@ -219,7 +219,7 @@ def make_copies(
     layout: CallShape,
     dtype: torch.dtype,
 ) -> GateCopies:
-    """Return what copies the gates of a call.
+    """Return an object that copies the gates of a call.
 
     Args:
         buffers: Memory for each direction, in the order of execution.

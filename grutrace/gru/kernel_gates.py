@@ -39,8 +39,8 @@ Result = TypeVar("Result")
 #: docs/performance.md has the measurements behind these constants.
 OPERATIONS_PER_SECOND = 110e9
 
-#: Cost of a replay besides the products, per element of a gate, and of reading a weight, once per
-#: call. Seconds.
+#: Cost of a replay without the products, per element of a gate, and cost of reading a weight, once
+#: per call. Seconds.
 ELEMENT_REPLAY_COST, WEIGHT_REPLAY_COST = 1.7e-9, 250e-12
 
 
@@ -216,7 +216,7 @@ def is_cheaper(
     replay_cost = num_steps * (product_cost + ELEMENT_REPLAY_COST * batch * replayed_units)
     if request.max_cost_ratio < 1:
         if num_steps == 1:
-            # Alike calls of one step wait as a series, which costs less than copying their gates.
+            # Similar calls of one step wait as a series, which costs less than copying their gates.
             return False
         # In the background, weights are read once for many calls.
         replay_cost *= request.max_cost_ratio

@@ -286,7 +286,8 @@ class PackedLayout:
     """
 
     def __init__(self, batch_sizes: Tensor, sorted_indices: Tensor | None) -> None:
-        # Through a list: a NumPy view would make the storage of the tensor unresizable for good.
+        # Converted to a list, because a NumPy view would make the tensor's storage permanently
+        # unresizable.
         self._batch_sizes: Integers = np.array(batch_sizes.tolist(), np.int64)
         batch = int(self._batch_sizes[0])
         self._user_indices = np.arange(batch)

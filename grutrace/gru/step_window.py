@@ -1,4 +1,4 @@
-"""Some steps of a call, as a shorter call of its own.
+"""A window: some steps of a call, in the form of a shorter call.
 
 A window has one range of steps of each sequence. These steps are a valid, shorter call, because
 the state before them is known: it is a state of the call, or its initial state.

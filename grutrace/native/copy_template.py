@@ -1,4 +1,4 @@
-"""Where the gates of every call of one shape are copied from and to.
+"""Source and target addresses of the gate copies, for all calls of one shape.
 
 T steps, H hidden size, U units that are copied.
 """
@@ -16,12 +16,12 @@ from grutrace.records import Array
 
 
 class GateStrides(NamedTuple):
-    """Where a gate of a step is in the kernel's memory, in elements.
+    """The memory layout of a step's gate in the kernel's memory, in elements.
 
     Attributes:
-        row: From one row to the next.
-        unit: From one unit to the next.
-        offset: The first unit.
+        row: Stride from one row to the next.
+        unit: Stride from one unit to the next.
+        offset: Offset of the first unit.
     """
 
     row: int
@@ -30,14 +30,14 @@ class GateStrides(NamedTuple):
 
 
 class CopyTemplate(NamedTuple):
-    """The copies of every call of one shape.
+    """The gate copies of all calls of one shape.
 
     Attributes:
         product: The copies of reset and update, direction by direction. The target of each is the
             offset from its gate's first element, in bytes.
-        candidate: Those of the candidate.
+        candidate: The copies of the candidate, likewise.
         rows: Number of rows of each step of all directions, in the order of execution.
-        arrays: What the copies refer to by address.
+        arrays: Arrays that the copies refer to by address.
     """
 
     product: ctypes.Array[GateCopy]
@@ -62,8 +62,8 @@ def make_template(
         rows: (T,) number of sequences at each time.
         padded: Whether all sequences have all times.
         hidden_size: H
-        product: Of each copy of reset or update: U, and the strides in the kernel's memory.
-        candidate: Likewise.
+        product: For each copy of reset or update: U, and the strides in the kernel's memory.
+        candidate: The same for the candidate.
         directions: For each direction, in the order of execution, whether it is the reverse one.
         itemsize: Bytes of an element.
     """
@@ -99,7 +99,7 @@ def make_template(
                 )
         return (GateCopy * len(copies))(*copies)
 
-    # A step's product is given by the address of its last third.
+    # The address of a step's product points to its last third.
     return CopyTemplate(
         copies(product, 2 * hidden_size),
         copies(candidate, 0),

@@ -1,4 +1,4 @@
-/* Loops over the bytes of a call: copy the kernel's gates, prove them, count them.
+/* Loops over the bytes of a call: copy the kernel's gates, check them, count them.
  *
  * Plain C without headers of Python or torch. The functions are called by address (see library.py),
  * so one library serves every version of Python. `kernels_simd.h` is compiled once per instruction
@@ -35,76 +35,78 @@ typedef struct {
     int64_t shares, moments;
 } count_options;
 
-/* Where one gate is in the kernel's memory, and where it goes. Lengths are in elements. */
+/* The source and the target of one gate copy. Lengths are in elements. */
 typedef struct {
-    /* In the kernel's memory: from one row to the next; first unit, from the address that a step is
-     * given; from one unit to the next; number of units; bytes of an element. */
+    /* In the kernel's memory: stride from one row to the next; offset of the first unit from the
+     * address of the step; stride from one unit to the next; number of units; bytes of an element. */
     int64_t row_stride, offset, unit_step, units, itemsize;
-    /* In the copy: the first row of the first step; from one row of a step to the next. */
+    /* In the copy: the first row of the first step; stride from one row of a step to the next. */
     char *target;
     int64_t target_row_stride;
-    /* From one step to the next. Of a packed batch, the offset of each step instead. */
+    /* Stride from one step to the next. A packed batch has an offset for each step instead. */
     int64_t target_step_stride;
     const int64_t *target_offsets;
 } gate_copy;
 
-/* The copies of a call. Of each direction, in the order of execution, there are `product_count` and
- * `candidate_count` copies. */
+/* The copies of a call. Each direction, in the order of execution, has `product_count` copies of reset
+ * and update and `candidate_count` copies of the candidate. */
 typedef struct {
     const gate_copy *product, *candidate;
     int64_t product_count, candidate_count;
     /* Number of rows of each step of a direction. */
     const int64_t *rows;
     int64_t steps;
-    /* Number of steps that have begun, of all directions. */
+    /* Number of steps that have started, in all directions. */
     int64_t step;
-    /* The sum of the step before, which the kernel has replaced by the candidate by now. */
+    /* Address of the previous step's sum. The kernel has replaced this sum by the candidate. */
     const char *sum;
 } copy_plan;
 
-/* Steps whose gates are worked out from their products: `steps` by `batch` rows. */
+/* Steps whose gates are computed from their products: `steps` by `batch` rows. */
 typedef struct {
-    /* (steps, batch, 3 * units): of the input, and of the state before. Reset, update, candidate. */
+    /* (steps, batch, 3 * units): the products of the input and of the previous state, each for reset,
+     * update and candidate. */
     const float *input, *product;
     /* The states before and after, with their strides over steps and batch in elements. */
     const float *previous, *states;
     int64_t previous_strides[2], state_strides[2];
-    /* Reset, update and candidate are written here; NULL for one that is not wanted. */
+    /* Memory for reset, update and candidate; NULL for a gate that is not requested. */
     float *gates[3];
     int64_t gate_strides[2];
     int64_t steps, batch, units;
-    /* Rows that have a check together: 0 all, 1 those of a step, 2 each on its own. */
+    /* Rows that share a check: 0 all rows, 1 the rows of a step, 2 each row separately. */
     int64_t grouping;
-    /* (groups, 3): the largest difference of the states that the gates lead to, NaN if a value is not
-     * finite; the largest element of the products; of the recurrent product of the candidate. */
+    /* (groups, 3): the largest difference between the states and the states computed from the gates,
+     * NaN if a value is not finite; the largest element of the products; the largest element of the
+     * recurrent product of the candidate. */
     double *checks;
 } replay_block;
 
-/* Steps of a layer whose gates are held at some units: memory that they use again. */
+/* Memory that is reused by the steps of a layer whose gates are held at some units. */
 typedef struct {
-    /* (batch, 3 * units): the product of the state before, which reset, update and candidate replace. */
+    /* (batch, 3 * units): the product of the previous state. Reset, update and candidate replace it. */
     float *product;
-    /* (batch, units): the state before, which the state after replaces. */
+    /* (batch, units): the previous state. The new state replaces it. */
     float *state;
-    /* Of reset, update, candidate and state, (units,): all bits are set where it is held, and the value.
-     * NULL for one that is not held. */
+    /* For reset, update, candidate and state, (units,): a mask with all bits set for held units, and
+     * the values. NULL for a quantity that is not held. */
     const int32_t *masks[4];
     const float *values[4];
     int64_t batch, units;
 } held_step;
 
-/* Memory for alike calls of one step, one after another. Sizes are in bytes. */
+/* Memory for similar calls of one step, one after another. Sizes are in bytes. */
 typedef struct {
-    /* Of each call, (batch, its width): the input, the states before and after, and reset, update and
-     * candidate. A gate that is not wanted is NULL; update and candidate are wanted together. */
+    /* For each call, (batch, width): the input, the states before and after, and reset, update and
+     * candidate. A gate that is not requested is NULL; update and candidate are requested together. */
     char *input, *initial, *final, *gates[3];
     int64_t input_size, state_size, batch, units, itemsize;
-    /* Of each call, the largest difference of the states that the gates lead to; NaN if a value is not
-     * finite. */
+    /* For each call, the largest difference between the states and the states computed from the gates;
+     * NaN if a value is not finite. */
     double *residuals;
 } call_series;
 
-/* What a call of a series started from: memory of its own, zeros, the final states of the call before;
+/* The kind of a call's initial states: copied, zeros, or the final states of the previous call. See
  * grutrace.capture.sequences.assignment.InitialState. */
 enum { OWN_STATE = 0, ZERO_STATE = 1, CHAINED_STATE = 2 };
 
@@ -156,8 +158,8 @@ typedef struct {
 
 static const function_table *functions = &table_portable;
 
-/* Choose an instruction set by its name; NULL for the best that this processor has. Returns the name
- * of the one in use, or NULL if this processor or this build lacks the one that was asked for. */
+/* Choose an instruction set by its name; NULL for the best one of this processor. Returns the name of
+ * the chosen instruction set, or NULL if this processor or this build lacks the requested one. */
 EXPORT const char *grutrace_select(const char *name) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
@@ -174,7 +176,7 @@ EXPORT const char *grutrace_select(const char *name) {
     }
 #endif
 #if defined(__aarch64__)
-    /* Every processor of this kind has it, so the compiler uses it without being asked. */
+    /* Every processor of this kind has it, so the compiler always uses it. */
     const char *common = "neon";
 #else
     const char *common = "portable";
@@ -207,8 +209,8 @@ static void copy_gates(const gate_copy *copies, int64_t count, const char *sourc
     }
 }
 
-/* Copy the candidate of the step before, and reset and update of this one. `product` is NULL after the
- * last step. */
+/* Copy the candidate of the previous step, and reset and update of this step. `product` is NULL after
+ * the last step. */
 EXPORT void grutrace_copy_step(copy_plan *plan, const char *product, const char *sum) {
     if (plan->sum != NULL) {
         int64_t direction = (plan->step - 1) / plan->steps, step = (plan->step - 1) % plan->steps;
@@ -230,8 +232,8 @@ EXPORT void grutrace_copy_step(copy_plan *plan, const char *product, const char 
 #endif
 }
 
-/* Copy the states of a padded call to the rows of a trace, if `rows` is not NULL, and return the
- * largest difference from the states that the gates lead to; NaN if a value is not finite.
+/* Copy the states of a padded call to the rows of a trace, if `rows` is not NULL. Return the largest
+ * difference from the states computed from the gates; NaN if a value is not finite.
  *
  * update, candidate, rows: (batch, steps, units). hidden: `steps` by `batch` rows of `units`, with the
  * given strides in elements. initial: (batch, units). */
@@ -255,11 +257,11 @@ static int is_zero(const char *bytes, int64_t size) {
     return size == 0 || (bytes[0] == 0 && memcmp(bytes, bytes + 1, (size_t)size - 1) == 0);
 }
 
-/* Copy a call of one step to its place in a series, and return what it started from.
+/* Copy a call of one step to its position in a series, and return the kind of its initial states.
  *
- * `input`, `state` and `output` are contiguous; NULL for one that is in its place already. `product` is
- * the last third of the kernel's hidden product, whose first two thirds hold reset and update; `candidate`
- * is contiguous. Both are NULL if no gate is wanted. */
+ * `input`, `state` and `output` are contiguous; NULL for a tensor that is already in the series.
+ * `product` is the last third of the kernel's hidden product, whose first two thirds hold reset and
+ * update. `candidate` is contiguous. Both are NULL if no gate is requested. */
 EXPORT int64_t grutrace_add_call(const call_series *series, int64_t number, const char *input,
                                  const char *state, const char *output, const char *product,
                                  const char *candidate) {
@@ -326,8 +328,8 @@ EXPORT void grutrace_count_f64(const double *values, int64_t rows, int64_t width
     functions->count_f64(values, rows, width, units, histogram, options);
 }
 
-/* Add powers of the finite ones of `rows` by `width` values about `means`, (width,), to `sums`,
- * (3, width): squares, cubes and fourth powers. */
+/* Add the powers of `rows` by `width` values about `means`, (width,), to `sums`, (3, width): squares,
+ * cubes and fourth powers. Values that are not finite are skipped. */
 EXPORT void grutrace_add_powers_f32(const float *values, int64_t rows, int64_t width,
                                     const double *means, double *sums) {
     functions->add_powers_f32(values, rows, width, means, sums);
@@ -338,11 +340,11 @@ EXPORT void grutrace_add_powers_f64(const double *values, int64_t rows, int64_t 
     functions->add_powers_f64(values, rows, width, means, sums);
 }
 
-/* Work out gates and checks from products. Returns whether all values are finite. */
+/* Compute gates and checks from products. Return whether all values are finite. */
 EXPORT int64_t grutrace_replay(const replay_block *block) { return functions->replay(block); }
 
-/* Make one step from its products: that of the input, (batch, 3 * units), and that in `step`. The state
- * is also copied to `output`, (batch, units). */
+/* Compute one step from its products: the product of the input, (batch, 3 * units), and the product in
+ * `step`. The new state is also copied to `output`, (batch, units). */
 EXPORT void grutrace_held_step(const held_step *step, const float *input, float *output) {
     functions->held_step(step, input, output);
 }

@@ -1,7 +1,7 @@
 /* The functions of one instruction set. Included by kernels.c, with ISA and LANES defined. */
 
-/* Copy rows of `size` bytes. Rows go past the cache where both ends allow it: they are read again much
- * later, if at all, and the layer's weights stay in the cache. */
+/* Copy rows of `size` bytes. Aligned rows bypass the cache: they are read much later, if at all, and
+ * the layer's weights stay in the cache. */
 static void WITH_ISA(copy_rows)(char *target, int64_t target_stride, const char *source,
                                 int64_t source_stride, int64_t rows, int64_t size) {
 #if defined(__AVX2__)
@@ -60,11 +60,10 @@ static void WITH_ISA(copy_rows)(char *target, int64_t target_stride, const char 
 #define LARGER CONCATENATE(larger_f32, ISA)
 #define SMALLER CONCATENATE(smaller_f32, ISA)
 
-/* e to the power of each value, from -87.9 to 87.9: values beyond are taken for these, and the result
- * for less than -87.3 is 0. Range reduction and polynomial of expf in the Cephes library (Moshier,
- * 1989). */
+/* e to the power of each value. Values are limited to -87.9 to 87.9, and the result below -87.3 is 0.
+ * Range reduction and polynomial of expf in the Cephes library (Moshier, 1989). */
 static inline REALS WITH_ISA(exponential)(REALS x) {
-    const float limit = 87.9f, shifter = 12582912.0f; /* 1.5 * 2^23: a sum with it is rounded. */
+    const float limit = 87.9f, shifter = 12582912.0f; /* 1.5 * 2^23: adding it rounds. */
     REALS zeros = {0};
     x = SMALLER(LARGER(x, zeros - limit), zeros + limit);
     REALS n = (x * 1.44269504088896341f + shifter) - shifter;
@@ -74,7 +73,7 @@ static inline REALS WITH_ISA(exponential)(REALS x) {
     p = p * r + 4.1665795894e-2f;
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
-    /* 1 + r + p r^2, with what is lost in rounding 1 + r. */
+    /* 1 + r + p r^2, with the rounding error of 1 + r. */
     REALS sum = 1.0f + r;
     p = sum + ((r - (sum - 1.0f)) + p * (r * r));
     /* A NaN stays in p. */
@@ -82,7 +81,7 @@ static inline REALS WITH_ISA(exponential)(REALS x) {
     return p * (REALS)((power + 127) << 23);
 }
 
-/* 1 / (1 + e^-x), corrected for what is lost in rounding the sum. */
+/* 1 / (1 + e^-x), corrected for the rounding error of the sum. */
 static inline REALS WITH_ISA(sigmoid)(REALS x) {
     REALS e = WITH_ISA(exponential)(-x);
     REALS sum = 1.0f + e, rest = sum - 1.0f;
@@ -104,7 +103,7 @@ static inline REALS WITH_ISA(tanh)(REALS x) {
     return SELECT(size < 0.625f, near, far);
 }
 
-/* LANES units of one row of a held step, from their places in the memory of the row. */
+/* Compute LANES units of one row of a held step. The pointers are those of the first unit. */
 static inline void WITH_ISA(held_lanes)(const float *input, float *product, const float *before,
                                         float *state, int64_t units, const int32_t *const *masks,
                                         const float *const *values) {
@@ -132,7 +131,7 @@ static inline void WITH_ISA(held_lanes)(const float *input, float *product, cons
     memcpy(state, gates + 3, sizeof(REALS));
 }
 
-/* The last `lanes` units of a row, fewer than LANES. */
+/* Compute the last `lanes` units of a row, fewer than LANES. */
 static void WITH_ISA(held_rest)(const float *input, float *product, const float *before,
                                 float *state, int64_t units, const int32_t *const *masks,
                                 const float *const *values, int64_t lanes) {
@@ -186,7 +185,7 @@ static void WITH_ISA(held_step)(const held_step *step, const float *input, float
     }
 }
 
-/* Everything that is worked out of LANES units of one step. */
+/* The largest values and the sum of the check, for LANES units. */
 typedef struct {
     REALS off, products, recurrent, sum;
 } WITH_ISA(extremes);
@@ -216,7 +215,7 @@ static inline void WITH_ISA(replay_lanes)(const float *input, const float *produ
     gates[2] = candidate;
 }
 
-/* The last `lanes` units of a row, fewer than LANES: filled up with zeros, whose new state is 0. */
+/* Compute the last `lanes` units of a row, fewer than LANES, padded with zeros, whose new state is 0. */
 static void WITH_ISA(replay_rest)(const replay_block *block, const float *input,
                                   const float *product, const float *before, const float *state,
                                   int64_t at, int64_t lanes, WITH_ISA(extremes) *extremes) {

@@ -1,8 +1,8 @@
 /* The functions of one instruction set and one floating-point type. Included by kernels_simd.h, with
- * REAL, INTEGER (of the same size), MAGNITUDE (all its bits but the sign), TYPED, ISA and LANES defined;
- * perhaps MAXIMUM and MINIMUM, the processor's own, which return the second operand for NaN. */
+ * REAL, INTEGER (of the same size), MAGNITUDE (all its bits but the sign), TYPED, ISA and LANES defined.
+ * MAXIMUM and MINIMUM, if defined, are instructions that return the second operand for NaN. */
 
-/* LANES values, the masks of comparisons of them, and half as many, also as doubles: one register. */
+/* Vectors of LANES values and of their comparison masks, and of half as many values, also as doubles. */
 typedef REAL TYPED(reals) __attribute__((vector_size(LANES * sizeof(REAL))));
 typedef INTEGER TYPED(integers) __attribute__((vector_size(LANES * sizeof(INTEGER))));
 typedef REAL TYPED(half) __attribute__((vector_size(LANES / 2 * sizeof(REAL))));
@@ -95,7 +95,7 @@ static double TYPED(states)(const REAL *update, const REAL *candidate, const REA
 
 /* ---- counting -------------------------------------------------------------------------------- */
 
-/* Count one value. Not finite values are counted apart. */
+/* Count one value. Values that are not finite have separate counts. */
 static void TYPED(count_value)(REAL value, double shift, unit_stats *unit, int64_t *histogram,
                                const count_options *options, double *sum, double *squares) {
     if (!isfinite(value)) {
@@ -126,15 +126,15 @@ static void TYPED(count_value)(REAL value, double shift, unit_stats *unit, int64
     }
 }
 
-/* Add values to the moments of a unit that counts them already, from their sums about `shift`: the mean
- * of those before, if there were any. Chan, Golub and LeVeque (1979), equation 2.1, in these terms. */
+/* Add values to the moments of a unit whose count already includes them, from their sums about `shift`,
+ * the mean of the earlier values, if any. Chan, Golub and LeVeque (1979), equation 2.1. */
 static void TYPED(add_moments)(unit_stats *unit, double shift, double sum, double squares) {
     double total = (double)unit->count;
     unit->mean = shift + sum / total;
     unit->squares += squares - sum * (sum / total);
 }
 
-/* Count `rows` by `lanes` values, `stride` elements from row to row, one by one. */
+/* Count `rows` by `lanes` values one by one. Rows are `stride` elements apart. */
 static void TYPED(count_slowly)(const REAL *values, int64_t rows, int64_t stride, int64_t lanes,
                                 unit_stats *units, int64_t *histogram,
                                 const count_options *options) {

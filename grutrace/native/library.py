@@ -1,11 +1,11 @@
 """Load the compiled library, and describe its functions to ctypes.
 
-The library is optional: without a C compiler at installation, or on a processor or system that it
-does not know, grutrace computes the same with NumPy and torch. What is copied or counted has the
-same bits either way; sums differ by rounding.
+The library is optional. Without a C compiler at installation, or on an unsupported processor or
+system, grutrace computes the same values with NumPy and torch. Copies and counts have the same bits
+either way; sums differ by rounding.
 
-Every caller asks `load` and has its own way if that returns None. ctypes releases the interpreter's
-lock during a call, unless a function says otherwise.
+Every caller calls `load`, and uses NumPy or torch if it returns None. ctypes releases the GIL
+during a call, except for functions that are described as keeping it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 #: Environment variable: the instruction set to use, ``none`` for none, or empty for the best.
 VARIABLE = "GRUTRACE_COMPILED"
 
-#: What is in use when nothing compiled is.
+#: Name of the instruction set if no compiled library is in use.
 NONE = "none"
 
 _SUFFIXES = {"win32": ".dll", "darwin": ".dylib"}
@@ -48,7 +48,7 @@ class CountOptions(ctypes.Structure):
 
 
 class GateCopy(ctypes.Structure):
-    """Where a gate is in the kernel's memory, and where it goes; `gate_copy` in kernels.c."""
+    """The source and the target of a gate copy; `gate_copy` in kernels.c."""
 
     _fields_ = [
         ("row_stride", _integer),
@@ -69,7 +69,7 @@ Integers2, ReplayTargets = _integer * 2, _address * 3
 
 
 class ReplayBlock(ctypes.Structure):
-    """Steps whose gates are worked out from their products; `replay_block` in kernels.c."""
+    """Steps whose gates are computed from their products; `replay_block` in kernels.c."""
 
     _fields_ = [
         ("input", _address),
@@ -117,7 +117,7 @@ class CopyPlan(ctypes.Structure):
 
 
 class CallSeries(ctypes.Structure):
-    """Memory for alike calls of one step; `call_series` in kernels.c."""
+    """Memory for similar calls of one step; `call_series` in kernels.c."""
 
     _fields_ = [
         ("input", _address),
@@ -138,14 +138,15 @@ class Library:
     """The functions of the compiled library. kernels.c describes their arguments.
 
     Attributes:
-        instruction_set: Its name: ``avx512``, ``avx2``, ``neon`` or ``portable``.
+        instruction_set: Name of its instruction set: ``avx512``, ``avx2``, ``neon`` or
+            ``portable``.
         copy_step: Copies the gates of one step, as a `CopyPlan` says.
         states: By NumPy type: copies the states of a call, and compares them with the gates.
         count: By NumPy type: counts values unit by unit.
         add_powers: By NumPy type: adds up powers about the mean, unit by unit.
-        replay: Works out gates and checks from products in float32, as a `ReplayBlock` says.
-        held_step: Makes a step whose gates are held at some units in float32, as a `HeldStep` says.
-        add_call: Copies a call of one step to a `CallSeries`. Keeps the GIL, since to give it away
+        replay: Computes gates and checks from products in float32; see `ReplayBlock`.
+        held_step: Computes a step whose gates are held at some units in float32; see `HeldStep`.
+        add_call: Copies a call of one step to a `CallSeries`. Keeps the GIL, because releasing it
             takes longer than the work.
     """
 
@@ -165,7 +166,7 @@ def load() -> Library | None:
     wanted = os.environ.get(VARIABLE, "")
     if wanted == NONE:
         return None
-    # In a folder of its own, where Python does not take it for a module.
+    # In a separate folder, so that Python does not import it as a module.
     path = Path(__file__).parent / "lib" / ("kernels" + _SUFFIXES.get(sys.platform, ".so"))
     try:
         return _describe(ctypes.CDLL(str(path)), ctypes.PyDLL(str(path)), wanted)

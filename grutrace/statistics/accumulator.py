@@ -192,7 +192,7 @@ class Accumulator:
         is_known = ~np.isnan(residuals)
         self.checked[site]["unchecked"] += np.count_nonzero(~is_known)
         if is_known.any():
-            # In the type in which they are kept, so that the first of equal ones is found.
+            # Compared in the stored type, so that the first of equal residuals is found.
             largest = int(np.argmax(np.where(is_known, residuals, -1).astype(np.float32)))
             self.check(site, float(residuals[largest]), int(calls[largest]))
 

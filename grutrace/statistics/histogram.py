@@ -20,8 +20,8 @@ BINS = 32
 #: never put on the wrong side of it.
 ALLOWED_BINS = tuple(2**power for power in range(1, 11))
 
-#: Number of bins that are counted together, limited by the CPU cache. They are numbered in 16 bits,
-#: which are moved in a quarter of the time of 64.
+#: Number of bins that are counted together, limited by the CPU cache. Their numbers have 16 bits;
+#: moving them takes a quarter of the time of 64 bits.
 GROUPED_BINS = 32 * 1024
 
 
@@ -83,8 +83,8 @@ class Bins:
         """(groups * H, count) of values of shape (n, groups, H) within the edges.
 
         Args:
-            values: See there.
-            at_the_end: Whether some are perhaps at the last edge.
+            values: Finite values, as for `histogram`.
+            at_the_end: Whether a value may be equal to the last edge.
         """
         rows, groups, width = values.shape
         # Values that are counted together are contiguous; gathering them would dominate the cost.

@@ -40,7 +40,7 @@ def reduce_axis0(ufunc: np.ufunc, values: Array, dtype: Any = None) -> Array:
     if tiles < 2:
         return np.asarray(ufunc.reduce(values, axis=0, dtype=dtype))
     if rows < 2 * tiles:
-        # Not in `dtype`, which need only hold the sum of one long row.
+        # `dtype` is wide enough only for the sum of one long row.
         return np.asarray(ufunc.reduce(values, axis=0))
     full = rows - rows % tiles
     folded = ufunc.reduce(values[:full].reshape(-1, tiles * width), axis=0, dtype=dtype)
@@ -159,7 +159,7 @@ def unit_stats(rows: Mapping[str, Array], *, shares: bool = True, moments: bool 
 
 
 def compiled_stats(block: Array, *, shares: bool, moments: bool) -> Array | None:
-    """Return what `summarize_block` does, without the values; None if that is not compiled."""
+    """Return the statistics of `summarize_block`; None without a compiled function for them."""
     units, histogram = empty_stats(block.shape[1]), np.empty((block.shape[1], 0), np.int64)
     is_counted = count_rows(
         block, units, histogram, None, (LOW, HIGH), shares=shares, moments=moments

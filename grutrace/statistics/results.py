@@ -73,7 +73,8 @@ class SiteStatistics:
         versions: Number of versions of the module's weights.
         residual: Largest ``|replayed h - kernel's h|``; 0 before the first call, and NaN where
             gates are deferred.
-        residual_call: Its call: a row of `Trace.calls` of the same run. -1 for none.
+        residual_call: Index of the call with this residual, in `Trace.calls` of the same run; -1
+            for none.
         quantities: Statistics by quantity.
     """
 
@@ -92,7 +93,7 @@ class SiteStatistics:
         """Return the statistics of a quantity.
 
         Raises:
-            NotRecordedError: It was not counted.
+            NotRecordedError: The quantity was not counted.
         """
         if quantity not in self.quantities:
             names = ", ".join(self.quantities) or "nothing"
@@ -106,7 +107,7 @@ class SiteStatistics:
 
     @property
     def update(self) -> UnitStatistics:
-        """Statistics of the update gate z. PyTorch's: where z is 1 the previous state is kept."""
+        """Statistics of the update gate z of PyTorch: z = 1 keeps the previous state."""
         return self["update"]
 
     @property

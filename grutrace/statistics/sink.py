@@ -75,7 +75,7 @@ class _NoTables(Tables):
     closed = False
 
     def __init__(self) -> None:
-        """Set no table: each is refused when it is asked for."""
+        """Set no table, so that reading any table raises an error."""
 
     def __getattr__(self, name: str) -> Any:
         if name in {field.name for field in fields(Tables)}:
@@ -123,7 +123,7 @@ class StatisticsSink(ThreadedSink, StatisticsOnlySource):
         self._file = file
         if file is not None:
             self.name = file.name
-            # Written at once, so that an error is raised before the run.
+            # Written now, so that an error is raised before the run.
             file.open()
         self._counter = _CountingConsumer(header, accumulator, lock, file)
         thread = WriterThread(

@@ -22,7 +22,7 @@ from grutrace.capture.kernel_calls.gradient_edges import GradientEdges
 from grutrace.capture.kernel_calls.observation import KernelRun
 from grutrace.gru.layout import SequenceLayout
 
-#: Key of the gradient of the final states, beside the numbers of the layers.
+#: Key of the gradient of the final states. The other keys are the numbers of the layers.
 _FINAL = -1
 
 

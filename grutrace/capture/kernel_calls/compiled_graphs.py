@@ -27,7 +27,7 @@ def any_with_gru_kernel() -> bool:
         codes = [reference() for reference in tuple(convert_frame.input_codes.seen)]
         return any(_has_gru_kernel(code) for code in codes if code is not None)
     except (ImportError, AttributeError):
-        # Other PyTorch versions store this elsewhere.
+        # Other PyTorch versions store this in another place.
         return False
 
 

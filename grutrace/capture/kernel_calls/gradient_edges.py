@@ -37,8 +37,8 @@ class GradientEdges:
     def __init__(self, run: KernelRun, observation: Observation) -> None:
         layers, call = observation.layers, observation.call
         self._rows = layers[-1].output.shape[:-1].numel()
-        # Of a batch-first layer the model gets a view of the time-major output. An in-place change
-        # of a view goes into the graph between the view and its base.
+        # The model gets the time-major output of a batch-first layer as a view. An in-place change
+        # of a view enters the graph between the view and its base.
         top, base = run.output, run.output._base
         self._is_transposed = run.kernel.name == "gru.input" and not run.is_time_major
         if self._is_transposed and base is not None and base.shape == layers[-1].output.shape:

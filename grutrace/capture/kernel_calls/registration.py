@@ -144,8 +144,8 @@ class KernelRegistration:
                 if self._is_removing:
                     # An interruption came while the kernels were being removed.
                     self._remove()
-                # Those of autograd first, here and on removal last: without them, a kernel of a
-                # device would have no gradients.
+                # The autograd kernels come first here, and last on removal: without them, the
+                # kernel of a device would have no gradients.
                 for key in sorted(keys - set(self._libraries)):
                     self._register(key)
             except BaseException:
@@ -217,10 +217,10 @@ def _exclude_from_compiler(function: Callable[..., Any]) -> None:
 
 
 def _forget_resolved_keys() -> None:
-    """Make torch resolve the kernels of the operations anew where it dispatches in Python.
+    """Clear torch's cache of resolved kernels for dispatch in Python.
 
-    Compilers do, and torch keeps which key's kernel an operation has. What was resolved with our
-    kernels would be wrong without them: the operation would have no gradients.
+    Compilers dispatch in Python, and torch caches the key of an operation's kernel. A key that was
+    resolved with our kernels is wrong without them: the operation would have no gradients.
     """
     for name in OPERATIONS:
         getattr(_overload(name), "_dispatch_cache", {}).clear()

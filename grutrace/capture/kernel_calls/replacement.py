@@ -1,4 +1,4 @@
-"""Replace the output of a kernel call: what an intervention is given, and what it returns.
+"""Replace the output of a kernel call: the data passed to an intervention, and its result.
 
 T steps, B sequences in a batch, I input size, H hidden size, L layers, D directions.
 """
@@ -47,7 +47,7 @@ class GatesAsSet(NamedTuple):
         dtype: Data type in which the gates were computed.
         codes: (T, B, 1) or (N, 1), of each row, the number of its text plus 1; 0 where nothing was
             set.
-        texts: What was set: names of quantities, such as ``update[3,7] hidden``.
+        texts: Names of the quantities that were set, such as ``update[3,7] hidden``.
     """
 
     gates: dict[str, Tensor]

@@ -107,7 +107,7 @@ class Subscription:
         self._known_weights = [weakref.ref(weight) for weight in weights]
 
     def recognizes(self, weights: list[Tensor]) -> bool:
-        """Whether the weights remembered last are these very tensors."""
+        """Whether these are the same tensors as the weights remembered last."""
         known = self._known_weights
         return len(known) == len(weights) and all(
             [reference() is weight for reference, weight in zip(known, weights, strict=True)]
@@ -127,7 +127,7 @@ class Subscription:
             _subscriptions.add(module, self)
 
     def stop(self) -> None:
-        """Stop observing. Stopping twice does nothing; after an interruption it goes on."""
+        """Stop observing. Stopping twice does nothing. An interrupted stop can be repeated."""
         if self._is_active:
             _subscriptions.discard(self)
             _registration.release(self._user)
