@@ -87,7 +87,7 @@ def _write_attributes(
 
 
 def read_header(file: h5py.File) -> TraceHeader:
-    """Read what `write_header` wrote. Types of rows and weights are those of the datasets.
+    """Read a header. The types of rows and weights are those of the datasets.
 
     Raises:
         ForeignFile: The file is not a trace.
@@ -241,7 +241,7 @@ def module_differences(
     Args:
         module: A module.
         other: The module to compare it with.
-        owners: What the two modules belong to, as in ("the file", "the model").
+        owners: Names of the owners of the two modules, as in ("the file", "the model").
     """
     where = f"module {module.path!r}"
     yield from _field_differences(where, module, other, owners, leave_out="sites")

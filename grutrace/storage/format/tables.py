@@ -1,7 +1,7 @@
-"""The tables of a trace at one moment, and reading them from a file.
+"""The tables of a trace at one moment, and a reader of them in a file.
 
-Tables are small compared with the rows, and they tell how many rows are committed. `TableReader`
-reads them up to the committed counts; later reads fetch only new entries.
+Tables are small compared with the rows, and hold the number of committed rows. `TableReader` reads
+them up to the committed counts; later reads fetch only new entries.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from grutrace.storage.hdf5.handle import SharedReadHandle
 
 @dataclass(frozen=True)
 class ModuleCounts:
-    """How much is recorded of one module.
+    """The numbers of calls, rows, sequences and weight versions of one module.
 
     Attributes:
         calls: Calls; the length of `checks`.
         rows: Rows of each quantity.
-        sequences: Sequences that have begun; the length of `initial`.
+        sequences: Sequences that have started; the length of `initial`.
         versions: Versions of the weights.
     """
 
@@ -65,7 +65,7 @@ class ShardCalls:
 
 @dataclass(frozen=True, eq=False)
 class SelectedSequences:
-    """What the tables of a selection no longer tell of its sequences, for one module.
+    """Properties of selected sequences that the tables of the selection lack, for one module.
 
     Attributes:
         numbers: (sequences,) their numbers in the trace that they were selected from.
@@ -88,7 +88,7 @@ class Tables:
         strings: (strings,) uint64, the end of each string in `characters`.
         characters: (characters,) uint8
         pieces: By module, (pieces,).
-        module_counts: By module, how much is recorded of it.
+        module_counts: By module, its counts.
         closed: Whether the trace is complete.
         shards: The processes that made the calls, in the order of `calls`. Empty for the trace of
             a single process.
@@ -116,7 +116,7 @@ class Tables:
 
 
 def count_module(calls: Array, pieces: Array) -> ModuleCounts:
-    """Count what is recorded of a module, from its calls and pieces."""
+    """Return the counts of a module, from its calls and pieces."""
     return ModuleCounts(
         calls=len(calls),
         rows=int(pieces["steps"].sum(dtype=np.uint64)),

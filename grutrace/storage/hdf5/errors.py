@@ -1,7 +1,8 @@
 """Errors of a trace file.
 
-Code that finds an error raises a `FormatError`: where in the file, what was expected, what was
-found. The public function that opened the file adds the path and raises a `TraceFileError`.
+Code that finds an error raises a `FormatError` with the place in the file, the expected content and
+the content found. The public function that opened the file adds the path and raises a
+`TraceFileError`.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ def translate_write_errors(path: Path, action: str) -> Iterator[None]:
 
     Args:
         path: Path of the file.
-        action: What failed, for the message: "created", "written" or "appended to".
+        action: The action that failed, for the message: "created", "written" or "appended to".
     """
     try:
         yield

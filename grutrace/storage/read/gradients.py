@@ -4,8 +4,8 @@ The trace stores the gradient that arrives at each state from outside the recurr
 follows in closed form, call by call, from the recorded states, inputs and weights. This module
 imports torch when they are computed, because the equations are in `gradients`.
 
-In a decoder that calls its layer once per token, the gradient that arrives at a call is already the
-total one: it comes through the later calls, as far as their states were attached.
+If a decoder calls its layer once per token, the gradient that arrives at a call is the total
+gradient, because it flows through the later calls unless their states were detached.
 
 N rows, I input size, H hidden size, n rows of a call.
 """

@@ -112,7 +112,7 @@ class DatasetWriter:
         self._buffered_bytes = 0
 
     def commit(self, *, closed: bool) -> None:
-        """Write the buffers, then the counts that a reader goes by."""
+        """Write the buffers, then the counts up to which readers read."""
         assert self.file is not None
         self.write_buffers()
         self.file.flush()

@@ -1,1 +1,1 @@
-"""Selections: some sequences of a trace, as a trace of their own."""
+"""Selections: traces that contain some sequences of another trace."""

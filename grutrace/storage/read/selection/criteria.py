@@ -1,4 +1,4 @@
-"""`Criteria`, what the sequences of a selection have in common."""
+"""`Criteria`, the conditions that all sequences of a selection meet."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Criteria:
-    """What the sequences of a selection have in common. None, or nothing, selects all.
+    """The conditions that all sequences of a selection meet. None, or no condition, selects all.
 
     Attributes:
         tag: Globs for the tag of the call in which the sequence began.

@@ -1,4 +1,4 @@
-"""`SelectedSource`, some sequences of a trace as a source of their own.
+"""`SelectedSource`, a source with some sequences of a trace.
 
 A selection copies no rows: its tables list the selected sequences, and its rows are read from the
 trace by their numbers. So everything that reads a trace reads a selection.
@@ -105,7 +105,7 @@ class _ModuleSelection:
 def select_tables(snapshot: TraceSnapshot, criteria: Criteria) -> SelectedTables:
     """Return the tables of the selected sequences.
 
-    Calls without a selected sequence are left out. Sequences and calls are numbered anew, from 0.
+    Calls without a selected sequence are left out. Sequences and calls get new numbers from 0.
     """
     stored = snapshot.stored
     modules = [
@@ -178,7 +178,7 @@ class SelectedReader:
     Args:
         snapshot: Snapshot of the trace.
         modules: The selected part of each module.
-        criteria: What was selected.
+        criteria: The conditions of the selection.
     """
 
     def __init__(
@@ -274,7 +274,7 @@ class SelectedSource:
 
     Args:
         base: Source of the trace.
-        criteria: What is selected.
+        criteria: The conditions of the selection.
         snapshot: The latest known snapshot of the trace.
         present: Returns the present snapshot of a trace that this process records.
         owns_base: Whether closing this source closes that of the trace.
