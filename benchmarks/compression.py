@@ -58,11 +58,10 @@ def gates() -> dict[str, Array]:
     return {name: np.array(trace["encoder.l0"].rows(name)) for name in DEFAULT_RECORD}
 
 
-def measure(rows: dict[str, Array], compression: str | None, path: Path) -> tuple[float, ...]:
+def measure(rows: dict[str, Array], options: dict[str, object], path: Path) -> tuple[float, ...]:
     """The compression ratio, and the bytes written and read per second of CPU time."""
     count, width = rows["update"].shape
     dtype = rows["update"].dtype.name
-    options = {"compression": compression} if compression else {}
     stream = Stream(make_header(make_module(hidden=width, width=1, dtype=dtype), options=options))
     writer = Writer(path, stream.header, "overwrite")
     writer.write(stream.weights())
@@ -113,10 +112,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for dtype in ("float32", "float16"):
             rows = {name: array.astype(dtype) for name, array in exact.items()}
-            for compression in (None, *COMPRESSIONS):
-                smaller, *rates = measure(rows, compression, Path(folder) / "run.h5")
+            filters: dict[str, dict[str, object]] = {
+                "none": {},
+                "none, checksums": {"checksums": True},
+                **{name: {"compression": name} for name in COMPRESSIONS},
+            }
+            for name, options in filters.items():
+                smaller, *rates = measure(rows, options, Path(folder) / "run.h5")
                 speeds = " | ".join(f"{rate / 1e6:.0f}" for rate in rates)
-                print(f"| {dtype} | {compression or 'none'} | {smaller:.2f} | {speeds} |")
+                print(f"| {dtype} | {name} | {smaller:.2f} | {speeds} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -35,8 +35,9 @@ CompiledCode: TypeAlias = Literal["auto", "eager", "keep"]
 #: What to do if the file exists: refuse it, replace it, or append to it.
 Mode: TypeAlias = Literal["w", "overwrite", "a"]
 
-#: Compression filters for the rows of a file. "blosc2" and "zstd" need the extra `compress`.
-Compression: TypeAlias = Literal["blosc2", "zstd"]
+#: Compression filters for the rows of a file. "blosc2" and "zstd" need the extra `compress`. "gzip"
+#: is slower, but every HDF5 tool has it.
+Compression: TypeAlias = Literal["blosc2", "zstd", "gzip"]
 
 #: Data types in which rows can be stored.
 STORAGE_DTYPES = ("float16", "float32", "float64")
@@ -94,6 +95,7 @@ OPTIONS: dict[str, Option] = {
     "compression": Option(
         "Compression filter for the rows of the file.", None, get_args(Compression)
     ),
+    "checksums": Option("Whether each chunk of rows has a checksum.", False),
     "weights": Option(
         "How weight changes are detected that do not bump PyTorch's version counter.",
         "auto",

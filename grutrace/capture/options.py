@@ -80,6 +80,7 @@ class Options:
         on_error: OnError = "raise",
         fsync: bool = False,
         compression: Compression | None = None,
+        checksums: bool = False,
         weights: WeightChecks = "auto",
         compiled: CompiledCode = "auto",
         state_memory: int | str = DEFAULT_STATE_MEMORY,
@@ -120,6 +121,11 @@ class Options:
                     f"compression: expected None without a path, because there is no file; found "
                     f"{compression!r}"
                 )
+        self.checksums = _boolean("checksums", checksums)
+        if checksums and not to_file:
+            raise OptionError(
+                "checksums: expected False without a path, because there is no file; found True"
+            )
         self.every = _positive_integer("every", every)
         self.max_calls = None if max_calls is None else _positive_integer("max_calls", max_calls)
         self.max_bytes = None if max_bytes is None else _positive_integer("max_bytes", max_bytes)
@@ -207,6 +213,7 @@ class Options:
             "steps": None if self.steps is None else _format_indices(self.steps),
             "fsync": self.fsync or None,
             "compression": self.compression,
+            "checksums": self.checksums or None,
             "weights": self.weights if self.weights != "auto" else None,
             "compiled": self.compiled if self.compiled != "auto" else None,
             "state_memory": self.state_memory

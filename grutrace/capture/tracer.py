@@ -95,6 +95,7 @@ class Tracer(Trace):
             weights count.
         dtype: Data type in which rows are stored. One of float16, float32 and float64, also for
             initial states; None keeps the type of each module. Weights keep the module's type.
+            (netCDF-C, as in the package netCDF4, cannot read float16; h5py and h5netcdf can.)
         units: Units to record, as a list of numbers or a slice. Negative numbers count from the
             end. Gates and states have one column per unit, in the given order. None records all
             units.
@@ -113,8 +114,12 @@ class Tracer(Trace):
         fsync: Whether every commit waits until the rows are on the disk. They then survive a loss
             of power; without it they survive only the death of the process.
         compression: Compression filter for the rows of the file. ``blosc2`` and ``zstd`` both
-            shuffle bits first. Rows are then committed every 10 seconds instead of every half
-            second. If the file is appended to, it keeps its filter.
+            shuffle bits first. ``gzip`` shuffles bytes; it is slower, but other programs read it
+            without a plugin. Rows are then committed every 10 seconds instead of every half second.
+            If the file is appended to, it keeps its filter.
+        checksums: Whether each chunk of rows has a checksum. A bit that has flipped on the disk is
+            then an error in every program that reads the row. Rows are committed every 10 seconds.
+            If the file is appended to, it keeps its checksums, or stays without.
         weights: How weight changes are detected that do not bump PyTorch's version counter.
             Examples are ``weight.data[...] = 0`` and writing through a NumPy view. ``auto``
             compares every byte where that takes at most a twentieth of the time of the calls, at
@@ -140,11 +145,11 @@ class Tracer(Trace):
 
     Raises:
         OptionError: An option has an invalid value, a glob matches no site, or options exclude each
-            other: a path and a sink, a sink and deferred gates, or `fsync` or `compression` without
-            a path.
+            other: a path and a sink, a sink and deferred gates, or `fsync`, `compression` or
+            `checksums` without a path.
         UnsupportedError: The model contains no GRU.
         TraceFileError: The file exists, or cannot be written.
-        MissingExtraError: `compression` is set and hdf5plugin is not installed.
+        MissingExtraError: `compression` needs hdf5plugin, which is not installed.
     """
 
     @reject_unknown_options
@@ -171,6 +176,7 @@ class Tracer(Trace):
         on_error: OnError = "raise",
         fsync: bool = False,
         compression: Compression | None = None,
+        checksums: bool = False,
         weights: WeightChecks = "auto",
         compiled: CompiledCode = "auto",
         state_memory: int | str = DEFAULT_STATE_MEMORY,
@@ -193,6 +199,7 @@ class Tracer(Trace):
             on_error=on_error,
             fsync=fsync,
             compression=compression,
+            checksums=checksums,
             weights=weights,
             compiled=compiled,
             state_memory=state_memory,
@@ -396,6 +403,7 @@ class TracerOptions(TypedDict, total=False):
     on_error: OnError
     fsync: bool
     compression: Compression | None
+    checksums: bool
     weights: WeightChecks
     compiled: CompiledCode
     state_memory: int | str

@@ -102,6 +102,8 @@ def print_info(trace: Trace, name: str) -> None:
         )
     if "compression" in description["options"]:
         echo(f"rows are compressed with {description['options']['compression']}")
+    if description["options"].get("checksums"):
+        echo("rows have checksums")
     for line in quantity_lines(description):
         echo(line)
     for line in proof_lines(description["proofs"]):

@@ -55,7 +55,11 @@ def print_report(report: MergeReport, output: Path, *, copy: bool) -> None:
         echo(f"copied {report.copied / 1e6:.1f} MB")
     files = sum(len(shard.files) for shard in report.shards)
     if files:
-        echo(f"rows stay in {files} other files: keep them in the same folder")
+        echo(
+            f"rows stay in {files} other files: keep them in the same folder. For a file that "
+            "leaves the folder, or goes on a server, merge with --copy; some programs also read "
+            "no rows from a file that refers to others"
+        )
 
 
 def _merge_statistics(files: list[Path], output: Path) -> None:

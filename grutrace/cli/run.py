@@ -52,6 +52,7 @@ def run(
     on_error: Annotated[str, typer.Option(help=OPTIONS["on_error"].help)] = "warn",
     fsync: Annotated[bool, typer.Option("--fsync", help=OPTIONS["fsync"].help)] = False,
     compression: Annotated[str | None, typer.Option(help=OPTIONS["compression"].help)] = None,
+    checksums: Annotated[bool, typer.Option("--checksums", help=OPTIONS["checksums"].help)] = False,
     weights: Annotated[str, typer.Option(help=OPTIONS["weights"].help)] = "auto",
     compiled: Annotated[str, typer.Option(help=OPTIONS["compiled"].help)] = "auto",
     state_memory: Annotated[
@@ -85,6 +86,7 @@ def run(
         on_error=on_error,
         fsync=fsync,
         compression=compression,
+        checksums=checksums,
         weights=weights,
         compiled=compiled,
         state_memory=None if state_memory is None else parse_size(state_memory, "state_memory"),

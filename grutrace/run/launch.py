@@ -20,7 +20,7 @@ from grutrace.errors import OptionError, UnsupportedError
 from grutrace.options import OPTIONS
 from grutrace.run import parsing
 from grutrace.run.settings import ENVIRONMENT_VARIABLE, Settings
-from grutrace.storage.hdf5.filters import filter_options
+from grutrace.storage.hdf5.filters import compression_filter
 from grutrace.storage.shards.run_parts import check_writable
 
 _BOOT = Path(__file__).with_name("boot")
@@ -59,7 +59,7 @@ def _check_settings(settings: Settings) -> None:
         if OPTIONS[option].values and value is not None:
             _check_values(option, [value])
     # Raises for a filter that is not installed, before the script starts.
-    filter_options(settings.compression)
+    compression_filter(settings.compression)
     for option in ("every", "max_calls", "max_bytes"):
         number = getattr(settings, option)
         if number is not None and number < 1:

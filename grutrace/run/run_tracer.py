@@ -118,6 +118,7 @@ class PartTracer(ModelRecorder):
             on_error=settings.on_error,  # type: ignore[arg-type]
             fsync=settings.fsync,
             compression=settings.compression,  # type: ignore[arg-type]
+            checksums=settings.checksums,
             weights=settings.weights,  # type: ignore[arg-type]
             compiled=settings.compiled,  # type: ignore[arg-type]
             state_memory=DEFAULT_STATE_MEMORY

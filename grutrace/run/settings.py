@@ -42,6 +42,7 @@ class Settings:
     on_error: str = "warn"
     fsync: bool = False
     compression: str | None = None
+    checksums: bool = False
     weights: str = "auto"
     compiled: str = "auto"
     state_memory: int | None = None

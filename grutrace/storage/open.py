@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from grutrace.errors import OptionError, short_repr
 from grutrace.options import Mode
@@ -83,21 +83,32 @@ def recorded_calls(source: Source) -> int:
     return len(source.refresh().calls) if counted is None else counted
 
 
-def open_trace(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Trace:
+def open_trace(
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Trace:
     """Open a trace file: a complete file, a file that is being written, or one after a crash.
 
     The first part of a `grutrace run` opens all parts of the run as one trace. A glob such as
     ``run.rank*.h5``, or several paths, open the shards of several processes as one trace.
 
+    A URL (``https://``, ``s3://`` and whatever fsspec knows) opens one complete file on a server.
+    Only the parts that are needed are fetched, in blocks of 64 KiB. This needs the extra `cloud`.
+
     Use the trace as a context manager, or close it.
 
     Args:
-        path: Path of a file; or a glob, or paths, of shards.
+        path: Path or URL of a file; or a glob, or paths, of shards.
+        storage_options: Arguments for the file system of fsspec, such as credentials; only with a
+            URL.
 
     Raises:
-        OptionError: There is no path.
+        OptionError: There is no path, or `storage_options` without a URL.
+        MissingExtraError: A URL needs a library that is not installed.
         TraceFileError: A file does not exist, is not a trace, has a newer format, or is damaged;
-            or the shards belong to different runs or models.
+            or the shards belong to different runs or models. A file on a server has a writer, or
+            needs other files.
 
     Warns:
         GrutraceWarning: The file of a rank is missing.
@@ -113,7 +124,7 @@ def open_trace(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) 
         <trace of torch.nn.modules.rnn.GRU in run.h5: 1 site, 1 call, 4 sequences
             l0: 4 sequences, 20 steps of reset, update, candidate, hidden>
     """
-    source = open_files(path)
+    source = open_files(path, storage_options)
     try:
         return Trace(source)
     except BaseException:

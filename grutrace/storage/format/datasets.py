@@ -56,7 +56,7 @@ def create_growing_dataset(
     file: h5py.File,
     path: str,
     spec: DatasetSpec,
-    compression_options: Mapping[str, Any] | None = None,
+    row_filters: Mapping[str, Any] | None = None,
     items: Mapping[str, int] | None = None,
 ) -> h5py.Dataset:
     """Create an empty dataset that can grow.
@@ -65,7 +65,7 @@ def create_growing_dataset(
         file: The file.
         path: Path of the dataset.
         spec: Type, shape and chunks of the dataset.
-        compression_options: Keyword arguments of `create_dataset` for compressed rows.
+        row_filters: Keyword arguments of `create_dataset` for datasets of rows.
         items: Final number of items of each dataset, if its chunks need hold no more.
     """
     chunks = spec.chunks
@@ -83,7 +83,7 @@ def create_growing_dataset(
         chunks=chunks,
         dtype=spec.dtype,
         dcpl=properties,
-        **(compression_options or {} if spec.axes[:1] == ("step",) else {}),
+        **(row_filters or {} if spec.axes[:1] == ("step",) else {}),
     )
 
 

@@ -89,7 +89,8 @@ def _create_empty_scale(file: h5py.File, path: str, length: int | None) -> h5d.D
     """Create a scale without values, of a fixed length or growing."""
     # Low-level calls are faster, and a module of one layer has seven scales.
     properties = h5p.create(h5p.DATASET_CREATE)
-    properties.set_fill_time(h5d.FILL_TIME_NEVER)
+    # As in netCDF-C: tools that read the values of a scale show zeros, and not what memory held.
+    properties.set_fill_time(h5d.FILL_TIME_IFSET)
     if length is None:
         properties.set_chunk((_CHUNK,))
         space = h5s.create_simple((0,), (h5s.UNLIMITED,))

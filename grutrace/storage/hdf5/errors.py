@@ -32,6 +32,12 @@ _SYSTEM = re.compile(r"errno = \d+, error message = '([^']*)'")
 #: HDF5's message for a file that another process has locked.
 _LOCKED = re.compile(r"unable to lock file, errno = (11|35)\b")
 
+#: HDF5's message for a file that a writer other than grutrace has marked as open.
+_NOT_SWMR = "file is not already open for SWMR writing"
+
+#: HDF5's message for a chunk whose checksum or compressed form is wrong.
+_BAD_CHUNK = "filter returned failure during read"
+
 #: HDF5's message for a truncated file.
 _TRUNCATED = re.compile(r"truncated file: eof = (\d+),.* stored_eof = (\d+)")
 
@@ -80,11 +86,11 @@ def require(condition: Any, where: str, expected: object, found: object) -> None
 
 
 @contextmanager
-def translate_read_errors(path: Path, expected: str = TRACE) -> Iterator[None]:
+def translate_read_errors(path: Path | str, expected: str = TRACE) -> Iterator[None]:
     """Raise errors of reading as one `TraceFileError` that names the file.
 
     Args:
-        path: Path of the file.
+        path: Path or URL of the file.
         expected: Expected kind of file, for the message.
     """
     try:
@@ -127,8 +133,15 @@ def short_message(error: BaseException) -> str:
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     if _LOCKED.search(text):
         return "another program has the file open for writing"
+    if _NOT_SWMR in text:
+        return (
+            "another program opened it for writing and did not close it. `grutrace recover` makes "
+            "a file that opens"
+        )
     if match := _SYSTEM.search(text):
         return match[1]
+    if _BAD_CHUNK in text:
+        return "bytes of a chunk have changed: its checksum, or its compression, does not match"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if match := _TRUNCATED.search(text):

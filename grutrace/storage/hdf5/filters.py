@@ -1,11 +1,11 @@
-"""HDF5 filters for compressed rows, which the package `hdf5plugin` provides.
+"""HDF5 filters for the rows of a trace: compression and checksums.
 
-HDF5 knows the filters once `hdf5plugin` is imported, and then does not search for plugins.
+gzip and the checksum are part of HDF5. The package `hdf5plugin` provides the others: HDF5 knows
+them once it is imported, and then does not search for plugins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from importlib import import_module
 from typing import Any, get_args
 
@@ -15,24 +15,35 @@ from grutrace.errors import require_extra
 from grutrace.options import Compression
 from grutrace.records import TraceHeader
 
-#: The filters for rows. Both shuffle bits first: neighbouring floating-point numbers share signs
-#: and exponents, so their bits compress well when grouped. Mantissa bits look like noise.
+#: The filters for rows. All shuffle first, gzip bytes and the others bits: neighbouring
+#: floating-point numbers share signs and exponents, so their bits compress well when grouped.
+#: Mantissa bits look like noise.
 COMPRESSIONS: tuple[str, ...] = get_args(Compression)
 
-#: Level of zstd. Higher levels take several times as long and save a few percent.
+#: Level of zstd and gzip. Higher levels take several times as long and save a few percent.
 LEVEL = 1
 
 #: Filters of hdf5plugin, by their number in the registry of The HDF Group.
 PLUGINS = {32008: "bitshuffle", 32015: "zstd", 32026: "blosc2"}
 
 
-def compression_of(header: TraceHeader) -> str | None:
-    """Return the compression that the options of a new trace ask for."""
+def row_filters(header: TraceHeader) -> dict[str, Any]:
+    """Return the filters that the options of a new trace ask for.
+
+    Returns:
+        Keyword arguments for `h5py.Group.create_dataset`.
+
+    Raises:
+        MissingExtraError: hdf5plugin is not installed.
+    """
     compression = header.options.get("compression")
-    return compression if compression in COMPRESSIONS else None
+    result = compression_filter(compression if compression in COMPRESSIONS else None)
+    if header.options.get("checksums") is True:
+        result["fletcher32"] = True
+    return result
 
 
-def filter_options(compression: str | None) -> Mapping[str, Any]:
+def compression_filter(compression: str | None) -> dict[str, Any]:
     """Return the keyword arguments for `h5py.Group.create_dataset`.
 
     Raises:
@@ -40,6 +51,8 @@ def filter_options(compression: str | None) -> Mapping[str, Any]:
     """
     if compression is None:
         return {}
+    if compression == "gzip":
+        return {"compression": "gzip", "compression_opts": LEVEL, "shuffle": True}
     plugin = load_plugin(f"compression={compression!r}")
     if compression == "zstd":
         return dict(plugin.Bitshuffle(cname="zstd", clevel=LEVEL))
@@ -47,7 +60,7 @@ def filter_options(compression: str | None) -> Mapping[str, Any]:
 
 
 def is_compressed(dataset: h5py.Dataset) -> bool:
-    """Return whether a dataset is compressed, and load the filters that it needs.
+    """Return whether a dataset has filters, and load those that it needs.
 
     Raises:
         MissingExtraError: hdf5plugin is not installed.

@@ -71,10 +71,12 @@ class SharedReadHandle:
 
     Args:
         path: Path of a file that is complete, being written, or left behind by a dead writer.
+        name: Name of the file in messages; its path by default.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, name: str | None = None) -> None:
         self._path = path
+        self._name = str(path) if name is None else name
         self._file: h5py.File | None = None
         self._identity: tuple[int, int] | None = None
         self._created: float | None = None
@@ -89,7 +91,7 @@ class SharedReadHandle:
         """Return a context with the open file. No other thread closes it before the end."""
         with _lock:
             if self._closed:
-                raise StateError(f"the trace {self._path} is closed: open it again")
+                raise StateError(f"the trace {self._name} is closed: open it again")
             if self._file is None:
                 self._open()
             for tracked in getattr(_tracked, "handles", ()):
@@ -237,7 +239,8 @@ class SharedReadHandle:
         """Return whether the file has this device and inode."""
         return self._identity == identity
 
-    def _open(self) -> None:
+    def _open_file(self) -> tuple[h5py.File, tuple[int, int] | None]:
+        """Open the file. Return it with its device and inode, if it has them."""
         flagged = has_writer_flag(self._path)
         for handle in list(_handles):
             handle.yield_to(self._path, flagged=flagged)
@@ -248,6 +251,10 @@ class SharedReadHandle:
         else:
             file = open_for_reading(self._path)
             identity = file_identity(file)
+        return file, identity
+
+    def _open(self) -> None:
+        file, identity = self._open_file()
         created = _read_created(file)
         # A writer replaces a small file by a copy with another inode, and the inode of a deleted
         # file may be used again. So compare the time when the trace began.
@@ -255,7 +262,7 @@ class SharedReadHandle:
             created != self._created or (created is None and identity != self._identity)
         ):
             file.close()
-            raise TraceFileError(f"{self._path} was replaced by another file; open the path again")
+            raise TraceFileError(f"{self._name} was replaced by another file; open the path again")
         self._file, self._identity, self._created = file, identity, created
         self._groups[""] = file
 

@@ -81,7 +81,7 @@ def open_for_reading(path: Path, expected: str = TRACE) -> h5py.File:
     flags = h5f.ACC_RDONLY
     # A SWMR reader of a damaged file waits for the writer to finish its write. So use SWMR only if
     # there may be a writer.
-    if _flag_is_set(head):
+    if flag_is_set(head):
         flags |= h5f.ACC_SWMR_READ
     return h5py.File(open_locked(path, flags, _access_properties()))
 
@@ -124,10 +124,11 @@ def has_writer_flag(path: Path) -> bool:
     Raises:
         TraceFileError: The file does not exist.
     """
-    return _flag_is_set(_read_head(path))
+    return flag_is_set(_read_head(path))
 
 
-def _flag_is_set(head: bytes) -> bool:
+def flag_is_set(head: bytes) -> bool:
+    """Return whether the first bytes of a file have the flag of a writer."""
     # Byte 8 is the version of the superblock (2 or 3), byte 11 the flags.
     return len(head) >= 12 and head[8] >= 2 and bool(head[11] & _WRITER_FLAGS)
 

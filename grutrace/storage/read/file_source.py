@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 
+from grutrace.errors import TraceFileError
 from grutrace.records import Array, Site
 from grutrace.storage.format.header import read_header
 from grutrace.storage.format.schema import (
@@ -20,10 +22,11 @@ from grutrace.storage.format.schema import (
     site_path,
     weight_shapes,
 )
-from grutrace.storage.format.shard_stamp import read_shard
+from grutrace.storage.format.shard_stamp import read_merged_shards, read_shard
 from grutrace.storage.format.tables import TableReader, Tables, dataset_lengths
 from grutrace.storage.hdf5.errors import translate_read_errors
 from grutrace.storage.hdf5.handle import SharedReadHandle
+from grutrace.storage.hdf5.remote import RemoteReadHandle
 from grutrace.storage.interfaces import Rows, SnapshotReader
 from grutrace.storage.read.lazy_rows import FileRows
 from grutrace.storage.read.virtual import VirtualColumns
@@ -44,13 +47,16 @@ class FileSource:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
         self.name = str(path)
-        with translate_read_errors(self._path):
-            self._handle = SharedReadHandle(self._path)
+        with translate_read_errors(self.name):
+            self._handle = self._open_handle()
             try:
                 self._read_header()
             except BaseException:
                 self._handle.close()
                 raise
+
+    def _open_handle(self) -> SharedReadHandle:
+        return SharedReadHandle(self._path)
 
     def _read_header(self) -> None:
         with self._handle.acquire() as file:
@@ -84,7 +90,7 @@ class FileSource:
             TraceFileError: The file is damaged.
         """
         self._handle.reopen_if_replaced()
-        with translate_read_errors(self._path), self._handle.acquire():
+        with translate_read_errors(self.name), self._handle.acquire():
             return self._merged.with_ranks(self._tables.read())
 
     def as_of(self, tables: Tables) -> SnapshotReader:  # noqa: ARG002
@@ -135,12 +141,55 @@ class FileSource:
 
     def _items(self, dataset_path: str, start: int, stop: int) -> Array:
         if dataset_path in self._merged:
-            with translate_read_errors(self._path):
+            with translate_read_errors(self.name):
                 return self._merged.items(dataset_path, start, stop)
         with self._dataset(dataset_path, stop) as dataset:
             return np.asarray(dataset[start:stop])
 
     @contextmanager
     def _dataset(self, dataset_path: str, count: int) -> Iterator[h5py.Dataset]:
-        with translate_read_errors(self._path), self._handle.acquire():
+        with translate_read_errors(self.name), self._handle.acquire():
             yield self._handle.dataset(dataset_path, count)
+
+
+class RemoteSource(FileSource):
+    """A complete trace file on a server as a `Source`.
+
+    Args:
+        url: URL of the file.
+        storage_options: Arguments for the file system of fsspec.
+
+    Raises:
+        MissingExtraError: fsspec, or what it needs for this kind of URL, is not installed.
+        TraceFileError: As for `FileSource`; or the file has a writer, or needs other files.
+    """
+
+    def __init__(self, url: str, storage_options: Mapping[str, Any]) -> None:
+        self._storage_options = dict(storage_options)
+        self._url = url
+        super().__init__(url)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """No file of this machine."""
+        return ()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle the source as its URL. Another process opens the file again."""
+        return RemoteSource, (self._url, self._storage_options)
+
+    def _open_handle(self) -> SharedReadHandle:
+        handle = RemoteReadHandle(self._url, self._storage_options)
+        try:
+            with handle.acquire() as file:
+                # HDF5 would look for the rows of the shards in this file object.
+                shards = read_merged_shards(read_header(file))
+            if any(shard.files for shard in shards):
+                raise TraceFileError(
+                    f"{self._url} was merged from shards, which hold its rows: only a file that "
+                    "holds all its rows can be read from a server. Merge the shards with --copy"
+                )
+        except BaseException:
+            handle.close()
+            raise
+        return handle

@@ -46,7 +46,7 @@ from grutrace.storage.format.shard_stamp import MergedShard, merged_options
 from grutrace.storage.format.tables import ModuleCounts, Tables, dataset_lengths
 from grutrace.storage.hdf5.atomic_write import publish, temporary_path, unlink_on_error
 from grutrace.storage.hdf5.errors import translate_write_errors
-from grutrace.storage.hdf5.filters import compression_of, filter_options
+from grutrace.storage.hdf5.filters import row_filters
 from grutrace.storage.interfaces import AppendOnlySource, Rows, SnapshotReader
 from grutrace.storage.read.lazy_rows import BLOCK, item_bytes, items_per_block
 from grutrace.storage.shards.concatenated import ConcatenatedSource
@@ -164,10 +164,8 @@ class _Merge:
         options = merged_options(self._header.options, self.report.shards)
         header = replace(self._header, options=options)
         write_header(file, header)
-        # Copied rows keep their compression.
-        create = partial(
-            create_growing_dataset, compression_options=filter_options(compression_of(header))
-        )
+        # Copied rows keep their filters.
+        create = partial(create_growing_dataset, row_filters=row_filters(header))
         if self._copy:
             create_datasets(file, header.modules, create)
             for index, module in enumerate(header.modules):

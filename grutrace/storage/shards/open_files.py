@@ -9,9 +9,9 @@ import glob
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from grutrace.distributed import Shard
 from grutrace.errors import GrutraceWarning, OptionError, TraceFileError, as_path, short_repr
@@ -19,8 +19,9 @@ from grutrace.storage.format.shard_stamp import read_merged_shards, read_shard
 from grutrace.storage.format.tables import Tables
 from grutrace.storage.hdf5.errors import translate_read_errors
 from grutrace.storage.hdf5.handle import release_on_exit
+from grutrace.storage.hdf5.remote import is_url
 from grutrace.storage.interfaces import AppendOnlySource, Source
-from grutrace.storage.read.file_source import FileSource
+from grutrace.storage.read.file_source import FileSource, RemoteSource
 from grutrace.storage.shards.concatenated import ConcatenatedSource
 from grutrace.storage.shards.run_parts import RunSource, open_run, run_part_of
 
@@ -34,18 +35,29 @@ MAX_NAMED = 8
 ShardSource = FileSource | RunSource
 
 
-def open_files(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Source:
+def open_files(
+    path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    storage_options: Mapping[str, Any] | None = None,
+) -> Source:
     """Return the source of a file, of all parts of a run, or of several shards.
 
     Args:
-        path: Path of a file; or a glob, or paths, of shards. An existing file takes precedence
-            over a glob. The paths may include later parts of a run.
+        path: Path or URL of a file; or a glob, or paths, of shards. An existing file takes
+            precedence over a glob. The paths may include later parts of a run.
+        storage_options: Arguments for the file system of fsspec; only with a URL.
 
     Raises:
-        OptionError: There is no path.
+        OptionError: There is no path, a URL among several paths, or `storage_options` without one.
+        MissingExtraError: A URL needs a library that is not installed.
         TraceFileError: A file cannot be read, is not a shard although there are several files, or
             belongs to another run or model; or two files have the same rank.
     """
+    if isinstance(path, str) and is_url(path):
+        return RemoteSource(path, storage_options or {})
+    if storage_options is not None:
+        raise OptionError(
+            f"storage_options: expected None without a URL; found {short_repr(storage_options)}"
+        )
     if isinstance(path, (str, os.PathLike)):
         text = os.fspath(path)
         if not is_glob(text) or os.path.exists(text):
@@ -61,7 +73,14 @@ def open_files(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) 
     expected = "the path of a trace, a glob, or the paths of several shards"
     if isinstance(path, (bytes, bytearray)) or not isinstance(path, Iterable):
         raise OptionError(f"path: expected {expected}; found {short_repr(path)}")
-    paths = [as_path(item) for item in path]
+    items = list(path)
+    urls = [item for item in items if isinstance(item, str) and is_url(item)]
+    if urls:
+        raise OptionError(
+            f"path: expected one URL, or several paths on this machine; found {urls[0]} in a list. "
+            "Merge shards with --copy into one file"
+        )
+    paths = [as_path(item) for item in items]
     if not paths:
         raise OptionError(f"path: expected {expected}; found none")
     if len(paths) == 1:

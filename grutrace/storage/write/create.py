@@ -32,7 +32,7 @@ from grutrace.storage.format.schema import (
 from grutrace.storage.format.shard_stamp import read_merged_shards, read_shard
 from grutrace.storage.format.tables import TableReader, Tables, dataset_lengths
 from grutrace.storage.hdf5.errors import translate_read_errors, translate_write_errors
-from grutrace.storage.hdf5.filters import compression_of, filter_options
+from grutrace.storage.hdf5.filters import row_filters
 from grutrace.storage.hdf5.handle import SharedReadHandle, close_readers
 from grutrace.storage.hdf5.locks import is_locked
 from grutrace.storage.hdf5.safe_open import open_locked
@@ -77,9 +77,8 @@ def trace_image(
     name = f"memory-{secrets.token_hex(8)}"
     with h5py.File(name, "w", libver=LIBVER, driver="core", backing_store=False) as memory:
         write_header(memory, header)
-        compression_options = filter_options(compression_of(header))
         create_dataset = partial(
-            create_growing_dataset, compression_options=compression_options, items=items
+            create_growing_dataset, row_filters=row_filters(header), items=items
         )
         create_datasets(memory, header.modules, create_dataset)
         create_scales(memory, header.modules)

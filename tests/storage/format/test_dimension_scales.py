@@ -201,3 +201,14 @@ def test_scales_of_a_small_trace_are_small(path):
     """The size of one module's scales, compared with a nearly empty file."""
     write(path, Stream(make_header(make_module(hidden=64, width=64))))
     assert path.stat().st_size < 32_000
+
+
+def test_scales_without_values_are_zero(path):
+    write(path, full_stream())
+    with h5py.File(path) as file:
+        seen = 0
+        for name in ("call", "modules/encoder.rnn/step", "modules/encoder.rnn/gate_unit"):
+            assert len(file[name])
+            assert not file[name][:].any()
+            seen += file[name].id.get_create_plist().get_fill_time() == h5py.h5d.FILL_TIME_IFSET
+        assert seen == 3

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import io
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from torch import nn
 
 import grutrace
+from grutrace.__main__ import main
 from grutrace.export import output_file
 from grutrace.export.formats import FORMATS, export_trace
 from grutrace.storage.hdf5 import atomic_write
@@ -48,6 +51,22 @@ def test_a_truncated_file_reports_its_size(run: Path) -> None:
         grutrace.open(run)
     assert f"the file is truncated to {size // 2} of {size} bytes" in str(caught.value)
     assert_plain(str(caught.value), run)
+
+
+def test_a_file_that_a_viewer_left_open_names_recover(run: Path, tmp_path: Path) -> None:
+    """As a viewer that opens a file for writing, and is killed."""
+    viewer = "import h5py, os, sys; file = h5py.File(sys.argv[1], 'r+'); os._exit(0)"
+    subprocess.run([sys.executable, "-c", viewer, str(run)], check=True)
+    # The control: what HDF5 itself says of it.
+    with pytest.raises(OSError, match="already open for"):
+        h5py.File(run, "r", swmr=True)
+    with pytest.raises(grutrace.TraceFileError, match="grutrace recover") as caught:
+        grutrace.open(run)
+    assert "another program opened it for writing" in str(caught.value)
+    assert_plain(str(caught.value), run)
+    assert main(["recover", str(run), "-o", str(tmp_path / "good.h5")]) == 0
+    with grutrace.open(tmp_path / "good.h5") as trace:
+        assert trace["l0"].update.shape == (10, 3)
 
 
 @pytest.mark.parametrize("share", [0.02, 0.1, 0.3, 0.5, 0.8])

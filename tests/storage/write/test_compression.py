@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import subprocess
 import sys
 import threading
 
@@ -29,8 +31,8 @@ from tests.storage.shard_streams import RUN, full_shards
 from tests.storage.streams import Stream, full_stream, make_header, make_module
 from tests.storage.write.test_crash import run_until_killed
 
-#: The filters as The HDF Group has registered them.
-CODES = {"blosc2": 32026, "zstd": 32008}
+#: The filters as The HDF Group has registered them; gzip comes after a shuffle of the bytes.
+CODES = {"blosc2": [32026], "zstd": [32008], "gzip": [2, 1]}
 
 
 @pytest.fixture
@@ -77,9 +79,9 @@ def test_only_rows_are_compressed(compression, path):
 
         file.visititems(note)
         for name, codes in filters.items():
-            assert codes == ([CODES[compression]] if name.rpartition("/")[2] in rows else []), name
-    assert hdf5plugin.FILTERS["bshuf"] == CODES["zstd"]
-    assert hdf5plugin.FILTERS["blosc2"] == CODES["blosc2"]
+            assert codes == (CODES[compression] if name.rpartition("/")[2] in rows else []), name
+    assert [hdf5plugin.FILTERS["bshuf"]] == CODES["zstd"]
+    assert [hdf5plugin.FILTERS["blosc2"]] == CODES["blosc2"]
 
 
 @pytest.mark.parametrize("steps", [1, 40, 109, 250])
@@ -151,7 +153,7 @@ def test_appending_keeps_the_compression(path):
         assert trace.options["compression"] == "zstd"
     with h5py.File(path) as file:
         made = file["modules/rnn/l0/update"].id.get_create_plist()
-        assert made.get_filter(0)[0] == CODES["zstd"]
+        assert [made.get_filter(0)[0]] == CODES["zstd"]
 
 
 @pytest.mark.parametrize("shape", coded.SHAPES)
@@ -224,7 +226,9 @@ def test_compressed_shards_are_merged(copy, tmp_path):
 
 def test_wrong_options_and_missing_extras_are_errors(path, monkeypatch):
     model = torch.nn.GRU(2, 3)
-    with pytest.raises(OptionError, match="compression: expected one of blosc2, zstd; found 'gz'"):
+    with pytest.raises(
+        OptionError, match="compression: expected one of blosc2, zstd, gzip; found 'gz'"
+    ):
         grutrace.Tracer(model, path, compression="gz")
     with pytest.raises(OptionError, match="compression: expected None without a path"):
         grutrace.Tracer(model, compression="zstd")
@@ -239,3 +243,17 @@ def test_wrong_options_and_missing_extras_are_errors(path, monkeypatch):
         assert len(trace["encoder.rnn.l0"].initial[:]) == 5
         with pytest.raises(MissingExtraError, match=r"bitshuffle needs hdf5plugin.*pip install"):
             np.asarray(trace["encoder.rnn.l0"].update)
+
+
+def test_gzip_needs_no_plugin(path, monkeypatch):
+    """Neither does the writer, nor a reader that knows nothing of grutrace."""
+    monkeypatch.setitem(sys.modules, "hdf5plugin", None)
+    model = torch.nn.GRU(2, 3)
+    with grutrace.trace(model, path, compression="gzip") as tracer:
+        model(torch.randn(4, 5, 2))
+        expected = np.asarray(tracer["l0"].update)
+    code = f"import h5py; print(h5py.File({str(path)!r})['modules/%/l0/update'][:].tolist())"
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    )
+    assert np.array_equal(np.array(json.loads(result.stdout), np.float32), expected)
